@@ -1,0 +1,198 @@
+"""The relevance module of one FFN layer in its low-rank form.
+
+    r_i          = (R W_V)^T (R h_i) / sqrt(d_r)                     relevance (paper, section 3.1)
+    FFN_AUG(h_i) = sum_j (w_ij + g r_ij) v_j
+                 = FFN(h_i) + B (A h_i) + s B (A h_c),    A = R,   B = g / sqrt(d_r) W_V W_V^T R^T
+
+The second line is the first one with r put into the sum, so nothing of size (tokens x d_ff) is ever built: per layer
+and step the cost is one product W_V (W_V^T R^T), independent of the number of tokens, plus 4 d d_r flops a token.
+
+Letters: d model width, d_ff neurons, d_r rank (d_r <= d), W_V (d, d_ff) value matrix, R (d_r, d) with orthonormal rows,
+g = sigmoid(gate), h (..., d) what enters the FFN, h_c (d) an attribute's hidden state, s its strength.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GATE_INIT = -5.0
+# Columns of W_V that are cast to float32 at a time: bounds the temporary copy of a bfloat16 value matrix.
+_BLOCK = 4096
+
+
+def orthonormal_rows(weight: Tensor) -> Tensor:
+    """R = L^-1 M with L L^T = M M^T: the rows of `weight` (d_r, d) after Gram-Schmidt, differentiably.
+
+    Where the rows are orthonormal already, L is the identity and R = M up to rounding.
+    """
+    # cholesky_ex without the error check: the check copies a flag to the host and stalls a GPU at every layer.
+    factor, _ = torch.linalg.cholesky_ex(weight @ weight.mT)
+    return torch.linalg.solve_triangular(factor, weight, upper=False)
+
+
+def projection_error(projection: Tensor) -> float:
+    """max |R R^T - I| of a projection (d_r, d), computed in float64."""
+    projection = projection.detach().double().cpu()
+    return float((projection @ projection.mT - torch.eye(len(projection), dtype=torch.float64)).abs().max())
+
+
+class _Gram(torch.autograd.Function):
+    """x -> W W^T x for a frozen W (d, d_ff) and x (d, n), in the dtype of x.
+
+    W W^T is symmetric, so backward is the same product and only W itself is kept, never a float32 copy of it.
+    """
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return _gram(weight, x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, Tensor]:
+        (weight,) = ctx.saved_tensors
+        return None, _gram(weight, grad)
+
+
+def _gram(weight: Tensor, x: Tensor) -> Tensor:
+    if weight.dtype == x.dtype:
+        return weight @ (weight.mT @ x)
+    total = torch.zeros_like(x)
+    for block in weight.split(_BLOCK, dim=1):
+        block = block.to(x.dtype)
+        total.addmm_(block, block.mT @ x)
+    return total
+
+
+def gram(weight: Tensor, x: Tensor) -> Tensor:
+    """W_V W_V^T x, shape (d, n), for x (d, n); differentiable in x only. Memory: one block of d x 4,096 numbers."""
+    result: Tensor = _Gram.apply(weight, x)
+    return result
+
+
+class RelevanceModule(nn.Module):
+    """Projection and gate of one FFN layer, and what they add to its output.
+
+    Parameters (float32, whatever the base's dtype): `weight` (d_r, d), unconstrained, of which the projection R is the
+    orthonormalised form; `gate` (1,), before the sigmoid. One dimension, because FSDP2 takes no scalar parameter.
+
+    Args:
+        rank: d_r.
+        hidden_size: d.
+        device: where the base's value matrix lives; "meta" allocates nothing.
+        generator: draws the first projection, orthonormal rows of a Gaussian matrix.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        hidden_size: int,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.rank = rank
+        self.enabled = True
+        self.token_path = True
+        if torch.device(device or "cpu").type == "meta":
+            start = torch.empty(rank, hidden_size, device="meta")
+        else:
+            noise = torch.randn(hidden_size, rank, dtype=torch.float64, generator=generator)
+            start = torch.linalg.qr(noise).Q.mT.to(device, torch.float32, memory_format=torch.contiguous_format)
+        self.weight = nn.Parameter(start)
+        self.gate = nn.Parameter(torch.full((1,), GATE_INIT, device=device))
+        # What steering adds to R h, in rank space: (d_r,) for all tokens, or (batch, 1, d_r), or (batch, tokens, d_r).
+        self.shift: Tensor | None = None
+        # What is added to the FFN output where there is no token path (steering without an adapter): (d,).
+        self.constant: Tensor | None = None
+        # Set where `weight` is known to be orthonormal already, so that R is `weight` itself, bit for bit.
+        self._exact: int | None = None
+        self._cache: tuple[tuple, Tensor, Tensor] | None = None
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, hidden_size={self.weight.shape[1]}"
+
+    @property
+    def g(self) -> Tensor:
+        """The gate's value, sigmoid(gate), shape (1,)."""
+        return torch.sigmoid(self.gate)
+
+    def projection(self) -> Tensor:
+        """R (d_r, d), differentiable in `weight`."""
+        if self._exact == self.weight._version and not self._learns():
+            return self.weight
+        with torch.autocast(self.weight.device.type, enabled=False):
+            return orthonormal_rows(self.weight)
+
+    def materialise(self) -> Tensor:
+        """Make `weight` the projection itself, rounded once from float64, and return it: what a file holds.
+
+        From here on, until the next optimizer step, R is `weight` bit for bit, before saving and after loading alike.
+        """
+        with torch.no_grad():
+            if self._exact != self.weight._version:
+                self.weight.copy_(orthonormal_rows(self.weight.double()))
+                self.set_exact()
+        return self.weight.detach()
+
+    def set_exact(self) -> None:
+        """Declare that `weight` has orthonormal rows, as loaded from a checked file."""
+        self._exact = self.weight._version
+        self._cache = None
+
+    def factors(self, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A (d_r, d) and B (d, d_r) in `dtype`, for the value matrix `values` (d, d_ff).
+
+        With gradients on they are computed anew, once a forward pass; otherwise once, until a parameter changes.
+        """
+        if self._learns():
+            return self._compute(values, dtype)
+        key = (self.weight._version, self.gate._version, values.data_ptr(), dtype, self.weight.device)
+        if self._cache is None or self._cache[0] != key:
+            self._cache = (key, *self._compute(values, dtype))
+        return self._cache[1], self._cache[2]
+
+    def _compute(self, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        projection = self.projection()
+        with torch.autocast(self.weight.device.type, enabled=False):
+            out = gram(values, projection.mT) * (self.g / math.sqrt(self.rank))
+        return projection.to(dtype), out.to(dtype)
+
+    def _learns(self) -> bool:
+        return torch.is_grad_enabled() and (self.weight.requires_grad or self.gate.requires_grad)
+
+    def forward(self, output: Tensor, h: Tensor, values: Tensor) -> Tensor:
+        """FFN output (..., d) plus what the adapter adds, for the FFN's input `h` (..., d) and W_V (d, d_ff)."""
+        if not self.token_path:
+            return output if self.constant is None else output + self.constant.to(output)
+        down, up = self.factors(values, output.dtype)
+        h = h.to(output.dtype)
+        shift = self.shift if self.shift is None else self.shift.to(output)
+        if shift is None or shift.ndim == 1:
+            ranked = F.linear(h, down, shift)
+        else:
+            ranked = F.linear(h, down) + shift
+        # One fused multiply-add over flat tokens instead of a product and a sum.
+        flat = torch.addmm(output.reshape(-1, output.shape[-1]), ranked.reshape(-1, self.rank), up.mT)
+        return flat.view(output.shape)
+
+    def train(self, mode: bool = True) -> RelevanceModule:
+        # An optimizer that writes through `.data` leaves version counters alone; changing mode is when that can matter.
+        self._cache = None
+        return super().train(mode)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> RelevanceModule:
+        # `model.to(torch.bfloat16)` must not round the projection: move it, keep its dtype.
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype.itemsize < tensor.dtype.itemsize else moved
+
+        exact = self._exact == self.weight._version
+        super()._apply(keep_precision, recurse)
+        self._cache = None
+        self._exact = self.weight._version if exact else None
+        return self
