@@ -1,0 +1,110 @@
+"""The one way text becomes tokens in braces: for training, for scoring and as a prompt.
+
+Special tokens in front follow the tokenizer's own policy. The end token is learnt in training (`end=True`) and never
+stands at the end of a prompt, whatever the tokenizer would append.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+IGNORED = -100  # the label that torch's cross entropy leaves out
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokens of one example.
+
+    Attributes:
+        ids: token ids.
+        labels: the same ids, `IGNORED` where a token is not scored.
+        ended: the last token is the end token.
+        truncated: tokens were cut off.
+    """
+
+    ids: list[int]
+    labels: list[int]
+    ended: bool
+    truncated: bool
+
+    @property
+    def scored(self) -> int:
+        """Scored tokens; the first token of a sequence has nothing before it and is never scored."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+
+def encode(
+    tokenizer: Any, prompt: str, completion: str | None = None, *, end: bool = False, max_length: int | None = None
+) -> Encoded:
+    """Encode `prompt`, or `prompt + completion` of which only the completion is scored.
+
+    The two are encoded as one text, as they will be read, so a token that spans both counts as completion.
+
+    Args:
+        end: append the tokenizer's end token, as text to learn from.
+        max_length: keep this many tokens from the front.
+    """
+    ids = _plain(tokenizer, prompt + (completion or ""))
+    start = 0 if completion is None else _common(ids, _plain(tokenizer, prompt))
+    if not ids:
+        ids = [_first(tokenizer)]
+    if end and tokenizer.eos_token_id is not None:
+        ids = [*ids, tokenizer.eos_token_id]
+    truncated = max_length is not None and len(ids) > max_length
+    ids = ids[:max_length]
+    labels = [IGNORED] * min(start, len(ids)) + ids[start:]
+    return Encoded(ids, labels, end and not truncated and tokenizer.eos_token_id is not None, truncated)
+
+
+def encode_word(tokenizer: Any, word: str) -> list[int]:
+    """A word as it stands inside a sentence: one leading space, no special tokens."""
+    bare: list[int] = tokenizer(word, add_special_tokens=False)["input_ids"]
+    # SentencePiece tokenizers put a space before every text themselves; another would be a token of its own.
+    if bare and str(tokenizer.convert_ids_to_tokens(bare[0])).startswith(("▁", "Ġ")):
+        return bare
+    spaced: list[int] = tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
+    return spaced
+
+
+def decode_continuation(tokenizer: Any, prompt_ids: list[int], new_ids: list[int]) -> str:
+    """Text of `new_ids` as it continues the prompt, with the space in front that decoding it alone would lose."""
+    before = tokenizer.decode(prompt_ids, skip_special_tokens=True)
+    whole = tokenizer.decode([*prompt_ids, *new_ids], skip_special_tokens=True)
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(new_ids, skip_special_tokens=True)
+
+
+def context_length(model: Any, tokenizer: Any) -> int:
+    """Tokens that the model takes at once, as its config or else its tokenizer says; 2,048 where neither does."""
+    config = model.config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        if getattr(config, name, None):
+            return int(getattr(config, name))
+    limit = int(getattr(tokenizer, "model_max_length", 0) or 0)
+    return limit if 0 < limit < 10**9 else 2048
+
+
+def _plain(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text)["input_ids"]
+    end = tokenizer.eos_token_id
+    # Drop an end token that the tokenizer appended, not one that is also its start token and stands alone.
+    if len(ids) > 1 and ids[-1] == end and not text.endswith(str(tokenizer.eos_token)):
+        return ids[:-1]
+    return ids
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    count = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
+
+
+def _first(tokenizer: Any) -> int:
+    """A token to start from where the text is empty and the tokenizer puts none in front."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
