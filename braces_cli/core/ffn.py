@@ -14,10 +14,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from braces_cli.core.errors import ModelError
+from braces_cli.core.errors import ConfigError, ModelError
 
 _LOOKED_FOR = "a module with an activation and two linear projections d -> d_ff -> d in each layer"
 
@@ -173,7 +172,7 @@ def parse_layers(text: str | None, count: int) -> list[int]:
     """Layer indices of `8-20,24` or `1-` (inclusive, from 0); None means all of `count`.
 
     Raises:
-        ValueError: not a list of ranges, or beyond the model's layers.
+        ConfigError: not a list of ranges, or beyond the model's layers.
     """
     if text is None:
         return list(range(count))
@@ -181,11 +180,12 @@ def parse_layers(text: str | None, count: int) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdigit() or (last and not last.isdigit()):
-            raise ValueError(f"`{part.strip()}` is not a layer or a range such as 8-20 or 1-")
+            raise ConfigError(f"`{part.strip()}` is no layer and no range", where="--layers", hint="Such as 8-20,24 or 1-.")
         low = int(first)
         high = (int(last) if last else count - 1) if dash else low
         if low > high or high >= count:
-            raise ValueError(f"`{part.strip()}` does not fit layers 0 to {count - 1}")
+            hint = f"The model has layers 0 to {count - 1}."
+            raise ConfigError(f"`{part.strip()}` does not fit the model", where="--layers", hint=hint)
         chosen.update(range(low, high + 1))
     return sorted(chosen)
 

@@ -1,0 +1,142 @@
+"""`braces train`: fine-tune an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from braces_cli.cli import options as o
+from braces_cli.cli.render import print_json, print_pairs, progress, set_up
+from braces_cli.core.errors import BracesError, ConfigError
+
+_OWN = (
+    "rank", "lr", "gate_lr", "epochs", "max_steps", "batch_size", "gradient_accumulation", "warmup_steps", "schedule",
+    "max_length", "gradient_checkpointing", "seed",
+)  # fmt: skip
+
+
+def train(
+    ctx: typer.Context,
+    data: Annotated[
+        list[str] | None, typer.Option("--data", help="Training rows: file or hub set (id:subset:split). Repeatable.")
+    ] = None,
+    output_dir: Annotated[Path | None, typer.Option("--output-dir", help="Folder for the adapter.")] = None,
+    eval_data: Annotated[
+        list[str] | None, typer.Option("--eval-data", help="Rows to measure base and adapter on. Repeatable.")
+    ] = None,
+    model: o.Model = None,
+    rank: Annotated[int, typer.Option("--rank", min=1, help="Rank of the relevance projection.")] = 16,
+    layers: o.Layers = None,
+    lr: Annotated[float, typer.Option("--lr", help="Peak learning rate of the projections.")] = 3e-3,
+    gate_lr: Annotated[float, typer.Option("--gate-lr", help="Peak learning rate of the gates.")] = 3e-2,
+    epochs: Annotated[float, typer.Option("--epochs", help="Passes over the data.")] = 1.0,
+    max_steps: Annotated[int | None, typer.Option("--max-steps", min=1, help="Optimizer steps; beats --epochs.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Examples a process and step.")] = 16,
+    gradient_accumulation: Annotated[
+        int, typer.Option("--gradient-accumulation", min=1, help="Batches an optimizer step.")
+    ] = 1,
+    warmup_steps: Annotated[int, typer.Option("--warmup-steps", min=0, help="Steps until the peak rate.")] = 20,
+    schedule: Annotated[str, typer.Option("--schedule", help="linear, cosine or constant.")] = "linear",
+    max_length: Annotated[
+        int, typer.Option("--max-length", min=2, help="Tokens kept of an example (at most the model's context).")
+    ] = 1024,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory for about a third more time.")
+    ] = False,
+    seed: o.Seed = 0,
+    overwrite: o.Overwrite = False,
+    revision: o.Revision = None,
+    device: o.Device = "auto",
+    dtype: o.DtypeOption = o.Dtype.auto,
+    device_map: o.DeviceMap = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    config: o.Config = None,
+    dry_run: o.DryRun = False,
+    fmt: o.FormatOption = o.Format.table,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Fine-tune an adapter on rows of text, prompt/completion or instruction/output."""
+    set_up(quiet, debug)
+    from braces_cli.core.files import check_output_folder
+    from braces_cli.training.settings import TrainSettings
+
+    own = {name: ctx.params[name] for name in _OWN}
+    if dry_run:
+        TrainSettings(**own)
+        return _show(fmt, "dry run", _dry_run(ctx, own))
+    for name, value in (("--model", model), ("--data", data), ("--output-dir", output_dir)):
+        if not value:
+            raise ConfigError("missing option", where=name, hint="See `braces train --help`.")
+    assert data is not None
+    assert output_dir is not None
+    TrainSettings(**own)
+    check_output_folder(output_dir, overwrite)
+    with progress(quiet) as report:
+        result = _run(ctx, own, data, eval_data, output_dir, report)
+    _show(fmt, f"adapter written to {output_dir}", result)
+
+
+def _run(
+    ctx: typer.Context, own: dict[str, Any], data: list[str], eval_data: list[str] | None, folder: Path, report: Any
+) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from braces_cli.core.encode import context_length
+    from braces_cli.core.ffn import layer_stack, parse_layers
+    from braces_cli.core.models import load_tokenizer
+    from braces_cli.core.session import open_session
+    from braces_cli.data.examples import read_examples
+    from braces_cli.training.run import run_training
+    from braces_cli.training.settings import TrainSettings
+
+    params = ctx.params
+    # The data first: a broken row should show before minutes of loading weights.
+    tokenizer = load_tokenizer(params["model"], revision=params["revision"], trust_remote_code=params["trust_remote_code"])
+    length = own["max_length"]
+    train_set = read_examples(data, tokenizer, length, report)
+    eval_set = read_examples(eval_data, tokenizer, length, report) if eval_data else None
+
+    session = open_session(params["model"], None, o.load_options(ctx))
+    context = context_length(session.base.model, tokenizer)
+    if length > context:
+        own = {**own, "max_length": context}
+        train_set = read_examples(data, tokenizer, context, report)
+        eval_set = read_examples(eval_data, tokenizer, context, report) if eval_data else None
+    layers = parse_layers(params["layers"], len(layer_stack(session.base.model)[1])) if params["layers"] else None
+    settings = TrainSettings(**own, layers=layers)
+    return asdict(run_training(session, train_set, eval_set, settings, folder, report))
+
+
+def _dry_run(ctx: typer.Context, own: dict[str, Any]) -> dict[str, Any]:
+    """Settings and parameter count; where the model cannot be reached, why not."""
+    from braces_cli.core.ffn import layer_stack, parse_layers
+    from braces_cli.core.models import load_shape
+    from braces_cli.training.run import count_parameters
+    from braces_cli.training.settings import TrainSettings
+
+    params = ctx.params
+    out: dict[str, Any] = {"output_dir": params["output_dir"] and str(params["output_dir"]), "method": "braces"}
+    try:
+        if params["model"] is None:
+            raise ConfigError("no model given", where="--model")
+        shape = load_shape(params["model"], revision=params["revision"], trust_remote_code=params["trust_remote_code"])
+        layers = parse_layers(params["layers"], len(layer_stack(shape)[1])) if params["layers"] else None
+        out.update(count_parameters(shape, TrainSettings(**own, layers=layers)))
+    except BracesError as error:
+        # A rank or a layer that does not fit is a mistake to mend, not a model out of reach.
+        if isinstance(error, ConfigError) and params["model"] is not None:
+            raise
+        out.update({"trainable_parameters": None, "reason": str(error).replace("\n", " ")})
+    return {**out, "settings": o.resolved(ctx)}
+
+
+def _show(fmt: o.Format, title: str, result: dict[str, Any]) -> None:
+    if fmt is o.Format.json:
+        print_json(result)
+    else:
+        flat = {**result, **result.get("settings", {})}
+        flat.pop("settings", None)
+        print_pairs(title, flat)

@@ -1,0 +1,19 @@
+"""Versions of what a result depends on, read without importing any of it."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+from braces_cli import __version__
+
+
+def versions() -> dict[str, str]:
+    """`{braces, python, torch, transformers, ...}`; what is not installed is left out."""
+    found = {"braces": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "accelerate", "datasets", "lm-eval", "safetensors"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

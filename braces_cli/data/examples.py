@@ -1,0 +1,105 @@
+"""Rows -> tokenised examples to train on or to score.
+
+What a row means is told by its keys: `text` is scored whole; of `prompt` + `completion`, and of `instruction` +
+`output` (with an optional `input`), only the second part is scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from braces_cli.core.encode import Encoded, encode
+from braces_cli.core.errors import DataError
+from braces_cli.core.progress import Report, silent
+from braces_cli.data.rows import Source, read_rows
+
+WANTED = "`text`, `prompt` and `completion`, or `instruction` and `output` (`input` optional)"
+
+
+@dataclass
+class Examples:
+    """Tokenised rows and what became of the others.
+
+    Attributes:
+        items: examples with at least one scored token.
+        rows: rows read.
+        truncated: rows cut to the maximum length.
+        dropped: rows without a scored token, left out of `items`.
+    """
+
+    items: list[Encoded] = field(default_factory=list)
+    rows: int = 0
+    truncated: int = 0
+    dropped: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(item.ids) for item in self.items)
+
+
+def parts(row: Source) -> tuple[str, str | None]:
+    """(prompt, completion) of a row; the completion is None where the whole text is scored.
+
+    Raises:
+        DataError: the keys fit no known kind of row, or a value is no text.
+    """
+    fields = row.fields
+    if "text" in fields:
+        return _text(row, "text"), None
+    if "prompt" in fields and "completion" in fields:
+        return _text(row, "prompt"), _text(row, "completion")
+    if "instruction" in fields and "output" in fields:
+        return instruction_prompt(_text(row, "instruction"), _text(row, "input")), _text(row, "output")
+    found = ", ".join(map(str, fields)) or "none"
+    raise DataError(f"the row has none of the needed fields (keys found: {found})", where=row.where, hint=f"Wanted: {WANTED}.")
+
+
+def instruction_prompt(instruction: str, context: str = "") -> str:
+    """The prompt that stands for an instruction row; the answer follows it."""
+    given = f"### Input:\n{context}\n\n" if context.strip() else ""
+    return f"### Instruction:\n{instruction}\n\n{given}### Response:\n"
+
+
+def _text(row: Source, key: str) -> str:
+    value = row.fields.get(key)
+    if value is None and key == "input":
+        return ""
+    if not isinstance(value, str):
+        raise DataError(f"`{key}` must be text, this is {type(value).__name__}", where=row.where, hint="Fix the row.")
+    return value
+
+
+def tokenise(rows: Iterable[Source], tokenizer: Any, max_length: int, report: Report = silent) -> Examples:
+    """Encode rows with their end token, cut to `max_length` tokens; rows without a scored token are dropped."""
+    found = Examples()
+    for row in rows:
+        prompt, completion = parts(row)
+        found.rows += 1
+        example = encode(tokenizer, prompt, completion, end=True, max_length=max_length)
+        found.truncated += example.truncated
+        empty = not (prompt if completion is None else completion).strip()
+        if empty or example.scored == 0:
+            found.dropped += 1
+        else:
+            found.items.append(example)
+        if found.rows % 256 == 0:
+            report("reading", found.rows, None)
+    return found
+
+
+def read_examples(names: Sequence[str], tokenizer: Any, max_length: int, report: Report = silent) -> Examples:
+    """Read and tokenise several files or hub sets, in the order given.
+
+    Raises:
+        DataError: a file or a row cannot be read, or no row has a scored token.
+    """
+    found = tokenise((row for name in names for row in read_rows(name)), tokenizer, max_length, report)
+    if not found.items:
+        raise DataError(
+            f"no row has a token to score ({found.rows} read)",
+            where=", ".join(names),
+            hint="Are the texts empty, or prompts longer than --max-length?",
+        )
+    return found

@@ -1,0 +1,181 @@
+"""Train an adapter and measure it: rows -> adapter folder and figures."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from braces_cli.core.adapter import Adapter, AdapterConfig, attach
+from braces_cli.core.errors import BracesError
+from braces_cli.core.ffn import parameter_total
+from braces_cli.core.models import tokenizer_hashes
+from braces_cli.core.progress import Report, silent
+from braces_cli.core.session import Session
+from braces_cli.core.versions import versions
+from braces_cli.data.examples import Examples
+from braces_cli.scoring.perplexity import Likelihood, likelihoods
+from braces_cli.training.card import model_card
+from braces_cli.training.settings import TrainSettings
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run gave; the keys of `braces train --format json`. Times in seconds, memory in bytes, None: not measured."""
+
+    output_dir: str
+    method: str
+    trainable_parameters: int
+    condition_parameters: int
+    total_parameters: int
+    trainable_percent: float
+    steps: int
+    epochs: float
+    train_loss: float
+    base_eval_loss: float | None
+    base_eval_perplexity: float | None
+    base_eval_perplexity_without_end: float | None
+    eval_loss: float | None
+    eval_perplexity: float | None
+    eval_perplexity_without_end: float | None
+    seconds: float
+    tokens: int
+    tokens_per_second: float
+    peak_memory: int
+    rows: int
+    rows_truncated: int
+    rows_dropped: int
+    resumed_from: str | None = None
+
+
+def count_parameters(model: Any, settings: TrainSettings) -> dict[str, Any]:
+    """`trainable_parameters`, `condition_parameters`, `total_parameters`, `trainable_percent` for a model on any device."""
+    total = parameter_total(model)
+    adapter = attach(model, settings.rank, settings.layers)
+    trainable = adapter.parameter_count()
+    adapter.detach()
+    return {
+        "trainable_parameters": trainable,
+        "condition_parameters": 0,
+        "total_parameters": total,
+        "trainable_percent": 100 * trainable / total,
+    }
+
+
+def run_training(
+    session: Session,
+    train_set: Examples,
+    eval_set: Examples | None,
+    settings: TrainSettings,
+    folder: Path,
+    report: Report = silent,
+) -> TrainResult:
+    """Fine-tune a fresh adapter on an open base and write it to `folder`.
+
+    The base is measured on `eval_set` first, with nothing attached, then the adapter as it was saved.
+
+    Raises:
+        ConfigError: rank or layers that do not fit the base.
+        BracesError: the loss is not finite, or the folder cannot be written.
+    """
+    from braces_cli.training.trainer import BracesTrainer
+
+    model, pad_id = session.base.model, session.base.tokenizer.pad_token_id
+    counts = count_parameters(model, settings)
+    batch = settings.batch_size
+    base = _measure(model, eval_set, pad_id, batch, report, "evaluating the base")
+
+    adapter = attach(model, settings.rank, settings.layers, settings.seed)
+    existed = folder.exists()
+    _reset_memory()
+    started = time.perf_counter()
+    try:
+        trainer = BracesTrainer(adapter, settings, train_set.items, pad_id, str(folder), report)
+        outcome = trainer.train()
+        seconds = time.perf_counter() - started
+        memory = _peak_memory()
+        _check_finite(adapter)
+        # Saving settles the projection to what the file holds, so that it is the saved adapter that is measured.
+        adapter.tensors()
+        tuned = _measure(model, eval_set, pad_id, batch, report, "evaluating the adapter")
+        result = TrainResult(
+            output_dir=str(folder),
+            method="braces",
+            **counts,
+            steps=outcome.global_step,
+            epochs=float(trainer.state.epoch or 0.0),
+            train_loss=outcome.training_loss,
+            base_eval_loss=base and base.loss,
+            base_eval_perplexity=base and base.perplexity,
+            base_eval_perplexity_without_end=base and base.perplexity_without_end,
+            eval_loss=tuned and tuned.loss,
+            eval_perplexity=tuned and tuned.perplexity,
+            eval_perplexity_without_end=tuned and tuned.perplexity_without_end,
+            seconds=seconds,
+            tokens=trainer.tokens,
+            tokens_per_second=trainer.tokens / seconds,
+            peak_memory=memory,
+            rows=train_set.rows,
+            rows_truncated=train_set.truncated,
+            rows_dropped=train_set.dropped,
+        )
+        config = _config(session, adapter, settings)
+        adapter.save(folder, config, model_card(config, asdict(result)))
+    finally:
+        # Trainer makes the folder before there is anything to put into it.
+        if not existed and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    return result
+
+
+def _config(session: Session, adapter: Adapter, settings: TrainSettings) -> AdapterConfig:
+    base = session.base
+    return AdapterConfig(
+        base_model_name_or_path=base.name,
+        revision=base.revision,
+        r=adapter.rank,
+        layers=adapter.layers,
+        fingerprint=base.fingerprint(session.ffns),
+        tokenizer=tokenizer_hashes(base.tokenizer),
+        training=asdict(settings),
+        versions=versions(),
+    )
+
+
+def _measure(
+    model: Any, examples: Examples | None, pad_id: int, batch_size: int, report: Report, stage: str
+) -> Likelihood | None:
+    if examples is None:
+        return None
+    return _total(likelihoods(model, examples.items, pad_id, batch_size, report, stage))
+
+
+def _total(parts: Sequence[Likelihood]) -> Likelihood:
+    """Sum over examples, so that every token counts the same."""
+    return sum(parts, Likelihood())
+
+
+def _check_finite(adapter: Adapter) -> None:
+    if not all(bool(p.isfinite().all()) for _, p in adapter.named_parameters()):
+        raise BracesError("training diverged: the adapter holds numbers that are not finite", hint="Lower --lr or --gate-lr.")
+
+
+def _reset_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_memory() -> int:
+    """Bytes: of the GPU where there is one, else of the whole process (which `ru_maxrss` counts in KiB on Linux)."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+

@@ -1,0 +1,97 @@
+"""transformers.Trainer, taught which parameters are ours and how to show where it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from braces_cli.core.adapter import Adapter
+from braces_cli.core.batches import pad_right
+from braces_cli.core.encode import Encoded
+from braces_cli.core.progress import Report
+from braces_cli.training.settings import TrainSettings
+
+
+class BracesTrainer(Trainer):
+    """A Trainer that optimises gates and projections, each at its own rate, and counts the tokens it has seen."""
+
+    def __init__(
+        self, adapter: Adapter, settings: TrainSettings, examples: Sequence[Encoded], pad_id: int, folder: str, report: Report
+    ) -> None:
+        self._adapter = adapter
+        self._settings = settings
+        self._seen: Tensor | int = 0
+        model: Any = adapter.model
+        super().__init__(
+            model=model,
+            args=_arguments(settings, folder, next(model.parameters()).device),
+            train_dataset=list(examples),  # type: ignore[arg-type]
+            data_collator=lambda rows: pad_right(rows, pad_id),
+            callbacks=[_Progress(report)],
+        )
+        self.remove_callback(PrinterCallback)  # it prints every log to stdout, which carries the result only
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on so far, padding not counted."""
+        return int(self._seen)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            gates = [brace.gate for _, brace in self._adapter.sites]
+            weights = [brace.weight for _, brace in self._adapter.sites]
+            groups = [
+                {"params": weights, "lr": self._settings.lr},
+                {"params": gates, "lr": self._settings.gate_lr},
+            ]
+            # No weight decay: R does not depend on the length of the rows of its weight.
+            self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        return self.optimizer
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        # Summed where the batch lies: no waiting for a GPU in every step.
+        self._seen = self._seen + inputs["attention_mask"].sum()
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def _arguments(settings: TrainSettings, folder: str, device: torch.device) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        learning_rate=settings.lr,
+        lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=settings.warmup_steps,
+        activation_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        use_cpu=device.type == "cpu",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_steps=10,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+    )
+
+
+class _Progress(TrainerCallback):
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._loss = ""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self._loss = f": loss {float(logs['loss']):.3f}"
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._report(f"training{self._loss}", state.global_step, state.max_steps)
+
+
