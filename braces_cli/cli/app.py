@@ -5,6 +5,7 @@ Importing the commands is cheap, because each of them imports what it needs (tor
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -45,7 +46,9 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def braces(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Fine-tune, evaluate, steer and inspect causal language models with LLMBraces adapters."""
 
@@ -63,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         code = _fail(args, 130, "interrupted", None, None)
     except BrokenPipeError:
         # The reader of our pipe has gone (`| head`): nothing to say, and nothing to say it to.
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         code = 0
     except Exception as error:
         if "--debug" in args:
@@ -96,4 +99,4 @@ def _fail(args: list[str], code: int, message: str, where: str | None, hint: str
 
 
 def _wants_json(args: list[str]) -> bool:
-    return "--format=json" in args or any(pair == ("--format", "json") for pair in zip(args, args[1:], strict=False))
+    return "--format=json" in args or ("--format", "json") in itertools.pairwise(args)

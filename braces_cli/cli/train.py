@@ -32,7 +32,9 @@ def train(
     lr: Annotated[float, typer.Option("--lr", help="Peak learning rate of the projections.")] = 3e-3,
     gate_lr: Annotated[float, typer.Option("--gate-lr", help="Peak learning rate of the gates.")] = 3e-2,
     epochs: Annotated[float, typer.Option("--epochs", help="Passes over the data.")] = 1.0,
-    max_steps: Annotated[int | None, typer.Option("--max-steps", min=1, help="Optimizer steps; beats --epochs.")] = None,
+    max_steps: Annotated[
+        int | None, typer.Option("--max-steps", min=1, help="Optimizer steps; beats --epochs.")
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Examples a process and step.")] = 16,
     gradient_accumulation: Annotated[
         int, typer.Option("--gradient-accumulation", min=1, help="Batches an optimizer step.")
@@ -66,7 +68,8 @@ def train(
     own = {name: ctx.params[name] for name in _OWN}
     if dry_run:
         TrainSettings(**own)
-        return _show(fmt, "dry run", _dry_run(ctx, own))
+        _show(fmt, "dry run", _dry_run(ctx, own))
+        return
     for name, value in (("--model", model), ("--data", data), ("--output-dir", output_dir)):
         if not value:
             raise ConfigError("missing option", where=name, hint="See `braces train --help`.")
@@ -85,7 +88,7 @@ def _run(
     from dataclasses import asdict
 
     from braces_cli.core.encode import context_length
-    from braces_cli.core.ffn import layer_stack, parse_layers
+    from braces_cli.core.ffn import chosen_layers
     from braces_cli.core.models import load_tokenizer
     from braces_cli.core.session import open_session
     from braces_cli.data.examples import read_examples
@@ -94,7 +97,9 @@ def _run(
 
     params = ctx.params
     # The data first: a broken row should show before minutes of loading weights.
-    tokenizer = load_tokenizer(params["model"], revision=params["revision"], trust_remote_code=params["trust_remote_code"])
+    tokenizer = load_tokenizer(
+        params["model"], revision=params["revision"], trust_remote_code=params["trust_remote_code"]
+    )
     length = own["max_length"]
     train_set = read_examples(data, tokenizer, length, report)
     eval_set = read_examples(eval_data, tokenizer, length, report) if eval_data else None
@@ -105,14 +110,14 @@ def _run(
         own = {**own, "max_length": context}
         train_set = read_examples(data, tokenizer, context, report)
         eval_set = read_examples(eval_data, tokenizer, context, report) if eval_data else None
-    layers = parse_layers(params["layers"], len(layer_stack(session.base.model)[1])) if params["layers"] else None
+    layers = chosen_layers(session.base.model, params["layers"])
     settings = TrainSettings(**own, layers=layers)
     return asdict(run_training(session, train_set, eval_set, settings, folder, report))
 
 
 def _dry_run(ctx: typer.Context, own: dict[str, Any]) -> dict[str, Any]:
     """Settings and parameter count; where the model cannot be reached, why not."""
-    from braces_cli.core.ffn import layer_stack, parse_layers
+    from braces_cli.core.ffn import chosen_layers
     from braces_cli.core.models import load_shape
     from braces_cli.training.run import count_parameters
     from braces_cli.training.settings import TrainSettings
@@ -123,7 +128,7 @@ def _dry_run(ctx: typer.Context, own: dict[str, Any]) -> dict[str, Any]:
         if params["model"] is None:
             raise ConfigError("no model given", where="--model")
         shape = load_shape(params["model"], revision=params["revision"], trust_remote_code=params["trust_remote_code"])
-        layers = parse_layers(params["layers"], len(layer_stack(shape)[1])) if params["layers"] else None
+        layers = chosen_layers(shape, params["layers"])
         out.update(count_parameters(shape, TrainSettings(**own, layers=layers)))
     except BracesError as error:
         # A rank or a layer that does not fit is a mistake to mend, not a model out of reach.

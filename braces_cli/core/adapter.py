@@ -206,7 +206,9 @@ def read_config(folder: Path) -> AdapterConfig:
     path = folder / CONFIG_FILE
     if not path.is_file():
         hint = f"An adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}; `braces train` writes one."
-        raise ModelError("no adapter here" if folder.is_dir() else "no such adapter folder", where=str(folder), hint=hint)
+        raise ModelError(
+            "no adapter here" if folder.is_dir() else "no such adapter folder", where=str(folder), hint=hint
+        )
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -88,7 +88,9 @@ def check_name(name: str) -> str:
         ConfigError: it has other characters than letters, digits, `_`, `-` and dots inside.
     """
     if not _NAME.fullmatch(name):
-        raise ConfigError(f"`{name}` cannot name an attribute", where="--attribute", hint="Use letters, digits, _ and -.")
+        raise ConfigError(
+            f"`{name}` cannot name an attribute", where="--attribute", hint="Use letters, digits, _ and -."
+        )
     return name
 
 
@@ -229,11 +231,15 @@ def load_attribute(path: Path, fingerprint: dict[str, Any]) -> Attribute:
         own = json.loads(header["fingerprint"])
         words, layers = json.loads(header["words"]), json.loads(header["layers"])
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise ModelError(f"not an attribute file: {error}", where=str(path), hint="Build it again: attr-build.") from error
+        raise ModelError(
+            f"not an attribute file: {error}", where=str(path), hint="Build it again: attr-build."
+        ) from error
     different = differences(own, fingerprint)
     if different:
         hint = "Build it again for this base: braces attr-build."
-        raise ModelError(f"this attribute was built for another base ({'; '.join(different)})", where=str(path), hint=hint)
+        raise ModelError(
+            f"this attribute was built for another base ({'; '.join(different)})", where=str(path), hint=hint
+        )
     return Attribute(name, words, layers=layers, fingerprint=own, **tensors)
 
 

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from braces_cli.core.errors import ConfigError, ModelError
 
 _LOOKED_FOR = "a module with an activation and two linear projections d -> d_ff -> d in each layer"
+
 
 @dataclass(frozen=True, eq=False)
 class FFN:
@@ -58,20 +60,26 @@ class FFN:
         """Full name of the value projection inside `model`."""
         return next(name for name, module in model.named_modules() if module is self.value)
 
+
 def _sizes(module: nn.Module) -> tuple[int, int]:
     """(inputs, outputs) of a linear projection. `in_features` and `out_features` are there for packed weights too."""
-    if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return int(module.in_features), int(module.out_features)
-    return int(module.nx), int(module.nf)
+    part: Any = module
+    if hasattr(part, "in_features") and hasattr(part, "out_features"):
+        return int(part.in_features), int(part.out_features)
+    return int(part.nx), int(part.nf)
+
 
 def _matrix(module: nn.Module) -> Tensor:
     """Weight as (outputs, inputs); transformers' Conv1D, which GPT-2 uses, stores it transposed."""
-    return module.weight if hasattr(module, "out_features") else module.weight.T
+    weight: Any = module.weight
+    return cast("Tensor", weight if hasattr(module, "out_features") else weight.T)
+
 
 def _is_linear(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     has_sizes = all(hasattr(module, name) for name in ("in_features", "out_features"))
     return isinstance(weight, Tensor) and (has_sizes or all(hasattr(module, name) for name in ("nx", "nf")))
+
 
 def _is_activation(value: object) -> bool:
     """Activation modules of torch and transformers, and the plain functions some models hold as attributes."""
@@ -80,8 +88,10 @@ def _is_activation(value: object) -> bool:
         return home in ("torch.nn.modules.activation", "transformers.activations")
     return callable(value) and home in ("torch.nn.functional", "torch._C._nn")
 
+
 def _has_activation(module: nn.Module) -> bool:
     return any(map(_is_activation, module.children())) or any(map(_is_activation, vars(module).values()))
+
 
 def _pair(host: nn.Module) -> tuple[tuple[nn.Module, ...], nn.Module] | None:
     """The (keys, value) among the direct children of `host`, or None."""
@@ -93,6 +103,7 @@ def _pair(host: nn.Module) -> tuple[tuple[nn.Module, ...], nn.Module] | None:
             return keys, value
     return None
 
+
 def _is_whole(host: nn.Module, keys: tuple[nn.Module, ...], value: nn.Module) -> bool:
     """Nothing in `host` can stand between it and the two ends of the pair.
 
@@ -103,6 +114,7 @@ def _is_whole(host: nn.Module, keys: tuple[nn.Module, ...], value: nn.Module) ->
         if not (child in keys or child is value or idle or _is_activation(child)):
             return False
     return True
+
 
 def layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Name and ModuleList of the decoder layers: the outermost list whose layers hold the most FFNs.
@@ -127,12 +139,14 @@ def layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
         )
     return best[1], best[2]
 
+
 def _pairs(layer: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[nn.Module, ...], nn.Module]]:
     for name, host in layer.named_modules():
         if _has_activation(host):
             pair = _pair(host)
             if pair:
                 yield name, host, *pair
+
 
 def _experts(layer: nn.Module) -> str | None:
     """What shows that this layer mixes experts, or None. Attaching to one part of a mixture would be silently wrong."""
@@ -141,6 +155,7 @@ def _experts(layer: nn.Module) -> str | None:
             return f"{name} {tuple(parameter.shape)}"
     pairs = [name for name, *_ in _pairs(layer)]
     return ", ".join(pairs[:3]) if len(pairs) > 1 else None
+
 
 def find_ffns(model: nn.Module) -> list[FFN]:
     """Every feed-forward layer of the decoder, in order.
@@ -168,29 +183,31 @@ def find_ffns(model: nn.Module) -> list[FFN]:
         )
     return found
 
-def parse_layers(text: str | None, count: int) -> list[int]:
-    """Layer indices of `8-20,24` or `1-` (inclusive, from 0); None means all of `count`.
+
+def parse_ranges(text: str, count: int, option: str) -> list[int]:
+    """Indices of `8-20,24` or `1-` (inclusive, from 0) among `count`, in order.
 
     Raises:
-        ConfigError: not a list of ranges, or beyond the model's layers.
+        ConfigError: not a list of ranges, or beyond what there is.
     """
-    if text is None:
-        return list(range(count))
     chosen: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
+    for part in (part.strip() for part in text.split(",")):
+        first, dash, last = part.partition("-")
         if not first.isdigit() or (last and not last.isdigit()):
-            raise ConfigError(f"`{part.strip()}` is no layer and no range", where="--layers", hint="Such as 8-20,24 or 1-.")
+            raise ConfigError(f"`{part}` is no number and no range", where=option, hint="Such as 8-20,24 or 1-.")
         low = int(first)
         high = (int(last) if last else count - 1) if dash else low
         if low > high or high >= count:
-            hint = f"The model has layers 0 to {count - 1}."
-            raise ConfigError(f"`{part.strip()}` does not fit the model", where="--layers", hint=hint)
+            raise ConfigError(f"`{part}` is out of range", where=option, hint=f"There is 0 to {count - 1}.")
         chosen.update(range(low, high + 1))
     return sorted(chosen)
+
+
+def chosen_layers(model: nn.Module, text: str | None) -> list[int] | None:
+    """Decoder layers of a `--layers` option; None, which is all, where it was not given."""
+    return None if text is None else parse_ranges(text, len(layer_stack(model)[1]), "--layers")
+
 
 def parameter_total(model: nn.Module) -> int:
     """Number of parameters, tied ones once."""
     return sum(p.numel() for p in model.parameters())
-
-__all__ = ["FFN", "find_ffns", "layer_stack", "parameter_total", "parse_layers", "torch"]

@@ -35,7 +35,7 @@ def check_output_file(path: Path, overwrite: bool) -> None:
         raise ConfigError("the output file exists already", where=str(path), hint="Give another name, or --overwrite.")
 
 
-def _write(path: Path, write: Callable[[Path], None], matches: Callable[[Path], bool]) -> None:
+def _write(path: Path, write: Callable[[Path], object], matches: Callable[[Path], bool]) -> None:
     """Call `write` on a temporary name beside `path`; rename it only when `matches` finds there what was meant."""
     temporary = None
     try:
@@ -52,7 +52,9 @@ def _write(path: Path, write: Callable[[Path], None], matches: Callable[[Path], 
         temporary.chmod(0o666 & ~mask)
         temporary.replace(path)
     except OSError as error:
-        raise BracesError(f"cannot write: {error.strerror or error}", where=str(path), hint="Is the disk full?") from error
+        raise BracesError(
+            f"cannot write: {error.strerror or error}", where=str(path), hint="Is the disk full?"
+        ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -62,7 +64,7 @@ def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text, whole or not at all."""
     _write(
         path,
-        lambda temporary: temporary.write_text(text, encoding="utf-8", newline="") and None,
+        lambda temporary: temporary.write_text(text, encoding="utf-8", newline=""),
         lambda temporary: temporary.read_bytes() == text.encode(),
     )
 

@@ -127,7 +127,7 @@ def load_base(
         model.to(place)
     model.eval()
     commit = getattr(model.config, "_commit_hash", None)
-    return Base(model, tokenizer, where, commit or revision, _checkpoint_folder(where, revision, commit))
+    return Base(model, tokenizer, where, commit or revision, checkpoint_folder(where, commit or revision))
 
 
 def load_shape(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -162,7 +162,9 @@ def _folder_or_id(name: str) -> str:
             return str(path.resolve())
         if (path / "adapter_config.json").is_file():
             raise ModelError("this is an adapter, not a model", where=name, hint=f"Give it as --adapter {name}.")
-        raise ModelError("no model here: the folder has no config.json", where=name, hint="Give a model's folder or id.")
+        raise ModelError(
+            "no model here: the folder has no config.json", where=name, hint="Give a model's folder or id."
+        )
     if path.exists():
         raise ModelError("a model is a folder, this is a file", where=name, hint="Give the folder that holds it.")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
@@ -170,12 +172,13 @@ def _folder_or_id(name: str) -> str:
     return name
 
 
-def _checkpoint_folder(where: str, revision: str | None, commit: str | None) -> Path | None:
+def checkpoint_folder(where: str, revision: str | None) -> Path | None:
+    """Folder with the weight files of a model that was loaded from `where`, None where there is none."""
     if Path(where).is_dir():
         return Path(where)
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(where, "config.json", revision=commit or revision)
+    found = try_to_load_from_cache(where, "config.json", revision=revision)
     return Path(found).parent if isinstance(found, str) else None
 
 
@@ -188,7 +191,12 @@ def _reach(where: str, load: Callable[[], Any], what: str) -> Any:
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise _explain(where, error, what) from error
     except Exception as error:
-        if type(error).__module__.partition(".")[0] not in ("safetensors", "safetensors_rust", "huggingface_hub", "httpx"):
+        if type(error).__module__.partition(".")[0] not in (
+            "safetensors",
+            "safetensors_rust",
+            "huggingface_hub",
+            "httpx",
+        ):
             raise
         raise _explain(where, error, what) from error
 
@@ -202,7 +210,8 @@ def _explain(where: str, error: BaseException, what: str) -> ModelError:
     while link is not None and link not in chain:
         chain.append(link)
         link = link.__cause__ or link.__context__
-    status = next((e.response.status_code for e in chain if getattr(e, "response", None) is not None), None)
+    replies = [getattr(e, "response", None) for e in chain]
+    status = next((reply.status_code for reply in replies if reply is not None), None)
     if any(isinstance(e, hub.GatedRepoError) for e in chain) or status == 403:
         return ModelError(
             "this model is gated", where=where, hint=f"Ask for access at {page}, then set HF_TOKEN to your token."
@@ -231,4 +240,7 @@ def _explain(where: str, error: BaseException, what: str) -> ModelError:
 
 def _unreachable(chain: Sequence[BaseException]) -> bool:
     names = {kind.__name__ for e in chain for kind in type(e).__mro__}
-    return bool(names & {"ConnectionError", "ConnectError", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "TimeoutException"})
+    return bool(
+        names
+        & {"ConnectionError", "ConnectError", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "TimeoutException"}
+    )

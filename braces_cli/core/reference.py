@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,10 @@ def orthonormal_rows_ref(weight: Tensor) -> Tensor:
 
 
 def relevance_ref(h: Tensor, values: Tensor, projection: Tensor) -> Tensor:
-    """Relevance of every value vector to every token: h (..., d), values (d, d_ff), projection (d_r, d) -> (..., d_ff)."""
+    """Relevance of every value vector to every token, (..., d_ff).
+
+    h (..., d), values (d, d_ff), projection (d_r, d).
+    """
     return (h @ projection.mT) @ (projection @ values) / math.sqrt(len(projection))
 
 
@@ -57,7 +61,9 @@ def weights_ref(
 
 
 @contextmanager
-def reference(adapter: Adapter, conditions: dict[int, Sequence[tuple[Tensor, Tensor]]] | None = None) -> Iterator[nn.Module]:
+def reference(
+    adapter: Adapter, conditions: dict[int, Sequence[tuple[Tensor, Tensor]]] | None = None
+) -> Iterator[nn.Module]:
     """The adapter's model with the formula written out instead of the fast path; restores the fast path on leaving.
 
     Args:
@@ -66,13 +72,13 @@ def reference(adapter: Adapter, conditions: dict[int, Sequence[tuple[Tensor, Ten
     handles = []
     inputs: dict[int, Tensor] = {}
 
-    def keep(index: int):
+    def keep(index: int) -> Any:
         def hook(module: nn.Module, args: tuple) -> None:
             inputs[index] = args[0]
 
         return hook
 
-    def augment(index: int):
+    def augment(index: int) -> Any:
         ffn, brace = adapter.sites[index]
         terms = (conditions or {}).get(ffn.layer, ())
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,12 +49,12 @@ class _Gram(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, weight: Tensor, x: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, x: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
         return _gram(weight, x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[None, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         (weight,) = ctx.saved_tensors
         return None, _gram(weight, grad)
 
@@ -97,7 +98,6 @@ class RelevanceModule(nn.Module):
         super().__init__()
         self.rank = rank
         self.enabled = True
-        self.token_path = True
         if torch.device(device or "cpu").type == "meta":
             start = torch.empty(rank, hidden_size, device="meta")
         else:
@@ -107,8 +107,6 @@ class RelevanceModule(nn.Module):
         self.gate = nn.Parameter(torch.full((1,), GATE_INIT, device=device))
         # What steering adds to R h, in rank space: (d_r,) for all tokens, or (batch, 1, d_r), or (batch, tokens, d_r).
         self.shift: Tensor | None = None
-        # What is added to the FFN output where there is no token path (steering without an adapter): (d,).
-        self.constant: Tensor | None = None
         # Set where `weight` is known to be orthonormal already, so that R is `weight` itself, bit for bit.
         self._exact: int | None = None
         self._cache: tuple[tuple, Tensor, Tensor] | None = None
@@ -167,15 +165,15 @@ class RelevanceModule(nn.Module):
 
     def forward(self, output: Tensor, h: Tensor, values: Tensor) -> Tensor:
         """FFN output (..., d) plus what the adapter adds, for the FFN's input `h` (..., d) and W_V (d, d_ff)."""
-        if not self.token_path:
-            return output if self.constant is None else output + self.constant.to(output)
         down, up = self.factors(values, output.dtype)
         h = h.to(output.dtype)
-        shift = self.shift if self.shift is None else self.shift.to(output)
-        if shift is None or shift.ndim == 1:
-            ranked = F.linear(h, down, shift)
+        if self.shift is None:
+            ranked = F.linear(h, down)
+        elif self.shift.ndim == 1:
+            # A shift that all tokens share is the bias of the first product, and so costs nothing.
+            ranked = F.linear(h, down, self.shift.to(output))
         else:
-            ranked = F.linear(h, down) + shift
+            ranked = F.linear(h, down) + self.shift.to(output)
         # One fused multiply-add over flat tokens instead of a product and a sum.
         flat = torch.addmm(output.reshape(-1, output.shape[-1]), ranked.reshape(-1, self.rank), up.mT)
         return flat.view(output.shape)

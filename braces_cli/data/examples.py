@@ -53,7 +53,9 @@ def parts(row: Source) -> tuple[str, str | None]:
     if "instruction" in fields and "output" in fields:
         return instruction_prompt(_text(row, "instruction"), _text(row, "input")), _text(row, "output")
     found = ", ".join(map(str, fields)) or "none"
-    raise DataError(f"the row has none of the needed fields (keys found: {found})", where=row.where, hint=f"Wanted: {WANTED}.")
+    raise DataError(
+        f"the row has none of the needed fields (keys found: {found})", where=row.where, hint=f"Wanted: {WANTED}."
+    )
 
 
 def instruction_prompt(instruction: str, context: str = "") -> str:

@@ -60,7 +60,9 @@ def _decoded(rows: Iterator[Source], name: str) -> Iterator[Source]:
     try:
         yield from rows
     except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 (byte {error.start})", where=name, hint="Convert it, with iconv for one.") from error
+        raise DataError(
+            f"not UTF-8 (byte {error.start})", where=name, hint="Convert it, with iconv for one."
+        ) from error
 
 
 def _row(fields: Any, where: str) -> Source:
@@ -131,6 +133,8 @@ def _hub(name: str) -> Iterator[Source]:
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         hint = "Give a file, or a hub set as id, id:split or id:subset:split; a gated one needs HF_TOKEN."
-        raise DataError(f"no such file, and the hub set cannot be read: {first[:200]}", where=name, hint=hint) from error
+        raise DataError(
+            f"no such file, and the hub set cannot be read: {first[:200]}", where=name, hint=hint
+        ) from error
     for number, fields in enumerate(rows, 1):
         yield _row(fields, f"{name}, row {number}")

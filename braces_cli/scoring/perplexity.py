@@ -59,7 +59,12 @@ def _exp(value: float) -> float:
 
 
 def likelihoods(
-    model: Any, examples: Sequence[Encoded], pad_id: int, batch_size: int, report: Report = silent, stage: str = "scoring"
+    model: Any,
+    examples: Sequence[Encoded],
+    pad_id: int,
+    batch_size: int,
+    report: Report = silent,
+    stage: str = "scoring",
 ) -> list[Likelihood]:
     """Likelihood of each example's scored tokens, in the order given; logits are read in float32.
 
@@ -127,6 +132,7 @@ def text_likelihoods(
             windows.append(Encoded(part, [IGNORED, *part[1:]], False, False))
             owner.append(index)
     totals = [Likelihood()] * len(texts)
-    for index, part in zip(owner, likelihoods(model, windows, tokenizer.pad_token_id, batch_size, report), strict=True):
-        totals[index] += part
+    scored = likelihoods(model, windows, tokenizer.pad_token_id, batch_size, report)
+    for index, likelihood in zip(owner, scored, strict=True):
+        totals[index] += likelihood
     return totals

@@ -16,7 +16,9 @@ def model_card(config: AdapterConfig, result: dict[str, Any]) -> str:
     # A folder of somebody's disk is no model that the hub could link to.
     if not base.startswith(("/", "~")) and ":" not in base:
         header.append(f"base_model: {base}")
-    figures = [f"| {name.replace('_', ' ')} | {result[name]:.6g} |" for name in _FIGURES if result.get(name) is not None]
+    figures = [
+        f"| {name.replace('_', ' ')} | {result[name]:.6g} |" for name in _FIGURES if result.get(name) is not None
+    ]
     settings = [f"| {name.replace('_', ' ')} | {value} |" for name, value in config.training.items()]
     return "\n".join(
         [

@@ -27,7 +27,11 @@ from braces_cli.training.settings import TrainSettings
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run gave; the keys of `braces train --format json`. Times in seconds, memory in bytes, None: not measured."""
+    """What a run gave: the keys of `braces train --format json`.
+
+    Times in seconds, memory in bytes, None where not measured. `rows_truncated` were cut to the maximum length and
+    `rows_dropped` had no token to score.
+    """
 
     output_dir: str
     method: str
@@ -55,7 +59,7 @@ class TrainResult:
 
 
 def count_parameters(model: Any, settings: TrainSettings) -> dict[str, Any]:
-    """`trainable_parameters`, `condition_parameters`, `total_parameters`, `trainable_percent` for a model on any device."""
+    """`{trainable_parameters, condition_parameters, total_parameters, trainable_percent}`, on any device, meta too."""
     total = parameter_total(model)
     adapter = attach(model, settings.rank, settings.layers)
     trainable = adapter.parameter_count()
@@ -111,12 +115,8 @@ def run_training(
             steps=outcome.global_step,
             epochs=float(trainer.state.epoch or 0.0),
             train_loss=outcome.training_loss,
-            base_eval_loss=base and base.loss,
-            base_eval_perplexity=base and base.perplexity,
-            base_eval_perplexity_without_end=base and base.perplexity_without_end,
-            eval_loss=tuned and tuned.loss,
-            eval_perplexity=tuned and tuned.perplexity,
-            eval_perplexity_without_end=tuned and tuned.perplexity_without_end,
+            **_figures("base_eval", base),
+            **_figures("eval", tuned),
             seconds=seconds,
             tokens=trainer.tokens,
             tokens_per_second=trainer.tokens / seconds,
@@ -148,6 +148,14 @@ def _config(session: Session, adapter: Adapter, settings: TrainSettings) -> Adap
     )
 
 
+def _figures(prefix: str, measured: Likelihood | None) -> dict[str, Any]:
+    return {
+        f"{prefix}_loss": None if measured is None else measured.loss,
+        f"{prefix}_perplexity": None if measured is None else measured.perplexity,
+        f"{prefix}_perplexity_without_end": None if measured is None else measured.perplexity_without_end,
+    }
+
+
 def _measure(
     model: Any, examples: Examples | None, pad_id: int, batch_size: int, report: Report, stage: str
 ) -> Likelihood | None:
@@ -163,7 +171,9 @@ def _total(parts: Sequence[Likelihood]) -> Likelihood:
 
 def _check_finite(adapter: Adapter) -> None:
     if not all(bool(p.isfinite().all()) for _, p in adapter.named_parameters()):
-        raise BracesError("training diverged: the adapter holds numbers that are not finite", hint="Lower --lr or --gate-lr.")
+        raise BracesError(
+            "training diverged: the adapter holds numbers that are not finite", hint="Lower --lr or --gate-lr."
+        )
 
 
 def _reset_memory() -> None:
@@ -177,5 +187,3 @@ def _peak_memory() -> int:
         return int(torch.cuda.max_memory_allocated())
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-

@@ -49,7 +49,9 @@ class TrainSettings:
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"must be a positive number, not {getattr(self, name)}", where=_option(name))
         if self.schedule not in SCHEDULES:
-            raise ConfigError(f"no schedule `{self.schedule}`", where="--schedule", hint=f"One of {', '.join(SCHEDULES)}.")
+            raise ConfigError(
+                f"no schedule `{self.schedule}`", where="--schedule", hint=f"One of {', '.join(SCHEDULES)}."
+            )
 
 
 def _option(name: str) -> str:

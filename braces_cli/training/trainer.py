@@ -20,7 +20,13 @@ class BracesTrainer(Trainer):
     """A Trainer that optimises gates and projections, each at its own rate, and counts the tokens it has seen."""
 
     def __init__(
-        self, adapter: Adapter, settings: TrainSettings, examples: Sequence[Encoded], pad_id: int, folder: str, report: Report
+        self,
+        adapter: Adapter,
+        settings: TrainSettings,
+        examples: Sequence[Encoded],
+        pad_id: int,
+        folder: str,
+        report: Report,
     ) -> None:
         self._adapter = adapter
         self._settings = settings
@@ -29,7 +35,7 @@ class BracesTrainer(Trainer):
         super().__init__(
             model=model,
             args=_arguments(settings, folder, next(model.parameters()).device),
-            train_dataset=list(examples),  # type: ignore[arg-type]
+            train_dataset=list(examples),
             data_collator=lambda rows: pad_right(rows, pad_id),
             callbacks=[_Progress(report)],
         )
@@ -93,5 +99,3 @@ class _Progress(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._report(f"training{self._loss}", state.global_step, state.max_steps)
-
-

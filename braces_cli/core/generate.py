@@ -1,0 +1,148 @@
+"""Generate continuations in batches: left padding, KV cache, and one random stream for each text.
+
+Sampling draws from a stream of its own for every (seed, prompt index, sample), so a text depends neither on what else
+is in its batch nor on where a run was resumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from braces_cli.core.batches import pad_left
+from braces_cli.core.encode import context_length, decode_continuation, encode
+from braces_cli.core.errors import ConfigError
+
+logger = logging.getLogger("braces")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Attributes:
+        max_new_tokens: tokens of a continuation at most.
+        temperature: 0 is greedy.
+        top_p: keep the most likely tokens that together reach this probability.
+        top_k: keep this many of the most likely tokens; None keeps all.
+        seed: of all streams.
+    """
+
+    max_new_tokens: int = 50
+    temperature: float = 1.0
+    top_p: float = 0.9
+    top_k: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, ok in (
+            ("temperature", 0 <= self.temperature < float("inf")),
+            ("top_p", 0 < self.top_p <= 1),
+            ("top_k", self.top_k is None or self.top_k > 0),
+            ("max_new_tokens", self.max_new_tokens > 0),
+        ):
+            if not ok:
+                raise ConfigError(f"{getattr(self, name)} is out of range", where="--" + name.replace("_", "-"))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One text to generate: `sample` counts the texts of one prompt, `index` the prompts of a run."""
+
+    prompt: str
+    index: int
+    sample: int = 0
+
+
+def generate(model: Any, tokenizer: Any, jobs: Sequence[Job], sampling: Sampling) -> list[str]:
+    """Continuations of one batch of jobs, without their prompts, up to the end token.
+
+    Prompts too long for the model's context lose their beginning, with a warning.
+
+    Raises:
+        ConfigError: no room for a prompt beside `max_new_tokens`.
+    """
+    room = context_length(model, tokenizer) - sampling.max_new_tokens
+    if room < 1:
+        hint = f"The model takes {room + sampling.max_new_tokens} tokens, the prompt included."
+        raise ConfigError(f"{sampling.max_new_tokens} is too much", where="--max-new-tokens", hint=hint)
+    prompts = [encode(tokenizer, job.prompt).ids for job in jobs]
+    for row, ids in enumerate(prompts):
+        if len(ids) > room:
+            logger.warning("prompt %d has %d tokens; only the last %d fit", jobs[row].index, len(ids), room)
+            prompts[row] = ids[-room:]
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in pad_left(prompts, tokenizer.pad_token_id).items()}
+    ends = end_tokens(model, tokenizer)
+    processors = LogitsProcessorList()
+    if sampling.temperature > 0:
+        processors.append(_Draw(sampling, _uniforms(jobs, sampling), batch["input_ids"].shape[1]))
+    config = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        eos_token_id=ends,
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
+    )
+    with torch.no_grad():
+        output = model.generate(**batch, generation_config=config, logits_processor=processors)
+    new = output[:, batch["input_ids"].shape[1] :].tolist()
+    return [decode_continuation(tokenizer, ids, _until(row, ends)) for ids, row in zip(prompts, new, strict=True)]
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end a text, by the generation config and by the tokenizer."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    ids = named if isinstance(named, list) else [] if named is None else [named]
+    if tokenizer.eos_token_id is not None:
+        ids = [*ids, tokenizer.eos_token_id]
+    return sorted(set(ids))
+
+
+def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
+    return next((ids[:place] for place, token in enumerate(ids) if token in ends), ids)
+
+
+def _uniforms(jobs: Sequence[Job], sampling: Sampling) -> Tensor:
+    """One number in [0, 1) for each job and token, (jobs, max_new_tokens), float64."""
+    rows = []
+    for job in jobs:
+        key = hashlib.sha256(f"{sampling.seed}:{job.index}:{job.sample}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+        rows.append(torch.rand(sampling.max_new_tokens, dtype=torch.float64, generator=generator))
+    return torch.stack(rows)
+
+
+class _Draw(LogitsProcessor):
+    """Draw each row's token by inverting its distribution at its own number, so that greedy decoding picks it.
+
+    This keeps transformers' generation loop, with its caches and stops, but gives each row its own randomness.
+    """
+
+    def __init__(self, sampling: Sampling, uniforms: Tensor, prompt_length: int) -> None:
+        self._sampling = sampling
+        self._uniforms = uniforms
+        self._start = prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        step = input_ids.shape[1] - self._start
+        # Stable: tokens of equal probability keep their order, whatever the batch.
+        ordered, tokens = (scores.float() / self._sampling.temperature).sort(dim=-1, descending=True, stable=True)
+        if self._sampling.top_k is not None:
+            ordered[:, self._sampling.top_k :] = -torch.inf
+        mass = ordered.softmax(dim=-1).cumsum(dim=-1)
+        # A token is kept while those before it have not reached top_p; the first always is.
+        kept = (mass < self._sampling.top_p).sum(dim=-1).clamp(max=mass.shape[1] - 1)
+        reach = mass.gather(1, kept.unsqueeze(1))
+        goal = self._uniforms[:, step].to(mass).unsqueeze(1) * reach
+        place = torch.searchsorted(mass, goal, right=True).minimum(kept.unsqueeze(1))
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens.gather(1, place), 0.0)

@@ -1,0 +1,106 @@
+"""Steer: set the constant that attributes add at every layer, and say how strong a push it is.
+
+With an adapter, `s r_c` joins the relevance and the FFN output moves by s B (A h_c). Without one there is no token
+path, and the output moves by s * scale * W_V W_V^T p, the scale stored with the attribute. Attributes add up; s = 0 is
+no attribute at all, so the result is the same bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from braces_cli.core.adapter import Adapter
+from braces_cli.core.attributes import Attribute, gram_vector
+from braces_cli.core.errors import ConfigError
+from braces_cli.core.ffn import FFN
+from braces_cli.core.session import Session
+
+
+@dataclass(frozen=True)
+class Push:
+    """How far one layer is pushed: norm of the added vector over the median norm of the residual stream behind it."""
+
+    layer: int
+    share: float
+
+
+@contextmanager
+def steered(
+    session: Session, terms: Sequence[tuple[Attribute, float]], layers: Collection[int] | None = None
+) -> Iterator[list[Push]]:
+    """Steer the open model inside the `with` block; yields the push of each layer, none where nothing is added.
+
+    Args:
+        terms: attributes with their strengths s.
+        layers: decoder layers that are steered; None means all that can be.
+
+    Raises:
+        ConfigError: a strength that is no finite number.
+    """
+    for attribute, s in terms:
+        if not math.isfinite(s):
+            raise ConfigError(f"the strength of `{attribute.name}` is {s}", where="--s", hint="Give a finite number.")
+    active = [(attribute, s) for attribute, s in terms if s != 0]
+    with ExitStack() as stack:
+        if not active:
+            yield []
+        elif session.adapter is not None:
+            yield _shift(stack, session.adapter, active, layers)
+        else:
+            yield _add(stack, session.ffns, active, layers)
+
+
+def _shift(
+    stack: ExitStack, adapter: Adapter, terms: Sequence[tuple[Attribute, float]], layers: Collection[int] | None
+) -> list[Push]:
+    pushes = []
+    for ffn, brace in adapter.sites:
+        if layers is not None and ffn.layer not in layers:
+            continue
+        state, residual = _state(terms, ffn, scaled=False)
+        with torch.no_grad():
+            brace.shift = brace.projection() @ state.to(brace.weight)
+            _, up = brace.factors(ffn.value_matrix(), torch.float32)
+            moved = float((up @ brace.shift).norm())
+        stack.callback(setattr, brace, "shift", None)
+        pushes.append(Push(ffn.layer, moved / residual))
+    return pushes
+
+
+def _add(
+    stack: ExitStack, ffns: Sequence[FFN], terms: Sequence[tuple[Attribute, float]], layers: Collection[int] | None
+) -> list[Push]:
+    pushes = []
+    for ffn in ffns:
+        if layers is not None and ffn.layer not in layers:
+            continue
+        state, residual = _state(terms, ffn, scaled=True)
+        vector = gram_vector(ffn, state).to(ffn.value_matrix().device)
+        stack.callback(ffn.value.register_forward_hook(_adder(vector)).remove)
+        pushes.append(Push(ffn.layer, float(vector.norm()) / residual))
+    return pushes
+
+
+def _adder(vector: Tensor) -> Any:
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return output + vector.to(output)
+
+    return hook
+
+
+def _state(terms: Sequence[tuple[Attribute, float]], ffn: FFN, *, scaled: bool) -> tuple[Tensor, float]:
+    """Sum of s h_c (times each attribute's scale) at one layer, and the residual norm there."""
+    total = torch.zeros(ffn.hidden_size)
+    residual = 0.0
+    for attribute, s in terms:
+        row = attribute.layers.index(ffn.layer)
+        total += s * (float(attribute.scale[row]) if scaled else 1.0) * attribute.state[row]
+        residual = float(attribute.residual[row])
+    return total, residual
