@@ -1,0 +1,51 @@
+"""Every benchmark runs and prints the JSON that others read. Nothing here looks at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "recipes" / "bench"
+TARGETS = {
+    "training": {"train_step_vs_lora": 0.95, "train_step_vs_floor": 1.05, "train_memory_vs_lora": 1.0},
+    "forward": {"attached_vs_bare": 1.02, "attached_vs_bare_decode": 1.02},
+    "startup": {"help_vs_import": 3.0},
+}
+# The peak of a process can be reset, and so measured, under Linux only.
+LINUX_ONLY = {"train_memory_vs_lora"}
+
+
+def run(name: str, *argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(BENCH / f"{name}.py"), *argv], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", sorted(TARGETS))
+def test_a_benchmark_prints_one_document_with_its_ratios(name: str) -> None:
+    done = run(name, "--quick")
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert list(found) == ["machine", "settings", "ratios"]
+    expected = set(TARGETS[name]) - (set() if sys.platform == "linux" else LINUX_ONLY)
+    assert set(found["ratios"]) == expected
+    for ratio_name, ratio in found["ratios"].items():
+        assert set(ratio) == {"value", "target", "spread"}
+        assert ratio["target"] == TARGETS[name][ratio_name]
+        low, high = ratio["spread"]
+        assert 0 < low <= ratio["value"] <= high < math.inf
+    assert found["settings"]["quick"] is True
+    # A document that people pass on tells nothing about where it was made.
+    for private in (str(BENCH.parents[1]), sys.prefix):
+        assert private not in done.stdout
+
+
+@pytest.mark.parametrize("name", sorted(TARGETS))
+def test_too_few_repeats_are_refused(name: str) -> None:
+    done = run(name, "--repeats", "3")
+    assert done.returncode == 2
+    assert "--repeats" in done.stderr
