@@ -74,6 +74,13 @@ def decode_continuation(tokenizer: Any, prompt_ids: list[int], new_ids: list[int
     return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(new_ids, skip_special_tokens=True)
 
 
+def token_text(tokenizer: Any, token_id: int) -> str:
+    """One token as it reads in the middle of a text, with the space in front that decoding it alone can lose."""
+    text: str = tokenizer.decode([token_id])
+    piece = tokenizer.convert_ids_to_tokens(token_id)
+    return f" {text}" if str(piece).startswith("▁") and not text.startswith(" ") else text
+
+
 def context_length(model: Any, tokenizer: Any) -> int:
     """Tokens that the model takes at once, as its config or else its tokenizer says; 2,048 where neither does."""
     config = model.config.get_text_config()

@@ -173,7 +173,9 @@ class RelevanceModule(nn.Module):
             # A shift that all tokens share is the bias of the first product, and so costs nothing.
             ranked = F.linear(h, down, self.shift.to(output))
         else:
-            ranked = F.linear(h, down) + self.shift.to(output)
+            ranked = F.linear(h, down)
+            # OPT flattens (batch, tokens, d) before its FFN; the shift knows how many examples there are.
+            ranked = ranked.view(len(self.shift), -1, self.rank) + self.shift.to(output)
         # One fused multiply-add over flat tokens instead of a product and a sum.
         flat = torch.addmm(output.reshape(-1, output.shape[-1]), ranked.reshape(-1, self.rank), up.mT)
         return flat.view(output.shape)

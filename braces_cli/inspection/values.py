@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from braces_cli.core.encode import token_text
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.progress import Report, silent
 from braces_cli.core.session import Session
@@ -52,7 +53,7 @@ def value_tokens(
             report("reading value vectors", done, total)
             for index, values, ids in zip(block.tolist(), best.values.tolist(), best.indices.tolist(), strict=True):
                 tokens = [
-                    {"id": id_, "token": tokenizer.decode([id_]), "score": value}
+                    {"id": id_, "token": token_text(tokenizer, id_), "score": value}
                     for id_, value in zip(ids, values, strict=True)
                 ]
                 yield {"layer": ffn.layer, "index": index, "tokens": tokens}

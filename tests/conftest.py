@@ -1,0 +1,135 @@
+"""What every test may use: tiny models built from configs, a small tokenizer, and ../shared where it is there."""
+
+from __future__ import annotations
+
+import os
+
+# No test may reach for a hub; set before anything imports huggingface_hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+# Tiny matrices: a second thread costs more than it brings.
+torch.set_num_threads(1)
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
+GATED = {**SIZES, "intermediate_size": 52, "num_key_value_heads": 2}
+# The nine architectures of the first release: config class and its sizes. Odd widths stand beside round ones.
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", GATED),
+    "qwen2": ("Qwen2Config", GATED),
+    "qwen3": ("Qwen3Config", {**GATED, "head_dim": 8}),
+    "mistral": ("MistralConfig", GATED),
+    "gemma": ("GemmaConfig", {**GATED, "head_dim": 8}),
+    "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 52, "vocab_size": 96, "n_positions": 64}),
+    "gpt_neox": ("GPTNeoXConfig", {**SIZES, "intermediate_size": 52}),
+    "opt": ("OPTConfig", {**SIZES, "ffn_dim": 52, "word_embed_proj_dim": 32}),
+    "phi": ("PhiConfig", {**SIZES, "intermediate_size": 52}),
+}
+
+
+def tiny_model(name: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Any:
+    """A tiny random causal LM of one architecture, in eval mode.
+
+    Norms and biases are drawn too: at their initial 1 and 0 a slip in either would not show.
+    """
+    import transformers
+
+    kind, sizes = ARCHITECTURES[name]
+    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    config = getattr(transformers, kind)(**{**sizes, **special, **overrides})
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            else:
+                parameter.mul_(4)  # the usual 0.02 leaves FFN outputs too small to tell right from wrong
+    return model.to(dtype).eval()
+
+
+def open_gates(adapter: Any, seed: int = 1) -> None:
+    """Make an adapter do something: gates half open, and a projection that is not orthonormal yet."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, brace in adapter.sites:
+            brace.gate.copy_(torch.randn(1, generator=generator))
+            noise = torch.randn(brace.weight.shape, generator=generator)
+            brace.weight.copy_(1.5 * brace.weight + 0.1 * noise.to(brace.weight))
+
+
+def tiny_tokenizer() -> Any:
+    """A byte-level BPE over a few sentences: 96 tokens at most, start token in front, padding of its own."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = list(" abcdefghijklmnopqrstuvwxyz.,?!:'\"ABCDEQ0123456789\n")
+    trainer = trainers.BpeTrainer(
+        vocab_size=96,
+        special_tokens=["<s>", "</s>", "<unk>"],
+        initial_alphabet=[pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(c)[0][0] for c in alphabet],
+    )
+    tokenizer.train_from_iterator(["the film is good and the end is sad", "a happy day in the old town"] * 4, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+    )
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny Llama and its tokenizer, as `--model` takes it."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    tiny_model("llama", max_position_embeddings=128, vocab_size=96).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and models beside the checkout; tests that need it say so and skip without it."""
+    if not (SHARED / "models" / "stories260K").is_dir():
+        pytest.skip("NOT TESTED ON REAL DATA: there is no ../shared with models/stories260K beside this checkout")
+    return SHARED
+
+
+@pytest.fixture
+def session(model_dir: Path) -> Any:
+    """An open tiny Llama, fresh for each test."""
+    from braces_cli.core.session import LoadOptions, open_session
+
+    return open_session(str(model_dir), None, LoadOptions(device="cpu"))
+
+
+@pytest.fixture
+def adapter_dir(session: Any, tmp_path: Path) -> Path:
+    """The folder of an adapter of `model_dir` that does something."""
+    return make_adapter(session, tmp_path / "adapter")
+
+
+def make_adapter(session: Any, folder: Path, rank: int = 4, seed: int = 1) -> Path:
+    """Save an adapter with open gates and leave the session's model bare."""
+    from braces_cli.core.adapter import AdapterConfig, attach
+    from braces_cli.core.models import tokenizer_hashes
+
+    base = session.base
+    adapter = attach(base.model, rank)
+    open_gates(adapter, seed)
+    config = AdapterConfig(
+        base.name, rank, adapter.layers, base.fingerprint(session.ffns), tokenizer=tokenizer_hashes(base.tokenizer)
+    )
+    adapter.save(folder, config, "# test\n")
+    adapter.detach()
+    return folder

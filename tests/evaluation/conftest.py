@@ -1,0 +1,81 @@
+"""A tiny Llama with a tokenizer built here, saved as a folder, so that no test here needs a download."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+SHARED = Path(__file__).parents[3] / "shared"
+STORIES = SHARED / "models" / "stories260K"
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random two-layer Llama; its tokenizer knows bytes only and puts `<s>` in front."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(["<s>", "</s>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocab), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=2048, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_adapter(tmp_path_factory: pytest.TempPathFactory):
+    """Save an adapter of a base folder, its gates open so that it changes the scores."""
+
+    def make(base_folder: Path, seed: int = 0) -> Path:
+        from braces_cli.core.adapter import AdapterConfig, attach
+        from braces_cli.core.models import load_base, tokenizer_hashes
+
+        base = load_base(str(base_folder))
+        adapter = attach(base.model, 4, seed=seed)
+        with torch.no_grad():
+            for _, brace in adapter.sites:
+                brace.gate.fill_(5.0)
+        folder = tmp_path_factory.mktemp("adapter") / f"seed{seed}"
+        config = AdapterConfig(
+            base.name, 4, adapter.layers, base.fingerprint(), tokenizer=tokenizer_hashes(base.tokenizer)
+        )
+        adapter.save(folder, config, "card")
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def write_jsonl(tmp_path: Path):
+    def write(name: str, rows: list) -> Path:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def stories() -> Path:
+    """The shared 260K model; skips where this checkout has no ../shared beside it."""
+    if not (STORIES / "config.json").is_file():
+        pytest.skip("NOT CHECKED: no ../shared/models/stories260K beside this checkout")
+    return STORIES
