@@ -93,6 +93,13 @@ def _has_activation(module: nn.Module) -> bool:
     return any(map(_is_activation, module.children())) or any(map(_is_activation, vars(module).values()))
 
 
+def _mixes_tokens(host: nn.Module) -> bool:
+    """A state-space mixer (Mamba) has an activation between two projections, too; its convolution and its own state
+    parameters tell that it is no FFN."""
+    own = any(True for _ in host.parameters(recurse=False))
+    return own or any(isinstance(child, nn.Conv1d) for child in host.children())
+
+
 def _pair(host: nn.Module) -> tuple[tuple[nn.Module, ...], nn.Module] | None:
     """The (keys, value) among the direct children of `host`, or None."""
     linears = [child for child in host.children() if _is_linear(child)]
@@ -142,7 +149,7 @@ def layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def _pairs(layer: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[nn.Module, ...], nn.Module]]:
     for name, host in layer.named_modules():
-        if _has_activation(host):
+        if _has_activation(host) and not _mixes_tokens(host):
             pair = _pair(host)
             if pair:
                 yield name, host, *pair
