@@ -70,8 +70,8 @@ def _ours(folder: Path, names: list[str], data: list[str], limit: int, shots: in
 
 
 @pytest.mark.parametrize(("name", "shots"), [*((name, None) for name in FILES), ("triviaqa", 1)])
-def test_the_base_scores_what_lm_eval_scores_document_by_document(stories, tmp_path, monkeypatch, name, shots):
-    file = stories.parents[1] / "data" / FILES[name]
+def test_the_base_scores_what_lm_eval_scores_document_by_document(shared, tmp_path, monkeypatch, name, shots):
+    stories, file = shared / "models" / "stories260K", shared / "data" / FILES[name]
     limit = 4
     result, found = _ours(stories, [name], [f"{name}={file}"], limit, shots, monkeypatch)
     expected = _direct(stories, name, file, limit, shots, tmp_path)

@@ -80,7 +80,7 @@ def test_a_bad_popqa_file_is_refused(tmp_path, content, words):
     ({"question": "Q?"}, "fields mc1_targets.choices, mc1_targets.labels"),
     ({"question": "Q?", "mc1_targets": {"choices": ["a"]}}, "Found: question, mc1_targets{choices}"),
     ({"question": "Q?", "mc1_targets": {"choices": ["a"], "labels": [1, 0]}}, "1 choices and 2 labels"),
-    ({"question": "Q?", "mc1_targets": {"choices": ["a", "b"], "labels": [0, 1]}}, "first choice must be the right one"),
+    ({"question": "Q?", "mc1_targets": {"choices": ["a", "b"], "labels": [0, 1]}}, "first choice must be the right"),
 ])  # fmt: skip
 def test_a_bad_truthfulqa_row_is_refused_wherever_it_stands(write_jsonl, row, words):
     path = write_jsonl("mc.jsonl", [MC, row])
