@@ -159,13 +159,21 @@ def test_a_changed_file_is_read_anew(tiny_folder, write_jsonl):
     assert run_evaluation(str(tiny_folder), [], CPU, settings)["systems"][0]["results"]["popqa"]["acc"]["n"] == 4
 
 
-def test_a_document_is_never_an_example_of_itself(tiny_folder, write_jsonl, monkeypatch):
-    data = [f"popqa={write_jsonl('p.jsonl', _popqa(4))}"]
-    _, found = _ours(tiny_folder, ["popqa"], data, 4, 3, monkeypatch)
-    for sample in found["samples"]["popqa"]:
+@pytest.mark.parametrize("name", ["popqa", "mmlu_anatomy"])  # the second has its examples in another split
+def test_a_document_is_never_an_example_of_itself(tiny_folder, write_jsonl, monkeypatch, name):
+    rows = [{**row, "choices": ["a", "b", "c", "d"], "answer": 1} for row in _popqa(4)]
+    _, found = _ours(tiny_folder, [name], [f"{name}={write_jsonl('p.jsonl', rows)}"], 4, 3, monkeypatch)
+    for sample in found["samples"][name]:
         prompt = sample["arguments"][0][0]
-        assert prompt.count("Q: ") == 4
+        assert prompt.count("What is ") == 4
         assert prompt.count(sample["doc"]["question"]) == 1
+
+
+def test_popqa_asks_as_its_authors_do(tiny_folder, write_jsonl, monkeypatch):
+    _, found = _ours(tiny_folder, ["popqa"], [f"popqa={write_jsonl('p.jsonl', _popqa(1))}"], 1, None, monkeypatch)
+    prompt, settings = found["samples"]["popqa"][0]["arguments"][0]
+    assert prompt == "Q: What is 0? A:"
+    assert (settings["max_gen_toks"], settings["until"], settings["do_sample"]) == (15, ["\n"], False)
 
 
 def test_an_adapter_that_does_not_fit_fails_before_the_base_is_measured(
