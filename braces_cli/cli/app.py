@@ -3,9 +3,8 @@
 Importing the commands is cheap, because each of them imports what it needs (torch, transformers, ...) in its body.
 """
 
-from __future__ import annotations
-
 import itertools
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -56,14 +55,17 @@ def braces(
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the code of DESIGN: 0, 1, 2, 3, 4, 130 or 143."""
     args = list(sys.argv[1:] if argv is None else argv)
+    signal.signal(signal.SIGTERM, _terminate)
     try:
-        code = app(args=args, standalone_mode=False)
+        code = 0 if _help(args) else app(args=args, standalone_mode=False)
     except BracesError as error:
         code = _fail(args, error.exit_code, error.message, error.where, error.hint)
     except _CallError as error:
         code = _call_error(args, error)
-    except (KeyboardInterrupt, typer.Abort):
-        code = _fail(args, 130, "interrupted", None, None)
+        if code == 130:  # typer's word for Ctrl-C
+            _fail(args, 130, "interrupted", None, None)
+    except _Terminated:
+        code = _fail(args, 143, "terminated", None, None)
     except BrokenPipeError:
         # The reader of our pipe has gone (`| head`): nothing to say, and nothing to say it to.
         sys.stdout = None
@@ -74,6 +76,34 @@ def main(argv: Sequence[str] | None = None) -> None:
         what = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
         code = _fail(args, 1, what, None, "This is a fault of braces; --debug shows where.")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+class _Terminated(BaseException):
+    """SIGTERM: unwinds everything, is caught by nothing but `main`."""
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise _Terminated
+
+
+def _help(args: list[str]) -> bool:
+    """Print the help that `COMMAND ... --help` asks for, if that is all of the call.
+
+    Parsing even this one flag makes typer import pydantic, which takes as long as importing typer and rich.
+    """
+    if not args or args[-1] not in ("-h", "--help"):
+        return False
+    command: Any = typer.main.get_command(app)
+    context = typer.Context(command, info_name="braces")
+    for name in args[:-1]:
+        name = name.replace("_", "-")
+        command = command.commands.get(name) if hasattr(command, "commands") else None
+        if command is None:
+            return False
+        context = typer.Context(command, info_name=name, parent=context)
+    # With Rich markup, get_help prints by itself and returns nothing.
+    print(command.get_help(context), end="")
+    return True
 
 
 def _call_error(args: list[str], error: Any) -> int:

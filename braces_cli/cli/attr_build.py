@@ -1,7 +1,5 @@
 """`braces attr-build`: words -> an attribute file."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

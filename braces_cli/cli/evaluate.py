@@ -1,7 +1,5 @@
 """`braces eval`: score a base and its adapters side by side."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Annotated, Any

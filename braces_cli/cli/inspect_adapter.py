@@ -1,7 +1,5 @@
 """`braces inspect`: the summary, and what its subcommands show."""
 
-from __future__ import annotations
-
 from itertools import islice
 from typing import Annotated, Any
 

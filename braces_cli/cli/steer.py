@@ -1,7 +1,5 @@
 """`braces steer`: generate text, with or without an adapter, pushed along attributes."""
 
-from __future__ import annotations
-
 import sys
 from itertools import chain
 from pathlib import Path
@@ -114,7 +112,7 @@ def _rows(
         yield from steer_texts(session, texts, asked, sampling, **sizes, report=report)
 
 
-def _note(asked: dict[str, float], pushes: list[Push]) -> None:
+def _note(asked: dict[str, float], pushes: "list[Push]") -> None:
     """One line on stderr, so that nobody wonders why nothing happens."""
     import logging
 

@@ -1,7 +1,5 @@
 """`braces train`: fine-tune an adapter."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +28,7 @@ def train(
     rank: Annotated[int, typer.Option("--rank", min=1, help="Rank of the relevance projection.")] = 16,
     layers: o.Layers = None,
     lr: Annotated[float, typer.Option("--lr", help="Peak learning rate of the projections.")] = 3e-3,
-    gate_lr: Annotated[float, typer.Option("--gate-lr", help="Peak learning rate of the gates.")] = 3e-2,
+    gate_lr: Annotated[float, typer.Option("--gate-lr", help="Peak learning rate of the gates.")] = 1e-1,
     epochs: Annotated[float, typer.Option("--epochs", help="Passes over the data.")] = 1.0,
     max_steps: Annotated[
         int | None, typer.Option("--max-steps", min=1, help="Optimizer steps; beats --epochs.")
@@ -85,33 +83,27 @@ def train(
 def _run(
     ctx: typer.Context, own: dict[str, Any], data: list[str], eval_data: list[str] | None, folder: Path, report: Any
 ) -> dict[str, Any]:
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from braces_cli.core.encode import context_length
     from braces_cli.core.ffn import chosen_layers
-    from braces_cli.core.models import load_tokenizer
+    from braces_cli.core.models import load_shape, load_tokenizer
     from braces_cli.core.session import open_session
     from braces_cli.data.examples import read_examples
-    from braces_cli.training.run import run_training
+    from braces_cli.training.run import count_parameters, run_training
     from braces_cli.training.settings import TrainSettings
 
     params = ctx.params
-    # The data first: a broken row should show before minutes of loading weights.
-    tokenizer = load_tokenizer(
-        params["model"], revision=params["revision"], trust_remote_code=params["trust_remote_code"]
-    )
-    length = own["max_length"]
-    train_set = read_examples(data, tokenizer, length, report)
-    eval_set = read_examples(eval_data, tokenizer, length, report) if eval_data else None
-
+    # What can be wrong is looked at before minutes of loading weights: rank and layers on the bare shape, then rows.
+    code = params["trust_remote_code"]
+    shape = load_shape(params["model"], revision=params["revision"], trust_remote_code=code)
+    settings = TrainSettings(**own, layers=chosen_layers(shape, params["layers"]))
+    count_parameters(shape, settings)
+    tokenizer = load_tokenizer(params["model"], revision=params["revision"], trust_remote_code=code)
+    settings = replace(settings, max_length=min(settings.max_length, context_length(shape, tokenizer)))
+    train_set = read_examples(data, tokenizer, settings.max_length, report)
+    eval_set = read_examples(eval_data, tokenizer, settings.max_length, report) if eval_data else None
     session = open_session(params["model"], None, o.load_options(ctx))
-    context = context_length(session.base.model, tokenizer)
-    if length > context:
-        own = {**own, "max_length": context}
-        train_set = read_examples(data, tokenizer, context, report)
-        eval_set = read_examples(eval_data, tokenizer, context, report) if eval_data else None
-    layers = chosen_layers(session.base.model, params["layers"])
-    settings = TrainSettings(**own, layers=layers)
     return asdict(run_training(session, train_set, eval_set, settings, folder, report))
 
 

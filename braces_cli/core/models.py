@@ -167,7 +167,7 @@ def _folder_or_id(name: str) -> str:
         )
     if path.exists():
         raise ModelError("a model is a folder, this is a file", where=name, hint="Give the folder that holds it.")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
+    if not name or name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
         raise ModelError("no such model folder", where=name or "--model", hint="Give a folder or a hub id.")
     return name
 

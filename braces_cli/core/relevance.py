@@ -22,7 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 GATE_INIT = -5.0
-# Columns of W_V that are cast to float32 at a time: bounds the temporary copy of a bfloat16 value matrix.
+# Columns of W_V that are cast to float32 at a time. On a CPU a block and its copy stay in the cache (three times faster
+# than large blocks at Qwen2.5-1.5B shapes); elsewhere few launches count.
+_BLOCK_CPU = 256
 _BLOCK = 4096
 
 
@@ -62,11 +64,12 @@ class _Gram(torch.autograd.Function):
 def _gram(weight: Tensor, x: Tensor) -> Tensor:
     if weight.dtype == x.dtype:
         return weight @ (weight.mT @ x)
-    total = torch.zeros_like(x)
-    for block in weight.split(_BLOCK, dim=1):
+    rows = x.mT
+    total = torch.zeros_like(rows, memory_format=torch.contiguous_format)
+    for block in weight.split(_BLOCK_CPU if weight.device.type == "cpu" else _BLOCK, dim=1):
         block = block.to(x.dtype)
-        total.addmm_(block, block.mT @ x)
-    return total
+        total.addmm_(rows @ block, block.mT)
+    return total.mT
 
 
 def gram(weight: Tensor, x: Tensor) -> Tensor:

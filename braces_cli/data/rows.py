@@ -41,7 +41,8 @@ def read_rows(name: str) -> Iterator[Source]:
         raise DataError(what, where=name, hint=f"Give a file ({', '.join(READABLE)}) or the id of a hub set.")
     if path.stat().st_size == 0:
         raise DataError("the file is empty", where=name, hint="Give a file with at least one row.")
-    reader = {".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}.get(path.suffix)
+    readers = {".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
+    reader = readers.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"cannot read `{path.suffix or 'no'}` files", where=name, hint=f"Use {', '.join(READABLE)}.")
     return _never_empty(_decoded(reader(path), name), name)
@@ -85,13 +86,18 @@ def _json_lines(path: Path) -> Iterator[Source]:
 
 
 def _json(path: Path) -> Iterator[Source]:
+    text = path.read_text(encoding="utf-8-sig")
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = json.loads(text)
     except json.JSONDecodeError as error:
-        hint = "JSON Lines (one object a line) goes into a file called .jsonl."
+        # Many a `.json` file is JSON Lines: a whole object on its first line, and more behind it.
+        if error.msg == "Extra data" and "\n" not in text[: error.pos].strip():
+            yield from _json_lines(path)
+            return
+        hint = "Write a list of objects, or one object a line."
         raise DataError(f"broken JSON: {error.msg}", where=f"{path}:{error.lineno}", hint=hint) from error
     if not isinstance(value, list):
-        raise DataError("not a list of rows", where=str(path), hint="Write [{...}, {...}], or JSON Lines as .jsonl.")
+        value = [value]
     for number, fields in enumerate(value, 1):
         yield _row(fields, f"{path}, row {number}")
 

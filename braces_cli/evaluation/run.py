@@ -16,7 +16,7 @@ from braces_cli.core.session import LoadOptions, Session, adapter_folder, base_n
 from braces_cli.core.versions import versions
 from braces_cli.evaluation import catalog, harness, perplexity
 from braces_cli.evaluation.significance import p_value
-from braces_cli.evaluation.task_data import check_fields, parse_task_data, read_rows, read_texts, write_override
+from braces_cli.evaluation.task_data import check_fields, parse_task_data, read_task_rows, read_texts, write_override
 
 logger = logging.getLogger("braces")
 
@@ -89,7 +89,7 @@ def check_settings(settings: EvalSettings) -> tuple[catalog.Selection, dict[str,
         if name == perplexity.NAME:
             rows[name] = read_texts(file)
         else:
-            rows[name] = read_rows(file)
+            rows[name] = read_task_rows(file)
             check_fields(name, rows[name])
     return selection, files, rows
 

@@ -14,10 +14,9 @@ from typing import Any
 import yaml
 
 from braces_cli.core.errors import ConfigError, DataError, near_misses
+from braces_cli.data.rows import Source, read_rows
 from braces_cli.evaluation.perplexity import NAME as PERPLEXITY
 from braces_cli.evaluation.popqa import possible_answers
-
-KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 # What a row must hold, by task; `a.b` is the field b of the mapping a. lm-eval itself only says which template failed.
 FIELDS: dict[str, tuple[str, ...]] = {
@@ -29,8 +28,6 @@ FIELDS: dict[str, tuple[str, ...]] = {
     PERPLEXITY: ("text",),
 }
 _LISTS = {"choices", "labels", "aliases", "correct_answers", "incorrect_answers"}
-
-Row = tuple[dict[str, Any], str]  # fields, and `file:line` or `file, row N` where the format has no lines
 
 
 def parse_task_data(values: Sequence[str], known: Iterable[str]) -> dict[str, Path]:
@@ -54,21 +51,15 @@ def parse_task_data(values: Sequence[str], known: Iterable[str]) -> dict[str, Pa
     return files
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_task_rows(path: Path) -> list[Source]:
     """Rows of a JSON Lines, JSON, CSV, TSV or Parquet file.
 
     Raises:
         DataError: missing, empty, of another kind, or broken (with its line where the format has lines).
     """
-    _check_file(path)
-    kind = path.suffix.lower()
-    reader = {".jsonl": _json_lines, ".json": _json, ".csv": _table, ".tsv": _table, ".parquet": _parquet}.get(kind)
-    if reader is None:
-        raise DataError(f"cannot read `{kind or 'no'}` files", where=str(path), hint=f"Use {', '.join(KINDS)}.")
-    rows = reader(path)
-    if not rows:
-        raise DataError("no rows", where=str(path), hint="Give a file with at least one row.")
-    return rows
+    if not path.is_file():
+        raise _no_file(path)
+    return list(read_rows(str(path)))
 
 
 def read_texts(path: Path) -> list[str]:
@@ -78,26 +69,31 @@ def read_texts(path: Path) -> list[str]:
         DataError: as `read_rows`, or a row without `text`, or nothing but blanks.
     """
     if path.suffix.lower() == ".txt":
-        _check_file(path)
-        texts = _text(path).split("\n")
+        if not path.is_file():
+            raise _no_file(path)
+        try:
+            texts = path.read_text(encoding="utf-8-sig").split("\n")
+        except UnicodeDecodeError as error:
+            raise DataError(f"not UTF-8 (byte {error.start})", where=str(path), hint="Save it as UTF-8.") from error
     else:
-        rows = read_rows(path)
+        rows = read_task_rows(path)
         check_fields(PERPLEXITY, rows)
-        texts = [fields["text"] for fields, _ in rows]
+        texts = [row.fields["text"] for row in rows]
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise DataError("no text but blanks", where=str(path), hint="Give a document a line, or rows with `text`.")
     return texts
 
 
-def check_fields(task: str, rows: Sequence[Row]) -> None:
+def check_fields(task: str, rows: Sequence[Source]) -> None:
     """Hold every row to what the task reads; a task that is not in `FIELDS` is left to lm-eval.
 
     Raises:
         DataError: a missing field, named with those that were found, or one of the wrong kind.
     """
     needed = FIELDS.get(task, ())
-    for fields, where in rows:
+    for row in rows:
+        fields, where = row.fields, row.where
         _unpack(fields, needed)
         missing = [name for name in needed if _get(fields, name) is None]
         if missing:
@@ -111,7 +107,7 @@ def check_fields(task: str, rows: Sequence[Row]) -> None:
             raise DataError(f"{task}: {problem}", where=where, hint=f"A row holds {', '.join(needed)}.")
 
 
-def write_override(entry: Any, rows: Sequence[Row], folder: Path) -> None:
+def write_override(entry: Any, rows: Sequence[Source], folder: Path) -> None:
     """Write into `folder` the rows and a definition of the task `entry` that reads them.
 
     The split that few-shot examples come from is named as the test split, whatever it was: both are the same rows
@@ -148,89 +144,9 @@ def write_override(entry: Any, rows: Sequence[Row], folder: Path) -> None:
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(override), encoding="utf-8")
 
 
-def _check_file(path: Path) -> None:
-    if not path.is_file():
-        what = "this is a folder, not a file" if path.is_dir() else "no such file"
-        raise DataError(what, where=str(path), hint="Check --task-data NAME=FILE.")
-    if path.stat().st_size == 0:
-        raise DataError("the file is empty", where=str(path), hint="Give a file with at least one row.")
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 (byte {error.start})", where=str(path), hint="Save the file as UTF-8.") from error
-    except OSError as error:
-        raise DataError(f"cannot read: {error.strerror}", where=str(path), hint="Check --task-data.") from error
-
-
-def _json_lines(path: Path) -> list[Row]:
-    rows: list[Row] = []
-    for number, line in enumerate(_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            fields = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"not JSON: {error}", where=where, hint="Write one JSON object a line.") from error
-        if not isinstance(fields, dict):
-            raise DataError("not a JSON object", where=where, hint='Write {"field": value, ...}.')
-        rows.append((fields, where))
-    return rows
-
-
-def _json(path: Path) -> list[Row]:
-    text = _text(path)
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        # Many a `.json` file is JSON Lines.
-        if error.msg == "Extra data" and text[: error.pos].strip().count("\n") == 0:
-            return _json_lines(path)
-        raise DataError(
-            f"not JSON: {error}", where=f"{path}:{error.lineno}", hint="Write a list of objects."
-        ) from error
-    if isinstance(value, dict) and isinstance(value.get("data"), list):
-        value = value["data"]
-    elif isinstance(value, dict):
-        value = [value]
-    if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
-        raise DataError("not a list of objects", where=str(path), hint='Write [{"field": value, ...}, ...].')
-    return [(fields, f"{path}, row {number}") for number, fields in enumerate(value, 1)]
-
-
-def _table(path: Path) -> list[Row]:
-    import io
-
-    import pandas
-
-    separator = "\t" if path.suffix.lower() == ".tsv" else ","
-    try:
-        # Cells such as `NA` and `None` are answers, not gaps.
-        frame = pandas.read_csv(io.StringIO(_text(path)), sep=separator, keep_default_na=False)
-    except ValueError as error:
-        raise DataError(
-            f"not a table: {error}".strip(), where=str(path), hint="Check the separators and quotes."
-        ) from error
-    return _numbered(path, frame.to_dict(orient="records"))
-
-
-def _parquet(path: Path) -> list[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return _numbered(path, pyarrow.parquet.read_table(path).to_pylist())
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(
-            f"not Parquet: {error}", where=str(path), hint="The file is damaged or of another kind."
-        ) from error
-
-
-def _numbered(path: Path, rows: Iterable[dict[Any, Any]]) -> list[Row]:
-    return [({str(k): v for k, v in row.items()}, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
+def _no_file(path: Path) -> DataError:
+    what = "this is a folder, not a file" if path.is_dir() else "no such file"
+    return DataError(what, where=str(path), hint="Check --task-data NAME=FILE.")
 
 
 def _unpack(fields: dict[str, Any], needed: Sequence[str]) -> None:
@@ -280,16 +196,16 @@ def _problem(task: str, fields: dict[str, Any], needed: Sequence[str]) -> str | 
     return None
 
 
-def _write_parquet(rows: Sequence[Row], path: Path) -> None:
+def _write_parquet(rows: Sequence[Source], path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    names = dict.fromkeys(name for fields, _ in rows for name in fields)
-    columns = {name: _column([fields.get(name) for fields, _ in rows]) for name in names}
+    names = dict.fromkeys(name for row in rows for name in row.fields)
+    columns = {name: _column([row.fields.get(name) for row in rows]) for name in names}
     try:
         pyarrow.parquet.write_table(pyarrow.table(columns), path)
     except pyarrow.ArrowException as error:
-        where = rows[0][1].partition(", row")[0]
+        where = rows[0].where.partition(", row")[0]
         raise DataError(
             f"the rows fit no table: {error}", where=where, hint="Give one kind of value a field."
         ) from error

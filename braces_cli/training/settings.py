@@ -33,7 +33,7 @@ class TrainSettings:
     rank: int = 16
     layers: list[int] | None = None
     lr: float = 3e-3
-    gate_lr: float = 3e-2
+    gate_lr: float = 1e-1
     epochs: float = 1.0
     max_steps: int | None = None
     batch_size: int = 16

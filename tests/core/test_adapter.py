@@ -217,5 +217,3 @@ def test_a_truncated_weights_file_is_refused(session, adapter_dir):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ModelError, match="cannot read the adapter's weights"):
         load_adapter(session.base.model, adapter_dir, session.base.fingerprint())
-
-

@@ -147,7 +147,7 @@ def test_orthonormal_rows_equal_gram_schmidt():
     assert torch.allclose(rows @ rows.mT, torch.eye(5, dtype=torch.float64), atol=1e-12)
 
 
-@pytest.mark.parametrize("columns", [7, 4096, 4097, 9000])
+@pytest.mark.parametrize("columns", [7, 256, 257, 700])
 def test_gram_of_a_bfloat16_matrix_is_computed_in_float32(columns):
     """Block by block, odd sizes included; the gradient is the same product."""
     generator = torch.Generator().manual_seed(0)

@@ -8,7 +8,7 @@ import pytest
 
 from braces_cli.core.errors import ConfigError, DataError
 from braces_cli.evaluation.run import EvalSettings, check_settings
-from braces_cli.evaluation.task_data import read_rows, read_texts
+from braces_cli.evaluation.task_data import read_task_rows, read_texts
 
 POPQA = {"question": "What is it?", "possible_answers": '["x"]'}
 MC = {"question": "Q?", "mc1_targets": {"choices": ["a", "b"], "labels": [1, 0]}}
@@ -62,8 +62,8 @@ def test_no_task_at_all_is_a_wrong_call():
     (None, "no such file"),
     ("", "empty"),
     ("\n\n", "no rows"),
-    (json.dumps(POPQA) + "\n{broken\n", "data.jsonl:2: not JSON"),
-    ("[1]\n", "data.jsonl:1: not a JSON object"),
+    (json.dumps(POPQA) + "\n{broken\n", "data.jsonl:2: broken JSON"),
+    ("[1]\n", "data.jsonl:1: a row must be an object"),
     ('{"question": "x", "answer": "y"}\n', "popqa needs the field possible_answers\nFound: question, answer."),
     (json.dumps({**POPQA, "possible_answers": "x, y"}), "no JSON list"),
     (json.dumps({**POPQA, "possible_answers": "[]"}), "empty"),
@@ -108,14 +108,14 @@ def test_all_kinds_of_file_give_the_same_rows(tmp_path):
     files = sorted(tmp_path.iterdir())
     assert len(files) == 6
     for file in files:
-        assert [fields for fields, _ in read_rows(file)] == rows, file.name
+        assert [row.fields for row in read_task_rows(file)] == rows, file.name
 
 
 @pytest.mark.parametrize("name", ["x.xlsx", "x", "x.txt"])
 def test_other_kinds_are_refused(tmp_path, name):
     (tmp_path / name).write_text("x")
     with pytest.raises(DataError, match="cannot read"):
-        read_rows(tmp_path / name)
+        read_task_rows(tmp_path / name)
 
 
 def test_texts_are_lines_or_rows(tmp_path, write_jsonl):

@@ -1,0 +1,165 @@
+"""The frame: light start, streams, exit codes, config files."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+COMMANDS = [["train"], ["eval"], ["attr-build"], ["steer"], ["inspect"], ["inspect", "values"]]
+HEAVY = {"torch", "transformers", "datasets", "lm_eval", "accelerate", "safetensors", "scipy", "numpy"}
+
+
+def imported_by(code: str) -> set[str]:
+    """Which heavy packages a fresh process has imported after running `code`."""
+    probe = f"import sys\ntry:\n    {code}\nexcept SystemExit:\n    pass\n"
+    probe += f"print(*(set(sys.modules) & {HEAVY!r}), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    return set(done.stderr.split())
+
+
+@pytest.mark.parametrize("argv", [[], *COMMANDS, ["--version"]])
+def test_help_stays_light(argv):
+    """No command's --help imports torch or its like."""
+    assert imported_by(f"from braces_cli.cli.app import main; main({[*argv, '--help']!r})") == set()
+
+
+def test_the_probe_can_see_torch():
+    """Or the test above would prove nothing."""
+    assert "torch" in imported_by("import torch")
+
+
+@pytest.mark.parametrize("argv", COMMANDS)
+def test_every_command_and_option_has_help(braces, argv):
+    """A newcomer can read what each option does."""
+    shown = braces(*argv, "--help")
+    assert shown.code == 0
+    assert "--model" in shown.out
+
+
+def test_version(braces):
+    """`braces --version` prints it and leaves."""
+    from braces_cli import __version__
+
+    assert braces("--version").out == f"braces {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["trian"], ["train", "--nope"], ["train", "--rank", "x"], ["train", "--rank", "0"], ["steer", "--format", "xml"]],
+)
+def test_a_wrong_call_exits_2_with_two_lines(braces, argv):
+    """Usage errors, as text and as JSON."""
+    outcome = braces(*argv)
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert 1 <= len(outcome.err.strip().splitlines()) <= 2
+    assert outcome.err.startswith("Error: ")
+
+
+def test_a_failure_with_json_is_a_json_document_too(braces):
+    """{"error": {"code", "message", "where", "hint"}} on stdout."""
+    outcome = braces("train", "--format", "json")
+    assert outcome.code == 2
+    assert set(outcome.json["error"]) == {"code", "message", "where", "hint"}
+    assert outcome.json["error"]["code"] == 2
+
+
+def test_underscores_are_accepted(braces, model_dir):
+    """--max_steps and --max-steps are one option."""
+    outcome = braces("train", "--model", model_dir, "--max_steps", "7", "--dry_run", "--format", "json")
+    assert outcome.json["settings"]["max_steps"] == 7
+
+
+def test_a_config_file_gives_defaults_and_the_command_line_wins(braces, model_dir, tmp_path):
+    """Dashes or underscores in keys; lists for repeatable options."""
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        f"model: {model_dir}\nrank: 8\nmax-steps: 5\ngate_lr: 0.5\ndata: [a.jsonl, b.jsonl]\nformat: json\n"
+    )
+    settings = braces("train", "--config", path, "--rank", "4", "--dry-run").json["settings"]
+    assert (settings["rank"], settings["max_steps"], settings["gate_lr"]) == (4, 5, 0.5)
+    assert settings["data"] == ["a.jsonl", "b.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rnak: 4\n", "unknown key `rnak`"),
+        ("rank: [\n", "not YAML"),
+        ("- rank\n", "not a mapping"),
+        ("rank: many\n", "rank"),
+    ],
+)
+def test_a_config_that_is_wrong_exits_2(braces, tmp_path, text, message):
+    """With the file, the key, and a suggestion where one is near."""
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    outcome = braces("train", "--config", path, "--dry-run")
+    assert outcome.code == 2
+    assert message in outcome.err
+    if "rnak" in text:
+        assert "Did you mean rank?" in outcome.err
+        assert str(path) in outcome.err
+
+
+def test_a_bug_of_ours_is_one_line_without_a_traceback(braces, model_dir, monkeypatch):
+    """Unless --debug asks for it."""
+    import braces_cli.inspection.summary as summary
+
+    def broken(*args, **kwargs):
+        raise ZeroDivisionError("inside")
+
+    monkeypatch.setattr(summary, "find_ffns", broken)
+    outcome = braces("inspect", "--model", model_dir)
+    assert outcome.code == 1
+    assert "ZeroDivisionError: inside" in outcome.err
+    assert "Traceback" not in outcome.err
+    assert len(outcome.err.splitlines()) == 2
+
+
+def test_an_interrupt_exits_130(braces, model_dir, monkeypatch):
+    """As shells expect of Ctrl-C."""
+    import braces_cli.inspection.summary as summary
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(summary, "find_ffns", interrupted)
+    assert braces("inspect", "--model", model_dir).code == 130
+
+
+def test_a_terminated_run_exits_143(model_dir, tmp_path):
+    """SIGTERM unwinds like any failure, so that temporary files go."""
+    import signal
+    import time
+
+    pipe = subprocess.Popen(
+        [sys.executable, "-m", "braces_cli", "steer", "--model", model_dir, "--format", "json"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert pipe.stdin is not None
+    pipe.stdin.write("the film\n" * 8)  # a full batch; the pipe stays open, so the run waits for more
+    pipe.stdin.flush()
+    assert pipe.stdout is not None
+    pipe.stdout.readline()
+    time.sleep(0.2)
+    pipe.send_signal(signal.SIGTERM)
+    _, err = pipe.communicate(timeout=60)
+    assert pipe.returncode == 143
+    assert err.strip().splitlines()[-1] == "Error: terminated"
+
+
+def test_every_module_can_be_imported():
+    """No file that only imports on somebody's machine."""
+    import importlib
+    import pkgutil
+
+    import braces_cli
+
+    names = [m.name for m in pkgutil.walk_packages(braces_cli.__path__, "braces_cli.")]
+    assert len(names) > 30
+    for name in names:
+        if not name.endswith("__main__"):
+            importlib.import_module(name)

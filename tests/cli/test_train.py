@@ -1,0 +1,171 @@
+"""`braces train` on a tiny model: JSON, files, and bad input that leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+KEYS = {
+    "output_dir", "method", "trainable_parameters", "condition_parameters", "total_parameters", "trainable_percent",
+    "steps", "epochs", "train_loss", "base_eval_loss", "base_eval_perplexity", "eval_loss", "eval_perplexity",
+    "seconds", "tokens", "tokens_per_second", "peak_memory", "resumed_from",
+}  # fmt: skip
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    words = ["good", "sad", "old", "happy"]
+    path.write_text("".join(json.dumps({"text": f"the {a} film and the {b} end"}) + "\n" for a in words for b in words))
+    return path
+
+
+def test_training_lowers_the_loss_and_writes_an_adapter(braces, model_dir, rows, tmp_path):
+    """JSON keys of DESIGN 3.1, the parameter formula, the files of DESIGN 4, and a loss that falls."""
+    out = tmp_path / "out"
+    outcome = braces(
+        "train", "--model", model_dir, "--data", rows, "--eval-data", rows, "--rank", 4, "--max-steps", 40,
+        "--lr", 0.01, "--gate-lr", 0.3, "--output-dir", out, "--format", "json",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    result = outcome.json
+    assert set(result) >= KEYS
+    assert result["trainable_parameters"] == 2 * (4 * 32 + 1)
+    assert result["steps"] == 40
+    assert result["eval_loss"] < result["base_eval_loss"] - 0.05
+    assert result["eval_perplexity"] == pytest.approx(math.exp(result["eval_loss"]))
+    assert sorted(p.name for p in out.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert "training_args" not in "".join(p.name for p in out.iterdir())
+
+    from braces_cli.core.session import LoadOptions, open_session
+    from braces_cli.data.examples import read_examples
+    from braces_cli.scoring.perplexity import Likelihood, likelihoods
+
+    session = open_session(None, str(out), LoadOptions(device="cpu"))
+    tokenizer = session.base.tokenizer
+    examples = read_examples([str(rows)], tokenizer, 128).items
+    again = sum(likelihoods(session.base.model, examples, tokenizer.pad_token_id, 16), Likelihood())
+    assert again.loss == pytest.approx(result["eval_loss"], rel=1e-6)  # what was measured is what was saved
+
+
+def test_the_same_seed_gives_the_same_adapter(braces, model_dir, rows, tmp_path):
+    """Bit for bit on one machine; another seed gives another."""
+    files = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        braces(
+            "train",
+            "--model",
+            model_dir,
+            "--data",
+            rows,
+            "--max-steps",
+            3,
+            "--seed",
+            seed,
+            "--output-dir",
+            tmp_path / name,
+        )
+        files.append((tmp_path / name / "adapter_model.safetensors").read_bytes())
+    assert files[0] == files[1]
+    assert files[0] != files[2]
+
+
+def test_gradient_checkpointing_and_accumulation_change_nothing_but_memory(braces, model_dir, rows, tmp_path):
+    """Recomputed activations give the same loss."""
+    losses = []
+    for name, extra in (("a", []), ("b", ["--gradient-checkpointing"])):
+        outcome = braces(
+            "train", "--model", model_dir, "--data", rows, "--eval-data", rows, "--max-steps", 4, "--rank", 4,
+            "--output-dir", tmp_path / name, "--format", "json", *extra,
+        )  # fmt: skip
+        losses.append(outcome.json["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_layers_and_dry_run(braces, model_dir, tmp_path):
+    """Counted without weights; nothing is written."""
+    outcome = braces(
+        "train", "--model", model_dir, "--rank", 4, "--layers", "1-", "--output-dir", tmp_path / "o", "--dry-run",
+        "--format", "json",
+    )  # fmt: skip
+    assert outcome.json["trainable_parameters"] == 4 * 32 + 1
+    assert not (tmp_path / "o").exists()
+
+
+def test_dry_run_of_a_model_out_of_reach_still_prints_the_settings(braces):
+    """`trainable_parameters: null` and why."""
+    outcome = braces("train", "--model", "Qwen/Qwen2.5-1.5B", "--rank", 4, "--dry-run", "--format", "json")
+    assert outcome.code == 0
+    assert outcome.json["trainable_parameters"] is None
+    assert "Qwen/Qwen2.5-1.5B" in outcome.json["reason"]
+    assert outcome.json["settings"]["rank"] == 4
+
+
+def bad_inputs():
+    """(name, options, exit code, words of the message)."""
+    return [
+        ("missing file", {"data": "none.jsonl"}, 3, "no such file"),
+        ("empty file", {"data": "empty.jsonl"}, 3, "the file is empty"),
+        ("wrong keys", {"data": "keys.jsonl"}, 3, "keys found: question, answer"),
+        ("broken line", {"data": "broken.jsonl"}, 3, "broken.jsonl:2: broken JSON"),
+        ("eval file", {"eval-data": "none.jsonl"}, 3, "no such file"),
+        ("no model", {"model": "./nowhere"}, 4, "no such model folder"),
+        ("no config", {"model": "{tmp}"}, 4, "has no config.json"),
+        ("adapter as model", {"model": "{adapter}"}, 4, "this is an adapter, not a model"),
+        ("rank", {"rank": "33"}, 2, "rank 33 does not fit hidden size 32"),
+        ("layers", {"layers": "7"}, 2, "out of range"),
+        ("rate", {"lr": "nan"}, 2, "positive number"),
+        ("schedule", {"schedule": "wavy"}, 2, "no schedule `wavy`"),
+        ("device", {"device": "tpu"}, 2, "no device `tpu`"),
+        ("full folder", {"output-dir": "{adapter}"}, 2, "not empty"),
+        ("offline hub model", {"model": "meta-llama/Llama-2-7b-hf"}, 4, "hub cannot be reached"),
+    ]
+
+
+@pytest.mark.parametrize(("name", "options", "code", "message"), bad_inputs(), ids=[b[0] for b in bad_inputs()])
+def test_bad_input_has_its_code_and_two_lines_and_writes_nothing(
+    braces, model_dir, adapter_dir, rows, tmp_path, monkeypatch, name, options, code, message
+):
+    """As text and as JSON; before the model is loaded wherever that can be."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "keys.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text\n')
+    given = {"model": str(model_dir), "data": str(rows), "output-dir": "out", "max-steps": "2", **options}
+    before = sorted(p for p in tmp_path.rglob("*"))
+    args = [
+        part for key, value in given.items() for part in (f"--{key}", value.format(tmp=tmp_path, adapter=adapter_dir))
+    ]
+    outcome = braces("train", *args)
+    assert outcome.code == code, outcome.err
+    assert message in outcome.err
+    assert len(outcome.err.strip().splitlines()) <= 2
+    assert outcome.out == ""
+    assert sorted(p for p in tmp_path.rglob("*")) == before
+    assert braces("train", *args, "--format", "json").json["error"]["code"] == code
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [(401, "GatedRepoError"), (403, "GatedRepoError"), (404, "RepositoryNotFoundError")]
+)
+def test_a_gated_model_names_its_page_and_the_token(braces, monkeypatch, rows, tmp_path, status, kind):
+    """Two lines: what, and where to ask; HF_TOKEN is named."""
+    import importlib
+
+    from huggingface_hub import errors
+    from transformers import AutoConfig
+
+    def refuse(*args, **kwargs):
+        http = importlib.import_module(errors.Response.__module__.partition(".")[0])  # httpx by whatever name
+        response = http.Response(status, request=http.Request("GET", "https://huggingface.co/x/y"))
+        cause = getattr(errors, kind)("no", response=response)
+        raise OSError("You are trying to access a gated repo.\nMany lines more.") from cause
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
+    outcome = braces("train", "--model", "x/y", "--data", rows, "--output-dir", tmp_path / "o")
+    assert outcome.code == 4
+    assert len(outcome.err.strip().splitlines()) == 2
+    assert "https://huggingface.co/x/y" in outcome.err
+    assert "HF_TOKEN" in outcome.err
