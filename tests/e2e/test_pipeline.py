@@ -1,0 +1,111 @@
+"""The real command line, process by process: on a random model everywhere, on a trained one where ../shared is there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def braces(*args, stdin=None, check=True):
+    done = subprocess.run(
+        [sys.executable, "-m", "braces_cli", *map(str, args)], input=stdin, capture_output=True, text=True, check=False
+    )
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_the_readmes_main_job_runs(tmp_path):
+    """`python recipes/first_run.py` trains, lowers the loss and steers."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "recipes" / "first_run.py", tmp_path], capture_output=True, text=True, check=True
+    )
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert "eval perplexity" in done.stdout
+
+
+def test_stdout_is_a_pipe_that_may_close_early(model_dir):
+    """`braces ... | head -1` is no error."""
+    command = f"{sys.executable} -m braces_cli inspect values --model {model_dir} --format json | head -1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    assert json.loads(done.stdout)["index"] == 0
+
+
+@pytest.fixture(scope="module")
+def trained(shared, tmp_path_factory):
+    """An adapter of stories260K after 100 steps on SST-5, and what `braces train` said."""
+    out = tmp_path_factory.mktemp("stories") / "out"
+    done = braces(
+        "train", "--model", shared / "models" / "stories260K", "--data", shared / "data" / "sst5" / "train.jsonl",
+        "--eval-data", shared / "data" / "sst5" / "dev.jsonl", "--rank", 16, "--max-steps", 100, "--output-dir", out,
+        "--format", "json",
+    )  # fmt: skip
+    return out, json.loads(done.stdout)
+
+
+def test_training_on_real_text_halves_the_perplexity(trained):
+    """5 layers, rank 16, width 64: 5,125 parameters; stderr is quiet where it is no terminal."""
+    _, result = trained
+    assert result["trainable_parameters"] == 5 * (16 * 64 + 1) == 5125
+    assert result["rows"] == 8541
+    assert result["eval_perplexity"] < 0.5 * result["base_eval_perplexity"]
+    assert result["eval_perplexity_without_end"] < 0.6 * result["base_eval_perplexity_without_end"]
+
+
+def test_evaluation_of_base_and_adapter_on_local_data(trained, shared):
+    """Four benchmarks and perplexity in one run, and the differences."""
+    out, _ = trained
+    data = shared / "data"
+    files = {
+        "truthfulqa": data / "truthfulqa" / "multiple_choice.jsonl",
+        "popqa": data / "popqa" / "test.jsonl",
+        "triviaqa": data / "triviaqa" / "validation.jsonl",
+        "perplexity": data / "sst5" / "dev.jsonl",
+    }
+    given = [part for name, file in files.items() for part in ("--task-data", f"{name}={file}")]
+    done = braces("eval", "--adapter", out, "--tasks", ",".join(files), *given, "--limit", 6, "--format", "json")
+    result = json.loads(done.stdout)
+    assert [(s["name"], s["adapter"]) for s in result["systems"]] == [("base", None), ("out", str(out))]
+    base, tuned = (system["results"] for system in result["systems"])
+    assert set(base) == {"truthfulqa_mc1", "truthfulqa_mc2", "popqa", "triviaqa", "perplexity"}
+    assert all(entry["n"] == 6 for metrics in base.values() for entry in metrics.values())
+    assert tuned["perplexity"]["token_perplexity"]["value"] < base["perplexity"]["token_perplexity"]["value"]
+    compared = {(c["task"], c["metric"]): c for c in result["comparisons"]}
+    assert compared["perplexity", "token_perplexity"]["difference"] < 0
+    assert 0 < compared["perplexity", "token_perplexity"]["p_value"] <= 1
+
+
+def test_steering_both_ways_and_not_at_all(trained, shared):
+    """Ten prompts as JSON Lines: s = 3, -3 and 0; greedy text of one batch equals one by one."""
+    out, _ = trained
+    lines = (shared / "data" / "sentiment_prompts" / "neutral.jsonl").read_text().splitlines()[:10]
+    prompts = "\n".join(lines) + "\n"
+
+    def texts(*args):
+        done = braces("steer", "--adapter", out, "--max-new-tokens", 20, *args, stdin=prompts)
+        return [json.loads(line)["text"] for line in done.stdout.splitlines()]
+
+    plain = texts()
+    steered = {s: texts("--attribute", "positive", "--s", s) for s in ("3.0", "-3.0", "0")}
+    assert {len(rows) for rows in steered.values()} == {10}
+    assert steered["0"] == plain
+    assert steered["3.0"] != plain != steered["-3.0"] != steered["3.0"]
+    greedy = ("--attribute", "positive", "--s", "3.0", "--temperature", 0)
+    assert texts(*greedy, "--batch-size", 10) == texts(*greedy, "--batch-size", 1)
+
+
+def test_looking_inside_a_trained_model(trained, shared):
+    """Gates have opened, rows are orthonormal, and value vectors speak of words."""
+    out, _ = trained
+    found = json.loads(braces("inspect", "--adapter", out, "--format", "json").stdout)
+    assert all(layer["gate"] > 0.02 and layer["projection_error"] < 1e-5 for layer in found["layers"])
+    args = ("inspect", "values", "--model", shared / "models" / "stories260K", "--layers", "4", "--index", "0-2")
+    rows = [json.loads(line) for line in braces(*args, "--format", "json").stdout.splitlines()]
+    assert [len(row["tokens"]) for row in rows] == [10, 10, 10]
