@@ -1,8 +1,9 @@
-"""The `braces` command: registers the subcommands and turns every failure into two lines and an exit code.
+"""The `braces` command: registers the subcommands lazily and turns every failure into two lines and an exit code.
 
-Importing the commands is cheap, because each of them imports what it needs (torch, transformers, ...) in its body.
+Each command imports what it needs (torch, transformers, ...) in its body, so that `--help` imports none of it.
 """
 
+import importlib
 import itertools
 import signal
 import sys
@@ -12,26 +13,17 @@ from typing import Annotated, Any
 import typer
 
 from braces_cli import __version__
-from braces_cli.cli import attr_build, evaluate, inspect_adapter, steer, train
 from braces_cli.cli.render import print_json
 from braces_cli.core.errors import BracesError
 
-app = typer.Typer(
-    name="braces",
-    help="Fine-tune, evaluate, steer and inspect causal language models with LLMBraces adapters.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={
-        "help_option_names": ["-h", "--help"],
-        # Underscores are accepted wherever there are dashes: --max_steps, attr_build.
-        "token_normalize_func": lambda token: token.replace("_", "-"),
-    },
-)
-app.command("train")(train.train)
-app.command("eval")(evaluate.evaluate)
-app.command("attr-build")(attr_build.attr_build)
-app.command("steer")(steer.steer)
-app.add_typer(inspect_adapter.app, name="inspect")
+# Name -> module and the function or typer app in it; imported and built when asked for.
+_COMMANDS = {
+    "train": ("train", "train"),
+    "eval": ("evaluate", "evaluate"),
+    "attr-build": ("attr_build", "attr_build"),
+    "steer": ("steer", "steer"),
+    "inspect": ("inspect_adapter", "app"),
+}
 
 # typer exports one exception of its option parser; the classes above it are what a wrong call raises.
 _CallError: Any = typer.BadParameter.__mro__[2]
@@ -43,7 +35,6 @@ def _version(show: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def braces(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
@@ -52,12 +43,37 @@ def braces(
     """Fine-tune, evaluate, steer and inspect causal language models with LLMBraces adapters."""
 
 
+def build_app(args: Sequence[str] = ()) -> typer.Typer:
+    """The command-line app; where `args` begin with a command's name, with that command alone."""
+    app = typer.Typer(
+        name="braces",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={
+            "help_option_names": ["-h", "--help"],
+            # Underscores are accepted wherever there are dashes: --max_steps, attr_build.
+            "token_normalize_func": lambda token: token.replace("_", "-"),
+        },
+    )
+    app.callback()(braces)
+    asked = args[0].replace("_", "-") if args else ""
+    for name in [asked] if asked in _COMMANDS else _COMMANDS:
+        module, attribute = _COMMANDS[name]
+        command = getattr(importlib.import_module(f"braces_cli.cli.{module}"), attribute)
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=name)
+        else:
+            app.command(name)(command)
+    return app
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the code of DESIGN: 0, 1, 2, 3, 4, 130 or 143."""
     args = list(sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        code = 0 if _help(args) else app(args=args, standalone_mode=False)
+        app = build_app(args)
+        code = 0 if _help(app, args) else app(args=args, standalone_mode=False)
     except BracesError as error:
         code = _fail(args, error.exit_code, error.message, error.where, error.hint)
     except _CallError as error:
@@ -86,7 +102,7 @@ def _terminate(number: int, frame: Any) -> None:
     raise _Terminated
 
 
-def _help(args: list[str]) -> bool:
+def _help(app: typer.Typer, args: list[str]) -> bool:
     """Print the help that `COMMAND ... --help` asks for, if that is all of the call.
 
     Parsing even this one flag makes typer import pydantic, which takes as long as importing typer and rich.

@@ -1,4 +1,4 @@
-"""The real command line, process by process: on a random model everywhere, on a trained one where ../shared is there."""
+"""The real command line, process by process: on a random model, and on a trained one where ../shared is there."""
 
 from __future__ import annotations
 
