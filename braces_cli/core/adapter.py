@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from braces_cli.core.errors import ConfigError, ModelError
+from braces_cli.core.experts import Experts, MixtureFFN, routing
 from braces_cli.core.ffn import FFN, find_ffns
 from braces_cli.core.files import write_json, write_tensors, write_text
 from braces_cli.core.fingerprint import differences
@@ -61,7 +62,7 @@ class Adapter:
     base's parameter names stay as they are. While attached the base's own parameters are frozen.
     """
 
-    def __init__(self, model: nn.Module, sites: list[tuple[FFN, RelevanceModule]]) -> None:
+    def __init__(self, model: nn.Module, sites: list[tuple[FFN | MixtureFFN, RelevanceModule]]) -> None:
         self.model = model
         self.sites = sites
         self._frozen = [p for p in model.parameters() if p.requires_grad]
@@ -71,7 +72,8 @@ class Adapter:
         try:
             for ffn, brace in sites:
                 ffn.host.add_module("brace", brace)
-                self._handles += _hooks(ffn, brace)
+                for part in ffn.parts:
+                    self._handles += _expert_hooks(part, brace) if isinstance(part, Experts) else _hooks(part, brace)
         except BaseException:
             self.detach()
             raise
@@ -171,6 +173,19 @@ def _hooks(ffn: FFN, brace: RelevanceModule) -> list[RemovableHandle]:
     return [ffn.keys[0].register_forward_pre_hook(before), ffn.value.register_forward_hook(after)]
 
 
+def _expert_hooks(part: Experts, brace: RelevanceModule) -> list[RemovableHandle]:
+    def around(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+        if not brace.enabled:
+            return None
+        values = part.value_matrix()
+        if part.sorted:
+            return brace.by_expert(output, args[0], values)
+        h, p = routing(args, kwargs, len(values))
+        return brace.routed(output, h, p, values)
+
+    return [part.module.register_forward_hook(around, with_kwargs=True)]
+
+
 def attach(model: nn.Module, rank: int, layers: Sequence[int] | None = None, seed: int = 0) -> Adapter:
     """Put a fresh relevance module on every FFN of `model` (or on those of `layers`), its gate nearly shut.
 
@@ -192,7 +207,8 @@ def attach(model: nn.Module, rank: int, layers: Sequence[int] | None = None, see
         raise ConfigError(f"rank {rank} does not fit hidden size {width}", where="--rank", hint=f"Use 1 to {width}.")
     generator = torch.Generator().manual_seed(seed)
     sites = [
-        (ffn, RelevanceModule(rank, ffn.hidden_size, ffn.value_matrix().device, generator=generator)) for ffn in chosen
+        (ffn, RelevanceModule(rank, ffn.hidden_size, ffn.parts[0].value_matrix().device, generator=generator))
+        for ffn in chosen
     ]
     return Adapter(model, sites)
 

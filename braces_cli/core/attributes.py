@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from braces_cli.core.encode import encode, encode_word
 from braces_cli.core.errors import ConfigError, DataError, ModelError, near_misses
+from braces_cli.core.experts import MixtureFFN
 from braces_cli.core.ffn import FFN, layer_stack
 from braces_cli.core.files import write_tensors
 from braces_cli.core.fingerprint import differences
@@ -147,15 +148,19 @@ def build_attribute(session: Session, name: str, words: Sequence[str], report: R
     return Attribute(name, list(words), hidden, reference, residual, scale, layers, base.fingerprint(ffns))
 
 
-def gram_vector(ffn: FFN, state: Tensor) -> Tensor:
-    """W_V W_V^T p of one layer, (d,), float32 on the CPU."""
-    values = ffn.value_matrix()
-    with torch.no_grad():
-        return gram(values, state.to(values.device).unsqueeze(1)).squeeze(1).float().cpu()
+def gram_vector(ffn: FFN | MixtureFFN, state: Tensor) -> Tensor:
+    """W_V W_V^T p of one layer, (d,), float32 on the CPU; of experts the mean over all of them."""
+    each: list[Tensor] = []
+    for part in ffn.parts:
+        values = part.value_matrix()
+        with torch.no_grad():
+            moved = gram(values, state.to(values.device).unsqueeze(1)).squeeze(-1).float().cpu()
+        each.append(moved.reshape(-1, len(state)))
+    return torch.cat(each).mean(dim=0)
 
 
 def pool_words(
-    model: nn.Module, tokenizer: Any, ffns: Sequence[FFN], words: Sequence[str], report: Report = silent
+    model: nn.Module, tokenizer: Any, ffns: Sequence[FFN | MixtureFFN], words: Sequence[str], report: Report = silent
 ) -> Tensor:
     """Mean FFN input over each word's tokens, then over words: (layers, d) in float32 on the CPU.
 
@@ -171,7 +176,7 @@ def pool_words(
     seen: dict[int, Tensor] = {}
     with ExitStack() as stack:
         for index, ffn in enumerate(ffns):
-            stack.callback(ffn.keys[0].register_forward_pre_hook(_keep_sum(seen, index)).remove)
+            stack.callback(ffn.watch(_keep_sum(seen, index)).remove)
         done = 0
         for rows in groups.values():
             for start in range(0, len(rows), 64):
@@ -185,14 +190,14 @@ def pool_words(
 
 
 def _keep_sum(seen: dict[int, Tensor], index: int) -> Any:
-    def hook(module: nn.Module, args: tuple) -> None:
+    def keep(h: Tensor) -> None:
         # (batch, tokens, d), or (batch * tokens, d) where a model flattens its tokens before the FFN.
-        seen[index] = args[0].detach().float().flatten(0, -2).sum(dim=0).cpu()
+        seen[index] = h.detach().float().flatten(0, -2).sum(dim=0).cpu()
 
-    return hook
+    return keep
 
 
-def residual_norms(model: nn.Module, tokenizer: Any, ffns: Sequence[FFN]) -> Tensor:
+def residual_norms(model: nn.Module, tokenizer: Any, ffns: Sequence[FFN | MixtureFFN]) -> Tensor:
     """Median norm of the residual stream behind the layer of each FFN, over shipped neutral text: (layers,)."""
     text = (resources.files("braces_cli.assets") / "neutral_texts.txt").read_text(encoding="utf-8")
     stack = layer_stack(model)[1]

@@ -11,13 +11,15 @@ a module that owns an activation and such a pair among its direct children, insi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from braces_cli.core.errors import ConfigError, ModelError
+from braces_cli.core.experts import Experts, MixtureFFN, find_experts, has_experts
 
 _LOOKED_FOR = "a module with an activation and two linear projections d -> d_ff -> d in each layer"
 
@@ -43,6 +45,11 @@ class FFN:
     whole: bool
 
     @property
+    def parts(self) -> tuple[FFN, ...]:
+        """Itself: a mixture of experts (`experts.MixtureFFN`) has several."""
+        return (self,)
+
+    @property
     def hidden_size(self) -> int:
         """d, the width of `h` and of a value vector."""
         return _sizes(self.value)[1]
@@ -57,8 +64,12 @@ class FFN:
         return _matrix(self.value)
 
     def value_path(self, model: nn.Module) -> str:
-        """Full name of the value projection inside `model`."""
-        return next(name for name, module in model.named_modules() if module is self.value)
+        """Full name of the value weight inside `model`."""
+        return next(f"{name}.weight" for name, module in model.named_modules() if module is self.value)
+
+    def watch(self, callback: Callable[[Tensor], None]) -> RemovableHandle:
+        """Call `callback` with what enters the FFN at each pass, until the returned handle is removed."""
+        return self.keys[0].register_forward_pre_hook(lambda module, args: callback(args[0]))
 
 
 def _sizes(module: nn.Module) -> tuple[int, int]:
@@ -135,7 +146,7 @@ def layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
         if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in inside):
             continue
         inside.append(name)
-        count = sum(1 for layer in module if any(True for _ in _pairs(layer)))
+        count = sum(1 for layer in module if any(True for _ in _pairs(layer)) or has_experts(layer))
         # Not strictly greater: in an encoder-decoder model the decoder, which comes second, is the one that generates.
         if best is None or count >= best[0]:
             best = (count, name, module)
@@ -155,33 +166,31 @@ def _pairs(layer: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[nn.Module, 
                 yield name, host, *pair
 
 
-def _experts(layer: nn.Module) -> str | None:
-    """What shows that this layer mixes experts, or None. Attaching to one part of a mixture would be silently wrong."""
-    for name, parameter in layer.named_parameters():
-        if parameter.ndim == 3 and min(parameter.shape) > 1 and "conv" not in name:
-            return f"{name} {tuple(parameter.shape)}"
-    pairs = [name for name, *_ in _pairs(layer)]
-    return ", ".join(pairs[:3]) if len(pairs) > 1 else None
-
-
-def find_ffns(model: nn.Module) -> list[FFN]:
-    """Every feed-forward layer of the decoder, in order.
+def find_ffns(model: nn.Module) -> list[FFN | MixtureFFN]:
+    """The feed-forward layer of every decoder layer that has one, in order.
 
     Raises:
-        ModelError: no layer has a recognisable FFN, or a layer mixes several experts.
+        ModelError: no layer has a recognisable FFN, or a mixture of experts is built in a way that is not understood.
     """
     stack_name, stack = layer_stack(model)
-    found: list[FFN] = []
+    width = _width(model)
+    found: list[FFN | MixtureFFN] = []
     for index, layer in enumerate(stack):
-        experts = _experts(layer)
-        if experts:
-            raise ModelError(
-                f"layer {index} of {type(model).__name__} is a mixture of experts ({experts})",
-                hint="braces attaches to models with one feed-forward network a layer.",
-            )
-        for name, host, keys, value in _pairs(layer):
-            path = ".".join(part for part in (stack_name, str(index), name) if part)
-            found.append(FFN(index, path, host, keys, value, host is not layer and _is_whole(host, keys, value)))
+        prefix = f"{stack_name}.{index}"
+        dense = {
+            name: FFN(index, _join(prefix, name), host, keys, value, host is not layer and _is_whole(host, keys, value))
+            for name, host, keys, value in _pairs(layer)
+        }
+        stacked = {
+            name: Experts(_join(prefix, name), module, weight, transposed, by_expert)
+            for name, module, weight, transposed, by_expert in find_experts(layer, width)
+        }
+        if len(dense) == 1 and not stacked:
+            found.extend(dense.values())
+        elif dense or stacked:
+            place = _holder(layer, [*dense, *(name.rpartition(".")[0] for name in stacked)])
+            parts: tuple[FFN | Experts, ...] = (*stacked.values(), *dense.values())
+            found.append(MixtureFFN(index, _join(prefix, place), layer.get_submodule(place), parts))
     if not found:
         inside = sorted({type(module).__name__ for module in stack[0].modules()}) if len(stack) else []
         raise ModelError(
@@ -189,6 +198,28 @@ def find_ffns(model: nn.Module) -> list[FFN]:
             hint=f"Looked for {_LOOKED_FOR}; {stack_name}.0 holds: {', '.join(inside)}.",
         )
     return found
+
+
+def _join(*names: str) -> str:
+    return ".".join(name for name in names if name)
+
+
+def _width(model: nn.Module) -> int:
+    """The model's hidden size; 0 where its config does not say, which no expert weight has."""
+    config: Any = getattr(model, "config", None)
+    return int(getattr(config.get_text_config(), "hidden_size", 0)) if config is not None else 0
+
+
+def _holder(layer: nn.Module, names: list[str]) -> str:
+    """Name of the innermost module of `layer` that holds all of `names` and is called itself."""
+    common: list[str] = []
+    for parts in zip(*(name.split(".") for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    while common and isinstance(layer.get_submodule(".".join(common)), nn.ModuleList):
+        common.pop()
+    return ".".join(common)
 
 
 def parse_ranges(text: str, count: int, option: str) -> list[int]:

@@ -1,7 +1,8 @@
 """Tell whether an adapter belongs to a base: its type and sizes, and a hash over bytes of its value matrices.
 
 The bytes are those of the checkpoint's files, not of the loaded weights, so that one checkpoint has one fingerprint
-whatever dtype or quantisation it is loaded in. A model that came from no file is hashed from its weights in float32.
+whatever dtype or quantisation it is loaded in. A model that came from no file, or whose experts lie in the files one by
+one and in memory as one tensor, is hashed from its weights, rounded to bfloat16.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from braces_cli.core.experts import MixtureFFN
 from braces_cli.core.ffn import FFN
 
 # Three matrices, four places in each: enough to tell checkpoints apart, and read in milliseconds from any model.
@@ -22,7 +25,7 @@ _PLACES = 4
 _BYTES = 4096
 
 
-def fingerprint(model: nn.Module, ffns: Sequence[FFN], checkpoint: Path | None) -> dict[str, Any]:
+def fingerprint(model: nn.Module, ffns: Sequence[FFN | MixtureFFN], checkpoint: Path | None) -> dict[str, Any]:
     """`{model_type, layers, hidden_size, value_vectors, sha256}` of a base; `sha256` is None on the meta device.
 
     Args:
@@ -31,7 +34,7 @@ def fingerprint(model: nn.Module, ffns: Sequence[FFN], checkpoint: Path | None) 
         checkpoint: folder with the safetensors files it was loaded from, if any.
     """
     sampled = [ffns[i] for i in sorted({0, len(ffns) // 2, len(ffns) - 1})][:_LAYERS_SAMPLED]
-    names = [f"{ffn.value_path(model)}.weight" for ffn in sampled]
+    names = [ffn.value_path(model) for ffn in sampled]
     digest = _hash_files(checkpoint, names) if checkpoint else None
     if digest is None:
         digest = _hash_weights(sampled)
@@ -60,16 +63,17 @@ def _short(value: Any) -> Any:
     return value[0] if isinstance(value, list) and len(set(value)) == 1 else value
 
 
-def _hash_weights(sampled: Sequence[FFN]) -> str | None:
-    if any(ffn.value_matrix().is_meta for ffn in sampled):
+def _hash_weights(sampled: Sequence[FFN | MixtureFFN]) -> str | None:
+    matrices = [ffn.parts[0].value_matrix().detach() for ffn in sampled]
+    if any(matrix.is_meta for matrix in matrices):
         return None
     digest = hashlib.sha256()
-    for ffn in sampled:
-        flat = ffn.value_matrix().detach().reshape(-1)
-        count = _BYTES // 4
+    for matrix in matrices:
+        flat = matrix.reshape(-1)
+        count = _BYTES // 2
         for place in range(_PLACES):
             start = (max(len(flat) - count, 0) * place) // (_PLACES - 1)
-            digest.update(flat[start : start + count].float().cpu().numpy().tobytes())
+            digest.update(flat[start : start + count].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from braces_cli.core.errors import BracesError, ConfigError, ModelError
+from braces_cli.core.experts import MixtureFFN
 from braces_cli.core.ffn import FFN, find_ffns
 from braces_cli.core.fingerprint import fingerprint
 
@@ -39,7 +40,7 @@ class Base:
     revision: str | None
     checkpoint: Path | None
 
-    def fingerprint(self, ffns: Sequence[FFN] | None = None) -> dict[str, Any]:
+    def fingerprint(self, ffns: Sequence[FFN | MixtureFFN] | None = None) -> dict[str, Any]:
         return fingerprint(self.model, find_ffns(self.model) if ffns is None else ffns, self.checkpoint)
 
 

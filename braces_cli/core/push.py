@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from braces_cli.core.adapter import Adapter
 from braces_cli.core.attributes import Attribute, gram_vector
 from braces_cli.core.errors import ConfigError
+from braces_cli.core.experts import MixtureFFN
 from braces_cli.core.ffn import FFN
 from braces_cli.core.session import Session
 
@@ -67,20 +68,27 @@ def _shift(
         state, residual = _state(terms, ffn, scaled=False)
         with torch.no_grad():
             brace.shift = brace.projection() @ state.to(brace.weight)
-            _, up = brace.factors(ffn.value_matrix(), torch.float32)
-            moved = float((up @ brace.shift).norm())
+            each = [brace.factors(part.value_matrix(), torch.float32)[1] @ brace.shift for part in ffn.parts]
+            # Of experts the mean, though which of them a token meets is the router's choice.
+            moved = float(torch.cat([vector.reshape(-1, ffn.hidden_size) for vector in each]).mean(dim=0).norm())
         stack.callback(setattr, brace, "shift", None)
         pushes.append(Push(ffn.layer, moved / residual))
     return pushes
 
 
 def _add(
-    stack: ExitStack, ffns: Sequence[FFN], terms: Sequence[tuple[Attribute, float]], layers: Collection[int] | None
+    stack: ExitStack,
+    ffns: Sequence[FFN | MixtureFFN],
+    terms: Sequence[tuple[Attribute, float]],
+    layers: Collection[int] | None,
 ) -> list[Push]:
     pushes = []
     for ffn in ffns:
         if layers is not None and ffn.layer not in layers:
             continue
+        if isinstance(ffn, MixtureFFN):
+            hint = "What steering adds depends on the experts; train an adapter first."
+            raise ConfigError("a mixture of experts is steered with an adapter only", where="--attribute", hint=hint)
         state, residual = _state(terms, ffn, scaled=True)
         vector = gram_vector(ffn, state).to(ffn.value_matrix().device)
         stack.callback(ffn.value.register_forward_hook(_adder(vector)).remove)
@@ -95,7 +103,7 @@ def _adder(vector: Tensor) -> Any:
     return hook
 
 
-def _state(terms: Sequence[tuple[Attribute, float]], ffn: FFN, *, scaled: bool) -> tuple[Tensor, float]:
+def _state(terms: Sequence[tuple[Attribute, float]], ffn: FFN | MixtureFFN, *, scaled: bool) -> tuple[Tensor, float]:
     """Sum of s h_c (times each attribute's scale) at one layer, and the residual norm there."""
     total = torch.zeros(ffn.hidden_size)
     residual = 0.0

@@ -16,8 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from braces_cli.core.adapter import Adapter
+from braces_cli.core.experts import Experts, routing
+from braces_cli.core.ffn import FFN
+from braces_cli.core.relevance import RelevanceModule
 
 
 def orthonormal_rows_ref(weight: Tensor) -> Tensor:
@@ -50,7 +54,7 @@ def weights_ref(
         values: W_V (d, d_ff).
         weight: unconstrained projection (d_r, d).
         gate: (1,), before the sigmoid.
-        conditions: pairs of h_c (d) and strength s, a scalar or (batch, 1, 1).
+        conditions: pairs of h_c (d) and strength s, which broadcasts against h.
     """
     wide = weight.dtype
     projection = orthonormal_rows_ref(weight)
@@ -67,33 +71,62 @@ def reference(
     """The adapter's model with the formula written out instead of the fast path; restores the fast path on leaving.
 
     Args:
-        conditions: for each layer, pairs of h_c (d) and strength.
+        conditions: for each layer, pairs of h_c (d) and strength, one number or one for each example (batch,).
     """
     handles = []
-    inputs: dict[int, Tensor] = {}
-
-    def keep(index: int) -> Any:
-        def hook(module: nn.Module, args: tuple) -> None:
-            inputs[index] = args[0]
-
-        return hook
-
-    def augment(index: int) -> Any:
-        ffn, brace = adapter.sites[index]
-        terms = (conditions or {}).get(ffn.layer, ())
-
-        def hook(module: nn.Module, args: tuple) -> tuple:
-            w = weights_ref(args[0], inputs[index], ffn.value_matrix(), brace.weight, brace.gate, terms)
-            return (w, *args[1:])
-
-        return hook
-
     try:
-        for index, (ffn, _) in enumerate(adapter.sites):
-            handles.append(ffn.keys[0].register_forward_pre_hook(keep(index)))
-            handles.append(ffn.value.register_forward_pre_hook(augment(index)))
+        for ffn, brace in adapter.sites:
+            terms = (conditions or {}).get(ffn.layer, ())
+            for part in ffn.parts:
+                handles += _experts(part, brace, terms) if isinstance(part, Experts) else _dense(part, brace, terms)
         with adapter.disabled():
             yield adapter.model
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _fit(terms: Sequence[tuple[Tensor, Any]], h: Tensor) -> list[tuple[Tensor, Any]]:
+    """Strengths of each example as they broadcast against h, (batch, tokens, d) or flattened to (batch * tokens, d)."""
+    fitted = []
+    for state, strength in terms:
+        if isinstance(strength, Tensor) and strength.ndim == 1:
+            each = strength if h.ndim == 3 else strength.repeat_interleave(len(h) // len(strength))
+            strength = each.view(-1, *[1] * (h.ndim - 1))
+        fitted.append((state, strength))
+    return fitted
+
+
+def _dense(ffn: FFN, brace: RelevanceModule, terms: Sequence[tuple[Tensor, Tensor]]) -> list[RemovableHandle]:
+    """Change the weights that enter the model's own value projection."""
+    entered: list[Tensor] = []
+
+    def augment(module: nn.Module, args: tuple) -> tuple:
+        h = entered.pop()
+        w = weights_ref(args[0], h, ffn.value_matrix(), brace.weight, brace.gate, _fit(terms, h))
+        return (w, *args[1:])
+
+    return [ffn.watch(entered.append), ffn.value.register_forward_pre_hook(augment)]
+
+
+def _experts(part: Experts, brace: RelevanceModule, terms: Sequence[tuple[Tensor, Tensor]]) -> list[RemovableHandle]:
+    """Add `p_e sum_j g r_j v_j` expert by expert: their weights w_j never leave the module that holds them."""
+
+    def augment(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        values = part.value_matrix()
+        flat = output.reshape(-1, output.shape[-1])
+        if part.sorted:
+            tokens = args[0].reshape(len(values), -1, flat.shape[1])
+            sent = (tokens != 0).any(dim=-1).to(flat.dtype)
+            return output + torch.cat([_term(h, p, v) for h, p, v in zip(tokens, sent, values, strict=True)])
+        h, p = routing(args, kwargs, len(values))
+        for expert in range(len(values)):
+            flat = flat + _term(h, p[:, expert], values[expert])
+        return flat.reshape(output.shape)
+
+    def _term(h: Tensor, p: Tensor, values: Tensor) -> Tensor:
+        none = h.new_zeros(len(h), values.shape[1])
+        w = weights_ref(none, h, values, brace.weight, brace.gate, _fit(terms, h))
+        return p.unsqueeze(1).to(h.dtype) * (w @ values.mT)
+
+    return [part.module.register_forward_hook(augment, with_kwargs=True)]

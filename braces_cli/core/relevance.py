@@ -45,7 +45,7 @@ def projection_error(projection: Tensor) -> float:
 
 
 class _Gram(torch.autograd.Function):
-    """x -> W W^T x for a frozen W (d, d_ff) and x (d, n), in the dtype of x.
+    """x -> W W^T x for a frozen W (..., d, d_ff) and x (d, n), in the dtype of x.
 
     W W^T is symmetric, so backward is the same product and only W itself is kept, never a float32 copy of it.
     """
@@ -58,22 +58,26 @@ class _Gram(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         (weight,) = ctx.saved_tensors
-        return None, _gram(weight, grad)
+        each = _gram(weight, grad)
+        return None, each if each.ndim == 2 else each.flatten(0, -3).sum(0)
 
 
 def _gram(weight: Tensor, x: Tensor) -> Tensor:
     if weight.dtype == x.dtype:
         return weight @ (weight.mT @ x)
     rows = x.mT
-    total = torch.zeros_like(rows, memory_format=torch.contiguous_format)
-    for block in weight.split(_BLOCK_CPU if weight.device.type == "cpu" else _BLOCK, dim=1):
+    total = rows.new_zeros(*weight.shape[:-2], *rows.shape[-2:])
+    for block in weight.split(_BLOCK_CPU if weight.device.type == "cpu" else _BLOCK, dim=-1):
         block = block.to(x.dtype)
-        total.addmm_(rows @ block, block.mT)
+        total += (rows @ block) @ block.mT
     return total.mT
 
 
 def gram(weight: Tensor, x: Tensor) -> Tensor:
-    """W_V W_V^T x, shape (d, n), for x (d, n); differentiable in x only. Memory: one block of d x 4,096 numbers."""
+    """W_V W_V^T x, shape (..., d, n), for W_V (..., d, d_ff) and x (d, n); differentiable in x only.
+
+    Memory: one block of 4,096 columns of W_V in the dtype of x, and (..., n, d_ff) numbers where the dtypes agree.
+    """
     result: Tensor = _Gram.apply(weight, x)
     return result
 
@@ -112,7 +116,9 @@ class RelevanceModule(nn.Module):
         self.shift: Tensor | None = None
         # Set where `weight` is known to be orthonormal already, so that R is `weight` itself, bit for bit.
         self._exact: int | None = None
-        self._cache: tuple[tuple, Tensor, Tensor] | None = None
+        # (A, B) of each value matrix and dtype, good for one state of the parameters.
+        self._cache: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._cached_for: tuple | None = None
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, hidden_size={self.weight.shape[1]}"
@@ -143,19 +149,22 @@ class RelevanceModule(nn.Module):
     def set_exact(self) -> None:
         """Declare that `weight` has orthonormal rows, as loaded from a checked file."""
         self._exact = self.weight._version
-        self._cache = None
+        self._cached_for = None
 
     def factors(self, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A (d_r, d) and B (d, d_r) in `dtype`, for the value matrix `values` (d, d_ff).
+        """A (d_r, d) and B (..., d, d_r) in `dtype`, for the value matrix or matrices `values` (..., d, d_ff).
 
         With gradients on they are computed anew, once a forward pass; otherwise once, until a parameter changes.
         """
         if self._learns():
             return self._compute(values, dtype)
-        key = (self.weight._version, self.gate._version, values.data_ptr(), dtype, self.weight.device)
-        if self._cache is None or self._cache[0] != key:
-            self._cache = (key, *self._compute(values, dtype))
-        return self._cache[1], self._cache[2]
+        state = (self.weight._version, self.gate._version, self.weight.device)
+        if self._cached_for != state:
+            self._cache, self._cached_for = {}, state
+        key = (values.data_ptr(), dtype)
+        if key not in self._cache:
+            self._cache[key] = self._compute(values, dtype)
+        return self._cache[key]
 
     def _compute(self, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         projection = self.projection()
@@ -169,23 +178,55 @@ class RelevanceModule(nn.Module):
     def forward(self, output: Tensor, h: Tensor, values: Tensor) -> Tensor:
         """FFN output (..., d) plus what the adapter adds, for the FFN's input `h` (..., d) and W_V (d, d_ff)."""
         down, up = self.factors(values, output.dtype)
-        h = h.to(output.dtype)
-        if self.shift is None:
-            ranked = F.linear(h, down)
-        elif self.shift.ndim == 1:
-            # A shift that all tokens share is the bias of the first product, and so costs nothing.
-            ranked = F.linear(h, down, self.shift.to(output))
-        else:
-            ranked = F.linear(h, down)
-            # OPT flattens (batch, tokens, d) before its FFN; the shift knows how many examples there are.
-            ranked = ranked.view(len(self.shift), -1, self.rank) + self.shift.to(output)
+        ranked = self._ranked(h.to(output.dtype), down).reshape(-1, self.rank)
         # One fused multiply-add over flat tokens instead of a product and a sum.
-        flat = torch.addmm(output.reshape(-1, output.shape[-1]), ranked.reshape(-1, self.rank), up.mT)
+        return torch.addmm(output.reshape(-1, output.shape[-1]), ranked, up.mT).view(output.shape)
+
+    def routed(self, output: Tensor, h: Tensor, p: Tensor, values: Tensor) -> Tensor:
+        """Output (n, d) of routed experts plus sum_e p_e B_e (A h + shift).
+
+        Args:
+            h: tokens (n, d).
+            p: what each expert's output is multiplied by, (n, experts), 0 where a token is not sent.
+            values: W_V of each expert, (experts, d, d_ff).
+
+        Memory: n * experts * d_r numbers, and experts * d * d_r for B; nothing of d_ff a token.
+        """
+        down, up = self.factors(values, output.dtype)
+        ranked = self._ranked(h.to(output.dtype), down).reshape(-1, self.rank)
+        spread = (p.to(output.dtype).unsqueeze(2) * ranked.unsqueeze(1)).flatten(1)
+        flat = torch.addmm(output.reshape(-1, output.shape[-1]), spread, up.mT.reshape(-1, up.shape[1]))
         return flat.view(output.shape)
+
+    def by_expert(self, output: Tensor, h: Tensor, values: Tensor) -> Tensor:
+        """Output (experts * n, d) of experts that each see their own tokens `h`, plus B_e (A h + shift) of each.
+
+        A row of zeros is a token that the expert was not sent: nothing is added for it, no steering either.
+        """
+        down, up = self.factors(values, output.dtype)
+        h = h.to(output.dtype)
+        flat = h.reshape(len(values), -1, h.shape[-1])
+        ranked = F.linear(flat, down)
+        if self.shift is not None:
+            shift = self.shift.to(output)
+            if shift.ndim == 3:
+                shift = shift.expand(-1, flat.shape[1] // len(shift), -1).reshape(flat.shape[1], self.rank)
+            ranked = ranked + shift * (flat != 0).any(dim=-1, keepdim=True)
+        return output + (ranked @ up.mT).reshape(output.shape)
+
+    def _ranked(self, h: Tensor, down: Tensor) -> Tensor:
+        """A h + shift, (..., d_r)."""
+        if self.shift is None:
+            return F.linear(h, down)
+        if self.shift.ndim == 1:
+            # A shift that all tokens share is the bias of the product, and so costs nothing.
+            return F.linear(h, down, self.shift.to(h))
+        # OPT flattens (batch, tokens, d) before its FFN; the shift knows how many examples there are.
+        return F.linear(h, down).view(len(self.shift), -1, self.rank) + self.shift.to(h)
 
     def train(self, mode: bool = True) -> RelevanceModule:
         # An optimizer that writes through `.data` leaves version counters alone; changing mode is when that can matter.
-        self._cache = None
+        self._cached_for = None
         return super().train(mode)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> RelevanceModule:
@@ -196,6 +237,6 @@ class RelevanceModule(nn.Module):
 
         exact = self._exact == self.weight._version
         super()._apply(keep_precision, recurse)
-        self._cache = None
+        self._cached_for = None
         self._exact = self.weight._version if exact else None
         return self

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from braces_cli.core.adapter import CONFIG_FILE, Adapter, AdapterConfig, load_adapter, read_config
 from braces_cli.core.errors import ConfigError, ModelError
+from braces_cli.core.experts import MixtureFFN
 from braces_cli.core.ffn import FFN, find_ffns
 from braces_cli.core.models import Base, load_base, tokenizer_hashes
 
@@ -30,7 +31,7 @@ class Session:
     """An open base. `adapter`, `config` and `folder` are None where there is no adapter."""
 
     base: Base
-    ffns: list[FFN]
+    ffns: list[FFN | MixtureFFN]
     adapter: Adapter | None = None
     config: AdapterConfig | None = None
     folder: Path | None = None

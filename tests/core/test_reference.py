@@ -114,12 +114,7 @@ def test_each_example_is_steered_by_its_own_attributes(name):
     fast, fast_grads = run(model, adapter, False)
     adapter.condition(None)
     plain, _ = run(model, adapter, False)
-    # OPT flattens (batch, tokens, d) before its FFN.
-    per_row = strengths.repeat_interleave(TOKENS.shape[1], 0) if name == "opt" else strengths
-    shape = (len(per_row), 1) if name == "opt" else (2, 1, 1)
-    terms = {
-        layer: [(states[k, i], per_row[:, k].view(shape)) for k in range(2)] for i, layer in enumerate(adapter.layers)
-    }
+    terms = {layer: [(states[k, i], strengths[:, k]) for k in range(2)] for i, layer in enumerate(adapter.layers)}
     slow, slow_grads = run(model, adapter, True, terms)
     assert relative(fast, plain) > 1e-3
     assert relative(fast, slow) < 1e-5
