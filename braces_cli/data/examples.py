@@ -88,6 +88,7 @@ def tokenise(rows: Iterable[Source], tokenizer: Any, max_length: int, report: Re
             found.items.append(example)
         if found.rows % 256 == 0:
             report("reading", found.rows, None)
+    report("reading", found.rows, found.rows)
     return found
 
 
