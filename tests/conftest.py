@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 
 # No test may reach for a hub; set before anything imports huggingface_hub.
@@ -11,6 +13,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # As the command line does where stderr is no terminal; tqdm reads it when it is imported.
 os.environ["TQDM_DISABLE"] = "1"
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +141,34 @@ def make_adapter(session: Any, folder: Path, rank: int = 4, seed: int = 1) -> Pa
     adapter.save(folder, config, "# test\n")
     adapter.detach()
     return folder
+
+
+@dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+    @property
+    def lines(self) -> list[Any]:
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+@pytest.fixture
+def braces(capsys, monkeypatch):
+    """Call `braces ARGS` with the given standard input."""
+    from braces_cli.cli.app import main
+
+    def call(*args: Any, stdin: str = "") -> Outcome:
+        capsys.readouterr()
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as caught:
+            main([str(arg) for arg in args])
+        out, err = capsys.readouterr()
+        return Outcome(caught.value.code, out, err)
+
+    return call

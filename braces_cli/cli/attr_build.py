@@ -43,7 +43,7 @@ def attr_build(
     assert attribute is not None
     assert output_dir is not None
 
-    from braces_cli.core.attributes import build_attribute, check_name
+    from braces_cli.core.attributes import build_attribute, check_name, save_attributes
     from braces_cli.core.files import check_output_file
     from braces_cli.core.session import open_session
 
@@ -53,7 +53,7 @@ def attr_build(
     session = open_session(model, adapter, o.load_options(ctx))
     with progress(quiet) as report:
         built = build_attribute(session, attribute, chosen, report)
-    built.save(path)
+    save_attributes(path, [built])
     result = {
         "attribute": attribute,
         "words": built.words,

@@ -11,7 +11,7 @@ from braces_cli.core.errors import BracesError, ConfigError
 
 _OWN = (
     "rank", "lr", "gate_lr", "epochs", "max_steps", "batch_size", "gradient_accumulation", "warmup_steps", "schedule",
-    "max_length", "gradient_checkpointing", "seed",
+    "max_length", "gradient_checkpointing", "seed", "attribute_field", "strength_field",
 )  # fmt: skip
 
 
@@ -42,6 +42,16 @@ def train(
     max_length: Annotated[
         int, typer.Option("--max-length", min=2, help="Tokens kept of an example (at most the model's context).")
     ] = 1024,
+    attribute_field: Annotated[
+        str | None, typer.Option("--attribute-field", help="Column of each row's attribute: train to be steered by it.")
+    ] = None,
+    strength_field: Annotated[
+        str, typer.Option("--strength-field", help="Column of the attribute's strength; 1 where a row has none.")
+    ] = "strength",
+    opposites: Annotated[
+        list[str] | None, typer.Option("--opposites", help="A:B, two attributes as the ends of one axis. Repeatable.")
+    ] = None,
+    attributes: Annotated[Path | None, typer.Option("--attributes", help="Folder that attr-build wrote.")] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory for about a third more time.")
     ] = False,
@@ -63,7 +73,7 @@ def train(
     from braces_cli.core.files import check_output_folder
     from braces_cli.training.settings import TrainSettings
 
-    own = {name: ctx.params[name] for name in _OWN}
+    own = {name: ctx.params[name] for name in _OWN} | {"opposites": _opposites(opposites, attribute_field)}
     if dry_run:
         TrainSettings(**own)
         _show(fmt, "dry run", _dry_run(ctx, own))
@@ -89,7 +99,7 @@ def _run(
     from braces_cli.core.ffn import chosen_layers
     from braces_cli.core.models import load_shape, load_tokenizer
     from braces_cli.core.session import open_session
-    from braces_cli.data.examples import read_examples
+    from braces_cli.data.examples import Fields, read_examples
     from braces_cli.training.run import count_parameters, run_training
     from braces_cli.training.settings import TrainSettings
 
@@ -101,10 +111,20 @@ def _run(
     count_parameters(shape, settings)
     tokenizer = load_tokenizer(params["model"], revision=params["revision"], trust_remote_code=code)
     settings = replace(settings, max_length=min(settings.max_length, context_length(shape, tokenizer)))
-    train_set = read_examples(data, tokenizer, settings.max_length, report)
-    eval_set = read_examples(eval_data, tokenizer, settings.max_length, report) if eval_data else None
+    fields = Fields(settings.attribute_field, settings.strength_field) if settings.attribute_field is not None else None
+    train_set = read_examples(data, tokenizer, settings.max_length, report, fields)
+    eval_set = read_examples(eval_data, tokenizer, settings.max_length, report, fields) if eval_data else None
     session = open_session(params["model"], None, o.load_options(ctx))
-    return asdict(run_training(session, train_set, eval_set, settings, folder, report))
+    return asdict(run_training(session, train_set, eval_set, settings, folder, report, params["attributes"]))
+
+
+def _opposites(values: list[str] | None, attribute_field: str | None) -> Any:
+    from braces_cli.training.conditions import parse_opposites
+
+    if values and attribute_field is None:
+        hint = "Name the column of each row's attribute with --attribute-field."
+        raise ConfigError("no attributes are trained", where="--opposites", hint=hint)
+    return parse_opposites(values or ())
 
 
 def _dry_run(ctx: typer.Context, own: dict[str, Any]) -> dict[str, Any]:

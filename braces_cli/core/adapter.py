@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from braces_cli.core.condition import ConditionMLP, condition_shapes
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.experts import Experts, MixtureFFN, routing
 from braces_cli.core.ffn import FFN, find_ffns
@@ -40,6 +41,7 @@ class AdapterConfig:
         revision: of the base, where it came from a hub.
         tokenizer: hashes of the tokenizer and its chat template; another one is a warning, not an error.
         training: settings it was trained with; recorded only.
+        attributes: names it was trained to be steered by; with any, the file holds the MLP of `core.condition`.
         versions: of the libraries that wrote it; recorded only.
     """
 
@@ -50,6 +52,7 @@ class AdapterConfig:
     revision: str | None = None
     tokenizer: dict[str, str | None] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    attributes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     method: str = "braces"
@@ -65,6 +68,8 @@ class Adapter:
     def __init__(self, model: nn.Module, sites: list[tuple[FFN | MixtureFFN, RelevanceModule]]) -> None:
         self.model = model
         self.sites = sites
+        # Where attributes are trained: turns their pooled states into h_c.
+        self.mlp: ConditionMLP | None = None
         self._frozen = [p for p in model.parameters() if p.requires_grad]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
@@ -92,6 +97,21 @@ class Adapter:
             yield f"layers.{ffn.layer}.weight", brace.weight
             yield f"layers.{ffn.layer}.gate", brace.gate
 
+    def add_mlp(self, seed: int = 0) -> ConditionMLP:
+        """Put a fresh condition MLP beside the relevance modules, its first layer drawn from `seed`."""
+        ffn, brace = self.sites[0]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            mlp = ConditionMLP(ffn.hidden_size).to(brace.weight.device)
+        # A child of the model, so that whatever moves, wraps or counts the model's parameters sees it.
+        self.model.add_module("brace_condition", mlp)
+        self.mlp = mlp
+        return mlp
+
+    def states(self, pooled: Tensor) -> Tensor:
+        """h_c of pooled states p, (..., d) -> (..., d) in float32."""
+        return pooled if self.mlp is None else self.mlp(pooled)
+
     def parameter_count(self) -> int:
         """layers * (d_r * d + 1)."""
         return sum(p.numel() for _, p in self.named_parameters())
@@ -104,6 +124,9 @@ class Adapter:
         for ffn, _ in self.sites:
             if "brace" in ffn.host._modules:
                 del ffn.host.brace
+        if self.mlp is not None:
+            del self.model.brace_condition
+            self.mlp = None
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._frozen = []
@@ -137,11 +160,13 @@ class Adapter:
             brace.shift = shift.unsqueeze(1) if shift.ndim == 2 else shift
 
     def tensors(self) -> dict[str, Tensor]:
-        """What the adapter file holds: `layers.{i}.projection` and `layers.{i}.gate`."""
+        """What the adapter file holds: `layers.{i}.projection`, `layers.{i}.gate` and, if trained, `condition.*`."""
         out: dict[str, Tensor] = {}
         for ffn, brace in self.sites:
             out[f"layers.{ffn.layer}.projection"] = brace.materialise()
             out[f"layers.{ffn.layer}.gate"] = brace.gate.detach()
+        if self.mlp is not None:
+            out.update({f"condition.{name}": tensor for name, tensor in self.mlp.state_dict().items()})
         return out
 
     def save(self, folder: Path, config: AdapterConfig, card: str) -> None:
@@ -265,6 +290,8 @@ def read_tensors(folder: Path, config: AdapterConfig) -> dict[str, Tensor]:
     for layer in config.layers:
         shapes[f"layers.{layer}.projection"] = (config.r, d)
         shapes[f"layers.{layer}.gate"] = (1,)
+    if config.attributes:
+        shapes.update(condition_shapes(d))
     wrong = sorted(set(shapes) ^ set(tensors))
     if wrong:
         state = "missing" if wrong[0] in shapes else "unexpected"
@@ -307,4 +334,8 @@ def load_adapter(model: nn.Module, folder: Path, found: dict[str, Any]) -> tuple
             brace.gate.copy_(tensors[f"layers.{ffn.layer}.gate"])
         brace.set_exact()
         brace.requires_grad_(False)
+    if config.attributes:
+        prefix = "condition."
+        mlp = adapter.add_mlp().requires_grad_(False)
+        mlp.load_state_dict({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})
     return adapter, config

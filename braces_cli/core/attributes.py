@@ -15,7 +15,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,10 @@ FORMAT_VERSION = "1"
 REFERENCE = "neutral"
 # Without training, s = 1 is a push of this share of the median residual norm after the layer.
 PUSH = 0.05
+# Attributes that an adapter was trained with, in its folder.
+TRAINED_FILE = "attributes.safetensors"
+_OTHER_FILES = {"attributes", "adapter_model", "model"}
+_PARTS = ("hidden", "reference", "residual", "scale")
 _NAME = re.compile(r"[\w][\w.-]*")
 
 
@@ -69,17 +73,17 @@ class Attribute:
         """p = pooled(words) - pooled(reference), (layers, d)."""
         return self.hidden - self.reference
 
-    def save(self, path: Path) -> None:
-        """Write `{name}.safetensors`: tensors `{name}.hidden` and so on, the rest in the header."""
-        tensors = {f"{self.name}.{part}": getattr(self, part) for part in ("hidden", "reference", "residual", "scale")}
-        header = {
-            "format_version": FORMAT_VERSION,
-            "attribute": self.name,
-            "words": json.dumps(self.words, ensure_ascii=False),
-            "layers": json.dumps(self.layers),
-            "fingerprint": json.dumps(self.fingerprint),
-        }
-        write_tensors(path, tensors, header)
+
+def save_attributes(path: Path, attributes: Sequence[Attribute]) -> None:
+    """Write attributes of one base into a file: tensors `{name}.hidden` and so on, the rest in the header."""
+    tensors = {f"{each.name}.{part}": getattr(each, part) for each in attributes for part in _PARTS}
+    header = {
+        "format_version": FORMAT_VERSION,
+        "attributes": json.dumps({each.name: each.words for each in attributes}, ensure_ascii=False),
+        "layers": json.dumps(attributes[0].layers),
+        "fingerprint": json.dumps(attributes[0].fingerprint),
+    }
+    write_tensors(path, tensors, header)
 
 
 def check_name(name: str) -> str:
@@ -142,10 +146,25 @@ def build_attribute(session: Session, name: str, words: Sequence[str], report: R
         reference = pool_words(base.model, base.tokenizer, ffns, built_in()[REFERENCE])
         residual = residual_norms(base.model, base.tokenizer, ffns)
     push = torch.stack([gram_vector(ffn, p).norm() for ffn, p in zip(ffns, hidden - reference, strict=True)])
-    # A word list that equals the reference has no direction: no push, rather than a division by zero.
-    scale = torch.where(push > 0, PUSH * residual / push, torch.zeros_like(push))
     layers = [ffn.layer for ffn in ffns]
+    scale = _scale(residual, push)
     return Attribute(name, list(words), hidden, reference, residual, scale, layers, base.fingerprint(ffns))
+
+
+def _scale(residual: Tensor, push: Tensor) -> Tensor:
+    """What makes s = 1 a push of 5 %; where there is no direction, no push rather than a division by zero."""
+    return torch.where(push > 0, PUSH * residual / push, torch.zeros_like(push))
+
+
+def opposite(session: Session, one: Attribute, other: Attribute) -> tuple[Attribute, Attribute]:
+    """Two attributes as the ends of one axis: p = (pooled(one) - pooled(other)) / 2, and minus that.
+
+    The reference of both is their middle.
+    """
+    middle = (one.hidden + other.hidden) / 2
+    push = torch.stack([gram_vector(f, p).norm() for f, p in zip(session.ffns, one.hidden - middle, strict=True)])
+    scale = _scale(one.residual, push)
+    return replace(one, reference=middle, scale=scale), replace(other, reference=middle, scale=scale)
 
 
 def gram_vector(ffn: FFN | MixtureFFN, state: Tensor) -> Tensor:
@@ -220,7 +239,7 @@ def residual_norms(model: nn.Module, tokenizer: Any, ffns: Sequence[FFN | Mixtur
     return torch.stack([torch.cat(norms[ffn.layer]).median() for ffn in ffns])
 
 
-def load_attribute(path: Path, fingerprint: dict[str, Any]) -> Attribute:
+def load_attributes(path: Path, fingerprint: dict[str, Any]) -> dict[str, Attribute]:
     """Read an attribute file and hold it to the base it is used on.
 
     Raises:
@@ -231,10 +250,11 @@ def load_attribute(path: Path, fingerprint: dict[str, Any]) -> Attribute:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            name = header["attribute"]
-            tensors = {part: file.get_tensor(f"{name}.{part}") for part in ("hidden", "reference", "residual", "scale")}
-        own = json.loads(header["fingerprint"])
-        words, layers = json.loads(header["words"]), json.loads(header["layers"])
+            own, layers = json.loads(header["fingerprint"]), json.loads(header["layers"])
+            found = {}
+            for name, words in json.loads(header["attributes"]).items():
+                parts: dict[str, Any] = {part: file.get_tensor(f"{name}.{part}") for part in _PARTS}
+                found[name] = Attribute(name, words, **parts, layers=layers, fingerprint=own)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise ModelError(
             f"not an attribute file: {error}", where=str(path), hint="Build it again: attr-build."
@@ -245,7 +265,7 @@ def load_attribute(path: Path, fingerprint: dict[str, Any]) -> Attribute:
         raise ModelError(
             f"this attribute was built for another base ({'; '.join(different)})", where=str(path), hint=hint
         )
-    return Attribute(name, words, layers=layers, fingerprint=own, **tensors)
+    return found
 
 
 def find_attribute(session: Session, name: str, folder: Path | None, report: Report = silent) -> Attribute:
@@ -256,20 +276,29 @@ def find_attribute(session: Session, name: str, folder: Path | None, report: Rep
         ModelError: found, but damaged or of another base.
     """
     check_name(name)
-    places = [place for place in (folder, session.folder) if place is not None]
-    for place in places:
-        path = place / f"{name}.safetensors"
-        if path.is_file():
-            return load_attribute(path, session.base.fingerprint(session.ffns))
+    for path in _files(session, folder, name):
+        found = load_attributes(path, session.base.fingerprint(session.ffns))
+        if name in found:
+            return found[name]
     lists = built_in()
     if name in lists:
         return build_attribute(session, name, lists[name], report)
-    known = sorted({*lists, *(n for place in places for n in stored_attributes(place))})
+    known = known_attributes(session, folder)
     hint = f"{near_misses(name, known)} Known: {', '.join(known)}. Build others with braces attr-build.".strip()
     raise ConfigError(f"unknown attribute `{name}`", where="--attribute", hint=hint)
 
 
-def stored_attributes(folder: Path) -> list[str]:
-    """Names of the attribute files in a folder."""
-    others = {"adapter_model", "attributes", "model"}
-    return sorted(path.stem for path in folder.glob("*.safetensors") if path.stem not in others)
+def known_attributes(session: Session, folder: Path | None) -> list[str]:
+    """Every name that `find_attribute` would find."""
+    trained = session.config.attributes if session.config is not None else []
+    places = [place for place in (folder, session.folder) if place is not None]
+    files = {path.stem for place in places for path in place.glob("*.safetensors")} - _OTHER_FILES
+    return sorted({*built_in(), *trained, *files})
+
+
+def _files(session: Session, folder: Path | None, name: str) -> list[Path]:
+    """Where an attribute may lie, in the order of looking."""
+    places = [] if folder is None else [folder / f"{name}.safetensors"]
+    if session.folder is not None:
+        places += [session.folder / f"{name}.safetensors", session.folder / TRAINED_FILE]
+    return [path for path in places if path.is_file()]

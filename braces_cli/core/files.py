@@ -79,7 +79,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     import torch
     from safetensors.torch import load_file, save_file
 
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Cloned: safetensors refuses tensors that share memory, as the two ends of an axis share their middle.
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
     def matches(temporary: Path) -> bool:
         back = load_file(temporary)

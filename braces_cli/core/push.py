@@ -65,9 +65,11 @@ def _shift(
     for ffn, brace in adapter.sites:
         if layers is not None and ffn.layer not in layers:
             continue
-        state, residual = _state(terms, ffn, scaled=False)
         with torch.no_grad():
-            brace.shift = brace.projection() @ state.to(brace.weight)
+            row = terms[0][0].layers.index(ffn.layer)
+            residual = float(terms[0][0].residual[row])
+            state = torch.stack([s * adapter.states(each.state[row].to(brace.weight)) for each, s in terms]).sum(dim=0)
+            brace.shift = brace.projection() @ state
             each = [brace.factors(part.value_matrix(), torch.float32)[1] @ brace.shift for part in ffn.parts]
             # Of experts the mean, though which of them a token meets is the router's choice.
             moved = float(torch.cat([vector.reshape(-1, ffn.hidden_size) for vector in each]).mean(dim=0).norm())
@@ -89,7 +91,7 @@ def _add(
         if isinstance(ffn, MixtureFFN):
             hint = "What steering adds depends on the experts; train an adapter first."
             raise ConfigError("a mixture of experts is steered with an adapter only", where="--attribute", hint=hint)
-        state, residual = _state(terms, ffn, scaled=True)
+        state, residual = _scaled_state(terms, ffn)
         vector = gram_vector(ffn, state).to(ffn.value_matrix().device)
         stack.callback(ffn.value.register_forward_hook(_adder(vector)).remove)
         pushes.append(Push(ffn.layer, float(vector.norm()) / residual))
@@ -103,12 +105,12 @@ def _adder(vector: Tensor) -> Any:
     return hook
 
 
-def _state(terms: Sequence[tuple[Attribute, float]], ffn: FFN | MixtureFFN, *, scaled: bool) -> tuple[Tensor, float]:
-    """Sum of s h_c (times each attribute's scale) at one layer, and the residual norm there."""
+def _scaled_state(terms: Sequence[tuple[Attribute, float]], ffn: FFN) -> tuple[Tensor, float]:
+    """Sum of s * scale * p at one layer, and the residual norm there."""
     total = torch.zeros(ffn.hidden_size)
     residual = 0.0
     for attribute, s in terms:
         row = attribute.layers.index(ffn.layer)
-        total += s * (float(attribute.scale[row]) if scaled else 1.0) * attribute.state[row]
+        total += s * float(attribute.scale[row]) * attribute.state[row]
         residual = float(attribute.residual[row])
     return total, residual

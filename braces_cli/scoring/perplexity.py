@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,10 +65,14 @@ def likelihoods(
     batch_size: int,
     report: Report = silent,
     stage: str = "scoring",
+    prepare: Callable[[Sequence[int]], None] | None = None,
 ) -> list[Likelihood]:
     """Likelihood of each example's scored tokens, in the order given; logits are read in float32.
 
     Batches are cut by length, padded behind and masked, so the result does not depend on the batch size.
+
+    Args:
+        prepare: called before each batch with the indices of its examples, to set what they are conditioned on.
     """
     results: list[Likelihood] = [Likelihood()] * len(examples)
     device = next(model.parameters()).device
@@ -80,6 +84,8 @@ def likelihoods(
             chosen = [examples[i] for i in rows]
             batch = {name: tensor.to(device) for name, tensor in pad_right(chosen, pad_id).items()}
             labels = batch.pop("labels")
+            if prepare is not None:
+                prepare(rows)
             with torch.no_grad():
                 nll = _token_nll(model(**batch, use_cache=False).logits, labels)
             for row, index in enumerate(rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 
 from braces_cli.core.adapter import Adapter, AdapterConfig, attach
+from braces_cli.core.attributes import TRAINED_FILE, Attribute, save_attributes
+from braces_cli.core.condition import condition_shapes
 from braces_cli.core.errors import BracesError
 from braces_cli.core.ffn import parameter_total
 from braces_cli.core.models import tokenizer_hashes
@@ -22,6 +25,7 @@ from braces_cli.core.versions import versions
 from braces_cli.data.examples import Examples
 from braces_cli.scoring.perplexity import Likelihood, likelihoods
 from braces_cli.training.card import model_card
+from braces_cli.training.conditions import Conditioner, gather_attributes
 from braces_cli.training.settings import TrainSettings
 
 
@@ -63,10 +67,12 @@ def count_parameters(model: Any, settings: TrainSettings) -> dict[str, Any]:
     total = parameter_total(model)
     adapter = attach(model, settings.rank, settings.layers)
     trainable = adapter.parameter_count()
+    width = adapter.sites[0][0].hidden_size
     adapter.detach()
+    condition = sum(math.prod(shape) for shape in condition_shapes(width).values())
     return {
         "trainable_parameters": trainable,
-        "condition_parameters": 0,
+        "condition_parameters": condition if settings.attribute_field is not None else 0,
         "total_parameters": total,
         "trainable_percent": 100 * trainable / total,
     }
@@ -79,12 +85,15 @@ def run_training(
     settings: TrainSettings,
     folder: Path,
     report: Report = silent,
+    attributes_folder: Path | None = None,
 ) -> TrainResult:
     """Fine-tune a fresh adapter on an open base and write it to `folder`.
 
-    The base is measured on `eval_set` first, with nothing attached, then the adapter as it was saved.
+    The base is measured on `eval_set` first, with nothing attached, then the adapter as it was saved, each row
+    conditioned on its own attribute where attributes are trained.
 
     Raises:
+        DataError: a row names an unknown attribute.
         ConfigError: rank or layers that do not fit the base.
         BracesError: the loss is not finite, or the folder cannot be written.
     """
@@ -93,21 +102,29 @@ def run_training(
     model, pad_id = session.base.model, session.base.tokenizer.pad_token_id
     counts = count_parameters(model, settings)
     batch = settings.batch_size
-    base = _measure(model, eval_set, pad_id, batch, report, "evaluating the base")
+    attributes: list[Attribute] = []
+    if settings.attribute_field is not None:
+        sets = [train_set] if eval_set is None else [train_set, eval_set]
+        attributes = gather_attributes(session, settings, sets, attributes_folder)
+    base = _measure(model, eval_set, None, pad_id, batch, report, "evaluating the base")
 
     adapter = attach(model, settings.rank, settings.layers, settings.seed)
+    conditioner = None
+    if attributes:
+        adapter.add_mlp(settings.seed)
+        conditioner = Conditioner(adapter, attributes)
     existed = folder.exists()
     _reset_memory()
     started = time.perf_counter()
     try:
-        trainer = BracesTrainer(adapter, settings, train_set.items, pad_id, str(folder), report)
+        trainer = BracesTrainer(adapter, settings, train_set, conditioner, pad_id, str(folder), report)
         outcome = trainer.train()
         seconds = time.perf_counter() - started
         memory = _peak_memory()
         _check_finite(adapter)
         # Saving settles the projection to what the file holds, so that it is the saved adapter that is measured.
         adapter.tensors()
-        tuned = _measure(model, eval_set, pad_id, batch, report, "evaluating the adapter")
+        tuned = _measure(model, eval_set, conditioner, pad_id, batch, report, "evaluating the adapter")
         result = TrainResult(
             output_dir=str(folder),
             method="braces",
@@ -125,7 +142,9 @@ def run_training(
             rows_truncated=train_set.truncated,
             rows_dropped=train_set.dropped,
         )
-        config = _config(session, adapter, settings)
+        config = _config(session, adapter, settings, attributes)
+        if attributes:
+            save_attributes(folder / TRAINED_FILE, attributes)
         adapter.save(folder, config, model_card(config, asdict(result)))
     finally:
         # Trainer makes the folder before there is anything to put into it.
@@ -134,7 +153,9 @@ def run_training(
     return result
 
 
-def _config(session: Session, adapter: Adapter, settings: TrainSettings) -> AdapterConfig:
+def _config(
+    session: Session, adapter: Adapter, settings: TrainSettings, attributes: Sequence[Attribute]
+) -> AdapterConfig:
     base = session.base
     return AdapterConfig(
         base_model_name_or_path=base.name,
@@ -144,6 +165,7 @@ def _config(session: Session, adapter: Adapter, settings: TrainSettings) -> Adap
         fingerprint=base.fingerprint(session.ffns),
         tokenizer=tokenizer_hashes(base.tokenizer),
         training=asdict(settings),
+        attributes=[attribute.name for attribute in attributes],
         versions=versions(),
     )
 
@@ -157,11 +179,28 @@ def _figures(prefix: str, measured: Likelihood | None) -> dict[str, Any]:
 
 
 def _measure(
-    model: Any, examples: Examples | None, pad_id: int, batch_size: int, report: Report, stage: str
+    model: Any,
+    examples: Examples | None,
+    conditioner: Conditioner | None,
+    pad_id: int,
+    batch_size: int,
+    report: Report,
+    stage: str,
 ) -> Likelihood | None:
     if examples is None:
         return None
-    return _total(likelihoods(model, examples.items, pad_id, batch_size, report, stage))
+    rows = examples.conditions
+
+    def condition(batch: Sequence[int]) -> None:
+        if conditioner is not None:
+            with torch.no_grad():
+                conditioner.apply(conditioner.strengths([rows[row] for row in batch]))
+
+    try:
+        return _total(likelihoods(model, examples.items, pad_id, batch_size, report, stage, condition))
+    finally:
+        if conditioner is not None:
+            conditioner.clear()
 
 
 def _total(parts: Sequence[Likelihood]) -> Likelihood:
@@ -170,7 +209,10 @@ def _total(parts: Sequence[Likelihood]) -> Likelihood:
 
 
 def _check_finite(adapter: Adapter) -> None:
-    if not all(bool(p.isfinite().all()) for _, p in adapter.named_parameters()):
+    parameters = [p for _, p in adapter.named_parameters()] + (
+        [] if adapter.mlp is None else [*adapter.mlp.parameters()]
+    )
+    if not all(bool(p.isfinite().all()) for p in parameters):
         raise BracesError(
             "training diverged: the adapter holds numbers that are not finite", hint="Lower --lr or --gate-lr."
         )

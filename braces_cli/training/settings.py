@@ -28,6 +28,9 @@ class TrainSettings:
         max_length: tokens of an example that are kept.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         seed: of the projections' start and the order of examples.
+        attribute_field: column of the rows' attributes; None: attributes are not trained.
+        strength_field: column of their strengths.
+        opposites: pairs of attributes that are the two ends of one axis.
     """
 
     rank: int = 16
@@ -43,6 +46,9 @@ class TrainSettings:
     max_length: int = 1024
     gradient_checkpointing: bool = False
     seed: int = 0
+    attribute_field: str | None = None
+    strength_field: str = "strength"
+    opposites: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("lr", "gate_lr", "epochs"):

@@ -11,8 +11,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from braces_cli.core.adapter import Adapter
 from braces_cli.core.batches import pad_right
-from braces_cli.core.encode import Encoded
 from braces_cli.core.progress import Report
+from braces_cli.data.examples import Examples
+from braces_cli.training.conditions import Conditioner
 from braces_cli.training.settings import TrainSettings
 
 
@@ -23,20 +24,22 @@ class BracesTrainer(Trainer):
         self,
         adapter: Adapter,
         settings: TrainSettings,
-        examples: Sequence[Encoded],
+        examples: Examples,
+        conditioner: Conditioner | None,
         pad_id: int,
         folder: str,
         report: Report,
     ) -> None:
         self._adapter = adapter
         self._settings = settings
+        self._conditioner = conditioner
         self._seen: Tensor | int = 0
         model: Any = adapter.model
         super().__init__(
             model=model,
             args=_arguments(settings, folder, next(model.parameters()).device),
-            train_dataset=list(examples),
-            data_collator=lambda rows: pad_right(rows, pad_id),
+            train_dataset=list(range(len(examples.items))),
+            data_collator=lambda rows: _batch(examples, rows, conditioner, pad_id),
             callbacks=[_Progress(report)],
         )
         self.remove_callback(PrinterCallback)  # it prints every log to stdout, which carries the result only
@@ -54,6 +57,8 @@ class BracesTrainer(Trainer):
                 {"params": weights, "lr": self._settings.lr},
                 {"params": gates, "lr": self._settings.gate_lr},
             ]
+            if self._adapter.mlp is not None:
+                groups.append({"params": list(self._adapter.mlp.parameters()), "lr": self._settings.lr})
             # No weight decay: R does not depend on the length of the rows of its weight.
             self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         return self.optimizer
@@ -61,7 +66,17 @@ class BracesTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         # Summed where the batch lies: no waiting for a GPU in every step.
         self._seen = self._seen + inputs["attention_mask"].sum()
+        if self._conditioner is not None:
+            # It stays set until the next batch: gradient checkpointing computes the pass once more.
+            self._conditioner.apply(inputs.pop("strengths"))
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def _batch(examples: Examples, rows: Sequence[int], conditioner: Conditioner | None, pad_id: int) -> dict[str, Tensor]:
+    batch = pad_right([examples.items[row] for row in rows], pad_id)
+    if conditioner is not None:
+        batch["strengths"] = conditioner.strengths([examples.conditions[row] for row in rows])
+    return batch
 
 
 def _arguments(settings: TrainSettings, folder: str, device: torch.device) -> TrainingArguments:

@@ -26,7 +26,8 @@ COMMON = {
 }
 DEEPSEEK = {
     "n_routed_experts": 4, "moe_intermediate_size": 24, "n_group": 2, "topk_group": 2, "first_k_dense_replace": 1,
-    "num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
+    "num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
 }  # fmt: skip
 # Config, sizes, and the parts of the last layer: (module lists or fused, shared experts).
 MODELS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
