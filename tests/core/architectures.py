@@ -1,0 +1,89 @@
+"""Every causal language model of transformers, tiny: a generic shrink of its default config, plus overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as MAPPING
+
+WIDTH, NEURONS, HEADS, KV_HEADS, HEAD, VOCABULARY, LENGTH, EXPERTS = 32, 52, 4, 2, 8, 96, 64, 4
+
+# Fields of configs by what they mean, and what they become. A field that a config lacks is left out.
+SHRINK: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_dim", "emb_dim", "embedding_size"), WIDTH),
+    **dict.fromkeys(("input_embedding_size", "output_embedding_size", "word_embed_proj_dim", "lru_width"), WIDTH),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "dff"), NEURONS),
+    **dict.fromkeys(("d_inner", "dim_ff", "n_inner", "ffn_hidden_size", "feed_forward_size"), NEURONS),
+    **dict.fromkeys(("intermediate_size_mlp", "dense_intermediate_size"), NEURONS),
+    **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size", "shared_expert_intermediate_size"), 20),
+    **dict.fromkeys(("shared_intermediate_size", "moe_shared_expert_intermediate_size"), 20),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), HEADS),
+    **dict.fromkeys(("encoder_attention_heads", "attention_heads", "num_encoder_attention_heads"), HEADS),
+    **dict.fromkeys(("num_decoder_attention_heads", "swa_num_attention_heads"), HEADS),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads"), KV_HEADS),
+    **dict.fromkeys(("head_dim", "d_head", "dim_head", "v_head_dim", "qk_nope_head_dim", "swa_head_dim"), HEAD),
+    **dict.fromkeys(("attention_head_size", "kv_channels", "index_head_dim", "linear_head_dim"), HEAD),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "attention_head_dim"), HEAD),
+    **dict.fromkeys(("rotary_dim", "qk_rope_head_dim"), 4),
+    **dict.fromkeys(("index_n_heads", "linear_num_key_heads", "linear_num_value_heads", "linear_num_heads"), HEADS),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank", "adapter_rank"), 16),
+    **dict.fromkeys(("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length"), LENGTH),
+    **dict.fromkeys(("max_target_positions", "max_source_positions"), LENGTH),
+    **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), EXPERTS),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "index_topk"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "num_expert_group"), 1),
+    **dict.fromkeys(("encoder_layers", "num_encoder_layers", "mtp_num_layers"), 2),
+    **dict.fromkeys(("bos_token_id", "decoder_start_token_id"), 0),
+    **dict.fromkeys(("eos_token_id", "pad_token_id"), 1),
+}
+# Fields that hold the number of layers.
+DEPTH = ("num_hidden_layers", "decoder_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "num_blocks")
+# What a type needs beside: nested fields as nested dictionaries.
+OVERRIDES: dict[str, dict[str, Any]] = {}
+
+
+def depth(config: PreTrainedConfig) -> int:
+    """Layers until each kind that the default config lists has come once, at least two and at most eight."""
+    count = max((getattr(config, name) for name in DEPTH if isinstance(getattr(config, name, None), int)), default=2)
+    need = 2
+    for value in vars(config).values():
+        if isinstance(value, list) and len(value) == count and len({str(v) for v in value}) <= 4:
+            need = max(need, *(value.index(kind) + 1 for kind in value))
+    return min(need, 8)
+
+
+def shrink(config: PreTrainedConfig, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Fields of a tiny config of the same class, its sub-configs shrunken alike."""
+    overrides = dict(overrides or {})
+    known = {field.name for field in dataclasses.fields(config)}
+    fields = {name: value for name, value in SHRINK.items() if name in known and getattr(config, name, 0) is not None}
+    layers = depth(config)
+    fields |= {name: layers for name in DEPTH if name in known}
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            nested = overrides.pop(name, {})
+            fields[name] = nested if nested is None else shrink(value, nested)
+    return fields | overrides
+
+
+def tiny_config(name: str) -> PreTrainedConfig:
+    """The tiny config of a model type."""
+    kind = CONFIG_MAPPING[name]
+    return kind(**shrink(kind(), OVERRIDES.get(name)))
+
+
+def tiny(name: str, seed: int = 0) -> Any:
+    """A tiny model of a type, in eval mode, with drawn norms and biases."""
+    config = tiny_config(name)
+    torch.manual_seed(seed)
+    with torch.device("meta"):
+        count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    if count > 5_000_000:
+        raise ValueError(f"{count} parameters are too many")
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    return model.eval()
