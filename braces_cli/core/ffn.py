@@ -11,13 +11,13 @@ a module that owns an activation and such a pair among its direct children, insi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from braces_cli.core.errors import ConfigError, ModelError
+from braces_cli.core.structure import is_whole, outside_mixers, pairs, sizes
 
 _LOOKED_FOR = "a module with an activation and two linear projections d -> d_ff -> d in each layer"
 
@@ -45,12 +45,12 @@ class FFN:
     @property
     def hidden_size(self) -> int:
         """d, the width of `h` and of a value vector."""
-        return _sizes(self.value)[1]
+        return sizes(self.value)[1]
 
     @property
     def value_vectors(self) -> int:
         """d_ff, the number of value vectors."""
-        return _sizes(self.value)[0]
+        return sizes(self.value)[0]
 
     def value_matrix(self) -> Tensor:
         """W_V as a (d, d_ff) view of the model's own weight: column j is the value vector v_j."""
@@ -61,107 +61,58 @@ class FFN:
         return next(name for name, module in model.named_modules() if module is self.value)
 
 
-def _sizes(module: nn.Module) -> tuple[int, int]:
-    """(inputs, outputs) of a linear projection. `in_features` and `out_features` are there for packed weights too."""
-    part: Any = module
-    if hasattr(part, "in_features") and hasattr(part, "out_features"):
-        return int(part.in_features), int(part.out_features)
-    return int(part.nx), int(part.nf)
-
-
 def _matrix(module: nn.Module) -> Tensor:
     """Weight as (outputs, inputs); transformers' Conv1D, which GPT-2 uses, stores it transposed."""
     weight: Any = module.weight
     return cast("Tensor", weight if hasattr(module, "out_features") else weight.T)
 
 
-def _is_linear(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    has_sizes = all(hasattr(module, name) for name in ("in_features", "out_features"))
-    return isinstance(weight, Tensor) and (has_sizes or all(hasattr(module, name) for name in ("nx", "nf")))
-
-
-def _is_activation(value: object) -> bool:
-    """Activation modules of torch and transformers, and the plain functions some models hold as attributes."""
-    home = getattr(type(value) if isinstance(value, nn.Module) else value, "__module__", "") or ""
-    if isinstance(value, nn.Module):
-        return home in ("torch.nn.modules.activation", "transformers.activations")
-    return callable(value) and home in ("torch.nn.functional", "torch._C._nn")
-
-
-def _has_activation(module: nn.Module) -> bool:
-    return any(map(_is_activation, module.children())) or any(map(_is_activation, vars(module).values()))
-
-
-def _mixes_tokens(host: nn.Module) -> bool:
-    """A state-space mixer (Mamba) has an activation between two projections, too; its convolution and its own state
-    parameters tell that it is no FFN."""
-    own = any(True for _ in host.parameters(recurse=False))
-    return own or any(isinstance(child, nn.Conv1d) for child in host.children())
-
-
-def _pair(host: nn.Module) -> tuple[tuple[nn.Module, ...], nn.Module] | None:
-    """The (keys, value) among the direct children of `host`, or None."""
-    linears = [child for child in host.children() if _is_linear(child)]
-    for value in reversed(linears):
-        d_ff, d = _sizes(value)
-        keys = tuple(m for m in linears if m is not value and _sizes(m) in ((d, d_ff), (d, 2 * d_ff)))
-        if keys:
-            return keys, value
-    return None
-
-
-def _is_whole(host: nn.Module, keys: tuple[nn.Module, ...], value: nn.Module) -> bool:
-    """Nothing in `host` can stand between it and the two ends of the pair.
-
-    An active dropout can: the paper's sum is what leaves `value`, so the term must be added before it.
-    """
-    for child in host.children():
-        idle = isinstance(child, nn.Identity) or (isinstance(child, nn.Dropout) and child.p == 0)
-        if not (child in keys or child is value or idle or _is_activation(child)):
-            return False
-    return True
-
-
 def layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and ModuleList of the decoder layers: the outermost list whose layers hold the most FFNs.
+    """Name and ModuleList of the decoder layers: of the outermost lists, the one whose layers hold the most FFNs.
+
+    Towers that read something else than tokens are left out. Where several lists are owned by modules of one class, as
+    HRM's slow and fast stack, they are one decoder: the list is a new one of all their layers, the name the last one's.
 
     Raises:
         ModelError: the model has no list of layers.
     """
-    best: tuple[int, str, nn.ModuleList] | None = None
-    inside: list[str] = []
+    stacks = _stacks(model)
+    return stacks[-1][0], nn.ModuleList([layer for _, stack in stacks for layer in stack])
+
+
+def _stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """(name, list of layers) of the decoder, mostly one. Raises ModelError as `layer_stack` does."""
+    found: list[tuple[int, str, nn.ModuleList, type]] = []
+    closed: list[str] = []
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in inside):
+        if any(name.startswith(f"{outer}.") for outer in closed):
             continue
-        inside.append(name)
-        count = sum(1 for layer in module if any(True for _ in _pairs(layer)))
-        # Not strictly greater: in an encoder-decoder model the decoder, which comes second, is the one that generates.
-        if best is None or count >= best[0]:
-            best = (count, name, module)
-    if best is None:
+        if name and getattr(module, "main_input_name", "input_ids") != "input_ids":
+            closed.append(name)  # a vision or audio tower
+        elif isinstance(module, nn.ModuleList):
+            closed.append(name)
+            owner = model.get_submodule(name.rpartition(".")[0])
+            count = sum(bool(pairs(layer) or experts(layer)) for layer in module)
+            found.append((count, name, module, type(owner)))
+    if not found:
         raise ModelError(
             f"{type(model).__name__} has no list of layers",
             hint=f"braces looked for {_LOOKED_FOR}; a model without feed-forward layers has nothing to attach to.",
         )
-    return best[1], best[2]
+    # Of equal ones the last: in an encoder-decoder model the decoder, which comes second, is the one that generates.
+    most = max(count for count, *_ in found)
+    owner_class = [owner for count, _, _, owner in found if count == most][-1]
+    return [(name, stack) for count, name, stack, owner in found if owner is owner_class and (count or not most)]
 
 
-def _pairs(layer: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[nn.Module, ...], nn.Module]]:
-    for name, host in layer.named_modules():
-        if _has_activation(host) and not _mixes_tokens(host):
-            pair = _pair(host)
-            if pair:
-                yield name, host, *pair
-
-
-def _experts(layer: nn.Module) -> str | None:
+def experts(layer: nn.Module) -> str | None:
     """What shows that this layer mixes experts, or None. Attaching to one part of a mixture would be silently wrong."""
-    for name, parameter in layer.named_parameters():
-        if parameter.ndim == 3 and min(parameter.shape) > 1 and "conv" not in name:
-            return f"{name} {tuple(parameter.shape)}"
-    pairs = [name for name, *_ in _pairs(layer)]
-    return ", ".join(pairs[:3]) if len(pairs) > 1 else None
+    for name, module in outside_mixers(layer):
+        for kind, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 3 and min(parameter.shape) > 1:
+                return f"{name}.{kind} {tuple(parameter.shape)}"
+    names = [pair.name for pair in pairs(layer)]
+    return ", ".join(names[:3]) if len(names) > 1 else None
 
 
 def find_ffns(model: nn.Module) -> list[FFN]:
@@ -170,23 +121,25 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     Raises:
         ModelError: no layer has a recognisable FFN, or a layer mixes several experts.
     """
-    stack_name, stack = layer_stack(model)
+    stacks = _stacks(model)
+    layers = [(f"{name}.{place}", layer) for name, stack in stacks for place, layer in enumerate(stack)]
     found: list[FFN] = []
-    for index, layer in enumerate(stack):
-        experts = _experts(layer)
-        if experts:
+    for index, (layer_name, layer) in enumerate(layers):
+        mixture = experts(layer)
+        if mixture:
             raise ModelError(
-                f"layer {index} of {type(model).__name__} is a mixture of experts ({experts})",
+                f"layer {index} of {type(model).__name__} is a mixture of experts ({mixture})",
                 hint="braces attaches to models with one feed-forward network a layer.",
             )
-        for name, host, keys, value in _pairs(layer):
-            path = ".".join(part for part in (stack_name, str(index), name) if part)
-            found.append(FFN(index, path, host, keys, value, host is not layer and _is_whole(host, keys, value)))
+        for pair in pairs(layer):
+            path = f"{layer_name}.{pair.name}" if pair.name else layer_name
+            whole = pair.host is not layer and is_whole(pair)
+            found.append(FFN(index, path, pair.host, pair.keys, pair.value, whole))
     if not found:
-        inside = sorted({type(module).__name__ for module in stack[0].modules()}) if len(stack) else []
+        inside = sorted({type(module).__name__ for module in layers[0][1].modules()}) if layers else []
         raise ModelError(
             f"no feed-forward layer found in {type(model).__name__}",
-            hint=f"Looked for {_LOOKED_FOR}; {stack_name}.0 holds: {', '.join(inside)}.",
+            hint=f"Looked for {_LOOKED_FOR}; {stacks[-1][0]}.0 holds: {', '.join(inside)}.",
         )
     return found
 

@@ -27,7 +27,8 @@ SHRINK: dict[str, Any] = {
     **dict.fromkeys(("head_dim", "d_head", "dim_head", "v_head_dim", "qk_nope_head_dim", "swa_head_dim"), HEAD),
     **dict.fromkeys(("attention_head_size", "kv_channels", "index_head_dim", "linear_head_dim"), HEAD),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "attention_head_dim"), HEAD),
-    **dict.fromkeys(("rotary_dim", "qk_rope_head_dim"), 4),
+    # Multi-head latent attention turns positions by head_dim.
+    **dict.fromkeys(("rotary_dim", "qk_rope_head_dim"), HEAD),
     **dict.fromkeys(("index_n_heads", "linear_num_key_heads", "linear_num_value_heads", "linear_num_heads"), HEADS),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank", "adapter_rank"), 16),
     **dict.fromkeys(("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
@@ -39,31 +40,73 @@ SHRINK: dict[str, Any] = {
     **dict.fromkeys(("encoder_layers", "num_encoder_layers", "mtp_num_layers"), 2),
     **dict.fromkeys(("bos_token_id", "decoder_start_token_id"), 0),
     **dict.fromkeys(("eos_token_id", "pad_token_id"), 1),
+    # Mamba: heads times their width is twice the model's width, as `expand` says.
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "n_mamba_heads"), 4),
+    **dict.fromkeys(("mamba_d_head", "mamba_head_dim"), 16),
+    **dict.fromkeys(("mamba_d_state", "ssm_state_size", "state_size", "mamba_chunk_size", "chunk_size"), 8),
+    "mamba_d_ssm": 2 * WIDTH,
+    # BERT and its kin are causal only when told so.
+    "is_decoder": True,
 }
+# Fields that get their size even where the default config leaves them None: some models do not work them out.
+ALWAYS = ("head_dim", "num_key_value_heads", "moe_intermediate_size")
 # Fields that hold the number of layers.
 DEPTH = ("num_hidden_layers", "decoder_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "num_blocks")
 # What a type needs beside: nested fields as nested dictionaries.
-OVERRIDES: dict[str, dict[str, Any]] = {}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "mamba2": {"head_dim": 16},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "gemma3n_text": {"num_hidden_layers": 6, "num_kv_shared_layers": 1, "laurel_rank": 4},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "zaya": {"num_experts_per_tok": 1},
+    "dots3_note_text": {"num_key_value_heads": HEADS},
+    "dots3_note": {"text_config": {"num_key_value_heads": HEADS}},
+    "reformer": {
+        "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 16], "attn_layers": ["local", "lsh"],
+        "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8, "num_buckets": 2, "hash_seed": 0,
+    },
+    "roc_bert": {
+        "pronunciation_vocab_size": 20, "shape_vocab_size": 20, "pronunciation_embed_dim": 8, "shape_embed_dim": 8,
+    },
+    "xmod": {"default_language": "en_XX"},
+}  # fmt: skip
 
 
 def depth(config: PreTrainedConfig) -> int:
     """Layers until each kind that the default config lists has come once, at least two and at most eight."""
-    count = max((getattr(config, name) for name in DEPTH if isinstance(getattr(config, name, None), int)), default=2)
     need = 2
-    for value in vars(config).values():
-        if isinstance(value, list) and len(value) == count and len({str(v) for v in value}) <= 4:
+    for value in _per_layer(config).values():
+        if len({str(kind) for kind in value}) <= 4:
             need = max(need, *(value.index(kind) + 1 for kind in value))
     return min(need, 8)
+
+
+def _per_layer(config: PreTrainedConfig) -> dict[str, list]:
+    """Fields that list something for each layer."""
+    count = max((value for name, value in vars(config).items() if name in DEPTH), default=2)
+    return {name: value for name, value in vars(config).items() if isinstance(value, list) and len(value) == count > 2}
 
 
 def shrink(config: PreTrainedConfig, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
     """Fields of a tiny config of the same class, its sub-configs shrunken alike."""
     overrides = dict(overrides or {})
-    known = {field.name for field in dataclasses.fields(config)}
-    fields = {name: value for name, value in SHRINK.items() if name in known and getattr(config, name, 0) is not None}
-    layers = depth(config)
+    known = {field.name: field for field in dataclasses.fields(config)}
+    values = vars(config)
+    fields = {name: value for name, value in SHRINK.items() if name in known}
+    fields = {name: value for name, value in fields.items() if values.get(name) is not None or name in ALWAYS}
+    if "kv_lora_rank" in fields and "num_key_value_heads" in fields:
+        fields["num_key_value_heads"] = HEADS  # latent attention has one key for each query head
+    layers = overrides.get("num_hidden_layers", depth(config))
     fields |= {name: layers for name in DEPTH if name in known}
-    for name, value in vars(config).items():
+    for name, value in _per_layer(config).items():
+        if name in known and known[name].default is not None:  # those that are None by default follow from the depth
+            fields[name] = value[:layers]
+    for name, value in values.items():
         if isinstance(value, PreTrainedConfig):
             nested = overrides.pop(name, {})
             fields[name] = nested if nested is None else shrink(value, nested)
