@@ -17,7 +17,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from braces_cli.core.errors import ConfigError, ModelError
-from braces_cli.core.structure import is_whole, outside_mixers, pairs, sizes
+from braces_cli.core.structure import is_whole, keeps_state, outside_mixers, pairs, sizes
 
 _LOOKED_FOR = "a module with an activation and two linear projections d -> d_ff -> d in each layer"
 
@@ -70,7 +70,7 @@ def _matrix(module: nn.Module) -> Tensor:
 def layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Name and ModuleList of the decoder layers: of the outermost lists, the one whose layers hold the most FFNs.
 
-    Towers that read something else than tokens are left out. Where several lists are owned by modules of one class, as
+    Vision and audio towers are left out. Where several lists are owned by modules of one class, as
     HRM's slow and fast stack, they are one decoder: the list is a new one of all their layers, the name the last one's.
 
     Raises:
@@ -82,13 +82,14 @@ def layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def _stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     """(name, list of layers) of the decoder, mostly one. Raises ModelError as `layer_stack` does."""
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     found: list[tuple[int, str, nn.ModuleList, type]] = []
     closed: list[str] = []
     for name, module in model.named_modules():
         if any(name.startswith(f"{outer}.") for outer in closed):
             continue
-        if name and getattr(module, "main_input_name", "input_ids") != "input_ids":
-            closed.append(name)  # a vision or audio tower
+        if name and _is_tower(module, embedding):
+            closed.append(name)
         elif isinstance(module, nn.ModuleList):
             closed.append(name)
             owner = model.get_submodule(name.rpartition(".")[0])
@@ -103,6 +104,11 @@ def _stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     most = max(count for count, *_ in found)
     owner_class = [owner for count, _, _, owner in found if count == most][-1]
     return [(name, stack) for count, name, stack, owner in found if owner is owner_class and (count or not most)]
+
+
+def _is_tower(module: nn.Module, embedding: Any) -> bool:
+    """A model inside the model that sees or hears: it neither embeds tokens nor keeps a cache of them."""
+    return hasattr(module, "main_input_name") and embedding not in module.modules() and not keeps_state(module)
 
 
 def experts(layer: nn.Module) -> str | None:

@@ -90,11 +90,19 @@ def _forward(module: nn.Module) -> Any:
 def _nothing() -> None: ...
 
 
+def _arguments(module: nn.Module) -> tuple[str, ...]:
+    code = _forward(module).__code__
+    return tuple(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+
+
 def takes_context(module: nn.Module) -> bool:
     """`forward` is told about other tokens: a mask, positions or a cache."""
-    code = _forward(module).__code__
-    arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    return any(word in argument for argument in arguments for word in _CONTEXT)
+    return any(word in argument for argument in _arguments(module) for word in _CONTEXT)
+
+
+def keeps_state(module: nn.Module) -> bool:
+    """`forward` takes a cache: a decoder, or a part of one."""
+    return any(word in argument for argument in _arguments(module) for word in ("past", "cache"))
 
 
 def is_mixer(module: nn.Module) -> bool:
@@ -106,16 +114,11 @@ def is_mixer(module: nn.Module) -> bool:
 
 
 def outside_mixers(layer: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of `layer` and its parts, mixers and what they hold left out.
-
-    Nor is looked inside a part with parameters of its own, such as a norm: a pair in there serves that part (AXK2 gates
-    its norms by a small network).
-    """
+    """(name, module) of `layer` and its parts, mixers and what they hold left out."""
     yield prefix, layer
     for name, child in layer.named_children():
         if not is_mixer(child):
-            inner = outside_mixers(child, f"{prefix}.{name}" if prefix else name)
-            yield from [next(inner)] if any(True for _ in child.parameters(recurse=False)) else inner
+            yield from outside_mixers(child, f"{prefix}.{name}" if prefix else name)
 
 
 def _reach(host: nn.Module) -> dict[nn.Module, nn.Module]:
@@ -145,22 +148,15 @@ def pairs(layer: nn.Module) -> list[Pair]:
 
     Where both ends lie in the layer itself or in two of its children (OPT, BERT), the layer is the host.
     """
-    inner: dict[nn.Module, Pair] = {}
-    loose = None
+    found: dict[nn.Module, Pair] = {}
     for name, host in outside_mixers(layer):
         pair = _pair(name, host) if host is layer or not takes_context(host) else None
-        if pair and host is layer:
-            loose = pair
-        elif pair:
-            inner[pair.value] = pair  # the deepest host comes last and is the closest
-    if loose is None or loose.value in inner:
-        return list(inner.values())
-    # Inside the very module that owns one end, a pair is an adapter on the FFN's output (X-MOD's languages).
-    owners = {owner for end, owner in _reach(layer).items() if end in (*loose.keys, loose.value)} - {layer}
-    parts = {part for owner in owners for part in owner.modules()}
-    apart = [pair for pair in inner.values() if pair.host not in parts]
-    # A loose pair beside an FFN is something else (Gemma 3n mixes its per-layer embeddings in by one).
-    return apart or [loose]
+        if pair:
+            found[pair.value] = pair  # the deepest host comes last and is the closest
+    wide = [pair for pair in found.values() if sizes(pair.value)[0] >= sizes(pair.value)[1]]
+    # Beside an FFN, a pair narrower than the model is a low-rank something: X-MOD's language adapters, the gate of
+    # AXK2's norms, the way Gemma 3n and 4 mix in their per-layer embeddings.
+    return wide or list(found.values())
 
 
 def is_whole(pair: Pair) -> bool:

@@ -34,7 +34,8 @@ SHRINK: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length"), LENGTH),
     **dict.fromkeys(("max_target_positions", "max_source_positions"), LENGTH),
-    **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), EXPERTS),
+    **dict.fromkeys(("hidden_size_per_layer_input",), 12),
+    **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts", "zero_expert_num"), EXPERTS),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "index_topk"), 2),
     **dict.fromkeys(("n_group", "topk_group", "num_expert_group"), 1),
     **dict.fromkeys(("encoder_layers", "num_encoder_layers", "mtp_num_layers"), 2),
@@ -49,20 +50,37 @@ SHRINK: dict[str, Any] = {
     "is_decoder": True,
 }
 # Fields that get their size even where the default config leaves them None: some models do not work them out.
-ALWAYS = ("head_dim", "num_key_value_heads", "moe_intermediate_size")
+ALWAYS = ("head_dim", "num_key_value_heads", "moe_intermediate_size", "num_experts_per_tok", "n_routed_experts")
 # Fields that hold the number of layers.
 DEPTH = ("num_hidden_layers", "decoder_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "num_blocks")
+QWEN4 = {
+    "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16,
+    "indexer_compress_ratio": 4, "hc_lowrank": 8,
+}  # fmt: skip
 # What a type needs beside: nested fields as nested dictionaries.
 OVERRIDES: dict[str, dict[str, Any]] = {
-    "mamba2": {"head_dim": 16},
+    "mamba2": {"head_dim": 16, "n_groups": 2},
+    "nemotron_h": {"n_groups": 2},
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "falcon_h1": {"mlp_multipliers": [0.7, 1.3]},  # at their default 1 a slip would not show
+    "xlstm": {"hidden_size": 64, "embedding_dim": 64, "num_heads": 4, "chunk_size": 8},
+    "blt": {
+        "encoder_hash_byte_group_vocab": 64,
+        "encoder_config": {"hidden_size_global": WIDTH},
+        "decoder_config": {"hidden_size_global": WIDTH},
+    },
+    "deepseek_v2": {"topk_group": None},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
-    "gemma3n_text": {"num_hidden_layers": 6, "num_kv_shared_layers": 1, "laurel_rank": 4},
+    "gemma3n_text": {"num_hidden_layers": 6, "activation_sparsity_pattern": [0.5] + [0.0] * 5, "num_kv_shared_layers": 1, "laurel_rank": 4},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "qwen4_exp_text": QWEN4,
+    "qwen4_exp": {"text_config": QWEN4},
     "zaya": {"num_experts_per_tok": 1},
     "dots3_note_text": {"num_key_value_heads": HEADS},
     "dots3_note": {"text_config": {"num_key_value_heads": HEADS}},
@@ -129,4 +147,11 @@ def tiny(name: str, seed: int = 0) -> Any:
         raise ValueError(f"{count} parameters are too many")
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            else:
+                parameter.mul_(4)  # as in tiny_model: the usual 0.02 leaves FFN outputs too small
     return model.eval()
