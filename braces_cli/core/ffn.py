@@ -128,26 +128,41 @@ def find_ffns(model: nn.Module) -> list[FFN]:
         ModelError: no layer has a recognisable FFN, or a layer mixes several experts.
     """
     stacks = _stacks(model)
-    layers = [(f"{name}.{place}", layer) for name, stack in stacks for place, layer in enumerate(stack)]
-    found: list[FFN] = []
-    for index, (layer_name, layer) in enumerate(layers):
+    layers = [layer for _, stack in stacks for layer in stack]
+    for index, layer in enumerate(layers):
         mixture = experts(layer)
         if mixture:
             raise ModelError(
                 f"layer {index} of {type(model).__name__} is a mixture of experts ({mixture})",
                 hint="braces attaches to models with one feed-forward network a layer.",
             )
-        for pair in pairs(layer):
-            path = f"{layer_name}.{pair.name}" if pair.name else layer_name
-            whole = pair.host is not layer and is_whole(pair)
-            found.append(FFN(index, path, pair.host, pair.keys, pair.value, whole))
+    found = dense_ffns(model)
     if not found:
-        inside = sorted({type(module).__name__ for module in layers[0][1].modules()}) if layers else []
+        inside = sorted({type(module).__name__ for module in layers[0].modules()}) if layers else []
         raise ModelError(
             f"no feed-forward layer found in {type(model).__name__}",
             hint=f"Looked for {_LOOKED_FOR}; {stacks[-1][0]}.0 holds: {', '.join(inside)}.",
         )
     return found
+
+
+def dense_ffns(model: nn.Module) -> list[FFN]:
+    """The FFNs of the layers that hold exactly one, in order; layers that mix experts are passed over.
+
+    Raises:
+        ModelError: the model has no list of layers.
+    """
+    layers = [(f"{name}.{place}", layer) for name, stack in _stacks(model) for place, layer in enumerate(stack)]
+    found: dict[nn.Module, FFN] = {}
+    for index, (layer_name, layer) in enumerate(layers):
+        if experts(layer):
+            continue
+        for pair in pairs(layer):
+            path = f"{layer_name}.{pair.name}" if pair.name else layer_name
+            whole = pair.host is not layer and is_whole(pair)
+            # Layers may share one module: it is one FFN, counted where it comes first.
+            found.setdefault(pair.value, FFN(index, path, pair.host, pair.keys, pair.value, whole))
+    return list(found.values())
 
 
 def parse_ranges(text: str, count: int, option: str) -> list[int]:

@@ -16,6 +16,10 @@ from torch import Tensor, nn
 
 # Words in the names of the arguments by which a module learns of other tokens.
 _CONTEXT = ("mask", "position", "cache", "past", "cu_seq")
+# Arguments of a kernel that works on queries, keys and values.
+_QUERIES = frozenset({"q", "query", "queries"})
+# Containers hold parts and are no FFN: what runs its children in a row would run anything added to them, too.
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # Activations called as functions leave no module and no attribute, only their name in the code of `forward`.
 _FUNCTIONS = frozenset({"relu", "silu", "gelu", "sigmoid", "tanh", "swish", "elu", "softplus", "leaky_relu", "mish"})
 # In torch's module of activations, but no activation of a neuron.
@@ -96,8 +100,9 @@ def _arguments(module: nn.Module) -> tuple[str, ...]:
 
 
 def takes_context(module: nn.Module) -> bool:
-    """`forward` is told about other tokens: a mask, positions or a cache."""
-    return any(word in argument for argument in _arguments(module) for word in _CONTEXT)
+    """`forward` is told about other tokens: a mask, positions, a cache or queries."""
+    names = _arguments(module)
+    return not _QUERIES.isdisjoint(names) or any(word in name for name in names for word in _CONTEXT)
 
 
 def keeps_state(module: nn.Module) -> bool:
@@ -111,6 +116,11 @@ def is_mixer(module: nn.Module) -> bool:
     if any(isinstance(child, nn.Conv1d) for child in module.children()):
         return True
     return takes_context(module) and not any(takes_context(part) for part in module.modules() if part is not module)
+
+
+def _sees_tokens(host: nn.Module) -> bool:
+    """Takes context, or has a part that does nothing but mix tokens (xLSTM's cell)."""
+    return takes_context(host) or any(map(is_mixer, host.children()))
 
 
 def outside_mixers(layer: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -150,7 +160,9 @@ def pairs(layer: nn.Module) -> list[Pair]:
     """
     found: dict[nn.Module, Pair] = {}
     for name, host in outside_mixers(layer):
-        pair = _pair(name, host) if host is layer or not takes_context(host) else None
+        if isinstance(host, _CONTAINERS) or (host is not layer and _sees_tokens(host)):
+            continue
+        pair = _pair(name, host)
         if pair:
             found[pair.value] = pair  # the deepest host comes last and is the closest
     wide = [pair for pair in found.values() if sizes(pair.value)[0] >= sizes(pair.value)[1]]

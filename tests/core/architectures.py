@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+import transformers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as MAPPING
+
+from braces_cli.core.adapter import AdapterConfig, attach, load_adapter
+from braces_cli.core.ffn import FFN, find_ffns
+from braces_cli.core.fingerprint import fingerprint
+from braces_cli.core.reference import reference
+from tests.conftest import open_gates
 
 WIDTH, NEURONS, HEADS, KV_HEADS, HEAD, VOCABULARY, LENGTH, EXPERTS = 32, 52, 4, 2, 8, 96, 64, 4
 
@@ -57,6 +66,21 @@ QWEN4 = {
     "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16,
     "indexer_compress_ratio": 4, "hc_lowrank": 8,
 }  # fmt: skip
+GEMMA3N = {
+    "num_hidden_layers": 6, "num_kv_shared_layers": 1, "laurel_rank": 4,
+    # Both may differ from layer to layer.
+    "activation_sparsity_pattern": [0.5] + [0.0] * 5, "intermediate_size": [52, 60, 52, 52, 44, 52],
+}  # fmt: skip
+VISION = {"hidden_size": 32, "intermediate_size": 52, "num_hidden_layers": 1, "num_attention_heads": 4}
+ASSISTANT = {
+    "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_hidden_layers": 2,
+    "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
+DOTS3 = {
+    "num_key_value_heads": HEADS, "swa_num_attention_heads": HEADS, "swa_num_key_value_heads": HEADS,
+    "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8,
+}  # fmt: skip
+MUSICGEN = ("musicgen", "musicgen_melody")
 # What a type needs beside: nested fields as nested dictionaries.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "mamba2": {"head_dim": 16, "n_groups": 2},
@@ -64,26 +88,35 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "falcon_h1": {"mlp_multipliers": [0.7, 1.3]},  # at their default 1 a slip would not show
-    "xlstm": {"hidden_size": 64, "embedding_dim": 64, "num_heads": 4, "chunk_size": 8},
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "blt": {
         "encoder_hash_byte_group_vocab": 64,
         "encoder_config": {"hidden_size_global": WIDTH},
         "decoder_config": {"hidden_size_global": WIDTH},
+        # Of its four transformers the global one has most layers, as in the released model.
+        "global_config": {"num_hidden_layers": 3},
     },
+    "dots1": {"n_shared_experts": 1},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 20}},
+    "gemma3n": {"text_config": GEMMA3N, "vision_config": {"model_type": "siglip_vision_model", **VISION}},
+    "gemma4_assistant": {"text_config": ASSISTANT, "backbone_hidden_size": WIDTH},
+    "gemma4_unified_assistant": {"text_config": ASSISTANT, "backbone_hidden_size": WIDTH},
+    "musicgen": {"decoder": {"num_codebooks": 2}},
+    "musicgen_melody": {"decoder": {"num_codebooks": 2}},
     "deepseek_v2": {"topk_group": None},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
-    "gemma3n_text": {"num_hidden_layers": 6, "activation_sparsity_pattern": [0.5] + [0.0] * 5, "num_kv_shared_layers": 1, "laurel_rank": 4},
+    "gemma3n_text": GEMMA3N,
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
     "qwen4_exp_text": QWEN4,
     "qwen4_exp": {"text_config": QWEN4},
     "zaya": {"num_experts_per_tok": 1},
-    "dots3_note_text": {"num_key_value_heads": HEADS},
-    "dots3_note": {"text_config": {"num_key_value_heads": HEADS}},
+    "dots3_note_text": DOTS3,
+    "dots3_note": {"text_config": DOTS3, "vision_config": {"pyramid_num_routed": [-1, 4], "num_hidden_layers": 2, "adapter_in_dim": WIDTH}},
     "reformer": {
         "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 16], "attn_layers": ["local", "lsh"],
         "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8, "num_buckets": 2, "hash_seed": 0,
@@ -122,31 +155,37 @@ def shrink(config: PreTrainedConfig, overrides: dict[str, Any] | None = None) ->
     layers = overrides.get("num_hidden_layers", depth(config))
     fields |= {name: layers for name in DEPTH if name in known}
     for name, value in _per_layer(config).items():
-        if name in known and known[name].default is not None:  # those that are None by default follow from the depth
+        if name in known and known[name].default is not None and name not in SHRINK:  # those that are None by default follow from the depth
             fields[name] = value[:layers]
     for name, value in values.items():
         if isinstance(value, PreTrainedConfig):
             nested = overrides.pop(name, {})
-            fields[name] = nested if nested is None else shrink(value, nested)
+            fields[name] = nested if "model_type" in nested else shrink(value, nested)
     return fields | overrides
 
 
 def tiny_config(name: str) -> PreTrainedConfig:
     """The tiny config of a model type."""
     kind = CONFIG_MAPPING[name]
-    return kind(**shrink(kind(), OVERRIDES.get(name)))
+    # An assistant of Gemma 4 refuses its own default of per-layer embeddings.
+    default = kind(text_config=CONFIG_MAPPING["gemma4_text"](**ASSISTANT)) if name == "gemma4_assistant" else kind()
+    config = kind(**shrink(default, OVERRIDES.get(name)))
+    # The causal model of MusicGen is its decoder; AutoModel hands it the config of the whole.
+    return config.decoder if name in MUSICGEN else config
 
 
 def tiny(name: str, seed: int = 0) -> Any:
     """A tiny model of a type, in eval mode, with drawn norms and biases."""
     config = tiny_config(name)
     torch.manual_seed(seed)
+    # MusicGen's decoder has a config of its own that AutoModel does not know.
+    build = getattr(transformers, MAPPING[name])._from_config if name in MUSICGEN else AutoModelForCausalLM.from_config
     with torch.device("meta"):
-        count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        count = sum(p.numel() for p in build(config).parameters())
     if count > 5_000_000:
         raise ValueError(f"{count} parameters are too many")
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
+    model = build(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -155,3 +194,71 @@ def tiny(name: str, seed: int = 0) -> Any:
             else:
                 parameter.mul_(4)  # as in tiny_model: the usual 0.02 leaves FFN outputs too small
     return model.eval()
+
+
+TOKENS = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """max|a-b| / max|b|."""
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def passed(model: Any, adapter: Any, slow: bool = False) -> dict[str, torch.Tensor]:
+    """Logits, and the gradients of a scalar of them in every parameter of the adapter."""
+    for _, parameter in adapter.named_parameters():
+        parameter.grad = None
+    with reference(adapter) if slow else nullcontext():
+        logits = model(TOKENS, use_cache=False).logits
+    logits.double().logsumexp(-1).square().mean().backward()
+    return {"logits": logits.detach()} | {name: p.grad.clone() for name, p in adapter.named_parameters()}
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    """Logits of the fixed tokens, without gradients."""
+    with torch.no_grad():
+        return model(TOKENS, use_cache=False).logits
+
+
+def continued(model: Any, use_cache: bool) -> torch.Tensor:
+    """Logits of six tokens, each chosen greedily: (batch, 6, vocabulary)."""
+    config = GenerationConfig(
+        max_new_tokens=6, do_sample=False, num_beams=1, use_cache=use_cache, eos_token_id=None, pad_token_id=1,
+        output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    with torch.no_grad():
+        return torch.stack(model.generate(TOKENS, generation_config=config).logits, 1)
+
+
+def difference(model: Any, adapter: Any) -> float:
+    """The largest relative difference between the fast path and the reference, in logits and in every gradient."""
+    fast, slow = passed(model, adapter), passed(model, adapter, slow=True)
+    return max(relative(fast[name], slow[name]) for name in slow)
+
+
+def prove(name: str, folder: Path) -> list[FFN]:
+    """Hold a type to the laws of an adapter on a tiny model of it.
+
+    Raises:
+        AssertionError: the adapter is not exact on it.
+    """
+    model = tiny(name)
+    base = logits_of(model)
+    assert base.isfinite().all()
+    ffns = find_ffns(model)
+    adapter = attach(model, 4)
+    open_gates(adapter)
+    assert relative(logits_of(model), base) > 1e-3, "the adapter does nothing"
+    found = difference(model, adapter)
+    assert found < 1e-5, f"float32 differs from the reference by {found:.1e}"
+    assert relative(continued(model, True), continued(model, False)) < 1e-4, "generation depends on the cache"
+    config = AdapterConfig(name, 4, adapter.layers, fingerprint(model, ffns, None))
+    adapter.save(folder, config, "# test\n")
+    saved = logits_of(model)
+    assert adapter.detach() is model
+    assert torch.equal(logits_of(model), base), "detaching does not restore the base"
+    loaded, _ = load_adapter(model, folder, config.fingerprint)
+    assert torch.equal(logits_of(model), saved), "a loaded adapter differs from the saved one"
+    loaded.detach()
+    return ffns
