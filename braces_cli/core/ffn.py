@@ -17,7 +17,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from braces_cli.core.errors import ConfigError, ModelError
-from braces_cli.core.structure import is_whole, keeps_state, outside_mixers, pairs, sizes
+from braces_cli.core.structure import is_whole, keeps_state, outside_mixers, pairs, runs_in_function, sizes
 
 _LOOKED_FOR = "a module with an activation and two linear projections d -> d_ff -> d in each layer"
 
@@ -80,6 +80,11 @@ def layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return stacks[-1][0], nn.ModuleList([layer for _, stack in stacks for layer in stack])
 
 
+def hides_gradients(model: nn.Module) -> bool:
+    """The module that runs the layers does so where autograd does not see it, see `runs_in_function`."""
+    return any(runs_in_function(model.get_submodule(name.rpartition(".")[0])) for name, _ in _stacks(model))
+
+
 def _stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     """(name, list of layers) of the decoder, mostly one. Raises ModelError as `layer_stack` does."""
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
@@ -117,6 +122,11 @@ def experts(layer: nn.Module) -> str | None:
         for kind, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 3 and min(parameter.shape) > 1:
                 return f"{name}.{kind} {tuple(parameter.shape)}"
+    for name, module in outside_mixers(layer):
+        # DBRX stacks its experts in two dimensions; only their number tells.
+        for key, value in vars(module).items():
+            if "experts" in key and isinstance(value, int) and value > 1:
+                return f"{name}.{key} = {value}"
     names = [pair.name for pair in pairs(layer)]
     return ", ".join(names[:3]) if len(names) > 1 else None
 

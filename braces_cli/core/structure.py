@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 # Words in the names of the arguments by which a module learns of other tokens.
@@ -103,6 +104,16 @@ def takes_context(module: nn.Module) -> bool:
     """`forward` is told about other tokens: a mask, positions, a cache or queries."""
     names = _arguments(module)
     return not _QUERIES.isdisjoint(names) or any(word in name for name in names for word in _CONTEXT)
+
+
+def runs_in_function(module: nn.Module) -> bool:
+    """`forward` calls an autograd function of the model's own file (Reformer runs its reversible layers in one).
+
+    Such a function passes gradients to what runs inside it only if one of its inputs requires them.
+    """
+    function = _forward(module)
+    named = (function.__globals__.get(name) for name in function.__code__.co_names)
+    return any(isinstance(value, type) and issubclass(value, torch.autograd.Function) for value in named)
 
 
 def keeps_state(module: nn.Module) -> bool:
