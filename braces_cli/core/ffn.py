@@ -150,7 +150,7 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     if not found:
         inside = sorted({type(module).__name__ for module in layers[0].modules()}) if layers else []
         raise ModelError(
-            f"no feed-forward layer found in {type(model).__name__}",
+            f"{type(model).__name__} has no feed-forward layer, and braces attaches to nothing else",
             hint=f"Looked for {_LOOKED_FOR}; {stacks[-1][0]}.0 holds: {', '.join(inside)}.",
         )
     return found

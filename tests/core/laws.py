@@ -44,22 +44,25 @@ qwen3_next qwen4_exp qwen4_exp_text solar_open zaya
 _SHARED = "transformers builds no assistant: all its layers share the target's keys, which Gemma 4's config refuses"
 EXPECTED: dict[str, tuple[str, str, str]] = {
     **{name: (EXPERTS, "layers mix routed experts", "is a mixture of experts") for name in MIXTURES},
-    **{name: (NONE, "no FFN: state-space layers only", "no feed-forward layer found")
+    **{name: (NONE, "no FFN: state-space layers only", "has no feed-forward layer")
        for name in ("mamba", "mamba2", "falcon_mamba")},
     "gemma3n": (UNBUILT, "its vision tower needs timm; its text decoder is gemma3n_text", "requires the timm library"),
     "gemma4_assistant": (UNBUILT, _SHARED, "set of layer types producing a cache"),
     "gemma4_unified_assistant": (UNBUILT, _SHARED, "set of layer types producing a cache"),
 }  # fmt: skip
-# Types whose own float32 noise passes 1e-5: there no worse than twice the reference's, and float64 within 1e-10.
+# Types whose own float32 noise comes near 1e-5 or passes it: there no worse than twice the reference's, see `compare`.
 NOISY = dict.fromkeys(
-    ("apertus", "cpmant", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "roc_bert"),
-    "float32 noise of the model itself above 1e-5",
+    ("axk1", "bailing_hybrid", "cpmant", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"),
+    "float32 noise of the model itself reaches 1e-5; exact in float64",
 )
-# Types whose bare base continues a text otherwise, or not at all, without its cache: nothing to hold an adapter to.
+# Types whose bare base continues a text otherwise, or not at all, without its cache: there is nothing to hold an
+# adapter to but the reference, with the cache or without, as the first says.
 CACHES = {
     "blt": (False, "transformers fails to generate with its cache"),
     "cpmant": (False, "transformers' cache changes the bare base's text, too"),
-    "prophetnet": (True, "transformers fails to generate without its cache"),
+    "musicgen": (True, "transformers generates other codes without its cache from the bare base, too"),
+    "prophetnet": (False, "transformers fails to generate with its cache"),
+    "reformer": (False, "transformers' cache changes the bare base's text, too"),
     "rwkv": (False, "transformers' cache changes the bare base's text, too"),
 }
 # Types that pass gradients in training mode only.
@@ -174,7 +177,6 @@ def compare(name: str, ffns_of: Any = find_ffns) -> None:
     fast, slow, truth = (together(result) for result in (fast, slow, truth))
     found = worst(fast, slow)
     if name in NOISY:
-        assert found >= 1e-5, "no longer noisy: strike it from NOISY"
         mine, plain = worst(fast, truth), worst(slow, truth)
         assert mine <= 2 * plain + 1e-5, f"float32 errs by {mine:.1e}, the reference itself by {plain:.1e}"
     else:
