@@ -87,7 +87,8 @@ def hides_gradients(model: nn.Module) -> bool:
 
 def _stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     """(name, list of layers) of the decoder, mostly one. Raises ModelError as `layer_stack` does."""
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embed: Any = getattr(model, "get_input_embeddings", None)
+    embedding = embed() if embed else None
     found: list[tuple[int, str, nn.ModuleList, type]] = []
     closed: list[str] = []
     for name, module in model.named_modules():

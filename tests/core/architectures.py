@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as MAPPING
 
 WIDTH, NEURONS, HEADS, KV_HEADS, HEAD, VOCABULARY, LENGTH, EXPERTS = 32, 52, 4, 2, 8, 96, 64, 4
@@ -38,7 +38,9 @@ SHRINK: dict[str, Any] = {
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length"), LENGTH),
     **dict.fromkeys(("max_target_positions", "max_source_positions"), LENGTH),
     **dict.fromkeys(("hidden_size_per_layer_input",), 12),
-    **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts", "zero_expert_num"), EXPERTS),
+    **dict.fromkeys(
+        ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts", "zero_expert_num"), EXPERTS
+    ),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "index_topk"), 2),
     **dict.fromkeys(("n_group", "topk_group", "num_expert_group"), 1),
     **dict.fromkeys(("encoder_layers", "num_encoder_layers", "mtp_num_layers"), 2),
@@ -113,7 +115,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dots3_note_text": DOTS3,
     "dots3_note": {
         "text_config": DOTS3,
-        "vision_config": {"pyramid_num_routed": [-1, 4], "num_hidden_layers": 2, "adapter_in_dim": WIDTH, "adapter_out_dim": WIDTH},
+        "vision_config": {
+            "pyramid_num_routed": [-1, 4], "num_hidden_layers": 2, "adapter_in_dim": WIDTH, "adapter_out_dim": WIDTH,
+        },
         "audio_config": {"adapter_input_size": WIDTH, "adapter_out_dim": WIDTH},
     },
     "reformer": {
@@ -163,7 +167,9 @@ def shrink(config: PreTrainedConfig, overrides: dict[str, Any] | None = None) ->
     layers = overrides.get("num_hidden_layers", depth(config))
     fields |= {name: layers for name in DEPTH if name in known}
     for name, value in _per_layer(config).items():
-        if name in known and known[name].default is not None and name not in SHRINK:  # those that are None by default follow from the depth
+        if (
+            name in known and known[name].default is not None and name not in SHRINK
+        ):  # those that are None by default follow from the depth
             fields[name] = value[:layers]
     for name, value in values.items():
         if isinstance(value, PreTrainedConfig):

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.core.architectures import MAPPING, VARIANTS, model_type
+from braces_cli.cli.app import main
+from tests.conftest import tiny_tokenizer
+from tests.core.architectures import MAPPING, VARIANTS, model_type, tiny
 from tests.core.laws import EXACT, TABLE, prove
 
 REWRITE = "recipes/ARCHITECTURES.md is out of date: python -m tests.core.laws --write"
@@ -35,6 +37,20 @@ def test_the_table_leaves_out_no_type(capsys: pytest.CaptureFixture[str]) -> Non
     assert types[EXACT] >= 120
     with capsys.disabled():
         print(f"\n{len(MAPPING)} model types: " + ", ".join(f"{count} {kind}" for kind, count in types.most_common()))
+
+
+def test_a_type_without_ffn_exits_4_with_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command line says that there is nothing to attach to, and what was looked for."""
+    tiny("mamba").save_pretrained(tmp_path / "mamba")
+    tiny_tokenizer().save_pretrained(tmp_path / "mamba")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a happy day"}\n')
+    arguments = ["--model", tmp_path / "mamba", "--data", tmp_path / "rows.jsonl", "--output-dir", tmp_path / "out"]
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in ("train", *arguments)])
+    assert caught.value.code == 4
+    errors = [line for line in capsys.readouterr().err.splitlines() if "Mamba" in line]
+    assert "MambaForCausalLM has no feed-forward layer, and braces attaches to nothing else" in errors[0]
+    assert not (tmp_path / "out").exists()
 
 
 def test_variants_are_of_known_types() -> None:
