@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from braces_cli.core.condition import ConditionMLP, condition_shapes
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.experts import Experts, MixtureFFN, routing
-from braces_cli.core.ffn import FFN, find_ffns
+from braces_cli.core.ffn import FFN, find_ffns, hides_gradients
 from braces_cli.core.files import write_json, write_tensors, write_text
 from braces_cli.core.fingerprint import differences
 from braces_cli.core.relevance import RelevanceModule, projection_error
@@ -74,6 +74,10 @@ class Adapter:
         for parameter in self._frozen:
             parameter.requires_grad_(False)
         self._handles: list[RemovableHandle] = []
+        if hides_gradients(model):
+            # The base is frozen, so nothing would ask such a model for gradients: its embeddings must.
+            embedding: Any = model
+            self._handles.append(embedding.get_input_embeddings().register_forward_hook(_require_gradients))
         try:
             for ffn, brace in sites:
                 ffn.host.add_module("brace", brace)
@@ -174,6 +178,11 @@ class Adapter:
         write_tensors(folder / WEIGHTS_FILE, self.tensors())
         write_text(folder / CARD_FILE, card)
         write_json(folder / CONFIG_FILE, asdict(config))
+
+
+def _require_gradients(module: nn.Module, args: tuple, output: Tensor) -> None:
+    if torch.is_grad_enabled() and not output.requires_grad:
+        output.requires_grad_()
 
 
 def _hooks(ffn: FFN, brace: RelevanceModule) -> list[RemovableHandle]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from braces_cli.core.errors import ModelError
+from braces_cli.core.structure import outside_mixers
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +104,7 @@ def _stacked(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def has_experts(layer: nn.Module) -> bool:
     """Whether some module of the layer holds experts as 3-D weights."""
-    return any(_stacked(module) for module in layer.modules())
+    return any(_stacked(module) for _, module in outside_mixers(layer))
 
 
 def find_experts(layer: nn.Module, hidden_size: int) -> Iterator[tuple[str, nn.Module, str, bool, bool]]:
@@ -112,9 +113,10 @@ def find_experts(layer: nn.Module, hidden_size: int) -> Iterator[tuple[str, nn.M
     Raises:
         ModelError: experts are there whose layout, or whose way of being called, is not understood.
     """
-    for path, module in layer.named_modules():
+    for path, module in outside_mixers(layer):
         stacked = _stacked(module)
         if not stacked:
+            _refuse_flat(module)
             continue
         if getattr(module, "has_post_expert_norm", False):
             raise ModelError(
@@ -123,6 +125,19 @@ def find_experts(layer: nn.Module, hidden_size: int) -> Iterator[tuple[str, nn.M
             )
         name, transposed = _value_weight(module, stacked, hidden_size)
         yield path, module, name, transposed, _is_sorted(module)
+
+
+def _refuse_flat(module: nn.Module) -> None:
+    """DBRX stacks its experts in two dimensions; only their number tells. A router has one such weight, not two."""
+    for name, count in vars(module).items():
+        if name.endswith("num_experts") and isinstance(count, int) and count > 1:
+            own = [tuple(p.shape) for p in module.parameters(recurse=False) if p.ndim == 2]
+            flat = [shape for shape in own if shape[0] % count == 0 and count not in shape]
+            if len(flat) > 1:
+                raise ModelError(
+                    f"{type(module).__name__} holds experts in a layout that is not understood ({flat})",
+                    hint="Looked for one weight (experts, d, d_ff), or a module for each expert.",
+                )
 
 
 def _value_weight(module: nn.Module, stacked: dict[str, nn.Parameter], d: int) -> tuple[str, bool]:

@@ -11,7 +11,7 @@ a module that owns an activation and such a pair among its direct children, insi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.experts import Experts, MixtureFFN, find_experts, has_experts
+from braces_cli.core.structure import is_whole, keeps_state, pairs, runs_in_function, sizes
 
 _LOOKED_FOR = "a module with an activation and two linear projections d -> d_ff -> d in each layer"
 
@@ -52,12 +53,12 @@ class FFN:
     @property
     def hidden_size(self) -> int:
         """d, the width of `h` and of a value vector."""
-        return _sizes(self.value)[1]
+        return sizes(self.value)[1]
 
     @property
     def value_vectors(self) -> int:
         """d_ff, the number of value vectors."""
-        return _sizes(self.value)[0]
+        return sizes(self.value)[0]
 
     def value_matrix(self) -> Tensor:
         """W_V as a (d, d_ff) view of the model's own weight: column j is the value vector v_j."""
@@ -72,98 +73,60 @@ class FFN:
         return self.keys[0].register_forward_pre_hook(lambda module, args: callback(args[0]))
 
 
-def _sizes(module: nn.Module) -> tuple[int, int]:
-    """(inputs, outputs) of a linear projection. `in_features` and `out_features` are there for packed weights too."""
-    part: Any = module
-    if hasattr(part, "in_features") and hasattr(part, "out_features"):
-        return int(part.in_features), int(part.out_features)
-    return int(part.nx), int(part.nf)
-
-
 def _matrix(module: nn.Module) -> Tensor:
     """Weight as (outputs, inputs); transformers' Conv1D, which GPT-2 uses, stores it transposed."""
     weight: Any = module.weight
     return cast("Tensor", weight if hasattr(module, "out_features") else weight.T)
 
 
-def _is_linear(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    has_sizes = all(hasattr(module, name) for name in ("in_features", "out_features"))
-    return isinstance(weight, Tensor) and (has_sizes or all(hasattr(module, name) for name in ("nx", "nf")))
-
-
-def _is_activation(value: object) -> bool:
-    """Activation modules of torch and transformers, and the plain functions some models hold as attributes."""
-    home = getattr(type(value) if isinstance(value, nn.Module) else value, "__module__", "") or ""
-    if isinstance(value, nn.Module):
-        return home in ("torch.nn.modules.activation", "transformers.activations")
-    return callable(value) and home in ("torch.nn.functional", "torch._C._nn")
-
-
-def _has_activation(module: nn.Module) -> bool:
-    return any(map(_is_activation, module.children())) or any(map(_is_activation, vars(module).values()))
-
-
-def _mixes_tokens(host: nn.Module) -> bool:
-    """A state-space mixer (Mamba) has an activation between two projections, too; its convolution and its own state
-    parameters tell that it is no FFN."""
-    own = any(True for _ in host.parameters(recurse=False))
-    return own or any(isinstance(child, nn.Conv1d) for child in host.children())
-
-
-def _pair(host: nn.Module) -> tuple[tuple[nn.Module, ...], nn.Module] | None:
-    """The (keys, value) among the direct children of `host`, or None."""
-    linears = [child for child in host.children() if _is_linear(child)]
-    for value in reversed(linears):
-        d_ff, d = _sizes(value)
-        keys = tuple(m for m in linears if m is not value and _sizes(m) in ((d, d_ff), (d, 2 * d_ff)))
-        if keys:
-            return keys, value
-    return None
-
-
-def _is_whole(host: nn.Module, keys: tuple[nn.Module, ...], value: nn.Module) -> bool:
-    """Nothing in `host` can stand between it and the two ends of the pair.
-
-    An active dropout can: the paper's sum is what leaves `value`, so the term must be added before it.
-    """
-    for child in host.children():
-        idle = isinstance(child, nn.Identity) or (isinstance(child, nn.Dropout) and child.p == 0)
-        if not (child in keys or child is value or idle or _is_activation(child)):
-            return False
-    return True
-
-
 def layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and ModuleList of the decoder layers: the outermost list whose layers hold the most FFNs.
+    """Name and ModuleList of the decoder layers: of the outermost lists, the one whose layers hold the most FFNs.
+
+    Vision and audio towers are left out. Where several lists are owned by modules of one class, as
+    HRM's slow and fast stack, they are one decoder: the list is a new one of all their layers, the name the last one's.
 
     Raises:
         ModelError: the model has no list of layers.
     """
-    best: tuple[int, str, nn.ModuleList] | None = None
-    inside: list[str] = []
+    stacks = _stacks(model)
+    return stacks[-1][0], nn.ModuleList([layer for _, stack in stacks for layer in stack])
+
+
+def hides_gradients(model: nn.Module) -> bool:
+    """The module that runs the layers does so where autograd does not see it, see `runs_in_function`."""
+    return any(runs_in_function(model.get_submodule(name.rpartition(".")[0])) for name, _ in _stacks(model))
+
+
+def _stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """(name, list of layers) of the decoder, mostly one. Raises ModelError as `layer_stack` does."""
+    embed: Any = getattr(model, "get_input_embeddings", None)
+    embedding = embed() if embed else None
+    found: list[tuple[int, str, nn.ModuleList, type]] = []
+    closed: list[str] = []
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in inside):
+        if any(name.startswith(f"{outer}.") for outer in closed):
             continue
-        inside.append(name)
-        count = sum(1 for layer in module if any(True for _ in _pairs(layer)) or has_experts(layer))
-        # Not strictly greater: in an encoder-decoder model the decoder, which comes second, is the one that generates.
-        if best is None or count >= best[0]:
-            best = (count, name, module)
-    if best is None:
+        if name and _is_tower(module, embedding):
+            closed.append(name)
+        elif isinstance(module, nn.ModuleList):
+            closed.append(name)
+            owner = model.get_submodule(name.rpartition(".")[0])
+            count = sum(bool(pairs(layer) or has_experts(layer)) for layer in module)
+            found.append((count, name, module, type(owner)))
+    if not found:
         raise ModelError(
             f"{type(model).__name__} has no list of layers",
             hint=f"braces looked for {_LOOKED_FOR}; a model without feed-forward layers has nothing to attach to.",
         )
-    return best[1], best[2]
+    # Of equal ones the last: in an encoder-decoder model the decoder, which comes second, is the one that generates.
+    most = max(count for count, *_ in found)
+    owner_class = [owner for count, _, _, owner in found if count == most][-1]
+    return [(name, stack) for count, name, stack, owner in found if owner is owner_class and (count or not most)]
 
 
-def _pairs(layer: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[nn.Module, ...], nn.Module]]:
-    for name, host in layer.named_modules():
-        if _has_activation(host) and not _mixes_tokens(host):
-            pair = _pair(host)
-            if pair:
-                yield name, host, *pair
+def _is_tower(module: nn.Module, embedding: Any) -> bool:
+    """A model inside the model that sees or hears: it neither embeds tokens nor keeps a cache of them."""
+    return hasattr(module, "main_input_name") and embedding not in module.modules() and not keeps_state(module)
 
 
 def find_ffns(model: nn.Module) -> list[FFN | MixtureFFN]:
@@ -172,19 +135,30 @@ def find_ffns(model: nn.Module) -> list[FFN | MixtureFFN]:
     Raises:
         ModelError: no layer has a recognisable FFN, or a mixture of experts is built in a way that is not understood.
     """
-    stack_name, stack = layer_stack(model)
     width = _width(model)
+    layers = [(f"{name}.{place}", layer) for name, stack in _stacks(model) for place, layer in enumerate(stack)]
     found: list[FFN | MixtureFFN] = []
-    for index, layer in enumerate(stack):
-        prefix = f"{stack_name}.{index}"
+    seen: set[nn.Module] = set()
+    for index, (prefix, layer) in enumerate(layers):
         dense = {
-            name: FFN(index, _join(prefix, name), host, keys, value, host is not layer and _is_whole(host, keys, value))
-            for name, host, keys, value in _pairs(layer)
+            pair.name: FFN(
+                index,
+                _join(prefix, pair.name),
+                pair.host,
+                pair.keys,
+                pair.value,
+                pair.host is not layer and is_whole(pair),
+            )
+            for pair in pairs(layer)
+            if pair.value not in seen  # layers may share one module: it is one FFN, counted where it comes first
         }
+        seen.update(ffn.value for ffn in dense.values())
         stacked = {
             name: Experts(_join(prefix, name), module, weight, transposed, by_expert)
             for name, module, weight, transposed, by_expert in find_experts(layer, width)
         }
+        if stacked:
+            dense = {name: ffn for name, ffn in dense.items() if _is_expert(name, ffn, list(stacked), width)}
         if len(dense) == 1 and not stacked:
             found.extend(dense.values())
         elif dense or stacked:
@@ -192,12 +166,20 @@ def find_ffns(model: nn.Module) -> list[FFN | MixtureFFN]:
             parts: tuple[FFN | Experts, ...] = (*stacked.values(), *dense.values())
             found.append(MixtureFFN(index, _join(prefix, place), layer.get_submodule(place), parts))
     if not found:
-        inside = sorted({type(module).__name__ for module in stack[0].modules()}) if len(stack) else []
+        inside = sorted({type(module).__name__ for module in layers[0][1].modules()}) if layers else []
         raise ModelError(
-            f"no feed-forward layer found in {type(model).__name__}",
-            hint=f"Looked for {_LOOKED_FOR}; {stack_name}.0 holds: {', '.join(inside)}.",
+            f"{type(model).__name__} has no feed-forward layer, and braces attaches to nothing else",
+            hint=f"Looked for {_LOOKED_FOR}; {layers[-1][0]} holds: {', '.join(inside)}.",
         )
     return found
+
+
+def _is_expert(name: str, ffn: FFN, stacked: list[str], width: int) -> bool:
+    """Whether an FFN found beside stacked experts is one itself, rather than a part of a router, norm or mixer: it
+    writes what the model reads, and stands in their block or in the layer itself."""
+    blocks = [path.rpartition(".")[0] for path in stacked]
+    inside = any(not block or name == block or name.startswith(f"{block}.") for block in blocks)
+    return ffn.hidden_size == width and (inside or "." not in name)
 
 
 def _join(*names: str) -> str:

@@ -53,7 +53,9 @@ class _Gram(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, x: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
-        return _gram(weight, x)
+        # Detached: how torch multiplies (batch, d_ff, d) by (d, n) depends on whether either asks for gradients, and
+        # an adapter just trained must give the bits of the same one loaded.
+        return _gram(weight.detach(), x.detach())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:

@@ -56,7 +56,7 @@ def test_a_model_without_ffn_is_refused_by_what_was_looked_for_and_found():
     config = transformers.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=96)
     with pytest.raises(ModelError) as caught:
         find_ffns(transformers.AutoModelForCausalLM.from_config(config))
-    assert "no feed-forward layer found in MambaForCausalLM" in str(caught.value)
+    assert "MambaForCausalLM has no feed-forward layer, and braces attaches to nothing else" in str(caught.value)
     assert "d -> d_ff -> d" in str(caught.value)
     assert "MambaMixer" in str(caught.value)
 

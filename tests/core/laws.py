@@ -1,0 +1,361 @@
+"""What an adapter must be on a model of any type, and the table of what it is on each: recipes/ARCHITECTURES.md.
+
+Run     python -m tests.core.laws --write
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from braces_cli.core.adapter import Adapter, AdapterConfig, attach, load_adapter
+from braces_cli.core.errors import ModelError
+from braces_cli.core.experts import Experts, MixtureFFN
+from braces_cli.core.ffn import FFN, find_ffns, layer_stack
+from braces_cli.core.fingerprint import fingerprint
+from braces_cli.core.reference import reference
+from braces_cli.core.relevance import RelevanceModule
+from tests.conftest import open_gates
+from tests.core.architectures import MAPPING, NEURONS, VARIANTS, VOCABULARY, WIDTH, model_type, tiny
+
+TABLE = Path(__file__).resolve().parents[2] / "recipes" / "ARCHITECTURES.md"
+TOKENS = torch.randint(3, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
+
+EXACT, NONE, UNSUPPORTED, UNBUILT = "exact", "not applicable", "unsupported", "cannot be built here"
+
+# Types that are not exact: status, reason, and what the refusal says. All others must be exact.
+_SHARED = "transformers builds no assistant: all its layers share the target's keys, which Gemma 4's config refuses"
+EXPECTED: dict[str, tuple[str, str, str]] = {
+    **dict.fromkeys(
+        ("mamba", "mamba2", "falcon_mamba"), (NONE, "no FFN: state-space layers only", "has no feed-forward layer")
+    ),
+    "dbrx": (UNSUPPORTED, "its experts are stacked in two dimensions", "a layout that is not understood"),
+    "inkling_text": (UNSUPPORTED, "its shared experts are stacked and weighed inside", "is called with 2 tensors"),
+    "jetmoe": (UNSUPPORTED, "its experts' two ends are modules called with sorted tokens", "that is not understood"),
+    "gemma3n": (UNBUILT, "its vision tower needs timm; its text decoder is gemma3n_text", "requires the timm library"),
+    "gemma4_assistant": (UNBUILT, _SHARED, "set of layer types producing a cache"),
+    "gemma4_unified_assistant": (UNBUILT, _SHARED, "set of layer types producing a cache"),
+}
+# Types whose own float32 noise comes near 1e-5 or passes it: there no worse than twice the reference's, see `compare`.
+NOISY = dict.fromkeys(
+    ("axk1", "bailing_hybrid", "cpmant", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"),
+    "float32 noise of the model itself reaches 1e-5; exact in float64",
+)
+# Types whose bare base continues a text otherwise, or not at all, without its cache: there is nothing to hold an
+# adapter to but the reference, with the cache or without, as the first says.
+CACHES = {
+    "blt": (False, "transformers fails to generate with its cache"),
+    "axk2": (False, "transformers' cache changes the bare base's text, too"),
+    "dots3_note": (False, "transformers' cache changes the bare base's text, too"),
+    "dots3_note_text": (False, "transformers' cache changes the bare base's text, too"),
+    "glm_moe_dsa": (False, "transformers' cache changes the bare base's text, too"),
+    "cpmant": (False, "transformers' cache changes the bare base's text, too"),
+    "musicgen": (True, "transformers generates other codes without its cache from the bare base, too"),
+    "prophetnet": (False, "transformers fails to generate with its cache"),
+    "reformer": (False, "transformers' cache changes the bare base's text, too"),
+    "rwkv": (False, "transformers' cache changes the bare base's text, too"),
+}
+# Types that pass gradients in training mode only.
+TRAINING = {"reformer": "gradients compared in training mode: its reversible layers refuse them in eval mode"}
+# Types that cannot run in float64 themselves.
+SINGLE = {"inkling2_text": "float32 only: its router computes in it"}
+# Widths of FFNs that are worked out from something else than d_ff or 4 d.
+WIDTHS = {
+    "aria_text": (2 * NEURONS,),  # two shared experts as one
+    "dots3_note": (1536,),  # an expert's width, which no field shrinks
+    "dots3_note_text": (1536,),
+    "gemma3n_text": (44, 60),
+    "granitemoehybrid": (20,),  # its "shared" network is the FFN where there are no experts
+    "lfm2": (256,),
+    "moshi": (NEURONS // 2,),
+    "recurrent_gemma": (NEURONS // 2,),
+    "xlstm": (384,),
+}
+# Widths of experts: of one, and of several shared ones written as one.
+EXPERT_WIDTHS = {20, 40}
+NOTES = {
+    "blt": "of its four transformers the adapter is on the global one",
+    "rwkv": "more than `rescale_every` layers: the base halves value matrices in eval mode, which weakens the adapter",
+    "xmod": "the FFN before the language adapters, not these",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a type turned out to be: one row of the table."""
+
+    name: str
+    status: str
+    form: str = ""
+    value: str = ""
+    reason: str = ""
+
+    def row(self) -> str:
+        cells = (self.name, MAPPING[model_type(self.name)], self.status, self.form, self.value, self.reason)
+        return "| " + " | ".join(cells) + " |"
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """max|a-b| / max|b|."""
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def passed(model: Any, adapter: Adapter, slow: bool) -> dict[str, torch.Tensor]:
+    """Logits, and the gradients of a scalar of them in every parameter of the adapter."""
+    for _, parameter in adapter.named_parameters():
+        parameter.grad = None
+    with reference(adapter) if slow else nullcontext():
+        logits = model(TOKENS, use_cache=False).logits
+    logits.double().logsumexp(-1).square().mean().backward()
+    return {"logits": logits.detach()} | {name: p.grad.clone() for name, p in adapter.named_parameters()}
+
+
+def worst(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """The largest relative difference of two passes."""
+    return max(relative(a[name], b[name]) for name in b)
+
+
+def together(result: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Gradients of the gates as one vector: of a single number that is nearly zero, float32 keeps few digits."""
+    gates = [value.double() for name, value in result.items() if name.endswith("gate")]
+    return {name: value for name, value in result.items() if not name.endswith("gate")} | {"gates": torch.cat(gates)}
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    """Logits of the fixed tokens, without gradients."""
+    with torch.no_grad():
+        return model(TOKENS, use_cache=False).logits
+
+
+def continued(model: Any, use_cache: bool) -> torch.Tensor:
+    """Logits of six tokens, each chosen greedily: (batch, 6, vocabulary)."""
+    config = GenerationConfig(
+        max_new_tokens=6, do_sample=False, num_beams=1, num_return_sequences=1, use_cache=use_cache, eos_token_id=None,
+        pad_token_id=1, bos_token_id=0, decoder_start_token_id=0, output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    with torch.no_grad():
+        return torch.stack(model.generate(TOKENS, generation_config=config).logits, 1)
+
+
+def cache_changes(model: Any) -> str | None:
+    """What differs between greedy continuations with and without a cache, or None."""
+    try:
+        found = relative(continued(model, True), continued(model, False))
+    except (ValueError, AttributeError, RuntimeError) as error:
+        return str(error)
+    return None if found < 1e-4 else f"logits differ by {found:.1e}"
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Some models make constants in the default dtype, whatever their own is."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def carry(model: Any, ffns: Sequence[FFN | MixtureFFN]) -> Adapter:
+    """An adapter of rank 4 on some FFNs, gates open."""
+    generator = torch.Generator().manual_seed(0)
+    adapter = Adapter(model, [(ffn, RelevanceModule(4, ffn.hidden_size, generator=generator)) for ffn in ffns])
+    open_gates(adapter)
+    return adapter
+
+
+def compare(name: str) -> None:
+    """Values and gradients against the reference, in float32 and in float64.
+
+    Raises:
+        AssertionError: they differ by more than rounding.
+    """
+    model = tiny(name).train(name in TRAINING)
+    adapter = carry(model, find_ffns(model))
+    fast, slow = passed(model, adapter, False), passed(model, adapter, True)
+    if name in SINGLE:
+        found = worst(together(fast), together(slow))
+        assert found < 1e-5, f"float32 differs from the reference by {found:.1e}"
+        return
+    model.double()
+    for _, brace in adapter.sites:
+        brace.double()
+    with default_dtype(torch.float64):
+        wide, truth = passed(model, adapter, False), passed(model, adapter, True)
+    found = worst(wide, truth)
+    assert found < 1e-10, f"float64 differs from the reference by {found:.1e}"
+    fast, slow, truth = (together(result) for result in (fast, slow, truth))
+    found = worst(fast, slow)
+    if name in NOISY:
+        mine, plain = worst(fast, truth), worst(slow, truth)
+        assert mine <= 2 * plain + 1e-5, f"float32 errs by {mine:.1e}, the reference itself by {plain:.1e}"
+    else:
+        assert found < 1e-5, f"float32 differs from the reference by {found:.1e}"
+
+
+def live(name: str, model: Any, folder: Path) -> None:
+    """Attach, generate, save, detach, load.
+
+    Raises:
+        AssertionError: one of them is not what it should be.
+    """
+    base = logits_of(model)
+    assert base.isfinite().all()
+    bare = cache_changes(model)
+    assert (bare is not None) == (name in CACHES), f"with and without cache, the bare base: {bare}"
+    ffns = find_ffns(model)
+    adapter = attach(model, 4)
+    open_gates(adapter)
+    assert relative(logits_of(model), base) > 1e-3, "the adapter does nothing"
+    if name in CACHES:
+        use_cache, _ = CACHES[name]
+        with reference(adapter):
+            slow = continued(model, use_cache)
+        assert relative(continued(model, use_cache), slow) < 1e-4, "generates otherwise than the reference"
+    else:
+        changed = cache_changes(model)
+        assert changed is None, f"with and without cache: {changed}"
+    config = AdapterConfig(name, 4, adapter.layers, fingerprint(model, ffns, None))
+    adapter.save(folder, config, "# test\n")
+    saved = logits_of(model)
+    assert adapter.detach() is model
+    assert torch.equal(logits_of(model), base), "detaching does not restore the base"
+    loaded, _ = load_adapter(model, folder, config.fingerprint)
+    assert torch.equal(logits_of(model), saved), "a loaded adapter differs from the saved one"
+    loaded.detach()
+    assert torch.equal(logits_of(model), base)
+
+
+def form(model: Any, ffns: Sequence[FFN | MixtureFFN]) -> tuple[str, str]:
+    """What the FFNs look like, in words, and what their value projections are called inside a layer."""
+    stack = layer_stack(model)[1]
+    kinds, values = [], []
+    for ffn in ffns:
+        layer = stack[ffn.layer]
+        stacked = [part for part in ffn.parts if isinstance(part, Experts)]
+        dense = [part for part in ffn.parts if not isinstance(part, Experts)]
+        words = [f"{len(part.value_matrix())} experts in one weight" for part in stacked]
+        if len(ffn.parts) == 1 and dense:
+            words = [_form(dense[0]) + (", loose in the layer" if dense[0].host is layer else "")]
+        elif dense:
+            words.append(f"{len(dense)} of their own")
+        kinds.append(" and ".join(words))
+        for part in ffn.parts:
+            owner = part.module if isinstance(part, Experts) else part.value
+            suffix = f".{part.name}" if isinstance(part, Experts) else ""
+            values.append(next(name for name, module in layer.named_modules() if module is owner) + suffix)
+    described = "; ".join(dict.fromkeys(kinds))
+    if len(ffns) != len(stack):
+        described += f"; {len(ffns)} of {len(stack)} layers"
+    # Experts in a list differ in their number only.
+    values = [re.sub(r"\.\d+\.", ".N.", value) for value in values]
+    return described, ", ".join(f"`{value}`" for value in dict.fromkeys(values))
+
+
+def _form(ffn: FFN) -> str:
+    fused = max(key.weight.numel() for key in ffn.keys) == 2 * ffn.hidden_size * ffn.value_vectors
+    return "gate and up fused" if fused else "gated" if len(ffn.keys) > 1 else "plain"
+
+
+def is_the_ffn(name: str, ffns: Sequence[FFN | MixtureFFN]) -> None:
+    """The reference takes discovery's word for what the FFN is; the config, which it does not read, knows its width.
+
+    Raises:
+        AssertionError: something else was found, such as the output projection of attention, of width d.
+    """
+    widths = {NEURONS, 4 * WIDTH, *WIDTHS.get(model_type(name), ())}
+    for ffn in ffns:
+        mixed = len(ffn.parts) > 1 or isinstance(ffn.parts[0], Experts)
+        for part in ffn.parts:
+            d, d_ff = part.value_matrix().shape[-2:]
+            known = widths | EXPERT_WIDTHS if mixed else widths
+            assert d_ff in known, f"width {d_ff}, the config says {known}"
+            assert d == (128 if name == "xlstm" else WIDTH)
+
+
+def prove(name: str, folder: Path) -> Outcome:
+    """Hold a type to what is expected of it.
+
+    Raises:
+        AssertionError: it is otherwise.
+    """
+    if name in EXPECTED:
+        status, reason, words = EXPECTED[name]
+        if status == UNBUILT:
+            with pytest.raises((ImportError, ValueError), match=words):
+                tiny(name)
+            return Outcome(name, status, reason=reason)
+        model = tiny(name)
+        with pytest.raises(ModelError, match=words):
+            find_ffns(model)
+        return Outcome(name, status, reason=reason)
+    compare(name)
+    model = tiny(name)
+    is_the_ffn(name, find_ffns(model))
+    live(name, model, folder)
+    caches = {name: reason for name, (_, reason) in CACHES.items()}
+    notes = [table[name] for table in (NOTES, TRAINING, SINGLE, NOISY, caches) if name in table]
+    return Outcome(name, EXACT, *form(model, find_ffns(model)), "; ".join(notes))
+
+
+def counts(outcomes: Sequence[Outcome]) -> str:
+    """How many types are what, in one line."""
+    numbers = Counter(outcome.status for outcome in outcomes)
+    return ", ".join(f"{numbers[status]} {status}" for status in (EXACT, NONE, UNSUPPORTED, UNBUILT) if numbers[status])
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """The text of recipes/ARCHITECTURES.md."""
+    import transformers
+
+    version = ".".join(transformers.__version__.split(".")[:2])
+    lines = [
+        "# Architectures",
+        "",
+        f"What `braces` is on each of the {len(MAPPING)} types of causal language models of transformers {version}:",
+        f"{counts([outcome for outcome in outcomes if outcome.name in MAPPING])}. Variants of a type stand below it.",
+        "",
+        "*Exact*: on a tiny model of that type the adapter equals the paper's formula, values and gradients, within",
+        "1e-5 (float32) and 1e-10 (float64); text is the same with and without a KV cache; saving, loading and",
+        "detaching are exact to the bit. Experts, routed and shared, have one projection and one gate a layer.",
+        "",
+        "Written by the test that proves it, `python -m tests.core.laws --write`; do not edit.",
+        "",
+        "| Type | Class | Status | FFN | Value projection | Reason, notes |",
+        "|---|---|---|---|---|---|",
+        *(outcome.row() for outcome in sorted(outcomes, key=lambda outcome: outcome.name)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Prove every type, print what fails, and write the table if all is as expected."""
+    outcomes, failed = [], []
+    for name in [*MAPPING, *VARIANTS]:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                outcomes.append(prove(name, Path(folder)))
+            except (Exception, pytest.fail.Exception) as error:
+                failed.append(name)
+                print(f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:160]}", flush=True)
+    print(f"{counts(outcomes)}, {len(failed)} failed")
+    if "--write" in sys.argv and not failed:
+        TABLE.write_text(table(outcomes), encoding="utf-8")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
