@@ -135,10 +135,14 @@ def _sees_tokens(host: nn.Module) -> bool:
 
 
 def outside_mixers(layer: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of `layer` and its parts, mixers and what they hold left out."""
+    """(name, module) of `layer` and its parts, mixers and norms and what they hold left out.
+
+    AXK2 gates each norm by a small network that looks like an FFN and, beside narrow experts, is told by nothing else:
+    that a class is a norm is said by its name alone, in all of transformers.
+    """
     yield prefix, layer
     for name, child in layer.named_children():
-        if not is_mixer(child):
+        if not is_mixer(child) and "norm" not in type(child).__name__.lower():
             yield from outside_mixers(child, f"{prefix}.{name}" if prefix else name)
 
 
@@ -177,8 +181,8 @@ def pairs(layer: nn.Module) -> list[Pair]:
         if pair:
             found[pair.value] = pair  # the deepest host comes last and is the closest
     wide = [pair for pair in found.values() if sizes(pair.value)[0] >= sizes(pair.value)[1]]
-    # Beside an FFN, a pair narrower than the model is a low-rank something: X-MOD's language adapters, the gate of
-    # AXK2's norms, the way Gemma 3n and 4 mix in their per-layer embeddings.
+    # Beside an FFN, a pair narrower than the model is a low-rank something: X-MOD's language adapters, the way
+    # Gemma 3n and 4 mix in their per-layer embeddings.
     return wide or list(found.values())
 
 

@@ -68,7 +68,6 @@ GEMMA3N = {
     # Both may differ from layer to layer.
     "activation_sparsity_pattern": [0.5] + [0.0] * 5, "intermediate_size": [52, 60, 52, 52, 44, 52],
 }  # fmt: skip
-VISION = {"hidden_size": 32, "intermediate_size": 52, "num_hidden_layers": 1, "num_attention_heads": 4}
 ASSISTANT = {
     "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_hidden_layers": 2,
     "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"],
@@ -95,7 +94,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "dots1": {"n_shared_experts": 1},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 20}},
-    "gemma3n": {"text_config": GEMMA3N, "vision_config": {"model_type": "siglip_vision_model", **VISION}},
+    "gemma3n": {"text_config": GEMMA3N},
     "gemma4_assistant": {"text_config": ASSISTANT, "backbone_hidden_size": WIDTH},
     "gemma4_unified_assistant": {"text_config": ASSISTANT, "backbone_hidden_size": WIDTH},
     "musicgen": {"decoder": {"num_codebooks": 2}},
@@ -154,8 +153,8 @@ def _per_layer(config: PreTrainedConfig) -> dict[str, list]:
     return {name: value for name, value in vars(config).items() if isinstance(value, list) and len(value) == count > 2}
 
 
-def shrink(config: PreTrainedConfig, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Fields of a tiny config of the same class, its sub-configs shrunken alike."""
+def shrink(config: PreTrainedConfig, overrides: dict[str, Any] | None = None, least: int = 2) -> dict[str, Any]:
+    """Fields of a tiny config of the same class with at least so many layers, its sub-configs shrunken alike."""
     overrides = dict(overrides or {})
     known = {field.name: field for field in dataclasses.fields(config)}
     values = vars(config)
@@ -164,7 +163,7 @@ def shrink(config: PreTrainedConfig, overrides: dict[str, Any] | None = None) ->
     fields = {name: value for name, value in fields.items() if values.get(stored[name]) is not None or name in ALWAYS}
     if "kv_lora_rank" in fields and "num_key_value_heads" in fields:
         fields["num_key_value_heads"] = HEADS  # latent attention has one key for each query head
-    layers = overrides.get("num_hidden_layers", depth(config))
+    layers = overrides.get("num_hidden_layers", max(least, depth(config)))
     fields |= {name: layers for name in DEPTH if name in known}
     for name, value in _per_layer(config).items():
         if (
@@ -174,7 +173,8 @@ def shrink(config: PreTrainedConfig, overrides: dict[str, Any] | None = None) ->
     for name, value in values.items():
         if isinstance(value, PreTrainedConfig):
             nested = overrides.pop(name, {})
-            fields[name] = nested if "model_type" in nested else shrink(value, nested)
+            # Towers are deeper than any tiny decoder, so that taking one for it shows.
+            fields[name] = shrink(value, nested, 8 if name in ("vision_config", "audio_config") else 2)
     return fields | overrides
 
 
