@@ -149,7 +149,7 @@ def build_attribute(session: Session, name: str, words: Sequence[str], report: R
 
 def gram_vector(ffn: FFN, state: Tensor) -> Tensor:
     """W_V W_V^T p of one layer, (d,), float32 on the CPU."""
-    values = ffn.value_matrix()
+    values = ffn.values()
     with torch.no_grad():
         return gram(values, state.to(values.device).unsqueeze(1)).squeeze(1).float().cpu()
 

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
 from braces_cli.core.errors import ConfigError, ModelError
+from braces_cli.core.values import Values, dense, stored_values
 
 _LOOKED_FOR = "a module with an activation and two linear projections d -> d_ff -> d in each layer"
 
@@ -52,9 +53,14 @@ class FFN:
         """d_ff, the number of value vectors."""
         return _sizes(self.value)[0]
 
+    def values(self) -> Values:
+        """W_V for products: a view of the model's own weight, or what unpacks it where there is none to view."""
+        return stored_values(self.value)
+
     def value_matrix(self) -> Tensor:
-        """W_V as a (d, d_ff) view of the model's own weight: column j is the value vector v_j."""
-        return _matrix(self.value)
+        """W_V (d, d_ff): column j is the value vector v_j. A view of the model's own weight where that is a plain
+        tensor, else (packed, offloaded) a copy, which whoever asked for it should not keep."""
+        return dense(self.values())
 
     def value_path(self, model: nn.Module) -> str:
         """Full name of the value projection inside `model`."""
@@ -69,16 +75,12 @@ def _sizes(module: nn.Module) -> tuple[int, int]:
     return int(part.nx), int(part.nf)
 
 
-def _matrix(module: nn.Module) -> Tensor:
-    """Weight as (outputs, inputs); transformers' Conv1D, which GPT-2 uses, stores it transposed."""
-    weight: Any = module.weight
-    return cast("Tensor", weight if hasattr(module, "out_features") else weight.T)
-
-
 def _is_linear(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    has_sizes = all(hasattr(module, name) for name in ("in_features", "out_features"))
-    return isinstance(weight, Tensor) and (has_sizes or all(hasattr(module, name) for name in ("nx", "nf")))
+    """A linear projection, packed or not: some packings (hqq) hold their numbers under another name than `weight`."""
+    if all(hasattr(module, name) for name in ("in_features", "out_features")):
+        own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        return isinstance(getattr(module, "weight", None), Tensor) or bool(own)
+    return isinstance(getattr(module, "weight", None), Tensor) and all(hasattr(module, n) for n in ("nx", "nf"))
 
 
 def _is_activation(value: object) -> bool:
@@ -216,5 +218,6 @@ def chosen_layers(model: nn.Module, text: str | None) -> list[int] | None:
 
 
 def parameter_total(model: nn.Module) -> int:
-    """Number of parameters, tied ones once."""
-    return sum(p.numel() for p in model.parameters())
+    """Number of parameters, tied ones once; of those packed two to a byte (bitsandbytes 4-bit), what they stand for."""
+    states = ((p, getattr(p, "quant_state", None)) for p in model.parameters())
+    return sum(p.numel() if state is None else state.shape.numel() for p, state in states)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from braces_cli.core.ffn import FFN
 
@@ -61,7 +61,7 @@ def _short(value: Any) -> Any:
 
 
 def _hash_weights(sampled: Sequence[FFN]) -> str | None:
-    if any(ffn.value_matrix().is_meta for ffn in sampled):
+    if any(isinstance(values := ffn.values(), Tensor) and values.is_meta for ffn in sampled):
         return None
     digest = hashlib.sha256()
     for ffn in sampled:

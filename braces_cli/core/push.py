@@ -67,7 +67,7 @@ def _shift(
         state, residual = _state(terms, ffn, scaled=False)
         with torch.no_grad():
             brace.shift = brace.projection() @ state.to(brace.weight)
-            _, up = brace.factors(ffn.value_matrix(), torch.float32)
+            _, up = brace.factors(ffn.values(), torch.float32)
             moved = float((up @ brace.shift).norm())
         stack.callback(setattr, brace, "shift", None)
         pushes.append(Push(ffn.layer, moved / residual))
@@ -82,7 +82,7 @@ def _add(
         if layers is not None and ffn.layer not in layers:
             continue
         state, residual = _state(terms, ffn, scaled=True)
-        vector = gram_vector(ffn, state).to(ffn.value_matrix().device)
+        vector = gram_vector(ffn, state).to(ffn.values().device)
         stack.callback(ffn.value.register_forward_hook(_adder(vector)).remove)
         pushes.append(Push(ffn.layer, float(vector.norm()) / residual))
     return pushes
