@@ -191,9 +191,7 @@ def attach(model: nn.Module, rank: int, layers: Sequence[int] | None = None, see
     if not 1 <= rank <= width:
         raise ConfigError(f"rank {rank} does not fit hidden size {width}", where="--rank", hint=f"Use 1 to {width}.")
     generator = torch.Generator().manual_seed(seed)
-    sites = [
-        (ffn, RelevanceModule(rank, ffn.hidden_size, ffn.values().device, generator=generator)) for ffn in chosen
-    ]
+    sites = [(ffn, RelevanceModule(rank, ffn.hidden_size, ffn.values().device, generator=generator)) for ffn in chosen]
     return Adapter(model, sites)
 
 

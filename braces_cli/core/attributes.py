@@ -28,6 +28,7 @@ from braces_cli.core.errors import ConfigError, DataError, ModelError, near_miss
 from braces_cli.core.ffn import FFN, layer_stack
 from braces_cli.core.files import write_tensors
 from braces_cli.core.fingerprint import differences
+from braces_cli.core.models import input_device
 from braces_cli.core.progress import Report, silent
 from braces_cli.core.relevance import gram
 from braces_cli.core.session import Session
@@ -166,7 +167,7 @@ def pool_words(
         ids = encode_word(tokenizer, word)
         if ids:
             groups[len(ids)].append(ids)
-    device = next(model.parameters()).device
+    device = input_device(model)
     total = torch.zeros(len(ffns), ffns[0].hidden_size)
     seen: dict[int, Tensor] = {}
     with ExitStack() as stack:
@@ -196,7 +197,7 @@ def residual_norms(model: nn.Module, tokenizer: Any, ffns: Sequence[FFN]) -> Ten
     """Median norm of the residual stream behind the layer of each FFN, over shipped neutral text: (layers,)."""
     text = (resources.files("braces_cli.assets") / "neutral_texts.txt").read_text(encoding="utf-8")
     stack = layer_stack(model)[1]
-    device = next(model.parameters()).device
+    device = input_device(model)
     norms: dict[int, list[Tensor]] = {ffn.layer: [] for ffn in ffns}
 
     def keep(layer: int) -> Any:

@@ -128,7 +128,7 @@ def _unpack(module: nn.Module) -> Tensor:
         if hasattr(weight, "quant_state") or hasattr(weight, "SCB"):
             return _unpack_bitsandbytes(part)
         if type(weight).dequantize is not Tensor.dequantize:  # torchao, quanto
-            return cast("Tensor", weight.dequantize())
+            return weight.dequantize()
     if callable(getattr(part, "dequantize", None)):  # hqq
         return cast("Tensor", part.dequantize())
     return _through_module(module)

@@ -1,4 +1,4 @@
-"""The real command line, process by process: on a random model everywhere, on a trained one where ../shared is there."""
+"""The real command line, process by process: on a random model everywhere, a trained one where ../shared is."""
 
 from __future__ import annotations
 
