@@ -76,9 +76,10 @@ def is_packed(module: nn.Module) -> bool:
 def _is_plain(weight: Tensor) -> bool:
     """A matrix of at least 16-bit floats: no integers, no float8 with its scale elsewhere, no packing subclass.
 
-    A DTensor (which has `full_tensor`) only says where a plain weight lies.
+    A DTensor (which has `full_tensor`) only says where a plain weight lies. The class is asked, not the tensor, because
+    that is what a compiler can follow.
     """
-    wrapped = is_traceable_wrapper_subclass(weight) and not hasattr(weight, "full_tensor")
+    wrapped = hasattr(type(weight), "__tensor_flatten__") and not hasattr(type(weight), "full_tensor")
     return (
         not wrapped
         and weight.dtype.is_floating_point
