@@ -79,13 +79,13 @@ def _is_plain(weight: Tensor) -> bool:
     A DTensor (which has `full_tensor`) only says where a plain weight lies. The class is asked, not the tensor, because
     that is what a compiler can follow.
     """
-    wrapped = hasattr(type(weight), "__tensor_flatten__") and not hasattr(type(weight), "full_tensor")
-    return (
-        not wrapped
-        and weight.dtype.is_floating_point
-        and weight.dtype.itemsize > 1
-        and getattr(weight, "quant_state", None) is None
-    )
+    kind, dtype = type(weight), weight.dtype
+    if not dtype.is_floating_point or dtype.itemsize == 1:
+        return False
+    if kind is nn.Parameter or kind is Tensor:
+        return True
+    wrapped = hasattr(kind, "__tensor_flatten__") and not hasattr(kind, "full_tensor")
+    return not wrapped and getattr(weight, "quant_state", None) is None
 
 
 def _oriented(module: nn.Module, weight: Tensor) -> Tensor:
@@ -94,8 +94,8 @@ def _oriented(module: nn.Module, weight: Tensor) -> Tensor:
 
 
 def _is_offloaded(module: nn.Module) -> bool:
-    hook: Any = getattr(module, "_hf_hook", None)
-    return bool(getattr(hook, "offload", False))
+    # Not getattr, which is slow where a module has no such attribute; this is asked in every forward pass.
+    return "_hf_hook" in module.__dict__ and bool(getattr(module._hf_hook, "offload", False))
 
 
 def _at_hand(module: nn.Module) -> AbstractContextManager[None]:
