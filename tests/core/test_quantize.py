@@ -90,7 +90,7 @@ def test_the_base_is_really_packed_and_its_values_are_those_it_computes_with(fol
         values = ffn.value_matrix()
         assert values.shape == other.shape == (64, 160)
         assert 1e-4 < relative(values, other) < 0.3
-        assert relative(_through_module(ffn.value), values) < (0.003 if method == "bnb-8bit" else 1e-6)
+        assert relative(_through_module(ffn.value), values) < (0.005 if method == "bnb-8bit" else 1e-6)
     for part in ("get_input_embeddings", "get_output_embeddings"):
         assert torch.equal(getattr(packed, part)().weight, getattr(plain, part)().weight)
     assert parameter_total(packed) == parameter_total(plain)
