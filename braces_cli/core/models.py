@@ -16,7 +16,7 @@ import torch
 from braces_cli.core.errors import BracesError, ConfigError, ModelError
 from braces_cli.core.ffn import FFN, find_ffns
 from braces_cli.core.fingerprint import fingerprint
-from braces_cli.core.quantize import check_quantize, quantization_config
+from braces_cli.core.quantize import check_packed, check_quantize, quantization_config
 
 logger = logging.getLogger("braces")
 
@@ -126,6 +126,17 @@ def load_base(
         ),
         "model",
     )
+    _check_filled(info, where)
+    if quantize is not None:
+        check_packed(quantize, model)
+    if device_map is None:
+        model.to(place)
+    model.eval()
+    commit = getattr(model.config, "_commit_hash", None)
+    return Base(model, tokenizer, where, commit or revision, checkpoint_folder(where, commit or revision))
+
+
+def _check_filled(info: dict[str, Any], where: str) -> None:
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
         keys = sorted(map(str, info.get(kind) or ()))
         if keys:
@@ -134,11 +145,6 @@ def load_base(
                 where=where,
                 hint="Is this a causal language model, and was it downloaded whole?",
             )
-    if device_map is None:
-        model.to(place)
-    model.eval()
-    commit = getattr(model.config, "_commit_hash", None)
-    return Base(model, tokenizer, where, commit or revision, checkpoint_folder(where, commit or revision))
 
 
 def _packing(where: str, quantize: str, dtype: str, revision: str | None, trust_remote_code: bool) -> Any:
@@ -264,6 +270,12 @@ def _explain(where: str, error: BaseException, what: str) -> ModelError:
             f"no such folder, and the hub cannot be reached for the {what}",
             where=where,
             hint="Check the path or the network; offline, only folders and models in the local cache can be loaded.",
+        )
+    if "conversion of the weights" in str(error):
+        return ModelError(
+            "the weights cannot be converted while loading",
+            where=where,
+            hint="--quantize int4 takes widths that divide by 32 only; int8, bnb-8bit and bnb-4bit take any.",
         )
     if "trust_remote_code" in str(error):
         return ModelError(

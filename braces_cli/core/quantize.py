@@ -15,8 +15,10 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import nn
 
 from braces_cli.core.errors import ConfigError, near_misses
+from braces_cli.core.values import is_packed
 
 METHODS = ("int8", "int4", "bnb-8bit", "bnb-4bit")
 _GROUP = 32
@@ -46,6 +48,20 @@ def check_quantize(name: str, device: torch.device | None) -> None:
                 where="--quantize",
                 hint="Use --quantize int8 or int4 (torchao), or a GPU with CUDA.",
             )
+
+
+def check_packed(name: str, model: nn.Module) -> None:
+    """See that loading packed something.
+
+    Raises:
+        ConfigError: nothing, which torchao does not say of a model without `nn.Linear`.
+    """
+    if not any(is_packed(module) for module in model.modules() if hasattr(module, "in_features")):
+        raise ConfigError(
+            f"`{name}` packs nothing in {type(model).__name__}",
+            where="--quantize",
+            hint="Use bnb-8bit or bnb-4bit, which also know GPT-2's layers, or leave --quantize out.",
+        )
 
 
 def quantization_config(name: str, dtype: torch.dtype) -> Any:

@@ -12,7 +12,7 @@ from torch import nn
 
 from braces_cli.core.adapter import attach, load_adapter
 from braces_cli.core.attributes import gram_vector
-from braces_cli.core.errors import ConfigError
+from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.ffn import find_ffns, parameter_total
 from braces_cli.core.fingerprint import fingerprint
 from braces_cli.core.models import load_base
@@ -267,6 +267,33 @@ def test_a_bitsandbytes_without_this_device_is_refused(monkeypatch, name):
     with pytest.raises(ConfigError, match="runs on cuda, not on cpu"):
         check_quantize(name, CPU)
     check_quantize(name, torch.device("cuda"))
+
+
+def test_widths_that_int4_cannot_group_are_named(tmp_path):
+    """Exit code 4 and what else to use."""
+    _installed("int4")
+    with pytest.raises(ModelError, match="divide by 32"):
+        load(_saved("llama", tmp_path), "int4")  # 52 neurons
+
+
+def test_gpt2_is_packed_by_bitsandbytes_and_refused_by_torchao(tmp_path):
+    """Its layers are no `nn.Linear`: torchao would pass them over without a word."""
+    folder = _saved("gpt2", tmp_path)
+    _installed("int8")
+    with pytest.raises(ConfigError, match="packs nothing in GPT2LMHeadModel"):
+        load(folder, "int8")
+    _installed("bnb-4bit")
+    model = load(folder, "bnb-4bit").model
+    assert isinstance(find_ffns(model)[0].values(), StoredValues)
+    adapter = attach(model, 4)
+    open_gates(adapter)
+    assert relative(run(model, adapter, False)[0], run(model, adapter, True)[0]) < 1e-5
+
+
+def _saved(name, folder):
+    tiny_model(name).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def test_a_checkpoint_that_is_quantised_already_is_not_quantised_again(folder, tmp_path):
