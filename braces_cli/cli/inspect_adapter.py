@@ -62,6 +62,7 @@ def values(
     device: o.Device = "auto",
     dtype: o.DtypeOption = o.Dtype.auto,
     device_map: o.DeviceMap = None,
+    quantize: o.Quantize = None,
     trust_remote_code: o.TrustRemoteCode = False,
     config: o.Config = None,
     fmt: Annotated[o.Format, typer.Option("--format", help="json is JSON Lines.")] = o.Format.table,

@@ -23,6 +23,13 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+class Quantisation(StrEnum):
+    int8 = "int8"
+    int4 = "int4"
+    bnb_8bit = "bnb-8bit"
+    bnb_4bit = "bnb-4bit"
+
+
 def read_config_file(ctx: typer.Context, path: Path | None) -> Path | None:
     """Make the file's settings the defaults of this command; what stands on the command line wins.
 
@@ -75,6 +82,10 @@ DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of the base; auto i
 DeviceMap = Annotated[
     str | None, typer.Option("--device-map", help="`auto` spreads a base over several devices (accelerate).")
 ]
+Quantize = Annotated[
+    Quantisation | None,
+    typer.Option("--quantize", help="Pack the base while loading: int8, int4 with torchao, bnb-* with bitsandbytes."),
+]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that a hub model brings.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of every random choice.", min=0)]
 FormatOption = Annotated[Format, typer.Option("--format", help="What stdout carries.")]
@@ -89,9 +100,8 @@ def load_options(ctx: typer.Context) -> Any:
     """The `LoadOptions` among a command's parameters."""
     from braces_cli.core.session import LoadOptions
 
-    names = ("revision", "device", "dtype", "device_map", "trust_remote_code")
-    given = {name: ctx.params[name] for name in names}
-    return LoadOptions(**{**given, "dtype": str(given["dtype"])})
+    names = ("revision", "device", "dtype", "device_map", "quantize", "trust_remote_code")
+    return LoadOptions(**{name: _plain(ctx.params[name]) for name in names})
 
 
 def resolved(ctx: typer.Context) -> dict[str, Any]:

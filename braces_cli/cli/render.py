@@ -27,6 +27,9 @@ def set_up(quiet: bool, debug: bool) -> None:
     if debug:
         return
     warnings.simplefilter("ignore")
+    # torchao, where installed, is imported along with transformers and reports each kernel that it has no use for.
+    for chatty in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")

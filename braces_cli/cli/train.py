@@ -61,6 +61,7 @@ def train(
     device: o.Device = "auto",
     dtype: o.DtypeOption = o.Dtype.auto,
     device_map: o.DeviceMap = None,
+    quantize: o.Quantize = None,
     trust_remote_code: o.TrustRemoteCode = False,
     config: o.Config = None,
     dry_run: o.DryRun = False,

@@ -191,7 +191,7 @@ def _hooks(ffn: FFN, brace: RelevanceModule) -> list[RemovableHandle]:
         def around(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
             if not brace.enabled:
                 return None
-            return brace(output, args[0] if args else next(iter(kwargs.values())), ffn.value_matrix())
+            return brace(output, args[0] if args else next(iter(kwargs.values())), ffn.values())
 
         return [ffn.host.register_forward_hook(around, with_kwargs=True)]
 
@@ -202,7 +202,7 @@ def _hooks(ffn: FFN, brace: RelevanceModule) -> list[RemovableHandle]:
         entered[:] = args[:1] if brace.enabled else []
 
     def after(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        return brace(output, entered.pop(), ffn.value_matrix()) if brace.enabled else None
+        return brace(output, entered.pop(), ffn.values()) if brace.enabled else None
 
     return [ffn.keys[0].register_forward_pre_hook(before), ffn.value.register_forward_hook(after)]
 
@@ -241,7 +241,7 @@ def attach(model: nn.Module, rank: int, layers: Sequence[int] | None = None, see
         raise ConfigError(f"rank {rank} does not fit hidden size {width}", where="--rank", hint=f"Use 1 to {width}.")
     generator = torch.Generator().manual_seed(seed)
     sites = [
-        (ffn, RelevanceModule(rank, ffn.hidden_size, ffn.parts[0].value_matrix().device, generator=generator))
+        (ffn, RelevanceModule(rank, ffn.hidden_size, ffn.parts[0].values().device, generator=generator))
         for ffn in chosen
     ]
     return Adapter(model, sites)

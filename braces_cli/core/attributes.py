@@ -29,6 +29,7 @@ from braces_cli.core.experts import MixtureFFN
 from braces_cli.core.ffn import FFN, layer_stack
 from braces_cli.core.files import write_tensors
 from braces_cli.core.fingerprint import differences
+from braces_cli.core.models import input_device
 from braces_cli.core.progress import Report, silent
 from braces_cli.core.relevance import gram
 from braces_cli.core.session import Session
@@ -171,7 +172,7 @@ def gram_vector(ffn: FFN | MixtureFFN, state: Tensor) -> Tensor:
     """W_V W_V^T p of one layer, (d,), float32 on the CPU; of experts the mean over all of them."""
     each: list[Tensor] = []
     for part in ffn.parts:
-        values = part.value_matrix()
+        values = part.values()
         with torch.no_grad():
             moved = gram(values, state.to(values.device).unsqueeze(1)).squeeze(-1).float().cpu()
         each.append(moved.reshape(-1, len(state)))
@@ -190,7 +191,7 @@ def pool_words(
         ids = encode_word(tokenizer, word)
         if ids:
             groups[len(ids)].append(ids)
-    device = next(model.parameters()).device
+    device = input_device(model)
     total = torch.zeros(len(ffns), ffns[0].hidden_size)
     seen: dict[int, Tensor] = {}
     with ExitStack() as stack:
@@ -220,7 +221,7 @@ def residual_norms(model: nn.Module, tokenizer: Any, ffns: Sequence[FFN | Mixtur
     """Median norm of the residual stream behind the layer of each FFN, over shipped neutral text: (layers,)."""
     text = (resources.files("braces_cli.assets") / "neutral_texts.txt").read_text(encoding="utf-8")
     stack = layer_stack(model)[1]
-    device = next(model.parameters()).device
+    device = input_device(model)
     norms: dict[int, list[Tensor]] = {ffn.layer: [] for ffn in ffns}
 
     def keep(layer: int) -> Any:

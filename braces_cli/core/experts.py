@@ -44,6 +44,10 @@ class Experts:
         weight: Any = getattr(self.module, self.name)
         return cast("Tensor", weight.mT if self.transposed else weight)
 
+    def values(self) -> Tensor:
+        """The same, as `ffn.FFN` calls what products are made with; stacked experts are never packed."""
+        return self.value_matrix()
+
     def value_path(self, model: nn.Module) -> str:
         """Full name of the value weight inside `model`."""
         return f"{self.path}.{self.name}"
@@ -68,12 +72,16 @@ class MixtureFFN:
     @property
     def hidden_size(self) -> int:
         """d, the width of `h` and of a value vector."""
-        return int(self.parts[0].value_matrix().shape[-2])
+        first = self.parts[0]
+        return int(first.value_matrix().shape[-2]) if isinstance(first, Experts) else int(first.hidden_size)
 
     @property
     def value_vectors(self) -> int:
         """Value vectors of all experts together."""
-        return sum(part.value_matrix()[..., 0, :].numel() for part in self.parts)
+        return sum(
+            part.value_matrix()[..., 0, :].numel() if isinstance(part, Experts) else part.value_vectors
+            for part in self.parts
+        )
 
     def value_matrix(self) -> Tensor:
         """W_V of all experts side by side, (d, value_vectors): a copy, for looking inside, not for computing."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.experts import Experts, MixtureFFN, find_experts, has_experts
 from braces_cli.core.structure import is_whole, keeps_state, pairs, runs_in_function, sizes
+from braces_cli.core.values import Values, dense, stored_values
 
 _LOOKED_FOR = "a module with an activation and two linear projections d -> d_ff -> d in each layer"
 
@@ -60,9 +61,14 @@ class FFN:
         """d_ff, the number of value vectors."""
         return sizes(self.value)[0]
 
+    def values(self) -> Values:
+        """W_V for products: a view of the model's own weight, or what unpacks it where there is none to view."""
+        return stored_values(self.value)
+
     def value_matrix(self) -> Tensor:
-        """W_V as a (d, d_ff) view of the model's own weight: column j is the value vector v_j."""
-        return _matrix(self.value)
+        """W_V (d, d_ff): column j is the value vector v_j. A view of the model's own weight where that is a plain
+        tensor, else (packed, offloaded) a copy, which whoever asked for it should not keep."""
+        return dense(self.values())
 
     def value_path(self, model: nn.Module) -> str:
         """Full name of the value weight inside `model`."""
@@ -71,12 +77,6 @@ class FFN:
     def watch(self, callback: Callable[[Tensor], None]) -> RemovableHandle:
         """Call `callback` with what enters the FFN at each pass, until the returned handle is removed."""
         return self.keys[0].register_forward_pre_hook(lambda module, args: callback(args[0]))
-
-
-def _matrix(module: nn.Module) -> Tensor:
-    """Weight as (outputs, inputs); transformers' Conv1D, which GPT-2 uses, stores it transposed."""
-    weight: Any = module.weight
-    return cast("Tensor", weight if hasattr(module, "out_features") else weight.T)
 
 
 def layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -140,7 +140,7 @@ def find_ffns(model: nn.Module) -> list[FFN | MixtureFFN]:
     found: list[FFN | MixtureFFN] = []
     seen: set[nn.Module] = set()
     for index, (prefix, layer) in enumerate(layers):
-        dense = {
+        modules = {
             pair.name: FFN(
                 index,
                 _join(prefix, pair.name),
@@ -152,18 +152,18 @@ def find_ffns(model: nn.Module) -> list[FFN | MixtureFFN]:
             for pair in pairs(layer)
             if pair.value not in seen  # layers may share one module: it is one FFN, counted where it comes first
         }
-        seen.update(ffn.value for ffn in dense.values())
+        seen.update(ffn.value for ffn in modules.values())
         stacked = {
             name: Experts(_join(prefix, name), module, weight, transposed, by_expert)
             for name, module, weight, transposed, by_expert in find_experts(layer, width)
         }
         if stacked:
-            dense = {name: ffn for name, ffn in dense.items() if _is_expert(name, ffn, list(stacked), width)}
-        if len(dense) == 1 and not stacked:
-            found.extend(dense.values())
-        elif dense or stacked:
-            place = _holder(layer, [*dense, *(name.rpartition(".")[0] for name in stacked)])
-            parts: tuple[FFN | Experts, ...] = (*stacked.values(), *dense.values())
+            modules = {name: ffn for name, ffn in modules.items() if _is_expert(name, ffn, list(stacked), width)}
+        if len(modules) == 1 and not stacked:
+            found.extend(modules.values())
+        elif modules or stacked:
+            place = _holder(layer, [*modules, *(name.rpartition(".")[0] for name in stacked)])
+            parts: tuple[FFN | Experts, ...] = (*stacked.values(), *modules.values())
             found.append(MixtureFFN(index, _join(prefix, place), layer.get_submodule(place), parts))
     if not found:
         inside = sorted({type(module).__name__ for module in layers[0][1].modules()}) if layers else []
@@ -229,5 +229,6 @@ def chosen_layers(model: nn.Module, text: str | None) -> list[int] | None:
 
 
 def parameter_total(model: nn.Module) -> int:
-    """Number of parameters, tied ones once."""
-    return sum(p.numel() for p in model.parameters())
+    """Number of parameters, tied ones once; of those packed two to a byte (bitsandbytes 4-bit), what they stand for."""
+    states = ((p, getattr(p, "quant_state", None)) for p in model.parameters())
+    return sum(p.numel() if state is None else state.shape.numel() for p, state in states)

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from braces_cli.core.experts import MixtureFFN
 from braces_cli.core.ffn import FFN
+from braces_cli.core.values import dense
 
 # Three matrices, four places in each: enough to tell checkpoints apart, and read in milliseconds from any model.
 _LAYERS_SAMPLED = 3
@@ -64,12 +65,12 @@ def _short(value: Any) -> Any:
 
 
 def _hash_weights(sampled: Sequence[FFN | MixtureFFN]) -> str | None:
-    matrices = [ffn.parts[0].value_matrix().detach() for ffn in sampled]
-    if any(matrix.is_meta for matrix in matrices):
+    stored = [ffn.parts[0].values() for ffn in sampled]
+    if any(isinstance(values, Tensor) and values.is_meta for values in stored):
         return None
     digest = hashlib.sha256()
-    for matrix in matrices:
-        flat = matrix.reshape(-1)
+    for values in stored:
+        flat = dense(values).detach().reshape(-1)
         count = _BYTES // 2
         for place in range(_PLACES):
             start = (max(len(flat) - count, 0) * place) // (_PLACES - 1)

@@ -19,6 +19,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from braces_cli.core.batches import pad_left
 from braces_cli.core.encode import context_length, decode_continuation, encode
 from braces_cli.core.errors import ConfigError
+from braces_cli.core.models import input_device
 
 logger = logging.getLogger("braces")
 
@@ -78,7 +79,7 @@ def generate(model: Any, tokenizer: Any, jobs: Sequence[Job], sampling: Sampling
         if len(ids) > room:
             logger.warning("prompt %d has %d tokens; only the last %d fit", jobs[row].index, len(ids), room)
             prompts[row] = ids[-room:]
-    device = next(model.parameters()).device
+    device = input_device(model)
     batch = {name: tensor.to(device) for name, tensor in pad_left(prompts, tokenizer.pad_token_id).items()}
     ends = end_tokens(model, tokenizer)
     processors = LogitsProcessorList()

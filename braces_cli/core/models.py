@@ -17,6 +17,7 @@ from braces_cli.core.errors import BracesError, ConfigError, ModelError
 from braces_cli.core.experts import MixtureFFN
 from braces_cli.core.ffn import FFN, find_ffns
 from braces_cli.core.fingerprint import fingerprint
+from braces_cli.core.quantize import check_packed, check_quantize, quantization_config
 
 logger = logging.getLogger("braces")
 
@@ -86,6 +87,7 @@ def load_base(
     device: str = "auto",
     dtype: str = "auto",
     device_map: str | None = None,
+    quantize: str | None = None,
     trust_remote_code: bool = False,
 ) -> Base:
     """Load a causal LM with its tokenizer, in eval mode.
@@ -95,14 +97,22 @@ def load_base(
         device: `auto`, `cpu`, `cuda`, `mps`; ignored where `device_map` is given.
         dtype: `auto` is that of the checkpoint.
         device_map: as accelerate takes it, for a base larger than one device.
+        quantize: one of `core.quantize.METHODS`.
 
     Raises:
+        ConfigError: no such device, or no such quantisation here.
         ModelError: not reachable, not a causal LM, an adapter folder, or weights that do not fill the model.
     """
     from transformers import AutoModelForCausalLM
 
     where = _folder_or_id(name)
     place = pick_device(device)
+    packing: dict[str, Any] = {}
+    if quantize is not None:
+        check_quantize(quantize, place if device_map is None else None)
+        packing["quantization_config"] = _packing(where, quantize, dtype, revision, trust_remote_code)
+        # Each weight is packed where it will stay, so that the unpacked base never has to fit.
+        device_map = device_map or str(place)
     tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
     model, info = _reach(
         where,
@@ -113,9 +123,21 @@ def load_base(
             device_map=device_map,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **packing,
         ),
         "model",
     )
+    _check_filled(info, where)
+    if quantize is not None:
+        check_packed(quantize, model)
+    if device_map is None:
+        model.to(place)
+    model.eval()
+    commit = getattr(model.config, "_commit_hash", None)
+    return Base(model, tokenizer, where, commit or revision, checkpoint_folder(where, commit or revision))
+
+
+def _check_filled(info: dict[str, Any], where: str) -> None:
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
         keys = sorted(map(str, info.get(kind) or ()))
         if keys:
@@ -124,11 +146,30 @@ def load_base(
                 where=where,
                 hint="Is this a causal language model, and was it downloaded whole?",
             )
-    if device_map is None:
-        model.to(place)
-    model.eval()
-    commit = getattr(model.config, "_commit_hash", None)
-    return Base(model, tokenizer, where, commit or revision, checkpoint_folder(where, commit or revision))
+
+
+def _packing(where: str, quantize: str, dtype: str, revision: str | None, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    config = _reach(
+        where,
+        lambda: AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code),
+        "model",
+    )
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        method = stored.get("quant_method") if isinstance(stored, dict) else type(stored).__name__
+        raise ConfigError(
+            f"the checkpoint is quantised already ({method})", where="--quantize", hint="Leave --quantize out."
+        )
+    return quantization_config(quantize, DTYPES.get(dtype) or config.dtype or torch.float32)
+
+
+def input_device(model: Any) -> torch.device:
+    """Where token ids go: where the input embedding runs, which for an offloaded one is not where it lies."""
+    embedding = model.get_input_embeddings()
+    hook: Any = getattr(embedding, "_hf_hook", None)
+    return torch.device(hook.execution_device) if getattr(hook, "offload", False) else embedding.weight.device
 
 
 def load_shape(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -230,6 +271,12 @@ def _explain(where: str, error: BaseException, what: str) -> ModelError:
             f"no such folder, and the hub cannot be reached for the {what}",
             where=where,
             hint="Check the path or the network; offline, only folders and models in the local cache can be loaded.",
+        )
+    if "conversion of the weights" in str(error):
+        return ModelError(
+            "the weights cannot be converted while loading",
+            where=where,
+            hint="--quantize int4 takes widths that divide by 32 only; int8, bnb-8bit and bnb-4bit take any.",
         )
     if "trust_remote_code" in str(error):
         return ModelError(

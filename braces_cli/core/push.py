@@ -70,7 +70,7 @@ def _shift(
             residual = float(terms[0][0].residual[row])
             state = torch.stack([s * adapter.states(each.state[row].to(brace.weight)) for each, s in terms]).sum(dim=0)
             brace.shift = brace.projection() @ state
-            each = [brace.factors(part.value_matrix(), torch.float32)[1] @ brace.shift for part in ffn.parts]
+            each = [brace.factors(part.values(), torch.float32)[1] @ brace.shift for part in ffn.parts]
             # Of experts the mean, though which of them a token meets is the router's choice.
             moved = float(torch.cat([vector.reshape(-1, ffn.hidden_size) for vector in each]).mean(dim=0).norm())
         stack.callback(setattr, brace, "shift", None)
@@ -92,7 +92,7 @@ def _add(
             hint = "What steering adds depends on the experts; train an adapter first."
             raise ConfigError("a mixture of experts is steered with an adapter only", where="--attribute", hint=hint)
         state, residual = _scaled_state(terms, ffn)
-        vector = gram_vector(ffn, state).to(ffn.value_matrix().device)
+        vector = gram_vector(ffn, state).to(ffn.values().device)
         stack.callback(ffn.value.register_forward_hook(_adder(vector)).remove)
         pushes.append(Push(ffn.layer, float(vector.norm()) / residual))
     return pushes

@@ -15,11 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import count
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from braces_cli.core.values import StoredValues, Values
 
 GATE_INIT = -5.0
 # Columns of W_V that are cast to float32 at a time. On a CPU a block and its copy stay in the cache (three times faster
@@ -75,12 +79,26 @@ def _gram(weight: Tensor, x: Tensor) -> Tensor:
     return total.mT
 
 
-def gram(weight: Tensor, x: Tensor) -> Tensor:
+class _StoredGram(torch.autograd.Function):
+    """The same where W must be unpacked first: once in each direction, and nothing dense is kept in between."""
+
+    @staticmethod
+    def forward(ctx: Any, values: StoredValues, x: Tensor) -> Tensor:
+        ctx.values = values
+        return _gram(values.dense(), x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, _gram(ctx.values.dense(), grad)
+
+
+def gram(values: Values, x: Tensor) -> Tensor:
     """W_V W_V^T x, shape (..., d, n), for W_V (..., d, d_ff) and x (d, n); differentiable in x only.
 
-    Memory: one block of 4,096 columns of W_V in the dtype of x, and (..., n, d_ff) numbers where the dtypes agree.
+    Memory: one block of 4,096 columns of W_V in the dtype of x, and (..., n, d_ff) numbers where the dtypes agree; and
+    one dense W_V where it is packed or offloaded.
     """
-    result: Tensor = _Gram.apply(weight, x)
+    result: Tensor = _Gram.apply(values, x) if isinstance(values, Tensor) else _StoredGram.apply(values, x)
     return result
 
 
@@ -121,6 +139,7 @@ class RelevanceModule(nn.Module):
         # (A, B) of each value matrix and dtype, good for one state of the parameters.
         self._cache: dict[tuple, tuple[Tensor, Tensor]] = {}
         self._cached_for: tuple | None = None
+        self._register()
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, hidden_size={self.weight.shape[1]}"
@@ -132,7 +151,8 @@ class RelevanceModule(nn.Module):
 
     def projection(self) -> Tensor:
         """R (d_r, d), differentiable in `weight`."""
-        if self._exact == self.weight._version and not self._learns():
+        # In this order: a compiler can follow what learns, not a version counter.
+        if not self._learns() and self._exact == self.weight._version:
             return self.weight
         with torch.autocast(self.weight.device.type, enabled=False):
             return orthonormal_rows(self.weight)
@@ -153,22 +173,39 @@ class RelevanceModule(nn.Module):
         self._exact = self.weight._version
         self._cached_for = None
 
-    def factors(self, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def factors(self, values: Values, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (d_r, d) and B (..., d, d_r) in `dtype`, for the value matrix or matrices `values` (..., d, d_ff).
 
         With gradients on they are computed anew, once a forward pass; otherwise once, until a parameter changes.
         """
         if self._learns():
-            return self._compute(values, dtype)
+            return self._compute(values, dtype) if isinstance(values, Tensor) else self._compute_unseen(values, dtype)
+        if not torch.compiler.is_compiling():
+            return self._cached(values, dtype)
+        if isinstance(values, Tensor):
+            down, up = _cached_factors(self.weight, self.gate, values, self._handle, dtype)
+            return down, up
+        return self._cached_unseen(values, dtype)
+
+    def _cached(self, values: Values, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         state = (self.weight._version, self.gate._version, self.weight.device)
         if self._cached_for != state:
             self._cache, self._cached_for = {}, state
-        key = (values.data_ptr(), dtype)
+        key = (values.data_ptr() if isinstance(values, Tensor) else values.key, dtype)
         if key not in self._cache:
             self._cache[key] = self._compute(values, dtype)
         return self._cache[key]
 
-    def _compute(self, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    # No compiler follows the unpacking of every packing: torch.compile breaks its graph around these two.
+    @torch.compiler.disable
+    def _cached_unseen(self, values: Values, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self._cached(values, dtype)
+
+    @torch.compiler.disable
+    def _compute_unseen(self, values: Values, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self._compute(values, dtype)
+
+    def _compute(self, values: Values, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         projection = self.projection()
         with torch.autocast(self.weight.device.type, enabled=False):
             out = gram(values, projection.mT) * (self.g / math.sqrt(self.rank))
@@ -177,10 +214,11 @@ class RelevanceModule(nn.Module):
     def _learns(self) -> bool:
         return torch.is_grad_enabled() and (self.weight.requires_grad or self.gate.requires_grad)
 
-    def forward(self, output: Tensor, h: Tensor, values: Tensor) -> Tensor:
+    def forward(self, output: Tensor, h: Tensor, values: Values) -> Tensor:
         """FFN output (..., d) plus what the adapter adds, for the FFN's input `h` (..., d) and W_V (d, d_ff)."""
         down, up = self.factors(values, output.dtype)
-        ranked = self._ranked(h.to(output.dtype), down).reshape(-1, self.rank)
+        # Under a device map the two ends of a pair can lie on two devices.
+        ranked = self._ranked(h.to(output), down).reshape(-1, self.rank)
         # One fused multiply-add over flat tokens instead of a product and a sum.
         return torch.addmm(output.reshape(-1, output.shape[-1]), ranked, up.mT).view(output.shape)
 
@@ -226,6 +264,14 @@ class RelevanceModule(nn.Module):
         # OPT flattens (batch, tokens, d) before its FFN; the shift knows how many examples there are.
         return F.linear(h, down).view(len(self.shift), -1, self.rank) + self.shift.to(h)
 
+    def _register(self) -> None:
+        self._handle = next(_handles)
+        _modules[self._handle] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._register()  # a copy is another module
+
     def train(self, mode: bool = True) -> RelevanceModule:
         # An optimizer that writes through `.data` leaves version counters alone; changing mode is when that can matter.
         self._cached_for = None
@@ -242,3 +288,29 @@ class RelevanceModule(nn.Module):
         self._cached_for = None
         self._exact = self.weight._version if exact else None
         return self
+
+
+# Where a compiled graph finds the module whose factors it asks for: an operator takes tensors and plain numbers only.
+_handles = count()
+_modules: WeakValueDictionary[int, RelevanceModule] = WeakValueDictionary()
+
+
+@torch.library.custom_op("braces::cached_factors", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def _cached_factors(
+    weight: Tensor, gate: Tensor, values: Tensor, handle: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`RelevanceModule._cached` as one step of a compiled graph, so that version counters are read when it runs.
+
+    Copies, because a compiler may reuse the memory of what an operator returns. Not for CUDA graphs, which would replay
+    the factors of the first run for ever.
+    """
+    with torch.no_grad():
+        down, up = _modules[handle]._cached(values, dtype)
+    return down.clone(memory_format=torch.contiguous_format), up.clone(memory_format=torch.contiguous_format)
+
+
+@_cached_factors.register_fake
+def _(weight: Tensor, gate: Tensor, values: Tensor, handle: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    rank, width = weight.shape
+    down = weight.new_empty(rank, width, dtype=dtype)
+    return down, weight.new_empty(*values.shape[:-2], width, rank, dtype=dtype)

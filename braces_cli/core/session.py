@@ -23,6 +23,7 @@ class LoadOptions:
     device: str = "auto"
     dtype: str = "auto"
     device_map: str | None = None
+    quantize: str | None = None
     trust_remote_code: bool = False
 
 

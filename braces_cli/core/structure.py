@@ -54,9 +54,11 @@ def sizes(module: nn.Module) -> tuple[int, int]:
 
 def is_linear(module: nn.Module) -> bool:
     """A projection with one matrix: torch's Linear and its packed kin, transformers' Conv1D (GPT-2)."""
-    weight = getattr(module, "weight", None)
-    has_sizes = all(hasattr(module, name) for name in ("in_features", "out_features"))
-    return isinstance(weight, Tensor) and (has_sizes or all(hasattr(module, name) for name in ("nx", "nf")))
+    if all(hasattr(module, name) for name in ("in_features", "out_features")):
+        # Some packings (hqq) hold their numbers under another name than `weight`.
+        own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        return isinstance(getattr(module, "weight", None), Tensor) or bool(own)
+    return isinstance(getattr(module, "weight", None), Tensor) and all(hasattr(module, n) for n in ("nx", "nf"))
 
 
 def is_activation(value: object) -> bool:

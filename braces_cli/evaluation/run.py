@@ -127,7 +127,9 @@ def run_evaluation(
             _measure(session, label, adapter, tasks, texts, settings, report)
             for label, adapter in _labels(adapters, settings.base)
         ]
-    return _document(session, systems, settings, files)
+    document = _document(session, systems, settings, files)
+    document["settings"]["quantize"] = options.quantize
+    return document
 
 
 def _load_tasks(

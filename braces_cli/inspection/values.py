@@ -45,9 +45,10 @@ def value_tokens(
     total = sum(len(indices) if indices is not None else ffn.value_vectors for ffn in chosen)
     done = 0
     for ffn in chosen:
+        matrix = ffn.value_matrix()  # once a layer: where it is packed, this is what unpacks it
         wanted = torch.tensor(sorted(indices) if indices is not None else range(ffn.value_vectors))
         for block in wanted.split(_VECTORS_AT_ONCE):
-            vectors = ffn.value_matrix()[:, block.to(ffn.value_matrix().device)].mT
+            vectors = matrix[:, block.to(matrix.device)].mT
             best = score(vectors).topk(top_k, dim=-1)
             done += len(block)
             report("reading value vectors", done, total)

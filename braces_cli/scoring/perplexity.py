@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from braces_cli.core.batches import by_length, pad_right
 from braces_cli.core.encode import IGNORED, Encoded, encode
+from braces_cli.core.models import input_device
 from braces_cli.core.progress import Report, silent
 
 # Logits of this many tokens are turned into float32 log-probabilities at a time.
@@ -75,7 +76,7 @@ def likelihoods(
         prepare: called before each batch with the indices of its examples, to set what they are conditioned on.
     """
     results: list[Likelihood] = [Likelihood()] * len(examples)
-    device = next(model.parameters()).device
+    device = input_device(model)
     was_training = model.training
     model.eval()
     done = 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from braces_cli.core.adapter import Adapter
 from braces_cli.core.batches import pad_right
+from braces_cli.core.models import input_device
 from braces_cli.core.progress import Report
 from braces_cli.data.examples import Examples
 from braces_cli.training.conditions import Conditioner
@@ -35,13 +37,14 @@ class BracesTrainer(Trainer):
         self._conditioner = conditioner
         self._seen: Tensor | int = 0
         model: Any = adapter.model
-        super().__init__(
-            model=model,
-            args=_arguments(settings, folder, next(model.parameters()).device),
-            train_dataset=list(range(len(examples.items))),
-            data_collator=lambda rows: _batch(examples, rows, conditioner, pad_id),
-            callbacks=[_Progress(report)],
-        )
+        with _carrying_adapter(model):
+            super().__init__(
+                model=model,
+                args=_arguments(settings, folder, input_device(model)),
+                train_dataset=list(range(len(examples.items))),
+                data_collator=lambda rows: _batch(examples, rows, conditioner, pad_id),
+                callbacks=[_Progress(report)],
+            )
         self.remove_callback(PrinterCallback)  # it prints every log to stdout, which carries the result only
 
     @property
@@ -77,6 +80,17 @@ def _batch(examples: Examples, rows: Sequence[int], conditioner: Conditioner | N
     if conditioner is not None:
         batch["strengths"] = conditioner.strengths([examples.conditions[row] for row in rows])
     return batch
+
+
+@contextmanager
+def _carrying_adapter(model: Any) -> Iterator[None]:
+    """Trainer refuses a quantised model unless this flag says that it carries an adapter, as ours does."""
+    before = model._hf_peft_config_loaded
+    model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        model._hf_peft_config_loaded = before
 
 
 def _arguments(settings: TrainSettings, folder: str, device: torch.device) -> TrainingArguments:

@@ -1,0 +1,67 @@
+"""`--quantize` from the command line."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": "the good film and the happy end"}) + "\n" * 8)
+    return path
+
+
+def test_a_quantised_base_is_trained_steered_and_inspected(braces, model_dir, rows, tmp_path):
+    """The adapter that comes of it loads on the plain base, too."""
+    if importlib.util.find_spec("torchao") is None:
+        pytest.skip("NOT TESTED ON A QUANTISED BASE: torchao is not installed (pip install 'braces-cli[quantize]')")
+    out = tmp_path / "out"
+    packed = ("--device", "cpu", "--quantize", "int8", "--format", "json")
+    outcome = braces(
+        "train", "--model", model_dir, "--data", rows, "--eval-data", rows, "--rank", 4, "--max-steps", 10,
+        "--warmup-steps", 0, "--lr", 0.01, "--gate-lr", 0.3, "--output-dir", out, *packed,
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["eval_loss"] < outcome.json["base_eval_loss"]
+    prompt = ("--prompt", "the film", "--max-new-tokens", 4, "--temperature", 0)
+    texts = [braces("steer", "--adapter", out, *prompt, *options) for options in (packed, ("--format", "json"))]
+    assert [text.code for text in texts] == [0, 0]
+    values = braces("inspect", "values", "--model", model_dir, "--layers", 0, "--index", 7, "--top-k", 2, *packed)
+    assert [row["index"] for row in values.lines] == [7]
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("train", ("--data", "rows.jsonl", "--output-dir", "out")),
+        ("steer", ("--prompt", "x")),
+        ("attr-build", ("--attribute", "positive", "--output-dir", "out")),
+        ("eval", ("--tasks", "perplexity")),
+    ],
+)
+def test_a_method_that_does_not_exist_is_a_usage_error(braces, model_dir, command, options):
+    """Exit code 2, the known ones named."""
+    outcome = braces(command, "--model", model_dir, *options, "--quantize", "int3")
+    assert outcome.code == 2
+    assert "int8" in outcome.err
+    assert outcome.out == ""
+
+
+def test_a_missing_package_names_what_to_install(braces, model_dir, monkeypatch):
+    """Exit code 2, before any weights are read."""
+    monkeypatch.setattr("braces_cli.core.quantize.find_spec", lambda _: None)
+    outcome = braces("steer", "--model", model_dir, "--prompt", "x", "--quantize", "int4", "--device", "cpu")
+    assert outcome.code == 2
+    assert "braces-cli[quantize]" in outcome.err
+
+
+def test_the_command_lines_methods_are_those_of_core():
+    """Two lists, because --help imports nothing of core that needs torch."""
+    from braces_cli.cli.options import Quantisation
+    from braces_cli.core.quantize import METHODS
+
+    assert tuple(Quantisation) == METHODS
