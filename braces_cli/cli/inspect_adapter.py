@@ -2,7 +2,7 @@
 
 import typer
 
-from braces_cli.cli import inspect_clamp, inspect_diff, inspect_find, inspect_trace, inspect_values
+from braces_cli.cli import inspect_clamp, inspect_diff, inspect_find, inspect_report, inspect_trace, inspect_values
 from braces_cli.cli import options as o
 from braces_cli.cli.render import print_json, print_table, set_up
 from braces_cli.core.errors import ConfigError
@@ -49,3 +49,4 @@ app.command("find")(inspect_find.find)
 app.command("trace")(inspect_trace.trace)
 app.command("clamp")(inspect_clamp.clamp)
 app.command("diff")(inspect_diff.diff)
+app.command("report")(inspect_report.report)

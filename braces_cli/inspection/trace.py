@@ -23,7 +23,7 @@ from braces_cli.core.ffn import FFN, layer_stack
 from braces_cli.core.progress import Report, silent
 from braces_cli.core.session import Session
 from braces_cli.inspection.linear import direction, joins
-from braces_cli.inspection.readout import Readout, readout
+from braces_cli.inspection.readout import readout
 from braces_cli.inspection.values import Texts
 
 
@@ -231,18 +231,43 @@ def trace(
     four parts summing to the logit up to the remainder (rounding).
     """
     found = look(session, prompt, target, report)
-    chosen = range(len(found.ids)) if positions is None else positions
-    score, texts = readout(session.base.model), Texts(session.base.tokenizer)
+    chosen = list(range(len(found.ids)) if positions is None else positions)
+    texts = Texts(session.base.tokenizer)
+    ffns = [ffn for ffn in session.ffns if layers is None or ffn.layer in layers]
+    best = {f.layer: _strongest(found.own.sub_updates[f.layer][chosen], top) for f in ffns}
+    named = _tokens(session, ffns, best, texts, top_k)
     rows = []
-    for ffn in session.ffns:
-        if layers is None or ffn.layer in layers:
-            rows += [_row(ffn, position, found, score, texts, top, top_k) for position in chosen]
+    for ffn in ffns:
+        for position, indices in zip(chosen, best[ffn.layer].tolist(), strict=True):
+            sub_updates = [
+                _sub_update(found, ffn.layer, position, j) | {"tokens": named[ffn.layer, j]} for j in indices
+            ]
+            effect = float(found.own.sub_updates[ffn.layer][position].sum())
+            rows.append({"layer": ffn.layer, "position": position, "effect": effect, "sub_updates": sub_updates})
     return {
         "prompt": prompt,
         "tokens": [token_text(session.base.tokenizer, token) for token in found.ids],
         "target": {"id": found.targets[-1], "token": texts[found.targets[-1]]},
         "positions": [_position(position, found, texts) for position in chosen],
         "layers": rows,
+    }
+
+
+def _strongest(effects: Tensor, top: int) -> Tensor:
+    """Indices (positions, top) of the largest effects, whichever way they push."""
+    return effects.abs().topk(min(top, effects.shape[1]), dim=1).indices
+
+
+def _tokens(
+    session: Session, ffns: Sequence[FFN], best: dict[int, Tensor], texts: Texts, top_k: int
+) -> dict[tuple[int, int], list[dict[str, Any]]]:
+    """`tokens` of the value vectors in `best` by (layer, index), each read once and all in one go."""
+    places = [(ffn, index) for ffn in ffns for index in best[ffn.layer].unique().tolist()]
+    vectors = torch.stack([ffn.value_matrix()[:, index].detach() for ffn, index in places])
+    values, ids = readout(session.base.model).best(vectors, top_k)
+    return {
+        (ffn.layer, index): [{"id": t, "token": texts[t], "score": s} for t, s in zip(tokens, scores, strict=True)]
+        for (ffn, index), scores, tokens in zip(places, values.tolist(), ids.tolist(), strict=True)
     }
 
 
@@ -262,23 +287,14 @@ def _position(position: int, found: Traced, texts: Texts) -> dict[str, Any]:
     }
 
 
-def _row(ffn: FFN, position: int, found: Traced, score: Readout, texts: Texts, top: int, top_k: int) -> dict[str, Any]:
-    own = found.own.sub_updates[ffn.layer][position]
-    best = own.abs().topk(min(top, len(own))).indices
-    values, ids = score.best(ffn.value_matrix().mT.detach()[best], top_k)
-    relevant, gated = found.own.relevance[ffn.layer], found.own.gated[ffn.layer]
-    sub_updates = []
-    for index, scores, tokens in zip(best.tolist(), values.tolist(), ids.tolist(), strict=True):
-        sub_updates.append(
-            {
-                "index": index,
-                "weight": float(found.run.weights[ffn.layer][position, index]),
-                "relevance": None if relevant is None else float(relevant[position, index]),
-                "gated": None if gated is None else float(gated[position, index]),
-                "effect": float(own[index]),
-                "base_weight": float(found.base_run.weights[ffn.layer][position, index]) if found.base_run else None,
-                "base_effect": float(found.base.sub_updates[ffn.layer][position, index]) if found.base else None,
-                "tokens": [{"id": t, "token": texts[t], "score": s} for t, s in zip(tokens, scores, strict=True)],
-            }
-        )
-    return {"layer": ffn.layer, "position": position, "effect": float(own.sum()), "sub_updates": sub_updates}
+def _sub_update(found: Traced, layer: int, position: int, index: int) -> dict[str, Any]:
+    relevant, gated = found.own.relevance[layer], found.own.gated[layer]
+    return {
+        "index": index,
+        "weight": float(found.run.weights[layer][position, index]),
+        "relevance": None if relevant is None else float(relevant[position, index]),
+        "gated": None if gated is None else float(gated[position, index]),
+        "effect": float(found.own.sub_updates[layer][position, index]),
+        "base_weight": None if found.base_run is None else float(found.base_run.weights[layer][position, index]),
+        "base_effect": None if found.base is None else float(found.base.sub_updates[layer][position, index]),
+    }
