@@ -66,8 +66,8 @@ def _write(ctx: typer.Context, output: Path, folder: Path | None, tell: Any) -> 
     plots = [] if folder is None else plot(data, folder)
     return {
         "output": str(output),
-        "model": data["model"],
-        "adapter": data["adapter"],
+        "model": session.base.name,
+        "adapter": None if session.folder is None else str(session.folder),
         "bytes": output.stat().st_size,
         "plots": [str(path) for path in plots],
     }

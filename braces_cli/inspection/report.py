@@ -50,8 +50,8 @@ def report_data(
     config = session.config
     return {
         "version": __version__,
-        "model": session.base.name,
-        "adapter": None if session.folder is None else str(session.folder),
+        "model": _name(session.base.name),
+        "adapter": None if session.folder is None else session.folder.name,
         "rank": None if config is None else config.r,
         "layers": len(session.ffns),
         "value_vectors": sum(ffn.value_vectors for ffn in session.ffns),
@@ -63,6 +63,11 @@ def report_data(
         "training": {} if config is None else {k: v for k, v in config.training.items() if v is not None},
         "figures": {} if session.folder is None else _figures(session.folder),
     }
+
+
+def _name(model: str) -> str:
+    """A hub id as it is; of a folder its last part, for a page that is passed on need not tell where it was made."""
+    return Path(model).name if Path(model).is_dir() else model
 
 
 def _gates(session: Session) -> list[dict[str, Any]]:
