@@ -20,6 +20,7 @@ from braces_cli.inspection.concepts import Concept, Vocabulary, order
 
 _KEY = b"braces"
 _ROWS_AT_ONCE = 8192
+_TOKEN_COLUMNS = (("id", "int32"), ("score", "float32"))
 SUFFIXES = (".parquet", ".jsonl")
 _NEEDED = {"format_version", "model", "fingerprint", "side", "top_k", "vocabulary"}
 
@@ -76,6 +77,16 @@ def _write_lines(path: Path, header: Mapping[str, Any], rows: Iterator[dict[str,
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
+def _numbers(column: Any, kind: str) -> Any:
+    """A pyarrow column without nulls as a numpy array over its own memory."""
+    import numpy as np
+
+    if column.null_count:
+        raise ValueError("a number is missing")
+    values = np.frombuffer(column.buffers()[1], dtype=kind) if len(column) else np.empty(0, kind)
+    return values[column.offset : column.offset + len(column)]
+
+
 @dataclass(frozen=True)
 class Map:
     """An open map.
@@ -112,22 +123,27 @@ class Map:
             raise _damaged(self.path, error) from error
 
     def _parquet_rows(self, tokens: list[int]) -> Iterator[dict[str, Any]]:
-        import pyarrow as pa
-        import pyarrow.compute as pc
+        # Columns are read through their buffers: pyarrow.compute, and pandas, which pyarrow imports for conversions
+        # where it is installed, would take longer to import than the whole search takes.
+        import numpy as np
         import pyarrow.parquet as pq
 
         # The texts stand in the header, too, so that column need not be read.
         columns = ["layer", "index", "tokens.list.element.id", "tokens.list.element.score"]
-        table = pq.ParquetFile(self.path).read(columns=columns, use_threads=False).combine_chunks()
-        if not table.num_rows:
-            return
-        listed = table["tokens"].chunk(0)
-        wanted = pc.is_in(pc.struct_field(pc.list_flatten(listed), "id"), value_set=pa.array(tokens, pa.int32()))
-        places = pc.unique(pc.list_parent_indices(listed).filter(wanted))
         texts = self.header["vocabulary"]
-        for row in table.take(places).to_pylist():
-            named = [{"id": t["id"], "token": texts[t["id"]], "score": t["score"]} for t in row["tokens"]]
-            yield {"layer": row["layer"], "index": row["index"], "tokens": named}
+        for batch in pq.ParquetFile(self.path).iter_batches(_ROWS_AT_ONCE, columns=columns, use_threads=False):
+            layers, indices, listed = batch.columns
+            offsets = _numbers(listed.offsets, "int32")
+            ids, scores = (_numbers(listed.values.field(name), kind) for name, kind in _TOKEN_COLUMNS)
+            places = np.flatnonzero(np.isin(ids, tokens))
+            for row in np.unique(np.searchsorted(offsets, places, side="right") - 1).tolist():
+                inside = slice(int(offsets[row]), int(offsets[row + 1]))
+                pairs = zip(ids[inside].tolist(), scores[inside].tolist(), strict=True)
+                yield {
+                    "layer": layers[row].as_py(),
+                    "index": indices[row].as_py(),
+                    "tokens": [{"id": token, "token": texts[token], "score": score} for token, score in pairs],
+                }
 
     def _line_rows(self, tokens: list[int]) -> Iterator[dict[str, Any]]:
         # Most lines hold none of the tokens, which shows without parsing them.

@@ -28,7 +28,7 @@ def test_help_stays_light(argv):
 def test_a_search_in_a_map_imports_no_torch(map_file):
     """That is what keeps it under a second."""
     code = f"from braces_cli.cli.app import main; main(['inspect', 'find', 'film', '--map', {str(map_file)!r}])"
-    assert not imported_by(code) & {"torch", "transformers", "datasets", "lm_eval", "accelerate", "scipy"}
+    assert imported_by(code) <= {"numpy"}
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
