@@ -79,16 +79,22 @@ class Readout:
         return bool(dense and not weight.is_meta and weight.shape[0] == self.vocabulary)
 
     def blocks(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Pairs (first token, scores (n, tokens)) that together cover the vocabulary; never all of it at a time."""
+        """Pairs (first token, scores (n, tokens)) that together cover the vocabulary; never all of it at a time.
+
+        Scores are overwritten by those of the next block.
+        """
         if not self._plain():
             with torch.no_grad():
                 yield 0, self.head(hidden)
             return
         wide = _compute_dtype(self.head.weight)
-        hidden = hidden.to(wide)
+        hidden = hidden.detach().to(wide)
+        # One buffer for all blocks: fresh memory for each costs a share of the product in page faults.
+        buffer = hidden.new_empty(len(hidden), min(_TOKENS_AT_ONCE, self.vocabulary))
         for start in range(0, self.vocabulary, _TOKENS_AT_ONCE):
             weight, bias = self.rows(start, start + _TOKENS_AT_ONCE)
-            scores = hidden @ weight.to(wide).mT
+            scores = buffer if len(weight) == buffer.shape[1] else hidden.new_empty(len(hidden), len(weight))
+            torch.mm(hidden, weight.to(wide).mT, out=scores)
             yield start, scores if bias is None else scores.add_(bias.to(wide))
 
     def best(self, vectors: Tensor, k: int) -> tuple[Tensor, Tensor]:

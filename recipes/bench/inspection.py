@@ -9,11 +9,10 @@ map_vs_loop   rate of a map over that of LM head, norm and topk for one vector a
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from _bench import interleave, medians, parse, ratio, report, synchroniser
@@ -48,7 +47,7 @@ def head(args: argparse.Namespace, dtype: str) -> Any:
         torch.set_default_dtype(before)
 
 
-def rates(args: argparse.Namespace, model: Any, part: int) -> tuple[dict[str, Callable[[], float]], float]:
+def rates(args: argparse.Namespace, model: Any, part: int) -> tuple[dict[str, Callable[[], float]], float | None]:
     """Measurements of flops a second, and the bytes that a map of all vectors takes at its peak above the model."""
     import torch
 
@@ -83,9 +82,7 @@ def rates(args: argparse.Namespace, model: Any, part: int) -> tuple[dict[str, Ca
             score(vector[None]).topk(k)
 
     with torch.no_grad():
-        before = peak(args.device)
-        score.best(matrix, k)
-        taken = peak(args.device) - before
+        taken = peak_above(lambda: score.best(matrix, k), args.device)
     return {
         "map": rate(lambda: score.best(some, k), len(some), vocabulary),
         "gemm": rate(lambda: hidden @ block.mT, len(hidden), len(block)),
@@ -93,13 +90,27 @@ def rates(args: argparse.Namespace, model: Any, part: int) -> tuple[dict[str, Ca
     }, taken
 
 
-def peak(device: str) -> float:
-    """Bytes at the peak so far, of the GPU or of this process."""
+def peak_above(work: Callable[[], object], device: str) -> float | None:
+    """Bytes at the peak of `work` above what there was before; None where the system cannot tell."""
     if device.startswith("cuda"):
         import torch
 
-        return float(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return float(torch.cuda.max_memory_allocated() - before)
+    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not reset.exists():
+        return None
+
+    def kibibytes(name: str) -> float:
+        lines = status.read_text(encoding="utf-8").splitlines()
+        return float(next(line for line in lines if line.startswith(name)).split()[1])
+
+    reset.write_text("5", encoding="utf-8")  # from here on VmHWM counts anew
+    before = kibibytes("VmRSS")
+    work()
+    return 1024 * (kibibytes("VmHWM") - before)
 
 
 def main() -> None:
