@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+# This checkout's package, even where another one is installed.
+ENV = os.environ | {"PYTHONPATH": str(RECIPES.parent)}
 
 
 def test_the_benchmark_prints_one_document():
     """Ratios with target and spread; nothing here looks at a time."""
     argv = [sys.executable, str(RECIPES / "bench" / "inspection.py"), "--quick"]
-    done = subprocess.run(argv, capture_output=True, text=True)
+    done = subprocess.run(argv, capture_output=True, text=True, env=ENV)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert list(found) == ["machine", "settings", "ratios"]
@@ -29,7 +32,7 @@ def test_the_recipe_measures_concepts(model_dir, tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": t}) + "\n" for t in ("the film is good", "a happy day", "the end")))
     argv = [sys.executable, str(RECIPES / "inspect_concepts.py"), "--model", str(model_dir), "--sentences", str(path)]
-    done = subprocess.run([*argv, "--words", "film,happy", "--draws", "2"], capture_output=True, text=True)
+    done = subprocess.run([*argv, "--words", "film,happy", "--draws", "2"], capture_output=True, text=True, env=ENV)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert [row["word"] for row in found["clamps"]] == ["film", "happy"]
