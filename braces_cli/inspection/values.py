@@ -1,4 +1,4 @@
-"""Which tokens each value vector promotes: top-k of LM head(final norm(v_j)) (Geva et al., 2022)."""
+"""Which tokens each vector of the FFNs promotes: top-k of LM head(final norm(v_j)) (Geva et al., 2022)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,25 @@ import torch
 
 from braces_cli.core.encode import token_text
 from braces_cli.core.errors import ConfigError
+from braces_cli.core.ffn import FFN
+from braces_cli.core.models import tokenizer_hashes
 from braces_cli.core.progress import Report, silent
 from braces_cli.core.session import Session
-from braces_cli.inspection.readout import readout
+from braces_cli.inspection.readout import VECTORS_AT_ONCE, readout
+from braces_cli.inspection.sides import plain_ffns, side_vectors
 
-# Scores of this many vectors over the whole vocabulary are held at a time.
-_VECTORS_AT_ONCE = 256
+
+class Texts:
+    """Texts of tokens, each decoded once: a map names few tokens many times."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[int, str] = {}
+
+    def __getitem__(self, token: int) -> str:
+        if token not in self._known:
+            self._known[token] = token_text(self._tokenizer, token)
+        return self._known[token]
 
 
 def value_tokens(
@@ -23,38 +36,63 @@ def value_tokens(
     indices: Collection[int] | None = None,
     top_k: int = 10,
     report: Report = silent,
+    side: str = "value",
 ) -> Iterator[dict[str, Any]]:
-    """Rows `{layer, index, tokens: [{id, token, score}]}`, tokens best first; memory: 256 x vocabulary scores.
+    """Rows `{layer, index, tokens: [{id, token, score}]}`, tokens best first, of equal scores the lower id first.
+
+    Memory: the scores of 2,048 vectors over 8,192 tokens at a time.
 
     Args:
         layers: decoder layers; None is all.
-        indices: value vectors within each layer; None is all.
+        indices: vectors within each layer; None is all.
         top_k: tokens for each vector.
+        side: `value`, or `gate` or `up`, whose rows read the residual stream instead of writing it.
 
     Raises:
-        ConfigError: an index that a chosen layer does not have.
+        ConfigError: an index that a chosen layer does not have, or a side that the model does not have.
     """
-    chosen = [ffn for ffn in session.ffns if layers is None or ffn.layer in layers]
+    chosen = [ffn for ffn in plain_ffns(session.ffns) if layers is None or ffn.layer in layers]
     for ffn in chosen:
-        wrong = [index for index in indices or () if not 0 <= index < ffn.value_vectors]
-        if wrong:
-            hint = f"Layer {ffn.layer} has value vectors 0 to {ffn.value_vectors - 1}."
-            raise ConfigError(f"no value vector {wrong[0]}", where="--index", hint=hint)
+        check_indices(ffn, indices or ())
     score = readout(session.base.model)
-    tokenizer = session.base.tokenizer
+    texts = Texts(session.base.tokenizer)
     total = sum(len(indices) if indices is not None else ffn.value_vectors for ffn in chosen)
     done = 0
     for ffn in chosen:
-        matrix = ffn.value_matrix()  # once a layer: where it is packed, this is what unpacks it
+        matrix = side_vectors(ffn, side)
         wanted = torch.tensor(sorted(indices) if indices is not None else range(ffn.value_vectors))
-        for block in wanted.split(_VECTORS_AT_ONCE):
-            vectors = matrix[:, block.to(matrix.device)].mT
-            best = score(vectors).topk(top_k, dim=-1)
+        for block in wanted.split(VECTORS_AT_ONCE):
+            values, ids = score.best(matrix[block.to(matrix.device)], top_k)
             done += len(block)
-            report("reading value vectors", done, total)
-            for index, values, ids in zip(block.tolist(), best.values.tolist(), best.indices.tolist(), strict=True):
-                tokens = [
-                    {"id": id_, "token": token_text(tokenizer, id_), "score": value}
-                    for id_, value in zip(ids, values, strict=True)
-                ]
-                yield {"layer": ffn.layer, "index": index, "tokens": tokens}
+            report(f"reading {side} vectors", done, total)
+            for index, best, tokens in zip(block.tolist(), values.tolist(), ids.tolist(), strict=True):
+                named = [{"id": t, "token": texts[t], "score": s} for t, s in zip(tokens, best, strict=True)]
+                yield {"layer": ffn.layer, "index": index, "tokens": named}
+
+
+def check_indices(ffn: FFN, indices: Collection[int], where: str = "--index") -> None:
+    """Raises:
+    ConfigError: an index that the layer does not have.
+    """
+    wrong = [index for index in indices if not 0 <= index < ffn.value_vectors]
+    if wrong:
+        hint = f"Layer {ffn.layer} has value vectors 0 to {ffn.value_vectors - 1}."
+        raise ConfigError(f"no value vector {wrong[0]}", where=where, hint=hint)
+
+
+def map_header(session: Session, side: str, top_k: int, adapter: str | None = None) -> dict[str, Any]:
+    """What a map file says about itself: `{model, fingerprint, tokenizer, side, top_k, vocabulary}`, the last of
+    these the texts of all tokens, so that a reader needs no tokenizer."""
+    base = session.base
+    size = readout(base.model).vocabulary
+    texts = Texts(base.tokenizer)
+    return {
+        "format_version": 1,
+        "model": base.name,
+        "revision": base.revision,
+        "fingerprint": base.fingerprint(session.ffns),
+        "tokenizer": tokenizer_hashes(base.tokenizer),
+        "side": side,
+        "top_k": min(top_k, size),
+        "vocabulary": [texts[token] for token in range(size)],
+    }

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-COMMANDS = [["train"], ["eval"], ["attr-build"], ["steer"], ["inspect"], ["inspect", "values"]]
+LOOKS = ("values", "find", "trace", "clamp", "diff", "report")
+COMMANDS = [["train"], ["eval"], ["attr-build"], ["steer"], ["inspect"], *(["inspect", look] for look in LOOKS)]
 HEAVY = {"torch", "transformers", "datasets", "lm_eval", "accelerate", "safetensors", "scipy", "numpy"}
 
 
@@ -35,7 +36,7 @@ def test_every_command_and_option_has_help(braces, argv):
     """A newcomer can read what each option does."""
     shown = braces(*argv, "--help")
     assert shown.code == 0
-    assert "--model" in shown.out
+    assert "--format" in shown.out
 
 
 def test_version(braces):

@@ -1,0 +1,44 @@
+"""The benchmark and the recipe of this room run and print what others read."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+# This checkout's package, even where another one is installed.
+ENV = os.environ | {"PYTHONPATH": str(RECIPES.parent)}
+
+
+def test_the_benchmark_prints_one_document():
+    """Ratios with target and spread; nothing here looks at a time."""
+    argv = [sys.executable, str(RECIPES / "bench" / "inspection.py"), "--quick"]
+    done = subprocess.run(argv, capture_output=True, text=True, env=ENV)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert list(found) == ["machine", "settings", "ratios"]
+    assert {"map_vs_gemm", "map_vs_loop", "map_vs_gemm_bfloat16", "map_vs_loop_bfloat16"} == set(found["ratios"])
+    assert found["ratios"]["map_vs_gemm"]["target"] == found["ratios"]["map_vs_gemm_bfloat16"]["target"] == 0.7
+    for ratio in found["ratios"].values():
+        assert 0 < ratio["spread"][0] <= ratio["value"] <= ratio["spread"][1]
+    assert str(RECIPES.parent) not in done.stdout
+
+
+def test_the_recipe_measures_concepts(model_dir, tmp_path):
+    """On a random model: figures of each concept, and as many draws of random vectors as asked for."""
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in ("the film is good", "a happy day", "the end")))
+    argv = [sys.executable, str(RECIPES / "inspect_concepts.py"), "--model", str(model_dir), "--sentences", str(path)]
+    done = subprocess.run([*argv, "--words", "film,happy", "--draws", "2"], capture_output=True, text=True, env=ENV)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [row["word"] for row in found["clamps"]] == ["film", "happy"]
+    assert found["ranked"]["vectors"] == 104
+    assert len(found["ranked"]["found_random"]) == 2
+    for row in found["clamps"]:
+        assert row["kl"] > 0
+        assert abs(row["ratio"] - row["probability_clamped"] / row["probability"]) < 1e-6
+        assert (row["rank"] <= 3) == (found["ranked"]["hits"][row["word"]] > 0)
