@@ -51,10 +51,16 @@ class Selection:
 
     def known(self) -> list[str]:
         """Every name that task data can be given for."""
-        return [*self.groups, *self.leaves, *([PERPLEXITY] if self.perplexity else [])]
+        asked = [
+            name for name, members in GROUPS.items() if name not in self.groups and set(members) & set(self.leaves)
+        ]
+        return [*self.groups, *asked, *self.leaves, *([PERPLEXITY] if self.perplexity else [])]
 
     def members(self, name: str) -> list[str]:
         """The tasks that `name` stands for."""
+        if name in GROUPS and name not in self.groups:
+            # Its members were asked for by their own names.
+            return [member for member in GROUPS[name] if member in self.leaves]
         return self.groups.get(name, [name])
 
 

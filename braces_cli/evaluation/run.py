@@ -80,7 +80,7 @@ def check_settings(settings: EvalSettings) -> tuple[catalog.Selection, dict[str,
     given = parse_task_data(settings.task_data, selection.known())
     files = {member: file for name, file in given.items() for member in selection.members(name)}
     # A file for a task itself beats one for its group.
-    files.update({name: file for name, file in given.items() if name not in selection.groups})
+    files.update({name: file for name, file in given.items() if name in selection.leaves or name == perplexity.NAME})
     if selection.perplexity and perplexity.NAME not in files:
         hint = "Give --task-data perplexity=FILE (.txt, or rows with `text`)."
         raise ConfigError("perplexity has no data of its own", where="--tasks", hint=hint)

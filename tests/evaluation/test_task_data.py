@@ -43,6 +43,13 @@ def test_a_group_serves_its_members_and_a_task_of_its_own_file_beats_it(write_js
     assert files == {"truthfulqa_mc1": both, "truthfulqa_mc2": one}
 
 
+def test_data_of_a_group_serves_members_asked_for_by_their_own_names(write_jsonl):
+    """`--tasks truthfulqa_mc1` takes its rows from `truthfulqa=FILE`."""
+    rows = write_jsonl("rows.jsonl", [MC])
+    _, files, _ = check_settings(EvalSettings(["truthfulqa_mc1"], [f"truthfulqa={rows}"]))
+    assert files == {"truthfulqa_mc1": rows}
+
+
 @pytest.mark.parametrize(("value", "words"), [
     ("popqa", "not NAME=FILE"), ("popqq=x.jsonl", "Did you mean popqa?"), ("triviaqa=x.jsonl", "not among --tasks"),
 ])  # fmt: skip
