@@ -18,9 +18,7 @@ def report(
     target: Annotated[
         str | None, typer.Option("--target", help="Token of the heat map. Default: the model's own next, everywhere.")
     ] = None,
-    plot: Annotated[
-        Path | None, typer.Option("--plot", help="Folder for PNG versions; needs the extra braces-cli[plot].")
-    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Folder for PNG versions.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an --output that exists.")] = False,
     revision: o.Revision = None,
     device: o.Device = "auto",
@@ -39,9 +37,6 @@ def report(
 
     check_output_file(output, overwrite)
     if plot is not None:
-        from braces_cli.inspection.plots import check_plot
-
-        check_plot()
         check_output_folder(plot, overwrite)
     with progress(quiet) as tell:
         written = _write(ctx, output, plot, tell)

@@ -35,7 +35,7 @@ def check_output_file(path: Path, overwrite: bool) -> None:
         raise ConfigError("the output file exists already", where=str(path), hint="Give another name, or --overwrite.")
 
 
-def _write(path: Path, write: Callable[[Path], object], matches: Callable[[Path], bool]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object], matches: Callable[[Path], bool]) -> None:
     """Call `write` on a temporary name beside `path`; rename it only when `matches` finds there what was meant."""
     temporary = None
     try:
@@ -62,7 +62,7 @@ def _write(path: Path, write: Callable[[Path], object], matches: Callable[[Path]
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text, whole or not at all."""
-    _write(
+    write_whole(
         path,
         lambda temporary: temporary.write_text(text, encoding="utf-8", newline=""),
         lambda temporary: temporary.read_bytes() == text.encode(),
@@ -86,4 +86,6 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         back = load_file(temporary)
         return back.keys() == plain.keys() and all(torch.equal(back[name], plain[name]) for name in plain)
 
-    _write(path, lambda temporary: save_file(plain, temporary, metadata={"format": "pt", **(metadata or {})}), matches)
+    write_whole(
+        path, lambda temporary: save_file(plain, temporary, metadata={"format": "pt", **(metadata or {})}), matches
+    )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from braces_cli.core.errors import ConfigError, DataError, ModelError
-from braces_cli.core.files import _write
+from braces_cli.core.files import write_whole
 from braces_cli.inspection.concepts import Concept, Vocabulary, order
 
 _KEY = b"braces"
@@ -49,7 +49,7 @@ def write_map(path: Path, header: Mapping[str, Any], rows: Iterable[dict[str, An
         found = open_map(temporary, parquet=path.suffix == ".parquet")
         return found.header == dict(header) and found.vectors() == count
 
-    _write(path, lambda temporary: write(temporary, header, counted()), complete)
+    write_whole(path, lambda temporary: write(temporary, header, counted()), complete)
     return count
 
 
