@@ -20,7 +20,7 @@ Init = Annotated[str, typer.Option("--init", help=f"Where projections start: {',
 Scale = Annotated[
     str, typer.Option("--scale", help=f"{' or '.join(SCALES)}: a fixed factor per layer that fits the base's weights.")
 ]
-LoraAlpha = Annotated[float | None, typer.Option("--lora-alpha", help="Of a baseline; default twice the rank.")]
+LoraAlpha = Annotated[int | None, typer.Option("--lora-alpha", min=1, help="Of a baseline; default twice the rank.")]
 LoraTargets = Annotated[
     list[str] | None,
     typer.Option("--lora-targets", help="Modules a baseline adapts, such as q_proj,v_proj (the default). Repeatable."),

@@ -158,7 +158,7 @@ class RelevanceModule(nn.Module):
         return self.g * self.scale
 
     def set_scale(self, scale: float) -> None:
-        """Set c: how much a fully open gate lets through, for bases whose activations are large or small against W_V."""
+        """Set c: how much a fully open gate lets through, for bases whose activations do not suit their W_V."""
         self.scale = scale
         self._cached_for = None
 

@@ -41,8 +41,9 @@ class PeftAdapter:
         ConfigError: peft is not installed, or the model has no module of the targets' names.
     """
 
-    # No relevance modules and no attributes.
+    # No relevance modules, no attributes.
     sites: tuple = ()
+    scales: tuple = ()
     mlp = None
 
     def __init__(self, model: nn.Module, settings: TrainSettings) -> None:
@@ -62,8 +63,8 @@ class PeftAdapter:
     def parameter_count(self) -> int:
         return sum(p.numel() for _, p in self.named_parameters())
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What peft saves: the adapter's weights by its own names."""
+    def tensors(self, settle: bool = True) -> dict[str, Tensor]:
+        """What peft saves: the adapter's weights by its own names. There is nothing to settle."""
         from peft import get_peft_model_state_dict
 
         return {
@@ -137,7 +138,7 @@ def _inject(model: nn.Module, settings: TrainSettings, options: dict[str, Any]) 
             # GPT-2 stores its weights transposed; peft notices, says so and does the right thing.
             warnings.filterwarnings("ignore", message=".*fan_in_fan_out")
             torch.manual_seed(settings.seed)
-            return get_peft_model(model, config, low_cpu_mem_usage=on_meta)  # type: ignore[arg-type]
+            return get_peft_model(model, config, low_cpu_mem_usage=on_meta)
     except ValueError as error:
         linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise ConfigError(

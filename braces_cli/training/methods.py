@@ -41,12 +41,12 @@ def shares(adapter: Adapter | PeftAdapter, settings: TrainSettings, examples: Ex
 
 
 def parameter_groups(adapter: Adapter | PeftAdapter, settings: TrainSettings) -> list[dict[str, Any]]:
-    """Parameters with their learning rates, as an optimizer takes them."""
+    """Parameters with their learning rates, as an optimizer takes them, each named as the option of its rate."""
     if isinstance(adapter, PeftAdapter):
-        return [{"params": [p for _, p in adapter.named_parameters()], "lr": settings.lr}]
+        return [{"params": [p for _, p in adapter.named_parameters()], "lr": settings.lr, "name": "lr"}]
     groups = [
-        {"params": [brace.weight for _, brace in adapter.sites], "lr": settings.lr},
-        {"params": [brace.gate for _, brace in adapter.sites], "lr": settings.gate_lr},
+        {"params": [brace.weight for _, brace in adapter.sites], "lr": settings.lr, "name": "lr"},
+        {"params": [brace.gate for _, brace in adapter.sites], "lr": settings.gate_lr, "name": "gate_lr"},
     ]
     if adapter.mlp is not None:
         groups.append({"params": list(adapter.mlp.parameters()), "lr": settings.lr})

@@ -30,7 +30,6 @@ from braces_cli.training.conditions import Conditioner, gather_attributes
 from braces_cli.training.methods import fresh_adapter, shares
 from braces_cli.training.settings import TrainSettings
 
-
 _COUNTS = ("trainable_parameters", "condition_parameters", "total_parameters", "trainable_percent")
 
 
@@ -177,6 +176,7 @@ def _config(
         attributes=[attribute.name for attribute in attributes],
         versions=versions(),
         method=settings.method,
+        scales=list(adapter.scales),
     )
 
 

@@ -64,7 +64,7 @@ class TrainSettings:
     method: str = "braces"
     init: str = "random"
     scale: str = "paper"
-    lora_alpha: float | None = None
+    lora_alpha: int | None = None
     lora_targets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -76,8 +76,8 @@ class TrainSettings:
             if getattr(self, name) not in known:
                 hint = f"One of {', '.join(known)}."
                 raise ConfigError(f"no {name} `{getattr(self, name)}`", where=_option(name), hint=hint)
-        if self.lora_alpha is not None and not 0 < self.lora_alpha < float("inf"):
-            raise ConfigError(f"must be a positive number, not {self.lora_alpha}", where="--lora-alpha")
+        if self.lora_alpha is not None and self.lora_alpha < 1:
+            raise ConfigError(f"must be at least 1, not {self.lora_alpha}", where="--lora-alpha")
         if self.method != "braces" and self.attribute_field is not None:
             hint = "Leave out --attribute-field, or train with --method braces."
             raise ConfigError(f"{self.method} cannot be trained on attributes", where="--method", hint=hint)

@@ -57,9 +57,7 @@ def start_projections(adapter: Adapter, init: str, examples: Sequence[Encoded], 
             brace.set_weight(found[:, : brace.rank].mT)
 
 
-def leading(
-    products: Callable[[list[Tensor]], list[Tensor]], starts: list[Tensor], rounds: int
-) -> list[Tensor]:
+def leading(products: Callable[[list[Tensor]], list[Tensor]], starts: list[Tensor], rounds: int) -> list[Tensor]:
     """Leading eigenvectors of several symmetric operators at once, as columns, largest eigenvalue first.
 
     Args:
