@@ -1,7 +1,7 @@
 """LLMBraces against LoRA of the same rank on the same rows, steps and seeds: whoever has the lower held-out loss wins.
 
-Run     python recipes/studies/versus_lora.py --model M --out runs.jsonl --steps 150 \\
-            --data arc_easy/train.jsonl --data arc_challenge/train.jsonl --data openbookqa/train.jsonl --name commonsense
+Run     python recipes/studies/versus_lora.py --model M --out runs.jsonl --steps 150 --name commonsense \\
+            --data arc_easy/train.jsonl --data arc_challenge/train.jsonl --data openbookqa/train.jsonl
 Needs   a causal LM that a CPU can train, and rows as `braces train` takes them; rows with an `answer` that is the last
         word of their `output` and is one of answer1, answer2, ... in the instruction also give an accuracy
 Shows   one JSON line a run in --out, which a second call continues, and at the end one JSON document: each method at
