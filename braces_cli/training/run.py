@@ -172,7 +172,7 @@ def _config(
         layers=adapter.layers,
         fingerprint=base.fingerprint(session.ffns),
         tokenizer=tokenizer_hashes(base.tokenizer),
-        training=asdict(settings),
+        training=settings.recorded(),
         attributes=[attribute.name for attribute in attributes],
         versions=versions(),
         method=settings.method,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from braces_cli.core.errors import ConfigError
 
@@ -13,6 +14,9 @@ SCALES = ("paper", "auto")
 BASELINES = ("lora", "rslora", "dora", "pissa")
 METHODS = ("braces", *BASELINES)
 # Peak learning rate where none is given, by measurement (recipes/LOG.md).
+# Settings that only one kind of method reads.
+BRACES_ONLY = ("gate_lr", "init", "scale", "attribute_field", "strength_field", "opposites")
+BASELINE_ONLY = ("lora_alpha", "lora_targets")
 DEFAULT_LR = {"braces": 3e-3, **dict.fromkeys(BASELINES, 1e-3)}
 
 
@@ -81,6 +85,11 @@ class TrainSettings:
         if self.method != "braces" and self.attribute_field is not None:
             hint = "Leave out --attribute-field, or train with --method braces."
             raise ConfigError(f"{self.method} cannot be trained on attributes", where="--method", hint=hint)
+
+    def recorded(self) -> dict[str, Any]:
+        """What the method reads: the settings that explain an adapter."""
+        other = BASELINE_ONLY if self.method == "braces" else BRACES_ONLY
+        return {name: value for name, value in asdict(self).items() if name not in other}
 
 
 def _option(name: str) -> str:

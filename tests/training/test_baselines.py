@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.session import LoadOptions, open_session
@@ -98,6 +99,11 @@ def test_a_baseline_sees_the_same_run_and_plain_peft_loads_it(braces, model_dir,
     files = {path.name for path in (tmp_path / method).iterdir()}
     assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= files
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in files)
+    adapted = {name.split(".")[-3] for name in load_file(tmp_path / method / "adapter_model.safetensors")}
+    assert {"q_proj", "v_proj"} <= adapted <= {"q_proj", "v_proj", "self_attn"}
+    config = json.loads((tmp_path / method / "adapter_config.json").read_text())
+    # PiSSA as the difference to its start: a LoRA of twice the rank that asks nothing of the base.
+    assert (config["r"], config["init_lora_weights"]) == (8 if method == "pissa" else 4, True)
     assert "PeftModel.from_pretrained" in (tmp_path / method / "README.md").read_text()
 
     session = open_session(str(model_dir), None, LoadOptions(device="cpu"))
