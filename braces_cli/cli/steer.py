@@ -53,7 +53,7 @@ def steer(
 ) -> None:
     """Generate text from prompts, steered along attributes by strength s (negative: away from them)."""
     set_up(quiet, debug)
-    names, strengths = list(attribute or ()), _strengths(attribute or (), s or ())
+    names, strengths = list(attribute or ()), o.strengths(attribute or (), s or ())
     if dry_run:
         print_json({"settings": o.resolved(ctx)})
         return
@@ -80,18 +80,6 @@ def steer(
             return
         found = list(rows)
     print_table("", ["prompt", "text"], [(row["prompt"], row["text"]) for row in found])
-
-
-def _strengths(names: Any, s: Any) -> list[float]:
-    if len(set(names)) < len(names):
-        raise ConfigError("an attribute is named twice", where="--attribute", hint="Give each once, with one --s.")
-    if len(s) not in (0, len(names)):
-        hint = "The k-th --s belongs to the k-th --attribute; give one for each, or none at all."
-        raise ConfigError(f"{len(s)} strengths for {len(names)} attributes", where="--s", hint=hint)
-    for value in s:
-        if not abs(value) < float("inf"):
-            raise ConfigError(f"{value} is no finite number", where="--s", hint="Such as --s 3.0 or --s -1.5.")
-    return list(s) or [1.0] * len(names)
 
 
 def _rows(
