@@ -57,7 +57,9 @@ def export_control_vector(
             raise _no_vector(session, "it mixes experts, and what steering adds there depends on the router")
     vectors = constants(session, terms, layers)
     if not vectors:
-        raise ConfigError("nothing is steered", where="--attribute", hint="Give an --attribute and an --s other than 0.")
+        raise ConfigError(
+            "nothing is steered", where="--attribute", hint="Give an --attribute and an --s other than 0."
+        )
     if 0 in vectors:
         hint = "Add --layers 1-; llama.cpp refuses vectors for layer 0."
         raise ConfigError("a control vector cannot steer layer 0", where="--layers", hint=hint)
@@ -92,7 +94,7 @@ def _matches(path: Path, directions: dict[int, Tensor]) -> bool:
 
 
 def _joins(session: Session, ffns: Sequence[FFN], vectors: dict[int, Tensor]) -> dict[int, float]:
-    """By what each layer multiplies what leaves its FFN before it joins the residual stream, by adding to it and looking.
+    """What each layer multiplies what leaves its FFN by before it joins the residual stream, seen by adding to it.
 
     Raises:
         ModelError: a layer does something else with it, such as normalise it.
@@ -118,7 +120,9 @@ def _joins(session: Session, ffns: Sequence[FFN], vectors: dict[int, Tensor]) ->
         factor = (moved @ push) / (push @ push)
         rest = (moved - factor.mean() * push).norm(dim=-1).max() / push.norm()
         if not rest <= _TOLERANCE.get(model.dtype, 1e-4):
-            raise _no_vector(session, f"layer {ffn.layer} does not add what leaves its FFN to the residual stream as it is")
+            raise _no_vector(
+                session, f"layer {ffn.layer} does not add what leaves its FFN to the residual stream as it is"
+            )
         # Nearly always exactly 1; what is measured is not.
         exact = round(float(factor.mean()), 3)
         factors[ffn.layer] = exact if abs(exact - float(factor.mean())) < 1e-4 else float(factor.mean())

@@ -276,5 +276,3 @@ def _rename(folder: Path, output: Path, overwrite: bool) -> None:
         old.replace(output)
         raise
     shutil.rmtree(old)
-
-

@@ -40,7 +40,7 @@ def card(facts: dict[str, Any]) -> str:
         "",
         "## Proof",
         "",
-        f"Logits of this checkpoint, loaded by plain transformers, against base and adapter on {facts['probes']} texts:",
+        f"Logits of this checkpoint, loaded by plain transformers, against the adapter on {facts['probes']} texts:",
         "",
         "| | |",
         "|---|---|",

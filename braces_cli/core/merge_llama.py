@@ -1,8 +1,9 @@
 """Write a model that is a Llama under another name as a Llama, whose FFN may have the biases that a merge needs.
 
-Which model that is, is not looked up but shown: its config must say nothing that a Llama does not do (windows, rotations
-of a part, scaled rotations of another kind), its tensors must be a Llama's after splitting fused projections, and a
-small model of its class, with the very settings of its config, must give the logits of a Llama with the same weights.
+Which model that is, is not looked up but shown: its config must say nothing that a Llama does not do (windows,
+rotations of a part, scaled rotations of another kind), its tensors must be a Llama's after splitting fused
+projections, and a small model of its class, with the very settings of its config, must give the logits of a Llama with
+the same weights.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def llama_plan(model: Any, ffns: Sequence[FFN], form: Form, wider: int, gate: tu
     """
     import transformers
 
-    why = "its gated FFN has no bias that its config could switch on, and it is no Llama under another name ({})"
+    why = "its gated FFN has no biases to switch on, and it is no Llama ({})"
     reason = _config_differs(model, form) or _differs(model)
     if reason:
         raise refuse(model, why.format(reason))
@@ -93,7 +94,11 @@ def _config_differs(model: Any, form: Form) -> str | None:
     kind = rope.get("rope_type") if isinstance(rope, dict) else None
     if kind not in _ROTATIONS:
         return f"its positions are rotated in the way of {kind}"
-    parts = {1.0, float(rope.get("partial_rotary_factor") or 1), float(getattr(config, "partial_rotary_factor", 0) or 1)}
+    parts = {
+        1.0,
+        float(rope.get("partial_rotary_factor") or 1),
+        float(getattr(config, "partial_rotary_factor", 0) or 1),
+    }
     return f"only {min(parts):g} of each head is rotated" if len(parts) > 1 else None
 
 
@@ -141,7 +146,7 @@ def take(tensors: dict[str, Tensor], source: tuple[str, int | None, int | None])
 
 
 def _differs(model: Any) -> str | None:
-    """How a small model of the same class and settings differs from a Llama with its weights, None where it does not."""
+    """How a small model of the same class and settings differs from a Llama with its weights; None: it does not."""
     import transformers
 
     settings = {name: value for name, value in model.config.to_dict().items() if name not in _SMALL}
@@ -174,7 +179,9 @@ def _differs(model: Any) -> str | None:
                 twin.get_parameter(name).zero_()
             else:
                 return f"it has no {name} as a Llama has"
-    found = max(_difference(small, twin, start) for start in (0, max(model.config.max_position_embeddings - _LENGTH, 0)))
+    found = max(
+        _difference(small, twin, start) for start in (0, max(model.config.max_position_embeddings - _LENGTH, 0))
+    )
     return None if found < _TOLERANCE else f"with the same weights a Llama's logits differ by {found:.0%}"
 
 

@@ -91,7 +91,12 @@ def plain_ffns(model: Any, ffns: Sequence[FFN | MixtureFFN]) -> list[FFN]:
 
 
 def plan(
-    model: Any, ffns: Sequence[FFN | MixtureFFN], form: Form, rank: int, multiple: int, steering: bool, dtype: Any = None
+    model: Any,
+    ffns: Sequence[FFN | MixtureFFN],
+    form: Form,
+    rank: int,
+    multiple: int,
+    steering: bool,
 ) -> Plan:
     """How an adapter of `rank` goes into `model`.
 
@@ -176,9 +181,7 @@ def ffn_roles(model: nn.Module, ffns: Sequence[FFN], form: Form) -> dict[str, Ro
     return roles
 
 
-def _widened(
-    model: Any, ffns: Sequence[FFN], form: Form, wider: int, steering: bool
-) -> tuple[Any, nn.Module] | None:
+def _widened(model: Any, ffns: Sequence[FFN], form: Form, wider: int, steering: bool) -> tuple[Any, nn.Module] | None:
     """(config, model on the meta device) with wider FFNs and the biases that are needed, everything else the same."""
     roles = ffn_roles(model, ffns, form)
     own = tensor_shapes(model)
@@ -239,5 +242,3 @@ def _fits(
     added = [name for name in shapes if name not in own]
     biases = [name for name, role in roles.items() if role.part in needed]
     return all(name.endswith(".bias") for name in added) and all(name in shapes for name in biases)
-
-

@@ -31,8 +31,8 @@ def probe(folder: str, request: str, answer: str) -> None:
 
     with open(request, encoding="utf-8") as file:
         asked = json.load(file)
-    model: Any
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    model, info = loaded
     model.eval().to(asked["device"])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()

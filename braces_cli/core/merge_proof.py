@@ -153,7 +153,8 @@ def prove(folder: Path, expected: Reference) -> Proof:
     # Not `difference > limit`: NaN must fail.
     if not difference <= expected.limit:
         raise _no_merge(
-            folder, f"its logits differ from the adapter's by {difference:.2g}, rounding by {expected.limit:.2g} at most"
+            folder,
+            f"its logits differ from the adapter's by {difference:.2g}, rounding explains {expected.limit:.2g}",
         )
     return Proof(difference, difference / largest, expected)
 

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ def _balance(reads: Tensor, writes: Tensor, ffn: FFN) -> Tensor:
     """
     values = ffn.values()
     assert isinstance(values, Tensor)
-    key = ffn.keys[-1]
+    key: Any = ffn.keys[-1]
     keys = key.weight if hasattr(key, "out_features") else key.weight.mT
     own = [_typical(keys), _typical(values.mT)]
     row, column = reads.norm(dim=1) / own[0], writes.norm(dim=0) / own[1]
@@ -97,7 +98,12 @@ def _typical(rows: Tensor) -> Tensor:
 
 
 def write_checkpoint(
-    folder: Path, model: torch.nn.Module, plan: Plan, neurons: dict[int, Neurons], layers: list[int], report: Report = silent
+    folder: Path,
+    model: torch.nn.Module,
+    plan: Plan,
+    neurons: dict[int, Neurons],
+    layers: list[int],
+    report: Report = silent,
 ) -> int:
     """Write weights and config of the merged model into `folder`; returns the bytes of the weights.
 
@@ -117,7 +123,9 @@ def write_checkpoint(
     free = shutil.disk_usage(folder).free
     if free < total:
         hint = "Free some space, or give --output-dir on another disk."
-        raise BracesError(f"{total / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free", where=str(folder), hint=hint)
+        raise BracesError(
+            f"{total / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free", where=str(folder), hint=hint
+        )
     shards = list(_shards(sizes))
     files: dict[str, str] = {}
     try:
@@ -206,8 +214,8 @@ def _grown(tensor: Tensor, role: Role, plan: Plan, new: Neurons | None) -> Tenso
     """The tensor with what the new neurons need; zeros where the layer carries no adapter."""
     part = role.part
     if part == "value.bias":
-        moved = new is not None and new.constant is not None
-        return (tensor.float() + new.constant).to(tensor.dtype) if moved and new is not None else tensor
+        constant = None if new is None else new.constant
+        return tensor if constant is None else (tensor.float() + constant).to(tensor.dtype)
     count = plan.wider - plan.width
     if part.startswith("gate_up"):
         halves = [Role(role.ffn, part.replace("gate_up", name), role.dim) for name in ("gate", "up")]

@@ -111,7 +111,9 @@ def served(args: argparse.Namespace, gguf: Path, vector: Path | None = None) -> 
 
 
 def ask(address: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
-    request = urllib.request.Request(f"{address}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        f"{address}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(request, timeout=600) as reply:
         found: dict[str, Any] = json.load(reply)
     return found
