@@ -196,19 +196,21 @@ def _widened(model: Any, ffns: Sequence[FFN], form: Form, wider: int, steering: 
 
 
 def _configs(config: Any, width: int, wider: int) -> Iterator[Any]:
-    """Copies of `config` with one field that may be the width changed, and at most one switch of biases turned on."""
+    """Copies of `config` with one field that may be the width changed, and switches of biases turned on."""
     values = vars(config.get_text_config())
     own = [name for name, value in values.items() if value == width and isinstance(value, int)]
     empty = [name for name, value in values.items() if value is None and any(word in name for word in _WIDTH_WORDS)]
     switches = [name for name, value in values.items() if value is False and "bias" in name]
     for name in (*own, *empty):
-        for switch in (None, *switches):
+        # One alone, then all: some configs want their switches alike.
+        for on in ((), *((switch,) for switch in switches), switches):
             changed = copy.deepcopy(config)
             try:
                 setattr(changed.get_text_config(), name, wider)
-                if switch is not None:
+                for switch in on:
                     setattr(changed.get_text_config(), switch, True)
-            except (ValueError, TypeError):
+                type(changed).from_dict(changed.to_dict())
+            except Exception:  # what a config class refuses, it refuses in its own words
                 continue
             yield changed
 

@@ -120,6 +120,7 @@ def write_checkpoint(
     tensors = model.state_dict()
     sizes = {name: shape.numel() * _dtype(tensors, plan, name).itemsize for name, shape in plan.shapes.items()}
     total = sum(sizes.values())
+    folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < total:
         hint = "Free some space, or give --output-dir on another disk."
