@@ -99,14 +99,13 @@ def check(request: Request, folder: Path) -> dict[str, Any]:
     record = read_record(folder)
     session = _open(request)
     terms, layers = _steering(session, request)
-    form = observed_form(session.base.model, plain_ffns(session.base.model, session.ffns), _ids(session))
     session.add(request.adapter)
     expected = reference(session, terms, layers)
     del session
     gc.collect()
     proof = prove(folder, expected)
     kept = ("architecture", "neurons_added", "case", "dtype")
-    facts = {key: record[key] for key in kept if key in record} | {"activation": form.name}
+    facts = {key: record[key] for key in kept if key in record}
     return {"output_dir": str(folder), **facts, **_sources(request), **_figures(proof)}
 
 
@@ -119,10 +118,12 @@ def describe(request: Request) -> dict[str, Any]:
     config = read_config(adapter_folder(request.adapter))
     name = base_name(request.model, request.adapter)
     options = request.options
-    model = load_shape(name, revision=options.revision, trust_remote_code=options.trust_remote_code)
+    revision = options.revision or (config.revision if request.model is None else None)
+    model = load_shape(name, revision=revision, trust_remote_code=options.trust_remote_code)
     ffns = plain_ffns(model, find_ffns(model))
     made = plan(model, ffns, expected_form(ffns[0]), config.r, request.multiple, bool(request.attributes))
-    return _plan_facts(made) | {"trainable_parameters": 0}
+    total = sum(shape.numel() for shape in made.shapes.values())
+    return _plan_facts(made) | {"trainable_parameters": 0, "total_parameters": total}
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -167,6 +168,9 @@ def _open(request: Request) -> Session:
     assert session.adapter is not None
     session.adapter.detach()
     session.adapter = None
+    if any(parameter.is_meta for parameter in session.base.model.parameters()):
+        hint = "Leave --device-map out; a merge holds the base in memory once, a GPU is not needed."
+        raise ConfigError("parts of the base are not in memory", where="--device-map", hint=hint)
     if session.base.checkpoint is None:
         raise refuse(session.base.model, "it has no checkpoint folder, from which to take its tokenizer")
     return session

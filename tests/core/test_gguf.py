@@ -41,7 +41,9 @@ def applied(model: Any, path: Path) -> torch.Tensor:
         for tensor in gguf.GGUFReader(path).tensors:
             assert tensor.tensor_type == gguf.GGMLQuantizationType.F32
 
-            def add(module: Any, args: Any, output: Any, vector: Any = torch.tensor(tensor.data.copy())) -> Any:
+            direction = torch.tensor(tensor.data.copy())
+
+            def add(module: Any, args: Any, output: Any, vector: Any = direction) -> Any:
                 return (output[0] + vector, *output[1:]) if isinstance(output, tuple) else output + vector
 
             layer = stack[int(tensor.name.removeprefix("direction."))]
@@ -85,10 +87,7 @@ def test_where_no_vector_does_the_same_the_export_says_so(name: str, tmp_path: P
     """Norms behind the FFN, norms behind the sum, experts: exit code 4, nothing written."""
     model = tiny(name)
     session = opened(model)
-    if name == "mixtral":
-        terms = []
-    else:
-        terms = [(build_attribute(session, "positive", ["good", "happy"]), 2.0)]
+    terms = [] if name == "mixtral" else [(build_attribute(session, "positive", ["good", "happy"]), 2.0)]
     with pytest.raises(ModelError, match="no control vector steers"):
         export_control_vector(session, terms, [1], tmp_path / "v.gguf")
     assert not list(tmp_path.iterdir())
