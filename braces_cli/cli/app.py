@@ -23,6 +23,7 @@ _COMMANDS = {
     "attr-build": ("attr_build", "attr_build"),
     "steer": ("steer", "steer"),
     "inspect": ("inspect_adapter", "app"),
+    "merge": ("merge", "merge"),
 }
 
 # typer exports one exception of its option parser; the classes above it are what a wrong call raises.

@@ -96,6 +96,23 @@ Layers = Annotated[str | None, typer.Option("--layers", help="Such as 8-20,24 or
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings and stop; writes nothing.")]
 
 
+def strengths(names: Any, s: Any) -> list[float]:
+    """The strength of each attribute in `--attribute`, from `--s`.
+
+    Raises:
+        ConfigError: a name comes twice, the numbers do not match, or one is not finite.
+    """
+    if len(set(names)) < len(names):
+        raise ConfigError("an attribute is named twice", where="--attribute", hint="Give each once, with one --s.")
+    if len(s) not in (0, len(names)):
+        hint = "The k-th --s belongs to the k-th --attribute; give one for each, or none at all."
+        raise ConfigError(f"{len(s)} strengths for {len(names)} attributes", where="--s", hint=hint)
+    for value in s:
+        if not abs(value) < float("inf"):
+            raise ConfigError(f"{value} is no finite number", where="--s", hint="Such as --s 3.0 or --s -1.5.")
+    return list(s) or [1.0] * len(names)
+
+
 def load_options(ctx: typer.Context) -> Any:
     """The `LoadOptions` among a command's parameters."""
     from braces_cli.core.session import LoadOptions

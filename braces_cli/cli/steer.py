@@ -36,6 +36,10 @@ def steer(
     top_k: Annotated[int | None, typer.Option("--top-k", help="Default: all tokens.")] = None,
     num_samples: Annotated[int, typer.Option("--num-samples", min=1, help="Texts for each prompt.")] = 1,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Texts at a time.")] = 8,
+    export_control_vector: Annotated[
+        Path | None,
+        typer.Option("--export-control-vector", help="Write the steering to this GGUF file instead of generating."),
+    ] = None,
     seed: o.Seed = 0,
     revision: o.Revision = None,
     device: o.Device = "auto",
@@ -53,7 +57,7 @@ def steer(
 ) -> None:
     """Generate text from prompts, steered along attributes by strength s (negative: away from them)."""
     set_up(quiet, debug)
-    names, strengths = list(attribute or ()), _strengths(attribute or (), s or ())
+    names, strengths = list(attribute or ()), o.strengths(attribute or (), s or ())
     if dry_run:
         print_json({"settings": o.resolved(ctx)})
         return
@@ -67,10 +71,13 @@ def steer(
         check_name(name)
     if attributes is not None and not attributes.is_dir():
         raise ConfigError("no such folder", where=str(attributes), hint="Give the folder that attr-build wrote.")
+    asked = dict(zip(names, strengths, strict=True))
+    if export_control_vector is not None:
+        _export(ctx, asked, attributes, export_control_vector)
+        return
     texts = read_prompts(prompt or (), prompts, sys.stdin)
     # The first prompt before the model: what is wrong with the source should show before minutes of loading.
     texts = chain([next(texts)], texts)
-    asked = dict(zip(names, strengths, strict=True))
     if fmt is None:
         fmt = o.Format.table if sys.stdout.isatty() else o.Format.json
     with progress(quiet) as report:
@@ -82,16 +89,17 @@ def steer(
     print_table("", ["prompt", "text"], [(row["prompt"], row["text"]) for row in found])
 
 
-def _strengths(names: Any, s: Any) -> list[float]:
-    if len(set(names)) < len(names):
-        raise ConfigError("an attribute is named twice", where="--attribute", hint="Give each once, with one --s.")
-    if len(s) not in (0, len(names)):
-        hint = "The k-th --s belongs to the k-th --attribute; give one for each, or none at all."
-        raise ConfigError(f"{len(s)} strengths for {len(names)} attributes", where="--s", hint=hint)
-    for value in s:
-        if not abs(value) < float("inf"):
-            raise ConfigError(f"{value} is no finite number", where="--s", hint="Such as --s 3.0 or --s -1.5.")
-    return list(s) or [1.0] * len(names)
+def _export(ctx: typer.Context, asked: dict[str, float], folder: Path | None, path: Path) -> None:
+    from braces_cli.core.attributes import find_attribute
+    from braces_cli.core.ffn import chosen_layers
+    from braces_cli.core.gguf import check_export, export_control_vector
+    from braces_cli.core.session import open_session
+
+    check_export(path)
+    session = open_session(ctx.params["model"], ctx.params["adapter"], o.load_options(ctx))
+    terms = [(find_attribute(session, name, folder), value) for name, value in asked.items()]
+    layers = chosen_layers(session.base.model, ctx.params["layers"])
+    print_json({**export_control_vector(session, terms, layers, path), "attributes": asked})
 
 
 def _rows(
