@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core.adapter import CONFIG_FILE, WEIGHTS_FILE, read_config, read_tensors
+from braces_cli.core.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter, read_config, read_tensors
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.session import Session, adapter_folder
 
@@ -105,9 +105,13 @@ def check_fit(session: Session, adapters: Sequence[Found]) -> None:
     Raises:
         ModelError: one does not fit.
     """
+    fingerprint = session.base.fingerprint(session.ffns)
     for adapter in adapters:
-        with attached(session, adapter):
-            pass
+        if adapter.method == BRACES:
+            load_adapter(session.base.model, adapter.folder, fingerprint)[0].detach()
+        else:
+            with _peft(session.base.model, adapter):
+                pass
 
 
 @contextlib.contextmanager

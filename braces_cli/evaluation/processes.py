@@ -55,6 +55,9 @@ class Processes:
         return parts
 
 
+ALONE = Processes()
+
+
 def rank() -> int:
     """Rank of this process, before anything is set up."""
     return int(os.environ.get("RANK", "0"))
@@ -67,7 +70,7 @@ def join(options: LoadOptions) -> tuple[Processes, LoadOptions]:
         ConfigError: several processes and a base spread over several devices.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return Processes(), options
+        return ALONE, options
     if options.device_map is not None:
         hint = "Start one process, or leave --device-map out."
         raise ConfigError("a base on several devices cannot be copied to each process", where="--device-map", hint=hint)
