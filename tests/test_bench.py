@@ -16,6 +16,13 @@ TARGETS = {
     "training": {"train_step_vs_lora": 0.95, "train_step_vs_floor": 1.05, "train_memory_vs_lora": 1.0},
     "forward": {"attached_vs_bare": 1.02, "attached_vs_bare_decode": 1.02},
     "startup": {"help_vs_import": 3.0},
+    "inspection": {
+        "map_vs_gemm": 0.70,
+        "map_vs_loop": None,
+        "map_vs_gemm_bfloat16": 0.70,
+        "map_vs_loop_bfloat16": None,
+    },  # fmt: skip
+    "evaluation": {"eval_vs_lm_eval": 1.05, "adapters_vs_runs": 1.0},
 }
 # The peak of a process can be reset, and so measured, under Linux only.
 LINUX_ONLY = {"train_memory_vs_lora"}

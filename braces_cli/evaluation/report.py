@@ -12,20 +12,22 @@ _HASH = 12
 
 
 def main_table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows: a row a metric, a column a system, after each adapter its change against the first system."""
+    """Columns and rows: for each metric a row a system, with its change against the first one."""
     systems = result["systems"]
     compared = {(c["task"], c["metric"], c["to"]): c for c in result["comparisons"] if c["from"] == systems[0]["name"]}
-    columns = ["task", "metric", "n", systems[0]["name"]]
-    for system in systems[1:]:
-        columns += [system["name"], "change", "p (Holm)", ""]
+    columns = ["task", "metric", "n", "system", "value ± error"]
+    if len(systems) > 1:
+        columns += ["change", "p (Holm)", ""]
     rows: list[list[Any]] = []
     for task, metrics in systems[0]["results"].items():
-        for metric, first in metrics.items():
-            row = [task, metric, first["n"], _with_error(first)]
-            for system in systems[1:]:
-                found = compared[task, metric, system["name"]]
-                row += [_with_error(system["results"][task][metric]), *_change(found)]
-            rows.append(row)
+        for metric in metrics:
+            for system in systems:
+                entry = system["results"][task][metric]
+                row = [task, metric, entry["n"], system["name"], _with_error(entry)]
+                if len(systems) > 1:
+                    found = compared.get((task, metric, system["name"]))
+                    row += _change(found) if found else ["", None, ""]
+                rows.append(row)
     return columns, rows
 
 
