@@ -21,7 +21,7 @@ TARGETS = {
         "map_vs_loop": None,
         "map_vs_gemm_bfloat16": 0.70,
         "map_vs_loop_bfloat16": None,
-    },  # fmt: skip
+    },
     "evaluation": {"eval_vs_lm_eval": 1.05, "adapters_vs_runs": 1.0},
 }
 # The peak of a process can be reset, and so measured, under Linux only.

@@ -71,7 +71,7 @@ class BracesLM(HFLM):
 
 
 def register() -> None:
-    """Make the model known to lm-eval, by name: this file may be running as a script, where its class is another one."""
+    """Make the model known to lm-eval, by name: where this file runs as a script, its class is another one."""
     if "braces" not in model_registry:
         model_registry.register("braces", target="braces_cli.evaluation.lm_eval:BracesLM")
 
