@@ -21,6 +21,13 @@ TARGETS = {
         "merged_vs_bare_decode": 1.01,
     },
     "startup": {"help_vs_import": 3.0},
+    "inspection": {
+        "map_vs_gemm": 0.70,
+        "map_vs_loop": None,
+        "map_vs_gemm_bfloat16": 0.70,
+        "map_vs_loop_bfloat16": None,
+    },
+    "evaluation": {"eval_vs_lm_eval": 1.05, "adapters_vs_runs": 1.0},
 }
 # The peak of a process can be reset, and so measured, under Linux only.
 LINUX_ONLY = {"train_memory_vs_lora"}
