@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from braces_cli.core.errors import ConfigError
 
 SCHEDULES = ("linear", "cosine", "constant")
+PACKING = ("auto", "on", "off")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class TrainSettings:
         attribute_field: column of the rows' attributes; None: attributes are not trained.
         strength_field: column of their strengths.
         opposites: pairs of attributes that are the two ends of one axis.
+        packing: several examples a row: auto (where a probe shows that it changes nothing), on or off.
+        streaming: rows are read as they are needed; needs `max_steps`.
+        chat_template: some rows are chats, written by the tokenizer's template.
     """
 
     rank: int = 16
@@ -49,6 +53,9 @@ class TrainSettings:
     attribute_field: str | None = None
     strength_field: str = "strength"
     opposites: tuple[tuple[str, str], ...] = ()
+    packing: str = "auto"
+    streaming: bool = False
+    chat_template: bool = False
 
     def __post_init__(self) -> None:
         for name in ("lr", "gate_lr", "epochs"):
@@ -57,6 +64,12 @@ class TrainSettings:
         if self.schedule not in SCHEDULES:
             raise ConfigError(
                 f"no schedule `{self.schedule}`", where="--schedule", hint=f"One of {', '.join(SCHEDULES)}."
+            )
+        if self.packing not in PACKING:
+            raise ConfigError(f"no packing `{self.packing}`", where="--packing", hint=f"One of {', '.join(PACKING)}.")
+        if self.streaming and self.max_steps is None:
+            raise ConfigError(
+                "a stream has no known length", where="--streaming", hint="Say how long to train with --max-steps."
             )
 
 

@@ -40,12 +40,12 @@ def test_training_lowers_the_loss_and_writes_an_adapter(braces, model_dir, rows,
     assert "training_args" not in "".join(p.name for p in out.iterdir())
 
     from braces_cli.core.session import LoadOptions, open_session
-    from braces_cli.data.examples import read_examples
+    from braces_cli.data.examples import Reading, read_examples
     from braces_cli.scoring.perplexity import Likelihood, likelihoods
 
     session = open_session(None, str(out), LoadOptions(device="cpu"))
     tokenizer = session.base.tokenizer
-    examples = read_examples([str(rows)], tokenizer, 128).items
+    examples = read_examples([str(rows)], Reading(tokenizer, 128)).items
     again = sum(likelihoods(session.base.model, examples, tokenizer.pad_token_id, 16), Likelihood())
     assert again.loss == pytest.approx(result["eval_loss"], rel=1e-6)  # what was measured is what was saved
 
