@@ -103,50 +103,6 @@ def test_dry_run_of_a_model_out_of_reach_still_prints_the_settings(braces):
     assert outcome.json["settings"]["rank"] == 4
 
 
-def bad_inputs():
-    """(name, options, exit code, words of the message)."""
-    return [
-        ("missing file", {"data": "none.jsonl"}, 3, "no such file"),
-        ("empty file", {"data": "empty.jsonl"}, 3, "the file is empty"),
-        ("wrong keys", {"data": "keys.jsonl"}, 3, "keys found: question, answer"),
-        ("broken line", {"data": "broken.jsonl"}, 3, "broken.jsonl:2: broken JSON"),
-        ("eval file", {"eval-data": "none.jsonl"}, 3, "no such file"),
-        ("no model", {"model": "./nowhere"}, 4, "no such model folder"),
-        ("no config", {"model": "{tmp}"}, 4, "has no config.json"),
-        ("adapter as model", {"model": "{adapter}"}, 4, "this is an adapter, not a model"),
-        ("rank", {"rank": "33"}, 2, "rank 33 does not fit hidden size 32"),
-        ("layers", {"layers": "7"}, 2, "out of range"),
-        ("rate", {"lr": "nan"}, 2, "positive number"),
-        ("schedule", {"schedule": "wavy"}, 2, "no schedule `wavy`"),
-        ("device", {"device": "tpu"}, 2, "no device `tpu`"),
-        ("full folder", {"output-dir": "{adapter}"}, 2, "not empty"),
-        ("offline hub model", {"model": "meta-llama/Llama-2-7b-hf"}, 4, "hub cannot be reached"),
-    ]
-
-
-@pytest.mark.parametrize(("name", "options", "code", "message"), bad_inputs(), ids=[b[0] for b in bad_inputs()])
-def test_bad_input_has_its_code_and_two_lines_and_writes_nothing(
-    braces, model_dir, adapter_dir, rows, tmp_path, monkeypatch, name, options, code, message
-):
-    """As text and as JSON; before the model is loaded wherever that can be."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty.jsonl").touch()
-    (tmp_path / "keys.jsonl").write_text('{"question": "a", "answer": "b"}\n')
-    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text\n')
-    given = {"model": str(model_dir), "data": str(rows), "output-dir": "out", "max-steps": "2", **options}
-    before = sorted(p for p in tmp_path.rglob("*"))
-    args = [
-        part for key, value in given.items() for part in (f"--{key}", value.format(tmp=tmp_path, adapter=adapter_dir))
-    ]
-    outcome = braces("train", *args)
-    assert outcome.code == code, outcome.err
-    assert message in outcome.err
-    assert len(outcome.err.strip().splitlines()) <= 2
-    assert outcome.out == ""
-    assert sorted(p for p in tmp_path.rglob("*")) == before
-    assert braces("train", *args, "--format", "json").json["error"]["code"] == code
-
-
 @pytest.mark.parametrize(
     ("status", "kind"), [(401, "GatedRepoError"), (403, "GatedRepoError"), (404, "RepositoryNotFoundError")]
 )
