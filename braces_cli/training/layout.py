@@ -52,14 +52,18 @@ def choose_layout(session: Session, settings: TrainSettings, items: Sequence[Enc
         return Layout(packed=True)
     fault = packing_fault(model, probe, pad_id)
     if fault is None:
-        width = session.ffns[0].hidden_size
-        own = 4 * len(session.ffns) * width / (2 * parameter_total(model))
-        return Layout(packed=True, attention=0.0 if _is_flash(model) else MASKED * own)
+        cost = attention_cost(model, len(session.ffns), session.ffns[0].hidden_size)
+        return Layout(packed=True, attention=0.0 if _is_flash(model) else cost)
     if settings.packing == "on":
         hint = "Use --packing auto: examples are grouped by length instead."
         raise ConfigError(f"this model cannot be packed: {fault}", where="--packing on", hint=hint)
     logger.info("examples are not packed but grouped by length: %s", fault)
     return grouped
+
+
+def attention_cost(model: Any, layers: int, width: int) -> float:
+    """What each token of a row adds to the cost of another, over what a token costs in the linear layers."""
+    return MASKED * 4 * layers * width / (2 * parameter_total(model))
 
 
 def probe_items(items: Sequence[Encoded]) -> list[list[int]]:

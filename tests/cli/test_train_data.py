@@ -208,11 +208,11 @@ def test_bad_input_has_its_code_and_two_lines_and_writes_nothing(
     assert braces("train", *args, "--format", "json").json["error"]["code"] == code
 
 
-def test_a_row_of_a_megabyte_is_cut_and_counted(braces, model_dir, tmp_path, caplog):
+def test_a_row_of_a_megabyte_is_cut_and_counted(braces, model_dir, tmp_path):
     """It is no fault, but nobody is left to guess what became of it."""
     data = lines(tmp_path / "long.jsonl", [{"text": "the film is good " * 60_000}, {"text": "a day"}])
     args = ("train", "--model", model_dir, "--data", data, "--max-steps", 1, "--output-dir", tmp_path / "o")
     outcome = braces(*args, "--format", "json")
     assert outcome.code == 0
     assert (outcome.json["rows"], outcome.json["rows_truncated"], outcome.json["rows_dropped"]) == (2, 1, 0)
-    assert "1 of 2 rows were cut to 128 tokens" in caplog.text
+    assert "1 of 2 rows were cut to 128 tokens" in outcome.err
