@@ -22,11 +22,13 @@ from braces_cli.core.models import tokenizer_hashes
 from braces_cli.core.progress import Report, silent
 from braces_cli.core.session import Session
 from braces_cli.core.versions import versions
-from braces_cli.data.examples import Examples
+from braces_cli.data.examples import Examples, tell
+from braces_cli.data.stream import Stream
 from braces_cli.scoring.perplexity import Likelihood, likelihoods
 from braces_cli.training.baselines import PeftAdapter, baseline_parameters
 from braces_cli.training.card import model_card
 from braces_cli.training.conditions import Conditioner, gather_attributes
+from braces_cli.training.layout import choose_layout
 from braces_cli.training.methods import fresh_adapter, shares
 from braces_cli.training.settings import TrainSettings
 
@@ -38,8 +40,9 @@ class TrainResult:
     """What a run gave: the keys of `braces train --format json`.
 
     Times in seconds, memory in bytes, None where not measured. `rows_truncated` were cut to the maximum length and
-    `rows_dropped` had no token to score. `token_path_share`: at the start, in each layer, the median norm
-    of what the adapter adds over that of the FFN's output.
+    `rows_dropped` had no token to score; of a stream, all that were read. `token_path_share`: at the start, in each
+    layer, the median norm of what the adapter adds over that of the FFN's output. `padding_share`: the part of the
+    computed tokens that was padding; `packed`: several examples a row.
     """
 
     output_dir: str
@@ -49,7 +52,7 @@ class TrainResult:
     total_parameters: int
     trainable_percent: float
     steps: int
-    epochs: float
+    epochs: float | None
     train_loss: float
     base_eval_loss: float | None
     base_eval_perplexity: float | None
@@ -65,6 +68,8 @@ class TrainResult:
     rows_truncated: int
     rows_dropped: int
     token_path_share: list[float] | None
+    packed: bool
+    padding_share: float
     resumed_from: str | None = None
 
 
@@ -86,7 +91,7 @@ def count_parameters(model: Any, settings: TrainSettings) -> dict[str, Any]:
 
 def run_training(
     session: Session,
-    train_set: Examples,
+    train_set: Examples | Stream,
     eval_set: Examples | None,
     settings: TrainSettings,
     folder: Path,
@@ -110,8 +115,9 @@ def run_training(
     batch = settings.batch_size
     attributes: list[Attribute] = []
     if settings.attribute_field is not None:
-        sets = [train_set] if eval_set is None else [train_set, eval_set]
+        sets: list[Examples | Stream] = [train_set] if eval_set is None else [train_set, eval_set]
         attributes = gather_attributes(session, settings, sets, attributes_folder)
+    layout = choose_layout(session, settings, train_set.items)
     base = _measure(model, eval_set, None, pad_id, batch, report, "evaluating the base")
 
     adapter = fresh_adapter(model, settings, train_set)
@@ -124,7 +130,7 @@ def run_training(
     _reset_memory()
     started = time.perf_counter()
     try:
-        trainer = BracesTrainer(adapter, settings, train_set, conditioner, pad_id, str(folder), report)
+        trainer = BracesTrainer(adapter, settings, train_set, layout, conditioner, pad_id, str(folder), report)
         outcome = trainer.train()
         seconds = time.perf_counter() - started
         memory = _peak_memory()
@@ -137,7 +143,8 @@ def run_training(
             method=settings.method,
             **counts,
             steps=outcome.global_step,
-            epochs=float(trainer.state.epoch or 0.0),
+            # Of a stream nobody knows how long a pass is.
+            epochs=float(trainer.state.epoch or 0.0) if isinstance(train_set, Examples) else None,
             train_loss=outcome.training_loss,
             **_figures("base_eval", base),
             **_figures("eval", tuned),
@@ -149,7 +156,11 @@ def run_training(
             rows_truncated=train_set.truncated,
             rows_dropped=train_set.dropped,
             token_path_share=share,
+            packed=layout.packed,
+            padding_share=trainer.padding_share,
         )
+        if isinstance(train_set, Stream):
+            tell(train_set.counts, settings.max_length)
         config = _config(session, adapter, settings, attributes)
         if attributes:
             save_attributes(folder / TRAINED_FILE, attributes)

@@ -13,11 +13,12 @@ SCALES = ("paper", "auto")
 # Those of peft; see `training.baselines`.
 BASELINES = ("lora", "rslora", "dora", "pissa")
 METHODS = ("braces", *BASELINES)
-# Peak learning rate where none is given, by measurement (recipes/LOG.md).
 # Settings that only one kind of method reads.
 BRACES_ONLY = ("gate_lr", "init", "scale", "attribute_field", "strength_field", "opposites")
 BASELINE_ONLY = ("lora_alpha", "lora_targets")
+# Peak learning rate where none is given, by measurement (recipes/LOG.md).
 DEFAULT_LR = {"braces": 3e-3, **dict.fromkeys(BASELINES, 1e-3)}
+PACKING = ("auto", "on", "off")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,9 @@ class TrainSettings:
         scale: `paper`, or `auto` for a fixed scalar per layer that makes up for the size of the base's weights.
         lora_alpha: of a baseline, whose update is multiplied by alpha / rank; None is twice the rank.
         lora_targets: names of the modules that a baseline adapts; empty is the queries and values.
+        packing: several examples a row: auto (where a probe shows that it changes nothing), on or off.
+        streaming: rows are read as they are needed; needs `max_steps`.
+        chat_template: some rows are chats, written by the tokenizer's template.
     """
 
     rank: int = 16
@@ -70,12 +74,15 @@ class TrainSettings:
     scale: str = "paper"
     lora_alpha: int | None = None
     lora_targets: tuple[str, ...] = ()
+    packing: str = "auto"
+    streaming: bool = False
+    chat_template: bool = False
 
     def __post_init__(self) -> None:
         for name in ("lr", "gate_lr", "epochs"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"must be a positive number, not {getattr(self, name)}", where=_option(name))
-        choices = {"schedule": SCHEDULES, "method": METHODS, "init": INITS, "scale": SCALES}
+        choices = {"schedule": SCHEDULES, "method": METHODS, "init": INITS, "scale": SCALES, "packing": PACKING}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 hint = f"One of {', '.join(known)}."
@@ -85,6 +92,10 @@ class TrainSettings:
         if self.method != "braces" and self.attribute_field is not None:
             hint = "Leave out --attribute-field, or train with --method braces."
             raise ConfigError(f"{self.method} cannot be trained on attributes", where="--method", hint=hint)
+        if self.streaming and self.max_steps is None:
+            raise ConfigError(
+                "a stream has no known length", where="--streaming", hint="Say how long to train with --max-steps."
+            )
 
     def recorded(self) -> dict[str, Any]:
         """What the method reads: the settings that explain an adapter."""
