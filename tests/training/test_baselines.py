@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.session import LoadOptions, open_session
-from braces_cli.data.examples import read_examples
+from braces_cli.data.examples import Reading, read_examples
 from braces_cli.scoring.perplexity import Likelihood, likelihoods
 from braces_cli.training.run import count_parameters
 from braces_cli.training.settings import BASELINES, TrainSettings
@@ -110,7 +110,7 @@ def test_a_baseline_sees_the_same_run_and_plain_peft_loads_it(braces, model_dir,
     tokenizer = session.base.tokenizer
     wrapped = PeftModel.from_pretrained(session.base.model, tmp_path / method).eval()
     assert wrapped.peft_config["default"].base_model_name_or_path == str(model_dir)
-    examples = read_examples([str(rows)], tokenizer, 128).items
+    examples = read_examples([str(rows)], Reading(tokenizer, 128)).items
     again = sum(likelihoods(wrapped, examples, tokenizer.pad_token_id, 16), Likelihood())
     assert again.loss == pytest.approx(theirs["eval_loss"], rel=1e-5)
 
