@@ -9,6 +9,7 @@ import typer
 
 from braces_cli.cli import options as o
 from braces_cli.cli.render import print_json, print_json_lines, print_table, progress, set_up
+from braces_cli.cli.steer_sweep import check_unused, run_sweep
 from braces_cli.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,6 +37,28 @@ def steer(
     top_k: Annotated[int | None, typer.Option("--top-k", help="Default: all tokens.")] = None,
     num_samples: Annotated[int, typer.Option("--num-samples", min=1, help="Texts for each prompt.")] = 1,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Texts at a time.")] = 8,
+    sweep: Annotated[
+        str | None,
+        typer.Option(
+            "--sweep", metavar="FROM:TO:STEP", help="Measure the first attribute at every strength, as -4:4:1."
+        ),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the sweep into this PNG file.")] = None,
+    scorer: Annotated[
+        str | None,
+        typer.Option("--scorer", help="Of a sweep: vader, toxicity, fit:ROWS, or a classifier's folder or hub id."),
+    ] = None,
+    score_label: Annotated[
+        str | None, typer.Option("--score-label", help="The scorer's label for the attribute, if not its own name.")
+    ] = None,
+    save_scorer: Annotated[Path | None, typer.Option("--save-scorer", help="Keep what fit:ROWS fitted there.")] = None,
+    judge_model: Annotated[
+        str | None, typer.Option("--judge-model", help="Tells perplexity in place of the base: folder or hub id.")
+    ] = None,
+    exclude_list_words: Annotated[
+        bool, typer.Option("--exclude-list-words", help="The scorer does not look at the attributes' own words.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there.")] = False,
     seed: o.Seed = 0,
     revision: o.Revision = None,
     device: o.Device = "auto",
@@ -53,6 +76,11 @@ def steer(
 ) -> None:
     """Generate text from prompts, steered along attributes by strength s (negative: away from them)."""
     set_up(quiet, debug)
+    if sweep is not None and not dry_run:
+        run_sweep(ctx)
+        return
+    if sweep is None:
+        check_unused(ctx)
     names, strengths = list(attribute or ()), _strengths(attribute or (), s or ())
     if dry_run:
         print_json({"settings": o.resolved(ctx)})

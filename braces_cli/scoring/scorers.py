@@ -45,8 +45,11 @@ class Scorer(Protocol):
         labels: what `judge` can be asked for.
     """
 
-    name: str
-    labels: tuple[str, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def labels(self) -> tuple[str, ...]: ...
 
     def judge(self, texts: Sequence[str], label: str) -> list[Verdict]:
         """A verdict about each text.

@@ -122,7 +122,9 @@ def sweep(
     for index, s in enumerate(wanted):
         stage = f"strength {index + 1} of {len(wanted)}: s = {s:g}"
         with steered(session, [(attribute, s), *others], settings.layers):
-            texts = _generate(session, prompts, sampling, settings, lambda done, all_, stage=stage: report(stage, done, all_))
+            texts = _generate(
+                session, prompts, sampling, settings, lambda done, all_, stage=stage: report(stage, done, all_)
+            )
         found[s] = Texts(s, texts)
     for each in found.values():
         each.verdicts = judge.judge(each.texts, label)
