@@ -21,14 +21,15 @@ def cluster_error(groups: Sequence[Sequence[float]]) -> float | None:
 def share_interval(groups: Sequence[Sequence[bool]]) -> tuple[float, float]:
     """95 % interval of the share of true values: Wilson's, for as many independent texts as the spread speaks for.
 
-    That number is p (1 - p) / error^2, at least the prompts and at most the texts; where all texts agree, the prompts.
+    That number is p (1 - p) / error^2, at least the prompts and at most the texts. Where all texts agree the spread says
+    nothing, and only the prompts count.
     """
     total = sum(map(len, groups))
     share = sum(map(sum, groups)) / total
-    error = cluster_error([[float(value) for value in group] for group in groups])
     count = float(len(groups))
-    if error:
-        count = min(max(share * (1 - share) / error**2, count), total)
+    if 0 < share < 1:
+        error = cluster_error([[float(value) for value in group] for group in groups])
+        count = min(max(share * (1 - share) / error**2, count), total) if error else total
     middle = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
     half = Z / (1 + Z**2 / count) * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
     return max(0.0, middle - half), min(1.0, middle + half)
