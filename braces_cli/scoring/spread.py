@@ -21,8 +21,8 @@ def cluster_error(groups: Sequence[Sequence[float]]) -> float | None:
 def share_interval(groups: Sequence[Sequence[bool]]) -> tuple[float, float]:
     """95 % interval of the share of true values: Wilson's, for as many independent texts as the spread speaks for.
 
-    That number is p (1 - p) / error^2, at least the prompts and at most the texts. Where all texts agree the spread says
-    nothing, and only the prompts count.
+    That number is p (1 - p) / error^2, at least the prompts and at most the texts. Where all texts agree the spread
+    says nothing, and only the prompts count.
     """
     total = sum(map(len, groups))
     share = sum(map(sum, groups)) / total
