@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 from braces_cli.core.batches import pad_left
 from braces_cli.core.encode import context_length, decode_continuation, encode
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.models import input_device
+from braces_cli.core.stream import StopTexts, TextStream, cut
 
 logger = logging.getLogger("braces")
 
@@ -34,6 +35,7 @@ class Sampling:
         top_p: keep the most likely tokens that together reach this probability.
         top_k: keep this many of the most likely tokens; None keeps all.
         seed: of all streams.
+        stop: a continuation ends before the first of these texts.
     """
 
     max_new_tokens: int = 50
@@ -41,6 +43,7 @@ class Sampling:
     top_p: float = 0.9
     top_k: int | None = None
     seed: int = 0
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, ok in (
@@ -48,6 +51,7 @@ class Sampling:
             ("top_p", 0 < self.top_p <= 1),
             ("top_k", self.top_k is None or self.top_k > 0),
             ("max_new_tokens", self.max_new_tokens > 0),
+            ("stop", all(self.stop)),
         ):
             if not ok:
                 raise ConfigError(f"{getattr(self, name)} is out of range", where="--" + name.replace("_", "-"))
@@ -55,17 +59,30 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Job:
-    """One text to generate: `sample` counts the texts of one prompt, `index` the prompts of a run."""
+    """One text to generate: `sample` counts the texts of one prompt, `index` the prompts of a run.
+
+    `ids` are the prompt's tokens where they are not those of the plain text, as with a chat template.
+    """
 
     prompt: str
     index: int
     sample: int = 0
+    ids: tuple[int, ...] | None = None
 
 
-def generate(model: Any, tokenizer: Any, jobs: Sequence[Job], sampling: Sampling) -> list[str]:
-    """Continuations of one batch of jobs, without their prompts, up to the end token.
+def generate(
+    model: Any,
+    tokenizer: Any,
+    jobs: Sequence[Job],
+    sampling: Sampling,
+    stream: Callable[[str], object] | None = None,
+) -> list[str]:
+    """Continuations of one batch of jobs, without their prompts, up to the end token or a stop text.
 
     Prompts too long for the model's context lose their beginning, with a warning.
+
+    Args:
+        stream: called with each piece of the text as it comes; for a batch of one.
 
     Raises:
         ConfigError: no room for a prompt beside `max_new_tokens`.
@@ -74,7 +91,7 @@ def generate(model: Any, tokenizer: Any, jobs: Sequence[Job], sampling: Sampling
     if room < 1:
         hint = f"The model takes {room + sampling.max_new_tokens} tokens, the prompt included."
         raise ConfigError(f"{sampling.max_new_tokens} is too much", where="--max-new-tokens", hint=hint)
-    prompts = [encode(tokenizer, job.prompt).ids for job in jobs]
+    prompts = [encode(tokenizer, job.prompt).ids if job.ids is None else list(job.ids) for job in jobs]
     for row, ids in enumerate(prompts):
         if len(ids) > room:
             logger.warning("prompt %d has %d tokens; only the last %d fit", jobs[row].index, len(ids), room)
@@ -82,9 +99,12 @@ def generate(model: Any, tokenizer: Any, jobs: Sequence[Job], sampling: Sampling
     device = input_device(model)
     batch = {name: tensor.to(device) for name, tensor in pad_left(prompts, tokenizer.pad_token_id).items()}
     ends = end_tokens(model, tokenizer)
+    width = batch["input_ids"].shape[1]
+    stops = StoppingCriteriaList([StopTexts(tokenizer, prompts, width, sampling.stop)] if sampling.stop else [])
+    streamer = None if stream is None else TextStream(tokenizer, prompts[0], ends, sampling.stop, stream)
     processors = LogitsProcessorList()
     if sampling.temperature > 0:
-        processors.append(_Draw(sampling, _uniforms(jobs, sampling), batch["input_ids"].shape[1]))
+        processors.append(_Draw(sampling, _uniforms(jobs, sampling), width))
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         do_sample=False,
@@ -95,9 +115,11 @@ def generate(model: Any, tokenizer: Any, jobs: Sequence[Job], sampling: Sampling
         use_cache=True,
     )
     with torch.no_grad():
-        output = model.generate(**batch, generation_config=config, logits_processor=processors)
-    new = output[:, batch["input_ids"].shape[1] :].tolist()
-    return [decode_continuation(tokenizer, ids, _until(row, ends)) for ids, row in zip(prompts, new, strict=True)]
+        output = model.generate(
+            **batch, generation_config=config, logits_processor=processors, stopping_criteria=stops, streamer=streamer
+        )
+    rows = zip(prompts, output[:, width:].tolist(), strict=True)
+    return [cut(decode_continuation(tokenizer, ids, _until(new, ends)), sampling.stop) for ids, new in rows]
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
