@@ -20,12 +20,13 @@ def print_rows(rows: Iterable[dict[str, Any]]) -> None:
     for row in rows:
         names = ["prompt", *(["unsteered"] if "unsteered" in row else []), "text"]
         # One table a row, all of the same widths: whole ones would need all rows, and all memory.
-        table = Table(box=box.SIMPLE_HEAD if header else box.SIMPLE, show_header=header, expand=True, padding=(0, 1))
+        table = Table(box=box.SIMPLE_HEAD, show_header=header, show_edge=False, expand=True)
         for name in names:
             title = titled(row["attributes"]) if name == "text" and len(names) == 3 else name
             table.add_column(Text(title), ratio=1 if name == "prompt" else 2, overflow="fold")
         table.add_row(*(Text(row["prompt" if name == "prompt" else name].strip()) for name in names))
         out.print(table)
+        out.print()
         header = False
 
 
