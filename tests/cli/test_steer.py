@@ -222,7 +222,7 @@ def test_pooling_is_the_mean_over_tokens_then_over_words(session):
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
-        (["--attribute", "positve"], 2, "Did you mean positive?"),
+        (["--attribute", "positve"], 2, "Did you mean positive"),
         (["--attribute", "positive", "--s", "nan"], 2, "no finite number"),
         (["--attribute", "positive", "--s", "inf"], 2, "no finite number"),
         (["--attribute", "positive", "--s", "1", "--s", "2"], 2, "2 strengths for 1 attributes"),
@@ -245,7 +245,7 @@ def test_bad_input(steer, args, code, message):
 
 def test_unknown_attributes_list_those_known(steer):
     """So that a user sees what can be asked for."""
-    assert "Known: negative, neutral, positive" in steer("--attribute", "purple").err
+    assert "Known: angry, casual, fearful" in steer("--attribute", "purple").err
 
 
 @pytest.mark.parametrize(
