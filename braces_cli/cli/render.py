@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from braces_cli.core.files import finite
+
 if TYPE_CHECKING:
     from braces_cli.core.progress import Report
 
@@ -40,23 +42,15 @@ def set_up(quiet: bool, debug: bool) -> None:
 
 def print_json(value: Any) -> None:
     """One JSON document, indented; numbers that JSON has not (infinite, NaN) become null."""
-    sys.stdout.write(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    sys.stdout.write(json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     sys.stdout.flush()
 
 
 def print_json_lines(rows: Iterable[Any]) -> None:
     """One JSON object a line, each flushed as it comes, so that a pipe sees it at once."""
     for row in rows:
-        sys.stdout.write(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n")
+        sys.stdout.write(json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n")
         sys.stdout.flush()
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

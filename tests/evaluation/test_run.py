@@ -105,7 +105,7 @@ def test_base_and_adapters_stand_side_by_side(tiny_folder, make_adapter, write_j
     assert result["systems"][0]["results"]["popqa"]["acc"]["n"] == 5
     assert result["systems"][0]["results"]["perplexity"]["bits_per_byte"]["n"] == 2
     pairs = {(c["task"], c["metric"], c["from"], c["to"]) for c in result["comparisons"]}
-    assert len(pairs) == len(result["comparisons"]) == 2 * (2 + 4)
+    assert len(pairs) == len(result["comparisons"]) == 3 * (2 + 4)  # base to each, and one to the other
     for row in result["comparisons"]:
         assert 0 < row["p_value"] <= 1
     row = next(c for c in result["comparisons"] if (c["metric"], c["to"]) == ("bits_per_byte", "seed1"))
@@ -195,18 +195,18 @@ def test_an_adapter_that_does_not_fit_fails_before_the_base_is_measured(
 
 def test_rows_that_only_lm_eval_can_judge_are_refused_before_a_model_is_loaded(write_jsonl, monkeypatch):
     monkeypatch.setattr(run_module, "open_session", lambda *a: pytest.fail("loaded"))
-    row = {"question": "Q?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
+    row = {"question": "Q?", "correct_answer": "a", "support": "s", **{f"distractor{i}": "b" for i in (1, 2, 3)}}
     first = write_jsonl("first.jsonl", [{"question": "Q?"}])
-    with pytest.raises(DataError, match="arc_easy cannot read the rows"):
-        run_evaluation("m", [], CPU, EvalSettings(["arc_easy"], [f"arc_easy={first}"]))
+    with pytest.raises(DataError, match="sciq cannot read the rows"):
+        run_evaluation("m", [], CPU, EvalSettings(["sciq"], [f"sciq={first}"]))
     second = write_jsonl("second.jsonl", [row, {"question": "Q?"}])
-    with pytest.raises(DataError, match="arc_easy cannot read the row") as caught:
-        run_evaluation("m", [], CPU, EvalSettings(["arc_easy"], [f"arc_easy={second}"]))
+    with pytest.raises(DataError, match="sciq cannot read the row") as caught:
+        run_evaluation("m", [], CPU, EvalSettings(["sciq"], [f"sciq={second}"]))
     assert "row 2" in str(caught.value)
 
 
 def test_without_network_or_file_the_error_names_the_way_out(monkeypatch):
-    monkeypatch.setattr(harness.catalog.TaskManager, "load", _unreachable)
+    monkeypatch.setattr(catalog.TaskManager, "load", _unreachable)
     with pytest.raises(DataError, match="--task-data triviaqa=FILE"):
         run_evaluation("m", [], CPU, EvalSettings(["triviaqa"]))
 
