@@ -67,15 +67,15 @@ def read_labelled(name: str) -> tuple[list[str], list[str]]:
     return texts, labels
 
 
-def list_words(session: Session, attributes: Sequence[Attribute]) -> set[str]:
-    """Words of the attributes, of their opposites, and of all that the adapter was trained with."""
+def list_words(session: Session, attributes: Sequence[Attribute], *, trained: bool = True) -> set[str]:
+    """Words of the attributes, of their opposites, and where `trained`, of all that the adapter was trained with."""
     words = {word for attribute in attributes for word in attribute.words}
     lists = built_in()
     for attribute in attributes:
         words |= set(lists.get(_OPPOSITES.get(attribute.name, ""), ()))
-    if session.folder is not None and (session.folder / TRAINED_FILE).is_file():
-        trained = load_attributes(session.folder / TRAINED_FILE, session.base.fingerprint(session.ffns))
-        words |= {word for attribute in trained.values() for word in attribute.words}
+    if trained and session.folder is not None and (session.folder / TRAINED_FILE).is_file():
+        found = load_attributes(session.folder / TRAINED_FILE, session.base.fingerprint(session.ffns))
+        words |= {word for attribute in found.values() for word in attribute.words}
     return words
 
 
