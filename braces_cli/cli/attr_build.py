@@ -103,7 +103,7 @@ def _builder(attribute: str, words: str | None, words_file: Path | None, example
     if len(sources) > 1:
         raise ConfigError("two sources of words", where=", ".join(sources), hint="Give one of them.")
 
-    from braces_cli.core.attributes import attribute_from_texts, build_attribute
+    from braces_cli.core.attributes import attribute_from_texts, build_attribute, from_list
 
     if examples is not None:
         from braces_cli.steering.examples import read_texts
@@ -111,10 +111,13 @@ def _builder(attribute: str, words: str | None, words_file: Path | None, example
         texts = read_texts(examples)
         return lambda session, report, pooling: attribute_from_texts(session, attribute, texts, report, pooling)
     chosen = _words(attribute, words, words_file)
+    if chosen is None:
+        return lambda session, report, pooling: from_list(session, attribute, report, pooling)
     return lambda session, report, pooling: build_attribute(session, attribute, chosen, report, pooling)
 
 
-def _words(attribute: str, words: str | None, file: Path | None) -> list[str]:
+def _words(attribute: str, words: str | None, file: Path | None) -> list[str] | None:
+    """The user's words; None stands for the built-in list of that name."""
     from braces_cli.core.words import built_in, clean_words, read_words
 
     if words is not None:
@@ -125,4 +128,4 @@ def _words(attribute: str, words: str | None, file: Path | None) -> list[str]:
     if attribute not in lists:
         hint = f"Built-in lists: {', '.join(lists)}."
         raise ConfigError(f"no words for `{attribute}`", where="--words, --words-file, --examples", hint=hint)
-    return lists[attribute]
+    return None

@@ -33,11 +33,12 @@ from braces_cli.core.pooling import pool_texts, pool_words
 from braces_cli.core.progress import Report, silent
 from braces_cli.core.relevance import gram
 from braces_cli.core.session import Session
-from braces_cli.core.words import REFERENCE, built_in, check_name, neutral_texts
+from braces_cli.core.words import OPPOSITES, REFERENCE, built_in, check_name, neutral_texts
 
 FORMAT_VERSION = "1"
-# Without training, s = 1 is a push of this share of the median residual norm after the layer.
-PUSH = 0.05
+# Without training, s = 1 pushes by this share of the median residual norm in all, spread evenly over the layers: pushes
+# along one direction add up in the residual stream, so what counts is their sum, whatever the depth.
+PUSH = 0.12
 _PARTS = ("hidden", "reference", "residual", "scale")
 
 
@@ -51,7 +52,8 @@ class Attribute:
         hidden: pooled FFN inputs of the words or texts, (layers, d).
         reference: pooled FFN inputs of the neutral words or texts, (layers, d).
         residual: median norm of the residual stream behind each layer over shipped neutral text, (layers,).
-        scale: what makes `scale * W_V W_V^T p` a push of 5 % of `residual`, (layers,); for steering without training.
+        scale: what makes `scale * W_V W_V^T p` a push of `PUSH / layers` of `residual`, (layers,); for
+            steering without training.
         layers: decoder layer of each row.
         fingerprint: of the base.
         base: its name, as the user gave it; recorded only.
@@ -112,6 +114,16 @@ def build_attribute(
     return _build(session, name, pool_words, words, built_in()[REFERENCE], report, pooling)
 
 
+def from_list(session: Session, name: str, report: Report = silent, pooling: str = "mean") -> Attribute:
+    """The attribute of a built-in word list, held against its opposite's list where it has one."""
+    lists = built_in()
+    one = build_attribute(session, name, lists[name], report, pooling)
+    if name not in OPPOSITES:
+        return one
+    other = build_attribute(session, OPPOSITES[name], lists[OPPOSITES[name]], report, pooling)
+    return opposite(session, one, other)[0]
+
+
 def attribute_from_texts(
     session: Session, name: str, texts: Sequence[str], report: Report = silent, pooling: str = "mean"
 ) -> Attribute:
@@ -153,8 +165,8 @@ def _build(
 
 
 def _scale(residual: Tensor, push: Tensor) -> Tensor:
-    """What makes s = 1 a push of 5 %; where there is no direction, no push rather than a division by zero."""
-    return torch.where(push > 0, PUSH * residual / push, torch.zeros_like(push))
+    """What makes s = 1 the push it is; where there is no direction, no push rather than a division by zero."""
+    return torch.where(push > 0, PUSH / len(push) * residual / push, torch.zeros_like(push))
 
 
 def opposite(session: Session, one: Attribute, other: Attribute) -> tuple[Attribute, Attribute]:
@@ -237,6 +249,9 @@ def load_attributes(path: Path, fingerprint: dict[str, Any]) -> dict[str, Attrib
 def find_attribute(session: Session, name: str, folder: Path | None, report: Report = silent) -> Attribute:
     """Look an attribute up: in `folder`, in the adapter's folder, then build it from the built-in word list.
 
+    Of a built-in list that has an opposite, p is half the difference of the two: what evaluative words share against
+    neutral ones is most of a difference to these, and says nothing of good or bad.
+
     Raises:
         ConfigError: unknown everywhere; names what is known.
         ModelError: found, but damaged or of another base.
@@ -248,7 +263,7 @@ def find_attribute(session: Session, name: str, folder: Path | None, report: Rep
             return found[name]
     lists = built_in()
     if name in lists:
-        return build_attribute(session, name, lists[name], report)
+        return from_list(session, name, report)
     known = known_attributes(session, folder)
     hint = f"{near_misses(name, known)} Known: {', '.join(known)}. Build others with braces attr-build.".strip()
     raise ConfigError(f"unknown attribute `{name}`", where="--attribute", hint=hint)

@@ -11,6 +11,9 @@ from braces_cli.core.errors import ConfigError, DataError
 
 # The list that every other one is held against.
 REFERENCE = "neutral"
+# Built-in lists that are the two ends of one axis.
+_AXES = (("positive", "negative"), ("joyful", "sad"), ("formal", "casual"), ("polite", "toxic"))
+OPPOSITES = {one: other for axis in _AXES for one, other in (axis, axis[::-1])}
 _NAME = re.compile(r"[\w][\w.-]*")
 
 

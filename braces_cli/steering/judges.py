@@ -6,9 +6,10 @@ import logging
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from braces_cli.core.attributes import TRAINED_FILE, Attribute, built_in, load_attributes
+from braces_cli.core.attributes import Attribute, load_attributes
 from braces_cli.core.errors import ConfigError, DataError
 from braces_cli.core.session import Session
+from braces_cli.core.words import OPPOSITES, built_in
 from braces_cli.data.rows import read_rows
 from braces_cli.scoring.classifier import Classifier, fit_classifier, save_classifier
 from braces_cli.scoring.scorers import Scorer, scorer
@@ -72,15 +73,11 @@ def list_words(session: Session, attributes: Sequence[Attribute], *, trained: bo
     words = {word for attribute in attributes for word in attribute.words}
     lists = built_in()
     for attribute in attributes:
-        words |= set(lists.get(_OPPOSITES.get(attribute.name, ""), ()))
+        words |= set(lists.get(OPPOSITES.get(attribute.name, ""), ()))
     if trained and session.folder is not None and (session.folder / TRAINED_FILE).is_file():
         found = load_attributes(session.folder / TRAINED_FILE, session.base.fingerprint(session.ffns))
         words |= {word for attribute in found.values() for word in attribute.words}
     return words
-
-
-_PAIRS = (("positive", "negative"), ("joyful", "sad"), ("formal", "casual"))
-_OPPOSITES = {one: other for pair in _PAIRS for one, other in (pair, pair[::-1])}
 
 
 def _tell(fitted: Classifier) -> None:
