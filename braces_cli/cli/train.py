@@ -5,13 +5,15 @@ from typing import Annotated, Any
 
 import typer
 
+from braces_cli.cli import method_options as m
 from braces_cli.cli import options as o
 from braces_cli.cli.render import print_json, print_pairs, progress, set_up
 from braces_cli.core.errors import BracesError, ConfigError
 
 _OWN = (
     "rank", "lr", "gate_lr", "epochs", "max_steps", "batch_size", "gradient_accumulation", "warmup_steps", "schedule",
-    "max_length", "gradient_checkpointing", "seed", "attribute_field", "strength_field",
+    "max_length", "gradient_checkpointing", "seed", "attribute_field", "strength_field", "method", "init", "scale",
+    "lora_alpha",
 )  # fmt: skip
 
 
@@ -25,9 +27,10 @@ def train(
         list[str] | None, typer.Option("--eval-data", help="Rows to measure base and adapter on. Repeatable.")
     ] = None,
     model: o.Model = None,
+    method: m.Method = "braces",
     rank: Annotated[int, typer.Option("--rank", min=1, help="Rank of the relevance projection.")] = 16,
     layers: o.Layers = None,
-    lr: Annotated[float, typer.Option("--lr", help="Peak learning rate of the projections.")] = 3e-3,
+    lr: m.LearningRate = None,
     gate_lr: Annotated[float, typer.Option("--gate-lr", help="Peak learning rate of the gates.")] = 1e-1,
     epochs: Annotated[float, typer.Option("--epochs", help="Passes over the data.")] = 1.0,
     max_steps: Annotated[
@@ -52,6 +55,10 @@ def train(
         list[str] | None, typer.Option("--opposites", help="A:B, two attributes as the ends of one axis. Repeatable.")
     ] = None,
     attributes: Annotated[Path | None, typer.Option("--attributes", help="Folder that attr-build wrote.")] = None,
+    init: m.Init = "random",
+    scale: m.Scale = "paper",
+    lora_alpha: m.LoraAlpha = None,
+    lora_targets: m.LoraTargets = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory for about a third more time.")
     ] = False,
@@ -69,12 +76,14 @@ def train(
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
-    """Fine-tune an adapter on rows of text, prompt/completion or instruction/output."""
+    """Fine-tune an adapter, or a baseline of peft, on rows of text, prompt/completion or instruction/output."""
     set_up(quiet, debug)
     from braces_cli.core.files import check_output_folder
     from braces_cli.training.settings import TrainSettings
 
+    m.settle(ctx)
     own = {name: ctx.params[name] for name in _OWN} | {"opposites": _opposites(opposites, attribute_field)}
+    own["lora_targets"] = m.names(lora_targets)
     if dry_run:
         TrainSettings(**own)
         _show(fmt, "dry run", _dry_run(ctx, own))
@@ -136,7 +145,7 @@ def _dry_run(ctx: typer.Context, own: dict[str, Any]) -> dict[str, Any]:
     from braces_cli.training.settings import TrainSettings
 
     params = ctx.params
-    out: dict[str, Any] = {"output_dir": params["output_dir"] and str(params["output_dir"]), "method": "braces"}
+    out: dict[str, Any] = {"output_dir": params["output_dir"] and str(params["output_dir"]), "method": own["method"]}
     try:
         if params["model"] is None:
             raise ConfigError("no model given", where="--model")

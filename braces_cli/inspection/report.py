@@ -7,7 +7,6 @@ autoescaping, tokens for the script inside JSON without `<`, and the script itse
 from __future__ import annotations
 
 import math
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from braces_cli import __version__
 from braces_cli.core.attributes import Attribute, find_attribute
 from braces_cli.core.errors import ModelError
+from braces_cli.core.pages import render_page
 from braces_cli.core.progress import Report, silent
 from braces_cli.core.session import Session
 from braces_cli.inspection.clamp import prompt_ids
@@ -185,9 +185,4 @@ def visible(token: str) -> str:
 
 def render(data: dict[str, Any]) -> str:
     """The page as HTML."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["visible"] = visible
-    text = (resources.files("braces_cli.assets") / "report" / "report.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(text).render(data)
+    return render_page("report.html.j2", data, visible=visible)

@@ -24,9 +24,13 @@ from braces_cli.core.session import Session
 from braces_cli.core.versions import versions
 from braces_cli.data.examples import Examples
 from braces_cli.scoring.perplexity import Likelihood, likelihoods
+from braces_cli.training.baselines import PeftAdapter, baseline_parameters
 from braces_cli.training.card import model_card
 from braces_cli.training.conditions import Conditioner, gather_attributes
+from braces_cli.training.methods import fresh_adapter, shares
 from braces_cli.training.settings import TrainSettings
+
+_COUNTS = ("trainable_parameters", "condition_parameters", "total_parameters", "trainable_percent")
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class TrainResult:
     """What a run gave: the keys of `braces train --format json`.
 
     Times in seconds, memory in bytes, None where not measured. `rows_truncated` were cut to the maximum length and
-    `rows_dropped` had no token to score.
+    `rows_dropped` had no token to score. `token_path_share`: at the start, in each layer, the median norm
+    of what the adapter adds over that of the FFN's output.
     """
 
     output_dir: str
@@ -59,23 +64,24 @@ class TrainResult:
     rows: int
     rows_truncated: int
     rows_dropped: int
+    token_path_share: list[float] | None
     resumed_from: str | None = None
 
 
 def count_parameters(model: Any, settings: TrainSettings) -> dict[str, Any]:
     """`{trainable_parameters, condition_parameters, total_parameters, trainable_percent}`, on any device, meta too."""
     total = parameter_total(model)
+    if settings.method != "braces":
+        trainable = baseline_parameters(model, settings)
+        share = 100 * trainable / total
+        return dict(zip(_COUNTS, (trainable, 0, total, share), strict=True))
     adapter = attach(model, settings.rank, settings.layers)
     trainable = adapter.parameter_count()
     width = adapter.sites[0][0].hidden_size
     adapter.detach()
     condition = sum(math.prod(shape) for shape in condition_shapes(width).values())
-    return {
-        "trainable_parameters": trainable,
-        "condition_parameters": condition if settings.attribute_field is not None else 0,
-        "total_parameters": total,
-        "trainable_percent": 100 * trainable / total,
-    }
+    condition = condition if settings.attribute_field is not None else 0
+    return dict(zip(_COUNTS, (trainable, condition, total, 100 * trainable / total), strict=True))
 
 
 def run_training(
@@ -108,9 +114,10 @@ def run_training(
         attributes = gather_attributes(session, settings, sets, attributes_folder)
     base = _measure(model, eval_set, None, pad_id, batch, report, "evaluating the base")
 
-    adapter = attach(model, settings.rank, settings.layers, settings.seed)
+    adapter = fresh_adapter(model, settings, train_set)
+    share = shares(adapter, settings, train_set)
     conditioner = None
-    if attributes:
+    if attributes and isinstance(adapter, Adapter):
         adapter.add_mlp(settings.seed)
         conditioner = Conditioner(adapter, attributes)
     existed = folder.exists()
@@ -127,7 +134,7 @@ def run_training(
         tuned = _measure(model, eval_set, conditioner, pad_id, batch, report, "evaluating the adapter")
         result = TrainResult(
             output_dir=str(folder),
-            method="braces",
+            method=settings.method,
             **counts,
             steps=outcome.global_step,
             epochs=float(trainer.state.epoch or 0.0),
@@ -141,6 +148,7 @@ def run_training(
             rows=train_set.rows,
             rows_truncated=train_set.truncated,
             rows_dropped=train_set.dropped,
+            token_path_share=share,
         )
         config = _config(session, adapter, settings, attributes)
         if attributes:
@@ -154,7 +162,7 @@ def run_training(
 
 
 def _config(
-    session: Session, adapter: Adapter, settings: TrainSettings, attributes: Sequence[Attribute]
+    session: Session, adapter: Adapter | PeftAdapter, settings: TrainSettings, attributes: Sequence[Attribute]
 ) -> AdapterConfig:
     base = session.base
     return AdapterConfig(
@@ -167,6 +175,8 @@ def _config(
         training=asdict(settings),
         attributes=[attribute.name for attribute in attributes],
         versions=versions(),
+        method=settings.method,
+        scales=list(adapter.scales),
     )
 
 
@@ -208,7 +218,7 @@ def _total(parts: Sequence[Likelihood]) -> Likelihood:
     return sum(parts, Likelihood())
 
 
-def _check_finite(adapter: Adapter) -> None:
+def _check_finite(adapter: Adapter | PeftAdapter) -> None:
     parameters = [p for _, p in adapter.named_parameters()] + (
         [] if adapter.mlp is None else [*adapter.mlp.parameters()]
     )

@@ -7,6 +7,13 @@ from dataclasses import dataclass
 from braces_cli.core.errors import ConfigError
 
 SCHEDULES = ("linear", "cosine", "constant")
+INITS = ("random", "values", "inputs")
+SCALES = ("paper", "auto")
+# Those of peft; see `training.baselines`.
+BASELINES = ("lora", "rslora", "dora", "pissa")
+METHODS = ("braces", *BASELINES)
+# Peak learning rate where none is given, by measurement (recipes/LOG.md).
+DEFAULT_LR = {"braces": 3e-3, **dict.fromkeys(BASELINES, 1e-3)}
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,11 @@ class TrainSettings:
         attribute_field: column of the rows' attributes; None: attributes are not trained.
         strength_field: column of their strengths.
         opposites: pairs of attributes that are the two ends of one axis.
+        method: `braces`, or a baseline.
+        init: where the projections start, see `training.start`.
+        scale: `paper`, or `auto` for a fixed scalar per layer that makes up for the size of the base's weights.
+        lora_alpha: of a baseline, whose update is multiplied by alpha / rank; None is twice the rank.
+        lora_targets: names of the modules that a baseline adapts; empty is the queries and values.
     """
 
     rank: int = 16
@@ -49,15 +61,26 @@ class TrainSettings:
     attribute_field: str | None = None
     strength_field: str = "strength"
     opposites: tuple[tuple[str, str], ...] = ()
+    method: str = "braces"
+    init: str = "random"
+    scale: str = "paper"
+    lora_alpha: int | None = None
+    lora_targets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("lr", "gate_lr", "epochs"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"must be a positive number, not {getattr(self, name)}", where=_option(name))
-        if self.schedule not in SCHEDULES:
-            raise ConfigError(
-                f"no schedule `{self.schedule}`", where="--schedule", hint=f"One of {', '.join(SCHEDULES)}."
-            )
+        choices = {"schedule": SCHEDULES, "method": METHODS, "init": INITS, "scale": SCALES}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                hint = f"One of {', '.join(known)}."
+                raise ConfigError(f"no {name} `{getattr(self, name)}`", where=_option(name), hint=hint)
+        if self.lora_alpha is not None and self.lora_alpha < 1:
+            raise ConfigError(f"must be at least 1, not {self.lora_alpha}", where="--lora-alpha")
+        if self.method != "braces" and self.attribute_field is not None:
+            hint = "Leave out --attribute-field, or train with --method braces."
+            raise ConfigError(f"{self.method} cannot be trained on attributes", where="--method", hint=hint)
 
 
 def _option(name: str) -> str:

@@ -15,16 +15,18 @@ from braces_cli.core.batches import pad_right
 from braces_cli.core.models import input_device
 from braces_cli.core.progress import Report
 from braces_cli.data.examples import Examples
+from braces_cli.training.baselines import PeftAdapter
 from braces_cli.training.conditions import Conditioner
+from braces_cli.training.methods import parameter_groups
 from braces_cli.training.settings import TrainSettings
 
 
 class BracesTrainer(Trainer):
-    """A Trainer that optimises gates and projections, each at its own rate, and counts the tokens it has seen."""
+    """A Trainer that optimises an adapter, each part at its own rate, and counts the tokens it has seen."""
 
     def __init__(
         self,
-        adapter: Adapter,
+        adapter: Adapter | PeftAdapter,
         settings: TrainSettings,
         examples: Examples,
         conditioner: Conditioner | None,
@@ -54,16 +56,8 @@ class BracesTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            gates = [brace.gate for _, brace in self._adapter.sites]
-            weights = [brace.weight for _, brace in self._adapter.sites]
-            groups = [
-                {"params": weights, "lr": self._settings.lr},
-                {"params": gates, "lr": self._settings.gate_lr},
-            ]
-            if self._adapter.mlp is not None:
-                groups.append({"params": list(self._adapter.mlp.parameters()), "lr": self._settings.lr})
             # No weight decay: R does not depend on the length of the rows of its weight.
-            self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+            self.optimizer = torch.optim.AdamW(parameter_groups(self._adapter, self._settings), weight_decay=0.0)
         return self.optimizer
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
