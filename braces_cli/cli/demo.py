@@ -53,7 +53,11 @@ def summary(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Rows for the closing table: what, the figure, and where it comes from."""
     scores = result["scores"]
     rows = [
-        (task["title"], " -> ".join(f"{system['name']} {100 * system['value']:.1f} %" for system in task["systems"]), "")
+        (
+            task["title"],
+            " -> ".join(f"{system['name']} {100 * system['value']:.1f} %" for system in task["systems"]),
+            "",
+        )
         for task in scores
     ]
     points = result["sweep"]["points"]
@@ -64,6 +68,8 @@ def summary(result: dict[str, Any]) -> list[tuple[str, str, str]]:
             f"at s = {', '.join(format(p['s'], 'g') for p in points)}",
         )
     )
-    rows.append(("merged checkpoint", f"{result['merge']['max_logit_difference']:.1e}", "largest difference of a logit"))
+    rows.append(
+        ("merged checkpoint", f"{result['merge']['max_logit_difference']:.1e}", "largest difference of a logit")
+    )
     rows.append(("time", f"{result['seconds']:.0f} s", ""))
     return rows

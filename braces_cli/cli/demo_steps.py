@@ -79,7 +79,9 @@ def run_demo(guide: Guide) -> dict[str, Any]:
     guide.say(_figures(trained, "trainable_parameters", "train_loss", "seconds"))
     adapters: list[str | Path] = ["--adapter", adapter]
     if find_spec("peft") is not None:
-        lora = guide.run("The same with LoRA, to compare", "train", "--method", "lora", *train, "--output-dir", baseline)
+        lora = guide.run(
+            "The same with LoRA, to compare", "train", "--method", "lora", *train, "--output-dir", baseline
+        )
         guide.say(_figures(lora, "trainable_parameters", "train_loss", "seconds"))
         adapters += ["--adapter", baseline]
     scored = guide.run(
@@ -92,14 +94,23 @@ def run_demo(guide: Guide) -> dict[str, Any]:
 
     attributes = folder / "attributes"
     for name in ("positive", "negative"):
-        guide.run(f"Build the attribute `{name}` from its words", "attr-build", "--attribute", name, "--output-dir", attributes)
+        guide.run(
+            f"Build the attribute `{name}` from its words",
+            "attr-build",
+            "--attribute",
+            name,
+            "--output-dir",
+            attributes,
+        )
     texts = _steered(guide, attributes, seed)
     steer = ("steer", "--attributes", attributes, "--attribute", "positive")
     sweep = guide.run(
         "Sweep the strength", *steer, "--sweep", SWEEP, "--plot", folder / "sweep.png", *seed,
     )  # fmt: skip
     for point in [] if sweep is None else sweep["points"]:
-        guide.say(f"   s = {point['s']:+g}: {point['attribute_score']:.0%} positive, perplexity {point['perplexity']:.1f}")
+        guide.say(
+            f"   s = {point['s']:+g}: {point['attribute_score']:.0%} positive, perplexity {point['perplexity']:.1f}"
+        )
     vectors = guide.run(
         "Which value vectors carry the attribute", "inspect", "find", "--attributes", attributes, "--attribute",
         "positive", "--limit", "8", lines=True,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from braces_cli.core.attributes import Attribute, load_attributes
 from braces_cli.core.errors import ConfigError, DataError
+from braces_cli.core.listing import TRAINED_FILE
 from braces_cli.core.session import Session
 from braces_cli.core.words import OPPOSITES, built_in
 from braces_cli.data.rows import read_rows

@@ -122,9 +122,7 @@ def sweep(
     for index, s in enumerate(wanted):
         stage = f"strength {index + 1} of {len(wanted)}: s = {s:g}"
         with steered(session, [(attribute, s), *others], settings.layers):
-            texts = _generate(
-                session, prompts, sampling, settings, lambda done, all_, stage=stage: report(stage, done, all_)
-            )
+            texts = continuations(session, prompts, sampling, settings, report, stage)
         found[s] = Texts(s, texts)
     for each in found.values():
         each.verdicts = judge.judge(each.texts, label)
@@ -139,15 +137,21 @@ def sweep(
     }
 
 
-def _generate(
-    session: Session, prompts: Sequence[str], sampling: Sampling, settings: SweepSettings, report: Any
+def continuations(
+    session: Session,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    settings: SweepSettings,
+    report: Report = silent,
+    stage: str = "generating",
 ) -> list[str]:
+    """Texts of every prompt, its samples together, as the session is steered now."""
     jobs = [Job(prompt, index, k) for index, prompt in enumerate(prompts) for k in range(settings.samples)]
     texts: list[str] = []
     for start in range(0, len(jobs), settings.batch_size):
         batch = jobs[start : start + settings.batch_size]
         texts += generate(session.base.model, session.base.tokenizer, batch, sampling)
-        report(len(texts), len(jobs))
+        report(stage, len(texts), len(jobs))
     return texts
 
 

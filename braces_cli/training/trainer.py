@@ -17,6 +17,7 @@ from braces_cli.core.progress import Report
 from braces_cli.data.examples import Examples
 from braces_cli.training.baselines import PeftAdapter
 from braces_cli.training.conditions import Conditioner
+from braces_cli.training.contrast import contrastive_loss
 from braces_cli.training.methods import parameter_groups
 from braces_cli.training.settings import TrainSettings
 
@@ -65,7 +66,12 @@ class BracesTrainer(Trainer):
         self._seen = self._seen + inputs["attention_mask"].sum()
         if self._conditioner is not None:
             # It stays set until the next batch: gradient checkpointing computes the pass once more.
-            self._conditioner.apply(inputs.pop("strengths"))
+            strengths = inputs.pop("strengths")
+            if self._settings.contrast:
+                count = kwargs.get("num_items_in_batch")
+                weight = self._settings.contrast
+                return contrastive_loss(model, inputs, strengths, self._conditioner, weight, count)
+            self._conditioner.apply(strengths)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 

@@ -37,7 +37,9 @@ class Runs:
         return run
 
 
-def train(model: str, rows: Examples, held_out: Examples | None, settings: TrainSettings) -> tuple[Session, dict[str, Any]]:
+def train(
+    model: str, rows: Examples, held_out: Examples | None, settings: TrainSettings
+) -> tuple[Session, dict[str, Any]]:
     """A fresh base with a freshly trained adapter, still attached, and what `braces train` reports of it."""
     session = open_session(model, None, LoadOptions(device="cpu", dtype="float32"))
     with tempfile.TemporaryDirectory() as folder:
