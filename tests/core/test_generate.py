@@ -154,3 +154,35 @@ def test_stop_texts_end_each_row_by_itself(session):
     assert short.shape[1] < 30
     with pytest.raises(Exception, match="out of range"):
         Sampling(stop=("",))
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(1, top_p=0.9),
+        Sampling(1, top_p=1.0),
+        Sampling(1, temperature=3.0, top_p=0.999),
+        Sampling(1, top_p=0.5, top_k=7),
+        Sampling(1, top_p=1.0, top_k=2000),
+    ],
+)
+def test_a_draw_is_that_of_the_whole_sorted_vocabulary(sampling):
+    """Inverted by hand at each row's number; rows flat and steep, with equal probabilities at the edges."""
+    from braces_cli.core.generate import _Draw
+
+    generator = torch.Generator().manual_seed(0)
+    rows, vocabulary = 64, 3000
+    scores = torch.randn(rows, vocabulary, generator=generator) * torch.linspace(0, 6, rows)[:, None]
+    scores = (scores * 4).round() / 4  # as bfloat16 leaves many tokens with one probability
+    uniforms = torch.rand(rows, 1, dtype=torch.float64, generator=generator)
+    drawn = _Draw(sampling, uniforms, 1)(torch.zeros(rows, 1, dtype=torch.long), scores).argmax(dim=-1)
+    for row in range(rows):
+        order = sorted(range(vocabulary), key=lambda token, row=row: (-float(scores[row, token]), token))
+        ordered = (scores[row, order].double() / sampling.temperature)[: sampling.top_k]
+        mass = ordered.softmax(dim=0).cumsum(dim=0)
+        kept = int((mass < sampling.top_p - 1e-9).sum().clamp(max=len(mass) - 1))
+        goal = float(uniforms[row, 0]) * float(mass[kept])
+        near = [int((mass <= goal + slack).sum().clamp(max=kept)) for slack in (-1e-5, 1e-5)]
+        assert int(drawn[row]) in [order[place] for place in range(near[0], near[1] + 1)]
+    alone = _Draw(sampling, uniforms[5:6], 1)(torch.zeros(1, 1, dtype=torch.long), scores[5:6]).argmax(dim=-1)
+    assert int(alone) == int(drawn[5])

@@ -40,10 +40,9 @@ def test_what_is_written_is_scored_as_steer_and_its_sweep_do(score, braces, mode
     asked = ["--attribute", "positive", "--num-samples", 2, "--seed", 3]
     found = results(score("--adapter", adapter_dir, *asked, "--s", 20, "--scorer", f"sentiment=fit:{rows}"))
     for system, extra in zip(found, ([], ["--adapter", adapter_dir]), strict=True):
-        sweep = braces(
-            "steer", "--model", model_dir, "--device", "cpu", *extra, *asked, "--sweep", "20", "--scorer", f"fit:{rows}",
-            "--prompts", prompts, "--max-new-tokens", 8,
-        ).json["points"][0]  # fmt: skip
+        where = ["--model", model_dir, "--device", "cpu", "--prompts", prompts, "--max-new-tokens", 8]
+        swept = braces("steer", *where, *extra, *asked, "--sweep", "20", "--scorer", f"fit:{rows}")
+        sweep = swept.json["points"][0]
         assert system["positive"]["value"] == pytest.approx(sweep["attribute_score"])
         assert system["positive"]["value"] + system["negative"]["value"] == pytest.approx(1)
         assert system["positive"]["n"] == 4
