@@ -24,7 +24,7 @@ def evaluate(
         typer.Option(
             "--tasks",
             help="zero_shot, commonsense, commonsense_gen, truthfulqa, popqa (popqa_by_relation, popqa_by_popularity), "
-            "perplexity or any of lm-eval's; commas between them.",
+            "perplexity, sentiment, toxicity or any of lm-eval's; commas between them.",
         ),
     ] = None,
     task_data: Annotated[
@@ -61,6 +61,30 @@ def evaluate(
             help="Exit with 5 where an adapter (the base if there is none) is worse than this. Repeatable.",
         ),
     ] = None,
+    attribute: Annotated[
+        list[str] | None,
+        typer.Option("--attribute", help="sentiment, toxicity: steer every system by it while it writes. Repeatable."),
+    ] = None,
+    s: Annotated[list[float] | None, typer.Option("--s", help="Strength; the k-th belongs to the k-th.")] = None,
+    attributes: Annotated[Path | None, typer.Option("--attributes", help="Folder that attr-build wrote.")] = None,
+    scorer: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--scorer",
+            metavar="TASK=SCORER",
+            help="vader, toxicity, fit:ROWS, or a classifier's folder or hub id. Repeatable.",
+        ),
+    ] = None,
+    num_samples: Annotated[int, typer.Option("--num-samples", min=1, help="Texts for each prompt.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Of a continued prompt.")] = 50,
+    temperature: Annotated[float, typer.Option("--temperature", help="Of continued prompts; 0 is greedy.")] = 1.0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Of continued prompts.")] = 0.9,
+    judge_model: Annotated[
+        str | None, typer.Option("--judge-model", help="Tells the continuations' perplexity in place of the base.")
+    ] = None,
+    exclude_list_words: Annotated[
+        bool, typer.Option("--exclude-list-words", help="Scorers do not look at the attributes' own words.")
+    ] = False,
     output_dir: Annotated[
         Path | None, typer.Option("--output-dir", help="Folder for results.json and results.md, task by task.")
     ] = None,
@@ -90,6 +114,7 @@ def evaluate(
     _hush_lm_eval(debug)
     if not tasks:
         raise ConfigError("missing option", where="--tasks", hint="Such as --tasks truthfulqa,popqa,triviaqa.")
+    from braces_cli.cli.eval_generation import generation
     from braces_cli.core.files import check_output_file
     from braces_cli.evaluation.run import EvalSettings, run_evaluation
     from braces_cli.evaluation.store import Store, check_folder
@@ -105,6 +130,7 @@ def evaluate(
         task_data_dir,
         apply_chat_template,
         fail_under or (),
+        generation(ctx),
     )
     if dry_run:
         _dry_run(ctx, settings, fmt)

@@ -62,7 +62,6 @@ def print_json_lines(rows: Iterable[Any]) -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """A table on stdout; numbers stand right, and no text is read as markup."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -73,7 +72,18 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell(value)) for value in row))
-    Console().print(table)
+    console().print(table)
+
+
+def console(stderr: bool = False) -> Any:
+    """A Rich console that treats a reader who has gone as any write does; Rich itself would exit with 1."""
+    from rich.console import Console
+
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return Plain(stderr=stderr, highlight=False)
 
 
 def print_pairs(title: str, pairs: dict[str, Any]) -> None:
@@ -112,7 +122,11 @@ def progress(quiet: bool) -> Iterator[Report]:
     )
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bars:
+    # Rich would send what is printed meanwhile to the bar's own stream: right on one terminal, but not past a pipe.
+    both = sys.stdout.isatty()
+    with Progress(
+        *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True, redirect_stdout=both
+    ) as bars:
         tasks: dict[str, Any] = {}
 
         def report(stage: str, done: int, total: int | None) -> None:

@@ -13,8 +13,8 @@ from braces_cli.core.errors import BracesError, ConfigError
 
 _OWN = (
     "rank", "lr", "gate_lr", "epochs", "max_steps", "batch_size", "gradient_accumulation", "warmup_steps", "schedule",
-    "max_length", "gradient_checkpointing", "seed", "attribute_field", "strength_field", "method", "init", "scale",
-    "lora_alpha", "packing", "streaming",
+    "max_length", "gradient_checkpointing", "seed", "attribute_field", "strength_field", "contrast", "method", "init",
+    "scale", "lora_alpha", "packing", "streaming",
 )  # fmt: skip
 
 
@@ -58,6 +58,10 @@ def train(
     opposites: Annotated[
         list[str] | None, typer.Option("--opposites", help="A:B, two attributes as the ends of one axis. Repeatable.")
     ] = None,
+    contrast: Annotated[
+        float,
+        typer.Option("--contrast", help="Weight of telling each row's strength from its opposite; twice the time."),
+    ] = 0.0,
     attributes: Annotated[Path | None, typer.Option("--attributes", help="Folder that attr-build wrote.")] = None,
     init: m.Init = "random",
     scale: m.Scale = "paper",

@@ -15,6 +15,7 @@ from braces_cli.evaluation.adapters import Found
 from braces_cli.evaluation.catalog import Selection
 from braces_cli.evaluation.comparison import LEVEL, System, compare
 from braces_cli.evaluation.harness import Way
+from braces_cli.evaluation.own import SENTIMENT, TOXICITY
 from braces_cli.evaluation.settings import EvalSettings
 from braces_cli.evaluation.task_files import file_hash
 
@@ -42,7 +43,16 @@ def identity(
         "num_fewshot": settings.num_fewshot,
         "chat_template": settings.chat_template,
         "seeds": settings.seeds,
+        **_generation(settings, selection),
     }
+
+
+def _generation(settings: EvalSettings, selection: Selection) -> dict[str, Any]:
+    """How texts were written, where a task writes any."""
+    if not set(selection.own) & {SENTIMENT.name, TOXICITY.name}:
+        return {}
+    folder = settings.generation.attributes_folder
+    return {"generation": {**asdict(settings.generation), "attributes_folder": None if folder is None else str(folder)}}
 
 
 def document(
@@ -52,6 +62,7 @@ def document(
     files: dict[str, Path],
     way: Way,
     options: LoadOptions,
+    selection: Selection,
 ) -> dict[str, Any]:
     """`{systems, comparisons, settings}` as DESIGN 3.1 has it."""
     first = systems[0].scores
@@ -94,6 +105,7 @@ def document(
             "fingerprint": base.fingerprint(session.ffns)["sha256"],
             "tokenizer": tokenizer_hashes(base.tokenizer),
             "apply_chat_template": way.chat_template,
+            **_generation(settings, selection),
             "significance_level": LEVEL,
             "versions": versions(),
         },

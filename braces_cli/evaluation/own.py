@@ -17,6 +17,30 @@ from braces_cli.evaluation.processes import Processes
 
 
 @dataclass(frozen=True)
+class Generation:
+    """How tasks that write texts write them, and by what they score them; see `text_quality`.
+
+    Attributes:
+        attributes: name -> strength, on every system alike: an adapter's own or, without one, from word lists.
+        attributes_folder: that attr-build wrote.
+        scorers: task -> scorer, where it is not the task's usual one.
+        num_samples: texts for each prompt.
+        judge_model: tells perplexity in place of the base.
+        exclude_list_words: scorers do not look at the attributes' own words.
+    """
+
+    attributes: dict[str, float] = field(default_factory=dict)
+    attributes_folder: Path | None = None
+    scorers: dict[str, str] = field(default_factory=dict)
+    num_samples: int = 1
+    max_new_tokens: int = 50
+    temperature: float = 1.0
+    top_p: float = 0.9
+    judge_model: str | None = None
+    exclude_list_words: bool = False
+
+
+@dataclass(frozen=True)
 class Setting:
     """What a task may want to know beside its documents.
 
@@ -26,6 +50,7 @@ class Setting:
         seed: of every random choice.
         processes: use `share_out` so that each process does its part.
         stage: what the progress is called.
+        generation: for tasks that write texts.
     """
 
     session: Session
@@ -34,6 +59,7 @@ class Setting:
     processes: Processes = field(default_factory=Processes)
     stage: str = ""
     report: Report = silent
+    generation: Generation = field(default_factory=Generation)
 
 
 @dataclass
@@ -107,4 +133,24 @@ PERPLEXITY = OwnTask(
     ".txt, or rows with `text`",
 )
 
-TASKS: dict[str, OwnTask] = {task.name: task for task in (PERPLEXITY,)}
+
+def _text_quality(name: str, scored: dict[str, bool]) -> OwnTask:
+    def read(path: Path) -> Sequence[Any]:
+        from braces_cli.evaluation import text_quality
+
+        return text_quality.read(path)
+
+    def measure(setting: Setting, prompts: Sequence[Any]) -> Measured:
+        from braces_cli.evaluation import text_quality
+
+        return text_quality.measurer(name)(setting, prompts)
+
+    diversity = dict.fromkeys(("distinct_1", "distinct_2", "distinct_3"), True)
+    metrics = {**scored, "perplexity": False, **diversity, "repetition": False}
+    return OwnTask(name, read, measure, metrics, "prompts, one a line, or rows with `prompt`")
+
+
+SENTIMENT = _text_quality("sentiment", {"positive": True, "negative": False})
+TOXICITY = _text_quality("toxicity", {"toxic": False})
+
+TASKS: dict[str, OwnTask] = {task.name: task for task in (PERPLEXITY, SENTIMENT, TOXICITY)}

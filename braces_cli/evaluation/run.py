@@ -45,6 +45,7 @@ class _Job:
     processes: Processes
     store: Store
     report: Report
+    generation: own.Generation
 
 
 def run_evaluation(
@@ -92,14 +93,14 @@ def run_evaluation(
         way = _way(settings, found, session)
         check_fit(session, found)
         documents = {name: rows[name][: settings.limit] for name in selection.own}
-        job = _Job(session, units, documents, way, processes, store, report)
+        job = _Job(session, units, documents, way, processes, store, report, settings.generation)
         systems = [_measure(job, label, adapter) for label, adapter in _labels(found, settings.base)]
         if not processes.first:
             return None
         for system in systems:
             add_averages(system.scores, selection)
             add_splits(system.scores, selection, units)
-    return _judged(document(session, systems, settings, files, way, options), settings)
+    return _judged(document(session, systems, settings, files, way, options, selection), settings)
 
 
 def _judged(result: dict[str, Any], settings: EvalSettings) -> dict[str, Any]:
@@ -213,7 +214,9 @@ def _lm_eval(job: _Job, label: str, unit: Unit) -> Scores | None:
 
 def _own(job: _Job, label: str, name: str, documents: Sequence[Any]) -> Scores:
     size = job.way.batch_size if isinstance(job.way.batch_size, int) else _BATCH
-    setting = own.Setting(job.session, size, job.way.seeds["torch"], job.processes, f"{label}, {name}", job.report)
+    setting = own.Setting(
+        job.session, size, job.way.seeds["torch"], job.processes, f"{label}, {name}", job.report, job.generation
+    )
     found = own.TASKS[name].measure(setting, documents)
     scores = Scores({name: found.results}, batch_sizes=[found.batch_size])
     scores.documents = {(name, metric): values for metric, values in found.documents.items()}

@@ -30,6 +30,7 @@ class EvalSettings:
         task_data_dir: folder whose files and folders are called as the tasks.
         chat_template: put prompts into the tokenizer's chat template; None is as the adapters were trained.
         fail_under: `TASK:METRIC=VALUE` values that each adapter must reach.
+        generation: for tasks that write texts.
     """
 
     tasks: Sequence[str]
@@ -42,6 +43,7 @@ class EvalSettings:
     task_data_dir: Path | None = None
     chat_template: bool | None = None
     fail_under: Sequence[str] = ()
+    generation: own.Generation = field(default_factory=own.Generation)
     thresholds: Sequence[Threshold] = field(init=False, default=())
 
     def __post_init__(self) -> None:

@@ -71,4 +71,11 @@ def _structured(line: str, where: str) -> str:
     if not isinstance(prompt, str):
         found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise DataError(f"no `prompt` with text (keys found: {found})", where=where, hint='Write {"prompt": "..."}.')
-    return prompt
+    # JSON can spell half a character, which no tokenizer takes.
+    return prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def count_prompts(file: Path) -> int:
+    """Lines of a file that hold a prompt."""
+    with file.open("rb") as lines:
+        return sum(1 for line in lines if line.strip())

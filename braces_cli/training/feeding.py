@@ -66,12 +66,17 @@ class FeedingTrainer(Trainer):
         self._computed += computed_tokens(blocks)
         total: Any = 0.0
         for block in blocks:
-            if self._conditioner is not None:
-                # It stays set until the next block: gradient checkpointing computes the pass once more.
-                self._conditioner.apply(block.pop("strengths"))
-            # With a cache, transformers would not look whether positions start anew.
-            total = total + super().compute_loss(model, {**block, "use_cache": False}, *args, **kwargs)
+            total = total + self.block_loss(model, block, *args, **kwargs)
         return total
+
+    def block_loss(self, model: Any, block: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """What one block adds to the loss of its batch."""
+        if self._conditioner is not None:
+            # It stays set until the next block: gradient checkpointing computes the pass once more.
+            self._conditioner.apply(block.pop("strengths"))
+        # With a cache, transformers would not look whether positions start anew.
+        loss: Tensor = super().compute_loss(model, {**block, "use_cache": False}, *args, **kwargs)
+        return loss
 
 
 def mean_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:

@@ -45,6 +45,11 @@ def choose_layout(session: Session, settings: TrainSettings, items: Sequence[Enc
     grouped = Layout(packed=False, groups=1 if one else GROUPS)
     if settings.packing == "off":
         return grouped
+    if settings.contrast:
+        # It compares likelihoods of rows, so each row must be one example.
+        if settings.packing == "on":
+            raise ConfigError("rows are compared with themselves", where="--packing on", hint="Leave out --contrast.")
+        return grouped
     model = session.base.model
     pad_id = session.base.tokenizer.pad_token_id
     probe = probe_items(items)

@@ -43,6 +43,8 @@ class TrainSettings:
         attribute_field: column of the rows' attributes; None: attributes are not trained.
         strength_field: column of their strengths.
         opposites: pairs of attributes that are the two ends of one axis.
+        contrast: weight of telling each row's strength from its opposite, see `training.contrast`; 0 is the
+            paper's loss.
         method: `braces`, or a baseline.
         init: where the projections start, see `training.start`.
         scale: `paper`, or `auto` for a fixed scalar per layer that makes up for the size of the base's weights.
@@ -69,6 +71,7 @@ class TrainSettings:
     attribute_field: str | None = None
     strength_field: str = "strength"
     opposites: tuple[tuple[str, str], ...] = ()
+    contrast: float = 0.0
     method: str = "braces"
     init: str = "random"
     scale: str = "paper"
@@ -87,6 +90,11 @@ class TrainSettings:
             if getattr(self, name) not in known:
                 hint = f"One of {', '.join(known)}."
                 raise ConfigError(f"no {name} `{getattr(self, name)}`", where=_option(name), hint=hint)
+        if not 0 <= self.contrast < float("inf"):
+            raise ConfigError(f"must not be negative, is {self.contrast}", where="--contrast")
+        if self.contrast and self.attribute_field is None:
+            hint = "Name the column of each row's attribute with --attribute-field."
+            raise ConfigError("no attributes are trained", where="--contrast", hint=hint)
         if self.lora_alpha is not None and self.lora_alpha < 1:
             raise ConfigError(f"must be at least 1, not {self.lora_alpha}", where="--lora-alpha")
         if self.method != "braces" and self.attribute_field is not None:

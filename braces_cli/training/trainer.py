@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from braces_cli.core.adapter import Adapter
@@ -17,6 +18,7 @@ from braces_cli.data.stream import Stream
 from braces_cli.training.baselines import PeftAdapter
 from braces_cli.training.blocks import Layout
 from braces_cli.training.conditions import Conditioner
+from braces_cli.training.contrast import contrastive_loss
 from braces_cli.training.feeding import FeedingTrainer
 from braces_cli.training.methods import parameter_groups
 from braces_cli.training.settings import TrainSettings
@@ -61,6 +63,14 @@ class BracesTrainer(FeedingTrainer):
             # No weight decay: R does not depend on the length of the rows of its weight.
             self.optimizer = torch.optim.AdamW(parameter_groups(self._adapter, self._settings), weight_decay=0.0)
         return self.optimizer
+
+    def block_loss(self, model: Any, block: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        if not self._settings.contrast or self._conditioner is None:
+            return super().block_loss(model, block, *args, **kwargs)
+        count, strengths = kwargs.get("num_items_in_batch"), block.pop("strengths")
+        loss = contrastive_loss(model, block, strengths, self._conditioner, self._settings.contrast, count)
+        # As Trainer does where the tokens of all processes are counted: their gradients are averaged.
+        return loss if count is None else loss * self.accelerator.num_processes
 
 
 @contextmanager

@@ -33,7 +33,9 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=256)
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.model)
-    rows, held_out = (read_examples([name], Reading(tokenizer, args.max_length)) for name in (args.data, args.eval_data))
+    rows, held_out = (
+        read_examples([name], Reading(tokenizer, args.max_length)) for name in (args.data, args.eval_data)
+    )
     runs = Runs(args.out)
     name = Path(args.model).name
     for point in points(args.grid):

@@ -84,7 +84,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1536)
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.model)
-    rows, held_out = (read_examples([name], Reading(tokenizer, args.max_length)) for name in (args.data, args.eval_data))
+    rows, held_out = (
+        read_examples([name], Reading(tokenizer, args.max_length)) for name in (args.data, args.eval_data)
+    )
     runs, plain = Runs(args.out), RelevanceModule
     for kind in ("cholesky", *MAPS[:2]):
         for seed in map(int, args.seeds.split(",")):
