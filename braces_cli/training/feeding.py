@@ -75,7 +75,7 @@ class FeedingTrainer(Trainer):
             # It stays set until the next block: gradient checkpointing computes the pass once more.
             self._conditioner.apply(block.pop("strengths"))
         # With a cache, transformers would not look whether positions start anew.
-        loss: Tensor = super().compute_loss(model, {**block, "use_cache": False}, *args, **kwargs)
+        loss: Any = super().compute_loss(model, {**block, "use_cache": False}, *args, **kwargs)
         return loss
 
 
