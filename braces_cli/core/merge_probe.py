@@ -2,8 +2,8 @@
 
     python -I merge_probe.py FOLDER REQUEST ANSWER
 
-REQUEST is JSON, `{texts, ids, device}`; ANSWER becomes a safetensors file of one matrix of logits for each list of ids,
-its header saying what loading the checkpoint reported and how its tokenizer reads the texts. Nothing here imports
+REQUEST is JSON, `{texts, ids, device}`; ANSWER becomes a safetensors file of the logits of `ids`, its
+header saying what loading the checkpoint reported and how its tokenizer reads the texts. Nothing here imports
 braces: this is what somebody who never heard of it gets.
 """
 
@@ -42,12 +42,10 @@ def probe(folder: str, request: str, answer: str) -> None:
         "tied": head is not None and head.weight is embedding.weight,
         "ids": [tokenizer(text)["input_ids"] for text in asked["texts"]],
     }
-    logits = {}
     with torch.no_grad():
-        for index, ids in enumerate(asked["ids"]):
-            batch = torch.tensor([ids], device=asked["device"])
-            logits[str(index)] = model(input_ids=batch, use_cache=False).logits[0].float().cpu()
-    save_file(logits, answer, metadata={"probe": json.dumps(header)})
+        batch = torch.tensor(asked["ids"], device=asked["device"])
+        logits = model(input_ids=batch, use_cache=False).logits.float().cpu()
+    save_file({"logits": logits}, answer, metadata={"probe": json.dumps(header)})
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ from braces_cli.core.push import steered
 from braces_cli.core.session import Session
 
 PROBES = 8
-_TOKENS = 32
+# Few, because each costs a large model on a CPU seconds; what merging changes works on each token alone.
+_TOKENS = 12
 # Merging rounds a few times a layer otherwise than the adapter does, the yardstick once.
 _ROUNDINGS = 8.0
 
@@ -44,7 +45,7 @@ class Reference:
         texts: prompts.
         plain: their tokens as the base's tokenizer reads them.
         ids: tokens of the probes.
-        logits: of base and adapter for each, (tokens, vocabulary), float32.
+        logits: of base and adapter, (probes, tokens, vocabulary), float32.
         rounding: the largest change of a logit by one unit in the last place of each layer's output.
         effect: the largest change of a logit by the adapter, steering included.
         tied: the base's head is its embedding.
@@ -54,7 +55,7 @@ class Reference:
     texts: list[str]
     plain: list[list[int]]
     ids: list[list[int]]
-    logits: list[Tensor]
+    logits: Tensor
     rounding: float
     effect: float
     tied: bool
@@ -82,7 +83,10 @@ def reference(
     model, tokenizer = session.base.model, session.base.tokenizer
     text = (resources.files("braces_cli.assets") / "neutral_texts.txt").read_text(encoding="utf-8")
     texts = text.splitlines()[:PROBES]
-    ids = [encode(tokenizer, line).ids[:_TOKENS] for line in texts]
+    encoded = [encode(tokenizer, line).ids for line in texts]
+    # Of one length, so that they are one batch without padding.
+    length = min(_TOKENS, *map(len, encoded))
+    ids = [row[:length] for row in encoded]
     with steered(session, terms, layers):
         logits = _logits(model, ids)
         with _rounded(model):
@@ -103,17 +107,16 @@ def reference(
     )
 
 
-def furthest(some: Sequence[Tensor], others: Sequence[Tensor]) -> float:
-    """The largest difference of two lists of tensors."""
-    return max(float((a - b).abs().max()) for a, b in zip(some, others, strict=True))
+def furthest(some: Tensor, others: Tensor) -> float:
+    """The largest difference of two tensors."""
+    return float((some - others).abs().max())
 
 
-def _logits(model: Any, ids: Sequence[list[int]]) -> list[Tensor]:
-    device = input_device(model)
+def _logits(model: Any, ids: Sequence[list[int]]) -> Tensor:
+    batch = torch.tensor(ids, device=input_device(model))
     with torch.no_grad():
-        return [
-            model(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0].float().cpu() for row in ids
-        ]
+        logits: Tensor = model(input_ids=batch, use_cache=False).logits
+    return logits.float().cpu()
 
 
 @contextmanager
@@ -149,7 +152,7 @@ def prove(folder: Path, expected: Reference) -> Proof:
     if found["ids"] != expected.plain:
         raise _no_merge(folder, "its tokenizer reads a text otherwise than the base's")
     difference = furthest(logits, expected.logits)
-    largest = max(float(each.abs().max()) for each in expected.logits)
+    largest = float(expected.logits.abs().max())
     # Not `difference > limit`: NaN must fail.
     if not difference <= expected.limit:
         raise _no_merge(
@@ -159,7 +162,7 @@ def prove(folder: Path, expected: Reference) -> Proof:
     return Proof(difference, difference / largest, expected)
 
 
-def _ask(folder: Path, expected: Reference) -> tuple[dict[str, Any], list[Tensor]]:
+def _ask(folder: Path, expected: Reference) -> tuple[dict[str, Any], Tensor]:
     """What `merge_probe` says of the checkpoint, and its logits."""
     from safetensors import safe_open
 
@@ -183,7 +186,7 @@ def _ask(folder: Path, expected: Reference) -> tuple[dict[str, Any], list[Tensor
             raise _no_merge(folder, f"plain transformers cannot load it: {last.strip()}")
         with safe_open(answer, framework="pt") as file:
             header = file.metadata() or {}
-            logits = [file.get_tensor(str(index)) for index in range(len(expected.ids))]
+            logits = file.get_tensor("logits")
     return json.loads(header["probe"]), logits
 
 
