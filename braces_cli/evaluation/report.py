@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes = drawn.add_subplot(down, across, place + 1)
         for row, system in enumerate(systems):
             entry = system["results"][task][metric]
-            reach = 1.96 * (entry["stderr"] or 0.0)
+            if entry["value"] is None or not math.isfinite(entry["value"]):
+                continue
+            error = entry["stderr"]
+            reach = 1.96 * error if error is not None and math.isfinite(error) else 0.0
             axes.errorbar(entry["value"], row, xerr=reach, fmt="o", color=f"C{row}", capsize=3)
         axes.set_yticks(range(len(systems)), [plain_label(system["name"]) for system in systems])
         axes.set_ylim(len(systems) - 0.5, -0.5)
@@ -126,12 +130,17 @@ def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> li
 
 
 def _change(compared: dict[str, Any]) -> list[Any]:
-    return [f"{compared['difference']:+.4g}", compared["p_holm"], verdict(compared)]
+    # What is not finite is null in a result that was read back.
+    difference = compared["difference"]
+    shown = None if difference is None else f"{difference:+.4g}"
+    return [shown, compared["p_holm"], verdict(compared)]
 
 
 def _with_error(entry: dict[str, Any]) -> str:
-    error = entry["stderr"]
-    return f"{entry['value']:.4g}" + ("" if error is None else f" ± {error:.2g}")
+    value, error = entry["value"], entry["stderr"]
+    if value is None:
+        return "not finite"
+    return f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
 
 
 def _short(hashed: str | None) -> str | None:

@@ -120,3 +120,34 @@ def test_each_name_has_a_file_name_of_its_own():
     assert len(set(slugs)) == len(names)
     assert all("/" not in each and not each.startswith(".") and len(each) < 100 for each in slugs)
     assert slugs[0] == "base"
+
+
+def test_what_is_not_finite_is_shown_and_drawn_all_the_same(tmp_path):
+    from braces_cli.core.files import finite
+    from braces_cli.evaluation import report
+
+    one, other = _system("base", a=[1.0, 0.0]), _system("other", a=[0.0, 0.0])
+    for system, value in ((one, math.inf), (other, 3.0)):
+        system.scores.results["p"] = {"ppl": {"value": value, "stderr": None, "n": 2}}
+    systems = [
+        {
+            "name": s.name,
+            "model": "m",
+            "adapter": s.adapter,
+            "method": None,
+            "sha256": None,
+            "results": s.scores.results,
+        }
+        for s in (one, other)
+    ]
+    keys = ("revision", "fingerprint", "dtype", "quantize", "limit", "apply_chat_template")
+    tables = ("num_fewshot_used", "task_versions", "task_data_sha256", "seeds", "versions")
+    settings = {**dict.fromkeys(keys), **{key: {} for key in tables}, "tokenizer": {"chat_template": None}}
+    result = {"systems": systems, "comparisons": compare([one, other], 0)}
+    result["settings"] = {**settings, "significance_level": 0.05}
+    for each in (result, finite(result)):
+        page = report.markdown(each)
+        assert "| p | ppl | 2 | other | 3 |" in page
+        assert page.count("no test") == 1
+        report.draw(each, tmp_path / "p.png")
+    assert "not finite" in page
