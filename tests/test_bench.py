@@ -16,6 +16,12 @@ TARGETS = {
     "training": {"train_step_vs_lora": 0.95, "train_step_vs_floor": 1.05, "train_memory_vs_lora": 1.0},
     "forward": {"attached_vs_bare": 1.02, "attached_vs_bare_decode": 1.02},
     "startup": {"help_vs_import": 3.0},
+    "steering": {
+        "steered_vs_unsteered": 0.98,
+        "steered_vs_unsteered_five": 0.98,
+        "steered_vs_control_vector": 1.0,
+        "untrained_vs_control_vector": 1.0,
+    },
 }
 # The peak of a process can be reset, and so measured, under Linux only.
 LINUX_ONLY = {"train_memory_vs_lora"}
