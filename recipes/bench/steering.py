@@ -4,8 +4,8 @@ python recipes/bench/steering.py [--device cuda] [--dtype bfloat16]
 
 steered_vs_unsteered          adapter with one attribute over the same adapter with none
 steered_vs_unsteered_five     the same with five attributes at once
-steered_vs_control_vector     adapter with one attribute over the bare model with a hook on every layer that adds a vector
-untrained_vs_control_vector   steering without training over the same: here both only add vectors to a bare model
+steered_vs_control_vector     adapter with one attribute over the bare model with a vector added behind every layer
+untrained_vs_control_vector   steering without training over the same: both only add vectors to a bare model
 """
 
 from __future__ import annotations

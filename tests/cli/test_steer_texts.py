@@ -6,10 +6,8 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -34,13 +32,6 @@ def steer(braces, model_dir, prompts):
         return braces("steer", *base, *source, *args, stdin=stdin)
 
     return call
-
-
-def process(model_dir, *args, **kwargs):
-    """The real command line in a process of its own, all three streams as they are unless told otherwise."""
-    argv = ["steer", "--model", str(model_dir), "--device", "cpu", "--max-new-tokens", "8", *map(str, args)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
-    return subprocess.Popen([sys.executable, "-m", "braces_cli", *argv], env=environment, **kwargs)
 
 
 @pytest.mark.parametrize("where", ["nothing", "one line", "inside a line", "all but the last newline", "everything"])
@@ -92,6 +83,8 @@ def test_a_file_of_another_run_is_not_continued(steer, tmp_path, args, code, mes
     assert outcome.code == code, outcome.err
     assert message in outcome.json["error"]["message"]
     assert out.read_bytes() == before
+    assert steer("--output", out, "--overwrite", "--adapter", "nowhere").code == 4
+    assert out.read_bytes() == before
     assert steer("--output", out, "--overwrite").code == 0
     assert len(out.read_text().splitlines()) == 5
 
@@ -109,22 +102,6 @@ def test_other_prompts_and_foreign_files_are_refused_with_their_line(steer, prom
     out.write_text('{"prompt": "a"}\n')
     assert steer("--output", out, "--resume").code == 3
     assert "--output" in steer("--resume").err
-
-
-def test_a_killed_run_is_continued(braces, model_dir, tmp_path):
-    """SIGKILL in the middle, then --resume with all prompts."""
-    out = tmp_path / "texts.jsonl"
-    run = process(model_dir, "--output", out, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    run.stdin.write("the film\n" * 8)  # a full batch; the pipe stays open, so the run waits for more
-    run.stdin.flush()
-    while run.poll() is None and not (out.is_file() and out.read_bytes().count(b"\n") == 8):
-        time.sleep(0.1)
-    run.kill()
-    assert run.communicate()[1] == ""
-    base = ["steer", "--model", model_dir, "--device", "cpu", "--max-new-tokens", 8, "--format", "json"]
-    asked = braces(*base, "--output", out, "--resume", stdin="the film\n" * 12)
-    assert (asked.json["texts"], asked.json["resumed_from"]) == (12, 8)
-    assert out.read_text() == braces(*base, stdin="the film\n" * 12).out
 
 
 def test_prompts_are_read_as_they_are_needed(session):
@@ -279,7 +256,11 @@ def test_results_go_to_a_redirected_stdout_while_a_bar_is_drawn(model_dir):
     import pty
 
     master, slave = pty.openpty()
-    run = process(model_dir, "--prompt", "a day", *STEERED, stdout=subprocess.PIPE, stderr=slave, text=True)
+    argv = ["steer", "--model", str(model_dir), "--device", "cpu", "--max-new-tokens", "8", "--prompt", "a day"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    run = subprocess.Popen(
+        [sys.executable, "-m", "braces_cli", *argv], stdout=subprocess.PIPE, stderr=slave, env=environment, text=True
+    )
     os.close(slave)
     shown = b""
     try:
@@ -294,50 +275,43 @@ def test_results_go_to_a_redirected_stdout_while_a_bar_is_drawn(model_dir):
     assert b"prompt" not in shown
 
 
-def test_one_text_at_a_terminal_comes_as_it_is_generated(braces, model_dir):
-    """The prompt, then the text; the same as in JSON."""
-    import pty
+def test_one_text_at_a_time_is_printed_as_it_is_generated(session, capsys):
+    """The prompt, then the text; the same as in a row."""
+    from braces_cli.cli.steer_view import Flow
+    from braces_cli.core.generate import Sampling
+    from braces_cli.steering.run import jobs_of, steer_jobs
 
-    master, slave = pty.openpty()
-    run = process(model_dir, "--prompt", "a day", "--quiet", stdin=slave, stdout=slave, stderr=slave)
-    os.close(slave)
-    shown = b""
-    try:
-        while piece := os.read(master, 4096):
-            shown += piece
-    except OSError:
-        pass
-    assert run.wait() == 0
-    base = ["steer", "--model", model_dir, "--device", "cpu", "--max-new-tokens", 8]
-    (row,) = braces(*base, "--prompt", "a day").lines
-    seen = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode()).replace("\r\n", "\n")
-    assert seen == f"a day{row['text']}\n\n"
+    rows = list(steer_jobs(session, jobs_of(LINES[:2]), {}, Sampling(8)))
+    flow, pieces = Flow(), []
+
+    def write(job, piece):
+        pieces.append(piece)
+        flow.write(job, piece)
+
+    flow.run(steer_jobs(session, jobs_of(LINES[:2]), {}, Sampling(8), batch_size=1, stream=write))
+    assert capsys.readouterr().out == "".join(f"{row['prompt']}{row['text']}\n\n" for row in rows)
+    assert len(pieces) > 4
 
 
-@pytest.mark.parametrize("fmt", ["json", "table"])
-def test_a_reader_who_leaves_early_is_no_error(model_dir, fmt):
-    """`braces steer ... | head -1`."""
-    run = process(
-        model_dir, "--format", fmt, "--batch-size", 1,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    run.stdin.write("a day\n")
-    run.stdin.flush()
-    assert "prompt" in run.stdout.readline()
-    run.stdout.close()
-    run.stdin.write("a day\n" * 4)
-    run.stdin.close()
-    assert run.stderr.read() == ""
-    assert run.wait() == 0
+def test_a_reader_who_leaves_early_is_no_error(braces, model_dir, prompts, monkeypatch):
+    """`| head -1`, whether the JSON or the table finds out."""
+    import sys as system
 
+    class Gone:
+        """A pipe that nobody reads."""
 
-def test_an_interrupt_exits_130(model_dir):
-    """Ctrl-C while a pipe is open."""
-    run = process(model_dir, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    run.stdin.write("the film\n" * 8)
-    run.stdin.flush()
-    run.stdout.readline()
-    run.send_signal(signal.SIGINT)
-    _, err = run.communicate(timeout=120)
-    assert run.returncode == 130
-    assert err.strip().splitlines()[-1] == "Error: interrupted"
+        encoding = "utf-8"
+
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+        def flush(self):
+            raise BrokenPipeError(32, "Broken pipe")
+
+        def isatty(self):
+            return False
+
+    for fmt in ("json", "table"):
+        monkeypatch.setattr(system, "stdout", Gone())
+        outcome = braces("steer", "--model", model_dir, "--prompts", prompts, "--max-new-tokens", 2, "--format", fmt)
+        assert (outcome.code, outcome.err) == (0, "")
