@@ -34,6 +34,12 @@ TARGETS = {
         "map_vs_loop_bfloat16": None,
     },
     "evaluation": {"eval_vs_lm_eval": 1.05, "adapters_vs_runs": 1.0},
+    "steering": {
+        "steered_vs_unsteered": 0.98,
+        "steered_vs_unsteered_five": 0.98,
+        "steered_vs_control_vector": 1.0,
+        "untrained_vs_control_vector": 1.0,
+    },
 }
 # The peak of a process can be reset, and so measured, under Linux only.
 LINUX_ONLY = {"train_memory_vs_lora"}
