@@ -28,7 +28,7 @@ def batches(name: str, vocabulary: int) -> list[list[Any]]:
     rows = []
     for length in lengths:
         ids = torch.randint(0, vocabulary, (length,), generator=generator).tolist()
-        rows.append(Example(Encoded(ids, ids, False, False)))
+        rows.append(Example(Encoded(ids, ids, False, False), None))
     order = list(Order(count, 0, BATCH))
     return [[rows[index] for index in order[start : start + BATCH]] for start in range(0, count, BATCH)]
 
