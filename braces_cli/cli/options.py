@@ -60,6 +60,9 @@ def read_config_file(ctx: typer.Context, path: Path | None) -> Path | None:
         if name not in names:
             close = near_misses(name, names).replace("_", "-")
             raise ConfigError(f"unknown key `{key}`", where=str(path), hint=close or "See --help for the options.")
+        # YAML reads `packing: off` as false.
+        if isinstance(value, bool) and {"on", "off"} <= set(getattr(known[names[name]].type, "choices", ())):
+            value = "on" if value else "off"
         defaults[names[name]] = value
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
     return path

@@ -43,11 +43,13 @@ class Layout:
         packed: several examples a row.
         attention: what a token of a row costs more for each token that the row is long, over what it costs anyway.
             0 where attention costs nothing across examples, so that one row is best.
+        context: tokens that a row may hold: some models keep masks of no other size. None: any number.
         groups: blocks of a batch that is not packed.
     """
 
     packed: bool
     attention: float = 0.0
+    context: int | None = None
     groups: int = GROUPS
 
 
@@ -72,7 +74,7 @@ class Collator:
         return {"labels": torch.tensor(flat, dtype=torch.long), "blocks": blocks}
 
     def _packed(self, kept: Sequence[Example], items: Sequence[Encoded]) -> Block:
-        rows = fill_rows([len(item.ids) for item in items], self._layout.attention)
+        rows = fill_rows([len(item.ids) for item in items], self._layout.attention, self._layout.context)
         block, owner = pack(items, rows, self._pad_id)
         if self._conditioner is not None:
             strengths = self._strengths(kept)
@@ -103,14 +105,14 @@ def _nothing(pad_id: int) -> Block:
     return {"input_ids": token, "attention_mask": torch.ones_like(token), "labels": torch.full((1, 1), IGNORED)}
 
 
-def fill_rows(lengths: Sequence[int], attention: float = 0.0) -> list[list[int]]:
+def fill_rows(lengths: Sequence[int], attention: float = 0.0, context: int | None = None) -> list[list[int]]:
     """Indices of the examples in each row, so that a pass over the rows is cheap and at most 5 % of it is padding.
 
     Of every number of rows, examples go longest first to the emptiest row; cost: `rows * width * (1 + attention *
-    width)`.
+    width)`. Where rows of at most `context` tokens cannot be filled so well, they are filled as well as can be.
     """
     best: list[list[int]] = [[]]
-    least = float("inf")
+    least = (float("inf"), 0.0)
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     for count in range(1, len(lengths) + 1):
         rows: list[list[int]] = [[] for _ in range(count)]
@@ -120,8 +122,11 @@ def fill_rows(lengths: Sequence[int], attention: float = 0.0) -> list[list[int]]
             rows[row].append(index)
             filled[row] += lengths[index]
         width = max(filled)
-        cost = count * width * (1 + attention * width)
-        if cost < least and sum(filled) >= (1 - MOST_PADDING) * count * width:
+        if context is not None and width > context and count < len(lengths):
+            continue
+        padding = max(1 - sum(filled) / (count * width) - MOST_PADDING, 0.0)
+        cost = (padding, count * width * (1 + attention * width))
+        if cost < least:
             best, least = rows, cost
     return best
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.utils import is_flash_attn_2_available
 
-from braces_cli.core.encode import Encoded
+from braces_cli.core.encode import Encoded, context_length
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.ffn import parameter_total
 from braces_cli.core.models import input_device
@@ -58,7 +58,9 @@ def choose_layout(session: Session, settings: TrainSettings, items: Sequence[Enc
     fault = packing_fault(model, probe, pad_id)
     if fault is None:
         cost = attention_cost(model, len(session.ffns), session.ffns[0].hidden_size)
-        return Layout(packed=True, attention=0.0 if _is_flash(model) else cost)
+        if _is_flash(model):
+            return Layout(packed=True)
+        return Layout(packed=True, attention=cost, context=context_length(model, session.base.tokenizer))
     if settings.packing == "on":
         hint = "Use --packing auto: examples are grouped by length instead."
         raise ConfigError(f"this model cannot be packed: {fault}", where="--packing on", hint=hint)

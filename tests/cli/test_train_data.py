@@ -117,6 +117,15 @@ def test_check_needs_no_weights_and_writes_nothing(braces, model_dir, rows, tmp_
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_packing_is_set_from_a_file(braces, model_dir, tmp_path):
+    """YAML takes `off` for false."""
+    (tmp_path / "c.yaml").write_text("packing: off\ncolumns: [text=review]\n")
+    outcome = braces("train", "--config", tmp_path / "c.yaml", "--model", model_dir, "--dry-run", "--format", "json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["settings"]["packing"] == "off"
+    assert outcome.json["settings"]["columns"] == ["text=review"]
+
+
 def bad_inputs():
     """(name, options, exit code, words of the message); a value of None takes the option away."""
     return [

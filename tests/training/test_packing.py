@@ -172,6 +172,13 @@ def test_rows_hold_every_example_once_and_little_padding(attention):
     assert (len(rows) == 1) == (attention == 0.0)
 
 
+def test_rows_are_no_longer_than_the_context():
+    """Some models keep masks of that size; an example is never longer."""
+    rows = fill_rows([9, 5, 4, 3, 3, 2], attention=0.0, context=10)
+    assert max(sum([9, 5, 4, 3, 3, 2][index] for index in row) for row in rows) <= 10
+    assert len(rows) == 3
+
+
 def test_groups_pad_as_little_as_any():
     """Against every way to cut the sorted lengths in three."""
     lengths = list(LENGTHS)
