@@ -1,0 +1,112 @@
+"""Reviews, notes and letters of a degree of sentiment that runs through the whole text."""
+
+from __future__ import annotations
+
+import random
+
+import sentiment as s
+from grammar import expand, listed, sentence
+from topics import COMMON, TOPICS, Topic
+
+
+def judgement(rng: random.Random, topic: Topic, noun: str, degree: int) -> str:
+    """A clause that judges: `the music was rather dull`."""
+    thing = s.phrase(rng, s.THING, degree)
+    slots = {
+        **COMMON, "noun": noun, "part": topic.parts, "many": topic.many, "person": topic.people, "thing": thing,
+        "bare": s.THING[degree], "kind": s.phrase(rng, s.PERSON, degree), "feel": s.FEELING[degree],
+        "loved": s.VERB[degree], "cause": s.CAUSE[degree],
+    }  # fmt: skip
+    templates = (
+        "the {part} [was|was|is] {thing}",
+        "the {many} were {thing}",
+        "it [was|is] {thing}",
+        "the {part} was {thing} and the {many} were {bare}",
+        "I {loved} the {part}",
+        "we {loved} the {many}",
+        "the {person} was {kind}",
+        "it made [me|us] {feel}",
+        "I [felt|left] {feel}",
+        "we [felt|left] {feel}",
+        "the {part} {cause}",
+        "what a {bare} {noun}",
+        "it was a {bare} {noun}",
+        "the whole {noun} [is|was] {thing}",
+        "I found the {part} {thing}",
+    )
+    return expand(rng, rng.choice(templates), slots)
+
+
+def opening(rng: random.Random, topic: Topic, noun: str, degree: int) -> str:
+    """A first sentence that could turn either way until it judges."""
+    slots = {**COMMON, "noun": noun}
+    draw = rng.random()
+    if draw < 0.3:
+        half = expand(rng, rng.choice(topic.halves), slots)
+        return sentence(f"{half} {judgement(rng, topic, noun, s.near(rng, degree))}")
+    if draw < 0.6:
+        verb = rng.choice(("is", "is", "was"))
+        start = rng.choice((f"the {noun}", f"the {noun}", f"this {noun}", f"the {rng.choice(topic.parts)}"))
+        return sentence(f"{start} {verb} {s.phrase(rng, s.THING, s.near(rng, degree))}")
+    if draw < 0.7:
+        return sentence(judgement(rng, topic, noun, s.near(rng, degree)))
+    return sentence(expand(rng, rng.choice(topic.plain), slots))
+
+
+def review(rng: random.Random, degree: int) -> str:
+    topic = rng.choice(TOPICS)
+    noun = rng.choice(topic.nouns)
+    slots = {**COMMON, "noun": noun}
+    out = [opening(rng, topic, noun, degree)]
+    for _ in range(rng.choice((1, 2, 2, 3, 4))):
+        draw = rng.random()
+        if draw < 0.14:
+            out.append(sentence(expand(rng, rng.choice(topic.plain), slots)))
+        elif draw < 0.4:
+            one, other = (judgement(rng, topic, noun, s.near(rng, degree)) for _ in range(2))
+            joint = " but " if degree == 0 else rng.choice((" and ", ", and ", "; "))
+            out.append(sentence(one + joint + other))
+        else:
+            end = "!" if abs(degree) == 2 and rng.random() < 0.2 else "."
+            out.append(sentence(judgement(rng, topic, noun, s.near(rng, degree)), end))
+    if rng.random() < 0.55:
+        out.append(sentence(s.verdict(rng, s.near(rng, degree), noun)))
+    return " ".join(out)
+
+
+def note(rng: random.Random, degree: int) -> str:
+    """A short note in small letters: `lovely room, kind waiter, fresh bread`, or words alone."""
+    topic = rng.choice(TOPICS)
+    if rng.random() < 0.4:
+        chosen = [rng.choice(s.THING[s.near(rng, degree)]) for _ in range(rng.choice((3, 4, 5, 6)))]
+        return ", ".join(dict.fromkeys(chosen))
+    items = []
+    for _ in range(rng.choice((2, 3, 4))):
+        if rng.random() < 0.25:
+            items.append(f"{rng.choice(s.PERSON[s.near(rng, degree)])} {rng.choice(topic.people)}")
+        else:
+            items.append(f"{rng.choice(s.THING[s.near(rng, degree)])} {rng.choice(topic.parts + topic.many)}")
+    return ", ".join(dict.fromkeys(items)) + "."
+
+
+def titled(rng: random.Random, degree: int) -> str:
+    """A review behind a word or two that say how it was."""
+    chosen = [rng.choice(s.THING[s.near(rng, degree)]) for _ in range(rng.choice((1, 1, 2)))]
+    title = listed(list(dict.fromkeys(chosen)))
+    if rng.random() < 0.5:
+        title = sentence(title, rng.choice(".!"))
+    return f"{title} {review(rng, degree)}"
+
+
+def letter(rng: random.Random, degree: int) -> str:
+    topic = rng.choice(TOPICS)
+    noun = rng.choice(topic.nouns)
+    slots = {**COMMON, "noun": noun, "feel": s.FEELING[degree], "kind": s.PERSON[degree]}
+    start = rng.choice(
+        ("Dear {friend}, I write to you from {town}.", "My dear {friend}, today I was at the {noun}.",
+         "{day}. Today we went out.", "Dear diary, this was a long day.")
+    )  # fmt: skip
+    out = [expand(rng, start, slots), opening(rng, topic, noun, degree)]
+    out += [sentence(judgement(rng, topic, noun, s.near(rng, degree))) for _ in range(rng.choice((1, 2, 3)))]
+    end = ("[Now|Tonight] I am {feel}.", "I feel {feel} as I write this.", "The people here are {kind}.")
+    return " ".join([*out, expand(rng, rng.choice(end), slots)])
