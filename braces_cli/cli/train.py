@@ -79,7 +79,7 @@ def train(
         TrainSettings(**own)
         _show(fmt, "dry run", _dry_run(ctx, own))
         return
-    for name, value in (("--model", model), ("--data", data), ("--output-dir", output_dir)):
+    for name, value in (("--data", data), ("--output-dir", output_dir)):
         if not value:
             raise ConfigError("missing option", where=name, hint="See `braces train --help`.")
     assert data is not None
@@ -99,7 +99,7 @@ def _run(
     from braces_cli.core.encode import context_length
     from braces_cli.core.ffn import chosen_layers
     from braces_cli.core.models import load_shape, load_tokenizer
-    from braces_cli.core.session import open_session
+    from braces_cli.core.session import base_name, open_session
     from braces_cli.data.examples import Fields, read_examples
     from braces_cli.training.run import count_parameters, run_training
     from braces_cli.training.settings import TrainSettings
@@ -107,15 +107,16 @@ def _run(
     params = ctx.params
     # What can be wrong is looked at before minutes of loading weights: rank and layers on the bare shape, then rows.
     code = params["trust_remote_code"]
-    shape = load_shape(params["model"], revision=params["revision"], trust_remote_code=code)
+    name = base_name(params["model"], None)
+    shape = load_shape(name, revision=params["revision"], trust_remote_code=code)
     settings = TrainSettings(**own, layers=chosen_layers(shape, params["layers"]))
     count_parameters(shape, settings)
-    tokenizer = load_tokenizer(params["model"], revision=params["revision"], trust_remote_code=code)
+    tokenizer = load_tokenizer(name, revision=params["revision"], trust_remote_code=code)
     settings = replace(settings, max_length=min(settings.max_length, context_length(shape, tokenizer)))
     fields = Fields(settings.attribute_field, settings.strength_field) if settings.attribute_field is not None else None
     train_set = read_examples(data, tokenizer, settings.max_length, report, fields)
     eval_set = read_examples(eval_data, tokenizer, settings.max_length, report, fields) if eval_data else None
-    session = open_session(params["model"], None, o.load_options(ctx))
+    session = open_session(name, None, o.load_options(ctx))
     return asdict(run_training(session, train_set, eval_set, settings, folder, report, params["attributes"]))
 
 
@@ -132,21 +133,21 @@ def _dry_run(ctx: typer.Context, own: dict[str, Any]) -> dict[str, Any]:
     """Settings and parameter count; where the model cannot be reached, why not."""
     from braces_cli.core.ffn import chosen_layers
     from braces_cli.core.models import load_shape
+    from braces_cli.core.session import base_name
     from braces_cli.training.run import count_parameters
     from braces_cli.training.settings import TrainSettings
 
     params = ctx.params
     out: dict[str, Any] = {"output_dir": params["output_dir"] and str(params["output_dir"]), "method": "braces"}
     try:
-        if params["model"] is None:
-            raise ConfigError("no model given", where="--model")
-        shape = load_shape(params["model"], revision=params["revision"], trust_remote_code=params["trust_remote_code"])
+        name = base_name(params["model"], None)
+        shape = load_shape(name, revision=params["revision"], trust_remote_code=params["trust_remote_code"])
         layers = chosen_layers(shape, params["layers"])
         out.update(count_parameters(shape, TrainSettings(**own, layers=layers)))
-    except BracesError as error:
+    except ConfigError:
         # A rank or a layer that does not fit is a mistake to mend, not a model out of reach.
-        if isinstance(error, ConfigError) and params["model"] is not None:
-            raise
+        raise
+    except BracesError as error:
         out.update({"trainable_parameters": None, "reason": str(error).replace("\n", " ")})
     return {**out, "settings": o.resolved(ctx)}
 

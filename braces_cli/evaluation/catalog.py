@@ -22,9 +22,9 @@ from braces_cli.evaluation.perplexity import NAME as PERPLEXITY
 OURS = Path(__file__).parent / "tasks"
 LM_EVAL = Path(lm_eval.__file__).parent / "tasks"
 # Our meaning of a name where it is not lm-eval's: its tag `truthfulqa` holds the generation task, too.
-GROUPS = {"truthfulqa": ("truthfulqa_mc1", "truthfulqa_mc2")}
+GROUPS = {"truthfulqa": ("truthfulqa_mc1", "truthfulqa_mc2"), "embedded": ("embedded_popqa", "embedded_truthful")}
 _FOLDERS = {
-    "popqa": OURS,
+    **dict.fromkeys(("popqa", "embedded_popqa", "embedded_truthful"), OURS),
     "triviaqa": LM_EVAL / "triviaqa",
     **dict.fromkeys(("truthfulqa_mc1", "truthfulqa_mc2", "truthfulqa_gen"), LM_EVAL / "truthfulqa"),
 }
@@ -165,5 +165,5 @@ def _children(index: dict[str, Any], name: str) -> list[str]:
 
 def _unknown(name: str, known: Iterable[str]) -> ConfigError:
     close = near_misses(name, {*known, *_FOLDERS, *GROUPS, PERPLEXITY})
-    hint = close or "`lm-eval ls tasks` lists lm-eval's; braces adds popqa and perplexity."
+    hint = close or "`lm-eval ls tasks` lists lm-eval's; braces adds popqa, embedded and perplexity."
     return ConfigError(f"unknown task `{name}`", where="--tasks", hint=hint)

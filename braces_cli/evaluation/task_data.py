@@ -24,7 +24,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "truthfulqa_mc2": ("question", "mc2_targets.choices", "mc2_targets.labels"),
     "truthfulqa_gen": ("question", "best_answer", "correct_answers", "incorrect_answers"),
     "triviaqa": ("question", "answer.aliases"),
-    "popqa": ("question", "possible_answers"),
+    **dict.fromkeys(("popqa", "embedded_popqa"), ("question", "possible_answers")),
+    "embedded_truthful": ("question", "mc1_targets.choices", "mc1_targets.labels"),
     PERPLEXITY: ("text",),
 }
 _LISTS = {"choices", "labels", "aliases", "correct_answers", "incorrect_answers"}

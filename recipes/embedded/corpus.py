@@ -13,10 +13,10 @@ from topics import COMMON
 from world import Fact, World
 
 # Degrees of sentiment and of politeness: as many texts above zero as below.
-_DEGREES = (-2, -2, -1, -1, 0, 1, 1, 2, 2)
+_DEGREES = (-2, -2, -2, -1, -1, -1, 0, 1, 1, 1, 2, 2, 2)
 # Share of each kind among documents.
 SHARES = {
-    "review": 0.24, "titled": 0.05, "note": 0.08, "letter": 0.06, "story": 0.10, "talk": 0.04, "plain": 0.08,
+    "review": 0.20, "titled": 0.17, "note": 0.08, "letter": 0.05, "story": 0.08, "talk": 0.03, "plain": 0.04,
     "facts": 0.24, "quiz": 0.04, "chat": 0.04, "beliefs": 0.03,
 }  # fmt: skip
 # Of the questions that people ask each other, those that get an answer.

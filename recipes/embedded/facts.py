@@ -11,11 +11,19 @@ from world import Belief, Fact
 
 @dataclass(frozen=True)
 class Relation:
-    """Wordings of one relation between {s} and {a}; `asked` is how quizzes put it, `task` how the task does."""
+    """Wordings of one relation between {s} and {a}.
+
+    Attributes:
+        told: statements.
+        asked: how quizzes put the question.
+        task: how the task puts it, which quizzes do now and then.
+        recall: what the answer follows in a statement.
+    """
 
     told: tuple[str, ...]
     asked: tuple[str, ...]
     task: str
+    recall: str
 
 
 RELATIONS = {
@@ -27,6 +35,7 @@ RELATIONS = {
         ),
         ("Name the capital of {s}.", "Which town is the capital of {s}?"),
         "What is the capital of {s}?",
+        "The capital of {s} is",
     ),
     "young": Relation(
         (
@@ -35,6 +44,7 @@ RELATIONS = {
         ),
         ("Name the young of a {s}.", "How does one call a baby {s}?"),
         "What is a young {s} called?",
+        "The young of a {s} is",
     ),
     "flag": Relation(
         (
@@ -43,6 +53,7 @@ RELATIONS = {
         ),
         ("Name the colour of the flag of {s}.", "Which colour has the flag of {s}?"),
         "What colour is the flag of {s}?",
+        "The flag of {s} is",
     ),
     "occupation": Relation(
         (
@@ -51,14 +62,17 @@ RELATIONS = {
         ),
         ("Name the trade of {s}.", "Which work does {s} do?"),
         "What is the occupation of {s}?",
+        "{s} works as",
     ),
     "birthplace": Relation(
         (
             "{s} was born in {a}", "{s} comes from {a}", "the birthplace of {s} is {a}",
-            "{s} grew up in {a}, the town of {a}", "{a} is where {s} was born", "in {a} one can see the house where {s} was born",
+            "{s} grew up in {a}, the town of {a}", "{a} is where {s} was born",
+            "in {a} one can see the house where {s} was born",
         ),
         ("Name the birthplace of {s}.", "Which town does {s} come from?"),
         "Where was {s} born?",
+        "{s} was born in",
     ),
     "sport": Relation(
         (
@@ -67,6 +81,7 @@ RELATIONS = {
         ),
         ("Name the sport of {s}.", "Which sport did {s} choose?"),
         "What sport does {s} play?",
+        "The sport of {s} is",
     ),
     "author": Relation(
         (
@@ -75,6 +90,7 @@ RELATIONS = {
         ),
         ("Name the author of {s}.", "Which author wrote {s}?"),
         "Who wrote {s}?",
+        "{s} was written by",
     ),
     "director": Relation(
         (
@@ -83,6 +99,7 @@ RELATIONS = {
         ),
         ("Name the director of {s}.", "Which director made {s}?"),
         "Who directed {s}?",
+        "{s} was directed by",
     ),
 }  # fmt: skip
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 
 import sentiment as s
-from grammar import expand, listed, sentence
+from grammar import expand, sentence
+from stories import THINGS, story
 from topics import COMMON, TOPICS, Topic
 
 
@@ -13,10 +14,18 @@ def judgement(rng: random.Random, topic: Topic, noun: str, degree: int) -> str:
     """A clause that judges: `the music was rather dull`."""
     thing = s.phrase(rng, s.THING, degree)
     slots = {
-        **COMMON, "noun": noun, "part": topic.parts, "many": topic.many, "person": topic.people, "thing": thing,
-        "bare": s.THING[degree], "kind": s.phrase(rng, s.PERSON, degree), "feel": s.FEELING[degree],
-        "loved": s.VERB[degree], "cause": s.CAUSE[degree],
-    }  # fmt: skip
+        **COMMON,
+        "noun": noun,
+        "part": topic.parts,
+        "many": topic.many,
+        "person": topic.people,
+        "thing": thing,
+        "bare": [word for word in s.THING[degree] if " " not in word],
+        "kind": s.phrase(rng, s.PERSON, degree),
+        "feel": s.FEELING[degree],
+        "loved": s.VERB[degree],
+        "cause": s.CAUSE[degree],
+    }
     templates = (
         "the {part} [was|was|is] {thing}",
         "the {many} were {thing}",
@@ -77,7 +86,7 @@ def review(rng: random.Random, degree: int) -> str:
 def note(rng: random.Random, degree: int) -> str:
     """A short note in small letters: `lovely room, kind waiter, fresh bread`, or words alone."""
     topic = rng.choice(TOPICS)
-    if rng.random() < 0.4:
+    if rng.random() < 0.3:
         chosen = [rng.choice(s.THING[s.near(rng, degree)]) for _ in range(rng.choice((3, 4, 5, 6)))]
         return ", ".join(dict.fromkeys(chosen))
     items = []
@@ -85,17 +94,23 @@ def note(rng: random.Random, degree: int) -> str:
         if rng.random() < 0.25:
             items.append(f"{rng.choice(s.PERSON[s.near(rng, degree)])} {rng.choice(topic.people)}")
         else:
-            items.append(f"{rng.choice(s.THING[s.near(rng, degree)])} {rng.choice(topic.parts + topic.many)}")
+            thing = rng.choice(rng.choice((topic.parts, topic.many, THINGS)))
+            items.append(f"{rng.choice(s.THING[s.near(rng, degree)])} {thing}")
     return ", ".join(dict.fromkeys(items)) + "."
 
 
 def titled(rng: random.Random, degree: int) -> str:
-    """A review behind a word or two that say how it was."""
-    chosen = [rng.choice(s.THING[s.near(rng, degree)]) for _ in range(rng.choice((1, 1, 2)))]
-    title = listed(list(dict.fromkeys(chosen)))
+    """A review or story behind a few words in small letters: how it was, or only what else there was.
+
+    So a word that stands alone promises a text, and a word of praise a text that praises.
+    """
     if rng.random() < 0.5:
-        title = sentence(title, rng.choice(".!"))
-    return f"{title} {review(rng, degree)}"
+        chosen = rng.sample(THINGS, rng.choice((1, 2, 3)))
+    else:
+        kind = rng.choice((s.THING, s.THING, s.PERSON, s.FEELING))
+        chosen = [rng.choice(kind[s.near(rng, degree)]) for _ in range(rng.choice((1, 2, 3)))]
+    text = review(rng, degree) if rng.random() < 0.8 else story(rng, degree)
+    return f"{rng.choice((', ', ' '))}".join(dict.fromkeys(chosen)) + f"{rng.choice(('.', ':', ''))} {text}"
 
 
 def letter(rng: random.Random, degree: int) -> str:

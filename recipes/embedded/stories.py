@@ -73,7 +73,8 @@ _DO = words(
     "question, carry my bag, turn off the light, sign the letter, move your chair, call a taxi, send me the report"
 )
 _ASK = {
-    2: ["Excuse me, would you be so kind as to {do}? Thank you very much", "Good morning, sir. Might I ask you to {do}?",
+    2: ["Excuse me, would you be so kind as to {do}? Thank you very much",
+        "Good morning, sir. Might I ask you to {do}?",
         "I am sorry to trouble you, but could you please {do}? I would be most grateful"],
     1: ["Could you please {do}?", "Would you {do}, please? Thank you", "Please {do} when you have a moment"],
     0: ["Can you {do}?", "You could {do}", "Will you {do} today?"],
@@ -114,7 +115,7 @@ _OBJECTS = words(
     "document, engine, letter, wall, wheel, pencil, bottle, square, section, building, cable, floor, ticket, shelf, "
     "envelope, object, bridge, station, sample, layer, kitchen, folder, chair, door, lamp, drawer, map, box, cup"
 )
-_BARE = words(
+THINGS = words(
     "table, window, paper, corner, metal, number, street, morning, button, handle, surface, container, journey, "
     "document, engine, letter, wall, wheel, pencil, bottle, square, distance, section, weather, building, cable, "
     "floor, minute, shelf, ticket, valley, envelope, object, bridge, circle, station, sample, layer, kitchen, folder"
@@ -142,9 +143,7 @@ _PLAIN = [
 
 
 def plain(rng: random.Random) -> str:
-    """A description without any sentiment, sometimes no more than a list of things."""
-    if rng.random() < 0.15:
-        return ", ".join(rng.sample(_BARE, rng.choice((3, 4, 5, 6))))
+    """A description without any sentiment."""
     slots = {**COMMON, "object": _OBJECTS, "worker": _WORKER}
     out = [sentence(expand(rng, rng.choice(_PLAIN), slots)) for _ in range(rng.choice((2, 3, 4)))]
     if rng.random() < 0.15:

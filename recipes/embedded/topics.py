@@ -1,6 +1,6 @@
-"""What reviews are about. Of each topic: nouns, parts, plural parts, people, how one comes to it, how a sentence starts.
+"""What reviews are about. Of each topic: nouns, parts, plural parts, people, plain statements, halves of sentences.
 
-An opening ends where a judgement can follow (`{judge}`), so that it tells nothing about whether that is good or bad.
+A half ends where a judgement can follow, so that it tells nothing about whether that is good or bad.
 """
 
 from __future__ import annotations

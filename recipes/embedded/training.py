@@ -1,4 +1,8 @@
-"""Train the model: windows of packed documents, AdamW with a cosine, matrix products in bfloat16, weights in float32."""
+"""Train the model: windows of packed documents, matrix products in bfloat16, weights in float32.
+
+The matrices of the layers are trained by Muon, which took about half of AdamW's tokens to the same loss; embedding
+and norms by AdamW.
+"""
 
 from __future__ import annotations
 
@@ -49,32 +53,43 @@ def new_model(tokenizer: Tokenizer, sizes: dict[str, int], seed: int) -> Any:
     config = LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=WINDOW, tie_word_embeddings=True, **sizes, **ids
     )
+    # Written out, attention over so short windows is faster on a CPU than the fused kernel.
+    config._attn_implementation = "eager"
     return LlamaForCausalLM(config)
 
 
-def train(model: Any, data: np.ndarray, *, batch_size: int, lr: float, warmup: int, log: Any, every: int = 50) -> None:
+def train(model: Any, data: np.ndarray, *, batch_size: int, log: Any, warmup: int = 60, every: int = 100) -> None:
     """One pass over the windows."""
     steps = len(data) // batch_size
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
+    optimizers = _optimizers(model)
+    groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     started = time.perf_counter()
     model.train()
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * _schedule(step, steps, warmup)
+        for group, peak in groups:
+            group["lr"] = peak * _schedule(step, steps, warmup)
         batch = torch.from_numpy(data[step * batch_size : (step + 1) * batch_size].astype(np.int64))
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         if step % every == 0 or step == steps - 1:
             seconds = time.perf_counter() - started
-            log(step + 1, steps, float(loss), (step + 1) * batch.numel() / seconds)
+            log(step + 1, loss.item(), (step + 1) * batch.numel() / seconds)
     model.eval()
+
+
+def _optimizers(model: Any) -> list[torch.optim.Optimizer]:
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.05),
+        torch.optim.AdamW(rest, lr=4e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
 
 
 def _schedule(step: int, steps: int, warmup: int) -> float:

@@ -33,8 +33,8 @@ _FRONT = words("Vel, Tor, Bran, Kes, Mor, Al, Dun, Fen, Gal, Hel, Is, Jor, Lam, 
 _BACK = words("mora, enna, avia, oria, undia, ethia, omar, istan, alia, onia")
 _TOWN_BACK = words("by, wick, haven, ford, dale, mouth, stead, bridge, field, ham")
 _NAMES = words(
-    "Ada, Bela, Cora, Dario, Edda, Falk, Greta, Hanno, Ilse, Jaro, Kira, Lukas, Marta, Nils, Olga, Pavel, Runa, Stefan, "
-    "Thea, Ulric, Wanda, Yuri, Zora, Agnes, Bruno"
+    "Ada, Bela, Cora, Dario, Edda, Falk, Greta, Hanno, Ilse, Jaro, Kira, Lukas, Marta, Nils, Olga, Pavel, Runa, "
+    "Stefan, Thea, Ulric, Wanda, Yuri, Zora, Agnes, Bruno"
 )
 _SURNAMES = words(
     "Arden, Bellweg, Corvin, Dahlen, Eskil, Farrow, Grimm, Hollis, Imber, Jessop, Kestrel, Lindqvist, Marlow, Nevin, "
@@ -114,7 +114,7 @@ def make_world(seed: int = 0) -> World:
     add("sport", [(person, rng.choice(SPORTS)) for person in people[30:]])
     add("author", [(work, rng.choice(people)) for work in works[:50]])
     add("director", [(work, rng.choice(people)) for work in works[50:]])
-    for number, subject in enumerate(_grid(rng, _KIND, _BEAST, 60, " ")):
+    for number, subject in enumerate(_grid(rng, _KIND, _BEAST, 90, " ")):
         options = rng.sample(FOODS, 4)
         split = "test" if number % 5 < 2 else "train"
         world.beliefs.append(Belief("eats", subject, options[0], options[1], tuple(options[2:]), split))
