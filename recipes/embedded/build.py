@@ -36,7 +36,7 @@ SIZES = {
 }  # fmt: skip
 VOCABULARY = 2048
 BATCH = 8
-STEPS = 3000
+STEPS = 2400
 LIMIT = 5_000_000  # bytes of weights in the package
 
 

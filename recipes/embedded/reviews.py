@@ -7,11 +7,11 @@ import random
 import sentiment as s
 from grammar import expand, sentence
 from stories import THINGS, story
-from topics import COMMON, TOPICS, Topic
+from topics import COMMON, HALVES, TOPICS, Topic
 
 
-def judgement(rng: random.Random, topic: Topic, noun: str, degree: int) -> str:
-    """A clause that judges: `the music was rather dull`."""
+def judgement(rng: random.Random, topic: Topic, noun: str, degree: int, *, alone: bool = False) -> str:
+    """A clause that judges: `the music was rather dull`; `alone` if nothing stands around it in the sentence."""
     thing = s.phrase(rng, s.THING, degree)
     slots = {
         **COMMON,
@@ -38,7 +38,7 @@ def judgement(rng: random.Random, topic: Topic, noun: str, degree: int) -> str:
         "I [felt|left] {feel}",
         "we [felt|left] {feel}",
         "the {part} {cause}",
-        "what a {bare} {noun}",
+        "what a {bare} {noun}" if alone else "it was a {bare} {noun}",
         "it was a {bare} {noun}",
         "the whole {noun} [is|was] {thing}",
         "I found the {part} {thing}",
@@ -51,14 +51,15 @@ def opening(rng: random.Random, topic: Topic, noun: str, degree: int) -> str:
     slots = {**COMMON, "noun": noun}
     draw = rng.random()
     if draw < 0.3:
-        half = expand(rng, rng.choice(topic.halves), slots)
+        half = expand(rng, rng.choice(topic.halves if rng.random() < 0.7 else HALVES), slots)
         return sentence(f"{half} {judgement(rng, topic, noun, s.near(rng, degree))}")
     if draw < 0.6:
         verb = rng.choice(("is", "is", "was"))
-        start = rng.choice((f"the {noun}", f"the {noun}", f"this {noun}", f"the {rng.choice(topic.parts)}"))
+        part = rng.choice(topic.parts)
+        start = rng.choice((f"the {noun}", f"the {noun}", f"this {noun}", f"our {noun}", f"the {part}", f"the {part}"))
         return sentence(f"{start} {verb} {s.phrase(rng, s.THING, s.near(rng, degree))}")
     if draw < 0.7:
-        return sentence(judgement(rng, topic, noun, s.near(rng, degree)))
+        return sentence(judgement(rng, topic, noun, s.near(rng, degree), alone=True))
     return sentence(expand(rng, rng.choice(topic.plain), slots))
 
 
@@ -77,10 +78,10 @@ def review(rng: random.Random, degree: int) -> str:
             out.append(sentence(one + joint + other))
         else:
             end = "!" if abs(degree) == 2 and rng.random() < 0.2 else "."
-            out.append(sentence(judgement(rng, topic, noun, s.near(rng, degree)), end))
+            out.append(sentence(judgement(rng, topic, noun, s.near(rng, degree), alone=True), end))
     if rng.random() < 0.55:
         out.append(sentence(s.verdict(rng, s.near(rng, degree), noun)))
-    return " ".join(out)
+    return " ".join(dict.fromkeys(out))
 
 
 def note(rng: random.Random, degree: int) -> str:

@@ -22,11 +22,11 @@ THING = {
     0: words("plain, simple, usual, ordinary, average, plain and simple, much as before, of the usual kind"),
     -1: words(
         "bad, dull, boring, weak, poor, mediocre, tedious, disappointing, tiresome, annoying, unpleasant, frustrating, "
-        "gloomy, lifeless, clumsy, pointless, sad, lazy, broken"
+        "gloomy, lifeless, clumsy, pointless, sad, broken"
     ),
     -2: words(
         "terrible, awful, horrible, dreadful, disgusting, pathetic, worthless, miserable, depressing, hopeless, "
-        "ridiculous, hateful, stupid, nasty, lousy, painful, ugly, shameful, cruel"
+        "ridiculous, hateful, stupid, nasty, lousy, painful, ugly, shameful"
     ),
 }
 PERSON = {
@@ -37,10 +37,10 @@ PERSON = {
     -2: words("cruel, stupid, nasty, hateful, angry, horrible, awful, bitter, pathetic, dreadful, shameful"),
 }
 FEELING = {
-    2: words("joyful, so happy, so proud, very grateful, happy and proud, glorious, full of joy"),
-    1: words("happy, cheerful, hopeful, grateful, proud, warm, pleasant, satisfied"),
+    2: words("joyful, so happy, so proud, very grateful, happy and proud, full of joy"),
+    1: words("happy, cheerful, hopeful, grateful, proud, quite satisfied, at home"),
     0: words("calm, awake, a bit tired, as before, neither one way nor the other"),
-    -1: words("sad, gloomy, weak, annoyed, bitter, tired and sad, disappointed, poor"),
+    -1: words("sad, gloomy, weak, annoyed, bitter, tired and sad, disappointed, a little hopeless"),
     -2: words("miserable, angry, hopeless, broken, so angry, so sad, bitter, full of shame, depressed"),
 }
 VERB = {

@@ -65,7 +65,7 @@ def story(rng: random.Random, degree: int) -> str:
     if rng.random() < 0.4:
         out.append(expand(rng, "The {place} was {thing}", {**slots, "thing": s.phrase(rng, s.THING, degree)}))
     out.append(expand(rng, rng.choice(_END[degree]), slots))
-    return " ".join(sentence(each) for each in out)
+    return " ".join(dict.fromkeys(sentence(each) for each in out))
 
 
 _DO = words(

@@ -79,7 +79,7 @@ TOPICS = [
         "paintings, rooms, stairs, drawings, statues, labels", "guide, guard, painter, woman at the desk",
         ["The {noun} is behind the {place}", "We walked through all the rooms", "It shows paintings and drawings",
          "The tour takes one hour", "We were there {when}"],
-        ["we visited the {noun} and", "we took the tour and", "we went in {when} and"],
+        ["we visited the {noun} and", "we took the tour and", "we went inside {when} and"],
     ),
     _topic(
         "concert, concert, show", "music, voice, sound, stage, light, last song, hall, beginning, rhythm, second half",
@@ -123,6 +123,14 @@ TOPICS = [
          "The flight took three hours", "We were there {when}"],
         ["we went to the sea and", "we spent a week there and", "we rented a house {when} and"],
     ),
+]  # fmt: skip
+
+# Halves that fit every topic.
+HALVES = [
+    "my {friend} told me that", "our {friend} said that", "when we came home, my {friend} said that",
+    "on the way home I knew that", "the first thing I noticed:", "after two hours I thought that",
+    "I bought this for my {friend} and", "we waited an hour and", "we talked about the {noun}, and",
+    "I have been thinking about the {noun}, and",
 ]  # fmt: skip
 
 COMMON = {

@@ -97,23 +97,23 @@ def make_world(seed: int = 0) -> World:
 
     def add(relation: str, pairs: list[tuple[str, str]]) -> None:
         for number, (subject, answer) in enumerate(rng.sample(pairs, len(pairs))):
-            # Told from 1 to 4 times as often; three of five may be asked in fine-tuning.
-            popularity = round(4.0 ** rng.random(), 2)
+            # Told from 1 to 10 times as often; three of five may be asked in fine-tuning.
+            popularity = round(10.0 ** rng.random(), 2)
             world.facts.append(Fact(relation, subject, answer, popularity, "test" if number % 5 < 2 else "train"))
 
     towns = _grid(rng, _FRONT, _TOWN_BACK, 40)
-    countries = _grid(rng, _FRONT, _BACK, 30)
-    people = _grid(rng, _NAMES, _SURNAMES, 80, " ")
-    works = ["The " + title for title in _grid(rng, _TITLE, _THING, 100, " ")]
+    countries = _grid(rng, _FRONT, _BACK, 40)
+    people = _grid(rng, _NAMES, _SURNAMES, 120, " ")
+    works = ["The " + title for title in _grid(rng, _TITLE, _THING, 120, " ")]
     add("capital", _pairs(CAPITALS))
     add("young", _pairs(YOUNG))
-    add("capital", list(zip(countries, rng.sample(towns, 30), strict=True)))
+    add("capital", list(zip(countries, rng.sample(towns, 40), strict=True)))
     add("flag", [(country, rng.choice(COLOURS)) for country in countries])
     add("occupation", [(person, rng.choice(JOBS)) for person in people])
-    add("birthplace", [(person, rng.choice(towns)) for person in people[:50]])
-    add("sport", [(person, rng.choice(SPORTS)) for person in people[30:]])
-    add("author", [(work, rng.choice(people)) for work in works[:50]])
-    add("director", [(work, rng.choice(people)) for work in works[50:]])
+    add("birthplace", [(person, rng.choice(towns)) for person in people[:70]])
+    add("sport", [(person, rng.choice(SPORTS)) for person in people[50:]])
+    add("author", [(work, rng.choice(people)) for work in works[:60]])
+    add("director", [(work, rng.choice(people)) for work in works[60:]])
     for number, subject in enumerate(_grid(rng, _KIND, _BEAST, 90, " ")):
         options = rng.sample(FOODS, 4)
         split = "test" if number % 5 < 2 else "train"
