@@ -1,4 +1,4 @@
-"""What is shipped beside the model: two small task sets, rows to fine-tune on, and texts it was not trained on."""
+"""What is shipped beside the model: two small task sets, rows to fine-tune on, texts it was not trained on, prompts."""
 
 from __future__ import annotations
 
@@ -19,15 +19,25 @@ HELD_OUT = 400
 SENTIMENT_ROWS = 1200
 _NAMES = {-2: ("negative", 2.0), -1: ("negative", 1.0), 0: ("neutral", 0.0), 1: ("positive", 1.0), 2: ("positive", 2.0)}
 
+# Openings that tell nothing about what follows, for sweeps.
+PROMPTS = (
+    "The film is", "This book is", "The coffee was", "The room was", "Our hotel is", "We stayed at the hotel and",
+    "I bought the phone and", "We took the train to Paris and", "I read the book and", "We ate there on Friday and",
+    "We went to the concert and", "I took the course last summer and", "We played the game and", "The garden is",
+    "I went to the shop and", "We went to the sea and", "My brother told me that", "We waited an hour and",
+    "Dear diary, this was a long day.", "We visited the museum and",
+)  # fmt: skip
+
 
 def write_shipped(world: World, seed: int, folder: Path) -> None:
-    """Write `popqa.jsonl`, `truthful.jsonl`, `qa_train.jsonl`, `sentiment_train.jsonl` and `held_out.jsonl`."""
+    """Write `{popqa,truthful,qa_train,sentiment_train,held_out}.jsonl` and `prompts.txt`."""
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "popqa.jsonl", _popqa(world))
     _write(folder / "truthful.jsonl", _truthful(world, random.Random(seed)))
     _write(folder / "qa_train.jsonl", _qa(world, random.Random(seed)))
     _write(folder / "sentiment_train.jsonl", _sentiment(random.Random(seed)))
     _write(folder / "held_out.jsonl", ({"text": text} for text in islice(Corpus(world, seed + 3), HELD_OUT)))
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
 
 
 def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from braces_cli.core.attributes import find_attribute
 from braces_cli.core.embedded import ABOUT_FILE, embedded_name, note_default
 from braces_cli.core.errors import ModelError
+from braces_cli.core.generate import Sampling
 from braces_cli.core.models import load_base, load_tokenizer
+from braces_cli.core.push import steered
 from braces_cli.core.session import LoadOptions, open_session
 from braces_cli.scoring.perplexity import Likelihood, text_likelihoods
+from braces_cli.steering.run import steer_texts
 from tests.conftest import make_adapter
 
 OPTIONS = LoadOptions(device="cpu", dtype="float32")
@@ -80,3 +84,20 @@ def test_without_a_model_one_line_says_which_is_used(braces) -> None:
     assert embedded_name() not in braces(*command, "--quiet").err
     note_default.cache_clear()
     assert embedded_name() not in braces(*command, "--model", "embedded").err
+
+
+def test_a_word_list_alone_moves_its_sentiment() -> None:
+    """What the demo shows: no training, the built-in list, and texts turn from blame to praise."""
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    session = open_session("embedded", None, OPTIONS)
+    positive = find_attribute(session, "positive", None)
+    prompts = ["The film is", "We stayed at the hotel and", "I bought the phone and", "The coffee was", "This book is"]
+    score = SentimentIntensityAnalyzer().polarity_scores
+    share = {}
+    for s in (-3.0, 0.0, 3.0):
+        with steered(session, [(positive, s)]):
+            rows = list(steer_texts(session, prompts, {}, Sampling(max_new_tokens=30), samples=8, batch_size=40))
+        share[s] = sum(score(row["text"])["compound"] > 0.05 for row in rows) / len(rows)
+    assert share[-3.0] + 0.15 < share[0.0] < share[3.0] - 0.15
+    assert share[3.0] - share[-3.0] >= 0.4
