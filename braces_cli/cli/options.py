@@ -76,7 +76,8 @@ Config = Annotated[
     ),
 ]  # fmt: skip
 Model = Annotated[
-    str | None, typer.Option("--model", help="Base model: folder or hub id. Default: the adapter's own base.")
+    str | None,
+    typer.Option("--model", help="Base: folder or hub id. Default: the adapter's own, else the embedded model."),
 ]
 AdapterName = Annotated[str | None, typer.Option("--adapter", help="Adapter: folder or hub id.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")]

@@ -102,7 +102,7 @@ def train(
         TrainSettings(**own)
         _show(fmt, "dry run", _dry_run(ctx, own))
         return
-    for name, value in (("--model", model), ("--data", data), ("--output-dir", output_dir)):
+    for name, value in (("--data", data), ("--output-dir", output_dir)):
         if not value:
             raise ConfigError("missing option", where=name, hint="See `braces train --help`.")
     assert data is not None
@@ -127,7 +127,7 @@ def _run(
 
     from braces_cli.core.ffn import chosen_layers
     from braces_cli.core.models import load_shape
-    from braces_cli.core.session import open_session
+    from braces_cli.core.session import base_name, open_session
     from braces_cli.data.examples import read_examples
     from braces_cli.data.stream import Stream
     from braces_cli.training.order import global_batch
@@ -137,10 +137,11 @@ def _run(
     params = ctx.params
     # What can be wrong is looked at before minutes of loading weights: rank and layers on the bare shape, then rows.
     code = params["trust_remote_code"]
-    shape = load_shape(params["model"], revision=params["revision"], trust_remote_code=code)
+    name = base_name(params["model"], None)
+    shape = load_shape(name, revision=params["revision"], trust_remote_code=code)
     settings = TrainSettings(**own, layers=chosen_layers(shape, params["layers"]))
     count_parameters(shape, settings)
-    how = _reading(ctx, shape, columns)
+    how = _reading(ctx, name, shape, columns)
     settings = replace(settings, max_length=how.max_length)
     train_set: Any
     if settings.streaming:
@@ -149,11 +150,11 @@ def _run(
         train_set = read_examples(data, how, report)
     eval_set = read_examples(eval_data, how, report) if eval_data else None
     settings = replace(settings, chat_template=train_set.chat)
-    session = open_session(params["model"], None, o.load_options(ctx))
+    session = open_session(name, None, o.load_options(ctx))
     return asdict(run_training(session, train_set, eval_set, settings, folder, report, params["attributes"]))
 
 
-def _reading(ctx: typer.Context, shape: Any, columns: Any) -> Any:
+def _reading(ctx: typer.Context, name: str, shape: Any, columns: Any) -> Any:
     """How this call's rows become examples; needs the tokenizer, no weights."""
     from braces_cli.core.encode import context_length
     from braces_cli.core.models import load_tokenizer
@@ -161,7 +162,7 @@ def _reading(ctx: typer.Context, shape: Any, columns: Any) -> Any:
 
     params = ctx.params
     code = params["trust_remote_code"]
-    tokenizer = load_tokenizer(params["model"], revision=params["revision"], trust_remote_code=code)
+    tokenizer = load_tokenizer(name, revision=params["revision"], trust_remote_code=code)
     attribute = params["attribute_field"]
     fields = None if attribute is None else Fields(attribute, params["strength_field"])
     length = min(params["max_length"], context_length(shape, tokenizer))
@@ -170,17 +171,17 @@ def _reading(ctx: typer.Context, shape: Any, columns: Any) -> Any:
 
 def _check(ctx: typer.Context, own: dict[str, Any], columns: Any, quiet: bool) -> None:
     from braces_cli.core.models import load_shape
+    from braces_cli.core.session import base_name
     from braces_cli.data.check import check_rows
     from braces_cli.training.settings import TrainSettings
 
     params = ctx.params
-    for option, value in (("--model", params["model"]), ("--data", params["data"])):
-        if not value:
-            raise ConfigError("missing option", where=option, hint="See `braces train --help`.")
+    if not params["data"]:
+        raise ConfigError("missing option", where="--data", hint="See `braces train --help`.")
     TrainSettings(**own)
-    code = params["trust_remote_code"]
-    shape = load_shape(params["model"], revision=params["revision"], trust_remote_code=code)
-    how = _reading(ctx, shape, columns)
+    name, code = base_name(params["model"], None), params["trust_remote_code"]
+    shape = load_shape(name, revision=params["revision"], trust_remote_code=code)
+    how = _reading(ctx, name, shape, columns)
     with progress(quiet) as report:
         sets = {name: params[name] for name in ("data", "eval_data")}
         found = {name: check_rows(files, how, report) if files else None for name, files in sets.items()}
@@ -200,21 +201,21 @@ def _dry_run(ctx: typer.Context, own: dict[str, Any]) -> dict[str, Any]:
     """Settings and parameter count; where the model cannot be reached, why not."""
     from braces_cli.core.ffn import chosen_layers
     from braces_cli.core.models import load_shape
+    from braces_cli.core.session import base_name
     from braces_cli.training.run import count_parameters
     from braces_cli.training.settings import TrainSettings
 
     params = ctx.params
     out: dict[str, Any] = {"output_dir": params["output_dir"] and str(params["output_dir"]), "method": own["method"]}
     try:
-        if params["model"] is None:
-            raise ConfigError("no model given", where="--model")
-        shape = load_shape(params["model"], revision=params["revision"], trust_remote_code=params["trust_remote_code"])
+        name = base_name(params["model"], None)
+        shape = load_shape(name, revision=params["revision"], trust_remote_code=params["trust_remote_code"])
         layers = chosen_layers(shape, params["layers"])
         out.update(count_parameters(shape, TrainSettings(**own, layers=layers)))
-    except BracesError as error:
+    except ConfigError:
         # A rank or a layer that does not fit is a mistake to mend, not a model out of reach.
-        if isinstance(error, ConfigError) and params["model"] is not None:
-            raise
+        raise
+    except BracesError as error:
         out.update({"trainable_parameters": None, "reason": str(error).replace("\n", " ")})
     return {**out, "settings": o.resolved(ctx)}
 

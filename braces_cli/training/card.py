@@ -16,7 +16,7 @@ def model_card(config: AdapterConfig, result: dict[str, Any]) -> str:
     about = _about(config)
     header = ["---", *about.header]
     # A folder of somebody's disk is no model that the hub could link to.
-    if not base.startswith(("/", "~")) and ":" not in base:
+    if not base.startswith(("/", "~", "embedded@")) and ":" not in base:
         header.append(f"base_model: {base}")
     figures = [
         f"| {name.replace('_', ' ')} | {result[name]:.6g} |" for name in _FIGURES if result.get(name) is not None
