@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from typing import Any
 
 from braces_cli.core.adapter import AdapterConfig
 
 _FIGURES = ("base_eval_perplexity", "eval_perplexity", "base_eval_loss", "eval_loss", "train_loss", "steps", "tokens")
+_ROWS = ("rows", "rows_truncated", "rows_dropped")
 
 
-def model_card(config: AdapterConfig, result: dict[str, Any]) -> str:
-    """Markdown with a YAML header as the hub reads it."""
+# Of a checkpoint, whose adapter may be looked at or steered by like any other.
+CHECKPOINT_CARD = "# LLMBraces adapter in training\n\nA checkpoint of `braces train`; `--resume` goes on from it.\n"
+
+
+def model_card(
+    config: AdapterConfig,
+    result: dict[str, Any],
+    asked: dict[str, Any] | None = None,
+    command: Sequence[str] = (),
+    curve: bool = False,
+) -> str:
+    """Markdown with a YAML header as the hub reads it.
+
+    Args:
+        result: the keys of `TrainResult`.
+        asked: settings of the call beyond `config.training`, the data among them.
+        command: words of the call.
+        curve: whether `loss.png` lies beside the card.
+    """
     base = config.base_model_name_or_path
     header = ["---", "library_name: braces", "tags: [llmbraces, adapter]"]
     # A folder of somebody's disk is no model that the hub could link to.
@@ -20,6 +40,11 @@ def model_card(config: AdapterConfig, result: dict[str, Any]) -> str:
         f"| {name.replace('_', ' ')} | {result[name]:.6g} |" for name in _FIGURES if result.get(name) is not None
     ]
     settings = [f"| {name.replace('_', ' ')} | {value} |" for name, value in config.training.items()]
+    data = [
+        f"| {kind.replace('_', ' ')} | {', '.join(f'`{name}`' for name in (asked or {}).get(kind) or ())} |"
+        for kind in ("data", "eval_data")
+        if (asked or {}).get(kind)
+    ]
     return "\n".join(
         [
             *header,
@@ -42,11 +67,20 @@ def model_card(config: AdapterConfig, result: dict[str, Any]) -> str:
             "|---|---|",
             *figures,
             "",
+            *(["![Loss by optimizer step](loss.png)", ""] if curve else []),
+            "## Data",
+            "",
+            "| | |",
+            "|---|---|",
+            *data,
+            *(f"| {name.replace('_', ' ')} | {result[name]:,} |" for name in _ROWS if result.get(name) is not None),
+            "",
             "## Settings",
             "",
             "| | |",
             "|---|---|",
             *settings,
             "",
+            *(["## Command", "", f"    {shlex.join(command)}", ""] if command else []),
         ]
     )

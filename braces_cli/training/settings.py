@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from braces_cli.core.errors import ConfigError
 
 SCHEDULES = ("linear", "cosine", "constant")
+REPORTERS = ("tensorboard", "wandb", "none")
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,39 @@ class TrainSettings:
         if self.schedule not in SCHEDULES:
             raise ConfigError(
                 f"no schedule `{self.schedule}`", where="--schedule", hint=f"One of {', '.join(SCHEDULES)}."
+            )
+
+
+@dataclass(frozen=True)
+class Upkeep:
+    """What happens beside the training, and changes nothing of its outcome. All counts are optimizer steps.
+
+    Attributes:
+        save_steps: between checkpoints; 0: none.
+        save_total_limit: checkpoints that are kept; 0: all.
+        eval_steps: between measurements of the evaluation rows; 0: at the end only.
+        logging_steps: between rows of `metrics.jsonl`.
+        report_to: tensorboard, wandb or none.
+        resume: go on from the newest checkpoint.
+        push_to_hub: repository that the adapter is uploaded to.
+    """
+
+    save_steps: int = 500
+    save_total_limit: int = 2
+    eval_steps: int = 0
+    logging_steps: int = 10
+    report_to: str = "none"
+    resume: bool = False
+    push_to_hub: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.report_to not in REPORTERS:
+            raise ConfigError(
+                f"no reporter `{self.report_to}`", where="--report-to", hint=f"One of {', '.join(REPORTERS)}."
+            )
+        if self.report_to != "none" and find_spec(self.report_to) is None:
+            raise ConfigError(
+                f"{self.report_to} is not installed", where="--report-to", hint=f"pip install {self.report_to}"
             )
 
 

@@ -1,0 +1,34 @@
+"""What launchers of several processes may ask for, looked at before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from braces_cli.core.errors import ConfigError
+
+
+def check_launch() -> None:
+    """Refuse what cannot work.
+
+    Raises:
+        ConfigError: DeepSpeed ZeRO-3.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true" and zero_stage() == 3:
+        raise ConfigError(
+            "ZeRO-3 cannot train a braces adapter: it keeps each FFN's value matrix in pieces whenever that layer is "
+            "not running itself, and the adapter reads the matrix whole",
+            where="DeepSpeed",
+            hint="Use FSDP2 (recipes/accelerate/fsdp2.yaml), or ZeRO-1 or 2.",
+        )
+
+
+def zero_stage() -> int:
+    """Of DeepSpeed, as `accelerate launch` passes it on: in a file of its own or in the environment."""
+    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
+    if path and path != "none":
+        settings: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        return int(settings.get("zero_optimization", {}).get("stage", 0))
+    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
