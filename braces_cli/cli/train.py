@@ -86,8 +86,9 @@ def train(
     debug: o.Debug = False,
 ) -> None:
     """Fine-tune an adapter on rows of text, prompt/completion or instruction/output."""
-    set_up(quiet, debug)
     from braces_cli.core.distributed import is_main
+
+    set_up(quiet or not is_main(), debug)
     from braces_cli.training.settings import TrainSettings, Upkeep
 
     own = {name: ctx.params[name] for name in _OWN} | {"opposites": _opposites(opposites, attribute_field)}
@@ -121,7 +122,7 @@ def _look_before(ctx: typer.Context, folder: Path, upkeep: Any) -> tuple[dict[st
     from braces_cli.training.launch import check_launch
     from braces_cli.training.record import finished, identity
 
-    check_launch()
+    check_launch(upkeep.resume)
     known = identity(o.resolved(ctx))
     if upkeep.resume and ctx.params["overwrite"]:
         raise ConfigError("--resume keeps what --overwrite removes", where="--resume", hint="Give one of the two.")

@@ -10,13 +10,22 @@ from typing import Any
 from braces_cli.core.errors import ConfigError
 
 
-def check_launch() -> None:
+def uses_deepspeed() -> bool:
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+
+
+def check_launch(resume: bool) -> None:
     """Refuse what cannot work.
 
     Raises:
-        ConfigError: DeepSpeed ZeRO-3.
+        ConfigError: DeepSpeed ZeRO-3, or a run to be resumed under DeepSpeed.
     """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true" and zero_stage() == 3:
+    if not uses_deepspeed():
+        return
+    if resume:
+        hint = "Resume it with DDP or FSDP2 (recipes/accelerate); checkpoints that those wrote will do."
+        raise ConfigError("DeepSpeed keeps the optimizer's state in files of its own", where="--resume", hint=hint)
+    if zero_stage() == 3:
         raise ConfigError(
             "ZeRO-3 cannot train a braces adapter: it keeps each FFN's value matrix in pieces whenever that layer is "
             "not running itself, and the adapter reads the matrix whole",

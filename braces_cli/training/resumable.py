@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from braces_cli.training.metrics import METRICS_FILE, MetricsFile
 from braces_cli.training.record import Record, read_record
 from braces_cli.training.settings import Upkeep
 from braces_cli.training.state import capture, restore_optimizer, restore_parameters, restore_rng, trained
+
+logger = logging.getLogger("braces")
 
 STATE_FILE = "trainer_state.json"
 DIVERGED = "training diverged: the {} not finite"
@@ -132,6 +135,9 @@ class ResumableTrainer(Trainer):
         }
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.is_deepspeed_enabled:
+            logger.warning("no checkpoint of step %d: not under DeepSpeed", self.state.global_step)
+            return
         around = self._around
         captured = capture(self.model, self.optimizer, self.lr_scheduler, self._scaler())
         write_adapter, progress = around.adapter(), self._progress()

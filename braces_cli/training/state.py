@@ -49,7 +49,7 @@ def capture(model: Any, optimizer: Any, scheduler: Any, scaler: Any = None) -> C
     """Gather the state; every process must take part."""
     stored = optimizer.state_dict()
     tensors = {
-        f"{index}.{name}": torch.as_tensor(whole(value))
+        f"{index}.{name}": torch.as_tensor(whole(value)).clone()
         for index, entry in stored["state"].items()
         for name, value in entry.items()
     }
@@ -58,7 +58,7 @@ def capture(model: Any, optimizer: Any, scheduler: Any, scaler: Any = None) -> C
         "scheduler": scheduler.state_dict(),
         "scaler": None if scaler is None else scaler.state_dict(),
     }
-    parameters = {name: whole(p.detach()) for name, p in trained(model).items()}
+    parameters = {name: whole(p.detach()).clone() for name, p in trained(model).items()}
     return Captured(parameters, tensors, schedule, gathered(rng_state()))
 
 
