@@ -76,12 +76,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         app = build_app(args)
         code = 0 if _help(app, args) else app(args=args, standalone_mode=False)
+        if code == 130:  # typer's word for Ctrl-C
+            _fail(args, 130, "interrupted", None, None)
     except BracesError as error:
         code = _fail(args, error.exit_code, error.message, error.where, error.hint)
     except _CallError as error:
         code = _call_error(args, error)
-        if code == 130:  # typer's word for Ctrl-C
-            _fail(args, 130, "interrupted", None, None)
     except _Terminated:
         code = _fail(args, 143, "terminated", None, None)
     except BrokenPipeError:

@@ -58,10 +58,14 @@ def write_checkpoint(folder: Path, step: int, write: Callable[[Path], object]) -
         remove(goal)
         temporary.rename(goal)
         _flush(folder)
-    except OSError as error:
+    except (OSError, BracesError) as error:
+        # `core.files` turns an OSError into one of ours, which names a file that will be gone.
+        reason = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(reason, OSError):
+            raise
         kept = newest(folder)
         raise BracesError(
-            f"cannot write the checkpoint: {error.strerror or error}",
+            f"cannot write the checkpoint: {reason.strerror or reason}",
             where=str(goal),
             hint=f"Is the disk full? {f'{kept.name} is kept' if kept else 'There is no earlier one'}; "
             "make room and go on with --resume.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import signal
@@ -16,7 +16,7 @@ from braces_cli.core.session import LoadOptions, open_session
 from braces_cli.training.checkpoint import checkpoints, newest, remove_partial, write_checkpoint
 
 ADAPTER = "adapter_model.safetensors"
-RECIPE = Path(__file__).parents[2] / "recipes" / "kill_and_resume.py"
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @pytest.fixture
@@ -132,27 +132,25 @@ def test_a_finished_run_is_left_as_it_is(train, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("*")} == before
 
 
-@pytest.mark.parametrize(
-    ("extra", "words"),
-    [
+def test_other_settings_are_refused_by_name(train, tmp_path):
+    """Exit 2; all that differs is named; nothing is touched, whether the run there has finished or not."""
+    train(tmp_path / "o")
+    faults = [
         (["--lr", "0.02", "--seed", "3"], ["--lr 0.02 (was 0.01)", "--seed 3 (was 0)"]),
         (["--batch-size", "8"], ["--examples-per-step 16 (was 4)"]),
         (["--overwrite"], ["--resume keeps what --overwrite removes"]),
-    ],
-)
-@pytest.mark.parametrize("state", ["finished", "unfinished"])
-def test_other_settings_are_refused_by_name(train, tmp_path, extra, words, state):
-    """Exit 2; all that differs is named; nothing is touched."""
-    train(tmp_path / "o")
-    if state == "unfinished":
-        for name in ("run.json", "adapter_config.json"):
-            (tmp_path / "o" / name).unlink()
-    before = sorted((tmp_path / "o").rglob("*"))
-    outcome = train(tmp_path / "o", "--resume", *extra)
-    assert outcome.code == 2
-    assert all(word in outcome.err for word in words), outcome.err
-    assert len(outcome.err.strip().splitlines()) == 2
-    assert sorted((tmp_path / "o").rglob("*")) == before
+    ]
+    for finished in (True, False):
+        if not finished:
+            for name in ("run.json", "adapter_config.json"):
+                (tmp_path / "o" / name).unlink()
+        before = sorted((tmp_path / "o").rglob("*"))
+        for extra, words in faults:
+            outcome = train(tmp_path / "o", "--resume", *extra)
+            assert outcome.code == 2
+            assert all(word in outcome.err for word in words), outcome.err
+            assert len(outcome.err.strip().splitlines()) == 2
+            assert sorted((tmp_path / "o").rglob("*")) == before
 
 
 def test_what_cannot_be_resumed_is_refused(train, tmp_path, rows, adapter_dir):
@@ -238,12 +236,9 @@ def test_a_new_run_does_not_mix_with_an_old_one(train, tmp_path):
     assert [row["step"] for row in read(tmp_path / "o")] == [2, 4]
 
 
-def test_runs_that_were_killed_give_the_same_adapter(model_dir, rows, tmp_path):
+def test_runs_that_were_killed_give_the_same_adapter(model_dir, rows, tmp_path, monkeypatch):
     """SIGKILL at two random moments, each resumed; `recipes/kill_and_resume.py` does twenty."""
-    spec = importlib.util.spec_from_file_location("kill_and_resume", RECIPE)
-    assert spec is not None
-    assert spec.loader is not None
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
+    monkeypatch.syspath_prepend(str(RECIPES))
+    recipe = importlib.import_module("kill_and_resume")
     found = recipe.compare(str(model_dir), str(rows), tmp_path, runs=2, kills=1, steps=12, seed=1)
     assert found["identical"] == 2, found

@@ -182,6 +182,8 @@ class Hub(BaseHTTPRequestHandler):
         host = f"http://localhost:{self.server.server_address[1]}"  # type: ignore[index]
         if self.path == "/api/repos/create":
             self.reply({"url": f"{host}/ann/film", "id": "ann/film", "name": "ann/film"})
+        elif self.path == "/api/validate-yaml":
+            self.reply({"errors": [], "warnings": []})
         elif "/preupload/" in self.path:
             given = json.loads(body)["files"]
             modes = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in given]
