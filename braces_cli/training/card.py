@@ -40,11 +40,6 @@ def model_card(
         f"| {name.replace('_', ' ')} | {result[name]:.6g} |" for name in _FIGURES if result.get(name) is not None
     ]
     settings = [f"| {name.replace('_', ' ')} | {value} |" for name, value in config.training.items()]
-    data = [
-        f"| {kind.replace('_', ' ')} | {', '.join(f'`{name}`' for name in (asked or {}).get(kind) or ())} |"
-        for kind in ("data", "eval_data")
-        if (asked or {}).get(kind)
-    ]
     return "\n".join(
         [
             *header,
@@ -72,8 +67,7 @@ def model_card(
             "",
             "| | |",
             "|---|---|",
-            *data,
-            *(f"| {name.replace('_', ' ')} | {result[name]:,} |" for name in _ROWS if result.get(name) is not None),
+            *_data(result, asked or {}),
             "",
             "## Settings",
             "",
@@ -84,3 +78,10 @@ def model_card(
             *(["## Command", "", f"    {shlex.join(command)}", ""] if command else []),
         ]
     )
+
+
+def _data(result: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """Lines of a table: the sets by name, and what became of their rows."""
+    sets = {kind: ", ".join(f"`{name}`" for name in asked.get(kind) or ()) for kind in ("data", "eval_data")}
+    counts = {name: f"{result[name]:,}" for name in _ROWS if result.get(name) is not None}
+    return [f"| {name.replace('_', ' ')} | {value} |" for name, value in (sets | counts).items() if value]

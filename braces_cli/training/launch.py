@@ -10,17 +10,19 @@ from typing import Any
 from braces_cli.core.errors import ConfigError
 
 
-def uses_deepspeed() -> bool:
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
-
-
-def check_launch(resume: bool) -> None:
+def check_launch(resume: bool, attributes: bool) -> None:
     """Refuse what cannot work.
 
     Raises:
-        ConfigError: DeepSpeed ZeRO-3, or a run to be resumed under DeepSpeed.
+        ConfigError: DeepSpeed ZeRO-3, a run to be resumed under DeepSpeed, or attributes under FSDP.
     """
-    if not uses_deepspeed():
+    if _asked_for("ACCELERATE_USE_FSDP") and attributes:
+        raise ConfigError(
+            "attributes cannot be trained under FSDP: they are read between the layers, where those lie in pieces",
+            where="--attribute-field",
+            hint="Use recipes/accelerate/ddp.yaml.",
+        )
+    if not _asked_for("ACCELERATE_USE_DEEPSPEED"):
         return
     if resume:
         hint = "Resume it with DDP or FSDP2 (recipes/accelerate); checkpoints that those wrote will do."
@@ -32,6 +34,10 @@ def check_launch(resume: bool) -> None:
             where="DeepSpeed",
             hint="Use FSDP2 (recipes/accelerate/fsdp2.yaml), or ZeRO-1 or 2.",
         )
+
+
+def _asked_for(name: str) -> bool:
+    return os.environ.get(name, "").lower() == "true"
 
 
 def zero_stage() -> int:

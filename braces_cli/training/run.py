@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-import resource
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from braces_cli.core.adapter import Adapter, AdapterConfig, attach, write_adapter
 from braces_cli.core.attributes import TRAINED_FILE, Attribute, save_attributes
@@ -29,6 +25,7 @@ from braces_cli.scoring.perplexity import Likelihood
 from braces_cli.training.card import CHECKPOINT_CARD, model_card
 from braces_cli.training.conditions import Conditioner, gather_attributes
 from braces_cli.training.measure import measure
+from braces_cli.training.memory import peak_memory, reset_memory
 from braces_cli.training.metrics import draw_curve
 from braces_cli.training.record import Record, digest, start, tidy
 from braces_cli.training.settings import TrainSettings, Upkeep
@@ -115,10 +112,7 @@ def run_training(
     model, pad_id = session.base.model, session.base.tokenizer.pad_token_id
     join(input_device(model))
     counts = count_parameters(model, settings)
-    attributes: list[Attribute] = []
-    if settings.attribute_field is not None:
-        sets = [train_set] if eval_set is None else [train_set, eval_set]
-        attributes = gather_attributes(session, settings, sets, attributes_folder)
+    attributes = _attributes(session, settings, [train_set, eval_set], attributes_folder)
     run = _Run(session, settings, upkeep or Upkeep(), folder, report, attributes, record or Record())
     run.record.data = digest(train_set)
     checkpoint = start(folder, run.upkeep.resume, run.record)
@@ -170,6 +164,14 @@ class _Run:
         write_adapter(folder, tensors, _config(self.session, adapter, self.settings, self.attributes), card)
 
 
+def _attributes(
+    session: Session, settings: TrainSettings, sets: Sequence[Examples | None], folder: Path | None
+) -> list[Attribute]:
+    if settings.attribute_field is None:
+        return []
+    return gather_attributes(session, settings, [examples for examples in sets if examples is not None], folder)
+
+
 def _base(record: Record, evaluate: Callable[[], Likelihood | None]) -> Likelihood | None:
     """The base's likelihood, as an earlier call measured it where there was one."""
     if record.base is None:
@@ -194,7 +196,7 @@ def _fit(
         tensors, card = adapter.tensors(settle=False), CHECKPOINT_CARD
         return lambda folder: run.write(adapter, folder, tensors, card)
 
-    _reset_memory()
+    reset_memory()
     with deferred() as asked:
         around = Surroundings(run.folder, run.record, snapshot, evaluate, run.upkeep, run.report, asked)
         trainer = BracesTrainer(
@@ -204,7 +206,7 @@ def _fit(
     if trainer.stopped_by:
         logger.info("stopped after step %d; --resume goes on from there", trainer.done["step"])
         act(trainer.stopped_by)
-    memory, done = _peak_memory(), trainer.done
+    memory, done = peak_memory(), trainer.done
     if not finite(trainer.model):
         raise BracesError(DIVERGED.format("adapter holds numbers that are"), hint="Lower --lr or --gate-lr.")
     if not trainer.is_fsdp_enabled:
@@ -256,16 +258,3 @@ def _figures(prefix: str, measured: Likelihood | None) -> dict[str, Any]:
         f"{prefix}_perplexity": None if measured is None else measured.perplexity,
         f"{prefix}_perplexity_without_end": None if measured is None else measured.perplexity_without_end,
     }
-
-
-def _reset_memory() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _peak_memory() -> int:
-    """Bytes: of the GPU where there is one, else of the whole process (which `ru_maxrss` counts in KiB on Linux)."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -82,29 +84,26 @@ def test_a_row_waits_for_its_evaluation_and_no_longer(tmp_path):
 
 
 def test_no_step_reads_a_number_back(train, monkeypatch):
-    """Figures are read when logging and at no other step, so that an accelerator is never waited for."""
+    """Neither Trainer nor we read a tensor in a step that is not logged: an accelerator would be waited for."""
     import torch
 
-    reads: list[str] = []
+    reads: Counter[str] = Counter()
     for name in ("item", "__float__", "__int__", "__bool__"):
         real = getattr(torch.Tensor, name)
 
-        def read(self, _real=real, _name=name):
-            reads.append(_name)
+        def read(self, _real=real):
+            reads[sys._getframe(1).f_code.co_filename] += 1
             return _real(self)
 
         monkeypatch.setattr(torch.Tensor, name, read)
     counts = []
-    for steps in (10, 40):
+    for steps in (4, 12):
         reads.clear()
         assert train("--max-steps", steps, "--logging-steps", 100, "--save-steps", 0, "--overwrite").code == 0
-        counts.append(len(reads))
-    # Batches and the optimizer's own step counters (they live on the CPU) are read a fixed number of times a step.
-    per_step = (counts[1] - counts[0]) / 30
-    assert per_step <= ALLOWED, per_step
-
-
-ALLOWED = 8
+        # The optimizer's step counters, on the CPU anyway, and transformers' look at the mask are not ours to judge.
+        counts.append({file: n for file, n in reads.items() if "braces_cli" in file or file.endswith("trainer.py")})
+    assert counts[0] == counts[1]
+    assert counts[0]
 
 
 def test_a_loss_that_is_no_number_ends_the_run_at_once(train, monkeypatch, tmp_path):
