@@ -162,6 +162,13 @@ class Hub(BaseHTTPRequestHandler):
             self.tokens.append(self.headers.get("Authorization"))
             known = self.headers.get("Authorization") == "Bearer hf_good"
             self.reply({"name": "ann", "type": "user"} if known else {"error": "no"}, 200 if known else 401)
+        elif "/tree/" in path:
+            self.reply(
+                [
+                    {"type": "file", "path": name, "size": len(content), "oid": f"{index:040x}"}
+                    for index, (name, content) in enumerate(self.files.items())
+                ]
+            )
         elif "/resolve/" in path:
             name = path.rpartition("/")[2]
             self.reply(self.files.get(name, b""), 200 if name in self.files else 404)
