@@ -60,6 +60,8 @@ class ResumableTrainer(Trainer):
         self._around = around
         # Tokens that this process has trained on in this call; a tensor where the batches lie, read when logging.
         self._seen: Tensor | int = 0
+        # The same with padding, where it is counted.
+        self._computed = 0
         self._rates: dict[str, float] = {}
         self._resumed: dict[str, Any] = {}
         self._flow = _Flow(self, around)
@@ -94,7 +96,7 @@ class ResumableTrainer(Trainer):
 
     @property
     def done(self) -> dict[str, Any]:
-        """After `run`: `step, max_steps, tokens, seconds, loss_sum`, of earlier calls too."""
+        """After `run`: `step, max_steps, tokens, computed, seconds, loss_sum`, of earlier calls too."""
         return self._flow.done
 
     @property
@@ -127,6 +129,7 @@ class ResumableTrainer(Trainer):
             "step": self.state.global_step,
             "max_steps": self.state.max_steps,
             "tokens": self._tokens(),
+            "computed": int(self._resumed.get("computed", 0)) + sum(gathered(self._computed)),
             "seconds": self._flow.seconds(),
             # Of the steps before the last log, and of those since.
             "loss_sum": self._total_loss_scalar,
