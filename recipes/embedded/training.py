@@ -1,6 +1,6 @@
 """Train the model: windows of packed documents, matrix products in bfloat16, weights in float32.
 
-The matrices of the layers are trained by Muon, embedding and norms by AdamW, which needed fewer tokens than AdamW alone.
+The matrices of the layers are trained by Muon, embedding and norms by AdamW: fewer tokens than AdamW alone needed.
 """
 
 from __future__ import annotations
