@@ -75,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         app = build_app(args)
         code = 0 if _help(app, args) else app(args=args, standalone_mode=False)
+        if code == 130:  # typer's word for Ctrl-C
+            _fail(args, 130, "interrupted", None, None)
     except BracesError as error:
         code = _fail(args, error.exit_code, error.message, error.where, error.hint)
     except _CallError as error:
@@ -84,15 +86,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     except _Terminated:
         code = _fail(args, 143, "terminated", None, None)
     except BrokenPipeError:
-        # The reader of our pipe has gone (`| head`): nothing to say, and nothing to say it to.
-        sys.stdout = None
-        code = 0
+        code = _reader_gone()
+    except SystemExit as error:
+        # What parses our options ends the process itself, with 1, where it sees a broken pipe before we do.
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        code = _reader_gone()
     except Exception as error:
         if "--debug" in args:
             raise
         what = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
         code = _fail(args, 1, what, None, "This is a fault of braces; --debug shows where.")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _reader_gone() -> int:
+    """The reader of our pipe has gone (`| head`): nothing to say, and nothing to say it to."""
+    sys.stdout = None
+    return 0
 
 
 class _Terminated(BaseException):

@@ -1,7 +1,8 @@
-"""`braces attr-build`: words -> an attribute file."""
+"""`braces attr-build`: words or texts -> an attribute file."""
 
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,14 +11,29 @@ from braces_cli.cli.render import print_json, print_pairs, progress, set_up
 from braces_cli.core.errors import ConfigError
 
 
+class Pooling(StrEnum):
+    mean = "mean"
+    last = "last"
+    max = "max"
+
+
 def attr_build(
     ctx: typer.Context,
     attribute: Annotated[str | None, typer.Option("--attribute", help="Name of the attribute.")] = None,
     words: Annotated[str | None, typer.Option("--words", help="Its words, separated by commas.")] = None,
     words_file: Annotated[Path | None, typer.Option("--words-file", help="Its words, one a line.")] = None,
-    output_dir: Annotated[
-        Path | None, typer.Option("--output-dir", help="Folder of attribute files to add to.")
+    examples: Annotated[
+        Path | None,
+        typer.Option("--examples", help="Texts in place of words: one a line, or a data file with `text`."),
     ] = None,
+    pooling: Annotated[Pooling, typer.Option("--pooling", help="Over the tokens of each word or text.")] = Pooling.mean,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option("--output-dir", "--attributes", help="Folder of attribute files to add to, or to --list."),
+    ] = None,
+    list_them: Annotated[
+        bool, typer.Option("--list", help="Show the attributes of --output-dir, of --adapter, and those built in.")
+    ] = False,
     model: o.Model = None,
     adapter: o.AdapterName = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an attribute of the same name.")] = False,
@@ -33,10 +49,18 @@ def attr_build(
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
-    """Build an attribute's hidden states from words; without words, from a built-in list (positive, negative)."""
+    """Build an attribute's hidden states from words or texts; with neither, from a built-in list (--list shows them).
+
+    The file fits every dtype and quantisation of its base, and no other base.
+    """
     set_up(quiet, debug)
     if dry_run:
         print_json({"settings": o.resolved(ctx)})
+        return
+    if list_them:
+        from braces_cli.cli.attr_list import show_attributes
+
+        show_attributes(output_dir, adapter, fmt is o.Format.json)
         return
     for name, value in (("--attribute", attribute), ("--output-dir", output_dir)):
         if not value:
@@ -44,20 +68,23 @@ def attr_build(
     assert attribute is not None
     assert output_dir is not None
 
-    from braces_cli.core.attributes import build_attribute, check_name, save_attributes
+    from braces_cli.core.attributes import save_attributes
     from braces_cli.core.files import check_output_file
     from braces_cli.core.session import open_session
+    from braces_cli.core.words import check_name
 
     path = output_dir / f"{check_name(attribute)}.safetensors"
     check_output_file(path, overwrite)
-    chosen = _words(attribute, words, words_file)
+    build = _builder(attribute, words, words_file, examples)
     session = open_session(model, adapter, o.load_options(ctx))
     with progress(quiet) as report:
-        built = build_attribute(session, attribute, chosen, report)
+        built = build(session, report, pooling.value)
     save_attributes(path, [built])
     result = {
         "attribute": attribute,
         "words": built.words,
+        "examples": built.examples,
+        "pooling": built.pooling,
         "layers": len(built.layers),
         "hidden_size": built.hidden.shape[1],
         "path": str(path),
@@ -65,14 +92,34 @@ def attr_build(
     if fmt is o.Format.json:
         print_json(result)
     else:
-        print_pairs("attribute written", {**result, "words": ", ".join(built.words)})
+        of = {"words": ", ".join(built.words)} if built.words else {"words": None}
+        print_pairs("attribute written", {**result, **of, "examples": built.examples or None})
 
 
-def _words(attribute: str, words: str | None, file: Path | None) -> list[str]:
-    from braces_cli.core.attributes import built_in, clean_words, read_words
+def _builder(attribute: str, words: str | None, words_file: Path | None, examples: Path | None) -> Any:
+    """What builds the attribute from its source, which is read here, before the model is loaded."""
+    given = {"--words": words, "--words-file": words_file, "--examples": examples}
+    sources = [name for name, value in given.items() if value is not None]
+    if len(sources) > 1:
+        raise ConfigError("two sources of words", where=", ".join(sources), hint="Give one of them.")
 
-    if words is not None and file is not None:
-        raise ConfigError("two sources of words", where="--words, --words-file", hint="Give one of them.")
+    from braces_cli.core.attributes import attribute_from_texts, build_attribute, from_list
+
+    if examples is not None:
+        from braces_cli.steering.examples import read_texts
+
+        texts = read_texts(examples)
+        return lambda session, report, pooling: attribute_from_texts(session, attribute, texts, report, pooling)
+    chosen = _words(attribute, words, words_file)
+    if chosen is None:
+        return lambda session, report, pooling: from_list(session, attribute, report, pooling)
+    return lambda session, report, pooling: build_attribute(session, attribute, chosen, report, pooling)
+
+
+def _words(attribute: str, words: str | None, file: Path | None) -> list[str] | None:
+    """The user's words; None stands for the built-in list of that name."""
+    from braces_cli.core.words import built_in, clean_words, read_words
+
     if words is not None:
         return clean_words(words.split(","), "--words")
     if file is not None:
@@ -80,5 +127,5 @@ def _words(attribute: str, words: str | None, file: Path | None) -> list[str]:
     lists = built_in()
     if attribute not in lists:
         hint = f"Built-in lists: {', '.join(lists)}."
-        raise ConfigError(f"no words for `{attribute}`", where="--words, --words-file", hint=hint)
-    return lists[attribute]
+        raise ConfigError(f"no words for `{attribute}`", where="--words, --words-file, --examples", hint=hint)
+    return None

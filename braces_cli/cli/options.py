@@ -60,6 +60,9 @@ def read_config_file(ctx: typer.Context, path: Path | None) -> Path | None:
         if name not in names:
             close = near_misses(name, names).replace("_", "-")
             raise ConfigError(f"unknown key `{key}`", where=str(path), hint=close or "See --help for the options.")
+        # YAML reads `packing: off` as false.
+        if isinstance(value, bool) and {"on", "off"} <= set(getattr(known[names[name]].type, "choices", ())):
+            value = "on" if value else "off"
         defaults[names[name]] = value
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
     return path
@@ -73,7 +76,8 @@ Config = Annotated[
     ),
 ]  # fmt: skip
 Model = Annotated[
-    str | None, typer.Option("--model", help="Base model: folder or hub id. Default: the adapter's own base.")
+    str | None,
+    typer.Option("--model", help="Base: folder or hub id. Default: the adapter's own, else the embedded model."),
 ]
 AdapterName = Annotated[str | None, typer.Option("--adapter", help="Adapter: folder or hub id.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")]

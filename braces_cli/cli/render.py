@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from braces_cli.core.files import finite
+
 if TYPE_CHECKING:
     from braces_cli.core.progress import Report
 
@@ -20,7 +22,7 @@ def set_up(quiet: bool, debug: bool) -> None:
     logger = logging.getLogger("braces")
     logger.propagate = False
     if not logger.handlers:
-        handler = logging.StreamHandler()
+        handler = _Stderr()
         handler.setFormatter(logging.Formatter("braces: %(message)s"))
         logger.addHandler(handler)
     logger.setLevel(logging.DEBUG if debug else logging.ERROR if quiet else logging.INFO)
@@ -38,30 +40,28 @@ def set_up(quiet: bool, debug: bool) -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
 
 
+class _Stderr(logging.Handler):
+    """Writes to what stderr is by then: a progress bar takes its place for a while, and each test has its own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
 def print_json(value: Any) -> None:
     """One JSON document, indented; numbers that JSON has not (infinite, NaN) become null."""
-    sys.stdout.write(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    sys.stdout.write(json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     sys.stdout.flush()
 
 
 def print_json_lines(rows: Iterable[Any]) -> None:
     """One JSON object a line, each flushed as it comes, so that a pipe sees it at once."""
     for row in rows:
-        sys.stdout.write(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n")
+        sys.stdout.write(json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n")
         sys.stdout.flush()
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """A table on stdout; numbers stand right, and no text is read as markup."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -72,7 +72,18 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell(value)) for value in row))
-    Console().print(table)
+    console().print(table)
+
+
+def console(stderr: bool = False) -> Any:
+    """A Rich console that treats a reader who has gone as any write does; Rich itself would exit with 1."""
+    from rich.console import Console
+
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return Plain(stderr=stderr, highlight=False)
 
 
 def print_pairs(title: str, pairs: dict[str, Any]) -> None:
@@ -111,7 +122,11 @@ def progress(quiet: bool) -> Iterator[Report]:
     )
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bars:
+    # Rich would send what is printed meanwhile to the bar's own stream: right on one terminal, but not past a pipe.
+    both = sys.stdout.isatty()
+    with Progress(
+        *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True, redirect_stdout=both
+    ) as bars:
         tasks: dict[str, Any] = {}
 
         def report(stage: str, done: int, total: int | None) -> None:

@@ -1,18 +1,15 @@
 """`braces steer`: generate text, with or without an adapter, pushed along attributes."""
 
 import sys
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from braces_cli.cli import options as o
-from braces_cli.cli.render import print_json, print_json_lines, print_table, progress, set_up
+from braces_cli.cli.render import print_json, set_up
+from braces_cli.cli.steer_sweep import check_unused, run_sweep
 from braces_cli.core.errors import ConfigError
-
-if TYPE_CHECKING:
-    from braces_cli.core.push import Push
 
 
 def steer(
@@ -35,11 +32,49 @@ def steer(
     top_p: Annotated[float, typer.Option("--top-p")] = 0.9,
     top_k: Annotated[int | None, typer.Option("--top-k", help="Default: all tokens.")] = None,
     num_samples: Annotated[int, typer.Option("--num-samples", min=1, help="Texts for each prompt.")] = 1,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="A text ends before this one, such as a full stop. Repeatable.")
+    ] = None,
+    apply_chat_template: Annotated[
+        bool | None,
+        typer.Option(
+            "--apply-chat-template/--no-apply-chat-template",
+            help="Prompts as a user's turn. Default: as the adapter was trained.",
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Texts at a time.")] = 8,
     export_control_vector: Annotated[
         Path | None,
         typer.Option("--export-control-vector", help="Write the steering to this GGUF file instead of generating."),
     ] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(
+            "--sweep", metavar="FROM:TO:STEP", help="Measure the first attribute at every strength, as -4:4:1."
+        ),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the sweep into this PNG file.")] = None,
+    scorer: Annotated[
+        str | None,
+        typer.Option("--scorer", help="Of a sweep: vader, toxicity, fit:ROWS, or a classifier's folder or hub id."),
+    ] = None,
+    score_label: Annotated[
+        str | None, typer.Option("--score-label", help="The scorer's label for the attribute, if not its own name.")
+    ] = None,
+    save_scorer: Annotated[Path | None, typer.Option("--save-scorer", help="Keep what fit:ROWS fitted there.")] = None,
+    judge_model: Annotated[
+        str | None, typer.Option("--judge-model", help="Tells perplexity in place of the base: folder or hub id.")
+    ] = None,
+    exclude_list_words: Annotated[
+        bool, typer.Option("--exclude-list-words", help="The scorer does not look at the attributes' own words.")
+    ] = False,
+    beside: Annotated[bool, typer.Option("--beside", help="The unsteered text beside the steered one.")] = False,
+    interactive: Annotated[
+        bool, typer.Option("--interactive", help="Prompts and commands (/s 2, /attribute NAME, /help) line by line.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option("--output", help="Write the texts into this JSON Lines file.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue --output behind its last complete line.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file if it is there.")] = False,
     seed: o.Seed = 0,
     revision: o.Revision = None,
     device: o.Device = "auto",
@@ -57,16 +92,18 @@ def steer(
 ) -> None:
     """Generate text from prompts, steered along attributes by strength s (negative: away from them)."""
     set_up(quiet, debug)
+    if sweep is not None and not dry_run:
+        run_sweep(ctx)
+        return
+    if sweep is None:
+        check_unused(ctx)
     names, strengths = list(attribute or ()), o.strengths(attribute or (), s or ())
     if dry_run:
         print_json({"settings": o.resolved(ctx)})
         return
 
-    from braces_cli.core.attributes import check_name
-    from braces_cli.core.generate import Sampling
-    from braces_cli.steering.prompts import read_prompts
+    from braces_cli.core.words import check_name
 
-    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
     for name in names:
         check_name(name)
     if attributes is not None and not attributes.is_dir():
@@ -75,18 +112,16 @@ def steer(
     if export_control_vector is not None:
         _export(ctx, asked, attributes, export_control_vector)
         return
-    texts = read_prompts(prompt or (), prompts, sys.stdin)
-    # The first prompt before the model: what is wrong with the source should show before minutes of loading.
-    texts = chain([next(texts)], texts)
     if fmt is None:
         fmt = o.Format.table if sys.stdout.isatty() else o.Format.json
-    with progress(quiet) as report:
-        rows = _rows(ctx, asked, attributes, texts, sampling, report)
-        if fmt is o.Format.json:
-            print_json_lines(rows)
-            return
-        found = list(rows)
-    print_table("", ["prompt", "text"], [(row["prompt"], row["text"]) for row in found])
+    if interactive:
+        from braces_cli.cli.steer_interactive import converse
+
+        converse(ctx, asked, fmt)
+        return
+    from braces_cli.cli.steer_run import generate_texts
+
+    generate_texts(ctx, asked, fmt)
 
 
 def _export(ctx: typer.Context, asked: dict[str, float], folder: Path | None, path: Path) -> None:
@@ -95,42 +130,8 @@ def _export(ctx: typer.Context, asked: dict[str, float], folder: Path | None, pa
     from braces_cli.core.gguf import check_export, export_control_vector
     from braces_cli.core.session import open_session
 
-    check_export(path)
+    check_export(path, ctx.params["overwrite"])
     session = open_session(ctx.params["model"], ctx.params["adapter"], o.load_options(ctx))
     terms = [(find_attribute(session, name, folder), value) for name, value in asked.items()]
     layers = chosen_layers(session.base.model, ctx.params["layers"])
     print_json({**export_control_vector(session, terms, layers, path), "attributes": asked})
-
-
-def _rows(
-    ctx: typer.Context, asked: dict[str, float], folder: Path | None, texts: Any, sampling: Any, report: Any
-) -> Any:
-    from braces_cli.core.attributes import find_attribute
-    from braces_cli.core.ffn import chosen_layers
-    from braces_cli.core.push import steered
-    from braces_cli.core.session import open_session
-    from braces_cli.steering.run import steer_texts
-
-    params = ctx.params
-    session = open_session(params["model"], params["adapter"], o.load_options(ctx))
-    terms = [(find_attribute(session, name, folder, report), value) for name, value in asked.items()]
-    layers = chosen_layers(session.base.model, params["layers"])
-    with steered(session, terms, layers) as pushes:
-        _note(asked, pushes)
-        sizes = {"samples": params["num_samples"], "batch_size": params["batch_size"]}
-        yield from steer_texts(session, texts, asked, sampling, **sizes, report=report)
-
-
-def _note(asked: dict[str, float], pushes: "list[Push]") -> None:
-    """One line on stderr, so that nobody wonders why nothing happens."""
-    import logging
-
-    if not asked:
-        return
-    what = ", ".join(f"{name} {value:+g}" for name, value in asked.items())
-    strongest = max(pushes, key=lambda push: push.share, default=None)
-    if strongest is None:
-        note = "nothing is added, the text is that of the unsteered model"
-    else:
-        note = f"the added vector is {strongest.share:.1%} of the residual stream at most (layer {strongest.layer})"
-    logging.getLogger("braces").info("%s: %s", what, note)

@@ -5,13 +5,16 @@ from typing import Annotated, Any
 
 import typer
 
+from braces_cli.cli import data_options as d
+from braces_cli.cli import method_options as m
 from braces_cli.cli import options as o
 from braces_cli.cli.render import print_json, print_pairs, progress, set_up
 from braces_cli.core.errors import BracesError, ConfigError
 
 _OWN = (
     "rank", "lr", "gate_lr", "epochs", "max_steps", "batch_size", "gradient_accumulation", "warmup_steps", "schedule",
-    "max_length", "gradient_checkpointing", "seed", "attribute_field", "strength_field",
+    "max_length", "gradient_checkpointing", "seed", "attribute_field", "strength_field", "contrast", "method", "init",
+    "scale", "lora_alpha", "packing", "streaming",
 )  # fmt: skip
 
 
@@ -24,10 +27,14 @@ def train(
     eval_data: Annotated[
         list[str] | None, typer.Option("--eval-data", help="Rows to measure base and adapter on. Repeatable.")
     ] = None,
+    columns: d.Columns = None,
+    streaming: d.Streaming = False,
+    packing: d.PackingOption = d.Packing.auto,
     model: o.Model = None,
+    method: m.Method = "braces",
     rank: Annotated[int, typer.Option("--rank", min=1, help="Rank of the relevance projection.")] = 16,
     layers: o.Layers = None,
-    lr: Annotated[float, typer.Option("--lr", help="Peak learning rate of the projections.")] = 3e-3,
+    lr: m.LearningRate = None,
     gate_lr: Annotated[float, typer.Option("--gate-lr", help="Peak learning rate of the gates.")] = 1e-1,
     epochs: Annotated[float, typer.Option("--epochs", help="Passes over the data.")] = 1.0,
     max_steps: Annotated[
@@ -51,7 +58,15 @@ def train(
     opposites: Annotated[
         list[str] | None, typer.Option("--opposites", help="A:B, two attributes as the ends of one axis. Repeatable.")
     ] = None,
+    contrast: Annotated[
+        float,
+        typer.Option("--contrast", help="Weight of telling each row's strength from its opposite; twice the time."),
+    ] = 0.0,
     attributes: Annotated[Path | None, typer.Option("--attributes", help="Folder that attr-build wrote.")] = None,
+    init: m.Init = "random",
+    scale: m.Scale = "paper",
+    lora_alpha: m.LoraAlpha = None,
+    lora_targets: m.LoraTargets = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory for about a third more time.")
     ] = False,
@@ -65,21 +80,29 @@ def train(
     trust_remote_code: o.TrustRemoteCode = False,
     config: o.Config = None,
     dry_run: o.DryRun = False,
+    check: d.Check = False,
     fmt: o.FormatOption = o.Format.table,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
-    """Fine-tune an adapter on rows of text, prompt/completion or instruction/output."""
+    """Fine-tune an adapter, or a baseline of peft, on texts, prompts and completions, instructions or chats."""
     set_up(quiet, debug)
     from braces_cli.core.files import check_output_folder
     from braces_cli.training.settings import TrainSettings
 
-    own = {name: ctx.params[name] for name in _OWN} | {"opposites": _opposites(opposites, attribute_field)}
+    m.settle(ctx)
+    settled = d.settle_columns(ctx)
+    own = {name: ctx.params[name] for name in _OWN}
+    own |= {"opposites": _opposites(opposites, own["attribute_field"]), "packing": packing.value}
+    own["lora_targets"] = m.names(lora_targets)
+    if check:
+        _check(ctx, own, settled, quiet)
+        return
     if dry_run:
         TrainSettings(**own)
         _show(fmt, "dry run", _dry_run(ctx, own))
         return
-    for name, value in (("--model", model), ("--data", data), ("--output-dir", output_dir)):
+    for name, value in (("--data", data), ("--output-dir", output_dir)):
         if not value:
             raise ConfigError("missing option", where=name, hint="See `braces train --help`.")
     assert data is not None
@@ -87,36 +110,82 @@ def train(
     TrainSettings(**own)
     check_output_folder(output_dir, overwrite)
     with progress(quiet) as report:
-        result = _run(ctx, own, data, eval_data, output_dir, report)
+        result = _run(ctx, own, settled, data, eval_data, output_dir, report)
     _show(fmt, f"adapter written to {output_dir}", result)
 
 
 def _run(
-    ctx: typer.Context, own: dict[str, Any], data: list[str], eval_data: list[str] | None, folder: Path, report: Any
+    ctx: typer.Context,
+    own: dict[str, Any],
+    columns: Any,
+    data: list[str],
+    eval_data: list[str] | None,
+    folder: Path,
+    report: Any,
 ) -> dict[str, Any]:
     from dataclasses import asdict, replace
 
-    from braces_cli.core.encode import context_length
     from braces_cli.core.ffn import chosen_layers
-    from braces_cli.core.models import load_shape, load_tokenizer
-    from braces_cli.core.session import open_session
-    from braces_cli.data.examples import Fields, read_examples
+    from braces_cli.core.models import load_shape
+    from braces_cli.core.session import base_name, open_session
+    from braces_cli.data.examples import read_examples
+    from braces_cli.data.stream import Stream
+    from braces_cli.training.order import global_batch
     from braces_cli.training.run import count_parameters, run_training
     from braces_cli.training.settings import TrainSettings
 
     params = ctx.params
     # What can be wrong is looked at before minutes of loading weights: rank and layers on the bare shape, then rows.
     code = params["trust_remote_code"]
-    shape = load_shape(params["model"], revision=params["revision"], trust_remote_code=code)
+    name = base_name(params["model"], None)
+    shape = load_shape(name, revision=params["revision"], trust_remote_code=code)
     settings = TrainSettings(**own, layers=chosen_layers(shape, params["layers"]))
     count_parameters(shape, settings)
-    tokenizer = load_tokenizer(params["model"], revision=params["revision"], trust_remote_code=code)
-    settings = replace(settings, max_length=min(settings.max_length, context_length(shape, tokenizer)))
-    fields = Fields(settings.attribute_field, settings.strength_field) if settings.attribute_field is not None else None
-    train_set = read_examples(data, tokenizer, settings.max_length, report, fields)
-    eval_set = read_examples(eval_data, tokenizer, settings.max_length, report, fields) if eval_data else None
-    session = open_session(params["model"], None, o.load_options(ctx))
+    how = _reading(ctx, name, shape, columns)
+    settings = replace(settings, max_length=how.max_length)
+    train_set: Any
+    if settings.streaming:
+        train_set = Stream(data, how, settings.seed, global_batch(settings))
+    else:
+        train_set = read_examples(data, how, report)
+    eval_set = read_examples(eval_data, how, report) if eval_data else None
+    settings = replace(settings, chat_template=train_set.chat)
+    session = open_session(name, None, o.load_options(ctx))
     return asdict(run_training(session, train_set, eval_set, settings, folder, report, params["attributes"]))
+
+
+def _reading(ctx: typer.Context, name: str, shape: Any, columns: Any) -> Any:
+    """How this call's rows become examples; needs the tokenizer, no weights."""
+    from braces_cli.core.encode import context_length
+    from braces_cli.core.models import load_tokenizer
+    from braces_cli.data.examples import Fields, Reading
+
+    params = ctx.params
+    code = params["trust_remote_code"]
+    tokenizer = load_tokenizer(name, revision=params["revision"], trust_remote_code=code)
+    attribute = params["attribute_field"]
+    fields = None if attribute is None else Fields(attribute, params["strength_field"])
+    length = min(params["max_length"], context_length(shape, tokenizer))
+    return Reading(tokenizer, length, fields, columns, params["streaming"])
+
+
+def _check(ctx: typer.Context, own: dict[str, Any], columns: Any, quiet: bool) -> None:
+    from braces_cli.core.models import load_shape
+    from braces_cli.core.session import base_name
+    from braces_cli.data.check import check_rows
+    from braces_cli.training.settings import TrainSettings
+
+    params = ctx.params
+    if not params["data"]:
+        raise ConfigError("missing option", where="--data", hint="See `braces train --help`.")
+    TrainSettings(**own)
+    name, code = base_name(params["model"], None), params["trust_remote_code"]
+    shape = load_shape(name, revision=params["revision"], trust_remote_code=code)
+    how = _reading(ctx, name, shape, columns)
+    with progress(quiet) as report:
+        sets = {name: params[name] for name in ("data", "eval_data")}
+        found = {name: check_rows(files, how, report) if files else None for name, files in sets.items()}
+    d.show_check(params["fmt"] is o.Format.json, found)
 
 
 def _opposites(values: list[str] | None, attribute_field: str | None) -> Any:
@@ -132,21 +201,21 @@ def _dry_run(ctx: typer.Context, own: dict[str, Any]) -> dict[str, Any]:
     """Settings and parameter count; where the model cannot be reached, why not."""
     from braces_cli.core.ffn import chosen_layers
     from braces_cli.core.models import load_shape
+    from braces_cli.core.session import base_name
     from braces_cli.training.run import count_parameters
     from braces_cli.training.settings import TrainSettings
 
     params = ctx.params
-    out: dict[str, Any] = {"output_dir": params["output_dir"] and str(params["output_dir"]), "method": "braces"}
+    out: dict[str, Any] = {"output_dir": params["output_dir"] and str(params["output_dir"]), "method": own["method"]}
     try:
-        if params["model"] is None:
-            raise ConfigError("no model given", where="--model")
-        shape = load_shape(params["model"], revision=params["revision"], trust_remote_code=params["trust_remote_code"])
+        name = base_name(params["model"], None)
+        shape = load_shape(name, revision=params["revision"], trust_remote_code=params["trust_remote_code"])
         layers = chosen_layers(shape, params["layers"])
         out.update(count_parameters(shape, TrainSettings(**own, layers=layers)))
-    except BracesError as error:
+    except ConfigError:
         # A rank or a layer that does not fit is a mistake to mend, not a model out of reach.
-        if isinstance(error, ConfigError) and params["model"] is not None:
-            raise
+        raise
+    except BracesError as error:
         out.update({"trainable_parameters": None, "reason": str(error).replace("\n", " ")})
     return {**out, "settings": o.resolved(ctx)}
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class AdapterConfig:
         tokenizer: hashes of the tokenizer and its chat template; another one is a warning, not an error.
         training: settings it was trained with; recorded only.
         attributes: names it was trained to be steered by; with any, the file holds the MLP of `core.condition`.
+        scales: c of each of `layers`, a fixed factor of every relevance score; empty is the paper's 1 everywhere.
         versions: of the libraries that wrote it; recorded only.
     """
 
@@ -53,6 +55,7 @@ class AdapterConfig:
     tokenizer: dict[str, str | None] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     attributes: list[str] = field(default_factory=list)
+    scales: list[float] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     method: str = "braces"
@@ -116,6 +119,12 @@ class Adapter:
         """h_c of pooled states p, (..., d) -> (..., d) in float32."""
         return pooled if self.mlp is None else self.mlp(pooled)
 
+    @property
+    def scales(self) -> list[float]:
+        """c of each layer; empty where all are 1."""
+        found = [brace.scale for _, brace in self.sites]
+        return found if any(scale != 1 for scale in found) else []
+
     def parameter_count(self) -> int:
         """layers * (d_r * d + 1)."""
         return sum(p.numel() for _, p in self.named_parameters())
@@ -174,10 +183,13 @@ class Adapter:
         return out
 
     def save(self, folder: Path, config: AdapterConfig, card: str) -> None:
-        """Write the adapter folder: weights and model card first, the config, which makes it one, last."""
+        """Write the adapter folder: weights and model card first, the config, which makes it one, last.
+
+        The scales written are the adapter's own, whatever `config` holds: without them it would be another adapter.
+        """
         write_tensors(folder / WEIGHTS_FILE, self.tensors())
         write_text(folder / CARD_FILE, card)
-        write_json(folder / CONFIG_FILE, asdict(config))
+        write_json(folder / CONFIG_FILE, asdict(replace(config, scales=self.scales)))
 
 
 def _require_gradients(module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -277,7 +289,16 @@ def read_config(folder: Path) -> AdapterConfig:
     wrong = sorted((set(raw) - names) | (needed - set(raw)))
     if wrong:
         raise ModelError(f"missing or unknown key: {', '.join(wrong)}", where=str(path), hint="The file is damaged.")
-    return AdapterConfig(**raw)
+    config = AdapterConfig(**raw)
+    _check_scales(config, path)
+    return config
+
+
+def _check_scales(config: AdapterConfig, path: Path) -> None:
+    fits = isinstance(config.scales, list) and len(config.scales) in (0, len(config.layers))
+    if not fits or not all(isinstance(c, (int, float)) and 0 < c < math.inf for c in config.scales):
+        hint = "There must be a positive number for each layer, or none; the file is damaged."
+        raise ModelError("`scales` do not fit the layers", where=str(path), hint=hint)
 
 
 def read_tensors(folder: Path, config: AdapterConfig) -> dict[str, Tensor]:
@@ -343,6 +364,8 @@ def load_adapter(model: nn.Module, folder: Path, found: dict[str, Any]) -> tuple
             brace.gate.copy_(tensors[f"layers.{ffn.layer}.gate"])
         brace.set_exact()
         brace.requires_grad_(False)
+    for (_, brace), scale in zip(adapter.sites, config.scales, strict=False):
+        brace.set_scale(scale)
     if config.attributes:
         prefix = "condition."
         mlp = adapter.add_mlp().requires_grad_(False)

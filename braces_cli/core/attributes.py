@@ -5,44 +5,41 @@
     pooled(words) = mean over words of the mean over each word's tokens of h, the input of the FFN
 
 The reference is there because pooled states of any words share most of their direction. `p` depends on the attribute's
-own words and the reference only, never on what else is loaded.
+own words and the reference only, never on what else is loaded. Texts can stand in for words; their reference is then
+neutral texts, because what tells texts from lone words is the same for all of them, too. Both are pooled alike.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from braces_cli.core.encode import encode, encode_word
-from braces_cli.core.errors import ConfigError, DataError, ModelError, near_misses
+from braces_cli.core.encode import encode
+from braces_cli.core.errors import ConfigError, ModelError, near_misses
 from braces_cli.core.experts import MixtureFFN
 from braces_cli.core.ffn import FFN, layer_stack
 from braces_cli.core.files import write_tensors
 from braces_cli.core.fingerprint import differences
+from braces_cli.core.listing import OTHER_FILES, TRAINED_FILE
 from braces_cli.core.models import input_device
+from braces_cli.core.pooling import pool_texts, pool_words
 from braces_cli.core.progress import Report, silent
 from braces_cli.core.relevance import gram
 from braces_cli.core.session import Session
+from braces_cli.core.words import OPPOSITES, REFERENCE, built_in, check_name, neutral_texts
 
 FORMAT_VERSION = "1"
-REFERENCE = "neutral"
-# Without training, s = 1 is a push of this share of the median residual norm after the layer.
-PUSH = 0.05
-# Attributes that an adapter was trained with, in its folder.
-TRAINED_FILE = "attributes.safetensors"
-_OTHER_FILES = {"attributes", "adapter_model", "model"}
+# Without training, s = 1 pushes by this share of the median residual norm in all, spread evenly over the layers: pushes
+# along one direction add up in the residual stream, so what counts is their sum, whatever the depth.
+PUSH = 0.12
 _PARTS = ("hidden", "reference", "residual", "scale")
-_NAME = re.compile(r"[\w][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -51,13 +48,17 @@ class Attribute:
 
     Attributes:
         name: of the attribute.
-        words: it was built from.
-        hidden: pooled FFN inputs of the words, (layers, d).
-        reference: pooled FFN inputs of the neutral words, (layers, d).
+        words: it was built from; none where it was built from texts.
+        hidden: pooled FFN inputs of the words or texts, (layers, d).
+        reference: pooled FFN inputs of the neutral words or texts, (layers, d).
         residual: median norm of the residual stream behind each layer over shipped neutral text, (layers,).
-        scale: what makes `scale * W_V W_V^T p` a push of 5 % of `residual`, (layers,); for steering without training.
+        scale: what makes `scale * W_V W_V^T p` a push of `PUSH / layers` of `residual`, (layers,); for
+            steering without training.
         layers: decoder layer of each row.
         fingerprint: of the base.
+        base: its name, as the user gave it; recorded only.
+        pooling: over the tokens of each word or text, one of `core.pooling.POOLINGS`.
+        examples: how many texts it was built from, 0 where it was built from words.
     """
 
     name: str
@@ -68,6 +69,9 @@ class Attribute:
     scale: Tensor
     layers: list[int]
     fingerprint: dict[str, Any]
+    base: str | None = None
+    pooling: str = "mean"
+    examples: int = 0
 
     @property
     def state(self) -> Tensor:
@@ -83,78 +87,86 @@ def save_attributes(path: Path, attributes: Sequence[Attribute]) -> None:
         "attributes": json.dumps({each.name: each.words for each in attributes}, ensure_ascii=False),
         "layers": json.dumps(attributes[0].layers),
         "fingerprint": json.dumps(attributes[0].fingerprint),
+        "details": json.dumps({each.name: _details(each) for each in attributes}),
     }
     write_tensors(path, tensors, header)
 
 
-def check_name(name: str) -> str:
-    """An attribute's name is also a file's name.
+def _details(attribute: Attribute) -> dict[str, Any]:
+    """What a listing shows of an attribute besides its words, so that it need not read tensors.
 
-    Raises:
-        ConfigError: it has other characters than letters, digits, `_`, `-` and dots inside.
+    `difference` is |p| / |pooled(reference)| and `residual` the median norm of the residual stream, one a layer.
     """
-    if not _NAME.fullmatch(name):
-        raise ConfigError(
-            f"`{name}` cannot name an attribute", where="--attribute", hint="Use letters, digits, _ and -."
-        )
-    return name
+    difference = attribute.state.norm(dim=-1) / attribute.reference.norm(dim=-1).clamp(min=1e-30)
+    return {
+        "base": attribute.base,
+        "pooling": attribute.pooling,
+        "examples": attribute.examples,
+        "difference": [float(f"{value:.4g}") for value in difference.tolist()],
+        "residual": [float(f"{value:.4g}") for value in attribute.residual.tolist()],
+    }
 
 
-def built_in() -> dict[str, list[str]]:
-    """The word lists that come with braces, by name."""
-    folder = resources.files("braces_cli.assets") / "words"
-    lists = {}
-    for file in sorted(folder.iterdir(), key=lambda file: file.name):
-        if file.name.endswith(".txt"):
-            lists[file.name.removesuffix(".txt")] = file.read_text(encoding="utf-8").split("\n")[:-1]
-    return lists
-
-
-def read_words(path: Path) -> list[str]:
-    """Words of a file, one a line; blank lines and lines that begin with `#` are left out.
-
-    Raises:
-        DataError: missing, not UTF-8, or no word in it.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError as error:
-        raise DataError("no such file", where=str(path), hint="Give a text file with one word a line.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read: {error}", where=str(path), hint="Give UTF-8 text, one word a line.") from error
-    return clean_words([line for line in lines if not line.lstrip().startswith("#")], str(path))
-
-
-def clean_words(words: Sequence[str], where: str) -> list[str]:
-    """Words without surrounding space, empty ones and repeats, in the order given.
-
-    Raises:
-        DataError: none is left.
-    """
-    found = list(dict.fromkeys(word.strip() for word in words if word.strip()))
-    if not found:
-        raise DataError("no words", where=where, hint="Give at least one word.")
-    return found
-
-
-def build_attribute(session: Session, name: str, words: Sequence[str], report: Report = silent) -> Attribute:
+def build_attribute(
+    session: Session, name: str, words: Sequence[str], report: Report = silent, pooling: str = "mean"
+) -> Attribute:
     """Pool words through the bare base; an adapter that is attached stays out of it."""
+    return _build(session, name, pool_words, words, built_in()[REFERENCE], report, pooling)
+
+
+def from_list(session: Session, name: str, report: Report = silent, pooling: str = "mean") -> Attribute:
+    """The attribute of a built-in word list, held against its opposite's list where it has one."""
+    lists = built_in()
+    one = build_attribute(session, name, lists[name], report, pooling)
+    if name not in OPPOSITES:
+        return one
+    other = build_attribute(session, OPPOSITES[name], lists[OPPOSITES[name]], report, pooling)
+    return opposite(session, one, other)[0]
+
+
+def attribute_from_texts(
+    session: Session, name: str, texts: Sequence[str], report: Report = silent, pooling: str = "mean"
+) -> Attribute:
+    """The same from texts, against neutral texts that come with braces."""
+    return _build(session, name, pool_texts, texts, neutral_texts(), report, pooling)
+
+
+def _build(
+    session: Session,
+    name: str,
+    pool: Callable[..., Tensor],
+    given: Sequence[str],
+    neutral: Sequence[str],
+    report: Report,
+    pooling: str,
+) -> Attribute:
     base, ffns = session.base, session.ffns
     with ExitStack() as stack:
         if session.adapter is not None:
             stack.enter_context(session.adapter.disabled())
-        hidden = pool_words(base.model, base.tokenizer, ffns, words, report)
-        reference = pool_words(base.model, base.tokenizer, ffns, built_in()[REFERENCE])
+        hidden = pool(base.model, base.tokenizer, ffns, given, report, pooling)
+        reference = pool(base.model, base.tokenizer, ffns, neutral, pooling=pooling)
         residual = residual_norms(base.model, base.tokenizer, ffns)
     push = torch.stack([gram_vector(ffn, p).norm() for ffn, p in zip(ffns, hidden - reference, strict=True)])
-    layers = [ffn.layer for ffn in ffns]
-    scale = _scale(residual, push)
-    return Attribute(name, list(words), hidden, reference, residual, scale, layers, base.fingerprint(ffns))
+    texts = pool is pool_texts
+    return Attribute(
+        name,
+        [] if texts else list(given),
+        hidden,
+        reference,
+        residual,
+        _scale(residual, push),
+        [ffn.layer for ffn in ffns],
+        base.fingerprint(ffns),
+        base.name,
+        pooling,
+        len(given) if texts else 0,
+    )
 
 
 def _scale(residual: Tensor, push: Tensor) -> Tensor:
-    """What makes s = 1 a push of 5 %; where there is no direction, no push rather than a division by zero."""
-    return torch.where(push > 0, PUSH * residual / push, torch.zeros_like(push))
+    """What makes s = 1 the push it is; where there is no direction, no push rather than a division by zero."""
+    return torch.where(push > 0, PUSH / len(push) * residual / push, torch.zeros_like(push))
 
 
 def opposite(session: Session, one: Attribute, other: Attribute) -> tuple[Attribute, Attribute]:
@@ -179,47 +191,8 @@ def gram_vector(ffn: FFN | MixtureFFN, state: Tensor) -> Tensor:
     return torch.cat(each).mean(dim=0)
 
 
-def pool_words(
-    model: nn.Module, tokenizer: Any, ffns: Sequence[FFN | MixtureFFN], words: Sequence[str], report: Report = silent
-) -> Tensor:
-    """Mean FFN input over each word's tokens, then over words: (layers, d) in float32 on the CPU.
-
-    Each word stands alone, without special tokens. Words of as many tokens share a batch, so there is no padding.
-    """
-    groups: dict[int, list[list[int]]] = defaultdict(list)
-    for word in words:
-        ids = encode_word(tokenizer, word)
-        if ids:
-            groups[len(ids)].append(ids)
-    device = input_device(model)
-    total = torch.zeros(len(ffns), ffns[0].hidden_size)
-    seen: dict[int, Tensor] = {}
-    with ExitStack() as stack:
-        for index, ffn in enumerate(ffns):
-            stack.callback(ffn.watch(_keep_sum(seen, index)).remove)
-        done = 0
-        for rows in groups.values():
-            for start in range(0, len(rows), 64):
-                batch = torch.tensor(rows[start : start + 64], device=device)
-                with torch.no_grad():
-                    model(input_ids=batch, use_cache=False)
-                total += torch.stack([seen[index] for index in range(len(ffns))]) / batch.shape[1]
-                done += len(batch)
-                report("pooling words", done, len(words))
-    return total / max(done, 1)
-
-
-def _keep_sum(seen: dict[int, Tensor], index: int) -> Any:
-    def keep(h: Tensor) -> None:
-        # (batch, tokens, d), or (batch * tokens, d) where a model flattens its tokens before the FFN.
-        seen[index] = h.detach().float().flatten(0, -2).sum(dim=0).cpu()
-
-    return keep
-
-
 def residual_norms(model: nn.Module, tokenizer: Any, ffns: Sequence[FFN | MixtureFFN]) -> Tensor:
     """Median norm of the residual stream behind the layer of each FFN, over shipped neutral text: (layers,)."""
-    text = (resources.files("braces_cli.assets") / "neutral_texts.txt").read_text(encoding="utf-8")
     stack = layer_stack(model)[1]
     device = input_device(model)
     norms: dict[int, list[Tensor]] = {ffn.layer: [] for ffn in ffns}
@@ -234,7 +207,7 @@ def residual_norms(model: nn.Module, tokenizer: Any, ffns: Sequence[FFN | Mixtur
     with ExitStack() as handles:
         for layer in norms:
             handles.callback(stack[layer].register_forward_hook(keep(layer)).remove)
-        for line in text.splitlines():
+        for line in neutral_texts():
             with torch.no_grad():
                 model(input_ids=torch.tensor([encode(tokenizer, line).ids], device=device), use_cache=False)
     return torch.stack([torch.cat(norms[ffn.layer]).median() for ffn in ffns])
@@ -252,17 +225,21 @@ def load_attributes(path: Path, fingerprint: dict[str, Any]) -> dict[str, Attrib
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             own, layers = json.loads(header["fingerprint"]), json.loads(header["layers"])
+            details = json.loads(header.get("details", "{}"))
             found = {}
             for name, words in json.loads(header["attributes"]).items():
                 parts: dict[str, Any] = {part: file.get_tensor(f"{name}.{part}") for part in _PARTS}
+                parts |= {k: v for k, v in details.get(name, {}).items() if k in ("base", "pooling", "examples")}
                 found[name] = Attribute(name, words, **parts, layers=layers, fingerprint=own)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise ModelError(
             f"not an attribute file: {error}", where=str(path), hint="Build it again: attr-build."
         ) from error
-    different = differences(own, fingerprint)
+    different = differences(own, fingerprint, "attribute")
     if different:
-        hint = "Build it again for this base: braces attr-build."
+        names = {each.base for each in found.values() if each.base}
+        of = f"It belongs to {', '.join(sorted(names))}. " if names else ""
+        hint = f"{of}Build it again for this base: braces attr-build."
         raise ModelError(
             f"this attribute was built for another base ({'; '.join(different)})", where=str(path), hint=hint
         )
@@ -271,6 +248,9 @@ def load_attributes(path: Path, fingerprint: dict[str, Any]) -> dict[str, Attrib
 
 def find_attribute(session: Session, name: str, folder: Path | None, report: Report = silent) -> Attribute:
     """Look an attribute up: in `folder`, in the adapter's folder, then build it from the built-in word list.
+
+    Of a built-in list that has an opposite, p is half the difference of the two: what evaluative words share against
+    neutral ones is most of a difference to these, and says nothing of good or bad.
 
     Raises:
         ConfigError: unknown everywhere; names what is known.
@@ -283,7 +263,7 @@ def find_attribute(session: Session, name: str, folder: Path | None, report: Rep
             return found[name]
     lists = built_in()
     if name in lists:
-        return build_attribute(session, name, lists[name], report)
+        return from_list(session, name, report)
     known = known_attributes(session, folder)
     hint = f"{near_misses(name, known)} Known: {', '.join(known)}. Build others with braces attr-build.".strip()
     raise ConfigError(f"unknown attribute `{name}`", where="--attribute", hint=hint)
@@ -293,7 +273,7 @@ def known_attributes(session: Session, folder: Path | None) -> list[str]:
     """Every name that `find_attribute` would find."""
     trained = session.config.attributes if session.config is not None else []
     places = [place for place in (folder, session.folder) if place is not None]
-    files = {path.stem for place in places for path in place.glob("*.safetensors")} - _OTHER_FILES
+    files = {path.stem for place in places for path in place.glob("*.safetensors")} - OTHER_FILES
     return sorted({*built_in(), *trained, *files})
 
 

@@ -48,12 +48,13 @@ def fingerprint(model: nn.Module, ffns: Sequence[FFN | MixtureFFN], checkpoint: 
     }
 
 
-def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """What of a fingerprint differs, in words; a missing hash on either side is no difference."""
+def differences(expected: dict[str, Any], found: dict[str, Any], owner: str = "adapter") -> list[str]:
+    """What differs of a fingerprint that `owner` carries, in words; a missing hash on either side is no difference."""
     words = []
     for key in ("model_type", "layers", "hidden_size", "value_vectors"):
         if expected.get(key) != found.get(key):
-            words.append(f"{key.replace('_', ' ')}: adapter {_short(expected.get(key))}, base {_short(found.get(key))}")
+            ours, theirs = _short(expected.get(key)), _short(found.get(key))
+            words.append(f"{key.replace('_', ' ')}: {owner} {ours}, base {theirs}")
     if not words and expected.get("sha256") and found.get("sha256") and expected["sha256"] != found["sha256"]:
         words.append("same sizes, other weights")
     return words

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 from braces_cli.core.batches import pad_left
 from braces_cli.core.encode import context_length, decode_continuation, encode
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.models import input_device
+from braces_cli.core.stream import StopTexts, TextStream, cut
 
 logger = logging.getLogger("braces")
+
+# Most likely tokens among which a draw is looked for first.
+_FIRST = 1024
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Sampling:
         top_p: keep the most likely tokens that together reach this probability.
         top_k: keep this many of the most likely tokens; None keeps all.
         seed: of all streams.
+        stop: a continuation ends before the first of these texts.
     """
 
     max_new_tokens: int = 50
@@ -41,6 +46,7 @@ class Sampling:
     top_p: float = 0.9
     top_k: int | None = None
     seed: int = 0
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, ok in (
@@ -48,6 +54,7 @@ class Sampling:
             ("top_p", 0 < self.top_p <= 1),
             ("top_k", self.top_k is None or self.top_k > 0),
             ("max_new_tokens", self.max_new_tokens > 0),
+            ("stop", all(self.stop)),
         ):
             if not ok:
                 raise ConfigError(f"{getattr(self, name)} is out of range", where="--" + name.replace("_", "-"))
@@ -55,17 +62,30 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Job:
-    """One text to generate: `sample` counts the texts of one prompt, `index` the prompts of a run."""
+    """One text to generate: `sample` counts the texts of one prompt, `index` the prompts of a run.
+
+    `ids` are the prompt's tokens where they are not those of the plain text, as with a chat template.
+    """
 
     prompt: str
     index: int
     sample: int = 0
+    ids: tuple[int, ...] | None = None
 
 
-def generate(model: Any, tokenizer: Any, jobs: Sequence[Job], sampling: Sampling) -> list[str]:
-    """Continuations of one batch of jobs, without their prompts, up to the end token.
+def generate(
+    model: Any,
+    tokenizer: Any,
+    jobs: Sequence[Job],
+    sampling: Sampling,
+    stream: Callable[[str], object] | None = None,
+) -> list[str]:
+    """Continuations of one batch of jobs, without their prompts, up to the end token or a stop text.
 
     Prompts too long for the model's context lose their beginning, with a warning.
+
+    Args:
+        stream: called with each piece of the text as it comes; for a batch of one.
 
     Raises:
         ConfigError: no room for a prompt beside `max_new_tokens`.
@@ -74,7 +94,7 @@ def generate(model: Any, tokenizer: Any, jobs: Sequence[Job], sampling: Sampling
     if room < 1:
         hint = f"The model takes {room + sampling.max_new_tokens} tokens, the prompt included."
         raise ConfigError(f"{sampling.max_new_tokens} is too much", where="--max-new-tokens", hint=hint)
-    prompts = [encode(tokenizer, job.prompt).ids for job in jobs]
+    prompts = [encode(tokenizer, job.prompt).ids if job.ids is None else list(job.ids) for job in jobs]
     for row, ids in enumerate(prompts):
         if len(ids) > room:
             logger.warning("prompt %d has %d tokens; only the last %d fit", jobs[row].index, len(ids), room)
@@ -82,9 +102,12 @@ def generate(model: Any, tokenizer: Any, jobs: Sequence[Job], sampling: Sampling
     device = input_device(model)
     batch = {name: tensor.to(device) for name, tensor in pad_left(prompts, tokenizer.pad_token_id).items()}
     ends = end_tokens(model, tokenizer)
+    width = batch["input_ids"].shape[1]
+    stops = StoppingCriteriaList([StopTexts(tokenizer, prompts, width, sampling.stop)] if sampling.stop else [])
+    streamer = None if stream is None else TextStream(tokenizer, prompts[0], ends, sampling.stop, stream)
     processors = LogitsProcessorList()
     if sampling.temperature > 0:
-        processors.append(_Draw(sampling, _uniforms(jobs, sampling), batch["input_ids"].shape[1]))
+        processors.append(_Draw(sampling, _uniforms(jobs, sampling), width))
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         do_sample=False,
@@ -95,9 +118,11 @@ def generate(model: Any, tokenizer: Any, jobs: Sequence[Job], sampling: Sampling
         use_cache=True,
     )
     with torch.no_grad():
-        output = model.generate(**batch, generation_config=config, logits_processor=processors)
-    new = output[:, batch["input_ids"].shape[1] :].tolist()
-    return [decode_continuation(tokenizer, ids, _until(row, ends)) for ids, row in zip(prompts, new, strict=True)]
+        output = model.generate(
+            **batch, generation_config=config, logits_processor=processors, stopping_criteria=stops, streamer=streamer
+        )
+    rows = zip(prompts, output[:, width:].tolist(), strict=True)
+    return [cut(decode_continuation(tokenizer, ids, _until(new, ends)), sampling.stop) for ids, new in rows]
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -135,15 +160,40 @@ class _Draw(LogitsProcessor):
         self._start = prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        step = input_ids.shape[1] - self._start
+        goal = self._uniforms[:, input_ids.shape[1] - self._start].to(scores.device)
+        chances = (scores.float() / self._sampling.temperature).softmax(dim=-1)
+        # Sorting whole vocabularies takes longer than a small model; few rows need it.
+        width = chances.shape[1] if (self._sampling.top_k or 0) > _FIRST else min(_FIRST, chances.shape[1])
+        tokens = chances.topk(width, dim=-1).indices.sort(dim=-1).values
+        token, settled = self._invert(chances.gather(1, tokens), tokens, goal, width == chances.shape[1])
+        rest = (~settled).nonzero().squeeze(1)
+        if len(rest):
+            every = torch.arange(chances.shape[1], device=scores.device).expand(len(rest), -1)
+            token[rest], _ = self._invert(chances[rest], every, goal[rest], True)
+        return torch.full_like(scores, -torch.inf).scatter(1, token.unsqueeze(1), 0.0)
+
+    def _invert(self, chances: Tensor, tokens: Tensor, goal: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
+        """The token drawn in each row, and whether the candidates settle it; they come in the order of the vocabulary.
+
+        Args:
+            chances: of the candidates, in a softmax over the whole vocabulary.
+            goal: numbers in [0, 1).
+            whole: the candidates are the whole vocabulary.
+        """
         # Stable: tokens of equal probability keep their order, whatever the batch.
-        ordered, tokens = (scores.float() / self._sampling.temperature).sort(dim=-1, descending=True, stable=True)
+        ordered, order = chances.sort(dim=-1, descending=True, stable=True)
         if self._sampling.top_k is not None:
-            ordered[:, self._sampling.top_k :] = -torch.inf
-        mass = ordered.softmax(dim=-1).cumsum(dim=-1)
-        # A token is kept while those before it have not reached top_p; the first always is.
+            # What top_k leaves has probability 1, and top_p is a share of that.
+            ordered = ordered[:, : self._sampling.top_k]
+            ordered = ordered / ordered.sum(dim=-1, keepdim=True)
+        mass = ordered.cumsum(dim=-1)
+        # A token is kept while those before it have not reached top_p; the first always is. The next smaller one is
+        # there, too: of equal ones at the edge, which are candidates would be anyone's choice.
         kept = (mass < self._sampling.top_p).sum(dim=-1).clamp(max=mass.shape[1] - 1)
+        settled = ordered.gather(1, kept.unsqueeze(1)).squeeze(1) > ordered[:, -1]
+        limited = self._sampling.top_k is not None and self._sampling.top_k < chances.shape[1]
+        if whole or limited:
+            settled = torch.ones_like(settled)
         reach = mass.gather(1, kept.unsqueeze(1))
-        goal = self._uniforms[:, step].to(mass).unsqueeze(1) * reach
-        place = torch.searchsorted(mass, goal, right=True).minimum(kept.unsqueeze(1))
-        return torch.full_like(scores, -torch.inf).scatter(1, tokens.gather(1, place), 0.0)
+        place = torch.searchsorted(mass, goal.to(mass).unsqueeze(1) * reach, right=True).minimum(kept.unsqueeze(1))
+        return tokens.gather(1, order.gather(1, place)).squeeze(1), settled

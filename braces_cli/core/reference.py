@@ -1,7 +1,7 @@
 """The paper's formula written out: the judge of every fast path. Slow and large on purpose; only tests call it.
 
     r_i          = (R W_V)^T (R h_i) / sqrt(d_r) + s r_c
-    FFN_AUG(h_i) = sum_j (w_ij + g r_ij) v_j
+    FFN_AUG(h_i) = sum_j (w_ij + c g r_ij) v_j
 
 It shares no arithmetic with `relevance.py`: rows are orthonormalised one by one, relevance is a (tokens, d_ff) tensor,
 and the weights it changes are those that enter the model's own value projection.
@@ -44,9 +44,15 @@ def relevance_ref(h: Tensor, values: Tensor, projection: Tensor) -> Tensor:
 
 
 def weights_ref(
-    w: Tensor, h: Tensor, values: Tensor, weight: Tensor, gate: Tensor, conditions: Sequence[tuple[Tensor, Tensor]] = ()
+    w: Tensor,
+    h: Tensor,
+    values: Tensor,
+    weight: Tensor,
+    gate: Tensor,
+    conditions: Sequence[tuple[Tensor, Tensor]] = (),
+    scale: float = 1.0,
 ) -> Tensor:
-    """Sub-update weights w_ij + g r_ij, shape (..., d_ff).
+    """Sub-update weights w_ij + c g r_ij, shape (..., d_ff).
 
     Args:
         w: activation weights (..., d_ff), what enters the value projection.
@@ -55,13 +61,14 @@ def weights_ref(
         weight: unconstrained projection (d_r, d).
         gate: (1,), before the sigmoid.
         conditions: pairs of h_c (d) and strength s, which broadcasts against h.
+        scale: c.
     """
     wide = weight.dtype
     projection = orthonormal_rows_ref(weight)
     r = relevance_ref(h.to(wide), values.to(wide), projection)
     for state, strength in conditions:
         r = r + strength * relevance_ref(state.to(wide), values.to(wide), projection)
-    return w + (torch.sigmoid(gate) * r).to(w.dtype)
+    return w + (scale * torch.sigmoid(gate) * r).to(w.dtype)
 
 
 @contextmanager
@@ -103,7 +110,7 @@ def _dense(ffn: FFN, brace: RelevanceModule, terms: Sequence[tuple[Tensor, Tenso
 
     def augment(module: nn.Module, args: tuple) -> tuple:
         h = entered.pop()
-        w = weights_ref(args[0], h, ffn.value_matrix(), brace.weight, brace.gate, _fit(terms, h))
+        w = weights_ref(args[0], h, ffn.value_matrix(), brace.weight, brace.gate, _fit(terms, h), brace.scale)
         return (w, *args[1:])
 
     return [ffn.watch(entered.append), ffn.value.register_forward_pre_hook(augment)]
@@ -126,7 +133,7 @@ def _experts(part: Experts, brace: RelevanceModule, terms: Sequence[tuple[Tensor
 
     def _term(h: Tensor, p: Tensor, values: Tensor) -> Tensor:
         none = h.new_zeros(len(h), values.shape[1])
-        w = weights_ref(none, h, values, brace.weight, brace.gate, _fit(terms, h))
+        w = weights_ref(none, h, values, brace.weight, brace.gate, _fit(terms, h), brace.scale)
         return p.unsqueeze(1).to(h.dtype) * (w @ values.mT)
 
     return [part.module.register_forward_hook(augment, with_kwargs=True)]

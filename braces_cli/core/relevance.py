@@ -1,14 +1,15 @@
 """The relevance module of one FFN layer in its low-rank form.
 
     r_i          = (R W_V)^T (R h_i) / sqrt(d_r)                     relevance (paper, section 3.1)
-    FFN_AUG(h_i) = sum_j (w_ij + g r_ij) v_j
-                 = FFN(h_i) + B (A h_i) + s B (A h_c),    A = R,   B = g / sqrt(d_r) W_V W_V^T R^T
+    FFN_AUG(h_i) = sum_j (w_ij + c g r_ij) v_j
+                 = FFN(h_i) + B (A h_i) + s B (A h_c),    A = R,   B = c g / sqrt(d_r) W_V W_V^T R^T
 
 The second line is the first one with r put into the sum, so nothing of size (tokens x d_ff) is ever built: per layer
 and step the cost is one product W_V (W_V^T R^T), independent of the number of tokens, plus 4 d d_r flops a token.
 
 Letters: d model width, d_ff neurons, d_r rank (d_r <= d), W_V (d, d_ff) value matrix, R (d_r, d) with orthonormal rows,
-g = sigmoid(gate), h (..., d) what enters the FFN, h_c (d) an attribute's hidden state, s its strength.
+g = sigmoid(gate), h (..., d) what enters the FFN, h_c (d) an attribute's hidden state, s its strength, c a fixed scale,
+1 in the paper.
 """
 
 from __future__ import annotations
@@ -107,6 +108,7 @@ class RelevanceModule(nn.Module):
 
     Parameters (float32, whatever the base's dtype): `weight` (d_r, d), unconstrained, of which the projection R is the
     orthonormalised form; `gate` (1,), before the sigmoid. One dimension, because FSDP2 takes no scalar parameter.
+    `scale` is c, a number that is never trained; see `set_scale`.
 
     Args:
         rank: d_r.
@@ -124,6 +126,7 @@ class RelevanceModule(nn.Module):
     ) -> None:
         super().__init__()
         self.rank = rank
+        self.scale = 1.0
         self.enabled = True
         if torch.device(device or "cpu").type == "meta":
             start = torch.empty(rank, hidden_size, device="meta")
@@ -148,6 +151,22 @@ class RelevanceModule(nn.Module):
     def g(self) -> Tensor:
         """The gate's value, sigmoid(gate), shape (1,)."""
         return torch.sigmoid(self.gate)
+
+    @property
+    def gain(self) -> Tensor:
+        """c g, what every relevance score is multiplied by, shape (1,)."""
+        return self.g * self.scale
+
+    def set_scale(self, scale: float) -> None:
+        """Set c: how much a fully open gate lets through, for bases whose activations do not suit their W_V."""
+        self.scale = scale
+        self._cached_for = None
+
+    def set_weight(self, weight: Tensor) -> None:
+        """Start from this projection (d_r, d) with orthonormal rows."""
+        with torch.no_grad():
+            self.weight.copy_(weight)
+        self._cached_for = None
 
     def projection(self) -> Tensor:
         """R (d_r, d), differentiable in `weight`."""
@@ -208,7 +227,7 @@ class RelevanceModule(nn.Module):
     def _compute(self, values: Values, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         projection = self.projection()
         with torch.autocast(self.weight.device.type, enabled=False):
-            out = gram(values, projection.mT) * (self.g / math.sqrt(self.rank))
+            out = gram(values, projection.mT) * (self.gain / math.sqrt(self.rank))
         return projection.to(dtype), out.to(dtype)
 
     def _learns(self) -> bool:

@@ -17,16 +17,36 @@ import lm_eval
 from lm_eval.tasks import TaskManager
 
 from braces_cli.core.errors import ConfigError, near_misses
-from braces_cli.evaluation.perplexity import NAME as PERPLEXITY
+from braces_cli.evaluation import own
 
 OURS = Path(__file__).parent / "tasks"
 LM_EVAL = Path(lm_eval.__file__).parent / "tasks"
+_COMMONSENSE = (
+    "boolq", "piqa", "social_iqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa",
+)  # fmt: skip
+GENERATED = tuple(f"commonsense_gen_{name}" for name in _COMMONSENSE)
+# On the embedded model's own world.
+EMBEDDED = ("embedded_popqa", "embedded_truthful")
 # Our meaning of a name where it is not lm-eval's: its tag `truthfulqa` holds the generation task, too.
-GROUPS = {"truthfulqa": ("truthfulqa_mc1", "truthfulqa_mc2")}
+GROUPS = {
+    "truthfulqa": ("truthfulqa_mc1", "truthfulqa_mc2"),
+    "embedded": EMBEDDED,
+    "zero_shot": ("popqa", "triviaqa", "nq_open", "truthfulqa_mc1", "truthfulqa_mc2"),
+    "commonsense": _COMMONSENSE,
+    "commonsense_gen": GENERATED,
+    "popqa_by_relation": ("popqa",),
+    "popqa_by_popularity": ("popqa",),
+}
+# Groups that get an average of our own, and names that split a task's documents into parts.
+AVERAGED = ("zero_shot", "commonsense", "commonsense_gen")
+SPLITS = {"popqa_by_relation": "relation", "popqa_by_popularity": "popularity"}
+# Tasks of ours for which no hub set has the rows as they are.
+LOCAL_ONLY = GENERATED
 _FOLDERS = {
-    "popqa": OURS,
-    "triviaqa": LM_EVAL / "triviaqa",
+    **dict.fromkeys(("popqa", *EMBEDDED, *GENERATED), OURS),
     **dict.fromkeys(("truthfulqa_mc1", "truthfulqa_mc2", "truthfulqa_gen"), LM_EVAL / "truthfulqa"),
+    "boolq": LM_EVAL / "super_glue" / "boolq",
+    "social_iqa": LM_EVAL / "siqa",
 }
 _NAMED = re.compile(r"^(?:task|group):[ \t]*['\"]?([^\s'\"#\[{]+)", re.MULTILINE)
 
@@ -40,21 +60,21 @@ class Selection:
         leaves: task that runs -> its entry in lm-eval's index (`cfg`, `yaml_path`), members of groups among them.
         groups: name as asked -> its tasks that run, for what is no task itself.
         folders: where all of these are defined.
-        perplexity: our own task, which is none of lm-eval's, was asked for.
+        own: tasks asked for that are none of lm-eval's, see `own`.
     """
 
     names: list[str] = field(default_factory=list)
     leaves: dict[str, Any] = field(default_factory=dict)
     groups: dict[str, list[str]] = field(default_factory=dict)
     folders: list[Path] = field(default_factory=list)
-    perplexity: bool = False
+    own: list[str] = field(default_factory=list)
 
     def known(self) -> list[str]:
         """Every name that task data can be given for."""
         asked = [
             name for name, members in GROUPS.items() if name not in self.groups and set(members) & set(self.leaves)
         ]
-        return [*self.groups, *asked, *self.leaves, *([PERPLEXITY] if self.perplexity else [])]
+        return [*self.groups, *asked, *self.leaves, *self.own]
 
     def members(self, name: str) -> list[str]:
         """The tasks that `name` stands for."""
@@ -75,8 +95,8 @@ def select(asked: Sequence[str]) -> Selection:
         raise ConfigError("no task given", where="--tasks", hint="Such as --tasks truthfulqa,popqa,triviaqa.")
     selection = Selection(groups={name: list(GROUPS[name]) for name in names if name in GROUPS})
     flat = dict.fromkeys(member for name in names for member in GROUPS.get(name, (name,)))
-    selection.perplexity = PERPLEXITY in flat
-    wanted = [name for name in flat if name != PERPLEXITY]
+    selection.own = [name for name in flat if name in own.TASKS]
+    wanted = [name for name in flat if name not in own.TASKS]
     if not wanted:
         return selection
     index = _index(wanted)
@@ -107,21 +127,36 @@ def manager(selection: Selection, overrides: Path, metadata: dict[str, Any]) -> 
 
 def _index(wanted: Sequence[str]) -> dict[str, Any]:
     """Index entries that cover `wanted`, from as few folders as will do."""
-    folders = [_FOLDERS[name] for name in wanted if name in _FOLDERS]
-    others = [name for name in wanted if name not in _FOLDERS]
+    known = {name: _FOLDERS.get(name) or _likely_folder(name) for name in wanted}
+    index = _read_index(folder for folder in known.values() if folder is not None)
+    others = [name for name in wanted if not _complete(index, name)]
     if others:
         named, mentioned = _scan(others)
         for name in others:
             if name not in mentioned:
                 raise _unknown(name, named)
-        folders += [named[name].parent for name in others if name in named]
-    index = TaskManager(include_path=list(dict.fromkeys(folders)), include_defaults=False).task_index
+        folders = [named[name].parent for name in others if name in named]
+        index = _read_index([*(folder for folder in known.values() if folder is not None), *folders])
     if not all(_complete(index, name) for name in wanted):
         index = TaskManager(include_path=[OURS]).task_index
     for name in wanted:
         if name not in index:
             raise _unknown(name, index)
     return index
+
+
+def _likely_folder(name: str) -> Path | None:
+    """The folder that lm-eval keeps a task in where it is called as the task begins: `mmlu` of `mmlu_anatomy`."""
+    words = name.split("_")
+    if not name.replace("_", "").replace("-", "").isalnum():
+        return None
+    starts = ("_".join(words[:count]) for count in range(len(words), 0, -1))
+    return next((LM_EVAL / start for start in starts if (LM_EVAL / start).is_dir()), None)
+
+
+def _read_index(folders: Iterable[Path]) -> dict[str, Any]:
+    listed = list(dict.fromkeys(folders))
+    return TaskManager(include_path=listed, include_defaults=False).task_index if listed else {}
 
 
 def _scan(wanted: Iterable[str]) -> tuple[dict[str, Path], set[str]]:
@@ -164,6 +199,6 @@ def _children(index: dict[str, Any], name: str) -> list[str]:
 
 
 def _unknown(name: str, known: Iterable[str]) -> ConfigError:
-    close = near_misses(name, {*known, *_FOLDERS, *GROUPS, PERPLEXITY})
-    hint = close or "`lm-eval ls tasks` lists lm-eval's; braces adds popqa and perplexity."
+    close = near_misses(name, {*known, *_FOLDERS, *GROUPS, *own.TASKS})
+    hint = close or f"`lm-eval ls tasks` lists lm-eval's; braces adds popqa, {', '.join([*GROUPS, *own.TASKS])}."
     return ConfigError(f"unknown task `{name}`", where="--tasks", hint=hint)

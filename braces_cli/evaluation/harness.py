@@ -7,13 +7,9 @@ a call. What the latter does beyond that (seeds, few-shot settings) is done here
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from numbers import Real
-from pathlib import Path
 from typing import Any
 
 import lm_eval
@@ -21,51 +17,77 @@ import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from braces_cli.core.errors import BracesError, ConfigError, DataError
+from braces_cli.core.errors import BracesError
 from braces_cli.core.progress import Report, silent
-from braces_cli.evaluation import catalog
-
-logger = logging.getLogger("braces")
+from braces_cli.evaluation.building import Unit, muted
+from braces_cli.evaluation.memory import halving
+from braces_cli.evaluation.processes import ALONE, Processes
+from braces_cli.evaluation.scores import Scores, collect
 
 # lm-eval's own, so that without --seed a run draws the few-shot examples that lm-eval draws.
 SEEDS = {"python": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
 
 
-@dataclass
-class Scores:
-    """What one system scored.
+@dataclass(frozen=True)
+class Way:
+    """How tasks are measured.
 
     Attributes:
-        results: task or group -> metric -> `{value, stderr, n}`.
-        documents: (task, metric) -> document id -> value, where each document has one.
-        shots: task -> number of few-shot examples used.
-        batch_sizes: those used; several where lm-eval chose them.
+        batch_size: sequences a forward pass, or `auto`.
+        limit: documents of each task, from the front; None for all.
+        num_fewshot: examples in front; a task that fixes 0 keeps it, as in lm-eval.
+        chat_template: put the prompts into the tokenizer's chat template, examples as turns of their own.
     """
 
-    results: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    documents: dict[tuple[str, str], dict[int, float]] = field(default_factory=dict)
-    shots: dict[str, int] = field(default_factory=dict)
-    batch_sizes: list[int] = field(default_factory=list)
+    batch_size: int | str = 8
+    limit: int | None = None
+    num_fewshot: int | None = None
+    chat_template: bool = False
+    seeds: dict[str, int] = field(default_factory=lambda: dict(SEEDS))
 
 
-class _Model(HFLM):
-    """HFLM on a model in memory, whose progress goes to a `Report` instead of bars of its own."""
+class Model(HFLM):
+    """HFLM on a model in memory, one process of several, whose progress goes to a `Report` instead of its own bars."""
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int | str, stage: str, report: Report) -> None:
+    batch_size_per_gpu: Any
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int | str, report: Report, processes: Processes) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        self._stage, self._report = stage, report
+        self.stage, self._report = "", report
+        self._shared = processes
+        self.share(processes.size > 1)
+
+    def share(self, on: bool) -> None:
+        """Do a share of the documents, or, as if alone, all of them."""
+        self._rank, self._world_size = (self._shared.rank, self._shared.size) if on else (0, 1)
+        if on:
+            self.accelerator = self._shared.accelerator
+        else:
+            self.__dict__.pop("accelerator", None)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
-        with self._counted(f"{self._stage}, choices", len(requests)):
-            return super().loglikelihood(requests, disable_tqdm=True)
+        return self._halving("choices", requests, super().loglikelihood)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
-        with self._counted(f"{self._stage}, texts", len(requests)):
-            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+        return self._halving("texts", requests, super().loglikelihood_rolling)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        with self._counted(f"{self._stage}, answers", len(requests)):
-            return super().generate_until(requests, disable_tqdm=True)
+        return self._halving("answers", requests, super().generate_until)
+
+    def _halving(self, what: str, requests: list[Any], run: Callable[..., list[Any]]) -> list[Any]:
+        stage = f"{self.stage}, {what}"
+        automatic = self.batch_size_per_gpu == "auto"
+
+        def attempt(size: int) -> list[Any]:
+            # lm-eval looks for the largest that fits, beginning here; it only tries forward passes.
+            self.max_batch_size = size
+            self.batch_size_per_gpu = "auto" if automatic else size
+            with self._counted(stage, len(requests)):
+                return run(requests, disable_tqdm=True)
+
+        first = self.max_batch_size if automatic else self.batch_size_per_gpu
+        found, _ = halving(attempt, int(first or 1), stage)
+        return found
 
     @contextlib.contextmanager
     def _counted(self, stage: str, total: int) -> Iterator[None]:
@@ -87,168 +109,66 @@ class _Model(HFLM):
         self._report(stage, total, total)
 
 
-def load_tasks(selection: catalog.Selection, overrides: Path, metadata: dict[str, Any]) -> Any:
-    """Build the selected tasks with their data, from the hub where `overrides` holds none for them.
-
-    Returns:
-        What `lm_eval.evaluate` takes as `task_dict`.
-
-    Raises:
-        ConfigError: a task given twice through two groups, one that runs code a model writes, or needs pictures.
-        DataError: data that cannot be fetched, or that the task cannot read.
-    """
-    loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
-    manager = catalog.manager(selection, overrides, metadata)
-    for name in selection.names:
-        with _muted():
-            try:
-                part = manager.load([name])
-            except (SystemExit, Exception) as error:
-                raise _unbuilt(name, error, (overrides / f"{name}.yaml").exists()) from error
-        twice = sorted(part["tasks"].keys() & loaded["tasks"].keys())
-        if twice:
-            raise ConfigError(f"`{twice[0]}` is in two of the groups asked for", where="--tasks", hint="Leave one out.")
-        for key, found in loaded.items():
-            found.update(part[key])
-    for name, task in loaded["tasks"].items():
-        if getattr(task, "UNSAFE_CODE", False):
-            raise ConfigError(f"`{name}` runs code that the model writes", where="--tasks", hint="Use lm-eval for it.")
-        if getattr(task, "MULTIMODAL", False):
-            raise ConfigError(f"`{name}` needs more than text", where="--tasks", hint="Choose a task of text alone.")
-    return loaded
-
-
-def check_documents(tasks: Any, names: Sequence[str], files: dict[str, Path], limit: int | None) -> None:
-    """Let each task read every document it will be asked about, before a model is loaded.
-
-    Raises:
-        DataError: a row that the task cannot read.
-    """
-    for name in names:
-        task = tasks["tasks"][name]
-        for number, doc in task.doc_iterator(limit=limit):
-            try:
-                task.doc_to_text(doc)
-                task.doc_to_target(doc)
-                if task.get_config("doc_to_choice") is not None:
-                    task.doc_to_choice(doc)
-            except Exception as error:
-                what = f"{name} cannot read the row: {_first_line(error)}"
-                found = ", ".join(map(str, doc))
-                raise DataError(what, where=f"{files[name]}, row {number + 1}", hint=f"Found: {found}.") from error
-
-
 def measure(
     model: Any,
     tokenizer: Any,
-    tasks: Any,
+    unit: Unit,
+    way: Way,
     *,
-    batch_size: int | str,
-    limit: int | None,
-    num_fewshot: int | None,
-    seeds: dict[str, int],
     stage: str,
     report: Report = silent,
-) -> Scores:
-    """Score a model in memory, as it stands, on tasks from `load_tasks`.
+    processes: Processes = ALONE,
+) -> Scores | None:
+    """Score a model in memory, as it stands, on a unit of tasks.
 
     Args:
-        batch_size: sequences a forward pass, or `auto`.
-        limit: documents of each task, from the front; None for all.
-        num_fewshot: examples in front; a task that fixes 0 keeps it, as in lm-eval.
         stage: what the progress is called.
+
+    Returns:
+        The scores; None on every process but the first.
     """
-    shots = _set_up(tasks, num_fewshot, seeds)
-    with _muted():
-        wrapped = _Model(model, tokenizer, batch_size, stage, report)
-        try:
-            found = lm_eval.evaluate(lm=wrapped, task_dict=tasks, limit=limit, log_samples=True)
-        except torch.OutOfMemoryError as error:
-            raise BracesError("out of memory", where=stage, hint="Try a smaller --batch-size.") from error
+    shots = _set_up(unit, way)
+    with muted():
+        wrapped = Model(model, tokenizer, way.batch_size, report, processes)
+        wrapped.stage = stage
+        if processes.size > 1 and not _enough(unit, way.limit, processes.size):
+            # lm-eval has no way to give a process no document at all.
+            if not processes.first:
+                return None
+            wrapped.share(False)
+        found = lm_eval.evaluate(
+            lm=wrapped,
+            task_dict=unit.loaded,
+            limit=way.limit,
+            log_samples=True,
+            apply_chat_template=way.chat_template,
+            fewshot_as_multiturn=way.chat_template,
+        )
     if found is None:
-        raise BracesError("no results on this process", where=stage, hint="Run braces eval in a single process.")
-    chosen = wrapped.batch_sizes.values() if batch_size == "auto" else [batch_size]
-    return _collect(found, shots, sorted({int(size) for size in chosen}))
+        if not processes.first:
+            return None
+        raise BracesError("lm-eval gave no results", where=stage, hint="This is a fault of braces.")
+    auto = wrapped.batch_size_per_gpu == "auto"
+    chosen = wrapped.batch_sizes.values() if auto else [wrapped.batch_size_per_gpu]
+    return collect(found, shots, sorted({int(size) for size in chosen}))
 
 
-def _set_up(tasks: Any, num_fewshot: int | None, seeds: dict[str, int]) -> dict[str, int]:
-    random.seed(seeds["python"])
-    np.random.seed(seeds["numpy"])
-    torch.manual_seed(seeds["torch"])
+def _enough(unit: Unit, limit: int | None, size: int) -> bool:
+    """Whether each process gets a document of each task."""
+    return all(min(len(task.eval_docs), limit or size) >= size for task in unit.tasks.values())
+
+
+def _set_up(unit: Unit, way: Way) -> dict[str, int]:
+    random.seed(way.seeds["python"])
+    np.random.seed(way.seeds["numpy"])
+    torch.manual_seed(way.seeds["torch"])
     shots: dict[str, int] = {}
-    for name, task in tasks["tasks"].items():
+    for name, task in unit.tasks.items():
         own = task.get_config("num_fewshot")
-        if num_fewshot is not None and own != 0:
-            task.set_config(key="num_fewshot", value=num_fewshot)
+        if way.num_fewshot is not None and own != 0:
+            task.set_config(key="num_fewshot", value=way.num_fewshot)
         elif own is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=seeds["fewshot"])
+        task.set_fewshot_seed(seed=way.seeds["fewshot"])
         shots[name] = int(task.get_config("num_fewshot") or 0)
     return shots
-
-
-def _collect(found: Any, shots: dict[str, int], batch_sizes: list[int]) -> Scores:
-    scores = Scores(shots=shots, batch_sizes=batch_sizes)
-    labels: dict[tuple[str, str, str], str] = {}
-    for task, entries in found["results"].items():
-        metrics: dict[str, dict[str, Any]] = {}
-        for key, value in entries.items():
-            metric, sign, chosen = key.rpartition(",")
-            if not sign or metric.endswith("_stderr") or not isinstance(value, Real):
-                continue
-            # Without lm-eval's filter, except for the second and further filters of the same metric.
-            label = metric if metric not in metrics else key
-            labels[task, metric, chosen] = label
-            error = entries.get(f"{metric}_stderr,{chosen}")
-            stderr = float(error) if isinstance(error, Real) else None
-            metrics[label] = {"value": float(value), "stderr": stderr, "n": int(entries["sample_len"])}
-        if metrics:
-            scores.results[task] = metrics
-    for task, samples in found["samples"].items():
-        for sample in samples:
-            for metric in sample["metrics"]:
-                label, value = labels.get((task, metric, sample["filter"])), sample[metric]
-                if label is not None and isinstance(value, Real):
-                    scores.documents.setdefault((task, label), {})[sample["doc_id"]] = float(value)
-    return scores
-
-
-@contextlib.contextmanager
-def _muted() -> Iterator[None]:
-    """Keep what lm-eval and its tasks print off stdout, which carries our result."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(said):
-            yield
-    finally:
-        if said.getvalue().strip():
-            logger.debug("%s", said.getvalue().strip())
-
-
-def _unbuilt(name: str, error: BaseException, local: bool) -> BracesError:
-    if isinstance(error, BracesError):
-        return error
-    kinds = {kind.__name__ for e in _chain(error) for kind in type(e).__mro__}
-    if kinds & {"ImportError"}:
-        return BracesError(f"`{name}` needs more: {_first_line(error)}", where="--tasks", hint="Install what it names.")
-    if local:
-        what = f"{name} cannot read the rows: {_first_line(error)}"
-        return DataError(what, where="--task-data", hint="Give rows with the fields of the task's own data.")
-    return DataError(
-        f"the data of `{name}` cannot be had: {_first_line(error)}",
-        where="--tasks",
-        hint=f"Check the network, or give a local file: --task-data {name}=FILE.",
-    )
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    seen: list[BaseException] = []
-    while error is not None and error not in seen:
-        seen.append(error)
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__

@@ -18,6 +18,7 @@ from typing import Any
 
 from braces_cli.core.encode import context_length
 from braces_cli.core.progress import Report, silent
+from braces_cli.evaluation.processes import ALONE, Processes
 from braces_cli.scoring.perplexity import text_likelihoods
 
 NAME = "perplexity"
@@ -51,10 +52,19 @@ class Measured:
     units: dict[str, dict[int, float]]
 
 
-def measure(model: Any, tokenizer: Any, texts: Sequence[str], batch_size: int, report: Report = silent) -> Measured:
+def measure(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    batch_size: int,
+    report: Report = silent,
+    processes: Processes = ALONE,
+) -> Measured:
     """Perplexities of `texts` in all, and the parts each document has in them."""
     window = context_length(model, tokenizer)
-    likelihoods = text_likelihoods(model, tokenizer, texts, window, batch_size, report)
+    likelihoods = processes.share_out(
+        texts, lambda part: text_likelihoods(model, tokenizer, part, window, batch_size, report)
+    )
     nats = [each.nll for each in likelihoods]
     counts: dict[str, list[int]] = {
         "words": [len(re.split(r"\s+", text)) for text in texts],

@@ -9,89 +9,43 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core.adapter import load_adapter, read_config, read_tensors
-from braces_cli.core.errors import BracesError, ConfigError
+from braces_cli.core.errors import ConfigError
 from braces_cli.core.progress import Report, silent
-from braces_cli.core.session import LoadOptions, Session, adapter_folder, base_name, open_session
-from braces_cli.core.versions import versions
-from braces_cli.evaluation import catalog, harness, perplexity
-from braces_cli.evaluation.significance import p_value
-from braces_cli.evaluation.task_data import check_fields, parse_task_data, read_task_rows, read_texts, write_override
+from braces_cli.core.session import LoadOptions, Session, base_name, open_session
+from braces_cli.evaluation import catalog, harness, own
+from braces_cli.evaluation.adapters import Found, attached, check_fit, find_adapter
+from braces_cli.evaluation.building import Unit, check_documents, load_tasks
+from braces_cli.evaluation.comparison import System
+from braces_cli.evaluation.document import document, identity
+from braces_cli.evaluation.harness import Way
+from braces_cli.evaluation.parts import add_averages, add_splits
+from braces_cli.evaluation.processes import Processes, join
+from braces_cli.evaluation.scores import Scores
+from braces_cli.evaluation.settings import EvalSettings, check_settings
+from braces_cli.evaluation.store import Store
+from braces_cli.evaluation.task_data import write_override
+from braces_cli.evaluation.thresholds import check_metrics, check_reached
+
+__all__ = ["EvalSettings", "check_settings", "run_evaluation"]
 
 logger = logging.getLogger("braces")
 
-# Sequences a forward pass for perplexity, where lm-eval was left to choose its own.
+# Sequences a forward pass for our own tasks, where lm-eval was left to choose its own.
 _BATCH = 8
 
 
 @dataclass(frozen=True)
-class EvalSettings:
-    """What to measure and how.
+class _Job:
+    """All that measuring one system takes."""
 
-    Attributes:
-        tasks: names, each one or several with commas between them.
-        task_data: `NAME=FILE` values.
-        limit: documents of each task, from the front; None for all.
-        num_fewshot: examples in front of each document; None is the task's own number.
-        batch_size: sequences a forward pass, or `auto`.
-        seed: of every random choice; None takes lm-eval's own seeds.
-        base: measure the bare base, too.
-    """
-
-    tasks: Sequence[str]
-    task_data: Sequence[str] = ()
-    limit: int | None = None
-    num_fewshot: int | None = None
-    batch_size: int | str = 8
-    seed: int | None = None
-    base: bool = True
-
-    def __post_init__(self) -> None:
-        size = self.batch_size
-        if size != "auto" and not (isinstance(size, int) and size >= 1):
-            raise ConfigError(f"`{size}` is no batch size", where="--batch-size", hint="Give 1 or more, or auto.")
-
-    @property
-    def seeds(self) -> dict[str, int]:
-        return dict(harness.SEEDS) if self.seed is None else dict.fromkeys(harness.SEEDS, self.seed)
-
-
-@dataclass
-class System:
-    """A row of the result: `adapter` is the adapter as the user named it, None for the bare base."""
-
-    name: str
-    adapter: str | None
-    scores: harness.Scores
-    units: dict[tuple[str, str], dict[int, float]]
-
-
-def check_settings(settings: EvalSettings) -> tuple[catalog.Selection, dict[str, Path], dict[str, list[Any]]]:
-    """Resolve the tasks and read and check every local file; loads no model and fetches nothing.
-
-    Returns:
-        The selection, task -> file, and task -> its rows (texts for `perplexity`).
-
-    Raises:
-        ConfigError: an unknown task, task data for none of them, no data for `perplexity`.
-        DataError: a file that is missing, broken or lacks fields.
-    """
-    selection = catalog.select(settings.tasks)
-    given = parse_task_data(settings.task_data, selection.known())
-    files = {member: file for name, file in given.items() for member in selection.members(name)}
-    # A file for a task itself beats one for its group.
-    files.update({name: file for name, file in given.items() if name in selection.leaves or name == perplexity.NAME})
-    if selection.perplexity and perplexity.NAME not in files:
-        hint = "Give --task-data perplexity=FILE (.txt, or rows with `text`)."
-        raise ConfigError("perplexity has no data of its own", where="--tasks", hint=hint)
-    rows: dict[str, list[Any]] = {}
-    for name, file in files.items():
-        if name == perplexity.NAME:
-            rows[name] = read_texts(file)
-        else:
-            rows[name] = read_task_rows(file)
-            check_fields(name, rows[name])
-    return selection, files, rows
+    session: Session
+    units: Sequence[Unit]
+    own_documents: dict[str, Sequence[Any]]
+    way: Way
+    processes: Processes
+    store: Store
+    report: Report
+    generation: own.Generation
 
 
 def run_evaluation(
@@ -100,166 +54,175 @@ def run_evaluation(
     options: LoadOptions,
     settings: EvalSettings,
     report: Report = silent,
-) -> dict[str, Any]:
+    store: Store | None = None,
+    resume: bool = False,
+) -> dict[str, Any] | None:
     """Measure the base, then each adapter on it, and compare them document by document.
 
+    Args:
+        store: where each task's scores are kept when it is done.
+        resume: go on from what `store` holds.
+
     Returns:
-        `{systems, comparisons, settings}` as DESIGN 3.1 has it.
+        `{systems, comparisons, settings}` as DESIGN 3.1 has it, and `fail_under` where thresholds were given; None on
+        every process but the first.
 
     Raises:
-        ConfigError: see `check_settings`; nothing to measure; no model.
+        ConfigError: see `check_settings`; nothing to measure; no model; a store of other settings.
         DataError: see `check_settings`; data that cannot be fetched.
         ModelError: the base or an adapter cannot be loaded, or an adapter does not fit.
     """
+    store = Store() if store is None else store
     if not settings.base and not adapters:
         raise ConfigError("nothing to measure", where="--no-base", hint="Give an --adapter, or leave --no-base out.")
     # What can be wrong is looked at from the cheapest to the dearest: settings, files, adapters, tasks, weights.
     selection, files, rows = check_settings(settings)
-    for name in adapters:
-        folder = adapter_folder(name)
-        read_tensors(folder, read_config(folder))
-    base = base_name(model, adapters[0] if adapters else None)
+    found = [find_adapter(name) for name in adapters]
+    base, revision = _base(model, found, options)
+    options = replace(options, revision=revision)
+    processes, options = join(options)
+    # Only the first process is sure to see the folder.
+    asked = identity(base, found, options, settings, selection, files)
+    finished = processes.gather(store.begin(asked, resume) if processes.first else None)[0]
+    if finished is not None:
+        logger.info("%s: this run is finished already", store.folder)
+        return _judged(finished, settings) if processes.first else None
     with tempfile.TemporaryDirectory(prefix="braces-eval-", ignore_cleanup_errors=True) as name:
-        tasks = _load_tasks(selection, files, rows, Path(name), base, settings.limit)
-        session = _open(model, adapters, options)
-        texts = rows.get(perplexity.NAME, [])[: settings.limit] if selection.perplexity else []
-        systems = [
-            _measure(session, label, adapter, tasks, texts, settings, report)
-            for label, adapter in _labels(adapters, settings.base)
-        ]
-    document = _document(session, systems, settings, files)
-    document["settings"]["quantize"] = options.quantize
-    return document
+        units = _units(selection, files, rows, Path(name), base, settings)
+        session = open_session(base, None, options)
+        way = _way(settings, found, session)
+        check_fit(session, found)
+        documents = {name: rows[name][: settings.limit] for name in selection.own}
+        job = _Job(session, units, documents, way, processes, store, report, settings.generation)
+        systems = [_measure(job, label, adapter) for label, adapter in _labels(found, settings.base)]
+        if not processes.first:
+            return None
+        for system in systems:
+            add_averages(system.scores, selection)
+            add_splits(system.scores, selection, units)
+    return _judged(document(session, systems, settings, files, way, options, selection), settings)
 
 
-def _load_tasks(
+def _judged(result: dict[str, Any], settings: EvalSettings) -> dict[str, Any]:
+    # A finished run may have been judged by other thresholds.
+    result.pop("fail_under", None)
+    return {**result, "fail_under": check_reached(settings.thresholds, result)} if settings.thresholds else result
+
+
+def _base(model: str | None, adapters: Sequence[Found], options: LoadOptions) -> tuple[str, str | None]:
+    """Base and revision: those named, else the first adapter's own.
+
+    Raises:
+        ConfigError: none named, and the adapter names none.
+    """
+    if model is None and adapters:
+        if adapters[0].base is None:
+            raise ConfigError("the adapter names no base", where="--model", hint="Give a folder or hub id.")
+        return adapters[0].base, options.revision or adapters[0].revision
+    return base_name(model, None), options.revision
+
+
+def _units(
     selection: catalog.Selection,
     files: dict[str, Path],
-    rows: dict[str, list[Any]],
+    rows: dict[str, Sequence[Any]],
     folder: Path,
     base: str,
-    limit: int | None,
-) -> Any:
+    settings: EvalSettings,
+) -> list[Unit]:
     if not selection.names:
-        return None
-    local = [name for name in files if name != perplexity.NAME]
+        return []
+    local = [name for name in files if name not in own.TASKS]
     for name in local:
         write_override(selection.leaves[name], rows[name], folder)
-    tasks = harness.load_tasks(selection, folder, {"pretrained": base})
-    harness.check_documents(tasks, local, files, limit)
-    return tasks
+    units = load_tasks(selection, folder, {"pretrained": base})
+    check_documents(units, {name: files[name] for name in local}, settings.limit)
+    check_metrics(settings.thresholds, units)
+    return units
 
 
-def _open(model: str | None, adapters: Sequence[str], options: LoadOptions) -> Session:
-    """The bare base, after every adapter has been on it: one that does not fit must not cost an evaluation first."""
-    if model is None and options.revision is None:
-        own = read_config(adapter_folder(adapters[0])).revision if adapters else None
-        options = replace(options, revision=own)
-    session = open_session(base_name(model, adapters[0] if adapters else None), None, options)
-    for name in adapters:
-        adapter, _ = load_adapter(session.base.model, adapter_folder(name), session.base.fingerprint(session.ffns))
-        adapter.detach()
-    return session
+def _way(settings: EvalSettings, adapters: Sequence[Found], session: Session) -> Way:
+    """How tasks are measured, the same for all systems.
+
+    Raises:
+        ConfigError: adapters trained with and without a chat template, or a tokenizer that has none.
+    """
+    template = settings.chat_template
+    if template is None:
+        trained = {adapter.chat_template for adapter in adapters} - {None}
+        if len(trained) > 1:
+            what = "one adapter was trained with the chat template and another without"
+            hint = "Say which all are asked with: --apply-chat-template or --no-apply-chat-template."
+            raise ConfigError(what, where="--apply-chat-template", hint=hint)
+        template = bool(trained and trained.pop())
+    if template and not getattr(session.base.tokenizer, "chat_template", None):
+        hint = "Leave --apply-chat-template out, or use an instruction-tuned base."
+        raise ConfigError("the tokenizer has no chat template", where="--apply-chat-template", hint=hint)
+    return Way(settings.batch_size, settings.limit, settings.num_fewshot, template, settings.seeds)
 
 
-def _labels(adapters: Sequence[str], base: bool) -> list[tuple[str, str | None]]:
+def _labels(adapters: Sequence[Found], base: bool) -> list[tuple[str, Found | None]]:
     """(name of the system, adapter) of each; adapters go by their folder's name where that tells them apart."""
-    short = [Path(name).name or name for name in adapters]
-    labels: list[tuple[str, str | None]] = [("base", None)] if base else []
-    for brief, name in zip(short, adapters, strict=True):
-        label = brief if short.count(brief) == 1 and brief != "base" else name
+    short = [Path(each.name).name or each.name for each in adapters]
+    labels: list[tuple[str, Found | None]] = [("base", None)] if base else []
+    for brief, each in zip(short, adapters, strict=True):
+        label = brief if short.count(brief) == 1 and brief != "base" else each.name
         taken = {other for other, _ in labels}
-        labels.append((label if label not in taken else f"{label} ({len(labels)})", name))
+        labels.append((label if label not in taken else f"{label} ({len(labels)})", each))
     return labels
 
 
-def _measure(
-    session: Session,
-    label: str,
-    adapter: str | None,
-    tasks: Any,
-    texts: Sequence[str],
-    settings: EvalSettings,
-    report: Report,
-) -> System:
-    if adapter is not None:
-        session.add(adapter)
-    model, tokenizer = session.base.model, session.base.tokenizer
-    scores = harness.Scores()
-    if tasks is not None:
-        scores = harness.measure(
-            model,
-            tokenizer,
-            tasks,
-            batch_size=settings.batch_size,
-            limit=settings.limit,
-            num_fewshot=settings.num_fewshot,
-            seeds=settings.seeds,
-            stage=label,
-            report=report,
-        )
-    units: dict[tuple[str, str], dict[int, float]] = {}
-    if texts:
-        size = settings.batch_size if isinstance(settings.batch_size, int) else max(scores.batch_sizes, default=_BATCH)
-        found = perplexity.measure(
-            model, tokenizer, texts, size, lambda _, done, total: report(f"{label}, perplexity", done, total)
-        )
-        scores.batch_sizes = sorted({*scores.batch_sizes, size})
-        scores.results[perplexity.NAME] = found.results
-        for metric, nats in found.nats.items():
-            scores.documents[perplexity.NAME, metric] = nats
-            units[perplexity.NAME, metric] = found.units[metric]
-    return System(label, adapter, scores, units)
+def _measure(job: _Job, label: str, adapter: Found | None) -> System:
+    """Measure what is not stored yet; on processes other than the first the scores are empty."""
+    names = [unit.name for unit in job.units] + list(job.own_documents)
+    stored = {name: job.store.load(label, name) for name in names} if job.processes.first else {}
+    done = set(job.processes.gather([name for name, scores in stored.items() if scores is not None])[0])
+    fresh: dict[str, Scores] = {}
+    if len(done) < len(names):
+        with attached(job.session, adapter):
+            for unit in job.units:
+                if unit.name not in done:
+                    _keep(job, fresh, label, unit.name, _lm_eval(job, label, unit))
+            for name, documents in job.own_documents.items():
+                if name not in done:
+                    _keep(job, fresh, label, name, _own(job, label, name, documents))
+    scores = Scores()
+    for name in names:
+        part = stored.get(name) or fresh.get(name)
+        if part is not None:
+            scores.add(part)
+    if adapter is None:
+        return System(label, None, scores)
+    return System(label, adapter.name, scores, adapter.method, adapter.sha256)
 
 
-def _document(
-    session: Session, systems: Sequence[System], settings: EvalSettings, files: dict[str, Path]
-) -> dict[str, Any]:
-    first = systems[0].scores
-    unheeded = [task for task, shots in first.shots.items() if settings.num_fewshot not in (None, shots)]
-    if unheeded:
-        logger.warning("--num-fewshot is not heeded by %s, which fix their own number", ", ".join(unheeded))
-    sizes = sorted({size for system in systems for size in system.scores.batch_sizes})
-    model = session.base.model
-    return {
-        "systems": [
-            {"name": each.name, "model": session.base.name, "adapter": each.adapter, "results": each.scores.results}
-            for each in systems
-        ],
-        "comparisons": [row for other in systems[1:] for row in _compare(systems[0], other, settings.seeds["numpy"])],
-        "settings": {
-            "tasks": list(first.results),
-            "task_data": {name: str(file) for name, file in files.items()},
-            "batch_size": sizes[0] if len(sizes) == 1 else sizes,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "device": str(model.device),
-            "num_fewshot": settings.num_fewshot,
-            "num_fewshot_used": first.shots,
-            "limit": settings.limit,
-            "seeds": settings.seeds,
-            "versions": versions(),
-        },
-    }
+def _keep(job: _Job, fresh: dict[str, Scores], label: str, name: str, scores: Scores | None) -> None:
+    if scores is None or not job.processes.first:
+        return
+    job.store.save(label, name, scores)
+    scores.samples = []
+    fresh[name] = scores
 
 
-def _compare(one: System, other: System, seed: int) -> list[dict[str, Any]]:
-    rows = []
-    for task, metrics in one.scores.results.items():
-        for metric, entry in metrics.items():
-            there = other.scores.results.get(task, {}).get(metric)
-            if there is None:
-                raise BracesError(f"{other.name} has no {metric}", where=task, hint="This is a fault of braces.")
-            a, b = one.scores.documents.get((task, metric)), other.scores.documents.get((task, metric))
-            p = p_value(a, b, one.units.get((task, metric)), seed) if a and b else None
-            difference = there["value"] - entry["value"]
-            rows.append(
-                {
-                    "task": task,
-                    "metric": metric,
-                    "from": one.name,
-                    "to": other.name,
-                    "difference": difference,
-                    "p_value": p,
-                }
-            )
-    return rows
+def _lm_eval(job: _Job, label: str, unit: Unit) -> Scores | None:
+    base = job.session.base
+    stage = f"{label}, {unit.name}"
+    return harness.measure(
+        base.model, base.tokenizer, unit, job.way, stage=stage, report=job.report, processes=job.processes
+    )
+
+
+def _own(job: _Job, label: str, name: str, documents: Sequence[Any]) -> Scores:
+    size = job.way.batch_size if isinstance(job.way.batch_size, int) else _BATCH
+    setting = own.Setting(
+        job.session, size, job.way.seeds["torch"], job.processes, f"{label}, {name}", job.report, job.generation
+    )
+    found = own.TASKS[name].measure(setting, documents)
+    scores = Scores({name: found.results}, batch_sizes=[found.batch_size])
+    scores.documents = {(name, metric): values for metric, values in found.documents.items()}
+    scores.units = {(name, metric): values for metric, values in found.units.items()}
+    scores.better = {(name, metric): better for metric, better in own.TASKS[name].metrics.items()}
+    for index, told in found.samples.items():
+        row = {metric: values[index] for metric, values in found.documents.items() if index in values}
+        scores.samples.append({"task": name, "doc_id": index, **told, "scores": row})
+    return scores

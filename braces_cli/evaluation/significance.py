@@ -74,3 +74,14 @@ def p_value(
     if weights is None and set(left + right) <= {0.0, 1.0}:
         return mcnemar(left, right)
     return paired_bootstrap(left, right, None if weights is None else [weights[i] for i in shared], seed)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number (Holm 1979), in the order given: the k-th smallest of m times m - k + 1."""
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    corrected = [0.0] * len(p_values)
+    highest = 0.0
+    for place, index in enumerate(order):
+        highest = max(highest, min(1.0, p_values[index] * (len(p_values) - place)))
+        corrected[index] = highest
+    return corrected

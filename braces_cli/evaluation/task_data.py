@@ -7,14 +7,15 @@ own and changes nothing but where its rows come from.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from braces_cli.core.errors import ConfigError, DataError, near_misses
+from braces_cli.core.errors import ConfigError, DataError
 from braces_cli.data.rows import Source, read_rows
+from braces_cli.evaluation.catalog import GENERATED
 from braces_cli.evaluation.perplexity import NAME as PERPLEXITY
 from braces_cli.evaluation.popqa import possible_answers
 
@@ -24,31 +25,20 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "truthfulqa_mc2": ("question", "mc2_targets.choices", "mc2_targets.labels"),
     "truthfulqa_gen": ("question", "best_answer", "correct_answers", "incorrect_answers"),
     "triviaqa": ("question", "answer.aliases"),
-    "popqa": ("question", "possible_answers"),
+    "nq_open": ("question", "answer"),
+    "boolq": ("passage", "question", "label"),
+    "piqa": ("goal", "sol1", "sol2", "label"),
+    "social_iqa": ("context", "question", "answerA", "answerB", "answerC", "label"),
+    "hellaswag": ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
+    "winogrande": ("sentence", "option1", "option2", "answer"),
+    **dict.fromkeys(("arc_easy", "arc_challenge"), ("question", "choices.text", "choices.label", "answerKey")),
+    "openbookqa": ("question_stem", "choices.text", "choices.label", "answerKey"),
+    **dict.fromkeys(GENERATED, ("instruction", "answer")),
+    **dict.fromkeys(("popqa", "embedded_popqa"), ("question", "possible_answers")),
+    "embedded_truthful": ("question", "mc1_targets.choices", "mc1_targets.labels"),
     PERPLEXITY: ("text",),
 }
-_LISTS = {"choices", "labels", "aliases", "correct_answers", "incorrect_answers"}
-
-
-def parse_task_data(values: Sequence[str], known: Iterable[str]) -> dict[str, Path]:
-    """`NAME=FILE` of each value.
-
-    Raises:
-        ConfigError: no such form, a name given twice, or one that is not among the tasks asked for.
-    """
-    known = list(known)
-    files: dict[str, Path] = {}
-    for value in values:
-        name, sign, file = (part.strip() for part in value.partition("="))
-        if not (name and sign and file):
-            raise ConfigError(f"`{value}` is not NAME=FILE", where="--task-data", hint="Such as popqa=popqa.jsonl.")
-        if name not in known:
-            hint = near_misses(name, known) or f"Asked for: {', '.join(known[:8])}."
-            raise ConfigError(f"`{name}` is not among --tasks", where="--task-data", hint=hint)
-        if name in files:
-            raise ConfigError(f"`{name}` is given twice", where="--task-data", hint="Give one file a task.")
-        files[name] = Path(file).expanduser()
-    return files
+_LISTS = {"choices", "labels", "aliases", "correct_answers", "incorrect_answers", "choices.text", "endings"}
 
 
 def read_task_rows(path: Path) -> list[Source]:
@@ -175,10 +165,10 @@ def _problem(task: str, fields: dict[str, Any], needed: Sequence[str]) -> str | 
     """What is wrong with the values of a row whose fields are all there."""
     for name in needed:
         value = _get(fields, name)
-        if name.rpartition(".")[2] in _LISTS:
+        if name in _LISTS or name.rpartition(".")[2] in _LISTS:
             if not isinstance(value, list) or not value:
                 return f"{name} is no list with something in it"
-        elif name in ("question", "text") and not isinstance(value, str):
+        elif name in ("question", "text", "instruction") and not isinstance(value, str):
             return f"{name} is no text"
     if task in ("truthfulqa_mc1", "truthfulqa_mc2"):
         targets = fields[f"{task.rpartition('_')[2]}_targets"]

@@ -7,7 +7,6 @@ autoescaping, tokens for the script inside JSON without `<`, and the script itse
 from __future__ import annotations
 
 import math
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ import torch
 from torch import Tensor
 
 from braces_cli import __version__
-from braces_cli.core.attributes import REFERENCE, Attribute, build_attribute, built_in
+from braces_cli.core.attributes import Attribute, find_attribute
 from braces_cli.core.errors import ModelError
+from braces_cli.core.pages import render_page
 from braces_cli.core.progress import Report, silent
 from braces_cli.core.session import Session
 from braces_cli.inspection.clamp import prompt_ids
@@ -30,6 +30,8 @@ DEFAULT_PROMPT = "When I opened the door, I saw"
 _AMPLIFIED = 24
 _TOKENS = 8
 _SUB_UPDATES = 5
+# Shown for an adapter that was trained without attributes; of one with, its own are.
+_ATTRIBUTES = ["positive", "negative"]
 
 
 def report_data(
@@ -45,10 +47,10 @@ def report_data(
     report("report", 1, 4)
     amplified = _amplified(session, prompt)
     report("report", 2, 4)
-    names = [name for name in built_in() if name != REFERENCE]
-    attributes = [_alignment(session, build_attribute(session, name, built_in()[name])) for name in names]
-    report("report", 4, 4)
     config = session.config
+    names = (config.attributes if config is not None else []) or _ATTRIBUTES
+    attributes = [_alignment(session, find_attribute(session, name, None)) for name in names]
+    report("report", 4, 4)
     return {
         "version": __version__,
         "model": _name(session.base.name),
@@ -183,9 +185,4 @@ def visible(token: str) -> str:
 
 def render(data: dict[str, Any]) -> str:
     """The page as HTML."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["visible"] = visible
-    text = (resources.files("braces_cli.assets") / "report" / "report.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(text).render(data)
+    return render_page("report.html.j2", data, visible=visible)

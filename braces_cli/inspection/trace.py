@@ -119,7 +119,7 @@ def watch(session: Session, ids: Sequence[int], *, bare: bool = False) -> Run:
 
 
 def relevance(session: Session, ffn: FFN, h: Tensor) -> tuple[Tensor, Tensor] | None:
-    """r and g r, each (positions, d_ff), of the adapter's module at an FFN; None where there is none."""
+    """r and c g r, each (positions, d_ff), of the adapter's module at an FFN; None where there is none."""
     sites = session.adapter.sites if session.adapter is not None else []
     brace = next((brace for site, brace in sites if site.layer == ffn.layer), None)
     if brace is None:
@@ -127,7 +127,7 @@ def relevance(session: Session, ffn: FFN, h: Tensor) -> tuple[Tensor, Tensor] | 
     with torch.no_grad():
         projection = brace.projection().float()
         r = ((h @ projection.mT) @ projection) @ ffn.value_matrix().float() / math.sqrt(len(projection))
-        return r, brace.g * r
+        return r, brace.gain * r
 
 
 def effects(session: Session, run: Run, targets: list[int], factors: Sequence[float], *, bare: bool = False) -> Effects:

@@ -118,6 +118,25 @@ def _sum(nll: torch.Tensor, labels: torch.Tensor, example: Encoded) -> Likelihoo
     return total
 
 
+def continuation_likelihoods(
+    model: Any,
+    tokenizer: Any,
+    pairs: Sequence[tuple[str, str]],
+    window: int,
+    batch_size: int,
+    report: Report = silent,
+) -> list[Likelihood]:
+    """Likelihood of each continuation given its prompt, (prompt, continuation); prompts lose their beginning to fit.
+
+    The start token is the tokenizer's own policy, as in generation.
+    """
+    examples = []
+    for prompt, continuation in pairs:
+        example = encode(tokenizer, prompt, continuation)
+        examples.append(Encoded(example.ids[-window:], example.labels[-window:], False, False))
+    return likelihoods(model, examples, tokenizer.pad_token_id, batch_size, report)
+
+
 def text_likelihoods(
     model: Any, tokenizer: Any, texts: Sequence[str], window: int, batch_size: int, report: Report = silent
 ) -> list[Likelihood]:

@@ -22,11 +22,17 @@ from braces_cli.core.models import tokenizer_hashes
 from braces_cli.core.progress import Report, silent
 from braces_cli.core.session import Session
 from braces_cli.core.versions import versions
-from braces_cli.data.examples import Examples
+from braces_cli.data.examples import Examples, tell
+from braces_cli.data.stream import Stream
 from braces_cli.scoring.perplexity import Likelihood, likelihoods
+from braces_cli.training.baselines import PeftAdapter, baseline_parameters
 from braces_cli.training.card import model_card
 from braces_cli.training.conditions import Conditioner, gather_attributes
+from braces_cli.training.layout import choose_layout
+from braces_cli.training.methods import fresh_adapter, shares
 from braces_cli.training.settings import TrainSettings
+
+_COUNTS = ("trainable_parameters", "condition_parameters", "total_parameters", "trainable_percent")
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,9 @@ class TrainResult:
     """What a run gave: the keys of `braces train --format json`.
 
     Times in seconds, memory in bytes, None where not measured. `rows_truncated` were cut to the maximum length and
-    `rows_dropped` had no token to score.
+    `rows_dropped` had no token to score; of a stream, all that were read. `token_path_share`: at the start, in each
+    layer, the median norm of what the adapter adds over that of the FFN's output. `padding_share`: the part of the
+    computed tokens that was padding; `packed`: several examples a row.
     """
 
     output_dir: str
@@ -44,7 +52,7 @@ class TrainResult:
     total_parameters: int
     trainable_percent: float
     steps: int
-    epochs: float
+    epochs: float | None
     train_loss: float
     base_eval_loss: float | None
     base_eval_perplexity: float | None
@@ -59,28 +67,31 @@ class TrainResult:
     rows: int
     rows_truncated: int
     rows_dropped: int
+    token_path_share: list[float] | None
+    packed: bool
+    padding_share: float
     resumed_from: str | None = None
 
 
 def count_parameters(model: Any, settings: TrainSettings) -> dict[str, Any]:
     """`{trainable_parameters, condition_parameters, total_parameters, trainable_percent}`, on any device, meta too."""
     total = parameter_total(model)
+    if settings.method != "braces":
+        trainable = baseline_parameters(model, settings)
+        share = 100 * trainable / total
+        return dict(zip(_COUNTS, (trainable, 0, total, share), strict=True))
     adapter = attach(model, settings.rank, settings.layers)
     trainable = adapter.parameter_count()
     width = adapter.sites[0][0].hidden_size
     adapter.detach()
     condition = sum(math.prod(shape) for shape in condition_shapes(width).values())
-    return {
-        "trainable_parameters": trainable,
-        "condition_parameters": condition if settings.attribute_field is not None else 0,
-        "total_parameters": total,
-        "trainable_percent": 100 * trainable / total,
-    }
+    condition = condition if settings.attribute_field is not None else 0
+    return dict(zip(_COUNTS, (trainable, condition, total, 100 * trainable / total), strict=True))
 
 
 def run_training(
     session: Session,
-    train_set: Examples,
+    train_set: Examples | Stream,
     eval_set: Examples | None,
     settings: TrainSettings,
     folder: Path,
@@ -104,20 +115,22 @@ def run_training(
     batch = settings.batch_size
     attributes: list[Attribute] = []
     if settings.attribute_field is not None:
-        sets = [train_set] if eval_set is None else [train_set, eval_set]
+        sets: list[Examples | Stream] = [train_set] if eval_set is None else [train_set, eval_set]
         attributes = gather_attributes(session, settings, sets, attributes_folder)
+    layout = choose_layout(session, settings, train_set.items)
     base = _measure(model, eval_set, None, pad_id, batch, report, "evaluating the base")
 
-    adapter = attach(model, settings.rank, settings.layers, settings.seed)
+    adapter = fresh_adapter(model, settings, train_set)
+    share = shares(adapter, settings, train_set)
     conditioner = None
-    if attributes:
+    if attributes and isinstance(adapter, Adapter):
         adapter.add_mlp(settings.seed)
         conditioner = Conditioner(adapter, attributes)
     existed = folder.exists()
     _reset_memory()
     started = time.perf_counter()
     try:
-        trainer = BracesTrainer(adapter, settings, train_set, conditioner, pad_id, str(folder), report)
+        trainer = BracesTrainer(adapter, settings, train_set, layout, conditioner, pad_id, str(folder), report)
         outcome = trainer.train()
         seconds = time.perf_counter() - started
         memory = _peak_memory()
@@ -127,10 +140,11 @@ def run_training(
         tuned = _measure(model, eval_set, conditioner, pad_id, batch, report, "evaluating the adapter")
         result = TrainResult(
             output_dir=str(folder),
-            method="braces",
+            method=settings.method,
             **counts,
             steps=outcome.global_step,
-            epochs=float(trainer.state.epoch or 0.0),
+            # Of a stream nobody knows how long a pass is.
+            epochs=float(trainer.state.epoch or 0.0) if isinstance(train_set, Examples) else None,
             train_loss=outcome.training_loss,
             **_figures("base_eval", base),
             **_figures("eval", tuned),
@@ -141,7 +155,12 @@ def run_training(
             rows=train_set.rows,
             rows_truncated=train_set.truncated,
             rows_dropped=train_set.dropped,
+            token_path_share=share,
+            packed=layout.packed,
+            padding_share=trainer.padding_share,
         )
+        if isinstance(train_set, Stream):
+            tell(train_set.counts, settings.max_length)
         config = _config(session, adapter, settings, attributes)
         if attributes:
             save_attributes(folder / TRAINED_FILE, attributes)
@@ -154,7 +173,7 @@ def run_training(
 
 
 def _config(
-    session: Session, adapter: Adapter, settings: TrainSettings, attributes: Sequence[Attribute]
+    session: Session, adapter: Adapter | PeftAdapter, settings: TrainSettings, attributes: Sequence[Attribute]
 ) -> AdapterConfig:
     base = session.base
     return AdapterConfig(
@@ -164,9 +183,11 @@ def _config(
         layers=adapter.layers,
         fingerprint=base.fingerprint(session.ffns),
         tokenizer=tokenizer_hashes(base.tokenizer),
-        training=asdict(settings),
+        training=settings.recorded(),
         attributes=[attribute.name for attribute in attributes],
         versions=versions(),
+        method=settings.method,
+        scales=list(adapter.scales),
     )
 
 
@@ -208,7 +229,7 @@ def _total(parts: Sequence[Likelihood]) -> Likelihood:
     return sum(parts, Likelihood())
 
 
-def _check_finite(adapter: Adapter) -> None:
+def _check_finite(adapter: Adapter | PeftAdapter) -> None:
     parameters = [p for _, p in adapter.named_parameters()] + (
         [] if adapter.mlp is None else [*adapter.mlp.parameters()]
     )

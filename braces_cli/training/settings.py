@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from braces_cli.core.errors import ConfigError
 
 SCHEDULES = ("linear", "cosine", "constant")
+INITS = ("random", "values", "inputs")
+SCALES = ("paper", "auto")
+# Those of peft; see `training.baselines`.
+BASELINES = ("lora", "rslora", "dora", "pissa")
+METHODS = ("braces", *BASELINES)
+# Settings that only one kind of method reads.
+BRACES_ONLY = ("gate_lr", "init", "scale", "attribute_field", "strength_field", "opposites")
+BASELINE_ONLY = ("lora_alpha", "lora_targets")
+# Peak learning rate where none is given, by measurement (recipes/LOG.md).
+DEFAULT_LR = {"braces": 3e-3, **dict.fromkeys(BASELINES, 1e-3)}
+PACKING = ("auto", "on", "off")
 
 
 @dataclass(frozen=True)
@@ -31,6 +43,16 @@ class TrainSettings:
         attribute_field: column of the rows' attributes; None: attributes are not trained.
         strength_field: column of their strengths.
         opposites: pairs of attributes that are the two ends of one axis.
+        contrast: weight of telling each row's strength from its opposite, see `training.contrast`; 0 is the
+            paper's loss.
+        method: `braces`, or a baseline.
+        init: where the projections start, see `training.start`.
+        scale: `paper`, or `auto` for a fixed scalar per layer that makes up for the size of the base's weights.
+        lora_alpha: of a baseline, whose update is multiplied by alpha / rank; None is twice the rank.
+        lora_targets: names of the modules that a baseline adapts; empty is the queries and values.
+        packing: several examples a row: auto (where a probe shows that it changes nothing), on or off.
+        streaming: rows are read as they are needed; needs `max_steps`.
+        chat_template: some rows are chats, written by the tokenizer's template.
     """
 
     rank: int = 16
@@ -49,15 +71,44 @@ class TrainSettings:
     attribute_field: str | None = None
     strength_field: str = "strength"
     opposites: tuple[tuple[str, str], ...] = ()
+    contrast: float = 0.0
+    method: str = "braces"
+    init: str = "random"
+    scale: str = "paper"
+    lora_alpha: int | None = None
+    lora_targets: tuple[str, ...] = ()
+    packing: str = "auto"
+    streaming: bool = False
+    chat_template: bool = False
 
     def __post_init__(self) -> None:
         for name in ("lr", "gate_lr", "epochs"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"must be a positive number, not {getattr(self, name)}", where=_option(name))
-        if self.schedule not in SCHEDULES:
+        choices = {"schedule": SCHEDULES, "method": METHODS, "init": INITS, "scale": SCALES, "packing": PACKING}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                hint = f"One of {', '.join(known)}."
+                raise ConfigError(f"no {name} `{getattr(self, name)}`", where=_option(name), hint=hint)
+        if not 0 <= self.contrast < float("inf"):
+            raise ConfigError(f"must not be negative, is {self.contrast}", where="--contrast")
+        if self.contrast and self.attribute_field is None:
+            hint = "Name the column of each row's attribute with --attribute-field."
+            raise ConfigError("no attributes are trained", where="--contrast", hint=hint)
+        if self.lora_alpha is not None and self.lora_alpha < 1:
+            raise ConfigError(f"must be at least 1, not {self.lora_alpha}", where="--lora-alpha")
+        if self.method != "braces" and self.attribute_field is not None:
+            hint = "Leave out --attribute-field, or train with --method braces."
+            raise ConfigError(f"{self.method} cannot be trained on attributes", where="--method", hint=hint)
+        if self.streaming and self.max_steps is None:
             raise ConfigError(
-                f"no schedule `{self.schedule}`", where="--schedule", hint=f"One of {', '.join(SCHEDULES)}."
+                "a stream has no known length", where="--streaming", hint="Say how long to train with --max-steps."
             )
+
+    def recorded(self) -> dict[str, Any]:
+        """What the method reads: the settings that explain an adapter."""
+        other = BASELINE_ONLY if self.method == "braces" else BRACES_ONLY
+        return {name: value for name, value in asdict(self).items() if name not in other}
 
 
 def _option(name: str) -> str:

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from braces_cli.core.adapter import Adapter
-from braces_cli.core.batches import pad_right
 from braces_cli.core.models import input_device
 from braces_cli.core.progress import Report
 from braces_cli.data.examples import Examples
+from braces_cli.data.stream import Stream
+from braces_cli.training.baselines import PeftAdapter
+from braces_cli.training.blocks import Layout
 from braces_cli.training.conditions import Conditioner
+from braces_cli.training.contrast import contrastive_loss
+from braces_cli.training.feeding import FeedingTrainer
+from braces_cli.training.methods import parameter_groups
 from braces_cli.training.settings import TrainSettings
 
 
-class BracesTrainer(Trainer):
-    """A Trainer that optimises gates and projections, each at its own rate, and counts the tokens it has seen."""
+class BracesTrainer(FeedingTrainer):
+    """A Trainer that optimises an adapter, each part at its own rate, and counts the tokens it has seen."""
 
     def __init__(
         self,
-        adapter: Adapter,
+        adapter: Adapter | PeftAdapter,
         settings: TrainSettings,
-        examples: Examples,
+        examples: Examples | Stream,
+        layout: Layout,
         conditioner: Conditioner | None,
         pad_id: int,
         folder: str,
@@ -34,15 +40,15 @@ class BracesTrainer(Trainer):
     ) -> None:
         self._adapter = adapter
         self._settings = settings
-        self._conditioner = conditioner
-        self._seen: Tensor | int = 0
         model: Any = adapter.model
         with _carrying_adapter(model):
             super().__init__(
                 model=model,
                 args=_arguments(settings, folder, input_device(model)),
-                train_dataset=list(range(len(examples.items))),
-                data_collator=lambda rows: _batch(examples, rows, conditioner, pad_id),
+                examples=examples,
+                layout=layout,
+                pad_id=pad_id,
+                conditioner=conditioner,
                 callbacks=[_Progress(report)],
             )
         self.remove_callback(PrinterCallback)  # it prints every log to stdout, which carries the result only
@@ -54,32 +60,17 @@ class BracesTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            gates = [brace.gate for _, brace in self._adapter.sites]
-            weights = [brace.weight for _, brace in self._adapter.sites]
-            groups = [
-                {"params": weights, "lr": self._settings.lr},
-                {"params": gates, "lr": self._settings.gate_lr},
-            ]
-            if self._adapter.mlp is not None:
-                groups.append({"params": list(self._adapter.mlp.parameters()), "lr": self._settings.lr})
             # No weight decay: R does not depend on the length of the rows of its weight.
-            self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+            self.optimizer = torch.optim.AdamW(parameter_groups(self._adapter, self._settings), weight_decay=0.0)
         return self.optimizer
 
-    def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        # Summed where the batch lies: no waiting for a GPU in every step.
-        self._seen = self._seen + inputs["attention_mask"].sum()
-        if self._conditioner is not None:
-            # It stays set until the next batch: gradient checkpointing computes the pass once more.
-            self._conditioner.apply(inputs.pop("strengths"))
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
-
-def _batch(examples: Examples, rows: Sequence[int], conditioner: Conditioner | None, pad_id: int) -> dict[str, Tensor]:
-    batch = pad_right([examples.items[row] for row in rows], pad_id)
-    if conditioner is not None:
-        batch["strengths"] = conditioner.strengths([examples.conditions[row] for row in rows])
-    return batch
+    def block_loss(self, model: Any, block: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        if not self._settings.contrast or self._conditioner is None:
+            return super().block_loss(model, block, *args, **kwargs)
+        count, strengths = kwargs.get("num_items_in_batch"), block.pop("strengths")
+        loss = contrastive_loss(model, block, strengths, self._conditioner, self._settings.contrast, count)
+        # As Trainer does where the tokens of all processes are counted: their gradients are averaged.
+        return loss if count is None else loss * self.accelerator.num_processes
 
 
 @contextmanager
@@ -113,6 +104,8 @@ def _arguments(settings: TrainSettings, folder: str, device: torch.device) -> Tr
         disable_tqdm=True,
         logging_steps=10,
         remove_unused_columns=False,
+        # Each process reads a stream itself: blocks cannot be cut up and sent to others.
+        accelerator_config={"dispatch_batches": False},
         dataloader_pin_memory=device.type == "cuda",
     )
 

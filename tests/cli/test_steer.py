@@ -95,16 +95,16 @@ def test_attributes_add_up(session):
         assert torch.equal(session.base.model(tokens).logits, bare)  # and nothing stays behind
 
 
-def test_without_training_strength_one_is_five_percent_of_the_residual(session):
-    """At every layer, by the definition of the scale."""
+def test_without_training_strength_one_is_twelve_percent_of_the_residual(session):
+    """In all, the same part at every layer, by the definition of the scale."""
     from braces_cli.core.attributes import build_attribute
     from braces_cli.core.push import steered
 
     good = build_attribute(session, "good", ["good", "happy"])
     with steered(session, [(good, 1.0)]) as pushes:
-        assert [p.share for p in pushes] == pytest.approx([0.05, 0.05], rel=1e-4)
+        assert [p.share for p in pushes] == pytest.approx([0.06, 0.06], rel=1e-4)
     with steered(session, [(good, -2.0)], layers=[1]) as pushes:
-        assert [(p.layer, round(p.share, 4)) for p in pushes] == [(1, 0.1)]
+        assert [(p.layer, round(p.share, 4)) for p in pushes] == [(1, 0.12)]
 
 
 def test_steering_with_an_adapter_is_the_papers_formula(session):
@@ -131,7 +131,7 @@ def test_steering_with_an_adapter_is_the_papers_formula(session):
 
 def test_stderr_says_how_strong_the_push_is(steer):
     """And that nothing happens where nothing does."""
-    assert "15.0% of the residual stream" in steer("--attribute", "positive", "--s", 3).err
+    assert "18.0% of the residual stream" in steer("--attribute", "positive", "--s", 3).err
     assert "nothing is added" in steer("--attribute", "positive", "--s", 0).err
     assert steer("--attribute", "positive", "--s", 3, "--quiet").err == ""
 
@@ -222,7 +222,7 @@ def test_pooling_is_the_mean_over_tokens_then_over_words(session):
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
-        (["--attribute", "positve"], 2, "Did you mean positive?"),
+        (["--attribute", "positve"], 2, "Did you mean positive"),
         (["--attribute", "positive", "--s", "nan"], 2, "no finite number"),
         (["--attribute", "positive", "--s", "inf"], 2, "no finite number"),
         (["--attribute", "positive", "--s", "1", "--s", "2"], 2, "2 strengths for 1 attributes"),
@@ -245,7 +245,7 @@ def test_bad_input(steer, args, code, message):
 
 def test_unknown_attributes_list_those_known(steer):
     """So that a user sees what can be asked for."""
-    assert "Known: negative, neutral, positive" in steer("--attribute", "purple").err
+    assert "Known: angry, casual, fearful" in steer("--attribute", "purple").err
 
 
 @pytest.mark.parametrize(
@@ -283,3 +283,21 @@ def test_an_attribute_of_another_base_is_refused(braces, model_dir, tmp_path):
     outcome = braces("steer", "--model", other, "--attribute", "x", "--attributes", tmp_path / "a", "--prompt", "a")
     assert outcome.code == 4
     assert "built for another base" in outcome.err
+
+
+def test_a_built_in_list_with_an_opposite_is_one_end_of_an_axis(braces, session, model_dir, tmp_path):
+    """positive is minus negative; attr-build without words writes the same; a list without opposite keeps neutral."""
+    import torch
+
+    from braces_cli.core.attributes import build_attribute, find_attribute
+    from braces_cli.core.words import built_in
+
+    one, other = (find_attribute(session, name, None) for name in ("positive", "negative"))
+    assert torch.allclose(one.state, -other.state, atol=1e-6)
+    ends = [build_attribute(session, name, built_in()[name]).hidden for name in ("positive", "negative")]
+    assert torch.allclose(one.state, (ends[0] - ends[1]) / 2, atol=1e-6)
+    args = ["attr-build", "--model", model_dir, "--device", "cpu", "--attribute", "positive", "--output-dir", tmp_path]
+    assert braces(*args).code == 0
+    assert torch.equal(find_attribute(session, "positive", tmp_path).state, one.state)
+    angry = find_attribute(session, "angry", None)
+    assert torch.equal(angry.reference, build_attribute(session, "mine", ["own"]).reference)

@@ -68,3 +68,24 @@ def write_jsonl(tmp_path: Path):
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def make_peft(tmp_path_factory: pytest.TempPathFactory):
+    """Save a peft adapter of a base folder, drawn from a fixed seed."""
+
+    def make(base_folder: Path, config: object, seed: int = 0) -> Path:
+        peft = pytest.importorskip("peft")
+        from braces_cli.core.models import load_base
+
+        torch.manual_seed(seed)
+        wrapped = peft.get_peft_model(load_base(str(base_folder), device="cpu").model, config)
+        with torch.no_grad():
+            for parameter in wrapped.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * 0.3)
+        folder = tmp_path_factory.mktemp("peft") / f"lora{seed}"
+        wrapped.save_pretrained(folder)
+        return folder
+
+    return make

@@ -169,7 +169,7 @@ def test_attributes_that_are_not_known_are_bad_data(braces, model_dir, tmp_path)
     outcome = train(braces, model_dir, rows, tmp_path / "o", "--attribute-field", "mood")
     assert outcome.code == 3
     assert outcome.json["error"]["where"] == f"{rows}:2"
-    assert "Known: negative, neutral, positive" in outcome.json["error"]["hint"]
+    assert "Known: angry, casual, fearful" in outcome.json["error"]["hint"]
     assert not (tmp_path / "o").exists()
 
 

@@ -1,0 +1,75 @@
+"""`braces demo`: the whole pipeline on the embedded model, one command after another."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from braces_cli.cli import options as o
+from braces_cli.cli.render import print_json, print_table, set_up
+
+
+def demo(
+    output_dir: Annotated[Path, typer.Option("--output-dir", help="Folder for everything that the demo makes.")] = Path(
+        "demo"
+    ),
+    seed: o.Seed = 0,
+    overwrite: o.Overwrite = False,
+    config: o.Config = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands and stop; writes nothing.")] = False,
+    fmt: o.FormatOption = o.Format.table,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Fine-tune, evaluate, steer, inspect and merge on the small model that braces brings: no hub, no GPU, no data.
+
+    Prints the command that each step stands for, and leaves a folder with a page that shows it all.
+    """
+    set_up(quiet, debug)
+    from braces_cli.cli.demo_page import write_page
+    from braces_cli.cli.demo_steps import Guide, run_demo
+    from braces_cli.core.files import check_output_folder, write_json
+
+    if not dry_run:
+        check_output_folder(output_dir, overwrite)
+    # With JSON on stdout the story is told on stderr.
+    guide = Guide(output_dir, seed, None if quiet else sys.stderr if fmt is o.Format.json else sys.stdout, dry_run)
+    result = run_demo(guide)
+    if dry_run:
+        if fmt is o.Format.json:
+            print_json({"commands": [step["command"] for step in result["steps"]]})
+        return
+    write_json(output_dir / "demo.json", result)
+    page = write_page(result, output_dir)
+    if fmt is o.Format.json:
+        print_json(result | {"page": str(page)})
+        return
+    print_table("What it did", ["", "", ""], summary(result))
+    print(f"Everything is in {output_dir}; open {page}")
+
+
+def summary(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Rows for the closing table: what, the figure, and where it comes from."""
+    scores = result["scores"]
+    rows = [
+        (
+            task["title"],
+            " -> ".join(f"{system['name']} {100 * system['value']:.1f} %" for system in task["systems"]),
+            "",
+        )
+        for task in scores
+    ]
+    points = result["sweep"]["points"]
+    rows.append(
+        (
+            "positive texts",
+            ", ".join(f"{100 * p['attribute_score']:.0f} %" for p in points),
+            f"at s = {', '.join(format(p['s'], 'g') for p in points)}",
+        )
+    )
+    rows.append(
+        ("merged checkpoint", f"{result['merge']['max_logit_difference']:.1e}", "largest difference of a logit")
+    )
+    rows.append(("time", f"{result['seconds']:.0f} s", ""))
+    return rows

@@ -1,0 +1,142 @@
+"""What a system scored: results, the score of each document, and how both are kept in a file."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any
+
+Key = tuple[str, str]
+
+
+@dataclass
+class Scores:
+    """What one system scored on one or more tasks.
+
+    Attributes:
+        results: task or group -> metric -> `{value, stderr, n}`.
+        documents: (task, metric) -> document id -> value, where each document has one.
+        units: (task, metric) -> document id -> what the metric divides by, where it is a ratio of sums.
+        better: (task, metric) -> whether more of it is better, where that is known.
+        shots: task -> number of few-shot examples used.
+        versions: task -> version of its definition.
+        batch_sizes: those used; several where lm-eval chose them or memory did not suffice.
+        samples: rows of the per-sample log.
+    """
+
+    results: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    documents: dict[Key, dict[int, float]] = field(default_factory=dict)
+    units: dict[Key, dict[int, float]] = field(default_factory=dict)
+    better: dict[Key, bool] = field(default_factory=dict)
+    shots: dict[str, int] = field(default_factory=dict)
+    versions: dict[str, Any] = field(default_factory=dict)
+    batch_sizes: list[int] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, other: Scores) -> None:
+        """Take over what `other` measured."""
+        for name in ("results", "documents", "units", "better", "shots", "versions"):
+            getattr(self, name).update(getattr(other, name))
+        self.batch_sizes = sorted({*self.batch_sizes, *other.batch_sizes})
+        self.samples += other.samples
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the samples; keys of pairs as lists of `[task, metric, value]`."""
+        pairs = {
+            name: [[*key, list(value.items()) if isinstance(value, dict) else value] for key, value in found.items()]
+            for name, found in (("documents", self.documents), ("units", self.units), ("better", self.better))
+        }
+        plain = {name: getattr(self, name) for name in ("results", "shots", "versions", "batch_sizes")}
+        return {**plain, **pairs}
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> Scores:
+        scores = cls(**{name: stored[name] for name in ("results", "shots", "versions", "batch_sizes")})
+        scores.documents = {(task, metric): dict(map(tuple, rows)) for task, metric, rows in stored["documents"]}
+        scores.units = {(task, metric): dict(map(tuple, rows)) for task, metric, rows in stored["units"]}
+        scores.better = {(task, metric): better for task, metric, better in stored["better"]}
+        return scores
+
+
+def collect(found: Any, shots: dict[str, int], batch_sizes: list[int]) -> Scores:
+    """Scores from what `lm_eval.evaluate` returns."""
+    scores = Scores(shots=shots, batch_sizes=batch_sizes, versions=dict(found.get("versions") or {}))
+    labels: dict[tuple[str, str, str], str] = {}
+    for task, entries in found["results"].items():
+        metrics: dict[str, dict[str, Any]] = {}
+        for key, value in entries.items():
+            metric, sign, chosen = key.rpartition(",")
+            if not sign or metric.endswith("_stderr") or not isinstance(value, Real):
+                continue
+            # Without lm-eval's filter, except for the second and further filters of the same metric.
+            label = metric if metric not in metrics else key
+            labels[task, metric, chosen] = label
+            error = entries.get(f"{metric}_stderr,{chosen}")
+            stderr = float(error) if isinstance(error, Real) else None
+            metrics[label] = {"value": float(value), "stderr": stderr, "n": int(entries["sample_len"])}
+            better = (found.get("higher_is_better") or {}).get(task, {}).get(metric)
+            if better is not None:
+                scores.better[task, label] = bool(better)
+        if metrics:
+            scores.results[task] = metrics
+    for task, samples in found["samples"].items():
+        for sample in samples:
+            row = _sample(task, sample)
+            for metric in sample["metrics"]:
+                label, value = labels.get((task, metric, sample["filter"])), sample[metric]
+                if label is not None and isinstance(value, Real):
+                    scores.documents.setdefault((task, label), {})[sample["doc_id"]] = float(value)
+                    row["scores"][label] = float(value)
+            scores.samples.append(row)
+    scores.samples.sort(key=lambda row: (row["task"], row["doc_id"], row["filter"]))
+    return scores
+
+
+def _sample(task: str, sample: dict[str, Any]) -> dict[str, Any]:
+    """A row of the per-sample log, its scores still empty.
+
+    `answer` is the text that was generated, or the likeliest choice; `choices` are then all, with log-likelihoods.
+    """
+    asked = sample["arguments"]
+    prompts = [args[0] for args in asked]
+    row: dict[str, Any] = {
+        "task": task,
+        "doc_id": sample["doc_id"],
+        "prompt": prompts[0] if len(set(prompts)) == 1 else prompts,
+        "target": _plain(sample["target"]),
+        "filter": sample["filter"],
+    }
+    answers = [each[0] for each in sample["resps"]]
+    if all(isinstance(answer, (tuple, list)) and len(args) > 1 for answer, args in zip(answers, asked, strict=True)):
+        # One choice may be told from another by its continuation, or, as in WinoGrande, by its context.
+        texts = [args[1] if len(set(prompts)) == 1 else args[0] + args[1] for args in asked]
+        likely = [float(answer[0]) for answer in answers]
+        row["answer"] = texts[max(range(len(likely)), key=likely.__getitem__)]
+        row["choices"] = [{"text": text, "log_likelihood": value} for text, value in zip(texts, likely, strict=True)]
+    else:
+        row["answer"] = _plain(answers[0] if len(answers) == 1 else answers)
+    row["scores"] = {}
+    return row
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (str, int, float, bool)) or value is None:
+        return value
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else str(value)
+
+
+def slug(name: str) -> str:
+    """A name that every file system takes, another one for each name."""
+    plain = re.sub(r"[^A-Za-z0-9._=-]+", "_", name).strip("._")[:80]
+    return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def by_task(samples: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """(task, its rows) of a per-sample log."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in samples:
+        found.setdefault(row["task"], []).append(row)
+    yield from found.items()

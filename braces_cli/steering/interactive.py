@@ -1,0 +1,168 @@
+"""A conversation about prompts: each line is one, or a command that changes how the next are steered.
+
+Every text comes with its unsteered twin, drawn from the same random stream, so that what differs is the steering.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from braces_cli.core.attributes import Attribute, find_attribute, known_attributes
+from braces_cli.core.errors import ConfigError, near_misses
+from braces_cli.core.ffn import chosen_layers
+from braces_cli.core.generate import Job, Sampling, generate
+from braces_cli.core.push import steered
+from braces_cli.core.session import Session
+from braces_cli.steering.chat import chat_ids
+
+HELP = """\
+Write a prompt to have it continued, unsteered and steered; an empty line repeats the last one.
+  /s 2                     strength; of several attributes one each (/s 2 -1), or by name (/s positive 2)
+  /attribute NAME ...      steer by these; alone: show which there are
+  /layers 2-4              steer these layers only; alone: all
+  /seed 7                  of the random draws; alone: the next one
+  /temperature 0.7  /top-p 0.9  /top-k 50  /max-new-tokens 80
+  /show                    what is set now
+  /help  /quit"""
+_NUMBERS: dict[str, Callable[[str], Any]] = {
+    "temperature": float, "top-p": float, "top-k": int, "max-new-tokens": int, "seed": int,
+}  # fmt: skip
+_COMMANDS = ("s", "attribute", "layers", *_NUMBERS, "show", "help", "quit")
+# Which of the two texts a piece belongs to.
+SIDES = ("unsteered", "steered")
+
+
+class Conversation:
+    """What is set, and what answers a line.
+
+    Args:
+        attributes: names and strengths to begin with.
+        folder: where attributes are looked up first.
+        layers: decoder layers that are steered, as `--layers` has them.
+        chat: prompts go through the chat template.
+
+    Raises:
+        ConfigError, ModelError: an attribute that cannot be found.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        attributes: dict[str, float],
+        sampling: Sampling,
+        *,
+        folder: Path | None = None,
+        layers: str | None = None,
+        chat: bool = False,
+    ) -> None:
+        self.session = session
+        self.sampling = sampling
+        self.strengths = dict(attributes)
+        self.layers = chosen_layers(session.base.model, layers)
+        self._folder = folder
+        self._chat = chat
+        self._found: dict[str, Attribute] = {}
+        # The last one, which an empty line repeats.
+        self.prompt: str | None = None
+        self._twin: tuple[Any, str] | None = None
+        for name in attributes:
+            self._find(name)
+
+    def handle(self, line: str, stream: Callable[[str, str], object] | None = None) -> dict[str, Any] | str | None:
+        """Answer a line: a row of texts, a note to show, or None where it says goodbye.
+
+        Args:
+            stream: called with a side of `SIDES` and each piece of its text.
+
+        Raises:
+            BracesError: a command that cannot be followed; nothing has changed then.
+        """
+        line = line.strip()
+        if line.startswith("/") and not line.startswith("//"):
+            name, *words = line[1:].replace("_", "-").split() or [""]
+            return None if name in ("quit", "q", "exit") else self._command(name, words)
+        prompt = line.removeprefix("/") or self.prompt
+        if prompt is None:
+            return HELP
+        self.prompt = prompt
+        return self._texts(prompt, stream)
+
+    def shown(self) -> str:
+        """What is set, in a line."""
+        what = ", ".join(f"{name} {s:+g}" for name, s in self.strengths.items()) or "no attribute"
+        layers = "" if self.layers is None else f", layers {', '.join(map(str, sorted(self.layers)))}"
+        return f"{what}, seed {self.sampling.seed}, temperature {self.sampling.temperature:g}{layers}"
+
+    def _texts(self, prompt: str, stream: Callable[[str, str], object] | None) -> dict[str, Any]:
+        model, tokenizer = self.session.base.model, self.session.base.tokenizer
+        job = Job(prompt, 0, ids=chat_ids(tokenizer, prompt) if self._chat else None)
+        plain, moved = (None if stream is None else _to(stream, side) for side in SIDES)
+        made_with = (prompt, self.sampling)
+        if self._twin is None or self._twin[0] != made_with:
+            self._twin = made_with, generate(model, tokenizer, [job], self.sampling, plain)[0]
+        elif plain is not None:
+            plain(self._twin[1])
+        with steered(self.session, [(self._find(name), s) for name, s in self.strengths.items()], self.layers):
+            text = generate(model, tokenizer, [job], self.sampling, moved)[0]
+        row = {"prompt": prompt, "text": text, "attributes": dict(self.strengths), "sample": 0}
+        return row | {"seed": self.sampling.seed, "unsteered": self._twin[1]}
+
+    def _command(self, name: str, words: list[str]) -> str:
+        if name == "help":
+            return HELP
+        if name == "s":
+            self.strengths = self._strengths(words)
+        elif name in ("attribute", "attributes"):
+            if not words:
+                return f"There are: {', '.join(known_attributes(self.session, self._folder))}."
+            for word in words:
+                self._find(word)
+            # The k-th takes over the k-th strength, so that one attribute after another is seen at the same.
+            before = list(self.strengths.values())
+            self.strengths = {
+                word: before[k] if k < len(before) else 1.0 for k, word in enumerate(dict.fromkeys(words))
+            }
+        elif name == "layers":
+            self.layers = chosen_layers(self.session.base.model, " ".join(words) or None)
+        elif name in _NUMBERS:
+            self.sampling = self._changed(name, words)
+        elif name != "show":
+            hint = f"{near_misses(name, _COMMANDS)} /help shows all; // begins a prompt with a slash.".strip()
+            raise ConfigError("no such command", where=f"/{name}", hint=hint)
+        return self.shown()
+
+    def _changed(self, name: str, words: list[str]) -> Sampling:
+        if name == "seed" and not words:
+            return replace(self.sampling, seed=self.sampling.seed + 1)
+        try:
+            (value,) = (_NUMBERS[name](word) for word in words)
+        except ValueError as error:
+            hint = f"Such as /{name} {getattr(Sampling(), name.replace('-', '_')) or 50}."
+            raise ConfigError("this needs one number", where=f"/{name}", hint=hint) from error
+        return replace(self.sampling, **{name.replace("-", "_"): value})
+
+    def _strengths(self, words: list[str]) -> dict[str, float]:
+        names = list(self.strengths)
+        if len(words) == 2 and words[0] in names:
+            names, words = words[:1], words[1:]
+        try:
+            values = [float(word) for word in words]
+        except ValueError:
+            values = []
+        if len(values) != len(names) or not all(abs(value) < float("inf") for value in values) or not values:
+            wanted = f"{len(names)} numbers ({', '.join(names)})" if len(names) > 1 else "a number"
+            hint = "Such as /s 2 or /s -1.5." if names else "Name an attribute first: /attribute positive."
+            raise ConfigError(f"this needs {wanted}", where="/s", hint=hint)
+        return self.strengths | dict(zip(names, values, strict=True))
+
+    def _find(self, name: str) -> Attribute:
+        if name not in self._found:
+            self._found[name] = find_attribute(self.session, name, self._folder)
+        return self._found[name]
+
+
+def _to(stream: Callable[[str, str], object], side: str) -> Callable[[str], object]:
+    return lambda piece: stream(side, piece)

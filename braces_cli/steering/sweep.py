@@ -1,0 +1,220 @@
+"""Sweep: the same prompts continued at several strengths, and what that does to the attribute and to the language.
+
+    attribute_score   share of continuations that have the attribute, by a scorer
+    perplexity        of the continuations given their prompts, under the unsteered base (adapter off) or a judge model:
+                      exp of the mean nats a token, over all texts
+    distinct_n        see `scoring.diversity`
+    repetition
+
+Strengths share their random streams, so two points differ by the steering alone. `chosen` is the strength with the
+highest score at bearable perplexity on the first half of the prompts (every other one), reported on the other half:
+the maximum of noisy scores looks better than it is on the prompts that chose it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from braces_cli.core.attributes import Attribute
+from braces_cli.core.encode import context_length
+from braces_cli.core.errors import BracesError, ConfigError
+from braces_cli.core.generate import Job, Sampling, generate
+from braces_cli.core.models import Base
+from braces_cli.core.progress import Report, silent
+from braces_cli.core.push import steered
+from braces_cli.core.session import Session
+from braces_cli.scoring.diversity import distinct, repetition
+from braces_cli.scoring.perplexity import Likelihood, continuation_likelihoods
+from braces_cli.scoring.scorers import Scorer, Verdict
+from braces_cli.scoring.spread import Z, rate_error, share_interval
+
+_MOST = 200  # points; more is a slip in the step
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """What to sweep.
+
+    Attributes:
+        strengths: in the order of the points.
+        samples: texts for each prompt and strength.
+        batch_size: texts at a time.
+        max_perplexity: of the chosen strength at most, as a multiple of the unsteered one.
+        layers: decoder layers that are steered; None means all that can be.
+    """
+
+    strengths: Sequence[float]
+    samples: int = 1
+    batch_size: int = 32
+    max_perplexity: float = 2.0
+    layers: Collection[int] | None = None
+
+
+@dataclass
+class Texts:
+    """Continuations at one strength, in the order of prompts and their samples."""
+
+    s: float
+    texts: list[str]
+    verdicts: list[Verdict] = field(default_factory=list)
+    likelihoods: list[Likelihood] = field(default_factory=list)
+
+
+def parse_strengths(value: str) -> list[float]:
+    """`FROM:TO:STEP` (both ends included), or numbers with commas between them.
+
+    Raises:
+        ConfigError: neither.
+    """
+    hint = "Such as --sweep -4:4:1 or --sweep -3,0,3."
+    try:
+        numbers = [float(part) for part in value.split(":" if ":" in value else ",")]
+    except ValueError as error:
+        raise ConfigError(f"`{value}` is not FROM:TO:STEP", where="--sweep", hint=hint) from error
+    if not all(map(math.isfinite, numbers)) or (":" in value and len(numbers) != 3):
+        raise ConfigError(f"`{value}` is not FROM:TO:STEP", where="--sweep", hint=hint)
+    if ":" not in value:
+        return list(dict.fromkeys(numbers))
+    first, last, step = numbers
+    if step == 0 or (last - first) * step < 0 or abs(last - first) / abs(step) >= _MOST:
+        raise ConfigError(f"`{value}` has no points, or more than {_MOST}", where="--sweep", hint=hint)
+    count = math.floor((last - first) / step + 1e-9) + 1
+    # Rounded, so that -0.3:0.3:0.1 has a plain 0 in it, at which nothing is added.
+    return [round(first + index * step, 10) + 0.0 for index in range(count)]
+
+
+def sweep(
+    session: Session,
+    attribute: Attribute,
+    prompts: Sequence[str],
+    judge: Scorer,
+    label: str,
+    sampling: Sampling,
+    settings: SweepSettings,
+    *,
+    others: Sequence[tuple[Attribute, float]] = (),
+    judge_model: Base | None = None,
+    report: Report = silent,
+) -> dict[str, Any]:
+    """Points of every strength, and the strength that half of the prompts choose.
+
+    Args:
+        label: the scorer's for the attribute.
+        others: attributes that stay at their strength.
+        judge_model: tells perplexity in place of the session's own base.
+
+    Returns:
+        `{points, chosen, unsteered}`; `unsteered` is the point at s = 0, measured whether asked for or not.
+
+    Raises:
+        BracesError: the scorer fails.
+        ConfigError: no strength, or the continuations do not fit the model.
+    """
+    if not settings.strengths:
+        raise ConfigError("no strength", where="--sweep", hint="Such as --sweep -4:4:1.")
+    prompts = list(prompts)
+    found: dict[float, Texts] = {}
+    wanted = [*settings.strengths, *([] if 0 in settings.strengths else [0.0])]
+    for index, s in enumerate(wanted):
+        stage = f"strength {index + 1} of {len(wanted)}: s = {s:g}"
+        with steered(session, [(attribute, s), *others], settings.layers):
+            texts = continuations(session, prompts, sampling, settings, report, stage)
+        found[s] = Texts(s, texts)
+    for each in found.values():
+        each.verdicts = judge.judge(each.texts, label)
+        if len(each.verdicts) != len(each.texts):
+            raise BracesError(f"{judge.name} scored {len(each.verdicts)} of {len(each.texts)} texts")
+        each.likelihoods = surprise(session, prompts, each.texts, settings.batch_size, judge_model)
+    rows = [point(found[s], prompts, range(len(prompts))) for s in settings.strengths]
+    return {
+        "points": rows,
+        "chosen": _choose([found[s] for s in settings.strengths], found[0.0], prompts, settings.max_perplexity),
+        "unsteered": point(found[0.0], prompts, range(len(prompts))),
+    }
+
+
+def continuations(
+    session: Session,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    settings: SweepSettings,
+    report: Report = silent,
+    stage: str = "generating",
+) -> list[str]:
+    """Texts of every prompt, its samples together, as the session is steered now."""
+    jobs = [Job(prompt, index, k) for index, prompt in enumerate(prompts) for k in range(settings.samples)]
+    texts: list[str] = []
+    for start in range(0, len(jobs), settings.batch_size):
+        batch = jobs[start : start + settings.batch_size]
+        texts += generate(session.base.model, session.base.tokenizer, batch, sampling)
+        report(stage, len(texts), len(jobs))
+    return texts
+
+
+def surprise(
+    session: Session, prompts: Sequence[str], texts: Sequence[str], batch_size: int, judge_model: Base | None = None
+) -> list[Likelihood]:
+    """Likelihood of each text given its prompt, under the bare base or the judge; prompts stand for equal shares."""
+    base = judge_model or session.base
+    samples = len(texts) // len(prompts)
+    pairs = [(prompts[index // samples], text) for index, text in enumerate(texts)]
+    with ExitStack() as stack:
+        if session.adapter is not None and judge_model is None:
+            stack.enter_context(session.adapter.disabled())
+        window = context_length(base.model, base.tokenizer)
+        return continuation_likelihoods(base.model, base.tokenizer, pairs, window, batch_size)
+
+
+def point(measured: Texts, prompts: Sequence[str], chosen: Collection[int]) -> dict[str, Any]:
+    """The measures at one strength over the prompts `chosen`, by their indices."""
+    samples = len(measured.texts) // len(prompts)
+    rows = [range(index * samples, (index + 1) * samples) for index in chosen]
+    groups = [[measured.texts[row] for row in group] for group in rows]
+    has = [[measured.verdicts[row].has for row in group] for group in rows]
+    nats = [sum(measured.likelihoods[row].nll for row in group) for group in rows]
+    tokens = [float(sum(measured.likelihoods[row].tokens for row in group)) for group in rows]
+    count = sum(map(len, has))
+    rate = sum(nats) / sum(tokens) if sum(tokens) else math.nan
+    error = rate_error(nats, tokens)
+    return {
+        "s": measured.s,
+        "attribute_score": sum(map(sum, has)) / count,
+        "attribute_score_interval": list(share_interval(has)),
+        "mean_value": sum(measured.verdicts[row].value for group in rows for row in group) / count,
+        "perplexity": _exp(rate),
+        "perplexity_interval": None if error is None else [_exp(rate - Z * error), _exp(rate + Z * error)],
+        **{f"distinct_{width}": distinct(groups, width) for width in (1, 2, 3)},
+        "repetition": repetition(text for group in groups for text in group),
+        "n": count,
+    }
+
+
+def _exp(rate: float) -> float:
+    return math.exp(rate) if rate < 700 else math.inf
+
+
+def _choose(
+    all_: Sequence[Texts], unsteered: Texts, prompts: Sequence[str], max_perplexity: float
+) -> dict[str, Any] | None:
+    """The strength that half of the prompts choose, measured on the other half; None for a single prompt."""
+    if len(prompts) < 2:
+        return None
+    first, second = range(0, len(prompts), 2), range(1, len(prompts), 2)
+    limit = max_perplexity * point(unsteered, prompts, first)["perplexity"]
+    points = [(point(each, prompts, first), each) for each in all_]
+    bearable = [(row, each) for row, each in points if row["perplexity"] <= limit]
+    if not bearable:
+        return None
+    # Of equal scores the weakest push.
+    row, best = max(bearable, key=lambda pair: (pair[0]["attribute_score"], -abs(pair[0]["s"])))
+    return {
+        "s": best.s,
+        "max_perplexity": max_perplexity,
+        "on_choosing_half": row,
+        "on_other_half": point(best, prompts, second),
+        "unsteered_on_other_half": point(unsteered, prompts, second),
+    }

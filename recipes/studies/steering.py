@@ -1,0 +1,220 @@
+"""How far steering moves sentiment and what it costs: braces without and with training, against vectors of today.
+
+Run     python recipes/studies/steering.py --model M --scorer FOLDER --prompts neutral.jsonl --out runs.jsonl \\
+            --method braces=-3,-1.5,0,1.5,3 --method trained:ADAPTER=-3,-1.5,0,1.5,3 --method pca=-8,-4,4,8 \\
+            --method difference=-3,-1.5,1.5,3 --plot curves.png
+Needs   a causal LM; a classifier that `braces steer --scorer fit:ROWS --save-scorer FOLDER` wrote; prompts
+Shows   one JSON line a method and strength in --out, which a second call continues, and a picture of the share of
+        positive continuations against their perplexity
+
+Methods, all from the two built-in word lists `positive` and `negative`:
+
+    braces           training-free: one end of the axis of both lists, as `braces steer --attribute positive` does
+    trained:ADAPTER  the same attribute of an adapter that was trained with it
+    pca              what repeng does, written out here: for each word of one list paired with one of the other in the
+                     same templates, the difference of the layers' outputs at the last token; of these differences the
+                     first principal component a layer, not centred, turned so that most differences have its sign;
+                     one coefficient for all layers but the first, added to the layers' outputs
+    difference       difference of the mean outputs over the same pairs, at the same places; scaled at each layer to
+                     s * 12 % / layers of the residual stream, as `braces` is
+
+Positive is what VADER's compound score calls so (at least 0.05), with its whole lexicon and without the words of both
+lists, and what the classifier calls so. The perplexity is that of the continuations under the unsteered base.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from _runs import Runs
+from torch import Tensor, nn
+
+from braces_cli.core.attributes import PUSH, find_attribute, residual_norms
+from braces_cli.core.encode import encode
+from braces_cli.core.ffn import layer_stack
+from braces_cli.core.figures import figure, save_figure
+from braces_cli.core.generate import Sampling
+from braces_cli.core.push import steered
+from braces_cli.core.session import LoadOptions, Session, open_session
+from braces_cli.core.words import built_in
+from braces_cli.scoring.scorers import Scorer, scorer
+from braces_cli.steering.prompts import read_prompts
+from braces_cli.steering.sweep import SweepSettings, Texts, continuations, point, surprise
+
+TEMPLATES = (
+    "It was {}",
+    "The whole thing is {}",
+    "I think that this was {}",
+    "They said it had been {}",
+    "What a {}",
+    "She found it {}",
+)
+ENDS = ("positive", "negative")
+
+
+def main() -> None:
+    args = parse()
+    torch.set_num_threads(args.threads)
+    runs = Runs(args.out)
+    words = [word for end in ENDS for word in built_in()[end]]
+    judges = {
+        "vader": scorer("vader"),
+        "vader_without_list": scorer("vader", exclude=words),
+        "classifier": scorer(str(args.scorer), exclude=words),
+    }
+    prompts = list(read_prompts((), args.prompts, sys.stdin))[args.skip : args.skip + args.count]
+    common = {
+        "model": Path(args.model).name, "prompts": args.prompts.name, "skip": args.skip, "count": len(prompts),
+        "samples": args.samples, "tokens": args.tokens, "seed": args.seed,
+    }  # fmt: skip
+    for asked in args.method:
+        method, _, strengths = asked.rpartition("=")
+        study: Study | None = None
+        for s in map(float, strengths.split(",")):
+
+            def work(s: float = s, method: str = method) -> dict[str, Any]:
+                nonlocal study
+                study = study or Study(args.model, method)
+                return measure(study, s, prompts, judges, args)
+
+            runs.get({**common, "method": name_of(method), "s": s}, work)
+    if args.plot is not None:
+        draw([run for run in runs.done if all(run[key] == value for key, value in common.items())], args.plot)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--scorer", type=Path, required=True, help="folder of a fitted classifier")
+    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--method", action="append", required=True, metavar="NAME=S,S,...")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--skip", type=int, default=0, help="prompts to leave out from the front")
+    parser.add_argument("--count", type=int, default=500, help="prompts")
+    parser.add_argument("--samples", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=250)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--plot", type=Path)
+    return parser.parse_args()
+
+
+def name_of(method: str) -> str:
+    """`trained:/some/folder/NAME` -> `trained:NAME`."""
+    kind, colon, adapter = method.partition(":")
+    return f"{kind}{colon}{Path(adapter).name}"
+
+
+class Study:
+    """A method on an open base: what steers at a strength."""
+
+    def __init__(self, model: str, method: str) -> None:
+        kind, _, adapter = method.partition(":")
+        self.session = open_session(model, adapter or None, LoadOptions())
+        self._attribute = None
+        if kind in ("braces", "trained"):
+            self._attribute = find_attribute(self.session, "positive", None)
+        else:
+            self._vectors = {"pca": principal, "difference": difference}[kind](self.session)
+
+    def at(self, s: float) -> AbstractContextManager[Any]:
+        if self._attribute is not None:
+            return steered(self.session, [(self._attribute, s)])
+        return adding(self.session, {layer: s * vector for layer, vector in self._vectors.items()})
+
+
+@contextmanager
+def adding(session: Session, vectors: dict[int, Tensor]) -> Iterator[None]:
+    """Add a vector to what each layer gives to the next."""
+
+    def hook(vector: Tensor) -> Any:
+        def add(module: nn.Module, args: tuple, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (output[0] + vector.to(output[0]), *output[1:])
+            return output + vector.to(output)
+
+        return add
+
+    stack = layer_stack(session.base.model)[1]
+    with ExitStack() as handles:
+        for layer, vector in vectors.items():
+            handles.callback(stack[layer].register_forward_hook(hook(vector)).remove)
+        yield
+
+
+def differences(session: Session) -> Tensor:
+    """Output of every layer at the last token, positive less negative, for each template and pair: (layers, n, d)."""
+    states = []
+    for end in ENDS:
+        rows = [template.format(word) for template in TEMPLATES for word in built_in()[end]]
+        found = []
+        for row in rows:
+            ids = torch.tensor([encode(session.base.tokenizer, row).ids])
+            with torch.no_grad():
+                output = session.base.model(input_ids=ids, output_hidden_states=True, use_cache=False)
+            found.append(torch.stack([hidden[0, -1].float() for hidden in output.hidden_states[1:]]))
+        states.append(torch.stack(found, dim=1))
+    return states[0] - states[1]
+
+
+def principal(session: Session) -> dict[int, Tensor]:
+    """Unit vectors; the last hidden state of transformers is normed, but its layer is steered before that norm."""
+    vectors = {}
+    for layer, rows in enumerate(differences(session)):
+        first = torch.linalg.svd(rows, full_matrices=False).Vh[0]
+        sign = 1.0 if ((rows @ first) > 0).float().mean() >= 0.5 else -1.0
+        if layer > 0:
+            vectors[layer] = sign * first
+    return vectors
+
+
+def difference(session: Session) -> dict[int, Tensor]:
+    residual = residual_norms(session.base.model, session.base.tokenizer, session.ffns)
+    rows = differences(session).mean(dim=1)
+    return {layer: PUSH / len(rows) * residual[layer] * vector / vector.norm() for layer, vector in enumerate(rows)}
+
+
+def measure(
+    study: Study, s: float, prompts: Sequence[str], judges: dict[str, Scorer], args: argparse.Namespace
+) -> dict[str, Any]:
+    settings = SweepSettings([s], args.samples, args.batch_size)
+    sampling = Sampling(args.tokens, temperature=1.0, top_p=0.9, seed=args.seed)
+    with study.at(s):
+        texts = continuations(study.session, prompts, sampling, settings)
+    likelihoods = surprise(study.session, prompts, texts, args.batch_size)
+    out: dict[str, Any] = {}
+    for name, judge in judges.items():
+        measured = Texts(s, texts, judge.judge(texts, "positive"), likelihoods)
+        found = point(measured, prompts, range(len(prompts)))
+        out[name] = found.pop("attribute_score")
+        out[f"{name}_interval"] = found.pop("attribute_score_interval")
+        rest = {key: value for key, value in found.items() if key not in ("s", "mean_value")}
+    return {**out, **rest, "example": texts[0]}
+
+
+def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
+    """Share of positive continuations against perplexity, a curve a method and a panel a judge."""
+    drawn = figure(12, 4.5)
+    panels = drawn.subplots(1, 3)
+    for axes, judge in zip(panels, ("vader", "vader_without_list", "classifier"), strict=True):
+        for method in dict.fromkeys(run["method"] for run in runs):
+            mine = sorted((run for run in runs if run["method"] == method), key=lambda run: run["s"])
+            axes.plot([r["perplexity"] for r in mine], [r[judge] for r in mine], marker="o", label=method)
+            for run in mine:
+                axes.annotate(f"{run['s']:g}", (run["perplexity"], run[judge]), fontsize=7)
+        axes.set_xscale("log")
+        axes.set_xlabel("perplexity under the unsteered base")
+        axes.set_ylabel("share positive by " + judge.replace("_", " "))
+    panels[-1].legend(fontsize=8)
+    save_figure(drawn, path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""The command reference, written from what `--help` says: python -m tests.cli.reference --write"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from braces_cli.cli.app import build_app
+
+FILE = Path(__file__).parents[2] / "recipes" / "COMMANDS.md"
+_HEAD = """# Commands
+
+What `braces COMMAND --help` says, written by `python -m tests.cli.reference --write` and held to it by a test.
+"""
+
+
+def reference() -> str:
+    """The whole page as Markdown."""
+    root: Any = typer.main.get_command(build_app())
+    return "\n".join([_HEAD, *_sections(root, typer.Context(root, info_name="braces"))])
+
+
+def _sections(group: Any, parent: Any) -> Iterator[str]:
+    for name, command in group.commands.items():
+        context = typer.Context(command, info_name=name, parent=parent)
+        yield _section(command, context)
+        if hasattr(command, "commands"):
+            yield from _sections(command, context)
+
+
+def _section(command: Any, context: Any) -> str:
+    usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
+    lines = [f"## {context.command_path}", "", f"    {usage}", "", " ".join((command.help or "").split()), ""]
+    records = [parameter.get_help_record(context) for parameter in command.params]
+    rows = [f"| `{_cell(name)}` | {_cell(said)} |" for name, said in filter(None, records)]
+    if rows:
+        lines += ["| option | what it does |", "|---|---|", *rows, ""]
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help=f"to {FILE.name}; else to stdout")
+    if parser.parse_args().write:
+        FILE.write_text(reference(), encoding="utf-8")
+    else:
+        sys.stdout.write(reference())
+
+
+if __name__ == "__main__":
+    main()

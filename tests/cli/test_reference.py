@@ -1,0 +1,7 @@
+"""The command reference says what `--help` says."""
+
+from tests.cli.reference import FILE, reference
+
+
+def test_the_command_reference_is_true():
+    assert FILE.read_text(encoding="utf-8") == reference(), "run: python -m tests.cli.reference --write"
