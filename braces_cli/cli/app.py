@@ -7,6 +7,7 @@ import importlib
 import itertools
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ import typer
 
 from braces_cli import __version__
 from braces_cli.cli.render import print_json
+from braces_cli.core.distributed import rank
 from braces_cli.core.errors import BracesError
 
 # Name -> module and the function or typer app in it; imported and built when asked for.
@@ -81,8 +83,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         code = _fail(args, error.exit_code, error.message, error.where, error.hint)
     except _CallError as error:
         code = _call_error(args, error)
-        if code == 130:  # typer's word for Ctrl-C
-            _fail(args, 130, "interrupted", None, None)
     except _Terminated:
         code = _fail(args, 143, "terminated", None, None)
     except BrokenPipeError:
@@ -149,7 +149,13 @@ def _fail(args: list[str], code: int, message: str, where: str | None, hint: str
         import traceback
 
         traceback.print_exc()
-    if _wants_json(args):
+    if rank() > 0:
+        # Most faults befall every process of a launch, and the first one tells. Its end ends the others, in silence;
+        # what befell this one alone is told after a while.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
+        message = f"process {rank()}: {message}"
+    elif _wants_json(args):
         print_json({"error": {"code": code, "message": message, "where": where, "hint": hint}})
     head = f"{where}: {message}" if where else message
     print(f"Error: {head}" + (f"\n{hint}" if hint else ""), file=sys.stderr)

@@ -76,6 +76,8 @@ def show_check(as_json: bool, sets: dict[str, Any]) -> None:
         for kind in ("formats", "attributes"):
             if found[kind]:
                 print_table(kind, ["", "rows"], found[kind].items())
-        for shown in found["shown"]:
-            text = "".join(f"[[{part['text']}]]" if part["scored"] else part["text"] for part in shown["parts"])
-            print_table(f"{shown['where']}, [[scored]]", [""], [[text]])
+        texts = [
+            [shown["where"], "".join(f"[[{p['text']}]]" if p["scored"] else p["text"] for p in shown["parts"])]
+            for shown in found["shown"]
+        ]
+        print_table("examples, double brackets around what is scored", ["row", "text"], texts)

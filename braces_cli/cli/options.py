@@ -61,7 +61,8 @@ def read_config_file(ctx: typer.Context, path: Path | None) -> Path | None:
             close = near_misses(name, names).replace("_", "-")
             raise ConfigError(f"unknown key `{key}`", where=str(path), hint=close or "See --help for the options.")
         # YAML reads `packing: off` as false.
-        if isinstance(value, bool) and {"on", "off"} <= set(getattr(known[names[name]].type, "choices", ())):
+        choice = known[names[name]].default
+        if isinstance(value, bool) and isinstance(choice, StrEnum) and {"on", "off"} <= set(type(choice)):
             value = "on" if value else "off"
         defaults[names[name]] = value
     ctx.default_map = {**(ctx.default_map or {}), **defaults}

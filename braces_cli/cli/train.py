@@ -1,5 +1,6 @@
 """`braces train`: fine-tune an adapter."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,6 +71,21 @@ def train(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory for about a third more time.")
     ] = False,
+    save_steps: Annotated[int, typer.Option("--save-steps", min=0, help="Steps between checkpoints; 0: none.")] = 500,
+    save_total_limit: Annotated[
+        int, typer.Option("--save-total-limit", min=0, help="Checkpoints that are kept; 0: all.")
+    ] = 2,
+    eval_steps: Annotated[
+        int, typer.Option("--eval-steps", min=0, help="Steps between measurements on --eval-data; 0: at the end.")
+    ] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in --output-dir, if there is one.")
+    ] = False,
+    logging_steps: Annotated[int, typer.Option("--logging-steps", min=1, help="Steps between rows of metrics.")] = 10,
+    report_to: Annotated[str, typer.Option("--report-to", help="tensorboard, wandb or none.")] = "none",
+    push_to_hub: Annotated[
+        str | None, typer.Option("--push-to-hub", help="Repository (owner/name) to upload the adapter to.")
+    ] = None,
     seed: o.Seed = 0,
     overwrite: o.Overwrite = False,
     revision: o.Revision = None,
@@ -86,15 +102,17 @@ def train(
     debug: o.Debug = False,
 ) -> None:
     """Fine-tune an adapter, or a baseline of peft, on texts, prompts and completions, instructions or chats."""
-    set_up(quiet, debug)
-    from braces_cli.core.files import check_output_folder
-    from braces_cli.training.settings import TrainSettings
+    from braces_cli.core.distributed import is_main
+
+    set_up(quiet or not is_main(), debug)
+    from braces_cli.training.settings import TrainSettings, Upkeep
 
     m.settle(ctx)
     settled = d.settle_columns(ctx)
     own = {name: ctx.params[name] for name in _OWN}
     own |= {"opposites": _opposites(opposites, own["attribute_field"]), "packing": packing.value}
     own["lora_targets"] = m.names(lora_targets)
+    upkeep = Upkeep(**{field: ctx.params[field] for field in Upkeep.__dataclass_fields__})
     if check:
         _check(ctx, own, settled, quiet)
         return
@@ -108,10 +126,37 @@ def train(
     assert data is not None
     assert output_dir is not None
     TrainSettings(**own)
-    check_output_folder(output_dir, overwrite)
-    with progress(quiet) as report:
-        result = _run(ctx, own, settled, data, eval_data, output_dir, report)
-    _show(fmt, f"adapter written to {output_dir}", result)
+    identity, result = _look_before(ctx, output_dir, upkeep)
+    if result is None:
+        with progress(quiet or not is_main()) as report:
+            result = _run(ctx, own, settled, data, eval_data, output_dir, report, upkeep, identity)
+    if is_main():
+        if push_to_hub is not None:
+            from braces_cli.training.hub import push
+
+            push(output_dir, push_to_hub)
+        _show(fmt, f"adapter written to {output_dir}", result)
+
+
+def _look_before(ctx: typer.Context, folder: Path, upkeep: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """What the run is known by, and its result if it has finished already; refuses what could not end well."""
+    from braces_cli.core.distributed import is_main
+    from braces_cli.core.files import check_output_folder
+    from braces_cli.training.launch import check_launch
+    from braces_cli.training.record import finished, identity
+
+    check_launch(upkeep.resume, ctx.params["attribute_field"] is not None)
+    known = identity(o.resolved(ctx))
+    if upkeep.resume and ctx.params["overwrite"]:
+        raise ConfigError("--resume keeps what --overwrite removes", where="--resume", hint="Give one of the two.")
+    # One process looks: by the time that another one does, the first may be writing.
+    if is_main() or upkeep.resume:
+        check_output_folder(folder, ctx.params["overwrite"] or upkeep.resume)
+    if upkeep.push_to_hub is not None:
+        from braces_cli.training.hub import check_push
+
+        check_push(upkeep.push_to_hub)
+    return known, finished(folder, known) if upkeep.resume else None
 
 
 def _run(
@@ -122,6 +167,8 @@ def _run(
     eval_data: list[str] | None,
     folder: Path,
     report: Any,
+    upkeep: Any,
+    identity: dict[str, Any],
 ) -> dict[str, Any]:
     from dataclasses import asdict, replace
 
@@ -131,6 +178,7 @@ def _run(
     from braces_cli.data.examples import read_examples
     from braces_cli.data.stream import Stream
     from braces_cli.training.order import global_batch
+    from braces_cli.training.record import Record
     from braces_cli.training.run import count_parameters, run_training
     from braces_cli.training.settings import TrainSettings
 
@@ -151,7 +199,9 @@ def _run(
     eval_set = read_examples(eval_data, how, report) if eval_data else None
     settings = replace(settings, chat_template=train_set.chat)
     session = open_session(name, None, o.load_options(ctx))
-    return asdict(run_training(session, train_set, eval_set, settings, folder, report, params["attributes"]))
+    record = Record(identity, ["braces", *sys.argv[1:]])
+    result = run_training(session, train_set, eval_set, settings, folder, report, params["attributes"], upkeep, record)
+    return asdict(result)
 
 
 def _reading(ctx: typer.Context, name: str, shape: Any, columns: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from braces_cli.core.distributed import local_rank
 from braces_cli.core.embedded import resolve, stored_name
 from braces_cli.core.errors import BracesError, ConfigError, ModelError
 from braces_cli.core.experts import MixtureFFN
@@ -54,7 +55,9 @@ def pick_device(name: str) -> torch.device:
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return torch.device(next(kind for kind, ok in there.items() if ok))
+        name = next(kind for kind, ok in there.items() if ok)
+    if name == "cuda" and local_rank() is not None:
+        name = f"cuda:{local_rank()}"  # each of several processes has its own
     kind = name.partition(":")[0]
     if not there.get(kind):
         raise ConfigError(f"no device `{name}` here", where="--device", hint=f"There is: {', '.join(_true(there))}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import TrainerCallback
 
+from braces_cli.core.distributed import world_size
 from braces_cli.data.examples import Example, Examples
 from braces_cli.training.settings import TrainSettings
 
@@ -19,8 +19,7 @@ NONE = -1
 
 def global_batch(settings: TrainSettings) -> int:
     """Examples of an optimizer step, over all processes and accumulated batches."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    return settings.batch_size * settings.gradient_accumulation * processes
+    return settings.batch_size * settings.gradient_accumulation * world_size()
 
 
 class Rows(Dataset):

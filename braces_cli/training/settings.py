@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from braces_cli.core.errors import ConfigError
@@ -19,6 +20,7 @@ BASELINE_ONLY = ("lora_alpha", "lora_targets")
 # Peak learning rate where none is given, by measurement (recipes/LOG.md).
 DEFAULT_LR = {"braces": 3e-3, **dict.fromkeys(BASELINES, 1e-3)}
 PACKING = ("auto", "on", "off")
+REPORTERS = ("tensorboard", "wandb", "none")
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,39 @@ class TrainSettings:
         """What the method reads: the settings that explain an adapter."""
         other = BASELINE_ONLY if self.method == "braces" else BRACES_ONLY
         return {name: value for name, value in asdict(self).items() if name not in other}
+
+
+@dataclass(frozen=True)
+class Upkeep:
+    """What happens beside the training, and changes nothing of its outcome. All counts are optimizer steps.
+
+    Attributes:
+        save_steps: between checkpoints; 0: none.
+        save_total_limit: checkpoints that are kept; 0: all.
+        eval_steps: between measurements of the evaluation rows; 0: at the end only.
+        logging_steps: between rows of `metrics.jsonl`.
+        report_to: tensorboard, wandb or none.
+        resume: go on from the newest checkpoint.
+        push_to_hub: repository that the adapter is uploaded to.
+    """
+
+    save_steps: int = 500
+    save_total_limit: int = 2
+    eval_steps: int = 0
+    logging_steps: int = 10
+    report_to: str = "none"
+    resume: bool = False
+    push_to_hub: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.report_to not in REPORTERS:
+            raise ConfigError(
+                f"no reporter `{self.report_to}`", where="--report-to", hint=f"One of {', '.join(REPORTERS)}."
+            )
+        if self.report_to != "none" and find_spec(self.report_to) is None:
+            raise ConfigError(
+                f"{self.report_to} is not installed", where="--report-to", hint=f"pip install {self.report_to}"
+            )
 
 
 def _option(name: str) -> str:

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainingArguments
 
 from braces_cli.core.adapter import Adapter
 from braces_cli.core.models import input_device
-from braces_cli.core.progress import Report
 from braces_cli.data.examples import Examples
 from braces_cli.data.stream import Stream
 from braces_cli.training.baselines import PeftAdapter
@@ -21,11 +20,15 @@ from braces_cli.training.conditions import Conditioner
 from braces_cli.training.contrast import contrastive_loss
 from braces_cli.training.feeding import FeedingTrainer
 from braces_cli.training.methods import parameter_groups
-from braces_cli.training.settings import TrainSettings
+from braces_cli.training.resumable import ResumableTrainer, Surroundings
+from braces_cli.training.settings import TrainSettings, Upkeep
 
 
-class BracesTrainer(FeedingTrainer):
-    """A Trainer that optimises an adapter, each part at its own rate, and counts the tokens it has seen."""
+class BracesTrainer(FeedingTrainer, ResumableTrainer):
+    """A Trainer that optimises an adapter, each part at its own rate.
+
+    What goes into a step is `FeedingTrainer`'s, checkpoints and figures are `ResumableTrainer`'s.
+    """
 
     def __init__(
         self,
@@ -35,28 +38,22 @@ class BracesTrainer(FeedingTrainer):
         layout: Layout,
         conditioner: Conditioner | None,
         pad_id: int,
-        folder: str,
-        report: Report,
+        around: Surroundings,
     ) -> None:
         self._adapter = adapter
         self._settings = settings
         model: Any = adapter.model
         with _carrying_adapter(model):
             super().__init__(
+                around=around,
                 model=model,
-                args=_arguments(settings, folder, input_device(model)),
+                args=_arguments(settings, around.upkeep, str(around.folder), input_device(model)),
                 examples=examples,
                 layout=layout,
                 pad_id=pad_id,
                 conditioner=conditioner,
-                callbacks=[_Progress(report)],
             )
         self.remove_callback(PrinterCallback)  # it prints every log to stdout, which carries the result only
-
-    @property
-    def tokens(self) -> int:
-        """Tokens trained on so far, padding not counted."""
-        return int(self._seen)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -84,7 +81,7 @@ def _carrying_adapter(model: Any) -> Iterator[None]:
         model._hf_peft_config_loaded = before
 
 
-def _arguments(settings: TrainSettings, folder: str, device: torch.device) -> TrainingArguments:
+def _arguments(settings: TrainSettings, upkeep: Upkeep, folder: str, device: torch.device) -> TrainingArguments:
     return TrainingArguments(
         output_dir=folder,
         per_device_train_batch_size=settings.batch_size,
@@ -99,25 +96,16 @@ def _arguments(settings: TrainSettings, folder: str, device: torch.device) -> Tr
         seed=settings.seed,
         data_seed=settings.seed,
         use_cpu=device.type == "cpu",
-        save_strategy="no",
-        report_to="none",
+        save_strategy="no",  # `ResumableTrainer` knows when
+        report_to=upkeep.report_to,
         disable_tqdm=True,
-        logging_steps=10,
+        logging_steps=upkeep.logging_steps,
+        logging_nan_inf_filter=False,  # it waits for the loss in every step
+        # All that learns is used in every pass, and nothing else of the base changes.
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
         remove_unused_columns=False,
         # Each process reads a stream itself: blocks cannot be cut up and sent to others.
         accelerator_config={"dispatch_batches": False},
         dataloader_pin_memory=device.type == "cuda",
     )
-
-
-class _Progress(TrainerCallback):
-    def __init__(self, report: Report) -> None:
-        self._report = report
-        self._loss = ""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            self._loss = f": loss {float(logs['loss']):.3f}"
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._report(f"training{self._loss}", state.global_step, state.max_steps)
