@@ -88,7 +88,6 @@ class ResumableTrainer(Trainer):
             self._flow.done = self._resumed
         else:
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-            self._flow.done = self._progress()
             late = max(gathered(self._around.asked.number))
             if late and not self.stopped_by:  # asked after the last step
                 self._flow.stopped_by = late
@@ -158,6 +157,11 @@ class ResumableTrainer(Trainer):
                 rotate(around.folder, around.upkeep.save_total_limit)
         finally:
             barrier()
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        # Before Trainer adds to its sum what has not been logged yet, of this process alone.
+        self._flow.done = self._progress()
+        return super()._finalize_training(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         restore_parameters(Path(resume_from_checkpoint), self.model if model is None else model)
