@@ -17,10 +17,6 @@ from typing import Any
 from _runs import Runs, read, spread, train
 
 from braces_cli.core.models import load_tokenizer
-<<<<<<< HEAD
-from braces_cli.data.examples import Reading, read_examples
-=======
->>>>>>> base
 from braces_cli.training.settings import TrainSettings
 
 
@@ -36,13 +32,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=256)
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.model)
-<<<<<<< HEAD
-    rows, held_out = (
-        read_examples([name], Reading(tokenizer, args.max_length)) for name in (args.data, args.eval_data)
-    )
-=======
     rows, held_out = (read(name, tokenizer, args.max_length) for name in (args.data, args.eval_data))
->>>>>>> base
     runs = Runs(args.out)
     name = Path(args.model).name
     for point in points(args.grid):

@@ -29,12 +29,8 @@ from braces_cli.core.batches import by_length, pad_right
 from braces_cli.core.encode import encode
 from braces_cli.core.models import load_tokenizer
 from braces_cli.core.session import LoadOptions, Session, open_session
-<<<<<<< HEAD
-from braces_cli.data.examples import Examples, Reading, collect, tokenise
-from braces_cli.data.formats import detect, parts
-=======
-from braces_cli.data.examples import Examples, instruction_prompt
->>>>>>> base
+from braces_cli.data.examples import Examples
+from braces_cli.data.formats import instruction_prompt
 from braces_cli.data.rows import Source, read_rows
 from braces_cli.scoring.perplexity import Likelihood, likelihoods
 from braces_cli.training.settings import TrainSettings
@@ -50,12 +46,7 @@ def main() -> None:
     rows = [row for name in args.data for row in read_rows(name)]
     random.Random(0).shuffle(rows)
     held_out, train_rows = rows[: len(rows) // 10], rows[len(rows) // 10 :]
-<<<<<<< HEAD
-    how = Reading(tokenizer, args.max_length)
-    train_set, test_set = (collect(tokenise(part, how)) for part in (train_rows, held_out))
-=======
     train_set, test_set = (tokenised(part, tokenizer, args.max_length) for part in (train_rows, held_out))
->>>>>>> base
     base = TrainSettings(
         rank=RANK,
         max_steps=args.steps,
@@ -144,13 +135,8 @@ def accuracy(session: Session, rows: list[Source]) -> dict[str, Any] | None:
     tokenizer, pad_id = session.base.tokenizer, session.base.tokenizer.pad_token_id
     questions, choices, right = [], [], []
     for row in rows:
-<<<<<<< HEAD
-        answer, (prompt, output) = row.fields.get("answer"), parts(*detect(row), row.where)
-        if not answer or output is None or not output.endswith(answer):
-=======
         answer, output = row.fields.get("answer"), row.fields.get("output", "")
         if not answer or not output.endswith(answer):
->>>>>>> base
             continue
         prompt = instruction_prompt(row.fields["instruction"], row.fields.get("input") or "")
         names = [name for name in (f"answer{k}" for k in range(1, 6)) if f"{name}: ".capitalize() in prompt]
