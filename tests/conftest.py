@@ -106,6 +106,14 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def embedded() -> Path:
+    """The folder of the model that comes with braces: real enough to have something to say."""
+    from braces_cli.core.embedded import embedded_folder
+
+    return embedded_folder()
+
+
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data and models beside the checkout; tests that need it say so and skip without it."""
     if not (SHARED / "models" / "stories260K").is_dir():

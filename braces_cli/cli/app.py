@@ -7,6 +7,7 @@ import importlib
 import itertools
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ import typer
 
 from braces_cli import __version__
 from braces_cli.cli.render import print_json
+from braces_cli.core.distributed import rank
 from braces_cli.core.errors import BracesError
 
 # Name -> module and the function or typer app in it; imported and built when asked for.
@@ -23,6 +25,7 @@ _COMMANDS = {
     "attr-build": ("attr_build", "attr_build"),
     "steer": ("steer", "steer"),
     "inspect": ("inspect_adapter", "app"),
+    "merge": ("merge", "merge"),
 }
 
 # typer exports one exception of its option parser; the classes above it are what a wrong call raises.
@@ -74,24 +77,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         app = build_app(args)
         code = 0 if _help(app, args) else app(args=args, standalone_mode=False)
+        if code == 130:  # typer's word for Ctrl-C
+            _fail(args, 130, "interrupted", None, None)
     except BracesError as error:
         code = _fail(args, error.exit_code, error.message, error.where, error.hint)
     except _CallError as error:
         code = _call_error(args, error)
-        if code == 130:  # typer's word for Ctrl-C
-            _fail(args, 130, "interrupted", None, None)
     except _Terminated:
         code = _fail(args, 143, "terminated", None, None)
     except BrokenPipeError:
-        # The reader of our pipe has gone (`| head`): nothing to say, and nothing to say it to.
-        sys.stdout = None
-        code = 0
+        code = _reader_gone()
+    except SystemExit as error:
+        # What parses our options ends the process itself, with 1, where it sees a broken pipe before we do.
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        code = _reader_gone()
     except Exception as error:
         if "--debug" in args:
             raise
         what = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
         code = _fail(args, 1, what, None, "This is a fault of braces; --debug shows where.")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _reader_gone() -> int:
+    """The reader of our pipe has gone (`| head`): nothing to say, and nothing to say it to."""
+    sys.stdout = None
+    return 0
 
 
 class _Terminated(BaseException):
@@ -137,7 +149,13 @@ def _fail(args: list[str], code: int, message: str, where: str | None, hint: str
         import traceback
 
         traceback.print_exc()
-    if _wants_json(args):
+    if rank() > 0:
+        # Most faults befall every process of a launch, and the first one tells. Its end ends the others, in silence;
+        # what befell this one alone is told after a while.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
+        message = f"process {rank()}: {message}"
+    elif _wants_json(args):
         print_json({"error": {"code": code, "message": message, "where": where, "hint": hint}})
     head = f"{where}: {message}" if where else message
     print(f"Error: {head}" + (f"\n{hint}" if hint else ""), file=sys.stderr)

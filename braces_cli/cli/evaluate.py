@@ -174,7 +174,7 @@ def _print(result: dict[str, Any]) -> None:
 
     facts = page.facts(result)
     shown = [f"{name} {facts[name]}" for name in ("revision", "limit", "dtype") if name in facts]
-    print_table(f"{facts['model']} ({', '.join(shown)}), value ± standard error", *page.main_table(result))
+    print_table(f"{facts['model']} ({', '.join(shown)})", *page.main_table(result))
     columns, rows = page.pair_table(result)
     if rows:
         print_table("adapters among themselves", columns, rows)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from braces_cli.core.errors import ConfigError
-from braces_cli.training.settings import BASELINES, DEFAULT_LR, INITS, METHODS, SCALES
+from braces_cli.training.settings import BASELINE_ONLY, BASELINES, BRACES_ONLY, DEFAULT_LR, INITS, METHODS, SCALES
 
 Method = Annotated[
     str, typer.Option("--method", help=f"What to train: {', '.join(METHODS)}; all but the first through peft.")
@@ -26,17 +26,15 @@ LoraTargets = Annotated[
     typer.Option("--lora-targets", help="Modules a baseline adapts, such as q_proj,v_proj (the default). Repeatable."),
 ]
 
-# Options that only one kind of method reads.
-_BRACES = ("gate_lr", "init", "scale")
-_ATTRIBUTES = ("attribute_field", "opposites", "attributes", "strength_field")
-_BASELINE = ("lora_alpha", "lora_targets")
+# Without attributes another thing would be trained than was asked for, so they are refused wherever they stand.
+_ATTRIBUTES = ("attribute_field", "opposites", "attributes")
 
 
 def settle(ctx: typer.Context) -> None:
     """Fill in the method's own learning rate, and refuse options that it would not read.
 
     A recipe may hold settings of both kinds, so that one file serves every method: what stands in a file and is not
-    read is no error, except attributes, without which another thing would be trained than the file says.
+    read is no error, attributes excepted.
 
     Raises:
         ConfigError: no such method, or an option that contradicts it.
@@ -45,7 +43,7 @@ def settle(ctx: typer.Context) -> None:
     if method not in METHODS:
         raise ConfigError(f"no method `{method}`", where="--method", hint=f"One of {', '.join(METHODS)}.")
     baseline = method in BASELINES
-    for name in (*_BRACES, *_ATTRIBUTES) if baseline else _BASELINE:
+    for name in (*_ATTRIBUTES, *BRACES_ONLY) if baseline else BASELINE_ONLY:
         source = str(getattr(ctx.get_parameter_source(name), "name", ""))
         if source == "COMMANDLINE" or (name in _ATTRIBUTES and source == "DEFAULT_MAP"):
             option = "--" + name.replace("_", "-")

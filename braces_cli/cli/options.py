@@ -60,6 +60,10 @@ def read_config_file(ctx: typer.Context, path: Path | None) -> Path | None:
         if name not in names:
             close = near_misses(name, names).replace("_", "-")
             raise ConfigError(f"unknown key `{key}`", where=str(path), hint=close or "See --help for the options.")
+        # YAML reads `packing: off` as false.
+        choice = known[names[name]].default
+        if isinstance(value, bool) and isinstance(choice, StrEnum) and {"on", "off"} <= set(type(choice)):
+            value = "on" if value else "off"
         defaults[names[name]] = value
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
     return path
@@ -73,7 +77,8 @@ Config = Annotated[
     ),
 ]  # fmt: skip
 Model = Annotated[
-    str | None, typer.Option("--model", help="Base model: folder or hub id. Default: the adapter's own base.")
+    str | None,
+    typer.Option("--model", help="Base: folder or hub id. Default: the adapter's own, else the embedded model."),
 ]
 AdapterName = Annotated[str | None, typer.Option("--adapter", help="Adapter: folder or hub id.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")]
@@ -94,6 +99,23 @@ Debug = Annotated[bool, typer.Option("--debug", help="Tracebacks, and every libr
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write into an output folder that is not empty.")]
 Layers = Annotated[str | None, typer.Option("--layers", help="Such as 8-20,24 or 1- (inclusive, from 0).")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings and stop; writes nothing.")]
+
+
+def strengths(names: Any, s: Any) -> list[float]:
+    """The strength of each attribute in `--attribute`, from `--s`.
+
+    Raises:
+        ConfigError: a name comes twice, the numbers do not match, or one is not finite.
+    """
+    if len(set(names)) < len(names):
+        raise ConfigError("an attribute is named twice", where="--attribute", hint="Give each once, with one --s.")
+    if len(s) not in (0, len(names)):
+        hint = "The k-th --s belongs to the k-th --attribute; give one for each, or none at all."
+        raise ConfigError(f"{len(s)} strengths for {len(names)} attributes", where="--s", hint=hint)
+    for value in s:
+        if not abs(value) < float("inf"):
+            raise ConfigError(f"{value} is no finite number", where="--s", hint="Such as --s 3.0 or --s -1.5.")
+    return list(s) or [1.0] * len(names)
 
 
 def load_options(ctx: typer.Context) -> Any:

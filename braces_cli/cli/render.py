@@ -22,7 +22,7 @@ def set_up(quiet: bool, debug: bool) -> None:
     logger = logging.getLogger("braces")
     logger.propagate = False
     if not logger.handlers:
-        handler = logging.StreamHandler()
+        handler = _Stderr()
         handler.setFormatter(logging.Formatter("braces: %(message)s"))
         logger.addHandler(handler)
     logger.setLevel(logging.DEBUG if debug else logging.ERROR if quiet else logging.INFO)
@@ -38,6 +38,13 @@ def set_up(quiet: bool, debug: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+class _Stderr(logging.Handler):
+    """Writes to what stderr is by then: a progress bar takes its place for a while, and each test has its own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
 
 
 def print_json(value: Any) -> None:

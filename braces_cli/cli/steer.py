@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -43,6 +43,10 @@ def steer(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Texts at a time.")] = 8,
+    export_control_vector: Annotated[
+        Path | None,
+        typer.Option("--export-control-vector", help="Write the steering to this GGUF file instead of generating."),
+    ] = None,
     sweep: Annotated[
         str | None,
         typer.Option(
@@ -93,7 +97,7 @@ def steer(
         return
     if sweep is None:
         check_unused(ctx)
-    names, strengths = list(attribute or ()), _strengths(attribute or (), s or ())
+    names, strengths = list(attribute or ()), o.strengths(attribute or (), s or ())
     if dry_run:
         print_json({"settings": o.resolved(ctx)})
         return
@@ -105,6 +109,9 @@ def steer(
     if attributes is not None and not attributes.is_dir():
         raise ConfigError("no such folder", where=str(attributes), hint="Give the folder that attr-build wrote.")
     asked = dict(zip(names, strengths, strict=True))
+    if export_control_vector is not None:
+        _export(ctx, asked, attributes, export_control_vector)
+        return
     if fmt is None:
         fmt = o.Format.table if sys.stdout.isatty() else o.Format.json
     if interactive:
@@ -117,13 +124,14 @@ def steer(
     generate_texts(ctx, asked, fmt)
 
 
-def _strengths(names: Any, s: Any) -> list[float]:
-    if len(set(names)) < len(names):
-        raise ConfigError("an attribute is named twice", where="--attribute", hint="Give each once, with one --s.")
-    if len(s) not in (0, len(names)):
-        hint = "The k-th --s belongs to the k-th --attribute; give one for each, or none at all."
-        raise ConfigError(f"{len(s)} strengths for {len(names)} attributes", where="--s", hint=hint)
-    for value in s:
-        if not abs(value) < float("inf"):
-            raise ConfigError(f"{value} is no finite number", where="--s", hint="Such as --s 3.0 or --s -1.5.")
-    return list(s) or [1.0] * len(names)
+def _export(ctx: typer.Context, asked: dict[str, float], folder: Path | None, path: Path) -> None:
+    from braces_cli.core.attributes import find_attribute
+    from braces_cli.core.ffn import chosen_layers
+    from braces_cli.core.gguf import check_export, export_control_vector
+    from braces_cli.core.session import open_session
+
+    check_export(path)
+    session = open_session(ctx.params["model"], ctx.params["adapter"], o.load_options(ctx))
+    terms = [(find_attribute(session, name, folder), value) for name, value in asked.items()]
+    layers = chosen_layers(session.base.model, ctx.params["layers"])
+    print_json({**export_control_vector(session, terms, layers, path), "attributes": asked})

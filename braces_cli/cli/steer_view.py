@@ -24,7 +24,7 @@ def print_rows(rows: Iterable[dict[str, Any]]) -> None:
         for name in names:
             title = titled(row["attributes"]) if name == "text" and len(names) == 3 else name
             table.add_column(Text(title), ratio=1 if name == "prompt" else 2, overflow="fold")
-        table.add_row(*(Text(row["prompt" if name == "prompt" else name].strip()) for name in names))
+        table.add_row(*(Text(row[name].strip()) for name in names))
         out.print(table)
         out.print()
         header = False

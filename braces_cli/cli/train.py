@@ -1,10 +1,12 @@
 """`braces train`: fine-tune an adapter."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from braces_cli.cli import data_options as d
 from braces_cli.cli import method_options as m
 from braces_cli.cli import options as o
 from braces_cli.cli.render import print_json, print_pairs, progress, set_up
@@ -13,7 +15,7 @@ from braces_cli.core.errors import BracesError, ConfigError
 _OWN = (
     "rank", "lr", "gate_lr", "epochs", "max_steps", "batch_size", "gradient_accumulation", "warmup_steps", "schedule",
     "max_length", "gradient_checkpointing", "seed", "attribute_field", "strength_field", "contrast", "method", "init",
-    "scale", "lora_alpha",
+    "scale", "lora_alpha", "packing", "streaming",
 )  # fmt: skip
 
 
@@ -26,6 +28,9 @@ def train(
     eval_data: Annotated[
         list[str] | None, typer.Option("--eval-data", help="Rows to measure base and adapter on. Repeatable.")
     ] = None,
+    columns: d.Columns = None,
+    streaming: d.Streaming = False,
+    packing: d.PackingOption = d.Packing.auto,
     model: o.Model = None,
     method: m.Method = "braces",
     rank: Annotated[int, typer.Option("--rank", min=1, help="Rank of the relevance projection.")] = 16,
@@ -66,6 +71,21 @@ def train(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory for about a third more time.")
     ] = False,
+    save_steps: Annotated[int, typer.Option("--save-steps", min=0, help="Steps between checkpoints; 0: none.")] = 500,
+    save_total_limit: Annotated[
+        int, typer.Option("--save-total-limit", min=0, help="Checkpoints that are kept; 0: all.")
+    ] = 2,
+    eval_steps: Annotated[
+        int, typer.Option("--eval-steps", min=0, help="Steps between measurements on --eval-data; 0: at the end.")
+    ] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in --output-dir, if there is one.")
+    ] = False,
+    logging_steps: Annotated[int, typer.Option("--logging-steps", min=1, help="Steps between rows of metrics.")] = 10,
+    report_to: Annotated[str, typer.Option("--report-to", help="tensorboard, wandb or none.")] = "none",
+    push_to_hub: Annotated[
+        str | None, typer.Option("--push-to-hub", help="Repository (owner/name) to upload the adapter to.")
+    ] = None,
     seed: o.Seed = 0,
     overwrite: o.Overwrite = False,
     revision: o.Revision = None,
@@ -76,60 +96,146 @@ def train(
     trust_remote_code: o.TrustRemoteCode = False,
     config: o.Config = None,
     dry_run: o.DryRun = False,
+    check: d.Check = False,
     fmt: o.FormatOption = o.Format.table,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
-    """Fine-tune an adapter, or a baseline of peft, on rows of text, prompt/completion or instruction/output."""
-    set_up(quiet, debug)
-    from braces_cli.core.files import check_output_folder
-    from braces_cli.training.settings import TrainSettings
+    """Fine-tune an adapter, or a baseline of peft, on texts, prompts and completions, instructions or chats."""
+    from braces_cli.core.distributed import is_main
+
+    set_up(quiet or not is_main(), debug)
+    from braces_cli.training.settings import TrainSettings, Upkeep
 
     m.settle(ctx)
-    own = {name: ctx.params[name] for name in _OWN} | {"opposites": _opposites(opposites, attribute_field)}
+    settled = d.settle_columns(ctx)
+    own = {name: ctx.params[name] for name in _OWN}
+    own |= {"opposites": _opposites(opposites, own["attribute_field"]), "packing": packing.value}
     own["lora_targets"] = m.names(lora_targets)
+    upkeep = Upkeep(**{field: ctx.params[field] for field in Upkeep.__dataclass_fields__})
+    if check:
+        _check(ctx, own, settled, quiet)
+        return
     if dry_run:
         TrainSettings(**own)
         _show(fmt, "dry run", _dry_run(ctx, own))
         return
-    for name, value in (("--model", model), ("--data", data), ("--output-dir", output_dir)):
+    for name, value in (("--data", data), ("--output-dir", output_dir)):
         if not value:
             raise ConfigError("missing option", where=name, hint="See `braces train --help`.")
     assert data is not None
     assert output_dir is not None
     TrainSettings(**own)
-    check_output_folder(output_dir, overwrite)
-    with progress(quiet) as report:
-        result = _run(ctx, own, data, eval_data, output_dir, report)
-    _show(fmt, f"adapter written to {output_dir}", result)
+    identity, result = _look_before(ctx, output_dir, upkeep)
+    if result is None:
+        with progress(quiet or not is_main()) as report:
+            result = _run(ctx, own, settled, data, eval_data, output_dir, report, upkeep, identity)
+    if is_main():
+        if push_to_hub is not None:
+            from braces_cli.training.hub import push
+
+            push(output_dir, push_to_hub)
+        _show(fmt, f"adapter written to {output_dir}", result)
+
+
+def _look_before(ctx: typer.Context, folder: Path, upkeep: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """What the run is known by, and its result if it has finished already; refuses what could not end well."""
+    from braces_cli.core.distributed import is_main
+    from braces_cli.core.files import check_output_folder
+    from braces_cli.training.launch import check_launch
+    from braces_cli.training.record import finished, identity
+
+    check_launch(upkeep.resume, ctx.params["attribute_field"] is not None)
+    known = identity(o.resolved(ctx))
+    if upkeep.resume and ctx.params["overwrite"]:
+        raise ConfigError("--resume keeps what --overwrite removes", where="--resume", hint="Give one of the two.")
+    # One process looks: by the time that another one does, the first may be writing.
+    if is_main() or upkeep.resume:
+        check_output_folder(folder, ctx.params["overwrite"] or upkeep.resume)
+    if upkeep.push_to_hub is not None:
+        from braces_cli.training.hub import check_push
+
+        check_push(upkeep.push_to_hub)
+    return known, finished(folder, known) if upkeep.resume else None
 
 
 def _run(
-    ctx: typer.Context, own: dict[str, Any], data: list[str], eval_data: list[str] | None, folder: Path, report: Any
+    ctx: typer.Context,
+    own: dict[str, Any],
+    columns: Any,
+    data: list[str],
+    eval_data: list[str] | None,
+    folder: Path,
+    report: Any,
+    upkeep: Any,
+    identity: dict[str, Any],
 ) -> dict[str, Any]:
     from dataclasses import asdict, replace
 
-    from braces_cli.core.encode import context_length
     from braces_cli.core.ffn import chosen_layers
-    from braces_cli.core.models import load_shape, load_tokenizer
-    from braces_cli.core.session import open_session
-    from braces_cli.data.examples import Fields, read_examples
+    from braces_cli.core.models import load_shape
+    from braces_cli.core.session import base_name, open_session
+    from braces_cli.data.examples import read_examples
+    from braces_cli.data.stream import Stream
+    from braces_cli.training.order import global_batch
+    from braces_cli.training.record import Record
     from braces_cli.training.run import count_parameters, run_training
     from braces_cli.training.settings import TrainSettings
 
     params = ctx.params
     # What can be wrong is looked at before minutes of loading weights: rank and layers on the bare shape, then rows.
     code = params["trust_remote_code"]
-    shape = load_shape(params["model"], revision=params["revision"], trust_remote_code=code)
+    name = base_name(params["model"], None)
+    shape = load_shape(name, revision=params["revision"], trust_remote_code=code)
     settings = TrainSettings(**own, layers=chosen_layers(shape, params["layers"]))
     count_parameters(shape, settings)
-    tokenizer = load_tokenizer(params["model"], revision=params["revision"], trust_remote_code=code)
-    settings = replace(settings, max_length=min(settings.max_length, context_length(shape, tokenizer)))
-    fields = Fields(settings.attribute_field, settings.strength_field) if settings.attribute_field is not None else None
-    train_set = read_examples(data, tokenizer, settings.max_length, report, fields)
-    eval_set = read_examples(eval_data, tokenizer, settings.max_length, report, fields) if eval_data else None
-    session = open_session(params["model"], None, o.load_options(ctx))
-    return asdict(run_training(session, train_set, eval_set, settings, folder, report, params["attributes"]))
+    how = _reading(ctx, name, shape, columns)
+    settings = replace(settings, max_length=how.max_length)
+    train_set: Any
+    if settings.streaming:
+        train_set = Stream(data, how, settings.seed, global_batch(settings))
+    else:
+        train_set = read_examples(data, how, report)
+    eval_set = read_examples(eval_data, how, report) if eval_data else None
+    settings = replace(settings, chat_template=train_set.chat)
+    session = open_session(name, None, o.load_options(ctx))
+    record = Record(identity, ["braces", *sys.argv[1:]])
+    result = run_training(session, train_set, eval_set, settings, folder, report, params["attributes"], upkeep, record)
+    return asdict(result)
+
+
+def _reading(ctx: typer.Context, name: str, shape: Any, columns: Any) -> Any:
+    """How this call's rows become examples; needs the tokenizer, no weights."""
+    from braces_cli.core.encode import context_length
+    from braces_cli.core.models import load_tokenizer
+    from braces_cli.data.examples import Fields, Reading
+
+    params = ctx.params
+    code = params["trust_remote_code"]
+    tokenizer = load_tokenizer(name, revision=params["revision"], trust_remote_code=code)
+    attribute = params["attribute_field"]
+    fields = None if attribute is None else Fields(attribute, params["strength_field"])
+    length = min(params["max_length"], context_length(shape, tokenizer))
+    return Reading(tokenizer, length, fields, columns, params["streaming"])
+
+
+def _check(ctx: typer.Context, own: dict[str, Any], columns: Any, quiet: bool) -> None:
+    from braces_cli.core.models import load_shape
+    from braces_cli.core.session import base_name
+    from braces_cli.data.check import check_rows
+    from braces_cli.training.settings import TrainSettings
+
+    params = ctx.params
+    if not params["data"]:
+        raise ConfigError("missing option", where="--data", hint="See `braces train --help`.")
+    TrainSettings(**own)
+    name, code = base_name(params["model"], None), params["trust_remote_code"]
+    shape = load_shape(name, revision=params["revision"], trust_remote_code=code)
+    how = _reading(ctx, name, shape, columns)
+    with progress(quiet) as report:
+        sets = {name: params[name] for name in ("data", "eval_data")}
+        found = {name: check_rows(files, how, report) if files else None for name, files in sets.items()}
+    d.show_check(params["fmt"] is o.Format.json, found)
 
 
 def _opposites(values: list[str] | None, attribute_field: str | None) -> Any:
@@ -145,21 +251,21 @@ def _dry_run(ctx: typer.Context, own: dict[str, Any]) -> dict[str, Any]:
     """Settings and parameter count; where the model cannot be reached, why not."""
     from braces_cli.core.ffn import chosen_layers
     from braces_cli.core.models import load_shape
+    from braces_cli.core.session import base_name
     from braces_cli.training.run import count_parameters
     from braces_cli.training.settings import TrainSettings
 
     params = ctx.params
     out: dict[str, Any] = {"output_dir": params["output_dir"] and str(params["output_dir"]), "method": own["method"]}
     try:
-        if params["model"] is None:
-            raise ConfigError("no model given", where="--model")
-        shape = load_shape(params["model"], revision=params["revision"], trust_remote_code=params["trust_remote_code"])
+        name = base_name(params["model"], None)
+        shape = load_shape(name, revision=params["revision"], trust_remote_code=params["trust_remote_code"])
         layers = chosen_layers(shape, params["layers"])
         out.update(count_parameters(shape, TrainSettings(**own, layers=layers)))
-    except BracesError as error:
+    except ConfigError:
         # A rank or a layer that does not fit is a mistake to mend, not a model out of reach.
-        if isinstance(error, ConfigError) and params["model"] is not None:
-            raise
+        raise
+    except BracesError as error:
         out.update({"trainable_parameters": None, "reason": str(error).replace("\n", " ")})
     return {**out, "settings": o.resolved(ctx)}
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from braces_cli.core.condition import ConditionMLP, condition_shapes
+from braces_cli.core.distributed import whole
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.experts import Experts, MixtureFFN, routing
 from braces_cli.core.ffn import FFN, find_ffns, hides_gradients
@@ -172,14 +173,19 @@ class Adapter:
             shift = strengths.to(ranked) @ ranked
             brace.shift = shift.unsqueeze(1) if shift.ndim == 2 else shift
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What the adapter file holds: `layers.{i}.projection`, `layers.{i}.gate` and, if trained, `condition.*`."""
+    def tensors(self, settle: bool = True) -> dict[str, Tensor]:
+        """What the adapter file holds: `layers.{i}.projection`, `layers.{i}.gate` and, if trained, `condition.*`.
+
+        Args:
+            settle: make the projections what the file holds. Not in the midst of training, which would then go on from
+                elsewhere, nor where parameters are spread over processes, each of which must then ask.
+        """
         out: dict[str, Tensor] = {}
         for ffn, brace in self.sites:
-            out[f"layers.{ffn.layer}.projection"] = brace.materialise()
-            out[f"layers.{ffn.layer}.gate"] = brace.gate.detach()
+            out[f"layers.{ffn.layer}.projection"] = brace.materialise() if settle else brace.rounded()
+            out[f"layers.{ffn.layer}.gate"] = whole(brace.gate.detach())
         if self.mlp is not None:
-            out.update({f"condition.{name}": tensor for name, tensor in self.mlp.state_dict().items()})
+            out.update({f"condition.{name}": whole(tensor) for name, tensor in self.mlp.state_dict().items()})
         return out
 
     def save(self, folder: Path, config: AdapterConfig, card: str) -> None:
@@ -187,9 +193,14 @@ class Adapter:
 
         The scales written are the adapter's own, whatever `config` holds: without them it would be another adapter.
         """
-        write_tensors(folder / WEIGHTS_FILE, self.tensors())
-        write_text(folder / CARD_FILE, card)
-        write_json(folder / CONFIG_FILE, asdict(replace(config, scales=self.scales)))
+        write_adapter(folder, self.tensors(), replace(config, scales=self.scales), card)
+
+
+def write_adapter(folder: Path, tensors: dict[str, Tensor], config: AdapterConfig, card: str) -> None:
+    """`Adapter.save` of tensors that were gathered before."""
+    write_tensors(folder / WEIGHTS_FILE, tensors)
+    write_text(folder / CARD_FILE, card)
+    write_json(folder / CONFIG_FILE, asdict(config))
 
 
 def _require_gradients(module: nn.Module, args: tuple, output: Tensor) -> None:

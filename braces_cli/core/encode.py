@@ -46,7 +46,7 @@ def encode(
         max_length: keep this many tokens from the front.
     """
     ids = _plain(tokenizer, prompt + (completion or ""))
-    start = 0 if completion is None else _common(ids, _plain(tokenizer, prompt))
+    start = 0 if completion is None else common_length(ids, _plain(tokenizer, prompt))
     if not ids:
         ids = [_first(tokenizer)]
     if end and tokenizer.eos_token_id is not None:
@@ -100,7 +100,8 @@ def _plain(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def _common(one: list[int], other: list[int]) -> int:
+def common_length(one: list[int], other: list[int]) -> int:
+    """How many tokens the two begin with in common."""
     count = 0
     for a, b in zip(one, other, strict=False):
         if a != b:

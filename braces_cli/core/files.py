@@ -86,7 +86,7 @@ def finite(value: Any) -> Any:
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file, whole or not at all."""
     import torch
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save
 
     # Cloned: safetensors refuses tensors that share memory, as the two ends of an axis share their middle.
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -95,6 +95,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         back = load_file(temporary)
         return back.keys() == plain.keys() and all(torch.equal(back[name], plain[name]) for name in plain)
 
+    # Not save_file: it reports a full disk as an error of its own rather than as OSError.
     write_whole(
-        path, lambda temporary: save_file(plain, temporary, metadata={"format": "pt", **(metadata or {})}), matches
+        path, lambda temporary: temporary.write_bytes(save(plain, {"format": "pt", **(metadata or {})})), matches
     )

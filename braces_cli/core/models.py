@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from braces_cli.core.distributed import local_rank
+from braces_cli.core.embedded import resolve, stored_name
 from braces_cli.core.errors import BracesError, ConfigError, ModelError
 from braces_cli.core.experts import MixtureFFN
 from braces_cli.core.ffn import FFN, find_ffns
@@ -30,7 +32,7 @@ class Base:
 
     Attributes:
         model: a causal LM in eval mode; on the meta device where only its shape was asked for.
-        name: as the user gave it, a folder made absolute.
+        name: as the user gave it, a folder made absolute; `embedded@VERSION` for the embedded model.
         revision: commit of a hub model, else None.
         checkpoint: folder with its weight files, None where there is none.
     """
@@ -53,7 +55,9 @@ def pick_device(name: str) -> torch.device:
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return torch.device(next(kind for kind, ok in there.items() if ok))
+        name = next(kind for kind, ok in there.items() if ok)
+    if name == "cuda" and local_rank() is not None:
+        name = f"cuda:{local_rank()}"  # each of several processes has its own
     kind = name.partition(":")[0]
     if not there.get(kind):
         raise ConfigError(f"no device `{name}` here", where="--device", hint=f"There is: {', '.join(_true(there))}.")
@@ -134,7 +138,7 @@ def load_base(
         model.to(place)
     model.eval()
     commit = getattr(model.config, "_commit_hash", None)
-    return Base(model, tokenizer, where, commit or revision, checkpoint_folder(where, commit or revision))
+    return Base(model, tokenizer, stored_name(where), commit or revision, checkpoint_folder(where, commit or revision))
 
 
 def _check_filled(info: dict[str, Any], where: str) -> None:
@@ -198,6 +202,7 @@ def _hash(value: Any) -> str | None:
 
 def _folder_or_id(name: str) -> str:
     """An absolute folder, or the hub id as it is."""
+    name = resolve(name)
     path = Path(name).expanduser()
     if path.is_dir():
         if (path / "config.json").is_file():
@@ -216,6 +221,7 @@ def _folder_or_id(name: str) -> str:
 
 def checkpoint_folder(where: str, revision: str | None) -> Path | None:
     """Folder with the weight files of a model that was loaded from `where`, None where there is none."""
+    where = resolve(where)
     if Path(where).is_dir():
         return Path(where)
     from huggingface_hub import try_to_load_from_cache

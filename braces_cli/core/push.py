@@ -114,3 +114,21 @@ def _scaled_state(terms: Sequence[tuple[Attribute, float]], ffn: FFN) -> tuple[T
         total += s * float(attribute.scale[row]) * attribute.state[row]
         residual = float(attribute.residual[row])
     return total, residual
+
+
+def constants(
+    session: Session, terms: Sequence[tuple[Attribute, float]], layers: Collection[int] | None = None
+) -> dict[int, Tensor]:
+    """What steering adds to the FFN output of each decoder layer, (d,) in float32 on the CPU; experts left out."""
+    plain = [ffn for ffn in session.ffns if isinstance(ffn, FFN) and (layers is None or ffn.layer in layers)]
+    with steered(session, terms, layers) as pushes, torch.no_grad():
+        if not pushes:
+            return {}
+        if session.adapter is None:
+            return {ffn.layer: gram_vector(ffn, _scaled_state(terms, ffn)[0]) for ffn in plain}
+        sites = [(ffn, brace) for ffn, brace in session.adapter.sites if isinstance(ffn, FFN)]
+        return {
+            ffn.layer: (brace.factors(ffn.values(), torch.float32)[1] @ brace.shift).cpu()
+            for ffn, brace in sites
+            if brace.shift is not None
+        }

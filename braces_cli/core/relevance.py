@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from braces_cli.core.distributed import whole
 from braces_cli.core.values import StoredValues, Values
 
 GATE_INIT = -5.0
@@ -183,9 +184,17 @@ class RelevanceModule(nn.Module):
         """
         with torch.no_grad():
             if self._exact != self.weight._version:
-                self.weight.copy_(orthonormal_rows(self.weight.double()))
+                self.weight.copy_(self.rounded())
                 self.set_exact()
         return self.weight.detach()
+
+    def rounded(self) -> Tensor:
+        """What `materialise` would make of `weight`, which stays as it is: training goes on from there.
+
+        Where `weight` is spread over processes, each of them must ask.
+        """
+        weight: Tensor = whole(self.weight.detach())
+        return weight if self._exact == self.weight._version else orthonormal_rows(weight.double()).to(weight.dtype)
 
     def set_exact(self) -> None:
         """Declare that `weight` has orthonormal rows, as loaded from a checked file."""

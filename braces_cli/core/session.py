@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from braces_cli.core.adapter import CONFIG_FILE, Adapter, AdapterConfig, load_adapter, read_config
-from braces_cli.core.errors import ConfigError, ModelError
+from braces_cli.core.embedded import NAME as EMBEDDED
+from braces_cli.core.embedded import note_default
+from braces_cli.core.errors import ModelError
 from braces_cli.core.experts import MixtureFFN
 from braces_cli.core.ffn import FFN, find_ffns
 from braces_cli.core.models import Base, load_base, tokenizer_hashes
@@ -73,23 +75,20 @@ def adapter_folder(name: str) -> Path:
 
 
 def base_name(model: str | None, adapter: str | None) -> str:
-    """The base to load: the one named, else the adapter's own.
-
-    Raises:
-        ConfigError: neither is given.
-    """
+    """The base to load: the one named, else the adapter's own, else the embedded one, which a note on stderr says."""
     if model is not None:
         return model
     if adapter is not None:
         return read_config(adapter_folder(adapter)).base_model_name_or_path
-    raise ConfigError("no model given", where="--model", hint="Give a folder or hub id, or --adapter to use its base.")
+    note_default()
+    return EMBEDDED
 
 
 def open_session(model: str | None, adapter: str | None, options: LoadOptions) -> Session:
     """Load the base, and the adapter on it where one is given.
 
     Raises:
-        ConfigError: no model given, or no such device.
+        ConfigError: no such device.
         ModelError: either cannot be loaded, or they do not fit.
     """
     if adapter is not None:

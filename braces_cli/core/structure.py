@@ -82,6 +82,14 @@ def has_activation(module: nn.Module) -> bool:
     return bool(_FUNCTIONS.intersection(_forward(module).__code__.co_names))
 
 
+def activations(module: nn.Module) -> list[Any]:
+    """Activations that `module` owns, as things to call: children, attributes, functions that its `forward` names."""
+    owned: list[Any] = [child for child in module.children() if is_activation(child) or _is_bare(child)]
+    owned += [value for value in vars(module).values() if is_activation(value)]
+    named = sorted(_FUNCTIONS.intersection(_forward(module).__code__.co_names))
+    return owned + [getattr(nn.functional, name) for name in named if hasattr(nn.functional, name)]
+
+
 def _is_bare(module: nn.Module) -> bool:
     holds = [*module.children(), *module.parameters(), *module.buffers()]
     return not holds and not type(module).__module__.startswith("torch.")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import platform
+from functools import cache
 from importlib import metadata
 
 from braces_cli import __version__
 
 
+@cache
 def versions() -> dict[str, str]:
     """`{braces, python, torch, transformers, ...}`; what is not installed is left out."""
     found = {"braces": __version__, "python": platform.python_version()}

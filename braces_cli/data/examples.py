@@ -1,22 +1,21 @@
-"""Rows -> tokenised examples to train on or to score.
-
-What a row means is told by its keys: `text` is scored whole; of `prompt` + `completion`, and of `instruction` +
-`output` (with an optional `input`), only the second part is scored.
-"""
+"""Rows -> tokenised examples to train on or to score."""
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from braces_cli.core.encode import Encoded, encode
 from braces_cli.core.errors import DataError
 from braces_cli.core.progress import Report, silent
+from braces_cli.data.chat import encode_chat
+from braces_cli.data.formats import CHAT, Columns, FormatReader, parts
 from braces_cli.data.rows import Source, read_rows
 
-WANTED = "`text`, `prompt` and `completion`, or `instruction` and `output` (`input` optional)"
+logger = logging.getLogger("braces")
 
 
 @dataclass(frozen=True)
@@ -36,52 +35,82 @@ class Fields:
     strength: str = "strength"
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How rows become examples.
+
+    Attributes:
+        tokenizer: of the base.
+        max_length: tokens of an example that are kept.
+        fields: columns of attribute and strength; None: rows carry none.
+        columns: which columns stand for which keys; empty: keys are taken as they are.
+        streaming: fetch hub sets row by row rather than whole.
+    """
+
+    tokenizer: Any
+    max_length: int
+    fields: Fields | None = None
+    columns: Columns = field(default_factory=Columns)
+    streaming: bool = False
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row, tokenised.
+
+    Attributes:
+        tokens: what is trained on or scored; None where no token is scored, or the text is blank.
+        condition: attribute and strength, where rows carry them.
+        format: name of the row's format.
+        truncated: it was cut to the maximum length.
+        where: place of the row.
+    """
+
+    tokens: Encoded | None
+    condition: Condition | None
+    format: str = ""
+    truncated: bool = False
+    where: str = ""
+
+
 @dataclass
-class Examples:
+class Counts:
+    """What became of the rows.
+
+    Attributes:
+        rows: rows read.
+        truncated: rows cut to the maximum length.
+        dropped: rows without a scored token, left out.
+        chat: some rows are chats, written by the tokenizer's template.
+    """
+
+    rows: int = 0
+    truncated: int = 0
+    dropped: int = 0
+    chat: bool = False
+
+    def add(self, example: Example) -> None:
+        self.rows += 1
+        self.truncated += example.truncated
+        self.dropped += example.tokens is None
+        self.chat |= example.format == CHAT.name
+
+
+@dataclass
+class Examples(Counts):
     """Tokenised rows and what became of the others.
 
     Attributes:
         items: examples with at least one scored token.
-        rows: rows read.
-        truncated: rows cut to the maximum length.
-        dropped: rows without a scored token, left out of `items`.
         conditions: attribute and strength of each item, where rows carry them.
     """
 
     items: list[Encoded] = field(default_factory=list)
     conditions: list[Condition] = field(default_factory=list)
-    rows: int = 0
-    truncated: int = 0
-    dropped: int = 0
 
     @property
     def tokens(self) -> int:
         return sum(len(item.ids) for item in self.items)
-
-
-def parts(row: Source) -> tuple[str, str | None]:
-    """(prompt, completion) of a row; the completion is None where the whole text is scored.
-
-    Raises:
-        DataError: the keys fit no known kind of row, or a value is no text.
-    """
-    fields = row.fields
-    if "text" in fields:
-        return _text(row, "text"), None
-    if "prompt" in fields and "completion" in fields:
-        return _text(row, "prompt"), _text(row, "completion")
-    if "instruction" in fields and "output" in fields:
-        return instruction_prompt(_text(row, "instruction"), _text(row, "input")), _text(row, "output")
-    found = ", ".join(map(str, fields)) or "none"
-    raise DataError(
-        f"the row has none of the needed fields (keys found: {found})", where=row.where, hint=f"Wanted: {WANTED}."
-    )
-
-
-def instruction_prompt(instruction: str, context: str = "") -> str:
-    """The prompt that stands for an instruction row; the answer follows it."""
-    given = f"### Input:\n{context}\n\n" if context.strip() else ""
-    return f"### Instruction:\n{instruction}\n\n{given}### Response:\n"
 
 
 def condition(row: Source, fields: Fields) -> Condition:
@@ -109,51 +138,65 @@ def condition(row: Source, fields: Fields) -> Condition:
     return Condition(name.strip(), value, row.where)
 
 
-def _text(row: Source, key: str) -> str:
-    value = row.fields.get(key)
-    if value is None and key == "input":
-        return ""
-    if not isinstance(value, str):
-        raise DataError(f"`{key}` must be text, this is {type(value).__name__}", where=row.where, hint="Fix the row.")
-    return value
+def tokenise(rows: Iterable[Source], how: Reading) -> Iterator[Example]:
+    """Encode the rows of one file, each with its end token, cut to the maximum length.
 
-
-def tokenise(
-    rows: Iterable[Source], tokenizer: Any, max_length: int, report: Report = silent, fields: Fields | None = None
-) -> Examples:
-    """Encode rows with their end token, cut to `max_length` tokens; rows without a scored token are dropped."""
-    found = Examples()
+    Raises:
+        DataError: a row fits no format, another one than those before it, or holds what cannot be read.
+    """
+    reader = FormatReader(how.columns.content)
     for row in rows:
-        prompt, completion = parts(row)
-        found.rows += 1
-        example = encode(tokenizer, prompt, completion, end=True, max_length=max_length)
-        found.truncated += example.truncated
-        empty = not (prompt if completion is None else completion).strip()
-        if empty or example.scored == 0:
-            found.dropped += 1
+        kind, fields = reader.read(row)
+        if kind is CHAT:
+            tokens = encode_chat(how.tokenizer, fields, row.where, how.max_length)
+            blank = False
         else:
-            found.items.append(example)
-            if fields is not None:
-                found.conditions.append(condition(row, fields))
-        if found.rows % 256 == 0:
-            report("reading", found.rows, None)
-    report("reading", found.rows, found.rows)
-    return found
+            prompt, completion = parts(kind, fields, row.where)
+            tokens = encode(how.tokenizer, prompt, completion, end=True, max_length=how.max_length)
+            blank = not (prompt if completion is None else completion).strip()
+        # Even of a row that is dropped: a fault in it is a fault of the file.
+        stands = None if how.fields is None else condition(row, how.fields)
+        kept = None if blank or tokens.scored == 0 else tokens
+        yield Example(kept, stands, kind.name, tokens.truncated, row.where)
 
 
-def read_examples(
-    names: Sequence[str], tokenizer: Any, max_length: int, report: Report = silent, fields: Fields | None = None
-) -> Examples:
-    """Read and tokenise several files or hub sets, in the order given.
+def iterate(names: Sequence[str], how: Reading) -> Iterator[Example]:
+    """Tokenised rows of several files or hub sets, one after the other, as they are read."""
+    for name in names:
+        yield from tokenise(read_rows(name, streaming=how.streaming), how)
+
+
+def read_examples(names: Sequence[str], how: Reading, report: Report = silent) -> Examples:
+    """Read and tokenise several files or hub sets, in the order given; rows without a scored token are dropped.
 
     Raises:
         DataError: a file or a row cannot be read, or no row has a scored token.
     """
-    found = tokenise((row for name in names for row in read_rows(name)), tokenizer, max_length, report, fields)
-    if not found.items:
-        raise DataError(
-            f"no row has a token to score ({found.rows} read)",
-            where=", ".join(names),
-            hint="Are the texts empty, or prompts longer than --max-length?",
-        )
+    found = Examples()
+    for example in iterate(names, how):
+        found.add(example)
+        if example.tokens is not None:
+            found.items.append(example.tokens)
+            if example.condition is not None:
+                found.conditions.append(example.condition)
+        if found.rows % 256 == 0:
+            report("reading", found.rows, None)
+    report("reading", found.rows, found.rows)
+    check_some(names, len(found.items), found.rows)
+    tell(found, how.max_length)
     return found
+
+
+def check_some(names: Sequence[str], kept: int, rows: int) -> None:
+    """Raise a DataError where no row is left."""
+    if not kept:
+        hint = "Are the texts empty, or prompts longer than --max-length?"
+        raise DataError(f"no row has a token to score ({rows} read)", where=", ".join(names), hint=hint)
+
+
+def tell(counts: Counts, max_length: int) -> None:
+    """Log what was cut and what was left out."""
+    if counts.truncated:
+        logger.info("%d of %d rows were cut to %d tokens (--max-length)", counts.truncated, counts.rows, max_length)
+    if counts.dropped:
+        logger.info("%d of %d rows have no token to score and were left out", counts.dropped, counts.rows)

@@ -27,15 +27,18 @@ class Source:
     where: str
 
 
-def read_rows(name: str) -> Iterator[Source]:
+def read_rows(name: str, *, streaming: bool = False) -> Iterator[Source]:
     """Rows of a file, or of a hub set (`id`, `id:split` or `id:subset:split`; the split is `train` by default).
+
+    Args:
+        streaming: fetch a hub set row by row rather than whole. Files other than `.json` are always read row by row.
 
     Raises:
         DataError: missing, empty, not UTF-8, broken (with its line), or of a kind that cannot be read.
     """
     path = Path(name).expanduser()
     if not path.exists() and not path.suffix and name.partition(":")[0].count("/") == 1 and not name.startswith("."):
-        return _hub(name)
+        return _never_empty(_hub(name, streaming), name)
     if not path.is_file():
         what = "this is a folder, not a file" if path.is_dir() else "no such file"
         raise DataError(what, where=name, hint=f"Give a file ({', '.join(READABLE)}) or the id of a hub set.")
@@ -129,18 +132,21 @@ def _parquet(path: Path) -> Iterator[Source]:
         raise DataError(f"broken Parquet: {error}", where=str(path), hint="Write the file again.") from error
 
 
-def _hub(name: str) -> Iterator[Source]:
+def _hub(name: str, streaming: bool) -> Iterator[Source]:
     from datasets import load_dataset
 
     repo, *rest = name.split(":")
     subset, split = (rest[0], rest[1]) if len(rest) > 1 else (None, rest[0] if rest else "train")
     try:
-        rows = load_dataset(repo, subset, split=split)
+        rows = load_dataset(repo, subset, split=split, streaming=streaming)
+        # A set that is streamed is first reached for when its first row is asked for, or any later one.
+        for number, fields in enumerate(rows, 1):
+            yield _row(fields, f"{name}, row {number}")
+    except DataError:
+        raise
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         hint = "Give a file, or a hub set as id, id:split or id:subset:split; a gated one needs HF_TOKEN."
         raise DataError(
             f"no such file, and the hub set cannot be read: {first[:200]}", where=name, hint=hint
         ) from error
-    for number, fields in enumerate(rows, 1):
-        yield _row(fields, f"{name}, row {number}")

@@ -59,7 +59,7 @@ def find_adapter(name: str) -> Found:
     if stored is None:
         config = read_config(folder)
         read_tensors(folder, config)
-        trained = config.training.get("apply_chat_template")
+        trained = config.training.get("chat_template")
         return Found(
             name, folder, BRACES, config.base_model_name_or_path, config.revision, _hash(folder),
             None if trained is None else bool(trained),

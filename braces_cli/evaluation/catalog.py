@@ -25,9 +25,12 @@ _COMMONSENSE = (
     "boolq", "piqa", "social_iqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa",
 )  # fmt: skip
 GENERATED = tuple(f"commonsense_gen_{name}" for name in _COMMONSENSE)
+# On the embedded model's own world.
+EMBEDDED = ("embedded_popqa", "embedded_truthful")
 # Our meaning of a name where it is not lm-eval's: its tag `truthfulqa` holds the generation task, too.
 GROUPS = {
     "truthfulqa": ("truthfulqa_mc1", "truthfulqa_mc2"),
+    "embedded": EMBEDDED,
     "zero_shot": ("popqa", "triviaqa", "nq_open", "truthfulqa_mc1", "truthfulqa_mc2"),
     "commonsense": _COMMONSENSE,
     "commonsense_gen": GENERATED,
@@ -40,7 +43,7 @@ SPLITS = {"popqa_by_relation": "relation", "popqa_by_popularity": "popularity"}
 # Tasks of ours for which no hub set has the rows as they are.
 LOCAL_ONLY = GENERATED
 _FOLDERS = {
-    **dict.fromkeys(("popqa", *GENERATED), OURS),
+    **dict.fromkeys(("popqa", *EMBEDDED, *GENERATED), OURS),
     **dict.fromkeys(("truthfulqa_mc1", "truthfulqa_mc2", "truthfulqa_gen"), LM_EVAL / "truthfulqa"),
     "boolq": LM_EVAL / "super_glue" / "boolq",
     "social_iqa": LM_EVAL / "siqa",

@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from braces_cli.data.examples import instruction_prompt
+from braces_cli.data.formats import instruction_prompt
 
 
 def prompt(doc: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,22 @@ _HASH = 12
 
 
 def main_table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows: a row a metric, a column a system, after each adapter its change against the first system."""
+    """Columns and rows: for each metric a row a system, with its change against the first one."""
     systems = result["systems"]
     compared = {(c["task"], c["metric"], c["to"]): c for c in result["comparisons"] if c["from"] == systems[0]["name"]}
-    columns = ["task", "metric", "n", systems[0]["name"]]
-    for system in systems[1:]:
-        columns += [system["name"], "change", "p (Holm)", ""]
+    columns = ["task", "metric", "n", "system", "value ± error"]
+    if len(systems) > 1:
+        columns += ["change", "p (Holm)", ""]
     rows: list[list[Any]] = []
     for task, metrics in systems[0]["results"].items():
-        for metric, first in metrics.items():
-            row = [task, metric, first["n"], _with_error(first)]
-            for system in systems[1:]:
-                found = compared[task, metric, system["name"]]
-                row += [_with_error(system["results"][task][metric]), *_change(found)]
-            rows.append(row)
+        for metric in metrics:
+            for system in systems:
+                entry = system["results"][task][metric]
+                row = [task, metric, entry["n"], system["name"], _with_error(entry)]
+                if len(systems) > 1:
+                    found = compared.get((task, metric, system["name"]))
+                    row += _change(found) if found else ["", None, ""]
+                rows.append(row)
     return columns, rows
 
 
@@ -105,7 +108,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes = drawn.add_subplot(down, across, place + 1)
         for row, system in enumerate(systems):
             entry = system["results"][task][metric]
-            reach = 1.96 * (entry["stderr"] or 0.0)
+            if entry["value"] is None or not math.isfinite(entry["value"]):
+                continue
+            error = entry["stderr"]
+            reach = 1.96 * error if error is not None and math.isfinite(error) else 0.0
             axes.errorbar(entry["value"], row, xerr=reach, fmt="o", color=f"C{row}", capsize=3)
         axes.set_yticks(range(len(systems)), [plain_label(system["name"]) for system in systems])
         axes.set_ylim(len(systems) - 0.5, -0.5)
@@ -124,12 +130,17 @@ def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> li
 
 
 def _change(compared: dict[str, Any]) -> list[Any]:
-    return [f"{compared['difference']:+.4g}", compared["p_holm"], verdict(compared)]
+    # What is not finite is null in a result that was read back.
+    difference = compared["difference"]
+    shown = None if difference is None else f"{difference:+.4g}"
+    return [shown, compared["p_holm"], verdict(compared)]
 
 
 def _with_error(entry: dict[str, Any]) -> str:
-    error = entry["stderr"]
-    return f"{entry['value']:.4g}" + ("" if error is None else f" ± {error:.2g}")
+    value, error = entry["value"], entry["stderr"]
+    if value is None:
+        return "not finite"
+    return f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
 
 
 def _short(hashed: str | None) -> str | None:

@@ -104,6 +104,8 @@ def run_evaluation(
 
 
 def _judged(result: dict[str, Any], settings: EvalSettings) -> dict[str, Any]:
+    # A finished run may have been judged by other thresholds.
+    result.pop("fail_under", None)
     return {**result, "fail_under": check_reached(settings.thresholds, result)} if settings.thresholds else result
 
 

@@ -108,7 +108,6 @@ def _sample(task: str, sample: dict[str, Any]) -> dict[str, Any]:
         "prompt": prompts[0] if len(set(prompts)) == 1 else prompts,
         "target": _plain(sample["target"]),
         "filter": sample["filter"],
-        "scores": {},
     }
     answers = [each[0] for each in sample["resps"]]
     if all(isinstance(answer, (tuple, list)) and len(args) > 1 for answer, args in zip(answers, asked, strict=True)):
@@ -119,6 +118,7 @@ def _sample(task: str, sample: dict[str, Any]) -> dict[str, Any]:
         row["choices"] = [{"text": text, "log_likelihood": value} for text, value in zip(texts, likely, strict=True)]
     else:
         row["answer"] = _plain(answers[0] if len(answers) == 1 else answers)
+    row["scores"] = {}
     return row
 
 

@@ -34,7 +34,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("arc_easy", "arc_challenge"), ("question", "choices.text", "choices.label", "answerKey")),
     "openbookqa": ("question_stem", "choices.text", "choices.label", "answerKey"),
     **dict.fromkeys(GENERATED, ("instruction", "answer")),
-    "popqa": ("question", "possible_answers"),
+    **dict.fromkeys(("popqa", "embedded_popqa"), ("question", "possible_answers")),
+    "embedded_truthful": ("question", "mc1_targets.choices", "mc1_targets.labels"),
     PERPLEXITY: ("text",),
 }
 _LISTS = {"choices", "labels", "aliases", "correct_answers", "incorrect_answers", "choices.text", "endings"}

@@ -52,11 +52,11 @@ def check_tasks(thresholds: Sequence[Threshold], selection: catalog.Selection) -
         ConfigError: one is not.
     """
     averaged = [name for name in catalog.AVERAGED if name in selection.groups]
-    known = [*selection.names, *selection.leaves, *selection.own, *averaged]
+    known = list(dict.fromkeys([*selection.names, *selection.leaves, *selection.own, *averaged]))
     for each in thresholds:
         task = each.task.partition(":")[0]
         if task not in known:
-            hint = near_misses(task, known) or f"Asked for: {', '.join(dict.fromkeys(known))}."
+            hint = near_misses(task, known) or f"Asked for: {', '.join(known)}."
             raise ConfigError(f"`{each.task}` is not measured", where=_WHERE, hint=hint)
 
 

@@ -18,7 +18,8 @@ def summarise(
     model: str | None, adapter: str | None, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> dict[str, Any]:
     """`{model, adapter, parameters, base_parameters, layers: [{layer, value_vectors, hidden_size, gate,
-    projection_error}]}`; `gate` is g = sigmoid(gate), and both it and the error are None where no adapter reaches.
+    scale, projection_error}]}`; `gate` is g = sigmoid(gate), `scale` the fixed factor beside it; they and the error are
+    None where no adapter reaches.
 
     Raises:
         ConfigError: neither a model nor an adapter.
@@ -28,10 +29,12 @@ def summarise(
     shape = load_shape(name, revision=revision, trust_remote_code=trust_remote_code)
     ffns = find_ffns(shape)
     tensors: dict[str, Any] = {}
+    scales: dict[int, float] = {}
     if adapter is not None:
         folder = adapter_folder(adapter)
         config = read_config(folder)
         tensors = read_tensors(folder, config)
+        scales = dict(zip(config.layers, config.scales or [1.0] * len(config.layers), strict=True))
         words = differences(config.fingerprint, fingerprint(shape, ffns, checkpoint_folder(name, revision)))
         if words:
             raise ModelError(
@@ -49,6 +52,7 @@ def summarise(
                 "value_vectors": ffn.value_vectors,
                 "hidden_size": ffn.hidden_size,
                 "gate": None if gate is None else 1 / (1 + math.exp(-float(gate))),
+                "scale": scales.get(ffn.layer),
                 "projection_error": None if projection is None else projection_error(projection),
             }
         )

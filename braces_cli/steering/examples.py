@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from braces_cli.core.errors import DataError
-from braces_cli.data.examples import parts
+from braces_cli.data.formats import detect, parts
 from braces_cli.data.rows import READABLE, read_rows
 
 
@@ -16,7 +16,7 @@ def read_texts(path: Path) -> list[str]:
         DataError: missing, not UTF-8, a broken row, or no text in it.
     """
     if path.suffix.lower() in READABLE:
-        texts = [prompt + (completion or "") for prompt, completion in map(parts, read_rows(str(path)))]
+        texts = ["".join(filter(None, parts(*detect(row), row.where))) for row in read_rows(str(path))]
     else:
         try:
             texts = path.read_text(encoding="utf-8-sig").splitlines()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,12 @@ class TextsFile:
                     raise ConfigError(what, where=f"{self.path}:{number}", hint=hint)
 
     def write(self, rows: Iterable[dict[str, Any]]) -> int:
-        """Append rows as they come, behind the complete ones; returns how many."""
-        count = 0
+        """Append rows as they come, behind the complete ones; returns how many.
+
+        The file is touched when there is a first row: what fails before that, fails with nothing lost.
+        """
+        rows, count = iter(rows), 0
+        first = list(islice(rows, 1))
         with _failures(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = self.path.open("r+b" if self.rows else "wb")
@@ -85,7 +90,7 @@ class TextsFile:
                 file.truncate(self._end)
                 file.seek(self._end)
             write_json(self._record, self._settings)
-            for row in rows:
+            for row in chain(first, rows):
                 with _failures(self.path):
                     file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
                     file.flush()

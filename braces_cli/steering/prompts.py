@@ -22,7 +22,7 @@ def read_prompts(given: Sequence[str], file: Path | None, pipe: TextIO) -> Itera
     if given:
         return iter(given)
     if file is not None:
-        if not file.is_file():
+        if not file.exists() or file.is_dir():  # a pipe with a name will do
             raise DataError("no such file", where=str(file), hint="Give a text file with one prompt a line.")
         return _some(_file(file), str(file))
     if pipe.isatty():
@@ -75,7 +75,9 @@ def _structured(line: str, where: str) -> str:
     return prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def count_prompts(file: Path) -> int:
-    """Lines of a file that hold a prompt."""
+def count_prompts(file: Path) -> int | None:
+    """Lines of a file that hold a prompt; None of a pipe, which can be read only once."""
+    if not file.is_file():
+        return None
     with file.open("rb") as lines:
         return sum(1 for line in lines if line.strip())

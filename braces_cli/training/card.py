@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from braces_cli.core.adapter import AdapterConfig
 
 _FIGURES = ("base_eval_perplexity", "eval_perplexity", "base_eval_loss", "eval_loss", "train_loss", "steps", "tokens")
+_ROWS = ("rows", "rows_truncated", "rows_dropped")
 
 
-def model_card(config: AdapterConfig, result: dict[str, Any]) -> str:
-    """Markdown with a YAML header as the hub reads it."""
+# Of a checkpoint, whose adapter may be looked at or steered by like any other.
+CHECKPOINT_CARD = "# LLMBraces adapter in training\n\nA checkpoint of `braces train`; `--resume` goes on from it.\n"
+
+
+def model_card(
+    config: AdapterConfig,
+    result: dict[str, Any],
+    asked: dict[str, Any] | None = None,
+    command: Sequence[str] = (),
+    curve: bool = False,
+) -> str:
+    """Markdown with a YAML header as the hub reads it.
+
+    Args:
+        result: the keys of `TrainResult`.
+        asked: settings of the call beyond `config.training`, the data among them.
+        command: words of the call.
+        curve: whether `loss.png` lies beside the card.
+    """
     base = config.base_model_name_or_path
     about = _about(config)
     header = ["---", *about.header]
     # A folder of somebody's disk is no model that the hub could link to.
-    if not base.startswith(("/", "~")) and ":" not in base:
+    if not base.startswith(("/", "~", "embedded@")) and ":" not in base:
         header.append(f"base_model: {base}")
     figures = [
         f"| {name.replace('_', ' ')} | {result[name]:.6g} |" for name in _FIGURES if result.get(name) is not None
@@ -42,12 +62,20 @@ def model_card(config: AdapterConfig, result: dict[str, Any]) -> str:
             "|---|---|",
             *figures,
             "",
+            *(["![Loss by optimizer step](loss.png)", ""] if curve else []),
+            "## Data",
+            "",
+            "| | |",
+            "|---|---|",
+            *_data(result, asked or {}),
+            "",
             "## Settings",
             "",
             "| | |",
             "|---|---|",
             *settings,
             "",
+            *(["## Command", "", f"    {shlex.join(command)}", ""] if command else []),
         ]
     )
 
@@ -84,3 +112,10 @@ def _about(config: AdapterConfig) -> _About:
             '    model = PeftModel.from_pretrained(base, "THIS_FOLDER")',
         ),
     )
+
+
+def _data(result: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """Lines of a table: the sets by name, and what became of their rows."""
+    sets = {kind: ", ".join(f"`{name}`" for name in asked.get(kind) or ()) for kind in ("data", "eval_data")}
+    counts = {name: f"{result[name]:,}" for name in _ROWS if result.get(name) is not None}
+    return [f"| {name.replace('_', ' ')} | {value} |" for name, value in (sets | counts).items() if value]

@@ -13,6 +13,7 @@ from braces_cli.core.attributes import Attribute, find_attribute, known_attribut
 from braces_cli.core.errors import ConfigError, DataError, near_misses
 from braces_cli.core.session import Session
 from braces_cli.data.examples import Condition, Examples
+from braces_cli.data.stream import Stream
 from braces_cli.training.settings import TrainSettings
 
 
@@ -35,7 +36,7 @@ def parse_opposites(values: Sequence[str]) -> tuple[tuple[str, str], ...]:
 
 
 def gather_attributes(
-    session: Session, settings: TrainSettings, sets: Sequence[Examples], folder: Path | None
+    session: Session, settings: TrainSettings, sets: Sequence[Examples | Stream], folder: Path | None
 ) -> list[Attribute]:
     """The attributes that the rows name, and those of `--opposites`, each with its pooled states.
 
@@ -74,16 +75,20 @@ class Conditioner:
         rows = [[attribute.layers.index(layer) for layer in adapter.layers] for attribute in attributes]
         self._pooled = torch.stack([a.state[row] for a, row in zip(attributes, rows, strict=True)]).to(device)
 
-    def strengths(self, rows: Sequence[Condition]) -> Tensor:
+    def strengths(self, rows: Sequence[Condition | None]) -> Tensor:
         """s of each row and attribute, (rows, attributes)."""
         out = torch.zeros(len(rows), len(self._index))
         for row, condition in enumerate(rows):
-            if condition.attribute is not None:
+            if condition is not None and condition.attribute is not None:
                 out[row, self._index[condition.attribute]] = condition.strength
         return out
 
     def apply(self, strengths: Tensor) -> None:
-        """Condition the next passes on `strengths` (batch, attributes), with gradients to the MLP and projections."""
+        """Condition the next passes on `strengths`, with gradients to the MLP and projections.
+
+        Args:
+            strengths: (batch, attributes), or (batch, tokens, attributes) of packed rows.
+        """
         self._adapter.condition(self._adapter.states(self._pooled), strengths)
 
     def clear(self) -> None:

@@ -8,12 +8,13 @@ from torch import nn
 
 from braces_cli.core.adapter import Adapter, attach
 from braces_cli.data.examples import Examples
+from braces_cli.data.stream import Stream
 from braces_cli.training.baselines import PeftAdapter
 from braces_cli.training.settings import TrainSettings
 from braces_cli.training.start import scale_to_base, start_projections, token_path_shares
 
 
-def fresh_adapter(model: nn.Module, settings: TrainSettings, examples: Examples) -> Adapter | PeftAdapter:
+def fresh_adapter(model: nn.Module, settings: TrainSettings, examples: Examples | Stream) -> Adapter | PeftAdapter:
     """A fresh adapter on an open base, where training starts.
 
     Raises:
@@ -28,12 +29,12 @@ def fresh_adapter(model: nn.Module, settings: TrainSettings, examples: Examples)
     return adapter
 
 
-def first_batch(examples: Examples, settings: TrainSettings) -> Any:
+def first_batch(examples: Examples | Stream, settings: TrainSettings) -> Any:
     """The rows that the token path is measured on: as many as a batch has, in the order of the file."""
     return examples.items[: settings.batch_size]
 
 
-def shares(adapter: Adapter | PeftAdapter, settings: TrainSettings, examples: Examples) -> list[float] | None:
+def shares(adapter: Adapter | PeftAdapter, settings: TrainSettings, examples: Examples | Stream) -> list[float] | None:
     """Norm of the token path over that of the FFN's output in each layer, three digits; None of a baseline."""
     if not isinstance(adapter, Adapter):
         return None

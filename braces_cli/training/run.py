@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import resource
-import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from braces_cli.core.adapter import Adapter, AdapterConfig, attach
+from braces_cli.core.adapter import Adapter, AdapterConfig, attach, write_adapter
 from braces_cli.core.attributes import TRAINED_FILE, Attribute, save_attributes
 from braces_cli.core.condition import condition_shapes
+from braces_cli.core.distributed import barrier, is_main, join, world_size
 from braces_cli.core.errors import BracesError
 from braces_cli.core.ffn import parameter_total
-from braces_cli.core.models import tokenizer_hashes
+from braces_cli.core.interrupt import act, deferred
+from braces_cli.core.models import input_device, tokenizer_hashes
 from braces_cli.core.progress import Report, silent
 from braces_cli.core.session import Session
 from braces_cli.core.versions import versions
-from braces_cli.data.examples import Examples
-from braces_cli.scoring.perplexity import Likelihood, likelihoods
+from braces_cli.data.examples import Examples, tell
+from braces_cli.data.stream import Stream
+from braces_cli.scoring.perplexity import Likelihood
 from braces_cli.training.baselines import PeftAdapter, baseline_parameters
-from braces_cli.training.card import model_card
+from braces_cli.training.blocks import Layout
+from braces_cli.training.card import CHECKPOINT_CARD, model_card
 from braces_cli.training.conditions import Conditioner, gather_attributes
+from braces_cli.training.layout import choose_layout
+from braces_cli.training.measure import measure
+from braces_cli.training.memory import peak_memory, reset_memory
 from braces_cli.training.methods import fresh_adapter, shares
-from braces_cli.training.settings import TrainSettings
+from braces_cli.training.metrics import draw_curve
+from braces_cli.training.record import Record, digest, start, tidy
+from braces_cli.training.settings import TrainSettings, Upkeep
+
+logger = logging.getLogger("braces")
 
 _COUNTS = ("trainable_parameters", "condition_parameters", "total_parameters", "trainable_percent")
 
@@ -38,8 +45,9 @@ class TrainResult:
     """What a run gave: the keys of `braces train --format json`.
 
     Times in seconds, memory in bytes, None where not measured. `rows_truncated` were cut to the maximum length and
-    `rows_dropped` had no token to score. `token_path_share`: at the start, in each layer, the median norm
-    of what the adapter adds over that of the FFN's output.
+    `rows_dropped` had no token to score; of a stream, all that were read. `token_path_share`: at the start, in each
+    layer, the median norm of what the adapter adds over that of the FFN's output. `padding_share`: the part of the
+    computed tokens that was padding; `packed`: several examples a row.
     """
 
     output_dir: str
@@ -49,7 +57,7 @@ class TrainResult:
     total_parameters: int
     trainable_percent: float
     steps: int
-    epochs: float
+    epochs: float | None
     train_loss: float
     base_eval_loss: float | None
     base_eval_perplexity: float | None
@@ -65,6 +73,8 @@ class TrainResult:
     rows_truncated: int
     rows_dropped: int
     token_path_share: list[float] | None
+    packed: bool
+    padding_share: float
     resumed_from: str | None = None
 
 
@@ -86,79 +96,175 @@ def count_parameters(model: Any, settings: TrainSettings) -> dict[str, Any]:
 
 def run_training(
     session: Session,
-    train_set: Examples,
+    train_set: Examples | Stream,
     eval_set: Examples | None,
     settings: TrainSettings,
     folder: Path,
     report: Report = silent,
     attributes_folder: Path | None = None,
+    upkeep: Upkeep | None = None,
+    record: Record | None = None,
 ) -> TrainResult:
-    """Fine-tune a fresh adapter on an open base and write it to `folder`.
+    """Fine-tune an adapter on an open base and write it to `folder`, from the newest checkpoint there if so asked.
 
     The base is measured on `eval_set` first, with nothing attached, then the adapter as it was saved, each row
-    conditioned on its own attribute where attributes are trained.
+    conditioned on its own attribute where attributes are trained. Where there are several processes each of them calls
+    this, and the first one writes.
+
+    Args:
+        record: what the run is known by when it is resumed.
 
     Raises:
         DataError: a row names an unknown attribute.
-        ConfigError: rank or layers that do not fit the base.
+        ConfigError: rank or layers that do not fit the base, or a checkpoint of other data.
+        ModelError: a checkpoint that cannot be read.
         BracesError: the loss is not finite, or the folder cannot be written.
+        KeyboardInterrupt: a signal asked to stop, and a checkpoint was written.
     """
-    from braces_cli.training.trainer import BracesTrainer
-
     model, pad_id = session.base.model, session.base.tokenizer.pad_token_id
+    join(input_device(model))
     counts = count_parameters(model, settings)
-    batch = settings.batch_size
-    attributes: list[Attribute] = []
-    if settings.attribute_field is not None:
-        sets = [train_set] if eval_set is None else [train_set, eval_set]
-        attributes = gather_attributes(session, settings, sets, attributes_folder)
-    base = _measure(model, eval_set, None, pad_id, batch, report, "evaluating the base")
+    attributes = _attributes(session, settings, [train_set, eval_set], attributes_folder)
+    run = _Run(session, settings, upkeep or Upkeep(), folder, report, attributes, record or Record())
+    run.record.data = digest(train_set)
+    checkpoint = start(folder, run.upkeep.resume, run.record)
 
-    adapter = fresh_adapter(model, settings, train_set)
-    share = shares(adapter, settings, train_set)
-    conditioner = None
-    if attributes and isinstance(adapter, Adapter):
-        adapter.add_mlp(settings.seed)
-        conditioner = Conditioner(adapter, attributes)
-    existed = folder.exists()
-    _reset_memory()
-    started = time.perf_counter()
-    try:
-        trainer = BracesTrainer(adapter, settings, train_set, conditioner, pad_id, str(folder), report)
-        outcome = trainer.train()
-        seconds = time.perf_counter() - started
-        memory = _peak_memory()
-        _check_finite(adapter)
-        # Saving settles the projection to what the file holds, so that it is the saved adapter that is measured.
-        adapter.tensors()
-        tuned = _measure(model, eval_set, conditioner, pad_id, batch, report, "evaluating the adapter")
+    def evaluate(conditioner: Conditioner | None, stage: str) -> Likelihood | None:
+        return measure(model, eval_set, conditioner, pad_id, settings.batch_size, report, stage)
+
+    layout = choose_layout(session, settings, train_set.items)
+    base = _base(run.record, lambda: evaluate(None, "evaluating the base"))
+    with tidy(folder):
+        adapter = fresh_adapter(model, settings, train_set)
+        share = shares(adapter, settings, train_set)
+        conditioner = None
+        if attributes and isinstance(adapter, Adapter):
+            adapter.add_mlp(settings.seed)
+            conditioner = Conditioner(adapter, attributes)
+        feed = _Feed(train_set, layout, conditioner)
+        fitted = _fit(run, adapter, feed, checkpoint, lambda: evaluate(conditioner, "evaluating"))
+        tuned = evaluate(conditioner, "evaluating the adapter")
         result = TrainResult(
             output_dir=str(folder),
             method=settings.method,
             **counts,
-            steps=outcome.global_step,
-            epochs=float(trainer.state.epoch or 0.0),
-            train_loss=outcome.training_loss,
+            **fitted,
             **_figures("base_eval", base),
             **_figures("eval", tuned),
-            seconds=seconds,
-            tokens=trainer.tokens,
-            tokens_per_second=trainer.tokens / seconds,
-            peak_memory=memory,
             rows=train_set.rows,
             rows_truncated=train_set.truncated,
             rows_dropped=train_set.dropped,
             token_path_share=share,
+            packed=layout.packed,
+            resumed_from=None if checkpoint is None else str(checkpoint),
         )
-        config = _config(session, adapter, settings, attributes)
-        if attributes:
-            save_attributes(folder / TRAINED_FILE, attributes)
-        adapter.save(folder, config, model_card(config, asdict(result)))
-    finally:
-        # Trainer makes the folder before there is anything to put into it.
-        if not existed and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        _write(run, adapter, result)
     return result
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What stays the same from the beginning of a run to its end."""
+
+    session: Session
+    settings: TrainSettings
+    upkeep: Upkeep
+    folder: Path
+    report: Report
+    attributes: list[Attribute]
+    record: Record
+
+    def write(self, adapter: Adapter | PeftAdapter, folder: Path, tensors: dict[str, Any], card: str) -> None:
+        """The files of an adapter folder, the config last."""
+        config = _config(self.session, adapter, self.settings, self.attributes)
+        if isinstance(adapter, PeftAdapter):
+            adapter.save(folder, config, card)
+            return
+        if self.attributes:
+            save_attributes(folder / TRAINED_FILE, self.attributes)
+        write_adapter(folder, tensors, config, card)
+
+
+@dataclass(frozen=True)
+class _Feed:
+    """What the steps are fed with."""
+
+    examples: Examples | Stream
+    layout: Layout
+    conditioner: Conditioner | None
+
+
+def _attributes(
+    session: Session, settings: TrainSettings, sets: Sequence[Examples | Stream | None], folder: Path | None
+) -> list[Attribute]:
+    if settings.attribute_field is None:
+        return []
+    return gather_attributes(session, settings, [examples for examples in sets if examples is not None], folder)
+
+
+def _base(record: Record, evaluate: Callable[[], Likelihood | None]) -> Likelihood | None:
+    """The base's likelihood, as an earlier call measured it where there was one."""
+    if record.base is None:
+        measured = evaluate()
+        record.base = None if measured is None else vars(measured)
+    return None if record.base is None else Likelihood(**record.base)
+
+
+def _fit(
+    run: _Run,
+    adapter: Adapter | PeftAdapter,
+    feed: _Feed,
+    checkpoint: Path | None,
+    evaluate: Callable[[], Likelihood | None],
+) -> dict[str, Any]:
+    """Train; leave in the model what will be saved; return what there is to tell about the steps."""
+    from braces_cli.training.resumable import DIVERGED, Surroundings, finite
+    from braces_cli.training.trainer import BracesTrainer
+
+    def snapshot() -> Callable[[Path], None]:
+        tensors, card = adapter.tensors(settle=False), CHECKPOINT_CARD
+        return lambda folder: run.write(adapter, folder, tensors, card)
+
+    reset_memory()
+    with deferred() as asked:
+        around = Surroundings(run.folder, run.record, snapshot, evaluate, run.upkeep, run.report, asked)
+        pad_id = run.session.base.tokenizer.pad_token_id
+        trainer = BracesTrainer(adapter, run.settings, feed.examples, feed.layout, feed.conditioner, pad_id, around)
+        trainer.run(checkpoint)
+    if trainer.stopped_by:
+        logger.info("stopped after step %d; --resume goes on from there", trainer.done["step"])
+        act(trainer.stopped_by)
+    memory, done = peak_memory(), trainer.done
+    if not finite(trainer.model):
+        raise BracesError(DIVERGED.format("adapter holds numbers that are"), hint="Lower --lr or --gate-lr.")
+    if not trainer.is_fsdp_enabled:
+        # Saving settles the projection to what the file holds, so that it is the saved adapter that is measured.
+        adapter.tensors()
+    if isinstance(feed.examples, Stream):
+        tell(feed.examples.counts, run.settings.max_length)
+    return {
+        "steps": done["step"],
+        # Of a stream nobody knows how long a pass is.
+        "epochs": float(trainer.state.epoch or 0.0) if isinstance(feed.examples, Examples) else None,
+        "train_loss": (done["loss_sum"] + done["loss_open"]) / max(done["step"], 1),
+        "seconds": done["seconds"],
+        "tokens": done["tokens"],
+        "tokens_per_second": done["tokens"] / done["seconds"],
+        "peak_memory": memory,
+        "padding_share": trainer.padding_share,
+    }
+
+
+def _write(run: _Run, adapter: Adapter | PeftAdapter, result: TrainResult) -> None:
+    """The adapter, its picture and card, and last of all the record that says the run has finished."""
+    tensors = adapter.tensors(settle=world_size() == 1)
+    if is_main():
+        folder, figures = run.folder, asdict(result)
+        config = _config(run.session, adapter, run.settings, run.attributes)
+        drawn = draw_curve(folder, {0: result.base_eval_loss, result.steps: result.eval_loss})
+        run.write(adapter, folder, tensors, model_card(config, figures, run.record.settings, run.record.command, drawn))
+        Record(**{**vars(run.record), "result": figures}).write(folder)
+    barrier()
 
 
 def _config(
@@ -172,7 +278,7 @@ def _config(
         layers=adapter.layers,
         fingerprint=base.fingerprint(session.ffns),
         tokenizer=tokenizer_hashes(base.tokenizer),
-        training=asdict(settings),
+        training=settings.recorded(),
         attributes=[attribute.name for attribute in attributes],
         versions=versions(),
         method=settings.method,
@@ -186,56 +292,3 @@ def _figures(prefix: str, measured: Likelihood | None) -> dict[str, Any]:
         f"{prefix}_perplexity": None if measured is None else measured.perplexity,
         f"{prefix}_perplexity_without_end": None if measured is None else measured.perplexity_without_end,
     }
-
-
-def _measure(
-    model: Any,
-    examples: Examples | None,
-    conditioner: Conditioner | None,
-    pad_id: int,
-    batch_size: int,
-    report: Report,
-    stage: str,
-) -> Likelihood | None:
-    if examples is None:
-        return None
-    rows = examples.conditions
-
-    def condition(batch: Sequence[int]) -> None:
-        if conditioner is not None:
-            with torch.no_grad():
-                conditioner.apply(conditioner.strengths([rows[row] for row in batch]))
-
-    try:
-        return _total(likelihoods(model, examples.items, pad_id, batch_size, report, stage, condition))
-    finally:
-        if conditioner is not None:
-            conditioner.clear()
-
-
-def _total(parts: Sequence[Likelihood]) -> Likelihood:
-    """Sum over examples, so that every token counts the same."""
-    return sum(parts, Likelihood())
-
-
-def _check_finite(adapter: Adapter | PeftAdapter) -> None:
-    parameters = [p for _, p in adapter.named_parameters()] + (
-        [] if adapter.mlp is None else [*adapter.mlp.parameters()]
-    )
-    if not all(bool(p.isfinite().all()) for p in parameters):
-        raise BracesError(
-            "training diverged: the adapter holds numbers that are not finite", hint="Lower --lr or --gate-lr."
-        )
-
-
-def _reset_memory() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _peak_memory() -> int:
-    """Bytes: of the GPU where there is one, else of the whole process (which `ru_maxrss` counts in KiB on Linux)."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from typing import Any
 
 from braces_cli.core.errors import ConfigError
 
@@ -12,8 +14,13 @@ SCALES = ("paper", "auto")
 # Those of peft; see `training.baselines`.
 BASELINES = ("lora", "rslora", "dora", "pissa")
 METHODS = ("braces", *BASELINES)
+# Settings that only one kind of method reads.
+BRACES_ONLY = ("gate_lr", "init", "scale", "attribute_field", "strength_field", "opposites")
+BASELINE_ONLY = ("lora_alpha", "lora_targets")
 # Peak learning rate where none is given, by measurement (recipes/LOG.md).
 DEFAULT_LR = {"braces": 3e-3, **dict.fromkeys(BASELINES, 1e-3)}
+PACKING = ("auto", "on", "off")
+REPORTERS = ("tensorboard", "wandb", "none")
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,9 @@ class TrainSettings:
         scale: `paper`, or `auto` for a fixed scalar per layer that makes up for the size of the base's weights.
         lora_alpha: of a baseline, whose update is multiplied by alpha / rank; None is twice the rank.
         lora_targets: names of the modules that a baseline adapts; empty is the queries and values.
+        packing: several examples a row: auto (where a probe shows that it changes nothing), on or off.
+        streaming: rows are read as they are needed; needs `max_steps`.
+        chat_template: some rows are chats, written by the tokenizer's template.
     """
 
     rank: int = 16
@@ -69,12 +79,15 @@ class TrainSettings:
     scale: str = "paper"
     lora_alpha: int | None = None
     lora_targets: tuple[str, ...] = ()
+    packing: str = "auto"
+    streaming: bool = False
+    chat_template: bool = False
 
     def __post_init__(self) -> None:
         for name in ("lr", "gate_lr", "epochs"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"must be a positive number, not {getattr(self, name)}", where=_option(name))
-        choices = {"schedule": SCHEDULES, "method": METHODS, "init": INITS, "scale": SCALES}
+        choices = {"schedule": SCHEDULES, "method": METHODS, "init": INITS, "scale": SCALES, "packing": PACKING}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 hint = f"One of {', '.join(known)}."
@@ -89,6 +102,48 @@ class TrainSettings:
         if self.method != "braces" and self.attribute_field is not None:
             hint = "Leave out --attribute-field, or train with --method braces."
             raise ConfigError(f"{self.method} cannot be trained on attributes", where="--method", hint=hint)
+        if self.streaming and self.max_steps is None:
+            raise ConfigError(
+                "a stream has no known length", where="--streaming", hint="Say how long to train with --max-steps."
+            )
+
+    def recorded(self) -> dict[str, Any]:
+        """What the method reads: the settings that explain an adapter."""
+        other = BASELINE_ONLY if self.method == "braces" else BRACES_ONLY
+        return {name: value for name, value in asdict(self).items() if name not in other}
+
+
+@dataclass(frozen=True)
+class Upkeep:
+    """What happens beside the training, and changes nothing of its outcome. All counts are optimizer steps.
+
+    Attributes:
+        save_steps: between checkpoints; 0: none.
+        save_total_limit: checkpoints that are kept; 0: all.
+        eval_steps: between measurements of the evaluation rows; 0: at the end only.
+        logging_steps: between rows of `metrics.jsonl`.
+        report_to: tensorboard, wandb or none.
+        resume: go on from the newest checkpoint.
+        push_to_hub: repository that the adapter is uploaded to.
+    """
+
+    save_steps: int = 500
+    save_total_limit: int = 2
+    eval_steps: int = 0
+    logging_steps: int = 10
+    report_to: str = "none"
+    resume: bool = False
+    push_to_hub: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.report_to not in REPORTERS:
+            raise ConfigError(
+                f"no reporter `{self.report_to}`", where="--report-to", hint=f"One of {', '.join(REPORTERS)}."
+            )
+        if self.report_to != "none" and find_spec(self.report_to) is None:
+            raise ConfigError(
+                f"{self.report_to} is not installed", where="--report-to", hint=f"pip install {self.report_to}"
+            )
 
 
 def _option(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Inference with an adapter attached and frozen against the bare model: whole prompts, and token by token.
+"""Inference with an adapter attached and frozen, and merged, against the bare model: whole prompts, and token by token.
 
 python recipes/bench/forward.py [--device cuda] [--dtype bfloat16]
 """
@@ -18,8 +18,8 @@ PROMPT = 256
 TOKENS = 8
 
 
-def attached(model: Any) -> Any:
-    """`model` with a relevance module on every FFN, as it is after loading an adapter: frozen, gates half open."""
+def half_open(model: Any) -> Any:
+    """An adapter on every FFN of `model`: frozen, gates half open."""
     import torch
 
     from braces_cli.core.adapter import attach
@@ -28,8 +28,38 @@ def attached(model: Any) -> Any:
     for _, brace in adapter.sites:
         torch.nn.init.zeros_(brace.gate)
         brace.requires_grad_(False)
-    adapter.tensors()
+    return adapter
+
+
+def attached(model: Any) -> Any:
+    """`model` with a relevance module on every FFN, as it is after loading an adapter."""
+    half_open(model).tensors()
     return model
+
+
+def merged(model: Any) -> Any:
+    """The checkpoint that merging such an adapter gives, as plain transformers loads it."""
+    import tempfile
+    from pathlib import Path
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from braces_cli.core.ffn import find_ffns
+    from braces_cli.core.merge_form import observed_form
+    from braces_cli.core.merge_plan import plain_ffns, plan
+    from braces_cli.core.merge_write import new_neurons, write_checkpoint
+
+    ffns = plain_ffns(model, find_ffns(model))
+    ids = torch.zeros(1, 8, dtype=torch.long, device=model.device)
+    made = plan(model, ffns, observed_form(model, ffns, ids), RANK, 64, False)
+    adapter = half_open(model)
+    neurons = new_neurons(adapter, made)
+    adapter.detach()
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(Path(folder), model, made, neurons, [ffn.layer for ffn in ffns])
+        found = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
+    return found.to(model.device).eval().requires_grad_(False)
 
 
 def prefill(model: Any, prompt: Any) -> Callable[[], None]:
@@ -55,11 +85,11 @@ def decode(model: Any, prompt: Any) -> Callable[[], None]:
 
 
 def measure(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds of a prompt and of some tokens, for the bare model and for the one with the adapter."""
+    """Seconds of a prompt and of some tokens, for the bare model and for those with the adapter."""
     import torch
 
     base, wait = build_model(args).eval(), synchroniser(args.device)
-    models = {"attached": attached(twin(base)), "bare": base}
+    models = {"attached": attached(twin(base)), "merged": merged(twin(base)), "bare": base}
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, 256, (1, 16 if args.quick else PROMPT), generator=generator).to(args.device)
     with torch.no_grad():
@@ -83,6 +113,7 @@ def main() -> None:
         "repeats": [len(whole["bare"]), len(by_token["bare"])],
         "quick": args.quick,
         "attached": f"rank {RANK} on every FFN, gates 0.5, frozen",
+        "merged": f"rank {RANK} merged into every FFN, its width a multiple of 64, as plain transformers loads it",
         "attached_vs_bare": "one pass over the prompt, without cache",
         "attached_vs_bare_decode": "one token a pass, the prompt in the cache",
         "seconds": medians(whole),
@@ -91,6 +122,8 @@ def main() -> None:
     ratios = {
         "attached_vs_bare": ratio(whole["attached"], whole["bare"], 1.02),
         "attached_vs_bare_decode": ratio(by_token["attached"], by_token["bare"], 1.02),
+        "merged_vs_bare": ratio(whole["merged"], whole["bare"], 1.01),
+        "merged_vs_bare_decode": ratio(by_token["merged"], by_token["bare"], 1.01),
     }
     report(settings, ratios, args.device)
 

@@ -5,6 +5,10 @@ of the frozen model alone, as far down as the adapter's gradient has to go: the 
 of LoRA has to pass one FFN and the better part of an attention more, which weighs the more the fewer layers there are;
 `--layers` shows by how much.
 
+Rows of the lengths of SST-5 and BoolQ in batches of 16 then show what padding costs: the part of the computed tokens
+that is padding as `braces train` packs them, and its tokens per second over those of Trainer's default, which pads each
+batch to its longest row (higher is better).
+
     python recipes/bench/training.py [--device cuda] [--dtype bfloat16]
 """
 
@@ -21,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from _bench import build_model, interleave, medians, parse, ratio, report, synchroniser, timed, twin
+from _rows import BATCH as ROWS_BATCH
+from _rows import SETS, padding, steppers
 
 LAYERS, REPEATS = 4, 9
 RANK = 16
@@ -84,6 +90,29 @@ def measure_times(args: argparse.Namespace) -> dict[str, list[float]]:
     base, step, wait = build_model(args), stepper(args), synchroniser(args.device)
     systems = {name: timed(make(twin(base), step), wait) for name, make in SYSTEMS.items()}
     return interleave(systems, args.repeats, args.seconds, warmup=1)
+
+
+def measure_packing(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds a step over rows of SST-5's lengths, padded and packed."""
+    from braces_cli.core.adapter import attach
+
+    model = build_model(args)
+    parameters = [parameter for _, parameter in attach(model, RANK).named_parameters()]
+    wait = synchroniser(args.device)
+    steps = {name: timed(step, wait) for name, step in steppers(args, model, parameters).items()}
+    # Every batch has other lengths: more repeats than of a step that is always the same.
+    return interleave(steps, args.repeats * 2, args.seconds / 2, warmup=1)
+
+
+def measure_padding(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Padding over all computed tokens of a batch, of each way and set."""
+    model = build_model(args)
+    found = {}
+    for how in ("packed", "grouped", "padded"):
+        for name in SETS:
+            wasted, computed = padding(model, how, name)
+            found[f"{how}, {name}"] = {"wasted": wasted, "computed": computed}
+    return found
 
 
 def measure_memory(args: argparse.Namespace) -> dict[str, list[float]]:
@@ -161,6 +190,7 @@ def main() -> None:
         return
     memory = measure_memory(args) if can_measure_memory(args.device) else None
     times = measure_times(args)
+    packing, rows = measure_packing(args), measure_padding(args)
     how = "torch.cuda.max_memory_allocated" if args.device.startswith("cuda") else "VmHWM of a fresh process"
     settings = {
         "layers": args.layers,
@@ -174,13 +204,20 @@ def main() -> None:
         "lora": f"peft, r {RANK} on q_proj and v_proj, no dropout",
         "floor": "forward and backward of the frozen model, down to the output of layer 0's FFN, no optimizer",
         "memory": f"{how} in a step, less what the bare model held" if memory else "not measured on this system",
-        "seconds": medians(times),
+        "packing": f"{ROWS_BATCH} rows a batch; tokens per second, same rows packed over padded to the longest",
+        "padding_share": {n: round(sum(r["wasted"]) / sum(r["computed"]), 4) for n, r in rows.items()},
+        "seconds": medians(times | packing),
         "bytes": medians(memory or {}),
     }
     ratios = {
         "train_step_vs_lora": ratio(times["braces"], times["lora"], 0.95),
         "train_step_vs_floor": ratio(times["braces"], times["floor"], 1.05),
     }
+    packed = [rows[f"packed, {name}"] for name in SETS]
+    # Of a batch the median, over both sets; `settings` has the shares of all tokens of a set.
+    wasted, computed = ([n for part in packed for n in part[key]] for key in ("wasted", "computed"))
+    ratios["padding_share"] = ratio(wasted, computed, 0.05)
+    ratios["packed_vs_padded"] = ratio(packing["padded"], packing["packed"], 1.3)
     if memory:
         ratios["train_memory_vs_lora"] = ratio(memory["braces"], memory["lora"], 1.00)
     report(settings, ratios, args.device)

@@ -17,7 +17,7 @@ from typing import Any
 from _runs import Runs, spread, train
 
 from braces_cli.core.models import load_tokenizer
-from braces_cli.data.examples import read_examples
+from braces_cli.data.examples import Reading, read_examples
 from braces_cli.training.settings import TrainSettings
 
 
@@ -33,7 +33,9 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=256)
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.model)
-    rows, held_out = (read_examples([name], tokenizer, args.max_length) for name in (args.data, args.eval_data))
+    rows, held_out = (
+        read_examples([name], Reading(tokenizer, args.max_length)) for name in (args.data, args.eval_data)
+    )
     runs = Runs(args.out)
     name = Path(args.model).name
     for point in points(args.grid):

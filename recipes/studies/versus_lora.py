@@ -1,7 +1,7 @@
 """LLMBraces against LoRA of the same rank on the same rows, steps and seeds: whoever has the lower held-out loss wins.
 
-Run     python recipes/studies/versus_lora.py --model M --out runs.jsonl --steps 150 \\
-            --data arc_easy/train.jsonl --data arc_challenge/train.jsonl --data openbookqa/train.jsonl --name commonsense
+Run     python recipes/studies/versus_lora.py --model M --out runs.jsonl --steps 150 --name commonsense \\
+            --data arc_easy/train.jsonl --data arc_challenge/train.jsonl --data openbookqa/train.jsonl
 Needs   a causal LM that a CPU can train, and rows as `braces train` takes them; rows with an `answer` that is the last
         word of their `output` and is one of answer1, answer2, ... in the instruction also give an accuracy
 Shows   one JSON line a run in --out, which a second call continues, and at the end one JSON document: each method at
@@ -34,7 +34,7 @@ from braces_cli.scoring.perplexity import Likelihood, likelihoods
 from braces_cli.training.settings import TrainSettings
 
 # Peak rates tried. Those of braces are of the projections; the gates have --gate-lr.
-RATES = {"lora": (3e-4, 1e-3, 3e-3), "braces": (1e-3, 3e-3, 1e-2)}
+RATES = {"lora": (1e-3, 3e-3, 1e-2), "braces": (1e-3, 3e-3, 1e-2)}
 RANK = 16
 
 
@@ -46,7 +46,12 @@ def main() -> None:
     held_out, train_rows = rows[: len(rows) // 10], rows[len(rows) // 10 :]
     train_set, test_set = (tokenise(part, tokenizer, args.max_length) for part in (train_rows, held_out))
     base = TrainSettings(
-        rank=RANK, max_steps=args.steps, batch_size=args.batch_size, max_length=args.max_length, gate_lr=args.gate_lr
+        rank=RANK,
+        max_steps=args.steps,
+        batch_size=args.batch_size,
+        max_length=args.max_length,
+        gate_lr=args.gate_lr,
+        scale=args.scale,
     )
     runs = Runs(args.out)
     common = {"name": args.name, "model": Path(args.model).name, "steps": args.steps}
@@ -55,7 +60,7 @@ def main() -> None:
         settings = replace(base, method=method, lr=rate, seed=seed)
         identity: dict[str, Any] = {**common, "method": method, "lr": rate, "seed": seed}
         if method == "braces":
-            identity["gate_lr"] = args.gate_lr
+            identity |= {"gate_lr": args.gate_lr, "scale": args.scale}
         return runs.get(identity, lambda: measure(args.model, train_set, test_set, held_out, settings))
 
     bare = runs.get({**common, "method": "base"}, lambda: scores(_bare(args.model), test_set, held_out))
@@ -73,6 +78,7 @@ def main() -> None:
             "accuracies": [one["accuracy"] for one in found],
             "parameters": found[0]["parameters"],
         }
+    report["braces"] |= {"gate_lr": args.gate_lr, "scale": args.scale}
     report["winner"] = min(RATES, key=lambda method: report[method]["loss"]["mean"])
     print(json.dumps(report, indent=2))
 
@@ -87,6 +93,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=192)
     parser.add_argument("--gate-lr", type=float, default=TrainSettings().gate_lr)
+    parser.add_argument("--scale", default=TrainSettings().scale)
     parser.add_argument("--seeds", default="0,1,2")
     return parser.parse_args()
 

@@ -128,7 +128,9 @@ def test_an_interrupt_exits_130(braces, model_dir, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(summary, "find_ffns", interrupted)
-    assert braces("inspect", "--model", model_dir).code == 130
+    outcome = braces("inspect", "--model", model_dir)
+    assert (outcome.code, outcome.out) == (130, "")
+    assert outcome.err.splitlines()[-1] == "Error: interrupted"
 
 
 def test_a_terminated_run_exits_143(model_dir, tmp_path):

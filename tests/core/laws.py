@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import GenerationConfig
 
 from braces_cli.core.adapter import Adapter, AdapterConfig, attach, load_adapter
@@ -24,6 +25,9 @@ from braces_cli.core.errors import ModelError
 from braces_cli.core.experts import Experts, MixtureFFN
 from braces_cli.core.ffn import FFN, find_ffns, layer_stack
 from braces_cli.core.fingerprint import fingerprint
+from braces_cli.core.merge_form import observed_form
+from braces_cli.core.merge_plan import plain_ffns, plan
+from braces_cli.core.merge_write import new_neurons, write_checkpoint
 from braces_cli.core.reference import reference
 from braces_cli.core.relevance import RelevanceModule
 from tests.conftest import open_gates
@@ -99,10 +103,12 @@ class Outcome:
     status: str
     form: str = ""
     value: str = ""
+    merge: str = ""
     reason: str = ""
 
     def row(self) -> str:
-        cells = (self.name, MAPPING[model_type(self.name)], self.status, self.form, self.value, self.reason)
+        kind = MAPPING[model_type(self.name)]
+        cells = (self.name, kind, self.status, self.form, self.value, self.merge, self.reason)
         return "| " + " | ".join(cells) + " |"
 
 
@@ -239,6 +245,36 @@ def live(name: str, model: Any, folder: Path) -> None:
     assert torch.equal(logits_of(model), base)
 
 
+def merged(name: str, model: Any, folder: Path) -> str:
+    """How an adapter merges into a type, `a`, `b` or `c` of `core.merge_plan`, or why not.
+
+    Raises:
+        AssertionError: the merged checkpoint gives other logits than the adapter.
+    """
+    ffns = find_ffns(model)
+    try:
+        plain = plain_ffns(model, ffns)
+        shape = observed_form(model, plain, TOKENS)
+        try:
+            made, steered = plan(model, ffns, shape, 4, 64, True), True
+        except ModelError:
+            made, steered = plan(model, ffns, shape, 4, 64, False), False
+    except ModelError as error:
+        return "no: " + error.message.partition("cannot be merged: ")[2]
+    adapter = carry(model, ffns)
+    for _, brace in adapter.sites:
+        brace.requires_grad_(False)
+        brace.shift = torch.tensor([1.0, -2.0, 0.5, 3.0]) if steered else None
+    wanted = logits_of(model)
+    neurons = new_neurons(adapter, made)
+    adapter.detach()
+    write_checkpoint(folder, model, made, neurons, [ffn.layer for ffn in plain])
+    kind = type(model) if made.architecture == type(model).__name__ else getattr(transformers, made.architecture)
+    found = relative(logits_of(kind.from_pretrained(folder).eval()), wanted)
+    assert found < (1e-4 if name in NOISY else 1e-5), f"merged, it differs from the adapter by {found:.1e}"
+    return made.case if steered else f"{made.case}, without steering"
+
+
 def form(model: Any, ffns: Sequence[FFN | MixtureFFN]) -> tuple[str, str]:
     """What the FFNs look like, in words, and what their value projections are called inside a layer."""
     stack = layer_stack(model)[1]
@@ -308,7 +344,8 @@ def prove(name: str, folder: Path) -> Outcome:
     live(name, model, folder)
     caches = {name: reason for name, (_, reason) in CACHES.items()}
     notes = [table[name] for table in (NOTES, TRAINING, SINGLE, NOISY, caches) if name in table]
-    return Outcome(name, EXACT, *form(model, find_ffns(model)), "; ".join(notes))
+    merging = merged(name, model, folder / "merged")
+    return Outcome(name, EXACT, *form(model, find_ffns(model)), merging, "; ".join(notes))
 
 
 def counts(outcomes: Sequence[Outcome]) -> str:
@@ -319,8 +356,6 @@ def counts(outcomes: Sequence[Outcome]) -> str:
 
 def table(outcomes: Sequence[Outcome]) -> str:
     """The text of recipes/ARCHITECTURES.md."""
-    import transformers
-
     version = ".".join(transformers.__version__.split(".")[:2])
     lines = [
         "# Architectures",
@@ -332,10 +367,14 @@ def table(outcomes: Sequence[Outcome]) -> str:
         "1e-5 (float32) and 1e-10 (float64); text is the same with and without a KV cache; saving, loading and",
         "detaching are exact to the bit. Experts, routed and shared, have one projection and one gate a layer.",
         "",
+        "*Merge*: into a plain checkpoint within 1e-5. *a*: its gated FFN may have biases; *b*: it is written as a",
+        "Llama; *c*: its FFN has no gate and may be wider; else why `braces merge` refuses it. Types are taken as",
+        "their default config describes them: another model of a type, without sliding windows say, may be merged.",
+        "",
         "Written by the test that proves it, `python -m tests.core.laws --write`; do not edit.",
         "",
-        "| Type | Class | Status | FFN | Value projection | Reason, notes |",
-        "|---|---|---|---|---|---|",
+        "| Type | Class | Status | FFN | Value projection | Merge | Reason, notes |",
+        "|---|---|---|---|---|---|---|",
         *(outcome.row() for outcome in sorted(outcomes, key=lambda outcome: outcome.name)),
     ]
     return "\n".join(lines) + "\n"

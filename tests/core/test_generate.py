@@ -16,9 +16,9 @@ from braces_cli.core.push import steered
 from braces_cli.core.session import Session
 from tests.conftest import ARCHITECTURES, open_gates, tiny_model, tiny_tokenizer
 
-PROMPTS = ["the film is", "a", "the end of the old town and the film is", "happy day"]
+PROMPTS = ["the film is", "a", "the end of the old town"]
 JOBS = [Job(prompt, index) for index, prompt in enumerate(PROMPTS)]
-TOKENS = 10
+TOKENS = 6
 # On logits, by DESIGN.
 TOLERANCE = 1e-4
 
@@ -52,8 +52,7 @@ def recorded(session: Session, jobs: list[Job], sampling: Sampling) -> tuple[lis
     return texts, torch.stack(steps, 1), ids[0].tolist()
 
 
-@pytest.mark.parametrize("with_adapter", [False, True])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("name", "with_adapter"), [*((name, True) for name in ARCHITECTURES), ("llama", False)])
 def test_a_padded_batch_with_a_cache_equals_one_whole_text_at_a_time(name, with_adapter):
     """Steered; logits of every token drawn, against passes without padding and without cache."""
     session = opened(name, with_adapter)
@@ -145,7 +144,7 @@ def test_stop_texts_end_each_row_by_itself(session):
     plain = Sampling(30, seed=1)
     whole, _, _ = recorded(session, JOBS, plain)
     stops = (whole[0][5:7], whole[2][3:4])
-    cut, logits, _ = recorded(session, JOBS, replace(plain, stop=stops))
+    cut, _, _ = recorded(session, JOBS, replace(plain, stop=stops))
     for text, expected in zip(cut, whole, strict=True):
         places = [place for stop in stops if (place := expected.find(stop)) >= 0]
         assert text == (expected[: min(places)] if places else expected)

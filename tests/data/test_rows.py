@@ -8,8 +8,8 @@ import pytest
 
 from braces_cli.core.encode import IGNORED
 from braces_cli.core.errors import DataError
-from braces_cli.data.examples import parts, read_examples, tokenise
-from braces_cli.data.rows import Source, read_rows
+from braces_cli.data.examples import Reading, read_examples
+from braces_cli.data.rows import read_rows
 from tests.conftest import tiny_tokenizer
 
 ROWS = [{"prompt": "the film", "completion": " is good"}, {"prompt": "a, day", "completion": ' is "sad"\nbad'}]
@@ -89,40 +89,14 @@ def test_a_hub_set_out_of_reach_says_so():
         list(read_rows("someone/nothing:train"))
 
 
-def test_what_a_row_means_is_told_by_its_keys():
-    """`text` whole; of the pairs only the second part is scored."""
-    assert parts(Source({"text": "x", "label": 1}, "")) == ("x", None)
-    assert parts(Source({"prompt": "p", "completion": "c"}, "")) == ("p", "c")
-    assert parts(Source({"instruction": "do", "input": "", "output": "done"}, "")) == (
-        "### Instruction:\ndo\n\n### Response:\n",
-        "done",
-    )
-    assert "### Input:\nthis\n\n" in parts(Source({"instruction": "do", "input": "this", "output": "done"}, ""))[0]
-
-
-def test_a_row_without_the_needed_fields_names_those_found_and_wanted():
-    """File, line, keys found, keys wanted."""
-    with pytest.raises(DataError) as caught:
-        parts(Source({"question": "x", "answer": "y"}, "a.jsonl:7"))
-    assert "a.jsonl:7" in str(caught.value)
-    assert "keys found: question, answer" in str(caught.value)
-    assert "`text`" in str(caught.value)
-
-
-def test_a_value_that_is_no_text():
-    """A number is not read as its digits."""
-    with pytest.raises(DataError, match="`text` must be text, this is int"):
-        parts(Source({"text": 3}, "a.jsonl:1"))
-
-
-def test_rows_without_a_scored_token_are_dropped_and_counted():
+def test_rows_without_a_scored_token_are_dropped_and_counted(tmp_path):
     """An empty completion, and a prompt that fills the whole length, teach nothing."""
     rows = [
-        Source({"prompt": "the film", "completion": ""}, ""),
-        Source({"prompt": "the film is good and the end is sad", "completion": " x"}, ""),
-        Source({"prompt": "a", "completion": " good"}, ""),
+        {"prompt": "the film", "completion": ""},
+        {"prompt": "the film is good and the end is sad", "completion": " x"},
+        {"prompt": "a", "completion": " good"},
     ]
-    found = tokenise(rows, tiny_tokenizer(), max_length=8)
+    found = read_examples([str(write(tmp_path / "a.jsonl", rows))], Reading(tiny_tokenizer(), max_length=8))
     assert (found.rows, found.dropped, found.truncated, len(found.items)) == (3, 2, 1, 1)
     assert found.items[0].labels[0] == IGNORED
 
@@ -131,4 +105,4 @@ def test_nothing_left_is_an_error(tmp_path):
     """Exit code 3, before a model is loaded."""
     path = write(tmp_path / "a.jsonl", [{"text": ""}, {"text": "  "}])
     with pytest.raises(DataError, match=r"no row has a token to score \(2 read\)"):
-        read_examples([str(path)], tiny_tokenizer(), 16)
+        read_examples([str(path)], Reading(tiny_tokenizer(), 16))

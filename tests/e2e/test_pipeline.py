@@ -34,7 +34,7 @@ def test_stdout_is_a_pipe_that_may_close_early(model_dir):
     """`braces ... | head -1` is no error."""
     command = f"{sys.executable} -m braces_cli inspect values --model {model_dir} --format json | head -1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
-    assert done.stderr == ""
+    assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["index"] == 0
 
 

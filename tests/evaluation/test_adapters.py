@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -96,3 +97,26 @@ def test_an_adapter_of_the_hub_is_fetched(make_peft, tiny_folder, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(folder))
     found = find_adapter("someone/lora")
     assert (found.method, found.folder, found.base) == ("lora", folder, str(tiny_folder))
+
+
+def test_prompts_are_put_as_the_adapters_were_trained(make_adapter, tiny_folder, tmp_path):
+    from types import SimpleNamespace
+
+    from braces_cli.evaluation.run import EvalSettings, _way
+
+    found = []
+    for trained in (True, False, None):
+        folder = tmp_path / str(trained)
+        shutil.copytree(make_adapter(tiny_folder), folder)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        config["training"] = {} if trained is None else {"chat_template": trained}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        found.append(find_adapter(str(folder)))
+    assert [each.chat_template for each in found] == [True, False, None]
+    session = SimpleNamespace(base=SimpleNamespace(tokenizer=SimpleNamespace(chat_template="{{ x }}")))
+    chat, plain, silent = found
+    for adapters, wanted in (([chat, silent], True), ([plain, silent], False), ([silent], False), ([], False)):
+        assert _way(EvalSettings(["popqa"]), adapters, session).chat_template is wanted
+    with pytest.raises(ConfigError, match="with the chat template and another without"):
+        _way(EvalSettings(["popqa"]), [chat, plain], session)
+    assert _way(EvalSettings(["popqa"], chat_template=False), [chat, plain], session).chat_template is False

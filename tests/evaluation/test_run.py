@@ -30,13 +30,23 @@ FILES = {
 }
 
 
+DEFINITIONS = {
+    "triviaqa": "triviaqa/default.yaml",
+    "nq_open": "nq_open/nq_open.yaml",
+    "arc_easy": "arc/arc_easy.yaml",
+    "piqa": "piqa/piqa.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
+}
+
+
 def _popqa(count: int) -> list[dict]:
     return [{"question": f"What is {i}?", "possible_answers": json.dumps([chr(97 + i)])} for i in range(count)]
 
 
 def _direct(folder: Path, name: str, file: Path, limit: int, shots: int | None, tmp_path: Path):
     """lm-eval by itself: model by name, the task's YAML, and `datasets` reading the very file."""
-    include = {"triviaqa": "triviaqa/default.yaml"}.get(name, f"truthfulqa/{name}.yaml")
+    include = DEFINITIONS.get(name, f"truthfulqa/{name}.yaml")
     source = catalog.OURS / "popqa.yaml" if name == "popqa" else LM_EVAL_TASKS / include
     files = dict.fromkeys(("train", "validation", "test"), str(file))
     lines = [
@@ -89,6 +99,39 @@ def test_the_base_scores_what_lm_eval_scores_document_by_document(shared, tmp_pa
             assert entry["value"] == pytest.approx(value, abs=1e-9)
             assert entry["n"] == limit
             assert entry["stderr"] == pytest.approx(expected["results"][name][key.replace(",", "_stderr,")], abs=1e-9)
+
+
+# Rows in the schema of the hub's sets, for tasks of which ../shared has no such file.
+ROWS = {
+    "nq_open": [{"question": f"who is number {i}", "answer": ["No one", chr(97 + i)]} for i in range(5)],
+    "arc_easy": [
+        {"question": f"Which is {i}?", "choices": {"text": [f"the {i}", "none", "all of it"], "label": list("ABC")},
+         "answerKey": "ABC"[i % 3]} for i in range(5)
+    ],
+    "piqa": [{"goal": f"To do {i}", "sol1": "do it well", "sol2": f"do {i} twice", "label": i % 2} for i in range(5)],
+    "winogrande": [
+        {"sentence": f"The {i} did not fit the box because _ was too big.", "option1": "the box", "option2": f"the {i}",
+         "answer": "12"[i % 2]} for i in range(5)
+    ],
+    "hellaswag": [
+        {"activity_label": "Jumping", "ctx_a": f"The boy {i} jumps.", "ctx_b": "he", "label": str(i % 2),
+         "endings": ["lands on [a] mat.", f"flies {i} times.", "stops.", "goes on."]} for i in range(5)
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(ROWS))
+def test_tasks_of_local_rows_score_what_lm_eval_scores(tiny_folder, write_jsonl, tmp_path, monkeypatch, name):
+    file = write_jsonl(f"{name}.jsonl", ROWS[name])
+    _, found = _ours(tiny_folder, [name], [f"{name}={file}"], 5, None, monkeypatch)
+    expected = _direct(tiny_folder, name, file, 5, None, tmp_path)
+    ours, theirs = found["samples"][name], expected["samples"][name]
+    assert len(ours) == len(theirs) == 5
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine["arguments"] == other["arguments"]
+        assert mine["resps"] == other["resps"]
+        for metric in other["metrics"]:
+            assert mine[metric] == other[metric]
 
 
 def test_base_and_adapters_stand_side_by_side(tiny_folder, make_adapter, write_jsonl, tmp_path):

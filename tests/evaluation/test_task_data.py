@@ -7,6 +7,7 @@ import json
 import pytest
 
 from braces_cli.core.errors import ConfigError, DataError
+from braces_cli.evaluation import catalog
 from braces_cli.evaluation.run import EvalSettings, check_settings
 from braces_cli.evaluation.task_data import read_task_rows, read_texts
 
@@ -116,6 +117,68 @@ def test_all_kinds_of_file_give_the_same_rows(tmp_path):
     assert len(files) == 6
     for file in files:
         assert [row.fields for row in read_task_rows(file)] == rows, file.name
+
+
+def test_a_folder_holds_the_rows_of_tasks_called_like_its_files(tmp_path):
+    rows = json.dumps(POPQA)
+    for name in ("popqa/test.jsonl", "popqa/extra.jsonl", "triviaqa/mine.jsonl", "truthfulqa.jsonl", "other.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(rows)
+    (tmp_path / "triviaqa" / "mine.jsonl").write_text(json.dumps({"question": "Q", "answer": {"aliases": ["x"]}}))
+    (tmp_path / "truthfulqa.jsonl").write_text(json.dumps(MC))
+    names = ["popqa,triviaqa,truthfulqa_mc1,nq_open"]
+    _, files, _ = check_settings(EvalSettings(names, task_data_dir=tmp_path))
+    found = {name: str(file.relative_to(tmp_path)) for name, file in files.items()}
+    assert found == {
+        "truthfulqa_mc1": "truthfulqa.jsonl", "popqa": "popqa/test.jsonl", "triviaqa": "triviaqa/mine.jsonl",
+    }  # fmt: skip
+    # What is given by name wins.
+    extra = tmp_path / "popqa" / "extra.jsonl"
+    _, files, _ = check_settings(EvalSettings(names, [f"popqa={extra}"], task_data_dir=tmp_path))
+    assert files["popqa"] == extra
+    (tmp_path / "triviaqa" / "yours.jsonl").write_text(rows)
+    message = _error(DataError, names, task_data_dir=tmp_path)
+    assert "which file holds the rows of triviaqa?" in message
+    assert "mine.jsonl, yours.jsonl" in message
+    assert "no such folder" in _error(ConfigError, names, task_data_dir=tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "words"),
+    [
+        ("arc_easy", {"question": "Q?", "choices": {"text": ["a"]}}, "fields choices.label, answerKey"),
+        ("boolq", {"question": "Q?"}, "fields passage, label"),
+        ("winogrande", {"sentence": "_ is", "option1": "a"}, "fields option2, answer"),
+        ("nq_open", {"question": "Q?"}, "field answer"),
+        ("commonsense_gen_piqa", {"input": "", "output": "x"}, "fields instruction, answer"),
+    ],
+)
+def test_missing_fields_are_named(write_jsonl, task, row, words):
+    assert words in _error(DataError, [task], [f"{task}={write_jsonl('r.jsonl', [row])}"])
+
+
+def test_the_generation_tasks_have_no_data_of_their_own():
+    assert "--task-data commonsense_gen_boolq=FILE" in _error(ConfigError, ["commonsense_gen"])
+
+
+def test_a_limit_of_nothing_is_a_wrong_call():
+    assert "leaves nothing to measure" in _error(ConfigError, ["popqa"], limit=0)
+
+
+def test_known_names_are_found_without_the_whole_catalogue(monkeypatch):
+    """lm-eval has thousands of tasks; neither are its files read nor indexed where a name tells the folder."""
+    monkeypatch.setattr(catalog, "_scan", lambda names: pytest.fail(f"searched for {names}"))
+    monkeypatch.setattr(catalog, "LM_EVAL", catalog.LM_EVAL)
+    made = catalog.TaskManager
+    monkeypatch.setattr(catalog, "TaskManager", lambda *a, **k: made(*a, **{"include_defaults": _never(k), **k}))
+    selection = catalog.select(["zero_shot,commonsense", "commonsense_gen", "mmlu_anatomy,gsm8k,popqa_by_relation"])
+    assert len(selection.leaves) == 5 + 8 + 8 + 2
+    assert selection.groups["popqa_by_relation"] == ["popqa"]
+
+
+def _never(options):
+    assert options.get("include_defaults") is False
+    return False
 
 
 @pytest.mark.parametrize("name", ["x.xlsx", "x", "x.txt"])

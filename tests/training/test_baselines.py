@@ -8,10 +8,11 @@ import sys
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.session import LoadOptions, open_session
-from braces_cli.data.examples import read_examples
+from braces_cli.data.examples import Reading, read_examples
 from braces_cli.scoring.perplexity import Likelihood, likelihoods
 from braces_cli.training.run import count_parameters
 from braces_cli.training.settings import BASELINES, TrainSettings
@@ -98,13 +99,18 @@ def test_a_baseline_sees_the_same_run_and_plain_peft_loads_it(braces, model_dir,
     files = {path.name for path in (tmp_path / method).iterdir()}
     assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= files
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in files)
+    adapted = {name.split(".")[-3] for name in load_file(tmp_path / method / "adapter_model.safetensors")}
+    assert {"q_proj", "v_proj"} <= adapted <= {"q_proj", "v_proj", "self_attn"}
+    config = json.loads((tmp_path / method / "adapter_config.json").read_text())
+    # PiSSA as the difference to its start: a LoRA of twice the rank that asks nothing of the base.
+    assert (config["r"], config["init_lora_weights"]) == (8 if method == "pissa" else 4, True)
     assert "PeftModel.from_pretrained" in (tmp_path / method / "README.md").read_text()
 
     session = open_session(str(model_dir), None, LoadOptions(device="cpu"))
     tokenizer = session.base.tokenizer
     wrapped = PeftModel.from_pretrained(session.base.model, tmp_path / method).eval()
     assert wrapped.peft_config["default"].base_model_name_or_path == str(model_dir)
-    examples = read_examples([str(rows)], tokenizer, 128).items
+    examples = read_examples([str(rows)], Reading(tokenizer, 128)).items
     again = sum(likelihoods(wrapped, examples, tokenizer.pad_token_id, 16), Likelihood())
     assert again.loss == pytest.approx(theirs["eval_loss"], rel=1e-5)
 

@@ -1,0 +1,47 @@
+"""SIGINT and SIGTERM at a moment that suits the work."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Asked:
+    """Whether this process was asked to stop: `number` is the signal's, 0 as long as there was none."""
+
+    number: int = 0
+
+
+@contextmanager
+def deferred() -> Iterator[Asked]:
+    """Inside, the first SIGINT or SIGTERM is only noted; a second one acts at once, as it would outside."""
+    asked = Asked()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked  # only the main thread can take signals, so nothing is lost
+        return
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: Any) -> None:
+        asked.number = number
+        restore()
+
+    for number in _SIGNALS:
+        signal.signal(number, note)
+    try:
+        yield asked
+    finally:
+        restore()
+
+
+def act(number: int) -> None:
+    """Do what the signal does outside of `deferred`: KeyboardInterrupt, or what the command line makes of SIGTERM."""
+    signal.raise_signal(signal.Signals(number))

@@ -1,0 +1,54 @@
+"""The model card of a merged checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+_CASES = {
+    "a": "The feed-forward layers have new neurons, and biases that its config switches on.",
+    "b": "The base computes what a Llama computes, and is written as one, whose feed-forward layers have biases.",
+    "c": "The feed-forward layers have new neurons, in pairs whose activations cancel but for the linear part.",
+}
+
+
+def card(facts: dict[str, Any]) -> str:
+    """README.md of a merged checkpoint.
+
+    Args:
+        facts: what `braces merge` prints.
+    """
+    base = facts["model"]
+    head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- braces"]
+    if not Path(base).is_absolute():
+        head += [f"base_model: {base}"]
+    steering = ", ".join(f"{name} at s = {s:g}" for name, s in facts["attributes"].items()) or "none"
+    lines = [
+        *head,
+        "---",
+        "",
+        f"# {Path(base).name} with an LLMBraces adapter merged in",
+        "",
+        "A plain checkpoint: it loads without `braces`, in transformers and in whatever serves its architecture.",
+        _CASES[facts["case"]],
+        "",
+        f"- base: `{base}`",
+        f"- adapter: `{facts['adapter']}`",
+        f"- steering merged in: {steering}",
+        f"- class: `{facts['architecture']}`, {facts['dtype']}",
+        f"- new neurons a layer, padding included: {facts['neurons_added']} (width {facts['width']})",
+        "",
+        "## Proof",
+        "",
+        f"Logits of this checkpoint, loaded by plain transformers, against the adapter on {facts['probes']} texts:",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| largest difference | {facts['max_logit_difference']:.3g} |",
+        f"| relative to the largest logit | {facts['relative_difference']:.3g} |",
+        f"| what one unit in the last place of each layer's output changes | {facts['rounding']:.3g} |",
+        f"| what the adapter changes | {facts['adapter_effect']:.3g} |",
+        "",
+        "`braces merge --check FOLDER` proves it once more.",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,58 @@
+"""Logits of a checkpoint by plain transformers: run as a program, in a process where braces cannot be imported.
+
+    python -I merge_probe.py FOLDER REQUEST ANSWER
+
+REQUEST is JSON, `{texts, ids, device}`; ANSWER becomes a safetensors file of the logits of `ids`, its
+header saying what loading the checkpoint reported and how its tokenizer reads the texts. Nothing here imports
+braces: this is what somebody who never heard of it gets.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import json
+import sys
+from typing import Any
+
+
+class _NoBraces(importlib.abc.MetaPathFinder):
+    """Makes any import of braces fail, installed or not."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name.partition(".")[0] == "braces_cli":
+            raise ImportError("braces_cli is out of reach here")
+
+
+def probe(folder: str, request: str, answer: str) -> None:
+    """Load the checkpoint in `folder` and write the answer."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with open(request, encoding="utf-8") as file:
+        asked = json.load(file)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    model, info = loaded
+    model.eval().to(asked["device"])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    header = {
+        "class": type(model).__name__,
+        "keys": {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")},
+        "tied": head is not None and head.weight is embedding.weight,
+        "ids": [tokenizer(text)["input_ids"] for text in asked["texts"]],
+    }
+    with torch.no_grad():
+        batch = torch.tensor(asked["ids"], device=asked["device"])
+        logits = model(input_ids=batch, use_cache=False).logits.float().cpu()
+    save_file({"logits": logits}, answer, metadata={"probe": json.dumps(header)})
+
+
+if __name__ == "__main__":
+    sys.meta_path.insert(0, _NoBraces())
+    try:
+        import braces_cli  # noqa: F401
+    except ImportError:
+        probe(*sys.argv[1:])
+    else:
+        sys.exit("braces_cli can be imported here, so this would prove nothing")

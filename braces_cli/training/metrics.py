@@ -1,0 +1,105 @@
+"""The course of a run: `metrics.jsonl`, one object a log step, and its picture."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from braces_cli.core.errors import BracesError
+from braces_cli.core.figures import figure, save_figure
+from braces_cli.core.files import write_text
+
+METRICS_FILE = "metrics.jsonl"
+CURVE_FILE = "loss.png"
+# In this order in each row; what was not measured at a step is left out.
+_KEYS = (
+    "step", "epoch", "loss", "lr", "gate_lr", "grad_norm", "tokens", "tokens_per_second", "eval_loss",
+    "eval_perplexity",
+)  # fmt: skip
+
+
+class MetricsFile(TrainerCallback):
+    """Adds each row to the file as soon as nothing can be added to the row.
+
+    Args:
+        path: of the file.
+        step: that training goes on from; later rows of an earlier attempt are dropped.
+    """
+
+    def __init__(self, path: Path, step: int = 0) -> None:
+        self._path = path
+        self._row: dict[str, Any] = {}
+        kept = [row for row in read_metrics(path) if row["step"] <= step]
+        if kept or path.exists():
+            write_text(path, "".join(_line(row) for row in kept))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not logs or ("loss" not in logs and "eval_loss" not in logs):
+            return
+        if self._row.get("step") != state.global_step:
+            self.flush()
+        found = {**self._row, **logs, "step": state.global_step}
+        self._row = {key: found[key] for key in _KEYS if key in found}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.flush()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.flush()
+
+    def flush(self) -> None:
+        """Write the row that is waiting, if any."""
+        if self._row:
+            try:
+                with self._path.open("a", encoding="utf-8") as lines:
+                    lines.write(_line(self._row))
+            except OSError as error:
+                hint = "Is the disk full? Make room and go on with --resume."
+                raise BracesError(f"cannot write: {error.strerror}", where=str(self._path), hint=hint) from error
+            self._row = {}
+
+
+def _line(row: dict[str, Any]) -> str:
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of the file, up to a line that a killed process left unfinished; none where there is no file."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def draw_curve(folder: Path, evaluations: dict[int, float | None]) -> bool:
+    """Draw `loss.png` from `metrics.jsonl`; False where there is nothing to draw.
+
+    Args:
+        evaluations: loss on the evaluation rows by step, besides those in the file.
+    """
+    rows = read_metrics(folder / METRICS_FILE)
+    trained = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
+    measured = {row["step"]: row["eval_loss"] for row in rows if row.get("eval_loss") is not None}
+    measured |= {step: loss for step, loss in evaluations.items() if loss is not None}
+    if not trained and not measured:
+        return False
+    picture = figure(6, 3.6)
+    axes = picture.add_subplot()
+    if trained:
+        axes.plot(*zip(*trained, strict=True), color="tab:blue", linewidth=1, label="training batches")
+    if measured:
+        axes.plot(*zip(*sorted(measured.items()), strict=True), "o-", color="tab:orange", label="evaluation rows")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats a token)")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    save_figure(picture, folder / CURVE_FILE)
+    return True

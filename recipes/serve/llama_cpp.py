@@ -1,0 +1,186 @@
+"""The same tokens from llama.cpp: an adapter merged, converted to GGUF and served, against braces itself.
+
+Greedy continuations, float32 weights and KV cache, on the CPU. With --attribute also the attribute as a control vector
+on the merged model, against `braces steer`. Needs a llama.cpp source tree and its `llama-server`:
+
+    cmake -S LLAMA_CPP -B LLAMA_CPP/build -DGGML_NATIVE=ON && cmake --build LLAMA_CPP/build --target llama-server
+    python recipes/serve/llama_cpp.py --llama-cpp LLAMA_CPP --model M --adapter A --attribute positive --s 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# Beginnings of sentences, so that every model has something to continue; crossed to fifty prompts.
+OPENINGS = ("Once upon a time", "The film was", "One day", "In the morning", "There was a")
+SUBJECTS = ("", " little", " the", " he", " she", " my", " and", " old", " very", " friend")
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--llama-cpp", type=Path, required=True, help="source tree of llama.cpp")
+    parser.add_argument("--server", type=Path, help="llama-server (default: build/bin/llama-server in the tree)")
+    parser.add_argument("--model", help="base model (default: the adapter's own)")
+    parser.add_argument("--adapter", required=True)
+    parser.add_argument("--attribute", help="also compare it as a control vector on the merged model")
+    parser.add_argument("--s", type=float, default=1.0)
+    parser.add_argument("--prompts", type=Path, help="one a line (default: fifty beginnings of sentences)")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args(argv)
+
+
+def braces(*words: object) -> None:
+    """Run the command line of this checkout."""
+    call = [sys.executable, "-m", "braces_cli", *map(str, words)]
+    subprocess.run(call, check=True, cwd=Path(__file__).parents[2], stdout=sys.stderr)
+
+
+def ours(args: argparse.Namespace, prompts: Sequence[list[int]], attribute: str | None) -> list[list[int]]:
+    """Greedy token ids of base and adapter in braces, one prompt at a time."""
+    import torch
+    from transformers import GenerationConfig
+
+    from braces_cli.core.attributes import find_attribute
+    from braces_cli.core.push import steered
+
+    session = opened(args)
+    model = session.base.model
+    terms = [(find_attribute(session, attribute, None), args.s)] if attribute else []
+    # llama.cpp knows no vector for layer 0.
+    layers = [ffn.layer for ffn in session.ffns if ffn.layer > 0]
+    config = GenerationConfig(max_new_tokens=args.tokens, do_sample=False, eos_token_id=ends(session), pad_token_id=0)
+    found = []
+    with steered(session, terms, layers), torch.no_grad():
+        for ids in prompts:
+            output = model.generate(torch.tensor([ids]), generation_config=config)
+            found.append(output[0, len(ids) :].tolist())
+    return found
+
+
+def opened(args: argparse.Namespace) -> Any:
+    """The session of braces, in float32 on the CPU."""
+    from braces_cli.core.session import LoadOptions, open_session
+
+    return open_session(args.model, args.adapter, LoadOptions(device="cpu", dtype="float32"))
+
+
+def ends(session: Any) -> list[int]:
+    from braces_cli.core.generate import end_tokens
+
+    return end_tokens(session.base.model, session.base.tokenizer)
+
+
+@contextmanager
+def served(args: argparse.Namespace, gguf: Path, vector: Path | None = None) -> Iterator[str]:
+    """The address of a llama-server that serves `gguf`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = args.server or args.llama_cpp / "build" / "bin" / "llama-server"
+    call = [server, "-m", gguf, "--host", "127.0.0.1", "--port", port, "-t", args.threads, "-np", 1]
+    call += ["-ctk", "f32", "-ctv", "f32", "-fa", "off", "--no-ui"]
+    call += [] if vector is None else ["--control-vector", vector]
+    process = subprocess.Popen(list(map(str, call)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=5)
+                break
+            except (urllib.error.URLError, ConnectionError):
+                if process.poll() is not None:
+                    sys.exit(f"llama-server ended with {process.returncode}")
+                time.sleep(0.2)
+        yield address
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def ask(address: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    request = urllib.request.Request(
+        f"{address}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=600) as reply:
+        found: dict[str, Any] = json.load(reply)
+    return found
+
+
+def theirs(address: str, prompts: Sequence[list[int]], tokens: int, stops: Sequence[int]) -> list[list[int]]:
+    """Greedy token ids of llama.cpp, cut behind the first end token, as ours are."""
+    found = []
+    for ids in prompts:
+        body = {"prompt": ids, "n_predict": tokens, "temperature": 0, "return_tokens": True, "cache_prompt": False}
+        new = ask(address, "completion", body)["tokens"]
+        place = next((index + 1 for index, token in enumerate(new) if token in stops), len(new))
+        found.append(new[:place])
+    return found
+
+
+def agreement(ours: Sequence[list[int]], theirs: Sequence[list[int]], stops: Sequence[int]) -> dict[str, Any]:
+    """How many continuations are the same; an end token that only one side writes out does not count."""
+
+    def cut(ids: list[int]) -> list[int]:
+        return ids[:-1] if ids and ids[-1] in stops else ids
+
+    same = [cut(a) == cut(b) for a, b in zip(ours, theirs, strict=True)]
+    first = [
+        next((i for i, (x, y) in enumerate(zip(cut(a), cut(b), strict=False)) if x != y), None)
+        for a, b in zip(ours, theirs, strict=True)
+    ]
+    return {
+        "prompts": len(same),
+        "same": sum(same),
+        "tokens": sum(map(len, ours)),
+        "first_difference": {i: first[i] for i, ok in enumerate(same) if not ok},
+    }
+
+
+def main() -> None:
+    args = arguments()
+    texts = [opening + subject for opening in OPENINGS for subject in SUBJECTS]
+    if args.prompts:
+        texts = [line for line in args.prompts.read_text(encoding="utf-8").splitlines() if line]
+    session = opened(args)
+    stops = ends(session)
+    prompts = [session.base.tokenizer(text)["input_ids"] for text in texts]
+    del session
+    which = ["--adapter", args.adapter, *(["--model", args.model] if args.model else [])]
+    with tempfile.TemporaryDirectory() as work:
+        folder, gguf, vector = Path(work) / "merged", Path(work) / "merged.gguf", Path(work) / "vector.gguf"
+        braces("merge", *which, "--dtype", "float32", "--device", "cpu", "--output-dir", folder)
+        convert = [args.llama_cpp / "convert_hf_to_gguf.py", folder, "--outtype", "f32", "--outfile", gguf]
+        subprocess.run([sys.executable, *map(str, convert)], check=True, capture_output=True)
+        with served(args, gguf) as address:
+            read = [ask(address, "tokenize", {"content": text, "add_special": True})["tokens"] for text in texts]
+            plain = ours(args, prompts, None)
+            result = {"merged": agreement(plain, theirs(address, prompts, args.tokens, stops), stops)}
+        result["merged"]["prompts_tokenised_alike"] = sum(a == b for a, b in zip(read, prompts, strict=True))
+        if args.attribute:
+            words = ["--attribute", args.attribute, "--s", args.s, "--layers", "1-", "--dtype", "float32"]
+            braces("steer", *which, *words, "--device", "cpu", "--export-control-vector", vector)
+            with served(args, gguf, vector) as address:
+                there = theirs(address, prompts, args.tokens, stops)
+            steered = ours(args, prompts, args.attribute)
+            result["control_vector"] = agreement(steered, there, stops)
+            # If it were none, the comparison would show nothing.
+            result["control_vector"]["changed_by_it"] = sum(a != b for a, b in zip(plain, steered, strict=True))
+    json.dump(result, sys.stdout, indent=2)
+    print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Differences, their correction for many tasks, and thresholds that a result must reach."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from braces_cli.core.errors import ConfigError
+from braces_cli.evaluation import catalog
+from braces_cli.evaluation.comparison import System, compare, verdict
+from braces_cli.evaluation.parts import AVERAGE, add_averages
+from braces_cli.evaluation.scores import Scores, slug
+from braces_cli.evaluation.significance import holm
+from braces_cli.evaluation.thresholds import Threshold, check_reached, check_tasks, parse_thresholds
+
+
+def test_holm_by_hand():
+    # Sorted: 0.01 * 4, 0.02 * 3, 0.03 * 2, 0.04 * 1, none below the one before.
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def _system(name: str, **tasks: list[float]) -> System:
+    """A system with one 0/1 metric a task; `__` in a name stands for what a keyword cannot hold."""
+    scores = Scores()
+    for key, values in tasks.items():
+        task = key.replace("__", ":relation=")
+        scores.results[task] = {"acc": {"value": sum(values) / len(values), "stderr": None, "n": len(values)}}
+        scores.documents[task, "acc"] = dict(enumerate(values))
+    return System(name, None if name == "base" else name, scores)
+
+
+def test_p_is_corrected_for_the_number_of_tasks_and_parts_are_a_family_apart():
+    none, six, seven = [0.0] * 8, [1.0] * 6 + [0.0] * 2, [1.0] * 7 + [0.0]
+    base = _system("base", a=none, b=none, c=none, a__x=none, a__y=none)
+    other = _system("other", a=six, b=seven, c=none, a__x=seven, a__y=none)
+    rows = {row["task"]: row for row in compare([base, other], 0)}
+    raw = {"a": 2 / 2**6, "b": 2 / 2**7, "c": 1.0, "a:relation=x": 2 / 2**7, "a:relation=y": 1.0}
+    assert {task: row["p_value"] for task, row in rows.items()} == pytest.approx(raw)
+    corrected = {"a": 2 / 64 * 2, "b": 2 / 128 * 3, "c": 1.0, "a:relation=x": 2 / 128 * 2, "a:relation=y": 1.0}
+    assert {task: row["p_holm"] for task, row in rows.items()} == pytest.approx(corrected)
+    assert [task for task, row in rows.items() if row["significant"]] == ["b", "a:relation=x"]
+    assert [verdict(rows[task]) for task in "abc"] == ["not significant", "significant", "no difference"]
+    assert {row["n"] for row in rows.values()} == {8}
+
+
+def test_each_system_is_held_against_each_before_it():
+    systems = [_system(name, a=[1.0, 0.0]) for name in ("base", "one", "one (2)")]
+    rows = compare(systems, 0)
+    assert [(row["from"], row["to"]) for row in rows] == [("base", "one"), ("base", "one (2)"), ("one", "one (2)")]
+    assert {verdict(row) for row in rows} == {"no difference"}
+
+
+def test_a_difference_without_scores_of_documents_is_not_tested():
+    one, other = _system("base", a=[1.0]), _system("other", a=[0.0])
+    other.scores.documents.clear()
+    (row,) = compare([one, other], 0)
+    assert (row["difference"], row["p_value"], row["significant"], verdict(row)) == (-1.0, None, None, "no test")
+
+
+def test_the_average_is_the_plain_mean_over_tasks():
+    scores = Scores()
+    members = catalog.GROUPS["zero_shot"]
+    for place, task in enumerate(members):
+        scores.results[task] = {
+            "acc": {"value": place / 10, "stderr": 0.3, "n": place + 1},
+            "other": {"value": 9.0, "stderr": None, "n": 1},
+        }
+    add_averages(scores, catalog.Selection(groups={"zero_shot": list(members)}))
+    expected = {"value": pytest.approx(0.2), "stderr": pytest.approx(0.3 / math.sqrt(5)), "n": 15}
+    assert scores.results["zero_shot"] == {AVERAGE: expected}
+
+
+def test_thresholds_are_told_apart_from_the_right():
+    assert parse_thresholds(["popqa:acc=0.5", "popqa:relation=director:acc_word=-1e-1"]) == [
+        Threshold("popqa", "acc", 0.5),
+        Threshold("popqa:relation=director", "acc_word", -0.1),
+    ]
+
+
+@pytest.mark.parametrize(
+    "value", ["popqa", "popqa=0.5", "popqa:acc", "popqa:acc=high", ":acc=1", "popqa:=1", "a:b=nan"]
+)
+def test_a_threshold_of_another_form_is_a_wrong_call(value):
+    with pytest.raises(ConfigError, match="TASK:METRIC=VALUE"):
+        parse_thresholds([value])
+
+
+def test_a_threshold_must_be_for_a_task_that_is_measured():
+    selection = catalog.Selection(names=["popqa"], leaves={"popqa": None}, groups={"zero_shot": ["popqa"]})
+    check_tasks(parse_thresholds(["popqa:relation=x:acc=0", "zero_shot:braces_average=0"]), selection)
+    with pytest.raises(ConfigError, match="not measured") as caught:
+        check_tasks(parse_thresholds(["popqua:acc=0.5"]), selection)
+    assert "Did you mean popqa?" in str(caught.value)
+
+
+def test_better_is_more_or_less_as_the_metric_goes():
+    def system(name, adapter, acc, ppl):
+        metrics = {"t": {"acc": {"value": acc}}, "p": {"ppl": {"value": ppl}}}
+        return {"name": name, "adapter": adapter, "results": metrics}
+
+    systems = [system("base", None, 0.9, 9.0), system("a", "a", 0.5, 20.0), system("b", "b", 0.4, math.nan)]
+    result = {"systems": systems, "settings": {"higher_is_better": {"t": {"acc": True}, "p": {"ppl": False}}}}
+    wanted = parse_thresholds(["t:acc=0.5", "p:ppl=20", "t:none=0"])
+    reached = [(row["system"], row["metric"], row["reached"]) for row in check_reached(wanted, result)]
+    assert reached == [
+        ("a", "acc", True), ("b", "acc", False), ("a", "ppl", True), ("b", "ppl", False), ("a", "none", False),
+        ("b", "none", False),
+    ]  # fmt: skip
+    # The base is judged where there is nothing else.
+    alone = check_reached(wanted, {**result, "systems": systems[:1]})
+    assert [(row["system"], row["reached"]) for row in alone] == [("base", True), ("base", True), ("base", False)]
+
+
+def test_each_name_has_a_file_name_of_its_own():
+    names = ["base", "a/b", "a_b", "../up", "x" * 200, "x" * 201, "ü"]
+    slugs = [slug(name) for name in names]
+    assert len(set(slugs)) == len(names)
+    assert all("/" not in each and not each.startswith(".") and len(each) < 100 for each in slugs)
+    assert slugs[0] == "base"
+
+
+def test_what_is_not_finite_is_shown_and_drawn_all_the_same(tmp_path):
+    from braces_cli.core.files import finite
+    from braces_cli.evaluation import report
+
+    one, other = _system("base", a=[1.0, 0.0]), _system("other", a=[0.0, 0.0])
+    for system, value in ((one, math.inf), (other, 3.0)):
+        system.scores.results["p"] = {"ppl": {"value": value, "stderr": None, "n": 2}}
+    systems = [
+        {
+            "name": s.name,
+            "model": "m",
+            "adapter": s.adapter,
+            "method": None,
+            "sha256": None,
+            "results": s.scores.results,
+        }
+        for s in (one, other)
+    ]
+    keys = ("revision", "fingerprint", "dtype", "quantize", "limit", "apply_chat_template")
+    tables = ("num_fewshot_used", "task_versions", "task_data_sha256", "seeds", "versions")
+    settings = {**dict.fromkeys(keys), **{key: {} for key in tables}, "tokenizer": {"chat_template": None}}
+    result = {"systems": systems, "comparisons": compare([one, other], 0)}
+    result["settings"] = {**settings, "significance_level": 0.05}
+    for each in (result, finite(result)):
+        page = report.markdown(each)
+        assert "| p | ppl | 2 | other | 3 |" in page
+        assert page.count("no test") == 1
+        report.draw(each, tmp_path / "p.png")
+    assert "not finite" in page

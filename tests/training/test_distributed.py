@@ -1,0 +1,112 @@
+"""Two processes over gloo, as torchrun starts them, give what one gives; launches that cannot work are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+PROFILES = ROOT / "recipes" / "accelerate"
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    words = ["good", "sad", "old", "happy"]
+    path.write_text("".join(json.dumps({"text": f"the {a} film and the {b} end"}) + "\n" for a in words for b in words))
+    return path
+
+
+def test_two_processes_give_the_adapter_of_one(braces, model_dir, rows, tmp_path):
+    """torchrun, 12 steps at the same global batch, with accumulation and checkpointing; one result is printed."""
+    common = [
+        "train", "--model", model_dir, "--data", rows, "--eval-data", rows, "--rank", 4, "--max-steps", 12,
+        "--lr", 0.01, "--device", "cpu", "--save-steps", 5, "--format", "json",
+    ]  # fmt: skip
+    one = braces(*common, "--batch-size", 8, "--output-dir", tmp_path / "one")
+    assert one.code == 0, one.err
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "-m", "braces_cli", *common),
+        *(
+            "--batch-size",
+            2,
+            "--gradient-accumulation",
+            2,
+            "--gradient-checkpointing",
+            "--output-dir",
+            tmp_path / "two",
+        ),
+    ]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    two = json.loads(done.stdout)
+    for key in ("steps", "tokens", "rows", "epochs", "trainable_parameters"):
+        assert two[key] == one.json[key]
+    for key in ("train_loss", "base_eval_loss", "eval_loss"):
+        assert two[key] == pytest.approx(one.json[key], rel=1e-5)
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    assert first.keys() == second.keys()
+    assert all((first[name] - second[name]).abs().max() < 1e-4 for name in first)
+    # The two processes' state is whole: one alone goes on from it, and from its end.
+    assert len(json.loads((tmp_path / "two" / "checkpoint-12" / "rng.json").read_text())) == 2
+    assert len((tmp_path / "two" / "metrics.jsonl").read_text().splitlines()) == 1
+    (tmp_path / "two" / "run.json").unlink()
+    alone = braces(*common, "--batch-size", 8, "--output-dir", tmp_path / "two", "--resume")
+    assert alone.code == 0, alone.err
+    assert alone.json["resumed_from"].endswith("checkpoint-12")
+
+
+def test_only_the_first_process_prints(braces, monkeypatch, model_dir, tmp_path):
+    """Others keep a fault to themselves unless they outlive the first; then one line with their number."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    outcome = braces(
+        "train", "--model", model_dir, "--data", "none", "--output-dir", tmp_path / "o", "--format", "json"
+    )
+    assert outcome.code == 3
+    assert outcome.out == ""
+    assert "process 1: " in outcome.err
+
+
+def test_launches_that_cannot_work_are_refused_with_the_reason(braces, monkeypatch, model_dir, rows, tmp_path):
+    """Exit 2 before anything is loaded: ZeRO-3 by environment or by file, DeepSpeed resumed, attributes under FSDP."""
+    path = tmp_path / "zero.json"
+    path.write_text('{"zero_optimization": {"stage": 3}}')
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    args = ("train", "--model", model_dir, "--data", rows, "--output-dir", tmp_path / "o")
+    for name, value in (("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3"), ("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(path))):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            outcome = braces(*args)
+        assert outcome.code == 2
+        assert "ZeRO-3 cannot train" in outcome.err
+        assert "fsdp2" in outcome.err
+    outcome = braces(*args, "--resume")
+    assert outcome.code == 2
+    assert "DeepSpeed keeps" in outcome.err
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    outcome = braces(*args, "--attribute-field", "mood")
+    assert outcome.code == 2
+    assert "cannot be trained under FSDP" in outcome.err
+
+
+def test_profiles_are_what_accelerate_reads():
+    """Each of recipes/accelerate loads as a launch configuration and opens with a comment."""
+    from accelerate.commands.config.config_args import ClusterConfig
+
+    paths = sorted(PROFILES.glob("*.yaml"))
+    assert [path.stem for path in paths] == ["ddp", "fsdp2", "zero1", "zero2"]
+    for path in paths:
+        assert path.read_text().startswith("# ")
+        config = ClusterConfig.from_yaml_file(yaml_file=str(path))
+        fields = yaml.safe_load(path.read_text())
+        assert str(config.distributed_type.value) == fields["distributed_type"]

@@ -1,0 +1,244 @@
+"""Checkpoints: what is in them, that a resumed run is the run that was not interrupted, and what may go wrong."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import braces_cli.training.resumable as resumable
+from braces_cli.core.session import LoadOptions, open_session
+from braces_cli.training.checkpoint import checkpoints, newest, remove_partial, write_checkpoint
+
+ADAPTER = "adapter_model.safetensors"
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Sentences with moods, so that attributes can be trained."""
+    path = tmp_path / "rows.jsonl"
+    moods = [("good", "positive"), ("sad", "negative"), ("old", "neutral")]
+    lines = [
+        {"text": f"the {noun} is {word}", "mood": mood} for noun in ("film", "town", "end") for word, mood in moods
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def train(braces, model_dir, rows):
+    """`braces train` of twelve steps, two batches each."""
+
+    def call(out, *extra):
+        return braces(
+            "train", "--model", model_dir, "--data", rows, "--eval-data", rows, "--rank", 4, "--max-steps", 12,
+            "--batch-size", 2, "--gradient-accumulation", 2, "--lr", 0.01, "--logging-steps", 2, "--save-steps", 5,
+            "--save-total-limit", 0, "--output-dir", out, "--format", "json", *extra,
+        )  # fmt: skip
+
+    return call
+
+
+def signal_after(monkeypatch, steps: int, number: int) -> None:
+    """Have the run get a signal in its step after so many, as Ctrl-C or a scheduler would send it."""
+    real = resumable.ResumableTrainer.log
+    sent = []
+
+    def log(self, logs, start_time=None):
+        real(self, logs, start_time)
+        if self.state.global_step >= steps and not sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(resumable.ResumableTrainer, "log", log)
+
+
+@pytest.mark.parametrize("extra", [[], ["--attribute-field", "mood", "--opposites", "positive:negative"]])
+def test_a_resumed_run_is_the_one_that_was_not_interrupted(train, tmp_path, extra):
+    """Bit for bit, from the middle of an epoch and from the end; figures too, but for those of time and memory."""
+    one = train(tmp_path / "one", *extra)
+    assert one.code == 0, one.err
+    assert [path.name for path in checkpoints(tmp_path / "one")] == ["checkpoint-5", "checkpoint-10", "checkpoint-12"]
+    wanted = (tmp_path / "one" / ADAPTER).read_bytes()
+    for step in (5, 12):
+        out = tmp_path / f"from-{step}"
+        out.mkdir()
+        os.rename(tmp_path / "one" / f"checkpoint-{step}", out / f"checkpoint-{step}")
+        (out / "metrics.jsonl").write_bytes((tmp_path / "one" / "metrics.jsonl").read_bytes() + b'{"step": 1')
+        again = train(out, *extra, "--resume")
+        assert again.code == 0, again.err
+        assert (out / ADAPTER).read_bytes() == wanted
+        assert again.json["resumed_from"] == str(out / f"checkpoint-{step}")
+        other = {"output_dir", "seconds", "tokens_per_second", "peak_memory", "resumed_from"}
+        assert {k: v for k, v in again.json.items() if k not in other} == {
+            k: v for k, v in one.json.items() if k not in other
+        }
+        logged = [read(tmp_path / "one"), read(out)]
+        assert logged[0] == logged[1]
+    assert [row["step"] for row in logged[0]] == [2, 4, 6, 8, 10, 12]
+
+
+def read(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert row.pop("tokens_per_second") > 0
+    return rows
+
+
+def test_a_checkpoint_is_an_adapter_and_holds_no_pickle(train, tmp_path):
+    """Loaded like any adapter; beside it the unconstrained parameter, and only safetensors, JSON and Markdown."""
+    train(tmp_path / "one")
+    folder = tmp_path / "one" / "checkpoint-5"
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors", ".md"}
+    session = open_session(None, str(folder), LoadOptions(device="cpu"))
+    assert session.adapter is not None
+    raw = load_file(folder / "parameters.safetensors")
+    weight = next(tensor for name, tensor in raw.items() if name.endswith("layers.0.mlp.brace.weight"))
+    projection = load_file(folder / ADAPTER)["layers.0.projection"]
+    assert (weight @ weight.mT - projection @ projection.mT).abs().max() > 1e-3  # unconstrained it has other lengths
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_and_saves(train, tmp_path, monkeypatch, number, code):
+    """Exit 130 or 143 with a checkpoint of that very step; resumed, nothing tells."""
+    train(tmp_path / "one")
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        signal_after(patch, 6, number)
+        stopped = train(tmp_path / "two", "--save-steps", 0)
+    assert stopped.code == code
+    assert stopped.json["error"]["code"] == code
+    assert "--resume" in stopped.err
+    assert [path.name for path in checkpoints(tmp_path / "two")] == ["checkpoint-7"]
+    assert not (tmp_path / "two" / ADAPTER).exists()
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert train(tmp_path / "two", "--resume").code == 0
+    assert (tmp_path / "two" / ADAPTER).read_bytes() == (tmp_path / "one" / ADAPTER).read_bytes()
+
+
+def test_a_finished_run_is_left_as_it_is(train, tmp_path):
+    """Same settings: the stored result; how often it saves and where it runs do not count as settings."""
+    first = train(tmp_path / "o").json
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("*")}
+    again = train(tmp_path / "o", "--resume", "--save-steps", 3, "--logging-steps", 1, "--device", "cpu")
+    assert again.code == 0
+    assert again.json == {**first, "resumed_from": str(tmp_path / "o")}
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("*")} == before
+
+
+def test_other_settings_are_refused_by_name(train, tmp_path):
+    """Exit 2; all that differs is named; nothing is touched, whether the run there has finished or not."""
+    train(tmp_path / "o")
+    faults = [
+        (["--lr", "0.02", "--seed", "3"], ["--lr 0.02 (was 0.01)", "--seed 3 (was 0)"]),
+        (["--batch-size", "8"], ["--examples-per-step 16 (was 4)"]),
+        (["--overwrite"], ["--resume keeps what --overwrite removes"]),
+    ]
+    for finished in (True, False):
+        if not finished:
+            for name in ("run.json", "adapter_config.json"):
+                (tmp_path / "o" / name).unlink()
+        before = sorted((tmp_path / "o").rglob("*"))
+        for extra, words in faults:
+            outcome = train(tmp_path / "o", "--resume", *extra)
+            assert outcome.code == 2
+            assert all(word in outcome.err for word in words), outcome.err
+            assert len(outcome.err.strip().splitlines()) == 2
+            assert sorted((tmp_path / "o").rglob("*")) == before
+
+
+def test_what_cannot_be_resumed_is_refused(train, tmp_path, rows, adapter_dir):
+    """Other rows in the same file, an adapter of unknown origin, a damaged checkpoint."""
+    out = tmp_path / "o"
+    train(out)
+    (out / "run.json").unlink()
+    text = rows.read_text()
+    rows.write_text(text.replace("sad", "bad"))
+    outcome = train(out, "--resume")
+    assert outcome.code == 2
+    assert "the rows are not those of the checkpoint" in outcome.err
+    rows.write_text(text)
+    path = out / "checkpoint-12" / "parameters.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    outcome = train(out, "--resume")
+    assert outcome.code == 4
+    assert "the checkpoint is damaged" in outcome.err
+    outcome = train(adapter_dir, "--resume")
+    assert outcome.code == 2
+    assert "of no run that can be resumed" in outcome.err
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(train, tmp_path, monkeypatch):
+    """Exit 1 with what to do, whichever of the files it is that does not fit; then --resume goes on."""
+    train(tmp_path / "one")
+    real, calls = resumable.write_checkpoint, []
+
+    def full(folder, step, write):
+        calls.append(step)
+        if step == 5:
+            return real(folder, step, write)
+        import resource
+
+        # The kernel refuses whatever goes beyond 2000 bytes of a file, as it would on a full disk.
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+        try:
+            return real(folder, step, write)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resumable, "write_checkpoint", full)
+        outcome = train(tmp_path / "two")
+    assert outcome.code == 1
+    assert calls == [5, 10]
+    assert "cannot write the checkpoint" in outcome.err
+    assert "checkpoint-5 is kept" in outcome.err
+    assert [path.name for path in (tmp_path / "two").glob("*check*")] == ["checkpoint-5"]
+    assert train(tmp_path / "two", "--resume").code == 0
+    assert (tmp_path / "two" / ADAPTER).read_bytes() == (tmp_path / "one" / ADAPTER).read_bytes()
+
+
+def test_only_whole_checkpoints_count(tmp_path):
+    """A kill between any two lines of writing leaves the one before, or the new one; remains are taken away."""
+    write_checkpoint(tmp_path, 2, lambda folder: (folder / "a").write_text("two"))
+
+    class Killed(BaseException):
+        pass
+
+    def half(folder):
+        (folder / "a").write_text("tw")
+        raise Killed
+
+    with pytest.raises(Killed):
+        write_checkpoint(tmp_path, 4, half)
+    (tmp_path / ".checkpoint-6.x").mkdir()
+    (tmp_path / ".run.json.x").touch()
+    (tmp_path / ".mine").touch()
+    (tmp_path / "checkpoint-of-mine").mkdir()
+    assert newest(tmp_path) == tmp_path / "checkpoint-2"
+    remove_partial(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine", "checkpoint-2", "checkpoint-of-mine"]
+    assert checkpoints(tmp_path / "nowhere") == []
+
+
+def test_a_new_run_does_not_mix_with_an_old_one(train, tmp_path):
+    """--overwrite takes the old checkpoints away; no more are kept than asked for."""
+    train(tmp_path / "o")
+    train(tmp_path / "o", "--overwrite", "--max-steps", 4, "--save-steps", 1, "--save-total-limit", 2)
+    assert [path.name for path in checkpoints(tmp_path / "o")] == ["checkpoint-3", "checkpoint-4"]
+    assert [row["step"] for row in read(tmp_path / "o")] == [2, 4]
+
+
+def test_runs_that_were_killed_give_the_same_adapter(model_dir, rows, tmp_path, monkeypatch):
+    """SIGKILL at two random moments, each resumed; `recipes/kill_and_resume.py` does twenty."""
+    monkeypatch.syspath_prepend(str(RECIPES))
+    recipe = importlib.import_module("kill_and_resume")
+    found = recipe.compare(str(model_dir), str(rows), tmp_path, runs=2, kills=1, steps=12, seed=1)
+    assert found["identical"] == 2, found
