@@ -182,18 +182,19 @@ class _Draw(LogitsProcessor):
         """
         # Stable: tokens of equal probability keep their order, whatever the batch.
         ordered, order = chances.sort(dim=-1, descending=True, stable=True)
+        least = ordered[:, -1]
+        if self._sampling.top_k is not None:
+            ordered = ordered[:, : self._sampling.top_k]
+        last = ordered[:, -1]
         if self._sampling.top_k is not None:
             # What top_k leaves has probability 1, and top_p is a share of that.
-            ordered = ordered[:, : self._sampling.top_k]
             ordered = ordered / ordered.sum(dim=-1, keepdim=True)
         mass = ordered.cumsum(dim=-1)
-        # A token is kept while those before it have not reached top_p; the first always is. The next smaller one is
-        # there, too: of equal ones at the edge, which are candidates would be anyone's choice.
+        # A token is kept while those before it have not reached top_p; the first always is.
         kept = (mass < self._sampling.top_p).sum(dim=-1).clamp(max=mass.shape[1] - 1)
-        settled = ordered.gather(1, kept.unsqueeze(1)).squeeze(1) > ordered[:, -1]
-        limited = self._sampling.top_k is not None and self._sampling.top_k < chances.shape[1]
-        if whole or limited:
-            settled = torch.ones_like(settled)
+        # Of tokens as likely as the least candidate, which are candidates was topk's choice: none may matter here.
+        edge = last if self._sampling.top_k is not None else ordered.gather(1, kept.unsqueeze(1)).squeeze(1)
+        settled = (edge > least) | whole
         reach = mass.gather(1, kept.unsqueeze(1))
         place = torch.searchsorted(mass, goal.to(mass).unsqueeze(1) * reach, right=True).minimum(kept.unsqueeze(1))
         return tokens.gather(1, order.gather(1, place)).squeeze(1), settled

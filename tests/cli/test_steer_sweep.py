@@ -21,15 +21,17 @@ def swept(braces, model_dir):
 
 
 @pytest.fixture
-def labelled(tmp_path):
-    """Rows that a classifier learns letters from, so that random texts are told apart."""
+def labelled(swept, tmp_path):
+    """What the model writes at both ends, so that a classifier fitted on it tells them apart."""
     file = tmp_path / "rows.jsonl"
-    rows = [{"text": f"{word} {other}", "label": label} for label, word, other in LETTERS]
-    file.write_text("\n".join(json.dumps(row) for row in rows * 2))
+    ends = {"positive": 20, "negative": -20}
+    rows = [
+        {"text": row["text"], "label": label}
+        for label, s in ends.items()
+        for row in swept("--s", s, "--num-samples", 3, sweep=None).lines
+    ]
+    file.write_text("\n".join(json.dumps(row) for row in rows))
     return file
-
-
-LETTERS = [("positive" if i % 2 else "negative", "abcdefghijklmn"[i], "opqrstuvwxyz"[i % 12]) for i in range(14)]
 
 
 def test_one_document_with_a_point_for_each_strength(swept, adapter_dir, tmp_path):
@@ -73,9 +75,10 @@ def test_perplexity_is_that_of_the_bare_base(swept, adapter_dir, model_dir, sess
 
 def test_a_point_depends_on_its_strength_alone(swept):
     """Neither on the other strengths nor on the batch size."""
+    keys = KEYS - {"repetition"}  # there is none in texts too short for a 4-gram
     one = swept(sweep="20").json["points"][0]
     other = swept("--batch-size", 3).json["points"][2]
-    assert {key: one[key] for key in KEYS} == pytest.approx({key: other[key] for key in KEYS}, rel=1e-4)
+    assert {key: one[key] for key in keys} == pytest.approx({key: other[key] for key in keys}, rel=1e-4)
 
 
 def test_a_classifier_of_the_users_own(swept, labelled, tmp_path):
@@ -85,7 +88,8 @@ def test_a_classifier_of_the_users_own(swept, labelled, tmp_path):
     assert fitted.code == 0, fitted.err
     again = swept("--scorer", kept)
     assert again.json["points"] == fitted.json["points"]
-    assert len({point["mean_value"] for point in fitted.json["points"]}) == 3
+    low, _, high = (point["mean_value"] for point in fitted.json["points"])
+    assert low < high
     left_out = swept("--exclude-list-words").json["excluded_words"]
     assert {"wonderful", "awful"} <= set(left_out)
 

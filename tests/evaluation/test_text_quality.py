@@ -71,7 +71,7 @@ def test_the_same_adapter_twice_is_no_difference(score, adapter_dir):
         (["--scorer", "vader"], ("sentiment",), 2, "is not TASK=SCORER"),
         (["--scorer", "sentiment=vaider"], ("sentiment",), 2, "Did you mean vader?"),
         (["--scorer", "sentiment=toxicity"], ("sentiment",), 2, "has no label `positive`"),
-        (["--attribute", "positve"], ("sentiment",), 2, "Did you mean positive?"),
+        (["--attribute", "positve"], ("sentiment",), 2, "Did you mean positive"),
         (["--attribute", "positive", "--s", "1", "--s", "2"], ("sentiment",), 2, "2 strengths for 1 attributes"),
     ],
 )
