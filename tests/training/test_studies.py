@@ -11,7 +11,7 @@ import pytest
 
 from braces_cli.core.encode import encode
 from braces_cli.core.session import LoadOptions, open_session
-from braces_cli.data.examples import instruction_prompt
+from braces_cli.data.formats import instruction_prompt
 from braces_cli.data.rows import Source
 from braces_cli.scoring.perplexity import likelihoods
 
