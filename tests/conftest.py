@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 
 # No test may reach for a hub; set before anything imports huggingface_hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -149,6 +150,21 @@ def make_adapter(session: Any, folder: Path, rank: int = 4, seed: int = 1) -> Pa
     adapter.save(folder, config, "# test\n")
     adapter.detach()
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Any:
+    """Headless Chromium of the system."""
+    api = pytest.importorskip("playwright.sync_api", reason="NOT TESTED: the page in a browser, no playwright")
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("NOT TESTED: the page in a browser, there is no Chromium")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+    flags += ["--disable-component-update", "--disable-sync"]
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, headless=True, args=flags)
+        yield browser
+        browser.close()
 
 
 @dataclass

@@ -32,7 +32,11 @@ def demo(
     from braces_cli.core.files import check_output_folder, write_json
 
     if not dry_run:
+        import torch
+
         check_output_folder(output_dir, overwrite)
+        # Matrices this small take longer on two threads than on one.
+        torch.set_num_threads(1)
     # With JSON on stdout the story is told on stderr.
     guide = Guide(output_dir, seed, None if quiet else sys.stderr if fmt is o.Format.json else sys.stdout, dry_run)
     result = run_demo(guide)
@@ -45,31 +49,21 @@ def demo(
     if fmt is o.Format.json:
         print_json(result | {"page": str(page)})
         return
-    print_table("What it did", ["", "", ""], summary(result))
+    print()
+    print_table("What it did", ["", ""], summary(result))
     print(f"Everything is in {output_dir}; open {page}")
 
 
-def summary(result: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Rows for the closing table: what, the figure, and where it comes from."""
-    scores = result["scores"]
-    rows = [
-        (
-            task["title"],
-            " -> ".join(f"{system['name']} {100 * system['value']:.1f} %" for system in task["systems"]),
-            "",
-        )
-        for task in scores
-    ]
+def summary(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """Rows of the closing table: what, and the figures."""
     points = result["sweep"]["points"]
-    rows.append(
-        (
-            "positive texts",
-            ", ".join(f"{100 * p['attribute_score']:.0f} %" for p in points),
-            f"at s = {', '.join(format(p['s'], 'g') for p in points)}",
-        )
-    )
-    rows.append(
-        ("merged checkpoint", f"{result['merge']['max_logit_difference']:.1e}", "largest difference of a logit")
-    )
-    rows.append(("time", f"{result['seconds']:.0f} s", ""))
-    return rows
+    rows = [
+        (task["title"], ", ".join(f"{system['name']} {system['value']:.1%}" for system in task["systems"]))
+        for task in result["scores"]
+    ]
+    return [
+        *rows,
+        ("positive texts", ", ".join(f"{point['attribute_score']:.0%} at {point['s']:+g}" for point in points)),
+        ("merged checkpoint", f"logits within {result['merge']['max_logit_difference']:.1e} of the adapter's"),
+        ("time", f"{result['seconds']:.0f} s"),
+    ]

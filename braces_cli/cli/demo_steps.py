@@ -5,10 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shlex
-import shutil
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from importlib import resources
@@ -16,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
+# One axis, its ends built from the words that braces brings.
+ATTRIBUTE, OPPOSITE = "positive", "negative"
 PROMPTS = ("The film was", "We stayed at the hotel and", "My new phone")
 STRENGTHS = (-3.0, 0.0, 3.0)
 SWEEP = "-3:3:1.5"
@@ -70,92 +70,105 @@ class Guide:
 
 
 def run_demo(guide: Guide) -> dict[str, Any]:
-    """The whole story. Returns `{steps, seconds, scores, texts, sweep, vectors, merge}`, the content of `demo.json`."""
+    """The whole story, chapter by chapter; what it returns is the content of `demo.json`."""
     started = time.perf_counter()
-    folder, seed = guide.folder, ("--seed", str(guide.seed))
-    rows = folder / "qa_train.jsonl"
-    if not guide.dry_run:
-        folder.mkdir(parents=True, exist_ok=True)
-        with resources.as_file(resources.files("braces_cli.assets") / "embedded_tasks" / "qa_train.jsonl") as source:
-            shutil.copyfile(source, rows)
+    rows, prompts = _given(guide, "qa_train.jsonl"), _given(guide, "prompts.txt")
+    adapter = guide.folder / "adapter"
+    story = {
+        **_fine_tune(guide, rows, adapter),
+        **_steer(guide, prompts),
+        **_look_inside(guide, adapter),
+        **_merge(guide, adapter),
+    }
+    return {"seconds": time.perf_counter() - started, "steps": guide.steps, **story}
 
-    adapter, baseline = folder / "adapter", folder / "lora"
-    train = ("--data", rows, "--epochs", "8", *seed)
+
+def _given(guide: Guide, name: str) -> Path:
+    """A file that braces brings, copied to where the printed commands find it."""
+    from braces_cli.core.files import write_text
+
+    path = guide.folder / name
+    if not guide.dry_run:
+        given = resources.files("braces_cli.assets") / "embedded_tasks" / name
+        write_text(path, given.read_text(encoding="utf-8"))
+    return path
+
+
+def _fine_tune(guide: Guide, rows: Path, adapter: Path) -> dict[str, Any]:
+    """`{training, scores}`: the adapter, LoRA where peft is installed, and both beside the base."""
+    train = ("--data", rows, "--epochs", "8", "--seed", str(guide.seed))
     trained = guide.run("Fine-tune an adapter on questions and answers", "train", *train, "--output-dir", adapter)
     guide.say(_figures(trained, "trainable_parameters", "train_loss", "seconds"))
     adapters: list[str | Path] = ["--adapter", adapter]
     if find_spec("peft") is not None:
-        lora = guide.run(
-            "The same with LoRA, to compare", "train", "--method", "lora", *train, "--output-dir", baseline
-        )
+        other = guide.folder / "lora"
+        lora = guide.run("The same with LoRA, to compare", "train", "--method", "lora", *train, "--output-dir", other)
         guide.say(_figures(lora, "trainable_parameters", "train_loss", "seconds"))
-        adapters += ["--adapter", baseline]
-    scored = guide.run(
-        "Ask base and adapters what they have not been trained on", "eval", *adapters, "--tasks", ",".join(TASKS),
-        "--output-dir", folder / "scores",
-    )  # fmt: skip
-    scores = [] if scored is None else _scores(scored)
+        adapters += ["--adapter", other]
+    title = "Ask base and adapters what they have not been trained on"
+    where = ("--tasks", ",".join(TASKS), "--output-dir", guide.folder / "scores")
+    scores = _scores(guide.run(title, "eval", *adapters, *where))
     for task in scores:
         guide.say("   " + task["title"] + ": " + ", ".join(f"{s['name']} {s['value']:.1%}" for s in task["systems"]))
+    return {"training": trained, "scores": scores}
 
-    attributes = folder / "attributes"
-    for name in ("positive", "negative"):
+
+def _steer(guide: Guide, prompts: Path) -> dict[str, Any]:
+    """`{texts, sweep, vectors}`: the attribute from its words, texts along it, and the vectors that carry it."""
+    folder, seed = guide.folder / "attributes", ("--seed", str(guide.seed))
+    for name in (ATTRIBUTE, OPPOSITE):
         guide.run(
-            f"Build the attribute `{name}` from its words",
-            "attr-build",
-            "--attribute",
-            name,
-            "--output-dir",
-            attributes,
+            f"Build the attribute `{name}` from its words", "attr-build", "--attribute", name, "--output-dir", folder
         )
-    texts = _steered(guide, attributes, seed)
-    steer = ("steer", "--attributes", attributes, "--attribute", "positive")
+    along = ("--attributes", folder, "--attribute", ATTRIBUTE)
+    texts = _texts(guide, *along, *seed)
     sweep = guide.run(
-        "Sweep the strength", *steer, "--sweep", SWEEP, "--plot", folder / "sweep.png", *seed,
+        "Sweep the strength", "steer", *along, "--sweep", SWEEP, "--prompts", prompts, "--num-samples", "4",
+        "--max-new-tokens", "32", "--plot", guide.folder / "sweep.png", *seed,
     )  # fmt: skip
     for point in [] if sweep is None else sweep["points"]:
-        guide.say(
-            f"   s = {point['s']:+g}: {point['attribute_score']:.0%} positive, perplexity {point['perplexity']:.1f}"
-        )
-    vectors = guide.run(
-        "Which value vectors carry the attribute", "inspect", "find", "--attributes", attributes, "--attribute",
-        "positive", "--limit", "8", lines=True,
-    )  # fmt: skip
+        share, perplexity = point["attribute_score"], point["perplexity"]
+        guide.say(f"   s = {point['s']:+g}: {share:.0%} {ATTRIBUTE}, perplexity {perplexity:.1f}")
+    title = "Which value vectors carry the attribute"
+    vectors = guide.run(title, "inspect", "find", *along, "--limit", "8", lines=True)
     for row in vectors or ():
         tokens = " ".join(token["token"].strip() or "·" for token in row["tokens"][:8])
         guide.say(f"   layer {row['layer']} vector {row['index']}: {tokens}")
-    guide.run(
-        "A page that shows the adapter from inside", "inspect", "report", "--adapter", adapter, "--prompt", PROMPTS[0],
-        "--output", folder / "report.html",
-    )  # fmt: skip
-    merge = guide.run(
-        "Write it into a plain checkpoint and prove that it is the same", "merge", "--adapter", adapter,
-        "--output-dir", folder / "merged",
-    )  # fmt: skip
-    guide.say(_figures(merge, "architecture", "neurons_added", "max_logit_difference"))
-    return {
-        "seconds": time.perf_counter() - started, "steps": guide.steps, "training": trained, "scores": scores,
-        "texts": texts, "sweep": sweep, "vectors": vectors, "merge": merge,
-    }  # fmt: skip
+    return {"texts": texts, "sweep": sweep, "vectors": vectors}
 
 
-def _steered(guide: Guide, attributes: Path, seed: Sequence[str]) -> list[dict[str, Any]]:
-    """`{prompt, texts: {s: text}}` for each prompt, told side by side."""
+def _texts(guide: Guide, *asked: str | Path) -> list[dict[str, Any]]:
+    """`{prompt, texts: {s: text}}` for each prompt."""
     prompts = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
     found: dict[str, dict[str, str]] = {}
     for s in STRENGTHS:
-        rows = guide.run(
-            f"Generate at s = {s:+g}" if s else "Generate unsteered", "steer", "--attributes", attributes,
-            "--attribute", "positive", "--s", f"{s:g}", *prompts, "--max-new-tokens", "24", *seed, lines=True,
-        )  # fmt: skip
-        for row in rows or ():
+        title = f"Generate at s = {s:+g}" if s else "Generate unsteered"
+        options = ("--s", f"{s:g}", *prompts, "--max-new-tokens", "24")
+        for row in guide.run(title, "steer", *asked, *options, lines=True) or ():
             found.setdefault(row["prompt"], {})[f"{s:g}"] = row["text"]
             guide.say(f"   {row['prompt']}|{row['text']}")
     return [{"prompt": prompt, "texts": texts} for prompt, texts in found.items()]
 
 
-def _scores(result: dict[str, Any]) -> list[dict[str, Any]]:
+def _look_inside(guide: Guide, adapter: Path) -> dict[str, Any]:
+    """`{report}`: a page about the adapter."""
+    title, page = "A page that shows the adapter from inside", guide.folder / "report.html"
+    report = guide.run(title, "inspect", "report", "--adapter", adapter, "--prompt", PROMPTS[0], "--output", page)
+    return {"report": report}
+
+
+def _merge(guide: Guide, adapter: Path) -> dict[str, Any]:
+    """`{merge}`: the adapter as a plain checkpoint; in float32, so that the proof is as sharp as can be."""
+    title, folder = "Write it into a plain checkpoint and prove that it is the same", guide.folder / "merged"
+    merge = guide.run(title, "merge", "--adapter", adapter, "--dtype", "float32", "--output-dir", folder)
+    guide.say(_figures(merge, "architecture", "neurons_added", "max_logit_difference"))
+    return {"merge": merge}
+
+
+def _scores(result: dict[str, Any] | None) -> list[dict[str, Any]]:
     """`{task, title, metric, systems: [{name, value, stderr, n}]}`, the first metric of each task."""
+    if result is None:
+        return []
     listed = []
     for task, title in TASKS.items():
         metric = next(iter(result["systems"][0]["results"][task]))

@@ -25,6 +25,8 @@ def deferred() -> Iterator[Asked]:
         yield asked  # only the main thread can take signals, so nothing is lost
         return
     before = {number: signal.getsignal(number) for number in _SIGNALS}
+    # A job that a shell starts in the background is meant to ignore SIGINT.
+    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
 
     def restore() -> None:
         for number, handler in before.items():
@@ -34,7 +36,7 @@ def deferred() -> Iterator[Asked]:
         asked.number = number
         restore()
 
-    for number in _SIGNALS:
+    for number in before:
         signal.signal(number, note)
     try:
         yield asked

@@ -20,6 +20,9 @@ def plot_sweep(document: dict[str, Any], path: Path) -> None:
     _line(price, strengths, [p["perplexity"] for p in points], [p["perplexity_interval"] for p in points])
     price.axhline(document["unsteered"]["perplexity"], color="gray", linestyle=":", label="unsteered")
     price.set_yscale("log")
+    # Plain numbers on the axis, where it spans less than a power of ten, too.
+    for axis in (price.yaxis.set_major_formatter, price.yaxis.set_minor_formatter):
+        axis(lambda value, _: f"{value:g}")
     price.set_ylabel(plain_label(f"perplexity under {document['judge_model'] or 'the base'}"))
     price.legend()
     for axes in (score, price):

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from braces_cli.core.session import LoadOptions
-from braces_cli.data.examples import parts
+from braces_cli.data.formats import detect, parts
 from braces_cli.data.rows import Source
 from braces_cli.evaluation import catalog
 from braces_cli.evaluation.commonsense import process_results, prompt, target
@@ -38,7 +38,7 @@ def test_the_first_option_named_is_the_answer(output, answer, acc, answered):
 
 def test_the_prompt_is_what_training_shows():
     row = {"instruction": "Which? option1/option2", "input": "", "output": "the correct answer is option2"}
-    assert (prompt(row), target({**row, "answer": "option2"})) == parts(Source(row, "x:1"))
+    assert (prompt(row), target({**row, "answer": "option2"})) == parts(*detect(Source(row, "x:1")), "x:1")
 
 
 def test_all_eight_run_and_are_averaged(tiny_folder, write_jsonl, tmp_path):

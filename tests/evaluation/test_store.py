@@ -96,7 +96,7 @@ def test_a_batch_that_does_not_fit_is_halved(tiny_folder, data, write_jsonl, mon
         found = run_evaluation(str(tiny_folder), [], CPU, EvalSettings(names, data, batch_size=8))
     assert found["systems"] == small["systems"]
     assert found["settings"]["batch_size"] == 2
-    said = [record.getMessage() for record in caplog.records if "out of memory" in record.getMessage()]
+    said = {record.getMessage() for record in caplog.records if "out of memory" in record.getMessage()}
     assert "base, popqa, answers: out of memory with 8 sequences a pass, going on with 4" in said
     assert len(said) == 6
 

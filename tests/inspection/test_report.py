@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections import Counter
 from html.parser import HTMLParser
 
@@ -166,21 +165,6 @@ def test_pictures(data, tmp_path):
     written = plot(data, tmp_path / "plots")
     assert [path.name for path in written] == ["heatmap.png", "gates.png", "alignments.png"]
     assert all(path.stat().st_size > 5000 for path in written)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Headless Chromium of the system."""
-    api = pytest.importorskip("playwright.sync_api", reason="NOT TESTED: the page in a browser, no playwright")
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if path is None:
-        pytest.skip("NOT TESTED: the page in a browser, there is no Chromium")
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-    flags += ["--disable-component-update", "--disable-sync"]
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, headless=True, args=flags)
-        yield browser
-        browser.close()
 
 
 def opened(browser, html, tmp_path, **context):

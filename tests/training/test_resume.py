@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import braces_cli.training.resumable as resumable
 from braces_cli.core.files import write_json
+from braces_cli.core.interrupt import deferred
 from braces_cli.core.session import LoadOptions, open_session
 from braces_cli.training.checkpoint import checkpoints, newest, remove_partial, write_checkpoint
 from braces_cli.training.state import RNG_FILE, restore_rng, rng_state
@@ -109,8 +110,27 @@ def test_a_checkpoint_is_an_adapter_and_holds_no_pickle(train, tmp_path):
     assert (weight @ weight.mT - projection @ projection.mT).abs().max() > 1e-3  # unconstrained it has other lengths
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT as a terminal has it: where the tests run in the background of a shell, it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_ignored_interrupt_stays_ignored():
+    """As in a job that a shell started in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with deferred() as asked:
+            signal.raise_signal(signal.SIGINT)
+        assert asked.number == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_finishes_the_step_and_saves(train, tmp_path, monkeypatch, number, code):
+def test_a_signal_finishes_the_step_and_saves(train, tmp_path, monkeypatch, interruptible, number, code):
     """Exit 130 or 143 with a checkpoint of that very step; resumed, nothing tells."""
     train(tmp_path / "one")
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]

@@ -1,0 +1,87 @@
+"""`braces demo` from end to end: every figure that it promises, and the page that it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Outcome
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A finished demo's folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("demo")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-m", "braces_cli", "demo", "--output-dir", "out"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder / "out", done.stdout
+
+
+def content(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
+    return found
+
+
+def test_it_keeps_its_promises(told: tuple[Path, str]) -> None:
+    folder, _ = told
+    found = content(folder)
+    base, adapter = ({task["task"]: task["systems"][k]["value"] for task in found["scores"]} for k in (0, 1))
+    assert all(adapter[task] >= base[task] + 0.2 for task in base)
+    shares = [point["attribute_score"] for point in found["sweep"]["points"]]
+    assert shares == sorted(set(shares))
+    assert shares[-1] >= shares[0] + 0.4
+    assert found["merge"]["max_logit_difference"] < 1e-4
+    assert len({text for row in found["texts"] for text in row["texts"].values()}) == 9
+    assert len(found["vectors"]) == 8
+    systems = ["base", "adapter", *(["lora"] if find_spec("peft") else [])]
+    assert [system["name"] for system in found["scores"][0]["systems"]] == systems
+
+
+def test_the_commands_it_prints_are_commands(told: tuple[Path, str], braces: Any) -> None:
+    """Each is one that the command line takes as it stands; the cards tell it, too."""
+    folder, printed = told
+    commands = re.findall(r"^   \$ (braces .*)$", printed, re.MULTILINE)
+    assert [step["command"] for step in content(folder)["steps"]] == commands
+    outcome: Outcome = braces("demo", "--dry-run", "--output-dir", "out")
+    assert re.findall(r"^   \$ (braces .*)$", outcome.out, re.MULTILINE) == commands
+    assert commands[0] in (folder / "adapter" / "README.md").read_text(encoding="utf-8")
+    for command in commands:
+        words = [word for word in shlex.split(command)[1:] if word.startswith("--")]
+        names = [word for word in shlex.split(command)[1:3] if not word.startswith("--")]
+        listed = braces(*(names if names[0] == "inspect" else names[:1]), "--help").out
+        assert all(word in listed for word in words), command
+
+
+def test_the_page_shows_it_and_asks_for_nothing(told: tuple[Path, str], browser: Any) -> None:
+    folder, _ = told
+    commands = [step["command"] for step in content(folder)["steps"]]
+    for scheme in ("light", "dark"):
+        page = browser.new_context(color_scheme=scheme, viewport={"width": 390, "height": 800}).new_page()
+        said: list[Any] = []
+        page.on("console", said.append)
+        page.on("pageerror", said.append)
+        page.on("request", said.append)
+        page.goto((folder / "index.html").as_uri())
+        assert [request.url.partition(":")[0] for request in said] == ["file", "data", "data"]
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert page.locator("img.plot").evaluate("image => image.complete && image.naturalWidth > 0")
+        assert all(page.get_by_text(command, exact=True).count() == 1 for command in commands)
+
+
+def test_a_folder_with_something_in_it_is_left_alone(braces: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    outcome = braces("demo", "--output-dir", tmp_path)
+    assert outcome.code == 2
+    assert "not empty" in outcome.err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
