@@ -26,6 +26,7 @@ _COMMANDS = {
     "steer": ("steer", "steer"),
     "inspect": ("inspect_adapter", "app"),
     "merge": ("merge", "merge"),
+    "demo": ("demo", "demo"),
 }
 
 # typer exports one exception of its option parser; the classes above it are what a wrong call raises.

@@ -6,6 +6,7 @@ import io
 import json
 import shlex
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -16,8 +17,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 PROMPTS = ("The film was", "We stayed at the hotel and", "My new phone")
-STRENGTHS = (-2.0, 0.0, 2.0)
-SWEEP = "-2:2:1"
+STRENGTHS = (-3.0, 0.0, 3.0)
+SWEEP = "-3:3:1.5"
 TASKS = {"embedded_popqa": "questions about facts", "embedded_truthful": "truth against hearsay"}
 
 
@@ -55,8 +56,13 @@ class Guide:
         if not self.dry_run:
             taken = io.StringIO()
             full = [*args, "--format", "json", "--quiet"]
-            with redirect_stdout(taken):
-                build_app(full)(args=full, standalone_mode=False)
+            # Model cards tell the command that made them, which is this one and not the demo.
+            typed, sys.argv = sys.argv, ["braces", *args]
+            try:
+                with redirect_stdout(taken):
+                    build_app(full)(args=full, standalone_mode=False)
+            finally:
+                sys.argv = typed
             text = taken.getvalue()
             document = [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
         self.steps.append({"title": title, "command": command, "seconds": time.perf_counter() - started})
@@ -74,7 +80,7 @@ def run_demo(guide: Guide) -> dict[str, Any]:
             shutil.copyfile(source, rows)
 
     adapter, baseline = folder / "adapter", folder / "lora"
-    train = ("--data", rows, "--max-steps", "150", *seed)
+    train = ("--data", rows, "--epochs", "8", *seed)
     trained = guide.run("Fine-tune an adapter on questions and answers", "train", *train, "--output-dir", adapter)
     guide.say(_figures(trained, "trainable_parameters", "train_loss", "seconds"))
     adapters: list[str | Path] = ["--adapter", adapter]

@@ -74,7 +74,7 @@ def steer(
     ] = False,
     output: Annotated[Path | None, typer.Option("--output", help="Write the texts into this JSON Lines file.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue --output behind its last complete line.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --output or --plot if it is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file if it is there.")] = False,
     seed: o.Seed = 0,
     revision: o.Revision = None,
     device: o.Device = "auto",
@@ -130,7 +130,7 @@ def _export(ctx: typer.Context, asked: dict[str, float], folder: Path | None, pa
     from braces_cli.core.gguf import check_export, export_control_vector
     from braces_cli.core.session import open_session
 
-    check_export(path)
+    check_export(path, ctx.params["overwrite"])
     session = open_session(ctx.params["model"], ctx.params["adapter"], o.load_options(ctx))
     terms = [(find_attribute(session, name, folder), value) for name, value in asked.items()]
     layers = chosen_layers(session.base.model, ctx.params["layers"])

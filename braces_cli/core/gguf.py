@@ -31,16 +31,16 @@ _ARCHITECTURE = "controlvector"
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-def check_export(path: Path) -> None:
+def check_export(path: Path, overwrite: bool = False) -> None:
     """See that an export to `path` can be written, before minutes of loading.
 
     Raises:
-        ConfigError: the file is there already, or the package gguf is not.
+        ConfigError: the file is there already and `overwrite` is off, or the package gguf is not there.
     """
     if find_spec("gguf") is None:
         hint = "Install it with: pip install 'braces-cli[export]'"
         raise ConfigError("the export needs the package gguf", where="--export-control-vector", hint=hint)
-    check_output_file(path, False)
+    check_output_file(path, overwrite)
 
 
 def export_control_vector(

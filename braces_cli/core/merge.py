@@ -242,6 +242,7 @@ def _figures(proof: Proof) -> dict[str, Any]:
         "relative_difference": proof.relative,
         "rounding": proof.reference.rounding,
         "adapter_effect": proof.reference.effect,
+        "effect_missing": proof.missing,
         "probes": len(proof.reference.ids),
     }
 

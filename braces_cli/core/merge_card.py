@@ -48,6 +48,7 @@ def card(facts: dict[str, Any]) -> str:
         f"| relative to the largest logit | {facts['relative_difference']:.3g} |",
         f"| what one unit in the last place of each layer's output changes | {facts['rounding']:.3g} |",
         f"| what the adapter changes | {facts['adapter_effect']:.3g} |",
+        f"| share of that change that is missing | {facts['effect_missing']:.3g} |",
         "",
         "`braces merge --check FOLDER` proves it once more.",
     ]

@@ -2,7 +2,8 @@
 
 How far two ways of computing the same numbers may differ is measured and not assumed: the adapter's logits are computed
 once more with the output of each decoder layer off by at most one unit in the last place, and a merge that differs by
-more than a few times of what that changes is no merge.
+more than a few times of what that changes is no merge. In half precision an adapter may change less than rounding does;
+whether its change is there at all then shows along the direction of that change, where rounding averages out.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ PROBES = 8
 # Few, because each costs a large model on a CPU seconds; what merging changes works on each token alone.
 _TOKENS = 12
 # Merging rounds a few times a layer otherwise than the adapter does, the yardstick once.
-_ROUNDINGS = 8.0
+_ROUNDINGS = 4.0
+# Share of the adapter's change that may seem to be missing: nothing for a merge, all of it for the bare base.
+_MISSING = 0.5
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Reference:
         logits: of base and adapter, (probes, tokens, vocabulary), float32.
         rounding: the largest change of a logit by one unit in the last place of each layer's output.
         effect: the largest change of a logit by the adapter, steering included.
+        direction: from the rounded logits to those of the bare base; that its noise is not that of `logits` matters.
+        length: of the adapter's change along it.
         tied: the base's head is its embedding.
         device: where they were computed.
     """
@@ -58,6 +63,8 @@ class Reference:
     logits: Tensor
     rounding: float
     effect: float
+    direction: Tensor
+    length: float
     tied: bool
     device: str
 
@@ -66,13 +73,19 @@ class Reference:
         """The largest difference that is still rounding."""
         return _ROUNDINGS * self.rounding
 
+    def missing(self, logits: Tensor) -> float:
+        """Which share of the adapter's change `logits` lack: 0 where they are the adapter's, 1 where the base's."""
+        return float(((logits - self.logits) * self.direction).sum()) / self.length if self.length > 0 else 0.0
+
 
 @dataclass(frozen=True)
 class Proof:
-    """How far the merged checkpoint is from the adapter: `difference` in logits, `relative` to the largest logit."""
+    """How far the merged checkpoint is from the adapter: `difference` in logits, `relative` to the largest logit, and
+    the share of the adapter's change that is `missing`."""
 
     difference: float
     relative: float
+    missing: float
     reference: Reference
 
 
@@ -102,6 +115,8 @@ def reference(
         logits=logits,
         rounding=furthest(rounded, logits),
         effect=furthest(bare, logits),
+        direction=bare - rounded,
+        length=float(((bare - logits) * (bare - rounded)).sum()),
         tied=head is not None and head.weight is model.get_input_embeddings().weight,
         device=str(input_device(model)),
     )
@@ -159,7 +174,10 @@ def prove(folder: Path, expected: Reference) -> Proof:
             folder,
             f"its logits differ from the adapter's by {difference:.2g}, rounding explains {expected.limit:.2g}",
         )
-    return Proof(difference, difference / largest, expected)
+    missing = expected.missing(logits)
+    if not missing <= _MISSING:
+        raise _no_merge(folder, f"{missing:.0%} of what the adapter changes is missing")
+    return Proof(difference, difference / largest, missing, expected)
 
 
 def _ask(folder: Path, expected: Reference) -> tuple[dict[str, Any], Tensor]:

@@ -172,8 +172,16 @@ def read_examples(names: Sequence[str], how: Reading, report: Report = silent) -
     Raises:
         DataError: a file or a row cannot be read, or no row has a scored token.
     """
+    found = collect(iterate(names, how), report)
+    check_some(names, len(found.items), found.rows)
+    tell(found, how.max_length)
+    return found
+
+
+def collect(examples: Iterable[Example], report: Report = silent) -> Examples:
+    """Those with a scored token, in memory, and counts of all."""
     found = Examples()
-    for example in iterate(names, how):
+    for example in examples:
         found.add(example)
         if example.tokens is not None:
             found.items.append(example.tokens)
@@ -182,8 +190,6 @@ def read_examples(names: Sequence[str], how: Reading, report: Report = silent) -
         if found.rows % 256 == 0:
             report("reading", found.rows, None)
     report("reading", found.rows, found.rows)
-    check_some(names, len(found.items), found.rows)
-    tell(found, how.max_length)
     return found
 
 

@@ -46,11 +46,6 @@ class FeedingTrainer(Trainer):
         }
         super().__init__(**own, **kwargs)
 
-    @property
-    def padding_share(self) -> float:
-        """Of the tokens that this process has computed, the part that was padding."""
-        return 1 - int(self._seen) / self._computed if self._computed else 0.0
-
     def _get_train_sampler(self, train_dataset: Any = None) -> Order:
         args = self.args
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -60,6 +60,8 @@ class ResumableTrainer(Trainer):
         self._around = around
         # Tokens that this process has trained on in this call; a tensor where the batches lie, read when logging.
         self._seen: Tensor | int = 0
+        # The same with padding, where it is counted.
+        self._computed = 0
         self._rates: dict[str, float] = {}
         self._resumed: dict[str, Any] = {}
         self._flow = _Flow(self, around)
@@ -86,7 +88,6 @@ class ResumableTrainer(Trainer):
             self._flow.done = self._resumed
         else:
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-            self._flow.done = self._progress()
             late = max(gathered(self._around.asked.number))
             if late and not self.stopped_by:  # asked after the last step
                 self._flow.stopped_by = late
@@ -94,7 +95,7 @@ class ResumableTrainer(Trainer):
 
     @property
     def done(self) -> dict[str, Any]:
-        """After `run`: `step, max_steps, tokens, seconds, loss_sum`, of earlier calls too."""
+        """After `run`: `step, max_steps, tokens, computed, seconds, loss_sum`, of earlier calls too."""
         return self._flow.done
 
     @property
@@ -127,6 +128,7 @@ class ResumableTrainer(Trainer):
             "step": self.state.global_step,
             "max_steps": self.state.max_steps,
             "tokens": self._tokens(),
+            "computed": int(self._resumed.get("computed", 0)) + sum(gathered(self._computed)),
             "seconds": self._flow.seconds(),
             # Of the steps before the last log, and of those since.
             "loss_sum": self._total_loss_scalar,
@@ -155,6 +157,11 @@ class ResumableTrainer(Trainer):
                 rotate(around.folder, around.upkeep.save_total_limit)
         finally:
             barrier()
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        # Before Trainer adds to its sum what has not been logged yet, of this process alone.
+        self._flow.done = self._progress()
+        return super()._finalize_training(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         restore_parameters(Path(resume_from_checkpoint), self.model if model is None else model)

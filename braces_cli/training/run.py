@@ -251,7 +251,7 @@ def _fit(
         "tokens": done["tokens"],
         "tokens_per_second": done["tokens"] / done["seconds"],
         "peak_memory": memory,
-        "padding_share": trainer.padding_share,
+        "padding_share": 1 - done["tokens"] / max(done["computed"], 1),
     }
 
 

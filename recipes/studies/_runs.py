@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from braces_cli.core.session import LoadOptions, Session, open_session
-from braces_cli.data.examples import Examples
+from braces_cli.data.examples import Examples, Reading, read_examples
 from braces_cli.training.run import run_training
 from braces_cli.training.settings import TrainSettings
 
@@ -35,6 +35,11 @@ class Runs:
         self.done.append(run)
         print(json.dumps(run), flush=True)
         return run
+
+
+def read(name: str, tokenizer: Any, max_length: int) -> Examples:
+    """Tokenised rows of one file."""
+    return read_examples([name], Reading(tokenizer, max_length))
 
 
 def train(

@@ -14,10 +14,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from _runs import Runs, spread, train
+from _runs import Runs, read, spread, train
 
 from braces_cli.core.models import load_tokenizer
-from braces_cli.data.examples import Reading, read_examples
 from braces_cli.training.settings import TrainSettings
 
 
@@ -33,9 +32,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=256)
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.model)
-    rows, held_out = (
-        read_examples([name], Reading(tokenizer, args.max_length)) for name in (args.data, args.eval_data)
-    )
+    rows, held_out = (read(name, tokenizer, args.max_length) for name in (args.data, args.eval_data))
     runs = Runs(args.out)
     name = Path(args.model).name
     for point in points(args.grid):

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _runs import Runs, train
+from _runs import Runs, read, train
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
 import braces_cli.core.adapter
 from braces_cli.core.models import load_tokenizer
 from braces_cli.core.relevance import RelevanceModule, orthonormal_rows
-from braces_cli.data.examples import Reading, read_examples
 from braces_cli.training.settings import TrainSettings
 
 MAPS = ("matrix_exp", "cayley", "householder")
@@ -84,9 +83,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1536)
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.model)
-    rows, held_out = (
-        read_examples([name], Reading(tokenizer, args.max_length)) for name in (args.data, args.eval_data)
-    )
+    rows, held_out = (read(name, tokenizer, args.max_length) for name in (args.data, args.eval_data))
     runs, plain = Runs(args.out), RelevanceModule
     for kind in ("cholesky", *MAPS[:2]):
         for seed in map(int, args.seeds.split(",")):

@@ -16,19 +16,21 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from _runs import Runs, spread, train
+from _runs import Runs, read, spread, train
 from scipy.stats import binomtest
 
 from braces_cli.core.batches import by_length, pad_right
 from braces_cli.core.encode import encode
 from braces_cli.core.models import load_tokenizer
 from braces_cli.core.session import LoadOptions, Session, open_session
-from braces_cli.data.examples import Examples, parts, tokenise
+from braces_cli.data.examples import Examples
+from braces_cli.data.formats import instruction_prompt
 from braces_cli.data.rows import Source, read_rows
 from braces_cli.scoring.perplexity import Likelihood, likelihoods
 from braces_cli.training.settings import TrainSettings
@@ -44,7 +46,7 @@ def main() -> None:
     rows = [row for name in args.data for row in read_rows(name)]
     random.Random(0).shuffle(rows)
     held_out, train_rows = rows[: len(rows) // 10], rows[len(rows) // 10 :]
-    train_set, test_set = (tokenise(part, tokenizer, args.max_length) for part in (train_rows, held_out))
+    train_set, test_set = (tokenised(part, tokenizer, args.max_length) for part in (train_rows, held_out))
     base = TrainSettings(
         rank=RANK,
         max_steps=args.steps,
@@ -81,6 +83,14 @@ def main() -> None:
     report["braces"] |= {"gate_lr": args.gate_lr, "scale": args.scale}
     report["winner"] = min(RATES, key=lambda method: report[method]["loss"]["mean"])
     print(json.dumps(report, indent=2))
+
+
+def tokenised(rows: list[Source], tokenizer: Any, max_length: int) -> Examples:
+    """The rows as `braces train` reads them from a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.jsonl"
+        path.write_text("".join(json.dumps(row.fields) + "\n" for row in rows), encoding="utf-8")
+        return read(str(path), tokenizer, max_length)
 
 
 def parse() -> argparse.Namespace:
@@ -125,9 +135,10 @@ def accuracy(session: Session, rows: list[Source]) -> dict[str, Any] | None:
     tokenizer, pad_id = session.base.tokenizer, session.base.tokenizer.pad_token_id
     questions, choices, right = [], [], []
     for row in rows:
-        answer, (prompt, output) = row.fields.get("answer"), parts(row)
-        if not answer or output is None or not output.endswith(answer):
+        answer, output = row.fields.get("answer"), row.fields.get("output", "")
+        if not answer or not output.endswith(answer):
             continue
+        prompt = instruction_prompt(row.fields["instruction"], row.fields.get("input") or "")
         names = [name for name in (f"answer{k}" for k in range(1, 6)) if f"{name}: ".capitalize() in prompt]
         if answer not in names:
             continue

@@ -287,9 +287,17 @@ def test_a_dry_run_plans_without_weights(braces: Any, model_dir: Path, adapter_d
     assert done.json["settings"]["pad_to_multiple_of"] == 64
 
 
-def test_rounding_is_measured(request_: Request) -> None:
-    """The yardstick is far below what the adapter changes, and the reference leaves no hook behind."""
-    session = open_session(request_.model, request_.adapter, request_.options)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rounding_and_effect_are_measured(request_: Request, dtype: str) -> None:
+    """A faint adapter that is missing shows even where it changes less than rounding; no hook is left behind."""
+    session = open_session(request_.model, request_.adapter, LoadOptions(device="cpu", dtype=dtype))
+    assert session.adapter is not None
+    for _, brace in session.adapter.sites:
+        brace.gate.data.sub_(0 if dtype == "float32" else 7)
     found = reference(session)
-    assert 0 < found.rounding < 1e-4 < found.effect
+    assert (found.rounding < found.effect / 100) == (dtype == "float32")
+    assert found.missing(found.logits) == 0
+    with session.adapter.disabled(), torch.no_grad():
+        bare = session.base.model(torch.tensor(found.ids)).logits.float()
+    assert found.missing(bare) > 0.9
     assert not any(layer._forward_hooks for layer in session.base.model.model.layers)

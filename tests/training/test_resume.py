@@ -5,15 +5,20 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import random
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import braces_cli.training.resumable as resumable
+from braces_cli.core.files import write_json
 from braces_cli.core.session import LoadOptions, open_session
 from braces_cli.training.checkpoint import checkpoints, newest, remove_partial, write_checkpoint
+from braces_cli.training.state import RNG_FILE, restore_rng, rng_state
 
 ADAPTER = "adapter_model.safetensors"
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -203,6 +208,20 @@ def test_a_full_disk_keeps_the_checkpoint_before(train, tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "two").glob("*check*")] == ["checkpoint-5"]
     assert train(tmp_path / "two", "--resume").code == 0
     assert (tmp_path / "two" / ADAPTER).read_bytes() == (tmp_path / "one" / ADAPTER).read_bytes()
+
+
+def test_generators_go_on_where_they_were(tmp_path):
+    """Python's, numpy's and torch's, through JSON: dropout of a resumed run is that of one left alone."""
+
+    def draw():
+        return [random.random(), random.gauss(0, 1), float(np.random.normal()), float(torch.rand(()))]
+
+    draw()
+    write_json(tmp_path / RNG_FILE, [rng_state()])
+    drawn = draw()
+    assert draw() != drawn
+    restore_rng(tmp_path)
+    assert draw() == drawn
 
 
 def test_only_whole_checkpoints_count(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 
 from braces_cli.core.encode import encode
 from braces_cli.core.session import LoadOptions, open_session
+from braces_cli.data.formats import instruction_prompt
 from braces_cli.data.rows import Source
 from braces_cli.scoring.perplexity import likelihoods
 
@@ -79,9 +80,8 @@ def test_accuracy_ranks_answers_as_their_whole_likelihoods_do(model_dir, monkeyp
     session = open_session(str(model_dir), None, LoadOptions(device="cpu"))
     tokenizer = session.base.tokenizer
     hits = 0
-    prompt_of = runpy.run_path(str(STUDIES / "versus_lora.py"))["parts"]
     for row in ROWS:
-        prompt, _ = prompt_of(Source(row, ""))
+        prompt = instruction_prompt(row["instruction"])
         choices = [encode(tokenizer, prompt, f"the answer is answer{k}") for k in (1, 2, 3)]
         losses = [one.nll for one in likelihoods(session.base.model, choices, tokenizer.pad_token_id, 4)]
         hits += losses.index(min(losses)) == int(row["answer"][-1]) - 1
