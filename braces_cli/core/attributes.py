@@ -31,13 +31,12 @@ from braces_cli.core.listing import OTHER_FILES, TRAINED_FILE
 from braces_cli.core.models import input_device
 from braces_cli.core.pooling import pool_texts, pool_words
 from braces_cli.core.progress import Report, silent
-from braces_cli.core.relevance import gram
 from braces_cli.core.session import Session
 from braces_cli.core.words import OPPOSITES, REFERENCE, built_in, check_name, neutral_texts
 
 FORMAT_VERSION = "1"
-# Without training, s = 1 pushes by this share of the median residual norm in all, spread evenly over the layers: pushes
-# along one direction add up in the residual stream, so what counts is their sum, whatever the depth.
+# Without training, s = 1 pushes by this share of the median residual norm in all, spread evenly over the layers pushed:
+# pushes along one direction add up in the residual stream, so what counts is their sum, whatever the depth.
 PUSH = 0.12
 _PARTS = ("hidden", "reference", "residual", "scale")
 
@@ -52,8 +51,7 @@ class Attribute:
         hidden: pooled FFN inputs of the words or texts, (layers, d).
         reference: pooled FFN inputs of the neutral words or texts, (layers, d).
         residual: median norm of the residual stream behind each layer over shipped neutral text, (layers,).
-        scale: what makes `scale * W_V W_V^T p` a push of `PUSH / layers` of `residual`, (layers,); for
-            steering without training.
+        scale: what makes `scale * p` the push of s = 1 at a layer, (layers,); for steering without training.
         layers: decoder layer of each row.
         fingerprint: of the base.
         base: its name, as the user gave it; recorded only.
@@ -147,7 +145,6 @@ def _build(
         hidden = pool(base.model, base.tokenizer, ffns, given, report, pooling)
         reference = pool(base.model, base.tokenizer, ffns, neutral, pooling=pooling)
         residual = residual_norms(base.model, base.tokenizer, ffns)
-    push = torch.stack([gram_vector(ffn, p).norm() for ffn, p in zip(ffns, hidden - reference, strict=True)])
     texts = pool is pool_texts
     return Attribute(
         name,
@@ -155,7 +152,7 @@ def _build(
         hidden,
         reference,
         residual,
-        _scale(residual, push),
+        _scale(residual, hidden - reference),
         [ffn.layer for ffn in ffns],
         base.fingerprint(ffns),
         base.name,
@@ -164,9 +161,18 @@ def _build(
     )
 
 
-def _scale(residual: Tensor, push: Tensor) -> Tensor:
+def pushed(layers: Sequence[int]) -> list[int]:
+    """The layers that are pushed without training where none are named: the first half. What is pushed there, the rest
+    of the model makes language of; the same push at the end costs more perplexity for less of the attribute.
+    """
+    return list(layers[: (len(layers) + 1) // 2])
+
+
+def _scale(residual: Tensor, state: Tensor) -> Tensor:
     """What makes s = 1 the push it is; where there is no direction, no push rather than a division by zero."""
-    return torch.where(push > 0, PUSH / len(push) * residual / push, torch.zeros_like(push))
+    size = state.norm(dim=-1)
+    share = PUSH / len(pushed(range(len(size))))
+    return torch.where(size > 0, share * residual / size, torch.zeros_like(size))
 
 
 def opposite(session: Session, one: Attribute, other: Attribute) -> tuple[Attribute, Attribute]:
@@ -175,20 +181,8 @@ def opposite(session: Session, one: Attribute, other: Attribute) -> tuple[Attrib
     The reference of both is their middle.
     """
     middle = (one.hidden + other.hidden) / 2
-    push = torch.stack([gram_vector(f, p).norm() for f, p in zip(session.ffns, one.hidden - middle, strict=True)])
-    scale = _scale(one.residual, push)
+    scale = _scale(one.residual, one.hidden - middle)
     return replace(one, reference=middle, scale=scale), replace(other, reference=middle, scale=scale)
-
-
-def gram_vector(ffn: FFN | MixtureFFN, state: Tensor) -> Tensor:
-    """W_V W_V^T p of one layer, (d,), float32 on the CPU; of experts the mean over all of them."""
-    each: list[Tensor] = []
-    for part in ffn.parts:
-        values = part.values()
-        with torch.no_grad():
-            moved = gram(values, state.to(values.device).unsqueeze(1)).squeeze(-1).float().cpu()
-        each.append(moved.reshape(-1, len(state)))
-    return torch.cat(each).mean(dim=0)
 
 
 def residual_norms(model: nn.Module, tokenizer: Any, ffns: Sequence[FFN | MixtureFFN]) -> Tensor:

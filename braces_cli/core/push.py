@@ -1,8 +1,9 @@
 """Steer: set the constant that attributes add at every layer, and say how strong a push it is.
 
 With an adapter, `s r_c` joins the relevance and the FFN output moves by s B (A h_c). Without one there is no token
-path, and the output moves by s * scale * W_V W_V^T p, the scale stored with the attribute. Attributes add up; s = 0 is
-no attribute at all, so the result is the same bit for bit.
+path, and in the first half of the layers the output moves by s * scale * p, the scale stored with the attribute: the
+weights r_c of least norm with which the value vectors sum to that. Attributes add up; s = 0 is no attribute at all, so
+the result is the same bit for bit.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from braces_cli.core.adapter import Adapter
-from braces_cli.core.attributes import Attribute, gram_vector
+from braces_cli.core.attributes import Attribute, pushed
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.experts import MixtureFFN
 from braces_cli.core.ffn import FFN
@@ -40,7 +41,7 @@ def steered(
 
     Args:
         terms: attributes with their strengths s.
-        layers: decoder layers that are steered; None means all that can be.
+        layers: decoder layers that are steered; None means all of an adapter's, and without one the first half.
 
     Raises:
         ConfigError: a strength that is no finite number.
@@ -85,17 +86,20 @@ def _add(
     layers: Collection[int] | None,
 ) -> list[Push]:
     pushes = []
-    for ffn in ffns:
-        if layers is not None and ffn.layer not in layers:
-            continue
+    for ffn in _chosen(ffns, layers):
         if isinstance(ffn, MixtureFFN):
             hint = "What steering adds depends on the experts; train an adapter first."
             raise ConfigError("a mixture of experts is steered with an adapter only", where="--attribute", hint=hint)
-        state, residual = _scaled_state(terms, ffn)
-        vector = gram_vector(ffn, state).to(ffn.values().device)
+        vector, residual = _vector(terms, ffn)
+        vector = vector.to(ffn.values().device)
         stack.callback(ffn.value.register_forward_hook(_adder(vector)).remove)
         pushes.append(Push(ffn.layer, float(vector.norm()) / residual))
     return pushes
+
+
+def _chosen(ffns: Sequence[FFN | MixtureFFN], layers: Collection[int] | None) -> list[FFN | MixtureFFN]:
+    wanted = pushed([ffn.layer for ffn in ffns]) if layers is None else layers
+    return [ffn for ffn in ffns if ffn.layer in wanted]
 
 
 def _adder(vector: Tensor) -> Any:
@@ -105,7 +109,7 @@ def _adder(vector: Tensor) -> Any:
     return hook
 
 
-def _scaled_state(terms: Sequence[tuple[Attribute, float]], ffn: FFN) -> tuple[Tensor, float]:
+def _vector(terms: Sequence[tuple[Attribute, float]], ffn: FFN) -> tuple[Tensor, float]:
     """Sum of s * scale * p at one layer, and the residual norm there."""
     total = torch.zeros(ffn.hidden_size)
     residual = 0.0
@@ -120,12 +124,12 @@ def constants(
     session: Session, terms: Sequence[tuple[Attribute, float]], layers: Collection[int] | None = None
 ) -> dict[int, Tensor]:
     """What steering adds to the FFN output of each decoder layer, (d,) in float32 on the CPU; experts left out."""
-    plain = [ffn for ffn in session.ffns if isinstance(ffn, FFN) and (layers is None or ffn.layer in layers)]
     with steered(session, terms, layers) as pushes, torch.no_grad():
         if not pushes:
             return {}
         if session.adapter is None:
-            return {ffn.layer: gram_vector(ffn, _scaled_state(terms, ffn)[0]) for ffn in plain}
+            plain = [ffn for ffn in _chosen(session.ffns, layers) if isinstance(ffn, FFN)]
+            return {ffn.layer: _vector(terms, ffn)[0] for ffn in plain}
         sites = [(ffn, brace) for ffn, brace in session.adapter.sites if isinstance(ffn, FFN)]
         return {
             ffn.layer: (brace.factors(ffn.values(), torch.float32)[1] @ brace.shift).cpu()

@@ -98,14 +98,19 @@ def _named(session: Session, rows: list[dict[str, Any]], side: str, top_k: int) 
 def attribute_relevance(session: Session, attribute: Attribute, ffn: FFN) -> Tensor | None:
     """r_c of every value vector of one layer, (d_ff,) in float32; None where no relevance module sits.
 
-    With an adapter (R W_V)^T (R h_c) / sqrt(d_r). Without one what steering adds is scale * W_V W_V^T p, so the weight
-    of v_j in it, scale * v_j^T p, stands for its relevance.
+    With an adapter (R W_V)^T (R h_c) / sqrt(d_r). Without one what steering adds is scale * p, so the weight of v_j in
+    it, among all weights with this sum those of least norm, stands for its relevance.
     """
     row = attribute.layers.index(ffn.layer)
     values, state = ffn.value_matrix(), attribute.state[row]
     with torch.no_grad():
         if session.adapter is None:
-            return float(attribute.scale[row]) * (state.to(values.device) @ values.float())
+            wide = values.double()
+            square = wide @ wide.mT
+            # The smallest of ridges: value vectors need not span the whole space.
+            square.diagonal().add_(1e-12 * square.diagonal().mean())
+            added = float(attribute.scale[row]) * state.to(wide)
+            return (torch.linalg.solve(square, added) @ wide).float()
         brace = next((brace for site, brace in session.adapter.sites if site.layer == ffn.layer), None)
         if brace is None:
             return None

@@ -15,8 +15,8 @@ Methods, all from the two built-in word lists `positive` and `negative`:
                      same templates, the difference of the layers' outputs at the last token; of these differences the
                      first principal component a layer, not centred, turned so that most differences have its sign;
                      one coefficient for all layers but the first, added to the layers' outputs
-    difference       difference of the mean outputs over the same pairs, at the same places; scaled at each layer to
-                     s * 12 % / layers of the residual stream, as `braces` is
+    difference       difference of the mean outputs over the same pairs, at the same places; in the first half of the
+                     layers, scaled to the same share of the residual stream as `braces` is
 
 Positive is what VADER's compound score calls so (at least 0.05), with its whole lexicon and without the words of both
 lists, and what the classifier calls so. The perplexity is that of the continuations under the unsteered base.
@@ -35,7 +35,7 @@ import torch
 from _runs import Runs
 from torch import Tensor, nn
 
-from braces_cli.core.attributes import PUSH, find_attribute, residual_norms
+from braces_cli.core.attributes import PUSH, find_attribute, pushed, residual_norms
 from braces_cli.core.encode import encode
 from braces_cli.core.ffn import layer_stack
 from braces_cli.core.figures import figure, save_figure
@@ -177,8 +177,10 @@ def principal(session: Session) -> dict[int, Tensor]:
 
 def difference(session: Session) -> dict[int, Tensor]:
     residual = residual_norms(session.base.model, session.base.tokenizer, session.ffns)
-    rows = differences(session).mean(dim=1)
-    return {layer: PUSH / len(rows) * residual[layer] * vector / vector.norm() for layer, vector in enumerate(rows)}
+    means = differences(session).mean(dim=1)
+    chosen = pushed(range(len(means)))
+    share = PUSH / len(chosen)
+    return {layer: share * residual[layer] * means[layer] / means[layer].norm() for layer in chosen}
 
 
 def measure(

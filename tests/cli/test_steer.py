@@ -96,15 +96,15 @@ def test_attributes_add_up(session):
 
 
 def test_without_training_strength_one_is_twelve_percent_of_the_residual(session):
-    """In all, the same part at every layer, by the definition of the scale."""
+    """In all, over the first half of the layers, by the definition of the scale; where layers are named, there."""
     from braces_cli.core.attributes import build_attribute
     from braces_cli.core.push import steered
 
     good = build_attribute(session, "good", ["good", "happy"])
     with steered(session, [(good, 1.0)]) as pushes:
-        assert [p.share for p in pushes] == pytest.approx([0.06, 0.06], rel=1e-4)
+        assert [p.share for p in pushes] == pytest.approx([0.12], rel=1e-4)
     with steered(session, [(good, -2.0)], layers=[1]) as pushes:
-        assert [(p.layer, round(p.share, 4)) for p in pushes] == [(1, 0.12)]
+        assert [(p.layer, round(p.share, 4)) for p in pushes] == [(1, 0.24)]
 
 
 def test_steering_with_an_adapter_is_the_papers_formula(session):
@@ -131,7 +131,7 @@ def test_steering_with_an_adapter_is_the_papers_formula(session):
 
 def test_stderr_says_how_strong_the_push_is(steer):
     """And that nothing happens where nothing does."""
-    assert "18.0% of the residual stream" in steer("--attribute", "positive", "--s", 3).err
+    assert "36.0% of the residual stream" in steer("--attribute", "positive", "--s", 3).err
     assert "nothing is added" in steer("--attribute", "positive", "--s", 0).err
     assert steer("--attribute", "positive", "--s", 3, "--quiet").err == ""
 

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from braces_cli.core.adapter import attach, load_adapter
-from braces_cli.core.attributes import gram_vector
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.ffn import find_ffns, parameter_total
 from braces_cli.core.fingerprint import fingerprint
@@ -170,12 +169,12 @@ def test_one_adapter_fits_every_packing_of_its_base(folder, method, tmp_path):
 
 
 def test_everything_that_reads_value_matrices_reads_packed_ones(folder, method):
-    """Attribute vectors, value vectors' tokens and the hash over weights, as from the same numbers unpacked."""
+    """Products with them, value vectors' tokens and the hash over weights, as from the same numbers unpacked."""
     session = open_session(str(folder), None, LoadOptions(device="cpu", quantize=method))
     ffn = session.ffns[1]
     values = ffn.value_matrix()
     state = torch.randn(64, generator=torch.Generator().manual_seed(0))
-    assert relative(gram_vector(ffn, state), values @ (values.mT @ state)) < 1e-5
+    assert relative(gram(ffn.values(), state.unsqueeze(1)).squeeze(1), values @ (values.mT @ state)) < 1e-5
     rows = list(value_tokens(session, [1], [3, 159], 5))
     assert [row["index"] for row in rows] == [3, 159]
     assert all(math.isfinite(token["score"]) for row in rows for token in row["tokens"])
