@@ -69,6 +69,8 @@ def main() -> None:
     report: dict[str, Any] = {**common, "rows": len(train_rows), "held_out": len(held_out), "base": bare}
     seeds = [int(seed) for seed in args.seeds.split(",")]
     for method, rates in RATES.items():
+        if args.only and method != args.only:
+            continue
         first = {rate: run(method, rate, seeds[0])["loss"] for rate in rates}
         best = min(first, key=lambda rate: first[rate])
         found = [run(method, best, seed) for seed in seeds]
@@ -80,6 +82,8 @@ def main() -> None:
             "accuracies": [one["accuracy"] for one in found],
             "parameters": found[0]["parameters"],
         }
+    if args.only:
+        return  # a call without --only finds all runs done and reports
     report["braces"] |= {"gate_lr": args.gate_lr, "scale": args.scale}
     report["winner"] = min(RATES, key=lambda method: report[method]["loss"]["mean"])
     print(json.dumps(report, indent=2))
@@ -105,6 +109,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gate-lr", type=float, default=TrainSettings().gate_lr)
     parser.add_argument("--scale", default=TrainSettings().scale)
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--only", choices=list(RATES), help="the runs of one method, so that two calls can share a job")
     return parser.parse_args()
 
 
