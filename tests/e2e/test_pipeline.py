@@ -21,15 +21,6 @@ def braces(*args, stdin=None, check=True):
     return done
 
 
-def test_the_readmes_main_job_runs(tmp_path):
-    """`python recipes/first_run.py` trains, lowers the loss and steers."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "recipes" / "first_run.py", tmp_path], capture_output=True, text=True, check=True
-    )
-    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
-    assert "eval perplexity" in done.stdout
-
-
 def test_stdout_is_a_pipe_that_may_close_early(model_dir):
     """`braces ... | head -1` is no error."""
     command = f"{sys.executable} -m braces_cli inspect values --model {model_dir} --format json | head -1"
