@@ -8,6 +8,8 @@
 # OUTPUT_DIR  adapter and scores; an interrupted job that finds its folder again continues where it stopped
 # MODEL       folder or hub id; without it the small model that ships with braces
 #
+# The environment may set MAX_STEPS (optimizer steps, 150) and LIMIT (documents of the task, all).
+#
 # Exit codes are those of braces: 0 reached; 5 not reached; 2 usage; 3 bad rows; 4 the model cannot be loaded; 1 else.
 set -euo pipefail
 
@@ -18,7 +20,10 @@ fi
 rows=$1 threshold=$2 output=$3
 model=()
 [ "$#" -lt 4 ] || model=(--model "$4")
+limit=()
+[ -z "${LIMIT:-}" ] || limit=(--limit "$LIMIT")
 
-braces train "${model[@]}" --data "$rows" --max-steps "${MAX_STEPS:-150}" --output-dir "$output/adapter" --resume --format json
-braces eval --adapter "$output/adapter" --tasks "${threshold%%:*}" --fail-under "$threshold" \
+braces train "${model[@]}" --data "$rows" --max-steps "${MAX_STEPS:-150}" --output-dir "$output/adapter" \
+    --resume --format json
+braces eval --adapter "$output/adapter" --tasks "${threshold%%:*}" "${limit[@]}" --fail-under "$threshold" \
     --output-dir "$output/scores" --overwrite --format json

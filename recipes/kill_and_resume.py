@@ -1,8 +1,9 @@
 """Kill training runs at random moments, resume each, and compare the adapters with that of a run left alone.
 
-Each run is a process of its own that dies by SIGKILL somewhere between its start and its end, mostly in the midst of a
-step or of a checkpoint, because it writes one every other step. It is then resumed, possibly to be killed again. The
-adapters must agree in every bit. Prints one JSON document; the exit code is 1 where a single bit differs.
+Each run is a process of its own that writes a checkpoint every other step. It dies by SIGKILL a random moment after a
+random one of them (or before the first), in the midst of a step or of the next checkpoint. It is then resumed, possibly
+to be killed again. The adapters must agree in every bit. A run that had ended by then is started anew, so that every
+run counted was killed. Prints one JSON document; the exit code is 1 where a single bit differs.
 
     python recipes/kill_and_resume.py --model FOLDER --data rows.jsonl [--runs 20] [--kills 1] [--steps 30] [--seed 0]
 """
@@ -14,6 +15,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -56,9 +58,16 @@ def finish(args: Sequence[str]) -> float:
     return time.perf_counter() - began
 
 
-def kill(args: Sequence[str], after: float) -> bool:
-    """Start a run and kill it after so many seconds; False where it had ended by then."""
+def newest(folder: Path) -> int:
+    """Step of the newest checkpoint in an output folder, 0 where there is none."""
+    return max((int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*")), default=0)
+
+
+def kill(args: Sequence[str], out: Path, step: int, after: float) -> bool:
+    """Start a run and kill it so many seconds after its checkpoint of `step`; False where it had ended by then."""
     process = start(args)
+    while newest(out) < step and process.is_alive():
+        time.sleep(0.001)
     process.join(after)
     process.kill()
     process.join()
@@ -81,15 +90,19 @@ def compare(
         out = folder / f"run-{number}"
         args = [*common, "--output-dir", str(out), "--resume"]
         killed, left = 0, []
-        for _ in range(kills):
-            killed += kill(args, moments.uniform(0.0, seconds))
-            left.append(sorted(path.name for path in out.iterdir()) if out.is_dir() else [])
+        while killed < kills:
+            step = moments.randrange(min(newest(out), steps - 2), steps, 2)
+            if kill(args, out, step, moments.uniform(0.0, 4 * seconds / steps)):
+                killed += 1
+                left.append(sorted(path.name for path in out.iterdir()) if out.is_dir() else [])
+            else:
+                shutil.rmtree(out)
+                killed, left = 0, []
+        reached = newest(out)
         finish(args)
         same = (out / "adapter_model.safetensors").read_bytes() == wanted
-        found = [name for name in left[-1] if name.startswith("checkpoint-")]
-        newest = max((int(name.rpartition("-")[2]) for name in found), default=0)
         torn = any(name.startswith(".") for names in left for name in names)
-        outcomes.append({"killed": killed, "newest_checkpoint": newest, "half_written_file": torn, "identical": same})
+        outcomes.append({"killed": killed, "newest_checkpoint": reached, "half_written_file": torn, "identical": same})
     return {
         "runs": runs,
         "killed": sum(outcome["killed"] for outcome in outcomes),
