@@ -15,7 +15,8 @@ def generation(ctx: typer.Context) -> Any:
     """
     from braces_cli.core.generate import Sampling
     from braces_cli.core.words import check_name
-    from braces_cli.evaluation.own import SENTIMENT, TOXICITY, Generation
+    from braces_cli.evaluation.own import SENTIMENT, TOXICITY
+    from braces_cli.evaluation.own_task import Generation
 
     p = ctx.params
     names, strengths = [check_name(name) for name in p["attribute"] or ()], list(p["s"] or ())

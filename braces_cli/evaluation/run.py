@@ -18,6 +18,7 @@ from braces_cli.evaluation.building import Unit, check_documents, load_tasks
 from braces_cli.evaluation.comparison import System
 from braces_cli.evaluation.document import document, identity
 from braces_cli.evaluation.harness import Way
+from braces_cli.evaluation.own_task import Generation, Setting
 from braces_cli.evaluation.parts import add_averages, add_splits
 from braces_cli.evaluation.processes import Processes, join
 from braces_cli.evaluation.scores import Scores
@@ -45,7 +46,7 @@ class _Job:
     processes: Processes
     store: Store
     report: Report
-    generation: own.Generation
+    generation: Generation
 
 
 def run_evaluation(
@@ -214,7 +215,7 @@ def _lm_eval(job: _Job, label: str, unit: Unit) -> Scores | None:
 
 def _own(job: _Job, label: str, name: str, documents: Sequence[Any]) -> Scores:
     size = job.way.batch_size if isinstance(job.way.batch_size, int) else _BATCH
-    setting = own.Setting(
+    setting = Setting(
         job.session, size, job.way.seeds["torch"], job.processes, f"{label}, {name}", job.report, job.generation
     )
     found = own.TASKS[name].measure(setting, documents)

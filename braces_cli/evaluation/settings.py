@@ -10,6 +10,7 @@ from typing import Any
 from braces_cli.core.errors import ConfigError
 from braces_cli.evaluation import catalog, own
 from braces_cli.evaluation.harness import SEEDS
+from braces_cli.evaluation.own_task import Generation
 from braces_cli.evaluation.task_data import check_fields, read_task_rows
 from braces_cli.evaluation.task_files import check_needed, find_files
 from braces_cli.evaluation.thresholds import Threshold, check_tasks, parse_thresholds
@@ -43,7 +44,7 @@ class EvalSettings:
     task_data_dir: Path | None = None
     chat_template: bool | None = None
     fail_under: Sequence[str] = ()
-    generation: own.Generation = field(default_factory=own.Generation)
+    generation: Generation = field(default_factory=Generation)
     thresholds: Sequence[Threshold] = field(init=False, default=())
 
     def __post_init__(self) -> None:

@@ -24,11 +24,12 @@ from braces_cli.core.models import Base, load_base
 from braces_cli.core.push import steered
 from braces_cli.core.session import LoadOptions
 from braces_cli.evaluation.memory import halving
-from braces_cli.evaluation.own import Measured, Setting
+from braces_cli.evaluation.own_task import Measured, Setting
 from braces_cli.scoring.diversity import distinct, repetition
 from braces_cli.scoring.perplexity import Likelihood
-from braces_cli.scoring.scorers import Scorer, label_of
+from braces_cli.scoring.scorers import label_of
 from braces_cli.scoring.spread import cluster_error, rate_error
+from braces_cli.scoring.verdict import Scorer
 from braces_cli.steering.judges import list_words, open_scorer
 from braces_cli.steering.prompts import read_prompts
 from braces_cli.steering.sweep import surprise

@@ -17,7 +17,7 @@ import numpy as np
 
 from braces_cli.core.errors import DataError, ModelError
 from braces_cli.core.files import write_json, write_tensors
-from braces_cli.scoring.scorers import Verdict, checked
+from braces_cli.scoring.verdict import Verdict, checked
 from braces_cli.scoring.words import split_words, words_of
 
 CONFIG_FILE = "scorer_config.json"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from braces_cli.core.errors import ModelError
-from braces_cli.scoring.scorers import Verdict, checked
+from braces_cli.scoring.verdict import Verdict, checked
 
 _BATCH = 32
 

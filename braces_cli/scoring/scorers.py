@@ -10,13 +10,11 @@ A scorer that cannot score fails; nothing is ever scored zero because something 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection
 from pathlib import Path
-from typing import Protocol
 
-from braces_cli.core.errors import BracesError, ConfigError, near_misses
+from braces_cli.core.errors import ConfigError, near_misses
+from braces_cli.scoring.verdict import Scorer
 
 # What an attribute is scored by where no scorer is named: scorer and label.
 DEFAULTS = {
@@ -27,37 +25,6 @@ DEFAULTS = {
     "toxic": ("toxicity", "toxic"),
 }
 BUILT_IN = ("vader", "toxicity")
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """About one text: `value` grows with how much of the label it has, `has` says whether it counts as having it."""
-
-    value: float
-    has: bool
-
-
-class Scorer(Protocol):
-    """What tells labels of texts.
-
-    Attributes:
-        name: as the user gave it.
-        labels: what `judge` can be asked for.
-    """
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def labels(self) -> tuple[str, ...]: ...
-
-    def judge(self, texts: Sequence[str], label: str) -> list[Verdict]:
-        """A verdict about each text.
-
-        Raises:
-            BracesError: it cannot score.
-        """
-        ...
 
 
 def scorer(name: str, *, exclude: Collection[str] = (), device: str = "cpu") -> Scorer:
@@ -122,15 +89,3 @@ def label_of(attribute: str, judge: Scorer, asked: str | None = None) -> str:
             return names[wanted.lower()]
     hint = f"It has {', '.join(judge.labels)}; name one with --score-label."
     raise ConfigError(f"{judge.name} has no label `{asked or attribute}`", where="--scorer", hint=hint)
-
-
-def checked(name: str, values: Sequence[float]) -> Sequence[float]:
-    """The values, all of them finite.
-
-    Raises:
-        BracesError: one is not.
-    """
-    bad = next((index for index, value in enumerate(values) if not math.isfinite(value)), None)
-    if bad is not None:
-        raise BracesError(f"{name} gave {values[bad]} for text {bad}", hint="A text without a score is not scored 0.")
-    return values

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from braces_cli.core.errors import ConfigError
-from braces_cli.scoring.scorers import Verdict, checked
+from braces_cli.scoring.verdict import Verdict, checked
 from braces_cli.scoring.words import split_words
 
 THRESHOLD = 0.05

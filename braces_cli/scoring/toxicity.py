@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from importlib import resources
 
-from braces_cli.scoring.scorers import Verdict
+from braces_cli.scoring.verdict import Verdict
 from braces_cli.scoring.words import split_words, words_of
 
 

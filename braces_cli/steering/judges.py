@@ -13,7 +13,8 @@ from braces_cli.core.session import Session
 from braces_cli.core.words import OPPOSITES, built_in
 from braces_cli.data.rows import read_rows
 from braces_cli.scoring.classifier import Classifier, fit_classifier, save_classifier
-from braces_cli.scoring.scorers import Scorer, scorer
+from braces_cli.scoring.scorers import scorer
+from braces_cli.scoring.verdict import Scorer
 
 logger = logging.getLogger("braces")
 

@@ -29,8 +29,8 @@ from braces_cli.core.push import steered
 from braces_cli.core.session import Session
 from braces_cli.scoring.diversity import distinct, repetition
 from braces_cli.scoring.perplexity import Likelihood, continuation_likelihoods
-from braces_cli.scoring.scorers import Scorer, Verdict
 from braces_cli.scoring.spread import Z, rate_error, share_interval
+from braces_cli.scoring.verdict import Scorer, Verdict
 
 _MOST = 200  # points; more is a slip in the step
 

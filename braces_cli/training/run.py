@@ -137,10 +137,7 @@ def run_training(
     with tidy(folder):
         adapter = fresh_adapter(model, settings, train_set)
         share = shares(adapter, settings, train_set)
-        conditioner = None
-        if attributes and isinstance(adapter, Adapter):
-            adapter.add_mlp(settings.seed)
-            conditioner = Conditioner(adapter, attributes)
+        conditioner = _conditioner(adapter, attributes, settings.seed)
         feed = _Feed(train_set, layout, conditioner)
         fitted = _fit(run, adapter, feed, checkpoint, lambda: evaluate(conditioner, "evaluating"))
         tuned = evaluate(conditioner, "evaluating the adapter")
@@ -151,9 +148,7 @@ def run_training(
             **fitted,
             **_figures("base_eval", base),
             **_figures("eval", tuned),
-            rows=train_set.rows,
-            rows_truncated=train_set.truncated,
-            rows_dropped=train_set.dropped,
+            **_rows(train_set),
             token_path_share=share,
             packed=layout.packed,
             resumed_from=None if checkpoint is None else str(checkpoint),
@@ -200,6 +195,13 @@ def _attributes(
     if settings.attribute_field is None:
         return []
     return gather_attributes(session, settings, [examples for examples in sets if examples is not None], folder)
+
+
+def _conditioner(adapter: Adapter | PeftAdapter, attributes: Sequence[Attribute], seed: int) -> Conditioner | None:
+    if not attributes or not isinstance(adapter, Adapter):
+        return None
+    adapter.add_mlp(seed)
+    return Conditioner(adapter, attributes)
 
 
 def _base(record: Record, evaluate: Callable[[], Likelihood | None]) -> Likelihood | None:
@@ -292,3 +294,7 @@ def _figures(prefix: str, measured: Likelihood | None) -> dict[str, Any]:
         f"{prefix}_perplexity": None if measured is None else measured.perplexity,
         f"{prefix}_perplexity_without_end": None if measured is None else measured.perplexity_without_end,
     }
+
+
+def _rows(examples: Examples | Stream) -> dict[str, int]:
+    return {"rows": examples.rows, "rows_truncated": examples.truncated, "rows_dropped": examples.dropped}

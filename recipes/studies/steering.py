@@ -43,7 +43,8 @@ from braces_cli.core.generate import Sampling
 from braces_cli.core.push import steered
 from braces_cli.core.session import LoadOptions, Session, open_session
 from braces_cli.core.words import built_in
-from braces_cli.scoring.scorers import Scorer, scorer
+from braces_cli.scoring.scorers import scorer
+from braces_cli.scoring.verdict import Scorer
 from braces_cli.steering.prompts import read_prompts
 from braces_cli.steering.sweep import SweepSettings, Texts, continuations, point, surprise
 

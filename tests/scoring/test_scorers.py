@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from braces_cli.core.errors import BracesError, ConfigError, ModelError
-from braces_cli.scoring.scorers import checked, default_scorer, label_of, scorer
+from braces_cli.scoring.scorers import default_scorer, label_of, scorer
+from braces_cli.scoring.verdict import checked
 
 
 @pytest.mark.parametrize(
