@@ -7,7 +7,16 @@ from typing import Annotated
 import typer
 
 from braces_cli.core.errors import ConfigError
-from braces_cli.training.settings import BASELINE_ONLY, BASELINES, BRACES_ONLY, DEFAULT_LR, INITS, METHODS, SCALES
+from braces_cli.training.settings import (
+    BASELINE_ONLY,
+    BASELINES,
+    BRACES_ONLY,
+    DEFAULT_CONTRAST,
+    DEFAULT_LR,
+    INITS,
+    METHODS,
+    SCALES,
+)
 
 Method = Annotated[
     str, typer.Option("--method", help=f"What to train: {', '.join(METHODS)}; all but the first through peft.")
@@ -19,6 +28,17 @@ LearningRate = Annotated[
 Init = Annotated[str, typer.Option("--init", help=f"Where projections start: {', '.join(INITS)}.")]
 Scale = Annotated[
     str, typer.Option("--scale", help=f"{' or '.join(SCALES)}: a fixed factor per layer that fits the base's weights.")
+]
+Contrast = Annotated[
+    float | None,
+    typer.Option(
+        "--contrast",
+        help="Weight of telling each row's strength from its opposite, for twice the time; "
+        f"default {DEFAULT_CONTRAST:g} with attributes.",
+    ),
+]
+Margin = Annotated[
+    float, typer.Option("--margin", help="By how much, in nats a row and unit of strength: how strongly it steers.")
 ]
 LoraAlpha = Annotated[int | None, typer.Option("--lora-alpha", min=1, help="Of a baseline; default twice the rank.")]
 LoraTargets = Annotated[

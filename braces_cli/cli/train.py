@@ -11,11 +11,12 @@ from braces_cli.cli import method_options as m
 from braces_cli.cli import options as o
 from braces_cli.cli.render import print_json, print_pairs, progress, set_up
 from braces_cli.core.errors import BracesError, ConfigError
+from braces_cli.training.settings import DEFAULT_MARGIN
 
 _OWN = (
     "rank", "lr", "gate_lr", "epochs", "max_steps", "batch_size", "gradient_accumulation", "warmup_steps", "schedule",
-    "max_length", "gradient_checkpointing", "seed", "attribute_field", "strength_field", "contrast", "method", "init",
-    "scale", "lora_alpha", "packing", "streaming",
+    "max_length", "gradient_checkpointing", "seed", "attribute_field", "strength_field", "contrast", "margin", "method",
+    "init", "scale", "lora_alpha", "packing", "streaming",
 )  # fmt: skip
 
 
@@ -59,10 +60,8 @@ def train(
     opposites: Annotated[
         list[str] | None, typer.Option("--opposites", help="A:B, two attributes as the ends of one axis. Repeatable.")
     ] = None,
-    contrast: Annotated[
-        float,
-        typer.Option("--contrast", help="Weight of telling each row's strength from its opposite; twice the time."),
-    ] = 0.0,
+    contrast: m.Contrast = None,
+    margin: m.Margin = DEFAULT_MARGIN,
     attributes: Annotated[Path | None, typer.Option("--attributes", help="Folder that attr-build wrote.")] = None,
     init: m.Init = "random",
     scale: m.Scale = "paper",

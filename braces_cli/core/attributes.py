@@ -1,7 +1,7 @@
 """Attributes: words -> pooled FFN inputs of a base -> the hidden state h_c that steers, at every layer.
 
     p   = pooled(attribute) - pooled(reference)         reference: neutral words, stored beside every attribute
-    h_c = p                                             (plus a trained MLP of p where attributes were trained)
+    h_c = p                                             (plus an MLP of p where attributes were trained: `condition`)
     pooled(words) = mean over words of the mean over each word's tokens of h, the input of the FFN
 
 The reference is there because pooled states of any words share most of their direction. `p` depends on the attribute's

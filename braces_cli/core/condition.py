@@ -1,10 +1,15 @@
-"""The trained part of attribute control: h_c = p + MLP(p).
+"""The trained part of attribute control: h_c = p + (MLP(p) - MLP(-p)) / 2.
 
 One MLP serves all layers: d -> 64 -> d, GELU, float32. Its last layer starts at zero, so training starts from h_c = p.
+
+It is odd, h_c(-p) = -h_c(p), so that opposites stay opposites: strength s of one is strength -s of the other. A plain
+p + MLP(p) learns besides what rows of both have in common, such as their style, as if it belonged to each: measured on
+sentiment, most of what it added was that, and steering by -s then left the style, not the mood (recipes/LOG.md).
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 WIDTH = 64
@@ -17,12 +22,13 @@ class ConditionMLP(nn.Module):
         super().__init__()
         self.up = nn.Linear(hidden_size, WIDTH)
         self.act = nn.GELU()
-        self.down = nn.Linear(WIDTH, hidden_size)
+        # A bias here would cancel.
+        self.down = nn.Linear(WIDTH, hidden_size, bias=False)
         nn.init.zeros_(self.down.weight)
-        nn.init.zeros_(self.down.bias)
 
     def forward(self, state: Tensor) -> Tensor:
-        result: Tensor = state + self.down(self.act(self.up(state)))
+        ahead, behind = self.act(self.up(torch.stack([state, -state])))
+        result: Tensor = state + self.down(ahead - behind) / 2
         return result
 
 
@@ -32,5 +38,4 @@ def condition_shapes(hidden_size: int) -> dict[str, tuple[int, ...]]:
         "condition.up.weight": (WIDTH, hidden_size),
         "condition.up.bias": (WIDTH,),
         "condition.down.weight": (hidden_size, WIDTH),
-        "condition.down.bias": (hidden_size,),
     }

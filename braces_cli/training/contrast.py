@@ -1,9 +1,10 @@
-"""Telling opposite strengths apart: each row should be likelier at its own strength s than at -s.
+"""Telling opposite strengths apart: each row should be likelier at its own strength s than at -s, by a margin.
 
-    loss = LM(x | s) + weight * softplus(log p(x | -s) - log p(x | s)),    mean over the rows that have an attribute
+    loss = LM(x | s) + weight * softplus(margin |s| + log p(x | -s) - log p(x | s)),  mean over rows with an attribute
 
 The language-modelling loss alone gains little from an attribute, since most tokens of a text would be the same without
-it, and leaves it weak. Rows at strength 0 have no opposite and pass once; the others pass twice.
+it, and leaves it weak: as weak as attributes are in real text, where steering is meant to exaggerate. The margin, in
+nats a row and unit of strength, says by how much. Rows at strength 0 have no opposite and pass once; the others twice.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ def contrastive_loss(
     strengths: Tensor,
     conditioner: Conditioner,
     weight: float,
+    margin: float,
     count: Tensor | int | None = None,
 ) -> Tensor:
     """The loss of one batch.
@@ -31,6 +33,7 @@ def contrastive_loss(
     Args:
         inputs: `input_ids`, `attention_mask`, `labels`, (rows, tokens) each.
         strengths: (rows, attributes).
+        margin: in nats, for s = 1.
         count: scored tokens of all batches of an optimizer step; None for those of this one.
     """
     rows = len(strengths)
@@ -45,5 +48,6 @@ def contrastive_loss(
     if len(active):
         # A batch's share of the step is that of its tokens, as it is for the first term.
         share = 1.0 if count is None else own / count
-        loss = loss + weight * share * F.softplus(nll[active] - nll[rows:]).mean()
+        wanted = margin * strengths[active].abs().sum(dim=1).to(nll)
+        loss = loss + weight * share * F.softplus(wanted + nll[active] - nll[rows:]).mean()
     return loss

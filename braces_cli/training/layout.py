@@ -48,7 +48,7 @@ def choose_layout(session: Session, settings: TrainSettings, items: Sequence[Enc
     if settings.contrast:
         # It compares likelihoods of rows, so each row must be one example.
         if settings.packing == "on":
-            raise ConfigError("rows are compared with themselves", where="--packing on", hint="Leave out --contrast.")
+            raise ConfigError("rows are compared with themselves", where="--packing on", hint="Give --contrast 0.")
         return grouped
     model = session.base.model
     pad_id = session.base.tokenizer.pad_token_id

@@ -15,10 +15,12 @@ SCALES = ("paper", "auto")
 BASELINES = ("lora", "rslora", "dora", "pissa")
 METHODS = ("braces", *BASELINES)
 # Settings that only one kind of method reads.
-BRACES_ONLY = ("gate_lr", "init", "scale", "attribute_field", "strength_field", "opposites")
+BRACES_ONLY = ("gate_lr", "init", "scale", "attribute_field", "strength_field", "opposites", "contrast", "margin")
 BASELINE_ONLY = ("lora_alpha", "lora_targets")
 # Peak learning rate where none is given, by measurement (recipes/LOG.md).
 DEFAULT_LR = {"braces": 3e-3, **dict.fromkeys(BASELINES, 1e-3)}
+# Of a run with attributes, by measurement as well.
+DEFAULT_CONTRAST, DEFAULT_MARGIN = 0.1, 6.0
 PACKING = ("auto", "on", "off")
 REPORTERS = ("tensorboard", "wandb", "none")
 
@@ -46,7 +48,9 @@ class TrainSettings:
         strength_field: column of their strengths.
         opposites: pairs of attributes that are the two ends of one axis.
         contrast: weight of telling each row's strength from its opposite, see `training.contrast`; 0 is the
-            paper's loss.
+            paper's loss; None is the default where attributes are trained, else 0.
+        margin: by how much they are told apart, in nats a row and unit of strength: the larger, the stronger the
+            steering.
         method: `braces`, or a baseline.
         init: where the projections start, see `training.start`.
         scale: `paper`, or `auto` for a fixed scalar per layer that makes up for the size of the base's weights.
@@ -73,7 +77,8 @@ class TrainSettings:
     attribute_field: str | None = None
     strength_field: str = "strength"
     opposites: tuple[tuple[str, str], ...] = ()
-    contrast: float = 0.0
+    contrast: float | None = None
+    margin: float = DEFAULT_MARGIN
     method: str = "braces"
     init: str = "random"
     scale: str = "paper"
@@ -92,8 +97,11 @@ class TrainSettings:
             if getattr(self, name) not in known:
                 hint = f"One of {', '.join(known)}."
                 raise ConfigError(f"no {name} `{getattr(self, name)}`", where=_option(name), hint=hint)
-        if not 0 <= self.contrast < float("inf"):
-            raise ConfigError(f"must not be negative, is {self.contrast}", where="--contrast")
+        if self.contrast is None:
+            object.__setattr__(self, "contrast", DEFAULT_CONTRAST if self.attribute_field is not None else 0.0)
+        for name in ("contrast", "margin"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"must not be negative, is {getattr(self, name)}", where=_option(name))
         if self.contrast and self.attribute_field is None:
             hint = "Name the column of each row's attribute with --attribute-field."
             raise ConfigError("no attributes are trained", where="--contrast", hint=hint)

@@ -65,7 +65,8 @@ class BracesTrainer(FeedingTrainer, ResumableTrainer):
         if not self._settings.contrast or self._conditioner is None:
             return super().block_loss(model, block, *args, **kwargs)
         count, strengths = kwargs.get("num_items_in_batch"), block.pop("strengths")
-        loss = contrastive_loss(model, block, strengths, self._conditioner, self._settings.contrast, count)
+        weights = (self._settings.contrast, self._settings.margin)
+        loss = contrastive_loss(model, block, strengths, self._conditioner, *weights, count)
         # As Trainer does where the tokens of all processes are counted: their gradients are averaged.
         return loss if count is None else loss * self.accelerator.num_processes
 

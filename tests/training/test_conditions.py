@@ -74,7 +74,7 @@ def test_opposites_that_are_none(value):
 
 
 def test_gradients_of_the_mlp_equal_the_reference(session):
-    """h_c = p + MLP(p) inside the paper's formula, each row with its own attribute and strength."""
+    """h_c = p + (MLP(p) - MLP(-p)) / 2 inside the paper's formula, each row with its own attribute and strength."""
     model = session.base.model
     attributes = [build_attribute(session, name, [name]) for name in ("good", "old")]
     adapter = attach(model, 4)
@@ -138,7 +138,7 @@ def test_training_with_attributes_learns_which_is_which(braces, model_dir, rows,
     fields = ("--attribute-field", "mood", "--strength-field", "how", "--opposites", "positive:negative")
     outcome = train(braces, model_dir, rows, out, "--max-steps", 120, *fields)
     assert outcome.code == 0, outcome.err
-    assert outcome.json["condition_parameters"] == 32 * WIDTH + WIDTH + WIDTH * 32 + 32
+    assert outcome.json["condition_parameters"] == 32 * WIDTH + WIDTH + WIDTH * 32
     assert outcome.json["trainable_parameters"] == 2 * (8 * 32 + 1)
     assert outcome.json["eval_loss"] < outcome.json["base_eval_loss"]
     assert (out / "attributes.safetensors").is_file()
@@ -160,6 +160,22 @@ def test_training_with_attributes_learns_which_is_which(braces, model_dir, rows,
 
     assert preference(1.5) > preference(0) > preference(-1.5)
     assert preference(1.5) > 0 > preference(-1.5)
+
+
+def test_opposites_stay_opposites_whatever_the_mlp_learns(session):
+    """h_c of minus p is minus h_c of p, so strength s of one end is strength -s of the other."""
+    mlp = attach(session.base.model, 4).add_mlp(seed=3)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in mlp.parameters():
+            parameter.normal_(generator=generator)
+    state = torch.randn(3, 32, generator=generator)
+    found = mlp(state).detach()
+    assert torch.equal(mlp(-state), -found)
+    up = torch.nn.functional.gelu(state @ mlp.up.weight.T + mlp.up.bias)
+    down = torch.nn.functional.gelu(-state @ mlp.up.weight.T + mlp.up.bias)
+    assert torch.allclose(found, state + (up - down) @ mlp.down.weight.T / 2, rtol=1e-5, atol=1e-5)
+    assert (found - state).norm() > state.norm()
 
 
 def test_attributes_that_are_not_known_are_bad_data(braces, model_dir, tmp_path):

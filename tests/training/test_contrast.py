@@ -46,21 +46,22 @@ def test_the_loss_is_its_formula(session, batch):
     strengths = torch.tensor([[0.0, 3.0], [0.0, 0.0], [1.5, 0.0]])
     own, other = (nll(session, conditioner, batch, sign * strengths) for sign in (1, -1))
     plain = sum(own) / 11
-    pairs = [torch.nn.functional.softplus(torch.tensor(own[row] - other[row])) for row in (0, 2)]
-    for weight in (0.0, 0.5):
+    gaps = [(own[row] - other[row], abs(float(strengths[row].sum()))) for row in (0, 2)]
+    for weight, margin in ((0.0, 2.0), (0.5, 0.0), (0.5, 2.0)):
+        pairs = [torch.nn.functional.softplus(torch.tensor(gap + margin * s)) for gap, s in gaps]
         expected = plain + weight * float(sum(pairs)) / 2
-        args = (session.base.model, batch, strengths, conditioner, weight)
+        args = (session.base.model, batch, strengths, conditioner, weight, margin)
         assert float(contrastive_loss(*args).detach()) == pytest.approx(expected, rel=1e-5)
         assert float(contrastive_loss(*args, torch.tensor(22)).detach()) == pytest.approx(expected / 2, rel=1e-5)
     none = torch.zeros(3, 2)
-    alone = contrastive_loss(session.base.model, batch, none, conditioner, 0.5).detach()
+    alone = contrastive_loss(session.base.model, batch, none, conditioner, 0.5, 2.0).detach()
     assert float(alone) == pytest.approx(sum(nll(session, conditioner, batch, none)) / 11, rel=1e-5)
-    contrastive_loss(session.base.model, batch, strengths, conditioner, 0.5).backward()
+    contrastive_loss(session.base.model, batch, strengths, conditioner, 0.5, 2.0).backward()
     assert all(float(parameter.grad.abs().sum()) > 0 for _, parameter in adapter.named_parameters())
 
 
 def test_training_by_contrast_makes_steering_stronger(braces, model_dir, tmp_path):
-    """Rows of two kinds of letters: the likelihood of each kind answers the strength more than without the contrast."""
+    """Rows of two kinds: the likelihood of each answers the strength more than without the contrast."""
     from braces_cli.core.push import steered
     from braces_cli.core.session import LoadOptions, open_session
     from braces_cli.scoring.perplexity import continuation_likelihoods
@@ -69,11 +70,12 @@ def test_training_by_contrast_makes_steering_stronger(braces, model_dir, tmp_pat
     kinds = {"positive": "good day good film", "negative": "sad town sad end"}
     rows.write_text("text,attribute\n" + "".join(f"{text},{name}\n" for name, text in kinds.items()) * 16)
     gains = []
-    for weight in (0, 3):
+    for weight in (0, 1):
         folder = tmp_path / f"w{weight}"
         asked = ["--attribute-field", "attribute", "--opposites", "positive:negative", "--contrast", weight]
-        settings = ["--max-steps", 15, "--batch-size", 8, "--rank", 4, "--warmup-steps", 0, "--device", "cpu"]
-        settings += ["--lr", "0.1", "--gate-lr", "1"]
+        asked += ["--margin", 20]
+        settings = ["--max-steps", 30, "--batch-size", 8, "--rank", 4, "--warmup-steps", 0, "--device", "cpu"]
+        settings += ["--lr", "0.02", "--gate-lr", "0.3"]
         outcome = braces("train", "--model", model_dir, "--data", rows, "--output-dir", folder, *asked, *settings)
         assert outcome.code == 0, outcome.err
         session = open_session(str(model_dir), str(folder), LoadOptions(device="cpu"))
@@ -90,7 +92,12 @@ def test_training_by_contrast_makes_steering_stronger(braces, model_dir, tmp_pat
 
 @pytest.mark.parametrize(
     ("args", "message"),
-    [(["--contrast", "1"], "no attributes are trained"), (["--contrast", "-1"], "must not be negative")],
+    [
+        (["--contrast", "1"], "no attributes are trained"),
+        (["--contrast", "-1"], "must not be negative"),
+        (["--margin", "-1"], "must not be negative"),
+        (["--margin", "inf"], "must not be negative"),
+    ],
 )
 def test_bad_input(braces, model_dir, tmp_path, args, message):
     """Told before anything is read."""
