@@ -85,6 +85,7 @@ class Adapter:
         try:
             for ffn, brace in sites:
                 ffn.host.add_module("brace", brace)
+                brace.keep_gram(isinstance(ffn, FFN))
                 for part in ffn.parts:
                     self._handles += _expert_hooks(part, brace) if isinstance(part, Experts) else _hooks(part, brace)
         except BaseException:
@@ -135,9 +136,10 @@ class Adapter:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        for ffn, _ in self.sites:
+        for ffn, brace in self.sites:
             if "brace" in ffn.host._modules:
                 del ffn.host.brace
+            brace.release()
         if self.mlp is not None:
             del self.model.brace_condition
             self.mlp = None
@@ -145,6 +147,11 @@ class Adapter:
             parameter.requires_grad_(True)
         self._frozen = []
         return self.model
+
+    def save_memory(self) -> None:
+        """Train without W_V W_V^T of each layer in memory (see `core.gram`): slower steps."""
+        for _, brace in self.sites:
+            brace.keep_gram(False)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[nn.Module]:

@@ -5,7 +5,7 @@
                  = FFN(h_i) + B (A h_i) + s B (A h_c),    A = R,   B = c g / sqrt(d_r) W_V W_V^T R^T
 
 The second line is the first one with r put into the sum, so nothing of size (tokens x d_ff) is ever built: per layer
-and step the cost is one product W_V (W_V^T R^T), independent of the number of tokens, plus 4 d d_r flops a token.
+and step the cost is one product W_V W_V^T R^T, independent of the number of tokens, plus 4 d d_r flops a token.
 
 Letters: d model width, d_ff neurons, d_r rank (d_r <= d), W_V (d, d_ff) value matrix, R (d_r, d) with orthonormal rows,
 g = sigmoid(gate), h (..., d) what enters the FFN, h_c (d) an attribute's hidden state, s its strength, c a fixed scale,
@@ -25,13 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from braces_cli.core.distributed import whole
-from braces_cli.core.values import StoredValues, Values
+from braces_cli.core.gram import KeptGram, gram
+from braces_cli.core.values import Values
 
 GATE_INIT = -5.0
-# Columns of W_V that are cast to float32 at a time. On a CPU a block and its copy stay in the cache (three times faster
-# than large blocks at Qwen2.5-1.5B shapes); elsewhere few launches count.
-_BLOCK_CPU = 256
-_BLOCK = 4096
 
 
 def orthonormal_rows(weight: Tensor) -> Tensor:
@@ -48,60 +45,6 @@ def projection_error(projection: Tensor) -> float:
     """max |R R^T - I| of a projection (d_r, d), computed in float64."""
     projection = projection.detach().double().cpu()
     return float((projection @ projection.mT - torch.eye(len(projection), dtype=torch.float64)).abs().max())
-
-
-class _Gram(torch.autograd.Function):
-    """x -> W W^T x for a frozen W (..., d, d_ff) and x (d, n), in the dtype of x.
-
-    W W^T is symmetric, so backward is the same product and only W itself is kept, never a float32 copy of it.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, x: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
-        # Detached: how torch multiplies (batch, d_ff, d) by (d, n) depends on whether either asks for gradients, and
-        # an adapter just trained must give the bits of the same one loaded.
-        return _gram(weight.detach(), x.detach())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        (weight,) = ctx.saved_tensors
-        each = _gram(weight, grad)
-        return None, each if each.ndim == 2 else each.flatten(0, -3).sum(0)
-
-
-def _gram(weight: Tensor, x: Tensor) -> Tensor:
-    if weight.dtype == x.dtype:
-        return weight @ (weight.mT @ x)
-    rows = x.mT
-    total = rows.new_zeros(*weight.shape[:-2], *rows.shape[-2:])
-    for block in weight.split(_BLOCK_CPU if weight.device.type == "cpu" else _BLOCK, dim=-1):
-        block = block.to(x.dtype)
-        total += (rows @ block) @ block.mT
-    return total.mT
-
-
-class _StoredGram(torch.autograd.Function):
-    """The same where W must be unpacked first: once in each direction, and nothing dense is kept in between."""
-
-    @staticmethod
-    def forward(ctx: Any, values: StoredValues, x: Tensor) -> Tensor:
-        ctx.values = values
-        return _gram(values.dense(), x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        return None, _gram(ctx.values.dense(), grad)
-
-
-def gram(values: Values, x: Tensor) -> Tensor:
-    """W_V W_V^T x, shape (..., d, n), for W_V (..., d, d_ff) and x (d, n); differentiable in x only.
-
-    Memory: one block of 4,096 columns of W_V in the dtype of x, and (..., n, d_ff) numbers where the dtypes agree; and
-    one dense W_V where it is packed or offloaded.
-    """
-    result: Tensor = _Gram.apply(values, x) if isinstance(values, Tensor) else _StoredGram.apply(values, x)
-    return result
 
 
 class RelevanceModule(nn.Module):
@@ -143,6 +86,8 @@ class RelevanceModule(nn.Module):
         # (A, B) of each value matrix and dtype, good for one state of the parameters.
         self._cache: dict[tuple, tuple[Tensor, Tensor]] = {}
         self._cached_for: tuple | None = None
+        # W_V W_V^T while this learns, where `keep_gram` asked for it.
+        self._kept: KeptGram | None = None
         self._register()
 
     def extra_repr(self) -> str:
@@ -168,6 +113,15 @@ class RelevanceModule(nn.Module):
         with torch.no_grad():
             self.weight.copy_(weight)
         self._cached_for = None
+
+    def keep_gram(self, keep: bool) -> None:
+        """Whether W_V W_V^T is kept while this learns, see `core.gram`; False also frees it. One W_V only."""
+        self._kept = KeptGram() if keep else None
+
+    def release(self) -> None:
+        """Free what is kept between passes; it is made anew where it is needed again, with the same bits."""
+        if self._kept is not None:
+            self._kept.drop()
 
     def projection(self) -> Tensor:
         """R (d_r, d), differentiable in `weight`."""
@@ -204,10 +158,12 @@ class RelevanceModule(nn.Module):
     def factors(self, values: Values, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (d_r, d) and B (..., d, d_r) in `dtype`, for the value matrix or matrices `values` (..., d, d_ff).
 
-        With gradients on they are computed anew, once a forward pass; otherwise once, until a parameter changes.
+        With gradients on they are computed anew, once a forward pass; otherwise once, until a parameter changes. Only
+        the former goes by way of `keep_gram`: what is saved must not depend on how it was trained.
         """
         if self._learns():
-            return self._compute(values, dtype) if isinstance(values, Tensor) else self._compute_unseen(values, dtype)
+            seen = isinstance(values, Tensor)
+            return self._learning(values, dtype) if seen else self._learning_unseen(values, dtype)
         if not torch.compiler.is_compiling():
             return self._cached(values, dtype)
         if isinstance(values, Tensor):
@@ -230,13 +186,21 @@ class RelevanceModule(nn.Module):
         return self._cached(values, dtype)
 
     @torch.compiler.disable
-    def _compute_unseen(self, values: Values, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return self._compute(values, dtype)
+    def _learning_unseen(self, values: Values, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self._learning(values, dtype)
 
-    def _compute(self, values: Values, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _learning(self, values: Values, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        # No compiler follows what is kept between passes; it may as well fuse the two products.
+        if self._kept is None or torch.compiler.is_compiling():
+            return self._compute(values, dtype)
+        return self._compute(values, dtype, self._kept.product)
+
+    def _compute(
+        self, values: Values, dtype: torch.dtype, product: Callable[[Values, Tensor], Tensor] = gram
+    ) -> tuple[Tensor, Tensor]:
         projection = self.projection()
         with torch.autocast(self.weight.device.type, enabled=False):
-            out = gram(values, projection.mT) * (self.gain / math.sqrt(self.rank))
+            out = product(values, projection.mT) * (self.gain / math.sqrt(self.rank))
         return projection.to(dtype), out.to(dtype)
 
     def _learns(self) -> bool:
@@ -303,6 +267,8 @@ class RelevanceModule(nn.Module):
     def train(self, mode: bool = True) -> RelevanceModule:
         # An optimizer that writes through `.data` leaves version counters alone; changing mode is when that can matter.
         self._cached_for = None
+        if not mode:
+            self.release()
         return super().train(mode)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> RelevanceModule:
@@ -314,6 +280,7 @@ class RelevanceModule(nn.Module):
         exact = self._exact == self.weight._version
         super()._apply(keep_precision, recurse)
         self._cached_for = None
+        self.release()
         self._exact = self.weight._version if exact else None
         return self
 

@@ -38,6 +38,11 @@ class StoredValues:
         return next(_own_tensors(self.module)).device
 
     @property
+    def is_offloaded(self) -> bool:
+        """Whether accelerate keeps the weight on the CPU or on disk."""
+        return _is_offloaded(self.module)
+
+    @property
     def key(self) -> tuple[int, ...]:
         """Changes when the module gets another weight."""
         return tuple(t.data_ptr() for part in _own_tensors(self.module) for t in _plain_parts(part))

@@ -42,7 +42,8 @@ class TrainSettings:
         warmup_steps: optimizer steps until the peak rate.
         schedule: of the rate after the warm-up: linear or cosine to zero, or constant.
         max_length: tokens of an example that are kept.
-        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        gradient_checkpointing: recompute activations in the backward pass, and keep no products of W_V (`core.gram`):
+            less memory, about a third more time.
         seed: of the projections' start and the order of examples.
         attribute_field: column of the rows' attributes; None: attributes are not trained.
         strength_field: column of their strengths.

@@ -17,8 +17,9 @@ from braces_cli.core.adapter import Adapter
 from braces_cli.core.encode import Encoded
 from braces_cli.core.experts import MixtureFFN
 from braces_cli.core.ffn import FFN
+from braces_cli.core.gram import gram
 from braces_cli.core.models import input_device
-from braces_cli.core.relevance import RelevanceModule, gram
+from braces_cli.core.relevance import RelevanceModule
 
 # Vectors iterated beyond the rank, which makes the last of those wanted converge, too.
 _SPARE = 8

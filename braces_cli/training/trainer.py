@@ -53,6 +53,9 @@ class BracesTrainer(FeedingTrainer, ResumableTrainer):
                 pad_id=pad_id,
                 conditioner=conditioner,
             )
+        # Who recomputes or shards has no memory to spare.
+        if isinstance(adapter, Adapter) and (settings.gradient_checkpointing or self.is_fsdp_enabled):
+            adapter.save_memory()
         self.remove_callback(PrinterCallback)  # it prints every log to stdout, which carries the result only
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:

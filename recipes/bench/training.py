@@ -3,7 +3,9 @@
 A step is forward with labels, backward, AdamW, zero_grad, on full rows (no padding). The floor is forward and backward
 of the frozen model alone, as far down as the adapter's gradient has to go: the output of layer 0's FFN. The gradient
 of LoRA has to pass one FFN and the better part of an attention more, which weighs the more the fewer layers there are;
-`--layers` shows by how much.
+`--layers` shows by how much. The first step, in which the adapter makes the products of W_V that it keeps (see
+`braces_cli.core.gram`), is warm-up: on one thread it takes 0.4 s a layer more, half a step in float32, one and a half
+in bfloat16.
 
 Rows of the lengths of SST-5 and BoolQ in batches of 16 then show what padding costs: the part of the computed tokens
 that is padding as `braces train` packs them, and its tokens per second over those of Trainer's default, which pads each
@@ -210,7 +212,7 @@ def main() -> None:
         "bytes": medians(memory or {}),
     }
     ratios = {
-        "train_step_vs_lora": ratio(times["braces"], times["lora"], 0.95),
+        "train_step_vs_lora": ratio(times["braces"], times["lora"], 0.90),
         "train_step_vs_floor": ratio(times["braces"], times["floor"], 1.05),
     }
     packed = [rows[f"packed, {name}"] for name in SETS]

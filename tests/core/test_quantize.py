@@ -14,9 +14,9 @@ from braces_cli.core.adapter import attach, load_adapter
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.ffn import find_ffns, parameter_total
 from braces_cli.core.fingerprint import fingerprint
+from braces_cli.core.gram import gram
 from braces_cli.core.models import load_base
 from braces_cli.core.quantize import METHODS, check_quantize
-from braces_cli.core.relevance import gram
 from braces_cli.core.session import LoadOptions, open_session
 from braces_cli.core.values import StoredValues, _through_module
 from braces_cli.inspection.values import value_tokens

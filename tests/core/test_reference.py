@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from braces_cli.core.adapter import attach
+from braces_cli.core.gram import gram
 from braces_cli.core.reference import orthonormal_rows_ref, reference, weights_ref
-from braces_cli.core.relevance import RelevanceModule, gram, orthonormal_rows
+from braces_cli.core.relevance import RelevanceModule, orthonormal_rows
 from tests.conftest import ARCHITECTURES, open_gates, tiny_model
 
 TOKENS = torch.randint(3, 96, (2, 11), generator=torch.Generator().manual_seed(0))
