@@ -8,11 +8,12 @@ import typer
 
 from braces_cli.core.errors import ConfigError
 from braces_cli.training.settings import (
+    BASELINE_LR,
     BASELINE_ONLY,
     BASELINES,
     BRACES_ONLY,
     DEFAULT_CONTRAST,
-    DEFAULT_LR,
+    DEFAULT_TURN,
     INITS,
     METHODS,
     SCALES,
@@ -23,7 +24,7 @@ Method = Annotated[
 ]
 LearningRate = Annotated[
     float | None,
-    typer.Option("--lr", help=f"Peak rate; default {DEFAULT_LR['braces']:g}, of a baseline {DEFAULT_LR['lora']:g}."),
+    typer.Option("--lr", help=f"Peak rate; default {DEFAULT_TURN:g} / sqrt(width), of a baseline {BASELINE_LR:g}."),
 ]
 Init = Annotated[str, typer.Option("--init", help=f"Where projections start: {', '.join(INITS)}.")]
 Scale = Annotated[
@@ -51,7 +52,7 @@ _ATTRIBUTES = ("attribute_field", "opposites", "attributes")
 
 
 def settle(ctx: typer.Context) -> None:
-    """Fill in the method's own learning rate, and refuse options that it would not read.
+    """Fill in the learning rate of a baseline, and refuse options that it would not read.
 
     A recipe may hold settings of both kinds, so that one file serves every method: what stands in a file and is not
     read is no error, attributes excepted.
@@ -69,8 +70,8 @@ def settle(ctx: typer.Context) -> None:
             option = "--" + name.replace("_", "-")
             hint = f"Leave it out, or use {'--method braces' if baseline else 'a baseline, such as --method lora'}."
             raise ConfigError(f"{method} has no use for {option}", where=option, hint=hint)
-    if ctx.params["lr"] is None:
-        ctx.params["lr"] = DEFAULT_LR[method]
+    if baseline and ctx.params["lr"] is None:
+        ctx.params["lr"] = BASELINE_LR
 
 
 def names(values: list[str] | None) -> tuple[str, ...]:

@@ -248,7 +248,7 @@ def _opposites(values: list[str] | None, attribute_field: str | None) -> Any:
 
 def _dry_run(ctx: typer.Context, own: dict[str, Any]) -> dict[str, Any]:
     """Settings and parameter count; where the model cannot be reached, why not."""
-    from braces_cli.core.ffn import chosen_layers
+    from braces_cli.core.ffn import chosen_layers, find_ffns
     from braces_cli.core.models import load_shape
     from braces_cli.core.session import base_name
     from braces_cli.training.run import count_parameters
@@ -256,17 +256,20 @@ def _dry_run(ctx: typer.Context, own: dict[str, Any]) -> dict[str, Any]:
 
     params = ctx.params
     out: dict[str, Any] = {"output_dir": params["output_dir"] and str(params["output_dir"]), "method": own["method"]}
+    resolved = o.resolved(ctx)
     try:
         name = base_name(params["model"], None)
         shape = load_shape(name, revision=params["revision"], trust_remote_code=params["trust_remote_code"])
         layers = chosen_layers(shape, params["layers"])
-        out.update(count_parameters(shape, TrainSettings(**own, layers=layers)))
+        settings = TrainSettings(**own, layers=layers).at_width(find_ffns(shape)[0].hidden_size)
+        out.update(count_parameters(shape, settings))
+        resolved |= {"lr": settings.lr, "contrast": settings.contrast}
     except ConfigError:
         # A rank or a layer that does not fit is a mistake to mend, not a model out of reach.
         raise
     except BracesError as error:
         out.update({"trainable_parameters": None, "reason": str(error).replace("\n", " ")})
-    return {**out, "settings": o.resolved(ctx)}
+    return {**out, "settings": resolved}
 
 
 def _show(fmt: o.Format, title: str, result: dict[str, Any]) -> None:

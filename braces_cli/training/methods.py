@@ -45,7 +45,7 @@ def parameter_groups(adapter: Adapter | PeftAdapter, settings: TrainSettings) ->
     """Parameters with their learning rates, as an optimizer takes them, each named as the option of its rate."""
     if isinstance(adapter, PeftAdapter):
         return [{"params": [p for _, p in adapter.named_parameters()], "lr": settings.lr, "name": "lr"}]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [brace.weight for _, brace in adapter.sites], "lr": settings.lr, "name": "lr"},
         {"params": [brace.gate for _, brace in adapter.sites], "lr": settings.gate_lr, "name": "gate_lr"},
     ]

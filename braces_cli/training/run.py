@@ -122,6 +122,7 @@ def run_training(
         KeyboardInterrupt: a signal asked to stop, and a checkpoint was written.
     """
     model, pad_id = session.base.model, session.base.tokenizer.pad_token_id
+    settings = settings.at_width(session.ffns[0].hidden_size)
     join(input_device(model))
     counts = count_parameters(model, settings)
     attributes = _attributes(session, settings, [train_set, eval_set], attributes_folder)

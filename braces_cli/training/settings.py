@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,8 +18,10 @@ METHODS = ("braces", *BASELINES)
 # Settings that only one kind of method reads.
 BRACES_ONLY = ("gate_lr", "init", "scale", "attribute_field", "strength_field", "opposites", "contrast", "margin")
 BASELINE_ONLY = ("lora_alpha", "lora_targets")
-# Peak learning rate where none is given, by measurement (recipes/LOG.md).
-DEFAULT_LR = {"braces": 3e-3, **dict.fromkeys(BASELINES, 1e-3)}
+# Peak learning rates where none is given, by measurement (recipes/LOG.md). A step of Adam turns R by about lr sqrt(d),
+# so it is this product that is held, and the rate follows from the width d.
+DEFAULT_TURN = 0.16
+BASELINE_LR = 1e-3
 # Of a run with attributes, by measurement as well.
 DEFAULT_CONTRAST, DEFAULT_MARGIN = 0.1, 6.0
 PACKING = ("auto", "on", "off")
@@ -32,7 +35,7 @@ class TrainSettings:
     Attributes:
         rank: d_r.
         layers: indices of the layers to adapt; None is all.
-        lr: peak learning rate of the projections.
+        lr: peak learning rate of the projections; None is the default at the width of the model, see `at_width`.
         gate_lr: peak learning rate of the gates. They start nearly shut, and so do the gradients of the projections,
             so they need a rate of their own.
         epochs: passes over the data, unless `max_steps` is set.
@@ -64,7 +67,7 @@ class TrainSettings:
 
     rank: int = 16
     layers: list[int] | None = None
-    lr: float = 3e-3
+    lr: float | None = None
     gate_lr: float = 1e-1
     epochs: float = 1.0
     max_steps: int | None = None
@@ -91,8 +94,9 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         for name in ("lr", "gate_lr", "epochs"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"must be a positive number, not {getattr(self, name)}", where=_option(name))
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ConfigError(f"must be a positive number, not {value}", where=_option(name))
         choices = {"schedule": SCHEDULES, "method": METHODS, "init": INITS, "scale": SCALES, "packing": PACKING}
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -115,6 +119,13 @@ class TrainSettings:
             raise ConfigError(
                 "a stream has no known length", where="--streaming", hint="Say how long to train with --max-steps."
             )
+
+    def at_width(self, width: int) -> TrainSettings:
+        """The same with a rate, where none was given: for a model of d = `width`, to three digits."""
+        if self.lr is not None:
+            return self
+        rate = DEFAULT_TURN / math.sqrt(width) if self.method == "braces" else BASELINE_LR
+        return replace(self, lr=float(f"{rate:.3g}"))
 
     def recorded(self) -> dict[str, Any]:
         """What the method reads: the settings that explain an adapter."""

@@ -86,6 +86,7 @@ def _carrying_adapter(model: Any) -> Iterator[None]:
 
 
 def _arguments(settings: TrainSettings, upkeep: Upkeep, folder: str, device: torch.device) -> TrainingArguments:
+    assert settings.lr is not None  # by `TrainSettings.at_width`
     return TrainingArguments(
         output_dir=folder,
         per_device_train_batch_size=settings.batch_size,

@@ -49,7 +49,7 @@ def points(grid: list[str]) -> list[dict[str, Any]]:
     axes = []
     for text in grid:
         setting, _, values = text.partition("=")
-        kind = type(defaults[setting])
+        kind = float if defaults[setting] is None else type(defaults[setting])
         axes.append([(setting, kind(value)) for value in values.split(",")])
     return [dict(point) for point in itertools.product(*axes)]
 

@@ -46,7 +46,9 @@ def train(braces, model_dir, rows, out, *extra):
 
 
 @pytest.mark.parametrize(
-    "fields", [(), ("--attribute-field", "mood", "--strength-field", "how")], ids=["plain", "attributes"]
+    "fields",
+    [(), ("--attribute-field", "mood", "--strength-field", "how", "--contrast", 0)],
+    ids=["plain", "attributes"],
 )
 def test_packing_and_accumulation_change_nothing_but_speed(braces, model_dir, rows, tmp_path, fields):
     """Two epochs whose last batch is short: the same examples a step, the same loss, the same adapter."""
