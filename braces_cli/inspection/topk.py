@@ -30,6 +30,10 @@ def _scores(keys: Tensor) -> Tensor:
     return torch.where(ordered < 0, ordered ^ _LOW, ordered).view(torch.float32)
 
 
+def _above(scores: Tensor, cutoff: Tensor) -> Tensor:
+    return scores > cutoff
+
+
 def _not_below(scores: Tensor, cutoff: Tensor) -> Tensor:
     return ~(scores < cutoff)  # NaN is let in, so that k are found in any case
 
@@ -70,7 +74,7 @@ class TopK:
             return
         if count % _GROUP:
             scores = F.pad(scores, (0, -count % _GROUP), value=-torch.inf)
-        # Group g holds the ids g, g + groups, g + 2 groups, ...: maxima over neighbours are several times slower to find.
+        # Group g holds the ids g, g + groups, ...: maxima over neighbours are several times slower to find.
         groups = scores.view(rows, _GROUP, -1)
         step = _ROWS if scores.device.type == "cpu" else rows
         pairs = zip(self._best.split(step), groups.split(step), strict=True)
@@ -81,7 +85,7 @@ class TopK:
         maxima = groups.amax(dim=1)
         if best.shape[1] == self._k:
             # Of equal scores the lower id stays, so a later one must be larger to get in.
-            cutoff, passes = _scores(best[:, -1:]), torch.gt
+            cutoff, passes = _scores(best[:, -1:]), _above
         else:
             # So many groups reach this score that no lower one is among the k best; of equal ones any may be.
             cutoff, passes = maxima.float().topk(self._k, dim=1).values[:, -1:], _not_below

@@ -26,7 +26,7 @@ def test_equals_a_stable_sort_with_many_ties(k, block, dtype):
 
 @pytest.mark.parametrize("kind", ["ascending", "equal", "mostly equal", "below none"])
 def test_scores_of_which_many_pass_the_sieve(kind, monkeypatch):
-    """Each block better than all before, or as good; rows in several parts; rows that need nothing beside some that do."""
+    """Each block better than all before, or as good; rows in several parts; rows that need nothing beside others."""
     monkeypatch.setattr("braces_cli.inspection.topk._ROWS", 2)
     scores = {
         "ascending": torch.arange(4000.0).repeat(5, 1),
