@@ -21,7 +21,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,7 @@ FIRST = (1, 3)  # places that count as found
 PERCENTILE = 99.9
 TOKENS = 64  # of a sentence at most
 TIMES = (1.0, 2.0, 4.0, 8.0)
+WHOLE = "expected effect"  # the choice that is held at all multiples, the others at the percentile alone
 
 
 @dataclass
@@ -82,13 +83,15 @@ def main() -> None:
     batches = sentences(session, args.sentences, args.count)
     values = torch.cat([ffn.value_matrix().mT.detach() for ffn in session.ffns])
     found = hits(session, values, concepts, args.draws)
+    print(json.dumps(found), file=sys.stderr, flush=True)
     seen = observe(session, values, concepts, batches)
     rows = []
     for number, (word, wanted) in enumerate(concepts.items()):
         known_rows: dict[Any, dict[str, Any]] = {}
         for how, *held in choices(session, values, wanted, seen, number):
             if tuple(held) not in known_rows:
-                known_rows[tuple(held)] = measure(session, seen, number, wanted, *held)
+                times = TIMES if how == WHOLE else TIMES[:1]
+                known_rows[tuple(held)] = measure(session, seen, number, wanted, *held, times)
             rows.append({"word": word, "chosen_by": how} | known_rows[tuple(held)])
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     settings = {"sentences": args.count, "positions": len(seen.logs), "draws": args.draws, "percentile": PERCENTILE}
@@ -101,7 +104,10 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     out = {}
     for how in dict.fromkeys(row["chosen_by"] for row in rows):
         own = [row for row in rows if row["chosen_by"] == how]
-        raised = {f"{times:g}": sum(row["clamped"][i]["ratio"] >= 3 for row in own) for i, times in enumerate(TIMES)}
+        raised = {
+            f"{times:g}": sum(at["ratio"] >= 3 for row in own for at in row["clamped"] if at["times"] == times)
+            for times in (TIMES if how == WHOLE else TIMES[:1])
+        }
         out[how] = {"neurons": len(own), "raised_threefold_at": raised}
     return out
 
@@ -198,28 +204,40 @@ def choices(
         ranks = score.ranks(sign * values, wanted.tokens)[0].amin(dim=1)
         some = (ranks <= max(FIRST)).nonzero().squeeze(1)
         if len(some):
-            if sign == 1:
-                first = int(some[ranks[some].argsort(stable=True)[0]])
-                yield "rank", first, float(value[first])
+            if sign == 1:  # the order of places alone, as `inspect find` has it but for scores
+                first = int(some[ranks[some].argmin()])
             best = int(some[expected[some].argmax()])
-            yield f"{name}expected effect", best, float(value[best])
+            yield f"{name}{WHOLE}", best, float(value[best])
+            if sign == 1:
+                yield "rank", first, float(value[first])
     both = torch.maximum(up, down)
     best = int(both.argmax())
     yield "expected effect among all", best, float((seen.high if up[best] >= down[best] else seen.low)[best])
 
 
-def measure(session: Session, seen: Seen, number: int, wanted: Concept, neuron: int, value: float) -> dict[str, Any]:
+def measure(
+    session: Session,
+    seen: Seen,
+    number: int,
+    wanted: Concept,
+    neuron: int,
+    value: float,
+    multiples: Sequence[float],
+) -> dict[str, Any]:
     """Hold a neuron at multiples of a value and compare the concept's probability at every position."""
     ffn, index = place(session, neuron)
     vector = ffn.value_matrix()[:, index].detach()[None]
     ranks = [int(readout(session.base.model).ranks(sign * vector, wanted.tokens)[0].min()) for sign in (1, -1)]
     old, rows = seen.logs[:, number], []
-    for times in TIMES:
+    for times in multiples:
         with hold(ffn, index, times * value):
             new, kl = compare(session, wanted, seen)
         rows.append({"times": times, "probability": float(new.exp().mean())} | ratios(old, new) | {"kl": kl})
-    with hold(ffn, index, value, ends):
-        new, _ = compare(session, wanted, seen)
+    at_last = None
+    if len(multiples) > 1:
+        with hold(ffn, index, value, ends):
+            new, _ = compare(session, wanted, seen)
+        at_last = ratios(old[seen.last], new[seen.last])
     return {
         "layer": ffn.layer,
         "index": index,
@@ -230,7 +248,7 @@ def measure(session: Session, seen: Seen, number: int, wanted: Concept, neuron: 
         "expected": float((value - seen.mean[neuron]) * seen.effect[neuron, number]),
         "probability": float(old.exp().mean()),
         "clamped": rows,
-        "last": ratios(old[seen.last], new[seen.last]),
+        "last": at_last,
     }
 
 
