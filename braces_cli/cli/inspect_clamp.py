@@ -48,7 +48,10 @@ def clamp(
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
-    """Hold neurons at a value while scoring or continuing prompts, and show whose probability that changes."""
+    """Hold neurons at a value while scoring or continuing prompts, and show whose probability that changes.
+
+    A value is a number, or a percentile of the neuron's own weights over the texts of --data.
+    """
     set_up(quiet, debug)
     from braces_cli.inspection.clamp import parse_clamp
 

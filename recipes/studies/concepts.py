@@ -176,21 +176,23 @@ def observe(session: Session, values: Tensor, concepts: dict[str, Concept], batc
         handle.remove()
     masks = [batch["attention_mask"].bool() for batch in batches]
     whole = [torch.cat([w[mask] for w, mask in zip(kept, masks, strict=True)]) for kept in weights.values()]
-    cut = [quantiles(w, torch.tensor([1 - PERCENTILE / 100, PERCENTILE / 100])) for w in whole]
     stream = torch.cat([s[mask] for s, mask in zip(streams, masks, strict=True)])
     # At one position, the one of median length: scales differ little, and the order of neurons not at all.
     middle = stream[stream.norm(dim=1).argsort()[len(stream) // 2]]
     u = direction(score, middle.expand(score.vocabulary, -1), list(range(score.vocabulary))).u
     p = (mean_p / len(stream)).float()
     towards = torch.stack([(p[own] @ u[own]) / p[own].sum() - p @ u for own in ids])
-    low, high = torch.cat([c[0] for c in cut]), torch.cat([c[1] for c in cut])
+    low, high = torch.cat([-tail(-w) for w in whole]), torch.cat([tail(w) for w in whole])
     mean = torch.cat([w.mean(dim=0) for w in whole])
     return Seen(batches, before, high, low, mean, torch.cat(logs), torch.cat(last), values.float() @ towards.mT)
 
 
-def quantiles(weights: Tensor, q: Tensor) -> Tensor:
-    """(len(q), neurons), a few neurons at a time, for torch takes no more."""
-    return torch.cat([part.quantile(q, dim=0) for part in weights.split(64, dim=1)], dim=1)
+def tail(weights: Tensor) -> Tensor:
+    """The percentile of each neuron, (positions, neurons) -> (neurons,), linear between two weights."""
+    place = (len(weights) - 1) * (1 - PERCENTILE / 100)  # from the top: nothing below has to be sorted
+    top = weights.T.contiguous().topk(min(int(place) + 2, len(weights)), dim=1).values
+    low = top[:, min(int(place) + 1, top.shape[1] - 1)]
+    return top[:, int(place)] + (low - top[:, int(place)]) * (place - int(place))
 
 
 def choices(

@@ -78,3 +78,18 @@ def test_what_is_refused():
         next(value_tokens(session, indices=[4 * 52]))
     with pytest.raises(ModelError, match="mixture of experts, which this cannot look into"):
         look(session, "the film")
+
+
+def test_a_map_of_a_mixture_on_the_command_line(braces, tmp_path):
+    """Written, held to its model and searched; the model itself gives the same."""
+    folder = tmp_path / "mixtral"
+    tiny("mixtral").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    saved = braces("inspect", "values", "--model", folder, "--output", tmp_path / "map.parquet", "--format", "json")
+    assert saved.json["vectors"] == sum(ffn.value_vectors for ffn in find_ffns(tiny("mixtral")))
+    args = ["inspect", "find", "id:40", "--model", folder, "--limit", "3", "--format", "json"]
+    found = braces(*args, "--map", tmp_path / "map.parquet").lines
+    assert found
+    keys = ("layer", "index", "rank")
+    assert [[row[key] for key in keys] for row in braces(*args).lines] == [[row[key] for key in keys] for row in found]
+    assert braces("inspect", "trace", "the film", "--model", folder).code == 4
