@@ -41,7 +41,10 @@ def values(
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
-    """The vocabulary tokens that each value vector promotes, best first."""
+    """The vocabulary tokens that each value vector promotes, best first.
+
+    In a mixture of experts the index runs on from expert to expert.
+    """
     set_up(quiet, debug)
     if output is not None:
         from braces_cli.core.files import check_output_file

@@ -25,32 +25,44 @@ from braces_cli.inspection.sides import plain_ffns
 from braces_cli.inspection.topk import TopK
 from braces_cli.inspection.values import Texts, check_indices
 
-_FORM = re.compile(r"(\d+):(\d+)=([^=]+)")
+_FORM = re.compile(r"(\d+):(\d+)=(p?)([^=]+)")
 
 
 @dataclass(frozen=True)
 class Clamp:
-    """Neuron `index` of `layer` held at `value`."""
+    """Neuron `index` of `layer` held at `value`; at nought until `percentiles.settle` where a percentile is given."""
 
     layer: int
     index: int
     value: float
+    percentile: float | None = None
+
+    def as_row(self) -> dict[str, Any]:
+        """`{layer, index, value}`, and `percentile` where the value is one."""
+        row = {"layer": self.layer, "index": self.index, "value": self.value}
+        return row if self.percentile is None else row | {"percentile": self.percentile}
 
 
 def parse_clamp(text: str) -> Clamp:
-    """Read LAYER:INDEX=VALUE.
+    """Read LAYER:INDEX=VALUE, or LAYER:INDEX=pPERCENTILE.
 
     Raises:
-        ConfigError: it is not of that form, or the value is no finite number.
+        ConfigError: it is not of that form, the value is no finite number, or the percentile none from 0 to 100.
     """
     match = _FORM.fullmatch(text.strip())
     try:
-        value = float(match[3]) if match else math.nan
+        value = float(match[4]) if match else math.nan
     except ValueError:
         value = math.nan
     if match is None or not math.isfinite(value):
-        raise ConfigError(f"`{text}` is no LAYER:INDEX=VALUE", where="clamp", hint="Such as 3:89=2.5 or 0:7=-1.")
-    return Clamp(int(match[1]), int(match[2]), value)
+        hint = "Such as 3:89=2.5 or 0:7=-1, or 3:89=p99.9 for a percentile."
+        raise ConfigError(f"`{text}` is no LAYER:INDEX=VALUE", where="clamp", hint=hint)
+    layer, index = int(match[1]), int(match[2])
+    if not match[3]:
+        return Clamp(layer, index, value)
+    if not 0 <= value <= 100:
+        raise ConfigError(f"no percentile {value:g}", where="clamp", hint="There is p0 to p100.")
+    return Clamp(layer, index, 0.0, percentile=value)
 
 
 def check_clamps(ffns: Sequence[FFN], clamps: Sequence[Clamp]) -> None:

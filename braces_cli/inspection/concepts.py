@@ -16,8 +16,8 @@ token with that number.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,14 +57,16 @@ class Vocabulary:
     """Texts of all tokens, and which tokens have a text."""
 
     def __init__(self, texts: Sequence[str]) -> None:
+        # Looked through for each word: a dictionary of lists would take longer to build than a search of a map.
         self.texts = texts
-        self._ids: dict[str, list[int]] = defaultdict(list)
-        for token, text in enumerate(texts):
-            self._ids[text].append(token)
 
     def find(self, text: str) -> list[int]:
         """Tokens that read `text` exactly, lowest first."""
-        return self._ids.get(text, []) if text else []
+        found: list[int] = []
+        with suppress(ValueError):  # there is none, or no further one
+            while text:
+                found.append(self.texts.index(text, found[-1] + 1 if found else 0))
+        return found
 
     def number(self, text: str, where: str) -> int | None:
         """The token that `id:123` names, None for any other text.
@@ -95,7 +97,7 @@ class Vocabulary:
 
     def unknown(self, text: str, where: str) -> ConfigError:
         """The error for a text that is no token here, with near ones named."""
-        same = [t for t in self._ids if t.strip()[:1].lower() == text.strip()[:1].lower()] if text.strip() else []
+        same = [t for t in self.texts if t.strip()[:1].lower() == text.strip()[:1].lower()] if text.strip() else []
         close = near_misses(text.strip(), dict.fromkeys(t.strip() for t in same))
         hint = close or "Give a text that is one token, or id:NUMBER."
         return ConfigError(f"`{text}` is no token of this model", where=where, hint=hint)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -12,12 +12,13 @@ from torch import Tensor
 from braces_cli.core.attributes import Attribute
 from braces_cli.core.encode import encode_word, token_text
 from braces_cli.core.errors import ConfigError
+from braces_cli.core.experts import MixtureFFN
 from braces_cli.core.ffn import FFN
 from braces_cli.core.progress import Report, silent
 from braces_cli.core.session import Session
 from braces_cli.inspection.concepts import Concept, Vocabulary, concept, order
 from braces_cli.inspection.readout import VECTORS_AT_ONCE, readout
-from braces_cli.inspection.sides import plain_ffns, side_vectors
+from braces_cli.inspection.sides import plain_ffns, stacks
 from braces_cli.inspection.values import Texts
 
 
@@ -48,6 +49,12 @@ def _chosen(session: Session, layers: Collection[int] | None) -> list[FFN]:
     return [ffn for ffn in plain_ffns(session.ffns) if layers is None or ffn.layer in layers]
 
 
+def _blocks(ffn: FFN | MixtureFFN, side: str) -> Iterator[tuple[int, Tensor]]:
+    for first, matrix in stacks(ffn, side):
+        for number, block in enumerate(matrix.split(VECTORS_AT_ONCE)):
+            yield first + number * VECTORS_AT_ONCE, block
+
+
 def promote(
     session: Session,
     wanted: Concept,
@@ -65,13 +72,13 @@ def promote(
     score = readout(session.base.model)
     tokens = wanted.tokens
     found: list[dict[str, Any]] = []
-    chosen = _chosen(session, layers)
+    chosen = [ffn for ffn in session.ffns if layers is None or ffn.layer in layers]
     total, done = sum(ffn.value_vectors for ffn in chosen), 0
     for ffn in chosen:
-        for number, block in enumerate(side_vectors(ffn, side).split(VECTORS_AT_ONCE)):
+        for start, block in _blocks(ffn, side):
             done += len(block)
             ranks, scores = score.ranks(block, tokens)
-            for index, (r, s) in enumerate(zip(ranks.tolist(), scores.tolist(), strict=True), number * VECTORS_AT_ONCE):
+            for index, (r, s) in enumerate(zip(ranks.tolist(), scores.tolist(), strict=True), start):
                 rank, own = wanted.measure({t: (r[i], s[i]) for i, t in enumerate(tokens)})
                 found.append({"layer": ffn.layer, "index": index, "rank": rank, "score": own})
             found = sorted(found, key=order)[:limit]
@@ -80,8 +87,14 @@ def promote(
 
 
 def _vectors(session: Session, rows: list[dict[str, Any]], side: str) -> Tensor:
-    by_layer = {ffn.layer: side_vectors(ffn, side) for ffn in plain_ffns(session.ffns)}
-    return torch.stack([by_layer[row["layer"]][row["index"]] for row in rows])
+    by_layer = {ffn.layer: ffn for ffn in session.ffns}
+    wanted = [(by_layer[row["layer"]], row["index"]) for row in rows]
+    found: dict[tuple[int, int], Tensor] = {}
+    for ffn in dict.fromkeys(ffn for ffn, _ in wanted):
+        own = [index for other, index in wanted if other is ffn]
+        for start, block in _blocks(ffn, side):
+            found |= {(ffn.layer, i): block[i - start] for i in own if start <= i < start + len(block)}
+    return torch.stack([found[ffn.layer, index] for ffn, index in wanted])
 
 
 def _named(session: Session, rows: list[dict[str, Any]], side: str, top_k: int) -> list[dict[str, Any]]:

@@ -124,7 +124,8 @@ class Map:
 
     def _parquet_rows(self, tokens: list[int]) -> Iterator[dict[str, Any]]:
         # Columns are read through their buffers: pyarrow.compute, and pandas, which pyarrow imports for conversions
-        # where it is installed, would take longer to import than the whole search takes.
+        # where it is installed, would take longer to import than the whole search takes; so does numpy.ma, which
+        # np.unique imports.
         import numpy as np
         import pyarrow.parquet as pq
 
@@ -135,8 +136,8 @@ class Map:
             layers, indices, listed = batch.columns
             offsets = _numbers(listed.offsets, "int32")
             ids, scores = (_numbers(listed.values.field(name), kind) for name, kind in _TOKEN_COLUMNS)
-            places = np.flatnonzero(np.isin(ids, tokens))
-            for row in np.unique(np.searchsorted(offsets, places, side="right") - 1).tolist():
+            places = np.flatnonzero(np.logical_or.reduce([ids == token for token in tokens]))
+            for row in dict.fromkeys((np.searchsorted(offsets, places, side="right") - 1).tolist()):
                 inside = slice(int(offsets[row]), int(offsets[row + 1]))
                 pairs = zip(ids[inside].tolist(), scores[inside].tolist(), strict=True)
                 yield {
@@ -177,7 +178,8 @@ def open_map(path: Path, *, parquet: bool | None = None) -> Map:
 def _parquet_header(path: Path) -> Any:
     import pyarrow.parquet as pq
 
-    return json.loads(pq.read_schema(path).metadata[_KEY])
+    # Not `read_schema`, which decodes the copy of the header in Arrow's own schema, too.
+    return json.loads(pq.read_metadata(path).metadata[_KEY])
 
 
 def _line_header(path: Path) -> Any:

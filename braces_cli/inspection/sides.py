@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,8 @@ def plain_ffns(found: Sequence[FFN | MixtureFFN]) -> list[FFN]:
     ffns: list[FFN] = []
     for ffn in found:
         if not isinstance(ffn, FFN):
-            hint = "braces inspect alone (the summary), train, eval and steer work on mixtures of experts."
-            raise ModelError(f"layer {ffn.layer} is a mixture of experts, which cannot be looked into yet", hint=hint)
+            hint = "The summary (braces inspect alone), values, and find with words work on mixtures of experts."
+            raise ModelError(f"layer {ffn.layer} is a mixture of experts, which this cannot look into", hint=hint)
         ffns.append(ffn)
     return ffns
 
@@ -61,6 +61,30 @@ def side_vectors(ffn: FFN, side: str) -> Tensor:
     if len(ffn.keys) > 1:
         return _rows(ffn.keys[0 if first else 1])
     return _rows(ffn.keys[0]).chunk(2)[0 if first else 1]
+
+
+def stacks(ffn: FFN | MixtureFFN, side: str) -> Iterator[tuple[int, Tensor]]:
+    """Pairs (index of the first, vectors (n, d)) that together are the vectors of a layer.
+
+    In a mixture of experts indices run on from expert to expert, as in `MixtureFFN.value_matrix`, and each stack is one
+    expert's: a view, for all of them together would be a copy.
+
+    Raises:
+        ConfigError: an unknown side, `gate` where there is none, or another than `value` of a mixture.
+    """
+    if isinstance(ffn, FFN):
+        yield 0, side_vectors(ffn, side)
+        return
+    check_side(side)
+    if side != "value":
+        hint = "Of experts only value vectors can be read: --side value."
+        raise ConfigError(f"layer {ffn.layer} is a mixture of experts", where="--side", hint=hint)
+    start = 0
+    for part in ffn.parts:
+        values = part.value_matrix().detach()
+        for matrix in values if values.ndim == 3 else values[None]:
+            yield start, matrix.mT
+            start += matrix.shape[1]
 
 
 def _rows(module: nn.Module) -> Tensor:

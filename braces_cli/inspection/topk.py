@@ -12,6 +12,8 @@ from torch import Tensor
 
 # Elements whose maximum stands for them in the first sieve.
 _GROUP = 32
+# Rows that are sieved at a time on a CPU: their scores stay in its cache.
+_ROWS = 256
 _LOW = (1 << 31) - 1
 
 
@@ -26,6 +28,24 @@ def _scores(keys: Tensor) -> Tensor:
     """The scores inside keys, float32."""
     ordered = (keys >> 32).int()
     return torch.where(ordered < 0, ordered ^ _LOW, ordered).view(torch.float32)
+
+
+def _above(scores: Tensor, cutoff: Tensor) -> Tensor:
+    return scores > cutoff
+
+
+def _not_below(scores: Tensor, cutoff: Tensor) -> Tensor:
+    return ~(scores < cutoff)  # NaN is let in, so that k are found in any case
+
+
+def _table(rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys (n,) of ascending `rows` (n,) as one line for each row that has any: those rows, and (rows, most keys of
+    one), filled up with what is below any key."""
+    live, line, counts = rows.unique_consecutive(return_inverse=True, return_counts=True)
+    column = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[line]
+    table = keys.new_full((len(live), int(counts.max()) if len(live) else 0), torch.iinfo(torch.int64).min)
+    table[line, column] = keys
+    return live, table
 
 
 class TopK:
@@ -44,8 +64,8 @@ class TopK:
     def add(self, scores: Tensor, start: int) -> None:
         """Take in `scores` (rows, n) of the ids `start` to `start + n - 1`, which lie above all ids seen before.
 
-        The k best of a block lie in the k groups of the largest maxima, so only those are looked at one by one, and
-        only in rows where one of them beats the worst that is kept. Memory: the scores' own again at most.
+        Only groups whose maximum can get in are looked at one by one, which after the first blocks are few. Memory: a
+        fraction of the scores' own, and at most that of all scores of 256 rows as integers (of all rows on a GPU).
         """
         rows, count = scores.shape
         if count <= 2 * self._k * _GROUP:
@@ -54,22 +74,29 @@ class TopK:
             return
         if count % _GROUP:
             scores = F.pad(scores, (0, -count % _GROUP), value=-torch.inf)
-        groups = scores.view(rows, -1, _GROUP)
-        maxima = groups.amax(dim=-1).float()
-        if self._best.shape[1] == self._k:
-            # Of equal scores the lower id stays, so a later one must be larger to get in.
-            live = (maxima.amax(dim=1) > _scores(self._best[:, -1])).nonzero().squeeze(1)
-            self._best[live] = self._merge(self._best[live], self._sift(groups, maxima, live, start))
-        else:
-            every = torch.arange(rows, device=scores.device)
-            self._best = self._merge(self._best, self._sift(groups, maxima, every, start))
+        # Group g holds the ids g, g + groups, ...: maxima over neighbours are several times slower to find.
+        groups = scores.view(rows, _GROUP, -1)
+        step = _ROWS if scores.device.type == "cpu" else rows
+        pairs = zip(self._best.split(step), groups.split(step), strict=True)
+        self._best = torch.cat([self._improve(best, part, start) for best, part in pairs])
 
-    def _sift(self, groups: Tensor, maxima: Tensor, live: Tensor, start: int) -> Tensor:
-        """Keys of the elements of the k best groups of the rows `live`."""
-        numbers = torch.arange(groups.shape[1], device=groups.device)
-        chosen = _LOW - (_keys(maxima[live], numbers).topk(self._k, dim=1, sorted=False).values & _LOW)
-        ids = start + chosen[..., None] * _GROUP + torch.arange(_GROUP, device=groups.device)
-        return _keys(groups[live[:, None], chosen].float(), ids).flatten(1)
+    def _improve(self, best: Tensor, groups: Tensor, start: int) -> Tensor:
+        """`best` (rows, up to k) and the scores `groups` (rows, members, groups) in one: (rows, k)."""
+        maxima = groups.amax(dim=1)
+        if best.shape[1] == self._k:
+            # Of equal scores the lower id stays, so a later one must be larger to get in.
+            cutoff, passes = _scores(best[:, -1:]), _above
+        else:
+            # So many groups reach this score that no lower one is among the k best; of equal ones any may be.
+            cutoff, passes = maxima.float().topk(self._k, dim=1).values[:, -1:], _not_below
+        row, group = passes(maxima, cutoff).nonzero(as_tuple=True)
+        members = groups[row, :, group]
+        place, member = passes(members, cutoff[row]).nonzero(as_tuple=True)
+        ids = start + member * groups.shape[2] + group[place]
+        live, keys = _table(row[place], _keys(members[place, member].float(), ids))
+        if best.shape[1] < self._k:  # then every row is live
+            return self._merge(best, keys)
+        return best.index_copy(0, live, self._merge(best[live], keys))
 
     def _merge(self, best: Tensor, keys: Tensor) -> Tensor:
         keys = torch.cat([best, keys], dim=1)

@@ -9,12 +9,13 @@ import torch
 
 from braces_cli.core.encode import token_text
 from braces_cli.core.errors import ConfigError
+from braces_cli.core.experts import MixtureFFN
 from braces_cli.core.ffn import FFN
 from braces_cli.core.models import tokenizer_hashes
 from braces_cli.core.progress import Report, silent
 from braces_cli.core.session import Session
 from braces_cli.inspection.readout import VECTORS_AT_ONCE, readout
-from braces_cli.inspection.sides import plain_ffns, side_vectors
+from braces_cli.inspection.sides import stacks
 
 
 class Texts:
@@ -40,7 +41,8 @@ def value_tokens(
 ) -> Iterator[dict[str, Any]]:
     """Rows `{layer, index, tokens: [{id, token, score}]}`, tokens best first, of equal scores the lower id first.
 
-    Memory: the scores of 2,048 vectors over 8,192 tokens at a time.
+    In a mixture of experts indices run on from expert to expert. Memory: the scores of 2,048 vectors over 8,192 tokens
+    at a time.
 
     Args:
         layers: decoder layers; None is all.
@@ -49,9 +51,9 @@ def value_tokens(
         side: `value`, or `gate` or `up`, whose rows read the residual stream instead of writing it.
 
     Raises:
-        ConfigError: an index that a chosen layer does not have, or a side that the model does not have.
+        ConfigError: an index that a chosen layer does not have, or a side that the model (or `stacks`) does not have.
     """
-    chosen = [ffn for ffn in plain_ffns(session.ffns) if layers is None or ffn.layer in layers]
+    chosen = [ffn for ffn in session.ffns if layers is None or ffn.layer in layers]
     for ffn in chosen:
         check_indices(ffn, indices or ())
     score = readout(session.base.model)
@@ -59,18 +61,19 @@ def value_tokens(
     total = sum(len(indices) if indices is not None else ffn.value_vectors for ffn in chosen)
     done = 0
     for ffn in chosen:
-        matrix = side_vectors(ffn, side)
         wanted = torch.tensor(sorted(indices) if indices is not None else range(ffn.value_vectors))
-        for block in wanted.split(VECTORS_AT_ONCE):
-            values, ids = score.best(matrix[block.to(matrix.device)], top_k)
-            done += len(block)
-            report(f"reading {side} vectors", done, total)
-            for index, best, tokens in zip(block.tolist(), values.tolist(), ids.tolist(), strict=True):
-                named = [{"id": t, "token": texts[t], "score": s} for t, s in zip(tokens, best, strict=True)]
-                yield {"layer": ffn.layer, "index": index, "tokens": named}
+        for start, matrix in stacks(ffn, side):
+            inside = wanted[(wanted >= start) & (wanted < start + len(matrix))]
+            for block in inside.split(VECTORS_AT_ONCE) if len(inside) else ():
+                values, ids = score.best(matrix[(block - start).to(matrix.device)], top_k)
+                done += len(block)
+                report(f"reading {side} vectors", done, total)
+                for index, best, tokens in zip(block.tolist(), values.tolist(), ids.tolist(), strict=True):
+                    named = [{"id": t, "token": texts[t], "score": s} for t, s in zip(tokens, best, strict=True)]
+                    yield {"layer": ffn.layer, "index": index, "tokens": named}
 
 
-def check_indices(ffn: FFN, indices: Collection[int], where: str = "--index") -> None:
+def check_indices(ffn: FFN | MixtureFFN, indices: Collection[int], where: str = "--index") -> None:
     """Raises:
     ConfigError: an index that the layer does not have.
     """

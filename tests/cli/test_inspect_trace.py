@@ -58,6 +58,10 @@ def test_clamp_as_json_and_as_tables(braces, model_dir):
     ("args", "code", "message"),
     [
         (["clamp", "1:3"], 2, "no LAYER:INDEX=VALUE"),
+        (["clamp", "1:3=p101", "--prompt", "a", "--data", "b"], 2, "no percentile 101"),
+        (["clamp", "1:3=p50", "--prompt", "a"], 2, "--data"),
+        (["clamp", "1:3=1", "--prompt", "a", "--data", "b"], 2, "no clamp is a percentile"),
+        (["clamp", "1:3=p50", "--prompt", "a", "--data", "nowhere.jsonl"], 3, "no such file"),
         (["clamp", "9:3=1", "--prompt", "a"], 2, "no feed-forward layer 9"),
         (["clamp", "1:52=1", "--prompt", "a"], 2, "no value vector 52"),
         (["clamp", "1:3=1", "--prompt", "a", "--token", "zebra"], 2, "is no token"),

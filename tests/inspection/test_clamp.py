@@ -87,6 +87,7 @@ def test_the_form_of_a_clamp():
     """Numbers as Python reads them."""
     assert parse_clamp("3:89=2.5") == Clamp(3, 89, 2.5)
     assert parse_clamp(" 0:7=-1e1 ") == Clamp(0, 7, -10.0)
+    assert parse_clamp("3:89=p99.9") == Clamp(3, 89, 0.0, percentile=99.9)
     for text in ("3:89", "3=2", "3:89=x", "3:89=nan", "3:89=inf", "-1:2=3", "a:2=3", "3:2=1=1", ""):
         with pytest.raises(ConfigError, match="LAYER:INDEX=VALUE"):
             parse_clamp(text)

@@ -27,18 +27,28 @@ def test_the_benchmark_prints_one_document():
     assert str(RECIPES.parent) not in done.stdout
 
 
-def test_the_recipe_measures_concepts(model_dir, tmp_path):
-    """On a random model: figures of each concept, and as many draws of random vectors as asked for."""
+def test_the_study_measures_concepts(model_dir, tmp_path):
+    """On a random model: figures of each concept, beside those of as many draws of random vectors as asked for."""
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": t}) + "\n" for t in ("the film is good", "a happy day", "the end")))
-    argv = [sys.executable, str(RECIPES / "inspect_concepts.py"), "--model", str(model_dir), "--sentences", str(path)]
-    done = subprocess.run([*argv, "--words", "film,happy", "--draws", "2"], capture_output=True, text=True, env=ENV)
+    argv = [sys.executable, str(RECIPES / "studies" / "concepts.py"), "--model", str(model_dir)]
+    argv += ["--sentences", str(path), "--words", "film,happy", "--draws", "2"]
+    done = subprocess.run(argv, capture_output=True, text=True, env=ENV)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert [row["word"] for row in found["clamps"]] == ["film", "happy"]
-    assert found["ranked"]["vectors"] == 104
-    assert len(found["ranked"]["found_random"]) == 2
+    assert found["hits"]["vectors"] == 104
+    for place in ("rank<=1", "rank<=3"):
+        counts = found["hits"][place]
+        assert counts["total"]["own"] == sum(word["own"] for word in counts["by_concept"].values())
+    assert {row["word"] for row in found["clamps"]} == {"film", "happy"}
     for row in found["clamps"]:
-        assert row["kl"] > 0
-        assert abs(row["ratio"] - row["probability_clamped"] / row["probability"]) < 1e-6
-        assert (row["rank"] <= 3) == (found["ranked"]["hits"][row["word"]] > 0)
+        assert row["chosen_by"] != "expected effect" or [at["times"] for at in row["clamped"]] == [1, 2, 4, 8]
+        for at in row["clamped"]:
+            assert at["kl"] > 0
+            assert abs(at["ratio"] - at["probability"] / row["probability"]) < 1e-5
+        if row["chosen_by"] == "rank":
+            assert row["rank"] <= 3
+        if row["chosen_by"] == "turned, expected effect":
+            assert row["rank_turned"] <= 3
+        if row["chosen_by"] == "expected effect among all":
+            assert row["expected"] > 0
