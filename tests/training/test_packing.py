@@ -139,7 +139,9 @@ class Leaky(torch.nn.Module):
 
     def forward(self, **inputs):
         out = self.inner(**inputs)
-        out.logits = out.logits + self.share * out.logits[:, :1] * (self.always or inputs.get("position_ids") is not None)
+        out.logits = out.logits + self.share * out.logits[:, :1] * (
+            self.always or inputs.get("position_ids") is not None
+        )
         return out
 
 
