@@ -26,6 +26,7 @@ from braces_cli.core.batches import pad_right
 from braces_cli.core.encode import IGNORED, Encoded
 from braces_cli.data.examples import Example
 from braces_cli.training.conditions import Conditioner
+from braces_cli.training.scored import pick_scored
 
 # Padding that rows of a packed block may have where several rows are cheaper than one long one.
 MOST_PADDING = 0.05
@@ -45,12 +46,14 @@ class Layout:
             0 where attention costs nothing across examples, so that one row is best.
         context: tokens that a row may hold: some models keep masks of no other size. None: any number.
         groups: blocks of a batch that is not packed.
+        only_scored: logits are computed of scored tokens only; see `training.scored`.
     """
 
     packed: bool
     attention: float = 0.0
     context: int | None = None
     groups: int = GROUPS
+    only_scored: bool = False
 
 
 class Collator:
@@ -71,6 +74,9 @@ class Collator:
             blocks = [self._packed(kept, items)]
         else:
             blocks = self._grouped(kept, items, min(self._layout.groups, len(rows)))
+        if self._layout.only_scored:
+            for block in blocks:
+                pick_scored(block)
         return {"labels": torch.tensor(flat, dtype=torch.long), "blocks": blocks}
 
     def _packed(self, kept: Sequence[Example], items: Sequence[Encoded]) -> Block:

@@ -15,6 +15,7 @@ from braces_cli.data.stream import Stream
 from braces_cli.training.blocks import Collator, Layout, computed_tokens
 from braces_cli.training.conditions import Conditioner
 from braces_cli.training.order import Order, Rows, SetEpoch
+from braces_cli.training.scored import next_tokens, only_scored
 
 
 class FeedingTrainer(Trainer):
@@ -69,16 +70,21 @@ class FeedingTrainer(Trainer):
         if self._conditioner is not None:
             # It stays set until the next block: gradient checkpointing computes the pass once more.
             self._conditioner.apply(block.pop("strengths"))
-        # With a cache, transformers would not look whether positions start anew.
-        loss: Any = super().compute_loss(model, {**block, "use_cache": False}, *args, **kwargs)
+        with only_scored(self.model, block.pop("scored", None)):
+            # With a cache, transformers would not look whether positions start anew.
+            loss: Any = super().compute_loss(model, {**block, "use_cache": False}, *args, **kwargs)
         return loss
 
 
 def mean_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-    """Cross entropy of the next token, in float32, summed over a block and divided by the scored tokens of the step."""
+    """Cross entropy of the next token, in float32, summed over a block and divided by the scored tokens of the step.
+
+    Args:
+        labels: (rows, tokens); or (k,), the next tokens themselves, where there are logits of k scored tokens only.
+    """
     logits = outputs.logits if hasattr(outputs, "logits") else outputs[0]
     # Labels are moved rather than logits: no copy of (tokens, vocabulary).
-    targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].to(logits.device)
+    targets = (labels if labels.ndim == 1 else next_tokens(labels)).to(logits.device)
     flat = logits.reshape(-1, logits.shape[-1]).float()
     summed = F.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORED, reduction="sum")
     count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch

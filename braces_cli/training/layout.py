@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from braces_cli.core.ffn import parameter_total
 from braces_cli.core.models import input_device
 from braces_cli.core.session import Session
 from braces_cli.training.blocks import GROUPS, Layout, pack
+from braces_cli.training.scored import can_pick
 from braces_cli.training.settings import TrainSettings
 
 logger = logging.getLogger("braces")
@@ -27,10 +29,24 @@ TOLERANCE_FLOAT32 = 1e-4
 MASKED = 4.0
 # Tokens of an example that the probe looks at.
 PROBE_TOKENS = 512
+# Tokens a row of the probe whether logits can be picked.
+PICKED = 8
 FLASH = "flash_attention_2"
 
 
 def choose_layout(session: Session, settings: TrainSettings, items: Sequence[Encoded]) -> Layout:
+    """How the examples of a batch lie in blocks, and whether logits are computed of scored tokens only.
+
+    Raises:
+        ConfigError: packing is asked for, and the probe found a difference.
+    """
+    layout, model = _blocks(session, settings, items), session.base.model
+    # Likelihoods of whole rows are compared in their own way.
+    picks = not settings.contrast and can_pick(model, probe_items(items)[1][:PICKED], _tolerance(model))
+    return replace(layout, only_scored=picks)
+
+
+def _blocks(session: Session, settings: TrainSettings, items: Sequence[Encoded]) -> Layout:
     """Packed where the probe allows it, else grouped by length; FlashAttention is turned on where it is installed.
 
     Args:
@@ -84,7 +100,7 @@ def packing_fault(model: Any, probe: Sequence[list[int]], pad_id: int) -> str | 
 
     Each example packed is held to itself alone; and other tokens in the first may not move the logits of the rest.
     """
-    tolerance = TOLERANCE.get(next(model.parameters()).dtype, TOLERANCE_FLOAT32)
+    tolerance = _tolerance(model)
     rows = [[0, 1, 2]] if _is_flash(model) else [[0, 1], [2]]
     first, *rest = probe
     was_training = model.training
@@ -106,6 +122,10 @@ def packing_fault(model: Any, probe: Sequence[list[int]], pad_id: int) -> str | 
     if not leak <= tolerance / 3:
         return f"an example moves the logits of the next one by {leak:.1e}"
     return None
+
+
+def _tolerance(model: Any) -> float:
+    return TOLERANCE.get(next(model.parameters()).dtype, TOLERANCE_FLOAT32)
 
 
 def _try_flash(model: Any, probe: Sequence[list[int]], pad_id: int) -> bool:

@@ -18,6 +18,7 @@ from braces_cli.training.conditions import Conditioner
 from braces_cli.training.feeding import mean_loss
 from braces_cli.training.layout import choose_layout, packing_fault
 from braces_cli.training.order import NONE, Order
+from braces_cli.training.scored import can_pick, only_scored
 from braces_cli.training.settings import TrainSettings
 from tests.conftest import open_gates, tiny_model
 from tests.core.test_reference import relative
@@ -28,6 +29,8 @@ LAYOUTS = {
     "one row": Layout(packed=True),
     "several rows": Layout(packed=True, attention=0.1),
     "grouped": Layout(packed=False, groups=3),
+    "several rows, only scored": Layout(packed=True, attention=0.1, only_scored=True),
+    "grouped, only scored": Layout(packed=False, groups=3, only_scored=True),
 }
 
 
@@ -72,7 +75,8 @@ def in_blocks(model, rows, conditioner, layout):
         if conditioner is not None:
             conditioner.apply(block.pop("strengths"))
         labels = block.pop("labels")
-        total = total + mean_loss(model(**block, use_cache=False), labels, count)
+        with only_scored(model, block.pop("scored", None)):
+            total = total + mean_loss(model(**block, use_cache=False), labels, count)
     return total
 
 
@@ -125,9 +129,9 @@ def test_the_probe_tells_what_can_be_packed(name, overrides, packs):
 class Leaky(torch.nn.Module):
     """Attention that looks across examples, by an amount that rounding would hide."""
 
-    def __init__(self, model, share):
+    def __init__(self, model, share, always=False):
         super().__init__()
-        self.inner, self.share = model, share
+        self.inner, self.share, self.always = model, share, always
         self.config = model.config
 
     def get_input_embeddings(self):
@@ -135,7 +139,9 @@ class Leaky(torch.nn.Module):
 
     def forward(self, **inputs):
         out = self.inner(**inputs)
-        out.logits = out.logits + self.share * out.logits[:, :1] * (inputs.get("position_ids") is not None)
+        out.logits = out.logits + self.share * out.logits[:, :1] * (
+            self.always or inputs.get("position_ids") is not None
+        )
         return out
 
 
@@ -147,13 +153,30 @@ def test_the_probe_sees_a_leak_below_the_tolerance_of_its_dtype():
     assert "moves the logits of the next one" in packing_fault(Leaky(model, 0.025), probe, 1)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma", "gpt2", "gpt_neox", "opt", "phi"])
+def test_logits_are_those_of_scored_tokens_only(name):
+    """As many as there are scored tokens, and all again behind the block; where a head is no head, all of them."""
+    model = tiny_model(name)
+    block = Collator(Layout(packed=False, groups=1, only_scored=True), 1)(examples())["blocks"][0]
+    ids, scored = block["input_ids"], block["scored"]
+    assert len(scored) == sum(row.tokens.scored for row in examples()) < ids.numel()
+    assert can_pick(model, ids[0, :5].tolist(), 1e-4)
+    with only_scored(model, scored):
+        assert model(ids, use_cache=False).logits.shape == (1, len(scored), model.config.vocab_size)
+    assert model(ids, use_cache=False).logits.shape[:2] == ids.shape
+    assert not can_pick(Leaky(model, 0.1), [3, 4, 5], 1e-4)  # it names no head
+    mixing = Leaky(model, 0.1, always=True)
+    mixing.get_output_embeddings = model.get_output_embeddings
+    assert not can_pick(mixing, [3, 4, 5], 1e-4)
+
+
 def test_packing_is_refused_or_left_alone_where_the_probe_says_no(session, monkeypatch):
     """`on` exits 2 with the reason; `auto` groups by length; `off` does so without a probe."""
     items = [row.tokens for row in examples()]
     assert choose_layout(session, TrainSettings(), items).packed
     assert not choose_layout(session, TrainSettings(packing="off"), items).packed
     session.base.model = tiny_model("opt")
-    assert choose_layout(session, TrainSettings(), items) == Layout(packed=False)
+    assert choose_layout(session, TrainSettings(), items) == Layout(packed=False, only_scored=True)
     with pytest.raises(ConfigError, match="cannot be packed: packed logits differ"):
         choose_layout(session, TrainSettings(packing="on"), items)
     # A checkpointed group would be computed again with the attributes of the last one.
