@@ -144,7 +144,7 @@ def _look_before(ctx: typer.Context, folder: Path, upkeep: Any) -> tuple[dict[st
     from braces_cli.training.launch import check_launch
     from braces_cli.training.record import finished, identity
 
-    check_launch(upkeep.resume, ctx.params["attribute_field"] is not None)
+    check_launch(upkeep.resume, ctx.params["attribute_field"] is not None, ctx.params["device"])
     known = identity(o.resolved(ctx))
     if upkeep.resume and ctx.params["overwrite"]:
         raise ConfigError("--resume keeps what --overwrite removes", where="--resume", hint="Give one of the two.")

@@ -9,19 +9,27 @@ from typing import Any
 
 from braces_cli.core.errors import ConfigError
 
+_DDP = "Use recipes/accelerate/ddp.yaml, or torchrun."
+_FSDP2 = "Start from recipes/accelerate/fsdp2.yaml."
+# What `accelerate launch` can turn on and an adapter cannot be trained under.
+_OTHERS = {"ACCELERATE_USE_MEGATRON_LM": "Megatron-LM", "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config"}
 
-def check_launch(resume: bool, attributes: bool) -> None:
+
+def check_launch(resume: bool, attributes: bool, device: str) -> None:
     """Refuse what cannot work.
 
+    Args:
+        device: as `--device` names it.
+
     Raises:
-        ConfigError: DeepSpeed ZeRO-3, a run to be resumed under DeepSpeed, or attributes under FSDP.
+        ConfigError: DeepSpeed ZeRO-3, or a run to be resumed under DeepSpeed; FSDP with attributes, on a CPU, or set
+            up in a way that cannot work; tensor, context or pipeline parallelism.
     """
-    if _asked_for("ACCELERATE_USE_FSDP") and attributes:
-        raise ConfigError(
-            "attributes cannot be trained under FSDP: they are read between the layers, where those lie in pieces",
-            where="--attribute-field",
-            hint="Use recipes/accelerate/ddp.yaml.",
-        )
+    for name, what in _OTHERS.items():
+        if _asked_for(name):
+            raise ConfigError("an adapter is trained under DDP, FSDP2 or ZeRO-1 and 2 only", where=what, hint=_DDP)
+    if _asked_for("ACCELERATE_USE_FSDP"):
+        _check_fsdp(attributes, device)
     if not _asked_for("ACCELERATE_USE_DEEPSPEED"):
         return
     if resume:
@@ -34,6 +42,29 @@ def check_launch(resume: bool, attributes: bool) -> None:
             where="DeepSpeed",
             hint="Use FSDP2 (recipes/accelerate/fsdp2.yaml), or ZeRO-1 or 2.",
         )
+
+
+def _check_fsdp(attributes: bool, device: str) -> None:
+    if attributes:
+        raise ConfigError(
+            "attributes cannot be trained under FSDP: they are read between the layers, where those lie in pieces",
+            where="--attribute-field",
+            hint="Use recipes/accelerate/ddp.yaml.",
+        )
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        what = "only version 2 keeps an adapter's parameters apart from those of the base"
+        raise ConfigError(what, where="fsdp_version", hint=_FSDP2)
+    if _asked_for("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        what = "every process runs the base before it is spread, so each must have read it"
+        raise ConfigError(what, where="fsdp_cpu_ram_efficient_loading: true", hint=_FSDP2)
+    if _asked_for("FSDP_ACTIVATION_CHECKPOINTING"):
+        what = "it gives parameters other names than they are saved by"
+        hint = "Set it to false, and give --gradient-checkpointing."
+        raise ConfigError(what, where="fsdp_activation_checkpointing: true", hint=hint)
+    from braces_cli.core.models import pick_device
+
+    if pick_device(device).type == "cpu":
+        raise ConfigError("accelerate has no FSDP on a CPU: the base would not be spread", where="FSDP", hint=_DDP)
 
 
 def _asked_for(name: str) -> bool:

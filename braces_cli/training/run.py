@@ -235,7 +235,8 @@ def _fit(
         trainer = BracesTrainer(adapter, run.settings, feed.examples, feed.layout, feed.conditioner, pad_id, around)
         trainer.run(checkpoint)
     if trainer.stopped_by:
-        logger.info("stopped after step %d; --resume goes on from there", trainer.done["step"])
+        kept = "nothing is kept under DeepSpeed" if trainer.is_deepspeed_enabled else "--resume goes on from there"
+        logger.info("stopped after step %d; %s", trainer.done["step"], kept)
         act(trainer.stopped_by)
     memory, done = peak_memory(), trainer.done
     if not finite(trainer.model):

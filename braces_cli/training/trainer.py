@@ -87,7 +87,7 @@ def _carrying_adapter(model: Any) -> Iterator[None]:
 
 def _arguments(settings: TrainSettings, upkeep: Upkeep, folder: str, device: torch.device) -> TrainingArguments:
     assert settings.lr is not None  # by `TrainSettings.at_width`
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=folder,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
@@ -114,3 +114,6 @@ def _arguments(settings: TrainSettings, upkeep: Upkeep, folder: str, device: tor
         accelerator_config={"dispatch_batches": False},
         dataloader_pin_memory=device.type == "cuda",
     )
+    # A process uses one GPU: Trainer would take all that it sees, and as many times the batch.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments

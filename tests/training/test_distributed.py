@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
+
+from braces_cli.training.settings import TrainSettings, Upkeep
+from braces_cli.training.trainer import _arguments
+from tests.training.workers import cli, launch
 
 ROOT = Path(__file__).parents[2]
 PROFILES = ROOT / "recipes" / "accelerate"
@@ -99,6 +105,92 @@ def test_launches_that_cannot_work_are_refused_with_the_reason(braces, monkeypat
     outcome = braces(*args, "--attribute-field", "mood")
     assert outcome.code == 2
     assert "cannot be trained under FSDP" in outcome.err
+
+
+def test_fsdp_that_cannot_work_is_refused_with_the_key_to_change(braces, monkeypatch, model_dir, rows, tmp_path):
+    """Exit 2 where it would stay without effect or end in a fault of accelerate's; parallelism of other kinds, too."""
+    args = ("train", "--model", model_dir, "--data", rows, "--output-dir", tmp_path / "o", "--device", "cpu")
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    table = [
+        (fsdp, "no FSDP on a CPU"),
+        ({**fsdp, "FSDP_VERSION": "1"}, "fsdp_version"),
+        ({**fsdp, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "fsdp_cpu_ram_efficient_loading"),
+        ({**fsdp, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "--gradient-checkpointing"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "parallelism_config"),
+    ]
+    for env, words in table:
+        with monkeypatch.context() as patch:
+            for name, value in env.items():
+                patch.setenv(name, value)
+            outcome = braces(*args)
+        assert (outcome.code, words in outcome.err) == (2, True), outcome.err
+    assert not (tmp_path / "o").exists()
+
+
+def stopped(env: dict[str, str], argv: list[str], log: Path, after: int) -> None:
+    """Body of a process: `braces ARGV`; the last process gets SIGTERM after so many steps, if any."""
+    import braces_cli.training.resumable as resumable
+
+    real = resumable.ResumableTrainer.log
+
+    def noted(self, logs, start_time=None):
+        real(self, logs, start_time)
+        if self.state.global_step == after and env["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    resumable.ResumableTrainer.log = noted
+    cli(argv, log.with_suffix(f".{env['RANK']}"), env)
+
+
+def test_two_processes_of_which_one_is_told_to_stop_go_on_bit_for_bit(model_dir, rows, tmp_path):
+    """In bfloat16, with accumulation and checkpointing: both end after the same step, and resume together."""
+    argv = [
+        "train", "--model", model_dir, "--data", rows, "--rank", 4, "--max-steps", 12, "--batch-size", 2, "--lr", 0.01,
+        "--device", "cpu", "--dtype", "bfloat16", "--gradient-accumulation", 2, "--gradient-checkpointing",
+        "--logging-steps", 2, "--output-dir",
+    ]  # fmt: skip
+
+    def run(name: str, after: int, *more: str) -> list[int]:
+        words = [str(word) for word in (*argv, tmp_path / name, *more)]
+        return launch(stopped, 2, words, tmp_path / "log.x", after)
+
+    assert run("whole", 0) == [0, 0]
+    assert run("part", 4) == [143, 143], (tmp_path / "log.0").read_text()
+    found = [path.name for path in (tmp_path / "part").glob("checkpoint-*")]
+    assert found in (["checkpoint-5"], ["checkpoint-6"])  # known to all a step later
+    assert run("part", 0, "--resume") == [0, 0]
+    whole, part = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "part"))
+    assert whole == part
+
+
+def test_a_process_uses_one_gpu(monkeypatch, tmp_path):
+    """However many it sees: Trainer would spread each batch over all, and take as many times the examples."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    arguments = _arguments(TrainSettings(batch_size=4), Upkeep(), str(tmp_path), torch.device("cuda"))
+    assert arguments.train_batch_size == 4
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_deepspeed_gives_the_adapter_of_one_process(braces, model_dir, rows, tmp_path, stage):
+    """`accelerate launch` with the shipped profile, on two processes over gloo."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    argv = [
+        "train", "--model", model_dir, "--data", rows, "--rank", 4, "--max-steps", 12, "--lr", 0.01, "--device", "cpu",
+    ]  # fmt: skip
+    one = braces(*argv, "--batch-size", 8, "--output-dir", tmp_path / "one")
+    assert one.code == 0, one.err
+    command = [
+        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file",
+        PROFILES / f"zero{stage}.yaml", "--num_processes", 2, "-m", "braces_cli", *argv, "--batch-size", 4,
+        "--output-dir", tmp_path / "two",
+    ]  # fmt: skip
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "not under DeepSpeed" in done.stderr
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    assert all((first[name] - second[name]).abs().max() < 1e-4 for name in first)
 
 
 def test_profiles_are_what_accelerate_reads():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from braces_cli.core.files import write_tensors
 from braces_cli.training.state import capture, restore_optimizer, restore_parameters
 from tests.conftest import open_gates, tiny_model
 from tests.core.test_reference import relative
-from tests.training.workers import launch
+from tests.training.workers import cli, launch
 
 RANK = 4
 DTYPES = (torch.float32, torch.bfloat16)
@@ -96,3 +98,61 @@ def test_a_sharded_model_trains_the_adapter_of_a_whole_one(tmp_path):
         for name, tensor in trained.items():
             assert torch.allclose(found[name], tensor, atol=tolerance), name
             assert not torch.allclose(start[name], tensor, atol=1e-3), name
+
+
+def through_trainer(env: dict[str, str], argv: list[str], log: Path) -> None:
+    """Body of a process: `braces ARGV` under FSDP2 as accelerate sets it up on GPUs.
+
+    On a CPU accelerate does not look whether FSDP is asked for; it is told that these are GPUs.
+    """
+    os.environ.update(
+        {
+            "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+            "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+            "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+        }
+    )  # fmt: skip
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+    from torch.distributed.tensor import DTensor
+
+    import braces_cli.training.launch as checks
+    from braces_cli.training.resumable import ResumableTrainer
+
+    real, capturing = PartialState.__init__, ResumableTrainer._save_checkpoint
+
+    def spread(self: Any, *args: Any, **kwargs: Any) -> None:
+        real(self, *args, **kwargs)
+        self.distributed_type = DistributedType.MULTI_GPU
+
+    def checked(self: Any, model: Any, trial: Any) -> None:
+        layer = self.model.model.layers[0]
+        assert type(layer).__name__ == "FSDPLlamaDecoderLayer"
+        assert isinstance(layer.mlp.brace.weight, DTensor)
+        capturing(self, model, trial)
+
+    PartialState.__init__, ResumableTrainer._save_checkpoint = spread, checked
+    checks._check_fsdp = lambda attributes, device: None
+    cli(argv, log.with_suffix(f".{env['RANK']}"), env)
+
+
+def test_training_under_fsdp2_gives_the_adapter_of_one_process(braces, model_dir, tmp_path):
+    """Trainer and accelerate's own wrapping by decoder layer, 12 steps, and again from a checkpoint on the way."""
+    rows = tmp_path / "rows.jsonl"
+    words = ["good", "sad", "old", "happy"]
+    lines = [{"prompt": f"the {a} film and", "completion": f" the {b} end"} for a in words for b in words]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    argv = ["train", "--model", model_dir, "--data", rows, "--eval-data", rows, "--rank", 4, "--max-steps", 12]
+    argv += ["--lr", 0.01, "--device", "cpu", "--save-steps", 5, "--save-total-limit", 0, "--output-dir"]
+    assert braces(*argv, tmp_path / "one", "--batch-size", 8).code == 0
+    wanted = load_file(tmp_path / "one" / "adapter_model.safetensors")
+    two = tmp_path / "two"
+    for more in ((), ("--resume",)):
+        words = [str(word) for word in (*argv, two, "--batch-size", 2, "--gradient-accumulation", 2, *more)]
+        assert launch(through_trainer, 2, words, tmp_path / "log.x") == [0, 0], (tmp_path / "log.0").read_text()
+        found = load_file(two / "adapter_model.safetensors")
+        assert found.keys() == wanted.keys()
+        assert all((found[name] - wanted[name]).abs().max() < 1e-4 for name in wanted)
+        for name in ("run.json", "adapter_model.safetensors", "checkpoint-12", "checkpoint-10"):
+            path = two / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
