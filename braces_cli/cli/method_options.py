@@ -13,6 +13,8 @@ from braces_cli.training.settings import (
     BASELINES,
     BRACES_ONLY,
     DEFAULT_CONTRAST,
+    DEFAULT_GATE_LR,
+    DEFAULT_GATE_LR_ATTRIBUTES,
     DEFAULT_TURN,
     INITS,
     METHODS,
@@ -25,6 +27,13 @@ Method = Annotated[
 LearningRate = Annotated[
     float | None,
     typer.Option("--lr", help=f"Peak rate; default {DEFAULT_TURN:g} / sqrt(width), of a baseline {BASELINE_LR:g}."),
+]
+GateLearningRate = Annotated[
+    float | None,
+    typer.Option(
+        "--gate-lr",
+        help=f"Of the gates; default {DEFAULT_GATE_LR:g}, with attributes {DEFAULT_GATE_LR_ATTRIBUTES:g}.",
+    ),
 ]
 Init = Annotated[str, typer.Option("--init", help=f"Where projections start: {', '.join(INITS)}.")]
 Scale = Annotated[

@@ -37,7 +37,7 @@ def train(
     rank: Annotated[int, typer.Option("--rank", min=1, help="Rank of the relevance projection.")] = 16,
     layers: o.Layers = None,
     lr: m.LearningRate = None,
-    gate_lr: Annotated[float, typer.Option("--gate-lr", help="Peak learning rate of the gates.")] = 1e-1,
+    gate_lr: m.GateLearningRate = None,
     epochs: Annotated[float, typer.Option("--epochs", help="Passes over the data.")] = 1.0,
     max_steps: Annotated[
         int | None, typer.Option("--max-steps", min=1, help="Optimizer steps; beats --epochs.")
@@ -263,7 +263,7 @@ def _dry_run(ctx: typer.Context, own: dict[str, Any]) -> dict[str, Any]:
         layers = chosen_layers(shape, params["layers"])
         settings = TrainSettings(**own, layers=layers).at_width(find_ffns(shape)[0].hidden_size)
         out.update(count_parameters(shape, settings))
-        resolved |= {"lr": settings.lr, "contrast": settings.contrast}
+        resolved |= {name: getattr(settings, name) for name in ("lr", "gate_lr", "contrast")}
     except ConfigError:
         # A rank or a layer that does not fit is a mistake to mend, not a model out of reach.
         raise

@@ -22,6 +22,8 @@ BASELINE_ONLY = ("lora_alpha", "lora_targets")
 # so it is this product that is held, and the rate follows from the width d.
 DEFAULT_TURN = 0.16
 BASELINE_LR = 1e-3
+# A contrast of attributes shuts gates that move too fast before it has found its direction.
+DEFAULT_GATE_LR, DEFAULT_GATE_LR_ATTRIBUTES = 0.3, 0.1
 # Of a run with attributes, by measurement as well.
 DEFAULT_CONTRAST, DEFAULT_MARGIN = 0.1, 6.0
 PACKING = ("auto", "on", "off")
@@ -37,7 +39,7 @@ class TrainSettings:
         layers: indices of the layers to adapt; None is all.
         lr: peak learning rate of the projections; None is the default at the width of the model, see `at_width`.
         gate_lr: peak learning rate of the gates. They start nearly shut, and so do the gradients of the projections,
-            so they need a rate of their own.
+            so they need a rate of their own; None is the default, which is lower where attributes are trained.
         epochs: passes over the data, unless `max_steps` is set.
         max_steps: optimizer steps.
         batch_size: examples a process and step.
@@ -68,7 +70,7 @@ class TrainSettings:
     rank: int = 16
     layers: list[int] | None = None
     lr: float | None = None
-    gate_lr: float = 1e-1
+    gate_lr: float | None = None
     epochs: float = 1.0
     max_steps: int | None = None
     batch_size: int = 16
@@ -102,6 +104,9 @@ class TrainSettings:
             if getattr(self, name) not in known:
                 hint = f"One of {', '.join(known)}."
                 raise ConfigError(f"no {name} `{getattr(self, name)}`", where=_option(name), hint=hint)
+        if self.gate_lr is None:
+            rate = DEFAULT_GATE_LR if self.attribute_field is None else DEFAULT_GATE_LR_ATTRIBUTES
+            object.__setattr__(self, "gate_lr", rate)
         if self.contrast is None:
             object.__setattr__(self, "contrast", DEFAULT_CONTRAST if self.attribute_field is not None else 0.0)
         for name in ("contrast", "margin"):
