@@ -1,9 +1,10 @@
 """How far steering moves sentiment and what it costs: braces without and with training, against vectors of today.
 
 Run     python recipes/studies/steering.py --model M --scorer FOLDER --prompts neutral.jsonl --out runs.jsonl \\
-            --method braces=-3,-1.5,0,1.5,3 --method trained:ADAPTER=-3,-1.5,0,1.5,3 --method pca=-8,-4,4,8 \\
-            --method difference=-3,-1.5,1.5,3 --plot curves.png
-Needs   a causal LM; a classifier that `braces steer --scorer fit:ROWS --save-scorer FOLDER` wrote; prompts
+            --method braces=-3,-1.5,0,1.5,3 --method trained:ADAPTER=-3,-1.5,0,1.5,3 --method pca_diff=-8,-4,4,8 \\
+            --method vector:FILE.gguf=-8,-4,4,8 --method difference=-3,-1.5,1.5,3 --plot curves.png
+Needs   a causal LM; a classifier that `braces steer --scorer fit:ROWS --save-scorer FOLDER` wrote; prompts;
+        for vector: the package gguf
 Shows   one JSON line a method and strength in --out, which a second call continues, and a picture of the share of
         positive continuations against their perplexity
 
@@ -11,10 +12,15 @@ Methods, all from the two built-in word lists `positive` and `negative`:
 
     braces           training-free: one end of the axis of both lists, as `braces steer --attribute positive` does
     trained:ADAPTER  the same attribute of an adapter that was trained with it
-    pca              what repeng does, written out here: for each word of one list paired with one of the other in the
-                     same templates, the difference of the layers' outputs at the last token; of these differences the
-                     first principal component a layer, not centred, turned so that most differences have its sign;
-                     one coefficient for all layers but the first, added to the layers' outputs
+    pca_diff         what repeng does by default, written out here: for each word of one list paired with one of the
+                     other in the same templates, the difference of the layers' outputs at the last token; of these
+                     differences the first principal component a layer, turned so that most differences have its sign;
+                     one coefficient for all layers but the first, added to the layers' outputs. As of every PCA their
+                     mean, which is what sets the ends apart, is first taken off
+    pca_center       the same with the mean left on, which is what repeng's method of this name comes to
+    vector:FILE.gguf a control vector of a file that `repeng_train.py` or `braces steer --export-control-vector` wrote,
+                     times s: its `direction.N` is added to the output of layer N, the first being 0, as repeng and
+                     llama.cpp do
     difference       difference of the mean outputs over the same pairs, at the same places; in the first half of the
                      layers, scaled to the same share of the residual stream as `braces` is
 
@@ -28,10 +34,12 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from _pairs import ENDS, pairs
 from _runs import Runs
 from torch import Tensor, nn
 
@@ -47,16 +55,6 @@ from braces_cli.scoring.scorers import scorer
 from braces_cli.scoring.verdict import Scorer
 from braces_cli.steering.prompts import read_prompts
 from braces_cli.steering.sweep import SweepSettings, Texts, continuations, point, surprise
-
-TEMPLATES = (
-    "It was {}",
-    "The whole thing is {}",
-    "I think that this was {}",
-    "They said it had been {}",
-    "What a {}",
-    "She found it {}",
-)
-ENDS = ("positive", "negative")
 
 
 def main() -> None:
@@ -109,21 +107,23 @@ def parse() -> argparse.Namespace:
 
 def name_of(method: str) -> str:
     """`trained:/some/folder/NAME` -> `trained:NAME`."""
-    kind, colon, adapter = method.partition(":")
-    return f"{kind}{colon}{Path(adapter).name}"
+    kind, colon, path = method.partition(":")
+    return f"{kind}{colon}{Path(path).name}"
 
 
 class Study:
     """A method on an open base: what steers at a strength."""
 
     def __init__(self, model: str, method: str) -> None:
-        kind, _, adapter = method.partition(":")
-        self.session = open_session(model, adapter or None, LoadOptions())
+        kind, _, path = method.partition(":")
+        self.session = open_session(model, path if kind == "trained" else None, LoadOptions())
         self._attribute = None
         if kind in ("braces", "trained"):
             self._attribute = find_attribute(self.session, "positive", None)
+        elif kind == "vector":
+            self._vectors = directions(Path(path))
         else:
-            self._vectors = {"pca": principal, "difference": difference}[kind](self.session)
+            self._vectors = VECTORS[kind](self.session)
 
     def at(self, s: float) -> AbstractContextManager[Any]:
         if self._attribute is not None:
@@ -150,11 +150,22 @@ def adding(session: Session, vectors: dict[int, Tensor]) -> Iterator[None]:
         yield
 
 
+def directions(path: Path) -> dict[int, Tensor]:
+    """The vectors of a GGUF control vector by layer."""
+    from gguf import GGUFReader
+
+    prefix = "direction."
+    found = [tensor for tensor in GGUFReader(path).tensors if tensor.name.startswith(prefix)]
+    return {int(tensor.name.removeprefix(prefix)): torch.tensor(tensor.data.copy()) for tensor in found}
+
+
 def differences(session: Session) -> Tensor:
-    """Output of every layer at the last token, positive less negative, for each template and pair: (layers, n, d)."""
+    """Output of every layer at the last token, positive less negative, for each template and pair: (layers, n, d).
+
+    The last hidden state of transformers is normed, but its layer is steered before that norm; repeng takes it so too.
+    """
     states = []
-    for end in ENDS:
-        rows = [template.format(word) for template in TEMPLATES for word in built_in()[end]]
+    for rows in zip(*pairs(), strict=True):
         found = []
         for row in rows:
             ids = torch.tensor([encode(session.base.tokenizer, row).ids])
@@ -165,11 +176,11 @@ def differences(session: Session) -> Tensor:
     return states[0] - states[1]
 
 
-def principal(session: Session) -> dict[int, Tensor]:
-    """Unit vectors; the last hidden state of transformers is normed, but its layer is steered before that norm."""
+def principal(session: Session, centred: bool) -> dict[int, Tensor]:
+    """Unit vectors, of the differences less their mean if `centred`."""
     vectors = {}
     for layer, rows in enumerate(differences(session)):
-        first = torch.linalg.svd(rows, full_matrices=False).Vh[0]
+        first = torch.linalg.svd(rows - rows.mean(dim=0) if centred else rows, full_matrices=False).Vh[0]
         sign = 1.0 if ((rows @ first) > 0).float().mean() >= 0.5 else -1.0
         if layer > 0:
             vectors[layer] = sign * first
@@ -182,6 +193,13 @@ def difference(session: Session) -> dict[int, Tensor]:
     chosen = pushed(range(len(means)))
     share = PUSH / len(chosen)
     return {layer: share * residual[layer] * means[layer] / means[layer].norm() for layer in chosen}
+
+
+VECTORS = {
+    "pca_diff": partial(principal, centred=True),
+    "pca_center": partial(principal, centred=False),
+    "difference": difference,
+}
 
 
 def measure(
