@@ -167,7 +167,7 @@ def test_two_processes_of_which_one_is_told_to_stop_go_on_bit_for_bit(model_dir,
 def test_a_process_uses_one_gpu(monkeypatch, tmp_path):
     """However many it sees: Trainer would spread each batch over all, and take as many times the examples."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    arguments = _arguments(TrainSettings(batch_size=4), Upkeep(), str(tmp_path), torch.device("cuda"))
+    arguments = _arguments(TrainSettings(batch_size=4, lr=0.01), Upkeep(), str(tmp_path), torch.device("cuda"))
     assert arguments.train_batch_size == 4
 
 

@@ -94,7 +94,7 @@ def test_loss_and_gradients_are_those_of_each_example_alone(session, layout, con
     if conditioned:
         adapter.add_mlp(seed=3)
         with torch.no_grad():
-            adapter.mlp.down.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+            adapter.mlp.down.weight.normal_(std=1.0, generator=torch.Generator().manual_seed(0))
         conditioner = Conditioner(adapter, attributes)
     rows = examples(conditioned)
     wanted, wanted_gradients = gradients(model, adapter, lambda: alone(model, rows, conditioner))
