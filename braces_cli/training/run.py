@@ -127,8 +127,7 @@ def run_training(
     counts = count_parameters(model, settings)
     attributes = _attributes(session, settings, [train_set, eval_set], attributes_folder)
     run = _Run(session, settings, upkeep or Upkeep(), folder, report, attributes, record or Record())
-    run.record.data = digest(train_set)
-    checkpoint = start(folder, run.upkeep.resume, run.record)
+    checkpoint = _checkpoint(run, train_set)
 
     def evaluate(conditioner: Conditioner | None, stage: str) -> Likelihood | None:
         return measure(model, eval_set, conditioner, pad_id, settings.batch_size, report, stage)
@@ -188,6 +187,12 @@ class _Feed:
     examples: Examples | Stream
     layout: Layout
     conditioner: Conditioner | None
+
+
+def _checkpoint(run: _Run, train_set: Examples | Stream) -> Path | None:
+    """Where the run goes on from, if it does; the record then knows its data."""
+    run.record.data = digest(train_set)
+    return start(run.folder, run.upkeep.resume, run.record)
 
 
 def _attributes(
