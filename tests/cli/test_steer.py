@@ -76,11 +76,11 @@ def test_attributes_add_up(session):
         with steered(session, terms) as pushes, torch.no_grad():
             return session.base.model(tokens).logits, pushes
 
-    bare = session.base.model(tokens).logits
     for attached in (False, True):
         if attached:
             session.adapter = attach(session.base.model, 4)
             open_gates(session.adapter)
+        with torch.no_grad():
             bare = session.base.model(tokens).logits
         both, _ = logits((good, 2.0), (old, -1.0))
         swapped, _ = logits((old, -1.0), (good, 2.0))
