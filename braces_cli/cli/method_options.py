@@ -15,6 +15,7 @@ from braces_cli.training.settings import (
     DEFAULT_CONTRAST,
     DEFAULT_GATE_LR,
     DEFAULT_GATE_LR_ATTRIBUTES,
+    DEFAULT_MARGIN,
     DEFAULT_TURN,
     INITS,
     METHODS,
@@ -48,7 +49,11 @@ Contrast = Annotated[
     ),
 ]
 Margin = Annotated[
-    float, typer.Option("--margin", help="By how much, in nats a row and unit of strength: how strongly it steers.")
+    float | None,
+    typer.Option(
+        "--margin",
+        help=f"By how much, in nats a row and unit of strength: how strongly it steers; default {DEFAULT_MARGIN:g}.",
+    ),
 ]
 LoraAlpha = Annotated[int | None, typer.Option("--lora-alpha", min=1, help="Of a baseline; default twice the rank.")]
 LoraTargets = Annotated[

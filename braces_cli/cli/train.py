@@ -11,7 +11,6 @@ from braces_cli.cli import method_options as m
 from braces_cli.cli import options as o
 from braces_cli.cli.render import print_json, print_pairs, progress, set_up
 from braces_cli.core.errors import BracesError, ConfigError
-from braces_cli.training.settings import DEFAULT_MARGIN
 
 _OWN = (
     "rank", "lr", "gate_lr", "epochs", "max_steps", "batch_size", "gradient_accumulation", "warmup_steps", "schedule",
@@ -61,7 +60,7 @@ def train(
         list[str] | None, typer.Option("--opposites", help="A:B, two attributes as the ends of one axis. Repeatable.")
     ] = None,
     contrast: m.Contrast = None,
-    margin: m.Margin = DEFAULT_MARGIN,
+    margin: m.Margin = None,
     attributes: Annotated[Path | None, typer.Option("--attributes", help="Folder that attr-build wrote.")] = None,
     init: m.Init = "random",
     scale: m.Scale = "paper",

@@ -56,7 +56,7 @@ class TrainSettings:
         contrast: weight of telling each row's strength from its opposite, see `training.contrast`; 0 is the
             paper's loss; None is the default where attributes are trained, else 0.
         margin: by how much they are told apart, in nats a row and unit of strength: the larger, the stronger the
-            steering.
+            steering; None is the default, and stays None without a contrast.
         method: `braces`, or a baseline.
         init: where the projections start, see `training.start`.
         scale: `paper`, or `auto` for a fixed scalar per layer that makes up for the size of the base's weights.
@@ -84,7 +84,7 @@ class TrainSettings:
     strength_field: str = "strength"
     opposites: tuple[tuple[str, str], ...] = ()
     contrast: float | None = None
-    margin: float = DEFAULT_MARGIN
+    margin: float | None = None
     method: str = "braces"
     init: str = "random"
     scale: str = "paper"
@@ -110,11 +110,17 @@ class TrainSettings:
         if self.contrast is None:
             object.__setattr__(self, "contrast", DEFAULT_CONTRAST if self.attribute_field is not None else 0.0)
         for name in ("contrast", "margin"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"must not be negative, is {getattr(self, name)}", where=_option(name))
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ConfigError(f"must be nought or a positive number, is {value}", where=_option(name))
         if self.contrast and self.attribute_field is None:
             hint = "Name the column of each row's attribute with --attribute-field."
             raise ConfigError("no attributes are trained", where="--contrast", hint=hint)
+        if self.contrast and self.margin is None:
+            object.__setattr__(self, "margin", DEFAULT_MARGIN)
+        if self.margin is not None and not self.contrast:
+            hint = "It needs --attribute-field, and a --contrast above 0."
+            raise ConfigError("no strengths are told apart by it", where="--margin", hint=hint)
         if self.lora_alpha is not None and self.lora_alpha < 1:
             raise ConfigError(f"must be at least 1, not {self.lora_alpha}", where="--lora-alpha")
         if self.method != "braces" and self.attribute_field is not None:

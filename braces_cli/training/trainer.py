@@ -65,11 +65,11 @@ class BracesTrainer(FeedingTrainer, ResumableTrainer):
         return self.optimizer
 
     def block_loss(self, model: Any, block: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        if not self._settings.contrast or self._conditioner is None:
+        weight, margin = self._settings.contrast, self._settings.margin
+        if not weight or margin is None or self._conditioner is None:
             return super().block_loss(model, block, *args, **kwargs)
         count, strengths = kwargs.get("num_items_in_batch"), block.pop("strengths")
-        weights = (self._settings.contrast, self._settings.margin)
-        loss = contrastive_loss(model, block, strengths, self._conditioner, *weights, count)
+        loss = contrastive_loss(model, block, strengths, self._conditioner, weight, margin, count)
         # As Trainer does where the tokens of all processes are counted: their gradients are averaged.
         return loss if count is None else loss * self.accelerator.num_processes
 

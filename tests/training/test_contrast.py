@@ -73,7 +73,7 @@ def test_training_by_contrast_makes_steering_stronger(braces, model_dir, tmp_pat
     for weight in (0, 1):
         folder = tmp_path / f"w{weight}"
         asked = ["--attribute-field", "attribute", "--opposites", "positive:negative", "--contrast", weight]
-        asked += ["--margin", 20]
+        asked += ["--margin", 20] if weight else []
         settings = ["--max-steps", 30, "--batch-size", 8, "--rank", 4, "--warmup-steps", 0, "--device", "cpu"]
         settings += ["--lr", "0.02", "--gate-lr", "0.3"]
         outcome = braces("train", "--model", model_dir, "--data", rows, "--output-dir", folder, *asked, *settings)
@@ -94,9 +94,11 @@ def test_training_by_contrast_makes_steering_stronger(braces, model_dir, tmp_pat
     ("args", "message"),
     [
         (["--contrast", "1"], "no attributes are trained"),
-        (["--contrast", "-1"], "must not be negative"),
-        (["--margin", "-1"], "must not be negative"),
-        (["--margin", "inf"], "must not be negative"),
+        (["--contrast", "-1"], "must be nought or a positive number"),
+        (["--margin", "-1"], "must be nought or a positive number"),
+        (["--margin", "inf"], "must be nought or a positive number"),
+        (["--margin", "3"], "no strengths are told apart by it"),
+        (["--margin", "3", "--attribute-field", "mood", "--contrast", "0"], "no strengths are told apart by it"),
     ],
 )
 def test_bad_input(braces, model_dir, tmp_path, args, message):
