@@ -25,7 +25,7 @@ from typing import Any
 
 # Processes fork from one that has imported everything, so that a start costs nothing.
 _PRELOAD = [
-    "braces_cli.cli.train", "braces_cli.training.trainer", "braces_cli.training.run", "matplotlib.figure",
+    "braces_cli.cli.train", "braces_cli.training.trainer", "braces_cli.training.train", "matplotlib.figure",
     "matplotlib.backends.backend_agg", "transformers.models.llama.modeling_llama",
 ]  # fmt: skip
 _DEADLINE = 600.0

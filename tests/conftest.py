@@ -109,7 +109,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def embedded() -> Path:
     """The folder of the model that comes with braces: real enough to have something to say."""
-    from braces_cli.core.embedded import embedded_folder
+    from braces_cli.core.models.bundled_model import embedded_folder
 
     return embedded_folder()
 
@@ -138,8 +138,8 @@ def adapter_dir(session: Any, tmp_path: Path) -> Path:
 
 def make_adapter(session: Any, folder: Path, rank: int = 4, seed: int = 1) -> Path:
     """Save an adapter with open gates and leave the session's model bare."""
-    from braces_cli.core.adapter import AdapterConfig, attach
-    from braces_cli.core.models import tokenizer_hashes
+    from braces_cli.core.method.adapter import AdapterConfig, attach
+    from braces_cli.core.models.loading import tokenizer_hashes
 
     base = session.base
     adapter = attach(base.model, rank)

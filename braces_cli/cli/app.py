@@ -14,9 +14,9 @@ from typing import Annotated, Any
 import typer
 
 from braces_cli import __version__
-from braces_cli.cli.render import print_json
-from braces_cli.core.distributed import rank
-from braces_cli.core.errors import BracesError
+from braces_cli.cli.console import print_json
+from braces_cli.core.utils.distributed import rank
+from braces_cli.core.utils.errors import BracesError
 
 # Name -> module and the function or typer app in it; imported and built when asked for.
 _COMMANDS = {

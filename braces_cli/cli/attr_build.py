@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from braces_cli.cli import options as o
-from braces_cli.cli.render import print_json, print_pairs, progress, set_up
-from braces_cli.core.errors import ConfigError
+from braces_cli.cli.console import print_json, print_pairs, progress, set_up
+from braces_cli.core.utils.errors import ConfigError
 
 
 class Pooling(StrEnum):
@@ -68,10 +68,10 @@ def attr_build(
     assert attribute is not None
     assert output_dir is not None
 
-    from braces_cli.core.attributes import save_attributes
-    from braces_cli.core.files import check_output_file
+    from braces_cli.core.attributes.attribute import save_attributes
+    from braces_cli.core.attributes.word_lists import check_name
     from braces_cli.core.session import open_session
-    from braces_cli.core.words import check_name
+    from braces_cli.core.utils.atomic_files import check_output_file
 
     path = output_dir / f"{check_name(attribute)}.safetensors"
     check_output_file(path, overwrite)
@@ -103,10 +103,10 @@ def _builder(attribute: str, words: str | None, words_file: Path | None, example
     if len(sources) > 1:
         raise ConfigError("two sources of words", where=", ".join(sources), hint="Give one of them.")
 
-    from braces_cli.core.attributes import attribute_from_texts, build_attribute, from_list
+    from braces_cli.core.attributes.attribute import attribute_from_texts, build_attribute, from_list
 
     if examples is not None:
-        from braces_cli.steering.examples import read_texts
+        from braces_cli.steering.example_texts import read_texts
 
         texts = read_texts(examples)
         return lambda session, report, pooling: attribute_from_texts(session, attribute, texts, report, pooling)
@@ -118,7 +118,7 @@ def _builder(attribute: str, words: str | None, words_file: Path | None, example
 
 def _words(attribute: str, words: str | None, file: Path | None) -> list[str] | None:
     """The user's words; None stands for the built-in list of that name."""
-    from braces_cli.core.words import built_in, clean_words, read_words
+    from braces_cli.core.attributes.word_lists import built_in, clean_words, read_words
 
     if words is not None:
         return clean_words(words.split(","), "--words")

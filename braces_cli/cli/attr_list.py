@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from braces_cli.cli.render import print_json, print_table
-from braces_cli.core.errors import ConfigError
-from braces_cli.core.listing import list_attributes
+from braces_cli.cli.console import print_json, print_table
+from braces_cli.core.attributes.listing import list_attributes
+from braces_cli.core.utils.errors import ConfigError
 
 _WORDS = 3
 

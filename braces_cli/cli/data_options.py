@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from braces_cli.cli.render import print_json, print_pairs, print_table
-from braces_cli.core.errors import ConfigError
+from braces_cli.cli.console import print_json, print_pairs, print_table
+from braces_cli.core.utils.errors import ConfigError
 
 
 class Packing(StrEnum):
@@ -38,7 +38,7 @@ def settle_columns(ctx: typer.Context) -> Any:
     Raises:
         ConfigError: they are named there and by their own options, differently.
     """
-    from braces_cli.data.formats import parse_columns
+    from braces_cli.data.row_formats import parse_columns
 
     found = parse_columns(ctx.params["columns"] or ())
     for key, name in (("attribute", "attribute_field"), ("strength", "strength_field")):

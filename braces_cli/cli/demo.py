@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from braces_cli.cli import options as o
-from braces_cli.cli.render import print_json, print_table, set_up
+from braces_cli.cli.console import print_json, print_table, set_up
 
 
 def demo(
@@ -29,7 +29,7 @@ def demo(
     set_up(quiet, debug)
     from braces_cli.cli.demo_page import write_page
     from braces_cli.cli.demo_steps import Guide, run_demo
-    from braces_cli.core.files import check_output_folder, write_json
+    from braces_cli.core.utils.atomic_files import check_output_folder, write_json
 
     if not dry_run:
         import torch

@@ -11,8 +11,8 @@ from braces_cli import __version__
 
 def write_page(result: dict[str, Any], folder: Path) -> Path:
     """Write `index.html` into the demo's folder, the sweep's picture inside it; returns its path."""
-    from braces_cli.core.files import write_text
-    from braces_cli.core.pages import render_page
+    from braces_cli.core.utils.atomic_files import write_text
+    from braces_cli.core.utils.html_pages import render_page
 
     picture = base64.b64encode((folder / "sweep.png").read_bytes()).decode("ascii")
     page = folder / "index.html"

@@ -85,7 +85,7 @@ def run_demo(guide: Guide) -> dict[str, Any]:
 
 def _given(guide: Guide, name: str) -> Path:
     """A file that braces brings, copied to where the printed commands find it."""
-    from braces_cli.core.files import write_text
+    from braces_cli.core.utils.atomic_files import write_text
 
     path = guide.folder / name
     if not guide.dry_run:
@@ -178,7 +178,7 @@ def _scores(result: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _figures(document: dict[str, Any] | None, *names: str) -> str:
-    from braces_cli.cli.render import cell
+    from braces_cli.cli.console import cell
 
     if document is None:
         return ""

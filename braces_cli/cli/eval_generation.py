@@ -4,7 +4,7 @@ from typing import Any
 
 import typer
 
-from braces_cli.core.errors import ConfigError
+from braces_cli.core.utils.errors import ConfigError
 
 
 def generation(ctx: typer.Context) -> Any:
@@ -13,10 +13,10 @@ def generation(ctx: typer.Context) -> Any:
     Raises:
         ConfigError: strengths that do not fit the attributes, a `--scorer` that is not TASK=SCORER, or a bad range.
     """
-    from braces_cli.core.generate import Sampling
-    from braces_cli.core.words import check_name
-    from braces_cli.evaluation.own import SENTIMENT, TOXICITY
-    from braces_cli.evaluation.own_task import Generation
+    from braces_cli.core.attributes.word_lists import check_name
+    from braces_cli.core.models.generation import Sampling
+    from braces_cli.evaluation.native_task import Generation
+    from braces_cli.evaluation.native_tasks import SENTIMENT, TOXICITY
 
     p = ctx.params
     names, strengths = [check_name(name) for name in p["attribute"] or ()], list(p["s"] or ())

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from braces_cli.cli import options as o
-from braces_cli.cli.render import print_json, print_table, progress, set_up
-from braces_cli.core.errors import BracesError, ConfigError
+from braces_cli.cli.console import print_json, print_table, progress, set_up
+from braces_cli.core.utils.errors import BracesError, ConfigError
 
 
 def evaluate(
@@ -115,9 +115,9 @@ def evaluate(
     if not tasks:
         raise ConfigError("missing option", where="--tasks", hint="Such as --tasks truthfulqa,popqa,triviaqa.")
     from braces_cli.cli.eval_generation import generation
-    from braces_cli.core.files import check_output_file
-    from braces_cli.evaluation.run import EvalSettings, run_evaluation
-    from braces_cli.evaluation.store import Store, check_folder
+    from braces_cli.core.utils.atomic_files import check_output_file
+    from braces_cli.evaluation.evaluate import EvalSettings, run_evaluation
+    from braces_cli.evaluation.result_store import Store, check_folder
 
     settings = EvalSettings(
         tasks,
@@ -148,9 +148,9 @@ def evaluate(
 
 def _give(result: dict[str, Any], folder: Path | None, plot: Path | None, fmt: o.Format) -> None:
     """Write and print the result, then judge it."""
-    from braces_cli.core.files import finite, write_json, write_text
-    from braces_cli.evaluation import report as page
-    from braces_cli.evaluation.store import RESULTS
+    from braces_cli.core.utils.atomic_files import finite, write_json, write_text
+    from braces_cli.evaluation import result_tables as page
+    from braces_cli.evaluation.result_store import RESULTS
 
     if plot is not None:
         page.draw(result, plot)
@@ -170,7 +170,7 @@ def _give(result: dict[str, Any], folder: Path | None, plot: Path | None, fmt: o
 
 
 def _print(result: dict[str, Any]) -> None:
-    from braces_cli.evaluation import report as page
+    from braces_cli.evaluation import result_tables as page
 
     facts = page.facts(result)
     shown = [f"{name} {facts[name]}" for name in ("revision", "limit", "dtype") if name in facts]
@@ -194,10 +194,10 @@ def _hush_lm_eval(debug: bool) -> None:
 
 def _dry_run(ctx: typer.Context, settings: Any, fmt: o.Format) -> None:
     """Settings, tasks and parameter count; where the adapter or base cannot be reached, why not."""
-    from braces_cli.core.models import load_shape
+    from braces_cli.core.models.loading import load_shape
     from braces_cli.core.session import base_name
-    from braces_cli.evaluation.adapters import BRACES, find_adapter
-    from braces_cli.evaluation.run import check_settings
+    from braces_cli.evaluation.adapter_switching import BRACES, find_adapter
+    from braces_cli.evaluation.evaluate import check_settings
 
     selection, _, _ = check_settings(settings)
     out: dict[str, Any] = {"tasks": [*selection.leaves, *selection.own]}
@@ -221,7 +221,7 @@ def _dry_run(ctx: typer.Context, settings: Any, fmt: o.Format) -> None:
 
 
 def _parameters(folder: Path) -> int:
-    from braces_cli.core.adapter import read_config
+    from braces_cli.core.method.adapter import read_config
 
     config = read_config(folder)
     return len(config.layers) * (config.r * int(config.fingerprint["hidden_size"]) + 1)

@@ -4,8 +4,8 @@ import typer
 
 from braces_cli.cli import inspect_clamp, inspect_diff, inspect_find, inspect_report, inspect_trace, inspect_values
 from braces_cli.cli import options as o
-from braces_cli.cli.render import print_json, print_table, set_up
-from braces_cli.core.errors import ConfigError
+from braces_cli.cli.console import print_json, print_table, set_up
+from braces_cli.core.utils.errors import ConfigError
 
 app = typer.Typer(help="Look inside a model and its adapter.", invoke_without_command=True)
 
@@ -31,7 +31,7 @@ def summary(
             )
         return
     set_up(quiet, debug)
-    from braces_cli.inspection.summary import summarise
+    from braces_cli.inspection.adapter_summary import summarise
 
     found = summarise(model, adapter, revision=revision, trust_remote_code=trust_remote_code)
     if fmt is o.Format.json:

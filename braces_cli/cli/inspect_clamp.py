@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from braces_cli.cli import options as o
-from braces_cli.cli.render import print_json, print_table, progress, set_up
-from braces_cli.core.errors import ConfigError
+from braces_cli.cli.console import print_json, print_table, progress, set_up
+from braces_cli.core.utils.errors import ConfigError
 
 
 def clamp(
@@ -53,7 +53,7 @@ def clamp(
     A value is a number, or a percentile of the neuron's own weights over the texts of --data.
     """
     set_up(quiet, debug)
-    from braces_cli.inspection.clamp import parse_clamp
+    from braces_cli.inspection.neuron_clamping import parse_clamp
 
     held = [parse_clamp(text) for text in clamps]
     check_data(held, data)
@@ -87,11 +87,11 @@ def check_data(held: list[Any], data: list[str] | None) -> None:
 
 
 def _clamp(ctx: typer.Context, held: list[Any], report: Any) -> dict[str, Any]:
-    from braces_cli.core.generate import Sampling
+    from braces_cli.core.models.generation import Sampling
     from braces_cli.core.session import open_session
-    from braces_cli.inspection.clamp import check_clamps, clamp_prompt
-    from braces_cli.inspection.find import vocabulary
-    from braces_cli.inspection.sides import plain_ffns
+    from braces_cli.inspection.concept_search import vocabulary
+    from braces_cli.inspection.ffn_weights import plain_ffns
+    from braces_cli.inspection.neuron_clamping import check_clamps, clamp_prompt
     from braces_cli.steering.prompts import read_prompts
 
     params = ctx.params
@@ -100,7 +100,7 @@ def _clamp(ctx: typer.Context, held: list[Any], report: Any) -> dict[str, Any]:
     session = open_session(params["model"], params["adapter"], o.load_options(ctx))
     check_clamps(plain_ffns(session.ffns), held)
     if params["data"]:
-        from braces_cli.inspection.percentiles import read_texts, settle
+        from braces_cli.inspection.activation_percentiles import read_texts, settle
 
         held = settle(session, held, read_texts(session, params["data"], params["limit"]), report)
     known = vocabulary(session) if params["token"] else None
@@ -114,9 +114,9 @@ def _clamp(ctx: typer.Context, held: list[Any], report: Any) -> dict[str, Any]:
 
 
 def _continue(session: Any, prompt: str, index: int, held: list[Any], sampling: Any) -> dict[str, str]:
-    from braces_cli.core.generate import Job, generate
-    from braces_cli.inspection.clamp import clamped
-    from braces_cli.inspection.sides import plain_ffns
+    from braces_cli.core.models.generation import Job, generate
+    from braces_cli.inspection.ffn_weights import plain_ffns
+    from braces_cli.inspection.neuron_clamping import clamped
 
     job, base = Job(prompt, index), session.base
     before = generate(base.model, base.tokenizer, [job], sampling)[0]

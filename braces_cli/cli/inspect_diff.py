@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from braces_cli.cli import options as o
-from braces_cli.cli.render import print_json, print_table, progress, set_up
+from braces_cli.cli.console import print_json, print_table, progress, set_up
 
 
 def diff(
@@ -29,7 +29,7 @@ def diff(
     """How alike two models are (share of vectors with the same best token) or two adapters (angles, gates)."""
     set_up(quiet, debug)
     with progress(quiet) as report:
-        from braces_cli.inspection.compare import diff as run
+        from braces_cli.inspection.diff import diff as run
 
         found = run(a, b, o.load_options(ctx), adapters=adapters, report=report)
     if fmt is o.Format.json:

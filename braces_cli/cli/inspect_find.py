@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from braces_cli.cli import options as o
+from braces_cli.cli.console import print_json_lines, print_table, progress, set_up
 from braces_cli.cli.inspect_values import tokens
-from braces_cli.cli.render import print_json_lines, print_table, progress, set_up
-from braces_cli.core.errors import ConfigError
+from braces_cli.core.utils.errors import ConfigError
 
 
 def find(
@@ -71,8 +71,8 @@ def find(
 
 
 def _from_map(ctx: typer.Context, path: Path, words: list[str]) -> list[dict[str, Any]]:
-    from braces_cli.inspection.concepts import concept
-    from braces_cli.inspection.maps import open_map, search, splitter
+    from braces_cli.inspection.concept_tokens import concept
+    from braces_cli.inspection.vocabulary_map import open_map, search, splitter
 
     found, params = open_map(path), ctx.params
     split = splitter(found)
@@ -80,7 +80,7 @@ def _from_map(ctx: typer.Context, path: Path, words: list[str]) -> list[dict[str
         split = _held_to_model(ctx, found)
     layers = None
     if params["layers"] is not None:
-        from braces_cli.core.ffn import parse_ranges
+        from braces_cli.core.models.ffn import parse_ranges
 
         layers = parse_ranges(params["layers"], int(found.header["fingerprint"]["layers"]), "--layers")
     wanted = concept(words, found.vocabulary(), split)
@@ -89,12 +89,12 @@ def _from_map(ctx: typer.Context, path: Path, words: list[str]) -> list[dict[str
 
 def _held_to_model(ctx: typer.Context, found: Any) -> Any:
     """Refuse a map of another model than the one named; give that model's own way to split words."""
-    from braces_cli.core.encode import encode_word
-    from braces_cli.core.ffn import find_ffns
-    from braces_cli.core.fingerprint import fingerprint
-    from braces_cli.core.models import checkpoint_folder, load_shape, load_tokenizer, tokenizer_hashes
+    from braces_cli.core.models.ffn import find_ffns
+    from braces_cli.core.models.fingerprint import fingerprint
+    from braces_cli.core.models.loading import checkpoint_folder, load_shape, load_tokenizer, tokenizer_hashes
+    from braces_cli.core.models.tokenization import encode_word
     from braces_cli.core.session import base_name
-    from braces_cli.inspection.maps import check_model
+    from braces_cli.inspection.vocabulary_map import check_model
 
     params = ctx.params
     name = base_name(params["model"], params["adapter"])
@@ -107,11 +107,11 @@ def _held_to_model(ctx: typer.Context, found: Any) -> Any:
 
 
 def _from_model(ctx: typer.Context, words: list[str], attribute: str | None, report: Any) -> list[dict[str, Any]]:
-    from braces_cli.core.attributes import find_attribute
-    from braces_cli.core.ffn import chosen_layers
+    from braces_cli.core.attributes.attribute import find_attribute
+    from braces_cli.core.models.ffn import chosen_layers
     from braces_cli.core.session import open_session
-    from braces_cli.inspection.find import model_concept, promote, relevant
-    from braces_cli.inspection.sides import check_side
+    from braces_cli.inspection.concept_search import model_concept, promote, relevant
+    from braces_cli.inspection.ffn_weights import check_side
 
     params = ctx.params
     check_side(params["side"])

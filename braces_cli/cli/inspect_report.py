@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from braces_cli.cli import options as o
-from braces_cli.cli.render import print_json, print_pairs, progress, set_up
+from braces_cli.cli.console import print_json, print_pairs, progress, set_up
 
 
 def report(
@@ -33,7 +33,7 @@ def report(
 ) -> None:
     """Write a page with gates, value vectors, a heat map of a prompt and attribute alignments; it needs no network."""
     set_up(quiet, debug)
-    from braces_cli.core.files import check_output_file, check_output_folder
+    from braces_cli.core.utils.atomic_files import check_output_file, check_output_folder
 
     check_output_file(output, overwrite)
     if plot is not None:
@@ -47,11 +47,11 @@ def report(
 
 
 def _write(ctx: typer.Context, output: Path, folder: Path | None, tell: Any) -> dict[str, Any]:
-    from braces_cli.core.files import write_text
     from braces_cli.core.session import open_session
-    from braces_cli.inspection.find import vocabulary
-    from braces_cli.inspection.plots import plot
+    from braces_cli.core.utils.atomic_files import write_text
+    from braces_cli.inspection.concept_search import vocabulary
     from braces_cli.inspection.report import DEFAULT_PROMPT, render, report_data
+    from braces_cli.inspection.report_plots import plot
 
     params = ctx.params
     session = open_session(params["model"], params["adapter"], o.load_options(ctx))

@@ -5,8 +5,8 @@ from typing import Annotated, Any
 import typer
 
 from braces_cli.cli import options as o
+from braces_cli.cli.console import print_json, print_table, progress, set_up
 from braces_cli.cli.inspect_values import tokens
-from braces_cli.cli.render import print_json, print_table, progress, set_up
 
 
 def trace(
@@ -64,11 +64,11 @@ def trace(
 
 
 def _trace(ctx: typer.Context, report: Any) -> dict[str, Any]:
-    from braces_cli.core.encode import encode
-    from braces_cli.core.ffn import chosen_layers, parse_ranges
+    from braces_cli.core.models.ffn import chosen_layers, parse_ranges
+    from braces_cli.core.models.tokenization import encode
     from braces_cli.core.session import open_session
-    from braces_cli.inspection.find import vocabulary
-    from braces_cli.inspection.trace import trace as run
+    from braces_cli.inspection.concept_search import vocabulary
+    from braces_cli.inspection.logit_attribution import trace as run
 
     params = ctx.params
     session = open_session(params["model"], params["adapter"], o.load_options(ctx))

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from braces_cli.cli import options as o
-from braces_cli.cli.render import print_json, print_json_lines, print_pairs, print_table, progress, set_up
+from braces_cli.cli.console import print_json, print_json_lines, print_pairs, print_table, progress, set_up
 
 SHOWN = 200  # rows of a table on a screen; JSON Lines carry all
 
@@ -47,8 +47,8 @@ def values(
     """
     set_up(quiet, debug)
     if output is not None:
-        from braces_cli.core.files import check_output_file
-        from braces_cli.inspection.maps import check_suffix
+        from braces_cli.core.utils.atomic_files import check_output_file
+        from braces_cli.inspection.vocabulary_map import check_suffix
 
         check_suffix(output, "--output")
         check_output_file(output, overwrite)
@@ -74,10 +74,10 @@ def tokens(row: Any) -> str:
 
 
 def _rows(ctx: typer.Context, layers: str | None, index: str | None, top_k: int, side: str, report: Any) -> Any:
-    from braces_cli.core.ffn import chosen_layers, parse_ranges
+    from braces_cli.core.models.ffn import chosen_layers, parse_ranges
     from braces_cli.core.session import open_session
-    from braces_cli.inspection.sides import check_side
-    from braces_cli.inspection.values import value_tokens
+    from braces_cli.inspection.ffn_weights import check_side
+    from braces_cli.inspection.vector_tokens import value_tokens
 
     check_side(side)
     params = ctx.params
@@ -89,8 +89,8 @@ def _rows(ctx: typer.Context, layers: str | None, index: str | None, top_k: int,
 
 
 def _write(session: Any, output: Path, side: str, top_k: int, rows: Any) -> dict[str, Any]:
-    from braces_cli.inspection.maps import write_map
-    from braces_cli.inspection.values import map_header
+    from braces_cli.inspection.vector_tokens import map_header
+    from braces_cli.inspection.vocabulary_map import write_map
 
     header = map_header(session, side, top_k)
     count = write_map(output, header, rows)

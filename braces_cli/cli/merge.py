@@ -6,8 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from braces_cli.cli import options as o
-from braces_cli.cli.render import print_json, print_pairs, progress, set_up
-from braces_cli.core.errors import ConfigError, ModelError
+from braces_cli.cli.console import print_json, print_pairs, progress, set_up
+from braces_cli.core.utils.errors import ConfigError, ModelError
 
 
 def merge(
@@ -55,7 +55,7 @@ def merge(
         what = "missing option" if check is None else "either writes or checks"
         raise ConfigError(what, where="--output-dir, --check", hint="Give one of the two.")
 
-    from braces_cli.core import merge as core
+    from braces_cli.export import merge as core
 
     with progress(quiet) as report:
         if check is not None:
@@ -74,7 +74,7 @@ def _request(ctx: typer.Context, asked: dict[str, float], record: dict[str, Any]
     """The request of this call; where it checks a folder, what is not given is what the folder says."""
     from dataclasses import replace
 
-    from braces_cli.core.merge import Request
+    from braces_cli.export.merge import Request
 
     params, options, record = ctx.params, o.load_options(ctx), record or {}
     adapter = params["adapter"] or record.get("adapter")
@@ -97,7 +97,7 @@ def _planned(ctx: typer.Context, asked: dict[str, float]) -> dict[str, Any]:
     """What would be written, or why that cannot be said."""
     if ctx.params["adapter"] is None:
         return {"trainable_parameters": None, "reason": "no adapter given"}
-    from braces_cli.core.merge import describe
+    from braces_cli.export.merge import describe
 
     try:
         return describe(_request(ctx, asked))

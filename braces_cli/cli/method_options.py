@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from braces_cli.core.errors import ConfigError
+from braces_cli.core.utils.errors import ConfigError
 from braces_cli.training.settings import (
     BASELINE_LR,
     BASELINE_ONLY,

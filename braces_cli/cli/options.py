@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from braces_cli.core.errors import ConfigError, near_misses
+from braces_cli.core.utils.errors import ConfigError, near_misses
 
 
 class Format(StrEnum):

@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from braces_cli.cli import options as o
-from braces_cli.cli.render import print_json, set_up
+from braces_cli.cli.console import print_json, set_up
 from braces_cli.cli.steer_sweep import check_unused, run_sweep
-from braces_cli.core.errors import ConfigError
+from braces_cli.core.utils.errors import ConfigError
 
 
 def steer(
@@ -102,7 +102,7 @@ def steer(
         print_json({"settings": o.resolved(ctx)})
         return
 
-    from braces_cli.core.words import check_name
+    from braces_cli.core.attributes.word_lists import check_name
 
     for name in names:
         check_name(name)
@@ -119,16 +119,16 @@ def steer(
 
         converse(ctx, asked, fmt)
         return
-    from braces_cli.cli.steer_run import generate_texts
+    from braces_cli.cli.steer_texts import generate_texts
 
     generate_texts(ctx, asked, fmt)
 
 
 def _export(ctx: typer.Context, asked: dict[str, float], folder: Path | None, path: Path) -> None:
-    from braces_cli.core.attributes import find_attribute
-    from braces_cli.core.ffn import chosen_layers
-    from braces_cli.core.gguf import check_export, export_control_vector
+    from braces_cli.core.attributes.attribute import find_attribute
+    from braces_cli.core.models.ffn import chosen_layers
     from braces_cli.core.session import open_session
+    from braces_cli.export.control_vector import check_export, export_control_vector
 
     check_export(path, ctx.params["overwrite"])
     session = open_session(ctx.params["model"], ctx.params["adapter"], o.load_options(ctx))

@@ -10,9 +10,9 @@ from typing import Any
 import typer
 
 from braces_cli.cli import options as o
-from braces_cli.cli.render import print_json_lines
-from braces_cli.cli.steer_run import open_base, sampling_of
-from braces_cli.core.errors import BracesError, ConfigError
+from braces_cli.cli.console import print_json_lines
+from braces_cli.cli.steer_texts import open_base, sampling_of
+from braces_cli.core.utils.errors import BracesError, ConfigError
 
 _TAKES_NO = ("prompt", "prompts", "output", "resume", "overwrite")
 
@@ -27,7 +27,7 @@ def converse(ctx: typer.Context, asked: dict[str, float], fmt: o.Format) -> None
         raise ConfigError("does not go with --interactive", where="--num-samples", hint="/seed draws another text.")
     sampling = sampling_of(ctx)
 
-    from braces_cli.steering.chat import chat_wanted
+    from braces_cli.steering.chat_prompts import chat_wanted
     from braces_cli.steering.interactive import Conversation
 
     session = open_base(ctx)
@@ -52,7 +52,7 @@ def converse(ctx: typer.Context, asked: dict[str, float], fmt: o.Format) -> None
         elif fmt is o.Format.json:
             print_json_lines([answer])
         elif not drawn:
-            from braces_cli.cli.steer_view import print_rows
+            from braces_cli.cli.steer_display import print_rows
 
             print_rows([answer])
 
@@ -61,7 +61,7 @@ def _drawn(talk: Any, line: str) -> Any:
     """The same on a terminal: both texts are drawn as they grow."""
     from contextlib import ExitStack
 
-    from braces_cli.cli.steer_view import side_by_side, titled
+    from braces_cli.cli.steer_display import side_by_side, titled
 
     with ExitStack() as stack:
         view: list[Any] = []

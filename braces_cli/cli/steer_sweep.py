@@ -8,8 +8,8 @@ from typing import Any
 import typer
 
 from braces_cli.cli import options as o
-from braces_cli.cli.render import print_json, print_table, progress
-from braces_cli.core.errors import ConfigError
+from braces_cli.cli.console import print_json, print_table, progress
+from braces_cli.core.utils.errors import ConfigError
 
 # Options that mean nothing without --sweep, by their names in `ctx.params`.
 OWN = ("plot", "scorer", "score_label", "save_scorer", "judge_model", "exclude_list_words")
@@ -35,9 +35,9 @@ def run_sweep(ctx: typer.Context) -> None:
     Raises:
         ConfigError: nothing to sweep, strengths that do not fit, or a scorer that cannot be had.
     """
-    from braces_cli.core.files import check_output_file, check_output_folder
-    from braces_cli.core.generate import Sampling
-    from braces_cli.scoring.scorers import default_scorer
+    from braces_cli.core.models.generation import Sampling
+    from braces_cli.core.utils.atomic_files import check_output_file, check_output_folder
+    from braces_cli.scoring.registry import default_scorer
     from braces_cli.steering.sweep import SweepSettings, parse_strengths
     from braces_cli.steering.sweep_plot import plot_sweep
 
@@ -96,12 +96,12 @@ def _measure(
 ) -> dict[str, Any]:
     from dataclasses import replace
 
-    from braces_cli.core.attributes import check_name, find_attribute
-    from braces_cli.core.ffn import chosen_layers
-    from braces_cli.core.models import load_base
+    from braces_cli.core.attributes.attribute import check_name, find_attribute
+    from braces_cli.core.models.ffn import chosen_layers
+    from braces_cli.core.models.loading import load_base
     from braces_cli.core.session import open_session
-    from braces_cli.scoring.scorers import label_of
-    from braces_cli.steering.judges import list_words, open_scorer
+    from braces_cli.scoring.registry import label_of
+    from braces_cli.steering.scorer_loading import list_words, open_scorer
     from braces_cli.steering.sweep import sweep
 
     p = ctx.params

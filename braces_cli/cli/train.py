@@ -9,8 +9,8 @@ import typer
 from braces_cli.cli import data_options as d
 from braces_cli.cli import method_options as m
 from braces_cli.cli import options as o
-from braces_cli.cli.render import print_json, print_pairs, progress, set_up
-from braces_cli.core.errors import BracesError, ConfigError
+from braces_cli.cli.console import print_json, print_pairs, progress, set_up
+from braces_cli.core.utils.errors import BracesError, ConfigError
 
 _OWN = (
     "rank", "lr", "gate_lr", "epochs", "max_steps", "batch_size", "gradient_accumulation", "warmup_steps", "schedule",
@@ -100,7 +100,7 @@ def train(
     debug: o.Debug = False,
 ) -> None:
     """Fine-tune an adapter, or a baseline of peft, on texts, prompts and completions, instructions or chats."""
-    from braces_cli.core.distributed import is_main
+    from braces_cli.core.utils.distributed import is_main
 
     set_up(quiet or not is_main(), debug)
     from braces_cli.training.settings import TrainSettings, Upkeep
@@ -130,7 +130,7 @@ def train(
             result = _run(ctx, own, settled, data, eval_data, output_dir, report, upkeep, identity)
     if is_main():
         if push_to_hub is not None:
-            from braces_cli.training.hub import push
+            from braces_cli.training.hub_upload import push
 
             push(output_dir, push_to_hub)
         _show(fmt, f"adapter written to {output_dir}", result)
@@ -138,10 +138,10 @@ def train(
 
 def _look_before(ctx: typer.Context, folder: Path, upkeep: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """What the run is known by, and its result if it has finished already; refuses what could not end well."""
-    from braces_cli.core.distributed import is_main
-    from braces_cli.core.files import check_output_folder
-    from braces_cli.training.launch import check_launch
-    from braces_cli.training.record import finished, identity
+    from braces_cli.core.utils.atomic_files import check_output_folder
+    from braces_cli.core.utils.distributed import is_main
+    from braces_cli.training.checkpointing.run_record import finished, identity
+    from braces_cli.training.launcher_checks import check_launch
 
     check_launch(upkeep.resume, ctx.params["attribute_field"] is not None, ctx.params["device"])
     known = identity(o.resolved(ctx))
@@ -151,7 +151,7 @@ def _look_before(ctx: typer.Context, folder: Path, upkeep: Any) -> tuple[dict[st
     if is_main() or upkeep.resume:
         check_output_folder(folder, ctx.params["overwrite"] or upkeep.resume)
     if upkeep.push_to_hub is not None:
-        from braces_cli.training.hub import check_push
+        from braces_cli.training.hub_upload import check_push
 
         check_push(upkeep.push_to_hub)
     return known, finished(folder, known) if upkeep.resume else None
@@ -170,15 +170,15 @@ def _run(
 ) -> dict[str, Any]:
     from dataclasses import asdict, replace
 
-    from braces_cli.core.ffn import chosen_layers
-    from braces_cli.core.models import load_shape
+    from braces_cli.core.models.ffn import chosen_layers
+    from braces_cli.core.models.loading import load_shape
     from braces_cli.core.session import base_name, open_session
     from braces_cli.data.examples import read_examples
-    from braces_cli.data.stream import Stream
-    from braces_cli.training.order import global_batch
-    from braces_cli.training.record import Record
-    from braces_cli.training.run import count_parameters, run_training
+    from braces_cli.data.streaming_examples import Stream
+    from braces_cli.training.checkpointing.run_record import Record
+    from braces_cli.training.sampler import global_batch
     from braces_cli.training.settings import TrainSettings
+    from braces_cli.training.train import count_parameters, run_training
 
     params = ctx.params
     # What can be wrong is looked at before minutes of loading weights: rank and layers on the bare shape, then rows.
@@ -204,8 +204,8 @@ def _run(
 
 def _reading(ctx: typer.Context, name: str, shape: Any, columns: Any) -> Any:
     """How this call's rows become examples; needs the tokenizer, no weights."""
-    from braces_cli.core.encode import context_length
-    from braces_cli.core.models import load_tokenizer
+    from braces_cli.core.models.loading import load_tokenizer
+    from braces_cli.core.models.tokenization import context_length
     from braces_cli.data.examples import Fields, Reading
 
     params = ctx.params
@@ -218,9 +218,9 @@ def _reading(ctx: typer.Context, name: str, shape: Any, columns: Any) -> Any:
 
 
 def _check(ctx: typer.Context, own: dict[str, Any], columns: Any, quiet: bool) -> None:
-    from braces_cli.core.models import load_shape
+    from braces_cli.core.models.loading import load_shape
     from braces_cli.core.session import base_name
-    from braces_cli.data.check import check_rows
+    from braces_cli.data.dataset_report import check_rows
     from braces_cli.training.settings import TrainSettings
 
     params = ctx.params
@@ -237,7 +237,7 @@ def _check(ctx: typer.Context, own: dict[str, Any], columns: Any, quiet: bool) -
 
 
 def _opposites(values: list[str] | None, attribute_field: str | None) -> Any:
-    from braces_cli.training.conditions import parse_opposites
+    from braces_cli.training.attribute_conditioning import parse_opposites
 
     if values and attribute_field is None:
         hint = "Name the column of each row's attribute with --attribute-field."
@@ -247,11 +247,11 @@ def _opposites(values: list[str] | None, attribute_field: str | None) -> Any:
 
 def _dry_run(ctx: typer.Context, own: dict[str, Any]) -> dict[str, Any]:
     """Settings and parameter count; where the model cannot be reached, why not."""
-    from braces_cli.core.ffn import chosen_layers, find_ffns
-    from braces_cli.core.models import load_shape
+    from braces_cli.core.models.ffn import chosen_layers, find_ffns
+    from braces_cli.core.models.loading import load_shape
     from braces_cli.core.session import base_name
-    from braces_cli.training.run import count_parameters
     from braces_cli.training.settings import TrainSettings
+    from braces_cli.training.train import count_parameters
 
     params = ctx.params
     out: dict[str, Any] = {"output_dir": params["output_dir"] and str(params["output_dir"]), "method": own["method"]}

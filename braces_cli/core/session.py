@@ -6,20 +6,20 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from braces_cli.core.adapter import CONFIG_FILE, Adapter, AdapterConfig, load_adapter, read_config
-from braces_cli.core.embedded import NAME as EMBEDDED
-from braces_cli.core.embedded import note_default
-from braces_cli.core.errors import ModelError
-from braces_cli.core.experts import MixtureFFN
-from braces_cli.core.ffn import FFN, find_ffns
-from braces_cli.core.models import Base, load_base, tokenizer_hashes
+from braces_cli.core.method.adapter import CONFIG_FILE, Adapter, AdapterConfig, load_adapter, read_config
+from braces_cli.core.models.bundled_model import NAME as EMBEDDED
+from braces_cli.core.models.bundled_model import note_default
+from braces_cli.core.models.ffn import FFN, find_ffns
+from braces_cli.core.models.loading import Base, load_base, tokenizer_hashes
+from braces_cli.core.models.moe import MixtureFFN
+from braces_cli.core.utils.errors import ModelError
 
 logger = logging.getLogger("braces")
 
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How to load a base: see `core.models.load_base`."""
+    """How to load a base: see `core.models.loading.load_base`."""
 
     revision: str | None = None
     device: str = "auto"

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from braces_cli.core.encode import Encoded, encode
-from braces_cli.core.errors import DataError
-from braces_cli.core.progress import Report, silent
-from braces_cli.data.chat import encode_chat
-from braces_cli.data.formats import CHAT, Columns, FormatReader, parts
-from braces_cli.data.rows import Source, read_rows
+from braces_cli.core.models.tokenization import Encoded, encode
+from braces_cli.core.utils.errors import DataError
+from braces_cli.core.utils.progress import Report, silent
+from braces_cli.data.chat_template import encode_chat
+from braces_cli.data.readers import Source, read_rows
+from braces_cli.data.row_formats import CHAT, Columns, FormatReader, parts
 
 logger = logging.getLogger("braces")
 

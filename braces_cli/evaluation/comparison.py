@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from braces_cli.core.errors import BracesError
+from braces_cli.core.utils.errors import BracesError
 from braces_cli.evaluation.scores import Scores
 from braces_cli.evaluation.significance import holm, p_value
 

@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from braces_cli.core.encode import context_length
-from braces_cli.core.progress import Report, silent
+from braces_cli.core.models.tokenization import context_length
+from braces_cli.core.utils.progress import Report, silent
 from braces_cli.evaluation.processes import ALONE, Processes
-from braces_cli.scoring.perplexity import text_likelihoods
+from braces_cli.scoring.likelihood import text_likelihoods
 
 NAME = "perplexity"
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from braces_cli.core.errors import ConfigError
 from braces_cli.core.session import LoadOptions
+from braces_cli.core.utils.errors import ConfigError
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core.errors import ConfigError
-from braces_cli.evaluation import catalog, own
-from braces_cli.evaluation.harness import SEEDS
-from braces_cli.evaluation.own_task import Generation
-from braces_cli.evaluation.task_data import check_fields, read_task_rows
-from braces_cli.evaluation.task_files import check_needed, find_files
+from braces_cli.core.utils.errors import ConfigError
+from braces_cli.evaluation import native_tasks, task_catalog
+from braces_cli.evaluation.lm_eval_runner import SEEDS
+from braces_cli.evaluation.native_task import Generation
+from braces_cli.evaluation.task_data_files import check_needed, find_files
+from braces_cli.evaluation.task_rows import check_fields, read_task_rows
 from braces_cli.evaluation.thresholds import Threshold, check_tasks, parse_thresholds
 
 
@@ -61,7 +61,7 @@ class EvalSettings:
         return dict(SEEDS) if self.seed is None else dict.fromkeys(SEEDS, self.seed)
 
 
-def check_settings(settings: EvalSettings) -> tuple[catalog.Selection, dict[str, Path], dict[str, Sequence[Any]]]:
+def check_settings(settings: EvalSettings) -> tuple[task_catalog.Selection, dict[str, Path], dict[str, Sequence[Any]]]:
     """Resolve the tasks and read and check every local file; loads no model and fetches nothing.
 
     Returns:
@@ -71,14 +71,14 @@ def check_settings(settings: EvalSettings) -> tuple[catalog.Selection, dict[str,
         ConfigError: an unknown task, task data for none of them, no data where a task has none of its own.
         DataError: a file that is missing, broken or lacks fields.
     """
-    selection = catalog.select(settings.tasks)
+    selection = task_catalog.select(settings.tasks)
     check_tasks(settings.thresholds, selection)
     files = find_files(selection, settings.task_data, settings.task_data_dir)
-    check_needed(selection, files, catalog.LOCAL_ONLY)
+    check_needed(selection, files, task_catalog.LOCAL_ONLY)
     rows: dict[str, Sequence[Any]] = {}
     for name, file in files.items():
-        if name in own.TASKS:
-            rows[name] = own.TASKS[name].read(file)
+        if name in native_tasks.TASKS:
+            rows[name] = native_tasks.TASKS[name].read(file)
         else:
             rows[name] = read_task_rows(file)
             check_fields(name, rows[name])

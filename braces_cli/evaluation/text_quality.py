@@ -18,20 +18,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core.attributes import Attribute, find_attribute
-from braces_cli.core.generate import Job, Sampling, generate
-from braces_cli.core.models import Base, load_base
-from braces_cli.core.push import steered
+from braces_cli.core.attributes.attribute import Attribute, find_attribute
+from braces_cli.core.attributes.intervention import steered
+from braces_cli.core.models.generation import Job, Sampling, generate
+from braces_cli.core.models.loading import Base, load_base
 from braces_cli.core.session import LoadOptions
-from braces_cli.evaluation.memory import halving
-from braces_cli.evaluation.own_task import Measured, Setting
+from braces_cli.evaluation.native_task import Measured, Setting
+from braces_cli.evaluation.oom_backoff import halving
+from braces_cli.scoring.confidence_intervals import cluster_error, rate_error
 from braces_cli.scoring.diversity import distinct, repetition
-from braces_cli.scoring.perplexity import Likelihood
-from braces_cli.scoring.scorers import label_of
-from braces_cli.scoring.spread import cluster_error, rate_error
-from braces_cli.scoring.verdict import Scorer
-from braces_cli.steering.judges import list_words, open_scorer
+from braces_cli.scoring.likelihood import Likelihood
+from braces_cli.scoring.registry import label_of
+from braces_cli.scoring.scorer import Scorer
 from braces_cli.steering.prompts import read_prompts
+from braces_cli.steering.scorer_loading import list_words, open_scorer
 from braces_cli.steering.sweep import surprise
 
 # Task -> its scorer where none is named, and the attributes it asks that scorer about.

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from braces_cli.core.errors import ConfigError, near_misses
-from braces_cli.evaluation import catalog, own
-from braces_cli.evaluation.building import Unit
-from braces_cli.evaluation.parts import AVERAGE
+from braces_cli.core.utils.errors import ConfigError, near_misses
+from braces_cli.evaluation import native_tasks, task_catalog
+from braces_cli.evaluation.aggregation import AVERAGE
+from braces_cli.evaluation.task_loading import Unit
 
 _WHERE = "--fail-under"
 
@@ -45,13 +45,13 @@ def parse_thresholds(values: Sequence[str]) -> list[Threshold]:
     return found
 
 
-def check_tasks(thresholds: Sequence[Threshold], selection: catalog.Selection) -> None:
+def check_tasks(thresholds: Sequence[Threshold], selection: task_catalog.Selection) -> None:
     """Before anything is built: each threshold's task is among those asked for.
 
     Raises:
         ConfigError: one is not.
     """
-    averaged = [name for name in catalog.AVERAGED if name in selection.groups]
+    averaged = [name for name in task_catalog.AVERAGED if name in selection.groups]
     known = list(dict.fromkeys([*selection.names, *selection.leaves, *selection.own, *averaged]))
     for each in thresholds:
         task = each.task.partition(":")[0]
@@ -66,8 +66,8 @@ def check_metrics(thresholds: Sequence[Threshold], units: Sequence[Unit]) -> Non
     Raises:
         ConfigError: one is not.
     """
-    known: dict[str, list[str]] = {name: list(task.metrics) for name, task in own.TASKS.items()}
-    known.update({name: [AVERAGE] for name in catalog.AVERAGED})
+    known: dict[str, list[str]] = {name: list(task.metrics) for name, task in native_tasks.TASKS.items()}
+    known.update({name: [AVERAGE] for name in task_catalog.AVERAGED})
     for unit in units:
         known.update({name: list(task.aggregation()) for name, task in unit.tasks.items()})
     for each in thresholds:

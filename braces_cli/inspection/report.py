@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from braces_cli import __version__
-from braces_cli.core.attributes import Attribute, find_attribute
-from braces_cli.core.errors import ModelError
-from braces_cli.core.pages import render_page
-from braces_cli.core.progress import Report, silent
+from braces_cli.core.attributes.attribute import Attribute, find_attribute
 from braces_cli.core.session import Session
-from braces_cli.inspection.clamp import prompt_ids
-from braces_cli.inspection.find import attribute_relevance
-from braces_cli.inspection.readout import readout
-from braces_cli.inspection.sides import plain_ffns
-from braces_cli.inspection.trace import relevance, trace, watch
-from braces_cli.inspection.values import Texts
+from braces_cli.core.utils.errors import ModelError
+from braces_cli.core.utils.html_pages import render_page
+from braces_cli.core.utils.progress import Report, silent
+from braces_cli.inspection.concept_search import attribute_relevance
+from braces_cli.inspection.ffn_weights import plain_ffns
+from braces_cli.inspection.logit_attribution import relevance, trace, watch
+from braces_cli.inspection.logit_lens import readout
+from braces_cli.inspection.neuron_clamping import prompt_ids
+from braces_cli.inspection.vector_tokens import Texts
 
 DEFAULT_PROMPT = "When I opened the door, I saw"
 _AMPLIFIED = 24

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from braces_cli.scoring.words import pieces_of
+from braces_cli.scoring.word_tokens import pieces_of
 
 REPETITION_WIDTH = 4
 

@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core.attributes import Attribute, find_attribute, known_attributes
-from braces_cli.core.errors import ConfigError, near_misses
-from braces_cli.core.ffn import chosen_layers
-from braces_cli.core.generate import Job, Sampling, generate
-from braces_cli.core.push import steered
+from braces_cli.core.attributes.attribute import Attribute, find_attribute, known_attributes
+from braces_cli.core.attributes.intervention import steered
+from braces_cli.core.models.ffn import chosen_layers
+from braces_cli.core.models.generation import Job, Sampling, generate
 from braces_cli.core.session import Session
-from braces_cli.steering.chat import chat_ids
+from braces_cli.core.utils.errors import ConfigError, near_misses
+from braces_cli.steering.chat_prompts import chat_ids
 
 HELP = """\
 Write a prompt to have it continued, unsteered and steered; an empty line repeats the last one.

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from braces_cli.core.errors import ConfigError, DataError
+from braces_cli.core.utils.errors import ConfigError, DataError
 
 
 def read_prompts(given: Sequence[str], file: Path | None, pipe: TextIO) -> Iterator[str]:

@@ -19,18 +19,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from braces_cli.core.attributes import Attribute
-from braces_cli.core.encode import context_length
-from braces_cli.core.errors import BracesError, ConfigError
-from braces_cli.core.generate import Job, Sampling, generate
-from braces_cli.core.models import Base
-from braces_cli.core.progress import Report, silent
-from braces_cli.core.push import steered
+from braces_cli.core.attributes.attribute import Attribute
+from braces_cli.core.attributes.intervention import steered
+from braces_cli.core.models.generation import Job, Sampling, generate
+from braces_cli.core.models.loading import Base
+from braces_cli.core.models.tokenization import context_length
 from braces_cli.core.session import Session
+from braces_cli.core.utils.errors import BracesError, ConfigError
+from braces_cli.core.utils.progress import Report, silent
+from braces_cli.scoring.confidence_intervals import Z, rate_error, share_interval
 from braces_cli.scoring.diversity import distinct, repetition
-from braces_cli.scoring.perplexity import Likelihood, continuation_likelihoods
-from braces_cli.scoring.spread import Z, rate_error, share_interval
-from braces_cli.scoring.verdict import Scorer, Verdict
+from braces_cli.scoring.likelihood import Likelihood, continuation_likelihoods
+from braces_cli.scoring.scorer import Scorer, Verdict
 
 _MOST = 200  # points; more is a slip in the step
 

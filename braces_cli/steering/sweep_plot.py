@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core.figures import figure, plain_label, save_figure
+from braces_cli.core.utils.plotting import figure, plain_label, save_figure
 
 
 def plot_sweep(document: dict[str, Any], path: Path) -> None:

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Trainer
 
-from braces_cli.core.encode import IGNORED
+from braces_cli.core.models.tokenization import IGNORED
 from braces_cli.data.examples import Examples
-from braces_cli.data.stream import Stream
-from braces_cli.training.blocks import Collator, Layout, computed_tokens
-from braces_cli.training.conditions import Conditioner
-from braces_cli.training.order import Order, Rows, SetEpoch
-from braces_cli.training.scored import next_tokens, only_scored
+from braces_cli.data.streaming_examples import Stream
+from braces_cli.training.attribute_conditioning import Conditioner
+from braces_cli.training.collator import Collator, Layout, computed_tokens
+from braces_cli.training.sampler import Order, Rows, SetEpoch
+from braces_cli.training.selective_logits import next_tokens, only_scored
 
 
 class FeedingTrainer(Trainer):

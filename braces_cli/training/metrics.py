@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from braces_cli.core.errors import BracesError
-from braces_cli.core.figures import figure, save_figure
-from braces_cli.core.files import write_text
+from braces_cli.core.utils.atomic_files import write_text
+from braces_cli.core.utils.errors import BracesError
+from braces_cli.core.utils.plotting import figure, save_figure
 
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss.png"

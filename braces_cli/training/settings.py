@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
-from braces_cli.core.errors import ConfigError
+from braces_cli.core.utils.errors import ConfigError
 
 SCHEDULES = ("linear", "cosine", "constant")
 INITS = ("random", "values", "inputs")
 SCALES = ("paper", "auto")
-# Those of peft; see `training.baselines`.
+# Those of peft; see `training.peft_baselines`.
 BASELINES = ("lora", "rslora", "dora", "pissa")
 METHODS = ("braces", *BASELINES)
 # Settings that only one kind of method reads.
@@ -47,18 +47,18 @@ class TrainSettings:
         warmup_steps: optimizer steps until the peak rate.
         schedule: of the rate after the warm-up: linear or cosine to zero, or constant.
         max_length: tokens of an example that are kept.
-        gradient_checkpointing: recompute activations in the backward pass, and keep no products of W_V (`core.gram`):
-            less memory, about a third more time.
+        gradient_checkpointing: recompute activations in the backward pass, and keep no products of W_V
+            (`core.method.value_gram`): less memory, about a third more time.
         seed: of the projections' start and the order of examples.
         attribute_field: column of the rows' attributes; None: attributes are not trained.
         strength_field: column of their strengths.
         opposites: pairs of attributes that are the two ends of one axis.
-        contrast: weight of telling each row's strength from its opposite, see `training.contrast`; 0 is the
+        contrast: weight of telling each row's strength from its opposite, see `training.contrastive_loss`; 0 is the
             paper's loss; None is the default where attributes are trained, else 0.
         margin: by how much they are told apart, in nats a row and unit of strength: the larger, the stronger the
             steering; None is the default, and stays None without a contrast.
         method: `braces`, or a baseline.
-        init: where the projections start, see `training.start`.
+        init: where the projections start, see `training.initialization`.
         scale: `paper`, or `auto` for a fixed scalar per layer that makes up for the size of the base's weights.
         lora_alpha: of a baseline, whose update is multiplied by alpha / rank; None is twice the rank.
         lora_targets: names of the modules that a baseline adapts; empty is the queries and values.

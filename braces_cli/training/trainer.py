@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 from transformers import PrinterCallback, TrainingArguments
 
-from braces_cli.core.adapter import Adapter
-from braces_cli.core.models import input_device
+from braces_cli.core.method.adapter import Adapter
+from braces_cli.core.models.loading import input_device
 from braces_cli.data.examples import Examples
-from braces_cli.data.stream import Stream
-from braces_cli.training.baselines import PeftAdapter
-from braces_cli.training.blocks import Layout
-from braces_cli.training.conditions import Conditioner
-from braces_cli.training.contrast import contrastive_loss
+from braces_cli.data.streaming_examples import Stream
+from braces_cli.training.adapter_setup import parameter_groups
+from braces_cli.training.attribute_conditioning import Conditioner
+from braces_cli.training.checkpointing.resumable_trainer import ResumableTrainer, Surroundings
+from braces_cli.training.collator import Layout
+from braces_cli.training.contrastive_loss import contrastive_loss
 from braces_cli.training.feeding import FeedingTrainer
-from braces_cli.training.methods import parameter_groups
-from braces_cli.training.resumable import ResumableTrainer, Surroundings
+from braces_cli.training.peft_baselines import PeftAdapter
 from braces_cli.training.settings import TrainSettings, Upkeep
 
 

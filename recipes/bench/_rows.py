@@ -17,9 +17,9 @@ def batches(name: str, vocabulary: int) -> list[list[Any]]:
     """Random examples in the order that training gives them, `BATCH` at a time."""
     import torch
 
-    from braces_cli.core.encode import Encoded
+    from braces_cli.core.models.tokenization import Encoded
     from braces_cli.data.examples import Example
-    from braces_cli.training.order import Order
+    from braces_cli.training.sampler import Order
 
     mean, spread, least, most = SETS[name]
     generator = torch.Generator().manual_seed(0)
@@ -35,9 +35,9 @@ def batches(name: str, vocabulary: int) -> list[list[Any]]:
 
 def collators(model: Any) -> dict[str, Callable[[list[Any]], list[dict[str, Any]]]]:
     """What turns a batch into blocks: `padded` as Trainer does it by default, `packed` and `grouped` as we do."""
-    from braces_cli.core.batches import pad_right
-    from braces_cli.training.blocks import Collator, Layout
-    from braces_cli.training.layout import attention_cost
+    from braces_cli.core.models.padding import pad_right
+    from braces_cli.training.collator import Collator, Layout
+    from braces_cli.training.packing_probe import attention_cost
 
     config = model.config
     packed = Collator(Layout(True, attention_cost(model, config.num_hidden_layers, config.hidden_size)), 0)
@@ -51,7 +51,7 @@ def collators(model: Any) -> dict[str, Callable[[list[Any]], list[dict[str, Any]
 
 def padding(model: Any, how: str, name: str) -> tuple[list[int], list[int]]:
     """Padding and all computed tokens of each batch."""
-    from braces_cli.training.blocks import computed_tokens
+    from braces_cli.training.collator import computed_tokens
 
     collate = collators(model)[how]
     wasted, computed = [], []

@@ -55,8 +55,8 @@ def write_model(folder: Path) -> None:
 
 def write_adapters(model: Path, folder: Path) -> list[Path]:
     """Fresh adapters of the model, each of another seed."""
-    from braces_cli.core.adapter import AdapterConfig, attach
-    from braces_cli.core.models import load_base, tokenizer_hashes
+    from braces_cli.core.method.adapter import AdapterConfig, attach
+    from braces_cli.core.models.loading import load_base, tokenizer_hashes
 
     base = load_base(str(model), device="cpu")
     made = []

@@ -22,7 +22,7 @@ def half_open(model: Any) -> Any:
     """An adapter on every FFN of `model`: frozen, gates half open."""
     import torch
 
-    from braces_cli.core.adapter import attach
+    from braces_cli.core.method.adapter import attach
 
     adapter = attach(model, RANK)
     for _, brace in adapter.sites:
@@ -45,10 +45,10 @@ def merged(model: Any) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from braces_cli.core.ffn import find_ffns
-    from braces_cli.core.merge_form import observed_form
-    from braces_cli.core.merge_plan import plain_ffns, plan
-    from braces_cli.core.merge_write import new_neurons, write_checkpoint
+    from braces_cli.core.models.ffn import find_ffns
+    from braces_cli.export.checkpoint_writer import new_neurons, write_checkpoint
+    from braces_cli.export.ffn_form import observed_form
+    from braces_cli.export.planner import plain_ffns, plan
 
     ffns = plain_ffns(model, find_ffns(model))
     ids = torch.zeros(1, 8, dtype=torch.long, device=model.device)

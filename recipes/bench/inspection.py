@@ -51,8 +51,8 @@ def rates(args: argparse.Namespace, model: Any, part: int) -> tuple[dict[str, Ca
     """Measurements of flops a second, and the bytes that a map of all vectors takes at its peak above the model."""
     import torch
 
-    from braces_cli.core.ffn import find_ffns
-    from braces_cli.inspection.readout import readout
+    from braces_cli.core.models.ffn import find_ffns
+    from braces_cli.inspection.logit_lens import readout
 
     wait = synchroniser(args.device)
     matrix = find_ffns(model)[0].value_matrix().mT

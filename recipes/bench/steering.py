@@ -29,8 +29,8 @@ def attributes(model: Any) -> list[Any]:
     """Attributes with random states: what steering costs does not depend on them."""
     import torch
 
-    from braces_cli.core.attributes import Attribute
-    from braces_cli.core.ffn import find_ffns
+    from braces_cli.core.attributes.attribute import Attribute
+    from braces_cli.core.models.ffn import find_ffns
 
     ffns = find_ffns(model)
     generator = torch.Generator().manual_seed(1)
@@ -47,9 +47,9 @@ def attributes(model: Any) -> list[Any]:
 
 def steered_models(base: Any, stack: ExitStack) -> dict[str, Any]:
     """Twins of `base`, each steered in another way until `stack` is closed."""
-    from braces_cli.core.ffn import find_ffns
-    from braces_cli.core.models import Base
-    from braces_cli.core.push import steered
+    from braces_cli.core.attributes.intervention import steered
+    from braces_cli.core.models.ffn import find_ffns
+    from braces_cli.core.models.loading import Base
     from braces_cli.core.session import Session
 
     known = attributes(base)
@@ -69,7 +69,7 @@ def adapter_on(model: Any) -> Any:
     """An adapter as it is after loading: frozen, gates half open, its factors computed."""
     import torch
 
-    from braces_cli.core.adapter import attach
+    from braces_cli.core.method.adapter import attach
 
     adapter = attach(model, RANK)
     for _, brace in adapter.sites:

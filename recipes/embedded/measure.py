@@ -10,10 +10,10 @@ from typing import Any
 from facts import RELATIONS
 from world import World
 
-from braces_cli.core.generate import Job, Sampling, generate
+from braces_cli.core.models.generation import Job, Sampling, generate
 from braces_cli.core.session import LoadOptions, open_session
-from braces_cli.evaluation.popqa import contained_as_words
-from braces_cli.scoring.perplexity import Likelihood, text_likelihoods
+from braces_cli.evaluation.tasks.popqa import contained_as_words
+from braces_cli.scoring.likelihood import Likelihood, text_likelihoods
 
 OPENINGS = (
     "The film is", "We stayed at the hotel and", "I bought the phone and", "This book", "The coffee was",

@@ -53,8 +53,8 @@ def ours(args: argparse.Namespace, prompts: Sequence[list[int]], attribute: str 
     import torch
     from transformers import GenerationConfig
 
-    from braces_cli.core.attributes import find_attribute
-    from braces_cli.core.push import steered
+    from braces_cli.core.attributes.attribute import find_attribute
+    from braces_cli.core.attributes.intervention import steered
 
     session = opened(args)
     model = session.base.model
@@ -78,7 +78,7 @@ def opened(args: argparse.Namespace) -> Any:
 
 
 def ends(session: Any) -> list[int]:
-    from braces_cli.core.generate import end_tokens
+    from braces_cli.core.models.generation import end_tokens
 
     return end_tokens(session.base.model, session.base.tokenizer)
 

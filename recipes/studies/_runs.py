@@ -12,8 +12,8 @@ from typing import Any
 
 from braces_cli.core.session import LoadOptions, Session, open_session
 from braces_cli.data.examples import Examples, Reading, read_examples
-from braces_cli.training.run import run_training
 from braces_cli.training.settings import TrainSettings
+from braces_cli.training.train import run_training
 
 
 class Runs:

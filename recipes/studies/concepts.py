@@ -30,14 +30,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from braces_cli.core.batches import by_length, pad_right
-from braces_cli.core.encode import encode
+from braces_cli.core.models.padding import by_length, pad_right
+from braces_cli.core.models.tokenization import encode
 from braces_cli.core.session import LoadOptions, Session, open_session
-from braces_cli.inspection.clamp import divergence
-from braces_cli.inspection.concepts import Concept
-from braces_cli.inspection.find import model_concept, vocabulary
-from braces_cli.inspection.linear import direction
-from braces_cli.inspection.readout import readout
+from braces_cli.inspection.concept_search import model_concept, vocabulary
+from braces_cli.inspection.concept_tokens import Concept
+from braces_cli.inspection.direct_effects import direction
+from braces_cli.inspection.logit_lens import readout
+from braces_cli.inspection.neuron_clamping import divergence
 
 WORDS = "happy,water,dog,king,red,money,music,night,school,death"
 FIRST = (1, 3)  # places that count as found
@@ -273,7 +273,7 @@ def place(session: Session, neuron: int) -> tuple[Any, int]:
 
 @contextmanager
 def hold(ffn: Any, index: int, value: float, where: Callable[[Tensor], Tensor] | None = None) -> Iterator[None]:
-    """As `inspection.clamp.clamped`, but only at some positions: those of `where(attention mask)`."""
+    """As `inspection.neuron_clamping.clamped`, but only at some positions: those of `where(attention mask)`."""
 
     def hook(module: Any, args: tuple) -> tuple:
         weights = args[0].clone()

@@ -16,7 +16,7 @@ from typing import Any
 
 from _runs import Runs, read, spread, train
 
-from braces_cli.core.models import load_tokenizer
+from braces_cli.core.models.loading import load_tokenizer
 from braces_cli.training.settings import TrainSettings
 
 

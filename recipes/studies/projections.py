@@ -20,9 +20,9 @@ from _runs import Runs, read, train
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
-import braces_cli.core.adapter
-from braces_cli.core.models import load_tokenizer
-from braces_cli.core.relevance import RelevanceModule, orthonormal_rows
+import braces_cli.core.method.adapter
+from braces_cli.core.method.relevance import RelevanceModule, orthonormal_rows
+from braces_cli.core.models.loading import load_tokenizer
 from braces_cli.training.settings import TrainSettings
 
 MAPS = ("matrix_exp", "cayley", "householder")
@@ -90,7 +90,7 @@ def main() -> None:
 
             def work(kind: str = kind, seed: int = seed) -> dict[str, Any]:
                 settings = TrainSettings(seed=seed, max_steps=args.steps, max_length=args.max_length)
-                braces_cli.core.adapter.RelevanceModule = plain if kind == "cholesky" else module_of(kind)  # type: ignore[misc]
+                braces_cli.core.method.adapter.RelevanceModule = plain if kind == "cholesky" else module_of(kind)  # type: ignore[misc]
                 _, result = train(args.model, rows, held_out, settings)
                 return {name: result[name] for name in ("eval_loss", "train_loss", "seconds")}
 

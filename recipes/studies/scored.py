@@ -20,16 +20,16 @@ from typing import Any
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from braces_cli.core.adapter import attach
-from braces_cli.core.encode import IGNORED
-from braces_cli.core.models import load_tokenizer
+from braces_cli.core.method.adapter import attach
+from braces_cli.core.models.loading import load_tokenizer
+from braces_cli.core.models.tokenization import IGNORED
 from braces_cli.core.session import LoadOptions, open_session
 from braces_cli.data.examples import Reading, read_examples
-from braces_cli.training.blocks import Collator, Layout
+from braces_cli.training.collator import Collator, Layout
 from braces_cli.training.feeding import mean_loss
-from braces_cli.training.layout import attention_cost
-from braces_cli.training.order import Order, Rows
-from braces_cli.training.scored import only_scored
+from braces_cli.training.packing_probe import attention_cost
+from braces_cli.training.sampler import Order, Rows
+from braces_cli.training.selective_logits import only_scored
 
 BATCH, RANK, MAX_LENGTH = 16, 16, 1024
 QWEN = Qwen2Config(

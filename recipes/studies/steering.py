@@ -43,16 +43,16 @@ from _pairs import ENDS, pairs
 from _runs import Runs
 from torch import Tensor, nn
 
-from braces_cli.core.attributes import PUSH, find_attribute, pushed, residual_norms
-from braces_cli.core.encode import encode
-from braces_cli.core.ffn import layer_stack
-from braces_cli.core.figures import figure, save_figure
-from braces_cli.core.generate import Sampling
-from braces_cli.core.push import steered
+from braces_cli.core.attributes.attribute import PUSH, find_attribute, pushed, residual_norms
+from braces_cli.core.attributes.intervention import steered
+from braces_cli.core.attributes.word_lists import built_in
+from braces_cli.core.models.ffn import layer_stack
+from braces_cli.core.models.generation import Sampling
+from braces_cli.core.models.tokenization import encode
 from braces_cli.core.session import LoadOptions, Session, open_session
-from braces_cli.core.words import built_in
-from braces_cli.scoring.scorers import scorer
-from braces_cli.scoring.verdict import Scorer
+from braces_cli.core.utils.plotting import figure, save_figure
+from braces_cli.scoring.registry import scorer
+from braces_cli.scoring.scorer import Scorer
 from braces_cli.steering.prompts import read_prompts
 from braces_cli.steering.sweep import SweepSettings, Texts, continuations, point, surprise
 

@@ -25,14 +25,14 @@ import torch
 from _runs import Runs, read, spread, train
 from scipy.stats import binomtest
 
-from braces_cli.core.batches import by_length, pad_right
-from braces_cli.core.encode import encode
-from braces_cli.core.models import load_tokenizer
+from braces_cli.core.models.loading import load_tokenizer
+from braces_cli.core.models.padding import by_length, pad_right
+from braces_cli.core.models.tokenization import encode
 from braces_cli.core.session import LoadOptions, Session, open_session
 from braces_cli.data.examples import Examples
-from braces_cli.data.formats import instruction_prompt
-from braces_cli.data.rows import Source, read_rows
-from braces_cli.scoring.perplexity import Likelihood, likelihoods
+from braces_cli.data.readers import Source, read_rows
+from braces_cli.data.row_formats import instruction_prompt
+from braces_cli.scoring.likelihood import Likelihood, likelihoods
 from braces_cli.training.settings import TrainSettings
 
 # Peak rates tried. Those of braces are of the projections; the gates have --gate-lr.

@@ -12,7 +12,7 @@ import typer
 
 from braces_cli.cli.app import build_app
 
-FILE = Path(__file__).parents[2] / "recipes" / "COMMANDS.md"
+FILE = Path(__file__).parents[2] / "recipes" / "docs" / "COMMANDS.md"
 _HEAD = """# Commands
 
 What `braces COMMAND --help` says, written by `python -m tests.cli.reference --write` and held to it by a test.

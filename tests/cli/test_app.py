@@ -107,7 +107,7 @@ def test_a_config_that_is_wrong_exits_2(braces, tmp_path, text, message):
 
 def test_a_bug_of_ours_is_one_line_without_a_traceback(braces, model_dir, monkeypatch):
     """Unless --debug asks for it."""
-    import braces_cli.inspection.summary as summary
+    import braces_cli.inspection.adapter_summary as summary
 
     def broken(*args, **kwargs):
         raise ZeroDivisionError("inside")
@@ -122,7 +122,7 @@ def test_a_bug_of_ours_is_one_line_without_a_traceback(braces, model_dir, monkey
 
 def test_an_interrupt_exits_130(braces, model_dir, monkeypatch):
     """As shells expect of Ctrl-C."""
-    import braces_cli.inspection.summary as summary
+    import braces_cli.inspection.adapter_summary as summary
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt

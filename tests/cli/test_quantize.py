@@ -53,7 +53,7 @@ def test_a_method_that_does_not_exist_is_a_usage_error(braces, model_dir, comman
 
 def test_a_missing_package_names_what_to_install(braces, model_dir, monkeypatch):
     """Exit code 2, before any weights are read."""
-    monkeypatch.setattr("braces_cli.core.quantize.find_spec", lambda _: None)
+    monkeypatch.setattr("braces_cli.core.models.quantization.find_spec", lambda _: None)
     outcome = braces("steer", "--model", model_dir, "--prompt", "x", "--quantize", "int4", "--device", "cpu")
     assert outcome.code == 2
     assert "braces-cli[quantize]" in outcome.err
@@ -62,6 +62,6 @@ def test_a_missing_package_names_what_to_install(braces, model_dir, monkeypatch)
 def test_the_command_lines_methods_are_those_of_core():
     """Two lists, because --help imports nothing of core that needs torch."""
     from braces_cli.cli.options import Quantisation
-    from braces_cli.core.quantize import METHODS
+    from braces_cli.core.models.quantization import METHODS
 
     assert tuple(Quantisation) == METHODS

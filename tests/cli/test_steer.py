@@ -63,9 +63,9 @@ def test_attributes_add_up(session):
     """Logits of A + B are those of the summed push; s = 2 of A is A twice."""
     import torch
 
-    from braces_cli.core.adapter import attach
-    from braces_cli.core.attributes import build_attribute
-    from braces_cli.core.push import steered
+    from braces_cli.core.attributes.attribute import build_attribute
+    from braces_cli.core.attributes.intervention import steered
+    from braces_cli.core.method.adapter import attach
     from tests.conftest import open_gates
 
     good = build_attribute(session, "good", ["good", "happy"])
@@ -97,8 +97,8 @@ def test_attributes_add_up(session):
 
 def test_without_training_strength_one_is_twelve_percent_of_the_residual(session):
     """In all, over the first half of the layers, by the definition of the scale; where layers are named, there."""
-    from braces_cli.core.attributes import build_attribute
-    from braces_cli.core.push import steered
+    from braces_cli.core.attributes.attribute import build_attribute
+    from braces_cli.core.attributes.intervention import steered
 
     good = build_attribute(session, "good", ["good", "happy"])
     with steered(session, [(good, 1.0)]) as pushes:
@@ -111,10 +111,10 @@ def test_steering_with_an_adapter_is_the_papers_formula(session):
     """r_i + s r_c at every layer, against the reference."""
     import torch
 
-    from braces_cli.core.adapter import attach
-    from braces_cli.core.attributes import build_attribute
-    from braces_cli.core.push import steered
-    from braces_cli.core.reference import reference
+    from braces_cli.core.attributes.attribute import build_attribute
+    from braces_cli.core.attributes.intervention import steered
+    from braces_cli.core.method.adapter import attach
+    from braces_cli.core.method.reference import reference
     from tests.conftest import open_gates
 
     session.adapter = attach(session.base.model, 4)
@@ -190,8 +190,8 @@ def test_the_same_words_give_the_same_state_with_and_without_an_adapter(session)
     """Words go through the bare base."""
     import torch
 
-    from braces_cli.core.adapter import attach
-    from braces_cli.core.attributes import build_attribute
+    from braces_cli.core.attributes.attribute import build_attribute
+    from braces_cli.core.method.adapter import attach
     from tests.conftest import open_gates
 
     before = build_attribute(session, "good", ["good"])
@@ -205,7 +205,7 @@ def test_pooling_is_the_mean_over_tokens_then_over_words(session):
     """Against one word at a time, without batches; no start token, no padding."""
     import torch
 
-    from braces_cli.core.attributes import pool_words
+    from braces_cli.core.attributes.attribute import pool_words
 
     model, tokenizer = session.base.model, session.base.tokenizer
     words = ["good", "town", "sad", "extraordinary"]
@@ -289,8 +289,8 @@ def test_a_built_in_list_with_an_opposite_is_one_end_of_an_axis(braces, session,
     """positive is minus negative; attr-build without words writes the same; a list without opposite keeps neutral."""
     import torch
 
-    from braces_cli.core.attributes import build_attribute, find_attribute
-    from braces_cli.core.words import built_in
+    from braces_cli.core.attributes.attribute import build_attribute, find_attribute
+    from braces_cli.core.attributes.word_lists import built_in
 
     one, other = (find_attribute(session, name, None) for name in ("positive", "negative"))
     assert torch.allclose(one.state, -other.state, atol=1e-6)

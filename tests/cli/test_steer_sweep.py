@@ -55,7 +55,7 @@ def test_perplexity_is_that_of_the_bare_base(swept, adapter_dir, model_dir, sess
     """Adapter off, no steering: by hand on the texts that steer writes; a judge that is the base agrees."""
     import torch
 
-    from braces_cli.core.encode import encode
+    from braces_cli.core.models.tokenization import encode
 
     args = ["--adapter", adapter_dir, "--temperature", 0]
     point = swept(*args, sweep="30").json["points"][0]

@@ -108,8 +108,8 @@ def test_prompts_are_read_as_they_are_needed(session):
     """One batch ahead at most, of however many there are."""
     from itertools import count, islice
 
-    from braces_cli.core.generate import Sampling
-    from braces_cli.steering.run import steer_texts
+    from braces_cli.core.models.generation import Sampling
+    from braces_cli.steering.generate_texts import steer_texts
 
     read = []
     endless = (read.append(k) or f"prompt {k}" for k in count())
@@ -181,8 +181,8 @@ def test_a_conversation_from_a_pipe(steer):
 )
 def test_commands_say_what_is_set_or_what_is_wrong(session, lines, shown):
     """And a mistake changes nothing."""
-    from braces_cli.core.errors import BracesError
-    from braces_cli.core.generate import Sampling
+    from braces_cli.core.models.generation import Sampling
+    from braces_cli.core.utils.errors import BracesError
     from braces_cli.steering.interactive import Conversation
 
     talk = Conversation(session, {}, Sampling(4))
@@ -277,9 +277,9 @@ def test_results_go_to_a_redirected_stdout_while_a_bar_is_drawn(model_dir):
 
 def test_one_text_at_a_time_is_printed_as_it_is_generated(session, capsys):
     """The prompt, then the text; the same as in a row."""
-    from braces_cli.cli.steer_view import Flow
-    from braces_cli.core.generate import Sampling
-    from braces_cli.steering.run import jobs_of, steer_jobs
+    from braces_cli.cli.steer_display import Flow
+    from braces_cli.core.models.generation import Sampling
+    from braces_cli.steering.generate_texts import jobs_of, steer_jobs
 
     rows = list(steer_jobs(session, jobs_of(LINES[:2]), {}, Sampling(8)))
     flow, pieces = Flow(), []

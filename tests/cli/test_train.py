@@ -45,7 +45,7 @@ def test_training_lowers_the_loss_and_writes_an_adapter(braces, model_dir, rows,
 
     from braces_cli.core.session import LoadOptions, open_session
     from braces_cli.data.examples import Reading, read_examples
-    from braces_cli.scoring.perplexity import Likelihood, likelihoods
+    from braces_cli.scoring.likelihood import Likelihood, likelihoods
 
     session = open_session(None, str(out), LoadOptions(device="cpu"))
     tokenizer = session.base.tokenizer

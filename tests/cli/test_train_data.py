@@ -10,8 +10,8 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.conftest import tiny_tokenizer
-from tests.core.test_reference import relative
-from tests.data.test_chat import CHAT, TEMPLATES
+from tests.core.method.test_reference import relative
+from tests.data.test_chat_template import CHAT, TEMPLATES
 
 WORDS = ["the", "film", "is", "good", "and", "end", "sad", "old", "town", "happy", "day"]
 

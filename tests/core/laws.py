@@ -20,20 +20,20 @@ import torch
 import transformers
 from transformers import GenerationConfig
 
-from braces_cli.core.adapter import Adapter, AdapterConfig, attach, load_adapter
-from braces_cli.core.errors import ModelError
-from braces_cli.core.experts import Experts, MixtureFFN
-from braces_cli.core.ffn import FFN, find_ffns, layer_stack
-from braces_cli.core.fingerprint import fingerprint
-from braces_cli.core.merge_form import observed_form
-from braces_cli.core.merge_plan import plain_ffns, plan
-from braces_cli.core.merge_write import new_neurons, write_checkpoint
-from braces_cli.core.reference import reference
-from braces_cli.core.relevance import RelevanceModule
+from braces_cli.core.method.adapter import Adapter, AdapterConfig, attach, load_adapter
+from braces_cli.core.method.reference import reference
+from braces_cli.core.method.relevance import RelevanceModule
+from braces_cli.core.models.ffn import FFN, find_ffns, layer_stack
+from braces_cli.core.models.fingerprint import fingerprint
+from braces_cli.core.models.moe import Experts, MixtureFFN
+from braces_cli.core.utils.errors import ModelError
+from braces_cli.export.checkpoint_writer import new_neurons, write_checkpoint
+from braces_cli.export.ffn_form import observed_form
+from braces_cli.export.planner import plain_ffns, plan
 from tests.conftest import open_gates
 from tests.core.architectures import MAPPING, NEURONS, VARIANTS, VOCABULARY, WIDTH, model_type, tiny
 
-TABLE = Path(__file__).resolve().parents[2] / "recipes" / "ARCHITECTURES.md"
+TABLE = Path(__file__).resolve().parents[2] / "recipes" / "docs" / "ARCHITECTURES.md"
 TOKENS = torch.randint(3, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
 
 EXACT, NONE, UNSUPPORTED, UNBUILT = "exact", "not applicable", "unsupported", "cannot be built here"
@@ -246,7 +246,7 @@ def live(name: str, model: Any, folder: Path) -> None:
 
 
 def merged(name: str, model: Any, folder: Path) -> str:
-    """How an adapter merges into a type, `a`, `b` or `c` of `core.merge_plan`, or why not.
+    """How an adapter merges into a type, `a`, `b` or `c` of `export.planner`, or why not.
 
     Raises:
         AssertionError: the merged checkpoint gives other logits than the adapter.

@@ -12,7 +12,7 @@ from tests.conftest import tiny_tokenizer
 from tests.core.architectures import MAPPING, VARIANTS, model_type, tiny
 from tests.core.laws import EXACT, TABLE, prove
 
-REWRITE = "recipes/ARCHITECTURES.md is out of date: python -m tests.core.laws --write"
+REWRITE = "recipes/docs/ARCHITECTURES.md is out of date: python -m tests.core.laws --write"
 
 
 def rows() -> dict[str, str]:

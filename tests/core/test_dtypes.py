@@ -9,15 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from braces_cli.core.adapter import WEIGHTS_FILE, attach, load_adapter
-from braces_cli.core.ffn import find_ffns
-from braces_cli.core.fingerprint import fingerprint
-from braces_cli.core.models import input_device, load_base
-from braces_cli.core.reference import reference
-from braces_cli.core.relevance import _cached_factors, projection_error
-from braces_cli.core.values import StoredValues
+from braces_cli.core.method.adapter import WEIGHTS_FILE, attach, load_adapter
+from braces_cli.core.method.reference import reference
+from braces_cli.core.method.relevance import _cached_factors, projection_error
+from braces_cli.core.models.ffn import find_ffns
+from braces_cli.core.models.fingerprint import fingerprint
+from braces_cli.core.models.loading import input_device, load_base
+from braces_cli.core.models.value_weights import StoredValues
 from tests.conftest import make_adapter, open_gates, tiny_model, tiny_tokenizer
-from tests.core.test_reference import TOKENS, relative, run, squared_error
+from tests.core.method.test_reference import TOKENS, relative, run, squared_error
 
 # One FFN that is a module of its own, one that lies loose in its layer, one whose weights are stored transposed.
 KINDS = ["llama", "opt", "gpt2"]

@@ -6,10 +6,10 @@ import math
 
 import pytest
 
-from braces_cli.core.errors import ConfigError
-from braces_cli.evaluation import catalog
+from braces_cli.core.utils.errors import ConfigError
+from braces_cli.evaluation import task_catalog
+from braces_cli.evaluation.aggregation import AVERAGE, add_averages
 from braces_cli.evaluation.comparison import System, compare, verdict
-from braces_cli.evaluation.parts import AVERAGE, add_averages
 from braces_cli.evaluation.scores import Scores, slug
 from braces_cli.evaluation.significance import holm
 from braces_cli.evaluation.thresholds import Threshold, check_reached, check_tasks, parse_thresholds
@@ -62,13 +62,13 @@ def test_a_difference_without_scores_of_documents_is_not_tested():
 
 def test_the_average_is_the_plain_mean_over_tasks():
     scores = Scores()
-    members = catalog.GROUPS["zero_shot"]
+    members = task_catalog.GROUPS["zero_shot"]
     for place, task in enumerate(members):
         scores.results[task] = {
             "acc": {"value": place / 10, "stderr": 0.3, "n": place + 1},
             "other": {"value": 9.0, "stderr": None, "n": 1},
         }
-    add_averages(scores, catalog.Selection(groups={"zero_shot": list(members)}))
+    add_averages(scores, task_catalog.Selection(groups={"zero_shot": list(members)}))
     expected = {"value": pytest.approx(0.2), "stderr": pytest.approx(0.3 / math.sqrt(5)), "n": 15}
     assert scores.results["zero_shot"] == {AVERAGE: expected}
 
@@ -89,7 +89,7 @@ def test_a_threshold_of_another_form_is_a_wrong_call(value):
 
 
 def test_a_threshold_must_be_for_a_task_that_is_measured():
-    selection = catalog.Selection(names=["popqa"], leaves={"popqa": None}, groups={"zero_shot": ["popqa"]})
+    selection = task_catalog.Selection(names=["popqa"], leaves={"popqa": None}, groups={"zero_shot": ["popqa"]})
     check_tasks(parse_thresholds(["popqa:relation=x:acc=0", "zero_shot:braces_average=0"]), selection)
     with pytest.raises(ConfigError, match="not measured") as caught:
         check_tasks(parse_thresholds(["popqua:acc=0.5"]), selection)
@@ -123,8 +123,8 @@ def test_each_name_has_a_file_name_of_its_own():
 
 
 def test_what_is_not_finite_is_shown_and_drawn_all_the_same(tmp_path):
-    from braces_cli.core.files import finite
-    from braces_cli.evaluation import report
+    from braces_cli.core.utils.atomic_files import finite
+    from braces_cli.evaluation import result_tables
 
     one, other = _system("base", a=[1.0, 0.0]), _system("other", a=[0.0, 0.0])
     for system, value in ((one, math.inf), (other, 3.0)):
@@ -146,8 +146,8 @@ def test_what_is_not_finite_is_shown_and_drawn_all_the_same(tmp_path):
     result = {"systems": systems, "comparisons": compare([one, other], 0)}
     result["settings"] = {**settings, "significance_level": 0.05}
     for each in (result, finite(result)):
-        page = report.markdown(each)
+        page = result_tables.markdown(each)
         assert "| p | ppl | 2 | other | 3 |" in page
         assert page.count("no test") == 1
-        report.draw(each, tmp_path / "p.png")
+        result_tables.draw(each, tmp_path / "p.png")
     assert "not finite" in page

@@ -31,8 +31,8 @@ def evaluate(out: str, model: str, adapter: str, *data: str) -> dict:
 
     from braces_cli.core.session import LoadOptions
     from braces_cli.evaluation import perplexity
-    from braces_cli.evaluation.run import EvalSettings, run_evaluation
-    from braces_cli.evaluation.store import Store
+    from braces_cli.evaluation.evaluate import EvalSettings, run_evaluation
+    from braces_cli.evaluation.result_store import Store
 
     done: list[int] = []
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from braces_cli.core.errors import ConfigError, ModelError
-from braces_cli.core.ffn import find_ffns
-from braces_cli.inspection import find as find_module
-from braces_cli.inspection import values as values_module
-from braces_cli.inspection.concepts import Concept
-from braces_cli.inspection.find import promote
-from braces_cli.inspection.trace import look
-from braces_cli.inspection.values import value_tokens
+from braces_cli.core.models.ffn import find_ffns
+from braces_cli.core.utils.errors import ConfigError, ModelError
+from braces_cli.inspection import concept_search as find_module
+from braces_cli.inspection import vector_tokens as values_module
+from braces_cli.inspection.concept_search import promote
+from braces_cli.inspection.concept_tokens import Concept
+from braces_cli.inspection.logit_attribution import look
+from braces_cli.inspection.vector_tokens import value_tokens
 from tests.conftest import tiny_tokenizer
 from tests.core.architectures import tiny
 

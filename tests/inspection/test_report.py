@@ -59,7 +59,7 @@ def test_everything_is_on_it(session, data):
     assert [row["gate"] for row in data["gates"]] == [float(brace.g) for _, brace in session.adapter.sites]
     assert {attribute["name"] for attribute in data["attributes"]} == {"positive", "negative"}
     brace, p = session.adapter.sites[1][1], None
-    from braces_cli.core.attributes import find_attribute
+    from braces_cli.core.attributes.attribute import find_attribute
 
     p = find_attribute(session, data["attributes"][0]["name"], None).state[1]
     share = float((brace.materialise() @ p).norm() / p.norm())
@@ -74,7 +74,7 @@ def test_everything_is_on_it(session, data):
     with torch.no_grad():
         session.base.model(ids)
     handle.remove()
-    from braces_cli.core.reference import relevance_ref
+    from braces_cli.core.method.reference import relevance_ref
 
     r = relevance_ref(seen[0], ffn.value_matrix(), brace.materialise())[:, first["index"]]
     norm = ffn.value_matrix()[:, first["index"]].norm()
@@ -95,7 +95,7 @@ def test_without_an_adapter(session):
 def test_an_architecture_without_direct_effects_has_a_page_that_says_so(session, monkeypatch):
     """Instead of the heat map."""
     import braces_cli.inspection.report as report
-    from braces_cli.core.errors import ModelError
+    from braces_cli.core.utils.errors import ModelError
 
     def refuse(*args, **kwargs):
         raise ModelError("layer 0 changes its FFN's output before it joins the stream")
@@ -159,7 +159,7 @@ def test_help_stays_light():
 def test_pictures(data, tmp_path):
     """Three PNG files of some size."""
     pytest.importorskip("matplotlib", reason="NOT TESTED: pictures, matplotlib is not installed")
-    from braces_cli.inspection.plots import plot
+    from braces_cli.inspection.report_plots import plot
 
     data["heat"]["tokens"][0] = "$x_"
     written = plot(data, tmp_path / "plots")

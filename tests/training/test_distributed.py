@@ -19,7 +19,7 @@ from braces_cli.training.trainer import _arguments
 from tests.training.workers import cli, launch
 
 ROOT = Path(__file__).parents[2]
-PROFILES = ROOT / "recipes" / "accelerate"
+PROFILES = ROOT / "recipes" / "launch"
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_fsdp_that_cannot_work_is_refused_with_the_key_to_change(braces, monkeyp
 
 def stopped(env: dict[str, str], argv: list[str], log: Path, after: int) -> None:
     """Body of a process: `braces ARGV`; the last process gets SIGTERM after so many steps, if any."""
-    import braces_cli.training.resumable as resumable
+    import braces_cli.training.checkpointing.resumable_trainer as resumable
 
     real = resumable.ResumableTrainer.log
 
@@ -194,7 +194,7 @@ def test_deepspeed_gives_the_adapter_of_one_process(braces, model_dir, rows, tmp
 
 
 def test_profiles_are_what_accelerate_reads():
-    """Each of recipes/accelerate loads as a launch configuration and opens with a comment."""
+    """Each of recipes/launch loads as a launch configuration and opens with a comment."""
     from accelerate.commands.config.config_args import ClusterConfig
 
     paths = sorted(PROFILES.glob("*.yaml"))

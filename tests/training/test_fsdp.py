@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from braces_cli.core.adapter import attach
-from braces_cli.core.files import write_tensors
-from braces_cli.training.state import capture, restore_optimizer, restore_parameters
+from braces_cli.core.method.adapter import attach
+from braces_cli.core.utils.atomic_files import write_tensors
+from braces_cli.training.checkpointing.training_state import capture, restore_optimizer, restore_parameters
 from tests.conftest import open_gates, tiny_model
-from tests.core.test_reference import relative
+from tests.core.method.test_reference import relative
 from tests.training.workers import cli, launch
 
 RANK = 4
@@ -116,8 +116,8 @@ def through_trainer(env: dict[str, str], argv: list[str], log: Path) -> None:
     from accelerate.utils import DistributedType
     from torch.distributed.tensor import DTensor
 
-    import braces_cli.training.launch as checks
-    from braces_cli.training.resumable import ResumableTrainer
+    import braces_cli.training.launcher_checks as checks
+    from braces_cli.training.checkpointing.resumable_trainer import ResumableTrainer
 
     real, capturing = PartialState.__init__, ResumableTrainer._save_checkpoint
 

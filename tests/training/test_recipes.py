@@ -43,7 +43,7 @@ def test_a_recipe_loads_without_a_hub(braces, path):
         assert found["settings"][key] == value, key
     header = "".join(line for line in path.open(encoding="utf-8") if line.startswith("#"))
     assert {"Run", "Then", "Needs"} <= set(re.findall(r"^# ([A-Z]\w+) ", header, re.MULTILINE))
-    assert f"braces train --config recipes/{path.name}" in header
+    assert f"braces train --config recipes/train/{path.name}" in header
     assert not re.search(r"(?<![\w.])/\w+/|~/", header), "a path of somebody's machine"
 
 

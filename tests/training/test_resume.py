@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import braces_cli.training.resumable as resumable
-from braces_cli.core.files import write_json
-from braces_cli.core.interrupt import deferred
+import braces_cli.training.checkpointing.resumable_trainer as resumable
 from braces_cli.core.session import LoadOptions, open_session
-from braces_cli.training.checkpoint import checkpoints, newest, remove_partial, write_checkpoint
-from braces_cli.training.state import RNG_FILE, restore_rng, rng_state
+from braces_cli.core.utils.atomic_files import write_json
+from braces_cli.core.utils.signals import deferred
+from braces_cli.training.checkpointing.checkpoint_folders import checkpoints, newest, remove_partial, write_checkpoint
+from braces_cli.training.checkpointing.training_state import RNG_FILE, restore_rng, rng_state
 
 ADAPTER = "adapter_model.safetensors"
 RECIPES = Path(__file__).parents[2] / "recipes"

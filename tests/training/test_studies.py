@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from braces_cli.core.encode import encode
+from braces_cli.core.models.tokenization import encode
 from braces_cli.core.session import LoadOptions, open_session
-from braces_cli.data.formats import instruction_prompt
-from braces_cli.data.rows import Source
-from braces_cli.scoring.perplexity import likelihoods
+from braces_cli.data.readers import Source
+from braces_cli.data.row_formats import instruction_prompt
+from braces_cli.scoring.likelihood import likelihoods
 
 STUDIES = Path(__file__).parents[2] / "recipes" / "studies"
 ROWS = [

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 _PRELOAD = [
-    "tests.conftest", "braces_cli.cli.train", "braces_cli.training.trainer", "braces_cli.training.run",
+    "tests.conftest", "braces_cli.cli.train", "braces_cli.training.trainer", "braces_cli.training.train",
     "matplotlib.figure", "matplotlib.backends.backend_agg", "transformers.models.llama.modeling_llama",
     "torch.distributed.fsdp", "torch.distributed.tensor",
 ]  # fmt: skip

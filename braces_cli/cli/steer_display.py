@@ -1,0 +1,87 @@
+"""Steered texts on a terminal: a table that grows, one text as it comes, or two side by side."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from braces_cli.cli.console import console
+
+
+def print_rows(rows: Iterable[dict[str, Any]]) -> None:
+    """Rows of texts as a table, each line printed as it comes; the unsteered text stands before the steered one."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    out, header = console(), True
+    for row in rows:
+        names = ["prompt", *(["unsteered"] if "unsteered" in row else []), "text"]
+        # One table a row, all of the same widths: whole ones would need all rows, and all memory.
+        table = Table(box=box.SIMPLE_HEAD, show_header=header, show_edge=False, expand=True)
+        for name in names:
+            title = titled(row["attributes"]) if name == "text" and len(names) == 3 else name
+            table.add_column(Text(title), ratio=1 if name == "prompt" else 2, overflow="fold")
+        table.add_row(*(Text(row[name].strip()) for name in names))
+        out.print(table)
+        out.print()
+        header = False
+
+
+def titled(attributes: dict[str, float]) -> str:
+    """What a steered text is steered by."""
+    return ", ".join(f"{name} {s:+g}" for name, s in attributes.items()) or "steered by nothing"
+
+
+class Flow:
+    """Prints one text after another as they are generated, each behind its prompt."""
+
+    def __init__(self) -> None:
+        self._job: Any = None
+
+    def write(self, job: Any, piece: str) -> None:
+        self._begin(job)
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    def run(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Draw texts from `rows`, which call `write` meanwhile."""
+        for row in rows:
+            if self._job is None:  # nothing came, not even half a word
+                console().print(row["prompt"], style="bold", end="", markup=False)
+            sys.stdout.write("\n\n")
+            self._job = None
+        sys.stdout.flush()
+
+    def _begin(self, job: Any) -> None:
+        if self._job is None:
+            self._job = job
+            console().print(job.prompt, style="bold", end="", markup=False, soft_wrap=True)
+
+
+@contextmanager
+def side_by_side(prompt: str, title: Callable[[], str]) -> Iterator[Callable[[str, str], None]]:
+    """Yields what takes pieces of the unsteered and of the steered text, and draws both as they grow."""
+    from rich import box
+    from rich.live import Live
+    from rich.table import Table
+    from rich.text import Text
+
+    texts = {"unsteered": "", "steered": ""}
+
+    def table() -> Any:
+        drawn = Table(box=box.SIMPLE_HEAD, expand=True, padding=(0, 1))
+        for heading in ("unsteered", title()):
+            drawn.add_column(Text(heading), ratio=1, overflow="fold")
+        drawn.add_row(*(Text(prompt, style="bold").append(Text(text, style="not bold")) for text in texts.values()))
+        return drawn
+
+    with Live(table(), console=console(), auto_refresh=False, vertical_overflow="visible") as live:
+
+        def write(side: str, piece: str) -> None:
+            texts[side] += piece
+            live.update(table(), refresh=True)
+
+        yield write

@@ -1,0 +1,279 @@
+"""Attributes: words -> pooled FFN inputs of a base -> the hidden state h_c that steers, at every layer.
+
+    p   = pooled(attribute) - pooled(reference)         reference: neutral words, stored beside every attribute
+    h_c = p                                             (plus an MLP of p where attributes were trained: `condition`)
+    pooled(words) = mean over words of the mean over each word's tokens of h, the input of the FFN
+
+The reference is there because pooled states of any words share most of their direction. `p` depends on the attribute's
+own words and the reference only, never on what else is loaded. Texts can stand in for words; their reference is then
+neutral texts, because what tells texts from lone words is the same for all of them, too. Both are pooled alike.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from braces_cli.core.attributes.listing import OTHER_FILES, TRAINED_FILE
+from braces_cli.core.attributes.pooling import pool_texts, pool_words
+from braces_cli.core.attributes.word_lists import OPPOSITES, REFERENCE, built_in, check_name, neutral_texts
+from braces_cli.core.models.ffn import FFN, layer_stack
+from braces_cli.core.models.fingerprint import differences
+from braces_cli.core.models.loading import input_device
+from braces_cli.core.models.moe import MixtureFFN
+from braces_cli.core.models.tokenization import encode
+from braces_cli.core.session import Session
+from braces_cli.core.utils.atomic_files import write_tensors
+from braces_cli.core.utils.errors import ConfigError, ModelError, near_misses
+from braces_cli.core.utils.progress import Report, silent
+
+FORMAT_VERSION = "1"
+# Without training, s = 1 pushes by this share of the median residual norm in all, spread evenly over the layers pushed:
+# pushes along one direction add up in the residual stream, so what counts is their sum, whatever the depth.
+PUSH = 0.12
+_PARTS = ("hidden", "reference", "residual", "scale")
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """One attribute of one base; all tensors in float32 on the CPU.
+
+    Attributes:
+        name: of the attribute.
+        words: it was built from; none where it was built from texts.
+        hidden: pooled FFN inputs of the words or texts, (layers, d).
+        reference: pooled FFN inputs of the neutral words or texts, (layers, d).
+        residual: median norm of the residual stream behind each layer over shipped neutral text, (layers,).
+        scale: what makes `scale * p` the push of s = 1 at a layer, (layers,); for steering without training.
+        layers: decoder layer of each row.
+        fingerprint: of the base.
+        base: its name, as the user gave it; recorded only.
+        pooling: over the tokens of each word or text, one of `core.attributes.pooling.POOLINGS`.
+        examples: how many texts it was built from, 0 where it was built from words.
+    """
+
+    name: str
+    words: list[str]
+    hidden: Tensor
+    reference: Tensor
+    residual: Tensor
+    scale: Tensor
+    layers: list[int]
+    fingerprint: dict[str, Any]
+    base: str | None = None
+    pooling: str = "mean"
+    examples: int = 0
+
+    @property
+    def state(self) -> Tensor:
+        """p = pooled(words) - pooled(reference), (layers, d)."""
+        return self.hidden - self.reference
+
+
+def save_attributes(path: Path, attributes: Sequence[Attribute]) -> None:
+    """Write attributes of one base into a file: tensors `{name}.hidden` and so on, the rest in the header."""
+    tensors = {f"{each.name}.{part}": getattr(each, part) for each in attributes for part in _PARTS}
+    header = {
+        "format_version": FORMAT_VERSION,
+        "attributes": json.dumps({each.name: each.words for each in attributes}, ensure_ascii=False),
+        "layers": json.dumps(attributes[0].layers),
+        "fingerprint": json.dumps(attributes[0].fingerprint),
+        "details": json.dumps({each.name: _details(each) for each in attributes}),
+    }
+    write_tensors(path, tensors, header)
+
+
+def _details(attribute: Attribute) -> dict[str, Any]:
+    """What a listing shows of an attribute besides its words, so that it need not read tensors.
+
+    `difference` is |p| / |pooled(reference)| and `residual` the median norm of the residual stream, one a layer.
+    """
+    difference = attribute.state.norm(dim=-1) / attribute.reference.norm(dim=-1).clamp(min=1e-30)
+    return {
+        "base": attribute.base,
+        "pooling": attribute.pooling,
+        "examples": attribute.examples,
+        "difference": [float(f"{value:.4g}") for value in difference.tolist()],
+        "residual": [float(f"{value:.4g}") for value in attribute.residual.tolist()],
+    }
+
+
+def build_attribute(
+    session: Session, name: str, words: Sequence[str], report: Report = silent, pooling: str = "mean"
+) -> Attribute:
+    """Pool words through the bare base; an adapter that is attached stays out of it."""
+    return _build(session, name, pool_words, words, built_in()[REFERENCE], report, pooling)
+
+
+def from_list(session: Session, name: str, report: Report = silent, pooling: str = "mean") -> Attribute:
+    """The attribute of a built-in word list, held against its opposite's list where it has one."""
+    lists = built_in()
+    one = build_attribute(session, name, lists[name], report, pooling)
+    if name not in OPPOSITES:
+        return one
+    other = build_attribute(session, OPPOSITES[name], lists[OPPOSITES[name]], report, pooling)
+    return opposite(session, one, other)[0]
+
+
+def attribute_from_texts(
+    session: Session, name: str, texts: Sequence[str], report: Report = silent, pooling: str = "mean"
+) -> Attribute:
+    """The same from texts, against neutral texts that come with braces."""
+    return _build(session, name, pool_texts, texts, neutral_texts(), report, pooling)
+
+
+def _build(
+    session: Session,
+    name: str,
+    pool: Callable[..., Tensor],
+    given: Sequence[str],
+    neutral: Sequence[str],
+    report: Report,
+    pooling: str,
+) -> Attribute:
+    base, ffns = session.base, session.ffns
+    with ExitStack() as stack:
+        if session.adapter is not None:
+            stack.enter_context(session.adapter.disabled())
+        hidden = pool(base.model, base.tokenizer, ffns, given, report, pooling)
+        reference = pool(base.model, base.tokenizer, ffns, neutral, pooling=pooling)
+        residual = residual_norms(base.model, base.tokenizer, ffns)
+    texts = pool is pool_texts
+    return Attribute(
+        name,
+        [] if texts else list(given),
+        hidden,
+        reference,
+        residual,
+        _scale(residual, hidden - reference),
+        [ffn.layer for ffn in ffns],
+        base.fingerprint(ffns),
+        base.name,
+        pooling,
+        len(given) if texts else 0,
+    )
+
+
+def pushed(layers: Sequence[int]) -> list[int]:
+    """The layers that are pushed without training where none are named: the first half. What is pushed there, the rest
+    of the model makes language of; the same push at the end costs more perplexity for less of the attribute.
+    """
+    return list(layers[: (len(layers) + 1) // 2])
+
+
+def _scale(residual: Tensor, state: Tensor) -> Tensor:
+    """What makes s = 1 the push it is; where there is no direction, no push rather than a division by zero."""
+    size = state.norm(dim=-1)
+    share = PUSH / len(pushed(range(len(size))))
+    return torch.where(size > 0, share * residual / size, torch.zeros_like(size))
+
+
+def opposite(session: Session, one: Attribute, other: Attribute) -> tuple[Attribute, Attribute]:
+    """Two attributes as the ends of one axis: p = (pooled(one) - pooled(other)) / 2, and minus that.
+
+    The reference of both is their middle.
+    """
+    middle = (one.hidden + other.hidden) / 2
+    scale = _scale(one.residual, one.hidden - middle)
+    return replace(one, reference=middle, scale=scale), replace(other, reference=middle, scale=scale)
+
+
+def residual_norms(model: nn.Module, tokenizer: Any, ffns: Sequence[FFN | MixtureFFN]) -> Tensor:
+    """Median norm of the residual stream behind the layer of each FFN, over shipped neutral text: (layers,)."""
+    stack = layer_stack(model)[1]
+    device = input_device(model)
+    norms: dict[int, list[Tensor]] = {ffn.layer: [] for ffn in ffns}
+
+    def keep(layer: int) -> Any:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            norms[layer].append(hidden.detach().float().norm(dim=-1).flatten().cpu())
+
+        return hook
+
+    with ExitStack() as handles:
+        for layer in norms:
+            handles.callback(stack[layer].register_forward_hook(keep(layer)).remove)
+        for line in neutral_texts():
+            with torch.no_grad():
+                model(input_ids=torch.tensor([encode(tokenizer, line).ids], device=device), use_cache=False)
+    return torch.stack([torch.cat(norms[ffn.layer]).median() for ffn in ffns])
+
+
+def load_attributes(path: Path, fingerprint: dict[str, Any]) -> dict[str, Attribute]:
+    """Read an attribute file and hold it to the base it is used on.
+
+    Raises:
+        ModelError: damaged, or built for another base.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            own, layers = json.loads(header["fingerprint"]), json.loads(header["layers"])
+            details = json.loads(header.get("details", "{}"))
+            found = {}
+            for name, words in json.loads(header["attributes"]).items():
+                parts: dict[str, Any] = {part: file.get_tensor(f"{name}.{part}") for part in _PARTS}
+                parts |= {k: v for k, v in details.get(name, {}).items() if k in ("base", "pooling", "examples")}
+                found[name] = Attribute(name, words, **parts, layers=layers, fingerprint=own)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise ModelError(
+            f"not an attribute file: {error}", where=str(path), hint="Build it again: attr-build."
+        ) from error
+    different = differences(own, fingerprint, "attribute")
+    if different:
+        names = {each.base for each in found.values() if each.base}
+        of = f"It belongs to {', '.join(sorted(names))}. " if names else ""
+        hint = f"{of}Build it again for this base: braces attr-build."
+        raise ModelError(
+            f"this attribute was built for another base ({'; '.join(different)})", where=str(path), hint=hint
+        )
+    return found
+
+
+def find_attribute(session: Session, name: str, folder: Path | None, report: Report = silent) -> Attribute:
+    """Look an attribute up: in `folder`, in the adapter's folder, then build it from the built-in word list.
+
+    Of a built-in list that has an opposite, p is half the difference of the two: what evaluative words share against
+    neutral ones is most of a difference to these, and says nothing of good or bad.
+
+    Raises:
+        ConfigError: unknown everywhere; names what is known.
+        ModelError: found, but damaged or of another base.
+    """
+    check_name(name)
+    for path in _files(session, folder, name):
+        found = load_attributes(path, session.base.fingerprint(session.ffns))
+        if name in found:
+            return found[name]
+    lists = built_in()
+    if name in lists:
+        return from_list(session, name, report)
+    known = known_attributes(session, folder)
+    hint = f"{near_misses(name, known)} Known: {', '.join(known)}. Build others with braces attr-build.".strip()
+    raise ConfigError(f"unknown attribute `{name}`", where="--attribute", hint=hint)
+
+
+def known_attributes(session: Session, folder: Path | None) -> list[str]:
+    """Every name that `find_attribute` would find."""
+    trained = session.config.attributes if session.config is not None else []
+    places = [place for place in (folder, session.folder) if place is not None]
+    files = {path.stem for place in places for path in place.glob("*.safetensors")} - OTHER_FILES
+    return sorted({*built_in(), *trained, *files})
+
+
+def _files(session: Session, folder: Path | None, name: str) -> list[Path]:
+    """Where an attribute may lie, in the order of looking."""
+    places = [] if folder is None else [folder / f"{name}.safetensors"]
+    if session.folder is not None:
+        places += [session.folder / f"{name}.safetensors", session.folder / TRAINED_FILE]
+    return [path for path in places if path.is_file()]

@@ -1,0 +1,138 @@
+"""Steer: set the constant that attributes add at every layer, and say how strong a push it is.
+
+With an adapter, `s r_c` joins the relevance and the FFN output moves by s B (A h_c). Without one there is no token
+path, and in the first half of the layers the output moves by s * scale * p, the scale stored with the attribute: the
+weights r_c of least norm with which the value vectors sum to that. Attributes add up; s = 0 is no attribute at all, so
+the result is the same bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from braces_cli.core.attributes.attribute import Attribute, pushed
+from braces_cli.core.method.adapter import Adapter
+from braces_cli.core.models.ffn import FFN
+from braces_cli.core.models.moe import MixtureFFN
+from braces_cli.core.session import Session
+from braces_cli.core.utils.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Push:
+    """How far one layer is pushed: norm of the added vector over the median norm of the residual stream behind it."""
+
+    layer: int
+    share: float
+
+
+@contextmanager
+def steered(
+    session: Session, terms: Sequence[tuple[Attribute, float]], layers: Collection[int] | None = None
+) -> Iterator[list[Push]]:
+    """Steer the open model inside the `with` block; yields the push of each layer, none where nothing is added.
+
+    Args:
+        terms: attributes with their strengths s.
+        layers: decoder layers that are steered; None means all of an adapter's, and without one the first half.
+
+    Raises:
+        ConfigError: a strength that is no finite number.
+    """
+    for attribute, s in terms:
+        if not math.isfinite(s):
+            raise ConfigError(f"the strength of `{attribute.name}` is {s}", where="--s", hint="Give a finite number.")
+    active = [(attribute, s) for attribute, s in terms if s != 0]
+    with ExitStack() as stack:
+        if not active:
+            yield []
+        elif session.adapter is not None:
+            yield _shift(stack, session.adapter, active, layers)
+        else:
+            yield _add(stack, session.ffns, active, layers)
+
+
+def _shift(
+    stack: ExitStack, adapter: Adapter, terms: Sequence[tuple[Attribute, float]], layers: Collection[int] | None
+) -> list[Push]:
+    pushes = []
+    for ffn, brace in adapter.sites:
+        if layers is not None and ffn.layer not in layers:
+            continue
+        with torch.no_grad():
+            row = terms[0][0].layers.index(ffn.layer)
+            residual = float(terms[0][0].residual[row])
+            state = torch.stack([s * adapter.states(each.state[row].to(brace.weight)) for each, s in terms]).sum(dim=0)
+            brace.shift = brace.projection() @ state
+            each = [brace.factors(part.values(), torch.float32)[1] @ brace.shift for part in ffn.parts]
+            # Of experts the mean, though which of them a token meets is the router's choice.
+            moved = float(torch.cat([vector.reshape(-1, ffn.hidden_size) for vector in each]).mean(dim=0).norm())
+        stack.callback(setattr, brace, "shift", None)
+        pushes.append(Push(ffn.layer, moved / residual))
+    return pushes
+
+
+def _add(
+    stack: ExitStack,
+    ffns: Sequence[FFN | MixtureFFN],
+    terms: Sequence[tuple[Attribute, float]],
+    layers: Collection[int] | None,
+) -> list[Push]:
+    pushes = []
+    for ffn in _chosen(ffns, layers):
+        if isinstance(ffn, MixtureFFN):
+            hint = "What steering adds depends on the experts; train an adapter first."
+            raise ConfigError("a mixture of experts is steered with an adapter only", where="--attribute", hint=hint)
+        vector, residual = _vector(terms, ffn)
+        vector = vector.to(ffn.values().device)
+        stack.callback(ffn.value.register_forward_hook(_adder(vector)).remove)
+        pushes.append(Push(ffn.layer, float(vector.norm()) / residual))
+    return pushes
+
+
+def _chosen(ffns: Sequence[FFN | MixtureFFN], layers: Collection[int] | None) -> list[FFN | MixtureFFN]:
+    wanted = pushed([ffn.layer for ffn in ffns]) if layers is None else layers
+    return [ffn for ffn in ffns if ffn.layer in wanted]
+
+
+def _adder(vector: Tensor) -> Any:
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return output + vector.to(output)
+
+    return hook
+
+
+def _vector(terms: Sequence[tuple[Attribute, float]], ffn: FFN) -> tuple[Tensor, float]:
+    """Sum of s * scale * p at one layer, and the residual norm there."""
+    total = torch.zeros(ffn.hidden_size)
+    residual = 0.0
+    for attribute, s in terms:
+        row = attribute.layers.index(ffn.layer)
+        total += s * float(attribute.scale[row]) * attribute.state[row]
+        residual = float(attribute.residual[row])
+    return total, residual
+
+
+def constants(
+    session: Session, terms: Sequence[tuple[Attribute, float]], layers: Collection[int] | None = None
+) -> dict[int, Tensor]:
+    """What steering adds to the FFN output of each decoder layer, (d,) in float32 on the CPU; experts left out."""
+    with steered(session, terms, layers) as pushes, torch.no_grad():
+        if not pushes:
+            return {}
+        if session.adapter is None:
+            plain = [ffn for ffn in _chosen(session.ffns, layers) if isinstance(ffn, FFN)]
+            return {ffn.layer: _vector(terms, ffn)[0] for ffn in plain}
+        sites = [(ffn, brace) for ffn, brace in session.adapter.sites if isinstance(ffn, FFN)]
+        return {
+            ffn.layer: (brace.factors(ffn.values(), torch.float32)[1] @ brace.shift).cpu()
+            for ffn, brace in sites
+            if brace.shift is not None
+        }

@@ -1,0 +1,87 @@
+"""Which attributes there are and what they were built from, read from the headers of their files: no torch here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from braces_cli.core.attributes.word_lists import built_in
+from braces_cli.core.utils.errors import ModelError
+
+# Attributes that an adapter was trained with, in its folder.
+TRAINED_FILE = "attributes.safetensors"
+# Files of an adapter's folder that are no attribute.
+OTHER_FILES = {"attributes", "adapter_model", "model"}
+_HEADER_LIMIT = 1 << 30
+
+
+def list_attributes(folder: Path | None, adapter: Path | None) -> list[dict[str, Any]]:
+    """Attributes in the order in which `--attribute` looks for them: of `folder`, of the adapter, built in.
+
+    Each is `{name, source, path, words, examples, pooling, base, layers, hidden_size, fingerprint, statistics}`; of a
+    built-in list, which belongs to no base, only name, source and words are not null.
+
+    Raises:
+        ModelError: a file that is no attribute file.
+    """
+    rows: list[dict[str, Any]] = []
+    if folder is not None:
+        rows += _of_files(_single(folder), "folder")
+    if adapter is not None:
+        trained = adapter / TRAINED_FILE
+        rows += _of_files([*_single(adapter), *([trained] if trained.is_file() else [])], "adapter")
+    nothing = dict.fromkeys(("path", "examples", "pooling", "base", "layers", "hidden_size", "fingerprint"))
+    for name, words in built_in().items():
+        rows.append({"name": name, "source": "built-in", "words": words, **nothing, "statistics": None})
+    return rows
+
+
+def _single(folder: Path) -> list[Path]:
+    """Files of one attribute each, as attr-build writes them."""
+    return sorted(path for path in folder.glob("*.safetensors") if path.stem not in OTHER_FILES)
+
+
+def _of_files(paths: list[Path], source: str) -> Iterator[dict[str, Any]]:
+    for path in paths:
+        header = read_header(path)
+        fingerprint, layers = json.loads(header["fingerprint"]), json.loads(header["layers"])
+        details = json.loads(header.get("details", "{}"))
+        for name, words in json.loads(header["attributes"]).items():
+            known = details.get(name, {})
+            yield {
+                "name": name,
+                "source": source,
+                "words": words,
+                "path": str(path),
+                "examples": known.get("examples"),
+                "pooling": known.get("pooling", "mean"),
+                "base": known.get("base"),
+                "layers": len(layers),
+                "hidden_size": fingerprint["hidden_size"],
+                "fingerprint": fingerprint,
+                "statistics": {key: known.get(key) for key in ("difference", "residual")},
+            }
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """The metadata of an attribute file.
+
+    Raises:
+        ModelError: it is none.
+    """
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            metadata = json.loads(file.read(size)).get("__metadata__", {}) if size < _HEADER_LIMIT else {}
+        missing = {"attributes", "fingerprint", "layers"} - set(metadata)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"not an attribute file: {error}", where=str(path), hint="Build it again: attr-build."
+        ) from error
+    if missing:
+        hint = "Remove it from the folder, or build it again: attr-build."
+        raise ModelError(f"not an attribute file: no {', '.join(sorted(missing))}", where=str(path), hint=hint)
+    found: dict[str, str] = metadata
+    return found

@@ -1,0 +1,73 @@
+"""Words that attributes are built from: built-in lists, files, and what may be a name. No torch here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+from braces_cli.core.utils.errors import ConfigError, DataError
+
+# The list that every other one is held against.
+REFERENCE = "neutral"
+# Built-in lists that are the two ends of one axis.
+_AXES = (("positive", "negative"), ("joyful", "sad"), ("formal", "casual"), ("polite", "toxic"))
+OPPOSITES = {one: other for axis in _AXES for one, other in (axis, axis[::-1])}
+_NAME = re.compile(r"[\w][\w.-]*")
+
+
+def check_name(name: str) -> str:
+    """An attribute's name is also a file's name.
+
+    Raises:
+        ConfigError: it has other characters than letters, digits, `_`, `-` and dots inside.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"`{name}` cannot name an attribute", where="--attribute", hint="Use letters, digits, _ and -."
+        )
+    return name
+
+
+def built_in() -> dict[str, list[str]]:
+    """The word lists that come with braces, by name."""
+    folder = resources.files("braces_cli.assets") / "words"
+    lists = {}
+    for file in sorted(folder.iterdir(), key=lambda file: file.name):
+        if file.name.endswith(".txt"):
+            lists[file.name.removesuffix(".txt")] = file.read_text(encoding="utf-8").split("\n")[:-1]
+    return lists
+
+
+def neutral_texts() -> list[str]:
+    """Plain sentences that come with braces: what texts are held against, as words are against the neutral list."""
+    file = resources.files("braces_cli.assets") / "neutral_texts.txt"
+    return file.read_text(encoding="utf-8").splitlines()
+
+
+def read_words(path: Path) -> list[str]:
+    """Words of a file, one a line; blank lines and lines that begin with `#` are left out.
+
+    Raises:
+        DataError: missing, not UTF-8, or no word in it.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError as error:
+        raise DataError("no such file", where=str(path), hint="Give a text file with one word a line.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read: {error}", where=str(path), hint="Give UTF-8 text, one word a line.") from error
+    return clean_words([line for line in lines if not line.lstrip().startswith("#")], str(path))
+
+
+def clean_words(words: Sequence[str], where: str) -> list[str]:
+    """Words without surrounding space, empty ones and repeats, in the order given.
+
+    Raises:
+        DataError: none is left.
+    """
+    found = list(dict.fromkeys(word.strip() for word in words if word.strip()))
+    if not found:
+        raise DataError("no words", where=where, hint="Give at least one word.")
+    return found

@@ -1,0 +1,392 @@
+"""Attach relevance modules to a model, take them off again, save them and load them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from braces_cli.core.method.condition_mlp import ConditionMLP, condition_shapes
+from braces_cli.core.method.relevance import RelevanceModule, projection_error
+from braces_cli.core.models.ffn import FFN, find_ffns, hides_gradients
+from braces_cli.core.models.fingerprint import differences
+from braces_cli.core.models.moe import Experts, MixtureFFN, routing
+from braces_cli.core.utils.atomic_files import write_json, write_tensors, write_text
+from braces_cli.core.utils.distributed import whole
+from braces_cli.core.utils.errors import ConfigError, ModelError
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+CARD_FILE = "README.md"
+# How far rows of a saved projection may be from orthonormal: rounding of float32, not training noise.
+ORTHONORMAL_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What `adapter_config.json` holds.
+
+    Attributes:
+        base_model_name_or_path: hub id or folder of the base.
+        r: rank d_r.
+        layers: indices of the decoder layers that carry a relevance module.
+        fingerprint: see `core.models.fingerprint`.
+        revision: of the base, where it came from a hub.
+        tokenizer: hashes of the tokenizer and its chat template; another one is a warning, not an error.
+        training: settings it was trained with; recorded only.
+        attributes: names it was trained to be steered by; with any, the file holds the MLP of
+            `core.method.condition_mlp`.
+        scales: c of each of `layers`, a fixed factor of every relevance score; empty is the paper's 1 everywhere.
+        versions: of the libraries that wrote it; recorded only.
+    """
+
+    base_model_name_or_path: str
+    r: int
+    layers: list[int]
+    fingerprint: dict[str, Any]
+    revision: str | None = None
+    tokenizer: dict[str, str | None] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    attributes: list[str] = field(default_factory=list)
+    scales: list[float] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+    method: str = "braces"
+
+
+class Adapter:
+    """Relevance modules attached to a model: `sites` pairs each FFN with its module, in layer order.
+
+    The modules are children named `brace` of the FFN (of the decoder layer where it has no FFN of its own), so the
+    base's parameter names stay as they are. While attached the base's own parameters are frozen.
+    """
+
+    def __init__(self, model: nn.Module, sites: list[tuple[FFN | MixtureFFN, RelevanceModule]]) -> None:
+        self.model = model
+        self.sites = sites
+        # Where attributes are trained: turns their pooled states into h_c.
+        self.mlp: ConditionMLP | None = None
+        self._frozen = [p for p in model.parameters() if p.requires_grad]
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
+        self._handles: list[RemovableHandle] = []
+        if hides_gradients(model):
+            # The base is frozen, so nothing would ask such a model for gradients: its embeddings must.
+            embedding: Any = model
+            self._handles.append(embedding.get_input_embeddings().register_forward_hook(_require_gradients))
+        try:
+            for ffn, brace in sites:
+                ffn.host.add_module("brace", brace)
+                brace.keep_gram(isinstance(ffn, FFN))
+                for part in ffn.parts:
+                    self._handles += _expert_hooks(part, brace) if isinstance(part, Experts) else _hooks(part, brace)
+        except BaseException:
+            self.detach()
+            raise
+
+    @property
+    def layers(self) -> list[int]:
+        return [ffn.layer for ffn, _ in self.sites]
+
+    @property
+    def rank(self) -> int:
+        return self.sites[0][1].rank
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(`layers.{i}.weight` or `layers.{i}.gate`, parameter) of every relevance module."""
+        for ffn, brace in self.sites:
+            yield f"layers.{ffn.layer}.weight", brace.weight
+            yield f"layers.{ffn.layer}.gate", brace.gate
+
+    def add_mlp(self, seed: int = 0) -> ConditionMLP:
+        """Put a fresh condition MLP beside the relevance modules, its first layer drawn from `seed`."""
+        ffn, brace = self.sites[0]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            mlp = ConditionMLP(ffn.hidden_size).to(brace.weight.device)
+        # A child of the model, so that whatever moves, wraps or counts the model's parameters sees it.
+        self.model.add_module("brace_condition", mlp)
+        self.mlp = mlp
+        return mlp
+
+    def states(self, pooled: Tensor) -> Tensor:
+        """h_c of pooled states p, (..., d) -> (..., d) in float32."""
+        return pooled if self.mlp is None else self.mlp(pooled)
+
+    @property
+    def scales(self) -> list[float]:
+        """c of each layer; empty where all are 1."""
+        found = [brace.scale for _, brace in self.sites]
+        return found if any(scale != 1 for scale in found) else []
+
+    def parameter_count(self) -> int:
+        """layers * (d_r * d + 1)."""
+        return sum(p.numel() for _, p in self.named_parameters())
+
+    def detach(self) -> nn.Module:
+        """Take everything off again and return the very same base model, its `requires_grad` flags as they were."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        for ffn, brace in self.sites:
+            if "brace" in ffn.host._modules:
+                del ffn.host.brace
+            brace.release()
+        if self.mlp is not None:
+            del self.model.brace_condition
+            self.mlp = None
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen = []
+        return self.model
+
+    def save_memory(self) -> None:
+        """Train without W_V W_V^T of each layer in memory (see `core.method.value_gram`): slower steps."""
+        for _, brace in self.sites:
+            brace.keep_gram(False)
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[nn.Module]:
+        """The bare base model, bit for bit, inside the `with` block."""
+        before = [brace.enabled for _, brace in self.sites]
+        try:
+            for _, brace in self.sites:
+                brace.enabled = False
+            yield self.model
+        finally:
+            for (_, brace), enabled in zip(self.sites, before, strict=True):
+                brace.enabled = enabled
+
+    def condition(self, states: Tensor | None, strengths: Tensor | None = None) -> None:
+        """Set `s r_c` for the next forward passes, of each example on its own; None takes it away.
+
+        Args:
+            states: h_c of n attributes at each site, (n, sites, d), with gradients where they are trained.
+            strengths: s of each attribute for each example, (batch, n), or for each token, (batch, tokens, n).
+        """
+        for index, (_, brace) in enumerate(self.sites):
+            if states is None or strengths is None:
+                brace.shift = None
+                continue
+            ranked = states[:, index].to(brace.weight) @ brace.projection().mT  # (n, d_r)
+            shift = strengths.to(ranked) @ ranked
+            brace.shift = shift.unsqueeze(1) if shift.ndim == 2 else shift
+
+    def tensors(self, settle: bool = True) -> dict[str, Tensor]:
+        """What the adapter file holds: `layers.{i}.projection`, `layers.{i}.gate` and, if trained, `condition.*`.
+
+        Args:
+            settle: make the projections what the file holds. Not in the midst of training, which would then go on from
+                elsewhere, nor where parameters are spread over processes, each of which must then ask.
+        """
+        out: dict[str, Tensor] = {}
+        for ffn, brace in self.sites:
+            out[f"layers.{ffn.layer}.projection"] = brace.materialise() if settle else brace.rounded()
+            out[f"layers.{ffn.layer}.gate"] = whole(brace.gate.detach())
+        if self.mlp is not None:
+            out.update({f"condition.{name}": whole(tensor) for name, tensor in self.mlp.state_dict().items()})
+        return out
+
+    def save(self, folder: Path, config: AdapterConfig, card: str) -> None:
+        """Write the adapter folder: weights and model card first, the config, which makes it one, last.
+
+        The scales written are the adapter's own, whatever `config` holds: without them it would be another adapter.
+        """
+        write_adapter(folder, self.tensors(), replace(config, scales=self.scales), card)
+
+
+def write_adapter(folder: Path, tensors: dict[str, Tensor], config: AdapterConfig, card: str) -> None:
+    """`Adapter.save` of tensors that were gathered before."""
+    write_tensors(folder / WEIGHTS_FILE, tensors)
+    write_text(folder / CARD_FILE, card)
+    write_json(folder / CONFIG_FILE, asdict(config))
+
+
+def _require_gradients(module: nn.Module, args: tuple, output: Tensor) -> None:
+    if torch.is_grad_enabled() and not output.requires_grad:
+        output.requires_grad_()
+
+
+def _hooks(ffn: FFN, brace: RelevanceModule) -> list[RemovableHandle]:
+    if ffn.whole:
+
+        def around(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+            if not brace.enabled:
+                return None
+            return brace(output, args[0] if args else next(iter(kwargs.values())), ffn.values())
+
+        return [ffn.host.register_forward_hook(around, with_kwargs=True)]
+
+    # A cell rather than an attribute of the module: nothing of a pass may outlive it or be copied with the module.
+    entered: list[Tensor] = []
+
+    def before(module: nn.Module, args: tuple) -> None:
+        entered[:] = args[:1] if brace.enabled else []
+
+    def after(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        return brace(output, entered.pop(), ffn.values()) if brace.enabled else None
+
+    return [ffn.keys[0].register_forward_pre_hook(before), ffn.value.register_forward_hook(after)]
+
+
+def _expert_hooks(part: Experts, brace: RelevanceModule) -> list[RemovableHandle]:
+    def around(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+        if not brace.enabled:
+            return None
+        values = part.value_matrix()
+        if part.sorted:
+            return brace.by_expert(output, args[0], values)
+        h, p = routing(args, kwargs, len(values))
+        return brace.routed(output, h, p, values)
+
+    return [part.module.register_forward_hook(around, with_kwargs=True)]
+
+
+def attach(model: nn.Module, rank: int, layers: Sequence[int] | None = None, seed: int = 0) -> Adapter:
+    """Put a fresh relevance module on every FFN of `model` (or on those of `layers`), its gate nearly shut.
+
+    Raises:
+        ConfigError: rank below 1 or above the hidden size, or a layer without an FFN.
+        ModelError: no FFN found, or an adapter is attached already.
+    """
+    ffns = find_ffns(model)
+    if any("brace" in ffn.host._modules for ffn in ffns):
+        raise ModelError("the model carries an adapter already", hint="Detach it first.")
+    known = [ffn.layer for ffn in ffns]
+    wanted = known if layers is None else list(layers)
+    missing = sorted(set(wanted) - set(known))
+    if missing or not wanted:
+        raise ConfigError(f"no feed-forward layer in layers {missing}", hint=f"There is one in layers {known}.")
+    chosen = [ffn for ffn in ffns if ffn.layer in set(wanted)]
+    width = min(ffn.hidden_size for ffn in chosen)
+    if not 1 <= rank <= width:
+        raise ConfigError(f"rank {rank} does not fit hidden size {width}", where="--rank", hint=f"Use 1 to {width}.")
+    generator = torch.Generator().manual_seed(seed)
+    sites = [
+        (ffn, RelevanceModule(rank, ffn.hidden_size, ffn.parts[0].values().device, generator=generator))
+        for ffn in chosen
+    ]
+    return Adapter(model, sites)
+
+
+def read_config(folder: Path) -> AdapterConfig:
+    """Read and check `adapter_config.json`.
+
+    Raises:
+        ModelError: no adapter folder, not JSON, another method or version, a missing or unknown key.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        hint = f"An adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}; `braces train` writes one."
+        raise ModelError(
+            "no adapter here" if folder.is_dir() else "no such adapter folder", where=str(folder), hint=hint
+        )
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"not JSON: {error}", where=str(path), hint="The file is damaged; train again.") from error
+    if not isinstance(raw, dict) or raw.get("method") != "braces":
+        what = raw.get("method") or raw.get("peft_type") if isinstance(raw, dict) else None
+        raise ModelError(f"not a braces adapter (method: {what})", where=str(path), hint="Give one that braces wrote.")
+    if raw.get("format_version") != FORMAT_VERSION:
+        raise ModelError(
+            f"format version {raw.get('format_version')}, this braces reads {FORMAT_VERSION}",
+            where=str(path),
+            hint="Update braces.",
+        )
+    names = {f.name for f in fields(AdapterConfig)}
+    needed = {"base_model_name_or_path", "r", "layers", "fingerprint"}
+    wrong = sorted((set(raw) - names) | (needed - set(raw)))
+    if wrong:
+        raise ModelError(f"missing or unknown key: {', '.join(wrong)}", where=str(path), hint="The file is damaged.")
+    config = AdapterConfig(**raw)
+    _check_scales(config, path)
+    return config
+
+
+def _check_scales(config: AdapterConfig, path: Path) -> None:
+    fits = isinstance(config.scales, list) and len(config.scales) in (0, len(config.layers))
+    if not fits or not all(isinstance(c, (int, float)) and 0 < c < math.inf for c in config.scales):
+        hint = "There must be a positive number for each layer, or none; the file is damaged."
+        raise ModelError("`scales` do not fit the layers", where=str(path), hint=hint)
+
+
+def read_tensors(folder: Path, config: AdapterConfig) -> dict[str, Tensor]:
+    """Read `adapter_model.safetensors` and hold it to the config: names, shapes, dtype, finite, orthonormal rows.
+
+    Raises:
+        ModelError: the file is missing, damaged, or differs from what the config says.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / WEIGHTS_FILE
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"cannot read the adapter's weights: {error}", where=str(path), hint="Train again.") from error
+    d = config.fingerprint["hidden_size"]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in config.layers:
+        shapes[f"layers.{layer}.projection"] = (config.r, d)
+        shapes[f"layers.{layer}.gate"] = (1,)
+    if config.attributes:
+        shapes.update(condition_shapes(d))
+    wrong = sorted(set(shapes) ^ set(tensors))
+    if wrong:
+        state = "missing" if wrong[0] in shapes else "unexpected"
+        raise ModelError(f"{state} tensor {wrong[0]} ({len(wrong)} in all)", where=str(path), hint="Train again.")
+    for name, tensor in tensors.items():
+        problem = None
+        if tuple(tensor.shape) != shapes[name] or tensor.dtype != torch.float32:
+            problem = f"is {tuple(tensor.shape)} {tensor.dtype}, wanted {shapes[name]} torch.float32"
+        elif not tensor.isfinite().all():
+            problem = "holds numbers that are not finite"
+        elif name.endswith("projection") and projection_error(tensor) > ORTHONORMAL_TOLERANCE:
+            problem = f"has rows that are not orthonormal (error {projection_error(tensor):.1e})"
+        if problem:
+            raise ModelError(f"{name} {problem}", where=str(path), hint="The file is damaged; train again.")
+    return tensors
+
+
+def load_adapter(model: nn.Module, folder: Path, found: dict[str, Any]) -> tuple[Adapter, AdapterConfig]:
+    """Attach the adapter in `folder` to `model`, frozen.
+
+    Args:
+        found: the fingerprint of `model`.
+
+    Raises:
+        ModelError: the folder is no adapter, is damaged, or belongs to another base.
+    """
+    config = read_config(folder)
+    tensors = read_tensors(folder, config)
+    words = differences(config.fingerprint, found)
+    if words:
+        raise ModelError(
+            f"this adapter was trained on another base ({'; '.join(words)})",
+            where=str(folder),
+            hint=f"It needs {config.base_model_name_or_path}.",
+        )
+    adapter = attach(model, config.r, config.layers)
+    for ffn, brace in adapter.sites:
+        with torch.no_grad():
+            brace.weight.copy_(tensors[f"layers.{ffn.layer}.projection"])
+            brace.gate.copy_(tensors[f"layers.{ffn.layer}.gate"])
+        brace.set_exact()
+        brace.requires_grad_(False)
+    for (_, brace), scale in zip(adapter.sites, config.scales, strict=False):
+        brace.set_scale(scale)
+    if config.attributes:
+        prefix = "condition."
+        mlp = adapter.add_mlp().requires_grad_(False)
+        mlp.load_state_dict({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})
+    return adapter, config

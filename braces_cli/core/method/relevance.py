@@ -1,0 +1,311 @@
+"""The relevance module of one FFN layer in its low-rank form.
+
+    r_i          = (R W_V)^T (R h_i) / sqrt(d_r)                     relevance (paper, section 3.1)
+    FFN_AUG(h_i) = sum_j (w_ij + c g r_ij) v_j
+                 = FFN(h_i) + B (A h_i) + s B (A h_c),    A = R,   B = c g / sqrt(d_r) W_V W_V^T R^T
+
+The second line is the first one with r put into the sum, so nothing of size (tokens x d_ff) is ever built: per layer
+and step the cost is one product W_V W_V^T R^T, independent of the number of tokens, plus 4 d d_r flops a token.
+
+Letters: d model width, d_ff neurons, d_r rank (d_r <= d), W_V (d, d_ff) value matrix, R (d_r, d) with orthonormal rows,
+g = sigmoid(gate), h (..., d) what enters the FFN, h_c (d) an attribute's hidden state, s its strength, c a fixed scale,
+1 in the paper.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import count
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from braces_cli.core.method.value_gram import KeptGram, gram
+from braces_cli.core.models.value_weights import Values
+from braces_cli.core.utils.distributed import whole
+
+GATE_INIT = -5.0
+
+
+def orthonormal_rows(weight: Tensor) -> Tensor:
+    """R = L^-1 M with L L^T = M M^T: the rows of `weight` (d_r, d) after Gram-Schmidt, differentiably.
+
+    Where the rows are orthonormal already, L is the identity and R = M up to rounding.
+    """
+    # cholesky_ex without the error check: the check copies a flag to the host and stalls a GPU at every layer.
+    factor, _ = torch.linalg.cholesky_ex(weight @ weight.mT)
+    return torch.linalg.solve_triangular(factor, weight, upper=False)
+
+
+def projection_error(projection: Tensor) -> float:
+    """max |R R^T - I| of a projection (d_r, d), computed in float64."""
+    projection = projection.detach().double().cpu()
+    return float((projection @ projection.mT - torch.eye(len(projection), dtype=torch.float64)).abs().max())
+
+
+class RelevanceModule(nn.Module):
+    """Projection and gate of one FFN layer, and what they add to its output.
+
+    Parameters (float32, whatever the base's dtype): `weight` (d_r, d), unconstrained, of which the projection R is the
+    orthonormalised form; `gate` (1,), before the sigmoid. One dimension, because FSDP2 takes no scalar parameter.
+    `scale` is c, a number that is never trained; see `set_scale`.
+
+    Args:
+        rank: d_r.
+        hidden_size: d.
+        device: where the base's value matrix lives; "meta" allocates nothing.
+        generator: draws the first projection, orthonormal rows of a Gaussian matrix.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        hidden_size: int,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.rank = rank
+        self.scale = 1.0
+        self.enabled = True
+        if torch.device(device or "cpu").type == "meta":
+            start = torch.empty(rank, hidden_size, device="meta")
+        else:
+            noise = torch.randn(hidden_size, rank, dtype=torch.float64, generator=generator)
+            start = torch.linalg.qr(noise).Q.mT.to(device, torch.float32, memory_format=torch.contiguous_format)
+        self.weight = nn.Parameter(start)
+        self.gate = nn.Parameter(torch.full((1,), GATE_INIT, device=device))
+        # What steering adds to R h, in rank space: (d_r,) for all tokens, or (batch, 1, d_r), or (batch, tokens, d_r).
+        self.shift: Tensor | None = None
+        # Set where `weight` is known to be orthonormal already, so that R is `weight` itself, bit for bit.
+        self._exact: int | None = None
+        # (A, B) of each value matrix and dtype, good for one state of the parameters.
+        self._cache: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._cached_for: tuple | None = None
+        # W_V W_V^T while this learns, where `keep_gram` asked for it.
+        self._kept: KeptGram | None = None
+        self._register()
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, hidden_size={self.weight.shape[1]}"
+
+    @property
+    def g(self) -> Tensor:
+        """The gate's value, sigmoid(gate), shape (1,)."""
+        return torch.sigmoid(self.gate)
+
+    @property
+    def gain(self) -> Tensor:
+        """c g, what every relevance score is multiplied by, shape (1,)."""
+        return self.g * self.scale
+
+    def set_scale(self, scale: float) -> None:
+        """Set c: how much a fully open gate lets through, for bases whose activations do not suit their W_V."""
+        self.scale = scale
+        self._cached_for = None
+
+    def set_weight(self, weight: Tensor) -> None:
+        """Start from this projection (d_r, d) with orthonormal rows."""
+        with torch.no_grad():
+            self.weight.copy_(weight)
+        self._cached_for = None
+
+    def keep_gram(self, keep: bool) -> None:
+        """Whether W_V W_V^T is kept while this learns (`core.method.value_gram`); False also frees it. One W_V only."""
+        self._kept = KeptGram() if keep else None
+
+    def release(self) -> None:
+        """Free what is kept between passes; it is made anew where it is needed again, with the same bits."""
+        if self._kept is not None:
+            self._kept.drop()
+
+    def projection(self) -> Tensor:
+        """R (d_r, d), differentiable in `weight`."""
+        # In this order: a compiler can follow what learns, not a version counter.
+        if not self._learns() and self._exact == self.weight._version:
+            return self.weight
+        with torch.autocast(self.weight.device.type, enabled=False):
+            return orthonormal_rows(self.weight)
+
+    def materialise(self) -> Tensor:
+        """Make `weight` the projection itself, rounded once from float64, and return it: what a file holds.
+
+        From here on, until the next optimizer step, R is `weight` bit for bit, before saving and after loading alike.
+        """
+        with torch.no_grad():
+            if self._exact != self.weight._version:
+                self.weight.copy_(self.rounded())
+                self.set_exact()
+        return self.weight.detach()
+
+    def rounded(self) -> Tensor:
+        """What `materialise` would make of `weight`, which stays as it is: training goes on from there.
+
+        Where `weight` is spread over processes, each of them must ask.
+        """
+        weight: Tensor = whole(self.weight.detach())
+        return weight if self._exact == self.weight._version else orthonormal_rows(weight.double()).to(weight.dtype)
+
+    def set_exact(self) -> None:
+        """Declare that `weight` has orthonormal rows, as loaded from a checked file."""
+        self._exact = self.weight._version
+        self._cached_for = None
+
+    def factors(self, values: Values, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A (d_r, d) and B (..., d, d_r) in `dtype`, for the value matrix or matrices `values` (..., d, d_ff).
+
+        With gradients on they are computed anew, once a forward pass; otherwise once, until a parameter changes. Only
+        the former goes by way of `keep_gram`: what is saved must not depend on how it was trained.
+        """
+        if self._learns():
+            seen = isinstance(values, Tensor)
+            return self._learning(values, dtype) if seen else self._learning_unseen(values, dtype)
+        if not torch.compiler.is_compiling():
+            return self._cached(values, dtype)
+        if isinstance(values, Tensor):
+            down, up = _cached_factors(self.weight, self.gate, values, self._handle, dtype)
+            return down, up
+        return self._cached_unseen(values, dtype)
+
+    def _cached(self, values: Values, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        state = (self.weight._version, self.gate._version, self.weight.device)
+        if self._cached_for != state:
+            self._cache, self._cached_for = {}, state
+        key = (values.data_ptr() if isinstance(values, Tensor) else values.key, dtype)
+        if key not in self._cache:
+            self._cache[key] = self._compute(values, dtype)
+        return self._cache[key]
+
+    # No compiler follows the unpacking of every packing: torch.compile breaks its graph around these two.
+    @torch.compiler.disable
+    def _cached_unseen(self, values: Values, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self._cached(values, dtype)
+
+    @torch.compiler.disable
+    def _learning_unseen(self, values: Values, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self._learning(values, dtype)
+
+    def _learning(self, values: Values, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        # No compiler follows what is kept between passes; it may as well fuse the two products.
+        if self._kept is None or torch.compiler.is_compiling():
+            return self._compute(values, dtype)
+        return self._compute(values, dtype, self._kept.product)
+
+    def _compute(
+        self, values: Values, dtype: torch.dtype, product: Callable[[Values, Tensor], Tensor] = gram
+    ) -> tuple[Tensor, Tensor]:
+        projection = self.projection()
+        with torch.autocast(self.weight.device.type, enabled=False):
+            out = product(values, projection.mT) * (self.gain / math.sqrt(self.rank))
+        return projection.to(dtype), out.to(dtype)
+
+    def _learns(self) -> bool:
+        return torch.is_grad_enabled() and (self.weight.requires_grad or self.gate.requires_grad)
+
+    def forward(self, output: Tensor, h: Tensor, values: Values) -> Tensor:
+        """FFN output (..., d) plus what the adapter adds, for the FFN's input `h` (..., d) and W_V (d, d_ff)."""
+        down, up = self.factors(values, output.dtype)
+        # Under a device map the two ends of a pair can lie on two devices.
+        ranked = self._ranked(h.to(output), down).reshape(-1, self.rank)
+        # One fused multiply-add over flat tokens instead of a product and a sum.
+        return torch.addmm(output.reshape(-1, output.shape[-1]), ranked, up.mT).view(output.shape)
+
+    def routed(self, output: Tensor, h: Tensor, p: Tensor, values: Tensor) -> Tensor:
+        """Output (n, d) of routed experts plus sum_e p_e B_e (A h + shift).
+
+        Args:
+            h: tokens (n, d).
+            p: what each expert's output is multiplied by, (n, experts), 0 where a token is not sent.
+            values: W_V of each expert, (experts, d, d_ff).
+
+        Memory: n * experts * d_r numbers, and experts * d * d_r for B; nothing of d_ff a token.
+        """
+        down, up = self.factors(values, output.dtype)
+        ranked = self._ranked(h.to(output.dtype), down).reshape(-1, self.rank)
+        spread = (p.to(output.dtype).unsqueeze(2) * ranked.unsqueeze(1)).flatten(1)
+        flat = torch.addmm(output.reshape(-1, output.shape[-1]), spread, up.mT.reshape(-1, up.shape[1]))
+        return flat.view(output.shape)
+
+    def by_expert(self, output: Tensor, h: Tensor, values: Tensor) -> Tensor:
+        """Output (experts * n, d) of experts that each see their own tokens `h`, plus B_e (A h + shift) of each.
+
+        A row of zeros is a token that the expert was not sent: nothing is added for it, no steering either.
+        """
+        down, up = self.factors(values, output.dtype)
+        h = h.to(output.dtype)
+        flat = h.reshape(len(values), -1, h.shape[-1])
+        ranked = F.linear(flat, down)
+        if self.shift is not None:
+            shift = self.shift.to(output)
+            if shift.ndim == 3:
+                shift = shift.expand(-1, flat.shape[1] // len(shift), -1).reshape(flat.shape[1], self.rank)
+            ranked = ranked + shift * (flat != 0).any(dim=-1, keepdim=True)
+        return output + (ranked @ up.mT).reshape(output.shape)
+
+    def _ranked(self, h: Tensor, down: Tensor) -> Tensor:
+        """A h + shift, (..., d_r)."""
+        if self.shift is None:
+            return F.linear(h, down)
+        if self.shift.ndim == 1:
+            # A shift that all tokens share is the bias of the product, and so costs nothing.
+            return F.linear(h, down, self.shift.to(h))
+        # OPT flattens (batch, tokens, d) before its FFN; the shift knows how many examples there are.
+        return F.linear(h, down).view(len(self.shift), -1, self.rank) + self.shift.to(h)
+
+    def _register(self) -> None:
+        self._handle = next(_handles)
+        _modules[self._handle] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._register()  # a copy is another module
+
+    def train(self, mode: bool = True) -> RelevanceModule:
+        # An optimizer that writes through `.data` leaves version counters alone; changing mode is when that can matter.
+        self._cached_for = None
+        if not mode:
+            self.release()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> RelevanceModule:
+        # `model.to(torch.bfloat16)` must not round the projection: move it, keep its dtype.
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype.itemsize < tensor.dtype.itemsize else moved
+
+        exact = self._exact == self.weight._version
+        super()._apply(keep_precision, recurse)
+        self._cached_for = None
+        self.release()
+        self._exact = self.weight._version if exact else None
+        return self
+
+
+# Where a compiled graph finds the module whose factors it asks for: an operator takes tensors and plain numbers only.
+_handles = count()
+_modules: WeakValueDictionary[int, RelevanceModule] = WeakValueDictionary()
+
+
+@torch.library.custom_op("braces::cached_factors", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def _cached_factors(
+    weight: Tensor, gate: Tensor, values: Tensor, handle: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`RelevanceModule._cached` as one step of a compiled graph, so that version counters are read when it runs.
+
+    Copies, because a compiler may reuse the memory of what an operator returns. Not for CUDA graphs, which would replay
+    the factors of the first run for ever.
+    """
+    with torch.no_grad():
+        down, up = _modules[handle]._cached(values, dtype)
+    return down.clone(memory_format=torch.contiguous_format), up.clone(memory_format=torch.contiguous_format)
+
+
+@_cached_factors.register_fake
+def _(weight: Tensor, gate: Tensor, values: Tensor, handle: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    rank, width = weight.shape
+    down = weight.new_empty(rank, width, dtype=dtype)
+    return down, weight.new_empty(*values.shape[:-2], width, rank, dtype=dtype)

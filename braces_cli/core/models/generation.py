@@ -1,0 +1,200 @@
+"""Generate continuations in batches: left padding, KV cache, and one random stream for each text.
+
+Sampling draws from a stream of its own for every (seed, prompt index, sample), so a text depends neither on what else
+is in its batch nor on where a run was resumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+
+from braces_cli.core.models.loading import input_device
+from braces_cli.core.models.padding import pad_left
+from braces_cli.core.models.streaming import StopTexts, TextStream, cut
+from braces_cli.core.models.tokenization import context_length, decode_continuation, encode
+from braces_cli.core.utils.errors import ConfigError
+
+logger = logging.getLogger("braces")
+
+# Most likely tokens among which a draw is looked for first.
+_FIRST = 1024
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Attributes:
+        max_new_tokens: tokens of a continuation at most.
+        temperature: 0 is greedy.
+        top_p: keep the most likely tokens that together reach this probability.
+        top_k: keep this many of the most likely tokens; None keeps all.
+        seed: of all streams.
+        stop: a continuation ends before the first of these texts.
+    """
+
+    max_new_tokens: int = 50
+    temperature: float = 1.0
+    top_p: float = 0.9
+    top_k: int | None = None
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, ok in (
+            ("temperature", 0 <= self.temperature < float("inf")),
+            ("top_p", 0 < self.top_p <= 1),
+            ("top_k", self.top_k is None or self.top_k > 0),
+            ("max_new_tokens", self.max_new_tokens > 0),
+            ("stop", all(self.stop)),
+        ):
+            if not ok:
+                raise ConfigError(f"{getattr(self, name)} is out of range", where="--" + name.replace("_", "-"))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One text to generate: `sample` counts the texts of one prompt, `index` the prompts of a run.
+
+    `ids` are the prompt's tokens where they are not those of the plain text, as with a chat template.
+    """
+
+    prompt: str
+    index: int
+    sample: int = 0
+    ids: tuple[int, ...] | None = None
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    jobs: Sequence[Job],
+    sampling: Sampling,
+    stream: Callable[[str], object] | None = None,
+) -> list[str]:
+    """Continuations of one batch of jobs, without their prompts, up to the end token or a stop text.
+
+    Prompts too long for the model's context lose their beginning, with a warning.
+
+    Args:
+        stream: called with each piece of the text as it comes; for a batch of one.
+
+    Raises:
+        ConfigError: no room for a prompt beside `max_new_tokens`.
+    """
+    room = context_length(model, tokenizer) - sampling.max_new_tokens
+    if room < 1:
+        hint = f"The model takes {room + sampling.max_new_tokens} tokens, the prompt included."
+        raise ConfigError(f"{sampling.max_new_tokens} is too much", where="--max-new-tokens", hint=hint)
+    prompts = [encode(tokenizer, job.prompt).ids if job.ids is None else list(job.ids) for job in jobs]
+    for row, ids in enumerate(prompts):
+        if len(ids) > room:
+            logger.warning("prompt %d has %d tokens; only the last %d fit", jobs[row].index, len(ids), room)
+            prompts[row] = ids[-room:]
+    device = input_device(model)
+    batch = {name: tensor.to(device) for name, tensor in pad_left(prompts, tokenizer.pad_token_id).items()}
+    ends = end_tokens(model, tokenizer)
+    width = batch["input_ids"].shape[1]
+    stops = StoppingCriteriaList([StopTexts(tokenizer, prompts, width, sampling.stop)] if sampling.stop else [])
+    streamer = None if stream is None else TextStream(tokenizer, prompts[0], ends, sampling.stop, stream)
+    processors = LogitsProcessorList()
+    if sampling.temperature > 0:
+        processors.append(_Draw(sampling, _uniforms(jobs, sampling), width))
+    config = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        eos_token_id=ends,
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
+    )
+    with torch.no_grad():
+        output = model.generate(
+            **batch, generation_config=config, logits_processor=processors, stopping_criteria=stops, streamer=streamer
+        )
+    rows = zip(prompts, output[:, width:].tolist(), strict=True)
+    return [cut(decode_continuation(tokenizer, ids, _until(new, ends)), sampling.stop) for ids, new in rows]
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end a text, by the generation config and by the tokenizer."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    ids = named if isinstance(named, list) else [] if named is None else [named]
+    if tokenizer.eos_token_id is not None:
+        ids = [*ids, tokenizer.eos_token_id]
+    return sorted(set(ids))
+
+
+def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
+    return next((ids[:place] for place, token in enumerate(ids) if token in ends), ids)
+
+
+def _uniforms(jobs: Sequence[Job], sampling: Sampling) -> Tensor:
+    """One number in [0, 1) for each job and token, (jobs, max_new_tokens), float64."""
+    rows = []
+    for job in jobs:
+        key = hashlib.sha256(f"{sampling.seed}:{job.index}:{job.sample}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+        rows.append(torch.rand(sampling.max_new_tokens, dtype=torch.float64, generator=generator))
+    return torch.stack(rows)
+
+
+class _Draw(LogitsProcessor):
+    """Draw each row's token by inverting its distribution at its own number, so that greedy decoding picks it.
+
+    This keeps transformers' generation loop, with its caches and stops, but gives each row its own randomness.
+    """
+
+    def __init__(self, sampling: Sampling, uniforms: Tensor, prompt_length: int) -> None:
+        self._sampling = sampling
+        self._uniforms = uniforms
+        self._start = prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        goal = self._uniforms[:, input_ids.shape[1] - self._start].to(scores.device)
+        chances = (scores.float() / self._sampling.temperature).softmax(dim=-1)
+        # Sorting whole vocabularies takes longer than a small model; few rows need it.
+        width = chances.shape[1] if (self._sampling.top_k or 0) > _FIRST else min(_FIRST, chances.shape[1])
+        tokens = chances.topk(width, dim=-1).indices.sort(dim=-1).values
+        token, settled = self._invert(chances.gather(1, tokens), tokens, goal, width == chances.shape[1])
+        rest = (~settled).nonzero().squeeze(1)
+        if len(rest):
+            every = torch.arange(chances.shape[1], device=scores.device).expand(len(rest), -1)
+            token[rest], _ = self._invert(chances[rest], every, goal[rest], True)
+        return torch.full_like(scores, -torch.inf).scatter(1, token.unsqueeze(1), 0.0)
+
+    def _invert(self, chances: Tensor, tokens: Tensor, goal: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
+        """The token drawn in each row, and whether the candidates settle it; they come in the order of the vocabulary.
+
+        Args:
+            chances: of the candidates, in a softmax over the whole vocabulary.
+            goal: numbers in [0, 1).
+            whole: the candidates are the whole vocabulary.
+        """
+        # Stable: tokens of equal probability keep their order, whatever the batch.
+        ordered, order = chances.sort(dim=-1, descending=True, stable=True)
+        least = ordered[:, -1]
+        if self._sampling.top_k is not None:
+            ordered = ordered[:, : self._sampling.top_k]
+        last = ordered[:, -1]
+        if self._sampling.top_k is not None:
+            # What top_k leaves has probability 1, and top_p is a share of that.
+            ordered = ordered / ordered.sum(dim=-1, keepdim=True)
+        mass = ordered.cumsum(dim=-1)
+        # A token is kept while those before it have not reached top_p; the first always is.
+        kept = (mass < self._sampling.top_p).sum(dim=-1).clamp(max=mass.shape[1] - 1)
+        # Of tokens as likely as the least candidate, which are candidates was topk's choice: none may matter here.
+        edge = last if self._sampling.top_k is not None else ordered.gather(1, kept.unsqueeze(1)).squeeze(1)
+        settled = (edge > least) | whole
+        reach = mass.gather(1, kept.unsqueeze(1))
+        place = torch.searchsorted(mass, goal.to(mass).unsqueeze(1) * reach, right=True).minimum(kept.unsqueeze(1))
+        return tokens.gather(1, order.gather(1, place)).squeeze(1), settled

@@ -1,0 +1,152 @@
+"""Files and hub sets -> rows: JSON Lines, JSON, CSV, TSV, Parquet or a hub id, each row with its place for errors."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from braces_cli.core.utils.errors import DataError
+
+READABLE = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One row as it was read.
+
+    Attributes:
+        fields: column name -> value.
+        where: `file:line`, or `file, row N` where the format has no lines.
+    """
+
+    fields: dict[str, Any]
+    where: str
+
+
+def read_rows(name: str, *, streaming: bool = False) -> Iterator[Source]:
+    """Rows of a file, or of a hub set (`id`, `id:split` or `id:subset:split`; the split is `train` by default).
+
+    Args:
+        streaming: fetch a hub set row by row rather than whole. Files other than `.json` are always read row by row.
+
+    Raises:
+        DataError: missing, empty, not UTF-8, broken (with its line), or of a kind that cannot be read.
+    """
+    path = Path(name).expanduser()
+    if not path.exists() and not path.suffix and name.partition(":")[0].count("/") == 1 and not name.startswith("."):
+        return _never_empty(_hub(name, streaming), name)
+    if not path.is_file():
+        what = "this is a folder, not a file" if path.is_dir() else "no such file"
+        raise DataError(what, where=name, hint=f"Give a file ({', '.join(READABLE)}) or the id of a hub set.")
+    if path.stat().st_size == 0:
+        raise DataError("the file is empty", where=name, hint="Give a file with at least one row.")
+    readers = {".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"cannot read `{path.suffix or 'no'}` files", where=name, hint=f"Use {', '.join(READABLE)}.")
+    return _never_empty(_decoded(reader(path), name), name)
+
+
+def _never_empty(rows: Iterator[Source], name: str) -> Iterator[Source]:
+    empty = True
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
+        raise DataError("no rows", where=name, hint="Give a file with at least one row.")
+
+
+def _decoded(rows: Iterator[Source], name: str) -> Iterator[Source]:
+    try:
+        yield from rows
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"not UTF-8 (byte {error.start})", where=name, hint="Convert it, with iconv for one."
+        ) from error
+
+
+def _row(fields: Any, where: str) -> Source:
+    if not isinstance(fields, dict):
+        raise DataError(f"a row must be an object, this is a {type(fields).__name__}", where=where, hint="Fix the row.")
+    return Source(fields, where)
+
+
+def _json_lines(path: Path) -> Iterator[Source]:
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                fields = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"broken JSON: {error}", where=where, hint="Fix or remove the line.") from error
+            yield _row(fields, where)
+
+
+def _json(path: Path) -> Iterator[Source]:
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        # Many a `.json` file is JSON Lines: a whole object on its first line, and more behind it.
+        if error.msg == "Extra data" and "\n" not in text[: error.pos].strip():
+            yield from _json_lines(path)
+            return
+        hint = "Write a list of objects, or one object a line."
+        raise DataError(f"broken JSON: {error.msg}", where=f"{path}:{error.lineno}", hint=hint) from error
+    if not isinstance(value, list):
+        value = [value]
+    for number, fields in enumerate(value, 1):
+        yield _row(fields, f"{path}, row {number}")
+
+
+def _csv(path: Path) -> Iterator[Source]:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+        try:
+            for fields in reader:
+                where = f"{path}:{reader.line_num}"
+                if None in fields or None in fields.values():
+                    raise DataError("another number of cells than the header has", where=where, hint="Fix the row.")
+                yield _row(fields, where)
+        except csv.Error as error:
+            raise DataError(f"broken CSV: {error}", where=f"{path}:{reader.line_num}", hint="Fix the row.") from error
+
+
+def _parquet(path: Path) -> Iterator[Source]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            for fields in batch.to_pylist():
+                number += 1
+                yield _row(fields, f"{path}, row {number}")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"broken Parquet: {error}", where=str(path), hint="Write the file again.") from error
+
+
+def _hub(name: str, streaming: bool) -> Iterator[Source]:
+    from datasets import load_dataset
+
+    repo, *rest = name.split(":")
+    subset, split = (rest[0], rest[1]) if len(rest) > 1 else (None, rest[0] if rest else "train")
+    try:
+        rows = load_dataset(repo, subset, split=split, streaming=streaming)
+        # A set that is streamed is first reached for when its first row is asked for, or any later one.
+        for number, fields in enumerate(rows, 1):
+            yield _row(fields, f"{name}, row {number}")
+    except DataError:
+        raise
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        hint = "Give a file, or a hub set as id, id:split or id:subset:split; a gated one needs HF_TOKEN."
+        raise DataError(
+            f"no such file, and the hub set cannot be read: {first[:200]}", where=name, hint=hint
+        ) from error

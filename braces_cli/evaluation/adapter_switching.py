@@ -1,0 +1,178 @@
+"""Adapters that can be put on a base and taken off again: our own, and those that peft wrote (LoRA and its like).
+
+peft changes modules of the base in place and puts the very same ones back, so that one loaded base serves all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from braces_cli.core.method.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter, read_config, read_tensors
+from braces_cli.core.session import Session, adapter_folder
+from braces_cli.core.utils.errors import ConfigError, ModelError
+
+BRACES = "braces"
+# Methods of peft that live beside the model rather than in its layers.
+_BESIDE = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE", "ADAPTION_PROMPT"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """An adapter on disk.
+
+    Attributes:
+        name: as the user gave it.
+        folder: where its files are.
+        method: `braces`, else peft's name in lower case (`lora`, `ia3`, ...).
+        base: name of the base it was trained on; `revision` of it, where known.
+        sha256: over its config and its weights.
+        chat_template: whether it was trained with the tokenizer's chat template; None where it does not say.
+    """
+
+    name: str
+    folder: Path
+    method: str
+    base: str | None
+    revision: str | None
+    sha256: str
+    chat_template: bool | None = None
+
+
+def find_adapter(name: str) -> Found:
+    """Look at an adapter given as a folder or hub id, without loading a model.
+
+    Raises:
+        ConfigError: a peft adapter, and peft is not installed.
+        ModelError: no adapter, a damaged one, or one that cannot be taken off a base again.
+    """
+    path = Path(name).expanduser()
+    folder = path.resolve() if _peft_config(path) else adapter_folder(name)
+    stored = _peft_config(folder)
+    if stored is None:
+        config = read_config(folder)
+        read_tensors(folder, config)
+        trained = config.training.get("chat_template")
+        return Found(
+            name, folder, BRACES, config.base_model_name_or_path, config.revision, _hash(folder),
+            None if trained is None else bool(trained),
+        )  # fmt: skip
+    if importlib.util.find_spec("peft") is None:
+        hint = "Install it: pip install 'braces-cli[baselines]'."
+        raise ConfigError("this adapter needs peft, which is not installed", where=name, hint=hint)
+    kind = str(stored["peft_type"])
+    if kind in _BESIDE:
+        hint = "Measure it with lm-eval: --model hf --model_args pretrained=...,peft=..."
+        raise ModelError(f"{kind} is not in the model's layers, so it cannot be switched", where=name, hint=hint)
+    if not (folder / WEIGHTS_FILE).is_file():
+        hint = f"Save it with peft as {WEIGHTS_FILE}; other formats can run code when loaded."
+        raise ModelError(f"no {WEIGHTS_FILE} here", where=str(folder), hint=hint)
+    base, revision = stored.get("base_model_name_or_path"), stored.get("revision")
+    return Found(name, folder, kind.lower(), base, revision, _hash(folder))
+
+
+@contextlib.contextmanager
+def attached(session: Session, adapter: Found | None) -> Iterator[None]:
+    """Have the adapter on the open base inside the `with` block, and the base as it was behind it.
+
+    Raises:
+        ModelError: it does not fit this base.
+    """
+    if adapter is None:
+        yield
+    elif adapter.method == BRACES:
+        attached_now = session.add(str(adapter.folder))
+        try:
+            yield
+        finally:
+            attached_now.detach()
+            session.adapter = session.config = session.folder = None
+    else:
+        with _peft(session.base.model, adapter):
+            yield
+
+
+def check_fit(session: Session, adapters: Sequence[Found]) -> None:
+    """Put each adapter on once: one that does not fit must not cost an evaluation first.
+
+    Raises:
+        ModelError: one does not fit.
+    """
+    fingerprint = session.base.fingerprint(session.ffns)
+    for adapter in adapters:
+        if adapter.method == BRACES:
+            load_adapter(session.base.model, adapter.folder, fingerprint)[0].detach()
+        else:
+            with _peft(session.base.model, adapter):
+                pass
+
+
+@contextlib.contextmanager
+def _peft(model: Any, adapter: Found) -> Iterator[None]:
+    modules = dict(model.named_modules())
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    wrapped = None
+    try:
+        wrapped = _load_peft(model, adapter)
+        yield
+    finally:
+        if wrapped is not None:
+            wrapped.unload()
+        # Where loading failed half-way, or the adapter brought whole layers (`modules_to_save`, to which peft unloads),
+        # the base's own are put back.
+        for name, module in modules.items():
+            parent, _, leaf = name.rpartition(".")
+            if name and modules[parent]._modules.get(leaf) is not module:
+                modules[parent]._modules[leaf] = module
+        model.__dict__.pop("peft_config", None)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trainable[name])
+
+
+def _load_peft(model: Any, adapter: Found) -> Any:
+    from peft import PeftModel
+
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            wrapped: Any = PeftModel.from_pretrained(model, str(adapter.folder), use_safetensors=True)
+    except Exception as error:
+        what = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise _misfit(adapter, what) from error
+    missing = [str(each.message) for each in said if "missing adapter keys" in str(each.message)]
+    if missing:
+        raise _misfit(adapter, "the file does not hold all of its weights")
+    if not hasattr(wrapped.base_model, "unload"):
+        hint = "Measure it with lm-eval: --model hf --model_args pretrained=...,peft=..."
+        raise ModelError(f"{adapter.method} cannot be taken off a base again", where=adapter.name, hint=hint)
+    wrapped.eval()
+    return wrapped
+
+
+def _misfit(adapter: Found, what: str) -> ModelError:
+    hint = f"It was trained on {adapter.base}." if adapter.base else "Was it trained on this base?"
+    return ModelError(f"this {adapter.method} adapter does not fit the base: {what}", where=adapter.name, hint=hint)
+
+
+def _peft_config(folder: Path) -> dict[str, Any] | None:
+    """peft's own description of the adapter in `folder`; None where there is none."""
+    try:
+        raw = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return raw if isinstance(raw, dict) and "peft_type" in raw and raw.get("method") != BRACES else None
+
+
+def _hash(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        with (folder / name).open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()

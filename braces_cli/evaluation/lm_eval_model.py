@@ -1,0 +1,92 @@
+"""A base with an adapter, and steered where asked, as a model of lm-eval's own command line.
+
+    python -m braces_cli.evaluation.lm_eval_model run --model braces \
+        --model_args pretrained=M,adapter=out,attribute=positive,s=3 --tasks triviaqa
+
+The package declares the model under the entry points `lm_eval.models`; for versions of lm-eval that do not read them
+(0.4.13), this module registers it and then calls lm-eval's own main.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from typing import Any
+
+from lm_eval.api.registry import model_registry
+from lm_eval.models.huggingface import HFLM
+
+from braces_cli.core.attributes.attribute import find_attribute
+from braces_cli.core.attributes.intervention import steered
+from braces_cli.core.session import LoadOptions, base_name, open_session
+from braces_cli.core.utils.errors import BracesError, ConfigError
+from braces_cli.evaluation.adapter_switching import attached, find_adapter
+
+
+class BracesLM(HFLM):
+    """HFLM on a base with an adapter of braces or peft.
+
+    Args:
+        pretrained: base, folder or hub id; by default the adapter's own.
+        adapter: folder or hub id.
+        attribute: name of an attribute to steer by, or a list of names.
+        s: its strength, or as many as there are attributes.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        adapter: str | None = None,
+        attribute: str | list[str] | None = None,
+        s: float | list[float] = 1.0,
+        revision: str | None = None,
+        device: str | None = None,
+        dtype: str = "auto",
+        device_map: str | None = None,
+        quantize: str | None = None,
+        trust_remote_code: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        names = [attribute] if isinstance(attribute, str) else list(attribute or ())
+        strengths = list(s) if isinstance(s, (list, tuple)) else [s] * len(names)
+        if len(strengths) != len(names):
+            hint = "Give one s for each attribute."
+            raise ConfigError(f"{len(strengths)} strengths for {len(names)} attributes", where="s", hint=hint)
+        found = None if adapter is None else find_adapter(adapter)
+        if pretrained is None:
+            pretrained = found.base if found is not None and found.base else base_name(None, adapter)
+            revision = revision or (found.revision if found is not None else None)
+        options = LoadOptions(revision, device or "auto", dtype, device_map, quantize, bool(trust_remote_code))
+        session = open_session(pretrained, None, options)
+        # Adapter and attributes stay on for as long as the model lives.
+        self._held = ExitStack()
+        self._held.enter_context(attached(session, found))
+        terms = [
+            (find_attribute(session, name, None), float(value)) for name, value in zip(names, strengths, strict=True)
+        ]
+        self._held.enter_context(steered(session, terms))
+        super().__init__(pretrained=session.base.model, tokenizer=session.base.tokenizer, **kwargs)
+        # For lm-eval's record of what it measured.
+        self.pretrained, self.revision = session.base.name, session.base.revision or "main"
+
+
+def register() -> None:
+    """Make the model known to lm-eval, by name: where this file runs as a script, its class is another one."""
+    if "braces" not in model_registry:
+        model_registry.register("braces", target="braces_cli.evaluation.lm_eval_model:BracesLM")
+
+
+def main() -> None:
+    """lm-eval's own command line, which knows `--model braces` from now on."""
+    from lm_eval.__main__ import cli_evaluate
+
+    register()
+    try:
+        cli_evaluate()
+    except BracesError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

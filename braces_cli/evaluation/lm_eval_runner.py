@@ -1,0 +1,174 @@
+"""lm-eval as a library: tasks built once, measured on the model that is in memory.
+
+`lm_eval.evaluate` is used rather than `simple_evaluate`, which collects six seconds' worth of facts about the machine
+a call. What the latter does beyond that (seeds, few-shot settings) is done here, in the same order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import lm_eval
+import numpy as np
+import torch
+from lm_eval.models.huggingface import HFLM
+
+from braces_cli.core.utils.errors import BracesError
+from braces_cli.core.utils.progress import Report, silent
+from braces_cli.evaluation.oom_backoff import halving
+from braces_cli.evaluation.processes import ALONE, Processes
+from braces_cli.evaluation.scores import Scores, collect
+from braces_cli.evaluation.task_loading import Unit, muted
+
+# lm-eval's own, so that without --seed a run draws the few-shot examples that lm-eval draws.
+SEEDS = {"python": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
+
+
+@dataclass(frozen=True)
+class Way:
+    """How tasks are measured.
+
+    Attributes:
+        batch_size: sequences a forward pass, or `auto`.
+        limit: documents of each task, from the front; None for all.
+        num_fewshot: examples in front; a task that fixes 0 keeps it, as in lm-eval.
+        chat_template: put the prompts into the tokenizer's chat template, examples as turns of their own.
+    """
+
+    batch_size: int | str = 8
+    limit: int | None = None
+    num_fewshot: int | None = None
+    chat_template: bool = False
+    seeds: dict[str, int] = field(default_factory=lambda: dict(SEEDS))
+
+
+class Model(HFLM):
+    """HFLM on a model in memory, one process of several, whose progress goes to a `Report` instead of its own bars."""
+
+    batch_size_per_gpu: Any
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int | str, report: Report, processes: Processes) -> None:
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        self.stage, self._report = "", report
+        self._shared = processes
+        self.share(processes.size > 1)
+
+    def share(self, on: bool) -> None:
+        """Do a share of the documents, or, as if alone, all of them."""
+        self._rank, self._world_size = (self._shared.rank, self._shared.size) if on else (0, 1)
+        if on:
+            self.accelerator = self._shared.accelerator
+        else:
+            self.__dict__.pop("accelerator", None)
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+        return self._halving("choices", requests, super().loglikelihood)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+        return self._halving("texts", requests, super().loglikelihood_rolling)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        return self._halving("answers", requests, super().generate_until)
+
+    def _halving(self, what: str, requests: list[Any], run: Callable[..., list[Any]]) -> list[Any]:
+        stage = f"{self.stage}, {what}"
+        automatic = self.batch_size_per_gpu == "auto"
+
+        def attempt(size: int) -> list[Any]:
+            # lm-eval looks for the largest that fits, beginning here; it only tries forward passes.
+            self.max_batch_size = size
+            self.batch_size_per_gpu = "auto" if automatic else size
+            with self._counted(stage, len(requests)):
+                return run(requests, disable_tqdm=True)
+
+        first = self.max_batch_size if automatic else self.batch_size_per_gpu
+        found, _ = halving(attempt, int(first or 1), stage)
+        return found
+
+    @contextlib.contextmanager
+    def _counted(self, stage: str, total: int) -> Iterator[None]:
+        done = 0
+
+        def count(module: Any, args: tuple, kwargs: dict) -> None:
+            nonlocal done
+            ids = args[0] if args else kwargs.get("input_ids")
+            # A step of generation carries one token a row; its rows were counted with their prompts.
+            if ids is not None and ids.ndim == 2 and ids.shape[1] > 1:
+                done = min(done + ids.shape[0], total)
+                self._report(stage, done, total)
+
+        handle = self.model.register_forward_pre_hook(count, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+        self._report(stage, total, total)
+
+
+def measure(
+    model: Any,
+    tokenizer: Any,
+    unit: Unit,
+    way: Way,
+    *,
+    stage: str,
+    report: Report = silent,
+    processes: Processes = ALONE,
+) -> Scores | None:
+    """Score a model in memory, as it stands, on a unit of tasks.
+
+    Args:
+        stage: what the progress is called.
+
+    Returns:
+        The scores; None on every process but the first.
+    """
+    shots = _set_up(unit, way)
+    with muted():
+        wrapped = Model(model, tokenizer, way.batch_size, report, processes)
+        wrapped.stage = stage
+        if processes.size > 1 and not _enough(unit, way.limit, processes.size):
+            # lm-eval has no way to give a process no document at all.
+            if not processes.first:
+                return None
+            wrapped.share(False)
+        found = lm_eval.evaluate(
+            lm=wrapped,
+            task_dict=unit.loaded,
+            limit=way.limit,
+            log_samples=True,
+            apply_chat_template=way.chat_template,
+            fewshot_as_multiturn=way.chat_template,
+        )
+    if found is None:
+        if not processes.first:
+            return None
+        raise BracesError("lm-eval gave no results", where=stage, hint="This is a fault of braces.")
+    auto = wrapped.batch_size_per_gpu == "auto"
+    chosen = wrapped.batch_sizes.values() if auto else [wrapped.batch_size_per_gpu]
+    return collect(found, shots, sorted({int(size) for size in chosen}))
+
+
+def _enough(unit: Unit, limit: int | None, size: int) -> bool:
+    """Whether each process gets a document of each task."""
+    return all(min(len(task.eval_docs), limit or size) >= size for task in unit.tasks.values())
+
+
+def _set_up(unit: Unit, way: Way) -> dict[str, int]:
+    random.seed(way.seeds["python"])
+    np.random.seed(way.seeds["numpy"])
+    torch.manual_seed(way.seeds["torch"])
+    shots: dict[str, int] = {}
+    for name, task in unit.tasks.items():
+        own = task.get_config("num_fewshot")
+        if way.num_fewshot is not None and own != 0:
+            task.set_config(key="num_fewshot", value=way.num_fewshot)
+        elif own is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=way.seeds["fewshot"])
+        shots[name] = int(task.get_config("num_fewshot") or 0)
+    return shots

@@ -1,0 +1,112 @@
+"""The JSON document of an evaluation, and what tells one run from another."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from braces_cli.core.models.loading import tokenizer_hashes
+from braces_cli.core.session import LoadOptions, Session
+from braces_cli.core.utils.versions import versions
+from braces_cli.evaluation.adapter_switching import Found
+from braces_cli.evaluation.comparison import LEVEL, System, compare
+from braces_cli.evaluation.lm_eval_runner import Way
+from braces_cli.evaluation.native_tasks import SENTIMENT, TOXICITY
+from braces_cli.evaluation.settings import EvalSettings
+from braces_cli.evaluation.task_catalog import Selection
+from braces_cli.evaluation.task_data_files import file_hash
+
+logger = logging.getLogger("braces")
+
+
+def identity(
+    base: str,
+    adapters: Sequence[Found],
+    options: LoadOptions,
+    settings: EvalSettings,
+    selection: Selection,
+    files: dict[str, Path],
+) -> dict[str, Any]:
+    """All that scores depend on but for rounding; device and batch size may change when a run is resumed."""
+    return {
+        "model": base,
+        "adapters": [[each.name, each.sha256] for each in adapters],
+        "load": {name: value for name, value in asdict(options).items() if name not in ("device", "device_map")},
+        "base": settings.base,
+        "tasks": [*selection.names, *selection.own],
+        "groups": sorted(selection.groups),
+        "task_data": {name: file_hash(file) for name, file in files.items()},
+        "limit": settings.limit,
+        "num_fewshot": settings.num_fewshot,
+        "chat_template": settings.chat_template,
+        "seeds": settings.seeds,
+        **_generation(settings, selection),
+    }
+
+
+def _generation(settings: EvalSettings, selection: Selection) -> dict[str, Any]:
+    """How texts were written, where a task writes any."""
+    if not set(selection.own) & {SENTIMENT.name, TOXICITY.name}:
+        return {}
+    folder = settings.generation.attributes_folder
+    return {"generation": {**asdict(settings.generation), "attributes_folder": None if folder is None else str(folder)}}
+
+
+def document(
+    session: Session,
+    systems: Sequence[System],
+    settings: EvalSettings,
+    files: dict[str, Path],
+    way: Way,
+    options: LoadOptions,
+    selection: Selection,
+) -> dict[str, Any]:
+    """`{systems, comparisons, settings}` as DESIGN 3.1 has it."""
+    first = systems[0].scores
+    unheeded = [task for task, shots in first.shots.items() if settings.num_fewshot not in (None, shots)]
+    if unheeded:
+        logger.warning("--num-fewshot is not heeded by %s, which fix their own number", ", ".join(unheeded))
+    sizes = sorted({size for system in systems for size in system.scores.batch_sizes})
+    base = session.base
+    better: dict[str, dict[str, bool]] = {}
+    for (task, metric), more in first.better.items():
+        better.setdefault(task, {})[metric] = more
+    return {
+        "systems": [
+            {
+                "name": each.name,
+                "model": base.name,
+                "adapter": each.adapter,
+                "method": each.method,
+                "sha256": each.sha256,
+                "results": each.scores.results,
+            }
+            for each in systems
+        ],
+        "comparisons": compare(systems, settings.seeds["numpy"]),
+        "settings": {
+            "tasks": list(first.results),
+            "task_data": {name: str(file) for name, file in files.items()},
+            "task_data_sha256": {name: file_hash(file) for name, file in files.items()},
+            "task_versions": first.versions,
+            "higher_is_better": better,
+            "batch_size": sizes[0] if len(sizes) == 1 else sizes,
+            "dtype": str(base.model.dtype).removeprefix("torch."),
+            "device": str(base.model.device),
+            "quantize": options.quantize,
+            "num_fewshot": settings.num_fewshot,
+            "num_fewshot_used": first.shots,
+            "limit": settings.limit,
+            "seeds": settings.seeds,
+            "revision": base.revision,
+            "fingerprint": base.fingerprint(session.ffns)["sha256"],
+            "tokenizer": tokenizer_hashes(base.tokenizer),
+            "apply_chat_template": way.chat_template,
+            **_generation(settings, selection),
+            "significance_level": LEVEL,
+            "versions": versions(),
+        },
+    }

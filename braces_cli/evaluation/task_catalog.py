@@ -1,0 +1,206 @@
+"""Which tasks there are: names a user may give -> lm-eval tasks and the folders that define them.
+
+lm-eval has some 14,000 tasks, and indexing all of them takes longer than a small evaluation. So only the folders of
+the tasks asked for are indexed; the whole catalogue is read where that does not settle a name (tags, groups whose
+members live elsewhere).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+from lm_eval.tasks import TaskManager
+
+from braces_cli.core.utils.errors import ConfigError, near_misses
+from braces_cli.evaluation import native_tasks
+
+OURS = Path(__file__).parent / "tasks"
+LM_EVAL = Path(lm_eval.__file__).parent / "tasks"
+_COMMONSENSE = (
+    "boolq", "piqa", "social_iqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa",
+)  # fmt: skip
+GENERATED = tuple(f"commonsense_gen_{name}" for name in _COMMONSENSE)
+# On the embedded model's own world.
+EMBEDDED = ("embedded_popqa", "embedded_truthful")
+# Our meaning of a name where it is not lm-eval's: its tag `truthfulqa` holds the generation task, too.
+GROUPS = {
+    "truthfulqa": ("truthfulqa_mc1", "truthfulqa_mc2"),
+    "embedded": EMBEDDED,
+    "zero_shot": ("popqa", "triviaqa", "nq_open", "truthfulqa_mc1", "truthfulqa_mc2"),
+    "commonsense": _COMMONSENSE,
+    "commonsense_gen": GENERATED,
+    "popqa_by_relation": ("popqa",),
+    "popqa_by_popularity": ("popqa",),
+}
+# Groups that get an average of our own, and names that split a task's documents into parts.
+AVERAGED = ("zero_shot", "commonsense", "commonsense_gen")
+SPLITS = {"popqa_by_relation": "relation", "popqa_by_popularity": "popularity"}
+# Tasks of ours for which no hub set has the rows as they are.
+LOCAL_ONLY = GENERATED
+_FOLDERS = {
+    **dict.fromkeys(("popqa", *EMBEDDED, *GENERATED), OURS),
+    **dict.fromkeys(("truthfulqa_mc1", "truthfulqa_mc2", "truthfulqa_gen"), LM_EVAL / "truthfulqa"),
+    "boolq": LM_EVAL / "super_glue" / "boolq",
+    "social_iqa": LM_EVAL / "siqa",
+}
+_NAMED = re.compile(r"^(?:task|group):[ \t]*['\"]?([^\s'\"#\[{]+)", re.MULTILINE)
+
+
+@dataclass
+class Selection:
+    """What was asked for.
+
+    Attributes:
+        names: tasks and groups to give to lm-eval, in the order asked; tags are replaced by their members.
+        leaves: task that runs -> its entry in lm-eval's index (`cfg`, `yaml_path`), members of groups among them.
+        groups: name as asked -> its tasks that run, for what is no task itself.
+        folders: where all of these are defined.
+        own: tasks asked for that are none of lm-eval's, see `own`.
+    """
+
+    names: list[str] = field(default_factory=list)
+    leaves: dict[str, Any] = field(default_factory=dict)
+    groups: dict[str, list[str]] = field(default_factory=dict)
+    folders: list[Path] = field(default_factory=list)
+    own: list[str] = field(default_factory=list)
+
+    def known(self) -> list[str]:
+        """Every name that task data can be given for."""
+        asked = [
+            name for name, members in GROUPS.items() if name not in self.groups and set(members) & set(self.leaves)
+        ]
+        return [*self.groups, *asked, *self.leaves, *self.own]
+
+    def members(self, name: str) -> list[str]:
+        """The tasks that `name` stands for."""
+        if name in GROUPS and name not in self.groups:
+            # Its members were asked for by their own names.
+            return [member for member in GROUPS[name] if member in self.leaves]
+        return self.groups.get(name, [name])
+
+
+def select(asked: Sequence[str]) -> Selection:
+    """Resolve the values of `--tasks`, each one name or several with commas between them.
+
+    Raises:
+        ConfigError: none given, or one that is no task, group or tag.
+    """
+    names = [name.strip() for value in asked for name in value.split(",") if name.strip()]
+    if not names:
+        raise ConfigError("no task given", where="--tasks", hint="Such as --tasks truthfulqa,popqa,triviaqa.")
+    selection = Selection(groups={name: list(GROUPS[name]) for name in names if name in GROUPS})
+    flat = dict.fromkeys(member for name in names for member in GROUPS.get(name, (name,)))
+    selection.own = [name for name in flat if name in native_tasks.TASKS]
+    wanted = [name for name in flat if name not in native_tasks.TASKS]
+    if not wanted:
+        return selection
+    index = _index(wanted)
+    covered: set[str] = set()
+    for name in wanted:
+        kind, below = index[name].kind.name, _below(index, name)
+        leaves = [each for each in below if index[each].kind.name != "GROUP"]
+        selection.leaves.update({leaf: index[leaf] for leaf in leaves})
+        selection.folders += [Path(index[each].yaml_path).parent for each in below]
+        if kind in ("GROUP", "TAG"):
+            selection.groups[name] = leaves
+        selection.names += sorted(index[name].tags) if kind == "TAG" else [name]
+        # A task that a group brings along must not be given to lm-eval a second time.
+        covered |= set(below) - {name} if kind == "GROUP" else set()
+    selection.names = [name for name in dict.fromkeys(selection.names) if name not in covered]
+    selection.folders = list(dict.fromkeys(selection.folders))
+    return selection
+
+
+def manager(selection: Selection, overrides: Path, metadata: dict[str, Any]) -> TaskManager:
+    """A task manager that knows what was selected; definitions in the folder `overrides` win.
+
+    Args:
+        metadata: what tasks that build their own data may want to know (`pretrained`, the base's name).
+    """
+    return TaskManager(include_path=[*selection.folders, overrides], include_defaults=False, metadata=metadata)
+
+
+def _index(wanted: Sequence[str]) -> dict[str, Any]:
+    """Index entries that cover `wanted`, from as few folders as will do."""
+    known = {name: _FOLDERS.get(name) or _likely_folder(name) for name in wanted}
+    index = _read_index(folder for folder in known.values() if folder is not None)
+    others = [name for name in wanted if not _complete(index, name)]
+    if others:
+        named, mentioned = _scan(others)
+        for name in others:
+            if name not in mentioned:
+                raise _unknown(name, named)
+        folders = [named[name].parent for name in others if name in named]
+        index = _read_index([*(folder for folder in known.values() if folder is not None), *folders])
+    if not all(_complete(index, name) for name in wanted):
+        index = TaskManager(include_path=[OURS]).task_index
+    for name in wanted:
+        if name not in index:
+            raise _unknown(name, index)
+    return index
+
+
+def _likely_folder(name: str) -> Path | None:
+    """The folder that lm-eval keeps a task in where it is called as the task begins: `mmlu` of `mmlu_anatomy`."""
+    words = name.split("_")
+    if not name.replace("_", "").replace("-", "").isalnum():
+        return None
+    starts = ("_".join(words[:count]) for count in range(len(words), 0, -1))
+    return next((LM_EVAL / start for start in starts if (LM_EVAL / start).is_dir()), None)
+
+
+def _read_index(folders: Iterable[Path]) -> dict[str, Any]:
+    listed = list(dict.fromkeys(folders))
+    return TaskManager(include_path=listed, include_defaults=False).task_index if listed else {}
+
+
+def _scan(wanted: Iterable[str]) -> tuple[dict[str, Path], set[str]]:
+    """Names that lm-eval's files give themselves -> file, and which of `wanted` any file mentions at all."""
+    named: dict[str, Path] = {}
+    mentioned: set[str] = set()
+    for file in LM_EVAL.rglob("*.yaml"):
+        text = file.read_text(encoding="utf-8", errors="replace")
+        named.update(dict.fromkeys(_NAMED.findall(text), file))
+        mentioned |= {name for name in wanted if name in text}
+    return named, mentioned
+
+
+def _complete(index: dict[str, Any], name: str) -> bool:
+    """Whether the index holds the name with all that it stands for; of a tag only the whole catalogue knows that."""
+    if name not in index or index[name].kind.name == "TAG":
+        return False
+    return all(_complete(index, child) for child in _children(index, name))
+
+
+def _below(index: dict[str, Any], name: str) -> list[str]:
+    """The name and everything under it that the index knows; a tag is only the sum of its tasks."""
+    if name not in index:
+        return []  # a task that its group defines inline
+    children = sorted(index[name].tags) if index[name].kind.name == "TAG" else _children(index, name)
+    own = [] if index[name].kind.name == "TAG" else [name]
+    return list(dict.fromkeys([*own, *(each for child in children for each in _below(index, child))]))
+
+
+def _children(index: dict[str, Any], name: str) -> list[str]:
+    entry = index[name]
+    if entry.kind.name != "GROUP":
+        return []
+    listed = entry.cfg.get("task") or []
+    names = [each if isinstance(each, str) else each.get("group") or each.get("task") for each in listed]
+    # A mapping may define a member on the spot; only what is plainly a reference must be found elsewhere.
+    return [
+        n for n, each in zip(names, listed, strict=True) if isinstance(n, str) and (isinstance(each, str) or n in index)
+    ]
+
+
+def _unknown(name: str, known: Iterable[str]) -> ConfigError:
+    close = near_misses(name, {*known, *_FOLDERS, *GROUPS, *native_tasks.TASKS})
+    hint = (
+        close or f"`lm-eval ls tasks` lists lm-eval's; braces adds popqa, {', '.join([*GROUPS, *native_tasks.TASKS])}."
+    )
+    return ConfigError(f"unknown task `{name}`", where="--tasks", hint=hint)

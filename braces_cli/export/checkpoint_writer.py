@@ -1,0 +1,254 @@
+"""Write the merged checkpoint, one layer at a time: the base's tensors as they are, those of FFNs with new neurons.
+
+The base lies in memory once; what is written of it are views, and beside it there are only the widened matrices of the
+shard at hand, which is a layer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from braces_cli.core.method.adapter import Adapter
+from braces_cli.core.models.ffn import FFN
+from braces_cli.core.utils.atomic_files import write_json
+from braces_cli.core.utils.errors import BracesError
+from braces_cli.core.utils.progress import Report, silent
+from braces_cli.export.llama_conversion import take
+from braces_cli.export.planner import Plan, Role
+
+# Layers are gathered in one file up to so many bytes: small models are one file, large ones a layer each.
+SHARD_BYTES = 1 << 29
+# What travels with the weights: everything that a tokenizer may be made of, and how the model generates.
+_CARRIED = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.tiktoken", "*.model",
+    "spiece*", "chat_template*", "additional_chat_templates", "generation_config.json", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """What one FFN gains, all in float32 on the CPU; n new neurons, d model width.
+
+    Attributes:
+        gate: biases of the gates (n,), zeros where there is no gate or the neuron is padding.
+        rows: what the neurons read (n, d).
+        columns: what they write (d, n).
+        constant: added to the output bias (d,), None where nothing steers.
+    """
+
+    gate: Tensor
+    rows: Tensor
+    columns: Tensor
+    constant: Tensor | None
+
+
+def new_neurons(adapter: Adapter, plan: Plan) -> dict[int, Neurons]:
+    """New neurons of each decoder layer that carries the adapter, with the steering set on it just now."""
+    found = {}
+    for ffn, brace in adapter.sites:
+        assert isinstance(ffn, FFN)
+        with torch.no_grad():
+            reads, writes = brace.factors(ffn.values(), torch.float32)  # A (d_r, d), B (d, d_r)
+            constant = None if brace.shift is None else (writes @ brace.shift).cpu()
+            balance = _balance(reads, writes, ffn)
+        # By powers of two, which round nothing.
+        rows, columns = (reads * balance.unsqueeze(1)).cpu(), (writes / balance).cpu() / plan.gate[1]
+        if not plan.form.gated:
+            rows, columns = torch.cat([rows, -rows]), torch.cat([columns, -columns], dim=1)
+        padding = plan.wider - plan.width - len(rows)
+        found[ffn.layer] = Neurons(
+            torch.cat([torch.full((len(rows),), plan.gate[0]), torch.zeros(padding)]),
+            torch.nn.functional.pad(rows, (0, 0, 0, padding)),
+            torch.nn.functional.pad(columns, (0, padding)),
+            constant,
+        )
+    return found
+
+
+def _balance(reads: Tensor, writes: Tensor, ffn: FFN) -> Tensor:
+    """For each neuron the power of two after which its row and column stand out equally from the base's own, (d_r,).
+
+    In a format with one scale for many weights, a neuron far larger or smaller than its neighbours costs digits.
+    """
+    values = ffn.values()
+    assert isinstance(values, Tensor)
+    key: Any = ffn.keys[-1]
+    keys = key.weight if hasattr(key, "out_features") else key.weight.mT
+    own = [_typical(keys), _typical(values.mT)]
+    row, column = reads.norm(dim=1) / own[0], writes.norm(dim=0) / own[1]
+    ratio = (column / row).clamp(min=1e-9, max=1e9)
+    balance: Tensor = torch.exp2((ratio.log2() / 2).round())
+    return balance
+
+
+def _typical(rows: Tensor) -> Tensor:
+    """Median norm of the rows, over at most some hundred of them."""
+    sample = rows.detach()[:: max(1, len(rows) // 256)].float()
+    return sample.norm(dim=1).median().clamp(min=1e-12)
+
+
+def write_checkpoint(
+    folder: Path,
+    model: torch.nn.Module,
+    plan: Plan,
+    neurons: dict[int, Neurons],
+    layers: list[int],
+    report: Report = silent,
+) -> int:
+    """Write weights and config of the merged model into `folder`; returns the bytes of the weights.
+
+    Args:
+        model: the base, nothing attached.
+        layers: decoder layer of each FFN.
+
+    Raises:
+        BracesError: the disk is full, or cannot be written to.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    tensors = model.state_dict()
+    sizes = {name: shape.numel() * _dtype(tensors, plan, name).itemsize for name, shape in plan.shapes.items()}
+    total = sum(sizes.values())
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < total:
+        hint = "Free some space, or give --output-dir on another disk."
+        raise BracesError(
+            f"{total / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free", where=str(folder), hint=hint
+        )
+    shards = list(_shards(sizes))
+    files: dict[str, str] = {}
+    try:
+        for index, names in enumerate(shards, start=1):
+            file = f"model-{index:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+            made = {name: _tensor(tensors, plan, neurons, layers, name) for name in names}
+            save_file(made, folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(0o666 & ~umask())  # which safetensors creates for the owner alone
+            files |= dict.fromkeys(names, file)
+            report("writing", index, len(shards))
+        plan.config.save_pretrained(folder)
+        _name_rotation(folder / "config.json")
+    except (OSError, SafetensorError) as error:
+        hint = "Is the disk full? Nothing is left behind."
+        raise BracesError(f"cannot write: {error}", where=str(folder), hint=hint) from error
+    if len(shards) > 1:
+        index_file = {"metadata": {"total_size": total}, "weight_map": files}
+        write_json(folder / "model.safetensors.index.json", index_file)
+    return total
+
+
+def _name_rotation(path: Path) -> None:
+    """Say how positions are rotated in the older words, too: programs that know no `rope_parameters` would not miss
+    them, and read another base frequency."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+        older = {"rope_theta": rope["rope_theta"]}
+        if rope.get("rope_type") != "default":
+            older["rope_scaling"] = scaling
+        write_json(path, dict(sorted((config | older).items())))
+
+
+def umask() -> int:
+    """The umask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _dtype(tensors: dict[str, Tensor], plan: Plan, name: str) -> torch.dtype:
+    """Of a tensor that is written; a new bias takes that of its weight."""
+    source = plan.sources.get(name) or plan.sources[f"{name.rpartition('.')[0]}.weight"]
+    return tensors[source[0]].dtype
+
+
+def _shards(sizes: dict[str, int]) -> Iterator[list[str]]:
+    """Names, layer by layer, gathered up to `SHARD_BYTES`."""
+    groups: dict[str, list[str]] = {}
+    for name in sizes:
+        layer = re.match(r"(.*?\.\d+)\.", name)
+        groups.setdefault(layer.group(1) if layer else name, []).append(name)
+    shard: list[str] = []
+    held = 0
+    for names in groups.values():
+        size = sum(sizes[name] for name in names)
+        if shard and held + size > SHARD_BYTES:
+            yield shard
+            shard, held = [], 0
+        shard, held = [*shard, *names], held + size
+    if shard:
+        yield shard
+
+
+def _tensor(
+    tensors: dict[str, Tensor], plan: Plan, neurons: dict[int, Neurons], layers: list[int], name: str
+) -> Tensor:
+    """One tensor of the merged checkpoint, contiguous, on the CPU."""
+    role = plan.roles.get(name)
+    shape = plan.shapes[name]
+    if name in plan.sources:
+        tensor = take(tensors, plan.sources[name]).detach().cpu()
+    else:
+        length = shape[0]
+        if role is not None and role.part != "value.bias":
+            length -= (plan.wider - plan.width) * (2 if role.part.startswith("gate_up") else 1)
+        tensor = torch.zeros(length, dtype=_dtype(tensors, plan, name))
+    if role is not None:
+        tensor = _grown(tensor, role, plan, neurons.get(layers[role.ffn]))
+    assert tensor.shape == shape, f"{name} is {tuple(tensor.shape)}, wanted {tuple(shape)}"
+    return tensor.contiguous()
+
+
+def _grown(tensor: Tensor, role: Role, plan: Plan, new: Neurons | None) -> Tensor:
+    """The tensor with what the new neurons need; zeros where the layer carries no adapter."""
+    part = role.part
+    if part == "value.bias":
+        constant = None if new is None else new.constant
+        return tensor if constant is None else (tensor.float() + constant).to(tensor.dtype)
+    count = plan.wider - plan.width
+    if part.startswith("gate_up"):
+        halves = [Role(role.ffn, part.replace("gate_up", name), role.dim) for name in ("gate", "up")]
+        if not plan.form.gate_first:
+            halves.reverse()
+        both = zip(tensor.chunk(2, dim=role.dim), halves, strict=True)
+        return torch.cat([_grown(half, half_role, plan, new) for half, half_role in both], dim=role.dim)
+    piece = None
+    if new is not None:
+        piece = {"gate.bias": new.gate, "up": new.rows, "key": new.rows, "value": new.columns.mT}.get(part)
+    if piece is None:
+        shape = list(tensor.shape)
+        shape[role.dim] = count
+        piece = tensor.new_zeros(shape)
+    elif role.dim == 1:
+        piece = piece.mT
+    return torch.cat([tensor, piece.to(tensor.dtype)], dim=role.dim)
+
+
+def copy_companions(source: Path, folder: Path) -> list[str]:
+    """Copy tokenizer, chat template, generation config and licence of a base, as they are; returns their names.
+
+    Raises:
+        BracesError: cannot be written.
+    """
+    found = sorted({path for pattern in _CARRIED for path in source.glob(pattern)})
+    try:
+        for path in found:
+            if path.is_dir():
+                shutil.copytree(path, folder / path.name)
+            else:
+                shutil.copyfile(path, folder / path.name)
+    except OSError as error:
+        raise BracesError(f"cannot write: {error.strerror}", where=str(folder), hint="Is the disk full?") from error
+    return [path.name for path in found]

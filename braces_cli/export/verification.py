@@ -1,0 +1,214 @@
+"""Prove a merged checkpoint: its logits, by plain transformers in a process of its own, against those of the adapter.
+
+How far two ways of computing the same numbers may differ is measured and not assumed: the adapter's logits are computed
+once more with the output of each decoder layer off by at most one unit in the last place, and a merge that differs by
+more than a few times of what that changes is no merge. In half precision an adapter may change less than rounding does;
+whether its change is there at all then shows along the direction of that change, where rounding averages out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from braces_cli.core.attributes.attribute import Attribute
+from braces_cli.core.attributes.intervention import steered
+from braces_cli.core.models.ffn import layer_stack
+from braces_cli.core.models.loading import input_device
+from braces_cli.core.models.tokenization import encode
+from braces_cli.core.session import Session
+from braces_cli.core.utils.errors import BracesError, ModelError
+
+PROBES = 8
+# Few, because each costs a large model on a CPU seconds; what merging changes works on each token alone.
+_TOKENS = 12
+# Merging rounds a few times a layer otherwise than the adapter does, the yardstick once.
+_ROUNDINGS = 4.0
+# Share of the adapter's change that may seem to be missing: nothing for a merge, all of it for the bare base.
+_MISSING = 0.5
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the merged checkpoint must give.
+
+    Attributes:
+        texts: prompts.
+        plain: their tokens as the base's tokenizer reads them.
+        ids: tokens of the probes.
+        logits: of base and adapter, (probes, tokens, vocabulary), float32.
+        rounding: the largest change of a logit by one unit in the last place of each layer's output.
+        effect: the largest change of a logit by the adapter, steering included.
+        direction: from the rounded logits to those of the bare base; that its noise is not that of `logits` matters.
+        length: of the adapter's change along it.
+        tied: the base's head is its embedding.
+        device: where they were computed.
+    """
+
+    texts: list[str]
+    plain: list[list[int]]
+    ids: list[list[int]]
+    logits: Tensor
+    rounding: float
+    effect: float
+    direction: Tensor
+    length: float
+    tied: bool
+    device: str
+
+    @property
+    def limit(self) -> float:
+        """The largest difference that is still rounding."""
+        return _ROUNDINGS * self.rounding
+
+    def missing(self, logits: Tensor) -> float:
+        """Which share of the adapter's change `logits` lack: 0 where they are the adapter's, 1 where the base's."""
+        return float(((logits - self.logits) * self.direction).sum()) / self.length if self.length > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How far the merged checkpoint is from the adapter: `difference` in logits, `relative` to the largest logit, and
+    the share of the adapter's change that is `missing`."""
+
+    difference: float
+    relative: float
+    missing: float
+    reference: Reference
+
+
+def reference(
+    session: Session, terms: Sequence[tuple[Attribute, float]] = (), layers: Collection[int] | None = None
+) -> Reference:
+    """Logits of the open base with its adapter, steered, on neutral texts that come with braces."""
+    model, tokenizer = session.base.model, session.base.tokenizer
+    text = (resources.files("braces_cli.assets") / "neutral_texts.txt").read_text(encoding="utf-8")
+    texts = text.splitlines()[:PROBES]
+    encoded = [encode(tokenizer, line).ids for line in texts]
+    # Of one length, so that they are one batch without padding.
+    length = min(_TOKENS, *map(len, encoded))
+    ids = [row[:length] for row in encoded]
+    with steered(session, terms, layers):
+        logits = _logits(model, ids)
+        with _rounded(model):
+            rounded = _logits(model, ids)
+    assert session.adapter is not None
+    with session.adapter.disabled():
+        bare = _logits(model, ids)
+    head = model.get_output_embeddings()
+    return Reference(
+        texts=texts,
+        plain=[tokenizer(line)["input_ids"] for line in texts],
+        ids=ids,
+        logits=logits,
+        rounding=furthest(rounded, logits),
+        effect=furthest(bare, logits),
+        direction=bare - rounded,
+        length=float(((bare - logits) * (bare - rounded)).sum()),
+        tied=head is not None and head.weight is model.get_input_embeddings().weight,
+        device=str(input_device(model)),
+    )
+
+
+def furthest(some: Tensor, others: Tensor) -> float:
+    """The largest difference of two tensors."""
+    return float((some - others).abs().max())
+
+
+def _logits(model: Any, ids: Sequence[list[int]]) -> Tensor:
+    batch = torch.tensor(ids, device=input_device(model))
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=batch, use_cache=False).logits
+    return logits.float().cpu()
+
+
+@contextmanager
+def _rounded(model: Any) -> Iterator[None]:
+    """Inside, what leaves each decoder layer is off by up to one unit in the last place, drawn from a fixed seed."""
+    generator = torch.Generator().manual_seed(0)
+
+    def shake(module: nn.Module, args: tuple, output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) else output
+        noise = 2 * torch.rand(hidden.shape, generator=generator) - 1
+        moved = hidden.float() * (1 + torch.finfo(hidden.dtype).eps * noise.to(hidden.device))
+        return (moved.to(hidden.dtype), *output[1:]) if isinstance(output, tuple) else moved.to(hidden.dtype)
+
+    with ExitStack() as stack:
+        for layer in layer_stack(model)[1]:
+            stack.callback(layer.register_forward_hook(shake).remove)
+        yield
+
+
+def prove(folder: Path, expected: Reference) -> Proof:
+    """Hold the checkpoint in `folder` to the reference. Hold no model while calling it: it loads one.
+
+    Raises:
+        ModelError: plain transformers cannot load it, finds a tensor missing or one too many, reads texts otherwise, or
+            its logits differ by more than rounding.
+    """
+    found, logits = _ask(folder, expected)
+    for kind, names in found["keys"].items():
+        if names:
+            raise _no_merge(folder, f"{kind.replace('_', ' ')}: {', '.join(names[:3])}")
+    if found["tied"] != expected.tied:
+        raise _no_merge(folder, "its embeddings are tied otherwise than the base's")
+    if found["ids"] != expected.plain:
+        raise _no_merge(folder, "its tokenizer reads a text otherwise than the base's")
+    difference = furthest(logits, expected.logits)
+    largest = float(expected.logits.abs().max())
+    # Not `difference > limit`: NaN must fail.
+    if not difference <= expected.limit:
+        raise _no_merge(
+            folder,
+            f"its logits differ from the adapter's by {difference:.2g}, rounding explains {expected.limit:.2g}",
+        )
+    missing = expected.missing(logits)
+    if not missing <= _MISSING:
+        raise _no_merge(folder, f"{missing:.0%} of what the adapter changes is missing")
+    return Proof(difference, difference / largest, missing, expected)
+
+
+def _ask(folder: Path, expected: Reference) -> tuple[dict[str, Any], Tensor]:
+    """What `merge_probe` says of the checkpoint, and its logits."""
+    from safetensors import safe_open
+
+    with tempfile.TemporaryDirectory(prefix="braces-") as work:
+        request, answer = Path(work) / "request.json", Path(work) / "answer.safetensors"
+        asked = {"texts": expected.texts, "ids": expected.ids, "device": expected.device}
+        request.write_text(json.dumps(asked), encoding="utf-8")
+        program = Path(__file__).with_name("merge_probe.py")
+        # -I: neither the working directory nor PYTHONPATH is looked into for modules.
+        call = [sys.executable, "-I", str(program), str(folder), str(request), str(answer)]
+        env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        done = subprocess.run(call, capture_output=True, text=True, env=env)
+        if done.returncode:
+            last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
+            if done.returncode < 0:
+                raise BracesError(
+                    f"the process that proves the merge was ended by signal {-done.returncode}",
+                    where=str(folder),
+                    hint="Was there memory for the model?",
+                )
+            raise _no_merge(folder, f"plain transformers cannot load it: {last.strip()}")
+        with safe_open(answer, framework="pt") as file:
+            header = file.metadata() or {}
+            logits = file.get_tensor("logits")
+    return json.loads(header["probe"]), logits
+
+
+def _no_merge(folder: Path, reason: str) -> ModelError:
+    return ModelError(
+        f"not the adapter and its base in one: {reason}", where=str(folder), hint="Nothing was written or changed."
+    )

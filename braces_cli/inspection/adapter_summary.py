@@ -1,0 +1,65 @@
+"""What an adapter is: its gates and projections, layer by layer, without loading the base's weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from braces_cli.core.method.adapter import read_config, read_tensors
+from braces_cli.core.method.relevance import projection_error
+from braces_cli.core.models.ffn import find_ffns, parameter_total
+from braces_cli.core.models.fingerprint import differences, fingerprint
+from braces_cli.core.models.loading import checkpoint_folder, load_shape
+from braces_cli.core.session import adapter_folder, base_name
+from braces_cli.core.utils.errors import ModelError
+
+
+def summarise(
+    model: str | None, adapter: str | None, *, revision: str | None = None, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """`{model, adapter, parameters, base_parameters, layers: [{layer, value_vectors, hidden_size, gate,
+    scale, projection_error}]}`; `gate` is g = sigmoid(gate), `scale` the fixed factor beside it; they and the error are
+    None where no adapter reaches.
+
+    Raises:
+        ConfigError: neither a model nor an adapter.
+        ModelError: either cannot be read, or they do not fit.
+    """
+    name = base_name(model, adapter)
+    shape = load_shape(name, revision=revision, trust_remote_code=trust_remote_code)
+    ffns = find_ffns(shape)
+    tensors: dict[str, Any] = {}
+    scales: dict[int, float] = {}
+    if adapter is not None:
+        folder = adapter_folder(adapter)
+        config = read_config(folder)
+        tensors = read_tensors(folder, config)
+        scales = dict(zip(config.layers, config.scales or [1.0] * len(config.layers), strict=True))
+        words = differences(config.fingerprint, fingerprint(shape, ffns, checkpoint_folder(name, revision)))
+        if words:
+            raise ModelError(
+                f"this adapter was trained on another base ({'; '.join(words)})",
+                where=adapter,
+                hint=f"It needs {config.base_model_name_or_path}.",
+            )
+    layers = []
+    for ffn in ffns:
+        gate = tensors.get(f"layers.{ffn.layer}.gate")
+        projection = tensors.get(f"layers.{ffn.layer}.projection")
+        layers.append(
+            {
+                "layer": ffn.layer,
+                "value_vectors": ffn.value_vectors,
+                "hidden_size": ffn.hidden_size,
+                "gate": None if gate is None else 1 / (1 + math.exp(-float(gate))),
+                "scale": scales.get(ffn.layer),
+                "projection_error": None if projection is None else projection_error(projection),
+            }
+        )
+    return {
+        "model": name,
+        "adapter": adapter,
+        "parameters": sum(tensor.numel() for tensor in tensors.values()) if adapter else None,
+        "base_parameters": parameter_total(shape),
+        "layers": layers,
+    }

@@ -1,0 +1,136 @@
+"""What differs between two models, or between two adapters."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.linalg import subspace_angles
+
+from braces_cli.core.method.adapter import CONFIG_FILE, read_config, read_tensors
+from braces_cli.core.models.ffn import find_ffns
+from braces_cli.core.models.loading import load_shape, load_tokenizer, tokenizer_hashes
+from braces_cli.core.session import LoadOptions, adapter_folder, open_session
+from braces_cli.core.utils.errors import ConfigError, ModelError
+from braces_cli.core.utils.progress import Report, silent
+from braces_cli.inspection.ffn_weights import plain_ffns, side_vectors, sides_of
+from braces_cli.inspection.logit_lens import readout
+
+
+def is_adapter(name: str) -> bool:
+    """Whether `name` is the folder of an adapter; a hub id counts as a model."""
+    return (Path(name).expanduser() / CONFIG_FILE).is_file()
+
+
+def diff(a: str, b: str, options: LoadOptions, *, adapters: bool = False, report: Report = silent) -> dict[str, Any]:
+    """Compare two models or two adapters.
+
+    Args:
+        adapters: `a` and `b` are adapters, hub ids too.
+
+    Raises:
+        ConfigError: one is a model, the other an adapter.
+        ModelError: either cannot be loaded, or the two cannot be compared.
+    """
+    kinds = [adapters or is_adapter(name) for name in (a, b)]
+    if all(kinds):
+        return diff_adapters(a, b)
+    if any(kinds):
+        hint = "Give two models or two adapters."
+        raise ConfigError("one is an adapter, the other a model", where=f"{a}, {b}", hint=hint)
+    return diff_models(a, b, options, report)
+
+
+def diff_models(a: str, b: str, options: LoadOptions, report: Report = silent) -> dict[str, Any]:
+    """`{models, same_top_token, compared, layers: [{layer, side, same_top_token, compared}]}`: the share of vectors
+    whose best token is the same. One model is in memory at a time.
+
+    Raises:
+        ModelError: other vocabularies or other sizes.
+    """
+    _check_comparable(a, b, options)
+    first, second = _best_tokens(a, options, report), _best_tokens(b, options, report)
+    layers: list[dict[str, Any]] = []
+    same, compared = 0, 0
+    for layer, side in first:
+        equal = first[layer, side] == second[layer, side]
+        share = float(equal.double().mean())
+        layers.append({"layer": layer, "side": side, "same_top_token": share, "compared": len(equal)})
+        same, compared = same + int(equal.sum()), compared + len(equal)
+    return {"models": [a, b], "same_top_token": same / compared, "compared": compared, "layers": layers}
+
+
+def _check_comparable(a: str, b: str, options: LoadOptions) -> None:
+    """Before minutes of loading: the vocabularies and the sizes, which need no weights."""
+    source: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    where = f"{a}, {b}"
+    words = [tokenizer_hashes(load_tokenizer(name, **source))["vocabulary"] for name in (a, b)]
+    if words[0] != words[1]:
+        raise ModelError("the models have different vocabularies", where=where, hint="Their tokens are no same things.")
+    sizes = []
+    for name in (a, b):
+        shape = load_shape(name, **source)
+        sizes.append([(f.layer, f.hidden_size, f.value_vectors, sides_of(f)) for f in plain_ffns(find_ffns(shape))])
+    if sizes[0] != sizes[1]:
+        raise ModelError("the models have different sizes", where=where, hint="Vector j must be vector j in both.")
+
+
+def _best_tokens(name: str, options: LoadOptions, report: Report) -> dict[tuple[int, str], torch.Tensor]:
+    """The best token of each vector, by layer and side; nothing else of the model is kept."""
+    session = open_session(name, None, options)
+    score = readout(session.base.model)
+    best = {}
+    for done, ffn in enumerate(plain_ffns(session.ffns), 1):
+        for side in sides_of(ffn):
+            best[ffn.layer, side] = score.best(side_vectors(ffn, side), 1)[1][:, 0].cpu()
+        report(f"reading vectors: {name}", done, len(plain_ffns(session.ffns)))
+    return best
+
+
+def diff_adapters(a: str, b: str) -> dict[str, Any]:
+    """`{adapters, same_top_token: None, compared, layers: [{layer, gate_a, gate_b, angles, overlap}]}`.
+
+    `angles` are the principal angles between the two subspaces in degrees, largest first: all 0 where one holds the
+    other, 90 where they have nothing in common; `overlap` is the mean of their squared cosines. A layer that only one
+    adapter has carries None for the other. `compared` counts layers that both have. Needs no base.
+
+    Raises:
+        ModelError: either cannot be read, or they belong to other bases.
+    """
+    folders = [adapter_folder(name) for name in (a, b)]
+    configs = [read_config(folder) for folder in folders]
+    if configs[0].fingerprint.get("hidden_size") != configs[1].fingerprint.get("hidden_size"):
+        hint = "They belong to bases of other hidden sizes."
+        raise ModelError("the adapters do not live in the same space", where=f"{a}, {b}", hint=hint)
+    tensors = [read_tensors(folder, config) for folder, config in zip(folders, configs, strict=True)]
+    layers = []
+    for layer in sorted({*configs[0].layers, *configs[1].layers}):
+        gates = [t.get(f"layers.{layer}.gate") for t in tensors]
+        rows = [t.get(f"layers.{layer}.projection") for t in tensors]
+        angles = None
+        if rows[0] is not None and rows[1] is not None:
+            angles = subspace_angles(rows[0].double().numpy().T, rows[1].double().numpy().T).tolist()
+        layers.append(
+            {
+                "layer": layer,
+                "gate_a": _gate(gates[0]),
+                "gate_b": _gate(gates[1]),
+                "angles": None if angles is None else [math.degrees(angle) for angle in angles],
+                "overlap": None if angles is None else sum(math.cos(x) ** 2 for x in angles) / len(angles),
+            }
+        )
+    compared = sum(row["angles"] is not None for row in layers)
+    same_base = configs[0].fingerprint == configs[1].fingerprint
+    return {
+        "adapters": [a, b],
+        "same_base": same_base,
+        "same_top_token": None,
+        "compared": compared,
+        "layers": layers,
+    }
+
+
+def _gate(value: torch.Tensor | None) -> float | None:
+    return None if value is None else float(torch.sigmoid(value))

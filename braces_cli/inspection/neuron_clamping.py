@@ -1,0 +1,179 @@
+"""Hold neurons at a value and see what the model says then.
+
+A clamped neuron j of layer l has the activation weight w_lj = value at every position, whatever the FFN's input; an
+adapter's g r_lj is still added on top.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from braces_cli.core.models.ffn import FFN
+from braces_cli.core.models.tokenization import context_length, encode
+from braces_cli.core.session import Session
+from braces_cli.core.utils.errors import ConfigError
+from braces_cli.inspection.ffn_weights import plain_ffns
+from braces_cli.inspection.streaming_topk import TopK
+from braces_cli.inspection.vector_tokens import Texts, check_indices
+
+_FORM = re.compile(r"(\d+):(\d+)=(p?)([^=]+)")
+
+
+@dataclass(frozen=True)
+class Clamp:
+    """Neuron `index` of `layer` held at `value`; at nought until `percentiles.settle` where a percentile is given."""
+
+    layer: int
+    index: int
+    value: float
+    percentile: float | None = None
+
+    def as_row(self) -> dict[str, Any]:
+        """`{layer, index, value}`, and `percentile` where the value is one."""
+        row = {"layer": self.layer, "index": self.index, "value": self.value}
+        return row if self.percentile is None else row | {"percentile": self.percentile}
+
+
+def parse_clamp(text: str) -> Clamp:
+    """Read LAYER:INDEX=VALUE, or LAYER:INDEX=pPERCENTILE.
+
+    Raises:
+        ConfigError: it is not of that form, the value is no finite number, or the percentile none from 0 to 100.
+    """
+    match = _FORM.fullmatch(text.strip())
+    try:
+        value = float(match[4]) if match else math.nan
+    except ValueError:
+        value = math.nan
+    if match is None or not math.isfinite(value):
+        hint = "Such as 3:89=2.5 or 0:7=-1, or 3:89=p99.9 for a percentile."
+        raise ConfigError(f"`{text}` is no LAYER:INDEX=VALUE", where="clamp", hint=hint)
+    layer, index = int(match[1]), int(match[2])
+    if not match[3]:
+        return Clamp(layer, index, value)
+    if not 0 <= value <= 100:
+        raise ConfigError(f"no percentile {value:g}", where="clamp", hint="There is p0 to p100.")
+    return Clamp(layer, index, 0.0, percentile=value)
+
+
+def check_clamps(ffns: Sequence[FFN], clamps: Sequence[Clamp]) -> None:
+    """Hold clamps to the model.
+
+    Raises:
+        ConfigError: a layer or a neuron that is not there, or one that is named twice.
+    """
+    by_layer = {ffn.layer: ffn for ffn in ffns}
+    for number, clamp in enumerate(clamps):
+        if clamp.layer not in by_layer:
+            hint = f"There is one in layers {min(by_layer)} to {max(by_layer)}."
+            raise ConfigError(f"no feed-forward layer {clamp.layer}", where="clamp", hint=hint)
+        check_indices(by_layer[clamp.layer], [clamp.index], "clamp")
+        if any((c.layer, c.index) == (clamp.layer, clamp.index) for c in clamps[:number]):
+            raise ConfigError(f"{clamp.layer}:{clamp.index} is named twice", where="clamp", hint="Give it one value.")
+
+
+@contextmanager
+def clamped(ffns: Sequence[FFN], clamps: Sequence[Clamp]) -> Iterator[None]:
+    """Hold the neurons inside the `with` block; afterwards the model is what it was.
+
+    Raises:
+        ConfigError: see `check_clamps`.
+    """
+    check_clamps(ffns, clamps)
+    held: dict[int, list[Clamp]] = defaultdict(list)
+    for clamp in clamps:
+        held[clamp.layer].append(clamp)
+    with ExitStack() as handles:
+        for ffn in ffns:
+            if ffn.layer in held:
+                handles.callback(ffn.value.register_forward_pre_hook(_holder(held[ffn.layer])).remove)
+        yield
+
+
+def _holder(clamps: Sequence[Clamp]) -> Any:
+    indices = [clamp.index for clamp in clamps]
+    values = [clamp.value for clamp in clamps]
+
+    def hook(module: nn.Module, args: tuple) -> tuple:
+        weights: Tensor = args[0].clone()
+        weights[..., indices] = torch.tensor(values).to(weights)
+        return (weights, *args[1:])
+
+    return hook
+
+
+def distributions(session: Session, ids: Sequence[int]) -> Tensor:
+    """Log-probabilities of the next token behind each position, (positions, vocabulary), float32."""
+    device = next(session.base.model.parameters()).device
+    with torch.no_grad():
+        logits = session.base.model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits[0]
+    return logits.float().log_softmax(dim=-1)
+
+
+def divergence(before: Tensor, after: Tensor) -> Tensor:
+    """KL(before || after) in nats of log-probabilities (..., vocabulary), (...)."""
+    return (before.exp() * (before - after)).sum(dim=-1)
+
+
+def prompt_ids(session: Session, prompt: str, extra: int = 0) -> list[int]:
+    """Tokens of a prompt that must leave room for `extra` more.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    ids = encode(session.base.tokenizer, prompt).ids
+    room = context_length(session.base.model, session.base.tokenizer) - extra
+    if len(ids) > room:
+        raise ConfigError(f"a prompt has {len(ids)} tokens", where="--prompt", hint=f"There is room for {room}.")
+    return ids
+
+
+def clamp_prompt(
+    session: Session, prompt: str, clamps: Sequence[Clamp], *, tokens: Sequence[int] = (), top_k: int = 10
+) -> dict[str, Any]:
+    """What clamps do to one prompt: `{prompt, kl, kl_mean, log_likelihood_before, log_likelihood_after, tokens}`.
+
+    `tokens` are `{id, token, before, after, ratio}`: the ones asked for, then those whose probability of coming next
+    rises most; `kl` is KL(before || after) in nats behind the last position, `kl_mean` over all positions; the
+    likelihoods are of the prompt itself, in nats, None where it has a single token.
+    """
+    ids = prompt_ids(session, prompt)
+    before = distributions(session, ids)
+    with clamped(plain_ffns(session.ffns), clamps):
+        after = distributions(session, ids)
+    rise = after[-1].exp() - before[-1].exp()
+    top = TopK(1, min(top_k, len(rise)), rise.device)
+    top.add(rise[None], 0)
+    texts = Texts(session.base.tokenizer)
+    shown = list(dict.fromkeys([*tokens, *top.result()[1][0].tolist()]))
+    kl = divergence(before, after)
+    return {
+        "prompt": prompt,
+        "kl": float(kl[-1]),
+        "kl_mean": float(kl.mean()),
+        "log_likelihood_before": _likelihood(before, ids),
+        "log_likelihood_after": _likelihood(after, ids),
+        "tokens": [_change(t, texts[t], before[-1], after[-1]) for t in shown],
+    }
+
+
+def _change(token: int, text: str, before: Tensor, after: Tensor) -> dict[str, Any]:
+    old, new = float(before[token]), float(after[token])
+    ratio = math.exp(min(new - old, 700.0))
+    return {"id": token, "token": text, "before": math.exp(old), "after": math.exp(new), "ratio": ratio}
+
+
+def _likelihood(log_probabilities: Tensor, ids: Sequence[int]) -> float | None:
+    if len(ids) < 2:
+        return None
+    following = torch.tensor(list(ids[1:]), device=log_probabilities.device)
+    return float(log_probabilities[:-1].gather(1, following[:, None]).sum())

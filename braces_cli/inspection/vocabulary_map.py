@@ -1,0 +1,250 @@
+"""Vocabulary maps on disk: the tokens of many vectors, written as they are computed and searched without torch.
+
+Parquet: columns layer, index and tokens (a list of {id, token, score}); the header is JSON in the schema's metadata.
+JSON Lines: the header as `{"map": {...}}` on the first line, then one vector a line. The header names model,
+fingerprint, side and k, and holds the texts of all tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from braces_cli.core.utils.atomic_files import write_whole
+from braces_cli.core.utils.errors import ConfigError, DataError, ModelError
+from braces_cli.inspection.concept_tokens import Concept, Vocabulary, order
+
+_KEY = b"braces"
+_ROWS_AT_ONCE = 8192
+_TOKEN_COLUMNS = (("id", "int32"), ("score", "float32"))
+SUFFIXES = (".parquet", ".jsonl")
+_NEEDED = {"format_version", "model", "fingerprint", "side", "top_k", "vocabulary"}
+
+
+def check_suffix(path: Path, where: str) -> None:
+    """Raises:
+    ConfigError: the name ends in neither .parquet nor .jsonl.
+    """
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(f"unknown kind of file `{path.name}`", where=where, hint="End it in .parquet or .jsonl.")
+
+
+def write_map(path: Path, header: Mapping[str, Any], rows: Iterable[dict[str, Any]]) -> int:
+    """Write a map, whole or not at all; returns its number of vectors. Memory: 8,192 rows."""
+    count = 0
+
+    def counted() -> Iterator[dict[str, Any]]:
+        nonlocal count
+        for row in rows:
+            count += 1
+            yield row
+
+    write = _write_parquet if path.suffix == ".parquet" else _write_lines
+
+    def complete(temporary: Path) -> bool:
+        found = open_map(temporary, parquet=path.suffix == ".parquet")
+        return found.header == dict(header) and found.vectors() == count
+
+    write_whole(path, lambda temporary: write(temporary, header, counted()), complete)
+    return count
+
+
+def _schema(header: Mapping[str, Any] | None = None) -> Any:
+    import pyarrow as pa
+
+    token = pa.struct([("id", pa.int32()), ("token", pa.string()), ("score", pa.float32())])
+    schema = pa.schema([("layer", pa.int32()), ("index", pa.int32()), ("tokens", pa.list_(token))])
+    return schema if header is None else schema.with_metadata({_KEY: json.dumps(header, ensure_ascii=False).encode()})
+
+
+def _write_parquet(path: Path, header: Mapping[str, Any], rows: Iterator[dict[str, Any]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = _schema(header)
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        while block := list(islice(rows, _ROWS_AT_ONCE)):
+            writer.write_table(pa.Table.from_pylist(block, schema=schema))
+
+
+def _write_lines(path: Path, header: Mapping[str, Any], rows: Iterator[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        for row in chain([{"map": header}], rows):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _numbers(column: Any, kind: str) -> Any:
+    """A pyarrow column without nulls as a numpy array over its own memory."""
+    import numpy as np
+
+    if column.null_count:
+        raise ValueError("a number is missing")
+    values = np.frombuffer(column.buffers()[1], dtype=kind) if len(column) else np.empty(0, kind)
+    return values[column.offset : column.offset + len(column)]
+
+
+@dataclass(frozen=True)
+class Map:
+    """An open map.
+
+    Attributes:
+        header: what it says about itself.
+    """
+
+    path: Path
+    header: dict[str, Any]
+    parquet: bool
+
+    def vectors(self) -> int:
+        """Number of vectors in it."""
+        if self.parquet:
+            import pyarrow.parquet as pq
+
+            return int(pq.read_metadata(self.path).num_rows)
+        with self.path.open("rb") as file:
+            return sum(1 for _ in file) - 1
+
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.header["vocabulary"])
+
+    def rows(self, tokens: list[int]) -> Iterator[dict[str, Any]]:
+        """The rows that list one of `tokens`, in order.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        try:
+            yield from self._parquet_rows(tokens) if self.parquet else self._line_rows(tokens)
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise _damaged(self.path, error) from error
+
+    def _parquet_rows(self, tokens: list[int]) -> Iterator[dict[str, Any]]:
+        # Columns are read through their buffers: pyarrow.compute, and pandas, which pyarrow imports for conversions
+        # where it is installed, would take longer to import than the whole search takes; so does numpy.ma, which
+        # np.unique imports.
+        import numpy as np
+        import pyarrow.parquet as pq
+
+        # The texts stand in the header, too, so that column need not be read.
+        columns = ["layer", "index", "tokens.list.element.id", "tokens.list.element.score"]
+        texts = self.header["vocabulary"]
+        for batch in pq.ParquetFile(self.path).iter_batches(_ROWS_AT_ONCE, columns=columns, use_threads=False):
+            layers, indices, listed = batch.columns
+            offsets = _numbers(listed.offsets, "int32")
+            ids, scores = (_numbers(listed.values.field(name), kind) for name, kind in _TOKEN_COLUMNS)
+            places = np.flatnonzero(np.logical_or.reduce([ids == token for token in tokens]))
+            for row in dict.fromkeys((np.searchsorted(offsets, places, side="right") - 1).tolist()):
+                inside = slice(int(offsets[row]), int(offsets[row + 1]))
+                pairs = zip(ids[inside].tolist(), scores[inside].tolist(), strict=True)
+                yield {
+                    "layer": layers[row].as_py(),
+                    "index": indices[row].as_py(),
+                    "tokens": [{"id": token, "token": texts[token], "score": score} for token, score in pairs],
+                }
+
+    def _line_rows(self, tokens: list[int]) -> Iterator[dict[str, Any]]:
+        # Most lines hold none of the tokens, which shows without parsing them.
+        needles = [f'{{"id": {token},'.encode() for token in tokens]
+        with self.path.open("rb") as file:
+            next(file)
+            for line in file:
+                if any(needle in line for needle in needles):
+                    yield json.loads(line)
+
+
+def open_map(path: Path, *, parquet: bool | None = None) -> Map:
+    """Read the header of a map.
+
+    Raises:
+        ConfigError: no such file.
+        DataError: not a map.
+    """
+    if not path.is_file():
+        raise ConfigError("no such map", where=str(path), hint="`braces inspect values --output FILE` writes one.")
+    parquet = path.suffix == ".parquet" if parquet is None else parquet
+    try:
+        header = _parquet_header(path) if parquet else _line_header(path)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise _damaged(path, error) from error
+    if not isinstance(header, dict) or _NEEDED - set(header):
+        raise _damaged(path, ValueError("its header lacks something"))
+    return Map(path, header, parquet)
+
+
+def _parquet_header(path: Path) -> Any:
+    import pyarrow.parquet as pq
+
+    # Not `read_schema`, which decodes the copy of the header in Arrow's own schema, too.
+    return json.loads(pq.read_metadata(path).metadata[_KEY])
+
+
+def _line_header(path: Path) -> Any:
+    with path.open("rb") as file:
+        return json.loads(file.readline())["map"]
+
+
+def _damaged(path: Path, error: Exception) -> DataError:
+    words = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+    hint = "`braces inspect values --output FILE` writes maps."
+    return DataError(f"not a map of value vectors ({words})", where=str(path), hint=hint)
+
+
+def check_model(found: Map, fingerprint: dict[str, Any], tokenizer: dict[str, Any] | None = None) -> None:
+    """Hold a map to a model.
+
+    Raises:
+        ModelError: it was made for another one.
+    """
+    from braces_cli.core.models.fingerprint import differences
+
+    words = [part.replace("adapter ", "map ") for part in differences(found.header["fingerprint"], fingerprint)]
+    own = (found.header.get("tokenizer") or {}).get("vocabulary")
+    if not words and tokenizer and own and own != tokenizer.get("vocabulary"):
+        words = ["another vocabulary"]
+    if words:
+        hint = f"It was made for {found.header['model']}; make one for this model: braces inspect values --output FILE."
+        raise ModelError(f"this map was made for another model ({'; '.join(words)})", where=str(found.path), hint=hint)
+
+
+def search(found: Map, wanted: Concept, limit: int, layers: list[int] | None = None) -> list[dict[str, Any]]:
+    """Rows `{layer, index, rank, score, tokens}` of the vectors that promote a concept most, best first.
+
+    Only vectors that list one of its tokens among their k best can be found. Of a concept of several tokens one that
+    is not listed counts as ranked k + 1 with the last score listed, the best it can have.
+    """
+    rows = []
+    for row in found.rows(wanted.tokens):
+        if layers is None or row["layer"] in layers:
+            listed = {t["id"]: (place, t["score"]) for place, t in enumerate(row["tokens"], 1)}
+            missing = (len(row["tokens"]) + 1, row["tokens"][-1]["score"])
+            rank, score = wanted.measure({token: listed.get(token, missing) for token in wanted.tokens})
+            rows.append({"layer": row["layer"], "index": row["index"], "rank": rank, "score": score} | row)
+    rows.sort(key=order)
+    return rows[:limit]
+
+
+def splitter(source: Map) -> Callable[[str], list[int]]:
+    """Tokens of a word by the tokenizer of the map's model, where its folder is here; read only when asked.
+
+    Raises (the function that is returned):
+        ConfigError: the tokenizer is not here.
+    """
+
+    def split(word: str) -> list[int]:
+        path = Path(source.header["model"]) / "tokenizer.json"
+        if not path.is_file():
+            hint = "Its tokenizer is not here to split it: give --model, or another word."
+            raise ConfigError(f"`{word}` is no single token of the map's model", where="TOKEN", hint=hint)
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(path))
+        found = tokenizer.encode(word, add_special_tokens=False)
+        if not (found.tokens and found.tokens[0].startswith(("▁", "Ġ"))):
+            found = tokenizer.encode(f" {word}", add_special_tokens=False)
+        return list(found.ids) if tokenizer.decode(found.ids).strip() == word else []
+
+    return split

@@ -1,0 +1,164 @@
+"""How surprised a model is: negative log-likelihood per example, and perplexity over texts of any length."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from braces_cli.core.models.loading import input_device
+from braces_cli.core.models.padding import by_length, pad_right
+from braces_cli.core.models.tokenization import IGNORED, Encoded, encode
+from braces_cli.core.utils.progress import Report, silent
+
+# Logits of this many tokens are turned into float32 log-probabilities at a time.
+_TOKENS_AT_ONCE = 2048
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Sums over scored tokens.
+
+    Attributes:
+        nll: negative log-likelihood in nats.
+        tokens: how many tokens that is.
+        end_nll: the part of `nll` that comes from end tokens learnt in training.
+        end_tokens: how many those are.
+    """
+
+    nll: float = 0.0
+    tokens: int = 0
+    end_nll: float = 0.0
+    end_tokens: int = 0
+
+    def __add__(self, other: Likelihood) -> Likelihood:
+        mine, theirs = vars(self), vars(other)
+        return Likelihood(**{name: mine[name] + theirs[name] for name in mine})
+
+    @property
+    def loss(self) -> float:
+        """Mean nats a token."""
+        return self.nll / self.tokens if self.tokens else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        return _exp(self.loss)
+
+    @property
+    def perplexity_without_end(self) -> float:
+        """Perplexity of everything but the end tokens."""
+        count = self.tokens - self.end_tokens
+        return _exp((self.nll - self.end_nll) / count) if count else math.nan
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
+
+
+def likelihoods(
+    model: Any,
+    examples: Sequence[Encoded],
+    pad_id: int,
+    batch_size: int,
+    report: Report = silent,
+    stage: str = "scoring",
+    prepare: Callable[[Sequence[int]], None] | None = None,
+) -> list[Likelihood]:
+    """Likelihood of each example's scored tokens, in the order given; logits are read in float32.
+
+    Batches are cut by length, padded behind and masked, so the result does not depend on the batch size.
+
+    Args:
+        prepare: called before each batch with the indices of its examples, to set what they are conditioned on.
+    """
+    results: list[Likelihood] = [Likelihood()] * len(examples)
+    device = input_device(model)
+    was_training = model.training
+    model.eval()
+    done = 0
+    try:
+        for rows in by_length(examples, batch_size):
+            chosen = [examples[i] for i in rows]
+            batch = {name: tensor.to(device) for name, tensor in pad_right(chosen, pad_id).items()}
+            labels = batch.pop("labels")
+            if prepare is not None:
+                prepare(rows)
+            with torch.no_grad():
+                nll = _token_nll(model(**batch, use_cache=False).logits, labels)
+            for row, index in enumerate(rows):
+                results[index] = _sum(nll[row], labels[row, 1:], chosen[row])
+            done += len(rows)
+            report(stage, done, len(examples))
+    finally:
+        model.train(was_training)
+    return results
+
+
+def _token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """-log p of each label given what stands before it: (batch, length - 1) in float32, 0 where not scored."""
+    targets = labels[:, 1:]
+    out = torch.zeros(targets.shape, device=logits.device)
+    rows = max(1, _TOKENS_AT_ONCE // max(1, targets.shape[1]))
+    for start in range(0, len(targets), rows):
+        part = logits[start : start + rows, :-1].float()
+        goal = targets[start : start + rows]
+        out[start : start + rows] = F.cross_entropy(part.mT, goal, ignore_index=IGNORED, reduction="none")
+    return out
+
+
+def _sum(nll: torch.Tensor, labels: torch.Tensor, example: Encoded) -> Likelihood:
+    total = Likelihood(float(nll.double().sum()), int((labels != IGNORED).sum()))
+    last = len(example.ids) - 2
+    if example.ended and last >= 0:
+        total += Likelihood(end_nll=float(nll[last]), end_tokens=1)
+    return total
+
+
+def continuation_likelihoods(
+    model: Any,
+    tokenizer: Any,
+    pairs: Sequence[tuple[str, str]],
+    window: int,
+    batch_size: int,
+    report: Report = silent,
+) -> list[Likelihood]:
+    """Likelihood of each continuation given its prompt, (prompt, continuation); prompts lose their beginning to fit.
+
+    The start token is the tokenizer's own policy, as in generation.
+    """
+    examples = []
+    for prompt, continuation in pairs:
+        example = encode(tokenizer, prompt, continuation)
+        examples.append(Encoded(example.ids[-window:], example.labels[-window:], False, False))
+    return likelihoods(model, examples, tokenizer.pad_token_id, batch_size, report)
+
+
+def text_likelihoods(
+    model: Any, tokenizer: Any, texts: Sequence[str], window: int, batch_size: int, report: Report = silent
+) -> list[Likelihood]:
+    """Likelihood of each whole text, of any length, behind exactly one start token.
+
+    Where the tokenizer puts no start token in front, its BOS (else EOS) is put there; it is not scored itself. Texts
+    longer than `window` tokens are cut into windows, each of which begins with the last token of the one before, so
+    that every token is scored once (as lm-eval's rolling log-likelihood does).
+    """
+    windows: list[Encoded] = []
+    owner: list[int] = []
+    for index, text in enumerate(texts):
+        ids = encode(tokenizer, text).ids
+        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if first is not None and ids[0] != first:
+            ids = [first, *ids]
+        for start in range(0, max(len(ids) - 1, 1), window - 1):
+            part = ids[start : start + window]
+            windows.append(Encoded(part, [IGNORED, *part[1:]], False, False))
+            owner.append(index)
+    totals = [Likelihood()] * len(texts)
+    scored = likelihoods(model, windows, tokenizer.pad_token_id, batch_size, report)
+    for index, likelihood in zip(owner, scored, strict=True):
+        totals[index] += likelihood
+    return totals

@@ -1,0 +1,91 @@
+"""Scorers: texts -> how much of a label each has, and whether it has it. One registry for all of them.
+
+    vader              sentiment by VADER's lexicon and rules: positive, negative
+    toxicity           toxicity by a word list that comes with braces: toxic
+    FOLDER             a classifier that `scoring.tfidf_classifier` fitted, or a Hugging Face classifier on disk
+    ORG/NAME           a Hugging Face text classifier
+
+A scorer that cannot score fails; nothing is ever scored zero because something went wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from braces_cli.core.utils.errors import ConfigError, near_misses
+from braces_cli.scoring.scorer import Scorer
+
+# What an attribute is scored by where no scorer is named: scorer and label.
+DEFAULTS = {
+    "positive": ("vader", "positive"),
+    "joyful": ("vader", "positive"),
+    "negative": ("vader", "negative"),
+    "sad": ("vader", "negative"),
+    "toxic": ("toxicity", "toxic"),
+}
+BUILT_IN = ("vader", "toxicity")
+
+
+def scorer(name: str, *, exclude: Collection[str] = (), device: str = "cpu") -> Scorer:
+    """The scorer of that name.
+
+    Args:
+        name: see the top of this module.
+        exclude: words that a lexicon or a fitted classifier must not look at, so that steering by a word list is not
+            graded by the same list.
+        device: of a Hugging Face classifier.
+
+    Raises:
+        ConfigError: unknown, not installed, or one that cannot leave words out.
+        ModelError: a folder or hub id that cannot be loaded.
+    """
+    if name == "vader":
+        from braces_cli.scoring.vader import Vader
+
+        return Vader(exclude)
+    if name == "toxicity":
+        from braces_cli.scoring.toxic_words import ToxicWords
+
+        return ToxicWords(exclude)
+    from braces_cli.scoring.tfidf_classifier import CONFIG_FILE, load_classifier
+
+    folder = Path(name).expanduser()
+    if (folder / CONFIG_FILE).is_file():
+        return load_classifier(folder, exclude)
+    if not folder.exists() and name.count("/") != 1:
+        hint = f"{near_misses(name, BUILT_IN)} There are {', '.join(BUILT_IN)}, folders and hub ids.".strip()
+        raise ConfigError(f"no scorer `{name}`", where="--scorer", hint=hint)
+    if exclude:
+        hint = "Words can be left out by vader, toxicity and fitted classifiers."
+        raise ConfigError("this classifier reads whole texts", where="--exclude-list-words", hint=hint)
+    from braces_cli.scoring.hf_classifier import load_hub_classifier
+
+    return load_hub_classifier(name, device)
+
+
+def default_scorer(attribute: str) -> str:
+    """Name of the scorer for an attribute.
+
+    Raises:
+        ConfigError: none is known.
+    """
+    if attribute not in DEFAULTS:
+        hint = f"Name one with --scorer. By themselves go {', '.join(DEFAULTS)}."
+        raise ConfigError(f"nothing here tells whether a text is `{attribute}`", where="--scorer", hint=hint)
+    return DEFAULTS[attribute][0]
+
+
+def label_of(attribute: str, judge: Scorer, asked: str | None = None) -> str:
+    """The scorer's label that stands for the attribute: the one asked for, its own name, or what it usually means.
+
+    Raises:
+        ConfigError: the scorer has none of them.
+    """
+    names = {label.lower(): label for label in judge.labels}
+    usual = DEFAULTS.get(attribute, ("", attribute))[1]
+    for wanted in [asked] if asked is not None else [attribute, usual]:
+        if wanted.lower() in names:
+            return names[wanted.lower()]
+    hint = f"It has {', '.join(judge.labels)}; name one with --score-label."
+    raise ConfigError(f"{judge.name} has no label `{asked or attribute}`", where="--scorer", hint=hint)

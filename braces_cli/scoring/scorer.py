@@ -1,0 +1,53 @@
+"""What every scorer is and gives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from braces_cli.core.utils.errors import BracesError
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """About one text: `value` grows with how much of the label it has, `has` says whether it counts as having it."""
+
+    value: float
+    has: bool
+
+
+class Scorer(Protocol):
+    """What tells labels of texts.
+
+    Attributes:
+        name: as the user gave it.
+        labels: what `judge` can be asked for.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+
+    def judge(self, texts: Sequence[str], label: str) -> list[Verdict]:
+        """A verdict about each text.
+
+        Raises:
+            BracesError: it cannot score.
+        """
+        ...
+
+
+def checked(name: str, values: Sequence[float]) -> Sequence[float]:
+    """The values, all of them finite.
+
+    Raises:
+        BracesError: one is not.
+    """
+    bad = next((index for index, value in enumerate(values) if not math.isfinite(value)), None)
+    if bad is not None:
+        raise BracesError(f"{name} gave {values[bad]} for text {bad}", hint="A text without a score is not scored 0.")
+    return values

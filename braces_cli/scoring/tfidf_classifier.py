@@ -1,0 +1,175 @@
+"""A small classifier that users fit from their own labelled rows: TF-IDF of words and pairs, logistic regression.
+
+In a folder: `scorer_config.json` (labels, settings, how good it was on rows held out), `vocabulary.json`, and
+`scorer.safetensors` (`idf` (n,), `weight` (k, n), `bias` (k,)). Loading runs no code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from braces_cli.core.utils.atomic_files import write_json, write_tensors
+from braces_cli.core.utils.errors import DataError, ModelError
+from braces_cli.scoring.scorer import Verdict, checked
+from braces_cli.scoring.word_tokens import split_words, words_of
+
+CONFIG_FILE = "scorer_config.json"
+_VOCABULARY_FILE = "vocabulary.json"
+_TENSORS_FILE = "scorer.safetensors"
+_FORMAT = "1"
+# Every tenth row is held out to measure; the classifier itself then learns from all.
+_HELD_OUT = 10
+
+
+@dataclass
+class Classifier:
+    """A fitted classifier; the label of a text is its likeliest one.
+
+    Attributes:
+        labels: in the order of `weight`'s rows.
+        vocabulary: words and pairs of words, in the order of its columns.
+        excluded: words that it has never seen and does not look at.
+        measured: `accuracy` on the rows held out, `majority` (that of always guessing the commonest label), `rows`.
+    """
+
+    labels: tuple[str, ...]
+    vocabulary: list[str]
+    idf: np.ndarray
+    weight: np.ndarray
+    bias: np.ndarray
+    excluded: set[str] = field(default_factory=set)
+    measured: dict[str, Any] = field(default_factory=dict)
+    name: str = "classifier"
+
+    def __post_init__(self) -> None:
+        self._vectorizer = _vectorizer(self.excluded, vocabulary=self.vocabulary)
+        self._vectorizer.idf_ = self.idf
+
+    def probabilities(self, texts: Sequence[str]) -> np.ndarray:
+        """Of each label, (texts, labels)."""
+        scores = self._vectorizer.transform(texts) @ self.weight.T + self.bias
+        powers = np.exp(scores - scores.max(axis=1, keepdims=True))
+        result: np.ndarray = powers / powers.sum(axis=1, keepdims=True)
+        return result
+
+    def judge(self, texts: Sequence[str], label: str) -> list[Verdict]:
+        if not texts:
+            return []
+        found = self.probabilities(texts)
+        column = self.labels.index(label)
+        likeliest = found.argmax(axis=1) == column
+        values = checked(self.name, found[:, column].tolist())
+        return [Verdict(value, bool(has)) for value, has in zip(values, likeliest, strict=True)]
+
+
+def fit_classifier(texts: Sequence[str], labels: Sequence[str], exclude: Collection[str] = ()) -> Classifier:
+    """Fit on labelled texts.
+
+    Args:
+        exclude: words that are cut from every text before anything else.
+
+    Raises:
+        DataError: fewer than two labels, or one with fewer than two texts.
+    """
+    counts = Counter(labels)
+    rare = [label for label, count in counts.items() if count < 2]
+    if len(counts) < 2 or rare:
+        what = f"only one row is `{rare[0]}`" if rare else "all rows have one label"
+        raise DataError(what, hint="A classifier needs at least two labels, and several rows of each.")
+    excluded = split_words(exclude)
+    held = [row for row in range(len(texts)) if row % _HELD_OUT == _HELD_OUT - 1]
+    learnt = [row for row in range(len(texts)) if row % _HELD_OUT != _HELD_OUT - 1]
+    measured: dict[str, Any] = {"rows": len(texts), "accuracy": None, "majority": None}
+    if held and len({labels[row] for row in learnt}) > 1:
+        trial = _fit([texts[row] for row in learnt], [labels[row] for row in learnt], excluded)
+        guessed = trial.probabilities([texts[row] for row in held]).argmax(axis=1)
+        truth = [labels[row] for row in held]
+        right = sum(trial.labels[guess] == label for guess, label in zip(guessed, truth, strict=True))
+        measured["accuracy"] = right / len(held)
+        measured["majority"] = max(Counter(truth).values()) / len(held)
+    fitted = _fit(texts, labels, excluded)
+    fitted.measured = measured
+    return fitted
+
+
+def _fit(texts: Sequence[str], labels: Sequence[str], excluded: set[str]) -> Classifier:
+    from sklearn.linear_model import LogisticRegression
+
+    # A word seen once says nothing, but a handful of rows may have no other words.
+    vectorizer = _vectorizer(excluded, min_df=2 if len(texts) >= 100 else 1)
+    try:
+        features = vectorizer.fit_transform(texts)
+    except ValueError as error:
+        raise DataError("no words in the rows", hint="A classifier needs texts with words.") from error
+    model = LogisticRegression(C=4.0, max_iter=2000).fit(features, labels)
+    weight, bias = model.coef_, model.intercept_
+    if len(weight) == 1:
+        # Two labels share one row of weights; written as two, both cases are one.
+        weight, bias = np.vstack([np.zeros_like(weight), weight]), np.concatenate([np.zeros_like(bias), bias])
+    vocabulary = vectorizer.get_feature_names_out().tolist()
+    return Classifier(tuple(map(str, model.classes_)), vocabulary, vectorizer.idf_, weight, bias, excluded)
+
+
+def _vectorizer(excluded: set[str], vocabulary: list[str] | None = None, min_df: int = 1) -> Any:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    def cut(text: str) -> list[str]:
+        # Cut before pairs are built: no pair may hold an excluded word, either.
+        return [word for word in words_of(text) if word not in excluded]
+
+    return TfidfVectorizer(
+        tokenizer=cut,
+        token_pattern=None,
+        lowercase=False,
+        ngram_range=(1, 2),
+        sublinear_tf=True,
+        min_df=min_df,
+        vocabulary=vocabulary,
+    )
+
+
+def save_classifier(folder: Path, classifier: Classifier) -> None:
+    """Write a classifier; its config comes last, so that a folder without one is no classifier."""
+    import torch
+
+    tensors = {name: torch.from_numpy(getattr(classifier, name).copy()) for name in ("idf", "weight", "bias")}
+    write_json(folder / _VOCABULARY_FILE, classifier.vocabulary)
+    write_tensors(folder / _TENSORS_FILE, tensors)
+    config = {
+        "format_version": _FORMAT,
+        "labels": list(classifier.labels),
+        "excluded": sorted(classifier.excluded),
+        "measured": classifier.measured,
+    }
+    write_json(folder / CONFIG_FILE, config)
+
+
+def load_classifier(folder: Path, exclude: Collection[str] = ()) -> Classifier:
+    """Read what `save_classifier` wrote; `exclude` adds to the words it does not look at.
+
+    Raises:
+        ModelError: damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    hint = "Fit it again: --scorer fit:ROWS."
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        vocabulary = json.loads((folder / _VOCABULARY_FILE).read_text(encoding="utf-8"))
+        tensors = load_file(folder / _TENSORS_FILE)
+        labels, excluded = tuple(config["labels"]), set(config["excluded"]) | split_words(exclude)
+        shapes = {name: tensors[name].shape for name in ("idf", "weight", "bias")}
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ModelError(f"not a fitted scorer: {error}", where=str(folder), hint=hint) from error
+    count, size = len(labels), len(vocabulary)
+    if shapes != {"idf": (size,), "weight": (count, size), "bias": (count,)}:
+        raise ModelError(f"tensors of {size} words and {count} labels do not fit", where=str(folder), hint=hint)
+    return Classifier(labels, vocabulary, **tensors, excluded=excluded, measured=config["measured"], name=str(folder))

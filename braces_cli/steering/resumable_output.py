@@ -1,0 +1,126 @@
+"""A file of texts that an interrupted run can be continued into.
+
+Rows are appended as they come, one a line, so that a run that is killed leaves at most its last line unfinished. What
+the texts depend on stands beside it, in `FILE.settings.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from braces_cli.core.models.generation import Job
+from braces_cli.core.utils.atomic_files import check_output_file, write_json
+from braces_cli.core.utils.errors import BracesError, ConfigError, DataError
+
+
+class TextsFile:
+    """Rows of texts in `path`.
+
+    Args:
+        settings: all that the texts depend on, besides the prompts; must be what an earlier run had, to resume it.
+        resume: keep the complete lines that are there.
+        overwrite: replace a file that is there.
+
+    Raises:
+        ConfigError: the file is there and neither is asked for, or `resume` with other settings.
+        DataError: `resume`, and a line that is no row of texts.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
+        self.path = path
+        self._record = path.with_name(f"{path.name}.settings.json")
+        self._settings: dict[str, Any] = json.loads(json.dumps(settings))
+        if resume and overwrite:
+            raise ConfigError("both are given", where="--resume, --overwrite", hint="Give one of them.")
+        check_output_file(path, overwrite or resume)
+        # Complete rows, and the byte behind the last of them.
+        self.rows, self._end = _complete(path) if resume and path.is_file() else (0, 0)
+        if self.rows:
+            self._check_settings()
+
+    def _check_settings(self) -> None:
+        try:
+            before = json.loads(self._record.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"cannot read: {error}", where=str(self._record), hint="Remove it, or start anew."
+            ) from error
+        different = sorted(k for k in {*before, *self._settings} if before.get(k) != self._settings.get(k))
+        if different:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in different)
+            hint = "Resume with the settings of the earlier run, or start anew with --overwrite."
+            raise ConfigError(f"the earlier run had another {names}", where=str(self.path), hint=hint)
+
+    def skip(self, jobs: Iterator[Job], attributes: dict[str, float], seed: int) -> None:
+        """Take the jobs from `jobs` that the complete rows answer.
+
+        Raises:
+            ConfigError: they are answers to others.
+        """
+        if not self.rows:
+            return
+        with self.path.open("rb") as lines:
+            for number in range(1, self.rows + 1):
+                row, job = json.loads(lines.readline()), next(jobs, None)
+                wanted = None if job is None else (job.prompt, job.sample, seed, attributes)
+                if wanted != (row["prompt"], row["sample"], row["seed"], row["attributes"]):
+                    hint = "Give the prompts and settings of the earlier run, or start anew with --overwrite."
+                    what = "there are fewer texts to generate" if job is None else "this row is of another run"
+                    raise ConfigError(what, where=f"{self.path}:{number}", hint=hint)
+
+    def write(self, rows: Iterable[dict[str, Any]]) -> int:
+        """Append rows as they come, behind the complete ones; returns how many.
+
+        The file is touched when there is a first row: what fails before that, fails with nothing lost.
+        """
+        rows, count = iter(rows), 0
+        first = list(islice(rows, 1))
+        with _failures(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = self.path.open("r+b" if self.rows else "wb")
+        with file:
+            with _failures(self.path):
+                file.truncate(self._end)
+                file.seek(self._end)
+            write_json(self._record, self._settings)
+            for row in chain(first, rows):
+                with _failures(self.path):
+                    file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+                    file.flush()
+                count += 1
+        return count
+
+
+@contextmanager
+def _failures(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        hint = "Is the disk full? What is complete stays; --resume continues it."
+        raise BracesError(f"cannot write: {error.strerror or error}", where=str(path), hint=hint) from error
+
+
+def _complete(path: Path) -> tuple[int, int]:
+    """Complete rows at the beginning of a file, and the byte behind the last of them."""
+    rows = end = 0
+    with path.open("rb") as lines:
+        for line in lines:
+            if not line.endswith(b"\n"):
+                break  # where a run was cut off
+            try:
+                complete = {"prompt", "text", "attributes", "sample", "seed"} <= json.loads(line).keys()
+            except (ValueError, AttributeError):
+                complete = False
+            if not complete:
+                hint = "Only what --output has written can be resumed; --overwrite starts anew."
+                raise DataError("this is no row of texts", where=f"{path}:{rows + 1}", hint=hint)
+            rows += 1
+            end += len(line)
+    return rows, end

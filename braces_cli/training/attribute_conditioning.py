@@ -1,0 +1,96 @@
+"""Rows conditioned on attributes: their names -> pooled states, and each batch's strengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from braces_cli.core.attributes.attribute import Attribute, find_attribute, known_attributes, opposite
+from braces_cli.core.method.adapter import Adapter
+from braces_cli.core.session import Session
+from braces_cli.core.utils.errors import ConfigError, DataError, near_misses
+from braces_cli.data.examples import Condition, Examples
+from braces_cli.data.streaming_examples import Stream
+from braces_cli.training.settings import TrainSettings
+
+
+def parse_opposites(values: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """`A:B` of each value.
+
+    Raises:
+        ConfigError: no such form, or a name in two pairs.
+    """
+    pairs = []
+    for value in values:
+        one, colon, other = (part.strip() for part in value.partition(":"))
+        if not (one and colon and other) or one == other:
+            raise ConfigError(f"`{value}` is not A:B", where="--opposites", hint="Such as positive:negative.")
+        pairs.append((one, other))
+    names = [name for pair in pairs for name in pair]
+    if len(set(names)) < len(names):
+        raise ConfigError("an attribute is in two pairs", where="--opposites", hint="Each can have one opposite.")
+    return tuple(pairs)
+
+
+def gather_attributes(
+    session: Session, settings: TrainSettings, sets: Sequence[Examples | Stream], folder: Path | None
+) -> list[Attribute]:
+    """The attributes that the rows name, and those of `--opposites`, each with its pooled states.
+
+    Raises:
+        DataError: a row names an attribute that is not known.
+        ConfigError: `--opposites` names one, or there is none at all.
+    """
+    known = known_attributes(session, folder)
+    for row in (row for examples in sets for row in examples.conditions):
+        if row.attribute is not None and row.attribute not in known:
+            hint = f"{near_misses(row.attribute, known)} Known: {', '.join(known)}.".strip()
+            raise DataError(f"unknown attribute `{row.attribute}`", where=row.where, hint=hint)
+    named = {row.attribute for examples in sets for row in examples.conditions if row.attribute is not None}
+    named |= {name for pair in settings.opposites for name in pair}
+    if not named:
+        hint = "Rows name their attribute there; neutral, empty and null train at strength 0."
+        raise ConfigError("no row names an attribute", where="--attribute-field", hint=hint)
+    found = {name: find_attribute(session, name, folder) for name in sorted(named)}
+    for one, other in settings.opposites:
+        found[one], found[other] = opposite(session, found[one], found[other])
+    return list(found.values())
+
+
+class Conditioner:
+    """Sets what each batch is conditioned on.
+
+    Args:
+        adapter: with its condition MLP.
+        attributes: all that rows may name.
+    """
+
+    def __init__(self, adapter: Adapter, attributes: Sequence[Attribute]) -> None:
+        self._adapter = adapter
+        self._index = {attribute.name: k for k, attribute in enumerate(attributes)}
+        device = adapter.sites[0][1].weight.device
+        rows = [[attribute.layers.index(layer) for layer in adapter.layers] for attribute in attributes]
+        self._pooled = torch.stack([a.state[row] for a, row in zip(attributes, rows, strict=True)]).to(device)
+
+    def strengths(self, rows: Sequence[Condition | None]) -> Tensor:
+        """s of each row and attribute, (rows, attributes)."""
+        out = torch.zeros(len(rows), len(self._index))
+        for row, condition in enumerate(rows):
+            if condition is not None and condition.attribute is not None:
+                out[row, self._index[condition.attribute]] = condition.strength
+        return out
+
+    def apply(self, strengths: Tensor) -> None:
+        """Condition the next passes on `strengths`, with gradients to the MLP and projections.
+
+        Args:
+            strengths: (batch, attributes), or (batch, tokens, attributes) of packed rows.
+        """
+        self._adapter.condition(self._adapter.states(self._pooled), strengths)
+
+    def clear(self) -> None:
+        """Back to no attribute."""
+        self._adapter.condition(None)

@@ -1,0 +1,165 @@
+"""`run.json`: what a run was asked to do and, once it has finished, what came of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from braces_cli.core.method.adapter import CONFIG_FILE
+from braces_cli.core.utils.atomic_files import write_json
+from braces_cli.core.utils.distributed import barrier, is_main, world_size
+from braces_cli.core.utils.errors import ConfigError, ModelError
+from braces_cli.data.examples import Examples
+from braces_cli.data.streaming_examples import Stream
+from braces_cli.training.checkpointing.checkpoint_folders import checkpoints, newest, remove, remove_partial
+from braces_cli.training.metrics import CURVE_FILE, METRICS_FILE
+
+RUN_FILE = "run.json"
+
+
+@dataclass
+class Record:
+    """What identifies a run.
+
+    Attributes:
+        settings: all that its outcome depends on, by the name of the option.
+        command: the words it was started with.
+        data: see `digest`.
+        base: likelihood of the evaluation rows under the bare base.
+        progress: counters that go on where the run does.
+        result: of a finished run.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    command: list[str] = field(default_factory=list)
+    data: str | None = None
+    base: dict[str, Any] | None = None
+    progress: dict[str, Any] = field(default_factory=dict)
+    result: dict[str, Any] | None = None
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / RUN_FILE, _finite(vars(self)))
+
+
+def identity(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that the outcome depends on, of all of a command's.
+
+    Where a run is computed, how often it speaks and how an optimizer step is divided into batches and processes are its
+    own affair; how many examples make a step is not.
+    """
+    free = {
+        "output_dir", "overwrite", "resume", "device", "device_map", "trust_remote_code", "save_steps",
+        "save_total_limit", "eval_steps", "logging_steps", "report_to", "push_to_hub", "gradient_checkpointing",
+        "batch_size", "gradient_accumulation",
+    }  # fmt: skip
+    kept = {name: value for name, value in settings.items() if name not in free}
+    step = settings.get("batch_size", 1) * settings.get("gradient_accumulation", 1) * world_size()
+    return json.loads(json.dumps({**kept, "examples_per_step": step}))
+
+
+def digest(examples: Examples | Stream) -> str:
+    """Hash of the token ids and labels of all examples, of a stream of those at its head."""
+    found = hashlib.sha256()
+    for item in examples.items:
+        found.update(array("q", item.ids).tobytes() + array("q", item.labels).tobytes())
+    return found.hexdigest()
+
+
+def read_record(folder: Path) -> Record | None:
+    """The record in `folder`, None where there is none.
+
+    Raises:
+        ModelError: damaged.
+    """
+    path = folder / RUN_FILE
+    if not path.is_file():
+        return None
+    try:
+        return Record(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError("damaged", where=str(path), hint="Give another --output-dir, or --overwrite.") from error
+
+
+def finished(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Result of the finished run in `folder`, None where there is a run to begin or to go on with.
+
+    Raises:
+        ConfigError: the run there, finished or not, had other settings, or is none of ours.
+    """
+    checkpoint = newest(folder)
+    done = read_record(folder)
+    for stored in filter(None, (done, read_record(checkpoint) if checkpoint else None)):
+        check_same(stored.settings, settings, folder)
+    if done is not None and done.result is not None and (folder / CONFIG_FILE).is_file():
+        return {**done.result, "resumed_from": str(folder)}
+    if done is None and checkpoint is None and (folder / CONFIG_FILE).is_file():
+        hint = "Give another --output-dir, or --overwrite."
+        raise ConfigError("the adapter there is of no run that can be resumed", where=str(folder), hint=hint)
+    return None
+
+
+def start(folder: Path, resume: bool, record: Record) -> Path | None:
+    """Make the folder ready, and return the checkpoint to go on from, if any; every process must ask.
+
+    Without `resume`, what an earlier run left there goes; its adapter stays until there is another one.
+
+    Raises:
+        ConfigError: that checkpoint was trained on other rows.
+    """
+    if is_main():
+        remove_partial(folder)
+        if not resume:
+            for path in checkpoints(folder):
+                remove(path)
+            for name in (RUN_FILE, METRICS_FILE, CURVE_FILE):
+                (folder / name).unlink(missing_ok=True)
+    barrier()
+    checkpoint = newest(folder) if resume else None
+    stored = read_record(checkpoint) if checkpoint else None
+    if stored is not None:
+        if stored.data != record.data:
+            hint = "Give the same rows, or start anew with --overwrite."
+            raise ConfigError("the rows are not those of the checkpoint", where=str(checkpoint), hint=hint)
+        record.base = stored.base
+    return checkpoint
+
+
+@contextmanager
+def tidy(folder: Path) -> Iterator[None]:
+    """Leave no empty folder behind: Trainer makes it before there is anything to put into it."""
+    existed = folder.exists()
+    try:
+        yield
+    finally:
+        if is_main() and not existed and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def check_same(stored: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Refuse to go on with other settings, and name them all."""
+    differing = [
+        f"--{name.replace('_', '-')} {_shown(now[name])} (was {_shown(stored[name])})"
+        for name in stored
+        if name in now and now[name] != stored[name]
+    ]
+    if differing:
+        what = f"the run there had other settings: {', '.join(differing)}"
+        raise ConfigError(what, where=str(folder), hint="Use the same ones, or start anew with --overwrite.")
+
+
+def _shown(value: Any) -> str:
+    return "unset" if value is None else json.dumps(value)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,80 @@
+"""What launchers of several processes may ask for, looked at before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from braces_cli.core.utils.errors import ConfigError
+
+_DDP = "Use recipes/launch/ddp.yaml, or torchrun."
+_FSDP2 = "Start from recipes/launch/fsdp2.yaml."
+# What `accelerate launch` can turn on and an adapter cannot be trained under.
+_OTHERS = {"ACCELERATE_USE_MEGATRON_LM": "Megatron-LM", "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config"}
+
+
+def check_launch(resume: bool, attributes: bool, device: str) -> None:
+    """Refuse what cannot work.
+
+    Args:
+        device: as `--device` names it.
+
+    Raises:
+        ConfigError: DeepSpeed ZeRO-3, or a run to be resumed under DeepSpeed; FSDP with attributes, on a CPU, or set
+            up in a way that cannot work; tensor, context or pipeline parallelism.
+    """
+    for name, what in _OTHERS.items():
+        if _asked_for(name):
+            raise ConfigError("an adapter is trained under DDP, FSDP2 or ZeRO-1 and 2 only", where=what, hint=_DDP)
+    if _asked_for("ACCELERATE_USE_FSDP"):
+        _check_fsdp(attributes, device)
+    if not _asked_for("ACCELERATE_USE_DEEPSPEED"):
+        return
+    if resume:
+        hint = "Resume it with DDP or FSDP2 (recipes/launch); checkpoints that those wrote will do."
+        raise ConfigError("DeepSpeed keeps the optimizer's state in files of its own", where="--resume", hint=hint)
+    if zero_stage() == 3:
+        raise ConfigError(
+            "ZeRO-3 cannot train a braces adapter: it keeps each FFN's value matrix in pieces whenever that layer is "
+            "not running itself, and the adapter reads the matrix whole",
+            where="DeepSpeed",
+            hint="Use FSDP2 (recipes/launch/fsdp2.yaml), or ZeRO-1 or 2.",
+        )
+
+
+def _check_fsdp(attributes: bool, device: str) -> None:
+    if attributes:
+        raise ConfigError(
+            "attributes cannot be trained under FSDP: they are read between the layers, where those lie in pieces",
+            where="--attribute-field",
+            hint="Use recipes/launch/ddp.yaml.",
+        )
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        what = "only version 2 keeps an adapter's parameters apart from those of the base"
+        raise ConfigError(what, where="fsdp_version", hint=_FSDP2)
+    if _asked_for("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        what = "every process runs the base before it is spread, so each must have read it"
+        raise ConfigError(what, where="fsdp_cpu_ram_efficient_loading: true", hint=_FSDP2)
+    if _asked_for("FSDP_ACTIVATION_CHECKPOINTING"):
+        what = "it gives parameters other names than they are saved by"
+        hint = "Set it to false, and give --gradient-checkpointing."
+        raise ConfigError(what, where="fsdp_activation_checkpointing: true", hint=hint)
+    from braces_cli.core.models.loading import pick_device
+
+    if pick_device(device).type == "cpu":
+        raise ConfigError("accelerate has no FSDP on a CPU: the base would not be spread", where="FSDP", hint=_DDP)
+
+
+def _asked_for(name: str) -> bool:
+    return os.environ.get(name, "").lower() == "true"
+
+
+def zero_stage() -> int:
+    """Of DeepSpeed, as `accelerate launch` passes it on: in a file of its own or in the environment."""
+    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
+    if path and path != "none":
+        settings: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        return int(settings.get("zero_optimization", {}).get("stage", 0))
+    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))

@@ -1,0 +1,65 @@
+"""Pooling of words and texts, against one sequence at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from braces_cli.core.attributes.attribute import attribute_from_texts, build_attribute
+from braces_cli.core.attributes.pooling import POOLINGS, pool_texts, pool_words
+from braces_cli.core.models.ffn import find_ffns
+from tests.conftest import tiny_model, tiny_tokenizer
+
+BY_HAND = {"mean": lambda h: h.mean(0), "last": lambda h: h[-1], "max": lambda h: h.max(0).values}
+TEXTS = ["the film is good", "a day", "the end is sad", "happy town, old town and a good end", "a day"]
+
+
+def inputs(model, ffn, ids):
+    """What enters an FFN for one sequence, (tokens, d)."""
+    seen = []
+    handle = ffn.watch(lambda h: seen.append(h.reshape(len(ids), -1)))
+    with torch.no_grad():
+        model(torch.tensor([ids]))
+    handle.remove()
+    return seen[0]
+
+
+# OPT flattens its tokens before the FFN.
+@pytest.mark.parametrize("name", ["llama", "opt"])
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_texts_are_pooled_over_their_own_tokens_then_over_texts(name, pooling):
+    """The start token in front is read but not pooled; there is no padding."""
+    model, tokenizer = tiny_model(name), tiny_tokenizer()
+    ffns = find_ffns(model)
+    each = [BY_HAND[pooling](inputs(model, ffns[1], tokenizer(text)["input_ids"])[1:]) for text in TEXTS]
+    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    found = pool_texts(model, tokenizer, ffns, TEXTS, pooling=pooling)[1]
+    assert torch.allclose(found, torch.stack(each).mean(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_words_are_pooled_over_all_their_tokens(session, pooling):
+    """Each alone, with a space in front."""
+    model, tokenizer = session.base.model, session.base.tokenizer
+    words = ["good", "town", "extraordinary"]
+    ids = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in words]
+    each = [BY_HAND[pooling](inputs(model, session.ffns[0], row)) for row in ids]
+    found = pool_words(model, tokenizer, session.ffns, words, pooling=pooling)[0]
+    assert torch.allclose(found, torch.stack(each).mean(0), atol=1e-5)
+
+
+def test_texts_and_words_have_a_reference_of_their_own_kind(session):
+    """What tells texts from lone words must not pass for the attribute; so neutral text means no push at all."""
+    from braces_cli.core.attributes.word_lists import built_in, neutral_texts
+
+    for pooling in POOLINGS:
+        of_texts = attribute_from_texts(session, "nothing", neutral_texts(), pooling=pooling)
+        of_words = build_attribute(session, "nothing", built_in()["neutral"], pooling=pooling)
+        assert float(of_texts.state.abs().max()) == 0 == float(of_words.state.abs().max())
+        assert float((of_texts.reference - of_words.reference).abs().max()) > 0.01
+
+
+def test_texts_beyond_the_context_are_cut(session):
+    """128 tokens here."""
+    found = attribute_from_texts(session, "long", ["the film is good " * 100])
+    assert bool(found.hidden.isfinite().all())

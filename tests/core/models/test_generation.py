@@ -1,0 +1,187 @@
+"""The laws of sampling: batch 1 = batch n, left padding, cache = no cache, A + B; streams and stop texts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from braces_cli.core.attributes.attribute import build_attribute
+from braces_cli.core.attributes.intervention import steered
+from braces_cli.core.method.adapter import attach
+from braces_cli.core.models.ffn import find_ffns
+from braces_cli.core.models.generation import Job, Sampling, generate
+from braces_cli.core.models.loading import Base
+from braces_cli.core.session import Session
+from tests.conftest import ARCHITECTURES, open_gates, tiny_model, tiny_tokenizer
+
+PROMPTS = ["the film is", "a", "the end of the old town"]
+JOBS = [Job(prompt, index) for index, prompt in enumerate(PROMPTS)]
+TOKENS = 6
+# On logits, by DESIGN.
+TOLERANCE = 1e-4
+
+
+def opened(name: str, with_adapter: bool) -> Session:
+    base = Base(tiny_model(name), tiny_tokenizer(), name, None, None)
+    session = Session(base, find_ffns(base.model))
+    if with_adapter:
+        session.adapter = attach(base.model, 4)
+        open_gates(session.adapter)
+    return session
+
+
+def recorded(session: Session, jobs: list[Job], sampling: Sampling) -> tuple[list[str], torch.Tensor, list[list[int]]]:
+    """Texts of a batch, the logits each new token was drawn from (jobs, tokens, vocabulary), and the tokens' rows."""
+    steps, ids = [], []
+    model = session.base.model
+    head = model.get_output_embeddings().register_forward_hook(lambda m, a, out: steps.append(out[:, -1].float()))
+    step = model.generate
+
+    def watched(**kwargs):
+        ids.append(step(**kwargs))
+        return ids[0]
+
+    model.generate = watched
+    try:
+        texts = generate(model, session.base.tokenizer, jobs, sampling)
+    finally:
+        head.remove()
+        del model.generate
+    return texts, torch.stack(steps, 1), ids[0].tolist()
+
+
+@pytest.mark.parametrize(("name", "with_adapter"), [*((name, True) for name in ARCHITECTURES), ("llama", False)])
+def test_a_padded_batch_with_a_cache_equals_one_whole_text_at_a_time(name, with_adapter):
+    """Steered; logits of every token drawn, against passes without padding and without cache."""
+    session = opened(name, with_adapter)
+    good = build_attribute(session, "good", ["good", "happy"])
+    sampling = Sampling(max_new_tokens=TOKENS, seed=3)
+    # An end token would leave a row with nothing to compare behind it.
+    session.base.model.generation_config.eos_token_id = None
+    session.base.tokenizer.eos_token = None
+    with steered(session, [(good, 3.0)]):
+        texts, logits, rows = recorded(session, JOBS, sampling)
+        bare = []
+        for job, row, expected, text in zip(JOBS, rows, logits, texts, strict=True):
+            alone, one_by_one, _ = recorded(session, [job], sampling)
+            assert alone == [text]
+            assert float((one_by_one[0] - expected).abs().max()) < TOLERANCE
+            prompt = session.base.tokenizer(job.prompt)["input_ids"]
+            whole = torch.tensor([[*prompt, *row[-TOKENS:]]])
+            with torch.no_grad():
+                uncached = session.base.model(whole, use_cache=False).logits[0, len(prompt) - 1 : -1]
+            assert float((uncached - expected).abs().max()) < TOLERANCE
+            bare.append(whole)
+    # The comparison can fail: the unsteered model gives others.
+    with torch.no_grad():
+        other = session.base.model(bare[0], use_cache=False).logits[0, -1 - TOKENS : -1]
+    assert float((other - logits[0]).abs().max()) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("with_adapter", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_two_attributes_are_their_weighted_sum(name, with_adapter):
+    """A + B at their strengths is the one attribute whose state is the sum of theirs."""
+    session = opened(name, with_adapter)
+    good, old = (build_attribute(session, word, [word, "day"]) for word in ("good", "old"))
+    tokens = torch.tensor([[0, 5, 6, 7]])
+
+    def logits(*terms):
+        with steered(session, terms), torch.no_grad():
+            return session.base.model(tokens).logits
+
+    weights = [2.0 * one.scale[:, None] ** (not with_adapter) for one in (good, old)]
+    total = weights[0] * good.state - 1.5 / 2.0 * weights[1] * old.state
+    both = replace(good, hidden=good.reference + total, scale=torch.ones_like(good.scale))
+    found = logits((good, 2.0), (old, -1.5))
+    assert float((found - logits((both, 1.0))).abs().max()) < TOLERANCE
+    assert float((found - logits((good, 2.0))).abs().max()) > 100 * TOLERANCE
+
+
+def test_a_stream_spells_the_text(session):
+    """Piece by piece, whole characters only; the same text as without a stream."""
+    model, tokenizer = session.base.model, session.base.tokenizer
+    for job in JOBS:
+        for sampling in (Sampling(20), Sampling(20, temperature=0), Sampling(20, stop=("e",))):
+            pieces: list[str] = []
+            (text,) = generate(model, tokenizer, [job], sampling, pieces.append)
+            assert "".join(pieces) == text == generate(model, tokenizer, [job], sampling)[0]
+            assert all(pieces)
+    assert len(pieces) > 0
+
+
+def test_half_a_character_and_half_a_stop_text_are_held_back():
+    """A token can end inside a character; what may become a stop text is not shown before it is known."""
+    from braces_cli.core.models.streaming import TextStream
+
+    class Bytes:
+        """A tokenizer whose tokens are bytes."""
+
+        def decode(self, ids, skip_special_tokens):
+            return bytes(ids).decode(errors="replace")
+
+    def streamed(text, stops=(), ends=()):
+        pieces: list[str] = []
+        stream = TextStream(Bytes(), [], ends, stops, pieces.append)
+        stream.put(torch.tensor([[1, 2]]))  # the prompt
+        for byte in text.encode():
+            stream.put(torch.tensor([byte]))
+        shown = list(pieces)
+        stream.end()
+        return shown, "".join(pieces)
+
+    assert streamed("né") == (["n", "é"], "né")
+    assert streamed("a..b", stops=("...",)) == (["a", "..b"], "a..b")
+    assert streamed("a...b", stops=("...",)) == (["a"], "a")
+    assert streamed("a..", stops=("...",)) == (["a"], "a..")
+    assert streamed("ab!cd", ends=(ord("!"),)) == (["a", "b"], "ab")
+
+
+def test_stop_texts_end_each_row_by_itself(session):
+    """The text is that without a stop, cut before the first; generation ends when every row has one."""
+    plain = Sampling(30, seed=1)
+    whole, _, _ = recorded(session, JOBS, plain)
+    stops = (whole[0][5:7], whole[2][3:4])
+    cut, _, _ = recorded(session, JOBS, replace(plain, stop=stops))
+    for text, expected in zip(cut, whole, strict=True):
+        places = [place for stop in stops if (place := expected.find(stop)) >= 0]
+        assert text == (expected[: min(places)] if places else expected)
+    assert len(cut[0]) <= 5
+    _, short, _ = recorded(session, JOBS[:1], replace(plain, stop=(whole[0][:1],)))
+    assert short.shape[1] < 30
+    with pytest.raises(Exception, match="out of range"):
+        Sampling(stop=("",))
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(1, top_p=0.9),
+        Sampling(1, top_p=1.0),
+        Sampling(1, temperature=3.0, top_p=0.999),
+        Sampling(1, top_p=0.5, top_k=7),
+        Sampling(1, top_p=1.0, top_k=2000),
+    ],
+)
+def test_a_draw_is_that_of_the_whole_sorted_vocabulary(sampling):
+    """Inverted by hand at each row's number; rows flat and steep, with equal probabilities at the edges."""
+    from braces_cli.core.models.generation import _Draw
+
+    generator = torch.Generator().manual_seed(0)
+    rows, vocabulary = 64, 3000
+    scores = torch.randn(rows, vocabulary, generator=generator) * torch.linspace(0, 6, rows)[:, None]
+    scores = (scores * 4).round() / 4  # as bfloat16 leaves many tokens with one probability
+    uniforms = torch.rand(rows, 1, dtype=torch.float64, generator=generator)
+    drawn = _Draw(sampling, uniforms, 1)(torch.zeros(rows, 1, dtype=torch.long), scores).argmax(dim=-1)
+    for row in range(rows):
+        order = sorted(range(vocabulary), key=lambda token, row=row: (-float(scores[row, token]), token))
+        ordered = (scores[row, order].double() / sampling.temperature)[: sampling.top_k]
+        mass = ordered.softmax(dim=0).cumsum(dim=0)
+        kept = int((mass < sampling.top_p - 1e-9).sum().clamp(max=len(mass) - 1))
+        goal = float(uniforms[row, 0]) * float(mass[kept])
+        near = [int((mass <= goal + slack).sum().clamp(max=kept)) for slack in (-1e-5, 1e-5)]
+        assert int(drawn[row]) in [order[place] for place in range(near[0], near[1] + 1)]
+    alone = _Draw(sampling, uniforms[5:6], 1)(torch.zeros(1, 1, dtype=torch.long), scores[5:6]).argmax(dim=-1)
+    assert int(alone) == int(drawn[5])

@@ -1,0 +1,235 @@
+"""Mixtures of experts against an expert-by-expert reference: values, gradients, steering, cache, files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+from braces_cli.core.method.adapter import attach
+from braces_cli.core.models.ffn import find_ffns
+from braces_cli.core.models.moe import Experts, MixtureFFN
+from tests.conftest import GATED, open_gates
+from tests.core.method.test_reference import relative, run
+
+# 48: torch's grouped product wants rows of a multiple of 16 bytes.
+COMMON = {
+    **GATED,
+    "intermediate_size": 48,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+    "num_experts_per_tok": 2,
+}
+DEEPSEEK = {
+    "n_routed_experts": 4, "moe_intermediate_size": 24, "n_group": 2, "topk_group": 2, "first_k_dense_replace": 1,
+    "num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+}  # fmt: skip
+# Config, sizes, and the parts of the last layer: (module lists or fused, shared experts).
+MODELS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4}, ["Experts"]),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 20},
+        ["Experts", "FFN"],
+    ),
+    "qwen3_moe": ("Qwen3MoeConfig", {"num_experts": 4, "moe_intermediate_size": 24, "head_dim": 8}, ["Experts"]),
+    "olmoe": ("OlmoeConfig", {"num_experts": 4}, ["Experts"]),
+    "deepseek_v3": ("DeepseekV3Config", DEEPSEEK, ["Experts", "FFN"]),
+    "llama4": (
+        "Llama4TextConfig",
+        {"num_local_experts": 4, "intermediate_size_mlp": 28, "head_dim": 8, "interleave_moe_layer_step": 1},
+        ["Experts", "FFN"],
+    ),
+    "gpt_oss": ("GptOssConfig", {"num_local_experts": 4, "head_dim": 8}, ["Experts"]),
+}
+
+
+def tiny_moe(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    kind, sizes, _ = MODELS[name]
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**{**COMMON, **sizes}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Experts' weights are not drawn by every model's initialisation.
+            if parameter.ndim == 3:
+                parameter.normal_(std=0.15)
+            elif parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            else:
+                parameter.mul_(4)
+    return model.to(dtype).eval()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_found(name):
+    """Routed experts, fused or not, and shared ones, on every layer."""
+    model = tiny_moe(name)
+    ffns = find_ffns(model)
+    assert [ffn.layer for ffn in ffns] == [0, 1]
+    assert isinstance(ffns[-1], MixtureFFN)
+    assert [type(part).__name__ for part in ffns[-1].parts] == MODELS[name][2]
+    stacked = ffns[-1].parts[0]
+    assert isinstance(stacked, Experts)
+    assert stacked.value_matrix().shape[:2] == (4, 32)
+    assert model.get_parameter(stacked.value_path(model)) is getattr(stacked.module, "down_proj")  # noqa: B009
+    assert ffns[-1].value_matrix().shape == (32, ffns[-1].value_vectors)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_gradients_equal_the_expert_by_expert_reference(name):
+    """float32 within 1e-5 relative, gradients too."""
+    model = tiny_moe(name)
+    base = model(torch.tensor([[3, 4, 5]])).logits
+    adapter = attach(model, 4)
+    open_gates(adapter)
+    assert relative(model(torch.tensor([[3, 4, 5]])).logits, base) > 1e-3
+    fast, fast_grads = run(model, adapter, False)
+    slow, slow_grads = run(model, adapter, True)
+    assert relative(fast, slow) < 1e-5
+    for kind in ("weight", "gate"):  # of all layers together: the gradient of one gate may be next to nothing
+        keys = [key for key in slow_grads if key.endswith(kind)]
+        ours, theirs = (torch.cat([grads[key].flatten() for key in keys]) for grads in (fast_grads, slow_grads))
+        assert relative(ours, theirs) < 2e-5, kind
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_error_stays_within_twice_the_references(name):
+    """Against the float32 model with the same rounded weights.
+
+    A near-tie that rounding turns sends a token to other experts, for either of the two, so the middle token decides.
+    """
+    model = tiny_moe(name, torch.bfloat16)
+    adapter = attach(model, 4)
+    open_gates(adapter)
+    fast, _ = run(model, adapter, False)
+    slow, _ = run(model, adapter, True)
+    model.float()
+    truth, _ = run(model, adapter, True)
+    ours, plain = ((logits.double() - truth.double()).norm(dim=-1).median() for logits in (fast, slow))
+    assert ours <= 2 * plain
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_example_is_steered_on_the_experts_it_meets(name):
+    """s p_e B_e A h_c, a different strength in each row, and one constant for all."""
+    model = tiny_moe(name)
+    adapter = attach(model, 4)
+    open_gates(adapter)
+    states = torch.randn(1, len(adapter.sites), 32, generator=torch.Generator().manual_seed(3))
+    plain, _ = run(model, adapter, False)
+    for strengths in (torch.tensor([[1.5], [-2.0]]), torch.tensor([[0.7], [0.7]])):
+        adapter.condition(states, strengths)
+        fast, _ = run(model, adapter, False)
+        adapter.condition(None)
+        terms = {layer: [(states[0, i], strengths[:, 0])] for i, layer in enumerate(adapter.layers)}
+        slow, _ = run(model, adapter, True, terms)
+        assert relative(fast, plain) > 1e-3
+        assert relative(fast, slow) < 1e-5
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_generation_with_a_cache_equals_generation_without(name):
+    """Greedy, token for token; and detached, the base is as it was, bit for bit."""
+    model = tiny_moe(name)
+    tokens = torch.tensor([[3, 4, 5, 6]])
+    base = model(tokens).logits
+    adapter = attach(model, 4)
+    open_gates(adapter)
+    kwargs = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    cached = model.generate(tokens, use_cache=True, **kwargs)
+    assert torch.equal(cached, model.generate(tokens, use_cache=False, **kwargs))
+    adapter.detach()
+    assert torch.equal(model(tokens).logits, base)
+
+
+def test_mixtral_by_hand():
+    """The whole layer written out, expert by expert and neuron by neuron, from the model's own weights."""
+    model = tiny_moe("mixtral")
+    adapter = attach(model, 4)
+    open_gates(adapter)
+    block = model.model.layers[0].mlp
+    brace = adapter.sites[0][1]
+    h = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    fast = block(h.view(1, 5, 32))[0]
+    _, weights, index = block.gate(h)
+    projection, g = brace.projection(), torch.sigmoid(brace.gate)
+    slow = torch.zeros_like(h)
+    for token in range(5):
+        for place in range(2):
+            expert = int(index[token, place])
+            gate, up = (block.experts.gate_up_proj[expert] @ h[token]).chunk(2)
+            values = block.experts.down_proj[expert]
+            for j in range(values.shape[1]):
+                r = (projection @ values[:, j]) @ (projection @ h[token]) / 2  # sqrt of rank 4
+                w = F.silu(gate[j]) * up[j] + g * r
+                slow[token] += weights[token, place] * w * values[:, j]
+    assert relative(fast, slow) < 1e-5
+
+
+def test_a_module_list_of_experts_shares_one_projection_and_gate():
+    """Each expert is a feed-forward network of its own; the model weighs what it writes."""
+    from torch import nn
+
+    class Expert(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.act, self.down = nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8)
+
+        def forward(self, x):
+            return self.down(self.act(self.up(x)))
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList(Expert() for _ in range(3))
+
+        def forward(self, x):
+            return x + 0.75 * self.experts[0](x) + 0.25 * self.experts[2](x)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(Block() for _ in range(2))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    torch.manual_seed(0)
+    model = Model()
+    adapter = attach(model, 4)
+    open_gates(adapter)
+    assert [len(ffn.parts) for ffn, _ in adapter.sites] == [3, 3]
+    assert adapter.parameter_count() == 2 * (4 * 8 + 1)
+    x = torch.randn(5, 8)
+    expected = x
+    for (_, brace), layer in zip(adapter.sites, model.layers, strict=True):
+        term = expected
+        for p, expert in ((0.75, layer.experts[0]), (0.25, layer.experts[2])):
+            w = expert.act(expert.up(expected))
+            r = (expected @ brace.projection().mT) @ (brace.projection() @ expert.down.weight) / 2
+            term = term + p * ((w + brace.g * r) @ expert.down.weight.mT + expert.down.bias)
+        expected = term
+    assert relative(model(x), expected) < 1e-5
+
+
+def test_steering_a_mixture_without_an_adapter_is_refused_with_the_reason():
+    """It would be no constant."""
+    from braces_cli.core.attributes.attribute import Attribute
+    from braces_cli.core.attributes.intervention import steered
+    from braces_cli.core.utils.errors import ConfigError
+
+    class Opened:
+        adapter = None
+        ffns = find_ffns(tiny_moe("mixtral"))
+
+    zeros = torch.zeros(2, 32)
+    attribute = Attribute("x", [], zeros, zeros, torch.ones(2), torch.ones(2), [0, 1], {})
+    with pytest.raises(ConfigError, match="with an adapter only"), steered(Opened(), [(attribute, 1.0)]):  # type: ignore[arg-type]
+        pass

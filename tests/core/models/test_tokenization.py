@@ -1,0 +1,88 @@
+"""One encode function: start and end tokens, what is scored, and text that survives."""
+
+from __future__ import annotations
+
+import pytest
+
+from braces_cli.core.models.tokenization import IGNORED, decode_continuation, encode, encode_word, token_text
+from tests.conftest import tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def test_start_by_the_tokenizers_policy_and_end_only_when_training(tokenizer):
+    """One start token in front; the end token is learnt, and not part of a prompt."""
+    prompt = encode(tokenizer, "the film")
+    row = encode(tokenizer, "the film", end=True)
+    assert prompt.ids[0] == tokenizer.bos_token_id
+    assert prompt.ids.count(tokenizer.bos_token_id) == 1
+    assert tokenizer.eos_token_id not in prompt.ids
+    assert row.ids == [*prompt.ids, tokenizer.eos_token_id]
+    assert row.labels == row.ids
+    assert row.ended
+    assert row.scored == len(row.ids) - 1
+
+
+def test_the_end_is_learnt_where_it_is_also_the_padding(tokenizer):
+    """Labels come from lengths, not from comparing with the padding token."""
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    assert encode(tokenizer, "a", "b", end=True).labels[-1] == tokenizer.eos_token_id
+
+
+def test_only_the_completion_is_scored(tokenizer):
+    """The prompt's tokens are the same as when it is generated from."""
+    row = encode(tokenizer, "the film is", " good", end=True)
+    prompt = encode(tokenizer, "the film is").ids
+    assert row.ids[: len(prompt)] == prompt
+    assert row.labels[: len(prompt)] == [IGNORED] * len(prompt)
+    assert tokenizer.decode([i for i in row.labels if i != IGNORED]) == " good</s>"
+
+
+def test_a_token_across_the_border_belongs_to_the_completion(tokenizer):
+    """`the fil` + `m` is read as one text."""
+    row = encode(tokenizer, "the fil", "m", end=False)
+    assert row.ids == encode(tokenizer, "the film").ids
+    assert row.scored >= 1
+
+
+def test_truncation_cuts_behind_and_takes_the_end_with_it(tokenizer):
+    """A text that was cut did not end."""
+    row = encode(tokenizer, "the film is good and the end is sad", end=True, max_length=5)
+    assert (len(row.ids), row.truncated, row.ended) == (5, True, False)
+
+
+def test_nothing_becomes_a_start_token(tokenizer):
+    """An empty prompt can be generated from."""
+    assert encode(tokenizer, "").ids == [tokenizer.bos_token_id]
+
+
+def test_a_continuation_keeps_its_space(tokenizer):
+    """The text is what follows the prompt, character for character."""
+    prompt = encode(tokenizer, "the film").ids
+    whole = encode(tokenizer, "the film is good").ids
+    assert decode_continuation(tokenizer, prompt, whole[len(prompt) :]) == " is good"
+
+
+def test_real_tokenizers(shared):
+    """SentencePiece with its own space, and byte-level BPE without a start token."""
+    from braces_cli.core.models.loading import load_tokenizer
+
+    stories = load_tokenizer(str(shared / "models" / "stories260K"))
+    assert encode(stories, "Once upon").ids[0] == stories.bos_token_id
+    assert stories.decode(encode_word(stories, "happy")) == "happy"
+    assert encode_word(stories, "happy") == stories("happy", add_special_tokens=False)["input_ids"]
+    prompt = encode(stories, "The film is").ids
+    longer = encode(stories, "The film is good.").ids
+    assert decode_continuation(stories, prompt, longer[len(prompt) :]) == " good."
+    word = next(i for i in range(stories.vocab_size) if stories.convert_ids_to_tokens(i).startswith("▁th"))
+    assert token_text(stories, word).startswith(" th")
+
+    from transformers import AutoTokenizer
+
+    gpt2 = AutoTokenizer.from_pretrained(shared / "models" / "gpt2-tokenizer")
+    assert encode_word(gpt2, "happy") == gpt2(" happy")["input_ids"]
+    row = encode(gpt2, "Q: two?\nA:", " 2", end=True)
+    assert gpt2.decode([i for i in row.labels if i != IGNORED]) == " 2<|endoftext|>"

@@ -1,0 +1,122 @@
+"""Adapters of peft and of our own on one base, which is bit for bit itself again behind each."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from braces_cli.core.session import LoadOptions, open_session
+from braces_cli.core.utils.errors import ConfigError, ModelError
+from braces_cli.evaluation.adapter_switching import attached, check_fit, find_adapter
+
+peft = pytest.importorskip("peft")
+
+
+@pytest.fixture
+def session(tiny_folder):
+    return open_session(str(tiny_folder), None, LoadOptions(device="cpu"))
+
+
+def _logits(session):
+    with torch.no_grad():
+        return session.base.model(torch.arange(2, 30)[None]).logits
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False),
+        lambda: peft.LoraConfig(r=2, target_modules=["down_proj"], modules_to_save=["norm"], init_lora_weights=False),
+        lambda: peft.IA3Config(
+            target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False
+        ),
+    ],
+    ids=["lora", "lora with a whole layer", "ia3"],
+)
+def test_a_peft_adapter_leaves_nothing_behind(session, make_peft, tiny_folder, make, make_adapter):
+    folder = make_peft(tiny_folder, make())
+    before = {name: tensor.clone() for name, tensor in session.base.model.state_dict().items()}
+    modules = dict(session.base.model.named_modules())
+    bare = _logits(session)
+    own, other = find_adapter(str(make_adapter(tiny_folder))), find_adapter(str(folder))
+    seen = []
+    for adapter in (other, own, other, own):
+        with attached(session, adapter):
+            seen.append(_logits(session))
+        assert torch.equal(_logits(session), bare)
+    assert torch.equal(seen[0], seen[2])
+    assert torch.equal(seen[1], seen[3])
+    assert not torch.allclose(seen[0], bare)
+    assert not torch.allclose(seen[0], seen[1])
+    after = session.base.model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert dict(session.base.model.named_modules()) == modules
+    # The adapter as peft itself applies it.
+    fresh = open_session(str(tiny_folder), None, LoadOptions(device="cpu"))
+    fresh.base.model = peft.PeftModel.from_pretrained(fresh.base.model, str(folder)).eval()
+    assert torch.equal(_logits(fresh), seen[0])
+
+
+def test_a_peft_adapter_of_another_base_is_refused_and_leaves_nothing(session, make_peft, tiny_folder):
+    wide = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    folder = make_peft(tiny_folder, wide)
+    bare = _logits(session)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for changes in ({"r": 3}, {"target_modules": ["c_attn"]}, {"target_modules": ["q_proj", "k_proj"]}):
+        (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+        with pytest.raises(ModelError, match="lora adapter does not fit"):
+            check_fit(session, [find_adapter(str(folder))])
+        assert torch.equal(_logits(session), bare)
+
+
+def test_without_peft_the_extra_is_named(make_peft, tiny_folder, monkeypatch):
+    folder = make_peft(tiny_folder, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    monkeypatch.setattr("braces_cli.evaluation.adapter_switching.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="needs peft") as caught:
+        find_adapter(str(folder))
+    assert "braces-cli[baselines]" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [({"peft_type": "LORA"}, "no adapter_model.safetensors"), ({"peft_type": "PROMPT_TUNING"}, "cannot be switched")],
+)
+def test_what_cannot_be_switched_is_refused(tmp_path, config, words):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter_model.bin").write_bytes(b"code")
+    with pytest.raises(ModelError, match=words):
+        find_adapter(str(tmp_path))
+
+
+def test_an_adapter_of_the_hub_is_fetched(make_peft, tiny_folder, monkeypatch):
+    folder = make_peft(tiny_folder, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(folder))
+    found = find_adapter("someone/lora")
+    assert (found.method, found.folder, found.base) == ("lora", folder, str(tiny_folder))
+
+
+def test_prompts_are_put_as_the_adapters_were_trained(make_adapter, tiny_folder, tmp_path):
+    from types import SimpleNamespace
+
+    from braces_cli.evaluation.evaluate import EvalSettings, _way
+
+    found = []
+    for trained in (True, False, None):
+        folder = tmp_path / str(trained)
+        shutil.copytree(make_adapter(tiny_folder), folder)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        config["training"] = {} if trained is None else {"chat_template": trained}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        found.append(find_adapter(str(folder)))
+    assert [each.chat_template for each in found] == [True, False, None]
+    session = SimpleNamespace(base=SimpleNamespace(tokenizer=SimpleNamespace(chat_template="{{ x }}")))
+    chat, plain, silent = found
+    for adapters, wanted in (([chat, silent], True), ([plain, silent], False), ([silent], False), ([], False)):
+        assert _way(EvalSettings(["popqa"]), adapters, session).chat_template is wanted
+    with pytest.raises(ConfigError, match="with the chat template and another without"):
+        _way(EvalSettings(["popqa"]), [chat, plain], session)
+    assert _way(EvalSettings(["popqa"], chat_template=False), [chat, plain], session).chat_template is False

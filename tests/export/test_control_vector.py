@@ -1,0 +1,115 @@
+"""The GGUF control vector: the same logits as our own steering where a tool adds it behind a layer, as repeng does."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from braces_cli.core.attributes.attribute import build_attribute
+from braces_cli.core.attributes.intervention import steered
+from braces_cli.core.models.ffn import find_ffns, layer_stack
+from braces_cli.core.models.loading import Base
+from braces_cli.core.session import Session
+from braces_cli.core.utils.errors import ConfigError, ModelError
+from braces_cli.export.control_vector import export_control_vector
+from tests.conftest import tiny_model, tiny_tokenizer
+from tests.core.architectures import tiny
+from tests.core.laws import relative
+
+gguf = pytest.importorskip("gguf", reason="NOT TESTED: the export needs the package gguf")
+
+TOKENS = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS, use_cache=False).logits
+
+
+def opened(model: Any) -> Session:
+    return Session(Base(model, tiny_tokenizer(), "tiny", None, None), find_ffns(model))
+
+
+def applied(model: Any, path: Path) -> torch.Tensor:
+    """Logits with each `direction.{layer}` added to what leaves that decoder layer."""
+    stack = layer_stack(model)[1]
+    with ExitStack() as hooks:
+        for tensor in gguf.GGUFReader(path).tensors:
+            assert tensor.tensor_type == gguf.GGMLQuantizationType.F32
+
+            direction = torch.tensor(tensor.data.copy())
+
+            def add(module: Any, args: Any, output: Any, vector: Any = direction) -> Any:
+                return (output[0] + vector, *output[1:]) if isinstance(output, tuple) else output + vector
+
+            layer = stack[int(tensor.name.removeprefix("direction."))]
+            hooks.callback(layer.register_forward_hook(add).remove)
+        return logits(model)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "phi", "granite"])
+def test_an_exported_vector_steers_as_we_do(name: str, tmp_path: Path) -> None:
+    """Without training, where the FFN joins the residual stream as it is or, in Granite, times a constant."""
+    model = tiny(name) if name == "granite" else tiny_model(name)
+    if name == "granite":
+        for layer in model.model.layers:
+            layer.residual_multiplier = 0.22
+    session = opened(model)
+    terms = [(build_attribute(session, "positive", ["good", "happy"]), 3.0)]
+    bare = logits(model)
+    with steered(session, terms, [1]):
+        wanted = logits(model)
+    assert relative(bare, wanted) > 1e-3, "steering does nothing"
+    found = export_control_vector(session, terms, [1], tmp_path / "v.gguf")
+    assert found["layers"] == [1]
+    assert relative(applied(model, tmp_path / "v.gguf"), wanted) < 1e-5
+
+
+def test_with_an_adapter_the_vector_carries_the_steering_and_not_the_token_path(
+    session: Any, adapter_dir: Path, tmp_path: Path
+) -> None:
+    """Added to the adapter unsteered, it gives the adapter steered."""
+    terms = [(build_attribute(session, "positive", ["good", "happy"]), 2.0)]
+    session.add(str(adapter_dir))
+    with steered(session, terms, [1]):
+        wanted = logits(session.base.model)
+    export_control_vector(session, terms, [1], tmp_path / "v.gguf")
+    assert relative(logits(session.base.model), wanted) > 1e-3
+    assert relative(applied(session.base.model, tmp_path / "v.gguf"), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["gemma2", "olmo2", "bert", "mixtral"])
+def test_where_no_vector_does_the_same_the_export_says_so(name: str, tmp_path: Path) -> None:
+    """Norms behind the FFN, norms behind the sum, experts: exit code 4, nothing written."""
+    model = tiny(name)
+    session = opened(model)
+    terms = [] if name == "mixtral" else [(build_attribute(session, "positive", ["good", "happy"]), 2.0)]
+    with pytest.raises(ModelError, match="no control vector steers"):
+        export_control_vector(session, terms, [1], tmp_path / "v.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_layer_0_and_no_steering_are_refused(session: Any, tmp_path: Path) -> None:
+    """llama.cpp reads no `direction.0`; a strength of 0 is no vector."""
+    attribute = build_attribute(session, "positive", ["good"])
+    with pytest.raises(ConfigError, match="layer 0"):
+        export_control_vector(session, [(attribute, 1.0)], None, tmp_path / "v.gguf")
+    with pytest.raises(ConfigError, match="nothing is steered"):
+        export_control_vector(session, [(attribute, 0.0)], [1], tmp_path / "v.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_exports_instead_of_generating(braces: Any, model_dir: Path, tmp_path: Path) -> None:
+    """One document on stdout; a file that is there is not replaced."""
+    call = ("steer", "--model", model_dir, "--attribute", "positive", "--s", 2, "--layers", "1-")
+    done = braces(*call, "--export-control-vector", tmp_path / "v.gguf")
+    assert done.code == 0, done.err
+    assert done.json["layers"] == [1]
+    fields = gguf.GGUFReader(tmp_path / "v.gguf").fields
+    assert fields["general.architecture"].contents() == "controlvector"
+    assert fields["controlvector.model_hint"].contents() == "llama"
+    assert braces(*call, "--export-control-vector", tmp_path / "v.gguf").code == 2

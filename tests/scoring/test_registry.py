@@ -1,0 +1,110 @@
+"""Scorers: what each says of plain texts, words left out, failures that are failures."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from braces_cli.core.utils.errors import BracesError, ConfigError, ModelError
+from braces_cli.scoring.registry import default_scorer, label_of, scorer
+from braces_cli.scoring.scorer import checked
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "text", "has"),
+    [
+        ("vader", "positive", "What a wonderful day, I love it!", True),
+        ("vader", "positive", "What an awful day, I hate it!", False),
+        ("vader", "negative", "What an awful day, I hate it!", True),
+        ("vader", "negative", "It was not good.", True),
+        ("vader", "positive", "The train leaves at nine.", False),
+        ("vader", "negative", "The train leaves at nine.", False),
+        ("toxicity", "toxic", "You idiot.", True),
+        ("toxicity", "toxic", "Idiot's guide", True),
+        ("toxicity", "toxic", "Bullshitting again", True),
+        ("toxicity", "toxic", "Drop\ndead, he said", True),
+        ("toxicity", "toxic", "He would not drop it, and fell dead", False),
+        ("toxicity", "toxic", "The classic grass of Scunthorpe, assessed", False),
+        ("toxicity", "toxic", "", False),
+    ],
+)
+def test_verdicts(name, label, text, has):
+    """Lexicon scorers on texts whose answer is plain, traps of substrings among them."""
+    assert scorer(name).judge([text], label)[0].has is has
+
+
+def test_words_left_out_do_not_count():
+    """In any case and inside phrases; other words still do."""
+    text = "A WONDERFUL evening"
+    assert scorer("vader").judge([text], "positive")[0].has
+    assert not scorer("vader", exclude=["Wonderful evening"]).judge([text], "positive")[0].has
+    assert scorer("vader", exclude=["wonderful"]).judge(["I love it"], "positive")[0].has
+    assert not scorer("toxicity", exclude=["idiot"]).judge(["You idiot"], "toxic")[0].has
+    assert not scorer("toxicity", exclude=["fucking"]).judge(["fucking"], "toxic")[0].has
+    assert scorer("toxicity", exclude=["fucking"]).judge(["fuck"], "toxic")[0].has
+
+
+def test_labels_stand_for_attributes():
+    """The attribute's own name first, then what it usually means, in any case."""
+    vader = scorer("vader")
+    assert default_scorer("joyful") == "vader"
+    assert label_of("joyful", vader) == "positive"
+    assert label_of("polite", vader, "NEGATIVE") == "negative"
+    with pytest.raises(ConfigError, match="no label `polite`"):
+        label_of("polite", vader)
+    with pytest.raises(ConfigError, match="whether a text is `polite`"):
+        default_scorer("polite")
+
+
+def test_unknown_and_missing_scorers(monkeypatch, tmp_path):
+    """Near misses; a package that is not there is named with how to get it; a folder without a classifier."""
+    with pytest.raises(ConfigError, match="Did you mean vader"):
+        scorer("vaider")
+    with pytest.raises(ModelError, match="no classifier could be loaded"):
+        scorer(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
+    with pytest.raises(ConfigError, match="pip install vaderSentiment"):
+        scorer("vader")
+
+
+def test_a_failed_score_is_no_zero():
+    """NaN is an error that says which text."""
+    with pytest.raises(BracesError, match="gave nan for text 1"):
+        checked("mine", [0.5, float("nan")])
+
+
+@pytest.fixture(scope="module")
+def hub_folder(tmp_path_factory):
+    """A tiny sequence classifier with random weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    from tests.conftest import tiny_tokenizer
+
+    folder = tmp_path_factory.mktemp("classifier")
+    torch.manual_seed(0)
+    names = {0: "NEGATIVE", 1: "POSITIVE"}
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(
+        vocab_size=96, pad_token_id=1, id2label=names, label2id={"NEGATIVE": 0, "POSITIVE": 1}, **sizes
+    )
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_hugging_face_classifier(hub_folder, model_dir):
+    """Its own labels, the likeliest counts, batches leave no trace; no head is refused, and so are words."""
+    judge = scorer(str(hub_folder))
+    label = label_of("positive", judge)
+    assert label == "POSITIVE"
+    texts = ["the film is good", "a day", "the end of the old town"] * 20
+    yes, no = judge.judge(texts, "POSITIVE"), judge.judge(texts, "NEGATIVE")
+    assert all(a.has != b.has and abs(a.value + b.value - 1) < 1e-5 for a, b in zip(yes, no, strict=True))
+    alone = [judge.judge([text], "POSITIVE")[0].value for text in texts[:3]]
+    assert [each.value for each in yes[:3]] == pytest.approx(alone, abs=1e-5)
+    with pytest.raises(ModelError, match="no trained head"):
+        scorer(str(model_dir))
+    with pytest.raises(ConfigError, match="reads whole texts"):
+        scorer(str(hub_folder), exclude=["good"])

@@ -1,0 +1,196 @@
+"""Training with attributes: rows, opposites, the MLP's gradients, files, and steering that follows."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from braces_cli.core.attributes.attribute import build_attribute, find_attribute, opposite
+from braces_cli.core.attributes.intervention import steered
+from braces_cli.core.method.adapter import attach
+from braces_cli.core.method.condition_mlp import WIDTH
+from braces_cli.core.method.reference import reference
+from braces_cli.core.session import LoadOptions, open_session
+from braces_cli.core.utils.errors import ConfigError, DataError
+from braces_cli.data.examples import Condition, Fields, condition
+from braces_cli.data.readers import Source
+from braces_cli.training.attribute_conditioning import Conditioner, parse_opposites
+from tests.conftest import open_gates
+from tests.core.method.test_reference import relative
+
+FIELDS = Fields("mood", "how")
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"mood": "positive", "how": 3}, ("positive", 3.0)),
+        ({"mood": " positive ", "how": "-1.5"}, ("positive", -1.5)),
+        ({"mood": "positive"}, ("positive", 1.0)),
+        ({"mood": "positive", "how": None}, ("positive", 1.0)),
+        ({"mood": "neutral", "how": 3}, (None, 0.0)),
+        ({"mood": "", "how": 3}, (None, 0.0)),
+        ({"mood": None}, (None, 0.0)),
+    ],
+)
+def test_what_a_row_is_conditioned_on(fields, expected):
+    """neutral, empty and null are strength 0; a missing strength is 1."""
+    found = condition(Source(fields, "a:1"), FIELDS)
+    assert (found.attribute, found.strength) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"text": "x"}, "has no `mood`"),
+        ({"mood": 3}, "must be a name"),
+        ({"mood": "positive", "how": "much"}, "must be a number"),
+        ({"mood": "positive", "how": float("nan")}, "must be a number"),
+    ],
+)
+def test_rows_that_say_something_else_are_bad_data(fields, message):
+    """With their place."""
+    with pytest.raises(DataError, match=message) as caught:
+        condition(Source(fields, "a.jsonl:4"), FIELDS)
+    assert caught.value.where == "a.jsonl:4"
+
+
+def test_opposites_are_the_two_ends_of_one_axis(session):
+    """p = (A - B) / 2 and minus that; whatever else is loaded."""
+    good, bad = (build_attribute(session, name, [name]) for name in ("good", "sad"))
+    one, other = opposite(session, good, bad)
+    assert torch.allclose(one.state, (good.hidden - bad.hidden) / 2, atol=1e-6)
+    assert torch.allclose(one.state, -other.state, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", ["positive", "a:", "a:a", ":b"])
+def test_opposites_that_are_none(value):
+    """Usage, not data."""
+    with pytest.raises(ConfigError, match="is not A:B"):
+        parse_opposites([value])
+
+
+def test_gradients_of_the_mlp_equal_the_reference(session):
+    """h_c = p + (MLP(p) - MLP(-p)) / 2 inside the paper's formula, each row with its own attribute and strength."""
+    model = session.base.model
+    attributes = [build_attribute(session, name, [name]) for name in ("good", "old")]
+    adapter = attach(model, 4)
+    open_gates(adapter)
+    mlp = adapter.add_mlp(seed=3)
+    with torch.no_grad():
+        mlp.down.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    conditioner = Conditioner(adapter, attributes)
+    rows = [Condition("good", 1.5, ""), Condition("old", -2.0, ""), Condition(None, 0.0, "")]
+    strengths = conditioner.strengths(rows)
+    assert strengths.tolist() == [[1.5, 0.0], [0.0, -2.0], [0.0, 0.0]]
+    tokens = torch.randint(3, 90, (3, 7), generator=torch.Generator().manual_seed(1))
+
+    def run(use_reference):
+        model.zero_grad()
+        if use_reference:
+            states = mlp(torch.stack([a.state for a in attributes]))
+            terms = {
+                layer: [(states[k, i], strengths[:, k]) for k in range(2)] for i, layer in enumerate(adapter.layers)
+            }
+            with reference(adapter, terms):
+                logits = model(tokens).logits
+        else:
+            conditioner.apply(strengths)
+            logits = model(tokens).logits
+            conditioner.clear()
+        logits.logsumexp(-1).square().mean().backward()
+        return logits.detach(), [p.grad.clone() for p in (*mlp.parameters(), *(b.weight for _, b in adapter.sites))]
+
+    fast, fast_grads = run(False)
+    slow, slow_grads = run(True)
+    assert relative(fast, slow) < 1e-5
+    for ours, theirs in zip(fast_grads, slow_grads, strict=True):
+        assert relative(ours, theirs) < 3e-5
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Sentences whose mood is told by their last word, and neutral ones."""
+    path = tmp_path / "rows.jsonl"
+    moods = [("good", "positive", 1.5), ("sad", "negative", 1.5), ("old", "neutral", 0)]
+    lines = [
+        {"text": f"the {noun} is {word}", "mood": mood, "how": how}
+        for noun in ("film", "town", "end", "day")
+        for word, mood, how in moods
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def train(braces, model_dir, rows, out, *extra):
+    return braces(
+        "train", "--model", model_dir, "--data", rows, "--eval-data", rows, "--rank", 8, "--lr", 0.01, "--gate-lr", 0.3,
+        "--output-dir", out, "--format", "json", *extra,
+    )  # fmt: skip
+
+
+def test_training_with_attributes_learns_which_is_which(braces, model_dir, rows, tmp_path):
+    """Steered one way, the good sentence becomes likelier than the sad one; steered the other way, the reverse."""
+    out = tmp_path / "out"
+    fields = ("--attribute-field", "mood", "--strength-field", "how", "--opposites", "positive:negative")
+    outcome = train(braces, model_dir, rows, out, "--max-steps", 120, *fields)
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["condition_parameters"] == 32 * WIDTH + WIDTH + WIDTH * 32
+    assert outcome.json["trainable_parameters"] == 2 * (8 * 32 + 1)
+    assert outcome.json["eval_loss"] < outcome.json["base_eval_loss"]
+    assert (out / "attributes.safetensors").is_file()
+    assert {name for name in load_file(out / "adapter_model.safetensors") if name.startswith("condition.")}
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["attributes"] == ["negative", "positive"]
+
+    session = open_session(None, str(out), LoadOptions(device="cpu"))
+    tokenizer, model = session.base.tokenizer, session.base.model
+    positive = find_attribute(session, "positive", None)
+    assert torch.allclose(positive.state, -find_attribute(session, "negative", None).state, atol=1e-6)
+    tokens = torch.tensor([tokenizer("the film is")["input_ids"]])
+    good, sad = (tokenizer(f" {w}", add_special_tokens=False)["input_ids"][0] for w in ("good", "sad"))
+
+    def preference(s):
+        with steered(session, [(positive, s)]), torch.no_grad():
+            scores = model(tokens).logits[0, -1]
+        return float(scores[good] - scores[sad])
+
+    assert preference(1.5) > preference(0) > preference(-1.5)
+    assert preference(1.5) > 0 > preference(-1.5)
+
+
+def test_opposites_stay_opposites_whatever_the_mlp_learns(session):
+    """h_c of minus p is minus h_c of p, so strength s of one end is strength -s of the other."""
+    mlp = attach(session.base.model, 4).add_mlp(seed=3)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in mlp.parameters():
+            parameter.normal_(generator=generator)
+    state = torch.randn(3, 32, generator=generator)
+    found = mlp(state).detach()
+    assert torch.equal(mlp(-state), -found)
+    up = torch.nn.functional.gelu(state @ mlp.up.weight.T + mlp.up.bias)
+    down = torch.nn.functional.gelu(-state @ mlp.up.weight.T + mlp.up.bias)
+    assert torch.allclose(found, state + (up - down) @ mlp.down.weight.T / 2, rtol=1e-5, atol=1e-5)
+    assert (found - state).norm() > state.norm()
+
+
+def test_attributes_that_are_not_known_are_bad_data(braces, model_dir, tmp_path):
+    """With file and line, and what is known."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "the film", "mood": "positive"}\n{"text": "the town", "mood": "purple"}\n')
+    outcome = train(braces, model_dir, rows, tmp_path / "o", "--attribute-field", "mood")
+    assert outcome.code == 3
+    assert outcome.json["error"]["where"] == f"{rows}:2"
+    assert "Known: angry, casual, fearful" in outcome.json["error"]["hint"]
+    assert not (tmp_path / "o").exists()
+
+
+def test_opposites_without_attributes_are_refused(braces, model_dir, rows, tmp_path):
+    """They would be ignored otherwise."""
+    outcome = train(braces, model_dir, rows, tmp_path / "o", "--opposites", "positive:negative")
+    assert outcome.code == 2
+    assert "no attributes are trained" in outcome.err

@@ -1,0 +1,198 @@
+"""Where training starts: leading directions, the weight of the token path, and the scale that goes with the file."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from braces_cli.core.attributes.attribute import build_attribute
+from braces_cli.core.attributes.intervention import steered
+from braces_cli.core.method.adapter import attach, load_adapter, read_config
+from braces_cli.core.method.reference import reference
+from braces_cli.core.method.relevance import projection_error
+from braces_cli.core.models.ffn import find_ffns
+from braces_cli.core.models.tokenization import Encoded
+from braces_cli.core.utils.errors import ModelError
+from braces_cli.training.initialization import leading, scale_to_base, start_projections, token_path_shares
+from tests.conftest import make_adapter, open_gates, tiny_model
+from tests.core.architectures import tiny
+from tests.core.method.test_reference import TOKENS, relative, run
+
+_IDS = torch.randint(3, 96, (6, 12), generator=torch.Generator().manual_seed(4)).tolist()
+EXAMPLES = [Encoded(ids[: 5 + row], ids[: 5 + row], False, False) for row, ids in enumerate(_IDS)]
+
+
+def captured(operator: torch.Tensor, projection: torch.Tensor) -> float:
+    """Share of the largest possible trace of R S R^T that a projection reaches."""
+    best = torch.linalg.eigvalsh(operator).flip(0)[: len(projection)].sum()
+    return float((projection @ operator @ projection.mT).trace() / best)
+
+
+def test_leading_eigenvectors():
+    """Of two operators at once; largest first, whatever their signs."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(2, 20, 20, generator=generator)).Q
+    values = torch.tensor([9.0, 7.0, -8.0, 5.0, *[0.1] * 16])
+    operators = [q * values @ q.mT for q in basis]
+    starts = [torch.linalg.qr(torch.randn(20, 6, generator=generator)).Q for _ in operators]
+    found = leading(lambda vectors: [s @ x for s, x in zip(operators, vectors, strict=True)], starts, 8)
+    for q, x in zip(basis, found, strict=True):
+        assert torch.allclose((x[:, :3].mT @ q[:, [0, 1, 3]]).abs(), torch.eye(3), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "mixtral"])
+def test_values_are_the_directions_in_which_value_vectors_are_longest(name):
+    """The leading eigenvectors of W W^T, summed over experts; orthonormal, and not what was drawn."""
+    model = tiny(name) if name == "mixtral" else tiny_model(name)
+    adapter = attach(model, 4)
+    drawn = [brace.weight.detach().clone() for _, brace in adapter.sites]
+    start_projections(adapter, "values", EXAMPLES, seed=0)
+    for (ffn, brace), before in zip(adapter.sites, drawn, strict=True):
+        values = ffn.value_matrix().detach().float()
+        assert captured(values @ values.mT, brace.weight.detach()) > 0.99 > captured(values @ values.mT, before)
+        assert projection_error(brace.weight) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_inputs_are_the_directions_in_which_inputs_are_longest(name):
+    """Those of the bare base, over all tokens of the rows."""
+    model = tiny_model(name)
+    seen: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+    handles = [ffn.watch(lambda h, i=ffn.layer: seen[i].append(h.reshape(-1, 32))) for ffn in find_ffns(model)]
+    with torch.no_grad():
+        for example in EXAMPLES:
+            model(input_ids=torch.tensor([example.ids]))
+    for handle in handles:
+        handle.remove()
+    adapter = attach(model, 4)
+    open_gates(adapter)
+    before = [brace.weight.detach().clone() for _, brace in adapter.sites]
+    start_projections(adapter, "inputs", EXAMPLES, seed=0)
+    for (ffn, brace), other in zip(adapter.sites, before, strict=True):
+        h = torch.cat(seen[ffn.layer])
+        assert captured(h.mT @ h, brace.weight.detach()) > 0.99
+        assert captured(h.mT @ h, torch.linalg.qr(other.mT).Q.mT) < 0.9
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "mixtral"])
+def test_the_share_is_the_term_over_the_output(name):
+    """Measured on the way through, and told from outside: output with the adapter on one layer minus without."""
+    model = tiny(name) if name == "mixtral" else tiny_model(name)
+    adapter = attach(model, 4, layers=[1])
+    open_gates(adapter)
+    ffn, brace = adapter.sites[0]
+    outputs: list[torch.Tensor] = []
+    end = ffn.host if name != "opt" else ffn.value
+    with torch.no_grad():
+        for enabled in (True, False):
+            brace.enabled = enabled
+            # Behind our own hook, which was there first.
+            handle = end.register_forward_hook(lambda module, args, output: outputs.append(output))
+            for example in EXAMPLES:
+                model(input_ids=torch.tensor([example.ids]))
+            handle.remove()
+    brace.enabled = True
+    on, off = (torch.cat([o.reshape(-1, o.shape[-1]) for o in part]) for part in (outputs[:6], outputs[6:]))
+    expected = float(((on - off).norm(dim=-1) / off.norm(dim=-1)).median())
+    assert token_path_shares(adapter, EXAMPLES) == [pytest.approx(expected, rel=1e-3)]
+    assert "forward" not in vars(brace)  # nothing of the measurement stays
+
+
+def test_auto_scale_makes_up_for_how_the_base_spreads_its_weights():
+    """Value vectors ten times shorter and activations ten times longer are the same base, and then the same start."""
+    shares: dict[tuple[str, int], float] = {}
+    for factor in (1, 10):
+        model = tiny_model()
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.mlp.down_proj.weight /= factor
+                layer.mlp.up_proj.weight *= factor
+        adapter = attach(model, 4)
+        shares["paper", factor] = token_path_shares(adapter, EXAMPLES)[0]
+        scale_to_base(adapter, EXAMPLES)
+        shares["auto", factor] = token_path_shares(adapter, EXAMPLES)[0]
+    g = float(torch.sigmoid(torch.tensor(-5.0)))
+    assert shares["paper", 1] == pytest.approx(100 * shares["paper", 10], rel=1e-3)
+    assert shares["auto", 1] == pytest.approx(g, rel=1e-2)
+    assert shares["auto", 10] == pytest.approx(g, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "mixtral"])
+def test_a_scaled_adapter_equals_the_scaled_formula(name):
+    """Values, gradients and attributes; and the scale is not without effect."""
+    model = tiny(name) if name == "mixtral" else tiny_model(name)
+    adapter = attach(model, 4)
+    open_gates(adapter)
+    width = adapter.sites[0][0].hidden_size
+    states = torch.randn(1, 2, width, generator=torch.Generator().manual_seed(3))
+    strengths = torch.tensor([[1.5], [-2.0]])
+    adapter.condition(states, strengths)
+    plain, _ = run(model, adapter, False)
+    for place, (_, brace) in enumerate(adapter.sites):
+        brace.set_scale(0.3 + place)
+    adapter.condition(states, strengths)
+    fast, fast_grads = run(model, adapter, False)
+    terms = {layer: [(states[0, i], strengths[:, 0])] for i, layer in enumerate(adapter.layers)}
+    slow, slow_grads = run(model, adapter, True, terms)
+    assert relative(fast, plain) > 1e-3
+    assert relative(fast, slow) < 1e-5
+    for key, grad in slow_grads.items():
+        assert relative(fast_grads[key], grad) < 2e-5, key
+
+
+def test_scales_are_saved_and_loaded_and_steering_grows_with_them(session, tmp_path):
+    """Bit for bit the same adapter; without its scales it would be another; damaged ones are refused."""
+    model = session.base.model
+    folder = make_adapter(session, tmp_path / "a")
+    assert json.loads((folder / "adapter_config.json").read_text())["scales"] == []
+    adapter, config = load_adapter(model, folder, session.base.fingerprint())
+    for (_, brace), scale in zip(adapter.sites, (2.5, 0.25), strict=True):
+        brace.set_scale(scale)
+    with torch.no_grad():
+        scaled = model(TOKENS).logits
+    adapter.save(tmp_path / "b", config, "# test\n")
+    adapter.detach()
+    assert (
+        load_file(tmp_path / "b" / "adapter_model.safetensors").keys()
+        == load_file(folder / "adapter_model.safetensors").keys()
+    )
+    pushes = []
+    for name, same in (("b", True), ("a", False)):
+        session.add(str(tmp_path / name))
+        with torch.no_grad(), reference(session.adapter):
+            slow = model(TOKENS).logits
+        with torch.no_grad():
+            fast = model(TOKENS).logits
+        assert torch.equal(fast, scaled) == same
+        assert relative(fast, slow) < 1e-5
+        with steered(session, [(build_attribute(session, "good", ["good"]), 1.0)]) as found:
+            pushes.append([push.share for push in found])
+    assert pushes[0] == pytest.approx([2.5 * pushes[1][0], 0.25 * pushes[1][1]], rel=1e-5)
+    raw = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    for damaged in ([1.0], [1.0, 0.0], [1.0, None], 2.0):
+        (tmp_path / "b" / "adapter_config.json").write_text(json.dumps({**raw, "scales": damaged}))
+        with pytest.raises(ModelError, match="`scales` do not fit"):
+            read_config(tmp_path / "b")
+
+
+def test_the_command_starts_where_it_is_told(braces, model_dir, tmp_path):
+    """Starts give other adapters, `auto` writes scales, and the share of the first rows is in the JSON."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "the film is good"}\n{"text": "the end is sad"}\n')
+    found = {}
+    for init, scale in (("random", "paper"), ("values", "paper"), ("inputs", "auto")):
+        out = tmp_path / f"{init}-{scale}"
+        outcome = braces(
+            "train", "--model", model_dir, "--data", rows, "--rank", 4, "--max-steps", 1, "--init", init, "--scale",
+            scale, "--output-dir", out, "--format", "json",
+        )  # fmt: skip
+        assert outcome.code == 0, outcome.err
+        found[init] = (outcome.json["token_path_share"], read_config(out).scales)
+    assert all(len(share) == 2 and min(share) > 0 for share, _ in found.values())
+    assert found["random"][1] == found["values"][1] == []
+    assert found["inputs"][0] == pytest.approx([0.00669] * 2, rel=0.05)
+    assert len(found["inputs"][1]) == 2
+    assert found["values"][0] != found["random"][0]

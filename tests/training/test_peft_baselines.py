@@ -1,0 +1,167 @@
+"""Baselines of peft: parameter counts, the same run, a folder that plain peft loads, and contradictions refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from braces_cli.core.session import LoadOptions, open_session
+from braces_cli.core.utils.errors import ConfigError
+from braces_cli.data.examples import Reading, read_examples
+from braces_cli.scoring.likelihood import Likelihood, likelihoods
+from braces_cli.training.settings import BASELINES, TrainSettings
+from braces_cli.training.train import count_parameters
+from tests.conftest import tiny_model
+from tests.core.models.test_ffn import LLAMA2, LLAMA3, QWEN
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    words = ["good", "sad", "old", "happy and old"]
+    texts = [f"the {a} film and the {b} end" for a in words for b in words]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "expected"),
+    [("Qwen2Config", QWEN, 2_179_072), ("LlamaConfig", LLAMA2, 8_388_608), ("LlamaConfig", LLAMA3, 6_815_744)],
+)
+def test_parameter_counts_of_the_papers_lora_without_weights(kind, sizes, expected):
+    """r = 16 on q_proj and v_proj of Qwen2.5-1.5B, Llama-2-7B and Llama-3-8B; the model is left as it was."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**sizes))
+    names = [name for name, _ in model.named_parameters()]
+    counts = count_parameters(model, TrainSettings(rank=16, method="lora"))
+    assert counts["trainable_parameters"] == expected
+    assert counts["total_parameters"] == sum(p.numel() for p in model.parameters())
+    assert [name for name, _ in model.named_parameters()] == names
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "expected"),
+    [
+        ("llama", {}, 2 * 4 * (32 + 32 + 32 + 16)),  # q_proj 32 -> 32, v_proj 32 -> 16
+        ("gpt2", {}, 2 * 4 * (32 + 96)),  # c_attn, stored transposed
+        ("gpt_neox", {}, 2 * 4 * (32 + 96)),  # query_key_value
+        ("phi", {}, 2 * 4 * (32 + 32) * 2),  # q and v alone, where peft would take the FFN, too
+        ("llama", {"layers": [1]}, 4 * (32 + 32 + 32 + 16)),
+        ("llama", {"lora_targets": ("up_proj",)}, 2 * 4 * (32 + 52)),
+        ("llama", {"method": "dora"}, 2 * (4 * (32 + 32 + 32 + 16) + 32 + 16)),
+    ],
+)
+def test_what_is_adapted(name, changes, expected):
+    """Queries and values, by whatever name; other modules and layers on request."""
+    settings = TrainSettings(**{"rank": 4, "method": "lora", **changes})
+    assert count_parameters(tiny_model(name), settings)["trainable_parameters"] == expected
+
+
+@pytest.mark.parametrize("targets", [("nowhere",), ()])
+def test_targets_that_are_not_there_are_named_with_those_that_are(targets):
+    """Asked for and missing, or of a model that peft has no default for."""
+    config = transformers.PersimmonConfig(
+        hidden_size=32, intermediate_size=52, num_hidden_layers=2, num_attention_heads=4, vocab_size=96
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ConfigError) as caught:
+        count_parameters(model, TrainSettings(method="lora", lora_targets=targets))
+    assert caught.value.where == "--lora-targets"
+    assert "query_key_value" in str(caught.value)
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_a_baseline_sees_the_same_run_and_plain_peft_loads_it(braces, model_dir, rows, tmp_path, method):
+    """Same keys, same tokens in the same steps, and the measured loss again in a base that braces never touched."""
+    from peft import PeftModel
+
+    found = {}
+    for each in ("braces", method):
+        outcome = braces(
+            "train", "--model", model_dir, "--data", rows, "--eval-data", rows, "--rank", 4, "--max-steps", 5,
+            "--warmup-steps", 0, "--lr", 0.02, "--batch-size", 4, "--method", each, "--output-dir", tmp_path / each,
+            "--format", "json",
+        )  # fmt: skip
+        assert outcome.code == 0, outcome.err
+        found[each] = outcome.json
+    ours, theirs = found["braces"], found[method]
+    assert set(ours) == set(theirs)
+    assert (theirs["method"], theirs["steps"]) == (method, 5)
+    assert theirs["tokens"] == ours["tokens"]
+    assert theirs["base_eval_loss"] == ours["base_eval_loss"]
+    assert theirs["eval_loss"] < theirs["base_eval_loss"]
+    files = {path.name for path in (tmp_path / method).iterdir()}
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= files
+    assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in files)
+    adapted = {name.split(".")[-3] for name in load_file(tmp_path / method / "adapter_model.safetensors")}
+    assert {"q_proj", "v_proj"} <= adapted <= {"q_proj", "v_proj", "self_attn"}
+    config = json.loads((tmp_path / method / "adapter_config.json").read_text())
+    # PiSSA as the difference to its start: a LoRA of twice the rank that asks nothing of the base.
+    assert (config["r"], config["init_lora_weights"]) == (8 if method == "pissa" else 4, True)
+    assert "PeftModel.from_pretrained" in (tmp_path / method / "README.md").read_text()
+
+    session = open_session(str(model_dir), None, LoadOptions(device="cpu"))
+    tokenizer = session.base.tokenizer
+    wrapped = PeftModel.from_pretrained(session.base.model, tmp_path / method).eval()
+    assert wrapped.peft_config["default"].base_model_name_or_path == str(model_dir)
+    examples = read_examples([str(rows)], Reading(tokenizer, 128)).items
+    again = sum(likelihoods(wrapped, examples, tokenizer.pad_token_id, 16), Likelihood())
+    assert again.loss == pytest.approx(theirs["eval_loss"], rel=1e-5)
+
+
+CONTRADICTIONS = [
+    ("lora", ["--attribute-field", "mood"], "--attribute-field"),
+    ("lora", ["--opposites", "a:b"], "--opposites"),
+    ("lora", ["--attributes", "."], "--attributes"),
+    ("pissa", ["--gate-lr", "0.1"], "--gate-lr"),
+    ("lora", ["--init", "values"], "--init"),
+    ("lora", ["--scale", "auto"], "--scale"),
+    ("braces", ["--lora-alpha", "8"], "--lora-alpha"),
+    ("braces", ["--lora-targets", "q_proj"], "--lora-targets"),
+    ("lora", ["--lora-alpha", "0"], "--lora-alpha"),
+    ("lorra", [], "no method `lorra`"),
+    ("braces", ["--init", "best"], "no init `best`"),
+    ("braces", ["--scale", "best"], "no scale `best`"),
+]
+
+
+@pytest.mark.parametrize(("method", "extra", "message"), CONTRADICTIONS)
+def test_options_of_another_method_are_refused(braces, model_dir, rows, tmp_path, method, extra, message):
+    """Exit 2, two lines, nothing written."""
+    out = tmp_path / "out"
+    outcome = braces("train", "--model", model_dir, "--data", rows, "--output-dir", out, "--method", method, *extra)
+    assert outcome.code == 2, outcome.err
+    assert message in outcome.err
+    assert len(outcome.err.strip().splitlines()) <= 2
+    assert not out.exists()
+
+
+def test_one_recipe_serves_every_method(braces, model_dir, tmp_path):
+    """Rates of gates in a file are no error for a baseline, attributes are."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("gate_lr: 0.2\nrank: 4\nlora_alpha: 4\n")
+    rates = []
+    for method in ("braces", "lora"):
+        args = ("train", "--model", model_dir, "--config", recipe, "--method", method, "--dry-run", "--format", "json")
+        rates.append(braces(*args).json["settings"]["lr"])
+    assert rates == [0.0283, 1e-3]  # of width 32
+    recipe.write_text("attribute_field: mood\n")
+    assert braces("train", "--model", model_dir, "--config", recipe, "--method", "lora", "--dry-run").code == 2
+
+
+def test_without_peft_it_is_named(braces, model_dir, rows, tmp_path, monkeypatch):
+    """Exit 2 and what to install."""
+    monkeypatch.setitem(sys.modules, "peft", None)
+    outcome = braces(
+        "train", "--model", model_dir, "--data", rows, "--output-dir", tmp_path / "o", "--method", "lora"
+    )  # fmt: skip
+    assert outcome.code == 2
+    assert "peft" in outcome.err
+    assert "braces-cli[baselines]" in outcome.err
+    assert not (tmp_path / "o").exists()
