@@ -181,14 +181,14 @@ def prove(folder: Path, expected: Reference) -> Proof:
 
 
 def _ask(folder: Path, expected: Reference) -> tuple[dict[str, Any], Tensor]:
-    """What `merge_probe` says of the checkpoint, and its logits."""
+    """What `verification_process` says of the checkpoint, and its logits."""
     from safetensors import safe_open
 
     with tempfile.TemporaryDirectory(prefix="braces-") as work:
         request, answer = Path(work) / "request.json", Path(work) / "answer.safetensors"
         asked = {"texts": expected.texts, "ids": expected.ids, "device": expected.device}
         request.write_text(json.dumps(asked), encoding="utf-8")
-        program = Path(__file__).with_name("merge_probe.py")
+        program = Path(__file__).with_name("verification_process.py")
         # -I: neither the working directory nor PYTHONPATH is looked into for modules.
         call = [sys.executable, "-I", str(program), str(folder), str(request), str(answer)]
         env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}

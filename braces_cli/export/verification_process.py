@@ -1,6 +1,6 @@
 """Logits of a checkpoint by plain transformers: run as a program, in a process where braces cannot be imported.
 
-    python -I merge_probe.py FOLDER REQUEST ANSWER
+    python -I verification_process.py FOLDER REQUEST ANSWER
 
 REQUEST is JSON, `{texts, ids, device}`; ANSWER becomes a safetensors file of the logits of `ids`, its
 header saying what loading the checkpoint reported and how its tokenizer reads the texts. Nothing here imports

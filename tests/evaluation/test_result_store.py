@@ -52,7 +52,7 @@ def test_a_killed_run_goes_on_where_it_was(tiny_folder, make_adapter, data, tmp_
         run_evaluation(str(tiny_folder), adapters, CPU, settings, store=store)
     assert measured == ["base, popqa", "base, truthfulqa_mc1", "seed0, popqa"]
     monkeypatch.setattr(lm_eval_runner, "measure", measure)
-    monkeypatch.setattr(run_module.harness, "measure", lambda *a, **k: measured.append(k["stage"]) or measure(*a, **k))
+    monkeypatch.setattr(run_module.lm_eval_runner, "measure", lambda *a, **k: measured.append(k["stage"]) or measure(*a, **k))
     again = run_evaluation(str(tiny_folder), adapters, CPU, settings, store=store, resume=True)
     assert measured[3:] == ["seed0, truthfulqa_mc1"]
     assert again == whole
