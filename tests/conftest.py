@@ -125,7 +125,8 @@ def shared() -> Path:
 @pytest.fixture
 def session(model_dir: Path) -> Any:
     """An open tiny Llama, fresh for each test."""
-    from braces_cli.core.session import LoadOptions, open_session
+    from braces_cli.core.models.load_options import LoadOptions
+    from braces_cli.core.session import open_session
 
     return open_session(str(model_dir), None, LoadOptions(device="cpu"))
 

@@ -30,9 +30,9 @@ def _folder(adapter: str) -> Path:
     if (Path(adapter).expanduser() / "adapter_config.json").is_file():
         return Path(adapter).expanduser()
     # A hub id, or a mistake: only these need what imports torch.
-    from braces_cli.core.session import adapter_folder
+    from braces_cli.core.method.adapter_files import find_adapter
 
-    return adapter_folder(adapter)
+    return find_adapter(adapter).folder
 
 
 def _row(row: dict[str, Any]) -> list[Any]:

@@ -194,17 +194,18 @@ def _hush_lm_eval(debug: bool) -> None:
 
 def _dry_run(ctx: typer.Context, settings: Any, fmt: o.Format) -> None:
     """Settings, tasks and parameter count; where the adapter or base cannot be reached, why not."""
+    from braces_cli.core.method.adapter_files import parameter_count
     from braces_cli.core.models.loading import load_shape
     from braces_cli.core.session import base_name
-    from braces_cli.evaluation.adapter_switching import BRACES, find_adapter
+    from braces_cli.evaluation.adapter_switching import find_eval_adapter
     from braces_cli.evaluation.evaluate import check_settings
 
     selection, _, _ = check_settings(settings)
     out: dict[str, Any] = {"tasks": [*selection.leaves, *selection.own]}
     adapters = ctx.params["adapter"] or ()
     try:
-        found = [find_adapter(name) for name in adapters]
-        counts = [_parameters(each.folder) if each.method == BRACES else None for each in found]
+        found = [find_eval_adapter(name) for name in adapters]
+        counts = [None if each.stored is None else parameter_count(each.stored.config) for each in found]
         out["model"] = ctx.params["model"] or (found[0].base if found else base_name(None, None))
         code = ctx.params["trust_remote_code"]
         shape = load_shape(out["model"], revision=ctx.params["revision"], trust_remote_code=code)
@@ -218,13 +219,6 @@ def _dry_run(ctx: typer.Context, settings: Any, fmt: o.Format) -> None:
     else:
         shown = {**out.pop("settings"), **out}
         print_table("dry run", ("setting", "value"), [(name, _shown(v)) for name, v in shown.items() if v is not None])
-
-
-def _parameters(folder: Path) -> int:
-    from braces_cli.core.method.adapter import read_config
-
-    config = read_config(folder)
-    return len(config.layers) * (config.r * int(config.fingerprint["hidden_size"]) + 1)
 
 
 def _shown(value: Any) -> str:

@@ -93,11 +93,11 @@ def _held_to_model(ctx: typer.Context, found: Any) -> Any:
     from braces_cli.core.models.fingerprint import fingerprint
     from braces_cli.core.models.loading import checkpoint_folder, load_shape, load_tokenizer, tokenizer_hashes
     from braces_cli.core.models.tokenization import encode_word
-    from braces_cli.core.session import base_name
+    from braces_cli.core.session import base_name, resolve_adapter
     from braces_cli.inspection.vocabulary_map import check_model
 
     params = ctx.params
-    name = base_name(params["model"], params["adapter"])
+    name = base_name(params["model"], resolve_adapter(params["adapter"]))
     source = {"revision": params["revision"], "trust_remote_code": params["trust_remote_code"]}
     shape = load_shape(name, **source)
     tokenizer = load_tokenizer(name, **source)

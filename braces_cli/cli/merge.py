@@ -74,6 +74,7 @@ def _request(ctx: typer.Context, asked: dict[str, float], record: dict[str, Any]
     """The request of this call; where it checks a folder, what is not given is what the folder says."""
     from dataclasses import replace
 
+    from braces_cli.core.method.adapter_files import find_adapter
     from braces_cli.export.merge import Request
 
     params, options, record = ctx.params, o.load_options(ctx), record or {}
@@ -84,7 +85,7 @@ def _request(ctx: typer.Context, asked: dict[str, float], record: dict[str, Any]
         options = replace(options, dtype=record.get("dtype", "auto"))
     return Request(
         model=params["model"] or record.get("model"),
-        adapter=adapter,
+        adapter=find_adapter(adapter),
         options=options,
         attributes=asked or record.get("attributes", {}),
         attributes_dir=params["attributes"],

@@ -1,14 +1,79 @@
-"""Options that several commands share, each declared once. Light: only typer and the standard library."""
+"""Groups of options that several commands inherit, each declared once. Light: only typer and the standard library."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from braces_cli.core.utils.errors import ConfigError, near_misses
+from braces_cli.cli.config_file import read_config_file
+from braces_cli.core.models.load_options import LoadOptions
+from braces_cli.core.utils.errors import ConfigError
+from braces_cli.core.utils.settings import ATTRIBUTES, MODEL, OUTPUT, Settings, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputSettings(Settings):
+    """How results are shown."""
+
+    seed: int = option(0, help="Seed of every random choice.", min=0, panel=OUTPUT)
+    dry_run: bool = option(
+        False, help="Print the resolved settings and stop; writes nothing.", panel=OUTPUT, display=True
+    )
+    format: str = option("table", help="What stdout carries.", panel=OUTPUT, choices=("table", "json"), display=True)
+    quiet: bool = option(False, help="No progress and no notes on stderr.", panel=OUTPUT, display=True)
+    debug: bool = option(False, help="Tracebacks, and the log of every library, on stderr.", panel=OUTPUT, display=True)
+
+    @property
+    def json(self) -> bool:
+        """Whether stdout carries JSON."""
+        return self.format == "json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(LoadOptions):
+    """The base model of a command."""
+
+    model: str | None = option(
+        None, help="Base model: folder or hub id. Default: the adapter's own, else the embedded model.", panel=MODEL
+    )
+
+    @property
+    def load_options(self) -> LoadOptions:
+        """The part of these settings that loading a base needs."""
+        return self.shared(LoadOptions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSettings(ModelSettings):
+    """The base model and the adapter of a command."""
+
+    adapter: str | None = option(None, help="Adapter: folder or hub id.", panel=MODEL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttributeSettings(Settings):
+    """Which attributes steer, and how strongly."""
+
+    attribute: tuple[str, ...] = option(
+        (), help="Name of an attribute to steer by. Repeatable.", panel=ATTRIBUTES, metavar="NAME"
+    )
+    s: tuple[float, ...] = option(
+        (), help="Strength; the k-th belongs to the k-th --attribute. Default 1.", panel=ATTRIBUTES, metavar="STRENGTH"
+    )
+    attributes: Path | None = option(None, help="Folder that attr-build wrote.", panel=ATTRIBUTES)
+
+    @property
+    def strengths(self) -> dict[str, float]:
+        """Name -> strength.
+
+        Raises:
+            ConfigError: see `strengths`.
+        """
+        return dict(zip(self.attribute, strengths(self.attribute, self.s), strict=True))
 
 
 class Format(StrEnum):
@@ -28,45 +93,6 @@ class Quantisation(StrEnum):
     int4 = "int4"
     bnb_8bit = "bnb-8bit"
     bnb_4bit = "bnb-4bit"
-
-
-def read_config_file(ctx: typer.Context, path: Path | None) -> Path | None:
-    """Make the file's settings the defaults of this command; what stands on the command line wins.
-
-    Raises:
-        ConfigError: no such file, not YAML, or a key that is no option of this command.
-    """
-    if path is None:
-        return None
-    import yaml
-
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read: {error.strerror}", where=str(path), hint="Check --config.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError("not YAML", where=where, hint="Write one `key: value` a line.") from error
-    settings = {} if settings is None else settings
-    if not isinstance(settings, dict):
-        raise ConfigError("not a mapping of settings", where=str(path), hint="Write one `key: value` a line.")
-    known = {p.name: p for p in ctx.command.params if p.name not in (None, "config", "help")}
-    defaults: dict[str, Any] = {}
-    for key, value in settings.items():
-        name = str(key).replace("-", "_")
-        # Some options carry a Python name of their own (`--format` is `fmt`), so look at what users type, too.
-        names = {opt.lstrip("-").replace("-", "_"): n for n, p in known.items() for opt in p.opts}
-        if name not in names:
-            close = near_misses(name, names).replace("_", "-")
-            raise ConfigError(f"unknown key `{key}`", where=str(path), hint=close or "See --help for the options.")
-        # YAML reads `packing: off` as false.
-        choice = known[names[name]].default
-        if isinstance(value, bool) and isinstance(choice, StrEnum) and {"on", "off"} <= set(type(choice)):
-            value = "on" if value else "off"
-        defaults[names[name]] = value
-    ctx.default_map = {**(ctx.default_map or {}), **defaults}
-    return path
 
 
 Config = Annotated[
@@ -120,8 +146,6 @@ def strengths(names: Any, s: Any) -> list[float]:
 
 def load_options(ctx: typer.Context) -> Any:
     """The `LoadOptions` among a command's parameters."""
-    from braces_cli.core.session import LoadOptions
-
     names = ("revision", "device", "dtype", "device_map", "quantize", "trust_remote_code")
     return LoadOptions(**{name: _plain(ctx.params[name]) for name in names})
 

@@ -121,9 +121,7 @@ def _measure(
     left_out = list_words(session, [swept, *(other for other, _ in rest)]) if words else set()
     judge = judge or open_scorer(judge_name, exclude=left_out, save=save)
     label = label_of(name, judge, p["score_label"])
-    judge_model = (
-        load_base(p["judge_model"], **{**vars(o.load_options(ctx)), "revision": None}) if p["judge_model"] else None
-    )
+    judge_model = load_base(p["judge_model"], replace(o.load_options(ctx), revision=None)) if p["judge_model"] else None
     settings = replace(settings, layers=chosen_layers(session.base.model, p["layers"]))
     found = sweep(
         session, swept, prompts, judge, label, sampling, settings, others=rest, judge_model=judge_model, report=report

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core.method.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter, read_config, read_tensors
-from braces_cli.core.session import Session, adapter_folder
+from braces_cli.core import session as sessions
+from braces_cli.core.method.adapter import attach_stored
+from braces_cli.core.method.adapter_files import CONFIG_FILE, WEIGHTS_FILE, StoredAdapter, adapter_folder, read_adapter
+from braces_cli.core.session import Session
 from braces_cli.core.utils.errors import ConfigError, ModelError
 
 BRACES = "braces"
@@ -25,7 +27,7 @@ _BESIDE = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNIN
 
 
 @dataclass(frozen=True)
-class Found:
+class EvalAdapter:
     """An adapter on disk.
 
     Attributes:
@@ -35,6 +37,7 @@ class Found:
         base: name of the base it was trained on; `revision` of it, where known.
         sha256: over its config and its weights.
         chat_template: whether it was trained with the tokenizer's chat template; None where it does not say.
+        stored: of braces: its files, read and checked; None for one of peft's.
     """
 
     name: str
@@ -44,42 +47,44 @@ class Found:
     revision: str | None
     sha256: str
     chat_template: bool | None = None
+    stored: StoredAdapter | None = None
 
 
-def find_adapter(name: str) -> Found:
+def find_eval_adapter(name: str) -> EvalAdapter:
     """Look at an adapter given as a folder or hub id, without loading a model.
 
     Raises:
         ConfigError: a peft adapter, and peft is not installed.
         ModelError: no adapter, a damaged one, or one that cannot be taken off a base again.
     """
-    path = Path(name).expanduser()
-    folder = path.resolve() if _peft_config(path) else adapter_folder(name)
-    stored = _peft_config(folder)
-    if stored is None:
-        config = read_config(folder)
-        read_tensors(folder, config)
-        trained = config.training.get("chat_template")
-        return Found(
-            name, folder, BRACES, config.base_model_name_or_path, config.revision, _hash(folder),
-            None if trained is None else bool(trained),
-        )  # fmt: skip
+    folder = adapter_folder(name)
+    peft_config = _peft_config(folder)
+    if peft_config is None:
+        return _of_braces(read_adapter(name, folder))
     if importlib.util.find_spec("peft") is None:
         hint = "Install it: pip install 'braces-cli[baselines]'."
         raise ConfigError("this adapter needs peft, which is not installed", where=name, hint=hint)
-    kind = str(stored["peft_type"])
+    kind = str(peft_config["peft_type"])
     if kind in _BESIDE:
         hint = "Measure it with lm-eval: --model hf --model_args pretrained=...,peft=..."
         raise ModelError(f"{kind} is not in the model's layers, so it cannot be switched", where=name, hint=hint)
     if not (folder / WEIGHTS_FILE).is_file():
         hint = f"Save it with peft as {WEIGHTS_FILE}; other formats can run code when loaded."
         raise ModelError(f"no {WEIGHTS_FILE} here", where=str(folder), hint=hint)
-    base, revision = stored.get("base_model_name_or_path"), stored.get("revision")
-    return Found(name, folder, kind.lower(), base, revision, _hash(folder))
+    base, revision = peft_config.get("base_model_name_or_path"), peft_config.get("revision")
+    return EvalAdapter(name, folder, kind.lower(), base, revision, _hash(folder))
+
+
+def _of_braces(stored: StoredAdapter) -> EvalAdapter:
+    config, _ = stored.config, stored.tensors  # damaged weights are an error now, not after an hour of evaluation
+    trained = config.training.get("chat_template")
+    template = None if trained is None else bool(trained)
+    base, revision = config.base_model_name_or_path, config.revision
+    return EvalAdapter(stored.name, stored.folder, BRACES, base, revision, _hash(stored.folder), template, stored)
 
 
 @contextlib.contextmanager
-def attached(session: Session, adapter: Found | None) -> Iterator[None]:
+def attached(session: Session, adapter: EvalAdapter | None) -> Iterator[None]:
     """Have the adapter on the open base inside the `with` block, and the base as it was behind it.
 
     Raises:
@@ -87,19 +92,15 @@ def attached(session: Session, adapter: Found | None) -> Iterator[None]:
     """
     if adapter is None:
         yield
-    elif adapter.method == BRACES:
-        attached_now = session.add(str(adapter.folder))
-        try:
+    elif adapter.stored is not None:
+        with sessions.attached(session, adapter.stored):
             yield
-        finally:
-            attached_now.detach()
-            session.adapter = session.config = session.folder = None
     else:
         with _peft(session.base.model, adapter):
             yield
 
 
-def check_fit(session: Session, adapters: Sequence[Found]) -> None:
+def check_fit(session: Session, adapters: Sequence[EvalAdapter]) -> None:
     """Put each adapter on once: one that does not fit must not cost an evaluation first.
 
     Raises:
@@ -107,15 +108,15 @@ def check_fit(session: Session, adapters: Sequence[Found]) -> None:
     """
     fingerprint = session.base.fingerprint(session.ffns)
     for adapter in adapters:
-        if adapter.method == BRACES:
-            load_adapter(session.base.model, adapter.folder, fingerprint)[0].detach()
+        if adapter.stored is not None:
+            attach_stored(session.base.model, adapter.stored, fingerprint).detach()
         else:
             with _peft(session.base.model, adapter):
                 pass
 
 
 @contextlib.contextmanager
-def _peft(model: Any, adapter: Found) -> Iterator[None]:
+def _peft(model: Any, adapter: EvalAdapter) -> Iterator[None]:
     modules = dict(model.named_modules())
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     wrapped = None
@@ -136,7 +137,7 @@ def _peft(model: Any, adapter: Found) -> Iterator[None]:
             parameter.requires_grad_(trainable[name])
 
 
-def _load_peft(model: Any, adapter: Found) -> Any:
+def _load_peft(model: Any, adapter: EvalAdapter) -> Any:
     from peft import PeftModel
 
     try:
@@ -156,7 +157,7 @@ def _load_peft(model: Any, adapter: Found) -> Any:
     return wrapped
 
 
-def _misfit(adapter: Found, what: str) -> ModelError:
+def _misfit(adapter: EvalAdapter, what: str) -> ModelError:
     hint = f"It was trained on {adapter.base}." if adapter.base else "Was it trained on this base?"
     return ModelError(f"this {adapter.method} adapter does not fit the base: {what}", where=adapter.name, hint=hint)
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core.session import LoadOptions, Session, base_name, open_session
+from braces_cli.core.models.load_options import LoadOptions
+from braces_cli.core.session import Session, base_name, open_session
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.evaluation import lm_eval_runner, native_tasks, task_catalog
-from braces_cli.evaluation.adapter_switching import Found, attached, check_fit, find_adapter
+from braces_cli.evaluation.adapter_switching import EvalAdapter, attached, check_fit, find_eval_adapter
 from braces_cli.evaluation.aggregation import add_averages, add_splits
 from braces_cli.evaluation.comparison import System
 from braces_cli.evaluation.lm_eval_runner import Way
@@ -78,7 +79,7 @@ def run_evaluation(
         raise ConfigError("nothing to measure", where="--no-base", hint="Give an --adapter, or leave --no-base out.")
     # What can be wrong is looked at from the cheapest to the dearest: settings, files, adapters, tasks, weights.
     selection, files, rows = check_settings(settings)
-    found = [find_adapter(name) for name in adapters]
+    found = [find_eval_adapter(name) for name in adapters]
     base, revision = _base(model, found, options)
     options = replace(options, revision=revision)
     processes, options = join(options)
@@ -110,7 +111,7 @@ def _judged(result: dict[str, Any], settings: EvalSettings) -> dict[str, Any]:
     return {**result, "fail_under": check_reached(settings.thresholds, result)} if settings.thresholds else result
 
 
-def _base(model: str | None, adapters: Sequence[Found], options: LoadOptions) -> tuple[str, str | None]:
+def _base(model: str | None, adapters: Sequence[EvalAdapter], options: LoadOptions) -> tuple[str, str | None]:
     """Base and revision: those named, else the first adapter's own.
 
     Raises:
@@ -142,7 +143,7 @@ def _units(
     return units
 
 
-def _way(settings: EvalSettings, adapters: Sequence[Found], session: Session) -> Way:
+def _way(settings: EvalSettings, adapters: Sequence[EvalAdapter], session: Session) -> Way:
     """How tasks are measured, the same for all systems.
 
     Raises:
@@ -162,10 +163,10 @@ def _way(settings: EvalSettings, adapters: Sequence[Found], session: Session) ->
     return Way(settings.batch_size, settings.limit, settings.num_fewshot, template, settings.seeds)
 
 
-def _labels(adapters: Sequence[Found], base: bool) -> list[tuple[str, Found | None]]:
+def _labels(adapters: Sequence[EvalAdapter], base: bool) -> list[tuple[str, EvalAdapter | None]]:
     """(name of the system, adapter) of each; adapters go by their folder's name where that tells them apart."""
     short = [Path(each.name).name or each.name for each in adapters]
-    labels: list[tuple[str, Found | None]] = [("base", None)] if base else []
+    labels: list[tuple[str, EvalAdapter | None]] = [("base", None)] if base else []
     for brief, each in zip(short, adapters, strict=True):
         label = brief if short.count(brief) == 1 and brief != "base" else each.name
         taken = {other for other, _ in labels}
@@ -173,7 +174,7 @@ def _labels(adapters: Sequence[Found], base: bool) -> list[tuple[str, Found | No
     return labels
 
 
-def _measure(job: _Job, label: str, adapter: Found | None) -> System:
+def _measure(job: _Job, label: str, adapter: EvalAdapter | None) -> System:
     """Measure what is not stored yet; on processes other than the first the scores are empty."""
     names = [unit.name for unit in job.units] + list(job.own_documents)
     stored = {name: job.store.load(label, name) for name in names} if job.processes.first else {}

@@ -18,9 +18,10 @@ from lm_eval.models.huggingface import HFLM
 
 from braces_cli.core.attributes.attribute import find_attribute
 from braces_cli.core.attributes.intervention import steered
-from braces_cli.core.session import LoadOptions, base_name, open_session
+from braces_cli.core.models.load_options import LoadOptions
+from braces_cli.core.session import base_name, open_session
 from braces_cli.core.utils.errors import BracesError, ConfigError
-from braces_cli.evaluation.adapter_switching import attached, find_adapter
+from braces_cli.evaluation.adapter_switching import attached, find_eval_adapter
 
 
 class BracesLM(HFLM):
@@ -52,11 +53,18 @@ class BracesLM(HFLM):
         if len(strengths) != len(names):
             hint = "Give one s for each attribute."
             raise ConfigError(f"{len(strengths)} strengths for {len(names)} attributes", where="s", hint=hint)
-        found = None if adapter is None else find_adapter(adapter)
+        found = None if adapter is None else find_eval_adapter(adapter)
         if pretrained is None:
-            pretrained = found.base if found is not None and found.base else base_name(None, adapter)
+            pretrained = found.base if found is not None and found.base else base_name(None, None)
             revision = revision or (found.revision if found is not None else None)
-        options = LoadOptions(revision, device or "auto", dtype, device_map, quantize, bool(trust_remote_code))
+        options = LoadOptions(
+            revision=revision,
+            device=device or "auto",
+            dtype=dtype,
+            device_map=device_map,
+            quantize=quantize,
+            trust_remote_code=bool(trust_remote_code),
+        )
         session = open_session(pretrained, None, options)
         # Adapter and attributes stay on for as long as the model lives.
         self._held = ExitStack()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from braces_cli.core.session import LoadOptions
+from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.utils.errors import ConfigError
 
 T = TypeVar("T")

@@ -8,10 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.loading import tokenizer_hashes
-from braces_cli.core.session import LoadOptions, Session
+from braces_cli.core.session import Session
 from braces_cli.core.utils.versions import versions
-from braces_cli.evaluation.adapter_switching import Found
+from braces_cli.evaluation.adapter_switching import EvalAdapter
 from braces_cli.evaluation.comparison import LEVEL, System, compare
 from braces_cli.evaluation.lm_eval_runner import Way
 from braces_cli.evaluation.native_tasks import SENTIMENT, TOXICITY
@@ -24,7 +25,7 @@ logger = logging.getLogger("braces")
 
 def identity(
     base: str,
-    adapters: Sequence[Found],
+    adapters: Sequence[EvalAdapter],
     options: LoadOptions,
     settings: EvalSettings,
     selection: Selection,

@@ -21,8 +21,8 @@ from typing import Any
 from braces_cli.core.attributes.attribute import Attribute, find_attribute
 from braces_cli.core.attributes.intervention import steered
 from braces_cli.core.models.generation import Job, Sampling, generate
+from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.loading import Base, load_base
-from braces_cli.core.session import LoadOptions
 from braces_cli.evaluation.native_task import Measured, Setting
 from braces_cli.evaluation.oom_backoff import halving
 from braces_cli.scoring.confidence_intervals import cluster_error, rate_error
@@ -77,7 +77,7 @@ def _measure(task: str, setting: Setting, prompts: Sequence[str]) -> Measured:
     labels = {attribute: label_of(attribute, judge) for attribute in asked}
     judge_model = None
     if ways.judge_model is not None:
-        judge_model = load_base(ways.judge_model, **vars(LoadOptions(device=str(session.base.model.device))))
+        judge_model = load_base(ways.judge_model, LoadOptions(device=str(session.base.model.device)))
     numbered = list(enumerate(prompts))
     written, size = halving(
         lambda size: setting.processes.share_out(

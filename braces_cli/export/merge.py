@@ -21,11 +21,12 @@ import torch
 
 from braces_cli.core.attributes.attribute import find_attribute
 from braces_cli.core.attributes.intervention import steered
-from braces_cli.core.method.adapter import read_config
+from braces_cli.core.method.adapter_files import StoredAdapter
 from braces_cli.core.models.ffn import chosen_layers, find_ffns
+from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.loading import load_shape
 from braces_cli.core.models.tokenization import encode
-from braces_cli.core.session import LoadOptions, Session, adapter_folder, base_name, open_session
+from braces_cli.core.session import Session, attached, base_name, open_session
 from braces_cli.core.utils.atomic_files import check_output_folder, write_json, write_text
 from braces_cli.core.utils.errors import BracesError, ConfigError, ModelError
 from braces_cli.core.utils.progress import Report, silent
@@ -48,7 +49,7 @@ class Request:
 
     Attributes:
         model: the base, None for the adapter's own.
-        adapter: folder or hub id.
+        adapter: its files, read and checked.
         options: how to load the base; its dtype is the one that is written.
         attributes: strength s of each attribute that is merged in as a constant.
         attributes_dir: where they are looked up first.
@@ -57,7 +58,7 @@ class Request:
     """
 
     model: str | None
-    adapter: str
+    adapter: StoredAdapter
     options: LoadOptions
     attributes: dict[str, float] = field(default_factory=dict)
     attributes_dir: Path | None = None
@@ -99,7 +100,7 @@ def check(request: Request, folder: Path) -> dict[str, Any]:
     record = read_record(folder)
     session = _open(request)
     terms, layers = _steering(session, request)
-    session.add(request.adapter)
+    session.add_adapter(request.adapter)
     expected = reference(session, terms, layers)
     del session
     gc.collect()
@@ -115,7 +116,7 @@ def describe(request: Request) -> dict[str, Any]:
     Raises:
         ModelError: base or adapter cannot be reached, or there is no exact way.
     """
-    config = read_config(adapter_folder(request.adapter))
+    config = request.adapter.config
     name = base_name(request.model, request.adapter)
     options = request.options
     revision = options.revision or (config.revision if request.model is None else None)
@@ -149,7 +150,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 def _inputs(request: Request) -> list[Path]:
     """Folders that are read, and must be neither written into nor replaced."""
     name = Path(base_name(request.model, request.adapter)).expanduser()
-    found = [adapter_folder(request.adapter), *([name] if name.is_dir() else [])]
+    found = [request.adapter.folder, *([name] if name.is_dir() else [])]
     return found + ([request.attributes_dir] if request.attributes_dir is not None else [])
 
 
@@ -165,9 +166,7 @@ def _open(request: Request) -> Session:
     if request.options.quantize is not None:
         raise ConfigError("a merge is written from whole weights", where="--quantize", hint="Leave --quantize out.")
     session = open_session(request.model, request.adapter, request.options)
-    assert session.adapter is not None
-    session.adapter.detach()
-    session.adapter = None
+    session.remove_adapter()
     if any(parameter.is_meta for parameter in session.base.model.parameters()):
         hint = "Leave --device-map out; a merge holds the base in memory once, a GPU is not needed."
         raise ConfigError("parts of the base are not in memory", where="--device-map", hint=hint)
@@ -185,11 +184,9 @@ def _ids(session: Session) -> torch.Tensor:
 def _steering(session: Session, request: Request) -> tuple[list[Any], Collection[int] | None]:
     terms = []
     if request.attributes:
-        session.add(request.adapter)  # whose folder is looked into, and who may have been trained with them
-        assert session.adapter is not None
-        terms = [(find_attribute(session, name, request.attributes_dir), s) for name, s in request.attributes.items()]
-        session.adapter.detach()
-        session.adapter = None
+        wanted = request.attributes.items()
+        with attached(session, request.adapter):  # whose folder is looked into, and who may have been trained with them
+            terms = [(find_attribute(session, name, request.attributes_dir), s) for name, s in wanted]
     return terms, chosen_layers(session.base.model, request.layers)
 
 
@@ -202,9 +199,8 @@ def _write(request: Request, folder: Path, report: Report) -> tuple[dict[str, An
     form = observed_form(model, ffns, _ids(session))
     terms, layers = _steering(session, request)
     steers = any(s for _, s in terms)
-    rank = read_config(adapter_folder(request.adapter)).r
-    made = plan(model, ffns, form, rank, request.multiple, steers)
-    adapter = session.add(request.adapter)
+    made = plan(model, ffns, form, request.adapter.config.r, request.multiple, steers)
+    adapter = session.add_adapter(request.adapter)
     report("loading", 1, 1)
     expected = reference(session, terms, layers)
     with steered(session, terms, layers):
@@ -230,7 +226,7 @@ def _plan_facts(made: Plan) -> dict[str, Any]:
 def _sources(request: Request) -> dict[str, Any]:
     return {
         "model": base_name(request.model, request.adapter),
-        "adapter": request.adapter,
+        "adapter": request.adapter.name,
         "attributes": request.attributes,
         "layers": request.layers,
     }

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from braces_cli.core.method.adapter import read_config, read_tensors
 from braces_cli.core.method.relevance import projection_error
 from braces_cli.core.models.ffn import find_ffns, parameter_total
 from braces_cli.core.models.fingerprint import differences, fingerprint
 from braces_cli.core.models.loading import checkpoint_folder, load_shape
-from braces_cli.core.session import adapter_folder, base_name
+from braces_cli.core.session import base_name, resolve_adapter
 from braces_cli.core.utils.errors import ModelError
 
 
@@ -25,15 +24,14 @@ def summarise(
         ConfigError: neither a model nor an adapter.
         ModelError: either cannot be read, or they do not fit.
     """
-    name = base_name(model, adapter)
+    stored = resolve_adapter(adapter)
+    name = base_name(model, stored)
     shape = load_shape(name, revision=revision, trust_remote_code=trust_remote_code)
     ffns = find_ffns(shape)
     tensors: dict[str, Any] = {}
     scales: dict[int, float] = {}
-    if adapter is not None:
-        folder = adapter_folder(adapter)
-        config = read_config(folder)
-        tensors = read_tensors(folder, config)
+    if stored is not None:
+        config, tensors = stored.config, stored.tensors
         scales = dict(zip(config.layers, config.scales or [1.0] * len(config.layers), strict=True))
         words = differences(config.fingerprint, fingerprint(shape, ffns, checkpoint_folder(name, revision)))
         if words:

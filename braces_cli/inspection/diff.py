@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from scipy.linalg import subspace_angles
 
-from braces_cli.core.method.adapter import CONFIG_FILE, read_config, read_tensors
+from braces_cli.core.method.adapter_files import CONFIG_FILE, find_adapter
 from braces_cli.core.models.ffn import find_ffns
+from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.loading import load_shape, load_tokenizer, tokenizer_hashes
-from braces_cli.core.session import LoadOptions, adapter_folder, open_session
+from braces_cli.core.session import open_session
 from braces_cli.core.utils.errors import ConfigError, ModelError
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.inspection.ffn_weights import plain_ffns, side_vectors, sides_of
@@ -99,12 +100,12 @@ def diff_adapters(a: str, b: str) -> dict[str, Any]:
     Raises:
         ModelError: either cannot be read, or they belong to other bases.
     """
-    folders = [adapter_folder(name) for name in (a, b)]
-    configs = [read_config(folder) for folder in folders]
+    stored = [find_adapter(name) for name in (a, b)]
+    configs = [each.config for each in stored]
     if configs[0].fingerprint.get("hidden_size") != configs[1].fingerprint.get("hidden_size"):
         hint = "They belong to bases of other hidden sizes."
         raise ModelError("the adapters do not live in the same space", where=f"{a}, {b}", hint=hint)
-    tensors = [read_tensors(folder, config) for folder, config in zip(folders, configs, strict=True)]
+    tensors = [each.tensors for each in stored]
     layers = []
     for layer in sorted({*configs[0].layers, *configs[1].layers}):
         gates = [t.get(f"layers.{layer}.gate") for t in tensors]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from braces_cli.core.method.adapter import AdapterConfig
+from braces_cli.core.method.adapter_files import AdapterConfig
 
 _FIGURES = ("base_eval_perplexity", "eval_perplexity", "base_eval_loss", "eval_loss", "train_loss", "steps", "tokens")
 _ROWS = ("rows", "rows_truncated", "rows_dropped")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from braces_cli.core.method.adapter import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, AdapterConfig
+from braces_cli.core.method.adapter_files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, AdapterConfig
 from braces_cli.core.utils.atomic_files import write_json, write_tensors, write_text
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.training.settings import TrainSettings

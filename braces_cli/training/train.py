@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from braces_cli.core.attributes.attribute import TRAINED_FILE, Attribute, save_attributes
-from braces_cli.core.method.adapter import Adapter, AdapterConfig, attach, write_adapter
+from braces_cli.core.method.adapter import Adapter, attach
+from braces_cli.core.method.adapter_files import AdapterConfig, write_adapter
 from braces_cli.core.method.condition_mlp import condition_shapes
 from braces_cli.core.models.ffn import parameter_total
 from braces_cli.core.models.loading import input_device, tokenizer_hashes

@@ -56,9 +56,10 @@ def write_model(folder: Path) -> None:
 def write_adapters(model: Path, folder: Path) -> list[Path]:
     """Fresh adapters of the model, each of another seed."""
     from braces_cli.core.method.adapter import AdapterConfig, attach
+    from braces_cli.core.models.load_options import LoadOptions
     from braces_cli.core.models.loading import load_base, tokenizer_hashes
 
-    base = load_base(str(model), device="cpu")
+    base = load_base(str(model), LoadOptions(device="cpu"))
     made = []
     for seed in range(ADAPTERS):
         adapter = attach(base.model, RANK, seed=seed)

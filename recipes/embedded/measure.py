@@ -11,7 +11,8 @@ from facts import RELATIONS
 from world import World
 
 from braces_cli.core.models.generation import Job, Sampling, generate
-from braces_cli.core.session import LoadOptions, open_session
+from braces_cli.core.models.load_options import LoadOptions
+from braces_cli.core.session import open_session
 from braces_cli.evaluation.tasks.popqa import contained_as_words
 from braces_cli.scoring.likelihood import Likelihood, text_likelihoods
 

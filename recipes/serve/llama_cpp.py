@@ -72,7 +72,8 @@ def ours(args: argparse.Namespace, prompts: Sequence[list[int]], attribute: str 
 
 def opened(args: argparse.Namespace) -> Any:
     """The session of braces, in float32 on the CPU."""
-    from braces_cli.core.session import LoadOptions, open_session
+    from braces_cli.core.models.load_options import LoadOptions
+    from braces_cli.core.session import open_session
 
     return open_session(args.model, args.adapter, LoadOptions(device="cpu", dtype="float32"))
 

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core.session import LoadOptions, Session, open_session
+from braces_cli.core.models.load_options import LoadOptions
+from braces_cli.core.session import Session, open_session
 from braces_cli.data.examples import Examples, Reading, read_examples
 from braces_cli.training.settings import TrainSettings
 from braces_cli.training.train import run_training

@@ -30,9 +30,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.padding import by_length, pad_right
 from braces_cli.core.models.tokenization import encode
-from braces_cli.core.session import LoadOptions, Session, open_session
+from braces_cli.core.session import Session, open_session
 from braces_cli.inspection.concept_search import model_concept, vocabulary
 from braces_cli.inspection.concept_tokens import Concept
 from braces_cli.inspection.direct_effects import direction

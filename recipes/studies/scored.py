@@ -21,9 +21,10 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from braces_cli.core.method.adapter import attach
+from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.loading import load_tokenizer
 from braces_cli.core.models.tokenization import IGNORED
-from braces_cli.core.session import LoadOptions, open_session
+from braces_cli.core.session import open_session
 from braces_cli.data.examples import Reading, read_examples
 from braces_cli.training.collator import Collator, Layout
 from braces_cli.training.feeding import mean_loss
@@ -51,7 +52,11 @@ def main() -> None:
     options.add_argument("--batches", type=int, default=9)
     args = options.parse_args()
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(QWEN) if args.qwen_head else open_session(args.model, None, LoadOptions("cpu")).base.model
+    model = (
+        Qwen2ForCausalLM(QWEN)
+        if args.qwen_head
+        else open_session(args.model, None, LoadOptions(device="cpu")).base.model
+    )
     attach(model.train(), RANK)
     rows = Rows(read_examples(args.data, Reading(load_tokenizer(args.model), MAX_LENGTH)))
     config = model.config

@@ -48,8 +48,9 @@ from braces_cli.core.attributes.intervention import steered
 from braces_cli.core.attributes.word_lists import built_in
 from braces_cli.core.models.ffn import layer_stack
 from braces_cli.core.models.generation import Sampling
+from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.tokenization import encode
-from braces_cli.core.session import LoadOptions, Session, open_session
+from braces_cli.core.session import Session, open_session
 from braces_cli.core.utils.plotting import figure, save_figure
 from braces_cli.scoring.registry import scorer
 from braces_cli.scoring.scorer import Scorer

@@ -25,10 +25,11 @@ import torch
 from _runs import Runs, read, spread, train
 from scipy.stats import binomtest
 
+from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.loading import load_tokenizer
 from braces_cli.core.models.padding import by_length, pad_right
 from braces_cli.core.models.tokenization import encode
-from braces_cli.core.session import LoadOptions, Session, open_session
+from braces_cli.core.session import Session, open_session
 from braces_cli.data.examples import Examples
 from braces_cli.data.readers import Source, read_rows
 from braces_cli.data.row_formats import instruction_prompt

@@ -57,11 +57,3 @@ def test_a_missing_package_names_what_to_install(braces, model_dir, monkeypatch)
     outcome = braces("steer", "--model", model_dir, "--prompt", "x", "--quantize", "int4", "--device", "cpu")
     assert outcome.code == 2
     assert "braces-cli[quantize]" in outcome.err
-
-
-def test_the_command_lines_methods_are_those_of_core():
-    """Two lists, because --help imports nothing of core that needs torch."""
-    from braces_cli.cli.options import Quantisation
-    from braces_cli.core.models.quantization import METHODS
-
-    assert tuple(Quantisation) == METHODS

@@ -43,7 +43,8 @@ def test_training_lowers_the_loss_and_writes_an_adapter(braces, model_dir, rows,
         "trainer_state.json",
     }  # fmt: skip
 
-    from braces_cli.core.session import LoadOptions, open_session
+    from braces_cli.core.models.load_options import LoadOptions
+    from braces_cli.core.session import open_session
     from braces_cli.data.examples import Reading, read_examples
     from braces_cli.scoring.likelihood import Likelihood, likelihoods
 

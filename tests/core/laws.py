@@ -20,7 +20,8 @@ import torch
 import transformers
 from transformers import GenerationConfig
 
-from braces_cli.core.method.adapter import Adapter, AdapterConfig, attach, load_adapter
+from braces_cli.core.method.adapter import Adapter, attach, attach_stored
+from braces_cli.core.method.adapter_files import AdapterConfig, find_adapter
 from braces_cli.core.method.reference import reference
 from braces_cli.core.method.relevance import RelevanceModule
 from braces_cli.core.models.ffn import FFN, find_ffns, layer_stack
@@ -239,7 +240,7 @@ def live(name: str, model: Any, folder: Path) -> None:
     saved = logits_of(model)
     assert adapter.detach() is model
     assert torch.equal(logits_of(model), base), "detaching does not restore the base"
-    loaded, _ = load_adapter(model, folder, config.fingerprint)
+    loaded = attach_stored(model, find_adapter(str(folder)), config.fingerprint)
     assert torch.equal(logits_of(model), saved), "a loaded adapter differs from the saved one"
     loaded.detach()
     assert torch.equal(logits_of(model), base)

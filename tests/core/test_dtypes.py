@@ -9,11 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from braces_cli.core.method.adapter import WEIGHTS_FILE, attach, load_adapter
+from braces_cli.core.method.adapter import attach, attach_stored
+from braces_cli.core.method.adapter_files import WEIGHTS_FILE, find_adapter
 from braces_cli.core.method.reference import reference
 from braces_cli.core.method.relevance import _cached_factors, projection_error
 from braces_cli.core.models.ffn import find_ffns
 from braces_cli.core.models.fingerprint import fingerprint
+from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.loading import input_device, load_base
 from braces_cli.core.models.value_weights import StoredValues
 from tests.conftest import make_adapter, open_gates, tiny_model, tiny_tokenizer
@@ -77,9 +79,10 @@ def test_float16_is_no_worse_than_twice_the_references_own_error(name):
 def test_a_trained_adapter_is_saved_and_loaded_bit_for_bit_with_orthonormal_rows(session, tmp_path, dtype):
     """Optimizer steps on a 16-bit base, then a file, then the same bits on a base loaded afresh."""
     folder = make_adapter(session, tmp_path / "adapter")
-    base = load_base(session.base.name, device="cpu", dtype=str(dtype).removeprefix("torch."))
+    base = load_base(session.base.name, LoadOptions(device="cpu", dtype=str(dtype).removeprefix("torch.")))
     model = base.model
-    adapter, config = load_adapter(model, folder, base.fingerprint())
+    stored = find_adapter(str(folder))
+    adapter, config = attach_stored(model, stored, base.fingerprint()), stored.config
     for _, parameter in adapter.named_parameters():
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW([p for _, p in adapter.named_parameters()], lr=0.05)
@@ -92,8 +95,8 @@ def test_a_trained_adapter_is_saved_and_loaded_bit_for_bit_with_orthonormal_rows
     errors = [projection_error(tensor) for name, tensor in saved.items() if name.endswith("projection")]
     assert len(errors) == 2
     assert max(errors) < 1e-5
-    again = load_base(session.base.name, device="cpu", dtype=str(dtype).removeprefix("torch."))
-    load_adapter(again.model, folder, again.fingerprint())
+    again = load_base(session.base.name, LoadOptions(device="cpu", dtype=str(dtype).removeprefix("torch.")))
+    attach_stored(again.model, find_adapter(str(folder)), again.fingerprint())
     assert torch.equal(logits(again.model), wanted)
 
 
@@ -232,7 +235,7 @@ def stored(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     tiny_model(request.param).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    base = load_base(str(folder), device="cpu")
+    base = load_base(str(folder), LoadOptions(device="cpu"))
     adapter = attach(base.model, 4)
     open_gates(adapter)
     return folder, logits(base.model), training_pass(base.model, adapter), base.fingerprint()
@@ -273,5 +276,5 @@ def test_a_spread_out_base_gives_the_same_bits(stored, tmp_path, where):
 
 
 def _hash_of_weights(folder):
-    model = load_base(str(folder), device="cpu").model
+    model = load_base(str(folder), LoadOptions(device="cpu")).model
     return fingerprint(model, find_ffns(model), None)["sha256"]

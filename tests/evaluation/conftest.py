@@ -42,7 +42,8 @@ def make_adapter(tmp_path_factory: pytest.TempPathFactory):
     """Save an adapter of a base folder, its gates open so that it changes the scores."""
 
     def make(base_folder: Path, seed: int = 0) -> Path:
-        from braces_cli.core.method.adapter import AdapterConfig, attach
+        from braces_cli.core.method.adapter import attach
+        from braces_cli.core.method.adapter_files import AdapterConfig
         from braces_cli.core.models.loading import load_base, tokenizer_hashes
 
         base = load_base(str(base_folder))
@@ -76,10 +77,11 @@ def make_peft(tmp_path_factory: pytest.TempPathFactory):
 
     def make(base_folder: Path, config: object, seed: int = 0) -> Path:
         peft = pytest.importorskip("peft")
+        from braces_cli.core.models.load_options import LoadOptions
         from braces_cli.core.models.loading import load_base
 
         torch.manual_seed(seed)
-        wrapped = peft.get_peft_model(load_base(str(base_folder), device="cpu").model, config)
+        wrapped = peft.get_peft_model(load_base(str(base_folder), LoadOptions(device="cpu")).model, config)
         with torch.no_grad():
             for parameter in wrapped.parameters():
                 if parameter.requires_grad:

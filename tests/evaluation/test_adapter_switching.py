@@ -8,9 +8,10 @@ import shutil
 import pytest
 import torch
 
-from braces_cli.core.session import LoadOptions, open_session
+from braces_cli.core.models.load_options import LoadOptions
+from braces_cli.core.session import open_session
 from braces_cli.core.utils.errors import ConfigError, ModelError
-from braces_cli.evaluation.adapter_switching import attached, check_fit, find_adapter
+from braces_cli.evaluation.adapter_switching import attached, check_fit, find_eval_adapter
 
 peft = pytest.importorskip("peft")
 
@@ -41,7 +42,7 @@ def test_a_peft_adapter_leaves_nothing_behind(session, make_peft, tiny_folder, m
     before = {name: tensor.clone() for name, tensor in session.base.model.state_dict().items()}
     modules = dict(session.base.model.named_modules())
     bare = _logits(session)
-    own, other = find_adapter(str(make_adapter(tiny_folder))), find_adapter(str(folder))
+    own, other = find_eval_adapter(str(make_adapter(tiny_folder))), find_eval_adapter(str(folder))
     seen = []
     for adapter in (other, own, other, own):
         with attached(session, adapter):
@@ -69,7 +70,7 @@ def test_a_peft_adapter_of_another_base_is_refused_and_leaves_nothing(session, m
     for changes in ({"r": 3}, {"target_modules": ["c_attn"]}, {"target_modules": ["q_proj", "k_proj"]}):
         (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))
         with pytest.raises(ModelError, match="lora adapter does not fit"):
-            check_fit(session, [find_adapter(str(folder))])
+            check_fit(session, [find_eval_adapter(str(folder))])
         assert torch.equal(_logits(session), bare)
 
 
@@ -77,7 +78,7 @@ def test_without_peft_the_extra_is_named(make_peft, tiny_folder, monkeypatch):
     folder = make_peft(tiny_folder, peft.LoraConfig(r=2, target_modules=["q_proj"]))
     monkeypatch.setattr("braces_cli.evaluation.adapter_switching.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="needs peft") as caught:
-        find_adapter(str(folder))
+        find_eval_adapter(str(folder))
     assert "braces-cli[baselines]" in str(caught.value)
 
 
@@ -89,13 +90,13 @@ def test_what_cannot_be_switched_is_refused(tmp_path, config, words):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     (tmp_path / "adapter_model.bin").write_bytes(b"code")
     with pytest.raises(ModelError, match=words):
-        find_adapter(str(tmp_path))
+        find_eval_adapter(str(tmp_path))
 
 
 def test_an_adapter_of_the_hub_is_fetched(make_peft, tiny_folder, monkeypatch):
     folder = make_peft(tiny_folder, peft.LoraConfig(r=2, target_modules=["q_proj"]))
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(folder))
-    found = find_adapter("someone/lora")
+    found = find_eval_adapter("someone/lora")
     assert (found.method, found.folder, found.base) == ("lora", folder, str(tiny_folder))
 
 
@@ -111,7 +112,7 @@ def test_prompts_are_put_as_the_adapters_were_trained(make_adapter, tiny_folder,
         config = json.loads((folder / "adapter_config.json").read_text())
         config["training"] = {} if trained is None else {"chat_template": trained}
         (folder / "adapter_config.json").write_text(json.dumps(config))
-        found.append(find_adapter(str(folder)))
+        found.append(find_eval_adapter(str(folder)))
     assert [each.chat_template for each in found] == [True, False, None]
     session = SimpleNamespace(base=SimpleNamespace(tokenizer=SimpleNamespace(chat_template="{{ x }}")))
     chat, plain, silent = found

@@ -13,8 +13,8 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.loading import load_base
-from braces_cli.core.session import LoadOptions
 from braces_cli.core.utils.errors import ConfigError, DataError, ModelError
 from braces_cli.evaluation import evaluate as run_module
 from braces_cli.evaluation import lm_eval_runner, perplexity, task_catalog
@@ -164,7 +164,7 @@ def test_base_and_adapters_stand_side_by_side(tiny_folder, make_adapter, write_j
 
 
 def test_each_document_follows_exactly_one_start_token(tiny_folder):
-    base = load_base(str(tiny_folder), device="cpu")
+    base = load_base(str(tiny_folder), LoadOptions(device="cpu"))
     texts = ["A first line.", "Ein zweiter, längerer  Satz.", "x"]
     found = perplexity.measure(base.model, base.tokenizer, texts, 2)
     nats = []
@@ -186,7 +186,7 @@ def test_each_document_follows_exactly_one_start_token(tiny_folder):
 def test_the_delta_method_agrees_with_the_spread_of_resampled_texts(tiny_folder):
     import numpy as np
 
-    base = load_base(str(tiny_folder), device="cpu")
+    base = load_base(str(tiny_folder), LoadOptions(device="cpu"))
     found = perplexity.measure(base.model, base.tokenizer, [f"text {i} " * (1 + i % 3) for i in range(60)], 16)
     nats = np.array(list(found.nats["bits_per_byte"].values()))
     units = np.array(list(found.units["bits_per_byte"].values()))

@@ -15,7 +15,8 @@ from lm_eval.api.registry import get_model
 
 from braces_cli.core.attributes.attribute import find_attribute
 from braces_cli.core.attributes.intervention import steered
-from braces_cli.core.session import LoadOptions, open_session
+from braces_cli.core.models.load_options import LoadOptions
+from braces_cli.core.session import open_session
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.evaluation import lm_eval_model as ours
 

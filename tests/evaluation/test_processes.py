@@ -29,7 +29,7 @@ def evaluate(out: str, model: str, adapter: str, *data: str) -> dict:
     """An evaluation of base and adapter, and how many requests or texts this process was given at a time."""
     from lm_eval.models.huggingface import HFLM
 
-    from braces_cli.core.session import LoadOptions
+    from braces_cli.core.models.load_options import LoadOptions
     from braces_cli.evaluation import perplexity
     from braces_cli.evaluation.evaluate import EvalSettings, run_evaluation
     from braces_cli.evaluation.result_store import Store

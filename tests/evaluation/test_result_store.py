@@ -8,7 +8,7 @@ import logging
 import pytest
 import torch
 
-from braces_cli.core.session import LoadOptions
+from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.utils.errors import BracesError, ConfigError
 from braces_cli.evaluation import evaluate as run_module
 from braces_cli.evaluation import lm_eval_runner, native_tasks
@@ -52,7 +52,9 @@ def test_a_killed_run_goes_on_where_it_was(tiny_folder, make_adapter, data, tmp_
         run_evaluation(str(tiny_folder), adapters, CPU, settings, store=store)
     assert measured == ["base, popqa", "base, truthfulqa_mc1", "seed0, popqa"]
     monkeypatch.setattr(lm_eval_runner, "measure", measure)
-    monkeypatch.setattr(run_module.lm_eval_runner, "measure", lambda *a, **k: measured.append(k["stage"]) or measure(*a, **k))
+    monkeypatch.setattr(
+        run_module.lm_eval_runner, "measure", lambda *a, **k: measured.append(k["stage"]) or measure(*a, **k)
+    )
     again = run_evaluation(str(tiny_folder), adapters, CPU, settings, store=store, resume=True)
     assert measured[3:] == ["seed0, truthfulqa_mc1"]
     assert again == whole

@@ -11,6 +11,7 @@ import torch
 
 from braces_cli.core.attributes.attribute import build_attribute
 from braces_cli.core.attributes.intervention import steered
+from braces_cli.core.method.adapter_files import find_adapter
 from braces_cli.core.models.ffn import find_ffns, layer_stack
 from braces_cli.core.models.loading import Base
 from braces_cli.core.session import Session
@@ -74,7 +75,7 @@ def test_with_an_adapter_the_vector_carries_the_steering_and_not_the_token_path(
 ) -> None:
     """Added to the adapter unsteered, it gives the adapter steered."""
     terms = [(build_attribute(session, "positive", ["good", "happy"]), 2.0)]
-    session.add(str(adapter_dir))
+    session.add_adapter(find_adapter(str(adapter_dir)))
     with steered(session, terms, [1]):
         wanted = logits(session.base.model)
     export_control_vector(session, terms, [1], tmp_path / "v.gguf")

@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from braces_cli.core.method.adapter import Adapter, attach
+from braces_cli.core.method.adapter_files import find_adapter
 from braces_cli.core.models.ffn import find_ffns
-from braces_cli.core.session import LoadOptions, open_session
+from braces_cli.core.models.load_options import LoadOptions
+from braces_cli.core.session import open_session
 from braces_cli.core.utils.errors import ConfigError, ModelError
 from braces_cli.export.checkpoint_writer import new_neurons, write_checkpoint
 from braces_cli.export.ffn_form import constant_gate, is_half_linear, observed_form
@@ -182,7 +184,7 @@ def test_activations_are_told_by_what_they_do() -> None:
 
 @pytest.fixture
 def request_(model_dir: Path, adapter_dir: Path) -> Request:
-    return Request(str(model_dir), str(adapter_dir), LoadOptions(device="cpu"))
+    return Request(str(model_dir), find_adapter(str(adapter_dir)), LoadOptions(device="cpu"))
 
 
 def names(folder: Path) -> list[str]:

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from braces_cli.core.method.adapter_files import find_adapter
 from braces_cli.core.utils.errors import ConfigError, DataError, ModelError
 from braces_cli.inspection.concept_search import attribute_relevance, model_concept, promote, relevant
 from braces_cli.inspection.concept_tokens import Concept, Vocabulary, concept, order
@@ -163,7 +164,7 @@ def test_relevance_of_an_attribute_is_the_formula_of_the_paper(session, adapter_
     from braces_cli.core.attributes.attribute import find_attribute
     from braces_cli.core.method.reference import relevance_ref
 
-    session.add(str(adapter_dir))
+    session.add_adapter(find_adapter(str(adapter_dir)))
     attribute = find_attribute(session, "positive", None)
     everything = []
     for row, (ffn, brace) in enumerate(session.adapter.sites):

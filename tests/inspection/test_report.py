@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from braces_cli.core.method.adapter_files import find_adapter
 from braces_cli.inspection.report import render, report_data, visible
 from tests.cli.test_app import imported_by
 
@@ -26,7 +27,7 @@ HOSTILE = [
 @pytest.fixture
 def data(session, adapter_dir):
     """What the page of a tiny model with an adapter shows."""
-    session.add(str(adapter_dir))
+    session.add_adapter(find_adapter(str(adapter_dir)))
     return report_data(session, "the film is good")
 
 
@@ -147,7 +148,7 @@ def test_figures_of_the_model_card(session, adapter_dir):
     (adapter_dir / "README.md").write_text(
         "# x\n\n## Result\n\n| | |\n|---|---|\n| eval loss | 2.5 |\n\n## Settings\n\n| rank | 4 |\n"
     )
-    session.add(str(adapter_dir))
+    session.add_adapter(find_adapter(str(adapter_dir)))
     assert report_data(session, "the film")["figures"] == {"eval loss": "2.5"}
 
 

@@ -16,7 +16,8 @@ from tests.conftest import ARCHITECTURES, tiny_model
 
 def test_every_layer_and_index_of_a_trained_model_equals_a_direct_computation(shared):
     """The norm, the head, a stable sort: for every value vector of stories260K."""
-    from braces_cli.core.session import LoadOptions, open_session
+    from braces_cli.core.models.load_options import LoadOptions
+    from braces_cli.core.session import open_session
 
     session = open_session(str(shared / "models" / "stories260K"), None, LoadOptions(device="cpu", dtype="float32"))
     model = session.base.model

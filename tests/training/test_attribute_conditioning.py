@@ -13,7 +13,8 @@ from braces_cli.core.attributes.intervention import steered
 from braces_cli.core.method.adapter import attach
 from braces_cli.core.method.condition_mlp import WIDTH
 from braces_cli.core.method.reference import reference
-from braces_cli.core.session import LoadOptions, open_session
+from braces_cli.core.models.load_options import LoadOptions
+from braces_cli.core.session import open_session
 from braces_cli.core.utils.errors import ConfigError, DataError
 from braces_cli.data.examples import Condition, Fields, condition
 from braces_cli.data.readers import Source

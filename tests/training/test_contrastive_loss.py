@@ -63,7 +63,8 @@ def test_the_loss_is_its_formula(session, batch):
 def test_training_by_contrast_makes_steering_stronger(braces, model_dir, tmp_path):
     """Rows of two kinds: the likelihood of each answers the strength more than without the contrast."""
     from braces_cli.core.attributes.intervention import steered
-    from braces_cli.core.session import LoadOptions, open_session
+    from braces_cli.core.models.load_options import LoadOptions
+    from braces_cli.core.session import open_session
     from braces_cli.scoring.likelihood import continuation_likelihoods
 
     rows = tmp_path / "rows.csv"

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from braces_cli.core.attributes.attribute import build_attribute
 from braces_cli.core.attributes.intervention import steered
-from braces_cli.core.method.adapter import attach, load_adapter, read_config
+from braces_cli.core.method.adapter import attach, attach_stored
+from braces_cli.core.method.adapter_files import find_adapter, read_config
 from braces_cli.core.method.reference import reference
 from braces_cli.core.method.relevance import projection_error
 from braces_cli.core.models.ffn import find_ffns
@@ -148,7 +149,8 @@ def test_scales_are_saved_and_loaded_and_steering_grows_with_them(session, tmp_p
     model = session.base.model
     folder = make_adapter(session, tmp_path / "a")
     assert json.loads((folder / "adapter_config.json").read_text())["scales"] == []
-    adapter, config = load_adapter(model, folder, session.base.fingerprint())
+    stored = find_adapter(str(folder))
+    adapter, config = attach_stored(model, stored, session.base.fingerprint()), stored.config
     for (_, brace), scale in zip(adapter.sites, (2.5, 0.25), strict=True):
         brace.set_scale(scale)
     with torch.no_grad():
@@ -161,7 +163,7 @@ def test_scales_are_saved_and_loaded_and_steering_grows_with_them(session, tmp_p
     )
     pushes = []
     for name, same in (("b", True), ("a", False)):
-        session.add(str(tmp_path / name))
+        session.add_adapter(find_adapter(str(tmp_path / name)))
         with torch.no_grad(), reference(session.adapter):
             slow = model(TOKENS).logits
         with torch.no_grad():

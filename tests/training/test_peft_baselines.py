@@ -10,7 +10,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from braces_cli.core.session import LoadOptions, open_session
+from braces_cli.core.models.load_options import LoadOptions
+from braces_cli.core.session import open_session
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.data.examples import Reading, read_examples
 from braces_cli.scoring.likelihood import Likelihood, likelihoods

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 import braces_cli.training.checkpointing.resumable_trainer as resumable
-from braces_cli.core.session import LoadOptions, open_session
+from braces_cli.core.models.load_options import LoadOptions
+from braces_cli.core.session import open_session
 from braces_cli.core.utils.atomic_files import write_json
 from braces_cli.core.utils.signals import deferred
 from braces_cli.training.checkpointing.checkpoint_folders import checkpoints, newest, remove_partial, write_checkpoint

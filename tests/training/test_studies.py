@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.tokenization import encode
-from braces_cli.core.session import LoadOptions, open_session
+from braces_cli.core.session import open_session
 from braces_cli.data.readers import Source
 from braces_cli.data.row_formats import instruction_prompt
 from braces_cli.scoring.likelihood import likelihoods

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,12 @@ import torch
 from braces_cli.core.models.bundled_model import resolve, stored_name
 from braces_cli.core.models.ffn import FFN, find_ffns
 from braces_cli.core.models.fingerprint import fingerprint
+from braces_cli.core.models.hub_errors import explained
+from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.moe import MixtureFFN
 from braces_cli.core.models.quantization import check_packed, check_quantize, quantization_config
 from braces_cli.core.utils.distributed import local_rank
-from braces_cli.core.utils.errors import BracesError, ConfigError, ModelError
+from braces_cli.core.utils.errors import ConfigError, ModelError
 
 logger = logging.getLogger("braces")
 
@@ -73,7 +74,7 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
     from transformers import AutoTokenizer
 
     where = _folder_or_id(name)
-    tokenizer = _reach(
+    tokenizer = explained(
         where,
         lambda: AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code),
         "tokenizer",
@@ -84,24 +85,12 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
     return tokenizer
 
 
-def load_base(
-    name: str,
-    *,
-    revision: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    device_map: str | None = None,
-    quantize: str | None = None,
-    trust_remote_code: bool = False,
-) -> Base:
+def load_base(name: str, options: LoadOptions | None = None) -> Base:
     """Load a causal LM with its tokenizer, in eval mode.
 
     Args:
         name: folder or hub id.
-        device: `auto`, `cpu`, `cuda`, `mps`; ignored where `device_map` is given.
-        dtype: `auto` is that of the checkpoint.
-        device_map: as accelerate takes it, for a base larger than one device.
-        quantize: one of `core.models.quantization.METHODS`.
+        options: `device` is ignored where `device_map` is given.
 
     Raises:
         ConfigError: no such device, or no such quantisation here.
@@ -110,35 +99,36 @@ def load_base(
     from transformers import AutoModelForCausalLM
 
     where = _folder_or_id(name)
-    place = pick_device(device)
+    options = options or LoadOptions()
+    device_map, place = options.device_map, pick_device(options.device)
     packing: dict[str, Any] = {}
-    if quantize is not None:
-        check_quantize(quantize, place if device_map is None else None)
-        packing["quantization_config"] = _packing(where, quantize, dtype, revision, trust_remote_code)
+    if options.quantize is not None:
+        check_quantize(options.quantize, place if device_map is None else None)
+        packing["quantization_config"] = _packing(where, options)
         # Each weight is packed where it will stay, so that the unpacked base never has to fit.
         device_map = device_map or str(place)
-    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
-    model, info = _reach(
+    tokenizer = load_tokenizer(name, revision=options.revision, trust_remote_code=options.trust_remote_code)
+    model, info = explained(
         where,
         lambda: AutoModelForCausalLM.from_pretrained(
             where,
-            revision=revision,
-            dtype=DTYPES.get(dtype, "auto"),
+            revision=options.revision,
+            dtype=DTYPES.get(options.dtype, "auto"),
             device_map=device_map,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=options.trust_remote_code,
             output_loading_info=True,
             **packing,
         ),
         "model",
     )
     _check_filled(info, where)
-    if quantize is not None:
-        check_packed(quantize, model)
+    if options.quantize is not None:
+        check_packed(options.quantize, model)
     if device_map is None:
         model.to(place)
     model.eval()
-    commit = getattr(model.config, "_commit_hash", None)
-    return Base(model, tokenizer, stored_name(where), commit or revision, checkpoint_folder(where, commit or revision))
+    commit = getattr(model.config, "_commit_hash", None) or options.revision
+    return Base(model, tokenizer, stored_name(where), commit, checkpoint_folder(where, commit))
 
 
 def _check_filled(info: dict[str, Any], where: str) -> None:
@@ -152,12 +142,14 @@ def _check_filled(info: dict[str, Any], where: str) -> None:
             )
 
 
-def _packing(where: str, quantize: str, dtype: str, revision: str | None, trust_remote_code: bool) -> Any:
+def _packing(where: str, options: LoadOptions) -> Any:
     from transformers import AutoConfig
 
-    config = _reach(
+    config = explained(
         where,
-        lambda: AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code),
+        lambda: AutoConfig.from_pretrained(
+            where, revision=options.revision, trust_remote_code=options.trust_remote_code
+        ),
         "model",
     )
     stored = getattr(config, "quantization_config", None)
@@ -166,7 +158,7 @@ def _packing(where: str, quantize: str, dtype: str, revision: str | None, trust_
         raise ConfigError(
             f"the checkpoint is quantised already ({method})", where="--quantize", hint="Leave --quantize out."
         )
-    return quantization_config(quantize, DTYPES.get(dtype) or config.dtype or torch.float32)
+    return quantization_config(str(options.quantize), DTYPES.get(options.dtype) or config.dtype or torch.float32)
 
 
 def input_device(model: Any) -> torch.device:
@@ -187,7 +179,7 @@ def load_shape(name: str, *, revision: str | None = None, trust_remote_code: boo
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
-    return _reach(where, build, "model")
+    return explained(where, build, "model")
 
 
 def tokenizer_hashes(tokenizer: Any) -> dict[str, str | None]:
@@ -228,73 +220,3 @@ def checkpoint_folder(where: str, revision: str | None) -> Path | None:
 
     found = try_to_load_from_cache(where, "config.json", revision=revision)
     return Path(found).parent if isinstance(found, str) else None
-
-
-def _reach(where: str, load: Callable[[], Any], what: str) -> Any:
-    """Run `load`; turn what the Hugging Face libraries raise into one error that says what to do."""
-    try:
-        return load()
-    except BracesError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise _explain(where, error, what) from error
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] not in (
-            "safetensors",
-            "safetensors_rust",
-            "huggingface_hub",
-            "httpx",
-        ):
-            raise
-        raise _explain(where, error, what) from error
-
-
-def _explain(where: str, error: BaseException, what: str) -> ModelError:
-    from huggingface_hub import errors as hub
-
-    page = f"https://huggingface.co/{where}"
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-    replies = [getattr(e, "response", None) for e in chain]
-    status = next((reply.status_code for reply in replies if reply is not None), None)
-    if any(isinstance(e, hub.GatedRepoError) for e in chain) or status == 403:
-        return ModelError(
-            "this model is gated", where=where, hint=f"Ask for access at {page}, then set HF_TOKEN to your token."
-        )
-    if status == 401 or any(isinstance(e, hub.RepositoryNotFoundError) for e in chain):
-        return ModelError(
-            f"no such {what} on the hub, or it is private or gated",
-            where=where,
-            hint=f"See {page}; for a private or gated one set HF_TOKEN. For a folder, check the path.",
-        )
-    if any(isinstance(e, hub.RevisionNotFoundError) for e in chain):
-        return ModelError("no such revision on the hub", where=where, hint=f"See {page}/tree/main.")
-    if not Path(where).is_dir() and (os.environ.get("HF_HUB_OFFLINE") or _unreachable(chain)):
-        return ModelError(
-            f"no such folder, and the hub cannot be reached for the {what}",
-            where=where,
-            hint="Check the path or the network; offline, only folders and models in the local cache can be loaded.",
-        )
-    if "conversion of the weights" in str(error):
-        return ModelError(
-            "the weights cannot be converted while loading",
-            where=where,
-            hint="--quantize int4 takes widths that divide by 32 only; int8, bnb-8bit and bnb-4bit take any.",
-        )
-    if "trust_remote_code" in str(error):
-        return ModelError(
-            "this model brings its own code", where=where, hint="Read that code; to run it, --trust-remote-code."
-        )
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return ModelError(f"cannot load the {what}: {first[:300]}", where=where, hint="Give a causal language model.")
-
-
-def _unreachable(chain: Sequence[BaseException]) -> bool:
-    names = {kind.__name__ for e in chain for kind in type(e).__mro__}
-    return bool(
-        names
-        & {"ConnectionError", "ConnectError", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "TimeoutException"}
-    )

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from braces_cli.core.models.load_options import QUANTISATIONS
 from braces_cli.core.models.value_weights import is_packed
 from braces_cli.core.utils.errors import ConfigError, near_misses
 
-METHODS = ("int8", "int4", "bnb-8bit", "bnb-4bit")
 _GROUP = 32
 
 
@@ -30,8 +30,8 @@ def check_quantize(name: str, device: torch.device | None) -> None:
     Raises:
         ConfigError: it is not.
     """
-    if name not in METHODS:
-        hint = f"{near_misses(name, METHODS)} Known: {', '.join(METHODS)}.".strip()
+    if name not in QUANTISATIONS:
+        hint = f"{near_misses(name, QUANTISATIONS)} Known: {', '.join(QUANTISATIONS)}.".strip()
         raise ConfigError(f"no quantisation `{name}`", where="--quantize", hint=hint)
     package = "bitsandbytes" if name.startswith("bnb-") else "torchao"
     if find_spec(package) is None:
@@ -68,7 +68,7 @@ def quantization_config(name: str, dtype: torch.dtype) -> Any:
     """What `from_pretrained` takes as `quantization_config`.
 
     Args:
-        name: one of `METHODS`, checked.
+        name: one of `QUANTISATIONS`, checked.
         dtype: of the base.
     """
     import transformers

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core.method.adapter import CONFIG_FILE
+from braces_cli.core.method.adapter_files import CONFIG_FILE
 from braces_cli.core.utils.atomic_files import write_json
 from braces_cli.core.utils.distributed import barrier, is_main, world_size
 from braces_cli.core.utils.errors import ConfigError, ModelError

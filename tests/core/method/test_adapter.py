@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from braces_cli.core.method.adapter import CONFIG_FILE, WEIGHTS_FILE, attach, load_adapter, read_config
+from braces_cli.core.method.adapter import attach, attach_stored
+from braces_cli.core.method.adapter_files import CONFIG_FILE, WEIGHTS_FILE, find_adapter, read_config
 from braces_cli.core.method.relevance import RelevanceModule, projection_error
 from braces_cli.core.utils.errors import ConfigError, ModelError
 from tests.conftest import ARCHITECTURES, make_adapter, open_gates, tiny_model
@@ -71,7 +72,7 @@ def test_saved_and_loaded_gives_the_same_bits(session, tmp_path):
     adapter.detach()
     folder = make_adapter(session, tmp_path / "a")
     save_file(tensors, folder / WEIGHTS_FILE)
-    load_adapter(model, folder, session.base.fingerprint())
+    attach_stored(model, find_adapter(str(folder)), session.base.fingerprint())
     assert torch.equal(logits(model), before)
 
 
@@ -79,12 +80,12 @@ def test_bfloat16_base_saves_and_loads_the_same_bits_with_orthonormal_rows(sessi
     """The projection stays in float32 whatever the base's dtype."""
     model = session.base.model.to(torch.bfloat16)
     folder = make_adapter(session, tmp_path / "a")
-    adapter, _ = load_adapter(model, folder, session.base.fingerprint())
+    adapter = attach_stored(model, find_adapter(str(folder)), session.base.fingerprint())
     first = logits(model)
     assert all(brace.weight.dtype == torch.float32 for _, brace in adapter.sites)
     assert all(projection_error(brace.projection()) < 1e-5 for _, brace in adapter.sites)
     adapter.detach()
-    load_adapter(model, folder, session.base.fingerprint())
+    attach_stored(model, find_adapter(str(folder)), session.base.fingerprint())
     assert torch.equal(logits(model), first)
 
 
@@ -142,17 +143,21 @@ def test_another_base_is_refused(session, adapter_dir):
     from braces_cli.core.models.fingerprint import fingerprint
 
     with pytest.raises(ModelError, match="same sizes, other weights"):
-        load_adapter(other, adapter_dir, fingerprint(other, find_ffns(other), None))
+        attach_stored(other, find_adapter(str(adapter_dir)), fingerprint(other, find_ffns(other), None))
     wider = tiny_model("llama", intermediate_size=60)
     with pytest.raises(ModelError, match="value vectors: adapter 52, base 60"):
-        load_adapter(wider, adapter_dir, fingerprint(wider, find_ffns(wider), None))
+        attach_stored(wider, find_adapter(str(adapter_dir)), fingerprint(wider, find_ffns(wider), None))
 
 
 def test_fingerprint_does_not_depend_on_the_dtype_loaded(model_dir):
     """It is read from the checkpoint's files."""
+    from braces_cli.core.models.load_options import LoadOptions
     from braces_cli.core.models.loading import load_base
 
-    prints = [load_base(str(model_dir), device="cpu", dtype=dtype).fingerprint() for dtype in ("float32", "bfloat16")]
+    prints = [
+        load_base(str(model_dir), LoadOptions(device="cpu", dtype=dtype)).fingerprint()
+        for dtype in ("float32", "bfloat16")
+    ]
     assert prints[0] == prints[1]
     assert prints[0]["sha256"]
 
@@ -190,7 +195,7 @@ def test_a_damaged_adapter_is_refused_by_the_tensor_at_fault(session, adapter_di
     path = adapter_dir / WEIGHTS_FILE
     save_file(_damage(load_file(path), how), path)
     with pytest.raises(ModelError, match=message):
-        load_adapter(session.base.model, adapter_dir, session.base.fingerprint())
+        attach_stored(session.base.model, find_adapter(str(adapter_dir)), session.base.fingerprint())
 
 
 @pytest.mark.parametrize(
@@ -216,4 +221,4 @@ def test_a_truncated_weights_file_is_refused(session, adapter_dir):
     path = adapter_dir / WEIGHTS_FILE
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ModelError, match="cannot read the adapter's weights"):
-        load_adapter(session.base.model, adapter_dir, session.base.fingerprint())
+        attach_stored(session.base.model, find_adapter(str(adapter_dir)), session.base.fingerprint())

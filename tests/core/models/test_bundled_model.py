@@ -12,8 +12,9 @@ from braces_cli.core.attributes.attribute import find_attribute
 from braces_cli.core.attributes.intervention import steered
 from braces_cli.core.models.bundled_model import ABOUT_FILE, embedded_name, note_default
 from braces_cli.core.models.generation import Sampling
+from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.loading import load_base, load_tokenizer
-from braces_cli.core.session import LoadOptions, open_session
+from braces_cli.core.session import open_session
 from braces_cli.core.utils.errors import ModelError
 from braces_cli.scoring.likelihood import Likelihood, text_likelihoods
 from braces_cli.steering.generate_texts import steer_texts
@@ -30,7 +31,7 @@ def held_out(embedded: Path) -> list[str]:
 
 
 def test_size_stays_within_what_is_promised(embedded: Path) -> None:
-    base = load_base(str(embedded), device="cpu")
+    base = load_base(str(embedded), LoadOptions(device="cpu"))
     assert 1e6 <= sum(p.numel() for p in base.model.parameters()) <= 3e6
     assert base.model.config.architectures == ["LlamaForCausalLM"]
     assert (embedded / "model.safetensors").stat().st_size <= 5e6
@@ -48,13 +49,13 @@ def test_both_forms_of_the_tokenizer_agree(embedded: Path, held_out: list[str]) 
 
 def test_held_out_perplexity_is_the_one_stated(embedded: Path, held_out: list[str]) -> None:
     stated = json.loads((embedded / ABOUT_FILE).read_text(encoding="utf-8"))["held_out_perplexity"]
-    base = load_base("embedded", device="cpu", dtype="float32")
+    base = load_base("embedded", OPTIONS)
     parts = text_likelihoods(base.model, base.tokenizer, held_out, base.model.config.max_position_embeddings, 32)
     assert math.isclose(sum(parts, Likelihood()).perplexity, stated, rel_tol=1e-3)
 
 
 def test_it_is_found_by_name_and_by_version() -> None:
-    assert load_base("embedded", device="cpu").name == load_base(embedded_name(), device="cpu").name == embedded_name()
+    assert load_base("embedded", OPTIONS).name == load_base(embedded_name(), OPTIONS).name == embedded_name()
 
 
 def test_an_adapter_keeps_the_version_and_comes_back_by_it(tmp_path: Path) -> None:

@@ -10,14 +10,16 @@ import pytest
 import torch
 from torch import nn
 
-from braces_cli.core.method.adapter import attach, load_adapter
+from braces_cli.core.method.adapter import attach, attach_stored
+from braces_cli.core.method.adapter_files import find_adapter
 from braces_cli.core.method.value_gram import gram
 from braces_cli.core.models.ffn import find_ffns, parameter_total
 from braces_cli.core.models.fingerprint import fingerprint
+from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.loading import load_base
-from braces_cli.core.models.quantization import METHODS, check_quantize
+from braces_cli.core.models.quantization import QUANTISATIONS, check_quantize
 from braces_cli.core.models.value_weights import StoredValues, _through_module
-from braces_cli.core.session import LoadOptions, open_session
+from braces_cli.core.session import open_session
 from braces_cli.core.utils.errors import ConfigError, ModelError
 from braces_cli.inspection.vector_tokens import value_tokens
 from tests.conftest import make_adapter, open_gates, tiny_model, tiny_tokenizer
@@ -32,7 +34,7 @@ def _installed(method: str) -> None:
         pytest.skip(f"NOT TESTED ON A QUANTISED BASE: {package} is not installed (pip install 'braces-cli[quantize]')")
 
 
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=QUANTISATIONS)
 def method(request):
     _installed(request.param)
     return request.param
@@ -48,7 +50,7 @@ def folder(tmp_path_factory):
 
 
 def load(folder, method, dtype="float32"):
-    return load_base(str(folder), device="cpu", dtype=dtype, quantize=method)
+    return load_base(str(folder), LoadOptions(device="cpu", dtype=dtype, quantize=method))
 
 
 def weights(model):
@@ -83,7 +85,7 @@ def test_logits_and_gradients_equal_the_reference_on_the_same_quantised_base(fol
 
 def test_the_base_is_really_packed_and_its_values_are_those_it_computes_with(folder, method):
     """Unpacked W_V is what the module makes of unit vectors; embeddings and head are as they were."""
-    plain, packed = load_base(str(folder), device="cpu").model, load(folder, method).model
+    plain, packed = load_base(str(folder), LoadOptions(device="cpu")).model, load(folder, method).model
     for ffn, other in zip(find_ffns(packed), weights(plain), strict=True):
         assert isinstance(ffn.values(), StoredValues)
         values = ffn.value_matrix()
@@ -162,7 +164,7 @@ def test_one_adapter_fits_every_packing_of_its_base(folder, method, tmp_path):
     for one, other in ((packed, plain), (plain, packed)):
         adapter_folder = make_adapter(one, tmp_path / f"{id(one)}")
         bare = logits(other.base.model)
-        adapter, _ = load_adapter(other.base.model, adapter_folder, other.base.fingerprint())
+        adapter = attach_stored(other.base.model, find_adapter(str(adapter_folder)), other.base.fingerprint())
         assert relative(logits(other.base.model), bare) > 0.1
         adapter.detach()
         assert torch.equal(logits(other.base.model), bare)
@@ -178,7 +180,7 @@ def test_everything_that_reads_value_matrices_reads_packed_ones(folder, method):
     rows = list(value_tokens(session, [1], [3, 159], 5))
     assert [row["index"] for row in rows] == [3, 159]
     assert all(math.isfinite(token["score"]) for row in rows for token in row["tokens"])
-    plain = load_base(str(folder), device="cpu").model
+    plain = load_base(str(folder), LoadOptions(device="cpu")).model
     for own, wanted in zip(find_ffns(plain), weights(session.base.model), strict=True):
         own.value.weight.data.copy_(wanted)
     hashes = [fingerprint(m, find_ffns(m), None)["sha256"] for m in (plain, session.base.model)]

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from braces_cli.core.session import LoadOptions
+from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.data.readers import Source
 from braces_cli.data.row_formats import detect, parts
 from braces_cli.evaluation import task_catalog

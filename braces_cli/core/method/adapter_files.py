@@ -1,0 +1,204 @@
+"""The adapter folder: its config and tensors, found, read, checked and written."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from braces_cli.core.models.hub_errors import explained, is_hub_id
+from braces_cli.core.utils.atomic_files import write_json, write_tensors, write_text
+from braces_cli.core.utils.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+CARD_FILE = "README.md"
+# How far rows of a saved projection may be from orthonormal: rounding of float32, not training noise.
+ORTHONORMAL_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What `adapter_config.json` holds.
+
+    Attributes:
+        base_model_name_or_path: hub id or folder of the base.
+        r: rank d_r.
+        layers: indices of the decoder layers that carry a relevance module.
+        fingerprint: see `core.models.fingerprint`.
+        revision: of the base, where it came from a hub.
+        tokenizer: hashes of the tokenizer and its chat template; another one is a warning, not an error.
+        training: settings it was trained with; recorded only.
+        attributes: names it was trained to be steered by; with any, the file holds the MLP of
+            `core.method.condition_mlp`.
+        scales: c of each of `layers`, a fixed factor of every relevance score; empty is the paper's 1 everywhere.
+        versions: of the libraries that wrote it; recorded only.
+    """
+
+    base_model_name_or_path: str
+    r: int
+    layers: list[int]
+    fingerprint: dict[str, Any]
+    revision: str | None = None
+    tokenizer: dict[str, str | None] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    attributes: list[str] = field(default_factory=list)
+    scales: list[float] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+    method: str = "braces"
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter in a folder: its name resolved, its config and tensors read and checked once.
+
+    Attributes:
+        name: as the user gave it, a folder or a hub id.
+        folder: where its files are.
+    """
+
+    name: str
+    folder: Path
+    config: AdapterConfig
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """See `read_tensors`; read when first asked for, since much can be said from the config alone."""
+        return read_tensors(self.folder, self.config)
+
+
+def parameter_count(config: AdapterConfig) -> int:
+    """layers * (d_r * d + 1), without the MLP of attributes."""
+    return len(config.layers) * (config.r * int(config.fingerprint["hidden_size"]) + 1)
+
+
+def adapter_folder(name: str) -> Path:
+    """Where the files of the adapter called `name` are; one on the hub is downloaded.
+
+    Raises:
+        ModelError: it is on the hub, and cannot be had.
+    """
+    path = Path(name).expanduser()
+    if path.exists() or not is_hub_id(name):
+        return path.resolve()
+    from huggingface_hub import snapshot_download
+
+    files = ["*.json", "*.safetensors", "README.md"]
+    return Path(explained(name, lambda: snapshot_download(name, allow_patterns=files), "adapter"))
+
+
+def find_adapter(name: str) -> StoredAdapter:
+    """The adapter called `name`, a folder or a hub id, with its config read.
+
+    Raises:
+        ModelError: neither a folder nor on the hub, or no adapter of braces.
+    """
+    return read_adapter(name, adapter_folder(name))
+
+
+def read_adapter(name: str, folder: Path) -> StoredAdapter:
+    """The adapter in `folder`, which `adapter_folder` found for `name`.
+
+    Raises:
+        ModelError: no adapter of braces.
+    """
+    return StoredAdapter(name, folder, read_config(folder))
+
+
+def write_adapter(folder: Path, tensors: dict[str, Tensor], config: AdapterConfig, card: str) -> None:
+    """`Adapter.save` of tensors that were gathered before."""
+    write_tensors(folder / WEIGHTS_FILE, tensors)
+    write_text(folder / CARD_FILE, card)
+    write_json(folder / CONFIG_FILE, asdict(config))
+
+
+def read_config(folder: Path) -> AdapterConfig:
+    """Read and check `adapter_config.json`.
+
+    Raises:
+        ModelError: no adapter folder, not JSON, another method or version, a missing or unknown key.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        hint = f"An adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}; `braces train` writes one."
+        raise ModelError(
+            "no adapter here" if folder.is_dir() else "no such adapter folder", where=str(folder), hint=hint
+        )
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"not JSON: {error}", where=str(path), hint="The file is damaged; train again.") from error
+    if not isinstance(raw, dict) or raw.get("method") != "braces":
+        what = raw.get("method") or raw.get("peft_type") if isinstance(raw, dict) else None
+        raise ModelError(f"not a braces adapter (method: {what})", where=str(path), hint="Give one that braces wrote.")
+    if raw.get("format_version") != FORMAT_VERSION:
+        raise ModelError(
+            f"format version {raw.get('format_version')}, this braces reads {FORMAT_VERSION}",
+            where=str(path),
+            hint="Update braces.",
+        )
+    names = {f.name for f in fields(AdapterConfig)}
+    needed = {"base_model_name_or_path", "r", "layers", "fingerprint"}
+    wrong = sorted((set(raw) - names) | (needed - set(raw)))
+    if wrong:
+        raise ModelError(f"missing or unknown key: {', '.join(wrong)}", where=str(path), hint="The file is damaged.")
+    config = AdapterConfig(**raw)
+    _check_scales(config, path)
+    return config
+
+
+def _check_scales(config: AdapterConfig, path: Path) -> None:
+    fits = isinstance(config.scales, list) and len(config.scales) in (0, len(config.layers))
+    if not fits or not all(isinstance(c, (int, float)) and 0 < c < math.inf for c in config.scales):
+        hint = "There must be a positive number for each layer, or none; the file is damaged."
+        raise ModelError("`scales` do not fit the layers", where=str(path), hint=hint)
+
+
+def read_tensors(folder: Path, config: AdapterConfig) -> dict[str, Tensor]:
+    """Read `adapter_model.safetensors` and hold it to the config: names, shapes, dtype, finite, orthonormal rows.
+
+    Raises:
+        ModelError: the file is missing, damaged, or differs from what the config says.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from braces_cli.core.method.condition_mlp import condition_shapes
+    from braces_cli.core.method.relevance import projection_error
+
+    path = folder / WEIGHTS_FILE
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"cannot read the adapter's weights: {error}", where=str(path), hint="Train again.") from error
+    d = config.fingerprint["hidden_size"]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in config.layers:
+        shapes[f"layers.{layer}.projection"] = (config.r, d)
+        shapes[f"layers.{layer}.gate"] = (1,)
+    if config.attributes:
+        shapes.update(condition_shapes(d))
+    wrong = sorted(set(shapes) ^ set(tensors))
+    if wrong:
+        state = "missing" if wrong[0] in shapes else "unexpected"
+        raise ModelError(f"{state} tensor {wrong[0]} ({len(wrong)} in all)", where=str(path), hint="Train again.")
+    for name, tensor in tensors.items():
+        problem = None
+        if tuple(tensor.shape) != shapes[name] or tensor.dtype != torch.float32:
+            problem = f"is {tuple(tensor.shape)} {tensor.dtype}, wanted {shapes[name]} torch.float32"
+        elif not tensor.isfinite().all():
+            problem = "holds numbers that are not finite"
+        elif name.endswith("projection") and projection_error(tensor) > ORTHONORMAL_TOLERANCE:
+            problem = f"has rows that are not orthonormal (error {projection_error(tensor):.1e})"
+        if problem:
+            raise ModelError(f"{name} {problem}", where=str(path), hint="The file is damaged; train again.")
+    return tensors

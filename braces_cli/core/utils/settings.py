@@ -1,0 +1,108 @@
+"""Settings of a command as a frozen dataclass: one field per option, with its default, help text and panel beside it.
+
+    @dataclass(frozen=True, kw_only=True)
+    class SweepSettings(LoadSettings, OutputSettings):
+        sweep: str = option(help="FROM:TO:STEP.", panel=GENERATION)
+
+`braces_cli.cli.command` turns such a class into the options of a Typer command; the same names are keys in YAML.
+Light: only the standard library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from braces_cli.core.utils.errors import ConfigError, near_misses
+
+# Panels of `--help`, in the order in which a command's page shows them.
+DATA = "Data"
+MODEL = "Model"
+METHOD = "Method"
+OPTIMISATION = "Optimisation"
+ATTRIBUTES = "Attributes"
+GENERATION = "Generation"
+TASKS = "Tasks"
+SCORING = "Scoring"
+CHECKPOINTS = "Checkpoints"
+OUTPUT = "Output"
+
+
+@dataclass(frozen=True)
+class Option:
+    """What the command line shows of a setting.
+
+    Attributes:
+        help: one or two sentences; the default is added where it is not None.
+        panel: heading in `--help`.
+        flag: name of the option, where it is not the field's own with dashes.
+        min: smallest value of a number.
+        choices: the values that a text setting may have, or the parts of a comma-separated one.
+        metavar: what stands for the value in `--help`.
+        outcome: whether another value makes another result; if not, a run may be resumed with another value.
+        display: whether the setting only says how results are shown; such settings are not recorded anywhere.
+        hidden: accepted, but not shown in `--help`.
+    """
+
+    help: str
+    panel: str | None = None
+    flag: str | None = None
+    min: float | None = None
+    choices: tuple[str, ...] = ()
+    metavar: str | None = None
+    outcome: bool = True
+    display: bool = False
+    hidden: bool = False
+
+
+def option(default: Any = MISSING, *, help: str, **details: Any) -> Any:
+    """A dataclass field that is an option; `details` are the attributes of `Option`."""
+    return field(default=default, metadata={"option": Option(help, **details)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Base of every command's settings.
+
+    Attributes:
+        given: where each setting that is not at its default was named: `command line` or `file`.
+    """
+
+    given: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, about in options_of(type(self)).items():
+            value = getattr(self, name)
+            if about.choices and value is not None and value not in about.choices:
+                close = near_misses(str(value), about.choices)
+                hint = close or f"One of {', '.join(about.choices)}."
+                raise ConfigError(f"no {name.replace('_', ' ')} `{value}`", where=flag_of(type(self), name), hint=hint)
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting after file and command line are merged, ready for JSON."""
+        return {name: plain(getattr(self, name)) for name, about in options_of(type(self)).items() if not about.display}
+
+    def shared(self, kind: type) -> Any:
+        """The part of these settings that `kind`, another dataclass with fields of the same names, holds."""
+        return kind(**{f.name: getattr(self, f.name) for f in dataclasses.fields(kind) if hasattr(self, f.name)})
+
+
+def options_of(kind: type) -> dict[str, Option]:
+    """The options among a settings class's fields, by field name."""
+    return {f.name: f.metadata["option"] for f in dataclasses.fields(kind) if "option" in f.metadata}
+
+
+def flag_of(kind: type, name: str) -> str:
+    """The option that sets field `name`, such as `--max-steps`."""
+    return options_of(kind)[name].flag or "--" + name.replace("_", "-")
+
+
+def plain(value: Any) -> Any:
+    """A setting as JSON holds it."""
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, (Path, StrEnum)) else value
