@@ -20,7 +20,7 @@ import typer
 
 from braces_cli.cli.config_file import read_config_file
 from braces_cli.cli.console import set_up
-from braces_cli.core.utils.settings import Option, options_of
+from braces_cli.core.utils.settings import PANELS, Option, options_of
 
 _CONFIG = "YAML file with options of this command; the command line wins."
 # Where a value came from, in the words of `Settings.given`.
@@ -41,7 +41,7 @@ def command(function: Callable[[Any], None]) -> Callable[..., None]:
         function(kind(**{name: _stored(value, hints[name]) for name, value in values.items()}, given=given))
 
     parameters = [_parameter("ctx", typer.Context)]
-    for name, about in sorted(described.items(), key=lambda item: item[1].display):
+    for name, about in sorted(described.items(), key=lambda item: PANELS.index(item[1].panel)):
         kept = fields[name].default
         parameters.append(_parameter(name, _annotation(name, hints[name], about), _default(kept)))
     config = Annotated[

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ def read_config_file(ctx: typer.Context, path: Path | None) -> Path | None:
     settings = {} if settings is None else settings
     if not isinstance(settings, dict):
         raise ConfigError("not a mapping of settings", where=str(path), hint="Write one `key: value` a line.")
-    known = {p.name: p for p in ctx.command.params if p.name not in (None, "config", "help")}
+    known: dict[str, Any] = {p.name: p for p in ctx.command.params if p.name not in (None, "config", "help")}
     defaults: dict[str, Any] = {}
     for key, value in settings.items():
         name = str(key).replace("-", "_")
@@ -42,8 +41,7 @@ def read_config_file(ctx: typer.Context, path: Path | None) -> Path | None:
             close = near_misses(name, names).replace("_", "-")
             raise ConfigError(f"unknown key `{key}`", where=str(path), hint=close or "See --help for the options.")
         # YAML reads `packing: off` as false.
-        choice = known[names[name]].default
-        if isinstance(value, bool) and isinstance(choice, StrEnum) and {"on", "off"} <= set(type(choice)):
+        if isinstance(value, bool) and known[names[name]].type.name in ("text", "choice"):
             value = "on" if value else "off"
         defaults[names[name]] = value
     ctx.default_map = {**(ctx.default_map or {}), **defaults}

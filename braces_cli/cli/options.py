@@ -12,7 +12,7 @@ import typer
 from braces_cli.cli.config_file import read_config_file
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.utils.errors import ConfigError
-from braces_cli.core.utils.settings import ATTRIBUTES, MODEL, OUTPUT, Settings, option
+from braces_cli.core.utils.settings import ATTRIBUTES, OUTPUT, Settings, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class ModelSettings(LoadOptions):
     """The base model of a command."""
 
     model: str | None = option(
-        None, help="Base model: folder or hub id. Default: the adapter's own, else the embedded model.", panel=MODEL
+        None, help="Base model: folder or hub id. Default: the adapter's own, else the embedded model."
     )
 
     @property
@@ -51,18 +51,16 @@ class ModelSettings(LoadOptions):
 class AdapterSettings(ModelSettings):
     """The base model and the adapter of a command."""
 
-    adapter: str | None = option(None, help="Adapter: folder or hub id.", panel=MODEL)
+    adapter: str | None = option(None, help="Adapter: folder or hub id.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttributeSettings(Settings):
     """Which attributes steer, and how strongly."""
 
-    attribute: tuple[str, ...] = option(
-        (), help="Name of an attribute to steer by. Repeatable.", panel=ATTRIBUTES, metavar="NAME"
-    )
+    attribute: tuple[str, ...] = option((), help="Name of an attribute to steer by. Repeatable.", metavar="NAME")
     s: tuple[float, ...] = option(
-        (), help="Strength; the k-th belongs to the k-th --attribute. Default 1.", panel=ATTRIBUTES, metavar="STRENGTH"
+        (), help="Strength; the k-th belongs to the k-th --attribute. Default 1.", metavar="STRENGTH"
     )
     attributes: Path | None = option(None, help="Folder that attr-build wrote.", panel=ATTRIBUTES)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from braces_cli.core.utils.errors import ConfigError, near_misses
 
-# Panels of `--help`, in the order in which a command's page shows them.
+# Panels of `--help`.
 DATA = "Data"
 MODEL = "Model"
 METHOD = "Method"
@@ -30,6 +30,8 @@ TASKS = "Tasks"
 SCORING = "Scoring"
 CHECKPOINTS = "Checkpoints"
 OUTPUT = "Output"
+# In the order in which a command's page shows them.
+PANELS = (None, DATA, TASKS, METHOD, OPTIMISATION, ATTRIBUTES, GENERATION, SCORING, MODEL, CHECKPOINTS, OUTPUT)
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Option:
 
     Attributes:
         help: one or two sentences; the default is added where it is not None.
-        panel: heading in `--help`.
+        panel: heading in `--help`; None is for the few options that matter most, which come first.
         flag: name of the option, where it is not the field's own with dashes.
         min: smallest value of a number.
         choices: the values that a text setting may have, or the parts of a comma-separated one.
