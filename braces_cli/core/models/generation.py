@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
+from braces_cli.core.models.generation_options import GenerationSettings
 from braces_cli.core.models.loading import input_device
 from braces_cli.core.models.padding import pad_left
 from braces_cli.core.models.streaming import StopTexts, TextStream, cut
@@ -41,9 +42,9 @@ class Sampling:
         stop: a continuation ends before the first of these texts.
     """
 
-    max_new_tokens: int = 50
-    temperature: float = 1.0
-    top_p: float = 0.9
+    max_new_tokens: int = GenerationSettings.max_new_tokens
+    temperature: float = GenerationSettings.temperature
+    top_p: float = GenerationSettings.top_p
     top_k: int | None = None
     seed: int = 0
     stop: tuple[str, ...] = ()

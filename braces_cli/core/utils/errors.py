@@ -58,3 +58,8 @@ def near_misses(name: str, known: Iterable[str], limit: int = 3) -> str:
     """`Did you mean a, b?` for the known names that resemble `name`, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=limit, cutoff=0.5)
     return f"Did you mean {', '.join(close)}?" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that is not empty, or the error's type where it has no message."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
