@@ -107,6 +107,20 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def chatty(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model of `model_dir` with a chat template."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(model_dir, folder)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def embedded() -> Path:
     """The folder of the model that comes with braces: real enough to have something to say."""
     from braces_cli.core.models.bundled_model import embedded_folder

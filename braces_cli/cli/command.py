@@ -70,7 +70,7 @@ def _default(value: Any) -> Any:
 
 
 def _annotation(name: str, hint: Any, about: Option) -> Any:
-    flag = about.flag or "--" + name.replace("_", "-")
+    flags = (about.flag or "--" + name.replace("_", "-")).split(",")
     details: dict[str, Any] = {"help": about.help, "rich_help_panel": about.panel, "hidden": about.hidden}
     if about.min is not None:
         details["min"] = about.min
@@ -83,7 +83,7 @@ def _annotation(name: str, hint: Any, about: Option) -> Any:
     if item is not None:
         hint = list[item] | None  # type: ignore[valid-type]
     # One name, so that a flag of its own brings no `--no-...`.
-    return Annotated[hint, typer.Option(flag, **details)]
+    return Annotated[hint, typer.Option(*flags, **details)]
 
 
 def _item(hint: Any) -> Any:

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from braces_cli.cli.config_file import read_config_file
+from braces_cli.core.attributes.strengths import pair_strengths
 from braces_cli.core.models.load_options import LoadOptions
-from braces_cli.core.utils.errors import ConfigError
 from braces_cli.core.utils.settings import ATTRIBUTES, OUTPUT, Settings, option
 
 
@@ -69,9 +69,9 @@ class AttributeSettings(Settings):
         """Name -> strength.
 
         Raises:
-            ConfigError: see `strengths`.
+            ConfigError: see `pair_strengths`.
         """
-        return dict(zip(self.attribute, strengths(self.attribute, self.s), strict=True))
+        return pair_strengths(self.attribute, self.s)
 
 
 class Format(StrEnum):
@@ -123,23 +123,6 @@ Debug = Annotated[bool, typer.Option("--debug", help="Tracebacks, and every libr
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write into an output folder that is not empty.")]
 Layers = Annotated[str | None, typer.Option("--layers", help="Such as 8-20,24 or 1- (inclusive, from 0).")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings and stop; writes nothing.")]
-
-
-def strengths(names: Any, s: Any) -> list[float]:
-    """The strength of each attribute in `--attribute`, from `--s`.
-
-    Raises:
-        ConfigError: a name comes twice, the numbers do not match, or one is not finite.
-    """
-    if len(set(names)) < len(names):
-        raise ConfigError("an attribute is named twice", where="--attribute", hint="Give each once, with one --s.")
-    if len(s) not in (0, len(names)):
-        hint = "The k-th --s belongs to the k-th --attribute; give one for each, or none at all."
-        raise ConfigError(f"{len(s)} strengths for {len(names)} attributes", where="--s", hint=hint)
-    for value in s:
-        if not abs(value) < float("inf"):
-            raise ConfigError(f"{value} is no finite number", where="--s", hint="Such as --s 3.0 or --s -1.5.")
-    return list(s) or [1.0] * len(names)
 
 
 def load_options(ctx: typer.Context) -> Any:

@@ -20,7 +20,7 @@ from typing import Any
 
 from braces_cli.core.attributes.attribute import Attribute, find_attribute
 from braces_cli.core.attributes.intervention import steered
-from braces_cli.core.models.generation import Job, Sampling, generate
+from braces_cli.core.models.generation import Job, Sampling
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.loading import Base, load_base
 from braces_cli.evaluation.native_task import Measured, Setting
@@ -30,9 +30,10 @@ from braces_cli.scoring.diversity import distinct, repetition
 from braces_cli.scoring.likelihood import Likelihood
 from braces_cli.scoring.registry import label_of
 from braces_cli.scoring.scorer import Scorer
+from braces_cli.steering.generate_texts import generate_texts
 from braces_cli.steering.prompts import read_prompts
 from braces_cli.steering.scorer_loading import list_words, open_scorer
-from braces_cli.steering.sweep import surprise
+from braces_cli.steering.sweep import continuation_nll
 
 # Task -> its scorer where none is named, and the attributes it asks that scorer about.
 _ASKED = {"sentiment": ("vader", ("positive", "negative")), "toxicity": ("toxicity", ("toxic",))}
@@ -101,23 +102,24 @@ def _write(
     session, ways = setting.session, setting.generation
     sampling = Sampling(ways.max_new_tokens, ways.temperature, ways.top_p, seed=setting.seed)
     jobs = [Job(prompt, index, sample) for index, prompt in prompts for sample in range(ways.num_samples)]
-    texts: list[str] = []
     with steered(session, terms):
-        for start in range(0, len(jobs), size):
-            texts += generate(session.base.model, session.base.tokenizer, jobs[start : start + size], sampling)
-            setting.report(setting.stage, len(texts), len(jobs))
+        texts = list(
+            generate_texts(
+                session, jobs, sampling, batch_size=size, stage=setting.stage, total=len(jobs), report=setting.report
+            )
+        )
     if not texts:
         return []
     has = {name: [verdict.has for verdict in judge.judge(texts, label)] for name, label in labels.items()}
     with _without_peft(session.base.model):
-        likelihoods = surprise(session, [prompt for _, prompt in prompts], texts, size, judge_model)
+        likelihoods = continuation_nll(session, [prompt for _, prompt in prompts], texts, size, judge_model)
     parts = [slice(start, start + ways.num_samples) for start in range(0, len(texts), ways.num_samples)]
     return [_Written(texts[p], {name: each[p] for name, each in has.items()}, likelihoods[p]) for p in parts]
 
 
 @contextmanager
 def _without_peft(model: Any) -> Iterator[None]:
-    """An adapter of peft stays out of it, as one of ours does in `surprise`."""
+    """An adapter of peft stays out of it, as one of ours does in `continuation_nll`."""
     layers = [each for each in model.modules() if hasattr(each, "enable_adapters") and hasattr(each, "base_layer")]
     for layer in layers:
         layer.enable_adapters(False)

@@ -52,7 +52,10 @@ class TextsFile:
             raise DataError(
                 f"cannot read: {error}", where=str(self._record), hint="Remove it, or start anew."
             ) from error
-        different = sorted(k for k in {*before, *self._settings} if before.get(k) != self._settings.get(k))
+        # Earlier versions recorded a repeatable option that was not given as null.
+        old = {name: [] if value is None else value for name, value in before.items()}
+        new = {name: [] if value is None else value for name, value in self._settings.items()}
+        different = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
         if different:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in different)
             hint = "Resume with the settings of the earlier run, or start anew with --overwrite."

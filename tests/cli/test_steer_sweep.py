@@ -81,6 +81,61 @@ def test_a_point_depends_on_its_strength_alone(swept):
     assert {key: one[key] for key in keys} == pytest.approx({key: other[key] for key in keys}, rel=1e-4)
 
 
+def measures(point):
+    """What a point says of its texts."""
+    return {key: point[key] for key in KEYS if point[key] is not None}
+
+
+def test_stop_texts_end_the_texts_of_a_sweep(swept, monkeypatch):
+    """The texts measured are those that the plain command writes with the same options."""
+    from braces_cli.steering import sweep
+
+    measured, likelihoods = [], sweep.continuation_nll
+
+    def recording(session, prompts, texts, *rest):
+        measured.append(texts)
+        return likelihoods(session, prompts, texts, *rest)
+
+    monkeypatch.setattr(sweep, "continuation_nll", recording)
+    texts = [row["text"] for row in swept("--s", 20, "--stop", "e", sweep=None).lines]
+    assert swept("--stop", "e", sweep="20").json["stop"] == ["e"]
+    assert measured[0] == texts
+    assert texts != [row["text"] for row in swept("--s", 20, sweep=None).lines]
+
+
+def test_a_sweep_uses_the_chat_template(swept, chatty, model_dir):
+    """Texts and perplexity are those of the prompts as the template writes them; refused where there is none."""
+    chat = ["--model", chatty, "--apply-chat-template"]
+    templated = swept(*chat, sweep="20").json
+    spelt = swept(sweep="20", prompts=[f"user: {prompt}\nassistant:" for prompt in PROMPTS]).json
+    assert (templated["apply_chat_template"], spelt["apply_chat_template"]) == (True, False)
+    assert measures(templated["points"][0]) == pytest.approx(measures(spelt["points"][0]), rel=1e-4)
+    assert measures(templated["points"][0]) != pytest.approx(measures(swept(sweep="20").json["points"][0]), rel=1e-4)
+    judged = swept(*chat, "--judge-model", model_dir, sweep="20").json["points"][0]
+    assert judged["perplexity"] != pytest.approx(templated["points"][0]["perplexity"], rel=1e-3)
+    assert "no chat template" in swept("--apply-chat-template").err
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--beside"],
+        ["--output", "x.jsonl"],
+        ["--resume"],
+        ["--interactive"],
+        ["--export-control-vector", "x.gguf"],
+    ],
+)
+def test_options_that_a_sweep_does_not_take_are_refused(swept, tmp_path, monkeypatch, option):
+    """By name, and nothing is written; with --dry-run, too."""
+    monkeypatch.chdir(tmp_path)
+    for dry_run in ([], ["--dry-run"]):
+        outcome = swept(*option, *dry_run)
+        assert outcome.code == 2
+        assert f"{option[0]}: does not go with --sweep" in outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_classifier_of_the_users_own(swept, labelled, tmp_path):
     """Fitted on the fly, kept, and used again with the same result; the list's own words can be left out."""
     kept = tmp_path / "scorer"

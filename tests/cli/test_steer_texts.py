@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -109,11 +108,11 @@ def test_prompts_are_read_as_they_are_needed(session):
     from itertools import count, islice
 
     from braces_cli.core.models.generation import Sampling
-    from braces_cli.steering.generate_texts import steer_texts
+    from braces_cli.steering.generate_texts import generate_rows, jobs_of
 
     read = []
     endless = (read.append(k) or f"prompt {k}" for k in count())
-    rows = steer_texts(session, endless, {}, Sampling(2), samples=2, batch_size=4)
+    rows = generate_rows(session, jobs_of(endless, 2), {}, Sampling(2), batch_size=4)
     assert [row["prompt"] for row in islice(rows, 5)] == ["prompt 0"] * 2 + ["prompt 1"] * 2 + ["prompt 2"]
     assert len(read) <= 5
 
@@ -205,22 +204,6 @@ def test_what_a_conversation_takes_no_part_in(steer, option):
     assert "does not go with --interactive" in outcome.err
 
 
-@pytest.fixture(scope="module")
-def chatty(model_dir, tmp_path_factory):
-    """The tiny model with a chat template."""
-    from tests.conftest import tiny_tokenizer
-
-    folder = tmp_path_factory.mktemp("chat") / "model"
-    shutil.copytree(model_dir, folder)
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = (
-        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant:{% endif %}"
-    )
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 def test_chat_templates_are_used_as_asked_and_else_as_in_training(braces, chatty, model_dir, adapter_dir):
     """One start token, not two; the row keeps the user's words."""
     base = ["steer", "--device", "cpu", "--max-new-tokens", 8, "--format", "json"]
@@ -279,16 +262,16 @@ def test_one_text_at_a_time_is_printed_as_it_is_generated(session, capsys):
     """The prompt, then the text; the same as in a row."""
     from braces_cli.cli.steer_display import Flow
     from braces_cli.core.models.generation import Sampling
-    from braces_cli.steering.generate_texts import jobs_of, steer_jobs
+    from braces_cli.steering.generate_texts import generate_rows, jobs_of
 
-    rows = list(steer_jobs(session, jobs_of(LINES[:2]), {}, Sampling(8)))
+    rows = list(generate_rows(session, jobs_of(LINES[:2]), {}, Sampling(8)))
     flow, pieces = Flow(), []
 
     def write(job, piece):
         pieces.append(piece)
         flow.write(job, piece)
 
-    flow.run(steer_jobs(session, jobs_of(LINES[:2]), {}, Sampling(8), batch_size=1, stream=write))
+    flow.run(generate_rows(session, jobs_of(LINES[:2]), {}, Sampling(8), batch_size=1, stream=write))
     assert capsys.readouterr().out == "".join(f"{row['prompt']}{row['text']}\n\n" for row in rows)
     assert len(pieces) > 4
 

@@ -41,7 +41,8 @@ class Option:
     Attributes:
         help: one or two sentences; the default is added where it is not None.
         panel: heading in `--help`; None is for the few options that matter most, which come first.
-        flag: name of the option, where it is not the field's own with dashes.
+        flag: name of the option, where it is not the field's own with dashes; several names have commas between them,
+            and `--x/--no-x` is an option that can be switched off.
         min: smallest value of a number.
         choices: the values that a text setting may have, or the parts of a comma-separated one.
         metavar: what stands for the value in `--help`.
@@ -100,7 +101,7 @@ def options_of(kind: type) -> dict[str, Option]:
 
 def flag_of(kind: type, name: str) -> str:
     """The option that sets field `name`, such as `--max-steps`."""
-    return options_of(kind)[name].flag or "--" + name.replace("_", "-")
+    return (options_of(kind)[name].flag or "--" + name.replace("_", "-")).partition(",")[0].partition("/")[0]
 
 
 def plain(value: Any) -> Any:
