@@ -110,7 +110,7 @@ def test_another_base_is_refused_by_name(build, braces, model_dir, tmp_path):
         (["--examples", "nowhere.txt"], 3, "no such file"),
         (["--examples", "nowhere.jsonl"], 3, "no such file"),
         (["--examples", "empty.txt"], 3, "no texts"),
-        (["--pooling", "min"], 2, "'min' is not one of"),
+        (["--pooling", "min"], 2, "no pooling `min`"),
         (["--list", "--attributes", "nowhere"], 2, "no such folder"),
         (["--list", "--attributes", "broken"], 4, "not an attribute file"),
         ([], 2, "no words for `purple`"),

@@ -112,7 +112,7 @@ def build_attribute(
     return _build(session, name, pool_words, words, built_in()[REFERENCE], report, pooling)
 
 
-def from_list(session: Session, name: str, report: Report = silent, pooling: str = "mean") -> Attribute:
+def built_in_attribute(session: Session, name: str, report: Report = silent, pooling: str = "mean") -> Attribute:
     """The attribute of a built-in word list, held against its opposite's list where it has one."""
     lists = built_in()
     one = build_attribute(session, name, lists[name], report, pooling)
@@ -257,7 +257,7 @@ def find_attribute(session: Session, name: str, folder: Path | None, report: Rep
             return found[name]
     lists = built_in()
     if name in lists:
-        return from_list(session, name, report)
+        return built_in_attribute(session, name, report)
     known = known_attributes(session, folder)
     hint = f"{near_misses(name, known)} Known: {', '.join(known)}. Build others with braces attr-build.".strip()
     raise ConfigError(f"unknown attribute `{name}`", where="--attribute", hint=hint)

@@ -14,6 +14,8 @@ REFERENCE = "neutral"
 # Built-in lists that are the two ends of one axis.
 _AXES = (("positive", "negative"), ("joyful", "sad"), ("formal", "casual"), ("polite", "toxic"))
 OPPOSITES = {one: other for axis in _AXES for one, other in (axis, axis[::-1])}
+# How the hidden states of a word's or a text's tokens become one (`core.attributes.pooling`).
+POOLINGS = ("mean", "last", "max")
 _NAME = re.compile(r"[\w][\w.-]*")
 
 
