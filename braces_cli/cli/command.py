@@ -20,11 +20,10 @@ import typer
 
 from braces_cli.cli.config_file import read_config_file
 from braces_cli.cli.console import set_up
+from braces_cli.cli.typer_internals import sources
 from braces_cli.core.utils.settings import PANELS, Option, options_of
 
 _CONFIG = "YAML file with options of this command; the command line wins."
-# Where a value came from, in the words of `Settings.given`.
-_SOURCES = {"COMMANDLINE": "command line", "ENVIRONMENT": "command line", "DEFAULT_MAP": "file"}
 
 
 def command(function: Callable[[Any], None]) -> Callable[..., None]:
@@ -36,8 +35,7 @@ def command(function: Callable[[Any], None]) -> Callable[..., None]:
     def run(ctx: typer.Context, **values: Any) -> None:
         values.pop("config")
         set_up(values.get("quiet", False), values.get("debug", False))
-        sources = {name: str(getattr(ctx.get_parameter_source(name), "name", "")) for name in values}
-        given = {name: _SOURCES[source] for name, source in sources.items() if source in _SOURCES}
+        given = sources(ctx, values)
         function(kind(**{name: _stored(value, hints[name]) for name, value in values.items()}, given=given))
 
     parameters = [_parameter("ctx", typer.Context)]
