@@ -116,26 +116,6 @@ def test_a_sweep_uses_the_chat_template(swept, chatty, model_dir):
     assert "no chat template" in swept("--apply-chat-template").err
 
 
-@pytest.mark.parametrize(
-    "option",
-    [
-        ["--beside"],
-        ["--output", "x.jsonl"],
-        ["--resume"],
-        ["--interactive"],
-        ["--export-control-vector", "x.gguf"],
-    ],
-)
-def test_options_that_a_sweep_does_not_take_are_refused(swept, tmp_path, monkeypatch, option):
-    """By name, and nothing is written; with --dry-run, too."""
-    monkeypatch.chdir(tmp_path)
-    for dry_run in ([], ["--dry-run"]):
-        outcome = swept(*option, *dry_run)
-        assert outcome.code == 2
-        assert f"{option[0]}: does not go with --sweep" in outcome.err
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_classifier_of_the_users_own(swept, labelled, tmp_path):
     """Fitted on the fly, kept, and used again with the same result; the list's own words can be left out."""
     kept = tmp_path / "scorer"
