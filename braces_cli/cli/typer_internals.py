@@ -41,8 +41,8 @@ def called_command(error: typer.TyperException) -> str:
 
 def sources(context: typer.Context, names: Collection[str]) -> dict[str, str]:
     """Where the values of `names` were given, `command line` or `file`; those at their default are left out."""
-    found = {name: str(getattr(context.get_parameter_source(name), "name", "")) for name in names}
-    return {name: _SOURCES[source] for name, source in found.items() if source in _SOURCES}
+    origin = {name: str(getattr(context.get_parameter_source(name), "name", "")) for name in names}
+    return {name: _SOURCES[source] for name, source in origin.items() if source in _SOURCES}
 
 
 def parameters(context: typer.Context) -> dict[str, Any]:

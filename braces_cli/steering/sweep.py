@@ -98,7 +98,7 @@ def sweep(
     judge: Scorer,
     label: str,
     sampling: Sampling,
-    settings: SweepPlan,
+    plan: SweepPlan,
     *,
     others: Sequence[tuple[Attribute, float]] = (),
     judge_model: Base | None = None,
@@ -109,7 +109,7 @@ def sweep(
     Args:
         label: the scorer's for the attribute.
         others: attributes that stay at their strength.
-        judge_model: tells perplexity in place of the session's own base.
+        judge_model: measures perplexity in place of the session's own base.
 
     Returns:
         `{points, chosen, unsteered}`; `unsteered` is the point at s = 0, measured whether asked for or not.
@@ -118,28 +118,26 @@ def sweep(
         BracesError: the scorer fails.
         ConfigError: no strength, or the continuations do not fit the model.
     """
-    if not settings.strengths:
+    if not plan.strengths:
         raise ConfigError("no strength", where="--sweep", hint="Such as --sweep -4:4:1.")
     prompts = list(prompts)
-    found: dict[float, Texts] = {}
-    wanted = [*settings.strengths, *([] if 0 in settings.strengths else [0.0])]
+    texts_at: dict[float, Texts] = {}
+    wanted = [*plan.strengths, *([] if 0 in plan.strengths else [0.0])]
     for index, s in enumerate(wanted):
         stage = f"strength {index + 1} of {len(wanted)}: s = {s:g}"
-        with steered(session, [(attribute, s), *others], settings.layers):
-            texts = continuations(session, prompts, sampling, settings, report, stage)
-        found[s] = Texts(s, texts)
-    for each in found.values():
+        with steered(session, [(attribute, s), *others], plan.layers):
+            texts = continuations(session, prompts, sampling, plan, report, stage)
+        texts_at[s] = Texts(s, texts)
+    for each in texts_at.values():
         each.verdicts = judge.judge(each.texts, label)
         if len(each.verdicts) != len(each.texts):
             raise BracesError(f"{judge.name} scored {len(each.verdicts)} of {len(each.texts)} texts")
-        each.likelihoods = continuation_nll(
-            session, prompts, each.texts, settings.batch_size, judge_model, settings.chat
-        )
-    rows = [point(found[s], prompts, range(len(prompts))) for s in settings.strengths]
+        each.likelihoods = continuation_nll(session, prompts, each.texts, plan.batch_size, judge_model, plan.chat)
+    rows = [point(texts_at[s], prompts, range(len(prompts))) for s in plan.strengths]
     return {
         "points": rows,
-        "chosen": _choose([found[s] for s in settings.strengths], found[0.0], prompts, settings.max_perplexity),
-        "unsteered": point(found[0.0], prompts, range(len(prompts))),
+        "chosen": _choose([texts_at[s] for s in plan.strengths], texts_at[0.0], prompts, plan.max_perplexity),
+        "unsteered": point(texts_at[0.0], prompts, range(len(prompts))),
     }
 
 
@@ -147,14 +145,14 @@ def continuations(
     session: Session,
     prompts: Sequence[str],
     sampling: Sampling,
-    settings: SweepPlan,
+    plan: SweepPlan,
     report: Report = silent,
     stage: str = "generating",
 ) -> list[str]:
     """Texts of every prompt, its samples together, as the session is steered now."""
     texts = generate_texts(
-        session, jobs_of(prompts, settings.samples), sampling, batch_size=settings.batch_size, chat=settings.chat,
-        stage=stage, total=len(prompts) * settings.samples, report=report,
+        session, jobs_of(prompts, plan.samples), sampling, batch_size=plan.batch_size, chat=plan.chat,
+        stage=stage, total=len(prompts) * plan.samples, report=report,
     )  # fmt: skip
     return list(texts)
 

@@ -218,26 +218,26 @@ def load_attributes(path: Path, fingerprint: dict[str, Any]) -> dict[str, Attrib
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            own, layers = json.loads(header["fingerprint"]), json.loads(header["layers"])
+            built_for, layers = json.loads(header["fingerprint"]), json.loads(header["layers"])
             details = json.loads(header.get("details", "{}"))
-            found = {}
+            attributes = {}
             for name, words in json.loads(header["attributes"]).items():
                 parts: dict[str, Any] = {part: file.get_tensor(f"{name}.{part}") for part in _PARTS}
                 parts |= {k: v for k, v in details.get(name, {}).items() if k in ("base", "pooling", "examples")}
-                found[name] = Attribute(name, words, **parts, layers=layers, fingerprint=own)
+                attributes[name] = Attribute(name, words, **parts, layers=layers, fingerprint=built_for)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise ModelError(
             f"not an attribute file: {error}", where=str(path), hint="Build it again: attr-build."
         ) from error
-    different = differences(own, fingerprint, "attribute")
+    different = differences(built_for, fingerprint, "attribute")
     if different:
-        names = {each.base for each in found.values() if each.base}
+        names = {each.base for each in attributes.values() if each.base}
         of = f"It belongs to {', '.join(sorted(names))}. " if names else ""
         hint = f"{of}Build it again for this base: braces attr-build."
         raise ModelError(
             f"this attribute was built for another base ({'; '.join(different)})", where=str(path), hint=hint
         )
-    return found
+    return attributes
 
 
 def find_attribute(session: Session, name: str, folder: Path | None, report: Report = silent) -> Attribute:
@@ -252,9 +252,9 @@ def find_attribute(session: Session, name: str, folder: Path | None, report: Rep
     """
     check_name(name)
     for path in _files(session, folder, name):
-        found = load_attributes(path, session.base.fingerprint(session.ffns))
-        if name in found:
-            return found[name]
+        attributes = load_attributes(path, session.base.fingerprint(session.ffns))
+        if name in attributes:
+            return attributes[name]
     lists = built_in()
     if name in lists:
         return built_in_attribute(session, name, report)

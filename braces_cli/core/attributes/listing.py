@@ -83,5 +83,5 @@ def read_header(path: Path) -> dict[str, str]:
     if missing:
         hint = "Remove it from the folder, or build it again: attr-build."
         raise ModelError(f"not an attribute file: no {', '.join(sorted(missing))}", where=str(path), hint=hint)
-    found: dict[str, str] = metadata
-    return found
+    header: dict[str, str] = metadata
+    return header

@@ -69,7 +69,7 @@ def clean_words(words: Sequence[str], where: str) -> list[str]:
     Raises:
         DataError: none is left.
     """
-    found = list(dict.fromkeys(word.strip() for word in words if word.strip()))
-    if not found:
+    distinct = list(dict.fromkeys(word.strip() for word in words if word.strip()))
+    if not distinct:
         raise DataError("no words", where=where, hint="Give at least one word.")
-    return found
+    return distinct

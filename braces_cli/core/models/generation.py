@@ -166,15 +166,15 @@ class _Draw(LogitsProcessor):
         # Sorting whole vocabularies takes longer than a small model; few rows need it.
         width = chances.shape[1] if (self._sampling.top_k or 0) > _FIRST else min(_FIRST, chances.shape[1])
         tokens = chances.topk(width, dim=-1).indices.sort(dim=-1).values
-        token, settled = self._invert(chances.gather(1, tokens), tokens, goal, width == chances.shape[1])
-        rest = (~settled).nonzero().squeeze(1)
+        token, decided = self._invert(chances.gather(1, tokens), tokens, goal, width == chances.shape[1])
+        rest = (~decided).nonzero().squeeze(1)
         if len(rest):
             every = torch.arange(chances.shape[1], device=scores.device).expand(len(rest), -1)
             token[rest], _ = self._invert(chances[rest], every, goal[rest], True)
         return torch.full_like(scores, -torch.inf).scatter(1, token.unsqueeze(1), 0.0)
 
     def _invert(self, chances: Tensor, tokens: Tensor, goal: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
-        """The token drawn in each row, and whether the candidates settle it; they come in the order of the vocabulary.
+        """The token drawn in each row, and whether the candidates decide it; they come in the order of the vocabulary.
 
         Args:
             chances: of the candidates, in a softmax over the whole vocabulary.
@@ -192,10 +192,10 @@ class _Draw(LogitsProcessor):
             ordered = ordered / ordered.sum(dim=-1, keepdim=True)
         mass = ordered.cumsum(dim=-1)
         # A token is kept while those before it have not reached top_p; the first always is.
-        kept = (mass < self._sampling.top_p).sum(dim=-1).clamp(max=mass.shape[1] - 1)
+        last_kept = (mass < self._sampling.top_p).sum(dim=-1).clamp(max=mass.shape[1] - 1)
         # Of tokens as likely as the least candidate, which are candidates was topk's choice: none may matter here.
-        edge = last if self._sampling.top_k is not None else ordered.gather(1, kept.unsqueeze(1)).squeeze(1)
-        settled = (edge > least) | whole
-        reach = mass.gather(1, kept.unsqueeze(1))
-        place = torch.searchsorted(mass, goal.to(mass).unsqueeze(1) * reach, right=True).minimum(kept.unsqueeze(1))
-        return tokens.gather(1, order.gather(1, place)).squeeze(1), settled
+        edge = last if self._sampling.top_k is not None else ordered.gather(1, last_kept.unsqueeze(1)).squeeze(1)
+        decided = (edge > least) | whole
+        reach = mass.gather(1, last_kept.unsqueeze(1))
+        place = torch.searchsorted(mass, goal.to(mass).unsqueeze(1) * reach, right=True).minimum(last_kept.unsqueeze(1))
+        return tokens.gather(1, order.gather(1, place)).squeeze(1), decided

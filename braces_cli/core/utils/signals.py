@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM at a moment that suits the work."""
+"""SIGINT and SIGTERM, acted on when the work can be interrupted."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Asked:
-    """Whether this process was asked to stop: `number` is the signal's, 0 as long as there was none."""
+class StopRequest:
+    """Whether this process shall stop: `number` is that of the signal received, 0 as long as there was none."""
 
     number: int = 0
 
 
 @contextmanager
-def deferred() -> Iterator[Asked]:
+def deferred() -> Iterator[StopRequest]:
     """Inside, the first SIGINT or SIGTERM is only noted; a second one acts at once, as it would outside."""
-    asked = Asked()
+    request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield asked  # only the main thread can take signals, so nothing is lost
+        yield request  # only the main thread can take signals, so nothing is lost
         return
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     # A job that a shell starts in the background is meant to ignore SIGINT.
@@ -33,13 +33,13 @@ def deferred() -> Iterator[Asked]:
             signal.signal(number, handler)
 
     def note(number: int, frame: Any) -> None:
-        asked.number = number
+        request.number = number
         restore()
 
     for number in before:
         signal.signal(number, note)
     try:
-        yield asked
+        yield request
     finally:
         restore()
 

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback
 from braces_cli.core.utils.distributed import barrier, gathered, is_main, world_size
 from braces_cli.core.utils.errors import BracesError
 from braces_cli.core.utils.progress import Report, silent
-from braces_cli.core.utils.signals import Asked
+from braces_cli.core.utils.signals import StopRequest
 from braces_cli.scoring.likelihood import Likelihood
 from braces_cli.training.checkpointing.checkpoint_folders import rotate, write_checkpoint
 from braces_cli.training.checkpointing.run_record import Record, read_record
@@ -56,7 +56,7 @@ class Surroundings:
     evaluate: Callable[[], Likelihood | None]
     upkeep: Upkeep = field(default_factory=Upkeep)
     report: Report = silent
-    asked: Asked = field(default_factory=Asked)
+    asked: StopRequest = field(default_factory=StopRequest)
 
 
 class ResumableTrainer(Trainer):
