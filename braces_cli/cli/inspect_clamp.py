@@ -114,11 +114,11 @@ def _clamp(ctx: typer.Context, held: list[Any], report: Any) -> dict[str, Any]:
 
 
 def _continue(session: Any, prompt: str, index: int, held: list[Any], sampling: Any) -> dict[str, str]:
-    from braces_cli.core.models.generation import Job, generate
+    from braces_cli.core.models.generation import TextRequest, generate
     from braces_cli.inspection.ffn_weights import plain_ffns
     from braces_cli.inspection.neuron_clamping import clamped
 
-    job, base = Job(prompt, index), session.base
+    job, base = TextRequest(prompt, index), session.base
     before = generate(base.model, base.tokenizer, [job], sampling)[0]
     with clamped(plain_ffns(session.ffns), held):
         return {"text_before": before, "text": generate(base.model, base.tokenizer, [job], sampling)[0]}

@@ -16,47 +16,47 @@ from braces_cli.core.utils.settings import options_of
 
 if TYPE_CHECKING:
     from braces_cli.core.attributes.intervention import Push
-    from braces_cli.core.models.generation import Job
+    from braces_cli.core.models.generation import TextRequest
 
 
 def write_texts(settings: SteerSettings) -> None:
     """Texts for all prompts, to stdout or into `--output`."""
-    from braces_cli.steering.generate_texts import jobs_of
+    from braces_cli.steering.generate_texts import text_requests
     from braces_cli.steering.prompts import count_prompts, read_prompts
 
     # What is wrong with an option or with the first prompt should show before the model is loaded.
     _ = settings.sampling
     texts = read_prompts(settings.prompt, settings.prompts, sys.stdin)
-    jobs = jobs_of(chain([next(texts)], texts), settings.num_samples)
+    requests = text_requests(chain([next(texts)], texts), settings.num_samples)
     count = len(settings.prompt) or (count_prompts(settings.prompts) if settings.prompts is not None else None)
     total = None if count is None else count * settings.num_samples
     if settings.output is not None:
-        _into_file(settings, jobs, total)
+        _into_file(settings, requests, total)
         return
     if settings.json:
-        print_json_lines(_rows(settings, jobs, total=total))
+        print_json_lines(_rows(settings, requests, total=total))
         return
     from braces_cli.cli.steer_display import Flow, print_rows
 
     if sys.stdout.isatty() and not settings.beside and (total == 1 or settings.batch_size == 1):
         flow = Flow()
-        flow.run(_rows(settings, jobs, stream=flow.write))
+        flow.run(_rows(settings, requests, stream=flow.write))
     else:
-        print_rows(_rows(settings, jobs))
+        print_rows(_rows(settings, requests))
 
 
-def _into_file(settings: SteerSettings, jobs: Iterator[Job], total: int | None) -> None:
+def _into_file(settings: SteerSettings, requests: Iterator[TextRequest], total: int | None) -> None:
     from braces_cli.steering.resumable_output import TextsFile
 
     assert settings.output is not None
     options = options_of(type(settings))
     record = {name: value for name, value in settings.resolved().items() if options[name].outcome}
     file = TextsFile(settings.output, record, resume=settings.resume, overwrite=settings.overwrite)
-    file.skip(jobs, settings.strengths, settings.seed)
+    file.skip(requests, settings.strengths, settings.seed)
     start, written = time.monotonic(), 0
-    first = next(jobs, None)
+    first = next(requests, None)
     if first is not None:
-        written = file.write(_rows(settings, chain([first], jobs), total=total, done=file.rows))
+        written = file.write(_rows(settings, chain([first], requests), total=total, done=file.rows))
     result = {
         "output": str(file.path),
         "texts": file.rows + written,
@@ -69,7 +69,7 @@ def _into_file(settings: SteerSettings, jobs: Iterator[Job], total: int | None) 
         print_pairs("texts written", result)
 
 
-def _rows(settings: SteerSettings, jobs: Iterator[Job], **details: Any) -> Iterator[dict[str, Any]]:
+def _rows(settings: SteerSettings, requests: Iterator[TextRequest], **details: Any) -> Iterator[dict[str, Any]]:
     """Rows of texts; the model is loaded when the first is asked for.
 
     Args:
@@ -95,7 +95,7 @@ def _rows(settings: SteerSettings, jobs: Iterator[Job], **details: Any) -> Itera
     beside = (lambda: steered(session, terms, layers)) if settings.beside else None
     with progress(hidden) as report, nullcontext() if beside else steered(session, terms, layers):
         yield from generate_rows(
-            session, jobs, strengths, settings.sampling, batch_size=settings.batch_size, chat=chat, beside=beside,
+            session, requests, strengths, settings.sampling, batch_size=settings.batch_size, chat=chat, beside=beside,
             report=report, **details,
         )  # fmt: skip
 

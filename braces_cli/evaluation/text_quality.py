@@ -20,7 +20,7 @@ from typing import Any
 
 from braces_cli.core.attributes.attribute import Attribute, find_attribute
 from braces_cli.core.attributes.intervention import steered
-from braces_cli.core.models.generation import Job, Sampling
+from braces_cli.core.models.generation import Sampling, TextRequest
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.loading import Base, load_base
 from braces_cli.evaluation.native_task import Measured, Setting
@@ -101,7 +101,7 @@ def _write(
 ) -> list[_Written]:
     session, ways = setting.session, setting.generation
     sampling = Sampling(ways.max_new_tokens, ways.temperature, ways.top_p, seed=setting.seed)
-    jobs = [Job(prompt, index, sample) for index, prompt in prompts for sample in range(ways.num_samples)]
+    jobs = [TextRequest(prompt, index, sample) for index, prompt in prompts for sample in range(ways.num_samples)]
     with steered(session, terms):
         texts = list(
             generate_texts(

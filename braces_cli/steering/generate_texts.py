@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import islice, repeat, tee
 from typing import Any
 
-from braces_cli.core.models.generation import Job, Sampling, generate
+from braces_cli.core.models.generation import Sampling, TextRequest, generate
 from braces_cli.core.session import Session
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.steering.chat_prompts import chat_ids
@@ -17,26 +17,26 @@ from braces_cli.steering.chat_prompts import chat_ids
 Steering = Callable[[], AbstractContextManager[Any]]
 
 
-def jobs_of(prompts: Iterable[str], samples: int = 1) -> Iterator[Job]:
+def text_requests(prompts: Iterable[str], samples: int = 1) -> Iterator[TextRequest]:
     """The texts that a run generates, in order: the samples of a prompt stand together."""
-    return (Job(prompt, index, k) for index, prompt in enumerate(prompts) for k in range(samples))
+    return (TextRequest(prompt, index, k) for index, prompt in enumerate(prompts) for k in range(samples))
 
 
 def generate_texts(
     session: Session,
-    jobs: Iterable[Job],
+    requests: Iterable[TextRequest],
     sampling: Sampling,
     *,
     batch_size: int = 8,
     chat: bool = False,
     steering: Steering = nullcontext,
-    stream: Callable[[Job, str], object] | None = None,
+    stream: Callable[[TextRequest, str], object] | None = None,
     stage: str = "generating",
     done: int = 0,
     total: int | None = None,
     report: Report = silent,
 ) -> Iterator[str]:
-    """Continuations in the order of `jobs`, as each batch is done; only one batch of jobs is held at a time.
+    """Continuations in the order of `requests`, as each batch is done; only one batch of requests is held at a time.
 
     Args:
         chat: prompts go through the chat template.
@@ -50,11 +50,11 @@ def generate_texts(
         DataError: the chat template refuses a prompt.
     """
     model, tokenizer = session.base.model, session.base.tokenizer
-    jobs = iter(jobs)
-    while batch := list(islice(jobs, batch_size)):
+    requests = iter(requests)
+    while batch := list(islice(requests, batch_size)):
         if chat:
-            batch = [replace(job, ids=chat_ids(tokenizer, job.prompt)) for job in batch]
-        write = None if stream is None else lambda piece, job=batch[0]: stream(job, piece)
+            batch = [replace(request, ids=chat_ids(tokenizer, request.prompt)) for request in batch]
+        write = None if stream is None else lambda piece, request=batch[0]: stream(request, piece)
         with steering():
             texts = generate(model, tokenizer, batch, sampling, write)
         done += len(batch)
@@ -64,7 +64,7 @@ def generate_texts(
 
 def generate_rows(
     session: Session,
-    jobs: Iterable[Job],
+    requests: Iterable[TextRequest],
     attributes: dict[str, float],
     sampling: Sampling,
     *,
@@ -82,17 +82,17 @@ def generate_rows(
         beside: steers, in place of the caller; rows then also get the `unsteered` text of the same random stream.
         details: further arguments of `generate_texts`.
     """
-    streams = tee(jobs, 2 if beside is None else 3)
+    streams = tee(requests, 2 if beside is None else 3)
     how: dict[str, Any] = {"batch_size": batch_size, "chat": chat}
     unsteered = repeat(None) if beside is None else generate_texts(session, streams[2], sampling, **how)
     texts = generate_texts(session, streams[1], sampling, steering=beside or nullcontext, **how, **details)
     # Drawn in turns, so that no stream is more than a batch ahead of the others.
-    for job, plain, text in zip(streams[0], unsteered, texts, strict=False):
+    for request, plain, text in zip(streams[0], unsteered, texts, strict=False):
         row = {
-            "prompt": job.prompt,
+            "prompt": request.prompt,
             "text": text,
             "attributes": attributes,
-            "sample": job.sample,
+            "sample": request.sample,
             "seed": sampling.seed,
         }
         yield row if plain is None else row | {"unsteered": plain}

@@ -16,7 +16,7 @@ from braces_cli.core.models.ffn import chosen_layers
 from braces_cli.core.models.generation import Sampling
 from braces_cli.core.session import Session
 from braces_cli.core.utils.errors import ConfigError, near_misses
-from braces_cli.steering.generate_texts import generate_texts, jobs_of
+from braces_cli.steering.generate_texts import generate_texts, text_requests
 
 HELP = """\
 Write a prompt to have it continued, unsteered and steered; an empty line repeats the last one.
@@ -110,8 +110,8 @@ class Conversation:
 
     def _text(self, prompt: str, write: Callable[[str], object] | None) -> str:
         """One text, as the session is steered now."""
-        stream = None if write is None else lambda job, piece: write(piece)
-        (text,) = generate_texts(self.session, jobs_of([prompt]), self.sampling, chat=self._chat, stream=stream)
+        stream = None if write is None else lambda request, piece: write(piece)
+        (text,) = generate_texts(self.session, text_requests([prompt]), self.sampling, chat=self._chat, stream=stream)
         return text
 
     def _command(self, name: str, words: list[str]) -> str:

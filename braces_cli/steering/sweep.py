@@ -32,7 +32,7 @@ from braces_cli.scoring.diversity import distinct, repetition
 from braces_cli.scoring.likelihood import Likelihood, continuation_likelihoods, likelihoods
 from braces_cli.scoring.scorer import Scorer, Verdict
 from braces_cli.steering.chat_prompts import encode_answer, has_template
-from braces_cli.steering.generate_texts import generate_texts, jobs_of
+from braces_cli.steering.generate_texts import generate_texts, text_requests
 
 _MOST = 200  # points; more is a slip in the step
 
@@ -151,7 +151,7 @@ def continuations(
 ) -> list[str]:
     """Texts of every prompt, its samples together, as the session is steered now."""
     texts = generate_texts(
-        session, jobs_of(prompts, plan.samples), sampling, batch_size=plan.batch_size, chat=plan.chat,
+        session, text_requests(prompts, plan.samples), sampling, batch_size=plan.batch_size, chat=plan.chat,
         stage=stage, total=len(prompts) * plan.samples, report=report,
     )  # fmt: skip
     return list(texts)

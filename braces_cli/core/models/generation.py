@@ -62,7 +62,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Job:
+class TextRequest:
     """One text to generate: `sample` counts the texts of one prompt, `index` the prompts of a run.
 
     `ids` are the prompt's tokens where they are not those of the plain text, as with a chat template.
@@ -77,11 +77,11 @@ class Job:
 def generate(
     model: Any,
     tokenizer: Any,
-    jobs: Sequence[Job],
+    requests: Sequence[TextRequest],
     sampling: Sampling,
     stream: Callable[[str], object] | None = None,
 ) -> list[str]:
-    """Continuations of one batch of jobs, without their prompts, up to the end token or a stop text.
+    """Continuations of one batch of requests, without their prompts, up to the end token or a stop text.
 
     Prompts too long for the model's context lose their beginning, with a warning.
 
@@ -95,10 +95,12 @@ def generate(
     if room < 1:
         hint = f"The model takes {room + sampling.max_new_tokens} tokens, the prompt included."
         raise ConfigError(f"{sampling.max_new_tokens} is too much", where="--max-new-tokens", hint=hint)
-    prompts = [encode(tokenizer, job.prompt).ids if job.ids is None else list(job.ids) for job in jobs]
+    prompts = [
+        encode(tokenizer, request.prompt).ids if request.ids is None else list(request.ids) for request in requests
+    ]
     for row, ids in enumerate(prompts):
         if len(ids) > room:
-            logger.warning("prompt %d has %d tokens; only the last %d fit", jobs[row].index, len(ids), room)
+            logger.warning("prompt %d has %d tokens; only the last %d fit", requests[row].index, len(ids), room)
             prompts[row] = ids[-room:]
     device = input_device(model)
     batch = {name: tensor.to(device) for name, tensor in pad_left(prompts, tokenizer.pad_token_id).items()}
@@ -108,7 +110,7 @@ def generate(
     streamer = None if stream is None else TextStream(tokenizer, prompts[0], ends, sampling.stop, stream)
     processors = LogitsProcessorList()
     if sampling.temperature > 0:
-        processors.append(_Draw(sampling, _uniforms(jobs, sampling), width))
+        processors.append(_Draw(sampling, _uniforms(requests, sampling), width))
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         do_sample=False,
@@ -139,11 +141,11 @@ def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
     return next((ids[:place] for place, token in enumerate(ids) if token in ends), ids)
 
 
-def _uniforms(jobs: Sequence[Job], sampling: Sampling) -> Tensor:
-    """One number in [0, 1) for each job and token, (jobs, max_new_tokens), float64."""
+def _uniforms(requests: Sequence[TextRequest], sampling: Sampling) -> Tensor:
+    """One number in [0, 1) for each request and token, (requests, max_new_tokens), float64."""
     rows = []
-    for job in jobs:
-        key = hashlib.sha256(f"{sampling.seed}:{job.index}:{job.sample}".encode()).digest()
+    for request in requests:
+        key = hashlib.sha256(f"{sampling.seed}:{request.index}:{request.sample}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
         rows.append(torch.rand(sampling.max_new_tokens, dtype=torch.float64, generator=generator))
     return torch.stack(rows)
