@@ -78,3 +78,19 @@ def test_other_prompts_and_foreign_files_are_refused_with_their_line(steer, prom
     out.write_text('{"prompt": "a"}\n')
     assert steer("--output", out, "--resume").code == 3
     assert "--output" in steer("--resume").err
+
+
+def test_what_a_text_depends_on_is_recorded_and_nothing_else(steer, tmp_path):
+    """An option that changes no text may differ when a run is resumed; earlier versions wrote null for no values."""
+    out = tmp_path / "texts.jsonl"
+    steer("--output", out)
+    record = tmp_path / "texts.jsonl.settings.json"
+    settings = json.loads(record.read_text())
+    assert set(settings) == {
+        "model", "adapter", "attribute", "s", "attributes", "layers", "num_samples", "max_new_tokens", "temperature",
+        "top_p", "top_k", "stop", "apply_chat_template", "beside", "seed", "revision", "dtype", "quantize",
+    }  # fmt: skip
+    record.write_text(json.dumps({name: None if value == [] else value for name, value in settings.items()}))
+    assert steer("--output", out, "--resume", "--batch-size", 2, "--device", "cpu").code == 0
+    record.write_text(json.dumps(settings | {"apply_chat_template": False}))
+    assert "another --apply-chat-template" in steer("--output", out, "--resume").err
