@@ -10,9 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from braces_cli.cli.config_file import read_config_file
-from braces_cli.core.attributes.strengths import pair_strengths
+from braces_cli.core.attributes.attribute_options import AttributeSettings as AttributeSettings
+from braces_cli.core.attributes.attribute_options import strengths as strengths
 from braces_cli.core.models.load_options import LoadOptions
-from braces_cli.core.utils.settings import ATTRIBUTES, OUTPUT, Settings, option
+from braces_cli.core.utils.settings import OUTPUT, Settings, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,26 +53,6 @@ class AdapterSettings(ModelSettings):
     """The base model and the adapter of a command."""
 
     adapter: str | None = option(None, help="Adapter: folder or hub id.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttributeSettings(Settings):
-    """Which attributes steer, and how strongly."""
-
-    attribute: tuple[str, ...] = option((), help="Name of an attribute to steer by. Repeatable.", metavar="NAME")
-    s: tuple[float, ...] = option(
-        (), help="Strength; the k-th belongs to the k-th --attribute. Default 1.", metavar="STRENGTH"
-    )
-    attributes: Path | None = option(None, help="Folder that attr-build wrote.", panel=ATTRIBUTES)
-
-    @property
-    def strengths(self) -> dict[str, float]:
-        """Name -> strength.
-
-        Raises:
-            ConfigError: see `pair_strengths`.
-        """
-        return pair_strengths(self.attribute, self.s)
 
 
 class Format(StrEnum):

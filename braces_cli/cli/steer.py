@@ -5,7 +5,6 @@ from __future__ import annotations
 from braces_cli.cli.command import command
 from braces_cli.cli.console import print_json
 from braces_cli.cli.steer_options import SteerSettings
-from braces_cli.core.utils.errors import ConfigError
 
 
 @command
@@ -16,9 +15,6 @@ def steer(settings: SteerSettings) -> None:
     if settings.dry_run:
         print_json({"settings": settings.resolved()})
         return
-    folder = settings.attributes
-    if folder is not None and not folder.is_dir():
-        raise ConfigError("no such folder", where=str(folder), hint="Give the folder that attr-build wrote.")
     if settings.sweep is not None:
         from braces_cli.cli.steer_sweep import run_sweep
 

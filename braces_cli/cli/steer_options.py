@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from braces_cli.cli.options import AdapterSettings, AttributeSettings, OutputSettings
-from braces_cli.core.attributes.strengths import pair_strengths
+from braces_cli.core.attributes.attribute_options import strengths
+from braces_cli.core.attributes.word_lists import check_name
 from braces_cli.core.models.generation_options import GenerationSettings
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.core.utils.settings import ATTRIBUTES, GENERATION, OUTPUT, SCORING, Settings, flag_of, option
@@ -117,9 +118,16 @@ class SteerSettings(AdapterSettings, AttributeSettings, GenerationSettings, Swee
         """Name -> strength of each attribute; in a sweep, of those that are not swept.
 
         Raises:
-            ConfigError: see `pair_strengths`.
+            ConfigError: see `attribute_options.strengths`.
         """
-        return pair_strengths(self.attribute, self.s, first_is_swept=self.sweep is not None)
+        names = self.attribute
+        if self.sweep is not None:
+            strengths(names, ())  # refuses a name that comes twice, the swept one included
+            names = names[1:]
+            if len(self.s) not in (0, len(names)):
+                hint = "The first attribute is swept; give one --s for each of the others, or none at all."
+                raise ConfigError(f"{len(self.s)} strengths for {len(names)} other attributes", where="--s", hint=hint)
+        return dict(zip(names, strengths(names, self.s), strict=True))
 
     @property
     def sampling(self) -> Sampling:
@@ -136,8 +144,10 @@ class SteerSettings(AdapterSettings, AttributeSettings, GenerationSettings, Swee
         """Refuse options that would have no effect together.
 
         Raises:
-            ConfigError: names one of them.
+            ConfigError: names one of them, or a name that no attribute can have.
         """
+        for name in self.attribute:
+            check_name(name)
         for mode, refused in _REFUSED.items():
             for name in refused if getattr(self, mode) else ():
                 if getattr(self, name):

@@ -18,10 +18,9 @@ from lm_eval.models.huggingface import HFLM
 
 from braces_cli.core.attributes.attribute import find_attribute
 from braces_cli.core.attributes.intervention import steered
-from braces_cli.core.attributes.strengths import pair_strengths
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.session import base_name, open_session
-from braces_cli.core.utils.errors import BracesError
+from braces_cli.core.utils.errors import BracesError, ConfigError
 from braces_cli.evaluation.adapter_switching import attached, find_eval_adapter
 
 
@@ -50,8 +49,10 @@ class BracesLM(HFLM):
         **kwargs: Any,
     ) -> None:
         names = [attribute] if isinstance(attribute, str) else list(attribute or ())
-        values = [float(value) for value in (s if isinstance(s, (list, tuple)) else [s] * len(names))]
-        strengths = pair_strengths(names, values)
+        strengths = list(s) if isinstance(s, (list, tuple)) else [s] * len(names)
+        if len(strengths) != len(names):
+            hint = "Give one s for each attribute."
+            raise ConfigError(f"{len(strengths)} strengths for {len(names)} attributes", where="s", hint=hint)
         found = None if adapter is None else find_eval_adapter(adapter)
         if pretrained is None:
             pretrained = found.base if found is not None and found.base else base_name(None, None)
@@ -68,7 +69,9 @@ class BracesLM(HFLM):
         # Adapter and attributes stay on for as long as the model lives.
         self._held = ExitStack()
         self._held.enter_context(attached(session, found))
-        terms = [(find_attribute(session, name, None), value) for name, value in strengths.items()]
+        terms = [
+            (find_attribute(session, name, None), float(value)) for name, value in zip(names, strengths, strict=True)
+        ]
         self._held.enter_context(steered(session, terms))
         super().__init__(pretrained=session.base.model, tokenizer=session.base.tokenizer, **kwargs)
         # For lm-eval's record of what it measured.

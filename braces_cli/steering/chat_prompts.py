@@ -56,7 +56,7 @@ def _chat_text(tokenizer: Any, prompt: str) -> str:
     except Exception as error:
         # A template is a program and may raise anything.
         hint = "Use --no-apply-chat-template."
-        what = f"the chat template refuses it: {first_line(error)[:200]}"
+        what = f"the chat template refuses it: {first_line(error)}"
         raise DataError(what, where=prompt[:60], hint=hint) from error
     return text
 

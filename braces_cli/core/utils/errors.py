@@ -60,6 +60,7 @@ def near_misses(name: str, known: Iterable[str], limit: int = 3) -> str:
     return f"Did you mean {', '.join(close)}?" if close else ""
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message that is not empty, or the error's type where it has no message."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """The first line of an error's message that is not blank, at most `limit` characters; else the error's type."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)[:limit]
