@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
+from braces_cli.core.models.generation_options import GenerationSettings, check_sampling
 from braces_cli.core.models.loading import input_device
 from braces_cli.core.models.padding import pad_left
 from braces_cli.core.models.streaming import StopTexts, TextStream, cut
@@ -41,23 +42,19 @@ class Sampling:
         stop: a continuation ends before the first of these texts.
     """
 
-    max_new_tokens: int = 50
-    temperature: float = 1.0
-    top_p: float = 0.9
+    max_new_tokens: int = GenerationSettings.max_new_tokens
+    temperature: float = GenerationSettings.temperature
+    top_p: float = GenerationSettings.top_p
     top_k: int | None = None
     seed: int = 0
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, ok in (
-            ("temperature", 0 <= self.temperature < float("inf")),
-            ("top_p", 0 < self.top_p <= 1),
-            ("top_k", self.top_k is None or self.top_k > 0),
-            ("max_new_tokens", self.max_new_tokens > 0),
-            ("stop", all(self.stop)),
-        ):
-            if not ok:
-                raise ConfigError(f"{getattr(self, name)} is out of range", where="--" + name.replace("_", "-"))
+        check_sampling(self.max_new_tokens, self.temperature, self.top_p)
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"{self.top_k} is out of range", where="--top-k")
+        if not all(self.stop):
+            raise ConfigError(f"{self.stop} is out of range", where="--stop")
 
 
 @dataclass(frozen=True)
