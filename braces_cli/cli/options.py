@@ -10,9 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from braces_cli.cli.config_file import read_config_file
+from braces_cli.core.attributes.attribute_options import AttributeSettings as AttributeSettings
+from braces_cli.core.attributes.attribute_options import strengths as strengths
 from braces_cli.core.models.load_options import LoadOptions
-from braces_cli.core.utils.errors import ConfigError
-from braces_cli.core.utils.settings import ATTRIBUTES, OUTPUT, Settings, option
+from braces_cli.core.utils.settings import OUTPUT, Settings, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,26 +53,6 @@ class AdapterSettings(ModelSettings):
     """The base model and the adapter of a command."""
 
     adapter: str | None = option(None, help="Adapter: folder or hub id.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttributeSettings(Settings):
-    """Which attributes steer, and how strongly."""
-
-    attribute: tuple[str, ...] = option((), help="Name of an attribute to steer by. Repeatable.", metavar="NAME")
-    s: tuple[float, ...] = option(
-        (), help="Strength; the k-th belongs to the k-th --attribute. Default 1.", metavar="STRENGTH"
-    )
-    attributes: Path | None = option(None, help="Folder that attr-build wrote.", panel=ATTRIBUTES)
-
-    @property
-    def strengths(self) -> dict[str, float]:
-        """Name -> strength.
-
-        Raises:
-            ConfigError: see `strengths`.
-        """
-        return dict(zip(self.attribute, strengths(self.attribute, self.s), strict=True))
 
 
 class Format(StrEnum):
@@ -123,23 +104,6 @@ Debug = Annotated[bool, typer.Option("--debug", help="Tracebacks, and every libr
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write into an output folder that is not empty.")]
 Layers = Annotated[str | None, typer.Option("--layers", help="Such as 8-20,24 or 1- (inclusive, from 0).")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings and stop; writes nothing.")]
-
-
-def strengths(names: Any, s: Any) -> list[float]:
-    """The strength of each attribute in `--attribute`, from `--s`.
-
-    Raises:
-        ConfigError: a name comes twice, the numbers do not match, or one is not finite.
-    """
-    if len(set(names)) < len(names):
-        raise ConfigError("an attribute is named twice", where="--attribute", hint="Give each once, with one --s.")
-    if len(s) not in (0, len(names)):
-        hint = "The k-th --s belongs to the k-th --attribute; give one for each, or none at all."
-        raise ConfigError(f"{len(s)} strengths for {len(names)} attributes", where="--s", hint=hint)
-    for value in s:
-        if not abs(value) < float("inf"):
-            raise ConfigError(f"{value} is no finite number", where="--s", hint="Such as --s 3.0 or --s -1.5.")
-    return list(s) or [1.0] * len(names)
 
 
 def load_options(ctx: typer.Context) -> Any:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from braces_cli.core.models.loading import input_device
 from braces_cli.core.models.padding import by_length, pad_right
 from braces_cli.core.models.tokenization import IGNORED, Encoded, encode
+from braces_cli.core.utils.numbers import safe_exp
 from braces_cli.core.utils.progress import Report, silent
 
 # Logits of this many tokens are turned into float32 log-probabilities at a time.
@@ -46,17 +47,13 @@ class Likelihood:
 
     @property
     def perplexity(self) -> float:
-        return _exp(self.loss)
+        return safe_exp(self.loss)
 
     @property
     def perplexity_without_end(self) -> float:
         """Perplexity of everything but the end tokens."""
         count = self.tokens - self.end_tokens
-        return _exp((self.nll - self.end_nll) / count) if count else math.nan
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
+        return safe_exp((self.nll - self.end_nll) / count) if count else math.nan
 
 
 def likelihoods(
