@@ -16,6 +16,9 @@ from typing import Any
 
 from braces_cli.data.row_formats import instruction_prompt
 
+DATA_SETS = ("boolq", "piqa", "social_iqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+TASKS = tuple(f"commonsense_gen_{name}" for name in DATA_SETS)
+
 
 def prompt(doc: dict[str, Any]) -> str:
     """The instruction as training shows it; the answer follows."""
