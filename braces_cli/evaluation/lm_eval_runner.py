@@ -1,7 +1,7 @@
 """lm-eval as a library: tasks built once, measured on the model that is in memory.
 
-`lm_eval.evaluate` is used rather than `simple_evaluate`, which collects six seconds' worth of facts about the machine
-a call. What the latter does beyond that (seeds, few-shot settings) is done here, in the same order.
+`simple_evaluate` spends six seconds of every call on facts about the machine. So `lm_eval.evaluate` is called here;
+what else `simple_evaluate` does (seeds, few-shot settings) is done before it, in the same order.
 """
 
 from __future__ import annotations

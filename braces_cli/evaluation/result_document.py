@@ -1,4 +1,4 @@
-"""The JSON document of an evaluation, and what tells one run from another."""
+"""The JSON document of an evaluation, and the settings that identify a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The output folder of an evaluation: what each system scored on each task, stored whole when that task is done.
+"""The output folder of an evaluation: what each system scored on each task, written atomically when the task is done.
 
 run.json                        the settings; `--resume` continues a run of the same settings only
 parts/SYSTEM/TASK.json          scores, document by document
@@ -23,7 +23,7 @@ _FORMAT = 1
 
 
 class Store:
-    """The folder of one run, or nothing at all where `folder` is None."""
+    """The folder of one run; stores nothing where `folder` is None."""
 
     def __init__(self, folder: Path | None = None, *, log_samples: bool = False) -> None:
         self.folder = folder
@@ -87,7 +87,7 @@ class Store:
 
 
 def check_folder(folder: Path | None, *, overwrite: bool, resume: bool, log_samples: bool) -> None:
-    """Refuse what cannot be stored, before any work.
+    """Check the output folder before any work.
 
     Raises:
         ConfigError: nowhere to store, or a folder that holds something else.

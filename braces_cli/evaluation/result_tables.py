@@ -1,4 +1,4 @@
-"""An evaluation for people: rows of a table, a Markdown page that says how to repeat it, a picture."""
+"""An evaluation as rows of a table, as a Markdown page that says how to repeat it, and as a plot."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def pair_table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
 
 
 def facts(result: dict[str, Any]) -> dict[str, str]:
-    """What it takes to repeat the run: name -> value."""
+    """What is needed to repeat the run: name -> value."""
     settings, systems = result["settings"], result["systems"]
     versions = settings["versions"]
     known: dict[str, Any] = {
@@ -89,7 +89,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def threshold_line(row: dict[str, Any]) -> str:
-    """What became of a threshold."""
+    """One line that says whether a threshold is reached."""
     got = "was not measured" if row["value"] is None else f"is {row['value']:.4g}"
     reached = "reached" if row["reached"] else "not reached"
     return f"{row['system']}: {row['task']} {row['metric']} {got}, {row['threshold']:.4g} {reached}"

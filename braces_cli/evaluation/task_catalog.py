@@ -1,8 +1,8 @@
 """Which tasks there are: names a user may give -> lm-eval tasks and the folders that define them.
 
 lm-eval has some 14,000 tasks, and indexing all of them takes longer than a small evaluation. So only the folders of
-the tasks asked for are indexed; the whole catalogue is read where that does not settle a name (tags, groups whose
-members live elsewhere).
+the tasks in `--tasks` are indexed; the whole catalogue is read only for names that this does not resolve (tags, and
+groups whose members live elsewhere).
 """
 
 from __future__ import annotations

@@ -79,13 +79,13 @@ def _in_folder(folder: Path, known: Iterable[str]) -> dict[str, Path]:
     folder = folder.expanduser()
     if not folder.is_dir():
         raise ConfigError("no such folder", where="--task-data-dir", hint=f"Looked for {folder}.")
-    found = {}
+    places = {}
     for name in known:
         for place in (folder / name, *(folder / f"{name}{kind}" for kind in _KINDS)):
             if place.exists():
-                found[name] = place
+                places[name] = place
                 break
-    return found
+    return places
 
 
 def _file(name: str, place: Path, entry: Any) -> Path:

@@ -87,9 +87,9 @@ def check_fields(task: str, rows: Sequence[Source]) -> None:
         missing = [name for name in needed if _get(fields, name) is None]
         if missing:
             plural = "s" if len(missing) > 1 else ""
-            found = ", ".join(_shown(name, value) for name, value in fields.items()) or "nothing"
+            fields_here = ", ".join(_shown(name, value) for name, value in fields.items()) or "nothing"
             raise DataError(
-                f"{task} needs the field{plural} {', '.join(missing)}", where=where, hint=f"Found: {found}."
+                f"{task} needs the field{plural} {', '.join(missing)}", where=where, hint=f"Found: {fields_here}."
             )
         problem = _problem(task, fields, needed)
         if problem:

@@ -42,7 +42,7 @@ def check_metrics(thresholds: Sequence[Threshold], units: Sequence[TaskUnit]) ->
 
 
 def check_reached(thresholds: Sequence[Threshold], result: dict[str, Any]) -> list[dict[str, Any]]:
-    """What became of each threshold, for each adapter, or for the base where there is none.
+    """Whether each adapter reaches each threshold, or the base where there is no adapter.
 
     Args:
         result: the document of an evaluation.

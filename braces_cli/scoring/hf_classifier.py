@@ -30,9 +30,9 @@ class HubClassifier:
         column = self.labels.index(label)
         verdicts = []
         for start in range(0, len(texts), _BATCH):
-            found = self._probabilities(list(texts[start : start + _BATCH]))
-            has = found[:, column] >= 0.5 if self._single else found.argmax(dim=1) == column
-            values = checked(self.name, found[:, column].tolist())
+            probabilities = self._probabilities(list(texts[start : start + _BATCH]))
+            has = probabilities[:, column] >= 0.5 if self._single else probabilities.argmax(dim=1) == column
+            values = checked(self.name, probabilities[:, column].tolist())
             verdicts += [Verdict(value, flag) for value, flag in zip(values, has.tolist(), strict=True)]
         return verdicts
 

@@ -1,4 +1,4 @@
-"""How surprised a model is: negative log-likelihood per example, and perplexity over texts of any length."""
+"""Negative log-likelihood per example, and perplexity over texts of any length."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Likelihood:
 
     @property
     def loss(self) -> float:
-        """Mean nats a token."""
+        """Mean nats per token."""
         return self.nll / self.tokens if self.tokens else math.nan
 
     @property

@@ -34,8 +34,8 @@ def named_option(output: str, answer: str) -> str | None:
     """The first option in `output`, of the kind that `answer` is one of; None where there is none."""
     kind = answer.rstrip("0123456789")
     pattern = r"true|false" if answer in ("true", "false") else rf"{re.escape(kind)}[1-9]"
-    found = re.search(pattern, output)
-    return None if found is None else found.group()
+    match = re.search(pattern, output)
+    return None if match is None else match.group()
 
 
 def process_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
