@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -194,3 +196,16 @@ def test_texts_are_lines_or_rows(tmp_path, write_jsonl):
     assert read_texts(write_jsonl("t.jsonl", [{"text": "a\nb"}, {"text": ""}])) == ["a\nb"]
     with pytest.raises(DataError, match="field text"):
         read_texts(write_jsonl("u.jsonl", [{"txt": "a"}]))
+
+
+def test_every_task_file_is_package_data():
+    """A wheel without a task's YAML would know the task's name and nothing else."""
+    root = Path(__file__).parents[2]
+    globs = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["braces_cli"]
+    package = root / "braces_cli"
+    packed = {file for pattern in globs for file in package.glob(pattern)}
+    tasks = {
+        file for file in (package / "evaluation").rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")
+    }
+    assert len(tasks) >= 11
+    assert tasks <= packed
