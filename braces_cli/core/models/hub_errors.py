@@ -18,7 +18,7 @@ _REMEDIES = {
     "data set": "Give a file, or a hub set as id, id:split or id:subset:split.",
 }
 # Top-level modules of the libraries that load from the hub.
-_LIBRARIES = ("safetensors", "safetensors_rust", "huggingface_hub", "httpx", "datasets")
+_LIBRARIES = ("safetensors", "safetensors_rust", "huggingface_hub", "httpx", "datasets", "pyarrow")
 
 
 def is_hub_id(name: str) -> bool:
