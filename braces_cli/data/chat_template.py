@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from braces_cli.core.models.tokenization import IGNORED, Encoded, common_length
-from braces_cli.core.utils.errors import DataError
+from braces_cli.core.utils.errors import DataError, first_line
 
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
@@ -41,9 +41,8 @@ def encode_chat(tokenizer: Any, fields: Mapping[str, Any], where: str, max_lengt
         raise DataError(str(error), where=where, hint=hint) from error
     except Exception as error:
         # A template is a program and may raise anything.
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         hint = "Fix the row; many templates want turns of user and assistant in turns."
-        raise DataError(f"the chat template refuses it: {first[:200]}", where=where, hint=hint) from error
+        raise DataError(f"the chat template refuses it: {first_line(error)}", where=where, hint=hint) from error
     ids, scored = _closed(tokenizer, ids, scored, messages[-1]["role"] == "assistant")
     truncated = max_length is not None and len(ids) > max_length
     ids, scored = ids[:max_length], scored[:max_length]

@@ -1,4 +1,4 @@
-"""Too large a batch is no reason to lose an evaluation: halve it, say so, go on."""
+"""Halve a batch size that does not fit into memory, warn, and continue, so that no evaluation is lost to it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ T = TypeVar("T")
 
 
 def halving(work: Callable[[int], T], size: int, stage: str) -> tuple[T, int]:
-    """Call `work` with a batch size, with half of it where memory does not suffice, and so on.
+    """Call `work` with a batch size, and with half of it each time that memory does not suffice.
 
     Returns:
-        What `work` returned, and the batch size that it did so with.
+        What `work` returned, and the batch size that fitted.
 
     Raises:
         BracesError: not even one sequence at a time fits.

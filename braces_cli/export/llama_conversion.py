@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from braces_cli.core.models.ffn import FFN
+from braces_cli.core.utils.errors import first_line
 from braces_cli.export.ffn_form import Form, refuse
 from braces_cli.export.planner import Plan, Role, on_meta, tensor_shapes
 
@@ -161,7 +162,7 @@ def _differs(model: Any) -> str | None:
         try:
             small = type(model)(type(model.config)(**{**settings, **_SMALL, **special})).float().eval()
         except Exception as error:
-            return f"no small model of its class can be built: {str(error).splitlines()[0][:100]}"
+            return f"no small model of its class can be built: {first_line(error, 100)}"
         _draw(small)
     tensors = small.state_dict()
     own = tensor_shapes(small)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from braces_cli.core.attributes.listing import OTHER_FILES, TRAINED_FILE
+from braces_cli.core.attributes.listing import OTHER_FILES, TRAINED_FILE, check_folder
 from braces_cli.core.attributes.pooling import pool_texts, pool_words
 from braces_cli.core.attributes.word_lists import OPPOSITES, REFERENCE, built_in, check_name, neutral_texts
 from braces_cli.core.models.ffn import FFN, layer_stack
@@ -247,10 +247,11 @@ def find_attribute(session: Session, name: str, folder: Path | None, report: Rep
     neutral ones is most of a difference to these, and says nothing of good or bad.
 
     Raises:
-        ConfigError: unknown everywhere; names what is known.
+        ConfigError: unknown everywhere; names what is known. Or `folder` cannot be read.
         ModelError: found, but damaged or of another base.
     """
     check_name(name)
+    check_folder(folder)
     for path in _files(session, folder, name):
         attributes = load_attributes(path, session.base.fingerprint(session.ffns))
         if name in attributes:
@@ -264,7 +265,12 @@ def find_attribute(session: Session, name: str, folder: Path | None, report: Rep
 
 
 def known_attributes(session: Session, folder: Path | None) -> list[str]:
-    """Every name that `find_attribute` would find."""
+    """Every name that `find_attribute` would find.
+
+    Raises:
+        ConfigError: `folder` cannot be read.
+    """
+    check_folder(folder)
     trained = session.config.attributes if session.config is not None else []
     places = [place for place in (folder, session.folder) if place is not None]
     files = {path.stem for place in places for path in place.glob("*.safetensors")} - OTHER_FILES

@@ -20,7 +20,7 @@ sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from tests.evaluation.test_processes import evaluate
+from tests.evaluation.test_distributed import evaluate
 Path(f"{sys.argv[2]}-{os.environ['RANK']}.json").write_text(json.dumps(evaluate(*sys.argv[2:])))
 """
 
@@ -31,8 +31,9 @@ def evaluate(out: str, model: str, adapter: str, *data: str) -> dict:
 
     from braces_cli.core.models.load_options import LoadOptions
     from braces_cli.evaluation import perplexity
-    from braces_cli.evaluation.evaluate import EvalSettings, run_evaluation
+    from braces_cli.evaluation.evaluate import run_evaluation
     from braces_cli.evaluation.result_store import Store
+    from braces_cli.evaluation.settings import EvalSettings
 
     done: list[int] = []
 
@@ -47,7 +48,7 @@ def evaluate(out: str, model: str, adapter: str, *data: str) -> dict:
         for name in ("generate_until", "_loglikelihood_tokens"):
             patch.setattr(HFLM, name, counting(getattr(HFLM, name), 1))
         patch.setattr(perplexity, "text_likelihoods", counting(perplexity.text_likelihoods, 2))
-        settings = EvalSettings(["popqa,truthfulqa_mc2,perplexity,truthfulqa_mc1"], data, limit=9)
+        settings = EvalSettings(tasks=["popqa,truthfulqa_mc2,perplexity,truthfulqa_mc1"], task_data=data, limit=9)
         store = Store(Path(out), log_samples=True)
         result = run_evaluation(model, [adapter], LoadOptions(device="cpu"), settings, store=store)
     return {"done": done, "result": result}
