@@ -24,7 +24,7 @@ from braces_cli.core.utils.atomic_files import write_json
 from braces_cli.core.utils.errors import BracesError
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.export.llama_conversion import take
-from braces_cli.export.planner import Plan, Role
+from braces_cli.export.plan import Plan, Role
 
 # Layers are gathered in one file up to so many bytes: small models are one file, large ones a layer each.
 SHARD_BYTES = 1 << 29

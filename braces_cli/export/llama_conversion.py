@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from braces_cli.core.models.ffn import FFN
 from braces_cli.export.ffn_form import Form, refuse
-from braces_cli.export.planner import Plan, Role, on_meta, tensor_shapes
+from braces_cli.export.plan import Plan, Role, on_meta, tensor_shapes
 
 _NEEDED = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",

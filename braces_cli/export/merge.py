@@ -1,7 +1,7 @@
 """Merge an adapter into a plain checkpoint that loads without braces, and prove it before anyone sees it.
 
-How it is done is decided in `merge_plan`, written in `merge_write`, proved in `merge_proof`. What is here is the order:
-plan, reference logits, new neurons, write into a folder beside the output, let go of the base, prove, rename.
+`planner` decides how, `checkpoint_writer` writes, `verification` proves. This module sets the order:
+plan, compute reference logits, make new neurons, write into a folder beside the output, free the base, verify, rename.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from braces_cli.core.utils.versions import versions
 from braces_cli.export.checkpoint_writer import copy_companions, new_neurons, umask, write_checkpoint
 from braces_cli.export.ffn_form import expected_form, observed_form, refuse
 from braces_cli.export.model_card import card
-from braces_cli.export.planner import Plan, plain_ffns, plan
+from braces_cli.export.plan import Plan
+from braces_cli.export.planner import plain_ffns, plan
 from braces_cli.export.verification import Proof, Reference, prove, reference
 
 logger = logging.getLogger("braces")

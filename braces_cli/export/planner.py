@@ -1,7 +1,7 @@
 """Decide how an adapter goes into a plain checkpoint of the same model, by its structure and its config.
 
     (a) gated, biases to be had      d_r neurons, gate weight 0, gate bias c, up rows A, down columns B / act(c)
-    (b) gated, a Llama in disguise   written as a Llama (`merge_llama`), then (a)
+    (b) gated, a Llama in disguise   written as a Llama (`llama_conversion`), then (a)
     (c) no gate                      2 d_r neurons, input rows A and -A, output columns B and -B
     else                             refused: no merge is ever approximate
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,53 +21,11 @@ from torch import nn
 from braces_cli.core.models.ffn import FFN
 from braces_cli.core.models.moe import MixtureFFN
 from braces_cli.export.ffn_form import Form, constant_gate, is_half_linear, refuse
+from braces_cli.export.llama_conversion import llama_plan
+from braces_cli.export.plan import Plan, Role, on_meta, tensor_shapes
 
 # Words in the names of config fields that may set the width of the FFN, where the field itself is empty.
 _WIDTH_WORDS = ("inner", "ffn", "intermediate")
-
-
-@dataclass(frozen=True)
-class Role:
-    """What a tensor of the written checkpoint is to an FFN.
-
-    Attributes:
-        ffn: index among the FFNs.
-        part: `gate`, `up`, `gate_up` or `key`, and `value`; with `.bias` behind it for a bias.
-        dim: along which its neurons lie; unused for the bias of `value`.
-    """
-
-    ffn: int
-    part: str
-    dim: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How the checkpoint is to be written.
-
-    Attributes:
-        case: `a`, `b` or `c`, see above.
-        config: of the written model.
-        architecture: its class.
-        shapes: its tensors, tied ones once, in order.
-        sources: where each comes from: tensor of the base, first row and row behind the last (None: all); tensors that
-            are not listed are biases that the base lacks, and start as zeros.
-        roles: the tensors that change.
-        form: of the base's FFN.
-        width, wider: d_ff before and after.
-        gate: (c, act(c)); (0, 1) where there is no gate.
-    """
-
-    case: str
-    config: Any
-    architecture: str
-    shapes: dict[str, torch.Size]
-    sources: dict[str, tuple[str, int | None, int | None]]
-    roles: dict[str, Role]
-    form: Form
-    width: int
-    wider: int
-    gate: tuple[float, float] = field(default=(0.0, 1.0))
 
 
 def plain_ffns(model: Any, ffns: Sequence[FFN | MixtureFFN]) -> list[FFN]:
@@ -128,8 +85,6 @@ def plan(
     found = _widened(model, plain, form, wider, steering)
     if found is not None:
         return _own_plan("a", model, plain, form, wider, *found, gate=gate)
-    from braces_cli.export.llama_conversion import llama_plan
-
     return llama_plan(model, plain, form, wider, gate)
 
 
@@ -152,17 +107,6 @@ def _own_plan(
         wider=wider,
         **gate,
     )
-
-
-def tensor_shapes(model: Any) -> dict[str, torch.Size]:
-    """Shapes of what a checkpoint of `model` holds, tied tensors once, under the name that comes first."""
-    found: dict[str, torch.Size] = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            found[name] = tensor.shape
-    return found
 
 
 def ffn_roles(model: nn.Module, ffns: Sequence[FFN], form: Form) -> dict[str, Role]:
@@ -213,15 +157,6 @@ def _configs(config: Any, width: int, wider: int) -> Iterator[Any]:
             except Exception:  # what a config class refuses, it refuses in its own words
                 continue
             yield changed
-
-
-def on_meta(kind: type, config: Any) -> Any:
-    """A model without weights, None where its class does not take the config."""
-    try:
-        with torch.device("meta"):
-            return kind(config)
-    except Exception:
-        return None
 
 
 def _fits(
