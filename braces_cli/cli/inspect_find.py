@@ -80,7 +80,7 @@ def _from_map(ctx: typer.Context, path: Path, words: list[str]) -> list[dict[str
         split = _held_to_model(ctx, found)
     layers = None
     if params["layers"] is not None:
-        from braces_cli.core.models.ffn import parse_ranges
+        from braces_cli.core.models.layer_ranges import parse_ranges
 
         layers = parse_ranges(params["layers"], int(found.header["fingerprint"]["layers"]), "--layers")
     wanted = concept(words, found.vocabulary(), split)
@@ -108,7 +108,7 @@ def _held_to_model(ctx: typer.Context, found: Any) -> Any:
 
 def _from_model(ctx: typer.Context, words: list[str], attribute: str | None, report: Any) -> list[dict[str, Any]]:
     from braces_cli.core.attributes.attribute import find_attribute
-    from braces_cli.core.models.ffn import chosen_layers
+    from braces_cli.core.models.layer_ranges import chosen_layers
     from braces_cli.core.session import open_session
     from braces_cli.inspection.concept_search import model_concept, promote, relevant
     from braces_cli.inspection.ffn_weights import check_side

@@ -64,7 +64,7 @@ def trace(
 
 
 def _trace(ctx: typer.Context, report: Any) -> dict[str, Any]:
-    from braces_cli.core.models.ffn import chosen_layers, parse_ranges
+    from braces_cli.core.models.layer_ranges import chosen_layers, parse_ranges
     from braces_cli.core.models.tokenization import encode
     from braces_cli.core.session import open_session
     from braces_cli.inspection.concept_search import vocabulary

@@ -74,7 +74,7 @@ def tokens(row: Any) -> str:
 
 
 def _rows(ctx: typer.Context, layers: str | None, index: str | None, top_k: int, side: str, report: Any) -> Any:
-    from braces_cli.core.models.ffn import chosen_layers, parse_ranges
+    from braces_cli.core.models.layer_ranges import chosen_layers, parse_ranges
     from braces_cli.core.session import open_session
     from braces_cli.inspection.ffn_weights import check_side
     from braces_cli.inspection.vector_tokens import value_tokens

@@ -126,7 +126,7 @@ def steer(
 
 def _export(ctx: typer.Context, asked: dict[str, float], folder: Path | None, path: Path) -> None:
     from braces_cli.core.attributes.attribute import find_attribute
-    from braces_cli.core.models.ffn import chosen_layers
+    from braces_cli.core.models.layer_ranges import chosen_layers
     from braces_cli.core.session import open_session
     from braces_cli.export.control_vector import check_export, export_control_vector
 

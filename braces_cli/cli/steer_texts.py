@@ -105,7 +105,7 @@ def _rows(
     """Rows of texts; the model is loaded when the first is asked for."""
     from braces_cli.core.attributes.attribute import find_attribute
     from braces_cli.core.attributes.intervention import steered
-    from braces_cli.core.models.ffn import chosen_layers
+    from braces_cli.core.models.layer_ranges import chosen_layers
     from braces_cli.steering.chat_prompts import chat_wanted
     from braces_cli.steering.generate_texts import steer_jobs
 

@@ -170,7 +170,7 @@ def _run(
 ) -> dict[str, Any]:
     from dataclasses import asdict, replace
 
-    from braces_cli.core.models.ffn import chosen_layers
+    from braces_cli.core.models.layer_ranges import chosen_layers
     from braces_cli.core.models.loading import load_shape
     from braces_cli.core.session import base_name, open_session
     from braces_cli.data.examples import read_examples
@@ -247,7 +247,8 @@ def _opposites(values: list[str] | None, attribute_field: str | None) -> Any:
 
 def _dry_run(ctx: typer.Context, own: dict[str, Any]) -> dict[str, Any]:
     """Settings and parameter count; where the model cannot be reached, why not."""
-    from braces_cli.core.models.ffn import chosen_layers, find_ffns
+    from braces_cli.core.models.ffn import find_ffns
+    from braces_cli.core.models.layer_ranges import chosen_layers
     from braces_cli.core.models.loading import load_shape
     from braces_cli.core.session import base_name
     from braces_cli.training.settings import TrainSettings

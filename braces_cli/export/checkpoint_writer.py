@@ -7,7 +7,6 @@ shard at hand, which is a layer.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from braces_cli.core.method.adapter import Adapter
 from braces_cli.core.models.ffn import FFN
-from braces_cli.core.utils.atomic_files import write_json
+from braces_cli.core.utils.atomic_files import umask, write_json
 from braces_cli.core.utils.errors import BracesError
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.export.llama_conversion import take
@@ -159,13 +158,6 @@ def _name_rotation(path: Path) -> None:
         if rope.get("rope_type") != "default":
             older["rope_scaling"] = scaling
         write_json(path, dict(sorted((config | older).items())))
-
-
-def umask() -> int:
-    """The umask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _dtype(tensors: dict[str, Tensor], plan: Plan, name: str) -> torch.dtype:

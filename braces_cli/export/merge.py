@@ -22,16 +22,17 @@ import torch
 from braces_cli.core.attributes.attribute import find_attribute
 from braces_cli.core.attributes.intervention import steered
 from braces_cli.core.method.adapter_files import StoredAdapter
-from braces_cli.core.models.ffn import chosen_layers, find_ffns
+from braces_cli.core.models.ffn import find_ffns
+from braces_cli.core.models.layer_ranges import chosen_layers
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.loading import load_shape
 from braces_cli.core.models.tokenization import encode
 from braces_cli.core.session import Session, attached, base_name, open_session
-from braces_cli.core.utils.atomic_files import check_output_folder, write_json, write_text
+from braces_cli.core.utils.atomic_files import check_output_folder, umask, write_json, write_text
 from braces_cli.core.utils.errors import BracesError, ConfigError, ModelError
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.core.utils.versions import versions
-from braces_cli.export.checkpoint_writer import copy_companions, new_neurons, umask, write_checkpoint
+from braces_cli.export.checkpoint_writer import copy_companions, new_neurons, write_checkpoint
 from braces_cli.export.ffn_form import expected_form, observed_form, refuse
 from braces_cli.export.model_card import card
 from braces_cli.export.plan import Plan
