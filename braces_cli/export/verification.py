@@ -27,6 +27,7 @@ from braces_cli.core.attributes.attribute import Attribute
 from braces_cli.core.attributes.intervention import steered
 from braces_cli.core.models.ffn import layer_stack
 from braces_cli.core.models.loading import input_device
+from braces_cli.core.models.module_structure import layer_output, with_layer_output
 from braces_cli.core.models.tokenization import encode
 from braces_cli.core.session import Session
 from braces_cli.core.utils.errors import BracesError, ModelError
@@ -140,10 +141,10 @@ def _rounded(model: Any) -> Iterator[None]:
     generator = torch.Generator().manual_seed(0)
 
     def shake(module: nn.Module, args: tuple, output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = layer_output(output)
         noise = 2 * torch.rand(hidden.shape, generator=generator) - 1
         moved = hidden.float() * (1 + torch.finfo(hidden.dtype).eps * noise.to(hidden.device))
-        return (moved.to(hidden.dtype), *output[1:]) if isinstance(output, tuple) else moved.to(hidden.dtype)
+        return with_layer_output(output, moved.to(hidden.dtype))
 
     with ExitStack() as stack:
         for layer in layer_stack(model)[1]:
