@@ -100,9 +100,9 @@ def _clamp(ctx: typer.Context, held: list[Any], report: Any) -> dict[str, Any]:
     session = open_session(params["model"], params["adapter"], o.load_options(ctx))
     check_clamps(plain_ffns(session.ffns), held)
     if params["data"]:
-        from braces_cli.inspection.activation_percentiles import read_texts, settle
+        from braces_cli.inspection.activation_percentiles import read_texts, resolve_percentiles
 
-        held = settle(session, held, read_texts(session, params["data"], params["limit"]), report)
+        held = resolve_percentiles(session, held, read_texts(session, params["data"], params["limit"]), report)
     known = vocabulary(session) if params["token"] else None
     tokens = [known.single(text, "--token") for text in params["token"] or () if known]
     rows = []

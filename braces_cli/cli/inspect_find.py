@@ -110,7 +110,7 @@ def _from_model(ctx: typer.Context, words: list[str], attribute: str | None, rep
     from braces_cli.core.attributes.attribute import find_attribute
     from braces_cli.core.models.layer_ranges import chosen_layers
     from braces_cli.core.session import open_session
-    from braces_cli.inspection.concept_search import model_concept, promote, relevant
+    from braces_cli.inspection.concept_search import model_concept, top_vectors_for_attribute, top_vectors_for_concept
     from braces_cli.inspection.ffn_weights import check_side
 
     params = ctx.params
@@ -122,6 +122,8 @@ def _from_model(ctx: typer.Context, words: list[str], attribute: str | None, rep
         if params["side"] != "value":
             hint = "Relevance is of value vectors: leave --side out."
             raise ConfigError("an attribute has no other side", where="--side", hint=hint)
-        return relevant(session, find_attribute(session, attribute, params["attributes"], report), **sizes)
+        return top_vectors_for_attribute(
+            session, find_attribute(session, attribute, params["attributes"], report), **sizes
+        )
     wanted = model_concept(session, words)
-    return promote(session, wanted, side=params["side"], report=report, **sizes)
+    return top_vectors_for_concept(session, wanted, side=params["side"], report=report, **sizes)

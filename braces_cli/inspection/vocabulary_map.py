@@ -16,7 +16,7 @@ from typing import Any
 
 from braces_cli.core.utils.atomic_files import write_whole
 from braces_cli.core.utils.errors import ConfigError, DataError, ModelError
-from braces_cli.inspection.concept_tokens import Concept, Vocabulary, order
+from braces_cli.inspection.concept_tokens import Concept, Vocabulary, best_first
 
 _KEY = b"braces"
 _ROWS_AT_ONCE = 8192
@@ -223,7 +223,7 @@ def search(found: Map, wanted: Concept, limit: int, layers: list[int] | None = N
             missing = (len(row["tokens"]) + 1, row["tokens"][-1]["score"])
             rank, score = wanted.measure({token: listed.get(token, missing) for token in wanted.tokens})
             rows.append({"layer": row["layer"], "index": row["index"], "rank": rank, "score": score} | row)
-    rows.sort(key=order)
+    rows.sort(key=best_first)
     return rows[:limit]
 
 

@@ -10,8 +10,13 @@ import torch
 
 from braces_cli.core.method.adapter_files import find_adapter
 from braces_cli.core.utils.errors import ConfigError, DataError, ModelError
-from braces_cli.inspection.concept_search import attribute_relevance, model_concept, promote, relevant
-from braces_cli.inspection.concept_tokens import Concept, Vocabulary, concept, order
+from braces_cli.inspection.concept_search import (
+    attribute_relevance,
+    model_concept,
+    top_vectors_for_attribute,
+    top_vectors_for_concept,
+)
+from braces_cli.inspection.concept_tokens import Concept, Vocabulary, best_first, concept
 from braces_cli.inspection.vector_tokens import map_header, value_tokens
 from braces_cli.inspection.vocabulary_map import check_model, open_map, search, splitter, write_map
 
@@ -49,7 +54,7 @@ def test_rank_comes_before_score():
     rows = [
         {"layer": 0, "index": i, "rank": r, "score": s} for i, (r, s) in enumerate([(400, 11.0), (1, 5.0), (1, 6.0)])
     ]
-    assert [row["index"] for row in sorted(rows, key=order)] == [2, 1, 0]
+    assert [row["index"] for row in sorted(rows, key=best_first)] == [2, 1, 0]
 
 
 @pytest.mark.parametrize(("word", "message"), [("id:9", "no token 9"), ("", "is no token"), ("  ", "is no token")])
@@ -80,8 +85,8 @@ def test_promoting_vectors_are_those_of_a_direct_computation(session):
             rows.append(
                 {"layer": number, "index": index, "rank": int((row > row[token]).sum()) + 1, "score": float(row[token])}
             )
-    expected = sorted(rows, key=order)[:6]
-    found = promote(session, wanted, limit=6, top_k=3)
+    expected = sorted(rows, key=best_first)[:6]
+    found = top_vectors_for_concept(session, wanted, limit=6, top_k=3)
     assert [(r["layer"], r["index"], r["rank"]) for r in found] == [
         (r["layer"], r["index"], r["rank"]) for r in expected
     ]
@@ -100,7 +105,7 @@ def test_a_map_says_what_the_model_says(session, tmp_path, suffix):
     assert found.vectors() == 104
     wanted = model_concept(session, [" film"])
     rows = search(found, wanted, 8)
-    direct = promote(session, wanted, limit=8, top_k=20)
+    direct = top_vectors_for_concept(session, wanted, limit=8, top_k=20)
     assert rows
     assert all(row["rank"] <= 20 for row in rows)
     for row, other in zip(rows, direct, strict=False):
@@ -172,7 +177,9 @@ def test_relevance_of_an_attribute_is_the_formula_of_the_paper(session, adapter_
         assert torch.allclose(attribute_relevance(session, attribute, ffn), expected, rtol=1e-4, atol=1e-6)
         everything += [(float(score), ffn.layer, index) for index, score in enumerate(expected)]
     best = sorted(everything, reverse=True)[:4]
-    assert [(r["layer"], r["index"]) for r in relevant(session, attribute, limit=4)] == [b[1:] for b in best]
+    assert [(r["layer"], r["index"]) for r in top_vectors_for_attribute(session, attribute, limit=4)] == [
+        b[1:] for b in best
+    ]
 
 
 def test_without_an_adapter_relevance_sums_to_what_steering_adds(session):
