@@ -59,6 +59,14 @@ def test_weights_and_percentiles_equal_one_text_after_another(name):
     assert settled[2].value == pytest.approx(float(whole[:, 2].min()), abs=1e-5)
 
 
+def test_weights_of_an_offloaded_base_are_those_of_a_loaded_one(opened_twice):
+    """The weights of the model are not on the device where it computes."""
+    sessions = opened_twice("llama")
+    texts = [encode(sessions[0].base.tokenizer, text) for text in TEXTS]
+    plain, offloaded = (activation_weights(session, [(1, 7), (0, 3)], texts) for session in sessions)
+    assert torch.allclose(plain, offloaded, atol=1e-6)
+
+
 def test_the_first_rows_with_a_text(session, tmp_path):
     """Blank rows do not count."""
     path = tmp_path / "texts.jsonl"

@@ -179,3 +179,20 @@ def test_gemmas_shifted_norm_weights_are_seen():
     """Gemma multiplies by 1 + weight; the norm is read by what it does."""
     row = trace(opened("gemma"), PROMPT)["positions"][-1]
     assert row["logit"] == pytest.approx(row["model_logit"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_an_offloaded_base_is_traced_like_a_loaded_one(opened_twice, name):
+    """Weights, biases and the rows of the head are read where accelerate keeps them."""
+    plain, offloaded = (trace(session, PROMPT) for session in opened_twice(name))
+    assert plain["layers"]
+    assert approximate(offloaded) == plain
+
+
+def approximate(value):
+    """The value, its numbers compared up to rounding."""
+    if isinstance(value, dict):
+        return {key: approximate(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [approximate(item) for item in value]
+    return pytest.approx(value, rel=1e-4, abs=1e-5) if isinstance(value, float) else value

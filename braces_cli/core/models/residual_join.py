@@ -21,7 +21,8 @@ from braces_cli.core.models.module_structure import layer_output, with_layer_out
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2}
 _BFLOAT16 = 5e-2
 # Nearer to 1 than this, a measured factor is 1.
-_ONE = 1e-3
+_ONE = {torch.float64: 1e-3, torch.float32: 1e-3}
+_ONE_HALF = 5e-3
 
 
 def residual_factors(model: Any, ffns: Sequence[FFN], ids: Tensor) -> list[float | None]:
@@ -81,6 +82,7 @@ def _factor(plain: Tensor, moved: Tensor, step: Tensor) -> float | None:
     # Not `rest > ...`: NaN must fail.
     if not rest <= _TOLERANCE.get(plain.dtype, _BFLOAT16) * factor.abs() * step.norm():
         return None
+    if (factor - 1).abs() < _ONE.get(plain.dtype, _ONE_HALF):
+        return 1.0
     exact = round(float(factor), 3)
-    near = _ONE if exact == 1 else 1e-4
-    return exact if abs(exact - float(factor)) < near else float(factor)
+    return exact if abs(exact - float(factor)) < 1e-4 else float(factor)
