@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from enum import StrEnum
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
@@ -23,6 +26,25 @@ from braces_cli.cli.console import set_up
 from braces_cli.core.utils.settings import PANELS, Option, options_of
 
 _CONFIG = "YAML file with options of this command; the command line wins."
+# The command that runs, where it is not the one that this process was started with.
+_words: ContextVar[tuple[str, ...] | None] = ContextVar("words", default=None)
+
+
+def command_line() -> list[str]:
+    """The words of the command that runs, such as `["braces", "train", "--data", "rows.jsonl"]`."""
+    return list(_words.get() or ("braces", *sys.argv[1:]))
+
+
+@contextmanager
+def running(words: Sequence[str]) -> Iterator[None]:
+    """Inside, `command_line` is `words`: for a command that runs others."""
+    token = _words.set(tuple(words))
+    try:
+        yield
+    finally:
+        _words.reset(token)
+
+
 # Where a value came from, in the words of `Settings.given`.
 _SOURCES = {"COMMANDLINE": "command line", "ENVIRONMENT": "command line", "DEFAULT_MAP": "file"}
 
@@ -41,7 +63,7 @@ def command(function: Callable[[Any], None]) -> Callable[..., None]:
         function(kind(**{name: _stored(value, hints[name]) for name, value in values.items()}, given=given))
 
     parameters = [_parameter("ctx", typer.Context)]
-    for name, about in sorted(described.items(), key=lambda item: PANELS.index(item[1].panel)):
+    for name, about in sorted(described.items(), key=lambda item: (not item[1].argument, PANELS.index(item[1].panel))):
         kept = fields[name].default
         parameters.append(_parameter(name, _annotation(name, hints[name], about), _default(kept)))
     config = Annotated[
@@ -70,7 +92,6 @@ def _default(value: Any) -> Any:
 
 
 def _annotation(name: str, hint: Any, about: Option) -> Any:
-    flag = about.flag or "--" + name.replace("_", "-")
     details: dict[str, Any] = {"help": about.help, "rich_help_panel": about.panel, "hidden": about.hidden}
     if about.min is not None:
         details["min"] = about.min
@@ -82,6 +103,9 @@ def _annotation(name: str, hint: Any, about: Option) -> Any:
     item = _item(hint)
     if item is not None:
         hint = list[item] | None  # type: ignore[valid-type]
+    if about.argument:
+        return Annotated[hint, typer.Argument(**details)]
+    flag = about.flag or "--" + name.replace("_", "-")
     # One name, so that a flag of its own brings no `--no-...`.
     return Annotated[hint, typer.Option(flag, **details)]
 

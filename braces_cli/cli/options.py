@@ -10,19 +10,15 @@ from typing import Annotated, Any
 import typer
 
 from braces_cli.cli.config_file import read_config_file
-from braces_cli.core.models.load_options import LoadOptions
+from braces_cli.core.models.load_options import HubOptions, LoadOptions
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.core.utils.settings import ATTRIBUTES, OUTPUT, Settings, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputSettings(Settings):
+class DisplaySettings(Settings):
     """How results are shown."""
 
-    seed: int = option(0, help="Seed of every random choice.", min=0, panel=OUTPUT)
-    dry_run: bool = option(
-        False, help="Print the resolved settings and stop; writes nothing.", panel=OUTPUT, display=True
-    )
     format: str = option("table", help="What stdout carries.", panel=OUTPUT, choices=("table", "json"), display=True)
     quiet: bool = option(False, help="No progress and no notes on stderr.", panel=OUTPUT, display=True)
     debug: bool = option(False, help="Tracebacks, and the log of every library, on stderr.", panel=OUTPUT, display=True)
@@ -34,12 +30,34 @@ class OutputSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSettings(LoadOptions):
-    """The base model of a command."""
+class OutputSettings(DisplaySettings):
+    """What most commands have beside their own options."""
+
+    seed: int = option(0, help="Seed of every random choice.", min=0, panel=OUTPUT)
+    dry_run: bool = option(
+        False, help="Print the resolved settings and stop; writes nothing.", panel=OUTPUT, display=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseSettings(HubOptions):
+    """Which base model a command is about; its weights are another matter."""
 
     model: str | None = option(
         None, help="Base model: folder or hub id. Default: the adapter's own, else the embedded model."
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapeSettings(BaseSettings):
+    """The base model and the adapter of a command that loads no weights of the base."""
+
+    adapter: str | None = option(None, help="Adapter: folder or hub id.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(BaseSettings, LoadOptions):
+    """The base model of a command."""
 
     @property
     def load_options(self) -> LoadOptions:
@@ -48,10 +66,8 @@ class ModelSettings(LoadOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterSettings(ModelSettings):
+class AdapterSettings(ShapeSettings, ModelSettings):
     """The base model and the adapter of a command."""
-
-    adapter: str | None = option(None, help="Adapter: folder or hub id.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +104,6 @@ class Dtype(StrEnum):
 
 class Quantisation(StrEnum):
     int8 = "int8"
-    int4 = "int4"
     bnb_8bit = "bnb-8bit"
     bnb_4bit = "bnb-4bit"
 
@@ -113,7 +128,7 @@ DeviceMap = Annotated[
 ]
 Quantize = Annotated[
     Quantisation | None,
-    typer.Option("--quantize", help="Pack the base while loading: int8, int4 with torchao, bnb-* with bitsandbytes."),
+    typer.Option("--quantize", help="Pack the base while loading: int8 with torchao, bnb-* with bitsandbytes."),
 ]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that a hub model brings.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of every random choice.", min=0)]

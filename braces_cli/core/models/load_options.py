@@ -7,14 +7,21 @@ from dataclasses import dataclass
 from braces_cli.core.utils.settings import MODEL, Settings, option
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-QUANTISATIONS = ("int8", "int4", "bnb-8bit", "bnb-4bit")
+QUANTISATIONS = ("int8", "bnb-8bit", "bnb-4bit")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadOptions(Settings):
-    """Where the weights of a base come from, where they go, and in which number format."""
+class HubOptions(Settings):
+    """Which files of a model on a hub are used, and whether its code may run."""
 
     revision: str | None = option(None, help="Branch, tag or commit of a hub model.", panel=MODEL)
+    trust_remote_code: bool = option(False, help="Run code that a hub model brings.", panel=MODEL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions(HubOptions):
+    """Where the weights of a base come from, where they go, and in which number format."""
+
     device: str = option("auto", help="auto, cpu, cuda (or cuda:1) or mps.", panel=MODEL)
     dtype: str = option(
         "auto", help="Number format of the base; auto is the checkpoint's own.", panel=MODEL, choices=DTYPES
@@ -22,8 +29,7 @@ class LoadOptions(Settings):
     device_map: str | None = option(None, help="`auto` spreads a base over several devices (accelerate).", panel=MODEL)
     quantize: str | None = option(
         None,
-        help="Quantise the base while loading: int8 and int4 with torchao, bnb-* with bitsandbytes.",
+        help="Quantise the base while loading: int8 with torchao, bnb-* with bitsandbytes.",
         panel=MODEL,
         choices=QUANTISATIONS,
     )
-    trust_remote_code: bool = option(False, help="Run code that a hub model brings.", panel=MODEL)

@@ -48,6 +48,7 @@ class Option:
         outcome: whether another value makes another result; if not, a run may be resumed with another value.
         display: whether the setting only says how results are shown; such settings are not recorded anywhere.
         hidden: accepted, but not shown in `--help`.
+        argument: given by position, without a name; a file names it like any other.
     """
 
     help: str
@@ -59,6 +60,7 @@ class Option:
     outcome: bool = True
     display: bool = False
     hidden: bool = False
+    argument: bool = False
 
 
 def option(default: Any = MISSING, *, help: str, **details: Any) -> Any:
@@ -100,7 +102,10 @@ def options_of(kind: type) -> dict[str, Option]:
 
 def flag_of(kind: type, name: str) -> str:
     """The option that sets field `name`, such as `--max-steps`."""
-    return options_of(kind)[name].flag or "--" + name.replace("_", "-")
+    about = options_of(kind)[name]
+    if about.argument:
+        return about.metavar or name.upper()
+    return about.flag or "--" + name.replace("_", "-")
 
 
 def plain(value: Any) -> Any:
