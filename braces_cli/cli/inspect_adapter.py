@@ -9,15 +9,21 @@ import typer
 from braces_cli.cli import inspect_clamp, inspect_diff, inspect_find, inspect_report, inspect_trace, inspect_values
 from braces_cli.cli.command import command
 from braces_cli.cli.console import print_json, print_table
-from braces_cli.cli.options import DisplaySettings, ShapeSettings
+from braces_cli.cli.options import AdapterSettings, DisplaySettings
 from braces_cli.core.utils.errors import ConfigError
+from braces_cli.core.utils.settings import same_option
 
 app = typer.Typer(help="Look inside a model and its adapter.", invoke_without_command=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SummarySettings(ShapeSettings, DisplaySettings):
-    """Settings of `braces inspect` without a subcommand."""
+class SummarySettings(DisplaySettings):
+    """Settings of `braces inspect` without a subcommand, which loads no weights."""
+
+    model: str | None = same_option(AdapterSettings, "model")
+    adapter: str | None = same_option(AdapterSettings, "adapter")
+    revision: str | None = same_option(AdapterSettings, "revision")
+    trust_remote_code: bool = same_option(AdapterSettings, "trust_remote_code")
 
 
 @command

@@ -10,11 +10,11 @@ from braces_cli.cli.command import command
 from braces_cli.cli.console import print_json, print_table, progress
 from braces_cli.cli.inspect_options import InspectSettings
 from braces_cli.core.utils.errors import ConfigError
-from braces_cli.core.utils.settings import DATA, GENERATION, OUTPUT, option
+from braces_cli.core.utils.settings import DATA, GENERATION, SeedSettings, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClampSettings(InspectSettings):
+class ClampSettings(InspectSettings, SeedSettings):
     """Settings of `braces inspect clamp`."""
 
     clamps: tuple[str, ...] = option(
@@ -36,7 +36,6 @@ class ClampSettings(InspectSettings):
     max_new_tokens: int = option(30, help="Length of a continuation.", min=1, panel=GENERATION)
     temperature: float = option(0.0, help="Sampling temperature; 0 is greedy.", panel=GENERATION)
     top_p: float = option(0.9, help="Sample from the likeliest tokens that hold this probability.", panel=GENERATION)
-    seed: int = option(0, help="Seed of every random choice.", min=0, panel=OUTPUT)
 
 
 @command

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from braces_cli.cli.config_file import read_config_file
-from braces_cli.core.models.load_options import HubOptions, LoadOptions
+from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.utils.errors import ConfigError
-from braces_cli.core.utils.settings import ATTRIBUTES, OUTPUT, Settings, option
+from braces_cli.core.utils.settings import ATTRIBUTES, OUTPUT, SeedSettings, Settings, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,34 +30,21 @@ class DisplaySettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputSettings(DisplaySettings):
+class OutputSettings(SeedSettings, DisplaySettings):
     """What most commands have beside their own options."""
 
-    seed: int = option(0, help="Seed of every random choice.", min=0, panel=OUTPUT)
     dry_run: bool = option(
         False, help="Print the resolved settings and stop; writes nothing.", panel=OUTPUT, display=True
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaseSettings(HubOptions):
-    """Which base model a command is about; its weights are another matter."""
+class ModelSettings(LoadOptions):
+    """The base model of a command."""
 
     model: str | None = option(
         None, help="Base model: folder or hub id. Default: the adapter's own, else the embedded model."
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShapeSettings(BaseSettings):
-    """The base model and the adapter of a command that loads no weights of the base."""
-
-    adapter: str | None = option(None, help="Adapter: folder or hub id.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSettings(BaseSettings, LoadOptions):
-    """The base model of a command."""
 
     @property
     def load_options(self) -> LoadOptions:
@@ -66,8 +53,10 @@ class ModelSettings(BaseSettings, LoadOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterSettings(ShapeSettings, ModelSettings):
+class AdapterSettings(ModelSettings):
     """The base model and the adapter of a command."""
+
+    adapter: str | None = option(None, help="Adapter: folder or hub id.")
 
 
 @dataclass(frozen=True, kw_only=True)

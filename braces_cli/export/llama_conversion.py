@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from braces_cli.core.models.ffn import FFN
 from braces_cli.export.ffn_form import Form, refuse
-from braces_cli.export.plan import Plan, Role, on_meta, tensor_shapes
+from braces_cli.export.plan import REFUSALS, Plan, Role, on_meta, tensor_shapes
 
 _NEEDED = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -160,8 +160,9 @@ def _differs(model: Any) -> str | None:
         torch.manual_seed(0)
         try:
             small = type(model)(type(model.config)(**{**settings, **_SMALL, **special})).float().eval()
-        except Exception as error:
-            return f"no small model of its class can be built: {str(error).splitlines()[0][:100]}"
+        except REFUSALS as error:
+            first = next(iter(str(error).splitlines()), type(error).__name__)
+            return f"no small model of its class can be built: {first[:100]}"
         _draw(small)
     tensors = small.state_dict()
     own = tensor_shapes(small)

@@ -6,8 +6,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from braces_cli.export.ffn_form import Form
+
+# What classes of transformers, each in its own way, raise where they do not take a config or a value in it.
+REFUSALS = (
+    ValueError, TypeError, LookupError, AttributeError, RuntimeError, AssertionError, ArithmeticError,
+    StrictDataclassError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,5 +77,5 @@ def on_meta(kind: type, config: Any) -> Any:
     try:
         with torch.device("meta"):
             return kind(config)
-    except Exception:
+    except REFUSALS:
         return None

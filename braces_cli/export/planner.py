@@ -22,7 +22,7 @@ from braces_cli.core.models.ffn import FFN
 from braces_cli.core.models.moe import MixtureFFN
 from braces_cli.export.ffn_form import Form, constant_gate, is_half_linear, refuse
 from braces_cli.export.llama_conversion import llama_plan
-from braces_cli.export.plan import Plan, Role, on_meta, tensor_shapes
+from braces_cli.export.plan import REFUSALS, Plan, Role, on_meta, tensor_shapes
 
 # Words in the names of config fields that may set the width of the FFN, where the field itself is empty.
 _WIDTH_WORDS = ("inner", "ffn", "intermediate")
@@ -154,7 +154,7 @@ def _configs(config: Any, width: int, wider: int) -> Iterator[Any]:
                 for switch in on:
                     setattr(changed.get_text_config(), switch, True)
                 type(changed).from_dict(changed.to_dict())
-            except Exception:  # what a config class refuses, it refuses in its own words
+            except REFUSALS:
                 continue
             yield changed
 

@@ -27,6 +27,7 @@ def explained(where: str, load: Callable[[], Any], what: str) -> Any:
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise _explain(where, error, what) from error
     except Exception as error:
+        # These libraries have errors of no common class, some of which are in no public module.
         if type(error).__module__.partition(".")[0] not in (
             "safetensors",
             "safetensors_rust",

@@ -11,17 +11,10 @@ QUANTISATIONS = ("int8", "bnb-8bit", "bnb-4bit")
 
 
 @dataclass(frozen=True, kw_only=True)
-class HubOptions(Settings):
-    """Which files of a model on a hub are used, and whether its code may run."""
-
-    revision: str | None = option(None, help="Branch, tag or commit of a hub model.", panel=MODEL)
-    trust_remote_code: bool = option(False, help="Run code that a hub model brings.", panel=MODEL)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadOptions(HubOptions):
+class LoadOptions(Settings):
     """Where the weights of a base come from, where they go, and in which number format."""
 
+    revision: str | None = option(None, help="Branch, tag or commit of a hub model.", panel=MODEL)
     device: str = option("auto", help="auto, cpu, cuda (or cuda:1) or mps.", panel=MODEL)
     dtype: str = option(
         "auto", help="Number format of the base; auto is the checkpoint's own.", panel=MODEL, choices=DTYPES
@@ -33,3 +26,4 @@ class LoadOptions(HubOptions):
         panel=MODEL,
         choices=QUANTISATIONS,
     )
+    trust_remote_code: bool = option(False, help="Run code that a hub model brings.", panel=MODEL)

@@ -68,6 +68,12 @@ def option(default: Any = MISSING, *, help: str, **details: Any) -> Any:
     return field(default=default, metadata={"option": Option(help, **details)})
 
 
+def same_option(kind: type, name: str) -> Any:
+    """The field `name` of another settings class once more, for a command that needs few of that class's options."""
+    original = kind.__dataclass_fields__[name]  # type: ignore[attr-defined]
+    return field(default=original.default, metadata=original.metadata)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Base of every command's settings.
@@ -93,6 +99,13 @@ class Settings:
     def shared(self, kind: type) -> Any:
         """The part of these settings that `kind`, another dataclass with fields of the same names, holds."""
         return kind(**{f.name: getattr(self, f.name) for f in dataclasses.fields(kind) if hasattr(self, f.name)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedSettings(Settings):
+    """What makes a run repeatable."""
+
+    seed: int = option(0, help="Seed of every random choice.", min=0, panel=OUTPUT)
 
 
 def options_of(kind: type) -> dict[str, Option]:
