@@ -74,7 +74,7 @@ def _request(settings: MergeSettings, record: dict[str, Any] | None = None) -> A
         attributes=settings.strengths or record.get("attributes", {}),
         attributes_dir=settings.attributes,
         layers=settings.layers or record.get("layers"),
-        multiple=settings.pad_to_multiple_of,
+        pad_to_multiple_of=settings.pad_to_multiple_of,
     )
 
 

@@ -53,7 +53,7 @@ class Neurons:
 
 def new_neurons(adapter: Adapter, plan: Plan) -> dict[int, Neurons]:
     """New neurons of each decoder layer that carries the adapter, with the steering set on it just now."""
-    found = {}
+    neurons = {}
     for ffn, brace in adapter.sites:
         assert isinstance(ffn, FFN)
         with torch.no_grad():
@@ -65,13 +65,13 @@ def new_neurons(adapter: Adapter, plan: Plan) -> dict[int, Neurons]:
         if not plan.form.gated:
             rows, columns = torch.cat([rows, -rows]), torch.cat([columns, -columns], dim=1)
         padding = plan.wider - plan.width - len(rows)
-        found[ffn.layer] = Neurons(
+        neurons[ffn.layer] = Neurons(
             torch.cat([torch.full((len(rows),), plan.gate[0]), torch.zeros(padding)]),
             torch.nn.functional.pad(rows, (0, 0, 0, padding)),
             torch.nn.functional.pad(columns, (0, padding)),
             constant,
         )
-    return found
+    return neurons
 
 
 def _balance(reads: Tensor, writes: Tensor, ffn: FFN) -> Tensor:
@@ -83,8 +83,8 @@ def _balance(reads: Tensor, writes: Tensor, ffn: FFN) -> Tensor:
     assert isinstance(values, Tensor)
     key: Any = ffn.keys[-1]
     keys = key.weight if hasattr(key, "out_features") else key.weight.mT
-    own = [_typical(keys), _typical(values.mT)]
-    row, column = reads.norm(dim=1) / own[0], writes.norm(dim=0) / own[1]
+    typical_row, typical_column = _typical(keys), _typical(values.mT)
+    row, column = reads.norm(dim=1) / typical_row, writes.norm(dim=0) / typical_column
     ratio = (column / row).clamp(min=1e-9, max=1e9)
     balance: Tensor = torch.exp2((ratio.log2() / 2).round())
     return balance
@@ -234,13 +234,13 @@ def copy_companions(source: Path, folder: Path) -> list[str]:
     Raises:
         BracesError: cannot be written.
     """
-    found = sorted({path for pattern in _CARRIED for path in source.glob(pattern)})
+    companions = sorted({path for pattern in _CARRIED for path in source.glob(pattern)})
     try:
-        for path in found:
+        for path in companions:
             if path.is_dir():
                 shutil.copytree(path, folder / path.name)
             else:
                 shutil.copyfile(path, folder / path.name)
     except OSError as error:
         raise BracesError(f"cannot write: {error.strerror}", where=str(folder), hint="Is the disk full?") from error
-    return [path.name for path in found]
+    return [path.name for path in companions]

@@ -87,9 +87,9 @@ def _write(path: Path, directions: dict[int, Tensor], model_type: str) -> None:
 def _matches(path: Path, directions: dict[int, Tensor]) -> bool:
     from gguf import GGUFReader
 
-    found = {tensor.name: torch.tensor(tensor.data.copy()) for tensor in GGUFReader(path).tensors}
+    stored = {tensor.name: torch.tensor(tensor.data.copy()) for tensor in GGUFReader(path).tensors}
     wanted = {f"direction.{layer}": vector for layer, vector in directions.items()}
-    return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    return stored.keys() == wanted.keys() and all(torch.equal(stored[name], wanted[name]) for name in wanted)
 
 
 def _factors(session: Session, ffns: Sequence[FFN]) -> dict[int, float]:

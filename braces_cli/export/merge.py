@@ -56,7 +56,7 @@ class Request:
         attributes: strength s of each attribute that is merged in as a constant.
         attributes_dir: where they are looked up first.
         layers: decoder layers that are steered, as `--layers` says; None is all.
-        multiple: what the width of the FFN is rounded up to a multiple of.
+        pad_to_multiple_of: what the width of the FFN is rounded up to a multiple of.
     """
 
     model: str | None
@@ -65,7 +65,7 @@ class Request:
     attributes: dict[str, float] = field(default_factory=dict)
     attributes_dir: Path | None = None
     layers: str | None = None
-    multiple: int = 64
+    pad_to_multiple_of: int = 64
 
 
 def merge(request: Request, output: Path, overwrite: bool = False, report: Report = silent) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def describe(request: Request) -> dict[str, Any]:
     revision = options.revision or (config.revision if request.model is None else None)
     model = load_shape(name, revision=revision, trust_remote_code=options.trust_remote_code)
     ffns = plain_ffns(model, find_ffns(model))
-    made = plan(model, ffns, expected_form(ffns[0]), config.r, request.multiple, bool(request.attributes))
+    made = plan(model, ffns, expected_form(ffns[0]), config.r, request.pad_to_multiple_of, bool(request.attributes))
     total = sum(shape.numel() for shape in made.shapes.values())
     return _plan_facts(made) | {"trainable_parameters": 0, "total_parameters": total}
 
@@ -141,19 +141,19 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"not JSON: {error}", where=str(path), hint="The file is damaged; merge again.") from error
-    if not isinstance(found, dict):
+    if not isinstance(record, dict):
         raise ModelError("not a JSON object", where=str(path), hint="The file is damaged; merge again.")
-    return found
+    return record
 
 
 def _inputs(request: Request) -> list[Path]:
     """Folders that are read, and must be neither written into nor replaced."""
     name = Path(base_name(request.model, request.adapter)).expanduser()
-    found = [request.adapter.folder, *([name] if name.is_dir() else [])]
-    return found + ([request.attributes_dir] if request.attributes_dir is not None else [])
+    folders = [request.adapter.folder, *([name] if name.is_dir() else [])]
+    return folders + ([request.attributes_dir] if request.attributes_dir is not None else [])
 
 
 def _check_apart(output: Path, source: Path) -> None:
@@ -201,7 +201,7 @@ def _write(request: Request, folder: Path, report: Report) -> tuple[dict[str, An
     form = observed_form(model, ffns, _ids(session))
     terms, layers = _steering(session, request)
     steers = any(s for _, s in terms)
-    made = plan(model, ffns, form, request.adapter.config.r, request.multiple, steers)
+    made = plan(model, ffns, form, request.adapter.config.r, request.pad_to_multiple_of, steers)
     adapter = session.add_adapter(request.adapter)
     report("loading", 1, 1)
     expected = reference(session, terms, layers)

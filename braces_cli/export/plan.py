@@ -63,13 +63,13 @@ class Plan:
 
 def tensor_shapes(model: Any) -> dict[str, torch.Size]:
     """Shapes of what a checkpoint of `model` holds, tied tensors once, under the name that comes first."""
-    found: dict[str, torch.Size] = {}
+    shapes: dict[str, torch.Size] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            found[name] = tensor.shape
-    return found
+            shapes[name] = tensor.shape
+    return shapes
 
 
 def on_meta(kind: type, config: Any) -> Any:

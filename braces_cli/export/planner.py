@@ -52,14 +52,14 @@ def plan(
     ffns: Sequence[FFN | MixtureFFN],
     form: Form,
     rank: int,
-    multiple: int,
+    pad_to_multiple_of: int,
     steering: bool,
 ) -> Plan:
     """How an adapter of `rank` goes into `model`.
 
     Args:
         form: of all its FFNs.
-        multiple: what the new width is rounded up to a multiple of.
+        pad_to_multiple_of: what the new width is rounded up to a multiple of.
         steering: a constant is to be added, which needs an output bias.
 
     Raises:
@@ -70,37 +70,37 @@ def plan(
         raise refuse(model, "it brings its own code, which would have to travel along")
     width = plain[0].value_vectors
     count = rank if form.gated else 2 * rank
-    wider = -(-(width + count) // multiple) * multiple
+    wider = -(-(width + count) // pad_to_multiple_of) * pad_to_multiple_of
     if not form.gated:
         if not is_half_linear(form.activation):
             raise refuse(model, f"its FFN has no gate, and for {form.name} act(z) - act(-z) = z does not hold")
-        found = _widened(model, plain, form, wider, steering)
-        if found is None:
+        widened = _widened(model, plain, form, wider, steering)
+        if widened is None:
             bias = ", or gives its output no bias to carry the steering" if steering else ""
             raise refuse(model, f"its config fixes the width of the FFN ({width}){bias}")
-        return _own_plan("c", model, plain, form, wider, *found)
+        return _same_class_plan("c", model, plain, form, wider, *widened)
     gate = constant_gate(form.activation)
     if gate is None:
         raise refuse(model, f"no constant goes through its gate's {form.name} unrounded")
-    found = _widened(model, plain, form, wider, steering)
-    if found is not None:
-        return _own_plan("a", model, plain, form, wider, *found, gate=gate)
+    widened = _widened(model, plain, form, wider, steering)
+    if widened is not None:
+        return _same_class_plan("a", model, plain, form, wider, *widened, gate=gate)
     return llama_plan(model, plain, form, wider, gate)
 
 
-def _own_plan(
+def _same_class_plan(
     case: str, model: Any, ffns: Sequence[FFN], form: Form, wider: int, config: Any, target: nn.Module, **gate: Any
 ) -> Plan:
     """The plan where the base keeps its class and its names."""
     roles = ffn_roles(model, ffns, form)
     shapes = tensor_shapes(target)
-    own = tensor_shapes(model)
+    of_base = tensor_shapes(model)
     return Plan(
         case=case,
         config=config,
         architecture=type(model).__name__,
         shapes=shapes,
-        sources={name: (name, None, None) for name in shapes if name in own},
+        sources={name: (name, None, None) for name in shapes if name in of_base},
         roles={name: role for name, role in roles.items() if name in shapes},
         form=form,
         width=ffns[0].value_vectors,
@@ -128,13 +128,13 @@ def ffn_roles(model: nn.Module, ffns: Sequence[FFN], form: Form) -> dict[str, Ro
 def _widened(model: Any, ffns: Sequence[FFN], form: Form, wider: int, steering: bool) -> tuple[Any, nn.Module] | None:
     """(config, model on the meta device) with wider FFNs and the biases that are needed, everything else the same."""
     roles = ffn_roles(model, ffns, form)
-    own = tensor_shapes(model)
+    shapes = tensor_shapes(model)
     needed = {"value.bias"} if steering else set()
     if form.gated:
         needed.add("gate_up.bias" if form.fused else "gate.bias")
     for config in _configs(model.config, ffns[0].value_vectors, wider):
         target = on_meta(type(model), config)
-        if target is not None and _fits(own, tensor_shapes(target), roles, ffns[0].value_vectors, wider, needed):
+        if target is not None and _fits(shapes, tensor_shapes(target), roles, ffns[0].value_vectors, wider, needed):
             return config, target
     return None
 
@@ -142,10 +142,10 @@ def _widened(model: Any, ffns: Sequence[FFN], form: Form, wider: int, steering: 
 def _configs(config: Any, width: int, wider: int) -> Iterator[Any]:
     """Copies of `config` with one field that may be the width changed, and switches of biases turned on."""
     values = vars(config.get_text_config())
-    own = [name for name, value in values.items() if value == width and isinstance(value, int)]
+    filled = [name for name, value in values.items() if value == width and isinstance(value, int)]
     empty = [name for name, value in values.items() if value is None and any(word in name for word in _WIDTH_WORDS)]
     switches = [name for name, value in values.items() if value is False and "bias" in name]
-    for name in (*own, *empty):
+    for name in (*filled, *empty):
         # One alone, then all: some configs want their switches alike.
         for on in ((), *((switch,) for switch in switches), switches):
             changed = copy.deepcopy(config)
@@ -160,22 +160,22 @@ def _configs(config: Any, width: int, wider: int) -> Iterator[Any]:
 
 
 def _fits(
-    own: dict[str, torch.Size],
-    shapes: dict[str, torch.Size],
+    before: dict[str, torch.Size],
+    after: dict[str, torch.Size],
     roles: dict[str, Role],
     width: int,
     wider: int,
     needed: set[str],
 ) -> bool:
-    """The model with `shapes` is the one with shapes `own`, its FFNs wider, biases added, those `needed` among them."""
-    for name, shape in own.items():
+    """Shapes `after` are those `before` with wider FFNs and added biases, those `needed` among them."""
+    for name, shape in before.items():
         role = roles.get(name)
         wanted = list(shape)
         if role is not None and role.part != "value.bias":
             times = 2 if role.part.startswith("gate_up") else 1
             wanted[role.dim] += times * (wider - width)
-        if list(shapes.get(name, ())) != wanted:
+        if list(after.get(name, ())) != wanted:
             return False
-    added = [name for name in shapes if name not in own]
+    added = [name for name in after if name not in before]
     biases = [name for name, role in roles.items() if role.part in needed]
-    return all(name.endswith(".bias") for name in added) and all(name in shapes for name in biases)
+    return all(name.endswith(".bias") for name in added) and all(name in after for name in biases)

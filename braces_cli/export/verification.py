@@ -159,13 +159,13 @@ def prove(folder: Path, expected: Reference) -> Proof:
         ModelError: plain transformers cannot load it, finds a tensor missing or one too many, reads texts otherwise, or
             its logits differ by more than rounding.
     """
-    found, logits = _ask(folder, expected)
-    for kind, names in found["keys"].items():
+    loaded, logits = _ask(folder, expected)
+    for kind, names in loaded["keys"].items():
         if names:
             raise _no_merge(folder, f"{kind.replace('_', ' ')}: {', '.join(names[:3])}")
-    if found["tied"] != expected.tied:
+    if loaded["tied"] != expected.tied:
         raise _no_merge(folder, "its embeddings are tied otherwise than the base's")
-    if found["ids"] != expected.plain:
+    if loaded["ids"] != expected.plain:
         raise _no_merge(folder, "its tokenizer reads a text otherwise than the base's")
     difference = furthest(logits, expected.logits)
     largest = float(expected.logits.abs().max())
@@ -187,8 +187,8 @@ def _ask(folder: Path, expected: Reference) -> tuple[dict[str, Any], Tensor]:
 
     with tempfile.TemporaryDirectory(prefix="braces-") as work:
         request, answer = Path(work) / "request.json", Path(work) / "answer.safetensors"
-        asked = {"texts": expected.texts, "ids": expected.ids, "device": expected.device}
-        request.write_text(json.dumps(asked), encoding="utf-8")
+        question = {"texts": expected.texts, "ids": expected.ids, "device": expected.device}
+        request.write_text(json.dumps(question), encoding="utf-8")
         program = Path(__file__).with_name("verification_process.py")
         # -I: neither the working directory nor PYTHONPATH is looked into for modules.
         call = [sys.executable, "-I", str(program), str(folder), str(request), str(answer)]
