@@ -160,6 +160,7 @@ def _compute_dtype(weight: Tensor) -> torch.dtype:
     """float32 for half-precision weights on a CPU without instructions for them, where it is several times faster."""
     if weight.device.type != "cpu" or weight.dtype not in (torch.bfloat16, torch.float16):
         return weight.dtype
-    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    fast = any(getattr(torch.cpu, name, lambda: False)() for name in probes)
+    # Older releases of torch do not say what a CPU can do.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = any(capabilities.get(name, False) for name in ("amx_tile", "avx512_bf16"))
     return weight.dtype if fast and weight.dtype == torch.bfloat16 else torch.float32
