@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
@@ -25,6 +28,23 @@ from braces_cli.cli.typer_internals import sources
 from braces_cli.core.utils.settings import PANELS, Option, options_of
 
 _CONFIG = "YAML file with options of this command; the command line wins."
+# The command that runs, where it is not the one that this process was started with.
+_words: ContextVar[tuple[str, ...] | None] = ContextVar("words", default=None)
+
+
+def command_line() -> list[str]:
+    """The words of the command that runs, such as `["braces", "train", "--data", "rows.jsonl"]`."""
+    return list(_words.get() or ("braces", *sys.argv[1:]))
+
+
+@contextmanager
+def running(words: Sequence[str]) -> Iterator[None]:
+    """Inside, `command_line` is `words`: for a command that runs others."""
+    token = _words.set(tuple(words))
+    try:
+        yield
+    finally:
+        _words.reset(token)
 
 
 def command(function: Callable[[Any], None]) -> Callable[..., None]:
@@ -40,7 +60,7 @@ def command(function: Callable[[Any], None]) -> Callable[..., None]:
         function(kind(**{name: _stored(value, hints[name]) for name, value in values.items()}, given=given))
 
     parameters = [_parameter("ctx", typer.Context)]
-    for name, about in sorted(described.items(), key=lambda item: PANELS.index(item[1].panel)):
+    for name, about in sorted(described.items(), key=lambda item: (not item[1].argument, PANELS.index(item[1].panel))):
         kept = fields[name].default
         parameters.append(_parameter(name, _annotation(name, hints[name], about), _default(kept)))
     config = Annotated[
@@ -81,6 +101,8 @@ def _annotation(name: str, hint: Any, about: Option) -> Any:
     item = _item(hint)
     if item is not None:
         hint = list[item] | None  # type: ignore[valid-type]
+    if about.argument:
+        return Annotated[hint, typer.Argument(**details)]
     # One name, so that a flag of its own brings no `--no-...`.
     return Annotated[hint, typer.Option(*flags, **details)]
 

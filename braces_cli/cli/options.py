@@ -13,17 +13,13 @@ from braces_cli.cli.config_file import read_config_file
 from braces_cli.core.attributes.attribute_options import AttributeSettings as AttributeSettings
 from braces_cli.core.attributes.attribute_options import strengths as strengths
 from braces_cli.core.models.load_options import LoadOptions
-from braces_cli.core.utils.settings import OUTPUT, Settings, option
+from braces_cli.core.utils.settings import OUTPUT, SeedSettings, Settings, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputSettings(Settings):
+class DisplaySettings(Settings):
     """How results are shown."""
 
-    seed: int = option(0, help="Seed of every random choice.", min=0, panel=OUTPUT)
-    dry_run: bool = option(
-        False, help="Print the resolved settings and stop; writes nothing.", panel=OUTPUT, display=True
-    )
     format: str = option("table", help="What stdout carries.", panel=OUTPUT, choices=("table", "json"), display=True)
     quiet: bool = option(False, help="No progress and no notes on stderr.", panel=OUTPUT, display=True)
     debug: bool = option(False, help="Tracebacks, and the log of every library, on stderr.", panel=OUTPUT, display=True)
@@ -32,6 +28,15 @@ class OutputSettings(Settings):
     def json(self) -> bool:
         """Whether stdout carries JSON."""
         return self.format == "json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputSettings(SeedSettings, DisplaySettings):
+    """What most commands have beside their own options."""
+
+    dry_run: bool = option(
+        False, help="Print the resolved settings and stop; writes nothing.", panel=OUTPUT, display=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +74,6 @@ class Dtype(StrEnum):
 
 class Quantisation(StrEnum):
     int8 = "int8"
-    int4 = "int4"
     bnb_8bit = "bnb-8bit"
     bnb_4bit = "bnb-4bit"
 
@@ -94,7 +98,7 @@ DeviceMap = Annotated[
 ]
 Quantize = Annotated[
     Quantisation | None,
-    typer.Option("--quantize", help="Pack the base while loading: int8, int4 with torchao, bnb-* with bitsandbytes."),
+    typer.Option("--quantize", help="Pack the base while loading: int8 with torchao, bnb-* with bitsandbytes."),
 ]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that a hub model brings.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of every random choice.", min=0)]

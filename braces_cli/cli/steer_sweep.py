@@ -57,7 +57,7 @@ def _measure(
     from dataclasses import replace
 
     from braces_cli.core.attributes.attribute import find_attribute
-    from braces_cli.core.models.ffn import chosen_layers
+    from braces_cli.core.models.layer_ranges import chosen_layers
     from braces_cli.core.models.loading import load_base
     from braces_cli.core.session import open_session
     from braces_cli.scoring.registry import label_of

@@ -77,7 +77,7 @@ def _rows(settings: SteerSettings, requests: Iterator[TextRequest], **details: A
     """
     from braces_cli.core.attributes.attribute import find_attribute
     from braces_cli.core.attributes.intervention import steered
-    from braces_cli.core.models.ffn import chosen_layers
+    from braces_cli.core.models.layer_ranges import chosen_layers
     from braces_cli.core.session import open_session
     from braces_cli.steering.chat_prompts import chat_wanted
     from braces_cli.steering.generate_texts import generate_rows

@@ -1,6 +1,5 @@
 """`braces train`: fine-tune an adapter."""
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +8,7 @@ import typer
 from braces_cli.cli import data_options as d
 from braces_cli.cli import method_options as m
 from braces_cli.cli import options as o
+from braces_cli.cli.command import command_line
 from braces_cli.cli.console import print_json, print_pairs, progress, set_up
 from braces_cli.core.utils.errors import BracesError, ConfigError
 
@@ -170,7 +170,7 @@ def _run(
 ) -> dict[str, Any]:
     from dataclasses import asdict, replace
 
-    from braces_cli.core.models.ffn import chosen_layers
+    from braces_cli.core.models.layer_ranges import chosen_layers
     from braces_cli.core.models.loading import load_shape
     from braces_cli.core.session import base_name, open_session
     from braces_cli.data.examples import read_examples
@@ -197,7 +197,7 @@ def _run(
     eval_set = read_examples(eval_data, how, report) if eval_data else None
     settings = replace(settings, chat_template=train_set.chat)
     session = open_session(name, None, o.load_options(ctx))
-    record = Record(identity, ["braces", *sys.argv[1:]])
+    record = Record(identity, command_line())
     result = run_training(session, train_set, eval_set, settings, folder, report, params["attributes"], upkeep, record)
     return asdict(result)
 
@@ -247,7 +247,8 @@ def _opposites(values: list[str] | None, attribute_field: str | None) -> Any:
 
 def _dry_run(ctx: typer.Context, own: dict[str, Any]) -> dict[str, Any]:
     """Settings and parameter count; where the model cannot be reached, why not."""
-    from braces_cli.core.models.ffn import chosen_layers, find_ffns
+    from braces_cli.core.models.ffn import find_ffns
+    from braces_cli.core.models.layer_ranges import chosen_layers
     from braces_cli.core.models.loading import load_shape
     from braces_cli.core.session import base_name
     from braces_cli.training.settings import TrainSettings

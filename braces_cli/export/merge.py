@@ -1,7 +1,7 @@
 """Merge an adapter into a plain checkpoint that loads without braces, and prove it before anyone sees it.
 
-How it is done is decided in `merge_plan`, written in `merge_write`, proved in `merge_proof`. What is here is the order:
-plan, reference logits, new neurons, write into a folder beside the output, let go of the base, prove, rename.
+`planner` decides how, `checkpoint_writer` writes, `verification` proves. This module sets the order:
+plan, compute reference logits, make new neurons, write into a folder beside the output, free the base, verify, rename.
 """
 
 from __future__ import annotations
@@ -22,19 +22,21 @@ import torch
 from braces_cli.core.attributes.attribute import find_attribute
 from braces_cli.core.attributes.intervention import steered
 from braces_cli.core.method.adapter_files import StoredAdapter
-from braces_cli.core.models.ffn import chosen_layers, find_ffns
+from braces_cli.core.models.ffn import find_ffns
+from braces_cli.core.models.layer_ranges import chosen_layers
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.loading import load_shape
 from braces_cli.core.models.tokenization import encode
 from braces_cli.core.session import Session, attached, base_name, open_session
-from braces_cli.core.utils.atomic_files import check_output_folder, write_json, write_text
+from braces_cli.core.utils.atomic_files import check_output_folder, umask, write_json, write_text
 from braces_cli.core.utils.errors import BracesError, ConfigError, ModelError
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.core.utils.versions import versions
-from braces_cli.export.checkpoint_writer import copy_companions, new_neurons, umask, write_checkpoint
+from braces_cli.export.checkpoint_writer import copy_companions, new_neurons, write_checkpoint
 from braces_cli.export.ffn_form import expected_form, observed_form, refuse
 from braces_cli.export.model_card import card
-from braces_cli.export.planner import Plan, plain_ffns, plan
+from braces_cli.export.plan import Plan
+from braces_cli.export.planner import plain_ffns, plan
 from braces_cli.export.verification import Proof, Reference, prove, reference
 
 logger = logging.getLogger("braces")
@@ -139,19 +141,19 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"not JSON: {error}", where=str(path), hint="The file is damaged; merge again.") from error
-    if not isinstance(found, dict):
+    if not isinstance(record, dict):
         raise ModelError("not a JSON object", where=str(path), hint="The file is damaged; merge again.")
-    return found
+    return record
 
 
 def _inputs(request: Request) -> list[Path]:
     """Folders that are read, and must be neither written into nor replaced."""
     name = Path(base_name(request.model, request.adapter)).expanduser()
-    found = [request.adapter.folder, *([name] if name.is_dir() else [])]
-    return found + ([request.attributes_dir] if request.attributes_dir is not None else [])
+    folders = [request.adapter.folder, *([name] if name.is_dir() else [])]
+    return folders + ([request.attributes_dir] if request.attributes_dir is not None else [])
 
 
 def _check_apart(output: Path, source: Path) -> None:

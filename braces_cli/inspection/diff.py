@@ -17,7 +17,7 @@ from braces_cli.core.session import open_session
 from braces_cli.core.utils.errors import ConfigError, ModelError
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.inspection.ffn_weights import plain_ffns, side_vectors, sides_of
-from braces_cli.inspection.logit_lens import readout
+from braces_cli.inspection.logit_lens import LogitLens
 
 
 def is_adapter(name: str) -> bool:
@@ -81,11 +81,11 @@ def _check_comparable(a: str, b: str, options: LoadOptions) -> None:
 def _best_tokens(name: str, options: LoadOptions, report: Report) -> dict[tuple[int, str], torch.Tensor]:
     """The best token of each vector, by layer and side; nothing else of the model is kept."""
     session = open_session(name, None, options)
-    score = readout(session.base.model)
+    lens = LogitLens(session.base.model)
     best = {}
     for done, ffn in enumerate(plain_ffns(session.ffns), 1):
         for side in sides_of(ffn):
-            best[ffn.layer, side] = score.best(side_vectors(ffn, side), 1)[1][:, 0].cpu()
+            best[ffn.layer, side] = lens.best(side_vectors(ffn, side), 1)[1][:, 0].cpu()
         report(f"reading vectors: {name}", done, len(plain_ffns(session.ffns)))
     return best
 

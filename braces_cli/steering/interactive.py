@@ -12,8 +12,8 @@ from typing import Any
 
 from braces_cli.core.attributes.attribute import Attribute, find_attribute, known_attributes
 from braces_cli.core.attributes.intervention import steered
-from braces_cli.core.models.ffn import chosen_layers
 from braces_cli.core.models.generation import Sampling
+from braces_cli.core.models.layer_ranges import chosen_layers
 from braces_cli.core.session import Session
 from braces_cli.core.utils.errors import ConfigError, near_misses
 from braces_cli.steering.generate_texts import generate_texts, text_requests

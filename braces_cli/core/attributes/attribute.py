@@ -27,6 +27,7 @@ from braces_cli.core.attributes.word_lists import OPPOSITES, REFERENCE, built_in
 from braces_cli.core.models.ffn import FFN, layer_stack
 from braces_cli.core.models.fingerprint import differences
 from braces_cli.core.models.loading import input_device
+from braces_cli.core.models.module_structure import layer_output
 from braces_cli.core.models.moe import MixtureFFN
 from braces_cli.core.models.tokenization import encode
 from braces_cli.core.session import Session
@@ -193,8 +194,7 @@ def residual_norms(model: nn.Module, tokenizer: Any, ffns: Sequence[FFN | Mixtur
 
     def keep(layer: int) -> Any:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            norms[layer].append(hidden.detach().float().norm(dim=-1).flatten().cpu())
+            norms[layer].append(layer_output(output).detach().float().norm(dim=-1).flatten().cpu())
 
         return hook
 

@@ -88,12 +88,6 @@ def _explain(where: str, error: BaseException, what: str, kind: type[BracesError
             where=where,
             hint="Check the path or the network; offline, only folders and models in the local cache can be loaded.",
         )
-    if "conversion of the weights" in str(error):
-        return kind(
-            "the weights cannot be converted while loading",
-            where=where,
-            hint="--quantize int4 takes widths that divide by 32 only; int8, bnb-8bit and bnb-4bit take any.",
-        )
     if "trust_remote_code" in str(error):
         return kind(
             f"this {what} brings its own code", where=where, hint="Read that code; to run it, --trust-remote-code."

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from braces_cli.core.utils.settings import MODEL, Settings, option
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-QUANTISATIONS = ("int8", "int4", "bnb-8bit", "bnb-4bit")
+QUANTISATIONS = ("int8", "bnb-8bit", "bnb-4bit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class LoadOptions(Settings):
     )
     quantize: str | None = option(
         None,
-        help="Quantise the base while loading: int8 and int4 with torchao, bnb-* with bitsandbytes.",
+        help="Quantise the base while loading: int8 with torchao, bnb-* with bitsandbytes.",
         panel=MODEL,
         choices=QUANTISATIONS,
     )

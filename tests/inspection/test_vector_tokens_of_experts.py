@@ -13,9 +13,9 @@ from braces_cli.core.models.ffn import find_ffns
 from braces_cli.core.utils.errors import ConfigError, ModelError
 from braces_cli.inspection import concept_search as find_module
 from braces_cli.inspection import vector_tokens as values_module
-from braces_cli.inspection.concept_search import promote
+from braces_cli.inspection.concept_search import top_vectors_for_concept
 from braces_cli.inspection.concept_tokens import Concept
-from braces_cli.inspection.logit_attribution import look
+from braces_cli.inspection.logit_attribution import attribute_logits
 from braces_cli.inspection.vector_tokens import value_tokens
 from tests.conftest import tiny_tokenizer
 from tests.core.architectures import tiny
@@ -62,7 +62,7 @@ def test_values_and_find_equal_a_direct_computation(name, monkeypatch):
             place = int((scores[index] > scores[index, 40]).sum()) + 1
             ranked.append((place, -float(scores[index, 40]), layer, index))
     assert not rows
-    found = promote(session, Concept(("x",), (((40,),),)), limit=5)
+    found = top_vectors_for_concept(session, Concept(("x",), (((40,),),)), limit=5)
     assert [(r["rank"], r["layer"], r["index"]) for r in found] == [(p, n, i) for p, _, n, i in sorted(ranked)[:5]]
     assert found[0]["tokens"][found[0]["rank"] - 1]["id"] == 40
     some = list(value_tokens(session, indices=[found[0]["index"]], layers=[found[0]["layer"]], top_k=10))
@@ -77,7 +77,7 @@ def test_what_is_refused():
     with pytest.raises(ConfigError, match="no value vector 208"):
         next(value_tokens(session, indices=[4 * 52]))
     with pytest.raises(ModelError, match="mixture of experts, which this cannot look into"):
-        look(session, "the film")
+        attribute_logits(session, "the film")
 
 
 def test_a_map_of_a_mixture_on_the_command_line(braces, tmp_path):

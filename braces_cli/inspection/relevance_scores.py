@@ -1,0 +1,35 @@
+"""Relevance scores of value vectors, written out: what the adapter's low-rank form never builds.
+
+r_i = (R W_V)^T (R h_i) / sqrt(d_r)        (neurons,) for each input h_i
+what is added to the activation weights: c g r_i
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from braces_cli.core.method.relevance import RelevanceModule
+from braces_cli.core.models.ffn import FFN
+from braces_cli.core.session import Session
+
+
+def relevance_module(session: Session, ffn: FFN) -> RelevanceModule | None:
+    """The adapter's module at an FFN, None where there is none."""
+    sites = session.adapter.sites if session.adapter is not None else []
+    return next((module for site, module in sites if site.layer == ffn.layer), None)
+
+
+def relevance_scores(module: RelevanceModule, h: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """r and c g r of each value vector for each input, both (n, d_ff) in float32 on the device of `h`.
+
+    Args:
+        h: FFN inputs, or hidden states of attributes, (n, d).
+        values: W_V (d, d_ff).
+    """
+    with torch.no_grad():
+        projection = module.projection().float().to(h.device)
+        r = ((h.float() @ projection.mT) @ projection) @ values.float().to(h.device) / math.sqrt(len(projection))
+        return r, module.gain.to(r) * r
