@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -111,7 +110,7 @@ def _named(session: Session, rows: list[dict[str, Any]], side: str, top_k: int) 
 def attribute_relevance(session: Session, attribute: Attribute, ffn: FFN) -> Tensor | None:
     """r_c of every value vector of one layer, (d_ff,) in float32; None where no relevance module sits.
 
-    With an adapter (R W_V)^T (R h_c) / sqrt(d_r). Without one what steering adds is scale * p, so the weight of v_j in
+    With an adapter the relevance to h_c. Without one what steering adds is scale * p, so the weight of v_j in
     it, among all weights with this sum those of least norm, stands for its relevance.
     """
     row = attribute.layers.index(ffn.layer)
@@ -127,9 +126,7 @@ def attribute_relevance(session: Session, attribute: Attribute, ffn: FFN) -> Ten
         brace = next((brace for site, brace in session.adapter.sites if site.layer == ffn.layer), None)
         if brace is None:
             return None
-        projection = brace.projection().float()
-        ranked = projection @ session.adapter.states(state.to(projection))
-        return (ranked @ projection) @ values.float() / math.sqrt(len(projection))
+        return brace.relevance_scores(session.adapter.states(state.to(brace.weight)), values)
 
 
 def relevant(

@@ -8,7 +8,6 @@ so the direct effect of a sub-update is c (w_j + g r_j) (u . v_j), and the parts
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -125,8 +124,7 @@ def relevance(session: Session, ffn: FFN, h: Tensor) -> tuple[Tensor, Tensor] | 
     if brace is None:
         return None
     with torch.no_grad():
-        projection = brace.projection().float()
-        r = ((h @ projection.mT) @ projection) @ ffn.value_matrix().float() / math.sqrt(len(projection))
+        r = brace.relevance_scores(h, ffn.value_matrix())
         return r, brace.gain * r
 
 
