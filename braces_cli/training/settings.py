@@ -35,6 +35,8 @@ DEFAULT_TURN = 0.16
 BASELINE_LR = 1e-3
 # A contrast of attributes shuts gates that move too fast before it has found its direction.
 DEFAULT_GATE_LR, DEFAULT_GATE_LR_ATTRIBUTES = 0.3, 0.1
+# Of the coefficients of `signed` and `untied`.
+DEFAULT_COEFFICIENT_LR = 0.1
 # Of a run with attributes, by measurement as well.
 DEFAULT_CONTRAST, DEFAULT_MARGIN = 0.1, 6.0
 PACKING = ("auto", "on", "off")
@@ -126,6 +128,7 @@ class TrainSettings:
                 raise ConfigError(f"no {name} `{getattr(self, name)}`", where=_option(name), hint=hint)
         if self.gate_lr is None:
             rate = DEFAULT_GATE_LR if self.attribute_field is None else DEFAULT_GATE_LR_ATTRIBUTES
+            rate = rate if self.relevance == "paper" else DEFAULT_COEFFICIENT_LR
             object.__setattr__(self, "gate_lr", rate)
         if self.contrast is None:
             object.__setattr__(self, "contrast", DEFAULT_CONTRAST if self.attribute_field is not None else 0.0)
