@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,8 @@ from braces_cli.training.settings import TrainSettings
 from braces_cli.training.train import count_parameters
 
 BUDGETS = {"1/16": 1 / 16, "1/4": 1 / 4, "1": 1.0}
-# Rates tried. Of a form: factors of its default rate of the projections, and rates of the gates; of LoRA: peak rates.
-FORM_RATES = [(0.5, None), (1.0, None), (2.0, None), (1.0, 1 / 3)]
+# Rates tried. Of a form: the rate of the projections times sqrt(width), and that of the gates; of LoRA: peak rates.
+FORM_RATES = [(0.08, 0.3), (0.16, 0.3), (0.32, 0.3), (0.16, 0.1)]
 LORA_RATES = [1e-3, 3e-3, 1e-2, 2e-2]
 # In the order in which they are run: what answers the first question comes first.
 SYSTEMS: dict[str, dict[str, Any]] = {
@@ -136,10 +137,8 @@ def rates_of(settings: TrainSettings, shape: Any) -> list[dict[str, float]]:
     """The settings of rates that a system is tried with."""
     if settings.method != "braces":
         return [{"lr": rate} for rate in LORA_RATES]
-    own = settings.at_width(shape.config.hidden_size)
-    assert own.lr is not None
-    assert own.gate_lr is not None
-    return [{"lr": own.lr * factor, "gate_lr": own.gate_lr * (gate or 1.0)} for factor, gate in FORM_RATES]
+    root = math.sqrt(shape.config.hidden_size)
+    return [{"lr": float(f"{turn / root:.3g}"), "gate_lr": gate} for turn, gate in FORM_RATES]
 
 
 def largest_rank(shape: Any, settings: TrainSettings, budget: float) -> int:
