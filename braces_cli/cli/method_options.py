@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from braces_cli.core.method.relevance_forms import FORMS
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.training.settings import (
     BASELINE_LR,
@@ -55,6 +56,7 @@ Margin = Annotated[
         help=f"By how much, in nats a row and unit of strength: how strongly it steers; default {DEFAULT_MARGIN:g}.",
     ),
 ]
+Relevance = Annotated[str, typer.Option("--relevance", help=f"Form of relevance: {', '.join(FORMS)}.")]
 LoraAlpha = Annotated[int | None, typer.Option("--lora-alpha", min=1, help="Of a baseline; default twice the rank.")]
 LoraTargets = Annotated[
     list[str] | None,

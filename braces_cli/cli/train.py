@@ -15,7 +15,7 @@ from braces_cli.core.utils.errors import BracesError, ConfigError
 _OWN = (
     "rank", "lr", "gate_lr", "epochs", "max_steps", "batch_size", "gradient_accumulation", "warmup_steps", "schedule",
     "max_length", "gradient_checkpointing", "seed", "attribute_field", "strength_field", "contrast", "margin", "method",
-    "init", "scale", "lora_alpha", "packing", "streaming",
+    "init", "scale", "relevance", "lora_alpha", "packing", "streaming",
 )  # fmt: skip
 
 
@@ -64,6 +64,7 @@ def train(
     attributes: Annotated[Path | None, typer.Option("--attributes", help="Folder that attr-build wrote.")] = None,
     init: m.Init = "random",
     scale: m.Scale = "paper",
+    relevance: m.Relevance = "paper",
     lora_alpha: m.LoraAlpha = None,
     lora_targets: m.LoraTargets = None,
     gradient_checkpointing: Annotated[

@@ -109,7 +109,7 @@ def _with_tokens(session: Session, rows: list[dict[str, Any]], side: str, top_k:
 def attribute_relevance(session: Session, attribute: Attribute, ffn: FFN) -> Tensor | None:
     """r_c of every value vector of one layer, (d_ff,) in float32; None where no relevance module sits.
 
-    With an adapter (R W_V)^T (R h_c) / sqrt(d_r). Without one what steering adds is scale * p, so the weight of v_j in
+    With an adapter the relevance to h_c. Without one what steering adds is scale * p, so the weight of v_j in
     it, among all weights with this sum those of least norm, stands for its relevance.
     """
     row = attribute.layers.index(ffn.layer)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from scipy.linalg import subspace_angles
 
-from braces_cli.core.method.adapter_files import CONFIG_FILE, find_adapter
+from braces_cli.core.method.adapter_files import CONFIG_FILE, AdapterConfig, find_adapter
+from braces_cli.core.method.relevance_forms import gate_strength
 from braces_cli.core.models.ffn import find_ffns
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.loading import load_shape, load_tokenizer, tokenizer_hashes
@@ -116,8 +117,8 @@ def diff_adapters(a: str, b: str) -> dict[str, Any]:
         layers.append(
             {
                 "layer": layer,
-                "gate_a": _gate(gates[0]),
-                "gate_b": _gate(gates[1]),
+                "gate_a": _gate(configs[0], gates[0]),
+                "gate_b": _gate(configs[1], gates[1]),
                 "angles": None if angles is None else [math.degrees(angle) for angle in angles],
                 "overlap": None if angles is None else sum(math.cos(x) ** 2 for x in angles) / len(angles),
             }
@@ -133,5 +134,5 @@ def diff_adapters(a: str, b: str) -> dict[str, Any]:
     }
 
 
-def _gate(value: torch.Tensor | None) -> float | None:
-    return None if value is None else float(torch.sigmoid(value))
+def _gate(config: AdapterConfig, gate: torch.Tensor | None) -> float | None:
+    return None if gate is None else gate_strength(config.relevance, gate)

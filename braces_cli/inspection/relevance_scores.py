@@ -1,12 +1,6 @@
-"""Relevance scores of value vectors, written out: what the adapter's low-rank form never builds.
-
-r_i = (R W_V)^T (R h_i) / sqrt(d_r)        (neurons,) for each input h_i
-what is added to the activation weights: c g r_i
-"""
+"""Relevance scores of value vectors, written out: what the adapter's low-rank form never builds."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
@@ -23,13 +17,12 @@ def relevance_module(session: Session, ffn: FFN) -> RelevanceModule | None:
 
 
 def relevance_scores(module: RelevanceModule, h: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """r and c g r of each value vector for each input, both (n, d_ff) in float32 on the device of `h`.
+    """r, and what is added to the activation weights (`gain` times r), of each value vector for each input, both (n, d_ff) in float32 on the device of `h`.
 
     Args:
         h: FFN inputs, or hidden states of attributes, (n, d).
         values: W_V (d, d_ff).
     """
     with torch.no_grad():
-        projection = module.projection().float().to(h.device)
-        r = ((h.float() @ projection.mT) @ projection) @ values.float().to(h.device) / math.sqrt(len(projection))
-        return r, module.gain.to(r) * r
+        scores = module.relevance_scores(h, values)
+        return scores, module.gain.to(scores) * scores

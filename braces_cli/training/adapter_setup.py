@@ -22,7 +22,7 @@ def fresh_adapter(model: nn.Module, settings: TrainSettings, examples: Examples 
     """
     if settings.method != "braces":
         return PeftAdapter(model, settings)
-    adapter = attach(model, settings.rank, settings.layers, settings.seed)
+    adapter = attach(model, settings.rank, settings.layers, settings.seed, settings.relevance)
     start_projections(adapter, settings.init, examples.items, settings.seed)
     if settings.scale == "auto":
         scale_to_base(adapter, first_batch(examples, settings))
@@ -46,7 +46,7 @@ def parameter_groups(adapter: Adapter | PeftAdapter, settings: TrainSettings) ->
     if isinstance(adapter, PeftAdapter):
         return [{"params": [p for _, p in adapter.named_parameters()], "lr": settings.lr, "name": "lr"}]
     groups: list[dict[str, Any]] = [
-        {"params": [brace.weight for _, brace in adapter.sites], "lr": settings.lr, "name": "lr"},
+        {"params": [m for _, brace in adapter.sites for _, m in brace.matrices()], "lr": settings.lr, "name": "lr"},
         {"params": [brace.gate for _, brace in adapter.sites], "lr": settings.gate_lr, "name": "gate_lr"},
     ]
     if adapter.mlp is not None:

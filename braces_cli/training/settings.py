@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
+from braces_cli.core.method.relevance_forms import FORMS
 from braces_cli.core.utils.errors import ConfigError
 
 SCHEDULES = ("linear", "cosine", "constant")
@@ -16,7 +17,17 @@ SCALES = ("paper", "auto")
 BASELINES = ("lora", "rslora", "dora", "pissa")
 METHODS = ("braces", *BASELINES)
 # Settings that only one kind of method reads.
-BRACES_ONLY = ("gate_lr", "init", "scale", "attribute_field", "strength_field", "opposites", "contrast", "margin")
+BRACES_ONLY = (
+    "gate_lr",
+    "init",
+    "scale",
+    "relevance",
+    "attribute_field",
+    "strength_field",
+    "opposites",
+    "contrast",
+    "margin",
+)
 BASELINE_ONLY = ("lora_alpha", "lora_targets")
 # Peak learning rates where none is given, by measurement (recipes/LOG.md). A step of Adam turns R by about lr sqrt(d),
 # so it is this product that is held, and the rate follows from the width d.
@@ -24,6 +35,8 @@ DEFAULT_TURN = 0.16
 BASELINE_LR = 1e-3
 # A contrast of attributes shuts gates that move too fast before it has found its direction.
 DEFAULT_GATE_LR, DEFAULT_GATE_LR_ATTRIBUTES = 0.3, 0.1
+# Of the coefficients of `signed` and `untied`.
+DEFAULT_COEFFICIENT_LR = 0.1
 # Of a run with attributes, by measurement as well.
 DEFAULT_CONTRAST, DEFAULT_MARGIN = 0.1, 6.0
 PACKING = ("auto", "on", "off")
@@ -60,6 +73,7 @@ class TrainSettings:
         method: `braces`, or a baseline.
         init: where the projections start, see `training.initialization`.
         scale: `paper`, or `auto` for a fixed scalar per layer that makes up for the size of the base's weights.
+        relevance: form of relevance, see `core.method.relevance_forms`.
         lora_alpha: of a baseline, whose update is multiplied by alpha / rank; None is twice the rank.
         lora_targets: names of the modules that a baseline adapts; empty is the queries and values.
         packing: several examples a row: auto (where a probe shows that it changes nothing), on or off.
@@ -88,6 +102,7 @@ class TrainSettings:
     method: str = "braces"
     init: str = "random"
     scale: str = "paper"
+    relevance: str = "paper"
     lora_alpha: int | None = None
     lora_targets: tuple[str, ...] = ()
     packing: str = "auto"
@@ -99,13 +114,21 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ConfigError(f"must be a positive number, not {value}", where=_option(name))
-        choices = {"schedule": SCHEDULES, "method": METHODS, "init": INITS, "scale": SCALES, "packing": PACKING}
+        choices = {
+            "relevance": FORMS,
+            "schedule": SCHEDULES,
+            "method": METHODS,
+            "init": INITS,
+            "scale": SCALES,
+            "packing": PACKING,
+        }
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 hint = f"One of {', '.join(known)}."
                 raise ConfigError(f"no {name} `{getattr(self, name)}`", where=_option(name), hint=hint)
         if self.gate_lr is None:
             rate = DEFAULT_GATE_LR if self.attribute_field is None else DEFAULT_GATE_LR_ATTRIBUTES
+            rate = rate if self.relevance == "paper" else DEFAULT_COEFFICIENT_LR
             object.__setattr__(self, "gate_lr", rate)
         if self.contrast is None:
             object.__setattr__(self, "contrast", DEFAULT_CONTRAST if self.attribute_field is not None else 0.0)

@@ -86,7 +86,7 @@ def count_parameters(model: Any, settings: TrainSettings) -> dict[str, Any]:
         trainable = baseline_parameters(model, settings)
         share = 100 * trainable / total
         return dict(zip(_COUNTS, (trainable, 0, total, share), strict=True))
-    adapter = attach(model, settings.rank, settings.layers)
+    adapter = attach(model, settings.rank, settings.layers, form=settings.relevance)
     trainable = adapter.parameter_count()
     width = adapter.sites[0][0].hidden_size
     adapter.detach()
@@ -293,6 +293,7 @@ def _config(
         versions=versions(),
         method=settings.method,
         scales=list(adapter.scales),
+        relevance=settings.relevance if settings.method == "braces" else "paper",
     )
 
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
 import braces_cli.core.method.adapter
-from braces_cli.core.method.relevance import RelevanceModule, orthonormal_rows
+from braces_cli.core.method.projections import orthonormal_rows
+from braces_cli.core.method.relevance import RelevanceModule
 from braces_cli.core.models.loading import load_tokenizer
 from braces_cli.training.settings import TrainSettings
 

@@ -12,8 +12,8 @@ from braces_cli.core.attributes.attribute import build_attribute
 from braces_cli.core.attributes.intervention import steered
 from braces_cli.core.method.adapter import attach, attach_stored
 from braces_cli.core.method.adapter_files import find_adapter, read_config
+from braces_cli.core.method.projections import projection_error
 from braces_cli.core.method.reference import reference
-from braces_cli.core.method.relevance import projection_error
 from braces_cli.core.models.ffn import find_ffns
 from braces_cli.core.models.tokenization import Encoded
 from braces_cli.core.utils.errors import ModelError
