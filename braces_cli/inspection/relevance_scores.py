@@ -17,7 +17,7 @@ def relevance_module(session: Session, ffn: FFN) -> RelevanceModule | None:
 
 
 def relevance_scores(module: RelevanceModule, h: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """r, and what is added to the activation weights (`gain` times r), of each value vector for each input, both (n, d_ff) in float32 on the device of `h`.
+    """Relevance r, and what is added to the activation weights, of every value vector: (n, d_ff) each, in float32.
 
     Args:
         h: FFN inputs, or hidden states of attributes, (n, d).
