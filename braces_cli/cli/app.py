@@ -70,7 +70,7 @@ def build_app(args: Sequence[str] = ()) -> typer.Typer:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line and exit with the exit code: 0, 1, 2, 3, 4, 5, 130 or 143."""
+    """Run the command line and exit with 0, 1, 2, 3, 4 or 5 (see `core.utils.errors`), 130 or 143."""
     args = list(sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, _terminate)
     try:
