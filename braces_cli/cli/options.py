@@ -10,16 +10,15 @@ from typing import Annotated, Any
 import typer
 
 from braces_cli.cli.config_file import read_config_file
-from braces_cli.core.models.load_options import LoadOptions
+from braces_cli.core.models.load_options import LoadOptions, ModelSettings
 from braces_cli.core.utils.errors import ConfigError
-from braces_cli.core.utils.settings import ATTRIBUTES, OUTPUT, Settings, option
+from braces_cli.core.utils.settings import ATTRIBUTES, OUTPUT, SeedSettings, Settings, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputSettings(Settings):
+class OutputSettings(SeedSettings):
     """How results are shown."""
 
-    seed: int = option(0, help="Seed of every random choice.", min=0, panel=OUTPUT)
     dry_run: bool = option(
         False, help="Print the resolved settings and stop; writes nothing.", panel=OUTPUT, display=True
     )
@@ -31,20 +30,6 @@ class OutputSettings(Settings):
     def json(self) -> bool:
         """Whether stdout carries JSON."""
         return self.format == "json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSettings(LoadOptions):
-    """The base model of a command."""
-
-    model: str | None = option(
-        None, help="Base model: folder or hub id. Default: the adapter's own, else the embedded model."
-    )
-
-    @property
-    def load_options(self) -> LoadOptions:
-        """The part of these settings that loading a base needs."""
-        return self.shared(LoadOptions)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,10 @@ from typing import Any
 from torch import nn
 
 from braces_cli.core.method.adapter import Adapter, attach
+from braces_cli.core.models.ffn import chosen_layers
 from braces_cli.data.examples import Examples
 from braces_cli.data.streaming_examples import Stream
-from braces_cli.training.initialization import scale_to_base, start_projections, token_path_shares
+from braces_cli.training.initialization import scale_to_base, token_path_shares
 from braces_cli.training.peft_baselines import PeftAdapter
 from braces_cli.training.settings import TrainSettings
 
@@ -22,8 +23,7 @@ def fresh_adapter(model: nn.Module, settings: TrainSettings, examples: Examples 
     """
     if settings.method != "braces":
         return PeftAdapter(model, settings)
-    adapter = attach(model, settings.rank, settings.layers, settings.seed)
-    start_projections(adapter, settings.init, examples.items, settings.seed)
+    adapter = attach(model, settings.rank, chosen_layers(model, settings.layers), settings.seed)
     if settings.scale == "auto":
         scale_to_base(adapter, first_batch(examples, settings))
     return adapter

@@ -28,6 +28,20 @@ def next_tokens(labels: Tensor) -> Tensor:
     return F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
 
 
+def mean_loss(logits: Tensor, labels: Tensor, count: Tensor | int) -> Tensor:
+    """Cross entropy of the next token, in float32, summed over a block and divided by `count`.
+
+    Args:
+        labels: (rows, tokens); or (k,), the next tokens themselves, where there are logits of k scored tokens only.
+        count: scored tokens of the optimizer step.
+    """
+    # Labels are moved rather than logits: no copy of (tokens, vocabulary).
+    targets = (labels if labels.ndim == 1 else next_tokens(labels)).to(logits.device)
+    flat = logits.reshape(-1, logits.shape[-1]).float()
+    summed = F.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORED, reduction="sum")
+    return summed / torch.as_tensor(count, device=summed.device)
+
+
 def pick_scored(block: dict[str, Tensor]) -> None:
     """Give a block `scored`, the k places in rows * tokens where the next token is scored, and `labels`, those tokens.
 

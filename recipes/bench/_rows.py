@@ -65,7 +65,6 @@ def padding(model: Any, how: str, name: str) -> tuple[list[int], list[int]]:
 def steppers(args: argparse.Namespace, model: Any, parameters: list[Any]) -> dict[str, Callable[[], None]]:
     """Training steps over the rows of SST-5's lengths, one way each; all see the same batches in the same order."""
     import torch
-
     from braces_cli.training.feeding import mean_loss
 
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)

@@ -18,6 +18,7 @@ import time
 from typing import Any
 
 import torch
+from braces_cli.training.feeding import mean_loss
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from braces_cli.core.method.adapter import attach
@@ -27,7 +28,6 @@ from braces_cli.core.models.tokenization import IGNORED
 from braces_cli.core.session import open_session
 from braces_cli.data.examples import Reading, read_examples
 from braces_cli.training.collator import Collator, Layout
-from braces_cli.training.feeding import mean_loss
 from braces_cli.training.packing_probe import attention_cost
 from braces_cli.training.sampler import Order, Rows
 from braces_cli.training.selective_logits import only_scored

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from braces_cli.training.feeding import mean_loss
 
 from braces_cli.core.attributes.attribute import build_attribute
 from braces_cli.core.method.adapter import attach
@@ -15,7 +16,6 @@ from braces_cli.core.utils.errors import ConfigError
 from braces_cli.data.examples import Condition, Example
 from braces_cli.training.attribute_conditioning import Conditioner
 from braces_cli.training.collator import MOST_PADDING, Collator, Layout, computed_tokens, fill_rows, similar_lengths
-from braces_cli.training.feeding import mean_loss
 from braces_cli.training.packing_probe import choose_layout, packing_fault
 from braces_cli.training.sampler import NONE, Order
 from braces_cli.training.selective_logits import can_pick, only_scored

@@ -51,11 +51,6 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
-def from_main(value: Any) -> Any:
-    """The value of the main process; every process must ask."""
-    return gathered(value)[0]
-
-
 def whole(tensor: Any) -> Any:
     """A parameter as a plain tensor: where it lies in pieces on several processes (FSDP2), every one must ask."""
     gather = getattr(tensor, "full_tensor", None)

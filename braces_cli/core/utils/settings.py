@@ -93,6 +93,13 @@ class Settings:
         return kind(**{f.name: getattr(self, f.name) for f in dataclasses.fields(kind) if hasattr(self, f.name)})
 
 
+@dataclass(frozen=True, kw_only=True)
+class SeedSettings(Settings):
+    """What makes a run repeatable."""
+
+    seed: int = option(0, help="Seed of every random choice.", min=0, panel=OUTPUT)
+
+
 def options_of(kind: type) -> dict[str, Option]:
     """The options among a settings class's fields, by field name."""
     return {f.name: f.metadata["option"] for f in dataclasses.fields(kind) if "option" in f.metadata}
