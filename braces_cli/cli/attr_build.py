@@ -106,9 +106,9 @@ def _builder(attribute: str, words: str | None, words_file: Path | None, example
     from braces_cli.core.attributes.attribute import attribute_from_texts, build_attribute, from_list
 
     if examples is not None:
-        from braces_cli.steering.example_texts import read_texts
+        from braces_cli.data.texts import read_texts
 
-        texts = read_texts(examples)
+        texts = [text.strip() for text in read_texts(examples)]
         return lambda session, report, pooling: attribute_from_texts(session, attribute, texts, report, pooling)
     chosen = _words(attribute, words, words_file)
     if chosen is None:

@@ -133,7 +133,11 @@ def _parquet(path: Path) -> Iterator[Source]:
 
 
 def _hub(name: str, streaming: bool) -> Iterator[Source]:
+    import pyarrow
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    from braces_cli.core.models.hub_errors import hub_faults
 
     repo, *rest = name.split(":")
     subset, split = (rest[0], rest[1]) if len(rest) > 1 else (None, rest[0] if rest else "train")
@@ -144,7 +148,7 @@ def _hub(name: str, streaming: bool) -> Iterator[Source]:
             yield _row(fields, f"{name}, row {number}")
     except DataError:
         raise
-    except Exception as error:
+    except (*hub_faults(), DatasetsError, pyarrow.ArrowException) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         hint = "Give a file, or a hub set as id, id:split or id:subset:split; a gated one needs HF_TOKEN."
         raise DataError(

@@ -22,6 +22,9 @@ from braces_cli.core.models.tokenization import IGNORED
 
 logger = logging.getLogger("braces")
 
+# What a forward pass of a model raises that does not take its inputs in this form.
+MODEL_FAULTS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
+
 
 def next_tokens(labels: Tensor) -> Tensor:
     """What each token should be followed by, `IGNORED` behind the last one of a row: (rows, tokens) both."""
@@ -87,8 +90,8 @@ def can_pick(model: Any, ids: Sequence[int], tolerance: float) -> bool:
             whole = model(input_ids=rows, use_cache=False).logits.float()
             with only_scored(model, scored):
                 picked = model(input_ids=rows, use_cache=False).logits.float()
-    except Exception as error:
-        # A head that is called in a way of its own, or none that can be found, may fail in any way.
+    except MODEL_FAULTS as error:
+        # A head that is called in a way of its own, or a model without one.
         logger.debug("logits of all tokens are computed: %s", error)
         return False
     finally:

@@ -103,7 +103,7 @@ class Trainer:
         self._accelerator = _accelerator(settings, context, self._device)
         self._kind = self._accelerator.distributed_type
         if settings.gradient_checkpointing:
-            self._base.activation_checkpointing_enable({"use_reentrant": False})
+            _recompute_activations(self._base)
         # Who recomputes or shards has no memory to spare.
         if isinstance(adapter, Adapter) and (settings.gradient_checkpointing or self.is_fsdp):
             adapter.save_memory()
@@ -329,6 +329,10 @@ def _accelerator(settings: TrainSettings, context: TrainerContext, device: torch
         config = accelerator.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = settings.batch_size
     return accelerator
+
+
+def _recompute_activations(model: Any) -> None:
+    model.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def reported(row: dict[str, Any]) -> dict[str, Any]:

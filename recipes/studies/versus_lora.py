@@ -34,7 +34,7 @@ from braces_cli.data.examples import Examples
 from braces_cli.data.readers import Source, read_rows
 from braces_cli.data.row_formats import instruction_prompt
 from braces_cli.scoring.likelihood import Likelihood, likelihoods
-from braces_cli.training.settings import TrainSettings
+from braces_cli.training.settings import RunSettings
 
 # Peak rates tried. Those of braces are of the projections; the gates have --gate-lr.
 RATES = {"lora": (1e-3, 3e-3, 1e-2), "braces": (1e-3, 3e-3, 1e-2)}
@@ -48,7 +48,7 @@ def main() -> None:
     random.Random(0).shuffle(rows)
     held_out, train_rows = rows[: len(rows) // 10], rows[len(rows) // 10 :]
     train_set, test_set = (tokenised(part, tokenizer, args.max_length) for part in (train_rows, held_out))
-    base = TrainSettings(
+    base = RunSettings(
         rank=RANK,
         max_steps=args.steps,
         batch_size=args.batch_size,
@@ -107,15 +107,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=192)
-    parser.add_argument("--gate-lr", type=float, default=TrainSettings().gate_lr)
-    parser.add_argument("--scale", default=TrainSettings().scale)
+    parser.add_argument("--gate-lr", type=float, default=RunSettings().gate_lr)
+    parser.add_argument("--scale", default=RunSettings().scale)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", choices=list(RATES), help="the runs of one method, so that two calls can share a job")
     return parser.parse_args()
 
 
 def measure(
-    model: str, train_set: Examples, test_set: Examples, held_out: list[Source], settings: TrainSettings
+    model: str, train_set: Examples, test_set: Examples, held_out: list[Source], settings: RunSettings
 ) -> dict[str, Any]:
     session, result = train(model, train_set, None, settings)
     figures = {"parameters": result["trainable_parameters"], "train_loss": result["train_loss"]}

@@ -121,13 +121,11 @@ CONTRADICTIONS = [
     ("lora", ["--opposites", "a:b"], "--opposites"),
     ("lora", ["--attributes", "."], "--attributes"),
     ("pissa", ["--gate-lr", "0.1"], "--gate-lr"),
-    ("lora", ["--init", "values"], "--init"),
     ("lora", ["--scale", "auto"], "--scale"),
     ("braces", ["--lora-alpha", "8"], "--lora-alpha"),
     ("braces", ["--lora-targets", "q_proj"], "--lora-targets"),
     ("lora", ["--lora-alpha", "0"], "--lora-alpha"),
     ("lorra", [], "no method `lorra`"),
-    ("braces", ["--init", "best"], "no init `best`"),
     ("braces", ["--scale", "best"], "no scale `best`"),
 ]
 
