@@ -14,6 +14,7 @@ import inspect
 import types
 from collections.abc import Callable
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
@@ -46,7 +47,7 @@ def command(function: Callable[[Any], None]) -> Callable[..., None]:
         parameters.append(_parameter(name, _annotation(name, hints[name], about), _default(kept)))
     config = Annotated[
         Any,
-        typer.Option("--config", help=_CONFIG, callback=read_config_file, is_eager=True, metavar="FILE", parser=str),
+        typer.Option("--config", help=_CONFIG, callback=read_config_file, is_eager=True, metavar="FILE", parser=Path),
     ]
     parameters.append(_parameter("config", config, None))
     run.__name__, run.__doc__, run.__module__ = function.__name__, function.__doc__, function.__module__
