@@ -41,7 +41,7 @@ def read_config_file(ctx: typer.Context, path: Path | None) -> Path | None:
             close = near_misses(name, names).replace("_", "-")
             raise ConfigError(f"unknown key `{key}`", where=str(path), hint=close or "See --help for the options.")
         # YAML reads `packing: off` as false.
-        if isinstance(value, bool) and known[names[name]].type.name in ("text", "choice"):
+        if isinstance(value, bool) and not known[names[name]].is_flag:
             value = "on" if value else "off"
         defaults[names[name]] = value
     ctx.default_map = {**(ctx.default_map or {}), **defaults}

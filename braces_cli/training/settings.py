@@ -161,6 +161,8 @@ class TrainSettings(SeedSettings):
         if self.lora_alpha is not None and self.lora_alpha < 1:
             raise ConfigError(f"must be at least 1, not {self.lora_alpha}", where="--lora-alpha")
         self._check_method()
+        if self.method in BASELINES and self.lr is None:
+            self._set(lr=BASELINE_LR)
         self._set(lora_targets=_names(self.lora_targets))
         self._fill_attributes()
         if self.streaming and self.max_steps is None:
@@ -221,8 +223,7 @@ class TrainSettings(SeedSettings):
         """The same with a learning rate, where none was given: for a model of d = `width`, to three digits."""
         if self.lr is not None:
             return self
-        rate = DEFAULT_TURN / math.sqrt(width) if self.method == "braces" else BASELINE_LR
-        return replace(self, lr=float(f"{rate:.3g}"))
+        return replace(self, lr=float(f"{DEFAULT_TURN / math.sqrt(width):.3g}"))
 
     def recorded(self) -> dict[str, Any]:
         """What the method reads: the settings that explain an adapter."""

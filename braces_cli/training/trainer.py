@@ -315,9 +315,10 @@ def _accelerator(settings: TrainSettings, context: TrainerContext, device: torch
     """What the launcher asks for: one process, DDP, FSDP2 or DeepSpeed."""
     deepspeed, reporter = uses_deepspeed(), context.checkpoints.report_to
     accelerator = Accelerator(
-        # The base lies where it should. In a process that was set up before, the device is no matter.
+        # The base lies where it should, so the device only matters to who sets the process up; accelerate takes `cpu`
+        # for a refusal of DeepSpeed.
         device_placement=False,
-        cpu=device.type == "cpu" and not is_initialized(),
+        cpu=device.type == "cpu" and not deepspeed and not is_initialized(),
         log_with=None if reporter == "none" else reporter,
         project_dir=context.folder / "runs",
         # The loss is divided here, by tokens; only DeepSpeed must know how many batches make a step.
