@@ -97,9 +97,9 @@ def _builder(settings: AttributeBuildSettings) -> Any:
     from braces_cli.core.attributes.word_lists import built_in, clean_words, read_words
 
     if settings.examples is not None:
-        from braces_cli.steering.example_texts import read_texts
+        from braces_cli.data.texts import read_texts
 
-        texts = read_texts(settings.examples)
+        texts = [text.strip() for text in read_texts(settings.examples)]
         return lambda session, name, *how: attribute_from_texts(session, name, texts, *how)
     if settings.words is None and settings.words_file is None:
         lists = built_in()

@@ -109,7 +109,7 @@ def test_another_base_is_refused_by_name(build, braces, model_dir, tmp_path):
         (["--words", "a", "--examples", "t.txt"], 2, "two sources"),
         (["--examples", "nowhere.txt"], 3, "no such file"),
         (["--examples", "nowhere.jsonl"], 3, "no such file"),
-        (["--examples", "empty.txt"], 3, "no texts"),
+        (["--examples", "empty.txt"], 3, "no text but blanks"),
         (["--pooling", "min"], 2, "no pooling `min`"),
         (["--list", "--attributes", "nowhere"], 2, "no such folder"),
         (["--list", "--attributes", "broken"], 4, "not an attribute file"),

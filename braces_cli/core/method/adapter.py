@@ -48,7 +48,7 @@ class Adapter:
                 ffn.host.add_module("brace", brace)
                 brace.keep_gram(isinstance(ffn, FFN))
                 for part in ffn.parts:
-                    self._handles += _expert_hooks(part, brace) if isinstance(part, Experts) else _hooks(part, brace)
+                    self._handles += hook_ffn(part, brace)
         except BaseException:
             self.detach()
             raise
@@ -173,6 +173,11 @@ class Adapter:
 def _require_gradients(module: nn.Module, args: tuple, output: Tensor) -> None:
     if torch.is_grad_enabled() and not output.requires_grad:
         output.requires_grad_()
+
+
+def hook_ffn(part: FFN | Experts, brace: Any) -> list[RemovableHandle]:
+    """Have `brace`, a `RelevanceModule` or what answers the same calls, change the output of an FFN."""
+    return _expert_hooks(part, brace) if isinstance(part, Experts) else _hooks(part, brace)
 
 
 def _hooks(ffn: FFN, brace: RelevanceModule) -> list[RemovableHandle]:

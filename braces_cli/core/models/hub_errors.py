@@ -26,6 +26,14 @@ def is_hub_id(name: str) -> bool:
     return not name.startswith((".", "/", "~")) and name.count("/") == 1 and not name.endswith("/")
 
 
+def hub_faults() -> tuple[type[Exception], ...]:
+    """What a call to the hub raises: no connection, a refusal, a file that cannot be read, an argument it rejects."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # Its bases are OSError and the error class of the HTTP library, whichever library that is.
+    return (*HfHubHTTPError.__bases__, ValueError, KeyError, RuntimeError, ImportError)
+
+
 @contextmanager
 def hub_errors(where: str, what: str, kind: type[BracesError] = ModelError) -> Iterator[None]:
     """Turn what the Hugging Face libraries raise inside the `with` block into one error that says what to do.

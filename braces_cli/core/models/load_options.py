@@ -29,3 +29,17 @@ class LoadOptions(Settings):
         choices=QUANTISATIONS,
     )
     trust_remote_code: bool = option(False, help="Run code that a hub model brings.", panel=MODEL, outcome=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(LoadOptions):
+    """The base model of a command."""
+
+    model: str | None = option(
+        None, help="Base model: folder or hub id. Default: the adapter's own, else the embedded model."
+    )
+
+    @property
+    def load_options(self) -> LoadOptions:
+        """The part of these settings that loading a base needs."""
+        return self.shared(LoadOptions)

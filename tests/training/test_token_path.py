@@ -1,4 +1,4 @@
-"""Where training starts: leading directions, the weight of the token path, and the scale that goes with the file."""
+"""How large the token path is beside the FFN, and the fixed factors that an adapter's file holds."""
 
 from __future__ import annotations
 
@@ -12,70 +12,16 @@ from braces_cli.core.attributes.attribute import build_attribute
 from braces_cli.core.attributes.intervention import steered
 from braces_cli.core.method.adapter import attach, attach_stored
 from braces_cli.core.method.adapter_files import find_adapter, read_config
-from braces_cli.core.method.projections import projection_error
 from braces_cli.core.method.reference import reference
-from braces_cli.core.models.ffn import find_ffns
 from braces_cli.core.models.tokenization import Encoded
 from braces_cli.core.utils.errors import ModelError
-from braces_cli.training.initialization import leading, scale_to_base, start_projections, token_path_shares
+from braces_cli.training.token_path import token_path_shares
 from tests.conftest import make_adapter, open_gates, tiny_model
 from tests.core.architectures import tiny
 from tests.core.method.test_reference import TOKENS, relative, run
 
 _IDS = torch.randint(3, 96, (6, 12), generator=torch.Generator().manual_seed(4)).tolist()
 EXAMPLES = [Encoded(ids[: 5 + row], ids[: 5 + row], False, False) for row, ids in enumerate(_IDS)]
-
-
-def captured(operator: torch.Tensor, projection: torch.Tensor) -> float:
-    """Share of the largest possible trace of R S R^T that a projection reaches."""
-    best = torch.linalg.eigvalsh(operator).flip(0)[: len(projection)].sum()
-    return float((projection @ operator @ projection.mT).trace() / best)
-
-
-def test_leading_eigenvectors():
-    """Of two operators at once; largest first, whatever their signs."""
-    generator = torch.Generator().manual_seed(0)
-    basis = torch.linalg.qr(torch.randn(2, 20, 20, generator=generator)).Q
-    values = torch.tensor([9.0, 7.0, -8.0, 5.0, *[0.1] * 16])
-    operators = [q * values @ q.mT for q in basis]
-    starts = [torch.linalg.qr(torch.randn(20, 6, generator=generator)).Q for _ in operators]
-    found = leading(lambda vectors: [s @ x for s, x in zip(operators, vectors, strict=True)], starts, 8)
-    for q, x in zip(basis, found, strict=True):
-        assert torch.allclose((x[:, :3].mT @ q[:, [0, 1, 3]]).abs(), torch.eye(3), atol=1e-4)
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "mixtral"])
-def test_values_are_the_directions_in_which_value_vectors_are_longest(name):
-    """The leading eigenvectors of W W^T, summed over experts; orthonormal, and not what was drawn."""
-    model = tiny(name) if name == "mixtral" else tiny_model(name)
-    adapter = attach(model, 4)
-    drawn = [brace.weight.detach().clone() for _, brace in adapter.sites]
-    start_projections(adapter, "values", EXAMPLES, seed=0)
-    for (ffn, brace), before in zip(adapter.sites, drawn, strict=True):
-        values = ffn.value_matrix().detach().float()
-        assert captured(values @ values.mT, brace.weight.detach()) > 0.99 > captured(values @ values.mT, before)
-        assert projection_error(brace.weight) < 1e-5
-
-
-@pytest.mark.parametrize("name", ["llama", "opt"])
-def test_inputs_are_the_directions_in_which_inputs_are_longest(name):
-    """Those of the bare base, over all tokens of the rows."""
-    model = tiny_model(name)
-    seen: dict[int, list[torch.Tensor]] = {0: [], 1: []}
-    handles = [ffn.watch(lambda h, i=ffn.layer: seen[i].append(h.reshape(-1, 32))) for ffn in find_ffns(model)]
-    with torch.no_grad():
-        for example in EXAMPLES:
-            model(input_ids=torch.tensor([example.ids]))
-    for handle in handles:
-        handle.remove()
-    adapter = attach(model, 4)
-    open_gates(adapter)
-    before = [brace.weight.detach().clone() for _, brace in adapter.sites]
-    start_projections(adapter, "inputs", EXAMPLES, seed=0)
-    for (ffn, brace), other in zip(adapter.sites, before, strict=True):
-        h = torch.cat(seen[ffn.layer])
-        assert captured(h.mT @ h, brace.weight.detach()) > 0.99
-        assert captured(h.mT @ h, torch.linalg.qr(other.mT).Q.mT) < 0.9
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "mixtral"])
@@ -99,26 +45,7 @@ def test_the_share_is_the_term_over_the_output(name):
     on, off = (torch.cat([o.reshape(-1, o.shape[-1]) for o in part]) for part in (outputs[:6], outputs[6:]))
     expected = float(((on - off).norm(dim=-1) / off.norm(dim=-1)).median())
     assert token_path_shares(adapter, EXAMPLES) == [pytest.approx(expected, rel=1e-3)]
-    assert "forward" not in vars(brace)  # nothing of the measurement stays
-
-
-def test_auto_scale_makes_up_for_how_the_base_spreads_its_weights():
-    """Value vectors ten times shorter and activations ten times longer are the same base, and then the same start."""
-    shares: dict[tuple[str, int], float] = {}
-    for factor in (1, 10):
-        model = tiny_model()
-        with torch.no_grad():
-            for layer in model.model.layers:
-                layer.mlp.down_proj.weight /= factor
-                layer.mlp.up_proj.weight *= factor
-        adapter = attach(model, 4)
-        shares["paper", factor] = token_path_shares(adapter, EXAMPLES)[0]
-        scale_to_base(adapter, EXAMPLES)
-        shares["auto", factor] = token_path_shares(adapter, EXAMPLES)[0]
-    g = float(torch.sigmoid(torch.tensor(-5.0)))
-    assert shares["paper", 1] == pytest.approx(100 * shares["paper", 10], rel=1e-3)
-    assert shares["auto", 1] == pytest.approx(g, rel=1e-2)
-    assert shares["auto", 10] == pytest.approx(g, rel=1e-2)
+    assert brace.enabled  # nothing of the measurement stays
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "mixtral"])
@@ -180,21 +107,21 @@ def test_scales_are_saved_and_loaded_and_steering_grows_with_them(session, tmp_p
             read_config(tmp_path / "b")
 
 
-def test_the_command_starts_where_it_is_told(braces, model_dir, tmp_path):
-    """Starts give other adapters, `auto` writes scales, and the share of the first rows is in the JSON."""
+def test_the_command_tells_the_share_and_stores_the_units(braces, model_dir, tmp_path):
+    """The token path of the trained adapter is in the JSON; only the paper's form has no factors of its own."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "the film is good"}\n{"text": "the end is sad"}\n')
-    found = {}
-    for init, scale in (("random", "paper"), ("values", "paper"), ("inputs", "auto")):
-        out = tmp_path / f"{init}-{scale}"
+    scales = {}
+    for form in ("paper", "signed", "untied"):
+        out = tmp_path / form
         outcome = braces(
-            "train", "--model", model_dir, "--data", rows, "--rank", 4, "--max-steps", 1, "--init", init, "--scale",
-            scale, "--output-dir", out, "--format", "json",
+            "train", "--model", model_dir, "--data", rows, "--rank", 4, "--max-steps", 2, "--relevance", form,
+            "--output-dir", out, "--format", "json",
         )  # fmt: skip
         assert outcome.code == 0, outcome.err
-        found[init] = (outcome.json["token_path_share"], read_config(out).scales)
-    assert all(len(share) == 2 and min(share) > 0 for share, _ in found.values())
-    assert found["random"][1] == found["values"][1] == []
-    assert found["inputs"][0] == pytest.approx([0.00669] * 2, rel=0.05)
-    assert len(found["inputs"][1]) == 2
-    assert found["values"][0] != found["random"][0]
+        assert len(outcome.json["token_path_share"]) == 2
+        assert min(outcome.json["token_path_share"]) > 0
+        scales[form] = read_config(out).scales
+    assert scales["paper"] == []
+    assert len(scales["signed"]) == 2
+    assert scales["signed"] == scales["untied"]
