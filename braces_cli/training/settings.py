@@ -276,8 +276,8 @@ class CheckpointSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings(TrainSettings, CheckpointSettings, ModelSettings):
-    """A whole run: rows -> adapter folder."""
+class FileSettings(Settings):
+    """What is read, and where the adapter goes."""
 
     data: tuple[str, ...] = option(
         (), help="Training rows: a file, or a hub set as id, id:split or id:subset:split. Repeatable.", metavar="ROWS"
@@ -290,6 +290,12 @@ class RunSettings(TrainSettings, CheckpointSettings, ModelSettings):
         (), help="Columns of the rows, such as prompt=question,completion=answer. Repeatable.", panel=DATA,
         metavar="KEY=COLUMN,...",
     )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(TrainSettings, CheckpointSettings, ModelSettings, FileSettings):
+    """A whole run: rows -> adapter folder."""
+
     attributes: Path | None = option(None, help="Folder that attr-build wrote.", panel=ATTRIBUTES)
     overwrite: bool = option(False, help="Write into an output folder that is not empty.", panel=OUTPUT, outcome=False)
     push_to_hub: str | None = option(
