@@ -16,6 +16,7 @@ import typer
 from braces_cli import __version__
 from braces_cli.cli import typer_internals
 from braces_cli.cli.console import print_json
+from braces_cli.core.utils.atomic_files import file_hint
 from braces_cli.core.utils.distributed import rank
 from braces_cli.core.utils.errors import BracesError, first_line
 
@@ -91,12 +92,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not isinstance(error.__context__, BrokenPipeError):
             raise
         code = _reader_gone()
+    except OSError as error:
+        # A file or folder that the user named and that no room has checked.
+        if error.filename is None:
+            code = _fault(args, error)
+        else:
+            code = _fail(args, 1, error.strerror or "failed", str(error.filename), file_hint(error))
     except Exception as error:
-        if "--debug" in args:
-            raise
-        what = f"{type(error).__name__}: {first_line(error) if str(error).strip() else 'no message'}"
-        code = _fail(args, 1, what, None, "This is a fault of braces; --debug shows where.")
+        code = _fault(args, error)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fault(args: list[str], error: Exception) -> int:
+    """Report a fault of ours; with --debug raise it again."""
+    if "--debug" in args:
+        raise error
+    what = f"{type(error).__name__}: {first_line(error) if str(error).strip() else 'no message'}"
+    return _fail(args, 1, what, None, "This is a fault of braces; --debug shows where.")
 
 
 def _reader_gone() -> int:
@@ -134,8 +146,19 @@ def _call_error(args: list[str], error: typer.TyperException) -> int:
     if typer_internals.is_call_without_arguments(error):
         print(message)
         return 2
+    called = typer_internals.called_command(error) or _named_command(args)
     # typer's own hint names the command that was called (`Try 'braces train --help'`).
-    return _fail(args, 2, message.rstrip("."), None, f"See `{typer_internals.called_command(error)} --help`.")
+    return _fail(args, 2, message.rstrip("."), None, f"See `{called} --help`.")
+
+
+def _named_command(args: Sequence[str]) -> str:
+    """The command that the first words of a call name, such as `braces inspect values`."""
+    app, words = build_app(args), []
+    for word in args:
+        if typer_internals.help_of(app, [*words, word.replace("_", "-")]) is None:
+            break
+        words.append(word.replace("_", "-"))
+    return " ".join(["braces", *words])
 
 
 def _fail(args: list[str], code: int, message: str, where: str | None, hint: str | None) -> int:

@@ -8,8 +8,9 @@ from typing import Any
 
 from braces_cli.cli.command import command
 from braces_cli.cli.console import print_json, print_pairs, print_table, progress
+from braces_cli.cli.dry_run import show_plan
 from braces_cli.cli.options import AdapterSettings, OutputSettings
-from braces_cli.core.attributes.word_lists import POOLINGS
+from braces_cli.core.attributes.word_lists import POOLINGS, built_in
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.core.utils.settings import OUTPUT, option
 
@@ -21,7 +22,9 @@ _WORDS_SHOWN = 3
 class AttributeBuildSettings(AdapterSettings, OutputSettings):
     """Settings of `braces attr-build`."""
 
-    attribute: str | None = option(None, help="Name of the attribute.")
+    first_options = ("attribute", "words", "examples", "output_dir", "list_attributes")
+
+    attribute: str | None = option(None, help="Name of the attribute.", metavar="NAME", complete=built_in)
     words: str | None = option(None, help="Its words, separated by commas.")
     words_file: Path | None = option(None, help="File with its words, one a line.")
     examples: Path | None = option(None, help="Texts in place of words: one a line, or a data file with `text`.")
@@ -42,7 +45,7 @@ def attr_build(settings: AttributeBuildSettings) -> None:
     The file fits every dtype and quantisation of its base, and no other base.
     """
     if settings.dry_run:
-        print_json({"settings": settings.resolved()})
+        show_plan(settings)
         return
     if settings.list_attributes:
         _list(settings)
@@ -94,7 +97,7 @@ def _builder(settings: AttributeBuildSettings) -> Any:
         raise ConfigError("two sources of words", where=", ".join(sources), hint="Give one of them.")
 
     from braces_cli.core.attributes.attribute import attribute_from_texts, build_attribute, built_in_attribute
-    from braces_cli.core.attributes.word_lists import built_in, clean_words, read_words
+    from braces_cli.core.attributes.word_lists import clean_words, read_words
 
     if settings.examples is not None:
         from braces_cli.data.texts import read_texts

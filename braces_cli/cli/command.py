@@ -13,7 +13,7 @@ import dataclasses
 import inspect
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import StrEnum
@@ -25,7 +25,8 @@ import typer
 from braces_cli.cli.config_file import read_config_file
 from braces_cli.cli.console import set_up
 from braces_cli.cli.typer_internals import sources
-from braces_cli.core.utils.settings import PANELS, Option, options_of
+from braces_cli.core.utils.errors import ConfigError
+from braces_cli.core.utils.settings import PANELS, Option, flag_of, options_of
 
 _CONFIG = "YAML file with options of this command; the command line wins."
 # The command that runs, where it is not the one that this process was started with.
@@ -57,12 +58,15 @@ def command(function: Callable[[Any], None]) -> Callable[..., None]:
         values.pop("config")
         set_up(values.get("quiet", False), values.get("debug", False))
         given = sources(ctx, values)
+        for name in (name for name, about in described.items() if about.once):
+            values[name] = _only(values[name], flag_of(kind, name))
         function(kind(**{name: _stored(value, hints[name]) for name, value in values.items()}, given=given))
 
     parameters = [_parameter("ctx", typer.Context)]
-    for name, about in sorted(described.items(), key=lambda item: (not item[1].argument, PANELS.index(item[1].panel))):
+    for name, about in sorted(described.items(), key=lambda item: _place(kind, *item)):
         kept = fields[name].default
-        parameters.append(_parameter(name, _annotation(name, hints[name], about), _default(kept)))
+        annotation = _annotation(name, hints[name], about, name in kind.first_options)
+        parameters.append(_parameter(name, annotation, _default(kept)))
     config = Annotated[
         Any,
         typer.Option("--config", help=_CONFIG, callback=read_config_file, is_eager=True, metavar="FILE", parser=Path),
@@ -88,23 +92,54 @@ def _default(value: Any) -> Any:
     return list(value) or None if isinstance(value, tuple) else value
 
 
-def _annotation(name: str, hint: Any, about: Option) -> Any:
+def _place(kind: type, name: str, about: Option) -> tuple[int, ...]:
+    """Sorts options as `--help` shows them: arguments, the first options, the rest of the main ones, panel by panel."""
+    first: tuple[str, ...] = kind.first_options  # type: ignore[attr-defined]
+    rank = first.index(name) if name in first else len(first)
+    return (not about.argument, rank, PANELS.index(about.panel))
+
+
+def _annotation(name: str, hint: Any, about: Option, first: bool = False) -> Any:
     flags = (about.flag or "--" + name.replace("_", "-")).split(",")
-    details: dict[str, Any] = {"help": about.help, "rich_help_panel": about.panel, "hidden": about.hidden}
+    panel = None if first else about.panel
+    details: dict[str, Any] = {"help": about.help, "rich_help_panel": panel, "hidden": about.hidden}
     if about.min is not None:
         details["min"] = about.min
     if about.metavar is not None:
         details["metavar"] = about.metavar
     if about.choices:
         details.setdefault("metavar", "|".join(about.choices))
-        details["autocompletion"] = lambda: list(about.choices)
-    item = _item(hint)
+    if about.choices or about.complete:
+        details["autocompletion"] = _completion(about.complete or (lambda: about.choices))
+    item = str if about.once else _item(hint)
     if item is not None:
         hint = list[item] | None  # type: ignore[valid-type]
     if about.argument:
         return Annotated[hint, typer.Argument(**details)]
     # One name, so that a flag of its own brings no `--no-...`.
     return Annotated[hint, typer.Option(*flags, **details)]
+
+
+def _completion(values: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """What typer calls with the word before the cursor; the parts of a word with commas are completed one by one."""
+
+    def complete(incomplete: str) -> list[str]:
+        before, comma, part = incomplete.rpartition(",")
+        return [f"{before}{comma}{value}" for value in values() if value.startswith(part)]
+
+    return complete
+
+
+def _only(values: list[Any] | None, flag: str) -> Any:
+    """The value of an option that may be given once.
+
+    Raises:
+        ConfigError: it was given more than once.
+    """
+    if values and len(values) > 1:
+        hint = "Give one of them; only `braces eval` takes several."
+        raise ConfigError(f"given {len(values)} times", where=flag, hint=hint)
+    return values[0] if values else None
 
 
 def _item(hint: Any) -> Any:

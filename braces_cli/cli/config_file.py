@@ -8,26 +8,29 @@ from typing import Any
 
 import typer
 
-from braces_cli.cli.typer_internals import parameters, set_defaults
+from braces_cli.cli.typer_internals import is_repeatable, parameters, set_defaults
 from braces_cli.core.utils.errors import ConfigError, near_misses
 
 _BOOL = "tag:yaml.org,2002:bool"
+_KINDS: dict[type, str] = {list: "list", dict: "mapping"}
 
 
 def read_config_file(ctx: typer.Context, path: Path | str | None) -> Path | None:
     """Make the file's settings the defaults of this command; what stands on the command line wins.
 
     Raises:
-        ConfigError: no such file, not YAML, or a key that is no option of this command.
+        ConfigError: no such file, not YAML, a key that is no option of this command or that comes twice, or a list for
+            an option that takes one value.
     """
     if path is None:
         return None
     path = Path(path)
     settings = _mapping(path)
     # Some options carry a Python name of their own (`--format` is `fmt`), so keys are matched with what users type.
+    known = parameters(ctx)
     names = {
         flag.lstrip("-").replace("-", "_"): name
-        for name, parameter in parameters(ctx).items()
+        for name, parameter in known.items()
         for flag in parameter.opts
         if name not in ("config", "help")
     }
@@ -37,6 +40,13 @@ def read_config_file(ctx: typer.Context, path: Path | str | None) -> Path | None
         if name not in names:
             close = near_misses(name, names).replace("_", "-")
             raise ConfigError(f"unknown key `{key}`", where=str(path), hint=close or "See --help for the options.")
+        if names[name] in defaults:
+            raise ConfigError(f"`{key}` is named twice", where=str(path), hint="Write each key once.")
+        if is_repeatable(known[names[name]]):
+            value = value if isinstance(value, list) or value is None else [value]
+        elif isinstance(value, (list, dict)):
+            hint = f"Write `{key}: VALUE`."
+            raise ConfigError(f"`{key}` takes one value, not a {_KINDS[type(value)]}", where=str(path), hint=hint)
         defaults[names[name]] = value
     set_defaults(ctx, defaults)
     return path
@@ -47,7 +57,19 @@ def _mapping(path: Path) -> dict[Any, Any]:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Of YAML 1.2, in which only true and false are truth values: `packing: off` is the word."""
+        """Of YAML 1.2, in which only true and false are truth values: `packing: off` is the word.
+
+        A key that comes twice is an error.
+        """
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            seen = set()
+            for key, _ in node.value:
+                if key.value in seen:
+                    where = f"{path}:{key.start_mark.line + 1}"
+                    raise ConfigError(f"`{key.value}` is named twice", where=where, hint="Write each key once.")
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
 
     Loader.yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]

@@ -7,14 +7,20 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from braces_cli.cli.progress_lines import ProgressLines
+from braces_cli.cli.table_layout import layout
 from braces_cli.core.utils.atomic_files import finite
 
 if TYPE_CHECKING:
     from braces_cli.core.utils.progress import Report
+
+
+# Characters of a line that goes to a file or a pipe.
+_UNLIMITED = 100_000
 
 
 def set_up(quiet: bool, debug: bool) -> None:
@@ -66,30 +72,58 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
     from rich.text import Text
 
     rows = [list(row) for row in rows]
-    table = Table(title=title, title_justify="left", show_header=any(columns))
-    for index, name in enumerate(columns):
-        numeric = bool(rows) and all(isinstance(row[index], (int, float)) or row[index] is None for row in rows)
-        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(cell(value)) for value in row))
-    console().print(table)
+    texts = [[cell(value) for value in row] for row in rows]
+    out = console()
+    for block in layout([columns, *texts], out.width):
+        table = Table(title=title, title_justify="left", show_header=any(columns))
+        title = ""
+        for index, width in block.items():
+            numeric = bool(rows) and all(isinstance(row[index], (int, float)) or row[index] is None for row in rows)
+            right: Literal["right", "left"] = "right" if numeric else "left"
+            table.add_column(columns[index], justify=right, overflow="fold", width=width)
+        for row in texts:
+            table.add_row(*(Text(row[index]) for index in block))
+        out.print(table)
 
 
 def console(stderr: bool = False) -> Any:
-    """A Rich console that treats a reader who has gone as any write does; Rich itself would exit with 1."""
+    """A Rich console on stdout or stderr; where that is no terminal, no line is wrapped.
+
+    It treats a reader who has gone as any write does; Rich itself would exit with 1.
+    """
     from rich.console import Console
 
     class Plain(Console):
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError
 
-    return Plain(stderr=stderr, highlight=False)
+    out = Plain(stderr=stderr, highlight=False)
+    if not out.is_terminal:
+        out.width = _UNLIMITED
+    return out
 
 
-def print_pairs(title: str, pairs: dict[str, Any]) -> None:
-    """A two-column table of names and values; what was not measured is left out."""
-    shown = [(name.replace("_", " "), value) for name, value in pairs.items() if value is not None]
+def print_pairs(title: str, pairs: dict[str, Any], labels: Mapping[str, str] | None = None) -> None:
+    """A two-column table of names and values; what was not measured, and what is empty, is left out.
+
+    Args:
+        labels: what a name is called, where its own words with spaces will not do.
+    """
+    labels = labels or {}
+    shown = [
+        (labels.get(name, name.replace("_", " ")), ", ".join(map(cell, value)) if isinstance(value, list) else value)
+        for name, value in pairs.items()
+        if value is not None and value not in ([], {}, ())
+    ]
     print_table(title, ["", ""], shown)
+
+
+def file_size(count: int) -> str:
+    """Bytes in the largest unit of 1,000 that leaves a number above 1."""
+    size, units = float(count), ["bytes", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{size:.3g} {units[0]}"
 
 
 def cell(value: Any) -> str:
@@ -105,11 +139,11 @@ def cell(value: Any) -> str:
 
 @contextmanager
 def progress(quiet: bool) -> Iterator[Report]:
-    """Give a `Report` that draws one bar a stage on stderr; it draws nothing where stderr is no terminal."""
+    """Give a `Report` that draws one bar a stage on stderr, or writes a line every so often where that is no terminal."""
     from braces_cli.core.utils.progress import silent
 
     if quiet or not sys.stderr.isatty():
-        yield silent
+        yield silent if quiet else ProgressLines(logging.getLogger("braces").info)
         return
     from rich.console import Console
     from rich.progress import (

@@ -36,6 +36,8 @@ TASKS = {"embedded_popqa": "questions about facts", "embedded_truthful": "truth 
 class DemoSettings(OutputSettings):
     """Settings of `braces demo`."""
 
+    first_options = ("output_dir",)
+
     output_dir: Path = option(Path("demo"), help="Folder for everything that the demo makes.")
     overwrite: bool = option(False, help="Write into an output folder that is not empty.", panel=OUTPUT)
 

@@ -11,6 +11,7 @@ import typer
 
 from braces_cli.cli.command import command
 from braces_cli.cli.console import print_json, print_table, progress, set_up
+from braces_cli.cli.dry_run import show_plan
 from braces_cli.cli.options import ModelSettings, OutputSettings
 from braces_cli.core.utils.distributed import is_main
 from braces_cli.core.utils.errors import BracesError, ConfigError
@@ -22,6 +23,8 @@ from braces_cli.evaluation.settings import EvalSettings
 @dataclass(frozen=True, kw_only=True)
 class EvalCommandSettings(EvalSettings, ModelSettings, OutputSettings):
     """Settings of `braces eval`."""
+
+    first_options = ("tasks", "model", "adapter", "output_dir", "limit")
 
     adapter: tuple[str, ...] = option(
         (), help="Adapter to measure beside the base: folder or hub id. Repeatable.", metavar="ADAPTER"
@@ -138,14 +141,4 @@ def _dry_run(settings: EvalCommandSettings) -> None:
         out["trainable_parameters"] = counts[0] if len(counts) == 1 else counts or 0
     except BracesError as error:
         out.update({"trainable_parameters": None, "reason": str(error).replace("\n", " ")})
-    out["settings"] = settings.resolved()
-    if settings.json:
-        print_json(out)
-    else:
-        values = {**out.pop("settings"), **out}
-        rows = [(name, _text(value)) for name, value in values.items() if value is not None and value != []]
-        print_table("dry run", ("setting", "value"), rows)
-
-
-def _text(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    show_plan(settings, out)

@@ -20,6 +20,8 @@ app = typer.Typer(help="Look inside a model and its adapter.", invoke_without_co
 class SummarySettings(DisplaySettings):
     """Settings of `braces inspect` without a subcommand, which loads no weights."""
 
+    first_options = ("model", "adapter")
+
     model: str | None = same_option(AdapterSettings, "model")
     adapter: str | None = same_option(AdapterSettings, "adapter")
     revision: str | None = same_option(AdapterSettings, "revision")

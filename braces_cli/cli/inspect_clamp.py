@@ -17,6 +17,8 @@ from braces_cli.core.utils.settings import DATA, GENERATION, SeedSettings, optio
 class ClampSettings(InspectSettings, SeedSettings):
     """Settings of `braces inspect clamp`."""
 
+    first_options = ("prompt", "model", "adapter", "token", "generate")
+
     clamps: tuple[str, ...] = option(
         help="Neurons to hold, such as 3:89=2.5, or 3:89=p99.9: at that percentile of its own weights over --data.",
         metavar="LAYER:INDEX=VALUE",

@@ -13,6 +13,8 @@ from braces_cli.core.utils.settings import option
 class DiffSettings(LoadOptions, DisplaySettings):
     """Settings of `braces inspect diff`."""
 
+    first_options = ("adapters",)
+
     a: str = option(help="Model or adapter: folder or hub id.", metavar="A", argument=True)
     b: str = option(help="The other one, of the same kind.", metavar="B", argument=True)
     adapters: bool = option(False, help="A and B are adapters; needed for hub ids, folders tell by themselves.")

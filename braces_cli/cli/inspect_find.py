@@ -11,6 +11,8 @@ from typing import Any
 from braces_cli.cli.command import command
 from braces_cli.cli.console import print_json_lines, print_table, progress
 from braces_cli.cli.inspect_options import VectorSettings, tokens_cell
+from braces_cli.core.attributes.listing import check_attributes
+from braces_cli.core.attributes.word_lists import built_in
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.core.utils.settings import ATTRIBUTES, option
 
@@ -19,10 +21,14 @@ from braces_cli.core.utils.settings import ATTRIBUTES, option
 class FindSettings(VectorSettings):
     """Settings of `braces inspect find`."""
 
+    first_options = ("model", "adapter", "attribute", "map_file", "limit")
+
     words: tuple[str, ...] = option(
         (), help="A word, several of one concept, or id:NUMBER.", metavar="TOKEN_OR_WORD", argument=True
     )
-    attribute: str | None = option(None, help="Instead of words: the vectors of highest relevance to it.")
+    attribute: str | None = option(
+        None, help="Instead of words: the vectors of highest relevance to it.", metavar="NAME", complete=built_in
+    )
     attributes: Path | None = option(None, help="Folder that attr-build wrote.", panel=ATTRIBUTES)
     map_file: Path | None = option(
         None,
@@ -43,6 +49,9 @@ def find(settings: FindSettings) -> None:
     """
     if bool(settings.words) == bool(settings.attribute):
         raise ConfigError("give words or --attribute, one of them", where="find", hint="Such as: find happy joyful")
+    if settings.attributes is not None and settings.attribute is None:
+        raise ConfigError("no attribute is looked for", where="--attributes", hint="Give --attribute NAME with it.")
+    check_attributes(settings.attributes)
     if settings.attribute and settings.map_file:
         hint = "Relevance needs the model: leave --map out."
         raise ConfigError("an attribute cannot be found in a map", where="--map", hint=hint)

@@ -14,6 +14,8 @@ from braces_cli.core.utils.settings import OUTPUT, option
 class ReportSettings(InspectSettings):
     """Settings of `braces inspect report`."""
 
+    first_options = ("output", "prompt", "model", "adapter", "target")
+
     output: Path = option(help="HTML file to write.")
     prompt: str | None = option(None, help="Text for the heat map and the strongest vectors.")
     target: str | None = option(

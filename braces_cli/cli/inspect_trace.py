@@ -13,6 +13,8 @@ from braces_cli.core.utils.settings import option
 class TraceSettings(LayerSettings):
     """Settings of `braces inspect trace`."""
 
+    first_options = ("model", "adapter", "target", "layers", "positions")
+
     prompt: str = option(help="Text to run through the model.", metavar="PROMPT", argument=True)
     target: str | None = option(
         None, help="Token whose logit is taken apart. Default: the model's own next token at each position."

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from braces_cli.cli.command import command
-from braces_cli.cli.console import print_json, print_json_lines, print_pairs, print_table, progress
+from braces_cli.cli.console import file_size, print_json, print_json_lines, print_pairs, print_table, progress
 from braces_cli.cli.inspect_options import VectorSettings, tokens_cell
 from braces_cli.core.utils.settings import OUTPUT, option
 
@@ -19,6 +19,8 @@ SHOWN = 200
 @dataclass(frozen=True, kw_only=True)
 class ValuesSettings(VectorSettings):
     """Settings of `braces inspect values`."""
+
+    first_options = ("model", "adapter", "layers", "index", "output")
 
     index: str | None = option(None, help="Vectors within each layer, such as 0-9,42. Default: all.")
     top_k: int = option(10, help="Tokens for each vector.", min=1)
@@ -42,7 +44,10 @@ def values(settings: ValuesSettings) -> None:
         session, rows = _rows(settings, report)
         if settings.output is not None:
             written = _write(session, settings, settings.output, rows)
-            (print_json if settings.json else lambda result: print_pairs("", result))(written)
+            if settings.json:
+                print_json(written)
+            else:
+                print_pairs("map written", {**written, "bytes": file_size(written["bytes"])}, {"bytes": "size"})
             return
         if settings.json:
             print_json_lines(rows)

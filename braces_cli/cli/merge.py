@@ -6,6 +6,7 @@ from typing import Any
 
 from braces_cli.cli.command import command
 from braces_cli.cli.console import print_json, print_pairs, progress
+from braces_cli.cli.dry_run import show_plan
 from braces_cli.cli.options import AdapterSettings, AttributeSettings, OutputSettings
 from braces_cli.core.utils.errors import ConfigError, ModelError
 from braces_cli.core.utils.settings import ATTRIBUTES, OUTPUT, option
@@ -14,6 +15,8 @@ from braces_cli.core.utils.settings import ATTRIBUTES, OUTPUT, option
 @dataclass(frozen=True, kw_only=True)
 class MergeSettings(AdapterSettings, AttributeSettings, OutputSettings):
     """Settings of `braces merge`."""
+
+    first_options = ("adapter", "output_dir", "attribute", "s", "model")
 
     output_dir: Path | None = option(None, help="Folder for the merged checkpoint.")
     overwrite: bool = option(False, help="Write into an output folder that is not empty.", panel=OUTPUT)
@@ -29,11 +32,28 @@ class MergeSettings(AdapterSettings, AttributeSettings, OutputSettings):
     check: Path | None = option(None, help="Verify this merged folder once more; writes nothing.", panel=OUTPUT)
 
 
+# What the table calls the fields of the result.
+_LABELS = {
+    "case": "written as",
+    "max_logit_difference": "largest difference of a logit from base and adapter",
+    "relative_difference": "the same over the largest logit",
+    "rounding": "rounding error of the base's logits",
+    "adapter_effect": "largest change of a logit by the adapter",
+    "effect_missing": "share of the adapter's change that is lost",
+    "probes": "probe prompts",
+}
+_KINDS = {
+    "a": "more neurons in the gated FFN",
+    "b": "a Llama with more neurons in its FFN",
+    "c": "pairs of neurons in the FFN without gate",
+}
+
+
 @command
 def merge(settings: MergeSettings) -> None:
     """Write base and adapter into one plain checkpoint that transformers, vLLM or llama.cpp load without braces."""
     if settings.dry_run:
-        print_json({"settings": settings.resolved(), **_planned(settings)})
+        show_plan(settings, _planned(settings))
         return
     if (settings.output_dir is None) == (settings.check is None):
         what = "missing option" if settings.check is None else "either writes or checks"
@@ -51,7 +71,10 @@ def merge(settings: MergeSettings) -> None:
         print_json(result)
         return
     shown = ", ".join(f"{name} {s:+g}" for name, s in result["attributes"].items()) or None
-    print_pairs("the merge is verified" if settings.check is not None else "merged", {**result, "attributes": shown})
+    lost = f"{max(0.0, result['effect_missing']):.2%}"
+    kind = _KINDS.get(result.get("case", ""))
+    title = "the merge is verified" if settings.check is not None else "merged"
+    print_pairs(title, {**result, "attributes": shown, "case": kind, "effect_missing": lost}, _LABELS)
 
 
 def _request(settings: MergeSettings, record: dict[str, Any] | None = None) -> Any:
@@ -63,6 +86,9 @@ def _request(settings: MergeSettings, record: dict[str, Any] | None = None) -> A
 
     options, record = settings.load_options, record or {}
     adapter = settings.adapter or record.get("adapter")
+    if adapter is None and settings.check is not None:
+        hint = "braces merge leaves a record in each folder that it writes; give such a folder, or --adapter, too."
+        raise ModelError("no checkpoint that braces merge wrote", where=str(settings.check), hint=hint)
     if adapter is None:
         raise ConfigError("missing option", where="--adapter", hint="Name the adapter that is to be merged.")
     if record and options.dtype == "auto":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from braces_cli.core.attributes.attribute_options import AttributeSettings as AttributeSettings
 from braces_cli.core.attributes.attribute_options import strengths as strengths
 from braces_cli.core.models.load_options import ModelSettings as ModelSettings
-from braces_cli.core.utils.settings import OUTPUT, SeedSettings, Settings, option
+from braces_cli.core.utils.settings import MODEL, OUTPUT, SeedSettings, Settings, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,4 +37,4 @@ class OutputSettings(SeedSettings, DisplaySettings):
 class AdapterSettings(ModelSettings):
     """The base model and the adapter of a command."""
 
-    adapter: str | None = option(None, help="Adapter: folder or hub id.")
+    adapter: str | None = option(None, help="Adapter: folder or hub id.", metavar="ADAPTER", panel=MODEL, once=True)

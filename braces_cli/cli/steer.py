@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from braces_cli.cli.command import command
 from braces_cli.cli.console import print_json
+from braces_cli.cli.dry_run import show_plan
 from braces_cli.cli.steer_options import SteerSettings
 
 
@@ -13,7 +14,7 @@ def steer(settings: SteerSettings) -> None:
     settings.check()
     strengths = settings.strengths
     if settings.dry_run:
-        print_json({"settings": settings.resolved()})
+        show_plan(settings)
         return
     if settings.sweep is not None:
         from braces_cli.cli.steer_sweep import run_sweep

@@ -11,7 +11,10 @@ from braces_cli.cli.console import console
 
 
 def print_rows(rows: Iterable[dict[str, Any]]) -> None:
-    """Rows of texts as a table, each line printed as it comes; the unsteered text stands before the steered one."""
+    """Rows of texts as a table, each line printed as it comes; the unsteered text stands before the steered one.
+
+    Where stdout is no terminal, each text is on a line behind its name.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -19,6 +22,11 @@ def print_rows(rows: Iterable[dict[str, Any]]) -> None:
     out, header = console(), True
     for row in rows:
         names = ["prompt", *(["unsteered"] if "unsteered" in row else []), "text"]
+        if not out.is_terminal:
+            for name in names:
+                out.print(f"{name}: {row[name].strip()}", markup=False)
+            out.print()
+            continue
         # One table a row, all of the same widths: whole ones would need all rows, and all memory.
         table = Table(box=box.SIMPLE_HEAD, show_header=header, show_edge=False, expand=True)
         for name in names:
@@ -28,6 +36,13 @@ def print_rows(rows: Iterable[dict[str, Any]]) -> None:
         out.print(table)
         out.print()
         header = False
+
+
+def print_texts(rows: Iterable[dict[str, Any]]) -> None:
+    """Prompts with their continuations and nothing else, an empty line behind each."""
+    for row in rows:
+        sys.stdout.write(f"{row['prompt']}{row['text']}\n\n")
+        sys.stdout.flush()
 
 
 def titled(attributes: dict[str, float]) -> str:

@@ -13,6 +13,7 @@ from braces_cli.core.attributes.word_lists import check_name
 from braces_cli.core.models.generation_options import GenerationSettings
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.core.utils.settings import ATTRIBUTES, GENERATION, OUTPUT, SCORING, Settings, flag_of, option
+from braces_cli.scoring.registry import BUILT_IN
 
 if TYPE_CHECKING:
     from braces_cli.core.models.generation import Sampling
@@ -33,6 +34,8 @@ class SweepOptions(Settings):
     scorer: str | None = option(
         None,
         help="Scorer of a sweep: vader, toxicity, fit:ROWS, or a classifier's folder or hub id.",
+        metavar="SCORER",
+        complete=lambda: BUILT_IN,
         panel=SCORING,
         outcome=False,
     )
@@ -66,9 +69,15 @@ _REFUSED = {
 class SteerSettings(AdapterSettings, AttributeSettings, GenerationSettings, SweepOptions, OutputSettings):
     """Settings of `braces steer`; what a text does not depend on is marked `outcome=False`."""
 
+    first_options = ("prompt", "attribute", "s", "adapter", "model")
+
     prompt: tuple[str, ...] = option((), help="Prompt. Repeatable. Default: standard input.", outcome=False)
     prompts: Path | None = option(
-        None, help="File of prompts: one a line, or JSON Lines with `prompt`.", metavar="FILE", outcome=False
+        None,
+        help="File of prompts: one a line, or JSON Lines with `prompt`; - is standard input.",
+        panel=GENERATION,
+        metavar="FILE",
+        outcome=False,
     )
     layers: str | None = option(
         None, help="Layers that are steered, such as 8-20,24 or 1- (inclusive, from 0).", panel=ATTRIBUTES
@@ -102,9 +111,10 @@ class SteerSettings(AdapterSettings, AttributeSettings, GenerationSettings, Swee
     # No default of its own: where stdout is no terminal it carries JSON Lines.
     format: str | None = option(  # type: ignore[assignment]
         None,
-        help="What stdout carries; json is JSON Lines, the default where stdout is no terminal.",
+        help="What stdout carries; json is JSON Lines, the default where stdout is no terminal; text is prompts with "
+        "their continuations and nothing else.",
         panel=OUTPUT,
-        choices=("table", "json"),
+        choices=("table", "json", "text"),
         display=True,
     )
 
@@ -166,3 +176,6 @@ class SteerSettings(AdapterSettings, AttributeSettings, GenerationSettings, Swee
             raise ConfigError("nothing to sweep", where="--attribute", hint=hint)
         if (self.resume or self.overwrite) and not (self.output or self.sweep or self.export_control_vector):
             raise ConfigError("there is no file to continue", where="--output", hint="Give --output FILE.")
+        if self.format == "text" and (self.beside or self.output or self.sweep or self.export_control_vector):
+            hint = "Leave out --beside, --output, --sweep and --export-control-vector, or choose another format."
+            raise ConfigError("text is the format of texts on stdout", where="--format text", hint=hint)

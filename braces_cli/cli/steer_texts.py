@@ -36,8 +36,11 @@ def write_texts(settings: SteerSettings) -> None:
     if settings.json:
         print_json_lines(_rows(settings, requests, total=total))
         return
-    from braces_cli.cli.steer_display import Flow, print_rows
+    from braces_cli.cli.steer_display import Flow, print_rows, print_texts
 
+    if settings.format == "text":
+        print_texts(_rows(settings, requests, total=total))
+        return
     if sys.stdout.isatty() and not settings.beside and (total == 1 or settings.batch_size == 1):
         flow = Flow()
         flow.run(_rows(settings, requests, stream=flow.write))

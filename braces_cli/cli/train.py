@@ -15,6 +15,8 @@ from braces_cli.training.settings import RunSettings
 class TrainCommandSettings(RunSettings, OutputSettings):
     """Settings of `braces train`."""
 
+    first_options = ("data", "model", "output_dir", "method", "attribute_field")
+
     check: bool = option(
         False,
         help="Read and tokenise all rows, show what is found, and stop. Needs no weights.",

@@ -1,9 +1,10 @@
 """All that braces uses of typer beyond what typer documents; a test names each of them and fails when one disappears.
 
-typer.main.get_command       the parser behind an app, with `commands`, `params` and `get_help`
+typer.main.get_command       the parser behind an app, with `commands`, `params`, `context_settings` and `get_help`
 NoArgsIsHelpError            the error of a call without arguments, whose message is the help; known by its class name
 error.ctx.command_path       the command of a wrong call
-context.get_parameter_source, .default_map, .command.params (each with `name`, `opts` and `type.name`)
+context.get_parameter_source, .default_map, .command.params (each with `name`, `opts`, `nargs` and `type.name`;
+    options with `multiple`)
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _SOURCES = {"COMMANDLINE": "command line", "ENVIRONMENT": "command line", "DEFAU
 def help_of(app: typer.Typer, names: Sequence[str]) -> tuple[Any, Any] | None:
     """The command that `names` lead to, and its context; None where there is no such command."""
     command: Any = typer.main.get_command(app)
-    context = typer.Context(command, info_name="braces")
+    context = typer.Context(command, info_name="braces", **command.context_settings)
     for name in names:
         command = command.commands.get(name) if hasattr(command, "commands") else None
         if command is None:
@@ -34,9 +35,9 @@ def is_call_without_arguments(error: typer.TyperException) -> bool:
     return type(error).__name__ == "NoArgsIsHelpError"
 
 
-def called_command(error: typer.TyperException) -> str:
-    """The command whose call was wrong, such as `braces inspect values`."""
-    return str(getattr(getattr(error, "ctx", None), "command_path", "braces"))
+def called_command(error: typer.TyperException) -> str | None:
+    """The command whose call was wrong, such as `braces inspect values`; None where the error does not say."""
+    return getattr(getattr(error, "ctx", None), "command_path", None)
 
 
 def sources(context: typer.Context, names: Collection[str]) -> dict[str, str]:
@@ -48,6 +49,11 @@ def sources(context: typer.Context, names: Collection[str]) -> dict[str, str]:
 def parameters(context: typer.Context) -> dict[str, Any]:
     """The parameters of the command of `context`, by name."""
     return {parameter.name: parameter for parameter in context.command.params if parameter.name is not None}
+
+
+def is_repeatable(parameter: Any) -> bool:
+    """Whether a parameter takes a list of values."""
+    return bool(getattr(parameter, "multiple", False)) or parameter.nargs == -1
 
 
 def set_defaults(context: typer.Context, values: dict[str, Any]) -> None:

@@ -97,7 +97,11 @@ def check_folder(folder: Path | None, *, overwrite: bool, resume: bool, log_samp
             if given:
                 raise ConfigError("nowhere to store anything", where=name, hint="Give --output-dir.")
         return
-    check_output_folder(folder, overwrite or resume)
+    if (folder / _RUN).is_file():
+        hint = "--resume continues the run there; --overwrite starts anew."
+        check_output_folder(folder, overwrite or resume, hint)
+    else:
+        check_output_folder(folder, overwrite or resume)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -9,15 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from braces_cli.core.attributes.attribute_options import AttributeSettings
-from braces_cli.core.attributes.word_lists import check_name
+from braces_cli.core.attributes.word_lists import built_in, check_name
 from braces_cli.core.models.generation_options import GenerationSettings
 from braces_cli.core.utils.errors import ConfigError
-from braces_cli.core.utils.settings import OUTPUT, SCORING, TASKS, option
+from braces_cli.core.utils.settings import ATTRIBUTES, OUTPUT, SCORING, TASKS, option
+from braces_cli.scoring.registry import BUILT_IN
 
 # lm-eval's own, so that without --seed a run draws the few-shot examples that lm-eval draws.
 SEEDS = {"python": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
 # The tasks that generate texts and score them, see `text_quality`.
 TEXT_TASKS = ("sentiment", "toxicity")
+# Tasks and groups that a shell offers after `--tasks`; lm-eval has many more.
+TASK_NAMES = (
+    "zero_shot", "commonsense", "commonsense_gen", "truthfulqa", "popqa", "triviaqa", "nq_open", "perplexity",
+    *TEXT_TASKS, "embedded",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +34,14 @@ class TextTaskSettings(GenerationSettings, AttributeSettings):
         (),
         help="Name of an attribute by which every system is steered in the tasks sentiment and toxicity. Repeatable.",
         metavar="NAME",
+        panel=ATTRIBUTES,
+        complete=built_in,
     )
     scorer: tuple[str, ...] = option(
         (),
         help="vader, toxicity, fit:ROWS, or a classifier's folder or hub id. Repeatable.",
         metavar="TASK=SCORER",
+        complete=lambda: [f"{task}={name}" for task in TEXT_TASKS for name in BUILT_IN],
         panel=SCORING,
     )
     judge_model: str | None = option(
@@ -91,6 +100,7 @@ class EvalSettings(TextTaskSettings):
         help="zero_shot, commonsense, commonsense_gen, truthfulqa, popqa, perplexity, sentiment, toxicity or any of "
         "lm-eval's; commas between them.",
         metavar="NAMES",
+        complete=lambda: TASK_NAMES,
     )
     task_data: tuple[str, ...] = option(
         (), help="Rows of a task from a file or folder. Repeatable.", metavar="NAME=FILE", panel=TASKS
@@ -98,7 +108,7 @@ class EvalSettings(TextTaskSettings):
     task_data_dir: Path | None = option(
         None, help="Folder with files (NAME.jsonl, ...) or folders named like the tasks.", panel=TASKS
     )
-    limit: int | None = option(None, help="Documents of each task, from the front.", min=1)
+    limit: int | None = option(None, help="Documents of each task, from the front.", min=1, panel=TASKS)
     num_fewshot: int | None = option(
         None, help="Examples in front of each document. Default: the task's own.", min=0, panel=TASKS
     )
@@ -109,7 +119,10 @@ class EvalSettings(TextTaskSettings):
         panel=TASKS,
     )
     batch_size: str = option(
-        "8", help="Sequences in a forward pass, or auto; halved where memory is short.", metavar="auto|N"
+        "8",
+        help="Sequences in a forward pass, or auto; halved where memory is short.",
+        metavar="auto|N",
+        panel=TASKS,
     )
     seed: int | None = option(
         None, help="Seed of every random choice. Default: lm-eval's own seeds.", min=0, panel=OUTPUT

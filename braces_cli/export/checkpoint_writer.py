@@ -19,7 +19,7 @@ from torch import Tensor
 
 from braces_cli.core.method.adapter import Adapter
 from braces_cli.core.models.ffn import FFN
-from braces_cli.core.utils.atomic_files import umask, write_json
+from braces_cli.core.utils.atomic_files import file_hint, umask, write_json
 from braces_cli.core.utils.errors import BracesError
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.export.llama_conversion import take
@@ -139,8 +139,10 @@ def write_checkpoint(
         plan.config.save_pretrained(folder)
         _name_rotation(folder / "config.json")
     except (OSError, SafetensorError) as error:
-        hint = "Is the disk full? Nothing is left behind."
-        raise BracesError(f"cannot write: {error}", where=str(folder), hint=hint) from error
+        hint = file_hint(error) if isinstance(error, OSError) else "Check the path and the disk."
+        raise BracesError(
+            f"cannot write: {error}", where=str(folder), hint=f"{hint} Nothing is left behind."
+        ) from error
     if len(shards) > 1:
         index_file = {"metadata": {"total_size": total}, "weight_map": files}
         write_json(folder / "model.safetensors.index.json", index_file)
@@ -242,5 +244,5 @@ def copy_companions(source: Path, folder: Path) -> list[str]:
             else:
                 shutil.copyfile(path, folder / path.name)
     except OSError as error:
-        raise BracesError(f"cannot write: {error.strerror}", where=str(folder), hint="Is the disk full?") from error
+        raise BracesError(f"cannot write: {error.strerror}", where=str(folder), hint=file_hint(error)) from error
     return [path.name for path in companions]

@@ -28,7 +28,7 @@ from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.loading import load_shape
 from braces_cli.core.models.tokenization import encode
 from braces_cli.core.session import Session, attached, base_name, open_session
-from braces_cli.core.utils.atomic_files import check_output_folder, umask, write_json, write_text
+from braces_cli.core.utils.atomic_files import check_output_folder, file_hint, umask, write_json, write_text
 from braces_cli.core.utils.errors import BracesError, ConfigError, ModelError
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.core.utils.versions import versions
@@ -252,7 +252,7 @@ def _beside(output: Path, overwrite: bool) -> Iterator[Path]:
         output.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     except OSError as error:
-        raise BracesError(f"cannot write: {error.strerror}", where=str(output), hint="Give another folder.") from error
+        raise BracesError(f"cannot write: {error.strerror}", where=str(output), hint=file_hint(error)) from error
     try:
         yield folder
         # mkdtemp makes folders for the owner alone; give what a plain mkdir() would have given.
@@ -260,7 +260,7 @@ def _beside(output: Path, overwrite: bool) -> Iterator[Path]:
         _rename(folder, output, overwrite)
     except OSError as error:
         raise BracesError(
-            f"cannot write: {error.strerror or error}", where=str(output), hint="Is the disk full?"
+            f"cannot write: {error.strerror or error}", where=str(output), hint=file_hint(error)
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -13,6 +13,8 @@ from braces_cli.core.utils.errors import ConfigError, DataError
 def read_prompts(given: Sequence[str], file: Path | None, pipe: TextIO) -> Iterator[str]:
     """Prompts of `--prompt`, else of `--prompts FILE`, else of standard input (one a line, or JSON Lines).
 
+    The file `-` is standard input.
+
     Raises:
         ConfigError: two sources, or none.
         DataError: the file is missing, empty, not UTF-8, or a line has no prompt.
@@ -21,11 +23,11 @@ def read_prompts(given: Sequence[str], file: Path | None, pipe: TextIO) -> Itera
         raise ConfigError("two sources of prompts", where="--prompt, --prompts", hint="Give one of them.")
     if given:
         return iter(given)
-    if file is not None:
+    if file is not None and str(file) != "-":
         if not file.exists() or file.is_dir():  # a pipe with a name will do
             raise DataError("no such file", where=str(file), hint="Give a text file with one prompt a line.")
         return _some(_file(file), str(file))
-    if pipe.isatty():
+    if pipe.isatty() and file is None:
         raise ConfigError("no prompt", where="--prompt", hint="Give --prompt TEXT, --prompts FILE, or pipe one a line.")
     return _some(_lines(pipe, "standard input"), "standard input")
 

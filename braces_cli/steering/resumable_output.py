@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from braces_cli.core.models.generation import TextRequest
-from braces_cli.core.utils.atomic_files import check_output_file, write_json
+from braces_cli.core.utils.atomic_files import check_output_file, file_hint, write_json
 from braces_cli.core.utils.errors import BracesError, ConfigError, DataError
 
 
@@ -37,7 +37,8 @@ class TextsFile:
         self._settings: dict[str, Any] = json.loads(json.dumps(settings))
         if resume and overwrite:
             raise ConfigError("both are given", where="--resume, --overwrite", hint="Give one of them.")
-        check_output_file(path, overwrite or resume)
+        hint = "--resume continues it, --overwrite starts anew."
+        check_output_file(path, overwrite or resume, hint)
         # Complete rows, and the byte behind the last of them.
         self.rows, self._end = _complete(path) if resume and path.is_file() else (0, 0)
         if self.rows:
@@ -106,7 +107,7 @@ def _failures(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        hint = "Is the disk full? What is complete stays; --resume continues it."
+        hint = f"{file_hint(error)} Complete lines are kept; --resume continues after them."
         raise BracesError(f"cannot write: {error.strerror or error}", where=str(path), hint=hint) from error
 
 

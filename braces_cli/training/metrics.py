@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core.utils.atomic_files import finite, write_text
+from braces_cli.core.utils.atomic_files import file_hint, finite, write_text
 from braces_cli.core.utils.errors import BracesError
 from braces_cli.core.utils.plotting import figure, save_figure
 
@@ -40,7 +40,7 @@ class MetricsFile:
             with self._path.open("a", encoding="utf-8") as lines:
                 lines.write(_line({key: values[key] for key in _KEYS if key in values}))
         except OSError as error:
-            hint = "Is the disk full? Make room and go on with --resume."
+            hint = f"{file_hint(error)} Then continue with --resume."
             raise BracesError(f"cannot write: {error.strerror}", where=str(self._path), hint=hint) from error
 
 

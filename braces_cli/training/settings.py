@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
+from braces_cli.core.attributes.listing import check_attributes
 from braces_cli.core.method.relevance_forms import FORMS
 from braces_cli.core.models.load_options import ModelSettings
 from braces_cli.core.utils.errors import ConfigError
@@ -66,11 +67,14 @@ class TrainSettings(SeedSettings):
         chat_template: some rows are chats, written by the tokenizer's template. Found out from the rows.
     """
 
-    method: str = option("braces", help="What to train; all but the first are baselines from peft.", choices=METHODS)
+    method: str = option(
+        "braces", help="What to train; all but the first are baselines from peft.", panel=METHOD, choices=METHODS
+    )
     relevance: str = option(
         DEFAULT_FORM,
         help="Form of relevance: one gate a layer as in the paper, a signed coefficient a direction, or with keys and "
         "queries projected apart.",
+        panel=METHOD,
         choices=FORMS,
     )
     rank: int = option(
@@ -78,9 +82,12 @@ class TrainSettings(SeedSettings):
         help="Rank of the relevance projections, or of a baseline's update. "
         f"Default: {DEFAULT_RANKS['untied']} for untied, else {DEFAULT_RANK}.",
         min=1,
+        panel=METHOD,
     )
     attribute_field: str | None = option(
-        None, help="Column that names each row's attribute. Trains an adapter that can be steered by it."
+        None,
+        help="Column that names each row's attribute. Trains an adapter that can be steered by it.",
+        panel=ATTRIBUTES,
     )
     streaming: bool = option(
         False, help="Read rows while training, for sets larger than memory. Needs --max-steps.", panel=DATA
@@ -312,6 +319,10 @@ class RunSettings(TrainSettings, CheckpointSettings, ModelSettings, FileSettings
             if column is not None:
                 self._set(**{name: column})
         super().__post_init__()
+        if self.attributes is not None and self.attribute_field is None and self.method == "braces":
+            hint = "Name the column of each row's attribute with --attribute-field."
+            raise ConfigError("no attributes are trained", where="--attributes", hint=hint)
+        check_attributes(self.attributes)
         if self.resume and self.overwrite:
             raise ConfigError("--resume keeps what --overwrite removes", where="--resume", hint="Give one of the two.")
 

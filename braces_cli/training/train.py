@@ -22,7 +22,6 @@ from braces_cli.core.models.layer_ranges import chosen_layers
 from braces_cli.core.models.loading import input_device, load_shape, load_tokenizer, tokenizer_hashes
 from braces_cli.core.models.tokenization import context_length
 from braces_cli.core.session import Session, base_name, open_session
-from braces_cli.core.utils.atomic_files import check_output_folder
 from braces_cli.core.utils.distributed import barrier, is_main, join, world_size
 from braces_cli.core.utils.errors import BracesError, ConfigError
 from braces_cli.core.utils.progress import Report, silent
@@ -33,7 +32,7 @@ from braces_cli.data.streaming_examples import Stream
 from braces_cli.scoring.likelihood import Likelihood
 from braces_cli.training.adapter_setup import fresh_adapter, shares
 from braces_cli.training.attribute_conditioning import Conditioner, gather_attributes
-from braces_cli.training.checkpointing.run_record import Record, digest, finished, prepare_folder
+from braces_cli.training.checkpointing.run_record import Record, check_run_folder, digest, finished, prepare_folder
 from braces_cli.training.collator import TrainingData
 from braces_cli.training.eval_loss import measure
 from braces_cli.training.hub_upload import check_push
@@ -114,7 +113,7 @@ def train(settings: RunSettings, report: Report = silent, command: Sequence[str]
     identity = settings.identity(world_size())
     # One process looks: by the time that another one does, the first may be writing.
     if is_main() or settings.resume:
-        check_output_folder(settings.output_dir, settings.overwrite or settings.resume)
+        check_run_folder(settings.output_dir, overwrite=settings.overwrite, resume=settings.resume)
     if settings.push_to_hub is not None:
         check_push(settings.push_to_hub)
     result = finished(settings.output_dir, identity) if settings.resume else None

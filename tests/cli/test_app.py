@@ -176,3 +176,96 @@ def test_every_module_can_be_imported():
     for name in names:
         if not name.endswith("__main__"):
             importlib.import_module(name)
+
+
+def test_no_option_folder_is_named_tilde(braces, model_dir, tmp_path, monkeypatch):
+    """What is written goes where what is read comes from."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    outcome = braces(
+        "attr-build", "--model", model_dir, "--attribute", "warm", "--words", "warm,sunny", "--output-dir=~/attributes"
+    )
+    assert outcome.code == 0, outcome.err
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert (tmp_path / "home" / "attributes" / "warm.safetensors").is_file()
+
+
+@pytest.mark.parametrize("command", ["train", "merge", "eval"])
+def test_an_output_folder_that_cannot_be_made_is_refused_at_once(braces, model_dir, adapter_dir, tmp_path, command):
+    """Below a file, and where the system refuses: exit 2, with the reason."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "the film"}\n')
+    more = {
+        "train": ["--data", rows, "--model", model_dir],
+        "merge": ["--adapter", adapter_dir, "--model", model_dir],
+        "eval": ["--tasks", "perplexity", "--task-data", f"perplexity={rows}", "--model", model_dir],
+    }[command]
+    for folder, reason in ((rows / "out", "is a file"), ("/proc/braces/out", "cannot write there")):
+        outcome = braces(command, *more, "--output-dir", folder)
+        assert outcome.code == 2, outcome.err
+        assert reason in outcome.err
+        assert "fault of braces" not in outcome.err
+
+
+def test_help_lists_its_short_name(braces):
+    """`-h` beside `--help`."""
+    assert "-h" in braces("train", "--help").out.split()
+
+
+def test_an_option_without_its_value_points_to_the_help_of_its_command(braces):
+    """Not to that of braces."""
+    assert "See `braces train --help`" in braces("train", "--rank").err
+    assert "See `braces inspect values --help`" in braces("inspect", "values", "--layers").err
+
+
+@pytest.mark.parametrize("command", [["steer", "--prompt", "a"], ["merge"], ["inspect"], ["inspect", "values"]])
+def test_two_adapters_are_refused_where_one_is_used(braces, command):
+    """Only eval takes several."""
+    outcome = braces(*command, "--adapter", "a", "--adapter", "b")
+    assert outcome.code == 2
+    assert "--adapter: given 2 times" in outcome.err
+
+
+@pytest.mark.parametrize("argv", [*COMMANDS, ["merge"]])
+def test_the_options_that_matter_most_come_first(argv):
+    """At most five, in the first panel of the help, behind the arguments."""
+    from braces_cli.cli import typer_internals
+    from braces_cli.cli.app import build_app
+
+    command, _ = typer_internals.help_of(build_app(), argv)
+    options = [p for p in command.params if p.nargs != -1 and p.name != "ctx" and p.opts[0].startswith("-")]
+    panels = [getattr(p, "rich_help_panel", None) for p in options]
+    count = panels.index(next(filter(None, panels), None)) if any(panels) else len(panels)
+    assert count >= 1
+    if argv in (["train"], ["eval"], ["steer"], ["merge"]):
+        assert count == 5
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "typed", "offered"),
+    [
+        ("steer", "attribute", "pos", "positive"),
+        ("steer", "scorer", "va", "vader"),
+        ("eval", "tasks", "popqa,tru", "popqa,truthfulqa"),
+        ("eval", "scorer", "sentiment=v", "sentiment=vader"),
+        ("train", "method", "lo", "lora"),
+        ("train", "schedule", "co", "cosine"),
+    ],
+)
+def test_values_are_completed_without_heavy_imports(command, option, typed, offered):
+    """What a shell offers after Tab."""
+    code = (
+        "from braces_cli.cli import typer_internals as t; from braces_cli.cli.app import build_app; "
+        f"c, x = t.help_of(build_app(), [{command!r}]); "
+        f"p = t.parameters(x)[{option!r}]; "
+        f"assert {offered!r} in [str(getattr(v, 'value', v)) for v in p.shell_complete(x, {typed!r})]"
+    )
+    assert imported_by(code) == set()
+
+
+def test_common_tasks_are_those_that_there_are():
+    """The names that a shell offers."""
+    from braces_cli.evaluation.settings import TASK_NAMES
+    from braces_cli.evaluation.task_catalog import GROUPS, NATIVE_TASKS
+
+    assert {*GROUPS, *NATIVE_TASKS} <= set(TASK_NAMES)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 
 from braces_cli.cli.command import command, command_line, running
+from braces_cli.core.utils.errors import ConfigError
 from braces_cli.core.utils.settings import Settings, flag_of, option
 
 
@@ -21,6 +23,9 @@ class ExampleSettings(Settings):
     count: int = option(1, help="How often.", min=1)
     name: str = option(help="Who.", metavar="NAME", argument=True)
     words: tuple[str, ...] = option((), help="What.", metavar="WORD", argument=True)
+    adapter: str | None = option(None, help="One.", once=True)
+    data: tuple[str, ...] = option((), help="Many.")
+    folder: Path | None = option(None, help="Where.")
 
 
 @pytest.fixture
@@ -68,3 +73,46 @@ def test_a_command_that_runs_others_names_them(monkeypatch: pytest.MonkeyPatch) 
         assert command_line() == ["braces", "train"]
         raise ValueError
     assert command_line() == ["braces", "demo"]
+
+
+def test_an_option_of_one_value_refuses_a_second_one(call: Any, tmp_path: Any) -> None:
+    """Rather than drop the first without a word; from a file, too."""
+    assert call("ada", "--adapter", "a").adapter == "a"
+    assert call("ada").adapter is None
+    with pytest.raises(ConfigError, match="--adapter: given 2 times"):
+        call("ada", "--adapter", "a", "--adapter", "b")
+    path = tmp_path / "example.yaml"
+    path.write_text("adapter: [a, b]\n")
+    with pytest.raises(ConfigError, match="given 2 times"):
+        call("ada", "--config", str(path))
+
+
+def test_a_file_gives_a_repeatable_option_one_value_or_a_list(call: Any, tmp_path: Any) -> None:
+    """And an option of one value no list."""
+    path = tmp_path / "example.yaml"
+    path.write_text("data: rows.jsonl\n")
+    assert call("ada", "--config", str(path)).data == ("rows.jsonl",)
+    path.write_text("data: [a.jsonl, b.jsonl]\n")
+    assert call("ada", "--config", str(path)).data == ("a.jsonl", "b.jsonl")
+    path.write_text("count: [1, 2]\n")
+    with pytest.raises(ConfigError, match="`count` takes one value, not a list") as caught:
+        call("ada", "--config", str(path))
+    assert caught.value.where == str(path)
+
+
+@pytest.mark.parametrize("text", ["count: 1\nname: ada\ncount: 2\n", "data: a\nname: ada\ndata: c\n"])
+def test_a_key_that_comes_twice_is_an_error(call: Any, tmp_path: Any, text: str) -> None:
+    """With file and line."""
+    path = tmp_path / "example.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="is named twice"):
+        call("--config", str(path))
+
+
+def test_the_home_folder_is_expanded_wherever_a_path_comes_from(call: Any, tmp_path: Any, monkeypatch: Any) -> None:
+    """`--folder=~/x` and a value in YAML are expanded by no shell."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert call("ada", "--folder=~/x").folder == tmp_path / "x"
+    path = tmp_path / "example.yaml"
+    path.write_text("folder: ~/y\n")
+    assert call("ada", "--config", str(path)).folder == tmp_path / "y"

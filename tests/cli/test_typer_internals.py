@@ -49,3 +49,13 @@ def test_where_a_value_was_given():
 
     app(args=["show", "--a", "5"], standalone_mode=False)
     assert seen == {"a": "command line", "b": "file", "values": (5, 7, 0)}
+
+
+def test_repeatable_parameters_are_told_by_multiple_and_nargs():
+    """`multiple` of an option, `nargs` of an argument."""
+    _, train = typer_internals.help_of(build_app(), ["train"])
+    _, find = typer_internals.help_of(build_app(), ["inspect", "find"])
+    known = typer_internals.parameters(train)
+    assert typer_internals.is_repeatable(known["data"])
+    assert not typer_internals.is_repeatable(known["rank"])
+    assert typer_internals.is_repeatable(typer_internals.parameters(find)["words"])

@@ -12,6 +12,7 @@ neutral texts, because what tells texts from lone words is the same for all of t
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from braces_cli.core.attributes.listing import OTHER_FILES, TRAINED_FILE, check_folder
+from braces_cli.core.attributes.listing import OTHER_FILES, TRAINED_FILE, check_attributes
 from braces_cli.core.attributes.pooling import pool_texts, pool_words
 from braces_cli.core.attributes.word_lists import OPPOSITES, REFERENCE, built_in, check_name, neutral_texts
 from braces_cli.core.models.ffn import FFN, layer_stack
@@ -34,6 +35,8 @@ from braces_cli.core.session import Session
 from braces_cli.core.utils.atomic_files import write_tensors
 from braces_cli.core.utils.errors import ConfigError, ModelError, near_misses
 from braces_cli.core.utils.progress import Report, silent
+
+logger = logging.getLogger("braces")
 
 FORMAT_VERSION = "1"
 # Without training, s = 1 pushes by this share of the median residual norm in all, spread evenly over the layers pushed:
@@ -251,13 +254,15 @@ def find_attribute(session: Session, name: str, folder: Path | None, report: Rep
         ModelError: found, but damaged or of another base.
     """
     check_name(name)
-    check_folder(folder)
+    check_attributes(folder)
     for path in _files(session, folder, name):
         attributes = load_attributes(path, session.base.fingerprint(session.ffns))
         if name in attributes:
             return attributes[name]
     lists = built_in()
     if name in lists:
+        if folder is not None:
+            logger.warning("%s: no attribute `%s` there; its built-in word list is used", folder, name)
         return built_in_attribute(session, name, report)
     known = known_attributes(session, folder)
     hint = f"{near_misses(name, known)} Known: {', '.join(known)}. Build others with braces attr-build.".strip()
@@ -270,7 +275,7 @@ def known_attributes(session: Session, folder: Path | None) -> list[str]:
     Raises:
         ConfigError: `folder` cannot be read.
     """
-    check_folder(folder)
+    check_attributes(folder)
     trained = session.config.attributes if session.config is not None else []
     places = [place for place in (folder, session.folder) if place is not None]
     files = {path.stem for place in places for path in place.glob("*.safetensors")} - OTHER_FILES

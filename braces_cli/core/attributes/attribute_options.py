@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 
-from braces_cli.core.attributes.listing import check_folder
+from braces_cli.core.attributes.listing import check_attributes
+from braces_cli.core.attributes.word_lists import built_in
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.core.utils.settings import ATTRIBUTES, Settings, option
 
@@ -16,16 +17,18 @@ from braces_cli.core.utils.settings import ATTRIBUTES, Settings, option
 class AttributeSettings(Settings):
     """Which attributes steer, and how strongly."""
 
-    attribute: tuple[str, ...] = option((), help="Name of an attribute to steer by. Repeatable.", metavar="NAME")
+    attribute: tuple[str, ...] = option(
+        (), help="Name of an attribute to steer by. Repeatable.", metavar="NAME", panel=ATTRIBUTES, complete=built_in
+    )
     s: tuple[float, ...] = option(
-        (), help="Strength; the k-th belongs to the k-th --attribute. Default 1.", metavar="STRENGTH"
+        (), help="Strength; the k-th belongs to the k-th --attribute. Default 1.", metavar="STRENGTH", panel=ATTRIBUTES
     )
     attributes: Path | None = option(None, help="Folder that attr-build wrote.", panel=ATTRIBUTES)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         # Before a model is loaded.
-        check_folder(self.attributes)
+        check_attributes(self.attributes)
 
     @property
     def strengths(self) -> dict[str, float]:

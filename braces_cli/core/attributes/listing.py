@@ -33,6 +33,18 @@ def check_folder(folder: Path | None) -> None:
         raise ConfigError(what, where=str(folder), hint=hint) from error
 
 
+def check_attributes(folder: Path | None) -> None:
+    """Refuse an `--attributes` folder to look an attribute up in that holds none.
+
+    Raises:
+        ConfigError: see `check_folder`; or there is no attribute file in it.
+    """
+    check_folder(folder)
+    if folder is not None and not any(folder.glob("*.safetensors")):
+        hint = "Give --attributes the folder that `braces attr-build` wrote."
+        raise ConfigError("no attribute file in this folder", where=str(folder), hint=hint)
+
+
 def list_attributes(folder: Path | None, adapter: Path | None) -> list[dict[str, Any]]:
     """Attributes in the order in which `--attribute` looks for them: of `folder`, of the adapter, built in.
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from braces_cli.core.utils.settings import MODEL, Settings, option
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Short names that other tools use.
+_SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 QUANTISATIONS = ("int8", "bnb-8bit", "bnb-4bit")
 
 
@@ -17,7 +19,10 @@ class LoadOptions(Settings):
     revision: str | None = option(None, help="Branch, tag or commit of a hub model.", panel=MODEL)
     device: str = option("auto", help="auto, cpu, cuda (or cuda:1) or mps.", panel=MODEL, outcome=False)
     dtype: str = option(
-        "auto", help="Number format of the base; auto is the checkpoint's own.", panel=MODEL, choices=DTYPES
+        "auto",
+        help="Number format of the base; auto is the checkpoint's own. fp32, bf16 and fp16 are accepted, too.",
+        panel=MODEL,
+        choices=DTYPES,
     )
     device_map: str | None = option(
         None, help="`auto` spreads a base over several devices (accelerate).", panel=MODEL, outcome=False
@@ -30,13 +35,20 @@ class LoadOptions(Settings):
     )
     trust_remote_code: bool = option(False, help="Run code that a hub model brings.", panel=MODEL, outcome=False)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", _SHORT_DTYPES.get(self.dtype, self.dtype))
+        super().__post_init__()
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings(LoadOptions):
     """The base model of a command."""
 
     model: str | None = option(
-        None, help="Base model: folder or hub id. Default: the adapter's own, else the embedded model."
+        None,
+        help="Base model: folder or hub id. Default: the adapter's own, else the embedded model.",
+        metavar="MODEL",
+        panel=MODEL,
     )
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -15,24 +16,66 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def check_output_folder(path: Path, overwrite: bool) -> None:
-    """Refuse a folder that holds something, or a path that is no folder, before any work is done.
+# What to do about an operation on files that failed, by its error number.
+_HINTS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "The disk is full: make room, or write to another disk."),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM), "Permission is missing: check who owns the folder, or choose another."
+    ),
+    errno.EROFS: "The disk is mounted read-only: choose another folder.",
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EISDIR), "Check the path."),
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+}
+
+
+def file_hint(error: OSError) -> str:
+    """What the user can do about a failed operation on a file."""
+    return _HINTS.get(error.errno or 0, "Check the path and the disk.")
+
+
+def check_writable(path: Path) -> None:
+    """Try to write where the file or folder `path` is going to be, and leave nothing there.
 
     Raises:
-        ConfigError: `path` is a file, or a non-empty folder and `overwrite` is off.
+        ConfigError: a part of the path is a file, or a folder there cannot be written to.
+    """
+    # Permissions alone do not tell: they allow root to write to /proc, which refuses.
+    place = path
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    try:
+        if not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{place} is a file")
+        os.rmdir(tempfile.mkdtemp(prefix=".braces-", dir=place))
+    except OSError as error:
+        what = f"cannot write there: {error.strerror or error}"
+        raise ConfigError(what, where=str(path), hint=file_hint(error)) from error
+
+
+def check_output_folder(path: Path, overwrite: bool, hint: str = "Give another one, or --overwrite.") -> None:
+    """Refuse a folder that holds something, or a path that is no folder, before any work is done.
+
+    Args:
+        hint: what to do about a folder that holds something.
+
+    Raises:
+        ConfigError: `path` is a file, cannot be written to, or is a non-empty folder and `overwrite` is off.
     """
     if path.exists() and not path.is_dir():
         raise ConfigError("the output folder is a file", where=str(path), hint="Give another --output-dir.")
+    check_writable(path)
     if not overwrite and path.is_dir() and any(path.iterdir()):
-        raise ConfigError("the output folder is not empty", where=str(path), hint="Give another one, or --overwrite.")
+        raise ConfigError("the output folder is not empty", where=str(path), hint=hint)
 
 
-def check_output_file(path: Path, overwrite: bool) -> None:
+def check_output_file(path: Path, overwrite: bool, hint: str = "Give another name, or --overwrite.") -> None:
     """The same for a single file."""
     if path.is_dir():
         raise ConfigError("the output file is a folder", where=str(path), hint="Name a file.")
+    if path.is_file() or not path.exists():  # a device or a pipe is written to as it is
+        check_writable(path.parent)
     if path.exists() and not overwrite:
-        raise ConfigError("the output file exists already", where=str(path), hint="Give another name, or --overwrite.")
+        raise ConfigError("the output file exists already", where=str(path), hint=hint)
 
 
 def umask() -> int:
@@ -57,9 +100,7 @@ def write_whole(path: Path, write: Callable[[Path], object], matches: Callable[[
         temporary.chmod(0o666 & ~umask())
         temporary.replace(path)
     except OSError as error:
-        raise BracesError(
-            f"cannot write: {error.strerror or error}", where=str(path), hint="Is the disk full?"
-        ) from error
+        raise BracesError(f"cannot write: {error.strerror or error}", where=str(path), hint=file_hint(error)) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

@@ -11,11 +11,12 @@ Light: only the standard library.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from braces_cli.core.utils.errors import ConfigError, near_misses
 
@@ -50,6 +51,8 @@ class Option:
         display: whether the setting only says how results are shown; such settings are not recorded anywhere.
         hidden: accepted, but not shown in `--help`.
         argument: given by position, without a name; a file names it like any other.
+        once: the command takes one value where other commands take several; a second one is an error.
+        complete: values that a shell offers after Tab; of a comma-separated option, each of its parts.
     """
 
     help: str
@@ -62,6 +65,8 @@ class Option:
     display: bool = False
     hidden: bool = False
     argument: bool = False
+    once: bool = False
+    complete: Callable[[], Iterable[str]] | None = None
 
 
 def option(default: Any = MISSING, *, help: str, **details: Any) -> Any:
@@ -80,14 +85,20 @@ class Settings:
     """Base of every command's settings.
 
     Attributes:
+        first_options: names of the settings that `--help` shows first, in this order.
         given: where each setting that is not at its default was named: `command line` or `file`.
     """
+
+    first_options: ClassVar[tuple[str, ...]] = ()
 
     given: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, about in options_of(type(self)).items():
             value = getattr(self, name)
+            if isinstance(value, Path):
+                # Shells expand `~` at the start of a word only; here, so that it is the same for reading and writing.
+                object.__setattr__(self, name, Path(os.path.expanduser(value)))
             if about.choices and value is not None and value not in about.choices:
                 close = near_misses(str(value), about.choices)
                 hint = close or f"One of {', '.join(about.choices)}."

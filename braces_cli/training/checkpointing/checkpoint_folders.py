@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from braces_cli.core.utils.atomic_files import file_hint
 from braces_cli.core.utils.errors import BracesError
 
 _COMPLETE = re.compile(r"checkpoint-(\d+)")
@@ -62,8 +63,8 @@ def write_checkpoint(folder: Path, step: int, write: Callable[[Path], object]) -
         raise BracesError(
             f"cannot write the checkpoint: {reason.strerror or reason}",
             where=str(goal),
-            hint=f"Is the disk full? {f'{kept.name} is kept' if kept else 'There is no earlier one'}; "
-            "make room and go on with --resume.",
+            hint=f"{file_hint(reason)} "
+            + (f"{kept.name} is kept; continue from it with --resume." if kept else "There is no earlier checkpoint."),
         ) from error
     finally:
         if temporary is not None:

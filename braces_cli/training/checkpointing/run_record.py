@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from braces_cli.core.method.adapter_files import CONFIG_FILE
-from braces_cli.core.utils.atomic_files import finite, write_json
+from braces_cli.core.utils.atomic_files import check_output_folder, finite, write_json
 from braces_cli.core.utils.distributed import barrier, is_main
 from braces_cli.core.utils.errors import ConfigError, ModelError
 from braces_cli.data.examples import Examples
@@ -66,6 +66,18 @@ def read_record(folder: Path) -> Record | None:
         return Record(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ModelError("damaged", where=str(path), hint="Give another --output-dir, or --overwrite.") from error
+
+
+def check_run_folder(folder: Path, *, overwrite: bool, resume: bool) -> None:
+    """Check the output folder before any work.
+
+    Raises:
+        ConfigError: it cannot be written to, or holds something and neither `overwrite` nor `resume` is on; where it
+            holds a run that can be resumed, the hint says so.
+    """
+    run = bool(checkpoints(folder)) or (folder / RUN_FILE).is_file()
+    hint = "--resume continues the run there; --overwrite starts anew and removes its checkpoints."
+    check_output_folder(folder, overwrite or resume, *([hint] if run else []))
 
 
 def finished(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
