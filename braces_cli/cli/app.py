@@ -29,6 +29,7 @@ _COMMANDS = {
     "inspect": ("inspect_adapter", "app"),
     "merge": ("merge", "merge"),
     "demo": ("demo", "demo"),
+    "env": ("env", "env"),
 }
 
 
@@ -153,7 +154,8 @@ def _call_error(args: list[str], error: typer.TyperException) -> int:
 
 def _named_command(args: Sequence[str]) -> str:
     """The command that the first words of a call name, such as `braces inspect values`."""
-    app, words = build_app(args), []
+    app = build_app(args)
+    words: list[str] = []
     for word in args:
         if typer_internals.help_of(app, [*words, word.replace("_", "-")]) is None:
             break

@@ -9,7 +9,7 @@ from typing import Any
 from braces_cli.cli.command import command
 from braces_cli.cli.console import print_json, print_pairs, print_table, progress
 from braces_cli.cli.dry_run import show_plan
-from braces_cli.cli.options import AdapterSettings, OutputSettings
+from braces_cli.cli.options import AdapterSettings, OutputSettings, UploadSettings
 from braces_cli.core.attributes.word_lists import POOLINGS, built_in
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.core.utils.settings import OUTPUT, option
@@ -19,7 +19,7 @@ _WORDS_SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttributeBuildSettings(AdapterSettings, OutputSettings):
+class AttributeBuildSettings(AdapterSettings, UploadSettings, OutputSettings):
     """Settings of `braces attr-build`."""
 
     first_options = ("attribute", "words", "examples", "output_dir", "list_attributes")
@@ -68,16 +68,21 @@ def _build(settings: AttributeBuildSettings) -> dict[str, Any]:
 
     from braces_cli.core.attributes.attribute import save_attributes
     from braces_cli.core.attributes.word_lists import check_name
+    from braces_cli.core.models.hub_upload import check_push, push
     from braces_cli.core.session import open_session
     from braces_cli.core.utils.atomic_files import check_output_file
 
     path = settings.output_dir / f"{check_name(settings.attribute)}.safetensors"
     check_output_file(path, settings.overwrite)
+    if settings.push_to_hub is not None:
+        check_push(settings.push_to_hub)
     build = _builder(settings)
     session = open_session(settings.model, settings.adapter, settings.load_options)
     with progress(settings.quiet) as report:
         attribute = build(session, settings.attribute, report, settings.pooling)
     save_attributes(path, [attribute])
+    if settings.push_to_hub is not None:
+        push(settings.output_dir, settings.push_to_hub, [path.name])
     return {
         "attribute": attribute.name,
         "words": attribute.words,

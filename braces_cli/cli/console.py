@@ -139,7 +139,7 @@ def cell(value: Any) -> str:
 
 @contextmanager
 def progress(quiet: bool) -> Iterator[Report]:
-    """Give a `Report` that draws one bar a stage on stderr, or writes a line every so often where that is no terminal."""
+    """Give a `Report` that draws one bar a stage on stderr, or writes lines now and then where that is no terminal."""
     from braces_cli.core.utils.progress import silent
 
     if quiet or not sys.stderr.isatty():

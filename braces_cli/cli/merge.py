@@ -7,13 +7,13 @@ from typing import Any
 from braces_cli.cli.command import command
 from braces_cli.cli.console import print_json, print_pairs, progress
 from braces_cli.cli.dry_run import show_plan
-from braces_cli.cli.options import AdapterSettings, AttributeSettings, OutputSettings
+from braces_cli.cli.options import AdapterSettings, AttributeSettings, OutputSettings, UploadSettings
 from braces_cli.core.utils.errors import ConfigError, ModelError
 from braces_cli.core.utils.settings import ATTRIBUTES, OUTPUT, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeSettings(AdapterSettings, AttributeSettings, OutputSettings):
+class MergeSettings(AdapterSettings, AttributeSettings, UploadSettings, OutputSettings):
     """Settings of `braces merge`."""
 
     first_options = ("adapter", "output_dir", "attribute", "s", "model")
@@ -59,14 +59,22 @@ def merge(settings: MergeSettings) -> None:
         what = "missing option" if settings.check is None else "either writes or checks"
         raise ConfigError(what, where="--output-dir, --check", hint="Give one of the two.")
 
+    from braces_cli.core.models.hub_upload import check_push, push
     from braces_cli.export import merge as core
 
+    if settings.push_to_hub is not None:
+        if settings.check is not None:
+            hint = "Leave out --push-to-hub, or merge into --output-dir."
+            raise ConfigError("a check uploads nothing", where="--push-to-hub", hint=hint)
+        check_push(settings.push_to_hub)
     with progress(settings.quiet) as report:
         if settings.check is not None:
             result = core.check(_request(settings, core.read_record(settings.check)), settings.check)
         else:
             assert settings.output_dir is not None
             result = core.merge(_request(settings), settings.output_dir, settings.overwrite, report)
+    if settings.push_to_hub is not None and settings.output_dir is not None:
+        push(settings.output_dir, settings.push_to_hub)
     if settings.json:
         print_json(result)
         return

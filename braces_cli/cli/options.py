@@ -34,6 +34,19 @@ class OutputSettings(SeedSettings, DisplaySettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class UploadSettings(Settings):
+    """Where the output of a command is uploaded to."""
+
+    push_to_hub: str | None = option(
+        None,
+        help="Repository (owner/name) on the hub to upload the output to.",
+        panel=OUTPUT,
+        metavar="REPOSITORY",
+        outcome=False,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class AdapterSettings(ModelSettings):
     """The base model and the adapter of a command."""
 

@@ -1,4 +1,4 @@
-"""Column widths of a table on a terminal: no number and no ordinary word is broken. Light: the standard library only."""
+"""Column widths of a table on a terminal: numbers and ordinary words stay whole. Light: the standard library only."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def layout(cells: Sequence[Sequence[str]], width: int) -> list[dict[int, int]]:
 
 
 def is_number(cell: str) -> bool:
-    """Whether a cell is a number, or several in a short expression such as `0.41 ± 0.02`, that must stay on one line."""
+    """Whether a cell is a number, or several in a short expression such as `0.41 ± 0.02`."""
     return len(cell) <= _LONGEST_WORD and any(c.isdigit() for c in cell) and not any(c.isalpha() for c in cell)
 
 

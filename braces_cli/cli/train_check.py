@@ -14,10 +14,12 @@ def check(settings: Any) -> None:
         DataError: a row cannot be read.
     """
     from braces_cli.data.dataset_report import check_rows
+    from braces_cli.training.adapter_setup import starting_point
     from braces_cli.training.train import load_base_shape, row_reading
 
     if not settings.data:
         raise ConfigError("missing option", where="--data", hint="See `braces train --help`.")
+    settings, _ = starting_point(settings)
     reading = row_reading(settings, *load_base_shape(settings))
     with progress(settings.quiet) as report:
         sets = {name: getattr(settings, name) for name in ("data", "eval_data")}
@@ -42,9 +44,12 @@ def _show(as_json: bool, sets: dict[str, Any]) -> None:
             for bar in found["histogram"]
         ]
         print_table("tokens of an example", ["tokens", "examples", ""], bars)
-        for kind in ("formats", "attributes"):
-            if found[kind]:
-                print_table(kind, ["", "rows"], found[kind].items())
+        print_table("formats", ["", "rows"], found["formats"].items())
+        if found["attributes"]:
+            rows = [(name, count, *found["strengths"][name].values()) for name, count in found["attributes"].items()]
+            print_table("attributes and their strengths", ["", "rows", "least", "mean", "most"], rows)
+        if found["dropped_at"]:
+            print_table("rows without a text to score", [""], [[where] for where in found["dropped_at"]])
         texts = [
             [shown["where"], "".join(f"[[{p['text']}]]" if p["scored"] else p["text"] for p in shown["parts"])]
             for shown in found["shown"]

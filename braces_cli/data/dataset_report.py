@@ -22,12 +22,13 @@ def check_rows(names: Sequence[str], how: Reading, report: Report = silent) -> d
     Returns:
         `rows, examples, truncated, dropped, tokens, scored_tokens, max_length, lengths: {least, median, mean, most},
         histogram: [{from, to, examples}], formats: {name: rows}, attributes: {name: rows}, shown: [{where, parts:
-        [{text, scored}]}]`.
+        [{text, scored}]}], strengths: {attribute: {least, mean, most}}, dropped_at: [where]`.
 
     Raises:
         DataError: a row cannot be read, or none has a scored token.
     """
     counts, formats, attributes = Counts(), Counter[str](), Counter[str]()
+    strengths: dict[str, Counter[float]] = {}
     lengths = Counter[int]()
     scored = 0
     shown: list[dict[str, Any]] = []
@@ -35,7 +36,9 @@ def check_rows(names: Sequence[str], how: Reading, report: Report = silent) -> d
         counts.add(example)
         formats[example.format] += 1
         if example.condition is not None:
-            attributes[example.condition.attribute or "neutral"] += 1
+            name = example.condition.attribute or "neutral"
+            attributes[name] += 1
+            strengths.setdefault(name, Counter())[example.condition.strength] += 1
         if counts.rows % 256 == 0:
             report("reading", counts.rows, None)
         if example.tokens is None:
@@ -60,6 +63,15 @@ def check_rows(names: Sequence[str], how: Reading, report: Report = silent) -> d
         "formats": dict(formats),
         "attributes": dict(attributes),
         "shown": shown,
+        "strengths": {
+            name: {
+                "least": min(values),
+                "mean": sum(s * n for s, n in values.items()) / attributes[name],
+                "most": max(values),
+            }
+            for name, values in strengths.items()
+        },
+        "dropped_at": counts.dropped_at,
     }
 
 

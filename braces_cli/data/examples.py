@@ -9,13 +9,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from braces_cli.core.models.tokenization import Encoded, encode
-from braces_cli.core.utils.errors import DataError
+from braces_cli.core.utils.errors import DataError, near_misses
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.data.chat_template import encode_chat
 from braces_cli.data.readers import Source, read_rows
 from braces_cli.data.row_formats import CHAT, Columns, FormatReader, parts
 
 logger = logging.getLogger("braces")
+
+# What programs write into a cell of CSV that has no value.
+_MISSING = frozenset(("NaN", "nan", "NA", "N/A", "n/a", "<NA>", "#N/A", "NULL", "null"))
+# Places of dropped rows that are named.
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -29,10 +34,15 @@ class Condition:
 
 @dataclass(frozen=True)
 class Fields:
-    """Columns that rows carry their attribute and strength in."""
+    """Columns that rows carry their attribute and strength in.
+
+    Attributes:
+        strength_named: the user named the column of the strength, so that a file without it is an error.
+    """
 
     attribute: str
     strength: str = "strength"
+    strength_named: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,7 @@ class Counts:
         rows: rows read.
         truncated: rows cut to the maximum length.
         dropped: rows without a scored token, left out.
+        dropped_at: places of the first of them.
         chat: some rows are chats, written by the tokenizer's template.
     """
 
@@ -88,11 +99,15 @@ class Counts:
     truncated: int = 0
     dropped: int = 0
     chat: bool = False
+    dropped_at: list[str] = field(default_factory=list)
 
     def add(self, example: Example) -> None:
         self.rows += 1
         self.truncated += example.truncated
-        self.dropped += example.tokens is None
+        if example.tokens is None:
+            self.dropped += 1
+            if len(self.dropped_at) < _SHOWN:
+                self.dropped_at.append(example.where)
         self.chat |= example.format == CHAT.name
 
 
@@ -114,6 +129,21 @@ class Examples(Counts):
 
     def __getitem__(self, index: int) -> Example:
         return Example(self.items[index], self.conditions[index] if self.conditions else None)
+
+
+def conditioned(rows: Iterable[Source], fields: Fields, name: str) -> Iterator[tuple[Source, Condition]]:
+    """Rows of one file or hub set, `name`, with attribute and strength.
+
+    Raises:
+        DataError: see `condition`; or no row has the column of the strength that the user named.
+    """
+    columns: dict[str, None] = {}
+    for row in rows:
+        columns.update(dict.fromkeys(map(str, row.fields)))
+        yield row, condition(row, fields)
+    if fields.strength_named and columns and fields.strength not in columns:
+        hint = near_misses(fields.strength, columns) or f"Keys found: {', '.join(columns)}."
+        raise DataError(f"no row has a strength `{fields.strength}`", where=name, hint=hint)
 
 
 def condition(row: Source, fields: Fields) -> Condition:
@@ -141,14 +171,16 @@ def condition(row: Source, fields: Fields) -> Condition:
     return Condition(name.strip(), value, row.where)
 
 
-def tokenise(rows: Iterable[Source], how: Reading) -> Iterator[Example]:
+def tokenise(rows: Iterable[Source], how: Reading, name: str = "") -> Iterator[Example]:
     """Encode the rows of one file, each with its end token, cut to the maximum length.
 
     Raises:
         DataError: a row fits no format, another one than those before it, or holds what cannot be read.
     """
     reader = FormatReader(how.columns.content)
-    for row in rows:
+    pairs = ((row, None) for row in rows) if how.fields is None else conditioned(rows, how.fields, name)
+    # The condition is read of a row that is dropped, too: a fault in it is a fault of the file.
+    for row, stands in pairs:
         kind, fields = reader.read(row)
         if kind is CHAT:
             tokens = encode_chat(how.tokenizer, fields, row.where, how.max_length)
@@ -157,8 +189,8 @@ def tokenise(rows: Iterable[Source], how: Reading) -> Iterator[Example]:
             prompt, completion = parts(kind, fields, row.where)
             tokens = encode(how.tokenizer, prompt, completion, end=True, max_length=how.max_length)
             blank = not (prompt if completion is None else completion).strip()
-        # Even of a row that is dropped: a fault in it is a fault of the file.
-        stands = None if how.fields is None else condition(row, how.fields)
+            if row.untyped:
+                blank |= any(part is not None and part.strip() in _MISSING for part in (prompt, completion))
         kept = None if blank or tokens.scored == 0 else tokens
         yield Example(kept, stands, kind.name, tokens.truncated, row.where)
 
@@ -166,7 +198,7 @@ def tokenise(rows: Iterable[Source], how: Reading) -> Iterator[Example]:
 def iterate(names: Sequence[str], how: Reading) -> Iterator[Example]:
     """Tokenised rows of several files or hub sets, one after the other, as they are read."""
     for name in names:
-        yield from tokenise(read_rows(name, streaming=how.streaming), how)
+        yield from tokenise(read_rows(name, streaming=how.streaming), how, name)
 
 
 def read_examples(names: Sequence[str], how: Reading, report: Report = silent) -> Examples:
@@ -208,4 +240,5 @@ def log_counts(counts: Counts, max_length: int) -> None:
     if counts.truncated:
         logger.info("%d of %d rows were cut to %d tokens (--max-length)", counts.truncated, counts.rows, max_length)
     if counts.dropped:
-        logger.info("%d of %d rows have no token to score and were left out", counts.dropped, counts.rows)
+        first = ", ".join(counts.dropped_at) + (", ..." if counts.dropped > len(counts.dropped_at) else "")
+        logger.info("%d of %d rows have no text to score and were left out: %s", counts.dropped, counts.rows, first)

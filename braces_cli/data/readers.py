@@ -1,18 +1,20 @@
-"""Files and hub sets -> rows: JSON Lines, JSON, CSV, TSV, Parquet or a hub id, each row with its place for errors."""
+"""Files and hub sets -> rows: JSON Lines, JSON, CSV, TSV, Parquet, text or a hub id, each with its place for errors."""
 
 from __future__ import annotations
 
 import csv
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from braces_cli.core.models.hub_errors import hub_errors
 from braces_cli.core.utils.errors import DataError
 
-READABLE = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+# Files of rows with keys; and those that rows are read from, a line of text being a row of `text`.
+STRUCTURED = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+READABLE = (*STRUCTURED, ".txt")
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,12 @@ class Source:
     Attributes:
         fields: column name -> value.
         where: `file:line`, or `file, row N` where the format has no lines.
+        untyped: the file holds text only, so that a missing value is written in letters, as in CSV.
     """
 
     fields: dict[str, Any]
     where: str
+    untyped: bool = False
 
 
 def read_rows(name: str, *, streaming: bool = False) -> Iterator[Source]:
@@ -45,7 +49,14 @@ def read_rows(name: str, *, streaming: bool = False) -> Iterator[Source]:
         raise DataError(what, where=name, hint=f"Give a file ({', '.join(READABLE)}) or the id of a hub set.")
     if path.stat().st_size == 0:
         raise DataError("the file is empty", where=name, hint="Give a file with at least one row.")
-    readers = {".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
+    readers = {
+        ".txt": _text_lines,
+        ".jsonl": _json_lines,
+        ".json": _json,
+        ".csv": _csv,
+        ".tsv": _csv,
+        ".parquet": _parquet,
+    }
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"cannot read `{path.suffix or 'no'}` files", where=name, hint=f"Use {', '.join(READABLE)}.")
@@ -89,6 +100,14 @@ def _json_lines(path: Path) -> Iterator[Source]:
             yield _row(fields, where)
 
 
+def _text_lines(path: Path) -> Iterator[Source]:
+    """A row with the key `text` for each line that is not blank."""
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield Source({"text": line.rstrip("\r\n")}, f"{path}:{number}")
+
+
 def _json(path: Path) -> Iterator[Source]:
     text = path.read_text(encoding="utf-8-sig")
     try:
@@ -114,7 +133,7 @@ def _csv(path: Path) -> Iterator[Source]:
                 where = f"{path}:{reader.line_num}"
                 if None in fields or None in fields.values():
                     raise DataError("another number of cells than the header has", where=where, hint="Fix the row.")
-                yield _row(fields, where)
+                yield replace(_row(fields, where), untyped=True)
         except csv.Error as error:
             raise DataError(f"broken CSV: {error}", where=f"{path}:{reader.line_num}", hint="Fix the row.") from error
 

@@ -8,7 +8,7 @@ from itertools import count, islice
 
 import torch
 
-from braces_cli.data.examples import Condition, Counts, Example, Reading, check_some, condition, iterate
+from braces_cli.data.examples import Condition, Counts, Example, Reading, check_some, conditioned, iterate
 from braces_cli.data.readers import read_rows
 
 # Examples that wait to be drawn from: all the memory that a stream takes.
@@ -98,7 +98,7 @@ class Stream(torch.utils.data.IterableDataset):
             return []
         named: dict[str | None, Condition] = {}
         for name in self._names:
-            for row in read_rows(name, streaming=self._how.streaming):
-                found = condition(row, fields)
+            rows = read_rows(name, streaming=self._how.streaming)
+            for _, found in conditioned(rows, fields, name):
                 named.setdefault(found.attribute, found)
         return list(named.values())

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from braces_cli.core.utils.errors import DataError
-from braces_cli.data.readers import READABLE, Source, read_rows
+from braces_cli.data.readers import STRUCTURED, Source, read_rows
 from braces_cli.data.row_formats import detect, parts
 
 
@@ -19,7 +19,7 @@ def read_texts(path: Path, *, field: str | None = None) -> list[str]:
     Raises:
         DataError: missing, not UTF-8, a broken row, or no text in it.
     """
-    if path.suffix.lower() in READABLE:
+    if path.suffix.lower() in STRUCTURED:
         texts = [_text(row, field) for row in read_rows(str(path))]
     else:
         texts = list(_lines(path))
@@ -45,7 +45,11 @@ def _lines(path: Path) -> Iterator[str]:
 
 def _text(row: Source, field: str | None) -> str:
     if field is None:
-        return "".join(filter(None, parts(*detect(row), row.where)))
+        try:
+            return "".join(filter(None, parts(*detect(row), row.where)))
+        except DataError as error:
+            hint = "Rename the column with the text to `text`, or give a file with one text a line."
+            raise DataError(error.message, where=error.where, hint=hint) from error
     text = row.fields.get(field)
     if not isinstance(text, str):
         hint = f"Keys found: {', '.join(map(str, row.fields))}."

@@ -68,7 +68,7 @@ def find_eval_adapter(name: str) -> EvalAdapter:
     if peft_config is None:
         return _of_braces(read_adapter(name, folder))
     if importlib.util.find_spec("peft") is None:
-        hint = "Install it: pip install 'braces-cli[baselines]'."
+        hint = "Install it with: pip install peft"
         raise ConfigError("this adapter needs peft, which is not installed", where=name, hint=hint)
     kind = str(peft_config["peft_type"])
     if kind in _BESIDE:

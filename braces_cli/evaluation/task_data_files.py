@@ -11,7 +11,7 @@ from braces_cli.core.utils.errors import ConfigError, DataError, near_misses
 from braces_cli.data.readers import READABLE
 from braces_cli.evaluation.task_catalog import NATIVE_TASKS, Selection
 
-_KINDS = (*READABLE, ".txt")
+_KINDS = READABLE
 # What a file of the documents to be tested may be called, where its task does not say.
 _TESTED = ("test", "validation", "dev")
 

@@ -36,7 +36,7 @@ def check_export(path: Path, overwrite: bool = False) -> None:
         ConfigError: the file is there already and `overwrite` is off, or the package gguf is not there.
     """
     if find_spec("gguf") is None:
-        hint = "Install it with: pip install 'braces-cli[export]'"
+        hint = "Install it with: pip install gguf"
         raise ConfigError("the export needs the package gguf", where="--export-control-vector", hint=hint)
     check_output_file(path, overwrite)
 

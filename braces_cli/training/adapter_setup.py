@@ -2,25 +2,82 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
-from torch import nn
-
-from braces_cli.core.method.adapter import Adapter, attach
+from braces_cli.core.method.adapter import Adapter, attach, attach_stored
+from braces_cli.core.method.adapter_files import AdapterConfig, StoredAdapter, find_adapter
 from braces_cli.core.models.layer_ranges import chosen_layers
+from braces_cli.core.session import Session
+from braces_cli.core.utils.errors import ConfigError
 from braces_cli.data.examples import Examples
 from braces_cli.data.streaming_examples import Stream
 from braces_cli.training.peft_baselines import PeftAdapter
-from braces_cli.training.settings import TrainSettings
+from braces_cli.training.settings import RunSettings, TrainSettings
 from braces_cli.training.token_path import token_path_shares
 
+Run = TypeVar("Run", bound=RunSettings)
 
-def fresh_adapter(model: nn.Module, settings: TrainSettings, examples: Examples | Stream) -> Adapter | PeftAdapter:
-    """A fresh adapter on an open base, where training starts.
+
+def starting_point(settings: Run) -> tuple[Run, StoredAdapter | None]:
+    """The adapter that `--adapter` names, and the settings with what it determines; None where there is none.
+
+    Raises:
+        ConfigError: see `continued`.
+        ModelError: no such adapter.
+    """
+    if settings.adapter is None:
+        return settings, None
+    start = find_adapter(settings.adapter)
+    return continued(settings, start.config), start
+
+
+def continued(settings: Run, config: AdapterConfig) -> Run:
+    """Settings of a run that goes on from a stored adapter: base, form, rank and layers are the adapter's.
+
+    Raises:
+        ConfigError: another method, form, rank or layers are asked for, or the adapter was trained with attributes and
+            this run is without.
+    """
+    if settings.method != "braces":
+        hint = "Leave out --adapter, or train with --method braces."
+        raise ConfigError(f"{settings.method} cannot continue from an adapter of braces", where="--adapter", hint=hint)
+    layers = ",".join(map(str, config.layers))
+    for name, stored in (("rank", config.r), ("relevance", config.relevance), ("layers", layers)):
+        if name in settings.given and getattr(settings, name) != stored:
+            hint = f"Leave out --{name}, or train a new adapter without --adapter."
+            raise ConfigError(f"the adapter has {name} {stored}", where=f"--{name}", hint=hint)
+    if config.attributes and settings.attribute_field is None:
+        hint = "Name the column of each row's attribute with --attribute-field."
+        raise ConfigError("the adapter was trained with attributes", where="--adapter", hint=hint)
+    return replace(
+        settings,
+        model=settings.model or config.base_model_name_or_path,
+        revision=settings.revision or (config.revision if settings.model is None else None),
+        rank=config.r,
+        relevance=config.relevance,
+        layers=layers,
+        # Its default depends on the form.
+        gate_lr=settings.gate_lr if "gate_lr" in settings.given else None,
+    )
+
+
+def adapter_to_train(
+    session: Session, settings: TrainSettings, examples: Examples | Stream, start: StoredAdapter | None = None
+) -> Adapter | PeftAdapter:
+    """An adapter on an open base, where training starts: a fresh one, or `start`.
 
     Raises:
         ConfigError: rank, layers or targets that do not fit the base, or peft is missing.
+        ModelError: `start` is damaged or belongs to another base.
     """
+    model = session.base.model
+    if start is not None:
+        adapter = attach_stored(model, start, session.base.fingerprint(session.ffns))
+        modules = [brace for _, brace in adapter.sites] + ([adapter.mlp] if adapter.mlp is not None else [])
+        for module in modules:
+            module.requires_grad_(True)
+        return adapter
     if settings.method != "braces":
         return PeftAdapter(model, settings)
     layers = chosen_layers(model, settings.layers)

@@ -8,8 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from braces_cli.core.attributes.attribute import Attribute, find_attribute, known_attributes, opposite
+from braces_cli.core.attributes.attribute import (
+    TRAINED_FILE,
+    Attribute,
+    find_attribute,
+    known_attributes,
+    load_attributes,
+    opposite,
+)
 from braces_cli.core.method.adapter import Adapter
+from braces_cli.core.method.adapter_files import StoredAdapter
 from braces_cli.core.session import Session
 from braces_cli.core.utils.errors import ConfigError, DataError, near_misses
 from braces_cli.data.examples import Condition, Examples
@@ -18,15 +26,26 @@ from braces_cli.training.settings import TrainSettings
 
 
 def gather_attributes(
-    session: Session, settings: TrainSettings, sets: Sequence[Examples | Stream], folder: Path | None
+    session: Session,
+    settings: TrainSettings,
+    sets: Sequence[Examples | Stream],
+    folder: Path | None,
+    start: StoredAdapter | None = None,
 ) -> list[Attribute]:
     """The attributes that the rows name, and those of `--opposites`, each with its pooled states.
+
+    Args:
+        folder: that attr-build wrote.
+        start: adapter to continue from; its attributes are kept, with the states that it was trained with.
 
     Raises:
         DataError: a row names an attribute that is not known.
         ConfigError: `--opposites` names one, or there is none at all.
     """
-    known = known_attributes(session, folder)
+    kept: dict[str, Attribute] = {}
+    if start is not None and start.config.attributes:
+        kept = load_attributes(start.folder / TRAINED_FILE, session.base.fingerprint(session.ffns))
+    known = sorted({*known_attributes(session, folder), *kept})
     for row in (row for examples in sets for row in examples.conditions):
         if row.attribute is not None and row.attribute not in known:
             hint = f"{near_misses(row.attribute, known)} Known: {', '.join(known)}.".strip()
@@ -36,7 +55,8 @@ def gather_attributes(
     if not named:
         hint = "Rows name their attribute there; neutral, empty and null train at strength 0."
         raise ConfigError("no row names an attribute", where="--attribute-field", hint=hint)
-    found = {name: find_attribute(session, name, folder) for name in sorted(named)}
+    names = sorted({*named, *kept})
+    found = {name: kept[name] if name in kept else find_attribute(session, name, folder) for name in names}
     for one, other in settings.pairs:
         found[one], found[other] = opposite(session, found[one], found[other])
     return list(found.values())

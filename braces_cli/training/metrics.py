@@ -74,7 +74,9 @@ def draw_curve(folder: Path, evaluations: dict[int, float | None]) -> bool:
     picture = figure(6, 3.6)
     axes = picture.add_subplot()
     if trained:
-        axes.plot(*zip(*trained, strict=True), color="tab:blue", linewidth=1, label="training batches")
+        # A line through a single point would not show.
+        style = "o" if len(trained) == 1 else "-"
+        axes.plot(*zip(*trained, strict=True), style, color="tab:blue", linewidth=1, label="training batches")
     if measured:
         axes.plot(*zip(*sorted(measured.items()), strict=True), "o-", color="tab:orange", label="evaluation rows")
     axes.set_xlabel("optimizer step")

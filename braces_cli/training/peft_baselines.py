@@ -120,7 +120,7 @@ def _inject(model: nn.Module, settings: TrainSettings, options: dict[str, Any]) 
     try:
         from peft import LoraConfig, TaskType, get_peft_model
     except ImportError as error:
-        hint = "pip install 'braces-cli[baselines]'."
+        hint = "Install it with: pip install peft"
         raise ConfigError(
             f"`{settings.method}` needs peft, which is not installed", where="--method", hint=hint
         ) from error

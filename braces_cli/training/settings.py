@@ -51,6 +51,8 @@ DEFAULT_GATE_LR, DEFAULT_GATE_LR_ATTRIBUTES = 0.3, 0.1
 DEFAULT_COEFFICIENT_LR = 0.1
 # Of a run with attributes, by measurement as well.
 DEFAULT_CONTRAST, DEFAULT_MARGIN = 0.1, 6.0
+# A warm-up takes at most one step in this many.
+MOST_WARMUP = 4
 PACKING = ("auto", "on", "off")
 REPORTERS = ("tensorboard", "wandb", "none")
 # Column of a row's strength where no other is named.
@@ -133,7 +135,10 @@ class TrainSettings(SeedSettings):
     )
     gradient_accumulation: int = option(1, help="Batches per optimizer step.", min=1, panel=OPTIMISATION, outcome=False)
     warmup_steps: int = option(
-        20, help="Optimizer steps until the peak learning rate is reached.", min=0, panel=OPTIMISATION
+        20,
+        help="Optimizer steps until the peak learning rate is reached; at most a quarter of all.",
+        min=0,
+        panel=OPTIMISATION,
     )
     schedule: str = option(
         "linear", help="Learning rate after the warm-up: falls to zero along a line or cosine, or stays constant.",
@@ -303,6 +308,13 @@ class FileSettings(Settings):
 class RunSettings(TrainSettings, CheckpointSettings, ModelSettings, FileSettings):
     """A whole run: rows -> adapter folder."""
 
+    adapter: str | None = option(
+        None,
+        help="Adapter to continue from: folder or hub id. Its layers, rank and form of relevance are kept.",
+        panel=METHOD,
+        metavar="ADAPTER",
+        once=True,
+    )
     attributes: Path | None = option(None, help="Folder that attr-build wrote.", panel=ATTRIBUTES)
     overwrite: bool = option(False, help="Write into an output folder that is not empty.", panel=OUTPUT, outcome=False)
     push_to_hub: str | None = option(
@@ -331,6 +343,19 @@ class RunSettings(TrainSettings, CheckpointSettings, ModelSettings, FileSettings
         """`columns`, parsed."""
         return parse_columns(self.columns)
 
+    def unused(self) -> set[str]:
+        """Names of settings without effect beside the others."""
+        names = set(BASELINE_ONLY if self.method == "braces" else BRACES_ONLY)
+        if self.attribute_field is None:
+            names |= {"strength_field", "opposites", "contrast", "margin", "attributes"}
+        if self.max_steps is not None:
+            names.add("epochs")
+        if not self.eval_data:
+            names.add("eval_steps")
+        if not self.save_steps:
+            names.add("save_total_limit")
+        return names
+
     def identity(self, processes: int) -> dict[str, Any]:
         """The settings that the outcome depends on.
 
@@ -339,6 +364,11 @@ class RunSettings(TrainSettings, CheckpointSettings, ModelSettings, FileSettings
         resolved, options = self.resolved(), options_of(type(self))
         step = self.batch_size * self.gradient_accumulation * processes
         return {**{name: resolved[name] for name in resolved if options[name].outcome}, "examples_per_step": step}
+
+
+def capped_warmup(steps: int, max_steps: int) -> int:
+    """Steps of the warm-up of a run: as set, but no more than a quarter of all, so that the peak rate is reached."""
+    return min(steps, max_steps // MOST_WARMUP)
 
 
 def parse_opposites(values: Sequence[str]) -> tuple[tuple[str, str], ...]:

@@ -15,9 +15,10 @@ import torch
 
 from braces_cli.core.attributes.attribute import TRAINED_FILE, Attribute, save_attributes
 from braces_cli.core.method.adapter import Adapter, attach
-from braces_cli.core.method.adapter_files import AdapterConfig, write_adapter
+from braces_cli.core.method.adapter_files import AdapterConfig, StoredAdapter, write_adapter
 from braces_cli.core.method.condition_mlp import condition_shapes
 from braces_cli.core.models.ffn import parameter_total
+from braces_cli.core.models.hub_upload import check_push
 from braces_cli.core.models.layer_ranges import chosen_layers
 from braces_cli.core.models.loading import input_device, load_shape, load_tokenizer, tokenizer_hashes
 from braces_cli.core.models.tokenization import context_length
@@ -30,19 +31,18 @@ from braces_cli.core.utils.versions import versions
 from braces_cli.data.examples import Examples, Fields, Reading, log_counts, read_examples
 from braces_cli.data.streaming_examples import Stream
 from braces_cli.scoring.likelihood import Likelihood
-from braces_cli.training.adapter_setup import fresh_adapter, shares
+from braces_cli.training.adapter_setup import adapter_to_train, shares, starting_point
 from braces_cli.training.attribute_conditioning import Conditioner, gather_attributes
 from braces_cli.training.checkpointing.run_record import Record, check_run_folder, digest, finished, prepare_folder
 from braces_cli.training.collator import TrainingData
 from braces_cli.training.eval_loss import measure
-from braces_cli.training.hub_upload import check_push
 from braces_cli.training.launcher_checks import check_launch
 from braces_cli.training.metrics import draw_curve
 from braces_cli.training.model_card import CHECKPOINT_CARD, model_card
 from braces_cli.training.packing_probe import choose_layout
 from braces_cli.training.peft_baselines import PeftAdapter, baseline_parameters
 from braces_cli.training.sampler import global_batch
-from braces_cli.training.settings import RunSettings, TrainSettings
+from braces_cli.training.settings import STRENGTH, RunSettings, TrainSettings
 
 logger = logging.getLogger("braces")
 
@@ -120,6 +120,7 @@ def train(settings: RunSettings, report: Report = silent, command: Sequence[str]
     if result is not None:
         return result
     # What can be wrong is checked before minutes of loading weights: rank and layers on the bare shape, then rows.
+    settings, start = starting_point(settings)
     name, shape = load_base_shape(settings)
     count_parameters(shape, settings)
     reading = row_reading(settings, name, shape)
@@ -132,7 +133,8 @@ def train(settings: RunSettings, report: Report = silent, command: Sequence[str]
     eval_set = read_examples(settings.eval_data, reading, report) if settings.eval_data else None
     settings = replace(settings, chat_template=train_set.chat)
     session = open_session(name, None, settings.load_options)
-    return asdict(run_training(session, train_set, eval_set, settings, report, Record(identity, list(command))))
+    record = Record(identity, list(command))
+    return asdict(run_training(session, train_set, eval_set, settings, report, record, start))
 
 
 def load_base_shape(settings: RunSettings) -> tuple[str, Any]:
@@ -145,7 +147,8 @@ def row_reading(settings: RunSettings, name: str, shape: Any) -> Reading:
     """How the rows become examples; needs the tokenizer, no weights."""
     tokenizer = load_tokenizer(name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
     attribute = settings.attribute_field
-    fields = None if attribute is None else Fields(attribute, settings.strength_field)
+    named = settings.strength_field != STRENGTH or settings.given.get("strength_field") == "command line"
+    fields = None if attribute is None else Fields(attribute, settings.strength_field, named)
     length = min(settings.max_length, context_length(shape, tokenizer))
     return Reading(tokenizer, length, fields, settings.row_columns, settings.streaming)
 
@@ -174,6 +177,7 @@ def run_training(
     settings: RunSettings,
     report: Report = silent,
     record: Record | None = None,
+    start: StoredAdapter | None = None,
 ) -> TrainResult:
     """Fine-tune an adapter on an open base and write it to `settings.output_dir`.
 
@@ -183,6 +187,7 @@ def run_training(
 
     Args:
         record: what the run is known by when it is resumed.
+        start: adapter to continue from; `settings` are those of `starting_point`.
 
     Raises:
         DataError: a row names an unknown attribute.
@@ -196,7 +201,7 @@ def run_training(
     folder, settings = settings.output_dir, settings.at_width(session.ffns[0].hidden_size)
     join(input_device(model))
     counts = count_parameters(model, settings)
-    attributes = _attributes(session, settings, [train_set, eval_set])
+    attributes = _attributes(session, settings, [train_set, eval_set], start)
     run = _Run(session, settings, folder, report, attributes, record or Record())
     run.record.data = digest(train_set)
     checkpoint = prepare_folder(folder, settings.resume, run.record)
@@ -206,7 +211,7 @@ def run_training(
 
     layout = choose_layout(session, settings, train_set.items)
     base = _base(run.record, lambda: evaluate(None, "evaluating the base"))
-    adapter = fresh_adapter(model, settings, train_set)
+    adapter = adapter_to_train(session, settings, train_set, start)
     conditioner = _conditioner(adapter, attributes, settings.seed)
     data = TrainingData(train_set, layout, conditioner, pad_id)
     figures = _fit(run, adapter, data, checkpoint, lambda: evaluate(conditioner, "evaluating"))
@@ -249,17 +254,20 @@ class _Run:
         write_adapter(folder, tensors, config, card)
 
 
-def _attributes(session: Session, settings: RunSettings, sets: Sequence[Examples | Stream | None]) -> list[Attribute]:
+def _attributes(
+    session: Session, settings: RunSettings, sets: Sequence[Examples | Stream | None], start: StoredAdapter | None
+) -> list[Attribute]:
     if settings.attribute_field is None:
         return []
     present = [examples for examples in sets if examples is not None]
-    return gather_attributes(session, settings, present, settings.attributes)
+    return gather_attributes(session, settings, present, settings.attributes, start)
 
 
 def _conditioner(adapter: Adapter | PeftAdapter, attributes: Sequence[Attribute], seed: int) -> Conditioner | None:
     if not attributes or not isinstance(adapter, Adapter):
         return None
-    adapter.add_mlp(seed)
+    if adapter.mlp is None:
+        adapter.add_mlp(seed)
     return Conditioner(adapter, attributes)
 
 

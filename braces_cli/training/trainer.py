@@ -50,7 +50,7 @@ from braces_cli.training.metrics import METRICS_FILE, MetricsFile
 from braces_cli.training.peft_baselines import PeftAdapter
 from braces_cli.training.sampler import example_order, steps_per_epoch
 from braces_cli.training.selective_logits import mean_loss, only_scored
-from braces_cli.training.settings import CheckpointSettings, TrainSettings
+from braces_cli.training.settings import CheckpointSettings, TrainSettings, capped_warmup
 
 logger = logging.getLogger("braces")
 
@@ -112,7 +112,11 @@ class Trainer:
         optimizer = torch.optim.AdamW(parameter_groups(adapter, settings), weight_decay=0.0)
         self._model, self._optimizer = self._accelerator.prepare(self._base, optimizer)
         name = _SCHEDULES.get(settings.schedule, settings.schedule)
-        self._scheduler = get_scheduler(name, self._optimizer, settings.warmup_steps, self.max_steps)
+        warmup = capped_warmup(settings.warmup_steps, self.max_steps)
+        if warmup < settings.warmup_steps and is_main():
+            cut = "the warm-up is cut from %d to %d steps, a quarter of the run"
+            logger.info(cut, settings.warmup_steps, warmup)
+        self._scheduler = get_scheduler(name, self._optimizer, warmup, self.max_steps)
         # Counters of earlier calls, over all processes; and of this call and process.
         self._earlier: dict[str, Any] = {}
         self._tokens = self._computed = 0
@@ -261,7 +265,7 @@ class Trainer:
         """Log, measure and save where this step is due for it."""
         due, last = self._context.checkpoints, self.step >= self.max_steps
         row: dict[str, Any] = {}
-        if self.step % due.logging_steps == 0:
+        if last or self.step % due.logging_steps == 0:
             row = self._figures()
         # After the last step the adapter is measured as it was saved.
         if due.eval_steps and self.step % due.eval_steps == 0 and not last:

@@ -28,7 +28,7 @@ def check_quantize(name: str, device: torch.device | None) -> None:
     """
     package = "bitsandbytes" if name.startswith("bnb-") else "torchao"
     if find_spec(package) is None:
-        hint = "Install it with: pip install 'braces-cli[quantize]'"
+        hint = f"Install it with: pip install {package}"
         raise ConfigError(f"`{name}` needs the package {package}", where="--quantize", hint=hint)
     if package == "bitsandbytes" and device is not None:
         import bitsandbytes

@@ -1,19 +1,20 @@
-"""Adapters on their way to the hub."""
+"""Upload what a command has written to the hub."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from braces_cli.core.models.hub_errors import hub_faults
 from braces_cli.core.utils.errors import BracesError, ConfigError, first_line
 
-# An adapter and its pictures; no checkpoint, no log of a reporter.
-_FILES = [
+# What an upload takes of a folder; no checkpoint, no log of a reporter.
+ADAPTER_FILES = (
     "adapter_config.json", "adapter_model.safetensors", "attributes.safetensors", "README.md", "loss.png",
     "metrics.jsonl",
-]  # fmt: skip
+)  # fmt: skip
 
 
 def check_push(repo: str) -> None:
@@ -36,8 +37,12 @@ def check_push(repo: str) -> None:
         raise ConfigError(f"the hub denied access: {first_line(error)}", where=where, hint=hint) from error
 
 
-def push(folder: Path, repo: str) -> str:
-    """Upload an adapter folder, in one commit; the repository is made if need be. Returns its address.
+def push(folder: Path, repo: str, files: Sequence[str] | None = None, again: str = "") -> str:
+    """Upload a folder, in one commit; the repository is made if need be. Returns its address.
+
+    Args:
+        files: patterns of the files to upload; None is all.
+        again: how to upload once more, for the hint where the upload fails.
 
     Raises:
         BracesError: the hub refuses or cannot be reached; the folder is as it was.
@@ -45,12 +50,14 @@ def push(folder: Path, repo: str) -> str:
     from huggingface_hub import HfApi
 
     api: Any = HfApi()
+    patterns = None if files is None else list(files)
     try:
         address = api.create_repo(repo, exist_ok=True)
         api.upload_folder(
-            repo_id=address.repo_id, folder_path=folder, allow_patterns=_FILES, commit_message="Upload of braces"
+            repo_id=address.repo_id, folder_path=folder, allow_patterns=patterns, commit_message="Upload of braces"
         )
     except hub_faults() as error:
-        hint = f"The adapter is safe in {os.fspath(folder)}; the same command with --resume tries the upload again."
+        again = again or f"upload them with `hf upload {repo} {folder}`"
+        hint = f"The files are safe in {os.fspath(folder)}; {again}."
         raise BracesError(f"cannot upload: {first_line(error)}", where=repo, hint=hint) from error
     return str(address)

@@ -1,0 +1,62 @@
+"""`braces env`: what a bug report needs."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from braces_cli.cli.command import command
+from braces_cli.cli.console import print_json, print_pairs
+from braces_cli.cli.options import DisplaySettings
+
+# Environment variables that change what braces does; none of them is a secret.
+_VARIABLES = (
+    "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_HOME", "WORLD_SIZE",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvSettings(DisplaySettings):
+    """Settings of `braces env`."""
+
+
+@command
+def env(settings: EnvSettings) -> None:
+    """Versions, devices, threads and caches: what a bug report needs. Shows no token and no password."""
+    found = environment()
+    if settings.json:
+        print_json(found)
+        return
+    facts = {name: found[name] for name in ("braces", "python", "system", "threads")}
+    libraries = {name: v for name, v in found["versions"].items() if name not in facts}
+    devices = [f"{d['name']} ({d['memory'] / 1e9:.1f} GB)" for d in found["devices"]] or ["CPU only"]
+    variables = [f"{name}={value}" for name, value in found["variables"].items()]
+    print_pairs("environment", {**facts, "devices": devices, **found["caches"], "variables": variables, **libraries})
+
+
+def environment() -> dict[str, Any]:
+    """`{braces, python, system, versions, devices: [{name, memory}], threads, caches, variables}`; memory in bytes."""
+    import torch
+    from huggingface_hub import constants
+
+    from braces_cli import __version__
+    from braces_cli.core.utils.versions import MORE_LIBRARIES, installed, versions
+
+    cuda = torch.cuda
+    properties = [cuda.get_device_properties(index) for index in range(cuda.device_count())]
+    devices = [{"name": each.name, "memory": each.total_memory} for each in properties]
+    if torch.backends.mps.is_available():
+        devices.append({"name": "Apple GPU (mps)", "memory": torch.mps.recommended_max_memory()})
+    return {
+        "braces": __version__,
+        "python": f"{sys.version.split()[0]} ({sys.executable})",
+        "system": platform.platform(),
+        "versions": {**versions(), **installed(MORE_LIBRARIES)},
+        "devices": devices,
+        "threads": torch.get_num_threads(),
+        "caches": {"hub_cache": constants.HF_HUB_CACHE, "offline": constants.HF_HUB_OFFLINE},
+        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+    }
