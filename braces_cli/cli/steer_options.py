@@ -94,7 +94,13 @@ class SteerSettings(AdapterSettings, AttributeSettings, GenerationSettings, Swee
         panel=GENERATION,
         flag="--apply-chat-template/--no-apply-chat-template",
     )
-    batch_size: int = option(8, help="Texts at a time.", min=1, panel=GENERATION, outcome=False)
+    batch_size: int = option(
+        8,
+        help="Texts at a time. In bfloat16 and float16 rounding, and so texts, depend on it; in float32 hardly ever.",
+        min=1,
+        panel=GENERATION,
+        outcome=False,
+    )
     beside: bool = option(False, help="The unsteered text beside the steered one.", panel=OUTPUT)
     interactive: bool = option(
         False,

@@ -54,8 +54,8 @@ def _into_file(settings: SteerSettings, requests: Iterator[TextRequest], total: 
     assert settings.output is not None
     options = options_of(type(settings))
     record = {name: value for name, value in settings.resolved().items() if options[name].outcome}
-    file = TextsFile(settings.output, record, resume=settings.resume, overwrite=settings.overwrite)
-    file.skip(requests, settings.strengths, settings.seed)
+    file = TextsFile(settings.output, record, settings.batch_size, resume=settings.resume, overwrite=settings.overwrite)
+    requests = file.remaining(requests, settings.strengths, settings.seed)
     start, written = time.monotonic(), 0
     first = next(requests, None)
     if first is not None:

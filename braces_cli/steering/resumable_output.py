@@ -1,7 +1,11 @@
 """A file of texts that an interrupted run can be continued into.
 
 Rows are appended as they come, one a line, so that a run that is killed leaves at most its last line unfinished. What
-the texts depend on stands beside it, in `FILE.settings.json`.
+the texts depend on is recorded beside the file, in `FILE.settings.json`.
+
+A text depends a little on its batch: matrix products of other sizes add up in another order, and in bfloat16 and
+float16 the difference is large enough to change a token. A run is therefore resumed where a batch of the earlier run
+began, with batches of the same size, so that each text is that of a run without interruption, in every number format.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ class TextsFile:
 
     Args:
         settings: all that the texts depend on, besides the prompts; must be what an earlier run had, to resume it.
+        batch_size: texts of a batch.
         resume: keep the complete lines that are there.
         overwrite: replace a file that is there.
 
@@ -31,16 +36,18 @@ class TextsFile:
         DataError: `resume`, and a line that is no row of texts.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any], batch_size: int, *, resume: bool, overwrite: bool) -> None:
         self.path = path
         self._record = path.with_name(f"{path.name}.settings.json")
-        self._settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self._settings: dict[str, Any] = json.loads(json.dumps({**settings, "batch_size": batch_size}))
+        self._batch_size = batch_size
         if resume and overwrite:
             raise ConfigError("both are given", where="--resume, --overwrite", hint="Give one of them.")
         hint = "--resume continues it, --overwrite starts anew."
         check_output_file(path, overwrite or resume, hint)
-        # Complete rows, and the byte behind the last of them.
-        self.rows, self._end = _complete(path) if resume and path.is_file() else (0, 0)
+        # Byte behind each complete row.
+        self._ends = _complete(path) if resume and path.is_file() else []
+        self.rows = len(self._ends)
         if self.rows:
             self._check_settings()
 
@@ -55,6 +62,7 @@ class TextsFile:
             ) from error
         # Earlier versions recorded a repeatable option that was not given as null.
         old = {name: [] if value is None else value for name, value in before.items()}
+        old.setdefault("batch_size", self._batch_size)  # nor the size of batches
         new = {name: [] if value is None else value for name, value in self._settings.items()}
         different = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
         if different:
@@ -62,14 +70,19 @@ class TextsFile:
             hint = "Resume with the settings of the earlier run, or start anew with --overwrite."
             raise ConfigError(f"the earlier run had another {names}", where=str(self.path), hint=hint)
 
-    def skip(self, requests: Iterator[TextRequest], attributes: dict[str, float], seed: int) -> None:
-        """Take the requests from `requests` that the complete rows answer.
+    def remaining(
+        self, requests: Iterator[TextRequest], attributes: dict[str, float], seed: int
+    ) -> Iterator[TextRequest]:
+        """The requests that are to be generated: those behind the last complete batch.
+
+        Complete rows of an incomplete batch are generated once more, unless they are the last of all.
 
         Raises:
-            ConfigError: they are answers to others.
+            ConfigError: the complete rows are answers to other requests.
         """
         if not self.rows:
-            return
+            return requests
+        again: list[TextRequest] = []
         with self.path.open("rb") as lines:
             for number in range(1, self.rows + 1):
                 row, request = json.loads(lines.readline()), next(requests, None)
@@ -78,6 +91,13 @@ class TextsFile:
                     hint = "Give the prompts and settings of the earlier run, or start anew with --overwrite."
                     what = "there are fewer texts to generate" if request is None else "this row is of another run"
                     raise ConfigError(what, where=f"{self.path}:{number}", hint=hint)
+                assert request is not None
+                again = [*again, request] if number % self._batch_size else []
+        following = next(requests, None)
+        if following is None:
+            return iter(())
+        self.rows -= len(again)
+        return chain(again, [following], requests)
 
     def write(self, rows: Iterable[dict[str, Any]]) -> int:
         """Append rows as they come, behind the complete ones; returns how many.
@@ -89,10 +109,11 @@ class TextsFile:
         with _failures(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = self.path.open("r+b" if self.rows else "wb")
+        end = self._ends[self.rows - 1] if self.rows else 0
         with file:
             with _failures(self.path):
-                file.truncate(self._end)
-                file.seek(self._end)
+                file.truncate(end)
+                file.seek(end)
             write_json(self._record, self._settings)
             for row in chain(first, rows):
                 with _failures(self.path):
@@ -111,9 +132,10 @@ def _failures(path: Path) -> Iterator[None]:
         raise BracesError(f"cannot write: {error.strerror or error}", where=str(path), hint=hint) from error
 
 
-def _complete(path: Path) -> tuple[int, int]:
-    """Complete rows at the beginning of a file, and the byte behind the last of them."""
-    rows = end = 0
+def _complete(path: Path) -> list[int]:
+    """The byte behind each complete row at the beginning of a file."""
+    ends: list[int] = []
+    end = 0
     with path.open("rb") as lines:
         for line in lines:
             if not line.endswith(b"\n"):
@@ -124,7 +146,7 @@ def _complete(path: Path) -> tuple[int, int]:
                 complete = False
             if not complete:
                 hint = "Only what --output has written can be resumed; --overwrite starts anew."
-                raise DataError("this is no row of texts", where=f"{path}:{rows + 1}", hint=hint)
-            rows += 1
+                raise DataError("this is no row of texts", where=f"{path}:{len(ends) + 1}", hint=hint)
             end += len(line)
-    return rows, end
+            ends.append(end)
+    return ends

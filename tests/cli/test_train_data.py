@@ -134,7 +134,7 @@ def bad_inputs():
         ("missing file", {"data": "none.jsonl"}, 3, "no such file"),
         ("empty file", {"data": "empty.jsonl"}, 3, "the file is empty"),
         ("a folder", {"data": "."}, 3, "a folder, not a file"),
-        ("unknown kind", {"data": "notes.txt"}, 3, "cannot read `.txt` files"),
+        ("unknown kind", {"data": "notes.docx"}, 3, "cannot read `.docx` files"),
         ("wrong keys", {"data": "keys.jsonl"}, 3, "keys.jsonl:1: the row has none of the needed fields"),
         ("mixed keys", {"data": "mixed.jsonl"}, 3, "mixed.jsonl:3: this row is prompt/completion, those before it are"),
         ("two formats", {"data": "both.jsonl"}, 3, "both.jsonl:1: the keys fit 2 formats"),
@@ -180,6 +180,7 @@ def bad_files(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "empty.jsonl").touch()
     (folder / "notes.txt").write_text("hello")
+    (folder / "notes.docx").write_text("hello")
     (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text\n')
     (folder / "latin.jsonl").write_bytes('{"text": "é"}'.encode("latin-1"))
     (folder / "typo.yaml").write_text("rnak: 4\n")

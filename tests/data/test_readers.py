@@ -54,7 +54,7 @@ def test_every_format_gives_the_same_rows(tmp_path, suffix):
         ("a.json", '{"text": "x"}\n{"text": \n', "broken JSON", ":2"),
         ("a.csv", "prompt,completion\na,b\nc\n", "another number of cells", ":3"),
         ("a.csv", "prompt,completion\na,b,c\n", "another number of cells", ":2"),
-        ("a.txt", "hello", "cannot read `.txt` files", ""),
+        ("a.docx", "hello", "cannot read `.docx` files", ""),
         ("a.parquet", "hello", "broken Parquet", ""),
     ],
 )

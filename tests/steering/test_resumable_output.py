@@ -11,19 +11,21 @@ from tests.steering.conftest import LINES, STEERED
 
 
 @pytest.mark.parametrize("where", ["nothing", "one line", "inside a line", "all but the last newline", "everything"])
-def test_a_file_is_continued_behind_its_last_complete_line(steer, tmp_path, where):
-    """The same bytes as without the interruption, at another batch size."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_file_is_continued_behind_its_last_complete_batch(steer, tmp_path, where, dtype):
+    """The same bytes as without the interruption, in every number format."""
+    options = ("--num-samples", 2, *STEERED, "--dtype", dtype, "--batch-size", 4)
     out = tmp_path / "texts.jsonl"
-    first = steer("--output", out, "--num-samples", 2, *STEERED)
+    first = steer("--output", out, *options)
     assert (first.json["texts"], first.json["resumed_from"]) == (10, None)
     whole = out.read_bytes()
-    assert [json.loads(line) for line in whole.splitlines()] == steer("--num-samples", 2, *STEERED).lines
+    assert [json.loads(line) for line in whole.splitlines()] == steer(*options).lines
     ends = [place.end() for place in re.finditer(b"\n", whole)]
     kept = {"nothing": 0, "one line": ends[0], "inside a line": ends[6] + 20, "all but the last newline": ends[-1] - 1}
     out.write_bytes(whole[: kept.get(where, len(whole))])
-    again = steer("--output", out, "--resume", "--num-samples", 2, *STEERED, "--batch-size", 3)
+    again = steer("--output", out, "--resume", *options)
     assert out.read_bytes() == whole
-    rows = {"nothing": 0, "one line": 1, "inside a line": 7, "all but the last newline": 9}.get(where, 10)
+    rows = {"nothing": 0, "one line": 0, "inside a line": 4, "all but the last newline": 8}.get(where, 10)
     assert (again.json["texts"], again.json["resumed_from"]) == (10, rows)
 
 
@@ -46,6 +48,7 @@ def test_a_finished_file_is_left_alone_without_loading_the_model(steer, tmp_path
         (["--resume", "--overwrite"], 2, "both are given"),
         (["--resume", "--temperature", "0.5"], 2, "another --temperature"),
         (["--resume", "--seed", "1"], 2, "another --seed"),
+        (["--resume", "--batch-size", "3"], 2, "another --batch-size"),
         (["--resume", *STEERED], 2, "another --attribute, --s"),
     ],
 )
@@ -89,8 +92,32 @@ def test_what_a_text_depends_on_is_recorded_and_nothing_else(steer, tmp_path):
     assert set(settings) == {
         "model", "adapter", "attribute", "s", "attributes", "layers", "num_samples", "max_new_tokens", "temperature",
         "top_p", "top_k", "stop", "apply_chat_template", "beside", "seed", "revision", "dtype", "quantize",
+        "batch_size",
     }  # fmt: skip
+    del settings["batch_size"]  # which earlier versions did not record
     record.write_text(json.dumps({name: None if value == [] else value for name, value in settings.items()}))
     assert steer("--output", out, "--resume", "--batch-size", 2, "--device", "cpu").code == 0
     record.write_text(json.dumps(settings | {"apply_chat_template": False}))
     assert "another --apply-chat-template" in steer("--output", out, "--resume").err
+
+
+def test_an_interrupted_batch_is_generated_once_more_as_a_whole(monkeypatch, steer, tmp_path):
+    """Not its rest alone: the batches of a resumed run are those of the run without interruption."""
+    import braces_cli.steering.generate_texts as module
+
+    batches, real = [], module.generate
+
+    def seen(model, tokenizer, requests, *rest):
+        batches.append([(request.index, request.sample) for request in requests])
+        return real(model, tokenizer, requests, *rest)
+
+    monkeypatch.setattr(module, "generate", seen)
+    out = tmp_path / "texts.jsonl"
+    steer("--output", out, "--batch-size", 2)
+    whole, all_batches = out.read_bytes(), list(batches)
+    assert [len(batch) for batch in all_batches] == [2, 2, 1]
+    batches.clear()
+    out.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]))
+    steer("--output", out, "--resume", "--batch-size", 2)
+    assert batches == all_batches[1:]
+    assert out.read_bytes() == whole

@@ -18,6 +18,9 @@ def test_a_folder_that_is_not_there_is_refused_before_anything_is_loaded(tmp_pat
     (tmp_path / "file").write_text("x")
     with pytest.raises(ConfigError, match="cannot read this folder"):
         AttributeSettings(attributes=tmp_path / "file")
+    with pytest.raises(ConfigError, match="no attribute file"):
+        AttributeSettings(attributes=tmp_path)
+    (tmp_path / "warm.safetensors").touch()
     assert AttributeSettings(attributes=tmp_path).attributes == tmp_path
 
 
