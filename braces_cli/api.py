@@ -1,0 +1,164 @@
+"""The Python interface, for notebooks and scripts: `load`, `train` and the `Model` that `load` gives.
+
+    import braces_cli as braces
+
+    braces.train("rows.jsonl", "out", max_steps=200)
+    model = braces.load("out")
+    model.generate("The film is")
+    model.steer("positive", 2).generate("The film is")
+
+Names and defaults are those of the command line. Errors are the classes of `core.utils.errors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any, overload
+
+from braces_cli.core.attributes.attribute import Attribute, build_attribute, find_attribute
+from braces_cli.core.attributes.intervention import steered
+from braces_cli.core.method.adapter_files import CONFIG_FILE
+from braces_cli.core.models.generation import Sampling
+from braces_cli.core.models.layer_ranges import chosen_layers
+from braces_cli.core.models.load_options import LoadOptions
+from braces_cli.core.session import Session, open_session
+from braces_cli.core.utils.errors import ConfigError, near_misses
+from braces_cli.inspection.adapter_summary import summarise
+from braces_cli.steering.chat_prompts import chat_wanted
+from braces_cli.steering.generate_texts import generate_texts, text_requests
+from braces_cli.training.settings import RunSettings
+from braces_cli.training.train import train as run_training
+
+Name = str | PathLike[str]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A base model, with an adapter or without, and the attributes that it is steered by.
+
+    Attributes:
+        session: the open model; shared by what `steer` returns.
+        terms: attributes with their strengths.
+        layers: that are steered, such as `8-20,24`; None is the default of `braces steer`.
+    """
+
+    session: Session
+    terms: tuple[tuple[Attribute, float], ...] = ()
+    layers: str | None = None
+
+    def steer(
+        self,
+        attribute: str,
+        strength: float = 1.0,
+        *,
+        words: Sequence[str] | None = None,
+        attributes: Name | None = None,
+        layers: str | None = None,
+    ) -> Model:
+        """The same model, steered by one more attribute; this one stays as it is.
+
+        Args:
+            attribute: name of an attribute: of the adapter, of the folder `attributes`, or built in.
+            strength: direction and intensity; negative is away from the attribute, 0 changes nothing.
+            words: build the attribute from these words.
+            attributes: folder that `braces attr-build` wrote.
+            layers: decoder layers that are steered.
+
+        Raises:
+            ConfigError: unknown attribute, or one that steers this model already.
+        """
+        if any(attribute == each.name for each, _ in self.terms):
+            hint = "Steer the model that load() gave, with another strength."
+            raise ConfigError(f"the model is steered by `{attribute}` already", hint=hint)
+        if words is not None:
+            found = build_attribute(self.session, attribute, list(words))
+        else:
+            found = find_attribute(self.session, attribute, None if attributes is None else Path(attributes))
+        return Model(self.session, (*self.terms, (found, strength)), layers or self.layers)
+
+    @overload
+    def generate(self, prompts: str, **options: Any) -> str: ...
+
+    @overload
+    def generate(self, prompts: Sequence[str], **options: Any) -> list[str]: ...
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        batch_size: int = 8,
+        apply_chat_template: bool | None = None,
+        **sampling: Any,
+    ) -> str | list[str]:
+        """The continuation of a prompt, or a list with that of each prompt, without the prompts.
+
+        Args:
+            batch_size: prompts at a time.
+            apply_chat_template: prompts as a user's turn; None is as the adapter was trained.
+            sampling: `max_new_tokens`, `temperature`, `top_p`, `top_k`, `seed` and `stop`, see
+                `core.models.generation.Sampling`.
+
+        Raises:
+            ConfigError: a value out of range.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        how = Sampling(**sampling)
+        layers = chosen_layers(self.session.base.model, self.layers)
+        chat = chat_wanted(self.session, apply_chat_template)
+        with steered(self.session, self.terms, layers):
+            made = list(generate_texts(self.session, text_requests(texts), how, batch_size=batch_size, chat=chat))
+        return made[0] if isinstance(prompts, str) else made
+
+    def inspect(self) -> dict[str, Any]:
+        """What `braces inspect --format json` prints: sizes, gates and projections, layer by layer."""
+        stored = self.session.stored
+        return summarise(
+            self.session.base.name, None if stored is None else stored.name, revision=self.session.base.revision
+        )
+
+
+def load(name: Name | None = None, *, adapter: Name | None = None, **options: Any) -> Model:
+    """Open a model.
+
+    Args:
+        name: folder of an adapter, or folder or hub id of a base model. None: the adapter's own base, else the model
+            that comes with braces.
+        adapter: folder or hub id of an adapter.
+        options: `device`, `dtype`, `quantize` and the like, see `core.models.load_options.LoadOptions`.
+
+    Raises:
+        ConfigError: two adapters, or no such device.
+        ModelError: model or adapter cannot be loaded, or they do not fit.
+    """
+    model = None if name is None else fspath(name)
+    if model is not None and (Path(model).expanduser() / CONFIG_FILE).is_file():
+        if adapter is not None:
+            raise ConfigError("two adapters", where=model, hint="Give the folder or hub id of a base model, or none.")
+        model, adapter = None, model
+    return Model(open_session(model, None if adapter is None else fspath(adapter), LoadOptions(**options)))
+
+
+def train(data: Name | Sequence[Name], output_dir: Name, **settings: Any) -> dict[str, Any]:
+    """Train an adapter, as `braces train` does, and return what it prints with `--format json`.
+
+    Args:
+        data: files or hub sets of training rows.
+        output_dir: folder for the adapter; `load` opens it.
+        settings: options of `braces train` by name, with underscores, such as `max_steps=200`.
+
+    Raises:
+        ConfigError: settings that do not fit together.
+        DataError: rows that cannot be read.
+        ModelError: the base cannot be loaded.
+    """
+    rows = (data,) if isinstance(data, (str, PathLike)) else tuple(data)
+    known = set(RunSettings.__dataclass_fields__)
+    unknown = sorted(set(settings) - known)
+    if unknown:
+        raise ConfigError(f"no setting `{unknown[0]}`", hint=near_misses(unknown[0], known))
+    given = dict.fromkeys(settings, "command line")
+    names = tuple(fspath(each) for each in rows)
+    return run_training(RunSettings(data=names, output_dir=Path(output_dir), given=given, **settings))
