@@ -1,0 +1,79 @@
+"""`braces train --adapter`: training goes on from a stored adapter, with other rows."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+
+@pytest.fixture
+def rows(tmp_path: Any) -> Any:
+    """Texts, each with an attribute and a strength."""
+    path = tmp_path / "rows.jsonl"
+    words = {"good": "positive", "happy": "positive", "sad": "negative", "old": "neutral"}
+    lines = [{"text": f"the {w} film and the {v} end", "mood": words[w], "how": 2} for w in words for v in words]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def train(braces: Any, model_dir: Any, rows: Any, tmp_path: Any) -> Any:
+    """Trains for a few steps into a folder."""
+
+    def run(name: str, *args: Any, base: bool = True) -> Any:
+        model = ("--model", model_dir) if base else ()
+        return braces(
+            "train", *model, "--data", rows, "--output-dir", tmp_path / name, "--device", "cpu",
+            "--lr", 0.01, "--format", "json", *args,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.mark.parametrize("form", ["paper", "signed", "untied"])
+def test_training_starts_where_the_adapter_is(train: Any, rows: Any, tmp_path: Any, form: str) -> None:
+    """Rank, form and layers come from the adapter, the base too, and the first loss is that of the adapter."""
+    first = train("a", "--max-steps", 30, "--rank", 3, "--relevance", form, "--layers", "1-", "--gate-lr", 0.3)
+    assert first.code == 0, first.err
+    again = train("b", "--adapter", tmp_path / "a", "--max-steps", 1, "--eval-data", rows, base=False)
+    assert again.code == 0, again.err
+    config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    assert (config["r"], config["relevance"], config["layers"]) == (3, form, [1])
+    steps = [json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in steps] == [1]
+    assert again.json["base_eval_loss"] - steps[0]["loss"] > 0.01
+    old, new = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab")
+    assert any((old[key] != new[key]).any() for key in old)
+
+
+def test_attributes_of_the_adapter_are_kept(train: Any, rows: Any, tmp_path: Any) -> None:
+    """Those that the new rows name come on top; without an attribute field the run is refused."""
+    fields = ("--attribute-field", "mood", "--strength-field", "how")
+    assert train("a", "--max-steps", 2, *fields).code == 0
+    rows.write_text(json.dumps({"text": "the happy end", "mood": "joyful", "how": 1}) + "\n")
+    assert train("b", "--adapter", tmp_path / "a", "--max-steps", 1, *fields).code == 0
+    config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    assert config["attributes"] == ["joyful", "negative", "positive"]
+    refused = train("c", "--adapter", tmp_path / "a", "--max-steps", 1)
+    assert refused.code == 2
+    assert "--attribute-field" in refused.err
+
+
+def test_what_does_not_fit_the_adapter_is_refused(train: Any, tmp_path: Any) -> None:
+    """Another rank, a baseline, a folder without an adapter."""
+    assert train("a", "--max-steps", 1, "--rank", 4).code == 0
+    for args, code, message in (
+        (("--rank", 8), 2, "the adapter has rank 4"),
+        (("--method", "lora"), 2, "cannot continue from an adapter"),
+    ):
+        outcome = train("b", "--adapter", tmp_path / "a", "--max-steps", 1, *args)
+        assert outcome.code == code, outcome.err
+        assert message in outcome.err
+    assert train("b", "--adapter", tmp_path / "none", "--max-steps", 1).code == 4
+    hint = train("b", "--model", tmp_path / "a", "--max-steps", 1, base=False)
+    assert "Give it as --adapter" in hint.err
+    shown = train("b", "--adapter", tmp_path / "a", "--dry-run").json["settings"]
+    assert (shown["rank"], shown["layers"]) == (4, "0,1")
