@@ -216,9 +216,6 @@ def run_training(
     data = TrainingData(train_set, layout, conditioner, pad_id)
     figures = _fit(run, adapter, data, checkpoint, lambda: evaluate(conditioner, "evaluating"))
     tuned = evaluate(conditioner, "evaluating the adapter")
-    if conditioner is not None:
-        # Of the last batch; the token path is measured on rows without attributes.
-        conditioner.clear()
     result = TrainResult(
         output_dir=str(folder),
         method=settings.method,
