@@ -44,12 +44,14 @@ class Neurons:
         rows: what the neurons read (n, d).
         columns: what they write (d, n).
         constant: added to the output bias (d,), None where nothing steers.
+        bias: added to what the neurons read (n,), None is zeros.
     """
 
     gate: Tensor
     rows: Tensor
     columns: Tensor
     constant: Tensor | None
+    bias: Tensor | None = None
 
 
 def new_neurons(adapter: Adapter, plan: Plan) -> dict[int, Neurons]:
@@ -226,7 +228,8 @@ def _grown(tensor: Tensor, role: Role, plan: Plan, new: Neurons | None) -> Tenso
         return torch.cat([_grown(half, half_role, plan, new) for half, half_role in both], dim=role.dim)
     piece = None
     if new is not None:
-        piece = {"gate.bias": new.gate, "up": new.rows, "key": new.rows, "value": new.columns.mT}.get(part)
+        pieces = {"gate.bias": new.gate, "up": new.rows, "key": new.rows, "value": new.columns.mT}
+        piece = (pieces | dict.fromkeys(("up.bias", "key.bias"), new.bias)).get(part)
     if piece is None:
         shape = list(tensor.shape)
         shape[role.dim] = count
