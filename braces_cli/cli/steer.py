@@ -45,7 +45,9 @@ def steer(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Texts at a time.")] = 8,
     export_control_vector: Annotated[
         Path | None,
-        typer.Option("--export-control-vector", help="Write the steering to this GGUF file instead of generating."),
+        typer.Option(
+            "--export-control-vector", hidden=True, help="Use braces export control-vector; this is its older name."
+        ),
     ] = None,
     sweep: Annotated[
         str | None,

@@ -239,8 +239,11 @@ def _grown(tensor: Tensor, role: Role, plan: Plan, new: Neurons | None) -> Tenso
     return torch.cat([tensor, piece.to(tensor.dtype)], dim=role.dim)
 
 
-def copy_companions(source: Path, folder: Path) -> list[str]:
+def copy_companions(source: Path, folder: Path, tokenizer: Any) -> list[str]:
     """Copy tokenizer, chat template, generation config and licence of a base, as they are; returns their names.
+
+    Where the tokenizer's files name no class, transformers picks one by the type of the model, which may be another
+    one in `folder`: there the class of `tokenizer`, the base's own, is written down.
 
     Raises:
         BracesError: cannot be written.
@@ -254,4 +257,8 @@ def copy_companions(source: Path, folder: Path) -> list[str]:
                 shutil.copyfile(path, folder / path.name)
     except OSError as error:
         raise BracesError(f"cannot write: {error.strerror}", where=str(folder), hint="Is the disk full?") from error
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not settings.get("tokenizer_class") and type(tokenizer).__module__.startswith("transformers."):
+        write_json(path, settings | {"tokenizer_class": type(tokenizer).__name__})
     return [path.name for path in found]

@@ -131,7 +131,7 @@ def _write(request: Request, folder: Path, report: Report) -> tuple[dict[str, An
     adapter.detach()
     assert session.base.checkpoint is not None
     facts = write_checkpoint_with_code(folder, model, sides, session.base.checkpoint)
-    copy_companions(session.base.checkpoint, folder)
+    copy_companions(session.base.checkpoint, folder, session.base.tokenizer)
     facts |= {"dtype": str(model.dtype).removeprefix("torch."), **sources(request)}
     return facts | {"model": session.base.name, "revision": session.base.revision}, expected
 
@@ -220,6 +220,8 @@ def _link(source: Path, target: Path) -> None:
 
 def _code(model: Any, sides: list[Side]) -> tuple[str, dict[str, str]]:
     """The modelling file, and the classes in it that the config names for transformers' Auto classes."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
     architecture = type(model)
     base = model.base_model
     whole = base is model or type(base.config) is not type(model.config)
@@ -233,7 +235,13 @@ def _code(model: Any, sides: list[Side]) -> tuple[str, dict[str, str]]:
     names = {"AutoModelForCausalLM": f"Braces{architecture.__name__}"}
     if not whole:
         names = {"AutoModel": f"Braces{type(base).__name__}", **names}
+    pairs = [(architecture.__name__, names["AutoModelForCausalLM"]), (type(base).__name__, names.get("AutoModel"))]
+    renamed = [(old, new) for old, new in pairs if new and get_checkpoint_conversion_mapping(old) is not None]
+    if renamed:
+        functions = ["get_checkpoint_conversion_mapping", "register_checkpoint_conversion_mapping"]
+        imports["transformers.conversion_mapping"] = functions
     data = {
+        "renamed": renamed,
         "architecture": architecture.__name__,
         "imports": [(module, sorted(found)) for module, found in sorted(imports.items())],
         "kinds": sorted({side.kind for side in sides}),

@@ -131,7 +131,7 @@ def _write(request: Request, folder: Path, report: Report) -> tuple[dict[str, An
     made.config.dtype = model.dtype
     write_checkpoint(folder, model, made, neurons, [ffn.layer for ffn in ffns], report)
     assert session.base.checkpoint is not None
-    copy_companions(session.base.checkpoint, folder)
+    copy_companions(session.base.checkpoint, folder, session.base.tokenizer)
     facts = _plan_facts(made) | {"dtype": str(model.dtype).removeprefix("torch.")}
     return facts | sources(request) | {"model": session.base.name, "revision": session.base.revision}, expected
 

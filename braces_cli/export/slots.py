@@ -129,13 +129,16 @@ def _write(request: Request, count: int, folder: Path, report: Report) -> tuple[
     report("loading", 0, 1)
     session = open_bare(request)
     model = session.base.model
-    ffns = plain_ffns(model, session.ffns)
-    made, slots = plan_slots(model, ffns, probe_tokens(session), count, request.multiple)
+    try:
+        ffns = plain_ffns(model, session.ffns)
+        made, slots = plan_slots(model, ffns, probe_tokens(session), count, request.multiple)
+    except ModelError as error:
+        raise ModelError(error.message.replace("be merged", "take slots"), hint=error.hint) from error
     report("loading", 1, 1)
     expected = reference(session)
     write_empty(folder, model, made, slots, ffns, report)
     assert session.base.checkpoint is not None
-    copy_companions(session.base.checkpoint, folder)
+    copy_companions(session.base.checkpoint, folder, session.base.tokenizer)
     base = {
         "model": session.base.name,
         "revision": session.base.revision,

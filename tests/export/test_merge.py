@@ -152,7 +152,7 @@ def test_what_cannot_be_exact_is_refused_with_the_reason(case: str) -> None:
     with pytest.raises(ModelError, match="cannot be merged") as caught:
         planned(model)
     assert words in caught.value.message
-    assert "--export-control-vector" in str(caught.value.hint)
+    assert "braces export code" in str(caught.value.hint)
 
 
 def test_positions_far_apart_tell_a_llama_from_what_only_looks_like_one() -> None:
