@@ -20,7 +20,7 @@ from torch import Tensor
 from braces_cli.core.attributes.intervention import steered
 from braces_cli.core.method.adapter import Adapter
 from braces_cli.core.models.ffn import FFN
-from braces_cli.core.models.moe import Experts
+from braces_cli.core.models.moe import Experts, MixtureFFN
 from braces_cli.core.utils.atomic_files import write_json, write_tensors, write_text
 from braces_cli.core.utils.errors import BracesError, ModelError
 from braces_cli.core.utils.progress import Report, silent
@@ -54,6 +54,7 @@ class Side:
         stock: class of the module.
         ends: names of the first projection that reads and of the one that writes; `ends` only.
         experts: how many; 1 for `mlp` and `ends`.
+        mixed: the module is part of a mixture of experts.
         reads: A (d_r, d).
         writes: B of all experts side by side (d, experts * d_r).
         shift: what steering adds to A h (d_r,), None where nothing steers.
@@ -64,6 +65,7 @@ class Side:
     stock: type
     ends: tuple[str, ...]
     experts: int
+    mixed: bool
     reads: Tensor
     writes: Tensor
     shift: Tensor | None
@@ -84,7 +86,9 @@ def side_paths(adapter: Adapter) -> list[Side]:
             # (experts, d, d_r) -> (d, experts * d_r)
             flat = writes if writes.ndim == 2 else writes.transpose(0, 1).flatten(1)
             count = 1 if writes.ndim == 2 else len(writes)
-            found.append(Side(names[module], kind, type(module), ends, count, reads.cpu(), flat.cpu(), shift))
+            mixed = isinstance(ffn, MixtureFFN)
+            side = Side(names[module], kind, type(module), ends, count, mixed, reads.cpu(), flat.cpu(), shift)
+            found.append(side)
     return found
 
 
@@ -163,8 +167,13 @@ def write_checkpoint_with_code(folder: Path, model: Any, sides: list[Side], chec
         "architecture": classes["AutoModelForCausalLM"],
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "bytes": sum(tensor.nbytes for tensor in tensors.values()),
-        "served": all(side.kind != "ends" for side in sides),
+        "served": _served(sides),
     }
+
+
+def _served(sides: list[Side]) -> bool:
+    """Whether all side paths stay where servers put their own projections and experts in place of the model's."""
+    return all(side.kind == "mlp" and not side.mixed for side in sides)
 
 
 def _tensors(sides: list[Side], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -242,6 +251,7 @@ def _code(model: Any, sides: list[Side]) -> tuple[str, dict[str, str]]:
         imports["transformers.conversion_mapping"] = functions
     data = {
         "renamed": renamed,
+        "served": _served(sides),
         "architecture": architecture.__name__,
         "imports": [(module, sorted(found)) for module, found in sorted(imports.items())],
         "kinds": sorted({side.kind for side in sides}),

@@ -33,6 +33,7 @@ from braces_cli.export.ffn_form import observed_form
 from braces_cli.export.planner import plain_ffns, plan
 from tests.conftest import open_gates
 from tests.core.architectures import MAPPING, NEURONS, VARIANTS, VOCABULARY, WIDTH, model_type, tiny
+from tests.export.architecture_columns import code_column, slots_column
 
 TABLE = Path(__file__).resolve().parents[2] / "recipes" / "docs" / "ARCHITECTURES.md"
 TOKENS = torch.randint(3, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -105,11 +106,13 @@ class Outcome:
     form: str = ""
     value: str = ""
     merge: str = ""
+    slots: str = ""
+    code: str = ""
     reason: str = ""
 
     def row(self) -> str:
         kind = MAPPING[model_type(self.name)]
-        cells = (self.name, kind, self.status, self.form, self.value, self.merge, self.reason)
+        cells = (self.name, kind, self.status, self.form, self.value, self.merge, self.slots, self.code, self.reason)
         return "| " + " | ".join(cells) + " |"
 
 
@@ -276,6 +279,21 @@ def merged(name: str, model: Any, folder: Path) -> str:
     return made.case if steered else f"{made.case}, without steering"
 
 
+def exported(name: str, model: Any, folder: Path) -> tuple[str, str]:
+    """Whether a type takes slots and LoRA files, and how it is written with a modelling file.
+
+    Raises:
+        AssertionError: either gives other logits than base and adapter.
+    """
+
+    def adapter(model: Any) -> Adapter:
+        return carry(model, find_ffns(model))
+
+    tolerance = 1e-4 if name in NOISY else 1e-5
+    slots = slots_column(model, adapter, logits_of, folder / "slots", tolerance)
+    return slots, code_column(model, adapter, logits_of, folder / "code", tolerance)
+
+
 def form(model: Any, ffns: Sequence[FFN | MixtureFFN]) -> tuple[str, str]:
     """What the FFNs look like, in words, and what their value projections are called inside a layer."""
     stack = layer_stack(model)[1]
@@ -346,7 +364,8 @@ def prove(name: str, folder: Path) -> Outcome:
     caches = {name: reason for name, (_, reason) in CACHES.items()}
     notes = [table[name] for table in (NOTES, TRAINING, SINGLE, NOISY, caches) if name in table]
     merging = merged(name, model, folder / "merged")
-    return Outcome(name, EXACT, *form(model, find_ffns(model)), merging, "; ".join(notes))
+    columns = exported(name, model, folder)
+    return Outcome(name, EXACT, *form(model, find_ffns(model)), merging, *columns, "; ".join(notes))
 
 
 def counts(outcomes: Sequence[Outcome]) -> str:
@@ -372,10 +391,15 @@ def table(outcomes: Sequence[Outcome]) -> str:
         "Llama; *c*: its FFN has no gate and may be wider; else why `braces merge` refuses it. Types are taken as",
         "their default config describes them: another model of a type, without sliding windows say, may be merged.",
         "",
+        "*Slots*: a base with empty neurons has its own logits, and with an adapter and an attribute at strength 2 as LoRA",
+        "files those of the adapter (`braces export slots`, `lora`). *Code*: a checkpoint with a modelling file has them",
+        "too, steered (`braces export code`); *by hooks* where the FFN is no module that the file can subclass. Both",
+        "within 1e-5.",
+        "",
         "Written by the test that proves it, `python -m tests.core.laws --write`; do not edit.",
         "",
-        "| Type | Class | Status | FFN | Value projection | Merge | Reason, notes |",
-        "|---|---|---|---|---|---|---|",
+        "| Type | Class | Status | FFN | Value projection | Merge | Slots | Code | Reason, notes |",
+        "|---|---|---|---|---|---|---|---|---|",
         *(outcome.row() for outcome in sorted(outcomes, key=lambda outcome: outcome.name)),
     ]
     return "\n".join(lines) + "\n"

@@ -135,9 +135,9 @@ def test_the_model_without_its_head_has_the_side_path_too(tmp_path: Path) -> Non
         assert torch.equal(body(input_ids=TOKENS).last_hidden_state, wanted)
 
 
-def test_servers_that_replace_modules_are_told_to_refuse_hooks(tmp_path: Path) -> None:
-    """Where the side path joins two modules by hooks, the class supports no attention backend."""
-    for name, supported in (("qwen3", True), ("bloom", False)):
+def test_servers_that_replace_modules_are_told_so(tmp_path: Path) -> None:
+    """Where the side path is on experts, or joins two modules by hooks, the class supports no attention backend."""
+    for name, supported in (("qwen3", True), ("bloom", False), ("qwen3_moe", False)):
         written(BASES[name](), tmp_path / name)
         assert load(tmp_path / name / "code")._supports_attention_backend is supported
 
