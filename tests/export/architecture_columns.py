@@ -1,8 +1,8 @@
-"""What can be exported of a model of any type: the columns on slots and code of recipes/docs/ARCHITECTURES.md."""
+"""What can be exported of a model of any type: the columns Merge, Slots and Code of recipes/docs/ARCHITECTURES.md."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,15 @@ from transformers import AutoModelForCausalLM
 from braces_cli.core.method.adapter import Adapter
 from braces_cli.core.models.ffn import FFN, find_ffns
 from braces_cli.core.utils.errors import ModelError
+from braces_cli.export.checkpoint_writer import new_neurons, write_checkpoint
 from braces_cli.export.code_checkpoint import side_paths, write_checkpoint_with_code
+from braces_cli.export.ffn_form import observed_form
 from braces_cli.export.lora_tensors import Pairs, lora_pairs, token_path
-from braces_cli.export.planner import plain_ffns
+from braces_cli.export.planner import plain_ffns, plan
 from braces_cli.export.slots import Slots, plan_slots, write_empty
 
 SHIFT = torch.tensor([1.0, -2.0, 0.5, 3.0])
+TOKENS = torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
 def frozen(adapter: Adapter, shift: torch.Tensor | None) -> Adapter:
@@ -61,13 +64,53 @@ def add_lora(model: Any, pairs: Pairs, scale: float = 1.0) -> None:
         modules[name].register_forward_hook(hook)
 
 
-def slots_column(model: Any, adapter_of: Any, logits_of: Any, folder: Path, tolerance: float) -> str:
-    """Whether a type takes slots and LoRA files, `yes`, `yes, without attributes`, or `no`.
+def export_columns(
+    model: Any, attach: Callable[[], Adapter], logits_of: Any, folder: Path, tolerance: float
+) -> tuple[str, str, str]:
+    """The three cells of a type.
 
     Args:
-        adapter_of: makes an adapter of rank 4 on the model.
-        logits_of: logits of fixed tokens.
+        attach: puts an adapter of rank 4 on the model.
+        logits_of: logits of a model for fixed tokens.
         tolerance: relative difference that is still rounding.
+
+    Raises:
+        AssertionError: an export gives other logits than base and adapter.
+    """
+    kinds = (merge_column, slots_column, code_column)
+    cells = [kind(model, attach, logits_of, folder / kind.__name__, tolerance) for kind in kinds]
+    return cells[0], cells[1], cells[2]
+
+
+def merge_column(model: Any, attach: Any, logits_of: Any, folder: Path, tolerance: float) -> str:
+    """How an adapter merges into a type, `a`, `b` or `c` of `export.planner`, or why not.
+
+    Raises:
+        AssertionError: the merged checkpoint gives other logits than the adapter.
+    """
+    ffns = find_ffns(model)
+    try:
+        plain = plain_ffns(model, ffns)
+        shape = observed_form(model, plain, TOKENS)
+        try:
+            made, steered = plan(model, ffns, shape, 4, 64, True), True
+        except ModelError:
+            made, steered = plan(model, ffns, shape, 4, 64, False), False
+    except ModelError as error:
+        return "no: " + error.message.partition("cannot be merged: ")[2]
+    adapter = frozen(attach(), SHIFT if steered else None)
+    wanted = logits_of(model)
+    neurons = new_neurons(adapter, made)
+    adapter.detach()
+    write_checkpoint(folder, model, made, neurons, [ffn.layer for ffn in plain])
+    kind = type(model) if made.architecture == type(model).__name__ else getattr(transformers, made.architecture)
+    found = _relative(logits_of(kind.from_pretrained(folder).eval()), wanted)
+    assert found < tolerance, f"merged, it differs from the adapter by {found:.1e}"
+    return made.case if steered else f"{made.case}, without steering"
+
+
+def slots_column(model: Any, attach: Any, logits_of: Any, folder: Path, tolerance: float) -> str:
+    """Whether a type takes slots and LoRA files, `yes`, `yes, without attributes`, or `no`.
 
     Raises:
         AssertionError: it gives other logits than base or adapter.
@@ -78,7 +121,7 @@ def slots_column(model: Any, adapter_of: Any, logits_of: Any, folder: Path, tole
     except ModelError:
         return "no"
     assert _relative(logits_of(loaded), bare) < tolerance, "empty slots change the base"
-    adapter = frozen(adapter_of(model), None)
+    adapter = frozen(attach(), None)
     path, constant = token_path(adapter), vectors(adapter, slots, 1.0)
     frozen(adapter, 2 * SHIFT if constant else None)
     wanted = logits_of(model)
@@ -91,14 +134,14 @@ def slots_column(model: Any, adapter_of: Any, logits_of: Any, folder: Path, tole
     return "yes" if constant else "yes, without attributes"
 
 
-def code_column(model: Any, adapter_of: Any, logits_of: Any, folder: Path, tolerance: float) -> str:
+def code_column(model: Any, attach: Any, logits_of: Any, folder: Path, tolerance: float) -> str:
     """How a type is written with a modelling file: `yes`, `yes, by hooks` where an FFN has no module of its own.
 
     Raises:
         AssertionError: it gives other logits than the adapter.
     """
     model.save_pretrained(folder / "base")
-    adapter = frozen(adapter_of(model), SHIFT)
+    adapter = frozen(attach(), SHIFT)
     wanted = logits_of(model)
     sides = side_paths(adapter)
     adapter.detach()
@@ -110,9 +153,6 @@ def code_column(model: Any, adapter_of: Any, logits_of: Any, folder: Path, toler
     found = _relative(logits_of(loaded.eval()), wanted)
     assert found < tolerance, f"as a checkpoint with code it differs from the adapter by {found:.1e}"
     return "yes, by hooks" if any(side.kind == "ends" for side in sides) else "yes"
-
-
-TOKENS = torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
 def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
