@@ -88,6 +88,8 @@ def ask(address: str, ids: list[int], tokens: int, scale: float) -> list[int]:
 
 def main() -> None:
     args = arguments()
+    if Path(args.adapter).is_dir():
+        args.adapter = str(Path(args.adapter).resolve())  # the command line runs in the checkout
     session = common.opened(args)
     stops = common.ends(session)
     texts = [opening + subject for opening in common.OPENINGS for subject in common.SUBJECTS]
