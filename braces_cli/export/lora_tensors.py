@@ -126,13 +126,12 @@ def write_folder(folder: Path, pairs: Pairs, slots: Slots, base: Path) -> dict[s
 
 def _targets(pairs: Pairs, slots: Slots) -> list[str]:
     """Names of the modules for the config: endings such as `up_proj` where they mean exactly the pairs' modules."""
-    ends = {"reads": {site.reads for site in slots.sites.values()}}
-    ends["writes"] = {site.writes for site in slots.sites.values()}
     if slots.suffixes is None:
         return sorted(pairs)
-    found = [suffix for suffix, group in zip(slots.suffixes, ends.values(), strict=True) if group <= set(pairs)]
-    covered = set().union(*(group for group in ends.values() if group <= set(pairs)))
-    return found if covered == set(pairs) else sorted(pairs)
+    sites = slots.sites.values()
+    groups = zip(slots.suffixes, ({site.reads for site in sites}, {site.writes for site in sites}), strict=True)
+    named = {suffix: group for suffix, group in groups if group <= set(pairs)}
+    return list(named) if set().union(*named.values()) == set(pairs) else sorted(pairs)
 
 
 def read_folder(folder: Path) -> Pairs:

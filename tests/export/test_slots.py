@@ -156,6 +156,24 @@ def test_two_adapters_at_once_need_slots_of_their_own(tmp_path: Path) -> None:
     assert relative(logits(wrapped.eval()), wanted) < 1e-5
 
 
+def test_an_adapter_on_some_layers_names_their_modules(tmp_path: Path) -> None:
+    """The other layers get no LoRA at all; steering of one layer alone likewise."""
+    model = tiny_model("llama")
+    slots, loaded = write_slotted(model, tmp_path / "slots", TOKENS)
+    adapter = attach(model, 4, [1])
+    open_gates(adapter)
+    frozen(adapter, SHIFT)
+    wanted, path = logits(model), token_path(adapter)
+    adapter.detach()
+    (tmp_path / "narrow").mkdir()
+    write_folder(tmp_path / "narrow", lora_pairs(path, {1: path[1][1] @ SHIFT}, slots), slots, tmp_path)
+    config = json.loads((tmp_path / "narrow" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["model.layers.1.mlp.down_proj", "model.layers.1.mlp.up_proj"]
+    wrapped = peft.PeftModel.from_pretrained(loaded, tmp_path / "narrow").eval()
+    assert sum(isinstance(module, LoraLayer) for module in wrapped.modules()) == 2
+    assert relative(logits(wrapped), wanted) < 1e-5
+
+
 def test_an_architecture_without_biases_takes_adapters_and_no_attributes(tmp_path: Path) -> None:
     """Its record has no constant slot."""
     model = tiny("musicgen")
