@@ -71,9 +71,10 @@ def open_gates(adapter: Any, seed: int = 1) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, brace in adapter.sites:
-            brace.gate.copy_(torch.randn(1, generator=generator))
-            noise = torch.randn(brace.weight.shape, generator=generator)
-            brace.weight.copy_(1.5 * brace.weight + 0.1 * noise.to(brace.weight))
+            brace.gate.copy_(torch.randn(brace.gate.shape, generator=generator))
+            for _, matrix in brace.matrices():
+                noise = torch.randn(matrix.shape, generator=generator)
+                matrix.copy_(1.5 * matrix + 0.1 * noise.to(matrix))
 
 
 def tiny_tokenizer() -> Any:
@@ -103,6 +104,20 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny-llama")
     tiny_model("llama", max_position_embeddings=128, vocab_size=96).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chatty(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model of `model_dir` with a chat template."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(model_dir, folder)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -137,13 +152,13 @@ def adapter_dir(session: Any, tmp_path: Path) -> Path:
     return make_adapter(session, tmp_path / "adapter")
 
 
-def make_adapter(session: Any, folder: Path, rank: int = 4, seed: int = 1) -> Path:
+def make_adapter(session: Any, folder: Path, rank: int = 4, seed: int = 1, form: str = "paper") -> Path:
     """Save an adapter with open gates and leave the session's model bare."""
     from braces_cli.core.method.adapter import AdapterConfig, attach
     from braces_cli.core.models.loading import tokenizer_hashes
 
     base = session.base
-    adapter = attach(base.model, rank)
+    adapter = attach(base.model, rank, form=form)
     open_gates(adapter, seed)
     config = AdapterConfig(
         base.name, rank, adapter.layers, base.fingerprint(session.ffns), tokenizer=tokenizer_hashes(base.tokenizer)

@@ -14,9 +14,10 @@ from typing import Annotated, Any
 import typer
 
 from braces_cli import __version__
+from braces_cli.cli import typer_internals
 from braces_cli.cli.console import print_json
 from braces_cli.core.utils.distributed import rank
-from braces_cli.core.utils.errors import BracesError
+from braces_cli.core.utils.errors import BracesError, first_line
 
 # Name -> module and the function or typer app in it; imported and built when asked for.
 _COMMANDS = {
@@ -29,9 +30,6 @@ _COMMANDS = {
     "export": ("export", "app"),
     "demo": ("demo", "demo"),
 }
-
-# typer exports one exception of its option parser; the classes above it are what a wrong call raises.
-_CallError: Any = typer.BadParameter.__mro__[2]
 
 
 def _version(show: bool) -> None:
@@ -61,8 +59,8 @@ def build_app(args: Sequence[str] = ()) -> typer.Typer:
         },
     )
     app.callback()(braces)
-    asked = args[0].replace("_", "-") if args else ""
-    for name in [asked] if asked in _COMMANDS else _COMMANDS:
+    first = args[0].replace("_", "-") if args else ""
+    for name in [first] if first in _COMMANDS else _COMMANDS:
         module, attribute = _COMMANDS[name]
         command = getattr(importlib.import_module(f"braces_cli.cli.{module}"), attribute)
         if isinstance(command, typer.Typer):
@@ -73,7 +71,7 @@ def build_app(args: Sequence[str] = ()) -> typer.Typer:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line and exit with the code of DESIGN: 0, 1, 2, 3, 4, 130 or 143."""
+    """Run the command line and exit with 0, 1, 2, 3, 4 or 5 (see `core.utils.errors`), 130 or 143."""
     args = list(sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -83,21 +81,21 @@ def main(argv: Sequence[str] | None = None) -> None:
             _fail(args, 130, "interrupted", None, None)
     except BracesError as error:
         code = _fail(args, error.exit_code, error.message, error.where, error.hint)
-    except _CallError as error:
+    except typer.TyperException as error:
         code = _call_error(args, error)
     except _Terminated:
         code = _fail(args, 143, "terminated", None, None)
     except BrokenPipeError:
         code = _reader_gone()
     except SystemExit as error:
-        # What parses our options ends the process itself, with 1, where it sees a broken pipe before we do.
+        # typer ends the process itself, with 1, where it sees a broken pipe before we do.
         if not isinstance(error.__context__, BrokenPipeError):
             raise
         code = _reader_gone()
     except Exception as error:
         if "--debug" in args:
             raise
-        what = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
+        what = f"{type(error).__name__}: {first_line(error) if str(error).strip() else 'no message'}"
         code = _fail(args, 1, what, None, "This is a fault of braces; --debug shows where.")
     sys.exit(code if isinstance(code, int) else 0)
 
@@ -123,27 +121,22 @@ def _help(app: typer.Typer, args: list[str]) -> bool:
     """
     if not args or args[-1] not in ("-h", "--help"):
         return False
-    command: Any = typer.main.get_command(app)
-    context = typer.Context(command, info_name="braces")
-    for name in args[:-1]:
-        name = name.replace("_", "-")
-        command = command.commands.get(name) if hasattr(command, "commands") else None
-        if command is None:
-            return False
-        context = typer.Context(command, info_name=name, parent=context)
+    found = typer_internals.help_of(app, [name.replace("_", "-") for name in args[:-1]])
+    if found is None:
+        return False
+    command, context = found
     # With Rich markup, get_help prints by itself and returns nothing.
     print(command.get_help(context), end="")
     return True
 
 
-def _call_error(args: list[str], error: Any) -> int:
+def _call_error(args: list[str], error: typer.TyperException) -> int:
     message = error.format_message()
-    if type(error).__name__ == "NoArgsIsHelpError":
+    if typer_internals.is_call_without_arguments(error):
         print(message)
         return 2
-    # Its own hint names the command that was called (`Try 'braces train --help'`).
-    path = getattr(getattr(error, "ctx", None), "command_path", "braces")
-    return _fail(args, 2, message.rstrip("."), None, f"See `{path} --help`.")
+    # typer's own hint names the command that was called (`Try 'braces train --help'`).
+    return _fail(args, 2, message.rstrip("."), None, f"See `{typer_internals.called_command(error)} --help`.")
 
 
 def _fail(args: list[str], code: int, message: str, where: str | None, hint: str | None) -> int:
@@ -152,8 +145,8 @@ def _fail(args: list[str], code: int, message: str, where: str | None, hint: str
 
         traceback.print_exc()
     if rank() > 0:
-        # Most faults befall every process of a launch, and the first one tells. Its end ends the others, in silence;
-        # what befell this one alone is told after a while.
+        # Most errors occur in every process of a launch, and the first process reports them; its end ends the others.
+        # An error of this process alone is reported after a while.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
         message = f"process {rank()}: {message}"

@@ -11,20 +11,40 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
 
 from braces_cli.cli.config_file import read_config_file
 from braces_cli.cli.console import set_up
+from braces_cli.cli.typer_internals import sources
 from braces_cli.core.utils.settings import PANELS, Option, options_of
 
 _CONFIG = "YAML file with options of this command; the command line wins."
-# Where a value came from, in the words of `Settings.given`.
-_SOURCES = {"COMMANDLINE": "command line", "ENVIRONMENT": "command line", "DEFAULT_MAP": "file"}
+# The command that runs, where it is not the one that this process was started with.
+_words: ContextVar[tuple[str, ...] | None] = ContextVar("words", default=None)
+
+
+def command_line() -> list[str]:
+    """The words of the command that runs, such as `["braces", "train", "--data", "rows.jsonl"]`."""
+    return list(_words.get() or ("braces", *sys.argv[1:]))
+
+
+@contextmanager
+def running(words: Sequence[str]) -> Iterator[None]:
+    """Inside, `command_line` is `words`: for a command that runs others."""
+    token = _words.set(tuple(words))
+    try:
+        yield
+    finally:
+        _words.reset(token)
 
 
 def command(function: Callable[[Any], None]) -> Callable[..., None]:
@@ -36,17 +56,16 @@ def command(function: Callable[[Any], None]) -> Callable[..., None]:
     def run(ctx: typer.Context, **values: Any) -> None:
         values.pop("config")
         set_up(values.get("quiet", False), values.get("debug", False))
-        sources = {name: str(getattr(ctx.get_parameter_source(name), "name", "")) for name in values}
-        given = {name: _SOURCES[source] for name, source in sources.items() if source in _SOURCES}
+        given = sources(ctx, values)
         function(kind(**{name: _stored(value, hints[name]) for name, value in values.items()}, given=given))
 
     parameters = [_parameter("ctx", typer.Context)]
-    for name, about in sorted(described.items(), key=lambda item: PANELS.index(item[1].panel)):
+    for name, about in sorted(described.items(), key=lambda item: (not item[1].argument, PANELS.index(item[1].panel))):
         kept = fields[name].default
         parameters.append(_parameter(name, _annotation(name, hints[name], about), _default(kept)))
     config = Annotated[
         Any,
-        typer.Option("--config", help=_CONFIG, callback=read_config_file, is_eager=True, metavar="FILE", parser=str),
+        typer.Option("--config", help=_CONFIG, callback=read_config_file, is_eager=True, metavar="FILE", parser=Path),
     ]
     parameters.append(_parameter("config", config, None))
     run.__name__, run.__doc__, run.__module__ = function.__name__, function.__doc__, function.__module__
@@ -70,7 +89,7 @@ def _default(value: Any) -> Any:
 
 
 def _annotation(name: str, hint: Any, about: Option) -> Any:
-    flag = about.flag or "--" + name.replace("_", "-")
+    flags = (about.flag or "--" + name.replace("_", "-")).split(",")
     details: dict[str, Any] = {"help": about.help, "rich_help_panel": about.panel, "hidden": about.hidden}
     if about.min is not None:
         details["min"] = about.min
@@ -82,8 +101,10 @@ def _annotation(name: str, hint: Any, about: Option) -> Any:
     item = _item(hint)
     if item is not None:
         hint = list[item] | None  # type: ignore[valid-type]
+    if about.argument:
+        return Annotated[hint, typer.Argument(**details)]
     # One name, so that a flag of its own brings no `--no-...`.
-    return Annotated[hint, typer.Option(flag, **details)]
+    return Annotated[hint, typer.Option(*flags, **details)]
 
 
 def _item(hint: Any) -> Any:

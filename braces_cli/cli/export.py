@@ -64,7 +64,7 @@ def slots(settings: SlotsSettings) -> None:
     from braces_cli.export.request import Request
     from braces_cli.export.slots import write_slots
 
-    request = Request(settings.model, None, settings.load_options, multiple=settings.pad_to_multiple_of)
+    request = Request(settings.model, None, settings.load_options, pad_to_multiple_of=settings.pad_to_multiple_of)
     with progress(settings.quiet) as report:
         result = write_slots(request, settings.slots, settings.folder, settings.overwrite, report)
     _show(settings, "exported", result)

@@ -1,47 +1,65 @@
 """`braces inspect`: the summary, and what its subcommands show."""
 
+import functools
+from dataclasses import dataclass
+from typing import Any
+
 import typer
 
 from braces_cli.cli import inspect_clamp, inspect_diff, inspect_find, inspect_report, inspect_trace, inspect_values
-from braces_cli.cli import options as o
-from braces_cli.cli.console import print_json, print_table, set_up
+from braces_cli.cli.command import command
+from braces_cli.cli.console import print_json, print_table
+from braces_cli.cli.options import AdapterSettings, DisplaySettings
 from braces_cli.core.utils.errors import ConfigError
+from braces_cli.core.utils.settings import same_option
 
 app = typer.Typer(help="Look inside a model and its adapter.", invoke_without_command=True)
 
 
-@app.callback()
-def summary(
-    ctx: typer.Context,
-    model: o.Model = None,
-    adapter: o.AdapterName = None,
-    revision: o.Revision = None,
-    trust_remote_code: o.TrustRemoteCode = False,
-    config: o.Config = None,
-    fmt: o.FormatOption = o.Format.table,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class SummarySettings(DisplaySettings):
+    """Settings of `braces inspect` without a subcommand, which loads no weights."""
+
+    model: str | None = same_option(AdapterSettings, "model")
+    adapter: str | None = same_option(AdapterSettings, "adapter")
+    revision: str | None = same_option(AdapterSettings, "revision")
+    trust_remote_code: bool = same_option(AdapterSettings, "trust_remote_code")
+
+
+@command
+def summary(settings: SummarySettings) -> None:
     """Look inside. Without a subcommand: gates and projections, layer by layer; needs no weights of the base."""
-    if ctx.invoked_subcommand is not None:
-        if model or adapter:
-            hint = f"Write braces inspect {ctx.invoked_subcommand} --model ... --adapter ..."
-            raise ConfigError(
-                "options stand before the subcommand", where=f"inspect {ctx.invoked_subcommand}", hint=hint
-            )
-        return
-    set_up(quiet, debug)
     from braces_cli.inspection.adapter_summary import summarise
 
-    found = summarise(model, adapter, revision=revision, trust_remote_code=trust_remote_code)
-    if fmt is o.Format.json:
+    found = summarise(
+        settings.model,
+        settings.adapter,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    if settings.json:
         print_json(found)
         return
     title = f"{found['model']}, {found['base_parameters']:,} parameters"
-    if adapter:
-        title += f"\nadapter {adapter}, {found['parameters']:,} parameters"
+    if settings.adapter:
+        title += f"\nadapter {settings.adapter}, {found['parameters']:,} parameters"
     columns = list(found["layers"][0])
     print_table(title, [name.replace("_", " ") for name in columns], [layer.values() for layer in found["layers"]])
+
+
+@app.callback()
+@functools.wraps(summary)
+def summary_or_subcommand(ctx: typer.Context, **values: Any) -> None:
+    """The summary, unless a subcommand follows.
+
+    Raises:
+        ConfigError: a subcommand follows, but options stand before it.
+    """
+    if ctx.invoked_subcommand is None:
+        summary(ctx=ctx, **values)
+    elif values["model"] or values["adapter"]:
+        hint = f"Write braces inspect {ctx.invoked_subcommand} --model ... --adapter ..."
+        raise ConfigError("options stand before the subcommand", where=f"inspect {ctx.invoked_subcommand}", hint=hint)
 
 
 app.command("values")(inspect_values.values)

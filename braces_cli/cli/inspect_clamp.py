@@ -1,71 +1,62 @@
 """`braces inspect clamp`: hold neurons at a value and see what the model says then."""
 
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from braces_cli.cli import options as o
-from braces_cli.cli.console import print_json, print_table, progress, set_up
+from braces_cli.cli.command import command
+from braces_cli.cli.console import print_json, print_table, progress
+from braces_cli.cli.inspect_options import InspectSettings
 from braces_cli.core.utils.errors import ConfigError
+from braces_cli.core.utils.settings import DATA, GENERATION, SeedSettings, option
 
 
-def clamp(
-    ctx: typer.Context,
-    clamps: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="LAYER:INDEX=VALUE...",
-            help="Neurons to hold, such as 3:89=2.5, or 3:89=p99.9: at that percentile of its own weights over --data.",
-        ),
-    ],
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="Repeatable. Default: standard input.")] = None,
-    prompts: Annotated[Path | None, typer.Option("--prompts", help="One a line, or JSON Lines with `prompt`.")] = None,
-    token: Annotated[
-        list[str] | None, typer.Option("--token", help="Token whose probability is shown in any case. Repeatable.")
-    ] = None,
-    generate: Annotated[bool, typer.Option("--generate", help="Also continue each prompt, without and with.")] = False,
-    data: Annotated[
-        list[str] | None, typer.Option("--data", help="Texts for percentiles: file or hub set. Repeatable.")
-    ] = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Rows of --data to read.")] = 1000,
-    model: o.Model = None,
-    adapter: o.AdapterName = None,
-    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Tokens that rise most.")] = 10,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Of a continuation.")] = 30,
-    temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option("--top-p")] = 0.9,
-    seed: o.Seed = 0,
-    revision: o.Revision = None,
-    device: o.Device = "auto",
-    dtype: o.DtypeOption = o.Dtype.auto,
-    device_map: o.DeviceMap = None,
-    quantize: o.Quantize = None,
-    trust_remote_code: o.TrustRemoteCode = False,
-    config: o.Config = None,
-    fmt: o.FormatOption = o.Format.table,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ClampSettings(InspectSettings, SeedSettings):
+    """Settings of `braces inspect clamp`."""
+
+    clamps: tuple[str, ...] = option(
+        help="Neurons to hold, such as 3:89=2.5, or 3:89=p99.9: at that percentile of its own weights over --data.",
+        metavar="LAYER:INDEX=VALUE",
+        argument=True,
+    )
+    prompt: tuple[str, ...] = option((), help="Text to continue. Repeatable. Default: standard input.", metavar="TEXT")
+    prompts: Path | None = option(None, help="File of prompts: one a line, or JSON Lines with `prompt`.")
+    token: tuple[str, ...] = option(
+        (), help="Token whose probability is shown in any case. Repeatable.", metavar="TOKEN"
+    )
+    top_k: int = option(10, help="Tokens shown: those whose probability rises most.", min=1)
+    data: tuple[str, ...] = option(
+        (), help="Texts for percentiles: file or hub set. Repeatable.", metavar="SOURCE", panel=DATA
+    )
+    limit: int = option(1000, help="Rows of --data to read.", min=1, panel=DATA)
+    generate: bool = option(False, help="Also continue each prompt, without and with the clamps.", panel=GENERATION)
+    max_new_tokens: int = option(30, help="Length of a continuation.", min=1, panel=GENERATION)
+    temperature: float = option(0.0, help="Sampling temperature; 0 is greedy.", panel=GENERATION)
+    top_p: float = option(0.9, help="Sample from the likeliest tokens that hold this probability.", panel=GENERATION)
+
+
+@command
+def clamp(settings: ClampSettings) -> None:
     """Hold neurons at a value while scoring or continuing prompts, and show whose probability that changes.
 
     A value is a number, or a percentile of the neuron's own weights over the texts of --data.
     """
-    set_up(quiet, debug)
     from braces_cli.inspection.neuron_clamping import parse_clamp
 
-    held = [parse_clamp(text) for text in clamps]
-    check_data(held, data)
-    with progress(quiet) as report:
-        found = _clamp(ctx, held, report)
-    if fmt is o.Format.json:
-        print_json(found)
+    clamps = [parse_clamp(text) for text in settings.clamps]
+    check_data(clamps, settings.data)
+    with progress(settings.quiet) as report:
+        result = _clamp(settings, clamps, report)
+    if settings.json:
+        print_json(result)
         return
-    if data:
-        rows = [(f"{c['layer']}:{c['index']}", c.get("percentile"), c["value"]) for c in found["clamps"]]
+    if settings.data:
+        rows = [(f"{c['layer']}:{c['index']}", c.get("percentile"), c["value"]) for c in result["clamps"]]
         print_table("", ["neuron", "percentile", "value"], rows)
-    for row in found["prompts"]:
+    for row in result["prompts"]:
         title = f"{row['prompt']!r}: KL {row['kl']:.3g} nats behind the prompt, {row['kl_mean']:.3g} over its positions"
         table = [(repr(t["token"])[1:-1], t["before"], t["after"], t["ratio"]) for t in row["tokens"]]
         print_table(title, ["token", "before", "after", "ratio"], table)
@@ -73,20 +64,20 @@ def clamp(
             print_table("", ["", "continuation"], [("before", row["text_before"]), ("after", row["text"])])
 
 
-def check_data(held: list[Any], data: list[str] | None) -> None:
+def check_data(clamps: Sequence[Any], data: Sequence[str]) -> None:
     """Raises:
     ConfigError: a percentile without texts to take it over, or texts without a percentile.
     """
-    percentiles = any(one.percentile is not None for one in held)
+    percentiles = any(clamp.percentile is not None for clamp in clamps)
     if percentiles and not data:
         hint = "Give texts of the model's kind: --data FILE."
-        raise ConfigError("a percentile of what?", where="--data", hint=hint)
+        raise ConfigError("a percentile needs texts to take it over", where="--data", hint=hint)
     if data and not percentiles:
         hint = "Write LAYER:INDEX=p99.9, or leave --data out."
         raise ConfigError("no clamp is a percentile", where="--data", hint=hint)
 
 
-def _clamp(ctx: typer.Context, held: list[Any], report: Any) -> dict[str, Any]:
+def _clamp(settings: ClampSettings, clamps: Sequence[Any], report: Any) -> dict[str, Any]:
     from braces_cli.core.models.generation import Sampling
     from braces_cli.core.session import open_session
     from braces_cli.inspection.concept_search import vocabulary
@@ -94,31 +85,30 @@ def _clamp(ctx: typer.Context, held: list[Any], report: Any) -> dict[str, Any]:
     from braces_cli.inspection.neuron_clamping import check_clamps, clamp_prompt
     from braces_cli.steering.prompts import read_prompts
 
-    params = ctx.params
-    sampling = Sampling(params["max_new_tokens"], params["temperature"], params["top_p"], None, params["seed"])
-    texts = list(read_prompts(params["prompt"] or (), params["prompts"], sys.stdin))
-    session = open_session(params["model"], params["adapter"], o.load_options(ctx))
-    check_clamps(plain_ffns(session.ffns), held)
-    if params["data"]:
-        from braces_cli.inspection.activation_percentiles import read_texts, settle
+    sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, None, settings.seed)
+    texts = list(read_prompts(settings.prompt, settings.prompts, sys.stdin))
+    session = open_session(settings.model, settings.adapter, settings.load_options)
+    check_clamps(plain_ffns(session.ffns), clamps)
+    if settings.data:
+        from braces_cli.inspection.activation_percentiles import read_texts, resolve_percentiles
 
-        held = settle(session, held, read_texts(session, params["data"], params["limit"]), report)
-    known = vocabulary(session) if params["token"] else None
-    tokens = [known.single(text, "--token") for text in params["token"] or () if known]
+        clamps = resolve_percentiles(session, clamps, read_texts(session, settings.data, settings.limit), report)
+    known = vocabulary(session) if settings.token else None
+    tokens = [known.single(text, "--token") for text in settings.token if known]
     rows = []
     for done, text in enumerate(texts):
         report("clamping", done, len(texts))
-        row = clamp_prompt(session, text, held, tokens=tokens, top_k=params["top_k"])
-        rows.append(row | (_continue(session, text, done, held, sampling) if params["generate"] else {}))
-    return {"clamps": [one.as_row() for one in held], "prompts": rows}
+        row = clamp_prompt(session, text, clamps, tokens=tokens, top_k=settings.top_k)
+        rows.append(row | (_continue(session, text, done, clamps, sampling) if settings.generate else {}))
+    return {"clamps": [clamp.as_row() for clamp in clamps], "prompts": rows}
 
 
-def _continue(session: Any, prompt: str, index: int, held: list[Any], sampling: Any) -> dict[str, str]:
-    from braces_cli.core.models.generation import Job, generate
+def _continue(session: Any, prompt: str, index: int, clamps: Sequence[Any], sampling: Any) -> dict[str, str]:
+    from braces_cli.core.models.generation import TextRequest, generate
     from braces_cli.inspection.ffn_weights import plain_ffns
     from braces_cli.inspection.neuron_clamping import clamped
 
-    job, base = Job(prompt, index), session.base
+    job, base = TextRequest(prompt, index), session.base
     before = generate(base.model, base.tokenizer, [job], sampling)[0]
-    with clamped(plain_ffns(session.ffns), held):
+    with clamped(plain_ffns(session.ffns), clamps):
         return {"text_before": before, "text": generate(base.model, base.tokenizer, [job], sampling)[0]}

@@ -1,69 +1,54 @@
 """`braces inspect report`: one self-contained page."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+from braces_cli.cli.command import command
+from braces_cli.cli.console import print_json, print_pairs, progress
+from braces_cli.cli.inspect_options import InspectSettings
+from braces_cli.core.utils.settings import OUTPUT, option
 
-from braces_cli.cli import options as o
-from braces_cli.cli.console import print_json, print_pairs, progress, set_up
+
+@dataclass(frozen=True, kw_only=True)
+class ReportSettings(InspectSettings):
+    """Settings of `braces inspect report`."""
+
+    output: Path = option(help="HTML file to write.")
+    prompt: str | None = option(None, help="Text for the heat map and the strongest vectors.")
+    target: str | None = option(
+        None, help="Token of the heat map. Default: the model's own next token at each position."
+    )
+    overwrite: bool = option(False, help="Replace an --output that exists.", panel=OUTPUT)
 
 
-def report(
-    ctx: typer.Context,
-    output: Annotated[Path, typer.Option("--output", help="HTML file to write.")],
-    model: o.Model = None,
-    adapter: o.AdapterName = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", help="For the heat map and the strongest vectors.")] = None,
-    target: Annotated[
-        str | None, typer.Option("--target", help="Token of the heat map. Default: the model's own next, everywhere.")
-    ] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Folder for PNG versions.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an --output that exists.")] = False,
-    revision: o.Revision = None,
-    device: o.Device = "auto",
-    dtype: o.DtypeOption = o.Dtype.auto,
-    device_map: o.DeviceMap = None,
-    quantize: o.Quantize = None,
-    trust_remote_code: o.TrustRemoteCode = False,
-    config: o.Config = None,
-    fmt: o.FormatOption = o.Format.table,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
-) -> None:
+@command
+def report(settings: ReportSettings) -> None:
     """Write a page with gates, value vectors, a heat map of a prompt and attribute alignments; it needs no network."""
-    set_up(quiet, debug)
-    from braces_cli.core.utils.atomic_files import check_output_file, check_output_folder
+    from braces_cli.core.utils.atomic_files import check_output_file
 
-    check_output_file(output, overwrite)
-    if plot is not None:
-        check_output_folder(plot, overwrite)
-    with progress(quiet) as tell:
-        written = _write(ctx, output, plot, tell)
-    if fmt is o.Format.json:
+    check_output_file(settings.output, settings.overwrite)
+    with progress(settings.quiet) as on_progress:
+        written = _write(settings, on_progress)
+    if settings.json:
         print_json(written)
         return
-    print_pairs("", written | {"plots": ", ".join(written["plots"]) or None})
+    print_pairs("", written)
 
 
-def _write(ctx: typer.Context, output: Path, folder: Path | None, tell: Any) -> dict[str, Any]:
+def _write(settings: ReportSettings, on_progress: Any) -> dict[str, Any]:
     from braces_cli.core.session import open_session
     from braces_cli.core.utils.atomic_files import write_text
     from braces_cli.inspection.concept_search import vocabulary
     from braces_cli.inspection.report import DEFAULT_PROMPT, render, report_data
-    from braces_cli.inspection.report_plots import plot
 
-    params = ctx.params
-    session = open_session(params["model"], params["adapter"], o.load_options(ctx))
-    target = None if params["target"] is None else vocabulary(session).single(params["target"], "--target")
-    prompt = DEFAULT_PROMPT if params["prompt"] is None else params["prompt"]
-    data = report_data(session, prompt, target, tell)
-    write_text(output, render(data))
-    plots = [] if folder is None else plot(data, folder)
+    session = open_session(settings.model, settings.adapter, settings.load_options)
+    target = None if settings.target is None else vocabulary(session).single(settings.target, "--target")
+    prompt = DEFAULT_PROMPT if settings.prompt is None else settings.prompt
+    write_text(settings.output, render(report_data(session, prompt, target, on_progress)))
     return {
-        "output": str(output),
+        "output": str(settings.output),
         "model": session.base.name,
         "adapter": None if session.folder is None else str(session.folder),
-        "bytes": output.stat().st_size,
-        "plots": [str(path) for path in plots],
+        "bytes": settings.output.stat().st_size,
     }

@@ -39,26 +39,26 @@ class Flow:
     """Prints one text after another as they are generated, each behind its prompt."""
 
     def __init__(self) -> None:
-        self._job: Any = None
+        self._request: Any = None
 
-    def write(self, job: Any, piece: str) -> None:
-        self._begin(job)
+    def write(self, request: Any, piece: str) -> None:
+        self._begin(request)
         sys.stdout.write(piece)
         sys.stdout.flush()
 
     def run(self, rows: Iterable[dict[str, Any]]) -> None:
         """Draw texts from `rows`, which call `write` meanwhile."""
         for row in rows:
-            if self._job is None:  # nothing came, not even half a word
+            if self._request is None:  # nothing came, not even half a word
                 console().print(row["prompt"], style="bold", end="", markup=False)
             sys.stdout.write("\n\n")
-            self._job = None
+            self._request = None
         sys.stdout.flush()
 
-    def _begin(self, job: Any) -> None:
-        if self._job is None:
-            self._job = job
-            console().print(job.prompt, style="bold", end="", markup=False, soft_wrap=True)
+    def _begin(self, request: Any) -> None:
+        if self._request is None:
+            self._request = request
+            console().print(request.prompt, style="bold", end="", markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -7,34 +7,25 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-import typer
-
-from braces_cli.cli import options as o
 from braces_cli.cli.console import print_json_lines
-from braces_cli.cli.steer_texts import open_base, sampling_of
-from braces_cli.core.utils.errors import BracesError, ConfigError
-
-_TAKES_NO = ("prompt", "prompts", "output", "resume", "overwrite")
+from braces_cli.cli.steer_options import SteerSettings
+from braces_cli.core.utils.errors import BracesError
 
 
-def converse(ctx: typer.Context, asked: dict[str, float], fmt: o.Format) -> None:
+def converse(settings: SteerSettings) -> None:
     """Answer lines until there are no more, or one says /quit."""
-    p = ctx.params
-    for name in _TAKES_NO:
-        if p[name]:
-            raise ConfigError("does not go with --interactive", where=f"--{name}", hint="Leave one of them out.")
-    if p["num_samples"] > 1:
-        raise ConfigError("does not go with --interactive", where="--num-samples", hint="/seed draws another text.")
-    sampling = sampling_of(ctx)
-
+    from braces_cli.core.session import open_session
     from braces_cli.steering.chat_prompts import chat_wanted
     from braces_cli.steering.interactive import Conversation
 
-    session = open_base(ctx)
-    chat = chat_wanted(session, p["apply_chat_template"])
-    talk = Conversation(session, asked, sampling, folder=p["attributes"], layers=p["layers"], chat=chat)
-    _say(f"{talk.shown()}. /help shows the commands, /quit leaves.", p["quiet"])
-    drawn = fmt is o.Format.table and sys.stdout.isatty()
+    sampling = settings.sampling
+    session = open_session(settings.model, settings.adapter, settings.load_options)
+    chat = chat_wanted(session, settings.apply_chat_template)
+    talk = Conversation(
+        session, settings.strengths, sampling, folder=settings.attributes, layers=settings.layers, chat=chat
+    )
+    _say(f"{talk.shown()}. /help shows the commands, /quit leaves.", settings.quiet)
+    drawn = not settings.json and sys.stdout.isatty()
     for line in _lines():
         try:
             answer = _drawn(talk, line) if drawn else talk.handle(line)
@@ -48,8 +39,8 @@ def converse(ctx: typer.Context, asked: dict[str, float], fmt: o.Format) -> None
         if answer is None:
             return
         if isinstance(answer, str):
-            _say(answer, p["quiet"])
-        elif fmt is o.Format.json:
+            _say(answer, settings.quiet)
+        elif settings.json:
             print_json_lines([answer])
         elif not drawn:
             from braces_cli.cli.steer_display import print_rows

@@ -1,144 +1,109 @@
 """`braces steer --sweep`: every strength side by side, as a table, one JSON document and a plot."""
 
+from __future__ import annotations
+
 import sys
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
-import typer
-
-from braces_cli.cli import options as o
 from braces_cli.cli.console import print_json, print_table, progress
-from braces_cli.core.utils.errors import ConfigError
+from braces_cli.cli.steer_options import SteerSettings
 
-# Options that mean nothing without --sweep, by their names in `ctx.params`.
-OWN = ("plot", "scorer", "score_label", "save_scorer", "judge_model", "exclude_list_words")
 _COLUMNS = ("s", "score", "95 %", "perplexity", "dist-1", "dist-2", "dist-3", "rep-4", "n")
 _MEASURES = ("perplexity", "distinct_1", "distinct_2", "distinct_3", "repetition", "n")
 
 
-def check_unused(ctx: typer.Context) -> None:
-    """Refuse a sweep's options where there is no sweep.
-
-    Raises:
-        ConfigError: one is given.
-    """
-    for name in OWN:
-        if ctx.params[name]:
-            hint = "Give --sweep FROM:TO:STEP with it."
-            raise ConfigError("this belongs to --sweep", where="--" + name.replace("_", "-"), hint=hint)
-
-
-def run_sweep(ctx: typer.Context) -> None:
+def run_sweep(settings: SteerSettings) -> None:
     """Sweep the first attribute, with the others at their strength, and print what was measured.
 
     Raises:
         ConfigError: nothing to sweep, strengths that do not fit, or a scorer that cannot be had.
     """
-    from braces_cli.core.models.generation import Sampling
     from braces_cli.core.utils.atomic_files import check_output_file, check_output_folder
     from braces_cli.scoring.registry import default_scorer
-    from braces_cli.steering.sweep import SweepSettings, parse_strengths
+    from braces_cli.steering.sweep import parse_strengths
     from braces_cli.steering.sweep_plot import plot_sweep
 
-    p = ctx.params
-    names = list(p["attribute"] or ())
-    others = _others(names, p["s"] or ())
-    settings = SweepSettings(parse_strengths(p["sweep"]), p["num_samples"], p["batch_size"])
-    sampling = Sampling(p["max_new_tokens"], p["temperature"], p["top_p"], p["top_k"], p["seed"])
-    judge = p["scorer"] or default_scorer(names[0])
-    if p["plot"] is not None:
-        check_output_file(p["plot"], p["overwrite"])
-    if p["save_scorer"] is not None:
-        check_output_folder(p["save_scorer"], p["overwrite"])
-    prompts = _prompts(p["prompt"], p["prompts"])
-    with progress(p["quiet"]) as report:
-        document = _measure(ctx, names[0], others, judge, prompts, sampling, settings, report)
-    if p["plot"] is not None:
-        plot_sweep(document, p["plot"])
-    if p["fmt"] is o.Format.json or (p["fmt"] is None and not sys.stdout.isatty()):
+    assert settings.sweep is not None
+    strengths, scorer = parse_strengths(settings.sweep), settings.scorer or default_scorer(settings.attribute[0])
+    if settings.plot is not None:
+        check_output_file(settings.plot, settings.overwrite)
+    if settings.save_scorer is not None:
+        check_output_folder(settings.save_scorer, settings.overwrite)
+    prompts = _prompts(settings)
+    with progress(settings.quiet) as report:
+        document = _measure(settings, strengths, scorer, prompts, report)
+    if settings.plot is not None:
+        plot_sweep(document, settings.plot)
+    if settings.json:
         print_json(document)
     else:
         _print(document)
 
 
-def _others(names: list[str], s: Any) -> dict[str, float]:
-    """Attributes behind the first, and their strengths."""
-    if not names:
-        raise ConfigError("nothing to sweep", where="--attribute", hint="Such as --attribute positive --sweep -4:4:1.")
-    if len(set(names)) < len(names):
-        raise ConfigError("an attribute is named twice", where="--attribute", hint="Give each once.")
-    if len(s) not in (0, len(names) - 1):
-        hint = "The first attribute is swept; give one --s for each of the others, or none at all."
-        raise ConfigError(f"{len(s)} strengths for {len(names) - 1} other attributes", where="--s", hint=hint)
-    return dict(zip(names[1:], list(s) or [1.0] * (len(names) - 1), strict=True))
-
-
-def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
+def _prompts(settings: SteerSettings) -> list[str]:
     """The user's prompts, else those that come with braces; a sweep reads no standard input."""
     from braces_cli.steering.prompts import read_prompts
 
-    if given or file is not None:
-        return list(read_prompts(given or (), file, sys.stdin))
+    if settings.prompt or settings.prompts is not None:
+        return list(read_prompts(settings.prompt, settings.prompts, sys.stdin))
     text = (resources.files("braces_cli.assets") / "prompts" / "neutral.txt").read_text(encoding="utf-8")
     return text.splitlines()
 
 
 def _measure(
-    ctx: typer.Context,
-    name: str,
-    others: dict[str, float],
-    judge_name: str,
-    prompts: list[str],
-    sampling: Any,
-    settings: Any,
-    report: Any,
+    settings: SteerSettings, strengths: list[float], scorer: str, prompts: list[str], report: Any
 ) -> dict[str, Any]:
     from dataclasses import replace
 
-    from braces_cli.core.attributes.attribute import check_name, find_attribute
-    from braces_cli.core.models.ffn import chosen_layers
+    from braces_cli.core.attributes.attribute import find_attribute
+    from braces_cli.core.models.layer_ranges import chosen_layers
     from braces_cli.core.models.loading import load_base
     from braces_cli.core.session import open_session
     from braces_cli.scoring.registry import label_of
+    from braces_cli.steering.chat_prompts import chat_wanted
     from braces_cli.steering.scorer_loading import list_words, open_scorer
-    from braces_cli.steering.sweep import sweep
+    from braces_cli.steering.sweep import SweepPlan, sweep
 
-    p = ctx.params
-    for each in (name, *others):
-        check_name(each)
-    folder = p["attributes"]
-    if folder is not None and not folder.is_dir():
-        raise ConfigError("no such folder", where=str(folder), hint="Give the folder that attr-build wrote.")
-    save, words = p["save_scorer"], p["exclude_list_words"]
+    name, sampling, options = settings.attribute[0], settings.sampling, settings.load_options
     # Without words to leave out the scorer needs no model: what is wrong with it should show before one is loaded.
-    judge = None if words else open_scorer(judge_name, save=save)
+    judge = None if settings.exclude_list_words else open_scorer(scorer, save=settings.save_scorer)
     if judge is not None:
-        label_of(name, judge, p["score_label"])
-    session = open_session(p["model"], p["adapter"], o.load_options(ctx))
-    swept = find_attribute(session, name, folder, report)
-    rest = [(find_attribute(session, other, folder, report), s) for other, s in others.items()]
-    left_out = list_words(session, [swept, *(other for other, _ in rest)]) if words else set()
-    judge = judge or open_scorer(judge_name, exclude=left_out, save=save)
-    label = label_of(name, judge, p["score_label"])
-    judge_model = load_base(p["judge_model"], replace(o.load_options(ctx), revision=None)) if p["judge_model"] else None
-    settings = replace(settings, layers=chosen_layers(session.base.model, p["layers"]))
-    found = sweep(
-        session, swept, prompts, judge, label, sampling, settings, others=rest, judge_model=judge_model, report=report
+        label_of(name, judge, settings.score_label)
+    session = open_session(settings.model, settings.adapter, options)
+    plan = SweepPlan(
+        strengths,
+        settings.num_samples,
+        settings.batch_size,
+        layers=chosen_layers(session.base.model, settings.layers),
+        chat=chat_wanted(session, settings.apply_chat_template),
+    )
+    swept = find_attribute(session, name, settings.attributes, report)
+    others = [(find_attribute(session, each, settings.attributes, report), s) for each, s in settings.strengths.items()]
+    excluded: set[str] = set()
+    if judge is None:
+        excluded = list_words(session, [swept, *(attribute for attribute, _ in others)])
+        judge = open_scorer(scorer, exclude=excluded, save=settings.save_scorer)
+    label = label_of(name, judge, settings.score_label)
+    judge_model = load_base(settings.judge_model, replace(options, revision=None)) if settings.judge_model else None
+    measured = sweep(
+        session, swept, prompts, judge, label, sampling, plan, others=others, judge_model=judge_model, report=report
     )
     return {
         "attribute": name,
         "model": session.base.name,
-        "adapter": p["adapter"],
-        "other_attributes": others,
-        "scorer": judge_name,
+        "adapter": settings.adapter,
+        "other_attributes": settings.strengths,
+        "scorer": scorer,
         "label": label,
-        "excluded_words": sorted(left_out),
-        "judge_model": p["judge_model"],
+        "excluded_words": sorted(excluded),
+        "judge_model": settings.judge_model,
         "prompts": len(prompts),
-        "samples": settings.samples,
-        "seed": sampling.seed,
-        **found,
+        "samples": settings.num_samples,
+        "seed": settings.seed,
+        "stop": list(settings.stop),
+        "apply_chat_template": plan.chat,
+        **measured,
     }
 
 

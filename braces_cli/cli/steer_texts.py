@@ -1,4 +1,4 @@
-"""What `braces steer` does with its options: texts to stdout or into a file, or a conversation."""
+"""`braces steer` without --sweep or --interactive: texts for all prompts, to stdout or into a file."""
 
 from __future__ import annotations
 
@@ -10,138 +10,104 @@ from contextlib import nullcontext
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-import typer
-
-from braces_cli.cli import options as o
 from braces_cli.cli.console import print_json, print_json_lines, print_pairs, progress
-from braces_cli.core.utils.errors import ConfigError
+from braces_cli.cli.steer_options import SteerSettings
+from braces_cli.core.utils.settings import options_of
 
 if TYPE_CHECKING:
     from braces_cli.core.attributes.intervention import Push
-    from braces_cli.core.models.generation import Job, Sampling
-    from braces_cli.core.session import Session
-
-# What a text depends on besides its prompt, by the names of the command's parameters.
-_TEXT_DEPENDS_ON = (
-    "attribute", "s", "model", "adapter", "attributes", "layers", "max_new_tokens", "temperature", "top_p", "top_k",
-    "num_samples", "stop", "apply_chat_template", "beside", "seed", "revision", "dtype", "quantize",
-)  # fmt: skip
+    from braces_cli.core.models.generation import TextRequest
 
 
-def sampling_of(ctx: typer.Context) -> Sampling:
-    """How the command's options say that tokens are drawn."""
-    from braces_cli.core.models.generation import Sampling
-
-    p = ctx.params
-    stop = tuple(p["stop"] or ())
-    return Sampling(p["max_new_tokens"], p["temperature"], p["top_p"], p["top_k"], p["seed"], stop)
-
-
-def generate_texts(ctx: typer.Context, asked: dict[str, float], fmt: o.Format) -> None:
+def write_texts(settings: SteerSettings) -> None:
     """Texts for all prompts, to stdout or into `--output`."""
-    from braces_cli.steering.generate_texts import jobs_of
+    from braces_cli.steering.generate_texts import text_requests
     from braces_cli.steering.prompts import count_prompts, read_prompts
 
-    p = ctx.params
-    sampling = sampling_of(ctx)
-    texts = read_prompts(p["prompt"] or (), p["prompts"], sys.stdin)
-    # The first prompt before the model: what is wrong with the source should show before minutes of loading.
-    jobs = jobs_of(chain([next(texts)], texts), p["num_samples"])
-    count = len(p["prompt"] or ()) or (count_prompts(p["prompts"]) if p["prompts"] is not None else None)
-    total = None if count is None else count * p["num_samples"]
-    if p["output"] is not None:
-        _into_file(ctx, asked, jobs, sampling, total, fmt)
+    # What is wrong with an option or with the first prompt should show before the model is loaded.
+    _ = settings.sampling
+    texts = read_prompts(settings.prompt, settings.prompts, sys.stdin)
+    requests = text_requests(chain([next(texts)], texts), settings.num_samples)
+    count = len(settings.prompt) or (count_prompts(settings.prompts) if settings.prompts is not None else None)
+    total = None if count is None else count * settings.num_samples
+    if settings.output is not None:
+        _into_file(settings, requests, total)
         return
-    if p["resume"] or p["overwrite"]:
-        raise ConfigError("there is no file to continue", where="--output", hint="Give --output FILE.")
-    if fmt is o.Format.json:
-        print_json_lines(_rows(ctx, asked, jobs, sampling, total=total))
+    if settings.json:
+        print_json_lines(_rows(settings, requests, total=total))
         return
     from braces_cli.cli.steer_display import Flow, print_rows
 
-    flows = sys.stdout.isatty() and not p["beside"] and (total == 1 or p["batch_size"] == 1)
-    if flows:
+    if sys.stdout.isatty() and not settings.beside and (total == 1 or settings.batch_size == 1):
         flow = Flow()
-        flow.run(_rows(ctx, asked, jobs, sampling, stream=flow.write))
+        flow.run(_rows(settings, requests, stream=flow.write))
     else:
-        print_rows(_rows(ctx, asked, jobs, sampling))
+        print_rows(_rows(settings, requests))
 
 
-def _into_file(
-    ctx: typer.Context, asked: dict[str, float], jobs: Iterator[Job], sampling: Sampling, total: int | None, fmt: Any
-) -> None:
+def _into_file(settings: SteerSettings, requests: Iterator[TextRequest], total: int | None) -> None:
     from braces_cli.steering.resumable_output import TextsFile
 
-    p = ctx.params
-    settings = {name: value for name, value in o.resolved(ctx).items() if name in _TEXT_DEPENDS_ON}
-    file = TextsFile(p["output"], settings, resume=p["resume"], overwrite=p["overwrite"])
-    file.skip(jobs, asked, sampling.seed)
+    assert settings.output is not None
+    options = options_of(type(settings))
+    record = {name: value for name, value in settings.resolved().items() if options[name].outcome}
+    file = TextsFile(settings.output, record, resume=settings.resume, overwrite=settings.overwrite)
+    file.skip(requests, settings.strengths, settings.seed)
     start, written = time.monotonic(), 0
-    first = next(jobs, None)
+    first = next(requests, None)
     if first is not None:
-        written = file.write(_rows(ctx, asked, chain([first], jobs), sampling, total=total, done=file.rows))
+        written = file.write(_rows(settings, chain([first], requests), total=total, done=file.rows))
     result = {
         "output": str(file.path),
         "texts": file.rows + written,
-        "resumed_from": file.rows if p["resume"] else None,
+        "resumed_from": file.rows if settings.resume else None,
         "seconds": time.monotonic() - start,
     }
-    if fmt is o.Format.json:
+    if settings.json:
         print_json(result)
     else:
         print_pairs("texts written", result)
 
 
-def _rows(
-    ctx: typer.Context,
-    asked: dict[str, float],
-    jobs: Iterator[Job],
-    sampling: Sampling,
-    *,
-    stream: Any = None,
-    done: int = 0,
-    total: int | None = None,
-) -> Iterator[dict[str, Any]]:
-    """Rows of texts; the model is loaded when the first is asked for."""
+def _rows(settings: SteerSettings, requests: Iterator[TextRequest], **details: Any) -> Iterator[dict[str, Any]]:
+    """Rows of texts; the model is loaded when the first is asked for.
+
+    Args:
+        details: further arguments of `generate_rows`.
+    """
     from braces_cli.core.attributes.attribute import find_attribute
     from braces_cli.core.attributes.intervention import steered
-    from braces_cli.core.models.ffn import chosen_layers
+    from braces_cli.core.models.layer_ranges import chosen_layers
+    from braces_cli.core.session import open_session
     from braces_cli.steering.chat_prompts import chat_wanted
-    from braces_cli.steering.generate_texts import steer_jobs
+    from braces_cli.steering.generate_texts import generate_rows
 
-    p, quiet = ctx.params, ctx.params["quiet"]
-    session = open_base(ctx)
-    with progress(quiet) as report:
-        terms = [(find_attribute(session, name, p["attributes"], report), value) for name, value in asked.items()]
-    layers = chosen_layers(session.base.model, p["layers"])
-    chat = chat_wanted(session, p["apply_chat_template"])
+    session = open_session(settings.model, settings.adapter, settings.load_options)
+    strengths = settings.strengths
+    with progress(settings.quiet) as report:
+        terms = [(find_attribute(session, name, settings.attributes, report), s) for name, s in strengths.items()]
+    layers = chosen_layers(session.base.model, settings.layers)
+    chat = chat_wanted(session, settings.apply_chat_template)
     with steered(session, terms, layers) as pushes:
-        note(asked, pushes)
+        log_push(strengths, pushes)
     # Where texts appear on the terminal they are the progress.
-    hidden = quiet or (p["output"] is None and sys.stdout.isatty())
-    beside = (lambda: steered(session, terms, layers)) if p["beside"] else None
+    hidden = settings.quiet or (settings.output is None and sys.stdout.isatty())
+    beside = (lambda: steered(session, terms, layers)) if settings.beside else None
     with progress(hidden) as report, nullcontext() if beside else steered(session, terms, layers):
-        yield from steer_jobs(
-            session, jobs, asked, sampling, batch_size=p["batch_size"], chat=chat, beside=beside, stream=stream,
-            done=done, total=total, report=report,
+        yield from generate_rows(
+            session, requests, strengths, settings.sampling, batch_size=settings.batch_size, chat=chat, beside=beside,
+            report=report, **details,
         )  # fmt: skip
 
 
-def open_base(ctx: typer.Context) -> Session:
-    """The base, and the adapter on it, that the options name."""
-    from braces_cli.core.session import open_session
-
-    return open_session(ctx.params["model"], ctx.params["adapter"], o.load_options(ctx))
-
-
-def note(asked: dict[str, float], pushes: list[Push]) -> None:
-    """One line on stderr, so that nobody wonders why nothing happens."""
-    if not asked:
+def log_push(strengths: dict[str, float], pushes: list[Push]) -> None:
+    """Say in one line on stderr how strong the push is, so that nobody wonders why nothing happens."""
+    if not strengths:
         return
-    what = ", ".join(f"{name} {value:+g}" for name, value in asked.items())
+    what = ", ".join(f"{name} {value:+g}" for name, value in strengths.items())
     strongest = max(pushes, key=lambda push: push.share, default=None)
     if strongest is None:
-        found = "nothing is added, the text is that of the unsteered model"
+        effect = "nothing is added, the text is that of the unsteered model"
     else:
-        found = f"the added vector is {strongest.share:.1%} of the residual stream at most (layer {strongest.layer})"
-    logging.getLogger("braces").info("%s: %s", what, found)
+        effect = f"the added vector is {strongest.share:.1%} of the residual stream at most (layer {strongest.layer})"
+    logging.getLogger("braces").info("%s: %s", what, effect)

@@ -11,9 +11,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from braces_cli.core.models.tokenization import IGNORED, Encoded, common_length
-from braces_cli.core.utils.errors import DataError
+from jinja2 import TemplateError
 
+from braces_cli.core.models.tokenization import IGNORED, Encoded, common_length
+from braces_cli.core.utils.errors import DataError, first_line
+
+# A template is a program: besides its own errors it raises those of the Python that it runs.
+_PROGRAM_FAULTS = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError)
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -39,11 +43,9 @@ def encode_chat(tokenizer: Any, fields: Mapping[str, Any], where: str, max_lengt
     except _Unclear as error:
         hint = "Use a template with {% generation %} marks, or rows of prompt and completion."
         raise DataError(str(error), where=where, hint=hint) from error
-    except Exception as error:
-        # A template is a program and may raise anything.
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except (TemplateError, *_PROGRAM_FAULTS) as error:
         hint = "Fix the row; many templates want turns of user and assistant in turns."
-        raise DataError(f"the chat template refuses it: {first[:200]}", where=where, hint=hint) from error
+        raise DataError(f"the chat template refuses it: {first_line(error)}", where=where, hint=hint) from error
     ids, scored = _closed(tokenizer, ids, scored, messages[-1]["role"] == "assistant")
     truncated = max_length is not None and len(ids) > max_length
     ids, scored = ids[:max_length], scored[:max_length]

@@ -112,6 +112,9 @@ class Examples(Counts):
     def tokens(self) -> int:
         return sum(len(item.ids) for item in self.items)
 
+    def __getitem__(self, index: int) -> Example:
+        return Example(self.items[index], self.conditions[index] if self.conditions else None)
+
 
 def condition(row: Source, fields: Fields) -> Condition:
     """Attribute and strength of a row: `neutral`, empty and null are strength 0, a missing strength is 1.
@@ -174,7 +177,7 @@ def read_examples(names: Sequence[str], how: Reading, report: Report = silent) -
     """
     found = collect(iterate(names, how), report)
     check_some(names, len(found.items), found.rows)
-    tell(found, how.max_length)
+    log_counts(found, how.max_length)
     return found
 
 
@@ -200,7 +203,7 @@ def check_some(names: Sequence[str], kept: int, rows: int) -> None:
         raise DataError(f"no row has a token to score ({rows} read)", where=", ".join(names), hint=hint)
 
 
-def tell(counts: Counts, max_length: int) -> None:
+def log_counts(counts: Counts, max_length: int) -> None:
     """Log what was cut and what was left out."""
     if counts.truncated:
         logger.info("%d of %d rows were cut to %d tokens (--max-length)", counts.truncated, counts.rows, max_length)

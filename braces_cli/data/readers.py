@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from braces_cli.core.models.hub_errors import hub_errors
 from braces_cli.core.utils.errors import DataError
 
 READABLE = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -137,16 +138,8 @@ def _hub(name: str, streaming: bool) -> Iterator[Source]:
 
     repo, *rest = name.split(":")
     subset, split = (rest[0], rest[1]) if len(rest) > 1 else (None, rest[0] if rest else "train")
-    try:
+    with hub_errors(name, "data set", DataError):
         rows = load_dataset(repo, subset, split=split, streaming=streaming)
-        # A set that is streamed is first reached for when its first row is asked for, or any later one.
+        # With streaming, the hub is reached when the first row is read, or any later one.
         for number, fields in enumerate(rows, 1):
             yield _row(fields, f"{name}, row {number}")
-    except DataError:
-        raise
-    except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        hint = "Give a file, or a hub set as id, id:split or id:subset:split; a gated one needs HF_TOKEN."
-        raise DataError(
-            f"no such file, and the hub set cannot be read: {first[:200]}", where=name, hint=hint
-        ) from error

@@ -20,7 +20,8 @@ HEAD = 256
 class Stream(torch.utils.data.IterableDataset):
     """Endless passes over the rows, each through a shuffle buffer; None fills the last global batch of a pass.
 
-    The order is a function of seed and global batch only. Nothing but the buffer is kept in memory.
+    The order is a function of seed and global batch only. Nothing but the buffer is kept in memory. The shuffle is not
+    that of `datasets`: it would pickle the tokenizer to fingerprint the generator, and import datasets for plain files.
 
     Args:
         names: files or hub sets.

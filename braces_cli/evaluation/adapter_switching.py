@@ -15,13 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from braces_cli.core import session as sessions
 from braces_cli.core.method.adapter import attach_stored
 from braces_cli.core.method.adapter_files import CONFIG_FILE, WEIGHTS_FILE, StoredAdapter, adapter_folder, read_adapter
 from braces_cli.core.session import Session
-from braces_cli.core.utils.errors import ConfigError, ModelError
+from braces_cli.core.utils.errors import ConfigError, ModelError, first_line
 
 BRACES = "braces"
+# What peft raises for files that are damaged, or that do not fit the base.
+_PEFT_ERRORS = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError
+)  # fmt: skip
 # Methods of peft that live beside the model rather than in its layers.
 _BESIDE = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE", "ADAPTION_PROMPT"}
 
@@ -130,8 +136,8 @@ def _peft(model: Any, adapter: EvalAdapter) -> Iterator[None]:
         # the base's own are put back.
         for name, module in modules.items():
             parent, _, leaf = name.rpartition(".")
-            if name and modules[parent]._modules.get(leaf) is not module:
-                modules[parent]._modules[leaf] = module
+            if name and getattr(modules[parent], leaf, None) is not module:
+                setattr(modules[parent], leaf, module)
         model.__dict__.pop("peft_config", None)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable[name])
@@ -141,13 +147,12 @@ def _load_peft(model: Any, adapter: EvalAdapter) -> Any:
     from peft import PeftModel
 
     try:
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             wrapped: Any = PeftModel.from_pretrained(model, str(adapter.folder), use_safetensors=True)
-    except Exception as error:
-        what = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise _misfit(adapter, what) from error
-    missing = [str(each.message) for each in said if "missing adapter keys" in str(each.message)]
+    except _PEFT_ERRORS as error:
+        raise _misfit(adapter, first_line(error)) from error
+    missing = [str(each.message) for each in caught if "missing adapter keys" in str(each.message)]
     if missing:
         raise _misfit(adapter, "the file does not hold all of its weights")
     if not hasattr(wrapped.base_model, "unload"):

@@ -11,43 +11,42 @@ from typing import Any
 
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.session import Session, base_name, open_session
+from braces_cli.core.utils.distributed import Processes, join_with_accelerator, world_size
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.core.utils.progress import Report, silent
-from braces_cli.evaluation import lm_eval_runner, native_tasks, task_catalog
+from braces_cli.evaluation import lm_eval_runner, task_catalog
 from braces_cli.evaluation.adapter_switching import EvalAdapter, attached, check_fit, find_eval_adapter
-from braces_cli.evaluation.aggregation import add_averages, add_splits
 from braces_cli.evaluation.comparison import System
-from braces_cli.evaluation.lm_eval_runner import Way
-from braces_cli.evaluation.native_task import Generation, Setting
-from braces_cli.evaluation.processes import Processes, join
+from braces_cli.evaluation.lm_eval_runner import HarnessSettings
+from braces_cli.evaluation.native_tasks import TaskContext
 from braces_cli.evaluation.result_document import document, identity
 from braces_cli.evaluation.result_store import Store
-from braces_cli.evaluation.scores import Scores
-from braces_cli.evaluation.settings import EvalSettings, check_settings
-from braces_cli.evaluation.task_loading import Unit, check_documents, load_tasks
-from braces_cli.evaluation.task_rows import write_override
-from braces_cli.evaluation.thresholds import check_metrics, check_reached
-
-__all__ = ["EvalSettings", "check_settings", "run_evaluation"]
+from braces_cli.evaluation.scores import Scores, add_averages
+from braces_cli.evaluation.settings import EvalSettings
+from braces_cli.evaluation.task_data_files import check_needed, find_files
+from braces_cli.evaluation.task_loading import TaskUnit, check_documents, load_tasks
+from braces_cli.evaluation.task_rows import check_fields, read_task_rows, write_override
+from braces_cli.evaluation.thresholds import check_metrics, check_reached, check_tasks
+from braces_cli.steering.chat_prompts import chat_wanted
 
 logger = logging.getLogger("braces")
 
-# Sequences a forward pass for our own tasks, where lm-eval was left to choose its own.
+# Sequences in a forward pass for native tasks, where lm-eval was left to choose its own.
 _BATCH = 8
 
 
 @dataclass(frozen=True)
-class _Job:
-    """All that measuring one system takes."""
+class _Run:
+    """All that measuring one system takes; `documents` are those of the native tasks."""
 
     session: Session
-    units: Sequence[Unit]
-    own_documents: dict[str, Sequence[Any]]
-    way: Way
+    units: Sequence[TaskUnit]
+    documents: dict[str, Sequence[Any]]
+    settings: EvalSettings
+    harness: HarnessSettings
     processes: Processes
     store: Store
     report: Report
-    generation: Generation
 
 
 def run_evaluation(
@@ -66,7 +65,7 @@ def run_evaluation(
         resume: go on from what `store` holds.
 
     Returns:
-        `{systems, comparisons, settings}` as DESIGN 3.1 has it, and `fail_under` where thresholds were given; None on
+        `{systems, comparisons, settings}`, and `fail_under` where thresholds were given; None on
         every process but the first.
 
     Raises:
@@ -75,38 +74,82 @@ def run_evaluation(
         ModelError: the base or an adapter cannot be loaded, or an adapter does not fit.
     """
     store = Store() if store is None else store
-    if not settings.base and not adapters:
+    if settings.no_base and not adapters:
         raise ConfigError("nothing to measure", where="--no-base", hint="Give an --adapter, or leave --no-base out.")
-    # What can be wrong is looked at from the cheapest to the dearest: settings, files, adapters, tasks, weights.
+    # Checks run from the cheapest to the most expensive: settings, files, adapters, tasks, weights.
     selection, files, rows = check_settings(settings)
-    found = [find_eval_adapter(name) for name in adapters]
-    base, revision = _base(model, found, options)
-    options = replace(options, revision=revision)
-    processes, options = join(options)
+    eval_adapters = [find_eval_adapter(name) for name in adapters]
+    base, revision = _base(model, eval_adapters, options)
+    processes, options = _join(replace(options, revision=revision))
     # Only the first process is sure to see the folder.
-    asked = identity(base, found, options, settings, selection, files)
-    finished = processes.gather(store.begin(asked, resume) if processes.first else None)[0]
+    run_identity = identity(base, eval_adapters, options, settings, selection, files)
+    finished = processes.gather(store.begin(run_identity, resume) if processes.first else None)[0]
     if finished is not None:
         logger.info("%s: this run is finished already", store.folder)
-        return _judged(finished, settings) if processes.first else None
+        return _with_thresholds(finished, settings) if processes.first else None
     with tempfile.TemporaryDirectory(prefix="braces-eval-", ignore_cleanup_errors=True) as name:
         units = _units(selection, files, rows, Path(name), base, settings)
         session = open_session(base, None, options)
-        way = _way(settings, found, session)
-        check_fit(session, found)
-        documents = {name: rows[name][: settings.limit] for name in selection.own}
-        job = _Job(session, units, documents, way, processes, store, report, settings.generation)
-        systems = [_measure(job, label, adapter) for label, adapter in _labels(found, settings.base)]
+        harness = _harness_settings(settings, eval_adapters, session)
+        check_fit(session, eval_adapters)
+        documents = {name: rows[name][: settings.limit] for name in selection.native}
+        run = _Run(session, units, documents, settings, harness, processes, store, report)
+        systems = [_measure(run, label, adapter) for label, adapter in _labels(eval_adapters, not settings.no_base)]
         if not processes.first:
             return None
         for system in systems:
-            add_averages(system.scores, selection)
-            add_splits(system.scores, selection, units)
-    return _judged(document(session, systems, settings, files, way, options, selection), settings)
+            add_averages(system.scores, selection.averaged)
+    result = document(session, systems, settings, files, harness, options, selection)
+    return _with_thresholds(result, settings)
 
 
-def _judged(result: dict[str, Any], settings: EvalSettings) -> dict[str, Any]:
-    # A finished run may have been judged by other thresholds.
+def check_settings(settings: EvalSettings) -> tuple[task_catalog.Selection, dict[str, Path], dict[str, Sequence[Any]]]:
+    """Resolve the tasks and read and check every local file; loads no model and fetches nothing.
+
+    Returns:
+        The selection, task -> file, and task -> its rows (documents, for native tasks).
+
+    Raises:
+        ConfigError: an unknown task, task data for none of them, no data where a task has none of its own.
+        DataError: a file that is missing, broken or lacks fields.
+    """
+    selection = task_catalog.select(settings.tasks)
+    check_tasks(settings.thresholds, selection)
+    files = find_files(selection, settings.task_data, settings.task_data_dir)
+    check_needed(selection, files, task_catalog.LOCAL_ONLY)
+    rows: dict[str, Sequence[Any]] = {}
+    for name, file in files.items():
+        if name in task_catalog.NATIVE_TASKS:
+            rows[name] = task_catalog.NATIVE_TASKS[name].read(file)
+        else:
+            rows[name] = read_task_rows(file)
+            check_fields(name, rows[name])
+    return selection, files, rows
+
+
+def _join(options: LoadOptions) -> tuple[Processes, LoadOptions]:
+    """Join the other processes, and put the base on this process's own device.
+
+    Raises:
+        ConfigError: several processes and a base spread over several devices.
+    """
+    if world_size() == 1:
+        return Processes(), options
+    if options.device_map is not None:
+        hint = "Start one process, or leave --device-map out."
+        raise ConfigError("a base on several devices cannot be copied to each process", where="--device-map", hint=hint)
+    import torch
+
+    on_cpu = options.device == "cpu" or (options.device == "auto" and not torch.cuda.is_available())
+    processes = join_with_accelerator(on_cpu)
+    if not on_cpu and options.device in ("auto", "cuda"):
+        options = replace(options, device=str(processes.accelerator.device))
+    return processes, options
+
+
+def _with_thresholds(result: dict[str, Any], settings: EvalSettings) -> dict[str, Any]:
+    """The result with `fail_under`, which says whether the thresholds are reached."""
+    # A finished run may hold the answer for other thresholds.
     result.pop("fail_under", None)
     return {**result, "fail_under": check_reached(settings.thresholds, result)} if settings.thresholds else result
 
@@ -131,10 +174,10 @@ def _units(
     folder: Path,
     base: str,
     settings: EvalSettings,
-) -> list[Unit]:
+) -> list[TaskUnit]:
     if not selection.names:
         return []
-    local = [name for name in files if name not in native_tasks.TASKS]
+    local = [name for name in files if name not in task_catalog.NATIVE_TASKS]
     for name in local:
         write_override(selection.leaves[name], rows[name], folder)
     units = load_tasks(selection, folder, {"pretrained": base})
@@ -143,24 +186,22 @@ def _units(
     return units
 
 
-def _way(settings: EvalSettings, adapters: Sequence[EvalAdapter], session: Session) -> Way:
+def _harness_settings(settings: EvalSettings, adapters: Sequence[EvalAdapter], session: Session) -> HarnessSettings:
     """How tasks are measured, the same for all systems.
 
     Raises:
         ConfigError: adapters trained with and without a chat template, or a tokenizer that has none.
     """
-    template = settings.chat_template
+    template = settings.apply_chat_template
     if template is None:
         trained = {adapter.chat_template for adapter in adapters} - {None}
         if len(trained) > 1:
             what = "one adapter was trained with the chat template and another without"
-            hint = "Say which all are asked with: --apply-chat-template or --no-apply-chat-template."
+            hint = "Choose one for all: --apply-chat-template or --no-apply-chat-template."
             raise ConfigError(what, where="--apply-chat-template", hint=hint)
         template = bool(trained and trained.pop())
-    if template and not getattr(session.base.tokenizer, "chat_template", None):
-        hint = "Leave --apply-chat-template out, or use an instruction-tuned base."
-        raise ConfigError("the tokenizer has no chat template", where="--apply-chat-template", hint=hint)
-    return Way(settings.batch_size, settings.limit, settings.num_fewshot, template, settings.seeds)
+    template = chat_wanted(session, template)
+    return HarnessSettings(settings.sequences, settings.limit, settings.num_fewshot, template, settings.seeds)
 
 
 def _labels(adapters: Sequence[EvalAdapter], base: bool) -> list[tuple[str, EvalAdapter | None]]:
@@ -174,20 +215,20 @@ def _labels(adapters: Sequence[EvalAdapter], base: bool) -> list[tuple[str, Eval
     return labels
 
 
-def _measure(job: _Job, label: str, adapter: EvalAdapter | None) -> System:
+def _measure(run: _Run, label: str, adapter: EvalAdapter | None) -> System:
     """Measure what is not stored yet; on processes other than the first the scores are empty."""
-    names = [unit.name for unit in job.units] + list(job.own_documents)
-    stored = {name: job.store.load(label, name) for name in names} if job.processes.first else {}
-    done = set(job.processes.gather([name for name, scores in stored.items() if scores is not None])[0])
+    names = [unit.name for unit in run.units] + list(run.documents)
+    stored = {name: run.store.load(label, name) for name in names} if run.processes.first else {}
+    done = set(run.processes.gather([name for name, scores in stored.items() if scores is not None])[0])
     fresh: dict[str, Scores] = {}
     if len(done) < len(names):
-        with attached(job.session, adapter):
-            for unit in job.units:
+        with attached(run.session, adapter):
+            for unit in run.units:
                 if unit.name not in done:
-                    _keep(job, fresh, label, unit.name, _lm_eval(job, label, unit))
-            for name, documents in job.own_documents.items():
+                    _keep(run, fresh, label, unit.name, _measure_with_lm_eval(run, label, unit))
+            for name, documents in run.documents.items():
                 if name not in done:
-                    _keep(job, fresh, label, name, _own(job, label, name, documents))
+                    _keep(run, fresh, label, name, _measure_native(run, label, name, documents))
     scores = Scores()
     for name in names:
         part = stored.get(name) or fresh.get(name)
@@ -198,33 +239,39 @@ def _measure(job: _Job, label: str, adapter: EvalAdapter | None) -> System:
     return System(label, adapter.name, scores, adapter.method, adapter.sha256)
 
 
-def _keep(job: _Job, fresh: dict[str, Scores], label: str, name: str, scores: Scores | None) -> None:
-    if scores is None or not job.processes.first:
+def _keep(run: _Run, fresh: dict[str, Scores], label: str, name: str, scores: Scores | None) -> None:
+    if scores is None or not run.processes.first:
         return
-    job.store.save(label, name, scores)
+    run.store.save(label, name, scores)
     scores.samples = []
     fresh[name] = scores
 
 
-def _lm_eval(job: _Job, label: str, unit: Unit) -> Scores | None:
-    base = job.session.base
-    stage = f"{label}, {unit.name}"
+def _measure_with_lm_eval(run: _Run, label: str, unit: TaskUnit) -> Scores | None:
+    base, stage = run.session.base, f"{label}, {unit.name}"
     return lm_eval_runner.measure(
-        base.model, base.tokenizer, unit, job.way, stage=stage, report=job.report, processes=job.processes
+        base.model, base.tokenizer, unit, run.harness, stage=stage, report=run.report, processes=run.processes
     )
 
 
-def _own(job: _Job, label: str, name: str, documents: Sequence[Any]) -> Scores:
-    size = job.way.batch_size if isinstance(job.way.batch_size, int) else _BATCH
-    setting = Setting(
-        job.session, size, job.way.seeds["torch"], job.processes, f"{label}, {name}", job.report, job.generation
+def _measure_native(run: _Run, label: str, name: str, documents: Sequence[Any]) -> Scores:
+    task, harness = task_catalog.NATIVE_TASKS[name], run.harness
+    context = TaskContext(
+        session=run.session,
+        batch_size=harness.batch_size if isinstance(harness.batch_size, int) else _BATCH,
+        chat_template=harness.chat_template,
+        seed=harness.seeds["torch"],
+        processes=run.processes,
+        stage=f"{label}, {name}",
+        report=run.report,
+        settings=run.settings,
     )
-    found = native_tasks.TASKS[name].measure(setting, documents)
-    scores = Scores({name: found.results}, batch_sizes=[found.batch_size])
-    scores.documents = {(name, metric): values for metric, values in found.documents.items()}
-    scores.units = {(name, metric): values for metric, values in found.units.items()}
-    scores.better = {(name, metric): better for metric, better in native_tasks.TASKS[name].metrics.items()}
-    for index, told in found.samples.items():
-        row = {metric: values[index] for metric, values in found.documents.items() if index in values}
-        scores.samples.append({"task": name, "doc_id": index, **told, "scores": row})
+    result = task.measure(context, documents)
+    scores = Scores({name: result.results}, batch_sizes=[result.batch_size])
+    scores.documents = {(name, metric): values for metric, values in result.documents.items()}
+    scores.units = {(name, metric): values for metric, values in result.units.items()}
+    scores.better = {(name, metric): better for metric, better in task.metrics.items()}
+    for index, sample in result.samples.items():
+        row = {metric: values[index] for metric, values in result.documents.items() if index in values}
+        scores.samples.append({"task": name, "doc_id": index, **sample, "scores": row})
     return scores

@@ -17,10 +17,11 @@ from lm_eval.api.registry import model_registry
 from lm_eval.models.huggingface import HFLM
 
 from braces_cli.core.attributes.attribute import find_attribute
+from braces_cli.core.attributes.attribute_options import strengths
 from braces_cli.core.attributes.intervention import steered
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.session import base_name, open_session
-from braces_cli.core.utils.errors import BracesError, ConfigError
+from braces_cli.core.utils.errors import BracesError
 from braces_cli.evaluation.adapter_switching import attached, find_eval_adapter
 
 
@@ -49,14 +50,11 @@ class BracesLM(HFLM):
         **kwargs: Any,
     ) -> None:
         names = [attribute] if isinstance(attribute, str) else list(attribute or ())
-        strengths = list(s) if isinstance(s, (list, tuple)) else [s] * len(names)
-        if len(strengths) != len(names):
-            hint = "Give one s for each attribute."
-            raise ConfigError(f"{len(strengths)} strengths for {len(names)} attributes", where="s", hint=hint)
-        found = None if adapter is None else find_eval_adapter(adapter)
+        values = strengths(names, list(s) if isinstance(s, (list, tuple)) else [s] * len(names))
+        eval_adapter = None if adapter is None else find_eval_adapter(adapter)
         if pretrained is None:
-            pretrained = found.base if found is not None and found.base else base_name(None, None)
-            revision = revision or (found.revision if found is not None else None)
+            pretrained = eval_adapter.base if eval_adapter is not None and eval_adapter.base else base_name(None, None)
+            revision = revision or (eval_adapter.revision if eval_adapter is not None else None)
         options = LoadOptions(
             revision=revision,
             device=device or "auto",
@@ -67,12 +65,10 @@ class BracesLM(HFLM):
         )
         session = open_session(pretrained, None, options)
         # Adapter and attributes stay on for as long as the model lives.
-        self._held = ExitStack()
-        self._held.enter_context(attached(session, found))
-        terms = [
-            (find_attribute(session, name, None), float(value)) for name, value in zip(names, strengths, strict=True)
-        ]
-        self._held.enter_context(steered(session, terms))
+        self._contexts = ExitStack()
+        self._contexts.enter_context(attached(session, eval_adapter))
+        terms = [(find_attribute(session, name, None), float(value)) for name, value in zip(names, values, strict=True)]
+        self._contexts.enter_context(steered(session, terms))
         super().__init__(pretrained=session.base.model, tokenizer=session.base.tokenizer, **kwargs)
         # For lm-eval's record of what it measured.
         self.pretrained, self.revision = session.base.name, session.base.revision or "main"

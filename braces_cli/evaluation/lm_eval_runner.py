@@ -1,7 +1,7 @@
 """lm-eval as a library: tasks built once, measured on the model that is in memory.
 
-`lm_eval.evaluate` is used rather than `simple_evaluate`, which collects six seconds' worth of facts about the machine
-a call. What the latter does beyond that (seeds, few-shot settings) is done here, in the same order.
+`simple_evaluate` spends six seconds of every call on facts about the machine. So `lm_eval.evaluate` is called here;
+what else `simple_evaluate` does (seeds, few-shot settings) is done before it, in the same order.
 """
 
 from __future__ import annotations
@@ -17,23 +17,21 @@ import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from braces_cli.core.utils.distributed import Processes
 from braces_cli.core.utils.errors import BracesError
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.evaluation.oom_backoff import halving
-from braces_cli.evaluation.processes import ALONE, Processes
 from braces_cli.evaluation.scores import Scores, collect
-from braces_cli.evaluation.task_loading import Unit, muted
-
-# lm-eval's own, so that without --seed a run draws the few-shot examples that lm-eval draws.
-SEEDS = {"python": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
+from braces_cli.evaluation.settings import SEEDS
+from braces_cli.evaluation.task_loading import TaskUnit, muted
 
 
 @dataclass(frozen=True)
-class Way:
-    """How tasks are measured.
+class HarnessSettings:
+    """How tasks are measured, the same for every system.
 
     Attributes:
-        batch_size: sequences a forward pass, or `auto`.
+        batch_size: sequences in a forward pass, or `auto`.
         limit: documents of each task, from the front; None for all.
         num_fewshot: examples in front; a task that fixes 0 keeps it, as in lm-eval.
         chat_template: put the prompts into the tokenizer's chat template, examples as turns of their own.
@@ -54,16 +52,18 @@ class Model(HFLM):
     def __init__(self, model: Any, tokenizer: Any, batch_size: int | str, report: Report, processes: Processes) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self.stage, self._report = "", report
-        self._shared = processes
-        self.share(processes.size > 1)
+        # lm-eval shards by the rank and world size of its model, and sets both to one process for a model given to it.
+        self._processes = processes
+        if processes.accelerator is not None:
+            self.accelerator = processes.accelerator
 
-    def share(self, on: bool) -> None:
-        """Do a share of the documents, or, as if alone, all of them."""
-        self._rank, self._world_size = (self._shared.rank, self._shared.size) if on else (0, 1)
-        if on:
-            self.accelerator = self._shared.accelerator
-        else:
-            self.__dict__.pop("accelerator", None)
+    @property
+    def rank(self) -> int:
+        return self._processes.rank
+
+    @property
+    def world_size(self) -> int:
+        return self._processes.size
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
         return self._halving("choices", requests, super().loglikelihood)
@@ -86,8 +86,8 @@ class Model(HFLM):
                 return run(requests, disable_tqdm=True)
 
         first = self.max_batch_size if automatic else self.batch_size_per_gpu
-        found, _ = halving(attempt, int(first or 1), stage)
-        return found
+        answers, _ = halving(attempt, int(first or 1), stage)
+        return answers
 
     @contextlib.contextmanager
     def _counted(self, stage: str, total: int) -> Iterator[None]:
@@ -112,12 +112,12 @@ class Model(HFLM):
 def measure(
     model: Any,
     tokenizer: Any,
-    unit: Unit,
-    way: Way,
+    unit: TaskUnit,
+    settings: HarnessSettings,
     *,
     stage: str,
     report: Report = silent,
-    processes: Processes = ALONE,
+    processes: Processes | None = None,
 ) -> Scores | None:
     """Score a model in memory, as it stands, on a unit of tasks.
 
@@ -127,48 +127,49 @@ def measure(
     Returns:
         The scores; None on every process but the first.
     """
-    shots = _set_up(unit, way)
+    processes = processes or Processes()
+    shots = _set_up(unit, settings)
     with muted():
-        wrapped = Model(model, tokenizer, way.batch_size, report, processes)
-        wrapped.stage = stage
-        if processes.size > 1 and not _enough(unit, way.limit, processes.size):
+        if not _enough(unit, settings.limit, processes.size):
             # lm-eval has no way to give a process no document at all.
             if not processes.first:
                 return None
-            wrapped.share(False)
-        found = lm_eval.evaluate(
+            processes = Processes()
+        wrapped = Model(model, tokenizer, settings.batch_size, report, processes)
+        wrapped.stage = stage
+        output = lm_eval.evaluate(
             lm=wrapped,
             task_dict=unit.loaded,
-            limit=way.limit,
+            limit=settings.limit,
             log_samples=True,
-            apply_chat_template=way.chat_template,
-            fewshot_as_multiturn=way.chat_template,
+            apply_chat_template=settings.chat_template,
+            fewshot_as_multiturn=settings.chat_template,
         )
-    if found is None:
+    if output is None:
         if not processes.first:
             return None
         raise BracesError("lm-eval gave no results", where=stage, hint="This is a fault of braces.")
     auto = wrapped.batch_size_per_gpu == "auto"
     chosen = wrapped.batch_sizes.values() if auto else [wrapped.batch_size_per_gpu]
-    return collect(found, shots, sorted({int(size) for size in chosen}))
+    return collect(output, shots, sorted({int(size) for size in chosen}))
 
 
-def _enough(unit: Unit, limit: int | None, size: int) -> bool:
+def _enough(unit: TaskUnit, limit: int | None, size: int) -> bool:
     """Whether each process gets a document of each task."""
-    return all(min(len(task.eval_docs), limit or size) >= size for task in unit.tasks.values())
+    return size == 1 or all(min(len(task.eval_docs), limit or size) >= size for task in unit.tasks.values())
 
 
-def _set_up(unit: Unit, way: Way) -> dict[str, int]:
-    random.seed(way.seeds["python"])
-    np.random.seed(way.seeds["numpy"])
-    torch.manual_seed(way.seeds["torch"])
+def _set_up(unit: TaskUnit, settings: HarnessSettings) -> dict[str, int]:
+    random.seed(settings.seeds["python"])
+    np.random.seed(settings.seeds["numpy"])
+    torch.manual_seed(settings.seeds["torch"])
     shots: dict[str, int] = {}
     for name, task in unit.tasks.items():
-        own = task.get_config("num_fewshot")
-        if way.num_fewshot is not None and own != 0:
-            task.set_config(key="num_fewshot", value=way.num_fewshot)
-        elif own is None:
+        default = task.get_config("num_fewshot")
+        if settings.num_fewshot is not None and default != 0:
+            task.set_config(key="num_fewshot", value=settings.num_fewshot)
+        elif default is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=way.seeds["fewshot"])
+        task.set_fewshot_seed(seed=settings.seeds["fewshot"])
         shots[name] = int(task.get_config("num_fewshot") or 0)
     return shots

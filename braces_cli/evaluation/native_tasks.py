@@ -1,70 +1,77 @@
-"""Tasks that lm-eval cannot run, each registered here: what it reads, and how it measures the model that is open.
+"""A task that braces measures itself, without lm-eval: what it is given and what it returns.
 
-A new one is a module with a `TASK`, and its line in `TASKS`.
+A new one is a module with a `NativeTask`, registered in `task_catalog.NATIVE_TASKS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from braces_cli.evaluation.native_task import Measured, OwnTask, Setting
-from braces_cli.evaluation.oom_backoff import halving
+from braces_cli.core.session import Session
+from braces_cli.core.utils.distributed import Processes
+from braces_cli.core.utils.progress import Report, silent
+from braces_cli.evaluation.settings import TextTaskSettings
 
 
-def _read_texts(path: Path) -> Sequence[Any]:
-    from braces_cli.evaluation.task_rows import read_texts
+@dataclass(frozen=True)
+class TaskContext:
+    """What a task may need beside its documents.
 
-    return read_texts(path)
+    Attributes:
+        session: the open base, with the adapter on it; `session.adapter` is None for an adapter of peft.
+        batch_size: sequences in a forward pass to begin with; see `oom_backoff.halving`.
+        chat_template: put prompts into the tokenizer's chat template.
+        seed: seed of every random choice.
+        processes: use `share_out` so that each process does its part.
+        stage: name of the progress bar.
+        settings: for tasks that generate texts.
+    """
 
-
-def _measure_perplexity(setting: Setting, texts: Sequence[str]) -> Measured:
-    from braces_cli.evaluation import perplexity
-
-    base = setting.session.base
-    found, size = halving(
-        lambda size: perplexity.measure(
-            base.model,
-            base.tokenizer,
-            texts,
-            size,
-            lambda _, done, total: setting.report(setting.stage, done, total),
-            setting.processes,
-        ),
-        setting.batch_size,
-        setting.stage,
-    )
-    samples = {index: {"prompt": "", "answer": text} for index, text in enumerate(texts)}
-    return Measured(found.results, found.nats, found.units, samples, size)
+    session: Session
+    batch_size: int
+    chat_template: bool = False
+    seed: int = 0
+    processes: Processes = field(default_factory=Processes)
+    stage: str = ""
+    report: Report = silent
+    settings: TextTaskSettings = field(default_factory=TextTaskSettings)
 
 
-PERPLEXITY = OwnTask(
-    "perplexity",
-    _read_texts,
-    _measure_perplexity,
-    dict.fromkeys(("word_perplexity", "byte_perplexity", "bits_per_byte", "token_perplexity"), False),
-    ".txt, or rows with `text`",
-)
+@dataclass
+class TaskResult:
+    """What one system scored on a native task.
+
+    Attributes:
+        results: metric -> `{value, stderr, n}`, n the number of documents.
+        documents: metric -> document -> value.
+        units: metric -> document -> what the metric divides by, where it is a ratio of sums.
+        samples: document -> `prompt` and `answer` for the per-sample log.
+        batch_size: the batch size that fitted into memory.
+    """
+
+    results: dict[str, dict[str, Any]]
+    documents: dict[str, dict[int, float]]
+    units: dict[str, dict[int, float]] = field(default_factory=dict)
+    samples: dict[int, dict[str, Any]] = field(default_factory=dict)
+    batch_size: int = 1
 
 
-def _text_quality(name: str, scored: dict[str, bool]) -> OwnTask:
-    def read(path: Path) -> Sequence[Any]:
-        from braces_cli.evaluation import text_quality
+@dataclass(frozen=True)
+class NativeTask:
+    """A task that braces measures itself.
 
-        return text_quality.read(path)
+    Attributes:
+        read: documents of a data file; raises DataError.
+        measure: results on documents, on every process alike.
+        metrics: metric -> whether more of it is better, in the order they are shown.
+        data: what its data file holds, for the hint where there is none.
+    """
 
-    def measure(setting: Setting, prompts: Sequence[Any]) -> Measured:
-        from braces_cli.evaluation import text_quality
-
-        return text_quality.measurer(name)(setting, prompts)
-
-    diversity = dict.fromkeys(("distinct_1", "distinct_2", "distinct_3"), True)
-    metrics = {**scored, "perplexity": False, **diversity, "repetition": False}
-    return OwnTask(name, read, measure, metrics, "prompts, one a line, or rows with `prompt`")
-
-
-SENTIMENT = _text_quality("sentiment", {"positive": True, "negative": False})
-TOXICITY = _text_quality("toxicity", {"toxic": False})
-
-TASKS: dict[str, OwnTask] = {task.name: task for task in (PERPLEXITY, SENTIMENT, TOXICITY)}
+    name: str
+    read: Callable[[Path], Sequence[Any]]
+    measure: Callable[[TaskContext, Sequence[Any]], TaskResult]
+    metrics: dict[str, bool]
+    data: str

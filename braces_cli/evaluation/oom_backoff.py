@@ -1,4 +1,4 @@
-"""Too large a batch is no reason to lose an evaluation: halve it, say so, go on."""
+"""Halve a batch size that does not fit into memory, warn, and continue, so that no evaluation is lost to it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ T = TypeVar("T")
 
 
 def halving(work: Callable[[int], T], size: int, stage: str) -> tuple[T, int]:
-    """Call `work` with a batch size, with half of it where memory does not suffice, and so on.
+    """Call `work` with a batch size, and with half of it each time that memory does not suffice.
 
     Returns:
-        What `work` returned, and the batch size that it did so with.
+        What `work` returned, and the batch size that fitted.
 
     Raises:
         BracesError: not even one sequence at a time fits.
@@ -31,7 +31,7 @@ def halving(work: Callable[[int], T], size: int, stage: str) -> tuple[T, int]:
             if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
                 raise
             if size == 1:
-                hint = "Load the base smaller (--dtype bfloat16, --quantize int4) or over several devices."
+                hint = "Load the base smaller (--dtype bfloat16, --quantize bnb-4bit) or over several devices."
                 raise BracesError("out of memory with one sequence at a time", where=stage, hint=hint) from error
         # Beyond the except clause, whose traceback holds on to the very tensors that did not fit.
         clear_device_cache(garbage_collection=True)

@@ -1,11 +1,12 @@
-"""The `perplexity` task: how surprised a model is by texts of the user's own.
+"""The `perplexity` task: perplexity of a model on texts of the user's own.
 
     word_perplexity   exp(nll / words)       words as lm-eval counts them: what white space separates
     byte_perplexity   exp(nll / bytes)       bytes of the UTF-8 text
     bits_per_byte     nll / bytes / ln 2
     token_perplexity  exp(nll / tokens)      depends on the tokenizer; not for comparing models
 
-Each document follows exactly one start token; lm-eval's own rolling log-likelihood can put two.
+Each document follows exactly one start token; lm-eval's own rolling log-likelihood can put two. Documents are plain
+texts, so no chat template is applied.
 """
 
 from __future__ import annotations
@@ -13,43 +14,25 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from braces_cli.core.models.tokenization import context_length
+from braces_cli.core.utils.distributed import Processes
+from braces_cli.core.utils.numbers import safe_exp
 from braces_cli.core.utils.progress import Report, silent
-from braces_cli.evaluation.processes import ALONE, Processes
+from braces_cli.evaluation.native_tasks import NativeTask, TaskContext, TaskResult
+from braces_cli.evaluation.oom_backoff import halving
+from braces_cli.evaluation.task_rows import read_texts
+from braces_cli.scoring.confidence_intervals import rate_error
 from braces_cli.scoring.likelihood import text_likelihoods
 
-NAME = "perplexity"
-
-
-def _exp(rate: float) -> float:
-    return math.exp(rate) if rate < 700 else math.inf
-
-
-# metric -> (units it divides by, value of nats a unit, derivative of that value)
+# metric -> (units it divides by, value of nats per unit, derivative of that value)
 _METRICS: dict[str, tuple[str, Callable[[float], float], Callable[[float], float]]] = {
-    "word_perplexity": ("words", _exp, _exp),
-    "byte_perplexity": ("bytes", _exp, _exp),
+    "word_perplexity": ("words", safe_exp, safe_exp),
+    "byte_perplexity": ("bytes", safe_exp, safe_exp),
     "bits_per_byte": ("bytes", lambda rate: rate / math.log(2), lambda rate: 1 / math.log(2)),
-    "token_perplexity": ("tokens", _exp, _exp),
+    "token_perplexity": ("tokens", safe_exp, safe_exp),
 }
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Results of one system.
-
-    Attributes:
-        results: metric -> `{value, stderr, n}`, n the number of documents.
-        nats: metric -> document -> negative log-likelihood in nats.
-        units: metric -> document -> what the metric divides by.
-    """
-
-    results: dict[str, dict[str, Any]]
-    nats: dict[str, dict[int, float]]
-    units: dict[str, dict[int, float]]
 
 
 def measure(
@@ -58,34 +41,45 @@ def measure(
     texts: Sequence[str],
     batch_size: int,
     report: Report = silent,
-    processes: Processes = ALONE,
-) -> Measured:
-    """Perplexities of `texts` in all, and the parts each document has in them."""
+    processes: Processes | None = None,
+) -> TaskResult:
+    """Perplexities over all `texts`, and negative log-likelihoods in nats and units document by document."""
     window = context_length(model, tokenizer)
-    likelihoods = processes.share_out(
+    likelihoods = (processes or Processes()).share_out(
         texts, lambda part: text_likelihoods(model, tokenizer, part, window, batch_size, report)
     )
     nats = [each.nll for each in likelihoods]
-    counts: dict[str, list[int]] = {
-        "words": [len(re.split(r"\s+", text)) for text in texts],
-        "bytes": [len(text.encode()) for text in texts],
-        "tokens": [each.tokens for each in likelihoods],
+    counts: dict[str, list[float]] = {
+        "words": [float(len(re.split(r"\s+", text))) for text in texts],
+        "bytes": [float(len(text.encode())) for text in texts],
+        "tokens": [float(each.tokens) for each in likelihoods],
     }
-    results, by_document, units = {}, {}, {}
+    result = TaskResult({}, {}, batch_size=batch_size)
     for metric, (unit, value, slope) in _METRICS.items():
         rate = sum(nats) / sum(counts[unit]) if sum(counts[unit]) else math.nan
-        error = _rate_error(nats, counts[unit], rate)
+        error = rate_error(nats, counts[unit])
         stderr = None if error is None else slope(rate) * error
-        results[metric] = {"value": value(rate), "stderr": stderr, "n": len(texts)}
-        by_document[metric] = dict(enumerate(nats))
-        units[metric] = dict(enumerate(map(float, counts[unit])))
-    return Measured(results, by_document, units)
+        result.results[metric] = {"value": value(rate), "stderr": stderr, "n": len(texts)}
+        result.documents[metric] = dict(enumerate(nats))
+        result.units[metric] = dict(enumerate(counts[unit]))
+    result.samples = {index: {"prompt": "", "answer": text} for index, text in enumerate(texts)}
+    return result
 
 
-def _rate_error(nats: Sequence[float], units: Sequence[int], rate: float) -> float | None:
-    """Standard error of sum(nats) / sum(units) over documents, by the delta method; None for a single document."""
-    count = len(nats)
-    if count < 2 or not sum(units):
-        return None
-    spread = sum((n - rate * u) ** 2 for n, u in zip(nats, units, strict=True))
-    return math.sqrt(spread * count / (count - 1)) / sum(units)
+def _measure_task(context: TaskContext, texts: Sequence[str]) -> TaskResult:
+    base = context.session.base
+
+    def report(_: str, done: int, total: int | None) -> None:
+        context.report(context.stage, done, total)
+
+    result, _ = halving(
+        lambda size: measure(base.model, base.tokenizer, texts, size, report, context.processes),
+        context.batch_size,
+        context.stage,
+    )
+    return result
+
+
+PERPLEXITY = NativeTask(
+    "perplexity", read_texts, _measure_task, dict.fromkeys(_METRICS, False), ".txt, or rows with `text`"
+)

@@ -1,10 +1,9 @@
-"""The JSON document of an evaluation, and what tells one run from another."""
+"""The JSON document of an evaluation, and the settings that identify a run."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,8 @@ from braces_cli.core.session import Session
 from braces_cli.core.utils.versions import versions
 from braces_cli.evaluation.adapter_switching import EvalAdapter
 from braces_cli.evaluation.comparison import LEVEL, System, compare
-from braces_cli.evaluation.lm_eval_runner import Way
-from braces_cli.evaluation.native_tasks import SENTIMENT, TOXICITY
-from braces_cli.evaluation.settings import EvalSettings
+from braces_cli.evaluation.lm_eval_runner import HarnessSettings
+from braces_cli.evaluation.settings import TEXT_TASKS, EvalSettings
 from braces_cli.evaluation.task_catalog import Selection
 from braces_cli.evaluation.task_data_files import file_hash
 
@@ -35,25 +33,22 @@ def identity(
     return {
         "model": base,
         "adapters": [[each.name, each.sha256] for each in adapters],
-        "load": {name: value for name, value in asdict(options).items() if name not in ("device", "device_map")},
-        "base": settings.base,
-        "tasks": [*selection.names, *selection.own],
+        "load": {name: value for name, value in options.resolved().items() if name not in ("device", "device_map")},
+        "base": not settings.no_base,
+        "tasks": [*selection.names, *selection.native],
         "groups": sorted(selection.groups),
         "task_data": {name: file_hash(file) for name, file in files.items()},
         "limit": settings.limit,
         "num_fewshot": settings.num_fewshot,
-        "chat_template": settings.chat_template,
+        "chat_template": settings.apply_chat_template,
         "seeds": settings.seeds,
         **_generation(settings, selection),
     }
 
 
 def _generation(settings: EvalSettings, selection: Selection) -> dict[str, Any]:
-    """How texts were written, where a task writes any."""
-    if not set(selection.own) & {SENTIMENT.name, TOXICITY.name}:
-        return {}
-    folder = settings.generation.attributes_folder
-    return {"generation": {**asdict(settings.generation), "attributes_folder": None if folder is None else str(folder)}}
+    """How texts were generated, where a task generates any."""
+    return {"generation": settings.generation_record()} if set(selection.native) & set(TEXT_TASKS) else {}
 
 
 def document(
@@ -61,15 +56,15 @@ def document(
     systems: Sequence[System],
     settings: EvalSettings,
     files: dict[str, Path],
-    way: Way,
+    harness: HarnessSettings,
     options: LoadOptions,
     selection: Selection,
 ) -> dict[str, Any]:
-    """`{systems, comparisons, settings}` as DESIGN 3.1 has it."""
+    """`{systems, comparisons, settings}`."""
     first = systems[0].scores
-    unheeded = [task for task, shots in first.shots.items() if settings.num_fewshot not in (None, shots)]
-    if unheeded:
-        logger.warning("--num-fewshot is not heeded by %s, which fix their own number", ", ".join(unheeded))
+    fixed = [task for task, shots in first.shots.items() if settings.num_fewshot not in (None, shots)]
+    if fixed:
+        logger.warning("--num-fewshot has no effect on %s, which fix their own number", ", ".join(fixed))
     sizes = sorted({size for system in systems for size in system.scores.batch_sizes})
     base = session.base
     better: dict[str, dict[str, bool]] = {}
@@ -105,7 +100,7 @@ def document(
             "revision": base.revision,
             "fingerprint": base.fingerprint(session.ffns)["sha256"],
             "tokenizer": tokenizer_hashes(base.tokenizer),
-            "apply_chat_template": way.chat_template,
+            "apply_chat_template": harness.chat_template,
             **_generation(settings, selection),
             "significance_level": LEVEL,
             "versions": versions(),

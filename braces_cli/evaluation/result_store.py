@@ -1,6 +1,6 @@
-"""The output folder of an evaluation: what each system scored on each task, stored whole when that task is done.
+"""The output folder of an evaluation: what each system scored on each task, written atomically when the task is done.
 
-run.json                        what was asked for; `--resume` continues nothing else
+run.json                        the settings; `--resume` continues a run of the same settings only
 parts/SYSTEM/TASK.json          scores, document by document
 samples/SYSTEM/TASK.jsonl       with `--log-samples`: prompt, answer and scores of each document
 results.json, results.md        the result, written last
@@ -23,17 +23,17 @@ _FORMAT = 1
 
 
 class Store:
-    """The folder of one run, or nothing at all where `folder` is None."""
+    """The folder of one run; stores nothing where `folder` is None."""
 
     def __init__(self, folder: Path | None = None, *, log_samples: bool = False) -> None:
         self.folder = folder
         self.log_samples = log_samples
 
-    def begin(self, asked: dict[str, Any], resume: bool) -> dict[str, Any] | None:
+    def begin(self, identity: dict[str, Any], resume: bool) -> dict[str, Any] | None:
         """Start or continue a run.
 
         Args:
-            asked: all that the result depends on.
+            identity: all that the result depends on.
             resume: keep what a run of the same settings has stored.
 
         Returns:
@@ -44,7 +44,7 @@ class Store:
         """
         if self.folder is None:
             return None
-        wanted = json.loads(json.dumps({"format": _FORMAT, "log_samples": self.log_samples, **asked}))
+        wanted = json.loads(json.dumps({"format": _FORMAT, "log_samples": self.log_samples, **identity}))
         if resume and (self.folder / _RUN).is_file():
             stored = _read(self.folder / _RUN)
             other = sorted(key for key in {*stored, *wanted} if stored.get(key) != wanted.get(key))
@@ -87,14 +87,14 @@ class Store:
 
 
 def check_folder(folder: Path | None, *, overwrite: bool, resume: bool, log_samples: bool) -> None:
-    """Refuse what cannot be stored, before any work.
+    """Check the output folder before any work.
 
     Raises:
         ConfigError: nowhere to store, or a folder that holds something else.
     """
     if folder is None:
-        for name, asked in (("--resume", resume), ("--log-samples", log_samples)):
-            if asked:
+        for name, given in (("--resume", resume), ("--log-samples", log_samples)):
+            if given:
                 raise ConfigError("nowhere to store anything", where=name, hint="Give --output-dir.")
         return
     check_output_folder(folder, overwrite or resume)
@@ -102,7 +102,7 @@ def check_folder(folder: Path | None, *, overwrite: bool, resume: bool, log_samp
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BracesError("cannot be read", where=str(path), hint="Remove the file and resume.") from error
-    return found
+    return value

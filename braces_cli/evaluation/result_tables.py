@@ -1,4 +1,4 @@
-"""An evaluation for people: rows of a table, a Markdown page that says how to repeat it, a picture."""
+"""An evaluation as rows of a table, as a Markdown page that says how to repeat it, and as a plot."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def main_table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
                 entry = system["results"][task][metric]
                 row = [task, metric, entry["n"], system["name"], _with_error(entry)]
                 if len(systems) > 1:
-                    found = compared.get((task, metric, system["name"]))
-                    row += _change(found) if found else ["", None, ""]
+                    comparison = compared.get((task, metric, system["name"]))
+                    row += _change(comparison) if comparison else ["", None, ""]
                 rows.append(row)
     return columns, rows
 
@@ -43,10 +43,10 @@ def pair_table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
 
 
 def facts(result: dict[str, Any]) -> dict[str, str]:
-    """What it takes to repeat the run: name -> value."""
+    """What is needed to repeat the run: name -> value."""
     settings, systems = result["settings"], result["systems"]
     versions = settings["versions"]
-    found: dict[str, Any] = {
+    known: dict[str, Any] = {
         "model": systems[0]["model"],
         "revision": settings["revision"],
         "value matrices": _short(settings["fingerprint"]),
@@ -55,18 +55,18 @@ def facts(result: dict[str, Any]) -> dict[str, str]:
     }
     for system in systems:
         if system["adapter"] is not None:
-            found[f"adapter {system['name']}"] = f"{system['adapter']} ({system['method']}, {_short(system['sha256'])})"
+            known[f"adapter {system['name']}"] = f"{system['adapter']} ({system['method']}, {_short(system['sha256'])})"
     template = settings["tokenizer"]["chat_template"] if settings["apply_chat_template"] else None
-    found |= {
+    known |= {
         "chat template": _short(template) if template else "not applied",
         "limit": "all documents" if settings["limit"] is None else f"{settings['limit']} documents of each task",
         "few-shot examples": ", ".join(f"{task} {count}" for task, count in settings["num_fewshot_used"].items()),
         "task versions": ", ".join(f"{task} {number}" for task, number in settings["task_versions"].items()),
-        "task data": ", ".join(f"{task} {_short(known)}" for task, known in settings["task_data_sha256"].items()),
+        "task data": ", ".join(f"{task} {_short(digest)}" for task, digest in settings["task_data_sha256"].items()),
         "seeds": ", ".join(f"{name} {number}" for name, number in settings["seeds"].items()),
         "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
     }
-    return {name: str(value) for name, value in found.items() if value not in (None, "")}
+    return {name: str(value) for name, value in known.items() if value not in (None, "")}
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -89,7 +89,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def threshold_line(row: dict[str, Any]) -> str:
-    """What became of a threshold."""
+    """One line that says whether a threshold is reached."""
     got = "was not measured" if row["value"] is None else f"is {row['value']:.4g}"
     reached = "reached" if row["reached"] else "not reached"
     return f"{row['system']}: {row['task']} {row['metric']} {got}, {row['threshold']:.4g} {reached}"

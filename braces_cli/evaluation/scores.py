@@ -1,15 +1,18 @@
-"""What a system scored: results, the score of each document, and how both are kept in a file."""
+"""What a system scored: results, the score of each document, averages over tasks, and how they are stored."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
 Key = tuple[str, str]
+# Metric of a group: the average over its tasks.
+AVERAGE = "braces_average"
 
 
 @dataclass
@@ -46,8 +49,8 @@ class Scores:
     def to_json(self) -> dict[str, Any]:
         """Everything but the samples; keys of pairs as lists of `[task, metric, value]`."""
         pairs = {
-            name: [[*key, list(value.items()) if isinstance(value, dict) else value] for key, value in found.items()]
-            for name, found in (("documents", self.documents), ("units", self.units), ("better", self.better))
+            name: [[*key, list(value.items()) if isinstance(value, dict) else value] for key, value in scores.items()]
+            for name, scores in (("documents", self.documents), ("units", self.units), ("better", self.better))
         }
         plain = {name: getattr(self, name) for name in ("results", "shots", "versions", "batch_sizes")}
         return {**plain, **pairs}
@@ -61,11 +64,23 @@ class Scores:
         return scores
 
 
-def collect(found: Any, shots: dict[str, int], batch_sizes: list[int]) -> Scores:
+def add_averages(scores: Scores, groups: Mapping[str, Sequence[str]]) -> None:
+    """For each group, the plain mean over its tasks of each task's first metric."""
+    for name, tasks in groups.items():
+        entries = [next(iter(scores.results[task].values())) for task in tasks]
+        errors = [entry["stderr"] for entry in entries]
+        stderr = None if None in errors else math.sqrt(sum(error**2 for error in errors)) / len(entries)
+        value = sum(entry["value"] for entry in entries) / len(entries)
+        number = sum(entry["n"] for entry in entries)
+        scores.results[name] = {AVERAGE: {"value": value, "stderr": stderr, "n": number}}
+        scores.better[name, AVERAGE] = True
+
+
+def collect(output: Any, shots: dict[str, int], batch_sizes: list[int]) -> Scores:
     """Scores from what `lm_eval.evaluate` returns."""
-    scores = Scores(shots=shots, batch_sizes=batch_sizes, versions=dict(found.get("versions") or {}))
+    scores = Scores(shots=shots, batch_sizes=batch_sizes, versions=dict(output.get("versions") or {}))
     labels: dict[tuple[str, str, str], str] = {}
-    for task, entries in found["results"].items():
+    for task, entries in output["results"].items():
         metrics: dict[str, dict[str, Any]] = {}
         for key, value in entries.items():
             metric, sign, chosen = key.rpartition(",")
@@ -77,12 +92,12 @@ def collect(found: Any, shots: dict[str, int], batch_sizes: list[int]) -> Scores
             error = entries.get(f"{metric}_stderr,{chosen}")
             stderr = float(error) if isinstance(error, Real) else None
             metrics[label] = {"value": float(value), "stderr": stderr, "n": int(entries["sample_len"])}
-            better = (found.get("higher_is_better") or {}).get(task, {}).get(metric)
+            better = (output.get("higher_is_better") or {}).get(task, {}).get(metric)
             if better is not None:
                 scores.better[task, label] = bool(better)
         if metrics:
             scores.results[task] = metrics
-    for task, samples in found["samples"].items():
+    for task, samples in output["samples"].items():
         for sample in samples:
             row = _sample(task, sample)
             for metric in sample["metrics"]:
@@ -100,8 +115,8 @@ def _sample(task: str, sample: dict[str, Any]) -> dict[str, Any]:
 
     `answer` is the text that was generated, or the likeliest choice; `choices` are then all, with log-likelihoods.
     """
-    asked = sample["arguments"]
-    prompts = [args[0] for args in asked]
+    arguments = sample["arguments"]
+    prompts = [args[0] for args in arguments]
     row: dict[str, Any] = {
         "task": task,
         "doc_id": sample["doc_id"],
@@ -110,9 +125,10 @@ def _sample(task: str, sample: dict[str, Any]) -> dict[str, Any]:
         "filter": sample["filter"],
     }
     answers = [each[0] for each in sample["resps"]]
-    if all(isinstance(answer, (tuple, list)) and len(args) > 1 for answer, args in zip(answers, asked, strict=True)):
+    pairs = zip(answers, arguments, strict=True)
+    if all(isinstance(answer, (tuple, list)) and len(args) > 1 for answer, args in pairs):
         # One choice may be told from another by its continuation, or, as in WinoGrande, by its context.
-        texts = [args[1] if len(set(prompts)) == 1 else args[0] + args[1] for args in asked]
+        texts = [args[1] if len(set(prompts)) == 1 else args[0] + args[1] for args in arguments]
         likely = [float(answer[0]) for answer in answers]
         row["answer"] = texts[max(range(len(likely)), key=likely.__getitem__)]
         row["choices"] = [{"text": text, "log_likelihood": value} for text, value in zip(texts, likely, strict=True)]
@@ -136,7 +152,7 @@ def slug(name: str) -> str:
 
 def by_task(samples: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """(task, its rows) of a per-sample log."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    tasks: dict[str, list[dict[str, Any]]] = {}
     for row in samples:
-        found.setdefault(row["task"], []).append(row)
-    yield from found.items()
+        tasks.setdefault(row["task"], []).append(row)
+    yield from tasks.items()

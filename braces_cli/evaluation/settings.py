@@ -1,85 +1,178 @@
-"""What to measure and how, and everything that can be said of it before a task is built or a model loaded."""
+"""What to measure and how: the options of `braces eval`, checked before anything is loaded. Light: no torch here."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from braces_cli.core.attributes.attribute_options import AttributeSettings
+from braces_cli.core.attributes.word_lists import check_name
+from braces_cli.core.models.generation_options import GenerationSettings
 from braces_cli.core.utils.errors import ConfigError
-from braces_cli.evaluation import native_tasks, task_catalog
-from braces_cli.evaluation.lm_eval_runner import SEEDS
-from braces_cli.evaluation.native_task import Generation
-from braces_cli.evaluation.task_data_files import check_needed, find_files
-from braces_cli.evaluation.task_rows import check_fields, read_task_rows
-from braces_cli.evaluation.thresholds import Threshold, check_tasks, parse_thresholds
+from braces_cli.core.utils.settings import OUTPUT, SCORING, TASKS, option
+
+# lm-eval's own, so that without --seed a run draws the few-shot examples that lm-eval draws.
+SEEDS = {"python": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
+# The tasks that generate texts and score them, see `text_quality`.
+TEXT_TASKS = ("sentiment", "toxicity")
 
 
-@dataclass(frozen=True)
-class EvalSettings:
-    """What to measure and how.
+@dataclass(frozen=True, kw_only=True)
+class TextTaskSettings(GenerationSettings, AttributeSettings):
+    """How the text tasks generate texts, by which attributes every system is steered, and how texts are scored."""
 
-    Attributes:
-        tasks: names, each one or several with commas between them.
-        task_data: `NAME=FILE` values, or `NAME=FOLDER`.
-        limit: documents of each task, from the front; None for all.
-        num_fewshot: examples in front of each document; None is the task's own number.
-        batch_size: sequences a forward pass, or `auto`; halved where memory does not suffice.
-        seed: of every random choice; None takes lm-eval's own seeds.
-        base: measure the bare base, too.
-        task_data_dir: folder whose files and folders are called as the tasks.
-        chat_template: put prompts into the tokenizer's chat template; None is as the adapters were trained.
-        fail_under: `TASK:METRIC=VALUE` values that each adapter must reach.
-        generation: for tasks that write texts.
-    """
-
-    tasks: Sequence[str]
-    task_data: Sequence[str] = ()
-    limit: int | None = None
-    num_fewshot: int | None = None
-    batch_size: int | str = 8
-    seed: int | None = None
-    base: bool = True
-    task_data_dir: Path | None = None
-    chat_template: bool | None = None
-    fail_under: Sequence[str] = ()
-    generation: Generation = field(default_factory=Generation)
-    thresholds: Sequence[Threshold] = field(init=False, default=())
+    attribute: tuple[str, ...] = option(
+        (),
+        help="Name of an attribute by which every system is steered in the tasks sentiment and toxicity. Repeatable.",
+        metavar="NAME",
+    )
+    scorer: tuple[str, ...] = option(
+        (),
+        help="vader, toxicity, fit:ROWS, or a classifier's folder or hub id. Repeatable.",
+        metavar="TASK=SCORER",
+        panel=SCORING,
+    )
+    judge_model: str | None = option(
+        None, help="Model that measures the perplexity of continuations, in place of the base.", panel=SCORING
+    )
+    exclude_list_words: bool = option(False, help="Scorers ignore the attributes' own words.", panel=SCORING)
 
     def __post_init__(self) -> None:
-        size = self.batch_size
-        if size != "auto" and not (isinstance(size, int) and size >= 1):
+        super().__post_init__()
+        for name in self.strengths:
+            check_name(name)
+        _parse_scorers(self.scorer)
+
+    @property
+    def scorers(self) -> dict[str, str]:
+        """Task -> scorer, where it is not the task's usual one."""
+        return _parse_scorers(self.scorer)
+
+    def generation_record(self) -> dict[str, Any]:
+        """How texts are generated and scored, ready for JSON."""
+        return {
+            "attributes": self.strengths,
+            "attributes_folder": None if self.attributes is None else str(self.attributes),
+            "scorers": self.scorers,
+            "num_samples": self.num_samples,
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "judge_model": self.judge_model,
+            "exclude_list_words": self.exclude_list_words,
+        }
+
+
+def _parse_scorers(values: Sequence[str]) -> dict[str, str]:
+    """`TASK=SCORER` of each value.
+
+    Raises:
+        ConfigError: another form, or a task that is not one of the text tasks.
+    """
+    scorers = {}
+    for value in values:
+        task, sign, name = value.partition("=")
+        if not (sign and name) or task not in TEXT_TASKS:
+            hint = f"Such as --scorer {TEXT_TASKS[0]}=vader or --scorer {TEXT_TASKS[1]}=FOLDER."
+            raise ConfigError(f"`{value}` is not TASK=SCORER", where="--scorer", hint=hint)
+        scorers[task] = name
+    return scorers
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings(TextTaskSettings):
+    """What to measure and how."""
+
+    tasks: tuple[str, ...] = option(
+        (),
+        help="zero_shot, commonsense, commonsense_gen, truthfulqa, popqa, perplexity, sentiment, toxicity or any of "
+        "lm-eval's; commas between them.",
+        metavar="NAMES",
+    )
+    task_data: tuple[str, ...] = option(
+        (), help="Rows of a task from a file or folder. Repeatable.", metavar="NAME=FILE", panel=TASKS
+    )
+    task_data_dir: Path | None = option(
+        None, help="Folder with files (NAME.jsonl, ...) or folders named like the tasks.", panel=TASKS
+    )
+    limit: int | None = option(None, help="Documents of each task, from the front.", min=1)
+    num_fewshot: int | None = option(
+        None, help="Examples in front of each document. Default: the task's own.", min=0, panel=TASKS
+    )
+    apply_chat_template: bool | None = option(
+        None,
+        help="Put prompts into the tokenizer's chat template. Default: as the adapters were trained.",
+        flag="--apply-chat-template/--no-apply-chat-template",
+        panel=TASKS,
+    )
+    batch_size: str = option(
+        "8", help="Sequences in a forward pass, or auto; halved where memory is short.", metavar="auto|N"
+    )
+    seed: int | None = option(
+        None, help="Seed of every random choice. Default: lm-eval's own seeds.", min=0, panel=OUTPUT
+    )
+    no_base: bool = option(False, help="Measure the adapters only.", panel=TASKS)
+    fail_under: tuple[str, ...] = option(
+        (),
+        help="Exit with 5 where an adapter (the base if there is none) is worse than this. Repeatable.",
+        metavar="TASK:METRIC=VALUE",
+        panel=SCORING,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        size = str(self.batch_size)
+        if size != "auto" and not (size.isdecimal() and int(size) >= 1):
             raise ConfigError(f"`{size}` is no batch size", where="--batch-size", hint="Give 1 or more, or auto.")
         if self.limit is not None and self.limit < 1:
             hint = "Give 1 or more documents, or leave --limit out for all."
             raise ConfigError(f"a limit of {self.limit} leaves nothing to measure", where="--limit", hint=hint)
-        object.__setattr__(self, "thresholds", parse_thresholds(self.fail_under))
+        parse_thresholds(self.fail_under)
+
+    @property
+    def sequences(self) -> int | str:
+        """The batch size as a number, or `auto`."""
+        return "auto" if self.batch_size == "auto" else int(self.batch_size)
+
+    @property
+    def thresholds(self) -> Sequence[Threshold]:
+        """What each adapter must reach."""
+        return parse_thresholds(self.fail_under)
 
     @property
     def seeds(self) -> dict[str, int]:
+        """Seed of each random number generator."""
         return dict(SEEDS) if self.seed is None else dict.fromkeys(SEEDS, self.seed)
 
 
-def check_settings(settings: EvalSettings) -> tuple[task_catalog.Selection, dict[str, Path], dict[str, Sequence[Any]]]:
-    """Resolve the tasks and read and check every local file; loads no model and fetches nothing.
+@dataclass(frozen=True)
+class Threshold:
+    """A metric of a task and the value that it must reach."""
 
-    Returns:
-        The selection, task -> file, and task -> its rows (documents for our own tasks).
+    task: str
+    metric: str
+    value: float
+
+
+def parse_thresholds(values: Sequence[str]) -> list[Threshold]:
+    """`TASK:METRIC=VALUE` of each value.
 
     Raises:
-        ConfigError: an unknown task, task data for none of them, no data where a task has none of its own.
-        DataError: a file that is missing, broken or lacks fields.
+        ConfigError: another form.
     """
-    selection = task_catalog.select(settings.tasks)
-    check_tasks(settings.thresholds, selection)
-    files = find_files(selection, settings.task_data, settings.task_data_dir)
-    check_needed(selection, files, task_catalog.LOCAL_ONLY)
-    rows: dict[str, Sequence[Any]] = {}
-    for name, file in files.items():
-        if name in native_tasks.TASKS:
-            rows[name] = native_tasks.TASKS[name].read(file)
-        else:
-            rows[name] = read_task_rows(file)
-            check_fields(name, rows[name])
-    return selection, files, rows
+    thresholds = []
+    for value in values:
+        head, sign, number = value.strip().rpartition("=")
+        task, colon, metric = head.rpartition(":")
+        try:
+            limit = float(number)
+        except ValueError:
+            limit = math.nan
+        if not (sign and colon and task.strip() and metric.strip() and math.isfinite(limit)):
+            hint = "Such as --fail-under popqa:acc=0.3."
+            raise ConfigError(f"`{value}` is not TASK:METRIC=VALUE", where="--fail-under", hint=hint)
+        thresholds.append(Threshold(task.strip(), metric.strip(), limit))
+    return thresholds

@@ -1,8 +1,8 @@
 """Which tasks there are: names a user may give -> lm-eval tasks and the folders that define them.
 
 lm-eval has some 14,000 tasks, and indexing all of them takes longer than a small evaluation. So only the folders of
-the tasks asked for are indexed; the whole catalogue is read where that does not settle a name (tags, groups whose
-members live elsewhere).
+the tasks in `--tasks` are indexed; the whole catalogue is read only for names that this does not resolve (tags, and
+groups whose members live elsewhere).
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ import lm_eval
 from lm_eval.tasks import TaskManager
 
 from braces_cli.core.utils.errors import ConfigError, near_misses
-from braces_cli.evaluation import native_tasks
+from braces_cli.evaluation.native_tasks import NativeTask
+from braces_cli.evaluation.perplexity import PERPLEXITY
+from braces_cli.evaluation.tasks import commonsense
+from braces_cli.evaluation.text_quality import SENTIMENT, TOXICITY
 
-OURS = Path(__file__).parent / "tasks"
-LM_EVAL = Path(lm_eval.__file__).parent / "tasks"
-_COMMONSENSE = (
-    "boolq", "piqa", "social_iqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa",
-)  # fmt: skip
-GENERATED = tuple(f"commonsense_gen_{name}" for name in _COMMONSENSE)
+# Tasks that lm-eval cannot run, by name.
+NATIVE_TASKS: dict[str, NativeTask] = {task.name: task for task in (PERPLEXITY, SENTIMENT, TOXICITY)}
+BRACES_FOLDER = Path(__file__).parent / "tasks"
+LM_EVAL_FOLDER = Path(lm_eval.__file__).parent / "tasks"
 # On the embedded model's own world.
 EMBEDDED = ("embedded_popqa", "embedded_truthful")
 # Our meaning of a name where it is not lm-eval's: its tag `truthfulqa` holds the generation task, too.
@@ -32,71 +33,73 @@ GROUPS = {
     "truthfulqa": ("truthfulqa_mc1", "truthfulqa_mc2"),
     "embedded": EMBEDDED,
     "zero_shot": ("popqa", "triviaqa", "nq_open", "truthfulqa_mc1", "truthfulqa_mc2"),
-    "commonsense": _COMMONSENSE,
-    "commonsense_gen": GENERATED,
-    "popqa_by_relation": ("popqa",),
-    "popqa_by_popularity": ("popqa",),
+    "commonsense": commonsense.DATA_SETS,
+    "commonsense_gen": commonsense.TASKS,
 }
-# Groups that get an average of our own, and names that split a task's documents into parts.
+# Groups that get the average over their tasks.
 AVERAGED = ("zero_shot", "commonsense", "commonsense_gen")
-SPLITS = {"popqa_by_relation": "relation", "popqa_by_popularity": "popularity"}
-# Tasks of ours for which no hub set has the rows as they are.
-LOCAL_ONLY = GENERATED
+# Tasks of braces for which no hub set has the rows as they are.
+LOCAL_ONLY = commonsense.TASKS
 _FOLDERS = {
-    **dict.fromkeys(("popqa", *EMBEDDED, *GENERATED), OURS),
-    **dict.fromkeys(("truthfulqa_mc1", "truthfulqa_mc2", "truthfulqa_gen"), LM_EVAL / "truthfulqa"),
-    "boolq": LM_EVAL / "super_glue" / "boolq",
-    "social_iqa": LM_EVAL / "siqa",
+    **dict.fromkeys(("popqa", *EMBEDDED, *commonsense.TASKS), BRACES_FOLDER),
+    **dict.fromkeys(("truthfulqa_mc1", "truthfulqa_mc2", "truthfulqa_gen"), LM_EVAL_FOLDER / "truthfulqa"),
+    "boolq": LM_EVAL_FOLDER / "super_glue" / "boolq",
+    "social_iqa": LM_EVAL_FOLDER / "siqa",
 }
 _NAMED = re.compile(r"^(?:task|group):[ \t]*['\"]?([^\s'\"#\[{]+)", re.MULTILINE)
 
 
 @dataclass
 class Selection:
-    """What was asked for.
+    """The tasks of `--tasks`.
 
     Attributes:
-        names: tasks and groups to give to lm-eval, in the order asked; tags are replaced by their members.
+        names: tasks and groups to give to lm-eval, in the order of `--tasks`; tags are replaced by their members.
         leaves: task that runs -> its entry in lm-eval's index (`cfg`, `yaml_path`), members of groups among them.
-        groups: name as asked -> its tasks that run, for what is no task itself.
+        groups: name in `--tasks` -> its tasks that run, for what is no task itself.
         folders: where all of these are defined.
-        own: tasks asked for that are none of lm-eval's, see `own`.
+        native: names of `NATIVE_TASKS`.
     """
 
     names: list[str] = field(default_factory=list)
     leaves: dict[str, Any] = field(default_factory=dict)
     groups: dict[str, list[str]] = field(default_factory=dict)
     folders: list[Path] = field(default_factory=list)
-    own: list[str] = field(default_factory=list)
+    native: list[str] = field(default_factory=list)
 
     def known(self) -> list[str]:
         """Every name that task data can be given for."""
-        asked = [
+        covering = [
             name for name, members in GROUPS.items() if name not in self.groups and set(members) & set(self.leaves)
         ]
-        return [*self.groups, *asked, *self.leaves, *self.own]
+        return [*self.groups, *covering, *self.leaves, *self.native]
+
+    @property
+    def averaged(self) -> dict[str, list[str]]:
+        """Group that gets an average -> its tasks."""
+        return {name: self.groups[name] for name in AVERAGED if name in self.groups}
 
     def members(self, name: str) -> list[str]:
         """The tasks that `name` stands for."""
         if name in GROUPS and name not in self.groups:
-            # Its members were asked for by their own names.
+            # Its members stand in `--tasks` by their own names.
             return [member for member in GROUPS[name] if member in self.leaves]
         return self.groups.get(name, [name])
 
 
-def select(asked: Sequence[str]) -> Selection:
+def select(values: Sequence[str]) -> Selection:
     """Resolve the values of `--tasks`, each one name or several with commas between them.
 
     Raises:
         ConfigError: none given, or one that is no task, group or tag.
     """
-    names = [name.strip() for value in asked for name in value.split(",") if name.strip()]
+    names = [name.strip() for value in values for name in value.split(",") if name.strip()]
     if not names:
         raise ConfigError("no task given", where="--tasks", hint="Such as --tasks truthfulqa,popqa,triviaqa.")
     selection = Selection(groups={name: list(GROUPS[name]) for name in names if name in GROUPS})
     flat = dict.fromkeys(member for name in names for member in GROUPS.get(name, (name,)))
-    selection.own = [name for name in flat if name in native_tasks.TASKS]
-    wanted = [name for name in flat if name not in native_tasks.TASKS]
+    selection.native = [name for name in flat if name in NATIVE_TASKS]
+    wanted = [name for name in flat if name not in NATIVE_TASKS]
     if not wanted:
         return selection
     index = _index(wanted)
@@ -138,7 +141,7 @@ def _index(wanted: Sequence[str]) -> dict[str, Any]:
         folders = [named[name].parent for name in others if name in named]
         index = _read_index([*(folder for folder in known.values() if folder is not None), *folders])
     if not all(_complete(index, name) for name in wanted):
-        index = TaskManager(include_path=[OURS]).task_index
+        index = TaskManager(include_path=[BRACES_FOLDER]).task_index
     for name in wanted:
         if name not in index:
             raise _unknown(name, index)
@@ -151,7 +154,7 @@ def _likely_folder(name: str) -> Path | None:
     if not name.replace("_", "").replace("-", "").isalnum():
         return None
     starts = ("_".join(words[:count]) for count in range(len(words), 0, -1))
-    return next((LM_EVAL / start for start in starts if (LM_EVAL / start).is_dir()), None)
+    return next((LM_EVAL_FOLDER / start for start in starts if (LM_EVAL_FOLDER / start).is_dir()), None)
 
 
 def _read_index(folders: Iterable[Path]) -> dict[str, Any]:
@@ -163,7 +166,7 @@ def _scan(wanted: Iterable[str]) -> tuple[dict[str, Path], set[str]]:
     """Names that lm-eval's files give themselves -> file, and which of `wanted` any file mentions at all."""
     named: dict[str, Path] = {}
     mentioned: set[str] = set()
-    for file in LM_EVAL.rglob("*.yaml"):
+    for file in LM_EVAL_FOLDER.rglob("*.yaml"):
         text = file.read_text(encoding="utf-8", errors="replace")
         named.update(dict.fromkeys(_NAMED.findall(text), file))
         mentioned |= {name for name in wanted if name in text}
@@ -182,8 +185,8 @@ def _below(index: dict[str, Any], name: str) -> list[str]:
     if name not in index:
         return []  # a task that its group defines inline
     children = sorted(index[name].tags) if index[name].kind.name == "TAG" else _children(index, name)
-    own = [] if index[name].kind.name == "TAG" else [name]
-    return list(dict.fromkeys([*own, *(each for child in children for each in _below(index, child))]))
+    itself = [] if index[name].kind.name == "TAG" else [name]
+    return list(dict.fromkeys([*itself, *(each for child in children for each in _below(index, child))]))
 
 
 def _children(index: dict[str, Any], name: str) -> list[str]:
@@ -199,8 +202,6 @@ def _children(index: dict[str, Any], name: str) -> list[str]:
 
 
 def _unknown(name: str, known: Iterable[str]) -> ConfigError:
-    close = near_misses(name, {*known, *_FOLDERS, *GROUPS, *native_tasks.TASKS})
-    hint = (
-        close or f"`lm-eval ls tasks` lists lm-eval's; braces adds popqa, {', '.join([*GROUPS, *native_tasks.TASKS])}."
-    )
+    close = near_misses(name, {*known, *_FOLDERS, *GROUPS, *NATIVE_TASKS})
+    hint = close or f"`lm-eval ls tasks` lists lm-eval's; braces adds popqa, {', '.join([*GROUPS, *NATIVE_TASKS])}."
     return ConfigError(f"unknown task `{name}`", where="--tasks", hint=hint)

@@ -9,8 +9,7 @@ from typing import Any
 
 from braces_cli.core.utils.errors import ConfigError, DataError, near_misses
 from braces_cli.data.readers import READABLE
-from braces_cli.evaluation import native_tasks
-from braces_cli.evaluation.task_catalog import Selection
+from braces_cli.evaluation.task_catalog import NATIVE_TASKS, Selection
 
 _KINDS = (*READABLE, ".txt")
 # What a file of the documents to be tested may be called, where its task does not say.
@@ -21,7 +20,7 @@ def parse_task_data(values: Sequence[str], known: Iterable[str]) -> dict[str, Pa
     """`NAME=FILE` of each value.
 
     Raises:
-        ConfigError: no such form, a name given twice, or one that is not among the tasks asked for.
+        ConfigError: no such form, a name given twice, or one that is not among `--tasks`.
     """
     known = list(known)
     files: dict[str, Path] = {}
@@ -30,7 +29,7 @@ def parse_task_data(values: Sequence[str], known: Iterable[str]) -> dict[str, Pa
         if not (name and sign and file):
             raise ConfigError(f"`{value}` is not NAME=FILE", where="--task-data", hint="Such as popqa=popqa.jsonl.")
         if name not in known:
-            hint = near_misses(name, known) or f"Asked for: {', '.join(known[:8])}."
+            hint = near_misses(name, known) or f"There are: {', '.join(known[:8])}."
             raise ConfigError(f"`{name}` is not among --tasks", where="--task-data", hint=hint)
         if name in files:
             raise ConfigError(f"`{name}` is given twice", where="--task-data", hint="Give one file a task.")
@@ -49,10 +48,10 @@ def find_files(selection: Selection, values: Sequence[str], folder: Path | None)
     """
     places = {} if folder is None else _in_folder(folder, selection.known())
     places.update(parse_task_data(values, selection.known()))
-    own_names = {*selection.leaves, *selection.own}
-    asked = {member: place for name, place in places.items() for member in selection.members(name)}
-    asked.update({name: place for name, place in places.items() if name in own_names})
-    return {name: _file(name, place, selection.leaves.get(name)) for name, place in asked.items()}
+    task_names = {*selection.leaves, *selection.native}
+    given = {member: place for name, place in places.items() for member in selection.members(name)}
+    given.update({name: place for name, place in places.items() if name in task_names})
+    return {name: _file(name, place, selection.leaves.get(name)) for name, place in given.items()}
 
 
 def check_needed(selection: Selection, files: dict[str, Path], local_only: Iterable[str]) -> None:
@@ -61,7 +60,7 @@ def check_needed(selection: Selection, files: dict[str, Path], local_only: Itera
     Raises:
         ConfigError: names what to give.
     """
-    lines = {name: native_tasks.TASKS[name].data for name in selection.own}
+    lines = {name: NATIVE_TASKS[name].data for name in selection.native}
     lines.update({name: "rows with `instruction` and `answer`" for name in local_only if name in selection.leaves})
     for name, data in lines.items():
         if name not in files:
@@ -80,13 +79,13 @@ def _in_folder(folder: Path, known: Iterable[str]) -> dict[str, Path]:
     folder = folder.expanduser()
     if not folder.is_dir():
         raise ConfigError("no such folder", where="--task-data-dir", hint=f"Looked for {folder}.")
-    found = {}
+    places = {}
     for name in known:
         for place in (folder / name, *(folder / f"{name}{kind}" for kind in _KINDS)):
             if place.exists():
-                found[name] = place
+                places[name] = place
                 break
-    return found
+    return places
 
 
 def _file(name: str, place: Path, entry: Any) -> Path:

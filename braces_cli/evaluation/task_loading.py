@@ -10,14 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core.utils.errors import BracesError, ConfigError, DataError
+from jinja2 import TemplateError
+
+from braces_cli.core.utils.errors import BracesError, ConfigError, DataError, first_line
 from braces_cli.evaluation import task_catalog
 
 logger = logging.getLogger("braces")
 
+# What a task's templates and functions raise for a row that lacks a field, or holds a value of another kind.
+_ROW_ERRORS = (TemplateError, LookupError, TypeError, ValueError, AttributeError, AssertionError)
+
 
 @dataclass(frozen=True)
-class Unit:
+class TaskUnit:
     """What is measured in one go and stored when it is done: a task, or a group of lm-eval's with all its tasks.
 
     Attributes:
@@ -29,18 +34,18 @@ class Unit:
 
     @property
     def tasks(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.loaded["tasks"]
-        return found
+        tasks: dict[str, Any] = self.loaded["tasks"]
+        return tasks
 
 
-def load_tasks(selection: task_catalog.Selection, overrides: Path, metadata: dict[str, Any]) -> list[Unit]:
+def load_tasks(selection: task_catalog.Selection, overrides: Path, metadata: dict[str, Any]) -> list[TaskUnit]:
     """Build the selected tasks with their data, from the hub where `overrides` holds none for them.
 
     Raises:
         ConfigError: a task given twice through two groups, one that runs code a model writes, or needs pictures.
         DataError: data that cannot be fetched, or that the task cannot read.
     """
-    units: list[Unit] = []
+    units: list[TaskUnit] = []
     seen: set[str] = set()
     manager = task_catalog.manager(selection, overrides, metadata)
     for name in selection.names:
@@ -48,11 +53,12 @@ def load_tasks(selection: task_catalog.Selection, overrides: Path, metadata: dic
             try:
                 part = manager.load([name])
             except (SystemExit, Exception) as error:
+                # A task is code of lm-eval's that builds or downloads its data, and may raise anything, even this.
                 raise _unbuilt(name, error, (overrides / f"{name}.yaml").exists()) from error
-        units.append(Unit(name, dict(part)))
+        units.append(TaskUnit(name, dict(part)))
         twice = sorted(part["tasks"].keys() & seen)
         if twice:
-            raise ConfigError(f"`{twice[0]}` is in two of the groups asked for", where="--tasks", hint="Leave one out.")
+            raise ConfigError(f"`{twice[0]}` is in two of the groups", where="--tasks", hint="Leave one out.")
         seen |= part["tasks"].keys()
         for task_name, task in part["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False):
@@ -64,8 +70,8 @@ def load_tasks(selection: task_catalog.Selection, overrides: Path, metadata: dic
     return units
 
 
-def check_documents(units: Sequence[Unit], files: dict[str, Path], limit: int | None) -> None:
-    """Let each task with a local file read every document it will be asked about, before a model is loaded.
+def check_documents(units: Sequence[TaskUnit], files: dict[str, Path], limit: int | None) -> None:
+    """Let each task with a local file read every document it will be measured on, before a model is loaded.
 
     Raises:
         DataError: a row that the task cannot read, or no documents at all.
@@ -83,22 +89,22 @@ def check_documents(units: Sequence[Unit], files: dict[str, Path], limit: int | 
                     task.doc_to_target(doc)
                     if task.get_config("doc_to_choice") is not None:
                         task.doc_to_choice(doc)
-                except Exception as error:
-                    what = f"{name} cannot read the row: {_first_line(error)}"
-                    found = ", ".join(map(str, doc))
-                    raise DataError(what, where=f"{files[name]}, row {number + 1}", hint=f"Found: {found}.") from error
+                except _ROW_ERRORS as error:
+                    what = f"{name} cannot read the row: {first_line(error, 300)}"
+                    hint = f"Found: {', '.join(map(str, doc))}."
+                    raise DataError(what, where=f"{files[name]}, row {number + 1}", hint=hint) from error
 
 
 @contextlib.contextmanager
 def muted() -> Iterator[None]:
     """Keep what lm-eval and its tasks print off stdout, which carries our result."""
-    said = io.StringIO()
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(printed):
             yield
     finally:
-        if said.getvalue().strip():
-            logger.debug("%s", said.getvalue().strip())
+        if printed.getvalue().strip():
+            logger.debug("%s", printed.getvalue().strip())
 
 
 def _unbuilt(name: str, error: BaseException, local: bool) -> BracesError:
@@ -106,12 +112,14 @@ def _unbuilt(name: str, error: BaseException, local: bool) -> BracesError:
         return error
     kinds = {kind.__name__ for e in _chain(error) for kind in type(e).__mro__}
     if kinds & {"ImportError"}:
-        return BracesError(f"`{name}` needs more: {_first_line(error)}", where="--tasks", hint="Install what it names.")
+        return BracesError(
+            f"`{name}` needs more: {first_line(error, 300)}", where="--tasks", hint="Install what it names."
+        )
     if local:
-        what = f"{name} cannot read the rows: {_first_line(error)}"
+        what = f"{name} cannot read the rows: {first_line(error, 300)}"
         return DataError(what, where="--task-data", hint="Give rows with the fields of the task's own data.")
     return DataError(
-        f"the data of `{name}` cannot be had: {_first_line(error)}",
+        f"the data of `{name}` cannot be had: {first_line(error, 300)}",
         where="--tasks",
         hint=f"Check the network, or give a local file: --task-data {name}=FILE.",
     )
@@ -123,8 +131,3 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         seen.append(error)
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__

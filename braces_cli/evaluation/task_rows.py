@@ -15,8 +15,7 @@ import yaml
 
 from braces_cli.core.utils.errors import ConfigError, DataError
 from braces_cli.data.readers import Source, read_rows
-from braces_cli.evaluation.perplexity import NAME as PERPLEXITY
-from braces_cli.evaluation.task_catalog import GENERATED
+from braces_cli.evaluation.tasks import commonsense
 from braces_cli.evaluation.tasks.popqa import possible_answers
 
 # What a row must hold, by task; `a.b` is the field b of the mapping a. lm-eval itself only says which template failed.
@@ -33,10 +32,10 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "winogrande": ("sentence", "option1", "option2", "answer"),
     **dict.fromkeys(("arc_easy", "arc_challenge"), ("question", "choices.text", "choices.label", "answerKey")),
     "openbookqa": ("question_stem", "choices.text", "choices.label", "answerKey"),
-    **dict.fromkeys(GENERATED, ("instruction", "answer")),
+    **dict.fromkeys(commonsense.TASKS, ("instruction", "answer")),
     **dict.fromkeys(("popqa", "embedded_popqa"), ("question", "possible_answers")),
     "embedded_truthful": ("question", "mc1_targets.choices", "mc1_targets.labels"),
-    PERPLEXITY: ("text",),
+    "perplexity": ("text",),
 }
 _LISTS = {"choices", "labels", "aliases", "correct_answers", "incorrect_answers", "choices.text", "endings"}
 
@@ -67,7 +66,7 @@ def read_texts(path: Path) -> list[str]:
             raise DataError(f"not UTF-8 (byte {error.start})", where=str(path), hint="Save it as UTF-8.") from error
     else:
         rows = read_task_rows(path)
-        check_fields(PERPLEXITY, rows)
+        check_fields("perplexity", rows)
         texts = [row.fields["text"] for row in rows]
     texts = [text for text in texts if text.strip()]
     if not texts:
@@ -88,9 +87,9 @@ def check_fields(task: str, rows: Sequence[Source]) -> None:
         missing = [name for name in needed if _get(fields, name) is None]
         if missing:
             plural = "s" if len(missing) > 1 else ""
-            found = ", ".join(_shown(name, value) for name, value in fields.items()) or "nothing"
+            fields_here = ", ".join(_shown(name, value) for name, value in fields.items()) or "nothing"
             raise DataError(
-                f"{task} needs the field{plural} {', '.join(missing)}", where=where, hint=f"Found: {found}."
+                f"{task} needs the field{plural} {', '.join(missing)}", where=where, hint=f"Found: {fields_here}."
             )
         problem = _problem(task, fields, needed)
         if problem:

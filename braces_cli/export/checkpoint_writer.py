@@ -7,7 +7,6 @@ shard at hand, which is a layer.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -20,11 +19,11 @@ from torch import Tensor
 
 from braces_cli.core.method.adapter import Adapter
 from braces_cli.core.models.ffn import FFN
-from braces_cli.core.utils.atomic_files import write_json
+from braces_cli.core.utils.atomic_files import umask, write_json
 from braces_cli.core.utils.errors import BracesError
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.export.llama_conversion import take
-from braces_cli.export.planner import Plan, Role
+from braces_cli.export.plan import Plan, Role
 
 # Layers are gathered in one file up to so many bytes: small models are one file, large ones a layer each.
 SHARD_BYTES = 1 << 29
@@ -56,7 +55,7 @@ class Neurons:
 
 def new_neurons(adapter: Adapter, plan: Plan) -> dict[int, Neurons]:
     """New neurons of each decoder layer that carries the adapter, with the steering set on it just now."""
-    found = {}
+    neurons = {}
     for ffn, brace in adapter.sites:
         assert isinstance(ffn, FFN)
         with torch.no_grad():
@@ -68,13 +67,13 @@ def new_neurons(adapter: Adapter, plan: Plan) -> dict[int, Neurons]:
         if not plan.form.gated:
             rows, columns = torch.cat([rows, -rows]), torch.cat([columns, -columns], dim=1)
         padding = plan.wider - plan.width - len(rows)
-        found[ffn.layer] = Neurons(
+        neurons[ffn.layer] = Neurons(
             torch.cat([torch.full((len(rows),), plan.gate[0]), torch.zeros(padding)]),
             torch.nn.functional.pad(rows, (0, 0, 0, padding)),
             torch.nn.functional.pad(columns, (0, padding)),
             constant,
         )
-    return found
+    return neurons
 
 
 def _balance(reads: Tensor, writes: Tensor, ffn: FFN) -> Tensor:
@@ -86,8 +85,8 @@ def _balance(reads: Tensor, writes: Tensor, ffn: FFN) -> Tensor:
     assert isinstance(values, Tensor)
     key: Any = ffn.keys[-1]
     keys = key.weight if hasattr(key, "out_features") else key.weight.mT
-    own = [_typical(keys), _typical(values.mT)]
-    row, column = reads.norm(dim=1) / own[0], writes.norm(dim=0) / own[1]
+    typical_row, typical_column = _typical(keys), _typical(values.mT)
+    row, column = reads.norm(dim=1) / typical_row, writes.norm(dim=0) / typical_column
     ratio = (column / row).clamp(min=1e-9, max=1e9)
     balance: Tensor = torch.exp2((ratio.log2() / 2).round())
     return balance
@@ -161,13 +160,6 @@ def _name_rotation(path: Path) -> None:
         if rope.get("rope_type") != "default":
             older["rope_scaling"] = scaling
         write_json(path, dict(sorted((config | older).items())))
-
-
-def umask() -> int:
-    """The umask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _dtype(tensors: dict[str, Tensor], plan: Plan, name: str) -> torch.dtype:
@@ -248,9 +240,9 @@ def copy_companions(source: Path, folder: Path, tokenizer: Any) -> list[str]:
     Raises:
         BracesError: cannot be written.
     """
-    found = sorted({path for pattern in _CARRIED for path in source.glob(pattern)})
+    companions = sorted({path for pattern in _CARRIED for path in source.glob(pattern)})
     try:
-        for path in found:
+        for path in companions:
             if path.is_dir():
                 shutil.copytree(path, folder / path.name)
             else:
@@ -261,4 +253,4 @@ def copy_companions(source: Path, folder: Path, tokenizer: Any) -> list[str]:
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if not settings.get("tokenizer_class") and type(tokenizer).__module__.startswith("transformers."):
         write_json(path, settings | {"tokenizer_class": type(tokenizer).__name__})
-    return [path.name for path in found]
+    return [path.name for path in companions]

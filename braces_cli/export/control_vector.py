@@ -8,27 +8,25 @@ is no constant and stays behind: the export equals adapter and attribute on top 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from braces_cli.core.attributes.attribute import Attribute
 from braces_cli.core.attributes.intervention import constants
-from braces_cli.core.models.ffn import FFN, layer_stack
+from braces_cli.core.models.ffn import FFN
 from braces_cli.core.models.loading import input_device
 from braces_cli.core.models.moe import MixtureFFN
+from braces_cli.core.models.residual_join import residual_factors
 from braces_cli.core.models.tokenization import encode
 from braces_cli.core.session import Session
 from braces_cli.core.utils.atomic_files import check_output_file, write_whole
 from braces_cli.core.utils.errors import ConfigError, ModelError
 
 _ARCHITECTURE = "controlvector"
-# How far from a multiple of the vector its effect on the layer's output may be: rounding of the residual stream.
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 def check_export(path: Path, overwrite: bool = False) -> None:
@@ -50,7 +48,8 @@ def export_control_vector(
 
     Raises:
         ConfigError: nothing is steered, or layer 0 is, which llama.cpp does not read.
-        ModelError: what leaves the FFN does not join the residual stream as it is, so that no vector does the same.
+        ModelError: the output of an FFN does not join the residual stream unchanged or times a constant, so no vector
+            does the same.
     """
     for ffn in session.ffns:
         if isinstance(ffn, MixtureFFN):
@@ -64,7 +63,7 @@ def export_control_vector(
         hint = "Add --layers 1-; llama.cpp refuses vectors for layer 0."
         raise ConfigError("a control vector cannot steer layer 0", where="--layers", hint=hint)
     plain = [ffn for ffn in session.ffns if isinstance(ffn, FFN) and ffn.layer in vectors]
-    factors = _joins(session, plain, vectors)
+    factors = _factors(session, plain)
     directions = {layer: factors[layer] * vector for layer, vector in vectors.items()}
     model_type = session.base.model.config.model_type
     write_whole(path, lambda place: _write(place, directions, model_type), lambda place: _matches(place, directions))
@@ -88,63 +87,27 @@ def _write(path: Path, directions: dict[int, Tensor], model_type: str) -> None:
 def _matches(path: Path, directions: dict[int, Tensor]) -> bool:
     from gguf import GGUFReader
 
-    found = {tensor.name: torch.tensor(tensor.data.copy()) for tensor in GGUFReader(path).tensors}
+    stored = {tensor.name: torch.tensor(tensor.data.copy()) for tensor in GGUFReader(path).tensors}
     wanted = {f"direction.{layer}": vector for layer, vector in directions.items()}
-    return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    return stored.keys() == wanted.keys() and all(torch.equal(stored[name], wanted[name]) for name in wanted)
 
 
-def _joins(session: Session, ffns: Sequence[FFN], vectors: dict[int, Tensor]) -> dict[int, float]:
-    """What each layer multiplies what leaves its FFN by before it joins the residual stream, seen by adding to it.
+def _factors(session: Session, ffns: Sequence[FFN]) -> dict[int, float]:
+    """What each layer multiplies the output of its FFN by before it joins the residual stream.
 
     Raises:
         ModelError: a layer does something else with it, such as normalise it.
     """
     model = session.base.model
-    stack = layer_stack(model)[1]
     ids = torch.tensor([encode(session.base.tokenizer, "The town has a library.").ids], device=input_device(model))
-    plain = _outputs(model, {layer: stack[layer] for layer in vectors}, ids)
     factors: dict[int, float] = {}
-    for ffn in ffns:
-        before = plain[ffn.layer]
-        # As long as the residual stream, so that neither drowns the other in rounding.
-        push = vectors[ffn.layer] / vectors[ffn.layer].norm().clamp(min=1e-30) * before.norm(dim=-1).median()
-
-        def add(module: nn.Module, args: tuple, output: Tensor, push: Tensor = push) -> Tensor:
-            return output + push.to(output)
-
-        handle = ffn.value.register_forward_hook(add)
-        try:
-            moved = _outputs(model, {ffn.layer: stack[ffn.layer]}, ids)[ffn.layer] - before
-        finally:
-            handle.remove()
-        factor = (moved @ push) / (push @ push)
-        rest = (moved - factor.mean() * push).norm(dim=-1).max() / push.norm()
-        if not rest <= _TOLERANCE.get(model.dtype, 1e-4):
+    for ffn, factor in zip(ffns, residual_factors(model, ffns, ids), strict=True):
+        if factor is None:
             raise _no_vector(
-                session, f"layer {ffn.layer} does not add what leaves its FFN to the residual stream as it is"
+                session, f"layer {ffn.layer} does not add the output of its FFN to the residual stream unchanged"
             )
-        # Nearly always exactly 1; what is measured is not.
-        exact = round(float(factor.mean()), 3)
-        factors[ffn.layer] = exact if abs(exact - float(factor.mean())) < 1e-4 else float(factor.mean())
+        factors[ffn.layer] = factor
     return factors
-
-
-def _outputs(model: Any, layers: dict[int, nn.Module], ids: Tensor) -> dict[int, Tensor]:
-    """What leaves decoder layers, (tokens, d) each, in float32 on the CPU."""
-    found: dict[int, Tensor] = {}
-
-    def keep(layer: int) -> Any:
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            found[layer] = hidden.detach().float().cpu().flatten(0, -2)
-
-        return hook
-
-    with ExitStack() as hooks, torch.no_grad():
-        for layer, module in layers.items():
-            hooks.callback(module.register_forward_hook(keep(layer)).remove)
-        model(input_ids=ids, use_cache=False)
-    return found
 
 
 def _no_vector(session: Session, reason: str) -> ModelError:

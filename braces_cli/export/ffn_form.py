@@ -66,8 +66,8 @@ def candidates(ffn: FFN) -> list[Activation]:
     """Activations that the FFN may use: those owned by what owns its ends, then the common ones."""
     ends = (*ffn.keys, ffn.value)
     owners = [module for module in ffn.host.modules() if any(child in ends for child in module.children())]
-    found = [each for owner in dict.fromkeys((ffn.host, *owners)) for each in activations(owner)]
-    return [*found, *_COMMON]
+    owned = [each for owner in dict.fromkeys((ffn.host, *owners)) for each in activations(owner)]
+    return [*owned, *_COMMON]
 
 
 def expected_form(ffn: FFN) -> Form:

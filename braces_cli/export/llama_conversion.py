@@ -1,6 +1,6 @@
 """Write a model that is a Llama under another name as a Llama, whose FFN may have the biases that a merge needs.
 
-Which model that is, is not looked up but shown: its config must say nothing that a Llama does not do (windows,
+Support is determined from the model, not looked up: its config must say nothing that a Llama does not do (windows,
 rotations of a part, scaled rotations of another kind), its tensors must be a Llama's after splitting fused
 projections, and a small model of its class, with the very settings of its config, must give the logits of a Llama with
 the same weights.
@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from braces_cli.core.models.ffn import FFN
+from braces_cli.core.utils.errors import first_line
 from braces_cli.export.ffn_form import Form, refuse
-from braces_cli.export.planner import Plan, Role, on_meta, tensor_shapes
+from braces_cli.export.plan import REFUSALS, Plan, Role, on_meta, tensor_shapes
 
 _NEEDED = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -51,10 +52,10 @@ def llama_plan(model: Any, ffns: Sequence[FFN], form: Form, wider: int, gate: tu
     reason = _config_differs(model, form) or _differs(model)
     if reason:
         raise refuse(model, why.format(reason))
-    own = tensor_shapes(model)
+    shapes_of_base = tensor_shapes(model)
     width = ffns[0].value_vectors
-    config = llama_config(model, width, own)
-    sources = split_sources(config, own)
+    config = llama_config(model, width, shapes_of_base)
+    sources = split_sources(config, shapes_of_base)
     config.mlp_bias, config.intermediate_size = True, wider
     target = on_meta(transformers.LlamaForCausalLM, config)
     shapes = tensor_shapes(target)
@@ -102,14 +103,14 @@ def _config_differs(model: Any, form: Form) -> str | None:
     return f"only {min(parts):g} of each head is rotated" if len(parts) > 1 else None
 
 
-def llama_config(model: Any, width: int, own: dict[str, torch.Size]) -> Any:
+def llama_config(model: Any, width: int, shapes: dict[str, torch.Size]) -> Any:
     """The config of the Llama with the weights of `model`, before its FFN is widened."""
     from transformers import LlamaConfig
 
     config = model.config
     heads = config.num_attention_heads
     fields = {name: copy.deepcopy(getattr(config, name)) for name in (*_NEEDED, *_CARRIED) if hasattr(config, name)}
-    biased = any(name.endswith(("q_proj.bias", "qkv_proj.bias", "k_proj.bias", "v_proj.bias")) for name in own)
+    biased = any(name.endswith(("q_proj.bias", "qkv_proj.bias", "k_proj.bias", "v_proj.bias")) for name in shapes)
     head = getattr(config, "head_dim", None) or config.hidden_size // heads
     made = LlamaConfig(
         **fields, intermediate_size=width, head_dim=head, hidden_act="silu", attention_bias=biased, mlp_bias=False
@@ -119,8 +120,8 @@ def llama_config(model: Any, width: int, own: dict[str, torch.Size]) -> Any:
     return made
 
 
-def split_sources(config: Any, own: dict[str, torch.Size]) -> Sources:
-    """Where each tensor of the Llama `config` comes from, for a model with tensors `own`; fused ones are split."""
+def split_sources(config: Any, shapes: dict[str, torch.Size]) -> Sources:
+    """Where each tensor of the Llama `config` comes from, for a model with tensors `shapes`; fused ones are split."""
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     width = config.intermediate_size
     fused = {
@@ -128,14 +129,14 @@ def split_sources(config: Any, own: dict[str, torch.Size]) -> Sources:
         "mlp.gate_up_proj": (("gate_proj", 0, width), ("up_proj", width, 2 * width)),
     }
     sources: Sources = {}
-    for name in own:
+    for name in shapes:
         stem, _, kind = name.rpartition(".")
-        found = next((parts for ending, parts in fused.items() if stem.endswith(ending)), None)
-        if found is None:
+        pieces = next((parts for ending, parts in fused.items() if stem.endswith(ending)), None)
+        if pieces is None:
             sources[name] = (name, None, None)
             continue
         block = stem.rpartition(".")[0]
-        sources.update({f"{block}.{part}.{kind}": (name, first, last) for part, first, last in found})
+        sources.update({f"{block}.{part}.{kind}": (name, first, last) for part, first, last in pieces})
     return sources
 
 
@@ -160,14 +161,14 @@ def _differs(model: Any) -> str | None:
         torch.manual_seed(0)
         try:
             small = type(model)(type(model.config)(**{**settings, **_SMALL, **special})).float().eval()
-        except Exception as error:
-            return f"no small model of its class can be built: {str(error).splitlines()[0][:100]}"
+        except REFUSALS as error:
+            return f"no small model of its class can be built: {first_line(error, 100)}"
         _draw(small)
     tensors = small.state_dict()
-    own = tensor_shapes(small)
-    config = llama_config(small, _SMALL["intermediate_size"], own)
+    shapes = tensor_shapes(small)
+    config = llama_config(small, _SMALL["intermediate_size"], shapes)
     twin = transformers.LlamaForCausalLM(config).float().eval()
-    sources, wanted = split_sources(config, own), tensor_shapes(twin)
+    sources, wanted = split_sources(config, shapes), tensor_shapes(twin)
     odd = sorted(set(sources) - set(wanted))
     if odd:
         return f"a Llama has no {odd[0]}"
@@ -179,21 +180,21 @@ def _differs(model: Any) -> str | None:
                 twin.get_parameter(name).zero_()
             else:
                 return f"it has no {name} as a Llama has"
-    found = max(
+    difference = max(
         _difference(small, twin, start) for start in (0, max(model.config.max_position_embeddings - _LENGTH, 0))
     )
-    return None if found < _TOLERANCE else f"with the same weights a Llama's logits differ by {found:.0%}"
+    return None if difference < _TOLERANCE else f"with the same weights a Llama's logits differ by {difference:.0%}"
 
 
 def _difference(one: Any, other: Any, start: int) -> float:
     """How far logits of two models differ, relative to the largest, on tokens whose positions begin at `start`.
 
-    The last positions tell of what weighs tokens beyond the length of a first training.
+    The last positions show a rotation that is scaled beyond the length of a first training.
     """
     ids = torch.randint(0, _SMALL["vocab_size"], (1, _LENGTH), generator=torch.Generator().manual_seed(0))
-    asked = {"input_ids": ids, "position_ids": torch.arange(start, start + _LENGTH).unsqueeze(0), "use_cache": False}
+    inputs = {"input_ids": ids, "position_ids": torch.arange(start, start + _LENGTH).unsqueeze(0), "use_cache": False}
     with torch.no_grad():
-        a, b = one(**asked).logits, other(**asked).logits
+        a, b = one(**inputs).logits, other(**inputs).logits
     return float((a - b).abs().max() / b.abs().max())
 
 

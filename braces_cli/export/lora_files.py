@@ -37,7 +37,7 @@ class LoraRequest:
     """What is to be exported, and for which base.
 
     Attributes:
-        request: base, adapter, attributes; `multiple` is not used.
+        request: base, adapter, attributes; `pad_to_multiple_of` is not used.
         slots: folder of the base with slots.
         combine: adapter and attributes in one LoRA, at fixed strengths; else attributes are one of their own.
         first_slot: how many ranks are left for other adapters before this one's slots.

@@ -24,7 +24,8 @@ from braces_cli.export.checkpoint_writer import copy_companions, new_neurons, wr
 from braces_cli.export.ffn_form import expected_form, observed_form
 from braces_cli.export.model_card import card
 from braces_cli.export.output_folder import check_output, new_folder
-from braces_cli.export.planner import Plan, plain_ffns, plan
+from braces_cli.export.plan import Plan
+from braces_cli.export.planner import plain_ffns, plan
 from braces_cli.export.request import Request, inputs, open_bare, probe_tokens, sources, steering
 from braces_cli.export.verification import Reference, figures, prove, reference
 
@@ -87,7 +88,7 @@ def describe(request: Request) -> dict[str, Any]:
     revision = options.revision or (config.revision if request.model is None else None)
     model = load_shape(name, revision=revision, trust_remote_code=options.trust_remote_code)
     ffns = plain_ffns(model, find_ffns(model))
-    made = plan(model, ffns, expected_form(ffns[0]), config.r, request.multiple, bool(request.attributes))
+    made = plan(model, ffns, expected_form(ffns[0]), config.r, request.pad_to_multiple_of, bool(request.attributes))
     total = sum(shape.numel() for shape in made.shapes.values())
     return _plan_facts(made) | {"trainable_parameters": 0, "total_parameters": total}
 
@@ -104,12 +105,12 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"not JSON: {error}", where=str(path), hint="The file is damaged; merge again.") from error
-    if not isinstance(found, dict):
+    if not isinstance(record, dict):
         raise ModelError("not a JSON object", where=str(path), hint="The file is damaged; merge again.")
-    return found
+    return record
 
 
 def _write(request: Request, folder: Path, report: Report) -> tuple[dict[str, Any], Reference]:
@@ -121,7 +122,7 @@ def _write(request: Request, folder: Path, report: Report) -> tuple[dict[str, An
     form = observed_form(model, ffns, probe_tokens(session))
     terms, layers = steering(session, request)
     steers = any(s for _, s in terms)
-    made = plan(model, ffns, form, request.stored.config.r, request.multiple, steers)
+    made = plan(model, ffns, form, request.stored.config.r, request.pad_to_multiple_of, steers)
     adapter = session.add_adapter(request.stored)
     report("loading", 1, 1)
     expected = reference(session, terms, layers)

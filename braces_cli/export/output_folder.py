@@ -8,9 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from braces_cli.core.utils.atomic_files import check_output_folder
+from braces_cli.core.utils.atomic_files import check_output_folder, umask
 from braces_cli.core.utils.errors import BracesError, ConfigError
-from braces_cli.export.checkpoint_writer import umask
 
 
 def check_output(output: Path, overwrite: bool, inputs: Sequence[Path]) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from braces_cli.core.attributes.attribute import find_attribute
 from braces_cli.core.method.adapter_files import StoredAdapter
-from braces_cli.core.models.ffn import chosen_layers
+from braces_cli.core.models.layer_ranges import chosen_layers
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.tokenization import encode
 from braces_cli.core.session import Session, attached, base_name, open_session
@@ -30,7 +30,7 @@ class Request:
         attributes: strength s of each attribute that is exported as a constant.
         attributes_dir: where they are looked up first.
         layers: decoder layers that are steered, as `--layers` says; None is all.
-        multiple: what the width of the FFN is rounded up to a multiple of.
+        pad_to_multiple_of: what the width of the FFN is rounded up to a multiple of.
     """
 
     model: str | None
@@ -39,7 +39,7 @@ class Request:
     attributes: dict[str, float] = field(default_factory=dict)
     attributes_dir: Path | None = None
     layers: str | None = None
-    multiple: int = 64
+    pad_to_multiple_of: int = 64
 
     @property
     def stored(self) -> StoredAdapter:

@@ -26,7 +26,8 @@ from braces_cli.export.checkpoint_writer import Neurons, copy_companions, write_
 from braces_cli.export.ffn_form import constant_gate, observed_form
 from braces_cli.export.model_card import slots_card
 from braces_cli.export.output_folder import check_output, new_folder
-from braces_cli.export.planner import Plan, plain_ffns, plan
+from braces_cli.export.plan import Plan
+from braces_cli.export.planner import plain_ffns, plan
 from braces_cli.export.request import Request, inputs, open_bare, probe_tokens
 from braces_cli.export.verification import Loading, Reference, figures, prove, reference
 
@@ -131,7 +132,7 @@ def _write(request: Request, count: int, folder: Path, report: Report) -> tuple[
     model = session.base.model
     try:
         ffns = plain_ffns(model, session.ffns)
-        made, slots = plan_slots(model, ffns, probe_tokens(session), count, request.multiple)
+        made, slots = plan_slots(model, ffns, probe_tokens(session), count, request.pad_to_multiple_of)
     except ModelError as error:
         raise ModelError(error.message.replace("be merged", "take slots"), hint=error.hint) from error
     report("loading", 1, 1)
@@ -147,12 +148,14 @@ def _write(request: Request, count: int, folder: Path, report: Report) -> tuple[
     return Slots(**(vars(slots) | base)), expected
 
 
-def plan_slots(model: Any, ffns: list[FFN], tokens: torch.Tensor, count: int, multiple: int = 64) -> tuple[Plan, Slots]:
+def plan_slots(
+    model: Any, ffns: list[FFN], tokens: torch.Tensor, count: int, pad_to_multiple_of: int = 64
+) -> tuple[Plan, Slots]:
     """How slots go into `model`, and which neuron is what; the base is left unnamed.
 
     Args:
         tokens: what to watch the FFNs with, (1, tokens).
-        count: slots a layer, at least; the width is rounded up to a multiple of `multiple`.
+        count: slots a layer, at least; the width is rounded up to a multiple of `pad_to_multiple_of`.
 
     Raises:
         ModelError: there is no exact way; says why and what works instead.
@@ -161,11 +164,11 @@ def plan_slots(model: Any, ffns: list[FFN], tokens: torch.Tensor, count: int, mu
     rank = count if form.gated else -(-count // 2)
     activation = constant_gate(form.activation)
     try:
-        made = plan(model, ffns, form, rank, multiple, steering=False, constant=activation is not None)
+        made = plan(model, ffns, form, rank, pad_to_multiple_of, steering=False, constant=activation is not None)
         constant = None if activation is None else made.width
     except ModelError:
         # Without biases token paths still have their slots; attributes have none.
-        made, constant = plan(model, ffns, form, rank, multiple, steering=False), None
+        made, constant = plan(model, ffns, form, rank, pad_to_multiple_of, steering=False), None
     sites: dict[int, dict[str, Any]] = {ffn.layer: {} for ffn in ffns}
     for name, role in made.roles.items():
         module, site = name.removesuffix(".weight"), sites[ffns[role.ffn].layer]

@@ -27,6 +27,7 @@ from braces_cli.core.attributes.attribute import Attribute
 from braces_cli.core.attributes.intervention import steered
 from braces_cli.core.models.ffn import layer_stack
 from braces_cli.core.models.loading import input_device
+from braces_cli.core.models.module_structure import layer_output, with_layer_output
 from braces_cli.core.models.tokenization import encode
 from braces_cli.core.session import Session
 from braces_cli.core.utils.errors import BracesError, ModelError
@@ -157,10 +158,10 @@ def _rounded(model: Any) -> Iterator[None]:
     generator = torch.Generator().manual_seed(0)
 
     def shake(module: nn.Module, args: tuple, output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = layer_output(output)
         noise = 2 * torch.rand(hidden.shape, generator=generator) - 1
         moved = hidden.float() * (1 + torch.finfo(hidden.dtype).eps * noise.to(hidden.device))
-        return (moved.to(hidden.dtype), *output[1:]) if isinstance(output, tuple) else moved.to(hidden.dtype)
+        return with_layer_output(output, moved.to(hidden.dtype))
 
     with ExitStack() as stack:
         for layer in layer_stack(model)[1]:
@@ -187,13 +188,13 @@ def prove(folder: Path, expected: Reference, loading: Loading = _MERGED) -> Proo
         ModelError: plain transformers cannot load it, finds a tensor missing or one too many, reads texts otherwise, or
             its logits differ by more than rounding.
     """
-    found, logits = _ask(folder, expected, loading)
-    for kind, names in found["keys"].items():
+    loaded, logits = _ask(folder, expected, loading)
+    for kind, names in loaded["keys"].items():
         if names:
             raise _no_merge(folder, loading, f"{kind.replace('_', ' ')}: {', '.join(names[:3])}")
-    if found["tied"] != expected.tied:
+    if loaded["tied"] != expected.tied:
         raise _no_merge(folder, loading, "its embeddings are tied otherwise than the base's")
-    if found["ids"] != expected.plain:
+    if loaded["ids"] != expected.plain:
         raise _no_merge(folder, loading, "its tokenizer reads a text otherwise than the base's")
     difference = furthest(logits, expected.logits)
     largest = float(expected.logits.abs().max())
@@ -216,14 +217,14 @@ def _ask(folder: Path, expected: Reference, loading: Loading) -> tuple[dict[str,
 
     with tempfile.TemporaryDirectory(prefix="braces-") as work:
         request, answer = Path(work) / "request.json", Path(work) / "answer.safetensors"
-        asked = {
+        question = {
             "texts": expected.texts,
             "ids": expected.ids,
             "device": expected.device,
             "code": loading.code,
             "loras": [(str(path), scale) for path, scale in loading.loras],
         }
-        request.write_text(json.dumps(asked), encoding="utf-8")
+        request.write_text(json.dumps(question), encoding="utf-8")
         program = Path(__file__).with_name("verification_process.py")
         # -I: neither the working directory nor PYTHONPATH is looked into for modules.
         call = [sys.executable, "-I", str(program), str(folder), str(request), str(answer)]

@@ -30,24 +30,24 @@ def probe(folder: str, request: str, answer: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with open(request, encoding="utf-8") as file:
-        asked = json.load(file)
+        question = json.load(file)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", output_loading_info=True, trust_remote_code=asked["code"]
+        folder, dtype="auto", output_loading_info=True, trust_remote_code=question["code"]
     )
     model, info = loaded
-    model.eval().to(asked["device"])
+    model.eval().to(question["device"])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     header = {
         "class": type(model).__name__,
         "keys": {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")},
         "tied": head is not None and head.weight is embedding.weight,
-        "ids": [tokenizer(text)["input_ids"] for text in asked["texts"]],
+        "ids": [tokenizer(text)["input_ids"] for text in question["texts"]],
     }
-    if asked["loras"]:
-        model = _with_loras(model, asked["loras"])
+    if question["loras"]:
+        model = _with_loras(model, question["loras"])
     with torch.no_grad():
-        batch = torch.tensor(asked["ids"], device=asked["device"])
+        batch = torch.tensor(question["ids"], device=question["device"])
         logits = model(input_ids=batch, use_cache=False).logits.float().cpu()
     save_file({"logits": logits}, answer, metadata={"probe": json.dumps(header)})
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from braces_cli.core.models.loading import input_device
 from braces_cli.core.models.padding import by_length, pad_right
 from braces_cli.core.models.tokenization import Encoded, context_length
 from braces_cli.core.session import Session
@@ -40,7 +41,7 @@ def read_texts(session: Session, names: Sequence[str], limit: int = TEXTS) -> li
     return found
 
 
-def weights_of(
+def activation_weights(
     session: Session, neurons: Sequence[tuple[int, int]], texts: Sequence[Encoded], report: Report = silent
 ) -> Tensor:
     """Activation weights w (positions, neurons) in float32 of (layer, index) pairs at every position of the texts.
@@ -48,14 +49,14 @@ def weights_of(
     An adapter is as it is: its g r is not part of w, but what it does to lower layers shows.
     """
     model, tokenizer = session.base.model, session.base.tokenizer
-    device = next(model.parameters()).device
+    device = input_device(model)
     pad = tokenizer.pad_token_id or 0
     seen: dict[int, Tensor] = {}
     parts: list[Tensor] = []
 
     def keep(layer: int, indices: list[int]) -> Any:
         def hook(module: nn.Module, args: tuple) -> None:
-            seen[layer] = args[0][..., indices].detach().float()
+            seen[layer] = args[0][..., indices].detach().float().to(device)
 
         return hook
 
@@ -78,10 +79,13 @@ def weights_of(
     return torch.cat(parts)
 
 
-def settle(session: Session, clamps: Sequence[Clamp], texts: Sequence[Encoded], report: Report = silent) -> list[Clamp]:
+def resolve_percentiles(
+    session: Session, clamps: Sequence[Clamp], texts: Sequence[Encoded], report: Report = silent
+) -> list[Clamp]:
     """The clamps with a value each: that of a percentile, linear between two weights, over all positions of `texts`."""
     some = [(clamp, clamp.percentile) for clamp in clamps if clamp.percentile is not None]
-    weights = weights_of(session, [(clamp.layer, clamp.index) for clamp, _ in some], texts, report).double().numpy()
+    neurons = [(clamp.layer, clamp.index) for clamp, _ in some]
+    weights = activation_weights(session, neurons, texts, report).double().numpy()
     # Not torch.quantile, which takes 16 million numbers at most.
     values = {clamp: float(np.percentile(weights[:, column], p)) for column, (clamp, p) in enumerate(some)}
     return [replace(clamp, value=values[clamp]) if clamp in values else clamp for clamp in clamps]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-from braces_cli.core.method.relevance import projection_error
+from braces_cli.core.method.projections import projection_error
+from braces_cli.core.method.relevance_forms import gate_strength
 from braces_cli.core.models.ffn import find_ffns, parameter_total
 from braces_cli.core.models.fingerprint import differences, fingerprint
 from braces_cli.core.models.loading import checkpoint_folder, load_shape
@@ -30,6 +30,7 @@ def summarise(
     ffns = find_ffns(shape)
     tensors: dict[str, Any] = {}
     scales: dict[int, float] = {}
+    form = None if stored is None else stored.config.relevance
     if stored is not None:
         config, tensors = stored.config, stored.tensors
         scales = dict(zip(config.layers, config.scales or [1.0] * len(config.layers), strict=True))
@@ -49,7 +50,8 @@ def summarise(
                 "layer": ffn.layer,
                 "value_vectors": ffn.value_vectors,
                 "hidden_size": ffn.hidden_size,
-                "gate": None if gate is None else 1 / (1 + math.exp(-float(gate))),
+                "gate": None if gate is None else gate_strength(str(form), gate),
+                "coefficients": None if gate is None or form == "paper" else gate.tolist(),
                 "scale": scales.get(ffn.layer),
                 "projection_error": None if projection is None else projection_error(projection),
             }
@@ -57,6 +59,7 @@ def summarise(
     return {
         "model": name,
         "adapter": adapter,
+        "relevance": form,
         "parameters": sum(tensor.numel() for tensor in tensors.values()) if adapter else None,
         "base_parameters": parameter_total(shape),
         "layers": layers,

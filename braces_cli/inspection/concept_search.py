@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -13,18 +12,20 @@ from braces_cli.core.attributes.attribute import Attribute
 from braces_cli.core.models.ffn import FFN
 from braces_cli.core.models.moe import MixtureFFN
 from braces_cli.core.models.tokenization import encode_word, token_text
+from braces_cli.core.models.value_weights import compute_device
 from braces_cli.core.session import Session
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.core.utils.progress import Report, silent
-from braces_cli.inspection.concept_tokens import Concept, Vocabulary, concept, order
+from braces_cli.inspection.concept_tokens import Concept, Vocabulary, best_first, concept
 from braces_cli.inspection.ffn_weights import plain_ffns, stacks
-from braces_cli.inspection.logit_lens import VECTORS_AT_ONCE, readout
-from braces_cli.inspection.vector_tokens import Texts
+from braces_cli.inspection.logit_lens import VECTORS_AT_ONCE, LogitLens
+from braces_cli.inspection.relevance_scores import relevance_module, relevance_scores
+from braces_cli.inspection.vector_tokens import TokenTexts, best_tokens
 
 
 def vocabulary(session: Session) -> Vocabulary:
     """Texts of all tokens of the open model."""
-    size = readout(session.base.model).vocabulary
+    size = LogitLens(session.base.model).vocabulary
     return Vocabulary([token_text(session.base.tokenizer, token) for token in range(size)])
 
 
@@ -55,7 +56,7 @@ def _blocks(ffn: FFN | MixtureFFN, side: str) -> Iterator[tuple[int, Tensor]]:
             yield first + number * VECTORS_AT_ONCE, block
 
 
-def promote(
+def top_vectors_for_concept(
     session: Session,
     wanted: Concept,
     *,
@@ -69,49 +70,46 @@ def promote(
 
     See `inspection.concept_tokens` for rank and score. Reads every vector over the whole vocabulary, as a map does.
     """
-    score = readout(session.base.model)
+    lens = LogitLens(session.base.model)
     tokens = wanted.tokens
-    found: list[dict[str, Any]] = []
+    best: list[dict[str, Any]] = []
     chosen = [ffn for ffn in session.ffns if layers is None or ffn.layer in layers]
     total, done = sum(ffn.value_vectors for ffn in chosen), 0
     for ffn in chosen:
         for start, block in _blocks(ffn, side):
             done += len(block)
-            ranks, scores = score.ranks(block, tokens)
+            ranks, scores = lens.ranks(block, tokens)
             for index, (r, s) in enumerate(zip(ranks.tolist(), scores.tolist(), strict=True), start):
-                rank, own = wanted.measure({t: (r[i], s[i]) for i, t in enumerate(tokens)})
-                found.append({"layer": ffn.layer, "index": index, "rank": rank, "score": own})
-            found = sorted(found, key=order)[:limit]
+                rank, score = wanted.measure({t: (r[i], s[i]) for i, t in enumerate(tokens)})
+                best.append({"layer": ffn.layer, "index": index, "rank": rank, "score": score})
+            best = sorted(best, key=best_first)[:limit]
             report(f"searching {side} vectors", done, total)
-    return _named(session, found, side, top_k)
+    return _with_tokens(session, best, side, top_k)
 
 
 def _vectors(session: Session, rows: list[dict[str, Any]], side: str) -> Tensor:
     by_layer = {ffn.layer: ffn for ffn in session.ffns}
     wanted = [(by_layer[row["layer"]], row["index"]) for row in rows]
-    found: dict[tuple[int, int], Tensor] = {}
+    vectors: dict[tuple[int, int], Tensor] = {}
     for ffn in dict.fromkeys(ffn for ffn, _ in wanted):
-        own = [index for other, index in wanted if other is ffn]
+        indices = [index for other, index in wanted if other is ffn]
         for start, block in _blocks(ffn, side):
-            found |= {(ffn.layer, i): block[i - start] for i in own if start <= i < start + len(block)}
-    return torch.stack([found[ffn.layer, index] for ffn, index in wanted])
+            vectors |= {(ffn.layer, i): block[i - start] for i in indices if start <= i < start + len(block)}
+    device = compute_device(session.base.model.get_output_embeddings())
+    return torch.stack([vectors[ffn.layer, index].to(device) for ffn, index in wanted])
 
 
-def _named(session: Session, rows: list[dict[str, Any]], side: str, top_k: int) -> list[dict[str, Any]]:
+def _with_tokens(session: Session, rows: list[dict[str, Any]], side: str, top_k: int) -> list[dict[str, Any]]:
     """The rows with their vectors' `tokens`."""
-    texts = Texts(session.base.tokenizer)
-    values, ids = readout(session.base.model).best(_vectors(session, rows, side), top_k)
-    named = []
-    for row, best, tokens in zip(rows, values.tolist(), ids.tolist(), strict=True):
-        listed = [{"id": t, "token": texts[t], "score": s} for t, s in zip(tokens, best, strict=True)]
-        named.append(row | {"tokens": listed})
-    return named
+    texts = TokenTexts(session.base.tokenizer)
+    listed = best_tokens(LogitLens(session.base.model), texts, _vectors(session, rows, side), top_k)
+    return [row | {"tokens": tokens} for row, tokens in zip(rows, listed, strict=True)]
 
 
 def attribute_relevance(session: Session, attribute: Attribute, ffn: FFN) -> Tensor | None:
     """r_c of every value vector of one layer, (d_ff,) in float32; None where no relevance module sits.
 
-    With an adapter (R W_V)^T (R h_c) / sqrt(d_r). Without one what steering adds is scale * p, so the weight of v_j in
+    With an adapter the relevance to h_c. Without one what steering adds is scale * p, so the weight of v_j in
     it, among all weights with this sum those of least norm, stands for its relevance.
     """
     row = attribute.layers.index(ffn.layer)
@@ -124,15 +122,14 @@ def attribute_relevance(session: Session, attribute: Attribute, ffn: FFN) -> Ten
             square.diagonal().add_(1e-12 * square.diagonal().mean())
             added = float(attribute.scale[row]) * state.to(wide)
             return (torch.linalg.solve(square, added) @ wide).float()
-        brace = next((brace for site, brace in session.adapter.sites if site.layer == ffn.layer), None)
-        if brace is None:
+        module = relevance_module(session, ffn)
+        if module is None:
             return None
-        projection = brace.projection().float()
-        ranked = projection @ session.adapter.states(state.to(projection))
-        return (ranked @ projection) @ values.float() / math.sqrt(len(projection))
+        hidden = session.adapter.states(state.to(module.weight))
+        return relevance_scores(module, hidden[None], values)[0][0]
 
 
-def relevant(
+def top_vectors_for_attribute(
     session: Session,
     attribute: Attribute,
     *,
@@ -146,14 +143,15 @@ def relevant(
     Raises:
         ConfigError: the adapter has no relevance module in the chosen layers.
     """
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for ffn in _chosen(session, layers):
         scores = attribute_relevance(session, attribute, ffn)
         if scores is not None:
             best = scores.topk(min(limit, len(scores)))
             for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-                found.append({"layer": ffn.layer, "index": index, "score": score})
-    if not found:
-        raise ConfigError("the adapter has nothing in these layers", where="--layers", hint="`braces inspect` tells.")
-    found.sort(key=lambda row: (-row["score"], row["layer"], row["index"]))
-    return _named(session, found[:limit], "value", top_k)
+                rows.append({"layer": ffn.layer, "index": index, "score": score})
+    if not rows:
+        hint = "`braces inspect --adapter ADAPTER` lists its layers."
+        raise ConfigError("the adapter has nothing in these layers", where="--layers", hint=hint)
+    rows.sort(key=lambda row: (-row["score"], row["layer"], row["index"]))
+    return _with_tokens(session, rows[:limit], "value", top_k)

@@ -48,7 +48,7 @@ class Concept:
         return (int(rank) if rank == int(rank) else rank), score
 
 
-def order(row: Mapping[str, Any]) -> tuple[float, float, int, int]:
+def best_first(row: Mapping[str, Any]) -> tuple[float, float, int, int]:
     """Sorts rows of found vectors, best first."""
     return row["rank"], -row["score"], row["layer"], row["index"]
 

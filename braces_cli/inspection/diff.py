@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from scipy.linalg import subspace_angles
 
-from braces_cli.core.method.adapter_files import CONFIG_FILE, find_adapter
+from braces_cli.core.method.adapter_files import CONFIG_FILE, AdapterConfig, find_adapter
+from braces_cli.core.method.relevance_forms import gate_strength
 from braces_cli.core.models.ffn import find_ffns
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.loading import load_shape, load_tokenizer, tokenizer_hashes
@@ -17,7 +18,7 @@ from braces_cli.core.session import open_session
 from braces_cli.core.utils.errors import ConfigError, ModelError
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.inspection.ffn_weights import plain_ffns, side_vectors, sides_of
-from braces_cli.inspection.logit_lens import readout
+from braces_cli.inspection.logit_lens import LogitLens
 
 
 def is_adapter(name: str) -> bool:
@@ -81,11 +82,11 @@ def _check_comparable(a: str, b: str, options: LoadOptions) -> None:
 def _best_tokens(name: str, options: LoadOptions, report: Report) -> dict[tuple[int, str], torch.Tensor]:
     """The best token of each vector, by layer and side; nothing else of the model is kept."""
     session = open_session(name, None, options)
-    score = readout(session.base.model)
+    lens = LogitLens(session.base.model)
     best = {}
     for done, ffn in enumerate(plain_ffns(session.ffns), 1):
         for side in sides_of(ffn):
-            best[ffn.layer, side] = score.best(side_vectors(ffn, side), 1)[1][:, 0].cpu()
+            best[ffn.layer, side] = lens.best(side_vectors(ffn, side), 1)[1][:, 0].cpu()
         report(f"reading vectors: {name}", done, len(plain_ffns(session.ffns)))
     return best
 
@@ -116,8 +117,8 @@ def diff_adapters(a: str, b: str) -> dict[str, Any]:
         layers.append(
             {
                 "layer": layer,
-                "gate_a": _gate(gates[0]),
-                "gate_b": _gate(gates[1]),
+                "gate_a": _gate(configs[0], gates[0]),
+                "gate_b": _gate(configs[1], gates[1]),
                 "angles": None if angles is None else [math.degrees(angle) for angle in angles],
                 "overlap": None if angles is None else sum(math.cos(x) ** 2 for x in angles) / len(angles),
             }
@@ -133,5 +134,5 @@ def diff_adapters(a: str, b: str) -> dict[str, Any]:
     }
 
 
-def _gate(value: torch.Tensor | None) -> float | None:
-    return None if value is None else float(torch.sigmoid(value))
+def _gate(config: AdapterConfig, gate: torch.Tensor | None) -> float | None:
+    return None if gate is None else gate_strength(config.relevance, gate)

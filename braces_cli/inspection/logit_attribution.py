@@ -8,29 +8,32 @@ so the direct effect of a sub-update is c (w_j + g r_j) (u . v_j), and the parts
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from braces_cli.core.models.ffn import FFN, layer_stack
+from braces_cli.core.models.loading import input_device
+from braces_cli.core.models.module_structure import layer_output
 from braces_cli.core.models.tokenization import context_length, encode, token_text
+from braces_cli.core.models.value_weights import stored_bias
 from braces_cli.core.session import Session
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.core.utils.progress import Report, silent
-from braces_cli.inspection.direct_effects import direction, joins
+from braces_cli.inspection.direct_effects import direct_factors, direction
 from braces_cli.inspection.ffn_weights import plain_ffns
-from braces_cli.inspection.logit_lens import readout
-from braces_cli.inspection.vector_tokens import Texts
+from braces_cli.inspection.logit_lens import LogitLens
+from braces_cli.inspection.relevance_scores import relevance_module, relevance_scores
+from braces_cli.inspection.vector_tokens import TokenTexts, best_tokens
 
 
-@dataclass
-class Run:
-    """What one forward pass over a prompt showed; everything (positions, ...) in float32.
+@dataclass(frozen=True)
+class Activations:
+    """What one forward pass over a prompt computed; everything (positions, ...), in float32, on one device.
 
     Attributes:
         logits: of the model, (positions, vocabulary).
@@ -44,12 +47,12 @@ class Run:
     logits: Tensor
     last: Tensor
     first: Tensor
-    outputs: dict[int, Tensor] = field(default_factory=dict)
-    weights: dict[int, Tensor] = field(default_factory=dict)
-    inputs: dict[int, Tensor] = field(default_factory=dict)
+    outputs: dict[int, Tensor]
+    weights: dict[int, Tensor]
+    inputs: dict[int, Tensor]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Effects:
     """Direct effects on one logit at each position; all (positions, ...) in float32.
 
@@ -70,28 +73,31 @@ class Effects:
     attention: dict[int, Tensor]
 
 
-def watch(session: Session, ids: Sequence[int], *, bare: bool = False) -> Run:
-    """Run the model over `ids` once and keep what the trace needs.
+def record_activations(session: Session, ids: Sequence[int], *, bare: bool = False) -> Activations:
+    """Run the model over `ids` once and record what the attribution needs.
 
     Args:
         bare: without the adapter.
     """
     model = session.base.model
     stack = layer_stack(model)[1]
-    score = readout(model)
+    lens = LogitLens(model)
+    # Under a device map layers run on several devices.
+    device = input_device(model)
     seen: dict[Any, Tensor] = {}
+
+    def record(key: Any, value: Tensor) -> None:
+        seen[key] = value.detach().float().to(device).reshape(-1, value.shape[-1])
 
     def before(key: Any) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            value = args[0] if args else kwargs["hidden_states"]
-            seen[key] = value.detach().float().reshape(-1, value.shape[-1])
+            record(key, args[0] if args else kwargs["hidden_states"])
 
         return hook
 
     def after(key: Any) -> Any:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            value = output[0] if isinstance(output, tuple) else output
-            seen[key] = value.detach().float().reshape(-1, value.shape[-1])
+            record(key, layer_output(output))
 
         return hook
 
@@ -99,7 +105,7 @@ def watch(session: Session, ids: Sequence[int], *, bare: bool = False) -> Run:
         if bare and session.adapter is not None:
             handles.enter_context(session.adapter.disabled())
         handles.callback(stack[0].register_forward_pre_hook(before("first"), with_kwargs=True).remove)
-        handles.callback(score.norm.register_forward_pre_hook(before("last"), with_kwargs=True).remove)
+        handles.callback(lens.norm.register_forward_pre_hook(before("last"), with_kwargs=True).remove)
         for number, layer in enumerate(stack):
             handles.callback(layer.register_forward_hook(after(("out", number))).remove)
         for ffn in plain_ffns(session.ffns):
@@ -107,82 +113,84 @@ def watch(session: Session, ids: Sequence[int], *, bare: bool = False) -> Run:
             write = ffn.value.register_forward_pre_hook(before(("w", ffn.layer)), with_kwargs=True)
             handles.callback(read.remove)
             handles.callback(write.remove)
-        device = next(model.parameters()).device
-        logits = model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits[0].float()
+        logits = model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits[0]
     outputs = {number: seen["out", number] for number in range(len(stack))}
     # A model without a final norm reads its last layer's output as it is.
     last = seen.get("last", outputs[len(stack) - 1])
-    run = Run(logits, last, seen["first"], outputs)
-    run.weights = {ffn.layer: seen["w", ffn.layer] for ffn in plain_ffns(session.ffns)}
-    run.inputs = {ffn.layer: seen["h", ffn.layer] for ffn in plain_ffns(session.ffns)}
-    return run
+    weights = {ffn.layer: seen["w", ffn.layer] for ffn in plain_ffns(session.ffns)}
+    inputs = {ffn.layer: seen["h", ffn.layer] for ffn in plain_ffns(session.ffns)}
+    return Activations(logits.float().to(device), last, seen["first"], outputs, weights, inputs)
 
 
-def relevance(session: Session, ffn: FFN, h: Tensor) -> tuple[Tensor, Tensor] | None:
-    """r and c g r, each (positions, d_ff), of the adapter's module at an FFN; None where there is none."""
-    sites = session.adapter.sites if session.adapter is not None else []
-    brace = next((brace for site, brace in sites if site.layer == ffn.layer), None)
-    if brace is None:
-        return None
-    with torch.no_grad():
-        projection = brace.projection().float()
-        r = ((h @ projection.mT) @ projection) @ ffn.value_matrix().float() / math.sqrt(len(projection))
-        return r, brace.gain * r
-
-
-def effects(session: Session, run: Run, targets: list[int], factors: Sequence[float], *, bare: bool = False) -> Effects:
+def direct_effects(
+    session: Session, run: Activations, targets: list[int], factors: Sequence[float], *, bare: bool = False
+) -> Effects:
     """Direct effects of everything in `run` on the logit of `targets[i]` at position i.
 
     Args:
-        factors: `linear.joins` of the FFNs.
+        factors: `direct_factors` of the FFNs.
         bare: the run was without the adapter.
 
     Raises:
-        ModelError: the model's final norm allows none.
+        ModelError: the model's final norm has no linear form.
     """
-    way = direction(readout(session.base.model), run.last, targets)
+    way = direction(LogitLens(session.base.model), run.last, targets)
     u = way.u
-    out = Effects((u * run.last).sum(dim=1) + way.constant, {}, {}, {}, {}, {})
-    biases = way.constant.clone()
     by_layer = {ffn.layer: (ffn, factor) for ffn, factor in zip(plain_ffns(session.ffns), factors, strict=True)}
+    sub_updates: dict[int, Tensor] = {}
+    relevance: dict[int, Tensor | None] = {}
+    gated: dict[int, Tensor | None] = {}
+    attention: dict[int, Tensor] = {}
+    biases = way.constant.clone()
     before = run.first
-    for number, output in run.outputs.items():
-        layer_effect = (u * (output - before)).sum(dim=1)
+    for layer, output in run.outputs.items():
+        rest = (u * (output - before)).sum(dim=1)
         before = output
-        if number in by_layer:
-            ffn, factor = by_layer[number]
-            found = None if bare else relevance(session, ffn, run.inputs[number])
-            out.relevance[number], out.gated[number] = found or (None, None)
-            weights = run.weights[number] if found is None else run.weights[number] + found[1]
-            own = factor * weights * (u @ ffn.value_matrix().detach().float())
-            out.sub_updates[number] = own
-            bias = getattr(ffn.value, "bias", None)
-            added = 0.0 if bias is None else factor * (u @ bias.detach().float())
+        if layer in by_layer:
+            ffn, factor = by_layer[layer]
+            values = ffn.value_matrix().detach().float().to(u.device)
+            module = None if bare else relevance_module(session, ffn)
+            weights = run.weights[layer]
+            relevance[layer] = gated[layer] = None
+            if module is not None:
+                scores, change = relevance_scores(module, run.inputs[layer], values)
+                relevance[layer], gated[layer], weights = scores, change, weights + change
+            sub_updates[layer] = factor * weights * (u @ values)
+            bias = stored_bias(ffn.value)
+            added = torch.zeros_like(rest) if bias is None else factor * (u @ bias.float().to(u.device))
             biases = biases + added
-            layer_effect = layer_effect - own.sum(dim=1) - added
-        out.attention[number] = layer_effect
-    out.parts = {
+            rest = rest - sub_updates[layer].sum(dim=1) - added
+        attention[layer] = rest
+    parts = {
         "embedding": (u * run.first).sum(dim=1),
-        "attention": torch.stack(list(out.attention.values())).sum(dim=0),
-        "sub_updates": torch.stack([own.sum(dim=1) for own in out.sub_updates.values()]).sum(dim=0),
+        "attention": torch.stack(list(attention.values())).sum(dim=0),
+        "sub_updates": torch.stack([effects.sum(dim=1) for effects in sub_updates.values()]).sum(dim=0),
         "biases": biases,
     }
-    return out
+    logit = (u * run.last).sum(dim=1) + way.constant
+    return Effects(logit, parts, sub_updates, gated, relevance, attention)
 
 
-@dataclass
-class Traced:
-    """A prompt looked at: token ids, the run with the adapter (or of the base alone) and that of the base beside it."""
+@dataclass(frozen=True)
+class Attribution:
+    """Where the logits of a prompt come from.
+
+    Attributes:
+        ids: tokens of the prompt.
+        targets: the token whose logit is taken apart, at each position.
+        run, effects: with the adapter, or of the base where there is none.
+        base_run, base_effects: of the base beside its adapter; None where there is none.
+    """
 
     ids: list[int]
     targets: list[int]
-    run: Run
-    own: Effects
-    base_run: Run | None = None
-    base: Effects | None = None
+    run: Activations
+    effects: Effects
+    base_run: Activations | None = None
+    base_effects: Effects | None = None
 
 
-def look(session: Session, prompt: str, target: int | None = None, report: Report = silent) -> Traced:
+def attribute_logits(session: Session, prompt: str, target: int | None = None, report: Report = silent) -> Attribution:
     """Run a prompt and take its logits apart.
 
     Args:
@@ -198,19 +206,19 @@ def look(session: Session, prompt: str, target: int | None = None, report: Repor
     if len(ids) > room:
         raise ConfigError(f"the prompt has {len(ids)} tokens", where="PROMPT", hint=f"The model takes {room}.")
     report("tracing", 0, 2)
-    device = next(model.parameters()).device
     with session.adapter.disabled() if session.adapter is not None else nullcontext():
-        factors = joins(model, plain_ffns(session.ffns), torch.tensor([ids], device=device))
-    run = watch(session, ids)
+        factors = direct_factors(model, plain_ffns(session.ffns), torch.tensor([ids], device=input_device(model)))
+    run = record_activations(session, ids)
     targets = run.logits.argmax(dim=1).tolist() if target is None else [target] * len(ids)
-    traced = Traced(ids, targets, run, effects(session, run, targets, factors))
+    found = Attribution(ids, targets, run, direct_effects(session, run, targets, factors))
     report("tracing", 1, 2)
     if session.adapter is not None:
-        # The same tokens, so that the two can stand beside each other.
-        traced.base_run = watch(session, ids, bare=True)
-        traced.base = effects(session, traced.base_run, targets, factors, bare=True)
+        # The same targets, so that the two can be compared.
+        base_run = record_activations(session, ids, bare=True)
+        base_effects = direct_effects(session, base_run, targets, factors, bare=True)
+        found = replace(found, base_run=base_run, base_effects=base_effects)
     report("tracing", 2, 2)
-    return traced
+    return found
 
 
 def trace(
@@ -224,18 +232,20 @@ def trace(
     top_k: int = 5,
     report: Report = silent,
 ) -> dict[str, Any]:
-    """`{prompt, tokens, positions: [...], layers: [{layer, position, sub_updates: [...]}]}`, see `look` for errors.
+    """`{prompt, tokens, positions: [...], layers: [{layer, position, sub_updates: [...]}]}`.
+
+    Errors are those of `attribute_logits`.
 
     A sub-update: `{index, weight` w`, relevance` r`, gated` g r`, effect, base_weight, base_effect, tokens}`, those of
     the largest effects first, whichever way they push; relevance and base figures are None without an adapter. A
     position: `{position, token, target, logit, base_logit, embedding, attention, sub_updates, biases, remainder}`, the
     four parts summing to the logit up to the remainder (rounding).
     """
-    found = look(session, prompt, target, report)
+    found = attribute_logits(session, prompt, target, report)
     chosen = list(range(len(found.ids)) if positions is None else positions)
-    texts = Texts(session.base.tokenizer)
+    texts = TokenTexts(session.base.tokenizer)
     ffns = [ffn for ffn in plain_ffns(session.ffns) if layers is None or ffn.layer in layers]
-    best = {f.layer: _strongest(found.own.sub_updates[f.layer][chosen], top) for f in ffns}
+    best = {f.layer: _strongest(found.effects.sub_updates[f.layer][chosen], top) for f in ffns}
     named = _tokens(session, ffns, best, texts, top_k)
     rows = []
     for ffn in ffns:
@@ -243,7 +253,7 @@ def trace(
             sub_updates = [
                 _sub_update(found, ffn.layer, position, j) | {"tokens": named[ffn.layer, j]} for j in indices
             ]
-            effect = float(found.own.sub_updates[ffn.layer][position].sum())
+            effect = float(found.effects.sub_updates[ffn.layer][position].sum())
             rows.append({"layer": ffn.layer, "position": position, "effect": effect, "sub_updates": sub_updates})
     return {
         "prompt": prompt,
@@ -260,42 +270,41 @@ def _strongest(effects: Tensor, top: int) -> Tensor:
 
 
 def _tokens(
-    session: Session, ffns: Sequence[FFN], best: dict[int, Tensor], texts: Texts, top_k: int
+    session: Session, ffns: Sequence[FFN], best: dict[int, Tensor], texts: TokenTexts, top_k: int
 ) -> dict[tuple[int, int], list[dict[str, Any]]]:
     """`tokens` of the value vectors in `best` by (layer, index), each read once and all in one go."""
     places = [(ffn, index) for ffn in ffns for index in best[ffn.layer].unique().tolist()]
-    vectors = torch.stack([ffn.value_matrix()[:, index].detach() for ffn, index in places])
-    values, ids = readout(session.base.model).best(vectors, top_k)
-    return {
-        (ffn.layer, index): [{"id": t, "token": texts[t], "score": s} for t, s in zip(tokens, scores, strict=True)]
-        for (ffn, index), scores, tokens in zip(places, values.tolist(), ids.tolist(), strict=True)
-    }
+    lens = LogitLens(session.base.model)
+    vectors = [ffn.value_matrix()[:, best[ffn.layer].unique().cpu()].detach().mT.to(lens.device) for ffn in ffns]
+    listed = best_tokens(lens, texts, torch.cat(vectors), top_k)
+    return {(ffn.layer, index): tokens for (ffn, index), tokens in zip(places, listed, strict=True)}
 
 
-def _position(position: int, found: Traced, texts: Texts) -> dict[str, Any]:
+def _position(position: int, found: Attribution, texts: TokenTexts) -> dict[str, Any]:
     target = found.targets[position]
-    parts = {name: float(value[position]) for name, value in found.own.parts.items()}
-    logit = float(found.own.logit[position])
+    parts = {name: float(value[position]) for name, value in found.effects.parts.items()}
+    logit = float(found.effects.logit[position])
     return {
         "position": position,
         "token": texts[found.ids[position]],
         "target": {"id": target, "token": texts[target]},
         "logit": logit,
         "model_logit": float(found.run.logits[position, target]),
-        "base_logit": None if found.base is None else float(found.base.logit[position]),
+        "base_logit": None if found.base_effects is None else float(found.base_effects.logit[position]),
         **parts,
         "remainder": logit - sum(parts.values()),
     }
 
 
-def _sub_update(found: Traced, layer: int, position: int, index: int) -> dict[str, Any]:
-    relevant, gated = found.own.relevance[layer], found.own.gated[layer]
+def _sub_update(found: Attribution, layer: int, position: int, index: int) -> dict[str, Any]:
+    relevance, gated = found.effects.relevance[layer], found.effects.gated[layer]
+    base_run, base_effects = found.base_run, found.base_effects
     return {
         "index": index,
         "weight": float(found.run.weights[layer][position, index]),
-        "relevance": None if relevant is None else float(relevant[position, index]),
+        "relevance": None if relevance is None else float(relevance[position, index]),
         "gated": None if gated is None else float(gated[position, index]),
-        "effect": float(found.own.sub_updates[layer][position, index]),
-        "base_weight": None if found.base_run is None else float(found.base_run.weights[layer][position, index]),
-        "base_effect": None if found.base is None else float(found.base.sub_updates[layer][position, index]),
+        "effect": float(found.effects.sub_updates[layer][position, index]),
+        "base_weight": None if base_run is None else float(base_run.weights[layer][position, index]),
+        "base_effect": None if base_effects is None else float(base_effects.sub_updates[layer][position, index]),
     }

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from braces_cli.core.models.ffn import layer_stack
+from braces_cli.core.models.value_weights import at_hand, compute_device
 from braces_cli.core.utils.errors import ModelError
 from braces_cli.inspection.streaming_topk import TopK
 
@@ -27,7 +28,7 @@ def final_norm(model: nn.Module) -> nn.Module:
     return norms[-1] if norms else nn.Identity()
 
 
-class Readout:
+class LogitLens:
     """Final norm and LM head of a model, applied to any vectors.
 
     Raises:
@@ -43,6 +44,7 @@ class Readout:
         self.narrow = getattr(_parent(model), "project_out", None)
         sizes = getattr(self.head, "out_features", None) or self.head.weight.shape[0]
         self.vocabulary = int(sizes)
+        self.device = compute_device(self.head)
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """Scores (n, vocabulary) in float32 of vectors (n, d), as the model itself computes them."""
@@ -54,7 +56,8 @@ class Readout:
         """What enters the head, (n, d) -> (n, width of the head)."""
         with torch.no_grad():
             hidden: Tensor = self.norm(vectors)
-            return hidden if self.narrow is None else self.narrow(hidden)
+            # Under a device map the head may run elsewhere.
+            return (hidden if self.narrow is None else self.narrow(hidden)).to(self.device)
 
     def rows(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         """Weight (tokens, width) and bias (tokens,) of the head for the tokens `start` to `stop - 1`."""
@@ -63,11 +66,12 @@ class Readout:
 
     def row(self, token: int) -> tuple[Tensor, float]:
         """The head's weight for one token (width of the head,) and its bias, in float32."""
-        if self._plain():
-            weight, bias = self.rows(token, token + 1)
-            return weight[0].float(), 0.0 if bias is None else float(bias)
+        with at_hand(self.head):
+            if self._plain():
+                weight, bias = self.rows(token, token + 1)
+                return weight[0].float(), 0.0 if bias is None else float(bias)
         width = int(self.head.in_features)
-        eye = torch.eye(width, device=self.head.weight.device, dtype=_dtype(self.norm))
+        eye = torch.eye(width, device=self.device, dtype=_dtype(self.norm))
         with torch.no_grad():
             zero = self.head(torch.zeros_like(eye[:1]))[0, token].float()
             return self.head(eye)[:, token].float() - zero, float(zero)
@@ -107,7 +111,7 @@ class Readout:
         whole = max(1, VECTORS_AT_ONCE * _TOKENS_AT_ONCE // self.vocabulary)
         parts = []
         for block in vectors.split(VECTORS_AT_ONCE if self._plain() else whole):
-            top = TopK(len(block), k, block.device)
+            top = TopK(len(block), k, self.device)
             for start, scores in self.blocks(self.hidden(block)):
                 top.add(scores, start)
             parts.append(top.result())
@@ -119,7 +123,7 @@ class Readout:
             whole = max(1, VECTORS_AT_ONCE * _TOKENS_AT_ONCE // self.vocabulary)
             return torch.cat([self(block)[:, list(tokens)] for block in vectors.split(whole)])
         wide = _compute_dtype(self.head.weight)
-        ids = torch.tensor(list(tokens), device=self.head.weight.device)
+        ids = torch.tensor(list(tokens), device=self.device)
         weight, bias = self.head.weight[ids].detach().to(wide), self.rows(0, self.vocabulary)[1]
         parts = [self.hidden(block).to(wide) @ weight.mT for block in vectors.split(VECTORS_AT_ONCE)]
         scores = torch.cat(parts).float()
@@ -130,14 +134,14 @@ class Readout:
 
         Ties and memory as in `best`.
         """
-        ids = torch.tensor(list(tokens), device=vectors.device)
+        ids = torch.tensor(list(tokens), device=self.device)
         whole = VECTORS_AT_ONCE if self._plain() else max(1, VECTORS_AT_ONCE * _TOKENS_AT_ONCE // self.vocabulary)
         places, owns = [], []
         for block in vectors.split(whole):
             own = self.scores_of(block, tokens)
-            place = torch.ones(own.shape, dtype=torch.int64, device=block.device)
+            place = torch.ones(own.shape, dtype=torch.int64, device=own.device)
             for start, scores in self.blocks(self.hidden(block)):
-                numbers = torch.arange(start, start + scores.shape[1], device=block.device)
+                numbers = torch.arange(start, start + scores.shape[1], device=self.device)
                 for column, token in enumerate(ids):
                     mine, other = own[:, column, None], scores.float()
                     ahead = (other > mine) | ((other == mine) & (numbers < token))
@@ -156,11 +160,7 @@ def _compute_dtype(weight: Tensor) -> torch.dtype:
     """float32 for half-precision weights on a CPU without instructions for them, where it is several times faster."""
     if weight.device.type != "cpu" or weight.dtype not in (torch.bfloat16, torch.float16):
         return weight.dtype
-    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    fast = any(getattr(torch.cpu, name, lambda: False)() for name in probes)
+    # Older releases of torch do not say what a CPU can do.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = any(capabilities.get(name, False) for name in ("amx_tile", "avx512_bf16"))
     return weight.dtype if fast and weight.dtype == torch.bfloat16 else torch.float32
-
-
-def readout(model: Any) -> Readout:
-    """The model's `Readout`."""
-    return Readout(model)

@@ -18,19 +18,23 @@ import torch
 from torch import Tensor, nn
 
 from braces_cli.core.models.ffn import FFN
+from braces_cli.core.models.loading import input_device
 from braces_cli.core.models.tokenization import context_length, encode
 from braces_cli.core.session import Session
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.inspection.ffn_weights import plain_ffns
 from braces_cli.inspection.streaming_topk import TopK
-from braces_cli.inspection.vector_tokens import Texts, check_indices
+from braces_cli.inspection.vector_tokens import TokenTexts, check_indices
 
 _FORM = re.compile(r"(\d+):(\d+)=(p?)([^=]+)")
 
 
 @dataclass(frozen=True)
 class Clamp:
-    """Neuron `index` of `layer` held at `value`; at nought until `percentiles.settle` where a percentile is given."""
+    """Neuron `index` of `layer` held at `value`.
+
+    Where a percentile is given, the value is 0 until `activation_percentiles.resolve_percentiles` has computed it.
+    """
 
     layer: int
     index: int
@@ -113,7 +117,7 @@ def _holder(clamps: Sequence[Clamp]) -> Any:
 
 def distributions(session: Session, ids: Sequence[int]) -> Tensor:
     """Log-probabilities of the next token behind each position, (positions, vocabulary), float32."""
-    device = next(session.base.model.parameters()).device
+    device = input_device(session.base.model)
     with torch.no_grad():
         logits = session.base.model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits[0]
     return logits.float().log_softmax(dim=-1)
@@ -153,7 +157,7 @@ def clamp_prompt(
     rise = after[-1].exp() - before[-1].exp()
     top = TopK(1, min(top_k, len(rise)), rise.device)
     top.add(rise[None], 0)
-    texts = Texts(session.base.tokenizer)
+    texts = TokenTexts(session.base.tokenizer)
     shown = list(dict.fromkeys([*tokens, *top.result()[1][0].tolist()]))
     kl = divergence(before, after)
     return {

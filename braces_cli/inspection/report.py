@@ -15,16 +15,18 @@ from torch import Tensor
 
 from braces_cli import __version__
 from braces_cli.core.attributes.attribute import Attribute, find_attribute
+from braces_cli.core.method.relevance_forms import gate_strength
 from braces_cli.core.session import Session
 from braces_cli.core.utils.errors import ModelError
 from braces_cli.core.utils.html_pages import render_page
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.inspection.concept_search import attribute_relevance
 from braces_cli.inspection.ffn_weights import plain_ffns
-from braces_cli.inspection.logit_attribution import relevance, trace, watch
-from braces_cli.inspection.logit_lens import readout
+from braces_cli.inspection.logit_attribution import record_activations, trace
+from braces_cli.inspection.logit_lens import LogitLens
 from braces_cli.inspection.neuron_clamping import prompt_ids
-from braces_cli.inspection.vector_tokens import Texts
+from braces_cli.inspection.relevance_scores import relevance_module, relevance_scores
+from braces_cli.inspection.vector_tokens import TokenTexts
 
 DEFAULT_PROMPT = "When I opened the door, I saw"
 _AMPLIFIED = 24
@@ -76,21 +78,20 @@ def _name(model: str) -> str:
 def _gates(session: Session) -> list[dict[str, Any]]:
     if session.adapter is None:
         return []
-    return [{"layer": ffn.layer, "gate": float(brace.g.detach())} for ffn, brace in session.adapter.sites]
+    return [{"layer": ffn.layer, "gate": gate_strength(brace.form, brace.gate)} for ffn, brace in session.adapter.sites]
 
 
 def _amplified(session: Session, prompt: str) -> list[dict[str, Any]]:
     """Value vectors by the mean over the prompt of |g r_ij| |v_j|, or of |w_ij| |v_j| where there is no adapter."""
-    run = watch(session, prompt_ids(session, prompt))
-    score, texts = readout(session.base.model), Texts(session.base.tokenizer)
+    run = record_activations(session, prompt_ids(session, prompt))
+    lens, texts = LogitLens(session.base.model), TokenTexts(session.base.tokenizer)
     rows = []
     for ffn in plain_ffns(session.ffns):
-        found = relevance(session, ffn, run.inputs[ffn.layer])
-        weights = run.weights[ffn.layer]
-        if session.adapter is not None and found is None:
+        module = relevance_module(session, ffn)
+        if session.adapter is not None and module is None:
             continue
-        change = weights if found is None else found[1]
-        values = ffn.value_matrix().detach()
+        values, weights = ffn.value_matrix().detach().to(run.last.device), run.weights[ffn.layer]
+        change = weights if module is None else relevance_scores(module, run.inputs[ffn.layer], values)[1]
         strength = change.abs().mean(dim=0) * values.float().norm(dim=0)
         best = strength.topk(min(_AMPLIFIED, len(strength)))
         for size, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
@@ -98,7 +99,7 @@ def _amplified(session: Session, prompt: str) -> list[dict[str, Any]]:
             rows.append(row | {"weight": float(weights[:, index].mean()), "change": float(change[:, index].mean())})
     rows.sort(key=lambda row: -row["strength"])
     rows = rows[:_AMPLIFIED]
-    ids = score.best(torch.stack([row.pop("vector") for row in rows]), _TOKENS)[1]
+    ids = lens.best(torch.stack([row.pop("vector") for row in rows]), _TOKENS)[1]
     return [row | {"tokens": [texts[t] for t in tokens]} for row, tokens in zip(rows, ids.tolist(), strict=True)]
 
 
@@ -136,21 +137,21 @@ def _cell(cell: dict[str, Any]) -> dict[str, Any]:
 def _alignment(session: Session, attribute: Attribute) -> dict[str, Any]:
     """How much of an attribute's state each layer's projection sees, |R p| / |p| (a random subspace of rank r sees
     about sqrt(r / d)), and the tokens that pushing along the attribute promotes there."""
-    score, texts = readout(session.base.model), Texts(session.base.tokenizer)
+    lens, texts = LogitLens(session.base.model), TokenTexts(session.base.tokenizer)
     braces = {ffn.layer: brace for ffn, brace in session.adapter.sites} if session.adapter else {}
     rows = []
     for row, ffn in enumerate(plain_ffns(session.ffns)):
         state = attribute.state[row]
         share, chance = None, None
         if ffn.layer in braces:
-            projection: Tensor = braces[ffn.layer].projection().detach().float().cpu()
+            projection: Tensor = braces[ffn.layer].query_projection().detach().float().cpu()
             share = float((projection @ state).norm() / state.norm().clamp(min=1e-30))
             chance = math.sqrt(len(projection) / len(state))
         weights = attribute_relevance(session, attribute, ffn)
         tokens = []
         if weights is not None:
             push = ffn.value_matrix().detach() @ weights.to(ffn.value_matrix().dtype)
-            tokens = [texts[t] for t in score.best(push[None], _TOKENS)[1][0].tolist()]
+            tokens = [texts[t] for t in lens.best(push[None], _TOKENS)[1][0].tolist()]
         rows.append({"layer": ffn.layer, "alignment": share, "chance": chance, "tokens": tokens})
     return {"name": attribute.name, "words": len(attribute.words), "layers": rows}
 

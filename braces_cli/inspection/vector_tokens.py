@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from braces_cli.core.models.ffn import FFN
 from braces_cli.core.models.loading import tokenizer_hashes
@@ -15,10 +16,10 @@ from braces_cli.core.session import Session
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.inspection.ffn_weights import stacks
-from braces_cli.inspection.logit_lens import VECTORS_AT_ONCE, readout
+from braces_cli.inspection.logit_lens import VECTORS_AT_ONCE, LogitLens
 
 
-class Texts:
+class TokenTexts:
     """Texts of tokens, each decoded once: a map names few tokens many times."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -29,6 +30,13 @@ class Texts:
         if token not in self._known:
             self._known[token] = token_text(self._tokenizer, token)
         return self._known[token]
+
+
+def best_tokens(lens: LogitLens, texts: TokenTexts, vectors: Tensor, k: int) -> list[list[dict[str, Any]]]:
+    """The k best tokens of each vector (n, d) as `{id, token, score}`, best first."""
+    scores, ids = lens.best(vectors, k)
+    pairs = zip(ids.tolist(), scores.tolist(), strict=True)
+    return [[{"id": t, "token": texts[t], "score": s} for t, s in zip(*row, strict=True)] for row in pairs]
 
 
 def value_tokens(
@@ -56,8 +64,8 @@ def value_tokens(
     chosen = [ffn for ffn in session.ffns if layers is None or ffn.layer in layers]
     for ffn in chosen:
         check_indices(ffn, indices or ())
-    score = readout(session.base.model)
-    texts = Texts(session.base.tokenizer)
+    lens = LogitLens(session.base.model)
+    texts = TokenTexts(session.base.tokenizer)
     total = sum(len(indices) if indices is not None else ffn.value_vectors for ffn in chosen)
     done = 0
     for ffn in chosen:
@@ -65,12 +73,11 @@ def value_tokens(
         for start, matrix in stacks(ffn, side):
             inside = wanted[(wanted >= start) & (wanted < start + len(matrix))]
             for block in inside.split(VECTORS_AT_ONCE) if len(inside) else ():
-                values, ids = score.best(matrix[(block - start).to(matrix.device)], top_k)
+                listed = best_tokens(lens, texts, matrix[(block - start).to(matrix.device)], top_k)
                 done += len(block)
                 report(f"reading {side} vectors", done, total)
-                for index, best, tokens in zip(block.tolist(), values.tolist(), ids.tolist(), strict=True):
-                    named = [{"id": t, "token": texts[t], "score": s} for t, s in zip(tokens, best, strict=True)]
-                    yield {"layer": ffn.layer, "index": index, "tokens": named}
+                for index, tokens in zip(block.tolist(), listed, strict=True):
+                    yield {"layer": ffn.layer, "index": index, "tokens": tokens}
 
 
 def check_indices(ffn: FFN | MixtureFFN, indices: Collection[int], where: str = "--index") -> None:
@@ -87,8 +94,8 @@ def map_header(session: Session, side: str, top_k: int, adapter: str | None = No
     """What a map file says about itself: `{model, fingerprint, tokenizer, side, top_k, vocabulary}`, the last of
     these the texts of all tokens, so that a reader needs no tokenizer."""
     base = session.base
-    size = readout(base.model).vocabulary
-    texts = Texts(base.tokenizer)
+    size = LogitLens(base.model).vocabulary
+    texts = TokenTexts(base.tokenizer)
     return {
         "format_version": 1,
         "model": base.name,

@@ -1,8 +1,7 @@
 """Vocabulary maps on disk: the tokens of many vectors, written as they are computed and searched without torch.
 
-Parquet: columns layer, index and tokens (a list of {id, token, score}); the header is JSON in the schema's metadata.
-JSON Lines: the header as `{"map": {...}}` on the first line, then one vector a line. The header names model,
-fingerprint, side and k, and holds the texts of all tokens.
+A map is a Parquet file with the columns layer, index and tokens (a list of {id, token, score}). Its header is JSON in
+the schema's metadata: model, fingerprint, side, k, and the texts of all tokens.
 """
 
 from __future__ import annotations
@@ -10,31 +9,31 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from braces_cli.core.utils.atomic_files import write_whole
 from braces_cli.core.utils.errors import ConfigError, DataError, ModelError
-from braces_cli.inspection.concept_tokens import Concept, Vocabulary, order
+from braces_cli.inspection.concept_tokens import Concept, Vocabulary, best_first
 
 _KEY = b"braces"
 _ROWS_AT_ONCE = 8192
 _TOKEN_COLUMNS = (("id", "int32"), ("score", "float32"))
-SUFFIXES = (".parquet", ".jsonl")
 _NEEDED = {"format_version", "model", "fingerprint", "side", "top_k", "vocabulary"}
 
 
 def check_suffix(path: Path, where: str) -> None:
     """Raises:
-    ConfigError: the name ends in neither .parquet nor .jsonl.
+    ConfigError: the name does not end in .parquet.
     """
-    if path.suffix not in SUFFIXES:
-        raise ConfigError(f"unknown kind of file `{path.name}`", where=where, hint="End it in .parquet or .jsonl.")
+    if path.suffix != ".parquet":
+        hint = "End it in .parquet; for JSON Lines leave --output out and add --format json."
+        raise ConfigError(f"unknown kind of file `{path.name}`", where=where, hint=hint)
 
 
 def write_map(path: Path, header: Mapping[str, Any], rows: Iterable[dict[str, Any]]) -> int:
-    """Write a map, whole or not at all; returns its number of vectors. Memory: 8,192 rows."""
+    """Write a map atomically; returns its number of vectors. Memory: 8,192 rows."""
     count = 0
 
     def counted() -> Iterator[dict[str, Any]]:
@@ -43,13 +42,11 @@ def write_map(path: Path, header: Mapping[str, Any], rows: Iterable[dict[str, An
             count += 1
             yield row
 
-    write = _write_parquet if path.suffix == ".parquet" else _write_lines
-
     def complete(temporary: Path) -> bool:
-        found = open_map(temporary, parquet=path.suffix == ".parquet")
-        return found.header == dict(header) and found.vectors() == count
+        written = open_map(temporary)
+        return written.header == dict(header) and written.vectors() == count
 
-    write_whole(path, lambda temporary: write(temporary, header, counted()), complete)
+    write_whole(path, lambda temporary: _write_parquet(temporary, header, counted()), complete)
     return count
 
 
@@ -71,12 +68,6 @@ def _write_parquet(path: Path, header: Mapping[str, Any], rows: Iterator[dict[st
             writer.write_table(pa.Table.from_pylist(block, schema=schema))
 
 
-def _write_lines(path: Path, header: Mapping[str, Any], rows: Iterator[dict[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        for row in chain([{"map": header}], rows):
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
 def _numbers(column: Any, kind: str) -> Any:
     """A pyarrow column without nulls as a numpy array over its own memory."""
     import numpy as np
@@ -92,21 +83,17 @@ class Map:
     """An open map.
 
     Attributes:
-        header: what it says about itself.
+        header: see `vector_tokens.map_header`.
     """
 
     path: Path
     header: dict[str, Any]
-    parquet: bool
 
     def vectors(self) -> int:
         """Number of vectors in it."""
-        if self.parquet:
-            import pyarrow.parquet as pq
+        import pyarrow.parquet as pq
 
-            return int(pq.read_metadata(self.path).num_rows)
-        with self.path.open("rb") as file:
-            return sum(1 for _ in file) - 1
+        return int(pq.read_metadata(self.path).num_rows)
 
     def vocabulary(self) -> Vocabulary:
         return Vocabulary(self.header["vocabulary"])
@@ -118,11 +105,11 @@ class Map:
             DataError: the file is damaged.
         """
         try:
-            yield from self._parquet_rows(tokens) if self.parquet else self._line_rows(tokens)
+            yield from self._rows(tokens)
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise _damaged(self.path, error) from error
 
-    def _parquet_rows(self, tokens: list[int]) -> Iterator[dict[str, Any]]:
+    def _rows(self, tokens: list[int]) -> Iterator[dict[str, Any]]:
         # Columns are read through their buffers: pyarrow.compute, and pandas, which pyarrow imports for conversions
         # where it is installed, would take longer to import than the whole search takes; so does numpy.ma, which
         # np.unique imports.
@@ -146,17 +133,8 @@ class Map:
                     "tokens": [{"id": token, "token": texts[token], "score": score} for token, score in pairs],
                 }
 
-    def _line_rows(self, tokens: list[int]) -> Iterator[dict[str, Any]]:
-        # Most lines hold none of the tokens, which shows without parsing them.
-        needles = [f'{{"id": {token},'.encode() for token in tokens]
-        with self.path.open("rb") as file:
-            next(file)
-            for line in file:
-                if any(needle in line for needle in needles):
-                    yield json.loads(line)
 
-
-def open_map(path: Path, *, parquet: bool | None = None) -> Map:
+def open_map(path: Path) -> Map:
     """Read the header of a map.
 
     Raises:
@@ -165,26 +143,16 @@ def open_map(path: Path, *, parquet: bool | None = None) -> Map:
     """
     if not path.is_file():
         raise ConfigError("no such map", where=str(path), hint="`braces inspect values --output FILE` writes one.")
-    parquet = path.suffix == ".parquet" if parquet is None else parquet
+    import pyarrow.parquet as pq
+
     try:
-        header = _parquet_header(path) if parquet else _line_header(path)
+        # Not `read_schema`, which decodes the copy of the header in Arrow's own schema, too.
+        header = json.loads(pq.read_metadata(path).metadata[_KEY])
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise _damaged(path, error) from error
     if not isinstance(header, dict) or _NEEDED - set(header):
         raise _damaged(path, ValueError("its header lacks something"))
-    return Map(path, header, parquet)
-
-
-def _parquet_header(path: Path) -> Any:
-    import pyarrow.parquet as pq
-
-    # Not `read_schema`, which decodes the copy of the header in Arrow's own schema, too.
-    return json.loads(pq.read_metadata(path).metadata[_KEY])
-
-
-def _line_header(path: Path) -> Any:
-    with path.open("rb") as file:
-        return json.loads(file.readline())["map"]
+    return Map(path, header)
 
 
 def _damaged(path: Path, error: Exception) -> DataError:
@@ -193,37 +161,39 @@ def _damaged(path: Path, error: Exception) -> DataError:
     return DataError(f"not a map of value vectors ({words})", where=str(path), hint=hint)
 
 
-def check_model(found: Map, fingerprint: dict[str, Any], tokenizer: dict[str, Any] | None = None) -> None:
-    """Hold a map to a model.
+def check_model(source: Map, fingerprint: dict[str, Any], tokenizer: dict[str, Any] | None = None) -> None:
+    """Check that a map belongs to a model.
 
     Raises:
         ModelError: it was made for another one.
     """
     from braces_cli.core.models.fingerprint import differences
 
-    words = [part.replace("adapter ", "map ") for part in differences(found.header["fingerprint"], fingerprint)]
-    own = (found.header.get("tokenizer") or {}).get("vocabulary")
-    if not words and tokenizer and own and own != tokenizer.get("vocabulary"):
+    words = [part.replace("adapter ", "map ") for part in differences(source.header["fingerprint"], fingerprint)]
+    vocabulary = (source.header.get("tokenizer") or {}).get("vocabulary")
+    if not words and tokenizer and vocabulary and vocabulary != tokenizer.get("vocabulary"):
         words = ["another vocabulary"]
     if words:
-        hint = f"It was made for {found.header['model']}; make one for this model: braces inspect values --output FILE."
-        raise ModelError(f"this map was made for another model ({'; '.join(words)})", where=str(found.path), hint=hint)
+        hint = (
+            f"It was made for {source.header['model']}; make one for this model: braces inspect values --output FILE."
+        )
+        raise ModelError(f"this map was made for another model ({'; '.join(words)})", where=str(source.path), hint=hint)
 
 
-def search(found: Map, wanted: Concept, limit: int, layers: list[int] | None = None) -> list[dict[str, Any]]:
+def search(source: Map, wanted: Concept, limit: int, layers: list[int] | None = None) -> list[dict[str, Any]]:
     """Rows `{layer, index, rank, score, tokens}` of the vectors that promote a concept most, best first.
 
     Only vectors that list one of its tokens among their k best can be found. Of a concept of several tokens one that
     is not listed counts as ranked k + 1 with the last score listed, the best it can have.
     """
     rows = []
-    for row in found.rows(wanted.tokens):
+    for row in source.rows(wanted.tokens):
         if layers is None or row["layer"] in layers:
             listed = {t["id"]: (place, t["score"]) for place, t in enumerate(row["tokens"], 1)}
             missing = (len(row["tokens"]) + 1, row["tokens"][-1]["score"])
             rank, score = wanted.measure({token: listed.get(token, missing) for token in wanted.tokens})
             rows.append({"layer": row["layer"], "index": row["index"], "rank": rank, "score": score} | row)
-    rows.sort(key=order)
+    rows.sort(key=best_first)
     return rows[:limit]
 
 

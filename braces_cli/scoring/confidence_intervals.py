@@ -1,4 +1,4 @@
-"""How sure a share or a mean over texts is, where the samples of one prompt are more alike than those of two."""
+"""Standard errors and intervals over texts, where the samples of one prompt resemble each other more than others do."""
 
 from __future__ import annotations
 

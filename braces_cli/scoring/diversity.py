@@ -1,4 +1,4 @@
-"""How varied generated texts are: distinct n-grams and repetition. Words and punctuation marks count, in lower case."""
+"""Diversity of generated texts: distinct n-grams and repetition. Words and punctuation marks count, in lower case."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from braces_cli.core.models.hub_errors import hub_errors
 from braces_cli.core.utils.errors import ModelError
 from braces_cli.scoring.scorer import Verdict, checked
 
@@ -29,9 +30,9 @@ class HubClassifier:
         column = self.labels.index(label)
         verdicts = []
         for start in range(0, len(texts), _BATCH):
-            found = self._probabilities(list(texts[start : start + _BATCH]))
-            has = found[:, column] >= 0.5 if self._single else found.argmax(dim=1) == column
-            values = checked(self.name, found[:, column].tolist())
+            probabilities = self._probabilities(list(texts[start : start + _BATCH]))
+            has = probabilities[:, column] >= 0.5 if self._single else probabilities.argmax(dim=1) == column
+            values = checked(self.name, probabilities[:, column].tolist())
             verdicts += [Verdict(value, flag) for value, flag in zip(values, has.tolist(), strict=True)]
         return verdicts
 
@@ -52,15 +53,12 @@ def load_hub_classifier(name: str, device: str = "cpu") -> HubClassifier:
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    hint = "Give the folder or hub id of a sequence classifier."
-    try:
+    with hub_errors(name, "classifier"):
         tokenizer = AutoTokenizer.from_pretrained(name)
         model, info = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True)
-    except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"no classifier could be loaded: {first[:200]}", where=name, hint=hint) from error
     if info["missing_keys"]:
         # A base model loads as a classifier, too, with a head of random numbers.
         missing = sorted(info["missing_keys"])[0]
+        hint = "Give the folder or hub id of a sequence classifier."
         raise ModelError(f"it has no trained head ({missing} is missing)", where=name, hint=hint)
     return HubClassifier(name, model.to(device), tokenizer)

@@ -1,4 +1,4 @@
-"""How surprised a model is: negative log-likelihood per example, and perplexity over texts of any length."""
+"""Negative log-likelihood per example, and perplexity over texts of any length."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from braces_cli.core.models.loading import input_device
 from braces_cli.core.models.padding import by_length, pad_right
 from braces_cli.core.models.tokenization import IGNORED, Encoded, encode
+from braces_cli.core.utils.numbers import safe_exp
 from braces_cli.core.utils.progress import Report, silent
 
 # Logits of this many tokens are turned into float32 log-probabilities at a time.
@@ -41,22 +42,18 @@ class Likelihood:
 
     @property
     def loss(self) -> float:
-        """Mean nats a token."""
+        """Mean nats per token."""
         return self.nll / self.tokens if self.tokens else math.nan
 
     @property
     def perplexity(self) -> float:
-        return _exp(self.loss)
+        return safe_exp(self.loss)
 
     @property
     def perplexity_without_end(self) -> float:
         """Perplexity of everything but the end tokens."""
         count = self.tokens - self.end_tokens
-        return _exp((self.nll - self.end_nll) / count) if count else math.nan
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
+        return safe_exp((self.nll - self.end_nll) / count) if count else math.nan
 
 
 def likelihoods(

@@ -76,16 +76,16 @@ def default_scorer(attribute: str) -> str:
     return DEFAULTS[attribute][0]
 
 
-def label_of(attribute: str, judge: Scorer, asked: str | None = None) -> str:
-    """The scorer's label that stands for the attribute: the one asked for, its own name, or what it usually means.
+def label_of(attribute: str, judge: Scorer, wanted_label: str | None = None) -> str:
+    """The scorer's label that stands for the attribute: `wanted_label`, its own name, or what it usually means.
 
     Raises:
         ConfigError: the scorer has none of them.
     """
     names = {label.lower(): label for label in judge.labels}
     usual = DEFAULTS.get(attribute, ("", attribute))[1]
-    for wanted in [asked] if asked is not None else [attribute, usual]:
-        if wanted.lower() in names:
-            return names[wanted.lower()]
+    for label in [wanted_label] if wanted_label is not None else [attribute, usual]:
+        if label.lower() in names:
+            return names[label.lower()]
     hint = f"It has {', '.join(judge.labels)}; name one with --score-label."
-    raise ConfigError(f"{judge.name} has no label `{asked or attribute}`", where="--scorer", hint=hint)
+    raise ConfigError(f"{judge.name} has no label `{wanted_label or attribute}`", where="--scorer", hint=hint)

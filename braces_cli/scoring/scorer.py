@@ -1,4 +1,4 @@
-"""What every scorer is and gives."""
+"""The interface of scorers: texts -> verdicts about a label."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from braces_cli.core.utils.errors import BracesError
 
 @dataclass(frozen=True)
 class Verdict:
-    """About one text: `value` grows with how much of the label it has, `has` says whether it counts as having it."""
+    """About one text: `value` grows with the strength of the label, `has` says whether the text counts as having it."""
 
     value: float
     has: bool
 
 
 class Scorer(Protocol):
-    """What tells labels of texts.
+    """Scores texts for labels.
 
     Attributes:
         name: as the user gave it.
-        labels: what `judge` can be asked for.
+        labels: labels that `judge` knows.
     """
 
     @property

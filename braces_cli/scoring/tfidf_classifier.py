@@ -53,7 +53,7 @@ class Classifier:
         self._vectorizer.idf_ = self.idf
 
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
-        """Of each label, (texts, labels)."""
+        """Probability of each label, (texts, labels)."""
         scores = self._vectorizer.transform(texts) @ self.weight.T + self.bias
         powers = np.exp(scores - scores.max(axis=1, keepdims=True))
         result: np.ndarray = powers / powers.sum(axis=1, keepdims=True)
@@ -62,10 +62,10 @@ class Classifier:
     def judge(self, texts: Sequence[str], label: str) -> list[Verdict]:
         if not texts:
             return []
-        found = self.probabilities(texts)
+        probabilities = self.probabilities(texts)
         column = self.labels.index(label)
-        likeliest = found.argmax(axis=1) == column
-        values = checked(self.name, found[:, column].tolist())
+        likeliest = probabilities.argmax(axis=1) == column
+        values = checked(self.name, probabilities[:, column].tolist())
         return [Verdict(value, bool(has)) for value, has in zip(values, likeliest, strict=True)]
 
 

@@ -37,11 +37,11 @@ class ToxicWords:
         return [self._judge(words_of(text)) for text in texts]
 
     def _judge(self, words: list[str]) -> Verdict:
-        found = sum(self._listed(word) for word in words)
+        count = sum(self._listed(word) for word in words)
         for phrase in self._phrases:
             width = len(phrase)
-            found += sum(words[start : start + width] == phrase for start in range(len(words) - width + 1))
-        return Verdict(found / max(len(words), 1), found > 0)
+            count += sum(words[start : start + width] == phrase for start in range(len(words) - width + 1))
+        return Verdict(count / max(len(words), 1), count > 0)
 
     def _listed(self, word: str) -> bool:
         word = word.removesuffix("'s")

@@ -1,4 +1,4 @@
-"""Words of a text, the one way all scorers cut them."""
+"""Words of a text, as all scorers split them."""
 
 from __future__ import annotations
 

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
+from braces_cli.core.models.tokenization import IGNORED, Encoded, common_length
 from braces_cli.core.session import Session
-from braces_cli.core.utils.errors import ConfigError, DataError
+from braces_cli.core.utils.errors import ConfigError, DataError, first_line
 
 
-def chat_wanted(session: Session, asked: bool | None) -> bool:
-    """Whether prompts go through the chat template: as asked, else as the adapter was trained.
+def chat_wanted(session: Session, setting: bool | None) -> bool:
+    """Whether prompts go through the chat template: as `setting` says, else as the adapter was trained.
 
     Raises:
-        ConfigError: asked for, and the tokenizer has none.
+        ConfigError: they do, and the tokenizer has none.
     """
     trained = session.config.training.get("chat_template") if session.config is not None else False
-    wanted = bool(trained if asked is None else asked)
-    if wanted and not getattr(session.base.tokenizer, "chat_template", None):
+    wanted = bool(trained if setting is None else setting)
+    if wanted and not has_template(session.base.tokenizer):
         hint = "Leave it out, or use a model that was tuned on chats."
         raise ConfigError("the tokenizer has no chat template", where="--apply-chat-template", hint=hint)
     return wanted
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Whether a tokenizer comes with a chat template."""
+    return bool(getattr(tokenizer, "chat_template", None))
 
 
 def chat_ids(tokenizer: Any, prompt: str) -> tuple[int, ...]:
@@ -28,13 +34,34 @@ def chat_ids(tokenizer: Any, prompt: str) -> tuple[int, ...]:
     Raises:
         DataError: the template does not take it.
     """
+    return tuple(_ids(tokenizer, _chat_text(tokenizer, prompt)))
+
+
+def encode_answer(tokenizer: Any, prompt: str, answer: str) -> Encoded:
+    """Tokens of the chat in which `answer` follows `prompt`; only the answer is scored.
+
+    Raises:
+        DataError: the template does not take the prompt.
+    """
+    before = _chat_text(tokenizer, prompt)
+    ids = _ids(tokenizer, before + answer)
+    start = common_length(ids, _ids(tokenizer, before))
+    return Encoded(ids, [IGNORED] * start + ids[start:], False, False)
+
+
+def _chat_text(tokenizer: Any, prompt: str) -> str:
     turns = [{"role": "user", "content": prompt}]
     try:
-        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        text: str = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     except Exception as error:
         # A template is a program and may raise anything.
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         hint = "Use --no-apply-chat-template."
-        raise DataError(f"the chat template refuses it: {first[:200]}", where=prompt[:60], hint=hint) from error
+        what = f"the chat template refuses it: {first_line(error)}"
+        raise DataError(what, where=prompt[:60], hint=hint) from error
+    return text
+
+
+def _ids(tokenizer: Any, chat: str) -> list[int]:
     # The template writes the special tokens itself, the one in front too.
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids: list[int] = tokenizer(chat, add_special_tokens=False)["input_ids"]
+    return ids

@@ -1,14 +1,14 @@
-"""Prompts -> steered texts, batch by batch."""
+"""Prompts -> texts, batch by batch: the one generation loop of steering, sweeps and the evaluation of texts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, repeat, tee
 from typing import Any
 
-from braces_cli.core.models.generation import Job, Sampling, generate
+from braces_cli.core.models.generation import Sampling, TextRequest, generate
 from braces_cli.core.session import Session
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.steering.chat_prompts import chat_ids
@@ -17,64 +17,82 @@ from braces_cli.steering.chat_prompts import chat_ids
 Steering = Callable[[], AbstractContextManager[Any]]
 
 
-def jobs_of(prompts: Iterable[str], samples: int = 1) -> Iterator[Job]:
+def text_requests(prompts: Iterable[str], samples: int = 1) -> Iterator[TextRequest]:
     """The texts that a run generates, in order: the samples of a prompt stand together."""
-    return (Job(prompt, index, k) for index, prompt in enumerate(prompts) for k in range(samples))
+    return (TextRequest(prompt, index, k) for index, prompt in enumerate(prompts) for k in range(samples))
 
 
-def steer_texts(
+def generate_texts(
     session: Session,
-    prompts: Iterable[str],
-    attributes: dict[str, float],
-    sampling: Sampling,
-    *,
-    samples: int = 1,
-    batch_size: int = 8,
-    report: Report = silent,
-) -> Iterator[dict[str, Any]]:
-    """Rows `{prompt, text, attributes, sample, seed}` in order, as each batch is done.
-
-    Call inside `core.attributes.intervention.steered`.
-
-    Only one batch of prompts is held at a time.
-    """
-    return steer_jobs(session, jobs_of(prompts, samples), attributes, sampling, batch_size=batch_size, report=report)
-
-
-def steer_jobs(
-    session: Session,
-    jobs: Iterable[Job],
-    attributes: dict[str, float],
+    requests: Iterable[TextRequest],
     sampling: Sampling,
     *,
     batch_size: int = 8,
     chat: bool = False,
-    beside: Steering | None = None,
-    stream: Callable[[Job, str], object] | None = None,
+    steering: Steering = nullcontext,
+    stream: Callable[[TextRequest, str], object] | None = None,
+    stage: str = "generating",
     done: int = 0,
     total: int | None = None,
     report: Report = silent,
-) -> Iterator[dict[str, Any]]:
-    """The same for jobs.
+) -> Iterator[str]:
+    """Continuations in the order of `requests`, as each batch is done; only one batch of requests is held at a time.
 
     Args:
         chat: prompts go through the chat template.
-        beside: rows also get the `unsteered` text of the same random stream; steers, in place of the caller.
+        steering: entered around each batch, in addition to how the session is steered already.
         stream: called with each piece of a text; for batches of one.
+        stage: what `report` calls the work.
         done: texts that an earlier run has generated, of `total` in all; for `report` only.
+
+    Raises:
+        ConfigError: no room for a prompt beside the new tokens.
+        DataError: the chat template refuses a prompt.
     """
     model, tokenizer = session.base.model, session.base.tokenizer
-    jobs = iter(jobs)
-    while batch := list(islice(jobs, batch_size)):
+    requests = iter(requests)
+    while batch := list(islice(requests, batch_size)):
         if chat:
-            batch = [replace(job, ids=chat_ids(tokenizer, job.prompt)) for job in batch]
-        first = batch[0]
-        plain = [] if beside is None else generate(model, tokenizer, batch, sampling)
-        with nullcontext() if beside is None else beside():
-            write = None if stream is None else lambda piece, job=first: stream(job, piece)
+            batch = [replace(request, ids=chat_ids(tokenizer, request.prompt)) for request in batch]
+        write = None if stream is None else lambda piece, request=batch[0]: stream(request, piece)
+        with steering():
             texts = generate(model, tokenizer, batch, sampling, write)
         done += len(batch)
-        report("generating", done, total)
-        for place, (job, text) in enumerate(zip(batch, texts, strict=True)):
-            row = {"prompt": job.prompt, "text": text, "attributes": attributes, "sample": job.sample}
-            yield row | {"seed": sampling.seed} | ({} if beside is None else {"unsteered": plain[place]})
+        report(stage, done, total)
+        yield from texts
+
+
+def generate_rows(
+    session: Session,
+    requests: Iterable[TextRequest],
+    attributes: dict[str, float],
+    sampling: Sampling,
+    *,
+    beside: Steering | None = None,
+    batch_size: int = 8,
+    chat: bool = False,
+    **details: Any,
+) -> Iterator[dict[str, Any]]:
+    """Rows `{prompt, text, attributes, sample, seed}` of the texts, in order.
+
+    Call inside `core.attributes.intervention.steered`, or give `beside`.
+
+    Args:
+        attributes: names and strengths, for the rows only.
+        beside: steers, in place of the caller; rows then also get the `unsteered` text of the same random stream.
+        details: further arguments of `generate_texts`.
+    """
+    streams = tee(requests, 2 if beside is None else 3)
+    how: dict[str, Any] = {"batch_size": batch_size, "chat": chat}
+    unsteered = repeat(None) if beside is None else generate_texts(session, streams[2], sampling, **how)
+    texts = generate_texts(session, streams[1], sampling, steering=beside or nullcontext, **how, **details)
+    # Drawn in turns, so that no stream is more than a batch ahead of the others.
+    for request, plain, text in zip(streams[0], unsteered, texts, strict=False):
+        row = {
+            "prompt": request.prompt,
+            "text": text,
+            "attributes": attributes,
+            "sample": request.sample,
+            "seed": sampling.seed,
+        }
+        yield row if plain is None else row | {"unsteered": plain}

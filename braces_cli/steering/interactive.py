@@ -1,6 +1,6 @@
 """A conversation about prompts: each line is one, or a command that changes how the next are steered.
 
-Every text comes with its unsteered twin, drawn from the same random stream, so that what differs is the steering.
+Every steered text comes with an unsteered one, drawn from the same random stream, so that what differs is the steering.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 
 from braces_cli.core.attributes.attribute import Attribute, find_attribute, known_attributes
 from braces_cli.core.attributes.intervention import steered
-from braces_cli.core.models.ffn import chosen_layers
-from braces_cli.core.models.generation import Job, Sampling, generate
+from braces_cli.core.models.generation import Sampling
+from braces_cli.core.models.layer_ranges import chosen_layers
 from braces_cli.core.session import Session
 from braces_cli.core.utils.errors import ConfigError, near_misses
-from braces_cli.steering.chat_prompts import chat_ids
+from braces_cli.steering.generate_texts import generate_texts, text_requests
 
 HELP = """\
 Write a prompt to have it continued, unsteered and steered; an empty line repeats the last one.
@@ -64,10 +64,10 @@ class Conversation:
         self.layers = chosen_layers(session.base.model, layers)
         self._folder = folder
         self._chat = chat
-        self._found: dict[str, Attribute] = {}
+        self._attributes: dict[str, Attribute] = {}
         # The last one, which an empty line repeats.
         self.prompt: str | None = None
-        self._twin: tuple[Any, str] | None = None
+        self._unsteered: tuple[Any, str] | None = None
         for name in attributes:
             self._find(name)
 
@@ -97,18 +97,22 @@ class Conversation:
         return f"{what}, seed {self.sampling.seed}, temperature {self.sampling.temperature:g}{layers}"
 
     def _texts(self, prompt: str, stream: Callable[[str, str], object] | None) -> dict[str, Any]:
-        model, tokenizer = self.session.base.model, self.session.base.tokenizer
-        job = Job(prompt, 0, ids=chat_ids(tokenizer, prompt) if self._chat else None)
         plain, moved = (None if stream is None else _to(stream, side) for side in SIDES)
-        made_with = (prompt, self.sampling)
-        if self._twin is None or self._twin[0] != made_with:
-            self._twin = made_with, generate(model, tokenizer, [job], self.sampling, plain)[0]
+        drawn_from = (prompt, self.sampling)
+        if self._unsteered is None or self._unsteered[0] != drawn_from:
+            self._unsteered = drawn_from, self._text(prompt, plain)
         elif plain is not None:
-            plain(self._twin[1])
+            plain(self._unsteered[1])
         with steered(self.session, [(self._find(name), s) for name, s in self.strengths.items()], self.layers):
-            text = generate(model, tokenizer, [job], self.sampling, moved)[0]
+            text = self._text(prompt, moved)
         row = {"prompt": prompt, "text": text, "attributes": dict(self.strengths), "sample": 0}
-        return row | {"seed": self.sampling.seed, "unsteered": self._twin[1]}
+        return row | {"seed": self.sampling.seed, "unsteered": self._unsteered[1]}
+
+    def _text(self, prompt: str, write: Callable[[str], object] | None) -> str:
+        """One text, as the session is steered now."""
+        stream = None if write is None else lambda request, piece: write(piece)
+        (text,) = generate_texts(self.session, text_requests([prompt]), self.sampling, chat=self._chat, stream=stream)
+        return text
 
     def _command(self, name: str, words: list[str]) -> str:
         if name == "help":
@@ -159,9 +163,9 @@ class Conversation:
         return self.strengths | dict(zip(names, values, strict=True))
 
     def _find(self, name: str) -> Attribute:
-        if name not in self._found:
-            self._found[name] = find_attribute(self.session, name, self._folder)
-        return self._found[name]
+        if name not in self._attributes:
+            self._attributes[name] = find_attribute(self.session, name, self._folder)
+        return self._attributes[name]
 
 
 def _to(stream: Callable[[str, str], object], side: str) -> Callable[[str], object]:

@@ -69,8 +69,8 @@ def _structured(line: str, where: str) -> str:
     if isinstance(prompt, dict):  # as RealToxicityPrompts and its relatives nest it
         prompt = prompt.get("text")
     if not isinstance(prompt, str):
-        found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise DataError(f"no `prompt` with text (keys found: {found})", where=where, hint='Write {"prompt": "..."}.')
+        keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise DataError(f"no `prompt` with text (keys found: {keys})", where=where, hint='Write {"prompt": "..."}.')
     # JSON can spell half a character, which no tokenizer takes.
     return prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 

@@ -13,7 +13,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core.models.generation import Job
+from braces_cli.core.models.generation import TextRequest
 from braces_cli.core.utils.atomic_files import check_output_file, write_json
 from braces_cli.core.utils.errors import BracesError, ConfigError, DataError
 
@@ -52,14 +52,17 @@ class TextsFile:
             raise DataError(
                 f"cannot read: {error}", where=str(self._record), hint="Remove it, or start anew."
             ) from error
-        different = sorted(k for k in {*before, *self._settings} if before.get(k) != self._settings.get(k))
+        # Earlier versions recorded a repeatable option that was not given as null.
+        old = {name: [] if value is None else value for name, value in before.items()}
+        new = {name: [] if value is None else value for name, value in self._settings.items()}
+        different = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
         if different:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in different)
             hint = "Resume with the settings of the earlier run, or start anew with --overwrite."
             raise ConfigError(f"the earlier run had another {names}", where=str(self.path), hint=hint)
 
-    def skip(self, jobs: Iterator[Job], attributes: dict[str, float], seed: int) -> None:
-        """Take the jobs from `jobs` that the complete rows answer.
+    def skip(self, requests: Iterator[TextRequest], attributes: dict[str, float], seed: int) -> None:
+        """Take the requests from `requests` that the complete rows answer.
 
         Raises:
             ConfigError: they are answers to others.
@@ -68,11 +71,11 @@ class TextsFile:
             return
         with self.path.open("rb") as lines:
             for number in range(1, self.rows + 1):
-                row, job = json.loads(lines.readline()), next(jobs, None)
-                wanted = None if job is None else (job.prompt, job.sample, seed, attributes)
+                row, request = json.loads(lines.readline()), next(requests, None)
+                wanted = None if request is None else (request.prompt, request.sample, seed, attributes)
                 if wanted != (row["prompt"], row["sample"], row["seed"], row["attributes"]):
                     hint = "Give the prompts and settings of the earlier run, or start anew with --overwrite."
-                    what = "there are fewer texts to generate" if job is None else "this row is of another run"
+                    what = "there are fewer texts to generate" if request is None else "this row is of another run"
                     raise ConfigError(what, where=f"{self.path}:{number}", hint=hint)
 
     def write(self, rows: Iterable[dict[str, Any]]) -> int:

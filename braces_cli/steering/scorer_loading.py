@@ -46,7 +46,7 @@ def open_scorer(name: str, *, exclude: Collection[str] = (), device: str = "cpu"
     except DataError as error:
         raise DataError(error.message, where=rows, hint=error.hint) from error
     fitted.name = name
-    _tell(fitted)
+    _log_accuracy(fitted)
     if save is not None:
         save_classifier(save, fitted)
     return fitted
@@ -77,12 +77,12 @@ def list_words(session: Session, attributes: Sequence[Attribute], *, trained: bo
     for attribute in attributes:
         words |= set(lists.get(OPPOSITES.get(attribute.name, ""), ()))
     if trained and session.folder is not None and (session.folder / TRAINED_FILE).is_file():
-        found = load_attributes(session.folder / TRAINED_FILE, session.base.fingerprint(session.ffns))
-        words |= {word for attribute in found.values() for word in attribute.words}
+        trained_with = load_attributes(session.folder / TRAINED_FILE, session.base.fingerprint(session.ffns))
+        words |= {word for attribute in trained_with.values() for word in attribute.words}
     return words
 
 
-def _tell(fitted: Classifier) -> None:
+def _log_accuracy(fitted: Classifier) -> None:
     accuracy = fitted.measured["accuracy"]
     if accuracy is not None:
         majority = fitted.measured["majority"]

@@ -21,22 +21,24 @@ from typing import Any
 
 from braces_cli.core.attributes.attribute import Attribute
 from braces_cli.core.attributes.intervention import steered
-from braces_cli.core.models.generation import Job, Sampling, generate
+from braces_cli.core.models.generation import Sampling
 from braces_cli.core.models.loading import Base
-from braces_cli.core.models.tokenization import context_length
+from braces_cli.core.models.tokenization import Encoded, context_length
 from braces_cli.core.session import Session
 from braces_cli.core.utils.errors import BracesError, ConfigError
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.scoring.confidence_intervals import Z, rate_error, share_interval
 from braces_cli.scoring.diversity import distinct, repetition
-from braces_cli.scoring.likelihood import Likelihood, continuation_likelihoods
+from braces_cli.scoring.likelihood import Likelihood, continuation_likelihoods, likelihoods
 from braces_cli.scoring.scorer import Scorer, Verdict
+from braces_cli.steering.chat_prompts import encode_answer, has_template
+from braces_cli.steering.generate_texts import generate_texts, text_requests
 
 _MOST = 200  # points; more is a slip in the step
 
 
 @dataclass(frozen=True)
-class SweepSettings:
+class SweepPlan:
     """What to sweep.
 
     Attributes:
@@ -45,6 +47,7 @@ class SweepSettings:
         batch_size: texts at a time.
         max_perplexity: of the chosen strength at most, as a multiple of the unsteered one.
         layers: decoder layers that are steered; None means all that can be.
+        chat: prompts go through the chat template.
     """
 
     strengths: Sequence[float]
@@ -52,6 +55,7 @@ class SweepSettings:
     batch_size: int = 32
     max_perplexity: float = 2.0
     layers: Collection[int] | None = None
+    chat: bool = False
 
 
 @dataclass
@@ -94,7 +98,7 @@ def sweep(
     judge: Scorer,
     label: str,
     sampling: Sampling,
-    settings: SweepSettings,
+    plan: SweepPlan,
     *,
     others: Sequence[tuple[Attribute, float]] = (),
     judge_model: Base | None = None,
@@ -105,7 +109,7 @@ def sweep(
     Args:
         label: the scorer's for the attribute.
         others: attributes that stay at their strength.
-        judge_model: tells perplexity in place of the session's own base.
+        judge_model: measures perplexity in place of the session's own base.
 
     Returns:
         `{points, chosen, unsteered}`; `unsteered` is the point at s = 0, measured whether asked for or not.
@@ -114,26 +118,26 @@ def sweep(
         BracesError: the scorer fails.
         ConfigError: no strength, or the continuations do not fit the model.
     """
-    if not settings.strengths:
+    if not plan.strengths:
         raise ConfigError("no strength", where="--sweep", hint="Such as --sweep -4:4:1.")
     prompts = list(prompts)
-    found: dict[float, Texts] = {}
-    wanted = [*settings.strengths, *([] if 0 in settings.strengths else [0.0])]
+    texts_at: dict[float, Texts] = {}
+    wanted = [*plan.strengths, *([] if 0 in plan.strengths else [0.0])]
     for index, s in enumerate(wanted):
         stage = f"strength {index + 1} of {len(wanted)}: s = {s:g}"
-        with steered(session, [(attribute, s), *others], settings.layers):
-            texts = continuations(session, prompts, sampling, settings, report, stage)
-        found[s] = Texts(s, texts)
-    for each in found.values():
+        with steered(session, [(attribute, s), *others], plan.layers):
+            texts = continuations(session, prompts, sampling, plan, report, stage)
+        texts_at[s] = Texts(s, texts)
+    for each in texts_at.values():
         each.verdicts = judge.judge(each.texts, label)
         if len(each.verdicts) != len(each.texts):
             raise BracesError(f"{judge.name} scored {len(each.verdicts)} of {len(each.texts)} texts")
-        each.likelihoods = surprise(session, prompts, each.texts, settings.batch_size, judge_model)
-    rows = [point(found[s], prompts, range(len(prompts))) for s in settings.strengths]
+        each.likelihoods = continuation_nll(session, prompts, each.texts, plan.batch_size, judge_model, plan.chat)
+    rows = [point(texts_at[s], prompts, range(len(prompts))) for s in plan.strengths]
     return {
         "points": rows,
-        "chosen": _choose([found[s] for s in settings.strengths], found[0.0], prompts, settings.max_perplexity),
-        "unsteered": point(found[0.0], prompts, range(len(prompts))),
+        "chosen": _choose([texts_at[s] for s in plan.strengths], texts_at[0.0], prompts, plan.max_perplexity),
+        "unsteered": point(texts_at[0.0], prompts, range(len(prompts))),
     }
 
 
@@ -141,32 +145,44 @@ def continuations(
     session: Session,
     prompts: Sequence[str],
     sampling: Sampling,
-    settings: SweepSettings,
+    plan: SweepPlan,
     report: Report = silent,
     stage: str = "generating",
 ) -> list[str]:
     """Texts of every prompt, its samples together, as the session is steered now."""
-    jobs = [Job(prompt, index, k) for index, prompt in enumerate(prompts) for k in range(settings.samples)]
-    texts: list[str] = []
-    for start in range(0, len(jobs), settings.batch_size):
-        batch = jobs[start : start + settings.batch_size]
-        texts += generate(session.base.model, session.base.tokenizer, batch, sampling)
-        report(stage, len(texts), len(jobs))
-    return texts
+    texts = generate_texts(
+        session, text_requests(prompts, plan.samples), sampling, batch_size=plan.batch_size, chat=plan.chat,
+        stage=stage, total=len(prompts) * plan.samples, report=report,
+    )  # fmt: skip
+    return list(texts)
 
 
-def surprise(
-    session: Session, prompts: Sequence[str], texts: Sequence[str], batch_size: int, judge_model: Base | None = None
+def continuation_nll(
+    session: Session,
+    prompts: Sequence[str],
+    texts: Sequence[str],
+    batch_size: int,
+    judge_model: Base | None = None,
+    chat: bool = False,
 ) -> list[Likelihood]:
-    """Likelihood of each text given its prompt, under the bare base or the judge; prompts stand for equal shares."""
+    """Negative log-likelihood of each text given its prompt, under the bare base or the judge.
+
+    Args:
+        texts: as many for each prompt, those of one prompt together.
+        chat: the texts answer the prompts in a chat; a judge without a chat template reads them as plain text.
+    """
     base = judge_model or session.base
     samples = len(texts) // len(prompts)
     pairs = [(prompts[index // samples], text) for index, text in enumerate(texts)]
+    window = context_length(base.model, base.tokenizer)
     with ExitStack() as stack:
         if session.adapter is not None and judge_model is None:
             stack.enter_context(session.adapter.disabled())
-        window = context_length(base.model, base.tokenizer)
-        return continuation_likelihoods(base.model, base.tokenizer, pairs, window, batch_size)
+        if not (chat and has_template(base.tokenizer)):
+            return continuation_likelihoods(base.model, base.tokenizer, pairs, window, batch_size)
+        examples = [encode_answer(base.tokenizer, prompt, text) for prompt, text in pairs]
+        examples = [Encoded(each.ids[-window:], each.labels[-window:], False, False) for each in examples]
+        return likelihoods(base.model, examples, base.tokenizer.pad_token_id, batch_size)
 
 
 def point(measured: Texts, prompts: Sequence[str], chosen: Collection[int]) -> dict[str, Any]:

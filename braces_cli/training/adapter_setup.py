@@ -7,11 +7,12 @@ from typing import Any
 from torch import nn
 
 from braces_cli.core.method.adapter import Adapter, attach
+from braces_cli.core.models.layer_ranges import chosen_layers
 from braces_cli.data.examples import Examples
 from braces_cli.data.streaming_examples import Stream
-from braces_cli.training.initialization import scale_to_base, start_projections, token_path_shares
 from braces_cli.training.peft_baselines import PeftAdapter
 from braces_cli.training.settings import TrainSettings
+from braces_cli.training.token_path import token_path_shares
 
 
 def fresh_adapter(model: nn.Module, settings: TrainSettings, examples: Examples | Stream) -> Adapter | PeftAdapter:
@@ -22,11 +23,8 @@ def fresh_adapter(model: nn.Module, settings: TrainSettings, examples: Examples 
     """
     if settings.method != "braces":
         return PeftAdapter(model, settings)
-    adapter = attach(model, settings.rank, settings.layers, settings.seed)
-    start_projections(adapter, settings.init, examples.items, settings.seed)
-    if settings.scale == "auto":
-        scale_to_base(adapter, first_batch(examples, settings))
-    return adapter
+    layers = chosen_layers(model, settings.layers)
+    return attach(model, settings.rank, layers, settings.seed, settings.relevance)
 
 
 def first_batch(examples: Examples | Stream, settings: TrainSettings) -> Any:
@@ -46,7 +44,7 @@ def parameter_groups(adapter: Adapter | PeftAdapter, settings: TrainSettings) ->
     if isinstance(adapter, PeftAdapter):
         return [{"params": [p for _, p in adapter.named_parameters()], "lr": settings.lr, "name": "lr"}]
     groups: list[dict[str, Any]] = [
-        {"params": [brace.weight for _, brace in adapter.sites], "lr": settings.lr, "name": "lr"},
+        {"params": [m for _, brace in adapter.sites for _, m in brace.matrices()], "lr": settings.lr, "name": "lr"},
         {"params": [brace.gate for _, brace in adapter.sites], "lr": settings.gate_lr, "name": "gate_lr"},
     ]
     if adapter.mlp is not None:

@@ -17,24 +17,6 @@ from braces_cli.data.streaming_examples import Stream
 from braces_cli.training.settings import TrainSettings
 
 
-def parse_opposites(values: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """`A:B` of each value.
-
-    Raises:
-        ConfigError: no such form, or a name in two pairs.
-    """
-    pairs = []
-    for value in values:
-        one, colon, other = (part.strip() for part in value.partition(":"))
-        if not (one and colon and other) or one == other:
-            raise ConfigError(f"`{value}` is not A:B", where="--opposites", hint="Such as positive:negative.")
-        pairs.append((one, other))
-    names = [name for pair in pairs for name in pair]
-    if len(set(names)) < len(names):
-        raise ConfigError("an attribute is in two pairs", where="--opposites", hint="Each can have one opposite.")
-    return tuple(pairs)
-
-
 def gather_attributes(
     session: Session, settings: TrainSettings, sets: Sequence[Examples | Stream], folder: Path | None
 ) -> list[Attribute]:
@@ -50,12 +32,12 @@ def gather_attributes(
             hint = f"{near_misses(row.attribute, known)} Known: {', '.join(known)}.".strip()
             raise DataError(f"unknown attribute `{row.attribute}`", where=row.where, hint=hint)
     named = {row.attribute for examples in sets for row in examples.conditions if row.attribute is not None}
-    named |= {name for pair in settings.opposites for name in pair}
+    named |= {name for pair in settings.pairs for name in pair}
     if not named:
         hint = "Rows name their attribute there; neutral, empty and null train at strength 0."
         raise ConfigError("no row names an attribute", where="--attribute-field", hint=hint)
     found = {name: find_attribute(session, name, folder) for name in sorted(named)}
-    for one, other in settings.opposites:
+    for one, other in settings.pairs:
         found[one], found[other] = opposite(session, found[one], found[other])
     return list(found.values())
 

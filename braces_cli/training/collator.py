@@ -17,14 +17,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from braces_cli.core.models.padding import pad_right
 from braces_cli.core.models.tokenization import IGNORED, Encoded
-from braces_cli.data.examples import Example
+from braces_cli.data.examples import Example, Examples
+from braces_cli.data.streaming_examples import Stream
 from braces_cli.training.attribute_conditioning import Conditioner
 from braces_cli.training.selective_logits import pick_scored
 
@@ -56,8 +56,35 @@ class Layout:
     only_scored: bool = False
 
 
+@dataclass(frozen=True)
+class Batch:
+    """The examples of one forward and backward pass.
+
+    Attributes:
+        blocks: inputs of the model, `labels`, and `strengths` and `scored` where they are used.
+        tokens: of the examples, without padding.
+        scored: tokens that have a loss.
+        computed: tokens of the blocks, padding included.
+    """
+
+    blocks: list[Block]
+    tokens: int
+    scored: int
+    computed: int
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What the steps are fed with: the examples, how they lie in blocks, and what they are conditioned on."""
+
+    examples: Examples | Stream
+    layout: Layout
+    conditioner: Conditioner | None
+    pad_id: int
+
+
 class Collator:
-    """Makes a batch of examples: `blocks`, and their flat `labels`, by which Trainer counts what is scored.
+    """Turns examples into a `Batch`.
 
     Args:
         conditioner: gives each block the `strengths` of its rows or, packed, of its tokens; None: there are none.
@@ -66,10 +93,9 @@ class Collator:
     def __init__(self, layout: Layout, pad_id: int, conditioner: Conditioner | None = None) -> None:
         self._layout, self._pad_id, self._conditioner = layout, pad_id, conditioner
 
-    def __call__(self, rows: Sequence[Example | None]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[Example | None]) -> Batch:
         kept = [row for row in rows if row is not None]
         items = [row.tokens for row in kept if row.tokens is not None]
-        flat = [label for item in items for label in [IGNORED, *item.labels[1:]]]
         if self._layout.packed:
             blocks = [self._packed(kept, items)]
         else:
@@ -77,7 +103,9 @@ class Collator:
         if self._layout.only_scored:
             for block in blocks:
                 pick_scored(block)
-        return {"labels": torch.tensor(flat, dtype=torch.long), "blocks": blocks}
+        # The first token of an example is never scored.
+        scored = sum(len(item.labels) - 1 - item.labels[1:].count(IGNORED) for item in items)
+        return Batch(blocks, sum(len(item.ids) for item in items), scored, computed_tokens(blocks))
 
     def _packed(self, kept: Sequence[Example], items: Sequence[Encoded]) -> Block:
         rows = fill_rows([len(item.ids) for item in items], self._layout.attention, self._layout.context)

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core.utils.errors import BracesError, ConfigError
+from braces_cli.core.models.hub_errors import hub_faults
+from braces_cli.core.utils.errors import BracesError, ConfigError, first_line
 
 # An adapter and its pictures; no checkpoint, no log of a reporter.
 _FILES = [
@@ -30,9 +31,9 @@ def check_push(repo: str) -> None:
         raise ConfigError("HF_HUB_OFFLINE is set", where=where, hint="Unset it, or upload the folder later.")
     try:
         HfApi().whoami()
-    except Exception as error:
+    except hub_faults() as error:
         hint = "Set HF_TOKEN to a token that may write, or log in with `hf auth login`."
-        raise ConfigError(f"the hub does not let us in: {_first(error)}", where=where, hint=hint) from error
+        raise ConfigError(f"the hub denied access: {first_line(error)}", where=where, hint=hint) from error
 
 
 def push(folder: Path, repo: str) -> str:
@@ -49,11 +50,7 @@ def push(folder: Path, repo: str) -> str:
         api.upload_folder(
             repo_id=address.repo_id, folder_path=folder, allow_patterns=_FILES, commit_message="Upload of braces"
         )
-    except Exception as error:
+    except hub_faults() as error:
         hint = f"The adapter is safe in {os.fspath(folder)}; the same command with --resume tries the upload again."
-        raise BracesError(f"cannot upload: {_first(error)}", where=repo, hint=hint) from error
+        raise BracesError(f"cannot upload: {first_line(error)}", where=repo, hint=hint) from error
     return str(address)
-
-
-def _first(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -26,11 +26,11 @@ def check_launch(resume: bool, attributes: bool, device: str) -> None:
             up in a way that cannot work; tensor, context or pipeline parallelism.
     """
     for name, what in _OTHERS.items():
-        if _asked_for(name):
+        if _is_set(name):
             raise ConfigError("an adapter is trained under DDP, FSDP2 or ZeRO-1 and 2 only", where=what, hint=_DDP)
-    if _asked_for("ACCELERATE_USE_FSDP"):
+    if _is_set("ACCELERATE_USE_FSDP"):
         _check_fsdp(attributes, device)
-    if not _asked_for("ACCELERATE_USE_DEEPSPEED"):
+    if not uses_deepspeed():
         return
     if resume:
         hint = "Resume it with DDP or FSDP2 (recipes/launch); checkpoints that those wrote will do."
@@ -54,10 +54,10 @@ def _check_fsdp(attributes: bool, device: str) -> None:
     if os.environ.get("FSDP_VERSION", "1") != "2":
         what = "only version 2 keeps an adapter's parameters apart from those of the base"
         raise ConfigError(what, where="fsdp_version", hint=_FSDP2)
-    if _asked_for("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+    if _is_set("FSDP_CPU_RAM_EFFICIENT_LOADING"):
         what = "every process runs the base before it is spread, so each must have read it"
         raise ConfigError(what, where="fsdp_cpu_ram_efficient_loading: true", hint=_FSDP2)
-    if _asked_for("FSDP_ACTIVATION_CHECKPOINTING"):
+    if _is_set("FSDP_ACTIVATION_CHECKPOINTING"):
         what = "it gives parameters other names than they are saved by"
         hint = "Set it to false, and give --gradient-checkpointing."
         raise ConfigError(what, where="fsdp_activation_checkpointing: true", hint=hint)
@@ -67,7 +67,12 @@ def _check_fsdp(attributes: bool, device: str) -> None:
         raise ConfigError("accelerate has no FSDP on a CPU: the base would not be spread", where="FSDP", hint=_DDP)
 
 
-def _asked_for(name: str) -> bool:
+def uses_deepspeed() -> bool:
+    """Whether the launcher asks for DeepSpeed."""
+    return _is_set("ACCELERATE_USE_DEEPSPEED")
+
+
+def _is_set(name: str) -> bool:
     return os.environ.get(name, "").lower() == "true"
 
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
-
-from braces_cli.core.utils.atomic_files import write_text
+from braces_cli.core.utils.atomic_files import finite, write_text
 from braces_cli.core.utils.errors import BracesError
 from braces_cli.core.utils.plotting import figure, save_figure
 
@@ -22,8 +19,8 @@ _KEYS = (
 )  # fmt: skip
 
 
-class MetricsFile(TrainerCallback):
-    """Adds each row to the file as soon as nothing can be added to the row.
+class MetricsFile:
+    """Appends rows to the file.
 
     Args:
         path: of the file.
@@ -32,40 +29,23 @@ class MetricsFile(TrainerCallback):
 
     def __init__(self, path: Path, step: int = 0) -> None:
         self._path = path
-        self._row: dict[str, Any] = {}
-        kept = [row for row in read_metrics(path) if row["step"] <= step]
-        if kept or path.exists():
-            write_text(path, "".join(_line(row) for row in kept))
+        rows = [row for row in read_metrics(path) if row["step"] <= step]
+        if rows or path.exists():
+            write_text(path, "".join(_line(row) for row in rows))
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if not logs or ("loss" not in logs and "eval_loss" not in logs):
-            return
-        if self._row.get("step") != state.global_step:
-            self.flush()
-        found = {**self._row, **logs, "step": state.global_step}
-        self._row = {key: found[key] for key in _KEYS if key in found}
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.flush()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.flush()
-
-    def flush(self) -> None:
-        """Write the row that is waiting, if any."""
-        if self._row:
-            try:
-                with self._path.open("a", encoding="utf-8") as lines:
-                    lines.write(_line(self._row))
-            except OSError as error:
-                hint = "Is the disk full? Make room and go on with --resume."
-                raise BracesError(f"cannot write: {error.strerror}", where=str(self._path), hint=hint) from error
-            self._row = {}
+    def add(self, values: dict[str, Any]) -> None:
+        """Write one row; unknown keys are left out."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as lines:
+                lines.write(_line({key: values[key] for key in _KEYS if key in values}))
+        except OSError as error:
+            hint = "Is the disk full? Make room and go on with --resume."
+            raise BracesError(f"cannot write: {error.strerror}", where=str(self._path), hint=hint) from error
 
 
 def _line(row: dict[str, Any]) -> str:
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    return json.dumps(finite, allow_nan=False) + "\n"
+    return json.dumps(finite(row), allow_nan=False) + "\n"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from braces_cli.core.models.tokenization import Encoded, context_length
 from braces_cli.core.session import Session
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.training.collator import GROUPS, Layout, pack
-from braces_cli.training.selective_logits import can_pick
+from braces_cli.training.selective_logits import MODEL_FAULTS, can_pick
 from braces_cli.training.settings import TrainSettings
 
 logger = logging.getLogger("braces")
@@ -110,8 +110,8 @@ def packing_fault(model: Any, probe: Sequence[list[int]], pad_id: int) -> str | 
             alone = [_alone(model, ids) for ids in probe]
             packed = _packed(model, probe, rows, pad_id)
             other = _packed(model, [[(token + 1) % _vocabulary(model) for token in first], *rest], rows, pad_id)
-    except Exception as error:
-        # A forward pass that takes no positions, or none that start anew, may fail in any way.
+    except MODEL_FAULTS as error:
+        # A forward pass that takes no positions, or none that start anew.
         return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
     finally:
         model.train(was_training)

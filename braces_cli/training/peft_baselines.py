@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from braces_cli.core.method.adapter_files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, AdapterConfig
+from braces_cli.core.models.layer_ranges import chosen_layers
 from braces_cli.core.utils.atomic_files import write_json, write_tensors, write_text
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.training.settings import TrainSettings
@@ -49,7 +50,7 @@ class PeftAdapter:
     def __init__(self, model: nn.Module, settings: TrainSettings) -> None:
         self.model = model
         self.rank = settings.rank
-        self.layers = list(settings.layers or [])
+        self.layers = chosen_layers(model, settings.layers) or []
         self._wrapper = _inject(model, settings, _OPTIONS[settings.method])
         self._initial: dict[str, Tensor] | None = None
         if settings.method == "pissa":
@@ -128,7 +129,7 @@ def _inject(model: nn.Module, settings: TrainSettings, options: dict[str, Any]) 
         r=settings.rank,
         lora_alpha=settings.lora_alpha if settings.lora_alpha is not None else 2 * settings.rank,
         target_modules=_targets(model, settings),
-        layers_to_transform=settings.layers,
+        layers_to_transform=chosen_layers(model, settings.layers),
         lora_dropout=0.0,
         **options,
     )

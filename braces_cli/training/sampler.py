@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from itertools import count, islice
 
 import torch
-from torch.utils.data import Dataset, Sampler
-from transformers import TrainerCallback
+from torch.utils.data import Sampler
 
 from braces_cli.core.utils.distributed import world_size
 from braces_cli.data.examples import Example, Examples
+from braces_cli.data.streaming_examples import Stream
 from braces_cli.training.settings import TrainSettings
 
 # Index of no example.
@@ -22,27 +22,10 @@ def global_batch(settings: TrainSettings) -> int:
     return settings.batch_size * settings.gradient_accumulation * world_size()
 
 
-class Rows(Dataset):
-    """Examples in memory by index; `NONE` is None."""
-
-    def __init__(self, examples: Examples) -> None:
-        self._examples = examples
-
-    def __len__(self) -> int:
-        return len(self._examples.items)
-
-    def __getitem__(self, index: int) -> Example | None:
-        if index == NONE:
-            return None
-        conditions = self._examples.conditions
-        return Example(self._examples.items[index], conditions[index] if conditions else None)
-
-
-class Order(Sampler[int]):
+class EpochSampler(Sampler[int]):
     """Indices of an epoch, drawn without replacement; its last global batch is filled up with `NONE`.
 
-    So every process gets as many batches as any other and no example is seen twice in an epoch, whereas accelerate
-    would fill up with examples from the front, others for each number of processes.
+    Every process gets the same number of batches and no example is seen twice in an epoch.
 
     Args:
         count: examples.
@@ -66,12 +49,20 @@ class Order(Sampler[int]):
         yield from [NONE] * (len(self) - self._count)
 
 
-class SetEpoch(TrainerCallback):
-    """Tells the order its epoch, which accelerate's loaders do not pass on where they skip what a resumed run has
-    done on several processes."""
+def steps_per_epoch(examples: Examples | Stream, settings: TrainSettings) -> int | None:
+    """Optimizer steps of a pass; None for a stream, whose length is not known."""
+    return -(-len(examples.items) // global_batch(settings)) if isinstance(examples, Examples) else None
 
-    def __init__(self, order: Order) -> None:
-        self._order = order
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._order.set_epoch(int(state.epoch or 0))
+def example_order(examples: Examples | Stream, settings: TrainSettings, done: int = 0) -> Iterator[Example | None]:
+    """Endless passes over the examples, from behind the first `done` optimizer steps; None is no example."""
+    size = global_batch(settings)
+    if isinstance(examples, Stream):
+        yield from islice(examples, done * size, None)
+        return
+    sampler = EpochSampler(len(examples.items), settings.seed, size)
+    first, skipped = divmod(done * size, len(sampler))
+    for epoch in count(first):
+        sampler.set_epoch(epoch)
+        for index in islice(sampler, skipped if epoch == first else 0, None):
+            yield None if index == NONE else examples[index]

@@ -22,10 +22,27 @@ from braces_cli.core.models.tokenization import IGNORED
 
 logger = logging.getLogger("braces")
 
+# What a forward pass of a model raises that does not take its inputs in this form.
+MODEL_FAULTS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
+
 
 def next_tokens(labels: Tensor) -> Tensor:
     """What each token should be followed by, `IGNORED` behind the last one of a row: (rows, tokens) both."""
     return F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+
+
+def mean_loss(logits: Tensor, labels: Tensor, count: Tensor | int) -> Tensor:
+    """Cross entropy of the next token, in float32, summed over a block and divided by `count`.
+
+    Args:
+        labels: (rows, tokens); or (k,), the next tokens themselves, where there are logits of k scored tokens only.
+        count: scored tokens of the optimizer step.
+    """
+    # Labels are moved rather than logits: no copy of (tokens, vocabulary).
+    targets = (labels if labels.ndim == 1 else next_tokens(labels)).to(logits.device)
+    flat = logits.reshape(-1, logits.shape[-1]).float()
+    summed = F.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORED, reduction="sum")
+    return summed / torch.as_tensor(count, device=summed.device)
 
 
 def pick_scored(block: dict[str, Tensor]) -> None:
@@ -73,8 +90,8 @@ def can_pick(model: Any, ids: Sequence[int], tolerance: float) -> bool:
             whole = model(input_ids=rows, use_cache=False).logits.float()
             with only_scored(model, scored):
                 picked = model(input_ids=rows, use_cache=False).logits.float()
-    except Exception as error:
-        # A head that is called in a way of its own, or none that can be found, may fail in any way.
+    except MODEL_FAULTS as error:
+        # A head that is called in a way of its own, or a model without one.
         logger.debug("logits of all tokens are computed: %s", error)
         return False
     finally:

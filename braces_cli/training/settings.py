@@ -1,181 +1,347 @@
-"""What a training run is asked to do."""
+"""Settings of a training run, each with its default and help text. Light: no torch here."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
+from braces_cli.core.method.relevance_forms import FORMS
+from braces_cli.core.models.load_options import ModelSettings
 from braces_cli.core.utils.errors import ConfigError
+from braces_cli.core.utils.settings import (
+    ATTRIBUTES,
+    CHECKPOINTS,
+    DATA,
+    METHOD,
+    OPTIMISATION,
+    OUTPUT,
+    SeedSettings,
+    Settings,
+    flag_of,
+    option,
+    options_of,
+    plain,
+)
+from braces_cli.data.row_formats import Columns, parse_columns
 
 SCHEDULES = ("linear", "cosine", "constant")
-INITS = ("random", "values", "inputs")
-SCALES = ("paper", "auto")
 # Those of peft; see `training.peft_baselines`.
 BASELINES = ("lora", "rslora", "dora", "pissa")
 METHODS = ("braces", *BASELINES)
 # Settings that only one kind of method reads.
-BRACES_ONLY = ("gate_lr", "init", "scale", "attribute_field", "strength_field", "opposites", "contrast", "margin")
+BRACES_ONLY = ("gate_lr", "relevance", "scale", "attribute_field", "strength_field", "opposites", "contrast", "margin")
 BASELINE_ONLY = ("lora_alpha", "lora_targets")
+# Without attributes something else would be trained than was asked for, so a baseline refuses these in a file, too.
+_NEVER_IGNORED = ("attribute_field", "opposites", "attributes")
+# By measurement (recipes/LOG.md): at equal numbers of parameters, hence half the rank where there are two projections.
+DEFAULT_FORM = "untied"
+DEFAULT_RANK, DEFAULT_RANKS = 16, {"untied": 8}
 # Peak learning rates where none is given, by measurement (recipes/LOG.md). A step of Adam turns R by about lr sqrt(d),
-# so it is this product that is held, and the rate follows from the width d.
+# so this product is held constant, and the rate follows from the width d.
 DEFAULT_TURN = 0.16
 BASELINE_LR = 1e-3
-# A contrast of attributes shuts gates that move too fast before it has found its direction.
+# With the contrastive loss, gates that move too fast close before they have found their direction.
 DEFAULT_GATE_LR, DEFAULT_GATE_LR_ATTRIBUTES = 0.3, 0.1
+# Of the coefficients of `signed` and `untied`.
+DEFAULT_COEFFICIENT_LR = 0.1
 # Of a run with attributes, by measurement as well.
 DEFAULT_CONTRAST, DEFAULT_MARGIN = 0.1, 6.0
 PACKING = ("auto", "on", "off")
 REPORTERS = ("tensorboard", "wandb", "none")
+# Column of a row's strength where no other is named.
+STRENGTH = "strength"
 
 
-@dataclass(frozen=True)
-class TrainSettings:
-    """Settings of one run.
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(SeedSettings):
+    """What is trained, and how: everything that an adapter's config records.
+
+    Defaults that depend on other settings are None on the command line and filled in here; `lr` by `at_width`.
 
     Attributes:
-        rank: d_r.
-        layers: indices of the layers to adapt; None is all.
-        lr: peak learning rate of the projections; None is the default at the width of the model, see `at_width`.
-        gate_lr: peak learning rate of the gates. They start nearly shut, and so do the gradients of the projections,
-            so they need a rate of their own; None is the default, which is lower where attributes are trained.
-        epochs: passes over the data, unless `max_steps` is set.
-        max_steps: optimizer steps.
-        batch_size: examples a process and step.
-        gradient_accumulation: batches an optimizer step.
-        warmup_steps: optimizer steps until the peak rate.
-        schedule: of the rate after the warm-up: linear or cosine to zero, or constant.
-        max_length: tokens of an example that are kept.
-        gradient_checkpointing: recompute activations in the backward pass, and keep no products of W_V
-            (`core.method.value_gram`): less memory, about a third more time.
-        seed: of the projections' start and the order of examples.
-        attribute_field: column of the rows' attributes; None: attributes are not trained.
-        strength_field: column of their strengths.
-        opposites: pairs of attributes that are the two ends of one axis.
-        contrast: weight of telling each row's strength from its opposite, see `training.contrastive_loss`; 0 is the
-            paper's loss; None is the default where attributes are trained, else 0.
-        margin: by how much they are told apart, in nats a row and unit of strength: the larger, the stronger the
-            steering; None is the default, and stays None without a contrast.
-        method: `braces`, or a baseline.
-        init: where the projections start, see `training.initialization`.
-        scale: `paper`, or `auto` for a fixed scalar per layer that makes up for the size of the base's weights.
-        lora_alpha: of a baseline, whose update is multiplied by alpha / rank; None is twice the rank.
-        lora_targets: names of the modules that a baseline adapts; empty is the queries and values.
-        packing: several examples a row: auto (where a probe shows that it changes nothing), on or off.
-        streaming: rows are read as they are needed; needs `max_steps`.
-        chat_template: some rows are chats, written by the tokenizer's template.
+        chat_template: some rows are chats, written by the tokenizer's template. Found out from the rows.
     """
 
-    rank: int = 16
-    layers: list[int] | None = None
-    lr: float | None = None
-    gate_lr: float | None = None
-    epochs: float = 1.0
-    max_steps: int | None = None
-    batch_size: int = 16
-    gradient_accumulation: int = 1
-    warmup_steps: int = 20
-    schedule: str = "linear"
-    max_length: int = 1024
-    gradient_checkpointing: bool = False
-    seed: int = 0
-    attribute_field: str | None = None
-    strength_field: str = "strength"
-    opposites: tuple[tuple[str, str], ...] = ()
-    contrast: float | None = None
-    margin: float | None = None
-    method: str = "braces"
-    init: str = "random"
-    scale: str = "paper"
-    lora_alpha: int | None = None
-    lora_targets: tuple[str, ...] = ()
-    packing: str = "auto"
-    streaming: bool = False
+    method: str = option("braces", help="What to train; all but the first are baselines from peft.", choices=METHODS)
+    relevance: str = option(
+        DEFAULT_FORM,
+        help="Form of relevance: one gate a layer as in the paper, a signed coefficient a direction, or with keys and "
+        "queries projected apart.",
+        choices=FORMS,
+    )
+    rank: int = option(
+        None,
+        help="Rank of the relevance projections, or of a baseline's update. "
+        f"Default: {DEFAULT_RANKS['untied']} for untied, else {DEFAULT_RANK}.",
+        min=1,
+    )
+    attribute_field: str | None = option(
+        None, help="Column that names each row's attribute. Trains an adapter that can be steered by it."
+    )
+    streaming: bool = option(
+        False, help="Read rows while training, for sets larger than memory. Needs --max-steps.", panel=DATA
+    )
+    packing: str = option(
+        "auto",
+        help="Put several examples into a row: where a probe shows that logits stay the same, always, or never.",
+        panel=DATA,
+        choices=PACKING,
+    )
+    max_length: int = option(
+        1024, help="Tokens kept of an example (at most the model's context).", min=2, panel=DATA, metavar="TOKENS"
+    )
+    layers: str | None = option(
+        None, help="Layers to adapt, such as 8-20,24 or 1- (inclusive, from 0). Default: all.", panel=METHOD
+    )
+    lora_alpha: int | None = option(
+        None, help="A baseline's update is multiplied by this over the rank. Default: twice the rank.", min=1,
+        panel=METHOD,
+    )  # fmt: skip
+    lora_targets: tuple[str, ...] = option(
+        (), help="Modules that a baseline adapts, separated by commas. Default: q_proj,v_proj. Repeatable.",
+        panel=METHOD, metavar="NAME,...",
+    )  # fmt: skip
+    lr: float | None = option(
+        None,
+        help=f"Peak learning rate. Default: {DEFAULT_TURN:g} / sqrt(width), for baselines {BASELINE_LR:g}.",
+        panel=OPTIMISATION,
+    )
+    gate_lr: float | None = option(
+        None,
+        help="Peak learning rate of the gates and coefficients. "
+        f"Default: {DEFAULT_COEFFICIENT_LR:g}; for paper {DEFAULT_GATE_LR:g}, with attributes "
+        f"{DEFAULT_GATE_LR_ATTRIBUTES:g}.",
+        panel=OPTIMISATION,
+    )
+    epochs: float = option(1.0, help="Passes over the data.", panel=OPTIMISATION)
+    max_steps: int | None = option(
+        None, help="Optimizer steps; takes precedence over --epochs.", min=1, panel=OPTIMISATION
+    )
+    batch_size: int = option(
+        16, help="Examples per process in each forward pass.", min=1, panel=OPTIMISATION, outcome=False
+    )
+    gradient_accumulation: int = option(1, help="Batches per optimizer step.", min=1, panel=OPTIMISATION, outcome=False)
+    warmup_steps: int = option(
+        20, help="Optimizer steps until the peak learning rate is reached.", min=0, panel=OPTIMISATION
+    )
+    schedule: str = option(
+        "linear", help="Learning rate after the warm-up: falls to zero along a line or cosine, or stays constant.",
+        panel=OPTIMISATION, choices=SCHEDULES,
+    )  # fmt: skip
+    gradient_checkpointing: bool = option(
+        False,
+        help="Recompute activations in the backward pass: less memory, about a third more time.",
+        panel=OPTIMISATION,
+        outcome=False,
+    )
+    strength_field: str = option(
+        STRENGTH, help="Column of the attribute's strength; 1 where a row has none.", panel=ATTRIBUTES
+    )
+    opposites: tuple[str, ...] = option(
+        (), help="Two attributes that are the ends of one axis. Repeatable.", panel=ATTRIBUTES, metavar="A:B"
+    )
+    contrast: float | None = option(
+        None,
+        help="Weight of a contrastive loss that compares each row at its own strength and at the opposite one; takes "
+        f"twice the time. Default: {DEFAULT_CONTRAST:g} with attributes.",
+        panel=ATTRIBUTES,
+    )
+    margin: float | None = option(
+        None,
+        help="The contrastive loss pushes each row's log-likelihood at its own strength above that at the opposite "
+        "strength, by at least this many nats per unit of strength: the larger, the stronger the steering. "
+        f"Default: {DEFAULT_MARGIN:g}.",
+        panel=ATTRIBUTES,
+    )
     chat_template: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("lr", "gate_lr", "epochs"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
-                raise ConfigError(f"must be a positive number, not {value}", where=_option(name))
-        choices = {"schedule": SCHEDULES, "method": METHODS, "init": INITS, "scale": SCALES, "packing": PACKING}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                hint = f"One of {', '.join(known)}."
-                raise ConfigError(f"no {name} `{getattr(self, name)}`", where=_option(name), hint=hint)
-        if self.gate_lr is None:
-            rate = DEFAULT_GATE_LR if self.attribute_field is None else DEFAULT_GATE_LR_ATTRIBUTES
-            object.__setattr__(self, "gate_lr", rate)
-        if self.contrast is None:
-            object.__setattr__(self, "contrast", DEFAULT_CONTRAST if self.attribute_field is not None else 0.0)
+                raise ConfigError(f"must be a positive number, not {value}", where=self._flag(name))
         for name in ("contrast", "margin"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
-                raise ConfigError(f"must be nought or a positive number, is {value}", where=_option(name))
-        if self.contrast and self.attribute_field is None:
-            hint = "Name the column of each row's attribute with --attribute-field."
-            raise ConfigError("no attributes are trained", where="--contrast", hint=hint)
-        if self.contrast and self.margin is None:
-            object.__setattr__(self, "margin", DEFAULT_MARGIN)
-        if self.margin is not None and not self.contrast:
-            hint = "It needs --attribute-field, and a --contrast above 0."
-            raise ConfigError("no strengths are told apart by it", where="--margin", hint=hint)
+                raise ConfigError(f"must be zero or a positive number, not {value}", where=self._flag(name))
         if self.lora_alpha is not None and self.lora_alpha < 1:
             raise ConfigError(f"must be at least 1, not {self.lora_alpha}", where="--lora-alpha")
-        if self.method != "braces" and self.attribute_field is not None:
+        self._check_method()
+        if self.method in BASELINES and self.lr is None:
+            self._set(lr=BASELINE_LR)
+        if self.rank is None:
+            form = self.relevance if self.method == "braces" else ""
+            self._set(rank=DEFAULT_RANKS.get(form, DEFAULT_RANK))
+        self._set(lora_targets=_names(self.lora_targets))
+        self._fill_attributes()
+        if self.streaming and self.max_steps is None:
+            hint = "Say how long to train with --max-steps."
+            raise ConfigError("a stream has no known length", where="--streaming", hint=hint)
+
+    def _check_method(self) -> None:
+        """Refuse options that the method does not read.
+
+        A recipe may hold settings of both kinds, so that one file serves every method: an unused setting in a file is
+        no error, except for attributes.
+        """
+        baseline = self.method in BASELINES
+        for name in (*BRACES_ONLY, *_NEVER_IGNORED) if baseline else BASELINE_ONLY:
+            source = self.given.get(name)
+            if source == "command line" or (source == "file" and name in _NEVER_IGNORED):
+                flag = self._flag(name)
+                hint = f"Leave it out, or use {'--method braces' if baseline else 'a baseline, such as --method lora'}."
+                raise ConfigError(f"{self.method} has no use for {flag}", where=flag, hint=hint)
+        if baseline and self.attribute_field is not None:
             hint = "Leave out --attribute-field, or train with --method braces."
             raise ConfigError(f"{self.method} cannot be trained on attributes", where="--method", hint=hint)
-        if self.streaming and self.max_steps is None:
-            raise ConfigError(
-                "a stream has no known length", where="--streaming", hint="Say how long to train with --max-steps."
-            )
 
-    def at_width(self, width: int) -> TrainSettings:
-        """The same with a rate, where none was given: for a model of d = `width`, to three digits."""
+    def _fill_attributes(self) -> None:
+        """Check what only a run with attributes reads, and fill in its defaults."""
+        trained = self.attribute_field is not None
+        hint = "Name the column of each row's attribute with --attribute-field."
+        if self.opposites and not trained:
+            raise ConfigError("no attributes are trained", where="--opposites", hint=hint)
+        if self.strength_field != STRENGTH and not trained:
+            raise ConfigError("a strength without an attribute", where="--strength-field", hint=hint)
+        parse_opposites(self.opposites)
+        if self.gate_lr is None:
+            paper = DEFAULT_GATE_LR_ATTRIBUTES if trained else DEFAULT_GATE_LR
+            self._set(gate_lr=paper if self.relevance == "paper" else DEFAULT_COEFFICIENT_LR)
+        if self.contrast is None:
+            self._set(contrast=DEFAULT_CONTRAST if trained else 0.0)
+        if self.contrast and not trained:
+            raise ConfigError("no attributes are trained", where="--contrast", hint=hint)
+        if self.contrast and self.margin is None:
+            self._set(margin=DEFAULT_MARGIN)
+        if self.margin is not None and not self.contrast:
+            hint = "It needs --attribute-field, and a --contrast above 0."
+            raise ConfigError("there is no contrastive loss", where="--margin", hint=hint)
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def _flag(self, name: str) -> str:
+        return flag_of(type(self), name)
+
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """`opposites`, parsed."""
+        return parse_opposites(self.opposites)
+
+    def at_width(self, width: int) -> Self:
+        """The same with a learning rate, where none was given: for a model of d = `width`, to three digits."""
         if self.lr is not None:
             return self
-        rate = DEFAULT_TURN / math.sqrt(width) if self.method == "braces" else BASELINE_LR
-        return replace(self, lr=float(f"{rate:.3g}"))
+        return replace(self, lr=float(f"{DEFAULT_TURN / math.sqrt(width):.3g}"))
 
     def recorded(self) -> dict[str, Any]:
         """What the method reads: the settings that explain an adapter."""
-        other = BASELINE_ONLY if self.method == "braces" else BRACES_ONLY
-        return {name: value for name, value in asdict(self).items() if name not in other}
+        other = ("given", *(BASELINE_ONLY if self.method == "braces" else BRACES_ONLY))
+        found = {f.name: plain(getattr(self, f.name)) for f in fields(TrainSettings) if f.name not in other}
+        return {**found, **({"opposites": plain(self.pairs)} if "opposites" in found else {})}
 
 
-@dataclass(frozen=True)
-class Upkeep:
-    """What happens beside the training, and changes nothing of its outcome. All counts are optimizer steps.
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings(Settings):
+    """What happens beside the training, and changes nothing of its outcome. All counts are optimizer steps."""
 
-    Attributes:
-        save_steps: between checkpoints; 0: none.
-        save_total_limit: checkpoints that are kept; 0: all.
-        eval_steps: between measurements of the evaluation rows; 0: at the end only.
-        logging_steps: between rows of `metrics.jsonl`.
-        report_to: tensorboard, wandb or none.
-        resume: go on from the newest checkpoint.
-        push_to_hub: repository that the adapter is uploaded to.
-    """
-
-    save_steps: int = 500
-    save_total_limit: int = 2
-    eval_steps: int = 0
-    logging_steps: int = 10
-    report_to: str = "none"
-    resume: bool = False
-    push_to_hub: str | None = None
+    save_steps: int = option(500, help="Steps between checkpoints; 0: none.", min=0, panel=CHECKPOINTS, outcome=False)
+    save_total_limit: int = option(
+        2, help="Checkpoints that are kept; 0: all.", min=0, panel=CHECKPOINTS, outcome=False
+    )
+    resume: bool = option(
+        False, help="Continue from the newest checkpoint in --output-dir, if there is one.", panel=CHECKPOINTS,
+        outcome=False,
+    )  # fmt: skip
+    eval_steps: int = option(
+        0, help="Steps between measurements on --eval-data; 0: at the end only.", min=0, panel=CHECKPOINTS,
+        outcome=False,
+    )  # fmt: skip
+    logging_steps: int = option(10, help="Steps between rows of metrics.", min=1, panel=CHECKPOINTS, outcome=False)
+    report_to: str = option(
+        "none", help="Where metrics go besides metrics.jsonl.", panel=CHECKPOINTS, outcome=False, choices=REPORTERS
+    )
 
     def __post_init__(self) -> None:
-        if self.report_to not in REPORTERS:
-            raise ConfigError(
-                f"no reporter `{self.report_to}`", where="--report-to", hint=f"One of {', '.join(REPORTERS)}."
-            )
+        super().__post_init__()
         if self.report_to != "none" and find_spec(self.report_to) is None:
-            raise ConfigError(
-                f"{self.report_to} is not installed", where="--report-to", hint=f"pip install {self.report_to}"
-            )
+            hint = f"pip install {self.report_to}"
+            raise ConfigError(f"{self.report_to} is not installed", where="--report-to", hint=hint)
 
 
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(TrainSettings, CheckpointSettings, ModelSettings):
+    """A whole run: rows -> adapter folder."""
+
+    data: tuple[str, ...] = option(
+        (), help="Training rows: a file, or a hub set as id, id:split or id:subset:split. Repeatable.", metavar="ROWS"
+    )
+    output_dir: Path | None = option(None, help="Folder for the adapter.", outcome=False)
+    eval_data: tuple[str, ...] = option(
+        (), help="Rows on which base and adapter are measured. Repeatable.", panel=DATA, metavar="ROWS"
+    )
+    columns: tuple[str, ...] = option(
+        (), help="Columns of the rows, such as prompt=question,completion=answer. Repeatable.", panel=DATA,
+        metavar="KEY=COLUMN,...",
+    )  # fmt: skip
+    attributes: Path | None = option(None, help="Folder that attr-build wrote.", panel=ATTRIBUTES)
+    overwrite: bool = option(False, help="Write into an output folder that is not empty.", panel=OUTPUT, outcome=False)
+    push_to_hub: str | None = option(
+        None, help="Repository (owner/name) to upload the adapter to.", panel=OUTPUT, outcome=False
+    )
+
+    def __post_init__(self) -> None:
+        columns = self.row_columns
+        for key, name, default in (("attribute", "attribute_field", None), ("strength", "strength_field", STRENGTH)):
+            column, other = getattr(columns, key), getattr(self, name)
+            if column is not None and other not in (default, column):
+                hint = f"Leave out {self._flag(name)}, or `{key}` of --columns."
+                raise ConfigError(f"two columns for `{key}`: {column} and {other}", where="--columns", hint=hint)
+            if column is not None:
+                self._set(**{name: column})
+        super().__post_init__()
+        if self.resume and self.overwrite:
+            raise ConfigError("--resume keeps what --overwrite removes", where="--resume", hint="Give one of the two.")
+
+    @property
+    def row_columns(self) -> Columns:
+        """`columns`, parsed."""
+        return parse_columns(self.columns)
+
+    def identity(self, processes: int) -> dict[str, Any]:
+        """The settings that the outcome depends on.
+
+        How a step is divided into batches and processes does not matter, but the number of its examples does.
+        """
+        resolved, options = self.resolved(), options_of(type(self))
+        step = self.batch_size * self.gradient_accumulation * processes
+        return {**{name: resolved[name] for name in resolved if options[name].outcome}, "examples_per_step": step}
+
+
+def parse_opposites(values: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """`A:B` of each value.
+
+    Raises:
+        ConfigError: no such form, or a name in two pairs.
+    """
+    pairs = []
+    for value in values:
+        one, colon, other = (part.strip() for part in value.partition(":"))
+        if not (one and colon and other) or one == other:
+            raise ConfigError(f"`{value}` is not A:B", where="--opposites", hint="Such as positive:negative.")
+        pairs.append((one, other))
+    names = [name for pair in pairs for name in pair]
+    if len(set(names)) < len(names):
+        raise ConfigError("an attribute is in two pairs", where="--opposites", hint="Each can have one opposite.")
+    return tuple(pairs)
+
+
+def _names(values: Sequence[str]) -> tuple[str, ...]:
+    """Names of a repeatable option that also takes several, separated by commas."""
+    return tuple(name.strip() for value in values for name in value.split(",") if name.strip())

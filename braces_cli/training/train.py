@@ -4,37 +4,46 @@ from __future__ import annotations
 
 import logging
 import math
+import resource
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from braces_cli.core.attributes.attribute import TRAINED_FILE, Attribute, save_attributes
 from braces_cli.core.method.adapter import Adapter, attach
 from braces_cli.core.method.adapter_files import AdapterConfig, write_adapter
 from braces_cli.core.method.condition_mlp import condition_shapes
 from braces_cli.core.models.ffn import parameter_total
-from braces_cli.core.models.loading import input_device, tokenizer_hashes
-from braces_cli.core.session import Session
+from braces_cli.core.models.layer_ranges import chosen_layers
+from braces_cli.core.models.loading import input_device, load_shape, load_tokenizer, tokenizer_hashes
+from braces_cli.core.models.tokenization import context_length
+from braces_cli.core.session import Session, base_name, open_session
+from braces_cli.core.utils.atomic_files import check_output_folder
 from braces_cli.core.utils.distributed import barrier, is_main, join, world_size
-from braces_cli.core.utils.errors import BracesError
+from braces_cli.core.utils.errors import BracesError, ConfigError
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.core.utils.signals import act, deferred
 from braces_cli.core.utils.versions import versions
-from braces_cli.data.examples import Examples, tell
+from braces_cli.data.examples import Examples, Fields, Reading, log_counts, read_examples
 from braces_cli.data.streaming_examples import Stream
 from braces_cli.scoring.likelihood import Likelihood
 from braces_cli.training.adapter_setup import fresh_adapter, shares
 from braces_cli.training.attribute_conditioning import Conditioner, gather_attributes
-from braces_cli.training.checkpointing.run_record import Record, digest, start, tidy
-from braces_cli.training.collator import Layout
+from braces_cli.training.checkpointing.run_record import Record, digest, finished, prepare_folder
+from braces_cli.training.collator import TrainingData
 from braces_cli.training.eval_loss import measure
-from braces_cli.training.memory import peak_memory, reset_memory
+from braces_cli.training.hub_upload import check_push
+from braces_cli.training.launcher_checks import check_launch
 from braces_cli.training.metrics import draw_curve
 from braces_cli.training.model_card import CHECKPOINT_CARD, model_card
 from braces_cli.training.packing_probe import choose_layout
 from braces_cli.training.peft_baselines import PeftAdapter, baseline_parameters
-from braces_cli.training.settings import TrainSettings, Upkeep
+from braces_cli.training.sampler import global_batch
+from braces_cli.training.settings import RunSettings, TrainSettings
 
 logger = logging.getLogger("braces")
 
@@ -46,7 +55,7 @@ class TrainResult:
     """What a run gave: the keys of `braces train --format json`.
 
     Times in seconds, memory in bytes, None where not measured. `rows_truncated` were cut to the maximum length and
-    `rows_dropped` had no token to score; of a stream, all that were read. `token_path_share`: at the start, in each
+    `rows_dropped` had no token to score; of a stream, all that were read. `token_path_share`: in the end, in each
     layer, the median norm of what the adapter adds over that of the FFN's output. `padding_share`: the part of the
     computed tokens that was padding; `packed`: several examples a row.
     """
@@ -79,6 +88,69 @@ class TrainResult:
     resumed_from: str | None = None
 
 
+def train(settings: RunSettings, report: Report = silent, command: Sequence[str] = ()) -> dict[str, Any]:
+    """Train an adapter on the rows of `settings.data` and write it to `settings.output_dir`.
+
+    A finished run with the same settings is left as it is where `settings.resume` is on.
+
+    Args:
+        command: the words that started the run, for its record.
+
+    Returns:
+        The fields of `TrainResult`.
+
+    Raises:
+        ConfigError: settings that do not fit the base, the launcher or the run in the folder.
+        DataError: rows that cannot be read.
+        ModelError: the base or a checkpoint cannot be loaded.
+        BracesError: see `run_training`.
+    """
+    for name in ("data", "output_dir"):
+        if not getattr(settings, name):
+            where = "--" + name.replace("_", "-")
+            raise ConfigError("missing option", where=where, hint="See `braces train --help`.")
+    assert settings.output_dir is not None
+    check_launch(settings.resume, settings.attribute_field is not None, settings.device)
+    identity = settings.identity(world_size())
+    # One process looks: by the time that another one does, the first may be writing.
+    if is_main() or settings.resume:
+        check_output_folder(settings.output_dir, settings.overwrite or settings.resume)
+    if settings.push_to_hub is not None:
+        check_push(settings.push_to_hub)
+    result = finished(settings.output_dir, identity) if settings.resume else None
+    if result is not None:
+        return result
+    # What can be wrong is checked before minutes of loading weights: rank and layers on the bare shape, then rows.
+    name, shape = load_base_shape(settings)
+    count_parameters(shape, settings)
+    reading = row_reading(settings, name, shape)
+    settings = replace(settings, max_length=reading.max_length)
+    train_set: Examples | Stream
+    if settings.streaming:
+        train_set = Stream(settings.data, reading, settings.seed, global_batch(settings))
+    else:
+        train_set = read_examples(settings.data, reading, report)
+    eval_set = read_examples(settings.eval_data, reading, report) if settings.eval_data else None
+    settings = replace(settings, chat_template=train_set.chat)
+    session = open_session(name, None, settings.load_options)
+    return asdict(run_training(session, train_set, eval_set, settings, report, Record(identity, list(command))))
+
+
+def load_base_shape(settings: RunSettings) -> tuple[str, Any]:
+    """Name of the base, and its model without weights."""
+    name = base_name(settings.model, None)
+    return name, load_shape(name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+
+
+def row_reading(settings: RunSettings, name: str, shape: Any) -> Reading:
+    """How the rows become examples; needs the tokenizer, no weights."""
+    tokenizer = load_tokenizer(name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+    attribute = settings.attribute_field
+    fields = None if attribute is None else Fields(attribute, settings.strength_field)
+    length = min(settings.max_length, context_length(shape, tokenizer))
+    return Reading(tokenizer, length, fields, settings.row_columns, settings.streaming)
+
+
 def count_parameters(model: Any, settings: TrainSettings) -> dict[str, Any]:
     """`{trainable_parameters, condition_parameters, total_parameters, trainable_percent}`, on any device, meta too."""
     total = parameter_total(model)
@@ -86,7 +158,8 @@ def count_parameters(model: Any, settings: TrainSettings) -> dict[str, Any]:
         trainable = baseline_parameters(model, settings)
         share = 100 * trainable / total
         return dict(zip(_COUNTS, (trainable, 0, total, share), strict=True))
-    adapter = attach(model, settings.rank, settings.layers)
+    layers = chosen_layers(model, settings.layers)
+    adapter = attach(model, settings.rank, layers, form=settings.relevance)
     trainable = adapter.parameter_count()
     width = adapter.sites[0][0].hidden_size
     adapter.detach()
@@ -99,18 +172,15 @@ def run_training(
     session: Session,
     train_set: Examples | Stream,
     eval_set: Examples | None,
-    settings: TrainSettings,
-    folder: Path,
+    settings: RunSettings,
     report: Report = silent,
-    attributes_folder: Path | None = None,
-    upkeep: Upkeep | None = None,
     record: Record | None = None,
 ) -> TrainResult:
-    """Fine-tune an adapter on an open base and write it to `folder`, from the newest checkpoint there if so asked.
+    """Fine-tune an adapter on an open base and write it to `settings.output_dir`.
 
     The base is measured on `eval_set` first, with nothing attached, then the adapter as it was saved, each row
-    conditioned on its own attribute where attributes are trained. Where there are several processes each of them calls
-    this, and the first one writes.
+    conditioned on its own attribute where attributes are trained. With several processes each of them calls this, and
+    the first one writes.
 
     Args:
         record: what the run is known by when it is resumed.
@@ -122,39 +192,39 @@ def run_training(
         BracesError: the loss is not finite, or the folder cannot be written.
         KeyboardInterrupt: a signal asked to stop, and a checkpoint was written.
     """
+    assert settings.output_dir is not None
     model, pad_id = session.base.model, session.base.tokenizer.pad_token_id
-    settings = settings.at_width(session.ffns[0].hidden_size)
+    folder, settings = settings.output_dir, settings.at_width(session.ffns[0].hidden_size)
     join(input_device(model))
     counts = count_parameters(model, settings)
-    attributes = _attributes(session, settings, [train_set, eval_set], attributes_folder)
-    run = _Run(session, settings, upkeep or Upkeep(), folder, report, attributes, record or Record())
-    checkpoint = _checkpoint(run, train_set)
+    attributes = _attributes(session, settings, [train_set, eval_set])
+    run = _Run(session, settings, folder, report, attributes, record or Record())
+    run.record.data = digest(train_set)
+    checkpoint = prepare_folder(folder, settings.resume, run.record)
 
     def evaluate(conditioner: Conditioner | None, stage: str) -> Likelihood | None:
         return measure(model, eval_set, conditioner, pad_id, settings.batch_size, report, stage)
 
     layout = choose_layout(session, settings, train_set.items)
     base = _base(run.record, lambda: evaluate(None, "evaluating the base"))
-    with tidy(folder):
-        adapter = fresh_adapter(model, settings, train_set)
-        share = shares(adapter, settings, train_set)
-        conditioner = _conditioner(adapter, attributes, settings.seed)
-        feed = _Feed(train_set, layout, conditioner)
-        fitted = _fit(run, adapter, feed, checkpoint, lambda: evaluate(conditioner, "evaluating"))
-        tuned = evaluate(conditioner, "evaluating the adapter")
-        result = TrainResult(
-            output_dir=str(folder),
-            method=settings.method,
-            **counts,
-            **fitted,
-            **_figures("base_eval", base),
-            **_figures("eval", tuned),
-            **_rows(train_set),
-            token_path_share=share,
-            packed=layout.packed,
-            resumed_from=None if checkpoint is None else str(checkpoint),
-        )
-        _write(run, adapter, result)
+    adapter = fresh_adapter(model, settings, train_set)
+    conditioner = _conditioner(adapter, attributes, settings.seed)
+    data = TrainingData(train_set, layout, conditioner, pad_id)
+    figures = _fit(run, adapter, data, checkpoint, lambda: evaluate(conditioner, "evaluating"))
+    tuned = evaluate(conditioner, "evaluating the adapter")
+    result = TrainResult(
+        output_dir=str(folder),
+        method=settings.method,
+        **counts,
+        **figures,
+        **_likelihood("base_eval", base),
+        **_likelihood("eval", tuned),
+        **_rows(train_set),
+        token_path_share=shares(adapter, settings, train_set),
+        packed=layout.packed,
+        resumed_from=None if checkpoint is None else str(checkpoint),
+    )
+    _write(run, adapter, result)
     return result
 
 
@@ -163,8 +233,7 @@ class _Run:
     """What stays the same from the beginning of a run to its end."""
 
     session: Session
-    settings: TrainSettings
-    upkeep: Upkeep
+    settings: RunSettings
     folder: Path
     report: Report
     attributes: list[Attribute]
@@ -181,27 +250,11 @@ class _Run:
         write_adapter(folder, tensors, config, card)
 
 
-@dataclass(frozen=True)
-class _Feed:
-    """What the steps are fed with."""
-
-    examples: Examples | Stream
-    layout: Layout
-    conditioner: Conditioner | None
-
-
-def _checkpoint(run: _Run, train_set: Examples | Stream) -> Path | None:
-    """Where the run goes on from, if it does; the record then knows its data."""
-    run.record.data = digest(train_set)
-    return start(run.folder, run.upkeep.resume, run.record)
-
-
-def _attributes(
-    session: Session, settings: TrainSettings, sets: Sequence[Examples | Stream | None], folder: Path | None
-) -> list[Attribute]:
+def _attributes(session: Session, settings: RunSettings, sets: Sequence[Examples | Stream | None]) -> list[Attribute]:
     if settings.attribute_field is None:
         return []
-    return gather_attributes(session, settings, [examples for examples in sets if examples is not None], folder)
+    present = [examples for examples in sets if examples is not None]
+    return gather_attributes(session, settings, present, settings.attributes)
 
 
 def _conditioner(adapter: Adapter | PeftAdapter, attributes: Sequence[Attribute], seed: int) -> Conditioner | None:
@@ -222,47 +275,55 @@ def _base(record: Record, evaluate: Callable[[], Likelihood | None]) -> Likeliho
 def _fit(
     run: _Run,
     adapter: Adapter | PeftAdapter,
-    feed: _Feed,
+    data: TrainingData,
     checkpoint: Path | None,
     evaluate: Callable[[], Likelihood | None],
 ) -> dict[str, Any]:
-    """Train; leave in the model what will be saved; return what there is to tell about the steps."""
-    from braces_cli.training.checkpointing.resumable_trainer import DIVERGED, Surroundings, finite
-    from braces_cli.training.trainer import BracesTrainer
+    """Train; leave in the model what will be saved; return the figures of the steps."""
+    # accelerate is not imported for a run that is refused.
+    from braces_cli.training.trainer import DIVERGED, Trainer, TrainerContext, all_finite
 
     def snapshot() -> Callable[[Path], None]:
-        tensors, card = adapter.tensors(settle=False), CHECKPOINT_CARD
-        return lambda folder: run.write(adapter, folder, tensors, card)
+        tensors = adapter.tensors(settle=False)
+        return lambda folder: run.write(adapter, folder, tensors, CHECKPOINT_CARD)
 
-    reset_memory()
-    with deferred() as asked:
-        around = Surroundings(run.folder, run.record, snapshot, evaluate, run.upkeep, run.report, asked)
-        pad_id = run.session.base.tokenizer.pad_token_id
-        trainer = BracesTrainer(adapter, run.settings, feed.examples, feed.layout, feed.conditioner, pad_id, around)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with deferred() as stop:
+        context = TrainerContext(run.folder, run.record, snapshot, evaluate, run.settings, run.report, stop)
+        trainer = Trainer(adapter, run.settings, data, context)
         trainer.run(checkpoint)
     if trainer.stopped_by:
-        kept = "nothing is kept under DeepSpeed" if trainer.is_deepspeed_enabled else "--resume goes on from there"
-        logger.info("stopped after step %d; %s", trainer.done["step"], kept)
+        kept = "nothing is kept under DeepSpeed" if trainer.is_deepspeed else "continue with --resume"
+        logger.info("stopped after step %d; %s", trainer.step, kept)
         act(trainer.stopped_by)
-    memory, done = peak_memory(), trainer.done
-    if not finite(trainer.model):
+    memory, progress = _peak_memory(), trainer.progress()
+    if not all_finite(adapter.model):
         raise BracesError(DIVERGED.format("adapter holds numbers that are"), hint="Lower --lr or --gate-lr.")
-    if not trainer.is_fsdp_enabled:
+    if not trainer.is_fsdp:
         # Saving settles the projection to what the file holds, so that it is the saved adapter that is measured.
         adapter.tensors()
-    if isinstance(feed.examples, Stream):
-        tell(feed.examples.counts, run.settings.max_length)
+    if isinstance(data.examples, Stream):
+        log_counts(data.examples.counts, run.settings.max_length)
     return {
-        "steps": done["step"],
-        # Of a stream nobody knows how long a pass is.
-        "epochs": float(trainer.state.epoch or 0.0) if isinstance(feed.examples, Examples) else None,
-        "train_loss": (done["loss_sum"] + done["loss_open"]) / max(done["step"], 1),
-        "seconds": done["seconds"],
-        "tokens": done["tokens"],
-        "tokens_per_second": done["tokens"] / done["seconds"],
+        "steps": trainer.step,
+        # The length of a pass over a stream is not known.
+        "epochs": trainer.epoch if isinstance(data.examples, Examples) else None,
+        "train_loss": (progress["loss_sum"] + progress["loss_open"]) / max(trainer.step, 1),
+        "seconds": progress["seconds"],
+        "tokens": progress["tokens"],
+        "tokens_per_second": progress["tokens"] / progress["seconds"],
         "peak_memory": memory,
-        "padding_share": 1 - done["tokens"] / max(done["computed"], 1),
+        "padding_share": 1 - progress["tokens"] / max(progress["computed"], 1),
     }
+
+
+def _peak_memory() -> int:
+    """Bytes: of the GPU where there is one, else of the whole process (which `ru_maxrss` counts in KiB on Linux)."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _write(run: _Run, adapter: Adapter | PeftAdapter, result: TrainResult) -> None:
@@ -288,15 +349,16 @@ def _config(
         layers=adapter.layers,
         fingerprint=base.fingerprint(session.ffns),
         tokenizer=tokenizer_hashes(base.tokenizer),
-        training=settings.recorded(),
+        training={**settings.recorded(), "layers": None if settings.layers is None else adapter.layers},
         attributes=[attribute.name for attribute in attributes],
         versions=versions(),
         method=settings.method,
         scales=list(adapter.scales),
+        relevance=settings.relevance if settings.method == "braces" else "paper",
     )
 
 
-def _figures(prefix: str, measured: Likelihood | None) -> dict[str, Any]:
+def _likelihood(prefix: str, measured: Likelihood | None) -> dict[str, Any]:
     return {
         f"{prefix}_loss": None if measured is None else measured.loss,
         f"{prefix}_perplexity": None if measured is None else measured.perplexity,

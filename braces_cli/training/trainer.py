@@ -1,119 +1,346 @@
-"""transformers.Trainer, taught which parameters are ours and how to show where it is."""
+"""The training loop, on accelerate's public interface: batches -> loss -> gradients -> optimizer step.
+
+Around it: a checkpoint every few steps (`checkpointing`), rows of `metrics.jsonl` and a reporter, measurements of the
+evaluation rows, and the end of the run when a signal asks for it. A run that goes on from a checkpoint is bit for bit
+the run that was not interrupted.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate.state import is_initialized
+from accelerate.utils import GradientAccumulationPlugin, set_seed
 from torch import Tensor
-from transformers import PrinterCallback, TrainingArguments
+from transformers.optimization import get_scheduler
 
 from braces_cli.core.method.adapter import Adapter
 from braces_cli.core.models.loading import input_device
-from braces_cli.data.examples import Examples
-from braces_cli.data.streaming_examples import Stream
+from braces_cli.core.utils.distributed import barrier, gathered, is_main, rank, world_size
+from braces_cli.core.utils.errors import BracesError
+from braces_cli.core.utils.progress import Report, silent
+from braces_cli.core.utils.signals import SharedStop, StopRequest
+from braces_cli.data.examples import Example
+from braces_cli.scoring.likelihood import Likelihood
 from braces_cli.training.adapter_setup import parameter_groups
-from braces_cli.training.attribute_conditioning import Conditioner
-from braces_cli.training.checkpointing.resumable_trainer import ResumableTrainer, Surroundings
-from braces_cli.training.collator import Layout
+from braces_cli.training.checkpointing.checkpoint_folders import rotate, write_checkpoint
+from braces_cli.training.checkpointing.run_record import Record, read_record
+from braces_cli.training.checkpointing.training_state import (
+    capture,
+    restore_optimizer,
+    restore_parameters,
+    restore_rng,
+    trained,
+)
+from braces_cli.training.collator import Batch, Block, Collator, TrainingData
 from braces_cli.training.contrastive_loss import contrastive_loss
-from braces_cli.training.feeding import FeedingTrainer
+from braces_cli.training.launcher_checks import uses_deepspeed
+from braces_cli.training.metrics import METRICS_FILE, MetricsFile
 from braces_cli.training.peft_baselines import PeftAdapter
-from braces_cli.training.settings import TrainSettings, Upkeep
+from braces_cli.training.sampler import example_order, steps_per_epoch
+from braces_cli.training.selective_logits import mean_loss, only_scored
+from braces_cli.training.settings import CheckpointSettings, TrainSettings
+
+logger = logging.getLogger("braces")
+
+# Gradients of a step are scaled down to this norm where they are longer.
+MAX_GRAD_NORM = 1.0
+_SCHEDULES = {"constant": "constant_with_warmup"}
+DIVERGED = "training diverged: the {} not finite"
 
 
-class BracesTrainer(FeedingTrainer, ResumableTrainer):
-    """A Trainer that optimises an adapter, each part at its own rate.
+@dataclass
+class TrainerContext:
+    """What a trainer works with besides model and examples.
 
-    What goes into a step is `FeedingTrainer`'s, checkpoints and figures are `ResumableTrainer`'s.
+    Attributes:
+        folder: of the output.
+        record: goes into every checkpoint.
+        adapter: gathers the adapter as it is now, in every process; what it returns writes that to a folder.
+        evaluate: measures the evaluation rows; None where there are none.
+        report: draws progress.
+        stop: whether a signal asked to stop.
+    """
+
+    folder: Path
+    record: Record
+    adapter: Callable[[], Callable[[Path], None]]
+    evaluate: Callable[[], Likelihood | None]
+    checkpoints: CheckpointSettings
+    report: Report = silent
+    stop: StopRequest = field(default_factory=StopRequest)
+
+
+class Trainer:
+    """Optimises an adapter, each part at its own rate.
+
+    Attributes:
+        step: optimizer steps that are done, those of earlier calls included.
+        stopped_by: the signal that ended `run`, 0 where it came to its end.
     """
 
     def __init__(
-        self,
-        adapter: Adapter | PeftAdapter,
-        settings: TrainSettings,
-        examples: Examples | Stream,
-        layout: Layout,
-        conditioner: Conditioner | None,
-        pad_id: int,
-        around: Surroundings,
+        self, adapter: Adapter | PeftAdapter, settings: TrainSettings, data: TrainingData, context: TrainerContext
     ) -> None:
-        self._adapter = adapter
-        self._settings = settings
-        model: Any = adapter.model
-        with _carrying_adapter(model):
-            super().__init__(
-                around=around,
-                model=model,
-                args=_arguments(settings, around.upkeep, str(around.folder), input_device(model)),
-                examples=examples,
-                layout=layout,
-                pad_id=pad_id,
-                conditioner=conditioner,
-            )
+        set_seed(settings.seed)
+        self._settings, self._data, self._context = settings, data, context
+        self._base: Any = adapter.model
+        self._device = input_device(self._base)
+        self._collate = Collator(data.layout, data.pad_id, data.conditioner)
+        self._per_epoch = steps_per_epoch(data.examples, settings)
+        self.step, self.max_steps = 0, settings.max_steps or math.ceil(settings.epochs * (self._per_epoch or 0))
+        self.stopped_by = 0
+        self._accelerator = _accelerator(settings, context, self._device)
+        self._kind = self._accelerator.distributed_type
+        if settings.gradient_checkpointing:
+            _recompute_activations(self._base)
         # Who recomputes or shards has no memory to spare.
-        if isinstance(adapter, Adapter) and (settings.gradient_checkpointing or self.is_fsdp_enabled):
+        if isinstance(adapter, Adapter) and (settings.gradient_checkpointing or self.is_fsdp):
             adapter.save_memory()
-        self.remove_callback(PrinterCallback)  # it prints every log to stdout, which carries the result only
+        # No weight decay: R does not depend on the length of the rows of its weight.
+        optimizer = torch.optim.AdamW(parameter_groups(adapter, settings), weight_decay=0.0)
+        self._model, self._optimizer = self._accelerator.prepare(self._base, optimizer)
+        name = _SCHEDULES.get(settings.schedule, settings.schedule)
+        self._scheduler = get_scheduler(name, self._optimizer, settings.warmup_steps, self.max_steps)
+        # Counters of earlier calls, over all processes; and of this call and process.
+        self._earlier: dict[str, Any] = {}
+        self._tokens = self._computed = 0
+        # Losses of the steps that are in a log, and on the device of those since.
+        self._loss_sum, self._logged = 0.0, 0
+        self._loss_open = torch.zeros((), device=self._device)
+        self._rates: dict[str, float] = {}
+        self._norm: Any = None
+        self._started = time.perf_counter()
+        self._last_log: tuple[float, int] | None = None
+        self._shown = ""
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            # No weight decay: R does not depend on the length of the rows of its weight.
-            self.optimizer = torch.optim.AdamW(parameter_groups(self._adapter, self._settings), weight_decay=0.0)
-        return self.optimizer
+    @property
+    def is_fsdp(self) -> bool:
+        return bool(self._kind == DistributedType.FSDP)
 
-    def block_loss(self, model: Any, block: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        weight, margin = self._settings.contrast, self._settings.margin
-        if not weight or margin is None or self._conditioner is None:
-            return super().block_loss(model, block, *args, **kwargs)
-        count, strengths = kwargs.get("num_items_in_batch"), block.pop("strengths")
-        loss = contrastive_loss(model, block, strengths, self._conditioner, weight, margin, count)
-        # As Trainer does where the tokens of all processes are counted: their gradients are averaged.
-        return loss if count is None else loss * self.accelerator.num_processes
+    @property
+    def is_deepspeed(self) -> bool:
+        return bool(self._kind == DistributedType.DEEPSPEED)
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data; of a stream the part of the steps that is done."""
+        length = self._per_epoch or self.max_steps
+        whole, rest = divmod(self.step - 1, length)
+        return whole + (rest + 1) / length if self.step else 0.0
+
+    def run(self, checkpoint: Path | None) -> None:
+        """Train to the end, or from `checkpoint` to the end, or until a signal asks to stop.
+
+        Raises:
+            BracesError: the loss is not finite, or a checkpoint cannot be written.
+            ModelError: the checkpoint is damaged.
+        """
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        self._metrics = MetricsFile(self._context.folder / METRICS_FILE, self.step) if is_main() else None
+        if self.step >= self.max_steps:
+            return
+        if self._context.checkpoints.report_to != "none":
+            recorded = self._settings.recorded().items()
+            config = {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in recorded}
+            self._accelerator.init_trackers("braces", config)
+        order = example_order(self._data.examples, self._settings, self.step)
+        if checkpoint is not None:
+            restore_rng(checkpoint)
+        self._started = time.perf_counter()
+        shared = SharedStop(self._context.stop, self._device)
+        while self.step < self.max_steps and not self.stopped_by:
+            self._model.train()
+            self._train_step(list(self._batches(order)))
+            self._context.report(f"training{self._shown}", self.step, self.max_steps)
+            self.stopped_by = shared.number()
+            self._after_step()
+        shared.finish()
+        late = max(gathered(self._context.stop.number))
+        if late and not self.stopped_by:  # asked after the last step
+            self.stopped_by = late
+            self._save()
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
+
+    def progress(self) -> dict[str, Any]:
+        """Counters that go on where the run does, over all processes and calls; every process must ask."""
+        return {
+            "step": self.step,
+            "max_steps": self.max_steps,
+            "tokens": self._all_tokens(),
+            "computed": self._earlier.get("computed", 0) + sum(gathered(self._computed)),
+            "seconds": self._earlier.get("seconds", 0.0) + time.perf_counter() - self._started,
+            # Of the steps before the last log, and of those since.
+            "loss_sum": self._loss_sum,
+            "loss_open": sum(gathered(float(self._loss_open))) / world_size(),
+            "logged": self._logged,
+        }
+
+    def _restore(self, checkpoint: Path) -> None:
+        stored = read_record(checkpoint)
+        self._earlier = {} if stored is None else stored.progress
+        self.step = self._earlier["step"]
+        self._loss_sum, self._logged = self._earlier["loss_sum"], self._earlier["logged"]
+        self._loss_open.fill_(self._earlier["loss_open"])
+        restore_parameters(checkpoint, self._base)
+        if self.step < self.max_steps:
+            restore_optimizer(checkpoint, self._optimizer, self._scheduler, self._accelerator.scaler)
+
+    def _batches(self, order: Iterator[Example | None]) -> Iterator[Batch]:
+        """This process's batches of the next optimizer step; the others' go by."""
+        for _ in range(self._settings.gradient_accumulation):
+            for process in range(world_size()):
+                rows = list(islice(order, self._settings.batch_size))
+                if process == rank():
+                    yield self._collate(rows)
+
+    def _train_step(self, batches: Sequence[Batch]) -> None:
+        """One optimizer step: the mean loss over all scored tokens of all batches of all processes."""
+        # Filled, not copied: nothing waits for the device.
+        scored = torch.full((), sum(batch.scored for batch in batches), dtype=torch.float32, device=self._device)
+        scored = self._accelerator.reduce(scored, "sum") if world_size() > 1 else scored
+        for index, batch in enumerate(batches):
+            last = index == len(batches) - 1
+            self._accelerator.sync_gradients = last
+            # DeepSpeed is told by `sync_gradients`.
+            with nullcontext() if last or self.is_deepspeed else self._accelerator.no_sync(self._model):
+                # Gradients of processes are averaged, their losses are to be added up.
+                loss = sum(self._block_loss(block, scored) for block in batch.blocks) * world_size()
+                self._accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed else {}))
+            self._loss_open += loss.detach()
+            self._tokens += batch.tokens
+            self._computed += batch.computed
+        self._norm = self._accelerator.clip_grad_norm_(self._model.parameters(), MAX_GRAD_NORM)
+        self._rates = {group["name"]: group["lr"] for group in self._optimizer.param_groups if "name" in group}
+        self._optimizer.step()
+        if not self._accelerator.optimizer_step_was_skipped:
+            self._scheduler.step()
+        self._model.zero_grad()
+        self.step += 1
+
+    def _block_loss(self, block: Block, scored: Tensor) -> Any:
+        """What one block adds to the loss of its step."""
+        settings, conditioner = self._settings, self._data.conditioner
+        block = {name: self._on_device(tensor) for name, tensor in block.items()}
+        if conditioner is not None:
+            strengths = block.pop("strengths")
+            if settings.contrast and settings.margin is not None:
+                weight, margin = settings.contrast, settings.margin
+                return contrastive_loss(self._model, block, strengths, conditioner, weight, margin, scored)
+            # It stays set until the next block: gradient checkpointing computes the pass once more.
+            conditioner.apply(strengths)
+        labels = block.pop("labels")
+        with only_scored(self._base, block.pop("scored", None)):
+            # With a cache, transformers would not look whether positions start anew.
+            return mean_loss(self._model(**block, use_cache=False).logits, labels, scored)
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        if self._device.type == "cuda":
+            return tensor.pin_memory().to(self._device, non_blocking=True)
+        return tensor.to(self._device)
+
+    def _after_step(self) -> None:
+        """Log, measure and save where this step is due for it."""
+        due, last = self._context.checkpoints, self.step >= self.max_steps
+        row: dict[str, Any] = {}
+        if self.step % due.logging_steps == 0:
+            row = self._figures()
+        # After the last step the adapter is measured as it was saved.
+        if due.eval_steps and self.step % due.eval_steps == 0 and not last:
+            measured = self._context.evaluate()
+            if measured is not None:
+                row |= {"eval_loss": measured.loss, "eval_perplexity": measured.perplexity}
+        if row:
+            if self._metrics is not None:
+                self._metrics.add({"step": self.step, "epoch": self.epoch, **row})
+            self._accelerator.log(reported(row), step=self.step)
+        # After the last step, too: an evaluation follows, and may be cut off.
+        if self.stopped_by or (due.save_steps and (last or self.step % due.save_steps == 0)):
+            self._save()
+
+    def _figures(self) -> dict[str, Any]:
+        """Mean loss since the last log, rates, gradient norm, and the speed; the only numbers read from the device."""
+        loss_sum = sum(gathered(float(self._loss_open))) / world_size()
+        loss = loss_sum / (self.step - self._logged)
+        if not math.isfinite(loss):
+            raise BracesError(DIVERGED.format(f"loss at step {self.step} is"), hint="Lower --lr or --gate-lr.")
+        self._loss_sum, self._logged = self._loss_sum + loss_sum, self.step
+        self._loss_open.zero_()
+        now, tokens = time.perf_counter(), self._all_tokens()
+        before, counted = self._last_log or (self._started, int(self._earlier.get("tokens", 0)))
+        self._last_log = (now, tokens)
+        speed = (tokens - counted) / max(now - before, 1e-9)
+        self._shown = f": loss {loss:.3f}, {speed:,.0f} tokens/s"
+        norm = {} if self._norm is None else {"grad_norm": float(self._norm)}
+        return {"loss": loss, **self._rates, **norm, "tokens": tokens, "tokens_per_second": speed}
+
+    def _all_tokens(self) -> int:
+        return int(self._earlier.get("tokens", 0)) + sum(gathered(self._tokens))
+
+    def _save(self) -> None:
+        """Write a checkpoint; every process takes part, the first one writes."""
+        if self.is_deepspeed:
+            logger.warning("no checkpoint of step %d: not under DeepSpeed", self.step)
+            return
+        context = self._context
+        captured = capture(self._base, self._optimizer, self._scheduler, self._accelerator.scaler)
+        write_adapter, progress = context.adapter(), self.progress()
+
+        def write(folder: Path) -> None:
+            write_adapter(folder)
+            captured.write(folder)
+            Record(**{**vars(context.record), "progress": progress}).write(folder)
+
+        try:
+            if is_main():
+                write_checkpoint(context.folder, self.step, write)
+                rotate(context.folder, context.checkpoints.save_total_limit)
+        finally:
+            barrier()
 
 
-@contextmanager
-def _carrying_adapter(model: Any) -> Iterator[None]:
-    """Trainer refuses a quantised model unless this flag says that it carries an adapter, as ours does."""
-    before = model._hf_peft_config_loaded
-    model._hf_peft_config_loaded = True
-    try:
-        yield
-    finally:
-        model._hf_peft_config_loaded = before
-
-
-def _arguments(settings: TrainSettings, upkeep: Upkeep, folder: str, device: torch.device) -> TrainingArguments:
-    assert settings.lr is not None  # by `TrainSettings.at_width`
-    arguments = TrainingArguments(
-        output_dir=folder,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps or -1,
-        learning_rate=settings.lr,
-        lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
-        warmup_steps=settings.warmup_steps,
-        activation_checkpointing=settings.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
-        seed=settings.seed,
-        data_seed=settings.seed,
-        use_cpu=device.type == "cpu",
-        save_strategy="no",  # `ResumableTrainer` knows when
-        report_to=upkeep.report_to,
-        disable_tqdm=True,
-        logging_steps=upkeep.logging_steps,
-        logging_nan_inf_filter=False,  # it waits for the loss in every step
+def _accelerator(settings: TrainSettings, context: TrainerContext, device: torch.device) -> Accelerator:
+    """What the launcher asks for: one process, DDP, FSDP2 or DeepSpeed."""
+    deepspeed, reporter = uses_deepspeed(), context.checkpoints.report_to
+    accelerator = Accelerator(
+        # The base lies where it should, so the device only matters to who sets the process up; accelerate takes `cpu`
+        # for a refusal of DeepSpeed.
+        device_placement=False,
+        cpu=device.type == "cpu" and not deepspeed and not is_initialized(),
+        log_with=None if reporter == "none" else reporter,
+        project_dir=context.folder / "runs",
+        # The loss is divided here, by tokens; only DeepSpeed must know how many batches make a step.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(settings.gradient_accumulation if deepspeed else 1),
         # All that learns is used in every pass, and nothing else of the base changes.
-        ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
-        remove_unused_columns=False,
-        # Each process reads a stream itself: blocks cannot be cut up and sent to others.
-        accelerator_config={"dispatch_batches": False},
-        dataloader_pin_memory=device.type == "cuda",
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=False)],
     )
-    # A process uses one GPU: Trainer would take all that it sees, and as many times the batch.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments
+    if deepspeed:
+        config = accelerator.deepspeed_plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = settings.batch_size
+    return accelerator
+
+
+def _recompute_activations(model: Any) -> None:
+    model.activation_checkpointing_enable({"use_reentrant": False})
+
+
+def reported(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of metrics under the names that reporters group by: `train/loss`, `eval/loss`."""
+    return {f"eval/{k[5:]}" if k.startswith("eval_") else f"train/{k}": value for k, value in row.items()}
+
+
+def all_finite(model: Any) -> bool:
+    """Whether every trained parameter is a finite number."""
+    return all(bool(parameter.isfinite().all()) for parameter in trained(model).values())

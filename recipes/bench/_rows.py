@@ -19,7 +19,7 @@ def batches(name: str, vocabulary: int) -> list[list[Any]]:
 
     from braces_cli.core.models.tokenization import Encoded
     from braces_cli.data.examples import Example
-    from braces_cli.training.sampler import Order
+    from braces_cli.training.sampler import EpochSampler
 
     mean, spread, least, most = SETS[name]
     generator = torch.Generator().manual_seed(0)
@@ -29,12 +29,12 @@ def batches(name: str, vocabulary: int) -> list[list[Any]]:
     for length in lengths:
         ids = torch.randint(0, vocabulary, (length,), generator=generator).tolist()
         rows.append(Example(Encoded(ids, ids, False, False), None))
-    order = list(Order(count, 0, BATCH))
+    order = list(EpochSampler(count, 0, BATCH))
     return [[rows[index] for index in order[start : start + BATCH]] for start in range(0, count, BATCH)]
 
 
 def collators(model: Any) -> dict[str, Callable[[list[Any]], list[dict[str, Any]]]]:
-    """What turns a batch into blocks: `padded` as Trainer does it by default, `packed` and `grouped` as we do."""
+    """What turns a batch into blocks: `padded` to the longest row of each batch, `packed` and `grouped` as we do."""
     from braces_cli.core.models.padding import pad_right
     from braces_cli.training.collator import Collator, Layout
     from braces_cli.training.packing_probe import attention_cost
@@ -44,8 +44,8 @@ def collators(model: Any) -> dict[str, Callable[[list[Any]], list[dict[str, Any]
     grouped = Collator(Layout(False), 0)
     return {
         "padded": lambda rows: [pad_right([row.tokens for row in rows], 0)],
-        "packed": lambda rows: packed(rows)["blocks"],
-        "grouped": lambda rows: grouped(rows)["blocks"],
+        "packed": lambda rows: packed(rows).blocks,
+        "grouped": lambda rows: grouped(rows).blocks,
     }
 
 
@@ -66,7 +66,7 @@ def steppers(args: argparse.Namespace, model: Any, parameters: list[Any]) -> dic
     """Training steps over the rows of SST-5's lengths, one way each; all see the same batches in the same order."""
     import torch
 
-    from braces_cli.training.feeding import mean_loss
+    from braces_cli.training.selective_logits import mean_loss
 
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
     model.train()
@@ -81,7 +81,7 @@ def steppers(args: argparse.Namespace, model: Any, parameters: list[Any]) -> dic
             count = sum((block["labels"][:, 1:] != -100).sum() for block in blocks)
             for block in blocks:
                 inputs = {name: tensor for name, tensor in block.items() if name != "labels"}
-                mean_loss(model(**inputs, use_cache=False), block["labels"], count).backward()
+                mean_loss(model(**inputs, use_cache=False).logits, block["labels"], count).backward()
             optimizer.step()
             optimizer.zero_grad()
 

@@ -52,11 +52,11 @@ def rates(args: argparse.Namespace, model: Any, part: int) -> tuple[dict[str, Ca
     import torch
 
     from braces_cli.core.models.ffn import find_ffns
-    from braces_cli.inspection.logit_lens import readout
+    from braces_cli.inspection.logit_lens import LogitLens
 
     wait = synchroniser(args.device)
     matrix = find_ffns(model)[0].value_matrix().mT
-    score, weight = readout(model), model.get_output_embeddings().weight
+    lens, weight = LogitLens(model), model.get_output_embeddings().weight
     k, vocabulary = TOP_K, len(weight)
     width = weight.shape[1]
 
@@ -79,12 +79,12 @@ def rates(args: argparse.Namespace, model: Any, part: int) -> tuple[dict[str, Ca
 
     def loop() -> None:
         for vector in matrix[:LOOP]:
-            score(vector[None]).topk(k)
+            lens(vector[None]).topk(k)
 
     with torch.no_grad():
-        taken = peak_above(lambda: score.best(matrix, k), args.device)
+        taken = peak_above(lambda: lens.best(matrix, k), args.device)
     return {
-        "map": rate(lambda: score.best(some, k), len(some), vocabulary),
+        "map": rate(lambda: lens.best(some, k), len(some), vocabulary),
         "gemm": rate(lambda: hidden @ block.mT, len(hidden), len(block)),
         "loop": rate(loop, LOOP, vocabulary),
     }, taken

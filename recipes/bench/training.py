@@ -8,8 +8,8 @@ of LoRA has to pass one FFN and the better part of an attention more, which weig
 and a half in bfloat16.
 
 Rows of the lengths of SST-5 and BoolQ in batches of 16 then show what padding costs: the part of the computed tokens
-that is padding as `braces train` packs them, and its tokens per second over those of Trainer's default, which pads each
-batch to its longest row (higher is better).
+that is padding as `braces train` packs them, and its tokens per second over batches that are each padded to their
+longest row (higher is better).
 
     python recipes/bench/training.py [--device cuda] [--dtype bfloat16]
 """

@@ -10,7 +10,7 @@ from typing import Any
 from facts import RELATIONS
 from world import World
 
-from braces_cli.core.models.generation import Job, Sampling, generate
+from braces_cli.core.models.generation import Sampling, TextRequest, generate
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.session import open_session
 from braces_cli.evaluation.tasks.popqa import contained_as_words
@@ -36,7 +36,7 @@ def measure(folder: Path, held_out: Path, world: World) -> dict[str, Any]:
     for start in range(0, len(world.facts), 64):
         facts = world.facts[start : start + 64]
         prompts = [_capital(RELATIONS[fact.relation].recall.format(s=fact.subject)) for fact in facts]
-        said = generate(base.model, base.tokenizer, [Job(p, i, 0) for i, p in enumerate(prompts)], greedy)
+        said = generate(base.model, base.tokenizer, [TextRequest(p, i, 0) for i, p in enumerate(prompts)], greedy)
         for fact, text in zip(facts, said, strict=True):
             recalled[fact.relation].append(contained_as_words(text.split(".")[0], [fact.answer]))
     every = [hit for hits in recalled.values() for hit in hits]
@@ -50,7 +50,7 @@ def measure(folder: Path, held_out: Path, world: World) -> dict[str, Any]:
 def samples(folder: Path, seed: int = 0) -> list[str]:
     """One text for each opening."""
     base = open_session(str(folder), None, LoadOptions(device="cpu", dtype="float32")).base
-    jobs = [Job(prompt, index, 0) for index, prompt in enumerate(OPENINGS)]
+    jobs = [TextRequest(prompt, index, 0) for index, prompt in enumerate(OPENINGS)]
     texts = generate(base.model, base.tokenizer, jobs, Sampling(max_new_tokens=60, seed=seed))
     return [job.prompt + text for job, text in zip(jobs, texts, strict=True)]
 

@@ -7,13 +7,14 @@ import json
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.session import Session, open_session
 from braces_cli.data.examples import Examples, Reading, read_examples
-from braces_cli.training.settings import TrainSettings
+from braces_cli.training.settings import RunSettings
 from braces_cli.training.train import run_training
 
 
@@ -44,12 +45,12 @@ def read(name: str, tokenizer: Any, max_length: int) -> Examples:
 
 
 def train(
-    model: str, rows: Examples, held_out: Examples | None, settings: TrainSettings
+    model: str, rows: Examples, held_out: Examples | None, settings: RunSettings
 ) -> tuple[Session, dict[str, Any]]:
     """A fresh base with a freshly trained adapter, still attached, and what `braces train` reports of it."""
     session = open_session(model, None, LoadOptions(device="cpu", dtype="float32"))
     with tempfile.TemporaryDirectory() as folder:
-        result = run_training(session, rows, held_out, settings, Path(folder))
+        result = run_training(session, rows, held_out, replace(settings, output_dir=Path(folder)))
     return session, vars(result)
 
 

@@ -37,7 +37,7 @@ from braces_cli.core.session import Session, open_session
 from braces_cli.inspection.concept_search import model_concept, vocabulary
 from braces_cli.inspection.concept_tokens import Concept
 from braces_cli.inspection.direct_effects import direction
-from braces_cli.inspection.logit_lens import readout
+from braces_cli.inspection.logit_lens import LogitLens
 from braces_cli.inspection.neuron_clamping import divergence
 
 WORDS = "happy,water,dog,king,red,money,music,night,school,death"
@@ -125,10 +125,10 @@ def sentences(session: Session, path: Path, count: int) -> list[dict[str, Tensor
 
 def hits(session: Session, values: Tensor, concepts: dict[str, Concept], draws: int) -> dict[str, Any]:
     """How many vectors hold each concept among their first tokens, of value vectors and of random ones."""
-    score, generator = readout(session.base.model), torch.Generator().manual_seed(0)
+    lens, generator = LogitLens(session.base.model), torch.Generator().manual_seed(0)
 
     def count(vectors: Tensor) -> list[list[int]]:
-        best = score.best(vectors, max(FIRST))[1]
+        best = lens.best(vectors, max(FIRST))[1]
         ids = [torch.tensor(wanted.tokens) for wanted in concepts.values()]
         return [[int(torch.isin(best[:, :first], own).any(dim=1).sum()) for own in ids] for first in FIRST]
 
@@ -157,7 +157,7 @@ def beside(own: int, random: list[int]) -> dict[str, float | None]:
 
 def observe(session: Session, values: Tensor, concepts: dict[str, Concept], batches: list[dict[str, Tensor]]) -> Seen:
     """One pass over the sentences, keeping every neuron's weights."""
-    score = readout(session.base.model)
+    lens = LogitLens(session.base.model)
     ids = [torch.tensor(wanted.tokens) for wanted in concepts.values()]
     weights: dict[int, list[Tensor]] = {ffn.layer: [] for ffn in session.ffns}
     streams: list[Tensor] = []
@@ -165,8 +165,8 @@ def observe(session: Session, values: Tensor, concepts: dict[str, Concept], batc
         ffn.value.register_forward_pre_hook(lambda module, args, kept=weights[ffn.layer]: kept.append(args[0]))
         for ffn in session.ffns
     ]
-    handles.append(score.norm.register_forward_pre_hook(lambda module, args: streams.append(args[0])))
-    before, logs, last, mean_p = [], [], [], torch.zeros(score.vocabulary, dtype=torch.float64)
+    handles.append(lens.norm.register_forward_pre_hook(lambda module, args: streams.append(args[0])))
+    before, logs, last, mean_p = [], [], [], torch.zeros(lens.vocabulary, dtype=torch.float64)
     for batch in batches:
         found = log_probabilities(session, batch)
         before.append(found)
@@ -180,7 +180,7 @@ def observe(session: Session, values: Tensor, concepts: dict[str, Concept], batc
     stream = torch.cat([s[mask] for s, mask in zip(streams, masks, strict=True)])
     # At one position, the one of median length: scales differ little, and the order of neurons not at all.
     middle = stream[stream.norm(dim=1).argsort()[len(stream) // 2]]
-    u = direction(score, middle.expand(score.vocabulary, -1), list(range(score.vocabulary))).u
+    u = direction(lens, middle.expand(lens.vocabulary, -1), list(range(lens.vocabulary))).u
     p = (mean_p / len(stream)).float()
     towards = torch.stack([(p[own] @ u[own]) / p[own].sum() - p @ u for own in ids])
     low, high = torch.cat([-tail(-w) for w in whole]), torch.cat([tail(w) for w in whole])
@@ -200,11 +200,11 @@ def choices(
     session: Session, values: Tensor, wanted: Concept, seen: Seen, number: int
 ) -> Iterator[tuple[str, int, float]]:
     """(how chosen, neuron, value) of what is worth holding for a concept."""
-    score = readout(session.base.model)
+    lens = LogitLens(session.base.model)
     effect = seen.effect[:, number]
     up, down = (seen.high - seen.mean) * effect, (seen.low - seen.mean) * effect
     for sign, name, expected, value in ((1, "", up, seen.high), (-1, "turned, ", down, seen.low)):
-        ranks = score.ranks(sign * values, wanted.tokens)[0].amin(dim=1)
+        ranks = lens.ranks(sign * values, wanted.tokens)[0].amin(dim=1)
         some = (ranks <= max(FIRST)).nonzero().squeeze(1)
         if len(some):
             if sign == 1:  # the order of places alone, as `inspect find` has it but for scores
@@ -230,7 +230,7 @@ def measure(
     """Hold a neuron at multiples of a value and compare the concept's probability at every position."""
     ffn, index = place(session, neuron)
     vector = ffn.value_matrix()[:, index].detach()[None]
-    ranks = [int(readout(session.base.model).ranks(sign * vector, wanted.tokens)[0].min()) for sign in (1, -1)]
+    ranks = [int(LogitLens(session.base.model).ranks(sign * vector, wanted.tokens)[0].min()) for sign in (1, -1)]
     old, rows = seen.logs[:, number], []
     for times in multiples:
         with hold(ffn, index, times * value):

@@ -1,7 +1,7 @@
-"""Which start, scale and rates reach the lowest held-out loss at equal steps?
+"""Which scale and rates reach the lowest held-out loss at equal steps?
 
 Run     python recipes/studies/defaults.py --model M --data train.jsonl --eval-data dev.jsonl --out runs.jsonl \\
-            --grid init=random,values,inputs --grid scale=paper,auto --grid gate_lr=0.1 --steps 150 --seeds 0,1,2
+            --grid scale=paper,auto --grid gate_lr=0.1 --steps 150 --seeds 0,1,2
 Needs   a causal LM that a CPU can train, and rows as `braces train` takes them; one run per point and seed
 Shows   one JSON line a run in --out, which a second call continues, and a table of all its points, best first
 """
@@ -17,7 +17,7 @@ from typing import Any
 from _runs import Runs, read, spread, train
 
 from braces_cli.core.models.loading import load_tokenizer
-from braces_cli.training.settings import TrainSettings
+from braces_cli.training.settings import RunSettings
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     name = Path(args.model).name
     for point in points(args.grid):
         for seed in map(int, args.seeds.split(",")):
-            settings = TrainSettings(**point, seed=seed, max_steps=args.steps, max_length=args.max_length)
+            settings = RunSettings(**point, seed=seed, max_steps=args.steps, max_length=args.max_length)
             identity = {"model": name, "steps": args.steps, "seed": seed, **point}
             runs.get(identity, lambda settings=settings: measure(args.model, rows, held_out, settings))  # type: ignore[misc]
     show(runs.done)
@@ -45,7 +45,7 @@ def main() -> None:
 
 def points(grid: list[str]) -> list[dict[str, Any]]:
     """Every combination of the values of `--grid`, each of its setting's own type."""
-    defaults = {f.name: f.default for f in fields(TrainSettings)}
+    defaults = {f.name: f.default for f in fields(RunSettings)}
     axes = []
     for text in grid:
         setting, _, values = text.partition("=")
@@ -54,7 +54,7 @@ def points(grid: list[str]) -> list[dict[str, Any]]:
     return [dict(point) for point in itertools.product(*axes)]
 
 
-def measure(model: str, rows: Any, held_out: Any, settings: TrainSettings) -> dict[str, Any]:
+def measure(model: str, rows: Any, held_out: Any, settings: RunSettings) -> dict[str, Any]:
     _, result = train(model, rows, held_out, settings)
     names = ("base_eval_loss", "eval_loss", "train_loss", "seconds", "token_path_share")
     return {name: result[name] for name in names}

@@ -23,14 +23,12 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from braces_cli.core.method.adapter import attach
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.loading import load_tokenizer
-from braces_cli.core.models.tokenization import IGNORED
 from braces_cli.core.session import open_session
 from braces_cli.data.examples import Reading, read_examples
-from braces_cli.training.collator import Collator, Layout
-from braces_cli.training.feeding import mean_loss
+from braces_cli.training.collator import Batch, Collator, Layout
 from braces_cli.training.packing_probe import attention_cost
-from braces_cli.training.sampler import Order, Rows
-from braces_cli.training.selective_logits import only_scored
+from braces_cli.training.sampler import EpochSampler
+from braces_cli.training.selective_logits import mean_loss, only_scored
 
 BATCH, RANK, MAX_LENGTH = 16, 16, 1024
 QWEN = Qwen2Config(
@@ -58,23 +56,23 @@ def main() -> None:
         else open_session(args.model, None, LoadOptions(device="cpu")).base.model
     )
     attach(model.train(), RANK)
-    rows = Rows(read_examples(args.data, Reading(load_tokenizer(args.model), MAX_LENGTH)))
+    rows = read_examples(args.data, Reading(load_tokenizer(args.model), MAX_LENGTH))
     config = model.config
     packed = Layout(True, attention_cost(model, config.num_hidden_layers, config.hidden_size))
     collators = {"all": Collator(packed, 0), "scored": Collator(Layout(True, packed.attention, only_scored=True), 0)}
-    order = list(Order(len(rows), 0, BATCH))
+    order = list(EpochSampler(len(rows.items), 0, BATCH))
     times: dict[str, list[float]] = {name: [] for name in collators}
     tokens = scored = 0
     for index in range(args.batches + 1):
-        chosen = [rows[row] for row in order[index * BATCH : (index + 1) * BATCH]]
+        chosen = [rows[row] if row >= 0 else None for row in order[index * BATCH : (index + 1) * BATCH]]
         for name, collator in collators.items():
             batch = collator(chosen)
             spent = passes(model, batch)
             if index:  # the first one warms up
                 times[name].append(spent)
         if index:
-            tokens += len(batch["labels"])
-            scored += int((batch["labels"] != IGNORED).sum())
+            tokens += batch.tokens
+            scored += batch.scored
     ratios = sorted(after / before for before, after in zip(times["all"], times["scored"], strict=True))
     found = {
         "scored_share": scored / tokens,
@@ -84,15 +82,14 @@ def main() -> None:
     print(json.dumps(found, indent=2))
 
 
-def passes(model: Any, batch: dict[str, Any]) -> float:
+def passes(model: Any, batch: Batch) -> float:
     """Seconds that a batch takes forward and back."""
-    count = int((batch["labels"] != IGNORED).sum())
     started = time.perf_counter()
     total: Any = 0.0
-    for block in batch["blocks"]:
+    for block in batch.blocks:
         labels = block.pop("labels")
         with only_scored(model, block.pop("scored", None)):
-            total = total + mean_loss(model(**block, use_cache=False), labels, count)
+            total = total + mean_loss(model(**block, use_cache=False).logits, labels, batch.scored)
     total.backward()
     return time.perf_counter() - started
 

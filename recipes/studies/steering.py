@@ -55,7 +55,7 @@ from braces_cli.core.utils.plotting import figure, save_figure
 from braces_cli.scoring.registry import scorer
 from braces_cli.scoring.scorer import Scorer
 from braces_cli.steering.prompts import read_prompts
-from braces_cli.steering.sweep import SweepSettings, Texts, continuations, point, surprise
+from braces_cli.steering.sweep import SweepPlan, Texts, continuation_nll, continuations, point
 
 
 def main() -> None:
@@ -206,11 +206,11 @@ VECTORS = {
 def measure(
     study: Study, s: float, prompts: Sequence[str], judges: dict[str, Scorer], args: argparse.Namespace
 ) -> dict[str, Any]:
-    settings = SweepSettings([s], args.samples, args.batch_size)
+    settings = SweepPlan([s], args.samples, args.batch_size)
     sampling = Sampling(args.tokens, temperature=1.0, top_p=0.9, seed=args.seed)
     with study.at(s):
         texts = continuations(study.session, prompts, sampling, settings)
-    likelihoods = surprise(study.session, prompts, texts, args.batch_size)
+    likelihoods = continuation_nll(study.session, prompts, texts, args.batch_size)
     out: dict[str, Any] = {}
     for name, judge in judges.items():
         measured = Texts(s, texts, judge.judge(texts, "positive"), likelihoods)

@@ -1,179 +1,255 @@
-"""LLMBraces against LoRA of the same rank on the same rows, steps and seeds: whoever has the lower held-out loss wins.
+"""The forms of relevance against LoRA and its relatives, at equal numbers of trained parameters.
 
-Run     python recipes/studies/versus_lora.py --model M --out runs.jsonl --steps 150 --name commonsense \\
-            --data arc_easy/train.jsonl --data arc_challenge/train.jsonl --data openbookqa/train.jsonl
-Needs   a causal LM that a CPU can train, and rows as `braces train` takes them; rows with an `answer` that is the last
-        word of their `output` and is one of answer1, answer2, ... in the instruction also give an accuracy
-Shows   one JSON line a run in --out, which a second call continues, and at the end one JSON document: each method at
-        the best of its rates by held-out loss on the first seed, over all seeds, and accuracy beside chance
+Run     python recipes/studies/versus_lora.py --task sst5-reviews10M --model M --data train.jsonl \\
+            --held-out dev.jsonl --out runs.jsonl [--steps 100] [--systems untied-1/4,lora-16] [--seeds 0,1,2]
+        python recipes/studies/versus_lora.py --task facts --model embedded --data qa_train.jsonl --epochs 8 \\
+            --questions popqa.jsonl --out runs.jsonl
+        python recipes/studies/versus_lora.py --report --out runs.jsonl --plot versus_lora.png
+Needs   a causal LM that a CPU can train, and rows as `braces train` takes them
+Shows   one JSON line a run in --out, which a second call continues; with --report a Markdown table and a picture
 
-A tenth of the rows, drawn with seed 0, is held out. Both methods have rank 16, no dropout, the same schedule and the
-same order of rows.
+Each system is trained on seed 0 at every rate of its own list. The rate with the best score on the validation part of
+the held-out rows (every second one) is kept; reported is the score on the other part, at that rate, over all seeds. The
+score is the held-out loss, or with --questions the share of questions answered rightly by PopQA's rule. All systems see
+the same rows in the same order for the same number of steps, without dropout. Budgets are shares of the parameters of
+LoRA of rank 16 on the queries and values: each form takes the largest rank that fits.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
-import tempfile
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from _runs import Runs, read, spread, train
-from scipy.stats import binomtest
 
-from braces_cli.core.models.load_options import LoadOptions
-from braces_cli.core.models.loading import load_tokenizer
-from braces_cli.core.models.padding import by_length, pad_right
+from braces_cli.core.models.loading import load_shape, load_tokenizer
 from braces_cli.core.models.tokenization import encode
-from braces_cli.core.session import Session, open_session
+from braces_cli.core.session import Session
 from braces_cli.data.examples import Examples
-from braces_cli.data.readers import Source, read_rows
-from braces_cli.data.row_formats import instruction_prompt
+from braces_cli.evaluation.tasks.popqa import contained, possible_answers
 from braces_cli.scoring.likelihood import Likelihood, likelihoods
 from braces_cli.training.settings import TrainSettings
+from braces_cli.training.train import count_parameters
 
-# Peak rates tried. Those of braces are of the projections; the gates have --gate-lr.
-RATES = {"lora": (1e-3, 3e-3, 1e-2), "braces": (1e-3, 3e-3, 1e-2)}
-RANK = 16
+BUDGETS = {"1/16": 1 / 16, "1/4": 1 / 4, "1": 1.0}
+# Rates tried. Of a form: the rate of the projections times sqrt(width), and that of the gates; of LoRA: peak rates.
+FORM_RATES = [(0.08, 0.3), (0.16, 0.3), (0.32, 0.3), (0.16, 0.1)]
+LORA_RATES = [1e-3, 3e-3, 1e-2, 2e-2]
+# In the order in which they are run: what answers the first question comes first.
+SYSTEMS: dict[str, dict[str, Any]] = {
+    "untied-1/4": {"relevance": "untied"},
+    "lora-16": {"method": "lora", "rank": 16},
+    "signed-1/4": {"relevance": "signed"},
+    "lora-4": {"method": "lora", "rank": 4},
+    "paper-1/4": {"relevance": "paper"},
+    "lora-1": {"method": "lora", "rank": 1},
+    "untied-1/16": {"relevance": "untied"},
+    "dora-4": {"method": "dora", "rank": 4},
+    "pissa-4": {"method": "pissa", "rank": 4},
+    "lora-down-1/4": {"method": "lora", "lora_targets": ("down_proj",)},
+    "untied-1": {"relevance": "untied"},
+    "signed-1/16": {"relevance": "signed"},
+    "signed-1": {"relevance": "signed"},
+    "paper-1/16": {"relevance": "paper"},
+    "paper-1": {"relevance": "paper"},
+}
 
 
 def main() -> None:
     args = parse()
-    tokenizer = load_tokenizer(args.model)
-    rows = [row for name in args.data for row in read_rows(name)]
-    random.Random(0).shuffle(rows)
-    held_out, train_rows = rows[: len(rows) // 10], rows[len(rows) // 10 :]
-    train_set, test_set = (tokenised(part, tokenizer, args.max_length) for part in (train_rows, held_out))
-    base = TrainSettings(
-        rank=RANK,
-        max_steps=args.steps,
-        batch_size=args.batch_size,
-        max_length=args.max_length,
-        gate_lr=args.gate_lr,
-        scale=args.scale,
-    )
     runs = Runs(args.out)
-    common = {"name": args.name, "model": Path(args.model).name, "steps": args.steps}
-
-    def run(method: str, rate: float, seed: int) -> dict[str, Any]:
-        settings = replace(base, method=method, lr=rate, seed=seed)
-        identity: dict[str, Any] = {**common, "method": method, "lr": rate, "seed": seed}
-        if method == "braces":
-            identity |= {"gate_lr": args.gate_lr, "scale": args.scale}
-        return runs.get(identity, lambda: measure(args.model, train_set, test_set, held_out, settings))
-
-    bare = runs.get({**common, "method": "base"}, lambda: scores(_bare(args.model), test_set, held_out))
-    report: dict[str, Any] = {**common, "rows": len(train_rows), "held_out": len(held_out), "base": bare}
+    if args.report:
+        report(runs.done, args.plot)
+        return
+    tokenizer, shape = load_tokenizer(args.model), load_shape(args.model)
+    sets = Rows(args, tokenizer)
+    length = {"epochs": args.epochs} if args.epochs else {"max_steps": args.steps}
+    base = TrainSettings(batch_size=16, max_length=args.max_length, **length)
+    budget = count_parameters(shape, replace(base, method="lora", rank=16))["trainable_parameters"]
     seeds = [int(seed) for seed in args.seeds.split(",")]
-    for method, rates in RATES.items():
-        if args.only and method != args.only:
-            continue
-        first = {rate: run(method, rate, seeds[0])["loss"] for rate in rates}
-        best = min(first, key=lambda rate: first[rate])
-        found = [run(method, best, seed) for seed in seeds]
-        report[method] = {
-            "lr": best,
-            "loss_of_rates": first,
-            "loss": spread(one["loss"] for one in found),
-            "losses": [one["loss"] for one in found],
-            "accuracies": [one["accuracy"] for one in found],
-            "parameters": found[0]["parameters"],
-        }
-    if args.only:
-        return  # a call without --only finds all runs done and reports
-    report["braces"] |= {"gate_lr": args.gate_lr, "scale": args.scale}
-    report["winner"] = min(RATES, key=lambda method: report[method]["loss"]["mean"])
-    print(json.dumps(report, indent=2))
+    for system in args.systems.split(",") if args.systems else SYSTEMS:
+        settings = replace(base, **SYSTEMS[system])
+        if "rank" not in SYSTEMS[system]:
+            settings = replace(settings, rank=largest_rank(shape, settings, budget * budget_of(system)))
+
+        def run(rates: dict[str, float], seed: int, system: str = system, settings: TrainSettings = settings) -> Any:
+            made = replace(settings, **rates, seed=seed)
+            identity = {"task": args.task, "system": system, **rates, "seed": seed}
+            return runs.get(identity, lambda: measure(args.model, sets, made))
+
+        best = min(rates_of(settings, shape), key=lambda rates: run(rates, seeds[0])["validation"] * sets.sign)
+        for seed in seeds[1:]:
+            run(best, seed)
 
 
-def tokenised(rows: list[Source], tokenizer: Any, max_length: int) -> Examples:
-    """The rows as `braces train` reads them from a file."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "rows.jsonl"
-        path.write_text("".join(json.dumps(row.fields) + "\n" for row in rows), encoding="utf-8")
-        return read(str(path), tokenizer, max_length)
+def budget_of(system: str) -> float:
+    """The share of LoRA's parameters that the name of a system ends with."""
+    return BUDGETS[system.rpartition("-")[2]]
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", action="append", required=True)
-    parser.add_argument("--name", required=True, help="of the rows, in the results")
+    parser.add_argument("--task", help="name of this comparison in the results")
+    parser.add_argument("--model")
+    parser.add_argument("--data", action="append", default=[])
+    parser.add_argument("--held-out", action="append", default=[], help="default: every tenth row of --data")
+    parser.add_argument("--questions", type=Path, help="rows of PopQA's schema to answer, in place of held-out rows")
+    parser.add_argument("--limit", type=int, default=600, help="held-out rows")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--epochs", type=float)
     parser.add_argument("--max-length", type=int, default=192)
-    parser.add_argument("--gate-lr", type=float, default=TrainSettings().gate_lr)
-    parser.add_argument("--scale", default=TrainSettings().scale)
+    parser.add_argument("--systems", help=f"comma-separated, of {', '.join(SYSTEMS)}; default: all")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--only", choices=list(RATES), help="the runs of one method, so that two calls can share a job")
+    parser.add_argument("--report", action="store_true")
+    parser.add_argument("--plot", type=Path)
     return parser.parse_args()
 
 
-def measure(
-    model: str, train_set: Examples, test_set: Examples, held_out: list[Source], settings: TrainSettings
-) -> dict[str, Any]:
-    session, result = train(model, train_set, None, settings)
-    figures = {"parameters": result["trainable_parameters"], "train_loss": result["train_loss"]}
-    return {**figures, "seconds": result["seconds"], **scores(session, test_set, held_out)}
+class Rows:
+    """The rows of a comparison: for training, for choosing rates, for the report.
 
-
-def _bare(model: str) -> Session:
-    return open_session(model, None, LoadOptions(device="cpu", dtype="float32"))
-
-
-def scores(session: Session, test_set: Examples, held_out: list[Source]) -> dict[str, Any]:
-    """Held-out loss, and accuracy with its 95 % interval where the rows have answers to choose from."""
-    model, pad_id = session.base.model, session.base.tokenizer.pad_token_id
-    loss = sum(likelihoods(model, test_set.items, pad_id, 16), Likelihood()).loss
-    return {"loss": loss, "accuracy": accuracy(session, held_out)}
-
-
-def accuracy(session: Session, rows: list[Source]) -> dict[str, Any] | None:
-    """How often the answer of the highest likelihood is the right one; chance is the mean of 1 / choices.
-
-    The choices of a row differ in their last token only, so that one pass over what they share ranks them.
+    `sign` is 1 where less is better, else -1.
     """
-    tokenizer, pad_id = session.base.tokenizer, session.base.tokenizer.pad_token_id
-    questions, choices, right = [], [], []
-    for row in rows:
-        answer, output = row.fields.get("answer"), row.fields.get("output", "")
-        if not answer or not output.endswith(answer):
-            continue
-        prompt = instruction_prompt(row.fields["instruction"], row.fields.get("input") or "")
-        names = [name for name in (f"answer{k}" for k in range(1, 6)) if f"{name}: ".capitalize() in prompt]
-        if answer not in names:
-            continue
-        ids = [encode(tokenizer, prompt + output.removesuffix(answer) + name).ids for name in names]
-        assert len({tuple(each[:-1]) for each in ids}) == 1, "choices differ in more than their last token"
-        questions.append(encode(tokenizer, prompt + output.removesuffix(answer) + names[0]))
-        choices.append([each[-1] for each in ids])
-        right.append(names.index(answer))
-    if not questions:
-        return None
-    hits = 0
-    session.base.model.eval()
-    for group in by_length(questions, 16):
-        batch = pad_right([questions[i] for i in group], pad_id)
-        with torch.no_grad():
-            logits = session.base.model(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-            ).logits
-        for place, index in enumerate(group):
-            last = len(questions[index].ids) - 2  # what comes before the token that tells the choices apart
-            hits += int(logits[place, last, choices[index]].argmax()) == right[index]
-    interval = binomtest(hits, len(questions)).proportion_ci(method="wilson")
+
+    def __init__(self, args: argparse.Namespace, tokenizer: Any) -> None:
+        parts = [read(name, tokenizer, args.max_length) for name in args.data]
+        items = [item for part in parts for item in part.items]
+        self.questions: list[dict[str, Any]] = []
+        held: list[Any] = []
+        if args.questions:
+            self.questions = [json.loads(line) for line in args.questions.read_text("utf-8").splitlines()]
+        elif args.held_out:
+            held = [item for name in args.held_out for item in read(name, tokenizer, args.max_length).items]
+        else:
+            held, items = items[::10], [item for index, item in enumerate(items) if index % 10]
+        self.training = Examples(items=items)
+        self.held_out = held[: args.limit]
+        self.sign = -1 if self.questions else 1
+
+
+def rates_of(settings: TrainSettings, shape: Any) -> list[dict[str, float]]:
+    """The settings of rates that a system is tried with."""
+    if settings.method != "braces":
+        return [{"lr": rate} for rate in LORA_RATES]
+    root = math.sqrt(shape.config.hidden_size)
+    return [{"lr": float(f"{turn / root:.3g}"), "gate_lr": gate} for turn, gate in FORM_RATES]
+
+
+def largest_rank(shape: Any, settings: TrainSettings, budget: float) -> int:
+    """The largest rank whose parameters fit the budget; at least 1."""
+    each = [count_parameters(shape, replace(settings, rank=rank))["trainable_parameters"] for rank in (1, 2)]
+    slope = each[1] - each[0]
+    return max(1, int((budget - (each[0] - slope)) // slope))
+
+
+def measure(model: str, rows: Rows, settings: TrainSettings) -> dict[str, Any]:
+    session, result = train(model, rows.training, None, settings)
+    validation, test = answers(session, rows.questions) if rows.questions else losses(session, rows.held_out)
     return {
-        "value": hits / len(questions),
-        "low": interval.low,
-        "high": interval.high,
-        "chance": sum(1 / len(each) for each in choices) / len(choices),
-        "n": len(questions),
+        "rank": settings.rank,
+        "parameters": result["trainable_parameters"],
+        "train_loss": result["train_loss"],
+        "seconds": result["seconds"],
+        "validation": validation,
+        "test": test,
+        "less_is_better": rows.sign == 1,
     }
+
+
+def losses(session: Session, items: list[Any]) -> tuple[float, float]:
+    """Mean loss a token over the even rows and over the odd ones."""
+    model, pad_id = session.base.model, session.base.tokenizer.pad_token_id
+    parts = [sum(likelihoods(model, items[start::2], pad_id, 16), Likelihood()).loss for start in (0, 1)]
+    return parts[0], parts[1]
+
+
+def answers(session: Session, questions: list[dict[str, Any]]) -> tuple[float, float]:
+    """Share of right answers among the even questions and among the odd ones, greedy, 15 tokens."""
+    model, tokenizer = session.base.model.eval(), session.base.tokenizer
+    right: list[list[bool]] = [[], []]
+    for index, row in enumerate(questions):
+        ids = encode(tokenizer, f"Q: {row['question']} A:").ids
+        with torch.no_grad():
+            out = model.generate(
+                torch.tensor([ids]), max_new_tokens=15, do_sample=False, pad_token_id=tokenizer.pad_token_id
+            )
+        text = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).split("\n")[0]
+        right[index % 2].append(contained(text, possible_answers(row)))
+    return sum(right[0]) / len(right[0]), sum(right[1]) / len(right[1])
+
+
+def summarise(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each task and system: its best rate and the spread of its test scores there."""
+    rows = []
+    for task, system in dict.fromkeys((run["task"], run["system"]) for run in done):
+        runs = [run for run in done if (run["task"], run["system"]) == (task, system)]
+        sign = 1 if runs[0]["less_is_better"] else -1
+        best = min((run for run in runs if run["seed"] == 0), key=lambda run: sign * run["validation"])
+        same = [run for run in runs if (run["lr"], run.get("gate_lr")) == (best["lr"], best.get("gate_lr"))]
+        figures = {"task": task, "system": system, "seeds": len(same), "less_is_better": sign == 1}
+        rows.append(
+            figures
+            | {key: best.get(key) for key in ("rank", "parameters", "lr", "gate_lr")}
+            | spread(run["test"] for run in same)
+        )
+    return rows
+
+
+def report(done: list[dict[str, Any]], plot: Path | None) -> None:
+    rows = summarise(done)
+    print("| task | system | parameters | score (lowest, highest) | seeds | rates |")
+    print("| --- | --- | ---: | ---: | ---: | --- |")
+    for row in rows:
+        rates = f"{row['lr']:.3g}" + (f", {row['gate_lr']:.2g}" if row.get("gate_lr") else "")
+        score = f"{row['mean']:.3f} ({row['low']:.3f}, {row['high']:.3f})"
+        print(f"| {row['task']} | {row['system']} | {row['parameters']:,} | {score} | {row['seeds']} | {rates} |")
+    if plot is not None:
+        draw(rows, plot)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """One panel a task: score over trained parameters, one line a family of systems."""
+    from matplotlib.figure import Figure
+
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    columns = min(3, len(tasks))
+    height = -(-len(tasks) // columns)
+    sheet = Figure(figsize=(4.6 * columns, 3.4 * height), layout="constrained")
+    colours = {
+        "untied": "C0",
+        "signed": "C2",
+        "paper": "C4",
+        "lora": "C1",
+        "lora-down": "C3",
+        "dora": "C5",
+        "pissa": "C6",
+    }
+    for place, task in enumerate(tasks):
+        axes = sheet.add_subplot(height, columns, place + 1)
+        of_task = [row for row in rows if row["task"] == task]
+        for family, colour in colours.items():
+            points = sorted(
+                (r for r in of_task if r["system"].rpartition("-")[0] == family), key=lambda r: r["parameters"]
+            )
+            if points:
+                x = [p["parameters"] for p in points]
+                bars = [[p["mean"] - p["low"] for p in points], [p["high"] - p["mean"] for p in points]]
+                axes.errorbar(
+                    x, [p["mean"] for p in points], yerr=bars, marker="o", capsize=3, color=colour, label=family
+                )
+        axes.set_xscale("log")
+        axes.set_title(task)
+        axes.set_xlabel("trained parameters")
+        axes.set_ylabel("held-out loss (less is better)" if of_task[0]["less_is_better"] else "answered rightly")
+        axes.grid(alpha=0.3)
+    sheet.axes[0].legend(fontsize=8)
+    sheet.savefig(path, dpi=130)
 
 
 if __name__ == "__main__":

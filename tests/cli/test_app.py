@@ -84,6 +84,16 @@ def test_a_config_file_gives_defaults_and_the_command_line_wins(braces, model_di
     assert settings["data"] == ["a.jsonl", "b.jsonl"]
 
 
+def test_words_and_truth_values_of_a_config_file(braces, tmp_path):
+    """Of a command that is a settings class, too; `off`, `yes` and their like are words where an option takes words."""
+    path = tmp_path / "a.yaml"
+    path.write_text("stop: [off, 'yes']\nbeside: yes\noverwrite: false\napply_chat_template: off\nprompts: p.txt\n")
+    settings = braces("steer", "--config", path, "--dry-run").json["settings"]
+    assert settings["stop"] == ["off", "yes"]
+    assert (settings["beside"], settings["overwrite"], settings["apply_chat_template"]) == (True, False, False)
+    assert settings["prompts"] == "p.txt"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -53,7 +53,7 @@ def test_layers_and_indices_are_chosen(braces, model_dir):
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox", "phi"])
 def test_the_final_norm_is_found_by_structure(name):
     """What the model applies to its last hidden state before the head."""
-    from braces_cli.inspection.logit_lens import final_norm, readout
+    from braces_cli.inspection.logit_lens import LogitLens, final_norm
     from tests.conftest import tiny_model
 
     model = tiny_model(name)
@@ -63,7 +63,7 @@ def test_the_final_norm_is_found_by_structure(name):
         logits = model(torch.tensor([[4, 5, 6]])).logits
     handle.remove()
     assert len(seen) == 1
-    assert torch.allclose(readout(model)(seen[0][0]), logits, atol=1e-4)
+    assert torch.allclose(LogitLens(model)(seen[0][0]), logits, atol=1e-4)
 
 
 @pytest.mark.parametrize(

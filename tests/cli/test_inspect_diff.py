@@ -70,7 +70,7 @@ def test_adapters(braces, session, tmp_path):
 
 
 def test_pairs_that_cannot_be_compared(braces, model_dir, adapter_dir, tmp_path):
-    """Two lines each, with the code of DESIGN."""
+    """Two lines each, with the right exit code."""
     from transformers import AddedToken
 
     words = tiny_tokenizer()

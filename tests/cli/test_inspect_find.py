@@ -31,10 +31,9 @@ def test_a_search_in_a_map_imports_no_torch(map_file):
     assert imported_by(code) <= {"numpy"}
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_a_map_and_the_model_agree(braces, model_dir, tmp_path, suffix):
+def test_a_map_and_the_model_agree(braces, model_dir, tmp_path):
     """`find --map` and `find --model` name the same vectors first."""
-    path = tmp_path / f"map.{suffix}"
+    path = tmp_path / "map.parquet"
     made = braces("inspect", "values", "--model", model_dir, "--output", path, "--top-k", 20, "--format", "json")
     assert made.json["vectors"] == 104
     assert made.json["model"] == str(model_dir)
@@ -80,6 +79,7 @@ def test_attribute(braces, model_dir, adapter_dir):
         (["find", "--attribute", "nope"], 2, "unknown attribute"),
         (["values", "--side", "down"], 2, "no side `down`"),
         (["values", "--output", "map.txt"], 2, "unknown kind of file"),
+        (["values", "--output", "map.jsonl"], 2, "add --format json"),
     ],
 )
 def test_bad_input(braces, model_dir, args, code, message):

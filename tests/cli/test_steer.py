@@ -59,76 +59,6 @@ def test_a_sampled_text_does_not_depend_on_its_batch(steer):
     assert one != texts(steer("--num-samples", 2, "--seed", 1))
 
 
-def test_attributes_add_up(session):
-    """Logits of A + B are those of the summed push; s = 2 of A is A twice."""
-    import torch
-
-    from braces_cli.core.attributes.attribute import build_attribute
-    from braces_cli.core.attributes.intervention import steered
-    from braces_cli.core.method.adapter import attach
-    from tests.conftest import open_gates
-
-    good = build_attribute(session, "good", ["good", "happy"])
-    old = build_attribute(session, "old", ["old", "town"])
-    tokens = torch.tensor([[0, 5, 6, 7]])
-
-    def logits(*terms):
-        with steered(session, terms) as pushes, torch.no_grad():
-            return session.base.model(tokens).logits, pushes
-
-    for attached in (False, True):
-        if attached:
-            session.adapter = attach(session.base.model, 4)
-            open_gates(session.adapter)
-        with torch.no_grad():
-            bare = session.base.model(tokens).logits
-        both, _ = logits((good, 2.0), (old, -1.0))
-        swapped, _ = logits((old, -1.0), (good, 2.0))
-        doubled, pushes = logits((good, 1.0), (good, 1.0))
-        single, twice = logits((good, 2.0))
-        assert torch.allclose(both, swapped, atol=1e-5)
-        assert torch.allclose(doubled, single, atol=1e-5)
-        assert [p.share for p in pushes] == pytest.approx([p.share for p in twice])
-        none, nothing = logits((good, 0.0))
-        assert torch.equal(none, bare)
-        assert nothing == []
-        assert torch.equal(logits()[0], bare)  # and nothing stays behind
-
-
-def test_without_training_strength_one_is_twelve_percent_of_the_residual(session):
-    """In all, over the first half of the layers, by the definition of the scale; where layers are named, there."""
-    from braces_cli.core.attributes.attribute import build_attribute
-    from braces_cli.core.attributes.intervention import steered
-
-    good = build_attribute(session, "good", ["good", "happy"])
-    with steered(session, [(good, 1.0)]) as pushes:
-        assert [p.share for p in pushes] == pytest.approx([0.12], rel=1e-4)
-    with steered(session, [(good, -2.0)], layers=[1]) as pushes:
-        assert [(p.layer, round(p.share, 4)) for p in pushes] == [(1, 0.24)]
-
-
-def test_steering_with_an_adapter_is_the_papers_formula(session):
-    """r_i + s r_c at every layer, against the reference."""
-    import torch
-
-    from braces_cli.core.attributes.attribute import build_attribute
-    from braces_cli.core.attributes.intervention import steered
-    from braces_cli.core.method.adapter import attach
-    from braces_cli.core.method.reference import reference
-    from tests.conftest import open_gates
-
-    session.adapter = attach(session.base.model, 4)
-    open_gates(session.adapter)
-    good = build_attribute(session, "good", ["good", "happy"])
-    tokens = torch.tensor([[0, 5, 6, 7]])
-    with torch.no_grad():
-        with steered(session, [(good, 3.0)]):
-            fast = session.base.model(tokens).logits
-        with reference(session.adapter, {layer: [(good.state[i], 3.0)] for i, layer in enumerate(good.layers)}):
-            slow = session.base.model(tokens).logits
-    assert float((fast - slow).abs().max() / slow.abs().max()) < 1e-5
-
-
 def test_stderr_says_how_strong_the_push_is(steer):
     """And that nothing happens where nothing does."""
     assert "36.0% of the residual stream" in steer("--attribute", "positive", "--s", 3).err
@@ -184,39 +114,6 @@ def test_words_from_a_file_and_from_the_built_in_lists(braces, model_dir, tmp_pa
     assert braces(*args, "--attribute", "mine", "--words-file", words).json["words"] == ["happy", "good"]
     for name in ("positive", "negative", "neutral"):
         assert 35 <= len(braces(*args, "--attribute", name).json["words"]) <= 45
-
-
-def test_the_same_words_give_the_same_state_with_and_without_an_adapter(session):
-    """Words go through the bare base."""
-    import torch
-
-    from braces_cli.core.attributes.attribute import build_attribute
-    from braces_cli.core.method.adapter import attach
-    from tests.conftest import open_gates
-
-    before = build_attribute(session, "good", ["good"])
-    session.adapter = attach(session.base.model, 4)
-    open_gates(session.adapter)
-    after = build_attribute(session, "good", ["good"])
-    assert torch.equal(before.hidden, after.hidden)
-
-
-def test_pooling_is_the_mean_over_tokens_then_over_words(session):
-    """Against one word at a time, without batches; no start token, no padding."""
-    import torch
-
-    from braces_cli.core.attributes.attribute import pool_words
-
-    model, tokenizer = session.base.model, session.base.tokenizer
-    words = ["good", "town", "sad", "extraordinary"]
-    seen = []
-    handle = session.ffns[1].keys[0].register_forward_pre_hook(lambda m, a: seen.append(a[0]))
-    with torch.no_grad():
-        for word in words:
-            model(torch.tensor([tokenizer(f" {word}", add_special_tokens=False)["input_ids"]]))
-    handle.remove()
-    expected = torch.stack([h[0].mean(0) for h in seen]).mean(0)
-    assert torch.allclose(pool_words(model, tokenizer, session.ffns, words)[1], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -285,19 +182,37 @@ def test_an_attribute_of_another_base_is_refused(braces, model_dir, tmp_path):
     assert "built for another base" in outcome.err
 
 
-def test_a_built_in_list_with_an_opposite_is_one_end_of_an_axis(braces, session, model_dir, tmp_path):
-    """positive is minus negative; attr-build without words writes the same; a list without opposite keeps neutral."""
-    import torch
+@pytest.mark.parametrize("option", [["--prompt", "a"], ["--num-samples", "2"], ["--output", "x.jsonl"]])
+def test_what_a_conversation_takes_no_part_in(steer, option):
+    """Exit 2 before a model is loaded."""
+    outcome = steer("--interactive", *option, prompts=[])
+    assert outcome.code == 2
+    assert "does not go with --interactive" in outcome.err
 
-    from braces_cli.core.attributes.attribute import build_attribute, find_attribute
-    from braces_cli.core.attributes.word_lists import built_in
 
-    one, other = (find_attribute(session, name, None) for name in ("positive", "negative"))
-    assert torch.allclose(one.state, -other.state, atol=1e-6)
-    ends = [build_attribute(session, name, built_in()[name]).hidden for name in ("positive", "negative")]
-    assert torch.allclose(one.state, (ends[0] - ends[1]) / 2, atol=1e-6)
-    args = ["attr-build", "--model", model_dir, "--device", "cpu", "--attribute", "positive", "--output-dir", tmp_path]
-    assert braces(*args).code == 0
-    assert torch.equal(find_attribute(session, "positive", tmp_path).state, one.state)
-    angry = find_attribute(session, "angry", None)
-    assert torch.equal(angry.reference, build_attribute(session, "mine", ["own"]).reference)
+def test_the_table_of_texts(steer):
+    """Every prompt and text, the unsteered one between them, no markup read."""
+    outcome = steer("--format", "table", "--beside", "--attribute", "positive", "--s", 20, prompts=["[red]a"])
+    assert "[red]a" in outcome.out
+    assert "unsteered" in outcome.out
+    assert "positive +20" in outcome.out
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--beside"],
+        ["--output", "x.jsonl"],
+        ["--resume"],
+        ["--interactive"],
+        ["--export-control-vector", "x.gguf"],
+    ],
+)
+def test_options_that_a_sweep_does_not_take_are_refused(steer, tmp_path, monkeypatch, option):
+    """By name, and nothing is written; with --dry-run, too."""
+    monkeypatch.chdir(tmp_path)
+    for dry_run in ([], ["--dry-run"]):
+        outcome = steer("--attribute", "positive", "--sweep", "0", *option, *dry_run)
+        assert outcome.code == 2
+        assert f"{option[0]}: does not go with --sweep" in outcome.err
+    assert list(tmp_path.iterdir()) == []

@@ -24,6 +24,7 @@ from braces_cli.core.method.adapter import Adapter, attach, attach_stored
 from braces_cli.core.method.adapter_files import AdapterConfig, find_adapter
 from braces_cli.core.method.reference import reference
 from braces_cli.core.method.relevance import RelevanceModule
+from braces_cli.core.method.relevance_forms import FORMS
 from braces_cli.core.models.ffn import FFN, find_ffns, layer_stack
 from braces_cli.core.models.fingerprint import fingerprint
 from braces_cli.core.models.moe import Experts, MixtureFFN
@@ -176,22 +177,23 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def carry(model: Any, ffns: Sequence[FFN | MixtureFFN]) -> Adapter:
-    """An adapter of rank 4 on some FFNs, gates open."""
+def carry(model: Any, ffns: Sequence[FFN | MixtureFFN], relevance: str = "untied") -> Adapter:
+    """An adapter of rank 4 on some FFNs, gates open. `untied` is the form that the others are special cases of."""
     generator = torch.Generator().manual_seed(0)
-    adapter = Adapter(model, [(ffn, RelevanceModule(4, ffn.hidden_size, generator=generator)) for ffn in ffns])
+    modules = [RelevanceModule(4, ffn.hidden_size, generator=generator, form=relevance) for ffn in ffns]
+    adapter = Adapter(model, list(zip(ffns, modules, strict=True)))
     open_gates(adapter)
     return adapter
 
 
-def compare(name: str) -> None:
-    """Values and gradients against the reference, in float32 and in float64.
+def compare(name: str, relevance: str) -> None:
+    """Values and gradients of one form against the reference, in float32 and in float64.
 
     Raises:
         AssertionError: they differ by more than rounding.
     """
     model = tiny(name).train(name in TRAINING)
-    adapter = carry(model, find_ffns(model))
+    adapter = carry(model, find_ffns(model), relevance)
     fast, slow = passed(model, adapter, False), passed(model, adapter, True)
     if name in SINGLE:
         found = worst(together(fast), together(slow))
@@ -224,7 +226,7 @@ def live(name: str, model: Any, folder: Path) -> None:
     bare = cache_changes(model)
     assert (bare is not None) == (name in CACHES), f"with and without cache, the bare base: {bare}"
     ffns = find_ffns(model)
-    adapter = attach(model, 4)
+    adapter = attach(model, 4, form="untied")
     open_gates(adapter)
     assert relative(logits_of(model), base) > 1e-3, "the adapter does nothing"
     if name in CACHES:
@@ -309,7 +311,8 @@ def prove(name: str, folder: Path) -> Outcome:
         with pytest.raises(ModelError, match=words):
             find_ffns(model)
         return Outcome(name, status, reason=reason)
-    compare(name)
+    for relevance in FORMS:
+        compare(name, relevance)
     model = tiny(name)
     is_the_ffn(name, find_ffns(model))
     live(name, model, folder)

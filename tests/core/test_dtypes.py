@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from braces_cli.core.method.adapter import attach, attach_stored
 from braces_cli.core.method.adapter_files import WEIGHTS_FILE, find_adapter
+from braces_cli.core.method.projections import projection_error
 from braces_cli.core.method.reference import reference
-from braces_cli.core.method.relevance import _cached_factors, projection_error
+from braces_cli.core.method.relevance import _cached_factors
 from braces_cli.core.models.ffn import find_ffns
 from braces_cli.core.models.fingerprint import fingerprint
 from braces_cli.core.models.load_options import LoadOptions
@@ -212,7 +213,7 @@ def test_the_operator_keeps_the_compilers_rules():
     ffn, brace = adapter.sites[0]
     for parameter in brace.parameters():
         parameter.requires_grad_(False)
-    args = (brace.weight, brace.gate, ffn.values(), brace._handle, torch.bfloat16)
+    args = ([brace.weight, brace.gate], ffn.values(), brace._handle, torch.bfloat16)
     results = torch.library.opcheck(_cached_factors, args)
     assert set(results.values()) == {"SUCCESS"}
 

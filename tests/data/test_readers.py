@@ -85,7 +85,7 @@ def test_missing_files_and_folders(tmp_path):
 
 def test_a_hub_set_out_of_reach_says_so():
     """Offline, an id that looks like the hub's is no bare traceback."""
-    with pytest.raises(DataError, match="hub set cannot be read"):
+    with pytest.raises(DataError, match="hub cannot be reached for the data set"):
         list(read_rows("someone/nothing:train"))
 
 

@@ -103,7 +103,8 @@ def test_an_adapter_of_the_hub_is_fetched(make_peft, tiny_folder, monkeypatch):
 def test_prompts_are_put_as_the_adapters_were_trained(make_adapter, tiny_folder, tmp_path):
     from types import SimpleNamespace
 
-    from braces_cli.evaluation.evaluate import EvalSettings, _way
+    from braces_cli.evaluation.evaluate import _harness_settings
+    from braces_cli.evaluation.settings import EvalSettings
 
     found = []
     for trained in (True, False, None):
@@ -114,10 +115,12 @@ def test_prompts_are_put_as_the_adapters_were_trained(make_adapter, tiny_folder,
         (folder / "adapter_config.json").write_text(json.dumps(config))
         found.append(find_eval_adapter(str(folder)))
     assert [each.chat_template for each in found] == [True, False, None]
-    session = SimpleNamespace(base=SimpleNamespace(tokenizer=SimpleNamespace(chat_template="{{ x }}")))
+    tokenizer = SimpleNamespace(chat_template="{{ x }}")
+    session = SimpleNamespace(base=SimpleNamespace(tokenizer=tokenizer), config=None)
     chat, plain, silent = found
     for adapters, wanted in (([chat, silent], True), ([plain, silent], False), ([silent], False), ([], False)):
-        assert _way(EvalSettings(["popqa"]), adapters, session).chat_template is wanted
+        assert _harness_settings(EvalSettings(tasks=["popqa"]), adapters, session).chat_template is wanted
     with pytest.raises(ConfigError, match="with the chat template and another without"):
-        _way(EvalSettings(["popqa"]), [chat, plain], session)
-    assert _way(EvalSettings(["popqa"], chat_template=False), [chat, plain], session).chat_template is False
+        _harness_settings(EvalSettings(tasks=["popqa"]), [chat, plain], session)
+    without = EvalSettings(tasks=["popqa"], apply_chat_template=False)
+    assert _harness_settings(without, [chat, plain], session).chat_template is False

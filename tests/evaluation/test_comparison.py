@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 
 import pytest
+from scipy.stats import binom, ttest_rel
 
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.evaluation import task_catalog
-from braces_cli.evaluation.aggregation import AVERAGE, add_averages
-from braces_cli.evaluation.comparison import System, compare, verdict
-from braces_cli.evaluation.scores import Scores, slug
-from braces_cli.evaluation.significance import holm
-from braces_cli.evaluation.thresholds import Threshold, check_reached, check_tasks, parse_thresholds
+from braces_cli.evaluation.comparison import System, compare, holm, mcnemar, p_value, paired_bootstrap, verdict
+from braces_cli.evaluation.scores import AVERAGE, Scores, add_averages, slug
+from braces_cli.evaluation.settings import Threshold, parse_thresholds
+from braces_cli.evaluation.thresholds import check_reached, check_tasks
 
 
 def test_holm_by_hand():
@@ -23,25 +23,22 @@ def test_holm_by_hand():
 
 
 def _system(name: str, **tasks: list[float]) -> System:
-    """A system with one 0/1 metric a task; `__` in a name stands for what a keyword cannot hold."""
+    """A system with one metric of 0 and 1 for each task."""
     scores = Scores()
-    for key, values in tasks.items():
-        task = key.replace("__", ":relation=")
+    for task, values in tasks.items():
         scores.results[task] = {"acc": {"value": sum(values) / len(values), "stderr": None, "n": len(values)}}
         scores.documents[task, "acc"] = dict(enumerate(values))
     return System(name, None if name == "base" else name, scores)
 
 
-def test_p_is_corrected_for_the_number_of_tasks_and_parts_are_a_family_apart():
+def test_p_is_corrected_for_the_number_of_tasks():
     none, six, seven = [0.0] * 8, [1.0] * 6 + [0.0] * 2, [1.0] * 7 + [0.0]
-    base = _system("base", a=none, b=none, c=none, a__x=none, a__y=none)
-    other = _system("other", a=six, b=seven, c=none, a__x=seven, a__y=none)
+    base, other = _system("base", a=none, b=none, c=none), _system("other", a=six, b=seven, c=none)
     rows = {row["task"]: row for row in compare([base, other], 0)}
-    raw = {"a": 2 / 2**6, "b": 2 / 2**7, "c": 1.0, "a:relation=x": 2 / 2**7, "a:relation=y": 1.0}
-    assert {task: row["p_value"] for task, row in rows.items()} == pytest.approx(raw)
-    corrected = {"a": 2 / 64 * 2, "b": 2 / 128 * 3, "c": 1.0, "a:relation=x": 2 / 128 * 2, "a:relation=y": 1.0}
+    assert {task: row["p_value"] for task, row in rows.items()} == pytest.approx({"a": 2 / 64, "b": 2 / 128, "c": 1.0})
+    corrected = {"a": 2 / 64 * 2, "b": 2 / 128 * 3, "c": 1.0}
     assert {task: row["p_holm"] for task, row in rows.items()} == pytest.approx(corrected)
-    assert [task for task, row in rows.items() if row["significant"]] == ["b", "a:relation=x"]
+    assert [task for task, row in rows.items() if row["significant"]] == ["b"]
     assert [verdict(rows[task]) for task in "abc"] == ["not significant", "significant", "no difference"]
     assert {row["n"] for row in rows.values()} == {8}
 
@@ -68,15 +65,15 @@ def test_the_average_is_the_plain_mean_over_tasks():
             "acc": {"value": place / 10, "stderr": 0.3, "n": place + 1},
             "other": {"value": 9.0, "stderr": None, "n": 1},
         }
-    add_averages(scores, task_catalog.Selection(groups={"zero_shot": list(members)}))
+    add_averages(scores, task_catalog.Selection(groups={"zero_shot": list(members)}).averaged)
     expected = {"value": pytest.approx(0.2), "stderr": pytest.approx(0.3 / math.sqrt(5)), "n": 15}
     assert scores.results["zero_shot"] == {AVERAGE: expected}
 
 
 def test_thresholds_are_told_apart_from_the_right():
-    assert parse_thresholds(["popqa:acc=0.5", "popqa:relation=director:acc_word=-1e-1"]) == [
+    assert parse_thresholds(["popqa:acc=0.5", "a:b=c:acc_word=-1e-1"]) == [
         Threshold("popqa", "acc", 0.5),
-        Threshold("popqa:relation=director", "acc_word", -0.1),
+        Threshold("a:b=c", "acc_word", -0.1),
     ]
 
 
@@ -90,7 +87,7 @@ def test_a_threshold_of_another_form_is_a_wrong_call(value):
 
 def test_a_threshold_must_be_for_a_task_that_is_measured():
     selection = task_catalog.Selection(names=["popqa"], leaves={"popqa": None}, groups={"zero_shot": ["popqa"]})
-    check_tasks(parse_thresholds(["popqa:relation=x:acc=0", "zero_shot:braces_average=0"]), selection)
+    check_tasks(parse_thresholds(["popqa:acc=0", "zero_shot:braces_average=0"]), selection)
     with pytest.raises(ConfigError, match="not measured") as caught:
         check_tasks(parse_thresholds(["popqua:acc=0.5"]), selection)
     assert "Did you mean popqa?" in str(caught.value)
@@ -151,3 +148,52 @@ def test_what_is_not_finite_is_shown_and_drawn_all_the_same(tmp_path):
         assert page.count("no test") == 1
         result_tables.draw(each, tmp_path / "p.png")
     assert "not finite" in page
+
+
+def test_mcnemar_counts_only_the_documents_that_differ():
+    a = [1.0] * 10 + [0.0] * 2 + [1.0] * 50 + [0.0] * 7
+    b = [0.0] * 10 + [1.0] * 2 + [1.0] * 50 + [0.0] * 7
+    assert mcnemar(a, b) == pytest.approx(2 * binom.cdf(2, 12, 0.5)) == pytest.approx(0.03857421875)
+    assert mcnemar(b, a) == mcnemar(a, b)
+
+
+def test_one_sixth_heads_by_hand():
+    # 5 documents differ, all one way: 2 / 2^5.
+    assert mcnemar([1.0] * 5, [0.0] * 5) == pytest.approx(0.0625)
+
+
+def test_equal_outcomes_give_one():
+    assert mcnemar([0.0, 1.0], [0.0, 1.0]) == 1.0
+    assert paired_bootstrap([0.3, 0.2], [0.3, 0.2]) == 1.0
+
+
+def test_the_bootstrap_agrees_with_the_paired_t_test_on_many_documents():
+    import numpy as np
+
+    generator = np.random.default_rng(3)
+    a = generator.normal(size=400)
+    b = a + generator.normal(0.08, 1.0, size=400)
+    expected = ttest_rel(a, b).pvalue
+    assert 0.01 < expected < 0.5
+    assert paired_bootstrap(a, b) == pytest.approx(expected, abs=0.02)
+    assert paired_bootstrap(a, b, seed=1) == paired_bootstrap(a, b, seed=1)
+
+
+def test_weights_make_it_a_ratio():
+    # One long document decides the ratio, though the short ones all say the opposite.
+    a, b = [0.0] * 9, [1.0] * 8 + [-1000.0]
+    assert paired_bootstrap(a, b) > 0.3
+    assert paired_bootstrap(a, [2.0] * 9, [1.0] * 9) < 0.005
+
+
+def test_three_documents_prove_nothing():
+    assert paired_bootstrap([0.0, 0.0, 0.0], [1.0, 1.01, 0.99]) == 0.25
+    assert paired_bootstrap([0.0], [1.0]) == 1.0
+
+
+def test_documents_are_matched_by_id():
+    a = dict.fromkeys(range(5), 1.0)
+    b = {4: 0.0, 3: 0.0, 2: 0.0, 1: 0.0, 0: 0.0, 99: 1.0}
+    assert p_value(a, b) == pytest.approx(0.0625)
+    assert p_value(a, {7: 1.0}) is None
+    assert p_value({0: math.nan}, {0: 0.5}) is None

@@ -18,7 +18,8 @@ from braces_cli.core.models.loading import load_base
 from braces_cli.core.utils.errors import ConfigError, DataError, ModelError
 from braces_cli.evaluation import evaluate as run_module
 from braces_cli.evaluation import lm_eval_runner, perplexity, task_catalog
-from braces_cli.evaluation.evaluate import EvalSettings, run_evaluation
+from braces_cli.evaluation.evaluate import run_evaluation
+from braces_cli.evaluation.settings import EvalSettings
 
 CPU = LoadOptions(device="cpu")
 LM_EVAL_TASKS = Path(lm_eval.__file__).parent / "tasks"
@@ -47,7 +48,7 @@ def _popqa(count: int) -> list[dict]:
 def _direct(folder: Path, name: str, file: Path, limit: int, shots: int | None, tmp_path: Path):
     """lm-eval by itself: model by name, the task's YAML, and `datasets` reading the very file."""
     include = DEFINITIONS.get(name, f"truthfulqa/{name}.yaml")
-    source = task_catalog.OURS / "popqa.yaml" if name == "popqa" else LM_EVAL_TASKS / include
+    source = task_catalog.BRACES_FOLDER / "popqa.yaml" if name == "popqa" else LM_EVAL_TASKS / include
     files = dict.fromkeys(("train", "validation", "test"), str(file))
     lines = [
         f"include: {source}", f"task: {name}", "dataset_path: json", "dataset_name: null",
@@ -60,7 +61,7 @@ def _direct(folder: Path, name: str, file: Path, limit: int, shots: int | None, 
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=shots or 0)
         task.set_fewshot_seed(seed=1234)
-    model = HFLM(pretrained=str(folder), device="cpu", batch_size=8)
+    model = HFLM(pretrained=str(folder), device="cpu", batch_size="8")
     return lm_eval.evaluate(lm=model, task_dict=loaded, limit=limit)
 
 
@@ -73,7 +74,7 @@ def _ours(folder: Path, names: list[str], data: list[str], limit: int, shots: in
         return seen[-1]
 
     monkeypatch.setattr(lm_eval_runner.lm_eval, "evaluate", spy)
-    settings = EvalSettings(names, data, limit=limit, num_fewshot=shots)
+    settings = EvalSettings(tasks=names, task_data=data, limit=limit, num_fewshot=shots)
     result = run_evaluation(str(folder), [], CPU, settings)
     monkeypatch.undo()
     return result, seen[0]
@@ -139,7 +140,7 @@ def test_base_and_adapters_stand_side_by_side(tiny_folder, make_adapter, write_j
     text = tmp_path / "t.txt"
     text.write_text("A first line.\nAnd a second, longer one.\n")
     data = [f"popqa={write_jsonl('p.jsonl', _popqa(6))}", f"perplexity={text}"]
-    result = run_evaluation(None, adapters, CPU, EvalSettings(["popqa,perplexity"], data, limit=5))
+    result = run_evaluation(None, adapters, CPU, EvalSettings(tasks=["popqa,perplexity"], task_data=data, limit=5))
     assert [s["adapter"] for s in result["systems"]] == [None, *adapters]
     assert [s["name"] for s in result["systems"]] == ["base", "seed0", "seed1"]
     assert {s["model"] for s in result["systems"]} == {str(tiny_folder)}
@@ -156,9 +157,11 @@ def test_base_and_adapters_stand_side_by_side(tiny_folder, make_adapter, write_j
     assert result["settings"]["batch_size"] == 8
     assert {"braces", "torch", "transformers", "lm-eval"} <= result["settings"]["versions"].keys()
 
-    bare = run_evaluation(str(tiny_folder), [], CPU, EvalSettings(["popqa,perplexity"], data, limit=5))
+    bare = run_evaluation(str(tiny_folder), [], CPU, EvalSettings(tasks=["popqa,perplexity"], task_data=data, limit=5))
     assert bare["systems"][0]["results"] == result["systems"][0]["results"]  # the adapters were off
-    alone = run_evaluation(None, adapters[1:], CPU, EvalSettings(["popqa,perplexity"], data, limit=5, base=False))
+    alone = run_evaluation(
+        None, adapters[1:], CPU, EvalSettings(tasks=["popqa,perplexity"], task_data=data, limit=5, no_base=True)
+    )
     assert [s["results"] for s in alone["systems"]] == [result["systems"][2]["results"]]
     assert alone["comparisons"] == []
 
@@ -188,7 +191,7 @@ def test_the_delta_method_agrees_with_the_spread_of_resampled_texts(tiny_folder)
 
     base = load_base(str(tiny_folder), LoadOptions(device="cpu"))
     found = perplexity.measure(base.model, base.tokenizer, [f"text {i} " * (1 + i % 3) for i in range(60)], 16)
-    nats = np.array(list(found.nats["bits_per_byte"].values()))
+    nats = np.array(list(found.documents["bits_per_byte"].values()))
     units = np.array(list(found.units["bits_per_byte"].values()))
     drawn = np.random.default_rng(0).integers(60, size=(4000, 60))
     spread = (nats[drawn].sum(1) / units[drawn].sum(1) / math.log(2)).std()
@@ -196,7 +199,7 @@ def test_the_delta_method_agrees_with_the_spread_of_resampled_texts(tiny_folder)
 
 
 def test_a_changed_file_is_read_anew(tiny_folder, write_jsonl):
-    settings = EvalSettings(["popqa"], [f"popqa={write_jsonl('p.jsonl', _popqa(3))}"])
+    settings = EvalSettings(tasks=["popqa"], task_data=[f"popqa={write_jsonl('p.jsonl', _popqa(3))}"])
     assert run_evaluation(str(tiny_folder), [], CPU, settings)["systems"][0]["results"]["popqa"]["acc"]["n"] == 3
     write_jsonl("p.jsonl", _popqa(4))
     assert run_evaluation(str(tiny_folder), [], CPU, settings)["systems"][0]["results"]["popqa"]["acc"]["n"] == 4
@@ -231,7 +234,7 @@ def test_an_adapter_that_does_not_fit_fails_before_the_base_is_measured(
     other = copy.deepcopy(config)
     other["fingerprint"]["sha256"] = "0" * 64
     (bad / "adapter_config.json").write_text(json.dumps(other))
-    settings = EvalSettings(["popqa"], [f"popqa={write_jsonl('p.jsonl', _popqa(2))}"])
+    settings = EvalSettings(tasks=["popqa"], task_data=[f"popqa={write_jsonl('p.jsonl', _popqa(2))}"])
     with pytest.raises(ModelError, match="another base"):
         run_evaluation(str(tiny_folder), [str(good), str(bad)], CPU, settings)
 
@@ -241,17 +244,17 @@ def test_rows_that_only_lm_eval_can_judge_are_refused_before_a_model_is_loaded(w
     row = {"question": "Q?", "correct_answer": "a", "support": "s", **{f"distractor{i}": "b" for i in (1, 2, 3)}}
     first = write_jsonl("first.jsonl", [{"question": "Q?"}])
     with pytest.raises(DataError, match="sciq cannot read the rows"):
-        run_evaluation("m", [], CPU, EvalSettings(["sciq"], [f"sciq={first}"]))
+        run_evaluation("m", [], CPU, EvalSettings(tasks=["sciq"], task_data=[f"sciq={first}"]))
     second = write_jsonl("second.jsonl", [row, {"question": "Q?"}])
     with pytest.raises(DataError, match="sciq cannot read the row") as caught:
-        run_evaluation("m", [], CPU, EvalSettings(["sciq"], [f"sciq={second}"]))
+        run_evaluation("m", [], CPU, EvalSettings(tasks=["sciq"], task_data=[f"sciq={second}"]))
     assert "row 2" in str(caught.value)
 
 
-def test_without_network_or_file_the_error_names_the_way_out(monkeypatch):
+def test_without_network_or_file_the_error_names_the_harness_settings_out(monkeypatch):
     monkeypatch.setattr(task_catalog.TaskManager, "load", _unreachable)
     with pytest.raises(DataError, match="--task-data triviaqa=FILE"):
-        run_evaluation("m", [], CPU, EvalSettings(["triviaqa"]))
+        run_evaluation("m", [], CPU, EvalSettings(tasks=["triviaqa"]))
 
 
 def _unreachable(*args):
@@ -261,9 +264,9 @@ def _unreachable(*args):
 @pytest.mark.parametrize("size", [0, -1, "many"])
 def test_a_batch_size_is_a_number_or_auto(size):
     with pytest.raises(ConfigError, match="batch"):
-        EvalSettings(["popqa"], batch_size=size)
+        EvalSettings(tasks=["popqa"], batch_size=size)
 
 
 def test_there_must_be_something_to_measure():
     with pytest.raises(ConfigError, match="nothing to measure"):
-        run_evaluation("m", [], CPU, EvalSettings(["popqa"], base=False))
+        run_evaluation("m", [], CPU, EvalSettings(tasks=["popqa"], no_base=True))

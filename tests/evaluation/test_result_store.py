@@ -11,10 +11,11 @@ import torch
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.utils.errors import BracesError, ConfigError
 from braces_cli.evaluation import evaluate as run_module
-from braces_cli.evaluation import lm_eval_runner, native_tasks
-from braces_cli.evaluation.evaluate import EvalSettings, run_evaluation
+from braces_cli.evaluation import lm_eval_runner, task_catalog
+from braces_cli.evaluation.evaluate import run_evaluation
 from braces_cli.evaluation.oom_backoff import halving
 from braces_cli.evaluation.result_store import Store, check_folder
+from braces_cli.evaluation.settings import EvalSettings
 
 CPU = LoadOptions(device="cpu")
 TARGETS = {"choices": ["yes", "no way", "perhaps"], "labels": [1, 0, 0]}
@@ -22,8 +23,7 @@ TARGETS = {"choices": ["yes", "no way", "perhaps"], "labels": [1, 0, 0]}
 
 @pytest.fixture
 def data(write_jsonl):
-    popqa = [{"question": f"What is {i}?", "possible_answers": '["a"]', "prop": "xy"[i % 2], "s_pop": 10**i}
-             for i in range(4)]  # fmt: skip
+    popqa = [{"question": f"What is {i}?", "possible_answers": '["a"]'} for i in range(4)]
     truthful = [{"question": f"Is it {i}?", "mc1_targets": TARGETS} for i in range(4)]
     return [f"popqa={write_jsonl('p.jsonl', popqa)}", f"truthfulqa_mc1={write_jsonl('t.jsonl', truthful)}"]
 
@@ -34,17 +34,17 @@ class Killed(BaseException):
 
 def test_a_killed_run_goes_on_where_it_was(tiny_folder, make_adapter, data, tmp_path, monkeypatch):
     adapters = [str(make_adapter(tiny_folder))]
-    settings = EvalSettings(["popqa_by_relation,truthfulqa_mc1"], data)
+    settings = EvalSettings(tasks=["popqa,truthfulqa_mc1"], task_data=data)
     whole = run_evaluation(str(tiny_folder), adapters, CPU, settings)
 
     measured: list[str] = []
     measure = lm_eval_runner.measure
 
-    def dying(model, tokenizer, unit, way, **kwargs):
+    def dying(model, tokenizer, unit, harness, **kwargs):
         if len(measured) == 3:
             raise Killed
         measured.append(kwargs["stage"])
-        return measure(model, tokenizer, unit, way, **kwargs)
+        return measure(model, tokenizer, unit, harness, **kwargs)
 
     monkeypatch.setattr(lm_eval_runner, "measure", dying)
     store = Store(tmp_path / "out", log_samples=True)
@@ -63,7 +63,7 @@ def test_a_killed_run_goes_on_where_it_was(tiny_folder, make_adapter, data, tmp_
     (tmp_path / "out" / "results.json").write_text(json.dumps(again))
     monkeypatch.setattr(run_module, "open_session", lambda *a: pytest.fail("loaded"))
     assert run_evaluation(str(tiny_folder), adapters, CPU, settings, store=store, resume=True) == whole
-    other = EvalSettings(["popqa_by_relation,truthfulqa_mc1"], data, limit=3)
+    other = EvalSettings(tasks=["popqa,truthfulqa_mc1"], task_data=data, limit=3)
     with pytest.raises(ConfigError, match=r"other settings was begun here \(limit\)"):
         run_evaluation(str(tiny_folder), adapters, CPU, other, store=store, resume=True)
 
@@ -74,14 +74,12 @@ def test_a_killed_run_goes_on_where_it_was(tiny_folder, make_adapter, data, tmp_
         assert [choice["text"] for choice in row["choices"]] == [f" {text}" for text in TARGETS["choices"]]
         assert row["answer"] == max(row["choices"], key=lambda choice: choice["log_likelihood"])["text"]
         assert row["scores"] == {"acc": float(row["answer"] == " yes")}
-    parts = {name: m["acc"]["n"] for name, m in whole["systems"][0]["results"].items() if name.startswith("popqa:")}
-    assert parts == {"popqa:relation=x": 2, "popqa:relation=y": 2}
 
 
 def test_a_batch_that_does_not_fit_is_halved(tiny_folder, data, write_jsonl, monkeypatch, caplog):
     data = [*data, f"perplexity={write_jsonl('x.jsonl', [{'text': f'text {i}'} for i in range(5)])}"]
     names = ["popqa,truthfulqa_mc1,perplexity"]
-    small = run_evaluation(str(tiny_folder), [], CPU, EvalSettings(names, data, batch_size=2))
+    small = run_evaluation(str(tiny_folder), [], CPU, EvalSettings(tasks=names, task_data=data, batch_size="2"))
     from transformers import LlamaForCausalLM
 
     forward = LlamaForCausalLM.forward
@@ -95,7 +93,7 @@ def test_a_batch_that_does_not_fit_is_halved(tiny_folder, data, write_jsonl, mon
     monkeypatch.setattr(LlamaForCausalLM, "forward", short_of_memory)
     monkeypatch.setattr(logging.getLogger("braces"), "propagate", True)
     with caplog.at_level(logging.WARNING, logger="braces"):
-        found = run_evaluation(str(tiny_folder), [], CPU, EvalSettings(names, data, batch_size=8))
+        found = run_evaluation(str(tiny_folder), [], CPU, EvalSettings(tasks=names, task_data=data, batch_size="8"))
     assert found["systems"] == small["systems"]
     assert found["settings"]["batch_size"] == 2
     said = {record.getMessage() for record in caplog.records if "out of memory" in record.getMessage()}
@@ -121,7 +119,9 @@ def test_prompts_go_into_the_chat_template_where_asked(tiny_folder, data, tmp_pa
     from transformers import AutoTokenizer
 
     with pytest.raises(ConfigError, match="no chat template"):
-        run_evaluation(str(tiny_folder), [], CPU, EvalSettings(["popqa"], data[:1], chat_template=True))
+        run_evaluation(
+            str(tiny_folder), [], CPU, EvalSettings(tasks=["popqa"], task_data=data[:1], apply_chat_template=True)
+        )
     folder = tmp_path / "chat"
     folder.mkdir()
     for file in tiny_folder.iterdir():
@@ -134,7 +134,7 @@ def test_prompts_go_into_the_chat_template_where_asked(tiny_folder, data, tmp_pa
     prompts = {}
     for on in (None, True):
         store = Store(tmp_path / f"out{on}", log_samples=True)
-        settings = EvalSettings(["popqa"], data[:1], limit=1, num_fewshot=1, chat_template=on)
+        settings = EvalSettings(tasks=["popqa"], task_data=data[:1], limit=1, num_fewshot=1, apply_chat_template=on)
         result = run_evaluation(str(folder), [], CPU, settings, store=store)
         assert result["settings"]["apply_chat_template"] is bool(on)
         prompts[on] = json.loads((store.folder / "samples/base/popqa.jsonl").read_text())["prompt"]
@@ -150,6 +150,6 @@ def test_what_is_stored_needs_a_folder(options):
         check_folder(None, **{"overwrite": False, "resume": False, "log_samples": False, **options})
 
 
-def test_an_own_task_shows_in_the_registry_alone():
-    assert set(native_tasks.TASKS) >= {"perplexity"}
-    assert all(task.name == name and task.metrics for name, task in native_tasks.TASKS.items())
+def test_a_native_task_is_registered_by_its_name():
+    assert set(task_catalog.NATIVE_TASKS) >= {"perplexity"}
+    assert all(task.name == name and task.metrics for name, task in task_catalog.NATIVE_TASKS.items())

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import tomllib
+from pathlib import Path
 
 import pytest
 
 from braces_cli.core.utils.errors import ConfigError, DataError
 from braces_cli.evaluation import task_catalog
-from braces_cli.evaluation.evaluate import EvalSettings, check_settings
+from braces_cli.evaluation.evaluate import check_settings
+from braces_cli.evaluation.settings import EvalSettings
 from braces_cli.evaluation.task_rows import read_task_rows, read_texts
 
 POPQA = {"question": "What is it?", "possible_answers": '["x"]'}
@@ -17,7 +20,7 @@ MC = {"question": "Q?", "mc1_targets": {"choices": ["a", "b"], "labels": [1, 0]}
 
 def _error(kind, *args, **kwargs):
     with pytest.raises(kind) as caught:
-        check_settings(EvalSettings(*args, **kwargs))
+        check_settings(EvalSettings(**dict(zip(("tasks", "task_data"), args, strict=False)), **kwargs))
     assert str(caught.value).count("\n") <= 1
     return str(caught.value)
 
@@ -32,7 +35,7 @@ def test_an_unknown_task_is_answered_with_near_misses(name, near):
 
 
 def test_every_name_of_lm_eval_is_known():
-    selection, _, _ = check_settings(EvalSettings(["hellaswag,popqa", "truthfulqa"]))
+    selection, _, _ = check_settings(EvalSettings(tasks=["hellaswag,popqa", "truthfulqa"]))
     assert selection.names == ["hellaswag", "popqa", "truthfulqa_mc1", "truthfulqa_mc2"]
 
 
@@ -40,14 +43,14 @@ def test_a_group_serves_its_members_and_a_task_of_its_own_file_beats_it(write_js
     row = {**MC, "mc2_targets": MC["mc1_targets"]}
     both, one = write_jsonl("both.jsonl", [row]), write_jsonl("one.jsonl", [row])
     data = [f"truthfulqa_mc2={one}", f"truthfulqa={both}"]
-    _, files, _ = check_settings(EvalSettings(["truthfulqa"], data))
+    _, files, _ = check_settings(EvalSettings(tasks=["truthfulqa"], task_data=data))
     assert files == {"truthfulqa_mc1": both, "truthfulqa_mc2": one}
 
 
 def test_data_of_a_group_serves_members_asked_for_by_their_own_names(write_jsonl):
     """`--tasks truthfulqa_mc1` takes its rows from `truthfulqa=FILE`."""
     rows = write_jsonl("rows.jsonl", [MC])
-    _, files, _ = check_settings(EvalSettings(["truthfulqa_mc1"], [f"truthfulqa={rows}"]))
+    _, files, _ = check_settings(EvalSettings(tasks=["truthfulqa_mc1"], task_data=[f"truthfulqa={rows}"]))
     assert files == {"truthfulqa_mc1": rows}
 
 
@@ -127,14 +130,14 @@ def test_a_folder_holds_the_rows_of_tasks_called_like_its_files(tmp_path):
     (tmp_path / "triviaqa" / "mine.jsonl").write_text(json.dumps({"question": "Q", "answer": {"aliases": ["x"]}}))
     (tmp_path / "truthfulqa.jsonl").write_text(json.dumps(MC))
     names = ["popqa,triviaqa,truthfulqa_mc1,nq_open"]
-    _, files, _ = check_settings(EvalSettings(names, task_data_dir=tmp_path))
+    _, files, _ = check_settings(EvalSettings(tasks=names, task_data_dir=tmp_path))
     found = {name: str(file.relative_to(tmp_path)) for name, file in files.items()}
     assert found == {
         "truthfulqa_mc1": "truthfulqa.jsonl", "popqa": "popqa/test.jsonl", "triviaqa": "triviaqa/mine.jsonl",
     }  # fmt: skip
     # What is given by name wins.
     extra = tmp_path / "popqa" / "extra.jsonl"
-    _, files, _ = check_settings(EvalSettings(names, [f"popqa={extra}"], task_data_dir=tmp_path))
+    _, files, _ = check_settings(EvalSettings(tasks=names, task_data=[f"popqa={extra}"], task_data_dir=tmp_path))
     assert files["popqa"] == extra
     (tmp_path / "triviaqa" / "yours.jsonl").write_text(rows)
     message = _error(DataError, names, task_data_dir=tmp_path)
@@ -168,14 +171,11 @@ def test_a_limit_of_nothing_is_a_wrong_call():
 def test_known_names_are_found_without_the_whole_catalogue(monkeypatch):
     """lm-eval has thousands of tasks; neither are its files read nor indexed where a name tells the folder."""
     monkeypatch.setattr(task_catalog, "_scan", lambda names: pytest.fail(f"searched for {names}"))
-    monkeypatch.setattr(task_catalog, "LM_EVAL", task_catalog.LM_EVAL)
+    monkeypatch.setattr(task_catalog, "LM_EVAL_FOLDER", task_catalog.LM_EVAL_FOLDER)
     made = task_catalog.TaskManager
     monkeypatch.setattr(task_catalog, "TaskManager", lambda *a, **k: made(*a, **{"include_defaults": _never(k), **k}))
-    selection = task_catalog.select(
-        ["zero_shot,commonsense", "commonsense_gen", "mmlu_anatomy,gsm8k,popqa_by_relation"]
-    )
+    selection = task_catalog.select(["zero_shot,commonsense", "commonsense_gen", "mmlu_anatomy,gsm8k"])
     assert len(selection.leaves) == 5 + 8 + 8 + 2
-    assert selection.groups["popqa_by_relation"] == ["popqa"]
 
 
 def _never(options):
@@ -196,3 +196,16 @@ def test_texts_are_lines_or_rows(tmp_path, write_jsonl):
     assert read_texts(write_jsonl("t.jsonl", [{"text": "a\nb"}, {"text": ""}])) == ["a\nb"]
     with pytest.raises(DataError, match="field text"):
         read_texts(write_jsonl("u.jsonl", [{"txt": "a"}]))
+
+
+def test_every_task_file_is_package_data():
+    """A wheel without a task's YAML would know the task's name and nothing else."""
+    root = Path(__file__).parents[2]
+    globs = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["braces_cli"]
+    package = root / "braces_cli"
+    packed = {file for pattern in globs for file in package.glob(pattern)}
+    tasks = {
+        file for file in (package / "evaluation").rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")
+    }
+    assert len(tasks) >= 11
+    assert tasks <= packed

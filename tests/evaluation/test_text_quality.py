@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -80,3 +81,29 @@ def test_bad_input(score, args, files, code, message):
     outcome = score(*args, files=files)
     assert outcome.code == code, outcome.err
     assert message in outcome.json["error"]["message"] + outcome.json["error"]["hint"]
+
+
+def test_prompts_go_into_the_chat_template(score, braces, model_dir, prompts, tmp_path):
+    """With the template the prompt is the user's turn: the same texts as `steer` generates, and others without it."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "chat"
+    shutil.copytree(model_dir, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}Q: {{ m.content }} A:{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    answers, recorded = {}, {}
+    for flag in ("--apply-chat-template", "--no-apply-chat-template"):
+        out = tmp_path / flag
+        outcome = score("--model", folder, "--seed", 3, flag, "--output-dir", out, "--log-samples")
+        assert outcome.code == 0, outcome.err
+        recorded[flag] = outcome.json["settings"]["apply_chat_template"]
+        rows = (out / "samples" / "base" / "sentiment.jsonl").read_text().splitlines()
+        answers[flag] = [json.loads(row)["answer"] for row in rows]
+        steered = braces(
+            "steer", "--model", folder, "--device", "cpu", "--prompts", prompts, "--max-new-tokens", 8, "--seed", 3,
+            flag, "--format", "json",
+        )  # fmt: skip
+        assert answers[flag] == [row["text"] for row in steered.lines], steered.err
+    assert recorded == {"--apply-chat-template": True, "--no-apply-chat-template": False}
+    assert answers["--apply-chat-template"] != answers["--no-apply-chat-template"]

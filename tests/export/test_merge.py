@@ -23,7 +23,8 @@ from braces_cli.core.utils.errors import ConfigError, ModelError
 from braces_cli.export.checkpoint_writer import new_neurons, write_checkpoint
 from braces_cli.export.ffn_form import constant_gate, is_half_linear, observed_form
 from braces_cli.export.merge import merge
-from braces_cli.export.planner import Plan, plain_ffns, plan
+from braces_cli.export.plan import Plan
+from braces_cli.export.planner import plain_ffns, plan
 from braces_cli.export.request import Request
 from braces_cli.export.verification import reference
 from tests.conftest import GATED, make_adapter, open_gates, tiny_model, tiny_tokenizer
@@ -31,7 +32,7 @@ from tests.core.architectures import tiny
 from tests.core.laws import relative
 
 TOKENS = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(0))
-# Name of the case, how the tiny base is made, and the case of `merge_plan` it must be.
+# Name of the case, how the tiny base is made, and the case of `export.plan` it must be.
 BASES: dict[str, tuple[dict[str, Any], str]] = {
     "llama": ({}, "a"),
     "qwen2": ({"tie_word_embeddings": True}, "b"),

@@ -10,7 +10,7 @@ import torch
 from braces_cli.core.models.ffn import find_ffns
 from braces_cli.core.models.tokenization import encode
 from braces_cli.core.utils.errors import DataError
-from braces_cli.inspection.activation_percentiles import read_texts, settle, weights_of
+from braces_cli.inspection.activation_percentiles import activation_weights, read_texts, resolve_percentiles
 from braces_cli.inspection.neuron_clamping import Clamp
 from tests.conftest import tiny_model, tiny_tokenizer
 
@@ -33,7 +33,7 @@ def test_weights_and_percentiles_equal_one_text_after_another(name):
     tokenizer = session.base.tokenizer
     neurons = [(1, 7), (0, 3), (1, 2)]
     texts = [encode(tokenizer, text) for text in TEXTS]
-    found = weights_of(session, neurons, texts)
+    found = activation_weights(session, neurons, texts)
     expected = []
     for text in texts:
         seen = {}
@@ -52,11 +52,19 @@ def test_weights_and_percentiles_equal_one_text_after_another(name):
     assert found.shape == whole.shape
     assert torch.allclose(found.sort(dim=0).values, whole.sort(dim=0).values, atol=1e-5)
     clamps = [Clamp(1, 7, 0.0, 99.0), Clamp(0, 3, 5.0), Clamp(1, 2, 0.0, 0.0), Clamp(0, 4, 0.0, 100.0)]
-    settled = settle(session, clamps, texts)
+    settled = resolve_percentiles(session, clamps, texts)
     assert [c.percentile for c in settled] == [99.0, None, 0.0, 100.0]
     assert settled[0].value == pytest.approx(float(whole[:, 0].quantile(0.99)), abs=1e-5)
     assert settled[1] == clamps[1]
     assert settled[2].value == pytest.approx(float(whole[:, 2].min()), abs=1e-5)
+
+
+def test_weights_of_an_offloaded_base_are_those_of_a_loaded_one(opened_twice):
+    """The weights of the model are not on the device where it computes."""
+    sessions = opened_twice("llama")
+    texts = [encode(sessions[0].base.tokenizer, text) for text in TEXTS]
+    plain, offloaded = (activation_weights(session, [(1, 7), (0, 3)], texts) for session in sessions)
+    assert torch.allclose(plain, offloaded, atol=1e-6)
 
 
 def test_the_first_rows_with_a_text(session, tmp_path):

@@ -10,8 +10,8 @@ from braces_cli.core.models.ffn import find_ffns, layer_stack
 from braces_cli.core.models.loading import Base
 from braces_cli.core.session import Session
 from braces_cli.core.utils.errors import ConfigError, ModelError
-from braces_cli.inspection.direct_effects import joins
-from braces_cli.inspection.logit_attribution import look, trace, watch
+from braces_cli.inspection.direct_effects import direct_factors
+from braces_cli.inspection.logit_attribution import attribute_logits, record_activations, trace
 from tests.conftest import open_gates, tiny_model, tiny_tokenizer
 
 PROMPT = "the film is good and the end"
@@ -67,7 +67,7 @@ def test_attention_is_what_leaves_the_attention(name, adapter):
     for number, layer in enumerate(stack):
         module = layer.get_submodule(ATTENTION[name])
         handles.append(module.register_forward_hook(lambda m, a, out, n=number: seen.__setitem__(n, out[0][0])))
-    found = look(session, PROMPT, 7)
+    found = attribute_logits(session, PROMPT, 7)
     with torch.no_grad():
         session.base.model(torch.tensor([found.ids]))
     for handle in handles:
@@ -76,7 +76,9 @@ def test_attention_is_what_leaves_the_attention(name, adapter):
     u = frozen_gradient(session.base.model, found.run.last, 7)
     for number, output in seen.items():
         expected = (u * output).sum(dim=1)
-        assert torch.allclose(found.own.attention[number], expected, rtol=1e-3, atol=2e-4 * float(u.norm(dim=1).max()))
+        assert torch.allclose(
+            found.effects.attention[number], expected, rtol=1e-3, atol=2e-4 * float(u.norm(dim=1).max())
+        )
 
 
 def frozen_gradient(model, x, token):
@@ -99,7 +101,7 @@ def test_a_sub_update_is_written_out():
 
     session = opened("llama", adapter=True)
     found = trace(session, PROMPT, target=9, top=3)
-    run = watch(session, session.base.tokenizer(PROMPT)["input_ids"])
+    run = record_activations(session, session.base.tokenizer(PROMPT)["input_ids"])
     u = frozen_gradient(session.base.model, run.last, 9)
     assert len(found["layers"]) == 2 * len(found["tokens"])
     for row in found["layers"]:
@@ -148,7 +150,7 @@ def test_a_constant_factor_where_the_output_joins_is_found():
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config).eval()
     session = Session(Base(model, tiny_tokenizer(), "granite", None, None), find_ffns(model))
-    assert joins(model, session.ffns, torch.tensor([[3, 4, 5]])) == pytest.approx([0.22, 0.22], rel=1e-4)
+    assert direct_factors(model, session.ffns, torch.tensor([[3, 4, 5]])) == pytest.approx([0.22, 0.22], rel=1e-4)
     row = trace(session, PROMPT)["positions"][-1]
     assert row["logit"] == pytest.approx(row["model_logit"], rel=1e-4)
 
@@ -177,3 +179,20 @@ def test_gemmas_shifted_norm_weights_are_seen():
     """Gemma multiplies by 1 + weight; the norm is read by what it does."""
     row = trace(opened("gemma"), PROMPT)["positions"][-1]
     assert row["logit"] == pytest.approx(row["model_logit"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_an_offloaded_base_is_traced_like_a_loaded_one(opened_twice, name):
+    """Weights, biases and the rows of the head are read where accelerate keeps them."""
+    plain, offloaded = (trace(session, PROMPT) for session in opened_twice(name))
+    assert plain["layers"]
+    assert approximate(offloaded) == plain
+
+
+def approximate(value):
+    """The value, its numbers compared up to rounding."""
+    if isinstance(value, dict):
+        return {key: approximate(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [approximate(item) for item in value]
+    return pytest.approx(value, rel=1e-4, abs=1e-5) if isinstance(value, float) else value

@@ -105,3 +105,11 @@ def test_clamps_that_the_model_has_no_place_for(session, clamps, message):
     """What there is stands in the hint."""
     with pytest.raises(ConfigError, match=message):
         check_clamps(session.ffns, clamps)
+
+
+def test_an_offloaded_base_is_clamped_like_a_loaded_one(opened_twice):
+    """The weights are not on the device where the model computes."""
+    plain, offloaded = (clamp_prompt(s, "the film", [Clamp(1, 3, 8.0)], top_k=3) for s in opened_twice("llama"))
+    assert plain["kl"] > 0
+    assert offloaded["kl"] == pytest.approx(plain["kl"], rel=1e-4)
+    assert [token["id"] for token in offloaded["tokens"]] == [token["id"] for token in plain["tokens"]]

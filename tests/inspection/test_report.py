@@ -157,17 +157,6 @@ def test_help_stays_light():
     assert imported_by("from braces_cli.cli.app import main; main(['inspect', 'report', '--help'])") == set()
 
 
-def test_pictures(data, tmp_path):
-    """Three PNG files of some size."""
-    pytest.importorskip("matplotlib", reason="NOT TESTED: pictures, matplotlib is not installed")
-    from braces_cli.inspection.report_plots import plot
-
-    data["heat"]["tokens"][0] = "$x_"
-    written = plot(data, tmp_path / "plots")
-    assert [path.name for path in written] == ["heatmap.png", "gates.png", "alignments.png"]
-    assert all(path.stat().st_size > 5000 for path in written)
-
-
 def opened(browser, html, tmp_path, **context):
     """The page in a fresh tab, with what it logged and what it asked the network for."""
     path = tmp_path / "report.html"

@@ -10,12 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from safetensors.torch import load_file
 
-from braces_cli.training.settings import TrainSettings, Upkeep
-from braces_cli.training.trainer import _arguments
 from tests.training.workers import cli, launch
 
 ROOT = Path(__file__).parents[2]
@@ -130,16 +127,17 @@ def test_fsdp_that_cannot_work_is_refused_with_the_key_to_change(braces, monkeyp
 
 def stopped(env: dict[str, str], argv: list[str], log: Path, after: int) -> None:
     """Body of a process: `braces ARGV`; the last process gets SIGTERM after so many steps, if any."""
-    import braces_cli.training.checkpointing.resumable_trainer as resumable
+    from braces_cli.training.trainer import Trainer
 
-    real = resumable.ResumableTrainer.log
+    real = Trainer._figures
 
-    def noted(self, logs, start_time=None):
-        real(self, logs, start_time)
-        if self.state.global_step == after and env["RANK"] == "1":
+    def noted(self):
+        row = real(self)
+        if self.step == after and env["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGTERM)
+        return row
 
-    resumable.ResumableTrainer.log = noted
+    Trainer._figures = noted
     cli(argv, log.with_suffix(f".{env['RANK']}"), env)
 
 
@@ -162,13 +160,6 @@ def test_two_processes_of_which_one_is_told_to_stop_go_on_bit_for_bit(model_dir,
     assert run("part", 0, "--resume") == [0, 0]
     whole, part = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "part"))
     assert whole == part
-
-
-def test_a_process_uses_one_gpu(monkeypatch, tmp_path):
-    """However many it sees: Trainer would spread each batch over all, and take as many times the examples."""
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    arguments = _arguments(TrainSettings(batch_size=4, lr=0.01), Upkeep(), str(tmp_path), torch.device("cuda"))
-    assert arguments.train_batch_size == 4
 
 
 @pytest.mark.parametrize("stage", [1, 2])

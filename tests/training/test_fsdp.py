@@ -117,21 +117,21 @@ def through_trainer(env: dict[str, str], argv: list[str], log: Path) -> None:
     from torch.distributed.tensor import DTensor
 
     import braces_cli.training.launcher_checks as checks
-    from braces_cli.training.checkpointing.resumable_trainer import ResumableTrainer
+    from braces_cli.training.trainer import Trainer
 
-    real, capturing = PartialState.__init__, ResumableTrainer._save_checkpoint
+    real, capturing = PartialState.__init__, Trainer._save
 
     def spread(self: Any, *args: Any, **kwargs: Any) -> None:
         real(self, *args, **kwargs)
         self.distributed_type = DistributedType.MULTI_GPU
 
-    def checked(self: Any, model: Any, trial: Any) -> None:
-        layer = self.model.model.layers[0]
+    def checked(self: Any) -> None:
+        layer = self._base.model.layers[0]
         assert type(layer).__name__ == "FSDPLlamaDecoderLayer"
         assert isinstance(layer.mlp.brace.weight, DTensor)
-        capturing(self, model, trial)
+        capturing(self)
 
-    PartialState.__init__, ResumableTrainer._save_checkpoint = spread, checked
+    PartialState.__init__, Trainer._save = spread, checked
     checks._check_fsdp = lambda attributes, device: None
     cli(argv, log.with_suffix(f".{env['RANK']}"), env)
 

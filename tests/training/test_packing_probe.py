@@ -15,10 +15,9 @@ from braces_cli.core.utils.errors import ConfigError
 from braces_cli.data.examples import Condition, Example
 from braces_cli.training.attribute_conditioning import Conditioner
 from braces_cli.training.collator import MOST_PADDING, Collator, Layout, computed_tokens, fill_rows, similar_lengths
-from braces_cli.training.feeding import mean_loss
 from braces_cli.training.packing_probe import choose_layout, packing_fault
-from braces_cli.training.sampler import NONE, Order
-from braces_cli.training.selective_logits import can_pick, only_scored
+from braces_cli.training.sampler import NONE, EpochSampler
+from braces_cli.training.selective_logits import can_pick, mean_loss, only_scored
 from braces_cli.training.settings import TrainSettings
 from tests.conftest import open_gates, tiny_model
 from tests.core.method.test_reference import relative
@@ -69,14 +68,13 @@ def alone(model, rows, conditioner):
 
 def in_blocks(model, rows, conditioner, layout):
     batch = Collator(layout, 1, conditioner)(rows)
-    count = (batch["labels"][1:] != IGNORED).sum()
     total = 0.0
-    for block in batch["blocks"]:
+    for block in batch.blocks:
         if conditioner is not None:
             conditioner.apply(block.pop("strengths"))
         labels = block.pop("labels")
         with only_scored(model, block.pop("scored", None)):
-            total = total + mean_loss(model(**block, use_cache=False), labels, count)
+            total = total + mean_loss(model(**block, use_cache=False).logits, labels, batch.scored)
     return total
 
 
@@ -157,7 +155,7 @@ def test_the_probe_sees_a_leak_below_the_tolerance_of_its_dtype():
 def test_logits_are_those_of_scored_tokens_only(name):
     """As many as there are scored tokens, and all again behind the block; where a head is no head, all of them."""
     model = tiny_model(name)
-    block = Collator(Layout(packed=False, groups=1, only_scored=True), 1)(examples())["blocks"][0]
+    block = Collator(Layout(packed=False, groups=1, only_scored=True), 1)(examples()).blocks[0]
     ids, scored = block["input_ids"], block["scored"]
     assert len(scored) == sum(row.tokens.scored for row in examples()) < ids.numel()
     assert can_pick(model, ids[0, :5].tolist(), 1e-4)
@@ -218,16 +216,17 @@ def test_a_batch_of_nothing_still_has_its_blocks(layout):
     """A process without an example in the last batch takes part in every pass, and scores nothing."""
     full = Collator(LAYOUTS[layout], 1)([*examples(), None])
     empty = Collator(LAYOUTS[layout], 1)([None] * 8)
-    assert len(empty["blocks"]) == len(full["blocks"])
-    assert all((block["labels"] == IGNORED).all() for block in empty["blocks"])
-    assert empty["labels"].numel() == 0
-    assert full["labels"].numel() == sum(LENGTHS)
-    assert computed_tokens(full["blocks"]) >= sum(LENGTHS)
+    assert len(empty.blocks) == len(full.blocks)
+    assert all((block["labels"] == IGNORED).all() for block in empty.blocks)
+    assert (empty.tokens, empty.scored) == (0, 0)
+    assert full.tokens == sum(LENGTHS)
+    assert 0 < full.scored < full.tokens
+    assert full.computed == computed_tokens(full.blocks) >= sum(LENGTHS)
 
 
 def test_the_order_is_a_function_of_seed_and_global_batch():
     """Every example once an epoch, another order each epoch, and the last global batch filled with nothing."""
-    order = Order(21, seed=0, global_batch=8)
+    order = EpochSampler(21, seed=0, global_batch=8)
     first = list(order)
     assert len(first) == len(order) == 24
     assert sorted(first[:21]) == list(range(21))
@@ -235,5 +234,5 @@ def test_the_order_is_a_function_of_seed_and_global_batch():
     order.set_epoch(1)
     assert sorted(order) == sorted(first)
     assert list(order) != first
-    assert list(Order(21, seed=0, global_batch=8)) == first
-    assert list(Order(21, seed=1, global_batch=8)) != first
+    assert list(EpochSampler(21, seed=0, global_batch=8)) == first
+    assert list(EpochSampler(21, seed=1, global_batch=8)) != first

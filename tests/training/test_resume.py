@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import braces_cli.training.checkpointing.resumable_trainer as resumable
+import braces_cli.training.trainer as trainer
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.session import open_session
 from braces_cli.core.utils.atomic_files import write_json
@@ -54,16 +54,17 @@ def train(braces, model_dir, rows):
 
 def signal_after(monkeypatch, steps: int, number: int) -> None:
     """Have the run get a signal in its step after so many, as Ctrl-C or a scheduler would send it."""
-    real = resumable.ResumableTrainer.log
+    real = trainer.Trainer._figures
     sent = []
 
-    def log(self, logs, start_time=None):
-        real(self, logs, start_time)
-        if self.state.global_step >= steps and not sent:
+    def figures(self):
+        row = real(self)
+        if self.step >= steps and not sent:
             sent.append(number)
             os.kill(os.getpid(), number)
+        return row
 
-    monkeypatch.setattr(resumable.ResumableTrainer, "log", log)
+    monkeypatch.setattr(trainer.Trainer, "_figures", figures)
 
 
 @pytest.mark.parametrize("extra", [[], ["--attribute-field", "mood", "--opposites", "positive:negative"]])
@@ -123,9 +124,9 @@ def test_an_ignored_interrupt_stays_ignored():
     """As in a job that a shell started in the background."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with deferred() as asked:
+        with deferred() as request:
             signal.raise_signal(signal.SIGINT)
-        assert asked.number == 0
+        assert request.number == 0
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -203,7 +204,7 @@ def test_what_cannot_be_resumed_is_refused(train, tmp_path, rows, adapter_dir):
 def test_a_full_disk_keeps_the_checkpoint_before(train, tmp_path, monkeypatch):
     """Exit 1 with what to do, whichever of the files it is that does not fit; then --resume goes on."""
     train(tmp_path / "one")
-    real, calls = resumable.write_checkpoint, []
+    real, calls = trainer.write_checkpoint, []
 
     def full(folder, step, write):
         calls.append(step)
@@ -220,7 +221,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(train, tmp_path, monkeypatch):
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     with monkeypatch.context() as patch:
-        patch.setattr(resumable, "write_checkpoint", full)
+        patch.setattr(trainer, "write_checkpoint", full)
         outcome = train(tmp_path / "two")
     assert outcome.code == 1
     assert calls == [5, 10]

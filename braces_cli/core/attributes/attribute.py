@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from braces_cli.core.attributes.listing import OTHER_FILES, TRAINED_FILE
+from braces_cli.core.attributes.listing import OTHER_FILES, TRAINED_FILE, check_folder
 from braces_cli.core.attributes.pooling import pool_texts, pool_words
 from braces_cli.core.attributes.word_lists import OPPOSITES, REFERENCE, built_in, check_name, neutral_texts
 from braces_cli.core.models.ffn import FFN, layer_stack
 from braces_cli.core.models.fingerprint import differences
 from braces_cli.core.models.loading import input_device
+from braces_cli.core.models.module_structure import layer_output
 from braces_cli.core.models.moe import MixtureFFN
 from braces_cli.core.models.tokenization import encode
 from braces_cli.core.session import Session
@@ -112,7 +113,7 @@ def build_attribute(
     return _build(session, name, pool_words, words, built_in()[REFERENCE], report, pooling)
 
 
-def from_list(session: Session, name: str, report: Report = silent, pooling: str = "mean") -> Attribute:
+def built_in_attribute(session: Session, name: str, report: Report = silent, pooling: str = "mean") -> Attribute:
     """The attribute of a built-in word list, held against its opposite's list where it has one."""
     lists = built_in()
     one = build_attribute(session, name, lists[name], report, pooling)
@@ -193,8 +194,7 @@ def residual_norms(model: nn.Module, tokenizer: Any, ffns: Sequence[FFN | Mixtur
 
     def keep(layer: int) -> Any:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            norms[layer].append(hidden.detach().float().norm(dim=-1).flatten().cpu())
+            norms[layer].append(layer_output(output).detach().float().norm(dim=-1).flatten().cpu())
 
         return hook
 
@@ -218,26 +218,26 @@ def load_attributes(path: Path, fingerprint: dict[str, Any]) -> dict[str, Attrib
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            own, layers = json.loads(header["fingerprint"]), json.loads(header["layers"])
+            built_for, layers = json.loads(header["fingerprint"]), json.loads(header["layers"])
             details = json.loads(header.get("details", "{}"))
-            found = {}
+            attributes = {}
             for name, words in json.loads(header["attributes"]).items():
                 parts: dict[str, Any] = {part: file.get_tensor(f"{name}.{part}") for part in _PARTS}
                 parts |= {k: v for k, v in details.get(name, {}).items() if k in ("base", "pooling", "examples")}
-                found[name] = Attribute(name, words, **parts, layers=layers, fingerprint=own)
+                attributes[name] = Attribute(name, words, **parts, layers=layers, fingerprint=built_for)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise ModelError(
             f"not an attribute file: {error}", where=str(path), hint="Build it again: attr-build."
         ) from error
-    different = differences(own, fingerprint, "attribute")
+    different = differences(built_for, fingerprint, "attribute")
     if different:
-        names = {each.base for each in found.values() if each.base}
+        names = {each.base for each in attributes.values() if each.base}
         of = f"It belongs to {', '.join(sorted(names))}. " if names else ""
         hint = f"{of}Build it again for this base: braces attr-build."
         raise ModelError(
             f"this attribute was built for another base ({'; '.join(different)})", where=str(path), hint=hint
         )
-    return found
+    return attributes
 
 
 def find_attribute(session: Session, name: str, folder: Path | None, report: Report = silent) -> Attribute:
@@ -247,24 +247,30 @@ def find_attribute(session: Session, name: str, folder: Path | None, report: Rep
     neutral ones is most of a difference to these, and says nothing of good or bad.
 
     Raises:
-        ConfigError: unknown everywhere; names what is known.
+        ConfigError: unknown everywhere; names what is known. Or `folder` cannot be read.
         ModelError: found, but damaged or of another base.
     """
     check_name(name)
+    check_folder(folder)
     for path in _files(session, folder, name):
-        found = load_attributes(path, session.base.fingerprint(session.ffns))
-        if name in found:
-            return found[name]
+        attributes = load_attributes(path, session.base.fingerprint(session.ffns))
+        if name in attributes:
+            return attributes[name]
     lists = built_in()
     if name in lists:
-        return from_list(session, name, report)
+        return built_in_attribute(session, name, report)
     known = known_attributes(session, folder)
     hint = f"{near_misses(name, known)} Known: {', '.join(known)}. Build others with braces attr-build.".strip()
     raise ConfigError(f"unknown attribute `{name}`", where="--attribute", hint=hint)
 
 
 def known_attributes(session: Session, folder: Path | None) -> list[str]:
-    """Every name that `find_attribute` would find."""
+    """Every name that `find_attribute` would find.
+
+    Raises:
+        ConfigError: `folder` cannot be read.
+    """
+    check_folder(folder)
     trained = session.config.attributes if session.config is not None else []
     places = [place for place in (folder, session.folder) if place is not None]
     files = {path.stem for place in places for path in place.glob("*.safetensors")} - OTHER_FILES

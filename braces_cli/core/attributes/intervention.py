@@ -70,7 +70,7 @@ def _shift(
             row = terms[0][0].layers.index(ffn.layer)
             residual = float(terms[0][0].residual[row])
             state = torch.stack([s * adapter.states(each.state[row].to(brace.weight)) for each, s in terms]).sum(dim=0)
-            brace.shift = brace.projection() @ state
+            brace.shift = brace.query_projection() @ state
             each = [brace.factors(part.values(), torch.float32)[1] @ brace.shift for part in ffn.parts]
             # Of experts the mean, though which of them a token meets is the router's choice.
             moved = float(torch.cat([vector.reshape(-1, ffn.hidden_size) for vector in each]).mean(dim=0).norm())

@@ -8,13 +8,29 @@ from pathlib import Path
 from typing import Any
 
 from braces_cli.core.attributes.word_lists import built_in
-from braces_cli.core.utils.errors import ModelError
+from braces_cli.core.utils.errors import ConfigError, ModelError
 
 # Attributes that an adapter was trained with, in its folder.
 TRAINED_FILE = "attributes.safetensors"
 # Files of an adapter's folder that are no attribute.
 OTHER_FILES = {"attributes", "adapter_model", "model"}
 _HEADER_LIMIT = 1 << 30
+
+
+def check_folder(folder: Path | None) -> None:
+    """Refuse an `--attributes` folder that cannot be read: a built-in list must not take its place without a word.
+
+    Raises:
+        ConfigError: there is no such folder, it is a file, or its entries cannot be listed.
+    """
+    if folder is None:
+        return
+    try:
+        next(folder.iterdir(), None)
+    except OSError as error:
+        what = "no such folder" if not folder.exists() else f"cannot read this folder: {error.strerror}"
+        hint = "Give --attributes the folder that `braces attr-build` wrote."
+        raise ConfigError(what, where=str(folder), hint=hint) from error
 
 
 def list_attributes(folder: Path | None, adapter: Path | None) -> list[dict[str, Any]]:
@@ -24,8 +40,10 @@ def list_attributes(folder: Path | None, adapter: Path | None) -> list[dict[str,
     built-in list, which belongs to no base, only name, source and words are not null.
 
     Raises:
+        ConfigError: see `check_folder`.
         ModelError: a file that is no attribute file.
     """
+    check_folder(folder)
     rows: list[dict[str, Any]] = []
     if folder is not None:
         rows += _of_files(_single(folder), "folder")
@@ -83,5 +101,5 @@ def read_header(path: Path) -> dict[str, str]:
     if missing:
         hint = "Remove it from the folder, or build it again: attr-build."
         raise ModelError(f"not an attribute file: no {', '.join(sorted(missing))}", where=str(path), hint=hint)
-    found: dict[str, str] = metadata
-    return found
+    header: dict[str, str] = metadata
+    return header

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from braces_cli.core.attributes.word_lists import POOLINGS
 from braces_cli.core.models.ffn import FFN
 from braces_cli.core.models.loading import input_device
 from braces_cli.core.models.moe import MixtureFFN
@@ -17,13 +18,12 @@ from braces_cli.core.models.tokenization import context_length, encode, encode_w
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.core.utils.progress import Report, silent
 
-# Over the tokens of each word or text, (rows, tokens, d) -> (rows, d).
+# One for each of POOLINGS: over the tokens of each word or text, (rows, tokens, d) -> (rows, d).
 _OVER_TOKENS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda h: h.mean(dim=1),
     "last": lambda h: h[:, -1],
     "max": lambda h: h.amax(dim=1),
 }
-POOLINGS = tuple(_OVER_TOKENS)
 _ROWS = 64
 
 

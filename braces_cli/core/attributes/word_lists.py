@@ -14,6 +14,8 @@ REFERENCE = "neutral"
 # Built-in lists that are the two ends of one axis.
 _AXES = (("positive", "negative"), ("joyful", "sad"), ("formal", "casual"), ("polite", "toxic"))
 OPPOSITES = {one: other for axis in _AXES for one, other in (axis, axis[::-1])}
+# How the hidden states of a word's or a text's tokens become one (`core.attributes.pooling`).
+POOLINGS = ("mean", "last", "max")
 _NAME = re.compile(r"[\w][\w.-]*")
 
 
@@ -67,7 +69,7 @@ def clean_words(words: Sequence[str], where: str) -> list[str]:
     Raises:
         DataError: none is left.
     """
-    found = list(dict.fromkeys(word.strip() for word in words if word.strip()))
-    if not found:
+    distinct = list(dict.fromkeys(word.strip() for word in words if word.strip()))
+    if not distinct:
         raise DataError("no words", where=where, hint="Give at least one word.")
-    return found
+    return distinct

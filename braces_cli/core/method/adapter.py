@@ -18,6 +18,7 @@ from braces_cli.core.method.relevance import RelevanceModule
 from braces_cli.core.models.ffn import FFN, find_ffns, hides_gradients
 from braces_cli.core.models.fingerprint import differences
 from braces_cli.core.models.moe import Experts, MixtureFFN, routing
+from braces_cli.core.models.value_weights import dense
 from braces_cli.core.utils.distributed import whole
 from braces_cli.core.utils.errors import ConfigError, ModelError
 
@@ -47,7 +48,7 @@ class Adapter:
                 ffn.host.add_module("brace", brace)
                 brace.keep_gram(isinstance(ffn, FFN))
                 for part in ffn.parts:
-                    self._handles += _expert_hooks(part, brace) if isinstance(part, Experts) else _hooks(part, brace)
+                    self._handles += hook_ffn(part, brace)
         except BaseException:
             self.detach()
             raise
@@ -61,10 +62,10 @@ class Adapter:
         return self.sites[0][1].rank
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(`layers.{i}.weight` or `layers.{i}.gate`, parameter) of every relevance module."""
+        """(`layers.{i}.weight`, `.query` or `.gate`, parameter) of every relevance module."""
         for ffn, brace in self.sites:
-            yield f"layers.{ffn.layer}.weight", brace.weight
-            yield f"layers.{ffn.layer}.gate", brace.gate
+            for name, parameter in brace.named_parameters(recurse=False):
+                yield f"layers.{ffn.layer}.{name}", parameter
 
     def add_mlp(self, seed: int = 0) -> ConditionMLP:
         """Put a fresh condition MLP beside the relevance modules, its first layer drawn from `seed`."""
@@ -83,12 +84,17 @@ class Adapter:
 
     @property
     def scales(self) -> list[float]:
-        """c of each layer; empty where all are 1."""
-        found = [brace.scale for _, brace in self.sites]
-        return found if any(scale != 1 for scale in found) else []
+        """Fixed factor of each layer; empty where all are 1."""
+        scales = [brace.scale for _, brace in self.sites]
+        return scales if any(scale != 1 for scale in scales) else []
+
+    @property
+    def form(self) -> str:
+        """Form of relevance, the same in every layer."""
+        return self.sites[0][1].form
 
     def parameter_count(self) -> int:
-        """layers * (d_r * d + 1)."""
+        """Numbers that train, without the MLP of attributes."""
         return sum(p.numel() for _, p in self.named_parameters())
 
     def detach(self) -> nn.Module:
@@ -136,7 +142,7 @@ class Adapter:
             if states is None or strengths is None:
                 brace.shift = None
                 continue
-            ranked = states[:, index].to(brace.weight) @ brace.projection().mT  # (n, d_r)
+            ranked = states[:, index].to(brace.weight) @ brace.query_projection().mT  # (n, d_r)
             shift = strengths.to(ranked) @ ranked
             brace.shift = shift.unsqueeze(1) if shift.ndim == 2 else shift
 
@@ -149,7 +155,8 @@ class Adapter:
         """
         out: dict[str, Tensor] = {}
         for ffn, brace in self.sites:
-            out[f"layers.{ffn.layer}.projection"] = brace.materialise() if settle else brace.rounded()
+            rows = brace.materialise() if settle else brace.rounded()
+            out.update({f"layers.{ffn.layer}.{name}": tensor for name, tensor in rows.items()})
             out[f"layers.{ffn.layer}.gate"] = whole(brace.gate.detach())
         if self.mlp is not None:
             out.update({f"condition.{name}": whole(tensor) for name, tensor in self.mlp.state_dict().items()})
@@ -158,14 +165,19 @@ class Adapter:
     def save(self, folder: Path, config: AdapterConfig, card: str) -> None:
         """Write the adapter folder: weights and model card first, the config, which makes it one, last.
 
-        The scales written are the adapter's own, whatever `config` holds: without them it would be another adapter.
+        Form and scales are the adapter's own, whatever `config` holds: with others it would be another adapter.
         """
-        write_adapter(folder, self.tensors(), replace(config, scales=self.scales), card)
+        write_adapter(folder, self.tensors(), replace(config, scales=self.scales, relevance=self.form), card)
 
 
 def _require_gradients(module: nn.Module, args: tuple, output: Tensor) -> None:
     if torch.is_grad_enabled() and not output.requires_grad:
         output.requires_grad_()
+
+
+def hook_ffn(part: FFN | Experts, brace: Any) -> list[RemovableHandle]:
+    """Have `brace`, a `RelevanceModule` or what answers the same calls, change the output of an FFN."""
+    return _expert_hooks(part, brace) if isinstance(part, Experts) else _hooks(part, brace)
 
 
 def _hooks(ffn: FFN, brace: RelevanceModule) -> list[RemovableHandle]:
@@ -203,8 +215,19 @@ def _expert_hooks(part: Experts, brace: RelevanceModule) -> list[RemovableHandle
     return [part.module.register_forward_hook(around, with_kwargs=True)]
 
 
-def attach(model: nn.Module, rank: int, layers: Sequence[int] | None = None, seed: int = 0) -> Adapter:
+def attach(
+    model: nn.Module,
+    rank: int,
+    layers: Sequence[int] | None = None,
+    seed: int = 0,
+    form: str = "paper",
+    scales: Sequence[float] | None = None,
+) -> Adapter:
     """Put a fresh relevance module on every FFN of `model` (or on those of `layers`), its gate nearly shut.
+
+    Args:
+        form: one of `core.method.relevance_forms.FORMS`.
+        scales: fixed factor of each layer; None is that of the form, measured on the base's value matrices.
 
     Raises:
         ConfigError: rank below 1 or above the hidden size, or a layer without an FFN.
@@ -223,11 +246,27 @@ def attach(model: nn.Module, rank: int, layers: Sequence[int] | None = None, see
     if not 1 <= rank <= width:
         raise ConfigError(f"rank {rank} does not fit hidden size {width}", where="--rank", hint=f"Use 1 to {width}.")
     generator = torch.Generator().manual_seed(seed)
-    sites = [
-        (ffn, RelevanceModule(rank, ffn.hidden_size, ffn.parts[0].values().device, generator=generator))
-        for ffn in chosen
-    ]
+    sites = []
+    for index, ffn in enumerate(chosen):
+        brace = RelevanceModule(rank, ffn.hidden_size, ffn.parts[0].values().device, generator, form)
+        brace.set_scale(unit_scale(ffn, form) if scales is None else scales[index])
+        sites.append((ffn, brace))
     return Adapter(model, sites)
+
+
+def unit_scale(ffn: FFN | MixtureFFN, form: str) -> float:
+    """Fixed factor of a layer: 1 for `paper`, else the inverse of the mean eigenvalue of its W_V W_V^T.
+
+    Of experts the mean over all of them. 1 also on the device `meta`, where there are no numbers, and where W_V is 0.
+    """
+    if form == "paper" or ffn.parts[0].values().device.type == "meta":
+        return 1.0
+    squares, matrices = 0.0, 0
+    for part in ffn.parts:
+        values = dense(part.values()).detach()
+        squares += float(torch.linalg.vector_norm(values, dtype=torch.promote_types(values.dtype, torch.float32))) ** 2
+        matrices += values.shape[0] if values.ndim == 3 else 1
+    return ffn.hidden_size * matrices / squares if squares else 1.0
 
 
 def attach_stored(model: nn.Module, stored: StoredAdapter, fingerprint: dict[str, Any]) -> Adapter:
@@ -247,15 +286,14 @@ def attach_stored(model: nn.Module, stored: StoredAdapter, fingerprint: dict[str
             where=str(stored.folder),
             hint=f"It needs {config.base_model_name_or_path}.",
         )
-    adapter = attach(model, config.r, config.layers)
+    scales = config.scales or [1.0] * len(config.layers)
+    adapter = attach(model, config.r, config.layers, form=config.relevance, scales=scales)
     for ffn, brace in adapter.sites:
         with torch.no_grad():
-            brace.weight.copy_(tensors[f"layers.{ffn.layer}.projection"])
-            brace.gate.copy_(tensors[f"layers.{ffn.layer}.gate"])
+            for name, parameter in (*brace.matrices(), ("gate", brace.gate)):
+                parameter.copy_(tensors[f"layers.{ffn.layer}.{name}"])
         brace.set_exact()
         brace.requires_grad_(False)
-    for (_, brace), scale in zip(adapter.sites, config.scales, strict=False):
-        brace.set_scale(scale)
     if config.attributes:
         prefix = "condition."
         mlp = adapter.add_mlp().requires_grad_(False)

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from braces_cli.core.method.relevance_forms import FORMS, layer_shapes
 from braces_cli.core.models.hub_errors import explained, is_hub_id
 from braces_cli.core.utils.atomic_files import write_json, write_tensors, write_text
 from braces_cli.core.utils.errors import ModelError
@@ -16,7 +17,7 @@ from braces_cli.core.utils.errors import ModelError
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
@@ -38,7 +39,8 @@ class AdapterConfig:
         training: settings it was trained with; recorded only.
         attributes: names it was trained to be steered by; with any, the file holds the MLP of
             `core.method.condition_mlp`.
-        scales: c of each of `layers`, a fixed factor of every relevance score; empty is the paper's 1 everywhere.
+        relevance: form of relevance, see `core.method.relevance_forms`; version 1 of the format knew `paper` only.
+        scales: fixed factor of the relevance scores of each of `layers`; empty is 1 everywhere.
         versions: of the libraries that wrote it; recorded only.
     """
 
@@ -54,6 +56,7 @@ class AdapterConfig:
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     method: str = "braces"
+    relevance: str = "paper"
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,9 @@ class StoredAdapter:
 
 
 def parameter_count(config: AdapterConfig) -> int:
-    """layers * (d_r * d + 1), without the MLP of attributes."""
-    return len(config.layers) * (config.r * int(config.fingerprint["hidden_size"]) + 1)
+    """Numbers in projections and gates, without the MLP of attributes."""
+    shapes = layer_shapes(config.relevance, config.r, int(config.fingerprint["hidden_size"]))
+    return len(config.layers) * sum(math.prod(shape) for shape in shapes.values())
 
 
 def adapter_folder(name: str) -> Path:
@@ -139,18 +143,21 @@ def read_config(folder: Path) -> AdapterConfig:
     if not isinstance(raw, dict) or raw.get("method") != "braces":
         what = raw.get("method") or raw.get("peft_type") if isinstance(raw, dict) else None
         raise ModelError(f"not a braces adapter (method: {what})", where=str(path), hint="Give one that braces wrote.")
-    if raw.get("format_version") != FORMAT_VERSION:
-        raise ModelError(
-            f"format version {raw.get('format_version')}, this braces reads {FORMAT_VERSION}",
-            where=str(path),
-            hint="Update braces.",
-        )
+    version = raw.get("format_version")
+    if version not in (1, FORMAT_VERSION):
+        what = f"format version {version}, this braces reads 1 and {FORMAT_VERSION}"
+        raise ModelError(what, where=str(path), hint="Update braces.")
+    if version == 1 and "relevance" in raw:
+        raise ModelError("version 1 has no key `relevance`", where=str(path), hint="The file is damaged.")
     names = {f.name for f in fields(AdapterConfig)}
     needed = {"base_model_name_or_path", "r", "layers", "fingerprint"}
     wrong = sorted((set(raw) - names) | (needed - set(raw)))
     if wrong:
         raise ModelError(f"missing or unknown key: {', '.join(wrong)}", where=str(path), hint="The file is damaged.")
     config = AdapterConfig(**raw)
+    if config.relevance not in FORMS:
+        hint = f"This braces knows {', '.join(FORMS)}; update braces, or the file is damaged."
+        raise ModelError(f"no form of relevance `{config.relevance}`", where=str(path), hint=hint)
     _check_scales(config, path)
     return config
 
@@ -173,7 +180,7 @@ def read_tensors(folder: Path, config: AdapterConfig) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     from braces_cli.core.method.condition_mlp import condition_shapes
-    from braces_cli.core.method.relevance import projection_error
+    from braces_cli.core.method.projections import projection_error
 
     path = folder / WEIGHTS_FILE
     try:
@@ -183,8 +190,8 @@ def read_tensors(folder: Path, config: AdapterConfig) -> dict[str, Tensor]:
     d = config.fingerprint["hidden_size"]
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in config.layers:
-        shapes[f"layers.{layer}.projection"] = (config.r, d)
-        shapes[f"layers.{layer}.gate"] = (1,)
+        of_layer = layer_shapes(config.relevance, config.r, d)
+        shapes.update({f"layers.{layer}.{name}": shape for name, shape in of_layer.items()})
     if config.attributes:
         shapes.update(condition_shapes(d))
     wrong = sorted(set(shapes) ^ set(tensors))

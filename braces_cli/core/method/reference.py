@@ -1,16 +1,18 @@
 """The paper's formula written out: the judge of every fast path. Slow and large on purpose; only tests call it.
 
-    r_i          = (R W_V)^T (R h_i) / sqrt(d_r) + s r_c
-    FFN_AUG(h_i) = sum_j (w_ij + c g r_ij) v_j
+    paper     r_ij = g (R v_j) . (R h_i) / sqrt(d_r)         g = sigmoid(gate)
+    signed    r_ij = sum_k c_k (R v_j)_k (R h_i)_k           c = gate
+    untied    r_ij = sum_k c_k (R_k v_j)_k (R_q h_i)_k       c = gate
+    FFN_AUG(h_i) = sum_j (w_ij + a (r_ij + s r_cj)) v_j
 
-It shares no arithmetic with `relevance.py`: rows are orthonormalised one by one, relevance is a (tokens, d_ff) tensor,
-and the weights it changes are those that enter the model's own value projection.
+with a fixed factor a of each layer. It shares no arithmetic with `relevance.py`: rows are orthonormalised one by one,
+relevance is a (tokens, d_ff) tensor, and the weights it changes are those that enter the model's own value projection.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,40 +37,42 @@ def orthonormal_rows_ref(weight: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def relevance_ref(h: Tensor, values: Tensor, projection: Tensor) -> Tensor:
-    """Relevance of every value vector to every token, (..., d_ff).
+def relevance_ref(h: Tensor, values: Tensor, form: str, parameters: Mapping[str, Tensor]) -> Tensor:
+    """Relevance of every value vector to every token, its gate or coefficients included, (..., d_ff).
 
-    h (..., d), values (d, d_ff), projection (d_r, d).
+    h (..., d), values (d, d_ff), parameters of the form: `weight` and `query` (d_r, d), unconstrained, and `gate`.
     """
-    return (h @ projection.mT) @ (projection @ values) / math.sqrt(len(projection))
+    keys = orthonormal_rows_ref(parameters["weight"])
+    if form == "paper":
+        return torch.sigmoid(parameters["gate"]) * ((h @ keys.mT) @ (keys @ values)) / math.sqrt(len(keys))
+    queries = keys if form == "signed" else orthonormal_rows_ref(parameters["query"])
+    scores = torch.zeros(*h.shape[:-1], values.shape[-1], dtype=h.dtype, device=h.device)
+    for c, key, query in zip(parameters["gate"], keys, queries, strict=True):
+        scores = scores + c * (h @ query).unsqueeze(-1) * (key @ values)
+    return scores
 
 
 def weights_ref(
     w: Tensor,
     h: Tensor,
     values: Tensor,
-    weight: Tensor,
-    gate: Tensor,
+    brace: RelevanceModule,
     conditions: Sequence[tuple[Tensor, Tensor]] = (),
-    scale: float = 1.0,
 ) -> Tensor:
-    """Sub-update weights w_ij + c g r_ij, shape (..., d_ff).
+    """Sub-update weights w_ij + a (r_ij + s r_cj), shape (..., d_ff).
 
     Args:
         w: activation weights (..., d_ff), what enters the value projection.
         h: FFN input (..., d).
         values: W_V (d, d_ff).
-        weight: unconstrained projection (d_r, d).
-        gate: (1,), before the sigmoid.
+        brace: form, parameters and fixed factor a.
         conditions: pairs of h_c (d) and strength s, which broadcasts against h.
-        scale: c.
     """
-    wide = weight.dtype
-    projection = orthonormal_rows_ref(weight)
-    r = relevance_ref(h.to(wide), values.to(wide), projection)
+    wide, parameters = brace.weight.dtype, dict(brace.named_parameters(recurse=False))
+    r = relevance_ref(h.to(wide), values.to(wide), brace.form, parameters)
     for state, strength in conditions:
-        r = r + strength * relevance_ref(state.to(wide), values.to(wide), projection)
-    return w + (scale * torch.sigmoid(gate) * r).to(w.dtype)
+        r = r + strength * relevance_ref(state.to(wide), values.to(wide), brace.form, parameters)
+    return w + (brace.scale * r).to(w.dtype)
 
 
 @contextmanager
@@ -110,7 +114,7 @@ def _dense(ffn: FFN, brace: RelevanceModule, terms: Sequence[tuple[Tensor, Tenso
 
     def augment(module: nn.Module, args: tuple) -> tuple:
         h = entered.pop()
-        w = weights_ref(args[0], h, ffn.value_matrix(), brace.weight, brace.gate, _fit(terms, h), brace.scale)
+        w = weights_ref(args[0], h, ffn.value_matrix(), brace, _fit(terms, h))
         return (w, *args[1:])
 
     return [ffn.watch(entered.append), ffn.value.register_forward_pre_hook(augment)]
@@ -133,7 +137,7 @@ def _experts(part: Experts, brace: RelevanceModule, terms: Sequence[tuple[Tensor
 
     def _term(h: Tensor, p: Tensor, values: Tensor) -> Tensor:
         none = h.new_zeros(len(h), values.shape[1])
-        w = weights_ref(none, h, values, brace.weight, brace.gate, _fit(terms, h), brace.scale)
+        w = weights_ref(none, h, values, brace, _fit(terms, h))
         return p.unsqueeze(1).to(h.dtype) * (w @ values.mT)
 
     return [part.module.register_forward_hook(augment, with_kwargs=True)]

@@ -1,21 +1,26 @@
 """The relevance module of one FFN layer in its low-rank form.
 
-    r_i          = (R W_V)^T (R h_i) / sqrt(d_r)                     relevance (paper, section 3.1)
-    FFN_AUG(h_i) = sum_j (w_ij + c g r_ij) v_j
-                 = FFN(h_i) + B (A h_i) + s B (A h_c),    A = R,   B = c g / sqrt(d_r) W_V W_V^T R^T
+    r_ij         = (R_k v_j)^T diag(c) (R_q h_i)                     relevance of value vector j to token i
+    FFN_AUG(h_i) = sum_j (w_ij + r_ij + s r_cj) v_j
+                 = FFN(h_i) + B (A h_i) + s B (A h_c),    A = R_q,   B = W_V W_V^T R_k^T diag(c)
 
-The second line is the first one with r put into the sum, so nothing of size (tokens x d_ff) is ever built: per layer
-and step the cost is one product W_V W_V^T R^T, independent of the number of tokens, plus 4 d d_r flops a token.
+The last line is the one before with r put into the sum, so nothing of size (tokens x d_ff) is ever built: per layer and
+step the cost is one product W_V W_V^T R_k^T, independent of the number of tokens, plus 4 d d_r flops a token.
 
-Letters: d model width, d_ff neurons, d_r rank (d_r <= d), W_V (d, d_ff) value matrix, R (d_r, d) with orthonormal rows,
-g = sigmoid(gate), h (..., d) what enters the FFN, h_c (d) an attribute's hidden state, s its strength, c a fixed scale,
-1 in the paper.
+The forms of `relevance_forms` differ in R_q, R_k and c alone. `paper` (section 3.1) and `signed` have one projection R
+for both; c is a g / sqrt(d_r) in every direction for `paper`, with g = sigmoid(gate), and a gate, free and signed, for
+the others. a is a number of the layer that is never trained: 1 for `paper`, d / |W_V|^2 for the others, the inverse of
+the mean eigenvalue of W_V W_V^T. With it a coefficient means the same on every base: W_V times a number and the up
+projection divided by it leave the base and, trained, the adapter's function as they are.
+
+Letters: d model width, d_ff neurons, d_r rank (d_r <= d), W_V (d, d_ff) value matrix with columns v_j, R (d_r, d) with
+orthonormal rows, h (..., d) what enters the FFN, h_c (d) an attribute's hidden state, s its strength.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary
@@ -24,41 +29,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from braces_cli.core.method.factor_cache import FactorCache
+from braces_cli.core.method.projections import draw_projection, orthonormal_rows
+from braces_cli.core.method.relevance_forms import gate_values
 from braces_cli.core.method.value_gram import KeptGram, gram
 from braces_cli.core.models.value_weights import Values
 from braces_cli.core.utils.distributed import whole
 
+# Of `paper`, before the sigmoid: g = 0.0067, so training starts close to the base.
 GATE_INIT = -5.0
-
-
-def orthonormal_rows(weight: Tensor) -> Tensor:
-    """R = L^-1 M with L L^T = M M^T: the rows of `weight` (d_r, d) after Gram-Schmidt, differentiably.
-
-    Where the rows are orthonormal already, L is the identity and R = M up to rounding.
-    """
-    # cholesky_ex without the error check: the check copies a flag to the host and stalls a GPU at every layer.
-    factor, _ = torch.linalg.cholesky_ex(weight @ weight.mT)
-    return torch.linalg.solve_triangular(factor, weight, upper=False)
-
-
-def projection_error(projection: Tensor) -> float:
-    """max |R R^T - I| of a projection (d_r, d), computed in float64."""
-    projection = projection.detach().double().cpu()
-    return float((projection @ projection.mT - torch.eye(len(projection), dtype=torch.float64)).abs().max())
+# Of the other forms: the coefficient that every direction starts with.
+COEFFICIENT_INIT = 0.0
 
 
 class RelevanceModule(nn.Module):
-    """Projection and gate of one FFN layer, and what they add to its output.
+    """Projections and coefficients of one FFN layer, and what they add to its output.
 
-    Parameters (float32, whatever the base's dtype): `weight` (d_r, d), unconstrained, of which the projection R is the
-    orthonormalised form; `gate` (1,), before the sigmoid. One dimension, because FSDP2 takes no scalar parameter.
-    `scale` is c, a number that is never trained; see `set_scale`.
+    Parameters (float32, whatever the base's dtype): `weight` (d_r, d), unconstrained, of which the projection R (of
+    `untied`: R_k) is the orthonormalised form; `query` (d_r, d), the same for R_q of `untied`, else None; `gate`, (1,)
+    before the sigmoid for `paper` (FSDP2 takes no scalar parameter), else (d_r,). `scale` is a, see `set_scale`.
 
     Args:
         rank: d_r.
         hidden_size: d.
         device: where the base's value matrix lives; "meta" allocates nothing.
         generator: draws the first projection, orthonormal rows of a Gaussian matrix.
+        form: one of `relevance_forms.FORMS`.
     """
 
     def __init__(
@@ -67,52 +63,57 @@ class RelevanceModule(nn.Module):
         hidden_size: int,
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
+        form: str = "paper",
     ) -> None:
         super().__init__()
         self.rank = rank
+        self.form = form
         self.scale = 1.0
         self.enabled = True
-        if torch.device(device or "cpu").type == "meta":
-            start = torch.empty(rank, hidden_size, device="meta")
-        else:
-            noise = torch.randn(hidden_size, rank, dtype=torch.float64, generator=generator)
-            start = torch.linalg.qr(noise).Q.mT.to(device, torch.float32, memory_format=torch.contiguous_format)
+        start = draw_projection(rank, hidden_size, device, generator)
         self.weight = nn.Parameter(start)
-        self.gate = nn.Parameter(torch.full((1,), GATE_INIT, device=device))
-        # What steering adds to R h, in rank space: (d_r,) for all tokens, or (batch, 1, d_r), or (batch, tokens, d_r).
+        self.query = nn.Parameter(start.clone()) if form == "untied" else None
+        size, first = (1, GATE_INIT) if form == "paper" else (rank, COEFFICIENT_INIT)
+        self.gate = nn.Parameter(torch.full((size,), first, device=device))
+        # What steering adds to R_q h, in rank space: (d_r,) for all tokens, (batch, 1, d_r) or (batch, tokens, d_r).
         self.shift: Tensor | None = None
-        # Set where `weight` is known to be orthonormal already, so that R is `weight` itself, bit for bit.
-        self._exact: int | None = None
-        # (A, B) of each value matrix and dtype, good for one state of the parameters.
-        self._cache: dict[tuple, tuple[Tensor, Tensor]] = {}
-        self._cached_for: tuple | None = None
+        # Versions of the unconstrained matrices that are known to be orthonormal already, so that R is the matrix
+        # itself, bit for bit.
+        self._exact: dict[str, int] = {}
+        self._cache = FactorCache()
         # W_V W_V^T while this learns, where `keep_gram` asked for it.
         self._kept: KeptGram | None = None
         self._register()
 
     def extra_repr(self) -> str:
-        return f"rank={self.rank}, hidden_size={self.weight.shape[1]}"
+        return f"form={self.form}, rank={self.rank}, hidden_size={self.weight.shape[1]}"
 
     @property
     def g(self) -> Tensor:
-        """The gate's value, sigmoid(gate), shape (1,)."""
-        return torch.sigmoid(self.gate)
+        """What the gate lets through: sigmoid(gate), shape (1,), for `paper`; else the coefficients, (d_r,)."""
+        return gate_values(self.form, self.gate)
+
+    @property
+    def coefficients(self) -> Tensor:
+        """c, what each direction is weighted with: (1,) for `paper`, where all have the same, else (d_r,)."""
+        scaled = self.g * self.scale
+        return scaled / math.sqrt(self.rank) if self.form == "paper" else scaled
 
     @property
     def gain(self) -> Tensor:
-        """c g, what every relevance score is multiplied by, shape (1,)."""
-        return self.g * self.scale
+        """What `relevance_scores` are multiplied by when they are added to the weights: g a for `paper`, else 1."""
+        return self.g * self.scale if self.form == "paper" else torch.ones_like(self.gate[:1])
 
     def set_scale(self, scale: float) -> None:
-        """Set c: how much a fully open gate lets through, for bases whose activations do not suit their W_V."""
+        """Set a, the fixed factor of every relevance score."""
         self.scale = scale
-        self._cached_for = None
+        self._cache.clear()
 
     def set_weight(self, weight: Tensor) -> None:
         """Start from this projection (d_r, d) with orthonormal rows."""
         with torch.no_grad():
             self.weight.copy_(weight)
-        self._cached_for = None
+        self._cache.clear()
 
     def keep_gram(self, keep: bool) -> None:
         """Whether W_V W_V^T is kept while this learns (`core.method.value_gram`); False also frees it. One W_V only."""
@@ -123,37 +124,67 @@ class RelevanceModule(nn.Module):
         if self._kept is not None:
             self._kept.drop()
 
+    def matrices(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Name in an adapter file and parameter of each unconstrained matrix."""
+        yield "projection", self.weight
+        if self.query is not None:
+            yield "query_projection", self.query
+
     def projection(self) -> Tensor:
-        """R (d_r, d), differentiable in `weight`."""
+        """R, of `untied` R_k (d_r, d), differentiable in `weight`."""
+        return self._orthonormal("projection", self.weight)
+
+    def query_projection(self) -> Tensor:
+        """R_q (d_r, d), the factor A; the same as `projection()` unless the form is `untied`."""
+        return self.projection() if self.query is None else self._orthonormal("query_projection", self.query)
+
+    def _orthonormal(self, name: str, matrix: Tensor) -> Tensor:
         # In this order: a compiler can follow what learns, not a version counter.
-        if not self._learns() and self._exact == self.weight._version:
-            return self.weight
-        with torch.autocast(self.weight.device.type, enabled=False):
-            return orthonormal_rows(self.weight)
+        if not self._learns() and self._exact.get(name) == matrix._version:
+            return matrix
+        with torch.autocast(matrix.device.type, enabled=False):
+            return orthonormal_rows(matrix)
 
-    def materialise(self) -> Tensor:
-        """Make `weight` the projection itself, rounded once from float64, and return it: what a file holds.
+    def materialise(self) -> dict[str, Tensor]:
+        """Make each matrix its projection, rounded once from float64, and return them: what a file holds.
 
-        From here on, until the next optimizer step, R is `weight` bit for bit, before saving and after loading alike.
+        From here on, until the next optimizer step, R is the matrix bit for bit, before saving and after loading alike.
         """
         with torch.no_grad():
-            if self._exact != self.weight._version:
-                self.weight.copy_(self.rounded())
+            if not self._all_exact():
+                for (_, matrix), rounded in zip(self.matrices(), self.rounded().values(), strict=True):
+                    matrix.copy_(rounded)
                 self.set_exact()
-        return self.weight.detach()
+        return {name: matrix.detach() for name, matrix in self.matrices()}
 
-    def rounded(self) -> Tensor:
-        """What `materialise` would make of `weight`, which stays as it is: training goes on from there.
+    def rounded(self) -> dict[str, Tensor]:
+        """What `materialise` would return, while the matrices stay as they are: training goes on from there.
 
-        Where `weight` is spread over processes, each of them must ask.
+        Where they are spread over processes, each of them must ask.
         """
-        weight: Tensor = whole(self.weight.detach())
-        return weight if self._exact == self.weight._version else orthonormal_rows(weight.double()).to(weight.dtype)
+        return {
+            name: matrix if self._exact.get(name) == version else orthonormal_rows(matrix.double()).to(matrix.dtype)
+            for name, matrix, version in ((n, whole(m.detach()), m._version) for n, m in self.matrices())
+        }
 
     def set_exact(self) -> None:
-        """Declare that `weight` has orthonormal rows, as loaded from a checked file."""
-        self._exact = self.weight._version
-        self._cached_for = None
+        """Declare that the matrices have orthonormal rows, as loaded from a checked file."""
+        self._exact = {name: matrix._version for name, matrix in self.matrices()}
+        self._cache.clear()
+
+    def _all_exact(self) -> bool:
+        return all(self._exact.get(name) == matrix._version for name, matrix in self.matrices())
+
+    def relevance_scores(self, h: Tensor, values: Tensor) -> Tensor:
+        """r_ij of every value vector j to every token i, (..., d_ff) in float32, without steering.
+
+        Large on purpose, for looking inside. `gain` times it is what is added to the weights w_ij.
+        """
+        keys, queries, weights = (
+            tensor.to(h.device, torch.float32)
+            for tensor in (self.projection(), self.query_projection(), self.coefficients / self.gain)
+        )
+        return ((h.float() @ queries.mT) * weights) @ (keys @ values.to(h.device, torch.float32))
 
     def factors(self, values: Values, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (d_r, d) and B (..., d, d_r) in `dtype`, for the value matrix or matrices `values` (..., d, d_ff).
@@ -167,18 +198,13 @@ class RelevanceModule(nn.Module):
         if not torch.compiler.is_compiling():
             return self._cached(values, dtype)
         if isinstance(values, Tensor):
-            down, up = _cached_factors(self.weight, self.gate, values, self._handle, dtype)
+            down, up = _cached_factors([*self.parameters(recurse=False)], values, self._handle, dtype)
             return down, up
         return self._cached_unseen(values, dtype)
 
     def _cached(self, values: Values, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        state = (self.weight._version, self.gate._version, self.weight.device)
-        if self._cached_for != state:
-            self._cache, self._cached_for = {}, state
-        key = (values.data_ptr() if isinstance(values, Tensor) else values.key, dtype)
-        if key not in self._cache:
-            self._cache[key] = self._compute(values, dtype)
-        return self._cache[key]
+        parameters = self.parameters(recurse=False)
+        return self._cache.factors(parameters, values, dtype, lambda: self._compute(values, dtype))
 
     # No compiler follows the unpacking of every packing: torch.compile breaks its graph around these two.
     @torch.compiler.disable
@@ -198,13 +224,14 @@ class RelevanceModule(nn.Module):
     def _compute(
         self, values: Values, dtype: torch.dtype, product: Callable[[Values, Tensor], Tensor] = gram
     ) -> tuple[Tensor, Tensor]:
-        projection = self.projection()
+        keys = self.projection()
+        queries = keys if self.query is None else self.query_projection()
         with torch.autocast(self.weight.device.type, enabled=False):
-            out = product(values, projection.mT) * (self.gain / math.sqrt(self.rank))
-        return projection.to(dtype), out.to(dtype)
+            out = product(values, keys.mT) * self.coefficients
+        return queries.to(dtype), out.to(dtype)
 
     def _learns(self) -> bool:
-        return torch.is_grad_enabled() and (self.weight.requires_grad or self.gate.requires_grad)
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters(recurse=False))
 
     def forward(self, output: Tensor, h: Tensor, values: Values) -> Tensor:
         """FFN output (..., d) plus what the adapter adds, for the FFN's input `h` (..., d) and W_V (d, d_ff)."""
@@ -266,7 +293,7 @@ class RelevanceModule(nn.Module):
 
     def train(self, mode: bool = True) -> RelevanceModule:
         # An optimizer that writes through `.data` leaves version counters alone; changing mode is when that can matter.
-        self._cached_for = None
+        self._cache.clear()
         if not mode:
             self.release()
         return super().train(mode)
@@ -277,11 +304,11 @@ class RelevanceModule(nn.Module):
             moved: Tensor = fn(tensor)
             return tensor.to(moved.device) if moved.dtype.itemsize < tensor.dtype.itemsize else moved
 
-        exact = self._exact == self.weight._version
+        exact = {name for name, matrix in self.matrices() if self._exact.get(name) == matrix._version}
         super()._apply(keep_precision, recurse)
-        self._cached_for = None
+        self._cache.clear()
         self.release()
-        self._exact = self.weight._version if exact else None
+        self._exact = {name: matrix._version for name, matrix in self.matrices() if name in exact}
         return self
 
 
@@ -291,9 +318,7 @@ _modules: WeakValueDictionary[int, RelevanceModule] = WeakValueDictionary()
 
 
 @torch.library.custom_op("braces::cached_factors", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
-def _cached_factors(
-    weight: Tensor, gate: Tensor, values: Tensor, handle: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _cached_factors(parameters: list[Tensor], values: Tensor, handle: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """`RelevanceModule._cached` as one step of a compiled graph, so that version counters are read when it runs.
 
     Copies, because a compiler may reuse the memory of what an operator returns. Not for CUDA graphs, which would replay
@@ -305,7 +330,7 @@ def _cached_factors(
 
 
 @_cached_factors.register_fake
-def _(weight: Tensor, gate: Tensor, values: Tensor, handle: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    rank, width = weight.shape
-    down = weight.new_empty(rank, width, dtype=dtype)
-    return down, weight.new_empty(*values.shape[:-2], width, rank, dtype=dtype)
+def _(parameters: list[Tensor], values: Tensor, handle: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    rank, width = parameters[0].shape
+    down = parameters[0].new_empty(rank, width, dtype=dtype)
+    return down, parameters[0].new_empty(*values.shape[:-2], width, rank, dtype=dtype)

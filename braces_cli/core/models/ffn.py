@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from braces_cli.core.models.module_structure import is_whole, keeps_state, pairs, runs_in_function, sizes
 from braces_cli.core.models.moe import Experts, MixtureFFN, find_experts, has_experts
 from braces_cli.core.models.value_weights import Values, dense, stored_values
-from braces_cli.core.utils.errors import ConfigError, ModelError
+from braces_cli.core.utils.errors import ModelError
 
 _LOOKED_FOR = "a module with an activation and two linear projections d -> d_ff -> d in each layer"
 
@@ -202,30 +202,6 @@ def _holder(layer: nn.Module, names: list[str]) -> str:
     while common and isinstance(layer.get_submodule(".".join(common)), nn.ModuleList):
         common.pop()
     return ".".join(common)
-
-
-def parse_ranges(text: str, count: int, option: str) -> list[int]:
-    """Indices of `8-20,24` or `1-` (inclusive, from 0) among `count`, in order.
-
-    Raises:
-        ConfigError: not a list of ranges, or beyond what there is.
-    """
-    chosen: set[int] = set()
-    for part in (part.strip() for part in text.split(",")):
-        first, dash, last = part.partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
-            raise ConfigError(f"`{part}` is no number and no range", where=option, hint="Such as 8-20,24 or 1-.")
-        low = int(first)
-        high = (int(last) if last else count - 1) if dash else low
-        if low > high or high >= count:
-            raise ConfigError(f"`{part}` is out of range", where=option, hint=f"There is 0 to {count - 1}.")
-        chosen.update(range(low, high + 1))
-    return sorted(chosen)
-
-
-def chosen_layers(model: nn.Module, text: str | None) -> list[int] | None:
-    """Decoder layers of a `--layers` option; None, which is all, where it was not given."""
-    return None if text is None else parse_ranges(text, len(layer_stack(model)[1]), "--layers")
 
 
 def parameter_total(model: nn.Module) -> int:

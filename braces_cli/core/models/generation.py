@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
+from braces_cli.core.models.generation_options import GenerationSettings, check_sampling
 from braces_cli.core.models.loading import input_device
 from braces_cli.core.models.padding import pad_left
 from braces_cli.core.models.streaming import StopTexts, TextStream, cut
@@ -41,27 +42,23 @@ class Sampling:
         stop: a continuation ends before the first of these texts.
     """
 
-    max_new_tokens: int = 50
-    temperature: float = 1.0
-    top_p: float = 0.9
+    max_new_tokens: int = GenerationSettings.max_new_tokens
+    temperature: float = GenerationSettings.temperature
+    top_p: float = GenerationSettings.top_p
     top_k: int | None = None
     seed: int = 0
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, ok in (
-            ("temperature", 0 <= self.temperature < float("inf")),
-            ("top_p", 0 < self.top_p <= 1),
-            ("top_k", self.top_k is None or self.top_k > 0),
-            ("max_new_tokens", self.max_new_tokens > 0),
-            ("stop", all(self.stop)),
-        ):
-            if not ok:
-                raise ConfigError(f"{getattr(self, name)} is out of range", where="--" + name.replace("_", "-"))
+        check_sampling(self.max_new_tokens, self.temperature, self.top_p)
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"{self.top_k} is out of range", where="--top-k")
+        if not all(self.stop):
+            raise ConfigError(f"{self.stop} is out of range", where="--stop")
 
 
 @dataclass(frozen=True)
-class Job:
+class TextRequest:
     """One text to generate: `sample` counts the texts of one prompt, `index` the prompts of a run.
 
     `ids` are the prompt's tokens where they are not those of the plain text, as with a chat template.
@@ -76,11 +73,11 @@ class Job:
 def generate(
     model: Any,
     tokenizer: Any,
-    jobs: Sequence[Job],
+    requests: Sequence[TextRequest],
     sampling: Sampling,
     stream: Callable[[str], object] | None = None,
 ) -> list[str]:
-    """Continuations of one batch of jobs, without their prompts, up to the end token or a stop text.
+    """Continuations of one batch of requests, without their prompts, up to the end token or a stop text.
 
     Prompts too long for the model's context lose their beginning, with a warning.
 
@@ -94,10 +91,12 @@ def generate(
     if room < 1:
         hint = f"The model takes {room + sampling.max_new_tokens} tokens, the prompt included."
         raise ConfigError(f"{sampling.max_new_tokens} is too much", where="--max-new-tokens", hint=hint)
-    prompts = [encode(tokenizer, job.prompt).ids if job.ids is None else list(job.ids) for job in jobs]
+    prompts = [
+        encode(tokenizer, request.prompt).ids if request.ids is None else list(request.ids) for request in requests
+    ]
     for row, ids in enumerate(prompts):
         if len(ids) > room:
-            logger.warning("prompt %d has %d tokens; only the last %d fit", jobs[row].index, len(ids), room)
+            logger.warning("prompt %d has %d tokens; only the last %d fit", requests[row].index, len(ids), room)
             prompts[row] = ids[-room:]
     device = input_device(model)
     batch = {name: tensor.to(device) for name, tensor in pad_left(prompts, tokenizer.pad_token_id).items()}
@@ -107,7 +106,7 @@ def generate(
     streamer = None if stream is None else TextStream(tokenizer, prompts[0], ends, sampling.stop, stream)
     processors = LogitsProcessorList()
     if sampling.temperature > 0:
-        processors.append(_Draw(sampling, _uniforms(jobs, sampling), width))
+        processors.append(_Draw(sampling, _uniforms(requests, sampling), width))
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         do_sample=False,
@@ -138,11 +137,11 @@ def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
     return next((ids[:place] for place, token in enumerate(ids) if token in ends), ids)
 
 
-def _uniforms(jobs: Sequence[Job], sampling: Sampling) -> Tensor:
-    """One number in [0, 1) for each job and token, (jobs, max_new_tokens), float64."""
+def _uniforms(requests: Sequence[TextRequest], sampling: Sampling) -> Tensor:
+    """One number in [0, 1) for each request and token, (requests, max_new_tokens), float64."""
     rows = []
-    for job in jobs:
-        key = hashlib.sha256(f"{sampling.seed}:{job.index}:{job.sample}".encode()).digest()
+    for request in requests:
+        key = hashlib.sha256(f"{sampling.seed}:{request.index}:{request.sample}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
         rows.append(torch.rand(sampling.max_new_tokens, dtype=torch.float64, generator=generator))
     return torch.stack(rows)
@@ -165,15 +164,15 @@ class _Draw(LogitsProcessor):
         # Sorting whole vocabularies takes longer than a small model; few rows need it.
         width = chances.shape[1] if (self._sampling.top_k or 0) > _FIRST else min(_FIRST, chances.shape[1])
         tokens = chances.topk(width, dim=-1).indices.sort(dim=-1).values
-        token, settled = self._invert(chances.gather(1, tokens), tokens, goal, width == chances.shape[1])
-        rest = (~settled).nonzero().squeeze(1)
+        token, decided = self._invert(chances.gather(1, tokens), tokens, goal, width == chances.shape[1])
+        rest = (~decided).nonzero().squeeze(1)
         if len(rest):
             every = torch.arange(chances.shape[1], device=scores.device).expand(len(rest), -1)
             token[rest], _ = self._invert(chances[rest], every, goal[rest], True)
         return torch.full_like(scores, -torch.inf).scatter(1, token.unsqueeze(1), 0.0)
 
     def _invert(self, chances: Tensor, tokens: Tensor, goal: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
-        """The token drawn in each row, and whether the candidates settle it; they come in the order of the vocabulary.
+        """The token drawn in each row, and whether the candidates decide it; they come in the order of the vocabulary.
 
         Args:
             chances: of the candidates, in a softmax over the whole vocabulary.
@@ -191,10 +190,10 @@ class _Draw(LogitsProcessor):
             ordered = ordered / ordered.sum(dim=-1, keepdim=True)
         mass = ordered.cumsum(dim=-1)
         # A token is kept while those before it have not reached top_p; the first always is.
-        kept = (mass < self._sampling.top_p).sum(dim=-1).clamp(max=mass.shape[1] - 1)
+        last_kept = (mass < self._sampling.top_p).sum(dim=-1).clamp(max=mass.shape[1] - 1)
         # Of tokens as likely as the least candidate, which are candidates was topk's choice: none may matter here.
-        edge = last if self._sampling.top_k is not None else ordered.gather(1, kept.unsqueeze(1)).squeeze(1)
-        settled = (edge > least) | whole
-        reach = mass.gather(1, kept.unsqueeze(1))
-        place = torch.searchsorted(mass, goal.to(mass).unsqueeze(1) * reach, right=True).minimum(kept.unsqueeze(1))
-        return tokens.gather(1, order.gather(1, place)).squeeze(1), settled
+        edge = last if self._sampling.top_k is not None else ordered.gather(1, last_kept.unsqueeze(1)).squeeze(1)
+        decided = (edge > least) | whole
+        reach = mass.gather(1, last_kept.unsqueeze(1))
+        place = torch.searchsorted(mass, goal.to(mass).unsqueeze(1) * reach, right=True).minimum(last_kept.unsqueeze(1))
+        return tokens.gather(1, order.gather(1, place)).squeeze(1), decided

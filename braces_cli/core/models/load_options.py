@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from braces_cli.core.utils.settings import MODEL, Settings, option
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-QUANTISATIONS = ("int8", "int4", "bnb-8bit", "bnb-4bit")
+QUANTISATIONS = ("int8", "bnb-8bit", "bnb-4bit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,15 +15,31 @@ class LoadOptions(Settings):
     """Where the weights of a base come from, where they go, and in which number format."""
 
     revision: str | None = option(None, help="Branch, tag or commit of a hub model.", panel=MODEL)
-    device: str = option("auto", help="auto, cpu, cuda (or cuda:1) or mps.", panel=MODEL)
+    device: str = option("auto", help="auto, cpu, cuda (or cuda:1) or mps.", panel=MODEL, outcome=False)
     dtype: str = option(
         "auto", help="Number format of the base; auto is the checkpoint's own.", panel=MODEL, choices=DTYPES
     )
-    device_map: str | None = option(None, help="`auto` spreads a base over several devices (accelerate).", panel=MODEL)
+    device_map: str | None = option(
+        None, help="`auto` spreads a base over several devices (accelerate).", panel=MODEL, outcome=False
+    )
     quantize: str | None = option(
         None,
-        help="Quantise the base while loading: int8 and int4 with torchao, bnb-* with bitsandbytes.",
+        help="Quantise the base while loading: int8 with torchao, bnb-* with bitsandbytes.",
         panel=MODEL,
         choices=QUANTISATIONS,
     )
-    trust_remote_code: bool = option(False, help="Run code that a hub model brings.", panel=MODEL)
+    trust_remote_code: bool = option(False, help="Run code that a hub model brings.", panel=MODEL, outcome=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(LoadOptions):
+    """The base model of a command."""
+
+    model: str | None = option(
+        None, help="Base model: folder or hub id. Default: the adapter's own, else the embedded model."
+    )
+
+    @property
+    def load_options(self) -> LoadOptions:
+        """The part of these settings that loading a base needs."""
+        return self.shared(LoadOptions)

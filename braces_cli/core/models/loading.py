@@ -19,6 +19,7 @@ from braces_cli.core.models.hub_errors import explained
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.moe import MixtureFFN
 from braces_cli.core.models.quantization import check_packed, check_quantize, quantization_config
+from braces_cli.core.models.value_weights import compute_device
 from braces_cli.core.utils.distributed import local_rank
 from braces_cli.core.utils.errors import ConfigError, ModelError
 
@@ -163,9 +164,7 @@ def _packing(where: str, options: LoadOptions) -> Any:
 
 def input_device(model: Any) -> torch.device:
     """Where token ids go: where the input embedding runs, which for an offloaded one is not where it lies."""
-    embedding = model.get_input_embeddings()
-    hook: Any = getattr(embedding, "_hf_hook", None)
-    return torch.device(hook.execution_device) if getattr(hook, "offload", False) else embedding.weight.device
+    return compute_device(model.get_input_embeddings())
 
 
 def load_shape(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:

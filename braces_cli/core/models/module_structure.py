@@ -44,6 +44,17 @@ class Pair:
     value: nn.Module
 
 
+def layer_output(output: Any) -> Tensor:
+    """The hidden states in what a decoder layer returned: a tensor, or a tuple that begins with them."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def with_layer_output(output: Any, hidden: Tensor) -> Any:
+    """What a decoder layer returned, its hidden states replaced by `hidden`."""
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
 def sizes(module: nn.Module) -> tuple[int, int]:
     """(inputs, outputs) of a linear projection. `in_features` and `out_features` are there for packed weights too."""
     part: Any = module

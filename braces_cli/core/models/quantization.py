@@ -1,7 +1,6 @@
 """`--quantize`: which packing, in the words of transformers' own quantisation configs.
 
     int8       torchao, 8 bits a weight, a scale for each row: any device
-    int4       torchao, 4-bit numbers in groups of 32: any device; kept a byte each, so no smaller than int8
     bnb-8bit   bitsandbytes LLM.int8()
     bnb-4bit   bitsandbytes NF4, half a byte a weight; computes in the base's dtype
 
@@ -17,22 +16,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from braces_cli.core.models.load_options import QUANTISATIONS
 from braces_cli.core.models.value_weights import is_packed
-from braces_cli.core.utils.errors import ConfigError, near_misses
-
-_GROUP = 32
+from braces_cli.core.utils.errors import ConfigError
 
 
 def check_quantize(name: str, device: torch.device | None) -> None:
-    """See that `name` is known and that its backend is installed and runs on `device` (None: wherever it is put).
+    """See that the backend of `name` is installed and runs on `device` (None: wherever it is put).
 
     Raises:
         ConfigError: it is not.
     """
-    if name not in QUANTISATIONS:
-        hint = f"{near_misses(name, QUANTISATIONS)} Known: {', '.join(QUANTISATIONS)}.".strip()
-        raise ConfigError(f"no quantisation `{name}`", where="--quantize", hint=hint)
     package = "bitsandbytes" if name.startswith("bnb-") else "torchao"
     if find_spec(package) is None:
         hint = "Install it with: pip install 'braces-cli[quantize]'"
@@ -46,7 +39,7 @@ def check_quantize(name: str, device: torch.device | None) -> None:
             raise ConfigError(
                 f"this bitsandbytes runs on {', '.join(sorted(there))}, not on {device.type}",
                 where="--quantize",
-                hint="Use --quantize int8 or int4 (torchao), or a GPU with CUDA.",
+                hint="Use --quantize int8 (torchao), or a GPU with CUDA.",
             )
 
 
@@ -83,9 +76,4 @@ def quantization_config(name: str, dtype: torch.dtype) -> Any:
         )
     import torchao.quantization as torchao
 
-    if name == "int8":
-        return transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig(version=2))
-    int4: Any = torch.int4  # type: ignore[attr-defined]  # torch does not declare it
-    # Not Int4WeightOnlyConfig, which packs two to a byte: its kernels need a GPU, or have no gradient on a CPU.
-    groups = torchao.PerGroup(_GROUP)
-    return transformers.TorchAoConfig(torchao.IntxWeightOnlyConfig(weight_dtype=int4, granularity=groups))
+    return transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig(version=2))

@@ -30,8 +30,8 @@ class StopTexts(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Tensor | None, **kwargs: Any) -> Tensor:
         new = input_ids[:, self._width :].tolist()
         texts = (decode_continuation(self._tokenizer, *row) for row in zip(self._prompts, new, strict=True))
-        found = [any(stop in text for stop in self._stops) for text in texts]
-        return torch.tensor(found, device=input_ids.device)
+        ended = [any(stop in text for stop in self._stops) for text in texts]
+        return torch.tensor(ended, device=input_ids.device)
 
 
 class TextStream(BaseStreamer):

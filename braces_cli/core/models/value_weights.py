@@ -32,10 +32,7 @@ class StoredValues:
     @property
     def device(self) -> torch.device:
         """Where the module runs, which for an offloaded weight is not where it is kept."""
-        hook: Any = getattr(self.module, "_hf_hook", None)
-        if _is_offloaded(self.module):
-            return torch.device(hook.execution_device)
-        return next(_own_tensors(self.module)).device
+        return compute_device(self.module)
 
     @property
     def is_offloaded(self) -> bool:
@@ -49,7 +46,7 @@ class StoredValues:
 
     def dense(self) -> Tensor:
         """W_V (d, d_ff), a fresh tensor: drop it after use."""
-        with torch.no_grad(), _at_hand(self.module):
+        with torch.no_grad(), at_hand(self.module):
             dense = _unpack(self.module)
         if dense.is_meta:
             raise ModelError("a value matrix has no weights: it is on the meta device", where=repr(self.module))
@@ -103,7 +100,20 @@ def _is_offloaded(module: nn.Module) -> bool:
     return "_hf_hook" in module.__dict__ and bool(getattr(module._hf_hook, "offload", False))
 
 
-def _at_hand(module: nn.Module) -> AbstractContextManager[None]:
+def compute_device(module: nn.Module) -> torch.device:
+    """Where a module with tensors of its own runs; an offloaded weight is kept elsewhere."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    return torch.device(hook.execution_device) if _is_offloaded(module) else next(_own_tensors(module)).device
+
+
+def stored_bias(module: nn.Module) -> Tensor | None:
+    """The bias of a projection, None where it has none; a copy where the bias is offloaded."""
+    with at_hand(module):
+        bias = getattr(module, "bias", None)
+        return None if bias is None else bias.detach()
+
+
+def at_hand(module: nn.Module) -> AbstractContextManager[None]:
     """Inside, the module has its weight, wherever accelerate keeps it otherwise."""
     if not _is_offloaded(module):
         return nullcontext()

@@ -35,6 +35,13 @@ def check_output_file(path: Path, overwrite: bool) -> None:
         raise ConfigError("the output file exists already", where=str(path), hint="Give another name, or --overwrite.")
 
 
+def umask() -> int:
+    """The umask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def write_whole(path: Path, write: Callable[[Path], object], matches: Callable[[Path], bool]) -> None:
     """Call `write` on a temporary name beside `path`; rename it only when `matches` finds there what was meant."""
     temporary = None
@@ -47,9 +54,7 @@ def write_whole(path: Path, write: Callable[[Path], object], matches: Callable[[
         if not matches(temporary):
             raise BracesError("what was written differs from what was meant", where=str(path), hint="Check the disk.")
         # mkstemp makes files for the owner alone; give what a plain open() would have given.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
+        temporary.chmod(0o666 & ~umask())
         temporary.replace(path)
     except OSError as error:
         raise BracesError(

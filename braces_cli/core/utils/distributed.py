@@ -6,10 +6,16 @@ Everything works in a lone process too, where each question has its trivial answ
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def rank() -> int:
@@ -51,11 +57,6 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
-def from_main(value: Any) -> Any:
-    """The value of the main process; every process must ask."""
-    return gathered(value)[0]
-
-
 def whole(tensor: Any) -> Any:
     """A parameter as a plain tensor: where it lies in pieces on several processes (FSDP2), every one must ask."""
     gather = getattr(tensor, "full_tensor", None)
@@ -65,3 +66,51 @@ def whole(tensor: Any) -> Any:
 def barrier() -> None:
     """Wait until every process has come here."""
     gathered(None)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that share one evaluation.
+
+    Attributes:
+        rank: number of this process, from 0.
+        size: number of processes.
+        accelerator: of accelerate; None for a lone process.
+    """
+
+    rank: int = 0
+    size: int = 1
+    accelerator: Any = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that collects the results."""
+        return self.rank == 0
+
+    def share_out(self, items: Sequence[T], work: Callable[[list[T]], Sequence[R]]) -> list[R]:
+        """Do `work` on every `size`-th item, and return the results of all processes in the order of `items`.
+
+        Args:
+            work: returns one result for each item, in order.
+        """
+        results: list[R] = [None] * len(items)  # type: ignore[list-item]
+        for rank, part in enumerate(self.gather(list(work(list(items[self.rank :: self.size]))))):
+            results[rank :: self.size] = part
+        return results
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every process, on every process."""
+        return [value] if self.size == 1 else gathered(value)
+
+
+def join_with_accelerator(cpu: bool) -> Processes:
+    """Meet the other processes over accelerate, which lm-eval needs; a lone process meets nobody."""
+    if world_size() == 1:
+        return Processes()
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    # One process may have many more long texts than another; none may give up waiting.
+    timeout = InitProcessGroupKwargs(timeout=timedelta(weeks=1))
+    accelerator = Accelerator(cpu=cpu, kwargs_handlers=[timeout])
+    return Processes(accelerator.process_index, accelerator.num_processes, accelerator)

@@ -58,3 +58,9 @@ def near_misses(name: str, known: Iterable[str], limit: int = 3) -> str:
     """`Did you mean a, b?` for the known names that resemble `name`, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=limit, cutoff=0.5)
     return f"Did you mean {', '.join(close)}?" if close else ""
+
+
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """The first line of an error's message that is not blank, at most `limit` characters; else the error's type."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)[:limit]

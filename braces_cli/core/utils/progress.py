@@ -1,10 +1,10 @@
-"""How long work says how far it is, without knowing who draws it."""
+"""Progress of long-running work, reported without knowing who draws it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-# (stage, units done, units in all or None). What follows a colon in `stage` may change as the work goes on.
+# (stage, units done, units in all or None). The part of `stage` behind a colon may change as the work goes on.
 Report = Callable[[str, int, int | None], None]
 
 

@@ -41,13 +41,15 @@ class Option:
     Attributes:
         help: one or two sentences; the default is added where it is not None.
         panel: heading in `--help`; None is for the few options that matter most, which come first.
-        flag: name of the option, where it is not the field's own with dashes.
+        flag: name of the option, where it is not the field's own with dashes; several names have commas between them,
+            and `--x/--no-x` is an option that can be switched off.
         min: smallest value of a number.
         choices: the values that a text setting may have, or the parts of a comma-separated one.
         metavar: what stands for the value in `--help`.
         outcome: whether another value makes another result; if not, a run may be resumed with another value.
         display: whether the setting only says how results are shown; such settings are not recorded anywhere.
         hidden: accepted, but not shown in `--help`.
+        argument: given by position, without a name; a file names it like any other.
     """
 
     help: str
@@ -59,11 +61,18 @@ class Option:
     outcome: bool = True
     display: bool = False
     hidden: bool = False
+    argument: bool = False
 
 
 def option(default: Any = MISSING, *, help: str, **details: Any) -> Any:
     """A dataclass field that is an option; `details` are the attributes of `Option`."""
     return field(default=default, metadata={"option": Option(help, **details)})
+
+
+def same_option(kind: type, name: str) -> Any:
+    """The field `name` of another settings class once more, for a command that needs few of that class's options."""
+    original = kind.__dataclass_fields__[name]  # type: ignore[attr-defined]
+    return field(default=original.default, metadata=original.metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +102,13 @@ class Settings:
         return kind(**{f.name: getattr(self, f.name) for f in dataclasses.fields(kind) if hasattr(self, f.name)})
 
 
+@dataclass(frozen=True, kw_only=True)
+class SeedSettings(Settings):
+    """What makes a run repeatable."""
+
+    seed: int = option(0, help="Seed of every random choice.", min=0, panel=OUTPUT)
+
+
 def options_of(kind: type) -> dict[str, Option]:
     """The options among a settings class's fields, by field name."""
     return {f.name: f.metadata["option"] for f in dataclasses.fields(kind) if "option" in f.metadata}
@@ -100,7 +116,10 @@ def options_of(kind: type) -> dict[str, Option]:
 
 def flag_of(kind: type, name: str) -> str:
     """The option that sets field `name`, such as `--max-steps`."""
-    return options_of(kind)[name].flag or "--" + name.replace("_", "-")
+    about = options_of(kind)[name]
+    if about.argument:
+        return about.metavar or name.upper()
+    return (about.flag or "--" + name.replace("_", "-")).partition(",")[0].partition("/")[0]
 
 
 def plain(value: Any) -> Any:

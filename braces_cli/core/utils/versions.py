@@ -12,10 +12,10 @@ from braces_cli import __version__
 @cache
 def versions() -> dict[str, str]:
     """`{braces, python, torch, transformers, ...}`; what is not installed is left out."""
-    found = {"braces": __version__, "python": platform.python_version()}
+    installed = {"braces": __version__, "python": platform.python_version()}
     for name in ("torch", "transformers", "accelerate", "datasets", "lm-eval", "safetensors"):
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed

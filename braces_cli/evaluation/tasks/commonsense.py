@@ -16,6 +16,9 @@ from typing import Any
 
 from braces_cli.data.row_formats import instruction_prompt
 
+DATA_SETS = ("boolq", "piqa", "social_iqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+TASKS = tuple(f"commonsense_gen_{name}" for name in DATA_SETS)
+
 
 def prompt(doc: dict[str, Any]) -> str:
     """The instruction as training shows it; the answer follows."""
@@ -31,8 +34,8 @@ def named_option(output: str, answer: str) -> str | None:
     """The first option in `output`, of the kind that `answer` is one of; None where there is none."""
     kind = answer.rstrip("0123456789")
     pattern = r"true|false" if answer in ("true", "false") else rf"{re.escape(kind)}[1-9]"
-    found = re.search(pattern, output)
-    return None if found is None else found.group()
+    match = re.search(pattern, output)
+    return None if match is None else match.group()
 
 
 def process_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:

@@ -14,8 +14,6 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-_VIEWS = (100, 1_000, 10_000, 100_000)
-
 
 def possible_answers(doc: dict[str, Any]) -> list[str]:
     """The answers of a row, which the data set keeps as a JSON list in a string; a plain list is taken as well.
@@ -62,28 +60,6 @@ def process_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, fl
         "acc": float(contained(results[0], answers)),
         "acc_word": float(contained_as_words(results[0], answers)),
     }
-
-
-def relation(doc: dict[str, Any]) -> str | None:
-    """What the question asks for (`director`, `place of birth`); None where the row does not say."""
-    return doc.get("prop") or None
-
-
-def popularity(doc: dict[str, Any]) -> str | None:
-    """The power of ten that the subject's monthly page views lie in; None where the row does not say."""
-    views = doc.get("s_pop")
-    if not isinstance(views, (int, float)) or views < 0:
-        return None
-    # Fixed bounds rather than quantiles, so that runs on other rows can be set side by side.
-    below = next((bound for bound in _VIEWS if views < bound), None)
-    if below is None:
-        return f"{_VIEWS[-1]}+"
-    return f"<{below}" if below == _VIEWS[0] else f"{below // 10}-{below - 1}"
-
-
-def views_from(part: str) -> int:
-    """Where a part of `popularity` begins."""
-    return 0 if part.startswith("<") else int(part.rstrip("+").partition("-")[0])
 
 
 def _folded(text: str) -> str:

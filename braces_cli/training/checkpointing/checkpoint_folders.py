@@ -27,11 +27,6 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
 
-def step_of(checkpoint: Path) -> int:
-    """Optimizer steps that a checkpoint holds."""
-    return int(checkpoint.name.rpartition("-")[2])
-
-
 def newest(folder: Path) -> Path | None:
     """The checkpoint with the most steps."""
     return next(reversed(checkpoints(folder)), None)

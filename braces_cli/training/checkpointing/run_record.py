@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from braces_cli.core.method.adapter_files import CONFIG_FILE
-from braces_cli.core.utils.atomic_files import write_json
-from braces_cli.core.utils.distributed import barrier, is_main, world_size
+from braces_cli.core.utils.atomic_files import finite, write_json
+from braces_cli.core.utils.distributed import barrier, is_main
 from braces_cli.core.utils.errors import ConfigError, ModelError
 from braces_cli.data.examples import Examples
 from braces_cli.data.streaming_examples import Stream
@@ -44,23 +42,7 @@ class Record:
     result: dict[str, Any] | None = None
 
     def write(self, folder: Path) -> None:
-        write_json(folder / RUN_FILE, _finite(vars(self)))
-
-
-def identity(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that the outcome depends on, of all of a command's.
-
-    Where a run is computed, how often it speaks and how an optimizer step is divided into batches and processes are its
-    own affair; how many examples make a step is not.
-    """
-    free = {
-        "output_dir", "overwrite", "resume", "device", "device_map", "trust_remote_code", "save_steps",
-        "save_total_limit", "eval_steps", "logging_steps", "report_to", "push_to_hub", "gradient_checkpointing",
-        "batch_size", "gradient_accumulation",
-    }  # fmt: skip
-    kept = {name: value for name, value in settings.items() if name not in free}
-    step = settings.get("batch_size", 1) * settings.get("gradient_accumulation", 1) * world_size()
-    return json.loads(json.dumps({**kept, "examples_per_step": step}))
+        write_json(folder / RUN_FILE, finite(vars(self)))
 
 
 def digest(examples: Examples | Stream) -> str:
@@ -104,7 +86,7 @@ def finished(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def start(folder: Path, resume: bool, record: Record) -> Path | None:
+def prepare_folder(folder: Path, resume: bool, record: Record) -> Path | None:
     """Make the folder ready, and return the checkpoint to go on from, if any; every process must ask.
 
     Without `resume`, what an earlier run left there goes; its adapter stays until there is another one.
@@ -130,17 +112,6 @@ def start(folder: Path, resume: bool, record: Record) -> Path | None:
     return checkpoint
 
 
-@contextmanager
-def tidy(folder: Path) -> Iterator[None]:
-    """Leave no empty folder behind: Trainer makes it before there is anything to put into it."""
-    existed = folder.exists()
-    try:
-        yield
-    finally:
-        if is_main() and not existed and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-
-
 def check_same(stored: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
     """Refuse to go on with other settings, and name them all."""
     differing = [
@@ -155,11 +126,3 @@ def check_same(stored: dict[str, Any], now: dict[str, Any], folder: Path) -> Non
 
 def _shown(value: Any) -> str:
     return "unset" if value is None else json.dumps(value)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -63,3 +63,21 @@ def test_texts_beyond_the_context_are_cut(session):
     """128 tokens here."""
     found = attribute_from_texts(session, "long", ["the film is good " * 100])
     assert bool(found.hidden.isfinite().all())
+
+
+def test_pooling_is_the_mean_over_tokens_then_over_words(session):
+    """Against one word at a time, without batches; no start token, no padding."""
+    import torch
+
+    from braces_cli.core.attributes.attribute import pool_words
+
+    model, tokenizer = session.base.model, session.base.tokenizer
+    words = ["good", "town", "sad", "extraordinary"]
+    seen = []
+    handle = session.ffns[1].keys[0].register_forward_pre_hook(lambda m, a: seen.append(a[0]))
+    with torch.no_grad():
+        for word in words:
+            model(torch.tensor([tokenizer(f" {word}", add_special_tokens=False)["input_ids"]]))
+    handle.remove()
+    expected = torch.stack([h[0].mean(0) for h in seen]).mean(0)
+    assert torch.allclose(pool_words(model, tokenizer, session.ffns, words)[1], expected, atol=1e-5)

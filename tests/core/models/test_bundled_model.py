@@ -17,7 +17,7 @@ from braces_cli.core.models.loading import load_base, load_tokenizer
 from braces_cli.core.session import open_session
 from braces_cli.core.utils.errors import ModelError
 from braces_cli.scoring.likelihood import Likelihood, text_likelihoods
-from braces_cli.steering.generate_texts import steer_texts
+from braces_cli.steering.generate_texts import generate_texts, text_requests
 from tests.conftest import make_adapter
 
 OPTIONS = LoadOptions(device="cpu", dtype="float32")
@@ -98,7 +98,7 @@ def test_a_word_list_alone_moves_its_sentiment() -> None:
     share = {}
     for s in (-3.0, 0.0, 3.0):
         with steered(session, [(positive, s)]):
-            rows = list(steer_texts(session, prompts, {}, Sampling(max_new_tokens=30), samples=8, batch_size=40))
-        share[s] = sum(score(row["text"])["compound"] > 0.05 for row in rows) / len(rows)
+            texts = list(generate_texts(session, text_requests(prompts, 8), Sampling(max_new_tokens=30), batch_size=40))
+        share[s] = sum(score(text)["compound"] > 0.05 for text in texts) / len(texts)
     assert share[-3.0] + 0.15 < share[0.0] < share[3.0] - 0.15
     assert share[3.0] - share[-3.0] >= 0.4

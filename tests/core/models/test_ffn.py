@@ -7,8 +7,8 @@ import torch
 import transformers
 from torch import nn
 
-from braces_cli.core.models.ffn import find_ffns, parse_ranges
-from braces_cli.core.utils.errors import ConfigError, ModelError
+from braces_cli.core.models.ffn import find_ffns
+from braces_cli.core.utils.errors import ModelError
 from braces_cli.training.settings import TrainSettings
 from braces_cli.training.train import count_parameters
 from tests.conftest import ARCHITECTURES, GATED, tiny_model
@@ -94,18 +94,3 @@ def test_parameter_counts_of_the_papers_models_without_weights(kind, sizes, rank
     assert counts["trainable_parameters"] == expected
     assert counts["total_parameters"] == total
     assert not any("brace" in name for name, _ in model.named_modules())
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"), [("8-10,2", [2, 8, 9, 10]), ("30-", [30, 31]), ("0", [0]), (" 1 , 1-2 ", [1, 2])]
-)
-def test_ranges(text, expected):
-    """Inclusive, from 0, open ends, any order."""
-    assert parse_ranges(text, 32, "--layers") == expected
-
-
-@pytest.mark.parametrize("text", ["", "a", "32", "5-2", "-3", "1-x", "0-99"])
-def test_ranges_that_are_none(text):
-    """Out of range and unreadable alike."""
-    with pytest.raises(ConfigError):
-        parse_ranges(text, 32, "--layers")

@@ -11,13 +11,13 @@ from braces_cli.core.attributes.attribute import build_attribute
 from braces_cli.core.attributes.intervention import steered
 from braces_cli.core.method.adapter import attach
 from braces_cli.core.models.ffn import find_ffns
-from braces_cli.core.models.generation import Job, Sampling, generate
+from braces_cli.core.models.generation import Sampling, TextRequest, generate
 from braces_cli.core.models.loading import Base
 from braces_cli.core.session import Session
 from tests.conftest import ARCHITECTURES, open_gates, tiny_model, tiny_tokenizer
 
 PROMPTS = ["the film is", "a", "the end of the old town"]
-JOBS = [Job(prompt, index) for index, prompt in enumerate(PROMPTS)]
+REQUESTS = [TextRequest(prompt, index) for index, prompt in enumerate(PROMPTS)]
 TOKENS = 6
 # On logits, by DESIGN.
 TOLERANCE = 1e-4
@@ -32,8 +32,10 @@ def opened(name: str, with_adapter: bool) -> Session:
     return session
 
 
-def recorded(session: Session, jobs: list[Job], sampling: Sampling) -> tuple[list[str], torch.Tensor, list[list[int]]]:
-    """Texts of a batch, the logits each new token was drawn from (jobs, tokens, vocabulary), and the tokens' rows."""
+def recorded(
+    session: Session, requests: list[TextRequest], sampling: Sampling
+) -> tuple[list[str], torch.Tensor, list[list[int]]]:
+    """Texts of a batch, the logits of each new token (requests, tokens, vocabulary), and the rows of tokens."""
     steps, ids = [], []
     model = session.base.model
     head = model.get_output_embeddings().register_forward_hook(lambda m, a, out: steps.append(out[:, -1].float()))
@@ -45,7 +47,7 @@ def recorded(session: Session, jobs: list[Job], sampling: Sampling) -> tuple[lis
 
     model.generate = watched
     try:
-        texts = generate(model, session.base.tokenizer, jobs, sampling)
+        texts = generate(model, session.base.tokenizer, requests, sampling)
     finally:
         head.remove()
         del model.generate
@@ -62,13 +64,13 @@ def test_a_padded_batch_with_a_cache_equals_one_whole_text_at_a_time(name, with_
     session.base.model.generation_config.eos_token_id = None
     session.base.tokenizer.eos_token = None
     with steered(session, [(good, 3.0)]):
-        texts, logits, rows = recorded(session, JOBS, sampling)
+        texts, logits, rows = recorded(session, REQUESTS, sampling)
         bare = []
-        for job, row, expected, text in zip(JOBS, rows, logits, texts, strict=True):
-            alone, one_by_one, _ = recorded(session, [job], sampling)
+        for request, row, expected, text in zip(REQUESTS, rows, logits, texts, strict=True):
+            alone, one_by_one, _ = recorded(session, [request], sampling)
             assert alone == [text]
             assert float((one_by_one[0] - expected).abs().max()) < TOLERANCE
-            prompt = session.base.tokenizer(job.prompt)["input_ids"]
+            prompt = session.base.tokenizer(request.prompt)["input_ids"]
             whole = torch.tensor([[*prompt, *row[-TOKENS:]]])
             with torch.no_grad():
                 uncached = session.base.model(whole, use_cache=False).logits[0, len(prompt) - 1 : -1]
@@ -103,11 +105,11 @@ def test_two_attributes_are_their_weighted_sum(name, with_adapter):
 def test_a_stream_spells_the_text(session):
     """Piece by piece, whole characters only; the same text as without a stream."""
     model, tokenizer = session.base.model, session.base.tokenizer
-    for job in JOBS:
+    for request in REQUESTS:
         for sampling in (Sampling(20), Sampling(20, temperature=0), Sampling(20, stop=("e",))):
             pieces: list[str] = []
-            (text,) = generate(model, tokenizer, [job], sampling, pieces.append)
-            assert "".join(pieces) == text == generate(model, tokenizer, [job], sampling)[0]
+            (text,) = generate(model, tokenizer, [request], sampling, pieces.append)
+            assert "".join(pieces) == text == generate(model, tokenizer, [request], sampling)[0]
             assert all(pieces)
     assert len(pieces) > 0
 
@@ -142,14 +144,14 @@ def test_half_a_character_and_half_a_stop_text_are_held_back():
 def test_stop_texts_end_each_row_by_itself(session):
     """The text is that without a stop, cut before the first; generation ends when every row has one."""
     plain = Sampling(30, seed=1)
-    whole, _, _ = recorded(session, JOBS, plain)
+    whole, _, _ = recorded(session, REQUESTS, plain)
     stops = (whole[0][5:7], whole[2][3:4])
-    cut, _, _ = recorded(session, JOBS, replace(plain, stop=stops))
+    cut, _, _ = recorded(session, REQUESTS, replace(plain, stop=stops))
     for text, expected in zip(cut, whole, strict=True):
         places = [place for stop in stops if (place := expected.find(stop)) >= 0]
         assert text == (expected[: min(places)] if places else expected)
     assert len(cut[0]) <= 5
-    _, short, _ = recorded(session, JOBS[:1], replace(plain, stop=(whole[0][:1],)))
+    _, short, _ = recorded(session, REQUESTS[:1], replace(plain, stop=(whole[0][:1],)))
     assert short.shape[1] < 30
     with pytest.raises(Exception, match="out of range"):
         Sampling(stop=("",))

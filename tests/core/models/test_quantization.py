@@ -15,12 +15,12 @@ from braces_cli.core.method.adapter_files import find_adapter
 from braces_cli.core.method.value_gram import gram
 from braces_cli.core.models.ffn import find_ffns, parameter_total
 from braces_cli.core.models.fingerprint import fingerprint
-from braces_cli.core.models.load_options import LoadOptions
+from braces_cli.core.models.load_options import QUANTISATIONS, LoadOptions
 from braces_cli.core.models.loading import load_base
-from braces_cli.core.models.quantization import QUANTISATIONS, check_quantize
+from braces_cli.core.models.quantization import check_quantize
 from braces_cli.core.models.value_weights import StoredValues, _through_module
 from braces_cli.core.session import open_session
-from braces_cli.core.utils.errors import ConfigError, ModelError
+from braces_cli.core.utils.errors import ConfigError
 from braces_cli.inspection.vector_tokens import value_tokens
 from tests.conftest import make_adapter, open_gates, tiny_model, tiny_tokenizer
 from tests.core.method.test_reference import TOKENS, relative, run
@@ -247,8 +247,8 @@ def test_gram_of_stored_values_is_differentiable():
 
 def test_an_unknown_method_names_the_known_ones():
     """Exit code 2."""
-    with pytest.raises(ConfigError, match="int8, int4, bnb-8bit, bnb-4bit"):
-        check_quantize("nf4", CPU)
+    with pytest.raises(ConfigError, match="int8, bnb-8bit, bnb-4bit"):
+        LoadOptions(quantize="nf4")
 
 
 @pytest.mark.parametrize(("name", "package"), [("int8", "torchao"), ("bnb-4bit", "bitsandbytes")])
@@ -269,13 +269,6 @@ def test_a_bitsandbytes_without_this_device_is_refused(monkeypatch, name):
     with pytest.raises(ConfigError, match="runs on cuda, not on cpu"):
         check_quantize(name, CPU)
     check_quantize(name, torch.device("cuda"))
-
-
-def test_widths_that_int4_cannot_group_are_named(tmp_path):
-    """Exit code 4 and what else to use."""
-    _installed("int4")
-    with pytest.raises(ModelError, match="divide by 32"):
-        load(_saved("llama", tmp_path), "int4")  # 52 neurons
 
 
 def test_gpt2_is_packed_by_bitsandbytes_and_refused_by_torchao(tmp_path):

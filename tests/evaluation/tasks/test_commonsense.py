@@ -9,9 +9,10 @@ import pytest
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.data.readers import Source
 from braces_cli.data.row_formats import detect, parts
-from braces_cli.evaluation import task_catalog
-from braces_cli.evaluation.evaluate import EvalSettings, check_settings, run_evaluation
+from braces_cli.evaluation.evaluate import check_settings, run_evaluation
 from braces_cli.evaluation.result_store import Store
+from braces_cli.evaluation.settings import EvalSettings
+from braces_cli.evaluation.tasks import commonsense
 from braces_cli.evaluation.tasks.commonsense import process_results, prompt, target
 
 FOLDERS = {"social_iqa": "social_i_qa"}
@@ -45,10 +46,10 @@ def test_all_eight_run_and_are_averaged(tiny_folder, write_jsonl, tmp_path):
     rows = [{"instruction": f"Is it {i}? true/false", "input": "", "output": "x", "answer": "true"} for i in range(2)]
     file = write_jsonl("rows.jsonl", rows)
     store = Store(tmp_path / "out", log_samples=True)
-    settings = EvalSettings(["commonsense_gen"], [f"commonsense_gen={file}"])
+    settings = EvalSettings(tasks=["commonsense_gen"], task_data=[f"commonsense_gen={file}"])
     result = run_evaluation(str(tiny_folder), [], LoadOptions(device="cpu"), settings, store=store)
     found = result["systems"][0]["results"]
-    assert list(found) == [*task_catalog.GENERATED, "commonsense_gen"]
+    assert list(found) == [*commonsense.TASKS, "commonsense_gen"]
     assert found["commonsense_gen"]["braces_average"]["n"] == 16
     sample = json.loads((tmp_path / "out/samples/base/commonsense_gen_piqa.jsonl").read_text().splitlines()[1])
     assert sample["prompt"] == "### Instruction:\nIs it 1? true/false\n\n### Response:\n"
@@ -56,11 +57,10 @@ def test_all_eight_run_and_are_averaged(tiny_folder, write_jsonl, tmp_path):
 
 def test_the_collections_own_rows_are_taken(shared):
     data = [
-        f"{name}={shared / 'data' / 'commonsense' / FOLDERS.get(name[16:], name[16:])}"
-        for name in task_catalog.GENERATED
+        f"{name}={shared / 'data' / 'commonsense' / FOLDERS.get(name[16:], name[16:])}" for name in commonsense.TASKS
     ]
-    _, files, rows = check_settings(EvalSettings(["commonsense_gen"], data))
+    _, files, rows = check_settings(EvalSettings(tasks=["commonsense_gen"], task_data=data))
     assert {file.name for file in files.values()} == {"test.jsonl"}
-    for name in task_catalog.GENERATED:
+    for name in commonsense.TASKS:
         for row in rows[name]:
             assert process_results(row.fields, [row.fields["output"]]) == {"acc": 1, "answered": 1}, row.where

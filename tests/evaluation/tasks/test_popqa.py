@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from braces_cli.evaluation.tasks.popqa import popularity, process_results, target, views_from
+from braces_cli.evaluation.tasks.popqa import process_results, target
 
 # Written and checked by hand: case, punctuation, substrings, scripts, and how letters are composed.
 CASES = [json.loads(line) for line in (Path(__file__).parent / "popqa_aliases.jsonl").read_text("utf-8").splitlines()]
@@ -30,24 +30,3 @@ def test_a_plain_list_of_answers_is_taken_too():
 def test_anything_else_is_refused():
     with pytest.raises(ValueError, match="no JSON list"):
         target({"possible_answers": '{"a": 1}'})
-
-
-@pytest.mark.parametrize(
-    ("views", "part"),
-    [
-        (0, "<100"),
-        (99, "<100"),
-        (100, "100-999"),
-        (99_999, "10000-99999"),
-        (100_000, "100000+"),
-        (-1, None),
-        (None, None),
-    ],
-)
-def test_popularity_goes_by_powers_of_ten(views, part):
-    assert popularity({"s_pop": views}) == part
-
-
-def test_parts_of_popularity_stand_in_order():
-    parts = [popularity({"s_pop": 10**k}) for k in (5, 3, 1, 4, 2)]
-    assert sorted(parts, key=views_from) == ["<100", "100-999", "1000-9999", "10000-99999", "100000+"]

@@ -1,0 +1,172 @@
+"""Settings of `braces steer`. Light: no torch here."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from braces_cli.cli.options import AdapterSettings, AttributeSettings, OutputSettings
+from braces_cli.core.attributes.attribute_options import strengths
+from braces_cli.core.attributes.word_lists import check_name
+from braces_cli.core.models.generation_options import GenerationSettings
+from braces_cli.core.utils.errors import ConfigError
+from braces_cli.core.utils.settings import ATTRIBUTES, GENERATION, OUTPUT, SCORING, Settings, flag_of, option
+
+if TYPE_CHECKING:
+    from braces_cli.core.models.generation import Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions(Settings):
+    """A sweep over strengths, and how its texts are scored."""
+
+    sweep: str | None = option(
+        None,
+        help="Measure the first attribute at every strength, as -4:4:1.",
+        panel=SCORING,
+        metavar="FROM:TO:STEP",
+        outcome=False,
+    )
+    plot: Path | None = option(None, help="Draw the sweep into this PNG file.", panel=SCORING, outcome=False)
+    scorer: str | None = option(
+        None,
+        help="Scorer of a sweep: vader, toxicity, fit:ROWS, or a classifier's folder or hub id.",
+        panel=SCORING,
+        outcome=False,
+    )
+    score_label: str | None = option(
+        None, help="The scorer's label for the attribute, if not its own name.", panel=SCORING, outcome=False
+    )
+    save_scorer: Path | None = option(
+        None, help="Folder for the classifier that fit:ROWS fits.", panel=SCORING, outcome=False
+    )
+    judge_model: str | None = option(
+        None,
+        help="Model that measures perplexity in place of the base: folder or hub id.",
+        panel=SCORING,
+        outcome=False,
+    )
+    exclude_list_words: bool = option(
+        False, help="The scorer ignores the attributes' own words.", panel=SCORING, outcome=False
+    )
+
+
+# Options that have no effect without --sweep.
+_SWEEP_ONLY = ("plot", "scorer", "score_label", "save_scorer", "judge_model", "exclude_list_words")
+# Options that each way to call the command does not take.
+_REFUSED = {
+    "sweep": ("beside", "output", "resume", "interactive", "export_control_vector"),
+    "interactive": ("prompt", "prompts", "output", "resume", "overwrite", "export_control_vector"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteerSettings(AdapterSettings, AttributeSettings, GenerationSettings, SweepOptions, OutputSettings):
+    """Settings of `braces steer`; what a text does not depend on is marked `outcome=False`."""
+
+    prompt: tuple[str, ...] = option((), help="Prompt. Repeatable. Default: standard input.", outcome=False)
+    prompts: Path | None = option(
+        None, help="File of prompts: one a line, or JSON Lines with `prompt`.", metavar="FILE", outcome=False
+    )
+    layers: str | None = option(
+        None, help="Layers that are steered, such as 8-20,24 or 1- (inclusive, from 0).", panel=ATTRIBUTES
+    )
+    top_k: int | None = option(
+        None, help="Sample from this many of the most likely tokens. Default: all.", panel=GENERATION
+    )
+    stop: tuple[str, ...] = option(
+        (), help="A text ends before this one, such as a full stop. Repeatable.", panel=GENERATION
+    )
+    apply_chat_template: bool | None = option(
+        None,
+        help="Prompts as a user's turn. Default: as the adapter was trained.",
+        panel=GENERATION,
+        flag="--apply-chat-template/--no-apply-chat-template",
+    )
+    batch_size: int = option(8, help="Texts at a time.", min=1, panel=GENERATION, outcome=False)
+    beside: bool = option(False, help="The unsteered text beside the steered one.", panel=OUTPUT)
+    interactive: bool = option(
+        False,
+        help="Prompts and commands (/s 2, /attribute NAME, /help) line by line.",
+        panel=OUTPUT,
+        outcome=False,
+    )
+    output: Path | None = option(None, help="Write the texts into this JSON Lines file.", panel=OUTPUT, outcome=False)
+    resume: bool = option(False, help="Continue --output behind its last complete line.", panel=OUTPUT, outcome=False)
+    overwrite: bool = option(False, help="Replace the output file if it is there.", panel=OUTPUT, outcome=False)
+    export_control_vector: Path | None = option(
+        None,
+        help="Older name of braces export control-vector: write the steering to this GGUF file.",
+        panel=OUTPUT,
+        outcome=False,
+        hidden=True,
+    )
+    # No default of its own: where stdout is no terminal it carries JSON Lines.
+    format: str | None = option(  # type: ignore[assignment]
+        None,
+        help="What stdout carries; json is JSON Lines, the default where stdout is no terminal.",
+        panel=OUTPUT,
+        choices=("table", "json"),
+        display=True,
+    )
+
+    @property
+    def json(self) -> bool:
+        """Whether stdout carries JSON."""
+        return self.format == "json" or (self.format is None and not sys.stdout.isatty())
+
+    @property
+    def strengths(self) -> dict[str, float]:
+        """Name -> strength of each attribute; in a sweep, of those that are not swept.
+
+        Raises:
+            ConfigError: see `attribute_options.strengths`.
+        """
+        names = self.attribute
+        if self.sweep is not None:
+            strengths(names, ())  # refuses a name that comes twice, the swept one included
+            names = names[1:]
+            if len(self.s) not in (0, len(names)):
+                hint = "The first attribute is swept; give one --s for each of the others, or none at all."
+                raise ConfigError(f"{len(self.s)} strengths for {len(names)} other attributes", where="--s", hint=hint)
+        return dict(zip(names, strengths(names, self.s), strict=True))
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are drawn.
+
+        Raises:
+            ConfigError: a number out of its range.
+        """
+        from braces_cli.core.models.generation import Sampling
+
+        return Sampling(self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.seed, self.stop)
+
+    def check(self) -> None:
+        """Refuse options that would have no effect together.
+
+        Raises:
+            ConfigError: names one of them, or a name that no attribute can have.
+        """
+        for name in self.attribute:
+            check_name(name)
+        for mode, refused in _REFUSED.items():
+            for name in refused if getattr(self, mode) else ():
+                if getattr(self, name):
+                    where, hint = flag_of(type(self), name), "Leave one of them out."
+                    raise ConfigError(f"does not go with --{mode}", where=where, hint=hint)
+        if self.interactive and self.num_samples > 1:
+            hint = "/seed draws another text."
+            raise ConfigError("does not go with --interactive", where="--num-samples", hint=hint)
+        if self.sweep is None:
+            for name in _SWEEP_ONLY:
+                if getattr(self, name):
+                    hint = "Give --sweep FROM:TO:STEP with it."
+                    raise ConfigError("this belongs to --sweep", where=flag_of(type(self), name), hint=hint)
+        elif not self.attribute:
+            hint = "Such as --attribute positive --sweep -4:4:1."
+            raise ConfigError("nothing to sweep", where="--attribute", hint=hint)
+        if (self.resume or self.overwrite) and not (self.output or self.sweep or self.export_control_vector):
+            raise ConfigError("there is no file to continue", where="--output", hint="Give --output FILE.")

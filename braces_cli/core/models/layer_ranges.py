@@ -1,0 +1,36 @@
+"""Ranges of numbers as options give them, such as `--layers 8-20,24` or `1-`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from braces_cli.core.utils.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def parse_ranges(text: str, count: int, option: str) -> list[int]:
+    """Indices of `8-20,24` or `1-` (inclusive, from 0) among `count`, in order.
+
+    Raises:
+        ConfigError: not a list of ranges, or beyond what there is.
+    """
+    chosen: set[int] = set()
+    for part in (part.strip() for part in text.split(",")):
+        first, dash, last = part.partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise ConfigError(f"`{part}` is no number and no range", where=option, hint="Such as 8-20,24 or 1-.")
+        low = int(first)
+        high = (int(last) if last else count - 1) if dash else low
+        if low > high or high >= count:
+            raise ConfigError(f"`{part}` is out of range", where=option, hint=f"There is 0 to {count - 1}.")
+        chosen.update(range(low, high + 1))
+    return sorted(chosen)
+
+
+def chosen_layers(model: nn.Module, text: str | None) -> list[int] | None:
+    """Decoder layers of a `--layers` option; None, which is all, where it was not given."""
+    from braces_cli.core.models.ffn import layer_stack  # torch, which ranges alone do not need
+
+    return None if text is None else parse_ranges(text, len(layer_stack(model)[1]), "--layers")

@@ -1,0 +1,53 @@
+"""Plain texts from a file: what shows an attribute, or what perplexity is measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from braces_cli.core.utils.errors import DataError
+from braces_cli.data.readers import READABLE, Source, read_rows
+from braces_cli.data.row_formats import detect, parts
+
+
+def read_texts(path: Path, *, field: str | None = None) -> list[str]:
+    """Texts of a plain file, one a line, or of the rows of a data file; blank ones are left out.
+
+    Args:
+        field: of the rows, the one that holds the text. None: rows of any format, prompt and completion as one text.
+
+    Raises:
+        DataError: missing, not UTF-8, a broken row, or no text in it.
+    """
+    if path.suffix.lower() in READABLE:
+        texts = [_text(row, field) for row in read_rows(str(path))]
+    else:
+        texts = list(_lines(path))
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        hint = "Give one text a line, or rows with `text`."
+        raise DataError("no text but blanks", where=str(path), hint=hint)
+    return texts
+
+
+def _lines(path: Path) -> Iterator[str]:
+    hint = "Give UTF-8, one text a line."
+    try:
+        # Only line breaks end a text: `splitlines` would also split at form feeds and the like.
+        yield from path.read_text(encoding="utf-8-sig").split("\n")
+    except FileNotFoundError as error:
+        raise DataError("no such file", where=str(path), hint="Give a file with one text a line.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8 (byte {error.start})", where=str(path), hint=hint) from error
+    except OSError as error:
+        raise DataError(f"cannot read: {error.strerror or error}", where=str(path), hint=hint) from error
+
+
+def _text(row: Source, field: str | None) -> str:
+    if field is None:
+        return "".join(filter(None, parts(*detect(row), row.where)))
+    text = row.fields.get(field)
+    if not isinstance(text, str):
+        hint = f"Keys found: {', '.join(map(str, row.fields))}."
+        raise DataError(f"the row has no text in `{field}`", where=row.where, hint=hint)
+    return text

@@ -1,0 +1,31 @@
+"""`braces demo`: how it runs the commands that it prints. The whole of it runs in tests/e2e."""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import Any
+
+from braces_cli.cli.demo import Guide
+
+
+def test_a_step_is_the_command_that_it_prints(model_dir: Any, tmp_path: Any) -> None:
+    """Its result is that of the command, and the model card names this command and not the demo."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "the film is good"}\n' * 4)
+    stream, before = io.StringIO(), list(sys.argv)
+    guide = Guide(tmp_path, 0, stream)
+    settings = ("--data", rows, "--rank", "2", "--max-steps", "1", "--device", "cpu")
+    result = guide.run("Train", "train", "--model", model_dir, *settings, "--output-dir", tmp_path / "out")
+    assert result["trainable_parameters"] == 2 * (2 * 32 + 1)
+    assert guide.steps[0]["command"] in stream.getvalue()
+    assert guide.steps[0]["command"] in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert sys.argv == before
+
+
+def test_a_dry_run_prints_and_runs_nothing(tmp_path: Any) -> None:
+    """Commands that could not run are only listed."""
+    stream = io.StringIO()
+    guide = Guide(tmp_path, 0, stream, dry_run=True)
+    assert guide.run("Train", "train", "--model", "nowhere") is None
+    assert "braces train --model nowhere" in stream.getvalue()

@@ -1,0 +1,51 @@
+"""What braces uses of typer without typer documenting it: each name is still there."""
+
+from __future__ import annotations
+
+import pytest
+import typer
+
+from braces_cli.cli import typer_internals
+from braces_cli.cli.app import build_app
+
+
+def caught(*args):
+    """The error of a wrong call."""
+    with pytest.raises(typer.TyperException) as error:
+        build_app(args)(args=list(args), standalone_mode=False)
+    return error.value
+
+
+def test_a_command_and_its_context_are_found():
+    """`commands`, `get_help`, `params` with `name` and `opts`, and the path of the command."""
+    command, context = typer_internals.help_of(build_app(), ["attr-build"])
+    assert context.command_path == "braces attr-build"
+    assert callable(command.get_help)
+    folder = typer_internals.parameters(context)["output_dir"]
+    assert (folder.name, folder.opts) == ("output_dir", ["--output-dir", "--attributes"])
+    assert typer_internals.help_of(build_app(), ["attr-build", "more"]) is None
+
+
+def test_errors_of_a_call_are_told_apart():
+    """By the class name and by the context that the error carries."""
+    assert typer_internals.is_call_without_arguments(caught())
+    wrong = caught("steer", "--nope")
+    assert not typer_internals.is_call_without_arguments(wrong)
+    assert wrong.ctx.command_path == typer_internals.called_command(wrong)
+    assert typer_internals.called_command(wrong).endswith("steer")
+
+
+def test_where_a_value_was_given():
+    """`get_parameter_source` and `default_map`."""
+    app, seen = typer.Typer(), {}
+
+    @app.command()
+    def show(ctx: typer.Context, a: int = 0, b: int = 0, c: int = 0) -> None:
+        seen.update(typer_internals.sources(ctx, ("a", "b", "c")), values=(a, b, c))
+
+    @app.callback()
+    def root(ctx: typer.Context) -> None:
+        typer_internals.set_defaults(ctx, {"show": {"b": 7}})
+
+    app(args=["show", "--a", "5"], standalone_mode=False)
+    assert seen == {"a": "command line", "b": "file", "values": (5, 7, 0)}

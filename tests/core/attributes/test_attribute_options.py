@@ -1,0 +1,52 @@
+"""A mistyped `--attributes DIR` is an error of every command, never a built-in list in its place."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from braces_cli.core.attributes.attribute import find_attribute, known_attributes
+from braces_cli.core.attributes.attribute_options import AttributeSettings
+from braces_cli.core.attributes.listing import list_attributes
+from braces_cli.core.utils.errors import ConfigError
+
+
+def test_a_folder_that_is_not_there_is_refused_before_anything_is_loaded(tmp_path):
+    with pytest.raises(ConfigError, match="no such folder"):
+        AttributeSettings(attributes=tmp_path / "attrs")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="cannot read this folder"):
+        AttributeSettings(attributes=tmp_path / "file")
+    assert AttributeSettings(attributes=tmp_path).attributes == tmp_path
+
+
+@pytest.mark.parametrize(
+    "look_up",
+    [
+        lambda session, folder: find_attribute(session, "positive", folder),
+        known_attributes,
+        lambda session, folder: list_attributes(folder, None),
+    ],
+)
+def test_no_look_up_passes_over_it(session, tmp_path, look_up):
+    with pytest.raises(ConfigError, match="no such folder"):
+        look_up(session, tmp_path / "attrs")
+
+
+@pytest.mark.parametrize("command", ["eval", "merge", "train", "inspect find"])
+def test_every_command_refuses_it(braces, model_dir, adapter_dir, tmp_path, command):
+    prompts, rows = tmp_path / "prompts.txt", tmp_path / "rows.jsonl"
+    prompts.write_text("the film\n")
+    rows.write_text(json.dumps({"prompt": "the film", "completion": " is good", "attribute": "positive"}) + "\n")
+    options = {
+        "eval": ["--tasks", "sentiment", "--task-data", f"sentiment={prompts}", "--attribute", "positive"],
+        "merge": ["--adapter", adapter_dir, "--output-dir", tmp_path / "merged", "--attribute", "positive"],
+        "train": ["--data", rows, "--attribute-field", "attribute", "--output-dir", tmp_path / "out"],
+        "inspect find": ["--attribute", "positive"],
+    }[command]
+    options += ["--attributes", tmp_path / "a"]
+    outcome = braces(*command.split(), "--model", model_dir, "--device", "cpu", *options)
+    assert outcome.code == 2, outcome.err
+    assert "no such folder" in outcome.err
+    assert str(tmp_path / "a") in outcome.err

@@ -1,0 +1,75 @@
+"""The laws of steering: attributes add up, the size of a push, the paper's formula."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def test_attributes_add_up(session):
+    """Logits of A + B are those of the summed push; s = 2 of A is A twice."""
+    import torch
+
+    from braces_cli.core.attributes.attribute import build_attribute
+    from braces_cli.core.attributes.intervention import steered
+    from braces_cli.core.method.adapter import attach
+    from tests.conftest import open_gates
+
+    good = build_attribute(session, "good", ["good", "happy"])
+    old = build_attribute(session, "old", ["old", "town"])
+    tokens = torch.tensor([[0, 5, 6, 7]])
+
+    def logits(*terms):
+        with steered(session, terms) as pushes, torch.no_grad():
+            return session.base.model(tokens).logits, pushes
+
+    for attached in (False, True):
+        if attached:
+            session.adapter = attach(session.base.model, 4)
+            open_gates(session.adapter)
+        with torch.no_grad():
+            bare = session.base.model(tokens).logits
+        both, _ = logits((good, 2.0), (old, -1.0))
+        swapped, _ = logits((old, -1.0), (good, 2.0))
+        doubled, pushes = logits((good, 1.0), (good, 1.0))
+        single, twice = logits((good, 2.0))
+        assert torch.allclose(both, swapped, atol=1e-5)
+        assert torch.allclose(doubled, single, atol=1e-5)
+        assert [p.share for p in pushes] == pytest.approx([p.share for p in twice])
+        none, nothing = logits((good, 0.0))
+        assert torch.equal(none, bare)
+        assert nothing == []
+        assert torch.equal(logits()[0], bare)  # and nothing stays behind
+
+
+def test_without_training_strength_one_is_twelve_percent_of_the_residual(session):
+    """In all, over the first half of the layers, by the definition of the scale; where layers are named, there."""
+    from braces_cli.core.attributes.attribute import build_attribute
+    from braces_cli.core.attributes.intervention import steered
+
+    good = build_attribute(session, "good", ["good", "happy"])
+    with steered(session, [(good, 1.0)]) as pushes:
+        assert [p.share for p in pushes] == pytest.approx([0.12], rel=1e-4)
+    with steered(session, [(good, -2.0)], layers=[1]) as pushes:
+        assert [(p.layer, round(p.share, 4)) for p in pushes] == [(1, 0.24)]
+
+
+def test_steering_with_an_adapter_is_the_papers_formula(session):
+    """r_i + s r_c at every layer, against the reference."""
+    import torch
+
+    from braces_cli.core.attributes.attribute import build_attribute
+    from braces_cli.core.attributes.intervention import steered
+    from braces_cli.core.method.adapter import attach
+    from braces_cli.core.method.reference import reference
+    from tests.conftest import open_gates
+
+    session.adapter = attach(session.base.model, 4)
+    open_gates(session.adapter)
+    good = build_attribute(session, "good", ["good", "happy"])
+    tokens = torch.tensor([[0, 5, 6, 7]])
+    with torch.no_grad():
+        with steered(session, [(good, 3.0)]):
+            fast = session.base.model(tokens).logits
+        with reference(session.adapter, {layer: [(good.state[i], 3.0)] for i, layer in enumerate(good.layers)}):
+            slow = session.base.model(tokens).logits
+    assert float((fast - slow).abs().max() / slow.abs().max()) < 1e-5

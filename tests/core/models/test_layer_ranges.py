@@ -1,0 +1,23 @@
+"""Ranges in `--layers`, `--index` and `--positions`."""
+
+from __future__ import annotations
+
+import pytest
+
+from braces_cli.core.models.layer_ranges import parse_ranges
+from braces_cli.core.utils.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("8-10,2", [2, 8, 9, 10]), ("30-", [30, 31]), ("0", [0]), (" 1 , 1-2 ", [1, 2])]
+)
+def test_ranges(text, expected):
+    """Inclusive, from 0, open ends, any order."""
+    assert parse_ranges(text, 32, "--layers") == expected
+
+
+@pytest.mark.parametrize("text", ["", "a", "32", "5-2", "-3", "1-x", "0-99"])
+def test_ranges_that_are_none(text):
+    """Out of range and unreadable alike."""
+    with pytest.raises(ConfigError):
+        parse_ranges(text, 32, "--layers")

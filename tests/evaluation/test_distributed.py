@@ -1,0 +1,122 @@
+"""Two processes share the documents: the same scores document by document, half the work each."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# A process of the run: as torchrun starts it, it evaluates, and notes how much it was asked to do.
+WORKER = """
+import json, os, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from tests.evaluation.test_distributed import evaluate
+Path(f"{sys.argv[2]}-{os.environ['RANK']}.json").write_text(json.dumps(evaluate(*sys.argv[2:])))
+"""
+
+
+def evaluate(out: str, model: str, adapter: str, *data: str) -> dict:
+    """An evaluation of base and adapter, and how many requests or texts this process was given at a time."""
+    from lm_eval.models.huggingface import HFLM
+
+    from braces_cli.core.models.load_options import LoadOptions
+    from braces_cli.evaluation import perplexity
+    from braces_cli.evaluation.evaluate import run_evaluation
+    from braces_cli.evaluation.result_store import Store
+    from braces_cli.evaluation.settings import EvalSettings
+
+    done: list[int] = []
+
+    def counting(original, position: int):
+        def counted(*args, **kwargs):
+            done.append(len(args[position]))
+            return original(*args, **kwargs)
+
+        return counted
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("generate_until", "_loglikelihood_tokens"):
+            patch.setattr(HFLM, name, counting(getattr(HFLM, name), 1))
+        patch.setattr(perplexity, "text_likelihoods", counting(perplexity.text_likelihoods, 2))
+        settings = EvalSettings(tasks=["popqa,truthfulqa_mc2,perplexity,truthfulqa_mc1"], task_data=data, limit=9)
+        store = Store(Path(out), log_samples=True)
+        result = run_evaluation(model, [adapter], LoadOptions(device="cpu"), settings, store=store)
+    return {"done": done, "result": result}
+
+
+def test_two_processes_do_half_the_work_each_and_find_the_same(tiny_folder, make_adapter, write_jsonl, tmp_path):
+    popqa = [{"question": f"What is {i}?" + " really" * (i % 4), "possible_answers": '["a", "e"]'} for i in range(9)]
+    targets = {"choices": ["yes", "no way", "perhaps"], "labels": [1, 0, 1]}
+    both = {"mc1_targets": {**targets, "labels": [1, 0, 0]}, "mc2_targets": targets}
+    truthful = [{"question": f"Is it {'so ' * i}?", **both} for i in range(9)]
+    data = [
+        f"popqa={write_jsonl('p.jsonl', popqa)}",
+        f"truthfulqa_mc2={write_jsonl('t.jsonl', truthful)}",
+        f"perplexity={write_jsonl('x.jsonl', [{'text': f'text {i} ' * (1 + i % 3)} for i in range(7)])}",
+        # One document cannot be shared.
+        f"truthfulqa_mc1={write_jsonl('one.jsonl', truthful[:1])}",
+    ]
+    argv = [str(tiny_folder), str(make_adapter(tiny_folder)), *data]
+    alone = json.loads(json.dumps(evaluate(str(tmp_path / "one"), *argv)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, ROOT, tmp_path / "two", *argv],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate()[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], errors
+    first, second = (json.loads((tmp_path / f"two-{rank}.json").read_text()) for rank in "01")
+    # Two systems each: 9 prompts, 27 choices, 7 texts, and 3 choices that one process does by itself.
+    assert alone["done"] == 2 * [9, 27, 3, 7]
+    assert first["done"] == 2 * [5, 15, 3, 4]
+    # Of each shared kind the second has one document less, and repeats one request a document to keep in step.
+    assert [n for n in second["done"] if n] == 2 * [5, 15, 3]
+    assert second["result"] is None
+    theirs, ours = alone["result"], first["result"]
+    for system, other in zip(ours["systems"], theirs["systems"], strict=True):
+        assert system == other or _close(system["results"], other["results"])
+    names = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one" / "samples").rglob("*.jsonl"))
+    assert len(names) == 2 * 4
+    for name in names:
+        here, there = ((tmp_path / out / name).read_text().splitlines() for out in ("two", "one"))
+        assert len(here) == len(there)
+        for mine, other in zip(map(json.loads, here), map(json.loads, there), strict=True):
+            assert (mine["doc_id"], mine["prompt"], mine["answer"]) == (
+                other["doc_id"],
+                other["prompt"],
+                other["answer"],
+            )
+            assert _close({"t": mine["scores"]}, {"t": other["scores"]})
+
+
+def _close(one: dict, other: dict) -> bool:
+    """Equal but for how sums of floats are rounded in batches of another size."""
+    flat = [(k, m, v) for k, metrics in one.items() for m, v in metrics.items()]
+    assert [(k, m) for k, m, _ in flat] == [(k, m) for k, metrics in other.items() for m in metrics]
+    for task, metric, value in flat:
+        there = other[task][metric]
+        for a, b in zip(_numbers(value), _numbers(there), strict=True):
+            assert a == b or abs(a - b) <= 1e-5 * abs(b)
+    return True
+
+
+def _numbers(value: object) -> list:
+    return [v for v in value.values() if v is not None] if isinstance(value, dict) else [value]

@@ -1,0 +1,96 @@
+"""Files of texts: continued byte for byte, and never into the file of another run."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from tests.steering.conftest import LINES, STEERED
+
+
+@pytest.mark.parametrize("where", ["nothing", "one line", "inside a line", "all but the last newline", "everything"])
+def test_a_file_is_continued_behind_its_last_complete_line(steer, tmp_path, where):
+    """The same bytes as without the interruption, at another batch size."""
+    out = tmp_path / "texts.jsonl"
+    first = steer("--output", out, "--num-samples", 2, *STEERED)
+    assert (first.json["texts"], first.json["resumed_from"]) == (10, None)
+    whole = out.read_bytes()
+    assert [json.loads(line) for line in whole.splitlines()] == steer("--num-samples", 2, *STEERED).lines
+    ends = [place.end() for place in re.finditer(b"\n", whole)]
+    kept = {"nothing": 0, "one line": ends[0], "inside a line": ends[6] + 20, "all but the last newline": ends[-1] - 1}
+    out.write_bytes(whole[: kept.get(where, len(whole))])
+    again = steer("--output", out, "--resume", "--num-samples", 2, *STEERED, "--batch-size", 3)
+    assert out.read_bytes() == whole
+    rows = {"nothing": 0, "one line": 1, "inside a line": 7, "all but the last newline": 9}.get(where, 10)
+    assert (again.json["texts"], again.json["resumed_from"]) == (10, rows)
+
+
+def test_a_finished_file_is_left_alone_without_loading_the_model(steer, tmp_path, monkeypatch):
+    """And one that is not there yet is begun."""
+    import braces_cli.core.session as session
+
+    out = tmp_path / "new" / "texts.jsonl"
+    assert steer("--output", out, "--resume").json["texts"] == 5
+    before = out.stat()
+    monkeypatch.setattr(session, "open_session", None)
+    assert steer("--output", out, "--resume").json["texts"] == 5
+    assert out.stat().st_mtime_ns == before.st_mtime_ns
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        ([], 2, "exists already"),
+        (["--resume", "--overwrite"], 2, "both are given"),
+        (["--resume", "--temperature", "0.5"], 2, "another --temperature"),
+        (["--resume", "--seed", "1"], 2, "another --seed"),
+        (["--resume", *STEERED], 2, "another --attribute, --s"),
+    ],
+)
+def test_a_file_of_another_run_is_not_continued(steer, tmp_path, args, code, message):
+    """Nor replaced; nothing in it changes."""
+    out = tmp_path / "texts.jsonl"
+    steer("--output", out)
+    out.write_bytes(out.read_bytes()[:-40])
+    before = out.read_bytes()
+    outcome = steer("--output", out, *args)
+    assert outcome.code == code, outcome.err
+    assert message in outcome.json["error"]["message"]
+    assert out.read_bytes() == before
+    assert steer("--output", out, "--overwrite", "--adapter", "nowhere").code == 4
+    assert out.read_bytes() == before
+    assert steer("--output", out, "--overwrite").code == 0
+    assert len(out.read_text().splitlines()) == 5
+
+
+def test_other_prompts_and_foreign_files_are_refused_with_their_line(steer, prompts, tmp_path):
+    """Even where no settings stand beside the file, as when the rows were piped into it."""
+    out = tmp_path / "texts.jsonl"
+    out.write_text(steer().out)
+    assert steer("--output", out, "--resume").json["resumed_from"] == 5
+    assert f"{out}:1" in steer("--output", out, "--resume", "--num-samples", 2, "--seed", 4).err
+    prompts.write_text("\n".join([*LINES[:2], "another", *LINES[3:]]) + "\n")
+    assert steer("--output", out, "--resume").json["error"]["where"] == f"{out}:3"
+    prompts.write_text("\n".join(LINES[:4]) + "\n")
+    assert "fewer texts" in steer("--output", out, "--resume").err
+    out.write_text('{"prompt": "a"}\n')
+    assert steer("--output", out, "--resume").code == 3
+    assert "--output" in steer("--resume").err
+
+
+def test_what_a_text_depends_on_is_recorded_and_nothing_else(steer, tmp_path):
+    """An option that changes no text may differ when a run is resumed; earlier versions wrote null for no values."""
+    out = tmp_path / "texts.jsonl"
+    steer("--output", out)
+    record = tmp_path / "texts.jsonl.settings.json"
+    settings = json.loads(record.read_text())
+    assert set(settings) == {
+        "model", "adapter", "attribute", "s", "attributes", "layers", "num_samples", "max_new_tokens", "temperature",
+        "top_p", "top_k", "stop", "apply_chat_template", "beside", "seed", "revision", "dtype", "quantize",
+    }  # fmt: skip
+    record.write_text(json.dumps({name: None if value == [] else value for name, value in settings.items()}))
+    assert steer("--output", out, "--resume", "--batch-size", 2, "--device", "cpu").code == 0
+    record.write_text(json.dumps(settings | {"apply_chat_template": False}))
+    assert "another --apply-chat-template" in steer("--output", out, "--resume").err

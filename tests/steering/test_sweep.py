@@ -1,0 +1,172 @@
+"""`braces steer --sweep`: points, laws, the scorer that users fit, bad input."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+KEYS = {"s", "attribute_score", "perplexity", "distinct_1", "distinct_2", "distinct_3", "repetition", "n"}
+PROMPTS = ["the film is", "a day", "the end of the old town", "a happy day in"]
+
+
+@pytest.fixture
+def swept(braces, model_dir):
+    def call(*args, prompts=PROMPTS, sweep="-20:20:20"):
+        asked = [part for prompt in prompts for part in ("--prompt", prompt)]
+        base = ["--model", model_dir, "--device", "cpu", "--max-new-tokens", 8, "--attribute", "positive"]
+        return braces("steer", *base, *asked, *(["--sweep", sweep] if sweep else []), *args)
+
+    return call
+
+
+@pytest.fixture
+def labelled(swept, tmp_path):
+    """What the model writes at both ends, so that a classifier fitted on it tells them apart."""
+    file = tmp_path / "rows.jsonl"
+    ends = {"positive": 20, "negative": -20}
+    rows = [
+        {"text": row["text"], "label": label}
+        for label, s in ends.items()
+        for row in swept("--s", s, "--num-samples", 3, sweep=None).lines
+    ]
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    return file
+
+
+def test_one_document_with_a_point_for_each_strength(swept, adapter_dir, tmp_path):
+    """The contract's keys, in the order asked; the plot is a PNG; the built-in prompts stand in where none is given."""
+    plot = tmp_path / "sweep.png"
+    outcome = swept("--adapter", adapter_dir, "--plot", plot, "--num-samples", 2, "--batch-size", 5)
+    assert outcome.code == 0, outcome.err
+    found = outcome.json
+    assert [point["s"] for point in found["points"]] == [-20, 0, 20]
+    assert all(set(point) >= KEYS and point["n"] == 8 for point in found["points"])
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert found["unsteered"] == found["points"][1]
+    assert found["chosen"]["on_other_half"]["n"] == 4
+    assert swept("--plot", plot).code == 2  # it is there already
+    few = swept(prompts=[], sweep="0,1").json
+    assert few["prompts"] >= 50
+    assert few["points"][0]["n"] == few["prompts"]
+
+
+def test_perplexity_is_that_of_the_bare_base(swept, adapter_dir, model_dir, session):
+    """Adapter off, no steering: by hand on the texts that steer writes; a judge that is the base agrees."""
+    import torch
+
+    from braces_cli.core.models.tokenization import encode
+
+    args = ["--adapter", adapter_dir, "--temperature", 0]
+    point = swept(*args, sweep="30").json["points"][0]
+    texts = swept(*args, "--s", 30, sweep=None).lines
+    nats, tokens = 0.0, 0
+    for row in texts:
+        start = len(session.base.tokenizer(row["prompt"])["input_ids"])
+        ids = torch.tensor([encode(session.base.tokenizer, row["prompt"] + row["text"]).ids])
+        with torch.no_grad():
+            logits = session.base.model(ids).logits[0, :-1].log_softmax(-1)
+        picked = logits.gather(1, ids[0, 1:, None])[:, 0]
+        nats, tokens = nats - float(picked[start - 1 :].sum()), tokens + ids.shape[1] - start
+    assert point["perplexity"] == pytest.approx(float(torch.tensor(nats / tokens).exp()), rel=1e-3)
+    judged = swept(*args, "--judge-model", model_dir, sweep="30").json["points"][0]
+    assert judged["perplexity"] == pytest.approx(point["perplexity"], rel=1e-4)
+
+
+def test_a_point_depends_on_its_strength_alone(swept):
+    """Neither on the other strengths nor on the batch size."""
+    keys = KEYS - {"repetition"}  # there is none in texts too short for a 4-gram
+    one = swept(sweep="20").json["points"][0]
+    other = swept("--batch-size", 3).json["points"][2]
+    assert {key: one[key] for key in keys} == pytest.approx({key: other[key] for key in keys}, rel=1e-4)
+
+
+def measures(point):
+    """What a point says of its texts."""
+    return {key: point[key] for key in KEYS if point[key] is not None}
+
+
+def test_stop_texts_end_the_texts_of_a_sweep(swept, monkeypatch):
+    """The texts measured are those that the plain command writes with the same options."""
+    from braces_cli.steering import sweep
+
+    measured, likelihoods = [], sweep.continuation_nll
+
+    def recording(session, prompts, texts, *rest):
+        measured.append(texts)
+        return likelihoods(session, prompts, texts, *rest)
+
+    monkeypatch.setattr(sweep, "continuation_nll", recording)
+    texts = [row["text"] for row in swept("--s", 20, "--stop", "e", sweep=None).lines]
+    assert swept("--stop", "e", sweep="20").json["stop"] == ["e"]
+    assert measured[0] == texts
+    assert texts != [row["text"] for row in swept("--s", 20, sweep=None).lines]
+
+
+def test_a_sweep_uses_the_chat_template(swept, chatty, model_dir):
+    """Texts and perplexity are those of the prompts as the template writes them; refused where there is none."""
+    chat = ["--model", chatty, "--apply-chat-template"]
+    templated = swept(*chat, sweep="20").json
+    spelt = swept(sweep="20", prompts=[f"user: {prompt}\nassistant:" for prompt in PROMPTS]).json
+    assert (templated["apply_chat_template"], spelt["apply_chat_template"]) == (True, False)
+    assert measures(templated["points"][0]) == pytest.approx(measures(spelt["points"][0]), rel=1e-4)
+    assert measures(templated["points"][0]) != pytest.approx(measures(swept(sweep="20").json["points"][0]), rel=1e-4)
+    judged = swept(*chat, "--judge-model", model_dir, sweep="20").json["points"][0]
+    assert judged["perplexity"] != pytest.approx(templated["points"][0]["perplexity"], rel=1e-3)
+    assert "no chat template" in swept("--apply-chat-template").err
+
+
+def test_a_classifier_of_the_users_own(swept, labelled, tmp_path):
+    """Fitted on the fly, kept, and used again with the same result; the list's own words can be left out."""
+    kept = tmp_path / "scorer"
+    fitted = swept("--scorer", f"fit:{labelled}", "--save-scorer", kept)
+    assert fitted.code == 0, fitted.err
+    again = swept("--scorer", kept)
+    assert again.json["points"] == fitted.json["points"]
+    low, _, high = (point["mean_value"] for point in fitted.json["points"])
+    assert low < high
+    left_out = swept("--exclude-list-words").json["excluded_words"]
+    assert {"wonderful", "awful"} <= set(left_out)
+
+
+@pytest.mark.parametrize(
+    ("args", "sweep", "code", "message"),
+    [
+        ([], "-4:4", 2, "is not FROM:TO:STEP"),
+        ([], "a:b:c", 2, "is not FROM:TO:STEP"),
+        ([], "4:-4:1", 2, "has no points"),
+        ([], "0:1:1e-9", 2, "more than 200"),
+        ([], "nan", 2, "is not FROM:TO:STEP"),
+        (["--s", "1"], "-4:4:1", 2, "1 strengths for 0 other attributes"),
+        (["--scorer", "vaider"], "-4:4:1", 2, "Did you mean vader?"),
+        (["--scorer", "fit:nowhere.jsonl"], "-4:4:1", 3, "no such file"),
+        (["--save-scorer", "x"], "-4:4:1", 2, "nothing is fitted"),
+        (["--score-label", "x"], "-4:4:1", 2, "It has positive, negative"),
+        (["--plot", "x.png"], None, 2, "belongs to --sweep"),
+        (["--judge-model", "nowhere"], "0", 4, "nowhere"),
+    ],
+)
+def test_bad_input(swept, args, sweep, code, message):
+    """Two lines and the right code."""
+    outcome = swept(*args, sweep=sweep)
+    assert outcome.code == code, outcome.err
+    assert message in outcome.err
+    assert len(outcome.err.strip().splitlines()) <= 2
+    assert outcome.out == ""
+
+
+def test_attributes_that_nothing_can_tell(braces, model_dir):
+    """An own attribute needs a scorer, and the error says so."""
+    outcome = braces("steer", "--model", model_dir, "--attribute", "mine", "--sweep", "0", "--prompt", "a")
+    assert outcome.code == 2
+    assert "whether a text is `mine`" in outcome.err
+
+
+def test_strengths():
+    """Both ends included, a plain zero on the way, no drift."""
+    from braces_cli.steering.sweep import parse_strengths
+
+    assert parse_strengths("-0.3:0.3:0.1") == [-0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3]
+    assert parse_strengths("2:-2:-2") == [2.0, 0.0, -2.0]
+    assert parse_strengths("-4:4:3") == [-4.0, -1.0, 2.0]
+    assert parse_strengths("3,0,-1.5,0") == [3.0, 0.0, -1.5]
