@@ -10,9 +10,12 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from braces_cli.core.attributes.attribute import find_attribute
+from braces_cli.core.attributes.intervention import constants, steered
 from braces_cli.core.method.adapter import Adapter, attach
 from braces_cli.core.method.adapter_files import find_adapter
 from braces_cli.core.models.load_options import LoadOptions
+from braces_cli.core.session import attached, open_session
 from braces_cli.core.utils.errors import ConfigError, ModelError
 from braces_cli.export.lora_files import LoraRequest, write_lora
 from braces_cli.export.lora_tensors import lora_pairs, read_folder, token_path, write_folder
@@ -40,15 +43,15 @@ BASES: dict[str, Any] = {
 }
 
 
-def logits(model: Any) -> torch.Tensor:
+def logits(model: Any, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
     with torch.no_grad():
-        return model(input_ids=TOKENS, use_cache=False).logits
+        return model(input_ids=tokens, use_cache=False).logits
 
 
-def greedy(model: Any) -> torch.Tensor:
+def greedy(model: Any, tokens: torch.Tensor = TOKENS[:, :4]) -> torch.Tensor:
     config = GenerationConfig(max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=1)
     with torch.no_grad():
-        return model.generate(input_ids=TOKENS[:, :4], generation_config=config)
+        return model.generate(input_ids=tokens, generation_config=config)
 
 
 def carry(model: Any, seed: int = 1, strength: float = 0.0) -> Adapter:
@@ -122,6 +125,44 @@ def test_lora_files_give_the_adapters_numbers_and_tokens(served: tuple[Any, Any,
     assert relative(logits(scaled(wrapped, {"two": 1.0})), wanted) < 1e-5
     assert relative(logits(scaled(wrapped, {"one": 1.0})), wanted) > 1e-2, "the adapters are the same"
     assert torch.equal(logits(model), bare)
+
+
+@pytest.mark.parametrize("name", ["embedded", "reviews10M"])
+def test_real_models_with_slots(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """float32: an adapter of rank 16 with its attribute at -2, 0 and 3, then another adapter; 64 greedy tokens."""
+    place = name if name == "embedded" else str(request.getfixturevalue("shared") / "models" / name)
+    session = open_session(place, None, LoadOptions(device="cpu", dtype="float32"))
+    model = session.base.model
+    tokens = torch.tensor([session.base.tokenizer("The film was a little")["input_ids"]])
+    slots, loaded = write_slotted(model, tmp_path / "slots", tokens, count=64)
+    assert relative(logits(loaded, tokens), logits(model, tokens)) < 1e-6
+    made = [find_adapter(str(make_adapter(session, tmp_path / f"adapter{seed}", 16, seed))) for seed in (1, 2)]
+    attribute: Any = None
+    folders: list[Path] = []
+    for index, stored in enumerate(made):
+        with attached(session, stored) as adapter:
+            attribute = attribute or find_attribute(session, "positive", None)
+            pairs = [lora_pairs(token_path(adapter), {}, slots)]
+            if index == 0:
+                pairs.append(lora_pairs({}, constants(session, [(attribute, 1.0)]), slots))
+        for each in pairs:
+            folders.append(tmp_path / f"lora{len(folders)}")
+            folders[-1].mkdir()
+            write_folder(folders[-1], each, slots, tmp_path)
+    wrapped: Any = peft.PeftModel.from_pretrained(loaded, folders[0], adapter_name="one")
+    wrapped.load_adapter(folders[1], adapter_name="positive")
+    wrapped.load_adapter(folders[2], adapter_name="two")
+    for stored, strength, scales in (
+        (made[0], -2.0, {"one": 1.0, "positive": -2.0}),
+        (made[0], 0.0, {"one": 1.0, "positive": 0.0}),
+        (made[0], 3.0, {"one": 1.0, "positive": 3.0}),
+        (made[1], 0.0, {"two": 1.0}),
+    ):
+        with attached(session, stored), steered(session, [(attribute, strength)]):
+            wanted, text = logits(model, tokens), greedy(model, tokens)
+        found = scaled(wrapped, scales)
+        assert relative(logits(found, tokens), wanted) < 1e-5
+        assert torch.equal(greedy(found, tokens), text)
 
 
 def test_two_adapters_at_once_need_slots_of_their_own(tmp_path: Path) -> None:
