@@ -30,7 +30,8 @@ from braces_cli.core.utils.distributed import barrier, gathered, is_main, rank, 
 from braces_cli.core.utils.errors import BracesError
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.core.utils.signals import SharedStop, StopRequest
-from braces_cli.data.examples import Example
+from braces_cli.data.examples import Counts, Example
+from braces_cli.data.streaming_examples import Stream
 from braces_cli.scoring.likelihood import Likelihood
 from braces_cli.training.adapter_setup import parameter_groups
 from braces_cli.training.checkpointing.checkpoint_folders import rotate, write_checkpoint
@@ -176,6 +177,7 @@ class Trainer:
 
     def progress(self) -> dict[str, Any]:
         """Counters that go on where the run does, over all processes and calls; every process must ask."""
+        examples = self._data.examples
         return {
             "step": self.step,
             "max_steps": self.max_steps,
@@ -186,6 +188,7 @@ class Trainer:
             "loss_sum": self._loss_sum,
             "loss_open": sum(gathered(float(self._loss_open))) / world_size(),
             "logged": self._logged,
+            **({"stream": dict(vars(examples.counts))} if isinstance(examples, Stream) else {}),
         }
 
     def _restore(self, checkpoint: Path) -> None:
@@ -194,6 +197,9 @@ class Trainer:
         self.step = self._earlier["step"]
         self._loss_sum, self._logged = self._earlier["loss_sum"], self._earlier["logged"]
         self._loss_open.fill_(self._earlier["loss_open"])
+        if isinstance(self._data.examples, Stream) and "stream" in self._earlier:
+            # Of a run that has all its steps behind it; any other reads these rows again.
+            self._data.examples.counts = Counts(**self._earlier["stream"])
         restore_parameters(checkpoint, self._base)
         if self.step < self.max_steps:
             restore_optimizer(checkpoint, self._optimizer, self._scheduler, self._accelerator.scaler)
@@ -219,7 +225,7 @@ class Trainer:
                 # Gradients of processes are averaged, their losses are to be added up.
                 loss = sum(self._block_loss(block, scored) for block in batch.blocks) * world_size()
                 self._accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed else {}))
-            self._loss_open += loss.detach()
+            self._loss_open += loss.detach().to(self._device)
             self._tokens += batch.tokens
             self._computed += batch.computed
         self._norm = self._accelerator.clip_grad_norm_(self._model.parameters(), MAX_GRAD_NORM)

@@ -95,11 +95,11 @@ def test_training_by_contrast_makes_steering_stronger(braces, model_dir, tmp_pat
     ("args", "message"),
     [
         (["--contrast", "1"], "no attributes are trained"),
-        (["--contrast", "-1"], "must be nought or a positive number"),
-        (["--margin", "-1"], "must be nought or a positive number"),
-        (["--margin", "inf"], "must be nought or a positive number"),
-        (["--margin", "3"], "no strengths are told apart by it"),
-        (["--margin", "3", "--attribute-field", "mood", "--contrast", "0"], "no strengths are told apart by it"),
+        (["--contrast", "-1"], "must be zero or a positive number"),
+        (["--margin", "-1"], "must be zero or a positive number"),
+        (["--margin", "inf"], "must be zero or a positive number"),
+        (["--margin", "3"], "there is no contrastive loss"),
+        (["--margin", "3", "--attribute-field", "mood", "--contrast", "0"], "there is no contrastive loss"),
     ],
 )
 def test_bad_input(braces, model_dir, tmp_path, args, message):

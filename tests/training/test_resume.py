@@ -67,7 +67,9 @@ def signal_after(monkeypatch, steps: int, number: int) -> None:
     monkeypatch.setattr(trainer.Trainer, "_figures", figures)
 
 
-@pytest.mark.parametrize("extra", [[], ["--attribute-field", "mood", "--opposites", "positive:negative"]])
+@pytest.mark.parametrize(
+    "extra", [[], ["--streaming"], ["--attribute-field", "mood", "--opposites", "positive:negative"]]
+)
 def test_a_resumed_run_is_the_one_that_was_not_interrupted(train, tmp_path, extra):
     """Bit for bit, from the middle of an epoch and from the end; figures too, but for those of time and memory."""
     one = train(tmp_path / "one", *extra)
