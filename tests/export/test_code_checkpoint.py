@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
 
 from braces_cli.core.method.adapter import attach
+from braces_cli.core.method.relevance_forms import FORMS
 from braces_cli.core.utils.errors import ModelError
 from braces_cli.export.code_checkpoint import CODE_FILE, side_paths, write_checkpoint_with_code
 from tests.conftest import make_adapter, open_gates, tiny_model, tiny_tokenizer
@@ -65,10 +66,12 @@ def greedy(model: Any) -> torch.Tensor:
         return model.generate(input_ids=TOKENS[:, :4], generation_config=config)
 
 
-def written(model: Any, folder: Path, shift: torch.Tensor | None = SHIFT) -> tuple[torch.Tensor, torch.Tensor]:
+def written(
+    model: Any, folder: Path, shift: torch.Tensor | None = SHIFT, form: str = "untied"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and greedy tokens of the adapter on a base, which is written into `folder/code`."""
     model.save_pretrained(folder / "base")
-    adapter = attach(model, 4)
+    adapter = attach(model, 4, form=form)
     open_gates(adapter)
     frozen(adapter, shift)
     wanted = logits(model), greedy(model)
@@ -100,6 +103,14 @@ def test_the_checkpoint_gives_the_adapters_numbers_and_tokens(
     if name == "qwen3":
         loaded.save_pretrained(tmp_path / "again")
         assert relative(logits(load(tmp_path / "again")), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
+def test_every_form_of_relevance(name: str, form: str, tmp_path: Path) -> None:
+    """Experts too."""
+    wanted, _ = written(BASES[name](), tmp_path, form=form)
+    assert relative(logits(load(tmp_path / "code")), wanted) < 1e-5
 
 
 def test_files_of_the_base_are_linked_and_only_the_side_path_is_new(tmp_path: Path) -> None:
