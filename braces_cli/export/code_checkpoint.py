@@ -7,6 +7,7 @@ The base's files are linked, or copied where they cannot be; beside them lie the
 from __future__ import annotations
 
 import gc
+import inspect
 import json
 import os
 import shutil
@@ -40,7 +41,8 @@ _INDEX = "model.safetensors.index.json"
 _ONE_FILE = "model.safetensors"
 # Where the base's weights are one file, it gets another name: loaders look for an index only where there is none.
 _RENAMED = "model-base.safetensors"
-_MIXINS = {"mlp": "SidePath", "experts": "ExpertsSidePath", "sorted": "SortedExpertsSidePath"}
+# Classes in the template that experts get; a feed-forward module needs one line alone.
+_MIXINS = {"experts": "ExpertsSidePath", "sorted": "SortedExpertsSidePath"}
 
 
 @dataclass(frozen=True)
@@ -235,9 +237,7 @@ def _code(model: Any, sides: list[Side]) -> tuple[str, dict[str, str]]:
     base = model.base_model
     whole = base is model or type(base.config) is not type(model.config)
     stock = {side.stock: side.kind for side in sides if side.kind != "ends"}
-    classes = [
-        {"name": f"Braces{kind.__name__}", "mixin": _MIXINS[stock[kind]], "stock": kind.__name__} for kind in stock
-    ]
+    classes = [_subclass(kind, stock[kind]) for kind in stock]
     imports: dict[str, list[str]] = {}
     for kind in dict.fromkeys((architecture, *(() if whole else (type(base),)), *stock)):
         imports.setdefault(kind.__module__, []).append(kind.__name__)
@@ -261,6 +261,18 @@ def _code(model: Any, sides: list[Side]) -> tuple[str, dict[str, str]]:
         "base_stock": None if whole else type(base).__name__,
     }
     return render("export/modeling.py.j2", data), names
+
+
+def _subclass(stock: type, kind: str) -> dict[str, Any]:
+    """What the template needs to subclass a module's class; its input keeps its name, by which it may be called."""
+    first, *others = list(inspect.signature(stock.forward).parameters)[1:]  # type: ignore[attr-defined]
+    return {
+        "name": f"Braces{stock.__name__}",
+        "stock": stock.__name__,
+        "mixin": _MIXINS.get(kind),
+        "input": first,
+        "arguments": ", ".join([first, *(("*args", "**kwargs") if others else ())]),
+    }
 
 
 def _write_config(folder: Path, model: Any, sides: list[Side], classes: dict[str, str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import json
 import os
 import subprocess
@@ -133,6 +134,20 @@ def test_files_of_the_base_are_linked_and_only_the_side_path_is_new(tmp_path: Pa
     adapter.detach()
     write_checkpoint_with_code(tmp_path / "sharded", model, sides, tmp_path / "many")
     assert relative(logits(load(tmp_path / "sharded")), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["qwen3", "bloom"])
+def test_a_copy_of_the_model_is_independent(name: str, tmp_path: Path) -> None:
+    """Hooks of a copy use the copy's side path."""
+    wanted, _ = written(BASES[name](), tmp_path)
+    loaded = load(tmp_path / "code")
+    other = copy.deepcopy(loaded)
+    with torch.no_grad():
+        for parameter_name, parameter in loaded.named_parameters():
+            if "braces_" in parameter_name:
+                parameter.zero_()
+    assert relative(logits(other), wanted) < 1e-5
+    assert relative(logits(loaded), wanted) > 1e-2
 
 
 def test_the_model_without_its_head_has_the_side_path_too(tmp_path: Path) -> None:
