@@ -1,5 +1,6 @@
 """`braces export`: base + adapter -> what other programs serve: slots and LoRA files, code, control vectors."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import typer
 from braces_cli.cli.command import command
 from braces_cli.cli.console import print_json, print_pairs, progress
 from braces_cli.cli.options import AdapterSettings, AttributeSettings, ModelSettings, OutputSettings
-from braces_cli.core.utils.errors import ConfigError
+from braces_cli.core.utils.errors import ConfigError, ModelError
 from braces_cli.core.utils.settings import ATTRIBUTES, OUTPUT, Settings, option
 
 app = typer.Typer(help="Export adapters and attributes for other programs to serve.", no_args_is_help=True)
@@ -59,12 +60,13 @@ class SlotsSettings(ModelSettings, OutputSettings, FolderSettings):
 @command
 def slots(settings: SlotsSettings) -> None:
     """Write the base with empty neurons, which LoRA files of `braces export lora` fill; logits stay as they are."""
-    if _dry(settings):
-        return
     from braces_cli.export.request import Request
-    from braces_cli.export.slots import write_slots
+    from braces_cli.export.slots import describe_slots, write_slots
 
     request = Request(settings.model, None, settings.load_options, pad_to_multiple_of=settings.pad_to_multiple_of)
+    if settings.dry_run:
+        _print_plan(settings, lambda: describe_slots(request, settings.slots))
+        return
     with progress(settings.quiet) as report:
         result = write_slots(request, settings.slots, settings.folder, settings.overwrite, report)
     _show(settings, "exported", result)
@@ -87,12 +89,13 @@ class LoraSettings(AdapterSettings, AttributeSettings, LayersSettings, OutputSet
 @command
 def lora(settings: LoraSettings) -> None:
     """Write an adapter, or with --attribute an attribute, as a plain LoRA for a base with slots."""
-    if _dry(settings):
-        return
-    from braces_cli.export.lora_files import LoraRequest, write_lora
+    from braces_cli.export.lora_files import LoraRequest, describe_lora, write_lora
 
     slots_folder = _needed(settings.slots, "--slots", "Name the folder that braces export slots wrote.")
     wanted = LoraRequest(_request(settings), slots_folder, settings.combine, settings.first_slot)
+    if settings.dry_run:
+        _print_plan(settings, lambda: describe_lora(wanted))
+        return
     with progress(settings.quiet) as report:
         result = write_lora(wanted, settings.folder, settings.gguf, settings.overwrite, report)
     _show(settings, "exported", result)
@@ -106,7 +109,8 @@ class CodeSettings(AdapterSettings, AttributeSettings, LayersSettings, OutputSet
 @command
 def code(settings: CodeSettings) -> None:
     """Write base and adapter as a checkpoint with a modelling file, for bases that cannot be merged."""
-    if _dry(settings):
+    if settings.dry_run:
+        _print_plan(settings)
         return
     from braces_cli.export.code_checkpoint import write_code
 
@@ -126,7 +130,8 @@ class VectorSettings(AdapterSettings, AttributeSettings, LayersSettings, OutputS
 @command
 def control_vector(settings: VectorSettings) -> None:
     """Write the steering of attributes as a GGUF control vector, which repeng and llama.cpp read."""
-    if _dry(settings):
+    if settings.dry_run:
+        _print_plan(settings)
         return
     from braces_cli.export.control_vector import check_export, export_control_vector
     from braces_cli.export.request import steering
@@ -155,11 +160,13 @@ def _needed(path: Path | None, flag: str, hint: str) -> Path:
     return path
 
 
-def _dry(settings: OutputSettings) -> bool:
-    """Print the settings if that is all that was asked for."""
-    if settings.dry_run:
-        print_json({"settings": settings.resolved()})
-    return settings.dry_run
+def _print_plan(settings: OutputSettings, describe: Callable[[], dict[str, Any]] = dict) -> None:
+    """Print the settings and what would be written, or why that cannot be said."""
+    try:
+        found = describe()
+    except ModelError as error:
+        found = {"trainable_parameters": None, "reason": str(error)}
+    print_json({"settings": settings.resolved(), **found})
 
 
 def _request(settings: Any) -> Any:

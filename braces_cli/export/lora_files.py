@@ -14,14 +14,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
+from braces_cli.core.attributes.attribute import pushed
 from braces_cli.core.attributes.intervention import constants
 from braces_cli.core.models.fingerprint import differences
+from braces_cli.core.models.layer_ranges import parse_ranges
 from braces_cli.core.utils.atomic_files import check_output_file, write_json, write_text
 from braces_cli.core.utils.errors import ConfigError, ModelError
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.core.utils.versions import versions
 from braces_cli.export.lora_gguf import check_gguf, write_gguf
-from braces_cli.export.lora_tensors import lora_pairs, read_folder, token_path, write_folder
+from braces_cli.export.lora_tensors import lora_pairs, lora_size, read_folder, token_path, write_folder
 from braces_cli.export.model_card import lora_card
 from braces_cli.export.output_folder import check_output, new_folder
 from braces_cli.export.request import Request, inputs, open_bare, sources, steering
@@ -86,6 +90,27 @@ def write_lora(
             write_gguf(gguf, read_folder(folder), slots)
             result["gguf"] = str(gguf)
     return {"output_dir": str(output), **result}
+
+
+def describe_lora(wanted: LoraRequest) -> dict[str, Any]:
+    """What would be written, from the records of slots and adapter; loads no weights.
+
+    Raises:
+        ConfigError, ModelError: as `write_lora`, as far as it can be told without the base.
+    """
+    slots = read_slots(wanted.slots)
+    _check(wanted, slots)
+    request, width = wanted.request, int(slots.fingerprint["hidden_size"])
+    layers = pushed(sorted(slots.sites)) if request.adapter is None else request.adapter.config.layers
+    path = {}
+    if wanted.with_token_path and request.adapter is not None:
+        rank = request.adapter.config.r
+        path = {layer: (torch.empty(rank, width), torch.empty(width, rank)) for layer in layers}
+    if request.layers is not None:
+        chosen = parse_ranges(request.layers, max(slots.sites) + 1, "--layers")
+        layers = chosen if request.adapter is None else [layer for layer in chosen if layer in layers]
+    vectors = {layer: torch.empty(width) for layer in layers} if request.attributes else {}
+    return lora_size(lora_pairs(path, vectors, slots, wanted.first_slot), slots)
 
 
 def _completed(wanted: LoraRequest, slots: Slots) -> LoraRequest:

@@ -120,8 +120,14 @@ def write_folder(folder: Path, pairs: Pairs, slots: Slots, base: Path) -> dict[s
     }
     write_tensors(folder / WEIGHTS_FILE, tensors)
     write_json(folder / CONFIG_FILE, config)
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    return {"rank": rank, "parameters": sum(tensor.numel() for tensor in tensors.values()), "bytes": size}
+    return lora_size(pairs, slots)
+
+
+def lora_size(pairs: Pairs, slots: Slots) -> dict[str, Any]:
+    """Rank, numbers and bytes of a LoRA."""
+    count = sum(a.numel() + b.numel() for a, b in pairs.values())
+    rank = max((len(a) for a, _ in pairs.values()), default=0)
+    return {"rank": rank, "parameters": count, "bytes": count * DTYPES[slots.dtype].itemsize}
 
 
 def _targets(pairs: Pairs, slots: Slots) -> list[str]:

@@ -11,19 +11,23 @@ from __future__ import annotations
 
 import gc
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from braces_cli.core.models.ffn import FFN
+from braces_cli.core.models.ffn import FFN, find_ffns
+from braces_cli.core.models.loading import load_shape
+from braces_cli.core.session import base_name
 from braces_cli.core.utils.atomic_files import write_json, write_text
 from braces_cli.core.utils.errors import ModelError
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.core.utils.versions import versions
 from braces_cli.export.checkpoint_writer import Neurons, copy_companions, write_checkpoint
-from braces_cli.export.ffn_form import constant_gate, observed_form
+from braces_cli.export.ffn_form import Form, constant_gate, expected_form, observed_form
 from braces_cli.export.model_card import slots_card
 from braces_cli.export.output_folder import check_output, new_folder
 from braces_cli.export.plan import Plan
@@ -110,19 +114,46 @@ def write_slots(
         report("proving", 0, 1)
         proof = prove(folder, expected, Loading("the base as it was"))
         report("proving", 1, 1)
-        facts = {
-            "model": slots.model,
-            "architecture": slots.architecture,
-            "dtype": slots.dtype,
-            "slots": slots.wider - slots.width,
-            "width": slots.wider,
-            "rank": slots.rank,
-            "takes_attributes": slots.constant is not None,
-        }
+        facts = {"model": slots.model, "dtype": slots.dtype, **_facts(slots)}
         found = {name: value for name, value in figures(proof).items() if "effect" not in name}
         write_json(folder / RECORD_FILE, {"format_version": FORMAT_VERSION, **asdict(slots), "versions": versions()})
         write_text(folder / "README.md", slots_card(facts | found))
     return {"output_dir": str(output), **facts, **found}
+
+
+def describe_slots(request: Request, count: int) -> dict[str, Any]:
+    """What would be written, from sizes alone; loads no weights.
+
+    Raises:
+        ModelError: the base cannot be reached, or takes no slots.
+    """
+    options = request.options
+    name = base_name(request.model, None)
+    model = load_shape(name, revision=options.revision, trust_remote_code=options.trust_remote_code)
+    with _in_words_of_slots():
+        ffns = plain_ffns(model, find_ffns(model))
+        made, slots = plan_slots(model, ffns, expected_form(ffns[0]), count, request.pad_to_multiple_of)
+    total = sum(shape.numel() for shape in made.shapes.values())
+    return _facts(slots) | {"trainable_parameters": 0, "total_parameters": total}
+
+
+@contextmanager
+def _in_words_of_slots() -> Iterator[None]:
+    """The planner refuses a merge; inside, what it refuses are slots."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(error.message.replace("be merged", "take slots"), hint=error.hint) from error
+
+
+def _facts(slots: Slots) -> dict[str, Any]:
+    return {
+        "architecture": slots.architecture,
+        "slots": slots.wider - slots.width,
+        "width": slots.wider,
+        "rank": slots.rank,
+        "takes_attributes": slots.constant is not None,
+    }
 
 
 def _write(request: Request, count: int, folder: Path, report: Report) -> tuple[Slots, Reference]:
@@ -130,11 +161,10 @@ def _write(request: Request, count: int, folder: Path, report: Report) -> tuple[
     report("loading", 0, 1)
     session = open_bare(request)
     model = session.base.model
-    try:
+    with _in_words_of_slots():
         ffns = plain_ffns(model, session.ffns)
-        made, slots = plan_slots(model, ffns, probe_tokens(session), count, request.pad_to_multiple_of)
-    except ModelError as error:
-        raise ModelError(error.message.replace("be merged", "take slots"), hint=error.hint) from error
+        form = observed_form(model, ffns, probe_tokens(session))
+        made, slots = plan_slots(model, ffns, form, count, request.pad_to_multiple_of)
     report("loading", 1, 1)
     expected = reference(session)
     write_empty(folder, model, made, slots, ffns, report)
@@ -148,19 +178,16 @@ def _write(request: Request, count: int, folder: Path, report: Report) -> tuple[
     return Slots(**(vars(slots) | base)), expected
 
 
-def plan_slots(
-    model: Any, ffns: list[FFN], tokens: torch.Tensor, count: int, pad_to_multiple_of: int = 64
-) -> tuple[Plan, Slots]:
+def plan_slots(model: Any, ffns: list[FFN], form: Form, count: int, pad_to_multiple_of: int = 64) -> tuple[Plan, Slots]:
     """How slots go into `model`, and which neuron is what; the base is left unnamed.
 
     Args:
-        tokens: what to watch the FFNs with, (1, tokens).
+        form: of all its FFNs.
         count: slots a layer, at least; the width is rounded up to a multiple of `pad_to_multiple_of`.
 
     Raises:
         ModelError: there is no exact way; says why and what works instead.
     """
-    form = observed_form(model, ffns, tokens)
     rank = count if form.gated else -(-count // 2)
     activation = constant_gate(form.activation)
     try:

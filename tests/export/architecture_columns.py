@@ -45,7 +45,7 @@ def write_slotted(model: Any, folder: Path, tokens: torch.Tensor, count: int = 1
         ModelError: it takes none.
     """
     ffns: Sequence[FFN] = plain_ffns(model, find_ffns(model))
-    made, slots = plan_slots(model, list(ffns), tokens, count)
+    made, slots = plan_slots(model, list(ffns), observed_form(model, ffns, tokens), count)
     write_empty(folder, model, made, slots, list(ffns))
     kind = type(model) if made.architecture == type(model).__name__ else getattr(transformers, made.architecture)
     loaded, info = kind.from_pretrained(folder, output_loading_info=True)

@@ -298,6 +298,26 @@ def test_the_commands_write_proved_folders(
     assert "wrong" not in names(tmp_path)
 
 
+def test_a_dry_run_counts_without_weights(
+    braces: Any, slots_dir: Path, model_dir: Path, adapter_dir: Path, tmp_path: Path
+) -> None:
+    """What slots there would be, and how large a LoRA; of what cannot be exported the reason."""
+    done = braces("export", "slots", "--model", model_dir, "--slots", 8, "--dry-run")
+    assert done.code == 0, done.err
+    slots = read_slots(slots_dir)
+    assert (done.json["width"], done.json["rank"]) == (slots.wider, slots.rank)
+    call = ("export", "lora", "--slots", slots_dir, "--adapter", adapter_dir, "--dry-run")
+    found = braces(*call).json
+    assert found["parameters"] == 2 * (2 * 4 * 32 + 2 * 4 * slots.wider)
+    found = braces(*call, "--attribute", "positive", "--layers", "1").json
+    assert (found["rank"], found["parameters"]) == (1, 32 + slots.wider)
+    tiny_model("qwen3").save_pretrained(tmp_path / "qwen3")
+    assert (
+        "cannot take slots: its gated FFN has no biases"
+        in braces("export", "slots", "--model", tmp_path / "qwen3", "--dry-run").json["reason"]
+    )
+
+
 def test_an_adapter_of_another_base_is_refused(slots_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
     """By the record of the slots, before anything is loaded."""
     record = json.loads((slots_dir / RECORD_FILE).read_text())
