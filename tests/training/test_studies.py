@@ -45,11 +45,14 @@ def test_defaults_runs_every_point_once(study, model_dir, rows, tmp_path):
     """Two points and one seed make two lines; a second call makes none."""
     out = tmp_path / "runs.jsonl"
     options = ("--model", model_dir, "--data", rows, "--eval-data", rows, "--out", out, "--steps", 1, "--seeds", 0)
-    table = study("defaults", *options, "--grid", "scale=paper,auto", "--grid", "lr=0.01", "--max-length", 128)
+    table = study("defaults", *options, "--grid", "relevance=paper,untied", "--grid", "lr=0.01", "--max-length", 128)
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [(line["scale"], line["lr"], line["seed"]) for line in lines] == [("paper", 0.01, 0), ("auto", 0.01, 0)]
+    assert [(line["relevance"], line["lr"], line["seed"]) for line in lines] == [
+        ("paper", 0.01, 0),
+        ("untied", 0.01, 0),
+    ]
     assert table.count("n=1") == 2
-    study("defaults", *options, "--grid", "scale=auto", "--grid", "lr=0.01", "--max-length", 128)
+    study("defaults", *options, "--grid", "relevance=untied", "--grid", "lr=0.01", "--max-length", 128)
     assert len(out.read_text().splitlines()) == 2
 
 
