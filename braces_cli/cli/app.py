@@ -28,6 +28,7 @@ _COMMANDS = {
     "inspect": ("inspect_adapter", "app"),
     "merge": ("merge", "merge"),
     "demo": ("demo", "demo"),
+    "recipe": ("recipe", "app"),
 }
 
 
