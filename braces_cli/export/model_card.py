@@ -10,7 +10,7 @@ from braces_cli.core.models.card_header import card_header
 _CASES = {
     "a": "The feed-forward layers have additional neurons, and biases that the config switches on.",
     "b": "The base is equivalent to a Llama and is written as one, with biases in its feed-forward layers.",
-    "c": "The feed-forward layers have additional neurons, in pairs whose activations cancel except for their linear part.",
+    "c": "The feed-forward layers have additional neurons, in pairs whose activations cancel up to a linear part.",
 }
 
 
