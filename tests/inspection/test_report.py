@@ -202,6 +202,23 @@ def test_a_browser_that_runs_what_tokens_say_would_be_noticed(browser, hostile, 
     page.context.close()
 
 
+def test_bars_and_rows_fit_on_a_phone(browser, data, tmp_path):
+    """Coefficients above 1 do not make bars longer than their line, and no table but the heat map scrolls sideways."""
+    for row in data["gates"]:
+        row["gate"] = 1.4
+    page, _, _ = opened(browser, render(data), tmp_path, viewport={"width": 390, "height": 800})
+    wide = "[...document.querySelectorAll('.scroll')].filter(box => box.scrollWidth > box.clientWidth)"
+    assert page.evaluate(f"{wide}.map(box => box.ariaLabel)") in ([], ["Heat map, scrolls sideways"])
+    bars = page.evaluate(
+        "[...document.querySelectorAll('.bar')].map(b => [b.offsetWidth, b.parentElement.clientWidth])"
+    )
+    assert bars
+    assert all(0 < bar <= line for bar, line in bars)
+    # Tokens on a line of their own need a few lines, not one a letter.
+    assert max(page.evaluate("[...document.querySelectorAll('.stack .tokens')].map(cell => cell.offsetHeight)")) < 120
+    page.context.close()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_on_a_phone_in_light_and_dark(browser, data, tmp_path, scheme):
     """The page itself never scrolls sideways, and its colours follow the scheme with readable contrast."""

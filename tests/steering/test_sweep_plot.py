@@ -20,7 +20,8 @@ def drawn(monkeypatch, tmp_path):
     figures = []
     monkeypatch.setattr(sweep_plot, "save_figure", lambda figure, path: figures.append(figure))
     document = {
-        "points": [point(2.0, 0.9, 96.0), point(-2.0, 0.1, 81.0), point(0.0, 0.5, 60.0)], "unsteered": point(0, 0.5, 60.0),
+        "points": [point(2.0, 0.9, 96.0), point(-2.0, 0.1, 81.0), point(0.0, 0.5, 60.0)],
+        "unsteered": point(0.0, 0.5, 60.0),
         "chosen": {"s": 2.0}, "model": "/models/tiny", "attribute": "posi$tive", "label": "positive", "scorer": "vader",
         "judge_model": None, "prompts": 20, "samples": 4,
     }  # fmt: skip
