@@ -29,6 +29,7 @@ _COMMANDS = {
     "merge": ("merge", "merge"),
     "export": ("export", "app"),
     "demo": ("demo", "demo"),
+    "recipe": ("recipe", "app"),
 }
 
 
