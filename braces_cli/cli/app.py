@@ -28,8 +28,10 @@ _COMMANDS = {
     "steer": ("steer", "steer"),
     "inspect": ("inspect_adapter", "app"),
     "merge": ("merge", "merge"),
+    "export": ("export", "app"),
     "demo": ("demo", "demo"),
     "env": ("env", "env"),
+    "recipe": ("recipe", "app"),
 }
 
 

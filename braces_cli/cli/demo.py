@@ -192,7 +192,7 @@ def _steer(guide: Guide, prompts: Path) -> dict[str, Any]:
     folder, seed = guide.folder / "attributes", ("--seed", str(guide.seed))
     for name in (ATTRIBUTE, OPPOSITE):
         guide.run(
-            f"Build the attribute `{name}` from its words", "attr-build", "--attribute", name, "--output-dir", folder
+            f"Build the attribute {name} from its words", "attr-build", "--attribute", name, "--output-dir", folder
         )
     along = ("--attributes", folder, "--attribute", ATTRIBUTE)
     texts = _texts(guide, *along, *seed)
@@ -203,7 +203,7 @@ def _steer(guide: Guide, prompts: Path) -> dict[str, Any]:
     for point in [] if sweep is None else sweep["points"]:
         share, perplexity = point["attribute_score"], point["perplexity"]
         guide.say(f"   s = {point['s']:+g}: {share:.0%} {ATTRIBUTE}, perplexity {perplexity:.1f}")
-    title = "Which value vectors carry the attribute"
+    title = "Find the value vectors of the attribute"
     vectors = guide.run(title, "inspect", "find", *along, "--limit", "8", lines=True)
     for row in vectors or ():
         tokens = " ".join(token["token"].strip() or "·" for token in row["tokens"][:8])
@@ -226,14 +226,17 @@ def _texts(guide: Guide, *attribute: str | Path) -> list[dict[str, Any]]:
 
 def _look_inside(guide: Guide, adapter: Path) -> dict[str, Any]:
     """`{report}`: a page about the adapter."""
-    title, page = "A page that shows the adapter from inside", guide.folder / "report.html"
+    title, page = "A page that shows what the adapter does inside the model", guide.folder / "report.html"
     report = guide.run(title, "inspect", "report", "--adapter", adapter, "--prompt", PROMPTS[0], "--output", page)
     return {"report": report}
 
 
 def _merge(guide: Guide, adapter: Path) -> dict[str, Any]:
     """`{merge}`: the adapter as a plain checkpoint; in float32, so that the proof is as sharp as can be."""
-    title, folder = "Write it into a plain checkpoint and prove that it is the same", guide.folder / "merged"
+    title, folder = (
+        "Merge the adapter into a plain checkpoint and verify that it is equivalent",
+        guide.folder / "merged",
+    )
     merge = guide.run(title, "merge", "--adapter", adapter, "--dtype", "float32", "--output-dir", folder)
     guide.say(_figures(merge, "architecture", "neurons_added", "max_logit_difference"))
     return {"merge": merge}

@@ -32,8 +32,8 @@ class MergeSettings(AdapterSettings, AttributeSettings, UploadSettings, OutputSe
     check: Path | None = option(None, help="Verify this merged folder once more; writes nothing.", panel=OUTPUT)
 
 
-# What the table calls the fields of the result.
-_LABELS = {
+# What the table calls the fields of a result, of an export, too.
+LABELS = {
     "case": "written as",
     "max_logit_difference": "largest difference of a logit from base and adapter",
     "relative_difference": "the same over the largest logit",
@@ -78,11 +78,17 @@ def merge(settings: MergeSettings) -> None:
     if settings.json:
         print_json(result)
         return
-    shown = ", ".join(f"{name} {s:+g}" for name, s in result["attributes"].items()) or None
-    lost = f"{max(0.0, result['effect_missing']):.2%}"
-    kind = _KINDS.get(result.get("case", ""))
     title = "the merge is verified" if settings.check is not None else "merged"
-    print_pairs(title, {**result, "attributes": shown, "case": kind, "effect_missing": lost}, _LABELS)
+    print_pairs(title, readable(result), LABELS)
+
+
+def readable(result: dict[str, Any]) -> dict[str, Any]:
+    """A result of `braces merge` or `braces export` with its values in words."""
+    shown = ", ".join(f"{name} {s:+g}" for name, s in result.get("attributes", {}).items()) or None
+    kind = _KINDS.get(result.get("case", ""))
+    # Rounding may leave a little less than nothing.
+    lost = {name: f"{max(0.0, result[name]):.2%}" for name in ("effect_missing",) if name in result}
+    return {**result, "attributes": shown, **({"case": kind} if kind else {}), **lost}
 
 
 def _request(settings: MergeSettings, record: dict[str, Any] | None = None) -> Any:
@@ -90,7 +96,7 @@ def _request(settings: MergeSettings, record: dict[str, Any] | None = None) -> A
     from dataclasses import replace
 
     from braces_cli.core.method.adapter_files import find_adapter
-    from braces_cli.export.merge import Request
+    from braces_cli.export.request import Request
 
     options, record = settings.load_options, record or {}
     adapter = settings.adapter or record.get("adapter")

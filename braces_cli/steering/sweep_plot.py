@@ -1,40 +1,56 @@
-"""The picture of a sweep: the attribute and the price in perplexity, over strength and against each other."""
+"""The picture of a sweep: the share of texts with the attribute, and their perplexity, at each strength."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core.utils.plotting import figure, plain_label, save_figure
+from braces_cli.core.utils.plotting import figure, percent_ticks, plain_label, plain_ticks, save_figure
 
 
 def plot_sweep(document: dict[str, Any], path: Path) -> None:
     """Draw a document of `braces steer --sweep` as PNG."""
     points = sorted(document["points"], key=lambda point: point["s"])
-    strengths = [point["s"] for point in points]
-    drawn = figure(10, 4)
+    drawn = figure(10, 4.6)
+    base = Path(document["model"]).name
+    texts = document["prompts"] * document["samples"]
+    drawn.suptitle(plain_label(f"Steering {base} along {document['attribute']}: {texts} texts at each strength"))
     score, price = drawn.subplots(1, 2)
-    _line(score, strengths, [p["attribute_score"] for p in points], [p["attribute_score_interval"] for p in points])
-    score.set_ylabel(plain_label(f"share of texts that are {document['label']} ({document['scorer']})"))
-    score.set_ylim(0, 1)
-    _line(price, strengths, [p["perplexity"] for p in points], [p["perplexity_interval"] for p in points])
-    price.axhline(document["unsteered"]["perplexity"], color="gray", linestyle=":", label="unsteered")
+    _line(score, points, "attribute_score")
+    score.set_title(
+        plain_label(f"Texts that are {document['label']}, according to {document['scorer']}"), fontsize="medium"
+    )
+    score.set_ylabel("share of texts")
+    score.set_ylim(-0.02, 1.02)
+    percent_ticks(score.yaxis)
+    _line(price, points, "perplexity")
     price.set_yscale("log")
-    # Plain numbers on the axis, where it spans less than a power of ten, too.
-    for axis in (price.yaxis.set_major_formatter, price.yaxis.set_minor_formatter):
-        axis(lambda value, _: f"{value:g}")
-    price.set_ylabel(plain_label(f"perplexity under {document['judge_model'] or 'the base'}"))
-    price.legend()
-    for axes in (score, price):
-        axes.set_xlabel(plain_label(f"strength s of {document['attribute']}"))
+    plain_ticks(price.yaxis)
+    price.set_title(
+        plain_label(f"Perplexity under {document['judge_model'] or 'the unsteered model'}"), fontsize="medium"
+    )
+    price.set_ylabel("perplexity (log scale)")
+    for axes, name in ((score, "attribute_score"), (price, "perplexity")):
+        axes.set_xlabel("strength s")
+        axes.axhline(document["unsteered"][name], color="gray", linestyle=":", label="without steering")
         if document["chosen"] is not None:
-            axes.axvline(document["chosen"]["s"], color="gray", linewidth=0.8, linestyle="--")
+            chosen = document["chosen"]["s"]
+            axes.axvline(chosen, color="gray", linestyle="--", label=f"suggested strength, s = {chosen:g}")
+        axes.grid(alpha=0.3)
+    # One legend, below: both panels show the same four things, and inside it would hide points.
+    drawn.legend(*price.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     save_figure(drawn, path)
 
 
-def _line(axes: Any, x: list[float], y: list[float], intervals: list[Any]) -> None:
-    axes.plot(x, y, marker="o")
-    known = [(at, *interval) for at, interval in zip(x, intervals, strict=True) if interval is not None]
+def _line(axes: Any, points: list[dict[str, Any]], name: str) -> None:
+    """A value at each strength, with its interval as an error bar."""
+    axes.plot([point["s"] for point in points], [point[name] for point in points], marker="o", label="measured")
+    known = [(point["s"], point[name], *point[f"{name}_interval"]) for point in points if point[f"{name}_interval"]]
     if known:
-        at, low, high = zip(*known, strict=True)
-        axes.fill_between(at, low, high, alpha=0.2)
+        strengths, middles, lows, highs = zip(*known, strict=True)
+        # Rounding may put an end of the interval on the wrong side of the value by an ulp, which matplotlib refuses.
+        below = [max(0.0, middle - low) for middle, low in zip(middles, lows, strict=True)]
+        above = [max(0.0, high - middle) for middle, high in zip(middles, highs, strict=True)]
+        axes.errorbar(
+            strengths, middles, yerr=[below, above], fmt="none", ecolor="tab:blue", capsize=4, label="95 % interval"
+        )

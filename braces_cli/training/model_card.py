@@ -8,44 +8,52 @@ from dataclasses import dataclass
 from typing import Any
 
 from braces_cli.core.method.adapter_files import AdapterConfig
+from braces_cli.core.models.card_header import card_header
 
 _FIGURES = ("base_eval_perplexity", "eval_perplexity", "base_eval_loss", "eval_loss", "train_loss", "steps", "tokens")
+# Name of a metric on the hub, and its key in the result.
+_METRICS = {"loss": "eval_loss", "perplexity": "eval_perplexity"}
 _ROWS = ("rows", "rows_truncated", "rows_dropped")
 
 
-# Of a checkpoint, whose adapter may be looked at or steered by like any other.
-CHECKPOINT_CARD = "# LLMBraces adapter in training\n\nA checkpoint of `braces train`; `--resume` goes on from it.\n"
+# The adapter in a checkpoint can be inspected and steered like any other.
+CHECKPOINT_CARD = "# LLMBraces adapter in training\n\nA checkpoint of `braces train`; `--resume` continues from it.\n"
 
 
 def model_card(
     config: AdapterConfig,
     result: dict[str, Any],
-    asked: dict[str, Any] | None = None,
+    arguments: dict[str, Any] | None = None,
     command: Sequence[str] = (),
     curve: bool = False,
 ) -> str:
-    """Markdown with a YAML header as the hub reads it.
+    """Markdown with a YAML header that the hub reads.
 
     Args:
         result: the keys of `TrainResult`.
-        asked: settings of the call beyond `config.training`, the data among them.
-        command: words of the call.
+        arguments: all settings of the run, the data among them.
+        command: words of the command line.
         curve: whether `loss.png` lies beside the card.
     """
     base = config.base_model_name_or_path
     about = _about(config)
-    header = ["---", *about.header]
-    # A folder of somebody's disk is no model that the hub could link to.
-    if not base.startswith(("/", "~", "embedded@")) and ":" not in base:
-        header.append(f"base_model: {base}")
+    arguments = arguments or {}
+    header = card_header(
+        base,
+        name=about.title,
+        library=about.library,
+        relation="adapter",
+        tags=about.tags,
+        metrics={name: result[key] for name, key in _METRICS.items() if result.get(key) is not None},
+        datasets=arguments.get("eval_data") or (),
+    )
     figures = [
         f"| {name.replace('_', ' ')} | {result[name]:.6g} |" for name in _FIGURES if result.get(name) is not None
     ]
     settings = [f"| {name.replace('_', ' ')} | {value} |" for name, value in config.training.items()]
     return "\n".join(
         [
-            *header,
-            "---",
+            header,
             "",
             f"# {about.title}, rank {config.r}",
             "",
@@ -67,7 +75,7 @@ def model_card(
             "",
             "| | |",
             "|---|---|",
-            *_data(result, asked or {}),
+            *_data(result, arguments),
             "",
             "## Settings",
             "",
@@ -82,9 +90,10 @@ def model_card(
 
 @dataclass(frozen=True)
 class _About:
-    """What a card says of a method: header lines, title, one paragraph, and how to use the adapter."""
+    """The parts of a card that depend on the method; `library` and `tags` are fields of the header."""
 
-    header: tuple[str, ...]
+    library: str
+    tags: tuple[str, ...]
     title: str
     what: str
     usage: tuple[str, ...]
@@ -93,16 +102,18 @@ class _About:
 def _about(config: AdapterConfig) -> _About:
     if config.method == "braces":
         return _About(
-            ("library_name: braces", "tags: [llmbraces, adapter]"),
+            "braces",
+            ("llmbraces", "adapter"),
             "LLMBraces adapter",
             "It re-weights the FFN sub-updates of the frozen base by their relevance to each token "
-            "(LLMBraces, ACL 2025, arXiv 2503.16334).",
+            f"(LLMBraces, ACL 2025, arXiv 2503.16334). Form of relevance: {config.relevance}.",
             ("    pip install braces-cli", '    braces steer --adapter THIS_FOLDER --prompt "..."'),
         )
     return _About(
-        ("library_name: peft", f"tags: [{config.method}, adapter]"),
+        "peft",
+        (config.method, "adapter"),
         f"{config.method} adapter",
-        f"A {config.method} baseline that `braces train --method {config.method}` trained through peft; it loads "
+        f"A {config.method} baseline that `braces train --method {config.method}` trained with peft. It loads "
         "without braces.",
         (
             "    from peft import PeftModel",
@@ -114,8 +125,8 @@ def _about(config: AdapterConfig) -> _About:
     )
 
 
-def _data(result: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+def _data(result: dict[str, Any], arguments: dict[str, Any]) -> list[str]:
     """Lines of a table: the sets by name, and what became of their rows."""
-    sets = {kind: ", ".join(f"`{name}`" for name in asked.get(kind) or ()) for kind in ("data", "eval_data")}
+    sets = {kind: ", ".join(f"`{name}`" for name in arguments.get(kind) or ()) for kind in ("data", "eval_data")}
     counts = {name: f"{result[name]:,}" for name in _ROWS if result.get(name) is not None}
     return [f"| {name.replace('_', ' ')} | {value} |" for name, value in (sets | counts).items() if value]

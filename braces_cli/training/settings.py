@@ -43,7 +43,7 @@ DEFAULT_FORM = "untied"
 DEFAULT_RANK, DEFAULT_RANKS = 16, {"untied": 8}
 # Peak learning rates where none is given, by measurement (recipes/LOG.md). A step of Adam turns R by about lr sqrt(d),
 # so this product is held constant, and the rate follows from the width d.
-DEFAULT_TURN = 0.16
+DEFAULT_TURN = {"paper": 0.16, "signed": 0.32, "untied": 0.32}
 BASELINE_LR = 1e-3
 # With the contrastive loss, gates that move too fast close before they have found their direction.
 DEFAULT_GATE_LR, DEFAULT_GATE_LR_ATTRIBUTES = 0.3, 0.1
@@ -116,7 +116,8 @@ class TrainSettings(SeedSettings):
     )  # fmt: skip
     lr: float | None = option(
         None,
-        help=f"Peak learning rate. Default: {DEFAULT_TURN:g} / sqrt(width), for baselines {BASELINE_LR:g}.",
+        help=f"Peak learning rate. Default: {DEFAULT_TURN['untied']:g} / sqrt(width), for paper "
+        f"{DEFAULT_TURN['paper']:g} / sqrt(width), for baselines {BASELINE_LR:g}.",
         panel=OPTIMISATION,
     )
     gate_lr: float | None = option(
@@ -188,7 +189,7 @@ class TrainSettings(SeedSettings):
             self._set(lr=BASELINE_LR)
         if self.rank is None:
             form = self.relevance if self.method == "braces" else ""
-            self._set(rank=DEFAULT_RANKS.get(form, DEFAULT_RANK))
+            self._set(rank=default_rank(form))
         self._set(lora_targets=_names(self.lora_targets))
         self._fill_attributes()
         if self.streaming and self.max_steps is None:
@@ -250,7 +251,7 @@ class TrainSettings(SeedSettings):
         """The same with a learning rate, where none was given: for a model of d = `width`, to three digits."""
         if self.lr is not None:
             return self
-        return replace(self, lr=float(f"{DEFAULT_TURN / math.sqrt(width):.3g}"))
+        return replace(self, lr=float(f"{DEFAULT_TURN[self.relevance] / math.sqrt(width):.3g}"))
 
     def recorded(self) -> dict[str, Any]:
         """What the method reads: the settings that explain an adapter."""
@@ -369,6 +370,11 @@ class RunSettings(TrainSettings, CheckpointSettings, ModelSettings, FileSettings
 def capped_warmup(steps: int, max_steps: int) -> int:
     """Steps of the warm-up of a run: as set, but no more than a quarter of all, so that the peak rate is reached."""
     return min(steps, max_steps // MOST_WARMUP)
+
+
+def default_rank(form: str) -> int:
+    """The rank of a form where none is named."""
+    return DEFAULT_RANKS.get(form, DEFAULT_RANK)
 
 
 def parse_opposites(values: Sequence[str]) -> tuple[tuple[str, str], ...]:

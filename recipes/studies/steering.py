@@ -18,7 +18,7 @@ Methods, all from the two built-in word lists `positive` and `negative`:
                      one coefficient for all layers but the first, added to the layers' outputs. As of every PCA their
                      mean, which is what sets the ends apart, is first taken off
     pca_center       the same with the mean left on, which is what repeng's method of this name comes to
-    vector:FILE.gguf a control vector of a file that `repeng_train.py` or `braces steer --export-control-vector` wrote,
+    vector:FILE.gguf a control vector of a file that `repeng_train.py` or `braces export control-vector` wrote,
                      times s: its `direction.N` is added to the output of layer N, the first being 0, as repeng and
                      llama.cpp do
     difference       difference of the mean outputs over the same pairs, at the same places; in the first half of the
@@ -51,7 +51,7 @@ from braces_cli.core.models.generation import Sampling
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.tokenization import encode
 from braces_cli.core.session import Session, open_session
-from braces_cli.core.utils.plotting import figure, save_figure
+from braces_cli.core.utils.plotting import figure, percent_ticks, plain_ticks, save_figure
 from braces_cli.scoring.registry import scorer
 from braces_cli.scoring.scorer import Scorer
 from braces_cli.steering.prompts import read_prompts
@@ -221,20 +221,56 @@ def measure(
     return {**out, **rest, "example": texts[0]}
 
 
+NAMES = {
+    "braces": "braces, no training",
+    "trained": "braces, trained with attributes",
+    "difference": "difference of means",
+    "pca_diff": "PCA, as repeng's pca_diff",
+    "pca_center": "PCA, as repeng's pca_center",
+}
+# Where the label of a positive and of a negative strength stands beside its point, in points to the right and up, by
+# method: the first stands above or below, the others to a side, because the curves run close together on the left.
+OFFSETS = (((0, 7), (0, -7)), ((8, -5), (-4, 7)), ((8, -5), (-6, -6)), ((0, 7), (0, -7)))
+JUDGES = {"vader": "VADER", "classifier": "a classifier without the attribute's words"}
+
+
+def label(method: str) -> str:
+    """What the legend calls a method; that of a file is named after the file."""
+    kind, _, path = method.partition(":")
+    return f"{Path(path).stem} (repeng)" if kind == "vector" else NAMES.get(kind, kind)
+
+
 def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
     """Share of positive continuations against perplexity, a curve a method and a panel a judge."""
-    drawn = figure(12, 4.5)
-    panels = drawn.subplots(1, 3)
-    for axes, judge in zip(panels, ("vader", "vader_without_list", "classifier"), strict=True):
-        for method in dict.fromkeys(run["method"] for run in runs):
-            mine = sorted((run for run in runs if run["method"] == method), key=lambda run: run["s"])
-            axes.plot([r["perplexity"] for r in mine], [r[judge] for r in mine], marker="o", label=method)
-            for run in mine:
-                axes.annotate(f"{run['s']:g}", (run["perplexity"], run[judge]), fontsize=7)
+    from matplotlib.patheffects import withStroke
+
+    drawn = figure(11, 5.6)
+    drawn.suptitle("Steering towards positive (s > 0) and negative (s < 0) texts; numbers are the strength s")
+    panels = drawn.subplots(1, 2)
+    for axes, (judge, title) in zip(panels, JUDGES.items(), strict=True):
+        for index, method in enumerate(dict.fromkeys(run["method"] for run in runs)):
+            steered_runs = sorted((run for run in runs if run["method"] == method and run["s"]), key=lambda r: r["s"])
+            x, y = [run["perplexity"] for run in steered_runs], [run[judge] for run in steered_runs]
+            (line,) = axes.plot(x, y, marker="o", markersize=5, label=label(method))
+            for run in steered_runs:
+                right, up = OFFSETS[index % len(OFFSETS)][0 if run["s"] > 0 else 1]
+                axes.annotate(
+                    f"{run['s']:+g}", (run["perplexity"], run[judge]), xytext=(right, up), textcoords="offset points",
+                    ha=("right", "center", "left")[(right > 0) - (right < 0) + 1], va="bottom" if up > 0 else "top",
+                    fontsize=8, color=line.get_color(), path_effects=[withStroke(linewidth=2.5, foreground="white")],
+                )  # fmt: skip
+        # With no training s = 0 is the bare model, which all methods start from.
+        for run in (run for run in runs if run["method"] == "braces" and run["s"] == 0):
+            axes.plot(run["perplexity"], run[judge], "*", color="black", markersize=14, label="unsteered model")
+        axes.set_title(f"Positive according to {title}", fontsize="medium")
         axes.set_xscale("log")
-        axes.set_xlabel("perplexity under the unsteered base")
-        axes.set_ylabel("share positive by " + judge.replace("_", " "))
-    panels[-1].legend(fontsize=8)
+        plain_ticks(axes.xaxis)
+        percent_ticks(axes.yaxis)
+        axes.margins(x=0.08, y=0.1)
+        axes.grid(alpha=0.3)
+        axes.set_xlabel("perplexity under the unsteered model (log scale)")
+        axes.set_ylabel("share of continuations")
+    drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     save_figure(drawn, path)
 
 

@@ -16,6 +16,8 @@ import pytest
 
 from tests.conftest import Outcome
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
@@ -81,6 +83,8 @@ def test_the_page_shows_it_and_asks_for_nothing(told: tuple[Path, str], browser:
         page.goto((folder / "index.html").as_uri())
         assert all(each.startswith(("file:", "data:")) for each in said), said
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        wide = "[...document.querySelectorAll('.scroll')].filter(box => box.scrollWidth > box.clientWidth).length"
+        assert page.evaluate(wide) == 0
         assert page.locator("img.plot").evaluate("image => image.complete && image.naturalWidth > 0")
         assert all(page.get_by_text(command, exact=True).count() == 1 for command in commands)
 

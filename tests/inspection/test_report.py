@@ -63,7 +63,7 @@ def test_everything_is_on_it(session, data):
     from braces_cli.core.attributes.attribute import find_attribute
 
     p = find_attribute(session, data["attributes"][0]["name"], None).state[1]
-    share = float((brace.materialise() @ p).norm() / p.norm())
+    share = float((brace.query_projection() @ p).norm() / p.norm())
     assert data["attributes"][0]["layers"][1]["alignment"] == pytest.approx(share, rel=1e-4)
     sizes = [row["strength"] for row in data["amplified"]]
     assert sizes == sorted(sizes, reverse=True)
@@ -77,9 +77,10 @@ def test_everything_is_on_it(session, data):
     handle.remove()
     from braces_cli.core.method.reference import relevance_ref
 
-    r = relevance_ref(seen[0], ffn.value_matrix(), brace.materialise())[:, first["index"]]
+    parameters = {"weight": brace.weight, "gate": brace.gate}
+    r = relevance_ref(seen[0], ffn.value_matrix(), "paper", parameters)[:, first["index"]]
     norm = ffn.value_matrix()[:, first["index"]].norm()
-    assert first["strength"] == pytest.approx(float((brace.g * r).abs().mean() * norm), rel=1e-3)
+    assert first["strength"] == pytest.approx(float(r.abs().mean() * norm), rel=1e-3)
     html = render(data)
     for title in ("What each layer adds", "Gates", "Most amplified value vectors", "Attributes"):
         assert title in html
@@ -199,6 +200,23 @@ def test_a_browser_that_runs_what_tokens_say_would_be_noticed(browser, hostile, 
     html = html.replace("</main>", HOSTILE[0] + "</main>")
     page, _, _ = opened(browser, html, tmp_path)
     assert page.evaluate("window.hacked") == 1
+    page.context.close()
+
+
+def test_bars_and_rows_fit_on_a_phone(browser, data, tmp_path):
+    """Coefficients above 1 do not make bars longer than their line, and no table but the heat map scrolls sideways."""
+    for row in data["gates"]:
+        row["gate"] = 1.4
+    page, _, _ = opened(browser, render(data), tmp_path, viewport={"width": 390, "height": 800})
+    wide = "[...document.querySelectorAll('.scroll')].filter(box => box.scrollWidth > box.clientWidth)"
+    assert page.evaluate(f"{wide}.map(box => box.ariaLabel)") in ([], ["Heat map, scrolls sideways"])
+    bars = page.evaluate(
+        "[...document.querySelectorAll('.bar')].map(b => [b.offsetWidth, b.parentElement.clientWidth])"
+    )
+    assert bars
+    assert all(0 < bar <= line for bar, line in bars)
+    # Tokens on a line of their own need a few lines, not one a letter.
+    assert max(page.evaluate("[...document.querySelectorAll('.stack .tokens')].map(cell => cell.offsetHeight)")) < 120
     page.context.close()
 
 

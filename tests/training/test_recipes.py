@@ -1,34 +1,36 @@
-"""Every recipe loads with no hub in reach and says what it is; the small one runs on the shared data."""
+"""Every recipe loads without a hub and has a complete header; the small one trains on real rows."""
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
+from braces_cli.core.method.relevance_forms import layer_shapes
+from braces_cli.training.settings import DEFAULT_FORM
+
+RECIPES = sorted((Path(__file__).parents[2] / "braces_cli" / "assets" / "recipes").glob("*.yaml"))
 TASKS = ("commonsense", "zero-shot", "sentiment", "detoxification")
 MODELS = ("qwen2.5-1.5b", "llama-2-7b", "llama-3-8b")
 ATTRIBUTES = ("sentiment", "detoxification")
-
-
-def training(path: Path) -> bool:
-    """Whether a recipe is one of `braces train`; others may stand beside it."""
-    return "braces train --config" in path.read_text(encoding="utf-8")
-
-
-TRAINING = [path for path in RECIPES if training(path)]
+# Layers and width of each model, and the parameters of LoRA of rank 16 on its queries and values.
+SIZES = {
+    "qwen2.5-1.5b": (28, 1536, 2_179_072),
+    "llama-2-7b": (32, 4096, 8_388_608),
+    "llama-3-8b": (32, 4096, 6_815_744),
+}
 
 
 def test_there_is_a_recipe_for_every_task_and_model():
     """Four tasks, three models, and a small one that anybody can run."""
     wanted = {f"{task}-{model}.yaml" for task in TASKS for model in MODELS} | {"small-sentiment.yaml"}
-    assert wanted <= {path.name for path in TRAINING}
+    assert wanted <= {path.name for path in RECIPES}
 
 
-@pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_a_recipe_loads_without_a_hub(braces, path):
     """Known keys, settings that fit together, the parameter count left open; a header that names the file."""
     outcome = braces("train", "--config", path, "--dry-run", "--format", "json")
@@ -43,11 +45,25 @@ def test_a_recipe_loads_without_a_hub(braces, path):
         assert found["settings"][key] == value, key
     header = "".join(line for line in path.open(encoding="utf-8") if line.startswith("#"))
     assert {"Run", "Then", "Needs"} <= set(re.findall(r"^# ([A-Z]\w+) ", header, re.MULTILINE))
-    assert f"braces train --config recipes/train/{path.name}" in header
+    assert f"braces recipe copy {path.stem}\n" in header
+    assert f"braces train --config {path.name} " in header
     assert not re.search(r"(?<![\w.])/\w+/|~/", header), "a path of somebody's machine"
 
 
-@pytest.mark.parametrize("path", [p for p in TRAINING if p.name.startswith(TASKS)], ids=lambda path: path.name)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("task", TASKS)
+def test_the_parameters_that_a_header_states(task, model):
+    """Those of the default form of relevance, and their share of LoRA's."""
+    text = next(path for path in RECIPES if path.name == f"{task}-{model}.yaml").read_text(encoding="utf-8")
+    rank = yaml.safe_load(text)["rank"]
+    layers, width, of_lora = SIZES[model]
+    trained = layers * sum(math.prod(shape) for shape in layer_shapes(DEFAULT_FORM, rank, width).values())
+    assert f"{trained:,} trained parameters" in text
+    if "LoRA r=16's" in text:
+        assert f"{trained / of_lora:.2f} of LoRA r=16's {of_lora:,}" in text
+
+
+@pytest.mark.parametrize("path", [p for p in RECIPES if p.name.startswith(TASKS)], ids=lambda path: path.name)
 def test_a_recipe_of_plain_rows_serves_the_baseline_too(braces, path):
     """With the baseline's own rate; a recipe of attributes is refused instead."""
     outcome = braces("train", "--config", path, "--method", "lora", "--rank", 16, "--dry-run", "--format", "json")
@@ -62,7 +78,7 @@ def test_a_recipe_of_plain_rows_serves_the_baseline_too(braces, path):
 def test_a_key_that_is_none_is_seen(braces, tmp_path):
     """The dry run above can fail."""
     path = tmp_path / "bad.yaml"
-    path.write_text(TRAINING[0].read_text(encoding="utf-8") + "warmup_step: 3\n", encoding="utf-8")
+    path.write_text(RECIPES[0].read_text(encoding="utf-8") + "warmup_step: 3\n", encoding="utf-8")
     outcome = braces("train", "--config", path, "--dry-run")
     assert outcome.code == 2
     assert "warmup-steps" in outcome.err
@@ -70,7 +86,7 @@ def test_a_key_that_is_none_is_seen(braces, tmp_path):
 
 def test_the_small_recipe_runs_on_real_rows(braces, shared, tmp_path):
     """Two steps of it, with attributes, on a real model."""
-    path = next(path for path in TRAINING if path.name == "small-sentiment.yaml")
+    path = next(path for path in RECIPES if path.name == "small-sentiment.yaml")
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join((shared / "data/sst5/dev.jsonl").open(encoding="utf-8").readlines()[:40]))
     outcome = braces(

@@ -1,0 +1,75 @@
+"""`braces recipe`: the training recipes that ship with braces, listed and copied."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import typer
+
+from braces_cli.cli.command import command
+from braces_cli.cli.console import print_json, print_pairs, print_table
+from braces_cli.cli.options import DisplaySettings
+from braces_cli.core.utils.errors import ConfigError, near_misses
+from braces_cli.core.utils.settings import OUTPUT, option
+
+app = typer.Typer(help="List and copy the training recipes that ship with braces.", no_args_is_help=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListSettings(DisplaySettings):
+    """Settings of `braces recipe list`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CopySettings(DisplaySettings):
+    """Settings of `braces recipe copy`."""
+
+    name: str = option(help="Name of the recipe, as `braces recipe list` shows it.", argument=True)
+    output_dir: Path = option(Path("."), help="Folder to copy the recipe into.")
+    overwrite: bool = option(False, help="Replace a file of the same name.", panel=OUTPUT)
+
+
+@command
+def list_recipes(settings: ListSettings) -> None:
+    """List the training recipes by name."""
+    described = {name: _title(text) for name, text in recipes().items()}
+    if settings.json:
+        print_json([{"name": name, "description": title} for name, title in described.items()])
+        return
+    print_table("", ["recipe", "what it trains"], described.items())
+
+
+@command
+def copy_recipe(settings: CopySettings) -> None:
+    """Copy a training recipe, to be edited and given to `braces train --config`."""
+    from braces_cli.core.utils.atomic_files import check_output_file, write_text
+
+    known = recipes()
+    # The file's name is accepted, too.
+    name = settings.name.removesuffix(".yaml")
+    if name not in known:
+        hint = near_misses(name, known) or "`braces recipe list` shows all names."
+        raise ConfigError(f"no recipe `{settings.name}`", where="recipe copy", hint=hint)
+    output = settings.output_dir.expanduser() / f"{name}.yaml"
+    check_output_file(output, settings.overwrite)
+    write_text(output, known[name])
+    result = {"recipe": name, "output": str(output)}
+    (print_json if settings.json else lambda pairs: print_pairs("", pairs))(result)
+
+
+def recipes() -> dict[str, str]:
+    """The YAML text of each recipe by name, in alphabetical order."""
+    files = (resources.files("braces_cli.assets") / "recipes").iterdir()
+    texts = {file.name: file.read_text(encoding="utf-8") for file in files if file.name.endswith(".yaml")}
+    return {name.removesuffix(".yaml"): texts[name] for name in sorted(texts)}
+
+
+def _title(text: str) -> str:
+    """The first comment of a recipe, without its `#` and full stop."""
+    return text.partition("\n")[0].removeprefix("#").strip().removesuffix(".")
+
+
+app.command("list")(list_recipes)
+app.command("copy")(copy_recipe)
