@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -66,15 +66,21 @@ def print_json_lines(rows: Iterable[Any]) -> None:
         sys.stdout.flush()
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A table on stdout; numbers stand right, and no text is read as markup."""
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], keys: Collection[str] = ()) -> None:
+    """A table on stdout; numbers are aligned right, and no text is read as markup.
+
+    A table too wide for the terminal is printed in blocks of columns.
+
+    Args:
+        keys: columns that say what a row is and begin each block; none named: the first column.
+    """
     from rich.table import Table
     from rich.text import Text
 
     rows = [list(row) for row in rows]
     texts = [[cell(value) for value in row] for row in rows]
     out = console()
-    for block in layout([columns, *texts], out.width):
+    for block in layout([columns, *texts], out.width, [columns.index(key) for key in keys] or [0]):
         table = Table(title=title, title_justify="left", show_header=any(columns))
         title = ""
         for index, width in block.items():

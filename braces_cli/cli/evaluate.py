@@ -38,6 +38,10 @@ class EvalCommandSettings(EvalSettings, ModelSettings, OutputSettings):
     overwrite: bool = option(False, help="Write into an output folder that is not empty.", panel=OUTPUT)
 
 
+# Columns that say what a row of the table is.
+_KEYS = ("task", "metric", "system")
+
+
 @command
 def evaluate(settings: EvalCommandSettings) -> None:
     """Score a base and its adapters (braces or peft) on benchmarks, or on texts of your own."""
@@ -105,10 +109,10 @@ def _print(result: dict[str, Any]) -> None:
 
     facts = result_tables.facts(result)
     shown = [f"{name} {facts[name]}" for name in ("revision", "limit", "dtype") if name in facts]
-    print_table(f"{facts['model']} ({', '.join(shown)})", *result_tables.main_table(result))
+    print_table(f"{facts['model']} ({', '.join(shown)})", *result_tables.main_table(result), _KEYS)
     columns, rows = result_tables.pair_table(result)
     if rows:
-        print_table("adapters among themselves", columns, rows)
+        print_table("adapters among themselves", columns, rows, ("task", "metric", "from", "to"))
 
 
 def _silence_lm_eval(debug: bool) -> None:

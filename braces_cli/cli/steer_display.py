@@ -22,15 +22,15 @@ def print_rows(rows: Iterable[dict[str, Any]]) -> None:
     out, header = console(), True
     for row in rows:
         names = ["prompt", *(["unsteered"] if "unsteered" in row else []), "text"]
+        titles = [titled(row["attributes"]) if name == "text" and len(names) == 3 else name for name in names]
         if not out.is_terminal:
-            for name in names:
-                out.print(f"{name}: {row[name].strip()}", markup=False)
+            for name, title in zip(names, titles, strict=True):
+                out.print(f"{title}: {row[name].strip()}", markup=False)
             out.print()
             continue
         # One table a row, all of the same widths: whole ones would need all rows, and all memory.
         table = Table(box=box.SIMPLE_HEAD, show_header=header, show_edge=False, expand=True)
-        for name in names:
-            title = titled(row["attributes"]) if name == "text" and len(names) == 3 else name
+        for name, title in zip(names, titles, strict=True):
             table.add_column(Text(title), ratio=1 if name == "prompt" else 2, overflow="fold")
         table.add_row(*(Text(row[name].strip()) for name in names))
         out.print(table)

@@ -10,13 +10,14 @@ _LONGEST_WORD = 24
 _FRAME, _EDGE = 3, 1
 
 
-def layout(cells: Sequence[Sequence[str]], width: int) -> list[dict[int, int]]:
+def layout(cells: Sequence[Sequence[str]], width: int, keys: Sequence[int] = (0,)) -> list[dict[int, int]]:
     """Divide the columns of a table into blocks that are at most `width` characters wide.
 
-    Columns for which there is no room go into further blocks, each of which begins with the first column again.
+    Columns for which there is no room go into further blocks, each of which begins with the key columns again.
 
     Args:
         cells: rows of texts, the header first.
+        keys: columns that say what a row is.
 
     Returns:
         For each block: index of a column -> its width in characters, without the frame.
@@ -25,13 +26,13 @@ def layout(cells: Sequence[Sequence[str]], width: int) -> list[dict[int, int]]:
     least = [max(map(_least, column)) for column in columns]
     most = [max(len(line) for cell in column for line in cell.split("\n")) for column in columns]
     room = width - _EDGE
-    blocks: list[list[int]] = [[]]
-    for index in range(len(columns)):
-        block = blocks[-1]
-        if len(block) > 1 and sum(least[i] + _FRAME for i in (*block, index)) > room:
-            blocks.append([0])
+    first = [index for index in keys if index < len(columns)]
+    blocks: list[list[int]] = [first.copy()]
+    for index in (index for index in range(len(columns)) if index not in first):
+        if len(blocks[-1]) > len(first) and sum(least[i] + _FRAME for i in (*blocks[-1], index)) > room:
+            blocks.append(first.copy())
         blocks[-1].append(index)
-    return [_widths({i: (least[i], most[i]) for i in block}, room) for block in blocks]
+    return [_widths({i: (least[i], most[i]) for i in sorted(block)}, room) for block in blocks]
 
 
 def is_number(cell: str) -> bool:

@@ -31,6 +31,15 @@ def test_columns_without_room_go_into_further_blocks() -> None:
     assert len(layout(texts, 10_000)) == 1
 
 
+def test_key_columns_begin_each_block() -> None:
+    """A row is known in every block."""
+    texts = [["task", "n", "system", "value", "change"], ["truthfulqa", "817", "adapter", "0.301 ± 0.015", "+0.05"]]
+    blocks = layout(texts, 40, (0, 2))
+    assert len(blocks) > 1
+    assert all({0, 2} <= set(block) for block in blocks)
+    assert {index for block in blocks for index in block} == set(range(5))
+
+
 def test_long_texts_share_what_numbers_leave() -> None:
     """A path is broken, a word is not."""
     texts = [["name", "value", "text"], ["a", "0.25", "word " * 40], ["b", "12,345", "/a/long/path" * 10]]
