@@ -27,6 +27,7 @@ _COMMANDS = {
     "steer": ("steer", "steer"),
     "inspect": ("inspect_adapter", "app"),
     "merge": ("merge", "merge"),
+    "export": ("export", "app"),
     "demo": ("demo", "demo"),
     "recipe": ("recipe", "app"),
 }

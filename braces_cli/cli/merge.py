@@ -59,7 +59,7 @@ def _request(settings: MergeSettings, record: dict[str, Any] | None = None) -> A
     from dataclasses import replace
 
     from braces_cli.core.method.adapter_files import find_adapter
-    from braces_cli.export.merge import Request
+    from braces_cli.export.request import Request
 
     options, record = settings.load_options, record or {}
     adapter = settings.adapter or record.get("adapter")

@@ -97,7 +97,11 @@ class SteerSettings(AdapterSettings, AttributeSettings, GenerationSettings, Swee
     resume: bool = option(False, help="Continue --output behind its last complete line.", panel=OUTPUT, outcome=False)
     overwrite: bool = option(False, help="Replace the output file if it is there.", panel=OUTPUT, outcome=False)
     export_control_vector: Path | None = option(
-        None, help="Write the steering to this GGUF file instead of generating.", panel=OUTPUT, outcome=False
+        None,
+        help="Older name of braces export control-vector: write the steering to this GGUF file.",
+        panel=OUTPUT,
+        outcome=False,
+        hidden=True,
     )
     # No default of its own: where stdout is no terminal it carries JSON Lines.
     format: str | None = option(  # type: ignore[assignment]

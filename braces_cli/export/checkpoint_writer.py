@@ -43,12 +43,14 @@ class Neurons:
         rows: what the neurons read (n, d).
         columns: what they write (d, n).
         constant: added to the output bias (d,), None where nothing steers.
+        bias: added to what the neurons read (n,), None is zeros.
     """
 
     gate: Tensor
     rows: Tensor
     columns: Tensor
     constant: Tensor | None
+    bias: Tensor | None = None
 
 
 def new_neurons(adapter: Adapter, plan: Plan) -> dict[int, Neurons]:
@@ -218,7 +220,8 @@ def _grown(tensor: Tensor, role: Role, plan: Plan, new: Neurons | None) -> Tenso
         return torch.cat([_grown(half, half_role, plan, new) for half, half_role in both], dim=role.dim)
     piece = None
     if new is not None:
-        piece = {"gate.bias": new.gate, "up": new.rows, "key": new.rows, "value": new.columns.mT}.get(part)
+        pieces = {"gate.bias": new.gate, "up": new.rows, "key": new.rows, "value": new.columns.mT}
+        piece = (pieces | dict.fromkeys(("up.bias", "key.bias"), new.bias)).get(part)
     if piece is None:
         shape = list(tensor.shape)
         shape[role.dim] = count
@@ -228,8 +231,11 @@ def _grown(tensor: Tensor, role: Role, plan: Plan, new: Neurons | None) -> Tenso
     return torch.cat([tensor, piece.to(tensor.dtype)], dim=role.dim)
 
 
-def copy_companions(source: Path, folder: Path) -> list[str]:
+def copy_companions(source: Path, folder: Path, tokenizer: Any) -> list[str]:
     """Copy tokenizer, chat template, generation config and licence of a base, as they are; returns their names.
+
+    Where the tokenizer's files name no class, transformers picks one by the type of the model, which may be another
+    one in `folder`: there the class of `tokenizer`, the base's own, is written down.
 
     Raises:
         BracesError: cannot be written.
@@ -243,4 +249,8 @@ def copy_companions(source: Path, folder: Path) -> list[str]:
                 shutil.copyfile(path, folder / path.name)
     except OSError as error:
         raise BracesError(f"cannot write: {error.strerror}", where=str(folder), hint="Is the disk full?") from error
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not settings.get("tokenizer_class") and type(tokenizer).__module__.startswith("transformers."):
+        write_json(path, settings | {"tokenizer_class": type(tokenizer).__name__})
     return [path.name for path in companions]

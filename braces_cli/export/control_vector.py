@@ -37,7 +37,7 @@ def check_export(path: Path, overwrite: bool = False) -> None:
     """
     if find_spec("gguf") is None:
         hint = "Install it with: pip install 'braces-cli[export]'"
-        raise ConfigError("the export needs the package gguf", where="--export-control-vector", hint=hint)
+        raise ConfigError("the export needs the package gguf", where="braces export control-vector", hint=hint)
     check_output_file(path, overwrite)
 
 

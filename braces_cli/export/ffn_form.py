@@ -24,8 +24,8 @@ from braces_cli.core.utils.errors import ModelError
 Activation = Callable[[Tensor], Tensor]
 
 ALTERNATIVES = (
-    "Serve it with braces steer --adapter; an attribute alone also goes into a control vector "
-    "(braces steer --export-control-vector)."
+    "Write it with its modelling file (braces export code), or serve it with braces steer --adapter; "
+    "an attribute alone also goes into a control vector (braces export control-vector)."
 )
 
 # Where a model calls its activation in a way that leaves no trace.

@@ -1,4 +1,4 @@
-"""The model card of a merged checkpoint."""
+"""The model cards of everything that is exported."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from braces_cli.core.models.card_header import card_header
+from braces_cli.core.utils.templates import render
 
 _CASES = {
     "a": "The feed-forward layers have additional neurons, and biases that the config switches on.",
@@ -55,3 +56,35 @@ def card(facts: dict[str, Any]) -> str:
         "`braces merge --check FOLDER` repeats this verification.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def slots_card(facts: dict[str, Any]) -> str:
+    """README.md of a base with slots, from what `braces export slots` prints."""
+    return render("export/slots_card.md.j2", facts | _base(facts["model"]))
+
+
+def lora_card(facts: dict[str, Any]) -> str:
+    """README.md of a LoRA folder, from what `braces export lora` prints."""
+    strengths = facts["attributes"]
+    kind = "adapter" if not strengths else "both" if facts["combined"] else "attribute"
+    names = " and ".join(strengths)
+    title = "LLMBraces adapter as a LoRA" if kind == "adapter" else f"Attribute {names} as a LoRA"
+    if kind == "both":
+        title = f"LLMBraces adapter with {names} as one LoRA"
+    shown = ", ".join(f"{name} at s = {s:g}" for name, s in strengths.items()) or "none"
+    scaled = ", ".join(f"{s:g} for {name}" for name, s in strengths.items() if s != 1)
+    # The ranks that vLLM accepts.
+    accepted = next((rank for rank in (8, 16, 32, 64, 128, 256, 320, 512) if rank >= facts["rank"]), facts["rank"])
+    given = {"kind": kind, "title": title, "steering": shown, "strengths": scaled, "vllm_rank": accepted}
+    return render("export/lora_card.md.j2", facts | given)
+
+
+def code_card(facts: dict[str, Any]) -> str:
+    """README.md of a checkpoint with its modelling file, from what `braces export code` prints."""
+    shown = ", ".join(f"{name} at s = {s:g}" for name, s in facts["attributes"].items()) or "none"
+    return render("export/code_card.md.j2", facts | _base(facts["model"]) | {"steering": shown})
+
+
+def _base(model: str) -> dict[str, str]:
+    """The base's short name, and its id where it is one of the hub."""
+    return {"name": Path(model).name, "base_model": "" if Path(model).is_absolute() else model}

@@ -54,6 +54,7 @@ def plan(
     rank: int,
     pad_to_multiple_of: int,
     steering: bool,
+    constant: bool = False,
 ) -> Plan:
     """How an adapter of `rank` goes into `model`.
 
@@ -61,6 +62,7 @@ def plan(
         form: of all its FFNs.
         pad_to_multiple_of: what the new width is rounded up to a multiple of.
         steering: a constant is to be added, which needs an output bias.
+        constant: one of the new neurons is to be a constant, which needs a bias where it reads.
 
     Raises:
         ModelError: there is no exact way; says why and what works instead.
@@ -71,10 +73,13 @@ def plan(
     width = plain[0].value_vectors
     count = rank if form.gated else 2 * rank
     wider = -(-(width + count) // pad_to_multiple_of) * pad_to_multiple_of
+    biases = {"value.bias"} if steering else set()
+    if constant:
+        biases.add("key.bias" if not form.gated else "gate_up.bias" if form.fused else "up.bias")
     if not form.gated:
         if not is_half_linear(form.activation):
             raise refuse(model, f"its FFN has no gate, and for {form.name} act(z) - act(-z) = z does not hold")
-        widened = _widened(model, plain, form, wider, steering)
+        widened = _widened(model, plain, form, wider, biases)
         if widened is None:
             bias = ", or gives its output no bias to carry the steering" if steering else ""
             raise refuse(model, f"its config fixes the width of the FFN ({width}){bias}")
@@ -82,7 +87,7 @@ def plan(
     gate = constant_gate(form.activation)
     if gate is None:
         raise refuse(model, f"no constant goes through its gate's {form.name} unrounded")
-    widened = _widened(model, plain, form, wider, steering)
+    widened = _widened(model, plain, form, wider, biases)
     if widened is not None:
         return _same_class_plan("a", model, plain, form, wider, *widened, gate=gate)
     return llama_plan(model, plain, form, wider, gate)
@@ -125,13 +130,11 @@ def ffn_roles(model: nn.Module, ffns: Sequence[FFN], form: Form) -> dict[str, Ro
     return roles
 
 
-def _widened(model: Any, ffns: Sequence[FFN], form: Form, wider: int, steering: bool) -> tuple[Any, nn.Module] | None:
+def _widened(model: Any, ffns: Sequence[FFN], form: Form, wider: int, biases: set[str]) -> tuple[Any, nn.Module] | None:
     """(config, model on the meta device) with wider FFNs and the biases that are needed, everything else the same."""
     roles = ffn_roles(model, ffns, form)
     shapes = tensor_shapes(model)
-    needed = {"value.bias"} if steering else set()
-    if form.gated:
-        needed.add("gate_up.bias" if form.fused else "gate.bias")
+    needed = biases | ({"gate_up.bias" if form.fused else "gate.bias"} if form.gated else set())
     for config in _configs(model.config, ffns[0].value_vectors, wider):
         target = on_meta(type(model), config)
         if target is not None and _fits(shapes, tensor_shapes(target), roles, ffns[0].value_vectors, wider, needed):

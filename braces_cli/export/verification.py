@@ -1,4 +1,4 @@
-"""Prove a merged checkpoint: its logits, by plain transformers in a process of its own, against those of the adapter.
+"""Prove an export: its logits, by plain transformers in a process of its own, against those of base and adapter.
 
 How far two ways of computing the same numbers may differ is measured and not assumed: the adapter's logits are computed
 once more with the output of each decoder layer off by at most one unit in the last place, and a merge that differs by
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -43,15 +43,15 @@ _MISSING = 0.5
 
 @dataclass(frozen=True)
 class Reference:
-    """What the merged checkpoint must give.
+    """What the export must give.
 
     Attributes:
         texts: prompts.
         plain: their tokens as the base's tokenizer reads them.
         ids: tokens of the probes.
-        logits: of base and adapter, (probes, tokens, vocabulary), float32.
+        logits: of the base, of base and adapter where there is one, (probes, tokens, vocabulary), float32.
         rounding: the largest change of a logit by one unit in the last place of each layer's output.
-        effect: the largest change of a logit by the adapter, steering included.
+        effect: the largest change of a logit by adapter and steering, 0 where there is neither.
         direction: from the rounded logits to those of the bare base; that its noise is not that of `logits` matters.
         length: of the adapter's change along it.
         tied: the base's head is its embedding.
@@ -80,6 +80,24 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class Loading:
+    """How the process that proves an export loads it.
+
+    Attributes:
+        what: the export in the words of an error: `the adapter and its base in one`.
+        code: the folder brings a modelling file, which may be run.
+        loras: LoRA folders that peft adds to the checkpoint, with their scales.
+    """
+
+    what: str = "the adapter and its base in one"
+    code: bool = False
+    loras: Sequence[tuple[Path, float]] = ()
+
+
+_MERGED = Loading()
+
+
+@dataclass(frozen=True)
 class Proof:
     """How far the merged checkpoint is from the adapter: `difference` in logits, `relative` to the largest logit, and
     the share of the adapter's change that is `missing`."""
@@ -93,7 +111,7 @@ class Proof:
 def reference(
     session: Session, terms: Sequence[tuple[Attribute, float]] = (), layers: Collection[int] | None = None
 ) -> Reference:
-    """Logits of the open base with its adapter, steered, on neutral texts that come with braces."""
+    """Logits of the open base with its adapter, if there is one, steered, on neutral texts that come with braces."""
     model, tokenizer = session.base.model, session.base.tokenizer
     text = (resources.files("braces_cli.assets") / "neutral_texts.txt").read_text(encoding="utf-8")
     texts = text.splitlines()[:PROBES]
@@ -105,8 +123,7 @@ def reference(
         logits = _logits(model, ids)
         with _rounded(model):
             rounded = _logits(model, ids)
-    assert session.adapter is not None
-    with session.adapter.disabled():
+    with session.adapter.disabled() if session.adapter is not None else nullcontext():
         bare = _logits(model, ids)
     head = model.get_output_embeddings()
     return Reference(
@@ -152,42 +169,61 @@ def _rounded(model: Any) -> Iterator[None]:
         yield
 
 
-def prove(folder: Path, expected: Reference) -> Proof:
+def figures(proof: Proof) -> dict[str, Any]:
+    """A proof as commands print and record it."""
+    return {
+        "max_logit_difference": proof.difference,
+        "relative_difference": proof.relative,
+        "rounding": proof.reference.rounding,
+        "adapter_effect": proof.reference.effect,
+        "effect_missing": proof.missing,
+        "probes": len(proof.reference.ids),
+    }
+
+
+def prove(folder: Path, expected: Reference, loading: Loading = _MERGED) -> Proof:
     """Hold the checkpoint in `folder` to the reference. Hold no model while calling it: it loads one.
 
     Raises:
         ModelError: plain transformers cannot load it, finds a tensor missing or one too many, reads texts otherwise, or
             its logits differ by more than rounding.
     """
-    loaded, logits = _ask(folder, expected)
+    loaded, logits = _ask(folder, expected, loading)
     for kind, names in loaded["keys"].items():
         if names:
-            raise _no_merge(folder, f"{kind.replace('_', ' ')}: {', '.join(names[:3])}")
+            raise _no_merge(folder, loading, f"{kind.replace('_', ' ')}: {', '.join(names[:3])}")
     if loaded["tied"] != expected.tied:
-        raise _no_merge(folder, "its embeddings are tied otherwise than the base's")
+        raise _no_merge(folder, loading, "its embeddings are tied otherwise than the base's")
     if loaded["ids"] != expected.plain:
-        raise _no_merge(folder, "its tokenizer reads a text otherwise than the base's")
+        raise _no_merge(folder, loading, "its tokenizer reads a text otherwise than the base's")
     difference = furthest(logits, expected.logits)
     largest = float(expected.logits.abs().max())
     # Not `difference > limit`: NaN must fail.
     if not difference <= expected.limit:
         raise _no_merge(
             folder,
+            loading,
             f"its logits differ from the adapter's by {difference:.2g}, rounding explains {expected.limit:.2g}",
         )
     missing = expected.missing(logits)
     if not missing <= _MISSING:
-        raise _no_merge(folder, f"{missing:.0%} of what the adapter changes is missing")
+        raise _no_merge(folder, loading, f"{missing:.0%} of what the adapter changes is missing")
     return Proof(difference, difference / largest, missing, expected)
 
 
-def _ask(folder: Path, expected: Reference) -> tuple[dict[str, Any], Tensor]:
+def _ask(folder: Path, expected: Reference, loading: Loading) -> tuple[dict[str, Any], Tensor]:
     """What `verification_process` says of the checkpoint, and its logits."""
     from safetensors import safe_open
 
     with tempfile.TemporaryDirectory(prefix="braces-") as work:
         request, answer = Path(work) / "request.json", Path(work) / "answer.safetensors"
-        question = {"texts": expected.texts, "ids": expected.ids, "device": expected.device}
+        question = {
+            "texts": expected.texts,
+            "ids": expected.ids,
+            "device": expected.device,
+            "code": loading.code,
+            "loras": [(str(path), scale) for path, scale in loading.loras],
+        }
         request.write_text(json.dumps(question), encoding="utf-8")
         program = Path(__file__).with_name("verification_process.py")
         # -I: neither the working directory nor PYTHONPATH is looked into for modules.
@@ -198,18 +234,16 @@ def _ask(folder: Path, expected: Reference) -> tuple[dict[str, Any], Tensor]:
             last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
             if done.returncode < 0:
                 raise BracesError(
-                    f"the process that proves the merge was ended by signal {-done.returncode}",
+                    f"the process that proves the export was ended by signal {-done.returncode}",
                     where=str(folder),
                     hint="Was there memory for the model?",
                 )
-            raise _no_merge(folder, f"plain transformers cannot load it: {last.strip()}")
+            raise _no_merge(folder, loading, f"plain transformers cannot load it: {last.strip()}")
         with safe_open(answer, framework="pt") as file:
             header = file.metadata() or {}
             logits = file.get_tensor("logits")
     return json.loads(header["probe"]), logits
 
 
-def _no_merge(folder: Path, reason: str) -> ModelError:
-    return ModelError(
-        f"not the adapter and its base in one: {reason}", where=str(folder), hint="Nothing was written or changed."
-    )
+def _no_merge(folder: Path, loading: Loading, reason: str) -> ModelError:
+    return ModelError(f"not {loading.what}: {reason}", where=str(folder), hint="Nothing was written or changed.")

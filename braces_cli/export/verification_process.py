@@ -1,8 +1,8 @@
-"""Logits of a checkpoint by plain transformers: run as a program, in a process where braces cannot be imported.
+"""Logits of a checkpoint by plain transformers, with LoRA files by peft, in a process where braces cannot be imported.
 
     python -I verification_process.py FOLDER REQUEST ANSWER
 
-REQUEST is JSON, `{texts, ids, device}`; ANSWER becomes a safetensors file of the logits of `ids`, its
+REQUEST is JSON, `{texts, ids, device, code, loras}`; ANSWER becomes a safetensors file of the logits of `ids`, its
 header saying what loading the checkpoint reported and how its tokenizer reads the texts. Nothing here imports
 braces: this is what somebody who never heard of it gets.
 """
@@ -31,7 +31,9 @@ def probe(folder: str, request: str, answer: str) -> None:
 
     with open(request, encoding="utf-8") as file:
         question = json.load(file)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", output_loading_info=True, trust_remote_code=question["code"]
+    )
     model, info = loaded
     model.eval().to(question["device"])
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -42,10 +44,29 @@ def probe(folder: str, request: str, answer: str) -> None:
         "tied": head is not None and head.weight is embedding.weight,
         "ids": [tokenizer(text)["input_ids"] for text in question["texts"]],
     }
+    if question["loras"]:
+        model = _with_loras(model, question["loras"])
     with torch.no_grad():
         batch = torch.tensor(question["ids"], device=question["device"])
         logits = model(input_ids=batch, use_cache=False).logits.float().cpu()
     save_file({"logits": logits}, answer, metadata={"probe": json.dumps(header)})
+
+
+def _with_loras(model: Any, loras: list[tuple[str, float]]) -> Any:
+    """The model with LoRA folders added by peft, each multiplied by its scale."""
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+    names = [f"lora{index}" for index in range(len(loras))]
+    wrapped: Any = PeftModel.from_pretrained(model, loras[0][0], adapter_name=names[0])
+    for name, (folder, _) in list(zip(names, loras, strict=True))[1:]:
+        wrapped.load_adapter(folder, adapter_name=name)
+    wrapped.base_model.set_adapter(names)
+    for module in wrapped.modules():
+        if isinstance(module, LoraLayer):
+            for name, (_, scale) in zip(names, loras, strict=True):
+                module.set_scale(name, scale)  # does nothing where the module has no such LoRA
+    return wrapped.eval()
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ DEFAULT_FORM = "untied"
 DEFAULT_RANK, DEFAULT_RANKS = 16, {"untied": 8}
 # Peak learning rates where none is given, by measurement (recipes/LOG.md). A step of Adam turns R by about lr sqrt(d),
 # so this product is held constant, and the rate follows from the width d.
-DEFAULT_TURN = 0.16
+DEFAULT_TURN = {"paper": 0.16, "signed": 0.32, "untied": 0.32}
 BASELINE_LR = 1e-3
 # With the contrastive loss, gates that move too fast close before they have found their direction.
 DEFAULT_GATE_LR, DEFAULT_GATE_LR_ATTRIBUTES = 0.3, 0.1
@@ -107,7 +107,8 @@ class TrainSettings(SeedSettings):
     )  # fmt: skip
     lr: float | None = option(
         None,
-        help=f"Peak learning rate. Default: {DEFAULT_TURN:g} / sqrt(width), for baselines {BASELINE_LR:g}.",
+        help=f"Peak learning rate. Default: {DEFAULT_TURN['untied']:g} / sqrt(width), for paper "
+        f"{DEFAULT_TURN['paper']:g} / sqrt(width), for baselines {BASELINE_LR:g}.",
         panel=OPTIMISATION,
     )
     gate_lr: float | None = option(
@@ -238,7 +239,7 @@ class TrainSettings(SeedSettings):
         """The same with a learning rate, where none was given: for a model of d = `width`, to three digits."""
         if self.lr is not None:
             return self
-        return replace(self, lr=float(f"{DEFAULT_TURN / math.sqrt(width):.3g}"))
+        return replace(self, lr=float(f"{DEFAULT_TURN[self.relevance] / math.sqrt(width):.3g}"))
 
     def recorded(self) -> dict[str, Any]:
         """What the method reads: the settings that explain an adapter."""

@@ -28,7 +28,8 @@ def _pass(model: Any, examples: Sequence[Encoded]) -> None:
 
 
 def token_path_shares(adapter: Adapter, examples: Sequence[Encoded]) -> list[float]:
-    """For each layer |B A h| / |FFN(h)|, the median over the tokens of `examples`, with the gate as it stands."""
+    """For each layer |B A h| / |FFN(h)|, the median over the tokens of `examples`, without any attribute."""
+    adapter.condition(None)
     recorders = [_TermRecorder(brace) for _, brace in adapter.sites]
     with adapter.disabled(), ExitStack() as stack:
         for (ffn, _), recorder in zip(adapter.sites, recorders, strict=True):

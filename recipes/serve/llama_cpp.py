@@ -85,15 +85,14 @@ def ends(session: Any) -> list[int]:
 
 
 @contextmanager
-def served(args: argparse.Namespace, gguf: Path, vector: Path | None = None) -> Iterator[str]:
-    """The address of a llama-server that serves `gguf`."""
+def served(args: argparse.Namespace, gguf: Path, extra: Sequence[object] = ()) -> Iterator[str]:
+    """The address of a llama-server that serves `gguf`, started with further options `extra`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     server = args.server or args.llama_cpp / "build" / "bin" / "llama-server"
     call = [server, "-m", gguf, "--host", "127.0.0.1", "--port", port, "-t", args.threads, "-np", 1]
-    call += ["-ctk", "f32", "-ctv", "f32", "-fa", "off", "--no-ui"]
-    call += [] if vector is None else ["--control-vector", vector]
+    call += ["-ctk", "f32", "-ctv", "f32", "-fa", "off", "--no-ui", *extra]
     process = subprocess.Popen(list(map(str, call)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
     try:
@@ -125,10 +124,14 @@ def theirs(address: str, prompts: Sequence[list[int]], tokens: int, stops: Seque
     found = []
     for ids in prompts:
         body = {"prompt": ids, "n_predict": tokens, "temperature": 0, "return_tokens": True, "cache_prompt": False}
-        new = ask(address, "completion", body)["tokens"]
-        place = next((index + 1 for index, token in enumerate(new) if token in stops), len(new))
-        found.append(new[:place])
+        found.append(cut_behind(ask(address, "completion", body)["tokens"], stops))
     return found
+
+
+def cut_behind(ids: list[int], stops: Sequence[int]) -> list[int]:
+    """The tokens up to the first end token, that one included."""
+    place = next((index + 1 for index, token in enumerate(ids) if token in stops), len(ids))
+    return ids[:place]
 
 
 def agreement(ours: Sequence[list[int]], theirs: Sequence[list[int]], stops: Sequence[int]) -> dict[str, Any]:
@@ -172,8 +175,8 @@ def main() -> None:
         result["merged"]["prompts_tokenised_alike"] = sum(a == b for a, b in zip(read, prompts, strict=True))
         if args.attribute:
             words = ["--attribute", args.attribute, "--s", args.s, "--layers", "1-", "--dtype", "float32"]
-            braces("steer", *which, *words, "--device", "cpu", "--export-control-vector", vector)
-            with served(args, gguf, vector) as address:
+            braces("export", "control-vector", *which, *words, "--device", "cpu", "--output", vector)
+            with served(args, gguf, ["--control-vector", vector]) as address:
                 there = theirs(address, prompts, args.tokens, stops)
             steered = ours(args, prompts, args.attribute)
             result["control_vector"] = agreement(steered, there, stops)

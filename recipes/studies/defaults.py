@@ -1,7 +1,7 @@
-"""Which scale and rates reach the lowest held-out loss at equal steps?
+"""Which settings and rates reach the lowest held-out loss at equal steps?
 
 Run     python recipes/studies/defaults.py --model M --data train.jsonl --eval-data dev.jsonl --out runs.jsonl \\
-            --grid scale=paper,auto --grid gate_lr=0.1 --steps 150 --seeds 0,1,2
+            --grid relevance=paper,untied --grid gate_lr=0.1 --steps 150 --seeds 0,1,2
 Needs   a causal LM that a CPU can train, and rows as `braces train` takes them; one run per point and seed
 Shows   one JSON line a run in --out, which a second call continues, and a table of all its points, best first
 """

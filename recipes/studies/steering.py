@@ -18,7 +18,7 @@ Methods, all from the two built-in word lists `positive` and `negative`:
                      one coefficient for all layers but the first, added to the layers' outputs. As of every PCA their
                      mean, which is what sets the ends apart, is first taken off
     pca_center       the same with the mean left on, which is what repeng's method of this name comes to
-    vector:FILE.gguf a control vector of a file that `repeng_train.py` or `braces steer --export-control-vector` wrote,
+    vector:FILE.gguf a control vector of a file that `repeng_train.py` or `braces export control-vector` wrote,
                      times s: its `direction.N` is added to the output of layer N, the first being 0, as repeng and
                      llama.cpp do
     difference       difference of the mean outputs over the same pairs, at the same places; in the first half of the

@@ -33,12 +33,16 @@ from braces_cli.core.session import Session
 from braces_cli.data.examples import Examples
 from braces_cli.evaluation.tasks.popqa import contained, possible_answers
 from braces_cli.scoring.likelihood import Likelihood, likelihoods
-from braces_cli.training.settings import TrainSettings
+from braces_cli.training.settings import RunSettings
 from braces_cli.training.train import count_parameters
 
 BUDGETS = {"1/16": 1 / 16, "1/4": 1 / 4, "1": 1.0}
 # Rates tried. Of a form: the rate of the projections times sqrt(width), and that of the gates; of LoRA: peak rates.
-FORM_RATES = [(0.08, 0.3), (0.16, 0.3), (0.32, 0.3), (0.16, 0.1)]
+FORM_RATES = {
+    "paper": [(0.08, 0.3), (0.16, 0.3), (0.32, 0.3), (0.16, 0.1)],
+    "signed": [(0.16, 0.1), (0.32, 0.1), (0.64, 0.1), (0.32, 0.3)],
+    "untied": [(0.16, 0.1), (0.32, 0.1), (0.64, 0.1), (0.32, 0.3)],
+}
 LORA_RATES = [1e-3, 3e-3, 1e-2, 2e-2]
 # In the order in which they are run: what answers the first question comes first.
 SYSTEMS: dict[str, dict[str, Any]] = {
@@ -69,7 +73,7 @@ def main() -> None:
     tokenizer, shape = load_tokenizer(args.model), load_shape(args.model)
     sets = Rows(args, tokenizer)
     length = {"epochs": args.epochs} if args.epochs else {"max_steps": args.steps}
-    base = TrainSettings(batch_size=16, max_length=args.max_length, **length)
+    base = RunSettings(batch_size=16, max_length=args.max_length, **length)
     budget = count_parameters(shape, replace(base, method="lora", rank=16))["trainable_parameters"]
     seeds = [int(seed) for seed in args.seeds.split(",")]
     for system in args.systems.split(",") if args.systems else SYSTEMS:
@@ -77,7 +81,7 @@ def main() -> None:
         if "rank" not in SYSTEMS[system]:
             settings = replace(settings, rank=largest_rank(shape, settings, budget * budget_of(system)))
 
-        def run(rates: dict[str, float], seed: int, system: str = system, settings: TrainSettings = settings) -> Any:
+        def run(rates: dict[str, float], seed: int, system: str = system, settings: RunSettings = settings) -> Any:
             made = replace(settings, **rates, seed=seed)
             identity = {"task": args.task, "system": system, **rates, "seed": seed}
             return runs.get(identity, lambda: measure(args.model, sets, made))
@@ -133,22 +137,22 @@ class Rows:
         self.sign = -1 if self.questions else 1
 
 
-def rates_of(settings: TrainSettings, shape: Any) -> list[dict[str, float]]:
+def rates_of(settings: RunSettings, shape: Any) -> list[dict[str, float]]:
     """The settings of rates that a system is tried with."""
     if settings.method != "braces":
         return [{"lr": rate} for rate in LORA_RATES]
     root = math.sqrt(shape.config.hidden_size)
-    return [{"lr": float(f"{turn / root:.3g}"), "gate_lr": gate} for turn, gate in FORM_RATES]
+    return [{"lr": float(f"{turn / root:.3g}"), "gate_lr": gate} for turn, gate in FORM_RATES[settings.relevance]]
 
 
-def largest_rank(shape: Any, settings: TrainSettings, budget: float) -> int:
+def largest_rank(shape: Any, settings: RunSettings, budget: float) -> int:
     """The largest rank whose parameters fit the budget; at least 1."""
     each = [count_parameters(shape, replace(settings, rank=rank))["trainable_parameters"] for rank in (1, 2)]
     slope = each[1] - each[0]
     return max(1, int((budget - (each[0] - slope)) // slope))
 
 
-def measure(model: str, rows: Rows, settings: TrainSettings) -> dict[str, Any]:
+def measure(model: str, rows: Rows, settings: RunSettings) -> dict[str, Any]:
     session, result = train(model, rows.training, None, settings)
     validation, test = answers(session, rows.questions) if rows.questions else losses(session, rows.held_out)
     return {

@@ -16,7 +16,9 @@ def test_summary_of_an_adapter_needs_no_weights(braces, adapter_dir, model_dir, 
     assert found["parameters"] == 2 * (4 * 32 + 1)
     assert [layer["layer"] for layer in found["layers"]] == [0, 1]
     for layer in found["layers"]:
-        assert set(layer) == {"layer", "value_vectors", "hidden_size", "gate", "scale", "projection_error"}
+        assert set(layer) == {
+            "layer", "value_vectors", "hidden_size", "gate", "coefficients", "scale", "projection_error",
+        }  # fmt: skip
         assert (layer["value_vectors"], layer["hidden_size"]) == (52, 32)
         assert 0 < layer["gate"] < 1
         assert layer["projection_error"] < 1e-5

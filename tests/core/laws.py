@@ -29,11 +29,9 @@ from braces_cli.core.models.ffn import FFN, find_ffns, layer_stack
 from braces_cli.core.models.fingerprint import fingerprint
 from braces_cli.core.models.moe import Experts, MixtureFFN
 from braces_cli.core.utils.errors import ModelError
-from braces_cli.export.checkpoint_writer import new_neurons, write_checkpoint
-from braces_cli.export.ffn_form import observed_form
-from braces_cli.export.planner import plain_ffns, plan
 from tests.conftest import open_gates
 from tests.core.architectures import MAPPING, NEURONS, VARIANTS, VOCABULARY, WIDTH, model_type, tiny
+from tests.export.architecture_columns import export_columns
 
 TABLE = Path(__file__).resolve().parents[2] / "recipes" / "docs" / "ARCHITECTURES.md"
 TOKENS = torch.randint(3, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -106,11 +104,13 @@ class Outcome:
     form: str = ""
     value: str = ""
     merge: str = ""
+    slots: str = ""
+    code: str = ""
     reason: str = ""
 
     def row(self) -> str:
         kind = MAPPING[model_type(self.name)]
-        cells = (self.name, kind, self.status, self.form, self.value, self.merge, self.reason)
+        cells = (self.name, kind, self.status, self.form, self.value, self.merge, self.slots, self.code, self.reason)
         return "| " + " | ".join(cells) + " |"
 
 
@@ -248,36 +248,6 @@ def live(name: str, model: Any, folder: Path) -> None:
     assert torch.equal(logits_of(model), base)
 
 
-def merged(name: str, model: Any, folder: Path) -> str:
-    """How an adapter merges into a type, `a`, `b` or `c` of `export.planner`, or why not.
-
-    Raises:
-        AssertionError: the merged checkpoint gives other logits than the adapter.
-    """
-    ffns = find_ffns(model)
-    try:
-        plain = plain_ffns(model, ffns)
-        shape = observed_form(model, plain, TOKENS)
-        try:
-            made, steered = plan(model, ffns, shape, 4, 64, True), True
-        except ModelError:
-            made, steered = plan(model, ffns, shape, 4, 64, False), False
-    except ModelError as error:
-        return "no: " + error.message.partition("cannot be merged: ")[2]
-    adapter = carry(model, ffns)
-    for _, brace in adapter.sites:
-        brace.requires_grad_(False)
-        brace.shift = torch.tensor([1.0, -2.0, 0.5, 3.0]) if steered else None
-    wanted = logits_of(model)
-    neurons = new_neurons(adapter, made)
-    adapter.detach()
-    write_checkpoint(folder, model, made, neurons, [ffn.layer for ffn in plain])
-    kind = type(model) if made.architecture == type(model).__name__ else getattr(transformers, made.architecture)
-    found = relative(logits_of(kind.from_pretrained(folder).eval()), wanted)
-    assert found < (1e-4 if name in NOISY else 1e-5), f"merged, it differs from the adapter by {found:.1e}"
-    return made.case if steered else f"{made.case}, without steering"
-
-
 def form(model: Any, ffns: Sequence[FFN | MixtureFFN]) -> tuple[str, str]:
     """What the FFNs look like, in words, and what their value projections are called inside a layer."""
     stack = layer_stack(model)[1]
@@ -348,8 +318,9 @@ def prove(name: str, folder: Path) -> Outcome:
     live(name, model, folder)
     caches = {name: reason for name, (_, reason) in CACHES.items()}
     notes = [table[name] for table in (NOTES, TRAINING, SINGLE, NOISY, caches) if name in table]
-    merging = merged(name, model, folder / "merged")
-    return Outcome(name, EXACT, *form(model, find_ffns(model)), merging, "; ".join(notes))
+    tolerance = 1e-4 if name in NOISY else 1e-5
+    columns = export_columns(model, lambda: carry(model, find_ffns(model)), logits_of, folder, tolerance)
+    return Outcome(name, EXACT, *form(model, find_ffns(model)), *columns, "; ".join(notes))
 
 
 def counts(outcomes: Sequence[Outcome]) -> str:
@@ -375,10 +346,15 @@ def table(outcomes: Sequence[Outcome]) -> str:
         "Llama; *c*: its FFN has no gate and may be wider; else why `braces merge` refuses it. Types are taken as",
         "their default config describes them: another model of a type, without sliding windows say, may be merged.",
         "",
+        "*Slots*: a base with empty neurons has its own logits, and those of the adapter with an attribute at strength",
+        "2 when these are added as LoRA files (`braces export slots`, `lora`). *Code*: so has a checkpoint with a",
+        "modelling file (`braces export code`), *by hooks* where the FFN is no module that it can subclass. Both",
+        "within 1e-5.",
+        "",
         "Written by the test that proves it, `python -m tests.core.laws --write`; do not edit.",
         "",
-        "| Type | Class | Status | FFN | Value projection | Merge | Reason, notes |",
-        "|---|---|---|---|---|---|---|",
+        "| Type | Class | Status | FFN | Value projection | Merge | Slots | Code | Reason, notes |",
+        "|---|---|---|---|---|---|---|---|---|",
         *(outcome.row() for outcome in sorted(outcomes, key=lambda outcome: outcome.name)),
     ]
     return "\n".join(lines) + "\n"

@@ -21,7 +21,12 @@ def rows() -> dict[str, str]:
     return {line.split("|")[1].strip(): line for line in lines if line.startswith("| ") and "| Type |" not in line}
 
 
-@pytest.mark.parametrize("name", [*MAPPING, *VARIANTS])
+# One of each kind of feed-forward layer; the others are slow by their number.
+QUICK = {"llama", "gemma3_text", "gpt2", "bloom", "opt", "phi3", "mixtral", "gpt_oss", "xlstm", "mamba"}
+TYPES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in (*MAPPING, *VARIANTS)]
+
+
+@pytest.mark.parametrize("name", TYPES)
 def test_every_model_type_is_what_the_table_says(name: str, tmp_path: Path) -> None:
     """Attach, equal the reference, generate, save, load, detach; or be refused for the reason given."""
     outcome = prove(name, tmp_path)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 ROWS = ROOT / "braces_cli" / "assets" / "embedded_tasks" / "qa_train.jsonl"
 

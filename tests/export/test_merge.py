@@ -22,11 +22,12 @@ from braces_cli.core.session import open_session
 from braces_cli.core.utils.errors import ConfigError, ModelError
 from braces_cli.export.checkpoint_writer import new_neurons, write_checkpoint
 from braces_cli.export.ffn_form import constant_gate, is_half_linear, observed_form
-from braces_cli.export.merge import Request, merge
+from braces_cli.export.merge import merge
 from braces_cli.export.plan import Plan
 from braces_cli.export.planner import plain_ffns, plan
+from braces_cli.export.request import Request
 from braces_cli.export.verification import reference
-from tests.conftest import GATED, open_gates, tiny_model, tiny_tokenizer
+from tests.conftest import GATED, make_adapter, open_gates, tiny_model, tiny_tokenizer
 from tests.core.architectures import tiny
 from tests.core.laws import relative
 
@@ -153,7 +154,7 @@ def test_what_cannot_be_exact_is_refused_with_the_reason(case: str) -> None:
     with pytest.raises(ModelError, match="cannot be merged") as caught:
         planned(model)
     assert words in caught.value.message
-    assert "--export-control-vector" in str(caught.value.hint)
+    assert "braces export code" in str(caught.value.hint)
 
 
 def test_positions_far_apart_tell_a_llama_from_what_only_looks_like_one() -> None:
@@ -263,6 +264,22 @@ def test_an_adapter_of_another_base_is_refused(request_: Request, tmp_path: Path
     with pytest.raises(ModelError, match="another base"):
         merge(Request(str(other), request_.adapter, request_.options), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_tokenizers_class_is_named_where_the_type_of_the_model_chose_it(tmp_path: Path) -> None:
+    """A Qwen2 whose tokenizer file names no class is written as a Llama, and read as before."""
+    import json
+
+    tiny_model("qwen2", vocab_size=120, max_position_embeddings=128).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().backend_tokenizer.model.save(str(tmp_path / "base"))  # vocab.json and merges.txt, nothing else
+    session = open_session(str(tmp_path / "base"), None, LoadOptions(device="cpu"))
+    kind = type(session.base.tokenizer).__name__
+    assert kind == "Qwen2Tokenizer"
+    adapter = find_adapter(str(make_adapter(session, tmp_path / "adapter")))
+    found = merge(Request(None, adapter, LoadOptions(device="cpu")), tmp_path / "out")
+    assert found["architecture"] == "LlamaForCausalLM"
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == kind
 
 
 def test_a_full_disk_leaves_nothing(model_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:

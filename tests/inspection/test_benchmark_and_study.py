@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 RECIPES = Path(__file__).parents[2] / "recipes"
 # This checkout's package, even where another one is installed.
 ENV = os.environ | {"PYTHONPATH": str(RECIPES.parent)}

@@ -47,7 +47,12 @@ def test_relevance_of_an_attribute_is_the_formula_of_the_paper(session, adapter_
     attribute = find_attribute(session, "positive", None)
     everything = []
     for row, (ffn, brace) in enumerate(session.adapter.sites):
-        expected = relevance_ref(attribute.state[row], ffn.value_matrix(), brace.materialise())
+        expected = (
+            relevance_ref(
+                attribute.state[row], ffn.value_matrix(), "paper", dict(brace.named_parameters(recurse=False))
+            )
+            / brace.g.detach()
+        )
         assert torch.allclose(attribute_relevance(session, attribute, ffn), expected, rtol=1e-4, atol=1e-6)
         everything += [(float(score), ffn.layer, index) for index, score in enumerate(expected)]
     best = sorted(everything, reverse=True)[:4]

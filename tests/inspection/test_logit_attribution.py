@@ -108,7 +108,12 @@ def test_a_sub_update_is_written_out():
         ffn, brace = session.adapter.sites[row["layer"]]
         position = row["position"]
         values = ffn.value_matrix().detach()
-        r = relevance_ref(run.inputs[row["layer"]][position], values, brace.materialise())
+        r = (
+            relevance_ref(
+                run.inputs[row["layer"]][position], values, "paper", dict(brace.named_parameters(recurse=False))
+            )
+            / brace.g.detach()
+        )
         w = run.weights[row["layer"]][position]
         effect = (w + brace.g.detach() * r) * (u[position] @ values)
         best = effect.abs().topk(3).indices.tolist()

@@ -63,7 +63,7 @@ def test_everything_is_on_it(session, data):
     from braces_cli.core.attributes.attribute import find_attribute
 
     p = find_attribute(session, data["attributes"][0]["name"], None).state[1]
-    share = float((next(iter(brace.materialise().values())) @ p).norm() / p.norm())
+    share = float((brace.query_projection() @ p).norm() / p.norm())
     assert data["attributes"][0]["layers"][1]["alignment"] == pytest.approx(share, rel=1e-4)
     sizes = [row["strength"] for row in data["amplified"]]
     assert sizes == sorted(sizes, reverse=True)
@@ -77,7 +77,7 @@ def test_everything_is_on_it(session, data):
     handle.remove()
     from braces_cli.core.method.reference import relevance_ref
 
-    parameters = {"weight": next(iter(brace.materialise().values())), "gate": brace.gate}
+    parameters = {"weight": brace.weight, "gate": brace.gate}
     r = relevance_ref(seen[0], ffn.value_matrix(), "paper", parameters)[:, first["index"]]
     norm = ffn.value_matrix()[:, first["index"]].norm()
     assert first["strength"] == pytest.approx(float(r.abs().mean() * norm), rel=1e-3)

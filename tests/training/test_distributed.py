@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 from tests.training.workers import cli, launch
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PROFILES = ROOT / "recipes" / "launch"
 

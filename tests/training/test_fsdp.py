@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -17,6 +18,8 @@ from braces_cli.training.checkpointing.training_state import capture, restore_op
 from tests.conftest import open_gates, tiny_model
 from tests.core.method.test_reference import relative
 from tests.training.workers import cli, launch
+
+pytestmark = pytest.mark.slow
 
 RANK = 4
 DTYPES = (torch.float32, torch.bfloat16)

@@ -126,7 +126,7 @@ CONTRADICTIONS = [
     ("braces", ["--lora-targets", "q_proj"], "--lora-targets"),
     ("lora", ["--lora-alpha", "0"], "--lora-alpha"),
     ("lorra", [], "no method `lorra`"),
-    ("braces", ["--scale", "best"], "no scale `best`"),
+    ("braces", ["--relevance", "best"], "no relevance `best`"),
 ]
 
 
@@ -149,7 +149,7 @@ def test_one_recipe_serves_every_method(braces, model_dir, tmp_path):
     for method in ("braces", "lora"):
         args = ("train", "--model", model_dir, "--config", recipe, "--method", method, "--dry-run", "--format", "json")
         rates.append(braces(*args).json["settings"]["lr"])
-    assert rates == [0.0283, 1e-3]  # of width 32
+    assert rates == [0.0566, 1e-3]  # of width 32
     recipe.write_text("attribute_field: mood\n")
     assert braces("train", "--model", model_dir, "--config", recipe, "--method", "lora", "--dry-run").code == 2
 

@@ -26,10 +26,12 @@ def test_what_identifies_a_run():
 def test_defaults_that_depend_on_other_settings():
     """Rates follow attributes, method and width; what is given stays."""
     plain, conditioned = TrainSettings(), TrainSettings(attribute_field="mood")
-    assert (plain.gate_lr, plain.contrast, plain.margin) == (0.3, 0.0, None)
+    assert (plain.gate_lr, plain.rank, plain.contrast, plain.margin) == (0.1, 8, 0.0, None)
     assert (conditioned.gate_lr, conditioned.contrast, conditioned.margin) == (0.1, 0.1, 6.0)
-    assert (plain.lr, plain.at_width(64).lr, TrainSettings(lr=0.5).at_width(64).lr) == (None, 0.02, 0.5)
-    assert TrainSettings(method="lora").lr == 1e-3
+    assert (plain.lr, plain.at_width(64).lr, TrainSettings(lr=0.5).at_width(64).lr) == (None, 0.04, 0.5)
+    paper, steered = TrainSettings(relevance="paper"), TrainSettings(relevance="paper", attribute_field="mood")
+    assert (paper.gate_lr, paper.rank, steered.gate_lr, paper.at_width(64).lr) == (0.3, 16, 0.1, 0.02)
+    assert (TrainSettings(method="lora").lr, TrainSettings(method="lora").rank) == (1e-3, 16)
 
 
 def test_columns_name_attribute_and_strength():

@@ -53,7 +53,7 @@ def test_metrics_curve_and_card(train, tmp_path, rows):
                 "step", "epoch", "loss", "lr", "gate_lr", "grad_norm", "tokens", "tokens_per_second",
             }  # fmt: skip
     # The rates of the step itself: half of step 3's would be another one.
-    assert [row["lr"] for row in found if "lr" in row] == pytest.approx([0.0283 * n / 20 for n in (1, 3, 5)])
+    assert [row["lr"] for row in found if "lr" in row] == pytest.approx([0.0566 * n / 20 for n in (1, 3, 5)])
     assert [row["gate_lr"] for row in found if "lr" in row] == pytest.approx([0.1 * n / 20 for n in (1, 3, 5)])
     assert found[-1]["tokens"] == outcome.json["tokens"]
     mean = sum(row["loss"] for row in found if "loss" in row) / 3

@@ -128,8 +128,8 @@ def load_base(name: str, options: LoadOptions | None = None) -> Base:
     if device_map is None:
         model.to(place)
     model.eval()
-    commit = getattr(model.config, "_commit_hash", None) or options.revision
-    return Base(model, tokenizer, stored_name(where), commit, checkpoint_folder(where, commit))
+    folder = checkpoint_folder(where, options.revision)
+    return Base(model, tokenizer, stored_name(where), commit_of(where, options.revision, folder), folder)
 
 
 def _check_filled(info: dict[str, Any], where: str) -> None:
@@ -208,6 +208,12 @@ def _folder_or_id(name: str) -> str:
     if not name or name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
         raise ModelError("no such model folder", where=name or "--model", hint="Give a folder or a hub id.")
     return name
+
+
+def commit_of(where: str, revision: str | None, folder: Path | None) -> str | None:
+    """The commit that a model of the hub came from, which names its folder in the cache; else `revision` as given."""
+    on_hub = folder is not None and folder != Path(resolve(where))
+    return folder.name if on_hub and folder is not None else revision
 
 
 def checkpoint_folder(where: str, revision: str | None) -> Path | None:

@@ -1,0 +1,194 @@
+"""`braces export`: base + adapter -> what other programs serve: slots and LoRA files, code, control vectors."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from braces_cli.cli.command import command
+from braces_cli.cli.console import print_json, print_pairs, progress
+from braces_cli.cli.options import AdapterSettings, AttributeSettings, ModelSettings, OutputSettings
+from braces_cli.core.utils.errors import ConfigError, ModelError
+from braces_cli.core.utils.settings import ATTRIBUTES, OUTPUT, Settings, option
+
+app = typer.Typer(help="Export adapters and attributes for other programs to serve.", no_args_is_help=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderSettings(Settings):
+    """Where an export goes."""
+
+    output_dir: Path | None = option(None, help="Folder to write.")
+    overwrite: bool = option(False, help="Replace an output that is there already.", panel=OUTPUT)
+
+    @property
+    def folder(self) -> Path:
+        """The output folder.
+
+        Raises:
+            ConfigError: none was given.
+        """
+        return _needed(self.output_dir, "--output-dir", "Name the folder to write.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayersSettings(Settings):
+    """Which layers are steered."""
+
+    layers: str | None = option(
+        None, help="Layers that are steered, such as 8-20,24 or 1- (inclusive, from 0).", panel=ATTRIBUTES
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotsSettings(ModelSettings, OutputSettings, FolderSettings):
+    """Settings of `braces export slots`."""
+
+    slots: int = option(
+        64, help="Empty neurons a layer, at least: one for attributes, the others for ranks of adapters.", min=2
+    )
+    pad_to_multiple_of: int = option(
+        64,
+        help="Round the width of the FFN up to a multiple of this; 256 for llama.cpp's K-quants.",
+        min=1,
+        panel=OUTPUT,
+    )
+
+
+@command
+def slots(settings: SlotsSettings) -> None:
+    """Write the base with empty neurons, which LoRA files of `braces export lora` fill; logits stay as they are."""
+    from braces_cli.export.request import Request
+    from braces_cli.export.slots import describe_slots, write_slots
+
+    request = Request(settings.model, None, settings.load_options, pad_to_multiple_of=settings.pad_to_multiple_of)
+    if settings.dry_run:
+        _print_plan(settings, lambda: describe_slots(request, settings.slots))
+        return
+    with progress(settings.quiet) as report:
+        result = write_slots(request, settings.slots, settings.folder, settings.overwrite, report)
+    _show(settings, "exported", result)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings(AdapterSettings, AttributeSettings, LayersSettings, OutputSettings, FolderSettings):
+    """Settings of `braces export lora`."""
+
+    slots: Path | None = option(None, help="Folder that braces export slots wrote for the adapter's base.")
+    gguf: Path | None = option(None, help="Also write the LoRA to this GGUF file, for llama.cpp.")
+    combine: bool = option(
+        False, help="Adapter and attributes in one LoRA at fixed strengths, for servers that apply one to a request."
+    )
+    first_slot: int = option(
+        0, help="Ranks to leave free before this adapter's, for other adapters active at once.", min=0, panel=OUTPUT
+    )
+
+
+@command
+def lora(settings: LoraSettings) -> None:
+    """Write an adapter, or with --attribute an attribute, as a plain LoRA for a base with slots."""
+    from braces_cli.export.lora_files import LoraRequest, describe_lora, write_lora
+
+    slots_folder = _needed(settings.slots, "--slots", "Name the folder that braces export slots wrote.")
+    wanted = LoraRequest(_request(settings), slots_folder, settings.combine, settings.first_slot)
+    if settings.dry_run:
+        _print_plan(settings, lambda: describe_lora(wanted))
+        return
+    with progress(settings.quiet) as report:
+        result = write_lora(wanted, settings.folder, settings.gguf, settings.overwrite, report)
+    _show(settings, "exported", result)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeSettings(AdapterSettings, AttributeSettings, LayersSettings, OutputSettings, FolderSettings):
+    """Settings of `braces export code`."""
+
+
+@command
+def code(settings: CodeSettings) -> None:
+    """Write base and adapter as a checkpoint with a modelling file, for bases that cannot be merged."""
+    if settings.dry_run:
+        _print_plan(settings)
+        return
+    from braces_cli.export.code_checkpoint import write_code
+
+    with progress(settings.quiet) as report:
+        result = write_code(_request(settings), settings.folder, settings.overwrite, report)
+    _show(settings, "exported", result)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorSettings(AdapterSettings, AttributeSettings, LayersSettings, OutputSettings):
+    """Settings of `braces export control-vector`."""
+
+    output: Path | None = option(None, help="GGUF file to write.")
+    overwrite: bool = option(False, help="Replace the file if it is there.", panel=OUTPUT)
+
+
+@command
+def control_vector(settings: VectorSettings) -> None:
+    """Write the steering of attributes as a GGUF control vector, which repeng and llama.cpp read."""
+    if settings.dry_run:
+        _print_plan(settings)
+        return
+    from braces_cli.export.control_vector import check_export, export_control_vector
+    from braces_cli.export.request import steering
+
+    path = _needed(settings.output, "--output", "Name the GGUF file to write.")
+    check_export(path, settings.overwrite)
+    from braces_cli.core.session import open_session
+
+    request = _request(settings)
+    session = open_session(request.model, request.adapter, request.options)
+    session.remove_adapter()
+    terms, layers = steering(session, request)
+    if request.adapter is not None:
+        session.add_adapter(request.adapter)
+    found = export_control_vector(session, terms, layers, path)
+    _show(settings, "exported", {**found, "attributes": request.attributes})
+
+
+for _name, _command in (("slots", slots), ("lora", lora), ("code", code), ("control-vector", control_vector)):
+    app.command(_name)(_command)
+
+
+def _needed(path: Path | None, flag: str, hint: str) -> Path:
+    if path is None:
+        raise ConfigError("missing option", where=flag, hint=hint)
+    return path
+
+
+def _print_plan(settings: OutputSettings, describe: Callable[[], dict[str, Any]] = dict) -> None:
+    """Print the settings and what would be written, or why that cannot be said."""
+    try:
+        found = describe()
+    except ModelError as error:
+        found = {"trainable_parameters": None, "reason": str(error)}
+    print_json({"settings": settings.resolved(), **found})
+
+
+def _request(settings: Any) -> Any:
+    from braces_cli.core.session import resolve_adapter
+    from braces_cli.export.request import Request
+
+    folder = settings.attributes
+    if folder is not None and not folder.is_dir():
+        raise ConfigError("no such folder", where=str(folder), hint="Give the folder that attr-build wrote.")
+    return Request(
+        model=settings.model,
+        adapter=resolve_adapter(settings.adapter),
+        options=settings.load_options,
+        attributes=settings.strengths,
+        attributes_dir=folder,
+        layers=settings.layers,
+    )
+
+
+def _show(settings: OutputSettings, title: str, result: dict[str, Any]) -> None:
+    if settings.json:
+        print_json(result)
+        return
+    shown = ", ".join(f"{name} {s:+g}" for name, s in result.get("attributes", {}).items()) or None
+    print_pairs(title, {**result, "attributes": shown})

@@ -1,0 +1,54 @@
+"""Ask a vLLM or SGLang server for the same prompt from its base and from each LoRA. NOT RUN: we had neither server.
+
+Both apply one LoRA to a request, at the scale in its file, so adapter and attribute go into one LoRA for each strength:
+
+    braces export slots --model M --output-dir slots
+    braces export lora --slots slots --adapter A --output-dir plain
+    braces export lora --slots slots --adapter A --attribute positive --s 3 --combine --output-dir up
+    braces export lora --slots slots --adapter A --attribute positive --s -2 --combine --output-dir down
+
+vLLM (rank 16 and one attribute are rank 17, and vLLM accepts 32 next):
+
+    vllm serve slots --enable-lora --max-loras 3 --max-lora-rank 32 --lora-modules plain=plain up=up down=down
+    python recipes/serve/openai_client.py --address http://127.0.0.1:8000 --prompt "The film was" slots plain up down
+
+SGLang: its own Llama has no biases in the feed-forward layers, which slots need, so its transformers backend is asked
+for; whether LoRA works there depends on the version. Names of LoRA files stand behind the base's, after a colon:
+
+    python -m sglang.launch_server --model-path slots --model-impl transformers --enable-lora \
+        --lora-paths plain=plain up=up down=down --max-loras-per-batch 3 --port 8000
+    python recipes/serve/openai_client.py --prompt "The film was" slots slots:plain slots:up slots:down
+
+A checkpoint with its modelling file (`braces export code`) needs no LoRA; vLLM's transformers backend loads it:
+
+    vllm serve code --trust-remote-code --model-impl transformers
+    python recipes/serve/openai_client.py --prompt "The film was" code
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import urllib.request
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", help="names that the server knows: the base and its LoRA files")
+    parser.add_argument("--address", default="http://127.0.0.1:8000")
+    parser.add_argument("--prompt", action="append", required=True, help="repeatable")
+    parser.add_argument("--tokens", type=int, default=40)
+    args = parser.parse_args()
+    for prompt in args.prompt:
+        for model in args.models:
+            body = {"model": model, "prompt": prompt, "max_tokens": args.tokens, "temperature": 0}
+            request = urllib.request.Request(
+                f"{args.address}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            )
+            with urllib.request.urlopen(request, timeout=600) as reply:
+                text = json.load(reply)["choices"][0]["text"]
+            print(json.dumps({"model": model, "text": prompt + text}, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Private names of dependencies that the package reads: red on the day that one of them disappears.
+
+Who changes this list changes the ranges in pyproject.toml, too. Those of lm-eval are held in tests/evaluation, those of
+typer in tests/cli.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from accelerate import cpu_offload
+from torch import nn
+
+from tests.conftest import tiny_model
+
+PACKAGE = Path(__file__).parents[2] / "braces_cli"
+# A private attribute of something that is not `self` or `cls`, or a private module.
+PRIVATE = re.compile(r"(?<![\w.])(?!self\b|cls\b|super\b)\w+(?:\.\w+)*\._([a-z]\w*)|getattr\(\S+, \"_([a-z]\w*)\"")
+KNOWN = {
+    "_attn_implementation",  # transformers: configs
+    "_hf_hook",  # accelerate: where a weight is kept
+    "_version", "_modules", "_nn", "_python_dispatch", "_pytree",  # torch
+    "_functions",  # bitsandbytes, in a comment's words
+    "_cached",  # ours
+}  # fmt: skip
+
+
+def test_no_other_private_name_is_read() -> None:
+    """Each one is a bet on the inside of somebody else's library."""
+    names = set()
+    for path in PACKAGE.rglob("*.py"):
+        for match in PRIVATE.finditer(path.read_text(encoding="utf-8")):
+            names.add("_" + (match[1] or match[2]))
+    assert names <= KNOWN
+    assert {"_version", "_attn_implementation"} <= names  # or the search sees nothing
+
+
+def test_transformers_configs_have_it() -> None:
+    """The attention that is in use."""
+    model = tiny_model("llama")
+    assert model.config._attn_implementation in ("sdpa", "eager")
+    model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager"
+
+
+def test_accelerate_hooks_have_them() -> None:
+    """Where a weight is kept on the CPU or on disk, and where it runs."""
+    model = tiny_model("llama")
+    cpu_offload(model, torch.device("cpu"))
+    hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
+    assert any(getattr(hook, "offload", False) for hook in hooks)
+
+
+def test_torch_has_them() -> None:
+    """Version counters, children, and the classes of tensors that wrap others."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    tensor = torch.zeros(1)
+    before = tensor._version
+    tensor.add_(1)
+    assert tensor._version == before + 1
+    assert list(nn.Sequential(nn.Identity())._modules) == ["0"]
+    assert callable(torch._C._nn.gelu)
+    assert not is_traceable_wrapper_subclass(tensor)
