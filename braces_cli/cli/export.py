@@ -21,7 +21,7 @@ class FolderSettings(Settings):
     """Where an export goes."""
 
     output_dir: Path | None = option(None, help="Folder to write.")
-    overwrite: bool = option(False, help="Replace an output that is there already.", panel=OUTPUT)
+    overwrite: bool = option(False, help="Replace an output that exists.", panel=OUTPUT)
 
     @property
     def folder(self) -> Path:
@@ -47,7 +47,9 @@ class SlotsSettings(ModelSettings, OutputSettings, FolderSettings):
     """Settings of `braces export slots`."""
 
     slots: int = option(
-        64, help="Empty neurons a layer, at least: one for attributes, the others for ranks of adapters.", min=2
+        64,
+        help="Minimum number of empty neurons per layer: one for attributes, the others for ranks of adapters.",
+        min=2,
     )
     pad_to_multiple_of: int = option(
         64,
@@ -79,7 +81,8 @@ class LoraSettings(AdapterSettings, AttributeSettings, LayersSettings, OutputSet
     slots: Path | None = option(None, help="Folder that braces export slots wrote for the adapter's base.")
     gguf: Path | None = option(None, help="Also write the LoRA to this GGUF file, for llama.cpp.")
     combine: bool = option(
-        False, help="Adapter and attributes in one LoRA at fixed strengths, for servers that apply one to a request."
+        False,
+        help="Write adapter and attributes at fixed strengths into one LoRA, for servers that apply one per request.",
     )
     first_slot: int = option(
         0, help="Ranks to leave free before this adapter's, for other adapters active at once.", min=0, panel=OUTPUT
@@ -124,7 +127,7 @@ class VectorSettings(AdapterSettings, AttributeSettings, LayersSettings, OutputS
     """Settings of `braces export control-vector`."""
 
     output: Path | None = option(None, help="GGUF file to write.")
-    overwrite: bool = option(False, help="Replace the file if it is there.", panel=OUTPUT)
+    overwrite: bool = option(False, help="Replace a file that exists.", panel=OUTPUT)
 
 
 @command
