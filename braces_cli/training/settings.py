@@ -177,7 +177,7 @@ class TrainSettings(SeedSettings):
             self._set(lr=BASELINE_LR)
         if self.rank is None:
             form = self.relevance if self.method == "braces" else ""
-            self._set(rank=DEFAULT_RANKS.get(form, DEFAULT_RANK))
+            self._set(rank=default_rank(form))
         self._set(lora_targets=_names(self.lora_targets))
         self._fill_attributes()
         if self.streaming and self.max_steps is None:
@@ -329,6 +329,11 @@ class RunSettings(TrainSettings, CheckpointSettings, ModelSettings, FileSettings
         resolved, options = self.resolved(), options_of(type(self))
         step = self.batch_size * self.gradient_accumulation * processes
         return {**{name: resolved[name] for name in resolved if options[name].outcome}, "examples_per_step": step}
+
+
+def default_rank(form: str) -> int:
+    """The rank of a form where none is named."""
+    return DEFAULT_RANKS.get(form, DEFAULT_RANK)
 
 
 def parse_opposites(values: Sequence[str]) -> tuple[tuple[str, str], ...]:

@@ -19,6 +19,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from braces_cli.core.method.relevance_forms import FORMS
+from braces_cli.training.settings import DEFAULT_FORM
+
 LEAST_REPEATS = 7
 # After so long a set of measurements stops at the least number of repeats: a busy machine gets fewer, not hours.
 SECONDS = 120.0
@@ -57,6 +60,7 @@ def parse(text: str, layers: int | None, repeats: int, argv: Sequence[str] | Non
             "--threads", type=int, help="threads on the CPU: fewer than its cores where others use it too"
         )
         parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on cpu, else bfloat16")
+        parser.add_argument("--relevance", choices=FORMS, default=DEFAULT_FORM, help=f"form; default {DEFAULT_FORM}")
         # How a benchmark asks a fresh process of itself for one system's memory.
         parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

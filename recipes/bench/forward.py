@@ -12,7 +12,7 @@ from typing import Any
 from _bench import build_model, interleave, medians, parse, ratio, report, synchroniser, timed, twin
 
 LAYERS, REPEATS = 4, 21
-RANK = 16
+FORM, RANK = "untied", 8
 PROMPT = 256
 # Tokens decoded in one measurement.
 TOKENS = 8
@@ -24,9 +24,9 @@ def half_open(model: Any) -> Any:
 
     from braces_cli.core.method.adapter import attach
 
-    adapter = attach(model, RANK)
+    adapter = attach(model, RANK, form=FORM)
     for _, brace in adapter.sites:
-        torch.nn.init.zeros_(brace.gate)
+        torch.nn.init.constant_(brace.gate, 0.5)
         brace.requires_grad_(False)
     return adapter
 
@@ -112,7 +112,7 @@ def main() -> None:
         "device": args.device,
         "repeats": [len(whole["bare"]), len(by_token["bare"])],
         "quick": args.quick,
-        "attached": f"rank {RANK} on every FFN, gates 0.5, frozen",
+        "attached": f"{FORM}, rank {RANK} on every FFN, coefficients 0.5, frozen",
         "merged": f"rank {RANK} merged into every FFN, its width a multiple of 64, as plain transformers loads it",
         "attached_vs_bare": "one pass over the prompt, without cache",
         "attached_vs_bare_decode": "one token a pass, the prompt in the cache",

@@ -18,7 +18,7 @@ from typing import Any
 from _bench import build_model, interleave, medians, parse, ratio, report, synchroniser, timed, twin
 
 LAYERS, REPEATS = 4, 21
-RANK = 16
+FORM, RANK = "untied", 8
 PROMPT = 32
 # Generated in one measurement.
 TOKENS = 16
@@ -71,9 +71,9 @@ def adapter_on(model: Any) -> Any:
 
     from braces_cli.core.method.adapter import attach
 
-    adapter = attach(model, RANK)
+    adapter = attach(model, RANK, form=FORM)
     for _, brace in adapter.sites:
-        torch.nn.init.zeros_(brace.gate)
+        torch.nn.init.constant_(brace.gate, 0.5)
         brace.requires_grad_(False)
     adapter.tensors()
     return adapter
@@ -135,7 +135,7 @@ def main() -> None:
         "device": args.device,
         "repeats": len(seconds["one"]),
         "quick": args.quick,
-        "adapter": f"rank {RANK} on every FFN, gates 0.5, frozen",
+        "adapter": f"{FORM}, rank {RANK} on every FFN, coefficients 0.5, frozen",
         "tokens_per_second": {name: tokens / value for name, value in medians(seconds).items()},
     }
     # Of two rates at as many tokens: the seconds the other way round.

@@ -11,7 +11,7 @@ Rows of the lengths of SST-5 and BoolQ in batches of 16 then show what padding c
 that is padding as `braces train` packs them, and its tokens per second over batches that are each padded to their
 longest row (higher is better).
 
-    python recipes/bench/training.py [--device cuda] [--dtype bfloat16]
+    python recipes/bench/training.py [--relevance paper] [--device cuda] [--dtype bfloat16]
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from _bench import build_model, interleave, medians, parse, ratio, report, synchroniser, timed, twin
 from _rows import BATCH as ROWS_BATCH
 from _rows import SETS, padding, steppers
+
+from braces_cli.training.settings import default_rank
 
 LAYERS, REPEATS = 4, 9
 RANK = 16
@@ -37,11 +40,11 @@ MEMORY_STEPS = 3
 BATCH, LENGTH = 2, 256
 
 
-def braces_step(model: Any, step: Callable[..., Callable[[], None]]) -> Callable[[], None]:
-    """Attach a relevance module to every FFN of `model`; return one training step."""
+def braces_step(form: str, model: Any, step: Callable[..., Callable[[], None]]) -> Callable[[], None]:
+    """Attach a relevance module of one form to every FFN of `model`; return one training step."""
     from braces_cli.core.method.adapter import attach
 
-    adapter = attach(model, RANK)
+    adapter = attach(model, default_rank(form), form=form)
     return step(model, [parameter for _, parameter in adapter.named_parameters()])
 
 
@@ -61,7 +64,9 @@ def floor_step(model: Any, step: Callable[..., Callable[[], None]]) -> Callable[
     return step(model, [])
 
 
-SYSTEMS = {"braces": braces_step, "lora": lora_step, "floor": floor_step}
+def systems(form: str) -> dict[str, Callable[..., Callable[[], None]]]:
+    """What makes a training step of each system from a model; of braces, in one form of relevance."""
+    return {"braces": partial(braces_step, form), "lora": lora_step, "floor": floor_step}
 
 
 def stepper(args: argparse.Namespace) -> Callable[..., Callable[[], None]]:
@@ -90,8 +95,8 @@ def stepper(args: argparse.Namespace) -> Callable[..., Callable[[], None]]:
 def measure_times(args: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds a step of each system, all over the same weights."""
     base, step, wait = build_model(args), stepper(args), synchroniser(args.device)
-    systems = {name: timed(make(twin(base), step), wait) for name, make in SYSTEMS.items()}
-    return interleave(systems, args.repeats, args.seconds, warmup=1)
+    steps = {name: timed(make(twin(base), step), wait) for name, make in systems(args.relevance).items()}
+    return interleave(steps, args.repeats, args.seconds, warmup=1)
 
 
 def measure_packing(args: argparse.Namespace) -> dict[str, list[float]]:
@@ -99,7 +104,10 @@ def measure_packing(args: argparse.Namespace) -> dict[str, list[float]]:
     from braces_cli.core.method.adapter import attach
 
     model = build_model(args)
-    parameters = [parameter for _, parameter in attach(model, RANK).named_parameters()]
+    parameters = [
+        parameter
+        for _, parameter in attach(model, default_rank(args.relevance), form=args.relevance).named_parameters()
+    ]
     wait = synchroniser(args.device)
     steps = {name: timed(step, wait) for name, step in steppers(args, model, parameters).items()}
     # Every batch has other lengths: more repeats than of a step that is always the same.
@@ -121,7 +129,7 @@ def measure_memory(args: argparse.Namespace) -> dict[str, list[float]]:
     """Peak bytes of a step beyond the frozen model, each system in a process of its own."""
     # Freed memory goes back to the system at once, so that resident memory is what is really in use.
     calm = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    shape = [f"--{name}={getattr(args, name)}" for name in ("layers", "device", "dtype")]
+    shape = [f"--{name}={getattr(args, name)}" for name in ("layers", "device", "dtype", "relevance")]
     figures = {}
     for name in ("braces", "lora"):
         argv = [sys.executable, __file__, "--memory-of", name, *shape, *(["--quick"] if args.quick else [])]
@@ -144,7 +152,7 @@ def memory_of(args: argparse.Namespace) -> list[int]:
     gc.collect()
     wait()
     before = reset_peak(args.device)
-    work = SYSTEMS[args.memory_of](model, step)
+    work = systems(args.relevance)[args.memory_of](model, step)
     work()  # AdamW makes its state in the first step
     peaks = []
     for _ in range(MEMORY_STEPS):
@@ -202,7 +210,7 @@ def main() -> None:
         "device": args.device,
         "repeats": len(times["braces"]),
         "quick": args.quick,
-        "braces": f"rank {RANK} on every FFN",
+        "braces": f"{args.relevance}, rank {default_rank(args.relevance)} on every FFN",
         "lora": f"peft, r {RANK} on q_proj and v_proj, no dropout",
         "floor": "forward and backward of the frozen model, down to the output of layer 0's FFN, no optimizer",
         "memory": f"{how} in a step, less what the bare model held" if memory else "not measured on this system",
