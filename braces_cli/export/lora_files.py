@@ -130,7 +130,7 @@ def _check(wanted: LoraRequest, slots: Slots) -> None:
     request = wanted.request
     if find_spec("peft") is None:
         hint = "Install it with: pip install 'braces-cli[export]'"
-        raise ConfigError("verifying a LoRA needs the package peft", where="braces export lora", hint=hint)
+        raise ConfigError("the proof of a LoRA needs the package peft", where="braces export lora", hint=hint)
     if request.adapter is None and not request.attributes:
         hint = "Give the adapter, the attribute, or both."
         raise ConfigError("missing option", where="--adapter, --attribute", hint=hint)
