@@ -78,7 +78,7 @@ def slots(settings: SlotsSettings) -> None:
 class LoraSettings(AdapterSettings, AttributeSettings, LayersSettings, OutputSettings, FolderSettings):
     """Settings of `braces export lora`."""
 
-    slots: Path | None = option(None, help="Folder that braces export slots wrote for the adapter's base.")
+    base: Path | None = option(None, help="The base with slots: a folder that braces export slots wrote.")
     gguf: Path | None = option(None, help="Also write the LoRA to this GGUF file, for llama.cpp.")
     combine: bool = option(
         False,
@@ -94,7 +94,7 @@ def lora(settings: LoraSettings) -> None:
     """Write an adapter, or with --attribute an attribute, as a plain LoRA for a base with slots."""
     from braces_cli.export.lora_files import LoraRequest, describe_lora, write_lora
 
-    slots_folder = _needed(settings.slots, "--slots", "Name the folder that braces export slots wrote.")
+    slots_folder = _needed(settings.base, "--base", "Name the folder that braces export slots wrote.")
     wanted = LoraRequest(_request(settings), slots_folder, settings.combine, settings.first_slot)
     if settings.dry_run:
         _print_plan(settings, lambda: describe_lora(wanted))

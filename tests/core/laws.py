@@ -1,4 +1,4 @@
-"""What an adapter must be on a model of any type, and the table of what it is on each: recipes/ARCHITECTURES.md.
+"""What an adapter must be on a model of any type, and the table of what it is on each: recipes/docs/ARCHITECTURES.md.
 
 Run     python -m tests.core.laws --write
 """
@@ -226,7 +226,8 @@ def live(name: str, model: Any, folder: Path) -> None:
     bare = cache_changes(model)
     assert (bare is not None) == (name in CACHES), f"with and without cache, the bare base: {bare}"
     ffns = find_ffns(model)
-    adapter = attach(model, 4, form="untied")
+    # Factors as large as the paper's gate: in the units of random weights it would do too little or too much.
+    adapter = attach(model, 4, form="untied", scales=[0.25] * len(ffns))
     open_gates(adapter)
     assert relative(logits_of(model), base) > 1e-3, "the adapter does nothing"
     if name in CACHES:
@@ -330,7 +331,7 @@ def counts(outcomes: Sequence[Outcome]) -> str:
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """The text of recipes/ARCHITECTURES.md."""
+    """The text of recipes/docs/ARCHITECTURES.md."""
     version = ".".join(transformers.__version__.split(".")[:2])
     lines = [
         "# Architectures",
