@@ -33,7 +33,7 @@ SCHEDULES = ("linear", "cosine", "constant")
 BASELINES = ("lora", "rslora", "dora", "pissa")
 METHODS = ("braces", *BASELINES)
 # Settings that only one kind of method reads.
-BRACES_ONLY = ("gate_lr", "relevance", "scale", "attribute_field", "strength_field", "opposites", "contrast", "margin")
+BRACES_ONLY = ("gate_lr", "relevance", "attribute_field", "strength_field", "opposites", "contrast", "margin")
 BASELINE_ONLY = ("lora_alpha", "lora_targets")
 # Without attributes something else would be trained than was asked for, so a baseline refuses these in a file, too.
 _NEVER_IGNORED = ("attribute_field", "opposites", "attributes")
