@@ -23,7 +23,7 @@ class FolderSettings(Settings):
     """Where an export goes."""
 
     output_dir: Path | None = option(None, help="Folder to write.")
-    overwrite: bool = option(False, help="Replace an output that is there already.", panel=OUTPUT)
+    overwrite: bool = option(False, help="Replace an output that exists.", panel=OUTPUT)
 
     @property
     def folder(self) -> Path:
@@ -51,7 +51,9 @@ class SlotsSettings(ModelSettings, OutputSettings, FolderSettings):
     first_options = ("model", "output_dir", "slots")
 
     slots: int = option(
-        64, help="Empty neurons a layer, at least: one for attributes, the others for ranks of adapters.", min=2
+        64,
+        help="Minimum number of empty neurons per layer: one for attributes, the others for ranks of adapters.",
+        min=2,
     )
     pad_to_multiple_of: int = option(
         64,
@@ -80,12 +82,13 @@ def slots(settings: SlotsSettings) -> None:
 class LoraSettings(AdapterSettings, AttributeSettings, LayersSettings, OutputSettings, FolderSettings):
     """Settings of `braces export lora`."""
 
-    first_options = ("slots", "adapter", "attribute", "s", "output_dir")
+    first_options = ("base", "adapter", "attribute", "s", "output_dir")
 
-    slots: Path | None = option(None, help="Folder that braces export slots wrote for the adapter's base.")
+    base: Path | None = option(None, help="The base with slots: a folder that braces export slots wrote.")
     gguf: Path | None = option(None, help="Also write the LoRA to this GGUF file, for llama.cpp.")
     combine: bool = option(
-        False, help="Adapter and attributes in one LoRA at fixed strengths, for servers that apply one to a request."
+        False,
+        help="Write adapter and attributes at fixed strengths into one LoRA, for servers that apply one per request.",
     )
     first_slot: int = option(
         0, help="Ranks to leave free before this adapter's, for other adapters active at once.", min=0, panel=OUTPUT
@@ -97,7 +100,7 @@ def lora(settings: LoraSettings) -> None:
     """Write an adapter, or with --attribute an attribute, as a plain LoRA for a base with slots."""
     from braces_cli.export.lora_files import LoraRequest, describe_lora, write_lora
 
-    slots_folder = _needed(settings.slots, "--slots", "Name the folder that braces export slots wrote.")
+    slots_folder = _needed(settings.base, "--base", "Name the folder that braces export slots wrote.")
     wanted = LoraRequest(_request(settings), slots_folder, settings.combine, settings.first_slot)
     if settings.dry_run:
         _print_plan(settings, lambda: describe_lora(wanted))
@@ -134,7 +137,7 @@ class VectorSettings(AdapterSettings, AttributeSettings, LayersSettings, OutputS
     first_options = ("attribute", "s", "adapter", "output", "model")
 
     output: Path | None = option(None, help="GGUF file to write.")
-    overwrite: bool = option(False, help="Replace the file if it is there.", panel=OUTPUT)
+    overwrite: bool = option(False, help="Replace a file that exists.", panel=OUTPUT)
 
 
 @command

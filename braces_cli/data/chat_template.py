@@ -44,7 +44,7 @@ def encode_chat(tokenizer: Any, fields: Mapping[str, Any], where: str, max_lengt
         hint = "Use a template with {% generation %} marks, or rows of prompt and completion."
         raise DataError(str(error), where=where, hint=hint) from error
     except (TemplateError, *_PROGRAM_FAULTS) as error:
-        hint = "Fix the row; many templates want turns of user and assistant in turns."
+        hint = "Fix the row; many templates require alternating turns of user and assistant."
         raise DataError(f"the chat template refuses it: {first_line(error)}", where=where, hint=hint) from error
     ids, scored = _closed(tokenizer, ids, scored, messages[-1]["role"] == "assistant")
     truncated = max_length is not None and len(ids) > max_length
@@ -68,7 +68,7 @@ def _messages(fields: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
             raise DataError(f"turn {number} of `messages` has no role", where=where, hint=hint)
         if not isinstance(turn.get("content"), str) and not turn.get("tool_calls"):
             hint = "The content of a turn is text."
-            raise DataError(f"turn {number} of `messages` has no text as its content", where=where, hint=hint)
+            raise DataError(f"turn {number} of `messages` has no text content", where=where, hint=hint)
     # Columns of Parquet files and hub sets give every turn every key; to a template, null would be a value.
     return [{key: value for key, value in turn.items() if value is not None or key == "content"} for turn in messages]
 

@@ -63,11 +63,13 @@ def parse_columns(values: Sequence[str]) -> Columns:
             hint = near_misses(key, known) or f"Keys: {', '.join(known)}."
             raise ConfigError(f"no format has a key `{key}`", where="--columns", hint=hint)
         if key in named:
-            raise ConfigError(f"`{key}` is named twice", where="--columns", hint="One column stands for a key.")
+            raise ConfigError(f"`{key}` is named twice", where="--columns", hint="Give one column for each key.")
         named[key] = column
     conditions = {key: named.pop(key, None) for key in CONDITION_KEYS}
     if named and not any(_fits(kind, named) for kind in FORMATS):
-        raise ConfigError(f"{_list(named)} is no whole format", where="--columns", hint=f"Name those of {WANTED}.")
+        raise ConfigError(
+            f"{_list(named)} is not a complete format", where="--columns", hint=f"Name those of {WANTED}."
+        )
     return Columns(named, **conditions)
 
 
@@ -93,7 +95,7 @@ class FormatReader:
         kind, fields = found
         if self._seen is not None and kind != self._seen:
             message = f"this row is {kind.name}, those before it are {self._seen.name}"
-            raise DataError(message, where=row.where, hint="Give each format a file of its own, or name --columns.")
+            raise DataError(message, where=row.where, hint="Put each format into its own file, or give --columns.")
         self._seen = kind
         return kind, fields
 
@@ -124,11 +126,11 @@ def detect(row: Source) -> tuple[Format, dict[str, Any]]:
     if fitting:
         message = f"the keys fit {len(fitting)} formats: {', '.join(kind.name for kind in fitting)}"
         example = ",".join(f"{key}={key}" for key in fitting[-1].needed)
-        raise DataError(message, where=row.where, hint=f"Say which is meant, such as --columns {example}.")
+        raise DataError(message, where=row.where, hint=f"Say which one to use, such as --columns {example}.")
     raise DataError(
         f"the row has none of the needed fields (keys found: {_list(row.fields)})",
         where=row.where,
-        hint=f"Wanted: {WANTED}; or name the columns, such as --columns text=COLUMN.",
+        hint=f"Expected: {WANTED}; or name the columns, such as --columns text=COLUMN.",
     )
 
 
@@ -142,7 +144,7 @@ def text_of(fields: Mapping[str, Any], key: str, where: str) -> str:
     if value is None and key == "input":
         return ""
     if not isinstance(value, str):
-        raise DataError(f"`{key}` must be text, this is {type(value).__name__}", where=where, hint="Fix the row.")
+        raise DataError(f"`{key}` must be text, not {type(value).__name__}", where=where, hint="Fix the row.")
     return value
 
 

@@ -69,13 +69,13 @@ def run_evaluation(
         every process but the first.
 
     Raises:
-        ConfigError: see `check_settings`; nothing to measure; no model; a store of other settings.
+        ConfigError: see `check_settings`; nothing to evaluate; no model; a store of other settings.
         DataError: see `check_settings`; data that cannot be fetched.
         ModelError: the base or an adapter cannot be loaded, or an adapter does not fit.
     """
     store = Store() if store is None else store
     if settings.no_base and not adapters:
-        raise ConfigError("nothing to measure", where="--no-base", hint="Give an --adapter, or leave --no-base out.")
+        raise ConfigError("nothing to evaluate", where="--no-base", hint="Give an --adapter, or leave --no-base out.")
     # Checks run from the cheapest to the most expensive: settings, files, adapters, tasks, weights.
     selection, files, rows = check_settings(settings)
     eval_adapters = [find_eval_adapter(name) for name in adapters]
@@ -162,7 +162,7 @@ def _base(model: str | None, adapters: Sequence[EvalAdapter], options: LoadOptio
     """
     if model is None and adapters:
         if adapters[0].base is None:
-            raise ConfigError("the adapter names no base", where="--model", hint="Give a folder or hub id.")
+            raise ConfigError("the adapter does not name its base", where="--model", hint="Give a folder or hub id.")
         return adapters[0].base, options.revision or adapters[0].revision
     return base_name(model, None), options.revision
 
@@ -197,7 +197,7 @@ def _harness_settings(settings: EvalSettings, adapters: Sequence[EvalAdapter], s
         trained = {adapter.chat_template for adapter in adapters} - {None}
         if len(trained) > 1:
             what = "one adapter was trained with the chat template and another without"
-            hint = "Choose one for all: --apply-chat-template or --no-apply-chat-template."
+            hint = "Choose one setting for all: --apply-chat-template or --no-apply-chat-template."
             raise ConfigError(what, where="--apply-chat-template", hint=hint)
         template = bool(trained and trained.pop())
     template = chat_wanted(session, template)

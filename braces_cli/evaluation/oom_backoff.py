@@ -31,7 +31,7 @@ def halving(work: Callable[[int], T], size: int, stage: str) -> tuple[T, int]:
             if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
                 raise
             if size == 1:
-                hint = "Load the base smaller (--dtype bfloat16, --quantize bnb-4bit) or over several devices."
+                hint = "Load the base in fewer bits (--dtype bfloat16, --quantize bnb-4bit) or on several devices."
                 raise BracesError("out of memory with one sequence at a time", where=stage, hint=hint) from error
         # Beyond the except clause, whose traceback holds on to the very tensors that did not fit.
         clear_device_cache(garbage_collection=True)

@@ -58,15 +58,15 @@ def load_tasks(selection: task_catalog.Selection, overrides: Path, metadata: dic
         units.append(TaskUnit(name, dict(part)))
         twice = sorted(part["tasks"].keys() & seen)
         if twice:
-            raise ConfigError(f"`{twice[0]}` is in two of the groups", where="--tasks", hint="Leave one out.")
+            raise ConfigError(f"`{twice[0]}` is in two of the requested groups", where="--tasks", hint="Leave one out.")
         seen |= part["tasks"].keys()
         for task_name, task in part["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False):
                 hint = "Use lm-eval for it."
                 raise ConfigError(f"`{task_name}` runs code that the model writes", where="--tasks", hint=hint)
             if getattr(task, "MULTIMODAL", False):
-                hint = "Choose a task of text alone."
-                raise ConfigError(f"`{task_name}` needs more than text", where="--tasks", hint=hint)
+                hint = "Choose a task that needs only text."
+                raise ConfigError(f"`{task_name}` needs input other than text", where="--tasks", hint=hint)
     return units
 
 
@@ -113,7 +113,9 @@ def _unbuilt(name: str, error: BaseException, local: bool) -> BracesError:
     kinds = {kind.__name__ for e in _chain(error) for kind in type(e).__mro__}
     if kinds & {"ImportError"}:
         return BracesError(
-            f"`{name}` needs more: {first_line(error, 300)}", where="--tasks", hint="Install what it names."
+            f"`{name}` needs another package: {first_line(error, 300)}",
+            where="--tasks",
+            hint="Install the package that the message names.",
         )
     if local:
         what = f"{name} cannot read the rows: {first_line(error, 300)}"

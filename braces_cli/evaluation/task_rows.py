@@ -70,7 +70,7 @@ def read_texts(path: Path) -> list[str]:
         texts = [row.fields["text"] for row in rows]
     texts = [text for text in texts if text.strip()]
     if not texts:
-        raise DataError("no text but blanks", where=str(path), hint="Give a document a line, or rows with `text`.")
+        raise DataError("the file is blank", where=str(path), hint="Give one document per line, or rows with `text`.")
     return texts
 
 
@@ -108,7 +108,7 @@ def write_override(entry: Any, rows: Sequence[Source], folder: Path) -> None:
     """
     cfg, name = entry.cfg, entry.name
     if "class" in cfg:
-        raise ConfigError(f"`{name}` is written in Python", where="--task-data", hint="It can only use its own data.")
+        raise ConfigError(f"`{name}` is written in Python", where="--task-data", hint="It can use only its own data.")
     data = folder / f"{name}.parquet"
     _write_parquet(rows, data)
     shots = (cfg.get("fewshot_config") or {}).get("split") or cfg.get("fewshot_split")
@@ -181,7 +181,7 @@ def _problem(task: str, fields: dict[str, Any], needed: Sequence[str]) -> str | 
             if not any(answer.strip() for answer in possible_answers(fields)):
                 return "possible_answers is empty"
         except ValueError:
-            return 'possible_answers is no JSON list of strings, such as ["Paris"]'
+            return 'possible_answers is not a JSON list of strings, such as ["Paris"]'
     return None
 
 
@@ -196,7 +196,7 @@ def _write_parquet(rows: Sequence[Source], path: Path) -> None:
     except pyarrow.ArrowException as error:
         where = rows[0].where.partition(", row")[0]
         raise DataError(
-            f"the rows fit no table: {error}", where=where, hint="Give one kind of value a field."
+            f"the rows do not form a table: {error}", where=where, hint="Give every field values of one type."
         ) from error
 
 

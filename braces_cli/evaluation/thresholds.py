@@ -21,8 +21,8 @@ def check_tasks(thresholds: Sequence[Threshold], selection: task_catalog.Selecti
     known = list(dict.fromkeys([*selection.names, *selection.leaves, *selection.native, *selection.averaged]))
     for each in thresholds:
         if each.task not in known:
-            hint = near_misses(each.task, known) or f"There are: {', '.join(known)}."
-            raise ConfigError(f"`{each.task}` is not measured", where="--fail-under", hint=hint)
+            hint = near_misses(each.task, known) or f"Evaluated: {', '.join(known)}."
+            raise ConfigError(f"`{each.task}` is not evaluated", where="--fail-under", hint=hint)
 
 
 def check_metrics(thresholds: Sequence[Threshold], units: Sequence[TaskUnit]) -> None:

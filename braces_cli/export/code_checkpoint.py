@@ -154,7 +154,7 @@ def write_checkpoint_with_code(folder: Path, model: Any, sides: list[Side], chec
     """
     if getattr(model.config, "auto_map", None):
         hint = "Serve it with braces steer --adapter."
-        raise ModelError(f"{type(model).__name__} brings its own code, which this cannot add to", hint=hint)
+        raise ModelError(f"{type(model).__name__} brings its own code, which cannot be extended", hint=hint)
     tensors = _tensors(sides, model.dtype)
     folder.mkdir(parents=True, exist_ok=True)
     files = _link_weights(checkpoint, folder, model)

@@ -132,7 +132,7 @@ def _check(wanted: LoraRequest, slots: Slots) -> None:
         hint = "Install it with: pip install gguf"
         raise ConfigError("the proof of a LoRA needs the package peft", where="braces export lora", hint=hint)
     if request.adapter is None and not request.attributes:
-        hint = "Name the adapter, the attribute, or both."
+        hint = "Give the adapter, the attribute, or both."
         raise ConfigError("missing option", where="--adapter, --attribute", hint=hint)
     if wanted.combine and (request.adapter is None or not request.attributes):
         raise ConfigError("needs an adapter and an attribute", where="--combine", hint="Name both, or leave it out.")
@@ -173,8 +173,8 @@ def _write(
     session = open_bare(request)
     words = differences(slots.fingerprint, session.base.fingerprint(session.ffns), "the slots'")
     if words:
-        hint = f"They were made of {slots.model}."
-        raise ModelError(f"another base than that of the slots ({'; '.join(words)})", where="--model", hint=hint)
+        hint = f"They were exported from {slots.model}."
+        raise ModelError(f"the base differs from that of the slots ({'; '.join(words)})", where="--model", hint=hint)
     terms, layers = steering(session, request)
     if request.adapter is not None:
         session.add_adapter(request.adapter)
@@ -182,7 +182,9 @@ def _write(
     expected = reference(session, terms, layers)
     vectors = constants(session, terms, layers)
     if terms and not vectors:
-        raise ConfigError("nothing is steered", where="--attribute", hint="No layer of --layers takes steering.")
+        raise ConfigError(
+            "nothing is steered", where="--attribute", hint="None of the layers in --layers can be steered."
+        )
     path = token_path(session.adapter) if session.adapter is not None else {}
     pairs = lora_pairs(path if wanted.with_token_path else {}, vectors, slots, wanted.first_slot)
     facts = write_folder(folder, pairs, slots, wanted.slots)

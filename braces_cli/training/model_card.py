@@ -35,11 +35,35 @@ def model_card(
         command: words of the command line.
         curve: whether `loss.png` lies beside the card.
     """
-    base = config.base_model_name_or_path
     about = _about(config)
     arguments = arguments or {}
-    header = card_header(
-        base,
+    figures = {name.replace("_", " "): f"{result[name]:.6g}" for name in _FIGURES if result.get(name) is not None}
+    settings = {name.replace("_", " "): str(value) for name, value in config.training.items()}
+    return "\n".join(
+        [
+            _header(config, about, result, arguments),
+            "",
+            f"# {about.title}, rank {config.r}",
+            "",
+            f"Base model: `{config.base_model_name_or_path}`. {result['trainable_parameters']:,} trained parameters "
+            f"({result['trainable_percent']:.3g} % of the base's).",
+            "",
+            about.what,
+            "",
+            *about.usage,
+            "",
+            *_section("Result", figures),
+            *(["![Loss by optimizer step](loss.png)", ""] if curve else []),
+            *_section("Data", _data(result, arguments)),
+            *_section("Settings", settings),
+            *(["## Command", "", f"    {shlex.join(command)}", ""] if command else []),
+        ]
+    )
+
+
+def _header(config: AdapterConfig, about: _About, result: dict[str, Any], arguments: dict[str, Any]) -> str:
+    return card_header(
+        config.base_model_name_or_path,
         name=about.title,
         library=about.library,
         relation="adapter",
@@ -47,45 +71,11 @@ def model_card(
         metrics={name: result[key] for name, key in _METRICS.items() if result.get(key) is not None},
         datasets=arguments.get("eval_data") or (),
     )
-    figures = [
-        f"| {name.replace('_', ' ')} | {result[name]:.6g} |" for name in _FIGURES if result.get(name) is not None
-    ]
-    settings = [f"| {name.replace('_', ' ')} | {value} |" for name, value in config.training.items()]
-    return "\n".join(
-        [
-            header,
-            "",
-            f"# {about.title}, rank {config.r}",
-            "",
-            f"Base model: `{base}`. {result['trainable_parameters']:,} trained parameters "
-            f"({result['trainable_percent']:.3g} % of the base's).",
-            "",
-            about.what,
-            "",
-            *about.usage,
-            "",
-            "## Result",
-            "",
-            "| | |",
-            "|---|---|",
-            *figures,
-            "",
-            *(["![Loss by optimizer step](loss.png)", ""] if curve else []),
-            "## Data",
-            "",
-            "| | |",
-            "|---|---|",
-            *_data(result, arguments),
-            "",
-            "## Settings",
-            "",
-            "| | |",
-            "|---|---|",
-            *settings,
-            "",
-            *(["## Command", "", f"    {shlex.join(command)}", ""] if command else []),
-        ]
-    )
+
+
+def _section(title: str, rows: dict[str, str]) -> list[str]:
+    """A heading and a table of two columns."""
+    return [f"## {title}", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), ""]
 
 
 @dataclass(frozen=True)
@@ -125,8 +115,8 @@ def _about(config: AdapterConfig) -> _About:
     )
 
 
-def _data(result: dict[str, Any], arguments: dict[str, Any]) -> list[str]:
-    """Lines of a table: the sets by name, and what became of their rows."""
+def _data(result: dict[str, Any], arguments: dict[str, Any]) -> dict[str, str]:
+    """The data sets by name, and what became of their rows."""
     sets = {kind: ", ".join(f"`{name}`" for name in arguments.get(kind) or ()) for kind in ("data", "eval_data")}
     counts = {name: f"{result[name]:,}" for name in _ROWS if result.get(name) is not None}
-    return [f"| {name.replace('_', ' ')} | {value} |" for name, value in (sets | counts).items() if value]
+    return {name.replace("_", " "): value for name, value in (sets | counts).items() if value}

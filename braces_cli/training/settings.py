@@ -34,7 +34,7 @@ SCHEDULES = ("linear", "cosine", "constant")
 BASELINES = ("lora", "rslora", "dora", "pissa")
 METHODS = ("braces", *BASELINES)
 # Settings that only one kind of method reads.
-BRACES_ONLY = ("gate_lr", "relevance", "scale", "attribute_field", "strength_field", "opposites", "contrast", "margin")
+BRACES_ONLY = ("gate_lr", "relevance", "attribute_field", "strength_field", "opposites", "contrast", "margin")
 BASELINE_ONLY = ("lora_alpha", "lora_targets")
 # Without attributes something else would be trained than was asked for, so a baseline refuses these in a file, too.
 _NEVER_IGNORED = ("attribute_field", "opposites", "attributes")
@@ -51,8 +51,6 @@ DEFAULT_GATE_LR, DEFAULT_GATE_LR_ATTRIBUTES = 0.3, 0.1
 DEFAULT_COEFFICIENT_LR = 0.1
 # Of a run with attributes, by measurement as well.
 DEFAULT_CONTRAST, DEFAULT_MARGIN = 0.1, 6.0
-# A warm-up takes at most one step in this many.
-MOST_WARMUP = 4
 PACKING = ("auto", "on", "off")
 REPORTERS = ("tensorboard", "wandb", "none")
 # Column of a row's strength where no other is named.
@@ -369,7 +367,7 @@ class RunSettings(TrainSettings, CheckpointSettings, ModelSettings, FileSettings
 
 def capped_warmup(steps: int, max_steps: int) -> int:
     """Steps of the warm-up of a run: as set, but no more than a quarter of all, so that the peak rate is reached."""
-    return min(steps, max_steps // MOST_WARMUP)
+    return min(steps, max_steps // 4)
 
 
 def default_rank(form: str) -> int:

@@ -44,7 +44,7 @@ def export(args: argparse.Namespace, work: Path) -> tuple[Path, list[Path]]:
     slots, base = work / "slots", work / "slots.gguf"
     plain = ["--dtype", "float32", "--device", "cpu"]
     common.braces("export", "slots", *model, *plain, "--output-dir", slots)
-    call = ["export", "lora", "--slots", slots, "--adapter", args.adapter, *model, "--device", "cpu"]
+    call = ["export", "lora", "--base", slots, "--adapter", args.adapter, *model, "--device", "cpu"]
     files = [work / "adapter.gguf", work / "attribute.gguf"]
     common.braces(*call, "--output-dir", work / "adapter", "--gguf", files[0])
     steer = ["--attribute", args.attribute]

@@ -3,9 +3,9 @@
 Both apply one LoRA to a request, at the scale in its file, so adapter and attribute go into one LoRA for each strength:
 
     braces export slots --model M --output-dir slots
-    braces export lora --slots slots --adapter A --output-dir plain
-    braces export lora --slots slots --adapter A --attribute positive --s 3 --combine --output-dir up
-    braces export lora --slots slots --adapter A --attribute positive --s -2 --combine --output-dir down
+    braces export lora --base slots --adapter A --output-dir plain
+    braces export lora --base slots --adapter A --attribute positive --s 3 --combine --output-dir up
+    braces export lora --base slots --adapter A --attribute positive --s -2 --combine --output-dir down
 
 vLLM (rank 16 and one attribute are rank 17, and vLLM accepts 32 next):
 

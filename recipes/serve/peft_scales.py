@@ -1,8 +1,8 @@
 """One base with slots in plain transformers and peft: adapters and attributes switched by scale. No braces needed.
 
 braces export slots --model M --output-dir slots
-braces export lora --slots slots --adapter A --output-dir adapter
-braces export lora --slots slots --adapter A --attribute positive --output-dir positive
+braces export lora --base slots --adapter A --output-dir adapter
+braces export lora --base slots --adapter A --attribute positive --output-dir positive
 python recipes/serve/peft_scales.py --slots slots --lora adapter=1 --lora positive=-2,0,3 --prompt "The film was"
 """
 

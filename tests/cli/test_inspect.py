@@ -73,7 +73,7 @@ def test_the_final_norm_is_found_by_structure(name):
     [
         (["--index", "52"], 2, "out of range"),
         (["--layers", "2"], 2, "out of range"),
-        (["--index", "x"], 2, "no number and no range"),
+        (["--index", "x"], 2, "neither a number nor a range"),
     ],
 )
 def test_bad_input(braces, model_dir, args, code, message):

@@ -56,8 +56,8 @@ def test_columns_say_what_keys_do_not(columns, expected):
         ("prompt=", "is not KEY=COLUMN"),
         ("promt=question,completion=answer", "no format has a key `promt`"),
         ("prompt=a,prompt=b", "named twice"),
-        ("prompt=question", "prompt is no whole format"),
-        ("prompt=a,completion=b,text=c", "is no whole format"),
+        ("prompt=question", "prompt is not a complete format"),
+        ("prompt=a,completion=b,text=c", "is not a complete format"),
     ],
 )
 def test_columns_that_say_nothing_are_usage(value, message):
@@ -70,9 +70,9 @@ def test_columns_that_say_nothing_are_usage(value, message):
     ("fields", "columns", "message"),
     [
         ({"question": "x", "answer": "y"}, [], "none of the needed fields .keys found: question, answer."),
-        ({"text": 3}, [], "`text` must be text, this is int"),
-        ({"text": None}, [], "`text` must be text, this is NoneType"),
-        ({"prompt": "p", "completion": None}, [], "`completion` must be text, this is NoneType"),
+        ({"text": 3}, [], "`text` must be text, not int"),
+        ({"text": None}, [], "`text` must be text, not NoneType"),
+        ({"prompt": "p", "completion": None}, [], "`completion` must be text, not NoneType"),
         ({"text": "x", "prompt": "p", "completion": "c"}, [], "fit 2 formats: text, prompt/completion"),
         ({"question": "x"}, ["text=answer"], "no column `answer` .keys found: question."),
     ],

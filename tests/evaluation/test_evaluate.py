@@ -268,5 +268,5 @@ def test_a_batch_size_is_a_number_or_auto(size):
 
 
 def test_there_must_be_something_to_measure():
-    with pytest.raises(ConfigError, match="nothing to measure"):
+    with pytest.raises(ConfigError, match="nothing to evaluate"):
         run_evaluation("m", [], CPU, EvalSettings(tasks=["popqa"], no_base=True))

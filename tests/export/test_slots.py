@@ -267,7 +267,7 @@ def test_the_commands_write_proved_folders(
     assert done.json["rank"] == 75
     assert done.json["max_logit_difference"] < 1e-4
     assert read_slots(tmp_path / "slots").constant == 52
-    call = ("export", "lora", "--slots", tmp_path / "slots", "--adapter", adapter_dir, "--format", "json")
+    call = ("export", "lora", "--base", tmp_path / "slots", "--adapter", adapter_dir, "--format", "json")
     attribute = (*call, "--attribute", "positive", "--output-dir", tmp_path / "positive")
     done = braces(*attribute, "--gguf", tmp_path / "positive.gguf")
     assert done.code == 0, done.err
@@ -306,7 +306,7 @@ def test_a_dry_run_counts_without_weights(
     assert done.code == 0, done.err
     slots = read_slots(slots_dir)
     assert (done.json["width"], done.json["rank"]) == (slots.wider, slots.rank)
-    call = ("export", "lora", "--slots", slots_dir, "--adapter", adapter_dir, "--dry-run", "--format", "json")
+    call = ("export", "lora", "--base", slots_dir, "--adapter", adapter_dir, "--dry-run", "--format", "json")
     found = braces(*call).json
     assert found["parameters"] == 2 * (2 * 4 * 32 + 2 * 4 * slots.wider)
     found = braces(*call, "--attribute", "positive", "--layers", "1").json
@@ -333,7 +333,7 @@ def test_another_base_than_that_of_the_slots_is_refused(slots_dir: Path, tmp_pat
     tiny_model("llama", seed=1, max_position_embeddings=128).save_pretrained(tmp_path / "other")
     tiny_tokenizer().save_pretrained(tmp_path / "other")
     wanted = LoraRequest(Request(str(tmp_path / "other"), None, options(), {"positive": 1.0}), slots_dir)
-    with pytest.raises(ModelError, match="another base than that of the slots"):
+    with pytest.raises(ModelError, match="the base differs from that of the slots"):
         write_lora(wanted, tmp_path / "out")
     assert "out" not in names(tmp_path)
 
@@ -377,10 +377,10 @@ def test_layers_that_the_adapter_lacks_are_refused(slots_dir: Path, session: Any
 def test_missing_options_are_named(slots_dir: Path, adapter_dir: Path, tmp_path: Path, braces: Any) -> None:
     """Neither adapter nor attribute; --combine with one of them; no folder of slots; no output folder."""
     call = ("export", "lora", "--output-dir", tmp_path / "out")
-    assert "--slots" in braces(*call).err
-    assert "--adapter, --attribute" in braces(*call, "--slots", slots_dir).err
-    assert "--combine" in braces(*call, "--slots", slots_dir, "--adapter", adapter_dir, "--combine").err
-    missing = braces(*call, "--slots", adapter_dir, "--adapter", adapter_dir)
+    assert "--base" in braces(*call).err
+    assert "--adapter, --attribute" in braces(*call, "--base", slots_dir).err
+    assert "--combine" in braces(*call, "--base", slots_dir, "--adapter", adapter_dir, "--combine").err
+    missing = braces(*call, "--base", adapter_dir, "--adapter", adapter_dir)
     assert (missing.code, "no base with slots here" in missing.err) == (4, True)
     assert "--output-dir" in braces("export", "slots").err
 

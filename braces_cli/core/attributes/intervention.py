@@ -88,8 +88,8 @@ def _add(
     pushes = []
     for ffn in _chosen(ffns, layers):
         if isinstance(ffn, MixtureFFN):
-            hint = "What steering adds depends on the experts; train an adapter first."
-            raise ConfigError("a mixture of experts is steered with an adapter only", where="--attribute", hint=hint)
+            hint = "What steering adds depends on which experts are active; train an adapter first."
+            raise ConfigError("steering a mixture of experts needs an adapter", where="--attribute", hint=hint)
         vector, residual = _vector(terms, ffn)
         vector = vector.to(ffn.values().device)
         stack.callback(ffn.value.register_forward_hook(_adder(vector)).remove)

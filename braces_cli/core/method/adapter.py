@@ -235,12 +235,12 @@ def attach(
     """
     ffns = find_ffns(model)
     if any("brace" in ffn.host._modules for ffn in ffns):
-        raise ModelError("the model carries an adapter already", hint="Detach it first.")
+        raise ModelError("the model already has an adapter", hint="Detach it first.")
     known = [ffn.layer for ffn in ffns]
     wanted = known if layers is None else list(layers)
     missing = sorted(set(wanted) - set(known))
     if missing or not wanted:
-        raise ConfigError(f"no feed-forward layer in layers {missing}", hint=f"There is one in layers {known}.")
+        raise ConfigError(f"no feed-forward layer in layers {missing}", hint=f"Layers {known} have one.")
     chosen = [ffn for ffn in ffns if ffn.layer in set(wanted)]
     width = min(ffn.hidden_size for ffn in chosen)
     if not 1 <= rank <= width:

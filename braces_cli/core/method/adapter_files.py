@@ -157,7 +157,7 @@ def read_config(folder: Path) -> AdapterConfig:
     config = AdapterConfig(**raw)
     if config.relevance not in FORMS:
         hint = f"This braces knows {', '.join(FORMS)}; update braces, or the file is damaged."
-        raise ModelError(f"no form of relevance `{config.relevance}`", where=str(path), hint=hint)
+        raise ModelError(f"unknown form of relevance `{config.relevance}`", where=str(path), hint=hint)
     _check_scales(config, path)
     return config
 
@@ -165,7 +165,7 @@ def read_config(folder: Path) -> AdapterConfig:
 def _check_scales(config: AdapterConfig, path: Path) -> None:
     fits = isinstance(config.scales, list) and len(config.scales) in (0, len(config.layers))
     if not fits or not all(isinstance(c, (int, float)) and 0 < c < math.inf for c in config.scales):
-        hint = "There must be a positive number for each layer, or none; the file is damaged."
+        hint = "The list must be empty or have a positive number for each layer; the file is damaged."
         raise ModelError("`scales` do not fit the layers", where=str(path), hint=hint)
 
 

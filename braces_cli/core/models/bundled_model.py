@@ -46,7 +46,7 @@ def resolve(name: str) -> str:
         raise ModelError(
             f"this braces brings {embedded_name()}",
             where=name,
-            hint="Install the braces-cli that it was made with, or train again on the one that is here.",
+            hint="Install the braces-cli that it was made with, or train again on this one.",
         )
     return name
 

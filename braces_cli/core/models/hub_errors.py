@@ -80,7 +80,9 @@ def _explain(where: str, error: BaseException, what: str, kind: type[BracesError
     status = next((reply.status_code for reply in replies if reply is not None), None)
     if any(isinstance(e, hub.GatedRepoError) for e in chain) or status == 403:
         return kind(
-            f"this {what} is gated", where=where, hint=f"Ask for access at {page}, then set HF_TOKEN to your token."
+            f"access to this {what} is restricted",
+            where=where,
+            hint=f"Ask for access at {page}, then set HF_TOKEN to your token.",
         )
     if status == 401 or any(isinstance(e, hub.RepositoryNotFoundError) for e in chain):
         return kind(

@@ -20,11 +20,11 @@ def parse_ranges(text: str, count: int, option: str) -> list[int]:
     for part in (part.strip() for part in text.split(",")):
         first, dash, last = part.partition("-")
         if not first.isdigit() or (last and not last.isdigit()):
-            raise ConfigError(f"`{part}` is no number and no range", where=option, hint="Such as 8-20,24 or 1-.")
+            raise ConfigError(f"`{part}` is neither a number nor a range", where=option, hint="Such as 8-20,24 or 1-.")
         low = int(first)
         high = (int(last) if last else count - 1) if dash else low
         if low > high or high >= count:
-            raise ConfigError(f"`{part}` is out of range", where=option, hint=f"There is 0 to {count - 1}.")
+            raise ConfigError(f"`{part}` is out of range", where=option, hint=f"The range is 0 to {count - 1}.")
         chosen.update(range(low, high + 1))
     return sorted(chosen)
 

@@ -62,7 +62,9 @@ def pick_device(name: str) -> torch.device:
         name = f"cuda:{local_rank()}"  # each of several processes has its own
     kind = name.partition(":")[0]
     if not there.get(kind):
-        raise ConfigError(f"no device `{name}` here", where="--device", hint=f"There is: {', '.join(_true(there))}.")
+        raise ConfigError(
+            f"device `{name}` is not available", where="--device", hint=f"Available: {', '.join(_true(there))}."
+        )
     return torch.device(name)
 
 
@@ -139,7 +141,7 @@ def _check_filled(info: dict[str, Any], where: str) -> None:
             raise ModelError(
                 f"the checkpoint does not fill the model: {kind.replace('_', ' ')} {', '.join(keys[:3])}",
                 where=where,
-                hint="Is this a causal language model, and was it downloaded whole?",
+                hint="Check that this is a causal language model and that its download is complete.",
             )
 
 
@@ -157,7 +159,7 @@ def _packing(where: str, options: LoadOptions) -> Any:
     if stored is not None:
         method = stored.get("quant_method") if isinstance(stored, dict) else type(stored).__name__
         raise ConfigError(
-            f"the checkpoint is quantised already ({method})", where="--quantize", hint="Leave --quantize out."
+            f"the checkpoint is already quantised ({method})", where="--quantize", hint="Leave --quantize out."
         )
     return quantization_config(str(options.quantize), DTYPES.get(options.dtype) or config.dtype or torch.float32)
 
@@ -204,7 +206,7 @@ def _folder_or_id(name: str) -> str:
             "no model here: the folder has no config.json", where=name, hint="Give a model's folder or id."
         )
     if path.exists():
-        raise ModelError("a model is a folder, this is a file", where=name, hint="Give the folder that holds it.")
+        raise ModelError("this is a file, and a model is a folder", where=name, hint="Give the folder that holds it.")
     if not name or name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
         raise ModelError("no such model folder", where=name or "--model", hint="Give a folder or a hub id.")
     return name

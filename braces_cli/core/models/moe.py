@@ -129,7 +129,7 @@ def find_experts(layer: nn.Module, hidden_size: int) -> Iterator[tuple[str, nn.M
         if getattr(module, "has_post_expert_norm", False):
             raise ModelError(
                 f"{type(module).__name__} normalises what each expert writes",
-                hint="A norm behind the value vectors is no part of the method.",
+                hint="The method does not cover a norm after the value vectors.",
             )
         name, transposed = _value_weight(module, stacked, hidden_size)
         yield path, module, name, transposed, _is_sorted(module)

@@ -24,7 +24,7 @@ def possible_answers(doc: dict[str, Any]) -> list[str]:
     raw = doc["possible_answers"]
     answers = json.loads(raw) if isinstance(raw, str) else raw
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        raise ValueError("possible_answers is no JSON list of strings")
+        raise ValueError("possible_answers is not a JSON list of strings")
     return answers
 
 

@@ -25,7 +25,7 @@ def refusal(kind: type[Exception], status: int) -> Exception:
 
 # What the hub answers, and the words and the hint that tell a user what it was.
 CASES = {
-    "gated": (lambda: refusal(hub.GatedRepoError, 403), "is gated", "HF_TOKEN"),
+    "gated": (lambda: refusal(hub.GatedRepoError, 403), "is restricted", "HF_TOKEN"),
     "unauthorised": (lambda: refusal(hub.HfHubHTTPError, 401), "or it is private or gated", "HF_TOKEN"),
     "not found": (lambda: refusal(hub.RepositoryNotFoundError, 404), "on the hub, or it is private", "HF_TOKEN"),
     "offline": (lambda: hub.OfflineModeIsEnabled("offline"), "the hub cannot be reached", "network"),

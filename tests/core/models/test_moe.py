@@ -231,5 +231,5 @@ def test_steering_a_mixture_without_an_adapter_is_refused_with_the_reason():
 
     zeros = torch.zeros(2, 32)
     attribute = Attribute("x", [], zeros, zeros, torch.ones(2), torch.ones(2), [0, 1], {})
-    with pytest.raises(ConfigError, match="with an adapter only"), steered(Opened(), [(attribute, 1.0)]):  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="needs an adapter"), steered(Opened(), [(attribute, 1.0)]):  # type: ignore[arg-type]
         pass

@@ -300,5 +300,5 @@ def test_a_checkpoint_that_is_quantised_already_is_not_quantised_again(folder, t
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=r"quantised already \(gptq\)"):
+    with pytest.raises(ConfigError, match=r"already quantised \(gptq\)"):
         load(tmp_path, "int8")
