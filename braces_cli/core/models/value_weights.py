@@ -4,7 +4,7 @@ What multiplies by W_V wants it dense. A plain weight is used where it lies, as 
 makes a dense copy for the duration of one product: d x d_ff numbers in the weight's own dtype, of one layer at a time,
 never kept. Whole matrices are unpacked by the packing's own routine, chosen by measurement: for W W^T x with 16
 columns at Qwen2.5-1.5B shapes (1,536 x 8,960, bfloat16, one thread) dense 20 ms, bitsandbytes 4-bit 31 ms, 8-bit 37 ms,
-torchao int4 68 ms, int8 108 ms; unit vectors sent through the module take over 20 s, and are the last resort.
+torchao int8 108 ms; unit vectors sent through the module take over 20 s, and are the last resort.
 """
 
 from __future__ import annotations

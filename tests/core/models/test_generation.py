@@ -19,7 +19,7 @@ from tests.conftest import ARCHITECTURES, open_gates, tiny_model, tiny_tokenizer
 PROMPTS = ["the film is", "a", "the end of the old town"]
 REQUESTS = [TextRequest(prompt, index) for index, prompt in enumerate(PROMPTS)]
 TOKENS = 6
-# On logits, by DESIGN.
+# On logits.
 TOLERANCE = 1e-4
 
 
