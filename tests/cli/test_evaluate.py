@@ -70,7 +70,7 @@ def test_a_threshold_that_is_missed_is_exit_code_5_with_the_result(braces, model
     ("options", "words"),
     [
         (("--fail-under", "popqa:f1=0.5"), "no metric `f1`"),
-        (("--fail-under", "triviaqa:acc=0.5"), "not measured"),
+        (("--fail-under", "triviaqa:acc=0.5"), "not evaluated"),
         (("--fail-under", "popqa"), "TASK:METRIC=VALUE"),
         (("--limit", "0"), "--limit"),
         (("--resume",), "--output-dir"),

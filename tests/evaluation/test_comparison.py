@@ -88,7 +88,7 @@ def test_a_threshold_of_another_form_is_a_wrong_call(value):
 def test_a_threshold_must_be_for_a_task_that_is_measured():
     selection = task_catalog.Selection(names=["popqa"], leaves={"popqa": None}, groups={"zero_shot": ["popqa"]})
     check_tasks(parse_thresholds(["popqa:acc=0", "zero_shot:braces_average=0"]), selection)
-    with pytest.raises(ConfigError, match="not measured") as caught:
+    with pytest.raises(ConfigError, match="not evaluated") as caught:
         check_tasks(parse_thresholds(["popqua:acc=0.5"]), selection)
     assert "Did you mean popqa?" in str(caught.value)
 

@@ -76,7 +76,7 @@ def test_no_task_at_all_is_a_wrong_call():
     (json.dumps(POPQA) + "\n{broken\n", "data.jsonl:2: broken JSON"),
     ("[1]\n", "data.jsonl:1: a row must be an object"),
     ('{"question": "x", "answer": "y"}\n', "popqa needs the field possible_answers\nFound: question, answer."),
-    (json.dumps({**POPQA, "possible_answers": "x, y"}), "no JSON list"),
+    (json.dumps({**POPQA, "possible_answers": "x, y"}), "not a JSON list"),
     (json.dumps({**POPQA, "possible_answers": "[]"}), "empty"),
     (json.dumps({**POPQA, "question": None}), "field question"),
 ])  # fmt: skip
@@ -183,7 +183,7 @@ def _never(options):
     return False
 
 
-@pytest.mark.parametrize("name", ["x.xlsx", "x", "x.txt"])
+@pytest.mark.parametrize("name", ["x.xlsx", "x"])
 def test_other_kinds_are_refused(tmp_path, name):
     (tmp_path / name).write_text("x")
     with pytest.raises(DataError, match="cannot read"):

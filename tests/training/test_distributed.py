@@ -57,14 +57,14 @@ def test_two_processes_give_the_adapter_of_one(braces, model_dir, rows, tmp_path
         assert two[key] == one.json[key]
     for key in ("train_loss", "base_eval_loss", "eval_loss"):
         assert two[key] == pytest.approx(one.json[key], rel=1e-5)
-    # Steps 11 and 12 are in no log, yet count once.
-    assert one.json["train_loss"] == pytest.approx(one.json["base_eval_loss"], rel=0.05)
+    # Steps 11 and 12 are a log of their own, and count once: twice would be a sixth more.
+    assert one.json["train_loss"] == pytest.approx(one.json["base_eval_loss"], rel=0.1)
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     assert first.keys() == second.keys()
     assert all((first[name] - second[name]).abs().max() < 1e-4 for name in first)
     # The two processes' state is whole: one alone goes on from it, and from its end.
     assert len(json.loads((tmp_path / "two" / "checkpoint-12" / "rng.json").read_text())) == 2
-    assert len((tmp_path / "two" / "metrics.jsonl").read_text().splitlines()) == 1
+    assert len((tmp_path / "two" / "metrics.jsonl").read_text().splitlines()) == 2
     (tmp_path / "two" / "run.json").unlink()
     alone = braces(*common, "--batch-size", 8, "--output-dir", tmp_path / "two", "--resume")
     assert alone.code == 0, alone.err

@@ -28,5 +28,5 @@ def test_a_plain_list_of_answers_is_taken_too():
 
 
 def test_anything_else_is_refused():
-    with pytest.raises(ValueError, match="no JSON list"):
+    with pytest.raises(ValueError, match="not a JSON list"):
         target({"possible_answers": '{"a": 1}'})
