@@ -38,8 +38,8 @@ BRACES_ONLY = ("gate_lr", "relevance", "attribute_field", "strength_field", "opp
 BASELINE_ONLY = ("lora_alpha", "lora_targets")
 # Without attributes something else would be trained than was asked for, so a baseline refuses these in a file, too.
 _NEVER_IGNORED = ("attribute_field", "opposites", "attributes")
-# By measurement (recipes/LOG.md): at equal numbers of parameters, hence half the rank where there are two projections.
-DEFAULT_FORM = "untied"
+# By measurement (recipes/LOG.md): at equal parameters, hence half the rank where there are two projections.
+DEFAULT_FORM, DEFAULT_FORM_ATTRIBUTES = "untied", "paper"
 DEFAULT_RANK, DEFAULT_RANKS = 16, {"untied": 8}
 # Peak learning rates where none is given, by measurement (recipes/LOG.md). A step of Adam turns R by about lr sqrt(d),
 # so this product is held constant, and the rate follows from the width d.
@@ -71,7 +71,7 @@ class TrainSettings(SeedSettings):
         "braces", help="What to train; all but the first are baselines from peft.", panel=METHOD, choices=METHODS
     )
     relevance: str = option(
-        DEFAULT_FORM,
+        None,
         help="Form of relevance: one gate a layer as in the paper, a signed coefficient a direction, or with keys and "
         "queries projected apart.",
         panel=METHOD,
@@ -185,9 +185,10 @@ class TrainSettings(SeedSettings):
         self._check_method()
         if self.method in BASELINES and self.lr is None:
             self._set(lr=BASELINE_LR)
+        if self.relevance is None:
+            self._set(relevance=DEFAULT_FORM if self.attribute_field is None else DEFAULT_FORM_ATTRIBUTES)
         if self.rank is None:
-            form = self.relevance if self.method == "braces" else ""
-            self._set(rank=default_rank(form))
+            self._set(rank=default_rank(self.relevance if self.method == "braces" else ""))
         self._set(lora_targets=_names(self.lora_targets))
         self._fill_attributes()
         if self.streaming and self.max_steps is None:

@@ -141,7 +141,7 @@ def test_training_with_attributes_learns_which_is_which(braces, model_dir, rows,
     outcome = train(braces, model_dir, rows, out, "--max-steps", 120, *fields)
     assert outcome.code == 0, outcome.err
     assert outcome.json["condition_parameters"] == 32 * WIDTH + WIDTH + WIDTH * 32
-    assert outcome.json["trainable_parameters"] == 2 * (2 * 8 * 32 + 8)
+    assert outcome.json["trainable_parameters"] == 2 * (8 * 32 + 1)
     assert outcome.json["eval_loss"] < outcome.json["base_eval_loss"]
     assert (out / "attributes.safetensors").is_file()
     assert {name for name in load_file(out / "adapter_model.safetensors") if name.startswith("condition.")}

@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 from braces_cli.core.method.relevance_forms import layer_shapes
-from braces_cli.training.settings import DEFAULT_FORM
 
 RECIPES = sorted((Path(__file__).parents[2] / "braces_cli" / "assets" / "recipes").glob("*.yaml"))
 TASKS = ("commonsense", "zero-shot", "sentiment", "detoxification")
@@ -53,11 +52,12 @@ def test_a_recipe_loads_without_a_hub(braces, path):
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("task", TASKS)
 def test_the_parameters_that_a_header_states(task, model):
-    """Those of the default form of relevance, and their share of LoRA's."""
+    """Those of the recipe's form of relevance, and their share of LoRA's."""
     text = next(path for path in RECIPES if path.name == f"{task}-{model}.yaml").read_text(encoding="utf-8")
-    rank = yaml.safe_load(text)["rank"]
+    recipe = yaml.safe_load(text)
+    form, rank = recipe["relevance"], recipe["rank"]
     layers, width, of_lora = SIZES[model]
-    trained = layers * sum(math.prod(shape) for shape in layer_shapes(DEFAULT_FORM, rank, width).values())
+    trained = layers * sum(math.prod(shape) for shape in layer_shapes(form, rank, width).values())
     assert f"{trained:,} trained parameters" in text
     if "LoRA r=16's" in text:
         assert f"{trained / of_lora:.2f} of LoRA r=16's {of_lora:,}" in text

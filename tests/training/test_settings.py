@@ -28,6 +28,7 @@ def test_defaults_that_depend_on_other_settings():
     plain, conditioned = TrainSettings(), TrainSettings(attribute_field="mood")
     assert (plain.gate_lr, plain.rank, plain.contrast, plain.margin) == (0.1, 8, 0.0, None)
     assert (conditioned.gate_lr, conditioned.contrast, conditioned.margin) == (0.1, 0.1, 6.0)
+    assert (plain.relevance, conditioned.relevance, conditioned.rank) == ("untied", "paper", 16)
     assert (plain.lr, plain.at_width(64).lr, TrainSettings(lr=0.5).at_width(64).lr) == (None, 0.04, 0.5)
     paper, steered = TrainSettings(relevance="paper"), TrainSettings(relevance="paper", attribute_field="mood")
     assert (paper.gate_lr, paper.rank, steered.gate_lr, paper.at_width(64).lr) == (0.3, 16, 0.1, 0.02)
