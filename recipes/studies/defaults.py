@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from _runs import Runs, read, spread, train
 
@@ -45,11 +44,11 @@ def main() -> None:
 
 def points(grid: list[str]) -> list[dict[str, Any]]:
     """Every combination of the values of `--grid`, each of its setting's own type."""
-    defaults = {f.name: f.default for f in fields(RunSettings)}
+    kinds = get_type_hints(RunSettings)
     axes = []
     for text in grid:
         setting, _, values = text.partition("=")
-        kind = float if defaults[setting] is None else type(defaults[setting])
+        kind = kinds[setting] if kinds[setting] in (str, int) else float
         axes.append([(setting, kind(value)) for value in values.split(",")])
     return [dict(point) for point in itertools.product(*axes)]
 
