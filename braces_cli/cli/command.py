@@ -12,13 +12,11 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import sys
-import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -148,10 +146,4 @@ def _item(hint: Any) -> Any:
 
 
 def _stored(value: Any, hint: Any) -> Any:
-    if _item(hint) is not None:
-        return tuple(value or ())
-    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    for kind in kinds:
-        if isinstance(kind, type) and issubclass(kind, StrEnum) and isinstance(value, str):
-            return kind(value)
-    return value
+    return value if _item(hint) is None else tuple(value or ())

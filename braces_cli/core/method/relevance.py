@@ -109,12 +109,6 @@ class RelevanceModule(nn.Module):
         self.scale = scale
         self._cache.clear()
 
-    def set_weight(self, weight: Tensor) -> None:
-        """Start from this projection (d_r, d) with orthonormal rows."""
-        with torch.no_grad():
-            self.weight.copy_(weight)
-        self._cache.clear()
-
     def keep_gram(self, keep: bool) -> None:
         """Whether W_V W_V^T is kept while this learns (`core.method.value_gram`); False also frees it. One W_V only."""
         self._kept = KeptGram() if keep else None

@@ -14,7 +14,6 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -137,4 +136,4 @@ def plain(value: Any) -> Any:
     """A setting as JSON holds it."""
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    return str(value) if isinstance(value, (Path, StrEnum)) else value
+    return str(value) if isinstance(value, Path) else value
