@@ -9,7 +9,8 @@ from braces_cli.cli.dry_run import show_plan
 from braces_cli.cli.options import OutputSettings
 from braces_cli.core.utils.errors import BracesError, ConfigError
 from braces_cli.core.utils.settings import DATA, option
-from braces_cli.training.settings import RunSettings, capped_warmup
+from braces_cli.training.defaults import capped_warmup
+from braces_cli.training.settings import RunSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,18 +75,16 @@ def train(settings: TrainCommandSettings) -> None:
 def _plan(settings: TrainCommandSettings) -> None:
     """Print settings as they will take effect and the parameter count; where the model cannot be reached, why not."""
     from braces_cli.core.models.ffn import find_ffns
-    from braces_cli.training.adapter_setup import starting_point
+    from braces_cli.training.adapter_setup import for_base, starting_point
     from braces_cli.training.train import count_parameters, load_base_shape, row_reading
 
     out: dict[str, Any] = {"output_dir": settings.output_dir and str(settings.output_dir), "method": settings.method}
     try:
         settings, _ = starting_point(settings)
         name, shape = load_base_shape(settings)
+        settings = for_base(settings, find_ffns(shape))
         out.update(count_parameters(shape, settings))
-        settings = replace(
-            settings.at_width(find_ffns(shape)[0].hidden_size),
-            max_length=row_reading(settings, name, shape).max_length,
-        )
+        settings = replace(settings, max_length=row_reading(settings, name, shape).max_length)
     except ConfigError:
         # A rank or a layer that does not fit is a mistake to mend, not a model out of reach.
         raise

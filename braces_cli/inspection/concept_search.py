@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from braces_cli.core.attributes.attribute import Attribute
+from braces_cli.core.method.value_gram import least_norm_weights
 from braces_cli.core.models.ffn import FFN
 from braces_cli.core.models.moe import MixtureFFN
 from braces_cli.core.models.tokenization import encode_word, token_text
@@ -116,17 +117,15 @@ def attribute_relevance(session: Session, attribute: Attribute, ffn: FFN) -> Ten
     values, state = ffn.value_matrix(), attribute.state[row]
     with torch.no_grad():
         if session.adapter is None:
-            wide = values.double()
-            square = wide @ wide.mT
-            # The smallest of ridges: value vectors need not span the whole space.
-            square.diagonal().add_(1e-12 * square.diagonal().mean())
-            added = float(attribute.scale[row]) * state.to(wide)
-            return (torch.linalg.solve(square, added) @ wide).float()
+            added = float(attribute.scale[row]) * state.to(values.device, torch.float64)
+            return least_norm_weights(values, added[:, None])[:, 0].float()
         module = relevance_module(session, ffn)
         if module is None:
             return None
         hidden = session.adapter.states(state.to(module.weight))
-        return relevance_scores(module, hidden[None], values)[0][0]
+        # Of each expert on its own, as the adapter scores them.
+        scores = [relevance_scores(module, hidden[None], rows.mT)[0][0] for _, rows in stacks(ffn, "value")]
+        return torch.cat(scores)
 
 
 def top_vectors_for_attribute(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from braces_cli.core.method.adapter import Adapter, attach, attach_stored
+from braces_cli.core.method.adapter import Adapter, attach, attach_stored, spans_width
 from braces_cli.core.method.adapter_files import AdapterConfig, StoredAdapter, find_adapter
+from braces_cli.core.models.ffn import FFN
 from braces_cli.core.models.layer_ranges import chosen_layers
+from braces_cli.core.models.moe import MixtureFFN
 from braces_cli.core.session import Session
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.data.examples import Examples
@@ -60,6 +63,11 @@ def continued(settings: Run, config: AdapterConfig) -> Run:
         # Its default depends on the form.
         gate_lr=settings.gate_lr if "gate_lr" in settings.given else None,
     )
+
+
+def for_base(settings: Run, ffns: Sequence[FFN | MixtureFFN]) -> Run:
+    """The same with the defaults that depend on the base, whose feed-forward layers these are."""
+    return settings.for_base(ffns[0].hidden_size, all(map(spans_width, ffns)))
 
 
 def adapter_to_train(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
@@ -28,6 +27,18 @@ from braces_cli.core.utils.settings import (
     plain,
 )
 from braces_cli.data.row_formats import Columns, parse_columns
+from braces_cli.training.defaults import (
+    BASELINE_LR,
+    DEFAULT_COEFFICIENT_LR,
+    DEFAULT_FORM,
+    DEFAULT_FORM_ATTRIBUTES,
+    DEFAULT_GATE_LR,
+    DEFAULT_GATE_LR_ATTRIBUTES,
+    DEFAULT_TURN,
+    FORM_OF_NARROW_EXPERTS,
+    default_lr,
+    default_rank,
+)
 
 SCHEDULES = ("linear", "cosine", "constant")
 # Those of peft; see `training.peft_baselines`.
@@ -38,17 +49,6 @@ BRACES_ONLY = ("gate_lr", "relevance", "attribute_field", "strength_field", "opp
 BASELINE_ONLY = ("lora_alpha", "lora_targets")
 # Without attributes something else would be trained than was asked for, so a baseline refuses these in a file, too.
 _NEVER_IGNORED = ("attribute_field", "opposites", "attributes")
-# By measurement (recipes/LOG.md): at equal parameters, hence half the rank where there are two projections.
-DEFAULT_FORM, DEFAULT_FORM_ATTRIBUTES = "untied", "paper"
-DEFAULT_RANK, DEFAULT_RANKS = 16, {"untied": 8}
-# Peak learning rates where none is given, by measurement (recipes/LOG.md). A step of Adam turns R by about lr sqrt(d),
-# so this product is held constant, and the rate follows from the width d.
-DEFAULT_TURN = {"paper": 0.16, "signed": 0.32, "untied": 0.32}
-BASELINE_LR = 1e-3
-# With the contrastive loss, gates that move too fast close before they have found their direction.
-DEFAULT_GATE_LR, DEFAULT_GATE_LR_ATTRIBUTES = 0.3, 0.1
-# Of the coefficients of `signed` and `untied`.
-DEFAULT_COEFFICIENT_LR = 0.1
 # Of a run with attributes, by measurement as well.
 DEFAULT_CONTRAST, DEFAULT_MARGIN = 0.1, 6.0
 PACKING = ("auto", "on", "off")
@@ -61,7 +61,8 @@ STRENGTH = "strength"
 class TrainSettings(SeedSettings):
     """What is trained, and how: everything that an adapter's config records.
 
-    Defaults that depend on other settings are None on the command line and filled in here; `lr` by `at_width`.
+    Defaults that depend on other settings are None on the command line and filled in here; those that
+    depend on the base by `for_base`.
 
     Attributes:
         chat_template: some rows are chats, written by the tokenizer's template. Found out from the rows.
@@ -72,15 +73,15 @@ class TrainSettings(SeedSettings):
     )
     relevance: str = option(
         None,
-        help="Form of relevance: one gate a layer as in the paper, a signed coefficient a direction, or with keys and "
-        "queries projected apart.",
+        help="Form of relevance: one gate a layer as in the paper; a signed coefficient a direction; with keys and "
+        f"queries projected apart; the same of whitened value vectors. Default: {DEFAULT_FORM}.",
         panel=METHOD,
         choices=FORMS,
     )
     rank: int = option(
         None,
         help="Rank of the relevance projections, or of a baseline's update. "
-        f"Default: {DEFAULT_RANKS['untied']} for untied, else {DEFAULT_RANK}.",
+        f"Default: {default_rank(DEFAULT_FORM)}; for paper, signed and baselines {default_rank('')}.",
         min=1,
         panel=METHOD,
     )
@@ -114,7 +115,7 @@ class TrainSettings(SeedSettings):
     )  # fmt: skip
     lr: float | None = option(
         None,
-        help=f"Peak learning rate. Default: {DEFAULT_TURN['untied']:g} / sqrt(width), for paper "
+        help=f"Peak learning rate. Default: {DEFAULT_TURN[DEFAULT_FORM]:g} / sqrt(width), for paper "
         f"{DEFAULT_TURN['paper']:g} / sqrt(width), for baselines {BASELINE_LR:g}.",
         panel=OPTIMISATION,
     )
@@ -246,11 +247,17 @@ class TrainSettings(SeedSettings):
         """`opposites`, parsed."""
         return parse_opposites(self.opposites)
 
-    def at_width(self, width: int) -> Self:
-        """The same with a learning rate, where none was given: for a model of d = `width`, to three digits."""
-        if self.lr is not None:
-            return self
-        return replace(self, lr=float(f"{DEFAULT_TURN[self.relevance] / math.sqrt(width):.3g}"))
+    def for_base(self, width: int, spans_width: bool = True) -> Self:
+        """The same with the defaults that depend on the base: form of relevance and learning rate.
+
+        Args:
+            width: d of the model.
+            spans_width: see `core.method.adapter.spans_width`, of all layers.
+        """
+        chosen = "relevance" in self.given or spans_width or self.relevance != DEFAULT_FORM
+        relevance = self.relevance if chosen else FORM_OF_NARROW_EXPERTS
+        lr = default_lr(relevance, width) if self.lr is None else self.lr
+        return replace(self, relevance=relevance, lr=lr)
 
     def recorded(self) -> dict[str, Any]:
         """What the method reads: the settings that explain an adapter."""
@@ -364,16 +371,6 @@ class RunSettings(TrainSettings, CheckpointSettings, ModelSettings, FileSettings
         resolved, options = self.resolved(), options_of(type(self))
         step = self.batch_size * self.gradient_accumulation * processes
         return {**{name: resolved[name] for name in resolved if options[name].outcome}, "examples_per_step": step}
-
-
-def capped_warmup(steps: int, max_steps: int) -> int:
-    """Steps of the warm-up of a run: as set, but no more than a quarter of all, so that the peak rate is reached."""
-    return min(steps, max_steps // 4)
-
-
-def default_rank(form: str) -> int:
-    """The rank of a form where none is named."""
-    return DEFAULT_RANKS.get(form, DEFAULT_RANK)
 
 
 def parse_opposites(values: Sequence[str]) -> tuple[tuple[str, str], ...]:

@@ -17,7 +17,7 @@ from braces_cli.core.attributes.attribute import TRAINED_FILE, Attribute, save_a
 from braces_cli.core.method.adapter import Adapter, attach
 from braces_cli.core.method.adapter_files import AdapterConfig, StoredAdapter, write_adapter
 from braces_cli.core.method.condition_mlp import condition_shapes
-from braces_cli.core.models.ffn import parameter_total
+from braces_cli.core.models.ffn import find_ffns, parameter_total
 from braces_cli.core.models.hub_upload import check_push
 from braces_cli.core.models.layer_ranges import chosen_layers
 from braces_cli.core.models.loading import input_device, load_shape, load_tokenizer, tokenizer_hashes
@@ -31,7 +31,7 @@ from braces_cli.core.utils.versions import versions
 from braces_cli.data.examples import Examples, Fields, Reading, log_counts, read_examples
 from braces_cli.data.streaming_examples import Stream
 from braces_cli.scoring.likelihood import Likelihood
-from braces_cli.training.adapter_setup import adapter_to_train, shares, starting_point
+from braces_cli.training.adapter_setup import adapter_to_train, for_base, shares, starting_point
 from braces_cli.training.attribute_conditioning import Conditioner, gather_attributes
 from braces_cli.training.checkpointing.run_record import Record, check_run_folder, digest, finished, prepare_folder
 from braces_cli.training.collator import TrainingData
@@ -122,7 +122,7 @@ def train(settings: RunSettings, report: Report = silent, command: Sequence[str]
     # What can be wrong is checked before minutes of loading weights: rank and layers on the bare shape, then rows.
     settings, start = starting_point(settings)
     name, shape = load_base_shape(settings)
-    count_parameters(shape, settings)
+    count_parameters(shape, for_base(settings, find_ffns(shape)))
     reading = row_reading(settings, name, shape)
     settings = replace(settings, max_length=reading.max_length)
     train_set: Examples | Stream
@@ -198,7 +198,7 @@ def run_training(
     """
     assert settings.output_dir is not None
     model, pad_id = session.base.model, session.base.tokenizer.pad_token_id
-    folder, settings = settings.output_dir, settings.at_width(session.ffns[0].hidden_size)
+    folder, settings = settings.output_dir, for_base(settings, session.ffns)
     join(input_device(model))
     counts = count_parameters(model, settings)
     attributes = _attributes(session, settings, [train_set, eval_set], start)

@@ -45,12 +45,13 @@ from braces_cli.training.checkpointing.training_state import (
 )
 from braces_cli.training.collator import Batch, Block, Collator, TrainingData
 from braces_cli.training.contrastive_loss import contrastive_loss
+from braces_cli.training.defaults import capped_warmup
 from braces_cli.training.launcher_checks import uses_deepspeed
 from braces_cli.training.metrics import METRICS_FILE, MetricsFile
 from braces_cli.training.peft_baselines import PeftAdapter
 from braces_cli.training.sampler import example_order, steps_per_epoch
 from braces_cli.training.selective_logits import mean_loss, only_scored
-from braces_cli.training.settings import CheckpointSettings, TrainSettings, capped_warmup
+from braces_cli.training.settings import CheckpointSettings, TrainSettings
 
 logger = logging.getLogger("braces")
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from braces_cli.core.method.relevance_forms import FORMS
-from braces_cli.training.settings import DEFAULT_FORM
+from braces_cli.training.defaults import DEFAULT_FORM
 
 LEAST_REPEATS = 7
 # After so long a set of measurements stops at the least number of repeats: a busy machine gets fewer, not hours.

@@ -31,7 +31,7 @@ from _bench import build_model, interleave, medians, parse, ratio, report, synch
 from _rows import BATCH as ROWS_BATCH
 from _rows import SETS, padding, steppers
 
-from braces_cli.training.settings import default_rank
+from braces_cli.training.defaults import default_rank
 
 LAYERS, REPEATS = 4, 9
 RANK = 16

@@ -10,7 +10,8 @@ Shows   one JSON line a run in --out, which a second call continues; with --repo
 
 Each system is trained on seed 0 at every rate of its own list. The rate with the best score on the validation part of
 the held-out rows (every second one) is kept; reported is the score on the other part, at that rate, over all seeds. The
-score is the held-out loss, or with --questions the share of questions answered rightly by PopQA's rule. All systems see
+score is the held-out loss; with --questions the share of questions answered rightly by PopQA's rule, or, where rows
+have `mc1_targets`, the share whose right choice is the likeliest. All systems see
 the same rows in the same order for the same number of steps, without dropout. Budgets are shares of the parameters of
 LoRA of rank 16 on the queries and values: each form takes the largest rank that fits.
 """
@@ -42,20 +43,24 @@ FORM_RATES = {
     "paper": [(0.08, 0.3), (0.16, 0.3), (0.32, 0.3), (0.16, 0.1)],
     "signed": [(0.16, 0.1), (0.32, 0.1), (0.64, 0.1), (0.32, 0.3)],
     "untied": [(0.16, 0.1), (0.32, 0.1), (0.64, 0.1), (0.32, 0.3)],
+    "whitened": [(0.32, 0.1), (0.64, 0.1), (1.28, 0.1), (0.64, 0.3)],
 }
 LORA_RATES = [1e-3, 3e-3, 1e-2, 2e-2]
 # In the order in which they are run: what answers the first question comes first.
 SYSTEMS: dict[str, dict[str, Any]] = {
-    "untied-1/4": {"relevance": "untied"},
+    "whitened-1/4": {"relevance": "whitened"},
     "lora-16": {"method": "lora", "rank": 16},
+    "untied-1/4": {"relevance": "untied"},
     "signed-1/4": {"relevance": "signed"},
     "lora-4": {"method": "lora", "rank": 4},
     "paper-1/4": {"relevance": "paper"},
     "lora-1": {"method": "lora", "rank": 1},
-    "untied-1/16": {"relevance": "untied"},
+    "whitened-1/16": {"relevance": "whitened"},
+    "whitened-1": {"relevance": "whitened"},
     "dora-4": {"method": "dora", "rank": 4},
     "pissa-4": {"method": "pissa", "rank": 4},
     "lora-down-1/4": {"method": "lora", "lora_targets": ("down_proj",)},
+    "untied-1/16": {"relevance": "untied"},
     "untied-1": {"relevance": "untied"},
     "signed-1/16": {"relevance": "signed"},
     "signed-1": {"relevance": "signed"},
@@ -102,7 +107,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model")
     parser.add_argument("--data", action="append", default=[])
     parser.add_argument("--held-out", action="append", default=[], help="default: every tenth row of --data")
-    parser.add_argument("--questions", type=Path, help="rows of PopQA's schema to answer, in place of held-out rows")
+    parser.add_argument(
+        "--questions", type=Path, help="rows of PopQA's or TruthfulQA's schema, in place of held-out rows"
+    )
     parser.add_argument("--limit", type=int, default=600, help="held-out rows")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=100)
@@ -154,7 +161,12 @@ def largest_rank(shape: Any, settings: RunSettings, budget: float) -> int:
 
 def measure(model: str, rows: Rows, settings: RunSettings) -> dict[str, Any]:
     session, result = train(model, rows.training, None, settings)
-    validation, test = answers(session, rows.questions) if rows.questions else losses(session, rows.held_out)
+    if rows.questions:
+        right = choices if "mc1_targets" in rows.questions[0] else answers
+        marks = right(session, rows.questions)
+        validation, test = (sum(part) / len(part) for part in (marks[::2], marks[1::2]))
+    else:
+        validation, test = losses(session, rows.held_out)
     return {
         "rank": settings.rank,
         "parameters": result["trainable_parameters"],
@@ -173,19 +185,31 @@ def losses(session: Session, items: list[Any]) -> tuple[float, float]:
     return parts[0], parts[1]
 
 
-def answers(session: Session, questions: list[dict[str, Any]]) -> tuple[float, float]:
-    """Share of right answers among the even questions and among the odd ones, greedy, 15 tokens."""
+def answers(session: Session, questions: list[dict[str, Any]]) -> list[bool]:
+    """Which questions are answered rightly: greedy, 15 tokens."""
     model, tokenizer = session.base.model.eval(), session.base.tokenizer
-    right: list[list[bool]] = [[], []]
-    for index, row in enumerate(questions):
+    right = []
+    for row in questions:
         ids = encode(tokenizer, f"Q: {row['question']} A:").ids
         with torch.no_grad():
             out = model.generate(
                 torch.tensor([ids]), max_new_tokens=15, do_sample=False, pad_token_id=tokenizer.pad_token_id
             )
         text = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).split("\n")[0]
-        right[index % 2].append(contained(text, possible_answers(row)))
-    return sum(right[0]) / len(right[0]), sum(right[1]) / len(right[1])
+        right.append(contained(text, possible_answers(row)))
+    return right
+
+
+def choices(session: Session, questions: list[dict[str, Any]]) -> list[bool]:
+    """Of which questions the right choice has the highest log-likelihood."""
+    model, tokenizer = session.base.model, session.base.tokenizer
+    right = []
+    for row in questions:
+        targets = row["mc1_targets"]
+        pairs = [encode(tokenizer, f"Q: {row['question']} A:", f" {choice}") for choice in targets["choices"]]
+        found = [each.log_likelihood for each in likelihoods(model, pairs, tokenizer.pad_token_id, 8)]
+        right.append(targets["labels"][found.index(max(found))] == 1)
+    return right
 
 
 def summarise(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -226,7 +250,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     height = -(-len(tasks) // columns)
     sheet = Figure(figsize=(4.6 * columns, 3.4 * height), layout="constrained")
     colours = {
-        "untied": "C0",
+        "whitened": "C0",
+        "untied": "C9",
         "signed": "C2",
         "paper": "C4",
         "lora": "C1",

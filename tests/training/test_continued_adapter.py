@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from braces_cli.core.method.relevance_forms import FORMS
+
 
 @pytest.fixture
 def rows(tmp_path: Any) -> Any:
@@ -33,7 +35,7 @@ def train(braces: Any, model_dir: Any, rows: Any, tmp_path: Any) -> Any:
     return run
 
 
-@pytest.mark.parametrize("form", ["paper", "signed", "untied"])
+@pytest.mark.parametrize("form", FORMS)
 def test_training_starts_where_the_adapter_is(train: Any, rows: Any, tmp_path: Any, form: str) -> None:
     """Rank, form and layers come from the adapter, the base too, and the first loss is that of the adapter."""
     first = train("a", "--max-steps", 30, "--rank", 3, "--relevance", form, "--layers", "1-", "--gate-lr", 0.3)

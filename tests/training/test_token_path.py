@@ -13,6 +13,7 @@ from braces_cli.core.attributes.intervention import steered
 from braces_cli.core.method.adapter import attach, attach_stored
 from braces_cli.core.method.adapter_files import find_adapter, read_config
 from braces_cli.core.method.reference import reference
+from braces_cli.core.method.relevance_forms import FORMS
 from braces_cli.core.models.tokenization import Encoded
 from braces_cli.core.utils.errors import ModelError
 from braces_cli.training.token_path import token_path_shares
@@ -108,11 +109,11 @@ def test_scales_are_saved_and_loaded_and_steering_grows_with_them(session, tmp_p
 
 
 def test_the_command_tells_the_share_and_stores_the_units(braces, model_dir, tmp_path):
-    """The token path of the trained adapter is in the JSON; only the paper's form has no factors of its own."""
+    """The token path of the trained adapter is in the JSON; signed and untied have factors of their own."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "the film is good"}\n{"text": "the end is sad"}\n')
     scales = {}
-    for form in ("paper", "signed", "untied"):
+    for form in FORMS:
         out = tmp_path / form
         outcome = braces(
             "train", "--model", model_dir, "--data", rows, "--rank", 4, "--max-steps", 2, "--relevance", form,
@@ -122,6 +123,6 @@ def test_the_command_tells_the_share_and_stores_the_units(braces, model_dir, tmp
         assert len(outcome.json["token_path_share"]) == 2
         assert min(outcome.json["token_path_share"]) > 0
         scales[form] = read_config(out).scales
-    assert scales["paper"] == []
+    assert scales["paper"] == scales["whitened"] == []
     assert len(scales["signed"]) == 2
     assert scales["signed"] == scales["untied"]

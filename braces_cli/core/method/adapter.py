@@ -230,7 +230,8 @@ def attach(
         scales: fixed factor of each layer; None is that of the form, measured on the base's value matrices.
 
     Raises:
-        ConfigError: rank below 1 or above the hidden size, or a layer without an FFN.
+        ConfigError: rank below 1 or above the hidden size, a layer without an FFN, or one whose value vectors the form
+            cannot whiten.
         ModelError: no FFN found, or an adapter is attached already.
     """
     ffns = find_ffns(model)
@@ -245,6 +246,13 @@ def attach(
     width = min(ffn.hidden_size for ffn in chosen)
     if not 1 <= rank <= width:
         raise ConfigError(f"rank {rank} does not fit hidden size {width}", where="--rank", hint=f"Use 1 to {width}.")
+    narrow = [ffn.layer for ffn in chosen if form == "whitened" and not spans_width(ffn)]
+    if narrow:
+        raise ConfigError(
+            f"layer {narrow[0]} has fewer value vectors, in all or in an expert, than its width {width}",
+            where="--relevance whitened",
+            hint="Use --relevance untied.",
+        )
     generator = torch.Generator().manual_seed(seed)
     sites = []
     for index, ffn in enumerate(chosen):
@@ -254,12 +262,18 @@ def attach(
     return Adapter(model, sites)
 
 
+def spans_width(ffn: FFN | MixtureFFN) -> bool:
+    """Whether the layer has as many value vectors as its width, each of its experts for itself."""
+    counts = (part.value_matrix().shape[-1] if isinstance(part, Experts) else part.value_vectors for part in ffn.parts)
+    return all(count >= ffn.hidden_size for count in counts)
+
+
 def unit_scale(ffn: FFN | MixtureFFN, form: str) -> float:
-    """Fixed factor of a layer: 1 for `paper`, else the inverse of the mean eigenvalue of its W_V W_V^T.
+    """Fixed factor of a layer: 1 for `paper` and `whitened`, else the inverse of the mean eigenvalue of its W_V W_V^T.
 
     Of experts the mean over all of them. 1 also on the device `meta`, where there are no numbers, and where W_V is 0.
     """
-    if form == "paper" or ffn.parts[0].values().device.type == "meta":
+    if form in ("paper", "whitened") or ffn.parts[0].values().device.type == "meta":
         return 1.0
     squares, matrices = 0.0, 0
     for part in ffn.parts:

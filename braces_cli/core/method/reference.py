@@ -3,6 +3,7 @@
     paper     r_ij = g (R v_j) . (R h_i) / sqrt(d_r)         g = sigmoid(gate)
     signed    r_ij = sum_k c_k (R v_j)_k (R h_i)_k           c = gate
     untied    r_ij = sum_k c_k (R_k v_j)_k (R_q h_i)_k       c = gate
+    whitened  r_ij = sum_k c_k (R_k G^-1 v_j)_k (R_q h_i)_k  c = gate, G = W_V W_V^T
     FFN_AUG(h_i) = sum_j (w_ij + a (r_ij + s r_cj)) v_j
 
 with a fixed factor a of each layer. It shares no arithmetic with `relevance.py`: rows are orthonormalised one by one,
@@ -45,6 +46,9 @@ def relevance_ref(h: Tensor, values: Tensor, form: str, parameters: Mapping[str,
     keys = orthonormal_rows_ref(parameters["weight"])
     if form == "paper":
         return torch.sigmoid(parameters["gate"]) * ((h @ keys.mT) @ (keys @ values)) / math.sqrt(len(keys))
+    if form == "whitened":
+        # (W_V^+)^T has the columns G^-1 v_j.
+        values = torch.linalg.pinv(values.double()).mT.to(values.dtype)
     queries = keys if form == "signed" else orthonormal_rows_ref(parameters["query"])
     scores = torch.zeros(*h.shape[:-1], values.shape[-1], dtype=h.dtype, device=h.device)
     for c, key, query in zip(parameters["gate"], keys, queries, strict=True):

@@ -7,11 +7,19 @@
 The last line is the one before with r put into the sum, so nothing of size (tokens x d_ff) is ever built: per layer and
 step the cost is one product W_V W_V^T R_k^T, independent of the number of tokens, plus 4 d d_r flops a token.
 
-The forms of `relevance_forms` differ in R_q, R_k and c alone. `paper` (section 3.1) and `signed` have one projection R
-for both; c is a g / sqrt(d_r) in every direction for `paper`, with g = sigmoid(gate), and a gate, free and signed, for
-the others. a is a number of the layer that is never trained: 1 for `paper`, d / |W_V|^2 for the others, the inverse of
-the mean eigenvalue of W_V W_V^T. With it a coefficient means the same on every base: W_V times a number and the up
-projection divided by it leave the base and, trained, the adapter's function as they are.
+Three of the forms of `relevance_forms` differ in R_q, R_k and c alone. `paper` (section 3.1) and `signed` have one
+projection R for both; c is a g / sqrt(d_r) in every direction for `paper`, with g = sigmoid(gate), and a gate, free and
+signed, for the others. a is a number of the layer that is never trained: 1 for `paper`, d / |W_V|^2 for `signed` and
+`untied`, the inverse of the mean eigenvalue of W_V W_V^T. With it a coefficient means the same on every base: W_V times
+a number and the up projection divided by it leave the base and, trained, the adapter's function as they are.
+
+`whitened` measures relevance between whitened value vectors, r_ij = (R_k G^-1 v_j)^T diag(c) (R_q h_i), G = W_V W_V^T.
+In `untied` an update of the output is stretched by G, mostly along a few directions; here G cancels out of it, so that
+
+    B = R_k^T diag(c)
+
+costs nothing to make, and r_ij are, of all changes of the weights with this effect, those of least norm. The value
+vectors must span the width: d_ff >= d. a is 1, for B knows no units of W_V.
 
 Letters: d model width, d_ff neurons, d_r rank (d_r <= d), W_V (d, d_ff) value matrix with columns v_j, R (d_r, d) with
 orthonormal rows, h (..., d) what enters the FFN, h_c (d) an attribute's hidden state, s its strength.
@@ -31,8 +39,8 @@ from torch import Tensor, nn
 
 from braces_cli.core.method.factor_cache import FactorCache
 from braces_cli.core.method.projections import draw_projection, orthonormal_rows
-from braces_cli.core.method.relevance_forms import gate_values
-from braces_cli.core.method.value_gram import KeptGram, gram
+from braces_cli.core.method.relevance_forms import QUERY_FORMS, gate_values
+from braces_cli.core.method.value_gram import KeptGram, gram, least_norm_weights
 from braces_cli.core.models.value_weights import Values
 from braces_cli.core.utils.distributed import whole
 
@@ -45,9 +53,10 @@ COEFFICIENT_INIT = 0.0
 class RelevanceModule(nn.Module):
     """Projections and coefficients of one FFN layer, and what they add to its output.
 
-    Parameters (float32, whatever the base's dtype): `weight` (d_r, d), unconstrained, of which the projection R (of
-    `untied`: R_k) is the orthonormalised form; `query` (d_r, d), the same for R_q of `untied`, else None; `gate`, (1,)
-    before the sigmoid for `paper` (FSDP2 takes no scalar parameter), else (d_r,). `scale` is a, see `set_scale`.
+    Parameters (float32, whatever the base's dtype): `weight` (d_r, d), unconstrained, of which the projection R (R_k
+    where R_q is another) is the orthonormalised form; `query` (d_r, d), the same for R_q, or None where it is R;
+    `gate`, (1,) before the sigmoid for `paper` (FSDP2 takes no scalar parameter), else (d_r,). `scale` is a, see
+    `set_scale`.
 
     Args:
         rank: d_r.
@@ -72,7 +81,7 @@ class RelevanceModule(nn.Module):
         self.enabled = True
         start = draw_projection(rank, hidden_size, device, generator)
         self.weight = nn.Parameter(start)
-        self.query = nn.Parameter(start.clone()) if form == "untied" else None
+        self.query = nn.Parameter(start.clone()) if form in QUERY_FORMS else None
         size, first = (1, GATE_INIT) if form == "paper" else (rank, COEFFICIENT_INIT)
         self.gate = nn.Parameter(torch.full((size,), first, device=device))
         # What steering adds to R_q h, in rank space: (d_r,) for all tokens, (batch, 1, d_r) or (batch, tokens, d_r).
@@ -111,7 +120,7 @@ class RelevanceModule(nn.Module):
 
     def keep_gram(self, keep: bool) -> None:
         """Whether W_V W_V^T is kept while this learns (`core.method.value_gram`); False also frees it. One W_V only."""
-        self._kept = KeptGram() if keep else None
+        self._kept = KeptGram() if keep and self.form != "whitened" else None
 
     def release(self) -> None:
         """Free what is kept between passes; it is made anew where it is needed again, with the same bits."""
@@ -125,11 +134,11 @@ class RelevanceModule(nn.Module):
             yield "query_projection", self.query
 
     def projection(self) -> Tensor:
-        """R, of `untied` R_k (d_r, d), differentiable in `weight`."""
+        """R, or R_k where R_q is another, (d_r, d), differentiable in `weight`."""
         return self._orthonormal("projection", self.weight)
 
     def query_projection(self) -> Tensor:
-        """R_q (d_r, d), the factor A; the same as `projection()` unless the form is `untied`."""
+        """R_q (d_r, d), the factor A; the same as `projection()` where there is one for both."""
         return self.projection() if self.query is None else self._orthonormal("query_projection", self.query)
 
     def _orthonormal(self, name: str, matrix: Tensor) -> Tensor:
@@ -178,7 +187,10 @@ class RelevanceModule(nn.Module):
             tensor.to(h.device, torch.float32)
             for tensor in (self.projection(), self.query_projection(), self.coefficients / self.gain)
         )
-        return ((h.float() @ queries.mT) * weights) @ (keys @ values.to(h.device, torch.float32))
+        values = values.to(h.device)
+        whitened = self.form == "whitened"
+        matched = least_norm_weights(values, keys.mT).mT.float() if whitened else keys @ values.float()
+        return ((h.float() @ queries.mT) * weights) @ matched
 
     def factors(self, values: Values, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (d_r, d) and B (..., d, d_r) in `dtype`, for the value matrix or matrices `values` (..., d, d_ff).
@@ -221,7 +233,12 @@ class RelevanceModule(nn.Module):
         keys = self.projection()
         queries = keys if self.query is None else self.query_projection()
         with torch.autocast(self.weight.device.type, enabled=False):
-            out = product(values, keys.mT) * self.coefficients
+            if self.form == "whitened":
+                out = keys.mT * self.coefficients
+                # The same for every expert: a view.
+                out = out.expand(*values.shape[:-2], *out.shape) if isinstance(values, Tensor) else out
+            else:
+                out = product(values, keys.mT) * self.coefficients
         return queries.to(dtype), out.to(dtype)
 
     def _learns(self) -> bool:

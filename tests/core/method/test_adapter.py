@@ -56,7 +56,9 @@ def test_training_starts_at_the_base():
     assert 0 < float((logits(model) - base).abs().max()) < 0.05 * float(base.abs().max())
 
 
-@pytest.mark.parametrize(("form", "count"), [("paper", 4 * 32 + 1), ("signed", 4 * 32 + 4), ("untied", 8 * 32 + 4)])
+@pytest.mark.parametrize(
+    ("form", "count"), [("paper", 4 * 32 + 1), ("signed", 4 * 32 + 4), ("untied", 8 * 32 + 4), ("whitened", 8 * 32 + 4)]
+)
 def test_only_projections_and_gates_train(form, count):
     """layers * (d_r d + 1), d_r d + d_r or 2 d_r d + d_r of them."""
     model = tiny_model()

@@ -12,6 +12,7 @@ import transformers
 from braces_cli.core.method.adapter import attach
 from braces_cli.core.models.ffn import find_ffns
 from braces_cli.core.models.moe import Experts, MixtureFFN
+from braces_cli.core.utils.errors import ConfigError
 from tests.conftest import GATED, open_gates
 from tests.core.method.test_reference import relative, run
 
@@ -147,6 +148,13 @@ def test_generation_with_a_cache_equals_generation_without(name):
     assert torch.equal(model(tokens).logits, base)
 
 
+def test_experts_too_narrow_to_be_whitened_are_refused():
+    """Fewer value vectors than the width in one expert, the routed or the shared one."""
+    with pytest.raises(ConfigError, match="fewer value vectors") as error:
+        attach(tiny_moe("qwen2_moe"), 4, form="whitened")
+    assert "untied" in str(error.value.hint)
+
+
 def test_mixtral_by_hand():
     """The whole layer written out, expert by expert and neuron by neuron, from the model's own weights."""
     model = tiny_moe("mixtral")
@@ -223,7 +231,6 @@ def test_steering_a_mixture_without_an_adapter_is_refused_with_the_reason():
     """It would be no constant."""
     from braces_cli.core.attributes.attribute import Attribute
     from braces_cli.core.attributes.intervention import steered
-    from braces_cli.core.utils.errors import ConfigError
 
     class Opened:
         adapter = None
