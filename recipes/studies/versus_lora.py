@@ -207,8 +207,8 @@ def choices(session: Session, questions: list[dict[str, Any]]) -> list[bool]:
     for row in questions:
         targets = row["mc1_targets"]
         pairs = [encode(tokenizer, f"Q: {row['question']} A:", f" {choice}") for choice in targets["choices"]]
-        found = [each.log_likelihood for each in likelihoods(model, pairs, tokenizer.pad_token_id, 8)]
-        right.append(targets["labels"][found.index(max(found))] == 1)
+        found = [each.nll for each in likelihoods(model, pairs, tokenizer.pad_token_id, 8)]
+        right.append(targets["labels"][found.index(min(found))] == 1)
     return right
 
 
