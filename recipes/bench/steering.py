@@ -17,8 +17,10 @@ from typing import Any
 
 from _bench import build_model, interleave, medians, parse, ratio, report, synchroniser, timed, twin
 
+from braces_cli.training.defaults import DEFAULT_FORM, default_rank
+
 LAYERS, REPEATS = 4, 21
-FORM, RANK = "untied", 8
+FORM, RANK = DEFAULT_FORM, default_rank(DEFAULT_FORM)
 PROMPT = 32
 # Generated in one measurement.
 TOKENS = 16
