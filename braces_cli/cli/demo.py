@@ -30,6 +30,8 @@ PROMPTS = ("The film was", "We stayed at the hotel and", "My new phone")
 STRENGTHS = (-3.0, 0.0, 3.0)
 SWEEP = "-3:3:1.5"
 TASKS = {"embedded_popqa": "questions about facts", "embedded_truthful": "truth against hearsay"}
+# Of LoRA on queries and values, and what that is beside the adapter's 12,336 parameters.
+LORA_RANKS = {4: "as many parameters", 16: "four times as many"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,14 +171,15 @@ def _bundled_file(guide: Guide, name: str) -> Path:
 
 
 def _fine_tune(guide: Guide, rows: Path, adapter: Path) -> dict[str, Any]:
-    """`{training, scores}`: the adapter, LoRA where peft is installed, and both beside the base."""
+    """`{training, scores}`: the adapter, LoRA of two sizes where peft is installed, and all beside the base."""
     train = ("--data", rows, "--epochs", "8", "--seed", str(guide.seed))
     trained = guide.run("Fine-tune an adapter on questions and answers", "train", *train, "--output-dir", adapter)
     guide.say(_figures(trained, "trainable_parameters", "train_loss", "seconds"))
     adapters: list[str | Path] = ["--adapter", adapter]
-    if find_spec("peft") is not None:
-        other = guide.folder / "lora"
-        lora = guide.run("The same with LoRA, to compare", "train", "--method", "lora", *train, "--output-dir", other)
+    for rank, size in LORA_RANKS.items() if find_spec("peft") is not None else ():
+        other, title = guide.folder / f"lora_r{rank}", f"The same with LoRA, to compare: {size}"
+        options = ("--method", "lora", "--rank", str(rank), *train)
+        lora = guide.run(title, "train", *options, "--output-dir", other)
         guide.say(_figures(lora, "trainable_parameters", "train_loss", "seconds"))
         adapters += ["--adapter", other]
     title = "Ask base and adapters what they have not been trained on"

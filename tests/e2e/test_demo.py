@@ -46,7 +46,7 @@ def test_it_keeps_its_promises(told: tuple[Path, str]) -> None:
     assert found["merge"]["max_logit_difference"] < 1e-4
     assert len({text for row in found["texts"] for text in row["texts"].values()}) == 9
     assert len(found["vectors"]) == 8
-    systems = ["base", "adapter", *(["lora"] if find_spec("peft") else [])]
+    systems = ["base", "adapter", *(["lora_r4", "lora_r16"] if find_spec("peft") else [])]
     assert [system["name"] for system in found["scores"][0]["systems"]] == systems
 
 
