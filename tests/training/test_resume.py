@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -183,7 +184,7 @@ def test_other_settings_are_refused_by_name(train, tmp_path):
 
 
 def test_what_cannot_be_resumed_is_refused(train, tmp_path, rows, adapter_dir):
-    """Other rows in the same file, an adapter of unknown origin, a damaged checkpoint."""
+    """Other rows in the same file, and an adapter of unknown origin."""
     out = tmp_path / "o"
     train(out)
     (out / "run.json").unlink()
@@ -193,14 +194,70 @@ def test_what_cannot_be_resumed_is_refused(train, tmp_path, rows, adapter_dir):
     assert outcome.code == 2
     assert "the rows are not those of the checkpoint" in outcome.err
     rows.write_text(text)
-    path = out / "checkpoint-12" / "parameters.safetensors"
-    path.write_bytes(path.read_bytes()[:100])
-    outcome = train(out, "--resume")
-    assert outcome.code == 4
-    assert "the checkpoint is damaged" in outcome.err
     outcome = train(adapter_dir, "--resume")
     assert outcome.code == 2
     assert "of no run that can be resumed" in outcome.err
+
+
+def flip(path: Path) -> None:
+    """Change one byte in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def swap(path: Path, other: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+
+
+def test_a_checkpoint_that_was_altered_is_not_trained_on(train, tmp_path):
+    """Each file that is changed, cut, gone or of another checkpoint is named, with the checkpoint before; exit 4."""
+    out = tmp_path / "o"
+    train(out)
+    for name in ("run.json", "adapter_config.json"):
+        (out / name).unlink()
+    last, before = out / "checkpoint-12", out / "checkpoint-10"
+    names = sorted(path.name for path in last.iterdir() if path.name not in ("README.md", "manifest.json"))
+    assert set(names) == set(json.loads((last / "manifest.json").read_text())["sha256"])
+    damages = [(name, flip) for name in names]
+    damages += [(name, lambda path: path.write_bytes(path.read_bytes()[:100])) for name in names]
+    damages += [(name, lambda path: swap(path, before / path.name)) for name in [*names, "manifest.json"]]
+    damages += [("rng.json", Path.unlink), ("manifest.json", lambda path: path.write_text("{}"))]
+    shutil.copytree(out, tmp_path / "copy")
+    for name, damage in damages:
+        if (last / name).read_bytes() == (before / name).read_bytes() and damage not in (flip, Path.unlink):
+            continue  # nothing to swap: the same in both
+        damage(last / name)
+        outcome = train(out, "--resume")
+        assert outcome.code == 4, (name, outcome.err)
+        assert str(last / name) in outcome.err
+        assert "--resume then continues from checkpoint-10" in outcome.err
+        shutil.rmtree(out)
+        shutil.copytree(tmp_path / "copy", out)
+    (last / "README.md").write_text("mine")
+    assert train(out, "--resume").code == 0
+
+
+def test_an_incomplete_checkpoint_is_left_out_with_a_warning(train, tmp_path, caplog):
+    """An empty checkpoint-11 does not count, nor is it in the way; one without a manifest is used, unchecked."""
+    out = tmp_path / "o"
+    train(out)
+    wanted = (out / ADAPTER).read_bytes()
+    for name in ("run.json", "adapter_config.json"):
+        (out / name).unlink()
+    shutil.rmtree(out / "checkpoint-12")
+    (out / "checkpoint-11").mkdir()
+    (out / "checkpoint-99999999999999999999").mkdir()
+    (out / "checkpoint-10" / "manifest.json").unlink()
+    outcome = train(out, "--resume")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["resumed_from"] == str(out / "checkpoint-10")
+    assert (out / ADAPTER).read_bytes() == wanted
+    said = " ".join(record.getMessage() for record in caplog.records)
+    assert f"{out / 'checkpoint-11'} is not a complete checkpoint" in said
+    assert f"{out / 'checkpoint-10'} has no manifest" in said
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(train, tmp_path, monkeypatch):
@@ -262,7 +319,7 @@ def test_only_whole_checkpoints_count(tmp_path):
     with pytest.raises(Killed):
         write_checkpoint(tmp_path, 4, half)
     (tmp_path / ".checkpoint-6.x").mkdir()
-    (tmp_path / ".run.json.x").touch()
+    (tmp_path / ".run.json.12345678.partial").touch()
     (tmp_path / ".mine").touch()
     (tmp_path / "checkpoint-of-mine").mkdir()
     assert newest(tmp_path) == tmp_path / "checkpoint-2"

@@ -1,11 +1,15 @@
 """Folders of checkpoints: whole or not there, the newest one, and no more than are wanted.
 
 A checkpoint is written under a name that begins with a dot, flushed to the disk and renamed to `checkpoint-N`. It is
-taken away in the opposite order. Whatever happens in between, a folder called `checkpoint-N` is complete.
+taken away in the opposite order. Whatever happens in between, a folder called `checkpoint-N` is complete. Its manifest,
+written last, holds the hash of each file: a file that was damaged, or belongs to another checkpoint, is not trained on.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import os
 import re
 import shutil
@@ -13,24 +17,103 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from braces_cli.core.utils.atomic_files import file_hint
-from braces_cli.core.utils.errors import BracesError
+from braces_cli.core.utils.atomic_files import file_hint, remove_partial_files, write_json
+from braces_cli.core.utils.errors import BracesError, ModelError
 
-_COMPLETE = re.compile(r"checkpoint-(\d+)")
+logger = logging.getLogger("braces")
+
+MANIFEST_FILE = "manifest.json"
+_NAME = re.compile(r"checkpoint-(\d+)", re.ASCII)
+# The file that is written last: the manifest, or the record where there was none yet.
+_LAST_FILES = (MANIFEST_FILE, "run.json")
+# Cards may be edited; nothing reads them.
+_NOT_HASHED = ("README.md",)
 _PARTIAL = ".checkpoint-"
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints in `folder`, oldest first; none where there is no folder."""
-    if not folder.is_dir():
-        return []
-    found = ((_COMPLETE.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir())
-    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+    return [path for path in _named(folder) if _is_complete(path)]
+
+
+def incomplete_checkpoints(folder: Path) -> list[Path]:
+    """Folders that are called like a checkpoint and are none, such as an empty one."""
+    return [path for path in _named(folder) if not _is_complete(path)]
+
+
+def _named(folder: Path) -> list[Path]:
+    paths = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    return sorted((path for path in paths if _NAME.fullmatch(path.name)), key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    return any((checkpoint / name).is_file() for name in _LAST_FILES)
 
 
 def newest(folder: Path) -> Path | None:
     """The checkpoint with the most steps."""
     return next(reversed(checkpoints(folder)), None)
+
+
+def newest_intact(folder: Path) -> Path | None:
+    """The newest checkpoint, each of its files held to the manifest.
+
+    Raises:
+        ModelError: a file differs from what was written, or is not there.
+    """
+    checkpoint = newest(folder)
+    if checkpoint is not None and (checkpoint / MANIFEST_FILE).is_file():
+        _check_manifest(checkpoint)
+    return checkpoint
+
+
+def warn_unchecked(folder: Path) -> None:
+    """Name the checkpoints that `newest_intact` leaves out or does not check."""
+    for path in incomplete_checkpoints(folder):
+        logger.warning("%s is not a complete checkpoint; it is ignored", path)
+    checkpoint = newest(folder)
+    if checkpoint is not None and not (checkpoint / MANIFEST_FILE).is_file():
+        logger.warning("%s has no manifest (an earlier braces wrote it); its files are not checked", checkpoint)
+
+
+def _check_manifest(checkpoint: Path) -> None:
+    path = checkpoint / MANIFEST_FILE
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        step, hashes = int(manifest["step"]), dict(manifest["sha256"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(path, "the manifest is damaged") from error
+    if step != _step(checkpoint):
+        raise _damaged(path, f"the manifest is that of checkpoint-{step}")
+    for name, wanted in hashes.items():
+        file = checkpoint / Path(name).name
+        try:
+            found = _hash(file)
+        except OSError as error:
+            raise _damaged(file, f"a file of the checkpoint cannot be read: {error.strerror}") from error
+        if found != wanted:
+            raise _damaged(file, "the file is not the one that was written with this checkpoint")
+
+
+def _damaged(file: Path, what: str) -> ModelError:
+    checkpoint = file.parent
+    before = [path.name for path in checkpoints(checkpoint.parent) if _step(path) < _step(checkpoint)]
+    then = f"continues from {before[-1]}" if before else "starts from the beginning"
+    return ModelError(what, where=str(file), hint=f"Remove {checkpoint}; --resume then {then}.")
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_manifest(folder: Path, step: int) -> None:
+    hashes = {path.name: _hash(path) for path in sorted(folder.iterdir()) if path.name not in _NOT_HASHED}
+    write_json(folder / MANIFEST_FILE, {"format_version": 1, "step": step, "sha256": hashes})
 
 
 def write_checkpoint(folder: Path, step: int, write: Callable[[Path], object]) -> Path:
@@ -45,6 +128,7 @@ def write_checkpoint(folder: Path, step: int, write: Callable[[Path], object]) -
         folder.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f"{_PARTIAL}{step}.", dir=folder))
         write(temporary)
+        _write_manifest(temporary, step)
         for path in (*temporary.iterdir(), temporary):
             _flush(path)
         # mkdtemp makes folders for the owner alone; give what a plain mkdir would have given.
@@ -88,18 +172,9 @@ def remove(path: Path) -> None:
 
 def remove_partial(folder: Path) -> None:
     """Take away what a killed process left half written."""
-    for path in folder.glob(".*") if folder.is_dir() else ():
-        if path.name.startswith(_PARTIAL):
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.is_file() and any(path.name.startswith(f".{name}.") for name in _WRITTEN):
-            path.unlink(missing_ok=True)
-
-
-# What `core.utils.atomic_files` was writing under a temporary name when the process was killed.
-_WRITTEN = (
-    "adapter_config.json", "adapter_model.safetensors", "attributes.safetensors", "README.md", "loss.png",
-    "metrics.jsonl", "run.json",
-)  # fmt: skip
+    for path in folder.glob(f"{_PARTIAL}*") if folder.is_dir() else ():
+        shutil.rmtree(path, ignore_errors=True)
+    remove_partial_files(folder)
 
 
 def _flush(path: Path) -> None:

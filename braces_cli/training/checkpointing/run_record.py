@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,14 @@ from braces_cli.core.utils.distributed import barrier, is_main
 from braces_cli.core.utils.errors import ConfigError, ModelError
 from braces_cli.data.examples import Examples
 from braces_cli.data.streaming_examples import Stream
-from braces_cli.training.checkpointing.checkpoint_folders import checkpoints, newest, remove, remove_partial
+from braces_cli.training.checkpointing.checkpoint_folders import (
+    checkpoints,
+    incomplete_checkpoints,
+    newest_intact,
+    remove,
+    remove_partial,
+    warn_unchecked,
+)
 from braces_cli.training.metrics import CURVE_FILE, METRICS_FILE
 
 RUN_FILE = "run.json"
@@ -85,8 +93,9 @@ def finished(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
 
     Raises:
         ConfigError: the run there, finished or not, had other settings, or is none of ours.
+        ModelError: a checkpoint or the record is damaged.
     """
-    checkpoint = newest(folder)
+    checkpoint = newest_intact(folder)
     done = read_record(folder)
     for stored in filter(None, (done, read_record(checkpoint) if checkpoint else None)):
         check_same(stored.settings, settings, folder)
@@ -105,16 +114,22 @@ def prepare_folder(folder: Path, resume: bool, record: Record) -> Path | None:
 
     Raises:
         ConfigError: that checkpoint was trained on other rows.
+        ModelError: it is damaged.
     """
     if is_main():
         remove_partial(folder)
         if not resume:
             for path in checkpoints(folder):
                 remove(path)
+            for path in incomplete_checkpoints(folder):
+                with suppress(OSError):  # it holds something
+                    path.rmdir()
             for name in (RUN_FILE, METRICS_FILE, CURVE_FILE):
                 (folder / name).unlink(missing_ok=True)
+        else:
+            warn_unchecked(folder)
     barrier()
-    checkpoint = newest(folder) if resume else None
+    checkpoint = newest_intact(folder) if resume else None
     stored = read_record(checkpoint) if checkpoint else None
     if stored is not None:
         if stored.data != record.data:
