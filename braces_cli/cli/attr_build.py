@@ -71,16 +71,17 @@ def _build(settings: AttributeBuildSettings) -> dict[str, Any]:
     from braces_cli.core.models.hub_upload import check_push, push
     from braces_cli.core.session import open_session
     from braces_cli.core.utils.atomic_files import check_output_file
+    from braces_cli.core.utils.output_lock import output_lock
 
     path = settings.output_dir / f"{check_name(settings.attribute)}.safetensors"
-    check_output_file(path, settings.overwrite)
-    if settings.push_to_hub is not None:
-        check_push(settings.push_to_hub)
-    build = _builder(settings)
-    session = open_session(settings.model, settings.adapter, settings.load_options)
-    with progress(settings.quiet) as report:
+    with output_lock(path), progress(settings.quiet) as report:
+        check_output_file(path, settings.overwrite)
+        if settings.push_to_hub is not None:
+            check_push(settings.push_to_hub)
+        build = _builder(settings)
+        session = open_session(settings.model, settings.adapter, settings.load_options)
         attribute = build(session, settings.attribute, report, settings.pooling)
-    save_attributes(path, [attribute])
+        save_attributes(path, [attribute])
     if settings.push_to_hub is not None:
         push(settings.output_dir, settings.push_to_hub, [path.name])
     return {

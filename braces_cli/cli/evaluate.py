@@ -54,6 +54,14 @@ def evaluate(settings: EvalCommandSettings) -> None:
     if settings.dry_run:
         _dry_run(settings)
         return
+    from braces_cli.core.utils.output_lock import output_lock
+
+    with output_lock(settings.output_dir, settings.plot):
+        _evaluate(settings, quiet)
+
+
+def _evaluate(settings: EvalCommandSettings, quiet: bool) -> None:
+    """Measure, write and print; nobody else writes to the outputs meanwhile."""
     from braces_cli.core.utils.atomic_files import check_output_file
     from braces_cli.evaluation.evaluate import run_evaluation
     from braces_cli.evaluation.result_store import Store, check_folder

@@ -146,20 +146,22 @@ def control_vector(settings: VectorSettings) -> None:
     if settings.dry_run:
         _print_plan(settings)
         return
+    from braces_cli.core.utils.output_lock import output_lock
     from braces_cli.export.control_vector import check_export, export_control_vector
     from braces_cli.export.request import steering
 
     path = _needed(settings.output, "--output", "Name the GGUF file to write.")
-    check_export(path, settings.overwrite)
-    from braces_cli.core.session import open_session
+    with output_lock(path):
+        check_export(path, settings.overwrite)
+        from braces_cli.core.session import open_session
 
-    request = _request(settings)
-    session = open_session(request.model, request.adapter, request.options)
-    session.remove_adapter()
-    terms, layers = steering(session, request)
-    if request.adapter is not None:
-        session.add_adapter(request.adapter)
-    found = export_control_vector(session, terms, layers, path)
+        request = _request(settings)
+        session = open_session(request.model, request.adapter, request.options)
+        session.remove_adapter()
+        terms, layers = steering(session, request)
+        if request.adapter is not None:
+            session.add_adapter(request.adapter)
+        found = export_control_vector(session, terms, layers, path)
     _show(settings, "exported", {**found, "attributes": request.attributes})
 
 

@@ -28,9 +28,10 @@ class ReportSettings(InspectSettings):
 def report(settings: ReportSettings) -> None:
     """Write a page with gates, value vectors, a heat map of a prompt and attribute alignments; it needs no network."""
     from braces_cli.core.utils.atomic_files import check_output_file
+    from braces_cli.core.utils.output_lock import output_lock
 
-    check_output_file(settings.output, settings.overwrite)
-    with progress(settings.quiet) as on_progress:
+    with output_lock(settings.output), progress(settings.quiet) as on_progress:
+        check_output_file(settings.output, settings.overwrite)
         written = _write(settings, on_progress)
     if settings.json:
         print_json(written)

@@ -45,6 +45,7 @@ def list_recipes(settings: ListSettings) -> None:
 def copy_recipe(settings: CopySettings) -> None:
     """Copy a training recipe, to be edited and given to `braces train --config`."""
     from braces_cli.core.utils.atomic_files import check_output_file, write_text
+    from braces_cli.core.utils.output_lock import output_lock
 
     known = recipes()
     # The file's name is accepted, too.
@@ -53,8 +54,9 @@ def copy_recipe(settings: CopySettings) -> None:
         hint = near_misses(name, known) or "`braces recipe list` shows all names."
         raise ConfigError(f"no recipe `{settings.name}`", where="recipe copy", hint=hint)
     output = settings.output_dir.expanduser() / f"{name}.yaml"
-    check_output_file(output, settings.overwrite)
-    write_text(output, known[name])
+    with output_lock(output):
+        check_output_file(output, settings.overwrite)
+        write_text(output, known[name])
     result = {"recipe": name, "output": str(output)}
     (print_json if settings.json else lambda pairs: print_pairs("", pairs))(result)
 

@@ -36,12 +36,14 @@ def _export(settings: SteerSettings, strengths: dict[str, float]) -> None:
     from braces_cli.core.attributes.attribute import find_attribute
     from braces_cli.core.models.layer_ranges import chosen_layers
     from braces_cli.core.session import open_session
+    from braces_cli.core.utils.output_lock import output_lock
     from braces_cli.export.control_vector import check_export, export_control_vector
 
     path = settings.export_control_vector
     assert path is not None
-    check_export(path, settings.overwrite)
-    session = open_session(settings.model, settings.adapter, settings.load_options)
-    terms = [(find_attribute(session, name, settings.attributes), s) for name, s in strengths.items()]
-    layers = chosen_layers(session.base.model, settings.layers)
-    print_json({**export_control_vector(session, terms, layers, path), "attributes": strengths})
+    with output_lock(path):
+        check_export(path, settings.overwrite)
+        session = open_session(settings.model, settings.adapter, settings.load_options)
+        terms = [(find_attribute(session, name, settings.attributes), s) for name, s in strengths.items()]
+        layers = chosen_layers(session.base.model, settings.layers)
+        print_json({**export_control_vector(session, terms, layers, path), "attributes": strengths})

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from braces_cli.cli.console import print_json, print_json_lines, print_pairs, progress
@@ -49,12 +50,19 @@ def write_texts(settings: SteerSettings) -> None:
 
 
 def _into_file(settings: SteerSettings, requests: Iterator[TextRequest], total: int | None) -> None:
-    from braces_cli.steering.resumable_output import TextsFile
+    from braces_cli.core.utils.output_lock import output_lock
 
     assert settings.output is not None
+    with output_lock(settings.output):
+        _append(settings, settings.output, requests, total)
+
+
+def _append(settings: SteerSettings, output: Path, requests: Iterator[TextRequest], total: int | None) -> None:
+    from braces_cli.steering.resumable_output import TextsFile
+
     options = options_of(type(settings))
     record = {name: value for name, value in settings.resolved().items() if options[name].outcome}
-    file = TextsFile(settings.output, record, settings.batch_size, resume=settings.resume, overwrite=settings.overwrite)
+    file = TextsFile(output, record, settings.batch_size, resume=settings.resume, overwrite=settings.overwrite)
     requests = file.remaining(requests, settings.strengths, settings.seed)
     start, written = time.monotonic(), 0
     first = next(requests, None)

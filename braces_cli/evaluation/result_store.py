@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core.utils.atomic_files import check_output_folder, finite, write_json, write_text
+from braces_cli.core.utils.atomic_files import check_output_folder, finite, remove_partial_files, write_json, write_text
 from braces_cli.core.utils.errors import BracesError, ConfigError
 from braces_cli.evaluation.scores import Scores, by_task, slug
 
@@ -44,6 +44,8 @@ class Store:
         """
         if self.folder is None:
             return None
+        for place in (self.folder, *self.folder.glob("parts/*"), *self.folder.glob("samples/*")):
+            remove_partial_files(place)
         wanted = json.loads(json.dumps({"format": _FORMAT, "log_samples": self.log_samples, **identity}))
         if resume and (self.folder / _RUN).is_file():
             stored = _read(self.folder / _RUN)

@@ -22,6 +22,7 @@ from braces_cli.core.models.fingerprint import differences
 from braces_cli.core.models.layer_ranges import parse_ranges
 from braces_cli.core.utils.atomic_files import check_output_file, write_json, write_text
 from braces_cli.core.utils.errors import ConfigError, ModelError
+from braces_cli.core.utils.output_lock import output_lock
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.core.utils.versions import versions
 from braces_cli.export.lora_gguf import check_gguf, write_gguf
@@ -76,6 +77,7 @@ def write_lora(
         check_gguf(slots)
         check_output_file(gguf, overwrite)
     with ExitStack() as stack:
+        stack.enter_context(output_lock(gguf))
         folder = stack.enter_context(new_folder(output, overwrite))
         facts, expected, loras = _write(wanted, slots, folder, stack, report)
         # The base is gone from memory: the proof loads the one with slots in a process of its own.

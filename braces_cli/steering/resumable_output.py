@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from braces_cli.core.models.generation import TextRequest
-from braces_cli.core.utils.atomic_files import check_output_file, file_hint, write_json
+from braces_cli.core.utils.atomic_files import check_output_file, file_hint, remove_partial_files, write_json
 from braces_cli.core.utils.errors import BracesError, ConfigError, DataError
 
 
@@ -45,6 +45,7 @@ class TextsFile:
             raise ConfigError("both are given", where="--resume, --overwrite", hint="Give one of them.")
         hint = "--resume continues it, --overwrite starts anew."
         check_output_file(path, overwrite or resume, hint)
+        remove_partial_files(path.parent, self._record.name)
         # Byte behind each complete row.
         self._ends = _complete(path) if resume and path.is_file() else []
         self.rows = len(self._ends)

@@ -25,6 +25,7 @@ from braces_cli.core.models.tokenization import context_length
 from braces_cli.core.session import Session, base_name, open_session
 from braces_cli.core.utils.distributed import barrier, is_main, join, world_size
 from braces_cli.core.utils.errors import BracesError, ConfigError
+from braces_cli.core.utils.output_lock import output_lock
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.core.utils.signals import act, deferred
 from braces_cli.core.utils.versions import versions
@@ -110,13 +111,19 @@ def train(settings: RunSettings, report: Report = silent, command: Sequence[str]
             raise ConfigError("missing option", where=where, hint="See `braces train --help`.")
     assert settings.output_dir is not None
     check_launch(settings.resume, settings.attribute_field is not None, settings.device)
+    with output_lock(settings.output_dir):
+        return _train(settings, settings.output_dir, report, command)
+
+
+def _train(settings: RunSettings, folder: Path, report: Report, command: Sequence[str]) -> dict[str, Any]:
+    """`train` into a folder that no other command writes to."""
     identity = settings.identity(world_size())
     # One process looks: by the time that another one does, the first may be writing.
     if is_main() or settings.resume:
-        check_run_folder(settings.output_dir, overwrite=settings.overwrite, resume=settings.resume)
+        check_run_folder(folder, overwrite=settings.overwrite, resume=settings.resume)
     if settings.push_to_hub is not None:
         check_push(settings.push_to_hub)
-    result = finished(settings.output_dir, identity) if settings.resume else None
+    result = finished(folder, identity) if settings.resume else None
     if result is not None:
         return result
     # What can be wrong is checked before minutes of loading weights: rank and layers on the bare shape, then rows.

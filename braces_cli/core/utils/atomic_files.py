@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,9 @@ from braces_cli.core.utils.errors import BracesError, ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
+
+# The end of every temporary name, so that what a killed process left can be told from files of the user.
+PARTIAL = ".partial"
 
 # What to do about an operation on files that failed, by its error number.
 _HINTS = {
@@ -85,12 +90,28 @@ def umask() -> int:
     return mask
 
 
+def remove_partial_files(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes left half written in `folder`. The caller holds the lock of what is written there.
+
+    Args:
+        name: file or folder that was written; None is all.
+    """
+    pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[a-z0-9_]{{8}}{re.escape(PARTIAL)}")
+    for path in folder.glob(f".*{PARTIAL}"):
+        if not pattern.fullmatch(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def write_whole(path: Path, write: Callable[[Path], object], matches: Callable[[Path], bool]) -> None:
     """Call `write` on a temporary name beside `path`; rename it only when `matches` finds there what was meant."""
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         write(temporary)
@@ -111,7 +132,7 @@ def write_text(path: Path, text: str) -> None:
     write_whole(
         path,
         lambda temporary: temporary.write_text(text, encoding="utf-8", newline=""),
-        lambda temporary: temporary.read_bytes() == text.encode(),
+        lambda temporary: _holds(temporary, text.encode()),
     )
 
 
@@ -130,18 +151,35 @@ def finite(value: Any) -> Any:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all."""
-    import torch
-    from safetensors.torch import load_file, save
+    """Write a safetensors file, whole or not at all; the same tensors and metadata give the same bytes."""
+    from safetensors.torch import save
 
     # Cloned: safetensors refuses tensors that share memory, as the two ends of an axis share their middle.
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-
-    def matches(temporary: Path) -> bool:
-        back = load_file(temporary)
-        return back.keys() == plain.keys() and all(torch.equal(back[name], plain[name]) for name in plain)
-
     # Not save_file: it reports a full disk as an error of its own rather than as OSError.
-    write_whole(
-        path, lambda temporary: temporary.write_bytes(save(plain, {"format": "pt", **(metadata or {})})), matches
-    )
+    content = _in_order(save(plain, {"format": "pt", **(metadata or {})}))
+    # Bytes are compared, not numbers: NaN is never equal to NaN.
+    write_whole(path, lambda temporary: temporary.write_bytes(content), lambda temporary: _holds(temporary, content))
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with the keys of its metadata sorted; safetensors itself writes them in a random order."""
+    start, end = 8, 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[start:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    size = -(-len(ordered) // 8) * 8  # tensors begin at a multiple of 8 bytes
+    return size.to_bytes(8, "little") + ordered.ljust(size) + content[end:]
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    """Whether the file is `content`, read in pieces."""
+    if path.stat().st_size != len(content):
+        return False
+    place, piece = 0, 1 << 24
+    with path.open("rb") as file:
+        while part := file.read(piece):
+            if part != content[place : place + len(part)]:
+                return False
+            place += len(part)
+    return True
