@@ -50,37 +50,37 @@ def demo(settings: DemoSettings) -> None:
 
     Prints the command that each step stands for, and leaves a folder with a page that shows it all.
     """
+    from braces_cli.core.utils.output_lock import output_lock
+
+    with output_lock(None if settings.dry_run else settings.output_dir):
+        _demo(settings)
+
+
+def _demo(settings: DemoSettings) -> None:
+    from braces_cli.core.utils.atomic_files import check_output_folder, write_json
+
+    folder = settings.output_dir
+    if not settings.dry_run:
+        import torch
+
+        check_output_folder(folder, settings.overwrite)
+        # Matrices this small take longer on two threads than on one.
+        torch.set_num_threads(1)
     # With JSON on stdout the account of the steps goes to stderr.
     stream = None if settings.quiet else sys.stderr if settings.json else sys.stdout
-    guide = Guide(settings.output_dir, settings.seed, stream, settings.dry_run)
+    result = run_demo(Guide(folder, settings.seed, stream, settings.dry_run))
     if settings.dry_run:
-        result = run_demo(guide)
         if settings.json:
             print_json({"commands": [step["command"] for step in result["steps"]]})
         return
-    result, page = _run(guide, settings.overwrite)
+    write_json(folder / "demo.json", result)
+    page = write_page(result, folder)
     if settings.json:
         print_json(result | {"page": str(page)})
         return
     print()
     print_table("What it did", ["", ""], summary(result))
-    print(f"Everything is in {guide.folder}; open {page}")
-
-
-def _run(guide: Guide, overwrite: bool) -> tuple[dict[str, Any], Path]:
-    """Run all steps and write what came of them; returns the content of `demo.json` and the page."""
-    import torch
-
-    from braces_cli.core.utils.atomic_files import check_output_folder, write_json
-    from braces_cli.core.utils.output_lock import output_lock
-
-    with output_lock(guide.folder):
-        check_output_folder(guide.folder, overwrite)
-        # Matrices this small take longer on two threads than on one.
-        torch.set_num_threads(1)
-        result = run_demo(guide)
-        write_json(guide.folder / "demo.json", result)
-        return result, write_page(result, guide.folder)
+    print(f"Everything is in {folder}; open {page}")
 
 
 def summary(result: dict[str, Any]) -> list[tuple[str, str]]:

@@ -34,15 +34,28 @@ def values(settings: ValuesSettings) -> None:
 
     In a mixture of experts the index runs on from expert to expert.
     """
+    from braces_cli.core.utils.output_lock import output_lock
+
+    with output_lock(settings.output):
+        _values(settings)
+
+
+def _values(settings: ValuesSettings) -> None:
     if settings.output is not None:
-        written = _write(settings, settings.output)
-        if settings.json:
-            print_json(written)
-        else:
-            print_pairs("map written", {**written, "bytes": file_size(written["bytes"])}, {"bytes": "size"})
-        return
+        from braces_cli.core.utils.atomic_files import check_output_file
+        from braces_cli.inspection.vocabulary_map import check_suffix
+
+        check_suffix(settings.output, "--output")
+        check_output_file(settings.output, settings.overwrite)
     with progress(settings.quiet) as report:
-        _, rows = _rows(settings, report)
+        session, rows = _rows(settings, report)
+        if settings.output is not None:
+            written = _write(session, settings, settings.output, rows)
+            if settings.json:
+                print_json(written)
+            else:
+                print_pairs("map written", {**written, "bytes": file_size(written["bytes"])}, {"bytes": "size"})
+            return
         if settings.json:
             print_json_lines(rows)
             return
@@ -67,19 +80,12 @@ def _rows(settings: ValuesSettings, report: Any) -> tuple[Any, Iterator[dict[str
     return session, value_tokens(session, layers, indices, settings.top_k, report, settings.side)
 
 
-def _write(settings: ValuesSettings, output: Path) -> dict[str, Any]:
-    """Write the map; returns what the command prints."""
-    from braces_cli.core.utils.atomic_files import check_output_file
-    from braces_cli.core.utils.output_lock import output_lock
+def _write(session: Any, settings: ValuesSettings, output: Path, rows: Iterator[dict[str, Any]]) -> dict[str, Any]:
     from braces_cli.inspection.vector_tokens import map_header
-    from braces_cli.inspection.vocabulary_map import check_suffix, write_map
+    from braces_cli.inspection.vocabulary_map import write_map
 
-    check_suffix(output, "--output")
-    with output_lock(output), progress(settings.quiet) as report:
-        check_output_file(output, settings.overwrite)
-        session, rows = _rows(settings, report)
-        header = map_header(session, settings.side, settings.top_k)
-        count = write_map(output, header, rows)
+    header = map_header(session, settings.side, settings.top_k)
+    count = write_map(output, header, rows)
     return {
         "output": str(output),
         "model": header["model"],

@@ -105,6 +105,9 @@ def _request(settings: MergeSettings, record: dict[str, Any] | None = None) -> A
         raise ModelError("no checkpoint that braces merge wrote", where=str(settings.check), hint=hint)
     if adapter is None:
         raise ConfigError("missing option", where="--adapter", hint="Name the adapter that is to be merged.")
+    attributes_dir = settings.attributes
+    if attributes_dir is None and not settings.attribute and record.get("attributes_dir"):
+        attributes_dir = Path(record["attributes_dir"])
     if record and options.dtype == "auto":
         options = replace(options, dtype=record.get("dtype", "auto"))
     return Request(
@@ -112,7 +115,7 @@ def _request(settings: MergeSettings, record: dict[str, Any] | None = None) -> A
         adapter=find_adapter(adapter),
         options=options,
         attributes=settings.strengths or record.get("attributes", {}),
-        attributes_dir=settings.attributes,
+        attributes_dir=attributes_dir,
         layers=settings.layers or record.get("layers"),
         pad_to_multiple_of=settings.pad_to_multiple_of,
     )

@@ -52,9 +52,20 @@ def merge(request: Request, output: Path, overwrite: bool = False, report: Repor
         proof = prove(folder, expected)
         report("proving", 1, 1)
         result = {**facts, **figures(proof)}
-        write_json(folder / RECORD_FILE, {"format_version": FORMAT_VERSION, **result, "versions": versions()})
+        record = {"format_version": FORMAT_VERSION, **result, **_places(request), "versions": versions()}
+        write_json(folder / RECORD_FILE, record)
         write_text(folder / "README.md", card(result))
     return {"output_dir": str(output), **result}
+
+
+def _places(request: Request) -> dict[str, Any]:
+    """Local inputs by their absolute paths, so that a check finds them from every working directory."""
+    stored, folder = request.stored, request.attributes_dir
+    local = Path(stored.name).expanduser().exists()
+    return {
+        "adapter": str(stored.folder) if local else stored.name,
+        "attributes_dir": None if folder is None else str(folder.resolve()),
+    }
 
 
 def check(request: Request, folder: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from braces_cli.core.attributes.attribute import Attribute
 from braces_cli.core.attributes.intervention import steered
 from braces_cli.core.models.ffn import layer_stack
+from braces_cli.core.models.finite_weights import OVERFLOW_HINT
 from braces_cli.core.models.loading import input_device
 from braces_cli.core.models.module_structure import layer_output, with_layer_output
 from braces_cli.core.models.tokenization import encode
@@ -111,7 +112,11 @@ class Proof:
 def reference(
     session: Session, terms: Sequence[tuple[Attribute, float]] = (), layers: Collection[int] | None = None
 ) -> Reference:
-    """Logits of the open base with its adapter, if there is one, steered, on neutral texts that come with braces."""
+    """Logits of the open base with its adapter, if there is one, steered, on neutral texts that come with braces.
+
+    Raises:
+        ModelError: they are not finite.
+    """
     model, tokenizer = session.base.model, session.base.tokenizer
     text = (resources.files("braces_cli.assets") / "neutral_texts.txt").read_text(encoding="utf-8")
     texts = text.splitlines()[:PROBES]
@@ -121,6 +126,8 @@ def reference(
     ids = [row[:length] for row in encoded]
     with steered(session, terms, layers):
         logits = _logits(model, ids)
+        if not bool(logits.isfinite().all()):
+            raise ModelError("logits of base and adapter are not finite", where=session.base.name, hint=OVERFLOW_HINT)
         with _rounded(model):
             rounded = _logits(model, ids)
     with session.adapter.disabled() if session.adapter is not None else nullcontext():

@@ -24,7 +24,7 @@ from braces_cli.core.models.loading import input_device, load_shape, load_tokeni
 from braces_cli.core.models.tokenization import context_length
 from braces_cli.core.session import Session, base_name, open_session
 from braces_cli.core.utils.distributed import barrier, is_main, join, world_size
-from braces_cli.core.utils.errors import BracesError, ConfigError
+from braces_cli.core.utils.errors import ConfigError
 from braces_cli.core.utils.output_lock import output_lock
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.core.utils.signals import act, deferred
@@ -295,7 +295,7 @@ def _fit(
 ) -> dict[str, Any]:
     """Train; leave in the model what will be saved; return the figures of the steps."""
     # accelerate is not imported for a run that is refused.
-    from braces_cli.training.trainer import DIVERGED, Trainer, TrainerContext, all_finite
+    from braces_cli.training.trainer import Trainer, TrainerContext, all_finite, diverged
 
     def snapshot() -> Callable[[Path], None]:
         tensors = adapter.tensors(settle=False)
@@ -313,7 +313,7 @@ def _fit(
         act(trainer.stopped_by)
     memory, progress = _peak_memory(), trainer.progress()
     if not all_finite(adapter.model):
-        raise BracesError(DIVERGED.format("adapter holds numbers that are"), hint="Lower --lr or --gate-lr.")
+        raise diverged(f"the adapter is not finite after step {trainer.step}", run.folder)
     if not trainer.is_fsdp:
         # Saving settles the projection to what the file holds, so that it is the saved adapter that is measured.
         adapter.tensors()

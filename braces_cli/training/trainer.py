@@ -34,7 +34,7 @@ from braces_cli.data.examples import Counts, Example
 from braces_cli.data.streaming_examples import Stream
 from braces_cli.scoring.likelihood import Likelihood
 from braces_cli.training.adapter_setup import parameter_groups
-from braces_cli.training.checkpointing.checkpoint_folders import rotate, write_checkpoint
+from braces_cli.training.checkpointing.checkpoint_folders import newest, rotate, write_checkpoint
 from braces_cli.training.checkpointing.run_record import Record, read_record
 from braces_cli.training.checkpointing.training_state import (
     capture,
@@ -58,7 +58,6 @@ logger = logging.getLogger("braces")
 # Gradients of a step are scaled down to this norm where they are longer.
 MAX_GRAD_NORM = 1.0
 _SCHEDULES = {"constant": "constant_with_warmup"}
-DIVERGED = "training diverged: the {} not finite"
 
 
 @dataclass
@@ -286,7 +285,9 @@ class Trainer:
         loss_sum = sum(gathered(float(self._loss_open))) / world_size()
         loss = loss_sum / (self.step - self._logged)
         if not math.isfinite(loss):
-            raise BracesError(DIVERGED.format(f"loss at step {self.step} is"), hint="Lower --lr or --gate-lr.")
+            first = self._logged + 1
+            when = f"at step {first}" if first == self.step else f"between steps {first} and {self.step}"
+            raise diverged(f"the loss is not finite {when}", self._context.folder)
         self._loss_sum, self._logged = self._loss_sum + loss_sum, self.step
         self._loss_open.zero_()
         now, tokens = time.perf_counter(), self._all_tokens()
@@ -306,6 +307,8 @@ class Trainer:
             logger.warning("no checkpoint of step %d: not under DeepSpeed", self.step)
             return
         context = self._context
+        if not all_finite(self._base):
+            raise diverged(f"the adapter is not finite at step {self.step}", context.folder)
         captured = capture(self._base, self._optimizer, self._scheduler, self._accelerator.scaler)
         write_adapter, progress = context.adapter(), self.progress()
 
@@ -350,6 +353,13 @@ def _recompute_activations(model: Any) -> None:
 def reported(row: dict[str, Any]) -> dict[str, Any]:
     """A row of metrics under the names that reporters group by: `train/loss`, `eval/loss`."""
     return {f"eval/{k[5:]}" if k.startswith("eval_") else f"train/{k}": value for k, value in row.items()}
+
+
+def diverged(what: str, folder: Path) -> BracesError:
+    """The error of a run whose numbers are not finite any more; every checkpoint was checked before it was written."""
+    kept = newest(folder)
+    usable = f" {kept} was written before and can be used as an adapter." if kept else ""
+    return BracesError(f"training diverged: {what}", hint=f"Train again with a lower --lr or --gate-lr.{usable}")
 
 
 def all_finite(model: Any) -> bool:

@@ -13,8 +13,10 @@ from threading import Thread
 from typing import Any
 
 import pytest
+import torch
 
 import braces_cli.training.settings as settings
+from braces_cli.training.checkpointing.training_state import trained
 from braces_cli.training.metrics import MetricsFile, read_metrics
 from tests.conftest import make_adapter
 
@@ -99,15 +101,39 @@ def test_no_step_reads_a_number_back(train, monkeypatch):
 
 
 def test_a_loss_that_is_no_number_ends_the_run_at_once(train, monkeypatch, tmp_path):
-    """Rather than after hours; exit 1 with the step."""
+    """Rather than after hours: exit 1 with the steps and what to do; no folder is left."""
     from braces_cli.training.trainer import Trainer
 
     real = Trainer._block_loss
     monkeypatch.setattr(Trainer, "_block_loss", lambda *args: real(*args) * float("nan"))
-    outcome = train("--logging-steps", 2)
+    for each, when in ((2, "between steps 1 and 2"), (1, "at step 1")):
+        outcome = train("--logging-steps", each, "--output-dir", tmp_path / "new" / "out")
+        assert outcome.code == 1
+        assert f"training diverged: the loss is not finite {when}" in outcome.err
+        assert "lower --lr" in outcome.err
+        assert not (tmp_path / "new").exists()
+
+
+def test_no_checkpoint_holds_a_diverged_adapter(train, monkeypatch, tmp_path):
+    """What was saved before stays and is named; the step that is saved is checked, logged or not."""
+    from braces_cli.core.utils.atomic_files import write_tensors
+    from braces_cli.training.trainer import Trainer
+
+    real = Trainer._train_step
+
+    def step(self, batches):
+        real(self, batches)
+        if self.step == 3:
+            with torch.no_grad():
+                next(iter(trained(self._base).values())).fill_(float("nan"))
+
+    monkeypatch.setattr(Trainer, "_train_step", step)
+    outcome = train("--logging-steps", 100, "--save-steps", 1)
     assert outcome.code == 1
-    assert "training diverged: the loss at step 2 is not finite" in outcome.err
-    assert not list((tmp_path / "out").glob("adapter*"))
+    assert "training diverged: the adapter is not finite at step 3" in outcome.err
+    assert f"{tmp_path / 'out' / 'checkpoint-2'} was written before" in outcome.err
+    assert sorted(path.name for path in (tmp_path / "out").glob("*check*")) == ["checkpoint-1", "checkpoint-2"]
+    write_tensors(tmp_path / "nan.safetensors", {"nan": torch.full((2,), float("nan"))})  # is no fault of the disk
 
 
 def test_reporters(train, monkeypatch, tmp_path):

@@ -27,6 +27,7 @@ from braces_cli.core.attributes.pooling import pool_texts, pool_words
 from braces_cli.core.attributes.word_lists import OPPOSITES, REFERENCE, built_in, check_name, neutral_texts
 from braces_cli.core.models.ffn import FFN, layer_stack
 from braces_cli.core.models.fingerprint import differences
+from braces_cli.core.models.finite_weights import OVERFLOW_HINT
 from braces_cli.core.models.loading import input_device
 from braces_cli.core.models.module_structure import layer_output
 from braces_cli.core.models.moe import MixtureFFN
@@ -150,7 +151,7 @@ def _build(
         reference = pool(base.model, base.tokenizer, ffns, neutral, pooling=pooling)
         residual = residual_norms(base.model, base.tokenizer, ffns)
     texts = pool is pool_texts
-    return Attribute(
+    attribute = Attribute(
         name,
         [] if texts else list(given),
         hidden,
@@ -163,6 +164,22 @@ def _build(
         pooling,
         len(given) if texts else 0,
     )
+    _check_numbers(attribute, name, OVERFLOW_HINT)
+    return attribute
+
+
+def _check_numbers(attribute: Attribute, where: str, hint: str) -> None:
+    """Refuse numbers that no base computes.
+
+    Raises:
+        ModelError: a tensor is not finite, or pooled states are zero.
+    """
+    for part in _PARTS:
+        tensor = getattr(attribute, part)
+        if not bool(tensor.isfinite().all()):
+            raise ModelError(f"{attribute.name}.{part} holds numbers that are not finite", where=where, hint=hint)
+        if part in ("hidden", "reference") and not bool(tensor.any()):
+            raise ModelError(f"{attribute.name}.{part} holds nothing but zeros", where=where, hint=hint)
 
 
 def pushed(layers: Sequence[int]) -> list[int]:
@@ -240,6 +257,8 @@ def load_attributes(path: Path, fingerprint: dict[str, Any]) -> dict[str, Attrib
         raise ModelError(
             f"this attribute was built for another base ({'; '.join(different)})", where=str(path), hint=hint
         )
+    for each in attributes.values():
+        _check_numbers(each, str(path), "The file is damaged; build it again: attr-build.")
     return attributes
 
 

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
+from braces_cli.core.models.finite_weights import OVERFLOW_HINT
 from braces_cli.core.models.generation_options import GenerationSettings, check_sampling
 from braces_cli.core.models.loading import input_device
 from braces_cli.core.models.padding import pad_left
 from braces_cli.core.models.streaming import StopTexts, TextStream, cut
 from braces_cli.core.models.tokenization import context_length, decode_continuation, encode
-from braces_cli.core.utils.errors import ConfigError
+from braces_cli.core.utils.errors import ConfigError, ModelError
 
 logger = logging.getLogger("braces")
 
@@ -88,6 +89,7 @@ def generate(
 
     Raises:
         ConfigError: no room for a prompt beside `max_new_tokens`.
+        ModelError: the model computes scores that are not finite.
     """
     room = context_length(model, tokenizer) - sampling.max_new_tokens
     if room < 1:
@@ -106,7 +108,8 @@ def generate(
     width = batch["input_ids"].shape[1]
     stops = StoppingCriteriaList([StopTexts(tokenizer, prompts, width, sampling.stop)] if sampling.stop else [])
     streamer = None if stream is None else TextStream(tokenizer, prompts[0], ends, sampling.stop, stream)
-    processors = LogitsProcessorList()
+    finite = _FiniteScores()
+    processors = LogitsProcessorList([finite])
     if sampling.temperature > 0:
         processors.append(_Draw(sampling, _uniforms(requests, sampling), width))
     config = GenerationConfig(
@@ -122,6 +125,7 @@ def generate(
         output = model.generate(
             **batch, generation_config=config, logits_processor=processors, stopping_criteria=stops, streamer=streamer
         )
+    finite.check()
     rows = zip(prompts, output[:, width:].tolist(), strict=True)
     return [cut(decode_continuation(tokenizer, ids, _until(new, ends)), sampling.stop) for ids, new in rows]
 
@@ -147,6 +151,22 @@ def _uniforms(requests: Sequence[TextRequest], sampling: Sampling) -> Tensor:
         generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
         rows.append(torch.rand(sampling.max_new_tokens, dtype=torch.float64, generator=generator))
     return torch.stack(rows)
+
+
+class _FiniteScores(LogitsProcessor):
+    """Notes whether the best score of each token is a finite number; nothing waits for the device until `check`."""
+
+    def __init__(self) -> None:
+        self._finite: Any = True
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._finite = scores.amax(dim=-1).isfinite().all() & self._finite
+        return scores
+
+    def check(self) -> None:
+        """Raise ModelError where a score was not."""
+        if not bool(self._finite):
+            raise ModelError("the model's scores of the next token are not finite", hint=OVERFLOW_HINT)
 
 
 class _Draw(LogitsProcessor):

@@ -15,6 +15,7 @@ import torch
 from braces_cli.core.models.bundled_model import resolve, stored_name
 from braces_cli.core.models.ffn import FFN, find_ffns
 from braces_cli.core.models.fingerprint import fingerprint
+from braces_cli.core.models.finite_weights import check_finite
 from braces_cli.core.models.hub_errors import explained
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.moe import MixtureFFN
@@ -97,7 +98,8 @@ def load_base(name: str, options: LoadOptions | None = None) -> Base:
 
     Raises:
         ConfigError: no such device, or no such quantisation here.
-        ModelError: not reachable, not a causal LM, an adapter folder, or weights that do not fill the model.
+        ModelError: not reachable, not a causal LM, an adapter folder, or weights that do not fill the model or are not
+            finite.
     """
     from transformers import AutoModelForCausalLM
 
@@ -130,6 +132,7 @@ def load_base(name: str, options: LoadOptions | None = None) -> Base:
     if device_map is None:
         model.to(place)
     model.eval()
+    check_finite(model, where)
     folder = checkpoint_folder(where, options.revision)
     return Base(model, tokenizer, stored_name(where), commit_of(where, options.revision, folder), folder)
 

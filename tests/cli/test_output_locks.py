@@ -1,0 +1,91 @@
+"""Two commands with the same output: for every command that writes, the second one says so and touches nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import typer
+
+from braces_cli.cli.app import build_app
+from braces_cli.core.utils.errors import ConfigError
+from braces_cli.core.utils.output_lock import output_lock
+from braces_cli.export.output_folder import new_folder
+
+# Options that name an output, and what is written where that is not what they name.
+_OUTPUTS = {"output_dir", "output", "plot", "save_scorer", "export_control_vector", "gguf"}
+_TRAIN = ("train", "--data", "rows.jsonl", "--max-steps", "1", "--output-dir", "out")
+_STEER = ("steer", "--prompt", "the", "--attribute", "positive", "--s", "1")
+_SWEEP = ("steer", "--prompt", "the", "--attribute", "positive", "--sweep", "0:1:1")
+_CALLS = {
+    ("train", "output_dir"): (_TRAIN, "out"),
+    ("eval", "output_dir"): (("eval", "--tasks", "perplexity", "--output-dir", "out"), "out"),
+    ("eval", "plot"): (("eval", "--tasks", "perplexity", "--plot", "out.png"), "out.png"),
+    ("attr-build", "output_dir"): (("attr-build", "--attribute", "sad", "--output-dir", "a"), "a/sad.safetensors"),
+    ("steer", "output"): ((*_STEER, "--output", "out.jsonl"), "out.jsonl"),
+    ("steer", "plot"): ((*_SWEEP, "--plot", "out.png"), "out.png"),
+    ("steer", "save_scorer"): ((*_SWEEP, "--scorer", "rows.jsonl", "--save-scorer", "out"), "out"),
+    ("steer", "export_control_vector"): ((*_STEER, "--export-control-vector", "out.gguf"), "out.gguf"),
+    ("inspect values", "output"): (("inspect", "values", "--output", "out.parquet"), "out.parquet"),
+    ("inspect report", "output"): (("inspect", "report", "--output", "out.html"), "out.html"),
+    ("merge", "output_dir"): (("merge", "--adapter", "adapter", "--output-dir", "out"), "out"),
+    ("export slots", "output_dir"): (("export", "slots", "--output-dir", "out"), "out"),
+    ("export code", "output_dir"): (("export", "code", "--adapter", "adapter", "--output-dir", "out"), "out"),
+    ("export control-vector", "output"): (
+        ("export", "control-vector", "--attribute", "sad", "--s", "1", "--output", "out.gguf"),
+        "out.gguf",
+    ),
+    ("demo", "output_dir"): (("demo", "--output-dir", "out"), "out"),
+    ("recipe copy", "output_dir"): (("recipe", "copy", "RECIPE", "--output-dir", "."), "RECIPE.yaml"),
+}
+# It takes its lock in `new_folder`, after it has read the base with slots; `test_every_export_locks` holds it to that.
+_ELSEWHERE = {("export lora", "output_dir"), ("export lora", "gguf")}
+
+
+def test_every_output_is_in_the_table():
+    """A new option that names an output must be locked, and tested here."""
+    found = set()
+
+    def walk(command, words):
+        for name, child in getattr(command, "commands", {}).items():
+            walk(child, [*words, name])
+        found.update((" ".join(words), parameter.name) for parameter in command.params if parameter.name in _OUTPUTS)
+
+    walk(typer.main.get_command(build_app()), [])
+    assert found == {*_CALLS, *_ELSEWHERE}
+
+
+@pytest.mark.parametrize("key", _CALLS, ids=" ".join)
+def test_the_second_command_leaves_the_output_alone(key, braces, tmp_path, monkeypatch, adapter_dir):
+    """Exit 2 with the holder's process, before any work; nothing is written, nothing is left."""
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"text": "the film is good", "label": "positive"}\n')
+    args, output = _CALLS[key]
+    recipe = braces("recipe", "list", "--format", "json").json[0]["name"]
+    args = [arg.replace("RECIPE", recipe) for arg in args]
+    with output_lock(Path(output.replace("RECIPE", recipe))):
+        before = sorted(tmp_path.rglob("*"))
+        outcome = braces(*args)
+        assert outcome.code == 2, outcome.err
+        assert "another braces command is writing there (process " in outcome.err
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_every_export_locks(tmp_path):
+    """The folder of every export is made here."""
+    with new_folder(tmp_path / "out", False) as folder:
+        (folder / "a").touch()
+        with pytest.raises(ConfigError, match="another"), new_folder(tmp_path / "out", True):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_was_filled_meanwhile_is_not_replaced(tmp_path):
+    """By a program that knows no locks: an error, no assertion."""
+    folder = new_folder(tmp_path / "out", False)
+    (folder.__enter__() / "a").touch()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "other").touch()
+    with pytest.raises(ConfigError, match="not empty"):
+        folder.__exit__(None, None, None)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "other"]

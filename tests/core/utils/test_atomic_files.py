@@ -1,0 +1,56 @@
+"""Files that are written whole, with the same bytes each time; only what killed processes left is removed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from braces_cli.core.utils.atomic_files import remove_partial_files, write_tensors, write_whole
+from braces_cli.core.utils.errors import BracesError
+
+
+def test_the_same_tensors_and_metadata_give_the_same_bytes(tmp_path: Path) -> None:
+    """safetensors orders metadata at random; the file is one that safetensors reads."""
+    metadata = {name: name * 3 for name in "zyxwvutsrqponm"} | {"word": 'quoted "ä" \n'}
+    tensors = {"b": torch.arange(5.0), "a": torch.ones(2, 3, dtype=torch.bfloat16)}
+    contents = set()
+    for turn in range(8):
+        write_tensors(tmp_path / f"{turn}.safetensors", tensors, metadata)
+        contents.add((tmp_path / f"{turn}.safetensors").read_bytes())
+    assert len(contents) == 1
+    back = load_file(tmp_path / "0.safetensors")
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+    with safe_open(tmp_path / "0.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt", **metadata}
+
+
+def test_nan_is_no_fault_of_the_disk(tmp_path: Path) -> None:
+    """NaN never equals NaN: bytes are compared. What was written otherwise is still found."""
+    write_tensors(tmp_path / "nan.safetensors", {"a": torch.tensor([float("nan"), 1.0])})
+    assert load_file(tmp_path / "nan.safetensors")["a"].isnan().tolist() == [True, False]
+    with pytest.raises(BracesError, match="differs from what was meant"):
+        write_whole(tmp_path / "x", lambda path: path.write_bytes(b"ab"), lambda path: path.read_bytes() == b"ac")
+    assert not (tmp_path / "x").exists()
+
+
+def test_only_half_written_files_of_that_name_are_removed(tmp_path: Path) -> None:
+    """A folder or a file; names of users that look alike stay."""
+    (tmp_path / ".out.abcd_123.partial" / "weights").mkdir(parents=True)
+    (tmp_path / ".out.12345678.partial").touch()
+    kept = [
+        ".out.lock",
+        ".out.partial",
+        ".out.txt.12345678.partial",
+        "out",
+        ".out.1234567890.partial",
+        ".outx.12345678.partial",
+    ]
+    for name in kept:
+        (tmp_path / name).touch()
+    remove_partial_files(tmp_path, "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
