@@ -256,6 +256,35 @@ def test_inputs_are_never_written_into(request_: Request, model_dir: Path, adapt
             merge(request_, output, overwrite=output != adapter_dir)
 
 
+def test_the_working_directory_is_no_output(request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--output-dir .` and folders above, empty or to be replaced: the folder is replaced, so it cannot be one."""
+    here = tmp_path / "above" / "here"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    for output, overwrite in ((Path("."), False), (Path("."), True), (Path(".."), True), (here, True)):
+        with pytest.raises(ConfigError, match="cannot hold the working directory"):
+            merge(request_, output, overwrite)
+    assert names(here) == []
+
+
+def test_a_check_works_from_every_working_directory(
+    braces: Any, model_dir: Path, adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record names local inputs by absolute paths; attributes of a folder are found, too."""
+    monkeypatch.chdir(tmp_path)
+    build = ("attr-build", "--model", model_dir, "--attribute", "mine", "--words", "good,happy", "--output-dir", "own")
+    assert braces(*build).code == 0
+    steer = ("--attribute", "mine", "--s", "2", "--attributes", "own")
+    done = braces("merge", "--adapter", adapter_dir.name, *steer, "--output-dir", "merged", "--format", "json")
+    assert done.code == 0, done.err
+    (tmp_path / "else").mkdir()
+    monkeypatch.chdir(tmp_path / "else")
+    again = braces("merge", "--check", "../merged", "--format", "json")
+    assert again.code == 0, again.err
+    assert again.json["max_logit_difference"] == done.json["max_logit_difference"]
+    assert names(tmp_path / "else") == []
+
+
 def test_an_adapter_of_another_base_is_refused(request_: Request, tmp_path: Path) -> None:
     """Exit code 4, nothing written."""
     other = tmp_path / "other"

@@ -172,7 +172,7 @@ def _check_numbers(attribute: Attribute, where: str, hint: str) -> None:
     """Refuse numbers that no base computes.
 
     Raises:
-        ModelError: a tensor is not finite, or pooled states are zero.
+        ModelError: a tensor is not finite, pooled states are zero, or norms are not positive.
     """
     for part in _PARTS:
         tensor = getattr(attribute, part)
@@ -180,6 +180,8 @@ def _check_numbers(attribute: Attribute, where: str, hint: str) -> None:
             raise ModelError(f"{attribute.name}.{part} holds numbers that are not finite", where=where, hint=hint)
         if part in ("hidden", "reference") and not bool(tensor.any()):
             raise ModelError(f"{attribute.name}.{part} holds nothing but zeros", where=where, hint=hint)
+    if not bool((attribute.residual > 0).all()):
+        raise ModelError(f"{attribute.name}.residual holds norms that are not positive", where=where, hint=hint)
 
 
 def pushed(layers: Sequence[int]) -> list[int]:

@@ -44,7 +44,7 @@ def steered(
         layers: decoder layers that are steered; None means all of an adapter's, and without one the first half.
 
     Raises:
-        ConfigError: a strength that is no finite number.
+        ConfigError: a strength that is no finite number, or so large that what it adds is none.
     """
     for attribute, s in terms:
         if not math.isfinite(s):
@@ -54,9 +54,17 @@ def steered(
         if not active:
             yield []
         elif session.adapter is not None:
-            yield _shift(stack, session.adapter, active, layers)
+            yield _in_range(_shift(stack, session.adapter, active, layers))
         else:
-            yield _add(stack, session.ffns, active, layers)
+            yield _in_range(_add(stack, session.ffns, active, layers))
+
+
+def _in_range(pushes: list[Push]) -> list[Push]:
+    for push in pushes:
+        if not math.isfinite(push.share):
+            what = f"the vector that is added in layer {push.layer} is not finite"
+            raise ConfigError(what, where="--s", hint="Give a smaller strength.")
+    return pushes
 
 
 def _shift(
