@@ -1,11 +1,19 @@
-"""Kill training runs at random moments, resume each, and compare the adapters with that of a run left alone.
+"""Kill every command that writes at random moments, run it again, and compare all its files with those of one call.
 
-Each run is a process of its own that writes a checkpoint every other step. It dies by SIGKILL a random moment after a
-random one of them (or before the first), in the midst of a step or of the next checkpoint. It is then resumed, possibly
-to be killed again. The adapters must agree in every bit. A run that had ended by then is started anew, so that every
-run counted was killed. Prints one JSON document; the exit code is 1 where a single bit differs.
+Three things happen to each command, in folders of their own, by moments that `--seed` draws:
 
-    python recipes/kill_and_resume.py --model FOLDER --data rows.jsonl [--runs 20] [--kills 1] [--steps 30] [--seed 0]
+    kills          SIGKILL, once or several times, then a call to the end. Half of the moments are anywhere in the time
+                   that a call takes, half are a few milliseconds after something changed in the output.
+    two writers    Two calls at once, with different seeds where the command has one: one of them must win, the other
+                   must exit with 2 and say who writes there.
+    full disk      A limit on the size of files (RLIMIT_FSIZE): exit 1, one error that is not our fault, no hidden file;
+                   then a call without the limit.
+
+Every time the files must be those of a call that was left alone in a fresh process: the same names, none hidden, and
+the same bytes but for times, speed and memory (VOLATILE). Prints a table on stderr and one JSON document on stdout; the
+exit code is 1 where anything differs.
+
+    python recipes/kill_and_resume.py [--rounds 20] [--seed 0] [--commands train,steer] [--model FOLDER] [--short]
 """
 
 from __future__ import annotations
@@ -15,119 +23,386 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+# Numbers that no two calls share, wherever they stand in JSON; and the hash of a file that holds some.
+VOLATILE = {"seconds", "tokens_per_second", "peak_memory", "resumed_from", "run.json"}
+# Commands of `--short`, which a test runs.
+SHORT = ("train", "steer", "attr-build")
 # Processes fork from one that has imported everything, so that a start costs nothing.
 _PRELOAD = [
-    "braces_cli.cli.train", "braces_cli.training.trainer", "braces_cli.training.train", "matplotlib.figure",
+    "braces_cli.cli.train", "braces_cli.training.trainer", "braces_cli.training.train", "braces_cli.cli.steer_texts",
+    "braces_cli.evaluation.evaluate", "braces_cli.export.merge", "braces_cli.inspection.report", "matplotlib.figure",
     "matplotlib.backends.backend_agg", "transformers.models.llama.modeling_llama",
 ]  # fmt: skip
 _DEADLINE = 600.0
 
 
-def train(args: Sequence[str]) -> None:
-    """Body of a process: `braces train`, its words thrown away."""
+@dataclass(frozen=True)
+class Case:
+    """One command.
+
+    Attributes:
+        words: of the command line; outputs are relative to the working folder, inputs absolute.
+        other: further words of a second writer, which change what it writes.
+    """
+
+    words: tuple[str, ...]
+    other: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended."""
+
+    code: int
+    said: str
+
+
+class Call:
+    """A `braces` process in a process group of its own, in the working folder `place`."""
+
+    def __init__(self, place: Path, words: Sequence[str], limit: int | None = None) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOAD)
+        self._reader, writer = context.Pipe(duplex=False)
+        self._process = context.Process(target=_body, args=(str(place), list(words), writer, limit))
+        self._process.start()
+        writer.close()
+
+    def alive(self) -> bool:
+        return self._process.is_alive()
+
+    def wait(self, seconds: float) -> None:
+        self._process.join(seconds)
+
+    def kill(self) -> bool:
+        """SIGKILL to the process and its children; False where it had ended by then."""
+        self._process.kill()
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid or 0, signal.SIGKILL)
+        self._process.join()
+        self._reader.close()
+        return self._process.exitcode == -signal.SIGKILL
+
+    def end(self) -> Ended:
+        """Wait for the end; what it said fits into a pipe."""
+        self._process.join(_DEADLINE)
+        if self._process.exitcode is None:
+            self.kill()
+            return Ended(-1, f"no end after {_DEADLINE:.0f} s")
+        said = os.read(self._reader.fileno(), 1 << 16).decode(errors="replace")
+        self._reader.close()
+        return Ended(self._process.exitcode, said)
+
+
+def _body(place: str, words: list[str], writer: Any, limit: int | None) -> None:
+    """Body of a process: `braces WORDS`, stdout thrown away, stderr into the pipe."""
     from braces_cli.cli.app import main
 
+    os.setsid()
+    os.chdir(place)
+    os.dup2(writer.fileno(), 2)
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
-    main(["train", *args])
+    sys.argv = ["braces", *words]
+    if limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    main(words)
 
 
-def start(args: Sequence[str]) -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
-    process = context.Process(target=train, args=(list(args),))
-    process.start()
-    return process
+def alone(place: Path, words: Sequence[str]) -> dict[str, bytes]:
+    """Files of a call that is left alone, in a fresh process."""
+    place.mkdir(parents=True)
+    call = [sys.executable, "-m", "braces_cli", *words]
+    done = subprocess.run(call, cwd=place, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words)}: exit code {done.returncode}\n{done.stderr}")
+    return files(place)
 
 
-def finish(args: Sequence[str]) -> float:
-    """Run to the end; return the seconds it took."""
-    began = time.perf_counter()
-    process = start(args)
-    process.join(_DEADLINE)
-    if process.exitcode != 0:
-        process.kill()
-        raise SystemExit(f"a run ended with exit code {process.exitcode}")
-    return time.perf_counter() - began
+def files(place: Path) -> dict[str, bytes]:
+    """All files, hidden ones too, by their path in `place`; without what no two calls share."""
+    found = (path for path in sorted(place.rglob("*")) if not path.is_dir())
+    return {str(path.relative_to(place)): _stable(path) for path in found}
 
 
-def newest(folder: Path) -> int:
-    """Step of the newest checkpoint in an output folder, 0 where there is none."""
-    return max((int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*")), default=0)
+def _stable(path: Path) -> bytes:
+    content = path.read_bytes()
+    if path.suffix not in (".json", ".jsonl"):
+        return content
+    try:
+        documents = content.splitlines() if path.suffix == ".jsonl" else [content]
+        return b"\n".join(json.dumps(_without(json.loads(each))).encode() for each in documents)
+    except ValueError:
+        return content
 
 
-def kill(args: Sequence[str], out: Path, step: int, after: float) -> bool:
-    """Start a run and kill it so many seconds after its checkpoint of `step`; False where it had ended by then."""
-    process = start(args)
-    while newest(out) < step and process.is_alive():
+def _without(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without(item) for key, item in value.items() if key not in VOLATILE}
+    return [_without(item) for item in value] if isinstance(value, list) else value
+
+
+def differences(found: dict[str, bytes], wanted: dict[str, bytes]) -> list[str]:
+    """Names of files that are missing, too many, or not the same."""
+    return sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+
+
+def listing(place: Path) -> tuple[tuple[str, int], ...]:
+    """Names and sizes, as they change while a command writes."""
+    found = []
+    for folder, _, names in os.walk(place):
+        for name in names:
+            with suppress(OSError):
+                found.append((f"{folder}/{name}", os.lstat(f"{folder}/{name}").st_size))
+    return tuple(sorted(found))
+
+
+def timed(place: Path, words: Sequence[str]) -> tuple[float, int]:
+    """Seconds of a call, and how often its output changes meanwhile."""
+    place.mkdir()
+    began, call, changes, before = time.perf_counter(), Call(place, words), 0, listing(place)
+    while call.alive():
         time.sleep(0.001)
-    process.join(after)
-    process.kill()
-    process.join()
-    return bool(process.exitcode == -9)
+        now = listing(place)
+        changes, before = changes + (now != before), now
+    ended = call.end()
+    if ended.code:
+        raise SystemExit(f"{' '.join(words)}: exit code {ended.code}\n{ended.said}")
+    return time.perf_counter() - began, changes
+
+
+def kill(place: Path, words: Sequence[str], moments: random.Random, seconds: float, changes: int) -> bool:
+    """Start a call and kill it at a random moment; False where it had ended by then."""
+    call = Call(place, words)
+    if changes == 0 or moments.random() < 0.5:
+        call.wait(moments.uniform(0.0, seconds))
+        return call.kill()
+    left, before = moments.randint(1, changes), listing(place)
+    while left and call.alive():
+        now = listing(place)
+        left, before = left - (now != before), now
+        time.sleep(0.0005)
+    call.wait(moments.uniform(0.0, 0.01))
+    return call.kill()
+
+
+def killed_rounds(folder: Path, case: Case, rounds: int, seed: str, most: int = 3) -> dict[str, Any]:
+    """Kill calls up to `most` times each, run them to the end and compare."""
+    wanted = alone(folder / "alone", case.words)
+    seconds, changes = timed(folder / "timed", case.words)
+    outcome: dict[str, Any] = {"rounds": rounds, "kills": 0, "identical": 0, "seconds": round(seconds, 2)}
+    outcome["different"] = differences(files(folder / "timed"), wanted)
+    for number in range(rounds):
+        place, moments = folder / f"round-{number}", random.Random(f"{seed} {number}")
+        killed, goal = 0, moments.randint(1, most)
+        for _ in range(10 * goal):
+            place.mkdir(exist_ok=True)
+            if kill(place, case.words, moments, seconds, changes):
+                killed += 1
+            else:
+                shutil.rmtree(place)
+                killed = 0
+            if killed == goal:
+                break
+        ended = _finish(place, case.words)
+        wrong = [ended.said.strip()] if ended.code else differences(files(place), wanted)
+        outcome["kills"] += killed
+        outcome["identical"] += not wrong
+        outcome["different"] += [f"round {number}: {name}" for name in wrong]
+        _clean(place, wrong)
+    return outcome
+
+
+def _finish(place: Path, words: Sequence[str]) -> Ended:
+    place.mkdir(exist_ok=True)
+    return Call(place, words).end()
+
+
+def _clean(place: Path, wrong: Sequence[str]) -> None:
+    if not wrong:
+        shutil.rmtree(place)
+
+
+def two_writers(folder: Path, case: Case, rounds: int, seed: str) -> dict[str, Any]:
+    """Two calls at once: the folder is that of one of them, and the other says so."""
+    words = (case.words, (*case.words, *case.other))
+    wanted = [alone(folder / f"writer-{number}", each) for number, each in enumerate(words)]
+    outcome: dict[str, Any] = {"rounds": rounds, "right": 0, "different": []}
+    for number in range(rounds):
+        place, moments = folder / f"writers-{number}", random.Random(f"{seed} writers {number}")
+        place.mkdir()
+        order = moments.sample((0, 1), 2)
+        calls = {}
+        for which in order:
+            calls[which] = Call(place, words[which])
+            time.sleep(moments.choice((0.0, 0.002, 0.02)))
+        ended = {which: call.end() for which, call in calls.items()}
+        winners = [which for which, end in ended.items() if end.code == 0]
+        losers = [end for end in ended.values() if end.code != 0]
+        if len(winners) != 1:
+            wrong = [f"{len(winners)} of two writers ended well: {ended}"]
+        else:
+            wrong = differences(files(place), wanted[winners[0]])
+            if losers[0].code != 2 or "another braces command is writing there (process" not in losers[0].said:
+                wrong.append(f"the other writer: {losers[0]}")
+        outcome["right"] += not wrong
+        outcome["different"] += [f"writers {number}: {name}" for name in wrong]
+        _clean(place, wrong)
+    return outcome
+
+
+def full_disk(folder: Path, case: Case, rounds: int, seed: str) -> dict[str, Any]:
+    """A limit on the size of files: a clear error, nothing hidden left, and then the right files."""
+    place = folder / "alone"
+    wanted = files(place)
+    largest = max(path.stat().st_size for path in place.rglob("*") if path.is_file())
+    outcome: dict[str, Any] = {"rounds": rounds, "right": 0, "failures": 0, "different": []}
+    for number in range(rounds):
+        place, moments = folder / f"full-{number}", random.Random(f"{seed} full {number}")
+        place.mkdir()
+        ended = Call(place, case.words, limit=moments.randint(1, largest - 1)).end()
+        errors = [line for line in ended.said.splitlines() if line.startswith("Error: ")]
+        wrong = [f"left behind: {path.name}" for path in place.rglob(".*")]
+        if ended.code != 1 or len(errors) != 1 or "fault of braces" in ended.said or "Traceback" in ended.said:
+            wrong.append(f"not the error of a full disk: {ended}")
+        after = _finish(place, case.words)
+        wrong += [after.said.strip()] if after.code else differences(files(place), wanted)
+        outcome["failures"] += ended.code == 1
+        outcome["right"] += not wrong
+        outcome["different"] += [f"full disk {number}: {name}" for name in wrong]
+        _clean(place, wrong)
+    return outcome
+
+
+def prepare(folder: Path, model: str | None) -> dict[str, Path]:
+    """Inputs of all commands: rows, texts, prompts, an adapter and an attribute."""
+    folder.mkdir()
+    base = ("--model", model) if model else ()
+    moods = {"good": "positive", "sad": "negative", "old": "neutral"}
+    nouns = ("film", "town", "hotel", "end", "day")
+    rows = [{"prompt": f"the {noun} is", "completion": f" {word}"} for noun in nouns for word in moods]
+    texts = [{"text": f"the {n} is {word}", "mood": moods[word]} for n in nouns for word in moods]
+    for name, listed in (("rows", rows), ("texts", texts)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed), encoding="utf-8")
+    (folder / "prompts.txt").write_text("".join(f"the {noun}\n" for noun in nouns), encoding="utf-8")
+    train = ("--data", str(folder / "rows.jsonl"), "--max-steps", "4", "--lr", "0.01", "--output-dir", "adapter")
+    for words in (("train", *train), ("attr-build", "--attribute", "sad", "--output-dir", "attributes")):
+        done = _finish(folder, (*words, *base))
+        if done.code:
+            raise SystemExit(done.said)
+    return {path.stem: path.resolve() for path in folder.iterdir()}
+
+
+def cases(inputs: dict[str, Path], model: str | None) -> dict[str, Case]:
+    """The commands by name."""
+    base = ("--model", model) if model else ()
+    rows, texts, adapter = (str(inputs[name]) for name in ("rows", "texts", "adapter"))
+    seed = ("--seed", "1")
+    train = (
+        "train", *base, "--max-steps", "12", "--batch-size", "2", "--gradient-accumulation", "2", "--lr", "0.01",
+        "--logging-steps", "2", "--save-steps", "2", "--eval-data", texts, "--output-dir", "out", "--resume", "--quiet",
+    )  # fmt: skip
+    moods = ("--attribute-field", "mood", "--opposites", "positive:negative")
+    found = {
+        "train": Case((*train, "--data", rows), seed),
+        "train texts": Case((*train, "--data", texts), seed),
+        "train streamed": Case((*train, "--data", texts, "--streaming"), seed),
+        "train attributes": Case((*train, "--data", texts, *moods), seed),
+        "train lora": Case((*train, "--data", texts, "--method", "lora"), seed),
+        "eval": Case(
+            ("eval", *base, "--adapter", adapter, "--tasks", "embedded_popqa,perplexity", "--limit", "6", "--task-data",
+             f"perplexity={texts}", "--log-samples", "--output-dir", "out", "--resume", "--quiet"),
+            seed,
+        ),
+        "steer": Case(
+            ("steer", *base, "--prompts", str(inputs["prompts"]), "--num-samples", "4", "--batch-size", "2",
+             "--max-new-tokens", "12", "--attribute", "sad", "--s", "2", "--attributes", str(inputs["attributes"]),
+             "--output", "out.jsonl", "--resume", "--quiet"),
+            seed,
+        ),
+        "attr-build": Case(("attr-build", *base, "--attribute", "joyful", "--output-dir", "out", "--overwrite")),
+        "merge": Case(("merge", "--adapter", adapter, "--output-dir", "out", "--overwrite", "--quiet")),
+        "export slots": Case(("export", "slots", *base, "--output-dir", "out", "--overwrite", "--quiet")),
+        "inspect report": Case(
+            ("inspect", "report", "--adapter", adapter, "--output", "out.html", "--overwrite", "--quiet")
+        ),
+        "inspect values": Case(("inspect", "values", *base, "--output", "out.parquet", "--overwrite", "--quiet")),
+    }  # fmt: skip
+    for name, package in (("train lora", "peft"), ("inspect values", "pyarrow")):
+        if find_spec(package) is None:
+            print(f"{name} is left out: there is no {package}", file=sys.stderr)
+            del found[name]
+    return found
 
 
 def compare(
-    model: str, data: str, folder: Path, runs: int, kills: int, steps: int, seed: int, options: Sequence[str] = ()
-) -> dict[str, Any]:
-    """Kill and resume `runs` runs in `folder`; return what happened to each."""
-    common = [
-        *("--model", model, "--data", data, "--device", "cpu", "--max-steps", str(steps), "--save-steps", "2"),
-        *("--lr", "0.01", "--quiet", *options),
-    ]
-    finish([*common, "--output-dir", str(folder / "warm-up")])
-    seconds = finish([*common, "--output-dir", str(folder / "alone")])
-    wanted = (folder / "alone" / "adapter_model.safetensors").read_bytes()
-    moments, outcomes = random.Random(seed), []
-    for number in range(runs):
-        out = folder / f"run-{number}"
-        args = [*common, "--output-dir", str(out), "--resume"]
-        killed, left = 0, []
-        while killed < kills:
-            step = moments.randrange(min(newest(out), steps - 2), steps, 2)
-            if kill(args, out, step, moments.uniform(0.0, 4 * seconds / steps)):
-                killed += 1
-                left.append(sorted(path.name for path in out.iterdir()) if out.is_dir() else [])
-            else:
-                shutil.rmtree(out)
-                killed, left = 0, []
-        reached = newest(out)
-        finish(args)
-        same = (out / "adapter_model.safetensors").read_bytes() == wanted
-        torn = any(name.startswith(".") for names in left for name in names)
-        outcomes.append({"killed": killed, "newest_checkpoint": reached, "half_written_file": torn, "identical": same})
-    return {
-        "runs": runs,
-        "killed": sum(outcome["killed"] for outcome in outcomes),
-        "caught_writing": sum(outcome["half_written_file"] for outcome in outcomes),
-        "identical": sum(outcome["identical"] for outcome in outcomes),
-        "seconds_a_run": seconds,
-        "steps": steps,
-        "seed": seed,
-        "outcomes": outcomes,
-    }
+    folder: Path, names: Sequence[str] = (), rounds: int = 20, seed: int = 0, model: str | None = None, extras: int = 3
+) -> dict[str, dict[str, Any]]:
+    """What happened to each command, by name.
+
+    Args:
+        names: of the commands; all where none is given.
+        extras: rounds of two writers and of a full disk, at most.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices this small take longer on two threads
+    known = cases(prepare(folder / "inputs", model), model)
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise SystemExit(f"unknown command {unknown[0]}; known: {', '.join(known)}")
+    found = {}
+    for name in names or known:
+        place, case, key = folder / name.replace(" ", "-"), known[name], f"{seed} {name}"
+        killed = killed_rounds(place, case, rounds, key)
+        writers = two_writers(place, case, min(rounds, extras), key)
+        full = full_disk(place, case, min(rounds, extras), key)
+        found[name] = {"killed": killed, "two_writers": writers, "full_disk": full}
+        print(_row(name, found[name]), file=sys.stderr, flush=True)
+    return found
+
+
+def _row(name: str, outcome: dict[str, Any]) -> str:
+    killed, writers, full = outcome["killed"], outcome["two_writers"], outcome["full_disk"]
+    return (
+        f"| {name:16} | {killed['seconds']:5} | {killed['rounds']:6} | {killed['kills']:5} | {killed['identical']:9} "
+        f"| {writers['right']:>2} of {writers['rounds']:<5} | {full['right']:>2} of {full['rounds']:<3} |"
+    )
+
+
+def faults(found: dict[str, dict[str, Any]]) -> list[str]:
+    """Everything that differed, in words."""
+    return [f"{name}: {what}" for name, each in found.items() for part in each.values() for what in part["different"]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--kills", type=int, default=1, help="of each run")
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=20, help="of kills, for each command")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--commands", default="", help="names, separated by commas; default: all")
+    parser.add_argument("--model", help="folder of the base; default: the model that braces brings")
+    parser.add_argument("--keep", type=Path, help="new folder for all runs; those that differ stay there")
+    parser.add_argument("--short", action="store_true", help=f"one round of {', '.join(SHORT)}")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="braces-kill-") as folder:
-        found = compare(args.model, args.data, Path(folder), args.runs, args.kills, args.steps, args.seed)
+    names = [name for name in args.commands.split(",") if name] or (SHORT if args.short else ())
+    print("| command          | s     | rounds | kills | identical | two writers | full disk |", file=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix="braces-kill-") as work:
+        if args.keep is not None:
+            args.keep.mkdir(parents=True)
+        found = compare(args.keep or Path(work), names, 1 if args.short else args.rounds, args.seed, args.model)
     print(json.dumps(found, indent=2))
-    sys.exit(0 if found["identical"] == found["runs"] else 1)
+    sys.exit(1 if faults(found) else 0)
 
 
 if __name__ == "__main__":

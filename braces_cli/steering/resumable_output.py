@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from io import FileIO
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,8 @@ class TextsFile:
         first = list(islice(rows, 1))
         with _failures(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = self.path.open("r+b" if self.rows else "wb")
+            # Unbuffered: on a full disk nothing is left to be written when the file is closed.
+            file = self.path.open("r+b" if self.rows else "wb", buffering=0)
         end = self._ends[self.rows - 1] if self.rows else 0
         with file:
             with _failures(self.path):
@@ -118,10 +120,16 @@ class TextsFile:
             write_json(self._record, self._settings)
             for row in chain(first, rows):
                 with _failures(self.path):
-                    file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-                    file.flush()
+                    _write_all(file, json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
                 count += 1
         return count
+
+
+def _write_all(file: FileIO, content: bytes) -> None:
+    """Write to an unbuffered file, which may take less than it is given."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 @contextmanager
