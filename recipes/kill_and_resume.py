@@ -33,12 +33,15 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from _killed_commands import Case, cases
+
 # Numbers that no two calls share, wherever they stand in JSON; and the hash of a file that holds some.
 VOLATILE = {"seconds", "tokens_per_second", "peak_memory", "resumed_from", "run.json"}
+# Rounds of two writers and of a full disk, at most.
+EXTRAS = 5
 # Commands of `--short`, which a test runs.
 SHORT = ("train", "steer", "attr-build")
 # Processes fork from one that has imported everything, so that a start costs nothing.
@@ -48,19 +51,6 @@ _PRELOAD = [
     "matplotlib.backends.backend_agg", "transformers.models.llama.modeling_llama",
 ]  # fmt: skip
 _DEADLINE = 600.0
-
-
-@dataclass(frozen=True)
-class Case:
-    """One command.
-
-    Attributes:
-        words: of the command line; outputs are relative to the working folder, inputs absolute.
-        other: further words of a second writer, which change what it writes.
-    """
-
-    words: tuple[str, ...]
-    other: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,14 +112,13 @@ def _body(place: str, words: list[str], writer: Any, limit: int | None) -> None:
     main(words)
 
 
-def alone(place: Path, words: Sequence[str]) -> dict[str, bytes]:
-    """Files of a call that is left alone, in a fresh process."""
+def alone(place: Path, words: Sequence[str]) -> None:
+    """A call that is left alone, in a fresh process."""
     place.mkdir(parents=True)
     call = [sys.executable, "-m", "braces_cli", *words]
     done = subprocess.run(call, cwd=place, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(words)}: exit code {done.returncode}\n{done.stderr}")
-    return files(place)
 
 
 def files(place: Path) -> dict[str, bytes]:
@@ -171,8 +160,8 @@ def listing(place: Path) -> tuple[tuple[str, int], ...]:
 
 
 def timed(place: Path, words: Sequence[str]) -> tuple[float, int]:
-    """Seconds of a call, and how often its output changes meanwhile."""
-    place.mkdir()
+    """Seconds of a call that is left alone, and how often its output changes meanwhile."""
+    place.mkdir(parents=True)
     began, call, changes, before = time.perf_counter(), Call(place, words), 0, listing(place)
     while call.alive():
         time.sleep(0.001)
@@ -200,8 +189,8 @@ def kill(place: Path, words: Sequence[str], moments: random.Random, seconds: flo
 
 
 def killed_rounds(folder: Path, case: Case, rounds: int, seed: str, most: int = 3) -> dict[str, Any]:
-    """Kill calls up to `most` times each, run them to the end and compare."""
-    wanted = alone(folder / "alone", case.words)
+    """Kill calls up to `most` times each, run them to the end and compare with the files in `folder / "alone"`."""
+    wanted = files(folder / "alone")
     seconds, changes = timed(folder / "timed", case.words)
     outcome: dict[str, Any] = {"rounds": rounds, "kills": 0, "identical": 0, "seconds": round(seconds, 2)}
     outcome["different"] = differences(files(folder / "timed"), wanted)
@@ -239,7 +228,10 @@ def _clean(place: Path, wrong: Sequence[str]) -> None:
 def two_writers(folder: Path, case: Case, rounds: int, seed: str) -> dict[str, Any]:
     """Two calls at once: the folder is that of one of them, and the other says so."""
     words = (case.words, (*case.words, *case.other))
-    wanted = [alone(folder / f"writer-{number}", each) for number, each in enumerate(words)]
+    wanted = [files(folder / "alone")] * 2
+    if case.other:
+        timed(folder / "other", words[1])
+        wanted[1] = files(folder / "other")
     outcome: dict[str, Any] = {"rounds": rounds, "right": 0, "different": []}
     for number in range(rounds):
         place, moments = folder / f"writers-{number}", random.Random(f"{seed} writers {number}")
@@ -306,57 +298,21 @@ def prepare(folder: Path, model: str | None) -> dict[str, Path]:
     return {path.stem: path.resolve() for path in folder.iterdir()}
 
 
-def cases(inputs: dict[str, Path], model: str | None) -> dict[str, Case]:
-    """The commands by name."""
-    base = ("--model", model) if model else ()
-    rows, texts, adapter = (str(inputs[name]) for name in ("rows", "texts", "adapter"))
-    seed = ("--seed", "1")
-    train = (
-        "train", *base, "--max-steps", "12", "--batch-size", "2", "--gradient-accumulation", "2", "--lr", "0.01",
-        "--logging-steps", "2", "--save-steps", "2", "--eval-data", texts, "--output-dir", "out", "--resume", "--quiet",
-    )  # fmt: skip
-    moods = ("--attribute-field", "mood", "--opposites", "positive:negative")
-    found = {
-        "train": Case((*train, "--data", rows), seed),
-        "train texts": Case((*train, "--data", texts), seed),
-        "train streamed": Case((*train, "--data", texts, "--streaming"), seed),
-        "train attributes": Case((*train, "--data", texts, *moods), seed),
-        "train lora": Case((*train, "--data", texts, "--method", "lora"), seed),
-        "eval": Case(
-            ("eval", *base, "--adapter", adapter, "--tasks", "embedded_popqa,perplexity", "--limit", "6", "--task-data",
-             f"perplexity={texts}", "--log-samples", "--output-dir", "out", "--resume", "--quiet"),
-            seed,
-        ),
-        "steer": Case(
-            ("steer", *base, "--prompts", str(inputs["prompts"]), "--num-samples", "4", "--batch-size", "2",
-             "--max-new-tokens", "12", "--attribute", "sad", "--s", "2", "--attributes", str(inputs["attributes"]),
-             "--output", "out.jsonl", "--resume", "--quiet"),
-            seed,
-        ),
-        "attr-build": Case(("attr-build", *base, "--attribute", "joyful", "--output-dir", "out", "--overwrite")),
-        "merge": Case(("merge", "--adapter", adapter, "--output-dir", "out", "--overwrite", "--quiet")),
-        "export slots": Case(("export", "slots", *base, "--output-dir", "out", "--overwrite", "--quiet")),
-        "inspect report": Case(
-            ("inspect", "report", "--adapter", adapter, "--output", "out.html", "--overwrite", "--quiet")
-        ),
-        "inspect values": Case(("inspect", "values", *base, "--output", "out.parquet", "--overwrite", "--quiet")),
-    }  # fmt: skip
-    for name, package in (("train lora", "peft"), ("inspect values", "pyarrow")):
-        if find_spec(package) is None:
-            print(f"{name} is left out: there is no {package}", file=sys.stderr)
-            del found[name]
-    return found
-
-
 def compare(
-    folder: Path, names: Sequence[str] = (), rounds: int = 20, seed: int = 0, model: str | None = None, extras: int = 3
+    folder: Path,
+    names: Sequence[str] = (),
+    rounds: int = 20,
+    seed: int = 0,
+    model: str | None = None,
+    short: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """What happened to each command, by name.
 
     Args:
         names: of the commands; all where none is given.
-        extras: rounds of two writers and of a full disk, at most.
+        short: one round, and the reference from no fresh process.
     """
+    rounds, extras = (1, 1) if short else (rounds, min(rounds, EXTRAS))
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices this small take longer on two threads
     known = cases(prepare(folder / "inputs", model), model)
     unknown = sorted(set(names) - set(known))
@@ -365,9 +321,10 @@ def compare(
     found = {}
     for name in names or known:
         place, case, key = folder / name.replace(" ", "-"), known[name], f"{seed} {name}"
+        (timed if short else alone)(place / "alone", case.words)
         killed = killed_rounds(place, case, rounds, key)
-        writers = two_writers(place, case, min(rounds, extras), key)
-        full = full_disk(place, case, min(rounds, extras), key)
+        writers = two_writers(place, case, extras, key)
+        full = full_disk(place, case, extras, key)
         found[name] = {"killed": killed, "two_writers": writers, "full_disk": full}
         print(_row(name, found[name]), file=sys.stderr, flush=True)
     return found
@@ -400,7 +357,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="braces-kill-") as work:
         if args.keep is not None:
             args.keep.mkdir(parents=True)
-        found = compare(args.keep or Path(work), names, 1 if args.short else args.rounds, args.seed, args.model)
+        found = compare(args.keep or Path(work), names, args.rounds, args.seed, args.model, args.short)
     print(json.dumps(found, indent=2))
     sys.exit(1 if faults(found) else 0)
 

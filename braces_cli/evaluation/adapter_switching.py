@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from braces_cli.core import session as sessions
 from braces_cli.core.method.adapter import attach_stored
 from braces_cli.core.method.adapter_files import CONFIG_FILE, WEIGHTS_FILE, StoredAdapter, adapter_folder, read_adapter
+from braces_cli.core.models.finite_weights import check_finite
 from braces_cli.core.session import Session
 from braces_cli.core.utils.errors import ConfigError, ModelError, first_line
 
@@ -144,7 +145,7 @@ def _peft(model: Any, adapter: EvalAdapter) -> Iterator[None]:
 
 
 def _load_peft(model: Any, adapter: EvalAdapter) -> Any:
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -158,6 +159,7 @@ def _load_peft(model: Any, adapter: EvalAdapter) -> Any:
     if not hasattr(wrapped.base_model, "unload"):
         hint = "Measure it with lm-eval: --model hf --model_args pretrained=...,peft=..."
         raise ModelError(f"{adapter.method} cannot be taken off a base again", where=adapter.name, hint=hint)
+    check_finite(get_peft_model_state_dict(wrapped, save_embedding_layers=False), adapter.name)
     wrapped.eval()
     return wrapped
 

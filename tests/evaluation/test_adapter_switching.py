@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.session import open_session
@@ -72,6 +73,22 @@ def test_a_peft_adapter_of_another_base_is_refused_and_leaves_nothing(session, m
         with pytest.raises(ModelError, match="lora adapter does not fit"):
             check_fit(session, [find_eval_adapter(str(folder))])
         assert torch.equal(_logits(session), bare)
+
+
+def test_a_peft_adapter_that_is_not_finite_is_refused(session, make_peft, tiny_folder):
+    """By the name of its weight; the base is what it was."""
+    folder = make_peft(tiny_folder, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = next(iter(tensors))
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    modules = dict(session.base.model.named_modules())
+    with (
+        pytest.raises(ModelError, match=r"lora_[AB].* holds numbers that are not finite"),
+        attached(session, find_eval_adapter(str(folder))),
+    ):
+        pass
+    assert dict(session.base.model.named_modules()) == modules
 
 
 def test_without_peft_the_extra_is_named(make_peft, tiny_folder, monkeypatch):

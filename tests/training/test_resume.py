@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import random
@@ -24,7 +23,6 @@ from braces_cli.training.checkpointing.checkpoint_folders import checkpoints, ne
 from braces_cli.training.checkpointing.training_state import RNG_FILE, restore_rng, rng_state
 
 ADAPTER = "adapter_model.safetensors"
-RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @pytest.fixture
@@ -334,11 +332,3 @@ def test_a_new_run_does_not_mix_with_an_old_one(train, tmp_path):
     train(tmp_path / "o", "--overwrite", "--max-steps", 4, "--save-steps", 1, "--save-total-limit", 2)
     assert [path.name for path in checkpoints(tmp_path / "o")] == ["checkpoint-3", "checkpoint-4"]
     assert [row["step"] for row in read(tmp_path / "o")] == [2, 4]
-
-
-def test_runs_that_were_killed_give_the_same_adapter(model_dir, rows, tmp_path, monkeypatch):
-    """SIGKILL at two random moments, each resumed; `recipes/kill_and_resume.py` does twenty."""
-    monkeypatch.syspath_prepend(str(RECIPES))
-    recipe = importlib.import_module("kill_and_resume")
-    found = recipe.compare(str(model_dir), str(rows), tmp_path, runs=2, kills=1, steps=12, seed=1)
-    assert found["identical"] == 2, found

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from braces_cli.core.utils.errors import ModelError
 
@@ -13,27 +14,30 @@ _KINDS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 OVERFLOW_HINT = "Numbers grew too large: lower --s, or give --dtype float32 (bfloat16 where it is float16)."
 
 
-def check_finite(model: Any, where: str) -> None:
-    """Refuse a model with a weight that is NaN or infinite.
+def check_finite(weights: Mapping[str, Tensor], where: str) -> None:
+    """Refuse weights that are NaN or infinite.
 
     Reads every weight once, which takes a small part of the time that loading it took: `aminmax` is many times faster
     than `isfinite`, and passes NaN on. Weights that are packed or not in memory are left out.
 
+    Args:
+        weights: by name.
+        where: the model or adapter that they belong to.
+
     Raises:
         ModelError: names the weight.
     """
-    weights = {
+    read = {
         name: weight.detach()
-        for name, weight in model.named_parameters()
+        for name, weight in weights.items()
         if weight.dtype in _KINDS and weight.numel() and not weight.is_meta
     }
-    extremes: dict[torch.device, list[torch.Tensor]] = {}
-    for weight in weights.values():
-        low, high = torch.aminmax(weight)
-        extremes.setdefault(weight.device, []).append(torch.stack([low, high]).double())
+    extremes: dict[torch.device, list[Tensor]] = {}
+    for weight in read.values():
+        extremes.setdefault(weight.device, []).append(torch.stack(torch.aminmax(weight)).double())
     # One wait for each device, not one for each weight.
     if all(bool(torch.stack(found).isfinite().all()) for found in extremes.values()):
         return
-    name = next(name for name, weight in weights.items() if not all(x.isfinite() for x in torch.aminmax(weight)))
+    name = next(name for name, weight in read.items() if not torch.stack(torch.aminmax(weight)).isfinite().all())
     what = f"the weight {name} holds numbers that are not finite (NaN or infinite)"
-    raise ModelError(what, where=where, hint="The model is damaged: download it again, or train it at a lower rate.")
+    raise ModelError(what, where=where, hint="The file is damaged: download it again, or train at a lower rate.")

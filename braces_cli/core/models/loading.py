@@ -132,7 +132,7 @@ def load_base(name: str, options: LoadOptions | None = None) -> Base:
     if device_map is None:
         model.to(place)
     model.eval()
-    check_finite(model, where)
+    check_finite(dict(model.named_parameters()), where)
     folder = checkpoint_folder(where, options.revision)
     return Base(model, tokenizer, stored_name(where), commit_of(where, options.revision, folder), folder)
 

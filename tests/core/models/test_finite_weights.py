@@ -22,14 +22,13 @@ _WEIGHT = "model.layers.1.mlp.down_proj.weight"
 def test_one_number_among_all_is_found(value, dtype):
     """In every dtype; a sound model passes, and so do one on the meta device and weights of other kinds."""
     model = tiny_model(dtype=dtype)
-    check_finite(model, "base")
-    model.register_parameter("packed", torch.nn.Parameter(torch.ones(2, dtype=torch.uint8), requires_grad=False))
-    check_finite(model, "base")
+    weights = {**dict(model.named_parameters()), "packed": torch.ones(2, dtype=torch.uint8), "empty": torch.empty(0)}
+    check_finite(weights, "base")
     with torch.no_grad():
-        model.get_parameter(_WEIGHT)[3, 5] = value
+        weights[_WEIGHT][3, 5] = value
     with pytest.raises(ModelError, match=f"base: the weight {_WEIGHT} holds numbers that are not finite"):
-        check_finite(model, "base")
-    check_finite(model.to("meta"), "base")
+        check_finite(weights, "base")
+    check_finite({name: weight.to("meta") for name, weight in weights.items()}, "base")
 
 
 @pytest.fixture
