@@ -18,8 +18,10 @@ def steer(settings: SteerSettings) -> None:
         return
     if settings.sweep is not None:
         from braces_cli.cli.steer_sweep import run_sweep
+        from braces_cli.core.utils.output_lock import output_lock
 
-        run_sweep(settings)
+        with output_lock(settings.plot, settings.save_scorer):
+            run_sweep(settings)
     elif settings.export_control_vector is not None:
         _export(settings, strengths)
     elif settings.interactive:

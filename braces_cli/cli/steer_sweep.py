@@ -20,23 +20,21 @@ def run_sweep(settings: SteerSettings) -> None:
         ConfigError: nothing to sweep, strengths that do not fit, or a scorer that cannot be had.
     """
     from braces_cli.core.utils.atomic_files import check_output_file, check_output_folder
-    from braces_cli.core.utils.output_lock import output_lock
     from braces_cli.scoring.registry import default_scorer
     from braces_cli.steering.sweep import parse_strengths
     from braces_cli.steering.sweep_plot import plot_sweep
 
     assert settings.sweep is not None
     strengths, scorer = parse_strengths(settings.sweep), settings.scorer or default_scorer(settings.attribute[0])
-    with output_lock(settings.plot, settings.save_scorer):
-        if settings.plot is not None:
-            check_output_file(settings.plot, settings.overwrite)
-        if settings.save_scorer is not None:
-            check_output_folder(settings.save_scorer, settings.overwrite)
-        prompts = _prompts(settings)
-        with progress(settings.quiet) as report:
-            document = _measure(settings, strengths, scorer, prompts, report)
-        if settings.plot is not None:
-            plot_sweep(document, settings.plot)
+    if settings.plot is not None:
+        check_output_file(settings.plot, settings.overwrite)
+    if settings.save_scorer is not None:
+        check_output_folder(settings.save_scorer, settings.overwrite)
+    prompts = _prompts(settings)
+    with progress(settings.quiet) as report:
+        document = _measure(settings, strengths, scorer, prompts, report)
+    if settings.plot is not None:
+        plot_sweep(document, settings.plot)
     if settings.json:
         print_json(document)
     else:
