@@ -109,7 +109,7 @@ def train(settings: RunSettings, report: Report = silent, command: Sequence[str]
             where = "--" + name.replace("_", "-")
             raise ConfigError("missing option", where=where, hint="See `braces train --help`.")
     assert settings.output_dir is not None
-    check_launch(settings.resume, settings.attribute_field is not None, settings.device)
+    check_launch(settings.resume, settings.device)
     identity = settings.identity(world_size())
     # One process looks: by the time that another one does, the first may be writing.
     if is_main() or settings.resume:
