@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.training.workers import cli, launch
+from tests.training.workers import cli, free_port, launch
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).parents[2]
+LAUNCH = ROOT / "recipes" / "launch"
 PROMPTS = ["the film", "a happy day in the old town", "the end is", "sad", "good and", "in the", "a day"]
 
 
@@ -69,6 +73,34 @@ def test_two_processes_print_and_write_the_texts_of_one(braces, model_dir, promp
     result = shared(tmp_path, *steer(model_dir, *texts, "--output", file, "--resume"))
     assert file.read_text() == one.out
     assert (json.loads(result[0])["resumed_from"], result[1]) == (6, "")
+
+
+def test_two_machines_and_slurm_write_the_texts_of_one(braces, model_dir, prompts, tmp_path):
+    """The launchers of recipes/launch as they are, each machine this one; Slurm's commands are stand-ins."""
+    texts = steer(model_dir, "--prompts", prompts, "--batch-size", 3)
+    one = braces(*texts)
+    assert one.code == 0, one.err
+    argv = [str(word) for word in texts]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PROCESSES": "1"}
+    env |= {"PATH": f"{Path(sys.executable).parent}:{tmp_path}:{os.environ['PATH']}"}
+    script, port = LAUNCH / "torchrun.sh", str(free_port())
+    machines = [
+        subprocess.Popen(
+            ["bash", script, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=env | {"NODE": str(node), "FIRST": "localhost", "PORT": port},
+        )
+        for node in range(2)
+    ]  # fmt: skip
+    ended = [machine.communicate() for machine in machines]
+    assert [out for out, _ in ended] == [one.out, ""], ended
+    for name, body in (("scontrol", "echo localhost"), ("srun", 'exec "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": "1", "SLURM_JOB_ID": "7", "PORT": str(free_port())}
+    done = subprocess.run(
+        ["bash", LAUNCH / "slurm.sbatch", *argv], capture_output=True, text=True, env=env | job | {"PROCESSES": "2"}
+    )
+    assert done.stdout == one.out, done.stderr
 
 
 def test_two_processes_sweep_as_one(braces, model_dir, prompts, tmp_path):
