@@ -84,7 +84,7 @@ def _plan(settings: TrainCommandSettings) -> None:
         out.update(count_parameters(shape, settings))
         settings = replace(
             settings.at_width(find_ffns(shape)[0].hidden_size),
-            max_length=row_reading(settings, name, shape).max_length,
+            max_length=row_reading(settings, name, shape.config).max_length,
         )
     except ConfigError:
         # A rank or a layer that does not fit is a mistake to mend, not a model out of reach.

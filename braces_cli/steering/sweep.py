@@ -180,7 +180,7 @@ def continuation_nll(
     base = judge_model or session.base
     samples = len(texts) // len(prompts)
     pairs = [(prompts[index // samples], text) for index, text in enumerate(texts)]
-    window = context_length(base.model, base.tokenizer)
+    window = context_length(base.model.config, base.tokenizer)
 
     def measure(pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
         if not (chat and has_template(base.tokenizer)):

@@ -70,7 +70,7 @@ def _blocks(session: Session, settings: TrainSettings, items: Sequence[Encoded])
         cost = attention_cost(model, len(session.ffns), session.ffns[0].hidden_size)
         if _is_flash(model):
             return Layout(packed=True)
-        return Layout(packed=True, attention=cost, context=context_length(model, session.base.tokenizer))
+        return Layout(packed=True, attention=cost, context=context_length(model.config, session.base.tokenizer))
     if settings.packing == "on":
         hint = "Use --packing auto: examples are grouped by length instead."
         raise ConfigError(f"this model cannot be packed: {fault}", where="--packing on", hint=hint)
