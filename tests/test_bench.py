@@ -20,6 +20,7 @@ TARGETS = {
         "train_step_vs_floor": 1.05,
         "train_memory_vs_lora": 1.0,
         "padding_share": 0.05,
+        "attribute_vs_plain": 2.1,
         "packed_vs_padded": 1.3,
     },
     "forward": {

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from braces_cli.cli.command import command
-from braces_cli.cli.console import print_json
+from braces_cli.cli.console import print_json, set_up
 from braces_cli.cli.dry_run import show_plan
 from braces_cli.cli.steer_options import SteerSettings
+from braces_cli.core.utils.distributed import is_main, world_size
+from braces_cli.core.utils.errors import ConfigError
 
 
 @command
@@ -13,6 +15,7 @@ def steer(settings: SteerSettings) -> None:
     """Generate text from prompts, steered along attributes by strength s (negative: away from them)."""
     settings.check()
     strengths = settings.strengths
+    set_up(settings.quiet or not is_main(), settings.debug)
     if settings.dry_run:
         show_plan(settings)
         return
@@ -23,8 +26,12 @@ def steer(settings: SteerSettings) -> None:
         with output_lock(settings.plot, settings.save_scorer):
             run_sweep(settings)
     elif settings.export_control_vector is not None:
-        _export(settings, strengths)
+        if is_main():
+            _export(settings, strengths)
     elif settings.interactive:
+        if world_size() > 1:
+            hint = "Leave out torchrun or accelerate launch."
+            raise ConfigError("a conversation is for one process", where="--interactive", hint=hint)
         from braces_cli.cli.steer_interactive import converse
 
         converse(settings)

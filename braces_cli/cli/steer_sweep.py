@@ -8,6 +8,7 @@ from typing import Any
 
 from braces_cli.cli.console import print_json, print_table, progress
 from braces_cli.cli.steer_options import SteerSettings
+from braces_cli.core.utils.distributed import is_main, join_all
 
 _COLUMNS = ("s", "score", "95 %", "perplexity", "dist-1", "dist-2", "dist-3", "rep-4", "n")
 _MEASURES = ("perplexity", "distinct_1", "distinct_2", "distinct_3", "repetition", "n")
@@ -26,13 +27,16 @@ def run_sweep(settings: SteerSettings) -> None:
 
     assert settings.sweep is not None
     strengths, scorer = parse_strengths(settings.sweep), settings.scorer or default_scorer(settings.attribute[0])
-    if settings.plot is not None:
+    # One process looks: by the time that another one does, the first may be writing.
+    if settings.plot is not None and is_main():
         check_output_file(settings.plot, settings.overwrite)
-    if settings.save_scorer is not None:
+    if settings.save_scorer is not None and is_main():
         check_output_folder(settings.save_scorer, settings.overwrite)
     prompts = _prompts(settings)
-    with progress(settings.quiet) as report:
+    with progress(settings.quiet or not is_main()) as report:
         document = _measure(settings, strengths, scorer, prompts, report)
+    if not is_main():
+        return
     if settings.plot is not None:
         plot_sweep(document, settings.plot)
     if settings.json:
@@ -58,7 +62,7 @@ def _measure(
 
     from braces_cli.core.attributes.attribute import find_attribute
     from braces_cli.core.models.layer_ranges import chosen_layers
-    from braces_cli.core.models.loading import load_base
+    from braces_cli.core.models.loading import input_device, load_base
     from braces_cli.core.session import open_session
     from braces_cli.scoring.registry import label_of
     from braces_cli.steering.chat_prompts import chat_wanted
@@ -66,8 +70,9 @@ def _measure(
     from braces_cli.steering.sweep import SweepPlan, sweep
 
     name, sampling, options = settings.attribute[0], settings.sampling, settings.load_options
+    save = settings.save_scorer if is_main() else None
     # Without words to leave out the scorer needs no model: what is wrong with it should show before one is loaded.
-    judge = None if settings.exclude_list_words else open_scorer(scorer, save=settings.save_scorer)
+    judge = None if settings.exclude_list_words else open_scorer(scorer, save=save)
     if judge is not None:
         label_of(name, judge, settings.score_label)
     session = open_session(settings.model, settings.adapter, options)
@@ -77,13 +82,14 @@ def _measure(
         settings.batch_size,
         layers=chosen_layers(session.base.model, settings.layers),
         chat=chat_wanted(session, settings.apply_chat_template),
+        processes=join_all(input_device(session.base.model)),
     )
     swept = find_attribute(session, name, settings.attributes, report)
     others = [(find_attribute(session, each, settings.attributes, report), s) for each, s in settings.strengths.items()]
     excluded: set[str] = set()
     if judge is None:
         excluded = list_words(session, [swept, *(attribute for attribute, _ in others)])
-        judge = open_scorer(scorer, exclude=excluded, save=settings.save_scorer)
+        judge = open_scorer(scorer, exclude=excluded, save=save)
     label = label_of(name, judge, settings.score_label)
     judge_model = load_base(settings.judge_model, replace(options, revision=None)) if settings.judge_model else None
     measured = sweep(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import chain
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from braces_cli.cli.console import print_json, print_json_lines, print_pairs, progress
 from braces_cli.cli.steer_options import SteerSettings
+from braces_cli.core.utils.distributed import is_main, join_all, world_size
+from braces_cli.core.utils.errors import ConfigError
 from braces_cli.core.utils.settings import options_of
 
 if TYPE_CHECKING:
@@ -27,12 +30,18 @@ def write_texts(settings: SteerSettings) -> None:
 
     # What is wrong with an option or with the first prompt should show before the model is loaded.
     _ = settings.sampling
+    if world_size() > 1 and not settings.prompt and not (settings.prompts and settings.prompts.is_file()):
+        hint = "Write the prompts into a file."
+        raise ConfigError("several processes cannot share one pipe", where="--prompts", hint=hint)
     texts = read_prompts(settings.prompt, settings.prompts, sys.stdin)
     requests = text_requests(chain([next(texts)], texts), settings.num_samples)
     count = len(settings.prompt) or (count_prompts(settings.prompts) if settings.prompts is not None else None)
     total = None if count is None else count * settings.num_samples
     if settings.output is not None:
         _into_file(settings, requests, total)
+        return
+    if not is_main():
+        deque(_rows(settings, requests, total=total), maxlen=0)
         return
     if settings.json:
         print_json_lines(_rows(settings, requests, total=total))
@@ -42,7 +51,7 @@ def write_texts(settings: SteerSettings) -> None:
     if settings.format == "text":
         print_texts(_rows(settings, requests, total=total))
         return
-    if sys.stdout.isatty() and not settings.beside and (total == 1 or settings.batch_size == 1):
+    if sys.stdout.isatty() and world_size() == 1 and not settings.beside and (total == 1 or settings.batch_size == 1):
         flow = Flow()
         flow.run(_rows(settings, requests, stream=flow.write))
     else:
@@ -67,7 +76,11 @@ def _append(settings: SteerSettings, output: Path, requests: Iterator[TextReques
     start, written = time.monotonic(), 0
     first = next(requests, None)
     if first is not None:
-        written = file.write(_rows(settings, chain([first], requests), total=total, done=file.rows))
+        rows = _rows(settings, chain([first], requests), total=total, done=file.rows)
+        # All read what is there; the first process writes, once all of them have generated something.
+        written = file.write(rows) if is_main() else sum(1 for _ in rows)
+    if not is_main():
+        return
     result = {
         "output": str(file.path),
         "texts": file.rows + written,
@@ -89,25 +102,27 @@ def _rows(settings: SteerSettings, requests: Iterator[TextRequest], **details: A
     from braces_cli.core.attributes.attribute import find_attribute
     from braces_cli.core.attributes.intervention import steered
     from braces_cli.core.models.layer_ranges import chosen_layers
+    from braces_cli.core.models.loading import input_device
     from braces_cli.core.session import open_session
     from braces_cli.steering.chat_prompts import chat_wanted
     from braces_cli.steering.generate_texts import generate_rows
 
     session = open_session(settings.model, settings.adapter, settings.load_options)
-    strengths = settings.strengths
-    with progress(settings.quiet) as report:
+    strengths, quiet = settings.strengths, settings.quiet or not is_main()
+    processes = join_all(input_device(session.base.model))
+    with progress(quiet) as report:
         terms = [(find_attribute(session, name, settings.attributes, report), s) for name, s in strengths.items()]
     layers = chosen_layers(session.base.model, settings.layers)
     chat = chat_wanted(session, settings.apply_chat_template)
     with steered(session, terms, layers) as pushes:
         log_push(strengths, pushes)
     # Where texts appear on the terminal they are the progress.
-    hidden = settings.quiet or (settings.output is None and sys.stdout.isatty())
+    hidden = quiet or (settings.output is None and sys.stdout.isatty())
     beside = (lambda: steered(session, terms, layers)) if settings.beside else None
     with progress(hidden) as report, nullcontext() if beside else steered(session, terms, layers):
         yield from generate_rows(
             session, requests, strengths, settings.sampling, batch_size=settings.batch_size, chat=chat, beside=beside,
-            report=report, **details,
+            report=report, processes=processes, **details,
         )  # fmt: skip
 
 

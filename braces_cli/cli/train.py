@@ -84,7 +84,7 @@ def _plan(settings: TrainCommandSettings) -> None:
         name, shape = load_base_shape(settings)
         settings = for_base(settings, find_ffns(shape))
         out.update(count_parameters(shape, settings))
-        settings = replace(settings, max_length=row_reading(settings, name, shape).max_length)
+        settings = replace(settings, max_length=row_reading(settings, name, shape.config).max_length)
     except ConfigError:
         # A rank or a layer that does not fit is a mistake to mend, not a model out of reach.
         raise

@@ -13,14 +13,18 @@ def check(settings: Any) -> None:
         ConfigError: no rows are named.
         DataError: a row cannot be read.
     """
+    from braces_cli.core.models.loading import load_config
+    from braces_cli.core.session import base_name
     from braces_cli.data.dataset_report import check_rows
     from braces_cli.training.adapter_setup import starting_point
-    from braces_cli.training.train import load_base_shape, row_reading
+    from braces_cli.training.train import row_reading
 
     if not settings.data:
         raise ConfigError("missing option", where="--data", hint="See `braces train --help`.")
     settings, _ = starting_point(settings)
-    reading = row_reading(settings, *load_base_shape(settings))
+    name = base_name(settings.model, None)
+    config = load_config(name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+    reading = row_reading(settings, name, config)
     with progress(settings.quiet) as report:
         sets = {name: getattr(settings, name) for name in ("data", "eval_data")}
         found = {name: check_rows(files, reading, report) if files else None for name, files in sets.items()}

@@ -44,7 +44,7 @@ def measure(
     processes: Processes | None = None,
 ) -> TaskResult:
     """Perplexities over all `texts`, and negative log-likelihoods in nats and units document by document."""
-    window = context_length(model, tokenizer)
+    window = context_length(model.config, tokenizer)
     likelihoods = (processes or Processes()).share_out(
         texts, lambda part: text_likelihoods(model, tokenizer, part, window, batch_size, report)
     )

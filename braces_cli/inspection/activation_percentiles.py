@@ -34,7 +34,7 @@ def read_texts(session: Session, names: Sequence[str], limit: int = TEXTS) -> li
         DataError: see `read_rows`; or no row holds a text.
     """
     tokenizer = session.base.tokenizer
-    how = Reading(tokenizer, min(_MAX_LENGTH, context_length(session.base.model, tokenizer)), streaming=True)
+    how = Reading(tokenizer, min(_MAX_LENGTH, context_length(session.base.model.config, tokenizer)), streaming=True)
     found = list(islice((row.tokens for row in iterate(names, how) if row.tokens is not None), limit))
     if not found:
         raise DataError("no row holds a text", where=", ".join(names), hint="Give rows with `text`.")

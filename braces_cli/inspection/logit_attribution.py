@@ -202,7 +202,7 @@ def attribute_logits(session: Session, prompt: str, target: int | None = None, r
     """
     model, tokenizer = session.base.model, session.base.tokenizer
     ids = encode(tokenizer, prompt).ids
-    room = context_length(model, tokenizer)
+    room = context_length(model.config, tokenizer)
     if len(ids) > room:
         raise ConfigError(f"the prompt has {len(ids)} tokens", where="PROMPT", hint=f"The model takes {room}.")
     report("tracing", 0, 2)

@@ -135,7 +135,7 @@ def prompt_ids(session: Session, prompt: str, extra: int = 0) -> list[int]:
         ConfigError: it does not fit.
     """
     ids = encode(session.base.tokenizer, prompt).ids
-    room = context_length(session.base.model, session.base.tokenizer) - extra
+    room = context_length(session.base.model.config, session.base.tokenizer) - extra
     if len(ids) > room:
         raise ConfigError(f"a prompt has {len(ids)} tokens", where="--prompt", hint=f"There is room for {room}.")
     return ids

@@ -10,6 +10,7 @@ from typing import Any
 
 from braces_cli.core.models.generation import Sampling, TextRequest, generate
 from braces_cli.core.session import Session
+from braces_cli.core.utils.distributed import ALONE, Processes
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.steering.chat_prompts import chat_ids
 
@@ -35,8 +36,12 @@ def generate_texts(
     done: int = 0,
     total: int | None = None,
     report: Report = silent,
+    processes: Processes = ALONE,
 ) -> Iterator[str]:
     """Continuations in the order of `requests`, as each batch is done; only one batch of requests is held at a time.
+
+    Several processes generate whole batches in turns, and each of them gets all texts. The batches are those of one
+    process, since a text depends on its batch by rounding: so the texts are the same, in every number format.
 
     Args:
         chat: prompts go through the chat template.
@@ -44,6 +49,7 @@ def generate_texts(
         stream: called with each piece of a text; for batches of one.
         stage: what `report` calls the work.
         done: texts that an earlier run has generated, of `total` in all; for `report` only.
+        processes: share the batches out; each must have the same requests.
 
     Raises:
         ConfigError: no room for a prompt beside the new tokens.
@@ -51,15 +57,19 @@ def generate_texts(
     """
     model, tokenizer = session.base.model, session.base.tokenizer
     requests = iter(requests)
-    while batch := list(islice(requests, batch_size)):
+    while batches := list(islice(requests, batch_size * processes.size)):
+        batch, texts = batches[processes.rank * batch_size :][:batch_size], []
         if chat:
             batch = [replace(request, ids=chat_ids(tokenizer, request.prompt)) for request in batch]
         write = None if stream is None else lambda piece, request=batch[0]: stream(request, piece)
-        with steering():
-            texts = generate(model, tokenizer, batch, sampling, write)
-        done += len(batch)
+        if batch:
+            with steering():
+                texts = generate(model, tokenizer, batch, sampling, write)
+        shared = processes.gather(texts)
+        done += len(batches)
         report(stage, done, total)
-        yield from texts
+        for part in shared:
+            yield from part
 
 
 def generate_rows(
@@ -71,6 +81,7 @@ def generate_rows(
     beside: Steering | None = None,
     batch_size: int = 8,
     chat: bool = False,
+    processes: Processes = ALONE,
     **details: Any,
 ) -> Iterator[dict[str, Any]]:
     """Rows `{prompt, text, attributes, sample, seed}` of the texts, in order.
@@ -80,10 +91,11 @@ def generate_rows(
     Args:
         attributes: names and strengths, for the rows only.
         beside: steers, in place of the caller; rows then also get the `unsteered` text of the same random stream.
+        processes: see `generate_texts`.
         details: further arguments of `generate_texts`.
     """
     streams = tee(requests, 2 if beside is None else 3)
-    how: dict[str, Any] = {"batch_size": batch_size, "chat": chat}
+    how: dict[str, Any] = {"batch_size": batch_size, "chat": chat, "processes": processes}
     unsteered = repeat(None) if beside is None else generate_texts(session, streams[2], sampling, **how)
     texts = generate_texts(session, streams[1], sampling, steering=beside or nullcontext, **how, **details)
     # Drawn in turns, so that no stream is more than a batch ahead of the others.

@@ -25,6 +25,7 @@ from braces_cli.core.models.generation import Sampling
 from braces_cli.core.models.loading import Base
 from braces_cli.core.models.tokenization import Encoded, context_length
 from braces_cli.core.session import Session
+from braces_cli.core.utils.distributed import ALONE, Processes
 from braces_cli.core.utils.errors import BracesError, ConfigError
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.scoring.confidence_intervals import Z, rate_error, share_interval
@@ -48,6 +49,7 @@ class SweepPlan:
         max_perplexity: of the chosen strength at most, as a multiple of the unsteered one.
         layers: decoder layers that are steered; None means all that can be.
         chat: prompts go through the chat template.
+        processes: share out generating and scoring.
     """
 
     strengths: Sequence[float]
@@ -56,6 +58,7 @@ class SweepPlan:
     max_perplexity: float = 2.0
     layers: Collection[int] | None = None
     chat: bool = False
+    processes: Processes = ALONE
 
 
 @dataclass
@@ -129,10 +132,12 @@ def sweep(
             texts = continuations(session, prompts, sampling, plan, report, stage)
         texts_at[s] = Texts(s, texts)
     for each in texts_at.values():
-        each.verdicts = judge.judge(each.texts, label)
+        each.verdicts = plan.processes.share_out(each.texts, lambda texts: judge.judge(texts, label))
         if len(each.verdicts) != len(each.texts):
             raise BracesError(f"{judge.name} scored {len(each.verdicts)} of {len(each.texts)} texts")
-        each.likelihoods = continuation_nll(session, prompts, each.texts, plan.batch_size, judge_model, plan.chat)
+        each.likelihoods = continuation_nll(
+            session, prompts, each.texts, plan.batch_size, judge_model, plan.chat, plan.processes
+        )
     rows = [point(texts_at[s], prompts, range(len(prompts))) for s in plan.strengths]
     return {
         "points": rows,
@@ -152,7 +157,7 @@ def continuations(
     """Texts of every prompt, its samples together, as the session is steered now."""
     texts = generate_texts(
         session, text_requests(prompts, plan.samples), sampling, batch_size=plan.batch_size, chat=plan.chat,
-        stage=stage, total=len(prompts) * plan.samples, report=report,
+        stage=stage, total=len(prompts) * plan.samples, report=report, processes=plan.processes,
     )  # fmt: skip
     return list(texts)
 
@@ -164,6 +169,7 @@ def continuation_nll(
     batch_size: int,
     judge_model: Base | None = None,
     chat: bool = False,
+    processes: Processes = ALONE,
 ) -> list[Likelihood]:
     """Negative log-likelihood of each text given its prompt, under the bare base or the judge.
 
@@ -174,15 +180,19 @@ def continuation_nll(
     base = judge_model or session.base
     samples = len(texts) // len(prompts)
     pairs = [(prompts[index // samples], text) for index, text in enumerate(texts)]
-    window = context_length(base.model, base.tokenizer)
-    with ExitStack() as stack:
-        if session.adapter is not None and judge_model is None:
-            stack.enter_context(session.adapter.disabled())
+    window = context_length(base.model.config, base.tokenizer)
+
+    def measure(pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
         if not (chat and has_template(base.tokenizer)):
             return continuation_likelihoods(base.model, base.tokenizer, pairs, window, batch_size)
         examples = [encode_answer(base.tokenizer, prompt, text) for prompt, text in pairs]
         examples = [Encoded(each.ids[-window:], each.labels[-window:], False, False) for each in examples]
         return likelihoods(base.model, examples, base.tokenizer.pad_token_id, batch_size)
+
+    with ExitStack() as stack:
+        if session.adapter is not None and judge_model is None:
+            stack.enter_context(session.adapter.disabled())
+        return processes.share_out(pairs, measure)
 
 
 def point(measured: Texts, prompts: Sequence[str], chosen: Collection[int]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from braces_cli.core.session import Session
 from braces_cli.core.utils.errors import ConfigError, DataError, near_misses
 from braces_cli.data.examples import Condition, Examples
 from braces_cli.data.streaming_examples import Stream
+from braces_cli.training.gathered_parameters import GatheredParameters
 from braces_cli.training.settings import TrainSettings
 
 
@@ -76,6 +77,7 @@ class Conditioner:
         device = adapter.sites[0][1].weight.device
         rows = [[attribute.layers.index(layer) for layer in adapter.layers] for attribute in attributes]
         self._pooled = torch.stack([a.state[row] for a, row in zip(attributes, rows, strict=True)]).to(device)
+        self._gathered = GatheredParameters()
 
     def strengths(self, rows: Sequence[Condition | None]) -> Tensor:
         """s of each row and attribute, (rows, attributes)."""
@@ -91,7 +93,12 @@ class Conditioner:
         Args:
             strengths: (batch, attributes), or (batch, tokens, attributes) of packed rows.
         """
-        self._adapter.condition(self._adapter.states(self._pooled), strengths)
+        whole = self._gathered.whole
+        self._adapter.condition(self._adapter.states(self._pooled, whole), strengths, whole)
+
+    def settle_gradients(self) -> None:
+        """Call behind the last backward pass of an optimizer step: under FSDP2 gradients go back into the pieces."""
+        self._gathered.settle()
 
     def clear(self) -> None:
         """Back to no attribute."""

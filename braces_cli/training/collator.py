@@ -2,7 +2,8 @@
 
 Packed: one block, in which every row holds several examples one after the other. Positions start anew with each, by
 which transformers keeps attention inside an example (block-diagonal for SDPA, variable-length for FlashAttention). What
-is left of a row is an example of padding of its own.
+is left of a row is an example of padding of its own. Where strengths are contrasted, an example with an attribute lies
+in the block twice, the second time at the opposite strength.
 
     input_ids     a a a b b | c c c c -
     position_ids  0 1 2 0 1 | 0 1 2 3 0
@@ -15,10 +16,11 @@ The first token of an example is never scored: before it stands nothing, or anot
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from braces_cli.core.models.padding import pad_right
@@ -26,6 +28,7 @@ from braces_cli.core.models.tokenization import IGNORED, Encoded
 from braces_cli.data.examples import Example, Examples
 from braces_cli.data.streaming_examples import Stream
 from braces_cli.training.attribute_conditioning import Conditioner
+from braces_cli.training.contrastive_loss import pair_terms
 from braces_cli.training.selective_logits import pick_scored
 
 # Padding that rows of a packed block may have where several rows are cheaper than one long one.
@@ -47,6 +50,8 @@ class Layout:
         context: tokens that a row may hold: some models keep masks of no other size. None: any number.
         groups: blocks of a batch that is not packed.
         only_scored: logits are computed of scored tokens only; see `training.selective_logits`.
+        contrast: examples with an attribute also lie in their block at the opposite strength; see
+            `training.contrastive_loss`.
     """
 
     packed: bool
@@ -54,6 +59,7 @@ class Layout:
     context: int | None = None
     groups: int = GROUPS
     only_scored: bool = False
+    contrast: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,10 +67,11 @@ class Batch:
     """The examples of one forward and backward pass.
 
     Attributes:
-        blocks: inputs of the model, `labels`, and `strengths` and `scored` where they are used.
+        blocks: inputs of the model, `labels`, and where they are used `strengths`, `scored`, and of contrasted
+            strengths `owner`, `distance` and `share` (see `training.contrastive_loss`).
         tokens: of the examples, without padding.
         scored: tokens that have a loss.
-        computed: tokens of the blocks, padding included.
+        computed: tokens of the blocks, padding included; of contrasted strengths those at an example's own strength.
     """
 
     blocks: list[Block]
@@ -96,41 +103,72 @@ class Collator:
     def __call__(self, rows: Sequence[Example | None]) -> Batch:
         kept = [row for row in rows if row is not None]
         items = [row.tokens for row in kept if row.tokens is not None]
+        groups = similar_lengths([len(item.ids) for item in items], min(self._layout.groups, len(rows)))
         if self._layout.packed:
-            blocks = [self._packed(kept, items)]
+            sides = [self._sides(kept, groups)]
+            blocks = [self._packed(side) for side in sides]
         else:
-            blocks = self._grouped(kept, items, min(self._layout.groups, len(rows)))
+            sides = [self._sides([kept[index] for index in chosen]) for chosen in groups]
+            blocks = [self._padded(side) for side in sides]
         if self._layout.only_scored:
             for block in blocks:
                 pick_scored(block)
-        # The first token of an example is never scored.
-        scored = sum(len(item.labels) - 1 - item.labels[1:].count(IGNORED) for item in items)
-        return Batch(blocks, sum(len(item.ids) for item in items), scored, computed_tokens(blocks))
+        tokens, computed = sum(len(item.ids) for item in items), computed_tokens(blocks)
+        twice = sum(len(item.ids) for side in sides for item in side.items) / max(tokens, 1)
+        return Batch(blocks, tokens, sum(item.scored for item in items), round(computed / max(twice, 1)))
 
-    def _packed(self, kept: Sequence[Example], items: Sequence[Encoded]) -> Block:
-        rows = fill_rows([len(item.ids) for item in items], self._layout.attention, self._layout.context)
-        block, owner = pack(items, rows, self._pad_id)
-        if self._conditioner is not None:
-            strengths = self._strengths(kept)
+    def _sides(self, kept: Sequence[Example], groups: Sequence[Sequence[int]] | None = None) -> _Sides:
+        """The examples of a block, those with an attribute a second time at the opposite strength where it is asked.
+
+        Args:
+            groups: of similar length; None: all are one.
+        """
+        items = [row.tokens for row in kept if row.tokens is not None]
+        if self._conditioner is None:
+            return _Sides(items)
+        strengths = self._conditioner.strengths([row.condition for row in kept] or [None])
+        if not self._layout.contrast:
+            return _Sides(items, strengths)
+        terms = pair_terms(items, strengths, [range(len(items))] if groups is None else groups)
+        active = terms["distance"].nonzero().squeeze(1)
+        owners = torch.cat([torch.arange(len(strengths)), len(strengths) + active])
+        both = items + [items[index] for index in active.tolist()]
+        return _Sides(both, torch.cat([strengths, -strengths[active]]), owners, terms)
+
+    def _packed(self, sides: _Sides) -> Block:
+        rows = fill_rows([len(item.ids) for item in sides.items], self._layout.attention, self._layout.context)
+        block, example = pack(sides.items, rows, self._pad_id)
+        if sides.strengths is not None:
             # Padding belongs to no example, and takes the zeros behind the last.
-            block["strengths"] = torch.cat([strengths, torch.zeros_like(strengths[:1])])[owner]
-        return block
+            block["strengths"] = torch.cat([sides.strengths, torch.zeros_like(sides.strengths[:1])])[example]
+        if sides.owners is not None:
+            block["owner"] = F.pad(sides.owners, (0, 1))[example]
+        return block | sides.terms
 
-    def _grouped(self, kept: Sequence[Example], items: Sequence[Encoded], groups: int) -> list[Block]:
-        blocks = []
-        for chosen in similar_lengths([len(item.ids) for item in items], groups):
-            block = pad_right([items[index] for index in chosen], self._pad_id) if chosen else _nothing(self._pad_id)
-            block["labels"][:, 0] = IGNORED
-            if self._conditioner is not None:
-                strengths = self._strengths([kept[index] for index in chosen])
-                block["strengths"] = strengths[: max(len(chosen), 1)]
-            blocks.append(block)
-        return blocks
+    def _padded(self, sides: _Sides) -> Block:
+        block = pad_right(sides.items, self._pad_id) if sides.items else _nothing(self._pad_id)
+        block["labels"][:, 0] = IGNORED
+        if sides.strengths is not None:
+            block["strengths"] = sides.strengths
+        if sides.owners is not None:
+            block["owner"] = sides.owners.unsqueeze(1).expand_as(block["labels"])
+        return block | sides.terms
 
-    def _strengths(self, rows: Sequence[Example]) -> Tensor:
-        """(rows, attributes), and one row of zeros where there are no rows."""
-        assert self._conditioner is not None
-        return self._conditioner.strengths([row.condition for row in rows] or [None])
+
+@dataclass(frozen=True)
+class _Sides:
+    """What lies in one block: examples, their strengths, and which of them are the same at opposite strengths.
+
+    Attributes:
+        strengths: (items, attributes); (1, attributes) where there are no items.
+        owners: of n examples i, of the one that is i at the opposite strength n + i; (items,).
+        terms: of `pair_terms`.
+    """
+
+    items: list[Encoded]
+    strengths: Tensor | None = None
+    owners: Tensor | None = None
+    terms: dict[str, Tensor] = field(default_factory=dict)
 
 
 def _nothing(pad_id: int) -> Block:

@@ -15,21 +15,21 @@ _FSDP2 = "Start from recipes/launch/fsdp2.yaml."
 _OTHERS = {"ACCELERATE_USE_MEGATRON_LM": "Megatron-LM", "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config"}
 
 
-def check_launch(resume: bool, attributes: bool, device: str) -> None:
+def check_launch(resume: bool, device: str) -> None:
     """Refuse what cannot work.
 
     Args:
         device: as `--device` names it.
 
     Raises:
-        ConfigError: DeepSpeed ZeRO-3, or a run to be resumed under DeepSpeed; FSDP with attributes, on a CPU, or set
-            up in a way that cannot work; tensor, context or pipeline parallelism.
+        ConfigError: DeepSpeed ZeRO-3, or a run to be resumed under DeepSpeed; FSDP on a CPU, or set up in
+            a way that cannot work; tensor, context or pipeline parallelism.
     """
     for name, what in _OTHERS.items():
         if _is_set(name):
             raise ConfigError("an adapter is trained under DDP, FSDP2 or ZeRO-1 and 2 only", where=what, hint=_DDP)
     if _is_set("ACCELERATE_USE_FSDP"):
-        _check_fsdp(attributes, device)
+        _check_fsdp(device)
     if not uses_deepspeed():
         return
     if resume:
@@ -44,13 +44,7 @@ def check_launch(resume: bool, attributes: bool, device: str) -> None:
         )
 
 
-def _check_fsdp(attributes: bool, device: str) -> None:
-    if attributes:
-        raise ConfigError(
-            "attributes cannot be trained under FSDP: they are read between the layers, where those lie in pieces",
-            where="--attribute-field",
-            hint="Use recipes/launch/ddp.yaml.",
-        )
+def _check_fsdp(device: str) -> None:
     if os.environ.get("FSDP_VERSION", "1") != "2":
         what = "only version 2 keeps an adapter's parameters apart from those of the base"
         raise ConfigError(what, where="fsdp_version", hint=_FSDP2)

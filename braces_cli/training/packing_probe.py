@@ -41,9 +41,8 @@ def choose_layout(session: Session, settings: TrainSettings, items: Sequence[Enc
         ConfigError: packing is asked for, and the probe found a difference.
     """
     layout, model = _blocks(session, settings, items), session.base.model
-    # Likelihoods of whole rows are compared in their own way.
-    picks = not settings.contrast and can_pick(model, probe_items(items)[1][:PICKED], _tolerance(model))
-    return replace(layout, only_scored=picks)
+    picks = can_pick(model, probe_items(items)[1][:PICKED], _tolerance(model))
+    return replace(layout, only_scored=picks, contrast=bool(settings.contrast))
 
 
 def _blocks(session: Session, settings: TrainSettings, items: Sequence[Encoded]) -> Layout:
@@ -61,11 +60,6 @@ def _blocks(session: Session, settings: TrainSettings, items: Sequence[Encoded])
     grouped = Layout(packed=False, groups=1 if one else GROUPS)
     if settings.packing == "off":
         return grouped
-    if settings.contrast:
-        # It compares likelihoods of rows, so each row must be one example.
-        if settings.packing == "on":
-            raise ConfigError("rows are compared with themselves", where="--packing on", hint="Give --contrast 0.")
-        return grouped
     model = session.base.model
     pad_id = session.base.tokenizer.pad_token_id
     probe = probe_items(items)
@@ -76,7 +70,7 @@ def _blocks(session: Session, settings: TrainSettings, items: Sequence[Encoded])
         cost = attention_cost(model, len(session.ffns), session.ffns[0].hidden_size)
         if _is_flash(model):
             return Layout(packed=True)
-        return Layout(packed=True, attention=cost, context=context_length(model, session.base.tokenizer))
+        return Layout(packed=True, attention=cost, context=context_length(model.config, session.base.tokenizer))
     if settings.packing == "on":
         hint = "Use --packing auto: examples are grouped by length instead."
         raise ConfigError(f"this model cannot be packed: {fault}", where="--packing on", hint=hint)

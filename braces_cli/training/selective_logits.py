@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from braces_cli.core.models.loading import input_device
 from braces_cli.core.models.tokenization import IGNORED
@@ -38,22 +39,56 @@ def mean_loss(logits: Tensor, labels: Tensor, count: Tensor | int) -> Tensor:
         labels: (rows, tokens); or (k,), the next tokens themselves, where there are logits of k scored tokens only.
         count: scored tokens of the optimizer step.
     """
+    summed = token_nll(logits, labels).sum()
+    return summed / torch.as_tensor(count, device=summed.device)
+
+
+def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log p of the next tokens in float32, (k,), 0 where none is scored; arguments as of `mean_loss`."""
     # Labels are moved rather than logits: no copy of (tokens, vocabulary).
     targets = (labels if labels.ndim == 1 else next_tokens(labels)).to(logits.device)
-    flat = logits.reshape(-1, logits.shape[-1]).float()
-    summed = F.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORED, reduction="sum")
-    return summed / torch.as_tensor(count, device=summed.device)
+    result: Tensor = _TokenNll.apply(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
+    return result
+
+
+class _TokenNll(torch.autograd.Function):
+    """Cross entropy of each token whose gradient is written over what forward kept.
+
+    `F.cross_entropy` fills two more tensors of (tokens, vocabulary) on its way back, which for a small model is a
+    sixth of a step, and for a large vocabulary most of its memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        log_chances = logits.log_softmax(-1, dtype=torch.float32)
+        ctx.dtype = logits.dtype
+        ctx.save_for_backward(log_chances, targets)
+        nll = -log_chances.gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1)
+        return nll.masked_fill_(targets == IGNORED, 0.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, weights: Tensor) -> tuple[Tensor, None]:
+        log_chances, targets = ctx.saved_tensors
+        weights = weights.masked_fill(targets == IGNORED, 0.0).unsqueeze(1)
+        # In place: a second backward pass would find the saved tensor changed, and torch refuses it.
+        gradient = log_chances.exp_().mul_(weights)
+        gradient.scatter_add_(1, targets.clamp(min=0).unsqueeze(1), -weights)
+        return gradient.to(ctx.dtype), None
 
 
 def pick_scored(block: dict[str, Tensor]) -> None:
     """Give a block `scored`, the k places in rows * tokens where the next token is scored, and `labels`, those tokens.
 
-    A block that scores nothing, or everything, stays as it is.
+    `owner`, where a block has it, becomes that of those places. A block that scores nothing, or everything, stays as
+    it is.
     """
     targets = next_tokens(block["labels"]).flatten()
     scored = (targets != IGNORED).nonzero().squeeze(1)
     if 0 < len(scored) < len(targets):
         block["scored"], block["labels"] = scored, targets[scored]
+        if "owner" in block:
+            block["owner"] = block["owner"].flatten()[scored]
 
 
 @contextmanager

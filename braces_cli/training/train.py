@@ -28,6 +28,7 @@ from braces_cli.core.utils.errors import ConfigError
 from braces_cli.core.utils.output_lock import output_lock
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.core.utils.signals import act, deferred
+from braces_cli.core.utils.timings import Timings
 from braces_cli.core.utils.versions import versions
 from braces_cli.data.examples import Examples, Fields, Reading, log_counts, read_examples
 from braces_cli.data.streaming_examples import Stream
@@ -96,8 +97,7 @@ def train(settings: RunSettings, report: Report = silent, command: Sequence[str]
     Args:
         command: the words that started the run, for its record.
 
-    Returns:
-        The fields of `TrainResult`.
+    Returns the fields of `TrainResult`.
 
     Raises:
         ConfigError: settings that do not fit the base, the launcher or the run in the folder.
@@ -110,7 +110,7 @@ def train(settings: RunSettings, report: Report = silent, command: Sequence[str]
             where = "--" + name.replace("_", "-")
             raise ConfigError("missing option", where=where, hint="See `braces train --help`.")
     assert settings.output_dir is not None
-    check_launch(settings.resume, settings.attribute_field is not None, settings.device)
+    check_launch(settings.resume, settings.device)
     with output_lock(settings.output_dir):
         return _train(settings, settings.output_dir, report, command)
 
@@ -127,21 +127,26 @@ def _train(settings: RunSettings, folder: Path, report: Report, command: Sequenc
     if result is not None:
         return result
     # What can be wrong is checked before minutes of loading weights: rank and layers on the bare shape, then rows.
-    settings, start = starting_point(settings)
-    name, shape = load_base_shape(settings)
-    count_parameters(shape, for_base(settings, find_ffns(shape)))
-    reading = row_reading(settings, name, shape)
-    settings = replace(settings, max_length=reading.max_length)
+    timings = Timings()
+    with timings.stage("model without weights"):
+        settings, start = starting_point(settings)
+        name, shape = load_base_shape(settings)
+        count_parameters(shape, for_base(settings, find_ffns(shape)))
+    with timings.stage("tokenizer"):
+        reading = row_reading(settings, name, shape.config)
+        settings = replace(settings, max_length=reading.max_length)
     train_set: Examples | Stream
-    if settings.streaming:
-        train_set = Stream(settings.data, reading, settings.seed, global_batch(settings))
-    else:
-        train_set = read_examples(settings.data, reading, report)
-    eval_set = read_examples(settings.eval_data, reading, report) if settings.eval_data else None
-    settings = replace(settings, chat_template=train_set.chat)
-    session = open_session(name, None, settings.load_options)
+    with timings.stage("reading and tokenising"):
+        if settings.streaming:
+            train_set = Stream(settings.data, reading, settings.seed, global_batch(settings))
+        else:
+            train_set = read_examples(settings.data, reading, report)
+        eval_set = read_examples(settings.eval_data, reading, report) if settings.eval_data else None
+        settings = replace(settings, chat_template=train_set.chat)
+    with timings.stage("weights"):
+        session = open_session(name, None, settings.load_options)
     record = Record(identity, list(command))
-    return asdict(run_training(session, train_set, eval_set, settings, report, record, start))
+    return asdict(run_training(session, train_set, eval_set, settings, report, record, start, timings))
 
 
 def load_base_shape(settings: RunSettings) -> tuple[str, Any]:
@@ -150,13 +155,13 @@ def load_base_shape(settings: RunSettings) -> tuple[str, Any]:
     return name, load_shape(name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
 
 
-def row_reading(settings: RunSettings, name: str, shape: Any) -> Reading:
-    """How the rows become examples; needs the tokenizer, no weights."""
+def row_reading(settings: RunSettings, name: str, config: Any) -> Reading:
+    """How the rows become examples; needs the model's config and the tokenizer, no weights."""
     tokenizer = load_tokenizer(name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
     attribute = settings.attribute_field
     named = settings.strength_field != STRENGTH or settings.given.get("strength_field") == "command line"
     fields = None if attribute is None else Fields(attribute, settings.strength_field, named)
-    length = min(settings.max_length, context_length(shape, tokenizer))
+    length = min(settings.max_length, context_length(config, tokenizer))
     return Reading(tokenizer, length, fields, settings.row_columns, settings.streaming)
 
 
@@ -185,6 +190,7 @@ def run_training(
     report: Report = silent,
     record: Record | None = None,
     start: StoredAdapter | None = None,
+    timings: Timings | None = None,
 ) -> TrainResult:
     """Fine-tune an adapter on an open base and write it to `settings.output_dir`.
 
@@ -195,6 +201,7 @@ def run_training(
     Args:
         record: what the run is known by when it is resumed.
         start: adapter to continue from; `settings` are those of `starting_point`.
+        timings: of what was done so far; the table is logged before the first step.
 
     Raises:
         DataError: a row names an unknown attribute.
@@ -207,18 +214,23 @@ def run_training(
     model, pad_id = session.base.model, session.base.tokenizer.pad_token_id
     folder, settings = settings.output_dir, for_base(settings, session.ffns)
     join(input_device(model))
-    counts = count_parameters(model, settings)
-    attributes = _attributes(session, settings, [train_set, eval_set], start)
-    run = _Run(session, settings, folder, report, attributes, record or Record())
-    run.record.data = digest(train_set)
+    counts, timings = count_parameters(model, settings), timings or Timings()
+    with timings.stage("attributes"):
+        attributes = _attributes(session, settings, [train_set, eval_set], start)
+    run = _Run(session, settings, folder, report, attributes, record or Record(), timings)
+    with timings.stage("hash of the rows"):
+        run.record.data = digest(train_set)
     checkpoint = prepare_folder(folder, settings.resume, run.record)
 
     def evaluate(conditioner: Conditioner | None, stage: str) -> Likelihood | None:
         return measure(model, eval_set, conditioner, pad_id, settings.batch_size, report, stage)
 
-    layout = choose_layout(session, settings, train_set.items)
-    base = _base(run.record, lambda: evaluate(None, "evaluating the base"))
-    adapter = adapter_to_train(session, settings, train_set, start)
+    with timings.stage("probes of packing and logits"):
+        layout = choose_layout(session, settings, train_set.items)
+    with timings.stage("evaluating the base"):
+        base = _base(run.record, lambda: evaluate(None, "evaluating the base"))
+    with timings.stage("attaching the adapter"):
+        adapter = adapter_to_train(session, settings, train_set, start)
     conditioner = _conditioner(adapter, attributes, settings.seed)
     data = TrainingData(train_set, layout, conditioner, pad_id)
     figures = _fit(run, adapter, data, checkpoint, lambda: evaluate(conditioner, "evaluating"))
@@ -249,6 +261,7 @@ class _Run:
     report: Report
     attributes: list[Attribute]
     record: Record
+    timings: Timings
 
     def write(self, adapter: Adapter | PeftAdapter, folder: Path, tensors: dict[str, Any], card: str) -> None:
         """The files of an adapter folder, the config last."""
@@ -295,7 +308,8 @@ def _fit(
 ) -> dict[str, Any]:
     """Train; leave in the model what will be saved; return the figures of the steps."""
     # accelerate is not imported for a run that is refused.
-    from braces_cli.training.trainer import Trainer, TrainerContext, all_finite, diverged
+    with run.timings.stage("importing accelerate"):
+        from braces_cli.training.trainer import Trainer, TrainerContext, all_finite, diverged
 
     def snapshot() -> Callable[[Path], None]:
         tensors = adapter.tensors(settle=False)
@@ -305,7 +319,9 @@ def _fit(
         torch.cuda.reset_peak_memory_stats()
     with deferred() as stop:
         context = TrainerContext(run.folder, run.record, snapshot, evaluate, run.settings, run.report, stop)
-        trainer = Trainer(adapter, run.settings, data, context)
+        with run.timings.stage("optimizer and launcher"):
+            trainer = Trainer(adapter, run.settings, data, context)
+        run.timings.log("before the first step")
         trainer.run(checkpoint)
     if trainer.stopped_by:
         kept = "nothing is kept under DeepSpeed" if trainer.is_deepspeed else "continue with --resume"

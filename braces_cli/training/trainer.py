@@ -44,13 +44,13 @@ from braces_cli.training.checkpointing.training_state import (
     trained,
 )
 from braces_cli.training.collator import Batch, Block, Collator, TrainingData
-from braces_cli.training.contrastive_loss import contrastive_loss
+from braces_cli.training.contrastive_loss import PAIR_TERMS, contrastive_loss
 from braces_cli.training.defaults import capped_warmup
 from braces_cli.training.launcher_checks import uses_deepspeed
 from braces_cli.training.metrics import METRICS_FILE, MetricsFile
 from braces_cli.training.peft_baselines import PeftAdapter
 from braces_cli.training.sampler import example_order, steps_per_epoch
-from braces_cli.training.selective_logits import mean_loss, only_scored
+from braces_cli.training.selective_logits import mean_loss, only_scored, token_nll
 from braces_cli.training.settings import CheckpointSettings, TrainSettings
 
 logger = logging.getLogger("braces")
@@ -232,6 +232,8 @@ class Trainer:
             self._loss_open += loss.detach().to(self._device)
             self._tokens += batch.tokens
             self._computed += batch.computed
+        if self._data.conditioner is not None:
+            self._data.conditioner.settle_gradients()
         self._norm = self._accelerator.clip_grad_norm_(self._model.parameters(), MAX_GRAD_NORM)
         self._rates = {group["name"]: group["lr"] for group in self._optimizer.param_groups if "name" in group}
         self._optimizer.step()
@@ -245,16 +247,17 @@ class Trainer:
         settings, conditioner = self._settings, self._data.conditioner
         block = {name: self._on_device(tensor) for name, tensor in block.items()}
         if conditioner is not None:
-            strengths = block.pop("strengths")
-            if settings.contrast and settings.margin is not None:
-                weight, margin = settings.contrast, settings.margin
-                return contrastive_loss(self._model, block, strengths, conditioner, weight, margin, scored)
             # It stays set until the next block: gradient checkpointing computes the pass once more.
-            conditioner.apply(strengths)
-        labels = block.pop("labels")
+            conditioner.apply(block.pop("strengths"))
+        labels, owner = block.pop("labels"), block.pop("owner", None)
+        terms = {name: block.pop(name) for name in PAIR_TERMS if name in block}
         with only_scored(self._base, block.pop("scored", None)):
             # With a cache, transformers would not look whether positions start anew.
-            return mean_loss(self._model(**block, use_cache=False).logits, labels, scored)
+            logits = self._model(**block, use_cache=False).logits
+        if owner is None or settings.contrast is None or settings.margin is None:
+            return mean_loss(logits, labels, scored)
+        nll = token_nll(logits, labels)
+        return contrastive_loss(nll, owner, terms, settings.contrast, settings.margin, scored)
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         if self._device.type == "cuda":

@@ -6,11 +6,15 @@ import argparse
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from _bench import twin
+
 # Mean, spread, least and most tokens of a training row with the SmolLM2 tokenizer: 23.3 and 10.8 in SST-5's 8,541
 # rows, 47.2 and 1.9 in BoolQ's 9,427.
 SETS = {"sst5": (23.3, 10.8, 3, 65), "boolq": (47.2, 1.9, 45, 62)}
 BATCH = 16
 BATCHES = 64
+# What rows of SST-5 are labelled: two of five classes each side of neutral.
+STRENGTHS = (1.0, 1.0, -1.0, -1.0, 0.0)
 
 
 def batches(name: str, vocabulary: int) -> list[list[Any]]:
@@ -89,6 +93,84 @@ def steppers(args: argparse.Namespace, model: Any, parameters: list[Any]) -> dic
 
     found = collators(model)
     return {name: make(found[name]) for name in ("padded", "packed")}
+
+
+def attribute_steppers(args: argparse.Namespace, base: Any) -> dict[str, Callable[[], None]]:
+    """Training steps as `braces train` takes them, with an attribute in each row and without; same rows and weights.
+
+    With it, four rows of five also pass at the opposite strength.
+    """
+    from dataclasses import replace
+
+    import torch
+
+    from braces_cli.core.method.adapter import attach
+    from braces_cli.data.examples import Condition
+    from braces_cli.training.attribute_conditioning import Conditioner
+    from braces_cli.training.collator import Collator, Layout
+    from braces_cli.training.contrastive_loss import PAIR_TERMS, contrastive_loss
+    from braces_cli.training.packing_probe import attention_cost
+    from braces_cli.training.selective_logits import mean_loss, only_scored, token_nll
+    from braces_cli.training.settings import (
+        DEFAULT_CONTRAST,
+        DEFAULT_FORM_ATTRIBUTES,
+        DEFAULT_MARGIN,
+        default_rank,
+    )
+
+    form, config = DEFAULT_FORM_ATTRIBUTES, base.config
+    cost = attention_cost(base, config.num_hidden_layers, config.hidden_size)
+    parts = batches("sst5", 256)[: 4 if args.quick else BATCHES]
+
+    def make(attribute: bool) -> Callable[[], None]:
+        model = twin(base).train()
+        adapter = attach(model, default_rank(form), form=form)
+        parameters, conditioner = [p for _, p in adapter.named_parameters()], None
+        if attribute:
+            parameters += adapter.add_mlp().parameters()
+            conditioner = Conditioner(adapter, [random_attribute(adapter)])
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+        collate = Collator(Layout(True, cost, only_scored=True, contrast=attribute), 0, conditioner)
+        turn = _cycle(parts)
+
+        def step() -> None:
+            rows = [
+                replace(row, condition=Condition("random", STRENGTHS[place % len(STRENGTHS)], ""))
+                for place, row in enumerate(next(turn))
+            ]
+            batch = collate(rows)
+            (block,) = ({name: tensor.to(args.device) for name, tensor in each.items()} for each in batch.blocks)
+            if conditioner is not None:
+                conditioner.apply(block.pop("strengths"))
+            labels, owner = block.pop("labels"), block.pop("owner", None)
+            terms = {name: block.pop(name) for name in PAIR_TERMS if name in block}
+            with only_scored(model, block.pop("scored", None)):
+                logits = model(**block, use_cache=False).logits
+            if owner is None:
+                loss = mean_loss(logits, labels, batch.scored)
+            else:
+                nll = token_nll(logits, labels)
+                loss = contrastive_loss(nll, owner, terms, DEFAULT_CONTRAST, DEFAULT_MARGIN, batch.scored)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    return {"attribute": make(True), "plain": make(False)}
+
+
+def random_attribute(adapter: Any) -> Any:
+    """An attribute of random states for the model that `adapter` is on."""
+    import torch
+
+    from braces_cli.core.attributes.attribute import Attribute
+
+    generator = torch.Generator().manual_seed(0)
+    layers, width = len(adapter.layers), adapter.sites[0][0].hidden_size
+    hidden = torch.randn(layers, width, generator=generator)
+    ones = torch.ones(layers)
+    return Attribute("random", [], hidden, torch.zeros_like(hidden), ones, ones, adapter.layers, {})
 
 
 def _cycle(items: list[Any]) -> Iterator[Any]:

@@ -9,7 +9,8 @@ and a half in bfloat16.
 
 Rows of the lengths of SST-5 and BoolQ in batches of 16 then show what padding costs: the part of the computed tokens
 that is padding as `braces train` packs them, and its tokens per second over batches that are each padded to their
-longest row (higher is better).
+longest row (higher is better). On the rows of SST-5's lengths a step of attribute training, which contrasts opposite
+strengths, is then held against one without attributes.
 
     python recipes/bench/training.py [--relevance paper] [--device cuda] [--dtype bfloat16]
 """
@@ -29,7 +30,7 @@ from typing import Any
 
 from _bench import build_model, interleave, medians, parse, ratio, report, synchroniser, timed, twin
 from _rows import BATCH as ROWS_BATCH
-from _rows import SETS, padding, steppers
+from _rows import SETS, attribute_steppers, padding, steppers
 
 from braces_cli.training.defaults import default_rank
 
@@ -111,6 +112,13 @@ def measure_packing(args: argparse.Namespace) -> dict[str, list[float]]:
     wait = synchroniser(args.device)
     steps = {name: timed(step, wait) for name, step in steppers(args, model, parameters).items()}
     # Every batch has other lengths: more repeats than of a step that is always the same.
+    return interleave(steps, args.repeats * 2, args.seconds / 2, warmup=1)
+
+
+def measure_attributes(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds a step over rows of SST-5's lengths, with attributes and without."""
+    wait = synchroniser(args.device)
+    steps = {name: timed(step, wait) for name, step in attribute_steppers(args, build_model(args)).items()}
     return interleave(steps, args.repeats * 2, args.seconds / 2, warmup=1)
 
 
@@ -201,6 +209,7 @@ def main() -> None:
     memory = measure_memory(args) if can_measure_memory(args.device) else None
     times = measure_times(args)
     packing, rows = measure_packing(args), measure_padding(args)
+    attributes = measure_attributes(args)
     how = "torch.cuda.max_memory_allocated" if args.device.startswith("cuda") else "VmHWM of a fresh process"
     settings = {
         "layers": args.layers,
@@ -216,7 +225,7 @@ def main() -> None:
         "memory": f"{how} in a step, less what the bare model held" if memory else "not measured on this system",
         "packing": f"{ROWS_BATCH} rows a batch; tokens per second, same rows packed over padded to the longest",
         "padding_share": {n: round(sum(r["wasted"]) / sum(r["computed"]), 4) for n, r in rows.items()},
-        "seconds": medians(times | packing),
+        "seconds": medians(times | packing | attributes),
         "bytes": medians(memory or {}),
     }
     ratios = {
@@ -227,6 +236,7 @@ def main() -> None:
     # Of a batch the median, over both sets; `settings` has the shares of all tokens of a set.
     wasted, computed = ([n for part in packed for n in part[key]] for key in ("wasted", "computed"))
     ratios["padding_share"] = ratio(wasted, computed, 0.05)
+    ratios["attribute_vs_plain"] = ratio(attributes["attribute"], attributes["plain"], 2.1)
     ratios["packed_vs_padded"] = ratio(packing["padded"], packing["packed"], 1.3)
     if memory:
         ratios["train_memory_vs_lora"] = ratio(memory["braces"], memory["lora"], 1.00)

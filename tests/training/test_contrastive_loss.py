@@ -4,60 +4,133 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from braces_cli.core.attributes.attribute import find_attribute
 from braces_cli.core.method.adapter import attach
-from braces_cli.core.models.tokenization import IGNORED
+from braces_cli.core.models.tokenization import IGNORED, Encoded
+from braces_cli.data.examples import Condition, Example
 from braces_cli.training.attribute_conditioning import Conditioner
-from braces_cli.training.contrastive_loss import contrastive_loss
+from braces_cli.training.collator import Collator, Layout, similar_lengths
+from braces_cli.training.contrastive_loss import PAIR_TERMS, contrastive_loss
+from braces_cli.training.selective_logits import only_scored, token_nll
 from tests.conftest import open_gates
+from tests.core.method.test_reference import relative
+
+LENGTHS = (9, 2, 14, 5, 14, 3, 7)
+STRENGTHS = (("positive", 3.0), (None, 0.0), ("negative", 1.5), (None, 0.0), ("positive", -1.0), ("negative", 0.5))
+WEIGHT, MARGIN = 0.5, 2.0
 
 
-@pytest.fixture
-def batch():
-    ids = torch.tensor([[0, 5, 6, 7, 8], [0, 9, 10, 11, 1], [0, 12, 13, 14, 15]])
-    labels = ids.clone()
-    labels[1, 4] = IGNORED
-    mask = torch.ones_like(ids)
-    mask[1, 4] = 0
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def nll(session, conditioner, batch, strengths):
-    """-log p of each row at its strengths, one token at a time."""
-    conditioner.apply(strengths)
-    with torch.no_grad():
-        logits = session.base.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    chances = logits.log_softmax(-1)
+def examples(strengths=STRENGTHS):
+    """Rows of odd lengths, each conditioned on its attribute, some with a prompt that is not scored."""
+    draw = torch.Generator().manual_seed(3)
     rows = []
-    for row, labels in enumerate(batch["labels"]):
-        scored = [t for t in range(1, len(labels)) if labels[t] != IGNORED]
-        rows.append(-sum(float(chances[row, t - 1, labels[t]]) for t in scored))
+    for length, (name, s) in zip(LENGTHS, strengths, strict=False):
+        ids = torch.randint(3, 90, (length,), generator=draw).tolist()
+        labels = [IGNORED] * (length // 3) + ids[length // 3 :]
+        rows.append(Example(Encoded(ids, labels, True, False), Condition(name, s, "")))
     return rows
 
 
-def test_the_loss_is_its_formula(session, batch):
-    """By hand, with a row at strength 0; weight 0 is the plain loss; half a step's tokens count for half."""
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def trained(session, request):
+    """An adapter with attributes that do something, its conditioner, and how far two ways to compute may differ."""
+    session.base.model.to(request.param)
     adapter = attach(session.base.model, 4)
     open_gates(adapter)
     with torch.no_grad():
         adapter.add_mlp(seed=3).down.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     conditioner = Conditioner(adapter, [find_attribute(session, name, None) for name in ("negative", "positive")])
-    strengths = torch.tensor([[0.0, 3.0], [0.0, 0.0], [1.5, 0.0]])
-    own, other = (nll(session, conditioner, batch, sign * strengths) for sign in (1, -1))
-    plain = sum(own) / 11
-    gaps = [(own[row] - other[row], abs(float(strengths[row].sum()))) for row in (0, 2)]
-    for weight, margin in ((0.0, 2.0), (0.5, 0.0), (0.5, 2.0)):
-        pairs = [torch.nn.functional.softplus(torch.tensor(gap + margin * s)) for gap, s in gaps]
-        expected = plain + weight * float(sum(pairs)) / 2
-        args = (session.base.model, batch, strengths, conditioner, weight, margin)
-        assert float(contrastive_loss(*args).detach()) == pytest.approx(expected, rel=1e-5)
-        assert float(contrastive_loss(*args, torch.tensor(22)).detach()) == pytest.approx(expected / 2, rel=1e-5)
-    none = torch.zeros(3, 2)
-    alone = contrastive_loss(session.base.model, batch, none, conditioner, 0.5, 2.0).detach()
-    assert float(alone) == pytest.approx(sum(nll(session, conditioner, batch, none)) / 11, rel=1e-5)
-    contrastive_loss(session.base.model, batch, strengths, conditioner, 0.5, 2.0).backward()
-    assert all(float(parameter.grad.abs().sum()) > 0 for _, parameter in adapter.named_parameters())
+    return adapter, conditioner, 2e-5 if request.param == torch.float32 else 3e-2
+
+
+def slow_nll(adapter, conditioner, row, sign):
+    """-log p of a row alone at its strength or the opposite one: no packing, no padding, all logits."""
+    strength = Condition(row.condition.attribute, sign * row.condition.strength, "")
+    conditioner.apply(conditioner.strengths([strength]))
+    ids, labels = torch.tensor([row.tokens.ids]), torch.tensor(row.tokens.labels)
+    logits = adapter.model(ids, use_cache=False).logits[0, :-1].float()
+    return F.cross_entropy(logits, labels[1:], ignore_index=IGNORED, reduction="sum")
+
+
+def slow_loss(adapter, conditioner, groups, weight, count):
+    """The formula, row by row; of each group of rows the mean of its pairs, by the group's scored tokens."""
+    total = 0.0
+    for group in groups:
+        own = {row: slow_nll(adapter, conditioner, examples()[row], 1) for row in group}
+        total = total + sum(own.values())
+        pairs = []
+        for row in group:
+            condition = examples()[row].condition
+            if condition.strength:
+                gap = own[row] - slow_nll(adapter, conditioner, examples()[row], -1)
+                pairs.append(F.softplus(MARGIN * abs(condition.strength) + gap))
+        if pairs:
+            total = total + weight * sum(examples()[row].tokens.scored for row in group) * sum(pairs) / len(pairs)
+    return total / count
+
+
+def fast_loss(adapter, conditioner, layout, rows, weight, count):
+    total = 0.0
+    for block in Collator(layout, 1, conditioner)(rows).blocks:
+        conditioner.apply(block.pop("strengths"))
+        labels, owner = block.pop("labels"), block.pop("owner")
+        terms = {name: block.pop(name) for name in PAIR_TERMS}
+        with only_scored(adapter.model, block.pop("scored", None)):
+            logits = adapter.model(**block, use_cache=False).logits
+        total = total + contrastive_loss(token_nll(logits, labels), owner, terms, weight, MARGIN, count)
+    return total
+
+
+def gradients(adapter, loss):
+    """Of everything that trains, in one vector."""
+    adapter.model.zero_grad()
+    loss.backward()
+    return torch.cat(
+        [p.grad.flatten() for p in [p for _, p in adapter.named_parameters()] + [*adapter.mlp.parameters()]]
+    )
+
+
+@pytest.mark.parametrize("scored_only", [False, True], ids=["all", "scored"])
+@pytest.mark.parametrize("packed", [False, True], ids=["grouped", "packed"])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_loss_and_gradients_are_those_of_the_formula(trained, packed, groups, scored_only):
+    """However rows lie in blocks; weight 0 is the plain loss; half of a step's tokens count for half."""
+    adapter, conditioner, tolerance = trained
+    layout = Layout(packed, attention=0.1, groups=groups, only_scored=scored_only, contrast=True)
+    rows = examples()
+    by_length = similar_lengths([len(row.tokens.ids) for row in rows], groups)
+    scored = sum(row.tokens.scored for row in rows)
+    for weight, count in ((WEIGHT, scored), (0.0, 2 * scored)):
+        wanted = slow_loss(adapter, conditioner, by_length, weight, count)
+        loss = fast_loss(adapter, conditioner, layout, [*rows, None], weight, torch.tensor(float(count)))
+        assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=tolerance)
+        assert relative(gradients(adapter, loss), gradients(adapter, wanted)) < tolerance
+
+
+def test_rows_without_an_attribute_have_no_opposite(trained):
+    """They pass once, and the loss is the plain one; a batch without rows is nothing."""
+    adapter, conditioner, tolerance = trained
+    rows = examples([(None, 0.0)] * 3)
+    scored = sum(row.tokens.scored for row in rows)
+    for packed in (False, True):
+        layout = Layout(packed, groups=2, only_scored=True, contrast=True)
+        assert Collator(layout, 1, conditioner)(rows).blocks[0]["input_ids"].numel() <= sum(LENGTHS[:3])
+        loss = fast_loss(adapter, conditioner, layout, rows, WEIGHT, scored)
+        wanted = sum(slow_nll(adapter, conditioner, row, 1) for row in rows) / scored
+        assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=tolerance)
+        assert float(fast_loss(adapter, conditioner, layout, [None, None], WEIGHT, 1)) == 0
+
+
+def test_counts_leave_the_opposite_strengths_out(trained):
+    """Tokens and scored tokens are the examples' own, and padding is a share of what is computed."""
+    _, conditioner, _ = trained
+    plain, contrasted = (
+        Collator(Layout(True, contrast=contrast), 1, conditioner)(examples()) for contrast in (False, True)
+    )
+    assert (contrasted.tokens, contrasted.scored) == (plain.tokens, plain.scored)
+    assert contrasted.computed == contrasted.tokens  # one row, so no padding
 
 
 def test_training_by_contrast_makes_steering_stronger(braces, model_dir, tmp_path):

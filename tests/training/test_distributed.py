@@ -84,7 +84,7 @@ def test_only_the_first_process_prints(braces, monkeypatch, model_dir, tmp_path)
 
 
 def test_launches_that_cannot_work_are_refused_with_the_reason(braces, monkeypatch, model_dir, rows, tmp_path):
-    """Exit 2 before anything is loaded: ZeRO-3 by environment or by file, DeepSpeed resumed, attributes under FSDP."""
+    """Exit 2 before anything is loaded: ZeRO-3 by environment or by file, and DeepSpeed resumed."""
     path = tmp_path / "zero.json"
     path.write_text('{"zero_optimization": {"stage": 3}}')
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
@@ -99,11 +99,6 @@ def test_launches_that_cannot_work_are_refused_with_the_reason(braces, monkeypat
     outcome = braces(*args, "--resume")
     assert outcome.code == 2
     assert "DeepSpeed keeps" in outcome.err
-    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    outcome = braces(*args, "--attribute-field", "mood")
-    assert outcome.code == 2
-    assert "cannot be trained under FSDP" in outcome.err
 
 
 def test_fsdp_that_cannot_work_is_refused_with_the_key_to_change(braces, monkeypatch, model_dir, rows, tmp_path):

@@ -54,7 +54,7 @@ def pool_texts(
 
     Texts longer than the model's context are cut.
     """
-    room, special = context_length(model, tokenizer), set(tokenizer.all_special_ids)
+    room, special = context_length(model.config, tokenizer), set(tokenizer.all_special_ids)
     rows = []
     for text in texts:
         ids = encode(tokenizer, text, max_length=room).ids

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from braces_cli.core.method.adapter_files import AdapterConfig, StoredAdapter, write_adapter
 from braces_cli.core.method.condition_mlp import ConditionMLP
-from braces_cli.core.method.relevance import RelevanceModule
+from braces_cli.core.method.relevance import Read, RelevanceModule, as_is
 from braces_cli.core.models.ffn import FFN, find_ffns, hides_gradients
 from braces_cli.core.models.fingerprint import differences
 from braces_cli.core.models.moe import Experts, MixtureFFN, routing
@@ -78,9 +78,13 @@ class Adapter:
         self.mlp = mlp
         return mlp
 
-    def states(self, pooled: Tensor) -> Tensor:
-        """h_c of pooled states p, (..., d) -> (..., d) in float32."""
-        return pooled if self.mlp is None else self.mlp(pooled)
+    def states(self, pooled: Tensor, read: Read = as_is) -> Tensor:
+        """h_c of pooled states p, (..., d) -> (..., d) in float32; `read` gives a parameter whole."""
+        if self.mlp is None:
+            return pooled
+        parameters = {name: read(parameter) for name, parameter in self.mlp.named_parameters()}
+        states: Tensor = torch.func.functional_call(self.mlp, parameters, (pooled,))
+        return states
 
     @property
     def scales(self) -> list[float]:
@@ -131,18 +135,19 @@ class Adapter:
             for (_, brace), enabled in zip(self.sites, before, strict=True):
                 brace.enabled = enabled
 
-    def condition(self, states: Tensor | None, strengths: Tensor | None = None) -> None:
+    def condition(self, states: Tensor | None, strengths: Tensor | None = None, read: Read = as_is) -> None:
         """Set `s r_c` for the next forward passes, of each example on its own; None takes it away.
 
         Args:
             states: h_c of n attributes at each site, (n, sites, d), with gradients where they are trained.
             strengths: s of each attribute for each example, (batch, n), or for each token, (batch, tokens, n).
+            read: gives a parameter whole, where it may lie in pieces.
         """
         for index, (_, brace) in enumerate(self.sites):
             if states is None or strengths is None:
                 brace.shift = None
                 continue
-            ranked = states[:, index].to(brace.weight) @ brace.query_projection().mT  # (n, d_r)
+            ranked = states[:, index].to(brace.weight) @ brace.query_projection(read).mT  # (n, d_r)
             shift = strengths.to(ranked) @ ranked
             brace.shift = shift.unsqueeze(1) if shift.ndim == 2 else shift
 

@@ -50,6 +50,15 @@ GATE_INIT = -5.0
 COEFFICIENT_INIT = 0.0
 
 
+# How a parameter is read: as it is, or whole where it lies in pieces on several processes.
+Read = Callable[[Tensor], Tensor]
+
+
+def as_is(parameter: Tensor) -> Tensor:
+    """The parameter itself."""
+    return parameter
+
+
 class RelevanceModule(nn.Module):
     """Projections and coefficients of one FFN layer, and what they add to its output.
 
@@ -137,13 +146,20 @@ class RelevanceModule(nn.Module):
         """R, or R_k where R_q is another, (d_r, d), differentiable in `weight`."""
         return self._orthonormal("projection", self.weight)
 
-    def query_projection(self) -> Tensor:
-        """R_q (d_r, d), the factor A; the same as `projection()` where there is one for both."""
-        return self.projection() if self.query is None else self._orthonormal("query_projection", self.query)
+    def query_projection(self, read: Read = as_is) -> Tensor:
+        """R_q (d_r, d), the factor A; the same as `projection()` where there is one for both.
 
-    def _orthonormal(self, name: str, matrix: Tensor) -> Tensor:
+        Args:
+            read: gives a parameter whole, where it may lie in pieces.
+        """
+        name, matrix = ("projection", self.weight) if self.query is None else ("query_projection", self.query)
+        return self._orthonormal(name, matrix, read)
+
+    def _orthonormal(self, name: str, matrix: Tensor, read: Read = as_is) -> Tensor:
         # In this order: a compiler can follow what learns, not a version counter.
-        if not self._learns() and self._exact.get(name) == matrix._version:
+        exact = not self._learns() and self._exact.get(name) == matrix._version
+        matrix = read(matrix)
+        if exact:
             return matrix
         with torch.autocast(matrix.device.type, enabled=False):
             return orthonormal_rows(matrix)

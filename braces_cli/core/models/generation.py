@@ -91,7 +91,7 @@ def generate(
         ConfigError: no room for a prompt beside `max_new_tokens`.
         ModelError: the model computes scores that are not finite.
     """
-    room = context_length(model, tokenizer) - sampling.max_new_tokens
+    room = context_length(model.config, tokenizer) - sampling.max_new_tokens
     if room < 1:
         hint = f"The model takes {room + sampling.max_new_tokens} tokens, the prompt included."
         raise ConfigError(f"{sampling.max_new_tokens} is too much", where="--max-new-tokens", hint=hint)

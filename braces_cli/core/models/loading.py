@@ -149,15 +149,7 @@ def _check_filled(info: dict[str, Any], where: str) -> None:
 
 
 def _packing(where: str, options: LoadOptions) -> Any:
-    from transformers import AutoConfig
-
-    config = explained(
-        where,
-        lambda: AutoConfig.from_pretrained(
-            where, revision=options.revision, trust_remote_code=options.trust_remote_code
-        ),
-        "model",
-    )
+    config = load_config(where, revision=options.revision, trust_remote_code=options.trust_remote_code)
     stored = getattr(config, "quantization_config", None)
     if stored is not None:
         method = stored.get("quant_method") if isinstance(stored, dict) else type(stored).__name__
@@ -170,6 +162,18 @@ def _packing(where: str, options: LoadOptions) -> Any:
 def input_device(model: Any) -> torch.device:
     """Where token ids go: where the input embedding runs, which for an offloaded one is not where it lies."""
     return compute_device(model.get_input_embeddings())
+
+
+def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The config of a base, without the code of its model."""
+    from transformers import AutoConfig
+
+    where = _folder_or_id(name)
+    return explained(
+        where,
+        lambda: AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code),
+        "model",
+    )
 
 
 def load_shape(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:

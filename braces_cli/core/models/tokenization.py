@@ -81,9 +81,9 @@ def token_text(tokenizer: Any, token_id: int) -> str:
     return f" {text}" if str(piece).startswith("▁") and not text.startswith(" ") else text
 
 
-def context_length(model: Any, tokenizer: Any) -> int:
-    """Tokens that the model takes at once, as its config or else its tokenizer says; 2,048 where neither does."""
-    config = model.config.get_text_config()
+def context_length(config: Any, tokenizer: Any) -> int:
+    """Tokens that a model of this config takes at once, or as its tokenizer says; 2,048 where neither does."""
+    config = config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         if getattr(config, name, None):
             return int(getattr(config, name))

@@ -70,12 +70,12 @@ def barrier() -> None:
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that share one evaluation.
+    """This process among those that share work.
 
     Attributes:
         rank: number of this process, from 0.
         size: number of processes.
-        accelerator: of accelerate; None for a lone process.
+        accelerator: of accelerate, which lm-eval needs; None for a lone process, and where nothing needs it.
     """
 
     rank: int = 0
@@ -101,6 +101,16 @@ class Processes:
     def gather(self, value: Any) -> list[Any]:
         """`value` of every process, on every process."""
         return [value] if self.size == 1 else gathered(value)
+
+
+# No other process.
+ALONE = Processes()
+
+
+def join_all(device: torch.device) -> Processes:
+    """Meet the other processes, as `join` does, to share work out among all; a lone process meets nobody."""
+    join(device)
+    return Processes(rank(), world_size())
 
 
 def join_with_accelerator(cpu: bool) -> Processes:

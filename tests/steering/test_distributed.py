@@ -1,0 +1,135 @@
+"""Two processes share prompts out, and together write what one writes, byte for byte."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.training.workers import cli, free_port, launch
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = ROOT / "recipes" / "launch"
+PROMPTS = ["the film", "a happy day in the old town", "the end is", "sad", "good and", "in the", "a day"]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(PROMPTS) + "\n")
+    return path
+
+
+def in_process(env: dict[str, str], argv: list[str], log: Path) -> None:
+    """Body of a process: `braces ARGV`, noting how many texts it was asked to generate."""
+    from braces_cli.steering import generate_texts
+
+    real, counted = generate_texts.generate, []
+
+    def counting(model, tokenizer, requests, *args):
+        counted.append(len(requests))
+        log.with_suffix(f".count{env['RANK']}").write_text(json.dumps(counted))
+        return real(model, tokenizer, requests, *args)
+
+    generate_texts.generate = counting
+    cli(argv, log.with_suffix(f".out{env['RANK']}"), env)
+
+
+def shared(tmp_path, *argv) -> list[str]:
+    """What two processes print."""
+    log = tmp_path / "log.x"
+    codes = launch(in_process, 2, [str(word) for word in argv], log)
+    out = [log.with_suffix(f".out{rank}").read_text() for rank in range(2)]
+    assert codes == [0, 0], out
+    return out
+
+
+def steer(model_dir, *more):
+    return ["steer", "--model", model_dir, "--device", "cpu", "--max-new-tokens", 6, "--quiet", *more]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_processes_print_and_write_the_texts_of_one(braces, model_dir, prompts, tmp_path, dtype):
+    """Steered, two samples a prompt, the last round with a batch for one of them only; and resumed from a cut file."""
+    texts = ["--prompts", prompts, "--num-samples", 2, "--batch-size", 3, "--dtype", dtype]
+    texts += ["--attribute", "positive", "--s", 2, "--beside"]
+    one = braces(*steer(model_dir, *texts))
+    assert one.code == 0, one.err
+    printed = shared(tmp_path, *steer(model_dir, *texts))
+    assert printed == [one.out, ""]
+    counts = [json.loads((tmp_path / f"log.count{rank}").read_text()) for rank in range(2)]
+    # Each text and its unsteered twin.
+    assert counts == [[3] * 4 + [2] * 2, [3] * 4]
+    file = tmp_path / "texts.jsonl"
+    shared(tmp_path, *steer(model_dir, *texts, "--output", file))
+    assert file.read_text() == one.out
+    file.write_text("".join(one.out.splitlines(keepends=True)[:7]))
+    result = shared(tmp_path, *steer(model_dir, *texts, "--output", file, "--resume"))
+    assert file.read_text() == one.out
+    assert (json.loads(result[0])["resumed_from"], result[1]) == (6, "")
+
+
+def test_two_machines_and_slurm_write_the_texts_of_one(braces, model_dir, prompts, tmp_path):
+    """The launchers of recipes/launch as they are, each machine this one; Slurm's commands are stand-ins."""
+    texts = steer(model_dir, "--prompts", prompts, "--batch-size", 3)
+    one = braces(*texts)
+    assert one.code == 0, one.err
+    argv = [str(word) for word in texts]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PROCESSES": "1"}
+    env |= {"PATH": f"{Path(sys.executable).parent}:{tmp_path}:{os.environ['PATH']}"}
+    script, port = LAUNCH / "torchrun.sh", str(free_port())
+    machines = [
+        subprocess.Popen(
+            ["bash", script, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=env | {"NODE": str(node), "FIRST": "localhost", "PORT": port},
+        )
+        for node in range(2)
+    ]  # fmt: skip
+    ended = [machine.communicate() for machine in machines]
+    assert [out for out, _ in ended] == [one.out, ""], ended
+    for name, body in (("scontrol", "echo localhost"), ("srun", 'exec "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": "1", "SLURM_JOB_ID": "7", "PORT": str(free_port())}
+    done = subprocess.run(
+        ["bash", LAUNCH / "slurm.sbatch", *argv], capture_output=True, text=True, env=env | job | {"PROCESSES": "2"}
+    )
+    assert done.stdout == one.out, done.stderr
+
+
+def test_two_processes_sweep_as_one(braces, model_dir, prompts, tmp_path):
+    """The same document up to rounding in the perplexity; plot and classifier are written once."""
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,label\n" + "a good happy day,positive\nthe sad end,negative\n" * 8)
+    sweep = ["--prompts", prompts, "--attribute", "positive", "--sweep", "-2:2:2", "--batch-size", 2]
+    sweep += ["--scorer", f"fit:{rows}", "--save-scorer"]
+    one = braces(*steer(model_dir, *sweep, tmp_path / "scorer1", "--plot", tmp_path / "1.png", "--format", "json"))
+    assert one.code == 0, one.err
+    out = shared(
+        tmp_path, *steer(model_dir, *sweep, tmp_path / "scorer2", "--plot", tmp_path / "2.png", "--format", "json")
+    )
+    assert out[1] == ""
+    wanted, found = one.json, json.loads(out[0])
+    for here, there in zip(found.pop("points"), wanted.pop("points"), strict=True):
+        for name in ("perplexity", "perplexity_interval"):
+            assert here.pop(name) == pytest.approx(there.pop(name), rel=1e-5)
+        assert here == there
+    assert (found["prompts"], found["label"]) == (wanted["prompts"], wanted["label"])
+    assert sorted(os.listdir(tmp_path / "scorer2")) == sorted(os.listdir(tmp_path / "scorer1"))
+    assert (tmp_path / "2.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [((), "cannot share one pipe"), (("--prompts", "-"), "cannot share one pipe"), (("--interactive",), "one process")],
+)
+def test_what_cannot_be_shared_is_refused(braces, monkeypatch, model_dir, args, message):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    outcome = braces(*steer(model_dir, *args), stdin="the film\n")
+    assert (outcome.code, message in outcome.err) == (2, True), outcome.err
