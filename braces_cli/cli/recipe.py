@@ -52,7 +52,7 @@ def copy_recipe(settings: CopySettings) -> None:
     if name not in known:
         hint = near_misses(name, known) or "`braces recipe list` shows all names."
         raise ConfigError(f"no recipe `{settings.name}`", where="recipe copy", hint=hint)
-    output = settings.output_dir.expanduser() / f"{name}.yaml"
+    output = settings.output_dir / f"{name}.yaml"
     check_output_file(output, settings.overwrite)
     write_text(output, known[name])
     result = {"recipe": name, "output": str(output)}

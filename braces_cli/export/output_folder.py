@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -10,6 +12,17 @@ from pathlib import Path
 
 from braces_cli.core.utils.atomic_files import check_output_folder, file_hint, umask
 from braces_cli.core.utils.errors import BracesError, ConfigError
+
+# What makes a folder a model or an adapter.
+_LOADED_BY = ("config.json", "adapter_config.json")
+# All that programs load from such a folder by its name, and the records beside it: what an earlier export has of these
+# would be taken for a part of the new one.
+_LOADED = (
+    *_LOADED_BY, "generation_config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json",
+    "adapter_model.safetensors", "modeling_braces.py", "braces_*.json", "tokenizer.json", "tokenizer_config.json",
+    "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "spiece.model", "chat_template.jinja", "chat_template.json", "additional_chat_templates",
+)  # fmt: skip
 
 
 def check_output(output: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
@@ -32,7 +45,10 @@ def check_output(output: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
 
 @contextmanager
 def new_folder(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A new folder beside `output` that takes its name when all has gone well, and is gone otherwise."""
+    """A new folder beside `output` that takes its place when all has gone well, and is gone otherwise.
+
+    An `output` that holds something keeps what no export has written.
+    """
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
@@ -56,11 +72,24 @@ def _rename(folder: Path, output: Path, overwrite: bool) -> None:
         folder.replace(output)
         return
     assert overwrite
-    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
-    output.replace(old)
-    try:
-        folder.replace(output)
-    except OSError:
-        old.replace(output)
-        raise
-    shutil.rmtree(old)
+    _move_into(folder, output)
+
+
+def _move_into(folder: Path, output: Path) -> None:
+    """Move what is in `folder` into `output`, which holds an earlier export, files of others, or both; these stay.
+
+    What an export is loaded by is removed first and moved last: interrupted, `output` is no checkpoint, rather than
+    one of two halves.
+    """
+    new = {path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir()}
+    for path in new:
+        if (output / path).is_dir() and not (output / path).is_symlink():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(output / path))
+    for path in sorted({path for pattern in _LOADED for path in output.glob(pattern)}):
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
+    for path in sorted(new, key=lambda path: (path.name in _LOADED_BY, path)):
+        (output / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).replace(output / path)
