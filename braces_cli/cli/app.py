@@ -133,6 +133,8 @@ def _surroundings(args: list[str], error: Exception) -> int:
     """Report what the surroundings refuse: memory, a library, the locale; everything else is a fault of ours."""
     text = str(error)
     if isinstance(error, MemoryError) or any(words in text.lower() for words in _NO_MEMORY):
+        # Libraries have work to do when the process ends, and would complain that there is no memory for that either.
+        sys.unraisablehook = lambda unraisable: None
         hint = "Give it more memory, a smaller model, a smaller --batch-size or a shorter --max-length."
         return _fail(args, 1, "out of memory", None, hint)
     if isinstance(error, ImportError):

@@ -110,7 +110,7 @@ class TextsFile:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = self.path.open("r+b" if self.rows else "wb")
         end = self._ends[self.rows - 1] if self.rows else 0
-        with file:
+        try:
             with _failures(self.path):
                 file.truncate(end)
                 file.seek(end)
@@ -120,6 +120,10 @@ class TextsFile:
                     file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
                     file.flush()
                 count += 1
+        finally:
+            # What could not be written is tried once more here.
+            with _failures(self.path):
+                file.close()
         return count
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -122,15 +123,19 @@ def wait_for_all() -> None:
     hosts = is_main() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     key = f"braces/started/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     deadline, reason = time.monotonic() + seconds, "the first process cannot be reached"
-    patience = timedelta(seconds=max(1, min(_PATIENCE, seconds)))
+    patience = timedelta(seconds=_PATIENCE)
     store: Any = None
     while time.monotonic() < deadline:
         try:
             if store is None:
+                if not hosts:  # torch would print pages about each attempt that fails
+                    socket.create_connection((host, port), _PATIENCE).close()
                 store = TCPStore(host, port, None, hosts, patience, wait_for_workers=False, multi_tenant=True)
                 store.add(key, 1)
                 _stores.append(store)
             count = store.add(key, 0)
+        except OSError:
+            pass
         except DistError as error:
             if hosts or store is not None:
                 what = f"the processes cannot meet: {first_line(error)}"
@@ -141,7 +146,7 @@ def wait_for_all() -> None:
             reason = f"{count} of {size} have started"
         time.sleep(_PAUSE)
     hint = f"Start as many as WORLD_SIZE says, or wait longer: {JOIN_VARIABLE}=SECONDS."
-    raise BracesError(f"waited {seconds} s for the other processes: {reason}", where=f"process {rank()}", hint=hint)
+    raise BracesError(f"waited {seconds} s for the other processes: {reason}", where="WORLD_SIZE", hint=hint)
 
 
 def gathered(value: Any) -> list[Any]:
