@@ -72,7 +72,11 @@ class Flow:
 
 
 def _print_prompt(prompt: str) -> None:
-    console().print(rich_text(prompt, "bold"), end="", soft_wrap=True)
+    out = console()
+    if out.is_terminal:
+        out.print(rich_text(prompt, "bold"), end="", soft_wrap=True)
+    else:
+        print_text(prompt, end="")
 
 
 @contextmanager
