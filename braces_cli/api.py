@@ -26,6 +26,7 @@ from braces_cli.core.models.layer_ranges import chosen_layers
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.session import Session, open_session
 from braces_cli.core.utils.errors import ConfigError, near_misses
+from braces_cli.core.utils.paths import user_path
 from braces_cli.inspection.adapter_summary import summarise
 from braces_cli.steering.chat_prompts import chat_wanted
 from braces_cli.steering.generate_texts import generate_texts, text_requests
@@ -134,7 +135,7 @@ def load(name: Name | None = None, *, adapter: Name | None = None, **options: An
         ModelError: model or adapter cannot be loaded, or they do not fit.
     """
     model = None if name is None else fspath(name)
-    if model is not None and (Path(model).expanduser() / CONFIG_FILE).is_file():
+    if model is not None and (user_path(model) / CONFIG_FILE).is_file():
         if adapter is not None:
             raise ConfigError("two adapters", where=model, hint="Give the folder or hub id of a base model, or none.")
         model, adapter = None, model

@@ -3,22 +3,25 @@
 Each command imports what it needs (torch, transformers, ...) in its body, so that `--help` imports none of it.
 """
 
+import errno
 import importlib
 import itertools
 import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
 
 from braces_cli import __version__
-from braces_cli.cli import typer_internals
-from braces_cli.cli.console import print_json
+from braces_cli.cli import streams, typer_internals
+from braces_cli.cli.console import print_json, print_text
 from braces_cli.core.utils.atomic_files import file_hint
-from braces_cli.core.utils.distributed import rank
+from braces_cli.core.utils.distributed import process_number
 from braces_cli.core.utils.errors import BracesError, first_line
+from braces_cli.core.utils.plain_text import error_text
 
 # Name -> module and the function or typer app in it; imported and built when asked for.
 _COMMANDS = {
@@ -33,6 +36,8 @@ _COMMANDS = {
     "env": ("env", "env"),
     "recipe": ("recipe", "app"),
 }
+# How libraries say that there is no memory, where they do not raise MemoryError.
+_NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "std::bad_alloc")
 
 
 def _version(show: bool) -> None:
@@ -75,9 +80,11 @@ def build_app(args: Sequence[str] = ()) -> typer.Typer:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit with 0, 1, 2, 3, 4 or 5 (see `core.utils.errors`), 130 or 143."""
+    streams.open_streams()
     args = list(sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, _terminate)
     try:
+        args = streams.text_arguments(args)
         app = build_app(args)
         code = 0 if _help(app, args) else app(args=args, standalone_mode=False)
         if code == 130:  # typer's word for Ctrl-C
@@ -96,27 +103,55 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         code = _reader_gone()
     except OSError as error:
-        # A file or folder that the user named and that no room has checked.
-        if error.filename is None:
-            code = _fault(args, error)
-        else:
-            code = _fail(args, 1, error.strerror or "failed", str(error.filename), file_hint(error))
+        code = _system_error(args, error)
     except Exception as error:
-        code = _fault(args, error)
-    sys.exit(code if isinstance(code, int) else 0)
+        code = _surroundings(args, error)
+    sys.exit(_end(args, code if isinstance(code, int) else 0))
+
+
+def _end(args: list[str], code: int) -> int:
+    """Write what stdout holds back; the exit code, which a full disk changes."""
+    failure = streams.stdout_failure()
+    if failure is not None:
+        if not isinstance(failure, BrokenPipeError) and code == 0:
+            code = _system_error(args, failure)
+        streams.discard_stdout()
+    return code
+
+
+def _system_error(args: list[str], error: OSError) -> int:
+    """Report what the system refused: a file that no room has checked, or a full disk behind stdout."""
+    if error.filename is None and error.errno is None:
+        return _fault(args, error)
+    where = None if error.filename is None else str(error.filename)
+    # No name of this length exists: the user named it.
+    code = 2 if error.errno == errno.ENAMETOOLONG else 1
+    return _fail(args, code, error.strerror or "failed", where, file_hint(error))
+
+
+def _surroundings(args: list[str], error: Exception) -> int:
+    """Report what the surroundings refuse: memory, a library, the locale; everything else is a fault of ours."""
+    text = str(error)
+    if isinstance(error, MemoryError) or any(words in text.lower() for words in _NO_MEMORY):
+        # Libraries have work to do when the process ends, and would complain that there is no memory for that either.
+        sys.unraisablehook = lambda unraisable: None
+        hint = "Give it more memory, a smaller model, a smaller --batch-size or a shorter --max-length."
+        return _fail(args, 1, "out of memory", None, hint)
+    if isinstance(error, ImportError):
+        hint = "Check the installation, and the memory that the process may use."
+        return _fail(args, 1, f"a library cannot be loaded: {first_line(error)}", None, hint)
+    return _fault(args, error)
 
 
 def _fault(args: list[str], error: Exception) -> int:
-    """Report a fault of ours; with --debug raise it again."""
-    if "--debug" in args:
-        raise error
+    """Report a fault of ours."""
     what = f"{type(error).__name__}: {first_line(error) if str(error).strip() else 'no message'}"
     return _fail(args, 1, what, None, "This is a fault of braces; --debug shows where.")
 
 
 def _reader_gone() -> int:
     """The reader of our pipe has gone (`| head`): nothing to say, and nothing to say it to."""
-    sys.stdout = None
+    streams.discard_stdout()
     return 0
 
 
@@ -140,14 +175,15 @@ def _help(app: typer.Typer, args: list[str]) -> bool:
         return False
     command, context = found
     # With Rich markup, get_help prints by itself and returns nothing.
-    print(command.get_help(context), end="")
+    with streams.to_stdout():
+        print_text(command.get_help(context), end="")
     return True
 
 
 def _call_error(args: list[str], error: typer.TyperException) -> int:
     message = error.format_message()
     if typer_internals.is_call_without_arguments(error):
-        print(message)
+        print_text(message)
         return 2
     called = typer_internals.called_command(error) or _named_command(args)
     # typer's own hint names the command that was called (`Try 'braces train --help'`).
@@ -169,17 +205,18 @@ def _fail(args: list[str], code: int, message: str, where: str | None, hint: str
     if "--debug" in args:
         import traceback
 
-        traceback.print_exc()
-    if rank() > 0:
+        streams.note(traceback.format_exc(), "\n\t")
+    number = process_number()
+    if number > 0:
         # Most errors occur in every process of a launch, and the first process reports them; its end ends the others.
         # An error of this process alone is reported after a while.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
-        message = f"process {rank()}: {message}"
+        message = f"process {number}: {message}"
     elif _wants_json(args):
-        print_json({"error": {"code": code, "message": message, "where": where, "hint": hint}})
-    head = f"{where}: {message}" if where else message
-    print(f"Error: {head}" + (f"\n{hint}" if hint else ""), file=sys.stderr)
+        with suppress(OSError):  # the error may be that of stdout
+            print_json({"error": {"code": code, "message": message, "where": where, "hint": hint}})
+    streams.note(error_text(message, where, hint))
     return code
 
 

@@ -12,6 +12,7 @@ from braces_cli.cli.dry_run import show_plan
 from braces_cli.cli.options import AdapterSettings, OutputSettings, UploadSettings
 from braces_cli.core.attributes.word_lists import POOLINGS, built_in
 from braces_cli.core.utils.errors import ConfigError
+from braces_cli.core.utils.paths import user_path
 from braces_cli.core.utils.settings import OUTPUT, option
 
 # Words of an attribute that the list shows.
@@ -140,8 +141,8 @@ def _list(settings: AttributeBuildSettings) -> None:
 
 
 def _folder(adapter: str) -> Path:
-    if (Path(adapter).expanduser() / "adapter_config.json").is_file():
-        return Path(adapter).expanduser()
+    if (user_path(adapter) / "adapter_config.json").is_file():
+        return user_path(adapter)
     # A hub id, or a mistake: only these need what imports torch.
     from braces_cli.core.method.adapter_files import find_adapter
 

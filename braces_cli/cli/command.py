@@ -23,6 +23,7 @@ import typer
 from braces_cli.cli.config_file import read_config_file
 from braces_cli.cli.console import set_up
 from braces_cli.cli.typer_internals import sources
+from braces_cli.core.utils.distributed import check_variables
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.core.utils.settings import PANELS, Option, flag_of, options_of
 
@@ -54,6 +55,7 @@ def command(function: Callable[[Any], None]) -> Callable[..., None]:
 
     def run(ctx: typer.Context, **values: Any) -> None:
         values.pop("config")
+        check_variables()
         set_up(values.get("quiet", False), values.get("debug", False))
         given = sources(ctx, values)
         for name in (name for name, about in described.items() if about.once):

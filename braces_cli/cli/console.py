@@ -1,4 +1,8 @@
-"""Results to stdout, everything else to stderr."""
+"""Results to stdout, everything else to stderr: the one place that prints.
+
+Whatever is printed goes through here, where control characters are escaped and long values cut, and where no name is
+read as markup. JSON keeps every character, escaped as JSON does.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +16,21 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from braces_cli.cli.progress_lines import ProgressLines
+from braces_cli.cli.streams import is_utf8, note, to_stdout
 from braces_cli.cli.table_layout import layout
 from braces_cli.core.utils.atomic_files import finite
+from braces_cli.core.utils.plain_text import escaped, json_escaped, one_line, shortened
 
 if TYPE_CHECKING:
     from braces_cli.core.utils.progress import Report
 
 
-# Characters of a line that goes to a file or a pipe.
+# Characters of a line that goes to a file or a pipe; of a cell of a table; of a line of the log.
 _UNLIMITED = 100_000
+_CELL = 2_000
+_LOG = 700
+# What text may hold that is shown as it is: generated text, prompts, several lines of our own.
+_LAYOUT = "\n\t"
 
 
 def set_up(quiet: bool, debug: bool) -> None:
@@ -32,6 +42,8 @@ def set_up(quiet: bool, debug: bool) -> None:
         handler.setFormatter(logging.Formatter("braces: %(message)s"))
         logger.addHandler(handler)
     logger.setLevel(logging.DEBUG if debug else logging.ERROR if quiet else logging.INFO)
+    # What libraries log without a handler of their own.
+    logging.lastResort = _Stderr(logging.WARNING)
     if debug:
         return
     warnings.simplefilter("ignore")
@@ -50,20 +62,44 @@ class _Stderr(logging.Handler):
     """Writes to what stderr is by then: a progress bar takes its place for a while, and each test has its own."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
+        if record.exc_info or record.levelno <= logging.DEBUG:
+            note(self.format(record), _LAYOUT)
+        else:
+            note(one_line(self.format(record), _LOG))
 
 
 def print_json(value: Any) -> None:
     """One JSON document, indented; numbers that JSON has not (infinite, NaN) become null."""
-    sys.stdout.write(json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    sys.stdout.flush()
+    _write(_json(value, indent=2))
 
 
 def print_json_lines(rows: Iterable[Any]) -> None:
     """One JSON object a line, each flushed as it comes, so that a pipe sees it at once."""
     for row in rows:
-        sys.stdout.write(json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n")
+        _write(_json(row))
+
+
+def print_text(text: str, end: str = "\n") -> None:
+    """Text on stdout, flushed; its own line breaks and tabs stay."""
+    _write(escaped(text, _LAYOUT) + end)
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    text = json.dumps(finite(value), indent=indent, ensure_ascii=not is_utf8(), allow_nan=False)
+    return json_escaped(text) + "\n"
+
+
+def _write(text: str) -> None:
+    with to_stdout():
+        sys.stdout.write(text)
         sys.stdout.flush()
+
+
+def rich_text(text: str, style: str = "") -> Any:
+    """Text for Rich: read as neither markup nor emoji codes."""
+    from rich.text import Text
+
+    return Text(escaped(text, _LAYOUT), style)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], keys: Collection[str] = ()) -> None:
@@ -75,25 +111,26 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
         keys: columns that say what a row is and begin each block; none named: the first column.
     """
     from rich.table import Table
-    from rich.text import Text
 
     rows = [list(row) for row in rows]
-    texts = [[cell(value) for value in row] for row in rows]
+    columns = [one_line(name) for name in columns]
+    texts = [[shortened(escaped(cell(value), _LAYOUT), _CELL) for value in row] for row in rows]
     out = console()
     for block in layout([columns, *texts], out.width, [columns.index(key) for key in keys] or [0]):
-        table = Table(title=title, title_justify="left", show_header=any(columns))
+        heading = rich_text(one_line(title), "table.title") if title else None
+        table = Table(title=heading, title_justify="left", show_header=any(columns))
         title = ""
         for index, width in block.items():
             numeric = bool(rows) and all(isinstance(row[index], (int, float)) or row[index] is None for row in rows)
             right: Literal["right", "left"] = "right" if numeric else "left"
-            table.add_column(columns[index], justify=right, overflow="fold", width=width)
+            table.add_column(rich_text(columns[index]), justify=right, overflow="fold", width=width)
         for row in texts:
-            table.add_row(*(Text(row[index]) for index in block))
+            table.add_row(*(rich_text(row[index]) for index in block))
         out.print(table)
 
 
-def console(stderr: bool = False) -> Any:
-    """A Rich console on stdout or stderr; where that is no terminal, no line is wrapped.
+def console() -> Any:
+    """A Rich console on stdout; where that is no terminal, no line is wrapped.
 
     It treats a reader who has gone as any write does; Rich itself would exit with 1.
     """
@@ -103,7 +140,11 @@ def console(stderr: bool = False) -> Any:
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError
 
-    out = Plain(stderr=stderr, highlight=False)
+        def print(self, *objects: Any, **details: Any) -> None:
+            with to_stdout():
+                super().print(*objects, **details)
+
+    out = Plain(highlight=False)
     if not out.is_terminal:
         out.width = _UNLIMITED
     return out
@@ -117,11 +158,22 @@ def print_pairs(title: str, pairs: dict[str, Any], labels: Mapping[str, str] | N
     """
     labels = labels or {}
     shown = [
-        (labels.get(name, name.replace("_", " ")), ", ".join(map(cell, value)) if isinstance(value, list) else value)
+        (
+            labels.get(name, name.replace("_", " ")),
+            ", ".join(map(_value, value)) if isinstance(value, list) else _short(value),
+        )
         for name, value in pairs.items()
         if value is not None and value not in ([], {}, ())
     ]
     print_table(title, ["", ""], shown)
+
+
+def _value(value: Any) -> str:
+    return one_line(cell(value))
+
+
+def _short(value: Any) -> Any:
+    return one_line(value) if isinstance(value, str) else value
 
 
 def file_size(count: int) -> str:
@@ -161,7 +213,7 @@ def progress(quiet: bool) -> Iterator[Report]:
         TimeRemainingColumn,
     )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # Rich would send what is printed meanwhile to the bar's own stream: right on one terminal, but not past a pipe.
     both = sys.stdout.isatty()
     with Progress(
@@ -171,6 +223,7 @@ def progress(quiet: bool) -> Iterator[Report]:
 
         def report(stage: str, done: int, total: int | None) -> None:
             # What follows a colon changes as the work goes on (a loss, say); what stands before it names the bar.
+            stage = one_line(stage)
             name = stage.partition(":")[0]
             if name not in tasks:
                 tasks[name] = bars.add_task(stage, total=total)

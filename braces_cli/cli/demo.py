@@ -9,19 +9,20 @@ import base64
 import io
 import json
 import shlex
-import sys
 import time
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from braces_cli import __version__
 from braces_cli.cli.command import command, running
-from braces_cli.cli.console import cell, print_json, print_table
+from braces_cli.cli.console import cell, print_json, print_table, print_text
 from braces_cli.cli.options import OutputSettings
+from braces_cli.cli.streams import note
 from braces_cli.core.utils.settings import OUTPUT, option
 
 # One axis, its ends built from the words that braces brings.
@@ -67,8 +68,8 @@ def _demo(settings: DemoSettings) -> None:
         # Matrices this small take longer on two threads than on one.
         torch.set_num_threads(1)
     # With JSON on stdout the account of the steps goes to stderr.
-    stream = None if settings.quiet else sys.stderr if settings.json else sys.stdout
-    result = run_demo(Guide(folder, settings.seed, stream, settings.dry_run))
+    say = None if settings.quiet else note if settings.json else print_text
+    result = run_demo(Guide(folder, settings.seed, say, settings.dry_run))
     if settings.dry_run:
         if settings.json:
             print_json({"commands": [step["command"] for step in result["steps"]]})
@@ -78,9 +79,9 @@ def _demo(settings: DemoSettings) -> None:
     if settings.json:
         print_json(result | {"page": str(page)})
         return
-    print()
+    print_text("")
     print_table("What it did", ["", ""], summary(result))
-    print(f"Everything is in {folder}; open {page}")
+    print_text(f"Everything is in {folder}; open {page}")
 
 
 def summary(result: dict[str, Any]) -> list[tuple[str, str]]:
@@ -116,20 +117,20 @@ class Guide:
     Attributes:
         folder: where everything goes.
         seed: of training and sampling.
-        stream: where titles, commands and figures are printed; None: nowhere.
+        write: prints titles, commands and figures; None: nothing is printed.
         dry_run: print the commands, run nothing.
         steps: `{title, command, seconds}` of the commands run so far.
     """
 
     folder: Path
     seed: int
-    stream: TextIO | None
+    write: Callable[[str], None] | None
     dry_run: bool = False
     steps: list[dict[str, Any]] = field(default_factory=list)
 
     def say(self, text: str) -> None:
-        if self.stream is not None:
-            print(text, file=self.stream, flush=True)
+        if self.write is not None:
+            self.write(text)
 
     def run(self, title: str, *argv: str | Path, lines: bool = False) -> Any:
         """Run one command as if it had been typed; returns its JSON, a list of documents where it writes `lines`."""

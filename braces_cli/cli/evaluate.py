@@ -2,7 +2,6 @@
 
 import logging
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,10 @@ from braces_cli.cli.command import command
 from braces_cli.cli.console import print_json, print_table, progress, set_up
 from braces_cli.cli.dry_run import show_plan
 from braces_cli.cli.options import ModelSettings, OutputSettings
+from braces_cli.cli.streams import note
 from braces_cli.core.utils.distributed import is_main
 from braces_cli.core.utils.errors import BracesError, ConfigError
+from braces_cli.core.utils.plain_text import one_line
 from braces_cli.core.utils.settings import OUTPUT, option
 from braces_cli.evaluation.settings import EvalSettings
 
@@ -108,7 +109,7 @@ def _show(result: dict[str, Any], settings: EvalCommandSettings) -> None:
     if missed:
         # The result stands as it is; one JSON document is on stdout already.
         lines = [f"Error: --fail-under: {result_tables.threshold_line(row)}" for row in missed]
-        print("\n".join(lines), file=sys.stderr)
+        note("\n".join(map(one_line, lines)))
         raise typer.Exit(5)
 
 

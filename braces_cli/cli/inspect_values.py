@@ -1,6 +1,5 @@
 """`braces inspect values`: the tokens of value vectors, as a table, as JSON Lines or in a map file."""
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -10,6 +9,7 @@ from typing import Any
 from braces_cli.cli.command import command
 from braces_cli.cli.console import file_size, print_json, print_json_lines, print_pairs, print_table, progress
 from braces_cli.cli.inspect_options import VectorSettings, tokens_cell
+from braces_cli.cli.streams import note
 from braces_cli.core.utils.settings import OUTPUT, option
 
 # Rows of the table; JSON Lines have all of them.
@@ -64,7 +64,7 @@ def _values(settings: ValuesSettings) -> None:
     print_table("", ["layer", "index", "tokens"], table)
     if len(shown) > SHOWN:
         hint = "--format json or --output gives all, --layers and --index choose"
-        print(f"the first {SHOWN} vectors; {hint}", file=sys.stderr)
+        note(f"the first {SHOWN} vectors; {hint}")
 
 
 def _rows(settings: ValuesSettings, report: Any) -> tuple[Any, Iterator[dict[str, Any]]]:

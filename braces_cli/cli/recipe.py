@@ -53,7 +53,7 @@ def copy_recipe(settings: CopySettings) -> None:
     if name not in known:
         hint = near_misses(name, known) or "`braces recipe list` shows all names."
         raise ConfigError(f"no recipe `{settings.name}`", where="recipe copy", hint=hint)
-    output = settings.output_dir.expanduser() / f"{name}.yaml"
+    output = settings.output_dir / f"{name}.yaml"
     with output_lock(output):
         check_output_file(output, settings.overwrite)
         write_text(output, known[name])

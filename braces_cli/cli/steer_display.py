@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from braces_cli.cli.console import console
+from braces_cli.cli.console import console, print_text, rich_text
 
 
 def print_rows(rows: Iterable[dict[str, Any]]) -> None:
@@ -17,7 +16,6 @@ def print_rows(rows: Iterable[dict[str, Any]]) -> None:
     """
     from rich import box
     from rich.table import Table
-    from rich.text import Text
 
     out, header = console(), True
     for row in rows:
@@ -25,14 +23,14 @@ def print_rows(rows: Iterable[dict[str, Any]]) -> None:
         titles = [titled(row["attributes"]) if name == "text" and len(names) == 3 else name for name in names]
         if not out.is_terminal:
             for name, title in zip(names, titles, strict=True):
-                out.print(f"{title}: {row[name].strip()}", markup=False)
-            out.print()
+                print_text(f"{title}: {row[name].strip()}")
+            print_text("")
             continue
         # One table a row, all of the same widths: whole ones would need all rows, and all memory.
         table = Table(box=box.SIMPLE_HEAD, show_header=header, show_edge=False, expand=True)
         for name, title in zip(names, titles, strict=True):
-            table.add_column(Text(title), ratio=1 if name == "prompt" else 2, overflow="fold")
-        table.add_row(*(Text(row[name].strip()) for name in names))
+            table.add_column(rich_text(title), ratio=1 if name == "prompt" else 2, overflow="fold")
+        table.add_row(*(rich_text(row[name].strip()) for name in names))
         out.print(table)
         out.print()
         header = False
@@ -41,8 +39,7 @@ def print_rows(rows: Iterable[dict[str, Any]]) -> None:
 def print_texts(rows: Iterable[dict[str, Any]]) -> None:
     """Prompts with their continuations and nothing else, an empty line behind each."""
     for row in rows:
-        sys.stdout.write(f"{row['prompt']}{row['text']}\n\n")
-        sys.stdout.flush()
+        print_text(f"{row['prompt']}{row['text']}\n")
 
 
 def titled(attributes: dict[str, float]) -> str:
@@ -58,22 +55,28 @@ class Flow:
 
     def write(self, request: Any, piece: str) -> None:
         self._begin(request)
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+        print_text(piece, end="")
 
     def run(self, rows: Iterable[dict[str, Any]]) -> None:
         """Draw texts from `rows`, which call `write` meanwhile."""
         for row in rows:
             if self._request is None:  # nothing came, not even half a word
-                console().print(row["prompt"], style="bold", end="", markup=False)
-            sys.stdout.write("\n\n")
+                _print_prompt(row["prompt"])
+            print_text("\n")
             self._request = None
-        sys.stdout.flush()
 
     def _begin(self, request: Any) -> None:
         if self._request is None:
             self._request = request
-            console().print(request.prompt, style="bold", end="", markup=False, soft_wrap=True)
+            _print_prompt(request.prompt)
+
+
+def _print_prompt(prompt: str) -> None:
+    out = console()
+    if out.is_terminal:
+        out.print(rich_text(prompt, "bold"), end="", soft_wrap=True)
+    else:
+        print_text(prompt, end="")
 
 
 @contextmanager
@@ -82,15 +85,14 @@ def side_by_side(prompt: str, title: Callable[[], str]) -> Iterator[Callable[[st
     from rich import box
     from rich.live import Live
     from rich.table import Table
-    from rich.text import Text
 
     texts = {"unsteered": "", "steered": ""}
 
     def table() -> Any:
         drawn = Table(box=box.SIMPLE_HEAD, expand=True, padding=(0, 1))
         for heading in ("unsteered", title()):
-            drawn.add_column(Text(heading), ratio=1, overflow="fold")
-        drawn.add_row(*(Text(prompt, style="bold").append(Text(text, style="not bold")) for text in texts.values()))
+            drawn.add_column(rich_text(heading), ratio=1, overflow="fold")
+        drawn.add_row(*(rich_text(prompt, "bold").append(rich_text(text, "not bold")) for text in texts.values()))
         return drawn
 
     with Live(table(), console=console(), auto_refresh=False, vertical_overflow="visible") as live:

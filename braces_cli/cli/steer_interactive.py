@@ -9,7 +9,9 @@ from typing import Any
 
 from braces_cli.cli.console import print_json_lines
 from braces_cli.cli.steer_options import SteerSettings
+from braces_cli.cli.streams import note
 from braces_cli.core.utils.errors import BracesError
+from braces_cli.core.utils.plain_text import error_text
 
 
 def converse(settings: SteerSettings) -> None:
@@ -30,7 +32,7 @@ def converse(settings: SteerSettings) -> None:
         try:
             answer = _drawn(talk, line) if drawn else talk.handle(line)
         except BracesError as error:
-            _say(f"Error: {error}", False)
+            _say(error_text(error.message, error.where, error.hint), False)
             continue
         except KeyboardInterrupt:
             # Stops the text; at the prompt itself it ends the command.
@@ -75,10 +77,10 @@ def _lines() -> Iterator[str]:
         try:
             yield input("> ")
         except EOFError:
-            print(file=sys.stderr)
+            note("")
             return
 
 
 def _say(text: str, quiet: bool) -> None:
     if not quiet:
-        print(text, file=sys.stderr)
+        note(text)

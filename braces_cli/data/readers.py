@@ -11,6 +11,7 @@ from typing import Any
 
 from braces_cli.core.models.hub_errors import hub_errors
 from braces_cli.core.utils.errors import DataError
+from braces_cli.core.utils.paths import is_there, user_path
 
 # Files of rows with keys; and those that rows are read from, a line of text being a row of `text`.
 STRUCTURED = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -41,8 +42,8 @@ def read_rows(name: str, *, streaming: bool = False) -> Iterator[Source]:
     Raises:
         DataError: missing, empty, not UTF-8, broken (with its line), or of a kind that cannot be read.
     """
-    path = Path(name).expanduser()
-    if not path.exists() and not path.suffix and name.partition(":")[0].count("/") == 1 and not name.startswith("."):
+    path = user_path(name)
+    if not is_there(path) and not path.suffix and name.partition(":")[0].count("/") == 1 and not name.startswith("."):
         return _never_empty(_hub(name, streaming), name)
     if not path.is_file():
         what = "this is a folder, not a file" if path.is_dir() else "no such file"
@@ -158,7 +159,7 @@ def _hub(name: str, streaming: bool) -> Iterator[Source]:
     repo, *rest = name.split(":")
     subset, split = (rest[0], rest[1]) if len(rest) > 1 else (None, rest[0] if rest else "train")
     with hub_errors(name, "data set", DataError):
-        rows = load_dataset(repo, subset, split=split, streaming=streaming)
+        rows = load_dataset(repo, subset, split=split, streaming=streaming, trust_remote_code=False)
         # With streaming, the hub is reached when the first row is read, or any later one.
         for number, fields in enumerate(rows, 1):
             yield _row(fields, f"{name}, row {number}")

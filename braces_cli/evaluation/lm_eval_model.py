@@ -22,6 +22,7 @@ from braces_cli.core.attributes.intervention import steered
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.session import base_name, open_session
 from braces_cli.core.utils.errors import BracesError
+from braces_cli.core.utils.plain_text import error_text
 from braces_cli.evaluation.adapter_switching import attached, find_eval_adapter
 
 
@@ -69,7 +70,10 @@ class BracesLM(HFLM):
         self._contexts.enter_context(attached(session, eval_adapter))
         terms = [(find_attribute(session, name, None), float(value)) for name, value in zip(names, values, strict=True)]
         self._contexts.enter_context(steered(session, terms))
-        super().__init__(pretrained=session.base.model, tokenizer=session.base.tokenizer, **kwargs)
+        # Model and tokenizer are loaded already: nothing is left that could bring code.
+        super().__init__(
+            pretrained=session.base.model, tokenizer=session.base.tokenizer, trust_remote_code=False, **kwargs
+        )
         # For lm-eval's record of what it measured.
         self.pretrained, self.revision = session.base.name, session.base.revision or "main"
 
@@ -88,7 +92,7 @@ def main() -> None:
     try:
         cli_evaluate()
     except BracesError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        print(error_text(error.message, error.where, error.hint), file=sys.stderr)
         sys.exit(error.exit_code)
 
 

@@ -50,7 +50,7 @@ class Model(HFLM):
     batch_size_per_gpu: Any
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int | str, report: Report, processes: Processes) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, trust_remote_code=False)
         self.stage, self._report = "", report
         # lm-eval shards by the rank and world size of its model, and sets both to one process for a model given to it.
         self._processes = processes

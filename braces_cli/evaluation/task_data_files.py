@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from braces_cli.core.utils.errors import ConfigError, DataError, near_misses
+from braces_cli.core.utils.paths import is_there, user_path
 from braces_cli.data.readers import READABLE
 from braces_cli.evaluation.task_catalog import NATIVE_TASKS, Selection
 
@@ -33,7 +34,7 @@ def parse_task_data(values: Sequence[str], known: Iterable[str]) -> dict[str, Pa
             raise ConfigError(f"`{name}` is not among --tasks", where="--task-data", hint=hint)
         if name in files:
             raise ConfigError(f"`{name}` is given twice", where="--task-data", hint="Give one file a task.")
-        files[name] = Path(file).expanduser()
+        files[name] = user_path(file)
     return files
 
 
@@ -76,13 +77,13 @@ def file_hash(path: Path) -> str:
 
 def _in_folder(folder: Path, known: Iterable[str]) -> dict[str, Path]:
     """Tasks for which the folder holds a file `NAME.jsonl` (or its like) or a folder `NAME`."""
-    folder = folder.expanduser()
+    folder = user_path(folder)
     if not folder.is_dir():
         raise ConfigError("no such folder", where="--task-data-dir", hint=f"Looked for {folder}.")
     places = {}
     for name in known:
         for place in (folder / name, *(folder / f"{name}{kind}" for kind in _KINDS)):
-            if place.exists():
+            if is_there(place):
                 places[name] = place
                 break
     return places

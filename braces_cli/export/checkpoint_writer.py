@@ -7,6 +7,7 @@ shard at hand, which is a layer.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from torch import Tensor
 from braces_cli.core.method.adapter import Adapter
 from braces_cli.core.models.ffn import FFN
 from braces_cli.core.utils.atomic_files import file_hint, umask, write_json
-from braces_cli.core.utils.errors import BracesError
+from braces_cli.core.utils.errors import BracesError, ModelError
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.export.llama_conversion import take
 from braces_cli.export.plan import Plan, Role
@@ -233,6 +234,25 @@ def _grown(tensor: Tensor, role: Role, plan: Plan, new: Neurons | None) -> Tenso
     return torch.cat([tensor, piece.to(tensor.dtype)], dim=role.dim)
 
 
+def companions(source: Path) -> list[Path]:
+    """Files and folders of a base that travel with its weights.
+
+    Raises:
+        ModelError: one is a link to somewhere else on this disk, whose content nobody meant to hand on.
+    """
+    carried = sorted({path for pattern in _CARRIED for path in source.glob(pattern)})
+    place = Path(os.path.realpath(source))
+    # The hub's cache keeps a model's files beside the folders of its revisions, which hold links.
+    place = next((folder for folder in place.parents if folder.name.startswith("models--")), place)
+    for path in carried:
+        for file in (path, *sorted(path.rglob("*"))):
+            target = Path(os.path.realpath(file))
+            if place not in target.parents or not target.exists():
+                hint = "Put a copy of the file in its place, or remove the link."
+                raise ModelError("this link leads out of the model's folder", where=str(file), hint=hint)
+    return carried
+
+
 def copy_companions(source: Path, folder: Path, tokenizer: Any) -> list[str]:
     """Copy tokenizer, chat template, generation config and licence of a base, as they are; returns their names.
 
@@ -240,11 +260,12 @@ def copy_companions(source: Path, folder: Path, tokenizer: Any) -> list[str]:
     one in `folder`: there the class of `tokenizer`, the base's own, is written down.
 
     Raises:
+        ModelError: see `companions`.
         BracesError: cannot be written.
     """
-    companions = sorted({path for pattern in _CARRIED for path in source.glob(pattern)})
+    carried = companions(source)
     try:
-        for path in companions:
+        for path in carried:
             if path.is_dir():
                 shutil.copytree(path, folder / path.name)
             else:
@@ -255,4 +276,4 @@ def copy_companions(source: Path, folder: Path, tokenizer: Any) -> list[str]:
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if not settings.get("tokenizer_class") and type(tokenizer).__module__.startswith("transformers."):
         write_json(path, settings | {"tokenizer_class": type(tokenizer).__name__})
-    return [path.name for path in companions]
+    return [path.name for path in carried]

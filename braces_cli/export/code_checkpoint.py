@@ -204,6 +204,8 @@ def _link_weights(checkpoint: Path, folder: Path, model: Any) -> dict[str, str]:
     if index.is_file():
         files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = {name: name for name in sorted(set(files.values()))}
+        if any(Path(name).name != name for name in names):
+            raise ModelError("it names files of other folders", where=str(index), hint="Get the model anew.")
     elif (checkpoint / _ONE_FILE).is_file():
         with safe_open(checkpoint / _ONE_FILE, framework="pt") as file:
             files = dict.fromkeys(file.keys(), _RENAMED)

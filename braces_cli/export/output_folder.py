@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -12,6 +13,17 @@ from pathlib import Path
 from braces_cli.core.utils.atomic_files import PARTIAL, check_output_folder, file_hint, umask
 from braces_cli.core.utils.errors import BracesError, ConfigError
 from braces_cli.core.utils.output_lock import output_lock
+
+# What makes a folder a model or an adapter.
+_LOADED_BY = ("config.json", "adapter_config.json")
+# All that programs load from such a folder by its name, and the records beside it: what an earlier export has of these
+# would be taken for a part of the new one.
+_LOADED = (
+    *_LOADED_BY, "generation_config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json",
+    "adapter_model.safetensors", "modeling_braces.py", "braces_*.json", "tokenizer.json", "tokenizer_config.json",
+    "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "spiece.model", "chat_template.jinja", "chat_template.json", "additional_chat_templates",
+)  # fmt: skip
 
 
 def check_output(output: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
@@ -40,7 +52,9 @@ def check_output(output: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
 
 @contextmanager
 def new_folder(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A new folder beside `output` that takes its name when all has gone well, and is gone otherwise.
+    """A new folder beside `output` that takes its place when all has gone well, and is gone otherwise.
+
+    An `output` that holds something keeps what no export has written.
 
     Raises:
         ConfigError: another command is writing there.
@@ -69,11 +83,24 @@ def _rename(folder: Path, path: Path, overwrite: bool) -> None:
     if not path.exists() or not any(path.iterdir()):
         folder.replace(path)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-    path.replace(old)
-    try:
-        folder.replace(path)
-    except OSError:
-        old.replace(path)
-        raise
-    shutil.rmtree(old)
+    _move_into(folder, path)
+
+
+def _move_into(folder: Path, output: Path) -> None:
+    """Move what is in `folder` into `output`, which holds an earlier export, files of others, or both; these stay.
+
+    What an export is loaded by is removed first and moved last: interrupted, `output` is no checkpoint, rather than
+    one of two halves.
+    """
+    new = {path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir()}
+    for path in new:
+        if (output / path).is_dir() and not (output / path).is_symlink():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(output / path))
+    for path in sorted({path for pattern in _LOADED for path in output.glob(pattern)}):
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
+    for path in sorted(new, key=lambda path: (path.name in _LOADED_BY, path)):
+        (output / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).replace(output / path)

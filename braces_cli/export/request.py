@@ -16,6 +16,8 @@ from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.tokenization import encode
 from braces_cli.core.session import Session, attached, base_name, open_session
 from braces_cli.core.utils.errors import ConfigError
+from braces_cli.core.utils.paths import user_path
+from braces_cli.export.checkpoint_writer import companions
 from braces_cli.export.ffn_form import refuse
 
 
@@ -55,7 +57,7 @@ class Request:
 
 def inputs(request: Request) -> list[Path]:
     """Folders that are read, and must be neither written into nor replaced."""
-    name = Path(base_name(request.model, request.adapter)).expanduser()
+    name = user_path(base_name(request.model, request.adapter))
     found = [name] if name.is_dir() else []
     found += [] if request.adapter is None else [request.adapter.folder]
     return found + ([] if request.attributes_dir is None else [request.attributes_dir])
@@ -76,7 +78,8 @@ def open_bare(request: Request) -> Session:
 
     Raises:
         ConfigError: it is asked for quantised, or not all in memory.
-        ModelError: it cannot be loaded, does not fit, or has no checkpoint folder.
+        ModelError: it cannot be loaded, does not fit, or has no checkpoint folder; or a file of that is a link to
+            somewhere else.
     """
     if request.options.quantize is not None:
         raise ConfigError("an export is written from whole weights", where="--quantize", hint="Leave --quantize out.")
@@ -87,6 +90,7 @@ def open_bare(request: Request) -> Session:
         raise ConfigError("parts of the base are not in memory", where="--device-map", hint=hint)
     if session.base.checkpoint is None:
         raise refuse(session.base.model, "it has no checkpoint folder, from which to take its tokenizer")
+    companions(session.base.checkpoint)
     return session
 
 

@@ -236,7 +236,7 @@ def _ask(folder: Path, expected: Reference, loading: Loading) -> tuple[dict[str,
         # -I: neither the working directory nor PYTHONPATH is looked into for modules.
         call = [sys.executable, "-I", str(program), str(folder), str(request), str(answer)]
         env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
-        done = subprocess.run(call, capture_output=True, text=True, env=env)
+        done = subprocess.run(call, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", env=env)
         if done.returncode:
             last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
             if done.returncode < 0:

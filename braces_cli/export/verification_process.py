@@ -36,7 +36,7 @@ def probe(folder: str, request: str, answer: str) -> None:
     )
     model, info = loaded
     model.eval().to(question["device"])
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     header = {
         "class": type(model).__name__,

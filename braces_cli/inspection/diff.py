@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.loading import load_shape, load_tokenizer, tokenizer_hashes
 from braces_cli.core.session import open_session
 from braces_cli.core.utils.errors import ConfigError, ModelError
+from braces_cli.core.utils.paths import user_path
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.inspection.ffn_weights import plain_ffns, side_vectors, sides_of
 from braces_cli.inspection.logit_lens import LogitLens
@@ -23,7 +23,7 @@ from braces_cli.inspection.logit_lens import LogitLens
 
 def is_adapter(name: str) -> bool:
     """Whether `name` is the folder of an adapter; a hub id counts as a model."""
-    return (Path(name).expanduser() / CONFIG_FILE).is_file()
+    return (user_path(name) / CONFIG_FILE).is_file()
 
 
 def diff(a: str, b: str, options: LoadOptions, *, adapters: bool = False, report: Report = silent) -> dict[str, Any]:

@@ -54,8 +54,11 @@ def load_hub_classifier(name: str, device: str = "cpu") -> HubClassifier:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     with hub_errors(name, "classifier"):
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model, info = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True)
+        # A classifier is never allowed to bring code: `--trust-remote-code` is meant for the base.
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            name, output_loading_info=True, trust_remote_code=False
+        )
     if info["missing_keys"]:
         # A base model loads as a classifier, too, with a head of random numbers.
         missing = sorted(info["missing_keys"])[0]

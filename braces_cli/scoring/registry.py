@@ -11,9 +11,9 @@ A scorer that cannot score fails; nothing is ever scored zero because something 
 from __future__ import annotations
 
 from collections.abc import Collection
-from pathlib import Path
 
 from braces_cli.core.utils.errors import ConfigError, near_misses
+from braces_cli.core.utils.paths import is_there, user_path
 from braces_cli.scoring.scorer import Scorer
 
 # What an attribute is scored by where no scorer is named: scorer and label.
@@ -50,10 +50,10 @@ def scorer(name: str, *, exclude: Collection[str] = (), device: str = "cpu") -> 
         return ToxicWords(exclude)
     from braces_cli.scoring.tfidf_classifier import CONFIG_FILE, load_classifier
 
-    folder = Path(name).expanduser()
-    if (folder / CONFIG_FILE).is_file():
+    folder = user_path(name)
+    if is_there(folder / CONFIG_FILE):
         return load_classifier(folder, exclude)
-    if not folder.exists() and name.count("/") != 1:
+    if not is_there(folder) and name.count("/") != 1:
         hint = f"{near_misses(name, BUILT_IN)} There are {', '.join(BUILT_IN)}, folders and hub ids.".strip()
         raise ConfigError(f"no scorer `{name}`", where="--scorer", hint=hint)
     if exclude:

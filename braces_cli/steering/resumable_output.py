@@ -113,7 +113,7 @@ class TextsFile:
             # Unbuffered: on a full disk nothing is left to be written when the file is closed.
             file = self.path.open("r+b" if self.rows else "wb", buffering=0)
         end = self._ends[self.rows - 1] if self.rows else 0
-        with file:
+        try:
             with _failures(self.path):
                 file.truncate(end)
                 file.seek(end)
@@ -122,6 +122,10 @@ class TextsFile:
                 with _failures(self.path):
                     _write_all(file, json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
                 count += 1
+        finally:
+            # What could not be written is tried once more here.
+            with _failures(self.path):
+                file.close()
         return count
 
 

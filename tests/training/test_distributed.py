@@ -73,7 +73,8 @@ def test_two_processes_give_the_adapter_of_one(braces, model_dir, rows, tmp_path
 
 def test_only_the_first_process_prints(braces, monkeypatch, model_dir, tmp_path):
     """Others keep a fault to themselves unless they outlive the first; then one line with their number."""
-    monkeypatch.setenv("RANK", "1")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     outcome = braces(
         "train", "--model", model_dir, "--data", "none", "--output-dir", tmp_path / "o", "--format", "json"

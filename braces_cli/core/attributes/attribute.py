@@ -35,6 +35,7 @@ from braces_cli.core.models.tokenization import encode
 from braces_cli.core.session import Session
 from braces_cli.core.utils.atomic_files import write_tensors
 from braces_cli.core.utils.errors import ConfigError, ModelError, near_misses
+from braces_cli.core.utils.paths import is_there
 from braces_cli.core.utils.progress import Report, silent
 
 logger = logging.getLogger("braces")
@@ -304,8 +305,8 @@ def known_attributes(session: Session, folder: Path | None) -> list[str]:
 
 
 def _files(session: Session, folder: Path | None, name: str) -> list[Path]:
-    """Where an attribute may lie, in the order of looking."""
+    """Where an attribute may lie, in the order of looking: whatever is there, readable or not."""
     places = [] if folder is None else [folder / f"{name}.safetensors"]
     if session.folder is not None:
         places += [session.folder / f"{name}.safetensors", session.folder / TRAINED_FILE]
-    return [path for path in places if path.is_file()]
+    return [path for path in places if is_there(path)]

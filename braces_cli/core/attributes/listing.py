@@ -9,6 +9,7 @@ from typing import Any
 
 from braces_cli.core.attributes.word_lists import built_in
 from braces_cli.core.utils.errors import ConfigError, ModelError
+from braces_cli.core.utils.paths import is_there
 
 # Attributes that an adapter was trained with, in its folder.
 TRAINED_FILE = "attributes.safetensors"
@@ -28,7 +29,7 @@ def check_folder(folder: Path | None) -> None:
     try:
         next(folder.iterdir(), None)
     except OSError as error:
-        what = "no such folder" if not folder.exists() else f"cannot read this folder: {error.strerror}"
+        what = "no such folder" if not is_there(folder) else f"cannot read this folder: {error.strerror}"
         hint = "Give --attributes the folder that `braces attr-build` wrote."
         raise ConfigError(what, where=str(folder), hint=hint) from error
 
@@ -61,7 +62,7 @@ def list_attributes(folder: Path | None, adapter: Path | None) -> list[dict[str,
         rows += _of_files(_single(folder), "folder")
     if adapter is not None:
         trained = adapter / TRAINED_FILE
-        rows += _of_files([*_single(adapter), *([trained] if trained.is_file() else [])], "adapter")
+        rows += _of_files([*_single(adapter), *([trained] if is_there(trained) else [])], "adapter")
     nothing = dict.fromkeys(("path", "examples", "pooling", "base", "layers", "hidden_size", "fingerprint"))
     for name, words in built_in().items():
         rows.append({"name": name, "source": "built-in", "words": words, **nothing, "statistics": None})

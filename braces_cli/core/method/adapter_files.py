@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from braces_cli.core.method.relevance_forms import FORMS, layer_shapes
 from braces_cli.core.models.hub_errors import explained, is_hub_id
 from braces_cli.core.utils.atomic_files import write_json, write_tensors, write_text
 from braces_cli.core.utils.errors import ModelError
+from braces_cli.core.utils.paths import is_there, user_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,9 +92,9 @@ def adapter_folder(name: str) -> Path:
     Raises:
         ModelError: it is on the hub, and cannot be had.
     """
-    path = Path(name).expanduser()
-    if path.exists() or not is_hub_id(name):
-        return path.resolve()
+    path = user_path(name)
+    if is_there(path) or not is_hub_id(name):
+        return Path(os.path.realpath(path))
     from huggingface_hub import snapshot_download
 
     files = ["*.json", "*.safetensors", "README.md"]

@@ -99,9 +99,10 @@ def _explain(where: str, error: BaseException, what: str, kind: type[BracesError
             hint="Check the path or the network; offline, only folders and models in the local cache can be loaded.",
         )
     if "trust_remote_code" in str(error):
-        return kind(
-            f"this {what} brings its own code", where=where, hint="Read that code; to run it, --trust-remote-code."
-        )
+        # Only a base may be allowed to.
+        allowed = what in ("model", "tokenizer")
+        hint = "Read that code; to run it, --trust-remote-code." if allowed else f"Give a {what} without code."
+        return kind(f"this {what} brings its own code", where=where, hint=hint)
     return kind(f"cannot load the {what}: {first_line(error, 300)}", where=where, hint=_REMEDIES.get(what))
 
 

@@ -23,6 +23,7 @@ from braces_cli.core.models.quantization import check_packed, check_quantize, qu
 from braces_cli.core.models.value_weights import compute_device
 from braces_cli.core.utils.distributed import local_rank
 from braces_cli.core.utils.errors import ConfigError, ModelError
+from braces_cli.core.utils.paths import is_there, user_path
 
 logger = logging.getLogger("braces")
 
@@ -203,7 +204,7 @@ def _hash(value: Any) -> str | None:
 def _folder_or_id(name: str) -> str:
     """An absolute folder, or the hub id as it is."""
     name = resolve(name)
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_dir():
         if (path / "config.json").is_file():
             return str(path.resolve())
@@ -212,8 +213,9 @@ def _folder_or_id(name: str) -> str:
         raise ModelError(
             "no model here: the folder has no config.json", where=name, hint="Give a model's folder or id."
         )
-    if path.exists():
-        raise ModelError("this is a file, and a model is a folder", where=name, hint="Give the folder that holds it.")
+    if is_there(path):
+        what = "this is a file, and a model is a folder" if path.is_file() else "this folder cannot be read"
+        raise ModelError(what, where=name, hint="Give the folder that holds the model.")
     if not name or name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
         raise ModelError("no such model folder", where=name or "--model", hint="Give a folder or a hub id.")
     return name

@@ -27,6 +27,8 @@ _HINTS = {
     **dict.fromkeys(
         (errno.EACCES, errno.EPERM), "Permission is missing: check who owns the folder, or choose another."
     ),
+    errno.EFBIG: "Files may not become that large here: see `ulimit -f`, or write to another disk.",
+    errno.EBADF: "The stream is closed: do not close it, or send it to /dev/null.",
     errno.EROFS: "The disk is mounted read-only: choose another folder.",
     **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EISDIR), "Check the path."),
     errno.ENAMETOOLONG: "Choose a shorter name.",

@@ -6,26 +6,83 @@ Everything works in a lone process too, where each question has its trivial answ
 from __future__ import annotations
 
 import os
+import re
+import socket
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from braces_cli.core.utils.errors import BracesError, ConfigError, first_line
+
 if TYPE_CHECKING:
     import torch
+
+_LAUNCH = "Launchers set it (torchrun, accelerate launch; recipes/launch). To run one process, unset it."
+# Seconds that processes wait for each other to start; the environment variable sets another number.
+JOIN_SECONDS = 1800
+JOIN_VARIABLE = "BRACES_JOIN_SECONDS"
+# Seconds of one attempt to reach the first process, after which signals are looked at; and between two questions.
+_PATIENCE, _PAUSE = 2, 0.2
+# Kept for as long as the process lives: with the first process's store, others would lose what they read from it.
+_stores: list[Any] = []
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
+def _variable(name: str, default: int) -> int:
+    text = os.environ.get(name, "").strip()
+    if text and not re.fullmatch(r"\d{1,9}", text, re.ASCII):
+        raise ConfigError(f"`{text}` is no number", where=name, hint=_LAUNCH)
+    return int(text) if text else default
+
+
+def check_variables() -> None:
+    """See that what the launcher says of this process can be true.
+
+    Raises:
+        ConfigError: RANK, WORLD_SIZE or LOCAL_RANK is no number, or the first two do not fit each other; or
+            MASTER_PORT, where there are several processes.
+    """
+    number, size = rank(), world_size()
+    if size < 1 or number >= size:
+        what = f"there is no process {number} where WORLD_SIZE is {size} (they count from 0)"
+        raise ConfigError(what, where="RANK", hint=_LAUNCH)
+    if size > 1:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if not os.environ.get(name):
+                raise ConfigError("is not set, and processes could not meet", where=name, hint=_LAUNCH)
+        _variable("MASTER_PORT", 0)
+    if _variable("LOCAL_RANK", 0) and size == 1:
+        raise ConfigError("is set, and there is but one process", where="LOCAL_RANK", hint=_LAUNCH)
+
+
 def rank() -> int:
-    """Number of this process, from 0."""
-    return int(os.environ.get("RANK", "0"))
+    """Number of this process, from 0.
+
+    Raises:
+        ConfigError: RANK is no number.
+    """
+    return _variable("RANK", 0)
+
+
+def process_number() -> int:
+    """The same for whom an error would not help: 0 where RANK makes no sense."""
+    try:
+        return rank() if rank() < world_size() else 0
+    except ConfigError:
+        return 0
 
 
 def world_size() -> int:
-    """How many processes there are."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes there are.
+
+    Raises:
+        ConfigError: WORLD_SIZE is no number.
+    """
+    return _variable("WORLD_SIZE", 1)
 
 
 def is_main() -> bool:
@@ -35,15 +92,61 @@ def is_main() -> bool:
 
 def local_rank() -> int | None:
     """Number of this process on its machine, which is that of its accelerator; None in a lone process."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if world_size() > 1 else None
+    return _variable("LOCAL_RANK", 0) if world_size() > 1 else None
 
 
 def join(device: torch.device) -> None:
-    """Meet the other processes, over gloo on a CPU, over what the accelerator has otherwise."""
+    """Meet the other processes, over gloo on a CPU, over what the accelerator has otherwise.
+
+    Raises:
+        BracesError: see `wait_for_all`.
+    """
     if world_size() > 1:
         from accelerate import PartialState
 
+        wait_for_all()
         PartialState(cpu=device.type == "cpu")
+
+
+def wait_for_all() -> None:
+    """Wait until every process has started. Unlike torch, which waits in C++, this can be interrupted.
+
+    Raises:
+        BracesError: some have not come in time, or the first process cannot be reached.
+        ConfigError: the limit is no number.
+    """
+    from torch.distributed import DistError, TCPStore
+
+    size, seconds = world_size(), _variable(JOIN_VARIABLE, JOIN_SECONDS)
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # torchrun has a store of its own; otherwise the first process has it, and torch will use the same one.
+    hosts = is_main() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    key = f"braces/started/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    deadline, reason = time.monotonic() + seconds, "the first process cannot be reached"
+    patience = timedelta(seconds=_PATIENCE)
+    store: Any = None
+    while time.monotonic() < deadline:
+        try:
+            if store is None:
+                if not hosts:  # torch would print pages about each attempt that fails
+                    socket.create_connection((host, port), _PATIENCE).close()
+                store = TCPStore(host, port, None, hosts, patience, wait_for_workers=False, multi_tenant=True)
+                store.add(key, 1)
+                _stores.append(store)
+            count = store.add(key, 0)
+        except OSError:
+            pass
+        except DistError as error:
+            if hosts or store is not None:
+                what = f"the processes cannot meet: {first_line(error)}"
+                raise BracesError(what, where=f"{host}:{port}", hint="Look at the first process's error.") from error
+        else:
+            if count >= size:
+                return
+            reason = f"{count} of {size} have started"
+        time.sleep(_PAUSE)
+    hint = f"Start as many as WORLD_SIZE says, or wait longer: {JOIN_VARIABLE}=SECONDS."
+    raise BracesError(f"waited {seconds} s for the other processes: {reason}", where="WORLD_SIZE", hint=hint)
 
 
 def gathered(value: Any) -> list[Any]:
@@ -122,5 +225,6 @@ def join_with_accelerator(cpu: bool) -> Processes:
 
     # One process may have many more long texts than another; none may give up waiting.
     timeout = InitProcessGroupKwargs(timeout=timedelta(weeks=1))
+    wait_for_all()
     accelerator = Accelerator(cpu=cpu, kwargs_handlers=[timeout])
     return Processes(accelerator.process_index, accelerator.num_processes, accelerator)

@@ -1,0 +1,144 @@
+"""What exists under a name and cannot be read is an error of whoever looks for it, never skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from braces_cli.core.attributes.attribute import find_attribute
+from braces_cli.core.attributes.listing import TRAINED_FILE, list_attributes
+from braces_cli.core.method.adapter_files import find_adapter
+from braces_cli.core.models.load_options import LoadOptions
+from braces_cli.core.models.loading import load_tokenizer
+from braces_cli.core.session import open_session
+from braces_cli.core.utils.errors import ConfigError, DataError, ModelError
+from braces_cli.core.utils.paths import is_there, user_path
+from braces_cli.scoring.registry import scorer
+
+
+def loop(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def broken_link(path: Path) -> None:
+    path.symlink_to("nothing")
+
+
+def folder(path: Path) -> None:
+    path.mkdir()
+
+
+def empty(path: Path) -> None:
+    path.touch()
+
+
+UNREADABLE = {make.__name__: make for make in (loop, broken_link, folder, empty)}
+
+
+@pytest.fixture(params=UNREADABLE)
+def make(request: pytest.FixtureRequest) -> Callable[[Path], None]:
+    return UNREADABLE[request.param]
+
+
+@pytest.mark.parametrize("link", [loop, broken_link])
+def test_a_link_to_nothing_is_something(tmp_path: Path, link: Callable[[Path], None]) -> None:
+    link(tmp_path / "a")
+    assert is_there(tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["a", "a" * 300, "a\0b", "file/a"])
+def test_what_cannot_exist_is_not_there(tmp_path: Path, name: str) -> None:
+    """No such name, one that is too long, one that no file can have, one below a file."""
+    (tmp_path / "file").touch()
+    assert not is_there(tmp_path / name)
+
+
+def test_a_home_of_nobody_stays_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_path("~/a") == tmp_path / "a"
+    assert user_path("~nobody-of-that-name/a") == Path("~nobody-of-that-name/a")
+
+
+def test_an_attribute(session: Any, tmp_path: Path, make: Callable[[Path], None]) -> None:
+    """The built-in list of its name does not take its place, neither in a folder nor in a listing."""
+    make(tmp_path / "positive.safetensors")
+    with pytest.raises(ModelError, match="not an attribute file"):
+        find_attribute(session, "positive", tmp_path)
+    with pytest.raises(ModelError, match="not an attribute file"):
+        list_attributes(tmp_path, None)
+
+
+@pytest.mark.parametrize("name", ["positive.safetensors", TRAINED_FILE])
+def test_an_attribute_of_an_adapter(
+    model_dir: Path, adapter_dir: Path, make: Callable[[Path], None], name: str
+) -> None:
+    """Of its own file, or of the one that it was trained with."""
+    make(adapter_dir / name)
+    session = open_session(str(model_dir), str(adapter_dir), LoadOptions(device="cpu"))
+    with pytest.raises(ModelError, match="not an attribute file"):
+        find_attribute(session, "positive", None)
+    with pytest.raises(ModelError, match="not an attribute file"):
+        list_attributes(None, adapter_dir)
+
+
+def test_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], None]) -> None:
+    """The hub is not asked for one of that name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **more: pytest.fail("the hub was asked"))
+    (tmp_path / "owner").mkdir()
+    make(tmp_path / "owner" / "name")
+    with pytest.raises(ModelError, match=r"no adapter here|no such adapter folder"):
+        find_adapter("owner/name")
+
+
+def test_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], None]) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    make(tmp_path / "owner" / "name")
+    with pytest.raises(ModelError, match=r"no model here|this is a file|cannot be read"):
+        load_tokenizer("owner/name")
+
+
+def test_a_scorer(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    """A fitted scorer's config that cannot be read is no other kind of scorer."""
+    make(tmp_path / "scorer_config.json")
+    with pytest.raises(ModelError, match="not a fitted scorer"):
+        scorer(str(tmp_path))
+
+
+def test_rows_of_a_task(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    """Rows in `--task-data-dir` that cannot be read are not fetched from elsewhere, nor is another file taken."""
+    from braces_cli.evaluation.evaluate import check_settings
+    from braces_cli.evaluation.settings import EvalSettings
+
+    make(tmp_path / "perplexity.jsonl")
+    (tmp_path / "perplexity.csv").write_text("text\na day\n")
+    with pytest.raises(DataError):
+        check_settings(EvalSettings(tasks=("perplexity",), task_data_dir=tmp_path))
+
+
+def test_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], None]) -> None:
+    from braces_cli.data.readers import read_rows
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **more: pytest.fail("the hub was asked"))
+    (tmp_path / "owner").mkdir()
+    make(tmp_path / "owner" / "name")
+    with pytest.raises(DataError):
+        next(iter(read_rows("owner/name")))
+
+
+def test_a_settings_file(braces: Any, tmp_path: Path, make: Callable[[Path], None]) -> None:
+    """All but an empty one, which sets nothing."""
+    make(tmp_path / "a.yaml")
+    outcome = braces("recipe", "list", "--config", tmp_path / "a.yaml")
+    assert (outcome.code == 2) == (make is not empty), outcome.err
+
+
+def test_an_attributes_folder(tmp_path: Path) -> None:
+    loop(tmp_path / "attributes")
+    with pytest.raises(ConfigError, match="cannot read this folder"):
+        list_attributes(tmp_path / "attributes", None)

@@ -1,0 +1,164 @@
+"""No code of a model runs unless --trust-remote-code says so, whatever standard input answers."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "braces_cli"
+SOURCES = {path: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
+# Functions of transformers, datasets and lm-eval that load, and can be allowed to run code that comes with the load.
+LOADERS = {"from_pretrained", "from_config", "load_dataset", "pipeline", "simple_evaluate"}
+# Subclasses of lm-eval's HFLM hand what they load to its constructor.
+HFLM_SUBCLASSES = {"Model", "BracesLM"}
+PROCESSES = {"run", "Popen", "call", "check_call", "check_output"}
+
+
+def calls(tree: ast.AST) -> Iterator[ast.Call]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+
+
+def name_of(call: ast.Call) -> str:
+    function = call.func
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+
+
+def receiver(call: ast.Call) -> str:
+    return getattr(getattr(call.func, "value", None), "id", "")
+
+
+def loads_that_may_ask(source: str) -> list[int]:
+    """Lines of loads that do not say whether code may run, in which case transformers asks on standard input."""
+    tree, found = ast.parse(source), []
+    for call in calls(tree):
+        if name_of(call) in LOADERS and receiver(call) != "PeftModel":
+            found.append(call)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and node.name in HFLM_SUBCLASSES:
+            found += [call for call in calls(node) if ast.unparse(call.func) == "super().__init__"]
+    return [call.lineno for call in found if "trust_remote_code" not in {word.arg for word in call.keywords}]
+
+
+def processes_with_our_input(source: str) -> list[int]:
+    """Lines that start a process which could read our standard input."""
+    return [
+        call.lineno
+        for call in calls(ast.parse(source))
+        if receiver(call) == "subprocess"
+        and name_of(call) in PROCESSES
+        and not any(word.arg == "stdin" and ast.unparse(word.value) == "subprocess.DEVNULL" for word in call.keywords)
+    ]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_every_load_says_whether_code_may_run(path: Path) -> None:
+    """`trust_remote_code` stands at each call that takes it; no process that we start can read our input."""
+    assert loads_that_may_ask(SOURCES[path]) == []
+    assert processes_with_our_input(SOURCES[path]) == []
+
+
+def test_the_walk_can_fail() -> None:
+    """It sees loads without the argument, and processes without an input of their own; the package has some of each."""
+    assert loads_that_may_ask("AutoTokenizer.from_pretrained(name)\nload_dataset(x, trust_remote_code=False)") == [1]
+    assert loads_that_may_ask("class Model(HFLM):\n    def __init__(self):\n        super().__init__(x)") == [3]
+    assert processes_with_our_input("subprocess.run(['a'], stdin=None)") == [1]
+    names = [name_of(call) for source in SOURCES.values() for call in calls(ast.parse(source))]
+    assert names.count("from_pretrained") >= 5
+    assert "subprocess.run(" in "".join(SOURCES.values())
+    bases = [ast.parse(source) for source in SOURCES.values() if "HFLM" in source]
+    classes = [node for tree in bases for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    assert {node.name for node in classes if "HFLM" in map(ast.unparse, node.bases)} == HFLM_SUBCLASSES
+
+
+def test_peft_has_no_such_argument() -> None:
+    """Why the walk leaves it out: it loads onto a model that is there."""
+    from peft import PeftModel
+
+    assert "trust_remote_code" not in inspect.signature(PeftModel.from_pretrained).parameters
+
+
+@pytest.fixture
+def hostile(model_dir: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A model whose config, tokenizer and classes are in a file beside it, which leaves a mark; and that mark."""
+    folder, mark = tmp_path / "hostile", tmp_path / "code-was-run"
+    shutil.copytree(model_dir, folder)
+    (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w').close()\nclass Evil: pass\n")
+    kinds = ("AutoConfig", "AutoModelForCausalLM", "AutoModelForSequenceClassification")
+    changes: dict[str, dict[str, Any]] = {
+        "config.json": {"model_type": "evil", "auto_map": dict.fromkeys(kinds, "evil.Evil")},
+        "tokenizer_config.json": {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}},
+    }
+    for name, change in changes.items():
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    return folder, mark
+
+
+def commands(folder: Path, tmp_path: Path) -> dict[str, list[Any]]:
+    """A call of each command that opens a model."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "the film"}\n')
+    out = ["--output-dir", tmp_path / "out"]
+    return {
+        "train": ["train", "--model", folder, "--data", rows, *out],
+        "eval": ["eval", "--model", folder, "--tasks", "perplexity", "--task-data", f"perplexity={rows}", *out],
+        "attr-build": ["attr-build", "--model", folder, "--attribute", "warm", "--words", "warm", *out],
+        "steer": ["steer", "--model", folder, "--prompt", "a"],
+        "inspect": ["inspect", "--model", folder],
+        "slots": ["export", "slots", "--model", folder, *out],
+    }
+
+
+@pytest.mark.parametrize("name", ["train", "eval", "attr-build", "steer", "inspect", "slots"])
+def test_code_of_a_model_is_not_run(braces: Any, hostile: tuple[Path, Path], tmp_path: Path, name: str) -> None:
+    """Exit 4 and the option that would allow it, though standard input says yes to everything."""
+    folder, mark = hostile
+    outcome = braces(*commands(folder, tmp_path)[name], stdin="y\n" * 50)
+    assert (outcome.code, mark.exists()) == (4, False), outcome.err
+    assert "--trust-remote-code" in outcome.err
+
+
+def test_the_option_runs_it(braces: Any, hostile: tuple[Path, Path], tmp_path: Path) -> None:
+    """Or the test above would prove nothing: the same folder does run code where it may."""
+    folder, mark = hostile
+    braces(*commands(folder, tmp_path)["steer"], "--trust-remote-code")
+    assert mark.exists()
+
+
+def test_code_of_a_classifier_is_not_run(hostile: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--scorer FOLDER`; there no option allows it."""
+    from braces_cli.core.utils.errors import ModelError
+    from braces_cli.scoring.registry import scorer
+
+    folder, mark = hostile
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 50))
+    with pytest.raises(ModelError, match="brings its own code"):
+        scorer(str(folder))
+    assert not mark.exists()
+
+
+def test_verification_runs_no_code(hostile: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`merge --check FOLDER`, whose process has no standard input either."""
+    from braces_cli.export.verification_process import probe
+
+    folder, mark = hostile
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 50))
+    question = tmp_path / "question.json"
+    question.write_text(json.dumps({"texts": ["a"], "ids": [[1]], "device": "cpu", "code": False, "loras": []}))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        probe(str(folder), str(question), str(tmp_path / "answer"))
+    config = folder / "config.json"
+    plain = json.loads(config.read_text()) | {"model_type": "llama"}
+    plain.pop("auto_map")
+    config.write_text(json.dumps(plain))
+    with pytest.raises(ValueError, match="trust_remote_code"):  # now the model loads, and the tokenizer is what asks
+        probe(str(folder), str(question), str(tmp_path / "answer"))
+    assert not mark.exists()
