@@ -68,13 +68,13 @@ def _build(settings: AttributeBuildSettings) -> dict[str, Any]:
     assert settings.output_dir is not None
 
     from braces_cli.core.attributes.attribute import save_attributes
-    from braces_cli.core.attributes.word_lists import check_name
+    from braces_cli.core.attributes.word_lists import check_file_name
     from braces_cli.core.models.hub_upload import check_push, push
     from braces_cli.core.session import open_session
     from braces_cli.core.utils.atomic_files import check_output_file
     from braces_cli.core.utils.output_lock import output_lock
 
-    path = settings.output_dir / f"{check_name(settings.attribute)}.safetensors"
+    path = settings.output_dir / f"{check_file_name(settings.attribute)}.safetensors"
     with output_lock(path), progress(settings.quiet) as report:
         check_output_file(path, settings.overwrite)
         if settings.push_to_hub is not None:

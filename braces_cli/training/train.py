@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -24,7 +24,8 @@ from braces_cli.core.models.loading import input_device, load_shape, load_tokeni
 from braces_cli.core.models.tokenization import context_length
 from braces_cli.core.session import Session, base_name, open_session
 from braces_cli.core.utils.distributed import barrier, is_main, join, world_size
-from braces_cli.core.utils.errors import ConfigError
+from braces_cli.core.utils.documents import Kind, check
+from braces_cli.core.utils.errors import ConfigError, ModelError
 from braces_cli.core.utils.output_lock import output_lock
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.core.utils.signals import act, deferred
@@ -35,7 +36,15 @@ from braces_cli.data.streaming_examples import Stream
 from braces_cli.scoring.likelihood import Likelihood
 from braces_cli.training.adapter_setup import adapter_to_train, for_base, shares, starting_point
 from braces_cli.training.attribute_conditioning import Conditioner, gather_attributes
-from braces_cli.training.checkpointing.run_record import Record, check_run_folder, digest, finished, prepare_folder
+from braces_cli.training.checkpointing.run_record import (
+    RUN_FILE,
+    BaseLikelihood,
+    Record,
+    check_run_folder,
+    digest,
+    finished,
+    prepare_folder,
+)
 from braces_cli.training.collator import TrainingData
 from braces_cli.training.eval_loss import measure
 from braces_cli.training.launcher_checks import check_launch
@@ -89,6 +98,9 @@ class TrainResult:
     resumed_from: str | None = None
 
 
+_RESULT = Kind(TrainResult, ModelError, "Give another --output-dir, or --overwrite.")
+
+
 def train(settings: RunSettings, report: Report = silent, command: Sequence[str] = ()) -> dict[str, Any]:
     """Train an adapter on the rows of `settings.data` and write it to `settings.output_dir`.
 
@@ -125,6 +137,7 @@ def _train(settings: RunSettings, folder: Path, report: Report, command: Sequenc
         check_push(settings.push_to_hub)
     result = finished(folder, identity) if settings.resume else None
     if result is not None:
+        check(_RESULT, result, f"{folder / RUN_FILE}, result")
         return result
     # What can be wrong is checked before minutes of loading weights: rank and layers on the bare shape, then rows.
     timings = Timings()
@@ -295,7 +308,7 @@ def _base(record: Record, evaluate: Callable[[], Likelihood | None]) -> Likeliho
     """The base's likelihood, as an earlier call measured it where there was one."""
     if record.base is None:
         measured = evaluate()
-        record.base = None if measured is None else vars(measured)
+        record.base = None if measured is None else cast(BaseLikelihood, vars(measured))
     return None if record.base is None else Likelihood(**record.base)
 
 

@@ -22,29 +22,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from braces_cli.core.attributes.listing import OTHER_FILES, TRAINED_FILE, check_attributes
+from braces_cli.core.attributes.attribute_header import FORMAT_VERSION, HEADER, read_header
+from braces_cli.core.attributes.listing import TRAINED_FILE, check_attributes
 from braces_cli.core.attributes.pooling import pool_texts, pool_words
-from braces_cli.core.attributes.word_lists import OPPOSITES, REFERENCE, built_in, check_name, neutral_texts
+from braces_cli.core.attributes.word_lists import OPPOSITES, OTHER_FILES, REFERENCE, built_in, check_name, neutral_texts
 from braces_cli.core.models.ffn import FFN, layer_stack
 from braces_cli.core.models.fingerprint import differences
 from braces_cli.core.models.finite_weights import OVERFLOW_HINT
 from braces_cli.core.models.loading import input_device
 from braces_cli.core.models.module_structure import layer_output
 from braces_cli.core.models.moe import MixtureFFN
+from braces_cli.core.models.stored_fingerprint import Fingerprint
 from braces_cli.core.models.tokenization import encode
 from braces_cli.core.session import Session
 from braces_cli.core.utils.atomic_files import write_tensors
-from braces_cli.core.utils.errors import ConfigError, ModelError, near_misses
+from braces_cli.core.utils.errors import ConfigError, ModelError, first_line, near_misses
 from braces_cli.core.utils.paths import is_there
 from braces_cli.core.utils.progress import Report, silent
 
 logger = logging.getLogger("braces")
 
-FORMAT_VERSION = "1"
 # Without training, s = 1 pushes by this share of the median residual norm in all, spread evenly over the layers pushed:
 # pushes along one direction add up in the residual stream, so what counts is their sum, whatever the depth.
 PUSH = 0.12
 _PARTS = ("hidden", "reference", "residual", "scale")
+# What a header's details tell of an attribute; the rest of them is for listings.
+_RECORDED = ("base", "pooling", "examples")
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Attribute:
     residual: Tensor
     scale: Tensor
     layers: list[int]
-    fingerprint: dict[str, Any]
+    fingerprint: Fingerprint
     base: str | None = None
     pooling: str = "mean"
     examples: int = 0
@@ -230,39 +233,54 @@ def residual_norms(model: nn.Module, tokenizer: Any, ffns: Sequence[FFN | Mixtur
     return torch.stack([torch.cat(norms[ffn.layer]).median() for ffn in ffns])
 
 
-def load_attributes(path: Path, fingerprint: dict[str, Any]) -> dict[str, Attribute]:
+def load_attributes(path: Path, session: Session) -> dict[str, Attribute]:
     """Read an attribute file and hold it to the base it is used on.
 
     Raises:
         ModelError: damaged, or built for another base.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            built_for, layers = json.loads(header["fingerprint"]), json.loads(header["layers"])
-            details = json.loads(header.get("details", "{}"))
-            attributes = {}
-            for name, words in json.loads(header["attributes"]).items():
-                parts: dict[str, Any] = {part: file.get_tensor(f"{name}.{part}") for part in _PARTS}
-                parts |= {k: v for k, v in details.get(name, {}).items() if k in ("base", "pooling", "examples")}
-                attributes[name] = Attribute(name, words, **parts, layers=layers, fingerprint=built_for)
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise ModelError(
-            f"not an attribute file: {error}", where=str(path), hint="Build it again: attr-build."
-        ) from error
-    different = differences(built_for, fingerprint, "attribute")
+    header = read_header(path)
+    different = differences(header.fingerprint, session.base.fingerprint(session.ffns), "attribute")
     if different:
-        names = {each.base for each in attributes.values() if each.base}
+        names = {str(each["base"]) for each in header.details.values() if each.get("base")}
         of = f"It belongs to {', '.join(sorted(names))}. " if names else ""
         hint = f"{of}Build it again for this base: braces attr-build."
         raise ModelError(
             f"this attribute was built for another base ({'; '.join(different)})", where=str(path), hint=hint
         )
-    for each in attributes.values():
-        _check_numbers(each, str(path), "The file is damaged; build it again: attr-build.")
+    if header.layers != [ffn.layer for ffn in session.ffns]:
+        raise ModelError("`layers` are not those of the base", where=str(path), hint=HEADER.hint)
+    attributes = {}
+    for name, words in header.attributes.items():
+        details: dict[str, Any] = {k: v for k, v in header.details.get(name, {}).items() if k in _RECORDED}
+        parts: dict[str, Any] = _read_parts(path, name, len(header.layers), header.fingerprint["hidden_size"])
+        attribute = Attribute(name, words, **parts, layers=header.layers, fingerprint=header.fingerprint, **details)
+        _check_numbers(attribute, str(path), "The file is damaged; build it again: attr-build.")
+        attributes[name] = attribute
     return attributes
+
+
+def _read_parts(path: Path, name: str, layers: int, hidden_size: int) -> dict[str, Any]:
+    """The tensors of one attribute, by the name of the field.
+
+    Raises:
+        ModelError: missing, damaged, or of another shape or type.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    parts: dict[str, Tensor] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for part in _PARTS:
+                parts[part] = file.get_tensor(f"{name}.{part}")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"not an attribute file: {first_line(error)}", where=str(path), hint=HEADER.hint) from error
+    for part, tensor in parts.items():
+        shape = (layers, hidden_size) if part in ("hidden", "reference") else (layers,)
+        if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
+            what = f"{name}.{part} is {tuple(tensor.shape)} {tensor.dtype}, wanted {shape} torch.float32"
+            raise ModelError(what, where=str(path), hint=HEADER.hint)
+    return parts
 
 
 def find_attribute(session: Session, name: str, folder: Path | None, report: Report = silent) -> Attribute:
@@ -278,7 +296,7 @@ def find_attribute(session: Session, name: str, folder: Path | None, report: Rep
     check_name(name)
     check_attributes(folder)
     for path in _files(session, folder, name):
-        attributes = load_attributes(path, session.base.fingerprint(session.ffns))
+        attributes = load_attributes(path, session)
         if name in attributes:
             return attributes[name]
     lists = built_in()
@@ -306,7 +324,8 @@ def known_attributes(session: Session, folder: Path | None) -> list[str]:
 
 def _files(session: Session, folder: Path | None, name: str) -> list[Path]:
     """Where an attribute may lie, in the order of looking: whatever is there, readable or not."""
-    places = [] if folder is None else [folder / f"{name}.safetensors"]
+    own = [] if name in OTHER_FILES else [f"{name}.safetensors"]
+    places = [] if folder is None else [folder / file for file in own]
     if session.folder is not None:
-        places += [session.folder / f"{name}.safetensors", session.folder / TRAINED_FILE]
+        places += [session.folder / file for file in (*own, TRAINED_FILE)]
     return [path for path in places if is_there(path)]

@@ -33,6 +33,9 @@ OUTPUT = "Output"
 # In the order in which a command's page shows them.
 PANELS = (None, DATA, TASKS, METHOD, OPTIMISATION, ATTRIBUTES, GENERATION, SCORING, MODEL, CHECKPOINTS, OUTPUT)
 
+# Of whole numbers: the largest seed that every library takes, and more than any count.
+LARGEST = 2**32 - 1
+
 
 @dataclass(frozen=True)
 class Option:
@@ -98,6 +101,9 @@ class Settings:
             if isinstance(value, Path):
                 # Shells expand `~` at the start of a word only; here, so that it is the same for reading and writing.
                 object.__setattr__(self, name, Path(os.path.expanduser(value)))
+            if isinstance(value, int) and abs(value) > LARGEST:
+                hint = f"Give at most {LARGEST}."
+                raise ConfigError("the number is too large", where=flag_of(type(self), name), hint=hint)
             if about.choices and value is not None and value not in about.choices:
                 close = near_misses(str(value), about.choices)
                 hint = close or f"One of {', '.join(about.choices)}."
