@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
@@ -133,7 +134,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     Raises:
         ModelError: no checkpoint, or a damaged note.
     """
-    if not (folder / "config.json").is_file():
+    if not os.path.isfile(folder / "config.json"):  # pathlib's would raise where the name is too long
         raise ModelError("no merged checkpoint here", where=str(folder), hint="Give a folder that braces merge wrote.")
     path = folder / RECORD_FILE
     if not path.exists():

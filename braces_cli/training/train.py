@@ -24,8 +24,7 @@ from braces_cli.core.models.loading import input_device, load_shape, load_tokeni
 from braces_cli.core.models.tokenization import context_length
 from braces_cli.core.session import Session, base_name, open_session
 from braces_cli.core.utils.distributed import barrier, is_main, join, world_size
-from braces_cli.core.utils.documents import Kind, check
-from braces_cli.core.utils.errors import ConfigError, ModelError
+from braces_cli.core.utils.errors import ConfigError
 from braces_cli.core.utils.output_lock import output_lock
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.core.utils.signals import act, deferred
@@ -37,7 +36,6 @@ from braces_cli.scoring.likelihood import Likelihood
 from braces_cli.training.adapter_setup import adapter_to_train, for_base, shares, starting_point
 from braces_cli.training.attribute_conditioning import Conditioner, gather_attributes
 from braces_cli.training.checkpointing.run_record import (
-    RUN_FILE,
     BaseLikelihood,
     Record,
     check_run_folder,
@@ -54,51 +52,11 @@ from braces_cli.training.packing_probe import choose_layout
 from braces_cli.training.peft_baselines import PeftAdapter, baseline_parameters
 from braces_cli.training.sampler import global_batch
 from braces_cli.training.settings import STRENGTH, RunSettings, TrainSettings
+from braces_cli.training.train_result import TrainResult
 
 logger = logging.getLogger("braces")
 
 _COUNTS = ("trainable_parameters", "condition_parameters", "total_parameters", "trainable_percent")
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run gave: the keys of `braces train --format json`.
-
-    Times in seconds, memory in bytes, None where not measured. `rows_truncated` were cut to the maximum length and
-    `rows_dropped` had no token to score; of a stream, all that were read. `token_path_share`: in the end, in each
-    layer, the median norm of what the adapter adds over that of the FFN's output. `padding_share`: the part of the
-    computed tokens that was padding; `packed`: several examples a row.
-    """
-
-    output_dir: str
-    method: str
-    trainable_parameters: int
-    condition_parameters: int
-    total_parameters: int
-    trainable_percent: float
-    steps: int
-    epochs: float | None
-    train_loss: float
-    base_eval_loss: float | None
-    base_eval_perplexity: float | None
-    base_eval_perplexity_without_end: float | None
-    eval_loss: float | None
-    eval_perplexity: float | None
-    eval_perplexity_without_end: float | None
-    seconds: float
-    tokens: int
-    tokens_per_second: float
-    peak_memory: int
-    rows: int
-    rows_truncated: int
-    rows_dropped: int
-    token_path_share: list[float] | None
-    packed: bool
-    padding_share: float
-    resumed_from: str | None = None
-
-
-_RESULT = Kind(TrainResult, ModelError, "Give another --output-dir, or --overwrite.")
 
 
 def train(settings: RunSettings, report: Report = silent, command: Sequence[str] = ()) -> dict[str, Any]:
@@ -137,7 +95,6 @@ def _train(settings: RunSettings, folder: Path, report: Report, command: Sequenc
         check_push(settings.push_to_hub)
     result = finished(folder, identity) if settings.resume else None
     if result is not None:
-        check(_RESULT, result, f"{folder / RUN_FILE}, result")
         return result
     # What can be wrong is checked before minutes of loading weights: rank and layers on the bare shape, then rows.
     timings = Timings()

@@ -27,6 +27,7 @@ from braces_cli.training.checkpointing.checkpoint_folders import (
     warn_unchecked,
 )
 from braces_cli.training.metrics import CURVE_FILE, METRICS_FILE
+from braces_cli.training.train_result import TrainResult
 
 RUN_FILE = "run.json"
 
@@ -79,6 +80,7 @@ class Record:
 
 
 _RECORD = Kind(Record, ModelError, "Give another --output-dir, or --overwrite.", "record of a run", closed=True)
+_RESULT = Kind(TrainResult, ModelError, "Give another --output-dir, or --overwrite.")
 _PROGRESS = Kind(Progress, ModelError, DAMAGED_HINT)
 
 
@@ -140,6 +142,7 @@ def finished(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     for stored in filter(None, (done, read_record(checkpoint) if checkpoint else None)):
         check_same(stored.settings, settings, folder)
     if done is not None and done.result is not None and (folder / CONFIG_FILE).is_file():
+        check(_RESULT, done.result, f"{folder / RUN_FILE}, result")
         return {**done.result, "resumed_from": str(folder)}
     if done is None and checkpoint is None and (folder / CONFIG_FILE).is_file():
         hint = "Give another --output-dir, or --overwrite."
