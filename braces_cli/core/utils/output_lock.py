@@ -21,29 +21,29 @@ from braces_cli.core.utils.distributed import is_main
 from braces_cli.core.utils.errors import ConfigError
 
 # What flock says on a file system that has no locks; commands then run without.
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK)
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK, errno.EBADF)
 
 
 @contextmanager
 def output_lock(*outputs: Path | None) -> Iterator[None]:
     """Hold the locks of files or folders that are going to be written; None is skipped.
 
-    Of several processes of one launch only the first locks. What a killed process left half written under a temporary
+    The lock of a folder is also that of outputs in it. Of several processes of one launch only the first locks. What a killed process left half written under a temporary
     name beside an output is removed, and so is an output folder that is new and in the end empty.
 
     Raises:
         ConfigError: another command is writing there, or nothing can be written there.
     """
+    paths = {output: Path(os.path.realpath(output)) for output in outputs if output is not None}
     with ExitStack() as stack:
-        for output in outputs if is_main() else ():
-            if output is not None:
-                stack.enter_context(_locked(output))
+        for output, path in paths.items() if is_main() else ():
+            if not any(other in path.parents for other in paths.values()):
+                stack.enter_context(_locked(output, path))
         yield
 
 
 @contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    path = Path(os.path.realpath(output))
+def _locked(output: Path, path: Path) -> Iterator[None]:
     if path.exists() and not path.is_dir() and not path.is_file():
         yield  # a device or a pipe
         return
