@@ -28,8 +28,9 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.
 def output_lock(*outputs: Path | None) -> Iterator[None]:
     """Hold the locks of files or folders that are going to be written; None is skipped.
 
-    The lock of a folder is also that of outputs in it. Of several processes of one launch only the first locks. What a killed process left half written under a temporary
-    name beside an output is removed, and so is an output folder that is new and in the end empty.
+    The lock of a folder is also that of outputs in it. Of several processes of one launch only the first locks. What a
+    killed process left half written under a temporary name beside an output is removed, and so is an output folder
+    that is new and in the end empty.
 
     Raises:
         ConfigError: another command is writing there, or nothing can be written there.
