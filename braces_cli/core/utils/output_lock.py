@@ -45,7 +45,11 @@ def output_lock(*outputs: Path | None) -> Iterator[None]:
 
 @contextmanager
 def _locked(output: Path, path: Path) -> Iterator[None]:
-    if path.exists() and not path.is_dir() and not path.is_file():
+    # `os.path` and not `pathlib`, which raises where a part of a path cannot be looked into.
+    if os.path.islink(path):
+        hint = "Give another output, or remove the link."
+        raise ConfigError("this link leads to itself", where=str(output), hint=hint)
+    if os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path):
         yield  # a device or a pipe
         return
     place = path.with_name(f".{path.name}.lock") if path.name else path
@@ -58,7 +62,7 @@ def _locked(output: Path, path: Path) -> Iterator[None]:
             remove_partial_files(path.parent, path.name)
         except OSError as error:
             # Not every folder that can be written to lies in one that can: the folder is locked itself.
-            if not path.is_dir() or not os.access(path, os.W_OK):
+            if not os.path.isdir(path) or not os.access(path, os.W_OK):
                 check_writable(output)
                 what = f"cannot write there: {error.strerror or error}"
                 raise ConfigError(what, where=str(output), hint=file_hint(error)) from error
@@ -79,7 +83,7 @@ def _make_parents(path: Path) -> list[Path]:
     """Make the folders above `path`; returns those, and `path`, that were not there, from the top."""
     missing = []
     for folder in (path, *path.parents):
-        if folder.exists():
+        if os.path.exists(folder):
             break
         missing.append(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
