@@ -185,12 +185,13 @@ def run_training(
     folder, settings = settings.output_dir, for_base(settings, session.ffns)
     join(input_device(model))
     counts, timings = count_parameters(model, settings), timings or Timings()
+    record = record or Record()
     with timings.stage("attributes"):
         attributes = _attributes(session, settings, [train_set, eval_set], start)
-    run = _Run(session, settings, folder, report, attributes, record or Record(), timings)
     with timings.stage("hash of the rows"):
-        run.record.data = digest(train_set)
-    checkpoint = prepare_folder(folder, settings.resume, run.record)
+        record.data = digest(train_set)
+    checkpoint = prepare_folder(folder, settings.resume, record)
+    run = _Run(session, settings, folder, report, attributes, record, timings)
 
     def evaluate(conditioner: Conditioner | None, stage: str) -> Likelihood | None:
         return measure(model, eval_set, conditioner, pad_id, settings.batch_size, report, stage)
@@ -205,18 +206,11 @@ def run_training(
     data = TrainingData(train_set, layout, conditioner, pad_id)
     figures = _fit(run, adapter, data, checkpoint, lambda: evaluate(conditioner, "evaluating"))
     tuned = evaluate(conditioner, "evaluating the adapter")
-    result = TrainResult(
-        output_dir=str(folder),
-        method=settings.method,
-        **counts,
-        **figures,
-        **_likelihood("base_eval", base),
-        **_likelihood("eval", tuned),
-        **_rows(train_set),
-        token_path_share=shares(adapter, settings, train_set),
-        packed=layout.packed,
-        resumed_from=None if checkpoint is None else str(checkpoint),
-    )
+    scores = {**_likelihood("base_eval", base), **_likelihood("eval", tuned)}
+    found = {"token_path_share": shares(adapter, settings, train_set), "packed": layout.packed}
+    resumed_from = None if checkpoint is None else str(checkpoint)
+    same = {"output_dir": str(folder), "method": settings.method, "resumed_from": resumed_from}
+    result = TrainResult(**same, **counts, **figures, **scores, **_rows(train_set), **found)
     _write(run, adapter, result)
     return result
 
