@@ -207,10 +207,10 @@ def run_training(
     figures = _fit(run, adapter, data, checkpoint, lambda: evaluate(conditioner, "evaluating"))
     tuned = evaluate(conditioner, "evaluating the adapter")
     scores = {**_likelihood("base_eval", base), **_likelihood("eval", tuned)}
-    found = {"token_path_share": shares(adapter, settings, train_set), "packed": layout.packed}
-    resumed_from = None if checkpoint is None else str(checkpoint)
-    same = {"output_dir": str(folder), "method": settings.method, "resumed_from": resumed_from}
-    result = TrainResult(**same, **counts, **figures, **scores, **_rows(train_set), **found)
+    known: dict[str, Any] = {"output_dir": str(folder), "method": settings.method, "packed": layout.packed}
+    known["resumed_from"] = None if checkpoint is None else str(checkpoint)
+    known["token_path_share"] = shares(adapter, settings, train_set)
+    result = TrainResult(**known, **counts, **figures, **scores, **_rows(train_set))
     _write(run, adapter, result)
     return result
 
