@@ -360,5 +360,5 @@ def _likelihood(prefix: str, measured: Likelihood | None) -> dict[str, Any]:
     }
 
 
-def _rows(examples: Examples | Stream) -> dict[str, int]:
+def _rows(examples: Examples | Stream) -> dict[str, Any]:
     return {"rows": examples.rows, "rows_truncated": examples.truncated, "rows_dropped": examples.dropped}
