@@ -194,6 +194,8 @@ def load_classifier(folder: Path, exclude: Collection[str] = ()) -> Classifier:
         raise ModelError(f"tensors of {size} words and {count} labels do not fit", where=str(path), hint=_HINT)
     if any(tensor.dtype != np.float64 for tensor in tensors.values()):
         raise ModelError("tensors are not torch.float64", where=str(path), hint=_HINT)
+    if not all(np.isfinite(tensor).all() for tensor in tensors.values()):
+        raise ModelError("tensors hold numbers that are not finite", where=str(path), hint=_HINT)
     if len(set(vocabulary)) < size or len(set(config.labels)) < count:
         raise ModelError("a word or a label comes twice", where=str(folder), hint=_HINT)
     excluded = set(config.excluded) | split_words(exclude)

@@ -153,16 +153,19 @@ class Trainer:
         """
         if checkpoint is not None:
             self._restore(checkpoint)
+        unfinished = self.step < self.max_steps
+        order = example_order(self._data.examples, self._settings, self.step) if unfinished else iter(())
+        if checkpoint is not None and unfinished:
+            restore_rng(checkpoint)  # the last file that can be damaged: nothing was written before
         self._metrics = MetricsFile(self._context.folder / METRICS_FILE, self.step) if is_main() else None
-        if self.step >= self.max_steps:
+        if not unfinished:
             return
         if self._context.checkpoints.report_to != "none":
             recorded = self._settings.recorded().items()
             config = {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in recorded}
             self._accelerator.init_trackers("braces", config)
-        order = example_order(self._data.examples, self._settings, self.step)
-        if checkpoint is not None:
-            restore_rng(checkpoint)
+            if checkpoint is not None:
+                restore_rng(checkpoint)  # reporters may draw numbers
         self._started = time.perf_counter()
         shared = SharedStop(self._context.stop, self._device)
         while self.step < self.max_steps and not self.stopped_by:
