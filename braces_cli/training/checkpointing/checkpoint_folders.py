@@ -103,6 +103,8 @@ def _check_manifest(checkpoint: Path) -> None:
         raise _damaged(path, f"the manifest is that of checkpoint-{manifest['step']}")
     for name, wanted in manifest["sha256"].items():
         file = checkpoint / Path(name).name
+        if not file.is_file():  # a pipe in its place would be waited for
+            raise _damaged(file, "a file of the checkpoint is missing")
         try:
             found = _hash(file)
         except OSError as error:
