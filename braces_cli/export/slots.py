@@ -26,6 +26,7 @@ from braces_cli.core.utils.atomic_files import write_json, write_text
 from braces_cli.core.utils.decoding import cut
 from braces_cli.core.utils.documents import Count, Kind, Name, Size, check, read
 from braces_cli.core.utils.errors import ModelError
+from braces_cli.core.utils.paths import is_there
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.core.utils.versions import versions
 from braces_cli.export.checkpoint_writer import Neurons, copy_companions, write_checkpoint
@@ -264,12 +265,12 @@ def read_slots(folder: Path) -> Slots:
         ModelError: no such folder, or a damaged record, or one of another version.
     """
     path = folder / RECORD_FILE
-    if not path.is_file():
+    if not is_there(path):
         hint = "Give a folder that braces export slots wrote."
         raise ModelError("no base with slots here", where=str(folder), hint=hint)
     raw = read(_ANY_RECORD, path)
     version = raw.get("format_version")
-    if version != FORMAT_VERSION:
+    if isinstance(version, bool) or version != FORMAT_VERSION:
         what = f"format version {cut(version)}, this braces reads {FORMAT_VERSION}"
         raise ModelError(what, where=str(path), hint="Export the slots again, or update braces.")
     return check(_RECORD, raw, str(path))

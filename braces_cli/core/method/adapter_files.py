@@ -152,7 +152,7 @@ def read_config(folder: Path) -> AdapterConfig:
         what = cut(raw.get("method") or raw.get("peft_type"))
         raise ModelError(f"not a braces adapter (method: {what})", where=str(path), hint="Give one that braces wrote.")
     version = raw.get("format_version")
-    if version not in (1, FORMAT_VERSION):
+    if isinstance(version, bool) or version not in (1, FORMAT_VERSION):
         what = f"format version {cut(version)}, this braces reads 1 and {FORMAT_VERSION}"
         raise ModelError(what, where=str(path), hint="Update braces.")
     if version == 1 and "relevance" in raw:

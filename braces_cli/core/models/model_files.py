@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 
 from braces_cli.core.utils.documents import Count, Kind, Size, read
 from braces_cli.core.utils.errors import ModelError
+from braces_cli.core.utils.paths import is_there
 
 
 class ModelConfig(TypedDict, total=False):
@@ -73,5 +74,5 @@ def check_model_files(folder: Path) -> None:
         ModelError: one is damaged; names file and key.
     """
     for name, kind in _KINDS.items():
-        if (folder / name).exists():
+        if is_there(folder / name):
             read(kind, folder / name)
