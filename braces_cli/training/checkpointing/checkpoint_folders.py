@@ -104,9 +104,11 @@ def _check_manifest(checkpoint: Path) -> None:
         raise _damaged(path, f"the manifest is that of checkpoint-{manifest['step']}")
     for name, wanted in manifest["sha256"].items():
         file = checkpoint / Path(name).name
-        check_is_file(_LISTED, file)
         try:
+            check_is_file(_LISTED, file)
             found = _hash(file)
+        except ModelError as error:
+            raise _damaged(file, error.message) from error
         except OSError as error:
             raise _damaged(file, f"a file of the checkpoint cannot be read: {error.strerror}") from error
         if found != wanted:
