@@ -15,7 +15,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ FORMAT_VERSION = "1"
 # Without training, s = 1 pushes by this share of the median residual norm in all, spread evenly over the layers pushed:
 # pushes along one direction add up in the residual stream, so what counts is their sum, whatever the depth.
 PUSH = 0.12
+# Of the details, what an attribute has when it is read back; files of earlier versions have fewer.
+_KEPT = ("base", "pooling", "examples", "push_layers", "made")
 _PARTS = ("hidden", "reference", "residual", "scale")
 
 
@@ -63,6 +65,8 @@ class Attribute:
         base: its name, as the user gave it; recorded only.
         pooling: over the tokens of each word or text, one of `core.attributes.pooling.POOLINGS`.
         examples: how many texts it was built from, 0 where it was built from words.
+        push_layers: decoder layers that are pushed without training, where they are not the default ones.
+        made: how it was made, as far as words and examples do not say it; recorded only.
     """
 
     name: str
@@ -76,6 +80,13 @@ class Attribute:
     base: str | None = None
     pooling: str = "mean"
     examples: int = 0
+    push_layers: list[int] | None = None
+    made: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def pushed(self) -> list[int]:
+        """Decoder layers that are pushed without training where no others are named."""
+        return default_layers(self.layers) if self.push_layers is None else self.push_layers
 
     @property
     def state(self) -> Tensor:
@@ -106,6 +117,8 @@ def _details(attribute: Attribute) -> dict[str, Any]:
         "base": attribute.base,
         "pooling": attribute.pooling,
         "examples": attribute.examples,
+        "push_layers": attribute.push_layers,
+        "made": attribute.made,
         "difference": [float(f"{value:.4g}") for value in difference.tolist()],
         "residual": [float(f"{value:.4g}") for value in attribute.residual.tolist()],
     }
@@ -185,7 +198,7 @@ def _check_numbers(attribute: Attribute, where: str, hint: str) -> None:
         raise ModelError(f"{attribute.name}.residual holds norms that are not positive", where=where, hint=hint)
 
 
-def pushed(layers: Sequence[int]) -> list[int]:
+def default_layers(layers: Sequence[int]) -> list[int]:
     """The layers that are pushed without training where none are named: the first half. What is pushed there, the rest
     of the model makes language of; the same push at the end costs more perplexity for less of the attribute.
     """
@@ -195,7 +208,7 @@ def pushed(layers: Sequence[int]) -> list[int]:
 def _scale(residual: Tensor, state: Tensor) -> Tensor:
     """What makes s = 1 the push it is; where there is no direction, no push rather than a division by zero."""
     size = state.norm(dim=-1)
-    share = PUSH / len(pushed(range(len(size))))
+    share = PUSH / len(default_layers(range(len(size))))
     return torch.where(size > 0, share * residual / size, torch.zeros_like(size))
 
 
@@ -246,7 +259,7 @@ def load_attributes(path: Path, fingerprint: dict[str, Any]) -> dict[str, Attrib
             attributes = {}
             for name, words in json.loads(header["attributes"]).items():
                 parts: dict[str, Any] = {part: file.get_tensor(f"{name}.{part}") for part in _PARTS}
-                parts |= {k: v for k, v in details.get(name, {}).items() if k in ("base", "pooling", "examples")}
+                parts |= {k: v for k, v in details.get(name, {}).items() if k in _KEPT}
                 attributes[name] = Attribute(name, words, **parts, layers=layers, fingerprint=built_for)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise ModelError(
