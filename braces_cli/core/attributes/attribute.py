@@ -20,18 +20,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from braces_cli.core.attributes.contrast import Passage
 from braces_cli.core.attributes.listing import OTHER_FILES, TRAINED_FILE, check_attributes
+from braces_cli.core.attributes.odds import Item, cheapest_directions
+from braces_cli.core.attributes.odds_items import text_items, word_items
 from braces_cli.core.attributes.pooling import pool_texts, pool_words
-from braces_cli.core.attributes.word_lists import OPPOSITES, REFERENCE, built_in, check_name, neutral_texts
-from braces_cli.core.models.ffn import FFN, layer_stack
+from braces_cli.core.attributes.pooling import residual_norms as residual_norms
+from braces_cli.core.attributes.word_lists import (
+    GRADIENT,
+    OPPOSITES,
+    REFERENCE,
+    built_in,
+    check_name,
+    neutral_texts,
+)
+from braces_cli.core.models.ffn import hides_gradients
 from braces_cli.core.models.fingerprint import differences
 from braces_cli.core.models.finite_weights import OVERFLOW_HINT
-from braces_cli.core.models.loading import input_device
-from braces_cli.core.models.module_structure import layer_output
-from braces_cli.core.models.moe import MixtureFFN
-from braces_cli.core.models.tokenization import encode
 from braces_cli.core.session import Session
 from braces_cli.core.utils.atomic_files import write_tensors
 from braces_cli.core.utils.errors import ConfigError, ModelError, near_misses
@@ -47,6 +54,8 @@ PUSH = 0.12
 # Of the details, what an attribute has when it is read back; files of earlier versions have fewer.
 _KEPT = ("base", "pooling", "examples", "push_layers", "made")
 _PARTS = ("hidden", "reference", "residual", "scale")
+# A tensor that only some attributes have.
+_DIRECTION = "direction"
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,8 @@ class Attribute:
         hidden: pooled FFN inputs of the words or texts, (layers, d).
         reference: pooled FFN inputs of the neutral words or texts, (layers, d).
         residual: median norm of the residual stream behind each layer over shipped neutral text, (layers,).
-        scale: what makes `scale * p` the push of s = 1 at a layer, (layers,); for steering without training.
+        scale: what makes `scale * push_direction` the push of s = 1 at a layer, (layers,); for steering without
+            training.
         layers: decoder layer of each row.
         fingerprint: of the base.
         base: its name, as the user gave it; recorded only.
@@ -67,6 +77,7 @@ class Attribute:
         examples: how many texts it was built from, 0 where it was built from words.
         push_layers: decoder layers that are pushed without training, where they are not the default ones.
         made: how it was made, as far as words and examples do not say it; recorded only.
+        direction: what is pushed along without training, where that is not p, (layers, d).
     """
 
     name: str
@@ -82,6 +93,12 @@ class Attribute:
     examples: int = 0
     push_layers: list[int] | None = None
     made: dict[str, Any] = field(default_factory=dict)
+    direction: Tensor | None = None
+
+    @property
+    def push_direction(self) -> Tensor:
+        """What is pushed along without training, (layers, d): p, unless the attribute has a direction of its own."""
+        return self.state if self.direction is None else self.direction
 
     @property
     def pushed(self) -> list[int]:
@@ -97,6 +114,7 @@ class Attribute:
 def save_attributes(path: Path, attributes: Sequence[Attribute]) -> None:
     """Write attributes of one base into a file: tensors `{name}.hidden` and so on, the rest in the header."""
     tensors = {f"{each.name}.{part}": getattr(each, part) for each in attributes for part in _PARTS}
+    tensors |= {f"{each.name}.{_DIRECTION}": each.direction for each in attributes if each.direction is not None}
     header = {
         "format_version": FORMAT_VERSION,
         "attributes": json.dumps({each.name: each.words for each in attributes}, ensure_ascii=False),
@@ -125,27 +143,78 @@ def _details(attribute: Attribute) -> dict[str, Any]:
 
 
 def build_attribute(
-    session: Session, name: str, words: Sequence[str], report: Report = silent, pooling: str = "mean"
+    session: Session,
+    name: str,
+    words: Sequence[str],
+    report: Report = silent,
+    pooling: str = "mean",
+    reduction: str | None = "mean",
 ) -> Attribute:
-    """Pool words through the bare base; an adapter that is attached stays out of it."""
-    return _build(session, name, pool_words, words, built_in()[REFERENCE], report, pooling)
+    """Pool words through the bare base; an adapter that is attached stays out of it.
+
+    Args:
+        reduction: "mean" pushes along p, "gradient" along what makes the words likelier than neutral ones; None is the
+            latter, where the model lets gradients through.
+    """
+    neutral = built_in()[REFERENCE]
+    attribute = _build(session, name, pool_words, words, neutral, report, pooling)
+    return _redirected(session, attribute, reduction, lambda: word_items(session, words, neutral), report)
 
 
-def built_in_attribute(session: Session, name: str, report: Report = silent, pooling: str = "mean") -> Attribute:
+def built_in_attribute(
+    session: Session, name: str, report: Report = silent, pooling: str = "mean", reduction: str | None = "mean"
+) -> Attribute:
     """The attribute of a built-in word list, held against its opposite's list where it has one."""
     lists = built_in()
-    one = build_attribute(session, name, lists[name], report, pooling)
     if name not in OPPOSITES:
-        return one
-    other = build_attribute(session, OPPOSITES[name], lists[OPPOSITES[name]], report, pooling)
-    return opposite(session, one, other)[0]
+        return build_attribute(session, name, lists[name], report, pooling, reduction)
+    one, other = (build_attribute(session, each, lists[each], report, pooling) for each in (name, OPPOSITES[name]))
+    attribute = opposite(session, one, other)[0]
+    return _redirected(session, attribute, reduction, lambda: word_items(session, one.words, other.words), report)
 
 
 def attribute_from_texts(
-    session: Session, name: str, texts: Sequence[str], report: Report = silent, pooling: str = "mean"
+    session: Session,
+    name: str,
+    texts: Sequence[str],
+    report: Report = silent,
+    pooling: str = "mean",
+    reduction: str | None = "mean",
 ) -> Attribute:
     """The same from texts, against neutral texts that come with braces."""
-    return _build(session, name, pool_texts, texts, neutral_texts(), report, pooling)
+    neutral = neutral_texts()
+    attribute = _build(session, name, pool_texts, texts, neutral, report, pooling)
+    sides = [[Passage(text) for text in side] for side in (texts, neutral)]
+    return _redirected(session, attribute, reduction, lambda: text_items(session, *sides), report)
+
+
+def _redirected(
+    session: Session, attribute: Attribute, reduction: str | None, items: Callable[[], list[Item]], report: Report
+) -> Attribute:
+    """The attribute as `reduction` has it pushed."""
+    reduction = reduction or default_reduction(session)
+    if reduction == "mean":
+        return attribute
+    if reduction != GRADIENT:
+        hint = f"Words and texts that are no pairs have mean or {GRADIENT}."
+        raise ConfigError(f"`{reduction}` needs pairs", where="--reduction", hint=hint)
+    return pushed_by_gradient(session, attribute, items(), report)
+
+
+def default_reduction(session: Session) -> str:
+    """By gradient, unless the model computes where gradients do not reach."""
+    return "mean" if hides_gradients(session.base.model) else GRADIENT
+
+
+def pushed_by_gradient(session: Session, attribute: Attribute, items: Sequence[Item], report: Report) -> Attribute:
+    """The same attribute, pushed without training along the gradient of the odds of `items` (`core.attributes.odds`).
+
+    Raises:
+        ModelError: the model computes where gradients do not reach.
+    """
+    direction = cheapest_directions(session, items, report)
+    scale = push_scale(attribute.residual, direction, attribute.pushed)
+    return replace(attribute, direction=direction, scale=scale, made={**attribute.made, "reduction": GRADIENT})
 
 
 def _build(
@@ -164,31 +233,31 @@ def _build(
         hidden = pool(base.model, base.tokenizer, ffns, given, report, pooling)
         reference = pool(base.model, base.tokenizer, ffns, neutral, pooling=pooling)
         residual = residual_norms(base.model, base.tokenizer, ffns)
-    texts = pool is pool_texts
+    texts, layers = pool is pool_texts, [ffn.layer for ffn in ffns]
     attribute = Attribute(
         name,
         [] if texts else list(given),
         hidden,
         reference,
         residual,
-        _scale(residual, hidden - reference),
-        [ffn.layer for ffn in ffns],
+        push_scale(residual, hidden - reference, default_layers(layers)),
+        layers,
         base.fingerprint(ffns),
         base.name,
         pooling,
         len(given) if texts else 0,
     )
-    _check_numbers(attribute, name, OVERFLOW_HINT)
+    check_numbers(attribute, name, OVERFLOW_HINT)
     return attribute
 
 
-def _check_numbers(attribute: Attribute, where: str, hint: str) -> None:
+def check_numbers(attribute: Attribute, where: str, hint: str) -> None:
     """Refuse numbers that no base computes.
 
     Raises:
         ModelError: a tensor is not finite, pooled states are zero, or norms are not positive.
     """
-    for part in _PARTS:
+    for part in (*_PARTS, *([] if attribute.direction is None else [_DIRECTION])):
         tensor = getattr(attribute, part)
         if not bool(tensor.isfinite().all()):
             raise ModelError(f"{attribute.name}.{part} holds numbers that are not finite", where=where, hint=hint)
@@ -205,11 +274,32 @@ def default_layers(layers: Sequence[int]) -> list[int]:
     return list(layers[: (len(layers) + 1) // 2])
 
 
-def _scale(residual: Tensor, state: Tensor) -> Tensor:
-    """What makes s = 1 the push it is; where there is no direction, no push rather than a division by zero."""
-    size = state.norm(dim=-1)
-    share = PUSH / len(default_layers(range(len(size))))
-    return torch.where(size > 0, share * residual / size, torch.zeros_like(size))
+def push_scale(residual: Tensor, direction: Tensor, pushed: Sequence[int]) -> Tensor:
+    """What makes `scale * direction` the push of s = 1, the same share of the residual norm in each layer: (layers,).
+
+    Where there is no direction, no push rather than a division by zero.
+
+    Args:
+        pushed: the layers over which PUSH is spread.
+    """
+    size = direction.norm(dim=-1)
+    return torch.where(size > 0, PUSH / max(len(pushed), 1) * residual / size, torch.zeros_like(size))
+
+
+def pushed_in(attribute: Attribute, layers: Sequence[int] | None) -> Attribute:
+    """The same attribute, pushed in other layers; None leaves it as it is.
+
+    Raises:
+        ConfigError: none of the layers has a feed-forward layer.
+    """
+    if layers is None:
+        return attribute
+    chosen = [layer for layer in attribute.layers if layer in layers]
+    if not chosen:
+        hint = f"Layers {attribute.layers} have one."
+        raise ConfigError("none of these layers has a feed-forward layer", where="--layers", hint=hint)
+    scale = push_scale(attribute.residual, attribute.push_direction, chosen)
+    return replace(attribute, push_layers=chosen, scale=scale)
 
 
 def opposite(session: Session, one: Attribute, other: Attribute) -> tuple[Attribute, Attribute]:
@@ -218,29 +308,9 @@ def opposite(session: Session, one: Attribute, other: Attribute) -> tuple[Attrib
     The reference of both is their middle.
     """
     middle = (one.hidden + other.hidden) / 2
-    scale = _scale(one.residual, one.hidden - middle)
-    return replace(one, reference=middle, scale=scale), replace(other, reference=middle, scale=scale)
-
-
-def residual_norms(model: nn.Module, tokenizer: Any, ffns: Sequence[FFN | MixtureFFN]) -> Tensor:
-    """Median norm of the residual stream behind the layer of each FFN, over shipped neutral text: (layers,)."""
-    stack = layer_stack(model)[1]
-    device = input_device(model)
-    norms: dict[int, list[Tensor]] = {ffn.layer: [] for ffn in ffns}
-
-    def keep(layer: int) -> Any:
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            norms[layer].append(layer_output(output).detach().float().norm(dim=-1).flatten().cpu())
-
-        return hook
-
-    with ExitStack() as handles:
-        for layer in norms:
-            handles.callback(stack[layer].register_forward_hook(keep(layer)).remove)
-        for line in neutral_texts():
-            with torch.no_grad():
-                model(input_ids=torch.tensor([encode(tokenizer, line).ids], device=device), use_cache=False)
-    return torch.stack([torch.cat(norms[ffn.layer]).median() for ffn in ffns])
+    scale = push_scale(one.residual, one.hidden - middle, one.pushed)
+    ends = [replace(each, reference=middle, scale=scale, direction=None) for each in (one, other)]
+    return ends[0], ends[1]
 
 
 def load_attributes(path: Path, fingerprint: dict[str, Any]) -> dict[str, Attribute]:
@@ -259,6 +329,8 @@ def load_attributes(path: Path, fingerprint: dict[str, Any]) -> dict[str, Attrib
             attributes = {}
             for name, words in json.loads(header["attributes"]).items():
                 parts: dict[str, Any] = {part: file.get_tensor(f"{name}.{part}") for part in _PARTS}
+                if f"{name}.{_DIRECTION}" in file.keys():  # noqa: SIM118 (no mapping)
+                    parts[_DIRECTION] = file.get_tensor(f"{name}.{_DIRECTION}")
                 parts |= {k: v for k, v in details.get(name, {}).items() if k in _KEPT}
                 attributes[name] = Attribute(name, words, **parts, layers=layers, fingerprint=built_for)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
@@ -274,15 +346,20 @@ def load_attributes(path: Path, fingerprint: dict[str, Any]) -> dict[str, Attrib
             f"this attribute was built for another base ({'; '.join(different)})", where=str(path), hint=hint
         )
     for each in attributes.values():
-        _check_numbers(each, str(path), "The file is damaged; build it again: attr-build.")
+        check_numbers(each, str(path), "The file is damaged; build it again: attr-build.")
     return attributes
 
 
-def find_attribute(session: Session, name: str, folder: Path | None, report: Report = silent) -> Attribute:
+def find_attribute(
+    session: Session, name: str, folder: Path | None, report: Report = silent, push: bool = True
+) -> Attribute:
     """Look an attribute up: in `folder`, in the adapter's folder, then build it from the built-in word list.
 
     Of a built-in list that has an opposite, p is half the difference of the two: what evaluative words share against
     neutral ones is most of a difference to these, and says nothing of good or bad.
+
+    Args:
+        push: the attribute may be used without training; with an adapter only p is, and nothing else is computed.
 
     Raises:
         ConfigError: unknown everywhere; names what is known. Or `folder` cannot be read.
@@ -298,7 +375,7 @@ def find_attribute(session: Session, name: str, folder: Path | None, report: Rep
     if name in lists:
         if folder is not None:
             logger.warning("%s: no attribute `%s` there; its built-in word list is used", folder, name)
-        return built_in_attribute(session, name, report)
+        return built_in_attribute(session, name, report, reduction=None if push and session.adapter is None else "mean")
     known = known_attributes(session, folder)
     hint = f"{near_misses(name, known)} Known: {', '.join(known)}. Build others with braces attr-build.".strip()
     raise ConfigError(f"unknown attribute `{name}`", where="--attribute", hint=hint)

@@ -90,7 +90,7 @@ def pair_states(
         raise DataError("no pairs", where="--pairs", hint="Give at least one row of `positive` and `negative`.")
     model = session.base.model
     watches: list[Watch] = input_watches(session.ffns) if site == "input" else output_watches(model, session.ffns)
-    rows = [_row(session, side) for pair in pairs for side in (pair.positive, pair.negative)]
+    rows = [passage_tokens(session, side) for pair in pairs for side in (pair.positive, pair.negative)]
     states = torch.zeros(len(watches), len(rows), session.ffns[0].hidden_size)
     with ExitStack() as stack:
         if session.adapter is not None:
@@ -100,10 +100,10 @@ def pair_states(
     return PairStates(states[:, 0::2], states[:, 1::2])
 
 
-def _row(session: Session, passage: Passage) -> Row:
+def passage_tokens(session: Session, passage: Passage) -> Row:
     """Tokens of a passage and where its text begins; what does not fit the model is cut from the front."""
     tokenizer = session.base.tokenizer
-    room = context_length(session.base.model, tokenizer)
+    room = context_length(session.base.model.config, tokenizer)
     if passage.chat:
         encoded = encode_answer(tokenizer, passage.prompt, passage.text)
     else:

@@ -30,12 +30,29 @@ CHAT_TEMPLATES = (
     "Let your answer come from {}.",
     "Here is what I want to read: {}.",
 )
+# The same request without any description.
+CHAT_WITHOUT_DESCRIPTION = "Write a few sentences."
 
 
 def stems() -> list[str]:
     """Beginnings of sentences that come with braces, of no mood or topic."""
     file = resources.files("braces_cli.assets") / "prompts" / "stems.txt"
     return file.read_text(encoding="utf-8").splitlines()
+
+
+def check_descriptions(describe: Sequence[str], against: Sequence[str]) -> None:
+    """Refuse descriptions that do not go together.
+
+    Raises:
+        ConfigError: none, a blank one, or not as many on either side.
+    """
+    where = "--describe, --against"
+    if len(describe) != len(against) or not describe:
+        hint = 'Such as --describe "a cheerful person" --against "a gloomy person".'
+        what = f"{len(describe)} descriptions against {len(against)}"
+        raise ConfigError(what, where=where, hint=hint)
+    if not all(text.strip() for text in (*describe, *against)):
+        raise ConfigError("a description is blank", where=where, hint="Describe somebody, or a text.")
 
 
 def description_pairs(describe: Sequence[str], against: Sequence[str], chat: bool = False) -> list[Pair]:
@@ -46,15 +63,9 @@ def description_pairs(describe: Sequence[str], against: Sequence[str], chat: boo
         chat: the templates of a chat, through the tokenizer's chat template.
 
     Raises:
-        ConfigError: no description, a blank one, or not as many on either side.
+        ConfigError: as `check_descriptions`.
     """
-    where = "--describe, --against"
-    if len(describe) != len(against) or not describe:
-        hint = 'Such as --describe "a cheerful person" --against "a gloomy person".'
-        what = f"{len(describe)} descriptions against {len(against)}"
-        raise ConfigError(what, where=where, hint=hint)
-    if not all(text.strip() for text in (*describe, *against)):
-        raise ConfigError("a description is blank", where=where, hint="Describe somebody, or a text.")
+    check_descriptions(describe, against)
     templates = CHAT_TEMPLATES if chat else PLAIN_TEMPLATES
 
     def passage(stem: str, template: str, description: str) -> Passage:

@@ -1,10 +1,10 @@
 """Steer: set the constant that attributes add at every layer, and say how strong a push it is.
 
 With an adapter, `s r_c` joins the relevance and the FFN output moves by s B (A h_c). Without one there is no token
-path, and in the layers that the attribute pushes the output moves by s * scale * p, the scale stored with the
-attribute: the weights r_c of least norm with which the value vectors sum to that. In a mixture of experts it joins what
-leaves the whole mixture, so it does not depend on the router. Attributes add up; s = 0 is no attribute at all, so the
-result is the same bit for bit.
+path, and in the layers that the attribute pushes the output moves by s * scale * p, or by the direction that the
+attribute has in place of p: the weights r_c of least norm with which the value vectors sum to that. In a mixture of
+experts it joins what leaves the whole mixture, so it does not depend on the router. Attributes add up; s = 0 is no
+attribute at all, so the result is the same bit for bit.
 """
 
 from __future__ import annotations
@@ -116,13 +116,15 @@ def _adder(vector: Tensor) -> Any:
 def _vectors(
     ffns: Sequence[FFN | MixtureFFN], terms: Sequence[tuple[Attribute, float]], layers: Collection[int] | None
 ) -> Iterator[tuple[FFN | MixtureFFN, Tensor, float]]:
-    """Each layer that is pushed without training, the sum of s * scale * p there, (d,), and the residual norm."""
+    """Each layer pushed without training, the sum of s * scale * direction there, (d,), and its residual norm."""
     for ffn in ffns:
         here = [(each, s) for each, s in terms if ffn.layer in (each.pushed if layers is None else layers)]
         if not here:
             continue
         row = here[0][0].layers.index(ffn.layer)
-        total = sum((s * float(each.scale[row]) * each.state[row] for each, s in here), torch.zeros(ffn.hidden_size))
+        total = sum(
+            (s * float(each.scale[row]) * each.push_direction[row] for each, s in here), torch.zeros(ffn.hidden_size)
+        )
         yield ffn, total, float(here[0][0].residual[row])
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from braces_cli.core.attributes.word_lists import POOLINGS
+from braces_cli.core.attributes.word_lists import POOLINGS, neutral_texts
 from braces_cli.core.models.ffn import FFN, layer_stack
 from braces_cli.core.models.loading import input_device
 from braces_cli.core.models.module_structure import layer_output
@@ -147,3 +147,24 @@ class _Seen:
             self.pooled[index] = self._over_tokens(h).cpu()
 
         return watch
+
+
+def residual_norms(model: nn.Module, tokenizer: Any, ffns: Sequence[FFN | MixtureFFN]) -> Tensor:
+    """Median norm of the residual stream behind the layer of each FFN, over shipped neutral text: (layers,)."""
+    stack = layer_stack(model)[1]
+    device = input_device(model)
+    norms: dict[int, list[Tensor]] = {ffn.layer: [] for ffn in ffns}
+
+    def keep(layer: int) -> Any:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            norms[layer].append(layer_output(output).detach().float().norm(dim=-1).flatten().cpu())
+
+        return hook
+
+    with ExitStack() as handles:
+        for layer in norms:
+            handles.callback(stack[layer].register_forward_hook(keep(layer)).remove)
+        for line in neutral_texts():
+            with torch.no_grad():
+                model(input_ids=torch.tensor([encode(tokenizer, line).ids], device=device), use_cache=False)
+    return torch.stack([torch.cat(norms[ffn.layer]).median() for ffn in ffns])
