@@ -202,8 +202,11 @@ def _redirected(
 
 
 def default_reduction(session: Session) -> str:
-    """By gradient, unless the model computes where gradients do not reach."""
-    return "mean" if hides_gradients(session.base.model) else GRADIENT
+    """By gradient, unless the model computes where gradients do not reach, or is offloaded: a backward pass would hold
+    all of its weights at once.
+    """
+    offloaded = any(getattr(ffn.parts[0].values(), "is_offloaded", False) for ffn in session.ffns)
+    return "mean" if offloaded or hides_gradients(session.base.model) else GRADIENT
 
 
 def pushed_by_gradient(session: Session, attribute: Attribute, items: Sequence[Item], report: Report) -> Attribute:
