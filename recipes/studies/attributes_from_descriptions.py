@@ -52,8 +52,8 @@ from braces_cli.steering.sweep import SweepPlan, continuation_nll, continuations
 
 RATIO = 1.5
 # Where each side begins; a second strength is chosen by what the first one cost.
-FIRST_STRENGTH = 2.5
-LARGEST_STRENGTH = 8.0
+FIRST_STRENGTH = 3.0
+LARGEST_STRENGTH = 9.6
 
 
 @dataclass(frozen=True)

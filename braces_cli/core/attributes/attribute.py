@@ -50,7 +50,8 @@ logger = logging.getLogger("braces")
 FORMAT_VERSION = "1"
 # Without training, s = 1 pushes by this share of the median residual norm in all, spread evenly over the layers pushed:
 # pushes along one direction add up in the residual stream, so what counts is their sum, whatever the depth.
-PUSH = 0.12
+# Files of earlier versions hold their own scale, of 12 %.
+PUSH = 0.1
 # Of the details, what an attribute has when it is read back; files of earlier versions have fewer.
 _KEPT = ("base", "pooling", "examples", "push_layers", "made")
 _PARTS = ("hidden", "reference", "residual", "scale")
