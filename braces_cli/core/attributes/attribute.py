@@ -24,7 +24,7 @@ from torch import Tensor
 
 from braces_cli.core.attributes.contrast import Passage
 from braces_cli.core.attributes.listing import OTHER_FILES, TRAINED_FILE, check_attributes
-from braces_cli.core.attributes.odds import Item, cheapest_directions
+from braces_cli.core.attributes.odds import Item, cheapest_directions, default_reduction
 from braces_cli.core.attributes.odds_items import text_items, word_items
 from braces_cli.core.attributes.pooling import pool_texts, pool_words
 from braces_cli.core.attributes.pooling import residual_norms as residual_norms
@@ -36,7 +36,6 @@ from braces_cli.core.attributes.word_lists import (
     check_name,
     neutral_texts,
 )
-from braces_cli.core.models.ffn import hides_gradients
 from braces_cli.core.models.fingerprint import differences
 from braces_cli.core.models.finite_weights import OVERFLOW_HINT
 from braces_cli.core.session import Session
@@ -200,14 +199,6 @@ def _redirected(
         hint = f"Words and texts that are no pairs have mean or {GRADIENT}."
         raise ConfigError(f"`{reduction}` needs pairs", where="--reduction", hint=hint)
     return pushed_by_gradient(session, attribute, items(), report)
-
-
-def default_reduction(session: Session) -> str:
-    """By gradient, unless the model computes where gradients do not reach, or is offloaded: a backward pass would hold
-    all of its weights at once.
-    """
-    offloaded = any(getattr(ffn.parts[0].values(), "is_offloaded", False) for ffn in session.ffns)
-    return "mean" if offloaded or hides_gradients(session.base.model) else GRADIENT
 
 
 def pushed_by_gradient(session: Session, attribute: Attribute, items: Sequence[Item], report: Report) -> Attribute:

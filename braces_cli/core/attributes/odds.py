@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from braces_cli.core.attributes.word_lists import neutral_texts
+from braces_cli.core.attributes.word_lists import GRADIENT, neutral_texts
 from braces_cli.core.models.ffn import hides_gradients
 from braces_cli.core.models.loading import input_device
 from braces_cli.core.models.module_structure import layer_output, with_layer_output
@@ -53,6 +53,14 @@ class Item:
     ids: tuple[int, ...]
     first: int
     weigh: Callable[[Tensor], Tensor]
+
+
+def default_reduction(session: Session) -> str:
+    """By gradient, unless the model computes where gradients do not reach, or is offloaded: a backward pass would hold
+    all of its weights at once.
+    """
+    offloaded = any(getattr(ffn.parts[0].values(), "is_offloaded", False) for ffn in session.ffns)
+    return "mean" if offloaded or hides_gradients(session.base.model) else GRADIENT
 
 
 def cheapest_directions(session: Session, items: Sequence[Item], report: Report = silent) -> Tensor:

@@ -10,7 +10,6 @@ from braces_cli.core.attributes.attribute import (
     Attribute,
     check_numbers,
     default_layers,
-    default_reduction,
     push_scale,
     pushed_by_gradient,
     pushed_in,
@@ -18,7 +17,7 @@ from braces_cli.core.attributes.attribute import (
 )
 from braces_cli.core.attributes.contrast import Pair, Passage, pair_states, reduce_pairs, separation
 from braces_cli.core.attributes.descriptions import CHAT_WITHOUT_DESCRIPTION, description_pairs
-from braces_cli.core.attributes.odds import Item
+from braces_cli.core.attributes.odds import Item, default_reduction
 from braces_cli.core.attributes.odds_items import description_items, text_items
 from braces_cli.core.attributes.word_lists import GRADIENT
 from braces_cli.core.models.chat_turns import has_template
