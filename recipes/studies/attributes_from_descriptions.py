@@ -8,8 +8,9 @@ Shows   one JSON line for each attribute, method, seed and side in --out, which 
         each, and its picture
 
 The effect is the share of texts that have the attribute on its positive side less the share on its negative side, each
-where the perplexity of the texts under the unsteered base is RATIO times the unsteered one, interpolated between the
-strengths measured. Shares are by rules that know nothing of descriptions, stems and templates: see JUDGES.
+the furthest that is reached while the perplexity of the texts under the unsteered base is at most RATIO times the
+unsteered one: at the strengths measured, and where the line between two of them crosses RATIO. Too much of a push may
+move texts less. Shares are by rules that know nothing of descriptions, stems and templates: see JUDGES.
 
 Methods, all in the same layers and, a unit of s, by the same share of the residual stream:
 
@@ -202,7 +203,7 @@ class Study:
         return {"perplexity": perplexity, "shares": {name: share(name, texts) for name in ATTRIBUTES}}
 
     def side(self, name: str, method: str, seed: int, sign: int, base: dict[str, Any]) -> dict[str, Any]:
-        """Two strengths of one sign, and what is between them at RATIO times the unsteered perplexity."""
+        """(s, perplexity ratio, share) of no steering and of two strengths of one sign."""
         attribute = self._attribute(name, method)
         points = [(0.0, 1.0, base["shares"][name])]
         s = FIRST_STRENGTH
@@ -213,7 +214,7 @@ class Study:
             points.append((s, ratio, share(name, texts)))
             # The log of the ratio grows about as the square of the strength.
             s = min(LARGEST_STRENGTH, s * math.sqrt(min(max(math.log(RATIO) / max(math.log(ratio), 0.02), 0.1), 9.0)))
-        return {"points": points, "share": at_ratio(points), "example": texts[0]}
+        return {"points": points, "example": texts[0]}
 
     def _texts(self, seed: int) -> tuple[list[str], float]:
         """Continuations as the base is steered now, and their perplexity under the bare base."""
@@ -249,16 +250,15 @@ def share(name: str, texts: Sequence[str]) -> float:
     return sum(map(JUDGES[name], texts)) / len(texts)
 
 
-def at_ratio(points: Sequence[tuple[float, float, float]]) -> float:
-    """The share where the perplexity ratio is RATIO, linear in the log of the ratio between neighbouring strengths;
-    of strengths that all cost less, that of the largest.
-    """
+def within_ratio(points: Sequence[tuple[float, float, float]], sign: int) -> float:
+    """The share furthest to one side at a perplexity ratio of at most RATIO, from (s, ratio, share) with s = 0."""
     ordered = sorted(points)
+    shares = [share for _, ratio, share in ordered if ratio <= RATIO]
     for (_, low, before), (_, high, after) in itertools.pairwise(ordered):
-        if high >= RATIO:
-            part = (math.log(RATIO) - math.log(low)) / max(math.log(high) - math.log(low), 1e-9)
-            return before + min(max(part, 0.0), 1.0) * (after - before)
-    return ordered[-1][2]
+        if low <= RATIO < high:
+            part = (math.log(RATIO) - math.log(low)) / (math.log(high) - math.log(low))
+            shares.append(before + part * (after - before))
+    return max(shares, key=lambda share: sign * share)
 
 
 def effects(runs: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[float]]:
@@ -267,7 +267,7 @@ def effects(runs: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[f
     for run in runs:
         if "side" in run:
             key = (run["model"], run["attribute"], run["method"], run["seed"])
-            shares.setdefault(key, {})[run["side"]] = run["share"]
+            shares.setdefault(key, {})[run["side"]] = within_ratio(run["points"], run["side"])
     found: dict[tuple[str, str, str], list[float]] = {}
     for (model, attribute, method, _), sides in shares.items():
         if len(sides) == 2:
@@ -297,7 +297,9 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
     models = list(dict.fromkeys(model for model, _, _ in found))
     methods = [method for method in NAMES if any(each == method for _, _, each in found)]
     drawn = figure(11, 4.2 * len(models))
-    drawn.suptitle(f"Share of texts with the attribute, positive less negative side, at {RATIO} times the perplexity")
+    drawn.suptitle(
+        f"Share of texts with the attribute, positive less negative side, at up to {RATIO} times the perplexity"
+    )
     for axes, model in zip(drawn.subplots(len(models), 1, squeeze=False)[:, 0], models, strict=True):
         for place, method in enumerate(methods):
             rows = [found.get((model, attribute, method), []) for attribute in ATTRIBUTES]

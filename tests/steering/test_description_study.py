@@ -34,11 +34,12 @@ def test_every_side_is_one_line_and_none_is_measured_twice(study, model_dir, mon
     assert "food words: " in capsys.readouterr().out
 
 
-def test_shares_are_compared_at_one_perplexity(study):
-    """Halfway in the log of the ratio; the last one where no strength costs as much."""
-    at_ratio = runpy.run_path(study)["at_ratio"]
-    assert at_ratio([(0.0, 1.0, 0.2), (2.0, 2.25, 0.6)]) == pytest.approx(0.4)
-    assert at_ratio([(0.0, 1.0, 0.2), (4.0, 1.4, 0.5), (2.0, 1.1, 0.3)]) == 0.5
+def test_shares_are_compared_at_no_more_than_one_perplexity(study):
+    """Halfway in the log of the ratio; a weaker push that moves further counts, one that costs too much does not."""
+    within = runpy.run_path(study)["within_ratio"]
+    assert within([(0.0, 1.0, 0.2), (2.0, 2.25, 0.6)], 1) == pytest.approx(0.4)
+    assert within([(0.0, 1.0, 0.5), (4.0, 1.4, 0.3), (2.0, 1.1, 0.1)], -1) == 0.1
+    assert within([(0.0, 1.0, 0.5), (2.0, 1.1, 0.4)], 1) == 0.5
 
 
 def test_the_rules_tell_the_sides_apart(study):
