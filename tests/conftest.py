@@ -98,6 +98,27 @@ def tiny_tokenizer() -> Any:
     )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="Where the laws run that take the fixture `device`.")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `--device`, only what can run there: the tests that take the fixture `device`."""
+    if config.getoption("--device") == "cpu":
+        return
+    chosen = [item for item in items if "device" in getattr(item, "fixturenames", ())]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where a law runs: the CPU, unless `--device` names another one, which must be there."""
+    from braces_cli.core.models.loading import pick_device
+
+    return pick_device(request.config.getoption("--device"))
+
+
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny Llama and its tokenizer, as `--model` takes it."""

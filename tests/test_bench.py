@@ -29,6 +29,19 @@ TARGETS = {
         "merged_vs_bare": 1.01,
         "merged_vs_bare_decode": 1.01,
     },
+    "end_to_end": {
+        "train_vs_lora, model, made": None,
+        "train_vs_lora, memory, model, made": None,
+        "eval_vs_lm_eval": 0.8,
+        "eval_vs_lm_eval, memory": None,
+        "steer_vs_generate": 1.02,
+        "steer_vs_generate, memory": None,
+    },
+    "scaling": {
+        f"{name}, {place}": None
+        for place in ("layers 1", "layers 2", "how checkpointing", "how packed")
+        for name in ("step_vs_lora", "step_vs_floor", "memory_vs_lora")
+    },
     "startup": {"help_vs_import": 3.0},
     "inspection": {
         "map_vs_gemm": 0.70,
@@ -45,7 +58,7 @@ TARGETS = {
     },
 }
 # The peak of a process can be reset, and so measured, under Linux only.
-LINUX_ONLY = {"train_memory_vs_lora"}
+LINUX_ONLY = {"train_memory_vs_lora", *(name for name in TARGETS["scaling"] if name.startswith("memory"))}
 
 
 def run(name: str, *argv: str) -> subprocess.CompletedProcess[str]:

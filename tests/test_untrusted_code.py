@@ -6,12 +6,15 @@ import ast
 import inspect
 import io
 import json
+import pickle
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 PACKAGE = Path(__file__).parents[1] / "braces_cli"
 SOURCES = {path: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
@@ -112,7 +115,7 @@ def commands(folder: Path, tmp_path: Path) -> dict[str, list[Any]]:
         "eval": ["eval", "--model", folder, "--tasks", "perplexity", "--task-data", f"perplexity={rows}", *out],
         "attr-build": ["attr-build", "--model", folder, "--attribute", "warm", "--words", "warm", *out],
         "steer": ["steer", "--model", folder, "--prompt", "a"],
-        "inspect": ["inspect", "--model", folder],
+        "inspect": ["inspect", "values", "--model", folder],
         "slots": ["export", "slots", "--model", folder, *out],
     }
 
@@ -162,3 +165,75 @@ def test_verification_runs_no_code(hostile: tuple[Path, Path], tmp_path: Path, m
     with pytest.raises(ValueError, match="trust_remote_code"):  # now the model loads, and the tokenizer is what asks
         probe(str(folder), str(question), str(tmp_path / "answer"))
     assert not mark.exists()
+
+
+class Payload:
+    """What a pickle can hold: a call that is made when it is loaded."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.mark), "w")
+
+
+@pytest.fixture
+def pickled(model_dir: Path, adapter_dir: Path, tmp_path: Path) -> tuple[Path, Path, Path]:
+    """A model and an adapter of peft whose weights are pickles with a payload; and the mark that it would leave."""
+    mark, model, adapter = tmp_path / "pickle-was-loaded", tmp_path / "pickled", tmp_path / "peft"
+    shutil.copytree(model_dir, model)
+    (model / "model.safetensors").unlink()
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4}')
+    for path in (model / "pytorch_model.bin", adapter / "adapter_model.bin", adapter_dir / "optimizer.pt"):
+        torch.save({"weight": Payload(mark)}, path)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(model / "pytorch_model.bin", weights_only=True)
+    return model, adapter, mark
+
+
+def test_nothing_is_unpickled(
+    braces: Any, model_dir: Path, adapter_dir: Path, pickled: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    """Weights of a model or of an adapter that are a pickle with a call in it: an error; one beside: not looked at."""
+    model, adapter, mark = pickled
+    assert braces("steer", "--model", model, "--prompt", "a").code == 4
+    evaluation = commands(model_dir, tmp_path)["eval"]
+    assert braces(*evaluation, "--adapter", adapter).code == 4
+    assert braces("inspect", "--adapter", adapter_dir).code == 0
+    assert not mark.exists()
+    torch.load(model / "pytorch_model.bin", weights_only=False)
+    assert mark.exists(), "or the test would prove nothing"
+
+
+@pytest.fixture
+def connections(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Names that are looked up from here on, the hub not being switched off; none of them is found."""
+    looked_up: list[Any] = []
+
+    def look_up(host: Any, *more: Any, **options: Any) -> Any:
+        looked_up.append(host)
+        raise socket.gaierror(socket.EAI_NONAME, "no network in a test")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    for name in ("HF_HUB_OFFLINE", "http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    return looked_up
+
+
+@pytest.mark.parametrize("name", ["train", "eval", "attr-build", "steer", "inspect"])
+def test_nothing_is_fetched_for_what_is_here(
+    braces: Any, model_dir: Path, tmp_path: Path, connections: list[Any], name: str
+) -> None:
+    """A command on folders and files asks nobody for anything."""
+    more = {"train": ["--max-steps", 1, "--rank", 2], "eval": ["--limit", 1], "steer": ["--max-new-tokens", 2]}
+    outcome = braces(*commands(model_dir, tmp_path)[name], *more.get(name, ()), "--device", "cpu")
+    assert outcome.code == 0, outcome.err
+    assert connections == []
+
+
+def test_what_is_named_is_asked_for(braces: Any, connections: list[Any]) -> None:
+    """Or the test above would prove nothing: a hub id leads to the hub."""
+    assert braces("steer", "--model", "owner/name", "--prompt", "a").code == 4
+    assert connections

@@ -68,14 +68,14 @@ def _build(settings: AttributeBuildSettings) -> list[dict[str, Any]]:
         raise ConfigError("missing option", where="--output-dir", hint="See `braces attr-build --help`.")
 
     from braces_cli.core.attributes.attribute import save_attributes
-    from braces_cli.core.attributes.word_lists import check_name
+    from braces_cli.core.attributes.word_lists import check_file_name
     from braces_cli.core.models.hub_upload import check_push, push
     from braces_cli.core.session import open_session
     from braces_cli.core.utils.atomic_files import check_output_file
     from braces_cli.core.utils.output_lock import output_lock
 
     each = builders(settings)
-    paths = {name: settings.output_dir / f"{check_name(name)}.safetensors" for name in each}
+    paths = {name: settings.output_dir / f"{check_file_name(name)}.safetensors" for name in each}
     results = []
     with output_lock(*paths.values()), progress(settings.quiet) as report:
         for path in paths.values():

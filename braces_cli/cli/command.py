@@ -67,9 +67,13 @@ def command(function: Callable[[Any], None]) -> Callable[..., None]:
         kept = fields[name].default
         annotation = _annotation(name, hints[name], about, name in kind.first_options)
         parameters.append(_parameter(name, annotation, _default(kept)))
+
+    def read_config(ctx: typer.Context, path: Any) -> Any:
+        return read_config_file(ctx, path, hints)
+
     config = Annotated[
         Any,
-        typer.Option("--config", help=_CONFIG, callback=read_config_file, is_eager=True, metavar="FILE", parser=Path),
+        typer.Option("--config", help=_CONFIG, callback=read_config, is_eager=True, metavar="FILE", parser=Path),
     ]
     parameters.append(_parameter("config", config, None))
     run.__name__, run.__doc__, run.__module__ = function.__name__, function.__doc__, function.__module__

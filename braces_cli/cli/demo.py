@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import shlex
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from braces_cli.cli.command import command, running
 from braces_cli.cli.console import cell, print_json, print_table, print_text
 from braces_cli.cli.options import OutputSettings
 from braces_cli.cli.streams import note
+from braces_cli.core.utils.decoding import decode
 from braces_cli.core.utils.settings import OUTPUT, option
 
 # One axis, its ends built from the words that braces brings.
@@ -148,7 +148,7 @@ class Guide:
             with running(["braces", *args]), redirect_stdout(stdout):
                 build_app(full)(args=full, standalone_mode=False)
             text = stdout.getvalue()
-            document = [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
+            document = [decode(line) for line in text.splitlines()] if lines else decode(text)
         self.steps.append({"title": title, "command": command, "seconds": time.perf_counter() - started})
         return document
 

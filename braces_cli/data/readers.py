@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from braces_cli.core.models.hub_errors import hub_errors
+from braces_cli.core.utils.decoding import Malformed, decode
 from braces_cli.core.utils.errors import DataError
 from braces_cli.core.utils.paths import is_there, user_path
 
@@ -89,16 +89,14 @@ def _row(fields: Any, where: str) -> Source:
 
 
 def _json_lines(path: Path) -> Iterator[Source]:
+    from braces_cli.core.utils.documents import ROW, parse  # msgspec, which the names of columns do not need
+
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             where = f"{path}:{number}"
-            try:
-                fields = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"broken JSON: {error}", where=where, hint="Fix or remove the line.") from error
-            yield _row(fields, where)
+            yield _row(parse(ROW, line, where), where)
 
 
 def _text_lines(path: Path) -> Iterator[Source]:
@@ -112,14 +110,15 @@ def _text_lines(path: Path) -> Iterator[Source]:
 def _json(path: Path) -> Iterator[Source]:
     text = path.read_text(encoding="utf-8-sig")
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
+        value = decode(text, constants=True)
+    except Malformed as error:
         # Many a `.json` file is JSON Lines: a whole object on its first line, and more behind it.
-        if error.msg == "Extra data" and "\n" not in text[: error.pos].strip():
+        if error.end is not None and "\n" not in text[: error.end].strip():
             yield from _json_lines(path)
             return
         hint = "Write a list of objects, or one object a line."
-        raise DataError(f"broken JSON: {error.msg}", where=f"{path}:{error.lineno}", hint=hint) from error
+        where = f"{path}:{error.line}" if error.line else str(path)
+        raise DataError(error.message, where=where, hint=hint) from error
     if not isinstance(value, list):
         value = [value]
     for number, fields in enumerate(value, 1):

@@ -8,20 +8,27 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from safetensors import SafetensorError
 
 from braces_cli.core import session as sessions
 from braces_cli.core.method.adapter import attach_stored
-from braces_cli.core.method.adapter_files import CONFIG_FILE, WEIGHTS_FILE, StoredAdapter, adapter_folder, read_adapter
+from braces_cli.core.method.adapter_files import (
+    ANY_CONFIG,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    StoredAdapter,
+    adapter_folder,
+    read_adapter,
+)
 from braces_cli.core.models.finite_weights import check_finite
 from braces_cli.core.session import Session
+from braces_cli.core.utils.documents import Kind, Name, check, read
 from braces_cli.core.utils.errors import ConfigError, ModelError, first_line
 
 BRACES = "braces"
@@ -31,6 +38,17 @@ _PEFT_ERRORS = (
 )  # fmt: skip
 # Methods of peft that live beside the model rather than in its layers.
 _BESIDE = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE", "ADAPTION_PROMPT"}
+
+
+class PeftConfig(TypedDict):
+    """What is read of the config of peft; peft reads the rest, and its faults are told by `_misfit`."""
+
+    peft_type: str
+    base_model_name_or_path: NotRequired[Name | None]
+    revision: NotRequired[Name | None]
+
+
+_PEFT = Kind(PeftConfig, ModelError, "The file is damaged; save the adapter again.")
 
 
 @dataclass(frozen=True)
@@ -71,7 +89,7 @@ def find_eval_adapter(name: str) -> EvalAdapter:
     if importlib.util.find_spec("peft") is None:
         hint = "Install it with: pip install peft"
         raise ConfigError("this adapter needs peft, which is not installed", where=name, hint=hint)
-    kind = str(peft_config["peft_type"])
+    kind = peft_config["peft_type"]
     if kind in _BESIDE:
         hint = "Measure it with lm-eval: --model hf --model_args pretrained=...,peft=..."
         raise ModelError(f"{kind} is not in the model's layers, so it cannot be switched", where=name, hint=hint)
@@ -169,13 +187,17 @@ def _misfit(adapter: EvalAdapter, what: str) -> ModelError:
     return ModelError(f"this {adapter.method} adapter does not fit the base: {what}", where=adapter.name, hint=hint)
 
 
-def _peft_config(folder: Path) -> dict[str, Any] | None:
-    """peft's own description of the adapter in `folder`; None where there is none."""
-    try:
-        raw = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+def _peft_config(folder: Path) -> PeftConfig | None:
+    """peft's own description of the adapter in `folder`; None where there is none.
+
+    Raises:
+        ModelError: the adapter's config is damaged.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
         return None
-    return raw if isinstance(raw, dict) and "peft_type" in raw and raw.get("method") != BRACES else None
+    raw = read(ANY_CONFIG, path)
+    return check(_PEFT, raw, str(path)) if "peft_type" in raw and raw.get("method") != BRACES else None
 
 
 def _hash(folder: Path) -> str:

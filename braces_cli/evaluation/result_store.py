@@ -11,15 +11,79 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from braces_cli.core.utils.atomic_files import check_output_folder, finite, remove_partial_files, write_json, write_text
-from braces_cli.core.utils.errors import BracesError, ConfigError
-from braces_cli.evaluation.scores import Scores, by_task, slug
+from braces_cli.core.utils.documents import Count, Kind, check, read, stored_form
+from braces_cli.core.utils.errors import ConfigError, ModelError
+from braces_cli.evaluation.scores import Scores, StoredScores, by_task, slug
 
 RESULTS = "results.json"
 _RUN = "run.json"
 _FORMAT = 1
+
+
+class StoredMetric(TypedDict):
+    """A result; what is not finite is null."""
+
+    value: float | None
+    stderr: float | None
+    n: Count
+
+
+class StoredSystem(TypedDict):
+    """A system of `results.json`."""
+
+    name: str
+    model: str
+    adapter: str | None
+    method: str | None
+    sha256: str | None
+    results: dict[str, dict[str, StoredMetric]]
+
+
+# A key of it is a word of Python.
+StoredComparison = TypedDict(
+    "StoredComparison",
+    {
+        "task": str, "metric": str, "from": str, "to": str, "difference": float | None, "p_value": float | None,
+        "p_holm": float | None,
+    },
+)  # fmt: skip
+
+
+class StoredSettings(TypedDict):
+    """What a table shows of the settings."""
+
+    revision: str | None
+    fingerprint: str | None
+    dtype: str
+    quantize: str | None
+    tokenizer: dict[str, str | None]
+    apply_chat_template: bool | None
+    limit: Count | None
+    num_fewshot_used: dict[str, Any]
+    task_versions: dict[str, Any]
+    task_data_sha256: dict[str, str]
+    higher_is_better: dict[str, dict[str, bool]]
+    seeds: dict[str, int | None]
+    versions: dict[str, str]
+    significance_level: float
+
+
+class StoredResults(TypedDict):
+    """`results.json`; what other programs need beside it is kept as it is."""
+
+    systems: list[StoredSystem]
+    comparisons: list[StoredComparison]
+    settings: StoredSettings
+
+
+_RESUME = "Remove the file and resume."
+_ANY = Kind(dict[str, Any], ModelError, _RESUME, "result")
+_SETTINGS = Kind(dict[str, Any], ModelError, "Give another --output-dir, or --overwrite.", "record of a run")
+_RESULTS = Kind(StoredResults, ModelError, _RESUME)
+_PART = Kind(StoredScores, ModelError, _RESUME, "part of a result", constants=True)
 
 
 class Store:
@@ -46,15 +110,15 @@ class Store:
             return None
         for place in (self.folder, *self.folder.glob("parts/*"), *self.folder.glob("samples/*")):
             remove_partial_files(place)
-        wanted = json.loads(json.dumps({"format": _FORMAT, "log_samples": self.log_samples, **identity}))
+        wanted = stored_form({"format": _FORMAT, "log_samples": self.log_samples, **identity})
         if resume and (self.folder / _RUN).is_file():
-            stored = _read(self.folder / _RUN)
+            stored = read(_SETTINGS, self.folder / _RUN)
             other = sorted(key for key in {*stored, *wanted} if stored.get(key) != wanted.get(key))
             if other:
                 what = f"a run of other settings was begun here ({', '.join(other)})"
                 hint = "Give the same settings, another --output-dir, or --overwrite instead of --resume."
                 raise ConfigError(what, where=str(self.folder), hint=hint)
-            return _read(self.folder / RESULTS) if (self.folder / RESULTS).is_file() else None
+            return read_results(self.folder / RESULTS) if (self.folder / RESULTS).exists() else None
         for old in (_RUN, RESULTS, "results.md"):
             (self.folder / old).unlink(missing_ok=True)
         for old in ("parts", "samples"):
@@ -65,12 +129,9 @@ class Store:
     def load(self, system: str, unit: str) -> Scores | None:
         """What is stored of a system's unit, without samples; None where it was not finished."""
         path = self._part(system, unit)
-        if path is None or not path.is_file():
+        if path is None or not path.exists():
             return None
-        try:
-            return Scores.from_json(_read(path))
-        except (KeyError, TypeError, ValueError) as error:
-            raise BracesError("cannot be read", where=str(path), hint="Remove the file and resume.") from error
+        return Scores.from_json(read(_PART, path))
 
     def save(self, system: str, unit: str, scores: Scores) -> None:
         """Store a finished unit: its samples, and then the scores that say that it is finished."""
@@ -106,9 +167,16 @@ def check_folder(folder: Path | None, *, overwrite: bool, resume: bool, log_samp
         check_output_folder(folder, overwrite or resume)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BracesError("cannot be read", where=str(path), hint="Remove the file and resume.") from error
-    return value
+def read_results(path: Path) -> dict[str, Any]:
+    """The result of a finished run.
+
+    Raises:
+        ModelError: damaged.
+    """
+    result = read(_ANY, path)
+    systems = check(_RESULTS, result, str(path))["systems"]
+    scored = [{(task, metric) for task, each in system["results"].items() for metric in each} for system in systems]
+    if not systems or any(each != scored[0] for each in scored):
+        what = "`systems` is empty, or they were not scored on the same tasks"
+        raise ModelError(what, where=str(path), hint=_RESULTS.hint)
+    return result

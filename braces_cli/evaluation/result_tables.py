@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from braces_cli.core.utils.markdown import text
 from braces_cli.evaluation.comparison import verdict
 
 _HASH = 12
@@ -71,7 +72,7 @@ def facts(result: dict[str, Any]) -> dict[str, str]:
 
 def markdown(result: dict[str, Any]) -> str:
     """The page `results.md`."""
-    lines = ["# Evaluation", "", *(f"- {name}: {value}" for name, value in facts(result).items()), ""]
+    lines = ["# Evaluation", "", *(f"- {text(name)}: {text(value)}" for name, value in facts(result).items()), ""]
     lines += _markdown_table(*main_table(result))
     level = result["settings"]["significance_level"]
     if result["comparisons"]:
@@ -84,7 +85,7 @@ def markdown(result: dict[str, Any]) -> str:
     if rows:
         lines += ["", "## Adapters among themselves", "", *_markdown_table(columns, rows)]
     if result.get("fail_under"):
-        lines += ["", "## Thresholds", "", *(f"- {threshold_line(row)}" for row in result["fail_under"])]
+        lines += ["", "## Thresholds", "", *(f"- {text(threshold_line(row))}" for row in result["fail_under"])]
     return "\n".join(lines) + "\n"
 
 
@@ -124,7 +125,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
     def line(cells: Sequence[Any]) -> str:
         shown = ["-" if c is None else f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells]
-        return "| " + " | ".join(text.replace("|", "\\|") for text in shown) + " |"
+        return "| " + " | ".join(map(text, shown)) + " |"
 
     return [line(columns), "|" + " --- |" * len(columns), *map(line, rows)]
 

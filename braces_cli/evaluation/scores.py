@@ -8,11 +8,33 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any
+from typing import Any, TypedDict
+
+from braces_cli.core.utils.documents import Count, Size
 
 Key = tuple[str, str]
 # Metric of a group: the average over its tasks.
 AVERAGE = "braces_average"
+
+
+class Result(TypedDict):
+    """A metric of a task."""
+
+    value: float
+    stderr: float | None
+    n: Count
+
+
+class StoredScores(TypedDict):
+    """See `Scores.to_json`."""
+
+    results: dict[str, dict[str, Result]]
+    documents: list[tuple[str, str, list[tuple[Count, float]]]]
+    units: list[tuple[str, str, list[tuple[Count, float]]]]
+    better: list[tuple[str, str, bool]]
+    shots: dict[str, Count]
+    versions: dict[str, Any]
+    batch_sizes: list[Size]
 
 
 @dataclass
@@ -56,10 +78,11 @@ class Scores:
         return {**plain, **pairs}
 
     @classmethod
-    def from_json(cls, stored: dict[str, Any]) -> Scores:
-        scores = cls(**{name: stored[name] for name in ("results", "shots", "versions", "batch_sizes")})
-        scores.documents = {(task, metric): dict(map(tuple, rows)) for task, metric, rows in stored["documents"]}
-        scores.units = {(task, metric): dict(map(tuple, rows)) for task, metric, rows in stored["units"]}
+    def from_json(cls, stored: StoredScores) -> Scores:
+        results: dict[str, Any] = {**stored["results"]}
+        scores = cls(results, shots=stored["shots"], versions=stored["versions"], batch_sizes=stored["batch_sizes"])
+        scores.documents = {(task, metric): dict(rows) for task, metric, rows in stored["documents"]}
+        scores.units = {(task, metric): dict(rows) for task, metric, rows in stored["units"]}
         scores.better = {(task, metric): better for task, metric, better in stored["better"]}
         return scores
 

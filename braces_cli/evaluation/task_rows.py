@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from braces_cli.core.utils.decoding import decode
 from braces_cli.core.utils.errors import ConfigError, DataError
 from braces_cli.data.readers import Source, read_rows
 from braces_cli.evaluation.tasks import commonsense
@@ -145,7 +146,7 @@ def _unpack(fields: dict[str, Any], needed: Sequence[str]) -> None:
         value = fields.get(head)
         if (head != name or head in _LISTS) and isinstance(value, str) and value[:1] in ("{", "["):
             try:
-                fields[head] = json.loads(value)
+                fields[head] = decode(value)
             except ValueError:
                 continue  # reported as a missing field
 

@@ -6,7 +6,6 @@ shard at hand, which is a layer.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ from torch import Tensor
 from braces_cli.core.method.adapter import Adapter
 from braces_cli.core.models.ffn import FFN
 from braces_cli.core.utils.atomic_files import file_hint, umask, write_json
+from braces_cli.core.utils.documents import WRITTEN, read
 from braces_cli.core.utils.errors import BracesError, ModelError
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.export.llama_conversion import take
@@ -155,7 +155,7 @@ def write_checkpoint(
 def _name_rotation(path: Path) -> None:
     """Say how positions are rotated in the older words, too: programs that know no `rope_parameters` would not miss
     them, and read another base frequency."""
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read(WRITTEN, path)
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:
         scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
@@ -273,7 +273,7 @@ def copy_companions(source: Path, folder: Path, tokenizer: Any) -> list[str]:
     except OSError as error:
         raise BracesError(f"cannot write: {error.strerror}", where=str(folder), hint=file_hint(error)) from error
     path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = read(WRITTEN, path) if path.is_file() else {}
     if not settings.get("tokenizer_class") and type(tokenizer).__module__.startswith("transformers."):
         write_json(path, settings | {"tokenizer_class": type(tokenizer).__name__})
     return [path.name for path in carried]

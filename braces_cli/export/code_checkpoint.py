@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import gc
 import inspect
-import json
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import torch
+from msgspec import Meta
 from torch import Tensor
 
 from braces_cli.core.attributes.intervention import steered
@@ -23,6 +23,7 @@ from braces_cli.core.method.adapter import Adapter
 from braces_cli.core.models.ffn import FFN
 from braces_cli.core.models.moe import Experts, MixtureFFN
 from braces_cli.core.utils.atomic_files import file_hint, write_json, write_tensors, write_text
+from braces_cli.core.utils.documents import WRITTEN, Kind, Name, read
 from braces_cli.core.utils.errors import BracesError, ModelError
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.core.utils.templates import render
@@ -193,6 +194,15 @@ def _tensors(sides: list[Side], dtype: torch.dtype) -> dict[str, Tensor]:
     return tensors
 
 
+class WeightIndex(TypedDict):
+    """`model.safetensors.index.json`: which tensor lies in which file."""
+
+    weight_map: dict[Name, Annotated[str, Meta(pattern=r"^[^/\\\x00]+\.safetensors\Z")]]
+
+
+_WEIGHT_INDEX = Kind(WeightIndex, ModelError, "Check that the base's download is complete.", foreign=True)
+
+
 def _link_weights(checkpoint: Path, folder: Path, model: Any) -> dict[str, str]:
     """Link the base's weight files into `folder`, or copy them; returns which tensor lies in which file.
 
@@ -202,7 +212,7 @@ def _link_weights(checkpoint: Path, folder: Path, model: Any) -> dict[str, str]:
 
     index = checkpoint / _INDEX
     if index.is_file():
-        files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = read(_WEIGHT_INDEX, index)["weight_map"]
         names = {name: name for name in sorted(set(files.values()))}
         if any(Path(name).name != name for name in names):
             raise ModelError("it names files of other folders", where=str(index), hint="Get the model anew.")
@@ -279,7 +289,7 @@ def _subclass(stock: type, kind: str) -> dict[str, Any]:
 
 def _write_config(folder: Path, model: Any, sides: list[Side], classes: dict[str, str]) -> None:
     model.config.save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read(WRITTEN, folder / "config.json")
     sites = {}
     for side in sides:
         steered = side.shift is not None

@@ -7,17 +7,22 @@ plan, reference logits, new neurons, write into a folder beside the output, let 
 from __future__ import annotations
 
 import gc
-import json
 import logging
+import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypedDict
+
+from msgspec import Meta
 
 from braces_cli.core.attributes.intervention import steered
 from braces_cli.core.models.ffn import find_ffns
 from braces_cli.core.models.loading import load_shape
 from braces_cli.core.session import base_name
 from braces_cli.core.utils.atomic_files import write_json, write_text
+from braces_cli.core.utils.documents import Count, Kind, Name, read
+from braces_cli.core.utils.documents import check as check_document
 from braces_cli.core.utils.errors import ModelError
+from braces_cli.core.utils.paths import user_path
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.core.utils.versions import versions
 from braces_cli.export.checkpoint_writer import copy_companions, new_neurons, write_checkpoint
@@ -61,11 +66,30 @@ def merge(request: Request, output: Path, overwrite: bool = False, report: Repor
 def _places(request: Request) -> dict[str, Any]:
     """Local inputs by their absolute paths, so that a check finds them from every working directory."""
     stored, folder = request.stored, request.attributes_dir
-    local = Path(stored.name).expanduser().exists()
+    local = user_path(stored.name).exists()
     return {
         "adapter": str(stored.folder) if local else stored.name,
         "attributes_dir": None if folder is None else str(folder.resolve()),
     }
+
+
+class MergeRecord(TypedDict, total=False):
+    """What a later check reads of `braces_merge.json`."""
+
+    model: Name
+    revision: Name | None
+    adapter: Name
+    attributes_dir: Name | None
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"]
+    attributes: dict[Annotated[str, Meta(pattern=r"^\w[\w.-]*\Z")], float]
+    layers: Annotated[str, Meta(pattern=r"^[\d, -]+\Z")] | None
+    architecture: str
+    neurons_added: Count
+    case: str
+
+
+_ANY_RECORD = Kind(dict[str, Any], ModelError, "The file is damaged; merge again.", "record of a merge")
+_RECORD = Kind(MergeRecord, ModelError, _ANY_RECORD.hint)
 
 
 def check(request: Request, folder: Path) -> dict[str, Any]:
@@ -110,17 +134,13 @@ def read_record(folder: Path) -> dict[str, Any]:
     Raises:
         ModelError: no checkpoint, or a damaged note.
     """
-    if not (folder / "config.json").is_file():
+    if not os.path.isfile(folder / "config.json"):  # pathlib's would raise where the name is too long
         raise ModelError("no merged checkpoint here", where=str(folder), hint="Give a folder that braces merge wrote.")
     path = folder / RECORD_FILE
-    if not path.is_file():
+    if not path.exists():
         return {}
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"not JSON: {error}", where=str(path), hint="The file is damaged; merge again.") from error
-    if not isinstance(record, dict):
-        raise ModelError("not a JSON object", where=str(path), hint="The file is damaged; merge again.")
+    record = read(_ANY_RECORD, path)
+    check_document(_RECORD, record, str(path))
     return record
 
 

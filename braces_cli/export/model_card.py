@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core.models.card_header import card_header
+from braces_cli.core.models.card_header import card_header, is_linked
+from braces_cli.core.utils import markdown
 from braces_cli.core.utils.templates import render
 
 _CASES = {
@@ -22,6 +23,7 @@ def card(facts: dict[str, Any]) -> str:
         facts: what `braces merge` prints.
     """
     base = facts["model"]
+    title = markdown.text(Path(base).name)
     # The hub's `merge` is a combination of several models; a base with an adapter merged in is a `finetune` there.
     header = card_header(
         base, name=Path(base).name, library="transformers", relation="finetune", tags=("braces", "llmbraces")
@@ -30,14 +32,14 @@ def card(facts: dict[str, Any]) -> str:
     lines = [
         header,
         "",
-        f"# {Path(base).name} with an LLMBraces adapter merged in",
+        f"# {title} with an LLMBraces adapter merged in",
         "",
         "A plain checkpoint: transformers, and every server that supports its architecture, load it without `braces`.",
         _CASES[facts["case"]],
         "",
-        f"- base: `{base}`",
-        f"- adapter: `{facts['adapter']}`",
-        f"- steering merged in: {steering}",
+        f"- base: {markdown.code(markdown.name(base))}",
+        f"- adapter: {markdown.code(markdown.name(facts['adapter']))}",
+        f"- steering merged in: {markdown.text(steering)}",
         f"- class: `{facts['architecture']}`, {facts['dtype']}",
         f"- neurons added to each layer, padding included: {facts['neurons_added']} (width {facts['width']})",
         "",
@@ -87,4 +89,4 @@ def code_card(facts: dict[str, Any]) -> str:
 
 def _base(model: str) -> dict[str, str]:
     """The base's short name, and its id where it is one of the hub."""
-    return {"name": Path(model).name, "base_model": "" if Path(model).is_absolute() else model}
+    return {"name": Path(model).name, "base_model": model if is_linked(model) else ""}

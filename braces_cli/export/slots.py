@@ -10,10 +10,9 @@ A slot writes nothing by itself, so the logits are those of the base. `lora_file
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,11 @@ import torch
 
 from braces_cli.core.models.ffn import FFN, find_ffns
 from braces_cli.core.models.loading import load_shape
+from braces_cli.core.models.stored_fingerprint import UNKNOWN, Fingerprint
 from braces_cli.core.session import base_name
 from braces_cli.core.utils.atomic_files import write_json, write_text
+from braces_cli.core.utils.decoding import cut
+from braces_cli.core.utils.documents import Count, Kind, Name, Size, check, read
 from braces_cli.core.utils.errors import ModelError
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.core.utils.versions import versions
@@ -52,8 +54,8 @@ class Site:
 
     reads: str
     writes: str
-    offset: int
-    rows: int
+    offset: Count
+    rows: Count
 
 
 @dataclass(frozen=True)
@@ -76,24 +78,28 @@ class Slots:
         sites: for each decoder layer with an FFN.
     """
 
-    model: str
-    revision: str | None
-    fingerprint: dict[str, Any]
+    model: Name
+    revision: Name | None
+    fingerprint: Fingerprint
     architecture: str
     dtype: str
-    width: int
-    wider: int
+    width: Count
+    wider: Size
     gated: bool
     activation: tuple[float, float]
-    constant: int | None
-    first: int
+    constant: Count | None
+    first: Count
     suffixes: list[str] | None
-    sites: dict[int, Site]
+    sites: dict[Count, Site]
 
     @property
     def rank(self) -> int:
         """The sum of the ranks of all adapters that can be active at once."""
         return (self.wider - self.first) // (1 if self.gated else 2)
+
+
+_ANY_RECORD = Kind(dict[str, Any], ModelError, "Export the slots again.", "base with slots")
+_RECORD = Kind(Slots, ModelError, _ANY_RECORD.hint)
 
 
 def write_slots(
@@ -208,7 +214,7 @@ def plan_slots(model: Any, ffns: list[FFN], form: Form, count: int, pad_to_multi
     slots = Slots(
         model="",
         revision=None,
-        fingerprint={},
+        fingerprint=UNKNOWN,
         architecture=made.architecture,
         dtype=str(model.dtype).removeprefix("torch."),
         width=made.width,
@@ -261,14 +267,9 @@ def read_slots(folder: Path) -> Slots:
     if not path.is_file():
         hint = "Give a folder that braces export slots wrote."
         raise ModelError("no base with slots here", where=str(folder), hint=hint)
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        version = raw["format_version"]
-        if version != FORMAT_VERSION:
-            what = f"format version {version}, this braces reads {FORMAT_VERSION}"
-            raise ModelError(what, where=str(path), hint="Export the slots again, or update braces.")
-        found = {f.name: raw[f.name] for f in fields(Slots)}
-        found["sites"] = {int(layer): Site(**site) for layer, site in raw["sites"].items()}
-        return Slots(**found | {"activation": tuple(raw["activation"])})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"damaged: {error}", where=str(path), hint="Export the slots again.") from error
+    raw = read(_ANY_RECORD, path)
+    version = raw.get("format_version")
+    if version != FORMAT_VERSION:
+        what = f"format version {cut(version)}, this braces reads {FORMAT_VERSION}"
+        raise ModelError(what, where=str(path), hint="Export the slots again, or update braces.")
+    return check(_RECORD, raw, str(path))

@@ -31,6 +31,7 @@ from braces_cli.core.models.loading import input_device
 from braces_cli.core.models.module_structure import layer_output, with_layer_output
 from braces_cli.core.models.tokenization import encode
 from braces_cli.core.session import Session
+from braces_cli.core.utils.documents import WRITTEN, parse
 from braces_cli.core.utils.errors import BracesError, ModelError
 
 PROBES = 8
@@ -249,7 +250,7 @@ def _ask(folder: Path, expected: Reference, loading: Loading) -> tuple[dict[str,
         with safe_open(answer, framework="pt") as file:
             header = file.metadata() or {}
             logits = file.get_tensor("logits")
-    return json.loads(header["probe"]), logits
+    return parse(WRITTEN, header["probe"], str(answer)), logits
 
 
 def _no_merge(folder: Path, loading: Loading, reason: str) -> ModelError:

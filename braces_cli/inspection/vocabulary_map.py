@@ -11,16 +11,35 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
+from braces_cli.core.models.stored_fingerprint import Fingerprint
 from braces_cli.core.utils.atomic_files import write_whole
+from braces_cli.core.utils.documents import Count, Kind, check, parse
 from braces_cli.core.utils.errors import ConfigError, DataError, ModelError
 from braces_cli.inspection.concept_tokens import Concept, Vocabulary, best_first
 
 _KEY = b"braces"
 _ROWS_AT_ONCE = 8192
 _TOKEN_COLUMNS = (("id", "int32"), ("score", "float32"))
-_NEEDED = {"format_version", "model", "fingerprint", "side", "top_k", "vocabulary"}
+_HINT = "`braces inspect values --output FILE` writes maps."
+
+
+class Header(TypedDict):
+    """What a map says of itself; see `vector_tokens.map_header`."""
+
+    format_version: int
+    model: str
+    revision: NotRequired[str | None]
+    fingerprint: Fingerprint
+    tokenizer: NotRequired[dict[str, str | None] | None]
+    side: str
+    top_k: Count
+    vocabulary: list[str]
+
+
+_ANY_HEADER = Kind(dict[str, Any], DataError, _HINT, "map of value vectors")
+_HEADER = Kind(Header, DataError, _HINT)
 
 
 def check_suffix(path: Path, where: str) -> None:
@@ -147,21 +166,20 @@ def open_map(path: Path) -> Map:
 
     try:
         # Not `read_schema`, which decodes the copy of the header in Arrow's own schema, too.
-        header = json.loads(pq.read_metadata(path).metadata[_KEY])
+        text = pq.read_metadata(path).metadata[_KEY]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise _damaged(path, error) from error
-    if not isinstance(header, dict) or _NEEDED - set(header):
-        raise _damaged(path, ValueError("its header lacks something"))
+    header = parse(_ANY_HEADER, text, str(path))
+    check(_HEADER, header, str(path))
     return Map(path, header)
 
 
 def _damaged(path: Path, error: Exception) -> DataError:
     words = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-    hint = "`braces inspect values --output FILE` writes maps."
-    return DataError(f"not a map of value vectors ({words})", where=str(path), hint=hint)
+    return DataError(f"not a map of value vectors ({words})", where=str(path), hint=_HINT)
 
 
-def check_model(source: Map, fingerprint: dict[str, Any], tokenizer: dict[str, Any] | None = None) -> None:
+def check_model(source: Map, fingerprint: Mapping[str, Any], tokenizer: dict[str, Any] | None = None) -> None:
     """Check that a map belongs to a model.
 
     Raises:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from braces_cli.core.models.hub_errors import hub_errors
+from braces_cli.core.models.hub_errors import explained
+from braces_cli.core.models.model_files import check_model_files
 from braces_cli.core.utils.errors import ModelError
 from braces_cli.scoring.scorer import Verdict, checked
 
@@ -53,12 +55,16 @@ def load_hub_classifier(name: str, device: str = "cpu") -> HubClassifier:
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    with hub_errors(name, "classifier"):
+    def load() -> tuple[Any, Any, Any]:
         # A classifier is never allowed to bring code: `--trust-remote-code` is meant for the base.
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model, info = AutoModelForSequenceClassification.from_pretrained(
+        return tokenizer, *AutoModelForSequenceClassification.from_pretrained(
             name, output_loading_info=True, trust_remote_code=False
         )
+
+    if (Path(name) / "config.json").is_file():
+        check_model_files(Path(name))
+    tokenizer, model, info = explained(name, load, "classifier")
     if info["missing_keys"]:
         # A base model loads as a classifier, too, with a head of random numbers.
         missing = sorted(info["missing_keys"])[0]

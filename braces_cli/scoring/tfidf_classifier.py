@@ -6,17 +6,19 @@ In a folder: `scorer_config.json` (labels, settings, how good it was on rows hel
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from msgspec import Meta
 
 from braces_cli.core.utils.atomic_files import write_json, write_tensors
-from braces_cli.core.utils.errors import DataError, ModelError
+from braces_cli.core.utils.decoding import cut
+from braces_cli.core.utils.documents import Kind, read
+from braces_cli.core.utils.errors import DataError, ModelError, first_line
 from braces_cli.scoring.scorer import Verdict, checked
 from braces_cli.scoring.word_tokens import split_words, words_of
 
@@ -26,6 +28,21 @@ _TENSORS_FILE = "scorer.safetensors"
 _FORMAT = "1"
 # Every tenth row is held out to measure; the classifier itself then learns from all.
 _HELD_OUT = 10
+
+
+@dataclass
+class Config:
+    """What `scorer_config.json` holds; see `Classifier`."""
+
+    format_version: str
+    labels: Annotated[list[str], Meta(min_length=2)]
+    excluded: list[str]
+    measured: dict[str, Any]
+
+
+_HINT = "Fit it again: --scorer fit:ROWS."
+_CONFIG = Kind(Config, ModelError, _HINT, "fitted scorer", closed=True)
+_VOCABULARY = Kind(list[str], ModelError, _HINT, "vocabulary of the scorer")
 
 
 @dataclass
@@ -160,16 +177,24 @@ def load_classifier(folder: Path, exclude: Collection[str] = ()) -> Classifier:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    hint = "Fit it again: --scorer fit:ROWS."
+    config, vocabulary = read(_CONFIG, folder / CONFIG_FILE), read(_VOCABULARY, folder / _VOCABULARY_FILE)
+    if config.format_version != _FORMAT:
+        what = f"format version {cut(config.format_version)}, this braces reads {_FORMAT}"
+        raise ModelError(what, where=str(folder / CONFIG_FILE), hint="Update braces.")
+    path = folder / _TENSORS_FILE
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        vocabulary = json.loads((folder / _VOCABULARY_FILE).read_text(encoding="utf-8"))
-        tensors = load_file(folder / _TENSORS_FILE)
-        labels, excluded = tuple(config["labels"]), set(config["excluded"]) | split_words(exclude)
-        shapes = {name: tensors[name].shape for name in ("idf", "weight", "bias")}
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ModelError(f"not a fitted scorer: {error}", where=str(folder), hint=hint) from error
-    count, size = len(labels), len(vocabulary)
-    if shapes != {"idf": (size,), "weight": (count, size), "bias": (count,)}:
-        raise ModelError(f"tensors of {size} words and {count} labels do not fit", where=str(folder), hint=hint)
-    return Classifier(labels, vocabulary, **tensors, excluded=excluded, measured=config["measured"], name=str(folder))
+        tensors = load_file(path)
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
+        raise ModelError(f"not a fitted scorer: {first_line(error)}", where=str(path), hint=_HINT) from error
+    count, size = len(config.labels), len(vocabulary)
+    shapes = {"idf": (size,), "weight": (count, size), "bias": (count,)}
+    if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
+        raise ModelError(f"tensors of {size} words and {count} labels do not fit", where=str(path), hint=_HINT)
+    if any(tensor.dtype != np.float64 for tensor in tensors.values()):
+        raise ModelError("tensors are not torch.float64", where=str(path), hint=_HINT)
+    if len(set(vocabulary)) < size or len(set(config.labels)) < count:
+        raise ModelError("a word or a label comes twice", where=str(folder), hint=_HINT)
+    excluded = set(config.excluded) | split_words(exclude)
+    return Classifier(
+        tuple(config.labels), vocabulary, **tensors, excluded=excluded, measured=config.measured, name=str(folder)
+    )

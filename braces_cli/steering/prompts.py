@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from braces_cli.core.utils.decoding import cut
+from braces_cli.core.utils.documents import ROW, parse
 from braces_cli.core.utils.errors import ConfigError, DataError
 
 
@@ -63,18 +64,14 @@ def _lines(lines: Iterable[str], where: str, structured: bool | None = None) -> 
 
 
 def _structured(line: str, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"broken JSON: {error}", where=where, hint="Fix or remove the line.") from error
+    row = parse(ROW, line, where)
     prompt = row.get("prompt") if isinstance(row, dict) else None
     if isinstance(prompt, dict):  # as RealToxicityPrompts and its relatives nest it
         prompt = prompt.get("text")
     if not isinstance(prompt, str):
-        keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        keys = cut(", ".join(row)) if isinstance(row, dict) else type(row).__name__
         raise DataError(f"no `prompt` with text (keys found: {keys})", where=where, hint='Write {"prompt": "..."}.')
-    # JSON can spell half a character, which no tokenizer takes.
-    return prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return prompt
 
 
 def count_prompts(file: Path) -> int | None:

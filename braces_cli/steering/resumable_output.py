@@ -16,11 +16,26 @@ from contextlib import contextmanager
 from io import FileIO
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from braces_cli.core.models.generation import TextRequest
 from braces_cli.core.utils.atomic_files import check_output_file, file_hint, remove_partial_files, write_json
+from braces_cli.core.utils.documents import Count, Kind, parse, read, stored_form
 from braces_cli.core.utils.errors import BracesError, ConfigError, DataError
+
+
+class Row(TypedDict):
+    """A row of the file, as far as it tells which request it answers."""
+
+    prompt: str
+    text: str
+    attributes: dict[str, float]
+    sample: Count
+    seed: int
+
+
+_ROW = Kind(Row, DataError, "Only what --output has written can be resumed; --overwrite starts anew.")
+_SETTINGS = Kind(dict[str, Any], DataError, "Remove it, or start anew.")
 
 
 class TextsFile:
@@ -40,7 +55,7 @@ class TextsFile:
     def __init__(self, path: Path, settings: dict[str, Any], batch_size: int, *, resume: bool, overwrite: bool) -> None:
         self.path = path
         self._record = path.with_name(f"{path.name}.settings.json")
-        self._settings: dict[str, Any] = json.loads(json.dumps({**settings, "batch_size": batch_size}))
+        self._settings: dict[str, Any] = stored_form({**settings, "batch_size": batch_size})
         self._batch_size = batch_size
         if resume and overwrite:
             raise ConfigError("both are given", where="--resume, --overwrite", hint="Give one of them.")
@@ -54,14 +69,9 @@ class TextsFile:
             self._check_settings()
 
     def _check_settings(self) -> None:
-        try:
-            before = json.loads(self._record.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not self._record.exists():
             return
-        except (OSError, ValueError) as error:
-            raise DataError(
-                f"cannot read: {error}", where=str(self._record), hint="Remove it, or start anew."
-            ) from error
+        before = read(_SETTINGS, self._record)
         # Earlier versions recorded a repeatable option that was not given as null.
         old = {name: [] if value is None else value for name, value in before.items()}
         old.setdefault("batch_size", self._batch_size)  # nor the size of batches
@@ -87,7 +97,8 @@ class TextsFile:
         again: list[TextRequest] = []
         with self.path.open("rb") as lines:
             for number in range(1, self.rows + 1):
-                row, request = json.loads(lines.readline()), next(requests, None)
+                row = parse(_ROW, lines.readline(), f"{self.path}:{number}")
+                request = next(requests, None)
                 wanted = None if request is None else (request.prompt, request.sample, seed, attributes)
                 if wanted != (row["prompt"], row["sample"], row["seed"], row["attributes"]):
                     hint = "Give the prompts and settings of the earlier run, or start anew with --overwrite."
@@ -153,13 +164,7 @@ def _complete(path: Path) -> list[int]:
         for line in lines:
             if not line.endswith(b"\n"):
                 break  # where a run was cut off
-            try:
-                complete = {"prompt", "text", "attributes", "sample", "seed"} <= json.loads(line).keys()
-            except (ValueError, AttributeError):
-                complete = False
-            if not complete:
-                hint = "Only what --output has written can be resumed; --overwrite starts anew."
-                raise DataError("this is no row of texts", where=f"{path}:{len(ends) + 1}", hint=hint)
+            parse(_ROW, line, f"{path}:{len(ends) + 1}")
             end += len(line)
             ends.append(end)
     return ends

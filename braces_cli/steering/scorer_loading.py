@@ -78,7 +78,7 @@ def list_words(session: Session, attributes: Sequence[Attribute], *, trained: bo
     for attribute in attributes:
         words |= set(lists.get(OPPOSITES.get(attribute.name, ""), ()))
     if trained and session.folder is not None and is_there(session.folder / TRAINED_FILE):
-        trained_with = load_attributes(session.folder / TRAINED_FILE, session.base.fingerprint(session.ffns))
+        trained_with = load_attributes(session.folder / TRAINED_FILE, session)
         words |= {word for attribute in trained_with.values() for word in attribute.words}
     return words
 

@@ -45,7 +45,7 @@ def gather_attributes(
     """
     kept: dict[str, Attribute] = {}
     if start is not None and start.config.attributes:
-        kept = load_attributes(start.folder / TRAINED_FILE, session.base.fingerprint(session.ffns))
+        kept = load_attributes(start.folder / TRAINED_FILE, session)
     known = sorted({*known_attributes(session, folder), *kept})
     for row in (row for examples in sets for row in examples.conditions):
         if row.attribute is not None and row.attribute not in known:

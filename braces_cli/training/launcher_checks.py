@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
+from braces_cli.core.utils.documents import Count, Kind, read
 from braces_cli.core.utils.errors import ConfigError
 
 _DDP = "Use recipes/launch/ddp.yaml, or torchrun."
@@ -70,10 +70,25 @@ def _is_set(name: str) -> bool:
     return os.environ.get(name, "").lower() == "true"
 
 
+class ZeroSettings(TypedDict, total=False):
+    """The part of DeepSpeed's settings that spreads a model."""
+
+    stage: Count
+
+
+class DeepSpeedSettings(TypedDict, total=False):
+    """What is read of a file of DeepSpeed's settings."""
+
+    zero_optimization: ZeroSettings
+
+
+_DEEPSPEED = Kind(DeepSpeedSettings, ConfigError, "See DeepSpeed's page of its JSON.", "DeepSpeed file", foreign=True)
+
+
 def zero_stage() -> int:
     """Of DeepSpeed, as `accelerate launch` passes it on: in a file of its own or in the environment."""
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
     if path and path != "none":
-        settings: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-        return int(settings.get("zero_optimization", {}).get("stage", 0))
+        zero = read(_DEEPSPEED, Path(path)).get("zero_optimization", {})
+        return zero.get("stage", 0)
     return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))

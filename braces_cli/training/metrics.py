@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from braces_cli.core.utils.atomic_files import file_hint, finite, write_text
-from braces_cli.core.utils.errors import BracesError
+from braces_cli.core.utils.decoding import Malformed, decode
+from braces_cli.core.utils.documents import Count, Kind, check
+from braces_cli.core.utils.errors import BracesError, ModelError
 from braces_cli.core.utils.plotting import figure, save_figure
 
 METRICS_FILE = "metrics.jsonl"
@@ -17,6 +19,17 @@ _KEYS = (
     "step", "epoch", "loss", "lr", "gate_lr", "grad_norm", "tokens", "tokens_per_second", "eval_loss",
     "eval_perplexity",
 )  # fmt: skip
+
+
+class Metrics(TypedDict):
+    """What is read of a row."""
+
+    step: Count
+    loss: NotRequired[float | None]
+    eval_loss: NotRequired[float | None]
+
+
+_ROW = Kind(Metrics, ModelError, "Remove the file.")
 
 
 class MetricsFile:
@@ -50,11 +63,14 @@ def _line(row: dict[str, Any]) -> str:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of the file, up to a line that a killed process left unfinished; none where there is no file."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    rows: list[dict[str, Any]] = []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for line in text.splitlines():
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = decode(line)
+            check(_ROW, row, str(path))
+            rows.append(row)
+        except (Malformed, ModelError):
             break
     return rows
 

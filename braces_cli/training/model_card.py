@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from typing import Any
 
 from braces_cli.core.method.adapter_files import AdapterConfig
 from braces_cli.core.models.card_header import card_header
+from braces_cli.core.utils import markdown
+from braces_cli.core.utils.plain_text import escaped
 
 _FIGURES = ("base_eval_perplexity", "eval_perplexity", "base_eval_loss", "eval_loss", "train_loss", "steps", "tokens")
 # Name of a metric on the hub, and its key in the result.
@@ -35,17 +38,17 @@ def model_card(
         command: words of the command line.
         curve: whether `loss.png` lies beside the card.
     """
-    about = _about(config)
+    about, base = _about(config), markdown.name(config.base_model_name_or_path)
     arguments = arguments or {}
     figures = {name.replace("_", " "): f"{result[name]:.6g}" for name in _FIGURES if result.get(name) is not None}
-    settings = {name.replace("_", " "): str(value) for name, value in config.training.items()}
+    settings = {name.replace("_", " "): markdown.text(_shown(value)) for name, value in config.training.items()}
     return "\n".join(
         [
             _header(config, about, result, arguments),
             "",
             f"# {about.title}, rank {config.r}",
             "",
-            f"Base model: `{config.base_model_name_or_path}`. {result['trainable_parameters']:,} trained parameters "
+            f"Base model: {markdown.code(base)}. {result['trainable_parameters']:,} trained parameters "
             f"({result['trainable_percent']:.3g} % of the base's).",
             "",
             about.what,
@@ -56,9 +59,13 @@ def model_card(
             *(["![Loss by optimizer step](loss.png)", ""] if curve else []),
             *_section("Data", _data(result, arguments)),
             *_section("Settings", settings),
-            *(["## Command", "", f"    {shlex.join(command)}", ""] if command else []),
+            *(["## Command", "", f"    {escaped(shlex.join(markdown.words(command)))}", ""] if command else []),
         ]
     )
+
+
+def _shown(value: Any) -> Any:
+    return markdown.name(value) if isinstance(value, str) else value
 
 
 def _header(config: AdapterConfig, about: _About, result: dict[str, Any], arguments: dict[str, Any]) -> str:
@@ -90,6 +97,7 @@ class _About:
 
 
 def _about(config: AdapterConfig) -> _About:
+    base = json.dumps(markdown.name(config.base_model_name_or_path))
     if config.method == "braces":
         return _About(
             "braces",
@@ -109,7 +117,7 @@ def _about(config: AdapterConfig) -> _About:
             "    from peft import PeftModel",
             "    from transformers import AutoModelForCausalLM",
             "",
-            f'    base = AutoModelForCausalLM.from_pretrained("{config.base_model_name_or_path}")',
+            f"    base = AutoModelForCausalLM.from_pretrained({base})",
             '    model = PeftModel.from_pretrained(base, "THIS_FOLDER")',
         ),
     )
@@ -117,6 +125,7 @@ def _about(config: AdapterConfig) -> _About:
 
 def _data(result: dict[str, Any], arguments: dict[str, Any]) -> dict[str, str]:
     """The data sets by name, and what became of their rows."""
-    sets = {kind: ", ".join(f"`{name}`" for name in arguments.get(kind) or ()) for kind in ("data", "eval_data")}
+    given = {kind: arguments.get(kind) or () for kind in ("data", "eval_data")}
+    sets = {kind: ", ".join(markdown.code(markdown.name(name)) for name in names) for kind, names in given.items()}
     counts = {name: f"{result[name]:,}" for name in _ROWS if result.get(name) is not None}
     return {name.replace("_", " "): value for name, value in (sets | counts).items() if value}

@@ -5,7 +5,6 @@ The folder they leave is peft's own: `PeftModel.from_pretrained(base, folder)` l
 
 from __future__ import annotations
 
-import json
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from braces_cli.core.method.adapter_files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, AdapterConfig
 from braces_cli.core.models.layer_ranges import chosen_layers
 from braces_cli.core.utils.atomic_files import write_json, write_tensors, write_text
+from braces_cli.core.utils.documents import WRITTEN, read
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.training.settings import TrainSettings
 
@@ -100,7 +100,7 @@ class PeftAdapter:
                 conversion = {"path_initial_model_for_weight_conversion": str(start)}
             self._wrapper.save_pretrained(f"{name}/out", save_embedding_layers=False, **conversion)
             written = Path(name) / "out"
-            options = json.loads((written / CONFIG_FILE).read_text(encoding="utf-8"))
+            options = read(WRITTEN, written / CONFIG_FILE)
             return load_file(written / WEIGHTS_FILE), options
 
 

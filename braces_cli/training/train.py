@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -35,7 +35,14 @@ from braces_cli.data.streaming_examples import Stream
 from braces_cli.scoring.likelihood import Likelihood
 from braces_cli.training.adapter_setup import adapter_to_train, for_base, shares, starting_point
 from braces_cli.training.attribute_conditioning import Conditioner, gather_attributes
-from braces_cli.training.checkpointing.run_record import Record, check_run_folder, digest, finished, prepare_folder
+from braces_cli.training.checkpointing.run_record import (
+    BaseLikelihood,
+    Record,
+    check_run_folder,
+    digest,
+    finished,
+    prepare_folder,
+)
 from braces_cli.training.collator import TrainingData
 from braces_cli.training.eval_loss import measure
 from braces_cli.training.launcher_checks import check_launch
@@ -45,48 +52,11 @@ from braces_cli.training.packing_probe import choose_layout
 from braces_cli.training.peft_baselines import PeftAdapter, baseline_parameters
 from braces_cli.training.sampler import global_batch
 from braces_cli.training.settings import STRENGTH, RunSettings, TrainSettings
+from braces_cli.training.train_result import TrainResult
 
 logger = logging.getLogger("braces")
 
 _COUNTS = ("trainable_parameters", "condition_parameters", "total_parameters", "trainable_percent")
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run gave: the keys of `braces train --format json`.
-
-    Times in seconds, memory in bytes, None where not measured. `rows_truncated` were cut to the maximum length and
-    `rows_dropped` had no token to score; of a stream, all that were read. `token_path_share`: in the end, in each
-    layer, the median norm of what the adapter adds over that of the FFN's output. `padding_share`: the part of the
-    computed tokens that was padding; `packed`: several examples a row.
-    """
-
-    output_dir: str
-    method: str
-    trainable_parameters: int
-    condition_parameters: int
-    total_parameters: int
-    trainable_percent: float
-    steps: int
-    epochs: float | None
-    train_loss: float
-    base_eval_loss: float | None
-    base_eval_perplexity: float | None
-    base_eval_perplexity_without_end: float | None
-    eval_loss: float | None
-    eval_perplexity: float | None
-    eval_perplexity_without_end: float | None
-    seconds: float
-    tokens: int
-    tokens_per_second: float
-    peak_memory: int
-    rows: int
-    rows_truncated: int
-    rows_dropped: int
-    token_path_share: list[float] | None
-    packed: bool
-    padding_share: float
-    resumed_from: str | None = None
 
 
 def train(settings: RunSettings, report: Report = silent, command: Sequence[str] = ()) -> dict[str, Any]:
@@ -215,12 +185,13 @@ def run_training(
     folder, settings = settings.output_dir, for_base(settings, session.ffns)
     join(input_device(model))
     counts, timings = count_parameters(model, settings), timings or Timings()
+    record = record or Record()
     with timings.stage("attributes"):
         attributes = _attributes(session, settings, [train_set, eval_set], start)
-    run = _Run(session, settings, folder, report, attributes, record or Record(), timings)
     with timings.stage("hash of the rows"):
-        run.record.data = digest(train_set)
-    checkpoint = prepare_folder(folder, settings.resume, run.record)
+        record.data = digest(train_set)
+    checkpoint = prepare_folder(folder, settings.resume, record)
+    run = _Run(session, settings, folder, report, attributes, record, timings)
 
     def evaluate(conditioner: Conditioner | None, stage: str) -> Likelihood | None:
         return measure(model, eval_set, conditioner, pad_id, settings.batch_size, report, stage)
@@ -235,18 +206,11 @@ def run_training(
     data = TrainingData(train_set, layout, conditioner, pad_id)
     figures = _fit(run, adapter, data, checkpoint, lambda: evaluate(conditioner, "evaluating"))
     tuned = evaluate(conditioner, "evaluating the adapter")
-    result = TrainResult(
-        output_dir=str(folder),
-        method=settings.method,
-        **counts,
-        **figures,
-        **_likelihood("base_eval", base),
-        **_likelihood("eval", tuned),
-        **_rows(train_set),
-        token_path_share=shares(adapter, settings, train_set),
-        packed=layout.packed,
-        resumed_from=None if checkpoint is None else str(checkpoint),
-    )
+    scores = {**_likelihood("base_eval", base), **_likelihood("eval", tuned)}
+    known: dict[str, Any] = {"output_dir": str(folder), "method": settings.method, "packed": layout.packed}
+    known["resumed_from"] = None if checkpoint is None else str(checkpoint)
+    known["token_path_share"] = shares(adapter, settings, train_set)
+    result = TrainResult(**known, **counts, **figures, **scores, **_rows(train_set))
     _write(run, adapter, result)
     return result
 
@@ -295,7 +259,7 @@ def _base(record: Record, evaluate: Callable[[], Likelihood | None]) -> Likeliho
     """The base's likelihood, as an earlier call measured it where there was one."""
     if record.base is None:
         measured = evaluate()
-        record.base = None if measured is None else vars(measured)
+        record.base = None if measured is None else cast(BaseLikelihood, vars(measured))
     return None if record.base is None else Likelihood(**record.base)
 
 
@@ -396,5 +360,5 @@ def _likelihood(prefix: str, measured: Likelihood | None) -> dict[str, Any]:
     }
 
 
-def _rows(examples: Examples | Stream) -> dict[str, int]:
+def _rows(examples: Examples | Stream) -> dict[str, Any]:
     return {"rows": examples.rows, "rows_truncated": examples.truncated, "rows_dropped": examples.dropped}

@@ -30,12 +30,12 @@ from braces_cli.core.utils.distributed import barrier, gathered, is_main, rank, 
 from braces_cli.core.utils.errors import BracesError
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.core.utils.signals import SharedStop, StopRequest
-from braces_cli.data.examples import Counts, Example
+from braces_cli.data.examples import Example
 from braces_cli.data.streaming_examples import Stream
 from braces_cli.scoring.likelihood import Likelihood
 from braces_cli.training.adapter_setup import parameter_groups
 from braces_cli.training.checkpointing.checkpoint_folders import newest, rotate, write_checkpoint
-from braces_cli.training.checkpointing.run_record import Record, read_record
+from braces_cli.training.checkpointing.run_record import Record, read_progress
 from braces_cli.training.checkpointing.training_state import (
     capture,
     restore_optimizer,
@@ -196,14 +196,13 @@ class Trainer:
         }
 
     def _restore(self, checkpoint: Path) -> None:
-        stored = read_record(checkpoint)
-        self._earlier = {} if stored is None else stored.progress
-        self.step = self._earlier["step"]
-        self._loss_sum, self._logged = self._earlier["loss_sum"], self._earlier["logged"]
-        self._loss_open.fill_(self._earlier["loss_open"])
-        if isinstance(self._data.examples, Stream) and "stream" in self._earlier:
+        earlier = read_progress(checkpoint)
+        self._earlier, self.step = dict(earlier), earlier["step"]
+        self._loss_sum, self._logged = earlier["loss_sum"], earlier["logged"]
+        self._loss_open.fill_(earlier["loss_open"])
+        if isinstance(self._data.examples, Stream) and "stream" in earlier:
             # Of a run that has all its steps behind it; any other reads these rows again.
-            self._data.examples.counts = Counts(**self._earlier["stream"])
+            self._data.examples.counts = earlier["stream"]
         restore_parameters(checkpoint, self._base)
         if self.step < self.max_steps:
             restore_optimizer(checkpoint, self._optimizer, self._scheduler, self._accelerator.scaler)

@@ -9,7 +9,18 @@ import pytest
 
 LOOKS = ("values", "find", "trace", "clamp", "diff", "report")
 COMMANDS = [["train"], ["eval"], ["attr-build"], ["steer"], ["inspect"], *(["inspect", look] for look in LOOKS)]
-HEAVY = {"torch", "transformers", "datasets", "lm_eval", "accelerate", "safetensors", "scipy", "numpy"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "datasets",
+    "lm_eval",
+    "accelerate",
+    "safetensors",
+    "scipy",
+    "numpy",
+    "msgspec",
+    "yaml",
+}
 
 
 def imported_by(code: str) -> set[str]:

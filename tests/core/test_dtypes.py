@@ -28,7 +28,7 @@ KINDS = ["llama", "opt", "gpt2"]
 
 def logits(model):
     with torch.no_grad():
-        return model(TOKENS, use_cache=False).logits
+        return model(TOKENS.to(input_device(model)), use_cache=False).logits
 
 
 def training_pass(model, adapter, call=None):
@@ -37,7 +37,7 @@ def training_pass(model, adapter, call=None):
     torch.manual_seed(7)  # of dropout
     for _, parameter in adapter.named_parameters():
         parameter.grad = None
-    out = (model if call is None else call)(TOKENS, use_cache=False).logits
+    out = (model if call is None else call)(TOKENS.to(input_device(model)), use_cache=False).logits
     out.logsumexp(-1).square().mean().backward()
     model.eval()
     return out.detach(), {name: p.grad.clone() for name, p in adapter.named_parameters()}
@@ -53,12 +53,12 @@ def assert_same_gradients(found, wanted, tolerance):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_float16_is_no_worse_than_twice_the_references_own_error(name):
-    """On a CPU, held to the float32 model with the same (rounded) weights."""
+def test_float16_is_no_worse_than_twice_the_references_own_error(name, device):
+    """Held to the float32 model with the same (rounded) weights."""
     ours: dict[str, float] = defaultdict(float)
     plain: dict[str, float] = defaultdict(float)
     for seed in range(4):
-        model = tiny_model(name, torch.float16, seed)
+        model = tiny_model(name, torch.float16, seed).to(device)
         adapter = attach(model, 4)
         open_gates(adapter, seed)
         fast, fast_grads = run(model, adapter, False)
@@ -77,10 +77,10 @@ def test_float16_is_no_worse_than_twice_the_references_own_error(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_trained_adapter_is_saved_and_loaded_bit_for_bit_with_orthonormal_rows(session, tmp_path, dtype):
+def test_a_trained_adapter_is_saved_and_loaded_bit_for_bit_with_orthonormal_rows(session, tmp_path, dtype, device):
     """Optimizer steps on a 16-bit base, then a file, then the same bits on a base loaded afresh."""
     folder = make_adapter(session, tmp_path / "adapter")
-    base = load_base(session.base.name, LoadOptions(device="cpu", dtype=str(dtype).removeprefix("torch.")))
+    base = load_base(session.base.name, LoadOptions(device=str(device), dtype=str(dtype).removeprefix("torch.")))
     model = base.model
     stored = find_adapter(str(folder))
     adapter, config = attach_stored(model, stored, base.fingerprint()), stored.config
@@ -96,7 +96,7 @@ def test_a_trained_adapter_is_saved_and_loaded_bit_for_bit_with_orthonormal_rows
     errors = [projection_error(tensor) for name, tensor in saved.items() if name.endswith("projection")]
     assert len(errors) == 2
     assert max(errors) < 1e-5
-    again = load_base(session.base.name, LoadOptions(device="cpu", dtype=str(dtype).removeprefix("torch.")))
+    again = load_base(session.base.name, LoadOptions(device=str(device), dtype=str(dtype).removeprefix("torch.")))
     attach_stored(again.model, find_adapter(str(folder)), again.fingerprint())
     assert torch.equal(logits(again.model), wanted)
 
@@ -131,9 +131,9 @@ def test_tied_embeddings_stay_tied_and_untouched(name):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_gradient_checkpointing_changes_no_gradient(name):
+def test_gradient_checkpointing_changes_no_gradient(name, device):
     """The second forward pass gives the same factors as the first."""
-    model = tiny_model(name)
+    model = tiny_model(name).to(device)
     adapter = attach(model, 4)
     open_gates(adapter)
     out, wanted = training_pass(model, adapter)
@@ -147,11 +147,13 @@ def test_gradient_checkpointing_changes_no_gradient(name):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_both_attention_paths_give_the_same_gradients(name):
+def test_both_attention_paths_give_the_same_gradients(name, device):
     """SDPA and eager; in float64, where the two attentions themselves do not differ."""
     results = []
     for attention in ("sdpa", "eager"):
-        model = tiny_model(name, torch.float64, attn_implementation=attention, dropout=0.0, **_no_dropout(name))
+        model = tiny_model(name, torch.float64, attn_implementation=attention, dropout=0.0, **_no_dropout(name)).to(
+            device
+        )
         assert model.config._attn_implementation == attention
         adapter = attach(model, 4)
         for _, brace in adapter.sites:
@@ -167,10 +169,10 @@ def _no_dropout(name):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_compiled_model_is_one_graph_and_follows_every_change(name):
+def test_a_compiled_model_is_one_graph_and_follows_every_change(name, device):
     """Inference: the logits of the model as it is, also after a parameter changed, and after loading another W_V."""
     torch._dynamo.reset()
-    model = tiny_model(name)
+    model = tiny_model(name).to(device)
     adapter = attach(model, 4)
     open_gates(adapter)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -187,10 +189,10 @@ def test_a_compiled_model_is_one_graph_and_follows_every_change(name):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_compiled_training_step_has_the_same_gradients(name):
+def test_a_compiled_training_step_has_the_same_gradients(name, device):
     """Forward and backward, again as one graph."""
     torch._dynamo.reset()
-    model = tiny_model(name, **_no_dropout(name), **({"dropout": 0.0} if name == "opt" else {}))
+    model = tiny_model(name, **_no_dropout(name), **({"dropout": 0.0} if name == "opt" else {})).to(device)
     adapter = attach(model, 4)
     open_gates(adapter)
     out, wanted = training_pass(model, adapter)
@@ -274,6 +276,39 @@ def test_a_spread_out_base_gives_the_same_bits(stored, tmp_path, where):
     assert_same_gradients(training_pass(model, adapter)[1], gradients, 1e-6)
     with reference(adapter):
         assert relative(wanted, logits(model)) < 1e-5
+
+
+def test_a_layer_on_another_device_gives_the_same_logits_and_gradients(stored, device):
+    """The last decoder layer on the CPU, all others on the device; on a CPU both are one."""
+    from transformers import AutoModelForCausalLM
+
+    folder, wanted, (_, gradients), _ = stored
+    inside = dict.fromkeys(_last_layer_on_disk(AutoModelForCausalLM.from_pretrained(folder)), str(device))
+    last = list(_last_layer_on_disk(AutoModelForCausalLM.from_pretrained(folder)))[-1]
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map={**inside, last: "cpu"}).eval()
+    adapter = attach(model, 4)
+    open_gates(adapter)
+    assert relative(logits(model).cpu(), wanted) < 1e-5
+    found = {name: gradient.cpu() for name, gradient in training_pass(model, adapter)[1].items()}
+    assert_same_gradients(found, gradients, 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_flash_attention_gives_the_gradients_of_eager_attention(device, dtype):
+    """No worse than twice what eager attention itself differs by from float32."""
+    pytest.importorskip("flash_attn", reason="NOT TESTED WITH FLASHATTENTION: it is not installed")
+    if device.type != "cuda":
+        pytest.skip("NOT TESTED WITH FLASHATTENTION: it needs a GPU")
+    found = {}
+    for attention, kind in (("eager", torch.float32), ("eager", dtype), ("flash_attention_2", dtype)):
+        model = tiny_model("llama", dtype, attn_implementation=attention).to(kind).to(device)
+        adapter = attach(model, 4)
+        open_gates(adapter)
+        out, gradients = training_pass(model, adapter)
+        found[attention, kind] = torch.cat([out.float().flatten(), *(g.flatten() for g in gradients.values())])
+    truth = found["eager", torch.float32]
+    ours, plain = (squared_error(found[name, dtype], truth) for name in ("flash_attention_2", "eager"))
+    assert ours**0.5 <= 2 * plain**0.5
 
 
 def _hash_of_weights(folder):

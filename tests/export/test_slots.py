@@ -390,9 +390,9 @@ def test_records_of_another_version_or_damaged_are_refused(slots_dir: Path) -> N
     good = (slots_dir / RECORD_FILE).read_text()
     for text, words in (
         (good.replace('"format_version": 1', '"format_version": 2'), "format version 2, this braces reads 1"),
-        (good.replace('"wider"', '"wide"'), "damaged: 'wider'"),
-        ("[1]", "damaged"),
-        ("{", "damaged"),
+        (good.replace('"wider"', '"wide"'), "no key `wider`"),
+        ("[1]", "expected an object"),
+        ("{", "broken JSON"),
     ):
         (slots_dir / RECORD_FILE).write_text(text)
         with pytest.raises(ModelError, match=words) as caught:

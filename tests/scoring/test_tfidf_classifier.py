@@ -72,7 +72,7 @@ def test_it_comes_back_from_disk(tmp_path):
     with pytest.raises(ModelError, match="do not fit"):
         load_classifier(tmp_path / "s")
     (tmp_path / "s" / "vocabulary.json").unlink()
-    with pytest.raises(ModelError, match="not a fitted scorer"):
+    with pytest.raises(ModelError, match="no such vocabulary"):
         load_classifier(tmp_path / "s")
 
 

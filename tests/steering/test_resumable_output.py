@@ -121,3 +121,24 @@ def test_an_interrupted_batch_is_generated_once_more_as_a_whole(monkeypatch, ste
     steer("--output", out, "--resume", "--batch-size", 2)
     assert batches == all_batches[1:]
     assert out.read_bytes() == whole
+
+
+def test_a_file_that_may_not_grow_keeps_its_complete_rows(tmp_path):
+    """As on a full disk: the error is that of the file, also where closing it tries to write once more."""
+    import resource
+
+    from braces_cli.core.utils.errors import BracesError
+    from braces_cli.steering.resumable_output import TextsFile
+
+    path = tmp_path / "texts.jsonl"
+    file = TextsFile(path, {}, 1, resume=False, overwrite=False)
+    row = {"prompt": "a", "text": "b" * 500, "attributes": {}, "sample": 0, "seed": 0}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        with pytest.raises(BracesError, match="too large"):
+            file.write([row] * 10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    complete = path.read_bytes().splitlines(keepends=True)[:3]
+    assert [json.loads(line) for line in complete] == [row] * 3

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from braces_cli.core.attributes.attribute import find_attribute
 from braces_cli.core.method.adapter import attach
+from braces_cli.core.models.loading import input_device
 from braces_cli.core.models.tokenization import IGNORED, Encoded
 from braces_cli.data.examples import Condition, Example
 from braces_cli.training.attribute_conditioning import Conditioner
@@ -34,9 +35,9 @@ def examples(strengths=STRENGTHS):
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-def trained(session, request):
+def trained(session, request, device):
     """An adapter with attributes that do something, its conditioner, and how far two ways to compute may differ."""
-    session.base.model.to(request.param)
+    session.base.model.to(request.param).to(device)
     adapter = attach(session.base.model, 4)
     open_gates(adapter)
     with torch.no_grad():
@@ -49,7 +50,8 @@ def slow_nll(adapter, conditioner, row, sign):
     """-log p of a row alone at its strength or the opposite one: no packing, no padding, all logits."""
     strength = Condition(row.condition.attribute, sign * row.condition.strength, "")
     conditioner.apply(conditioner.strengths([strength]))
-    ids, labels = torch.tensor([row.tokens.ids]), torch.tensor(row.tokens.labels)
+    device = input_device(adapter.model)
+    ids, labels = torch.tensor([row.tokens.ids], device=device), torch.tensor(row.tokens.labels, device=device)
     logits = adapter.model(ids, use_cache=False).logits[0, :-1].float()
     return F.cross_entropy(logits, labels[1:], ignore_index=IGNORED, reduction="sum")
 
@@ -74,6 +76,7 @@ def slow_loss(adapter, conditioner, groups, weight, count):
 def fast_loss(adapter, conditioner, layout, rows, weight, count):
     total = 0.0
     for block in Collator(layout, 1, conditioner)(rows).blocks:
+        block = {name: tensor.to(input_device(adapter.model)) for name, tensor in block.items()}
         conditioner.apply(block.pop("strengths"))
         labels, owner = block.pop("labels"), block.pop("owner")
         terms = {name: block.pop(name) for name in PAIR_TERMS}

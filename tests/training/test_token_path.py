@@ -104,7 +104,7 @@ def test_scales_are_saved_and_loaded_and_steering_grows_with_them(session, tmp_p
     raw = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
     for damaged in ([1.0], [1.0, 0.0], [1.0, None], 2.0):
         (tmp_path / "b" / "adapter_config.json").write_text(json.dumps({**raw, "scales": damaged}))
-        with pytest.raises(ModelError, match="`scales` do not fit"):
+        with pytest.raises(ModelError, match="`scales"):
             read_config(tmp_path / "b")
 
 

@@ -22,15 +22,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from braces_cli.core.attributes.attribute_header import FORMAT_VERSION, HEADER, read_header
 from braces_cli.core.attributes.contrast import Passage
-from braces_cli.core.attributes.listing import OTHER_FILES, TRAINED_FILE, check_attributes
+from braces_cli.core.attributes.listing import TRAINED_FILE, check_attributes
 from braces_cli.core.attributes.odds import Item, cheapest_directions, default_reduction
 from braces_cli.core.attributes.odds_items import text_items, word_items
 from braces_cli.core.attributes.pooling import pool_texts, pool_words
 from braces_cli.core.attributes.pooling import residual_norms as residual_norms
+from braces_cli.core.attributes.push_sizes import PUSH as PUSH
+from braces_cli.core.attributes.push_sizes import default_layers as default_layers
+from braces_cli.core.attributes.push_sizes import push_scale as push_scale
 from braces_cli.core.attributes.word_lists import (
     GRADIENT,
     OPPOSITES,
+    OTHER_FILES,
     REFERENCE,
     built_in,
     check_name,
@@ -38,24 +43,20 @@ from braces_cli.core.attributes.word_lists import (
 )
 from braces_cli.core.models.fingerprint import differences
 from braces_cli.core.models.finite_weights import OVERFLOW_HINT
+from braces_cli.core.models.stored_fingerprint import Fingerprint
 from braces_cli.core.session import Session
 from braces_cli.core.utils.atomic_files import write_tensors
-from braces_cli.core.utils.errors import ConfigError, ModelError, near_misses
+from braces_cli.core.utils.errors import ConfigError, ModelError, first_line, near_misses
 from braces_cli.core.utils.paths import is_there
 from braces_cli.core.utils.progress import Report, silent
 
 logger = logging.getLogger("braces")
 
-FORMAT_VERSION = "1"
-# Without training, s = 1 pushes by this share of the median residual norm in all, spread evenly over the layers pushed:
-# pushes along one direction add up in the residual stream, so what counts is their sum, whatever the depth.
-# Files of earlier versions hold their own scale, of 12 %.
-PUSH = 0.1
-# Of the details, what an attribute has when it is read back; files of earlier versions have fewer.
-_KEPT = ("base", "pooling", "examples", "push_layers", "made")
 _PARTS = ("hidden", "reference", "residual", "scale")
 # A tensor that only some attributes have.
 _DIRECTION = "direction"
+# What a header's details tell of an attribute; the rest of them is for listings. Files of earlier versions have fewer.
+_RECORDED = ("base", "pooling", "examples", "push_layers", "made")
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Attribute:
     residual: Tensor
     scale: Tensor
     layers: list[int]
-    fingerprint: dict[str, Any]
+    fingerprint: Fingerprint
     base: str | None = None
     pooling: str = "mean"
     examples: int = 0
@@ -262,25 +263,6 @@ def check_numbers(attribute: Attribute, where: str, hint: str) -> None:
         raise ModelError(f"{attribute.name}.residual holds norms that are not positive", where=where, hint=hint)
 
 
-def default_layers(layers: Sequence[int]) -> list[int]:
-    """The layers that are pushed without training where none are named: the first half. What is pushed there, the rest
-    of the model makes language of; the same push at the end costs more perplexity for less of the attribute.
-    """
-    return list(layers[: (len(layers) + 1) // 2])
-
-
-def push_scale(residual: Tensor, direction: Tensor, pushed: Sequence[int]) -> Tensor:
-    """What makes `scale * direction` the push of s = 1, the same share of the residual norm in each layer: (layers,).
-
-    Where there is no direction, no push rather than a division by zero.
-
-    Args:
-        pushed: the layers over which PUSH is spread.
-    """
-    size = direction.norm(dim=-1)
-    return torch.where(size > 0, PUSH / max(len(pushed), 1) * residual / size, torch.zeros_like(size))
-
-
 def pushed_in(attribute: Attribute, layers: Sequence[int] | None) -> Attribute:
     """The same attribute, pushed in other layers; None leaves it as it is.
 
@@ -308,41 +290,57 @@ def opposite(session: Session, one: Attribute, other: Attribute) -> tuple[Attrib
     return ends[0], ends[1]
 
 
-def load_attributes(path: Path, fingerprint: dict[str, Any]) -> dict[str, Attribute]:
+def load_attributes(path: Path, session: Session) -> dict[str, Attribute]:
     """Read an attribute file and hold it to the base it is used on.
 
     Raises:
         ModelError: damaged, or built for another base.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            built_for, layers = json.loads(header["fingerprint"]), json.loads(header["layers"])
-            details = json.loads(header.get("details", "{}"))
-            attributes = {}
-            for name, words in json.loads(header["attributes"]).items():
-                parts: dict[str, Any] = {part: file.get_tensor(f"{name}.{part}") for part in _PARTS}
-                if f"{name}.{_DIRECTION}" in file.keys():  # noqa: SIM118 (no mapping)
-                    parts[_DIRECTION] = file.get_tensor(f"{name}.{_DIRECTION}")
-                parts |= {k: v for k, v in details.get(name, {}).items() if k in _KEPT}
-                attributes[name] = Attribute(name, words, **parts, layers=layers, fingerprint=built_for)
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise ModelError(
-            f"not an attribute file: {error}", where=str(path), hint="Build it again: attr-build."
-        ) from error
-    different = differences(built_for, fingerprint, "attribute")
+    header = read_header(path)
+    different = differences(header.fingerprint, session.base.fingerprint(session.ffns), "attribute")
     if different:
-        names = {each.base for each in attributes.values() if each.base}
+        names = {str(each["base"]) for each in header.details.values() if each.get("base")}
         of = f"It belongs to {', '.join(sorted(names))}. " if names else ""
         hint = f"{of}Build it again for this base: braces attr-build."
         raise ModelError(
             f"this attribute was built for another base ({'; '.join(different)})", where=str(path), hint=hint
         )
-    for each in attributes.values():
-        check_numbers(each, str(path), "The file is damaged; build it again: attr-build.")
+    if header.layers != [ffn.layer for ffn in session.ffns]:
+        raise ModelError("`layers` are not those of the base", where=str(path), hint=HEADER.hint)
+    attributes = {}
+    for name, words in header.attributes.items():
+        details: dict[str, Any] = {k: v for k, v in header.details.get(name, {}).items() if k in _RECORDED}
+        if not set(details.get("push_layers") or []) <= set(header.layers):
+            raise ModelError("`push_layers` are not among `layers`", where=str(path), hint=HEADER.hint)
+        parts: dict[str, Any] = _read_parts(path, name, len(header.layers), header.fingerprint["hidden_size"])
+        attribute = Attribute(name, words, **parts, layers=header.layers, fingerprint=header.fingerprint, **details)
+        check_numbers(attribute, str(path), "The file is damaged; build it again: attr-build.")
+        attributes[name] = attribute
     return attributes
+
+
+def _read_parts(path: Path, name: str, layers: int, hidden_size: int) -> dict[str, Any]:
+    """The tensors of one attribute, by the name of the field.
+
+    Raises:
+        ModelError: missing, damaged, or of another shape or type.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    parts: dict[str, Tensor] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            own = f"{name}.{_DIRECTION}" in file.keys()  # noqa: SIM118 (no mapping)
+            for part in (*_PARTS, *([_DIRECTION] if own else [])):
+                parts[part] = file.get_tensor(f"{name}.{part}")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"not an attribute file: {first_line(error)}", where=str(path), hint=HEADER.hint) from error
+    for part, tensor in parts.items():
+        shape = (layers, hidden_size) if part in ("hidden", "reference", _DIRECTION) else (layers,)
+        if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
+            what = f"{name}.{part} is {tuple(tensor.shape)} {tensor.dtype}, wanted {shape} torch.float32"
+            raise ModelError(what, where=str(path), hint=HEADER.hint)
+    return parts
 
 
 def find_attribute(
@@ -363,7 +361,7 @@ def find_attribute(
     check_name(name)
     check_attributes(folder)
     for path in _files(session, folder, name):
-        attributes = load_attributes(path, session.base.fingerprint(session.ffns))
+        attributes = load_attributes(path, session)
         if name in attributes:
             return attributes[name]
     lists = built_in()
@@ -391,7 +389,8 @@ def known_attributes(session: Session, folder: Path | None) -> list[str]:
 
 def _files(session: Session, folder: Path | None, name: str) -> list[Path]:
     """Where an attribute may lie, in the order of looking: whatever is there, readable or not."""
-    places = [] if folder is None else [folder / f"{name}.safetensors"]
+    own = [] if name in OTHER_FILES else [f"{name}.safetensors"]
+    places = [] if folder is None else [folder / file for file in own]
     if session.folder is not None:
-        places += [session.folder / f"{name}.safetensors", session.folder / TRAINED_FILE]
+        places += [session.folder / file for file in (*own, TRAINED_FILE)]
     return [path for path in places if is_there(path)]

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core.attributes.word_lists import built_in
-from braces_cli.core.utils.errors import ConfigError, ModelError
+from braces_cli.core.attributes.word_lists import OTHER_FILES, built_in
+from braces_cli.core.utils.errors import ConfigError
 from braces_cli.core.utils.paths import is_there
 
 # Attributes that an adapter was trained with, in its folder.
 TRAINED_FILE = "attributes.safetensors"
-# Files of an adapter's folder that are no attribute.
-OTHER_FILES = {"attributes", "adapter_model", "model"}
-_HEADER_LIMIT = 1 << 30
 
 
 def check_folder(folder: Path | None) -> None:
@@ -76,12 +72,14 @@ def _single(folder: Path) -> list[Path]:
 
 
 def _of_files(paths: list[Path], source: str) -> Iterator[dict[str, Any]]:
+    from braces_cli.core.attributes.attribute_header import (
+        read_header,  # msgspec, which an option's check does not need
+    )
+
     for path in paths:
         header = read_header(path)
-        fingerprint, layers = json.loads(header["fingerprint"]), json.loads(header["layers"])
-        details = json.loads(header.get("details", "{}"))
-        for name, words in json.loads(header["attributes"]).items():
-            known = details.get(name, {})
+        for name, words in header.attributes.items():
+            known: Mapping[str, Any] = header.details.get(name, {})
             yield {
                 "name": name,
                 "source": source,
@@ -92,30 +90,8 @@ def _of_files(paths: list[Path], source: str) -> Iterator[dict[str, Any]]:
                 "made": known.get("made", {}),
                 "push_layers": known.get("push_layers"),
                 "base": known.get("base"),
-                "layers": len(layers),
-                "hidden_size": fingerprint["hidden_size"],
-                "fingerprint": fingerprint,
+                "layers": len(header.layers),
+                "hidden_size": header.fingerprint["hidden_size"],
+                "fingerprint": header.fingerprint,
                 "statistics": {key: known.get(key) for key in ("difference", "residual")},
             }
-
-
-def read_header(path: Path) -> dict[str, str]:
-    """The metadata of an attribute file.
-
-    Raises:
-        ModelError: it is none.
-    """
-    try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            metadata = json.loads(file.read(size)).get("__metadata__", {}) if size < _HEADER_LIMIT else {}
-        missing = {"attributes", "fingerprint", "layers"} - set(metadata)
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(
-            f"not an attribute file: {error}", where=str(path), hint="Build it again: attr-build."
-        ) from error
-    if missing:
-        hint = "Remove it from the folder, or build it again: attr-build."
-        raise ModelError(f"not an attribute file: no {', '.join(sorted(missing))}", where=str(path), hint=hint)
-    header: dict[str, str] = metadata
-    return header

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from braces_cli.core.utils.errors import ConfigError, DataError
 
+# Files of an adapter's or a model's folder that are no attribute.
+OTHER_FILES = {"attributes", "adapter_model", "model"}
 # The list that every other one is held against.
 REFERENCE = "neutral"
 # Built-in lists that are the two ends of one axis.
@@ -33,6 +35,18 @@ def check_name(name: str) -> str:
         raise ConfigError(
             f"`{name}` cannot name an attribute", where="--attribute", hint="Use letters, digits, _ and -."
         )
+    return name
+
+
+def check_file_name(name: str) -> str:
+    """The name of an attribute that gets a file of its own, `NAME.safetensors`.
+
+    Raises:
+        ConfigError: see `check_name`; or a file of that name is another thing in an adapter's or a model's folder.
+    """
+    if check_name(name) in OTHER_FILES:
+        what = f"`{name}` cannot name an attribute: {name}.safetensors is a file of adapters or models"
+        raise ConfigError(what, where="--attribute", hint="Choose another name.")
     return name
 
 

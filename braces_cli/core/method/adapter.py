@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -288,7 +288,7 @@ def unit_scale(ffn: FFN | MixtureFFN, form: str) -> float:
     return ffn.hidden_size * matrices / squares if squares else 1.0
 
 
-def attach_stored(model: nn.Module, stored: StoredAdapter, fingerprint: dict[str, Any]) -> Adapter:
+def attach_stored(model: nn.Module, stored: StoredAdapter, fingerprint: Mapping[str, Any]) -> Adapter:
     """Attach a stored adapter to `model`, frozen.
 
     Args:
@@ -306,7 +306,10 @@ def attach_stored(model: nn.Module, stored: StoredAdapter, fingerprint: dict[str
             hint=f"It needs {config.base_model_name_or_path}.",
         )
     scales = config.scales or [1.0] * len(config.layers)
-    adapter = attach(model, config.r, config.layers, form=config.relevance, scales=scales)
+    try:
+        adapter = attach(model, config.r, config.layers, form=config.relevance, scales=scales)
+    except ConfigError as error:  # no option is wrong, the adapter is
+        raise ModelError(error.message, where=str(stored.folder), hint=error.hint) from error
     for ffn, brace in adapter.sites:
         with torch.no_grad():
             for name, parameter in (*brace.matrices(), ("gate", brace.gate)):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from braces_cli.core.method.relevance_forms import FORMS, layer_shapes
 from braces_cli.core.models.hub_errors import explained, is_hub_id
+from braces_cli.core.models.stored_fingerprint import Fingerprint
 from braces_cli.core.utils.atomic_files import write_json, write_tensors, write_text
+from braces_cli.core.utils.decoding import cut
+from braces_cli.core.utils.documents import Count, Kind, Name, Positive, Size, check, read
 from braces_cli.core.utils.errors import ModelError
 from braces_cli.core.utils.paths import is_there, user_path
 
@@ -46,19 +48,25 @@ class AdapterConfig:
         versions: of the libraries that wrote it; recorded only.
     """
 
-    base_model_name_or_path: str
-    r: int
-    layers: list[int]
-    fingerprint: dict[str, Any]
-    revision: str | None = None
+    base_model_name_or_path: Name
+    r: Size
+    layers: list[Count]
+    fingerprint: Fingerprint
+    revision: Name | None = None
     tokenizer: dict[str, str | None] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
-    attributes: list[str] = field(default_factory=list)
-    scales: list[float] = field(default_factory=list)
+    attributes: list[Name] = field(default_factory=list)
+    scales: list[Positive] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     method: str = "braces"
     relevance: str = "paper"
+
+
+_DAMAGED = "The file is damaged; train again."
+# Of braces or of another program, which the content tells.
+ANY_CONFIG: Kind[dict[str, Any]] = Kind(dict[str, Any], ModelError, _DAMAGED, "config of an adapter", foreign=True)
+_CONFIG = Kind(AdapterConfig, ModelError, _DAMAGED, closed=True)
 
 
 @dataclass(frozen=True)
@@ -138,35 +146,32 @@ def read_config(folder: Path) -> AdapterConfig:
         raise ModelError(
             "no adapter here" if folder.is_dir() else "no such adapter folder", where=str(folder), hint=hint
         )
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"not JSON: {error}", where=str(path), hint="The file is damaged; train again.") from error
-    if not isinstance(raw, dict) or raw.get("method") != "braces":
-        what = raw.get("method") or raw.get("peft_type") if isinstance(raw, dict) else None
+    raw = read(ANY_CONFIG, path)
+    if raw.get("method") != "braces":
+        what = cut(raw.get("method") or raw.get("peft_type"))
         raise ModelError(f"not a braces adapter (method: {what})", where=str(path), hint="Give one that braces wrote.")
     version = raw.get("format_version")
     if version not in (1, FORMAT_VERSION):
-        what = f"format version {version}, this braces reads 1 and {FORMAT_VERSION}"
+        what = f"format version {cut(version)}, this braces reads 1 and {FORMAT_VERSION}"
         raise ModelError(what, where=str(path), hint="Update braces.")
     if version == 1 and "relevance" in raw:
-        raise ModelError("version 1 has no key `relevance`", where=str(path), hint="The file is damaged.")
-    names = {f.name for f in fields(AdapterConfig)}
-    needed = {"base_model_name_or_path", "r", "layers", "fingerprint"}
-    wrong = sorted((set(raw) - names) | (needed - set(raw)))
-    if wrong:
-        raise ModelError(f"missing or unknown key: {', '.join(wrong)}", where=str(path), hint="The file is damaged.")
-    config = AdapterConfig(**raw)
+        raise ModelError("version 1 has no key `relevance`", where=str(path), hint=_DAMAGED)
+    config = check(_CONFIG, raw, str(path))
     if config.relevance not in FORMS:
         hint = f"This braces knows {', '.join(FORMS)}; update braces, or the file is damaged."
-        raise ModelError(f"unknown form of relevance `{config.relevance}`", where=str(path), hint=hint)
-    _check_scales(config, path)
+        raise ModelError(f"unknown form of relevance `{cut(config.relevance)}`", where=str(path), hint=hint)
+    _check_sizes(config, path)
     return config
 
 
-def _check_scales(config: AdapterConfig, path: Path) -> None:
-    fits = isinstance(config.scales, list) and len(config.scales) in (0, len(config.layers))
-    if not fits or not all(isinstance(c, (int, float)) and 0 < c < math.inf for c in config.scales):
+def _check_sizes(config: AdapterConfig, path: Path) -> None:
+    if not config.layers or config.layers != sorted(set(config.layers)):
+        what = "`layers` must name at least one layer, each once and in order"
+        raise ModelError(what, where=str(path), hint=_DAMAGED)
+    if config.r > config.fingerprint["hidden_size"]:
+        what = f"`r` is {config.r}, larger than the base's hidden size {config.fingerprint['hidden_size']}"
+        raise ModelError(what, where=str(path), hint=_DAMAGED)
+    if len(config.scales) not in (0, len(config.layers)) or math.inf in config.scales:
         hint = "The list must be empty or have a positive number for each layer; the file is damaged."
         raise ModelError("`scales` do not fit the layers", where=str(path), hint=hint)
 

@@ -6,18 +6,20 @@ and the folder it lies in differs from machine to machine.
 
 from __future__ import annotations
 
-import json
 import logging
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
+from braces_cli.core.utils.documents import Kind, read
 from braces_cli.core.utils.errors import ModelError
 
 logger = logging.getLogger("braces")
 
 NAME = "embedded"
 ABOUT_FILE = "embedded.json"
+_ABOUT = Kind(dict[str, Any], ModelError, "Install braces-cli again.")
 
 
 def embedded_folder() -> Path:
@@ -28,7 +30,7 @@ def embedded_folder() -> Path:
 @cache
 def embedded_name() -> str:
     """`embedded@VERSION` of the one installed."""
-    about = json.loads((embedded_folder() / ABOUT_FILE).read_text(encoding="utf-8"))
+    about = read(_ABOUT, embedded_folder() / ABOUT_FILE)
     return f"{NAME}@{about['version']}"
 
 

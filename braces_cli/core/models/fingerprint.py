@@ -8,8 +8,7 @@ one and in memory as one tensor, is hashed from its weights, rounded to bfloat16
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,20 @@ from torch import Tensor, nn
 
 from braces_cli.core.models.ffn import FFN
 from braces_cli.core.models.moe import MixtureFFN
+from braces_cli.core.models.stored_fingerprint import Fingerprint
 from braces_cli.core.models.value_weights import dense
+from braces_cli.core.utils.documents import Kind
+from braces_cli.core.utils.errors import ModelError
+from braces_cli.core.utils.tensor_header import read_tensor_header
 
 # Three matrices, four places in each: enough to tell checkpoints apart, and read in milliseconds from any model.
 _LAYERS_SAMPLED = 3
 _PLACES = 4
 _BYTES = 4096
+_WEIGHTS = Kind(dict[str, Any], ModelError, "Check that the download is complete.", "a file of weights")
 
 
-def fingerprint(model: nn.Module, ffns: Sequence[FFN | MixtureFFN], checkpoint: Path | None) -> dict[str, Any]:
+def fingerprint(model: nn.Module, ffns: Sequence[FFN | MixtureFFN], checkpoint: Path | None) -> Fingerprint:
     """`{model_type, layers, hidden_size, value_vectors, sha256}` of a base; `sha256` is None on the meta device.
 
     Args:
@@ -48,7 +52,7 @@ def fingerprint(model: nn.Module, ffns: Sequence[FFN | MixtureFFN], checkpoint: 
     }
 
 
-def differences(expected: dict[str, Any], found: dict[str, Any], owner: str = "adapter") -> list[str]:
+def differences(expected: Mapping[str, Any], found: Mapping[str, Any], owner: str = "adapter") -> list[str]:
     """What differs of a fingerprint that `owner` carries, in words; a missing hash on either side is no difference."""
     words = []
     for key in ("model_type", "layers", "hidden_size", "value_vectors"):
@@ -84,15 +88,12 @@ def _hash_files(folder: Path, names: Sequence[str]) -> str | None:
     places: dict[str, tuple[Path, int, int]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
-            with file.open("rb") as handle:
-                size = int.from_bytes(handle.read(8), "little")
-                header = json.loads(handle.read(size)) if size < 1 << 30 else {}
-        except (OSError, ValueError):
-            continue
-        for name, entry in header.items():
-            if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                places[name] = (file, 8 + size + begin, end - begin)
+            header = read_tensor_header(file, _WEIGHTS)
+        except ModelError:
+            continue  # where the model's own weights lie in it, loading has refused it before
+        for name, stored_at in header.tensors.items():
+            begin, end = stored_at["data_offsets"]
+            places[name] = (file, header.start + begin, end - begin)
     digest = hashlib.sha256()
     for name in names:
         stored = _stored_name(name, places)

@@ -57,13 +57,20 @@ def hub_errors(where: str, what: str, kind: type[BracesError] = ModelError) -> I
 
 
 def explained(where: str, load: Callable[[], Any], what: str) -> Any:
-    """What `load` returns; see `hub_errors` for what it raises.
+    """What `load` returns: a call into a library that reads files of somebody else's, and nothing but that.
 
     Raises:
         ModelError: says what is wrong and what to do.
     """
-    with hub_errors(where, what):
-        return load()
+    try:
+        with hub_errors(where, what):
+            return load()
+    except (BracesError, MemoryError):
+        raise
+    except Exception as error:
+        # Libraries look at these files where they use them: a list for a number ends in TypeError, IndexError,
+        # AttributeError or AssertionError, a pickle in UnpicklingError, and tokenizers raises plain Exception.
+        raise _explain(where, error, what, ModelError) from error
 
 
 def _explain(where: str, error: BaseException, what: str, kind: type[BracesError]) -> BracesError:
@@ -103,7 +110,10 @@ def _explain(where: str, error: BaseException, what: str, kind: type[BracesError
         allowed = what in ("model", "tokenizer")
         hint = "Read that code; to run it, --trust-remote-code." if allowed else f"Give a {what} without code."
         return kind(f"this {what} brings its own code", where=where, hint=hint)
-    return kind(f"cannot load the {what}: {first_line(error, 300)}", where=where, hint=_REMEDIES.get(what))
+    reason = first_line(error, 300)
+    if isinstance(error, (TypeError, LookupError, AttributeError, AssertionError)):
+        reason = f"{type(error).__name__}: {reason}"  # the message alone (`'x'`) says too little
+    return kind(f"cannot load the {what}: {reason}", where=where, hint=_REMEDIES.get(what))
 
 
 def _unreachable(chain: Sequence[BaseException]) -> bool:

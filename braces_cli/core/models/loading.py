@@ -18,8 +18,10 @@ from braces_cli.core.models.fingerprint import fingerprint
 from braces_cli.core.models.finite_weights import check_finite
 from braces_cli.core.models.hub_errors import explained
 from braces_cli.core.models.load_options import LoadOptions
+from braces_cli.core.models.model_files import check_model_files
 from braces_cli.core.models.moe import MixtureFFN
 from braces_cli.core.models.quantization import check_packed, check_quantize, quantization_config
+from braces_cli.core.models.stored_fingerprint import Fingerprint
 from braces_cli.core.models.value_weights import compute_device
 from braces_cli.core.utils.distributed import local_rank
 from braces_cli.core.utils.errors import ConfigError, ModelError
@@ -47,7 +49,7 @@ class Base:
     revision: str | None
     checkpoint: Path | None
 
-    def fingerprint(self, ffns: Sequence[FFN | MixtureFFN] | None = None) -> dict[str, Any]:
+    def fingerprint(self, ffns: Sequence[FFN | MixtureFFN] | None = None) -> Fingerprint:
         return fingerprint(self.model, find_ffns(self.model) if ffns is None else ffns, self.checkpoint)
 
 
@@ -79,15 +81,15 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
     from transformers import AutoTokenizer
 
     where = _folder_or_id(name)
-    tokenizer = explained(
-        where,
-        lambda: AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code),
-        "tokenizer",
-    )
-    if tokenizer.pad_token_id is None:
-        # Padding is always masked, so any token will do, and the end token is the one that every model has.
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    return tokenizer
+
+    def load() -> Any:
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
+        if tokenizer.pad_token_id is None:
+            # Padding is always masked, so any token will do, and the end token is the one that every model has.
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        return tokenizer
+
+    return explained(where, load, "tokenizer")
 
 
 def load_base(name: str, options: LoadOptions | None = None) -> Base:
@@ -207,6 +209,7 @@ def _folder_or_id(name: str) -> str:
     path = user_path(name)
     if path.is_dir():
         if (path / "config.json").is_file():
+            check_model_files(path)
             return str(path.resolve())
         if (path / "adapter_config.json").is_file():
             raise ModelError("this is an adapter, not a model", where=name, hint=f"Give it as --adapter {name}.")

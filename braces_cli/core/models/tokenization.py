@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from braces_cli.core.utils.decoding import cut, is_half
+from braces_cli.core.utils.errors import DataError
+
 IGNORED = -100  # the label that torch's cross entropy leaves out
 
 
@@ -85,13 +88,17 @@ def context_length(config: Any, tokenizer: Any) -> int:
     """Tokens that a model of this config takes at once, or as its tokenizer says; 2,048 where neither does."""
     config = config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        if getattr(config, name, None):
-            return int(getattr(config, name))
-    limit = int(getattr(tokenizer, "model_max_length", 0) or 0)
-    return limit if 0 < limit < 10**9 else 2048
+        value = getattr(config, name, None)
+        if isinstance(value, (int, float)) and value >= 1:
+            return int(value)
+    limit = getattr(tokenizer, "model_max_length", None)
+    return int(limit) if isinstance(limit, (int, float)) and 0 < limit < 10**9 else 2048
 
 
 def _plain(tokenizer: Any, text: str) -> list[int]:
+    if is_half(text):
+        what = "half a character (a lone surrogate), which no tokenizer takes"
+        raise DataError(what, where=cut(text), hint="Remove it from the text.")
     ids: list[int] = tokenizer(text)["input_ids"]
     end = tokenizer.eos_token_id
     # Drop an end token that the tokenizer appended, not one that is also its start token and stands alone.

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from braces_cli.core.utils.decoding import decode
 from braces_cli.core.utils.errors import BracesError, ConfigError
+from braces_cli.core.utils.paths import is_there
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,7 +70,7 @@ def check_output_folder(path: Path, overwrite: bool, hint: str = "Give another o
     Raises:
         ConfigError: `path` is a file, cannot be written to, or is a non-empty folder and `overwrite` is off.
     """
-    if path.exists() and not path.is_dir():
+    if is_there(path) and not path.is_dir():
         raise ConfigError("the output folder is a file", where=str(path), hint="Give another --output-dir.")
     check_writable(path)
     if not overwrite and path.is_dir() and any(path.iterdir()):
@@ -81,7 +83,7 @@ def check_output_file(path: Path, overwrite: bool, hint: str = "Give another nam
         raise ConfigError("the output file is a folder", where=str(path), hint="Name a file.")
     if path.is_file() or not path.exists():  # a device or a pipe is written to as it is
         check_writable(path.parent)
-    if path.exists() and not overwrite:
+    if is_there(path) and not overwrite:
         raise ConfigError("the output file exists already", where=str(path), hint=hint)
 
 
@@ -167,7 +169,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 def _in_order(content: bytes) -> bytes:
     """A safetensors file with the keys of its metadata sorted; safetensors itself writes them in a random order."""
     start, end = 8, 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[start:end])
+    header = decode(content[start:end].decode(), foreign=True)
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     size = -(-len(ordered) // 8) * 8  # tensors begin at a multiple of 8 bytes

@@ -17,34 +17,40 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from braces_cli.core.utils.atomic_files import check_writable, file_hint, remove_partial_files
+from braces_cli.core.utils.decoding import decode
 from braces_cli.core.utils.distributed import is_main
 from braces_cli.core.utils.errors import ConfigError
 
 # What flock says on a file system that has no locks; commands then run without.
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK)
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK, errno.EBADF)
 
 
 @contextmanager
 def output_lock(*outputs: Path | None) -> Iterator[None]:
     """Hold the locks of files or folders that are going to be written; None is skipped.
 
-    Of several processes of one launch only the first locks. What a killed process left half written under a temporary
-    name beside an output is removed, and so is an output folder that is new and in the end empty.
+    The lock of a folder is also that of outputs in it. Of several processes of one launch only the first locks. What a
+    killed process left half written under a temporary name beside an output is removed, and so is an output folder
+    that is new and in the end empty.
 
     Raises:
         ConfigError: another command is writing there, or nothing can be written there.
     """
+    paths = {output: Path(os.path.realpath(output)) for output in outputs if output is not None}
     with ExitStack() as stack:
-        for output in outputs if is_main() else ():
-            if output is not None:
-                stack.enter_context(_locked(output))
+        for output, path in paths.items() if is_main() else ():
+            if not any(other in path.parents for other in paths.values()):
+                stack.enter_context(_locked(output, path))
         yield
 
 
 @contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    path = Path(os.path.realpath(output))
-    if path.exists() and not path.is_dir() and not path.is_file():
+def _locked(output: Path, path: Path) -> Iterator[None]:
+    # `os.path` and not `pathlib`, which raises where a part of a path cannot be looked into.
+    if os.path.islink(path):
+        hint = "Give another output, or remove the link."
+        raise ConfigError("this link leads to itself", where=str(output), hint=hint)
+    if os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path):
         yield  # a device or a pipe
         return
     place = path.with_name(f".{path.name}.lock") if path.name else path
@@ -57,7 +63,7 @@ def _locked(output: Path) -> Iterator[None]:
             remove_partial_files(path.parent, path.name)
         except OSError as error:
             # Not every folder that can be written to lies in one that can: the folder is locked itself.
-            if not path.is_dir() or not os.access(path, os.W_OK):
+            if not os.path.isdir(path) or not os.access(path, os.W_OK):
                 check_writable(output)
                 what = f"cannot write there: {error.strerror or error}"
                 raise ConfigError(what, where=str(output), hint=file_hint(error)) from error
@@ -78,7 +84,7 @@ def _make_parents(path: Path) -> list[Path]:
     """Make the folders above `path`; returns those, and `path`, that were not there, from the top."""
     missing = []
     for folder in (path, *path.parents):
-        if folder.exists():
+        if os.path.exists(folder):
             break
         missing.append(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +134,7 @@ def _write_owner(handle: int) -> None:
 def _owner(handle: int) -> str:
     """Who holds the lock, in parentheses; empty where that cannot be read."""
     try:
-        owner = json.loads(os.pread(handle, 1000, 0))
+        owner = decode(os.pread(handle, 1000, 0).decode())
         return f" (process {int(owner['pid'])} on {owner['host']}, since {owner['started']})"
     except (OSError, ValueError, KeyError, TypeError):
         return ""

@@ -6,6 +6,8 @@ import errno
 import os
 from pathlib import Path
 
+from braces_cli.core.utils.errors import ConfigError
+
 # Nothing can have such a name.
 _NOTHING = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
@@ -26,5 +28,11 @@ def is_there(path: Path) -> bool:
 
 
 def user_path(name: str | Path) -> Path:
-    """The path that a user wrote, `~` put into full; a `~` of no known user stays, where pathlib would raise."""
+    """The path that a user wrote, `~` put into full; a `~` of no known user stays, where pathlib would raise.
+
+    Raises:
+        ConfigError: a null character, which no name can have.
+    """
+    if "\0" in str(name):
+        raise ConfigError("no name has a null character in it", where=str(name), hint="Remove it.")
     return Path(os.path.expanduser(name))

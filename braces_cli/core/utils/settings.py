@@ -11,13 +11,13 @@ Light: only the standard library.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from braces_cli.core.utils.errors import ConfigError, near_misses
+from braces_cli.core.utils.paths import user_path
 
 # Panels of `--help`.
 DATA = "Data"
@@ -32,6 +32,9 @@ CHECKPOINTS = "Checkpoints"
 OUTPUT = "Output"
 # In the order in which a command's page shows them.
 PANELS = (None, DATA, TASKS, METHOD, OPTIMISATION, ATTRIBUTES, GENERATION, SCORING, MODEL, CHECKPOINTS, OUTPUT)
+
+# Of whole numbers: the largest seed that every library takes, and more than any count.
+LARGEST = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,10 @@ class Settings:
             value = getattr(self, name)
             if isinstance(value, Path):
                 # Shells expand `~` at the start of a word only; here, so that it is the same for reading and writing.
-                object.__setattr__(self, name, Path(os.path.expanduser(value)))
+                object.__setattr__(self, name, user_path(value))
+            if isinstance(value, int) and abs(value) > LARGEST:
+                hint = f"Give at most {LARGEST}."
+                raise ConfigError("the number is too large", where=flag_of(type(self), name), hint=hint)
             if about.choices and value is not None and value not in about.choices:
                 close = near_misses(str(value), about.choices)
                 hint = close or f"One of {', '.join(about.choices)}."

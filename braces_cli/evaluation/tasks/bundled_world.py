@@ -9,6 +9,8 @@ import logging
 from importlib import resources
 from typing import Any
 
+from braces_cli.core.utils.decoding import decode
+
 # lm-eval advises on extra arguments whenever a task brings its own rows; these take none.
 logging.getLogger("lm_eval.api.task").addFilter(lambda record: "Custom kwargs can be passed" not in record.getMessage())
 
@@ -24,10 +26,8 @@ def truthful_rows(**_: Any) -> Any:
 
 
 def _rows(name: str) -> Any:
-    import json
-
     from datasets import Dataset, DatasetDict
 
     text = (resources.files("braces_cli.assets") / "embedded_tasks" / name).read_text(encoding="utf-8")
     # From memory: loading a file would leave a copy in the cache, which a newer package would be served.
-    return DatasetDict({"test": Dataset.from_list([json.loads(line) for line in text.splitlines()])})
+    return DatasetDict({"test": Dataset.from_list([decode(line) for line in text.splitlines()])})

@@ -9,10 +9,11 @@
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
+
+from braces_cli.core.utils.decoding import decode
 
 
 def possible_answers(doc: dict[str, Any]) -> list[str]:
@@ -22,7 +23,7 @@ def possible_answers(doc: dict[str, Any]) -> list[str]:
         ValueError: neither.
     """
     raw = doc["possible_answers"]
-    answers = json.loads(raw) if isinstance(raw, str) else raw
+    answers = decode(raw) if isinstance(raw, str) else raw
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         raise ValueError("possible_answers is not a JSON list of strings")
     return answers

@@ -8,7 +8,6 @@ written last, holds the hash of each file: a file that was damaged, or belongs t
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import re
@@ -16,8 +15,10 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypedDict
 
 from braces_cli.core.utils.atomic_files import file_hint, remove_partial_files, write_json
+from braces_cli.core.utils.documents import Count, Kind, Name, read
 from braces_cli.core.utils.errors import BracesError, ModelError
 
 logger = logging.getLogger("braces")
@@ -29,6 +30,18 @@ _LAST_FILES = (MANIFEST_FILE, "run.json")
 # Cards may be edited; nothing reads them.
 _NOT_HASHED = ("README.md",)
 _PARTIAL = ".checkpoint-"
+# What to do about a checkpoint with a damaged file.
+DAMAGED_HINT = "Remove that checkpoint; --resume then goes on from the one before."
+
+
+class Manifest(TypedDict):
+    """`manifest.json`: the SHA-256 of each file of a checkpoint."""
+
+    step: Count
+    sha256: dict[Name, str]
+
+
+_MANIFEST = Kind(Manifest, ModelError, DAMAGED_HINT, "manifest")
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -83,13 +96,12 @@ def warn_unchecked(folder: Path) -> None:
 def _check_manifest(checkpoint: Path) -> None:
     path = checkpoint / MANIFEST_FILE
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        step, hashes = int(manifest["step"]), dict(manifest["sha256"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damaged(path, "the manifest is damaged") from error
-    if step != _step(checkpoint):
-        raise _damaged(path, f"the manifest is that of checkpoint-{step}")
-    for name, wanted in hashes.items():
+        manifest = read(_MANIFEST, path)
+    except ModelError as error:
+        raise _damaged(path, f"the manifest is damaged: {error.message}") from error
+    if manifest["step"] != _step(checkpoint):
+        raise _damaged(path, f"the manifest is that of checkpoint-{manifest['step']}")
+    for name, wanted in manifest["sha256"].items():
         file = checkpoint / Path(name).name
         try:
             found = _hash(file)

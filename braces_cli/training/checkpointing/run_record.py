@@ -8,15 +8,17 @@ from array import array
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from braces_cli.core.method.adapter_files import CONFIG_FILE
 from braces_cli.core.utils.atomic_files import check_output_folder, finite, write_json
 from braces_cli.core.utils.distributed import barrier, is_main
+from braces_cli.core.utils.documents import Count, Kind, Size, check, read
 from braces_cli.core.utils.errors import ConfigError, ModelError
 from braces_cli.data.examples import Examples
-from braces_cli.data.streaming_examples import Stream
+from braces_cli.data.streaming_examples import Counts, Stream
 from braces_cli.training.checkpointing.checkpoint_folders import (
+    DAMAGED_HINT,
     checkpoints,
     incomplete_checkpoints,
     newest_intact,
@@ -25,8 +27,32 @@ from braces_cli.training.checkpointing.checkpoint_folders import (
     warn_unchecked,
 )
 from braces_cli.training.metrics import CURVE_FILE, METRICS_FILE
+from braces_cli.training.train_result import TrainResult
 
 RUN_FILE = "run.json"
+
+
+class BaseLikelihood(TypedDict):
+    """See `scoring.likelihood.Likelihood`."""
+
+    nll: float
+    tokens: Count
+    end_nll: float
+    end_tokens: Count
+
+
+class Progress(TypedDict):
+    """Counters that go on where a run does; see `Trainer.progress`."""
+
+    step: Size
+    max_steps: Size
+    tokens: Count
+    computed: Count
+    seconds: float
+    loss_sum: float
+    loss_open: float
+    logged: Count
+    stream: NotRequired[Counts]
 
 
 @dataclass
@@ -45,12 +71,17 @@ class Record:
     settings: dict[str, Any] = field(default_factory=dict)
     command: list[str] = field(default_factory=list)
     data: str | None = None
-    base: dict[str, Any] | None = None
+    base: BaseLikelihood | None = None
     progress: dict[str, Any] = field(default_factory=dict)
     result: dict[str, Any] | None = None
 
     def write(self, folder: Path) -> None:
         write_json(folder / RUN_FILE, finite(vars(self)))
+
+
+_RECORD = Kind(Record, ModelError, "Give another --output-dir, or --overwrite.", "record of a run", closed=True)
+_RESULT = Kind(TrainResult, ModelError, "Give another --output-dir, or --overwrite.")
+_PROGRESS = Kind(Progress, ModelError, DAMAGED_HINT)
 
 
 def digest(examples: Examples | Stream) -> str:
@@ -70,10 +101,21 @@ def read_record(folder: Path) -> Record | None:
     path = folder / RUN_FILE
     if not path.is_file():
         return None
-    try:
-        return Record(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ModelError("damaged", where=str(path), hint="Give another --output-dir, or --overwrite.") from error
+    return read(_RECORD, path)
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """The counters of a checkpoint.
+
+    Raises:
+        ModelError: damaged, or of another step than its folder is named after.
+    """
+    path = checkpoint / RUN_FILE
+    progress = check(_PROGRESS, read(_RECORD, path).progress, f"{path}, progress")
+    if checkpoint.name != f"checkpoint-{progress['step']}" or progress["logged"] > progress["step"]:
+        what = f"`progress` is of step {progress['step']}, logged up to {progress['logged']}"
+        raise ModelError(what, where=str(path), hint=DAMAGED_HINT)
+    return progress
 
 
 def check_run_folder(folder: Path, *, overwrite: bool, resume: bool) -> None:
@@ -100,6 +142,7 @@ def finished(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     for stored in filter(None, (done, read_record(checkpoint) if checkpoint else None)):
         check_same(stored.settings, settings, folder)
     if done is not None and done.result is not None and (folder / CONFIG_FILE).is_file():
+        check(_RESULT, done.result, f"{folder / RUN_FILE}, result")
         return {**done.result, "resumed_from": str(folder)}
     if done is None and checkpoint is None and (folder / CONFIG_FILE).is_file():
         hint = "Give another --output-dir, or --overwrite."

@@ -6,11 +6,12 @@ process must capture while one writes, and a run can go on with another number o
 
 from __future__ import annotations
 
-import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -20,13 +21,57 @@ from torch import Tensor
 
 from braces_cli.core.utils.atomic_files import write_json, write_tensors
 from braces_cli.core.utils.distributed import gathered, rank, whole
+from braces_cli.core.utils.documents import Count, Kind, check, read
 from braces_cli.core.utils.errors import ModelError
+from braces_cli.training.checkpointing.checkpoint_folders import DAMAGED_HINT
 
 PARAMETERS_FILE = "parameters.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 # Parameter groups, schedule and gradient scaler: plain numbers.
 SCHEDULE_FILE = "optimizer.json"
 RNG_FILE = "rng.json"
+
+
+class Schedule(TypedDict):
+    """What `optimizer.json` holds: parameter groups, and states of the schedule and the gradient scaler."""
+
+    groups: list[dict[str, Any]]
+    scheduler: dict[str, Any]
+    scaler: dict[str, Any] | None
+
+
+class Group(TypedDict, total=False):
+    """The numbers of a parameter group that a step of the optimizer uses."""
+
+    lr: float
+    initial_lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    params: list[Count]
+
+
+class Position(TypedDict, total=False):
+    """Where a schedule stands."""
+
+    last_epoch: Count
+    _step_count: Count
+    base_lrs: list[float]
+
+
+class Generators(TypedDict):
+    """State of the generators of one process; see `rng_state`."""
+
+    python: tuple[int, list[int], float | None]
+    numpy: tuple[str, list[int], float, float, float]
+    torch: str
+    cuda: str | None
+
+
+_SCHEDULE = Kind(Schedule, ModelError, DAMAGED_HINT, "state of the optimizer")
+_GROUPS = Kind(list[Group], ModelError, DAMAGED_HINT)
+_POSITION = Kind(Position, ModelError, DAMAGED_HINT)
+_RNG = Kind(list[Generators], ModelError, DAMAGED_HINT, "state of the generators")
 
 
 @dataclass
@@ -84,18 +129,26 @@ def restore_parameters(folder: Path, model: Any) -> None:
 
 def restore_optimizer(folder: Path, optimizer: Any, scheduler: Any, scaler: Any = None) -> None:
     """The same for the moments, the rates and where the schedule stands."""
-    schedule = _json(folder / SCHEDULE_FILE)
+    schedule = read(_SCHEDULE, folder / SCHEDULE_FILE)
+    check(_GROUPS, schedule["groups"], f"{folder / SCHEDULE_FILE}, groups")
+    check(_POSITION, schedule["scheduler"], f"{folder / SCHEDULE_FILE}, scheduler")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in _tensors(folder / OPTIMIZER_FILE).items():
-        index, _, name = key.partition(".")
-        parameter = parameters[int(index)]
-        same = tensor.shape == parameter.shape
-        state.setdefault(int(index), {})[name] = _like(tensor, parameter) if same else tensor
-    optimizer.load_state_dict({"state": state, "param_groups": schedule["groups"]})
-    scheduler.load_state_dict(schedule["scheduler"])
-    if scaler is not None and schedule["scaler"] is not None:
-        scaler.load_state_dict(schedule["scaler"])
+    with _state_of(folder / OPTIMIZER_FILE):
+        for key, tensor in _tensors(folder / OPTIMIZER_FILE).items():
+            index, _, name = key.partition(".")
+            parameter = parameters[int(index)]
+            same = tensor.shape == parameter.shape
+            if not same and tensor.ndim:  # a step count has no shape
+                raise _damaged(folder / OPTIMIZER_FILE)
+            state.setdefault(int(index), {})[name] = _like(tensor, parameter) if same else tensor
+        if len({tuple(sorted(names)) for names in state.values()}) > 1:
+            raise _damaged(folder / OPTIMIZER_FILE)
+    with _state_of(folder / SCHEDULE_FILE):
+        optimizer.load_state_dict({"state": state, "param_groups": schedule["groups"]})
+        scheduler.load_state_dict(schedule["scheduler"])
+        if scaler is not None and schedule["scaler"] is not None:
+            scaler.load_state_dict(schedule["scaler"])
 
 
 def _like(tensor: Tensor, parameter: Any) -> Tensor:
@@ -122,17 +175,27 @@ def rng_state() -> dict[str, Any]:
 
 def restore_rng(folder: Path) -> None:
     """Set the generators of this process; one that was not there when the checkpoint was written keeps its own."""
-    states = _json(folder / RNG_FILE)
+    states = read(_RNG, folder / RNG_FILE)
     if rank() >= len(states):
         return
     state = states[rank()]
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), int(position), int(has_gauss), cached))
-    torch.set_rng_state(_unhex(state["torch"]))
-    if torch.cuda.is_available() and state["cuda"] is not None:
-        torch.cuda.set_rng_state(_unhex(state["cuda"]))
+    with _state_of(folder / RNG_FILE):
+        version, numbers, gauss = state["python"]
+        random.setstate((version, tuple(numbers), gauss))
+        kind, keys, position, has_gauss, cached = state["numpy"]
+        np.random.set_state((kind, np.array(keys, dtype=np.uint32), int(position), int(has_gauss), cached))
+        torch.set_rng_state(_unhex(state["torch"]))
+        if torch.cuda.is_available() and state["cuda"] is not None:
+            torch.cuda.set_rng_state(_unhex(state["cuda"]))
+
+
+@contextmanager
+def _state_of(path: Path) -> Iterator[None]:
+    """Around what hands a file's content to a library: the right types, but perhaps not what the library wrote."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        raise _damaged(path) from error
 
 
 def _hex(state: Tensor) -> str:
@@ -150,13 +213,5 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise _damaged(path) from error
 
 
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _damaged(path) from error
-
-
 def _damaged(path: Path) -> ModelError:
-    hint = "Remove that checkpoint; --resume then goes on from the one before."
-    return ModelError("the checkpoint is damaged", where=str(path), hint=hint)
+    return ModelError("the checkpoint is damaged", where=str(path), hint=DAMAGED_HINT)

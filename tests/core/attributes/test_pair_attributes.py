@@ -136,7 +136,7 @@ def test_a_file_of_before_pushes_as_it_did():
     """Along p, in the first half of the layers, by the scale in the file."""
     session = open_session(None, None, LoadOptions(device="cpu", dtype="float32"))
     path = Path(__file__).parents[2] / "fixtures" / "format_1" / "attributes" / "sunny.safetensors"
-    attribute = load_attributes(path, session.base.fingerprint(session.ffns))["sunny"]
+    attribute = load_attributes(path, session)["sunny"]
     vectors = constants(session, [(attribute, 2.0)])
     assert list(vectors) == attribute.layers[: (len(attribute.layers) + 1) // 2]
     for row, vector in enumerate(vectors.values()):

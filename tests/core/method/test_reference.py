@@ -13,6 +13,7 @@ from braces_cli.core.method.reference import orthonormal_rows_ref, reference, we
 from braces_cli.core.method.relevance import RelevanceModule
 from braces_cli.core.method.relevance_forms import FORMS, QUERY_FORMS
 from braces_cli.core.method.value_gram import gram, least_norm_weights
+from braces_cli.core.models.loading import input_device
 from tests.conftest import ARCHITECTURES, open_gates, tiny_model
 
 TOKENS = torch.randint(3, 96, (2, 11), generator=torch.Generator().manual_seed(0))
@@ -32,21 +33,22 @@ def run(model, adapter, use_reference, conditions=None):
     """Logits and gradients of a scalar of them, by the fast path or by the reference."""
     for _, parameter in adapter.named_parameters():
         parameter.grad = None
+    tokens = TOKENS.to(input_device(model))
     if use_reference:
         with reference(adapter, conditions):
-            logits = model(TOKENS).logits
+            logits = model(tokens).logits
     else:
-        logits = model(TOKENS).logits
+        logits = model(tokens).logits
     logits.double().logsumexp(-1).square().mean().backward()
     return logits.detach(), {name: p.grad.clone() for name, p in adapter.named_parameters()}
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("name", "rank"), [*((name, 4) for name in ARCHITECTURES), ("llama", 1), ("gpt2", 32)])
-def test_logits_and_gradients_equal_the_reference_in_float32(name, rank, form):
+def test_logits_and_gradients_equal_the_reference_in_float32(name, rank, form, device):
     """float32 within 1e-5 relative, gradients too."""
-    model = tiny_model(name)
-    base = model(TOKENS).logits.detach()
+    model = tiny_model(name).to(device)
+    base = model(TOKENS.to(device)).logits.detach()
     adapter = attach(model, rank, form=form)
     open_gates(adapter)
     fast, fast_grads = run(model, adapter, False)
@@ -62,9 +64,9 @@ def test_logits_and_gradients_equal_the_reference_in_float32(name, rank, form):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_logits_and_gradients_equal_the_reference_in_float64(name, form):
+def test_logits_and_gradients_equal_the_reference_in_float64(name, form, device):
     """float64 within 1e-10 relative."""
-    model = tiny_model(name, torch.float64)
+    model = tiny_model(name, torch.float64).to(device)
     adapter = attach(model, 4, form=form)
     for _, brace in adapter.sites:
         brace.double()
@@ -78,7 +80,7 @@ def test_logits_and_gradients_equal_the_reference_in_float64(name, form):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_bfloat16_is_no_worse_than_twice_the_references_own_error(name, form):
+def test_bfloat16_is_no_worse_than_twice_the_references_own_error(name, form, device):
     """Both are held to the float32 model with the same (rounded) weights: logits and gradients.
 
     The gradients of the gates are eight numbers in all, so the ratio of their two errors is largely chance: for them
@@ -89,7 +91,7 @@ def test_bfloat16_is_no_worse_than_twice_the_references_own_error(name, form):
     plain: dict[str, float] = defaultdict(float)
     size: dict[str, float] = defaultdict(float)
     for seed in range(4):
-        model = tiny_model(name, torch.bfloat16, seed)
+        model = tiny_model(name, torch.bfloat16, seed).to(device)
         adapter = attach(model, 4, form=form)
         open_gates(adapter, seed)
         fast, fast_grads = run(model, adapter, False)
@@ -112,13 +114,13 @@ def test_bfloat16_is_no_worse_than_twice_the_references_own_error(name, form):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
-def test_each_example_is_steered_by_its_own_attributes(name, form):
+def test_each_example_is_steered_by_its_own_attributes(name, form, device):
     """Per-example attribute terms, two attributes, a different strength in each row, gradients included."""
-    model = tiny_model(name)
+    model = tiny_model(name).to(device)
     adapter = attach(model, 4, form=form)
     open_gates(adapter)
-    states = torch.randn(2, len(adapter.sites), 32, generator=torch.Generator().manual_seed(3))
-    strengths = torch.tensor([[1.5, 0.0], [-2.0, 0.5]])
+    states = torch.randn(2, len(adapter.sites), 32, generator=torch.Generator().manual_seed(3)).to(device)
+    strengths = torch.tensor([[1.5, 0.0], [-2.0, 0.5]], device=device)
     adapter.condition(states, strengths)
     fast, fast_grads = run(model, adapter, False)
     adapter.condition(None)
@@ -132,9 +134,9 @@ def test_each_example_is_steered_by_its_own_attributes(name, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_comparison_can_fail(form):
+def test_the_comparison_can_fail(form, device):
     """A gate that is one hundredth off shows."""
-    model = tiny_model()
+    model = tiny_model().to(device)
     adapter = attach(model, 4, form=form)
     open_gates(adapter)
     fast, _ = run(model, adapter, False)
@@ -153,12 +155,12 @@ def test_orthonormal_rows_equal_gram_schmidt():
 
 
 @pytest.mark.parametrize("columns", [7, 256, 257, 700])
-def test_gram_of_a_bfloat16_matrix_is_computed_in_float32(columns):
+def test_gram_of_a_bfloat16_matrix_is_computed_in_float32(columns, device):
     """Block by block, odd sizes included; the gradient is the same product."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(6, columns, generator=generator).bfloat16()
-    x = torch.randn(6, 3, generator=generator, requires_grad=True)
-    grad = torch.randn(6, 3, generator=generator)
+    weight = torch.randn(6, columns, generator=generator).bfloat16().to(device)
+    x = torch.randn(6, 3, generator=generator).to(device).requires_grad_()
+    grad = torch.randn(6, 3, generator=generator).to(device)
     result = gram(weight, x)
     result.backward(grad)
     wide = weight.double()

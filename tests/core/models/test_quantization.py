@@ -1,4 +1,4 @@
-"""Quantised bases on a CPU: against the reference on the same packed base, in training, and across packings."""
+"""Quantised bases: against the reference on the same packed base, in training, and across packings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from braces_cli.core.method.value_gram import gram
 from braces_cli.core.models.ffn import find_ffns, parameter_total
 from braces_cli.core.models.fingerprint import fingerprint
 from braces_cli.core.models.load_options import QUANTISATIONS, LoadOptions
-from braces_cli.core.models.loading import load_base
+from braces_cli.core.models.loading import input_device, load_base
 from braces_cli.core.models.quantization import check_quantize
 from braces_cli.core.models.value_weights import StoredValues, _through_module
 from braces_cli.core.session import open_session
@@ -49,8 +49,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def load(folder, method, dtype="float32"):
-    return load_base(str(folder), LoadOptions(device="cpu", dtype=dtype, quantize=method))
+def load(folder, method, dtype="float32", device="cpu"):
+    return load_base(str(folder), LoadOptions(device=str(device), dtype=dtype, quantize=method))
 
 
 def weights(model):
@@ -60,7 +60,7 @@ def weights(model):
 
 def logits(model):
     with torch.no_grad():
-        return model(TOKENS).logits
+        return model(TOKENS.to(input_device(model))).logits
 
 
 # bitsandbytes' 8-bit product also rounds what it multiplies W with, to 1 in 127 of each token's largest number. The
@@ -68,9 +68,9 @@ def logits(model):
 TOLERANCE = {"bnb-8bit": 0.05}
 
 
-def test_logits_and_gradients_equal_the_reference_on_the_same_quantised_base(folder, method):
+def test_logits_and_gradients_equal_the_reference_on_the_same_quantised_base(folder, method, device):
     """float32 within 1e-5, as on any base."""
-    model = load(folder, method).model
+    model = load(folder, method, device=device).model
     bare = logits(model)
     adapter = attach(model, 4)
     open_gates(adapter)
@@ -98,9 +98,9 @@ def test_the_base_is_really_packed_and_its_values_are_those_it_computes_with(fol
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_quantised_16_bit_base_keeps_its_dtype_and_stays_near_the_reference(folder, method, dtype):
+def test_a_quantised_16_bit_base_keeps_its_dtype_and_stays_near_the_reference(folder, method, dtype, device):
     """Logits in the base's dtype, projection in float32."""
-    model = load(folder, method, dtype).model
+    model = load(folder, method, dtype, device).model
     adapter = attach(model, 4)
     open_gates(adapter)
     fast, _ = run(model, adapter, False)
@@ -110,18 +110,18 @@ def test_a_quantised_16_bit_base_keeps_its_dtype_and_stays_near_the_reference(fo
     assert relative(fast, slow) < max(4 * torch.finfo(fast.dtype).eps, TOLERANCE.get(method, 0.0))
 
 
-def test_a_training_step_lowers_the_loss(folder, method):
+def test_a_training_step_lowers_the_loss(folder, method, device):
     """Gradients flow through the packed layers to every projection and gate."""
-    model = load(folder, method).model
+    model = load(folder, method, device=device).model
     adapter = attach(model, 4)
     with torch.no_grad():
         for _, brace in adapter.sites:
             brace.gate.fill_(-1.0)
     optimizer = torch.optim.SGD([p for _, p in adapter.named_parameters()], lr=0.02)
-    losses = []
+    losses, tokens = [], TOKENS.to(device)
     for _ in range(4):
         optimizer.zero_grad()
-        loss = model(TOKENS, labels=TOKENS).loss
+        loss = model(tokens, labels=tokens).loss
         losses.append(float(loss))
         loss.backward()
         assert all(float(p.grad.abs().max()) > 0 for _, p in adapter.named_parameters())

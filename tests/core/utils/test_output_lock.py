@@ -80,6 +80,22 @@ def test_of_several_outputs_all_are_free_again(tmp_path):
             pass
 
 
+def test_an_output_that_cannot_be_written_is_an_error_of_the_call(tmp_path):
+    """Too long a name, a file for a folder, a link to itself: exit 2, and nothing is left."""
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in ("x" * 300, "new/" + "x" * 300, "file/out", "loop", "loop/out"):
+        with pytest.raises(ConfigError, match=r"cannot write there|leads to itself"), output_lock(tmp_path / name):
+            pass
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
+
+
+def test_an_output_in_another_has_no_lock_of_its_own(tmp_path):
+    """As `--output-dir scores --plot scores/plot.png`: the folder would not be empty any more."""
+    with output_lock(tmp_path / "scores" / "plot.png", tmp_path / "scores"):
+        assert [path.name for path in tmp_path.rglob("*")] == [".scores.lock"]
+
+
 def test_devices_have_no_lock_and_other_processes_of_a_launch_take_none(tmp_path, monkeypatch):
     """Two commands may write to /dev/null; only the first process of a launch writes."""
     with output_lock(Path(os.devnull)), output_lock(Path(os.devnull)):

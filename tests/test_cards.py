@@ -1,0 +1,94 @@
+"""Cards that go out with a model, and results.md: names are escaped, and a card holds no path of this disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from braces_cli.core.method.adapter_files import AdapterConfig
+from braces_cli.evaluation.result_tables import markdown
+from braces_cli.export.model_card import card, code_card, lora_card, slots_card
+from braces_cli.training.model_card import model_card
+from tests.cli.test_streams import shown
+
+SECRET = "/home/somebody/secret"
+NAME = "x](https://evil.example) <script> `a` | b\n# forged \x1b[31m"
+FACTS: dict[str, Any] = {
+    "model": f"{SECRET}/{NAME}",
+    "adapter": f"{SECRET}/{NAME}",
+    "slots_dir": f"{SECRET}/{NAME}",
+    "attributes": {NAME: 2.0},
+    "layers": None,
+    "combined": False,
+    "case": "a",
+    "served": True,
+    "takes_attributes": True,
+    **dict.fromkeys(("architecture", "dtype"), "x"),
+    **dict.fromkeys(("neurons_added", "width", "probes", "rank", "parameters", "slots", "first_slot", "slots_used"), 1),
+    **dict.fromkeys(
+        ("max_logit_difference", "relative_difference", "rounding", "adapter_effect", "effect_missing"), 0.5
+    ),
+}
+
+
+def trained(method: str) -> str:
+    """The card of a training run."""
+    config = AdapterConfig(
+        f"{SECRET}/{NAME}", 4, [0], {}, training={"attributes": f"{SECRET}/{NAME}", "lr": 0.1}, method=method
+    )
+    result = {"trainable_parameters": 1, "trainable_percent": 1.0}
+    command = ["braces", "train", "--data", f"{SECRET}/{NAME}", f"--model={SECRET}/{NAME}"]
+    return model_card(config, result, {"data": [f"{SECRET}/{NAME}"], "eval_data": []}, command)
+
+
+CARDS: dict[str, Callable[[], str]] = {
+    "train": lambda: trained("braces"),
+    "train lora": lambda: trained("lora"),
+    "merge": lambda: card(FACTS),
+    "slots": lambda: slots_card(FACTS),
+    "lora": lambda: lora_card(FACTS),
+    "code": lambda: code_card(FACTS),
+}
+
+
+@pytest.mark.parametrize("kind", CARDS)
+def test_a_card_holds_no_path_and_no_markup_of_others(kind: str) -> None:
+    """The name of a folder is there, as text; where it was is not."""
+    page = CARDS[kind]()
+    body = page.split("---\n", 2)[2]
+    assert "somebody" not in page
+    assert "forged" in body
+    assert not shown(page)
+    assert_harmless(body)
+
+
+def assert_harmless(page: str) -> None:
+    """No link, no HTML, no heading that came with a name."""
+    from markdown_it import MarkdownIt
+
+    tokens = MarkdownIt("commonmark").enable("table").parse(page)
+    flat = [child for token in tokens for child in (token, *(token.children or ()))]
+    assert not [token for token in flat if token.type in ("html_block", "html_inline")]
+    assert not [token for token in flat if token.type == "link_open"]
+    headings = [tokens[index + 1].content for index, token in enumerate(tokens) if token.type == "heading_open"]
+    assert not [heading for heading in headings if heading.startswith("forged")]
+
+
+def test_results_hold_no_markup_of_others() -> None:
+    """Names of systems, tasks, metrics, models and adapters."""
+    entry = {"value": 0.5, "stderr": None, "n": 3}
+    systems = [
+        {"name": name, "model": NAME, "adapter": NAME, "method": NAME, "sha256": "0", "results": {NAME: {NAME: entry}}}
+        for name in ("base", NAME)
+    ]
+    keys = ("revision", "fingerprint", "dtype", "quantize", "limit", "apply_chat_template")
+    tables = ("num_fewshot_used", "task_versions", "task_data_sha256", "seeds", "versions")
+    settings: dict[str, Any] = {**dict.fromkeys(keys), **{key: {NAME: "1"} for key in tables}}
+    settings |= {"tokenizer": {"chat_template": None}, "significance_level": 0.05}
+    below = {"system": NAME, "task": NAME, "metric": NAME, "value": 0.5, "threshold": 0.6, "reached": False}
+    page = markdown({"systems": systems, "comparisons": [], "settings": settings, "fail_under": [below]})
+    assert page.count("forged") > 8
+    assert not shown(page)
+    assert_harmless(page)
