@@ -4,8 +4,8 @@ Three things happen to each command, in folders of their own, by moments that `-
 
     kills          SIGKILL, once or several times, then a call to the end. Half of the moments are anywhere in the time
                    that a call takes, half are a few milliseconds after something changed in the output.
-    two writers    Two calls at once, with different seeds where the command has one: one of them must win, the other
-                   must exit with 2 and say who writes there.
+    two writers    Two calls at once, with different seeds where the command has one: the files must be those of one,
+                   and the other must exit with 2 and say who writes there.
     full disk      A limit on the size of files (RLIMIT_FSIZE): exit 1, one error that is not our fault, no hidden file;
                    then a call without the limit.
 
@@ -30,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +51,8 @@ _PRELOAD = [
     "matplotlib.backends.backend_agg", "transformers.models.llama.modeling_llama",
 ]  # fmt: skip
 _DEADLINE = 600.0
+# What the second of two writers says.
+REFUSED = "another braces command is writing there (process "
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,19 @@ class Call:
 
     def wait(self, seconds: float) -> None:
         self._process.join(seconds)
+
+    def stop(self, when: Callable[[], bool]) -> bool:
+        """SIGSTOP once `when` is true; False where the process ended before."""
+        while not when():
+            if not self.alive():
+                return False
+            time.sleep(0.0005)
+        os.kill(self._process.pid or 0, signal.SIGSTOP)
+        return True
+
+    def go_on(self) -> None:
+        """End what `stop` began."""
+        os.kill(self._process.pid or 0, signal.SIGCONT)
 
     def kill(self) -> bool:
         """SIGKILL to the process and its children; False where it had ended by then."""
@@ -164,7 +179,7 @@ def timed(place: Path, words: Sequence[str]) -> tuple[float, int]:
     place.mkdir(parents=True)
     began, call, changes, before = time.perf_counter(), Call(place, words), 0, listing(place)
     while call.alive():
-        time.sleep(0.001)
+        time.sleep(0.002)
         now = listing(place)
         changes, before = changes + (now != before), now
     ended = call.end()
@@ -226,30 +241,35 @@ def _clean(place: Path, wrong: Sequence[str]) -> None:
 
 
 def two_writers(folder: Path, case: Case, rounds: int, seed: str) -> dict[str, Any]:
-    """Two calls at once: the folder is that of one of them, and the other says so."""
+    """Two calls at once: the files are those of one of them, and the other says so.
+
+    In every other round the first is stopped as soon as it holds the lock, until the second has ended; in the others
+    the two race, and on a busy machine one may have ended before the other begins.
+    """
     words = (case.words, (*case.words, *case.other))
     wanted = [files(folder / "alone")] * 2
     if case.other:
         timed(folder / "other", words[1])
         wanted[1] = files(folder / "other")
-    outcome: dict[str, Any] = {"rounds": rounds, "right": 0, "different": []}
+    outcome: dict[str, Any] = {"rounds": rounds, "right": 0, "refused": 0, "different": []}
     for number in range(rounds):
         place, moments = folder / f"writers-{number}", random.Random(f"{seed} writers {number}")
         place.mkdir()
         order = moments.sample((0, 1), 2)
-        calls = {}
-        for which in order:
-            calls[which] = Call(place, words[which])
-            time.sleep(moments.choice((0.0, 0.002, 0.02)))
-        ended = {which: call.end() for which, call in calls.items()}
-        winners = [which for which, end in ended.items() if end.code == 0]
-        losers = [end for end in ended.values() if end.code != 0]
-        if len(winners) != 1:
-            wrong = [f"{len(winners)} of two writers ended well: {ended}"]
-        else:
-            wrong = differences(files(place), wanted[winners[0]])
-            if losers[0].code != 2 or "another braces command is writing there (process" not in losers[0].said:
-                wrong.append(f"the other writer: {losers[0]}")
+        first = Call(place, words[order[0]])
+        stopped = number % 2 == 0 and first.stop(lambda place=place: any(place.rglob(".*.lock")))
+        second = Call(place, words[order[1]])
+        ended = [second.end()] if stopped else []
+        if stopped:
+            first.go_on()
+        ended = [first.end(), *(ended or [second.end()])]
+        refused = sum(end.code == 2 and REFUSED in end.said for end in ended)
+        winners = [which for which, end in zip(order, ended, strict=True) if end.code == 0]
+        best = [differences(files(place), wanted[which]) for which in winners]
+        wrong = min(best, key=len) if best else ["none of two writers ended well"]
+        if any(end.code not in (0, 2) for end in ended) or (stopped and not refused):
+            wrong = [*wrong, f"ends of two writers: {ended}"]
+        outcome["refused"] += refused
         outcome["right"] += not wrong
         outcome["different"] += [f"writers {number}: {name}" for name in wrong]
         _clean(place, wrong)

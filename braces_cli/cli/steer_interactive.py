@@ -10,7 +10,7 @@ from typing import Any
 from braces_cli.cli.console import print_json_lines
 from braces_cli.cli.steer_options import SteerSettings
 from braces_cli.cli.streams import note
-from braces_cli.core.utils.errors import BracesError
+from braces_cli.core.utils.errors import BracesError, DataError
 from braces_cli.core.utils.plain_text import error_text
 
 
@@ -68,8 +68,17 @@ def _drawn(talk: Any, line: str) -> Any:
 
 
 def _lines() -> Iterator[str]:
+    """Lines of standard input.
+
+    Raises:
+        DataError: not UTF-8.
+    """
     if not sys.stdin.isatty():
-        yield from sys.stdin
+        try:
+            yield from sys.stdin
+        except UnicodeDecodeError as error:
+            what, hint = f"not UTF-8 (byte {error.start})", "Convert it, with iconv for one."
+            raise DataError(what, where="standard input", hint=hint) from error
         return
     with suppress(ImportError):
         import readline  # noqa: F401  (history and editing, where the system has it)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from braces_cli.core.models.hub_errors import hub_errors
+from braces_cli.core.utils.atomic_files import file_hint
 from braces_cli.core.utils.decoding import Malformed, decode
 from braces_cli.core.utils.errors import DataError
 from braces_cli.core.utils.paths import is_there, user_path
@@ -45,8 +47,8 @@ def read_rows(name: str, *, streaming: bool = False) -> Iterator[Source]:
     path = user_path(name)
     if not is_there(path) and not path.suffix and name.partition(":")[0].count("/") == 1 and not name.startswith("."):
         return _never_empty(_hub(name, streaming), name)
-    if not path.is_file():
-        what = "this is a folder, not a file" if path.is_dir() else "no such file"
+    if not os.path.isfile(path):  # pathlib's would raise where the name is too long or the folder is closed
+        what = "this is a folder, not a file" if os.path.isdir(path) else "no such file"
         raise DataError(what, where=name, hint=f"Give a file ({', '.join(READABLE)}) or the id of a hub set.")
     if path.stat().st_size == 0:
         raise DataError("the file is empty", where=name, hint="Give a file with at least one row.")
@@ -80,6 +82,8 @@ def _decoded(rows: Iterator[Source], name: str) -> Iterator[Source]:
         raise DataError(
             f"not UTF-8 (byte {error.start})", where=name, hint="Convert it, with iconv for one."
         ) from error
+    except OSError as error:
+        raise DataError(f"cannot read: {error.strerror or error}", where=name, hint=file_hint(error)) from error
 
 
 def _row(fields: Any, where: str) -> Source:

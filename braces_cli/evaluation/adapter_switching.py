@@ -30,6 +30,7 @@ from braces_cli.core.models.finite_weights import check_finite
 from braces_cli.core.session import Session
 from braces_cli.core.utils.documents import Kind, Name, check, read
 from braces_cli.core.utils.errors import ConfigError, ModelError, first_line
+from braces_cli.core.utils.paths import is_there
 
 BRACES = "braces"
 # What peft raises for files that are damaged, or that do not fit the base.
@@ -194,7 +195,7 @@ def _peft_config(folder: Path) -> PeftConfig | None:
         ModelError: the adapter's config is damaged.
     """
     path = folder / CONFIG_FILE
-    if not path.is_file():
+    if not is_there(path):
         return None
     raw = read(ANY_CONFIG, path)
     return check(_PEFT, raw, str(path)) if "peft_type" in raw and raw.get("method") != BRACES else None

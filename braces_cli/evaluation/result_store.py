@@ -16,6 +16,7 @@ from typing import Any, TypedDict
 from braces_cli.core.utils.atomic_files import check_output_folder, finite, remove_partial_files, write_json, write_text
 from braces_cli.core.utils.documents import Count, Kind, check, read, stored_form
 from braces_cli.core.utils.errors import ConfigError, ModelError
+from braces_cli.core.utils.paths import is_there
 from braces_cli.evaluation.scores import Scores, StoredScores, by_task, slug
 
 RESULTS = "results.json"
@@ -111,14 +112,14 @@ class Store:
         for place in (self.folder, *self.folder.glob("parts/*"), *self.folder.glob("samples/*")):
             remove_partial_files(place)
         wanted = stored_form({"format": _FORMAT, "log_samples": self.log_samples, **identity})
-        if resume and (self.folder / _RUN).is_file():
+        if resume and is_there(self.folder / _RUN):
             stored = read(_SETTINGS, self.folder / _RUN)
             other = sorted(key for key in {*stored, *wanted} if stored.get(key) != wanted.get(key))
             if other:
                 what = f"a run of other settings was begun here ({', '.join(other)})"
                 hint = "Give the same settings, another --output-dir, or --overwrite instead of --resume."
                 raise ConfigError(what, where=str(self.folder), hint=hint)
-            return read_results(self.folder / RESULTS) if (self.folder / RESULTS).exists() else None
+            return read_results(self.folder / RESULTS) if is_there(self.folder / RESULTS) else None
         for old in (_RUN, RESULTS, "results.md"):
             (self.folder / old).unlink(missing_ok=True)
         for old in ("parts", "samples"):
@@ -129,7 +130,7 @@ class Store:
     def load(self, system: str, unit: str) -> Scores | None:
         """What is stored of a system's unit, without samples; None where it was not finished."""
         path = self._part(system, unit)
-        if path is None or not path.exists():
+        if path is None or not is_there(path):
             return None
         return Scores.from_json(read(_PART, path))
 

@@ -22,7 +22,7 @@ from braces_cli.core.utils.atomic_files import write_json, write_text
 from braces_cli.core.utils.documents import Count, Kind, Name, read
 from braces_cli.core.utils.documents import check as check_document
 from braces_cli.core.utils.errors import ModelError
-from braces_cli.core.utils.paths import user_path
+from braces_cli.core.utils.paths import is_there, user_path
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.core.utils.versions import versions
 from braces_cli.export.checkpoint_writer import copy_companions, new_neurons, write_checkpoint
@@ -137,7 +137,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not os.path.isfile(folder / "config.json"):  # pathlib's would raise where the name is too long
         raise ModelError("no merged checkpoint here", where=str(folder), hint="Give a folder that braces merge wrote.")
     path = folder / RECORD_FILE
-    if not path.exists():
+    if not is_there(path):
         return {}
     record = read(_ANY_RECORD, path)
     check_document(_RECORD, record, str(path))

@@ -17,7 +17,7 @@ from msgspec import Meta
 
 from braces_cli.core.utils.atomic_files import write_json, write_tensors
 from braces_cli.core.utils.decoding import cut
-from braces_cli.core.utils.documents import Kind, read
+from braces_cli.core.utils.documents import Kind, check_is_file, read
 from braces_cli.core.utils.errors import DataError, ModelError, first_line
 from braces_cli.scoring.scorer import Verdict, checked
 from braces_cli.scoring.word_tokens import split_words, words_of
@@ -42,6 +42,7 @@ class Config:
 
 _HINT = "Fit it again: --scorer fit:ROWS."
 _CONFIG = Kind(Config, ModelError, _HINT, "fitted scorer", closed=True)
+_TENSORS = Kind(object, ModelError, _HINT, "file of the scorer's tensors")
 _VOCABULARY = Kind(list[str], ModelError, _HINT, "vocabulary of the scorer")
 
 
@@ -182,6 +183,7 @@ def load_classifier(folder: Path, exclude: Collection[str] = ()) -> Classifier:
         what = f"format version {cut(config.format_version)}, this braces reads {_FORMAT}"
         raise ModelError(what, where=str(folder / CONFIG_FILE), hint="Update braces.")
     path = folder / _TENSORS_FILE
+    check_is_file(_TENSORS, path)
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError, ValueError, TypeError) as error:
@@ -192,6 +194,8 @@ def load_classifier(folder: Path, exclude: Collection[str] = ()) -> Classifier:
         raise ModelError(f"tensors of {size} words and {count} labels do not fit", where=str(path), hint=_HINT)
     if any(tensor.dtype != np.float64 for tensor in tensors.values()):
         raise ModelError("tensors are not torch.float64", where=str(path), hint=_HINT)
+    if not all(np.isfinite(tensor).all() for tensor in tensors.values()):
+        raise ModelError("tensors hold numbers that are not finite", where=str(path), hint=_HINT)
     if len(set(vocabulary)) < size or len(set(config.labels)) < count:
         raise ModelError("a word or a label comes twice", where=str(folder), hint=_HINT)
     excluded = set(config.excluded) | split_words(exclude)

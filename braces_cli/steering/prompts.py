@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from braces_cli.core.utils.atomic_files import file_hint
 from braces_cli.core.utils.decoding import cut
 from braces_cli.core.utils.documents import ROW, parse
 from braces_cli.core.utils.errors import ConfigError, DataError
@@ -25,7 +27,7 @@ def read_prompts(given: Sequence[str], file: Path | None, pipe: TextIO) -> Itera
     if given:
         return iter(given)
     if file is not None and str(file) != "-":
-        if not file.exists() or file.is_dir():  # a pipe with a name will do
+        if not os.path.exists(file) or os.path.isdir(file):  # a pipe with a name will do
             raise DataError("no such file", where=str(file), hint="Give a text file with one prompt a line.")
         return _some(_file(file), str(file))
     if pipe.isatty() and file is None:
@@ -48,6 +50,8 @@ def _some(prompts: Iterator[str], where: str) -> Iterator[str]:
         raise DataError(
             f"not UTF-8 (byte {error.start})", where=where, hint="Convert it, with iconv for one."
         ) from error
+    except OSError as error:
+        raise DataError(f"cannot read: {error.strerror or error}", where=where, hint=file_hint(error)) from error
     if empty:
         raise DataError("no prompts", where=where, hint="Give at least one line.")
 

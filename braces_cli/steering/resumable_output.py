@@ -22,6 +22,7 @@ from braces_cli.core.models.generation import TextRequest
 from braces_cli.core.utils.atomic_files import check_output_file, file_hint, remove_partial_files, write_json
 from braces_cli.core.utils.documents import Count, Kind, parse, read, stored_form
 from braces_cli.core.utils.errors import BracesError, ConfigError, DataError
+from braces_cli.core.utils.paths import is_there
 
 
 class Row(TypedDict):
@@ -69,7 +70,7 @@ class TextsFile:
             self._check_settings()
 
     def _check_settings(self) -> None:
-        if not self._record.exists():
+        if not is_there(self._record):
             return
         before = read(_SETTINGS, self._record)
         # Earlier versions recorded a repeatable option that was not given as null.

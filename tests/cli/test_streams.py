@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import os
 import subprocess
@@ -254,3 +255,13 @@ def test_one_place_prints() -> None:
             name = ast.unparse(node.func)
             prints = name in ("print", "sys.stdout.write", "sys.stderr.write", "rich.print", "traceback.print_exc")
             assert not prints or path in allowed, f"{path}:{node.lineno}"
+
+
+def test_lines_of_a_conversation_that_are_no_text_are_bad_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit 3, as where prompts are read."""
+    from braces_cli.cli.steer_interactive import _lines
+    from braces_cli.core.utils.errors import DataError
+
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), encoding="utf-8"))
+    with pytest.raises(DataError, match="not UTF-8"):
+        list(_lines())

@@ -16,7 +16,8 @@ def test_killed_commands_write_the_same_files(tmp_path, monkeypatch):
     assert recipe.faults(found) == []
     assert found.keys() == set(recipe.SHORT)
     assert all(each["killed"]["kills"] >= each["killed"]["identical"] == 1 for each in found.values())
-    assert all(each["two_writers"]["right"] == each["full_disk"]["right"] == 1 for each in found.values())
+    assert all(each["two_writers"]["refused"] == each["two_writers"]["right"] == 1 for each in found.values())
+    assert all(each["full_disk"]["right"] == 1 for each in found.values())
 
 
 def test_the_comparison_can_see(tmp_path, monkeypatch):

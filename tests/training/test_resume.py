@@ -210,6 +210,11 @@ def swap(path: Path, other: Path) -> None:
     other.write_bytes(content)
 
 
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 def test_a_checkpoint_that_was_altered_is_not_trained_on(train, tmp_path):
     """Each file that is changed, cut, gone or of another checkpoint is named, with the checkpoint before; exit 4."""
     out = tmp_path / "o"
@@ -222,10 +227,10 @@ def test_a_checkpoint_that_was_altered_is_not_trained_on(train, tmp_path):
     damages = [(name, flip) for name in names]
     damages += [(name, lambda path: path.write_bytes(path.read_bytes()[:100])) for name in names]
     damages += [(name, lambda path: swap(path, before / path.name)) for name in [*names, "manifest.json"]]
-    damages += [("rng.json", Path.unlink), ("manifest.json", lambda path: path.write_text("{}"))]
+    damages += [("rng.json", Path.unlink), ("run.json", pipe), ("manifest.json", lambda path: path.write_text("{}"))]
     shutil.copytree(out, tmp_path / "copy")
     for name, damage in damages:
-        if (last / name).read_bytes() == (before / name).read_bytes() and damage not in (flip, Path.unlink):
+        if (last / name).read_bytes() == (before / name).read_bytes() and damage not in (flip, Path.unlink, pipe):
             continue  # nothing to swap: the same in both
         damage(last / name)
         outcome = train(out, "--resume")

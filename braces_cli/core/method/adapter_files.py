@@ -14,7 +14,7 @@ from braces_cli.core.models.hub_errors import explained, is_hub_id
 from braces_cli.core.models.stored_fingerprint import Fingerprint
 from braces_cli.core.utils.atomic_files import write_json, write_tensors, write_text
 from braces_cli.core.utils.decoding import cut
-from braces_cli.core.utils.documents import Count, Kind, Name, Positive, Size, check, read
+from braces_cli.core.utils.documents import Count, Kind, Name, Positive, Size, check, check_is_file, read
 from braces_cli.core.utils.errors import ModelError
 from braces_cli.core.utils.paths import is_there, user_path
 
@@ -66,6 +66,7 @@ class AdapterConfig:
 _DAMAGED = "The file is damaged; train again."
 # Of braces or of another program, which the content tells.
 ANY_CONFIG: Kind[dict[str, Any]] = Kind(dict[str, Any], ModelError, _DAMAGED, "config of an adapter", foreign=True)
+_WEIGHTS = Kind(object, ModelError, "Train again.", "file of the adapter's weights")
 _CONFIG = Kind(AdapterConfig, ModelError, _DAMAGED, closed=True)
 
 
@@ -141,7 +142,7 @@ def read_config(folder: Path) -> AdapterConfig:
         ModelError: no adapter folder, not JSON, another method or version, a missing or unknown key.
     """
     path = folder / CONFIG_FILE
-    if not path.is_file():
+    if not os.path.isfile(path) and not is_there(path):
         hint = f"An adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}; `braces train` writes one."
         raise ModelError(
             "no adapter here" if folder.is_dir() else "no such adapter folder", where=str(folder), hint=hint
@@ -191,6 +192,7 @@ def read_tensors(folder: Path, config: AdapterConfig) -> dict[str, Tensor]:
 
     path = folder / WEIGHTS_FILE
     try:
+        check_is_file(_WEIGHTS, path)
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"cannot read the adapter's weights: {error}", where=str(path), hint="Train again.") from error

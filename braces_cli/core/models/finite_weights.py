@@ -27,10 +27,12 @@ def check_finite(weights: Mapping[str, Tensor], where: str) -> None:
     Raises:
         ModelError: names the weight.
     """
+    plain = {name: weight.detach() for name, weight in weights.items()}
     read = {
-        name: weight.detach()
-        for name, weight in weights.items()
-        if weight.dtype in _KINDS and weight.numel() and not weight.is_meta
+        name: weight
+        for name, weight in plain.items()
+        # Packed weights are of classes of their own, and call themselves bfloat16.
+        if type(weight) is Tensor and weight.dtype in _KINDS and weight.numel() and not weight.is_meta
     }
     extremes: dict[torch.device, list[Tensor]] = {}
     for weight in read.values():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,8 +208,8 @@ def _folder_or_id(name: str) -> str:
     """An absolute folder, or the hub id as it is."""
     name = resolve(name)
     path = user_path(name)
-    if path.is_dir():
-        if (path / "config.json").is_file():
+    if os.path.isdir(path):  # pathlib's would raise where the name is too long
+        if is_there(path / "config.json"):
             check_model_files(path)
             return str(path.resolve())
         if (path / "adapter_config.json").is_file():
@@ -217,7 +218,7 @@ def _folder_or_id(name: str) -> str:
             "no model here: the folder has no config.json", where=name, hint="Give a model's folder or id."
         )
     if is_there(path):
-        what = "this is a file, and a model is a folder" if path.is_file() else "this folder cannot be read"
+        what = "this is a file, and a model is a folder" if os.path.isfile(path) else "this folder cannot be read"
         raise ModelError(what, where=name, hint="Give the folder that holds the model.")
     if not name or name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
         raise ModelError("no such model folder", where=name or "--model", hint="Give a folder or a hub id.")

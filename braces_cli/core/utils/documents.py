@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
@@ -69,15 +70,30 @@ def read(kind: Kind[T], path: Path) -> T:
     Raises:
         BracesError: of the class `kind.error`: missing, no file, not UTF-8, malformed, or not what the schema says.
     """
+    check_is_file(kind, path)
     try:
-        if not path.is_file():
-            what = "this is a folder, not a file" if path.is_dir() else "this is not a file"
-            raise kind.error(what if path.exists() else f"no such {kind.what}", where=str(path), hint=kind.hint)
         data = path.read_bytes()
+    except OSError as error:
+        raise kind.error(f"cannot read: {error.strerror or error}", where=str(path), hint=kind.hint) from error
+    return parse(kind, data, str(path))
+
+
+def check_is_file(kind: Kind[Any], path: Path) -> None:
+    """Refuse what must not be opened: a folder, and a pipe or device, which could keep its reader waiting for ever.
+
+    Raises:
+        BracesError: of the class `kind.error`.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError as error:
+        raise kind.error(f"no such {kind.what}", where=str(path), hint=kind.hint) from error
     except (OSError, ValueError) as error:  # a ValueError is a null character in the name
         reason = getattr(error, "strerror", None) or error
         raise kind.error(f"cannot read: {reason}", where=str(path), hint=kind.hint) from error
-    return parse(kind, data, str(path))
+    if not stat.S_ISREG(mode):
+        what = "this is a folder, not a file" if stat.S_ISDIR(mode) else "this is a pipe or a device, not a file"
+        raise kind.error(what, where=str(path), hint=kind.hint)
 
 
 def parse(kind: Kind[T], data: str | bytes, where: str) -> T:

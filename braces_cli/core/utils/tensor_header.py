@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from braces_cli.core.utils.decoding import cut
-from braces_cli.core.utils.documents import Count, Kind, check, parse
+from braces_cli.core.utils.documents import Count, Kind, check, check_is_file, parse
 
 # The same limit as that of the safetensors library.
 _LIMIT = 100_000_000
@@ -43,6 +43,7 @@ def read_tensor_header(path: Path, kind: Kind[Any]) -> TensorHeader:
         BracesError: of the class `kind.error`: no file, or no safetensors file.
     """
     where = str(path)
+    check_is_file(kind, path)
     try:
         with path.open("rb") as file:
             first = file.read(8)

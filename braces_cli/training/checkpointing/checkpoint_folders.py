@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from braces_cli.core.utils.atomic_files import file_hint, remove_partial_files, write_json
-from braces_cli.core.utils.documents import Count, Kind, Name, read
+from braces_cli.core.utils.documents import Count, Kind, Name, check_is_file, read
 from braces_cli.core.utils.errors import BracesError, ModelError
 
 logger = logging.getLogger("braces")
@@ -41,6 +41,7 @@ class Manifest(TypedDict):
     sha256: dict[Name, str]
 
 
+_LISTED = Kind(object, ModelError, DAMAGED_HINT, "file of the checkpoint")
 _MANIFEST = Kind(Manifest, ModelError, DAMAGED_HINT, "manifest")
 
 
@@ -103,6 +104,7 @@ def _check_manifest(checkpoint: Path) -> None:
         raise _damaged(path, f"the manifest is that of checkpoint-{manifest['step']}")
     for name, wanted in manifest["sha256"].items():
         file = checkpoint / Path(name).name
+        check_is_file(_LISTED, file)
         try:
             found = _hash(file)
         except OSError as error:

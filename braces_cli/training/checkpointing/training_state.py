@@ -21,7 +21,7 @@ from torch import Tensor
 
 from braces_cli.core.utils.atomic_files import write_json, write_tensors
 from braces_cli.core.utils.distributed import gathered, rank, whole
-from braces_cli.core.utils.documents import Count, Kind, check, read
+from braces_cli.core.utils.documents import Count, Kind, check, check_is_file, read
 from braces_cli.core.utils.errors import ModelError
 from braces_cli.training.checkpointing.checkpoint_folders import DAMAGED_HINT
 
@@ -71,6 +71,7 @@ class Generators(TypedDict):
 _SCHEDULE = Kind(Schedule, ModelError, DAMAGED_HINT, "state of the optimizer")
 _GROUPS = Kind(list[Group], ModelError, DAMAGED_HINT)
 _POSITION = Kind(Position, ModelError, DAMAGED_HINT)
+_TENSORS = Kind(object, ModelError, DAMAGED_HINT, "file of tensors")
 _RNG = Kind(list[Generators], ModelError, DAMAGED_HINT, "state of the generators")
 
 
@@ -207,6 +208,7 @@ def _unhex(text: str) -> Tensor:
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
+    check_is_file(_TENSORS, path)
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

@@ -94,7 +94,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     for path, message in (
         (tmp_path / "none", "no such example"),
         (tmp_path, "this is a folder, not a file"),
-        (pipe, "this is not a file"),
+        (pipe, "this is a pipe or a device"),
         (loop, "."),
         (tmp_path / "a\0b", "."),
         (tmp_path / ("x" * 300), "."),

@@ -1,0 +1,391 @@
+"""Every kind of file that braces reads, broken in every way that its schema knows: one clear error, of the right class.
+
+The error names the file and, where one value is wrong, its key; nothing ends in a traceback or a fault of braces.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from braces_cli.core.attributes.attribute_header import read_header
+from braces_cli.core.method.adapter_files import read_config
+from braces_cli.core.models.model_files import check_model_files
+from braces_cli.core.utils.atomic_files import write_tensors
+from braces_cli.core.utils.errors import BracesError, ConfigError, DataError, ModelError
+from braces_cli.evaluation.adapter_switching import find_eval_adapter
+from braces_cli.evaluation.result_store import Store, read_results
+from braces_cli.export.merge import read_record as read_merge
+from braces_cli.export.slots import read_slots
+from braces_cli.scoring.tfidf_classifier import load_classifier
+from braces_cli.steering.resumable_output import TextsFile
+from braces_cli.training.checkpointing.checkpoint_folders import newest_intact
+from braces_cli.training.checkpointing.run_record import finished, read_progress, read_record
+from braces_cli.training.checkpointing.training_state import restore_optimizer, restore_rng, rng_state
+from braces_cli.training.launcher_checks import zero_stage
+
+FINGERPRINT = {"model_type": "llama", "layers": 2, "hidden_size": 8, "value_vectors": [16, 16], "sha256": None}
+ADAPTER = {
+    "format_version": 2, "method": "braces", "relevance": "paper", "base_model_name_or_path": "base", "revision": None,
+    "r": 2, "layers": [0, 1], "fingerprint": FINGERPRINT, "tokenizer": {"vocabulary": "a", "chat_template": None},
+    "training": {}, "attributes": [], "scales": [1.0, 2.0], "versions": {"torch": "2"},
+}  # fmt: skip
+LIKELIHOOD = {"nll": 1.5, "tokens": 3, "end_nll": 0.0, "end_tokens": 0}
+PROGRESS = {
+    "step": 2, "max_steps": 4, "tokens": 5, "computed": 6, "seconds": 0.5, "loss_sum": 1.0, "loss_open": 0.0,
+    "logged": 2,
+}  # fmt: skip
+RESULT = {
+    "output_dir": "out", "method": "braces", "trainable_parameters": 1, "condition_parameters": 0,
+    "total_parameters": 9, "trainable_percent": 1.0, "steps": 4, "epochs": 1.0, "train_loss": 2.0,
+    "base_eval_loss": None, "base_eval_perplexity": None, "base_eval_perplexity_without_end": None, "eval_loss": None,
+    "eval_perplexity": None, "eval_perplexity_without_end": None, "seconds": 1.0, "tokens": 9,
+    "tokens_per_second": 9.0, "peak_memory": 1, "rows": 1, "rows_truncated": 0, "rows_dropped": 0,
+    "token_path_share": None, "packed": False, "padding_share": 0.0,
+}  # fmt: skip
+RECORD = {"settings": {}, "command": ["braces"], "data": None, "base": LIKELIHOOD, "progress": PROGRESS, "result": None}
+GROUP = {"lr": 0.1, "betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 0.0, "params": [0]}
+SCHEDULE = {"groups": [GROUP], "scheduler": {"last_epoch": 2}, "scaler": None}
+METRIC = {"value": 1.0, "stderr": None, "n": 3}
+SYSTEM = {
+    "name": "base", "model": "m", "adapter": None, "method": None, "sha256": None, "results": {"task": {"acc": METRIC}}
+}  # fmt: skip
+RESULTS = {
+    "systems": [SYSTEM],
+    "comparisons": [],
+    "settings": {
+        "revision": None, "fingerprint": None, "dtype": "float32", "quantize": None, "tokenizer": {},
+        "apply_chat_template": False, "limit": None, "num_fewshot_used": {}, "task_versions": {},
+        "task_data_sha256": {}, "higher_is_better": {}, "seeds": {"torch": 0}, "versions": {},
+        "significance_level": 0.05,
+    },
+}  # fmt: skip
+PART = {
+    "results": {"task": {"acc": METRIC}}, "documents": [["task", "acc", [[0, 1.0]]]], "units": [],
+    "better": [["task", "acc", True]], "shots": {"task": 0}, "versions": {}, "batch_sizes": [1],
+}  # fmt: skip
+SLOTS = {
+    "format_version": 1, "model": "m", "revision": None, "fingerprint": FINGERPRINT, "architecture": "Llama",
+    "dtype": "float32", "width": 8, "wider": 16, "gated": True, "activation": [1.0, 2.0], "constant": None, "first": 8,
+    "suffixes": None, "sites": {"0": {"reads": "up", "writes": "down", "offset": 0, "rows": 16}}, "versions": {},
+}  # fmt: skip
+MERGE = {"model": "m", "adapter": "a", "dtype": "float32", "attributes": {"x": 1.0}, "layers": "0-1", "case": "a"}
+MODEL = {"model_type": "llama", "hidden_size": 8, "dtype": "float32", "quantization_config": None, "vocab_size": 9}
+
+
+def scorer(folder: Path) -> None:
+    (folder / "vocabulary.json").write_text('["good", "bad"]')
+    tensors = {"idf": torch.ones(2), "weight": torch.ones(2, 2), "bias": torch.ones(2)}
+    write_tensors(folder / "scorer.safetensors", {name: tensor.double() for name, tensor in tensors.items()})
+
+
+def optimizer(folder: Path) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    state = {f"0.{name}": torch.zeros(2) for name in ("exp_avg", "exp_avg_sq")} | {"0.step": torch.tensor(2.0)}
+    if not (folder / "optimizer.safetensors").exists():
+        write_tensors(folder / "optimizer.safetensors", state)
+    adam = torch.optim.AdamW([parameter])
+    restore_optimizer(folder, adam, torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1.0))
+
+
+def manifest(folder: Path) -> None:
+    newest_intact(folder.parent)
+
+
+def texts(folder: Path) -> None:
+    row = {"prompt": "a", "text": "b", "attributes": {}, "sample": 0, "seed": 0}
+    (folder / "texts.jsonl").write_text(json.dumps(row) + "\n")
+    TextsFile(folder / "texts.jsonl", {"seed": 0}, 1, resume=True, overwrite=False)
+
+
+def deepspeed(folder: Path) -> None:
+    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(folder / "zero.json")
+    try:
+        zero_stage()
+    finally:
+        del os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"]
+
+
+@dataclass
+class FileKind:
+    """A kind of file.
+
+    Attributes:
+        name: of the file.
+        content: a good one.
+        read: reads it in a folder.
+        error: class of what is raised for a bad one.
+        keys: path of a value -> values that it must not have.
+        beside: makes what else belongs into the folder.
+        others: others read it, too, who take a key that comes twice, or NaN.
+    """
+
+    name: str
+    content: Any
+    read: Callable[[Path], Any]
+    error: type[BracesError]
+    keys: dict[str, tuple[Any, ...]]
+    beside: Callable[[Path], object] = lambda folder: None
+    others: bool = False
+
+
+WRONG = (None, 5, "x", [], {}, [[]], -1, 1.5, True, "a\0b", 10**30)
+
+
+def wrong(*right: Any) -> tuple[Any, ...]:
+    """`WRONG` but for values that are no fault of this key."""
+    return tuple(value for value in WRONG if not any(value is each or value == each for each in right))
+
+
+NUMBER, COUNT, TEXT, OBJECT = wrong(5, -1, 1.5, 10**30), wrong(5), wrong("x"), wrong({})
+KINDS = {
+    "adapter": FileKind(
+        "adapter_config.json", ADAPTER, read_config, ModelError,
+        {"r": COUNT, "layers": WRONG, "layers.0": COUNT, "base_model_name_or_path": wrong("x"),
+         "fingerprint": WRONG, "fingerprint.hidden_size": wrong(5), "fingerprint.value_vectors": wrong([]),
+         "attributes": wrong([]), "scales": wrong([]), "scales.0": wrong(5, 1.5, 10**30), "tokenizer": OBJECT,
+         "training": OBJECT, "versions": OBJECT, "revision": wrong(None, "x"), "relevance": WRONG,
+         "format_version": WRONG, "colour": WRONG},
+        others=True,
+    ),
+    "adapter of peft": FileKind(
+        "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "base"}, find_eval_adapter, ModelError,
+        {"peft_type": wrong("x", "a\0b"), "base_model_name_or_path": wrong("x", None)},
+        beside=lambda folder: write_tensors(folder / "adapter_model.safetensors", {"a": torch.zeros(1)}), others=True,
+    ),
+    "run": FileKind(
+        "run.json", RECORD, read_record, ModelError,
+        {"settings": OBJECT, "command": wrong([]), "data": wrong(None, "x", "a\0b"), "base": wrong(None),
+         "base.nll": NUMBER, "progress": OBJECT, "result": wrong(None, {}), "more": WRONG},
+    ),
+    "progress": FileKind(
+        "run.json", RECORD, read_progress, ModelError,
+        {"progress.step": WRONG, "progress.loss_sum": NUMBER, "progress.logged": COUNT, "progress.stream": wrong({})},
+    ),
+    "result of a run": FileKind(
+        "run.json", {**RECORD, "result": RESULT}, lambda folder: finished(folder, {}), ModelError,
+        {"result.steps": wrong(5, -1, 10**30), "result.seconds": NUMBER, "result.token_path_share": wrong(None, []),
+         "result.packed": wrong(True)},
+        beside=lambda folder: (folder / "adapter_config.json").write_text("{}"),
+    ),
+    "schedule": FileKind(
+        "optimizer.json", SCHEDULE, optimizer, ModelError,
+        {"groups": WRONG, "groups.0": WRONG, "groups.0.lr": NUMBER, "groups.0.betas": WRONG, "groups.0.params": WRONG,
+         "scheduler": wrong({}), "scheduler.last_epoch": COUNT, "scaler": wrong(None, {})},
+    ),
+    "generators": FileKind(
+        "rng.json", [rng_state()], restore_rng, ModelError,
+        {"0": WRONG, "0.python": WRONG, "0.python.1.0": wrong(5), "0.numpy": WRONG, "0.torch": WRONG},
+    ),
+    "manifest": FileKind(
+        "manifest.json", {"format_version": 1, "step": 2, "sha256": {}}, manifest, ModelError,
+        {"step": WRONG, "sha256": OBJECT},
+    ),
+    "results": FileKind(
+        "results.json", RESULTS, lambda folder: read_results(folder / "results.json"), ModelError,
+        {"systems": WRONG, "systems.0.results": WRONG,
+         "systems.0.results.task.acc.value": wrong(None, 5, -1, 1.5, 10**30),
+         "systems.0.results.task.acc.n": COUNT, "comparisons": wrong([]), "settings": WRONG,
+         "settings.seeds": OBJECT, "settings.tokenizer": OBJECT},
+    ),
+    "part of a result": FileKind(
+        "parts/base/unit.json", PART, lambda folder: Store(folder).load("base", "unit"), ModelError,
+        {"results": wrong({}), "documents": wrong([]), "documents.0.2.0": WRONG, "better.0.2": wrong(True),
+         "shots": OBJECT, "versions": OBJECT, "batch_sizes": wrong([])},
+    ),
+    "settings of an evaluation": FileKind(
+        "run.json", {"format": 1, "log_samples": False}, lambda folder: Store(folder).begin({}, resume=True),
+        ModelError, {},
+    ),
+    "slots": FileKind(
+        "braces_slots.json", SLOTS, read_slots, ModelError,
+        {"model": TEXT, "fingerprint": WRONG, "width": COUNT, "wider": COUNT, "gated": wrong(True), "activation": WRONG,
+         "constant": wrong(None, 5), "suffixes": wrong(None, []), "sites": wrong({}), "sites.0.rows": COUNT,
+         "format_version": WRONG},
+    ),
+    "merge": FileKind(
+        "braces_merge.json", MERGE, read_merge, ModelError,
+        {"model": wrong("x", None), "adapter": TEXT, "dtype": WRONG, "attributes": wrong({}), "layers": wrong(None),
+         "neurons_added": COUNT},
+        beside=lambda folder: (folder / "config.json").write_text("{}"),
+    ),
+    "texts": FileKind(
+        "texts.jsonl.settings.json", {"seed": 0, "batch_size": 1}, texts, DataError, {},
+    ),
+    "fitted scorer": FileKind(
+        "scorer_config.json", {"format_version": "1", "labels": ["a", "b"], "excluded": [], "measured": {}},
+        load_classifier, ModelError,
+        {"labels": WRONG, "labels.0": wrong("x", "a\0b"), "excluded": wrong([]), "measured": OBJECT,
+         "format_version": WRONG, "more": WRONG},
+        beside=scorer,
+    ),
+    "base": FileKind(
+        "config.json", MODEL, check_model_files, ModelError,
+        {"model_type": wrong("x", "a\0b"), "hidden_size": wrong(None, 5), "dtype": wrong(None, "x", "a\0b", {}),
+         "quantization_config": wrong(None, {}), "architectures": wrong(None, []), "auto_map": wrong(None, {}),
+         "eos_token_id": wrong(None, 5, -1, [], 10**30), "tie_word_embeddings": wrong(None, True)},
+        others=True,
+    ),
+    "generation": FileKind(
+        "generation_config.json", {"eos_token_id": 1}, check_model_files, ModelError,
+        {"eos_token_id": wrong(None, 5, -1, [], 10**30), "top_k": wrong(None, 5, -1, 10**30),
+         "top_p": wrong(None, 5, -1, 1.5, 10**30)},
+        others=True,
+    ),
+    "tokenizer": FileKind(
+        "tokenizer_config.json", {"model_max_length": 10**30}, check_model_files, ModelError,
+        {"model_max_length": wrong(None, 5, -1, 1.5, 10**30), "added_tokens_decoder": wrong(None, {})},
+        others=True,
+    ),
+    "deepspeed": FileKind(
+        "zero.json", {"zero_optimization": {"stage": 2}}, deepspeed, ConfigError,
+        {"zero_optimization": OBJECT, "zero_optimization.stage": COUNT}, others=True,
+    ),
+}  # fmt: skip
+
+
+def make(kind: FileKind, tmp_path: Path) -> tuple[Path, Path]:
+    """A good folder of this kind, and the file in it."""
+    folder = tmp_path / "checkpoint-2"
+    path = folder / kind.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kind.beside(folder)
+    path.write_text(json.dumps(kind.content, indent=2))
+    return folder, path
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_good_file_is_read(name: str, tmp_path: Path) -> None:
+    """Or the tests below would prove nothing."""
+    kind = KINDS[name]
+    folder, _ = make(kind, tmp_path)
+    kind.read(folder)
+
+
+def refused(kind: FileKind, folder: Path, path: Path, what: str) -> BracesError:
+    """The error of reading a bad file; it names the file."""
+    with pytest.raises(BracesError) as caught:
+        kind.read(folder)
+    error = caught.value
+    assert isinstance(error, kind.error), f"{what}: {error!r}"
+    assert path.name in str(error.where), f"{what}: {error.where}"
+    assert error.hint, what
+    assert len(error.message) < 400, what
+    return error
+
+
+TEXTS = {
+    "empty": b"",
+    "blanks": b" \n\n",
+    "cut off": b'{"a": [1, 2',
+    "a list": b"[1]",
+    "a word": b'"x"',
+    "null": b"null",
+    "deep lists": b"[" * 100_000,
+    "deep objects": b'{"a":' * 2000 + b"1" + b"}" * 2000,
+    "deep and closed": b"[" * 60 + b"]" * 60,
+    "many digits": b'{"a": ' + b"9" * 5000 + b"}",
+    "another encoding": '{"a": "é"}'.encode("utf-16"),
+    "no text": bytes(range(256)),
+    "a pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+}
+STRICT = {"a key twice": b'{"a": 1, "a": 2}', "NaN": b'{"a": NaN}', "half a character": b'{"a": "\\ud800"}'}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_broken_text_is_refused(name: str, tmp_path: Path) -> None:
+    """Whatever the kind; a key that comes twice, NaN and half characters where no other program reads the file."""
+    kind = KINDS[name]
+    folder, path = make(kind, tmp_path)
+    for what, text in (TEXTS if kind.others else TEXTS | STRICT).items():
+        path.write_bytes(text)
+        refused(kind, folder, path, what)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_is_no_file_is_refused(name: str, tmp_path: Path) -> None:
+    """A folder, a loop of links, a pipe that nobody writes to."""
+    kind = KINDS[name]
+    folder, path = make(kind, tmp_path)
+    for what, put in (
+        ("folder", path.mkdir),
+        ("loop", lambda: path.symlink_to(path)),
+        ("pipe", lambda: os.mkfifo(path)),
+    ):
+        if kind.name in ("run.json", "manifest.json") or (name == "deepspeed" and what != "folder"):
+            continue  # what is no file there is no run, which other tests hold
+        path.rmdir() if path.is_dir() else path.unlink()
+        put()
+        refused(kind, folder, path, what)
+
+
+def changed(content: Any, place: list[str], value: Any) -> Any:
+    """A copy of `content` with another value in one place."""
+    copy = json.loads(json.dumps(content))
+    inside = copy
+    for key in place[:-1]:
+        inside = inside[int(key) if isinstance(inside, list) else key]
+    inside[int(place[-1]) if isinstance(inside, list) else place[-1]] = value
+    return copy
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_wrong_value_is_refused_by_its_key(name: str, tmp_path: Path) -> None:
+    """Of another type, or out of range."""
+    kind = KINDS[name]
+    folder, path = make(kind, tmp_path)
+    for place, values in kind.keys.items():
+        for value in values:
+            path.write_text(json.dumps(changed(kind.content, place.split("."), value)))
+            what = f"{place} = {value!r}"[:60]
+            error = refused(kind, folder, path, what)
+            keys = [key for key in place.split(".") if not key.isdigit()] or [""]
+            named = f"{error.where} {error.message}"
+            assert any(key.replace("_", " ") in named.replace("_", " ") for key in keys), f"{what}: {named}"
+
+
+HEADER = {
+    "format_version": "1", "attributes": '{"x": ["a"]}', "layers": "[0, 1]", "fingerprint": json.dumps(FINGERPRINT),
+    "details": '{"x": {"base": "b", "pooling": "mean", "examples": 0, "difference": [1.0], "residual": [1.0]}}',
+}  # fmt: skip
+
+
+def test_a_header_of_attributes_is_checked(tmp_path: Path) -> None:
+    """Each value of it is JSON of its own."""
+    path = tmp_path / "x.safetensors"
+    tensors = {"x.hidden": torch.zeros(2, 8)}
+    write_tensors(path, tensors, HEADER)
+    assert read_header(path).layers == [0, 1]
+    bad = {
+        "attributes": ["", "{", "5", "[]", '{"x": "a"}', '{"x": [5]}', '{"x": [], "x": []}', "[" * 5000],
+        "layers": ["", "x", "{}", "[0]", "[1, 0]", "[0, 0]", "[0, null]", "[0, 1.5]", "[0, -1]", '"[0, 1]"'],
+        "fingerprint": ["", "[]", "{}", json.dumps({**FINGERPRINT, "hidden_size": "x"}), "NaN"],
+        "details": ["", "[]", '{"x": 5}', '{"x": {"pooling": "none"}}', '{"x": {"examples": -1}}'],
+        "format_version": ["2", ""],
+    }
+    for key, values in bad.items():
+        for value in values:
+            write_tensors(path, tensors, {**HEADER, key: value})
+            with pytest.raises(ModelError) as caught:
+                read_header(path)
+            assert path.name in str(caught.value.where)
+            shown = f"{caught.value.where} {caught.value.message}"
+            assert key.replace("_", " ") in shown.replace("_", " "), f"{key} = {value[:40]}: {shown}"
+
+
+def test_a_file_that_is_no_safetensors_is_refused(tmp_path: Path) -> None:
+    """Before anything is read into memory that the file does not have."""
+    path = tmp_path / "x.safetensors"
+    for data in (b"", b"x", b"\xff" * 8, (10**9).to_bytes(8, "little"), (2).to_bytes(8, "little") + b"[]",
+                 (5).to_bytes(8, "little") + b'{"a":', (12).to_bytes(8, "little") + b'{"a": [1, 2]'):  # fmt: skip
+        path.write_bytes(data)
+        with pytest.raises(ModelError) as caught:
+            read_header(path)
+        assert path.name in str(caught.value.where)
