@@ -1,35 +1,35 @@
-"""`braces attr-build`: words or texts -> an attribute file."""
+"""`braces attr-build`: words, texts, descriptions or pairs -> attribute files."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from braces_cli.cli.attr_build_sources import AttributeSources, builders
 from braces_cli.cli.command import command
 from braces_cli.cli.console import print_json, print_pairs, print_table, progress
 from braces_cli.cli.dry_run import show_plan
 from braces_cli.cli.options import AdapterSettings, OutputSettings, UploadSettings
-from braces_cli.core.attributes.word_lists import POOLINGS, built_in
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.core.utils.paths import user_path
 from braces_cli.core.utils.settings import OUTPUT, option
+
+if TYPE_CHECKING:
+    from braces_cli.core.attributes.attribute import Attribute
 
 # Words of an attribute that the list shows.
 _WORDS_SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttributeBuildSettings(AdapterSettings, UploadSettings, OutputSettings):
+class AttributeBuildSettings(AttributeSources, AdapterSettings, UploadSettings, OutputSettings):
     """Settings of `braces attr-build`."""
 
-    first_options = ("attribute", "words", "examples", "output_dir", "list_attributes")
+    first_options = (
+        "attribute", "describe", "against", "pairs", "words", "examples", "output_dir", "list_attributes",
+    )  # fmt: skip
 
-    attribute: str | None = option(None, help="Name of the attribute.", metavar="NAME", complete=built_in)
-    words: str | None = option(None, help="Its words, separated by commas.")
-    words_file: Path | None = option(None, help="File with its words, one a line.")
-    examples: Path | None = option(None, help="Texts in place of words: one a line, or a data file with `text`.")
-    pooling: str = option("mean", help="How the tokens of each word or text are pooled.", choices=POOLINGS)
     output_dir: Path | None = option(
         None, help="Folder of attribute files to add to, or to --list.", flag="--output-dir,--attributes"
     )
@@ -41,7 +41,8 @@ class AttributeBuildSettings(AdapterSettings, UploadSettings, OutputSettings):
 
 @command
 def attr_build(settings: AttributeBuildSettings) -> None:
-    """Build an attribute's hidden states from words or texts; with neither, from a built-in list (--list shows them).
+    """Build an attribute's hidden states from descriptions, pairs, words or texts; with none of them, from a built-in
+    list (--list shows them).
 
     The file fits every dtype and quantisation of its base, and no other base.
     """
@@ -51,21 +52,20 @@ def attr_build(settings: AttributeBuildSettings) -> None:
     if settings.list_attributes:
         _list(settings)
         return
-    result = _build(settings)
+    results = _build(settings)
     if settings.json:
-        print_json(result)
-    else:
-        words = ", ".join(result["words"]) or None
-        print_pairs("attribute written", {**result, "words": words, "examples": result["examples"] or None})
+        print_json(results[0] if len(results) == 1 else {"attributes": results})
+        return
+    for result in results:
+        shown = {key: value for key, value in result.items() if key != "separation"}
+        lists = {key: ", ".join(map(str, value)) or None for key, value in shown.items() if isinstance(value, list)}
+        print_pairs("attribute written", {**shown, **lists, "examples": result["examples"] or None})
 
 
-def _build(settings: AttributeBuildSettings) -> dict[str, Any]:
-    """Build the attribute, write its file, and say what it was made of."""
-    for name, value in (("--attribute", settings.attribute), ("--output-dir", settings.output_dir)):
-        if not value:
-            raise ConfigError("missing option", where=name, hint="See `braces attr-build --help`.")
-    assert settings.attribute is not None
-    assert settings.output_dir is not None
+def _build(settings: AttributeBuildSettings) -> list[dict[str, Any]]:
+    """Build each attribute, write its file, and say what it was made of."""
+    if not settings.output_dir:
+        raise ConfigError("missing option", where="--output-dir", hint="See `braces attr-build --help`.")
 
     from braces_cli.core.attributes.attribute import save_attributes
     from braces_cli.core.attributes.word_lists import check_file_name
@@ -74,53 +74,36 @@ def _build(settings: AttributeBuildSettings) -> dict[str, Any]:
     from braces_cli.core.utils.atomic_files import check_output_file
     from braces_cli.core.utils.output_lock import output_lock
 
-    path = settings.output_dir / f"{check_file_name(settings.attribute)}.safetensors"
-    with output_lock(path), progress(settings.quiet) as report:
-        check_output_file(path, settings.overwrite)
+    each = builders(settings)
+    paths = {name: settings.output_dir / f"{check_file_name(name)}.safetensors" for name in each}
+    results = []
+    with output_lock(*paths.values()), progress(settings.quiet) as report:
+        for path in paths.values():
+            check_output_file(path, settings.overwrite)
         if settings.push_to_hub is not None:
             check_push(settings.push_to_hub)
-        build = _builder(settings)
         session = open_session(settings.model, settings.adapter, settings.load_options)
-        attribute = build(session, settings.attribute, report, settings.pooling)
-        save_attributes(path, [attribute])
+        for name, build in each.items():
+            attribute = build(session, report)
+            save_attributes(paths[name], [attribute])
+            results.append(_result(attribute, paths[name]))
     if settings.push_to_hub is not None:
-        push(settings.output_dir, settings.push_to_hub, [path.name])
+        push(settings.output_dir, settings.push_to_hub, [path.name for path in paths.values()])
+    return results
+
+
+def _result(attribute: Attribute, path: Path) -> dict[str, Any]:
     return {
         "attribute": attribute.name,
         "words": attribute.words,
         "examples": attribute.examples,
         "pooling": attribute.pooling,
+        **attribute.made,
         "layers": len(attribute.layers),
+        "push_layers": attribute.pushed,
         "hidden_size": attribute.hidden.shape[1],
         "path": str(path),
     }
-
-
-def _builder(settings: AttributeBuildSettings) -> Any:
-    """What builds the attribute of an open session; its words or texts are read here, before the model is loaded."""
-    given = {"--words": settings.words, "--words-file": settings.words_file, "--examples": settings.examples}
-    sources = [name for name, value in given.items() if value is not None]
-    if len(sources) > 1:
-        raise ConfigError("two sources of words", where=", ".join(sources), hint="Give one of them.")
-
-    from braces_cli.core.attributes.attribute import attribute_from_texts, build_attribute, built_in_attribute
-    from braces_cli.core.attributes.word_lists import clean_words, read_words
-
-    if settings.examples is not None:
-        from braces_cli.data.texts import read_texts
-
-        texts = [text.strip() for text in read_texts(settings.examples)]
-        return lambda session, name, *how: attribute_from_texts(session, name, texts, *how)
-    if settings.words is None and settings.words_file is None:
-        lists = built_in()
-        if settings.attribute not in lists:
-            hint = f"Built-in lists: {', '.join(lists)}."
-            where = "--words, --words-file, --examples"
-            raise ConfigError(f"no words for `{settings.attribute}`", where=where, hint=hint)
-        return built_in_attribute
-    words = read_words(settings.words_file) if settings.words_file is not None else None
-    chosen = words if words is not None else clean_words((settings.words or "").split(","), "--words")
-    return lambda session, name, *how: build_attribute(session, name, chosen, *how)
 
 
 def _list(settings: AttributeBuildSettings) -> None:
@@ -151,9 +134,17 @@ def _folder(adapter: str) -> Path:
 
 def _row(row: dict[str, Any]) -> list[Any]:
     words = row["words"]
-    built = f"{row['examples']} texts" if row["examples"] else ", ".join(words[:_WORDS_SHOWN])
+    made = row["made"] or {}
+    if made.get("describe"):
+        built = f"{made['describe'][0]} / {made['against'][0]}"
+    elif made.get("pairs"):
+        built = f"{made['pairs']} pairs"
+    else:
+        built = f"{row['examples']} texts" if row["examples"] else ", ".join(words[:_WORDS_SHOWN])
     if len(words) > _WORDS_SHOWN:
         built += f" ... ({len(words)})"
+    if made.get("reduction", "mean") != "mean":
+        built += f", {made['reduction']}"
     if row["pooling"] not in (None, "mean"):
         built += f", {row['pooling']}"
     cells = [row["name"], row["source"], built]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from braces_cli.core.attributes.attribute import pushed
+from braces_cli.core.attributes.attribute import default_layers
 from braces_cli.core.attributes.intervention import constants
 from braces_cli.core.models.fingerprint import differences
 from braces_cli.core.models.layer_ranges import parse_ranges
@@ -103,7 +103,7 @@ def describe_lora(wanted: LoraRequest) -> dict[str, Any]:
     slots = read_slots(wanted.slots)
     _check(wanted, slots)
     request, width = wanted.request, int(slots.fingerprint["hidden_size"])
-    layers = pushed(sorted(slots.sites)) if request.adapter is None else request.adapter.config.layers
+    layers = default_layers(sorted(slots.sites)) if request.adapter is None else request.adapter.config.layers
     path = {}
     if wanted.with_token_path and request.adapter is not None:
         rank = request.adapter.config.r

@@ -117,8 +117,8 @@ def attribute_relevance(session: Session, attribute: Attribute, ffn: FFN) -> Ten
     values, state = ffn.value_matrix(), attribute.state[row]
     with torch.no_grad():
         if session.adapter is None:
-            added = float(attribute.scale[row]) * state.to(values.device, torch.float64)
-            return least_norm_weights(values, added[:, None])[:, 0].float()
+            direction = attribute.push_direction[row].to(values.device, torch.float64)
+            return least_norm_weights(values, float(attribute.scale[row]) * direction[:, None])[:, 0].float()
         module = relevance_module(session, ffn)
         if module is None:
             return None

@@ -1,12 +1,12 @@
-"""Prompts as turns of a chat, for models that were tuned on them."""
+"""Whether prompts are turns of a chat, for models that were tuned on them."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from braces_cli.core.models.tokenization import IGNORED, Encoded, common_length
+from braces_cli.core.models.chat_turns import chat_ids as chat_ids
+from braces_cli.core.models.chat_turns import encode_answer as encode_answer
+from braces_cli.core.models.chat_turns import has_template as has_template
 from braces_cli.core.session import Session
-from braces_cli.core.utils.errors import ConfigError, DataError, first_line
+from braces_cli.core.utils.errors import ConfigError
 
 
 def chat_wanted(session: Session, setting: bool | None) -> bool:
@@ -21,47 +21,3 @@ def chat_wanted(session: Session, setting: bool | None) -> bool:
         hint = "Leave it out, or use a model that was tuned on chats."
         raise ConfigError("the tokenizer has no chat template", where="--apply-chat-template", hint=hint)
     return wanted
-
-
-def has_template(tokenizer: Any) -> bool:
-    """Whether a tokenizer comes with a chat template."""
-    return bool(getattr(tokenizer, "chat_template", None))
-
-
-def chat_ids(tokenizer: Any, prompt: str) -> tuple[int, ...]:
-    """Tokens of a chat in which the user has said `prompt` and the model is about to answer.
-
-    Raises:
-        DataError: the template does not take it.
-    """
-    return tuple(_ids(tokenizer, _chat_text(tokenizer, prompt)))
-
-
-def encode_answer(tokenizer: Any, prompt: str, answer: str) -> Encoded:
-    """Tokens of the chat in which `answer` follows `prompt`; only the answer is scored.
-
-    Raises:
-        DataError: the template does not take the prompt.
-    """
-    before = _chat_text(tokenizer, prompt)
-    ids = _ids(tokenizer, before + answer)
-    start = common_length(ids, _ids(tokenizer, before))
-    return Encoded(ids, [IGNORED] * start + ids[start:], False, False)
-
-
-def _chat_text(tokenizer: Any, prompt: str) -> str:
-    turns = [{"role": "user", "content": prompt}]
-    try:
-        text: str = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    except Exception as error:
-        # A template is a program and may raise anything.
-        hint = "Use --no-apply-chat-template."
-        what = f"the chat template refuses it: {first_line(error)}"
-        raise DataError(what, where=prompt[:60], hint=hint) from error
-    return text
-
-
-def _ids(tokenizer: Any, chat: str) -> list[int]:
-    # The template writes the special tokens itself, the one in front too.
-    ids: list[int] = tokenizer(chat, add_special_tokens=False)["input_ids"]
-    return ids

@@ -57,7 +57,7 @@ def gather_attributes(
         hint = "Rows name their attribute there; neutral, empty and null train at strength 0."
         raise ConfigError("no row names an attribute", where="--attribute-field", hint=hint)
     names = sorted({*named, *kept})
-    found = {name: kept[name] if name in kept else find_attribute(session, name, folder) for name in names}
+    found = {name: kept[name] if name in kept else find_attribute(session, name, folder, push=False) for name in names}
     for one, other in settings.pairs:
         found[one], found[other] = opposite(session, found[one], found[other])
     return list(found.values())

@@ -43,7 +43,7 @@ from _pairs import ENDS, pairs
 from _runs import Runs
 from torch import Tensor, nn
 
-from braces_cli.core.attributes.attribute import PUSH, find_attribute, pushed, residual_norms
+from braces_cli.core.attributes.attribute import PUSH, default_layers, find_attribute, residual_norms
 from braces_cli.core.attributes.intervention import steered
 from braces_cli.core.attributes.word_lists import built_in
 from braces_cli.core.models.ffn import layer_stack
@@ -191,7 +191,7 @@ def principal(session: Session, centred: bool) -> dict[int, Tensor]:
 def difference(session: Session) -> dict[int, Tensor]:
     residual = residual_norms(session.base.model, session.base.tokenizer, session.ffns)
     means = differences(session).mean(dim=1)
-    chosen = pushed(range(len(means)))
+    chosen = default_layers(range(len(means)))
     share = PUSH / len(chosen)
     return {layer: share * residual[layer] * means[layer] / means[layer].norm() for layer in chosen}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +33,70 @@ def test_texts_in_place_of_words(build, braces, model_dir, tmp_path):
         outcome = braces("steer", "--model", model_dir, "--prompt", "the film", *attribute)
         texts.append(outcome.lines[0]["text"])
     assert texts[0] == texts[1]
+
+
+def test_descriptions_make_an_attribute_that_says_so(build, braces, model_dir, tmp_path):
+    """In the JSON, in the list, and in the texts that it steers."""
+    args = ["--describe", "happy", "--against", "sad", "--reduction", "mean", "--layers", "1"]
+    built = build("mood", *args).json
+    assert (built["describe"], built["against"], built["reduction"], built["pairs"]) == (
+        ["happy"],
+        ["sad"],
+        "mean",
+        300,
+    )
+    assert (built["words"], built["layers"], built["push_layers"]) == ([], 2, [1])
+    assert len(built["separation"]) == 2
+    listed = braces("attr-build", "--list", "--attributes", tmp_path / "attrs", "--format", "json").json["attributes"][
+        0
+    ]
+    assert (listed["made"]["describe"], listed["push_layers"]) == (["happy"], [1])
+    assert "happy / sad" in braces("attr-build", "--list", "--attributes", tmp_path / "attrs").out
+    steer = [
+        "steer",
+        "--model",
+        model_dir,
+        "--prompt",
+        "the film",
+        "--attributes",
+        tmp_path / "attrs",
+        "--temperature",
+        0,
+    ]
+    texts = [braces(*steer, "--attribute", "mood", "--s", s).lines[0]["text"] for s in (0, 40)]
+    assert texts[0] != texts[1]
+
+
+def test_rows_of_pairs_in_every_form_and_of_several_attributes(build, braces, model_dir, tmp_path):
+    """A prompt beside completions is the same as in both of them; rows that name attributes make a file for each."""
+    beside, inside, named = (tmp_path / f"{name}.jsonl" for name in ("beside", "inside", "named"))
+    beside.write_text('{"prompt": "the film is", "positive": " good", "negative": " sad"}\n')
+    inside.write_text(
+        '{"positive": {"prompt": "the film is", "completion": " good"}, '
+        '"negative": {"prompt": "the film is", "completion": " sad"}}\n'
+    )
+    named.write_text(
+        '{"attribute": "nice", "prompt": "the film is", "positive": " good", "negative": " sad"}\n'
+        '{"attribute": "new", "positive": "a new town", "negative": "an old town"}\n'
+    )
+    from safetensors.torch import load_file
+
+    states = [
+        load_file(build(path.stem, "--pairs", path).json["path"])[f"{path.stem}.direction"] for path in (beside, inside)
+    ]
+    assert states[0].equal(states[1])
+    to = ["--model", model_dir, "--output-dir", tmp_path / "attrs", "--format", "json"]
+    results = braces("attr-build", "--pairs", named, *to).json["attributes"]
+    assert [(each["attribute"], each["pairs"]) for each in results] == [("new", 1), ("nice", 1)]
+    assert load_file(results[1]["path"])["nice.direction"].equal(states[0])
+
+
+def test_several_built_in_lists_in_one_command(braces, model_dir, tmp_path):
+    """A file each; the JSON of one attribute stays as it is."""
+    to = ["--model", model_dir, "--output-dir", tmp_path / "attrs", "--reduction", "mean", "--format", "json"]
+    results = braces("attr-build", "--attribute", "angry", "--attribute", "fearful", *to).json["attributes"]
+    assert [Path(each["path"]).name for each in results] == ["angry.safetensors", "fearful.safetensors"]
+    assert all(Path(each["path"]).is_file() for each in results)
 
 
 def test_pooling_is_stored_and_changes_the_state(build, tmp_path):
@@ -107,6 +172,16 @@ def test_another_base_is_refused_by_name(build, braces, model_dir, tmp_path):
     ("args", "code", "message"),
     [
         (["--words", "a", "--examples", "t.txt"], 2, "two sources"),
+        (["--describe", "a", "--words", "b"], 2, "two sources"),
+        (["--describe", "a"], 2, "1 descriptions against 0"),
+        (["--against", "a"], 2, "0 descriptions against 1"),
+        (["--words", "a", "--layers", "auto"], 2, "needs pairs"),
+        (["--words", "a", "--reduction", "pca"], 2, "needs pairs"),
+        (["--words", "a", "--reduction", "median"], 2, "no reduction `median`"),
+        (["--words", "a", "--attribute", "b"], 2, "2 names for one attribute"),
+        (["--pairs", "same.jsonl"], 3, "both sides are the same"),
+        (["--pairs", "half.jsonl"], 3, "no text in `negative`"),
+        (["--pairs", "named.jsonl"], 2, "no row of `purple`"),
         (["--examples", "nowhere.txt"], 3, "no such file"),
         (["--examples", "nowhere.jsonl"], 3, "no such file"),
         (["--examples", "empty.txt"], 3, "no text but blanks"),
@@ -120,6 +195,9 @@ def test_bad_input(braces, model_dir, tmp_path, monkeypatch, args, code, message
     """Two lines, the right code, and nothing written."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "same.jsonl").write_text('{"positive": "a", "negative": "a"}\n')
+    (tmp_path / "half.jsonl").write_text('{"positive": "a"}\n')
+    (tmp_path / "named.jsonl").write_text('{"positive": "a", "negative": "b", "attribute": "red"}\n')
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "x.safetensors").write_bytes(b"not safetensors at all")
     to = [] if "--attributes" in args else ["--output-dir", "out"]

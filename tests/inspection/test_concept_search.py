@@ -68,6 +68,6 @@ def test_without_an_adapter_relevance_sums_to_what_steering_adds(session):
     attribute = find_attribute(session, "positive", None)
     for row, ffn in enumerate(session.ffns):
         moved = ffn.value_matrix().detach() @ attribute_relevance(session, attribute, ffn)
-        expected = float(attribute.scale[row]) * attribute.state[row]
+        expected = float(attribute.scale[row]) * attribute.push_direction[row]
         assert torch.allclose(moved, expected, rtol=1e-4, atol=1e-5)
         assert math.isclose(float(moved.norm()), PUSH * float(attribute.residual[row]), rel_tol=1e-3)

@@ -15,25 +15,35 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from braces_cli.core.attributes.attribute_header import FORMAT_VERSION, HEADER, read_header
+from braces_cli.core.attributes.contrast import Passage
 from braces_cli.core.attributes.listing import TRAINED_FILE, check_attributes
+from braces_cli.core.attributes.odds import Item, cheapest_directions, default_reduction
+from braces_cli.core.attributes.odds_items import text_items, word_items
 from braces_cli.core.attributes.pooling import pool_texts, pool_words
-from braces_cli.core.attributes.word_lists import OPPOSITES, OTHER_FILES, REFERENCE, built_in, check_name, neutral_texts
-from braces_cli.core.models.ffn import FFN, layer_stack
+from braces_cli.core.attributes.pooling import residual_norms as residual_norms
+from braces_cli.core.attributes.push_sizes import PUSH as PUSH
+from braces_cli.core.attributes.push_sizes import default_layers as default_layers
+from braces_cli.core.attributes.push_sizes import push_scale as push_scale
+from braces_cli.core.attributes.word_lists import (
+    GRADIENT,
+    OPPOSITES,
+    OTHER_FILES,
+    REFERENCE,
+    built_in,
+    check_name,
+    neutral_texts,
+)
 from braces_cli.core.models.fingerprint import differences
 from braces_cli.core.models.finite_weights import OVERFLOW_HINT
-from braces_cli.core.models.loading import input_device
-from braces_cli.core.models.module_structure import layer_output
-from braces_cli.core.models.moe import MixtureFFN
 from braces_cli.core.models.stored_fingerprint import Fingerprint
-from braces_cli.core.models.tokenization import encode
 from braces_cli.core.session import Session
 from braces_cli.core.utils.atomic_files import write_tensors
 from braces_cli.core.utils.errors import ConfigError, ModelError, first_line, near_misses
@@ -42,12 +52,11 @@ from braces_cli.core.utils.progress import Report, silent
 
 logger = logging.getLogger("braces")
 
-# Without training, s = 1 pushes by this share of the median residual norm in all, spread evenly over the layers pushed:
-# pushes along one direction add up in the residual stream, so what counts is their sum, whatever the depth.
-PUSH = 0.12
 _PARTS = ("hidden", "reference", "residual", "scale")
-# What a header's details tell of an attribute; the rest of them is for listings.
-_RECORDED = ("base", "pooling", "examples")
+# A tensor that only some attributes have.
+_DIRECTION = "direction"
+# What a header's details tell of an attribute; the rest of them is for listings. Files of earlier versions have fewer.
+_RECORDED = ("base", "pooling", "examples", "push_layers", "made")
 
 
 @dataclass(frozen=True)
@@ -60,12 +69,16 @@ class Attribute:
         hidden: pooled FFN inputs of the words or texts, (layers, d).
         reference: pooled FFN inputs of the neutral words or texts, (layers, d).
         residual: median norm of the residual stream behind each layer over shipped neutral text, (layers,).
-        scale: what makes `scale * p` the push of s = 1 at a layer, (layers,); for steering without training.
+        scale: what makes `scale * push_direction` the push of s = 1 at a layer, (layers,); for steering without
+            training.
         layers: decoder layer of each row.
         fingerprint: of the base.
         base: its name, as the user gave it; recorded only.
         pooling: over the tokens of each word or text, one of `core.attributes.pooling.POOLINGS`.
         examples: how many texts it was built from, 0 where it was built from words.
+        push_layers: decoder layers that are pushed without training, where they are not the default ones.
+        made: how it was made, as far as words and examples do not say it; recorded only.
+        direction: what is pushed along without training, where that is not p, (layers, d).
     """
 
     name: str
@@ -79,6 +92,19 @@ class Attribute:
     base: str | None = None
     pooling: str = "mean"
     examples: int = 0
+    push_layers: list[int] | None = None
+    made: dict[str, Any] = field(default_factory=dict)
+    direction: Tensor | None = None
+
+    @property
+    def push_direction(self) -> Tensor:
+        """What is pushed along without training, (layers, d): p, unless the attribute has a direction of its own."""
+        return self.state if self.direction is None else self.direction
+
+    @property
+    def pushed(self) -> list[int]:
+        """Decoder layers that are pushed without training where no others are named."""
+        return default_layers(self.layers) if self.push_layers is None else self.push_layers
 
     @property
     def state(self) -> Tensor:
@@ -89,6 +115,7 @@ class Attribute:
 def save_attributes(path: Path, attributes: Sequence[Attribute]) -> None:
     """Write attributes of one base into a file: tensors `{name}.hidden` and so on, the rest in the header."""
     tensors = {f"{each.name}.{part}": getattr(each, part) for each in attributes for part in _PARTS}
+    tensors |= {f"{each.name}.{_DIRECTION}": each.direction for each in attributes if each.direction is not None}
     header = {
         "format_version": FORMAT_VERSION,
         "attributes": json.dumps({each.name: each.words for each in attributes}, ensure_ascii=False),
@@ -109,33 +136,81 @@ def _details(attribute: Attribute) -> dict[str, Any]:
         "base": attribute.base,
         "pooling": attribute.pooling,
         "examples": attribute.examples,
+        "push_layers": attribute.push_layers,
+        "made": attribute.made,
         "difference": [float(f"{value:.4g}") for value in difference.tolist()],
         "residual": [float(f"{value:.4g}") for value in attribute.residual.tolist()],
     }
 
 
 def build_attribute(
-    session: Session, name: str, words: Sequence[str], report: Report = silent, pooling: str = "mean"
+    session: Session,
+    name: str,
+    words: Sequence[str],
+    report: Report = silent,
+    pooling: str = "mean",
+    reduction: str | None = "mean",
 ) -> Attribute:
-    """Pool words through the bare base; an adapter that is attached stays out of it."""
-    return _build(session, name, pool_words, words, built_in()[REFERENCE], report, pooling)
+    """Pool words through the bare base; an adapter that is attached stays out of it.
+
+    Args:
+        reduction: "mean" pushes along p, "gradient" along what makes the words likelier than neutral ones; None is the
+            latter, where the model lets gradients through.
+    """
+    neutral = built_in()[REFERENCE]
+    attribute = _build(session, name, pool_words, words, neutral, report, pooling)
+    return _redirected(session, attribute, reduction, lambda: word_items(session, words, neutral), report)
 
 
-def built_in_attribute(session: Session, name: str, report: Report = silent, pooling: str = "mean") -> Attribute:
+def built_in_attribute(
+    session: Session, name: str, report: Report = silent, pooling: str = "mean", reduction: str | None = "mean"
+) -> Attribute:
     """The attribute of a built-in word list, held against its opposite's list where it has one."""
     lists = built_in()
-    one = build_attribute(session, name, lists[name], report, pooling)
     if name not in OPPOSITES:
-        return one
-    other = build_attribute(session, OPPOSITES[name], lists[OPPOSITES[name]], report, pooling)
-    return opposite(session, one, other)[0]
+        return build_attribute(session, name, lists[name], report, pooling, reduction)
+    one, other = (build_attribute(session, each, lists[each], report, pooling) for each in (name, OPPOSITES[name]))
+    attribute = opposite(session, one, other)[0]
+    return _redirected(session, attribute, reduction, lambda: word_items(session, one.words, other.words), report)
 
 
 def attribute_from_texts(
-    session: Session, name: str, texts: Sequence[str], report: Report = silent, pooling: str = "mean"
+    session: Session,
+    name: str,
+    texts: Sequence[str],
+    report: Report = silent,
+    pooling: str = "mean",
+    reduction: str | None = "mean",
 ) -> Attribute:
     """The same from texts, against neutral texts that come with braces."""
-    return _build(session, name, pool_texts, texts, neutral_texts(), report, pooling)
+    neutral = neutral_texts()
+    attribute = _build(session, name, pool_texts, texts, neutral, report, pooling)
+    sides = [[Passage(text) for text in side] for side in (texts, neutral)]
+    return _redirected(session, attribute, reduction, lambda: text_items(session, *sides), report)
+
+
+def _redirected(
+    session: Session, attribute: Attribute, reduction: str | None, items: Callable[[], list[Item]], report: Report
+) -> Attribute:
+    """The attribute as `reduction` has it pushed."""
+    reduction = reduction or default_reduction(session)
+    if reduction == "mean":
+        return attribute
+    if reduction != GRADIENT:
+        hint = f"Words and texts that are no pairs have mean or {GRADIENT}."
+        raise ConfigError(f"`{reduction}` needs pairs", where="--reduction", hint=hint)
+    return pushed_by_gradient(session, attribute, items(), report)
+
+
+def pushed_by_gradient(session: Session, attribute: Attribute, items: Sequence[Item], report: Report) -> Attribute:
+    """The same attribute, pushed without training along the gradient of the odds of `items` (`core.attributes.odds`).
+
+    Raises:
+        ModelError: the model computes where gradients do not reach.
+    """
+    direction = cheapest_directions(session, items, report)
+    scale = push_scale(attribute.residual, direction, attribute.pushed)
+    return replace(attribute, direction=direction, scale=scale, made={**attribute.made, "reduction": GRADIENT})
 
 
 def _build(
@@ -154,31 +229,31 @@ def _build(
         hidden = pool(base.model, base.tokenizer, ffns, given, report, pooling)
         reference = pool(base.model, base.tokenizer, ffns, neutral, pooling=pooling)
         residual = residual_norms(base.model, base.tokenizer, ffns)
-    texts = pool is pool_texts
+    texts, layers = pool is pool_texts, [ffn.layer for ffn in ffns]
     attribute = Attribute(
         name,
         [] if texts else list(given),
         hidden,
         reference,
         residual,
-        _scale(residual, hidden - reference),
-        [ffn.layer for ffn in ffns],
+        push_scale(residual, hidden - reference, default_layers(layers)),
+        layers,
         base.fingerprint(ffns),
         base.name,
         pooling,
         len(given) if texts else 0,
     )
-    _check_numbers(attribute, name, OVERFLOW_HINT)
+    check_numbers(attribute, name, OVERFLOW_HINT)
     return attribute
 
 
-def _check_numbers(attribute: Attribute, where: str, hint: str) -> None:
+def check_numbers(attribute: Attribute, where: str, hint: str) -> None:
     """Refuse numbers that no base computes.
 
     Raises:
         ModelError: a tensor is not finite, pooled states are zero, or norms are not positive.
     """
-    for part in _PARTS:
+    for part in (*_PARTS, *([] if attribute.direction is None else [_DIRECTION])):
         tensor = getattr(attribute, part)
         if not bool(tensor.isfinite().all()):
             raise ModelError(f"{attribute.name}.{part} holds numbers that are not finite", where=where, hint=hint)
@@ -188,18 +263,20 @@ def _check_numbers(attribute: Attribute, where: str, hint: str) -> None:
         raise ModelError(f"{attribute.name}.residual holds norms that are not positive", where=where, hint=hint)
 
 
-def pushed(layers: Sequence[int]) -> list[int]:
-    """The layers that are pushed without training where none are named: the first half. What is pushed there, the rest
-    of the model makes language of; the same push at the end costs more perplexity for less of the attribute.
+def pushed_in(attribute: Attribute, layers: Sequence[int] | None) -> Attribute:
+    """The same attribute, pushed in other layers; None leaves it as it is.
+
+    Raises:
+        ConfigError: none of the layers has a feed-forward layer.
     """
-    return list(layers[: (len(layers) + 1) // 2])
-
-
-def _scale(residual: Tensor, state: Tensor) -> Tensor:
-    """What makes s = 1 the push it is; where there is no direction, no push rather than a division by zero."""
-    size = state.norm(dim=-1)
-    share = PUSH / len(pushed(range(len(size))))
-    return torch.where(size > 0, share * residual / size, torch.zeros_like(size))
+    if layers is None:
+        return attribute
+    chosen = [layer for layer in attribute.layers if layer in layers]
+    if not chosen:
+        hint = f"Layers {attribute.layers} have one."
+        raise ConfigError("none of these layers has a feed-forward layer", where="--layers", hint=hint)
+    scale = push_scale(attribute.residual, attribute.push_direction, chosen)
+    return replace(attribute, push_layers=chosen, scale=scale)
 
 
 def opposite(session: Session, one: Attribute, other: Attribute) -> tuple[Attribute, Attribute]:
@@ -208,29 +285,9 @@ def opposite(session: Session, one: Attribute, other: Attribute) -> tuple[Attrib
     The reference of both is their middle.
     """
     middle = (one.hidden + other.hidden) / 2
-    scale = _scale(one.residual, one.hidden - middle)
-    return replace(one, reference=middle, scale=scale), replace(other, reference=middle, scale=scale)
-
-
-def residual_norms(model: nn.Module, tokenizer: Any, ffns: Sequence[FFN | MixtureFFN]) -> Tensor:
-    """Median norm of the residual stream behind the layer of each FFN, over shipped neutral text: (layers,)."""
-    stack = layer_stack(model)[1]
-    device = input_device(model)
-    norms: dict[int, list[Tensor]] = {ffn.layer: [] for ffn in ffns}
-
-    def keep(layer: int) -> Any:
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            norms[layer].append(layer_output(output).detach().float().norm(dim=-1).flatten().cpu())
-
-        return hook
-
-    with ExitStack() as handles:
-        for layer in norms:
-            handles.callback(stack[layer].register_forward_hook(keep(layer)).remove)
-        for line in neutral_texts():
-            with torch.no_grad():
-                model(input_ids=torch.tensor([encode(tokenizer, line).ids], device=device), use_cache=False)
-    return torch.stack([torch.cat(norms[ffn.layer]).median() for ffn in ffns])
+    scale = push_scale(one.residual, one.hidden - middle, one.pushed)
+    ends = [replace(each, reference=middle, scale=scale, direction=None) for each in (one, other)]
+    return ends[0], ends[1]
 
 
 def load_attributes(path: Path, session: Session) -> dict[str, Attribute]:
@@ -253,9 +310,11 @@ def load_attributes(path: Path, session: Session) -> dict[str, Attribute]:
     attributes = {}
     for name, words in header.attributes.items():
         details: dict[str, Any] = {k: v for k, v in header.details.get(name, {}).items() if k in _RECORDED}
+        if not set(details.get("push_layers") or []) <= set(header.layers):
+            raise ModelError("`push_layers` are not among `layers`", where=str(path), hint=HEADER.hint)
         parts: dict[str, Any] = _read_parts(path, name, len(header.layers), header.fingerprint["hidden_size"])
         attribute = Attribute(name, words, **parts, layers=header.layers, fingerprint=header.fingerprint, **details)
-        _check_numbers(attribute, str(path), "The file is damaged; build it again: attr-build.")
+        check_numbers(attribute, str(path), "The file is damaged; build it again: attr-build.")
         attributes[name] = attribute
     return attributes
 
@@ -271,23 +330,29 @@ def _read_parts(path: Path, name: str, layers: int, hidden_size: int) -> dict[st
     parts: dict[str, Tensor] = {}
     try:
         with safe_open(path, framework="pt") as file:
-            for part in _PARTS:
+            own = f"{name}.{_DIRECTION}" in file.keys()  # noqa: SIM118 (no mapping)
+            for part in (*_PARTS, *([_DIRECTION] if own else [])):
                 parts[part] = file.get_tensor(f"{name}.{part}")
     except (SafetensorError, OSError) as error:
         raise ModelError(f"not an attribute file: {first_line(error)}", where=str(path), hint=HEADER.hint) from error
     for part, tensor in parts.items():
-        shape = (layers, hidden_size) if part in ("hidden", "reference") else (layers,)
+        shape = (layers, hidden_size) if part in ("hidden", "reference", _DIRECTION) else (layers,)
         if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
             what = f"{name}.{part} is {tuple(tensor.shape)} {tensor.dtype}, wanted {shape} torch.float32"
             raise ModelError(what, where=str(path), hint=HEADER.hint)
     return parts
 
 
-def find_attribute(session: Session, name: str, folder: Path | None, report: Report = silent) -> Attribute:
+def find_attribute(
+    session: Session, name: str, folder: Path | None, report: Report = silent, push: bool = True
+) -> Attribute:
     """Look an attribute up: in `folder`, in the adapter's folder, then build it from the built-in word list.
 
     Of a built-in list that has an opposite, p is half the difference of the two: what evaluative words share against
     neutral ones is most of a difference to these, and says nothing of good or bad.
+
+    Args:
+        push: the attribute may be used without training; with an adapter only p is, and nothing else is computed.
 
     Raises:
         ConfigError: unknown everywhere; names what is known. Or `folder` cannot be read.
@@ -303,7 +368,7 @@ def find_attribute(session: Session, name: str, folder: Path | None, report: Rep
     if name in lists:
         if folder is not None:
             logger.warning("%s: no attribute `%s` there; its built-in word list is used", folder, name)
-        return built_in_attribute(session, name, report)
+        return built_in_attribute(session, name, report, reduction=None if push and session.adapter is None else "mean")
     known = known_attributes(session, folder)
     hint = f"{near_misses(name, known)} Known: {', '.join(known)}. Build others with braces attr-build.".strip()
     raise ConfigError(f"unknown attribute `{name}`", where="--attribute", hint=hint)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 from braces_cli.core.models.stored_fingerprint import Fingerprint
 from braces_cli.core.utils.decoding import cut
@@ -22,6 +22,8 @@ class Details(TypedDict, total=False):
     base: Name | None
     pooling: Literal["mean", "last", "max"]
     examples: Count
+    push_layers: list[Count] | None
+    made: dict[str, Any]
     difference: list[float] | None
     residual: list[float] | None
 

@@ -1,9 +1,10 @@
 """Steer: set the constant that attributes add at every layer, and say how strong a push it is.
 
 With an adapter, `s r_c` joins the relevance and the FFN output moves by s B (A h_c). Without one there is no token
-path, and in the first half of the layers the output moves by s * scale * p, the scale stored with the attribute: the
-weights r_c of least norm with which the value vectors sum to that. Attributes add up; s = 0 is no attribute at all, so
-the result is the same bit for bit.
+path, and in the layers that the attribute pushes the output moves by s * scale * p, or by the direction that the
+attribute has in place of p: the weights r_c of least norm with which the value vectors sum to that. In a mixture of
+experts it joins what leaves the whole mixture, so it does not depend on the router. Attributes add up; s = 0 is no
+attribute at all, so the result is the same bit for bit.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from braces_cli.core.attributes.attribute import Attribute, pushed
+from braces_cli.core.attributes.attribute import Attribute
 from braces_cli.core.method.adapter import Adapter
 from braces_cli.core.models.ffn import FFN
+from braces_cli.core.models.module_structure import layer_output, with_layer_output
 from braces_cli.core.models.moe import MixtureFFN
 from braces_cli.core.session import Session
 from braces_cli.core.utils.errors import ConfigError
@@ -41,7 +43,8 @@ def steered(
 
     Args:
         terms: attributes with their strengths s.
-        layers: decoder layers that are steered; None means all of an adapter's, and without one the first half.
+        layers: decoder layers that are steered; None means all of an adapter's, and without one those that each
+            attribute pushes.
 
     Raises:
         ConfigError: a strength that is no finite number, or so large that what it adds is none.
@@ -94,50 +97,50 @@ def _add(
     layers: Collection[int] | None,
 ) -> list[Push]:
     pushes = []
-    for ffn in _chosen(ffns, layers):
-        if isinstance(ffn, MixtureFFN):
-            hint = "What steering adds depends on which experts are active; train an adapter first."
-            raise ConfigError("steering a mixture of experts needs an adapter", where="--attribute", hint=hint)
-        vector, residual = _vector(terms, ffn)
-        vector = vector.to(ffn.values().device)
-        stack.callback(ffn.value.register_forward_hook(_adder(vector)).remove)
+    for ffn, vector, residual in _vectors(ffns, terms, layers):
+        vector = vector.to(ffn.parts[0].values().device)
+        place = ffn.host if isinstance(ffn, MixtureFFN) else ffn.value
+        stack.callback(place.register_forward_hook(_adder(vector)).remove)
         pushes.append(Push(ffn.layer, float(vector.norm()) / residual))
     return pushes
 
 
-def _chosen(ffns: Sequence[FFN | MixtureFFN], layers: Collection[int] | None) -> list[FFN | MixtureFFN]:
-    wanted = pushed([ffn.layer for ffn in ffns]) if layers is None else layers
-    return [ffn for ffn in ffns if ffn.layer in wanted]
-
-
 def _adder(vector: Tensor) -> Any:
-    def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        return output + vector.to(output)
+    def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+        hidden = layer_output(output)
+        return with_layer_output(output, hidden + vector.to(hidden))
 
     return hook
 
 
-def _vector(terms: Sequence[tuple[Attribute, float]], ffn: FFN) -> tuple[Tensor, float]:
-    """Sum of s * scale * p at one layer, and the residual norm there."""
-    total = torch.zeros(ffn.hidden_size)
-    residual = 0.0
-    for attribute, s in terms:
-        row = attribute.layers.index(ffn.layer)
-        total += s * float(attribute.scale[row]) * attribute.state[row]
-        residual = float(attribute.residual[row])
-    return total, residual
+def _vectors(
+    ffns: Sequence[FFN | MixtureFFN], terms: Sequence[tuple[Attribute, float]], layers: Collection[int] | None
+) -> Iterator[tuple[FFN | MixtureFFN, Tensor, float]]:
+    """Each layer pushed without training, the sum of s * scale * direction there, (d,), and its residual norm."""
+    for ffn in ffns:
+        here = [(each, s) for each, s in terms if ffn.layer in (each.pushed if layers is None else layers)]
+        if not here:
+            continue
+        row = here[0][0].layers.index(ffn.layer)
+        total = sum(
+            (s * float(each.scale[row]) * each.push_direction[row] for each, s in here), torch.zeros(ffn.hidden_size)
+        )
+        yield ffn, total, float(here[0][0].residual[row])
 
 
 def constants(
     session: Session, terms: Sequence[tuple[Attribute, float]], layers: Collection[int] | None = None
 ) -> dict[int, Tensor]:
-    """What steering adds to the FFN output of each decoder layer, (d,) in float32 on the CPU; experts left out."""
+    """What steering adds to the FFN output of each decoder layer, (d,) in float32 on the CPU.
+
+    Experts of an adapter are left out: what it adds there depends on the router.
+    """
     with steered(session, terms, layers) as pushes, torch.no_grad():
         if not pushes:
             return {}
         if session.adapter is None:
-            plain = [ffn for ffn in _chosen(session.ffns, layers) if isinstance(ffn, FFN)]
-            return {ffn.layer: _vector(terms, ffn)[0] for ffn in plain}
+            active = [(attribute, s) for attribute, s in terms if s != 0]
+            return {ffn.layer: vector for ffn, vector, _ in _vectors(session.ffns, active, layers)}
         sites = [(ffn, brace) for ffn, brace in session.adapter.sites if isinstance(ffn, FFN)]
         return {
             ffn.layer: (brace.factors(ffn.values(), torch.float32)[1] @ brace.shift).cpu()

@@ -45,8 +45,8 @@ def check_attributes(folder: Path | None) -> None:
 def list_attributes(folder: Path | None, adapter: Path | None) -> list[dict[str, Any]]:
     """Attributes in the order in which `--attribute` looks for them: of `folder`, of the adapter, built in.
 
-    Each is `{name, source, path, words, examples, pooling, base, layers, hidden_size, fingerprint, statistics}`; of a
-    built-in list, which belongs to no base, only name, source and words are not null.
+    Each is `{name, source, path, words, examples, pooling, made, push_layers, base, layers, hidden_size, fingerprint,
+    statistics}`; of a built-in list, which belongs to no base, only name, source and words are not null.
 
     Raises:
         ConfigError: see `check_folder`.
@@ -59,7 +59,8 @@ def list_attributes(folder: Path | None, adapter: Path | None) -> list[dict[str,
     if adapter is not None:
         trained = adapter / TRAINED_FILE
         rows += _of_files([*_single(adapter), *([trained] if is_there(trained) else [])], "adapter")
-    nothing = dict.fromkeys(("path", "examples", "pooling", "base", "layers", "hidden_size", "fingerprint"))
+    unknown = ("path", "examples", "pooling", "made", "push_layers", "base", "layers", "hidden_size", "fingerprint")
+    nothing = dict.fromkeys(unknown)
     for name, words in built_in().items():
         rows.append({"name": name, "source": "built-in", "words": words, **nothing, "statistics": None})
     return rows
@@ -86,6 +87,8 @@ def _of_files(paths: list[Path], source: str) -> Iterator[dict[str, Any]]:
                 "path": str(path),
                 "examples": known.get("examples"),
                 "pooling": known.get("pooling", "mean"),
+                "made": known.get("made", {}),
+                "push_layers": known.get("push_layers"),
                 "base": known.get("base"),
                 "layers": len(header.layers),
                 "hidden_size": header.fingerprint["hidden_size"],

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from braces_cli.core.attributes.word_lists import POOLINGS
-from braces_cli.core.models.ffn import FFN
+from braces_cli.core.attributes.word_lists import POOLINGS, neutral_texts
+from braces_cli.core.models.ffn import FFN, layer_stack
 from braces_cli.core.models.loading import input_device
+from braces_cli.core.models.module_structure import layer_output
 from braces_cli.core.models.moe import MixtureFFN
 from braces_cli.core.models.tokenization import context_length, encode, encode_word
 from braces_cli.core.utils.errors import ConfigError
@@ -25,6 +27,10 @@ _OVER_TOKENS: dict[str, Callable[[Tensor], Tensor]] = {
     "max": lambda h: h.amax(dim=1),
 }
 _ROWS = 64
+# Tokens, and how many of the first are not pooled over.
+Row = tuple[list[int], int]
+# Calls a function with each tensor (..., d) that passes a place, until what it returns is removed.
+Watch = Callable[[Callable[[Tensor], None]], Any]
 
 
 def pool_words(
@@ -65,50 +71,100 @@ def pool_texts(
 def _pool(
     model: nn.Module,
     ffns: Sequence[FFN | MixtureFFN],
-    rows: Sequence[tuple[list[int], int]],
+    rows: Sequence[Row],
     pooling: str,
     report: Report,
     stage: str,
 ) -> Tensor:
-    """Pool token rows, each without its first few; rows of one length share a batch, so there is no padding."""
+    """Mean over rows of what enters the FFNs, (layers, d); rows without tokens are left out."""
+    rows = [row for row in rows if row[0]]
+    total = torch.zeros(len(ffns), ffns[0].hidden_size)
+    for _, pooled in pooled_batches(model, input_watches(ffns), rows, pooling, report, stage):
+        total += pooled.sum(dim=1)
+    return total / max(len(rows), 1)
+
+
+def input_watches(ffns: Sequence[FFN | MixtureFFN]) -> list[Watch]:
+    """Watch what enters each FFN."""
+    return [ffn.watch for ffn in ffns]
+
+
+def output_watches(model: nn.Module, ffns: Sequence[FFN | MixtureFFN]) -> list[Watch]:
+    """Watch what the decoder layer of each FFN gives to the next: the residual stream behind it."""
+    stack = layer_stack(model)[1]
+
+    def watch(layer: nn.Module, callback: Callable[[Tensor], None]) -> Any:
+        return layer.register_forward_hook(lambda module, args, output: callback(layer_output(output)))
+
+    return [partial(watch, stack[ffn.layer]) for ffn in ffns]
+
+
+def pooled_batches(
+    model: nn.Module, watches: Sequence[Watch], rows: Sequence[Row], pooling: str, report: Report, stage: str
+) -> Iterator[tuple[list[int], Tensor]]:
+    """(indices of rows, their pooled states (layers, rows, d) in float32 on the CPU) of each batch.
+
+    Rows of one length and one first token share a batch, so there is no padding.
+
+    Raises:
+        ConfigError: no such pooling.
+    """
     if pooling not in _OVER_TOKENS:
         raise ConfigError(f"no pooling `{pooling}`", where="--pooling", hint=f"One of {', '.join(POOLINGS)}.")
-    groups: dict[tuple[int, int], list[list[int]]] = defaultdict(list)
-    for ids, skipped in rows:
-        if ids:
-            groups[len(ids), skipped].append(ids)
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for index, (ids, skipped) in enumerate(rows):
+        groups[len(ids), skipped].append(index)
     device = input_device(model)
-    total = torch.zeros(len(ffns), ffns[0].hidden_size)
-    sums = _Sums(_OVER_TOKENS[pooling])
+    seen = _Seen(_OVER_TOKENS[pooling])
     done = 0
     with ExitStack() as stack:
-        for index, ffn in enumerate(ffns):
-            stack.callback(ffn.watch(sums.watcher(index, ffn.hidden_size)).remove)
-        for (_, sums.skipped), group in groups.items():
+        for index, watch in enumerate(watches):
+            stack.callback(watch(seen.watcher(index)).remove)
+        for (_, seen.skipped), group in groups.items():
             for start in range(0, len(group), _ROWS):
-                batch = torch.tensor(group[start : start + _ROWS], device=device)
-                sums.rows = len(batch)
+                indices = group[start : start + _ROWS]
+                seen.rows = len(indices)
                 with torch.no_grad():
-                    model(input_ids=batch, use_cache=False)
-                total += torch.stack([sums.seen[index] for index in range(len(ffns))])
-                done += len(batch)
+                    model(input_ids=torch.tensor([rows[index][0] for index in indices], device=device), use_cache=False)
+                done += len(indices)
                 report(stage, done, len(rows))
-    return total / max(done, 1)
+                yield indices, torch.stack([seen.pooled[index] for index in range(len(watches))])
 
 
-class _Sums:
-    """What the layers saw in the last pass, pooled over tokens and summed over rows, (d,) each."""
+class _Seen:
+    """What the watched places saw in the last pass, pooled over tokens, (rows, d) each."""
 
     def __init__(self, over_tokens: Callable[[Tensor], Tensor]) -> None:
         self.rows = 0
         self.skipped = 0
-        self.seen: dict[int, Tensor] = {}
+        self.pooled: dict[int, Tensor] = {}
         self._over_tokens = over_tokens
 
-    def watcher(self, index: int, width: int) -> Callable[[Tensor], None]:
+    def watcher(self, index: int) -> Callable[[Tensor], None]:
         def watch(h: Tensor) -> None:
             # (rows, tokens, d), also where a model flattens its tokens before the FFN.
-            h = h.detach().float().reshape(self.rows, -1, width)[:, self.skipped :]
-            self.seen[index] = self._over_tokens(h).sum(dim=0).cpu()
+            h = h.detach().float().reshape(self.rows, -1, h.shape[-1])[:, self.skipped :]
+            self.pooled[index] = self._over_tokens(h).cpu()
 
         return watch
+
+
+def residual_norms(model: nn.Module, tokenizer: Any, ffns: Sequence[FFN | MixtureFFN]) -> Tensor:
+    """Median norm of the residual stream behind the layer of each FFN, over shipped neutral text: (layers,)."""
+    stack = layer_stack(model)[1]
+    device = input_device(model)
+    norms: dict[int, list[Tensor]] = {ffn.layer: [] for ffn in ffns}
+
+    def keep(layer: int) -> Any:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            norms[layer].append(layer_output(output).detach().float().norm(dim=-1).flatten().cpu())
+
+        return hook
+
+    with ExitStack() as handles:
+        for layer in norms:
+            handles.callback(stack[layer].register_forward_hook(keep(layer)).remove)
+        for line in neutral_texts():
+            with torch.no_grad():
+                model(input_ids=torch.tensor([encode(tokenizer, line).ids], device=device), use_cache=False)
+    return torch.stack([torch.cat(norms[ffn.layer]).median() for ffn in ffns])

@@ -18,6 +18,10 @@ _AXES = (("positive", "negative"), ("joyful", "sad"), ("formal", "casual"), ("po
 OPPOSITES = {one: other for axis in _AXES for one, other in (axis, axis[::-1])}
 # How the hidden states of a word's or a text's tokens become one (`core.attributes.pooling`).
 POOLINGS = ("mean", "last", "max")
+# How the states of many pairs become one direction (`core.attributes.contrast`).
+REDUCTIONS = ("mean", "pca", "logistic")
+# What attr-build also takes: no direction of states, but of the odds that they lead to (`core.attributes.odds`).
+GRADIENT = "gradient"
 _NAME = re.compile(r"[\w][\w.-]*")
 
 

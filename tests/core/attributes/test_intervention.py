@@ -41,16 +41,16 @@ def test_attributes_add_up(session):
         assert torch.equal(logits()[0], bare)  # and nothing stays behind
 
 
-def test_without_training_strength_one_is_twelve_percent_of_the_residual(session):
+def test_without_training_strength_one_is_ten_percent_of_the_residual(session):
     """In all, over the first half of the layers, by the definition of the scale; where layers are named, there."""
     from braces_cli.core.attributes.attribute import build_attribute
     from braces_cli.core.attributes.intervention import steered
 
     good = build_attribute(session, "good", ["good", "happy"])
     with steered(session, [(good, 1.0)]) as pushes:
-        assert [p.share for p in pushes] == pytest.approx([0.12], rel=1e-4)
+        assert [p.share for p in pushes] == pytest.approx([0.1], rel=1e-4)
     with steered(session, [(good, -2.0)], layers=[1]) as pushes:
-        assert [(p.layer, round(p.share, 4)) for p in pushes] == [(1, 0.24)]
+        assert [(p.layer, round(p.share, 4)) for p in pushes] == [(1, 0.2)]
 
 
 def test_steering_with_an_adapter_is_the_papers_formula(session):

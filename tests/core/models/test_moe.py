@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -227,16 +228,44 @@ def test_a_module_list_of_experts_shares_one_projection_and_gate():
     assert relative(model(x), expected) < 1e-5
 
 
-def test_steering_a_mixture_without_an_adapter_is_refused_with_the_reason():
-    """It would be no constant."""
+@pytest.mark.parametrize("name", MODELS)
+def test_without_an_adapter_a_mixture_is_pushed_whatever_its_router_does(name):
+    """Against a reference that adds s * scale * p to what each decoder layer returns; nothing stays behind."""
     from braces_cli.core.attributes.attribute import Attribute
-    from braces_cli.core.attributes.intervention import steered
+    from braces_cli.core.attributes.intervention import constants, steered
+
+    model = tiny_moe(name)
 
     class Opened:
         adapter = None
-        ffns = find_ffns(tiny_moe("mixtral"))
+        ffns = find_ffns(model)
 
-    zeros = torch.zeros(2, 32)
-    attribute = Attribute("x", [], zeros, zeros, torch.ones(2), torch.ones(2), [0, 1], {})
-    with pytest.raises(ConfigError, match="needs an adapter"), steered(Opened(), [(attribute, 1.0)]):  # type: ignore[arg-type]
-        pass
+    generator = torch.Generator().manual_seed(1)
+    hidden, reference = torch.randn(2, 2, 32, generator=generator)
+    attribute = Attribute("x", [], hidden, reference, torch.ones(2), torch.tensor([0.5, 0.2]), [0, 1], {})
+    session: Any = Opened()
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            found: torch.Tensor = model(torch.tensor([[0, 5, 6, 7, 8]])).logits
+        return found
+
+    bare = logits()
+    with steered(session, [(attribute, 2.0)], [0, 1]) as pushes:
+        fast = logits()
+    vectors = 2.0 * attribute.scale[:, None] * (hidden - reference)
+    handles = []
+    for layer, vector in zip(model.model.layers, vectors, strict=True):
+        handles.append(layer.register_forward_hook(partial(_plus, vector)))
+    slow = logits()
+    for handle in handles:
+        handle.remove()
+    assert relative(fast, slow) < 1e-5
+    assert relative(fast, bare) > 1e-2
+    assert torch.equal(logits(), bare)
+    assert [push.layer for push in pushes] == [0, 1]
+    assert torch.allclose(torch.stack([*constants(session, [(attribute, 2.0)], [0, 1]).values()]), vectors)
+
+
+def _plus(vector: torch.Tensor, module: Any, args: tuple, output: Any) -> Any:
+    return (output[0] + vector, *output[1:]) if isinstance(output, tuple) else output + vector

@@ -1,0 +1,161 @@
+"""Contrasting pairs -> an attribute, with the layers that it pushes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from braces_cli.core.attributes.attribute import (
+    Attribute,
+    check_numbers,
+    default_layers,
+    push_scale,
+    pushed_by_gradient,
+    pushed_in,
+    residual_norms,
+)
+from braces_cli.core.attributes.contrast import Pair, Passage, pair_states, reduce_pairs, separation
+from braces_cli.core.attributes.descriptions import CHAT_WITHOUT_DESCRIPTION, description_pairs
+from braces_cli.core.attributes.odds import Item, default_reduction
+from braces_cli.core.attributes.odds_items import description_items, text_items
+from braces_cli.core.attributes.word_lists import GRADIENT
+from braces_cli.core.models.chat_turns import has_template
+from braces_cli.core.models.finite_weights import OVERFLOW_HINT
+from braces_cli.core.session import Session
+from braces_cli.core.utils.errors import ConfigError, DataError
+from braces_cli.core.utils.progress import Report, silent
+
+# Pairs that both halves of a held-out measurement need.
+_FEWEST = 4
+
+
+@dataclass(frozen=True)
+class PairReading:
+    """How pairs become an attribute.
+
+    Attributes:
+        reduction: one of `word_lists.REDUCTIONS`, or `word_lists.GRADIENT`; None is the latter, where the model lets
+            gradients through.
+        pooling: over the tokens of each text, one of `word_lists.POOLINGS`.
+        layers: decoder layers that are pushed without training; "auto" chooses those that separate held-out pairs best,
+            None means the default ones.
+        chat: prompts are a user's turns of a chat; None means where the tokenizer has a chat template.
+    """
+
+    reduction: str | None = None
+    pooling: str = "mean"
+    layers: Sequence[int] | str | None = None
+    chat: bool | None = None
+
+
+def attribute_from_descriptions(
+    session: Session,
+    name: str,
+    describe: Sequence[str],
+    against: Sequence[str],
+    reading: PairReading | None = None,
+    report: Report = silent,
+) -> Attribute:
+    """An attribute of what descriptions in front of the same texts make of them.
+
+    Args:
+        describe: of the positive side; the k-th belongs to the k-th of `against`.
+
+    Raises:
+        ConfigError: not as many descriptions on either side, or a chat without a template.
+    """
+    reading = reading or PairReading()
+    pairs = description_pairs(describe, against, _chat(session, reading.chat))
+    attribute = _from_pairs(session, name, pairs, reading, report)
+    return replace(attribute, made={**attribute.made, "describe": list(describe), "against": list(against)})
+
+
+def attribute_from_pairs(
+    session: Session, name: str, pairs: Sequence[Pair], reading: PairReading | None = None, report: Report = silent
+) -> Attribute:
+    """An attribute from pairs of texts, or of prompts and completions; only texts and completions are pooled over.
+
+    Raises:
+        ConfigError: a chat without a template.
+        DataError: no pair, or too few to choose layers by.
+    """
+    reading = reading or PairReading()
+    chat = _chat(session, reading.chat)
+    sides = [(_in_chat(pair.positive, chat), _in_chat(pair.negative, chat)) for pair in pairs]
+    return _from_pairs(session, name, [Pair(*both) for both in sides], reading, report)
+
+
+def _chat(session: Session, wanted: bool | None) -> bool:
+    """Whether prompts go through the chat template."""
+    there = has_template(session.base.tokenizer)
+    if wanted and not there:
+        hint = "Leave it out, or use a model that was tuned on chats."
+        raise ConfigError("the tokenizer has no chat template", where="--apply-chat-template", hint=hint)
+    return there if wanted is None else wanted
+
+
+def _in_chat(passage: Passage, chat: bool) -> Passage:
+    """A text without a prompt answers nothing, so it stays outside of any chat."""
+    return replace(passage, chat=chat and bool(passage.prompt))
+
+
+def _from_pairs(session: Session, name: str, pairs: Sequence[Pair], reading: PairReading, report: Report) -> Attribute:
+    states = pair_states(session, pairs, pooling=reading.pooling, report=report)
+    # Where the push goes another way, the state is still the difference of means.
+    wanted = reading.reduction or default_reduction(session)
+    by_gradient, reduction = wanted == GRADIENT, "mean" if wanted == GRADIENT else wanted
+    direction, middle = reduce_pairs(states, reduction), states.middle
+    layers = [ffn.layer for ffn in session.ffns]
+    made: dict[str, Any] = {
+        "pairs": len(pairs),
+        "reduction": reduction,
+        "chat_template": any(pair.positive.chat for pair in pairs),
+    }
+    if len(pairs) >= _FEWEST:
+        made["separation"] = separation(states, reduction)
+    residual = residual_norms(session.base.model, session.base.tokenizer, session.ffns)
+    attribute = Attribute(
+        name,
+        [],
+        middle + direction,
+        middle,
+        residual,
+        push_scale(residual, direction, default_layers(layers)),
+        layers,
+        session.base.fingerprint(session.ffns),
+        session.base.name,
+        reading.pooling,
+        2 * len(pairs),
+        made=made,
+    )
+    check_numbers(attribute, name, OVERFLOW_HINT)
+    attribute = pushed_in(attribute, _push_layers(attribute, reading.layers))
+    return pushed_by_gradient(session, attribute, _items(session, pairs), report) if by_gradient else attribute
+
+
+def _items(session: Session, pairs: Sequence[Pair]) -> list[Item]:
+    """What should be likelier: the texts of one side, or, of texts that both sides share, what their prompts make of
+    them.
+    """
+    shared = [pair for pair in pairs if pair.positive.text == pair.negative.text]
+    others = [pair for pair in pairs if pair.positive.text != pair.negative.text]
+    before = CHAT_WITHOUT_DESCRIPTION if any(pair.positive.chat for pair in shared) else ""
+    items = description_items(session, shared, before)
+    return items + text_items(session, [pair.positive for pair in others], [pair.negative for pair in others])
+
+
+def _push_layers(attribute: Attribute, wanted: Sequence[int] | str | None) -> Sequence[int] | None:
+    """The layers that are pushed without training; None means the default ones."""
+    if not isinstance(wanted, str):
+        return wanted
+    if "separation" not in attribute.made:
+        what = f"{attribute.made['pairs']} pairs are too few to choose layers by"
+        raise DataError(what, where="--layers auto", hint="Give more pairs, or name the layers.")
+    return best_layers(attribute.layers, [row["effect"] for row in attribute.made["separation"]])
+
+
+def best_layers(layers: Sequence[int], effects: Sequence[float]) -> list[int]:
+    """As many layers as are pushed by default, those that separate held-out pairs best, in order."""
+    order = sorted(range(len(layers)), key=lambda row: (-effects[row], row))
+    return sorted(layers[row] for row in order[: len(default_layers(layers))])

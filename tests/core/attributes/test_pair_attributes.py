@@ -1,0 +1,143 @@
+"""Attributes from pairs and descriptions: what is stored, which layers are pushed, and files of before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from braces_cli.core.attributes.attribute import (
+    PUSH,
+    built_in_attribute,
+    find_attribute,
+    load_attributes,
+    pushed_in,
+    save_attributes,
+)
+from braces_cli.core.attributes.contrast import Pair, Passage, pair_states, reduce_pairs
+from braces_cli.core.attributes.descriptions import description_pairs, stems
+from braces_cli.core.attributes.intervention import constants, steered
+from braces_cli.core.attributes.pair_attributes import (
+    PairReading,
+    attribute_from_descriptions,
+    attribute_from_pairs,
+    best_layers,
+)
+from braces_cli.core.models.load_options import LoadOptions
+from braces_cli.core.session import open_session
+from braces_cli.core.utils.errors import ConfigError, DataError
+
+PAIRS = [
+    Pair(Passage(f" {one} day", f"the {thing} is"), Passage(f" {other} day", f"the {thing} is"))
+    for thing in ("film", "town", "end")
+    for one, other in (("good", "sad"), ("happy", "old"))
+]
+
+
+def test_the_state_is_the_difference_of_means_and_the_push_the_gradient(session, tmp_path):
+    """Both sides of the middle; what is read back pushes by the same vectors."""
+    attribute = attribute_from_pairs(session, "good", PAIRS)
+    states = pair_states(session, PAIRS)
+    assert torch.allclose(attribute.state, reduce_pairs(states), atol=1e-6)
+    assert torch.allclose(attribute.reference, states.middle, atol=1e-6)
+    assert attribute.made["reduction"] == "gradient"
+    assert attribute.direction is not None
+    with steered(session, [(attribute, 1.0)]) as pushes:
+        assert [push.share for push in pushes] == pytest.approx([PUSH], rel=1e-4)
+    save_attributes(tmp_path / "good.safetensors", [attribute])
+    read = find_attribute(session, "good", tmp_path)
+    assert read.made == attribute.made
+    vectors, again = (constants(session, [(each, 2.0)]) for each in (attribute, read))
+    assert vectors.keys() == again.keys() == {0}
+    assert torch.equal(vectors[0], again[0])
+    expected = 2.0 * attribute.scale[0] * attribute.direction[0]
+    assert torch.allclose(vectors[0], expected)
+
+
+def test_other_reductions_push_along_their_own_state(session):
+    """Without a direction besides it."""
+    for reduction in ("mean", "pca", "logistic"):
+        attribute = attribute_from_pairs(session, "good", PAIRS, PairReading(reduction))
+        assert attribute.direction is None
+        assert torch.allclose(attribute.state, reduce_pairs(pair_states(session, PAIRS), reduction), atol=1e-6)
+
+
+def test_layers_that_an_attribute_names_are_pushed_and_together_by_the_same_share(session, tmp_path):
+    """Also after reading it back; --layers of a command goes before them."""
+    attribute = pushed_in(attribute_from_pairs(session, "good", PAIRS, PairReading("mean")), [0, 1])
+    save_attributes(tmp_path / "good.safetensors", [attribute])
+    read = find_attribute(session, "good", tmp_path)
+    for each in (attribute, read):
+        with steered(session, [(each, 1.0)]) as pushes:
+            assert [(push.layer, push.share) for push in pushes] == [
+                (layer, pytest.approx(PUSH / 2, rel=1e-4)) for layer in (0, 1)
+            ]
+        with steered(session, [(each, 1.0)], [1]) as pushes:
+            assert [push.layer for push in pushes] == [1]
+    with pytest.raises(ConfigError, match="none of these layers"):
+        pushed_in(attribute, [7])
+
+
+def test_layers_are_chosen_by_how_well_they_separate_held_out_pairs(session):
+    """As many as by default; of too few pairs none can be."""
+    assert best_layers([0, 1, 2, 3, 4], [0.1, 3.0, 0.2, 2.0, 2.5]) == [1, 3, 4]
+    attribute = attribute_from_pairs(session, "good", PAIRS, PairReading("mean", layers="auto"))
+    effects = [row["effect"] for row in attribute.made["separation"]]
+    assert attribute.pushed == [effects.index(max(effects))]
+    with pytest.raises(DataError, match="too few"):
+        attribute_from_pairs(session, "good", PAIRS[:2], PairReading("mean", layers="auto"))
+
+
+def test_descriptions_stand_in_front_of_the_same_texts(session):
+    """Every stem behind every template, once for each pair of descriptions; only the stem is pooled over."""
+    pairs = description_pairs(["a happy man", "joy"], ["a sad man", "grief"])
+    assert len(pairs) == len(stems()) * 6 * 2
+    for pair in pairs:
+        assert pair.positive.text == pair.negative.text
+        assert pair.positive.prompt.replace("happy", "sad").replace("joy", "grief") == pair.negative.prompt
+    attribute = attribute_from_descriptions(session, "mood", ["happy"], ["sad"], PairReading("mean"))
+    assert (attribute.made["describe"], attribute.made["against"]) == (["happy"], ["sad"])
+    assert not attribute.made["chat_template"]
+
+
+@pytest.mark.parametrize(("one", "other"), [([], []), (["a"], []), (["a"], [" "]), (["a", "b"], ["c"])])
+def test_descriptions_that_do_not_go_together_are_refused(one, other):
+    """None, blank, or not as many."""
+    with pytest.raises(ConfigError):
+        description_pairs(one, other)
+
+
+def test_with_a_chat_template_descriptions_are_a_users_turn(chatty):
+    """Unless it is switched off; asked for where there is none it is an error."""
+    session = open_session(str(chatty), None, LoadOptions(device="cpu"))
+    made = [
+        attribute_from_descriptions(session, "mood", ["happy"], ["sad"], PairReading("gradient", chat=chat)).made
+        for chat in (None, False)
+    ]
+    assert [each["chat_template"] for each in made] == [True, False]
+    session.base.tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match="no chat template"):
+        attribute_from_descriptions(session, "mood", ["happy"], ["sad"], PairReading("mean", chat=True))
+
+
+def test_with_an_adapter_a_built_in_list_needs_no_push_of_its_own(session, adapter_dir):
+    """Without one it has the gradient; opposite ends push opposite ways."""
+    ends = [find_attribute(session, name, None) for name in ("joyful", "sad")]
+    assert ends[0].direction is not None
+    assert ends[1].direction is not None
+    assert torch.allclose(ends[0].direction, -ends[1].direction, rtol=1e-4, atol=1e-7)
+    assert built_in_attribute(session, "joyful").direction is None
+    trained = open_session(session.base.name, str(adapter_dir), LoadOptions(device="cpu"))
+    assert find_attribute(trained, "joyful", None).direction is None
+
+
+def test_a_file_of_before_pushes_as_it_did():
+    """Along p, in the first half of the layers, by the scale in the file."""
+    session = open_session(None, None, LoadOptions(device="cpu", dtype="float32"))
+    path = Path(__file__).parents[2] / "fixtures" / "format_1" / "attributes" / "sunny.safetensors"
+    attribute = load_attributes(path, session)["sunny"]
+    vectors = constants(session, [(attribute, 2.0)])
+    assert list(vectors) == attribute.layers[: (len(attribute.layers) + 1) // 2]
+    for row, vector in enumerate(vectors.values()):
+        assert torch.allclose(vector, 2.0 * attribute.scale[row] * attribute.state[row])
