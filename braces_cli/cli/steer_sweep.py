@@ -20,9 +20,9 @@ def run_sweep(settings: SteerSettings) -> None:
     Raises:
         ConfigError: nothing to sweep, strengths that do not fit, or a scorer that cannot be had.
     """
+    from braces_cli.core.attributes.attribute_options import parse_strengths
     from braces_cli.core.utils.atomic_files import check_output_file, check_output_folder
     from braces_cli.scoring.registry import default_scorer
-    from braces_cli.steering.sweep import parse_strengths
     from braces_cli.steering.sweep_plot import plot_sweep
 
     assert settings.sweep is not None

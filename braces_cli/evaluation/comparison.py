@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
@@ -24,24 +24,33 @@ _DRAWN_AT_ONCE = 10_000_000
 
 @dataclass
 class System:
-    """A row of the result: `adapter` is the adapter as the user named it, None for the bare base."""
+    """A row of the result: `adapter` is the adapter as the user named it, None for the base.
+
+    `strengths` are those of the attributes that it is steered by, none where it is not steered.
+    """
 
     name: str
     adapter: str | None
     scores: Scores
     method: str | None = None
     sha256: str | None = None
+    strengths: dict[str, float] = field(default_factory=dict)
 
 
 def compare(systems: Sequence[System], seed: int) -> list[dict[str, Any]]:
-    """Every later system against every earlier one: the base against each adapter, then adapters among themselves.
+    """Every system against the first, the base; then adapters among themselves, and each against itself steered.
 
     Returns:
         Rows `{task, metric, from, to, difference, n, p_value, p_holm, significant}`; p is None where a metric has no
         score for each document.
     """
-    pairs = sorted(combinations(range(len(systems)), 2))
-    return [row for one, other in pairs for row in _pair(systems[one], systems[other], seed)]
+    pairs = combinations(systems, 2)
+    return [row for one, other in pairs if _compared(one, other, systems[0]) for row in _pair(one, other, seed)]
+
+
+def _compared(one: System, other: System, first: System) -> bool:
+    """Whether the difference of two systems is of one thing: of adapters, or of steering."""
+    return one is first or (not one.strengths and (not other.strengths or one.adapter == other.adapter))
 
 
 def _pair(one: System, other: System, seed: int) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from lm_eval.api.registry import model_registry
@@ -34,6 +35,7 @@ class BracesLM(HFLM):
         adapter: folder or hub id.
         attribute: name of an attribute to steer by, or a list of names.
         s: its strength, or as many as there are attributes.
+        attributes: folder of attributes, as `--attributes`.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class BracesLM(HFLM):
         adapter: str | None = None,
         attribute: str | list[str] | None = None,
         s: float | list[float] = 1.0,
+        attributes: str | None = None,
         revision: str | None = None,
         device: str | None = None,
         dtype: str = "auto",
@@ -68,7 +71,10 @@ class BracesLM(HFLM):
         # Adapter and attributes stay on for as long as the model lives.
         self._contexts = ExitStack()
         self._contexts.enter_context(attached(session, eval_adapter))
-        terms = [(find_attribute(session, name, None), float(value)) for name, value in zip(names, values, strict=True)]
+        folder = None if attributes is None else Path(attributes).expanduser()
+        terms = [
+            (find_attribute(session, name, folder), float(value)) for name, value in zip(names, values, strict=True)
+        ]
         self._contexts.enter_context(steered(session, terms))
         # Model and tokenizer are loaded already: nothing is left that could bring code.
         super().__init__(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from braces_cli.core.attributes.listing import TRAINED_FILE
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.loading import tokenizer_hashes
 from braces_cli.core.session import Session
@@ -42,8 +43,19 @@ def identity(
         "num_fewshot": settings.num_fewshot,
         "chat_template": settings.apply_chat_template,
         "seeds": settings.seeds,
+        **_steering(adapters, settings),
         **_generation(settings, selection),
     }
+
+
+def _steering(adapters: Sequence[EvalAdapter], settings: EvalSettings) -> dict[str, Any]:
+    """Attributes and strengths, with a hash of each file that one may come from; nothing where there is none."""
+    if not settings.attribute:
+        return {}
+    names = [TRAINED_FILE, *(f"{name}.safetensors" for name in settings.attribute)]
+    folders = [settings.attributes, *(each.folder for each in adapters if each.stored is not None)]
+    files = [folder / name for folder in folders if folder is not None for name in names]
+    return {"steering": settings.points, "attribute_files": [file_hash(file) for file in files if file.is_file()]}
 
 
 def _generation(settings: EvalSettings, selection: Selection) -> dict[str, Any]:
@@ -78,6 +90,7 @@ def document(
                 "adapter": each.adapter,
                 "method": each.method,
                 "sha256": each.sha256,
+                "attributes": each.strengths,
                 "results": each.scores.results,
             }
             for each in systems
@@ -101,6 +114,7 @@ def document(
             "fingerprint": base.fingerprint(session.ffns)["sha256"],
             "tokenizer": tokenizer_hashes(base.tokenizer),
             "apply_chat_template": harness.chat_template,
+            **(settings.steering_record() if settings.attribute else {}),
             **_generation(settings, selection),
             "significance_level": LEVEL,
             "versions": versions(),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core.attributes.attribute_options import AttributeSettings
+from braces_cli.core.attributes.attribute_options import AttributeNames, strength_points
 from braces_cli.core.attributes.word_lists import built_in, check_name
 from braces_cli.core.models.generation_options import GenerationSettings
 from braces_cli.core.utils.errors import ConfigError
@@ -27,15 +27,21 @@ TASK_NAMES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextTaskSettings(GenerationSettings, AttributeSettings):
-    """How the text tasks generate texts, by which attributes every system is steered, and how texts are scored."""
+class TextTaskSettings(GenerationSettings, AttributeNames):
+    """How the text tasks generate texts, by which attributes the systems are steered, and how texts are scored."""
 
     attribute: tuple[str, ...] = option(
         (),
-        help="Name of an attribute by which every system is steered in the tasks sentiment and toxicity. Repeatable.",
+        help="Name of an attribute: measure each adapter (the base if there is none) steered by it, too. Repeatable.",
         metavar="NAME",
         panel=ATTRIBUTES,
         complete=built_in,
+    )
+    s: tuple[str, ...] = option(
+        (),
+        help="Strengths of the k-th --attribute, such as -2,0,2 or -4:4:1; each is a system of its own. Default 1.",
+        metavar="STRENGTHS",
+        panel=ATTRIBUTES,
     )
     scorer: tuple[str, ...] = option(
         (),
@@ -51,9 +57,28 @@ class TextTaskSettings(GenerationSettings, AttributeSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in self.strengths:
+        for name in self.attribute:
             check_name(name)
+        _ = self.points
         _parse_scorers(self.scorer)
+
+    @property
+    def points(self) -> list[dict[str, float]]:
+        """Name -> strength of each steered system; none where there is no attribute.
+
+        Raises:
+            ConfigError: see `strength_points`.
+        """
+        return strength_points(self.attribute, self.s)
+
+    def steering_record(self) -> dict[str, Any]:
+        """How systems are steered, ready for JSON: of one point the strength of each attribute, of several a list."""
+        points = self.points
+        columns: dict[str, Any] = {name: [point[name] for point in points] for name in self.attribute}
+        return {
+            "attributes": points[0] if len(points) == 1 else columns,
+            "attributes_folder": None if self.attributes is None else str(self.attributes),
+        }
 
     @property
     def scorers(self) -> dict[str, str]:
@@ -63,8 +88,7 @@ class TextTaskSettings(GenerationSettings, AttributeSettings):
     def generation_record(self) -> dict[str, Any]:
         """How texts are generated and scored, ready for JSON."""
         return {
-            "attributes": self.strengths,
-            "attributes_folder": None if self.attributes is None else str(self.attributes),
+            **self.steering_record(),
             "scorers": self.scorers,
             "num_samples": self.num_samples,
             "max_new_tokens": self.max_new_tokens,

@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core.attributes.attribute import Attribute, find_attribute
 from braces_cli.core.attributes.intervention import steered
 from braces_cli.core.models.generation import Sampling, TextRequest
 from braces_cli.core.models.load_options import LoadOptions
@@ -83,15 +82,12 @@ def measure(task: str, context: TaskContext, prompts: Sequence[str]) -> TaskResu
     """Continue every prompt, on every process its share, and score the continuations.
 
     Raises:
-        ConfigError: an unknown attribute or scorer.
+        ConfigError: an unknown scorer.
         DataError: a prompt that the chat template does not take.
         BracesError: the scorer fails.
     """
     settings, session = context.settings, context.session
-    terms = [(find_attribute(session, name, settings.attributes), s) for name, s in settings.strengths.items()]
-    words = (
-        list_words(session, [attribute for attribute, _ in terms], trained=False) if settings.exclude_list_words else ()
-    )
+    words = list_words(session, context.attributes, trained=False) if settings.exclude_list_words else ()
     usual, attributes = _SCORED[task]
     scorer = open_scorer(settings.scorers.get(task, usual), exclude=words)
     judge_model = None
@@ -100,7 +96,7 @@ def measure(task: str, context: TaskContext, prompts: Sequence[str]) -> TaskResu
     scoring = _Scoring(scorer, {attribute: label_of(attribute, scorer) for attribute in attributes}, judge_model)
     numbered = list(enumerate(prompts))
     continuations, size = halving(
-        lambda size: context.processes.share_out(numbered, lambda part: _continue(context, part, size, terms, scoring)),
+        lambda size: context.processes.share_out(numbered, lambda part: _continue(context, part, size, scoring)),
         context.batch_size,
         context.stage,
     )
@@ -108,11 +104,7 @@ def measure(task: str, context: TaskContext, prompts: Sequence[str]) -> TaskResu
 
 
 def _continue(
-    context: TaskContext,
-    prompts: Sequence[tuple[int, str]],
-    size: int,
-    terms: Sequence[tuple[Attribute, float]],
-    scoring: _Scoring,
+    context: TaskContext, prompts: Sequence[tuple[int, str]], size: int, scoring: _Scoring
 ) -> list[_Continuations]:
     """Generate and score the continuations of numbered prompts; `size` is the batch size."""
     session, settings = context.session, context.settings
@@ -124,7 +116,7 @@ def _continue(
         seed=context.seed,
     )
     requests = [TextRequest(prompt, index, sample) for index, prompt in prompts for sample in range(samples)]
-    with steered(session, terms):
+    with steered(session, context.terms):
         texts = list(
             generate_texts(
                 session,

@@ -35,8 +35,6 @@ from braces_cli.scoring.scorer import Scorer, Verdict
 from braces_cli.steering.chat_prompts import encode_answer, has_template
 from braces_cli.steering.generate_texts import generate_texts, text_requests
 
-_MOST = 200  # points; more is a slip in the step
-
 
 @dataclass(frozen=True)
 class SweepPlan:
@@ -69,29 +67,6 @@ class Texts:
     texts: list[str]
     verdicts: list[Verdict] = field(default_factory=list)
     likelihoods: list[Likelihood] = field(default_factory=list)
-
-
-def parse_strengths(value: str) -> list[float]:
-    """`FROM:TO:STEP` (both ends included), or numbers with commas between them.
-
-    Raises:
-        ConfigError: neither.
-    """
-    hint = "Such as --sweep -4:4:1 or --sweep -3,0,3."
-    try:
-        numbers = [float(part) for part in value.split(":" if ":" in value else ",")]
-    except ValueError as error:
-        raise ConfigError(f"`{value}` is not FROM:TO:STEP", where="--sweep", hint=hint) from error
-    if not all(map(math.isfinite, numbers)) or (":" in value and len(numbers) != 3):
-        raise ConfigError(f"`{value}` is not FROM:TO:STEP", where="--sweep", hint=hint)
-    if ":" not in value:
-        return list(dict.fromkeys(numbers))
-    first, last, step = numbers
-    if step == 0 or (last - first) * step < 0 or abs(last - first) / abs(step) >= _MOST:
-        raise ConfigError(f"`{value}` has no points, or more than {_MOST}", where="--sweep", hint=hint)
-    count = math.floor((last - first) / step + 1e-9) + 1
-    # Rounded, so that -0.3:0.3:0.1 has a plain 0 in it, at which nothing is added.
-    return [round(first + index * step, 10) + 0.0 for index in range(count)]
 
 
 def sweep(

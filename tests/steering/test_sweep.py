@@ -160,13 +160,3 @@ def test_attributes_that_nothing_can_tell(braces, model_dir):
     outcome = braces("steer", "--model", model_dir, "--attribute", "mine", "--sweep", "0", "--prompt", "a")
     assert outcome.code == 2
     assert "whether a text is `mine`" in outcome.err
-
-
-def test_strengths():
-    """Both ends included, a plain zero on the way, no drift."""
-    from braces_cli.steering.sweep import parse_strengths
-
-    assert parse_strengths("-0.3:0.3:0.1") == [-0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3]
-    assert parse_strengths("2:-2:-2") == [2.0, 0.0, -2.0]
-    assert parse_strengths("-4:4:3") == [-4.0, -1.0, 2.0]
-    assert parse_strengths("3,0,-1.5,0") == [3.0, 0.0, -1.5]
