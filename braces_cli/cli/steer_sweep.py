@@ -9,6 +9,7 @@ from typing import Any
 from braces_cli.cli.console import print_json, print_table, progress
 from braces_cli.cli.steer_options import SteerSettings
 from braces_cli.core.utils.distributed import is_main, join_all
+from braces_cli.core.utils.errors import DataError
 
 _COLUMNS = ("s", "score", "95 %", "perplexity", "dist-1", "dist-2", "dist-3", "rep-4", "n")
 _MEASURES = ("perplexity", "distinct_1", "distinct_2", "distinct_3", "repetition", "n")
@@ -46,11 +47,19 @@ def run_sweep(settings: SteerSettings) -> None:
 
 
 def _prompts(settings: SteerSettings) -> list[str]:
-    """The user's prompts, else those that come with braces; a sweep reads no standard input."""
-    from braces_cli.steering.prompts import read_prompts
+    """The user's prompts, else those that come with braces; a sweep reads no standard input.
+
+    Raises:
+        DataError: a row with attributes of its own.
+    """
+    from braces_cli.steering.prompts import read_prompt_rows
 
     if settings.prompt or settings.prompts is not None:
-        return list(read_prompts(settings.prompt, settings.prompts, sys.stdin))
+        rows = list(read_prompt_rows(settings.prompt, settings.prompts, sys.stdin))
+        if any(row.attributes is not None for row in rows):
+            hint = "A sweep steers all prompts alike; remove `attributes` from the rows."
+            raise DataError("a row has attributes of its own", where=str(settings.prompts), hint=hint)
+        return [row.text for row in rows]
     text = (resources.files("braces_cli.assets") / "prompts" / "neutral.txt").read_text(encoding="utf-8")
     return text.splitlines()
 
