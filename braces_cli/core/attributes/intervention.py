@@ -10,6 +10,7 @@ is (batch, 1, d), made once for the batch, and the forward pass is that of a uni
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
