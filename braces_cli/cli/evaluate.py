@@ -122,6 +122,9 @@ def _print(result: dict[str, Any]) -> None:
     columns, rows = result_tables.pair_table(result)
     if rows:
         print_table(result_tables.PAIRS, columns, rows, ("task", "metric", "from", "to"))
+    columns, rows = result_tables.slope_table(result)
+    if rows:
+        print_table(result_tables.SLOPES, columns, rows, ("task", "metric", "system"))
 
 
 def _silence_lm_eval(debug: bool) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from braces_cli.core.utils.errors import BracesError
 from braces_cli.evaluation.scores import Scores
+from braces_cli.scoring.prompt_effects import share
 
 # A corrected p below it is called significant.
 LEVEL = 0.05
@@ -42,7 +43,8 @@ def compare(systems: Sequence[System], seed: int) -> list[dict[str, Any]]:
 
     Returns:
         Rows `{task, metric, from, to, difference, n, p_value, p_holm, significant}`; p is None where a metric has no
-        score for each document.
+        score for each document. Where it has one also `rises` and `falls`, the shares of documents that move either
+        way, with Wilson's 95 % intervals.
     """
     pairs = combinations(systems, 2)
     return [row for one, other in pairs if _compared(one, other, systems[0]) for row in _pair(one, other, seed)]
@@ -71,10 +73,19 @@ def _pair(one: System, other: System, seed: int) -> list[dict[str, Any]]:
                     "difference": there["value"] - entry["value"],
                     "n": entry["n"],
                     "p_value": p_value(a, b, one.scores.units.get(key), seed) if a and b else None,
+                    **_moves(a or {}, b or {}),
                 }
             )
     _correct(rows)
     return rows
+
+
+def _moves(a: dict[int, float], b: dict[int, float]) -> dict[str, Any]:
+    shared = sorted(a.keys() & b.keys())
+    return {
+        **share("rises", [b[index] > a[index] for index in shared]),
+        **share("falls", [b[index] < a[index] for index in shared]),
+    }
 
 
 def _correct(rows: list[dict[str, Any]]) -> None:

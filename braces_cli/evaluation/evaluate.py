@@ -18,6 +18,7 @@ from braces_cli.core.utils.errors import ConfigError
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.evaluation import lm_eval_runner, task_catalog
 from braces_cli.evaluation.adapter_switching import EvalAdapter, attached, check_fit, find_eval_adapter
+from braces_cli.evaluation.attribute_tasks import DETECTION, check_detection
 from braces_cli.evaluation.comparison import System
 from braces_cli.evaluation.lm_eval_runner import HarnessSettings
 from braces_cli.evaluation.native_tasks import TaskContext
@@ -116,11 +117,14 @@ def check_settings(settings: EvalSettings) -> tuple[task_catalog.Selection, dict
         The selection, task -> file, and task -> its rows (documents, for native tasks).
 
     Raises:
-        ConfigError: an unknown task, task data for none of them, no data where a task has none of its own.
+        ConfigError: an unknown task, task data for none of them, no data where a task has none of its own, or no
+            attribute where it needs one.
         DataError: a file that is missing, broken or lacks fields.
     """
     selection = task_catalog.select(settings.tasks)
     check_tasks(settings.thresholds, selection)
+    if DETECTION.name in selection.native:
+        check_detection(settings.attribute)
     files = find_files(selection, settings.task_data, settings.task_data_dir)
     check_needed(selection, files, task_catalog.LOCAL_ONLY)
     rows: dict[str, Sequence[Any]] = {}

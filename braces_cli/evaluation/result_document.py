@@ -16,6 +16,7 @@ from braces_cli.evaluation.adapter_switching import EvalAdapter
 from braces_cli.evaluation.comparison import LEVEL, System, compare
 from braces_cli.evaluation.lm_eval_runner import HarnessSettings
 from braces_cli.evaluation.settings import TEXT_TASKS, EvalSettings
+from braces_cli.evaluation.strength_slopes import strength_slopes
 from braces_cli.evaluation.task_catalog import Selection
 from braces_cli.evaluation.task_data_files import file_hash
 
@@ -72,7 +73,7 @@ def document(
     options: LoadOptions,
     selection: Selection,
 ) -> dict[str, Any]:
-    """`{systems, comparisons, settings}`."""
+    """`{systems, comparisons, settings}`, and `slopes` where systems are steered."""
     first = systems[0].scores
     fixed = [task for task, shots in first.shots.items() if settings.num_fewshot not in (None, shots)]
     if fixed:
@@ -96,6 +97,7 @@ def document(
             for each in systems
         ],
         "comparisons": compare(systems, settings.seeds["numpy"]),
+        **({"slopes": strength_slopes(systems)} if settings.attribute else {}),
         "settings": {
             "tasks": list(first.results),
             "task_data": {name: str(file) for name, file in files.items()},

@@ -13,6 +13,8 @@ from braces_cli.evaluation.comparison import verdict
 _HASH = 12
 # Heading of `pair_table`.
 PAIRS = "adapters among themselves"
+# Heading of `slope_table`.
+SLOPES = "slope over the strength s, mean over documents"
 
 
 def main_table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
@@ -43,6 +45,16 @@ def pair_table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
         [c["task"], c["metric"], c["from"], c["to"], *_change(c)] for c in result["comparisons"] if c["from"] != first
     ]
     return columns, rows
+
+
+def slope_table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """What a unit of s adds to each metric; no rows where nothing is steered."""
+    rows = []
+    for each in result.get("slopes", ()):
+        low, high = each["slope_interval"] or (math.nan, math.nan)
+        about = [each["task"], each["metric"], each["system"], each["attribute"]]
+        rows.append([*about, each["slope"], f"{low:.2g} to {high:.2g}", each["negative"], each["n"]])
+    return ["task", "metric", "system", "attribute", "slope", "95 %", "share falling", "n"], rows
 
 
 def facts(result: dict[str, Any]) -> dict[str, str]:
@@ -88,6 +100,9 @@ def markdown(result: dict[str, Any]) -> str:
     columns, rows = pair_table(result)
     if rows:
         lines += ["", f"## {PAIRS.capitalize()}", "", *_markdown_table(columns, rows)]
+    columns, rows = slope_table(result)
+    if rows:
+        lines += ["", f"## {SLOPES.capitalize()}", "", *_markdown_table(columns, rows)]
     if result.get("fail_under"):
         lines += ["", "## Thresholds", "", *(f"- {text(threshold_line(row))}" for row in result["fail_under"])]
     return "\n".join(lines) + "\n"

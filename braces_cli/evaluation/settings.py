@@ -12,17 +12,19 @@ from braces_cli.core.attributes.attribute_options import AttributeNames, strengt
 from braces_cli.core.attributes.word_lists import built_in, check_name
 from braces_cli.core.models.generation_options import GenerationSettings
 from braces_cli.core.utils.errors import ConfigError
-from braces_cli.core.utils.settings import ATTRIBUTES, OUTPUT, SCORING, TASKS, option
+from braces_cli.core.utils.settings import ATTRIBUTES, GENERATION, OUTPUT, SCORING, TASKS, option
 from braces_cli.scoring.registry import BUILT_IN
 
 # lm-eval's own, so that without --seed a run draws the few-shot examples that lm-eval draws.
 SEEDS = {"python": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
 # The tasks that generate texts and score them, see `text_quality`.
 TEXT_TASKS = ("sentiment", "toxicity")
+# Texts for each prompt, where no number is given; 25 are what RealToxicityPrompts takes its maximum over.
+_SAMPLES = {"sentiment": 1, "toxicity": 25}
 # Tasks and groups that a shell offers after `--tasks`; lm-eval has many more.
 TASK_NAMES = (
     "zero_shot", "commonsense", "commonsense_gen", "truthfulqa", "popqa", "triviaqa", "nq_open", "perplexity",
-    *TEXT_TASKS, "embedded",
+    *TEXT_TASKS, "answers", "detection", "embedded",
 )  # fmt: skip
 
 
@@ -43,9 +45,12 @@ class TextTaskSettings(GenerationSettings, AttributeNames):
         metavar="STRENGTHS",
         panel=ATTRIBUTES,
     )
+    num_samples: int | None = option(  # type: ignore[assignment]
+        None, help="Texts for each prompt. Default: 25 in the task toxicity, else 1.", min=1, panel=GENERATION
+    )
     scorer: tuple[str, ...] = option(
         (),
-        help="vader, toxicity, fit:ROWS, or a classifier's folder or hub id. Repeatable.",
+        help="vader, toxicity, fit:ROWS, judge:MODEL, or a classifier's folder or hub id. Repeatable.",
         metavar="TASK=SCORER",
         complete=lambda: [f"{task}={name}" for task in TEXT_TASKS for name in BUILT_IN],
         panel=SCORING,
@@ -71,6 +76,10 @@ class TextTaskSettings(GenerationSettings, AttributeNames):
         """
         return strength_points(self.attribute, self.s)
 
+    def samples(self, task: str) -> int:
+        """Texts for each prompt of a text task."""
+        return _SAMPLES[task] if self.num_samples is None else self.num_samples
+
     def steering_record(self) -> dict[str, Any]:
         """How systems are steered, ready for JSON: of one point the strength of each attribute, of several a list."""
         points = self.points
@@ -90,7 +99,7 @@ class TextTaskSettings(GenerationSettings, AttributeNames):
         return {
             **self.steering_record(),
             "scorers": self.scorers,
-            "num_samples": self.num_samples,
+            "num_samples": _SAMPLES if self.num_samples is None else self.num_samples,
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
             "top_p": self.top_p,
