@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from braces_cli.core.attributes.attribute import PUSH, Attribute
 from braces_cli.core.attributes.contrast import Pair, Passage, pair_states, reduce_pairs
+from braces_cli.core.attributes.descriptions import description_pairs
 from braces_cli.core.attributes.word_lists import OPPOSITES, REFERENCE, built_in
 from braces_cli.core.models.ffn import layer_stack
 from braces_cli.core.models.module_structure import layer_output, with_layer_output
@@ -61,13 +62,17 @@ def rival_methods(
 
 
 def contrast_pairs(attribute: Attribute) -> list[Pair]:
-    """The pairs that an attribute is made of: its words against the opposite's, else against the neutral ones.
+    """The pairs that an attribute is made of: those of its descriptions, else its words against the opposite's (the
+    neutral ones where it has no opposite).
 
     Raises:
-        ConfigError: it was not built from words.
+        ConfigError: it was built from texts, which its file does not hold.
     """
+    made = attribute.made
+    if "describe" in made:
+        return description_pairs(made["describe"], made["against"], made["chat_template"])
     if not attribute.words:
-        hint = "Rivals that add a direction need an attribute of words; --against prompting works with any."
+        hint = "A direction needs an attribute of words or descriptions; --against prompting works with any."
         raise ConfigError(f"`{attribute.name}` does not hold what it was built from", where="--against", hint=hint)
     other = built_in()[OPPOSITES.get(attribute.name, REFERENCE)]
     count = max(len(attribute.words), len(other))

@@ -75,6 +75,19 @@ def test_prompting_says_what_to_write(session, positive):
         rival_methods(session, ["pca"], texts, [1.0])
 
 
+def test_the_pairs_of_descriptions_are_made_again(session, tmp_path):
+    """From what the attribute's file says of how it was made; those of plain texts it does not hold."""
+    from braces_cli.core.attributes.attribute import load_attributes, save_attributes
+    from braces_cli.core.attributes.descriptions import description_pairs
+    from braces_cli.core.attributes.pair_attributes import PairReading, attribute_from_descriptions
+
+    sides = ["a cheerful person"], ["a gloomy person"]
+    made = attribute_from_descriptions(session, "cheerful", *sides, PairReading(reduction="mean"))
+    save_attributes(tmp_path / "cheerful.safetensors", [made])
+    read = load_attributes(tmp_path / "cheerful.safetensors", session.base.fingerprint(session.ffns))["cheerful"]
+    assert contrast_pairs(read) == description_pairs(*sides)
+
+
 def test_all_stand_in_one_document_table_and_plot(braces, model_dir, tmp_path):
     asked = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
     call = ["steer", "--model", model_dir, "--device", "cpu", "--max-new-tokens", 6, "--attribute", "positive", *asked]
