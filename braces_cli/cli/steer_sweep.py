@@ -113,21 +113,28 @@ def _measure(
         session, swept, prompts, judge, label, sampling, plan, others=others, judge_model=judge_model, report=report
     )
     return {
-        "attribute": name,
-        "model": session.base.name,
-        "adapter": settings.adapter,
-        "other_attributes": settings.strengths,
+        **_described(settings, session, len(prompts)),
         "scorer": scorer,
         "label": label,
         "excluded_words": sorted(excluded),
-        "judge_model": settings.judge_model,
-        "prompts": len(prompts),
-        "samples": settings.num_samples,
-        "seed": settings.seed,
-        "stop": list(settings.stop),
         "apply_chat_template": plan.chat,
         **measured,
         **({} if detected is None else {"detection": detected}),
+    }
+
+
+def _described(settings: SteerSettings, session: Any, prompts: int) -> dict[str, Any]:
+    """What was swept, on what model and how many prompts."""
+    return {
+        "attribute": settings.attribute[0],
+        "model": session.base.name,
+        "adapter": settings.adapter,
+        "other_attributes": settings.strengths,
+        "judge_model": settings.judge_model,
+        "prompts": prompts,
+        "samples": settings.num_samples,
+        "seed": settings.seed,
+        "stop": list(settings.stop),
     }
 
 

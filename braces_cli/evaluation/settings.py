@@ -130,8 +130,8 @@ class EvalSettings(TextTaskSettings):
 
     tasks: tuple[str, ...] = option(
         (),
-        help="zero_shot, commonsense, commonsense_gen, truthfulqa, popqa, perplexity, sentiment, toxicity or any of "
-        "lm-eval's; commas between them.",
+        help="zero_shot, commonsense, commonsense_gen, truthfulqa, popqa, perplexity, sentiment, toxicity, answers, "
+        "detection or any of lm-eval's; commas between them.",
         metavar="NAMES",
         complete=lambda: TASK_NAMES,
     )
