@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from lm_eval.api.registry import model_registry
@@ -23,6 +22,7 @@ from braces_cli.core.attributes.intervention import steered
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.session import base_name, open_session
 from braces_cli.core.utils.errors import BracesError
+from braces_cli.core.utils.paths import user_path
 from braces_cli.core.utils.plain_text import error_text
 from braces_cli.evaluation.adapter_switching import attached, find_eval_adapter
 
@@ -71,7 +71,7 @@ class BracesLM(HFLM):
         # Adapter and attributes stay on for as long as the model lives.
         self._contexts = ExitStack()
         self._contexts.enter_context(attached(session, eval_adapter))
-        folder = None if attributes is None else Path(attributes).expanduser()
+        folder = None if attributes is None else user_path(attributes)
         terms = [
             (find_attribute(session, name, folder), float(value)) for name, value in zip(names, values, strict=True)
         ]

@@ -57,9 +57,9 @@ def steered(
         ConfigError: a strength that is no finite number, or so large that what it adds is none.
     """
     for attribute, s in terms:
-        if not torch.as_tensor(s).isfinite().all():
+        if not (s.isfinite().all() if isinstance(s, Tensor) else math.isfinite(s)):
             raise ConfigError(f"the strength of `{attribute.name}` is {s}", where="--s", hint="Give a finite number.")
-    active = [(attribute, s) for attribute, s in terms if torch.as_tensor(s).any()]
+    active = [(attribute, s) for attribute, s in terms if (s.any() if isinstance(s, Tensor) else s != 0)]
     with ExitStack() as stack:
         if not active:
             yield []
