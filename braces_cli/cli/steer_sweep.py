@@ -89,6 +89,7 @@ def _measure(
     answers = read_answer_pairs(settings.answers) if settings.answers else []
     labelled = read_labelled(settings.detect) if settings.detect else None
     session = open_session(settings.model, settings.adapter, options)
+    judge_model = load_base(settings.judge_model, replace(options, revision=None)) if settings.judge_model else None
     plan = SweepPlan(
         strengths,
         settings.num_samples,
@@ -108,7 +109,6 @@ def _measure(
     detected = None if labelled is None else _detected(session, swept, settings, *labelled, report)
     rivals = rival_methods(session, settings.rivals, swept, strengths, plan.layers, report)
     plan = replace(plan, rivals=rivals)
-    judge_model = load_base(settings.judge_model, replace(options, revision=None)) if settings.judge_model else None
     measured = sweep(
         session, swept, prompts, judge, label, sampling, plan, others=others, judge_model=judge_model, report=report
     )
