@@ -55,6 +55,8 @@ TARGETS = {
         "steered_vs_unsteered_five": 0.98,
         "steered_vs_control_vector": 1.0,
         "untrained_vs_control_vector": 1.0,
+        "mixed_vs_uniform": 1.02,
+        "mixed_vs_uniform_untrained": 1.02,
     },
 }
 # The peak of a process can be reset, and so measured, under Linux only.

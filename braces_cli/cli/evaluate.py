@@ -45,7 +45,7 @@ _KEYS = ("task", "metric", "system")
 
 @command
 def evaluate(settings: EvalCommandSettings) -> None:
-    """Score a base and its adapters (braces or peft) on benchmarks, or on texts of your own."""
+    """Score a base and its adapters (braces or peft), steered or not, on benchmarks, or on texts of your own."""
     # Of several processes only the first prints.
     quiet = settings.quiet or not is_main()
     set_up(quiet, settings.debug)
@@ -121,7 +121,10 @@ def _print(result: dict[str, Any]) -> None:
     print_table(f"{facts['model']} ({', '.join(shown)})", *result_tables.main_table(result), _KEYS)
     columns, rows = result_tables.pair_table(result)
     if rows:
-        print_table("adapters among themselves", columns, rows, ("task", "metric", "from", "to"))
+        print_table(result_tables.PAIRS, columns, rows, ("task", "metric", "from", "to"))
+    columns, rows = result_tables.slope_table(result)
+    if rows:
+        print_table(result_tables.SLOPES, columns, rows, ("task", "metric", "system"))
 
 
 def _silence_lm_eval(debug: bool) -> None:

@@ -11,12 +11,16 @@ from braces_cli.cli.options import AdapterSettings, AttributeSettings, OutputSet
 from braces_cli.core.attributes.attribute_options import strengths
 from braces_cli.core.attributes.word_lists import check_name
 from braces_cli.core.models.generation_options import GenerationSettings
-from braces_cli.core.utils.errors import ConfigError
+from braces_cli.core.utils.errors import ConfigError, near_misses
 from braces_cli.core.utils.settings import ATTRIBUTES, GENERATION, OUTPUT, SCORING, Settings, flag_of, option
 from braces_cli.scoring.registry import BUILT_IN
 
 if TYPE_CHECKING:
     from braces_cli.core.models.generation import Sampling
+
+
+# Ways to steer that a sweep can measure beside ours (`steering.rivals`).
+RIVALS = ("prompting", "difference", "pca")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +37,8 @@ class SweepOptions(Settings):
     plot: Path | None = option(None, help="Draw the sweep into this PNG file.", panel=SCORING, outcome=False)
     scorer: str | None = option(
         None,
-        help="Scorer of a sweep: vader, toxicity, fit:ROWS, or a classifier's folder or hub id.",
+        help="Scorer of a sweep: vader, toxicity, fit:ROWS, judge:MODEL (a language model that rates texts), or a "
+        "classifier's folder or hub id.",
         metavar="SCORER",
         complete=lambda: BUILT_IN,
         panel=SCORING,
@@ -54,10 +59,48 @@ class SweepOptions(Settings):
     exclude_list_words: bool = option(
         False, help="The scorer ignores the attributes' own words.", panel=SCORING, outcome=False
     )
+    against: str | None = option(
+        None,
+        help="Other ways to steer, measured beside this one: prompting, difference, pca; commas between them.",
+        panel=SCORING,
+        metavar="METHODS",
+        complete=lambda: RIVALS,
+        outcome=False,
+    )
+    answers: str | None = option(
+        None,
+        help="Rows with `prompt`, `positive` and `negative`: which answer is preferred at each strength.",
+        panel=SCORING,
+        metavar="ROWS",
+        outcome=False,
+    )
+    detect: str | None = option(
+        None,
+        help="Labelled rows: AUROC of the attribute's direction for those with the attribute against the others.",
+        panel=SCORING,
+        metavar="ROWS",
+        outcome=False,
+    )
+
+    @property
+    def rivals(self) -> list[str]:
+        """The methods of `--against`.
+
+        Raises:
+            ConfigError: one that is none.
+        """
+        names = [name.strip() for name in (self.against or "").split(",") if name.strip()]
+        for name in names:
+            if name not in RIVALS:
+                hint = near_misses(name, RIVALS) or f"There are {', '.join(RIVALS)}."
+                raise ConfigError(f"no method `{name}`", where="--against", hint=hint)
+        return list(dict.fromkeys(names))
 
 
 # Options that have no effect without --sweep.
-_SWEEP_ONLY = ("plot", "scorer", "score_label", "save_scorer", "judge_model", "exclude_list_words")
+_SWEEP_ONLY = (
+    "plot", "scorer", "score_label", "save_scorer", "judge_model", "exclude_list_words", "against", "answers", "detect"
+)  # fmt: skip
 # Options that each way to call the command does not take.
 _REFUSED = {
     "sweep": ("beside", "output", "resume", "interactive", "export_control_vector"),
@@ -74,7 +117,8 @@ class SteerSettings(AdapterSettings, AttributeSettings, GenerationSettings, Swee
     prompt: tuple[str, ...] = option((), help="Prompt. Repeatable. Default: standard input.", outcome=False)
     prompts: Path | None = option(
         None,
-        help="File of prompts: one a line, or JSON Lines with `prompt`; - is standard input.",
+        help="File of prompts: one a line, or JSON Lines with `prompt` and, if wanted, `attributes: {name: s}` of "
+        "its own; - is standard input.",
         panel=GENERATION,
         metavar="FILE",
         outcome=False,
@@ -173,6 +217,7 @@ class SteerSettings(AdapterSettings, AttributeSettings, GenerationSettings, Swee
                 if getattr(self, name):
                     where, hint = flag_of(type(self), name), "Leave one of them out."
                     raise ConfigError(f"does not go with --{mode}", where=where, hint=hint)
+        _ = self.rivals
         if self.interactive and self.num_samples > 1:
             hint = "/seed draws another text."
             raise ConfigError("does not go with --interactive", where="--num-samples", hint=hint)

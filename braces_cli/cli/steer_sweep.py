@@ -9,6 +9,7 @@ from typing import Any
 from braces_cli.cli.console import print_json, print_table, progress
 from braces_cli.cli.steer_options import SteerSettings
 from braces_cli.core.utils.distributed import is_main, join_all
+from braces_cli.core.utils.errors import DataError
 
 _COLUMNS = ("s", "score", "95 %", "perplexity", "dist-1", "dist-2", "dist-3", "rep-4", "n")
 _MEASURES = ("perplexity", "distinct_1", "distinct_2", "distinct_3", "repetition", "n")
@@ -20,9 +21,9 @@ def run_sweep(settings: SteerSettings) -> None:
     Raises:
         ConfigError: nothing to sweep, strengths that do not fit, or a scorer that cannot be had.
     """
+    from braces_cli.core.attributes.attribute_options import parse_strengths
     from braces_cli.core.utils.atomic_files import check_output_file, check_output_folder
     from braces_cli.scoring.registry import default_scorer
-    from braces_cli.steering.sweep import parse_strengths
     from braces_cli.steering.sweep_plot import plot_sweep
 
     assert settings.sweep is not None
@@ -46,11 +47,19 @@ def run_sweep(settings: SteerSettings) -> None:
 
 
 def _prompts(settings: SteerSettings) -> list[str]:
-    """The user's prompts, else those that come with braces; a sweep reads no standard input."""
-    from braces_cli.steering.prompts import read_prompts
+    """The user's prompts, else those that come with braces; a sweep reads no standard input.
+
+    Raises:
+        DataError: a row with attributes of its own.
+    """
+    from braces_cli.steering.prompts import read_prompt_rows
 
     if settings.prompt or settings.prompts is not None:
-        return list(read_prompts(settings.prompt, settings.prompts, sys.stdin))
+        rows = list(read_prompt_rows(settings.prompt, settings.prompts, sys.stdin))
+        if any(row.attributes is not None for row in rows):
+            hint = "A sweep steers all prompts alike; remove `attributes` from the rows."
+            raise DataError("a row has attributes of its own", where=str(settings.prompts), hint=hint)
+        return [row.text for row in rows]
     text = (resources.files("braces_cli.assets") / "prompts" / "neutral.txt").read_text(encoding="utf-8")
     return text.splitlines()
 
@@ -65,8 +74,10 @@ def _measure(
     from braces_cli.core.models.loading import input_device, load_base
     from braces_cli.core.session import open_session
     from braces_cli.scoring.registry import label_of
+    from braces_cli.steering.answer_preference import read_answer_pairs
     from braces_cli.steering.chat_prompts import chat_wanted
-    from braces_cli.steering.scorer_loading import list_words, open_scorer
+    from braces_cli.steering.rivals import rival_methods
+    from braces_cli.steering.scorer_loading import list_words, open_scorer, read_labelled
     from braces_cli.steering.sweep import SweepPlan, sweep
 
     name, sampling, options = settings.attribute[0], settings.sampling, settings.load_options
@@ -75,7 +86,10 @@ def _measure(
     judge = None if settings.exclude_list_words else open_scorer(scorer, save=save)
     if judge is not None:
         label_of(name, judge, settings.score_label)
+    answers = read_answer_pairs(settings.answers) if settings.answers else []
+    labelled = read_labelled(settings.detect) if settings.detect else None
     session = open_session(settings.model, settings.adapter, options)
+    judge_model = load_base(settings.judge_model, replace(options, revision=None)) if settings.judge_model else None
     plan = SweepPlan(
         strengths,
         settings.num_samples,
@@ -83,6 +97,7 @@ def _measure(
         layers=chosen_layers(session.base.model, settings.layers),
         chat=chat_wanted(session, settings.apply_chat_template),
         processes=join_all(input_device(session.base.model)),
+        answers=answers,
     )
     swept = find_attribute(session, name, settings.attributes, report)
     others = [(find_attribute(session, each, settings.attributes, report), s) for each, s in settings.strengths.items()]
@@ -91,36 +106,117 @@ def _measure(
         excluded = list_words(session, [swept, *(attribute for attribute, _ in others)])
         judge = open_scorer(scorer, exclude=excluded, save=save)
     label = label_of(name, judge, settings.score_label)
-    judge_model = load_base(settings.judge_model, replace(options, revision=None)) if settings.judge_model else None
+    detected = None if labelled is None else _detected(session, swept, settings, *labelled, report)
+    rivals = rival_methods(session, settings.rivals, swept, strengths, plan.layers, report)
+    plan = replace(plan, rivals=rivals)
     measured = sweep(
         session, swept, prompts, judge, label, sampling, plan, others=others, judge_model=judge_model, report=report
     )
     return {
-        "attribute": name,
-        "model": session.base.name,
-        "adapter": settings.adapter,
-        "other_attributes": settings.strengths,
+        **_described(settings, session, len(prompts)),
         "scorer": scorer,
         "label": label,
         "excluded_words": sorted(excluded),
+        "apply_chat_template": plan.chat,
+        **measured,
+        **({} if detected is None else {"detection": detected}),
+    }
+
+
+def _described(settings: SteerSettings, session: Any, prompts: int) -> dict[str, Any]:
+    """What was swept, on what model and how many prompts."""
+    return {
+        "attribute": settings.attribute[0],
+        "model": session.base.name,
+        "adapter": settings.adapter,
+        "other_attributes": settings.strengths,
         "judge_model": settings.judge_model,
-        "prompts": len(prompts),
+        "prompts": prompts,
         "samples": settings.num_samples,
         "seed": settings.seed,
         "stop": list(settings.stop),
-        "apply_chat_template": plan.chat,
-        **measured,
     }
+
+
+def _detected(
+    session: Any, attribute: Any, settings: SteerSettings, texts: list[str], labels: list[str], report: Any
+) -> dict[str, Any]:
+    """Concept detection of an attribute in the bare base.
+
+    Raises:
+        DataError: too few rows with or without the attribute.
+    """
+    from contextlib import nullcontext
+
+    from braces_cli.core.attributes.detection import detection
+
+    wanted = (settings.score_label or attribute.name).lower()
+    has = [label.lower() == wanted for label in labels]
+    with session.adapter.disabled() if session.adapter is not None else nullcontext():
+        try:
+            return detection(session, attribute, texts, has, report)
+        except DataError as error:
+            hint = f"The rows have {', '.join(sorted(set(labels)))}; name one with --score-label."
+            raise DataError(error.message, where=str(settings.detect), hint=hint) from error
 
 
 def _print(document: dict[str, Any]) -> None:
     title = f"{document['attribute']} on {document['model']}; score: share {document['label']} by {document['scorer']}"
     print_table(title, _COLUMNS, [_row(point) for point in document["points"]])
+    _print_effects(document)
+    if document.get("answers"):
+        columns = ("s", "P(positive)", "preferred", "shift", "95 %", "wrong way", "95 % ", "n")
+        names = ("s", "probability", "prefers_positive", "shift", *("shift_interval", "wrong_way"))
+        rows = [
+            [*(_cell(each[name]) for name in (*names, "wrong_way_interval")), each["n"]] for each in document["answers"]
+        ]
+        print_table("preference between two answers; shift: of the log odds against s = 0", columns, rows)
+    if document.get("detection"):
+        found = document["detection"]
+        row = [found["layer"], found["auroc"], _cell(found["auroc_interval"]), found["n"]]
+        print_table("detection, layer chosen on the other half", ("layer", "AUROC", "95 %", "n"), [row])
+    if document.get("rivals"):
+        _print_rivals(document)
     chosen = document["chosen"]
     if chosen is None:
         return
     title = "the best strength by half of the prompts, measured on the other half"
     print_table(title, _COLUMNS, [_row(chosen["unsteered_on_other_half"]), _row(chosen["on_other_half"])])
+
+
+def _print_effects(document: dict[str, Any]) -> None:
+    """The effect on single prompts at each strength, and what a judge model or several samples add to that."""
+    more = ["expected_maximum", "at_least_one"] if document["samples"] > 1 else []
+    more += [name for name in ("concept", "relevance", "fluency", "overall") if name in document["points"][0]]
+    names = ["s", "effect", "effect_interval", "wrong_way", "wrong_way_interval", *more]
+    columns = ["s", "effect", "95 %", "wrong way", "95 % ", *(name.replace("_", " ") for name in more)]
+    slope = document["slope"]
+    title = f"effect on a prompt's value by {document['scorer']}, and share of prompts that move the wrong way (Wilson)"
+    if slope is not None:
+        title += f"; slope {slope['slope']:.3g} per s (95 %: {_cell(slope['slope_interval'])})"
+    print_table(title, columns, [[_cell(point[name]) for name in names] for point in document["points"]])
+
+
+def _print_rivals(document: dict[str, Any]) -> None:
+    rows = [
+        [each["method"], *_row(point), _cell(point["wrong_way"]), _cell(point["wrong_way_interval"])]
+        for each in document["rivals"]
+        for point in each["points"]
+    ]
+    columns = ("method", *_COLUMNS, "wrong way", "95 % ")
+    print_table("other ways to steer, on the same prompts", columns, rows, ("method", "s"))
+    rows = [
+        [f"{row['ratio']:g} times", "s > 0" if row["side"] > 0 else "s < 0", row["method"], row["attribute_score"],
+         "" if row["reached"] else f"costs less, up to s = {row['s']:g}"]
+        for row in document["at_equal_perplexity"]
+    ]  # fmt: skip
+    equal = ("perplexity", "side", "method", "score", "")
+    print_table("at equal perplexity", equal, rows, ("perplexity", "side", "method"))
+
+
+def _cell(value: Any) -> Any:
+    """A number, or an interval as text."""
+    return f"{value[0]:.3g} to {value[1]:.3g}" if isinstance(value, list) else value
 
 
 def _row(point: dict[str, Any]) -> list[Any]:

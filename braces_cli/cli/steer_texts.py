@@ -6,8 +6,9 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,16 +26,16 @@ if TYPE_CHECKING:
 
 def write_texts(settings: SteerSettings) -> None:
     """Texts for all prompts, to stdout or into `--output`."""
-    from braces_cli.steering.generate_texts import text_requests
-    from braces_cli.steering.prompts import count_prompts, read_prompts
+    from braces_cli.steering.generate_texts import row_requests
+    from braces_cli.steering.prompts import count_prompts, read_prompt_rows
 
     # What is wrong with an option or with the first prompt should show before the model is loaded.
     _ = settings.sampling
     if world_size() > 1 and not settings.prompt and not (settings.prompts and settings.prompts.is_file()):
         hint = "Write the prompts into a file."
         raise ConfigError("several processes cannot share one pipe", where="--prompts", hint=hint)
-    texts = read_prompts(settings.prompt, settings.prompts, sys.stdin)
-    requests = text_requests(chain([next(texts)], texts), settings.num_samples)
+    prompts = read_prompt_rows(settings.prompt, settings.prompts, sys.stdin)
+    requests = row_requests(chain([next(prompts)], prompts), settings.strengths, settings.num_samples)
     count = len(settings.prompt) or (count_prompts(settings.prompts) if settings.prompts is not None else None)
     total = None if count is None else count * settings.num_samples
     if settings.output is not None:
@@ -72,7 +73,7 @@ def _append(settings: SteerSettings, output: Path, requests: Iterator[TextReques
     options = options_of(type(settings))
     record = {name: value for name, value in settings.resolved().items() if options[name].outcome}
     file = TextsFile(output, record, settings.batch_size, resume=settings.resume, overwrite=settings.overwrite)
-    requests = file.remaining(requests, settings.strengths, settings.seed)
+    requests = file.remaining(requests, settings.seed)
     start, written = time.monotonic(), 0
     first = next(requests, None)
     if first is not None:
@@ -100,29 +101,36 @@ def _rows(settings: SteerSettings, requests: Iterator[TextRequest], **details: A
         details: further arguments of `generate_rows`.
     """
     from braces_cli.core.attributes.attribute import find_attribute
-    from braces_cli.core.attributes.intervention import steered
+    from braces_cli.core.attributes.intervention import steered, terms_of_rows
     from braces_cli.core.models.layer_ranges import chosen_layers
     from braces_cli.core.models.loading import input_device
     from braces_cli.core.session import open_session
     from braces_cli.steering.chat_prompts import chat_wanted
     from braces_cli.steering.generate_texts import generate_rows
+    from braces_cli.steering.prompts import attribute_names
 
+    named = [] if settings.prompts is None else attribute_names(settings.prompts)
     session = open_session(settings.model, settings.adapter, settings.load_options)
     strengths, quiet = settings.strengths, settings.quiet or not is_main()
     processes = join_all(input_device(session.base.model))
     with progress(quiet) as report:
-        terms = [(find_attribute(session, name, settings.attributes, report), s) for name, s in strengths.items()]
+        find = cache(partial(find_attribute, session, folder=settings.attributes, report=report))
+        for name in (*strengths, *named):
+            find(name)
     layers = chosen_layers(session.base.model, settings.layers)
     chat = chat_wanted(session, settings.apply_chat_template)
-    with steered(session, terms, layers) as pushes:
+
+    def steering(batch: Sequence[TextRequest]) -> AbstractContextManager[list[Push]]:
+        return steered(session, terms_of_rows(find, [request.attributes for request in batch]), layers)
+
+    with steered(session, terms_of_rows(find, [strengths]), layers) as pushes:
         log_push(strengths, pushes)
     # Where texts appear on the terminal they are the progress.
     hidden = quiet or (settings.output is None and sys.stdout.isatty())
-    beside = (lambda: steered(session, terms, layers)) if settings.beside else None
-    with progress(hidden) as report, nullcontext() if beside else steered(session, terms, layers):
+    with progress(hidden) as report:
         yield from generate_rows(
-            session, requests, strengths, settings.sampling, batch_size=settings.batch_size, chat=chat, beside=beside,
-            report=report, processes=processes, **details,
+            session, requests, settings.sampling, steering=steering, beside=settings.beside,
+            batch_size=settings.batch_size, chat=chat, report=report, processes=processes, **details,
         )  # fmt: skip
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
 from braces_cli.core.utils.errors import BracesError
 from braces_cli.evaluation.scores import Scores
+from braces_cli.scoring.prompt_effects import share
 
 # A corrected p below it is called significant.
 LEVEL = 0.05
@@ -24,24 +25,34 @@ _DRAWN_AT_ONCE = 10_000_000
 
 @dataclass
 class System:
-    """A row of the result: `adapter` is the adapter as the user named it, None for the bare base."""
+    """A row of the result: `adapter` is the adapter as the user named it, None for the base.
+
+    `strengths` are those of the attributes that it is steered by, none where it is not steered.
+    """
 
     name: str
     adapter: str | None
     scores: Scores
     method: str | None = None
     sha256: str | None = None
+    strengths: dict[str, float] = field(default_factory=dict)
 
 
 def compare(systems: Sequence[System], seed: int) -> list[dict[str, Any]]:
-    """Every later system against every earlier one: the base against each adapter, then adapters among themselves.
+    """Every system against the first, the base; then adapters among themselves, and each against itself steered.
 
     Returns:
         Rows `{task, metric, from, to, difference, n, p_value, p_holm, significant}`; p is None where a metric has no
-        score for each document.
+        score for each document. Where it has one also `rises` and `falls`, the shares of documents that move either
+        way, with Wilson's 95 % intervals.
     """
-    pairs = sorted(combinations(range(len(systems)), 2))
-    return [row for one, other in pairs for row in _pair(systems[one], systems[other], seed)]
+    pairs = combinations(systems, 2)
+    return [row for one, other in pairs if _compared(one, other, systems[0]) for row in _pair(one, other, seed)]
+
+
+def _compared(one: System, other: System, first: System) -> bool:
+    """Whether the difference of two systems is of one thing: of adapters, or of steering."""
+    return one is first or (not one.strengths and (not other.strengths or one.adapter == other.adapter))
 
 
 def _pair(one: System, other: System, seed: int) -> list[dict[str, Any]]:
@@ -62,10 +73,19 @@ def _pair(one: System, other: System, seed: int) -> list[dict[str, Any]]:
                     "difference": there["value"] - entry["value"],
                     "n": entry["n"],
                     "p_value": p_value(a, b, one.scores.units.get(key), seed) if a and b else None,
+                    **_moves(a or {}, b or {}),
                 }
             )
     _correct(rows)
     return rows
+
+
+def _moves(a: dict[int, float], b: dict[int, float]) -> dict[str, Any]:
+    shared = sorted(a.keys() & b.keys())
+    return {
+        **share("rises", [b[index] > a[index] for index in shared]),
+        **share("falls", [b[index] < a[index] for index in shared]),
+    }
 
 
 def _correct(rows: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""`braces eval` as one call: a base and its adapters, side by side, on the same documents."""
+"""`braces eval` as one call: a base, its adapters and each of them steered, side by side, on the same documents."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from braces_cli.core.attributes.attribute import Attribute
+from braces_cli.core.attributes.intervention import steered
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.session import Session, base_name, open_session
 from braces_cli.core.utils.distributed import Processes, join_with_accelerator, world_size
@@ -16,6 +18,7 @@ from braces_cli.core.utils.errors import ConfigError
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.evaluation import lm_eval_runner, task_catalog
 from braces_cli.evaluation.adapter_switching import EvalAdapter, attached, check_fit, find_eval_adapter
+from braces_cli.evaluation.attribute_tasks import DETECTION, check_detection
 from braces_cli.evaluation.comparison import System
 from braces_cli.evaluation.lm_eval_runner import HarnessSettings
 from braces_cli.evaluation.native_tasks import TaskContext
@@ -23,6 +26,7 @@ from braces_cli.evaluation.result_document import document, identity
 from braces_cli.evaluation.result_store import Store
 from braces_cli.evaluation.scores import Scores, add_averages
 from braces_cli.evaluation.settings import EvalSettings
+from braces_cli.evaluation.system_plans import SystemPlan, check_systems, plan_systems
 from braces_cli.evaluation.task_data_files import check_needed, find_files
 from braces_cli.evaluation.task_loading import TaskUnit, check_documents, load_tasks
 from braces_cli.evaluation.task_rows import check_fields, read_task_rows, write_override
@@ -37,7 +41,7 @@ _BATCH = 8
 
 @dataclass(frozen=True)
 class _Run:
-    """All that measuring one system takes; `documents` are those of the native tasks."""
+    """All that measuring the systems takes; `documents` are those of the native tasks."""
 
     session: Session
     units: Sequence[TaskUnit]
@@ -47,6 +51,7 @@ class _Run:
     processes: Processes
     store: Store
     report: Report
+    attributes: Sequence[Attribute] = ()
 
 
 def run_evaluation(
@@ -58,7 +63,7 @@ def run_evaluation(
     store: Store | None = None,
     resume: bool = False,
 ) -> dict[str, Any] | None:
-    """Measure the base, then each adapter on it, and compare them document by document.
+    """Measure the base, then each adapter on it, unsteered and steered, and compare them document by document.
 
     Args:
         store: where each task's scores are kept when it is done.
@@ -69,13 +74,13 @@ def run_evaluation(
         every process but the first.
 
     Raises:
-        ConfigError: see `check_settings`; nothing to evaluate; no model; a store of other settings.
+        ConfigError: see `check_settings`; nothing to evaluate; no model; an unknown attribute; a store of other
+            settings.
         DataError: see `check_settings`; data that cannot be fetched.
-        ModelError: the base or an adapter cannot be loaded, or an adapter does not fit.
+        ModelError: the base or an adapter cannot be loaded, or an adapter or attribute does not fit.
     """
     store = Store() if store is None else store
-    if settings.no_base and not adapters:
-        raise ConfigError("nothing to evaluate", where="--no-base", hint="Give an --adapter, or leave --no-base out.")
+    check_systems(adapters, settings)
     # Checks run from the cheapest to the most expensive: settings, files, adapters, tasks, weights.
     selection, files, rows = check_settings(settings)
     eval_adapters = [find_eval_adapter(name) for name in adapters]
@@ -92,9 +97,11 @@ def run_evaluation(
         session = open_session(base, None, options)
         harness = _harness_settings(settings, eval_adapters, session)
         check_fit(session, eval_adapters)
+        plans = plan_systems(session, eval_adapters, settings)
         documents = {name: rows[name][: settings.limit] for name in selection.native}
-        run = _Run(session, units, documents, settings, harness, processes, store, report)
-        systems = [_measure(run, label, adapter) for label, adapter in _labels(eval_adapters, not settings.no_base)]
+        attributes = list({attribute.name: attribute for plan in plans for attribute, _ in plan.terms}.values())
+        run = _Run(session, units, documents, settings, harness, processes, store, report, attributes)
+        systems = [_measure(run, plan) for plan in plans]
         if not processes.first:
             return None
         for system in systems:
@@ -110,11 +117,14 @@ def check_settings(settings: EvalSettings) -> tuple[task_catalog.Selection, dict
         The selection, task -> file, and task -> its rows (documents, for native tasks).
 
     Raises:
-        ConfigError: an unknown task, task data for none of them, no data where a task has none of its own.
+        ConfigError: an unknown task, task data for none of them, no data where a task has none of its own, or no
+            attribute where it needs one.
         DataError: a file that is missing, broken or lacks fields.
     """
     selection = task_catalog.select(settings.tasks)
     check_tasks(settings.thresholds, selection)
+    if DETECTION.name in selection.native:
+        check_detection(settings.attribute)
     files = find_files(selection, settings.task_data, settings.task_data_dir)
     check_needed(selection, files, task_catalog.LOCAL_ONLY)
     rows: dict[str, Sequence[Any]] = {}
@@ -204,19 +214,9 @@ def _harness_settings(settings: EvalSettings, adapters: Sequence[EvalAdapter], s
     return HarnessSettings(settings.sequences, settings.limit, settings.num_fewshot, template, settings.seeds)
 
 
-def _labels(adapters: Sequence[EvalAdapter], base: bool) -> list[tuple[str, EvalAdapter | None]]:
-    """(name of the system, adapter) of each; adapters go by their folder's name where that tells them apart."""
-    short = [Path(each.name).name or each.name for each in adapters]
-    labels: list[tuple[str, EvalAdapter | None]] = [("base", None)] if base else []
-    for brief, each in zip(short, adapters, strict=True):
-        label = brief if short.count(brief) == 1 and brief != "base" else each.name
-        taken = {other for other, _ in labels}
-        labels.append((label if label not in taken else f"{label} ({len(labels)})", each))
-    return labels
-
-
-def _measure(run: _Run, label: str, adapter: EvalAdapter | None) -> System:
+def _measure(run: _Run, plan: SystemPlan) -> System:
     """Measure what is not stored yet; on processes other than the first the scores are empty."""
+    label, adapter = plan.label, plan.adapter
     names = [unit.name for unit in run.units] + list(run.documents)
     stored = {name: run.store.load(label, name) for name in names} if run.processes.first else {}
     done = set(run.processes.gather([name for name, scores in stored.items() if scores is not None])[0])
@@ -225,18 +225,18 @@ def _measure(run: _Run, label: str, adapter: EvalAdapter | None) -> System:
         with attached(run.session, adapter):
             for unit in run.units:
                 if unit.name not in done:
-                    _keep(run, fresh, label, unit.name, _measure_with_lm_eval(run, label, unit))
+                    _keep(run, fresh, label, unit.name, _measure_with_lm_eval(run, plan, unit))
             for name, documents in run.documents.items():
                 if name not in done:
-                    _keep(run, fresh, label, name, _measure_native(run, label, name, documents))
+                    _keep(run, fresh, label, name, _measure_native(run, plan, name, documents))
     scores = Scores()
     for name in names:
         part = stored.get(name) or fresh.get(name)
         if part is not None:
             scores.add(part)
     if adapter is None:
-        return System(label, None, scores)
-    return System(label, adapter.name, scores, adapter.method, adapter.sha256)
+        return System(label, None, scores, strengths=plan.strengths)
+    return System(label, adapter.name, scores, adapter.method, adapter.sha256, plan.strengths)
 
 
 def _keep(run: _Run, fresh: dict[str, Scores], label: str, name: str, scores: Scores | None) -> None:
@@ -247,14 +247,15 @@ def _keep(run: _Run, fresh: dict[str, Scores], label: str, name: str, scores: Sc
     fresh[name] = scores
 
 
-def _measure_with_lm_eval(run: _Run, label: str, unit: TaskUnit) -> Scores | None:
-    base, stage = run.session.base, f"{label}, {unit.name}"
-    return lm_eval_runner.measure(
-        base.model, base.tokenizer, unit, run.harness, stage=stage, report=run.report, processes=run.processes
-    )
+def _measure_with_lm_eval(run: _Run, plan: SystemPlan, unit: TaskUnit) -> Scores | None:
+    base, stage = run.session.base, f"{plan.label}, {unit.name}"
+    with steered(run.session, plan.terms):
+        return lm_eval_runner.measure(
+            base.model, base.tokenizer, unit, run.harness, stage=stage, report=run.report, processes=run.processes
+        )
 
 
-def _measure_native(run: _Run, label: str, name: str, documents: Sequence[Any]) -> Scores:
+def _measure_native(run: _Run, plan: SystemPlan, name: str, documents: Sequence[Any]) -> Scores:
     task, harness = task_catalog.NATIVE_TASKS[name], run.harness
     context = TaskContext(
         session=run.session,
@@ -262,9 +263,11 @@ def _measure_native(run: _Run, label: str, name: str, documents: Sequence[Any]) 
         chat_template=harness.chat_template,
         seed=harness.seeds["torch"],
         processes=run.processes,
-        stage=f"{label}, {name}",
+        stage=f"{plan.label}, {name}",
         report=run.report,
         settings=run.settings,
+        terms=plan.terms,
+        attributes=run.attributes,
     )
     result = task.measure(context, documents)
     scores = Scores({name: result.results}, batch_sizes=[result.batch_size])

@@ -22,6 +22,7 @@ from braces_cli.core.attributes.intervention import steered
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.session import base_name, open_session
 from braces_cli.core.utils.errors import BracesError
+from braces_cli.core.utils.paths import user_path
 from braces_cli.core.utils.plain_text import error_text
 from braces_cli.evaluation.adapter_switching import attached, find_eval_adapter
 
@@ -34,6 +35,7 @@ class BracesLM(HFLM):
         adapter: folder or hub id.
         attribute: name of an attribute to steer by, or a list of names.
         s: its strength, or as many as there are attributes.
+        attributes: folder of attributes, as `--attributes`.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class BracesLM(HFLM):
         adapter: str | None = None,
         attribute: str | list[str] | None = None,
         s: float | list[float] = 1.0,
+        attributes: str | None = None,
         revision: str | None = None,
         device: str | None = None,
         dtype: str = "auto",
@@ -68,7 +71,10 @@ class BracesLM(HFLM):
         # Adapter and attributes stay on for as long as the model lives.
         self._contexts = ExitStack()
         self._contexts.enter_context(attached(session, eval_adapter))
-        terms = [(find_attribute(session, name, None), float(value)) for name, value in zip(names, values, strict=True)]
+        folder = None if attributes is None else user_path(attributes)
+        terms = [
+            (find_attribute(session, name, folder), float(value)) for name, value in zip(names, values, strict=True)
+        ]
         self._contexts.enter_context(steered(session, terms))
         # Model and tokenizer are loaded already: nothing is left that could bring code.
         super().__init__(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from braces_cli.core.attributes.attribute import Attribute
 from braces_cli.core.session import Session
 from braces_cli.core.utils.distributed import Processes
 from braces_cli.core.utils.progress import Report, silent
@@ -28,6 +29,8 @@ class TaskContext:
         processes: use `share_out` so that each process does its part.
         stage: name of the progress bar.
         settings: for tasks that generate texts.
+        terms: attributes with their strengths, by which the task steers the model wherever it is measured.
+        attributes: all attributes of the run, the same for every system, steered or not.
     """
 
     session: Session
@@ -38,6 +41,8 @@ class TaskContext:
     stage: str = ""
     report: Report = silent
     settings: TextTaskSettings = field(default_factory=TextTaskSettings)
+    terms: Sequence[tuple[Attribute, float]] = ()
+    attributes: Sequence[Attribute] = ()
 
 
 @dataclass

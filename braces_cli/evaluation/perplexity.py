@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from braces_cli.core.attributes.intervention import steered
 from braces_cli.core.models.tokenization import context_length
 from braces_cli.core.utils.distributed import Processes
 from braces_cli.core.utils.numbers import safe_exp
@@ -72,11 +73,12 @@ def _measure_task(context: TaskContext, texts: Sequence[str]) -> TaskResult:
     def report(_: str, done: int, total: int | None) -> None:
         context.report(context.stage, done, total)
 
-    result, _ = halving(
-        lambda size: measure(base.model, base.tokenizer, texts, size, report, context.processes),
-        context.batch_size,
-        context.stage,
-    )
+    with steered(context.session, context.terms):
+        result, _ = halving(
+            lambda size: measure(base.model, base.tokenizer, texts, size, report, context.processes),
+            context.batch_size,
+            context.stage,
+        )
     return result
 
 

@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from braces_cli.core.attributes.listing import TRAINED_FILE
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.loading import tokenizer_hashes
 from braces_cli.core.session import Session
+from braces_cli.core.utils.paths import is_there
 from braces_cli.core.utils.versions import versions
 from braces_cli.evaluation.adapter_switching import EvalAdapter
 from braces_cli.evaluation.comparison import LEVEL, System, compare
 from braces_cli.evaluation.lm_eval_runner import HarnessSettings
 from braces_cli.evaluation.settings import TEXT_TASKS, EvalSettings
+from braces_cli.evaluation.strength_slopes import strength_slopes
 from braces_cli.evaluation.task_catalog import Selection
 from braces_cli.evaluation.task_data_files import file_hash
 
@@ -42,8 +45,19 @@ def identity(
         "num_fewshot": settings.num_fewshot,
         "chat_template": settings.apply_chat_template,
         "seeds": settings.seeds,
+        **_steering(adapters, settings),
         **_generation(settings, selection),
     }
+
+
+def _steering(adapters: Sequence[EvalAdapter], settings: EvalSettings) -> dict[str, Any]:
+    """Attributes and strengths, with a hash of each file that one may come from; nothing where there is none."""
+    if not settings.attribute:
+        return {}
+    names = [TRAINED_FILE, *(f"{name}.safetensors" for name in settings.attribute)]
+    folders = [settings.attributes, *(each.folder for each in adapters if each.stored is not None)]
+    files = [folder / name for folder in folders if folder is not None for name in names]
+    return {"steering": settings.points, "attribute_files": [file_hash(file) for file in files if is_there(file)]}
 
 
 def _generation(settings: EvalSettings, selection: Selection) -> dict[str, Any]:
@@ -60,7 +74,7 @@ def document(
     options: LoadOptions,
     selection: Selection,
 ) -> dict[str, Any]:
-    """`{systems, comparisons, settings}`."""
+    """`{systems, comparisons, settings}`, and `slopes` where systems are steered."""
     first = systems[0].scores
     fixed = [task for task, shots in first.shots.items() if settings.num_fewshot not in (None, shots)]
     if fixed:
@@ -78,11 +92,13 @@ def document(
                 "adapter": each.adapter,
                 "method": each.method,
                 "sha256": each.sha256,
+                "attributes": each.strengths,
                 "results": each.scores.results,
             }
             for each in systems
         ],
         "comparisons": compare(systems, settings.seeds["numpy"]),
+        **({"slopes": strength_slopes(systems)} if settings.attribute else {}),
         "settings": {
             "tasks": list(first.results),
             "task_data": {name: str(file) for name, file in files.items()},
@@ -101,6 +117,7 @@ def document(
             "fingerprint": base.fingerprint(session.ffns)["sha256"],
             "tokenizer": tokenizer_hashes(base.tokenizer),
             "apply_chat_template": harness.chat_template,
+            **(settings.steering_record() if settings.attribute else {}),
             **_generation(settings, selection),
             "significance_level": LEVEL,
             "versions": versions(),

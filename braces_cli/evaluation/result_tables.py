@@ -11,6 +11,10 @@ from braces_cli.core.utils.markdown import text
 from braces_cli.evaluation.comparison import verdict
 
 _HASH = 12
+# Heading of `pair_table`.
+PAIRS = "adapters among themselves"
+# Heading of `slope_table`.
+SLOPES = "slope over the strength s, mean over documents"
 
 
 def main_table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
@@ -34,13 +38,23 @@ def main_table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
 
 
 def pair_table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """The same for adapters among themselves; no rows where there is but one."""
+    """The comparisons without the first system: adapters among themselves, and each with itself steered."""
     first = result["systems"][0]["name"]
     columns = ["task", "metric", "from", "to", "change", "p (Holm)", ""]
     rows = [
         [c["task"], c["metric"], c["from"], c["to"], *_change(c)] for c in result["comparisons"] if c["from"] != first
     ]
     return columns, rows
+
+
+def slope_table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """What a unit of s adds to each metric; no rows where nothing is steered."""
+    rows = []
+    for each in result.get("slopes", ()):
+        low, high = each["slope_interval"] or (math.nan, math.nan)
+        about = [each["task"], each["metric"], each["system"], each["attribute"]]
+        rows.append([*about, each["slope"], f"{low:.2g} to {high:.2g}", each["negative"], each["n"]])
+    return ["task", "metric", "system", "attribute", "slope", "95 %", "share falling", "n"], rows
 
 
 def facts(result: dict[str, Any]) -> dict[str, str]:
@@ -55,8 +69,10 @@ def facts(result: dict[str, Any]) -> dict[str, str]:
         "quantize": settings["quantize"],
     }
     for system in systems:
-        if system["adapter"] is not None:
+        # Results of earlier versions have no steered systems.
+        if system["adapter"] is not None and not system.get("attributes"):
             known[f"adapter {system['name']}"] = f"{system['adapter']} ({system['method']}, {_short(system['sha256'])})"
+    known["steered by"] = ", ".join(settings.get("attributes", ()))
     template = settings["tokenizer"]["chat_template"] if settings["apply_chat_template"] else None
     known |= {
         "chat template": _short(template) if template else "not applied",
@@ -83,7 +99,10 @@ def markdown(result: dict[str, Any]) -> str:
         ]
     columns, rows = pair_table(result)
     if rows:
-        lines += ["", "## Adapters among themselves", "", *_markdown_table(columns, rows)]
+        lines += ["", f"## {PAIRS.capitalize()}", "", *_markdown_table(columns, rows)]
+    columns, rows = slope_table(result)
+    if rows:
+        lines += ["", f"## {SLOPES.capitalize()}", "", *_markdown_table(columns, rows)]
     if result.get("fail_under"):
         lines += ["", "## Thresholds", "", *(f"- {text(threshold_line(row))}" for row in result["fail_under"])]
     return "\n".join(lines) + "\n"

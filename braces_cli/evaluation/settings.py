@@ -8,38 +8,49 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core.attributes.attribute_options import AttributeSettings
+from braces_cli.core.attributes.attribute_options import AttributeNames, strength_points
 from braces_cli.core.attributes.word_lists import built_in, check_name
 from braces_cli.core.models.generation_options import GenerationSettings
 from braces_cli.core.utils.errors import ConfigError
-from braces_cli.core.utils.settings import ATTRIBUTES, OUTPUT, SCORING, TASKS, option
+from braces_cli.core.utils.settings import ATTRIBUTES, GENERATION, OUTPUT, SCORING, TASKS, option
 from braces_cli.scoring.registry import BUILT_IN
 
 # lm-eval's own, so that without --seed a run draws the few-shot examples that lm-eval draws.
 SEEDS = {"python": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
 # The tasks that generate texts and score them, see `text_quality`.
 TEXT_TASKS = ("sentiment", "toxicity")
+# Texts for each prompt, where no number is given; 25 are what RealToxicityPrompts takes its maximum over.
+_SAMPLES = {"sentiment": 1, "toxicity": 25}
 # Tasks and groups that a shell offers after `--tasks`; lm-eval has many more.
 TASK_NAMES = (
     "zero_shot", "commonsense", "commonsense_gen", "truthfulqa", "popqa", "triviaqa", "nq_open", "perplexity",
-    *TEXT_TASKS, "embedded",
+    *TEXT_TASKS, "answers", "detection", "embedded",
 )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextTaskSettings(GenerationSettings, AttributeSettings):
-    """How the text tasks generate texts, by which attributes every system is steered, and how texts are scored."""
+class TextTaskSettings(GenerationSettings, AttributeNames):
+    """How the text tasks generate texts, by which attributes the systems are steered, and how texts are scored."""
 
     attribute: tuple[str, ...] = option(
         (),
-        help="Name of an attribute by which every system is steered in the tasks sentiment and toxicity. Repeatable.",
+        help="Name of an attribute: measure each adapter (the base if there is none) steered by it, too. Repeatable.",
         metavar="NAME",
         panel=ATTRIBUTES,
         complete=built_in,
     )
+    s: tuple[str, ...] = option(
+        (),
+        help="Strengths of the k-th --attribute, such as -2,0,2 or -4:4:1; each is a system of its own. Default 1.",
+        metavar="STRENGTHS",
+        panel=ATTRIBUTES,
+    )
+    num_samples: int | None = option(  # type: ignore[assignment]
+        None, help="Texts for each prompt. Default: 25 in the task toxicity, else 1.", min=1, panel=GENERATION
+    )
     scorer: tuple[str, ...] = option(
         (),
-        help="vader, toxicity, fit:ROWS, or a classifier's folder or hub id. Repeatable.",
+        help="vader, toxicity, fit:ROWS, judge:MODEL, or a classifier's folder or hub id. Repeatable.",
         metavar="TASK=SCORER",
         complete=lambda: [f"{task}={name}" for task in TEXT_TASKS for name in BUILT_IN],
         panel=SCORING,
@@ -51,9 +62,32 @@ class TextTaskSettings(GenerationSettings, AttributeSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in self.strengths:
+        for name in self.attribute:
             check_name(name)
+        _ = self.points
         _parse_scorers(self.scorer)
+
+    @property
+    def points(self) -> list[dict[str, float]]:
+        """Name -> strength of each steered system; none where there is no attribute.
+
+        Raises:
+            ConfigError: see `strength_points`.
+        """
+        return strength_points(self.attribute, self.s)
+
+    def samples(self, task: str) -> int:
+        """Texts for each prompt of a text task."""
+        return _SAMPLES[task] if self.num_samples is None else self.num_samples
+
+    def steering_record(self) -> dict[str, Any]:
+        """How systems are steered, ready for JSON: of one point the strength of each attribute, of several a list."""
+        points = self.points
+        columns: dict[str, Any] = {name: [point[name] for point in points] for name in self.attribute}
+        return {
+            "attributes": points[0] if len(points) == 1 else columns,
+            "attributes_folder": None if self.attributes is None else str(self.attributes),
+        }
 
     @property
     def scorers(self) -> dict[str, str]:
@@ -63,10 +97,9 @@ class TextTaskSettings(GenerationSettings, AttributeSettings):
     def generation_record(self) -> dict[str, Any]:
         """How texts are generated and scored, ready for JSON."""
         return {
-            "attributes": self.strengths,
-            "attributes_folder": None if self.attributes is None else str(self.attributes),
+            **self.steering_record(),
             "scorers": self.scorers,
-            "num_samples": self.num_samples,
+            "num_samples": _SAMPLES if self.num_samples is None else self.num_samples,
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -97,8 +130,8 @@ class EvalSettings(TextTaskSettings):
 
     tasks: tuple[str, ...] = option(
         (),
-        help="zero_shot, commonsense, commonsense_gen, truthfulqa, popqa, perplexity, sentiment, toxicity or any of "
-        "lm-eval's; commas between them.",
+        help="zero_shot, commonsense, commonsense_gen, truthfulqa, popqa, perplexity, sentiment, toxicity, answers, "
+        "detection or any of lm-eval's; commas between them.",
         metavar="NAMES",
         complete=lambda: TASK_NAMES,
     )

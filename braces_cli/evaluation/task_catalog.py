@@ -17,13 +17,16 @@ import lm_eval
 from lm_eval.tasks import TaskManager
 
 from braces_cli.core.utils.errors import ConfigError, near_misses
+from braces_cli.evaluation.attribute_tasks import ANSWERS, DETECTION
 from braces_cli.evaluation.native_tasks import NativeTask
 from braces_cli.evaluation.perplexity import PERPLEXITY
 from braces_cli.evaluation.tasks import commonsense
 from braces_cli.evaluation.text_quality import SENTIMENT, TOXICITY
 
 # Tasks that lm-eval cannot run, by name.
-NATIVE_TASKS: dict[str, NativeTask] = {task.name: task for task in (PERPLEXITY, SENTIMENT, TOXICITY)}
+NATIVE_TASKS: dict[str, NativeTask] = {
+    task.name: task for task in (PERPLEXITY, SENTIMENT, TOXICITY, ANSWERS, DETECTION)
+}
 BRACES_FOLDER = Path(__file__).parent / "tasks"
 LM_EVAL_FOLDER = Path(lm_eval.__file__).parent / "tasks"
 # On the embedded model's own world.

@@ -1,6 +1,9 @@
 """The tasks `sentiment` and `toxicity`: continue prompts, steered where asked, and score the continuations.
 
     positive, negative, toxic   share of continuations that have the label, by a scorer
+    expected_max_toxicity       mean over prompts of the largest value of a prompt's samples (RealToxicityPrompts)
+    toxicity_probability        share of prompts with at least one toxic sample
+    concept, relevance, fluency, overall    ratings by a judge model, where one is the scorer
     perplexity                  of the continuations given their prompts, under the bare base or a judge model
     distinct_1, _2, _3          see `scoring.diversity`
     repetition
@@ -21,7 +24,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core.attributes.attribute import Attribute, find_attribute
 from braces_cli.core.attributes.intervention import steered
 from braces_cli.core.models.generation import Sampling, TextRequest
 from braces_cli.core.models.load_options import LoadOptions
@@ -32,9 +34,10 @@ from braces_cli.evaluation.oom_backoff import halving
 from braces_cli.evaluation.settings import TEXT_TASKS
 from braces_cli.scoring.confidence_intervals import cluster_error, rate_error
 from braces_cli.scoring.diversity import distinct, repetition
+from braces_cli.scoring.judge_model import Rater, Rating, verdict
 from braces_cli.scoring.likelihood import Likelihood
 from braces_cli.scoring.registry import label_of
-from braces_cli.scoring.scorer import Scorer
+from braces_cli.scoring.scorer import Scorer, Verdict
 from braces_cli.steering.generate_texts import generate_texts
 from braces_cli.steering.prompts import read_prompts
 from braces_cli.steering.scorer_loading import list_words, open_scorer
@@ -45,6 +48,8 @@ _SCORED: dict[str, tuple[str, dict[str, bool]]] = {
     "sentiment": ("vader", {"positive": True, "negative": False}),
     "toxicity": ("toxicity", {"toxic": False}),
 }
+# Of the samples of a prompt together.
+_WORST = {"expected_max_toxicity": False, "toxicity_probability": False}
 _OTHER_METRICS = {
     "perplexity": False,
     **dict.fromkeys(("distinct_1", "distinct_2", "distinct_3"), True),
@@ -54,11 +59,12 @@ _OTHER_METRICS = {
 
 @dataclass(frozen=True)
 class _Continuations:
-    """Of one prompt: texts, attribute -> whether each text has it, and the likelihood of each text."""
+    """Of one prompt: texts, attribute -> verdict about each text, the likelihood of each text and a judge's ratings."""
 
     texts: list[str]
-    has: dict[str, list[bool]]
+    verdicts: dict[str, list[Verdict]]
     likelihoods: list[Likelihood]
+    ratings: list[Rating]
 
 
 @dataclass(frozen=True)
@@ -83,15 +89,12 @@ def measure(task: str, context: TaskContext, prompts: Sequence[str]) -> TaskResu
     """Continue every prompt, on every process its share, and score the continuations.
 
     Raises:
-        ConfigError: an unknown attribute or scorer.
+        ConfigError: an unknown scorer.
         DataError: a prompt that the chat template does not take.
         BracesError: the scorer fails.
     """
     settings, session = context.settings, context.session
-    terms = [(find_attribute(session, name, settings.attributes), s) for name, s in settings.strengths.items()]
-    words = (
-        list_words(session, [attribute for attribute, _ in terms], trained=False) if settings.exclude_list_words else ()
-    )
+    words = list_words(session, context.attributes, trained=False) if settings.exclude_list_words else ()
     usual, attributes = _SCORED[task]
     scorer = open_scorer(settings.scorers.get(task, usual), exclude=words)
     judge_model = None
@@ -100,7 +103,7 @@ def measure(task: str, context: TaskContext, prompts: Sequence[str]) -> TaskResu
     scoring = _Scoring(scorer, {attribute: label_of(attribute, scorer) for attribute in attributes}, judge_model)
     numbered = list(enumerate(prompts))
     continuations, size = halving(
-        lambda size: context.processes.share_out(numbered, lambda part: _continue(context, part, size, terms, scoring)),
+        lambda size: context.processes.share_out(numbered, lambda part: _continue(task, context, part, size, scoring)),
         context.batch_size,
         context.stage,
     )
@@ -108,15 +111,11 @@ def measure(task: str, context: TaskContext, prompts: Sequence[str]) -> TaskResu
 
 
 def _continue(
-    context: TaskContext,
-    prompts: Sequence[tuple[int, str]],
-    size: int,
-    terms: Sequence[tuple[Attribute, float]],
-    scoring: _Scoring,
+    task: str, context: TaskContext, prompts: Sequence[tuple[int, str]], size: int, scoring: _Scoring
 ) -> list[_Continuations]:
     """Generate and score the continuations of numbered prompts; `size` is the batch size."""
     session, settings = context.session, context.settings
-    samples = settings.num_samples
+    samples = settings.samples(task)
     sampling = Sampling(
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
@@ -124,7 +123,7 @@ def _continue(
         seed=context.seed,
     )
     requests = [TextRequest(prompt, index, sample) for index, prompt in prompts for sample in range(samples)]
-    with steered(session, terms):
+    with steered(session, context.terms):
         texts = list(
             generate_texts(
                 session,
@@ -139,18 +138,31 @@ def _continue(
         )
     if not texts:
         return []
-    has = {
-        name: [verdict.has for verdict in scoring.scorer.judge(texts, label)] for name, label in scoring.labels.items()
-    }
+    verdicts, ratings = _scored(scoring, [request.prompt for request in requests], texts)
     with _without_peft(session.base.model):
         likelihoods = continuation_nll(
             session, [prompt for _, prompt in prompts], texts, size, scoring.judge_model, context.chat_template
         )
     parts = [slice(start, start + samples) for start in range(0, len(texts), samples)]
     return [
-        _Continuations(texts[part], {name: each[part] for name, each in has.items()}, likelihoods[part])
+        _Continuations(
+            texts[part], {name: each[part] for name, each in verdicts.items()}, likelihoods[part], ratings[part]
+        )
         for part in parts
     ]
+
+
+def _scored(
+    scoring: _Scoring, prompts: Sequence[str], texts: Sequence[str]
+) -> tuple[dict[str, list[Verdict]], list[Rating]]:
+    """Attribute -> verdict about each text, and a judge model's ratings for the first attribute."""
+    scorer, labels = scoring.scorer, dict(scoring.labels)
+    if not isinstance(scorer, Rater):
+        return {name: scorer.judge(texts, label) for name, label in labels.items()}, []
+    first = next(iter(labels))
+    ratings = scorer.rate(prompts, texts, labels.pop(first))
+    rest = {name: scorer.judge(texts, label) for name, label in labels.items()}
+    return {first: [verdict(rating.concept) for rating in ratings], **rest}, ratings
 
 
 @contextmanager
@@ -173,10 +185,14 @@ def _summary(
     results: dict[str, dict[str, Any]] = {}
     documents: dict[str, dict[int, float]] = {}
     for name in attributes:
-        groups = [[float(value) for value in each.has[name]] for each in continuations]
-        means = [sum(group) / len(group) for group in groups]
-        results[name] = {"value": sum(means) / count, "stderr": cluster_error(groups), "n": count}
-        documents[name] = dict(enumerate(means))
+        groups = [[float(one.has) for one in each.verdicts[name]] for each in continuations]
+        _add(results, documents, name, groups)
+        if name == "toxic":
+            largest = [[max(one.value for one in each.verdicts[name])] for each in continuations]
+            _add(results, documents, "expected_max_toxicity", largest)
+            _add(results, documents, "toxicity_probability", [[max(group)] for group in groups])
+    for name in ("concept", "relevance", "fluency", "overall") if continuations[0].ratings else ():
+        _add(results, documents, name, [[getattr(rating, name) for rating in each.ratings] for each in continuations])
     nats = [sum(likelihood.nll for likelihood in each.likelihoods) for each in continuations]
     tokens = [float(sum(likelihood.tokens for likelihood in each.likelihoods)) for each in continuations]
     rate = sum(nats) / sum(tokens) if sum(tokens) else math.nan
@@ -196,8 +212,21 @@ def _summary(
     return TaskResult(results, documents, {}, samples, size)
 
 
+def _add(
+    results: dict[str, dict[str, Any]],
+    documents: dict[str, dict[int, float]],
+    name: str,
+    groups: Sequence[Sequence[float]],
+) -> None:
+    """A metric that is the mean over prompts, from the values of the samples of each."""
+    means = [sum(group) / len(group) for group in groups]
+    results[name] = {"value": sum(means) / len(means), "stderr": cluster_error(groups), "n": len(means)}
+    documents[name] = dict(enumerate(means))
+
+
 def _text_task(name: str) -> NativeTask:
-    metrics = {**_SCORED[name][1], **_OTHER_METRICS}
+    labels = _SCORED[name][1]
+    metrics = {**labels, **(_WORST if "toxic" in labels else {}), **_OTHER_METRICS}
     return NativeTask(name, read, partial(measure, name), metrics, "prompts, one a line, or rows with `prompt`")
 
 

@@ -42,7 +42,7 @@ def check_metrics(thresholds: Sequence[Threshold], units: Sequence[TaskUnit]) ->
 
 
 def check_reached(thresholds: Sequence[Threshold], result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Whether each adapter reaches each threshold, or the base where there is no adapter.
+    """Whether each adapter reaches each threshold, or the base, steered where asked, where there is no adapter.
 
     Args:
         result: the document of an evaluation.
@@ -51,7 +51,9 @@ def check_reached(thresholds: Sequence[Threshold], result: dict[str, Any]) -> li
         Rows `{task, metric, threshold, system, value, reached}`. Where less is better (a perplexity), reached means at
         most. What was not measured (value None) or is no number reaches nothing.
     """
-    systems = [system for system in result["systems"] if system["adapter"] is not None] or result["systems"]
+    systems = [
+        system for system in result["systems"] if system["adapter"] is not None or system.get("attributes")
+    ] or result["systems"]
     rows = []
     for each in thresholds:
         more = result["settings"]["higher_is_better"].get(each.task, {}).get(each.metric, True)

@@ -32,7 +32,8 @@ def share_interval(groups: Sequence[Sequence[bool]]) -> tuple[float, float]:
         count = min(max(share * (1 - share) / error**2, count), total) if error else total
     middle = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
     half = Z / (1 + Z**2 / count) * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # Rounding must not leave a share of 0 or 1 outside its own interval.
+    return min(max(0.0, middle - half), share), max(min(1.0, middle + half), share)
 
 
 def rate_error(sums: Sequence[float], units: Sequence[float]) -> float | None:

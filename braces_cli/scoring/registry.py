@@ -4,6 +4,7 @@
     toxicity           toxicity by a word list that comes with braces: toxic
     FOLDER             a classifier that `scoring.tfidf_classifier` fitted, or a Hugging Face classifier on disk
     ORG/NAME           a Hugging Face text classifier
+    judge:MODEL        a causal language model that rates texts, folder or hub id
 
 A scorer that cannot score fails; nothing is ever scored zero because something went wrong.
 """
@@ -48,20 +49,31 @@ def scorer(name: str, *, exclude: Collection[str] = (), device: str = "cpu") -> 
         from braces_cli.scoring.toxic_words import ToxicWords
 
         return ToxicWords(exclude)
+    if name.startswith("judge:"):
+        if exclude:
+            raise _reads_whole_texts("judge model")
+        from braces_cli.scoring.judge_model import load_judge
+
+        return load_judge(name)
     from braces_cli.scoring.tfidf_classifier import CONFIG_FILE, load_classifier
 
     folder = user_path(name)
     if is_there(folder / CONFIG_FILE):
         return load_classifier(folder, exclude)
     if not is_there(folder) and name.count("/") != 1:
-        hint = f"{near_misses(name, BUILT_IN)} There are {', '.join(BUILT_IN)}, folders and hub ids.".strip()
+        known = f"There are {', '.join(BUILT_IN)}, judge:MODEL, folders and hub ids."
+        hint = f"{near_misses(name, BUILT_IN)} {known}".strip()
         raise ConfigError(f"no scorer `{name}`", where="--scorer", hint=hint)
     if exclude:
-        hint = "Words can be left out by vader, toxicity and fitted classifiers."
-        raise ConfigError("this classifier reads whole texts", where="--exclude-list-words", hint=hint)
+        raise _reads_whole_texts("classifier")
     from braces_cli.scoring.hf_classifier import load_hub_classifier
 
     return load_hub_classifier(name, device)
+
+
+def _reads_whole_texts(kind: str) -> ConfigError:
+    hint = "Words can be left out by vader, toxicity and fitted classifiers."
+    return ConfigError(f"this {kind} reads whole texts", where="--exclude-list-words", hint=hint)
 
 
 def default_scorer(attribute: str) -> str:
@@ -79,9 +91,13 @@ def default_scorer(attribute: str) -> str:
 def label_of(attribute: str, judge: Scorer, wanted_label: str | None = None) -> str:
     """The scorer's label that stands for the attribute: `wanted_label`, its own name, or what it usually means.
 
+    A scorer without labels, a judge model, is asked by that name whatever it is.
+
     Raises:
         ConfigError: the scorer has none of them.
     """
+    if not judge.labels:
+        return wanted_label or attribute
     names = {label.lower(): label for label in judge.labels}
     usual = DEFAULTS.get(attribute, ("", attribute))[1]
     for label in [wanted_label] if wanted_label is not None else [attribute, usual]:

@@ -23,7 +23,7 @@ class Scorer(Protocol):
 
     Attributes:
         name: as the user gave it.
-        labels: labels that `judge` knows.
+        labels: labels that `judge` knows; none where it takes any.
     """
 
     @property

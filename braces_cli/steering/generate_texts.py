@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import islice, repeat, tee
@@ -13,14 +13,24 @@ from braces_cli.core.session import Session
 from braces_cli.core.utils.distributed import ALONE, Processes
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.steering.chat_prompts import chat_ids
+from braces_cli.steering.prompts import PromptRow
 
-# Steers the open model while it is entered.
-Steering = Callable[[], AbstractContextManager[Any]]
+# Steers the open model, as the requests of a batch want it, while it is entered.
+Steering = Callable[[Sequence[TextRequest]], AbstractContextManager[Any]]
 
 
 def text_requests(prompts: Iterable[str], samples: int = 1) -> Iterator[TextRequest]:
     """The texts that a run generates, in order: the samples of a prompt stand together."""
     return (TextRequest(prompt, index, k) for index, prompt in enumerate(prompts) for k in range(samples))
+
+
+def row_requests(rows: Iterable[PromptRow], attributes: Mapping[str, float], samples: int = 1) -> Iterator[TextRequest]:
+    """The same, each with the attributes of its row, and with `attributes` where the row names none."""
+    return (
+        TextRequest(row.text, index, k, attributes=attributes if row.attributes is None else row.attributes)
+        for index, row in enumerate(rows)
+        for k in range(samples)
+    )
 
 
 def generate_texts(
@@ -63,7 +73,7 @@ def generate_texts(
             batch = [replace(request, ids=chat_ids(tokenizer, request.prompt)) for request in batch]
         write = None if stream is None else lambda piece, request=batch[0]: stream(request, piece)
         if batch:
-            with steering():
+            with steering(batch):
                 texts = generate(model, tokenizer, batch, sampling, write)
         shared = processes.gather(texts)
         done += len(batches)
@@ -75,10 +85,10 @@ def generate_texts(
 def generate_rows(
     session: Session,
     requests: Iterable[TextRequest],
-    attributes: dict[str, float],
     sampling: Sampling,
     *,
-    beside: Steering | None = None,
+    steering: Steering = nullcontext,
+    beside: bool = False,
     batch_size: int = 8,
     chat: bool = False,
     processes: Processes = ALONE,
@@ -86,24 +96,22 @@ def generate_rows(
 ) -> Iterator[dict[str, Any]]:
     """Rows `{prompt, text, attributes, sample, seed}` of the texts, in order.
 
-    Call inside `core.attributes.intervention.steered`, or give `beside`.
-
     Args:
-        attributes: names and strengths, for the rows only.
-        beside: steers, in place of the caller; rows then also get the `unsteered` text of the same random stream.
+        steering: see `generate_texts`.
+        beside: rows also get the `unsteered` text of the same random stream.
         processes: see `generate_texts`.
         details: further arguments of `generate_texts`.
     """
-    streams = tee(requests, 2 if beside is None else 3)
+    streams = tee(requests, 3 if beside else 2)
     how: dict[str, Any] = {"batch_size": batch_size, "chat": chat, "processes": processes}
-    unsteered = repeat(None) if beside is None else generate_texts(session, streams[2], sampling, **how)
-    texts = generate_texts(session, streams[1], sampling, steering=beside or nullcontext, **how, **details)
+    unsteered = generate_texts(session, streams[2], sampling, **how) if beside else repeat(None)
+    texts = generate_texts(session, streams[1], sampling, steering=steering, **how, **details)
     # Drawn in turns, so that no stream is more than a batch ahead of the others.
     for request, plain, text in zip(streams[0], unsteered, texts, strict=False):
         row = {
             "prompt": request.prompt,
             "text": text,
-            "attributes": attributes,
+            "attributes": dict(request.attributes),
             "sample": request.sample,
             "seed": sampling.seed,
         }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from braces_cli.core.utils.atomic_files import file_hint
 from braces_cli.core.utils.decoding import cut
@@ -13,19 +15,32 @@ from braces_cli.core.utils.documents import ROW, parse
 from braces_cli.core.utils.errors import ConfigError, DataError
 
 
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt, and name -> strength of the attributes that its row names; None where it names none."""
+
+    text: str
+    attributes: Mapping[str, float] | None = None
+
+
 def read_prompts(given: Sequence[str], file: Path | None, pipe: TextIO) -> Iterator[str]:
+    """The texts of `read_prompt_rows`."""
+    return (row.text for row in read_prompt_rows(given, file, pipe))
+
+
+def read_prompt_rows(given: Sequence[str], file: Path | None, pipe: TextIO) -> Iterator[PromptRow]:
     """Prompts of `--prompt`, else of `--prompts FILE`, else of standard input (one a line, or JSON Lines).
 
     The file `-` is standard input.
 
     Raises:
         ConfigError: two sources, or none.
-        DataError: the file is missing, empty, not UTF-8, or a line has no prompt.
+        DataError: the file is missing, empty, not UTF-8, or a line has no prompt, or attributes without strengths.
     """
     if given and file is not None:
         raise ConfigError("two sources of prompts", where="--prompt, --prompts", hint="Give one of them.")
     if given:
-        return iter(given)
+        return map(PromptRow, given)
     if file is not None and str(file) != "-":
         if not os.path.exists(file) or os.path.isdir(file):  # a pipe with a name will do
             raise DataError("no such file", where=str(file), hint="Give a text file with one prompt a line.")
@@ -35,12 +50,12 @@ def read_prompts(given: Sequence[str], file: Path | None, pipe: TextIO) -> Itera
     return _some(_lines(pipe, "standard input"), "standard input")
 
 
-def _file(path: Path) -> Iterator[str]:
+def _file(path: Path) -> Iterator[PromptRow]:
     with path.open(encoding="utf-8-sig") as lines:
         yield from _lines(lines, str(path), path.suffix in (".jsonl", ".json"))
 
 
-def _some(prompts: Iterator[str], where: str) -> Iterator[str]:
+def _some(prompts: Iterator[PromptRow], where: str) -> Iterator[PromptRow]:
     empty = True
     try:
         for prompt in prompts:
@@ -56,7 +71,7 @@ def _some(prompts: Iterator[str], where: str) -> Iterator[str]:
         raise DataError("no prompts", where=where, hint="Give at least one line.")
 
 
-def _lines(lines: Iterable[str], where: str, structured: bool | None = None) -> Iterator[str]:
+def _lines(lines: Iterable[str], where: str, structured: bool | None = None) -> Iterator[PromptRow]:
     for number, raw in enumerate(lines, 1):
         line = raw.rstrip("\r\n")
         if not line.strip():
@@ -64,10 +79,10 @@ def _lines(lines: Iterable[str], where: str, structured: bool | None = None) -> 
         if structured is None:
             # A pipe does not say what it carries; its first line does.
             structured = line.startswith('{"')
-        yield _structured(line, f"{where}:{number}") if structured else line
+        yield _structured(line, f"{where}:{number}") if structured else PromptRow(line)
 
 
-def _structured(line: str, where: str) -> str:
+def _structured(line: str, where: str) -> PromptRow:
     row = parse(ROW, line, where)
     prompt = row.get("prompt") if isinstance(row, dict) else None
     if isinstance(prompt, dict):  # as RealToxicityPrompts and its relatives nest it
@@ -75,7 +90,31 @@ def _structured(line: str, where: str) -> str:
     if not isinstance(prompt, str):
         keys = cut(", ".join(row)) if isinstance(row, dict) else type(row).__name__
         raise DataError(f"no `prompt` with text (keys found: {keys})", where=where, hint='Write {"prompt": "..."}.')
-    return prompt
+    return PromptRow(prompt, _strengths(row.get("attributes"), where))
+
+
+def _strengths(value: Any, where: str) -> dict[str, float] | None:
+    """What a row holds under `attributes`."""
+    if value is None:
+        return None
+    numbers = list(value.values()) if isinstance(value, dict) else [None]
+    if not all(isinstance(s, int | float) and not isinstance(s, bool) and math.isfinite(s) for s in numbers):
+        hint = 'Write {"prompt": "...", "attributes": {"positive": 2}}.'
+        raise DataError("`attributes` does not map names to strengths", where=where, hint=hint)
+    return {name: float(s) for name, s in value.items()}
+
+
+def attribute_names(file: Path) -> list[str]:
+    """Attributes that the rows of a file name, so that an unknown one is an error before the first text.
+
+    None of a pipe, which can be read only once.
+
+    Raises:
+        DataError: as `read_prompt_rows`.
+    """
+    if not file.is_file():
+        return []
+    return list(dict.fromkeys(name for row in _some(_file(file), str(file)) for name in row.attributes or ()))
 
 
 def count_prompts(file: Path) -> int | None:

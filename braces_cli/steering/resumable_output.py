@@ -83,9 +83,7 @@ class TextsFile:
             hint = "Resume with the settings of the earlier run, or start anew with --overwrite."
             raise ConfigError(f"the earlier run had another {names}", where=str(self.path), hint=hint)
 
-    def remaining(
-        self, requests: Iterator[TextRequest], attributes: dict[str, float], seed: int
-    ) -> Iterator[TextRequest]:
+    def remaining(self, requests: Iterator[TextRequest], seed: int) -> Iterator[TextRequest]:
         """The requests that are to be generated: those behind the last complete batch.
 
         Complete rows of an incomplete batch are generated once more, unless they are the last of all.
@@ -100,7 +98,7 @@ class TextsFile:
             for number in range(1, self.rows + 1):
                 row = parse(_ROW, lines.readline(), f"{self.path}:{number}")
                 request = next(requests, None)
-                wanted = None if request is None else (request.prompt, request.sample, seed, attributes)
+                wanted = None if request is None else (request.prompt, request.sample, seed, request.attributes)
                 if wanted != (row["prompt"], row["sample"], row["seed"], row["attributes"]):
                     hint = "Give the prompts and settings of the earlier run, or start anew with --overwrite."
                     what = "there are fewer texts to generate" if request is None else "this row is of another run"

@@ -5,6 +5,8 @@
                       exp of the mean nats a token, over all texts
     distinct_n        see `scoring.diversity`
     repetition
+    effect, wrong_way, slope                see `scoring.prompt_effects`
+    expected_maximum, at_least_one          the same, of the samples of a prompt
 
 Strengths share their random streams, so two points differ by the steering alone. `chosen` is the strength with the
 highest score at bearable perplexity on the first half of the prompts (every other one), reported on the other half:
@@ -13,10 +15,9 @@ the maximum of noisy scores looks better than it is on the prompts that chose it
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 from braces_cli.core.attributes.attribute import Attribute
@@ -28,14 +29,29 @@ from braces_cli.core.session import Session
 from braces_cli.core.utils.distributed import ALONE, Processes
 from braces_cli.core.utils.errors import BracesError, ConfigError
 from braces_cli.core.utils.progress import Report, silent
-from braces_cli.scoring.confidence_intervals import Z, rate_error, share_interval
-from braces_cli.scoring.diversity import distinct, repetition
+from braces_cli.scoring.judge_model import Rater, verdict
 from braces_cli.scoring.likelihood import Likelihood, continuation_likelihoods, likelihoods
-from braces_cli.scoring.scorer import Scorer, Verdict
+from braces_cli.scoring.scorer import Scorer
+from braces_cli.steering.answer_preference import AnswerPair, log_odds
 from braces_cli.steering.chat_prompts import encode_answer, has_template
+from braces_cli.steering.equal_perplexity import at_equal_perplexity
 from braces_cli.steering.generate_texts import generate_texts, text_requests
+from braces_cli.steering.sweep_points import Texts, answer_point, point, slopes
 
-_MOST = 200  # points; more is a slip in the step
+
+@dataclass(frozen=True)
+class Method:
+    """A way to steer, measured at strengths of its own.
+
+    Attributes:
+        steering: steers the open model at s while it is entered.
+        read: what the model reads in place of the prompts at s; the texts are measured behind the prompts themselves.
+    """
+
+    name: str
+    strengths: Sequence[float]
+    steering: Callable[[float], AbstractContextManager[Any]]
+    read: Callable[[Sequence[str], float], Sequence[str]] = lambda prompts, s: prompts
 
 
 @dataclass(frozen=True)
@@ -50,6 +66,8 @@ class SweepPlan:
         layers: decoder layers that are steered; None means all that can be.
         chat: prompts go through the chat template.
         processes: share out generating and scoring.
+        answers: rows with two answers, between which the preference is measured at each strength.
+        rivals: other ways to steer, measured on the same prompts.
     """
 
     strengths: Sequence[float]
@@ -59,39 +77,8 @@ class SweepPlan:
     layers: Collection[int] | None = None
     chat: bool = False
     processes: Processes = ALONE
-
-
-@dataclass
-class Texts:
-    """Continuations at one strength, in the order of prompts and their samples."""
-
-    s: float
-    texts: list[str]
-    verdicts: list[Verdict] = field(default_factory=list)
-    likelihoods: list[Likelihood] = field(default_factory=list)
-
-
-def parse_strengths(value: str) -> list[float]:
-    """`FROM:TO:STEP` (both ends included), or numbers with commas between them.
-
-    Raises:
-        ConfigError: neither.
-    """
-    hint = "Such as --sweep -4:4:1 or --sweep -3,0,3."
-    try:
-        numbers = [float(part) for part in value.split(":" if ":" in value else ",")]
-    except ValueError as error:
-        raise ConfigError(f"`{value}` is not FROM:TO:STEP", where="--sweep", hint=hint) from error
-    if not all(map(math.isfinite, numbers)) or (":" in value and len(numbers) != 3):
-        raise ConfigError(f"`{value}` is not FROM:TO:STEP", where="--sweep", hint=hint)
-    if ":" not in value:
-        return list(dict.fromkeys(numbers))
-    first, last, step = numbers
-    if step == 0 or (last - first) * step < 0 or abs(last - first) / abs(step) >= _MOST:
-        raise ConfigError(f"`{value}` has no points, or more than {_MOST}", where="--sweep", hint=hint)
-    count = math.floor((last - first) / step + 1e-9) + 1
-    # Rounded, so that -0.3:0.3:0.1 has a plain 0 in it, at which nothing is added.
-    return [round(first + index * step, 10) + 0.0 for index in range(count)]
+    answers: Sequence[AnswerPair] = ()
+    rivals: Sequence[Method] = ()
 
 
 def sweep(
@@ -115,7 +102,9 @@ def sweep(
         judge_model: measures perplexity in place of the session's own base.
 
     Returns:
-        `{points, chosen, unsteered}`; `unsteered` is the point at s = 0, measured whether asked for or not.
+        `{points, chosen, unsteered, slope}`; `unsteered` is the point at s = 0, measured whether asked for or not. With
+        rows of two answers also `answers`, a point at each strength, and `answer_slope`; with rivals `rivals`,
+        `{method, points}` each, and `at_equal_perplexity`.
 
     Raises:
         BracesError: the scorer fails.
@@ -124,26 +113,80 @@ def sweep(
     if not plan.strengths:
         raise ConfigError("no strength", where="--sweep", hint="Such as --sweep -4:4:1.")
     prompts = list(prompts)
-    texts_at: dict[float, Texts] = {}
     wanted = [*plan.strengths, *([] if 0 in plan.strengths else [0.0])]
-    for index, s in enumerate(wanted):
-        stage = f"strength {index + 1} of {len(wanted)}: s = {s:g}"
-        with steered(session, [(attribute, s), *others], plan.layers):
-            texts = continuations(session, prompts, sampling, plan, report, stage)
-        texts_at[s] = Texts(s, texts)
-    for each in texts_at.values():
-        each.verdicts = plan.processes.share_out(each.texts, lambda texts: judge.judge(texts, label))
-        if len(each.verdicts) != len(each.texts):
-            raise BracesError(f"{judge.name} scored {len(each.verdicts)} of {len(each.texts)} texts")
-        each.likelihoods = continuation_nll(
-            session, prompts, each.texts, plan.batch_size, judge_model, plan.chat, plan.processes
-        )
-    rows = [point(texts_at[s], prompts, range(len(prompts))) for s in plan.strengths]
-    return {
-        "points": rows,
-        "chosen": _choose([texts_at[s] for s in plan.strengths], texts_at[0.0], prompts, plan.max_perplexity),
-        "unsteered": point(texts_at[0.0], prompts, range(len(prompts))),
+    ours = Method("braces", wanted, lambda s: steered(session, [(attribute, s), *others], plan.layers))
+
+    def measured(method: Method) -> list[Texts]:
+        texts = _generated(session, method, prompts, sampling, plan, report)
+        for each in texts:
+            score(session, each, prompts, judge, label, plan, judge_model)
+        return texts
+
+    texts = measured(ours)
+    unsteered, every = next(each for each in texts if each.s == 0), range(len(prompts))
+    asked = texts[: len(plan.strengths)]
+
+    def points(of: Sequence[Texts]) -> list[dict[str, Any]]:
+        return [point(each, prompts, every, unsteered) for each in of]
+
+    found: dict[str, Any] = {
+        "points": points(asked),
+        "chosen": _choose(asked, unsteered, prompts, plan.max_perplexity),
+        "unsteered": points([unsteered])[0],
+        **slopes(texts, prompts),
     }
+    if plan.answers:
+        found["answers"] = [answer_point(each, unsteered) for each in asked]
+    if plan.rivals:
+        found["rivals"] = [{"method": each.name, "points": points(measured(each))} for each in plan.rivals]
+        found["at_equal_perplexity"] = at_equal_perplexity(found)
+    return found
+
+
+def _generated(
+    session: Session, method: Method, prompts: Sequence[str], sampling: Sampling, plan: SweepPlan, report: Report
+) -> list[Texts]:
+    """Continuations by a method at each of its strengths, and the preference between two answers there."""
+    out = []
+    for index, s in enumerate(method.strengths):
+        stage = f"{method.name}, strength {index + 1} of {len(method.strengths)}: s = {s:g}"
+        with method.steering(s):
+            texts = continuations(session, method.read(prompts, s), sampling, plan, report, stage)
+            odds = plan.processes.share_out(
+                plan.answers, lambda pairs: log_odds(session, pairs, plan.batch_size, plan.chat)
+            )
+        out.append(Texts(s, texts, log_odds=odds))
+    return out
+
+
+def score(
+    session: Session,
+    measured: Texts,
+    prompts: Sequence[str],
+    judge: Scorer,
+    label: str,
+    plan: SweepPlan,
+    judge_model: Base | None = None,
+) -> None:
+    """Add what the scorer says of the texts, and their likelihoods given their prompts.
+
+    Raises:
+        BracesError: the scorer fails.
+    """
+    if isinstance(judge, Rater):
+        asked = [prompt for prompt in prompts for _ in range(len(measured.texts) // len(prompts))]
+        measured.ratings = plan.processes.share_out(
+            list(zip(asked, measured.texts, strict=True)),
+            lambda pairs: judge.rate([prompt for prompt, _ in pairs], [text for _, text in pairs], label),
+        )
+        measured.verdicts = [verdict(rating.concept) for rating in measured.ratings]
+    else:
+        measured.verdicts = plan.processes.share_out(measured.texts, lambda texts: judge.judge(texts, label))
+    if len(measured.verdicts) != len(measured.texts):
+        raise BracesError(f"{judge.name} scored {len(measured.verdicts)} of {len(measured.texts)} texts")
+    measured.likelihoods = continuation_nll(
+        session, prompts, measured.texts, plan.batch_size, judge_model, plan.chat, plan.processes
+    )
 
 
 def continuations(
@@ -195,34 +238,6 @@ def continuation_nll(
         return processes.share_out(pairs, measure)
 
 
-def point(measured: Texts, prompts: Sequence[str], chosen: Collection[int]) -> dict[str, Any]:
-    """The measures at one strength over the prompts `chosen`, by their indices."""
-    samples = len(measured.texts) // len(prompts)
-    rows = [range(index * samples, (index + 1) * samples) for index in chosen]
-    groups = [[measured.texts[row] for row in group] for group in rows]
-    has = [[measured.verdicts[row].has for row in group] for group in rows]
-    nats = [sum(measured.likelihoods[row].nll for row in group) for group in rows]
-    tokens = [float(sum(measured.likelihoods[row].tokens for row in group)) for group in rows]
-    count = sum(map(len, has))
-    rate = sum(nats) / sum(tokens) if sum(tokens) else math.nan
-    error = rate_error(nats, tokens)
-    return {
-        "s": measured.s,
-        "attribute_score": sum(map(sum, has)) / count,
-        "attribute_score_interval": list(share_interval(has)),
-        "mean_value": sum(measured.verdicts[row].value for group in rows for row in group) / count,
-        "perplexity": _exp(rate),
-        "perplexity_interval": None if error is None else [_exp(rate - Z * error), _exp(rate + Z * error)],
-        **{f"distinct_{width}": distinct(groups, width) for width in (1, 2, 3)},
-        "repetition": repetition(text for group in groups for text in group),
-        "n": count,
-    }
-
-
-def _exp(rate: float) -> float:
-    return math.exp(rate) if rate < 700 else math.inf
-
-
 def _choose(
     all_: Sequence[Texts], unsteered: Texts, prompts: Sequence[str], max_perplexity: float
 ) -> dict[str, Any] | None:
@@ -231,7 +246,7 @@ def _choose(
         return None
     first, second = range(0, len(prompts), 2), range(1, len(prompts), 2)
     limit = max_perplexity * point(unsteered, prompts, first)["perplexity"]
-    points = [(point(each, prompts, first), each) for each in all_]
+    points = [(point(each, prompts, first, unsteered), each) for each in all_]
     bearable = [(row, each) for row, each in points if row["perplexity"] <= limit]
     if not bearable:
         return None
@@ -241,6 +256,6 @@ def _choose(
         "s": best.s,
         "max_perplexity": max_perplexity,
         "on_choosing_half": row,
-        "on_other_half": point(best, prompts, second),
-        "unsteered_on_other_half": point(unsteered, prompts, second),
+        "on_other_half": point(best, prompts, second, unsteered),
+        "unsteered_on_other_half": point(unsteered, prompts, second, unsteered),
     }

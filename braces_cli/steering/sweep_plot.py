@@ -1,4 +1,8 @@
-"""The picture of a sweep: the share of texts with the attribute, and their perplexity, at each strength."""
+"""The picture of a sweep: the share of texts with the attribute, and their perplexity, at each strength.
+
+With rivals a third panel holds the share against the perplexity, a curve a method: at equal perplexity the outer one is
+ahead.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from braces_cli.core.utils.plotting import figure, percent_ticks, plain_label, plain_ticks, save_figure
+from braces_cli.steering.equal_perplexity import OURS
 
 
 def plot_sweep(document: dict[str, Any], path: Path) -> None:
     """Draw a document of `braces steer --sweep` as PNG."""
     points = sorted(document["points"], key=lambda point: point["s"])
-    drawn = figure(10, 4.6)
+    rivals = document.get("rivals", [])
+    drawn = figure(15 if rivals else 10, 4.6)
     base = Path(document["model"]).name
     texts = document["prompts"] * document["samples"]
     drawn.suptitle(plain_label(f"Steering {base} along {document['attribute']}: {texts} texts at each strength"))
-    score, price = drawn.subplots(1, 2)
+    score, price, *both = drawn.subplots(1, 3 if rivals else 2)
     _line(score, points, "attribute_score")
     score.set_title(
         plain_label(f"Texts that are {document['label']}, according to {document['scorer']}"), fontsize="medium"
@@ -37,6 +43,8 @@ def plot_sweep(document: dict[str, Any], path: Path) -> None:
             chosen = document["chosen"]["s"]
             axes.axvline(chosen, color="gray", linestyle="--", label=f"suggested strength, s = {chosen:g}")
         axes.grid(alpha=0.3)
+    if rivals:
+        _compare(both[0], document, points)
     # One legend, below: both panels show the same four things, and inside it would hide points.
     drawn.legend(*price.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     save_figure(drawn, path)
@@ -54,3 +62,22 @@ def _line(axes: Any, points: list[dict[str, Any]], name: str) -> None:
         axes.errorbar(
             strengths, middles, yerr=[below, above], fmt="none", ecolor="tab:blue", capsize=4, label="95 % interval"
         )
+
+
+def _compare(axes: Any, document: dict[str, Any], points: list[dict[str, Any]]) -> None:
+    """Share against perplexity of every method, each joined in the order of s through the unsteered point."""
+    unsteered = {**document["unsteered"], "s": 0.0}
+    for name, of_method in ((OURS, points), *((each["method"], each["points"]) for each in document["rivals"])):
+        curve = sorted([*(each for each in of_method if each["s"] != 0), unsteered], key=lambda each: each["s"])
+        places = [each["perplexity"] for each in curve], [each["attribute_score"] for each in curve]
+        axes.plot(*places, marker="o", label=name)
+    limit = 1.5 * unsteered["perplexity"]
+    axes.axvline(limit, color="gray", linestyle=":", label="1.5 times the unsteered perplexity")
+    axes.set_xscale("log")
+    plain_ticks(axes.xaxis)
+    percent_ticks(axes.yaxis)
+    axes.set_xlabel("perplexity (log scale)")
+    axes.set_ylabel("share of texts")
+    axes.set_title("Share against perplexity", fontsize="medium")
+    axes.legend(fontsize="small", frameon=False)
+    axes.grid(alpha=0.3)

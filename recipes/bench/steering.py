@@ -6,6 +6,9 @@ steered_vs_unsteered          adapter with one attribute over the same adapter w
 steered_vs_unsteered_five     the same with five attributes at once
 steered_vs_control_vector     adapter with one attribute over the bare model with a vector added behind every layer
 untrained_vs_control_vector   steering without training over the same: both only add vectors to a bare model
+mixed_vs_uniform              seconds of a batch in which each row has attributes of its own (four in all, at nine
+                              strengths) over those of a batch that is steered alike, setting them up included
+mixed_vs_uniform_untrained    the same without an adapter
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ PROMPT = 32
 # Generated in one measurement.
 TOKENS = 16
 ATTRIBUTES = 5
+# Rows of a batch that is steered row by row: on a CPU fewer, so that all fits into four minutes.
+ROWS = {"cpu": 8, "cuda": 64}
 
 
 def attributes(model: Any) -> list[Any]:
@@ -65,6 +70,33 @@ def steered_models(base: Any, stack: ExitStack) -> dict[str, Any]:
         models[name] = model
     models["control vector"] = with_hooks(twin(base))
     return models
+
+
+def batch_works(base: Any, prompt: Any, tokens: int) -> dict[str, Callable[[], None]]:
+    """Generation of a batch, steered alike or row by row, with an adapter and without one."""
+    from braces_cli.core.attributes.intervention import steered, terms_of_rows
+    from braces_cli.core.models.ffn import find_ffns
+    from braces_cli.core.models.loading import Base
+    from braces_cli.core.session import Session
+
+    known = {attribute.name: attribute for attribute in attributes(base)[:4]}
+    names, count = list(known), prompt.shape[0]
+    mixed = [{names[row % 4]: row % 9 - 4.0} for row in range(count)]
+    works = {}
+    for kind in ("trained", "untrained"):
+        model = twin(base)
+        session = Session(Base(model, None, kind, None, None), find_ffns(model))
+        if kind == "trained":
+            session.adapter = adapter_on(model)
+        run = generation(model, prompt, tokens)
+        for name, rows in (("uniform", [{names[0]: 2.0}] * count), ("mixed", mixed)):
+
+            def work(session: Any = session, rows: Any = rows, run: Any = run) -> None:
+                with steered(session, terms_of_rows(known.__getitem__, rows)):
+                    run()
+
+            works[f"{name} {kind}"] = work
+    return works
 
 
 def adapter_on(model: Any) -> Any:
@@ -127,10 +159,14 @@ def main() -> None:
     with ExitStack() as stack:
         models = steered_models(base, stack)
         works = {name: timed(generation(model, prompt, tokens), wait) for name, model in models.items()}
+        rows = 4 if args.quick else ROWS[args.device.partition(":")[0]]
+        batch = torch.randint(0, 256, (rows, length), generator=generator).to(args.device)
+        works |= {name: timed(work, wait) for name, work in batch_works(base, batch, tokens).items()}
         seconds = interleave(works, args.repeats)
     settings = {
         "layers": args.layers,
         "rows": 1,
+        "rows_of_batches": rows,
         "prompt_tokens": length,
         "generated_tokens": tokens,
         "dtype": args.dtype,
@@ -138,7 +174,10 @@ def main() -> None:
         "repeats": len(seconds["one"]),
         "quick": args.quick,
         "adapter": f"{FORM}, rank {RANK} on every FFN, coefficients 0.5, frozen",
-        "tokens_per_second": {name: tokens / value for name, value in medians(seconds).items()},
+        "tokens_per_second": {
+            name: tokens * (rows if " " in name and name != "control vector" else 1) / value
+            for name, value in medians(seconds).items()
+        },
     }
     # Of two rates at as many tokens: the seconds the other way round.
     ratios = {
@@ -146,6 +185,8 @@ def main() -> None:
         "steered_vs_unsteered_five": ratio(seconds["unsteered"], seconds["five"], 0.98),
         "steered_vs_control_vector": ratio(seconds["control vector"], seconds["one"], 1.0),
         "untrained_vs_control_vector": ratio(seconds["control vector"], seconds["untrained"], 1.0),
+        "mixed_vs_uniform": ratio(seconds["mixed trained"], seconds["uniform trained"], 1.02),
+        "mixed_vs_uniform_untrained": ratio(seconds["mixed untrained"], seconds["uniform untrained"], 1.02),
     }
     report(settings, ratios, args.device)
 

@@ -42,14 +42,14 @@ def test_one_text_at_a_time_is_printed_as_it_is_generated(session, capsys):
     from braces_cli.core.models.generation import Sampling
     from braces_cli.steering.generate_texts import generate_rows, text_requests
 
-    rows = list(generate_rows(session, text_requests(LINES), {}, Sampling(8)))
+    rows = list(generate_rows(session, text_requests(LINES), Sampling(8)))
     flow, pieces = Flow(), []
 
     def write(request, piece):
         pieces.append(piece)
         flow.write(request, piece)
 
-    flow.run(generate_rows(session, text_requests(LINES), {}, Sampling(8), batch_size=1, stream=write))
+    flow.run(generate_rows(session, text_requests(LINES), Sampling(8), batch_size=1, stream=write))
     assert capsys.readouterr().out == "".join(f"{row['prompt']}{row['text']}\n\n" for row in rows)
     assert len(pieces) > 4
 

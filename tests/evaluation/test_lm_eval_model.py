@@ -13,7 +13,7 @@ import pytest
 import torch
 from lm_eval.api.registry import get_model
 
-from braces_cli.core.attributes.attribute import find_attribute
+from braces_cli.core.attributes.attribute import build_attribute, find_attribute, save_attributes
 from braces_cli.core.attributes.intervention import steered
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.session import open_session
@@ -46,8 +46,18 @@ def test_the_model_carries_adapter_and_attribute(tiny_folder, make_adapter):
         wanted = _logits(session.base.model)
     assert torch.equal(_logits(model.model), wanted)
     assert not torch.equal(wanted, plain)
-    alone = get_model("braces").create_from_arg_string(f"adapter={adapter}", {"device": "cpu"})
-    assert torch.equal(_logits(alone.model), plain)
+    for other in ("", ",attribute=positive,s=0"):
+        alone = get_model("braces").create_from_arg_string(f"adapter={adapter}{other}", {"device": "cpu"})
+        assert torch.equal(_logits(alone.model), plain)
+
+
+def test_attributes_come_from_a_folder(tiny_folder, tmp_path):
+    session = open_session(str(tiny_folder), None, LoadOptions(device="cpu"))
+    warm = build_attribute(session, "warm", ["warm", "sun"])
+    save_attributes(tmp_path / "warm.safetensors", [warm])
+    model = ours.BracesLM(str(tiny_folder), attribute="warm", s=2.0, attributes=str(tmp_path), device="cpu")
+    with steered(session, [(warm, 2.0)]):
+        assert torch.equal(_logits(model.model), _logits(session.base.model))
 
 
 def test_strengths_and_attributes_must_match(tiny_folder):

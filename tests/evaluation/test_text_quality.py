@@ -33,14 +33,14 @@ def results(outcome, task="sentiment"):
 
 
 def test_what_is_written_is_scored_as_steer_and_its_sweep_do(score, braces, model_dir, adapter_dir, prompts, tmp_path):
-    """The same texts, shares, perplexity and diversity as `steer --sweep` at that strength; base and adapter alike."""
+    """The same texts, shares, perplexity and diversity as `steer --sweep` at that strength; of base and adapter."""
     rows = tmp_path / "rows.jsonl"
     letters = "abcdefghijklmnop"
     labelled = [{"text": f"{c} {c}", "label": ("positive", "negative")[i % 2]} for i, c in enumerate(letters)]
     rows.write_text("".join(json.dumps(row) + "\n" for row in labelled * 2))
     asked = ["--attribute", "positive", "--num-samples", 2, "--seed", 3]
-    found = results(score("--adapter", adapter_dir, *asked, "--s", 20, "--scorer", f"sentiment=fit:{rows}"))
-    for system, extra in zip(found, ([], ["--adapter", adapter_dir]), strict=True):
+    for extra in ([], ["--adapter", adapter_dir]):
+        unsteered, *_, system = results(score(*extra, *asked, "--s", 20, "--scorer", f"sentiment=fit:{rows}"))
         where = ["--model", model_dir, "--device", "cpu", "--prompts", prompts, "--max-new-tokens", 8]
         swept = braces("steer", *where, *extra, *asked, "--sweep", "20", "--scorer", f"fit:{rows}")
         sweep = swept.json["points"][0]
@@ -50,19 +50,21 @@ def test_what_is_written_is_scored_as_steer_and_its_sweep_do(score, braces, mode
         assert system["perplexity"]["value"] == pytest.approx(sweep["perplexity"], rel=1e-4)
         for name in ("distinct_1", "distinct_2", "distinct_3", "repetition"):
             assert system[name]["value"] == pytest.approx(sweep[name])
-    assert found[0]["perplexity"] != found[1]["perplexity"]
+        assert system["perplexity"] != unsteered["perplexity"]
 
 
 def test_the_same_adapter_twice_is_no_difference(score, adapter_dir):
     """Random streams are shared, so nothing differs; both tasks in one run; the settings say how it was written."""
     outcome = score(
-        "--adapter", adapter_dir, "--adapter", adapter_dir, "--no-base", "--attribute", "positive", "--s", 5,
+        "--adapter", adapter_dir, "--adapter", adapter_dir, "--no-base", "--attribute", "positive", "--s", 0,
         tasks="sentiment,toxicity", files=("sentiment", "toxicity"),
     )  # fmt: skip
-    # Texts too short for a single 4-gram have no repetition.
-    assert {row["difference"] for row in outcome.json["comparisons"] if row["metric"] != "repetition"} == {0}
+    assert len(outcome.json["systems"]) == 4
+    # Texts too short for a single 3-gram or 4-gram have neither of these.
+    long = ("distinct_3", "repetition")
+    assert {row["difference"] for row in outcome.json["comparisons"] if row["metric"] not in long} == {0}
     assert {row["task"] for row in outcome.json["comparisons"]} == {"sentiment", "toxicity"}
-    assert outcome.json["settings"]["generation"]["attributes"] == {"positive": 5.0}
+    assert outcome.json["settings"]["generation"]["attributes"] == {"positive": 0.0}
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ def test_prompts_are_read_as_they_are_needed(session):
 
     read = []
     endless = (read.append(k) or f"prompt {k}" for k in count())
-    rows = generate_rows(session, text_requests(endless, 2), {}, Sampling(2), batch_size=4)
+    rows = generate_rows(session, text_requests(endless, 2), Sampling(2), batch_size=4)
     assert [row["prompt"] for row in islice(rows, 5)] == ["prompt 0"] * 2 + ["prompt 1"] * 2 + ["prompt 2"]
     assert len(read) <= 5
 

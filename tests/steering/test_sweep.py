@@ -51,6 +51,56 @@ def test_one_document_with_a_point_for_each_strength(swept, adapter_dir, tmp_pat
     assert few["points"][0]["n"] == few["prompts"]
 
 
+def test_every_point_says_how_many_prompts_move_the_wrong_way(swept):
+    """With its interval, in the document and in the table; by hand from the texts' own scores."""
+    from braces_cli.scoring.vader import Vader
+
+    def values(s):
+        rows = swept("--s", s, "--num-samples", 3, sweep=None).lines
+        scores = [verdict.value for verdict in Vader().judge([row["text"] for row in rows], "positive")]
+        return [sum(scores[k : k + 3]) / 3 for k in range(0, len(scores), 3)]
+
+    asked = ["--num-samples", 3]
+    document = swept(*asked).json
+    before = values(0)
+    for point in document["points"]:
+        moves = [one - other for one, other in zip(values(point["s"]), before, strict=True)]
+        assert point["effect"] == pytest.approx(sum(moves) / len(moves))
+        if point["s"] == 0:
+            assert point["wrong_way"] is None
+            continue
+        assert point["wrong_way"] == sum(move * point["s"] < 0 for move in moves) / len(moves)
+        low, high = point["wrong_way_interval"]
+        assert 0 <= low <= point["wrong_way"] <= high <= 1
+        assert point["expected_maximum"] >= point["mean_value"]
+        assert point["at_least_one"] >= point["attribute_score"]
+    assert {"slope", "slope_interval", "negative", "negative_interval"} == set(document["slope"])
+    table = swept(*asked, "--format", "table").out
+    assert "wrong way" in table
+    assert "expected maximum" in table
+
+
+def test_a_judge_model_rates_the_texts(swept, model_dir):
+    found = swept("--scorer", f"judge:{model_dir}", "--score-label", "cheerful", sweep="0,20").json
+    for point in found["points"]:
+        assert all(0 <= point[name] <= 2 for name in ("concept", "relevance", "fluency", "overall"))
+        assert point["mean_value"] == pytest.approx(point["concept"] / 2)
+    assert found["label"] == "cheerful"
+
+
+def test_detection_is_of_the_bare_base(swept, adapter_dir, tmp_path):
+    rows = [{"text": f"the {c} film", "label": ("positive", "other")[i % 2]} for i, c in enumerate("abcdefgh")]
+    file = tmp_path / "labelled.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = swept("--detect", file, sweep="0").json["detection"]
+    assert found == swept("--detect", file, "--adapter", adapter_dir, sweep="0").json["detection"]
+    assert found["n"] == 4
+    assert 0 <= found["auroc"] <= 1
+    refused = swept("--detect", file, "--score-label", "negative", "--scorer", "vader", sweep="0")
+    assert refused.code == 3
+    assert "The rows have other, positive" in refused.err
+
+
 def test_perplexity_is_that_of_the_bare_base(swept, adapter_dir, model_dir, session):
     """Adapter off, no steering: by hand on the texts that steer writes; a judge that is the base agrees."""
     import torch
@@ -143,6 +193,10 @@ def test_a_classifier_of_the_users_own(swept, labelled, tmp_path):
         (["--save-scorer", "x"], "-4:4:1", 2, "nothing is fitted"),
         (["--score-label", "x"], "-4:4:1", 2, "It has positive, negative"),
         (["--plot", "x.png"], None, 2, "belongs to --sweep"),
+        (["--against", "pca"], None, 2, "belongs to --sweep"),
+        (["--against", "promting"], "0", 2, "Did you mean prompting?"),
+        (["--answers", "nowhere.jsonl"], "0", 3, "no such file"),
+        (["--detect", "nowhere.jsonl"], "0", 3, "no such file"),
         (["--judge-model", "nowhere"], "0", 4, "nowhere"),
     ],
 )
@@ -160,13 +214,3 @@ def test_attributes_that_nothing_can_tell(braces, model_dir):
     outcome = braces("steer", "--model", model_dir, "--attribute", "mine", "--sweep", "0", "--prompt", "a")
     assert outcome.code == 2
     assert "whether a text is `mine`" in outcome.err
-
-
-def test_strengths():
-    """Both ends included, a plain zero on the way, no drift."""
-    from braces_cli.steering.sweep import parse_strengths
-
-    assert parse_strengths("-0.3:0.3:0.1") == [-0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3]
-    assert parse_strengths("2:-2:-2") == [2.0, 0.0, -2.0]
-    assert parse_strengths("-4:4:3") == [-4.0, -1.0, 2.0]
-    assert parse_strengths("3,0,-1.5,0") == [3.0, 0.0, -1.5]

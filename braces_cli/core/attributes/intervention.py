@@ -4,13 +4,14 @@ With an adapter, `s r_c` joins the relevance and the FFN output moves by s B (A 
 path, and in the layers that the attribute pushes the output moves by s * scale * p, or by the direction that the
 attribute has in place of p: the weights r_c of least norm with which the value vectors sum to that. In a mixture of
 experts it joins what leaves the whole mixture, so it does not depend on the router. Attributes add up; s = 0 is no
-attribute at all, so the result is the same bit for bit.
+attribute at all, so the result is the same bit for bit. The rows of a batch may have a strength each: then the constant
+is (batch, 1, d), made once for the batch, and the forward pass is that of a uniform one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,10 +27,16 @@ from braces_cli.core.models.moe import MixtureFFN
 from braces_cli.core.session import Session
 from braces_cli.core.utils.errors import ConfigError
 
+# s of an attribute: one for all rows, or (batch,), one for each.
+Strength = float | Tensor
+
 
 @dataclass(frozen=True)
 class Push:
-    """How far one layer is pushed: norm of the added vector over the median norm of the residual stream behind it."""
+    """How far one layer is pushed: norm of the added vector over the median norm of the residual stream behind it.
+
+    Of rows with strengths of their own, the largest.
+    """
 
     layer: int
     share: float
@@ -37,12 +44,12 @@ class Push:
 
 @contextmanager
 def steered(
-    session: Session, terms: Sequence[tuple[Attribute, float]], layers: Collection[int] | None = None
+    session: Session, terms: Sequence[tuple[Attribute, Strength]], layers: Collection[int] | None = None
 ) -> Iterator[list[Push]]:
     """Steer the open model inside the `with` block; yields the push of each layer, none where nothing is added.
 
     Args:
-        terms: attributes with their strengths s.
+        terms: attributes with their strengths s; where one is a tensor, every batch must have as many rows.
         layers: decoder layers that are steered; None means all of an adapter's, and without one those that each
             attribute pushes.
 
@@ -50,9 +57,9 @@ def steered(
         ConfigError: a strength that is no finite number, or so large that what it adds is none.
     """
     for attribute, s in terms:
-        if not math.isfinite(s):
+        if not (s.isfinite().all() if isinstance(s, Tensor) else math.isfinite(s)):
             raise ConfigError(f"the strength of `{attribute.name}` is {s}", where="--s", hint="Give a finite number.")
-    active = [(attribute, s) for attribute, s in terms if s != 0]
+    active = [(attribute, s) for attribute, s in terms if (s.any() if isinstance(s, Tensor) else s != 0)]
     with ExitStack() as stack:
         if not active:
             yield []
@@ -70,8 +77,28 @@ def _in_range(pushes: list[Push]) -> list[Push]:
     return pushes
 
 
+def terms_of_rows(
+    find: Callable[[str], Attribute], rows: Sequence[Mapping[str, float]]
+) -> list[tuple[Attribute, Strength]]:
+    """Terms that steer each row of a batch by its own attributes; plain numbers where all rows have the same.
+
+    Args:
+        find: the attribute of a name.
+        rows: name -> strength of each row.
+    """
+    if all(row == rows[0] for row in rows):
+        return [(find(name), s) for name, s in rows[0].items()]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [(find(name), torch.tensor([float(row.get(name, 0.0)) for row in rows])) for name in names]
+
+
+def _spread(s: Strength) -> Strength:
+    """A strength as it is multiplied with a vector (d,): one of each row makes that (batch, 1, d)."""
+    return s.view(-1, 1, 1) if isinstance(s, Tensor) else s
+
+
 def _shift(
-    stack: ExitStack, adapter: Adapter, terms: Sequence[tuple[Attribute, float]], layers: Collection[int] | None
+    stack: ExitStack, adapter: Adapter, terms: Sequence[tuple[Attribute, Strength]], layers: Collection[int] | None
 ) -> list[Push]:
     pushes = []
     for ffn, brace in adapter.sites:
@@ -80,20 +107,28 @@ def _shift(
         with torch.no_grad():
             row = terms[0][0].layers.index(ffn.layer)
             residual = float(terms[0][0].residual[row])
-            state = torch.stack([s * adapter.states(each.state[row].to(brace.weight)) for each, s in terms]).sum(dim=0)
-            brace.shift = brace.query_projection() @ state
-            each = [brace.factors(part.values(), torch.float32)[1] @ brace.shift for part in ffn.parts]
+            states = [(adapter.states(each.state[row].to(brace.weight)), s) for each, s in terms]
+            state = _sum([_spread(s.to(h) if isinstance(s, Tensor) else s) * h for h, s in states])
+            query = brace.query_projection()
+            brace.shift = query @ state if state.ndim == 1 else state @ query.mT
+            columns = brace.shift.reshape(-1, brace.rank).mT  # (d_r, rows)
+            each = [brace.factors(part.values(), torch.float32)[1] @ columns for part in ffn.parts]
             # Of experts the mean, though which of them a token meets is the router's choice.
-            moved = float(torch.cat([vector.reshape(-1, ffn.hidden_size) for vector in each]).mean(dim=0).norm())
+            vectors = torch.cat([vector.reshape(-1, *vector.shape[-2:]) for vector in each]).mean(dim=0)  # (d, rows)
+            moved = float(vectors.norm(dim=0).max())
         stack.callback(setattr, brace, "shift", None)
         pushes.append(Push(ffn.layer, moved / residual))
     return pushes
 
 
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    return torch.stack(torch.broadcast_tensors(*parts)).sum(dim=0)
+
+
 def _add(
     stack: ExitStack,
     ffns: Sequence[FFN | MixtureFFN],
-    terms: Sequence[tuple[Attribute, float]],
+    terms: Sequence[tuple[Attribute, Strength]],
     layers: Collection[int] | None,
 ) -> list[Push]:
     pushes = []
@@ -101,30 +136,39 @@ def _add(
         vector = vector.to(ffn.parts[0].values().device)
         place = ffn.host if isinstance(ffn, MixtureFFN) else ffn.value
         stack.callback(place.register_forward_hook(_adder(vector)).remove)
-        pushes.append(Push(ffn.layer, float(vector.norm()) / residual))
+        pushes.append(Push(ffn.layer, float(vector.norm(dim=-1).max()) / residual))
     return pushes
 
 
 def _adder(vector: Tensor) -> Any:
     def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+        nonlocal vector
         hidden = layer_output(output)
-        return with_layer_output(output, hidden + vector.to(hidden))
+        vector = vector.to(hidden)  # once; from then on it is there
+        if vector.ndim == 1:
+            return with_layer_output(output, hidden + vector)
+        # OPT flattens (batch, tokens, d) in its FFN; the vectors know how many rows there are.
+        moved = hidden.reshape(len(vector), -1, hidden.shape[-1]) + vector
+        return with_layer_output(output, moved.view(hidden.shape))
 
     return hook
 
 
 def _vectors(
-    ffns: Sequence[FFN | MixtureFFN], terms: Sequence[tuple[Attribute, float]], layers: Collection[int] | None
+    ffns: Sequence[FFN | MixtureFFN], terms: Sequence[tuple[Attribute, Strength]], layers: Collection[int] | None
 ) -> Iterator[tuple[FFN | MixtureFFN, Tensor, float]]:
-    """Each layer pushed without training, the sum of s * scale * direction there, (d,), and its residual norm."""
+    """Each layer pushed without training, the sum of s * scale * direction there, and its residual norm.
+
+    The sum is (d,), or (batch, 1, d) where rows have strengths of their own.
+    """
     for ffn in ffns:
         here = [(each, s) for each, s in terms if ffn.layer in (each.pushed if layers is None else layers)]
         if not here:
             continue
         row = here[0][0].layers.index(ffn.layer)
-        total = sum(
-            (s * float(each.scale[row]) * each.push_direction[row] for each, s in here), torch.zeros(ffn.hidden_size)
-        )
+        total = torch.zeros(ffn.hidden_size)
+        for each, s in here:
+            total = total + _spread(s) * float(each.scale[row]) * each.push_direction[row]
         yield ffn, total, float(here[0][0].residual[row])
 
 

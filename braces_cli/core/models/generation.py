@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -64,13 +64,16 @@ class Sampling:
 class TextRequest:
     """One text to generate: `sample` counts the texts of one prompt, `index` the prompts of a run.
 
-    `ids` are the prompt's tokens where they are not those of the plain text, as with a chat template.
+    Attributes:
+        ids: the prompt's tokens where they are not those of the plain text, as with a chat template.
+        attributes: name -> strength of what the text is steered by, for whoever steers; `generate` does not.
     """
 
     prompt: str
     index: int
     sample: int = 0
     ids: tuple[int, ...] | None = None
+    attributes: Mapping[str, float] = field(default_factory=dict)
 
 
 def generate(

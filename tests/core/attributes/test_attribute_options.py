@@ -7,7 +7,7 @@ import json
 import pytest
 
 from braces_cli.core.attributes.attribute import find_attribute, known_attributes
-from braces_cli.core.attributes.attribute_options import AttributeSettings
+from braces_cli.core.attributes.attribute_options import AttributeSettings, parse_strengths
 from braces_cli.core.attributes.listing import list_attributes
 from braces_cli.core.utils.errors import ConfigError
 
@@ -53,3 +53,11 @@ def test_every_command_refuses_it(braces, model_dir, adapter_dir, tmp_path, comm
     assert outcome.code == 2, outcome.err
     assert "no such folder" in outcome.err
     assert str(tmp_path / "a") in outcome.err
+
+
+def test_strengths():
+    """Both ends included, a plain zero on the way, no drift."""
+    assert parse_strengths("-0.3:0.3:0.1") == [-0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3]
+    assert parse_strengths("2:-2:-2") == [2.0, 0.0, -2.0]
+    assert parse_strengths("-4:4:3") == [-4.0, -1.0, 2.0]
+    assert parse_strengths("3,0,-1.5,0") == [3.0, 0.0, -1.5]

@@ -1,0 +1,122 @@
+"""Other ways to steer by the same attribute, for a sweep that measures them side by side.
+
+    prompting    "Write something cheerful:" in front of each prompt; at s = -1 the opposite's name, or "not cheerful"
+    difference   the difference of means of the attribute's pairs at the layers' outputs, added there
+    pca          the first principal component of the pairs' differences there, added there
+
+The last two push the layers that the attribute pushes without training, at s = 1 by the same share of the residual
+norm. All of them steer the bare base: an adapter is off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from braces_cli.core.attributes.attribute import PUSH, Attribute
+from braces_cli.core.attributes.contrast import Pair, Passage, pair_states, reduce_pairs
+from braces_cli.core.attributes.descriptions import description_pairs
+from braces_cli.core.attributes.word_lists import OPPOSITES, REFERENCE, built_in
+from braces_cli.core.models.ffn import layer_stack
+from braces_cli.core.models.module_structure import layer_output, with_layer_output
+from braces_cli.core.session import Session
+from braces_cli.core.utils.errors import ConfigError
+from braces_cli.core.utils.progress import Report, silent
+from braces_cli.steering.sweep import Method
+
+# Rivals that add a direction -> how it is made from pairs.
+_REDUCTIONS = {"difference": "mean", "pca": "pca"}
+
+
+def rival_methods(
+    session: Session,
+    names: Sequence[str],
+    attribute: Attribute,
+    strengths: Sequence[float],
+    layers: Collection[int] | None = None,
+    report: Report = silent,
+) -> list[Method]:
+    """The rivals called `names` at the strengths of the sweep; prompting has s = 1 and s = -1 only, where asked for.
+
+    Raises:
+        ConfigError: a direction is wanted, and the attribute does not say what pairs it is made of.
+    """
+    off = partial(_off, session)
+    methods = []
+    directions = [name for name in names if name in _REDUCTIONS]
+    states = pair_states(session, contrast_pairs(attribute), site="output", report=report) if directions else None
+    for name in names:
+        if name in _REDUCTIONS:
+            assert states is not None
+            vectors = _vectors(attribute, reduce_pairs(states, _REDUCTIONS[name]), layers)
+            methods.append(Method(name, strengths, partial(_pushed, session, vectors)))
+        else:
+            signs = [sign for sign in (1.0, -1.0) if any(s * sign > 0 for s in strengths)]
+            methods.append(Method(name, signs, lambda s: off(), partial(_instructed, attribute.name)))
+    return methods
+
+
+def contrast_pairs(attribute: Attribute) -> list[Pair]:
+    """The pairs that an attribute is made of: those of its descriptions, else its words against the opposite's (the
+    neutral ones where it has no opposite).
+
+    Raises:
+        ConfigError: it was built from texts, which its file does not hold.
+    """
+    made = attribute.made
+    if "describe" in made:
+        return description_pairs(made["describe"], made["against"], made["chat_template"])
+    if not attribute.words:
+        hint = "A direction needs an attribute of words or descriptions; --against prompting works with any."
+        raise ConfigError(f"`{attribute.name}` does not hold what it was built from", where="--against", hint=hint)
+    other = built_in()[OPPOSITES.get(attribute.name, REFERENCE)]
+    count = max(len(attribute.words), len(other))
+    return [
+        Pair(Passage(f" {attribute.words[k % len(attribute.words)]}"), Passage(f" {other[k % len(other)]}"))
+        for k in range(count)
+    ]
+
+
+def _instructed(name: str, prompts: Sequence[str], s: float) -> list[str]:
+    words = name.replace("_", " ")
+    if s < 0:
+        words = OPPOSITES.get(name, f"not {words}")
+    return [f"Write something {words}: {prompt}" for prompt in prompts]
+
+
+def _vectors(attribute: Attribute, directions: Tensor, layers: Collection[int] | None) -> dict[int, Tensor]:
+    """What s = 1 adds behind each layer."""
+    wanted = attribute.pushed if layers is None else layers
+    share = PUSH / len(attribute.pushed)
+    rows = [row for row, layer in enumerate(attribute.layers) if layer in wanted]
+    return {
+        attribute.layers[row]: share * float(attribute.residual[row]) * F.normalize(directions[row], dim=0)
+        for row in rows
+    }
+
+
+def _off(session: Session) -> AbstractContextManager[Any]:
+    return nullcontext() if session.adapter is None else session.adapter.disabled()
+
+
+@contextmanager
+def _pushed(session: Session, vectors: dict[int, Tensor], s: float) -> Iterator[None]:
+    stack = layer_stack(session.base.model)[1]
+    with ExitStack() as handles:
+        handles.enter_context(_off(session))
+        for layer, vector in vectors.items():
+            handles.callback(stack[layer].register_forward_hook(_adder(s * vector)).remove)
+        yield
+
+
+def _adder(vector: Tensor) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+        hidden = layer_output(output)
+        return with_layer_output(output, hidden + vector.to(hidden))
+
+    return hook

@@ -1,0 +1,137 @@
+"""Prompts whose rows name attributes of their own, in one batch."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+NAMES = ("positive", "toxic", "formal", "sad")
+WORDS = ("the film is", "a day", "the end of the old town", "happy", "a good day and", "in the old", "is sad")
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """64 rows with four attributes at nine strengths; one with two of them, one that names none and one with none."""
+    path = tmp_path / "rows.jsonl"
+    lines = [
+        {"prompt": f"{WORDS[k % 7]} {chr(97 + k % 26)}", "attributes": {NAMES[k % 4]: 5.0 * (k % 9 - 4)}}
+        for k in range(64)
+    ]
+    lines[5]["attributes"] = {"positive": 9, "sad": -9}
+    lines[6]["attributes"] = {}
+    del lines[7]["attributes"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def steered_rows(braces, model_dir, rows):
+    def call(*args):
+        base = ["--model", model_dir, "--device", "cpu", "--max-new-tokens", 6, "--format", "json"]
+        outcome = braces("steer", *base, "--prompts", rows, "--attribute", "formal", "--s", 3, *args)
+        assert outcome.code == 0, outcome.err
+        return outcome
+
+    return call
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_mixed_batch_gives_the_texts_of_one_by_one(steered_rows, adapter_dir, trained):
+    """Each row is steered by its own attributes, and by those of the command line where it names none."""
+    adapter = ["--adapter", adapter_dir] if trained else []
+    mixed = steered_rows("--batch-size", 64, *adapter).lines
+    assert mixed == steered_rows("--batch-size", 1, *adapter).lines
+    assert mixed[5]["attributes"] == {"positive": 9.0, "sad": -9.0}
+    assert mixed[6]["attributes"] == {}
+    assert mixed[7]["attributes"] == {"formal": 3.0}
+    beside = steered_rows("--batch-size", 64, "--beside", *adapter).lines
+    assert [row["text"] for row in beside] == [row["text"] for row in mixed]
+    moved = {k for k, row in enumerate(beside) if row["unsteered"] != row["text"]}
+    at_zero = {k for k, row in enumerate(mixed) if not any(row["attributes"].values())}
+    assert not moved & at_zero
+    assert len(moved) > 30
+    assert 6 in at_zero
+    assert len(at_zero) > 5
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_logits_of_each_row_are_its_own(name, trained):
+    """Also where the model flattens (batch, tokens, d) before its FFN; a row at s = 0 is the unsteered one."""
+    import torch
+
+    from braces_cli.core.attributes.attribute import Attribute
+    from braces_cli.core.attributes.intervention import steered, terms_of_rows
+    from braces_cli.core.method.adapter import attach
+    from braces_cli.core.models.ffn import find_ffns
+    from braces_cli.core.models.loading import Base
+    from braces_cli.core.session import Session
+    from tests.conftest import open_gates, tiny_model
+
+    model = tiny_model(name)
+    session = Session(Base(model, None, name, None, None), find_ffns(model))
+    if trained:
+        session.adapter = attach(model, 4)
+        open_gates(session.adapter)
+        session.adapter.add_mlp()
+    generator = torch.Generator().manual_seed(1)
+    known = {
+        each: Attribute(
+            each, [], *torch.randn(2, 2, 32, generator=generator), torch.ones(2), torch.tensor([0.5, 0.2]), [0, 1], {}
+        )
+        for each in "abc"
+    }
+    rows = [{"a": 2.0}, {}, {"b": -3.0, "c": 1.0}, {"a": 0.0}]
+    tokens = torch.tensor([[0, 5, 6, 7, 8], [0, 9, 6, 5, 5], [0, 7, 7, 8, 9], [0, 5, 6, 7, 8]])
+
+    def logits(rows, tokens):
+        with steered(session, terms_of_rows(known.__getitem__, rows), [0, 1]) as pushes, torch.no_grad():
+            return model(tokens).logits, pushes
+
+    mixed, pushes = logits(rows, tokens)
+    alone = [logits([row], tokens[k : k + 1]) for k, row in enumerate(rows)]
+    for k, (single, _) in enumerate(alone):
+        assert float((mixed[k] - single[0]).abs().max() / single.abs().max()) < 1e-5
+    bare, _ = logits([{}] * 4, tokens)
+    assert torch.equal(mixed[[1, 3]], bare[[1, 3]])
+    assert not torch.allclose(mixed[[0, 2]], bare[[0, 2]])
+    largest = [max(each[layer].share for _, each in alone if each) for layer in range(2)]
+    assert [push.share for push in pushes] == pytest.approx(largest)
+
+
+def test_a_file_of_rows_is_resumed(steered_rows, tmp_path):
+    out = tmp_path / "texts.jsonl"
+    steered_rows("--output", out)
+    whole = out.read_text()
+    out.write_text("".join(whole.splitlines(keepends=True)[:24]) + '{"prompt": "cut')
+    assert steered_rows("--output", out, "--resume").json["resumed_from"] == 24
+    assert out.read_text() == whole
+
+
+@pytest.mark.parametrize(
+    ("attributes", "code", "message"),
+    [
+        ({"positve": 1}, 2, "unknown attribute `positve`"),
+        (["positive"], 3, "does not map names to strengths"),
+        ({"positive": "much"}, 3, "does not map names to strengths"),
+        ({"positive": True}, 3, "does not map names to strengths"),
+    ],
+)
+def test_what_is_wrong_with_the_last_row_shows_before_the_first_text(
+    braces, model_dir, tmp_path, attributes, code, message
+):
+    path = tmp_path / "rows.jsonl"
+    lines = [{"prompt": "a day"}, {"prompt": "happy", "attributes": attributes}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    base = ["--model", model_dir, "--device", "cpu", "--batch-size", 1, "--format", "json", "--prompts", path]
+    outcome = braces("steer", *base)
+    assert outcome.code == code
+    assert message in outcome.json["error"]["message"]
+    assert code == 2 or outcome.json["error"]["where"] == f"{path}:2"
+
+
+def test_a_sweep_takes_no_rows_with_attributes_of_their_own(braces, model_dir, rows):
+    outcome = braces("steer", "--model", model_dir, "--prompts", rows, "--attribute", "positive", "--sweep", "1")
+    assert outcome.code == 3
+    assert "a row has attributes of its own" in outcome.err + outcome.out
