@@ -42,7 +42,7 @@ TARGETS = {
         for place in ("layers 1", "layers 2", "how checkpointing", "how packed")
         for name in ("step_vs_lora", "step_vs_floor", "memory_vs_lora")
     },
-    "startup": {"help_vs_import": 3.0},
+    "startup": {"help_vs_import": 3.0, "check_vs_tokenizer": 1.5, "dry_run_vs_tokenizer": 1.5},
     "inspection": {
         "map_vs_gemm": 0.70,
         "map_vs_loop": None,

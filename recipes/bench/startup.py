@@ -1,4 +1,5 @@
-"""How long `braces ... --help` takes as a whole process, against a process that only imports typer and rich.
+"""How long `braces ... --help` takes as a whole process, against a process that only imports typer and rich; and
+`braces train --check` and `--dry-run`, which need no weights, against one that only loads the tokenizer.
 
 python recipes/bench/startup.py
 """
@@ -7,7 +8,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 from _bench import interleave, medians, parse, ratio, report, timed
 
@@ -15,6 +18,8 @@ REPEATS = 15
 COMMANDS = ("", "train", "eval", "attr-build", "steer", "inspect")
 BASE = "import typer, rich"
 TARGET = 3.0
+TOKENIZER = "import sys; from transformers import AutoTokenizer; AutoTokenizer.from_pretrained(sys.argv[1])"
+TOKENIZER_TARGET = 1.5
 
 
 def process(*argv: str) -> Callable[[], None]:
@@ -29,6 +34,21 @@ def process(*argv: str) -> Callable[[], None]:
     return work
 
 
+def without_weights(folder: Path) -> dict[str, Callable[[], None]]:
+    """What reads rows or plans a run of the embedded model, and loading its tokenizer alone."""
+    from braces_cli.core.models.bundled_model import embedded_folder
+
+    rows = folder / "rows.jsonl"
+    rows.write_text('{"text": "a day in the old town"}\n' * 16, encoding="utf-8")
+    model = str(embedded_folder())
+    train = ["-m", "braces_cli", "train", "--model", model, "--data", str(rows), "--format", "json"]
+    return {
+        "tokenizer": process("-c", TOKENIZER, model),
+        "check": process(*train, "--check"),
+        "dry run": process(*train, "--dry-run", "--output-dir", str(folder / "out")),
+    }
+
+
 def main() -> None:
     args = parse(__doc__, None, REPEATS)
     programs = {"import": process("-c", BASE)}
@@ -36,15 +56,23 @@ def main() -> None:
         programs[f"braces {command}".strip()] = process("-m", "braces_cli", *([command] if command else []), "--help")
     # The first round also writes the byte code.
     times = interleave({name: timed(work) for name, work in programs.items()}, args.repeats, args.seconds)
+    with tempfile.TemporaryDirectory(prefix="braces-bench-") as folder:
+        plans = without_weights(Path(folder))
+        planned = interleave({name: timed(work) for name, work in plans.items()}, args.repeats, args.seconds)
     seconds = medians(times)
     slowest = max((name for name in programs if name != "import"), key=seconds.__getitem__)
-    ratios = {"help_vs_import": ratio(times[slowest], times["import"], TARGET)}
+    ratios = {
+        "help_vs_import": ratio(times[slowest], times["import"], TARGET),
+        "check_vs_tokenizer": ratio(planned["check"], planned["tokenizer"], TOKENIZER_TARGET),
+        "dry_run_vs_tokenizer": ratio(planned["dry run"], planned["tokenizer"], TOKENIZER_TARGET),
+    }
     settings = {
         "base": BASE,
         "repeats": len(times["import"]),
         "quick": args.quick,
         "help_vs_import": f"the slowest command: {slowest} --help",
-        "seconds": seconds,
+        "tokenizer": TOKENIZER,
+        "seconds": seconds | medians(planned),
         "commands": {name: ratio(times[name], times["import"], TARGET) for name in programs if name != "import"},
     }
     report(settings, ratios)

@@ -88,6 +88,29 @@ def test_gradient_checkpointing_and_accumulation_change_nothing_but_memory(brace
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_debug_lists_what_was_done_before_the_first_step_and_each_is_done_once(
+    braces, model_dir, rows, tmp_path, monkeypatch
+):
+    """A table on stderr, once; rows, probes and the base's evaluation are not repeated."""
+    from braces_cli.training import train
+
+    calls = []
+    for name in ("read_examples", "open_session", "choose_layout", "digest"):
+        real = getattr(train, name)
+        monkeypatch.setattr(train, name, lambda *args, _real=real, _name=name: calls.append(_name) or _real(*args))
+    outcome = braces(
+        "train", "--model", model_dir, "--data", rows, "--eval-data", rows, "--max-steps", 2, "--rank", 4,
+        "--output-dir", tmp_path / "o", "--debug",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    assert calls == ["read_examples", "read_examples", "open_session", "digest", "choose_layout"]
+    assert outcome.err.count("before the first step:") == 1
+    table = outcome.err.partition("before the first step:")[2]
+    stages = ["tokenizer", "reading and tokenising", "weights", "probes of packing and logits", "evaluating the base"]
+    places = [table.index(f"  {stage} ") for stage in [*stages, "in all"]]
+    assert places == sorted(places)
+
+
 def test_layers_and_dry_run(braces, model_dir, tmp_path):
     """Counted without weights; nothing is written."""
     outcome = braces(
