@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import shutil
 
 # No test may reach for a hub; set before anything imports huggingface_hub.
@@ -13,6 +14,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # As the command line does where stderr is no terminal; tqdm reads it when it is imported.
 os.environ["TQDM_DISABLE"] = "1"
+# Of the property tests; set before the processes of pytest-xdist start, so that they have the same one.
+os.environ.setdefault("BRACES_FUZZ_SEED", str(random.SystemRandom().randrange(2**31)))
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +120,13 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     from braces_cli.core.models.loading import pick_device
 
     return pick_device(request.config.getoption("--device"))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print the seed of the property tests, where any has run."""
+    reports = [each for reports in terminalreporter.stats.values() for each in reports]
+    if any(getattr(each, "nodeid", "").startswith("tests/fuzz/") for each in reports):
+        terminalreporter.write_line(f"seed of tests/fuzz: BRACES_FUZZ_SEED={os.environ['BRACES_FUZZ_SEED']}")
 
 
 @pytest.fixture(scope="session")
