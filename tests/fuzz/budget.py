@@ -22,7 +22,7 @@ SECONDS = float(os.environ.get("BRACES_FUZZ_SECONDS", "1.5"))
 SEED = int(os.environ["BRACES_FUZZ_SEED"])  # set in tests/conftest.py, for all processes of pytest-xdist alike
 # CPU seconds of one example: only what never ends, or takes exponential time, takes as long.
 _STUCK = 20
-_ROUND = 25
+_ROUND = 10
 
 # Hypothesis keeps tables of characters there, and must not leave them in the checkout.
 set_hypothesis_home_dir(tempfile.mkdtemp(prefix="hypothesis-"))
@@ -60,6 +60,14 @@ def fuzz(*strategies: SearchStrategy[Any], examples: tuple[tuple[Any, ...], ...]
         return body
 
     return decorate
+
+
+def attempt(call: Callable[[], Any], *errors: type[BaseException]) -> tuple[Any, Any]:
+    """(what `call` returns, None), or (None, the error) where it raises one of `errors`."""
+    try:
+        return call(), None
+    except errors as error:
+        return None, error
 
 
 class _Watch:

@@ -10,26 +10,11 @@ from hypothesis import strategies as st
 
 HALF = "\ud800"
 # Values that are wrong almost everywhere: of other types, too large, no numbers.
-ODD = st.sampled_from(
-    [
-        None,
-        True,
-        False,
-        0,
-        -1,
-        1.5,
-        10**30,
-        -(2**63),
-        float("nan"),
-        float("inf"),
-        "",
-        "text",
-        "a\x00b",
-        "\x1b[31m",
-        HALF,
-    ]
-    + [[], {}, [[]], [None], {"": None}, "two\nlines", "\u202e", "x" * 300]
-)
+_ODD = (
+    None, True, False, 0, -1, 1.5, 10**30, -(2**63), float("nan"), float("inf"), "", "text", "a\x00b", "\x1b[31m", HALF,
+    [], {}, [[]], [None], {"": None}, "two\nlines", "\u202e", "x" * 300,
+)  # fmt: skip
+ODD = st.sampled_from(_ODD)
 WORDS = st.sampled_from(["text", "prompt", "completion", "instruction", "output", "messages", "label", "x", "é", ""])
 # A few characters of each sort: hypothesis needs seconds to make its tables of all of Unicode.
 _CHARACTERS = "".join(map(chr, range(128))) + "\x85\x9b\xa0é²ß٣\u0301\u200f\u2028\u202e\ufeff\uffff漢🐍"
@@ -50,9 +35,10 @@ TOKENS = st.lists(
 ).map("".join)  # fmt: skip
 JSON_TEXT = st.one_of(VALUES.map(json.dumps), VALUES.map(json.dumps), TOKENS, DEEP, PLAIN)
 _YAML = [
-    "a", "b: ", "- ", "\n", "  ", "&x ", "*x", "*y", "!!python/name:os.system ", "!t ", "!!set ", "!!binary ", "? ", ": ",
-    "[", "]", "{", "}", ",", "|", ">\n ", "'", '"', "---\n", "...\n", "<<: ", "0x1F", "1:30", "2020-13-45", ".nan", "~",
-    "\t", "#", "%YAML 9.9\n", "\x01", "é", "seed", "max_steps", "=", "!!int x", "9" * 5000, "!!float ", "@", "`",
+    "a", "b: ", "- ", "\n", "  ", "&x ", "*x", "*y", "!!python/name:os.system ", "!t ", "!!set ", "!!binary ", "? ",
+    ": ", "[", "]", "{", "}", ",", "|", ">\n ", "'", '"', "---\n", "...\n", "<<: ", "0x1F", "1:30", "2020-13-45",
+    ".nan", "~", "\t", "#", "%YAML 9.9\n", "\x01", "é", "seed", "max_steps", "=", "!!int x", "9" * 5000,
+    "!!float ", "@", "`",
 ]  # fmt: skip
 YAML_TEXT = st.one_of(
     st.lists(st.sampled_from(_YAML), max_size=20).map("".join),

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from braces_cli.core.utils.decoding import DEPTH, Malformed, decode, decode_yaml
-from tests.fuzz.budget import fuzz
+from tests.fuzz.budget import attempt, fuzz
 from tests.fuzz.inputs import JSON_TEXT, YAML_TEXT
 
 PLAIN = (dict, list, str, int, float, bool, type(None))
@@ -40,9 +40,8 @@ def check_plain(value: object) -> None:
     examples=(("[" * 100_000,), ('{"a":' * 100_000,), ("9" * 5000,), ('{"a": 1, "a": 2}',), ('"\\ud8"',)),
 )
 def test_json_is_a_value_or_malformed(text: str) -> None:
-    try:
-        value = decode(text)
-    except Malformed as error:
+    value, error = attempt(lambda: decode(text), Malformed)
+    if error:
         assert error.message
         assert "\n" not in error.message
         return
@@ -54,11 +53,7 @@ def test_json_is_a_value_or_malformed(text: str) -> None:
 @fuzz(JSON_TEXT, examples=(("NaN",), ("1e999",)))
 def test_json_of_other_programs_is_a_value_or_malformed(text: str) -> None:
     for flags in ({"constants": True}, {"foreign": True}):
-        try:
-            value = decode(text, **flags)
-        except Malformed:
-            continue
-        assert depth(value) <= DEPTH
+        assert depth(attempt(lambda flags=flags: decode(text, **flags), Malformed)[0]) <= DEPTH
 
 
 @fuzz(
@@ -70,11 +65,8 @@ def test_json_of_other_programs_is_a_value_or_malformed(text: str) -> None:
     ),
 )  # fmt: skip
 def test_yaml_is_a_value_or_malformed(text: str) -> None:
-    try:
-        value = decode_yaml(text)
-    except Malformed as error:
-        assert error.message
-        return
+    value, error = attempt(lambda: decode_yaml(text), Malformed)
+    assert error is None or error.message
     check_plain(value)
 
 

@@ -15,7 +15,7 @@ from braces_cli.core.utils.errors import BracesError, DataError
 from braces_cli.data.readers import Source, read_rows
 from braces_cli.data.row_formats import CHAT, FormatReader, parts
 from braces_cli.steering.prompts import read_prompts
-from tests.fuzz.budget import fuzz
+from tests.fuzz.budget import attempt, fuzz
 from tests.fuzz.inputs import HALF, JSON_TEXT, PLAIN, VALUES, WORDS, as_bytes
 
 LINES = st.lists(st.one_of(st.dictionaries(WORDS, VALUES, max_size=3).map(json.dumps), JSON_TEXT), max_size=4)
@@ -51,10 +51,9 @@ def stored(content: bytes, name: str) -> Iterator[Path]:
 def test_a_file_is_rows_or_a_data_error(file: tuple[str, bytes]) -> None:
     suffix, content = file
     with stored(content, f"rows{suffix}") as path:
-        try:
-            rows = list(read_rows(str(path)))
-        except DataError as error:
-            assert str(path) in str(error.where)
+        rows, error = attempt(lambda: list(read_rows(str(path))), DataError)
+        if error:
+            assert str(path) in error.where
             assert error.message
             assert error.hint
             return
@@ -67,16 +66,11 @@ def test_a_file_is_rows_or_a_data_error(file: tuple[str, bytes]) -> None:
 
 def read_fields(row: Source) -> None:
     """A row is of one format, whose values are text, or the error names the row."""
-    try:
-        kind, fields = FormatReader().read(row)
-        if kind is CHAT:
-            return
-        prompt, completion = parts(kind, fields, row.where)
-    except BracesError as error:
-        assert row.where in str(error.where)
-        return
-    assert isinstance(prompt, str)
-    assert isinstance(completion, str | None)
+    found, error = attempt(lambda: FormatReader().read(row), BracesError)
+    if found and found[0] is not CHAT:
+        texts, error = attempt(lambda: parts(*found, row.where), BracesError)
+        assert error or [isinstance(texts[0], str), isinstance(texts[1], str | None)] == [True, True]
+    assert error is None or row.where in error.where
 
 
 @fuzz(
@@ -86,11 +80,10 @@ def read_fields(row: Source) -> None:
 )
 def test_prompts_are_text_or_a_data_error(structured: bool, content: bytes) -> None:
     with stored(content, "prompts.jsonl" if structured else "prompts.txt") as path:
-        try:
-            prompts = list(read_prompts([], path, io.StringIO()))
-        except DataError as error:
-            assert error.where
-            return
+        prompts, error = attempt(lambda: list(read_prompts([], path, io.StringIO())), DataError)
+    if error:
+        assert str(path) in error.where
+        return
     assert prompts
     for prompt in prompts:
         assert prompt.strip()
