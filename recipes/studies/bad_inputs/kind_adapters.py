@@ -83,6 +83,9 @@ def adapters(c: Context) -> Case:
     config, tensors = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     way = c.pick(["value", "value", "value", "value", "random", "missing", "unknown", "file", "tensors", "edited",
                   "edited", "pickle", "folder", "hostile name"])  # fmt: skip
+    if "merge" in args and "--dry-run" not in args and way in ("random", "edited"):
+        # A merge that succeeds takes as long as a hundred other cases.
+        args, codes = [*args, "--dry-run"], (0, 4)
     value = json.loads(config.read_text())
     if way in ("value", "missing", "unknown", "random"):
         return _config(c, args, codes, config, value, way)
@@ -177,7 +180,6 @@ def _users(c: Context, folder: Any) -> tuple[list[Any], bool]:
         (["inspect", "find", *model, *use], True),
         (["eval", *model, *use, "--tasks", "sentiment", "--task-data", f"sentiment={c.good.prompts}",
           "--max-new-tokens", "2"], True),
-        (["merge", "--adapter", c.good.adapter, *use, "--output-dir", "out"], True),
     ])  # fmt: skip
 
 

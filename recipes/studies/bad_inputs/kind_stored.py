@@ -216,7 +216,7 @@ def stores(c: Context) -> Case:
     if c.rng.random() < 0.4:
         what, more = break_file(c, path)
         # A file that is not there was never written.
-        codes: Any = (0, 2, 3, 4) if what in ("a dangling link", "a FIFO", "a folder") else (2, 3, 4)
+        codes: Any = (0, 2, 3, 4) if what in ("a dangling link", "a symlink loop", "a FIFO", "a folder") else (2, 3, 4)
         return case(args, codes, f"{name} {what}", outputs=("evaluated",), **more)
     value, what = change_json(c, json.loads(path.read_text()), depth=4)
     path.write_text(json.dumps(value))
@@ -231,7 +231,8 @@ def _texts(c: Context) -> Case:
         *("--attribute", "positive", "--output", texts.name, "--resume"),
     ]
     path = c.pick([texts, settings])
-    outputs = (texts.name, settings.name)
+    # A link that leads nowhere is written through.
+    outputs = (texts.name, settings.name, "nowhere")
     if c.rng.random() < 0.5:
         what, more = break_file(c, path)
         empty = what in ("empty", "a dangling link", "a truncated file", "only white space", "a FIFO")
