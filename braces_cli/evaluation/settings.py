@@ -12,6 +12,7 @@ from braces_cli.core.attributes.attribute_options import AttributeNames, strengt
 from braces_cli.core.attributes.word_lists import built_in, check_name
 from braces_cli.core.models.generation_options import GenerationSettings
 from braces_cli.core.utils.errors import ConfigError
+from braces_cli.core.utils.numbers import whole_number
 from braces_cli.core.utils.settings import ATTRIBUTES, GENERATION, OUTPUT, SCORING, TASKS, option
 from braces_cli.scoring.registry import BUILT_IN
 
@@ -171,7 +172,7 @@ class EvalSettings(TextTaskSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         size = str(self.batch_size)
-        if size != "auto" and not (size.isdecimal() and int(size) >= 1):
+        if size != "auto" and not whole_number(size):
             raise ConfigError(f"`{size}` is no batch size", where="--batch-size", hint="Give 1 or more, or auto.")
         if self.limit is not None and self.limit < 1:
             hint = "Give 1 or more documents, or leave --limit out for all."

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from braces_cli.core.utils.errors import ConfigError, near_misses
+from braces_cli.core.utils.numbers import whole_number
 
 Form = tuple[int, ...]
 
@@ -74,9 +75,9 @@ class Vocabulary:
         Raises:
             ConfigError: a number beyond the vocabulary.
         """
-        if not text.startswith("id:") or not text[3:].isdigit():
+        token = whole_number(text.removeprefix("id:")) if text.startswith("id:") else None
+        if token is None:
             return None
-        token = int(text[3:])
         if token >= len(self.texts):
             raise ConfigError(f"no token {token}", where=where, hint=f"There is id:0 to id:{len(self.texts) - 1}.")
         return token

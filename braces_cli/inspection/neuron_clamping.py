@@ -26,7 +26,7 @@ from braces_cli.inspection.ffn_weights import plain_ffns
 from braces_cli.inspection.streaming_topk import TopK
 from braces_cli.inspection.vector_tokens import TokenTexts, check_indices
 
-_FORM = re.compile(r"(\d+):(\d+)=(p?)([^=]+)")
+_FORM = re.compile(r"([0-9]{1,18}):([0-9]{1,18})=(p?)([^=]+)")
 
 
 @dataclass(frozen=True)

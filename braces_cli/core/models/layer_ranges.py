@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from braces_cli.core.utils.errors import ConfigError
+from braces_cli.core.utils.numbers import whole_number
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,10 +20,10 @@ def parse_ranges(text: str, count: int, option: str) -> list[int]:
     chosen: set[int] = set()
     for part in (part.strip() for part in text.split(",")):
         first, dash, last = part.partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
+        low = whole_number(first)
+        high = low if not dash else whole_number(last) if last else count - 1
+        if low is None or high is None:
             raise ConfigError(f"`{part}` is neither a number nor a range", where=option, hint="Such as 8-20,24 or 1-.")
-        low = int(first)
-        high = (int(last) if last else count - 1) if dash else low
         if low > high or high >= count:
             raise ConfigError(f"`{part}` is out of range", where=option, hint=f"The range is 0 to {count - 1}.")
         chosen.update(range(low, high + 1))
