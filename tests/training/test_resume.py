@@ -228,6 +228,7 @@ def test_a_checkpoint_that_was_altered_is_not_trained_on(train, tmp_path):
     damages += [(name, lambda path: path.write_bytes(path.read_bytes()[:100])) for name in names]
     damages += [(name, lambda path: swap(path, before / path.name)) for name in [*names, "manifest.json"]]
     damages += [("rng.json", Path.unlink), ("run.json", pipe), ("manifest.json", lambda path: path.write_text("{}"))]
+    damages += [("manifest.json", pipe)]
     shutil.copytree(out, tmp_path / "copy")
     for name, damage in damages:
         if (last / name).read_bytes() == (before / name).read_bytes() and damage not in (flip, Path.unlink, pipe):

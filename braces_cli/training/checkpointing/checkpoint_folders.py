@@ -20,6 +20,7 @@ from typing import TypedDict
 from braces_cli.core.utils.atomic_files import file_hint, remove_partial_files, write_json
 from braces_cli.core.utils.documents import Count, Kind, Name, check_is_file, read
 from braces_cli.core.utils.errors import BracesError, ModelError
+from braces_cli.core.utils.paths import is_there
 
 logger = logging.getLogger("braces")
 
@@ -80,7 +81,7 @@ def newest_intact(folder: Path) -> Path | None:
         ModelError: a file differs from what was written, or is not there.
     """
     checkpoint = newest(folder)
-    if checkpoint is not None and (checkpoint / MANIFEST_FILE).is_file():
+    if checkpoint is not None and is_there(checkpoint / MANIFEST_FILE):
         _check_manifest(checkpoint)
     return checkpoint
 
@@ -90,7 +91,7 @@ def warn_unchecked(folder: Path) -> None:
     for path in incomplete_checkpoints(folder):
         logger.warning("%s is not a complete checkpoint; it is ignored", path)
     checkpoint = newest(folder)
-    if checkpoint is not None and not (checkpoint / MANIFEST_FILE).is_file():
+    if checkpoint is not None and not is_there(checkpoint / MANIFEST_FILE):
         logger.warning("%s has no manifest (an earlier braces wrote it); its files are not checked", checkpoint)
 
 
