@@ -301,7 +301,7 @@ def full_disk(folder: Path, case: Case, rounds: int, seed: str) -> dict[str, Any
 
 def prepare(folder: Path, model: str | None) -> dict[str, Path]:
     """Inputs of all commands: rows, texts, prompts, an adapter and an attribute."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     base = ("--model", model) if model else ()
     moods = {"good": "positive", "sad": "negative", "old": "neutral"}
     nouns = ("film", "town", "hotel", "end", "day")

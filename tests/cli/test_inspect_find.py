@@ -28,7 +28,7 @@ def test_help_stays_light(argv):
 def test_a_search_in_a_map_imports_no_torch(map_file):
     """That is what keeps it under a second."""
     code = f"from braces_cli.cli.app import main; main(['inspect', 'find', 'film', '--map', {str(map_file)!r}])"
-    assert imported_by(code) <= {"numpy"}
+    assert imported_by(code) <= {"msgspec", "numpy"}
 
 
 def test_a_map_and_the_model_agree(braces, model_dir, tmp_path):

@@ -61,7 +61,7 @@ def test_a_sampled_text_does_not_depend_on_its_batch(steer):
 
 def test_stderr_says_how_strong_the_push_is(steer):
     """And that nothing happens where nothing does."""
-    assert "36.0% of the residual stream" in steer("--attribute", "positive", "--s", 3).err
+    assert "30.0% of the residual stream" in steer("--attribute", "positive", "--s", 3).err
     assert "nothing is added" in steer("--attribute", "positive", "--s", 0).err
     assert steer("--attribute", "positive", "--s", 3, "--quiet").err == ""
 

@@ -65,8 +65,8 @@ def test_no_number_is_broken_at_80_columns(capsys: pytest.CaptureFixture[str], m
     """As printed."""
     real = console_module.console
 
-    def narrow(stderr: bool = False) -> object:
-        out = real(stderr)
+    def narrow() -> object:
+        out = real()
         out.width = 80
         return out
 

@@ -39,7 +39,7 @@ def test_training_lowers_the_loss_and_writes_an_adapter(braces, model_dir, rows,
     adapter = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert {p.name for p in out.iterdir()} == adapter | {"checkpoint-40", "loss.png", "metrics.jsonl", "run.json"}
     assert {p.name for p in (out / "checkpoint-40").iterdir()} == adapter | {
-        "optimizer.json", "optimizer.safetensors", "parameters.safetensors", "rng.json", "run.json",
+        "manifest.json", "optimizer.json", "optimizer.safetensors", "parameters.safetensors", "rng.json", "run.json",
     }  # fmt: skip
 
     from braces_cli.core.models.load_options import LoadOptions

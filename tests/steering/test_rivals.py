@@ -84,7 +84,7 @@ def test_the_pairs_of_descriptions_are_made_again(session, tmp_path):
     sides = ["a cheerful person"], ["a gloomy person"]
     made = attribute_from_descriptions(session, "cheerful", *sides, PairReading(reduction="mean"))
     save_attributes(tmp_path / "cheerful.safetensors", [made])
-    read = load_attributes(tmp_path / "cheerful.safetensors", session.base.fingerprint(session.ffns))["cheerful"]
+    read = load_attributes(tmp_path / "cheerful.safetensors", session)["cheerful"]
     assert contrast_pairs(read) == description_pairs(*sides)
 
 

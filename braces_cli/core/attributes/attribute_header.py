@@ -45,7 +45,7 @@ class AttributeHeader:
     details: dict[str, Details] = field(default_factory=dict)
 
 
-HEADER = Kind(AttributeHeader, ModelError, "Build it again: attr-build.", "an attribute file", closed=True)
+HEADER = Kind(AttributeHeader, ModelError, "Build it again: attr-build.", "file of attributes", closed=True)
 
 
 def read_header(path: Path) -> AttributeHeader:

@@ -27,7 +27,7 @@ from braces_cli.core.utils.tensor_header import read_tensor_header
 _LAYERS_SAMPLED = 3
 _PLACES = 4
 _BYTES = 4096
-_WEIGHTS = Kind(dict[str, Any], ModelError, "Check that the download is complete.", "a file of weights")
+_WEIGHTS = Kind(dict[str, Any], ModelError, "Check that the download is complete.", "file of weights")
 
 
 def fingerprint(model: nn.Module, ffns: Sequence[FFN | MixtureFFN], checkpoint: Path | None) -> Fingerprint:

@@ -131,6 +131,8 @@ def check(kind: Kind[T], value: Any, where: str, text: str = "") -> T:
     except msgspec.ValidationError as error:
         key, message = _explained(str(error), value)
         raise kind.error(message, where=_place(where, text, key), hint=kind.hint) from error
+    except UnicodeEncodeError as error:  # msgspec quotes the text in its message
+        raise kind.error("half a character (a lone surrogate)", where=where, hint=kind.hint) from error
     return result
 
 

@@ -52,7 +52,7 @@ def read_tensor_header(path: Path, kind: Kind[Any]) -> TensorHeader:
     except OSError as error:
         raise kind.error(f"cannot read: {error.strerror or error}", where=where, hint=kind.hint) from error
     if not size or len(data) < size:
-        what = "the file is empty" if not first else f"not {kind.what}: no header of safetensors"
+        what = "the file is empty" if not first else f"no {kind.what}: it has no header of safetensors"
         raise kind.error(what, where=where, hint=kind.hint)
     # The metadata of files that others wrote is theirs: no concern of ours until it is asked for.
     header = parse(Kind(dict[str, dict[str, Any]], kind.error, kind.hint, foreign=True), data, where)

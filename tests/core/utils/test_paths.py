@@ -35,6 +35,7 @@ def empty(path: Path) -> None:
     path.touch()
 
 
+REASONS = "cannot read|no such|this is a folder|the file is empty|there is nothing in it"
 UNREADABLE = {make.__name__: make for make in (loop, broken_link, folder, empty)}
 
 
@@ -65,9 +66,9 @@ def test_a_home_of_nobody_stays_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_an_attribute(session: Any, tmp_path: Path, make: Callable[[Path], None]) -> None:
     """The built-in list of its name does not take its place, neither in a folder nor in a listing."""
     make(tmp_path / "positive.safetensors")
-    with pytest.raises(ModelError, match="not an attribute file"):
+    with pytest.raises(ModelError, match=REASONS):
         find_attribute(session, "positive", tmp_path)
-    with pytest.raises(ModelError, match="not an attribute file"):
+    with pytest.raises(ModelError, match=REASONS):
         list_attributes(tmp_path, None)
 
 
@@ -78,9 +79,9 @@ def test_an_attribute_of_an_adapter(
     """Of its own file, or of the one that it was trained with."""
     make(adapter_dir / name)
     session = open_session(str(model_dir), str(adapter_dir), LoadOptions(device="cpu"))
-    with pytest.raises(ModelError, match="not an attribute file"):
+    with pytest.raises(ModelError, match=REASONS):
         find_attribute(session, "positive", None)
-    with pytest.raises(ModelError, match="not an attribute file"):
+    with pytest.raises(ModelError, match=REASONS):
         list_attributes(None, adapter_dir)
 
 
@@ -90,7 +91,7 @@ def test_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Calla
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **more: pytest.fail("the hub was asked"))
     (tmp_path / "owner").mkdir()
     make(tmp_path / "owner" / "name")
-    with pytest.raises(ModelError, match=r"no adapter here|no such adapter folder"):
+    with pytest.raises(ModelError, match=r"no adapter here|no such adapter folder|cannot read"):
         find_adapter("owner/name")
 
 
@@ -105,7 +106,7 @@ def test_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable
 def test_a_scorer(tmp_path: Path, make: Callable[[Path], None]) -> None:
     """A fitted scorer's config that cannot be read is no other kind of scorer."""
     make(tmp_path / "scorer_config.json")
-    with pytest.raises(ModelError, match="not a fitted scorer"):
+    with pytest.raises(ModelError, match=REASONS):
         scorer(str(tmp_path))
 
 

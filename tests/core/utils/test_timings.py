@@ -21,7 +21,7 @@ def test_stages_are_listed_in_order_with_what_none_accounts_for(caplog, monkeypa
     assert caplog.text == ""
     with caplog.at_level(logging.DEBUG, "braces"):
         timings.log("before")
-    lines = [line.split() for line in caplog.text.splitlines()[1:]]
+    lines = [line.split() for line in caplog.records[-1].getMessage().splitlines()[1:]]
     assert lines == [
         ["rows", "2.500", "s"], ["weights", "1.000", "s"], ["everything", "else", "6.500", "s"],
         ["in", "all", "10.000", "s"],
