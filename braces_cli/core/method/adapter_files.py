@@ -145,7 +145,7 @@ def read_config(folder: Path) -> AdapterConfig:
     if not os.path.isfile(path) and not is_there(path):
         hint = f"An adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}; `braces train` writes one."
         raise ModelError(
-            "no adapter here" if folder.is_dir() else "no such adapter folder", where=str(folder), hint=hint
+            "no adapter here" if os.path.isdir(folder) else "no such adapter folder", where=str(folder), hint=hint
         )
     raw = read(ANY_CONFIG, path)
     if raw.get("method") != "braces":

@@ -113,7 +113,9 @@ def adapters(c: Context) -> Case:
             ["nothing", "", "rows.jsonl", "no/such", "a" * 300, c.good.model, c.good.rows, c.good.attributes]
         )
         args = [wrong if word is name else word for word in args]
-        return case(args, (2, 4) if wrong == "" else _loose(codes, args), "no adapter", outputs=outputs)
+        # Beside an adapter, `inspect diff` takes a model for a wrong option.
+        option = wrong == "" or (wrong == c.good.model and "diff" in args)
+        return case(args, (2, 4) if option else _loose(codes, args), "no adapter", outputs=outputs)
     renamed = folder.rename(c.folder / c.pick([text for text in HOSTILE if 0 < len(text) < 200 and "/" not in text]))
     args = [renamed if word is name else word for word in args]
     config = renamed / "adapter_config.json"

@@ -143,3 +143,8 @@ def test_an_attributes_folder(tmp_path: Path) -> None:
     loop(tmp_path / "attributes")
     with pytest.raises(ConfigError, match="cannot read this folder"):
         list_attributes(tmp_path / "attributes", None)
+
+
+def test_an_adapter_of_a_name_that_is_too_long_is_no_adapter() -> None:
+    with pytest.raises(ModelError, match="no such adapter folder"):
+        find_adapter("a" * 300)
