@@ -120,7 +120,8 @@ def _body(place: str, words: list[str], writer: Any, limit: int | None) -> None:
     os.setsid()
     os.chdir(place)
     os.dup2(writer.fileno(), 2)
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
+    # For as long as the process lives. The old stream takes its descriptor for what that was before.
+    sys.stdout, sys.stderr = open(os.devnull, "w"), open(2, "w", closefd=False)  # noqa: SIM115
     sys.argv = ["braces", *words]
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -240,6 +241,13 @@ def _clean(place: Path, wrong: Sequence[str]) -> None:
         shutil.rmtree(place)
 
 
+def holds_lock(place: Path) -> bool:
+    """Whether a call holds a lock below `place`, and has written its name into it."""
+    with suppress(FileNotFoundError):  # released meanwhile
+        return any(lock.stat().st_size for lock in place.rglob(".*.lock"))
+    return False
+
+
 def two_writers(folder: Path, case: Case, rounds: int, seed: str) -> dict[str, Any]:
     """Two calls at once: the files are those of one of them, and the other says so.
 
@@ -257,7 +265,7 @@ def two_writers(folder: Path, case: Case, rounds: int, seed: str) -> dict[str, A
         place.mkdir()
         order = moments.sample((0, 1), 2)
         first = Call(place, words[order[0]])
-        stopped = number % 2 == 0 and first.stop(lambda place=place: any(place.rglob(".*.lock")))
+        stopped = number % 2 == 0 and first.stop(lambda place=place: holds_lock(place))
         second = Call(place, words[order[1]])
         ended = [second.end()] if stopped else []
         if stopped:

@@ -268,7 +268,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             )
             if points:
                 x = [p["parameters"] for p in points]
-                bars = [[p["mean"] - p["low"] for p in points], [p["high"] - p["mean"] for p in points]]
+                # The mean of equal numbers may lie a rounding beside them.
+                bars = [
+                    [max(p["mean"] - p["low"], 0.0) for p in points],
+                    [max(p["high"] - p["mean"], 0.0) for p in points],
+                ]
                 axes.errorbar(
                     x, [p["mean"] for p in points], yerr=bars, marker="o", capsize=3, color=colour, label=family
                 )

@@ -187,7 +187,7 @@ def test_another_base_is_refused_by_name(build, braces, model_dir, tmp_path):
         (["--examples", "empty.txt"], 3, "no text but blanks"),
         (["--pooling", "min"], 2, "no pooling `min`"),
         (["--list", "--attributes", "nowhere"], 2, "no such folder"),
-        (["--list", "--attributes", "broken"], 4, "not an attribute file"),
+        (["--list", "--attributes", "broken"], 4, "no file of attributes"),
         ([], 2, "no words for `purple`"),
     ],
 )
