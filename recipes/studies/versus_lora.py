@@ -45,6 +45,8 @@ FORM_RATES = {
     "untied": [(0.16, 0.1), (0.32, 0.1), (0.64, 0.1), (0.32, 0.3)],
     "whitened": [(0.32, 0.1), (0.64, 0.1), (1.28, 0.1), (0.64, 0.3)],
 }
+# Signs and names of the two ends of a spread.
+_ENDS = ((1, "low"), (-1, "high"))
 LORA_RATES = [1e-3, 3e-3, 1e-2, 2e-2]
 # In the order in which they are run: what answers the first question comes first.
 SYSTEMS: dict[str, dict[str, Any]] = {
@@ -244,7 +246,9 @@ def report(done: list[dict[str, Any]], plot: Path | None) -> None:
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """One panel a task: score over trained parameters, one line a family of systems."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
+    rows = [row for row in rows if row["seeds"] > 1]  # others are not finished
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     columns = min(3, len(tasks))
     height = -(-len(tasks) // columns)
@@ -269,14 +273,14 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             if points:
                 x = [p["parameters"] for p in points]
                 # The mean of equal numbers may lie a rounding beside them.
-                bars = [
-                    [max(p["mean"] - p["low"], 0.0) for p in points],
-                    [max(p["high"] - p["mean"], 0.0) for p in points],
-                ]
+                bars = [[max(sign * (p["mean"] - p[end]), 0.0) for p in points] for sign, end in _ENDS]
                 axes.errorbar(
                     x, [p["mean"] for p in points], yerr=bars, marker="o", capsize=3, color=colour, label=family
                 )
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_title(task)
         axes.set_xlabel("trained parameters")
         axes.set_ylabel("held-out loss (less is better)" if of_task[0]["less_is_better"] else "answered rightly")
