@@ -11,6 +11,7 @@ from braces_cli.core.attributes.listing import TRAINED_FILE
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.loading import tokenizer_hashes
 from braces_cli.core.session import Session
+from braces_cli.core.utils.errors import ModelError
 from braces_cli.core.utils.paths import is_there
 from braces_cli.core.utils.versions import versions
 from braces_cli.evaluation.adapter_switching import EvalAdapter
@@ -57,7 +58,8 @@ def _steering(adapters: Sequence[EvalAdapter], settings: EvalSettings) -> dict[s
     names = [TRAINED_FILE, *(f"{name}.safetensors" for name in settings.attribute)]
     folders = [settings.attributes, *(each.folder for each in adapters if each.stored is not None)]
     files = [folder / name for folder in folders if folder is not None for name in names]
-    return {"steering": settings.points, "attribute_files": [file_hash(file) for file in files if is_there(file)]}
+    hashes = [file_hash(file, ModelError) for file in files if is_there(file)]
+    return {"steering": settings.points, "attribute_files": hashes}
 
 
 def _generation(settings: EvalSettings, selection: Selection) -> dict[str, Any]:

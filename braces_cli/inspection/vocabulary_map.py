@@ -7,6 +7,7 @@ the schema's metadata: model, fingerprint, side, k, and the texts of all tokens.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -160,7 +161,7 @@ def open_map(path: Path) -> Map:
         ConfigError: no such file.
         DataError: not a map.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # pathlib's would raise where the folder is closed
         raise ConfigError("no such map", where=str(path), hint="`braces inspect values --output FILE` writes one.")
     import pyarrow.parquet as pq
 

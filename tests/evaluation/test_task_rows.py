@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from braces_cli.core.utils.errors import ConfigError, DataError
+from braces_cli.core.utils.errors import ConfigError, DataError, ModelError
 from braces_cli.evaluation import task_catalog
 from braces_cli.evaluation.evaluate import check_settings
 from braces_cli.evaluation.settings import EvalSettings
+from braces_cli.evaluation.task_data_files import file_hash
 from braces_cli.evaluation.task_rows import read_task_rows, read_texts
 
 POPQA = {"question": "What is it?", "possible_answers": '["x"]'}
@@ -209,3 +210,11 @@ def test_every_task_file_is_package_data():
     }
     assert len(tasks) >= 11
     assert tasks <= packed
+
+
+@pytest.mark.parametrize("kind", [DataError, ModelError])
+def test_a_file_that_cannot_be_hashed_is_an_error_of_its_kind(kind, tmp_path):
+    path = tmp_path / "loop"
+    path.symlink_to("loop")
+    with pytest.raises(kind, match="cannot read"):
+        file_hash(path, kind)

@@ -83,6 +83,8 @@ def adapters(c: Context) -> Case:
     config, tensors = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     way = c.pick(["value", "value", "value", "value", "random", "missing", "unknown", "file", "tensors", "edited",
                   "edited", "pickle", "folder", "hostile name"])  # fmt: skip
+    if source == c.good.conditioned and args[0] == "train":
+        codes = (0, 2, 4)  # it is trained further with attributes only
     if "merge" in args and "--dry-run" not in args and way in ("random", "edited"):
         # A merge that succeeds takes as long as a hundred other cases.
         args, codes = [*args, "--dry-run"], (0, 4)

@@ -73,6 +73,8 @@ def rows(c: Context) -> Case:
         codes = (0, 3)
     if reader == "steer --prompts" and suffix not in (".jsonl", ".json"):
         codes = (0, 3)
+    if reader in ("steer --prompts", "attr-build --examples") and what == "no permission":
+        codes = (2, 3)  # refused with the words of the call, before anything is read
     if reader.startswith("steer --prompts") and suffix == ".json":
         codes = (0, 3)
     fmt = c.pick([[], [], ["--format", "json"]])

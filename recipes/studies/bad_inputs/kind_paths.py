@@ -157,7 +157,8 @@ def files(c: Context) -> Case:
         codes = (codes,) if isinstance(codes, int) else codes
         if way == "empty":
             codes = {0, 2, *codes} if "--adapter" in args or "--scorer" in args else {2, *codes}
-        if way in ("odd", "user", "missing"):
+        # Bytes that are no text, and some files without permission, are refused with the call's other words.
+        if way in ("odd", "user", "missing", "bytes", "no permission"):
             codes = {2, *codes}
         if name == "/dev/null" or way in ("empty folder", "newline"):
             codes = {0, 2, *codes}

@@ -236,6 +236,8 @@ def _texts(c: Context) -> Case:
     if c.rng.random() < 0.5:
         what, more = break_file(c, path)
         empty = what in ("empty", "a dangling link", "a truncated file", "only white space", "a FIFO")
+        # A last line without its end is one that was cut off.
+        empty = empty or (path == texts and b"\n" not in (path.read_bytes() if path.is_file() else b""))
         codes: Any = (0, 2, 3, 4) if empty else (2, 3, 4)
         return case(args, codes, f"{path.name} {what}", outputs=outputs, **more)
     if path == settings:
