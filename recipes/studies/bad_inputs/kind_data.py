@@ -250,7 +250,7 @@ _TEXTS: dict[str, tuple[Any, str]] = {
     "surrogate": (2, 'model: "a\\uD800b"\n'),
     "control": (2, "model: a\x01b\n"),
     "date": (2, "max_steps: 2020-01-01\n"),
-    "date of no month": (2, "model: 2020-13-45\n"),
+    "date of no month": ((0, 2, 4), "model: 2020-13-45\n"),
     "binary": (2, "model: !!binary aGVsbG8=\n"),
     "bad binary": (2, "model: !!binary ====\n"),
     "set": (2, "data: !!set {a, b}\n"),
