@@ -258,9 +258,9 @@ _TEXTS: dict[str, tuple[Any, str]] = {
     "huge number": (2, f"seed: {'9' * 5000}\n"),
     "sexagesimal": (2, "max_steps: 1:30:00x\n"),
     "config in config": (2, "config: other.yaml\n"),
-    "null document": (0, "null\n"),
-    "empty": (0, ""),
-    "comment": (0, "# nothing\n"),
+    "null document": ((0, 2), "null\n"),
+    "empty": ((0, 2), ""),
+    "comment": ((0, 2), "# nothing\n"),
 }  # fmt: skip
 
 
