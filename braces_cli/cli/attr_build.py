@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,7 +125,7 @@ def _list(settings: AttributeBuildSettings) -> None:
 
 
 def _folder(adapter: str) -> Path:
-    if (user_path(adapter) / "adapter_config.json").is_file():
+    if os.path.isfile(user_path(adapter) / "adapter_config.json"):
         return user_path(adapter)
     # A hub id, or a mistake: only these need what imports torch.
     from braces_cli.core.method.adapter_files import find_adapter

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from braces_cli.inspection.logit_lens import LogitLens
 
 def is_adapter(name: str) -> bool:
     """Whether `name` is the folder of an adapter; a hub id counts as a model."""
-    return (user_path(name) / CONFIG_FILE).is_file()
+    return os.path.isfile(user_path(name) / CONFIG_FILE)  # pathlib's would raise where the name is too long
 
 
 def diff(a: str, b: str, options: LoadOptions, *, adapters: bool = False, report: Report = silent) -> dict[str, Any]:

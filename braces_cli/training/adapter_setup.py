@@ -12,7 +12,7 @@ from braces_cli.core.models.ffn import FFN
 from braces_cli.core.models.layer_ranges import chosen_layers
 from braces_cli.core.models.moe import MixtureFFN
 from braces_cli.core.session import Session
-from braces_cli.core.utils.errors import ConfigError
+from braces_cli.core.utils.errors import ConfigError, ModelError
 from braces_cli.data.examples import Examples
 from braces_cli.data.streaming_examples import Stream
 from braces_cli.training.peft_baselines import PeftAdapter
@@ -88,8 +88,25 @@ def adapter_to_train(
         return adapter
     if settings.method != "braces":
         return PeftAdapter(model, settings)
-    layers = chosen_layers(model, settings.layers)
+    layers = adapted_layers(model, settings)
     return attach(model, settings.rank, layers, settings.seed, settings.relevance)
+
+
+def adapted_layers(model: Any, settings: TrainSettings) -> list[int] | None:
+    """The decoder layers of `--layers`, or of the adapter that is continued; None: all.
+
+    Raises:
+        ConfigError: `--layers` are not those of the model.
+        ModelError: the adapter's are not.
+    """
+    try:
+        return chosen_layers(model, settings.layers)
+    except ConfigError as error:
+        adapter = settings.adapter if isinstance(settings, RunSettings) else None
+        if adapter is None:
+            raise
+        what = f"its layers are not those of the base: {error.message}"
+        raise ModelError(what, where=adapter, hint="Was it trained on this base?") from error
 
 
 def first_batch(examples: Examples | Stream, settings: TrainSettings) -> Any:

@@ -19,7 +19,6 @@ from braces_cli.core.method.adapter_files import AdapterConfig, StoredAdapter, w
 from braces_cli.core.method.condition_mlp import condition_shapes
 from braces_cli.core.models.ffn import find_ffns, parameter_total
 from braces_cli.core.models.hub_upload import check_push
-from braces_cli.core.models.layer_ranges import chosen_layers
 from braces_cli.core.models.loading import input_device, load_shape, load_tokenizer, tokenizer_hashes
 from braces_cli.core.models.tokenization import context_length
 from braces_cli.core.session import Session, base_name, open_session
@@ -33,7 +32,7 @@ from braces_cli.core.utils.versions import versions
 from braces_cli.data.examples import Examples, Fields, Reading, log_counts, read_examples
 from braces_cli.data.streaming_examples import Stream
 from braces_cli.scoring.likelihood import Likelihood
-from braces_cli.training.adapter_setup import adapter_to_train, for_base, shares, starting_point
+from braces_cli.training.adapter_setup import adapted_layers, adapter_to_train, for_base, shares, starting_point
 from braces_cli.training.attribute_conditioning import Conditioner, gather_attributes
 from braces_cli.training.checkpointing.run_record import (
     BaseLikelihood,
@@ -142,7 +141,7 @@ def count_parameters(model: Any, settings: TrainSettings) -> dict[str, Any]:
         trainable = baseline_parameters(model, settings)
         share = 100 * trainable / total
         return dict(zip(_COUNTS, (trainable, 0, total, share), strict=True))
-    layers = chosen_layers(model, settings.layers)
+    layers = adapted_layers(model, settings)
     adapter = attach(model, settings.rank, layers, form=settings.relevance)
     trainable = adapter.parameter_count()
     width = adapter.sites[0][0].hidden_size

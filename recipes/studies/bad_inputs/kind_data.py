@@ -250,7 +250,7 @@ _TEXTS: dict[str, tuple[Any, str]] = {
     "surrogate": (2, 'model: "a\\uD800b"\n'),
     "control": (2, "model: a\x01b\n"),
     "date": (2, "max_steps: 2020-01-01\n"),
-    "date of no month": (2, "model: 2020-13-45\n"),
+    "date of no month": ((0, 2, 4), "model: 2020-13-45\n"),
     "binary": (2, "model: !!binary aGVsbG8=\n"),
     "bad binary": (2, "model: !!binary ====\n"),
     "set": (2, "data: !!set {a, b}\n"),
@@ -258,9 +258,9 @@ _TEXTS: dict[str, tuple[Any, str]] = {
     "huge number": (2, f"seed: {'9' * 5000}\n"),
     "sexagesimal": (2, "max_steps: 1:30:00x\n"),
     "config in config": (2, "config: other.yaml\n"),
-    "null document": (0, "null\n"),
-    "empty": (0, ""),
-    "comment": (0, "# nothing\n"),
+    "null document": ((0, 2), "null\n"),
+    "empty": ((0, 2), ""),
+    "comment": ((0, 2), "# nothing\n"),
 }  # fmt: skip
 
 
