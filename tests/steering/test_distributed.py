@@ -130,6 +130,7 @@ def test_two_processes_sweep_as_one(braces, model_dir, prompts, tmp_path):
     [((), "cannot share one pipe"), (("--prompts", "-"), "cannot share one pipe"), (("--interactive",), "one process")],
 )
 def test_what_cannot_be_shared_is_refused(braces, monkeypatch, model_dir, args, message):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
+        monkeypatch.setenv(name, value)
     outcome = braces(*steer(model_dir, *args), stdin="the film\n")
     assert (outcome.code, message in outcome.err) == (2, True), outcome.err
