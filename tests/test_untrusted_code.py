@@ -233,6 +233,7 @@ def test_nothing_is_fetched_for_what_is_here(
     assert connections == []
 
 
+@pytest.mark.slow
 def test_what_is_named_is_asked_for(braces: Any, connections: list[Any]) -> None:
     """Or the test above would prove nothing: a hub id leads to the hub."""
     assert braces("steer", "--model", "owner/name", "--prompt", "a").code == 4

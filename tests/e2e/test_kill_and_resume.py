@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
+import pytest
+
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
+@pytest.mark.slow
 def test_killed_commands_write_the_same_files(tmp_path, monkeypatch):
     """One round of each; the recipe itself does twenty of all commands."""
     monkeypatch.syspath_prepend(str(RECIPES))
