@@ -79,7 +79,7 @@ def train(settings: RunSettings, report: Report = silent, command: Sequence[str]
             where = "--" + name.replace("_", "-")
             raise ConfigError("missing option", where=where, hint="See `braces train --help`.")
     assert settings.output_dir is not None
-    check_launch(settings.device)
+    check_launch(settings.resume, settings.device)
     with output_lock(settings.output_dir):
         return _train(settings, settings.output_dir, report, command)
 
@@ -287,7 +287,8 @@ def _fit(
         run.timings.log("before the first step")
         trainer.run(checkpoint)
     if trainer.stopped_by:
-        logger.info("stopped after step %d; continue with --resume", trainer.step)
+        kept = "nothing is kept under DeepSpeed" if trainer.is_deepspeed else "continue with --resume"
+        logger.info("stopped after step %d; %s", trainer.step, kept)
         act(trainer.stopped_by)
     memory, progress = _peak_memory(), trainer.progress()
     if not all_finite(adapter.model):
