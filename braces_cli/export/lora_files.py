@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from braces_cli.core.attributes.attribute import default_layers
 from braces_cli.core.attributes.intervention import constants
+from braces_cli.core.attributes.push_sizes import default_layers
 from braces_cli.core.models.fingerprint import differences
 from braces_cli.core.models.layer_ranges import parse_ranges
 from braces_cli.core.utils.atomic_files import check_output_file, write_json, write_text

@@ -18,9 +18,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from braces_cli.core.attributes.attribute import PUSH, Attribute
+from braces_cli.core.attributes.attribute import Attribute
 from braces_cli.core.attributes.contrast import Pair, Passage, pair_states, reduce_pairs
 from braces_cli.core.attributes.descriptions import description_pairs
+from braces_cli.core.attributes.push_sizes import PUSH
 from braces_cli.core.attributes.word_lists import OPPOSITES, REFERENCE, built_in
 from braces_cli.core.models.ffn import layer_stack
 from braces_cli.core.models.module_structure import layer_output, with_layer_output

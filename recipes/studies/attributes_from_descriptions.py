@@ -38,11 +38,12 @@ from typing import Any
 import torch
 from _runs import Runs
 
-from braces_cli.core.attributes.attribute import Attribute, build_attribute, default_layers, opposite, push_scale
+from braces_cli.core.attributes.attribute import Attribute, build_attribute, opposite
 from braces_cli.core.attributes.contrast import pair_states, reduce_pairs
 from braces_cli.core.attributes.descriptions import description_pairs
 from braces_cli.core.attributes.intervention import steered
 from braces_cli.core.attributes.pair_attributes import PairReading, attribute_from_descriptions
+from braces_cli.core.attributes.push_sizes import default_layers, push_scale
 from braces_cli.core.models.generation import Sampling
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.session import Session, open_session

@@ -63,7 +63,8 @@ def test_relevance_of_an_attribute_is_the_formula_of_the_paper(session, adapter_
 
 def test_without_an_adapter_relevance_sums_to_what_steering_adds(session):
     """sum_j r_cj v_j is the vector that steering from a word list adds."""
-    from braces_cli.core.attributes.attribute import PUSH, find_attribute
+    from braces_cli.core.attributes.attribute import find_attribute
+    from braces_cli.core.attributes.push_sizes import PUSH
 
     attribute = find_attribute(session, "positive", None)
     for row, ffn in enumerate(session.ffns):

@@ -27,11 +27,8 @@ from braces_cli.core.attributes.contrast import Passage
 from braces_cli.core.attributes.listing import TRAINED_FILE, check_attributes
 from braces_cli.core.attributes.odds import Item, cheapest_directions, default_reduction
 from braces_cli.core.attributes.odds_items import text_items, word_items
-from braces_cli.core.attributes.pooling import pool_texts, pool_words
-from braces_cli.core.attributes.pooling import residual_norms as residual_norms
-from braces_cli.core.attributes.push_sizes import PUSH as PUSH
-from braces_cli.core.attributes.push_sizes import default_layers as default_layers
-from braces_cli.core.attributes.push_sizes import push_scale as push_scale
+from braces_cli.core.attributes.pooling import pool_texts, pool_words, residual_norms
+from braces_cli.core.attributes.push_sizes import default_layers, push_scale
 from braces_cli.core.attributes.word_lists import (
     GRADIENT,
     OPPOSITES,

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from braces_cli.core.attributes.attribute import Attribute
+from braces_cli.core.attributes.contrast import area
 from braces_cli.core.attributes.pooling import Row, Watch, pooled_batches
 from braces_cli.core.models.tokenization import context_length, encode
 from braces_cli.core.session import Session
@@ -85,12 +86,6 @@ def projections(session: Session, attribute: Attribute, texts: Sequence[str], re
 def _watch(watch: Watch, direction: Tensor, callback: Callable[[Tensor], None]) -> Any:
     """Watch the projections (..., 1) of what is watched."""
     return watch(lambda h: callback(h.detach().float() @ direction.to(h.device).unsqueeze(1)))
-
-
-def area(positive: Tensor, negative: Tensor) -> float:
-    """AUROC of scores (n,) against (m,); ties count one half."""
-    higher = (positive[:, None] > negative).float().mean() + (positive[:, None] == negative).float().mean() / 2
-    return float(higher)
 
 
 def area_error(value: float, positives: int, negatives: int) -> float:

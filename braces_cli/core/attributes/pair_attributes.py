@@ -6,19 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from braces_cli.core.attributes.attribute import (
-    Attribute,
-    check_numbers,
-    default_layers,
-    push_scale,
-    pushed_by_gradient,
-    pushed_in,
-    residual_norms,
-)
+from braces_cli.core.attributes.attribute import Attribute, check_numbers, pushed_by_gradient, pushed_in
 from braces_cli.core.attributes.contrast import Pair, Passage, pair_states, reduce_pairs, separation
 from braces_cli.core.attributes.descriptions import CHAT_WITHOUT_DESCRIPTION, description_pairs
 from braces_cli.core.attributes.odds import Item, default_reduction
 from braces_cli.core.attributes.odds_items import description_items, text_items
+from braces_cli.core.attributes.pooling import residual_norms
+from braces_cli.core.attributes.push_sizes import default_layers, push_scale
 from braces_cli.core.attributes.word_lists import GRADIENT
 from braces_cli.core.models.chat_turns import has_template
 from braces_cli.core.models.finite_weights import OVERFLOW_HINT

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from braces_cli.core.attributes.attribute import build_attribute
-from braces_cli.core.attributes.detection import area, area_error, detection, projections
+from braces_cli.core.attributes.contrast import area
+from braces_cli.core.attributes.detection import area_error, detection, projections
 from braces_cli.core.utils.errors import DataError
 
 TEXTS = ["the film is good", "a happy day", "the end of the old town", "is sad", "good and happy", "in the town"]

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from braces_cli.core.attributes.attribute import (
-    PUSH,
     built_in_attribute,
     find_attribute,
     load_attributes,
@@ -24,6 +23,7 @@ from braces_cli.core.attributes.pair_attributes import (
     attribute_from_pairs,
     best_layers,
 )
+from braces_cli.core.attributes.push_sizes import PUSH
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.session import open_session
 from braces_cli.core.utils.errors import ConfigError, DataError
