@@ -23,6 +23,8 @@ from braces_cli.core.method.relevance_forms import FORMS
 from braces_cli.training.defaults import DEFAULT_FORM
 
 LEAST_REPEATS = 7
+# Of what takes a minute or more: what disturbs a step by a tenth does not disturb thousands of them.
+LEAST_OF_MINUTES = 3
 # After so long a set of measurements stops at the least number of repeats: a busy machine gets fewer, not hours.
 SECONDS = 120.0
 
@@ -124,9 +126,17 @@ def timed(work: Callable[[], object], wait: Callable[[], None] = lambda: None) -
 
 
 def interleave(
-    measurements: Mapping[str, Callable[[], float]], repeats: int, seconds: float = SECONDS, warmup: int = 2
+    measurements: Mapping[str, Callable[[], float]],
+    repeats: int,
+    seconds: float = SECONDS,
+    warmup: int = 2,
+    least: int = LEAST_REPEATS,
 ) -> dict[str, list[float]]:
-    """Figures of each measurement, one a repeat, all of them in each repeat, each time starting with another one."""
+    """Figures of each measurement, one a repeat, all of them in each repeat, each time starting with another one.
+
+    Args:
+        seconds: no further repeat after so long, once `least` are done.
+    """
     names = list(measurements)
     start = time.perf_counter()
     figures: dict[str, list[float]] = {name: [] for name in names}
@@ -139,7 +149,7 @@ def interleave(
             if repeat >= 0:
                 figures[name].append(figure)
         _progress(f"repeat {repeat + 1} of {repeats}" if repeat >= 0 else "warm-up")
-        if repeat + 1 >= LEAST_REPEATS and time.perf_counter() - start > seconds:
+        if repeat + 1 >= least and time.perf_counter() - start > seconds:
             break
     return figures
 

@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from _bench import LEAST_REPEATS, SECONDS, interleave, medians, ratio, report
+from _bench import LEAST_OF_MINUTES, LEAST_REPEATS, SECONDS, interleave, medians, ratio, report
 from evaluation import DOCUMENTS, QUICK, check_equal, write_definitions, write_model, write_rows
 
 RANK, BATCH = 16, 16
@@ -71,7 +71,8 @@ class Programs:
     def measure(self, commands: Mapping[str, Sequence[object]], args: argparse.Namespace) -> dict[str, list[float]]:
         """Seconds of each command; the peaks of the same repeats are left in `peaks`."""
         work = {name: self.measurement(name, argv) for name, argv in commands.items()}
-        times = interleave(work, args.repeats, args.seconds, warmup=0 if args.quick else 1)
+        # No warm-up: it would cost as much as a repeat, and the median leaves out a first one that is slower.
+        times = interleave(work, args.repeats, args.seconds, warmup=0, least=LEAST_OF_MINUTES)
         for name in commands:
             self.peaks[name] = self.peaks[name][-len(times[name]) :]
         return times
@@ -201,12 +202,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, help="threads of each process (default: all cores)")
     parser.add_argument("--repeats", type=int, help=f"measurements of each program (default {LEAST_REPEATS})")
-    parser.add_argument("--seconds", type=float, default=2 * SECONDS, help="of a case; once 7 repeats are done")
+    parser.add_argument(
+        "--seconds", type=float, default=2 * SECONDS, help=f"of a case; once {LEAST_OF_MINUTES} repeats are done"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny, twice: shows that it runs, measures nothing")
     args = parser.parse_args()
     args.repeats = args.repeats or (2 if args.quick else LEAST_REPEATS)
-    if args.repeats < LEAST_REPEATS and not args.quick:
-        parser.error(f"--repeats: fewer than {LEAST_REPEATS} say nothing about spread")
+    if args.repeats < LEAST_OF_MINUTES and not args.quick:
+        parser.error(f"--repeats: fewer than {LEAST_OF_MINUTES} say nothing about spread")
     args.steps = args.steps or (2 if args.quick else 300)
     return args
 
