@@ -43,16 +43,17 @@ def check_variables() -> None:
     """See that what the launcher says of this process can be true.
 
     Raises:
-        ConfigError: RANK, WORLD_SIZE or LOCAL_RANK is no number, or the first two do not fit each other; or
-            MASTER_PORT, where there are several processes.
+        ConfigError: RANK, WORLD_SIZE or LOCAL_RANK is no number, or the first two do not fit each other; or, where
+            there are several processes, RANK, MASTER_ADDR or MASTER_PORT is not set.
     """
     number, size = rank(), world_size()
     if size < 1 or number >= size:
         what = f"there is no process {number} where WORLD_SIZE is {size} (they count from 0)"
         raise ConfigError(what, where="RANK", hint=_LAUNCH)
     if size > 1:
-        for name in ("MASTER_ADDR", "MASTER_PORT"):
-            if not os.environ.get(name):
+        # Without a number of its own each process would be the first, and wait for the others.
+        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if not os.environ.get(name, "").strip():
                 raise ConfigError("is not set, and processes could not meet", where=name, hint=_LAUNCH)
         _variable("MASTER_PORT", 0)
     if _variable("LOCAL_RANK", 0) and size == 1:
