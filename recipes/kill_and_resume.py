@@ -2,16 +2,16 @@
 
 Three things happen to each command, in folders of their own, by moments that `--seed` draws:
 
-    kills          SIGKILL, once or several times, then a call to the end. Half of the moments are anywhere in the time
-                   that a call takes, half are a few milliseconds after something changed in the output.
+    kills          SIGKILL, once or several times, until a call comes to the end. Half of the moments are anywhere in
+                   the time that a call takes, half are a few milliseconds after something changed in the output.
     two writers    Two calls at once, with different seeds where the command has one: the files must be those of one,
                    and the other must exit with 2 and say who writes there.
     full disk      A limit on the size of files (RLIMIT_FSIZE): exit 1, one error that is not our fault, no hidden file;
                    then a call without the limit.
 
 Every time the files must be those of a call that was left alone in a fresh process: the same names, none hidden, and
-the same bytes but for times, speed and memory (VOLATILE). Prints a table on stderr and one JSON document on stdout; the
-exit code is 1 where anything differs.
+the same bytes but for times, speed and memory (VOLATILE); and nothing may be left in the temporary folder. Prints a
+table on stderr and one JSON document on stdout; the exit code is 1 where anything differs.
 
     python recipes/kill_and_resume.py [--rounds 20] [--seed 0] [--commands train,steer] [--model FOLDER] [--short]
 """
@@ -23,7 +23,6 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -37,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from _killed_commands import Case, cases
+from _killed_process import body, temporary_folder
 
 # Numbers that no two calls share, wherever they stand in JSON; and the hash of a file that holds some.
 VOLATILE = {"seconds", "tokens_per_second", "peak_memory", "resumed_from", "run.json"}
@@ -47,8 +47,10 @@ SHORT = ("train", "steer", "attr-build")
 # Processes fork from one that has imported everything, so that a start costs nothing.
 _PRELOAD = [
     "braces_cli.cli.train", "braces_cli.training.trainer", "braces_cli.training.train", "braces_cli.cli.steer_texts",
-    "braces_cli.evaluation.evaluate", "braces_cli.export.merge", "braces_cli.inspection.report", "matplotlib.figure",
-    "matplotlib.backends.backend_agg", "transformers.models.llama.modeling_llama",
+    "braces_cli.evaluation.evaluate", "braces_cli.evaluation.comparison", "braces_cli.export.merge",
+    "braces_cli.export.slots", "braces_cli.inspection.report", "braces_cli.inspection.vocabulary_map", "scipy.stats",
+    "matplotlib.figure", "matplotlib.backends.backend_agg", "transformers.models.llama.modeling_llama", "pydantic",
+    "_killed_process",
 ]  # fmt: skip
 _DEADLINE = 600.0
 # What the second of two writers says.
@@ -70,7 +72,7 @@ class Call:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOAD)
         self._reader, writer = context.Pipe(duplex=False)
-        self._process = context.Process(target=_body, args=(str(place), list(words), writer, limit))
+        self._process = context.Process(target=body, args=(str(place), list(words), writer, limit))
         self._process.start()
         writer.close()
 
@@ -94,13 +96,15 @@ class Call:
         os.kill(self._process.pid or 0, signal.SIGCONT)
 
     def kill(self) -> bool:
-        """SIGKILL to the process and its children; False where it had ended by then."""
+        """SIGKILL to the process and its children; False where it had ended by then, for `end` to say how."""
         self._process.kill()
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid or 0, signal.SIGKILL)
         self._process.join()
+        if self._process.exitcode != -signal.SIGKILL:
+            return False
         self._reader.close()
-        return self._process.exitcode == -signal.SIGKILL
+        return True
 
     def end(self) -> Ended:
         """Wait for the end; what it said fits into a pipe."""
@@ -111,21 +115,6 @@ class Call:
         said = os.read(self._reader.fileno(), 1 << 16).decode(errors="replace")
         self._reader.close()
         return Ended(self._process.exitcode, said)
-
-
-def _body(place: str, words: list[str], writer: Any, limit: int | None) -> None:
-    """Body of a process: `braces WORDS`, stdout thrown away, stderr into the pipe."""
-    from braces_cli.cli.app import main
-
-    os.setsid()
-    os.chdir(place)
-    os.dup2(writer.fileno(), 2)
-    # For as long as the process lives. The old stream takes its descriptor for what that was before.
-    sys.stdout, sys.stderr = open(os.devnull, "w"), open(2, "w", closefd=False)  # noqa: SIM115
-    sys.argv = ["braces", *words]
-    if limit is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    main(words)
 
 
 def alone(place: Path, words: Sequence[str]) -> None:
@@ -189,19 +178,19 @@ def timed(place: Path, words: Sequence[str]) -> tuple[float, int]:
     return time.perf_counter() - began, changes
 
 
-def kill(place: Path, words: Sequence[str], moments: random.Random, seconds: float, changes: int) -> bool:
-    """Start a call and kill it at a random moment; False where it had ended by then."""
+def kill(place: Path, words: Sequence[str], moments: random.Random, seconds: float, changes: int) -> Ended | None:
+    """Start a call and kill it at a random moment; how it ended where it had by then."""
     call = Call(place, words)
     if changes == 0 or moments.random() < 0.5:
         call.wait(moments.uniform(0.0, seconds))
-        return call.kill()
-    left, before = moments.randint(1, changes), listing(place)
-    while left and call.alive():
-        now = listing(place)
-        left, before = left - (now != before), now
-        time.sleep(0.0005)
-    call.wait(moments.uniform(0.0, 0.01))
-    return call.kill()
+    else:
+        left, before = moments.randint(1, changes), listing(place)
+        while left and call.alive():
+            now = listing(place)
+            left, before = left - (now != before), now
+            time.sleep(0.0005)
+        call.wait(moments.uniform(0.0, 0.01))
+    return None if call.kill() else call.end()
 
 
 def killed_rounds(folder: Path, case: Case, rounds: int, seed: str, most: int = 3) -> dict[str, Any]:
@@ -212,18 +201,18 @@ def killed_rounds(folder: Path, case: Case, rounds: int, seed: str, most: int = 
     outcome["different"] = differences(files(folder / "timed"), wanted)
     for number in range(rounds):
         place, moments = folder / f"round-{number}", random.Random(f"{seed} {number}")
-        killed, goal = 0, moments.randint(1, most)
+        killed, goal, ended = 0, moments.randint(1, most), None
         for _ in range(10 * goal):
             place.mkdir(exist_ok=True)
-            if kill(place, case.words, moments, seconds, changes):
-                killed += 1
-            else:
-                shutil.rmtree(place)
-                killed = 0
-            if killed == goal:
+            ended = kill(place, case.words, moments, seconds, changes)
+            killed += ended is None
+            if killed == goal or (killed and ended is not None):
                 break
-        ended = _finish(place, case.words)
+            if ended is not None:
+                shutil.rmtree(place)  # it ended before it could be killed once
+        ended = ended or _finish(place, case.words)
         wrong = [ended.said.strip()] if ended.code else differences(files(place), wanted)
+        wrong += [f"in the temporary folder: {path.name}" for path in temporary_folder(place).iterdir()]
         outcome["kills"] += killed
         outcome["identical"] += not wrong
         outcome["different"] += [f"round {number}: {name}" for name in wrong]
@@ -239,6 +228,7 @@ def _finish(place: Path, words: Sequence[str]) -> Ended:
 def _clean(place: Path, wrong: Sequence[str]) -> None:
     if not wrong:
         shutil.rmtree(place)
+        shutil.rmtree(temporary_folder(place))
 
 
 def holds_lock(place: Path) -> bool:
@@ -300,6 +290,7 @@ def full_disk(folder: Path, case: Case, rounds: int, seed: str) -> dict[str, Any
             wrong.append(f"not the error of a full disk: {ended}")
         after = _finish(place, case.words)
         wrong += [after.said.strip()] if after.code else differences(files(place), wanted)
+        wrong += [f"in the temporary folder: {path.name}" for path in temporary_folder(place).iterdir()]
         outcome["failures"] += ended.code == 1
         outcome["right"] += not wrong
         outcome["different"] += [f"full disk {number}: {name}" for name in wrong]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from braces_cli.core.session import Session, base_name, open_session
 from braces_cli.core.utils.distributed import Processes, join_with_accelerator, world_size
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.core.utils.progress import Report, silent
+from braces_cli.core.utils.scratch_folder import scratch_folder
 from braces_cli.evaluation import lm_eval_runner, task_catalog
 from braces_cli.evaluation.adapter_switching import EvalAdapter, attached, check_fit, find_eval_adapter
 from braces_cli.evaluation.attribute_tasks import DETECTION, check_detection
@@ -92,8 +92,8 @@ def run_evaluation(
     if finished is not None:
         logger.info("%s: this run is finished already", store.folder)
         return _with_thresholds(finished, settings) if processes.first else None
-    with tempfile.TemporaryDirectory(prefix="braces-eval-", ignore_cleanup_errors=True) as name:
-        units = _units(selection, files, rows, Path(name), base, settings)
+    with scratch_folder() as folder:
+        units = _units(selection, files, rows, folder, base, settings)
         session = open_session(base, None, options)
         harness = _harness_settings(settings, eval_adapters, session)
         check_fit(session, eval_adapters)

@@ -131,7 +131,7 @@ def _check(wanted: LoraRequest, slots: Slots) -> None:
     """Everything that can be seen before the base is loaded."""
     request = wanted.request
     if find_spec("peft") is None:
-        hint = "Install it with: pip install gguf"
+        hint = "Install it with: pip install peft"
         raise ConfigError("the proof of a LoRA needs the package peft", where="braces export lora", hint=hint)
     if request.adapter is None and not request.attributes:
         hint = "Give the adapter, the attribute, or both."
@@ -192,8 +192,9 @@ def _write(
     facts = write_folder(folder, pairs, slots, wanted.slots)
     loras = [(folder, 1.0)]
     if path and not wanted.with_token_path:
-        # An attribute of an adapter is held to the two together, so its adapter is needed, too.
-        beside = Path(stack.enter_context(TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent)))
+        # An attribute of an adapter is held to the two together, so its adapter is needed, too. It is written inside,
+        # and gone before the folder gets its name: what a killed process leaves of the folder is removed with it.
+        beside = Path(stack.enter_context(TemporaryDirectory(dir=folder)))
         write_folder(beside, lora_pairs(path, {}, slots), slots, wanted.slots)
         loras.append((beside, 1.0))
     used = request.adapter.config.r if wanted.with_token_path and request.adapter is not None else 0

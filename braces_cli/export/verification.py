@@ -12,7 +12,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from braces_cli.core.models.tokenization import encode
 from braces_cli.core.session import Session
 from braces_cli.core.utils.documents import WRITTEN, parse
 from braces_cli.core.utils.errors import BracesError, ModelError
+from braces_cli.core.utils.scratch_folder import scratch_folder
 
 PROBES = 8
 # Few, because each costs a large model on a CPU seconds; what merging changes works on each token alone.
@@ -223,8 +223,8 @@ def _ask(folder: Path, expected: Reference, loading: Loading) -> tuple[dict[str,
     """What `verification_process` says of the checkpoint, and its logits."""
     from safetensors import safe_open
 
-    with tempfile.TemporaryDirectory(prefix="braces-") as work:
-        request, answer = Path(work) / "request.json", Path(work) / "answer.safetensors"
+    with scratch_folder() as work:
+        request, answer = work / "request.json", work / "answer.safetensors"
         question = {
             "texts": expected.texts,
             "ids": expected.ids,

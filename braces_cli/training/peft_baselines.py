@@ -5,7 +5,6 @@ The folder they leave is peft's own: `PeftModel.from_pretrained(base, folder)` l
 
 from __future__ import annotations
 
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from braces_cli.core.models.layer_ranges import chosen_layers
 from braces_cli.core.utils.atomic_files import write_json, write_tensors, write_text
 from braces_cli.core.utils.documents import WRITTEN, read
 from braces_cli.core.utils.errors import ConfigError
+from braces_cli.core.utils.scratch_folder import scratch_folder
 from braces_cli.training.settings import TrainSettings
 
 # What peft calls each method.
@@ -91,15 +91,15 @@ class PeftAdapter:
         """Weights and config as peft itself writes them, of an adapter that leaves the base as it is."""
         from safetensors.torch import load_file
 
-        with tempfile.TemporaryDirectory() as name:
+        with scratch_folder() as work:
             conversion = {}
             if self._initial is not None:
-                start = Path(name) / "start"
+                start = work / "start"
                 self._wrapper.save_pretrained(start, save_embedding_layers=False)
                 write_tensors(start / WEIGHTS_FILE, self._initial)
                 conversion = {"path_initial_model_for_weight_conversion": str(start)}
-            self._wrapper.save_pretrained(f"{name}/out", save_embedding_layers=False, **conversion)
-            written = Path(name) / "out"
+            written = work / "out"
+            self._wrapper.save_pretrained(written, save_embedding_layers=False, **conversion)
             options = read(WRITTEN, written / CONFIG_FILE)
             return load_file(written / WEIGHTS_FILE), options
 
