@@ -30,6 +30,7 @@ from braces_cli.core.models.loading import input_device
 from braces_cli.core.models.module_structure import layer_output, with_layer_output
 from braces_cli.core.models.tokenization import encode
 from braces_cli.core.session import Session
+from braces_cli.core.utils.atomic_files import disk_error
 from braces_cli.core.utils.documents import WRITTEN, parse
 from braces_cli.core.utils.errors import BracesError, ModelError
 from braces_cli.core.utils.scratch_folder import scratch_folder
@@ -246,6 +247,9 @@ def _ask(folder: Path, expected: Reference, loading: Loading) -> tuple[dict[str,
                     where=str(folder),
                     hint="Was there memory for the model?",
                 )
+            full = disk_error(last, answer)
+            if full is not None:
+                raise full
             raise _no_merge(folder, loading, f"plain transformers cannot load it: {last.strip()}")
         with safe_open(answer, framework="pt") as file:
             header = file.metadata() or {}

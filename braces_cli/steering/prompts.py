@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -13,6 +13,9 @@ from braces_cli.core.utils.atomic_files import file_hint
 from braces_cli.core.utils.decoding import cut
 from braces_cli.core.utils.documents import ROW, parse
 from braces_cli.core.utils.errors import ConfigError, DataError
+
+# Characters of a line: more than any model reads.
+_LONGEST = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,12 @@ def _some(prompts: Iterator[PromptRow], where: str) -> Iterator[PromptRow]:
         raise DataError("no prompts", where=where, hint="Give at least one line.")
 
 
-def _lines(lines: Iterable[str], where: str, structured: bool | None = None) -> Iterator[PromptRow]:
-    for number, raw in enumerate(lines, 1):
+def _lines(lines: TextIO, where: str, structured: bool | None = None) -> Iterator[PromptRow]:
+    # Not `for raw in lines`: a device such as /dev/zero is a line without an end.
+    for number, raw in enumerate(iter(lambda: lines.readline(_LONGEST + 1), ""), 1):
+        if len(raw) > _LONGEST:
+            hint = "Is this a text file? A prompt stands on one line."
+            raise DataError(f"a line of more than {_LONGEST:,} characters", where=f"{where}:{number}", hint=hint)
         line = raw.rstrip("\r\n")
         if not line.strip():
             continue

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from braces_cli.core.method.adapter_files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, AdapterConfig
 from braces_cli.core.models.layer_ranges import chosen_layers
-from braces_cli.core.utils.atomic_files import write_json, write_tensors, write_text
+from braces_cli.core.utils.atomic_files import disk_error, write_json, write_tensors, write_text
 from braces_cli.core.utils.documents import WRITTEN, read
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.core.utils.scratch_folder import scratch_folder
@@ -92,16 +92,29 @@ class PeftAdapter:
         from safetensors.torch import load_file
 
         with scratch_folder() as work:
-            conversion = {}
+            conversion: dict[str, str] = {}
             if self._initial is not None:
                 start = work / "start"
-                self._wrapper.save_pretrained(start, save_embedding_layers=False)
+                self._write(start)
                 write_tensors(start / WEIGHTS_FILE, self._initial)
                 conversion = {"path_initial_model_for_weight_conversion": str(start)}
             written = work / "out"
-            self._wrapper.save_pretrained(written, save_embedding_layers=False, **conversion)
+            self._write(written, **conversion)
             options = read(WRITTEN, written / CONFIG_FILE)
             return load_file(written / WEIGHTS_FILE), options
+
+    def _write(self, folder: Path, **conversion: str) -> None:
+        """Let peft write its folder.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        from safetensors import SafetensorError
+
+        try:
+            self._wrapper.save_pretrained(folder, save_embedding_layers=False, **conversion)
+        except SafetensorError as error:
+            raise disk_error(str(error), folder) or error from error
 
 
 def baseline_parameters(model: nn.Module, settings: TrainSettings) -> int:

@@ -42,6 +42,14 @@ def file_hint(error: OSError) -> str:
     return _HINTS.get(error.errno or 0, "Check the path and the disk.")
 
 
+def disk_error(message: str, path: Path) -> OSError | None:
+    """The full disk that a library reports in its own words (`... (os error 28)`); None where it speaks of none."""
+    number = re.search(r"\(os error (\d+)\)", message)
+    if number is None or int(number[1]) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return None
+    return OSError(int(number[1]), os.strerror(int(number[1])), str(path))
+
+
 def check_writable(path: Path) -> None:
     """Try to write where the file or folder `path` is going to be, and leave nothing there.
 

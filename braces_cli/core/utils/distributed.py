@@ -40,12 +40,15 @@ def _variable(name: str, default: int) -> int:
 
 
 def check_variables() -> None:
-    """See that what the launcher says of this process can be true.
+    """See that what the launcher says of this process can be true; a variable that is empty is removed.
 
     Raises:
         ConfigError: RANK, WORLD_SIZE or LOCAL_RANK is no number, or the first two do not fit each other; or, where
             there are several processes, RANK, MASTER_ADDR or MASTER_PORT is not set.
     """
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        if not os.environ.get(name, "?").strip():
+            del os.environ[name]  # libraries would take it for a number
     number, size = rank(), world_size()
     if size < 1 or number >= size:
         what = f"there is no process {number} where WORLD_SIZE is {size} (they count from 0)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from braces_cli.core.utils.atomic_files import remove_partial_files, write_tensors, write_whole
+from braces_cli.core.utils.atomic_files import disk_error, remove_partial_files, write_tensors, write_whole
 from braces_cli.core.utils.errors import BracesError
 
 
@@ -54,3 +55,12 @@ def test_only_half_written_files_of_that_name_are_removed(tmp_path: Path) -> Non
         (tmp_path / name).touch()
     remove_partial_files(tmp_path, "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+
+
+def test_a_full_disk_is_recognised_in_the_words_of_a_library(tmp_path: Path) -> None:
+    """And nothing else: a file that is not there is no fault of the disk."""
+    error = disk_error("Error while serializing: I/O error: No space left on device (os error 28)", tmp_path)
+    assert error is not None
+    assert (error.errno, error.filename) == (errno.ENOSPC, str(tmp_path))
+    assert disk_error("No such file or directory (os error 2)", tmp_path) is None
+    assert disk_error("header too large", tmp_path) is None

@@ -62,6 +62,7 @@ def test_what_launchers_say_is_accepted(environment: Any, values: dict[str, str]
     environment(**values)
     check_variables()
     assert process_number() == int(values.get("RANK") or 0)
+    assert "" not in {os.environ.get(name) for name in VARIABLES}  # accelerate takes it for a number
 
 
 def free_port() -> str:
