@@ -75,6 +75,10 @@ SLOTS = {
     "suffixes": None, "sites": {"0": {"reads": "up", "writes": "down", "offset": 0, "rows": 16}}, "versions": {},
 }  # fmt: skip
 MERGE = {"model": "m", "adapter": "a", "dtype": "float32", "attributes": {"x": 1.0}, "layers": "0-1", "case": "a"}
+VOCABULARY = {
+    "added_tokens": [{"id": 0, "content": "<s>", "special": True}], "normalizer": None, "decoder": {"type": "Fuse"},
+    "model": {"type": "BPE", "vocab": {"<s>": 0, "a": 1, "b": 2, "ab": 3}, "merges": ["a b", ["a", "b"]]},
+}  # fmt: skip
 MODEL = {"model_type": "llama", "hidden_size": 8, "dtype": "float32", "quantization_config": None, "vocab_size": 9}
 
 
@@ -246,6 +250,14 @@ KINDS = {
     "tokenizer": FileKind(
         "tokenizer_config.json", {"model_max_length": 10**30}, check_model_files, ModelError,
         {"model_max_length": wrong(None, 5, -1, 1.5, 10**30), "added_tokens_decoder": wrong(None, {})},
+        others=True,
+    ),
+    "vocabulary": FileKind(
+        "tokenizer.json", VOCABULARY, check_model_files, ModelError,
+        {"model": OBJECT, "model.type": wrong("x", "a\0b"), "model.vocab": wrong([], {}), "model.vocab.a": COUNT,
+         "model.merges": wrong([]), "model.merges.0": wrong("x", "a\0b"), "added_tokens": wrong([]),
+         "added_tokens.0": OBJECT, "added_tokens.0.id": COUNT, "added_tokens.0.content": wrong("x", "a\0b"),
+         "added_tokens.0.special": wrong(True), "normalizer": wrong(None, {}), "decoder": wrong(None, {})},
         others=True,
     ),
     "deepspeed": FileKind(

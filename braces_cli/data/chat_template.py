@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from braces_cli.core.models.tokenization import IGNORED, Encoded, common_length
+from braces_cli.core.models.tokenization import IGNORED, Encoded, bare_ids, common_length
 from braces_cli.core.utils.errors import DataError, first_line
 
 # A template is a program: besides its own errors it raises those of the Python that it runs.
@@ -86,8 +86,7 @@ def _by_prefix(tokenizer: Any, messages: list[dict], tools: Any) -> tuple[list[i
         return text
 
     def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        return bare_ids(tokenizer, text)
 
     full = render(messages, False)
     ids = encode(full)

@@ -28,7 +28,7 @@ from braces_cli.core.models.ffn import layer_stack
 from braces_cli.core.models.finite_weights import OVERFLOW_HINT
 from braces_cli.core.models.loading import input_device
 from braces_cli.core.models.module_structure import layer_output, with_layer_output
-from braces_cli.core.models.tokenization import encode
+from braces_cli.core.models.tokenization import all_ids, encode
 from braces_cli.core.session import Session
 from braces_cli.core.utils.atomic_files import disk_error
 from braces_cli.core.utils.documents import WRITTEN, parse
@@ -137,7 +137,7 @@ def reference(
     head = model.get_output_embeddings()
     return Reference(
         texts=texts,
-        plain=[tokenizer(line)["input_ids"] for line in texts],
+        plain=[all_ids(tokenizer, line) for line in texts],
         ids=ids,
         logits=logits,
         rounding=furthest(rounded, logits),

@@ -101,6 +101,8 @@ class PeftAdapter:
             written = work / "out"
             self._write(written, **conversion)
             options = read(WRITTEN, written / CONFIG_FILE)
+            if isinstance(options.get("target_modules"), list):
+                options["target_modules"].sort()  # a set in peft: another order in every process
             return load_file(written / WEIGHTS_FILE), options
 
     def _write(self, folder: Path, **conversion: str) -> None:

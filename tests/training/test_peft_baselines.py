@@ -105,6 +105,8 @@ def test_a_baseline_sees_the_same_run_and_plain_peft_loads_it(braces, model_dir,
     config = json.loads((tmp_path / method / "adapter_config.json").read_text())
     # PiSSA as the difference to its start: a LoRA of twice the rank that asks nothing of the base.
     assert (config["r"], config["init_lora_weights"]) == (8 if method == "pissa" else 4, True)
+    # peft keeps a set of them, which every process has in another order.
+    assert config["target_modules"] == sorted(config["target_modules"])
     assert "PeftModel.from_pretrained" in (tmp_path / method / "README.md").read_text()
 
     session = open_session(str(model_dir), None, LoadOptions(device="cpu"))

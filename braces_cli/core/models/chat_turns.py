@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from braces_cli.core.models.tokenization import IGNORED, Encoded, common_length
+from braces_cli.core.models.tokenization import IGNORED, Encoded, bare_ids, common_length
 from braces_cli.core.utils.errors import DataError, first_line
 
 
@@ -48,5 +48,4 @@ def _chat_text(tokenizer: Any, prompt: str) -> str:
 
 def _ids(tokenizer: Any, chat: str) -> list[int]:
     # The template writes the special tokens itself, the one in front too.
-    ids: list[int] = tokenizer(chat, add_special_tokens=False)["input_ids"]
-    return ids
+    return bare_ids(tokenizer, chat)

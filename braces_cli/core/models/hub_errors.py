@@ -56,6 +56,11 @@ def hub_errors(where: str, what: str, kind: type[BracesError] = ModelError) -> I
         raise _explain(where, error, what, kind) from error
 
 
+def is_panic(error: BaseException) -> bool:
+    """Whether a library written in Rust gave up, as tokenizers does where its file contradicts itself."""
+    return type(error).__module__ == "pyo3_runtime"
+
+
 def explained(where: str, load: Callable[[], Any], what: str) -> Any:
     """What `load` returns: a call into a library that reads files of somebody else's, and nothing but that.
 
@@ -67,7 +72,9 @@ def explained(where: str, load: Callable[[], Any], what: str) -> Any:
             return load()
     except (BracesError, MemoryError):
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         # Libraries look at these files where they use them: a list for a number ends in TypeError, IndexError,
         # AttributeError or AssertionError, a pickle in UnpicklingError, and tokenizers raises plain Exception.
         raise _explain(where, error, what, ModelError) from error

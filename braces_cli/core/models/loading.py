@@ -137,6 +137,7 @@ def load_base(name: str, options: LoadOptions | None = None) -> Base:
         model.to(place)
     model.eval()
     check_finite(dict(model.named_parameters()), where)
+    _watch_tokens(model, tokenizer, where)
     folder = checkpoint_folder(where, options.revision)
     return Base(model, tokenizer, stored_name(where), commit_of(where, options.revision, folder), folder)
 
@@ -150,6 +151,28 @@ def _check_filled(info: dict[str, Any], where: str) -> None:
                 where=where,
                 hint="Check that this is a causal language model and that its download is complete.",
             )
+
+
+def _watch_tokens(model: Any, tokenizer: Any, where: str) -> None:
+    """Where the tokenizer has tokens that the model has not, see that none of them is used.
+
+    Some bases come with such tokens, and do no harm by them: the token for padding of a model that was trained
+    without.
+    """
+    embedding = model.get_input_embeddings()
+    rows, largest = embedding.weight.shape[0], max(tokenizer.get_vocab().values(), default=0)
+
+    def check(module: Any, args: tuple[Any, ...]) -> None:
+        if args and bool((args[0] >= rows).any()):
+            token = int(args[0].max())
+            raise ModelError(
+                f"the tokenizer has token {token}, and the model embeds {rows} tokens",
+                where=where,
+                hint="Is this tokenizer.json the model's own?",
+            )
+
+    if largest >= rows:
+        embedding.register_forward_pre_hook(check)
 
 
 def _packing(where: str, options: LoadOptions) -> Any:

@@ -7,9 +7,11 @@ file is told by the library that stumbles over it (`hub_errors.explained`).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Annotated, Any, Required, TypedDict
 
-from braces_cli.core.utils.documents import Count, Kind, Size, read
+import msgspec
+
+from braces_cli.core.utils.documents import Count, Kind, Size, check_file, read
 from braces_cli.core.utils.errors import ModelError
 from braces_cli.core.utils.paths import is_there
 
@@ -59,12 +61,49 @@ class TokenizerFile(TypedDict, total=False):
     tokenizer_class: str | None
 
 
+TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
+
+
+class AddedToken(TypedDict, total=False):
+    """A token that stands for itself, whatever the model of the tokenizer says."""
+
+    id: TokenId
+    content: str
+    special: bool
+    normalized: bool
+    lstrip: bool
+    rstrip: bool
+    single_word: bool
+
+
+class VocabularyModel(TypedDict, total=False):
+    """Pieces of words: ids by piece, or for `Unigram` a list of pieces with scores; `BPE` has merges."""
+
+    type: str
+    vocab: dict[str, TokenId] | list[tuple[str, float]]
+    merges: list[str | tuple[str, str]]
+    unk_token: str | None
+    unk_id: TokenId | None
+
+
+class VocabularyFile(TypedDict, total=False):
+    """`tokenizer.json`; the parts that are of many types are told by the library."""
+
+    added_tokens: list[AddedToken]
+    model: Required[VocabularyModel]
+    normalizer: dict[str, Any] | None
+    pre_tokenizer: dict[str, Any] | None
+    post_processor: dict[str, Any] | None
+    decoder: dict[str, Any] | None
+
+
 _HINT = "Check that this is a causal language model and that its download is complete."
 _KINDS: dict[str, Kind[Any]] = {
     "config.json": Kind(ModelConfig, ModelError, _HINT, foreign=True),
     "generation_config.json": Kind(GenerationFile, ModelError, _HINT, foreign=True),
     "tokenizer_config.json": Kind(TokenizerFile, ModelError, _HINT, foreign=True),
 }
+_VOCABULARY = Kind(VocabularyFile, ModelError, _HINT, foreign=True)
 
 
 def check_model_files(folder: Path) -> None:
@@ -76,3 +115,5 @@ def check_model_files(folder: Path) -> None:
     for name, kind in _KINDS.items():
         if is_there(folder / name):
             read(kind, folder / name)
+    if is_there(folder / "tokenizer.json"):
+        check_file(_VOCABULARY, folder / "tokenizer.json")

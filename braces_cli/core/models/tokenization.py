@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from braces_cli.core.models.hub_errors import is_panic
 from braces_cli.core.utils.decoding import cut, is_half
-from braces_cli.core.utils.errors import DataError
+from braces_cli.core.utils.errors import DataError, ModelError, first_line
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 
@@ -62,12 +63,40 @@ def encode(
 
 def encode_word(tokenizer: Any, word: str) -> list[int]:
     """A word as it stands inside a sentence: one leading space, no special tokens."""
-    bare: list[int] = tokenizer(word, add_special_tokens=False)["input_ids"]
+    bare = bare_ids(tokenizer, word)
     # SentencePiece tokenizers put a space before every text themselves; another would be a token of its own.
     if bare and str(tokenizer.convert_ids_to_tokens(bare[0])).startswith(("▁", "Ġ")):
         return bare
-    spaced: list[int] = tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
-    return spaced
+    return bare_ids(tokenizer, f" {word}")
+
+
+def bare_ids(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of a text and nothing else, no special tokens around them.
+
+    Raises:
+        ModelError: the tokenizer fails.
+    """
+    return _ids(tokenizer, text, add_special_tokens=False)
+
+
+def all_ids(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of a text, with the special tokens that the tokenizer puts around it; raises as `bare_ids` does."""
+    return _ids(tokenizer, text)
+
+
+def _ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    try:
+        ids: list[int] = tokenizer(text, **options)["input_ids"]
+    except MemoryError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        # tokenizers raises plain Exception, tokenizers in Python raise anything.
+        what = f"the tokenizer fails on `{cut(text)}`: {first_line(error)}"
+        where = str(getattr(tokenizer, "name_or_path", "") or "--model")
+        raise ModelError(what, where=where, hint="Check its tokenizer.json.") from error
+    return ids
 
 
 def decode_continuation(tokenizer: Any, prompt_ids: list[int], new_ids: list[int]) -> str:
@@ -99,7 +128,7 @@ def _plain(tokenizer: Any, text: str) -> list[int]:
     if is_half(text):
         what = "half a character (a lone surrogate), which no tokenizer takes"
         raise DataError(what, where=cut(text), hint="Remove it from the text.")
-    ids: list[int] = tokenizer(text)["input_ids"]
+    ids = all_ids(tokenizer, text)
     end = tokenizer.eos_token_id
     # Drop an end token that the tokenizer appended, not one that is also its start token and stands alone.
     if len(ids) > 1 and ids[-1] == end and not text.endswith(str(tokenizer.eos_token)):

@@ -70,12 +70,27 @@ def read(kind: Kind[T], path: Path) -> T:
     Raises:
         BracesError: of the class `kind.error`: missing, no file, not UTF-8, malformed, or not what the schema says.
     """
+    return parse(kind, _bytes(kind, path), str(path))
+
+
+def check_file(kind: Kind[Any], path: Path) -> None:
+    """Check a JSON file of many megabytes that others read; raises as `read` does.
+
+    Plain values, which take longer than the library takes that reads the file, are made only for an error.
+    """
+    data = _bytes(kind, path)
+    try:
+        msgspec.json.decode(data, type=kind.schema)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        parse(kind, data, str(path))
+
+
+def _bytes(kind: Kind[Any], path: Path) -> bytes:
     check_is_file(kind, path)
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise kind.error(f"cannot read: {error.strerror or error}", where=str(path), hint=kind.hint) from error
-    return parse(kind, data, str(path))
 
 
 def check_is_file(kind: Kind[Any], path: Path) -> None:

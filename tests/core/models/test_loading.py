@@ -1,12 +1,19 @@
-"""Where a base came from."""
+"""Where a base came from, and tokenizers that do not fit or contradict themselves."""
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from braces_cli.core.models.loading import checkpoint_folder, commit_of
+from braces_cli.core.models.load_options import LoadOptions
+from braces_cli.core.models.loading import checkpoint_folder, commit_of, load_base, load_tokenizer
+from braces_cli.core.models.tokenization import encode
+from braces_cli.core.utils.errors import ModelError
 
 
 def test_a_model_of_the_hub_is_known_by_its_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -22,3 +29,52 @@ def test_a_folder_has_no_commit(model_dir: Path) -> None:
     folder = checkpoint_folder(str(model_dir), None)
     assert folder == model_dir
     assert commit_of(str(model_dir), None, folder) is None
+
+
+@pytest.fixture
+def edited(model_dir: Path, tmp_path: Path) -> Callable[[Callable[[Any], object]], str]:
+    """A copy of the base with another `tokenizer.json`; its name."""
+
+    def copy(change: Callable[[Any], object]) -> str:
+        shutil.copytree(model_dir, tmp_path / "base")
+        path = tmp_path / "base" / "tokenizer.json"
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+        return str(tmp_path / "base")
+
+    return copy
+
+
+def test_a_token_that_the_model_has_not_is_an_error_where_it_is_used(edited: Any, model_dir: Path) -> None:
+    """As with the tokenizer of another model; texts without such a token are no matter."""
+
+    token = load_tokenizer(str(model_dir)).tokenize("in the")[-1]
+    name = edited(lambda content: content["model"]["vocab"].update({token: 100_000}))
+    base = load_base(name, LoadOptions(device="cpu"))
+
+    def run(text: str) -> None:
+        base.model(base.tokenizer(text, return_tensors="pt")["input_ids"])
+
+    run("a dog")
+    with pytest.raises(ModelError, match="has token 100000, and the model embeds") as caught:
+        run("in the")
+    assert caught.value.where == name
+
+
+def test_a_tokenizer_that_gives_up_is_an_error(edited: Any) -> None:
+    """The library ends in no Exception there, but in what pyo3 makes of a panic: while it is used, and while loaded."""
+    template = {
+        "type": "TemplateProcessing", "pair": [], "special_tokens": {},
+        "single": [{"SpecialToken": {"id": "nowhere", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    }  # fmt: skip
+    tokenizer = load_tokenizer(edited(lambda content: content.update(post_processor=template)))
+    with pytest.raises(ModelError, match="the tokenizer fails on `a dog`"):
+        encode(tokenizer, "a dog")
+
+
+def test_a_tokenizer_that_gives_up_while_it_is_loaded(edited: Any) -> None:
+    """See above."""
+    name = edited(lambda content: content["model"].update(continuing_subword_prefix="longer than any piece" * 9))
+    with pytest.raises(ModelError, match="cannot load the tokenizer"):
+        load_tokenizer(name)
