@@ -24,14 +24,14 @@ from braces_cli.core.utils.documents import WRITTEN, read
 from braces_cli.core.utils.errors import BracesError, ModelError
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.export.llama_conversion import take
+from braces_cli.export.output_folder import BESIDE_WEIGHTS
 from braces_cli.export.plan import Plan, Role
 
 # Layers are gathered in one file up to so many bytes: small models are one file, large ones a layer each.
 SHARD_BYTES = 1 << 29
 # What travels with the weights: everything that a tokenizer may be made of, and how the model generates.
 _CARRIED = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.tiktoken", "*.model",
-    "spiece*", "chat_template*", "additional_chat_templates", "generation_config.json", "LICENSE*", "NOTICE*",
+    *BESIDE_WEIGHTS, "tokenizer*", "vocab*", "*.tiktoken", "*.model", "spiece*", "chat_template*", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 
 

@@ -16,13 +16,17 @@ from braces_cli.core.utils.output_lock import output_lock
 
 # What makes a folder a model or an adapter.
 _LOADED_BY = ("config.json", "adapter_config.json")
+# What transformers loads beside the weights, by its name: how the model generates, and its tokenizer.
+BESIDE_WEIGHTS = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja",
+    "chat_template.json", "additional_chat_templates",
+)  # fmt: skip
 # All that programs load from such a folder by its name, and the records beside it: what an earlier export has of these
 # would be taken for a part of the new one.
 _LOADED = (
-    *_LOADED_BY, "generation_config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json",
-    "adapter_model.safetensors", "modeling_braces.py", "braces_*.json", "tokenizer.json", "tokenizer_config.json",
-    "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-    "spiece.model", "chat_template.jinja", "chat_template.json", "additional_chat_templates",
+    *_LOADED_BY, *BESIDE_WEIGHTS, "model.safetensors", "model-*.safetensors", "model.safetensors.index.json",
+    "adapter_model.safetensors", "modeling_braces.py", "braces_*.json",
 )  # fmt: skip
 
 
@@ -40,9 +44,8 @@ def check_output(output: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
     inside, here = output.resolve(), Path.cwd()
     if inside == here or inside in here.parents:
         hint = "Name a folder that is to be created."
-        raise ConfigError(
-            "the output folder is replaced, so it cannot hold the working directory", where=str(output), hint=hint
-        )
+        what = "the output folder cannot hold the working directory: a new folder may take its place"
+        raise ConfigError(what, where=str(output), hint=hint)
     for source in inputs:
         outside = source.resolve()
         if inside == outside or outside in inside.parents or inside in outside.parents:

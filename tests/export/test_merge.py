@@ -257,7 +257,7 @@ def test_inputs_are_never_written_into(request_: Request, model_dir: Path, adapt
 
 
 def test_the_working_directory_is_no_output(request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`--output-dir .` and folders above, empty or to be replaced: the folder is replaced, so it cannot be one."""
+    """`--output-dir .` and folders above, empty or not: where it is empty, another folder takes its place."""
     here = tmp_path / "above" / "here"
     here.mkdir(parents=True)
     monkeypatch.chdir(here)
