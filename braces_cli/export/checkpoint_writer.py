@@ -31,7 +31,8 @@ from braces_cli.export.plan import Plan, Role
 SHARD_BYTES = 1 << 29
 # What travels with the weights: everything that a tokenizer may be made of, and how the model generates.
 _CARRIED = (
-    *BESIDE_WEIGHTS, "tokenizer*", "vocab*", "*.tiktoken", "*.model", "spiece*", "chat_template*", "LICENSE*", "NOTICE*",
+    *BESIDE_WEIGHTS, "tokenizer*", "vocab*", "*.tiktoken", "*.model", "spiece*", "chat_template*", "LICENSE*",
+    "NOTICE*",
 )  # fmt: skip
 
 
