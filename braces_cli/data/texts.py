@@ -31,12 +31,13 @@ def read_texts(path: Path, *, field: str | None = None) -> list[str]:
 
 
 def _lines(path: Path) -> Iterator[str]:
+    from braces_cli.core.utils.documents import Kind, check_is_file  # msgspec, which `--help` does not need
+
     hint = "Give UTF-8, one text a line."
+    check_is_file(Kind(object, DataError, "Give a file with one text a line."), path)
     try:
         # Only line breaks end a text: `splitlines` would also split at form feeds and the like.
         yield from path.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError as error:
-        raise DataError("no such file", where=str(path), hint="Give a file with one text a line.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"not UTF-8 (byte {error.start})", where=str(path), hint=hint) from error
     except OSError as error:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-from braces_cli.core.utils.errors import BracesError
+from braces_cli.core.utils.errors import ModelError
 from braces_cli.evaluation.scores import Scores
 from braces_cli.scoring.prompt_effects import share
 
@@ -61,7 +61,8 @@ def _pair(one: System, other: System, seed: int) -> list[dict[str, Any]]:
         for metric, entry in metrics.items():
             there = other.scores.results.get(task, {}).get(metric)
             if there is None:
-                raise BracesError(f"{other.name} has no {metric}", where=task, hint="This is a fault of braces.")
+                hint = "Where stored parts were resumed, one of them is damaged: start anew with --overwrite."
+                raise ModelError(f"{other.name} has no {metric}", where=task, hint=hint)
             key = (task, metric)
             a, b = one.scores.documents.get(key), other.scores.documents.get(key)
             rows.append(

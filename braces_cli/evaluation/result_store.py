@@ -128,11 +128,24 @@ class Store:
         return None
 
     def load(self, system: str, unit: str) -> Scores | None:
-        """What is stored of a system's unit, without samples; None where it was not finished."""
+        """What is stored of a system's unit, without samples; None where it was not finished.
+
+        Raises:
+            ModelError: damaged.
+        """
         path = self._part(system, unit)
         if path is None or not is_there(path):
             return None
-        return Scores.from_json(read(_PART, path))
+        scores = Scores.from_json(read(_PART, path))
+        metrics = {(task, metric) for task, entries in scores.results.items() for metric in entries}
+        for key, units in scores.units.items():
+            if units.keys() != scores.documents.get(key, {}).keys():
+                what = f"`units` of {' '.join(key)} are not those of its `documents`"
+                raise ModelError(what, where=str(path), hint=_RESUME)
+        for task, metric in scores.documents.keys() - metrics:
+            what = f"`results` of {task} have no `{metric}`, which its `documents` have"
+            raise ModelError(what, where=str(path), hint=_RESUME)
+        return scores
 
     def save(self, system: str, unit: str, scores: Scores) -> None:
         """Store a finished unit: its samples, and then the scores that say that it is finished."""

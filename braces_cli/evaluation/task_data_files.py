@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from braces_cli.core.utils.atomic_files import file_hint
+from braces_cli.core.utils.documents import Kind, check_is_file
 from braces_cli.core.utils.errors import BracesError, ConfigError, DataError, near_misses
 from braces_cli.core.utils.paths import is_there, user_path
 from braces_cli.data.readers import READABLE
@@ -76,6 +78,7 @@ def file_hash(path: Path, error: type[BracesError] = DataError) -> str:
     Raises:
         BracesError: of the class `error`: it cannot be read.
     """
+    check_is_file(Kind(object, error, "Give a file that can be read."), path)
     try:
         with path.open("rb") as handle:
             return hashlib.file_digest(handle, "sha256").hexdigest()
@@ -87,7 +90,7 @@ def file_hash(path: Path, error: type[BracesError] = DataError) -> str:
 def _in_folder(folder: Path, known: Iterable[str]) -> dict[str, Path]:
     """Tasks for which the folder holds a file `NAME.jsonl` (or its like) or a folder `NAME`."""
     folder = user_path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # pathlib's would raise where a folder above is closed
         raise ConfigError("no such folder", where="--task-data-dir", hint=f"Looked for {folder}.")
     places = {}
     for name in known:
@@ -99,9 +102,12 @@ def _in_folder(folder: Path, known: Iterable[str]) -> dict[str, Path]:
 
 
 def _file(name: str, place: Path, entry: Any) -> Path:
-    if not place.is_dir():
+    if not os.path.isdir(place):
         return place
-    there = sorted(path for path in place.iterdir() if path.suffix.lower() in _KINDS)
+    try:
+        there = sorted(path for path in place.iterdir() if path.suffix.lower() in _KINDS)
+    except OSError as error:
+        raise DataError(f"cannot read: {error.strerror}", where=str(place), hint=file_hint(error)) from error
     cfg = entry.cfg if entry is not None else {}
     splits = [cfg.get("test_split") or cfg.get("validation_split"), *_TESTED]
     for split in splits:

@@ -73,13 +73,16 @@ class Vocabulary:
         """The token that `id:123` names, None for any other text.
 
         Raises:
-            ConfigError: a number beyond the vocabulary.
+            ConfigError: a number beyond the vocabulary, or none behind an `id:` that is no token either.
         """
-        token = whole_number(text.removeprefix("id:")) if text.startswith("id:") else None
-        if token is None:
+        if not text.startswith("id:"):
             return None
-        if token >= len(self.texts):
-            raise ConfigError(f"no token {token}", where=where, hint=f"There is id:0 to id:{len(self.texts) - 1}.")
+        token = whole_number(text.removeprefix("id:"))
+        if token is None and self.find(text):
+            return None
+        if token is None or token >= len(self.texts):
+            what = f"no token {text.removeprefix('id:')}"
+            raise ConfigError(what, where=where, hint=f"There is id:0 to id:{len(self.texts) - 1}.")
         return token
 
     def single(self, text: str, where: str) -> int:

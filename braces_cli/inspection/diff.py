@@ -35,11 +35,15 @@ def diff(a: str, b: str, options: LoadOptions, *, adapters: bool = False, report
 
     Raises:
         ConfigError: one is a model, the other an adapter.
-        ModelError: either cannot be loaded, or the two cannot be compared.
+        ModelError: either is neither of the two, or cannot be loaded, or the two cannot be compared.
     """
     kinds = [adapters or is_adapter(name) for name in (a, b)]
     if all(kinds):
         return diff_adapters(a, b)
+    for name, adapter in zip((a, b), kinds, strict=True):
+        if not adapter and os.path.isfile(user_path(name)):
+            hint = "Give two models or two adapters."
+            raise ModelError("this is a file, neither a model nor an adapter", where=name, hint=hint)
     if any(kinds):
         hint = "Give two models or two adapters."
         raise ConfigError("one is an adapter, the other a model", where=f"{a}, {b}", hint=hint)

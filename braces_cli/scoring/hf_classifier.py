@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from braces_cli.core.models.hub_errors import explained
+from braces_cli.core.models.loading import with_padding
 from braces_cli.core.models.model_files import check_model_files
 from braces_cli.core.utils.errors import ModelError
+from braces_cli.core.utils.paths import is_there
 from braces_cli.scoring.scorer import Verdict, checked
 
 _BATCH = 32
@@ -62,7 +64,7 @@ def load_hub_classifier(name: str, device: str = "cpu") -> HubClassifier:
             name, output_loading_info=True, trust_remote_code=False
         )
 
-    if (Path(name) / "config.json").is_file():
+    if is_there(Path(name) / "config.json"):
         check_model_files(Path(name))
     tokenizer, model, info = explained(name, load, "classifier")
     if info["missing_keys"]:
@@ -70,4 +72,7 @@ def load_hub_classifier(name: str, device: str = "cpu") -> HubClassifier:
         missing = sorted(info["missing_keys"])[0]
         hint = "Give the folder or hub id of a sequence classifier."
         raise ModelError(f"it has no trained head ({missing} is missing)", where=name, hint=hint)
+    tokenizer = with_padding(tokenizer)
+    if model.config.pad_token_id is None:  # where a text ends, to a model that reads from the left
+        model.config.pad_token_id = tokenizer.pad_token_id
     return HubClassifier(name, model.to(device), tokenizer)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from braces_cli.core.utils.errors import BracesError, DataError, ModelError, first_line
@@ -106,7 +105,7 @@ def _explain(where: str, error: BaseException, what: str, kind: type[BracesError
         )
     if any(isinstance(e, hub.RevisionNotFoundError) for e in chain):
         return kind("no such revision on the hub", where=where, hint=f"See {page}/tree/main.")
-    if not Path(where).is_dir() and (os.environ.get("HF_HUB_OFFLINE") or _unreachable(chain)):
+    if not os.path.isdir(where) and (os.environ.get("HF_HUB_OFFLINE") or _unreachable(chain)):
         return kind(
             f"no such folder, and the hub cannot be reached for the {what}",
             where=where,

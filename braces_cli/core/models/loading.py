@@ -30,6 +30,8 @@ from braces_cli.core.utils.paths import is_there, user_path
 
 logger = logging.getLogger("braces")
 
+# What accelerate knows beside names of devices.
+_SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -85,12 +87,17 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
 
     def load() -> Any:
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
-        if tokenizer.pad_token_id is None:
-            # Padding is always masked, so any token will do, and the end token is the one that every model has.
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-        return tokenizer
+        return with_padding(tokenizer)
 
     return explained(where, load, "tokenizer")
+
+
+def with_padding(tokenizer: Any) -> Any:
+    """The tokenizer, with a padding token where it had none."""
+    if tokenizer.pad_token_id is None:
+        # Padding is always masked, so any token will do, and the end token is the one that every model has.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
 
 
 def load_base(name: str, options: LoadOptions | None = None) -> Base:
@@ -110,6 +117,8 @@ def load_base(name: str, options: LoadOptions | None = None) -> Base:
     where = _folder_or_id(name)
     options = options or LoadOptions()
     device_map, place = options.device_map, pick_device(options.device)
+    if device_map is not None:
+        _check_device_map(device_map)
     packing: dict[str, Any] = {}
     if options.quantize is not None:
         check_quantize(options.quantize, place if device_map is None else None)
@@ -131,6 +140,9 @@ def load_base(name: str, options: LoadOptions | None = None) -> Base:
         "model",
     )
     _check_filled(info, where)
+    if getattr(model.config, "is_encoder_decoder", False):
+        hint = "Give a causal language model."
+        raise ModelError("`is_encoder_decoder` in its config says that this is no causal model", where=where, hint=hint)
     if options.quantize is not None:
         check_packed(options.quantize, model)
     if device_map is None:
@@ -151,6 +163,15 @@ def _check_filled(info: dict[str, Any], where: str) -> None:
                 where=where,
                 hint="Check that this is a causal language model and that its download is complete.",
             )
+
+
+def _check_device_map(name: str) -> None:
+    if name not in _SPREADS:
+        try:
+            torch.device(name)
+        except RuntimeError as error:
+            hint = f"Give one of {', '.join(_SPREADS)}, or a device such as cuda:1."
+            raise ConfigError(f"`{name}` is no device", where="--device-map", hint=hint) from error
 
 
 def _watch_tokens(model: Any, tokenizer: Any, where: str) -> None:

@@ -15,6 +15,10 @@ from braces_cli.core.utils.documents import Count, Kind, Size, check_file, read
 from braces_cli.core.utils.errors import ModelError
 from braces_cli.core.utils.paths import is_there
 
+# Layers are made one by one, which would take hours before it came to the end of the memory.
+Layers = Annotated[int, msgspec.Meta(ge=0, le=10_000)]
+TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
+
 
 class ModelConfig(TypedDict, total=False):
     """`config.json`."""
@@ -28,7 +32,8 @@ class ModelConfig(TypedDict, total=False):
     text_config: dict[str, Any] | None
     id2label: dict[str, Any] | None
     hidden_size: Size | None
-    num_hidden_layers: Count | None
+    is_encoder_decoder: bool | None
+    num_hidden_layers: Layers | None
     vocab_size: Size | None
     tie_word_embeddings: bool | None
     bos_token_id: int | list[int] | None
@@ -59,9 +64,6 @@ class TokenizerFile(TypedDict, total=False):
     chat_template: str | list[dict[str, Any]] | dict[str, str] | None
     model_max_length: float | None
     tokenizer_class: str | None
-
-
-TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
 
 
 class AddedToken(TypedDict, total=False):
