@@ -206,6 +206,7 @@ KINDS = {
     "part of a result": FileKind(
         "parts/base/unit.json", PART, lambda folder: Store(folder).load("base", "unit"), ModelError,
         {"results": wrong({}), "documents": wrong([]), "documents.0.2.0": WRONG, "better.0.2": wrong(True),
+         "results.task": (*OBJECT, {}), "units": (*wrong([]), [["task", "acc", [[1, 2.0]]]]),
          "shots": OBJECT, "versions": OBJECT, "batch_sizes": wrong([])},
     ),
     "settings of an evaluation": FileKind(
@@ -238,7 +239,8 @@ KINDS = {
         "config.json", MODEL, check_model_files, ModelError,
         {"model_type": wrong("x", "a\0b"), "hidden_size": wrong(None, 5), "dtype": wrong(None, "x", "a\0b", {}),
          "quantization_config": wrong(None, {}), "architectures": wrong(None, []), "auto_map": wrong(None, {}),
-         "eos_token_id": wrong(None, 5, -1, [], 10**30), "tie_word_embeddings": wrong(None, True)},
+         "eos_token_id": wrong(None, 5, -1, [], 10**30), "tie_word_embeddings": wrong(None, True),
+         "num_hidden_layers": (*wrong(None, 5), 10**9), "is_encoder_decoder": wrong(None, True)},
         others=True,
     ),
     "generation": FileKind(

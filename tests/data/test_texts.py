@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -38,3 +39,10 @@ def test_files_without_texts(tmp_path, content, message):
         path.write_bytes(content)
     with pytest.raises(DataError, match=message):
         read_texts(path)
+
+
+def test_a_pipe_that_nobody_writes_to_is_refused(tmp_path):
+    """Its reader would wait for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="a pipe or a device"):
+        read_texts(tmp_path / "pipe")

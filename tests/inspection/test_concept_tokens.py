@@ -22,6 +22,14 @@ def test_a_word_counts_in_each_spelling_that_is_one_token():
     assert concept(["id:6"], WORDS, never).tokens == [6]
 
 
+@pytest.mark.parametrize("text", ["id:1.5", "id:x", "id:", "id:-1", "id:9", "id:²"])
+def test_a_number_that_is_none_is_no_word(text):
+    """It would be looked up piece by piece, as words of several tokens are."""
+    with pytest.raises(ConfigError, match="no token"):
+        concept([text], WORDS, never)
+    assert concept(["id:x"], Vocabulary(["id:x"]), never).tokens == [0]
+
+
 def test_a_word_of_several_tokens_is_the_mean_of_them():
     """And of several words again the mean."""
     found = concept(["unhappy", "king"], WORDS, lambda word: {"unhappy": [5, 0]}[word])

@@ -123,6 +123,8 @@ def options(c: Context) -> Case:
     args += c.pick([[flag, value], [f"{flag}={value}"]])
     # A column that no row has is the data's fault; a layer or device that is not there is found with the model.
     codes: Any = (2, 3) if flag in ("--columns", "--attribute-field", "--task-data") else 2
+    if flag == "--push-to-hub" and "--dry-run" in args:
+        codes = (0, 2)  # nothing will be uploaded
     if value not in wrong:
         codes = (0, 1, 2, 3) if flag in ("--lr", "--gate-lr", "--s", "--attribute-field", "--sweep") else (0, 2, 3)
     elif value in ("", " ") or flag in ("--scorer", "--device-map", "--device"):

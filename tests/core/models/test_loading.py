@@ -13,7 +13,7 @@ import pytest
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.loading import checkpoint_folder, commit_of, load_base, load_tokenizer
 from braces_cli.core.models.tokenization import encode
-from braces_cli.core.utils.errors import ModelError
+from braces_cli.core.utils.errors import ConfigError, ModelError
 
 
 def test_a_model_of_the_hub_is_known_by_its_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -78,3 +78,25 @@ def test_a_tokenizer_that_gives_up_while_it_is_loaded(edited: Any) -> None:
     name = edited(lambda content: content["model"].update(continuing_subword_prefix="longer than any piece" * 9))
     with pytest.raises(ModelError, match="cannot load the tokenizer"):
         load_tokenizer(name)
+
+
+@pytest.mark.parametrize("name", ["", "x", "auto:1", "spread"])
+def test_a_device_map_that_is_none_is_refused(model_dir: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="is no device") as caught:
+        load_base(str(model_dir), LoadOptions(device="cpu", device_map=name))
+    assert caught.value.where == "--device-map"
+
+
+def test_a_config_of_an_encoder_and_decoder_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    """It would load as what it is, and generate as what it is not."""
+    shutil.copytree(model_dir, tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "is_encoder_decoder": True}))
+    with pytest.raises(ModelError, match="is_encoder_decoder"):
+        load_base(str(tmp_path / "base"), LoadOptions(device="cpu"))
+
+
+def test_a_name_that_no_file_can_have_is_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelError):
+        load_tokenizer("a" * 5000)

@@ -33,7 +33,11 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(
     ("values", "where"),
     [
-        *(({**TWO, "RANK": "0", name: value}, name) for name in VARIABLES[:3] for value in ("x", "1.5", "-1", "٣", "9" * 30, "0x1")),
+        *(
+            ({**TWO, "RANK": "0", name: value}, name)
+            for name in VARIABLES[:3]
+            for value in ("x", "1.5", "-1", "٣", "9" * 30, "0x1")
+        ),
         ({**TWO, "RANK": "0", "MASTER_PORT": "http"}, "MASTER_PORT"),
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1"}, "MASTER_ADDR"),
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "MASTER_PORT"),
