@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 
 import pytest
@@ -108,3 +110,17 @@ def test_a_hugging_face_classifier(hub_folder, model_dir):
         scorer(str(model_dir))
     with pytest.raises(ConfigError, match="reads whole texts"):
         scorer(str(hub_folder), exclude=["good"])
+
+
+def test_a_classifier_without_a_padding_token(hub_folder, tmp_path):
+    """Texts of several lengths in a batch are judged as each of them alone."""
+    folder = tmp_path / "classifier"
+    shutil.copytree(hub_folder, folder)
+    for name, key in (("tokenizer_config.json", "pad_token"), ("config.json", "pad_token_id")):
+        content = json.loads((folder / name).read_text())
+        assert content.pop(key) is not None
+        (folder / name).write_text(json.dumps(content))
+    judge = scorer(str(folder))
+    texts = ["the film is good", "a day", "the end of the old town"]
+    alone = [judge.judge([text], "POSITIVE")[0].value for text in texts]
+    assert [each.value for each in judge.judge(texts, "POSITIVE")] == pytest.approx(alone, abs=1e-5)
