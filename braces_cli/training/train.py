@@ -163,9 +163,9 @@ def run_training(
 ) -> TrainResult:
     """Fine-tune an adapter on an open base and write it to `settings.output_dir`.
 
-    The base is measured on `eval_set` first, with nothing attached, then the adapter as it was saved, each row
-    conditioned on its own attribute where attributes are trained. With several processes each of them calls this, and
-    the first one writes.
+    In the end the adapter is measured on `eval_set` as it was saved, each row conditioned on its own attribute where
+    attributes are trained, and the base with the adapter switched off. With several processes each of them calls this,
+    and the first one writes.
 
     Args:
         record: what the run is known by when it is resumed.
@@ -197,14 +197,20 @@ def run_training(
 
     with timings.stage("probes of packing and logits"):
         layout = choose_layout(session, settings, train_set.items)
-    with timings.stage("evaluating the base"):
-        base = _base(run.record, lambda: evaluate(None, "evaluating the base"))
+    if settings.method != "braces":
+        # PiSSA changes the base.
+        with timings.stage("evaluating the base"):
+            _measure_base(run.record, lambda: evaluate(None, "evaluating the base"))
     with timings.stage("attaching the adapter"):
         adapter = adapter_to_train(session, settings, train_set, start)
     conditioner = _conditioner(adapter, attributes, settings.seed)
     data = TrainingData(train_set, layout, conditioner, pad_id)
     figures = _fit(run, adapter, data, checkpoint, lambda: evaluate(conditioner, "evaluating"))
     tuned = evaluate(conditioner, "evaluating the adapter")
+    if isinstance(adapter, Adapter):
+        with adapter.disabled():
+            _measure_base(run.record, lambda: evaluate(None, "evaluating the base"))
+    base = None if run.record.base is None else Likelihood(**run.record.base)
     scores = {**_likelihood("base_eval", base), **_likelihood("eval", tuned)}
     known: dict[str, Any] = {"output_dir": str(folder), "method": settings.method, "packed": layout.packed}
     known["resumed_from"] = None if checkpoint is None else str(checkpoint)
@@ -254,12 +260,11 @@ def _conditioner(adapter: Adapter | PeftAdapter, attributes: Sequence[Attribute]
     return Conditioner(adapter, attributes)
 
 
-def _base(record: Record, evaluate: Callable[[], Likelihood | None]) -> Likelihood | None:
-    """The base's likelihood, as an earlier call measured it where there was one."""
+def _measure_base(record: Record, evaluate: Callable[[], Likelihood | None]) -> None:
+    """Note the base's likelihood, unless an earlier call of this run did."""
     if record.base is None:
         measured = evaluate()
         record.base = None if measured is None else cast(BaseLikelihood, vars(measured))
-    return None if record.base is None else Likelihood(**record.base)
 
 
 def _fit(
