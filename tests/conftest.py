@@ -14,6 +14,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # As the command line does where stderr is no terminal; tqdm reads it when it is imported.
 os.environ["TQDM_DISABLE"] = "1"
+# Of the processes that tests start, too: two of them with a thread for each core wait for each other most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Of the property tests; set before the processes of pytest-xdist start, so that they have the same one.
 os.environ.setdefault("BRACES_FUZZ_SEED", str(random.SystemRandom().randrange(2**31)))
 

@@ -15,14 +15,14 @@ _FSDP2 = "Start from recipes/launch/fsdp2.yaml."
 _OTHERS = {"ACCELERATE_USE_MEGATRON_LM": "Megatron-LM", "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config"}
 
 
-def check_launch(resume: bool, device: str) -> None:
+def check_launch(device: str) -> None:
     """Refuse what cannot work.
 
     Args:
         device: as `--device` names it.
 
     Raises:
-        ConfigError: DeepSpeed ZeRO-3, or a run to be resumed under DeepSpeed; FSDP on a CPU, or set up in
+        ConfigError: DeepSpeed ZeRO-3; FSDP on a CPU, or set up in
             a way that cannot work; tensor, context or pipeline parallelism.
     """
     for name, what in _OTHERS.items():
@@ -32,9 +32,6 @@ def check_launch(resume: bool, device: str) -> None:
         _check_fsdp(device)
     if not uses_deepspeed():
         return
-    if resume:
-        hint = "Resume it with DDP or FSDP2 (recipes/launch); checkpoints that those wrote will do."
-        raise ConfigError("DeepSpeed keeps the optimizer's state in files of its own", where="--resume", hint=hint)
     if zero_stage() == 3:
         raise ConfigError(
             "ZeRO-3 cannot train a braces adapter: it keeps each FFN's value matrix in pieces whenever that layer is "

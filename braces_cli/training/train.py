@@ -79,7 +79,7 @@ def train(settings: RunSettings, report: Report = silent, command: Sequence[str]
             where = "--" + name.replace("_", "-")
             raise ConfigError("missing option", where=where, hint="See `braces train --help`.")
     assert settings.output_dir is not None
-    check_launch(settings.resume, settings.device)
+    check_launch(settings.device)
     with output_lock(settings.output_dir):
         return _train(settings, settings.output_dir, report, command)
 
@@ -163,9 +163,9 @@ def run_training(
 ) -> TrainResult:
     """Fine-tune an adapter on an open base and write it to `settings.output_dir`.
 
-    The base is measured on `eval_set` first, with nothing attached, then the adapter as it was saved, each row
-    conditioned on its own attribute where attributes are trained. With several processes each of them calls this, and
-    the first one writes.
+    In the end the adapter is measured on `eval_set` as it was saved, each row conditioned on its own attribute where
+    attributes are trained, and the base with the adapter switched off. With several processes each of them calls this,
+    and the first one writes.
 
     Args:
         record: what the run is known by when it is resumed.
@@ -183,8 +183,7 @@ def run_training(
     model, pad_id = session.base.model, session.base.tokenizer.pad_token_id
     folder, settings = settings.output_dir, for_base(settings, session.ffns)
     join(input_device(model))
-    counts, timings = count_parameters(model, settings), timings or Timings()
-    record = record or Record()
+    counts, timings, record = count_parameters(model, settings), timings or Timings(), record or Record()
     with timings.stage("attributes"):
         attributes = _attributes(session, settings, [train_set, eval_set], start)
     with timings.stage("hash of the rows"):
@@ -197,21 +196,25 @@ def run_training(
 
     with timings.stage("probes of packing and logits"):
         layout = choose_layout(session, settings, train_set.items)
-    with timings.stage("evaluating the base"):
-        base = _base(run.record, lambda: evaluate(None, "evaluating the base"))
+    if settings.method != "braces":
+        # PiSSA changes the base.
+        with timings.stage("evaluating the base"):
+            _measure_base(run.record, evaluate)
     with timings.stage("attaching the adapter"):
         adapter = adapter_to_train(session, settings, train_set, start)
     conditioner = _conditioner(adapter, attributes, settings.seed)
     data = TrainingData(train_set, layout, conditioner, pad_id)
     figures = _fit(run, adapter, data, checkpoint, lambda: evaluate(conditioner, "evaluating"))
-    tuned = evaluate(conditioner, "evaluating the adapter")
-    scores = {**_likelihood("base_eval", base), **_likelihood("eval", tuned)}
+    scores = _scores(run.record, adapter, conditioner, evaluate)
     known: dict[str, Any] = {"output_dir": str(folder), "method": settings.method, "packed": layout.packed}
-    known["resumed_from"] = None if checkpoint is None else str(checkpoint)
-    known["token_path_share"] = shares(adapter, settings, train_set)
+    known |= {"resumed_from": checkpoint and str(checkpoint), "token_path_share": shares(adapter, settings, train_set)}
     result = TrainResult(**known, **counts, **figures, **scores, **_rows(train_set))
     _write(run, adapter, result)
     return result
+
+
+# Likelihood of the evaluation rows under a condition, and the name of the stage.
+_Evaluate = Callable[[Conditioner | None, str], Likelihood | None]
 
 
 @dataclass(frozen=True)
@@ -254,12 +257,23 @@ def _conditioner(adapter: Adapter | PeftAdapter, attributes: Sequence[Attribute]
     return Conditioner(adapter, attributes)
 
 
-def _base(record: Record, evaluate: Callable[[], Likelihood | None]) -> Likelihood | None:
-    """The base's likelihood, as an earlier call measured it where there was one."""
+def _measure_base(record: Record, evaluate: _Evaluate) -> None:
+    """Note the base's likelihood, unless an earlier call of this run did."""
     if record.base is None:
-        measured = evaluate()
+        measured = evaluate(None, "evaluating the base")
         record.base = None if measured is None else cast(BaseLikelihood, vars(measured))
-    return None if record.base is None else Likelihood(**record.base)
+
+
+def _scores(
+    record: Record, adapter: Adapter | PeftAdapter, conditioner: Conditioner | None, evaluate: _Evaluate
+) -> dict[str, Any]:
+    """The result's figures of the evaluation rows, of base and adapter."""
+    tuned = evaluate(conditioner, "evaluating the adapter")
+    if isinstance(adapter, Adapter):
+        with adapter.disabled():
+            _measure_base(record, evaluate)
+    base = None if record.base is None else Likelihood(**record.base)
+    return {**_likelihood("base_eval", base), **_likelihood("eval", tuned)}
 
 
 def _fit(
@@ -287,8 +301,7 @@ def _fit(
         run.timings.log("before the first step")
         trainer.run(checkpoint)
     if trainer.stopped_by:
-        kept = "nothing is kept under DeepSpeed" if trainer.is_deepspeed else "continue with --resume"
-        logger.info("stopped after step %d; %s", trainer.step, kept)
+        logger.info("stopped after step %d; continue with --resume", trainer.step)
         act(trainer.stopped_by)
     memory, progress = _peak_memory(), trainer.progress()
     if not all_finite(adapter.model):

@@ -43,6 +43,7 @@ from braces_cli.training.checkpointing.training_state import (
     restore_rng,
     trained,
 )
+from braces_cli.training.checkpointing.zero_state import ZeroState
 from braces_cli.training.collator import Batch, Block, Collator, TrainingData
 from braces_cli.training.contrastive_loss import PAIR_TERMS, contrastive_loss
 from braces_cli.training.defaults import capped_warmup
@@ -110,7 +111,9 @@ class Trainer:
             adapter.save_memory()
         # No weight decay: R does not depend on the length of the rows of its weight.
         optimizer = torch.optim.AdamW(parameter_groups(adapter, settings), weight_decay=0.0)
+        groups = [list(group["params"]) for group in optimizer.param_groups]
         self._model, self._optimizer = self._accelerator.prepare(self._base, optimizer)
+        self._state = ZeroState(self._optimizer.optimizer, groups) if self.is_deepspeed else self._optimizer
         name = _SCHEDULES.get(settings.schedule, settings.schedule)
         warmup = capped_warmup(settings.warmup_steps, self.max_steps)
         if warmup < settings.warmup_steps and is_main():
@@ -208,7 +211,7 @@ class Trainer:
             self._data.examples.counts = earlier["stream"]
         restore_parameters(checkpoint, self._base)
         if self.step < self.max_steps:
-            restore_optimizer(checkpoint, self._optimizer, self._scheduler, self._accelerator.scaler)
+            restore_optimizer(checkpoint, self._state, self._scheduler, self._accelerator.scaler)
 
     def _batches(self, order: Iterator[Example | None]) -> Iterator[Batch]:
         """This process's batches of the next optimizer step; the others' go by."""
@@ -308,13 +311,10 @@ class Trainer:
 
     def _save(self) -> None:
         """Write a checkpoint; every process takes part, the first one writes."""
-        if self.is_deepspeed:
-            logger.warning("no checkpoint of step %d: not under DeepSpeed", self.step)
-            return
         context = self._context
         if not all_finite(self._base):
             raise diverged(f"the adapter is not finite at step {self.step}", context.folder)
-        captured = capture(self._base, self._optimizer, self._scheduler, self._accelerator.scaler)
+        captured = capture(self._base, self._state, self._scheduler, self._accelerator.scaler)
         write_adapter, progress = context.adapter(), self.progress()
 
         def write(folder: Path) -> None:

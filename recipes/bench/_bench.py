@@ -46,11 +46,12 @@ def parse(text: str, layers: int | None, repeats: int, argv: Sequence[str] | Non
 
     Args:
         text: what the benchmark measures, for `--help`.
-        layers: how many layers the model has unless told otherwise; None where the benchmark needs no model.
+        layers: how many layers the model has unless told otherwise; None where whole processes are measured.
         repeats: how often each system is measured unless told otherwise.
     """
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, help=f"measurements of each system (default {repeats}, --quick 2)")
+    quick = 1 if layers is None else 2
+    parser.add_argument("--repeats", type=int, help=f"measurements of each system (default {repeats}, --quick {quick})")
     parser.add_argument(
         "--seconds", type=float, default=SECONDS, help="no further repeat after so long, once 7 are done"
     )
@@ -66,7 +67,7 @@ def parse(text: str, layers: int | None, repeats: int, argv: Sequence[str] | Non
         # How a benchmark asks a fresh process of itself for one system's memory.
         parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    args.repeats = args.repeats or (2 if args.quick else repeats)
+    args.repeats = args.repeats or (quick if args.quick else repeats)
     if args.repeats < LEAST_REPEATS and not args.quick:
         parser.error(f"--repeats: fewer than {LEAST_REPEATS} say nothing about spread")
     if layers is not None:
@@ -157,7 +158,8 @@ def interleave(
 def ratio(above: Sequence[float], below: Sequence[float], target: float | None) -> dict[str, Any]:
     """Median of the ratios, one for each repeat, and the quartiles around it."""
     ratios = [a / b for a, b in zip(above, below, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    # Of one repeat there are no quartiles.
+    low, _, high = statistics.quantiles(ratios * 2 if len(ratios) == 1 else ratios, n=4, method="inclusive")
     return {"value": _short(statistics.median(ratios)), "target": target, "spread": [_short(low), _short(high)]}
 
 

@@ -205,9 +205,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=float, default=2 * SECONDS, help=f"of a case; once {LEAST_OF_MINUTES} repeats are done"
     )
-    parser.add_argument("--quick", action="store_true", help="tiny, twice: shows that it runs, measures nothing")
+    parser.add_argument("--quick", action="store_true", help="tiny, once: shows that it runs, measures nothing")
     args = parser.parse_args()
-    args.repeats = args.repeats or (2 if args.quick else LEAST_REPEATS)
+    args.repeats = args.repeats or (1 if args.quick else LEAST_REPEATS)
     if args.repeats < LEAST_OF_MINUTES and not args.quick:
         parser.error(f"--repeats: fewer than {LEAST_OF_MINUTES} say nothing about spread")
     args.steps = args.steps or (2 if args.quick else 300)

@@ -37,7 +37,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "tokens": (128, 256, 512, 1024, 2048),
     "how": ("plain", "checkpointing", "packed"),
 }
-QUICK: dict[str, tuple[Any, ...]] = {"layers": (1, 2), "how": ("checkpointing", "packed")}
+QUICK: dict[str, tuple[Any, ...]] = {"how": ("checkpointing", "packed")}
 ROWS, HEAD = 2, 128
 SYSTEMS = ("braces", "lora", "floor")
 # Beyond the weights: activations, gradients and G of every layer, as a share of the weights.

@@ -55,10 +55,11 @@ def main() -> None:
     for command in COMMANDS:
         programs[f"braces {command}".strip()] = process("-m", "braces_cli", *([command] if command else []), "--help")
     # The first round also writes the byte code.
-    times = interleave({name: timed(work) for name, work in programs.items()}, args.repeats, args.seconds)
+    warmup = 0 if args.quick else 2
+    times = interleave({name: timed(work) for name, work in programs.items()}, args.repeats, args.seconds, warmup)
     with tempfile.TemporaryDirectory(prefix="braces-bench-") as folder:
         plans = without_weights(Path(folder))
-        planned = interleave({name: timed(work) for name, work in plans.items()}, args.repeats, args.seconds)
+        planned = interleave({name: timed(work) for name, work in plans.items()}, args.repeats, args.seconds, warmup)
     seconds = medians(times)
     slowest = max((name for name in programs if name != "import"), key=seconds.__getitem__)
     ratios = {

@@ -91,11 +91,11 @@ def test_gradient_checkpointing_and_accumulation_change_nothing_but_memory(brace
 def test_debug_lists_what_was_done_before_the_first_step_and_each_is_done_once(
     braces, model_dir, rows, tmp_path, monkeypatch
 ):
-    """A table on stderr, once; rows, probes and the base's evaluation are not repeated."""
+    """A table on stderr, once; rows and probes are not repeated, and no evaluation is waited for."""
     from braces_cli.training import train
 
     calls = []
-    for name in ("read_examples", "open_session", "choose_layout", "digest"):
+    for name in ("read_examples", "open_session", "choose_layout", "digest", "_fit", "measure"):
         real = getattr(train, name)
         monkeypatch.setattr(train, name, lambda *args, _real=real, _name=name: calls.append(_name) or _real(*args))
     outcome = braces(
@@ -103,10 +103,11 @@ def test_debug_lists_what_was_done_before_the_first_step_and_each_is_done_once(
         "--output-dir", tmp_path / "o", "--debug",
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
-    assert calls == ["read_examples", "read_examples", "open_session", "digest", "choose_layout"]
+    wanted = ["read_examples", "read_examples", "open_session", "digest", "choose_layout", "_fit", "measure", "measure"]
+    assert calls == wanted
     assert outcome.err.count("before the first step:") == 1
     table = outcome.err.partition("before the first step:")[2]
-    stages = ["tokenizer", "reading and tokenising", "weights", "probes of packing and logits", "evaluating the base"]
+    stages = ["tokenizer", "reading and tokenising", "weights", "probes of packing and logits", "attaching the adapter"]
     places = [table.index(f"  {stage} ") for stage in [*stages, "in all"]]
     assert places == sorted(places)
 

@@ -1,4 +1,4 @@
-"""The real command line, process by process: on a random model, and on a trained one where ../shared is there."""
+"""The real command line: on a random model, and on a trained one where ../shared is there."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def braces(*args, stdin=None, check=True):
+def process(*args):
+    """Run `braces ARGS` as a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "braces_cli", *map(str, args)], input=stdin, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "braces_cli", *map(str, args)], capture_output=True, text=True, check=False
     )
-    if check:
-        assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr
     return done
 
 
@@ -35,7 +35,7 @@ def test_stdout_is_a_pipe_that_may_close_early(model_dir):
 def trained(shared, tmp_path_factory):
     """An adapter of stories260K after 100 steps on SST-5, and what `braces train` said."""
     out = tmp_path_factory.mktemp("stories") / "out"
-    done = braces(
+    done = process(
         "train", "--model", shared / "models" / "stories260K", "--data", shared / "data" / "sst5" / "train.jsonl",
         "--eval-data", shared / "data" / "sst5" / "dev.jsonl", "--rank", 16, "--max-steps", 100, "--output-dir", out,
         "--format", "json",
@@ -63,7 +63,7 @@ def test_evaluation_of_base_and_adapter_on_local_data(trained, shared):
         "perplexity": data / "sst5" / "dev.jsonl",
     }
     given = [part for name, file in files.items() for part in ("--task-data", f"{name}={file}")]
-    done = braces("eval", "--adapter", out, "--tasks", ",".join(files), *given, "--limit", 6, "--format", "json")
+    done = process("eval", "--adapter", out, "--tasks", ",".join(files), *given, "--limit", 6, "--format", "json")
     result = json.loads(done.stdout)
     assert [(s["name"], s["adapter"]) for s in result["systems"]] == [("base", None), ("out", str(out))]
     base, tuned = (system["results"] for system in result["systems"])
@@ -75,7 +75,7 @@ def test_evaluation_of_base_and_adapter_on_local_data(trained, shared):
     assert 0 < compared["perplexity", "token_perplexity"]["p_value"] <= 1
 
 
-def test_steering_both_ways_and_not_at_all(trained, shared):
+def test_steering_both_ways_and_not_at_all(trained, shared, braces):
     """Ten prompts as JSON Lines: s = 3, -3 and 0; greedy text of one batch equals one by one."""
     out, _ = trained
     lines = (shared / "data" / "sentiment_prompts" / "neutral.jsonl").read_text().splitlines()[:10]
@@ -83,7 +83,8 @@ def test_steering_both_ways_and_not_at_all(trained, shared):
 
     def texts(*args):
         done = braces("steer", "--adapter", out, "--max-new-tokens", 20, *args, stdin=prompts)
-        return [json.loads(line)["text"] for line in done.stdout.splitlines()]
+        assert done.code == 0, done.err
+        return [line["text"] for line in done.lines]
 
     plain = texts()
     steered = {s: texts("--attribute", "positive", "--s", s) for s in ("3.0", "-3.0", "0")}
@@ -97,8 +98,8 @@ def test_steering_both_ways_and_not_at_all(trained, shared):
 def test_looking_inside_a_trained_model(trained, shared):
     """Gates have opened, rows are orthonormal, and value vectors speak of words."""
     out, _ = trained
-    found = json.loads(braces("inspect", "--adapter", out, "--format", "json").stdout)
+    found = json.loads(process("inspect", "--adapter", out, "--format", "json").stdout)
     assert all(layer["gate"] > 0.02 and layer["projection_error"] < 1e-5 for layer in found["layers"])
     args = ("inspect", "values", "--model", shared / "models" / "stories260K", "--layers", "4", "--index", "0-2")
-    rows = [json.loads(line) for line in braces(*args, "--format", "json").stdout.splitlines()]
+    rows = [json.loads(line) for line in process(*args, "--format", "json").stdout.splitlines()]
     assert [len(row["tokens"]) for row in rows] == [10, 10, 10]

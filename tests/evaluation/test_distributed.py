@@ -54,6 +54,7 @@ def evaluate(out: str, model: str, adapter: str, *data: str) -> dict:
     return {"done": done, "result": result}
 
 
+@pytest.mark.slow
 def test_two_processes_do_half_the_work_each_and_find_the_same(tiny_folder, make_adapter, write_jsonl, tmp_path):
     popqa = [{"question": f"What is {i}?" + " really" * (i % 4), "possible_answers": '["a", "e"]'} for i in range(9)]
     targets = {"choices": ["yes", "no way", "perhaps"], "labels": [1, 0, 1]}

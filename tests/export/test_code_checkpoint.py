@@ -170,6 +170,7 @@ def test_servers_that_replace_modules_are_told_so(tmp_path: Path) -> None:
         assert load(tmp_path / name / "code")._supports_attention_backend is supported
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_proved_folder(braces: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With an attribute at a fixed strength; a wrong side path fails the proof and leaves nothing."""
     from braces_cli.core.models.load_options import LoadOptions

@@ -267,6 +267,7 @@ def test_the_working_directory_is_no_output(request_: Request, tmp_path: Path, m
     assert names(here) == []
 
 
+@pytest.mark.slow
 def test_a_check_works_from_every_working_directory(
     braces: Any, model_dir: Path, adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

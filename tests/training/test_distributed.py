@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
+from braces_cli.core.utils.errors import ConfigError
+from braces_cli.training.checkpointing.zero_state import ZeroState
 from tests.training.workers import cli, launch
 
 pytestmark = pytest.mark.slow
@@ -85,7 +89,7 @@ def test_only_the_first_process_prints(braces, monkeypatch, model_dir, tmp_path)
 
 
 def test_launches_that_cannot_work_are_refused_with_the_reason(braces, monkeypatch, model_dir, rows, tmp_path):
-    """Exit 2 before anything is loaded: ZeRO-3 by environment or by file, and DeepSpeed resumed."""
+    """Exit 2 before anything is loaded: ZeRO-3 by environment or by file."""
     path = tmp_path / "zero.json"
     path.write_text('{"zero_optimization": {"stage": 3}}')
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
@@ -97,9 +101,6 @@ def test_launches_that_cannot_work_are_refused_with_the_reason(braces, monkeypat
         assert outcome.code == 2
         assert "ZeRO-3 cannot train" in outcome.err
         assert "fsdp2" in outcome.err
-    outcome = braces(*args, "--resume")
-    assert outcome.code == 2
-    assert "DeepSpeed keeps" in outcome.err
 
 
 def test_fsdp_that_cannot_work_is_refused_with_the_key_to_change(braces, monkeypatch, model_dir, rows, tmp_path):
@@ -160,13 +161,20 @@ def test_two_processes_of_which_one_is_told_to_stop_go_on_bit_for_bit(model_dir,
     assert whole == part
 
 
+def test_an_optimizer_that_no_checkpoint_can_hold_is_refused():
+    """DeepSpeed has others than that of ZeRO-1 and 2."""
+    with pytest.raises(ConfigError, match="no checkpoint can be written of its AdamW"):
+        ZeroState(torch.optim.AdamW([torch.zeros(1)]), [])
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_deepspeed_gives_the_adapter_of_one_process(braces, model_dir, rows, tmp_path, stage):
-    """`accelerate launch` with the shipped profile, on two processes over gloo."""
+    """`accelerate launch` with the shipped profile, on two processes over gloo; resumed under it, and without it."""
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     argv = [
         "train", "--model", model_dir, "--data", rows, "--rank", 4, "--max-steps", 12, "--lr", 0.01, "--device", "cpu",
     ]  # fmt: skip
+    argv += ["--save-steps", 5, "--save-total-limit", 0]
     one = braces(*argv, "--batch-size", 8, "--output-dir", tmp_path / "one")
     assert one.code == 0, one.err
     command = [
@@ -177,9 +185,24 @@ def test_deepspeed_gives_the_adapter_of_one_process(braces, model_dir, rows, tmp
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr
-    assert "not under DeepSpeed" in done.stderr
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     assert all((first[name] - second[name]).abs().max() < 1e-4 for name in first)
+    # From its checkpoint under DeepSpeed again, bit for bit; and as one process.
+    for again, words in (("two", command), ("one", [*command[:1], "-m", "braces_cli", *argv, "--batch-size", 8])):
+        out = tmp_path / "two"
+        for name in ("run.json", "adapter_model.safetensors", "checkpoint-12", "checkpoint-10"):
+            path = out / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        words = [*words, *(["--output-dir", out] if again == "one" else []), "--resume"]
+        done = subprocess.run([str(word) for word in words], capture_output=True, text=True, env=env, check=False)
+        assert done.returncode == 0, done.stderr
+        assert json.loads((out / "run.json").read_text())["result"]["resumed_from"].endswith("checkpoint-5")
+        found = load_file(out / "adapter_model.safetensors")
+        exact = again == "two"
+        assert all(
+            torch.equal(found[n], second[n]) if exact else torch.allclose(found[n], second[n], atol=1e-4)
+            for n in second
+        )
 
 
 def test_profiles_are_what_accelerate_reads():
