@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from braces_cli.core.utils.errors import DataError
+from braces_cli.core.utils.paths import check_regular
 from braces_cli.data.readers import STRUCTURED, Source, read_rows
 from braces_cli.data.row_formats import detect, parts
 
@@ -31,10 +32,8 @@ def read_texts(path: Path, *, field: str | None = None) -> list[str]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    from braces_cli.core.utils.documents import Kind, check_is_file  # msgspec, which `--help` does not need
-
     hint = "Give UTF-8, one text a line."
-    check_is_file(Kind(object, DataError, "Give a file with one text a line."), path)
+    check_regular(path, DataError, "Give a file with one text a line.")
     try:
         # Only line breaks end a text: `splitlines` would also split at form feeds and the like.
         yield from path.read_text(encoding="utf-8-sig").split("\n")

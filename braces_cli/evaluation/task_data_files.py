@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from braces_cli.core.utils.atomic_files import file_hint
-from braces_cli.core.utils.documents import Kind, check_is_file
 from braces_cli.core.utils.errors import BracesError, ConfigError, DataError, near_misses
-from braces_cli.core.utils.paths import is_there, user_path
+from braces_cli.core.utils.paths import check_regular, is_there, user_path
 from braces_cli.data.readers import READABLE
 from braces_cli.evaluation.task_catalog import NATIVE_TASKS, Selection
 
@@ -78,7 +77,7 @@ def file_hash(path: Path, error: type[BracesError] = DataError) -> str:
     Raises:
         BracesError: of the class `error`: it cannot be read.
     """
-    check_is_file(Kind(object, error, "Give a file that can be read."), path)
+    check_regular(path, error, "Give a file that can be read.")
     try:
         with path.open("rb") as handle:
             return hashlib.file_digest(handle, "sha256").hexdigest()

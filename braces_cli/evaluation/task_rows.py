@@ -15,10 +15,12 @@ import yaml
 
 from braces_cli.core.utils.decoding import decode
 from braces_cli.core.utils.errors import ConfigError, DataError
+from braces_cli.core.utils.paths import check_regular
 from braces_cli.data.readers import Source, read_rows
 from braces_cli.evaluation.tasks import commonsense
 from braces_cli.evaluation.tasks.popqa import possible_answers
 
+_HINT = "Check --task-data NAME=FILE."
 # What a row must hold, by task; `a.b` is the field b of the mapping a. lm-eval itself only says which template failed.
 FIELDS: dict[str, tuple[str, ...]] = {
     "truthfulqa_mc1": ("question", "mc1_targets.choices", "mc1_targets.labels"),
@@ -47,8 +49,7 @@ def read_task_rows(path: Path) -> list[Source]:
     Raises:
         DataError: missing, empty, of another kind, or broken (with its line where the format has lines).
     """
-    if not path.is_file():
-        raise _no_file(path)
+    check_regular(path, DataError, _HINT)
     return list(read_rows(str(path)))
 
 
@@ -59,8 +60,7 @@ def read_texts(path: Path) -> list[str]:
         DataError: as `read_rows`, or a row without `text`, or nothing but blanks.
     """
     if path.suffix.lower() == ".txt":
-        if not path.is_file():
-            raise _no_file(path)
+        check_regular(path, DataError, _HINT)
         try:
             texts = path.read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
@@ -132,11 +132,6 @@ def write_override(entry: Any, rows: Sequence[Source], folder: Path) -> None:
         **splits,
     }
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(override), encoding="utf-8")
-
-
-def _no_file(path: Path) -> DataError:
-    what = "this is a folder, not a file" if path.is_dir() else "no such file"
-    return DataError(what, where=str(path), hint="Check --task-data NAME=FILE.")
 
 
 def _unpack(fields: dict[str, Any], needed: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 
 from braces_cli.core.utils.errors import ConfigError, DataError
+from braces_cli.core.utils.paths import check_regular
 
 # Files of an adapter's or a model's folder that are no attribute.
 OTHER_FILES = {"attributes", "adapter_model", "model"}
@@ -72,10 +73,9 @@ def read_words(path: Path) -> list[str]:
     Raises:
         DataError: missing, not UTF-8, or no word in it.
     """
+    check_regular(path, DataError, "Give a text file with one word a line.")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError as error:
-        raise DataError("no such file", where=str(path), hint="Give a text file with one word a line.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read: {error}", where=str(path), hint="Give UTF-8 text, one word a line.") from error
     return clean_words([line for line in lines if not line.lstrip().startswith("#")], str(path))

@@ -87,9 +87,8 @@ def all_ids(tokenizer: Any, text: str) -> list[int]:
 def _ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
     try:
         # The rest of what a tokenizer returns would take a fifth of the time that it has for thousands of rows.
-        ids: list[int] = tokenizer(text, return_attention_mask=False, return_token_type_ids=False, **options)[
-            "input_ids"
-        ]
+        encoding = tokenizer(text, return_attention_mask=False, return_token_type_ids=False, **options)
+        ids: list[int] = encoding["input_ids"]
     except MemoryError:
         raise
     except BaseException as error:

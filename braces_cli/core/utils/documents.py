@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import re
-import stat
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
@@ -21,6 +20,7 @@ import msgspec
 
 from braces_cli.core.utils.decoding import Malformed, cut, decode, decode_yaml, line_of
 from braces_cli.core.utils.errors import BracesError, DataError, ModelError, near_misses
+from braces_cli.core.utils.paths import check_regular
 
 T = TypeVar("T")
 # Numbers in schemas. JSON numbers from 2**53 on are not exact in other languages, and no size or step is that large.
@@ -94,21 +94,12 @@ def _bytes(kind: Kind[Any], path: Path) -> bytes:
 
 
 def check_is_file(kind: Kind[Any], path: Path) -> None:
-    """Refuse what must not be opened: a folder, and a pipe or device, which could keep its reader waiting for ever.
+    """Refuse what must not be opened, see `check_regular`.
 
     Raises:
         BracesError: of the class `kind.error`.
     """
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError as error:
-        raise kind.error(f"no such {kind.what}", where=str(path), hint=kind.hint) from error
-    except (OSError, ValueError) as error:  # a ValueError is a null character in the name
-        reason = getattr(error, "strerror", None) or error
-        raise kind.error(f"cannot read: {reason}", where=str(path), hint=kind.hint) from error
-    if not stat.S_ISREG(mode):
-        what = "this is a folder, not a file" if stat.S_ISDIR(mode) else "this is a pipe or a device, not a file"
-        raise kind.error(what, where=str(path), hint=kind.hint)
+    check_regular(path, kind.error, kind.hint, kind.what)
 
 
 def parse(kind: Kind[T], data: str | bytes, where: str) -> T:

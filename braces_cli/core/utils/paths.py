@@ -1,12 +1,13 @@
-"""Whether something has a name already. Light: the standard library only."""
+"""What is at a path: looked at before it is opened. Light: the standard library only."""
 
 from __future__ import annotations
 
 import errno
 import os
+import stat
 from pathlib import Path
 
-from braces_cli.core.utils.errors import ConfigError
+from braces_cli.core.utils.errors import BracesError, ConfigError
 
 # Nothing can have such a name.
 _NOTHING = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
@@ -25,6 +26,28 @@ def is_there(path: Path) -> bool:
     except ValueError:  # a null character
         return False
     return True
+
+
+def check_regular(path: Path, error: type[BracesError], hint: str, what: str = "file") -> None:
+    """Refuse what must not be opened: a folder, and a pipe or device, which could keep its reader waiting for ever.
+
+    Args:
+        error: class of the error.
+        what: the file is called where there is none.
+
+    Raises:
+        BracesError: of the class `error`.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError as failure:
+        raise error(f"no such {what}", where=str(path), hint=hint) from failure
+    except (OSError, ValueError) as failure:  # a ValueError is a null character in the name
+        reason = getattr(failure, "strerror", None) or failure
+        raise error(f"cannot read: {reason}", where=str(path), hint=hint) from failure
+    if not stat.S_ISREG(mode):
+        reason = "this is a folder, not a file" if stat.S_ISDIR(mode) else "this is a pipe or a device, not a file"
+        raise error(reason, where=str(path), hint=hint)
 
 
 def user_path(name: str | Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,13 @@ def empty(path: Path) -> None:
     path.touch()
 
 
-REASONS = "cannot read|no such|this is a folder|the file is empty|there is nothing in it"
-UNREADABLE = {make.__name__: make for make in (loop, broken_link, folder, empty)}
+def pipe(path: Path) -> None:
+    """Nobody writes to it: opened, it would keep its reader waiting for ever."""
+    os.mkfifo(path)
+
+
+REASONS = "cannot read|no such|this is a folder|this is a pipe|the file is empty|there is nothing in it"
+UNREADABLE = {make.__name__: make for make in (loop, broken_link, folder, empty, pipe)}
 
 
 @pytest.fixture(params=UNREADABLE)
