@@ -117,8 +117,8 @@ class SteerSettings(AdapterSettings, AttributeSettings, GenerationSettings, Swee
     prompt: tuple[str, ...] = option((), help="Prompt. Repeatable. Default: standard input.", outcome=False)
     prompts: Path | None = option(
         None,
-        help="File of prompts: one a line, or JSON Lines with `prompt` and, if wanted, `attributes: {name: s}` of "
-        "its own; - is standard input.",
+        help="File of prompts: one a line, or rows (.jsonl, .json, .csv, .tsv, .parquet) with `prompt` and, if wanted, "
+        "`attributes: {name: s}` of its own; - is standard input.",
         panel=GENERATION,
         metavar="FILE",
         outcome=False,

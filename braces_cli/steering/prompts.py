@@ -13,7 +13,10 @@ from braces_cli.core.utils.atomic_files import file_hint
 from braces_cli.core.utils.decoding import cut
 from braces_cli.core.utils.documents import ROW, parse
 from braces_cli.core.utils.errors import ConfigError, DataError
+from braces_cli.data.readers import read_rows
 
+# Files of rows that are no lines.
+_TABLES = (".json", ".csv", ".tsv", ".parquet")
 # Characters of a line: more than any model reads.
 _LONGEST = 10_000_000
 
@@ -54,8 +57,11 @@ def read_prompt_rows(given: Sequence[str], file: Path | None, pipe: TextIO) -> I
 
 
 def _file(path: Path) -> Iterator[PromptRow]:
+    if path.suffix.lower() in _TABLES:
+        yield from (_prompt_row(row.fields, row.where, untyped=row.untyped) for row in read_rows(str(path)))
+        return
     with path.open(encoding="utf-8-sig") as lines:
-        yield from _lines(lines, str(path), path.suffix in (".jsonl", ".json"))
+        yield from _lines(lines, str(path), path.suffix.lower() == ".jsonl")
 
 
 def _some(prompts: Iterator[PromptRow], where: str) -> Iterator[PromptRow]:
@@ -86,18 +92,24 @@ def _lines(lines: TextIO, where: str, structured: bool | None = None) -> Iterato
         if structured is None:
             # A pipe does not say what it carries; its first line does.
             structured = line.startswith('{"')
-        yield _structured(line, f"{where}:{number}") if structured else PromptRow(line)
+        if structured:
+            yield _prompt_row(parse(ROW, line, f"{where}:{number}"), f"{where}:{number}")
+        else:
+            yield PromptRow(line)
 
 
-def _structured(line: str, where: str) -> PromptRow:
-    row = parse(ROW, line, where)
+def _prompt_row(row: Any, where: str, *, untyped: bool = False) -> PromptRow:
+    """The prompt of a row; `untyped`: the file holds text only, and `attributes` are JSON in it."""
     prompt = row.get("prompt") if isinstance(row, dict) else None
     if isinstance(prompt, dict):  # as RealToxicityPrompts and its relatives nest it
         prompt = prompt.get("text")
     if not isinstance(prompt, str):
         keys = cut(", ".join(row)) if isinstance(row, dict) else type(row).__name__
         raise DataError(f"no `prompt` with text (keys found: {keys})", where=where, hint='Write {"prompt": "..."}.')
-    return PromptRow(prompt, _strengths(row.get("attributes"), where))
+    attributes = row.get("attributes")
+    if untyped and isinstance(attributes, str):
+        attributes = parse(ROW, attributes, where) if attributes.strip() else None
+    return PromptRow(prompt, _strengths(attributes, where))
 
 
 def _strengths(value: Any, where: str) -> dict[str, float] | None:
@@ -125,8 +137,10 @@ def attribute_names(file: Path) -> list[str]:
 
 
 def count_prompts(file: Path) -> int | None:
-    """Lines of a file that hold a prompt; None of a pipe, which can be read only once."""
+    """Prompts of a file, which may have errors; None of a pipe, which can be read only once."""
     if not file.is_file():
         return None
+    if file.suffix.lower() in _TABLES:
+        return sum(1 for _ in read_rows(str(file)))
     with file.open("rb") as lines:
         return sum(1 for line in lines if line.strip())

@@ -71,7 +71,7 @@ def rows(c: Context) -> Case:
     codes, what, more = make[suffix](c, path, good, columns[0])
     if suffix == ".txt" and columns != ("prompt",) and codes != 3:
         codes = (0, 3)
-    if reader in ("steer --prompts", "eval sentiment") and suffix not in (".jsonl", ".json"):  # prompts are lines
+    if reader in ("steer --prompts", "eval sentiment") and suffix == ".txt":  # prompts are lines
         codes = (0, 3)
     if reader in ("steer --prompts", "attr-build --examples") and what == "no permission":
         codes = (2, 3)  # refused with the words of the call, before anything is read
