@@ -17,7 +17,6 @@ from braces_cli.evaluation.task_catalog import NATIVE_TASKS, Selection
 _KINDS = READABLE
 # What a file of the documents to be tested may be called, where its task does not say.
 _TESTED = ("test", "validation", "dev")
-_DATA = Kind(object, DataError, "Give a file with the rows of the task.")
 
 
 def parse_task_data(values: Sequence[str], known: Iterable[str]) -> dict[str, Path]:
@@ -57,7 +56,8 @@ def find_files(selection: Selection, values: Sequence[str], folder: Path | None)
     given.update({name: place for name, place in places.items() if name in task_names})
     files = {name: _file(name, place, selection.leaves.get(name)) for name, place in given.items()}
     for file in files.values():
-        check_is_file(_DATA, file)  # not a pipe: it is read twice, for its rows and for its hash
+        # A pipe, too: it would be read twice, for its rows and for its hash.
+        check_regular(file, DataError, "Check --task-data NAME=FILE.")
     return files
 
 
