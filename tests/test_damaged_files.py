@@ -79,7 +79,8 @@ VOCABULARY = {
     "added_tokens": [{"id": 0, "content": "<s>", "special": True}], "normalizer": None, "decoder": {"type": "Fuse"},
     "model": {"type": "BPE", "vocab": {"<s>": 0, "a": 1, "b": 2, "ab": 3}, "merges": ["a b", ["a", "b"]]},
 }  # fmt: skip
-MODEL = {"model_type": "llama", "hidden_size": 8, "dtype": "float32", "quantization_config": None, "vocab_size": 9}
+MODEL = {"model_type": "llama", "hidden_size": 8, "dtype": "float32", "quantization_config": None, "vocab_size": 9,
+         "text_config": {"num_hidden_layers": 2}}  # fmt: skip
 
 
 def scorer(folder: Path) -> None:
@@ -240,7 +241,8 @@ KINDS = {
         {"model_type": wrong("x", "a\0b"), "hidden_size": wrong(None, 5), "dtype": wrong(None, "x", "a\0b", {}),
          "quantization_config": wrong(None, {}), "architectures": wrong(None, []), "auto_map": wrong(None, {}),
          "eos_token_id": wrong(None, 5, -1, [], 10**30), "tie_word_embeddings": wrong(None, True),
-         "num_hidden_layers": (*wrong(None, 5), 10**9), "is_encoder_decoder": wrong(None, True)},
+         "num_hidden_layers": (*wrong(None, 5), 10**9), "is_encoder_decoder": wrong(None, True),
+         "text_config": wrong(None, {}), "text_config.num_hidden_layers": (*wrong(None, 5), 10**9)},
         others=True,
     ),
     "generation": FileKind(

@@ -47,14 +47,18 @@ def find_files(selection: Selection, values: Sequence[str], folder: Path | None)
 
     Raises:
         ConfigError: see `parse_task_data`; no such folder.
-        DataError: a folder from which no one file can be chosen.
+        DataError: no file, or a folder from which no one file can be chosen.
     """
     places = {} if folder is None else _in_folder(folder, selection.known())
     places.update(parse_task_data(values, selection.known()))
     task_names = {*selection.leaves, *selection.native}
     given = {member: place for name, place in places.items() for member in selection.members(name)}
     given.update({name: place for name, place in places.items() if name in task_names})
-    return {name: _file(name, place, selection.leaves.get(name)) for name, place in given.items()}
+    files = {name: _file(name, place, selection.leaves.get(name)) for name, place in given.items()}
+    for file in files.values():
+        # A pipe, too: it would be read twice, for its rows and for its hash.
+        check_regular(file, DataError, "Check --task-data NAME=FILE.")
+    return files
 
 
 def check_needed(selection: Selection, files: dict[str, Path], local_only: Iterable[str]) -> None:

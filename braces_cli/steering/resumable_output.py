@@ -22,7 +22,7 @@ from braces_cli.core.models.generation import TextRequest
 from braces_cli.core.utils.atomic_files import check_output_file, file_hint, remove_partial_files, write_json
 from braces_cli.core.utils.documents import Count, Kind, parse, read, stored_form
 from braces_cli.core.utils.errors import BracesError, ConfigError, DataError
-from braces_cli.core.utils.paths import is_there
+from braces_cli.core.utils.paths import check_regular, is_there
 
 
 class Row(TypedDict):
@@ -49,7 +49,7 @@ class TextsFile:
         overwrite: replace a file that is there.
 
     Raises:
-        ConfigError: the file is there and neither is asked for, or `resume` with other settings.
+        ConfigError: the file is there and neither is asked for, or is no file; or `resume` with other settings.
         DataError: `resume`, and a line that is no row of texts.
     """
 
@@ -62,6 +62,8 @@ class TextsFile:
             raise ConfigError("both are given", where="--resume, --overwrite", hint="Give one of them.")
         hint = "--resume continues it, --overwrite starts anew."
         check_output_file(path, overwrite or resume, hint)
+        if path.exists():  # a pipe or a device cannot be cut to its complete rows, and might keep its writer waiting
+            check_regular(path, ConfigError, "Name a file, or leave --output out and redirect standard output.")
         remove_partial_files(path.parent, self._record.name)
         # Byte behind each complete row.
         self._ends = _complete(path) if resume and path.is_file() else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from braces_cli.core.utils.errors import ConfigError, DataError, ModelError
 from braces_cli.evaluation import task_catalog
 from braces_cli.evaluation.evaluate import check_settings
 from braces_cli.evaluation.settings import EvalSettings
-from braces_cli.evaluation.task_data_files import file_hash
+from braces_cli.evaluation.task_data_files import file_hash, find_files
 from braces_cli.evaluation.task_rows import read_task_rows, read_texts
 
 POPQA = {"question": "What is it?", "possible_answers": '["x"]'}
@@ -218,3 +219,11 @@ def test_a_file_that_cannot_be_hashed_is_an_error_of_its_kind(kind, tmp_path):
     path.symlink_to("loop")
     with pytest.raises(kind, match="cannot read"):
         file_hash(path, kind)
+
+
+@pytest.mark.parametrize("task", ["sentiment", "perplexity", "boolq"])
+def test_a_pipe_is_no_file_of_a_task(tmp_path, task):
+    """It would be read twice; nobody writes to this one, so that its reader would wait for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="a pipe or a device"):
+        find_files(task_catalog.select([task]), [f"{task}={tmp_path / 'pipe'}"], None)

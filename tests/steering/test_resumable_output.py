@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 
 import pytest
 
+from braces_cli.core.utils.errors import ConfigError
+from braces_cli.steering.resumable_output import TextsFile
 from tests.steering.conftest import LINES, STEERED
 
 
@@ -142,3 +145,11 @@ def test_a_file_that_may_not_grow_keeps_its_complete_rows(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     complete = path.read_bytes().splitlines(keepends=True)[:3]
     assert [json.loads(line) for line in complete] == [row] * 3
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_pipe_is_no_output(tmp_path, resume):
+    """It would keep its writer, and whoever resumes it, waiting for the other end."""
+    os.mkfifo(tmp_path / "texts.jsonl")
+    with pytest.raises(ConfigError, match="a pipe or a device"):
+        TextsFile(tmp_path / "texts.jsonl", {}, 1, resume=resume, overwrite=not resume)

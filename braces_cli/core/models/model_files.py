@@ -29,7 +29,7 @@ class ModelConfig(TypedDict, total=False):
     dtype: str | dict[str, Any] | None
     torch_dtype: str | dict[str, Any] | None
     quantization_config: dict[str, Any] | None
-    text_config: dict[str, Any] | None
+    text_config: ModelConfig | None
     id2label: dict[str, Any] | None
     hidden_size: Size | None
     is_encoder_decoder: bool | None
