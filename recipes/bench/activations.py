@@ -3,8 +3,8 @@
 Counted are the tensors that autograd saves, whatever the device, weights left out, in a bfloat16 Llama with the widths
 of Llama-3-8B and few layers. The law for each token and layer, of width d, FFN width f, keys of width k, and H heads:
 8 d for two norms in float32, 4 d + 4 k for queries, output, keys and values of the attention, 6 f for the gated FFN,
-2 d + 2 r for an adapter of rank r, 4 H + 8 for statistics; and 12 r d + 8 r^2 + 4 r a layer, whatever the tokens. Logits
-take 10 bytes each while their loss is computed. `gigabytes` are weights, adapter and optimizer, activations and
+2 d + 2 r for an adapter of rank r, 4 H + 8 for statistics; and 12 r d + 8 r^2 + 4 r a layer, whatever the tokens.
+Logits take 10 bytes each while their loss is computed. `gigabytes` are weights, adapter and optimizer, activations and
 logits of a whole model with all tokens scored: calculated, without what a GPU's libraries and its allocator take.
 
     saved_vs_law   bytes counted for each token and layer / those of the law
