@@ -19,14 +19,13 @@ from braces_cli.core.utils.settings import (
     METHOD,
     OPTIMISATION,
     OUTPUT,
-    SeedSettings,
     Settings,
-    flag_of,
     option,
     options_of,
     plain,
 )
 from braces_cli.data.row_formats import Columns, parse_columns
+from braces_cli.training.attribute_settings import STRENGTH, AttributeTrainingSettings
 from braces_cli.training.defaults import (
     BASELINE_LR,
     DEFAULT_COEFFICIENT_LR,
@@ -49,16 +48,12 @@ BRACES_ONLY = ("gate_lr", "relevance", "attribute_field", "strength_field", "opp
 BASELINE_ONLY = ("lora_alpha", "lora_targets")
 # Without attributes something else would be trained than was asked for, so a baseline refuses these in a file, too.
 _NEVER_IGNORED = ("attribute_field", "opposites", "attributes")
-# Of a run with attributes, by measurement as well.
-DEFAULT_CONTRAST, DEFAULT_MARGIN = 0.1, 6.0
 PACKING = ("auto", "on", "off")
 REPORTERS = ("tensorboard", "wandb", "none")
-# Column of a row's strength where no other is named.
-STRENGTH = "strength"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(SeedSettings):
+class TrainSettings(AttributeTrainingSettings):
     """What is trained, and how: everything that an adapter's config records.
 
     Defaults that depend on other settings are None on the command line and filled in here; those that
@@ -84,11 +79,6 @@ class TrainSettings(SeedSettings):
         f"Default: {default_rank(DEFAULT_FORM)}; for paper, signed and baselines {default_rank('')}.",
         min=1,
         panel=METHOD,
-    )
-    attribute_field: str | None = option(
-        None,
-        help="Column that names each row's attribute. Trains an adapter that can be steered by it.",
-        panel=ATTRIBUTES,
     )
     streaming: bool = option(
         False, help="Read rows while training, for sets larger than memory. Needs --max-steps.", panel=DATA
@@ -150,25 +140,6 @@ class TrainSettings(SeedSettings):
         panel=OPTIMISATION,
         outcome=False,
     )
-    strength_field: str = option(
-        STRENGTH, help="Column of the attribute's strength; 1 where a row has none.", panel=ATTRIBUTES
-    )
-    opposites: tuple[str, ...] = option(
-        (), help="Two attributes that are the ends of one axis. Repeatable.", panel=ATTRIBUTES, metavar="A:B"
-    )
-    contrast: float | None = option(
-        None,
-        help="Weight of a contrastive loss that compares each row at its own strength and at the opposite one; takes "
-        f"twice the time. Default: {DEFAULT_CONTRAST:g} with attributes.",
-        panel=ATTRIBUTES,
-    )
-    margin: float | None = option(
-        None,
-        help="The contrastive loss pushes each row's log-likelihood at its own strength above that at the opposite "
-        "strength, by at least this many nats per unit of strength: the larger, the stronger the steering. "
-        f"Default: {DEFAULT_MARGIN:g}.",
-        panel=ATTRIBUTES,
-    )
     chat_template: bool = False
 
     def __post_init__(self) -> None:
@@ -177,10 +148,6 @@ class TrainSettings(SeedSettings):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ConfigError(f"must be a positive number, not {value}", where=self._flag(name))
-        for name in ("contrast", "margin"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
-                raise ConfigError(f"must be zero or a positive number, not {value}", where=self._flag(name))
         if self.lora_alpha is not None and self.lora_alpha < 1:
             raise ConfigError(f"must be at least 1, not {self.lora_alpha}", where="--lora-alpha")
         self._check_method()
@@ -191,6 +158,9 @@ class TrainSettings(SeedSettings):
         if self.rank is None:
             self._set(rank=default_rank(self.relevance if self.method == "braces" else ""))
         self._set(lora_targets=_names(self.lora_targets))
+        if self.gate_lr is None:
+            paper = DEFAULT_GATE_LR if self.attribute_field is None else DEFAULT_GATE_LR_ATTRIBUTES
+            self._set(gate_lr=paper if self.relevance == "paper" else DEFAULT_COEFFICIENT_LR)
         self._fill_attributes()
         if self.streaming and self.max_steps is None:
             hint = "Say how long to train with --max-steps."
@@ -212,40 +182,6 @@ class TrainSettings(SeedSettings):
         if baseline and self.attribute_field is not None:
             hint = "Leave out --attribute-field, or train with --method braces."
             raise ConfigError(f"{self.method} cannot be trained on attributes", where="--method", hint=hint)
-
-    def _fill_attributes(self) -> None:
-        """Check what only a run with attributes reads, and fill in its defaults."""
-        trained = self.attribute_field is not None
-        hint = "Name the column of each row's attribute with --attribute-field."
-        if self.opposites and not trained:
-            raise ConfigError("no attributes are trained", where="--opposites", hint=hint)
-        if self.strength_field != STRENGTH and not trained:
-            raise ConfigError("a strength without an attribute", where="--strength-field", hint=hint)
-        parse_opposites(self.opposites)
-        if self.gate_lr is None:
-            paper = DEFAULT_GATE_LR_ATTRIBUTES if trained else DEFAULT_GATE_LR
-            self._set(gate_lr=paper if self.relevance == "paper" else DEFAULT_COEFFICIENT_LR)
-        if self.contrast is None:
-            self._set(contrast=DEFAULT_CONTRAST if trained else 0.0)
-        if self.contrast and not trained:
-            raise ConfigError("no attributes are trained", where="--contrast", hint=hint)
-        if self.contrast and self.margin is None:
-            self._set(margin=DEFAULT_MARGIN)
-        if self.margin is not None and not self.contrast:
-            hint = "It needs --attribute-field, and a --contrast above 0."
-            raise ConfigError("there is no contrastive loss", where="--margin", hint=hint)
-
-    def _set(self, **values: Any) -> None:
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
-
-    def _flag(self, name: str) -> str:
-        return flag_of(type(self), name)
-
-    @property
-    def pairs(self) -> tuple[tuple[str, str], ...]:
-        """`opposites`, parsed."""
-        return parse_opposites(self.opposites)
 
     def for_base(self, width: int, spans_width: bool = True) -> Self:
         """The same with the defaults that depend on the base: form of relevance and learning rate.
@@ -371,24 +307,6 @@ class RunSettings(TrainSettings, CheckpointSettings, ModelSettings, FileSettings
         resolved, options = self.resolved(), options_of(type(self))
         step = self.batch_size * self.gradient_accumulation * processes
         return {**{name: resolved[name] for name in resolved if options[name].outcome}, "examples_per_step": step}
-
-
-def parse_opposites(values: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """`A:B` of each value.
-
-    Raises:
-        ConfigError: no such form, or a name in two pairs.
-    """
-    pairs = []
-    for value in values:
-        one, colon, other = (part.strip() for part in value.partition(":"))
-        if not (one and colon and other) or one == other:
-            raise ConfigError(f"`{value}` is not A:B", where="--opposites", hint="Such as positive:negative.")
-        pairs.append((one, other))
-    names = [name for pair in pairs for name in pair]
-    if len(set(names)) < len(names):
-        raise ConfigError("an attribute is in two pairs", where="--opposites", hint="Each can have one opposite.")
-    return tuple(pairs)
 
 
 def _names(values: Sequence[str]) -> tuple[str, ...]:

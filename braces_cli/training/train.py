@@ -34,6 +34,7 @@ from braces_cli.data.streaming_examples import Stream
 from braces_cli.scoring.likelihood import Likelihood
 from braces_cli.training.adapter_setup import adapted_layers, adapter_to_train, for_base, shares, starting_point
 from braces_cli.training.attribute_conditioning import Conditioner, gather_attributes
+from braces_cli.training.attribute_settings import STRENGTH
 from braces_cli.training.checkpointing.run_record import (
     BaseLikelihood,
     Record,
@@ -50,7 +51,7 @@ from braces_cli.training.model_card import CHECKPOINT_CARD, model_card
 from braces_cli.training.packing_probe import choose_layout
 from braces_cli.training.peft_baselines import PeftAdapter, baseline_parameters
 from braces_cli.training.sampler import global_batch
-from braces_cli.training.settings import STRENGTH, RunSettings, TrainSettings
+from braces_cli.training.settings import RunSettings, TrainSettings
 from braces_cli.training.train_result import TrainResult
 
 logger = logging.getLogger("braces")

@@ -107,16 +107,12 @@ def attribute_steppers(args: argparse.Namespace, base: Any) -> dict[str, Callabl
     from braces_cli.core.method.adapter import attach
     from braces_cli.data.examples import Condition
     from braces_cli.training.attribute_conditioning import Conditioner
+    from braces_cli.training.attribute_settings import DEFAULT_CONTRAST, DEFAULT_MARGIN
     from braces_cli.training.collator import Collator, Layout
     from braces_cli.training.contrastive_loss import PAIR_TERMS, contrastive_loss
+    from braces_cli.training.defaults import DEFAULT_FORM_ATTRIBUTES, default_rank
     from braces_cli.training.packing_probe import attention_cost
     from braces_cli.training.selective_logits import mean_loss, only_scored, token_nll
-    from braces_cli.training.settings import (
-        DEFAULT_CONTRAST,
-        DEFAULT_FORM_ATTRIBUTES,
-        DEFAULT_MARGIN,
-        default_rank,
-    )
 
     form, config = DEFAULT_FORM_ATTRIBUTES, base.config
     cost = attention_cost(base, config.num_hidden_layers, config.hidden_size)

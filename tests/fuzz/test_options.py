@@ -19,7 +19,7 @@ from braces_cli.core.utils.errors import ConfigError
 from braces_cli.data.row_formats import Columns, parse_columns
 from braces_cli.evaluation.settings import parse_thresholds
 from braces_cli.inspection.neuron_clamping import Clamp, parse_clamp
-from braces_cli.training.settings import parse_opposites
+from braces_cli.training.attribute_settings import parse_opposites
 from tests.fuzz.budget import attempt, fuzz
 from tests.fuzz.inputs import PLAIN
 

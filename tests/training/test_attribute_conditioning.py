@@ -19,7 +19,7 @@ from braces_cli.core.utils.errors import ConfigError, DataError
 from braces_cli.data.examples import Condition, Fields, condition
 from braces_cli.data.readers import Source
 from braces_cli.training.attribute_conditioning import Conditioner
-from braces_cli.training.settings import parse_opposites
+from braces_cli.training.attribute_settings import parse_opposites
 from tests.conftest import open_gates
 from tests.core.method.test_reference import relative
 
