@@ -176,13 +176,18 @@ def steering(programs: Programs, args: argparse.Namespace, folder: Path) -> tupl
         ],
         "generate": [sys.executable, *script],
     }  # fmt: skip
-    if args.trl_python and installed(args.trl_python, "repeng"):
+    if args.trl_python and importable(args.trl_python, "repeng"):
         commands["repeng"] = [args.trl_python, *script, "--control"]
     times = programs.measure(commands, args)
     ratios = compare(programs, times, "steer_vs_generate", "steer", "generate")
     if "repeng" in commands:
         ratios |= compare(programs, times, "steer_vs_repeng", "steer", "repeng")
     return ratios, medians(times)
+
+
+def importable(python: Path, name: str) -> bool:
+    """Whether another Python can import a package; what it says where it cannot goes to stderr."""
+    return subprocess.run([str(python), "-c", f"import {name}"], stdout=subprocess.DEVNULL).returncode == 0
 
 
 def installed(python: Path, name: str) -> str | None:
@@ -232,6 +237,8 @@ def main() -> None:
                 found, medians_of = work(programs, args, folder)
                 ratios |= found
                 seconds[kind] = medians_of
+                # Should a later one fail, these took long.
+                print(f"{kind}: {json.dumps({'ratios': found, 'seconds': medians_of})}", file=sys.stderr, flush=True)
     trl = {each: args.trl_python and installed(args.trl_python, each) for each in ("trl", "repeng")}
     settings = {
         "steps": args.steps,
