@@ -65,6 +65,7 @@ def test_strengths_and_attributes_must_match(tiny_folder):
         ours.BracesLM(str(tiny_folder), attribute="positive", s=[1, 2], device="cpu")
 
 
+@pytest.mark.slow
 def test_lm_evals_own_command_line_runs_it(tiny_folder, make_adapter, write_jsonl, tmp_path, monkeypatch, capsys):
     """As `python -m braces_cli.evaluation.lm_eval_model run --model braces ...`."""
     rows = [{"question": f"Q{i}?", "answer": {"aliases": ["a"]}} for i in range(3)]

@@ -193,6 +193,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_proved_checkpoint_and_proves_it_again(
     braces: Any, model_dir: Path, adapter_dir: Path, tmp_path: Path
 ) -> None:
