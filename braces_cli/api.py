@@ -18,8 +18,9 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, overload
 
-from braces_cli.core.attributes.attribute import Attribute, build_attribute, find_attribute
+from braces_cli.core.attributes.attribute import Attribute, build_attribute
 from braces_cli.core.attributes.intervention import steered
+from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.method.adapter_files import CONFIG_FILE
 from braces_cli.core.models.generation import Sampling
 from braces_cli.core.models.layer_ranges import chosen_layers

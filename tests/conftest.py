@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import tempfile
 
 # No test may reach for a hub; set before anything imports huggingface_hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -105,6 +106,17 @@ def tiny_tokenizer() -> Any:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="Where the laws run that take the fixture `device`.")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Not the user's cache: one of all tests, for what they have in common. Workers find it in their environment."""
+    if not hasattr(config, "workerinput"):
+        os.environ["BRACES_CACHE"] = tempfile.mkdtemp(prefix="braces-tests-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["BRACES_CACHE"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -14,7 +14,7 @@ from braces_cli.cli.options import DisplaySettings
 
 # Environment variables that change what braces does; none of them is a secret.
 _VARIABLES = (
-    "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_HOME", "WORLD_SIZE",
+    "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "BRACES_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_HOME", "WORLD_SIZE",
 )  # fmt: skip
 
 
@@ -43,6 +43,7 @@ def environment() -> dict[str, Any]:
     from huggingface_hub import constants
 
     from braces_cli import __version__
+    from braces_cli.core.utils.paths import cache_folder
     from braces_cli.core.utils.versions import MORE_LIBRARIES, installed, versions
 
     cuda = torch.cuda
@@ -57,6 +58,10 @@ def environment() -> dict[str, Any]:
         "versions": {**versions(), **installed(MORE_LIBRARIES)},
         "devices": devices,
         "threads": torch.get_num_threads(),
-        "caches": {"hub_cache": constants.HF_HUB_CACHE, "offline": constants.HF_HUB_OFFLINE},
+        "caches": {
+            "hub_cache": constants.HF_HUB_CACHE,
+            "braces_cache": str(cache_folder() or "off"),
+            "offline": constants.HF_HUB_OFFLINE,
+        },
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }

@@ -107,7 +107,7 @@ def _checked_against_model(settings: FindSettings, source: Any) -> Callable[[str
 
 
 def _from_model(settings: FindSettings, report: Any) -> list[dict[str, Any]]:
-    from braces_cli.core.attributes.attribute import find_attribute
+    from braces_cli.core.attributes.lookup import find_attribute
     from braces_cli.core.models.layer_ranges import chosen_layers
     from braces_cli.core.session import open_session
     from braces_cli.inspection.concept_search import (

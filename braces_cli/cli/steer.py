@@ -42,7 +42,7 @@ def steer(settings: SteerSettings) -> None:
 
 
 def _export(settings: SteerSettings, strengths: dict[str, float]) -> None:
-    from braces_cli.core.attributes.attribute import find_attribute
+    from braces_cli.core.attributes.lookup import find_attribute
     from braces_cli.core.models.layer_ranges import chosen_layers
     from braces_cli.core.session import open_session
     from braces_cli.core.utils.output_lock import output_lock

@@ -69,7 +69,7 @@ def _measure(
 ) -> dict[str, Any]:
     from dataclasses import replace
 
-    from braces_cli.core.attributes.attribute import find_attribute
+    from braces_cli.core.attributes.lookup import find_attribute
     from braces_cli.core.models.layer_ranges import chosen_layers
     from braces_cli.core.models.loading import input_device, load_base
     from braces_cli.core.session import open_session

@@ -100,8 +100,8 @@ def _rows(settings: SteerSettings, requests: Iterator[TextRequest], **details: A
     Args:
         details: further arguments of `generate_rows`.
     """
-    from braces_cli.core.attributes.attribute import find_attribute
     from braces_cli.core.attributes.intervention import steered, terms_of_rows
+    from braces_cli.core.attributes.lookup import find_attribute
     from braces_cli.core.models.layer_ranges import chosen_layers
     from braces_cli.core.models.loading import input_device
     from braces_cli.core.session import open_session

@@ -16,9 +16,9 @@ from typing import Any
 from lm_eval.api.registry import model_registry
 from lm_eval.models.huggingface import HFLM
 
-from braces_cli.core.attributes.attribute import find_attribute
 from braces_cli.core.attributes.attribute_options import strengths
 from braces_cli.core.attributes.intervention import steered
+from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.session import base_name, open_session
 from braces_cli.core.utils.errors import BracesError

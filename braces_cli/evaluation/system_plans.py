@@ -7,7 +7,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from braces_cli.core.attributes.attribute import Attribute, find_attribute
+from braces_cli.core.attributes.attribute import Attribute
+from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.session import Session
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.evaluation.adapter_switching import BRACES, EvalAdapter, attached

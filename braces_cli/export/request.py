@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from braces_cli.core.attributes.attribute import find_attribute
+from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.method.adapter_files import StoredAdapter
 from braces_cli.core.models.layer_ranges import chosen_layers
 from braces_cli.core.models.load_options import LoadOptions

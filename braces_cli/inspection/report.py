@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from braces_cli import __version__
-from braces_cli.core.attributes.attribute import Attribute, find_attribute
+from braces_cli.core.attributes.attribute import Attribute
+from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.method.relevance_forms import gate_strength
 from braces_cli.core.session import Session
 from braces_cli.core.utils.errors import ModelError

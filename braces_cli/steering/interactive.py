@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core.attributes.attribute import Attribute, find_attribute, known_attributes
+from braces_cli.core.attributes.attribute import Attribute
 from braces_cli.core.attributes.intervention import steered
+from braces_cli.core.attributes.lookup import find_attribute, known_attributes
 from braces_cli.core.models.generation import Sampling
 from braces_cli.core.models.layer_ranges import chosen_layers
 from braces_cli.core.session import Session

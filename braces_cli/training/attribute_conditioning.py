@@ -8,14 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from braces_cli.core.attributes.attribute import (
-    TRAINED_FILE,
-    Attribute,
-    find_attribute,
-    known_attributes,
-    load_attributes,
-    opposite,
-)
+from braces_cli.core.attributes.attribute import Attribute, load_attributes, opposite
+from braces_cli.core.attributes.listing import TRAINED_FILE
+from braces_cli.core.attributes.lookup import find_attribute, known_attributes
 from braces_cli.core.method.adapter import Adapter
 from braces_cli.core.method.adapter_files import StoredAdapter
 from braces_cli.core.session import Session

@@ -13,7 +13,8 @@ from typing import Any, cast
 
 import torch
 
-from braces_cli.core.attributes.attribute import TRAINED_FILE, Attribute, save_attributes
+from braces_cli.core.attributes.attribute import Attribute, save_attributes
+from braces_cli.core.attributes.listing import TRAINED_FILE
 from braces_cli.core.method.adapter import Adapter, attach
 from braces_cli.core.method.adapter_files import AdapterConfig, StoredAdapter, write_adapter
 from braces_cli.core.method.condition_mlp import condition_shapes

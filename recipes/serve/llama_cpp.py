@@ -53,8 +53,8 @@ def ours(args: argparse.Namespace, prompts: Sequence[list[int]], attribute: str 
     import torch
     from transformers import GenerationConfig
 
-    from braces_cli.core.attributes.attribute import find_attribute
     from braces_cli.core.attributes.intervention import steered
+    from braces_cli.core.attributes.lookup import find_attribute
 
     session = opened(args)
     model = session.base.model

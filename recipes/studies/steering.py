@@ -43,8 +43,8 @@ from _pairs import ENDS, pairs
 from _runs import Runs
 from torch import Tensor, nn
 
-from braces_cli.core.attributes.attribute import find_attribute
 from braces_cli.core.attributes.intervention import steered
+from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.attributes.pooling import residual_norms
 from braces_cli.core.attributes.push_sizes import PUSH, default_layers
 from braces_cli.core.attributes.word_lists import built_in

@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from braces_cli.core.attributes.attribute import find_attribute
 from braces_cli.core.attributes.detection import detection
 from braces_cli.core.attributes.intervention import steered
+from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.utils.errors import ConfigError, DataError
 from braces_cli.evaluation.comparison import System, compare

@@ -13,8 +13,9 @@ import pytest
 import torch
 from lm_eval.api.registry import get_model
 
-from braces_cli.core.attributes.attribute import build_attribute, find_attribute, save_attributes
+from braces_cli.core.attributes.attribute import build_attribute, save_attributes
 from braces_cli.core.attributes.intervention import steered
+from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.session import open_session
 from braces_cli.core.utils.errors import ConfigError

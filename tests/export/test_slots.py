@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from braces_cli.core.attributes.attribute import find_attribute
 from braces_cli.core.attributes.intervention import constants, steered
+from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.method.adapter import Adapter, attach
 from braces_cli.core.method.adapter_files import find_adapter
 from braces_cli.core.method.relevance_forms import FORMS

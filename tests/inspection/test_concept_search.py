@@ -40,7 +40,7 @@ def test_promoting_vectors_are_those_of_a_direct_computation(session):
 
 def test_relevance_of_an_attribute_is_the_formula_of_the_paper(session, adapter_dir):
     """r_c = (R W_V)^T (R h_c) / sqrt(d_r), written out."""
-    from braces_cli.core.attributes.attribute import find_attribute
+    from braces_cli.core.attributes.lookup import find_attribute
     from braces_cli.core.method.reference import relevance_ref
 
     session.add_adapter(find_adapter(str(adapter_dir)))
@@ -63,7 +63,7 @@ def test_relevance_of_an_attribute_is_the_formula_of_the_paper(session, adapter_
 
 def test_without_an_adapter_relevance_sums_to_what_steering_adds(session):
     """sum_j r_cj v_j is the vector that steering from a word list adds."""
-    from braces_cli.core.attributes.attribute import find_attribute
+    from braces_cli.core.attributes.lookup import find_attribute
     from braces_cli.core.attributes.push_sizes import PUSH
 
     attribute = find_attribute(session, "positive", None)

@@ -60,7 +60,7 @@ def test_everything_is_on_it(session, data):
     assert [row["gate"] for row in data["gates"]] == [float(brace.g) for _, brace in session.adapter.sites]
     assert {attribute["name"] for attribute in data["attributes"]} == {"positive", "negative"}
     brace, p = session.adapter.sites[1][1], None
-    from braces_cli.core.attributes.attribute import find_attribute
+    from braces_cli.core.attributes.lookup import find_attribute
 
     p = find_attribute(session, data["attributes"][0]["name"], None).state[1]
     share = float((brace.query_projection() @ p).norm() / p.norm())

@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from braces_cli.core.attributes.attribute import find_attribute
 from braces_cli.core.attributes.intervention import steered
+from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.utils.errors import DataError
 from braces_cli.steering.answer_preference import log_odds, probability, read_answer_pairs
 

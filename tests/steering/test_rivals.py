@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from braces_cli.cli import steer_options
-from braces_cli.core.attributes.attribute import attribute_from_texts, find_attribute
+from braces_cli.core.attributes.attribute import attribute_from_texts
 from braces_cli.core.attributes.contrast import pair_states
+from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.attributes.push_sizes import PUSH
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.steering.equal_perplexity import at_equal_perplexity

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from braces_cli.core.attributes.attribute import build_attribute, find_attribute, opposite
+from braces_cli.core.attributes.attribute import build_attribute, opposite
 from braces_cli.core.attributes.intervention import steered
+from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.method.adapter import attach
 from braces_cli.core.method.condition_mlp import WIDTH
 from braces_cli.core.method.reference import reference

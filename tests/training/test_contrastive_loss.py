@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from braces_cli.core.attributes.attribute import find_attribute
+from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.method.adapter import attach
 from braces_cli.core.models.loading import input_device
 from braces_cli.core.models.tokenization import IGNORED, Encoded

@@ -59,3 +59,12 @@ def user_path(name: str | Path) -> Path:
     if "\0" in str(name):
         raise ConfigError("no name has a null character in it", where=str(name), hint="Remove it.")
     return Path(os.path.expanduser(name))
+
+
+def cache_folder() -> Path | None:
+    """Where braces keeps what it can make again: $BRACES_CACHE, else ~/.cache/braces; None where that is `off`."""
+    named = os.environ.get("BRACES_CACHE")
+    if named == "off":
+        return None
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(named) if named else Path(root) / "braces"

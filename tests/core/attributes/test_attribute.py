@@ -22,7 +22,8 @@ def test_a_built_in_list_with_an_opposite_is_one_end_of_an_axis(braces, session,
     """positive is minus negative; attr-build without words writes the same; a list without opposite keeps neutral."""
     import torch
 
-    from braces_cli.core.attributes.attribute import build_attribute, find_attribute
+    from braces_cli.core.attributes.attribute import build_attribute
+    from braces_cli.core.attributes.lookup import find_attribute
     from braces_cli.core.attributes.word_lists import built_in
 
     one, other = (find_attribute(session, name, None) for name in ("positive", "negative"))

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from braces_cli.core.attributes.attribute import find_attribute, known_attributes
 from braces_cli.core.attributes.attribute_options import AttributeSettings, parse_strengths
 from braces_cli.core.attributes.listing import list_attributes
+from braces_cli.core.attributes.lookup import find_attribute, known_attributes
 from braces_cli.core.utils.errors import ConfigError
 
 

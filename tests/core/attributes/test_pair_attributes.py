@@ -7,16 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from braces_cli.core.attributes.attribute import (
-    built_in_attribute,
-    find_attribute,
-    load_attributes,
-    pushed_in,
-    save_attributes,
-)
+from braces_cli.core.attributes.attribute import built_in_attribute, load_attributes, pushed_in, save_attributes
 from braces_cli.core.attributes.contrast import Pair, Passage, pair_states, reduce_pairs
 from braces_cli.core.attributes.descriptions import description_pairs, stems
 from braces_cli.core.attributes.intervention import constants, steered
+from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.attributes.pair_attributes import (
     PairReading,
     attribute_from_descriptions,

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from braces_cli.core.attributes.attribute import find_attribute
 from braces_cli.core.attributes.intervention import steered
+from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.tokenization import encode
 from braces_cli.core.session import open_session

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from braces_cli.core.attributes.attribute import find_attribute
 from braces_cli.core.attributes.intervention import steered
+from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.models.bundled_model import ABOUT_FILE, embedded_name, note_default
 from braces_cli.core.models.generation import Sampling
 from braces_cli.core.models.load_options import LoadOptions

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from braces_cli.core.attributes.attribute import find_attribute
 from braces_cli.core.attributes.listing import TRAINED_FILE, list_attributes
+from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.method.adapter_files import find_adapter
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.loading import load_tokenizer

@@ -1,0 +1,120 @@
+"""Built-in attributes that are kept: read again bit for bit, found by what they were made from."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache of this test alone."""
+    monkeypatch.setenv("BRACES_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "attributes"
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """The names of the attributes that were built, not read."""
+    from braces_cli.core.attributes import lookup
+
+    names, build = [], lookup.built_in_attribute
+    monkeypatch.setattr(
+        lookup, "built_in_attribute", lambda s, name, *a, **k: names.append(name) or build(s, name, *a, **k)
+    )
+    return names
+
+
+def _open(folder, dtype="auto"):
+    from braces_cli.core.models.load_options import LoadOptions
+    from braces_cli.core.session import open_session
+
+    return open_session(str(folder), None, LoadOptions(device="cpu", dtype=dtype))
+
+
+def _find(session, **details):
+    from braces_cli.core.attributes.lookup import find_attribute
+
+    return find_attribute(session, "positive", None, **details)
+
+
+def test_a_second_call_reads_what_the_first_one_built(session, model_dir, cache, built):
+    """Bit for bit; what is pushed and what is not are two files."""
+    first, again = _find(session), _find(_open(model_dir))
+    for part in ("hidden", "reference", "residual", "scale", "direction"):
+        assert torch.equal(getattr(first, part), getattr(again, part))
+    assert vars(first).keys() == vars(again).keys()
+    assert first.made == again.made
+    assert first.words == again.words
+    assert built == ["positive"]
+    assert _find(session, push=False).direction is None
+    assert built == ["positive"] * 2
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_other_weights_and_another_number_format_have_files_of_their_own(model_dir, tmp_path, cache, built):
+    """A folder whose files were written again is another base, even where all sizes and its fingerprint stay."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_dir, folder)
+    _find(_open(folder))
+    _find(_open(folder, "bfloat16"))
+    assert len(built) == 2
+    os.utime(folder / "model.safetensors", ns=(1, 1))
+    _find(_open(folder))
+    assert len(built) == 3
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_a_damaged_file_is_built_anew(session, cache, built):
+    first = _find(session)
+    (file,) = cache.iterdir()
+    file.write_bytes(file.read_bytes()[:-8])
+    assert torch.equal(_find(session).direction, first.direction)
+    assert torch.equal(_find(session).direction, first.direction)
+    assert len(built) == 2
+
+
+def test_a_folder_that_cannot_be_written_to_is_done_without(session, cache, built):
+    cache.parent.write_text("a file")
+    _find(session)
+    _find(session)
+    assert len(built) == 2
+    assert cache.parent.read_text() == "a file"
+
+
+def test_off_keeps_nothing(session, tmp_path, monkeypatch, built):
+    monkeypatch.setenv("BRACES_CACHE", "off")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    _find(session)
+    assert not (tmp_path / "home").exists()
+    monkeypatch.delenv("BRACES_CACHE")
+    _find(session)
+    assert len(built) == 2
+    assert list((tmp_path / "home" / ".cache" / "braces" / "attributes").iterdir())
+
+
+def test_the_files_used_longest_ago_go(model_dir, tmp_path, cache, built, monkeypatch):
+    """Reading a file counts as use."""
+    from braces_cli.core.attributes import built_in_cache
+
+    monkeypatch.setattr(built_in_cache, "_KEPT", 2)
+    sessions = []
+    for number in range(3):
+        shutil.copytree(model_dir, tmp_path / str(number))
+        sessions.append(_open(tmp_path / str(number)))
+    for number in (0, 1):
+        _find(sessions[number], push=False)
+        (new,) = [file for file in cache.iterdir() if file.stat().st_mtime > 1000]
+        os.utime(new, (number, number))
+    _find(sessions[0], push=False)
+    _find(sessions[2], push=False)
+    assert len(built) == 3
+    _find(sessions[0], push=False)
+    assert len(built) == 3
+    _find(sessions[1], push=False)
+    assert len(built) == 4
+    assert len(list(cache.iterdir())) == 2
