@@ -22,6 +22,9 @@ from typing import Any
 from braces_cli.core.method.relevance_forms import FORMS
 from braces_cli.training.defaults import DEFAULT_FORM
 
+# Where nothing compiled may be kept, each process would compile an editable install anew: no user's processes do.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 LEAST_REPEATS = 7
 # Of what takes a minute or more: what disturbs a step by a tenth does not disturb thousands of them.
 LEAST_OF_MINUTES = 3

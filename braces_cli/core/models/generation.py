@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -160,15 +161,16 @@ class _FiniteScores(LogitsProcessor):
     """Notes whether the best score of each token is a finite number; nothing waits for the device until `check`."""
 
     def __init__(self) -> None:
-        self._finite: Any = True
+        self._sum: Any = 0.0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._finite = scores.amax(dim=-1).isfinite().all() & self._finite
+        # A sum is finite where all its terms are, as long as it cannot overflow.
+        self._sum = scores.amax(dim=-1).sum(dtype=torch.float32) + self._sum
         return scores
 
     def check(self) -> None:
         """Raise ModelError where a score was not."""
-        if not bool(self._finite):
+        if not math.isfinite(float(self._sum)):
             raise ModelError("the model's scores of the next token are not finite", hint=OVERFLOW_HINT)
 
 
