@@ -76,9 +76,7 @@ class Model:
             hint = "Steer the model that load() gave, with another strength."
             raise ConfigError(f"the model is steered by `{attribute}` already", hint=hint)
         if words is not None:
-            # As `find_attribute` has it: with an adapter nothing is pushed.
-            reduction = None if self.session.adapter is None else "mean"
-            found = build_attribute(self.session, attribute, list(words), reduction=reduction)
+            found = build_attribute(self.session, attribute, list(words), reduction=None)
         else:
             found = find_attribute(self.session, attribute, None if attributes is None else Path(attributes))
         return Model(self.session, (*self.terms, (found, strength)), layers or self.layers)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,14 +55,22 @@ class Neurons:
     bias: Tensor | None = None
 
 
-def new_neurons(adapter: Adapter, plan: Plan) -> dict[int, Neurons]:
-    """New neurons of each decoder layer that carries the adapter, with the steering set on it just now."""
-    neurons = {}
+def new_neurons(adapter: Adapter, plan: Plan, pushes: Mapping[int, Tensor] | None = None) -> dict[int, Neurons]:
+    """New neurons of each decoder layer that carries the adapter or is pushed.
+
+    The steering set on the adapter just now is written, too.
+
+    Args:
+        pushes: what is added besides to the FFN output of a layer, (d,).
+    """
+    neurons, pushes = {}, pushes or {}
     for ffn, brace in adapter.sites:
         assert isinstance(ffn, FFN)
         with torch.no_grad():
             reads, writes = brace.factors(ffn.values(), torch.float32)  # A (d_r, d), B (d, d_r)
             constant = None if brace.shift is None else (writes @ brace.shift).cpu()
+            push = pushes.get(ffn.layer)
+            constant = push if constant is None else constant if push is None else constant + push
             balance = _balance(reads, writes, ffn)
         # By powers of two, which round nothing.
         rows, columns = (reads * balance.unsqueeze(1)).cpu(), (writes / balance).cpu() / plan.gate[1]
@@ -75,6 +83,10 @@ def new_neurons(adapter: Adapter, plan: Plan) -> dict[int, Neurons]:
             torch.nn.functional.pad(columns, (0, padding)),
             constant,
         )
+    added = plan.wider - plan.width
+    for layer in pushes.keys() - neurons.keys():
+        nothing = torch.zeros(added, len(pushes[layer]))
+        neurons[layer] = Neurons(torch.zeros(added), nothing, nothing.mT, pushes[layer])
     return neurons
 
 

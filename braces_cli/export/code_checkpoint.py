@@ -10,6 +10,7 @@ import gc
 import inspect
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
@@ -18,13 +19,13 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
-from braces_cli.core.attributes.intervention import steered
+from braces_cli.core.attributes.intervention import pushed_constants, steered
 from braces_cli.core.method.adapter import Adapter
 from braces_cli.core.models.ffn import FFN
 from braces_cli.core.models.moe import Experts, MixtureFFN
 from braces_cli.core.utils.atomic_files import file_hint, write_json, write_tensors, write_text
 from braces_cli.core.utils.documents import WRITTEN, Kind, Name, read
-from braces_cli.core.utils.errors import BracesError, ModelError
+from braces_cli.core.utils.errors import BracesError, ConfigError, ModelError
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.core.utils.templates import render
 from braces_cli.core.utils.versions import versions
@@ -60,7 +61,8 @@ class Side:
         mixed: the module is part of a mixture of experts.
         reads: A (d_r, d).
         writes: B of all experts side by side (d, experts * d_r).
-        shift: what steering adds to A h (d_r,), None where nothing steers.
+        shift: what steering adds to A h (d_r,), None where nothing steers through the adapter.
+        push: what steering adds to the output besides (d,), None where nothing does.
     """
 
     path: str
@@ -72,11 +74,33 @@ class Side:
     reads: Tensor
     writes: Tensor
     shift: Tensor | None
+    push: Tensor | None = None
+
+    @property
+    def constant(self) -> Tensor | None:
+        """What is added to the output whatever the token, (d,): not of experts, which a router weighs."""
+        if self.shift is None or self.experts > 1:
+            return self.push
+        through = self.writes @ self.shift
+        return through if self.push is None else through + self.push
 
 
-def side_paths(adapter: Adapter) -> list[Side]:
-    """The side paths of an adapter, with the steering set on it just now."""
+def side_paths(adapter: Adapter, pushes: Mapping[int, Tensor] | None = None) -> list[Side]:
+    """The side paths of an adapter, with the steering set on it just now.
+
+    Args:
+        pushes: what is added besides to the FFN output of each decoder layer, (d,).
+
+    Raises:
+        ConfigError: a layer is pushed that has no side path, or one of a mixture of experts.
+    """
     names = {module: name for name, module in adapter.model.named_modules()}
+    pushes = pushes or {}
+    plain = {ffn.layer for ffn, _ in adapter.sites if isinstance(ffn, FFN)}
+    if elsewhere := sorted(pushes.keys() - plain):
+        what = f"layer {elsewhere[0]} is steered, and has no adapter of its own or is a mixture of experts"
+        hint = "Choose layers with --layers, or build the attribute with attr-build --reduction mean."
+        raise ConfigError(what, where="--attribute", hint=hint)
     found = []
     for ffn, brace in adapter.sites:
         for part in ffn.parts:
@@ -89,8 +113,9 @@ def side_paths(adapter: Adapter) -> list[Side]:
             # (experts, d, d_r) -> (d, experts * d_r)
             flat = writes if writes.ndim == 2 else writes.transpose(0, 1).flatten(1)
             count = 1 if writes.ndim == 2 else len(writes)
+            push = pushes.get(ffn.layer)
             mixed = isinstance(ffn, MixtureFFN)
-            side = Side(names[module], kind, type(module), ends, count, mixed, reads.cpu(), flat.cpu(), shift)
+            side = Side(names[module], kind, type(module), ends, count, mixed, reads.cpu(), flat.cpu(), shift, push)
             found.append(side)
     return found
 
@@ -134,7 +159,7 @@ def _write(request: Request, folder: Path, report: Report) -> tuple[dict[str, An
     report("loading", 1, 1)
     expected = reference(session, terms, layers)
     with steered(session, terms, layers):
-        sides = side_paths(adapter)
+        sides = side_paths(adapter, pushed_constants(session, terms, layers))
     adapter.detach()
     assert session.base.checkpoint is not None
     facts = write_checkpoint_with_code(folder, model, sides, session.base.checkpoint)
@@ -184,13 +209,11 @@ def _tensors(sides: list[Side], dtype: torch.dtype) -> dict[str, Tensor]:
     for side in sides:
         tensors[f"{side.path}.braces_in.weight"] = side.reads.to(dtype)
         tensors[f"{side.path}.braces_out.weight"] = side.writes.to(dtype)
-        if side.shift is None:
-            continue
         # What a router weighs must be weighed with the rest; elsewhere the constant is added as it is.
-        if side.experts > 1:
+        if side.experts > 1 and side.shift is not None:
             tensors[f"{side.path}.braces_in.bias"] = side.shift.to(dtype)
-        else:
-            tensors[f"{side.path}.braces_out.bias"] = (side.writes @ side.shift).to(dtype)
+        if side.constant is not None:
+            tensors[f"{side.path}.braces_out.bias"] = side.constant.to(dtype)
     return tensors
 
 
@@ -292,10 +315,9 @@ def _write_config(folder: Path, model: Any, sides: list[Side], classes: dict[str
     config = read(WRITTEN, folder / "config.json")
     sites = {}
     for side in sides:
-        steered = side.shift is not None
-        several = side.experts > 1
-        site: dict[str, Any] = {"width": len(side.writes), "shift": steered and several}
-        site["constant"] = steered and not several
+        site: dict[str, Any] = {"width": len(side.writes)}
+        site["shift"] = side.shift is not None and side.experts > 1
+        site["constant"] = side.constant is not None
         if side.kind in ("experts", "sorted"):
             site["experts"] = side.experts
         if side.ends:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypedDict
 
 from msgspec import Meta
 
-from braces_cli.core.attributes.intervention import steered
+from braces_cli.core.attributes.intervention import pushed_constants, steered
 from braces_cli.core.models.ffn import find_ffns
 from braces_cli.core.models.loading import load_shape
 from braces_cli.core.session import base_name
@@ -158,7 +158,7 @@ def _write(request: Request, folder: Path, report: Report) -> tuple[dict[str, An
     report("loading", 1, 1)
     expected = reference(session, terms, layers)
     with steered(session, terms, layers):
-        neurons = new_neurons(adapter, made)
+        neurons = new_neurons(adapter, made, pushed_constants(session, terms, layers))
     adapter.detach()
     made.config.dtype = model.dtype
     write_checkpoint(folder, model, made, neurons, [ffn.layer for ffn in ffns], report)

@@ -18,7 +18,8 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
 
 from braces_cli.core.method.adapter import attach
 from braces_cli.core.method.relevance_forms import FORMS
-from braces_cli.core.utils.errors import ModelError
+from braces_cli.core.models.ffn import FFN
+from braces_cli.core.utils.errors import ConfigError, ModelError
 from braces_cli.export.code_checkpoint import CODE_FILE, side_paths, write_checkpoint_with_code
 from tests.conftest import make_adapter, open_gates, tiny_model, tiny_tokenizer
 from tests.core.architectures import tiny
@@ -68,16 +69,24 @@ def greedy(model: Any) -> torch.Tensor:
 
 
 def written(
-    model: Any, folder: Path, shift: torch.Tensor | None = SHIFT, form: str = "untied"
+    model: Any, folder: Path, shift: torch.Tensor | None = SHIFT, form: str = "untied", push: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and greedy tokens of the adapter on a base, which is written into `folder/code`."""
     model.save_pretrained(folder / "base")
     adapter = attach(model, 4, form=form)
     open_gates(adapter)
     frozen(adapter, shift)
+    pushes = {} if push is None else {ffn.layer: push for ffn, _ in adapter.sites}
+    hooks = [
+        ffn.value.register_forward_hook(lambda module, args, output: output + push)
+        for ffn, _ in adapter.sites
+        if push is not None and isinstance(ffn, FFN)
+    ]
     wanted = logits(model), greedy(model)
-    sides = side_paths(adapter)
+    sides = side_paths(adapter, pushes)
     adapter.detach()
+    for hook in hooks:
+        hook.remove()
     write_checkpoint_with_code(folder / "code", model, sides, folder / "base")
     return wanted
 
@@ -104,6 +113,25 @@ def test_the_checkpoint_gives_the_adapters_numbers_and_tokens(
     if name == "qwen3":
         loaded.save_pretrained(tmp_path / "again")
         assert relative(logits(load(tmp_path / "again")), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("shift", [None, SHIFT], ids=["push alone", "with a shift"])
+@pytest.mark.parametrize("name", ["qwen3", "bloom"])
+def test_a_push_is_written_beside_the_adapter(name: str, shift: torch.Tensor | None, tmp_path: Path) -> None:
+    push = 0.3 * torch.randn(32, generator=torch.Generator().manual_seed(0))
+    wanted, _ = written(BASES[name](), tmp_path, shift, push=push)
+    assert relative(logits(load(tmp_path / "code")), wanted) < 1e-5
+
+
+def test_a_push_that_no_side_path_can_carry_is_refused(tmp_path: Path) -> None:
+    """Behind a mixture of experts, and in a layer without an adapter."""
+    push = torch.ones(32)
+    with pytest.raises(ConfigError, match="layer 0 is steered"):
+        written(BASES["qwen3_moe"](), tmp_path, None, push=push)
+    adapter = attach(BASES["qwen3"](), 4, [1])
+    with pytest.raises(ConfigError, match="layer 0 is steered"):
+        side_paths(adapter, {0: push, 1: push})
+    assert side_paths(adapter, {1: push})[0].constant is not None
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -199,7 +227,8 @@ def _halved(sides: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     for side in sides:
         found[f"{side.path}.braces_in.weight"] = side.reads.to(dtype)
         found[f"{side.path}.braces_out.weight"] = side.writes.to(dtype) / 2
-        found[f"{side.path}.braces_out.bias"] = side.writes @ side.shift
+        if side.constant is not None:
+            found[f"{side.path}.braces_out.bias"] = side.constant
     return found
 
 

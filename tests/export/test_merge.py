@@ -71,12 +71,12 @@ def carry(model: Any, steered: bool) -> Adapter:
     return adapter
 
 
-def written(model: Any, steered: bool, folder: Path) -> tuple[Plan, Any]:
+def written(model: Any, steered: bool, folder: Path, pushes: dict[int, torch.Tensor] | None = None) -> tuple[Plan, Any]:
     """The plan, and the merged model as plain transformers loads it."""
     ffns = plain_ffns(model, find_ffns(model))
     made = plan(model, ffns, observed_form(model, ffns, TOKENS), 4, 64, steered)
     adapter = carry(model, steered)
-    neurons = new_neurons(adapter, made)
+    neurons = new_neurons(adapter, made, pushes)
     adapter.detach()
     write_checkpoint(folder, model, made, neurons, [ffn.layer for ffn in ffns])
     merged, info = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
@@ -113,6 +113,20 @@ def test_a_merged_model_gives_the_adapters_numbers_and_tokens(name: str, steered
     assert (merged.get_output_embeddings().weight is merged.get_input_embeddings().weight) == tied
     adapter.detach()
     assert torch.equal(logits(model), bare)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
+def test_a_push_is_merged_beside_the_adapter(name: str, tmp_path: Path) -> None:
+    """In the layer that has the adapter, and in the one that has none."""
+    model = base(name)
+    pushes = {layer: 0.3 * torch.randn(32, generator=torch.Generator().manual_seed(layer)) for layer in (0, 1)}
+    _, merged = written(model, True, tmp_path, pushes)
+    carry(model, True)
+    alone = logits(model)
+    for ffn in find_ffns(model):
+        ffn.value.register_forward_hook(lambda module, args, output, layer=ffn.layer: output + pushes[layer])
+    assert relative(alone, logits(model)) > 1e-2, "the push does nothing"
+    assert relative(logits(merged), logits(model)) < 1e-5
 
 
 @pytest.mark.parametrize("name", [*BASES, "phi3"])

@@ -1,11 +1,12 @@
 """Steer: set the constant that attributes add at every layer, and say how strong a push it is.
 
-With an adapter, `s r_c` joins the relevance and the FFN output moves by s B (A h_c). Without one there is no token
-path, and in the layers that the attribute pushes the output moves by s * scale * p, or by the direction that the
-attribute has in place of p: the weights r_c of least norm with which the value vectors sum to that. In a mixture of
-experts it joins what leaves the whole mixture, so it does not depend on the router. Attributes add up; s = 0 is no
-attribute at all, so the result is the same bit for bit. The rows of a batch may have a strength each: then the constant
-is (batch, 1, d), made once for the batch, and the forward pass is that of a uniform one.
+An attribute without a direction of its own, such as one that the adapter was trained with, goes through the adapter:
+`s r_c` joins the relevance, and the FFN output moves by s B (A h_c). One with a direction pushes, with an adapter or
+without: in its layers the output moves by s * scale * direction, the sum of value vectors with weights r_c of least
+norm. Without an adapter p stands in for a direction. In a mixture of experts a push joins what leaves the whole
+mixture, so it does not depend on the router. Attributes add up; s = 0 is no attribute at all, so the result is the same
+bit for bit. The rows of a batch may have a strength each: then the constant is (batch, 1, d), made once for the batch,
+and the forward pass is that of a uniform one.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ def steered(
 
     Args:
         terms: attributes with their strengths s; where one is a tensor, every batch must have as many rows.
-        layers: decoder layers that are steered; None means all of an adapter's, and without one those that each
-            attribute pushes.
+        layers: decoder layers that are steered; None means those that each attribute pushes, and all of the adapter's
+            for an attribute that goes through it.
 
     Raises:
         ConfigError: a strength that is no finite number, or so large that what it adds is none.
@@ -61,12 +62,17 @@ def steered(
             raise ConfigError(f"the strength of `{attribute.name}` is {s}", where="--s", hint="Give a finite number.")
     active = [(attribute, s) for attribute, s in terms if (s.any() if isinstance(s, Tensor) else s != 0)]
     with ExitStack() as stack:
-        if not active:
-            yield []
-        elif session.adapter is not None:
-            yield _in_range(_shift(stack, session.adapter, active, layers))
-        else:
-            yield _in_range(_add(stack, session.ffns, active, layers))
+        through, beside = _split(session, active)
+        pushes = [] if session.adapter is None or not through else _shift(stack, session.adapter, through, layers)
+        yield _in_range(pushes + _add(stack, session.ffns, beside, layers))
+
+
+def _split(
+    session: Session, terms: Sequence[tuple[Attribute, Any]]
+) -> tuple[list[tuple[Attribute, Any]], list[tuple[Attribute, Any]]]:
+    """The terms that go through the adapter, and those that push."""
+    through = [(each, s) for each, s in terms if session.adapter is not None and each.direction is None]
+    return through, [(each, s) for each, s in terms if session.adapter is None or each.direction is not None]
 
 
 def _in_range(pushes: list[Push]) -> list[Push]:
@@ -179,15 +185,18 @@ def constants(
 
     Experts of an adapter are left out: what it adds there depends on the router.
     """
-    with steered(session, terms, layers) as pushes, torch.no_grad():
-        if not pushes:
-            return {}
-        if session.adapter is None:
-            active = [(attribute, s) for attribute, s in terms if s != 0]
-            return {ffn.layer: vector for ffn, vector, _ in _vectors(session.ffns, active, layers)}
-        sites = [(ffn, brace) for ffn, brace in session.adapter.sites if isinstance(ffn, FFN)]
-        return {
-            ffn.layer: (brace.factors(ffn.values(), torch.float32)[1] @ brace.shift).cpu()
-            for ffn, brace in sites
-            if brace.shift is not None
-        }
+    found = pushed_constants(session, terms, layers)
+    with steered(session, terms, layers), torch.no_grad():
+        for ffn, brace in session.adapter.sites if session.adapter is not None else []:
+            if brace.shift is not None and isinstance(ffn, FFN):
+                vector = (brace.factors(ffn.values(), torch.float32)[1] @ brace.shift).cpu()
+                found[ffn.layer] = found[ffn.layer] + vector if ffn.layer in found else vector
+    return found
+
+
+def pushed_constants(
+    session: Session, terms: Sequence[tuple[Attribute, float]], layers: Collection[int] | None = None
+) -> dict[int, Tensor]:
+    """The part of `constants` that does not go through the adapter."""
+    active = [(attribute, s) for attribute, s in terms if s != 0]
+    return {ffn.layer: vector for ffn, vector, _ in _vectors(session.ffns, _split(session, active)[1], layers)}

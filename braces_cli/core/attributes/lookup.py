@@ -27,7 +27,7 @@ def find_attribute(
     neutral ones is most of a difference to these, and says nothing of good or bad.
 
     Args:
-        push: the attribute may be used without training; with an adapter only p is, and nothing else is computed.
+        push: the attribute may push (`core.attributes.intervention`); else only p is computed.
 
     Raises:
         ConfigError: unknown everywhere; names what is known. Or `folder` cannot be read.
@@ -43,7 +43,7 @@ def find_attribute(
     if name in lists:
         if folder is not None:
             logger.warning("%s: no attribute `%s` there; its built-in word list is used", folder, name)
-        reduction = default_reduction(session) if push and session.adapter is None else "mean"
+        reduction = default_reduction(session) if push else "mean"
         return cached(session, name, reduction, lambda: built_in_attribute(session, name, report, reduction=reduction))
     known = known_attributes(session, folder)
     hint = f"{near_misses(name, known)} Known: {', '.join(known)}. Build others with braces attr-build.".strip()

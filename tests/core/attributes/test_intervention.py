@@ -73,3 +73,39 @@ def test_steering_with_an_adapter_is_the_papers_formula(session):
         with reference(session.adapter, {layer: [(good.state[i], 3.0)] for i, layer in enumerate(good.layers)}):
             slow = session.base.model(tokens).logits
     assert float((fast - slow).abs().max() / slow.abs().max()) < 1e-5
+
+
+def test_a_direction_pushes_beside_the_adapter_and_the_rest_goes_through_it(session):
+    """In the layers of the attribute, adapter or not; what is added is what `constants` says, with both at once."""
+    from dataclasses import replace
+
+    import torch
+
+    from braces_cli.core.attributes.attribute import build_attribute
+    from braces_cli.core.attributes.intervention import constants, pushed_constants, steered
+    from braces_cli.core.method.adapter import attach
+    from tests.conftest import open_gates
+
+    good, old = build_attribute(session, "good", ["good"]), build_attribute(session, "old", ["old"])
+    direction = torch.randn(good.state.shape, generator=torch.Generator().manual_seed(0))
+    pushing = replace(good, direction=direction, scale=torch.tensor([0.2, 0.3]), push_layers=[0])
+    session.adapter = attach(session.base.model, 4)
+    open_gates(session.adapter)
+    terms = [(pushing, 2.0), (old, 3.0)]
+    assert list(pushed_constants(session, terms)) == [0]
+    assert torch.allclose(pushed_constants(session, terms)[0], 2 * 0.2 * direction[0])
+    through = constants(session, [(old, 3.0)])
+    both = constants(session, terms)
+    assert torch.allclose(both[0], through[0] + 2 * 0.2 * direction[0], atol=1e-6)
+    assert torch.equal(both[1], through[1])
+
+    tokens, seen = torch.tensor([[0, 5, 6, 7]]), []
+    first = session.ffns[0]
+    with torch.no_grad():
+        for steering in ([], terms):
+            with steered(session, steering):
+                hook = first.host.register_forward_hook(lambda module, args, output: seen.append(output))
+                session.base.model(tokens)
+                hook.remove()
+    moved = (seen[1] - seen[0]).reshape(-1, both[0].shape[0])
+    assert torch.allclose(moved, both[0].expand_as(moved), atol=1e-5)

@@ -116,15 +116,15 @@ def test_with_a_chat_template_descriptions_are_a_users_turn(chatty):
         attribute_from_descriptions(session, "mood", ["happy"], ["sad"], PairReading("mean", chat=True))
 
 
-def test_with_an_adapter_a_built_in_list_needs_no_push_of_its_own(session, adapter_dir):
-    """Without one it has the gradient; opposite ends push opposite ways."""
+def test_a_built_in_list_pushes_along_the_gradient_with_an_adapter_too(session, adapter_dir):
+    """The bare base's; opposite ends push opposite ways."""
     ends = [find_attribute(session, name, None) for name in ("joyful", "sad")]
     assert ends[0].direction is not None
     assert ends[1].direction is not None
     assert torch.allclose(ends[0].direction, -ends[1].direction, rtol=1e-4, atol=1e-7)
     assert built_in_attribute(session, "joyful").direction is None
     trained = open_session(session.base.name, str(adapter_dir), LoadOptions(device="cpu"))
-    assert find_attribute(trained, "joyful", None).direction is None
+    assert torch.equal(find_attribute(trained, "joyful", None).direction, ends[0].direction)
 
 
 def test_a_file_of_before_pushes_as_it_did():
