@@ -4,6 +4,7 @@ Each command imports what it needs (torch, transformers, ...) in its body, so th
 """
 
 import errno
+import gc
 import importlib
 import itertools
 import signal
@@ -36,6 +37,9 @@ _COMMANDS = {
     "env": ("env", "env"),
     "recipe": ("recipe", "app"),
 }
+# Importing transformers makes a million objects, none of them garbage; by Python's own number, 700, looking for cycles
+# among them is a tenth of a short command.
+_OBJECTS_A_COLLECTION = 100_000
 # How libraries say that there is no memory, where they do not raise MemoryError.
 _NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "std::bad_alloc")
 
@@ -80,6 +84,7 @@ def build_app(args: Sequence[str] = ()) -> typer.Typer:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit with 0, 1, 2, 3, 4 or 5 (see `core.utils.errors`), 130 or 143."""
+    gc.set_threshold(_OBJECTS_A_COLLECTION)
     streams.open_streams()
     args = list(sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, _terminate)
