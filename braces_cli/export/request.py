@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,11 +111,13 @@ def steering(session: Session, request: Request) -> tuple[list[Any], Collection[
     if not request.attributes:
         return [], layers
     wanted = request.attributes.items()
-    if request.adapter is None:
-        return [(find_attribute(session, name, request.attributes_dir), s) for name, s in wanted], layers
-    missing = sorted(set(layers or ()) - set(request.adapter.config.layers))
-    if missing:
-        hint = f"It has layers {', '.join(map(str, request.adapter.config.layers))}."
+    # An adapter's folder is searched, and its attributes may have been trained.
+    with nullcontext() if request.adapter is None else attached(session, request.adapter):
+        terms = [(find_attribute(session, name, request.attributes_dir), s) for name, s in wanted]
+    through = request.adapter is not None and any(attribute.direction is None for attribute, _ in terms)
+    there = request.adapter.config.layers if request.adapter is not None else []
+    missing = sorted(set(layers or ()) - set(there))
+    if through and missing:
+        hint = f"It has layers {', '.join(map(str, there))}."
         raise ConfigError(f"the adapter has no layer {missing[0]} to steer", where="--layers", hint=hint)
-    with attached(session, request.adapter):  # its folder is searched, and its attributes may have been trained
-        return [(find_attribute(session, name, request.attributes_dir), s) for name, s in wanted], layers
+    return terms, layers

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from braces_cli.core.attributes.attribute import build_attribute, save_attributes
 from braces_cli.core.attributes.intervention import constants, steered
 from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.method.adapter import Adapter, attach
@@ -362,7 +363,7 @@ def test_nothing_to_steer_is_refused(
 
 
 def test_layers_that_the_adapter_lacks_are_refused(slots_dir: Path, session: Any, tmp_path: Path) -> None:
-    """An adapter on layer 1 cannot steer layer 0."""
+    """An attribute without a direction goes through the adapter, and one on layer 1 cannot steer layer 0."""
     make_adapter(session, tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     adapter = attach(session.base.model, 4, [1])
@@ -370,7 +371,9 @@ def test_layers_that_the_adapter_lacks_are_refused(slots_dir: Path, session: Any
 
     adapter.save(tmp_path / "narrow", AdapterConfig(**config | {"layers": [1]}), "# test\n")
     adapter.detach()
-    request = Request(None, find_adapter(str(tmp_path / "narrow")), options(), {"positive": 1.0}, layers="0")
+    save_attributes(tmp_path / "attributes" / "mine.safetensors", [build_attribute(session, "mine", ["good"])])
+    folder = tmp_path / "attributes"
+    request = Request(None, find_adapter(str(tmp_path / "narrow")), options(), {"mine": 1.0}, folder, layers="0")
     with pytest.raises(ConfigError, match="has no layer 0"):
         write_lora(LoraRequest(request, slots_dir), tmp_path / "out")
 
