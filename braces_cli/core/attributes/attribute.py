@@ -42,8 +42,6 @@ from braces_cli.core.utils.atomic_files import write_tensors
 from braces_cli.core.utils.errors import ConfigError, ModelError, first_line
 from braces_cli.core.utils.progress import Report, silent
 
-# Strengths, of either sign, at whose pushes the gradient of the odds is taken.
-LOOKED_AT = 2.0
 _PARTS = ("hidden", "reference", "residual", "scale")
 # A tensor that only some attributes have.
 _DIRECTION = "direction"
@@ -201,9 +199,6 @@ def pushed_by_gradient(session: Session, attribute: Attribute, items: Sequence[I
         ModelError: the model computes where gradients do not reach.
     """
     direction = cheapest_directions(session, items, report)
-    here = torch.tensor([[float(layer in attribute.pushed)] for layer in attribute.layers])
-    push = here * push_scale(attribute.residual, direction, attribute.pushed).unsqueeze(1) * direction
-    direction = cheapest_directions(session, items, report, [-LOOKED_AT * push, LOOKED_AT * push])
     scale = push_scale(attribute.residual, direction, attribute.pushed)
     return replace(attribute, direction=direction, scale=scale, made={**attribute.made, "reduction": GRADIENT})
 

@@ -1,16 +1,13 @@
 """Directions by gradient: what constant, added to every token of a layer, moves the odds of an attribute at least cost.
 
-    log p_v(.)   of the model with v added to what the FFN of one layer writes
+    log p_v(.)   of the model with v added to what the FFN of one layer writes; v = 0 is the bare model
     g            d/dv sum_t sum_w c_tw log p_v(w | tokens up to t), where c says which tokens speak for the attribute
     F            mean of u u^T, u = d/dv log p_v(w) of next tokens w that the model itself draws (Fisher information):
                  how much a small v changes what the model says
     direction    (F + r I)^-1 g, r = RIDGE times the mean of F's diagonal
 
-Of all small changes of v that change the model's next tokens equally, that direction raises the odds most. A difference
-of means knows nothing of what it changes besides. One backward pass a text: nothing is trained.
-
-A push is not small. g and F are taken at v = 0 first, and then once more, as means over both ends of a push along what
-was found: at equal perplexity that moves a tenth more (recipes/LOG.md).
+Of all small v that change the model's next tokens equally, that direction raises the odds most. A difference of means
+knows nothing of what it changes besides. All is computed at v = 0, from one backward pass a text: nothing is trained.
 
 Letters: T tokens, V vocabulary, d model width.
 """
@@ -66,13 +63,8 @@ def default_reduction(session: Session) -> str:
     return "mean" if offloaded or hides_gradients(session.base.model) else GRADIENT
 
 
-def cheapest_directions(
-    session: Session, items: Sequence[Item], report: Report = silent, points: Sequence[Tensor | None] = (None,)
-) -> Tensor:
+def cheapest_directions(session: Session, items: Sequence[Item], report: Report = silent) -> Tensor:
     """(F + r I)^-1 g of every layer, (layers, d) in float32 on the CPU; see the module's docstring.
-
-    Args:
-        points: v of every layer at once, (layers, d) each, at which g and F are taken and averaged; None is 0.
 
     Raises:
         ModelError: the model computes where gradients do not reach.
@@ -83,19 +75,16 @@ def cheapest_directions(
     with ExitStack() as stack:
         if session.adapter is not None:
             stack.enter_context(session.adapter.disabled())
-        odds = [odds_gradient(session, items, report, point) for point in points]
-        draws = [next_token_gradients(session, report, point=point) for point in points]
-        return damped_solve(torch.cat(draws, dim=1), torch.stack(odds).mean(dim=0))
+        odds = odds_gradient(session, items, report)
+        return damped_solve(next_token_gradients(session, report), odds)
 
 
-def odds_gradient(
-    session: Session, items: Sequence[Item], report: Report = silent, point: Tensor | None = None
-) -> Tensor:
-    """g of every layer at `point`, the mean over items, (layers, d)."""
+def odds_gradient(session: Session, items: Sequence[Item], report: Report = silent) -> Tensor:
+    """g of every layer, the mean over items, (layers, d)."""
     total = torch.zeros(len(session.ffns), session.ffns[0].hidden_size)
     done = 0
     for batch in by_length(items, lambda item: len(item.ids)):
-        with _constants(session, 1, point) as vectors:
+        with _constants(session, 1) as vectors:
             log_p = _log_p(session, [item.ids for item in batch])
             odds = torch.zeros((), device=log_p.device)
             for item, row in zip(batch, log_p, strict=True):
@@ -108,16 +97,14 @@ def odds_gradient(
     return total / max(len(items), 1)
 
 
-def next_token_gradients(
-    session: Session, report: Report = silent, seed: int = 0, point: Tensor | None = None
-) -> Tensor:
+def next_token_gradients(session: Session, report: Report = silent, seed: int = 0) -> Tensor:
     """u of next tokens that the model draws behind random places of neutral texts, (layers, draws, d)."""
     batches = by_length(neutral_rows(session), len) * _DRAWS
     generator = torch.Generator().manual_seed(seed)
     found = []
     for done, rows in enumerate(batches, 1):
         count, length = len(rows), len(rows[0])
-        with _constants(session, count, point) as vectors:
+        with _constants(session, count) as vectors:
             log_p = _log_p(session, rows)
             # The first token has little before it that would tell one text from another.
             places = torch.randint(min(1, length - 1), length, (count,), generator=generator)
@@ -170,17 +157,13 @@ def _log_p(session: Session, rows: Sequence[Sequence[int]]) -> Tensor:
 
 
 @contextmanager
-def _constants(session: Session, rows: int, point: Tensor | None) -> Iterator[list[Tensor]]:
-    """A constant for each layer and row, the layer's row of `point`, added to what the FFNs write inside the `with`
-    block: (rows, 1, d) each.
-    """
+def _constants(session: Session, rows: int) -> Iterator[list[Tensor]]:
+    """A constant for each layer and row, 0, added to what the FFNs write inside the `with` block: (rows, 1, d) each."""
     vectors = []
     with ExitStack() as stack, torch.enable_grad():
-        for row, ffn in enumerate(session.ffns):
-            vector = torch.zeros(rows, 1, ffn.hidden_size, device=ffn.parts[0].values().device)
-            if point is not None:
-                vector += point[row].to(vector)
-            vector.requires_grad_(True)
+        for ffn in session.ffns:
+            weight = ffn.parts[0].values()
+            vector = torch.zeros(rows, 1, ffn.hidden_size, device=weight.device, requires_grad=True)
             place = ffn.host if isinstance(ffn, MixtureFFN) else ffn.value
             stack.callback(place.register_forward_hook(_adder(vector)).remove)
             vectors.append(vector)

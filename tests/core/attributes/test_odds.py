@@ -68,42 +68,6 @@ def test_the_gradient_of_the_odds_against_finite_differences(name):
     assert measured == pytest.approx(2 * float((gradient * step).sum()), rel=1e-3)
 
 
-def test_the_gradient_at_a_push_against_finite_differences():
-    """Of the model that is pushed already, in both passes: the draws' scores are near 0 in the mean there."""
-    session = opened("llama")
-    items = text_items(session, [Passage(" good day", "a")], [Passage(" sad end", "the old")])
-    weights = bare_weights(session, items)
-    point = 0.3 * torch.randn(len(session.ffns), 32, generator=torch.Generator().manual_seed(1))
-    gradient = odds_gradient(session, items, point=point).double()
-    step = 1e-4 * torch.randn(gradient.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    measured = odds(session, items, point + step, weights) - odds(session, items, point - step, weights)
-    assert measured == pytest.approx(2 * float((gradient * step).sum()), rel=1e-3)
-    assert float((gradient - odds_gradient(session, items).double()).norm()) > 0.01 * float(gradient.norm())
-    draws = next_token_gradients(session, point=point)
-    assert not torch.equal(draws, next_token_gradients(session))
-    assert float(draws.mean(dim=1).norm()) < 0.3 * float(draws.norm(dim=-1).mean())
-
-
-def test_an_attribute_is_pushed_along_what_both_ends_of_a_push_say(session):
-    """Averages of g and F at s = -2 and 2 along the gradient at 0, in the layers that are pushed."""
-    from braces_cli.core.attributes.attribute import build_attribute
-    from braces_cli.core.attributes.push_sizes import push_scale
-    from braces_cli.core.attributes.word_lists import REFERENCE, built_in
-
-    found = build_attribute(session, "good", ["good", "happy"], reduction="gradient")
-    items = word_items(session, ["good", "happy"], built_in()[REFERENCE])
-    first = cheapest_directions(session, items)
-    push = push_scale(found.residual, first, found.pushed).unsqueeze(1) * first
-    push[[layer not in found.pushed for layer in found.layers]] = 0
-    ends = [
-        (odds_gradient(session, items, point=p), next_token_gradients(session, point=p)) for p in (-2 * push, 2 * push)
-    ]
-    wanted = damped_solve(torch.cat([draws for _, draws in ends], dim=1), (ends[0][0] + ends[1][0]) / 2)
-    assert found.direction is not None
-    assert torch.allclose(found.direction, wanted, rtol=1e-4, atol=1e-7)
-    assert not torch.allclose(found.direction, first, rtol=1e-2)
-
-
 def test_the_damped_solve_is_that_of_the_dense_matrix():
     """(F + r I) x = g with F the mean of u u^T and r a multiple of its mean diagonal, more or fewer draws than d."""
     generator = torch.Generator().manual_seed(0)
