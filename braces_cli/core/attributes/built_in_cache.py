@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from braces_cli.core.attributes.attribute import LOOKED_AT, Attribute, load_attributes, save_attributes
+from braces_cli.core.attributes.attribute import Attribute, load_attributes, save_attributes
 from braces_cli.core.attributes.odds import RIDGE, neutral_prompts
 from braces_cli.core.attributes.push_sizes import PUSH
 from braces_cli.core.attributes.word_lists import OPPOSITES, REFERENCE, built_in, neutral_texts
@@ -80,7 +80,7 @@ def _place(session: Session, name: str, reduction: str) -> Path | None:
         "attention": getattr(session.base.model.config, "_attn_implementation", None),
         "words": [lists[each] for each in (name, OPPOSITES.get(name, REFERENCE), REFERENCE)],
         "texts": [neutral_prompts(), neutral_texts()],
-        "constants": [LOOKED_AT, PUSH, RIDGE],
+        "constants": [PUSH, RIDGE],
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
