@@ -123,7 +123,8 @@ def _from_model(settings: FindSettings, report: Any) -> list[dict[str, Any]]:
     layers = chosen_layers(session.base.model, settings.layers)
     sizes: dict[str, Any] = {"layers": layers, "limit": settings.limit, "top_k": settings.top_k}
     if settings.attribute is not None:
-        attribute = find_attribute(session, settings.attribute, settings.attributes, report)
+        push = session.adapter is None  # relevance through an adapter is that to p
+        attribute = find_attribute(session, settings.attribute, settings.attributes, report, push=push)
         return top_vectors_for_attribute(session, attribute, **sizes)
     wanted = model_concept(session, list(settings.words))
     return top_vectors_for_concept(session, wanted, side=settings.side, report=report, **sizes)

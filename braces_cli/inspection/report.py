@@ -52,7 +52,8 @@ def report_data(
     report("report", 2, 4)
     config = session.config
     names = (config.attributes if config is not None else []) or _ATTRIBUTES
-    attributes = [_alignment(session, find_attribute(session, name, None)) for name in names]
+    push = session.adapter is None  # relevance through an adapter is that to p
+    attributes = [_alignment(session, find_attribute(session, name, None, push=push)) for name in names]
     report("report", 4, 4)
     return {
         "version": __version__,

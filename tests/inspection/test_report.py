@@ -87,6 +87,14 @@ def test_everything_is_on_it(session, data):
     assert html.count("<button") == 2 * len(data["heat"]["tokens"])
 
 
+def test_with_an_adapter_no_gradient_is_followed(session, adapter_dir, monkeypatch):
+    """Relevance through an adapter needs p alone, and a backward pass a text is what takes long."""
+    session.add_adapter(find_adapter(str(adapter_dir)))
+    monkeypatch.setenv("BRACES_CACHE", "off")
+    monkeypatch.setattr("braces_cli.core.attributes.attribute.cheapest_directions", None)
+    assert report_data(session)["attributes"]
+
+
 def test_without_an_adapter(session):
     """The bare model has a page, too, without gates."""
     html = render(report_data(session, "the film"))
