@@ -276,17 +276,18 @@ def test_the_commands_write_proved_folders(
     assert done.json["rank"] == 1
     assert done.json["max_logit_difference"] < 1e-4 < done.json["adapter_effect"]
     config = json.loads((tmp_path / "positive" / "adapter_config.json").read_text())
-    assert config["target_modules"] == ["down_proj"]
+    # A built-in attribute pushes the first half of the layers: here layer 0.
+    assert config["target_modules"] == ["model.layers.0.mlp.down_proj"]
     assert "scale is the strength s" in (tmp_path / "positive" / "README.md").read_text()
     gguf = pytest.importorskip("gguf", reason="NOT TESTED: the package gguf is not there")
     stored = {
         tensor.name: torch.tensor(tensor.data.copy()) for tensor in gguf.GGUFReader(tmp_path / "positive.gguf").tensors
     }
     pairs = read_folder(tmp_path / "positive")
-    a, b = pairs["model.layers.1.mlp.down_proj"]
+    a, b = pairs["model.layers.0.mlp.down_proj"]
     assert len(stored) == 2 * len(pairs)
-    assert torch.equal(stored["blk.1.ffn_down.weight.lora_a"], a)
-    assert torch.equal(stored["blk.1.ffn_down.weight.lora_b"], b)
+    assert torch.equal(stored["blk.0.ffn_down.weight.lora_a"], a)
+    assert torch.equal(stored["blk.0.ffn_down.weight.lora_b"], b)
     assert names(tmp_path) == ["adapter", "positive", "positive.gguf", "slots"], "nothing half-written stays"
     assert braces(*attribute).code == 2
 
