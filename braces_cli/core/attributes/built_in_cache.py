@@ -29,7 +29,8 @@ from braces_cli.core.utils.versions import versions
 
 logger = logging.getLogger("braces")
 
-# Files kept; beyond these the ones used longest ago go. One is 36 KB for a 7M-parameter model, 1.5 MB for an 8B one.
+# Files kept; beyond these the ones used longest ago go. Three numbers a layer and
+# channel: 25 KB for six layers of width 320, 1.6 MB for those of Llama-3-8B.
 _KEPT = 100
 
 

@@ -63,16 +63,20 @@ def steered(
     active = [(attribute, s) for attribute, s in terms if (s.any() if isinstance(s, Tensor) else s != 0)]
     with ExitStack() as stack:
         through, beside = _split(session, active)
-        pushes = [] if session.adapter is None or not through else _shift(stack, session.adapter, through, layers)
-        yield _in_range(pushes + _add(stack, session.ffns, beside, layers))
+        pushes = _add(stack, session.ffns, beside, layers)
+        if session.adapter is not None and through:
+            pushes += _shift(stack, session.adapter, through, layers)
+        yield _in_range(pushes)
 
 
 def _split(
     session: Session, terms: Sequence[tuple[Attribute, Any]]
 ) -> tuple[list[tuple[Attribute, Any]], list[tuple[Attribute, Any]]]:
     """The terms that go through the adapter, and those that push."""
-    through = [(each, s) for each, s in terms if session.adapter is not None and each.direction is None]
-    return through, [(each, s) for each, s in terms if session.adapter is None or each.direction is not None]
+    if session.adapter is None:
+        return [], list(terms)
+    through = [(each, s) for each, s in terms if each.direction is None]
+    return through, [(each, s) for each, s in terms if each.direction is not None]
 
 
 def _in_range(pushes: list[Push]) -> list[Push]:
