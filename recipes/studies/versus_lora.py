@@ -68,6 +68,8 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "signed-1": {"relevance": "signed"},
     "paper-1/16": {"relevance": "paper"},
     "paper-1": {"relevance": "paper"},
+    "lora-down-1/16": {"method": "lora", "lora_targets": ("down_proj",)},
+    "lora-down-1": {"method": "lora", "lora_targets": ("down_proj",)},
 }
 
 
