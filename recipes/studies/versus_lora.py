@@ -287,8 +287,20 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_xlabel("trained parameters")
         axes.set_ylabel("held-out loss (less is better)" if of_task[0]["less_is_better"] else "answered rightly")
         axes.grid(alpha=0.3)
-    sheet.axes[0].legend(fontsize=8)
+    legend(sheet, height, columns, len(tasks))
     sheet.savefig(path, dpi=130)
+
+
+def legend(sheet: Any, height: int, columns: int, tasks: int) -> None:
+    """Name the families, of which a panel need not have all: in a place that no task takes, else in the first panel."""
+    named = {
+        label: handle for axes in sheet.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    spare = height * columns > tasks
+    place = sheet.add_subplot(height, columns, tasks + 1) if spare else sheet.axes[0]
+    if spare:
+        place.axis("off")
+    place.legend(named.values(), named.keys(), loc="center left" if spare else "best", fontsize=10 if spare else 8)
 
 
 if __name__ == "__main__":
