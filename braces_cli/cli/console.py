@@ -102,24 +102,29 @@ def rich_text(text: str, style: str = "") -> Any:
     return Text(escaped(text, _LAYOUT), style)
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], keys: Collection[str] = ()) -> None:
+def print_table(
+    title: str | Sequence[str], columns: Sequence[str], rows: Iterable[Sequence[Any]], keys: Collection[str] = ()
+) -> None:
     """A table on stdout; numbers are aligned right, and no text is read as markup.
 
     A table too wide for the terminal is printed in blocks of columns.
 
     Args:
+        title: of one line, or of several.
         keys: columns that say what a row is and begin each block; none named: the first column.
     """
     from rich.table import Table
 
     rows = [list(row) for row in rows]
     columns = [one_line(name) for name in columns]
+    # Line by line, so that a line break in a name is escaped, and those between the lines stay.
+    lines = [one_line(line) for line in ([title] if isinstance(title, str) else title)]
+    heading = rich_text("\n".join(lines), "table.title") if any(lines) else None
     texts = [[shortened(escaped(cell(value), _LAYOUT), _CELL) for value in row] for row in rows]
     out = console()
     for block in layout([columns, *texts], out.width, [columns.index(key) for key in keys] or [0]):
-        heading = rich_text(one_line(title), "table.title") if title else None
         table = Table(title=heading, title_justify="left", show_header=any(columns))
-        title = ""
+        heading = None
         for index, width in block.items():
             numeric = bool(rows) and all(isinstance(row[index], (int, float)) or row[index] is None for row in rows)
             right: Literal["right", "left"] = "right" if numeric else "left"

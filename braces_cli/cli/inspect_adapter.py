@@ -42,11 +42,15 @@ def summary(settings: SummarySettings) -> None:
     if settings.json:
         print_json(found)
         return
-    title = f"{found['model']}, {found['base_parameters']:,} parameters"
+    title = [f"{found['model']}, {found['base_parameters']:,} parameters"]
     if settings.adapter:
-        title += f"\nadapter {settings.adapter}, {found['parameters']:,} parameters"
+        title.append(f"adapter {settings.adapter}, {found['parameters']:,} parameters")
     columns = list(found["layers"][0])
-    print_table(title, [name.replace("_", " ") for name in columns], [layer.values() for layer in found["layers"]])
+    rows = [
+        [", ".join(f"{c:.3f}" for c in value) if isinstance(value, list) else value for value in layer.values()]
+        for layer in found["layers"]
+    ]
+    print_table(title, [name.replace("_", " ") for name in columns], rows)
 
 
 @app.callback()

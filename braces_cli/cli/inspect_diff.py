@@ -37,8 +37,10 @@ def diff(settings: DiffSettings) -> None:
     ]
     share, compared = result["same_top_token"], result["compared"]
     if share is None:
-        title = f"A {a}\nB {b}\n{compared} layers in both, angles in degrees"
+        what = f"{compared} layers in both, angles in degrees"
     else:
-        title = f"A {a}\nB {b}\n{share:.1%} of {compared:,} vectors have the same best token"
+        what = f"{share:.1%} of {compared:,} vectors have the same best token"
     columns = list(rows[0])
-    print_table(title, [name.replace("_", " ") for name in columns], [list(row.values()) for row in rows])
+    print_table(
+        [f"A {a}", f"B {b}", what], [name.replace("_", " ") for name in columns], [list(row.values()) for row in rows]
+    )

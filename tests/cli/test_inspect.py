@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.conftest import make_adapter
+
 
 def test_summary_of_an_adapter_needs_no_weights(braces, adapter_dir, model_dir, monkeypatch):
     """Gates, projections and sizes of every layer; the base comes from the adapter's config."""
@@ -22,6 +24,17 @@ def test_summary_of_an_adapter_needs_no_weights(braces, adapter_dir, model_dir, 
         assert (layer["value_vectors"], layer["hidden_size"]) == (52, 32)
         assert 0 < layer["gate"] < 1
         assert layer["projection_error"] < 1e-5
+
+
+def test_the_table_has_a_title_of_two_lines_and_short_coefficients(braces, session, tmp_path):
+    """The lines of the title are lines; the JSON has every digit of a coefficient, the table three."""
+    folder = make_adapter(session, tmp_path / "adapter", form="whitened")
+    out = braces("inspect", "--adapter", folder).out
+    first, second = out.splitlines()[:2]
+    assert first.rstrip().endswith(" parameters")
+    assert second.startswith("adapter ")
+    (layer, *_) = braces("inspect", "--adapter", folder, "--format", "json").json["layers"]
+    assert ", ".join(f"{c:.3f}" for c in layer["coefficients"]) in out
 
 
 def test_summary_of_a_base_alone(braces, model_dir):

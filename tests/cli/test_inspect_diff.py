@@ -66,7 +66,9 @@ def test_adapters(braces, session, tmp_path):
         assert row["angles"] == pytest.approx(expected, abs=0.1)
         assert row["overlap"] == pytest.approx(float(cosines.pow(2).mean()), rel=1e-4)
         assert row["gate_b"] == pytest.approx(float(torch.sigmoid(files[1][f"layers.{row['layer']}.gate"])))
-    assert braces("inspect", "diff", a, b).code == 0
+    outcome = braces("inspect", "diff", a, b)
+    assert outcome.code == 0
+    assert [line.rstrip() for line in outcome.out.splitlines()[:2]] == [f"A {a}", f"B {b}"]
 
 
 def test_pairs_that_cannot_be_compared(braces, model_dir, adapter_dir, tmp_path):
