@@ -18,6 +18,7 @@ from torch import Tensor
 from braces_cli.core.attributes.attribute import Attribute
 from braces_cli.core.attributes.intervention import constants
 from braces_cli.core.models.ffn import FFN
+from braces_cli.core.models.layer_ranges import format_ranges
 from braces_cli.core.models.loading import input_device
 from braces_cli.core.models.moe import MixtureFFN
 from braces_cli.core.models.residual_join import residual_factors
@@ -53,14 +54,17 @@ def export_control_vector(
     """
     for ffn in session.ffns:
         if isinstance(ffn, MixtureFFN):
-            raise _no_vector(session, "it mixes experts, and what steering adds there depends on the router")
+            hint = "Steer with braces itself: braces steer."
+            raise _no_vector(session, "it mixes experts", hint)
     vectors = constants(session, terms, layers)
     if not vectors:
         raise ConfigError(
             "nothing is steered", where="--attribute", hint="Give an --attribute and an --s other than 0."
         )
     if 0 in vectors:
-        hint = "Add --layers 1-; llama.cpp refuses vectors for layer 0."
+        # The other steered layers by number: `1-` would push more layers than are pushed without it.
+        others = format_ranges(vectors.keys() - {0}) or "1-"
+        hint = f"Add --layers {others}; llama.cpp refuses vectors for layer 0."
         raise ConfigError("a control vector cannot steer layer 0", where="--layers", hint=hint)
     plain = [ffn for ffn in session.ffns if isinstance(ffn, FFN) and ffn.layer in vectors]
     factors = _factors(session, plain)
@@ -110,7 +114,10 @@ def _factors(session: Session, ffns: Sequence[FFN]) -> dict[int, float]:
     return factors
 
 
-def _no_vector(session: Session, reason: str) -> ModelError:
+def _no_vector(
+    session: Session,
+    reason: str,
+    hint: str = "Steer with braces itself, or merge the attribute: braces merge --attribute.",
+) -> ModelError:
     name = type(session.base.model).__name__
-    hint = "Steer with braces itself, or merge the attribute: braces merge --attribute."
     return ModelError(f"no control vector steers {name} as braces does: {reason}", hint=hint)

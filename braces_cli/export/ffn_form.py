@@ -23,10 +23,8 @@ from braces_cli.core.utils.errors import ModelError
 
 Activation = Callable[[Tensor], Tensor]
 
-ALTERNATIVES = (
-    "Write it with its modelling file (braces export code), or serve it with braces steer --adapter; "
-    "an attribute alone also goes into a control vector (braces export control-vector)."
-)
+MODELLING_FILE = "Write it with its modelling file (braces export code), or serve it with braces steer --adapter"
+ALTERNATIVES = f"{MODELLING_FILE}; an attribute alone may go into a control vector (braces export control-vector)."
 
 # Where a model calls its activation in a way that leaves no trace.
 _COMMON: tuple[Activation, ...] = (functional.silu, functional.gelu, functional.relu)
@@ -35,9 +33,9 @@ _WORKING_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
-def refuse(model: Any, reason: str) -> ModelError:
+def refuse(model: Any, reason: str, hint: str = ALTERNATIVES) -> ModelError:
     """The error of a model that cannot be merged, with what works instead."""
-    return ModelError(f"{type(model).__name__} cannot be merged: {reason}", hint=ALTERNATIVES)
+    return ModelError(f"{type(model).__name__} cannot be merged: {reason}", hint=hint)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import nn
 
 from braces_cli.core.models.ffn import FFN
 from braces_cli.core.models.moe import MixtureFFN
-from braces_cli.export.ffn_form import Form, constant_gate, is_half_linear, refuse
+from braces_cli.export.ffn_form import MODELLING_FILE, Form, constant_gate, is_half_linear, refuse
 from braces_cli.export.llama_conversion import llama_plan
 from braces_cli.export.plan import REFUSALS, Plan, Role, on_meta, tensor_shapes
 
@@ -36,7 +36,9 @@ def plain_ffns(model: Any, ffns: Sequence[FFN | MixtureFFN]) -> list[FFN]:
     """
     plain = [ffn for ffn in ffns if isinstance(ffn, FFN)]
     if len(plain) < len(ffns):
-        raise refuse(model, "it mixes experts, and what an adapter adds there depends on the router")
+        # A control vector is no way out: none is written for a mixture.
+        reason = "it mixes experts, and what an adapter adds there depends on the router"
+        raise refuse(model, reason, hint=f"{MODELLING_FILE}.")
     widths = sorted({ffn.value_vectors for ffn in plain})
     if len(widths) > 1:
         raise refuse(model, f"its FFNs have different widths ({', '.join(map(str, widths))})")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from braces_cli.core.attributes.attribute import build_attribute
+from braces_cli.core.attributes.attribute import build_attribute, pushed_in
 from braces_cli.core.attributes.intervention import steered
 from braces_cli.core.method.adapter_files import find_adapter
 from braces_cli.core.models.ffn import find_ffns, layer_stack
@@ -89,16 +89,18 @@ def test_where_no_vector_does_the_same_the_export_says_so(name: str, tmp_path: P
     model = tiny(name)
     session = opened(model)
     terms = [] if name == "mixtral" else [(build_attribute(session, "positive", ["good", "happy"]), 2.0)]
-    with pytest.raises(ModelError, match="no control vector steers"):
+    with pytest.raises(ModelError, match="no control vector steers") as caught:
         export_control_vector(session, terms, [1], tmp_path / "v.gguf")
+    assert ("braces merge" in caught.value.hint) == (name != "mixtral"), "a mixture cannot be merged either"
     assert not list(tmp_path.iterdir())
 
 
 def test_layer_0_and_no_steering_are_refused(session: Any, tmp_path: Path) -> None:
-    """llama.cpp reads no `direction.0`; a strength of 0 is no vector."""
+    """llama.cpp reads no `direction.0`, and the hint adds no layer to the others; a strength of 0 is no vector."""
     attribute = build_attribute(session, "positive", ["good"])
-    with pytest.raises(ConfigError, match="layer 0"):
-        export_control_vector(session, [(attribute, 1.0)], None, tmp_path / "v.gguf")
+    for pushed, others in (([0], "1-"), ([0, 1], "1")):
+        with pytest.raises(ConfigError, match=rf"layer 0\nAdd --layers {others};"):
+            export_control_vector(session, [(pushed_in(attribute, pushed), 1.0)], None, tmp_path / "v.gguf")
     with pytest.raises(ConfigError, match="nothing is steered"):
         export_control_vector(session, [(attribute, 0.0)], [1], tmp_path / "v.gguf")
     assert not list(tmp_path.iterdir())

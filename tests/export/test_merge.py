@@ -169,6 +169,8 @@ def test_what_cannot_be_exact_is_refused_with_the_reason(case: str) -> None:
         planned(model)
     assert words in caught.value.message
     assert "braces export code" in str(caught.value.hint)
+    # No control vector is written for a mixture.
+    assert ("control-vector" in str(caught.value.hint)) == (name != "mixtral")
 
 
 def test_positions_far_apart_tell_a_llama_from_what_only_looks_like_one() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from braces_cli.core.utils.errors import ConfigError
@@ -28,6 +29,17 @@ def parse_ranges(text: str, count: int, option: str) -> list[int]:
             raise ConfigError(f"`{part}` is out of range", where=option, hint=f"The range is 0 to {count - 1}.")
         chosen.update(range(low, high + 1))
     return sorted(chosen)
+
+
+def format_ranges(indices: Collection[int]) -> str:
+    """Indices as `parse_ranges` reads them, such as `8-20,24`."""
+    runs: list[list[int]] = []
+    for index in sorted(indices):
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def chosen_layers(model: nn.Module, text: str | None) -> list[int] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from braces_cli.core.models.layer_ranges import parse_ranges
+from braces_cli.core.models.layer_ranges import format_ranges, parse_ranges
 from braces_cli.core.utils.errors import ConfigError
 
 
@@ -21,3 +21,10 @@ def test_ranges_that_are_none(text):
     """Out of range and unreadable alike."""
     with pytest.raises(ConfigError):
         parse_ranges(text, 32, "--layers")
+
+
+@pytest.mark.parametrize(("layers", "text"), [([], ""), ([2], "2"), ([3, 1, 2], "1-3"), ([1, 3, 4, 5], "1,3-5")])
+def test_indices_are_written_as_they_are_read(layers, text):
+    """The shortest list of ranges."""
+    assert format_ranges(layers) == text
+    assert not text or parse_ranges(text, 32, "--layers") == sorted(layers)
