@@ -123,6 +123,7 @@ def test_words_from_a_file_and_from_the_built_in_lists(braces, model_dir, tmp_pa
         (["--attribute", "positive", "--s", "nan"], 2, "no finite number"),
         (["--attribute", "positive", "--s", "inf"], 2, "no finite number"),
         (["--attribute", "positive", "--s", "1", "--s", "2"], 2, "2 strengths for 1 attributes"),
+        (["--s", "1"], 2, "Name the attribute with --attribute"),
         (["--attribute", "../x"], 2, "cannot name an attribute"),
         (["--attributes", "nowhere"], 2, "no such folder"),
         (["--temperature", "-1"], 2, "out of range"),

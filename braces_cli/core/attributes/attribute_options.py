@@ -59,6 +59,8 @@ def strengths(names: Sequence[str], s: Sequence[float]) -> list[float]:
         raise ConfigError("an attribute is named twice", where="--attribute", hint="Give each once, with one --s.")
     if len(s) not in (0, len(names)):
         hint = "The k-th --s belongs to the k-th --attribute; give one for each, or none at all."
+        if not names:
+            hint = "Name the attribute with --attribute; `braces attr-build --list` shows the built-in ones."
         raise ConfigError(f"{len(s)} strengths for {len(names)} attributes", where="--s", hint=hint)
     for value in s:
         if not isfinite(value):

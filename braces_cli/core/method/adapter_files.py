@@ -150,7 +150,8 @@ def read_config(folder: Path) -> AdapterConfig:
     raw = read(ANY_CONFIG, path)
     if raw.get("method") != "braces":
         what = cut(raw.get("method") or raw.get("peft_type"))
-        raise ModelError(f"not a braces adapter (method: {what})", where=str(path), hint="Give one that braces wrote.")
+        hint = "Give one of `braces train --method braces`; only `braces eval` takes adapters of peft, too."
+        raise ModelError(f"not a braces adapter (method: {what})", where=str(path), hint=hint)
     version = raw.get("format_version")
     if isinstance(version, bool) or version not in (1, FORMAT_VERSION):
         what = f"format version {cut(version)}, this braces reads 1 and {FORMAT_VERSION}"
