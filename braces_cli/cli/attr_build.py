@@ -145,9 +145,9 @@ def _row(row: dict[str, Any]) -> list[Any]:
     if len(words) > _WORDS_SHOWN:
         built += f" ... ({len(words)})"
     if made.get("reduction", "mean") != "mean":
-        built += f", {made['reduction']}"
+        built += f"; {made['reduction']}"
     if row["pooling"] not in (None, "mean"):
-        built += f", {row['pooling']}"
+        built += f"; {row['pooling']}"
     cells = [row["name"], row["source"], built]
     if row["path"] is None:
         return cells

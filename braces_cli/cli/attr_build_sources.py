@@ -40,14 +40,16 @@ class AttributeSources(Settings):
     )
     reduction: str | None = option(
         None,
-        help="Direction that is pushed along without training: gradient of the odds of the attribute (the default), "
-        "difference of means (mean), or another of the states of pairs.",
+        help="Direction of the push: gradient of the odds of the attribute (the default), difference of means (mean), "
+        "or, of pairs, their first principal component (pca) or a logistic regression. All but gradient go through an "
+        "adapter where there is one.",
         choices=(GRADIENT, *REDUCTIONS),
         panel=METHOD,
     )
     layers: str | None = option(
         None,
-        help="Layers pushed without training, such as 8-20,24 or 1-; auto: those that best separate held-out pairs.",
+        help="Layers that the attribute pushes, such as 8-20,24 or 1-; auto: those that best separate held-out pairs. "
+        "Default: the first half.",
         panel=METHOD,
     )
     apply_chat_template: bool | None = option(

@@ -40,7 +40,10 @@ class LayersSettings(Settings):
     """Which layers are steered."""
 
     layers: str | None = option(
-        None, help="Layers that are steered, such as 8-20,24 or 1- (inclusive, from 0).", panel=ATTRIBUTES
+        None,
+        help="Layers that are steered, such as 8-20,24 or 1- (inclusive, from 0). Default: those that an attribute "
+        "pushes, or all of the adapter's where it goes through the adapter.",
+        panel=ATTRIBUTES,
     )
 
 

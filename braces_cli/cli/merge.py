@@ -21,7 +21,10 @@ class MergeSettings(AdapterSettings, AttributeSettings, UploadSettings, OutputSe
     output_dir: Path | None = option(None, help="Folder for the merged checkpoint.")
     overwrite: bool = option(False, help="Write into an output folder that is not empty.", panel=OUTPUT)
     layers: str | None = option(
-        None, help="Layers that are steered, such as 8-20,24 or 1- (inclusive, from 0).", panel=ATTRIBUTES
+        None,
+        help="Layers that are steered, such as 8-20,24 or 1- (inclusive, from 0). Default: those that an attribute "
+        "pushes, or all of the adapter's where it goes through the adapter.",
+        panel=ATTRIBUTES,
     )
     pad_to_multiple_of: int = option(
         64,

@@ -124,7 +124,10 @@ class SteerSettings(AdapterSettings, AttributeSettings, GenerationSettings, Swee
         outcome=False,
     )
     layers: str | None = option(
-        None, help="Layers that are steered, such as 8-20,24 or 1- (inclusive, from 0).", panel=ATTRIBUTES
+        None,
+        help="Layers that are steered, such as 8-20,24 or 1- (inclusive, from 0). Default: those that an attribute "
+        "pushes, or all of the adapter's where it goes through the adapter.",
+        panel=ATTRIBUTES,
     )
     top_k: int | None = option(
         None, help="Sample from this many of the most likely tokens. Default: all.", panel=GENERATION

@@ -23,7 +23,7 @@ HELP = """\
 Write a prompt to have it continued, unsteered and steered; an empty line repeats the last one.
   /s 2                     strength; of several attributes one each (/s 2 -1), or by name (/s positive 2)
   /attribute NAME ...      steer by these; alone: show which there are
-  /layers 2-4              steer these layers only; alone: all
+  /layers 2-4              steer these layers only; alone: the default ones
   /seed 7                  of the random draws; alone: the next one
   /temperature 0.7  /top-p 0.9  /top-k 50  /max-new-tokens 80
   /show                    what is set now
