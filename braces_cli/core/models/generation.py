@@ -8,10 +8,12 @@ float16 it changes many texts; there only batches of the same texts give the sam
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +31,9 @@ from braces_cli.core.utils.errors import ConfigError, ModelError
 
 logger = logging.getLogger("braces")
 
+# What a base's generation config may say besides its end tokens: which tokens are its special ones, and which it never
+# says. How tokens are drawn is for `Sampling` alone.
+_OF_BASE = {"bos_token_id", "decoder_start_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids"}
 # Most likely tokens among which a draw is looked for first.
 _FIRST = 1024
 
@@ -124,14 +129,29 @@ def generate(
         eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
+        # What steers are hooks, which a compiled forward pass would not see coming and going.
+        disable_compile=True,
     )
-    with torch.no_grad():
+    with torch.no_grad(), _without_defaults(model):
         output = model.generate(
             **batch, generation_config=config, logits_processor=processors, stopping_criteria=stops, streamer=streamer
         )
     finite.check()
     rows = zip(prompts, output[:, width:].tolist(), strict=True)
     return [cut(decode_continuation(tokenizer, ids, _until(new, ends)), sampling.stop) for ids, new in rows]
+
+
+@contextmanager
+def _without_defaults(model: Any) -> Iterator[None]:
+    """Inside, the base's generation config fills in nothing that a call leaves open but `_OF_BASE`."""
+    own = model.generation_config
+    model.generation_config = copy.deepcopy(own)
+    for name in vars(GenerationConfig()).keys() - _OF_BASE:
+        setattr(model.generation_config, name, None)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:

@@ -187,3 +187,21 @@ def test_a_draw_is_that_of_the_whole_sorted_vocabulary(sampling):
         assert int(drawn[row]) in [order[place] for place in range(near[0], near[1] + 1)]
     alone = _Draw(sampling, uniforms[5:6], 1)(torch.zeros(1, 1, dtype=torch.long), scores[5:6]).argmax(dim=-1)
     assert int(alone) == int(drawn[5])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("no_repeat_ngram_size", 1), ("max_time", 0.0), ("return_dict_in_generate", True), ("num_return_sequences", 2)],
+)
+def test_the_bases_own_generation_config_says_nothing_of_how_tokens_are_drawn(session, name, value):
+    """It is left as it was; the tokens that it forbids are still not drawn."""
+    model, sampling = session.base.model, Sampling(max_new_tokens=12, temperature=0)
+    plain, _, rows = recorded(session, REQUESTS, sampling)
+    own = model.generation_config
+    setattr(own, name, value)
+    assert generate(model, session.base.tokenizer, REQUESTS, sampling) == plain
+    assert model.generation_config is own
+    assert getattr(own, name) == value
+    setattr(own, name, None)
+    own.suppress_tokens = [rows[0][-1]]
+    assert own.suppress_tokens[0] not in recorded(session, REQUESTS, sampling)[2][0][-12:]
