@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from braces_cli.core.attributes.attribute import build_attribute, opposite
-from braces_cli.core.attributes.intervention import steered
+from braces_cli.core.attributes.intervention import constants, pushed_constants, steered
 from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.method.adapter import attach
 from braces_cli.core.method.condition_mlp import WIDTH
@@ -163,6 +163,20 @@ def test_training_with_attributes_learns_which_is_which(braces, model_dir, rows,
 
     assert preference(1.5) > preference(0) > preference(-1.5)
     assert preference(1.5) > 0 > preference(-1.5)
+
+
+def test_an_attribute_of_a_file_goes_through_the_adapter_that_was_trained_with_it(braces, model_dir, rows, tmp_path):
+    """attr-build gives it a direction to push along; named with its folder it still pushes."""
+    built = ("--model", model_dir, "--attribute", "positive", "--words", "good,happy", "--output-dir", tmp_path / "a")
+    assert braces("attr-build", *built).code == 0
+    fields = ("--attribute-field", "mood", "--strength-field", "how", "--attributes", tmp_path / "a")
+    assert train(braces, model_dir, rows, tmp_path / "out", "--max-steps", 2, *fields).code == 0
+    session = open_session(None, str(tmp_path / "out"), LoadOptions(device="cpu"))
+    trained, file = (find_attribute(session, "positive", folder) for folder in (None, tmp_path / "a"))
+    assert torch.equal(trained.state, file.state)
+    assert pushed_constants(session, [(trained, 2.0)]) == {}
+    assert list(constants(session, [(trained, 2.0)])) == [0, 1]
+    assert list(pushed_constants(session, [(file, 2.0)])) == [0]
 
 
 def test_opposites_stay_opposites_whatever_the_mlp_learns(session):

@@ -269,6 +269,14 @@ def pushed_in(attribute: Attribute, layers: Sequence[int] | None) -> Attribute:
     return replace(attribute, push_layers=chosen, scale=scale)
 
 
+def without_direction(attribute: Attribute) -> Attribute:
+    """The same attribute, pushed along p where it is pushed at all."""
+    if attribute.direction is None:
+        return attribute
+    scale = push_scale(attribute.residual, attribute.state, attribute.pushed)
+    return replace(attribute, direction=None, scale=scale)
+
+
 def opposite(session: Session, one: Attribute, other: Attribute) -> tuple[Attribute, Attribute]:
     """Two attributes as the ends of one axis: p = (pooled(one) - pooled(other)) / 2, and minus that.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from braces_cli.core.attributes.attribute import Attribute, built_in_attribute, load_attributes
+from braces_cli.core.attributes.attribute import Attribute, built_in_attribute, load_attributes, without_direction
 from braces_cli.core.attributes.built_in_cache import cached
 from braces_cli.core.attributes.listing import TRAINED_FILE, check_attributes
 from braces_cli.core.attributes.odds import default_reduction
@@ -38,7 +38,9 @@ def find_attribute(
     for path in _files(session, folder, name):
         attributes = load_attributes(path, session)
         if name in attributes:
-            return attributes[name]
+            # What an adapter was trained with goes through it, even where its file came with a direction to push along.
+            trained = path.name == TRAINED_FILE
+            return without_direction(attributes[name]) if trained else attributes[name]
     lists = built_in()
     if name in lists:
         if folder is not None:
