@@ -122,6 +122,10 @@ class RelevanceModule(nn.Module):
         """What `relevance_scores` are multiplied by when they are added to the weights: g a for `paper`, else 1."""
         return self.g * self.scale if self.form == "paper" else torch.ones_like(self.gate[:1])
 
+    def _ungated(self) -> Tensor:
+        """What `gain` times it is `coefficients`, also of a gate so far shut that g is 0."""
+        return torch.full_like(self.gate, self.rank**-0.5) if self.form == "paper" else self.coefficients
+
     def set_scale(self, scale: float) -> None:
         """Set a, the fixed factor of every relevance score."""
         self.scale = scale
@@ -201,7 +205,7 @@ class RelevanceModule(nn.Module):
         """
         keys, queries, weights = (
             tensor.to(h.device, torch.float32)
-            for tensor in (self.projection(), self.query_projection(), self.coefficients / self.gain)
+            for tensor in (self.projection(), self.query_projection(), self._ungated())
         )
         values = values.to(h.device)
         whitened = self.form == "whitened"

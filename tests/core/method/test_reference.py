@@ -235,3 +235,14 @@ def test_relevance_scores_are_the_references(form):
     h, values = torch.randn(5, 8, generator=generator), torch.randn(8, 11, generator=generator)
     added = weights_ref(torch.zeros(5, 11), h, values, brace)
     assert relative(brace.gain * brace.relevance_scores(h, values), added) < 1e-5
+
+
+def test_relevance_scores_of_a_gate_that_is_shut_are_numbers():
+    """The paper's relevance leaves the gate out, so it is the same at every gate, at g = 0, too."""
+    brace = RelevanceModule(3, 8, generator=torch.Generator().manual_seed(0))
+    h, values = torch.randn(5, 8), torch.randn(8, 11)
+    open_ = brace.relevance_scores(h, values)
+    with torch.no_grad():
+        brace.gate.fill_(-200.0)
+    assert float(brace.gain.detach()) == 0
+    assert torch.equal(brace.relevance_scores(h, values), open_)
