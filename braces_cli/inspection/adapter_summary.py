@@ -17,8 +17,8 @@ def summarise(
     model: str | None, adapter: str | None, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> dict[str, Any]:
     """`{model, adapter, parameters, base_parameters, layers: [{layer, value_vectors, hidden_size, gate,
-    scale, projection_error}]}`; `gate` is g = sigmoid(gate), `scale` the fixed factor beside it; they and the error are
-    None where no adapter reaches.
+    scale, projection_error}]}`; `gate` is g = sigmoid(gate), `scale` the fixed factor beside it, the error that of the
+    worse projection where there are two; they are None where no adapter reaches.
 
     Raises:
         ConfigError: neither a model nor an adapter.
@@ -26,6 +26,8 @@ def summarise(
     """
     stored = resolve_adapter(adapter)
     name = base_name(model, stored)
+    if stored is not None and model is None:
+        revision = revision or stored.config.revision
     shape = load_shape(name, revision=revision, trust_remote_code=trust_remote_code)
     ffns = find_ffns(shape)
     tensors: dict[str, Any] = {}
@@ -44,7 +46,8 @@ def summarise(
     layers = []
     for ffn in ffns:
         gate = tensors.get(f"layers.{ffn.layer}.gate")
-        projection = tensors.get(f"layers.{ffn.layer}.projection")
+        names = (f"layers.{ffn.layer}.{kind}" for kind in ("projection", "query_projection"))
+        errors = [projection_error(tensors[name]) for name in names if name in tensors]
         layers.append(
             {
                 "layer": ffn.layer,
@@ -53,7 +56,7 @@ def summarise(
                 "gate": None if gate is None else gate_strength(str(form), gate),
                 "coefficients": None if gate is None or form == "paper" else gate.tolist(),
                 "scale": scales.get(ffn.layer),
-                "projection_error": None if projection is None else projection_error(projection),
+                "projection_error": max(errors, default=None),
             }
         )
     return {

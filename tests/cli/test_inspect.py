@@ -37,6 +37,21 @@ def test_the_table_has_a_title_of_two_lines_and_short_coefficients(braces, sessi
     assert ", ".join(f"{c:.3f}" for c in layer["coefficients"]) in out
 
 
+def test_summary_reads_the_revision_of_the_adapters_base(braces, adapter_dir, monkeypatch):
+    """An adapter of a base on a hub is held to the revision that it was trained on, unless another is named."""
+    import json
+
+    import braces_cli.inspection.adapter_summary as summary
+
+    seen, load = [], summary.load_shape
+    monkeypatch.setattr(summary, "load_shape", lambda name, **k: seen.append(k["revision"]) or load(name))
+    path = adapter_dir / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"revision": "v2"}))
+    for args in ((), ("--revision", "v3")):
+        assert braces("inspect", "--adapter", adapter_dir, *args, "--format", "json").code == 0
+    assert seen == ["v2", "v3"]
+
+
 def test_summary_of_a_base_alone(braces, model_dir):
     """No gate, no error: null, not a made-up number."""
     found = braces("inspect", "--model", model_dir, "--format", "json").json
