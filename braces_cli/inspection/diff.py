@@ -10,7 +10,7 @@ import torch
 from scipy.linalg import subspace_angles
 
 from braces_cli.core.method.adapter_files import CONFIG_FILE, AdapterConfig, find_adapter
-from braces_cli.core.method.relevance_forms import gate_strength
+from braces_cli.core.method.relevance_forms import QUERY_FORMS, gate_strength
 from braces_cli.core.models.ffn import find_ffns
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.loading import load_shape, load_tokenizer, tokenizer_hashes
@@ -100,8 +100,9 @@ def diff_adapters(a: str, b: str) -> dict[str, Any]:
     """`{adapters, same_top_token: None, compared, layers: [{layer, gate_a, gate_b, angles, overlap}]}`.
 
     `angles` are the principal angles between the two subspaces in degrees, largest first: all 0 where one holds the
-    other, 90 where they have nothing in common; `overlap` is the mean of their squared cosines. A layer that only one
-    adapter has carries None for the other. `compared` counts layers that both have. Needs no base.
+    other, 90 where they have nothing in common; `overlap` is the mean of their squared cosines. Where either adapter
+    projects queries apart there are `query_angles` and `query_overlap` of these, too. A layer that only one adapter
+    has carries None for the other. `compared` counts layers that both have. Needs no base.
 
     Raises:
         ModelError: either cannot be read, or they belong to other bases.
@@ -112,22 +113,23 @@ def diff_adapters(a: str, b: str) -> dict[str, Any]:
         hint = "They belong to bases of other hidden sizes."
         raise ModelError("the adapters do not live in the same space", where=f"{a}, {b}", hint=hint)
     tensors = [each.tensors for each in stored]
+    queries = any(config.relevance in QUERY_FORMS for config in configs)
     layers = []
     for layer in sorted({*configs[0].layers, *configs[1].layers}):
         gates = [t.get(f"layers.{layer}.gate") for t in tensors]
-        rows = [t.get(f"layers.{layer}.projection") for t in tensors]
-        angles = None
-        if rows[0] is not None and rows[1] is not None:
-            angles = subspace_angles(rows[0].double().numpy().T, rows[1].double().numpy().T).tolist()
+        keys = [t.get(f"layers.{layer}.projection") for t in tensors]
         layers.append(
             {
                 "layer": layer,
                 "gate_a": _gate(configs[0], gates[0]),
                 "gate_b": _gate(configs[1], gates[1]),
-                "angles": None if angles is None else [math.degrees(angle) for angle in angles],
-                "overlap": None if angles is None else sum(math.cos(x) ** 2 for x in angles) / len(angles),
+                **_compared("", *keys),
             }
         )
+        if queries:
+            # A form with one projection for both has its queries there.
+            apart = [t.get(f"layers.{layer}.query_projection", k) for t, k in zip(tensors, keys, strict=True)]
+            layers[-1] |= _compared("query_", *apart)
     compared = sum(row["angles"] is not None for row in layers)
     same_base = configs[0].fingerprint == configs[1].fingerprint
     return {
@@ -137,6 +139,15 @@ def diff_adapters(a: str, b: str) -> dict[str, Any]:
         "compared": compared,
         "layers": layers,
     }
+
+
+def _compared(kind: str, one: torch.Tensor | None, other: torch.Tensor | None) -> dict[str, Any]:
+    """Angles and overlap of two projections (d_r, d), None where one is missing."""
+    if one is None or other is None:
+        return {f"{kind}angles": None, f"{kind}overlap": None}
+    angles = subspace_angles(one.double().numpy().T, other.double().numpy().T).tolist()
+    overlap = sum(math.cos(x) ** 2 for x in angles) / len(angles)
+    return {f"{kind}angles": [math.degrees(angle) for angle in angles], f"{kind}overlap": overlap}
 
 
 def _gate(config: AdapterConfig, gate: torch.Tensor | None) -> float | None:

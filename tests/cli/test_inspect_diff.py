@@ -66,9 +66,32 @@ def test_adapters(braces, session, tmp_path):
         assert row["angles"] == pytest.approx(expected, abs=0.1)
         assert row["overlap"] == pytest.approx(float(cosines.pow(2).mean()), rel=1e-4)
         assert row["gate_b"] == pytest.approx(float(torch.sigmoid(files[1][f"layers.{row['layer']}.gate"])))
+        assert "query_angles" not in row
     outcome = braces("inspect", "diff", a, b)
     assert outcome.code == 0
     assert [line.rstrip() for line in outcome.out.splitlines()[:2]] == [f"A {a}", f"B {b}"]
+
+
+def test_adapters_that_differ_in_their_queries_alone(braces, session, tmp_path):
+    """Where these have a projection of their own it is compared, too; a form with one projection has it for both."""
+    from safetensors.torch import load_file, save_file
+
+    names = ("a", "b", "tied")
+    a, b, tied = (make_adapter(session, tmp_path / n, form="signed" if n == "tied" else "whitened") for n in names)
+    file = b / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for layer in (0, 1):
+        query = torch.linalg.qr(torch.randn(32, 4, generator=torch.Generator().manual_seed(layer))).Q.T
+        tensors[f"layers.{layer}.query_projection"] = query.contiguous()
+    save_file(tensors, file)
+    for row in braces("inspect", "diff", a, b, "--format", "json").json["layers"]:
+        assert row["overlap"] == pytest.approx(1)
+        query = load_file(a / "adapter_model.safetensors")[f"layers.{row['layer']}.query_projection"]
+        cosines = torch.linalg.svdvals(query @ tensors[f"layers.{row['layer']}.query_projection"].T)
+        assert row["query_overlap"] == pytest.approx(float(cosines.pow(2).mean()), rel=1e-3)
+        assert len(row["query_angles"]) == 4
+    for row in braces("inspect", "diff", a, tied, "--format", "json").json["layers"]:
+        assert row["query_overlap"] is not None
 
 
 def test_pairs_that_cannot_be_compared(braces, model_dir, adapter_dir, tmp_path):
