@@ -16,13 +16,16 @@ from typing import Any
 
 import torch
 
+from braces_cli.core.attributes.attribute_header import read_header
 from braces_cli.core.attributes.intervention import constants
 from braces_cli.core.attributes.push_sizes import default_layers
+from braces_cli.core.attributes.word_lists import GRADIENT
 from braces_cli.core.models.fingerprint import differences
 from braces_cli.core.models.layer_ranges import parse_ranges
 from braces_cli.core.utils.atomic_files import check_output_file, write_json, write_text
 from braces_cli.core.utils.errors import ConfigError, ModelError
 from braces_cli.core.utils.output_lock import output_lock
+from braces_cli.core.utils.paths import is_there
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.core.utils.versions import versions
 from braces_cli.export.lora_gguf import check_gguf, write_gguf
@@ -103,16 +106,30 @@ def describe_lora(wanted: LoraRequest) -> dict[str, Any]:
     slots = read_slots(wanted.slots)
     _check(wanted, slots)
     request, width = wanted.request, int(slots.fingerprint["hidden_size"])
-    layers = default_layers(sorted(slots.sites)) if request.adapter is None else request.adapter.config.layers
     path = {}
     if wanted.with_token_path and request.adapter is not None:
         rank = request.adapter.config.r
-        path = {layer: (torch.empty(rank, width), torch.empty(width, rank)) for layer in layers}
-    if request.layers is not None:
-        chosen = parse_ranges(request.layers, max(slots.sites) + 1, "--layers")
-        layers = chosen if request.adapter is None else [layer for layer in chosen if layer in layers]
-    vectors = {layer: torch.empty(width) for layer in layers} if request.attributes else {}
+        path = {layer: (torch.empty(rank, width), torch.empty(width, rank)) for layer in request.adapter.config.layers}
+    steered = {layer for name, s in request.attributes.items() if s for layer in _layers_of(name, request, slots)}
+    vectors = {layer: torch.empty(width) for layer in steered}
     return lora_size(lora_pairs(path, vectors, slots, wanted.first_slot), slots)
+
+
+def _layers_of(name: str, request: Request, slots: Slots) -> list[int]:
+    """Decoder layers that an attribute steers, by the header of its file; a built-in list counts as one that pushes."""
+    adapter = request.adapter
+    folders = (request.attributes_dir, None if adapter is None else adapter.folder)
+    places = [folder / f"{name}.safetensors" for folder in folders if folder is not None]
+    file = next(filter(is_there, places), None)
+    details = read_header(file).details.get(name, {}) if file is not None else {}
+    pushes = details.get("made", {}).get("reduction") == GRADIENT if file is not None else True
+    if adapter is not None and file is None and name in adapter.config.attributes:
+        pushes = False
+    layers = sorted(slots.sites)
+    chosen = None if request.layers is None else parse_ranges(request.layers, layers[-1] + 1, "--layers")
+    if adapter is not None and not pushes:
+        return [layer for layer in adapter.config.layers if chosen is None or layer in chosen]
+    return details.get("push_layers") or default_layers(layers) if chosen is None else chosen
 
 
 def _completed(wanted: LoraRequest, slots: Slots) -> LoraRequest:

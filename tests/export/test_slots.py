@@ -302,7 +302,7 @@ def test_the_commands_write_proved_folders(
 
 
 def test_a_dry_run_counts_without_weights(
-    braces: Any, slots_dir: Path, model_dir: Path, adapter_dir: Path, tmp_path: Path
+    braces: Any, slots_dir: Path, model_dir: Path, adapter_dir: Path, session: Any, tmp_path: Path
 ) -> None:
     """What slots there would be, and how large a LoRA; of what cannot be exported the reason."""
     done = braces("export", "slots", "--model", model_dir, "--slots", 8, "--dry-run", "--format", "json")
@@ -314,6 +314,13 @@ def test_a_dry_run_counts_without_weights(
     assert found["parameters"] == 2 * (2 * 4 * 32 + 2 * 4 * slots.wider)
     found = braces(*call, "--attribute", "positive", "--layers", "1").json
     assert (found["rank"], found["parameters"]) == (1, 32 + slots.wider)
+    # A built-in attribute pushes the first half of the layers, whichever the adapter has; one of the reduction `mean`
+    # goes through the adapter.
+    found = braces(*call, "--attribute", "positive").json
+    assert (found["rank"], found["parameters"]) == (1, 32 + slots.wider)
+    save_attributes(tmp_path / "attributes" / "mine.safetensors", [build_attribute(session, "mine", ["good"])])
+    found = braces(*call, "--attribute", "mine", "--attributes", tmp_path / "attributes").json
+    assert (found["rank"], found["parameters"]) == (1, 2 * (32 + slots.wider))
     tiny_model("qwen3").save_pretrained(tmp_path / "qwen3")
     assert (
         "cannot take slots: its gated FFN has no biases"
