@@ -122,7 +122,7 @@ def attribute_relevance(session: Session, attribute: Attribute, ffn: FFN) -> Ten
         module = relevance_module(session, ffn)
         if module is None:
             return None
-        hidden = session.adapter.states(state.to(module.weight))
+        hidden = session.adapter.states(state).to(module.weight)
         # Of each expert on its own, as the adapter scores them.
         scores = [relevance_scores(module, hidden[None], rows.mT)[0][0] for _, rows in stacks(ffn, "value")]
         return torch.cat(scores)

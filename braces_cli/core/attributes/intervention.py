@@ -117,7 +117,7 @@ def _shift(
         with torch.no_grad():
             row = terms[0][0].layers.index(ffn.layer)
             residual = float(terms[0][0].residual[row])
-            states = [(adapter.states(each.state[row].to(brace.weight)), s) for each, s in terms]
+            states = [(adapter.states(each.state[row]).to(brace.weight), s) for each, s in terms]
             state = _sum([_spread(s.to(h) if isinstance(s, Tensor) else s) * h for h, s in states])
             query = brace.query_projection()
             brace.shift = query @ state if state.ndim == 1 else state @ query.mT

@@ -79,10 +79,12 @@ class Adapter:
         return mlp
 
     def states(self, pooled: Tensor, read: Read = as_is) -> Tensor:
-        """h_c of pooled states p, (..., d) -> (..., d) in float32; `read` gives a parameter whole."""
+        """h_c of pooled states p, (..., d) -> (..., d) in float32, where the MLP is; `read` gives a parameter whole."""
         if self.mlp is None:
             return pooled
         parameters = {name: read(parameter) for name, parameter in self.mlp.named_parameters()}
+        # Under a device map the layer that asks may lie on another device.
+        pooled = pooled.to(next(iter(parameters.values())).device)
         states: Tensor = torch.func.functional_call(self.mlp, parameters, (pooled,))
         return states
 

@@ -120,6 +120,14 @@ def test_cached_factors_follow_every_change_of_a_parameter():
     assert not torch.equal(logits(model), second)
 
 
+def test_states_are_computed_where_the_mlp_of_attributes_is():
+    """Under a device map the layer that is steered may be elsewhere; the device without numbers stands for it."""
+    adapter = attach(tiny_model(), 4)
+    assert adapter.states(torch.zeros(3, 32)).device.type == "cpu"
+    adapter.add_mlp().to("meta")
+    assert adapter.states(torch.zeros(3, 32)).device.type == "meta"
+
+
 def test_layers_can_be_chosen():
     """An adapter on one layer leaves the others bare."""
     model = tiny_model()
