@@ -10,8 +10,10 @@ from html.parser import HTMLParser
 import pytest
 
 from braces_cli.core.method.adapter_files import find_adapter
+from braces_cli.core.method.relevance_forms import FORMS
 from braces_cli.inspection.report import render, report_data, visible
 from tests.cli.test_app import imported_by
+from tests.conftest import make_adapter
 
 HOSTILE = [
     "<script>window.hacked = 1</script>",
@@ -29,6 +31,19 @@ def data(session, adapter_dir):
     """What the page of a tiny model with an adapter shows."""
     session.add_adapter(find_adapter(str(adapter_dir)))
     return report_data(session, "the film is good")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_relevance_has_a_page(session, tmp_path, form):
+    """Gates by their strength, vectors that are amplified at all, and tokens for each attribute and layer."""
+    session.add_adapter(find_adapter(str(make_adapter(session, tmp_path / "adapter", form=form))))
+    data = report_data(session, "the film is good")
+    assert [row["gate"] for row in data["gates"]] == [
+        pytest.approx(float(brace.g.detach().square().mean().sqrt())) for _, brace in session.adapter.sites
+    ]
+    assert min(row["strength"] for row in data["amplified"]) > 0
+    assert all(len(row["tokens"]) == 8 for each in data["attributes"] for row in each["layers"])
+    assert "Gates" in render(data)
 
 
 @pytest.fixture

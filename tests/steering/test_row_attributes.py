@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from braces_cli.core.method.relevance_forms import FORMS
+
 NAMES = ("positive", "toxic", "formal", "sad")
 WORDS = ("the film is", "a day", "the end of the old town", "happy", "a good day and", "in the old", "is sad")
 
@@ -98,6 +100,54 @@ def test_logits_of_each_row_are_its_own(name, trained):
     assert not torch.allclose(mixed[[0, 2]], bare[[0, 2]])
     largest = [max(each[layer].share for _, each in alone if each) for layer in range(2)]
     assert [push.share for push in pushes] == pytest.approx(largest)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["opt", "bloom", "mixtral", "llama4_text", "gemma2"])
+def test_rows_that_push_and_rows_that_go_through_the_adapter_share_a_batch(name, form):
+    """The adapter on the last layer only, pushes on every layer: each row is what it is alone, by the formula, too."""
+    import torch
+
+    from braces_cli.core.attributes.attribute import Attribute
+    from braces_cli.core.attributes.intervention import steered, terms_of_rows
+    from braces_cli.core.method.adapter import attach
+    from braces_cli.core.method.reference import reference
+    from braces_cli.core.models.ffn import find_ffns
+    from braces_cli.core.models.loading import Base
+    from braces_cli.core.session import Session
+    from tests.conftest import open_gates
+    from tests.core.architectures import tiny
+    from tests.core.laws import relative
+
+    model = tiny(name)
+    ffns = find_ffns(model)
+    layers, width = [ffn.layer for ffn in ffns], ffns[0].hidden_size
+    session = Session(Base(model, None, name, None, None), ffns)
+    session.adapter = attach(model, 4, layers[-1:], form=form)
+    open_gates(session.adapter)
+    generator = torch.Generator().manual_seed(1)
+
+    def drawn():
+        return torch.randn(len(layers), width, generator=generator)
+
+    sizes = (torch.ones(len(layers)), torch.full((len(layers),), 0.3))
+    known = {each: Attribute(each, [], drawn(), drawn(), *sizes, layers, {}) for each in "bc"}
+    known["a"] = Attribute("a", [], drawn(), drawn(), *sizes, layers, {}, push_layers=layers, direction=drawn())
+    rows = [{"a": 1.0}, {"b": 2.0, "c": -1.0}, {}, {"a": -1.0, "b": 0.5}]
+    tokens = torch.randint(3, 90, (4, 7), generator=generator)
+
+    def logits(rows, tokens):
+        with steered(session, terms_of_rows(known.__getitem__, rows)), torch.no_grad():
+            return model(tokens, use_cache=False).logits
+
+    mixed = logits(rows, tokens)
+    for k, row in enumerate(rows):
+        assert relative(mixed[k], logits([row], tokens[k : k + 1])[0]) < 1e-5, k
+    terms = [(known[each].state[-1], torch.tensor(s)) for each, s in rows[1].items()]
+    with reference(session.adapter, {layers[-1]: terms}), torch.no_grad():
+        assert relative(mixed[1], model(tokens[1:2], use_cache=False).logits[0]) < 1e-5
+    bare = logits([{}] * 4, tokens)
+    assert all(relative(mixed[k], bare[k]) > 1e-3 for k in (0, 1, 3))
 
 
 def test_a_file_of_rows_is_resumed(steered_rows, tmp_path):

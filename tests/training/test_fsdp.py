@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from braces_cli.core.method.adapter import attach
+from braces_cli.core.method.relevance_forms import FORMS
 from braces_cli.core.utils.atomic_files import write_tensors
 from braces_cli.training.checkpointing.training_state import capture, restore_optimizer, restore_parameters
 from tests.conftest import open_gates, tiny_model
@@ -139,26 +140,26 @@ def through_trainer(env: dict[str, str], argv: list[str], log: Path) -> None:
     cli(argv, log.with_suffix(f".{env['RANK']}"), env)
 
 
-def test_attributes_under_fsdp2_give_the_adapter_of_one_process(braces, model_dir, tmp_path):
+@pytest.mark.parametrize("form", FORMS)
+def test_attributes_under_fsdp2_give_the_adapter_of_one_process(braces, model_dir, tmp_path, form):
     """Gates, projections and the condition MLP; one process has a batch without rows, every step has two batches."""
     rows = tmp_path / "rows.csv"
     texts = [("positive", "good day good film"), ("negative", "sad town sad end"), ("", "the old town")] * 4
     rows.write_text("text,attribute\n" + "".join(f"{text},{name}\n" for name, text in texts[:11]))
-    for form in ("paper", "untied"):
-        argv = ["train", "--model", model_dir, "--data", rows, "--eval-data", rows, "--rank", 4, "--max-steps", 4]
-        argv += ["--attribute-field", "attribute", "--opposites", "positive:negative", "--relevance", form]
-        argv += ["--lr", 0.01, "--gate-lr", 0.3, "--device", "cpu", "--contrast", 0, "--output-dir"]
-        one, two = tmp_path / f"one-{form}", tmp_path / f"two-{form}"
-        assert braces(*argv, one, "--batch-size", 12).code == 0
-        words = [str(word) for word in (*argv, two, "--batch-size", 3, "--gradient-accumulation", 2)]
-        assert launch(through_trainer, 2, words, tmp_path / "log.x") == [0, 0], (tmp_path / "log.0").read_text()
-        wanted, found = (load_file(folder / "adapter_model.safetensors") for folder in (one, two))
-        assert found.keys() == wanted.keys()
-        assert any(name.startswith("condition.") for name in found)
-        for name in wanted:
-            assert (found[name] - wanted[name]).abs().max() < 1e-4, name
-        losses = [json.loads((folder / "run.json").read_text())["result"]["eval_loss"] for folder in (one, two)]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    argv = ["train", "--model", model_dir, "--data", rows, "--eval-data", rows, "--rank", 4, "--max-steps", 4]
+    argv += ["--attribute-field", "attribute", "--opposites", "positive:negative", "--relevance", form]
+    argv += ["--lr", 0.01, "--gate-lr", 0.3, "--device", "cpu", "--contrast", 0, "--output-dir"]
+    one, two = tmp_path / f"one-{form}", tmp_path / f"two-{form}"
+    assert braces(*argv, one, "--batch-size", 12).code == 0
+    words = [str(word) for word in (*argv, two, "--batch-size", 3, "--gradient-accumulation", 2)]
+    assert launch(through_trainer, 2, words, tmp_path / "log.x") == [0, 0], (tmp_path / "log.0").read_text()
+    wanted, found = (load_file(folder / "adapter_model.safetensors") for folder in (one, two))
+    assert found.keys() == wanted.keys()
+    assert any(name.startswith("condition.") for name in found)
+    for name in wanted:
+        assert (found[name] - wanted[name]).abs().max() < 1e-4, name
+    losses = [json.loads((folder / "run.json").read_text())["result"]["eval_loss"] for folder in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_training_under_fsdp2_gives_the_adapter_of_one_process(braces, model_dir, tmp_path):

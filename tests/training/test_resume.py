@@ -67,7 +67,16 @@ def signal_after(monkeypatch, steps: int, number: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "extra", [[], ["--streaming"], ["--attribute-field", "mood", "--opposites", "positive:negative"]]
+    "extra",
+    [
+        [],
+        ["--streaming"],
+        ["--relevance", "signed"],
+        ["--relevance", "untied", "--gradient-checkpointing"],
+        ["--attribute-field", "mood", "--opposites", "positive:negative"],
+        ["--attribute-field", "mood", "--relevance", "whitened", "--packing", "off"],
+    ],
+    ids=["default", "streaming", "signed", "untied", "attributes", "attributes whitened"],
 )
 def test_a_resumed_run_is_the_one_that_was_not_interrupted(train, tmp_path, extra):
     """Bit for bit, from the middle of an epoch and from the end; figures too, but for those of time and memory."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from braces_cli.core.method.relevance_forms import FORMS
+
 
 def test_attributes_add_up(session):
     """Logits of A + B are those of the summed push; s = 2 of A is A twice."""
@@ -53,7 +55,8 @@ def test_without_training_strength_one_is_ten_percent_of_the_residual(session):
         assert [(p.layer, round(p.share, 4)) for p in pushes] == [(1, 0.2)]
 
 
-def test_steering_with_an_adapter_is_the_papers_formula(session):
+@pytest.mark.parametrize("form", FORMS)
+def test_steering_with_an_adapter_is_the_papers_formula(session, form):
     """r_i + s r_c at every layer, against the reference."""
     import torch
 
@@ -63,7 +66,7 @@ def test_steering_with_an_adapter_is_the_papers_formula(session):
     from braces_cli.core.method.reference import reference
     from tests.conftest import open_gates
 
-    session.adapter = attach(session.base.model, 4)
+    session.adapter = attach(session.base.model, 4, form=form)
     open_gates(session.adapter)
     good = build_attribute(session, "good", ["good", "happy"])
     tokens = torch.tensor([[0, 5, 6, 7]])
