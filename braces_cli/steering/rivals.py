@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from braces_cli.core.attributes.attribute import Attribute
 from braces_cli.core.attributes.contrast import Pair, Passage, pair_states, reduce_pairs
 from braces_cli.core.attributes.descriptions import description_pairs
+from braces_cli.core.attributes.pooling import residual_norms
 from braces_cli.core.attributes.push_sizes import PUSH
 from braces_cli.core.attributes.word_lists import OPPOSITES, REFERENCE, built_in
 from braces_cli.core.models.ffn import layer_stack
@@ -54,7 +55,7 @@ def rival_methods(
     for name in names:
         if name in _REDUCTIONS:
             assert states is not None
-            vectors = _vectors(attribute, reduce_pairs(states, _REDUCTIONS[name]), layers)
+            vectors = _vectors(attribute, _norms(session), reduce_pairs(states, _REDUCTIONS[name]), layers)
             methods.append(Method(name, strengths, partial(_pushed, session, vectors)))
         else:
             signs = [sign for sign in (1.0, -1.0) if any(s * sign > 0 for s in strengths)]
@@ -90,15 +91,20 @@ def _instructed(name: str, prompts: Sequence[str], s: float) -> list[str]:
     return [f"Write something {words}: {prompt}" for prompt in prompts]
 
 
-def _vectors(attribute: Attribute, directions: Tensor, layers: Collection[int] | None) -> dict[int, Tensor]:
+def _norms(session: Session) -> Tensor:
+    """Median norm of the residual stream behind each layer, where these vectors are added: (layers,)."""
+    with _off(session):
+        return residual_norms(session.base.model, session.base.tokenizer, session.ffns)
+
+
+def _vectors(
+    attribute: Attribute, norms: Tensor, directions: Tensor, layers: Collection[int] | None
+) -> dict[int, Tensor]:
     """What s = 1 adds behind each layer."""
     wanted = attribute.pushed if layers is None else layers
     share = PUSH / len(attribute.pushed)
     rows = [row for row, layer in enumerate(attribute.layers) if layer in wanted]
-    return {
-        attribute.layers[row]: share * float(attribute.residual[row]) * F.normalize(directions[row], dim=0)
-        for row in rows
-    }
+    return {attribute.layers[row]: share * float(norms[row]) * F.normalize(directions[row], dim=0) for row in rows}
 
 
 def _off(session: Session) -> AbstractContextManager[Any]:

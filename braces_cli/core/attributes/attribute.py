@@ -25,8 +25,8 @@ from braces_cli.core.attributes.attribute_header import FORMAT_VERSION, HEADER, 
 from braces_cli.core.attributes.contrast import Passage
 from braces_cli.core.attributes.odds import Item, cheapest_directions, default_reduction
 from braces_cli.core.attributes.odds_items import text_items, word_items
-from braces_cli.core.attributes.pooling import pool_texts, pool_words, residual_norms
-from braces_cli.core.attributes.push_sizes import default_layers, push_scale
+from braces_cli.core.attributes.pooling import pool_texts, pool_words
+from braces_cli.core.attributes.push_sizes import default_layers, output_norms, push_scale
 from braces_cli.core.attributes.word_lists import (
     GRADIENT,
     OPPOSITES,
@@ -58,7 +58,8 @@ class Attribute:
         words: it was built from; none where it was built from texts.
         hidden: pooled FFN inputs of the words or texts, (layers, d).
         reference: pooled FFN inputs of the neutral words or texts, (layers, d).
-        residual: median norm of the residual stream behind each layer over shipped neutral text, (layers,).
+        residual: median norm of the residual stream behind each layer over shipped neutral text, (layers,); over what
+            the layer makes of its FFN's output, where that is not added as it is (`push_sizes.output_norms`).
         scale: what makes `scale * push_direction` the push of s = 1 at a layer, (layers,); for steering without
             training.
         layers: decoder layer of each row.
@@ -218,7 +219,7 @@ def _build(
             stack.enter_context(session.adapter.disabled())
         hidden = pool(base.model, base.tokenizer, ffns, given, report, pooling)
         reference = pool(base.model, base.tokenizer, ffns, neutral, pooling=pooling)
-        residual = residual_norms(base.model, base.tokenizer, ffns)
+    residual = output_norms(session)
     texts, layers = pool is pool_texts, [ffn.layer for ffn in ffns]
     attribute = Attribute(
         name,

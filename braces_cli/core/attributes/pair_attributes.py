@@ -11,8 +11,7 @@ from braces_cli.core.attributes.contrast import Pair, Passage, pair_states, redu
 from braces_cli.core.attributes.descriptions import CHAT_WITHOUT_DESCRIPTION, description_pairs
 from braces_cli.core.attributes.odds import Item, default_reduction
 from braces_cli.core.attributes.odds_items import description_items, text_items
-from braces_cli.core.attributes.pooling import residual_norms
-from braces_cli.core.attributes.push_sizes import default_layers, push_scale
+from braces_cli.core.attributes.push_sizes import default_layers, output_norms, push_scale
 from braces_cli.core.attributes.word_lists import GRADIENT
 from braces_cli.core.models.chat_turns import has_template
 from braces_cli.core.models.finite_weights import OVERFLOW_HINT
@@ -108,7 +107,7 @@ def _from_pairs(session: Session, name: str, pairs: Sequence[Pair], reading: Pai
     }
     if len(pairs) >= _FEWEST:
         made["separation"] = separation(states, reduction)
-    residual = residual_norms(session.base.model, session.base.tokenizer, session.ffns)
+    residual = output_norms(session)
     attribute = Attribute(
         name,
         [],

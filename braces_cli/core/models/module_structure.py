@@ -45,14 +45,19 @@ class Pair:
 
 
 def layer_output(output: Any) -> Tensor:
-    """The hidden states in what a decoder layer returned: a tensor, or a tuple that begins with them."""
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    """The hidden states in what a decoder layer returned: a tensor, or a tuple or list that begins with them."""
+    hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
     return hidden
 
 
 def with_layer_output(output: Any, hidden: Tensor) -> Any:
     """What a decoder layer returned, its hidden states replaced by `hidden`."""
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+    if isinstance(output, list):
+        return [hidden, *output[1:]]
+    if not isinstance(output, tuple):
+        return hidden
+    # A tuple with names stays one.
+    return (hidden, *output[1:]) if type(output) is tuple else type(output)(hidden, *output[1:])
 
 
 def sizes(module: nn.Module) -> tuple[int, int]:

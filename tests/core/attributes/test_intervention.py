@@ -55,6 +55,38 @@ def test_without_training_strength_one_is_ten_percent_of_the_residual(session):
         assert [(p.layer, round(p.share, 4)) for p in pushes] == [(1, 0.2)]
 
 
+@pytest.mark.parametrize("name", ["granite", "gemma2", "olmo2"])
+def test_strength_one_moves_the_stream_by_ten_percent_whatever_stands_behind_the_ffn(name):
+    """A number or a norm: measured at the output of the pushed layer, at s = 0.2 so that a norm is nearly linear."""
+    import torch
+
+    from braces_cli.core.attributes.attribute import build_attribute
+    from braces_cli.core.attributes.intervention import steered
+    from braces_cli.core.models.ffn import find_ffns, layer_stack
+    from braces_cli.core.models.loading import Base
+    from braces_cli.core.models.module_structure import layer_output
+    from braces_cli.core.session import Session
+    from tests.conftest import tiny_tokenizer
+    from tests.core.architectures import tiny
+
+    model = tiny(name)
+    if name == "granite":
+        for layer in model.model.layers:
+            layer.residual_multiplier = 0.22
+    session = Session(Base(model, tiny_tokenizer(), name, None, None), find_ffns(model))
+    good = build_attribute(session, "good", ["good", "happy"])
+    states = []
+    layer_stack(model)[1][0].register_forward_hook(lambda m, a, output: states.append(layer_output(output)))
+    tokens = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model(tokens)
+        with steered(session, [(good, 0.2 * len(good.pushed))], layers=[0]) as pushes:
+            model(tokens)
+    moved = float(((states[1] - states[0]).norm(dim=-1) / states[0].norm(dim=-1)).median())
+    assert [push.share for push in pushes] == [pytest.approx(0.02, rel=1e-3)]
+    assert moved == pytest.approx(0.02, rel=0.1 if name == "granite" else 0.5)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_steering_with_an_adapter_is_the_papers_formula(session, form):
     """r_i + s r_c at every layer, against the reference."""

@@ -19,9 +19,11 @@ from braces_cli.core.attributes.pair_attributes import (
     best_layers,
 )
 from braces_cli.core.attributes.push_sizes import PUSH
+from braces_cli.core.method.adapter import attach
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.session import open_session
 from braces_cli.core.utils.errors import ConfigError, DataError
+from tests.conftest import open_gates
 
 PAIRS = [
     Pair(Passage(f" {one} day", f"the {thing} is"), Passage(f" {other} day", f"the {thing} is"))
@@ -48,6 +50,16 @@ def test_the_state_is_the_difference_of_means_and_the_push_the_gradient(session,
     assert torch.equal(vectors[0], again[0])
     expected = 2.0 * attribute.scale[0] * attribute.direction[0]
     assert torch.allclose(vectors[0], expected)
+
+
+def test_an_adapter_stays_out_of_it(session):
+    """Of the norms of the residual stream, too, which say how far the attribute pushes."""
+    bare = attribute_from_pairs(session, "good", PAIRS)
+    session.adapter = attach(session.base.model, 4)
+    open_gates(session.adapter)
+    again = attribute_from_pairs(session, "good", PAIRS)
+    for part in ("hidden", "reference", "residual", "scale", "direction"):
+        assert torch.equal(getattr(bare, part), getattr(again, part)), part
 
 
 def test_other_reductions_push_along_their_own_state(session):
