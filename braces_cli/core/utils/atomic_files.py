@@ -63,7 +63,8 @@ def check_writable(path: Path) -> None:
     try:
         if not place.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, f"{place} is a file")
-        os.rmdir(tempfile.mkdtemp(prefix=".braces-", dir=place))
+        # It has no name, where the file system has such files: a process that is killed here leaves nothing.
+        tempfile.TemporaryFile(prefix=".braces-", dir=place).close()
     except OSError as error:
         what = f"cannot write there: {error.strerror or error}"
         raise ConfigError(what, where=str(path), hint=file_hint(error)) from error

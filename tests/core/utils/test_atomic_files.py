@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from braces_cli.core.utils.atomic_files import disk_error, remove_partial_files, write_tensors, write_whole
+from braces_cli.core.utils.atomic_files import (
+    check_writable,
+    disk_error,
+    remove_partial_files,
+    write_tensors,
+    write_whole,
+)
 from braces_cli.core.utils.errors import BracesError
 
 
@@ -55,6 +62,17 @@ def test_only_half_written_files_of_that_name_are_removed(tmp_path: Path) -> Non
         (tmp_path / name).touch()
     remove_partial_files(tmp_path, "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+
+
+def test_looking_whether_a_folder_can_be_written_to_makes_no_name_in_it(tmp_path: Path) -> None:
+    """Not even for a moment, in which the process could be killed: the folder has never changed."""
+    try:
+        os.close(os.open(tmp_path, os.O_TMPFILE | os.O_RDWR))
+    except (AttributeError, OSError):
+        pytest.skip("no files without names here")
+    os.utime(tmp_path, ns=(0, 0))
+    check_writable(tmp_path / "new" / "out")
+    assert tmp_path.stat().st_mtime_ns == 0
 
 
 def test_a_full_disk_is_recognised_in_the_words_of_a_library(tmp_path: Path) -> None:
