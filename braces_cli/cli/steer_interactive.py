@@ -68,14 +68,23 @@ def _drawn(talk: Any, line: str) -> Any:
 
 
 def _lines() -> Iterator[str]:
-    """Lines of standard input.
+    """Lines of standard input; one that is too long is skipped, with an error.
 
     Raises:
         DataError: not UTF-8.
     """
     if not sys.stdin.isatty():
+        from braces_cli.steering.prompts import LONGEST
+
         try:
-            yield from sys.stdin
+            for line in iter(lambda: sys.stdin.readline(LONGEST + 1), ""):
+                if len(line) <= LONGEST:
+                    yield line
+                    continue
+                what = f"a line of more than {LONGEST:,} characters"
+                _say(error_text(what, "standard input", "It is skipped."), False)
+                while line and not line.endswith("\n"):
+                    line = sys.stdin.readline(LONGEST)
         except UnicodeDecodeError as error:
             what, hint = f"not UTF-8 (byte {error.start})", "Convert it, with iconv for one."
             raise DataError(what, where="standard input", hint=hint) from error

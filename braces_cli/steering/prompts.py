@@ -18,7 +18,7 @@ from braces_cli.data.readers import read_rows
 # Files of rows that are no lines.
 _TABLES = (".json", ".csv", ".tsv", ".parquet")
 # Characters of a line: more than any model reads.
-_LONGEST = 10_000_000
+LONGEST = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,10 @@ def _some(prompts: Iterator[PromptRow], where: str) -> Iterator[PromptRow]:
 
 def _lines(lines: TextIO, where: str, structured: bool | None = None) -> Iterator[PromptRow]:
     # Not `for raw in lines`: a device such as /dev/zero is a line without an end.
-    for number, raw in enumerate(iter(lambda: lines.readline(_LONGEST + 1), ""), 1):
-        if len(raw) > _LONGEST:
+    for number, raw in enumerate(iter(lambda: lines.readline(LONGEST + 1), ""), 1):
+        if len(raw) > LONGEST:
             hint = "Is this a text file? A prompt stands on one line."
-            raise DataError(f"a line of more than {_LONGEST:,} characters", where=f"{where}:{number}", hint=hint)
+            raise DataError(f"a line of more than {LONGEST:,} characters", where=f"{where}:{number}", hint=hint)
         line = raw.rstrip("\r\n")
         if not line.strip():
             continue

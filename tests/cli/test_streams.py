@@ -265,3 +265,18 @@ def test_lines_of_a_conversation_that_are_no_text_are_bad_data(monkeypatch: pyte
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), encoding="utf-8"))
     with pytest.raises(DataError, match="not UTF-8"):
         list(_lines())
+
+
+def test_a_line_of_a_conversation_that_is_too_long_is_skipped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With an error; the lines around it are answered."""
+    from braces_cli.cli.steer_interactive import _lines
+
+    monkeypatch.setattr("braces_cli.steering.prompts.LONGEST", 10)
+    monkeypatch.setattr("sys.stdin", io.StringIO("first\n" + "x" * 35 + "\n\n/quit"))
+    assert list(_lines()) == ["first\n", "\n", "/quit"]
+    assert capsys.readouterr().err.splitlines() == [
+        "Error: standard input: a line of more than 10 characters",
+        "It is skipped.",
+    ]

@@ -17,7 +17,7 @@ from braces_cli.steering.prompts import count_prompts, read_prompt_rows, read_pr
 @pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="no such device")
 def test_a_line_without_an_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the memory is full; a line that is as long as may be is read."""
-    monkeypatch.setattr(prompts, "_LONGEST", 1000)
+    monkeypatch.setattr(prompts, "LONGEST", 1000)
     with open("/dev/zero", encoding="utf-8") as stream, pytest.raises(DataError, match="a line of more than 1,000"):
         next(read_prompts((), None, stream))
     longest = "x" * 999 + "\n"
