@@ -10,13 +10,13 @@ norm. All of them steer the bare base: an adapter is off.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from braces_cli.core.attributes.attribute import Attribute
 from braces_cli.core.attributes.contrast import Pair, Passage, pair_states, reduce_pairs
@@ -25,7 +25,7 @@ from braces_cli.core.attributes.pooling import residual_norms
 from braces_cli.core.attributes.push_sizes import PUSH
 from braces_cli.core.attributes.word_lists import OPPOSITES, REFERENCE, built_in
 from braces_cli.core.models.ffn import layer_stack
-from braces_cli.core.models.module_structure import layer_output, with_layer_output
+from braces_cli.core.models.module_structure import add_to_output
 from braces_cli.core.session import Session
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.core.utils.progress import Report, silent
@@ -117,13 +117,5 @@ def _pushed(session: Session, vectors: dict[int, Tensor], s: float) -> Iterator[
     with ExitStack() as handles:
         handles.enter_context(_off(session))
         for layer, vector in vectors.items():
-            handles.callback(stack[layer].register_forward_hook(_adder(s * vector)).remove)
+            handles.callback(add_to_output(stack[layer], s * vector).remove)
         yield
-
-
-def _adder(vector: Tensor) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple, output: Any) -> Any:
-        hidden = layer_output(output)
-        return with_layer_output(output, hidden + vector.to(hidden))
-
-    return hook

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from braces_cli.core.attributes.attribute import Attribute
 from braces_cli.core.method.adapter import Adapter
 from braces_cli.core.models.ffn import FFN
-from braces_cli.core.models.module_structure import layer_output, with_layer_output
+from braces_cli.core.models.module_structure import add_to_output
 from braces_cli.core.models.moe import MixtureFFN
 from braces_cli.core.session import Session
 from braces_cli.core.utils.errors import ConfigError
@@ -145,23 +145,9 @@ def _add(
     for ffn, vector, residual in _vectors(ffns, terms, layers):
         vector = vector.to(ffn.parts[0].values().device)
         place = ffn.host if isinstance(ffn, MixtureFFN) else ffn.value
-        stack.callback(place.register_forward_hook(_adder(vector)).remove)
+        stack.callback(add_to_output(place, vector).remove)
         pushes.append(Push(ffn.layer, float(vector.norm(dim=-1).max()) / residual))
     return pushes
-
-
-def _adder(vector: Tensor) -> Any:
-    def hook(module: nn.Module, args: tuple, output: Any) -> Any:
-        nonlocal vector
-        hidden = layer_output(output)
-        vector = vector.to(hidden)  # once; from then on it is there
-        if vector.ndim == 1:
-            return with_layer_output(output, hidden + vector)
-        # OPT flattens (batch, tokens, d) in its FFN; the vectors know how many rows there are.
-        moved = hidden.reshape(len(vector), -1, hidden.shape[-1]) + vector
-        return with_layer_output(output, moved.view(hidden.shape))
-
-    return hook
 
 
 def _vectors(

@@ -22,12 +22,12 @@ from importlib import resources
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from braces_cli.core.attributes.word_lists import GRADIENT, neutral_texts
 from braces_cli.core.models.ffn import hides_gradients
 from braces_cli.core.models.loading import input_device
-from braces_cli.core.models.module_structure import layer_output, with_layer_output
+from braces_cli.core.models.module_structure import add_to_output
 from braces_cli.core.models.moe import MixtureFFN
 from braces_cli.core.models.tokenization import encode
 from braces_cli.core.session import Session
@@ -165,16 +165,6 @@ def _constants(session: Session, rows: int) -> Iterator[list[Tensor]]:
             weight = ffn.parts[0].values()
             vector = torch.zeros(rows, 1, ffn.hidden_size, device=weight.device, requires_grad=True)
             place = ffn.host if isinstance(ffn, MixtureFFN) else ffn.value
-            stack.callback(place.register_forward_hook(_adder(vector)).remove)
+            stack.callback(add_to_output(place, vector).remove)
             vectors.append(vector)
         yield vectors
-
-
-def _adder(vector: Tensor) -> Any:
-    def hook(module: nn.Module, args: tuple, output: Any) -> Any:
-        hidden = layer_output(output)
-        # Some models flatten (rows, tokens) before the FFN.
-        added = hidden.reshape(len(vector), -1, vector.shape[-1]) + vector.to(hidden)
-        return with_layer_output(output, added.reshape(hidden.shape))
-
-    return hook

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 # Words in the names of the arguments by which a module learns of other tokens.
 _CONTEXT = ("mask", "position", "cache", "past", "cu_seq")
@@ -58,6 +59,26 @@ def with_layer_output(output: Any, hidden: Tensor) -> Any:
         return hidden
     # A tuple with names stays one.
     return (hidden, *output[1:]) if type(output) is tuple else type(output)(hidden, *output[1:])
+
+
+def add_to_output(module: nn.Module, vector: Tensor) -> RemovableHandle:
+    """Add a vector to what `module` returns at each pass, until the returned handle is removed.
+
+    Args:
+        vector: (d,), or (rows, 1, d), one for each row of the batch.
+    """
+
+    def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+        nonlocal vector
+        hidden = layer_output(output)
+        vector = vector.to(hidden)  # once; from then on it is there
+        if vector.ndim == 1:
+            return with_layer_output(output, hidden + vector)
+        # OPT flattens (batch, tokens, d) in its FFN; the vectors know how many rows there are.
+        moved = hidden.reshape(len(vector), -1, hidden.shape[-1]) + vector
+        return with_layer_output(output, moved.reshape(hidden.shape))
+
+    return module.register_forward_hook(hook)
 
 
 def sizes(module: nn.Module) -> tuple[int, int]:
