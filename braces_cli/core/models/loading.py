@@ -92,9 +92,9 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
     return explained(where, load, "tokenizer")
 
 
-def with_padding(tokenizer: Any) -> Any:
-    """The tokenizer, with a padding token where it had none."""
-    if tokenizer.pad_token_id is None:
+def with_padding(tokenizer: Any, rows: int | None = None) -> Any:
+    """The tokenizer, with another padding token where it has none, or one that is not among the model's `rows`."""
+    if tokenizer.pad_token_id is None or (rows is not None and tokenizer.pad_token_id >= rows):
         # Padding is always masked, so any token will do, and the end token is the one that every model has.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
@@ -178,7 +178,8 @@ def _watch_tokens(model: Any, tokenizer: Any, where: str) -> None:
     """Where the tokenizer has tokens that the model has not, see that none of them is used.
 
     Some bases come with such tokens, and do no harm by them: the token for padding of a model that was trained
-    without.
+    without, in whose place another is taken. Looking at the tokens waits for the device, as transformers does anyway
+    after each token that it generates on CUDA.
     """
     embedding = model.get_input_embeddings()
     rows, largest = embedding.weight.shape[0], max(tokenizer.get_vocab().values(), default=0)
@@ -193,6 +194,7 @@ def _watch_tokens(model: Any, tokenizer: Any, where: str) -> None:
             )
 
     if largest >= rows:
+        with_padding(tokenizer, rows)
         embedding.register_forward_pre_hook(check)
 
 

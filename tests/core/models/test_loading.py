@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from braces_cli.core.models.generation import Sampling, TextRequest, generate
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.loading import checkpoint_folder, commit_of, load_base, load_tokenizer
 from braces_cli.core.models.tokenization import encode
@@ -60,6 +61,17 @@ def test_a_token_that_the_model_has_not_is_an_error_where_it_is_used(edited: Any
     with pytest.raises(ModelError, match="has token 100000, and the model embeds") as caught:
         run("in the")
     assert caught.value.where == name
+
+
+def test_a_padding_token_that_the_model_has_not_is_replaced(edited: Any, tmp_path: Path) -> None:
+    """As of models that were trained without one: rows of different length are padded with a token of the model."""
+    name = edited(lambda content: content["model"]["vocab"].update({"[PAD]": 100_000}))
+    config = tmp_path / "base" / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "pad_token": "[PAD]"}))
+    assert load_tokenizer(name).pad_token_id == 100_000
+    base = load_base(name, LoadOptions(device="cpu"))
+    texts = generate(base.model, base.tokenizer, [TextRequest("a", 0), TextRequest("a dog in the", 1)], Sampling(4))
+    assert len(texts) == 2
 
 
 def test_a_tokenizer_that_gives_up_is_an_error(edited: Any) -> None:
