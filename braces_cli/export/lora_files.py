@@ -79,8 +79,10 @@ def write_lora(
     if gguf is not None:
         check_gguf(slots)
         check_output_file(gguf, overwrite)
+    inside = gguf is not None and output.resolve() in gguf.resolve().parents
     with ExitStack() as stack:
-        stack.enter_context(output_lock(gguf))
+        # In the folder, the file appears with it, under its lock.
+        stack.enter_context(output_lock(None if inside else gguf))
         folder = stack.enter_context(new_folder(output, overwrite))
         facts, expected, loras = _write(wanted, slots, folder, stack, report)
         # The base is gone from memory: the proof loads the one with slots in a process of its own.
@@ -92,7 +94,8 @@ def write_lora(
         write_json(folder / RECORD_FILE, {"format_version": FORMAT_VERSION, **result, "versions": versions()})
         write_text(folder / "README.md", lora_card(result))
         if gguf is not None:
-            write_gguf(gguf, read_folder(folder), slots)
+            place = folder / gguf.resolve().relative_to(output.resolve()) if inside else gguf
+            write_gguf(place, read_folder(folder), slots)
             result["gguf"] = str(gguf)
     return {"output_dir": str(output), **result}
 

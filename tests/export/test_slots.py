@@ -429,3 +429,21 @@ def test_gguf_is_refused_for_names_that_are_not_known(slots_dir: Path, adapter_d
     wanted = LoraRequest(Request(None, find_adapter(str(adapter_dir)), options()), slots_dir)
     with pytest.raises(ModelError, match="GPT2LMHeadModel is not among"):
         write_lora(wanted, tmp_path / "out", tmp_path / "out.gguf")
+
+
+def test_the_gguf_may_lie_in_the_folder(
+    slots_dir: Path, adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It appears with the folder, and is replaced with it."""
+    from braces_cli.export.verification import Proof
+
+    pytest.importorskip("gguf", reason="NOT TESTED: the package gguf is not there")
+    patched = "braces_cli.export.lora_files.prove"
+    monkeypatch.setattr(patched, lambda folder, expected, how: Proof(0.0, 0.0, 0.0, expected))
+    wanted = LoraRequest(Request(None, find_adapter(str(adapter_dir)), options()), slots_dir)
+    for overwrite in (False, True):
+        write_lora(wanted, tmp_path / "out", tmp_path / "out" / "adapter.gguf", overwrite)
+        assert "adapter.gguf" in names(tmp_path / "out")
+        assert not list(tmp_path.rglob(".*"))
+    with pytest.raises(ConfigError, match="not empty"):
+        write_lora(wanted, tmp_path / "out", tmp_path / "out" / "other.gguf")
