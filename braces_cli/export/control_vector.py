@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from braces_cli.core.attributes.attribute import Attribute
 from braces_cli.core.attributes.intervention import constants
@@ -24,8 +23,9 @@ from braces_cli.core.models.moe import MixtureFFN
 from braces_cli.core.models.residual_join import residual_factors
 from braces_cli.core.models.tokenization import encode
 from braces_cli.core.session import Session
-from braces_cli.core.utils.atomic_files import check_output_file, write_whole
+from braces_cli.core.utils.atomic_files import check_output_file
 from braces_cli.core.utils.errors import ConfigError, ModelError
+from braces_cli.export.gguf_files import write_gguf_tensors
 
 _ARCHITECTURE = "controlvector"
 
@@ -70,30 +70,14 @@ def export_control_vector(
     factors = _factors(session, plain)
     directions = {layer: factors[layer] * vector for layer, vector in vectors.items()}
     model_type = session.base.model.config.model_type
-    write_whole(path, lambda place: _write(place, directions, model_type), lambda place: _matches(place, directions))
+
+    def describe(writer: Any) -> None:
+        writer.add_string(f"{_ARCHITECTURE}.model_hint", model_type)
+        writer.add_uint32(f"{_ARCHITECTURE}.layer_count", len(directions))
+
+    tensors = {f"direction.{layer}": vector for layer, vector in sorted(directions.items())}
+    write_gguf_tensors(path, _ARCHITECTURE, tensors, describe)
     return {"path": str(path), "layers": sorted(directions), "hidden_size": len(next(iter(directions.values())))}
-
-
-def _write(path: Path, directions: dict[int, Tensor], model_type: str) -> None:
-    from gguf import GGUFWriter
-
-    writer = GGUFWriter(path, _ARCHITECTURE)
-    writer.add_string(f"{_ARCHITECTURE}.model_hint", model_type)
-    writer.add_uint32(f"{_ARCHITECTURE}.layer_count", len(directions))
-    for layer, vector in sorted(directions.items()):
-        writer.add_tensor(f"direction.{layer}", vector.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def _matches(path: Path, directions: dict[int, Tensor]) -> bool:
-    from gguf import GGUFReader
-
-    stored = {tensor.name: torch.tensor(tensor.data.copy()) for tensor in GGUFReader(path).tensors}
-    wanted = {f"direction.{layer}": vector for layer, vector in directions.items()}
-    return stored.keys() == wanted.keys() and all(torch.equal(stored[name], wanted[name]) for name in wanted)
 
 
 def _factors(session: Session, ffns: Sequence[FFN]) -> dict[int, float]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from braces_cli.core.utils.atomic_files import write_whole
 from braces_cli.core.utils.errors import ConfigError, ModelError
+from braces_cli.export.gguf_files import write_gguf_tensors
 from braces_cli.export.lora_tensors import Pairs
 from braces_cli.export.slots import Slots
 
@@ -51,22 +50,11 @@ def write_gguf(path: Path, pairs: Pairs, slots: Slots) -> None:
         tensors[f"{stored}.weight.lora_b"] = b.float()
     rank = len(next(iter(pairs.values()))[0])
 
-    def write(place: Path) -> None:
-        writer = gguf.GGUFWriter(place, name)
+    def describe(writer: Any) -> None:
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))
         writer.add_file_type(gguf.LlamaFileType.ALL_F32)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        for stored, tensor in tensors.items():
-            writer.add_tensor(stored, tensor.numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
 
-    def matches(place: Path) -> bool:
-        found = {tensor.name: torch.tensor(tensor.data.copy()) for tensor in gguf.GGUFReader(place).tensors}
-        return found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
-
-    write_whole(path, write, matches)
+    write_gguf_tensors(path, name, tensors, describe)
