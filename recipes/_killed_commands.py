@@ -25,6 +25,7 @@ def cases(inputs: dict[str, Path], model: str | None) -> dict[str, Case]:
     """The commands by name."""
     base = ("--model", model) if model else ()
     rows, texts, adapter = (str(inputs[name]) for name in ("rows", "texts", "adapter"))
+    slots = str(inputs["adapter"].with_name("slots"))
     seed = ("--seed", "1")
     train = (
         "train", *base, "--max-steps", "12", "--batch-size", "2", "--gradient-accumulation", "2", "--lr", "0.01",
@@ -51,13 +52,26 @@ def cases(inputs: dict[str, Path], model: str | None) -> dict[str, Case]:
         "attr-build": Case(("attr-build", *base, "--attribute", "joyful", "--output-dir", "out", "--overwrite")),
         "merge": Case(("merge", "--adapter", adapter, "--output-dir", "out", "--overwrite", "--quiet")),
         "export slots": Case(("export", "slots", *base, "--output-dir", "out", "--overwrite", "--quiet")),
+        "export lora": Case(
+            ("export", "lora", "--base", slots, "--adapter", adapter, "--output-dir", "out", "--gguf",
+             "out/adapter.gguf", "--overwrite", "--quiet")
+        ),
+        "export code": Case(("export", "code", "--adapter", adapter, "--output-dir", "out", "--overwrite", "--quiet")),
+        "export control-vector": Case(
+            ("export", "control-vector", *base, "--attribute", "sad", "--attributes", str(inputs["attributes"]),
+             "--layers", "1-", "--output", "out.gguf", "--overwrite", "--quiet")
+        ),
         "inspect report": Case(
             ("inspect", "report", "--adapter", adapter, "--output", "out.html", "--overwrite", "--quiet")
         ),
         "inspect values": Case(("inspect", "values", *base, "--output", "out.parquet", "--overwrite", "--quiet")),
     }  # fmt: skip
-    for name, package in (("train lora", "peft"), ("inspect values", "pyarrow")):
-        if find_spec(package) is None:
+    needed = (
+        ("train lora", "peft"), ("export lora", "peft"), ("export lora", "gguf"), ("export control-vector", "gguf"),
+        ("inspect values", "pyarrow"),
+    )  # fmt: skip
+    for name, package in needed:
+        if name in found and find_spec(package) is None:
             print(f"{name} is left out: there is no {package}", file=sys.stderr)
             del found[name]
     return found
