@@ -37,6 +37,25 @@ _COMMANDS = {
     "env": ("env", "env"),
     "recipe": ("recipe", "app"),
 }
+# What `braces --help` says of each, in its order: that page imports none of them.
+_SUMMARIES = {
+    "train": "Fine-tune an adapter, or a baseline of peft, on texts, prompts and completions, instructions or chats.",
+    "eval": "Score a base and its adapters (braces or peft), steered or not, on benchmarks, or on texts of your own.",
+    "attr-build": (
+        "Build an attribute from descriptions, pairs, words or texts, or from a built-in list (--list shows them)."
+    ),
+    "steer": "Generate text from prompts, steered along attributes by strength s (negative: away from them).",
+    "merge": (
+        "Write base and adapter into one plain checkpoint that transformers, vLLM or llama.cpp load without braces."
+    ),
+    "demo": (
+        "Fine-tune, evaluate, steer, inspect and merge on the small model that braces brings: no hub, no GPU, no data."
+    ),
+    "env": "Versions, devices, threads and caches: what a bug report needs. Shows no token and no password.",
+    "inspect": "Look inside a model and its adapter.",
+    "export": "Export adapters and attributes for other programs to serve.",
+    "recipe": "List and copy the training recipes that ship with braces.",
+}
 # Importing transformers makes a million objects, none of them garbage; by Python's own number, 700, looking for cycles
 # among them is a tenth of a short command.
 _OBJECTS_A_COLLECTION = 100_000
@@ -58,8 +77,12 @@ def braces(
     """Fine-tune, evaluate, steer and inspect causal language models with LLMBraces adapters."""
 
 
+def _nothing() -> None: ...
+
+
 def build_app(args: Sequence[str] = ()) -> typer.Typer:
-    """The command-line app; where `args` begin with a command's name, with that command alone."""
+    """The command-line app; where `args` begin with a command's name, with that command alone, and where they begin
+    with `--help`, with summaries in place of the commands."""
     app = typer.Typer(
         name="braces",
         no_args_is_help=True,
@@ -72,6 +95,10 @@ def build_app(args: Sequence[str] = ()) -> typer.Typer:
     )
     app.callback()(braces)
     first = args[0].replace("_", "-") if args else ""
+    if first in ("-h", "--help"):
+        for name, summary in _SUMMARIES.items():
+            app.command(name, help=summary)(_nothing)
+        return app
     for name in [first] if first in _COMMANDS else _COMMANDS:
         module, attribute = _COMMANDS[name]
         command = getattr(importlib.import_module(f"braces_cli.cli.{module}"), attribute)

@@ -42,8 +42,7 @@ class AttributeBuildSettings(AttributeSources, AdapterSettings, UploadSettings, 
 
 @command
 def attr_build(settings: AttributeBuildSettings) -> None:
-    """Build an attribute's hidden states from descriptions, pairs, words or texts; with none of them, from a built-in
-    list (--list shows them).
+    """Build an attribute from descriptions, pairs, words or texts, or from a built-in list (--list shows them).
 
     The file fits every dtype and quantisation of its base, and no other base.
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import subprocess
 import sys
 
@@ -23,10 +25,10 @@ HEAVY = {
 }
 
 
-def imported_by(code: str) -> set[str]:
-    """Which heavy packages a fresh process has imported after running `code`."""
+def imported_by(code: str, modules: set[str] = HEAVY) -> set[str]:
+    """Which of these modules a fresh process has imported after running `code`."""
     probe = f"import sys\ntry:\n    {code}\nexcept SystemExit:\n    pass\n"
-    probe += f"print(*(set(sys.modules) & {HEAVY!r}), file=sys.stderr)"
+    probe += f"print(*(set(sys.modules) & {modules!r}), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     return set(done.stderr.split())
 
@@ -35,6 +37,24 @@ def imported_by(code: str) -> set[str]:
 def test_help_stays_light(argv):
     """No command's --help imports torch or its like."""
     assert imported_by(f"from braces_cli.cli.app import main; main({[*argv, '--help']!r})") == set()
+
+
+def test_the_page_of_all_commands_imports_none_of_them(monkeypatch):
+    """Its summaries are those of the commands themselves, in the same order."""
+    from braces_cli.cli import typer_internals
+    from braces_cli.cli.app import build_app
+
+    code = "from braces_cli.cli.app import main; main(['--help'])"
+    assert imported_by(code, {"braces_cli.cli.app", "braces_cli.cli.train"}) == {"braces_cli.cli.app"}
+    monkeypatch.setenv("COLUMNS", "200")
+    pages = []
+    for args in ([], ["--help"]):
+        command, context = typer_internals.help_of(build_app(args), [])
+        with contextlib.redirect_stdout(io.StringIO()) as page:
+            command.get_help(context)
+        pages.append(page.getvalue())
+    assert "attr-build" in pages[0]
+    assert pages[0] == pages[1]
 
 
 def test_the_probe_can_see_torch():
