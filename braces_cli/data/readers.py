@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -130,6 +129,8 @@ def _json(path: Path) -> Iterator[Source]:
 
 
 def _csv(path: Path) -> Iterator[Source]:
+    import csv
+
     with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
         try:

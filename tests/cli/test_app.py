@@ -22,6 +22,8 @@ HEAVY = {
     "numpy",
     "msgspec",
     "yaml",
+    "socket",
+    "csv",
 }
 
 

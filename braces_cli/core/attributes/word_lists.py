@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 
 from braces_cli.core.utils.errors import ConfigError, DataError
@@ -53,6 +52,8 @@ def check_file_name(name: str) -> str:
 
 def built_in() -> dict[str, list[str]]:
     """The word lists that come with braces, by name."""
+    from importlib import resources
+
     folder = resources.files("braces_cli.assets") / "words"
     lists = {}
     for file in sorted(folder.iterdir(), key=lambda file: file.name):
@@ -63,6 +64,8 @@ def built_in() -> dict[str, list[str]]:
 
 def neutral_texts() -> list[str]:
     """Plain sentences that come with braces: what texts are held against, as words are against the neutral list."""
+    from importlib import resources
+
     file = resources.files("braces_cli.assets") / "neutral_texts.txt"
     return file.read_text(encoding="utf-8").splitlines()
 

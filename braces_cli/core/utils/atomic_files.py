@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +55,8 @@ def check_writable(path: Path) -> None:
     Raises:
         ConfigError: a part of the path is a file, or a folder there cannot be written to.
     """
+    import tempfile
+
     # Permissions alone do not tell: they allow root to write to /proc, which refuses.
     place = path
     while not os.path.lexists(place) and place != place.parent:
@@ -121,6 +122,8 @@ def remove_partial_files(folder: Path, name: str | None = None) -> None:
 
 def write_whole(path: Path, write: Callable[[Path], object], matches: Callable[[Path], bool]) -> None:
     """Call `write` on a temporary name beside `path`; rename it only when `matches` finds there what was meant."""
+    import tempfile
+
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -119,6 +118,8 @@ def wait_for_all() -> None:
         BracesError: some have not come in time, or the first process cannot be reached.
         ConfigError: the limit is no number.
     """
+    import socket
+
     from torch.distributed import DistError, TCPStore
 
     size, seconds = world_size(), _variable(JOIN_VARIABLE, JOIN_SECONDS)
