@@ -3,7 +3,7 @@
 Pooling words and following gradients takes as long as generating dozens of texts, and gives the same for the same files
 of weights. A file is found by what it was made from: the files of the base by name, size and time, its number format
 and device, the words and texts that come with braces, and the versions of what computes. What cannot be read is made
-anew, and a folder that cannot be written to is done without.
+anew; a folder that cannot be written to is done without, and so is the cache where weights were changed in memory.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def cached(session: Session, name: str, reduction: str, build: Callable[[], Attr
 
 
 def _place(session: Session, name: str, reduction: str) -> Path | None:
-    """The file of this attribute of this base; None where nothing is kept, or the base is of no folder of files."""
+    """The file of this attribute of this base; None where nothing is kept, or no files are what the base is."""
     root, checkpoint = cache_folder(), session.base.checkpoint
-    if root is None or checkpoint is None:
+    if root is None or checkpoint is None or session.base.is_changed():
         return None
     lists = built_in()
     try:

@@ -52,6 +52,17 @@ class Base:
     revision: str | None
     checkpoint: Path | None
 
+    def __post_init__(self) -> None:
+        self._loaded = self._versions()
+
+    def _versions(self) -> dict[str, int]:
+        parameters = self.model.named_parameters()
+        return {name: weight._version for name, weight in parameters if not weight.is_inference()}
+
+    def is_changed(self) -> bool:
+        """Whether weights were written to since they were loaded, as torch counts it: not what went through `.data`."""
+        return any(self._loaded.get(name, version) != version for name, version in self._versions().items())
+
     def fingerprint(self, ffns: Sequence[FFN | MixtureFFN] | None = None) -> Fingerprint:
         return fingerprint(self.model, find_ffns(self.model) if ffns is None else ffns, self.checkpoint)
 

@@ -68,6 +68,22 @@ def test_other_weights_and_another_number_format_have_files_of_their_own(model_d
     assert len(list(cache.iterdir())) == 3
 
 
+def test_weights_that_were_changed_in_memory_have_no_file(model_dir, cache, built):
+    """As by users of the Python interface: neither read nor kept. An adapter that is attached changes none."""
+    session = _open(model_dir)
+    first = _find(session)
+    files = list(cache.iterdir())
+    session.base.model.add_module("brace", torch.nn.Linear(2, 2))
+    _find(session)
+    assert built == ["positive"]
+    with torch.no_grad():
+        session.ffns[0].value.weight.mul_(2)
+    for _ in range(2):
+        assert not torch.equal(_find(session).hidden, first.hidden)
+    assert built == ["positive"] * 3
+    assert list(cache.iterdir()) == files
+
+
 def test_a_damaged_file_is_built_anew(session, cache, built):
     first = _find(session)
     (file,) = cache.iterdir()
