@@ -41,6 +41,7 @@ from braces_cli.core.method.factor_cache import FactorCache
 from braces_cli.core.method.projections import draw_projection, orthonormal_rows
 from braces_cli.core.method.relevance_forms import QUERY_FORMS, gate_values
 from braces_cli.core.method.value_gram import KeptGram, gram, least_norm_weights
+from braces_cli.core.models.module_structure import by_row
 from braces_cli.core.models.value_weights import Values
 from braces_cli.core.utils.distributed import whole
 
@@ -311,8 +312,7 @@ class RelevanceModule(nn.Module):
         if self.shift.ndim == 1:
             # A shift that all tokens share is the bias of the product, and so costs nothing.
             return F.linear(h, down, self.shift.to(h))
-        # OPT flattens (batch, tokens, d) before its FFN; the shift knows how many examples there are.
-        return F.linear(h, down).view(len(self.shift), -1, self.rank) + self.shift.to(h)
+        return by_row(F.linear(h, down), len(self.shift)) + self.shift.to(h)
 
     def _register(self) -> None:
         self._handle = next(_handles)

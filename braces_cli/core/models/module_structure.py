@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from braces_cli.core.utils.errors import ModelError
+
 # Words in the names of the arguments by which a module learns of other tokens.
 _CONTEXT = ("mask", "position", "cache", "past", "cu_seq")
 # Arguments of a kernel that works on queries, keys and values.
@@ -61,6 +63,18 @@ def with_layer_output(output: Any, hidden: Tensor) -> Any:
     return (hidden, *output[1:]) if type(output) is tuple else type(output)(hidden, *output[1:])
 
 
+def by_row(states: Tensor, rows: int) -> Tensor:
+    """States of a batch (rows, tokens, d) as that; OPT flattens the first two before its FFN.
+
+    Raises:
+        ModelError: the model runs the tokens before the rows (XLNet).
+    """
+    if rows > 1 and states.ndim == 3 and states.shape[0] != rows:
+        what = "this model runs tokens before rows, so the rows of a batch cannot have strengths of their own"
+        raise ModelError(what, hint="Use --batch-size 1.")
+    return states.reshape(rows, -1, states.shape[-1])
+
+
 def add_to_output(module: nn.Module, vector: Tensor) -> RemovableHandle:
     """Add a vector to what `module` returns at each pass, until the returned handle is removed.
 
@@ -74,8 +88,7 @@ def add_to_output(module: nn.Module, vector: Tensor) -> RemovableHandle:
         vector = vector.to(hidden)  # once; from then on it is there
         if vector.ndim == 1:
             return with_layer_output(output, hidden + vector)
-        # OPT flattens (batch, tokens, d) in its FFN; the vectors know how many rows there are.
-        moved = hidden.reshape(len(vector), -1, hidden.shape[-1]) + vector
+        moved = by_row(hidden, len(vector)) + vector
         return with_layer_output(output, moved.reshape(hidden.shape))
 
     return module.register_forward_hook(hook)
