@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import struct
 from typing import Any
@@ -72,7 +73,9 @@ def _places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 def _edited(good: Any, edits: list[tuple[tuple[Any, ...], Any, bool]]) -> Any:
     value = json.loads(json.dumps(good))
-    for at, new, drop in edits:
+    for at, drawn, drop in edits:
+        # Two edits, and later cases, draw the same lists: put into itself, one would be a circle.
+        new = copy.deepcopy(drawn)
         if not at:
             value = new
             continue
