@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from braces_cli.core.method.relevance_forms import FORMS
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.training.checkpointing.zero_state import ZeroState
-from tests.training.workers import cli, launch
+from tests.training.workers import cli, launch, train_with_attributes
 
 pytestmark = pytest.mark.slow
 
@@ -165,22 +165,8 @@ def test_two_processes_of_which_one_is_told_to_stop_go_on_bit_for_bit(model_dir,
 @pytest.mark.parametrize("form", FORMS)
 def test_two_processes_with_attributes_give_the_adapter_of_one(braces, model_dir, tmp_path, form):
     """Packed and in groups; what is read before the forward pass gets its gradients, and a batch may have no row."""
-    rows = tmp_path / "rows.csv"
-    texts = [("positive", "good day good film"), ("negative", "sad town sad end"), ("", "the old town")] * 4
-    rows.write_text("text,attribute\n" + "".join(f"{text},{name}\n" for name, text in texts[:11]))
-    argv = ["train", "--model", model_dir, "--data", rows, "--eval-data", rows, "--rank", 4, "--max-steps", 4]
-    argv += ["--attribute-field", "attribute", "--opposites", "positive:negative", "--relevance", form]
-    argv += ["--packing", "off" if form in ("signed", "whitened") else "auto"]
-    argv += ["--lr", 0.01, "--gate-lr", 0.3, "--device", "cpu", "--contrast", 0, "--output-dir"]
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert braces(*argv, one, "--batch-size", 12).code == 0
-    words = [str(word) for word in (*argv, two, "--batch-size", 3, "--gradient-accumulation", 2)]
-    assert launch(stopped, 2, words, tmp_path / "log.x", 0) == [0, 0], (tmp_path / "log.0").read_text()
-    wanted, found = (load_file(folder / "adapter_model.safetensors") for folder in (one, two))
-    assert found.keys() == wanted.keys()
-    assert any(name.startswith("condition.") for name in found)
-    for name in wanted:
-        assert (found[name] - wanted[name]).abs().max() < 1e-4, name
+    packing = "off" if form in ("signed", "whitened") else "auto"
+    train_with_attributes(braces, model_dir, tmp_path, ["--relevance", form, "--packing", packing], stopped, 0)
 
 
 def test_an_optimizer_that_no_checkpoint_can_hold_is_refused():

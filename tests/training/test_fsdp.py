@@ -18,7 +18,7 @@ from braces_cli.core.utils.atomic_files import write_tensors
 from braces_cli.training.checkpointing.training_state import capture, restore_optimizer, restore_parameters
 from tests.conftest import open_gates, tiny_model
 from tests.core.method.test_reference import relative
-from tests.training.workers import cli, launch
+from tests.training.workers import cli, launch, train_with_attributes
 
 pytestmark = pytest.mark.slow
 
@@ -142,22 +142,8 @@ def through_trainer(env: dict[str, str], argv: list[str], log: Path) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_attributes_under_fsdp2_give_the_adapter_of_one_process(braces, model_dir, tmp_path, form):
-    """Gates, projections and the condition MLP; one process has a batch without rows, every step has two batches."""
-    rows = tmp_path / "rows.csv"
-    texts = [("positive", "good day good film"), ("negative", "sad town sad end"), ("", "the old town")] * 4
-    rows.write_text("text,attribute\n" + "".join(f"{text},{name}\n" for name, text in texts[:11]))
-    argv = ["train", "--model", model_dir, "--data", rows, "--eval-data", rows, "--rank", 4, "--max-steps", 4]
-    argv += ["--attribute-field", "attribute", "--opposites", "positive:negative", "--relevance", form]
-    argv += ["--lr", 0.01, "--gate-lr", 0.3, "--device", "cpu", "--contrast", 0, "--output-dir"]
-    one, two = tmp_path / f"one-{form}", tmp_path / f"two-{form}"
-    assert braces(*argv, one, "--batch-size", 12).code == 0
-    words = [str(word) for word in (*argv, two, "--batch-size", 3, "--gradient-accumulation", 2)]
-    assert launch(through_trainer, 2, words, tmp_path / "log.x") == [0, 0], (tmp_path / "log.0").read_text()
-    wanted, found = (load_file(folder / "adapter_model.safetensors") for folder in (one, two))
-    assert found.keys() == wanted.keys()
-    assert any(name.startswith("condition.") for name in found)
-    for name in wanted:
-        assert (found[name] - wanted[name]).abs().max() < 1e-4, name
+    """Gates, projections and the condition MLP."""
+    one, two = train_with_attributes(braces, model_dir, tmp_path, ["--relevance", form], through_trainer)
     losses = [json.loads((folder / "run.json").read_text())["result"]["eval_loss"] for folder in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
