@@ -22,6 +22,7 @@ from braces_cli.cli.console import print_json, print_text
 from braces_cli.core.utils.atomic_files import file_hint
 from braces_cli.core.utils.distributed import process_number
 from braces_cli.core.utils.errors import BracesError, first_line
+from braces_cli.core.utils.other_names import our_name
 from braces_cli.core.utils.plain_text import error_text
 
 # Name -> module and the function or typer app in it; imported and built when asked for.
@@ -214,6 +215,9 @@ def _help(app: typer.Typer, args: list[str]) -> bool:
 
 def _call_error(args: list[str], error: typer.TyperException) -> int:
     message = error.format_message()
+    unknown = typer_internals.unknown_option(error)
+    if unknown is not None and (ours := our_name(unknown[0], unknown[2])) is not None:
+        message = f"{unknown[1]} (here it is --{ours.replace('_', '-')})"
     if typer_internals.is_call_without_arguments(error):
         print_text(message)
         return 2

@@ -11,7 +11,8 @@ import typer
 
 from braces_cli.cli.typer_internals import is_repeatable, parameters, set_defaults
 from braces_cli.core.utils.decoding import cut
-from braces_cli.core.utils.errors import ConfigError, near_misses
+from braces_cli.core.utils.errors import ConfigError
+from braces_cli.core.utils.other_names import setting_hint
 
 _KINDS: dict[type, str] = {list: "list", dict: "mapping"}
 
@@ -42,7 +43,7 @@ def read_config_file(ctx: typer.Context, path: Path | str | None, types: Mapping
     for key, value in settings.items():
         name = str(key).replace("-", "_")
         if name not in names:
-            close = near_misses(name, names).replace("_", "-")
+            close = setting_hint(name, names).replace("_", "-")
             raise ConfigError(f"unknown key `{cut(key)}`", where=str(path), hint=close or "See --help for the options.")
         if names[name] in defaults:
             raise ConfigError(f"`{key}` is named twice", where=str(path), hint="Write each key once.")

@@ -3,6 +3,7 @@
 typer.main.get_command       the parser behind an app, with `commands`, `params`, `context_settings` and `get_help`
 NoArgsIsHelpError            the error of a call without arguments, whose message is the help; known by its class name
 error.ctx.command_path       the command of a wrong call
+error.option_name, .message  of an option that the command does not have
 context.get_parameter_source, .default_map, .command.params (each with `name`, `opts`, `nargs` and `type.name`;
     options with `multiple`)
 """
@@ -38,6 +39,21 @@ def is_call_without_arguments(error: typer.TyperException) -> bool:
 def called_command(error: typer.TyperException) -> str | None:
     """The command whose call was wrong, such as `braces inspect values`; None where the error does not say."""
     return getattr(getattr(error, "ctx", None), "command_path", None)
+
+
+def unknown_option(error: typer.TyperException) -> tuple[str, str, set[str]] | None:
+    """An option that the command does not have: what it was called, the error without suggestions, and the settings
+    that the command has, named with underscores; None of another error."""
+    name, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    if name is None or context is None or type(error).__name__ != "NoSuchOption":
+        return None
+    return name, str(error.message), setting_names(context)
+
+
+def setting_names(context: typer.Context) -> set[str]:
+    """Settings of the command of `context` as users name them, with underscores."""
+    flags = (flag for parameter in parameters(context).values() for flag in parameter.opts)
+    return {flag.lstrip("-").replace("-", "_") for flag in flags}
 
 
 def sources(context: typer.Context, names: Collection[str]) -> dict[str, str]:

@@ -165,6 +165,8 @@ def bad_inputs():
         ("no number", {"batch-size": "many"}, 2, "Invalid value for '--batch-size'"),
         ("device", {"device": "tpu"}, 2, "device `tpu` is not available"),
         ("unknown option", {"rnk": "3"}, 2, "No such option"),
+        ("Trainer's option", {"learning-rate": "3"}, 2, "No such option: --learning-rate (here it is --lr)"),
+        ("Trainer's key", {"config": "trainer.yaml"}, 2, "unknown key `num_train_epochs`\nHere it is `epochs`."),
         ("config key", {"config": "typo.yaml"}, 2, "typo.yaml: unknown key `rnak`"),
         ("config file", {"config": "torn.yaml"}, 2, "torn.yaml:2: not YAML"),
         ("stream without an end", {"streaming": "", "max-steps": None}, 2, "no known length"),
@@ -186,6 +188,7 @@ def bad_files(tmp_path, monkeypatch):
     (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text\n')
     (folder / "latin.jsonl").write_bytes('{"text": "é"}'.encode("latin-1"))
     (folder / "typo.yaml").write_text("rnak: 4\n")
+    (folder / "trainer.yaml").write_text("num_train_epochs: 2\n")
     (folder / "torn.yaml").write_text("rank: 4\n]\n")
     lines(folder / "rows.jsonl", [{"text": "the film is good"}] * 3)
     lines(folder / "keys.jsonl", [{"question": "a", "answer": "b"}])

@@ -35,6 +35,14 @@ def test_errors_of_a_call_are_told_apart():
     assert typer_internals.called_command(wrong).endswith("steer")
 
 
+def test_an_unknown_option_is_told_with_what_the_command_has():
+    """`option_name` and `message`."""
+    name, message, known = typer_internals.unknown_option(caught("train", "--learning-rate", "1"))
+    assert (name, message) == ("--learning-rate", "No such option: --learning-rate")
+    assert {"lr", "batch_size"} <= known
+    assert typer_internals.unknown_option(caught("train", "--rank", "many")) is None
+
+
 def test_where_a_value_was_given():
     """`get_parameter_source` and `default_map`."""
     app, seen = typer.Typer(), {}

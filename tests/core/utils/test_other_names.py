@@ -1,0 +1,34 @@
+"""Names that other tools have for the settings."""
+
+from __future__ import annotations
+
+from braces_cli.cli.app import build_app
+from braces_cli.cli.typer_internals import help_of, setting_names
+from braces_cli.core.utils.other_names import _OURS, our_name, setting_hint
+
+COMMANDS = (["train"], ["eval"], ["steer"], ["attr-build"], ["merge"], ["inspect", "find"])
+
+
+def known(names: list[str]) -> set[str]:
+    return setting_names(help_of(build_app(), names)[1])
+
+
+def test_every_setting_named_is_one_of_a_command():
+    """So a renamed option is renamed there, too; and no name of ours is said to be another tool's."""
+    there = set().union(*map(known, COMMANDS))
+    assert {ours for names in _OURS.values() for ours in names} <= there
+    assert not [name for name, ours in _OURS.items() for command in COMMANDS if {name, *ours} <= known(command)]
+
+
+def test_the_first_name_that_the_command_has():
+    assert our_name("--learning-rate", known(["train"])) == "lr"
+    assert our_name("learning_rate", known(["steer"])) is None
+    assert our_name("--output_path", known(["steer"])) == "output"
+    assert our_name("--output-path", known(["train"])) == "output_dir"
+    assert our_name("-n", known(["steer"])) == "max_new_tokens"
+
+
+def test_hints_name_ours_or_what_resembles():
+    assert setting_hint("num_train_epochs", known(["train"])) == "Here it is `epochs`."
+    assert setting_hint("epoch", {"epochs", "lr"}) == "Did you mean epochs?"
+    assert setting_hint("zzz", {"epochs", "lr"}) == ""
