@@ -26,9 +26,11 @@ from braces_cli.core.models.generation import Sampling
 from braces_cli.core.models.layer_ranges import chosen_layers
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.session import Session, open_session
-from braces_cli.core.utils.errors import ConfigError, near_misses
+from braces_cli.core.utils.errors import ConfigError
+from braces_cli.core.utils.other_names import setting_hint
 from braces_cli.core.utils.paths import user_path
-from braces_cli.inspection.adapter_summary import summarise
+from braces_cli.core.utils.settings import options_of
+from braces_cli.inspection.adapter_summary import summarise_open
 from braces_cli.steering.chat_prompts import chat_wanted
 from braces_cli.steering.generate_texts import generate_texts, text_requests
 from braces_cli.training.settings import RunSettings
@@ -116,10 +118,7 @@ class Model:
 
     def inspect(self) -> dict[str, Any]:
         """What `braces inspect --format json` prints: sizes, gates and projections, layer by layer."""
-        stored = self.session.stored
-        return summarise(
-            self.session.base.name, None if stored is None else stored.name, revision=self.session.base.revision
-        )
+        return summarise_open(self.session)
 
 
 def load(name: Name | None = None, *, adapter: Name | None = None, **options: Any) -> Model:
@@ -157,10 +156,10 @@ def train(data: Name | Sequence[Name], output_dir: Name, **settings: Any) -> dic
         ModelError: the base cannot be loaded.
     """
     rows = (data,) if isinstance(data, (str, PathLike)) else tuple(data)
-    known = set(RunSettings.__dataclass_fields__)
+    known = set(options_of(RunSettings)) - {"data", "output_dir"}
     unknown = sorted(set(settings) - known)
     if unknown:
-        raise ConfigError(f"no setting `{unknown[0]}`", hint=near_misses(unknown[0], known))
+        raise ConfigError(f"no setting `{unknown[0]}`", hint=setting_hint(unknown[0], known))
     given = dict.fromkeys(settings, "command line")
     names = tuple(fspath(each) for each in rows)
     return run_training(RunSettings(data=names, output_dir=Path(output_dir), given=given, **settings))

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from braces_cli.core.method.adapter_files import StoredAdapter
 from braces_cli.core.method.projections import projection_error
 from braces_cli.core.method.relevance_forms import gate_strength
-from braces_cli.core.models.ffn import find_ffns, parameter_total
+from braces_cli.core.models.ffn import FFN, find_ffns, parameter_total
 from braces_cli.core.models.fingerprint import differences, fingerprint
 from braces_cli.core.models.loading import checkpoint_folder, load_shape
-from braces_cli.core.session import base_name, resolve_adapter
+from braces_cli.core.models.moe import MixtureFFN
+from braces_cli.core.session import Session, base_name, resolve_adapter
 from braces_cli.core.utils.errors import ModelError
 
 
 def summarise(
     model: str | None, adapter: str | None, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> dict[str, Any]:
-    """`{model, adapter, parameters, base_parameters, layers: [{layer, value_vectors, hidden_size, gate,
-    scale, projection_error}]}`; `gate` is g = sigmoid(gate), `scale` the fixed factor beside it, the error that of the
-    worse projection where there are two; they are None where no adapter reaches.
+    """`{model, adapter, relevance, parameters, base_parameters, layers: [{layer, value_vectors, hidden_size, gate,
+    coefficients, scale, projection_error}]}`; `gate` is g = sigmoid(gate), `scale` the fixed factor beside it, the
+    error that of the worse projection where there are two; they are None where no adapter reaches.
 
     Raises:
         ConfigError: neither a model nor an adapter.
@@ -30,19 +33,34 @@ def summarise(
         revision = revision or stored.config.revision
     shape = load_shape(name, revision=revision, trust_remote_code=trust_remote_code)
     ffns = find_ffns(shape)
-    tensors: dict[str, Any] = {}
-    scales: dict[int, float] = {}
-    form = None if stored is None else stored.config.relevance
     if stored is not None:
-        config, tensors = stored.config, stored.tensors
-        scales = dict(zip(config.layers, config.scales or [1.0] * len(config.layers), strict=True))
-        words = differences(config.fingerprint, fingerprint(shape, ffns, checkpoint_folder(name, revision)))
+        words = differences(stored.config.fingerprint, fingerprint(shape, ffns, checkpoint_folder(name, revision)))
         if words:
             raise ModelError(
                 f"this adapter was trained on another base ({'; '.join(words)})",
                 where=adapter,
-                hint=f"It needs {config.base_model_name_or_path}.",
+                hint=f"It needs {stored.config.base_model_name_or_path}.",
             )
+    return _summary(name, parameter_total(shape), ffns, stored)
+
+
+def summarise_open(session: Session) -> dict[str, Any]:
+    """`summarise` of a model that is open already, with the adapter that was opened with it."""
+    total, adapter = parameter_total(session.base.model), session.adapter
+    if adapter is not None:
+        total -= adapter.parameter_count() + sum(p.numel() for p in (adapter.mlp.parameters() if adapter.mlp else ()))
+    return _summary(session.base.name, total, session.ffns, session.stored)
+
+
+def _summary(
+    name: str, base_parameters: int, ffns: Sequence[FFN | MixtureFFN], stored: StoredAdapter | None
+) -> dict[str, Any]:
+    tensors: dict[str, Any] = {}
+    scales: dict[int, float] = {}
+    form = None
+    if stored is not None:
+        config, tensors, form = stored.config, stored.tensors, stored.config.relevance
+        scales = dict(zip(config.layers, config.scales or [1.0] * len(config.layers), strict=True))
     layers = []
     for ffn in ffns:
         gate = tensors.get(f"layers.{ffn.layer}.gate")
@@ -61,9 +79,9 @@ def summarise(
         )
     return {
         "model": name,
-        "adapter": adapter,
+        "adapter": None if stored is None else stored.name,
         "relevance": form,
-        "parameters": sum(tensor.numel() for tensor in tensors.values()) if adapter else None,
-        "base_parameters": parameter_total(shape),
+        "parameters": sum(tensor.numel() for tensor in tensors.values()) if stored else None,
+        "base_parameters": base_parameters,
         "layers": layers,
     }
