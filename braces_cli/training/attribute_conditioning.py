@@ -20,6 +20,9 @@ from braces_cli.data.streaming_examples import Stream
 from braces_cli.training.gathered_parameters import GatheredParameters
 from braces_cli.training.settings import TrainSettings
 
+# Share of a state's norm by which it may differ between devices and number formats; other words change far more.
+_ROUNDING = 0.01
+
 
 def gather_attributes(
     session: Session,
@@ -56,6 +59,26 @@ def gather_attributes(
     for one, other in settings.pairs:
         found[one], found[other] = opposite(session, found[one], found[other])
     return list(found.values())
+
+
+def as_begun(attributes: Sequence[Attribute], checkpoint: Path | None, session: Session) -> list[Attribute]:
+    """`attributes` with the states that the run was begun with, which `checkpoint` holds; as they are without one.
+
+    Those built anew differ by rounding on another device, and the run goes on with what it was begun with.
+
+    Raises:
+        ConfigError: an attribute is another one now, because the file that it comes from has changed.
+        ModelError: the checkpoint's file is damaged, or of another base.
+    """
+    if checkpoint is None or not attributes:
+        return list(attributes)
+    begun = load_attributes(checkpoint / TRAINED_FILE, session)
+    for now in attributes:
+        state = begun[now.name].state if now.name in begun else None
+        if state is None or (now.state - state).norm() > _ROUNDING * state.norm():
+            hint = "Give the attributes that the run was begun with, another --output-dir, or --overwrite."
+            raise ConfigError(f"attribute `{now.name}` has changed since the run was begun", where=str(checkpoint), hint=hint)
+    return [begun[attribute.name] for attribute in attributes]
 
 
 class Conditioner:

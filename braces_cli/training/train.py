@@ -34,7 +34,7 @@ from braces_cli.data.examples import Examples, Fields, Reading, log_counts, read
 from braces_cli.data.streaming_examples import Stream
 from braces_cli.scoring.likelihood import Likelihood
 from braces_cli.training.adapter_setup import adapted_layers, adapter_to_train, for_base, shares, starting_point
-from braces_cli.training.attribute_conditioning import Conditioner, gather_attributes
+from braces_cli.training.attribute_conditioning import Conditioner, as_begun, gather_attributes
 from braces_cli.training.attribute_settings import STRENGTH
 from braces_cli.training.checkpointing.run_record import (
     BaseLikelihood,
@@ -191,6 +191,7 @@ def run_training(
     with timings.stage("hash of the rows"):
         record.data = digest(train_set)
     checkpoint = prepare_folder(folder, settings.resume, record)
+    attributes = as_begun(attributes, checkpoint, session)
     run = _Run(session, settings, folder, report, attributes, record, timings)
 
     def evaluate(conditioner: Conditioner | None, stage: str) -> Likelihood | None:

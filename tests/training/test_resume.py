@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import braces_cli.training.train as training
 import braces_cli.training.trainer as trainer
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.session import open_session
@@ -120,6 +122,29 @@ def test_a_checkpoint_is_an_adapter_and_holds_no_pickle(train, tmp_path):
     weight = next(tensor for name, tensor in raw.items() if name.endswith("layers.0.mlp.brace.weight"))
     projection = load_file(folder / ADAPTER)["layers.0.projection"]
     assert (weight @ weight.mT - projection @ projection.mT).abs().max() > 1e-3  # unconstrained it has other lengths
+
+
+def test_attributes_are_those_that_the_run_was_begun_with(train, braces, model_dir, tmp_path, monkeypatch):
+    """What another device rounds otherwise is taken from the checkpoint; other words are refused."""
+    built = ["attr-build", "--model", model_dir, "--output-dir", tmp_path / "built", "--quiet"]
+    for name, words in (("positive", "good,film"), ("negative", "sad")):
+        assert braces(*built, "--attribute", name, "--words", words).code == 0
+    extra = ["--attribute-field", "mood", "--attributes", tmp_path / "built"]
+    one = train(tmp_path / "one", *extra)
+    assert one.code == 0, one.err
+    wanted = (tmp_path / "one" / ADAPTER).read_bytes()
+    (tmp_path / "two").mkdir()
+    os.rename(tmp_path / "one" / "checkpoint-5", tmp_path / "two" / "checkpoint-5")
+    assert braces(*built, "--attribute", "positive", "--words", "old,town", "--overwrite").code == 0
+    other = train(tmp_path / "two", *extra, "--resume")
+    assert other.code == 2
+    assert "attribute `positive` has changed since the run was begun" in other.err
+    assert braces(*built, "--attribute", "positive", "--words", "good,film", "--overwrite").code == 0
+    real = training.gather_attributes
+    rounded = lambda *given: [replace(each, hidden=each.hidden + 1e-3 * each.state) for each in real(*given)]  # noqa: E731
+    monkeypatch.setattr(training, "gather_attributes", rounded)
+    assert train(tmp_path / "two", *extra, "--resume").code == 0
+    assert (tmp_path / "two" / ADAPTER).read_bytes() == wanted
 
 
 @pytest.fixture
