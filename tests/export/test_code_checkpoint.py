@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
 
 from braces_cli.core.method.adapter import attach
 from braces_cli.core.method.relevance_forms import FORMS
-from braces_cli.core.models.ffn import FFN
+from braces_cli.core.models.ffn import FFN, find_ffns
 from braces_cli.core.utils.errors import ConfigError, ModelError
 from braces_cli.export.code_checkpoint import CODE_FILE, side_paths, write_checkpoint_with_code
 from tests.conftest import make_adapter, open_gates, tiny_model, tiny_tokenizer
@@ -97,19 +97,29 @@ def load(folder: Path, kind: Any = AutoModelForCausalLM) -> Any:
     return model.eval()
 
 
+def places(model: Any) -> list[list[str]]:
+    """Parameters of the value projections that braces would attach to, layer by layer."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    ffns = find_ffns(model)
+    values = [[part.value if isinstance(part, FFN) else part.module for part in ffn.parts] for ffn in ffns]
+    return [sorted(names[p] for end in ends for p in end.parameters() if "braces" not in names[p]) for ends in values]
+
+
 @pytest.mark.parametrize("shift", [None, SHIFT], ids=["token path", "steered"])
 @pytest.mark.parametrize("name", BASES)
 def test_the_checkpoint_gives_the_adapters_numbers_and_tokens(
     name: str, shift: torch.Tensor | None, tmp_path: Path
 ) -> None:
-    """float32: logits within 1e-5, 48 greedy tokens the same; also after it is saved and loaded once more."""
+    """float32: logits within 1e-5, 48 greedy tokens the same; also after it is saved and loaded once more. Its
+    feed-forward layers are those of the base, not the side paths."""
     model = BASES[name]()
-    bare = logits(model)
+    bare, sites = logits(model), places(model)
     wanted, text = written(model, tmp_path, shift)
     assert relative(bare, wanted) > 1e-2, "the adapter does nothing"
     loaded = load(tmp_path / "code")
     assert relative(logits(loaded), wanted) < 1e-5
     assert torch.equal(greedy(loaded), text)
+    assert places(loaded) == sites
     if name == "qwen3":
         loaded.save_pretrained(tmp_path / "again")
         assert relative(logits(load(tmp_path / "again")), wanted) < 1e-5

@@ -26,6 +26,8 @@ _QUERIES = frozenset({"q", "query", "queries"})
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # Activations called as functions leave no module and no attribute, only their name in the code of `forward`.
 _FUNCTIONS = frozenset({"relu", "silu", "gelu", "sigmoid", "tanh", "swish", "elu", "softplus", "leaky_relu", "mish"})
+# The side path that `export code` puts beside an FFN is not a part of the FFN.
+SIDE_PATH = ("braces_in", "braces_out")
 # In torch's module of activations, but no activation of a neuron.
 _NO_ACTIVATION = (nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin)
 
@@ -209,7 +211,9 @@ def outside_mixers(layer: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn
 def _reach(host: nn.Module) -> dict[nn.Module, nn.Module]:
     """Projections of `host` and of its children (BERT's intermediate and output), each with its owner."""
     found: dict[nn.Module, nn.Module] = {}
-    for child in host.children():
+    for name, child in host.named_children():
+        if name in SIDE_PATH:
+            continue
         if is_linear(child):
             found[child] = host
         elif not takes_context(child):

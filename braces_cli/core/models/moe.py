@@ -176,17 +176,28 @@ def _is_sorted(module: nn.Module) -> bool:
     transformers wraps the forward of experts that take `(h, index, weights)` and marks them with `has_gate`; the
     others are asked for their signature.
     """
-    import inspect
-
     if hasattr(module, "has_gate"):
         return False
-    count = len(inspect.signature(module.forward).parameters)
+    count = _inputs(module)
     if count in (1, 3):
         return count == 1
     raise ModelError(
         f"{type(module).__name__} is called with {count} tensors",
         hint="Looked for tokens alone, or tokens, experts and their weights.",
     )
+
+
+def _inputs(module: nn.Module) -> int:
+    """How many inputs `forward` names: where a class passes on whatever it is given, that of the class it adds to."""
+    import inspect
+
+    passed_on = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    classes = [vars(kind)["forward"] for kind in type(module).__mro__ if "forward" in vars(kind)]
+    for function in (module.forward, *classes):
+        inputs = [each for name, each in inspect.signature(function).parameters.items() if name != "self"]
+        if not any(each.kind in passed_on for each in inputs):
+            break
+    return len(inputs)
 
 
 def routing(args: tuple, kwargs: dict, experts: int) -> tuple[Tensor, Tensor]:
