@@ -159,8 +159,11 @@ def _from_words(settings: AttributeSources, source: str | None) -> dict[str, Bui
 
         texts = [text.strip() for text in read_texts(settings.examples)]
         return {name: lambda session, report: attribute_from_texts(session, name, texts, report, *how)}
-    words = read_words(settings.words_file) if settings.words_file is not None else None
-    chosen = words if words is not None else clean_words((settings.words or "").split(","), "--words")
+    chosen = clean_words((settings.words or "").split(","))
+    if settings.words_file is not None:
+        chosen = read_words(settings.words_file)
+    elif not chosen:
+        raise ConfigError("no words", where="--words", hint="Give at least one word.")
     return {name: lambda session, report: build_attribute(session, name, chosen, report, *how)}
 
 

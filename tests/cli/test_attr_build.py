@@ -190,6 +190,7 @@ def test_another_base_is_refused_by_name(build, braces, model_dir, tmp_path):
         (["--list", "--attributes", "nowhere"], 2, "no such folder"),
         (["--list", "--attributes", "broken"], 4, "no file of attributes"),
         ([], 2, "no words for `purple`"),
+        (["--words", " ,"], 2, "--words: no words"),
     ],
 )
 def test_bad_input(braces, model_dir, tmp_path, monkeypatch, args, code, message):

@@ -81,16 +81,12 @@ def read_words(path: Path) -> list[str]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read: {error}", where=str(path), hint="Give UTF-8 text, one word a line.") from error
-    return clean_words([line for line in lines if not line.lstrip().startswith("#")], str(path))
+    words = clean_words([line for line in lines if not line.lstrip().startswith("#")])
+    if not words:
+        raise DataError("no words", where=str(path), hint="Write at least one word.")
+    return words
 
 
-def clean_words(words: Sequence[str], where: str) -> list[str]:
-    """Words without surrounding space, empty ones and repeats, in the order given.
-
-    Raises:
-        DataError: none is left.
-    """
-    distinct = list(dict.fromkeys(word.strip() for word in words if word.strip()))
-    if not distinct:
-        raise DataError("no words", where=where, hint="Give at least one word.")
-    return distinct
+def clean_words(words: Sequence[str]) -> list[str]:
+    """Words without surrounding space, empty ones and repeats, in the order given."""
+    return list(dict.fromkeys(word.strip() for word in words if word.strip()))
