@@ -77,7 +77,8 @@ def as_begun(attributes: Sequence[Attribute], checkpoint: Path | None, session: 
         state = begun[now.name].state if now.name in begun else None
         if state is None or (now.state - state).norm() > _ROUNDING * state.norm():
             hint = "Give the attributes that the run was begun with, another --output-dir, or --overwrite."
-            raise ConfigError(f"attribute `{now.name}` has changed since the run was begun", where=str(checkpoint), hint=hint)
+            what = f"attribute `{now.name}` has changed since the run was begun"
+            raise ConfigError(what, where=str(checkpoint), hint=hint)
     return [begun[attribute.name] for attribute in attributes]
 
 

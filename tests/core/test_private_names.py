@@ -21,7 +21,7 @@ PRIVATE = re.compile(r"(?<![\w.])(?!self\b|cls\b|super\b)\w+(?:\.\w+)*\._([a-z]\
 KNOWN = {
     "_attn_implementation",  # transformers: configs
     "_hf_hook",  # accelerate: where a weight is kept
-    "_version", "_modules", "_nn", "_python_dispatch", "_pytree",  # torch
+    "_version", "_modules", "_nn", "_python_dispatch", "_pytree", "_compiled_call_impl",  # torch
     "_functions",  # bitsandbytes, in a comment's words
     "_cached",  # ours
 }  # fmt: skip
@@ -54,7 +54,7 @@ def test_accelerate_hooks_have_them() -> None:
 
 
 def test_torch_has_them() -> None:
-    """Version counters, children, and the classes of tensors that wrap others."""
+    """Version counters, children, compiled forwards, and the classes of tensors that wrap others."""
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
     tensor = torch.zeros(1)
@@ -63,4 +63,8 @@ def test_torch_has_them() -> None:
     assert tensor._version == before + 1
     assert list(nn.Sequential(nn.Identity())._modules) == ["0"]
     assert callable(torch._C._nn.gelu)
+    module = nn.Identity()
+    assert module._compiled_call_impl is None
+    module.compile(backend="eager")
+    assert module._compiled_call_impl is not None
     assert not is_traceable_wrapper_subclass(tensor)

@@ -23,7 +23,7 @@ from torch import Tensor
 from braces_cli.core.attributes.attribute import Attribute
 from braces_cli.core.method.adapter import Adapter
 from braces_cli.core.models.ffn import FFN
-from braces_cli.core.models.module_structure import add_to_output
+from braces_cli.core.models.module_structure import add_to_output, hooks_changed
 from braces_cli.core.models.moe import MixtureFFN
 from braces_cli.core.session import Session
 from braces_cli.core.utils.errors import ConfigError
@@ -66,7 +66,11 @@ def steered(
         pushes = _add(stack, session.ffns, beside, layers)
         if session.adapter is not None and through:
             pushes += _shift(stack, session.adapter, through, layers)
+        if beside:
+            hooks_changed(session.base.model)
         yield _in_range(pushes)
+    if beside:
+        hooks_changed(session.base.model)
 
 
 def _split(

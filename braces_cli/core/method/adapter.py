@@ -17,6 +17,7 @@ from braces_cli.core.method.condition_mlp import ConditionMLP
 from braces_cli.core.method.relevance import Read, RelevanceModule, as_is
 from braces_cli.core.models.ffn import FFN, find_ffns, hides_gradients
 from braces_cli.core.models.fingerprint import differences
+from braces_cli.core.models.module_structure import hooks_changed
 from braces_cli.core.models.moe import Experts, MixtureFFN, routing
 from braces_cli.core.models.value_weights import dense
 from braces_cli.core.utils.distributed import whole
@@ -49,6 +50,7 @@ class Adapter:
                 brace.keep_gram(isinstance(ffn, FFN))
                 for part in ffn.parts:
                     self._handles += hook_ffn(part, brace)
+            hooks_changed(model)
         except BaseException:
             self.detach()
             raise
@@ -118,6 +120,7 @@ class Adapter:
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._frozen = []
+        hooks_changed(self.model)
         return self.model
 
     def save_memory(self) -> None:

@@ -77,6 +77,15 @@ def by_row(states: Tensor, rows: int) -> Tensor:
     return states.reshape(rows, -1, states.shape[-1])
 
 
+def hooks_changed(model: nn.Module) -> None:
+    """To be called where hooks came or went: a model with `model.compile()` does not look for them again by itself.
+
+    What `torch.compile(model)` returns cannot be found from the model.
+    """
+    if any(part._compiled_call_impl is not None for part in model.modules()):
+        torch.compiler.reset()
+
+
 def add_to_output(module: nn.Module, vector: Tensor) -> RemovableHandle:
     """Add a vector to what `module` returns at each pass, until the returned handle is removed.
 

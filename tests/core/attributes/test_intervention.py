@@ -146,6 +146,41 @@ def test_a_direction_pushes_beside_the_adapter_and_the_rest_goes_through_it(sess
     assert torch.allclose(moved, both[0].expand_as(moved), atol=1e-5)
 
 
+def test_a_compiled_model_is_steered_and_set_free_again(session):
+    """Also after its first pass, when it has its graph already; the adapter is attached to it and taken off again."""
+    from dataclasses import replace
+
+    import torch
+
+    from braces_cli.core.attributes.attribute import build_attribute
+    from braces_cli.core.attributes.intervention import steered
+    from braces_cli.core.method.adapter import attach
+    from tests.conftest import open_gates
+
+    good = build_attribute(session, "good", ["good"])
+    terms = [(replace(good, direction=good.state, scale=torch.tensor([0.2, 0.3]), push_layers=[0]), 9.0)]
+    tokens, model = torch.tensor([[0, 5, 6, 7]]), session.base.model
+
+    def passes():
+        with torch.no_grad():
+            bare = model(tokens).logits
+            with steered(session, terms):
+                pushed = model(tokens).logits
+            freed = model(tokens).logits
+            session.adapter = attach(model, 4)
+            open_gates(session.adapter)
+            adapted = model(tokens).logits
+            session.remove_adapter()
+            return [bare, pushed, freed, adapted, model(tokens).logits]
+
+    plain = passes()
+    model.compile(backend="eager")
+    compiled = passes()
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(plain, compiled, strict=True))
+    assert not torch.allclose(plain[0], plain[1], atol=1e-3)
+    assert not torch.allclose(plain[0], plain[3], atol=1e-3)
+
+
 def test_a_model_that_runs_tokens_before_rows_takes_one_strength_for_all():
     """XLNet: with strengths of their own, rows would be moved by those of others."""
     import torch
