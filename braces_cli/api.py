@@ -14,22 +14,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import Any, overload
 
 from braces_cli.core.attributes.attribute import Attribute, build_attribute
 from braces_cli.core.attributes.intervention import steered
 from braces_cli.core.attributes.lookup import find_attribute
+from braces_cli.core.attributes.word_lists import clean_words
 from braces_cli.core.method.adapter_files import CONFIG_FILE
 from braces_cli.core.models.generation import Sampling
 from braces_cli.core.models.layer_ranges import chosen_layers
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.session import Session, open_session
 from braces_cli.core.utils.errors import ConfigError
-from braces_cli.core.utils.other_names import setting_hint
 from braces_cli.core.utils.paths import user_path
-from braces_cli.core.utils.settings import options_of
+from braces_cli.core.utils.python_settings import converted, from_python
 from braces_cli.inspection.adapter_summary import summarise_open
 from braces_cli.steering.chat_prompts import chat_wanted
 from braces_cli.steering.generate_texts import generate_texts, text_requests
@@ -53,6 +53,12 @@ class Model:
     terms: tuple[tuple[Attribute, float], ...] = ()
     layers: str | None = None
 
+    def __repr__(self) -> str:
+        """What a notebook shows: base, adapter and attributes, not the modules."""
+        stored = self.session.stored
+        parts = [self.session.base.name, *([] if stored is None else [stored.name])]
+        return f"Model({', '.join([*parts, *(f'{attribute.name} {s:+g}' for attribute, s in self.terms)])})"
+
     def steer(
         self,
         attribute: str,
@@ -60,7 +66,7 @@ class Model:
         *,
         words: Sequence[str] | None = None,
         attributes: Name | None = None,
-        layers: str | None = None,
+        layers: str | int | Sequence[int] | None = None,
     ) -> Model:
         """The same model, steered by one more attribute; this one stays as it is.
 
@@ -69,19 +75,25 @@ class Model:
             strength: direction and intensity; negative is away from the attribute, 0 changes nothing.
             words: build the attribute from these words.
             attributes: folder that `braces attr-build` wrote.
-            layers: decoder layers that are steered.
+            layers: decoder layers that are steered, such as `8-20,24` or `range(8, 21)`.
 
         Raises:
-            ConfigError: unknown attribute, or one that steers this model already.
+            ConfigError: unknown attribute, or one that steers this model already; no words; a value of another type.
         """
         if any(attribute == each.name for each, _ in self.terms):
             hint = "Steer the model that load() gave, with another strength."
             raise ConfigError(f"the model is steered by `{attribute}` already", hint=hint)
+        strength = converted("strength", strength, float)
+        places = converted("layers", layers, str | None)
+        folder = converted("attributes", attributes, Path | None)
         if words is not None:
-            found = build_attribute(self.session, attribute, list(words), reduction=None)
+            chosen = clean_words(converted("words", words, tuple[str, ...]))
+            if not chosen:
+                raise ConfigError("no words", where="words", hint="Give at least one word.")
+            found = build_attribute(self.session, attribute, chosen, reduction=None)
         else:
-            found = find_attribute(self.session, attribute, None if attributes is None else Path(attributes))
-        return Model(self.session, (*self.terms, (found, strength)), layers or self.layers)
+            found = find_attribute(self.session, attribute, folder)
+        return Model(self.session, (*self.terms, (found, strength)), places or self.layers)
 
     @overload
     def generate(self, prompts: str, **options: Any) -> str: ...
@@ -106,10 +118,12 @@ class Model:
                 `core.models.generation.Sampling`.
 
         Raises:
-            ConfigError: a value out of range.
+            ConfigError: no such option, or a value that is out of range or of another type.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        how = Sampling(**sampling)
+        texts = converted("prompts", prompts, tuple[str, ...])
+        if converted("batch_size", batch_size, int) < 1:
+            raise ConfigError(f"{batch_size} is out of range", where="batch_size", hint="Give at least 1.")
+        how = Sampling(**from_python(Sampling, sampling))
         layers = chosen_layers(self.session.base.model, self.layers)
         chat = chat_wanted(self.session, apply_chat_template)
         with steered(self.session, self.terms, layers):
@@ -131,15 +145,17 @@ def load(name: Name | None = None, *, adapter: Name | None = None, **options: An
         options: `device`, `dtype`, `quantize` and the like, see `core.models.load_options.LoadOptions`.
 
     Raises:
-        ConfigError: two adapters, or no such device.
+        ConfigError: two adapters, no such option or device, or a value of another type.
         ModelError: model or adapter cannot be loaded, or they do not fit.
     """
-    model = None if name is None else fspath(name)
+    model: str | None = converted("name", name, str | None)
+    stored: str | None = converted("adapter", adapter, str | None)
+    values = from_python(LoadOptions, options)
     if model is not None and (user_path(model) / CONFIG_FILE).is_file():
-        if adapter is not None:
+        if stored is not None:
             raise ConfigError("two adapters", where=model, hint="Give the folder or hub id of a base model, or none.")
-        model, adapter = None, model
-    return Model(open_session(model, None if adapter is None else fspath(adapter), LoadOptions(**options)))
+        model, stored = None, model
+    return Model(open_session(model, stored, LoadOptions(**values)))
 
 
 def train(data: Name | Sequence[Name], output_dir: Name, **settings: Any) -> dict[str, Any]:
@@ -148,18 +164,13 @@ def train(data: Name | Sequence[Name], output_dir: Name, **settings: Any) -> dic
     Args:
         data: files or hub sets of training rows.
         output_dir: folder for the adapter; `load` opens it.
-        settings: options of `braces train` by name, with underscores, such as `max_steps=200`.
+        settings: options of `braces train` by name, with underscores, such as `max_steps=200`. Repeatable ones take one
+            value or a list, `columns` a mapping, too.
 
     Raises:
-        ConfigError: settings that do not fit together.
+        ConfigError: no such setting, a value of another type, or settings that do not fit together.
         DataError: rows that cannot be read.
         ModelError: the base cannot be loaded.
     """
-    rows = (data,) if isinstance(data, (str, PathLike)) else tuple(data)
-    known = set(options_of(RunSettings)) - {"data", "output_dir"}
-    unknown = sorted(set(settings) - known)
-    if unknown:
-        raise ConfigError(f"no setting `{unknown[0]}`", hint=setting_hint(unknown[0], known))
-    given = dict.fromkeys(settings, "command line")
-    names = tuple(fspath(each) for each in rows)
-    return run_training(RunSettings(data=names, output_dir=Path(output_dir), given=given, **settings))
+    values = from_python(RunSettings, {"data": data, "output_dir": output_dir, **settings})
+    return run_training(RunSettings(given=dict.fromkeys(settings, "command line"), **values))

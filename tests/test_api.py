@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import braces_cli as braces
 from braces_cli.core.utils.errors import ConfigError, ModelError
@@ -47,6 +48,8 @@ def test_attributes_from_words_add_up(model: Any) -> None:
     both = model.steer("warm", 2, words=["good", "happy"]).steer("negative", -1)
     assert [(attribute.name, s) for attribute, s in both.terms] == [("warm", 2), ("negative", -1)]
     assert model.terms == ()
+    assert repr(both) == f"{repr(model)[:-1]}, warm +2, negative -1)"
+    assert repr(model) == f"Model({model.session.base.name}, {model.session.stored.name})"
     with pytest.raises(ConfigError, match="already"):
         both.steer("warm")
     with pytest.raises(ConfigError, match="unknown attribute"):
@@ -68,6 +71,40 @@ def test_an_adapter_is_trained_and_opened(model_dir: Path, tmp_path: Path) -> No
     assert braces.load(tmp_path / "out").session.config.r == 4
     with pytest.raises(ConfigError, match="Did you mean max_steps"):
         braces.train(rows, tmp_path / "other", max_step=2)
+    with pytest.raises(ConfigError, match="rank: '4' is not a whole number"):
+        braces.train(rows, tmp_path / "other", rank="4")
+
+
+def test_values_of_the_types_that_scripts_have(model_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
+    """Paths, lists, mappings and torch's own; a single word, stop text or layer is not taken for a list of letters."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"body": "the film is good"}\n' * 3)
+    given = {"columns": {"text": "body"}, "eval_data": rows, "layers": [1], "dtype": torch.float32, "model": model_dir}
+    result = braces.train([rows], tmp_path / "out", max_steps=1, rank=4, device=torch.device("cpu"), **given)
+    assert result["eval_loss"] > 0
+    model = braces.load(tmp_path / "out", device="cpu")
+    assert model.session.config.layers == [1]
+    assert model.steer("warm", words="good").terms[0][0].words == ["good"]
+    whole = model.generate("the film", max_new_tokens=12, temperature=0.0)
+    assert whole.startswith(model.generate("the film", max_new_tokens=12, temperature=0.0, stop="film good"))
+    assert model.steer("warm", words=["good"], layers=1).layers == "1"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model: model.generate(5), "prompts: '5' is not a text"),
+        (lambda model: model.generate("a", max_tokens=3), "Here it is `max_new_tokens`"),
+        (lambda model: model.generate("a", batch_size=0), "batch_size: 0 is out of range"),
+        (lambda model: model.steer("positive", "2"), "strength: '2' is not a number"),
+        (lambda model: model.steer("warm", words=[]), "words: no words"),
+        (lambda model: braces.load(devise="cpu"), "no setting `devise`"),
+    ],
+)
+def test_wrong_values_are_errors_of_braces(model: Any, call: Any, message: str) -> None:
+    """Not of Python, from somewhere inside."""
+    with pytest.raises(ConfigError, match=message):
+        call(model)
 
 
 def test_what_cannot_be_opened_is_an_error(model_dir: Path, adapter_dir: Path) -> None:

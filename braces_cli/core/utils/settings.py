@@ -104,6 +104,9 @@ class Settings:
             if isinstance(value, int) and abs(value) > LARGEST:
                 hint = f"Give at most {LARGEST}."
                 raise ConfigError("the number is too large", where=flag_of(type(self), name), hint=hint)
+            if about.min is not None and isinstance(value, (int, float)) and value < about.min:
+                hint = f"Give at least {about.min:g}."
+                raise ConfigError(f"{value} is out of range", where=flag_of(type(self), name), hint=hint)
             if about.choices and value is not None and value not in about.choices:
                 close = near_misses(str(value), about.choices)
                 hint = close or f"One of {', '.join(about.choices)}."

@@ -1,0 +1,83 @@
+"""Values that a script gives for settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from braces_cli.core.utils.errors import ConfigError
+from braces_cli.core.utils.python_settings import from_python
+from braces_cli.core.utils.settings import Settings, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Some(Settings):
+    """One setting of each type."""
+
+    rank: int | None = option(None, help="", min=1)
+    lr: float = option(1.0, help="")
+    resume: bool = option(False, help="")
+    dtype: str = option("auto", help="")
+    layers: str | None = option(None, help="")
+    columns: tuple[str, ...] = option((), help="")
+    folder: Path | None = option(None, help="")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("rank", np.int64(8), 8),
+        ("rank", None, None),
+        ("lr", 1, 1.0),
+        ("lr", np.float32(0.5), 0.5),
+        ("resume", True, True),
+        ("dtype", torch.bfloat16, "bfloat16"),
+        ("dtype", torch.device("cuda", 1), "cuda:1"),
+        ("dtype", Path("models/x"), "models/x"),
+        ("layers", 3, "3"),
+        ("layers", range(2, 5), "2,3,4"),
+        ("layers", "8-20", "8-20"),
+        ("columns", "a=b", ("a=b",)),
+        ("columns", ["a=b", Path("c")], ("a=b", "c")),
+        ("columns", {"prompt": "question"}, ("prompt=question",)),
+        ("folder", "out", Path("out")),
+        ("folder", Path("out"), Path("out")),
+    ],
+)
+def test_a_value_is_made_into_the_settings_type(name, value, wanted):
+    found = from_python(Some, {name: value})
+    assert found == {name: wanted}
+    assert type(found[name]) is type(wanted)
+    assert getattr(Some(**found), name) == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("rank", 8.0, "rank: '8.0' is not a whole number"),
+        ("rank", True, "rank: 'True' is not a whole number"),
+        ("lr", "0.1", "lr: '0.1' is not a number"),
+        ("lr", None, "lr: 'None' is not a number"),
+        ("resume", 1, "resume: '1' is not True or False"),
+        ("dtype", 16, "dtype: '16' is not a text"),
+        ("layers", [0, "1"], "is not a text"),
+        ("columns", [{"text": "a"}], "columns: \"{'text': 'a'}\" is not a text"),
+        ("folder", 3, "folder: '3' is not a path"),
+        ("learning_rate", 1.0, "no setting `learning_rate`\nHere it is `lr`."),
+        ("given", {}, "no setting `given`"),
+    ],
+)
+def test_other_types_and_names_are_refused(name, value, message):
+    with pytest.raises(ConfigError) as error:
+        from_python(Some, {name: value})
+    assert message in str(error.value)
+
+
+def test_a_number_below_the_smallest_is_refused_from_a_script_too():
+    """The command line's parser does so for its own."""
+    with pytest.raises(ConfigError, match="--rank: 0 is out of range"):
+        Some(rank=0)
