@@ -49,13 +49,10 @@ def export_control_vector(
 
     Raises:
         ConfigError: nothing is steered, or layer 0 is, which llama.cpp does not read.
-        ModelError: the output of an FFN does not join the residual stream unchanged or times a constant, so no vector
-            does the same.
+        ModelError: the output of an FFN does not join the residual stream unchanged or times a constant, or an
+            attribute goes through an adapter's experts, so no vector does the same.
     """
-    for ffn in session.ffns:
-        if isinstance(ffn, MixtureFFN):
-            hint = "Steer with braces itself: braces steer."
-            raise _no_vector(session, "it mixes experts", hint)
+    _check_experts(session, terms, layers)
     vectors = constants(session, terms, layers)
     if not vectors:
         raise ConfigError(
@@ -66,8 +63,7 @@ def export_control_vector(
         others = format_ranges(vectors.keys() - {0}) or "1-"
         hint = f"Add --layers {others}; llama.cpp refuses vectors for layer 0."
         raise ConfigError("a control vector cannot steer layer 0", where="--layers", hint=hint)
-    plain = [ffn for ffn in session.ffns if isinstance(ffn, FFN) and ffn.layer in vectors]
-    factors = _factors(session, plain)
+    factors = _factors(session, [ffn for ffn in session.ffns if ffn.layer in vectors])
     directions = {layer: factors[layer] * vector for layer, vector in vectors.items()}
     model_type = session.base.model.config.model_type
 
@@ -80,7 +76,17 @@ def export_control_vector(
     return {"path": str(path), "layers": sorted(directions), "hidden_size": len(next(iter(directions.values())))}
 
 
-def _factors(session: Session, ffns: Sequence[FFN]) -> dict[int, float]:
+def _check_experts(session: Session, terms: Sequence[tuple[Attribute, float]], layers: Collection[int] | None) -> None:
+    """Refuse an attribute that goes through an adapter on experts; a push stands behind the whole mixture."""
+    through = any(attribute.direction is None and s != 0 for attribute, s in terms)
+    for ffn, _ in session.adapter.sites if session.adapter is not None and through else []:
+        if isinstance(ffn, MixtureFFN) and (layers is None or ffn.layer in layers):
+            reason = f"what the adapter adds in layer {ffn.layer} depends on the router"
+            hint = "Steer with braces itself, or along an attribute that pushes (attr-build without --reduction mean)."
+            raise _no_vector(session, reason, hint)
+
+
+def _factors(session: Session, ffns: Sequence[FFN | MixtureFFN]) -> dict[int, float]:
     """What each layer multiplies the output of its FFN by before it joins the residual stream.
 
     Raises:

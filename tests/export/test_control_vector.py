@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from braces_cli.core.attributes.attribute import build_attribute, pushed_in
 from braces_cli.core.attributes.intervention import steered
+from braces_cli.core.method.adapter import attach
 from braces_cli.core.method.adapter_files import find_adapter
 from braces_cli.core.method.relevance_forms import FORMS
 from braces_cli.core.models.ffn import find_ffns, layer_stack
@@ -18,7 +20,7 @@ from braces_cli.core.models.loading import Base
 from braces_cli.core.session import Session
 from braces_cli.core.utils.errors import ConfigError, ModelError
 from braces_cli.export.control_vector import export_control_vector
-from tests.conftest import make_adapter, tiny_model, tiny_tokenizer
+from tests.conftest import make_adapter, open_gates, tiny_model, tiny_tokenizer
 from tests.core.architectures import tiny
 from tests.core.laws import relative
 
@@ -53,10 +55,10 @@ def applied(model: Any, path: Path) -> torch.Tensor:
         return logits(model)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "phi", "granite"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "phi", "granite", "mixtral", "qwen3_moe"])
 def test_an_exported_vector_steers_as_we_do(name: str, tmp_path: Path) -> None:
-    """Without training, where the FFN joins the residual stream as it is or, in Granite, times a constant."""
-    model = tiny(name) if name == "granite" else tiny_model(name)
+    """Without training, where what the FFN or mixture writes joins the residual stream as it is or times a constant."""
+    model = tiny(name) if name in ("granite", "mixtral", "qwen3_moe") else tiny_model(name)
     if name == "granite":
         for layer in model.model.layers:
             layer.residual_multiplier = 0.22
@@ -86,16 +88,34 @@ def test_with_an_adapter_the_vector_carries_the_steering_and_not_the_token_path(
     assert relative(applied(session.base.model, tmp_path / "v.gguf"), wanted) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["gemma2", "olmo2", "bert", "mixtral"])
+@pytest.mark.parametrize("name", ["gemma2", "olmo2", "bert"])
 def test_where_no_vector_does_the_same_the_export_says_so(name: str, tmp_path: Path) -> None:
-    """Norms behind the FFN, norms behind the sum, experts: exit code 4, nothing written."""
-    model = tiny(name)
-    session = opened(model)
-    terms = [] if name == "mixtral" else [(build_attribute(session, "positive", ["good", "happy"]), 2.0)]
+    """Norms behind the FFN, norms behind the sum: exit code 4, nothing written."""
+    session = opened(tiny(name))
+    terms = [(build_attribute(session, "positive", ["good", "happy"]), 2.0)]
     with pytest.raises(ModelError, match="no control vector steers") as caught:
         export_control_vector(session, terms, [1], tmp_path / "v.gguf")
-    assert ("braces merge" in caught.value.hint) == (name != "mixtral"), "a mixture cannot be merged either"
+    assert "braces merge" in caught.value.hint
     assert not list(tmp_path.iterdir())
+
+
+def test_an_attribute_through_experts_is_refused_and_one_that_pushes_is_not(tmp_path: Path) -> None:
+    """The first depends on the router; the second stands behind the mixture, with an adapter or without."""
+    session = opened(tiny("mixtral"))
+    through = build_attribute(session, "positive", ["good", "happy"])
+    direction = torch.randn(through.state.shape, generator=torch.Generator().manual_seed(0))
+    pushing = replace(through, direction=direction)
+    session.adapter = attach(session.base.model, 4)
+    open_gates(session.adapter)
+    with pytest.raises(ModelError, match="layer 1 depends on the router") as caught:
+        export_control_vector(session, [(pushing, 2.0), (through, 2.0)], [1], tmp_path / "v.gguf")
+    assert "merge" not in caught.value.hint, "a mixture cannot be merged either"
+    assert not list(tmp_path.iterdir())
+    with steered(session, [(pushing, 2.0)], [1]):
+        wanted = logits(session.base.model)
+    export_control_vector(session, [(pushing, 2.0)], [1], tmp_path / "v.gguf")
+    assert relative(logits(session.base.model), wanted) > 1e-3
+    assert relative(applied(session.base.model, tmp_path / "v.gguf"), wanted) < 1e-5
 
 
 def test_layer_0_and_no_steering_are_refused(session: Any, tmp_path: Path) -> None:
