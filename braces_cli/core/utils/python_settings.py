@@ -55,7 +55,9 @@ def converted(name: str, value: Any, hint: Any) -> Any:
         hint = next(part for part in get_args(hint) if part is not type(None))
     found = _as(hint, _layers(value) if name == "layers" else value)
     if found is None:
-        raise ConfigError(f"{str(value)[:60]!r} is not {_WORDS[hint]}", where=name)
+        rows = "Write rows into a file and give its name, as with dataset.to_json('rows.jsonl')."
+        what = f"{str(value)[:60]!r} is not {_WORDS[hint]}"
+        raise ConfigError(what, where=name, hint=rows if isinstance(value, Mapping) else None)
     return found
 
 

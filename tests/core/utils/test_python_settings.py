@@ -65,7 +65,7 @@ def test_a_value_is_made_into_the_settings_type(name, value, wanted):
         ("resume", 1, "resume: '1' is not True or False"),
         ("dtype", 16, "dtype: '16' is not a text"),
         ("layers", [0, "1"], "is not a text"),
-        ("columns", [{"text": "a"}], "columns: \"{'text': 'a'}\" is not a text"),
+        ("columns", [{"text": "a"}], "columns: \"{'text': 'a'}\" is not a text\nWrite rows into a file"),
         ("folder", 3, "folder: '3' is not a path"),
         ("learning_rate", 1.0, "no setting `learning_rate`\nHere it is `lr`."),
         ("given", {}, "no setting `given`"),
