@@ -68,10 +68,11 @@ def _into_file(settings: SteerSettings, requests: Iterator[TextRequest], total: 
 
 
 def _append(settings: SteerSettings, output: Path, requests: Iterator[TextRequest], total: int | None) -> None:
-    from braces_cli.steering.resumable_output import TextsFile
+    from braces_cli.steering.resumable_output import FILES, TextsFile
 
     options = options_of(type(settings))
     record = {name: value for name, value in settings.resolved().items() if options[name].outcome}
+    record[FILES] = _hashes(settings)
     file = TextsFile(output, record, settings.batch_size, resume=settings.resume, overwrite=settings.overwrite)
     requests = file.remaining(requests, settings.seed)
     start, written = time.monotonic(), 0
@@ -94,6 +95,30 @@ def _append(settings: SteerSettings, output: Path, requests: Iterator[TextReques
         print_pairs("texts written", result)
 
 
+def _hashes(settings: SteerSettings) -> list[str]:
+    """Hashes of the files besides the base's that the texts come from: the adapter's and the attributes'."""
+    from braces_cli.core.attributes.listing import attribute_hashes
+    from braces_cli.core.method.adapter_files import CONFIG_FILE, WEIGHTS_FILE, adapter_hash
+    from braces_cli.core.utils.paths import user_path
+
+    # Of an adapter on the hub nothing is looked up for this.
+    adapter = None if settings.adapter is None else user_path(settings.adapter)
+    if adapter is not None and not all((adapter / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)):
+        adapter = None
+    if adapter is None and settings.attributes is None:
+        return []
+    names = dict.fromkeys([*settings.strengths, *_named(settings)])
+    hashes = attribute_hashes(names, [settings.attributes, adapter])
+    return hashes if adapter is None else [adapter_hash(adapter), *hashes]
+
+
+def _named(settings: SteerSettings) -> list[str]:
+    """Attributes that rows of the prompts name."""
+    from braces_cli.steering.prompts import attribute_names
+
+    return [] if settings.prompts is None else attribute_names(settings.prompts)
+
+
 def _rows(settings: SteerSettings, requests: Iterator[TextRequest], **details: Any) -> Iterator[dict[str, Any]]:
     """Rows of texts; the model is loaded when the first is asked for.
 
@@ -107,9 +132,8 @@ def _rows(settings: SteerSettings, requests: Iterator[TextRequest], **details: A
     from braces_cli.core.session import open_session
     from braces_cli.steering.chat_prompts import chat_wanted
     from braces_cli.steering.generate_texts import generate_rows
-    from braces_cli.steering.prompts import attribute_names
 
-    named = [] if settings.prompts is None else attribute_names(settings.prompts)
+    named = _named(settings)
     session = open_session(settings.model, settings.adapter, settings.load_options)
     strengths, quiet = settings.strengths, settings.quiet or not is_main()
     processes = join_all(input_device(session.base.model))

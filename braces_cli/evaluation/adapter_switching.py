@@ -6,7 +6,6 @@ peft changes modules of the base in place and puts the very same ones back, so t
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import warnings
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from braces_cli.core.method.adapter_files import (
     WEIGHTS_FILE,
     StoredAdapter,
     adapter_folder,
+    adapter_hash,
     read_adapter,
 )
 from braces_cli.core.models.finite_weights import check_finite
@@ -98,7 +98,7 @@ def find_eval_adapter(name: str) -> EvalAdapter:
         hint = f"Save it with peft as {WEIGHTS_FILE}; other formats can run code when loaded."
         raise ModelError(f"no {WEIGHTS_FILE} here", where=str(folder), hint=hint)
     base, revision = peft_config.get("base_model_name_or_path"), peft_config.get("revision")
-    return EvalAdapter(name, folder, kind.lower(), base, revision, _hash(folder))
+    return EvalAdapter(name, folder, kind.lower(), base, revision, adapter_hash(folder))
 
 
 def _of_braces(stored: StoredAdapter) -> EvalAdapter:
@@ -106,7 +106,9 @@ def _of_braces(stored: StoredAdapter) -> EvalAdapter:
     trained = config.training.get("chat_template")
     template = None if trained is None else bool(trained)
     base, revision = config.base_model_name_or_path, config.revision
-    return EvalAdapter(stored.name, stored.folder, BRACES, base, revision, _hash(stored.folder), template, stored)
+    return EvalAdapter(
+        stored.name, stored.folder, BRACES, base, revision, adapter_hash(stored.folder), template, stored
+    )
 
 
 @contextlib.contextmanager
@@ -199,11 +201,3 @@ def _peft_config(folder: Path) -> PeftConfig | None:
         return None
     raw = read(ANY_CONFIG, path)
     return check(_PEFT, raw, str(path)) if "peft_type" in raw and raw.get("method") != BRACES else None
-
-
-def _hash(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        with (folder / name).open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()

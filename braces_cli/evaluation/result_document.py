@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core.attributes.listing import TRAINED_FILE
+from braces_cli.core.attributes.listing import attribute_hashes
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.loading import tokenizer_hashes
 from braces_cli.core.session import Session
-from braces_cli.core.utils.errors import ModelError
-from braces_cli.core.utils.paths import is_there
+from braces_cli.core.utils.errors import DataError
+from braces_cli.core.utils.file_hashes import file_hash
 from braces_cli.core.utils.versions import versions
 from braces_cli.evaluation.adapter_switching import EvalAdapter
 from braces_cli.evaluation.comparison import LEVEL, System, compare
@@ -20,7 +20,6 @@ from braces_cli.evaluation.lm_eval_runner import HarnessSettings
 from braces_cli.evaluation.settings import TEXT_TASKS, EvalSettings
 from braces_cli.evaluation.strength_slopes import strength_slopes
 from braces_cli.evaluation.task_catalog import Selection
-from braces_cli.evaluation.task_data_files import file_hash
 
 logger = logging.getLogger("braces")
 
@@ -41,7 +40,7 @@ def identity(
         "base": not settings.no_base,
         "tasks": [*selection.names, *selection.native],
         "groups": sorted(selection.groups),
-        "task_data": {name: file_hash(file) for name, file in files.items()},
+        "task_data": {name: file_hash(file, DataError) for name, file in files.items()},
         "limit": settings.limit,
         "num_fewshot": settings.num_fewshot,
         "chat_template": settings.apply_chat_template,
@@ -55,10 +54,8 @@ def _steering(adapters: Sequence[EvalAdapter], settings: EvalSettings) -> dict[s
     """Attributes and strengths, with a hash of each file that one may come from; nothing where there is none."""
     if not settings.attribute:
         return {}
-    names = [TRAINED_FILE, *(f"{name}.safetensors" for name in settings.attribute)]
     folders = [settings.attributes, *(each.folder for each in adapters if each.stored is not None)]
-    files = [folder / name for folder in folders if folder is not None for name in names]
-    hashes = [file_hash(file, ModelError) for file in files if is_there(file)]
+    hashes = attribute_hashes(settings.attribute, folders)
     return {"steering": settings.points, "attribute_files": hashes}
 
 
@@ -104,7 +101,7 @@ def document(
         "settings": {
             "tasks": list(first.results),
             "task_data": {name: str(file) for name, file in files.items()},
-            "task_data_sha256": {name: file_hash(file) for name, file in files.items()},
+            "task_data_sha256": {name: file_hash(file, DataError) for name, file in files.items()},
             "task_versions": first.versions,
             "higher_is_better": better,
             "batch_size": sizes[0] if len(sizes) == 1 else sizes,

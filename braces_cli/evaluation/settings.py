@@ -174,9 +174,6 @@ class EvalSettings(TextTaskSettings):
         size = str(self.batch_size)
         if size != "auto" and not whole_number(size):
             raise ConfigError(f"`{size}` is no batch size", where="--batch-size", hint="Give 1 or more, or auto.")
-        if self.limit is not None and self.limit < 1:
-            hint = "Give 1 or more documents, or leave --limit out for all."
-            raise ConfigError(f"a limit of {self.limit} leaves nothing to measure", where="--limit", hint=hint)
         parse_thresholds(self.fail_under)
 
     @property

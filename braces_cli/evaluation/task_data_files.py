@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from braces_cli.core.utils.atomic_files import file_hint
-from braces_cli.core.utils.errors import BracesError, ConfigError, DataError, near_misses
+from braces_cli.core.utils.errors import ConfigError, DataError, near_misses
 from braces_cli.core.utils.paths import check_regular, is_there, user_path
 from braces_cli.data.readers import READABLE
 from braces_cli.evaluation.task_catalog import NATIVE_TASKS, Selection
@@ -73,21 +72,6 @@ def check_needed(selection: Selection, files: dict[str, Path], local_only: Itera
         if name not in files:
             hint = f"Give --task-data {name}=FILE ({data})."
             raise ConfigError(f"{name} has no data of its own", where="--tasks", hint=hint)
-
-
-def file_hash(path: Path, error: type[BracesError] = DataError) -> str:
-    """SHA-256 of a file, which tells whether it is still the one that was measured.
-
-    Raises:
-        BracesError: of the class `error`: it cannot be read.
-    """
-    check_regular(path, error, "Give a file that can be read.")
-    try:
-        with path.open("rb") as handle:
-            return hashlib.file_digest(handle, "sha256").hexdigest()
-    except OSError as failure:
-        what = f"cannot read: {failure.strerror or failure}"
-        raise error(what, where=str(path), hint=file_hint(failure)) from failure
 
 
 def _in_folder(folder: Path, known: Iterable[str]) -> dict[str, Path]:

@@ -24,6 +24,9 @@ from braces_cli.core.utils.documents import Count, Kind, parse, read, stored_for
 from braces_cli.core.utils.errors import BracesError, ConfigError, DataError
 from braces_cli.core.utils.paths import check_regular, is_there
 
+# In the record: hashes of the files of adapter and attributes.
+FILES = "files"
+
 
 class Row(TypedDict):
     """A row of the file, as far as it tells which request it answers."""
@@ -78,8 +81,13 @@ class TextsFile:
         # Earlier versions recorded a repeatable option that was not given as null.
         old = {name: [] if value is None else value for name, value in before.items()}
         old.setdefault("batch_size", self._batch_size)  # nor the size of batches
+        old.setdefault(FILES, self._settings.get(FILES, []))  # nor the files
         new = {name: [] if value is None else value for name, value in self._settings.items()}
         different = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+        if different == [FILES]:
+            hint = "Start anew with --overwrite, or give the files of the earlier run."
+            raise ConfigError("the adapter or an attribute has changed since", where=str(self.path), hint=hint)
+        different = [name for name in different if name != FILES]
         if different:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in different)
             hint = "Resume with the settings of the earlier run, or start anew with --overwrite."

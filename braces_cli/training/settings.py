@@ -148,8 +148,6 @@ class TrainSettings(AttributeTrainingSettings):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ConfigError(f"must be a positive number, not {value}", where=self._flag(name))
-        if self.lora_alpha is not None and self.lora_alpha < 1:
-            raise ConfigError(f"must be at least 1, not {self.lora_alpha}", where="--lora-alpha")
         self._check_method()
         if self.method in BASELINES and self.lr is None:
             self._set(lr=BASELINE_LR)

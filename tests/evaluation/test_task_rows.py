@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from braces_cli.core.utils.errors import ConfigError, DataError, ModelError
+from braces_cli.core.utils.file_hashes import file_hash
 from braces_cli.evaluation import task_catalog
 from braces_cli.evaluation.evaluate import check_settings
 from braces_cli.evaluation.settings import EvalSettings
-from braces_cli.evaluation.task_data_files import file_hash, find_files
+from braces_cli.evaluation.task_data_files import find_files
 from braces_cli.evaluation.task_rows import read_task_rows, read_texts
 
 POPQA = {"question": "What is it?", "possible_answers": '["x"]'}
@@ -167,7 +168,7 @@ def test_the_generation_tasks_have_no_data_of_their_own():
 
 
 def test_a_limit_of_nothing_is_a_wrong_call():
-    assert "leaves nothing to measure" in _error(ConfigError, ["popqa"], limit=0)
+    assert "--limit: 0 is out of range" in _error(ConfigError, ["popqa"], limit=0)
 
 
 def test_known_names_are_found_without_the_whole_catalogue(monkeypatch):

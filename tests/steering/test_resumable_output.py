@@ -10,6 +10,7 @@ import pytest
 
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.steering.resumable_output import TextsFile
+from tests.conftest import make_adapter
 from tests.steering.conftest import LINES, STEERED
 
 
@@ -71,6 +72,30 @@ def test_a_file_of_another_run_is_not_continued(steer, tmp_path, args, code, mes
     assert len(out.read_text().splitlines()) == 5
 
 
+def test_an_adapter_or_attribute_that_changed_is_not_continued_with(
+    steer, braces, model_dir, adapter_dir, session, tmp_path
+):
+    """The texts of one file come from the same files; of a run of an earlier version that is not known."""
+    words = ("attr-build", "--model", model_dir, "--attribute", "x", "--output-dir", tmp_path / "built", "--quiet")
+    assert braces(*words, "--words", "good").code == 0
+    out = tmp_path / "texts.jsonl"
+    options = ("--adapter", adapter_dir, "--attribute", "x", "--attributes", tmp_path / "built", "--output", out)
+    assert steer(*options).code == 0
+    lines = out.read_bytes().splitlines(keepends=True)
+    out.write_bytes(b"".join(lines[:-1]))
+    assert braces(*words, "--words", "old", "--overwrite").code == 0
+    assert "has changed since" in steer(*options, "--resume").err
+    assert braces(*words, "--words", "good", "--overwrite").code == 0
+    assert steer(*options, "--resume").code == 0
+    assert out.read_bytes() == b"".join(lines)
+    out.write_bytes(b"".join(lines[:-1]))
+    make_adapter(session, adapter_dir, rank=2)
+    assert "has changed since" in steer(*options, "--resume").err
+    record = tmp_path / "texts.jsonl.settings.json"
+    record.write_text(json.dumps({k: v for k, v in json.loads(record.read_text()).items() if k != "files"}))
+    assert steer(*options, "--resume").code == 0
+
+
 def test_other_prompts_and_foreign_files_are_refused_with_their_line(steer, prompts, tmp_path):
     """Even where no settings stand beside the file, as when the rows were piped into it."""
     out = tmp_path / "texts.jsonl"
@@ -95,7 +120,7 @@ def test_what_a_text_depends_on_is_recorded_and_nothing_else(steer, tmp_path):
     assert set(settings) == {
         "model", "adapter", "attribute", "s", "attributes", "layers", "num_samples", "max_new_tokens", "temperature",
         "top_p", "top_k", "stop", "apply_chat_template", "beside", "seed", "revision", "dtype", "quantize",
-        "batch_size",
+        "batch_size", "files",
     }  # fmt: skip
     del settings["batch_size"]  # which earlier versions did not record
     record.write_text(json.dumps({name: None if value == [] else value for name, value in settings.items()}))

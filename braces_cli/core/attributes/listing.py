@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from braces_cli.core.attributes.word_lists import OTHER_FILES, built_in
-from braces_cli.core.utils.errors import ConfigError
+from braces_cli.core.utils.errors import ConfigError, ModelError
+from braces_cli.core.utils.file_hashes import file_hash
 from braces_cli.core.utils.paths import is_there
 
 # Attributes that an adapter was trained with, in its folder.
@@ -40,6 +41,17 @@ def check_attributes(folder: Path | None) -> None:
     if folder is not None and not any(folder.glob("*.safetensors")):
         hint = "Give --attributes the folder that `braces attr-build` wrote."
         raise ConfigError("no attribute file in this folder", where=str(folder), hint=hint)
+
+
+def attribute_hashes(names: Iterable[str], folders: Iterable[Path | None]) -> list[str]:
+    """SHA-256 of each file that one of the attributes may come from.
+
+    Raises:
+        ModelError: a file that cannot be read.
+    """
+    files = [TRAINED_FILE, *(f"{name}.safetensors" for name in names)]
+    there = [folder / file for folder in folders if folder is not None for file in files]
+    return [file_hash(file, ModelError) for file in there if is_there(file)]
 
 
 def list_attributes(folder: Path | None, adapter: Path | None) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from dataclasses import asdict, dataclass, field
@@ -108,6 +109,15 @@ def adapter_folder(name: str) -> Path:
 
     files = ["*.json", "*.safetensors", "README.md"]
     return Path(explained(name, lambda: snapshot_download(name, allow_patterns=files), "adapter"))
+
+
+def adapter_hash(folder: Path) -> str:
+    """SHA-256 over the SHA-256 of config and weights of an adapter, ours or one of peft."""
+    digest = hashlib.sha256()
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        with (folder / name).open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()
 
 
 def find_adapter(name: str) -> StoredAdapter:
