@@ -63,12 +63,12 @@ def steered(
     active = [(attribute, s) for attribute, s in terms if (s.any() if isinstance(s, Tensor) else s != 0)]
     with ExitStack() as stack:
         through, beside = _split(session, active)
-        pushes = _add(stack, session.ffns, beside, layers)
+        moved = _add(stack, session.ffns, beside, layers)
         if session.adapter is not None and through:
-            pushes += _shift(stack, session.adapter, through, layers)
+            moved += _shift(stack, session.adapter, through, layers)
         if beside:
             hooks_changed(session.base.model)
-        yield _in_range(pushes)
+        yield _in_range(_pushes(moved))
     if beside:
         hooks_changed(session.base.model)
 
@@ -81,6 +81,16 @@ def _split(
         return [], list(terms)
     through = [(each, s) for each, s in terms if each.direction is None]
     return through, [(each, s) for each, s in terms if each.direction is not None]
+
+
+def _pushes(moved: Sequence[tuple[int, Tensor, float]]) -> list[Push]:
+    """The push of each layer: `moved` holds layers, what is added there, (rows, d), and residual norms; a layer that an
+    attribute pushes and another goes through the adapter of comes twice."""
+    total: dict[int, Tensor] = {}
+    for layer, vectors, _ in moved:
+        total[layer] = total[layer] + vectors if layer in total else vectors
+    residual = {layer: norm for layer, _, norm in moved}
+    return [Push(layer, float(total[layer].norm(dim=1).max()) / residual[layer]) for layer in total]
 
 
 def _in_range(pushes: list[Push]) -> list[Push]:
@@ -113,8 +123,8 @@ def _spread(s: Strength) -> Strength:
 
 def _shift(
     stack: ExitStack, adapter: Adapter, terms: Sequence[tuple[Attribute, Strength]], layers: Collection[int] | None
-) -> list[Push]:
-    pushes = []
+) -> list[tuple[int, Tensor, float]]:
+    found = []
     for ffn, brace in adapter.sites:
         if layers is not None and ffn.layer not in layers:
             continue
@@ -129,10 +139,9 @@ def _shift(
             each = [brace.factors(part.values(), torch.float32)[1] @ columns for part in ffn.parts]
             # Of experts the mean, though which of them a token meets is the router's choice.
             vectors = torch.cat([vector.reshape(-1, *vector.shape[-2:]) for vector in each]).mean(dim=0)  # (d, rows)
-            moved = float(vectors.norm(dim=0).max())
         stack.callback(setattr, brace, "shift", None)
-        pushes.append(Push(ffn.layer, moved / residual))
-    return pushes
+        found.append((ffn.layer, vectors.mT.float().cpu(), residual))
+    return found
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:
@@ -144,14 +153,13 @@ def _add(
     ffns: Sequence[FFN | MixtureFFN],
     terms: Sequence[tuple[Attribute, Strength]],
     layers: Collection[int] | None,
-) -> list[Push]:
-    pushes = []
+) -> list[tuple[int, Tensor, float]]:
+    found = []
     for ffn, vector, residual in _vectors(ffns, terms, layers):
-        vector = vector.to(ffn.parts[0].values().device)
         place = ffn.host if isinstance(ffn, MixtureFFN) else ffn.value
         stack.callback(add_to_output(place, vector).remove)
-        pushes.append(Push(ffn.layer, float(vector.norm(dim=-1).max()) / residual))
-    return pushes
+        found.append((ffn.layer, vector.reshape(-1, ffn.hidden_size), residual))
+    return found
 
 
 def _vectors(

@@ -133,6 +133,12 @@ def test_a_direction_pushes_beside_the_adapter_and_the_rest_goes_through_it(sess
     both = constants(session, terms)
     assert torch.allclose(both[0], through[0] + 2 * 0.2 * direction[0], atol=1e-6)
     assert torch.equal(both[1], through[1])
+    with steered(session, terms) as pushes:
+        # What is said of a layer is the sum of both.
+        shares = {push.layer: push.share for push in pushes}
+        assert len(pushes) == 2
+    for row, layer in enumerate(good.layers):
+        assert shares[layer] == pytest.approx(float(both[layer].norm() / good.residual[row]), rel=1e-5)
 
     tokens, seen = torch.tensor([[0, 5, 6, 7]]), []
     first = session.ffns[0]
