@@ -26,10 +26,11 @@ from braces_cli.core.method.adapter_files import CONFIG_FILE
 from braces_cli.core.models.generation import Sampling
 from braces_cli.core.models.layer_ranges import chosen_layers
 from braces_cli.core.models.load_options import LoadOptions
+from braces_cli.core.models.module_structure import uncompiled
 from braces_cli.core.session import Session, open_session
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.core.utils.paths import user_path
-from braces_cli.core.utils.python_settings import converted, from_python
+from braces_cli.core.utils.python_settings import column_texts, converted, from_python, layer_text
 from braces_cli.inspection.adapter_summary import summarise_open
 from braces_cli.steering.chat_prompts import chat_wanted
 from braces_cli.steering.generate_texts import generate_texts, text_requests
@@ -80,20 +81,22 @@ class Model:
         Raises:
             ConfigError: unknown attribute, or one that steers this model already; no words; a value of another type.
         """
+        attribute = converted("attribute", attribute, str)
         if any(attribute == each.name for each, _ in self.terms):
             hint = "Steer the model that load() gave, with another strength."
             raise ConfigError(f"the model is steered by `{attribute}` already", hint=hint)
         strength = converted("strength", strength, float)
-        places = converted("layers", layers, str | None)
+        places = converted("layers", layer_text(layers), str | None)
         folder = converted("attributes", attributes, Path | None)
-        if words is not None:
-            chosen = clean_words(converted("words", words, tuple[str, ...]))
-            if not chosen:
-                raise ConfigError("no words", where="words", hint="Give at least one word.")
-            found = build_attribute(self.session, attribute, chosen, reduction=None)
-        else:
-            found = find_attribute(self.session, attribute, folder)
-        return Model(self.session, (*self.terms, (found, strength)), places or self.layers)
+        chosen = None if words is None else clean_words(converted("words", words, tuple[str, ...]))
+        if chosen == []:
+            raise ConfigError("no words", where="words", hint="Give at least one word.")
+        with uncompiled(self.session.base.model):
+            if chosen is None:
+                found = find_attribute(self.session, attribute, folder)
+            else:
+                found = build_attribute(self.session, attribute, chosen, reduction=None)
+        return Model(self.session, (*self.terms, (found, strength)), self.layers if places is None else places)
 
     @overload
     def generate(self, prompts: str, **options: Any) -> str: ...
@@ -125,7 +128,7 @@ class Model:
             raise ConfigError(f"{batch_size} is out of range", where="batch_size", hint="Give at least 1.")
         how = Sampling(**from_python(Sampling, sampling))
         layers = chosen_layers(self.session.base.model, self.layers)
-        chat = chat_wanted(self.session, apply_chat_template)
+        chat = chat_wanted(self.session, converted("apply_chat_template", apply_chat_template, bool | None))
         with steered(self.session, self.terms, layers):
             made = list(generate_texts(self.session, text_requests(texts), how, batch_size=batch_size, chat=chat))
         return made[0] if isinstance(prompts, str) else made
@@ -172,5 +175,7 @@ def train(data: Name | Sequence[Name], output_dir: Name, **settings: Any) -> dic
         DataError: rows that cannot be read.
         ModelError: the base cannot be loaded.
     """
-    values = from_python(RunSettings, {"data": data, "output_dir": output_dir, **settings})
+    as_texts = {"layers": layer_text, "columns": column_texts}
+    plain = {name: as_texts.get(name, lambda value: value)(value) for name, value in settings.items()}
+    values = from_python(RunSettings, {"data": data, "output_dir": output_dir, **plain})
     return run_training(RunSettings(given=dict.fromkeys(settings, "command line"), **values))

@@ -216,7 +216,9 @@ def _help(app: typer.Typer, args: list[str]) -> bool:
 def _call_error(args: list[str], error: typer.TyperException) -> int:
     message = error.format_message()
     unknown = typer_internals.unknown_option(error)
-    if unknown is not None and (ours := our_name(unknown[0], unknown[2])) is not None:
+    # Of `-ngl` the parser names the `-n` alone.
+    whole = unknown is not None and any(arg.replace("_", "-").partition("=")[0] == unknown[0] for arg in args)
+    if unknown is not None and whole and (ours := our_name(unknown[0], unknown[2])) is not None:
         message = f"{unknown[1]} (here it is --{ours.replace('_', '-')})"
     if typer_internals.is_call_without_arguments(error):
         print_text(message)

@@ -22,6 +22,7 @@ from torch import Tensor
 from braces_cli.core.attributes.intervention import pushed_constants, steered
 from braces_cli.core.method.adapter import Adapter
 from braces_cli.core.models.ffn import FFN
+from braces_cli.core.models.module_structure import SIDE_PATH
 from braces_cli.core.models.moe import Experts, MixtureFFN
 from braces_cli.core.utils.atomic_files import file_hint, write_json, write_tensors, write_text
 from braces_cli.core.utils.documents import WRITTEN, Kind, Name, read
@@ -207,13 +208,14 @@ def _served(sides: list[Side]) -> bool:
 def _tensors(sides: list[Side], dtype: torch.dtype) -> dict[str, Tensor]:
     tensors = {}
     for side in sides:
-        tensors[f"{side.path}.braces_in.weight"] = side.reads.to(dtype)
-        tensors[f"{side.path}.braces_out.weight"] = side.writes.to(dtype)
+        reads, writes = (f"{side.path}.{name}" for name in SIDE_PATH)
+        tensors[f"{reads}.weight"] = side.reads.to(dtype)
+        tensors[f"{writes}.weight"] = side.writes.to(dtype)
         # What a router weighs must be weighed with the rest; elsewhere the constant is added as it is.
         if side.experts > 1 and side.shift is not None:
-            tensors[f"{side.path}.braces_in.bias"] = side.shift.to(dtype)
+            tensors[f"{reads}.bias"] = side.shift.to(dtype)
         if side.constant is not None:
-            tensors[f"{side.path}.braces_out.bias"] = side.constant.to(dtype)
+            tensors[f"{writes}.bias"] = side.constant.to(dtype)
     return tensors
 
 

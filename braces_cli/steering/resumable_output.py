@@ -86,7 +86,8 @@ class TextsFile:
         different = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
         if different == [FILES]:
             hint = "Start anew with --overwrite, or give the files of the earlier run."
-            raise ConfigError("the adapter or an attribute has changed since", where=str(self.path), hint=hint)
+            what = "the adapter or an attribute has changed since the earlier run"
+            raise ConfigError(what, where=str(self.path), hint=hint)
         different = [name for name in different if name != FILES]
         if different:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in different)

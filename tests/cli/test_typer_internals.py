@@ -43,6 +43,16 @@ def test_an_unknown_option_is_told_with_what_the_command_has():
     assert typer_internals.unknown_option(caught("train", "--rank", "many")) is None
 
 
+@pytest.mark.parametrize("option", ["-ngl", "-np", "-fa"])
+def test_letters_that_stand_together_are_not_taken_for_one_of_them(braces, option):
+    """The parser names the first letter alone; these are options of llama.cpp that have no counterpart here."""
+    outcome = braces("steer", option, "9", "--prompt", "a")
+    assert outcome.code == 2
+    assert "here it is" not in outcome.err
+    assert "here it is --max-new-tokens" in braces("steer", "-n", "9", "--prompt", "a").err
+    assert "here it is --max-new-tokens" in braces("steer", "--n_predict=9", "--prompt", "a").err
+
+
 def test_where_a_value_was_given():
     """`get_parameter_source` and `default_map`."""
     app, seen = typer.Typer(), {}

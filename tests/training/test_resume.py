@@ -139,6 +139,9 @@ def test_attributes_are_those_that_the_run_was_begun_with(train, braces, model_d
     other = train(tmp_path / "two", *extra, "--resume")
     assert other.code == 2
     assert "attribute `positive` has changed since the run was begun" in other.err
+    # A word that stands twice changes next to nothing, and is another list all the same.
+    assert braces(*built, "--attribute", "positive", "--words", "good,film,good film", "--overwrite").code == 0
+    assert "has changed since the run was begun" in train(tmp_path / "two", *extra, "--resume").err
     assert braces(*built, "--attribute", "positive", "--words", "good,film", "--overwrite").code == 0
     real = training.gather_attributes
     rounded = lambda *given: [replace(each, hidden=each.hidden + 1e-3 * each.state) for each in real(*given)]  # noqa: E731

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from braces_cli.core.attributes.attribute import Attribute
 from braces_cli.core.method.adapter import Adapter
@@ -69,8 +69,6 @@ def steered(
         if beside:
             hooks_changed(session.base.model)
         yield _in_range(_pushes(moved))
-    if beside:
-        hooks_changed(session.base.model)
 
 
 def _split(
@@ -157,9 +155,15 @@ def _add(
     found = []
     for ffn, vector, residual in _vectors(ffns, terms, layers):
         place = ffn.host if isinstance(ffn, MixtureFFN) else ffn.value
-        stack.callback(add_to_output(place, vector).remove)
+        stack.callback(add_to_output(place, _near(place, vector)).remove)
         found.append((ffn.layer, vector.reshape(-1, ffn.hidden_size), residual))
     return found
+
+
+def _near(place: nn.Module, vector: Tensor) -> Tensor:
+    """The vector where a module's weights are and in their format, so that a compiled pass need not move it."""
+    weight = next((p for p in place.parameters() if p.is_floating_point() and not p.is_meta), vector)
+    return vector.to(weight)
 
 
 def _vectors(

@@ -120,7 +120,6 @@ class Adapter:
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._frozen = []
-        hooks_changed(self.model)
         return self.model
 
     def save_memory(self) -> None:

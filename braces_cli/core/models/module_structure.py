@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,10 +81,24 @@ def by_row(states: Tensor, rows: int) -> Tensor:
 def hooks_changed(model: nn.Module) -> None:
     """To be called where hooks came or went: a model with `model.compile()` does not look for them again by itself.
 
-    What `torch.compile(model)` returns cannot be found from the model.
+    All that torch has compiled in this process is compiled anew. What `torch.compile(model)` returns cannot be found
+    from the model.
     """
     if any(part._compiled_call_impl is not None for part in model.modules()):
         torch.compiler.reset()
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """A model with `model.compile()` runs as it is written inside the `with` block, where hooks come and go."""
+    compiled = {part: part._compiled_call_impl for part in model.modules() if part._compiled_call_impl is not None}
+    try:
+        for part in compiled:
+            part._compiled_call_impl = None
+        yield
+    finally:
+        for part, call in compiled.items():
+            part._compiled_call_impl = call
 
 
 def add_to_output(module: nn.Module, vector: Tensor) -> RemovableHandle:

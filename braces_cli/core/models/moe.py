@@ -188,16 +188,18 @@ def _is_sorted(module: nn.Module) -> bool:
 
 
 def _inputs(module: nn.Module) -> int:
-    """How many inputs `forward` names: where a class passes on whatever it is given, that of the class it adds to."""
+    """How many inputs `forward` names; where a class passes on whatever it is given, that of the class it adds to; 0
+    where none says."""
     import inspect
 
-    passed_on = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    classes = [vars(kind)["forward"] for kind in type(module).__mro__ if "forward" in vars(kind)]
-    for function in (module.forward, *classes):
-        inputs = [each for name, each in inspect.signature(function).parameters.items() if name != "self"]
-        if not any(each.kind in passed_on for each in inputs):
-            break
-    return len(inputs)
+    rest = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    classes = [kind for kind in type(module).__mro__ if kind is not nn.Module and "forward" in vars(kind)]
+    for function in (module.forward, *(vars(kind)["forward"] for kind in classes)):
+        inputs = {name: each.kind for name, each in inspect.signature(function).parameters.items() if name != "self"}
+        named = [name for name, kind in inputs.items() if kind not in rest]
+        if named and inspect.Parameter.VAR_POSITIONAL not in inputs.values():
+            return len(named)
+    return 0
 
 
 def routing(args: tuple, kwargs: dict, experts: int) -> tuple[Tensor, Tensor]:

@@ -56,13 +56,12 @@ _OURS: dict[str, tuple[str, ...]] = {
     "train_data": ("data",),
     "train_file": ("data",),
     "validation_file": ("eval_data",),
-    "warmup_ratio": ("warmup_steps",),
 }
 
 
 def our_name(name: str, known: Collection[str]) -> str | None:
     """The setting of `known` that other tools call `name`, which may be written as an option; None where none is."""
-    key = name.lstrip("-").replace("-", "_").lower()
+    key = name.lstrip("-").replace("-", "_")
     return next((ours for ours in _OURS.get(key, ()) if ours in known), None)
 
 

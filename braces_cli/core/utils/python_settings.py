@@ -1,7 +1,7 @@
 """Settings that a script gives: values of the types that scripts have at hand, made into those of a settings class.
 
-A path may be a text and a text a path, a repeatable setting one value, a list or a mapping; numbers may be numpy's, and
-a number format or device torch's own. Light: only the standard library.
+A path may be a text and a text a path, a repeatable setting one value or a list; numbers may be numpy's, and a number
+format or device torch's own. Light: only the standard library.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from numbers import Integral, Real
 from os import PathLike, fspath
 from pathlib import Path
@@ -17,11 +18,14 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.core.utils.other_names import setting_hint
 
+# Settings that name files of rows.
+_ROWS = ("data", "eval_data")
+_IN_A_FILE = "Write rows into a file and give its name, as with dataset.to_json('rows.jsonl')."
 _WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
 
 
 def from_python(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` as the fields of the dataclass `kind` hold them.
+    """`values` as the fields of the dataclass `kind` hold them; None is no value of a repeatable setting.
 
     Raises:
         ConfigError: no such setting, or a value of another type.
@@ -31,7 +35,8 @@ def from_python(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     for name in values:
         if name not in known:
             raise ConfigError(f"no setting `{name}`", hint=setting_hint(name, known))
-    return {name: converted(name, value, hints[name]) for name, value in values.items()}
+    none = {name: () for name, value in values.items() if value is None and get_origin(hints[name]) is tuple}
+    return {name: converted(name, none.get(name, value), hints[name]) for name, value in values.items()}
 
 
 def converted(name: str, value: Any, hint: Any) -> Any:
@@ -45,40 +50,52 @@ def converted(name: str, value: Any, hint: Any) -> Any:
     """
     if get_origin(hint) is tuple:
         of = get_args(hint)[0]
-        if isinstance(value, Mapping):
-            value = [f"{key}={item}" for key, item in value.items()]
-        single = isinstance(value, (str, PathLike)) or not isinstance(value, Iterable)
+        single = isinstance(value, (str, PathLike, Mapping)) or not isinstance(value, Iterable)
         return tuple(converted(name, item, of) for item in ([value] if single else value))
     if get_origin(hint) in (Union, types.UnionType):
         if value is None:
             return None
         hint = next(part for part in get_args(hint) if part is not type(None))
-    found = _as(hint, _layers(value) if name == "layers" else value)
+    found = _as(hint, value)
     if found is None:
-        rows = "Write rows into a file and give its name, as with dataset.to_json('rows.jsonl')."
-        what = f"{str(value)[:60]!r} is not {_WORDS[hint]}"
-        raise ConfigError(what, where=name, hint=rows if isinstance(value, Mapping) else None)
+        shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:60]}..."
+        advice = _IN_A_FILE if name in _ROWS and isinstance(value, Mapping) else None
+        raise ConfigError(f"{shown} is not {_WORDS[hint]}", where=name, hint=advice)
     return found
 
 
 def _as(kind: type, value: Any) -> Any:
     """`value` as a `kind`, None where it is none."""
-    number = isinstance(value, Real) and not isinstance(value, bool)
     if kind is bool:
         return value if isinstance(value, bool) else None
-    if kind is int:
-        return int(value) if number and isinstance(value, Integral) else None
-    if kind is float:
-        return float(value) if number else None
+    if kind in (int, float):
+        number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+        with suppress(OverflowError):
+            return kind(value) if number else None
+        return None
     if isinstance(value, (str, PathLike)):
         return kind(fspath(value))
-    if kind is str and type(value).__module__ == "torch":
+    if kind is str and type(value).__module__ == "torch" and type(value).__name__ in ("dtype", "device"):
         return str(value).removeprefix("torch.")
     return None
 
 
-def _layers(value: Any) -> Any:
-    """3, [0, 1] and range(8, 20) as the text that `--layers` takes."""
-    places = [value] if isinstance(value, Integral) else value
-    listed = isinstance(places, (list, tuple, range)) and all(isinstance(each, Integral) for each in places)
-    return ",".join(map(str, places)) if listed else value
+def layer_text(layers: Any) -> Any:
+    """Layers given as numbers, 3, [0, 1] or range(8, 20), as the text that `--layers` takes; other values as they are.
+
+    Raises:
+        ConfigError: no layer at all.
+    """
+    numbers = [layers] if isinstance(layers, Integral) else layers
+    if isinstance(layers, (str, bool, Mapping)) or not isinstance(numbers, Iterable):
+        return layers
+    numbers = list(numbers)
+    if not numbers:
+        raise ConfigError("no layers", where="layers", hint="Give at least one, or leave it out for the default.")
+    plain = all(isinstance(each, Integral) and not isinstance(each, bool) for each in numbers)
+    return ",".join(str(int(each)) for each in numbers) if plain else layers
+
+
+def column_texts(columns: Any) -> Any:
+    """Columns given as {"prompt": "question"}, as the texts that `--columns` takes; other values as they are."""
+    return [f"{key}={column}" for key, column in columns.items()] if isinstance(columns, Mapping) else columns

@@ -153,7 +153,8 @@ def test_a_direction_pushes_beside_the_adapter_and_the_rest_goes_through_it(sess
 
 
 def test_a_compiled_model_is_steered_and_set_free_again(session):
-    """Also after its first pass, when it has its graph already; the adapter is attached to it and taken off again."""
+    """Also after its first pass, when it has its graph already; the adapter is attached to it and taken off again. An
+    attribute is built from it as from any other."""
     from dataclasses import replace
 
     import torch
@@ -161,14 +162,18 @@ def test_a_compiled_model_is_steered_and_set_free_again(session):
     from braces_cli.core.attributes.attribute import build_attribute
     from braces_cli.core.attributes.intervention import steered
     from braces_cli.core.method.adapter import attach
+    from braces_cli.core.models.module_structure import uncompiled
     from tests.conftest import open_gates
 
-    good = build_attribute(session, "good", ["good"])
-    terms = [(replace(good, direction=good.state, scale=torch.tensor([0.2, 0.3]), push_layers=[0]), 9.0)]
     tokens, model = torch.tensor([[0, 5, 6, 7]]), session.base.model
 
     def passes():
         with torch.no_grad():
+            for length in (4, 3, 2):
+                model(tokens[:, :length], use_cache=False)
+            with uncompiled(model):
+                good = build_attribute(session, "good", ["good"])
+            terms = [(replace(good, direction=good.state, scale=torch.tensor([0.2, 0.3]), push_layers=[0]), 9.0)]
             bare = model(tokens).logits
             with steered(session, terms):
                 pushed = model(tokens).logits

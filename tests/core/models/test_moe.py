@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,8 @@ import transformers
 from braces_cli.core.method.adapter import attach, spans_width
 from braces_cli.core.method.relevance_forms import FORMS
 from braces_cli.core.models.ffn import find_ffns
-from braces_cli.core.models.moe import Experts, MixtureFFN
-from braces_cli.core.utils.errors import ConfigError
+from braces_cli.core.models.moe import Experts, MixtureFFN, _is_sorted
+from braces_cli.core.utils.errors import ConfigError, ModelError
 from tests.conftest import GATED, open_gates
 from tests.core.method.test_reference import relative, run
 
@@ -160,6 +161,36 @@ def test_experts_too_narrow_to_be_whitened_are_refused():
     assert "untied" in str(error.value.hint)
 
 
+class _PassesOn:
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+class _Sorted(torch.nn.Module):
+    def forward(self, hidden): ...
+
+
+class _Routed(torch.nn.Module):
+    def forward(self, hidden, index, weights, **kwargs): ...
+
+
+class _PassesOnSorted(_PassesOn, _Sorted): ...
+
+
+class _PassesOnRouted(_PassesOn, _Routed): ...
+
+
+class _SaysNothing(_PassesOn, torch.nn.Module): ...
+
+
+def test_what_experts_are_called_with_is_read_from_the_class_that_says_it():
+    """Not from torch's own Module, whose `forward` takes anything."""
+    sorts = {kind: _is_sorted(kind()) for kind in (_Sorted, _PassesOnSorted, _Routed, _PassesOnRouted)}
+    assert sorts == {_Sorted: True, _PassesOnSorted: True, _Routed: False, _PassesOnRouted: False}
+    with pytest.raises(ModelError, match="_SaysNothing is called with 0 tensors"):
+        _is_sorted(_SaysNothing())
+
+
 def test_mixtral_by_hand():
     """The whole layer written out, expert by expert and neuron by neuron, from the model's own weights."""
     model = tiny_moe("mixtral")
@@ -241,6 +272,7 @@ def test_without_an_adapter_a_mixture_is_pushed_whatever_its_router_does(name):
     model = tiny_moe(name)
 
     class Opened:
+        base = SimpleNamespace(model=model)
         adapter = None
         ffns = find_ffns(model)
 
