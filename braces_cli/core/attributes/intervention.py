@@ -163,7 +163,7 @@ def _add(
 def _near(place: nn.Module, vector: Tensor) -> Tensor:
     """The vector where a module's weights are and in their format, so that a compiled pass need not move it."""
     weight = next((p for p in place.parameters() if p.is_floating_point() and not p.is_meta), vector)
-    return vector.to(weight)
+    return vector.to(weight.device, weight.dtype)
 
 
 def _vectors(
