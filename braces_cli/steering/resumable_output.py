@@ -81,8 +81,8 @@ class TextsFile:
         # Earlier versions recorded a repeatable option that was not given as null.
         old = {name: [] if value is None else value for name, value in before.items()}
         old.setdefault("batch_size", self._batch_size)  # nor the size of batches
-        old.setdefault(FILES, self._settings.get(FILES, []))  # nor the files
         new = {name: [] if value is None else value for name, value in self._settings.items()}
+        old.setdefault(FILES, new.setdefault(FILES, []))  # nor the files
         different = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
         if different == [FILES]:
             hint = "Start anew with --overwrite, or give the files of the earlier run."
