@@ -52,7 +52,8 @@ class TextsFile:
         overwrite: replace a file that is there.
 
     Raises:
-        ConfigError: the file is there and neither is asked for, or is no file; or `resume` with other settings.
+        ConfigError: the file is there and neither is asked for, or is no file; or `resume` with other settings,
+            or with an adapter or attribute that has changed.
         DataError: `resume`, and a line that is no row of texts.
     """
 

@@ -79,7 +79,8 @@ def by_row(states: Tensor, rows: int) -> Tensor:
 
 
 def hooks_changed(model: nn.Module) -> None:
-    """To be called where hooks came or went: a model with `model.compile()` does not look for them again by itself.
+    """To be called where hooks came: a model with `model.compile()` does not look for new ones by itself. That hooks
+    have gone it notices.
 
     All that torch has compiled in this process is compiled anew. What `torch.compile(model)` returns cannot be found
     from the model.
