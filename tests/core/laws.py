@@ -51,6 +51,8 @@ EXPECTED: dict[str, tuple[str, str, str]] = {
     "gemma4_assistant": (UNBUILT, _SHARED, "set of layer types producing a cache"),
     "gemma4_unified_assistant": (UNBUILT, _SHARED, "set of layer types producing a cache"),
 }
+# Types that are not tested: their layers run in a loop, several times for one token.
+UNTESTED = ("dory", "inkling2_loop_text")
 # Types whose own float32 noise comes near 1e-5 or passes it: there no worse than twice the reference's, see `compare`.
 NOISY = dict.fromkeys(
     ("axk1", "bailing_hybrid", "cpmant", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "rembert"),
@@ -340,6 +342,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
         "",
         f"Which of the {len(MAPPING)} types of causal language models of transformers {version} `braces` supports:",
         f"{counts([outcome for outcome in outcomes if outcome.name in MAPPING])}. Variants follow their type.",
+        f"Not tested, because their layers run in a loop: {', '.join(UNTESTED)}.",
         "",
         "*Exact*: on a tiny model of that type the adapter equals the paper's formula, values and gradients, within",
         "1e-5 (float32) and 1e-10 (float64); text is the same with and without a KV cache; saving, loading and",
@@ -366,7 +369,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
 def main() -> None:
     """Prove every type, print what fails, and write the table if all is as expected."""
     outcomes, failed = [], []
-    for name in [*MAPPING, *VARIANTS]:
+    for name in [name for name in (*MAPPING, *VARIANTS) if name not in UNTESTED]:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 outcomes.append(prove(name, Path(folder)))
