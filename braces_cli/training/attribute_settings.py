@@ -9,7 +9,7 @@ from typing import Any
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.core.utils.settings import ATTRIBUTES, SeedSettings, flag_of, option
 
-# By measurement (recipes/LOG.md).
+# By measurement (recipes/RESULTS.md).
 DEFAULT_CONTRAST, DEFAULT_MARGIN = 0.1, 6.0
 # Column of a row's strength where no other is named.
 STRENGTH = "strength"

@@ -1,4 +1,4 @@
-"""Defaults of training that were found by measurement (recipes/LOG.md), and those that follow from others."""
+"""Defaults of training that were found by measurement (recipes/RESULTS.md), and those that follow from others."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ One MLP serves all layers: d -> 64 -> d, GELU, float32. Its last layer starts at
 
 It is odd, h_c(-p) = -h_c(p), so that opposites stay opposites: strength s of one is strength -s of the other. A plain
 p + MLP(p) learns besides what rows of both have in common, such as their style, as if it belonged to each: measured on
-sentiment, most of what it added was that, and steering by -s then left the style, not the mood (recipes/LOG.md).
+sentiment, most of what it added was that, and steering by -s then left the style, not the mood (recipes/RESULTS.md).
 """
 
 from __future__ import annotations
