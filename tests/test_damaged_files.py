@@ -19,7 +19,7 @@ from braces_cli.core.attributes.attribute_header import read_header
 from braces_cli.core.method.adapter_files import read_config
 from braces_cli.core.models.model_files import check_model_files
 from braces_cli.core.utils.atomic_files import write_tensors
-from braces_cli.core.utils.errors import BracesError, ConfigError, DataError, ModelError
+from braces_cli.core.utils.errors import BracesError, DataError, ModelError
 from braces_cli.evaluation.adapter_switching import find_eval_adapter
 from braces_cli.evaluation.result_store import Store, read_results
 from braces_cli.export.merge import read_record as read_merge
@@ -29,7 +29,6 @@ from braces_cli.steering.resumable_output import TextsFile
 from braces_cli.training.checkpointing.checkpoint_folders import newest_intact
 from braces_cli.training.checkpointing.run_record import finished, read_progress, read_record
 from braces_cli.training.checkpointing.training_state import restore_optimizer, restore_rng, rng_state
-from braces_cli.training.launcher_checks import zero_stage
 
 FINGERPRINT = {"model_type": "llama", "layers": 2, "hidden_size": 8, "value_vectors": [16, 16], "sha256": None}
 ADAPTER = {
@@ -110,14 +109,6 @@ def texts(folder: Path) -> None:
     row = {"prompt": "a", "text": "b", "attributes": {}, "sample": 0, "seed": 0}
     (folder / "texts.jsonl").write_text(json.dumps(row) + "\n")
     TextsFile(folder / "texts.jsonl", {"seed": 0}, 1, resume=True, overwrite=False)
-
-
-def deepspeed(folder: Path) -> None:
-    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(folder / "zero.json")
-    try:
-        zero_stage()
-    finally:
-        del os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"]
 
 
 @dataclass
@@ -264,10 +255,6 @@ KINDS = {
          "added_tokens.0.special": wrong(True), "normalizer": wrong(None, {}), "decoder": wrong(None, {})},
         others=True,
     ),
-    "deepspeed": FileKind(
-        "zero.json", {"zero_optimization": {"stage": 2}}, deepspeed, ConfigError,
-        {"zero_optimization": OBJECT, "zero_optimization.stage": COUNT}, others=True,
-    ),
 }  # fmt: skip
 
 
@@ -339,7 +326,7 @@ def test_what_is_no_file_is_refused(name: str, tmp_path: Path) -> None:
         ("loop", lambda: path.symlink_to(path)),
         ("pipe", lambda: os.mkfifo(path)),
     ):
-        if kind.name in ("run.json", "manifest.json") or (name == "deepspeed" and what != "folder"):
+        if kind.name in ("run.json", "manifest.json"):
             continue  # what is no file there is no run, which other tests hold
         path.rmdir() if path.is_dir() else path.unlink()
         put()

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.state import is_initialized
-from accelerate.utils import GradientAccumulationPlugin, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor
 from transformers.optimization import get_scheduler
 
@@ -43,11 +43,9 @@ from braces_cli.training.checkpointing.training_state import (
     restore_rng,
     trained,
 )
-from braces_cli.training.checkpointing.zero_state import ZeroState
 from braces_cli.training.collator import Batch, Block, Collator, TrainingData
 from braces_cli.training.contrastive_loss import PAIR_TERMS, contrastive_loss
 from braces_cli.training.defaults import capped_warmup
-from braces_cli.training.launcher_checks import uses_deepspeed
 from braces_cli.training.metrics import METRICS_FILE, MetricsFile
 from braces_cli.training.peft_baselines import PeftAdapter
 from braces_cli.training.sampler import example_order, steps_per_epoch
@@ -102,7 +100,7 @@ class Trainer:
         self._per_epoch = steps_per_epoch(data.examples, settings)
         self.step, self.max_steps = 0, settings.max_steps or math.ceil(settings.epochs * (self._per_epoch or 0))
         self.stopped_by = 0
-        self._accelerator = _accelerator(settings, context, self._device)
+        self._accelerator = _accelerator(context, self._device)
         self._kind = self._accelerator.distributed_type
         if settings.gradient_checkpointing:
             _recompute_activations(self._base)
@@ -111,9 +109,7 @@ class Trainer:
             adapter.save_memory()
         # No weight decay: R does not depend on the length of the rows of its weight.
         optimizer = torch.optim.AdamW(parameter_groups(adapter, settings), weight_decay=0.0)
-        groups = [list(group["params"]) for group in optimizer.param_groups]
         self._model, self._optimizer = self._accelerator.prepare(self._base, optimizer)
-        self._state = ZeroState(self._optimizer.optimizer, groups) if self.is_deepspeed else self._optimizer
         name = _SCHEDULES.get(settings.schedule, settings.schedule)
         warmup = capped_warmup(settings.warmup_steps, self.max_steps)
         if warmup < settings.warmup_steps and is_main():
@@ -135,10 +131,6 @@ class Trainer:
     @property
     def is_fsdp(self) -> bool:
         return bool(self._kind == DistributedType.FSDP)
-
-    @property
-    def is_deepspeed(self) -> bool:
-        return bool(self._kind == DistributedType.DEEPSPEED)
 
     @property
     def epoch(self) -> float:
@@ -211,7 +203,7 @@ class Trainer:
             self._data.examples.counts = earlier["stream"]
         restore_parameters(checkpoint, self._base)
         if self.step < self.max_steps:
-            restore_optimizer(checkpoint, self._state, self._scheduler, self._accelerator.scaler)
+            restore_optimizer(checkpoint, self._optimizer, self._scheduler, self._accelerator.scaler)
 
     def _batches(self, order: Iterator[Example | None]) -> Iterator[Batch]:
         """This process's batches of the next optimizer step; the others' go by."""
@@ -229,11 +221,10 @@ class Trainer:
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             self._accelerator.sync_gradients = last
-            # DeepSpeed is told by `sync_gradients`.
-            with nullcontext() if last or self.is_deepspeed else self._accelerator.no_sync(self._model):
+            with nullcontext() if last else self._accelerator.no_sync(self._model):
                 # Gradients of processes are averaged, their losses are to be added up.
                 loss = sum(self._block_loss(block, scored) for block in batch.blocks) * world_size()
-                self._accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed else {}))
+                self._accelerator.backward(loss)
             self._loss_open += loss.detach().to(self._device)
             self._tokens += batch.tokens
             self._computed += batch.computed
@@ -314,7 +305,7 @@ class Trainer:
         context = self._context
         if not all_finite(self._base):
             raise diverged(f"the adapter is not finite at step {self.step}", context.folder)
-        captured = capture(self._base, self._state, self._scheduler, self._accelerator.scaler)
+        captured = capture(self._base, self._optimizer, self._scheduler, self._accelerator.scaler)
         write_adapter, progress = context.adapter(), self.progress()
 
         def write(folder: Path) -> None:
@@ -330,25 +321,18 @@ class Trainer:
             barrier()
 
 
-def _accelerator(settings: TrainSettings, context: TrainerContext, device: torch.device) -> Accelerator:
-    """What the launcher asks for: one process, DDP, FSDP2 or DeepSpeed."""
-    deepspeed, reporter = uses_deepspeed(), context.checkpoints.report_to
-    accelerator = Accelerator(
-        # The base lies where it should, so the device only matters to who sets the process up; accelerate takes `cpu`
-        # for a refusal of DeepSpeed.
+def _accelerator(context: TrainerContext, device: torch.device) -> Accelerator:
+    """What the launcher asks for: one process, DDP or FSDP2."""
+    reporter = context.checkpoints.report_to
+    return Accelerator(
+        # The base is on its device already.
         device_placement=False,
-        cpu=device.type == "cpu" and not deepspeed and not is_initialized(),
+        cpu=device.type == "cpu" and not is_initialized(),
         log_with=None if reporter == "none" else reporter,
         project_dir=context.folder / "runs",
-        # The loss is divided here, by tokens; only DeepSpeed must know how many batches make a step.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(settings.gradient_accumulation if deepspeed else 1),
         # All that learns is used in every pass, and nothing else of the base changes.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=False)],
     )
-    if deepspeed:
-        config = accelerator.deepspeed_plugin.deepspeed_config
-        config["train_micro_batch_size_per_gpu"] = settings.batch_size
-    return accelerator
 
 
 def _recompute_activations(model: Any) -> None:
