@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from braces_cli.core.utils.decoding import decode
 from braces_cli.core.utils.errors import BracesError, ConfigError
 from braces_cli.core.utils.paths import is_there
 
@@ -181,7 +180,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 def _in_order(content: bytes) -> bytes:
     """A safetensors file with the keys of its metadata sorted; safetensors itself writes them in a random order."""
     start, end = 8, 8 + int.from_bytes(content[:8], "little")
-    header = decode(content[start:end].decode(), foreign=True)
+    header = json.loads(content[start:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     size = -(-len(ordered) // 8) * 8  # tensors begin at a multiple of 8 bytes

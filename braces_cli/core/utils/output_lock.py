@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import json
 import os
 import socket
 import time
@@ -17,7 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from braces_cli.core.utils.atomic_files import check_writable, file_hint, remove_partial_files
-from braces_cli.core.utils.decoding import decode
+
 from braces_cli.core.utils.distributed import is_main
 from braces_cli.core.utils.errors import ConfigError
 
@@ -134,7 +135,7 @@ def _write_owner(handle: int) -> None:
 def _owner(handle: int) -> str:
     """Who holds the lock, in parentheses; empty where that cannot be read."""
     try:
-        owner = decode(os.pread(handle, 1000, 0).decode())
+        owner = json.loads(os.pread(handle, 1000, 0))
         return f" (process {int(owner['pid'])} on {owner['host']}, since {owner['started']})"
     except (OSError, ValueError, KeyError, TypeError):
         return ""
