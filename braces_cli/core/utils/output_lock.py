@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import json
 import os
 import socket
 import time
@@ -18,7 +17,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from braces_cli.core.utils.atomic_files import check_writable, file_hint, remove_partial_files
-
 from braces_cli.core.utils.distributed import is_main
 from braces_cli.core.utils.errors import ConfigError
 
