@@ -17,7 +17,6 @@ import torch
 
 from braces_cli.core.attributes.attribute_header import read_header
 from braces_cli.core.method.adapter_files import read_config
-from braces_cli.core.models.model_files import check_model_files
 from braces_cli.core.utils.atomic_files import write_tensors
 from braces_cli.core.utils.errors import BracesError, DataError, ModelError
 from braces_cli.evaluation.adapter_switching import find_eval_adapter
@@ -74,12 +73,6 @@ SLOTS = {
     "suffixes": None, "sites": {"0": {"reads": "up", "writes": "down", "offset": 0, "rows": 16}}, "versions": {},
 }  # fmt: skip
 MERGE = {"model": "m", "adapter": "a", "dtype": "float32", "attributes": {"x": 1.0}, "layers": "0-1", "case": "a"}
-VOCABULARY = {
-    "added_tokens": [{"id": 0, "content": "<s>", "special": True}], "normalizer": None, "decoder": {"type": "Fuse"},
-    "model": {"type": "BPE", "vocab": {"<s>": 0, "a": 1, "b": 2, "ab": 3}, "merges": ["a b", ["a", "b"]]},
-}  # fmt: skip
-MODEL = {"model_type": "llama", "hidden_size": 8, "dtype": "float32", "quantization_config": None, "vocab_size": 9,
-         "text_config": {"num_hidden_layers": 2}}  # fmt: skip
 
 
 def scorer(folder: Path) -> None:
@@ -226,34 +219,6 @@ KINDS = {
         {"labels": WRONG, "labels.0": wrong("x", "a\0b"), "excluded": wrong([]), "measured": OBJECT,
          "format_version": WRONG, "more": WRONG},
         beside=scorer,
-    ),
-    "base": FileKind(
-        "config.json", MODEL, check_model_files, ModelError,
-        {"model_type": wrong("x", "a\0b"), "hidden_size": wrong(None, 5), "dtype": wrong(None, "x", "a\0b", {}),
-         "quantization_config": wrong(None, {}), "architectures": wrong(None, []), "auto_map": wrong(None, {}),
-         "eos_token_id": wrong(None, 5, -1, [], 10**30), "tie_word_embeddings": wrong(None, True),
-         "num_hidden_layers": (*wrong(None, 5), 10**9), "is_encoder_decoder": wrong(None, True),
-         "text_config": wrong(None, {}), "text_config.num_hidden_layers": (*wrong(None, 5), 10**9)},
-        others=True,
-    ),
-    "generation": FileKind(
-        "generation_config.json", {"eos_token_id": 1}, check_model_files, ModelError,
-        {"eos_token_id": wrong(None, 5, -1, [], 10**30), "top_k": wrong(None, 5, -1, 10**30),
-         "top_p": wrong(None, 5, -1, 1.5, 10**30)},
-        others=True,
-    ),
-    "tokenizer": FileKind(
-        "tokenizer_config.json", {"model_max_length": 10**30}, check_model_files, ModelError,
-        {"model_max_length": wrong(None, 5, -1, 1.5, 10**30), "added_tokens_decoder": wrong(None, {})},
-        others=True,
-    ),
-    "vocabulary": FileKind(
-        "tokenizer.json", VOCABULARY, check_model_files, ModelError,
-        {"model": OBJECT, "model.type": wrong("x", "a\0b"), "model.vocab": wrong([], {}), "model.vocab.a": COUNT,
-         "model.merges": wrong([]), "model.merges.0": wrong("x", "a\0b"), "added_tokens": wrong([]),
-         "added_tokens.0": OBJECT, "added_tokens.0.id": COUNT, "added_tokens.0.content": wrong("x", "a\0b"),
-         "added_tokens.0.special": wrong(True), "normalizer": wrong(None, {}), "decoder": wrong(None, {})},
-        others=True,
     ),
 }  # fmt: skip
 

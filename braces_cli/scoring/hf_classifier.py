@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from braces_cli.core.models.hub_errors import explained
 from braces_cli.core.models.loading import with_padding
-from braces_cli.core.models.model_files import check_model_files
 from braces_cli.core.utils.errors import ModelError
-from braces_cli.core.utils.paths import is_there
 from braces_cli.scoring.scorer import Verdict, checked
 
 _BATCH = 32
@@ -64,8 +61,6 @@ def load_hub_classifier(name: str, device: str = "cpu") -> HubClassifier:
             name, output_loading_info=True, trust_remote_code=False
         )
 
-    if is_there(Path(name) / "config.json"):
-        check_model_files(Path(name))
     tokenizer, model, info = explained(name, load, "classifier")
     if info["missing_keys"]:
         # A base model loads as a classifier, too, with a head of random numbers.

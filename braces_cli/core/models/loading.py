@@ -19,7 +19,6 @@ from braces_cli.core.models.fingerprint import fingerprint
 from braces_cli.core.models.finite_weights import check_finite
 from braces_cli.core.models.hub_errors import explained
 from braces_cli.core.models.load_options import LoadOptions
-from braces_cli.core.models.model_files import check_model_files
 from braces_cli.core.models.moe import MixtureFFN
 from braces_cli.core.models.quantization import check_packed, check_quantize, quantization_config
 from braces_cli.core.models.stored_fingerprint import Fingerprint
@@ -267,7 +266,6 @@ def _folder_or_id(name: str) -> str:
     path = user_path(name)
     if os.path.isdir(path):  # pathlib's would raise where the name is too long
         if is_there(path / "config.json"):
-            check_model_files(path)
             return str(path.resolve())
         if (path / "adapter_config.json").is_file():
             raise ModelError("this is an adapter, not a model", where=name, hint=f"Give it as --adapter {name}.")

@@ -73,18 +73,6 @@ def read(kind: Kind[T], path: Path) -> T:
     return parse(kind, _bytes(kind, path), str(path))
 
 
-def check_file(kind: Kind[Any], path: Path) -> None:
-    """Check a JSON file of many megabytes that others read; raises as `read` does.
-
-    Plain values, which take longer than the library takes that reads the file, are made only for an error.
-    """
-    data = _bytes(kind, path)
-    try:
-        msgspec.json.decode(data, type=kind.schema)
-    except (msgspec.MsgspecError, UnicodeError, RecursionError):
-        parse(kind, data, str(path))
-
-
 def _bytes(kind: Kind[Any], path: Path) -> bytes:
     check_is_file(kind, path)
     try:
