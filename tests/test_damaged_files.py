@@ -115,7 +115,7 @@ class FileKind:
         error: class of what is raised for a bad one.
         keys: path of a value -> values that it must not have.
         beside: makes what else belongs into the folder.
-        others: others read it, too, who take a key that comes twice, or NaN.
+        others: others read it, too, who take half characters.
     """
 
     name: str
@@ -268,12 +268,12 @@ TEXTS = {
     "no text": bytes(range(256)),
     "a pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
 }
-STRICT = {"a key twice": b'{"a": 1, "a": 2}', "NaN": b'{"a": NaN}', "half a character": b'{"a": "\\ud800"}'}
+STRICT = {"half a character": b'{"a": "\\ud800"}'}
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_broken_text_is_refused(name: str, tmp_path: Path) -> None:
-    """Whatever the kind; a key that comes twice, NaN and half characters where no other program reads the file."""
+    """Whatever the kind; and half characters where no other program reads the file."""
     kind = KINDS[name]
     folder, path = make(kind, tmp_path)
     for what, text in (TEXTS if kind.others else TEXTS | STRICT).items():
@@ -338,7 +338,7 @@ def test_a_header_of_attributes_is_checked(tmp_path: Path) -> None:
     write_tensors(path, tensors, HEADER)
     assert read_header(path).layers == [0, 1]
     bad = {
-        "attributes": ["", "{", "5", "[]", '{"x": "a"}', '{"x": [5]}', '{"x": [], "x": []}', "[" * 5000],
+        "attributes": ["", "{", "5", "[]", '{"x": "a"}', '{"x": [5]}', "[" * 5000],
         "layers": ["", "x", "{}", "[0]", "[1, 0]", "[0, 0]", "[0, null]", "[0, 1.5]", "[0, -1]", '"[0, 1]"'],
         "fingerprint": ["", "[]", "{}", json.dumps({**FINGERPRINT, "hidden_size": "x"}), "NaN"],
         "details": ["", "[]", '{"x": 5}', '{"x": {"pooling": "none"}}', '{"x": {"examples": -1}}'],

@@ -22,7 +22,7 @@ from braces_cli.cli.command import command, running
 from braces_cli.cli.console import cell, print_json, print_table, print_text
 from braces_cli.cli.options import OutputSettings
 from braces_cli.cli.streams import note
-from braces_cli.core.utils.decoding import decode
+from braces_cli.core.schema import decode
 from braces_cli.core.utils.settings import OUTPUT, option
 
 # One axis, its ends built from the words that braces brings.

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from braces_cli.core.models.hub_errors import hub_errors
+from braces_cli.core.schema import Malformed, decode
 from braces_cli.core.utils.atomic_files import file_hint
-from braces_cli.core.utils.decoding import Malformed, decode
 from braces_cli.core.utils.errors import DataError
 from braces_cli.core.utils.paths import is_there, user_path
 
@@ -92,7 +92,7 @@ def _row(fields: Any, where: str) -> Source:
 
 
 def _json_lines(path: Path) -> Iterator[Source]:
-    from braces_cli.core.utils.documents import ROW, parse  # msgspec, which the names of columns do not need
+    from braces_cli.core.schema import ROW, parse  # msgspec, which the names of columns do not need
 
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
@@ -113,7 +113,7 @@ def _text_lines(path: Path) -> Iterator[Source]:
 def _json(path: Path) -> Iterator[Source]:
     text = path.read_text(encoding="utf-8-sig")
     try:
-        value = decode(text, constants=True)
+        value = decode(text)
     except Malformed as error:
         # Many a `.json` file is JSON Lines: a whole object on its first line, and more behind it.
         if error.end is not None and "\n" not in text[: error.end].strip():

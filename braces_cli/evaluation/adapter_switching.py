@@ -27,8 +27,8 @@ from braces_cli.core.method.adapter_files import (
     read_adapter,
 )
 from braces_cli.core.models.finite_weights import check_finite
+from braces_cli.core.schema import Kind, Name, check, read
 from braces_cli.core.session import Session
-from braces_cli.core.utils.documents import Kind, Name, check, read
 from braces_cli.core.utils.errors import ConfigError, ModelError, first_line
 from braces_cli.core.utils.paths import is_there
 

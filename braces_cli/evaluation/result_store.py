@@ -13,8 +13,8 @@ import shutil
 from pathlib import Path
 from typing import Any, TypedDict
 
+from braces_cli.core.schema import Count, Kind, check, read, stored_form
 from braces_cli.core.utils.atomic_files import check_output_folder, finite, remove_partial_files, write_json, write_text
-from braces_cli.core.utils.documents import Count, Kind, check, read, stored_form
 from braces_cli.core.utils.errors import ConfigError, ModelError
 from braces_cli.core.utils.paths import is_there
 from braces_cli.evaluation.scores import Scores, StoredScores, by_task, slug
@@ -84,7 +84,7 @@ _RESUME = "Remove the file and resume."
 _ANY = Kind(dict[str, Any], ModelError, _RESUME, "result")
 _SETTINGS = Kind(dict[str, Any], ModelError, "Give another --output-dir, or --overwrite.", "record of a run")
 _RESULTS = Kind(StoredResults, ModelError, _RESUME)
-_PART = Kind(StoredScores, ModelError, _RESUME, "part of a result", constants=True)
+_PART = Kind(StoredScores, ModelError, _RESUME, "part of a result")
 
 
 class Store:

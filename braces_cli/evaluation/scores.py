@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, TypedDict
 
-from braces_cli.core.utils.documents import Count, Size
+from braces_cli.core.schema import Count, Size
 
 Key = tuple[str, str]
 # Metric of a group: the average over its tasks.

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from braces_cli.core.utils.decoding import decode
+from braces_cli.core.schema import decode
 from braces_cli.core.utils.errors import ConfigError, DataError
 from braces_cli.core.utils.paths import check_regular
 from braces_cli.data.readers import Source, read_rows

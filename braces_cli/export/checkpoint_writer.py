@@ -19,8 +19,8 @@ from torch import Tensor
 
 from braces_cli.core.method.adapter import Adapter
 from braces_cli.core.models.ffn import FFN
+from braces_cli.core.schema import WRITTEN, read
 from braces_cli.core.utils.atomic_files import file_hint, umask, write_json
-from braces_cli.core.utils.documents import WRITTEN, read
 from braces_cli.core.utils.errors import BracesError, ModelError
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.export.llama_conversion import take

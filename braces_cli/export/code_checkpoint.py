@@ -24,8 +24,8 @@ from braces_cli.core.method.adapter import Adapter
 from braces_cli.core.models.ffn import FFN
 from braces_cli.core.models.module_structure import SIDE_PATH
 from braces_cli.core.models.moe import Experts, MixtureFFN
+from braces_cli.core.schema import WRITTEN, Kind, Name, read
 from braces_cli.core.utils.atomic_files import file_hint, write_json, write_tensors, write_text
-from braces_cli.core.utils.documents import WRITTEN, Kind, Name, read
 from braces_cli.core.utils.errors import BracesError, ConfigError, ModelError
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.core.utils.templates import render
@@ -225,7 +225,7 @@ class WeightIndex(TypedDict):
     weight_map: dict[Name, Annotated[str, Meta(pattern=r"^[^/\\\x00]+\.safetensors\Z")]]
 
 
-_WEIGHT_INDEX = Kind(WeightIndex, ModelError, "Check that the base's download is complete.", foreign=True)
+_WEIGHT_INDEX = Kind(WeightIndex, ModelError, "Check that the base's download is complete.")
 
 
 def _link_weights(checkpoint: Path, folder: Path, model: Any) -> dict[str, str]:

@@ -17,10 +17,10 @@ from msgspec import Meta
 from braces_cli.core.attributes.intervention import pushed_constants, steered
 from braces_cli.core.models.ffn import find_ffns
 from braces_cli.core.models.loading import load_shape
+from braces_cli.core.schema import Count, Kind, Name, read
+from braces_cli.core.schema import check as check_document
 from braces_cli.core.session import base_name
 from braces_cli.core.utils.atomic_files import write_json, write_text
-from braces_cli.core.utils.documents import Count, Kind, Name, read
-from braces_cli.core.utils.documents import check as check_document
 from braces_cli.core.utils.errors import ModelError
 from braces_cli.core.utils.paths import is_there, user_path
 from braces_cli.core.utils.progress import Report, silent

@@ -21,10 +21,9 @@ import torch
 from braces_cli.core.models.ffn import FFN, find_ffns
 from braces_cli.core.models.loading import load_shape
 from braces_cli.core.models.stored_fingerprint import UNKNOWN, Fingerprint
+from braces_cli.core.schema import Count, Kind, Name, Size, check, cut, read
 from braces_cli.core.session import base_name
 from braces_cli.core.utils.atomic_files import write_json, write_text
-from braces_cli.core.utils.decoding import cut
-from braces_cli.core.utils.documents import Count, Kind, Name, Size, check, read
 from braces_cli.core.utils.errors import ModelError
 from braces_cli.core.utils.paths import is_there
 from braces_cli.core.utils.progress import Report, silent

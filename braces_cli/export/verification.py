@@ -29,9 +29,9 @@ from braces_cli.core.models.finite_weights import OVERFLOW_HINT
 from braces_cli.core.models.loading import input_device
 from braces_cli.core.models.module_structure import layer_output, with_layer_output
 from braces_cli.core.models.tokenization import all_ids, encode
+from braces_cli.core.schema import WRITTEN, parse
 from braces_cli.core.session import Session
 from braces_cli.core.utils.atomic_files import disk_error
-from braces_cli.core.utils.documents import WRITTEN, parse
 from braces_cli.core.utils.errors import BracesError, ModelError
 from braces_cli.core.utils.scratch_folder import scratch_folder
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from braces_cli.core.models.stored_fingerprint import Fingerprint
+from braces_cli.core.schema import Count, Kind, check, parse
 from braces_cli.core.utils.atomic_files import write_whole
-from braces_cli.core.utils.documents import Count, Kind, check, parse
 from braces_cli.core.utils.errors import ConfigError, DataError, ModelError
 from braces_cli.inspection.concept_tokens import Concept, Vocabulary, best_first
 

@@ -15,9 +15,8 @@ from typing import Annotated, Any
 import numpy as np
 from msgspec import Meta
 
+from braces_cli.core.schema import Kind, check_is_file, cut, read
 from braces_cli.core.utils.atomic_files import write_json, write_tensors
-from braces_cli.core.utils.decoding import cut
-from braces_cli.core.utils.documents import Kind, check_is_file, read
 from braces_cli.core.utils.errors import DataError, ModelError, first_line
 from braces_cli.scoring.scorer import Verdict, checked
 from braces_cli.scoring.word_tokens import split_words, words_of

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from braces_cli.core.schema import ROW, cut, parse
 from braces_cli.core.utils.atomic_files import file_hint
-from braces_cli.core.utils.decoding import cut
-from braces_cli.core.utils.documents import ROW, parse
 from braces_cli.core.utils.errors import ConfigError, DataError
 from braces_cli.data.readers import read_rows
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from braces_cli.core.models.generation import TextRequest
+from braces_cli.core.schema import Count, Kind, parse, read, stored_form
 from braces_cli.core.utils.atomic_files import check_output_file, file_hint, remove_partial_files, write_json
-from braces_cli.core.utils.documents import Count, Kind, parse, read, stored_form
 from braces_cli.core.utils.errors import BracesError, ConfigError, DataError
 from braces_cli.core.utils.paths import check_regular, is_there
 

@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+from braces_cli.core.schema import Count, Kind, Malformed, check, decode
 from braces_cli.core.utils.atomic_files import file_hint, finite, write_text
-from braces_cli.core.utils.decoding import Malformed, decode
-from braces_cli.core.utils.documents import Count, Kind, check
 from braces_cli.core.utils.errors import BracesError, ModelError
 from braces_cli.core.utils.plotting import figure, save_figure
 

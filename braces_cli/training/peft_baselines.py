@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from braces_cli.core.method.adapter_files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, AdapterConfig
 from braces_cli.core.models.layer_ranges import chosen_layers
+from braces_cli.core.schema import WRITTEN, read
 from braces_cli.core.utils.atomic_files import disk_error, write_json, write_tensors, write_text
-from braces_cli.core.utils.documents import WRITTEN, read
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.core.utils.scratch_folder import scratch_folder
 from braces_cli.training.settings import TrainSettings

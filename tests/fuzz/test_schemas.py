@@ -12,9 +12,9 @@ from typing import Any, get_args, get_type_hints
 
 from hypothesis import strategies as st
 
-from braces_cli.core.utils.documents import Kind, parse
+from braces_cli.core.schema import Kind, parse
 from tests.fuzz.budget import attempt, fuzz
-from tests.fuzz.inputs import JSON_TEXT, PLAIN, VALUES, YAML_TEXT, as_bytes
+from tests.fuzz.inputs import JSON_TEXT, PLAIN, VALUES, as_bytes
 
 PACKAGE = Path(__file__).parents[2] / "braces_cli"
 LONGEST = 500
@@ -47,8 +47,6 @@ def names(schema: Any) -> list[str]:
 
 def documents(kind: Kind[Any]) -> st.SearchStrategy[bytes]:
     """Files of a kind: objects with its keys and any values, lists of them, and text of any sort."""
-    if kind.syntax == "yaml":
-        return as_bytes(YAML_TEXT)
     known = sorted(set(names(kind.schema)))
     keys = st.sampled_from(known) | PLAIN if known else PLAIN
     objects = st.dictionaries(keys, st.dictionaries(keys, VALUES, max_size=3) | VALUES, max_size=6)

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from braces_cli.core.models.stored_fingerprint import Fingerprint
-from braces_cli.core.utils.decoding import cut
-from braces_cli.core.utils.documents import Count, Kind, Name, check, parse
+from braces_cli.core.schema import Count, Kind, Name, check, cut, parse, read_tensor_header
 from braces_cli.core.utils.errors import ModelError
-from braces_cli.core.utils.tensor_header import read_tensor_header
 
 FORMAT_VERSION = "1"
 _JSON_KEYS = ("attributes", "layers", "fingerprint", "details")

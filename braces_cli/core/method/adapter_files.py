@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 from braces_cli.core.method.relevance_forms import FORMS, layer_shapes
 from braces_cli.core.models.hub_errors import explained, is_hub_id
 from braces_cli.core.models.stored_fingerprint import Fingerprint
+from braces_cli.core.schema import Count, Kind, Name, Positive, Size, check, check_is_file, cut, read
 from braces_cli.core.utils.atomic_files import write_json, write_tensors, write_text
-from braces_cli.core.utils.decoding import cut
-from braces_cli.core.utils.documents import Count, Kind, Name, Positive, Size, check, check_is_file, read
 from braces_cli.core.utils.errors import ModelError
 from braces_cli.core.utils.paths import is_there, user_path
 
@@ -66,7 +65,7 @@ class AdapterConfig:
 
 _DAMAGED = "The file is damaged; train again."
 # Of braces or of another program, which the content tells.
-ANY_CONFIG: Kind[dict[str, Any]] = Kind(dict[str, Any], ModelError, _DAMAGED, "config of an adapter", foreign=True)
+ANY_CONFIG: Kind[dict[str, Any]] = Kind(dict[str, Any], ModelError, _DAMAGED, "config of an adapter")
 _WEIGHTS = Kind(object, ModelError, "Train again.", "file of the adapter's weights")
 _CONFIG = Kind(AdapterConfig, ModelError, _DAMAGED, closed=True)
 

@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core.utils.documents import Kind, read
+from braces_cli.core.schema import Kind, read
 from braces_cli.core.utils.errors import ModelError
 
 logger = logging.getLogger("braces")

@@ -19,9 +19,8 @@ from braces_cli.core.models.ffn import FFN
 from braces_cli.core.models.moe import MixtureFFN
 from braces_cli.core.models.stored_fingerprint import Fingerprint
 from braces_cli.core.models.value_weights import dense
-from braces_cli.core.utils.documents import Kind
+from braces_cli.core.schema import Kind, read_tensor_header
 from braces_cli.core.utils.errors import ModelError
-from braces_cli.core.utils.tensor_header import read_tensor_header
 
 # Three matrices, four places in each: enough to tell checkpoints apart, and read in milliseconds from any model.
 _LAYERS_SAMPLED = 3

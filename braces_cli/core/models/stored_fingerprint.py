@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypedDict
 
-from braces_cli.core.utils.documents import Count, Size
+from braces_cli.core.schema import Count, Size
 
 
 class Fingerprint(TypedDict):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from braces_cli.core.models.hub_errors import is_panic
-from braces_cli.core.utils.decoding import cut, is_half
+from braces_cli.core.schema import cut
 from braces_cli.core.utils.errors import DataError, ModelError, first_line
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
@@ -127,9 +127,11 @@ def context_length(config: Any, tokenizer: Any) -> int:
 
 
 def _plain(tokenizer: Any, text: str) -> list[int]:
-    if is_half(text):
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
         what = "half a character (a lone surrogate), which no tokenizer takes"
-        raise DataError(what, where=cut(text), hint="Remove it from the text.")
+        raise DataError(what, where=cut(text), hint="Remove it from the text.") from error
     ids = all_ids(tokenizer, text)
     end = tokenizer.eos_token_id
     # Drop an end token that the tokenizer appended, not one that is also its start token and stands alone.

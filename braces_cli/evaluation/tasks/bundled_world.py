@@ -9,7 +9,7 @@ import logging
 from importlib import resources
 from typing import Any
 
-from braces_cli.core.utils.decoding import decode
+from braces_cli.core.schema import decode
 
 # lm-eval advises on extra arguments whenever a task brings its own rows; these take none.
 logging.getLogger("lm_eval.api.task").addFilter(lambda record: "Custom kwargs can be passed" not in record.getMessage())

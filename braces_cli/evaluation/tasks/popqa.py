@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-from braces_cli.core.utils.decoding import decode
+from braces_cli.core.schema import decode
 
 
 def possible_answers(doc: dict[str, Any]) -> list[str]:

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypedDict
 
+from braces_cli.core.schema import Count, Kind, Name, check_is_file, read
 from braces_cli.core.utils.atomic_files import file_hint, remove_partial_files, write_json
-from braces_cli.core.utils.documents import Count, Kind, Name, check_is_file, read
 from braces_cli.core.utils.errors import BracesError, ModelError
 from braces_cli.core.utils.paths import is_there
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from braces_cli.core.method.adapter_files import CONFIG_FILE
+from braces_cli.core.schema import Count, Kind, Size, check, read
 from braces_cli.core.utils.atomic_files import check_output_folder, finite, write_json
 from braces_cli.core.utils.distributed import barrier, is_main
-from braces_cli.core.utils.documents import Count, Kind, Size, check, read
 from braces_cli.core.utils.errors import ConfigError, ModelError
 from braces_cli.core.utils.paths import is_there
 from braces_cli.data.examples import Examples

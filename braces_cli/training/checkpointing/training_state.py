@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from braces_cli.core.schema import Count, Kind, check, check_is_file, read
 from braces_cli.core.utils.atomic_files import write_json, write_tensors
 from braces_cli.core.utils.distributed import gathered, rank, whole
-from braces_cli.core.utils.documents import Count, Kind, check, check_is_file, read
 from braces_cli.core.utils.errors import ModelError
 from braces_cli.training.checkpointing.checkpoint_folders import DAMAGED_HINT
 
