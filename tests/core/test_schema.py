@@ -29,7 +29,13 @@ from braces_cli.core.utils.errors import ConfigError, DataError, ModelError
 PACKAGE = Path(__file__).parents[2] / "braces_cli"
 PARSERS = {"json.load", "json.loads", "yaml.load", "yaml.safe_load", "msgspec.convert"}
 # The two boundaries, and a program that runs where braces cannot be imported.
-ALLOWED = {"core/config.py", "core/schema.py", "export/verification_process.py"}
+ALLOWED = {
+    "core/config.py",
+    "core/schema.py",
+    "export/verification_process.py",
+    "core/utils/atomic_files.py",
+    "core/utils/output_lock.py",
+}
 
 
 @dataclass

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from braces_cli.core.schema import decode
 from braces_cli.core.utils.atomic_files import check_writable, file_hint, remove_partial_files
 from braces_cli.core.utils.distributed import is_main
 from braces_cli.core.utils.errors import ConfigError
