@@ -119,11 +119,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         },
         "audio_config": {"adapter_input_size": WIDTH, "adapter_out_dim": WIDTH},
     },
-    "reformer": {
-        "hidden_dropout_prob": 0.0, "local_attention_probs_dropout_prob": 0.0, "lsh_attention_probs_dropout_prob": 0.0,
-        "axial_pos_embds": False, "attn_layers": ["local", "lsh"],
-        "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8, "num_buckets": 2, "hash_seed": 0,
-    },
     "roc_bert": {
         "pronunciation_vocab_size": 20, "shape_vocab_size": 20, "pronunciation_embed_dim": 8, "shape_embed_dim": 8,
     },

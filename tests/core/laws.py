@@ -47,6 +47,9 @@ EXPECTED: dict[str, tuple[str, str, str]] = {
     "dbrx": (UNSUPPORTED, "its experts are stacked in two dimensions", "a layout that is not understood"),
     "inkling_text": (UNSUPPORTED, "its shared experts are stacked and weighed inside", "is called with 2 tensors"),
     "jetmoe": (UNSUPPORTED, "its experts' two ends are modules called with sorted tokens", "that is not understood"),
+    "hrm_text": (UNSUPPORTED, "its layers are in two lists", "its layers are in two lists"),
+    "reformer": (UNSUPPORTED, "its layers run where autograd does not record them", "where autograd"),
+    "xlnet": (UNSUPPORTED, "it runs tokens before rows", "runs tokens before rows"),
     "gemma3n": (UNBUILT, "its vision tower needs timm; its text decoder is gemma3n_text", "requires the timm library"),
     "gemma4_assistant": (UNBUILT, _SHARED, "set of layer types producing a cache"),
     "gemma4_unified_assistant": (UNBUILT, _SHARED, "set of layer types producing a cache"),
@@ -69,11 +72,8 @@ CACHES = {
     "cpmant": (False, "transformers' cache changes the bare base's text, too"),
     "musicgen": (True, "transformers generates other codes without its cache from the bare base, too"),
     "prophetnet": (False, "transformers fails to generate with its cache"),
-    "reformer": (False, "transformers' cache changes the bare base's text, too"),
     "rwkv": (False, "transformers' cache changes the bare base's text, too"),
 }
-# Types that pass gradients in training mode only.
-TRAINING = {"reformer": "gradients compared in training mode: its reversible layers refuse them in eval mode"}
 # Types that cannot run in float64 themselves.
 SINGLE = {"inkling2_text": "float32 only: its router computes in it"}
 # Widths of FFNs that are worked out from something else than d_ff or 4 d.
@@ -194,7 +194,7 @@ def compare(name: str, relevance: str) -> None:
     Raises:
         AssertionError: they differ by more than rounding.
     """
-    model = tiny(name).train(name in TRAINING)
+    model = tiny(name)
     adapter = carry(model, find_ffns(model), relevance)
     fast, slow = passed(model, adapter, False), passed(model, adapter, True)
     if name in SINGLE:
@@ -322,7 +322,7 @@ def prove(name: str, folder: Path) -> Outcome:
     is_the_ffn(name, find_ffns(model))
     live(name, model, folder)
     caches = {name: reason for name, (_, reason) in CACHES.items()}
-    notes = [table[name] for table in (NOTES, TRAINING, SINGLE, NOISY, caches) if name in table]
+    notes = [table[name] for table in (NOTES, SINGLE, NOISY, caches) if name in table]
     tolerance = 1e-4 if name in NOISY else 1e-5
     columns = export_columns(model, lambda: carry(model, find_ffns(model)), logits_of, folder, tolerance)
     return Outcome(name, EXACT, *form(model, find_ffns(model)), *columns, "; ".join(notes))

@@ -25,13 +25,11 @@ import torch
 from torch import Tensor
 
 from braces_cli.core.attributes.word_lists import GRADIENT, neutral_texts
-from braces_cli.core.models.ffn import hides_gradients
 from braces_cli.core.models.loading import input_device
 from braces_cli.core.models.module_structure import add_to_output
 from braces_cli.core.models.moe import MixtureFFN
 from braces_cli.core.models.tokenization import encode
 from braces_cli.core.session import Session
-from braces_cli.core.utils.errors import ModelError
 from braces_cli.core.utils.progress import Report, silent
 
 RIDGE = 3.0
@@ -56,22 +54,13 @@ class Item:
 
 
 def default_reduction(session: Session) -> str:
-    """By gradient, unless the model computes where gradients do not reach, or is offloaded: a backward pass would hold
-    all of its weights at once.
-    """
+    """By gradient, unless the model is offloaded: a backward pass would hold all of its weights at once."""
     offloaded = any(getattr(ffn.parts[0].values(), "is_offloaded", False) for ffn in session.ffns)
-    return "mean" if offloaded or hides_gradients(session.base.model) else GRADIENT
+    return "mean" if offloaded else GRADIENT
 
 
 def cheapest_directions(session: Session, items: Sequence[Item], report: Report = silent) -> Tensor:
-    """(F + r I)^-1 g of every layer, (layers, d) in float32 on the CPU; see the module's docstring.
-
-    Raises:
-        ModelError: the model computes where gradients do not reach.
-    """
-    if hides_gradients(session.base.model):
-        what = f"{type(session.base.model).__name__} computes where gradients do not reach"
-        raise ModelError(what, where="--reduction gradient", hint="Use another --reduction.")
+    """(F + r I)^-1 g of every layer, (layers, d) in float32 on the CPU; see the module's docstring."""
     with ExitStack() as stack:
         if session.adapter is not None:
             stack.enter_context(session.adapter.disabled())

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from braces_cli.core.method.adapter_files import AdapterConfig, StoredAdapter, write_adapter
 from braces_cli.core.method.condition_mlp import ConditionMLP
 from braces_cli.core.method.relevance import Read, RelevanceModule, as_is
-from braces_cli.core.models.ffn import FFN, find_ffns, hides_gradients
+from braces_cli.core.models.ffn import FFN, find_ffns
 from braces_cli.core.models.fingerprint import differences
 from braces_cli.core.models.module_structure import hooks_changed
 from braces_cli.core.models.moe import Experts, MixtureFFN, routing
@@ -40,10 +40,6 @@ class Adapter:
         for parameter in self._frozen:
             parameter.requires_grad_(False)
         self._handles: list[RemovableHandle] = []
-        if hides_gradients(model):
-            # The base is frozen, so nothing would ask such a model for gradients: its embeddings must.
-            embedding: Any = model
-            self._handles.append(embedding.get_input_embeddings().register_forward_hook(_require_gradients))
         try:
             for ffn, brace in sites:
                 ffn.host.add_module("brace", brace)
@@ -177,11 +173,6 @@ class Adapter:
         Form and scales are the adapter's own, whatever `config` holds: with others it would be another adapter.
         """
         write_adapter(folder, self.tensors(), replace(config, scales=self.scales, relevance=self.form), card)
-
-
-def _require_gradients(module: nn.Module, args: tuple, output: Tensor) -> None:
-    if torch.is_grad_enabled() and not output.requires_grad:
-        output.requires_grad_()
 
 
 def hook_ffn(part: FFN | Experts, brace: Any) -> list[RemovableHandle]:

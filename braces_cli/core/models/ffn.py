@@ -18,11 +18,17 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from braces_cli.core.models.module_structure import is_whole, keeps_state, pairs, runs_in_function, sizes
+from braces_cli.core.models.module_structure import is_whole, keeps_state, pairs, sizes
 from braces_cli.core.models.moe import Experts, MixtureFFN, find_experts, has_experts
 from braces_cli.core.models.value_weights import Values, dense, stored_values
 from braces_cli.core.utils.errors import ModelError
 
+# Model types on which an adapter would be attached, and would be wrong without a sign of it.
+_REFUSED = {
+    "hrm_text": "its layers are in two lists",
+    "reformer": "its layers run where autograd does not record them",
+    "xlnet": "it runs tokens before rows, and a batch may hold rows of different strengths",
+}
 _LOOKED_FOR = "a module with an activation and two linear projections d -> d_ff -> d in each layer"
 
 
@@ -82,26 +88,15 @@ class FFN:
 def layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Name and ModuleList of the decoder layers: of the outermost lists, the one whose layers hold the most FFNs.
 
-    Vision and audio towers are left out. Where several lists are owned by modules of one class, as
-    HRM's slow and fast stack, they are one decoder: the list is a new one of all their layers, the name the last one's.
+    Vision and audio towers are left out. Of lists with equally many FFNs the last is taken: in an encoder-decoder model
+    the decoder, which generates, comes second.
 
     Raises:
         ModelError: the model has no list of layers.
     """
-    stacks = _stacks(model)
-    return stacks[-1][0], nn.ModuleList([layer for _, stack in stacks for layer in stack])
-
-
-def hides_gradients(model: nn.Module) -> bool:
-    """The module that runs the layers does so where autograd does not see it, see `runs_in_function`."""
-    return any(runs_in_function(model.get_submodule(name.rpartition(".")[0])) for name, _ in _stacks(model))
-
-
-def _stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
-    """(name, list of layers) of the decoder, mostly one. Raises ModelError as `layer_stack` does."""
     embed: Any = getattr(model, "get_input_embeddings", None)
     embedding = embed() if embed else None
-    found: list[tuple[int, str, nn.ModuleList, type]] = []
+    found: list[tuple[int, str, nn.ModuleList]] = []
     closed: list[str] = []
     for name, module in model.named_modules():
         if any(name.startswith(f"{outer}.") for outer in closed):
@@ -110,18 +105,15 @@ def _stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
             closed.append(name)
         elif isinstance(module, nn.ModuleList):
             closed.append(name)
-            owner = model.get_submodule(name.rpartition(".")[0])
             count = sum(bool(pairs(layer) or has_experts(layer)) for layer in module)
-            found.append((count, name, module, type(owner)))
+            found.append((count, name, module))
     if not found:
         raise ModelError(
             f"{type(model).__name__} has no list of layers",
             hint=f"braces looked for {_LOOKED_FOR}; a model without feed-forward layers has nothing to attach to.",
         )
-    # Of equal ones the last: in an encoder-decoder model the decoder, which comes second, is the one that generates.
-    most = max(count for count, *_ in found)
-    owner_class = [owner for count, _, _, owner in found if count == most][-1]
-    return [(name, stack) for count, name, stack, owner in found if owner is owner_class and (count or not most)]
+    _, name, stack = max(reversed(found), key=lambda entry: entry[0])
+    return name, stack
 
 
 def _is_tower(module: nn.Module, embedding: Any) -> bool:
@@ -133,10 +125,16 @@ def find_ffns(model: nn.Module) -> list[FFN | MixtureFFN]:
     """The feed-forward layer of every decoder layer that has one, in order.
 
     Raises:
-        ModelError: no layer has a recognisable FFN, or a mixture of experts is built in a way that is not understood.
+        ModelError: no layer has a recognisable FFN, a mixture of experts has an unknown layout, or the model type is
+            refused.
     """
+    config: Any = getattr(model, "config", None)
+    if config is not None and config.model_type in _REFUSED:
+        reason = _REFUSED[config.model_type]
+        raise ModelError(f"models of type `{config.model_type}` are not supported: {reason}", hint="Use another base.")
     width = _width(model)
-    layers = [(f"{name}.{place}", layer) for name, stack in _stacks(model) for place, layer in enumerate(stack)]
+    name, stack = layer_stack(model)
+    layers = [(f"{name}.{place}", layer) for place, layer in enumerate(stack)]
     found: list[FFN | MixtureFFN] = []
     seen: set[nn.Module] = set()
     for index, (prefix, layer) in enumerate(layers):

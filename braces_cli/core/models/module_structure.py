@@ -17,8 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from braces_cli.core.utils.errors import ModelError
-
 # Words in the names of the arguments by which a module learns of other tokens.
 _CONTEXT = ("mask", "position", "cache", "past", "cu_seq")
 # Arguments of a kernel that works on queries, keys and values.
@@ -67,14 +65,7 @@ def with_layer_output(output: Any, hidden: Tensor) -> Any:
 
 
 def by_row(states: Tensor, rows: int) -> Tensor:
-    """States of a batch (rows, tokens, d) as that; OPT flattens the first two before its FFN.
-
-    Raises:
-        ModelError: the model runs the tokens before the rows (XLNet).
-    """
-    if rows > 1 and states.ndim == 3 and states.shape[0] != rows:
-        what = "this model runs tokens before rows, so the rows of a batch cannot have strengths of their own"
-        raise ModelError(what, hint="Use --batch-size 1.")
+    """States of a batch as (rows, tokens, d); OPT flattens the first two dimensions before its FFN."""
     return states.reshape(rows, -1, states.shape[-1])
 
 
@@ -191,16 +182,6 @@ def takes_context(module: nn.Module) -> bool:
     """`forward` is told about other tokens: a mask, positions, a cache or queries."""
     names = _arguments(module)
     return not _QUERIES.isdisjoint(names) or any(word in name for name in names for word in _CONTEXT)
-
-
-def runs_in_function(module: nn.Module) -> bool:
-    """`forward` calls an autograd function of the model's own file (Reformer runs its reversible layers in one).
-
-    Such a function passes gradients to what runs inside it only if one of its inputs requires them.
-    """
-    function = _forward(module)
-    named = (function.__globals__.get(name) for name in function.__code__.co_names)
-    return any(isinstance(value, type) and issubclass(value, torch.autograd.Function) for value in named)
 
 
 def keeps_state(module: nn.Module) -> bool:

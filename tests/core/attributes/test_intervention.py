@@ -190,29 +190,3 @@ def test_a_compiled_model_is_steered_and_set_free_again(session):
     assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(plain, compiled, strict=True))
     assert not torch.allclose(plain[0], plain[1], atol=1e-3)
     assert not torch.allclose(plain[0], plain[3], atol=1e-3)
-
-
-def test_a_model_that_runs_tokens_before_rows_takes_one_strength_for_all():
-    """XLNet: with strengths of their own, rows would be moved by those of others."""
-    import torch
-
-    from braces_cli.core.method.adapter import attach
-    from braces_cli.core.models.ffn import find_ffns
-    from braces_cli.core.models.module_structure import add_to_output
-    from braces_cli.core.utils.errors import ModelError
-    from tests.core.architectures import tiny
-
-    model = tiny("xlnet").eval()
-    (ffn, *_), tokens = find_ffns(model), torch.ones(2, 5, dtype=torch.long)
-    vector = torch.randn(ffn.hidden_size)
-    handle = add_to_output(ffn.value, vector)
-    model(tokens)
-    handle.remove()
-    handle = add_to_output(ffn.value, vector.expand(2, 1, -1))
-    with pytest.raises(ModelError, match="tokens before rows"):
-        model(tokens)
-    handle.remove()
-    adapter = attach(model, 4)
-    adapter.condition(torch.randn(1, len(adapter.sites), ffn.hidden_size), torch.ones(2, 1))
-    with pytest.raises(ModelError, match="tokens before rows"):
-        model(tokens)
