@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from braces_cli.cli import inspect_clamp, inspect_diff, inspect_find, inspect_report, inspect_trace, inspect_values
+from braces_cli.cli import inspect_clamp, inspect_find, inspect_report, inspect_trace, inspect_values
 from braces_cli.cli.command import command
 from braces_cli.cli.console import print_json, print_table
 from braces_cli.cli.options import AdapterSettings, DisplaySettings
@@ -72,5 +72,4 @@ app.command("values")(inspect_values.values)
 app.command("find")(inspect_find.find)
 app.command("trace")(inspect_trace.trace)
 app.command("clamp")(inspect_clamp.clamp)
-app.command("diff")(inspect_diff.diff)
 app.command("report")(inspect_report.report)
