@@ -23,7 +23,6 @@ from braces_cli.evaluation.adapter_switching import find_eval_adapter
 from braces_cli.evaluation.result_store import Store, read_results
 from braces_cli.export.merge import read_record as read_merge
 from braces_cli.export.slots import read_slots
-from braces_cli.scoring.tfidf_classifier import load_classifier
 from braces_cli.steering.resumable_output import TextsFile
 from braces_cli.training.checkpointing.checkpoint_folders import newest_intact
 from braces_cli.training.checkpointing.run_record import finished, read_progress, read_record
@@ -73,12 +72,6 @@ SLOTS = {
     "suffixes": None, "sites": {"0": {"reads": "up", "writes": "down", "offset": 0, "rows": 16}}, "versions": {},
 }  # fmt: skip
 MERGE = {"model": "m", "adapter": "a", "dtype": "float32", "attributes": {"x": 1.0}, "layers": "0-1", "case": "a"}
-
-
-def scorer(folder: Path) -> None:
-    (folder / "vocabulary.json").write_text('["good", "bad"]')
-    tensors = {"idf": torch.ones(2), "weight": torch.ones(2, 2), "bias": torch.ones(2)}
-    write_tensors(folder / "scorer.safetensors", {name: tensor.double() for name, tensor in tensors.items()})
 
 
 def new_optimizer() -> tuple[Any, Any]:
@@ -212,13 +205,6 @@ KINDS = {
     ),
     "texts": FileKind(
         "texts.jsonl.settings.json", {"seed": 0, "batch_size": 1}, texts, DataError, {},
-    ),
-    "fitted scorer": FileKind(
-        "scorer_config.json", {"format_version": "1", "labels": ["a", "b"], "excluded": [], "measured": {}},
-        load_classifier, ModelError,
-        {"labels": WRONG, "labels.0": wrong("x", "a\0b"), "excluded": wrong([]), "measured": OBJECT,
-         "format_version": WRONG, "more": WRONG},
-        beside=scorer,
     ),
 }  # fmt: skip
 

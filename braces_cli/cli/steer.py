@@ -23,7 +23,7 @@ def steer(settings: SteerSettings) -> None:
         from braces_cli.cli.steer_sweep import run_sweep
         from braces_cli.core.utils.output_lock import output_lock
 
-        with output_lock(settings.plot, settings.save_scorer):
+        with output_lock(settings.plot):
             run_sweep(settings)
     elif settings.export_control_vector is not None:
         if is_main():

@@ -47,9 +47,6 @@ class SweepOptions(Settings):
     score_label: str | None = option(
         None, help="The scorer's label for the attribute, if not its own name.", panel=SCORING, outcome=False
     )
-    save_scorer: Path | None = option(
-        None, help="Folder for the classifier that fit:ROWS fits.", panel=SCORING, outcome=False
-    )
     judge_model: str | None = option(
         None,
         help="Model that measures perplexity in place of the base: folder or hub id.",
@@ -99,7 +96,7 @@ class SweepOptions(Settings):
 
 # Options that have no effect without --sweep.
 _SWEEP_ONLY = (
-    "plot", "scorer", "score_label", "save_scorer", "judge_model", "exclude_list_words", "against", "answers", "detect"
+    "plot", "scorer", "score_label", "judge_model", "exclude_list_words", "against", "answers", "detect"
 )  # fmt: skip
 # Options that each way to call the command does not take.
 _REFUSED = {

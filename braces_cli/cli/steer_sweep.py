@@ -22,7 +22,7 @@ def run_sweep(settings: SteerSettings) -> None:
         ConfigError: nothing to sweep, strengths that do not fit, or a scorer that cannot be had.
     """
     from braces_cli.core.attributes.attribute_options import parse_strengths
-    from braces_cli.core.utils.atomic_files import check_output_file, check_output_folder
+    from braces_cli.core.utils.atomic_files import check_output_file
     from braces_cli.scoring.registry import default_scorer
     from braces_cli.steering.sweep_plot import plot_sweep
 
@@ -31,8 +31,6 @@ def run_sweep(settings: SteerSettings) -> None:
     # One process looks: by the time that another one does, the first may be writing.
     if settings.plot is not None and is_main():
         check_output_file(settings.plot, settings.overwrite)
-    if settings.save_scorer is not None and is_main():
-        check_output_folder(settings.save_scorer, settings.overwrite)
     prompts = _prompts(settings)
     with progress(settings.quiet or not is_main()) as report:
         document = _measure(settings, strengths, scorer, prompts, report)
@@ -81,9 +79,8 @@ def _measure(
     from braces_cli.steering.sweep import SweepPlan, sweep
 
     name, sampling, options = settings.attribute[0], settings.sampling, settings.load_options
-    save = settings.save_scorer if is_main() else None
     # Without words to leave out the scorer needs no model: what is wrong with it should show before one is loaded.
-    judge = None if settings.exclude_list_words else open_scorer(scorer, save=save)
+    judge = None if settings.exclude_list_words else open_scorer(scorer)
     if judge is not None:
         label_of(name, judge, settings.score_label)
     answers = read_answer_pairs(settings.answers) if settings.answers else []
@@ -104,7 +101,7 @@ def _measure(
     excluded: set[str] = set()
     if judge is None:
         excluded = list_words(session, [swept, *(attribute for attribute, _ in others)])
-        judge = open_scorer(scorer, exclude=excluded, save=save)
+        judge = open_scorer(scorer, exclude=excluded)
     label = label_of(name, judge, settings.score_label)
     detected = None if labelled is None else _detected(session, swept, settings, *labelled, report)
     rivals = rival_methods(session, settings.rivals, swept, strengths, plan.layers, report)

@@ -2,7 +2,7 @@
 
     vader              sentiment by VADER's lexicon and rules: positive, negative
     toxicity           toxicity by a word list that comes with braces: toxic
-    FOLDER             a classifier that `scoring.tfidf_classifier` fitted, or a Hugging Face classifier on disk
+    FOLDER             a Hugging Face classifier on disk
     ORG/NAME           a Hugging Face text classifier
     judge:MODEL        a causal language model that rates texts, folder or hub id
 
@@ -55,12 +55,7 @@ def scorer(name: str, *, exclude: Collection[str] = (), device: str = "cpu") -> 
         from braces_cli.scoring.judge_model import load_judge
 
         return load_judge(name)
-    from braces_cli.scoring.tfidf_classifier import CONFIG_FILE, load_classifier
-
-    folder = user_path(name)
-    if is_there(folder / CONFIG_FILE):
-        return load_classifier(folder, exclude)
-    if not is_there(folder) and name.count("/") != 1:
+    if not is_there(user_path(name)) and name.count("/") != 1:
         known = f"There are {', '.join(BUILT_IN)}, judge:MODEL, folders and hub ids."
         hint = f"{near_misses(name, BUILT_IN)} {known}".strip()
         raise ConfigError(f"no scorer `{name}`", where="--scorer", hint=hint)

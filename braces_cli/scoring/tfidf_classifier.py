@@ -1,48 +1,20 @@
-"""A small classifier that users fit from their own labelled rows: TF-IDF of words and pairs, logistic regression.
-
-In a folder: `scorer_config.json` (labels, settings, how good it was on rows held out), `vocabulary.json`, and
-`scorer.safetensors` (`idf` (n,), `weight` (k, n), `bias` (k,)). Loading runs no code.
-"""
+"""A small classifier that users fit from their own labelled rows: TF-IDF of words and pairs, logistic regression."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from msgspec import Meta
 
-from braces_cli.core.schema import Kind, check_is_file, cut, read
-from braces_cli.core.utils.atomic_files import write_json, write_tensors
-from braces_cli.core.utils.errors import DataError, ModelError, first_line
+from braces_cli.core.utils.errors import DataError
 from braces_cli.scoring.scorer import Verdict, checked
 from braces_cli.scoring.word_tokens import split_words, words_of
 
-CONFIG_FILE = "scorer_config.json"
-_VOCABULARY_FILE = "vocabulary.json"
-_TENSORS_FILE = "scorer.safetensors"
-_FORMAT = "1"
 # Every tenth row is held out to measure; the classifier itself then learns from all.
 _HELD_OUT = 10
-
-
-@dataclass
-class Config:
-    """What `scorer_config.json` holds; see `Classifier`."""
-
-    format_version: str
-    labels: Annotated[list[str], Meta(min_length=2)]
-    excluded: list[str]
-    measured: dict[str, Any]
-
-
-_HINT = "Fit it again: --scorer fit:ROWS."
-_CONFIG = Kind(Config, ModelError, _HINT, "fitted scorer", closed=True)
-_TENSORS = Kind(object, ModelError, _HINT, "file of the scorer's tensors")
-_VOCABULARY = Kind(list[str], ModelError, _HINT, "vocabulary of the scorer")
 
 
 @dataclass
@@ -149,55 +121,4 @@ def _vectorizer(excluded: set[str], vocabulary: list[str] | None = None, min_df:
         sublinear_tf=True,
         min_df=min_df,
         vocabulary=vocabulary,
-    )
-
-
-def save_classifier(folder: Path, classifier: Classifier) -> None:
-    """Write a classifier; its config comes last, so that a folder without one is no classifier."""
-    import torch
-
-    tensors = {name: torch.from_numpy(getattr(classifier, name).copy()) for name in ("idf", "weight", "bias")}
-    write_json(folder / _VOCABULARY_FILE, classifier.vocabulary)
-    write_tensors(folder / _TENSORS_FILE, tensors)
-    config = {
-        "format_version": _FORMAT,
-        "labels": list(classifier.labels),
-        "excluded": sorted(classifier.excluded),
-        "measured": classifier.measured,
-    }
-    write_json(folder / CONFIG_FILE, config)
-
-
-def load_classifier(folder: Path, exclude: Collection[str] = ()) -> Classifier:
-    """Read what `save_classifier` wrote; `exclude` adds to the words it does not look at.
-
-    Raises:
-        ModelError: damaged.
-    """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    config, vocabulary = read(_CONFIG, folder / CONFIG_FILE), read(_VOCABULARY, folder / _VOCABULARY_FILE)
-    if config.format_version != _FORMAT:
-        what = f"format version {cut(config.format_version)}, this braces reads {_FORMAT}"
-        raise ModelError(what, where=str(folder / CONFIG_FILE), hint="Update braces.")
-    path = folder / _TENSORS_FILE
-    check_is_file(_TENSORS, path)
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError, ValueError, TypeError) as error:
-        raise ModelError(f"not a fitted scorer: {first_line(error)}", where=str(path), hint=_HINT) from error
-    count, size = len(config.labels), len(vocabulary)
-    shapes = {"idf": (size,), "weight": (count, size), "bias": (count,)}
-    if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
-        raise ModelError(f"tensors of {size} words and {count} labels do not fit", where=str(path), hint=_HINT)
-    if any(tensor.dtype != np.float64 for tensor in tensors.values()):
-        raise ModelError("tensors are not torch.float64", where=str(path), hint=_HINT)
-    if not all(np.isfinite(tensor).all() for tensor in tensors.values()):
-        raise ModelError("tensors hold numbers that are not finite", where=str(path), hint=_HINT)
-    if len(set(vocabulary)) < size or len(set(config.labels)) < count:
-        raise ModelError("a word or a label comes twice", where=str(folder), hint=_HINT)
-    excluded = set(config.excluded) | split_words(exclude)
-    return Classifier(
-        tuple(config.labels), vocabulary, **tensors, excluded=excluded, measured=config.measured, name=str(folder)
     )

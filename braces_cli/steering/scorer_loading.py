@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Sequence
-from pathlib import Path
 
 from braces_cli.core.attributes.attribute import Attribute, load_attributes
 from braces_cli.core.attributes.listing import TRAINED_FILE
 from braces_cli.core.attributes.word_lists import OPPOSITES, built_in
 from braces_cli.core.session import Session
-from braces_cli.core.utils.errors import ConfigError, DataError
+from braces_cli.core.utils.errors import DataError
 from braces_cli.core.utils.paths import is_there
 from braces_cli.data.readers import read_rows
 from braces_cli.scoring.registry import scorer
 from braces_cli.scoring.scorer import Scorer
-from braces_cli.scoring.tfidf_classifier import Classifier, fit_classifier, save_classifier
+from braces_cli.scoring.tfidf_classifier import Classifier, fit_classifier
 
 logger = logging.getLogger("braces")
 
@@ -24,21 +23,18 @@ FIT = "fit:"
 LABEL_FIELDS = ("attribute", "label")
 
 
-def open_scorer(name: str, *, exclude: Collection[str] = (), device: str = "cpu", save: Path | None = None) -> Scorer:
+def open_scorer(name: str, *, exclude: Collection[str] = (), device: str = "cpu") -> Scorer:
     """The scorer called `name`; `fit:ROWS` fits a classifier from labelled rows (a file or a hub set).
 
     Args:
         exclude: words that it must not look at.
-        save: folder for a classifier that is fitted; it then goes by that folder's name.
 
     Raises:
-        ConfigError: unknown, not installed, cannot leave words out, or nothing to save.
+        ConfigError: unknown, not installed, or cannot leave words out.
         DataError: rows that cannot be read, or without text or label.
         ModelError: a classifier that cannot be loaded.
     """
     if not name.startswith(FIT):
-        if save is not None:
-            raise ConfigError("nothing is fitted", where="--save-scorer", hint="Give --scorer fit:ROWS with it.")
         return scorer(name, exclude=exclude, device=device)
     rows = name.removeprefix(FIT)
     texts, labels = read_labelled(rows)
@@ -48,8 +44,6 @@ def open_scorer(name: str, *, exclude: Collection[str] = (), device: str = "cpu"
         raise DataError(error.message, where=rows, hint=error.hint) from error
     fitted.name = name
     _log_accuracy(fitted)
-    if save is not None:
-        save_classifier(save, fitted)
     return fitted
 
 

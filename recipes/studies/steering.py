@@ -1,9 +1,9 @@
 """How far steering moves sentiment and what it costs: braces without and with training, against vectors of today.
 
-Run     python recipes/studies/steering.py --model M --scorer FOLDER --prompts neutral.jsonl --out runs.jsonl \\
+Run     python recipes/studies/steering.py --model M --scorer ROWS --prompts neutral.jsonl --out runs.jsonl \\
             --method braces=-3,-1.5,0,1.5,3 --method trained:ADAPTER=-3,-1.5,0,1.5,3 --method pca_diff=-8,-4,4,8 \\
             --method vector:FILE.gguf=-8,-4,4,8 --method difference=-3,-1.5,1.5,3 --plot curves.png
-Needs   a causal LM; a classifier that `braces steer --scorer fit:ROWS --save-scorer FOLDER` wrote; prompts;
+Needs   a causal LM; labelled rows, from which the classifier is fitted; prompts;
         for vector: the package gguf
 Shows   one JSON line a method and strength in --out, which a second call continues, and a picture of the share of
         positive continuations against their perplexity
@@ -57,6 +57,7 @@ from braces_cli.core.utils.plotting import figure, percent_ticks, plain_ticks, s
 from braces_cli.scoring.registry import scorer
 from braces_cli.scoring.scorer import Scorer
 from braces_cli.steering.prompts import read_prompts
+from braces_cli.steering.scorer_loading import open_scorer
 from braces_cli.steering.sweep import SweepPlan, Texts, continuation_nll, continuations, point
 
 
@@ -68,7 +69,7 @@ def main() -> None:
     judges = {
         "vader": scorer("vader"),
         "vader_without_list": scorer("vader", exclude=words),
-        "classifier": scorer(str(args.scorer), exclude=words),
+        "classifier": open_scorer(f"fit:{args.scorer}", exclude=words),
     }
     prompts = list(read_prompts((), args.prompts, sys.stdin))[args.skip : args.skip + args.count]
     common = {
@@ -93,7 +94,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--scorer", type=Path, required=True, help="folder of a fitted classifier")
+    parser.add_argument("--scorer", type=Path, required=True, help="labelled rows for a classifier")
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--method", action="append", required=True, metavar="NAME=S,S,...")
     parser.add_argument("--out", type=Path, required=True)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-LOOKS = ("values", "find", "trace", "clamp", "diff", "report")
+LOOKS = ("values", "find", "trace", "clamp", "report")
 COMMANDS = [["train"], ["eval"], ["attr-build"], ["steer"], ["inspect"], *(["inspect", look] for look in LOOKS)]
 HEAVY = {
     "torch",

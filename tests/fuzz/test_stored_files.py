@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import struct
 import tempfile
@@ -20,7 +19,6 @@ from braces_cli.core.attributes.listing import list_attributes
 from braces_cli.core.method.adapter_files import AdapterConfig, parameter_count, read_adapter
 from braces_cli.core.models.fingerprint import differences
 from braces_cli.core.utils.errors import BracesError, ModelError
-from braces_cli.scoring.tfidf_classifier import fit_classifier, load_classifier, save_classifier
 from braces_cli.steering.resumable_output import TextsFile
 from braces_cli.training.checkpointing.run_record import Record, read_progress, read_record
 from tests.fuzz.budget import attempt, fuzz
@@ -115,32 +113,6 @@ def test_attribute_file(content: bytes) -> None:
         assert isinstance(attribute, Attribute)
         assert attribute.state.shape == (len(NOTES["layers"]), good["hidden_size"])
         assert attribute.state.dtype == torch.float32
-
-
-@functools.cache
-def scorer_files() -> dict[str, bytes]:
-    classifier = fit_classifier(
-        ["a good film", "a happy day", "a sad end", "a bad day"], ["positive"] * 2 + ["negative"] * 2
-    )
-    with folder_of({}) as folder:
-        save_classifier(folder, classifier)
-        return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def _scorers() -> st.SearchStrategy[tuple[str, bytes]]:
-    files = scorer_files()
-    documents = {name: json.loads(content) for name, content in files.items() if name.endswith(".json")}
-    broken = [st.tuples(st.just(name), changed(value).map(as_json)) for name, value in documents.items()]
-    tensors = next(name for name in files if name.endswith(".safetensors"))
-    return st.one_of(*broken, st.tuples(st.just(tensors), broken_tensors(files[tensors])))
-
-
-@fuzz(st.deferred(_scorers))
-def test_fitted_scorer(chosen: tuple[str, bytes]) -> None:
-    with folder_of({**scorer_files(), chosen[0]: chosen[1]}) as folder:
-        scorer, error = attempt(lambda: load_classifier(folder), ModelError)
-        if error is None and "positive" in scorer.labels:
-            attempt(lambda: scorer.judge(["a good film"], "positive"), BracesError)
 
 
 @fuzz(changed(RUN), examples=(({**RUN, "settings": [[]]},), ({**RUN, "progress": {}},), ({},)))

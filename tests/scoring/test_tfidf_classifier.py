@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
-from braces_cli.core.utils.errors import DataError, ModelError
-from braces_cli.scoring.registry import scorer
-from braces_cli.scoring.tfidf_classifier import fit_classifier, load_classifier, save_classifier
+from braces_cli.core.utils.errors import DataError
+from braces_cli.scoring.tfidf_classifier import fit_classifier
 
 SUBJECTS = ["the film", "this book", "our dinner", "the hotel", "that song", "her play"]
 WORDS = {"positive": ["lovely", "great", "fine"], "negative": ["awful", "bad", "dull"], "neutral": ["long", "blue"]}
@@ -57,23 +54,6 @@ def test_words_left_out_are_never_seen():
     assert not [entry for entry in fitted.vocabulary if "lovely" in entry.split()]
     assert any("great" in entry.split() for entry in fitted.vocabulary)
     assert fitted.probabilities(["a lovely thing"]) == pytest.approx(fitted.probabilities(["a thing"]))
-
-
-def test_it_comes_back_from_disk(tmp_path):
-    """The same verdicts; words can be left out later, too; no file holds code."""
-    fitted = fit_classifier(*rows("negative", "positive"))
-    save_classifier(tmp_path / "s", fitted)
-    assert {p.suffix for p in (tmp_path / "s").iterdir()} == {".json", ".safetensors"}
-    texts = ["a lovely day", "a dull day", ""]
-    assert scorer(str(tmp_path / "s")).judge(texts, "positive") == fitted.judge(texts, "positive")
-    later = load_classifier(tmp_path / "s", exclude=["dull"])
-    assert later.probabilities(["dull"]) == pytest.approx(later.probabilities([""]))
-    (tmp_path / "s" / "vocabulary.json").write_text(json.dumps(fitted.vocabulary[1:]))
-    with pytest.raises(ModelError, match="do not fit"):
-        load_classifier(tmp_path / "s")
-    (tmp_path / "s" / "vocabulary.json").unlink()
-    with pytest.raises(ModelError, match="no such vocabulary"):
-        load_classifier(tmp_path / "s")
 
 
 @pytest.mark.parametrize(

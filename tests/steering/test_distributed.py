@@ -104,16 +104,14 @@ def test_two_machines_and_slurm_write_the_texts_of_one(braces, model_dir, prompt
 
 
 def test_two_processes_sweep_as_one(braces, model_dir, prompts, tmp_path):
-    """The same document up to rounding in the perplexity; plot and classifier are written once."""
+    """The same document up to rounding in the perplexity; the plot is written once."""
     rows = tmp_path / "rows.csv"
     rows.write_text("text,label\n" + "a good happy day,positive\nthe sad end,negative\n" * 8)
     sweep = ["--prompts", prompts, "--attribute", "positive", "--sweep", "-2:2:2", "--batch-size", 2]
-    sweep += ["--scorer", f"fit:{rows}", "--save-scorer"]
-    one = braces(*steer(model_dir, *sweep, tmp_path / "scorer1", "--plot", tmp_path / "1.png", "--format", "json"))
+    sweep += ["--scorer", f"fit:{rows}"]
+    one = braces(*steer(model_dir, *sweep, "--plot", tmp_path / "1.png", "--format", "json"))
     assert one.code == 0, one.err
-    out = shared(
-        tmp_path, *steer(model_dir, *sweep, tmp_path / "scorer2", "--plot", tmp_path / "2.png", "--format", "json")
-    )
+    out = shared(tmp_path, *steer(model_dir, *sweep, "--plot", tmp_path / "2.png", "--format", "json"))
     assert out[1] == ""
     wanted, found = one.json, json.loads(out[0])
     for here, there in zip(found.pop("points"), wanted.pop("points"), strict=True):
@@ -121,7 +119,6 @@ def test_two_processes_sweep_as_one(braces, model_dir, prompts, tmp_path):
             assert here.pop(name) == pytest.approx(there.pop(name), rel=1e-5)
         assert here == there
     assert (found["prompts"], found["label"]) == (wanted["prompts"], wanted["label"])
-    assert sorted(os.listdir(tmp_path / "scorer2")) == sorted(os.listdir(tmp_path / "scorer1"))
     assert (tmp_path / "2.png").stat().st_size > 0
 
 

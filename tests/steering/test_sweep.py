@@ -166,13 +166,10 @@ def test_a_sweep_uses_the_chat_template(swept, chatty, model_dir):
     assert "no chat template" in swept("--apply-chat-template").err
 
 
-def test_a_classifier_of_the_users_own(swept, labelled, tmp_path):
-    """Fitted on the fly, kept, and used again with the same result; the list's own words can be left out."""
-    kept = tmp_path / "scorer"
-    fitted = swept("--scorer", f"fit:{labelled}", "--save-scorer", kept)
+def test_a_classifier_of_the_users_own(swept, labelled):
+    """Fitted on the fly; the list's own words can be left out."""
+    fitted = swept("--scorer", f"fit:{labelled}")
     assert fitted.code == 0, fitted.err
-    again = swept("--scorer", kept)
-    assert again.json["points"] == fitted.json["points"]
     low, _, high = (point["mean_value"] for point in fitted.json["points"])
     assert low < high
     left_out = swept("--exclude-list-words").json["excluded_words"]
@@ -190,7 +187,6 @@ def test_a_classifier_of_the_users_own(swept, labelled, tmp_path):
         (["--s", "1"], "-4:4:1", 2, "1 strengths for 0 other attributes"),
         (["--scorer", "vaider"], "-4:4:1", 2, "Did you mean vader?"),
         (["--scorer", "fit:nowhere.jsonl"], "-4:4:1", 3, "no such file"),
-        (["--save-scorer", "x"], "-4:4:1", 2, "nothing is fitted"),
         (["--score-label", "x"], "-4:4:1", 2, "It has positive, negative"),
         (["--plot", "x.png"], None, 2, "belongs to --sweep"),
         (["--against", "pca"], None, 2, "belongs to --sweep"),

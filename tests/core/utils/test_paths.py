@@ -17,7 +17,6 @@ from braces_cli.core.models.loading import load_tokenizer
 from braces_cli.core.session import open_session
 from braces_cli.core.utils.errors import ConfigError, DataError, ModelError
 from braces_cli.core.utils.paths import is_there, user_path
-from braces_cli.scoring.registry import scorer
 
 
 def loop(path: Path) -> None:
@@ -107,13 +106,6 @@ def test_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable
     make(tmp_path / "owner" / "name")
     with pytest.raises(ModelError, match=r"no model here|this is a file|cannot be read"):
         load_tokenizer("owner/name")
-
-
-def test_a_scorer(tmp_path: Path, make: Callable[[Path], None]) -> None:
-    """A fitted scorer's config that cannot be read is no other kind of scorer."""
-    make(tmp_path / "scorer_config.json")
-    with pytest.raises(ModelError, match=REASONS):
-        scorer(str(tmp_path))
 
 
 def test_rows_of_a_task(tmp_path: Path, make: Callable[[Path], None]) -> None:
