@@ -106,7 +106,7 @@ def _place(kind: type, name: str, about: Option) -> tuple[int, ...]:
 def _annotation(name: str, hint: Any, about: Option, first: bool = False) -> Any:
     flags = (about.flag or "--" + name.replace("_", "-")).split(",")
     panel = None if first else about.panel
-    details: dict[str, Any] = {"help": about.help, "rich_help_panel": panel, "hidden": about.hidden}
+    details: dict[str, Any] = {"help": about.help, "rich_help_panel": panel}
     if about.min is not None:
         details["min"] = about.min
     if about.metavar is not None:

@@ -100,8 +100,8 @@ _SWEEP_ONLY = (
 )  # fmt: skip
 # Options that each way to call the command does not take.
 _REFUSED = {
-    "sweep": ("beside", "output", "resume", "interactive", "export_control_vector"),
-    "interactive": ("prompt", "prompts", "output", "resume", "overwrite", "export_control_vector"),
+    "sweep": ("beside", "output", "resume", "interactive"),
+    "interactive": ("prompt", "prompts", "output", "resume", "overwrite"),
 }
 
 
@@ -155,13 +155,6 @@ class SteerSettings(AdapterSettings, AttributeSettings, GenerationSettings, Swee
     output: Path | None = option(None, help="Write the texts into this JSON Lines file.", panel=OUTPUT, outcome=False)
     resume: bool = option(False, help="Continue --output after its last complete batch.", panel=OUTPUT, outcome=False)
     overwrite: bool = option(False, help="Replace the output file if it is there.", panel=OUTPUT, outcome=False)
-    export_control_vector: Path | None = option(
-        None,
-        help="Older name of braces export control-vector: write the steering to this GGUF file.",
-        panel=OUTPUT,
-        outcome=False,
-        hidden=True,
-    )
     # No default of its own: where stdout is no terminal it carries JSON Lines.
     format: str | None = option(  # type: ignore[assignment]
         None,
@@ -229,8 +222,8 @@ class SteerSettings(AdapterSettings, AttributeSettings, GenerationSettings, Swee
         elif not self.attribute:
             hint = "Such as --attribute positive --sweep -4:4:1."
             raise ConfigError("nothing to sweep", where="--attribute", hint=hint)
-        if (self.resume or self.overwrite) and not (self.output or self.sweep or self.export_control_vector):
+        if (self.resume or self.overwrite) and not (self.output or self.sweep):
             raise ConfigError("there is no file to continue", where="--output", hint="Give --output FILE.")
-        if self.format == "text" and (self.beside or self.output or self.sweep or self.export_control_vector):
-            hint = "Leave out --beside, --output, --sweep and --export-control-vector, or choose another format."
+        if self.format == "text" and (self.beside or self.output or self.sweep):
+            hint = "Leave out --beside, --output and --sweep, or choose another format."
             raise ConfigError("text is the format of texts on stdout", where="--format text", hint=hint)

@@ -13,7 +13,7 @@ from braces_cli.core.utils.output_lock import output_lock
 from braces_cli.export.output_folder import new_folder
 
 # Options that name an output, and what is written where that is not what they name.
-_OUTPUTS = {"output_dir", "output", "plot", "export_control_vector", "gguf"}
+_OUTPUTS = {"output_dir", "output", "plot", "gguf"}
 _TRAIN = ("train", "--data", "rows.jsonl", "--max-steps", "1", "--output-dir", "out")
 _STEER = ("steer", "--prompt", "the", "--attribute", "positive", "--s", "1")
 _SWEEP = ("steer", "--prompt", "the", "--attribute", "positive", "--sweep", "0:1:1")
@@ -24,7 +24,6 @@ _CALLS = {
     ("attr-build", "output_dir"): (("attr-build", "--attribute", "sad", "--output-dir", "a"), "a/sad.safetensors"),
     ("steer", "output"): ((*_STEER, "--output", "out.jsonl"), "out.jsonl"),
     ("steer", "plot"): ((*_SWEEP, "--plot", "out.png"), "out.png"),
-    ("steer", "export_control_vector"): ((*_STEER, "--export-control-vector", "out.gguf"), "out.gguf"),
     ("inspect values", "output"): (("inspect", "values", "--output", "out.parquet"), "out.parquet"),
     ("inspect report", "output"): (("inspect", "report", "--output", "out.html"), "out.html"),
     ("merge", "output_dir"): (("merge", "--adapter", "adapter", "--output-dir", "out"), "out"),

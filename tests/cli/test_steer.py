@@ -206,7 +206,6 @@ def test_the_table_of_texts(steer):
         ["--output", "x.jsonl"],
         ["--resume"],
         ["--interactive"],
-        ["--export-control-vector", "x.gguf"],
     ],
 )
 def test_options_that_a_sweep_does_not_take_are_refused(steer, tmp_path, monkeypatch, option):

@@ -129,14 +129,11 @@ def test_layer_0_and_no_steering_are_refused(session: Any, tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("older", [False, True], ids=["export control-vector", "steer --export-control-vector"])
-def test_the_command_writes_a_file(older: bool, braces: Any, model_dir: Path, tmp_path: Path) -> None:
-    """One document on stdout; a file that is there is not replaced; the older name still works."""
+def test_the_command_writes_a_file(braces: Any, model_dir: Path, tmp_path: Path) -> None:
+    """One document on stdout; a file that is there is not replaced."""
     file = tmp_path / "v.gguf"
     steer = ("--model", model_dir, "--attribute", "positive", "--s", 2, "--layers", "1-")
-    call = ("steer", *steer, "--export-control-vector", file)
-    if not older:
-        call = ("export", "control-vector", *steer, "--output", file, "--format", "json")
+    call = ("export", "control-vector", *steer, "--output", file, "--format", "json")
     done = braces(*call)
     assert done.code == 0, done.err
     assert done.json["layers"] == [1]
@@ -145,9 +142,3 @@ def test_the_command_writes_a_file(older: bool, braces: Any, model_dir: Path, tm
     assert fields["general.architecture"].contents() == "controlvector"
     assert fields["controlvector.model_hint"].contents() == "llama"
     assert braces(*call).code == 2
-
-
-def test_the_older_name_is_not_in_the_help(braces: Any) -> None:
-    """It is kept for scripts only."""
-    assert "--export-control-vector" not in braces("steer", "--help").out
-    assert "control-vector" in braces("export", "--help").out

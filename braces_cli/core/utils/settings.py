@@ -51,7 +51,6 @@ class Option:
         metavar: what stands for the value in `--help`.
         outcome: whether another value makes another result; if not, a run may be resumed with another value.
         display: whether the setting only says how results are shown; such settings are not recorded anywhere.
-        hidden: accepted, but not shown in `--help`.
         argument: given by position, without a name; a file names it like any other.
         once: the command takes one value where other commands take several; a second one is an error.
         complete: values that a shell offers after Tab; of a comma-separated option, each of its parts.
@@ -65,7 +64,6 @@ class Option:
     metavar: str | None = None
     outcome: bool = True
     display: bool = False
-    hidden: bool = False
     argument: bool = False
     once: bool = False
     complete: Callable[[], Iterable[str]] | None = None
