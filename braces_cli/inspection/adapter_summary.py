@@ -7,7 +7,6 @@ from typing import Any
 
 from braces_cli.core.method.adapter_files import StoredAdapter
 from braces_cli.core.method.projections import projection_error
-from braces_cli.core.method.relevance_forms import gate_strength
 from braces_cli.core.models.ffn import FFN, find_ffns, parameter_total
 from braces_cli.core.models.fingerprint import differences, fingerprint
 from braces_cli.core.models.loading import checkpoint_folder, load_shape
@@ -19,9 +18,9 @@ from braces_cli.core.utils.errors import ModelError
 def summarise(
     model: str | None, adapter: str | None, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> dict[str, Any]:
-    """`{model, adapter, relevance, parameters, base_parameters, layers: [{layer, value_vectors, hidden_size, gate,
-    coefficients, scale, projection_error}]}`; `gate` is g = sigmoid(gate), `scale` the fixed factor beside it, the
-    error that of the worse projection where there are two; they are None where no adapter reaches.
+    """`{model, adapter, parameters, base_parameters, layers: [{layer, value_vectors, hidden_size, gate,
+    relevance_scale, projection_error}]}`; `gate` is g = sigmoid(gate), `relevance_scale` is c. The last three are None
+    in layers without an adapter.
 
     Raises:
         ConfigError: neither a model nor an adapter.
@@ -57,30 +56,26 @@ def _summary(
 ) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
     scales: dict[int, float] = {}
-    form = None
     if stored is not None:
-        config, tensors, form = stored.config, stored.tensors, stored.config.relevance
-        scales = dict(zip(config.layers, config.scales or [1.0] * len(config.layers), strict=True))
+        tensors = stored.tensors
+        scales = dict(zip(stored.config.layers, stored.config.relevance_scale, strict=True))
     layers = []
     for ffn in ffns:
         gate = tensors.get(f"layers.{ffn.layer}.gate")
-        names = (f"layers.{ffn.layer}.{kind}" for kind in ("projection", "query_projection"))
-        errors = [projection_error(tensors[name]) for name in names if name in tensors]
+        projection = tensors.get(f"layers.{ffn.layer}.projection")
         layers.append(
             {
                 "layer": ffn.layer,
                 "value_vectors": ffn.value_vectors,
                 "hidden_size": ffn.hidden_size,
-                "gate": None if gate is None else gate_strength(str(form), gate),
-                "coefficients": None if gate is None or form == "paper" else gate.tolist(),
-                "scale": scales.get(ffn.layer),
-                "projection_error": max(errors, default=None),
+                "gate": None if gate is None else float(gate.sigmoid()),
+                "relevance_scale": scales.get(ffn.layer),
+                "projection_error": None if projection is None else projection_error(projection),
             }
         )
     return {
         "model": name,
         "adapter": None if stored is None else stored.name,
-        "relevance": form,
         "parameters": sum(tensor.numel() for tensor in tensors.values()) if stored else None,
         "base_parameters": base_parameters,
         "layers": layers,

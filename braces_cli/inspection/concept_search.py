@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from braces_cli.core.attributes.attribute import Attribute
-from braces_cli.core.method.value_gram import least_norm_weights
 from braces_cli.core.models.ffn import FFN
 from braces_cli.core.models.moe import MixtureFFN
 from braces_cli.core.models.tokenization import encode_word, token_text
@@ -118,7 +117,7 @@ def attribute_relevance(session: Session, attribute: Attribute, ffn: FFN) -> Ten
     with torch.no_grad():
         if session.adapter is None:
             direction = attribute.push_direction[row].to(values.device, torch.float64)
-            return least_norm_weights(values, float(attribute.scale[row]) * direction[:, None])[:, 0].float()
+            return _least_norm_weights(values, float(attribute.scale[row]) * direction[:, None])[:, 0].float()
         module = relevance_module(session, ffn)
         if module is None:
             return None
@@ -154,3 +153,15 @@ def top_vectors_for_attribute(
         raise ConfigError("the adapter has nothing in these layers", where="--layers", hint=hint)
     rows.sort(key=lambda row: (-row["score"], row["layer"], row["index"]))
     return _with_tokens(session, rows[:limit], "value", top_k)
+
+
+def _least_norm_weights(values: Tensor, x: Tensor) -> Tensor:
+    """Of all weights u with W_V u = x those of least norm, W_V^T (W_V W_V^T)^-1 x: (d_ff, n) in float64.
+
+    For W_V (d, d_ff) and x (d, n). Where value vectors do not span the whole width, W_V u comes as near to x as it can.
+    """
+    wide = values.detach().double()
+    square = wide @ wide.mT
+    # The smallest of ridges, for value vectors that do not span.
+    square.diagonal().add_(1e-12 * square.diagonal().mean())
+    return wide.mT @ torch.linalg.solve(square, x.to(wide))

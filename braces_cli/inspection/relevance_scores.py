@@ -25,4 +25,4 @@ def relevance_scores(module: RelevanceModule, h: Tensor, values: Tensor) -> tupl
     """
     with torch.no_grad():
         scores = module.relevance_scores(h, values)
-        return scores, module.gain.to(scores) * scores
+        return scores, module.g.to(scores) * scores

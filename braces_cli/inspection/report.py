@@ -16,7 +16,6 @@ from torch import Tensor
 from braces_cli import __version__
 from braces_cli.core.attributes.attribute import Attribute
 from braces_cli.core.attributes.lookup import find_attribute
-from braces_cli.core.method.relevance_forms import gate_strength
 from braces_cli.core.session import Session
 from braces_cli.core.utils.errors import ModelError
 from braces_cli.core.utils.html_pages import render_page
@@ -80,7 +79,7 @@ def _name(model: str) -> str:
 def _gates(session: Session) -> list[dict[str, Any]]:
     if session.adapter is None:
         return []
-    return [{"layer": ffn.layer, "gate": gate_strength(brace.form, brace.gate)} for ffn, brace in session.adapter.sites]
+    return [{"layer": ffn.layer, "gate": float(brace.g.detach())} for ffn, brace in session.adapter.sites]
 
 
 def _amplified(session: Session, prompt: str) -> list[dict[str, Any]]:
@@ -146,7 +145,7 @@ def _alignment(session: Session, attribute: Attribute) -> dict[str, Any]:
         state = attribute.state[row]
         share, chance = None, None
         if ffn.layer in braces:
-            projection: Tensor = braces[ffn.layer].query_projection().detach().float().cpu()
+            projection: Tensor = braces[ffn.layer].projection().detach().float().cpu()
             share = float((projection @ state).norm() / state.norm().clamp(min=1e-30))
             chance = math.sqrt(len(projection) / len(state))
         weights = attribute_relevance(session, attribute, ffn)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
-from braces_cli.core.method.adapter import Adapter, attach, attach_stored, spans_width
-from braces_cli.core.method.adapter_files import AdapterConfig, StoredAdapter, find_adapter
+from braces_cli.core.attributes.word_lists import neutral_texts
+from braces_cli.core.method.adapter import Adapter, attach, attach_stored
+from braces_cli.core.method.adapter_files import AdapterConfig, StoredAdapter, find_adapter, read_config
+from braces_cli.core.method.relevance_scale import measure_scales
 from braces_cli.core.models.ffn import FFN
 from braces_cli.core.models.layer_ranges import chosen_layers
 from braces_cli.core.models.moe import MixtureFFN
+from braces_cli.core.models.tokenization import encode
 from braces_cli.core.session import Session
+from braces_cli.core.utils.distributed import gathered
 from braces_cli.core.utils.errors import ConfigError, ModelError
 from braces_cli.data.examples import Examples
 from braces_cli.data.streaming_examples import Stream
@@ -36,20 +41,23 @@ def starting_point(settings: Run) -> tuple[Run, StoredAdapter | None]:
 
 
 def continued(settings: Run, config: AdapterConfig) -> Run:
-    """Settings of a run that goes on from a stored adapter: base, form, rank and layers are the adapter's.
+    """Settings of a run that goes on from a stored adapter: base, rank, layers and relevance scale are the adapter's.
 
     Raises:
-        ConfigError: another method, form, rank or layers are asked for, or the adapter was trained with attributes and
-            this run is without.
+        ConfigError: another method, rank, layers or relevance scale is requested, or the adapter was trained with
+            attributes and this run is without.
     """
     if settings.method != "braces":
         hint = "Leave out --adapter, or train with --method braces."
         raise ConfigError(f"{settings.method} cannot continue from an adapter of braces", where="--adapter", hint=hint)
     layers = ",".join(map(str, config.layers))
-    for name, stored in (("rank", config.r), ("relevance", config.relevance), ("layers", layers)):
+    for name, stored in (("rank", config.r), ("layers", layers)):
         if name in settings.given and getattr(settings, name) != stored:
             hint = f"Leave out --{name}, or train a new adapter without --adapter."
             raise ConfigError(f"the adapter has {name} {stored}", where=f"--{name}", hint=hint)
+    if settings.scale is not None and set(config.relevance_scale) != {settings.scale}:
+        hint = "Leave out --relevance-scale, or train a new adapter without --adapter."
+        raise ConfigError("the adapter has another relevance scale", where="--relevance-scale", hint=hint)
     if config.attributes and settings.attribute_field is None:
         hint = "Name the column of each row's attribute with --attribute-field."
         raise ConfigError("the adapter was trained with attributes", where="--adapter", hint=hint)
@@ -58,22 +66,26 @@ def continued(settings: Run, config: AdapterConfig) -> Run:
         model=settings.model or config.base_model_name_or_path,
         revision=settings.revision or (config.revision if settings.model is None else None),
         rank=config.r,
-        relevance=config.relevance,
         layers=layers,
-        # Its default depends on the form.
-        gate_lr=settings.gate_lr if "gate_lr" in settings.given else None,
     )
 
 
 def for_base(settings: Run, ffns: Sequence[FFN | MixtureFFN]) -> Run:
     """The same with the defaults that depend on the base, whose feed-forward layers these are."""
-    return settings.for_base(ffns[0].hidden_size, all(map(spans_width, ffns)))
+    return settings.for_base(ffns[0].hidden_size)
 
 
 def adapter_to_train(
-    session: Session, settings: TrainSettings, examples: Examples | Stream, start: StoredAdapter | None = None
+    session: Session,
+    settings: TrainSettings,
+    examples: Examples | Stream,
+    start: StoredAdapter | None = None,
+    checkpoint: Path | None = None,
 ) -> Adapter | PeftAdapter:
     """An adapter on an open base, where training starts: a fresh one, or `start`.
+
+    Args:
+        checkpoint: of the run that is resumed, which holds the relevance scales.
 
     Raises:
         ConfigError: rank, layers or targets that do not fit the base, or peft is missing.
@@ -89,7 +101,18 @@ def adapter_to_train(
     if settings.method != "braces":
         return PeftAdapter(model, settings)
     layers = adapted_layers(model, settings)
-    return attach(model, settings.rank, layers, settings.seed, settings.relevance)
+    scales = _scales(session, settings, layers) if checkpoint is None else read_config(checkpoint).relevance_scale
+    return attach(model, settings.rank, layers, settings.seed, scales)
+
+
+def _scales(session: Session, settings: TrainSettings, layers: Sequence[int] | None) -> list[float]:
+    """c of each adapted layer, measured on the base unless the settings give it."""
+    ffns = [ffn for ffn in session.ffns if layers is None or ffn.layer in layers]
+    if settings.scale is not None:
+        return [settings.scale] * len(ffns)
+    texts = [encode(session.base.tokenizer, text).ids for text in neutral_texts()]
+    # In half precision the numbers can differ between devices, but all processes must train the same adapter.
+    return gathered(measure_scales(session.base.model, ffns, texts))[0]
 
 
 def adapted_layers(model: Any, settings: TrainSettings) -> list[int] | None:
@@ -126,7 +149,7 @@ def parameter_groups(adapter: Adapter | PeftAdapter, settings: TrainSettings) ->
     if isinstance(adapter, PeftAdapter):
         return [{"params": [p for _, p in adapter.named_parameters()], "lr": settings.lr, "name": "lr"}]
     groups: list[dict[str, Any]] = [
-        {"params": [m for _, brace in adapter.sites for _, m in brace.matrices()], "lr": settings.lr, "name": "lr"},
+        {"params": [brace.weight for _, brace in adapter.sites], "lr": settings.lr, "name": "lr"},
         {"params": [brace.gate for _, brace in adapter.sites], "lr": settings.gate_lr, "name": "gate_lr"},
     ]
     if adapter.mlp is not None:

@@ -104,7 +104,7 @@ def _about(config: AdapterConfig) -> _About:
             ("llmbraces", "adapter"),
             "LLMBraces adapter",
             "It re-weights the FFN sub-updates of the frozen base by their relevance to each token "
-            f"(LLMBraces, ACL 2025, arXiv 2503.16334). Form of relevance: {config.relevance}.",
+            "(LLMBraces, ACL 2025, arXiv 2503.16334).",
             ("    pip install braces-cli", '    braces steer --adapter THIS_FOLDER --prompt "..."'),
         )
     return _About(

@@ -44,7 +44,7 @@ class PeftAdapter:
 
     # No relevance modules, no attributes.
     sites: tuple = ()
-    scales: tuple = ()
+    scales: tuple[float, ...] = ()
     mlp = None
 
     def __init__(self, model: nn.Module, settings: TrainSettings) -> None:

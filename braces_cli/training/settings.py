@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Self
 
 from braces_cli.core.attributes.listing import check_attributes
-from braces_cli.core.method.relevance_forms import FORMS
 from braces_cli.core.models.load_options import ModelSettings
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.core.utils.settings import (
@@ -28,15 +27,11 @@ from braces_cli.data.row_formats import Columns, parse_columns
 from braces_cli.training.attribute_settings import STRENGTH, AttributeTrainingSettings
 from braces_cli.training.defaults import (
     BASELINE_LR,
-    DEFAULT_COEFFICIENT_LR,
-    DEFAULT_FORM,
-    DEFAULT_FORM_ATTRIBUTES,
     DEFAULT_GATE_LR,
     DEFAULT_GATE_LR_ATTRIBUTES,
+    DEFAULT_RANK,
     DEFAULT_TURN,
-    FORM_OF_NARROW_EXPERTS,
     default_lr,
-    default_rank,
 )
 
 SCHEDULES = ("linear", "cosine", "constant")
@@ -44,7 +39,7 @@ SCHEDULES = ("linear", "cosine", "constant")
 BASELINES = ("lora", "rslora", "dora", "pissa")
 METHODS = ("braces", *BASELINES)
 # Settings that only one kind of method reads.
-BRACES_ONLY = ("gate_lr", "relevance", "attribute_field", "strength_field", "opposites", "contrast", "margin")
+BRACES_ONLY = ("gate_lr", "relevance_scale", "attribute_field", "strength_field", "opposites", "contrast", "margin")
 BASELINE_ONLY = ("lora_alpha", "lora_targets")
 # Without attributes something else would be trained than was asked for, so a baseline refuses these in a file, too.
 _NEVER_IGNORED = ("attribute_field", "opposites", "attributes")
@@ -66,19 +61,15 @@ class TrainSettings(AttributeTrainingSettings):
     method: str = option(
         "braces", help="What to train; all but the first are baselines from peft.", panel=METHOD, choices=METHODS
     )
-    relevance: str = option(
-        None,
-        help="Form of relevance: one gate a layer as in the paper; a signed coefficient a direction; with keys and "
-        f"queries projected apart; the same of whitened value vectors. Default: {DEFAULT_FORM}.",
-        panel=METHOD,
-        choices=FORMS,
-    )
     rank: int = option(
-        None,
-        help="Rank of the relevance projections, or of a baseline's update. "
-        f"Default: {default_rank(DEFAULT_FORM)}; for paper, signed and baselines {default_rank('')}.",
-        min=1,
+        DEFAULT_RANK, help="Rank of the relevance projections, or of a baseline's update.", min=1, panel=METHOD
+    )
+    relevance_scale: str = option(
+        "auto",
+        help="Constant factor c of the relevance scores: measured in each layer of the base, or a number; 1 is the "
+        "paper's formula.",
         panel=METHOD,
+        metavar="auto|NUMBER",
     )
     streaming: bool = option(
         False, help="Read rows while training, for sets larger than memory. Needs --max-steps.", panel=DATA
@@ -105,15 +96,13 @@ class TrainSettings(AttributeTrainingSettings):
     )  # fmt: skip
     lr: float | None = option(
         None,
-        help=f"Peak learning rate. Default: {DEFAULT_TURN[DEFAULT_FORM]:g} / sqrt(width), for paper "
-        f"{DEFAULT_TURN['paper']:g} / sqrt(width), for baselines {BASELINE_LR:g}.",
+        help=f"Peak learning rate. Default: {DEFAULT_TURN:g} / sqrt(width), for baselines {BASELINE_LR:g}.",
         panel=OPTIMISATION,
     )
     gate_lr: float | None = option(
         None,
-        help="Peak learning rate of the gates and coefficients. "
-        f"Default: {DEFAULT_COEFFICIENT_LR:g}; for paper {DEFAULT_GATE_LR:g}, with attributes "
-        f"{DEFAULT_GATE_LR_ATTRIBUTES:g}.",
+        help="Peak learning rate of the gates. "
+        f"Default: {DEFAULT_GATE_LR:g}; with attributes {DEFAULT_GATE_LR_ATTRIBUTES:g}.",
         panel=OPTIMISATION,
     )
     epochs: float = option(1.0, help="Passes over the data.", panel=OPTIMISATION)
@@ -151,18 +140,32 @@ class TrainSettings(AttributeTrainingSettings):
         self._check_method()
         if self.method in BASELINES and self.lr is None:
             self._set(lr=BASELINE_LR)
-        if self.relevance is None:
-            self._set(relevance=DEFAULT_FORM if self.attribute_field is None else DEFAULT_FORM_ATTRIBUTES)
-        if self.rank is None:
-            self._set(rank=default_rank(self.relevance if self.method == "braces" else ""))
+        self._check_scale()
         self._set(lora_targets=_names(self.lora_targets))
         if self.gate_lr is None:
-            paper = DEFAULT_GATE_LR if self.attribute_field is None else DEFAULT_GATE_LR_ATTRIBUTES
-            self._set(gate_lr=paper if self.relevance == "paper" else DEFAULT_COEFFICIENT_LR)
+            self._set(gate_lr=DEFAULT_GATE_LR if self.attribute_field is None else DEFAULT_GATE_LR_ATTRIBUTES)
         self._fill_attributes()
         if self.streaming and self.max_steps is None:
             hint = "Say how long to train with --max-steps."
             raise ConfigError("a stream has no known length", where="--streaming", hint=hint)
+
+    def _check_scale(self) -> None:
+        text = str(self.relevance_scale)
+        if text == "auto":
+            return
+        try:
+            number = float(text)
+        except ValueError:
+            number = 0.0
+        if not 0 < number < float("inf"):
+            hint = "Give auto or a positive number, such as 1."
+            raise ConfigError(f"`{text}` is not a scale", where=self._flag("relevance_scale"), hint=hint)
+        self._set(relevance_scale=f"{number:g}" if float(f"{number:g}") == number else repr(number))
+
+    @property
+    def scale(self) -> float | None:
+        """`relevance_scale` as a number; None where it is measured."""
+        return None if self.relevance_scale == "auto" else float(self.relevance_scale)
 
     def _check_method(self) -> None:
         """Refuse options that the method does not read.
@@ -181,17 +184,9 @@ class TrainSettings(AttributeTrainingSettings):
             hint = "Leave out --attribute-field, or train with --method braces."
             raise ConfigError(f"{self.method} cannot be trained on attributes", where="--method", hint=hint)
 
-    def for_base(self, width: int, spans_width: bool = True) -> Self:
-        """The same with the defaults that depend on the base: form of relevance and learning rate.
-
-        Args:
-            width: d of the model.
-            spans_width: see `core.method.adapter.spans_width`, of all layers.
-        """
-        chosen = "relevance" in self.given or spans_width or self.relevance != DEFAULT_FORM
-        relevance = self.relevance if chosen else FORM_OF_NARROW_EXPERTS
-        lr = default_lr(relevance, width) if self.lr is None else self.lr
-        return replace(self, relevance=relevance, lr=lr)
+    def for_base(self, width: int) -> Self:
+        """The settings with the default learning rate of a model of d = `width`."""
+        return replace(self, lr=default_lr(width) if self.lr is None else self.lr)
 
     def recorded(self) -> dict[str, Any]:
         """What the method reads: the settings that explain an adapter."""
@@ -251,7 +246,7 @@ class RunSettings(TrainSettings, CheckpointSettings, ModelSettings, FileSettings
 
     adapter: str | None = option(
         None,
-        help="Adapter to continue from: folder or hub id. Its layers, rank and form of relevance are kept.",
+        help="Adapter to continue from: folder or hub id. Its layers, rank and relevance scale are kept.",
         panel=METHOD,
         metavar="ADAPTER",
         once=True,

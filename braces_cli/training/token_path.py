@@ -11,20 +11,8 @@ from torch import Tensor
 
 from braces_cli.core.method.adapter import Adapter, hook_ffn
 from braces_cli.core.method.relevance import RelevanceModule
-from braces_cli.core.models.loading import input_device
+from braces_cli.core.method.relevance_scale import run_texts
 from braces_cli.core.models.tokenization import Encoded
-
-
-def _pass(model: Any, examples: Sequence[Encoded]) -> None:
-    """Run the model over examples, each alone, so that nothing that is measured on the way is padding."""
-    device, was_training = input_device(model), model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for example in examples:
-                model(input_ids=torch.tensor([example.ids], device=device), use_cache=False)
-    finally:
-        model.train(was_training)
 
 
 def token_path_shares(adapter: Adapter, examples: Sequence[Encoded]) -> list[float]:
@@ -35,7 +23,7 @@ def token_path_shares(adapter: Adapter, examples: Sequence[Encoded]) -> list[flo
         for (ffn, _), recorder in zip(adapter.sites, recorders, strict=True):
             for handle in (handle for part in ffn.parts for handle in hook_ffn(part, recorder)):
                 stack.callback(handle.remove)
-        _pass(adapter.model, examples)
+        run_texts(adapter.model, [example.ids for example in examples])
     return [float(torch.cat(found.ratios).median()) if found.ratios else 0.0 for found in recorders]
 
 

@@ -144,7 +144,7 @@ def count_parameters(model: Any, settings: TrainSettings) -> dict[str, Any]:
         share = 100 * trainable / total
         return dict(zip(_COUNTS, (trainable, 0, total, share), strict=True))
     layers = adapted_layers(model, settings)
-    adapter = attach(model, settings.rank, layers, form=settings.relevance)
+    adapter = attach(model, settings.rank, layers)
     trainable = adapter.parameter_count()
     width = adapter.sites[0][0].hidden_size
     adapter.detach()
@@ -204,7 +204,7 @@ def run_training(
         with timings.stage("evaluating the base"):
             _measure_base(run.record, evaluate)
     with timings.stage("attaching the adapter"):
-        adapter = adapter_to_train(session, settings, train_set, start)
+        adapter = adapter_to_train(session, settings, train_set, start, checkpoint)
     conditioner = _conditioner(adapter, attributes, settings.seed)
     data = TrainingData(train_set, layout, conditioner, pad_id)
     figures = _fit(run, adapter, data, checkpoint, lambda: evaluate(conditioner, "evaluating"))
@@ -362,8 +362,7 @@ def _config(
         attributes=[attribute.name for attribute in attributes],
         versions=versions(),
         method=settings.method,
-        scales=list(adapter.scales),
-        relevance=settings.relevance if settings.method == "braces" else "paper",
+        relevance_scale=list(adapter.scales),
     )
 
 

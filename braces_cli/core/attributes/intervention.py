@@ -131,8 +131,8 @@ def _shift(
             residual = float(terms[0][0].residual[row])
             states = [(adapter.states(each.state[row]).to(brace.weight), s) for each, s in terms]
             state = _sum([_spread(s.to(h) if isinstance(s, Tensor) else s) * h for h, s in states])
-            query = brace.query_projection()
-            brace.shift = query @ state if state.ndim == 1 else state @ query.mT
+            projection = brace.projection()
+            brace.shift = projection @ state if state.ndim == 1 else state @ projection.mT
             columns = brace.shift.reshape(-1, brace.rank).mT  # (d_r, rows)
             each = [brace.factors(part.values(), torch.float32)[1] @ columns for part in ffn.parts]
             # Of experts the mean, though which of them a token meets is the router's choice.

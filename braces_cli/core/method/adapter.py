@@ -19,7 +19,6 @@ from braces_cli.core.models.ffn import FFN, find_ffns
 from braces_cli.core.models.fingerprint import differences
 from braces_cli.core.models.module_structure import hooks_changed
 from braces_cli.core.models.moe import Experts, MixtureFFN, routing
-from braces_cli.core.models.value_weights import dense
 from braces_cli.core.utils.distributed import whole
 from braces_cli.core.utils.errors import ConfigError, ModelError
 
@@ -60,7 +59,7 @@ class Adapter:
         return self.sites[0][1].rank
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(`layers.{i}.weight`, `.query` or `.gate`, parameter) of every relevance module."""
+        """(`layers.{i}.weight` or `layers.{i}.gate`, parameter) of every relevance module."""
         for ffn, brace in self.sites:
             for name, parameter in brace.named_parameters(recurse=False):
                 yield f"layers.{ffn.layer}.{name}", parameter
@@ -88,14 +87,8 @@ class Adapter:
 
     @property
     def scales(self) -> list[float]:
-        """Fixed factor of each layer; empty where all are 1."""
-        scales = [brace.scale for _, brace in self.sites]
-        return scales if any(scale != 1 for scale in scales) else []
-
-    @property
-    def form(self) -> str:
-        """Form of relevance, the same in every layer."""
-        return self.sites[0][1].form
+        """c of each layer."""
+        return [brace.scale for _, brace in self.sites]
 
     def parameter_count(self) -> int:
         """Numbers that train, without the MLP of attributes."""
@@ -147,7 +140,7 @@ class Adapter:
             if states is None or strengths is None:
                 brace.shift = None
                 continue
-            ranked = states[:, index].to(brace.weight) @ brace.query_projection(read).mT  # (n, d_r)
+            ranked = states[:, index].to(brace.weight) @ brace.projection(read).mT  # (n, d_r)
             shift = strengths.to(ranked) @ ranked
             brace.shift = shift.unsqueeze(1) if shift.ndim == 2 else shift
 
@@ -160,19 +153,15 @@ class Adapter:
         """
         out: dict[str, Tensor] = {}
         for ffn, brace in self.sites:
-            rows = brace.materialise() if settle else brace.rounded()
-            out.update({f"layers.{ffn.layer}.{name}": tensor for name, tensor in rows.items()})
+            out[f"layers.{ffn.layer}.projection"] = brace.materialise() if settle else brace.rounded()
             out[f"layers.{ffn.layer}.gate"] = whole(brace.gate.detach())
         if self.mlp is not None:
             out.update({f"condition.{name}": whole(tensor) for name, tensor in self.mlp.state_dict().items()})
         return out
 
     def save(self, folder: Path, config: AdapterConfig, card: str) -> None:
-        """Write the adapter folder: weights and model card first, the config, which makes it one, last.
-
-        Form and scales are the adapter's own, whatever `config` holds: with others it would be another adapter.
-        """
-        write_adapter(folder, self.tensors(), replace(config, scales=self.scales, relevance=self.form), card)
+        """Write the adapter folder with this adapter's scales: weights and model card first, the config last."""
+        write_adapter(folder, self.tensors(), replace(config, relevance_scale=self.scales), card)
 
 
 def hook_ffn(part: FFN | Experts, brace: Any) -> list[RemovableHandle]:
@@ -220,18 +209,15 @@ def attach(
     rank: int,
     layers: Sequence[int] | None = None,
     seed: int = 0,
-    form: str = "paper",
     scales: Sequence[float] | None = None,
 ) -> Adapter:
-    """Put a fresh relevance module on every FFN of `model` (or on those of `layers`), its gate nearly shut.
+    """Put a fresh relevance module on every FFN of `model` (or on those of `layers`), its gate near 0.
 
     Args:
-        form: one of `core.method.relevance_forms.FORMS`.
-        scales: fixed factor of each layer; None is that of the form, measured on the base's value matrices.
+        scales: c of each layer, see `core.method.relevance_scale`; None is 1 everywhere.
 
     Raises:
-        ConfigError: rank below 1 or above the hidden size, a layer without an FFN, or one whose value vectors the form
-            cannot whiten.
+        ConfigError: rank below 1 or above the hidden size, or a layer without an FFN.
         ModelError: no FFN found, or an adapter is attached already.
     """
     ffns = find_ffns(model)
@@ -246,41 +232,13 @@ def attach(
     width = min(ffn.hidden_size for ffn in chosen)
     if not 1 <= rank <= width:
         raise ConfigError(f"rank {rank} does not fit hidden size {width}", where="--rank", hint=f"Use 1 to {width}.")
-    narrow = [ffn.layer for ffn in chosen if form == "whitened" and not spans_width(ffn)]
-    if narrow:
-        raise ConfigError(
-            f"layer {narrow[0]} has fewer value vectors, in all or in an expert, than its width {width}",
-            where="--relevance whitened",
-            hint="Use --relevance untied.",
-        )
     generator = torch.Generator().manual_seed(seed)
     sites = []
     for index, ffn in enumerate(chosen):
-        brace = RelevanceModule(rank, ffn.hidden_size, ffn.parts[0].values().device, generator, form)
-        brace.set_scale(unit_scale(ffn, form) if scales is None else scales[index])
-        sites.append((ffn, brace))
+        scale = 1.0 if scales is None else scales[index]
+        device = ffn.parts[0].values().device
+        sites.append((ffn, RelevanceModule(rank, ffn.hidden_size, device, generator, scale)))
     return Adapter(model, sites)
-
-
-def spans_width(ffn: FFN | MixtureFFN) -> bool:
-    """Whether the layer has as many value vectors as its width, each of its experts for itself."""
-    counts = (part.value_matrix().shape[-1] if isinstance(part, Experts) else part.value_vectors for part in ffn.parts)
-    return all(count >= ffn.hidden_size for count in counts)
-
-
-def unit_scale(ffn: FFN | MixtureFFN, form: str) -> float:
-    """Fixed factor of a layer: 1 for `paper` and `whitened`, else the inverse of the mean eigenvalue of its W_V W_V^T.
-
-    Of experts the mean over all of them. 1 also on the device `meta`, where there are no numbers, and where W_V is 0.
-    """
-    if form in ("paper", "whitened") or ffn.parts[0].values().device.type == "meta":
-        return 1.0
-    squares, matrices = 0.0, 0
-    for part in ffn.parts:
-        values = dense(part.values()).detach()
-        squares += float(torch.linalg.vector_norm(values, dtype=torch.promote_types(values.dtype, torch.float32))) ** 2
-        matrices += values.shape[0] if values.ndim == 3 else 1
-    return ffn.hidden_size * matrices / squares if squares else 1.0
 
 
 def attach_stored(model: nn.Module, stored: StoredAdapter, fingerprint: Mapping[str, Any]) -> Adapter:
@@ -300,14 +258,13 @@ def attach_stored(model: nn.Module, stored: StoredAdapter, fingerprint: Mapping[
             where=str(stored.folder),
             hint=f"It needs {config.base_model_name_or_path}.",
         )
-    scales = config.scales or [1.0] * len(config.layers)
     try:
-        adapter = attach(model, config.r, config.layers, form=config.relevance, scales=scales)
+        adapter = attach(model, config.r, config.layers, scales=config.relevance_scale)
     except ConfigError as error:  # no option is wrong, the adapter is
         raise ModelError(error.message, where=str(stored.folder), hint=error.hint) from error
     for ffn, brace in adapter.sites:
         with torch.no_grad():
-            for name, parameter in (*brace.matrices(), ("gate", brace.gate)):
+            for name, parameter in (("projection", brace.weight), ("gate", brace.gate)):
                 parameter.copy_(tensors[f"layers.{ffn.layer}.{name}"])
         brace.set_exact()
         brace.requires_grad_(False)

@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from braces_cli.core.method.relevance_forms import FORMS, layer_shapes
 from braces_cli.core.models.hub_errors import explained, is_hub_id
 from braces_cli.core.models.stored_fingerprint import Fingerprint
 from braces_cli.core.schema import Count, Kind, Name, Positive, Size, check, check_is_file, cut, read
@@ -43,8 +42,7 @@ class AdapterConfig:
         training: settings it was trained with; recorded only.
         attributes: names it was trained to be steered by; with any, the file holds the MLP of
             `core.method.condition_mlp`.
-        relevance: form of relevance, see `core.method.relevance_forms`; version 1 of the format knew `paper` only.
-        scales: fixed factor of the relevance scores of each of `layers`; empty is 1 everywhere.
+        relevance_scale: c of each of `layers`, the constant factor of its relevance scores.
         versions: of the libraries that wrote it; recorded only.
     """
 
@@ -56,11 +54,10 @@ class AdapterConfig:
     tokenizer: dict[str, str | None] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     attributes: list[Name] = field(default_factory=list)
-    scales: list[Positive] = field(default_factory=list)
+    relevance_scale: list[Positive] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     method: str = "braces"
-    relevance: str = "paper"
 
 
 _DAMAGED = "The file is damaged; train again."
@@ -91,8 +88,7 @@ class StoredAdapter:
 
 def parameter_count(config: AdapterConfig) -> int:
     """Numbers in projections and gates, without the MLP of attributes."""
-    shapes = layer_shapes(config.relevance, config.r, int(config.fingerprint["hidden_size"]))
-    return len(config.layers) * sum(math.prod(shape) for shape in shapes.values())
+    return len(config.layers) * (config.r * int(config.fingerprint["hidden_size"]) + 1)
 
 
 def adapter_folder(name: str) -> Path:
@@ -165,12 +161,7 @@ def read_config(folder: Path) -> AdapterConfig:
     if isinstance(version, bool) or version not in (1, FORMAT_VERSION):
         what = f"format version {cut(version)}, this braces reads 1 and {FORMAT_VERSION}"
         raise ModelError(what, where=str(path), hint="Update braces.")
-    if version == 1 and "relevance" in raw:
-        raise ModelError("version 1 has no key `relevance`", where=str(path), hint=_DAMAGED)
     config = check(_CONFIG, raw, str(path))
-    if config.relevance not in FORMS:
-        hint = f"This braces knows {', '.join(FORMS)}; update braces, or the file is damaged."
-        raise ModelError(f"unknown form of relevance `{cut(config.relevance)}`", where=str(path), hint=hint)
     _check_sizes(config, path)
     return config
 
@@ -182,9 +173,9 @@ def _check_sizes(config: AdapterConfig, path: Path) -> None:
     if config.r > config.fingerprint["hidden_size"]:
         what = f"`r` is {config.r}, larger than the base's hidden size {config.fingerprint['hidden_size']}"
         raise ModelError(what, where=str(path), hint=_DAMAGED)
-    if len(config.scales) not in (0, len(config.layers)) or math.inf in config.scales:
-        hint = "The list must be empty or have a positive number for each layer; the file is damaged."
-        raise ModelError("`scales` do not fit the layers", where=str(path), hint=hint)
+    if len(config.relevance_scale) != len(config.layers) or math.inf in config.relevance_scale:
+        what = "`relevance_scale` must hold one positive number for each layer"
+        raise ModelError(what, where=str(path), hint=_DAMAGED)
 
 
 def read_tensors(folder: Path, config: AdapterConfig) -> dict[str, Tensor]:
@@ -209,8 +200,8 @@ def read_tensors(folder: Path, config: AdapterConfig) -> dict[str, Tensor]:
     d = config.fingerprint["hidden_size"]
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in config.layers:
-        of_layer = layer_shapes(config.relevance, config.r, d)
-        shapes.update({f"layers.{layer}.{name}": shape for name, shape in of_layer.items()})
+        # The gate has one dimension, because FSDP2 takes no scalar parameter.
+        shapes |= {f"layers.{layer}.projection": (config.r, d), f"layers.{layer}.gate": (1,)}
     if config.attributes:
         shapes.update(condition_shapes(d))
     wrong = sorted(set(shapes) ^ set(tensors))

@@ -1,19 +1,16 @@
 """The paper's formula written out: the judge of every fast path. Slow and large on purpose; only tests call it.
 
-    paper     r_ij = g (R v_j) . (R h_i) / sqrt(d_r)         g = sigmoid(gate)
-    signed    r_ij = sum_k c_k (R v_j)_k (R h_i)_k           c = gate
-    untied    r_ij = sum_k c_k (R_k v_j)_k (R_q h_i)_k       c = gate
-    whitened  r_ij = sum_k c_k (R_k G^-1 v_j)_k (R_q h_i)_k  c = gate, G = W_V W_V^T
-    FFN_AUG(h_i) = sum_j (w_ij + a (r_ij + s r_cj)) v_j
+    r_ij         = c (R v_j) . (R h_i) / sqrt(d_r)
+    FFN_AUG(h_i) = sum_j (w_ij + g (r_ij + s r_cj)) v_j         g = sigmoid(gate)
 
-with a fixed factor a of each layer. It shares no arithmetic with `relevance.py`: rows are orthonormalised one by one,
-relevance is a (tokens, d_ff) tensor, and the weights it changes are those that enter the model's own value projection.
+It shares no arithmetic with `relevance.py`: rows are orthonormalised one by one, relevance is a (tokens, d_ff) tensor,
+and the weights it changes are those that enter the model's own value projection.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,22 +35,13 @@ def orthonormal_rows_ref(weight: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def relevance_ref(h: Tensor, values: Tensor, form: str, parameters: Mapping[str, Tensor]) -> Tensor:
-    """Relevance of every value vector to every token, its gate or coefficients included, (..., d_ff).
+def relevance_ref(h: Tensor, values: Tensor, weight: Tensor, c: float = 1.0) -> Tensor:
+    """Relevance r of every value vector to every token, (..., d_ff), without the gate.
 
-    h (..., d), values (d, d_ff), parameters of the form: `weight` and `query` (d_r, d), unconstrained, and `gate`.
+    h (..., d), values (d, d_ff), weight (d_r, d) of which R is the orthonormalised form.
     """
-    keys = orthonormal_rows_ref(parameters["weight"])
-    if form == "paper":
-        return torch.sigmoid(parameters["gate"]) * ((h @ keys.mT) @ (keys @ values)) / math.sqrt(len(keys))
-    if form == "whitened":
-        # (W_V^+)^T has the columns G^-1 v_j.
-        values = torch.linalg.pinv(values.double()).mT.to(values.dtype)
-    queries = keys if form == "signed" else orthonormal_rows_ref(parameters["query"])
-    scores = torch.zeros(*h.shape[:-1], values.shape[-1], dtype=h.dtype, device=h.device)
-    for c, key, query in zip(parameters["gate"], keys, queries, strict=True):
-        scores = scores + c * (h @ query).unsqueeze(-1) * (key @ values)
-    return scores
+    projection = orthonormal_rows_ref(weight)
+    return c * ((h @ projection.mT) @ (projection @ values)) / math.sqrt(len(projection))
 
 
 def weights_ref(
@@ -63,20 +51,20 @@ def weights_ref(
     brace: RelevanceModule,
     conditions: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> Tensor:
-    """Sub-update weights w_ij + a (r_ij + s r_cj), shape (..., d_ff).
+    """Sub-update weights w_ij + g (r_ij + s r_cj), shape (..., d_ff).
 
     Args:
         w: activation weights (..., d_ff), what enters the value projection.
         h: FFN input (..., d).
         values: W_V (d, d_ff).
-        brace: form, parameters and fixed factor a.
+        brace: parameters and constant c.
         conditions: pairs of h_c (d) and strength s, which broadcasts against h.
     """
-    wide, parameters = brace.weight.dtype, dict(brace.named_parameters(recurse=False))
-    r = relevance_ref(h.to(wide), values.to(wide), brace.form, parameters)
+    wide = brace.weight.dtype
+    r = relevance_ref(h.to(wide), values.to(wide), brace.weight, brace.scale)
     for state, strength in conditions:
-        r = r + strength * relevance_ref(state.to(wide), values.to(wide), brace.form, parameters)
-    return w + (brace.scale * r).to(w.dtype)
+        r = r + strength * relevance_ref(state.to(wide), values.to(wide), brace.weight, brace.scale)
+    return w + (torch.sigmoid(brace.gate) * r).to(w.dtype)
 
 
 @contextmanager

@@ -83,18 +83,6 @@ def gram(values: Values, x: Tensor) -> Tensor:
     return result
 
 
-def least_norm_weights(values: Tensor, x: Tensor) -> Tensor:
-    """Of all weights u with W_V u = x those of least norm, W_V^T (W_V W_V^T)^-1 x: (d_ff, n) in float64.
-
-    For W_V (d, d_ff) and x (d, n). Where value vectors do not span the whole width, W_V u comes as near to x as it can.
-    """
-    wide = values.detach().double()
-    square = wide @ wide.mT
-    # The smallest of ridges, for value vectors that do not span.
-    square.diagonal().add_(1e-12 * square.diagonal().mean())
-    return wide.mT @ torch.linalg.solve(square, x.to(wide))
-
-
 class KeptGram:
     """W_V W_V^T of one layer, for as long as its adapter learns.
 

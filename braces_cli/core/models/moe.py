@@ -214,3 +214,35 @@ def routing(args: tuple, kwargs: dict, experts: int) -> tuple[Tensor, Tensor]:
     # One column more: expert parallelism marks what other processes compute with an index past the last expert.
     p = weights.new_zeros(len(h), experts + 1).scatter_add(1, index.clamp(max=experts), weights)
     return h, p[:, :experts]
+
+
+def expert_outputs(module: Any, args: tuple, kwargs: dict, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(expert, its tokens (n, d), its outputs (n, d) before the router's weights) of one call `(h, index, weights)`.
+
+    Runs the experts once more for each of the experts that a token is sent to.
+    """
+    names, inputs = [*range(len(args)), *kwargs], [*args, *kwargs.values()]
+    place = 2 if inputs[2].is_floating_point() else 1
+    h, weights, index = inputs[0], inputs[place], inputs[3 - place]
+    tokens = h.reshape(-1, h.shape[-1])
+    sent = index.reshape(len(tokens), -1)
+    wide = weights.numel() != index.numel()
+    for slot in range(sent.shape[1]):
+        column = sent[:, slot : slot + 1]
+        alone = torch.zeros_like(weights).reshape(len(tokens), -1)
+        if wide:
+            alone.scatter_(1, column, 1.0)
+        else:
+            alone[:, slot] = 1.0
+        inputs[place] = alone.reshape(weights.shape)
+        changed = dict(zip(names, inputs, strict=True))
+        with torch.no_grad():
+            # Not by way of the module's own call, whose hooks may be what calls this.
+            output = module.forward(
+                *(changed[name] for name in range(len(args))), **{name: changed[name] for name in kwargs}
+            )
+        output = output.reshape(tokens.shape)
+        for expert in range(experts):
+            rows = column[:, 0] == expert
+            if rows.any():
+                yield expert, tokens[rows], output[rows]
