@@ -73,14 +73,14 @@ def tiny_model(name: str = "llama", dtype: torch.dtype = torch.float32, seed: in
 
 
 def open_gates(adapter: Any, seed: int = 1) -> None:
-    """Make an adapter do something: gates half open, and a projection that is not orthonormal yet."""
+    """Make an adapter do something: gates half open, c other than 1, a projection that is not orthonormal yet."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for _, brace in adapter.sites:
+        for index, (_, brace) in enumerate(adapter.sites):
+            brace.set_scale((1.5, 0.75)[index % 2])
             brace.gate.copy_(torch.randn(brace.gate.shape, generator=generator))
-            for _, matrix in brace.matrices():
-                noise = torch.randn(matrix.shape, generator=generator)
-                matrix.copy_(1.5 * matrix + 0.1 * noise.to(matrix))
+            noise = torch.randn(brace.weight.shape, generator=generator)
+            brace.weight.copy_(1.5 * brace.weight + 0.1 * noise.to(brace.weight))
 
 
 def tiny_tokenizer() -> Any:
@@ -197,13 +197,13 @@ def adapter_dir(session: Any, tmp_path: Path) -> Path:
     return make_adapter(session, tmp_path / "adapter")
 
 
-def make_adapter(session: Any, folder: Path, rank: int = 4, seed: int = 1, form: str = "paper") -> Path:
+def make_adapter(session: Any, folder: Path, rank: int = 4, seed: int = 1) -> Path:
     """Save an adapter with open gates and leave the session's model bare."""
     from braces_cli.core.method.adapter import AdapterConfig, attach
     from braces_cli.core.models.loading import tokenizer_hashes
 
     base = session.base
-    adapter = attach(base.model, rank, form=form)
+    adapter = attach(base.model, rank)
     open_gates(adapter, seed)
     config = AdapterConfig(
         base.name, rank, adapter.layers, base.fingerprint(session.ffns), tokenizer=tokenizer_hashes(base.tokenizer)

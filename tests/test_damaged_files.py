@@ -30,9 +30,9 @@ from braces_cli.training.checkpointing.training_state import restore_optimizer, 
 
 FINGERPRINT = {"model_type": "llama", "layers": 2, "hidden_size": 8, "value_vectors": [16, 16], "sha256": None}
 ADAPTER = {
-    "format_version": 2, "method": "braces", "relevance": "paper", "base_model_name_or_path": "base", "revision": None,
+    "format_version": 2, "method": "braces", "base_model_name_or_path": "base", "revision": None,
     "r": 2, "layers": [0, 1], "fingerprint": FINGERPRINT, "tokenizer": {"vocabulary": "a", "chat_template": None},
-    "training": {}, "attributes": [], "scales": [1.0, 2.0], "versions": {"torch": "2"},
+    "training": {}, "attributes": [], "relevance_scale": [1.0, 2.0], "versions": {"torch": "2"},
 }  # fmt: skip
 LIKELIHOOD = {"nll": 1.5, "tokens": 3, "end_nll": 0.0, "end_tokens": 0}
 PROGRESS = {
@@ -136,8 +136,8 @@ KINDS = {
         "adapter_config.json", ADAPTER, read_config, ModelError,
         {"r": COUNT, "layers": WRONG, "layers.0": COUNT, "base_model_name_or_path": wrong("x"),
          "fingerprint": WRONG, "fingerprint.hidden_size": wrong(5), "fingerprint.value_vectors": wrong([]),
-         "attributes": wrong([]), "scales": wrong([]), "scales.0": wrong(5, 1.5, 10**30), "tokenizer": OBJECT,
-         "training": OBJECT, "versions": OBJECT, "revision": wrong(None, "x"), "relevance": WRONG,
+         "attributes": wrong([]), "relevance_scale": WRONG, "relevance_scale.0": wrong(5, 1.5, 10**30),
+         "tokenizer": OBJECT, "training": OBJECT, "versions": OBJECT, "revision": wrong(None, "x"),
          "format_version": WRONG, "colour": WRONG},
         others=True,
     ),

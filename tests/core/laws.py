@@ -20,11 +20,10 @@ import torch
 import transformers
 from transformers import GenerationConfig
 
-from braces_cli.core.method.adapter import Adapter, attach, attach_stored, spans_width
+from braces_cli.core.method.adapter import Adapter, attach, attach_stored
 from braces_cli.core.method.adapter_files import AdapterConfig, find_adapter
 from braces_cli.core.method.reference import reference
 from braces_cli.core.method.relevance import RelevanceModule
-from braces_cli.core.method.relevance_forms import FORMS
 from braces_cli.core.models.ffn import FFN, find_ffns, layer_stack
 from braces_cli.core.models.fingerprint import fingerprint
 from braces_cli.core.models.moe import Experts, MixtureFFN
@@ -179,23 +178,23 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def carry(model: Any, ffns: Sequence[FFN | MixtureFFN], relevance: str = "untied") -> Adapter:
-    """An adapter of rank 4 on some FFNs, gates open. `untied` is the form that the others are special cases of."""
+def carry(model: Any, ffns: Sequence[FFN | MixtureFFN]) -> Adapter:
+    """An adapter of rank 4 on some FFNs, gates open."""
     generator = torch.Generator().manual_seed(0)
-    modules = [RelevanceModule(4, ffn.hidden_size, generator=generator, form=relevance) for ffn in ffns]
+    modules = [RelevanceModule(4, ffn.hidden_size, generator=generator) for ffn in ffns]
     adapter = Adapter(model, list(zip(ffns, modules, strict=True)))
     open_gates(adapter)
     return adapter
 
 
-def compare(name: str, relevance: str) -> None:
-    """Values and gradients of one form against the reference, in float32 and in float64.
+def compare(name: str) -> None:
+    """Values and gradients against the reference, in float32 and in float64.
 
     Raises:
         AssertionError: they differ by more than rounding.
     """
     model = tiny(name)
-    adapter = carry(model, find_ffns(model), relevance)
+    adapter = carry(model, find_ffns(model))
     fast, slow = passed(model, adapter, False), passed(model, adapter, True)
     if name in SINGLE:
         found = worst(together(fast), together(slow))
@@ -228,8 +227,7 @@ def live(name: str, model: Any, folder: Path) -> None:
     bare = cache_changes(model)
     assert (bare is not None) == (name in CACHES), f"with and without cache, the bare base: {bare}"
     ffns = find_ffns(model)
-    # Factors as large as the paper's gate: in the units of random weights it would do too little or too much.
-    adapter = attach(model, 4, form="untied", scales=[0.25] * len(ffns))
+    adapter = attach(model, 4)
     open_gates(adapter)
     assert relative(logits_of(model), base) > 1e-3, "the adapter does nothing"
     if name in CACHES:
@@ -314,10 +312,7 @@ def prove(name: str, folder: Path) -> Outcome:
         with pytest.raises(ModelError, match=words):
             find_ffns(model)
         return Outcome(name, status, reason=reason)
-    for relevance in FORMS:
-        if relevance == "whitened" and not all(map(spans_width, find_ffns(tiny(name)))):
-            continue
-        compare(name, relevance)
+    compare(name)
     model = tiny(name)
     is_the_ffn(name, find_ffns(model))
     live(name, model, folder)

@@ -14,7 +14,6 @@ from braces_cli.core.method.adapter_files import WEIGHTS_FILE, find_adapter
 from braces_cli.core.method.projections import projection_error
 from braces_cli.core.method.reference import reference
 from braces_cli.core.method.relevance import _cached_factors
-from braces_cli.core.method.relevance_forms import FORMS
 from braces_cli.core.models.ffn import find_ffns
 from braces_cli.core.models.fingerprint import fingerprint
 from braces_cli.core.models.load_options import LoadOptions
@@ -25,8 +24,6 @@ from tests.core.method.test_reference import TOKENS, relative, run, squared_erro
 
 # One FFN that is a module of its own, one that lies loose in its layer, one whose weights are stored transposed.
 KINDS = ["llama", "opt", "gpt2"]
-# Each of these, and each form of relevance.
-CASES = [*((name, "paper") for name in KINDS), *(("llama", form) for form in FORMS if form != "paper")]
 
 
 def logits(model):
@@ -55,14 +52,14 @@ def assert_same_gradients(found, wanted, tolerance):
         assert relative(found[name], wanted[name]) < tolerance, name
 
 
-@pytest.mark.parametrize(("name", "form"), CASES)
-def test_float16_is_no_worse_than_twice_the_references_own_error(name, form, device):
+@pytest.mark.parametrize("name", KINDS)
+def test_float16_is_no_worse_than_twice_the_references_own_error(name, device):
     """Held to the float32 model with the same (rounded) weights."""
     ours: dict[str, float] = defaultdict(float)
     plain: dict[str, float] = defaultdict(float)
     for seed in range(4):
         model = tiny_model(name, torch.float16, seed).to(device)
-        adapter = attach(model, 4, form=form)
+        adapter = attach(model, 4)
         open_gates(adapter, seed)
         fast, fast_grads = run(model, adapter, False)
         slow, slow_grads = run(model, adapter, True)
@@ -133,11 +130,11 @@ def test_tied_embeddings_stay_tied_and_untouched(name):
     assert torch.equal(shared, before)
 
 
-@pytest.mark.parametrize(("name", "form"), CASES)
-def test_gradient_checkpointing_changes_no_gradient(name, form, device):
+@pytest.mark.parametrize("name", KINDS)
+def test_gradient_checkpointing_changes_no_gradient(name, device):
     """The second forward pass gives the same factors as the first."""
     model = tiny_model(name).to(device)
-    adapter = attach(model, 4, form=form)
+    adapter = attach(model, 4)
     open_gates(adapter)
     out, wanted = training_pass(model, adapter)
     calls = []
@@ -171,12 +168,12 @@ def _no_dropout(name):
     return {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if name == "gpt2" else {}
 
 
-@pytest.mark.parametrize(("name", "form"), CASES)
-def test_a_compiled_model_is_one_graph_and_follows_every_change(name, form, device):
+@pytest.mark.parametrize("name", KINDS)
+def test_a_compiled_model_is_one_graph_and_follows_every_change(name, device):
     """Inference: the logits of the model as it is, also after a parameter changed, and after loading another W_V."""
     torch._dynamo.reset()
     model = tiny_model(name).to(device)
-    adapter = attach(model, 4, form=form)
+    adapter = attach(model, 4)
     open_gates(adapter)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     first = logits(model)
@@ -191,12 +188,12 @@ def test_a_compiled_model_is_one_graph_and_follows_every_change(name, form, devi
     assert relative(logits(compiled), logits(model)) < 1e-6
 
 
-@pytest.mark.parametrize(("name", "form"), CASES)
-def test_a_compiled_training_step_has_the_same_gradients(name, form, device):
+@pytest.mark.parametrize("name", KINDS)
+def test_a_compiled_training_step_has_the_same_gradients(name, device):
     """Forward and backward, again as one graph."""
     torch._dynamo.reset()
     model = tiny_model(name, **_no_dropout(name), **({"dropout": 0.0} if name == "opt" else {})).to(device)
-    adapter = attach(model, 4, form=form)
+    adapter = attach(model, 4)
     open_gates(adapter)
     out, wanted = training_pass(model, adapter)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -211,11 +208,10 @@ def test_a_compiled_training_step_has_the_same_gradients(name, form, device):
     assert_same_gradients(found, wanted, 2e-5)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_the_operator_keeps_the_compilers_rules(form):
+def test_the_operator_keeps_the_compilers_rules():
     """No aliasing, shapes and strides as announced."""
     model = tiny_model()
-    adapter = attach(model, 4, form=form)
+    adapter = attach(model, 4)
     ffn, brace = adapter.sites[0]
     for parameter in brace.parameters():
         parameter.requires_grad_(False)

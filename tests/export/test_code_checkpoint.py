@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
 
 from braces_cli.core.method.adapter import attach
-from braces_cli.core.method.relevance_forms import FORMS
 from braces_cli.core.models.ffn import FFN, find_ffns
 from braces_cli.core.utils.errors import ConfigError, ModelError
 from braces_cli.export.code_checkpoint import CODE_FILE, side_paths, write_checkpoint_with_code
@@ -69,11 +68,11 @@ def greedy(model: Any) -> torch.Tensor:
 
 
 def written(
-    model: Any, folder: Path, shift: torch.Tensor | None = SHIFT, form: str = "untied", push: torch.Tensor | None = None
+    model: Any, folder: Path, shift: torch.Tensor | None = SHIFT, push: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and greedy tokens of the adapter on a base, which is written into `folder/code`."""
     model.save_pretrained(folder / "base")
-    adapter = attach(model, 4, form=form)
+    adapter = attach(model, 4)
     open_gates(adapter)
     frozen(adapter, shift)
     pushes = {} if push is None else {ffn.layer: push for ffn, _ in adapter.sites}
@@ -142,16 +141,6 @@ def test_a_push_that_no_side_path_can_carry_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="layer 0 is steered"):
         side_paths(adapter, {0: push, 1: push})
     assert side_paths(adapter, {1: push})[0].constant is not None
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
-def test_every_form_of_relevance(name: str, form: str, tmp_path: Path) -> None:
-    """Experts too, but for a form that these are too narrow for."""
-    if (name, form) == ("qwen3_moe", "whitened"):
-        name = "gpt_oss"
-    wanted, _ = written(BASES[name](), tmp_path, form=form)
-    assert relative(logits(load(tmp_path / "code")), wanted) < 1e-5
 
 
 def test_files_of_the_base_are_linked_and_only_the_side_path_is_new(tmp_path: Path) -> None:

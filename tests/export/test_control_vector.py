@@ -14,7 +14,6 @@ from braces_cli.core.attributes.attribute import build_attribute, pushed_in
 from braces_cli.core.attributes.intervention import steered
 from braces_cli.core.method.adapter import attach
 from braces_cli.core.method.adapter_files import find_adapter
-from braces_cli.core.method.relevance_forms import FORMS
 from braces_cli.core.models.ffn import find_ffns, layer_stack
 from braces_cli.core.models.loading import Base
 from braces_cli.core.session import Session
@@ -73,12 +72,9 @@ def test_an_exported_vector_steers_as_we_do(name: str, tmp_path: Path) -> None:
     assert relative(applied(model, tmp_path / "v.gguf"), wanted) < 1e-5
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_with_an_adapter_the_vector_carries_the_steering_and_not_the_token_path(
-    form: str, session: Any, tmp_path: Path
-) -> None:
+def test_with_an_adapter_the_vector_carries_the_steering_and_not_the_token_path(session: Any, tmp_path: Path) -> None:
     """Added to the adapter unsteered, it gives the adapter steered."""
-    adapter_dir = make_adapter(session, tmp_path / "adapter", form=form)
+    adapter_dir = make_adapter(session, tmp_path / "adapter")
     terms = [(build_attribute(session, "positive", ["good", "happy"]), 2.0)]
     session.add_adapter(find_adapter(str(adapter_dir)))
     with steered(session, terms, [1]):

@@ -15,7 +15,6 @@ from braces_cli.core.attributes.intervention import constants, steered
 from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.method.adapter import Adapter, attach
 from braces_cli.core.method.adapter_files import find_adapter
-from braces_cli.core.method.relevance_forms import FORMS
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.session import attached, open_session
 from braces_cli.core.utils.errors import ConfigError, ModelError
@@ -56,9 +55,9 @@ def greedy(model: Any, tokens: torch.Tensor = TOKENS[:, :4]) -> torch.Tensor:
         return model.generate(input_ids=tokens, generation_config=config)
 
 
-def carry(model: Any, seed: int = 1, strength: float = 0.0, form: str = "untied") -> Adapter:
-    """An adapter of rank 4, steered by SHIFT at a strength; `untied` is what the other forms are special cases of."""
-    adapter = attach(model, 4, seed=seed, form=form)
+def carry(model: Any, seed: int = 1, strength: float = 0.0) -> Adapter:
+    """An adapter of rank 4, steered by SHIFT at a strength."""
+    adapter = attach(model, 4, seed=seed)
     open_gates(adapter, seed)
     return frozen(adapter, strength * SHIFT if strength else None)
 
@@ -197,20 +196,6 @@ def test_two_adapters_at_once_need_slots_of_their_own(tmp_path: Path) -> None:
     wrapped.base_model.add_weighted_adapter(names, [1.0, 1.0, -2.0], "sum", combination_type="cat")
     wrapped.base_model.set_adapter("sum")
     assert relative(logits(wrapped.eval()), wanted) < 1e-5
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_relevance(form: str, tmp_path: Path) -> None:
-    """All of them are a path of low rank."""
-    model = tiny_model("llama")
-    slots, loaded = write_slotted(model, tmp_path / "slots", TOKENS)
-    adapter = carry(model, 1, 2.0, form)
-    wanted, path = logits(model), token_path(adapter)
-    adapter.detach()
-    (tmp_path / "lora").mkdir()
-    vectors = {layer: 2 * (writes @ SHIFT) for layer, (_, writes) in path.items()}
-    write_folder(tmp_path / "lora", lora_pairs(path, vectors, slots), slots, tmp_path)
-    assert relative(logits(peft.PeftModel.from_pretrained(loaded, tmp_path / "lora").eval()), wanted) < 1e-5
 
 
 def test_an_adapter_on_some_layers_names_their_modules(tmp_path: Path) -> None:

@@ -56,9 +56,9 @@ def as_json(value: Any) -> bytes:
         ({**CONFIG, key: value},)
         for key, value in (
             ("r", [4]), ("r", 10**30), ("layers", [0, "3"]), ("layers", [3, 0]), ("layers", []), ("fingerprint", {}),
-            ("fingerprint", "x"), ("scales", [1.0, float("inf")]), ("tokenizer", {"vocabulary": 5}),
+            ("fingerprint", "x"), ("relevance_scale", [1.0, float("inf")]), ("tokenizer", {"vocabulary": 5}),
             ("revision", ["main"]),
-            ("base_model_name_or_path", "a\x00b"), ("relevance", {}), ("format_version", "2"), ("attributes", [5]),
+            ("base_model_name_or_path", "a\x00b"), ("format_version", "2"), ("attributes", [5]),
         )
     ),
 )  # fmt: skip

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from braces_cli.core.method.adapter_files import find_adapter
-from braces_cli.core.method.relevance_forms import FORMS
 from braces_cli.inspection.concept_search import (
     attribute_relevance,
     model_concept,
@@ -40,21 +39,16 @@ def test_promoting_vectors_are_those_of_a_direct_computation(session):
     assert all(len(r["tokens"]) == 3 for r in found)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_relevance_of_an_attribute_is_the_formula_of_its_form(session, tmp_path, form):
-    """For `paper` r_c = (R W_V)^T (R h_c) / sqrt(d_r), written out."""
+def test_relevance_of_an_attribute_is_the_formula(session, tmp_path):
+    """r_c = c (R W_V)^T (R h_c) / sqrt(d_r), written out."""
     from braces_cli.core.attributes.lookup import find_attribute
     from braces_cli.core.method.reference import relevance_ref
 
-    session.add_adapter(find_adapter(str(make_adapter(session, tmp_path / "adapter", form=form))))
+    session.add_adapter(find_adapter(str(make_adapter(session, tmp_path / "adapter"))))
     attribute = find_attribute(session, "positive", None)
     everything = []
     for row, (ffn, brace) in enumerate(session.adapter.sites):
-        expected = (
-            relevance_ref(attribute.state[row], ffn.value_matrix(), form, dict(brace.named_parameters(recurse=False)))
-            * brace.scale
-            / brace.gain.detach()
-        )
+        expected = relevance_ref(attribute.state[row], ffn.value_matrix(), brace.weight.detach(), brace.scale)
         assert torch.allclose(attribute_relevance(session, attribute, ffn), expected, rtol=1e-4, atol=1e-6)
         everything += [(float(score), ffn.layer, index) for index, score in enumerate(expected)]
     best = sorted(everything, reverse=True)[:4]

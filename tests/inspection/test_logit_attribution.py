@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from braces_cli.core.method.adapter import attach
-from braces_cli.core.method.relevance_forms import FORMS
 from braces_cli.core.models.ffn import find_ffns, layer_stack
 from braces_cli.core.models.loading import Base
 from braces_cli.core.session import Session
@@ -28,21 +27,21 @@ ATTENTION = {
 }
 
 
-def opened(name: str, adapter: bool = False, form: str = "paper", **overrides) -> Session:
+def opened(name: str, adapter: bool = False, **overrides) -> Session:
     """A session over a tiny model of one architecture; its adapter has open gates."""
     model = tiny_model(name, vocab_size=96, **overrides)
     session = Session(Base(model, tiny_tokenizer(), name, None, None), find_ffns(model))
     if adapter:
-        session.adapter = attach(model, 4, form=form)
+        session.adapter = attach(model, 4)
         open_gates(session.adapter)
     return session
 
 
-@pytest.mark.parametrize("form", [None, *FORMS])
+@pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("name", sorted(ATTENTION))
-def test_the_parts_add_up_to_the_models_logit(name, form):
-    """Embedding + attention + sub-updates + biases, within 1e-4 relative, at every position; None: no adapter."""
-    session = opened(name, form is not None, form or "paper")
+def test_the_parts_add_up_to_the_models_logit(name, adapter):
+    """Embedding + attention + sub-updates + biases, within 1e-4 relative, at every position."""
+    session = opened(name, adapter)
     found = trace(session, PROMPT)
     ids = torch.tensor([session.base.tokenizer(PROMPT)["input_ids"]])
     with torch.no_grad():
@@ -109,12 +108,7 @@ def test_a_sub_update_is_written_out():
         ffn, brace = session.adapter.sites[row["layer"]]
         position = row["position"]
         values = ffn.value_matrix().detach()
-        r = (
-            relevance_ref(
-                run.inputs[row["layer"]][position], values, "paper", dict(brace.named_parameters(recurse=False))
-            )
-            / brace.g.detach()
-        )
+        r = relevance_ref(run.inputs[row["layer"]][position], values, brace.weight.detach(), brace.scale)
         w = run.weights[row["layer"]][position]
         effect = (w + brace.g.detach() * r) * (u[position] @ values)
         best = effect.abs().topk(3).indices.tolist()

@@ -6,8 +6,6 @@ import json
 
 import pytest
 
-from braces_cli.core.method.relevance_forms import FORMS
-
 NAMES = ("positive", "toxic", "formal", "sad")
 WORDS = ("the film is", "a day", "the end of the old town", "happy", "a good day and", "in the old", "is sad")
 
@@ -102,9 +100,8 @@ def test_logits_of_each_row_are_its_own(name, trained):
     assert [push.share for push in pushes] == pytest.approx(largest)
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["opt", "bloom", "mixtral", "llama4_text", "gemma2"])
-def test_rows_that_push_and_rows_that_go_through_the_adapter_share_a_batch(name, form):
+def test_rows_that_push_and_rows_that_go_through_the_adapter_share_a_batch(name):
     """The adapter on the last layer only, pushes on every layer: each row is what it is alone, by the formula, too."""
     import torch
 
@@ -123,7 +120,7 @@ def test_rows_that_push_and_rows_that_go_through_the_adapter_share_a_batch(name,
     ffns = find_ffns(model)
     layers, width = [ffn.layer for ffn in ffns], ffns[0].hidden_size
     session = Session(Base(model, None, name, None, None), ffns)
-    session.adapter = attach(model, 4, layers[-1:], form=form)
+    session.adapter = attach(model, 4, layers[-1:])
     open_gates(session.adapter)
     generator = torch.Generator().manual_seed(1)
 

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from braces_cli.core.method.relevance_forms import FORMS
-
 
 @pytest.fixture
 def rows(tmp_path: Any) -> Any:
@@ -35,15 +33,18 @@ def train(braces: Any, model_dir: Any, rows: Any, tmp_path: Any) -> Any:
     return run
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_training_starts_where_the_adapter_is(train: Any, rows: Any, tmp_path: Any, form: str) -> None:
-    """Rank, form and layers come from the adapter, the base too, and the first loss is that of the adapter."""
-    first = train("a", "--max-steps", 30, "--rank", 3, "--relevance", form, "--layers", "1-", "--gate-lr", 0.3)
+def test_training_starts_where_the_adapter_is(train: Any, rows: Any, tmp_path: Any) -> None:
+    """Rank, relevance scale, layers and base come from the adapter, and the first loss is that of the adapter."""
+    first = train("a", "--max-steps", 30, "--rank", 3, "--layers", "1-", "--gate-lr", 0.3)
     assert first.code == 0, first.err
     again = train("b", "--adapter", tmp_path / "a", "--max-steps", 1, "--eval-data", rows, base=False)
     assert again.code == 0, again.err
-    config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
-    assert (config["r"], config["relevance"], config["layers"]) == (3, form, [1])
+    before, config = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in "ab")
+    assert (config["r"], config["layers"]) == (3, [1])
+    assert config["relevance_scale"] == before["relevance_scale"] != [1.0]
+    refused = train("c", "--adapter", tmp_path / "a", "--relevance-scale", 1, base=False)
+    assert refused.code == 2
+    assert "--relevance-scale" in refused.err
     steps = [json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in steps] == [1]
     assert again.json["base_eval_loss"] - steps[0]["loss"] > 0.01

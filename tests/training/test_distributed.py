@@ -13,7 +13,6 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from braces_cli.core.method.relevance_forms import FORMS
 from tests.training.workers import cli, launch, train_with_attributes
 
 pytestmark = pytest.mark.slow
@@ -144,11 +143,10 @@ def test_two_processes_of_which_one_is_told_to_stop_go_on_bit_for_bit(model_dir,
     assert whole == part
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_two_processes_with_attributes_give_the_adapter_of_one(braces, model_dir, tmp_path, form):
+@pytest.mark.parametrize("packing", ["auto", "off"])
+def test_two_processes_with_attributes_give_the_adapter_of_one(braces, model_dir, tmp_path, packing):
     """Packed and in groups; what is read before the forward pass gets its gradients, and a batch may have no row."""
-    packing = "off" if form in ("signed", "whitened") else "auto"
-    train_with_attributes(braces, model_dir, tmp_path, ["--relevance", form, "--packing", packing], stopped, 0)
+    train_with_attributes(braces, model_dir, tmp_path, ["--packing", packing], stopped, 0)
 
 
 def test_profiles_are_what_accelerate_reads():

@@ -18,7 +18,7 @@ def test_products_of_value_matrices_are_made_once_and_not_at_all_where_memory_is
     monkeypatch.setattr(value_gram, "_slabs", lambda *args: calls.append(1) or real(*args))
     run = braces(
         "train", "--model", model_dir, "--data", rows, "--eval-data", rows, "--max-steps", 4, "--batch-size", 2,
-        "--rank", 4, "--relevance", "untied", "--output-dir", tmp_path / "out", "--format", "json", *extra,
+        "--rank", 4, "--output-dir", tmp_path / "out", "--format", "json", *extra,
     )  # fmt: skip
     assert run.code == 0, run.err
     assert len(calls) == made

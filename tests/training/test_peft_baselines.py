@@ -128,7 +128,8 @@ CONTRADICTIONS = [
     ("braces", ["--lora-targets", "q_proj"], "--lora-targets"),
     ("lora", ["--lora-alpha", "0"], "--lora-alpha"),
     ("lorra", [], "no method `lorra`"),
-    ("braces", ["--relevance", "best"], "no relevance `best`"),
+    ("lora", ["--relevance-scale", "1"], "--relevance-scale"),
+    ("braces", ["--relevance-scale", "best"], "`best` is not a scale"),
 ]
 
 

@@ -73,12 +73,11 @@ def signal_after(monkeypatch, steps: int, number: int) -> None:
     [
         [],
         ["--streaming"],
-        ["--relevance", "signed"],
-        ["--relevance", "untied", "--gradient-checkpointing"],
+        ["--gradient-checkpointing"],
         ["--attribute-field", "mood", "--opposites", "positive:negative"],
-        ["--attribute-field", "mood", "--relevance", "whitened", "--packing", "off"],
+        ["--attribute-field", "mood", "--packing", "off"],
     ],
-    ids=["default", "streaming", "signed", "untied", "attributes", "attributes whitened"],
+    ids=["default", "streaming", "gradient checkpointing", "attributes", "attributes unpacked"],
 )
 def test_a_resumed_run_is_the_one_that_was_not_interrupted(train, tmp_path, extra):
     """Bit for bit, from the middle of an epoch and from the end; figures too, but for those of time and memory."""

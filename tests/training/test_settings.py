@@ -26,22 +26,20 @@ def test_what_identifies_a_run():
 def test_defaults_that_depend_on_other_settings():
     """Rates follow attributes, method and width; what is given stays."""
     plain, conditioned = TrainSettings(), TrainSettings(attribute_field="mood")
-    assert (plain.gate_lr, plain.rank, plain.contrast, plain.margin) == (0.1, 8, 0.0, None)
+    assert (plain.gate_lr, plain.rank, plain.contrast, plain.margin) == (0.3, 16, 0.0, None)
     assert (conditioned.gate_lr, conditioned.contrast, conditioned.margin) == (0.1, 0.1, 6.0)
-    assert (plain.relevance, conditioned.relevance, conditioned.rank) == ("whitened", "paper", 16)
-    assert (plain.lr, plain.for_base(64).lr, TrainSettings(lr=0.5).for_base(64).lr) == (None, 0.04, 0.5)
-    paper, steered = TrainSettings(relevance="paper"), TrainSettings(relevance="paper", attribute_field="mood")
-    assert (paper.gate_lr, paper.rank, steered.gate_lr, paper.for_base(64).lr) == (0.3, 16, 0.1, 0.02)
+    assert (plain.lr, plain.for_base(64).lr, TrainSettings(lr=0.5).for_base(64).lr) == (None, 0.02, 0.5)
     assert (TrainSettings(method="lora").lr, TrainSettings(method="lora").rank) == (1e-3, 16)
 
 
-def test_narrow_experts_get_the_form_that_fits_them():
-    """Where value vectors do not span the width the default is another form, at the same rank; a form named stays."""
-    assert TrainSettings().for_base(64, spans_width=False).relevance == "untied"
-    assert TrainSettings().for_base(64, spans_width=False).rank == TrainSettings().rank
-    assert TrainSettings(relevance="paper").for_base(64, spans_width=False).relevance == "paper"
-    named = TrainSettings(relevance="whitened", given={"relevance": "command line"})
-    assert named.for_base(64, spans_width=False).relevance == "whitened"
+def test_a_relevance_scale_is_auto_or_a_positive_number():
+    """As a number it is the same however it is written."""
+    assert TrainSettings().scale is None
+    assert [TrainSettings(relevance_scale=text).scale for text in ("1", "1.0", "0.25", 2)] == [1.0, 1.0, 0.25, 2.0]
+    assert TrainSettings(relevance_scale="1.0") == TrainSettings(relevance_scale="1")
+    for wrong in ("0", "-1", "inf", "nan", "big", ""):
+        with pytest.raises(ConfigError, match="is not a scale"):
+            TrainSettings(relevance_scale=wrong)
 
 
 def test_columns_name_attribute_and_strength():

@@ -13,13 +13,12 @@ from braces_cli.core.attributes.intervention import steered
 from braces_cli.core.method.adapter import attach, attach_stored
 from braces_cli.core.method.adapter_files import find_adapter, read_config
 from braces_cli.core.method.reference import reference
-from braces_cli.core.method.relevance_forms import FORMS
 from braces_cli.core.models.tokenization import Encoded
 from braces_cli.core.utils.errors import ModelError
 from braces_cli.training.token_path import token_path_shares
 from tests.conftest import make_adapter, open_gates, tiny_model
 from tests.core.architectures import tiny
-from tests.core.method.test_reference import TOKENS, relative, run
+from tests.core.method.test_reference import TOKENS, relative
 
 _IDS = torch.randint(3, 96, (6, 12), generator=torch.Generator().manual_seed(4)).tolist()
 EXAMPLES = [Encoded(ids[: 5 + row], ids[: 5 + row], False, False) for row, ids in enumerate(_IDS)]
@@ -49,34 +48,11 @@ def test_the_share_is_the_term_over_the_output(name):
     assert brace.enabled  # nothing of the measurement stays
 
 
-@pytest.mark.parametrize("name", ["llama", "opt", "mixtral"])
-def test_a_scaled_adapter_equals_the_scaled_formula(name):
-    """Values, gradients and attributes; and the scale is not without effect."""
-    model = tiny(name) if name == "mixtral" else tiny_model(name)
-    adapter = attach(model, 4)
-    open_gates(adapter)
-    width = adapter.sites[0][0].hidden_size
-    states = torch.randn(1, 2, width, generator=torch.Generator().manual_seed(3))
-    strengths = torch.tensor([[1.5], [-2.0]])
-    adapter.condition(states, strengths)
-    plain, _ = run(model, adapter, False)
-    for place, (_, brace) in enumerate(adapter.sites):
-        brace.set_scale(0.3 + place)
-    adapter.condition(states, strengths)
-    fast, fast_grads = run(model, adapter, False)
-    terms = {layer: [(states[0, i], strengths[:, 0])] for i, layer in enumerate(adapter.layers)}
-    slow, slow_grads = run(model, adapter, True, terms)
-    assert relative(fast, plain) > 1e-3
-    assert relative(fast, slow) < 1e-5
-    for key, grad in slow_grads.items():
-        assert relative(fast_grads[key], grad) < 2e-5, key
-
-
 def test_scales_are_saved_and_loaded_and_steering_grows_with_them(session, tmp_path):
     """Bit for bit the same adapter; without its scales it would be another; damaged ones are refused."""
     model = session.base.model
     folder = make_adapter(session, tmp_path / "a")
-    assert json.loads((folder / "adapter_config.json").read_text())["scales"] == []
+    assert json.loads((folder / "adapter_config.json").read_text())["relevance_scale"] == [1.5, 0.75]
     stored = find_adapter(str(folder))
     adapter, config = attach_stored(model, stored, session.base.fingerprint()), stored.config
     for (_, brace), scale in zip(adapter.sites, (2.5, 0.25), strict=True):
@@ -100,29 +76,27 @@ def test_scales_are_saved_and_loaded_and_steering_grows_with_them(session, tmp_p
         assert relative(fast, slow) < 1e-5
         with steered(session, [(build_attribute(session, "good", ["good"]), 1.0)]) as found:
             pushes.append([push.share for push in found])
-    assert pushes[0] == pytest.approx([2.5 * pushes[1][0], 0.25 * pushes[1][1]], rel=1e-5)
+    assert pushes[0] == pytest.approx([2.5 / 1.5 * pushes[1][0], 0.25 / 0.75 * pushes[1][1]], rel=1e-5)
     raw = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
-    for damaged in ([1.0], [1.0, 0.0], [1.0, None], 2.0):
-        (tmp_path / "b" / "adapter_config.json").write_text(json.dumps({**raw, "scales": damaged}))
-        with pytest.raises(ModelError, match="`scales"):
+    for damaged in ([], [1.0], [1.0, 0.0], [1.0, None], 2.0):
+        (tmp_path / "b" / "adapter_config.json").write_text(json.dumps({**raw, "relevance_scale": damaged}))
+        with pytest.raises(ModelError, match="`relevance_scale"):
             read_config(tmp_path / "b")
 
 
-def test_the_command_tells_the_share_and_stores_the_units(braces, model_dir, tmp_path):
-    """The token path of the trained adapter is in the JSON; signed and untied have factors of their own."""
+def test_the_command_reports_the_share_and_stores_the_scales(braces, model_dir, tmp_path):
+    """The share of the trained adapter is in the JSON; the config holds c of each layer."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "the film is good"}\n{"text": "the end is sad"}\n')
-    scales = {}
-    for form in FORMS:
-        out = tmp_path / form
+    scales = []
+    for name in ("auto", "0.5"):
         outcome = braces(
-            "train", "--model", model_dir, "--data", rows, "--rank", 4, "--max-steps", 2, "--relevance", form,
-            "--output-dir", out, "--format", "json",
+            "train", "--model", model_dir, "--data", rows, "--rank", 4, "--max-steps", 2, "--relevance-scale", name,
+            "--output-dir", tmp_path / name, "--format", "json",
         )  # fmt: skip
         assert outcome.code == 0, outcome.err
         assert len(outcome.json["token_path_share"]) == 2
         assert min(outcome.json["token_path_share"]) > 0
-        scales[form] = read_config(out).scales
-    assert scales["paper"] == scales["whitened"] == []
-    assert len(scales["signed"]) == 2
-    assert scales["signed"] == scales["untied"]
+        scales.append(read_config(tmp_path / name).relevance_scale)
+    assert min(scales[0]) > 1
+    assert scales[1] == [0.5, 0.5]

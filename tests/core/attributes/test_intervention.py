@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from braces_cli.core.method.relevance_forms import FORMS
-
 
 def test_attributes_add_up(session):
     """Logits of A + B are those of the summed push; s = 2 of A is A twice."""
@@ -87,8 +85,7 @@ def test_strength_one_moves_the_stream_by_ten_percent_whatever_stands_behind_the
     assert moved == pytest.approx(0.02, rel=0.1 if name == "granite" else 0.5)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_steering_with_an_adapter_is_the_papers_formula(session, form):
+def test_steering_with_an_adapter_is_the_papers_formula(session):
     """r_i + s r_c at every layer, against the reference."""
     import torch
 
@@ -98,7 +95,7 @@ def test_steering_with_an_adapter_is_the_papers_formula(session, form):
     from braces_cli.core.method.reference import reference
     from tests.conftest import open_gates
 
-    session.adapter = attach(session.base.model, 4, form=form)
+    session.adapter = attach(session.base.model, 4)
     open_gates(session.adapter)
     good = build_attribute(session, "good", ["good", "happy"])
     tokens = torch.tensor([[0, 5, 6, 7]])

@@ -1,0 +1,113 @@
+"""c of each layer: bases that compute the same get adapters that compute the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from braces_cli.core.method.adapter import attach
+from braces_cli.core.method.relevance_scale import REACH, measure_scales
+from braces_cli.core.models.ffn import find_ffns
+from tests.conftest import tiny_model
+from tests.core.architectures import tiny
+from tests.core.method.test_reference import TOKENS, relative
+
+TEXTS = [[0, 5, 9, 40], [0, 7, 7, 31, 12, 60]]
+
+
+def rescaled(kind: str, a: float) -> Any:
+    """A tiny Llama in float64: W_V times `a` and up over it, or the norm's weight times `a` and gate and up over it."""
+    model = tiny_model(dtype=torch.float64)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            mlp, grown = layer.mlp, layer.mlp.down_proj if kind == "values" else layer.post_attention_layernorm
+            grown.weight.mul_(a)
+            for shrunk in (mlp.up_proj,) if kind == "values" else (mlp.gate_proj, mlp.up_proj):
+                shrunk.weight.div_(a)
+    return model
+
+
+def trained(model: Any, scales: list[float] | None = None) -> torch.Tensor:
+    """Logits after 20 steps of AdamW."""
+    adapter = attach(model, 4, scales=measure_scales(model, find_ffns(model), TEXTS) if scales is None else scales)
+    modules = [brace.double() for _, brace in adapter.sites]
+    groups = [
+        {"params": [brace.weight for brace in modules], "lr": 0.05},
+        {"params": [brace.gate for brace in modules], "lr": 0.3},
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    for _ in range(20):
+        model(TOKENS, labels=TOKENS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+@pytest.mark.parametrize("a", [0.25, 4.0])
+@pytest.mark.parametrize("kind", ["values", "norm"])
+def test_a_rescaled_base_trains_to_the_same_function(kind: str, a: float) -> None:
+    """Within 1e-8 in float64; training changes it, and without c the two would differ."""
+    plain, ones = trained(rescaled(kind, 1.0)), [1.0, 1.0]
+    with torch.no_grad():
+        assert relative(rescaled(kind, 1.0)(TOKENS).logits, plain) > 1e-2
+    assert relative(trained(rescaled(kind, a)), plain) < 1e-8
+    assert relative(trained(rescaled(kind, a), ones), trained(rescaled(kind, 1.0), ones)) > 1e-4
+
+
+def test_the_scale_by_hand() -> None:
+    """REACH times the rms of what the FFN writes over that of W_V W_V^T h, over the tokens of all texts."""
+    model = tiny_model(dtype=torch.float64).requires_grad_(False)
+    ffns = find_ffns(model)
+    inputs: list[list[torch.Tensor]] = [[] for _ in ffns]
+    outputs: list[list[torch.Tensor]] = [[] for _ in ffns]
+    for layer, ins, outs in zip(model.model.layers, inputs, outputs, strict=True):
+        layer.mlp.register_forward_pre_hook(lambda module, args, seen=ins: seen.append(args[0][0]))
+        layer.mlp.register_forward_hook(lambda module, args, output, seen=outs: seen.append(output[0]))
+    found = measure_scales(model, ffns, TEXTS)
+    for ffn, ins, outs, scale in zip(ffns, inputs, outputs, found, strict=True):
+        values = ffn.value_matrix()
+        path = torch.cat(ins) @ values @ values.mT
+        assert scale == pytest.approx(float(REACH * (torch.cat(outs).norm() / path.norm())), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "gpt_oss", "llama4_text"])
+def test_the_scale_of_a_mixture_counts_pairs_of_a_token_and_an_expert(name: str) -> None:
+    """Of outputs before the router's weights: against the experts run one by one on the tokens sent to them."""
+    model = tiny(name).double().requires_grad_(False)
+    ffn = next(ffn for ffn in find_ffns(model) if any(hasattr(part, "sorted") for part in ffn.parts))
+    (part,) = (part for part in ffn.parts if hasattr(part, "sorted"))
+    calls: list[tuple] = []
+    handle = part.module.register_forward_hook(lambda module, args, output: calls.append((args, output)))
+    (scale,) = measure_scales(model, [ffn], TEXTS)
+    handle.remove()
+    shared = [other for other in ffn.parts if other is not part]
+    output = path = 0.0
+    values = part.value_matrix()
+    for args, out in calls:
+        for expert, value in enumerate(values):
+            if part.sorted:
+                rows, written = args[0].view(len(values), -1, 32)[expert], out.view(len(values), -1, 32)[expert]
+                sent = rows.norm(dim=-1) > 0
+                h, y = rows[sent], written[sent]
+            else:
+                tokens = args[0].reshape(-1, 32)
+                h = tokens[(args[1].reshape(len(tokens), -1) == expert).any(dim=-1)]
+                index = torch.full((len(h), 1), expert)
+                y = part.module.forward(h, index, torch.ones(len(h), 1, dtype=h.dtype)) if len(h) else h
+            output, path = output + float(y.square().sum()), path + float((h @ value @ value.mT).square().sum())
+    if not shared:
+        assert scale == pytest.approx(REACH * (output / path) ** 0.5, rel=1e-6)
+    else:
+        assert scale > 0
+
+
+def test_where_nothing_is_written_the_scale_is_one() -> None:
+    """W_V is zero, or the FFN's output."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.zero_()
+        model.model.layers[1].mlp.up_proj.weight.zero_()
+    assert measure_scales(model, find_ffns(model), TEXTS) == [1.0, 1.0]
