@@ -19,9 +19,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core.method.relevance_forms import FORMS
-from braces_cli.training.defaults import DEFAULT_FORM
-
 # Where nothing compiled may be kept, each process would compile an editable install anew: no user's processes do.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
@@ -66,7 +63,6 @@ def parse(text: str, layers: int | None, repeats: int, argv: Sequence[str] | Non
             "--threads", type=int, help="threads on the CPU: fewer than its cores where others use it too"
         )
         parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on cpu, else bfloat16")
-        parser.add_argument("--relevance", choices=FORMS, default=DEFAULT_FORM, help=f"form; default {DEFAULT_FORM}")
         # How a benchmark asks a fresh process of itself for one system's memory.
         parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

@@ -110,17 +110,17 @@ def attribute_steppers(args: argparse.Namespace, base: Any) -> dict[str, Callabl
     from braces_cli.training.attribute_settings import DEFAULT_CONTRAST, DEFAULT_MARGIN
     from braces_cli.training.collator import Collator, Layout
     from braces_cli.training.contrastive_loss import PAIR_TERMS, contrastive_loss
-    from braces_cli.training.defaults import DEFAULT_FORM_ATTRIBUTES, default_rank
+    from braces_cli.training.defaults import DEFAULT_RANK
     from braces_cli.training.packing_probe import attention_cost
     from braces_cli.training.selective_logits import mean_loss, only_scored, token_nll
 
-    form, config = DEFAULT_FORM_ATTRIBUTES, base.config
+    config = base.config
     cost = attention_cost(base, config.num_hidden_layers, config.hidden_size)
     parts = batches("sst5", 256)[: 4 if args.quick else BATCHES]
 
     def make(attribute: bool) -> Callable[[], None]:
         model = twin(base).train()
-        adapter = attach(model, default_rank(form), form=form)
+        adapter = attach(model, DEFAULT_RANK)
         parameters, conditioner = [p for _, p in adapter.named_parameters()], None
         if attribute:
             parameters += adapter.add_mlp().parameters()

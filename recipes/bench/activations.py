@@ -46,7 +46,7 @@ def saved(shape: dict[str, int], layers: int) -> int:
         model = LlamaForCausalLM(config).requires_grad_(False)
     finally:
         torch.set_default_dtype(before)
-    attach(model, RANK, form="whitened")
+    attach(model, RANK)
     frozen = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 

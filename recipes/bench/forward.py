@@ -11,7 +11,7 @@ from typing import Any
 
 from _bench import build_model, interleave, medians, parse, ratio, report, synchroniser, timed, twin
 
-from braces_cli.training.defaults import default_rank
+from braces_cli.training.defaults import DEFAULT_RANK
 
 LAYERS, REPEATS = 4, 21
 PROMPT = 256
@@ -19,26 +19,26 @@ PROMPT = 256
 TOKENS = 8
 
 
-def half_open(model: Any, form: str) -> Any:
-    """An adapter of one form on every FFN of `model`: frozen, gates half open."""
+def half_open(model: Any) -> Any:
+    """An adapter on every FFN of `model`: frozen, gates half open."""
     import torch
 
     from braces_cli.core.method.adapter import attach
 
-    adapter = attach(model, default_rank(form), form=form)
+    adapter = attach(model, DEFAULT_RANK)
     for _, brace in adapter.sites:
         torch.nn.init.constant_(brace.gate, 0.5)
         brace.requires_grad_(False)
     return adapter
 
 
-def attached(model: Any, form: str) -> Any:
+def attached(model: Any) -> Any:
     """`model` with a relevance module on every FFN, as it is after loading an adapter."""
-    half_open(model, form).tensors()
+    half_open(model).tensors()
     return model
 
 
-def merged(model: Any, form: str) -> Any:
+def merged(model: Any) -> Any:
     """The checkpoint that merging such an adapter gives, as plain transformers loads it."""
     import tempfile
     from pathlib import Path
@@ -53,8 +53,8 @@ def merged(model: Any, form: str) -> Any:
 
     ffns = plain_ffns(model, find_ffns(model))
     ids = torch.zeros(1, 8, dtype=torch.long, device=model.device)
-    made = plan(model, ffns, observed_form(model, ffns, ids), default_rank(form), 64, False)
-    adapter = half_open(model, form)
+    made = plan(model, ffns, observed_form(model, ffns, ids), DEFAULT_RANK, 64, False)
+    adapter = half_open(model)
     neurons = new_neurons(adapter, made)
     adapter.detach()
     with tempfile.TemporaryDirectory() as folder:
@@ -90,8 +90,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str,
     import torch
 
     base, wait = build_model(args).eval(), synchroniser(args.device)
-    form = args.relevance
-    models = {"attached": attached(twin(base), form), "merged": merged(twin(base), form), "bare": base}
+    models = {"attached": attached(twin(base)), "merged": merged(twin(base)), "bare": base}
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, 256, (1, 16 if args.quick else PROMPT), generator=generator).to(args.device)
     with torch.no_grad():
@@ -104,7 +103,6 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str,
 
 def main() -> None:
     args = parse(__doc__, LAYERS, REPEATS)
-    rank = default_rank(args.relevance)
     whole, by_token = measure(args)
     settings = {
         "layers": args.layers,
@@ -115,8 +113,8 @@ def main() -> None:
         "device": args.device,
         "repeats": [len(whole["bare"]), len(by_token["bare"])],
         "quick": args.quick,
-        "attached": f"{args.relevance}, rank {rank} on every FFN, coefficients 0.5, frozen",
-        "merged": f"rank {rank} merged into every FFN, its width a multiple of 64, as plain transformers loads it",
+        "attached": f"rank {DEFAULT_RANK} on every FFN, gates half open, frozen",
+        "merged": f"rank {DEFAULT_RANK} merged into every FFN, its width a multiple of 64, as plain transformers loads it",
         "attached_vs_bare": "one pass over the prompt, without cache",
         "attached_vs_bare_decode": "one token a pass, the prompt in the cache",
         "seconds": medians(whole),

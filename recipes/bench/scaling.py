@@ -28,8 +28,6 @@ from typing import Any
 from _bench import LEAST_REPEATS, QWEN_LAYER, SECONDS, interleave, medians, ratio, report, synchroniser, timed, twin
 from training import can_measure_memory, floor_step, peak, reset_peak
 
-from braces_cli.training.settings import DEFAULT_FORM
-
 AXES: dict[str, tuple[Any, ...]] = {
     "layers": (4, 8, 16, 28),
     "width": (256, 512, 1024, 2048, 4096),
@@ -149,7 +147,7 @@ def step_of(system: str, point: Point, model: Any, device: str) -> Callable[[], 
         return make(wrapped, [parameter for parameter in wrapped.parameters() if parameter.requires_grad])
     from braces_cli.core.method.adapter import attach
 
-    adapter = attach(model, point.rank, form=DEFAULT_FORM)
+    adapter = attach(model, point.rank)
     if checkpointing:
         adapter.save_memory()
     return make(model, [parameter for _, parameter in adapter.named_parameters()])
@@ -299,7 +297,7 @@ def main() -> None:
             if "memory_vs_lora" in each:
                 ratios[f"memory_vs_lora, {place}"] = each["memory_vs_lora"]
     settings = {
-        "base": asdict(base), "rows": ROWS, "dtype": args.dtype, "device": args.device, "form": DEFAULT_FORM,
+        "base": asdict(base), "rows": ROWS, "dtype": args.dtype, "device": args.device,
         "left_out": left_out, "repeats": args.repeats, "quick": args.quick, "points": list(measured.values()),
     }  # fmt: skip
     report(settings, ratios, args.device)

@@ -20,10 +20,9 @@ from typing import Any
 
 from _bench import build_model, interleave, medians, parse, ratio, report, synchroniser, timed, twin
 
-from braces_cli.training.defaults import DEFAULT_FORM, default_rank
+from braces_cli.training.defaults import DEFAULT_RANK
 
 LAYERS, REPEATS = 4, 21
-FORM, RANK = DEFAULT_FORM, default_rank(DEFAULT_FORM)
 PROMPT = 32
 # Generated in one measurement.
 TOKENS = 16
@@ -105,7 +104,7 @@ def adapter_on(model: Any) -> Any:
 
     from braces_cli.core.method.adapter import attach
 
-    adapter = attach(model, RANK, form=FORM)
+    adapter = attach(model, DEFAULT_RANK)
     for _, brace in adapter.sites:
         torch.nn.init.constant_(brace.gate, 0.5)
         brace.requires_grad_(False)
@@ -173,7 +172,7 @@ def main() -> None:
         "device": args.device,
         "repeats": len(seconds["one"]),
         "quick": args.quick,
-        "adapter": f"{FORM}, rank {RANK} on every FFN, coefficients 0.5, frozen",
+        "adapter": f"rank {DEFAULT_RANK} on every FFN, gates half open, frozen",
         "tokens_per_second": {
             name: tokens * (rows if " " in name and name != "control vector" else 1) / value
             for name, value in medians(seconds).items()

@@ -24,15 +24,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from _bench import build_model, interleave, medians, parse, ratio, report, synchroniser, timed, twin
 from _rows import BATCH as ROWS_BATCH
 from _rows import SETS, attribute_steppers, padding, steppers
-
-from braces_cli.training.defaults import default_rank
 
 LAYERS, REPEATS = 4, 9
 RANK = 16
@@ -41,11 +38,11 @@ MEMORY_STEPS = 3
 BATCH, LENGTH = 2, 256
 
 
-def braces_step(form: str, model: Any, step: Callable[..., Callable[[], None]]) -> Callable[[], None]:
-    """Attach a relevance module of one form to every FFN of `model`; return one training step."""
+def braces_step(model: Any, step: Callable[..., Callable[[], None]]) -> Callable[[], None]:
+    """Attach a relevance module to every FFN of `model`; return one training step."""
     from braces_cli.core.method.adapter import attach
 
-    adapter = attach(model, default_rank(form), form=form)
+    adapter = attach(model, RANK)
     return step(model, [parameter for _, parameter in adapter.named_parameters()])
 
 
@@ -65,9 +62,8 @@ def floor_step(model: Any, step: Callable[..., Callable[[], None]]) -> Callable[
     return step(model, [])
 
 
-def systems(form: str) -> dict[str, Callable[..., Callable[[], None]]]:
-    """What makes a training step of each system from a model; of braces, in one form of relevance."""
-    return {"braces": partial(braces_step, form), "lora": lora_step, "floor": floor_step}
+# Each builds a training step of one system from a model.
+SYSTEMS: dict[str, Callable[..., Callable[[], None]]] = {"braces": braces_step, "lora": lora_step, "floor": floor_step}
 
 
 def stepper(args: argparse.Namespace) -> Callable[..., Callable[[], None]]:
@@ -96,7 +92,7 @@ def stepper(args: argparse.Namespace) -> Callable[..., Callable[[], None]]:
 def measure_times(args: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds a step of each system, all over the same weights."""
     base, step, wait = build_model(args), stepper(args), synchroniser(args.device)
-    steps = {name: timed(make(twin(base), step), wait) for name, make in systems(args.relevance).items()}
+    steps = {name: timed(make(twin(base), step), wait) for name, make in SYSTEMS.items()}
     return interleave(steps, args.repeats, args.seconds, warmup=1)
 
 
@@ -105,10 +101,7 @@ def measure_packing(args: argparse.Namespace) -> dict[str, list[float]]:
     from braces_cli.core.method.adapter import attach
 
     model = build_model(args)
-    parameters = [
-        parameter
-        for _, parameter in attach(model, default_rank(args.relevance), form=args.relevance).named_parameters()
-    ]
+    parameters = [parameter for _, parameter in attach(model, RANK).named_parameters()]
     wait = synchroniser(args.device)
     steps = {name: timed(step, wait) for name, step in steppers(args, model, parameters).items()}
     # Every batch has other lengths: more repeats than of a step that is always the same.
@@ -160,7 +153,7 @@ def memory_of(args: argparse.Namespace) -> list[int]:
     gc.collect()
     wait()
     before = reset_peak(args.device)
-    work = systems(args.relevance)[args.memory_of](model, step)
+    work = SYSTEMS[args.memory_of](model, step)
     work()  # AdamW makes its state in the first step
     peaks = []
     for _ in range(MEMORY_STEPS):
@@ -219,7 +212,7 @@ def main() -> None:
         "device": args.device,
         "repeats": len(times["braces"]),
         "quick": args.quick,
-        "braces": f"{args.relevance}, rank {default_rank(args.relevance)} on every FFN",
+        "braces": f"rank {RANK} on every FFN",
         "lora": f"peft, r {RANK} on q_proj and v_proj, no dropout",
         "floor": "forward and backward of the frozen model, down to the output of layer 0's FFN, no optimizer",
         "memory": f"{how} in a step, less what the bare model held" if memory else "not measured on this system",
