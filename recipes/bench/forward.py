@@ -114,7 +114,7 @@ def main() -> None:
         "repeats": [len(whole["bare"]), len(by_token["bare"])],
         "quick": args.quick,
         "attached": f"rank {DEFAULT_RANK} on every FFN, gates half open, frozen",
-        "merged": f"rank {DEFAULT_RANK} merged into every FFN, its width a multiple of 64, as plain transformers loads it",
+        "merged": f"rank {DEFAULT_RANK} merged into every FFN, width a multiple of 64, loaded by plain transformers",
         "attached_vs_bare": "one pass over the prompt, without cache",
         "attached_vs_bare_decode": "one token a pass, the prompt in the cache",
         "seconds": medians(whole),
