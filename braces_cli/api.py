@@ -32,7 +32,7 @@ from braces_cli.core.utils.errors import ConfigError
 from braces_cli.core.utils.paths import user_path
 from braces_cli.core.utils.python_settings import column_texts, converted, from_python, layer_text
 from braces_cli.inspection.adapter_summary import summarise_open
-from braces_cli.steering.chat_prompts import chat_wanted
+from braces_cli.steering.chat_prompts import uses_chat_template
 from braces_cli.steering.generate_texts import generate_texts, text_requests
 from braces_cli.training.settings import RunSettings
 from braces_cli.training.train import train as run_training
@@ -128,7 +128,7 @@ class Model:
             raise ConfigError(f"{batch_size} is out of range", where="batch_size", hint="Give at least 1.")
         how = Sampling(**from_python(Sampling, sampling))
         layers = chosen_layers(self.session.base.model, self.layers)
-        chat = chat_wanted(self.session, converted("apply_chat_template", apply_chat_template, bool | None))
+        chat = uses_chat_template(self.session, converted("apply_chat_template", apply_chat_template, bool | None))
         with steered(self.session, self.terms, layers):
             made = list(generate_texts(self.session, text_requests(texts), how, batch_size=batch_size, chat=chat))
         return made[0] if isinstance(prompts, str) else made

@@ -45,7 +45,7 @@ RESULT = {
     "base_eval_loss": None, "base_eval_perplexity": None, "base_eval_perplexity_without_end": None, "eval_loss": None,
     "eval_perplexity": None, "eval_perplexity_without_end": None, "seconds": 1.0, "tokens": 9,
     "tokens_per_second": 9.0, "peak_memory": 1, "rows": 1, "rows_truncated": 0, "rows_dropped": 0,
-    "token_path_share": None, "packed": False, "padding_share": 0.0,
+    "side_path_share": None, "packed": False, "padding_share": 0.0,
 }  # fmt: skip
 RECORD = {"settings": {}, "command": ["braces"], "data": None, "base": LIKELIHOOD, "progress": PROGRESS, "result": None}
 METRIC = {"value": 1.0, "stderr": None, "n": 3}
@@ -69,7 +69,7 @@ PART = {
 SLOTS = {
     "format_version": 1, "model": "m", "revision": None, "fingerprint": FINGERPRINT, "architecture": "Llama",
     "dtype": "float32", "width": 8, "wider": 16, "gated": True, "activation": [1.0, 2.0], "constant": None, "first": 8,
-    "suffixes": None, "sites": {"0": {"reads": "up", "writes": "down", "offset": 0, "rows": 16}}, "versions": {},
+    "suffixes": None, "layers": {"0": {"reads": "up", "writes": "down", "offset": 0, "rows": 16}}, "versions": {},
 }  # fmt: skip
 MERGE = {"model": "m", "adapter": "a", "dtype": "float32", "attributes": {"x": 1.0}, "layers": "0-1", "case": "a"}
 
@@ -157,7 +157,7 @@ KINDS = {
     ),
     "result of a run": FileKind(
         "run.json", {**RECORD, "result": RESULT}, lambda folder: finished(folder, {}), ModelError,
-        {"result.steps": wrong(5, -1, 10**30), "result.seconds": NUMBER, "result.token_path_share": wrong(None, []),
+        {"result.steps": wrong(5, -1, 10**30), "result.seconds": NUMBER, "result.side_path_share": wrong(None, []),
          "result.packed": wrong(True)},
         beside=lambda folder: (folder / "adapter_config.json").write_text("{}"),
     ),
@@ -194,7 +194,7 @@ KINDS = {
     "slots": FileKind(
         "braces_slots.json", SLOTS, read_slots, ModelError,
         {"model": TEXT, "fingerprint": WRONG, "width": COUNT, "wider": COUNT, "gated": wrong(True), "activation": WRONG,
-         "constant": wrong(None, 5), "suffixes": wrong(None, []), "sites": wrong({}), "sites.0.rows": COUNT,
+         "constant": wrong(None, 5), "suffixes": wrong(None, []), "layers": wrong({}), "layers.0.rows": COUNT,
          "format_version": WRONG},
     ),
     "merge": FileKind(

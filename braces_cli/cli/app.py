@@ -22,7 +22,7 @@ from braces_cli.cli.console import print_json, print_text
 from braces_cli.core.utils.atomic_files import file_hint
 from braces_cli.core.utils.distributed import process_number
 from braces_cli.core.utils.errors import BracesError, first_line
-from braces_cli.core.utils.other_names import our_name
+from braces_cli.core.utils.other_names import matching_setting
 from braces_cli.core.utils.plain_text import error_text
 
 # Name -> module and the function or typer app in it; imported and built when asked for.
@@ -218,7 +218,7 @@ def _call_error(args: list[str], error: typer.TyperException) -> int:
     unknown = typer_internals.unknown_option(error)
     # Of `-ngl` the parser names the `-n` alone.
     whole = unknown is not None and any(arg.replace("_", "-").partition("=")[0] == unknown[0] for arg in args)
-    if unknown is not None and whole and (ours := our_name(unknown[0], unknown[2])) is not None:
+    if unknown is not None and whole and (ours := matching_setting(unknown[0], unknown[2])) is not None:
         message = f"{unknown[1]} (here it is --{ours.replace('_', '-')})"
     if typer_internals.is_call_without_arguments(error):
         print_text(message)

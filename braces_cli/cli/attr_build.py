@@ -98,9 +98,9 @@ def _result(attribute: Attribute, path: Path) -> dict[str, Any]:
         "words": attribute.words,
         "examples": attribute.examples,
         "pooling": attribute.pooling,
-        **attribute.made,
+        **attribute.provenance,
         "layers": len(attribute.layers),
-        "push_layers": attribute.pushed,
+        "steered_layers": attribute.effective_layers,
         "hidden_size": attribute.hidden.shape[1],
         "path": str(path),
     }
@@ -134,17 +134,17 @@ def _folder(adapter: str) -> Path:
 
 def _row(row: dict[str, Any]) -> list[Any]:
     words = row["words"]
-    made = row["made"] or {}
-    if made.get("describe"):
-        built = f"{made['describe'][0]} / {made['against'][0]}"
-    elif made.get("pairs"):
-        built = f"{made['pairs']} pairs"
+    provenance = row["provenance"] or {}
+    if provenance.get("describe"):
+        built = f"{provenance['describe'][0]} / {provenance['against'][0]}"
+    elif provenance.get("pairs"):
+        built = f"{provenance['pairs']} pairs"
     else:
         built = f"{row['examples']} texts" if row["examples"] else ", ".join(words[:_WORDS_SHOWN])
     if len(words) > _WORDS_SHOWN:
         built += f" ... ({len(words)})"
-    if made.get("reduction", "mean") != "mean":
-        built += f"; {made['reduction']}"
+    if provenance.get("reduction", "mean") != "mean":
+        built += f"; {provenance['reduction']}"
     if row["pooling"] not in (None, "mean"):
         built += f"; {row['pooling']}"
     cells = [row["name"], row["source"], built]

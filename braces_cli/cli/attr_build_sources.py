@@ -181,9 +181,9 @@ def _with_layers(build: Build, layers: str | None) -> Build:
         return build
 
     def built(session: Any, report: Any) -> Any:
-        from braces_cli.core.attributes.attribute import pushed_in
+        from braces_cli.core.attributes.attribute import with_steered_layers
 
-        return pushed_in(build(session, report), _layers(session, layers))
+        return with_steered_layers(build(session, report), _layers(session, layers))
 
     return built
 

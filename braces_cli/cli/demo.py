@@ -68,8 +68,8 @@ def _demo(settings: DemoSettings) -> None:
         # Matrices this small take longer on two threads than on one.
         torch.set_num_threads(1)
     # With JSON on stdout the account of the steps goes to stderr.
-    say = None if settings.quiet else note if settings.json else print_text
-    result = run_demo(Guide(folder, settings.seed, say, settings.dry_run))
+    emit = None if settings.quiet else note if settings.json else print_text
+    result = run_demo(Guide(folder, settings.seed, emit, settings.dry_run))
     if settings.dry_run:
         if settings.json:
             print_json({"commands": [step["command"] for step in result["steps"]]})
@@ -128,7 +128,7 @@ class Guide:
     dry_run: bool = False
     steps: list[dict[str, Any]] = field(default_factory=list)
 
-    def say(self, text: str) -> None:
+    def emit(self, text: str) -> None:
         if self.write is not None:
             self.write(text)
 
@@ -138,7 +138,7 @@ class Guide:
 
         args = [str(part) for part in argv]
         command = shlex.join(["braces", *args])
-        self.say(f"\n{len(self.steps) + 1}. {title}\n   $ {command}")
+        self.emit(f"\n{len(self.steps) + 1}. {title}\n   $ {command}")
         started = time.perf_counter()
         document: Any = None
         if not self.dry_run:
@@ -182,19 +182,19 @@ def _fine_tune(guide: Guide, rows: Path, adapter: Path) -> dict[str, Any]:
     """`{training, scores}`: the adapter, LoRA of two sizes where peft is installed, and all beside the base."""
     train = ("--data", rows, "--epochs", "8", "--seed", str(guide.seed))
     trained = guide.run("Fine-tune an adapter on questions and answers", "train", *train, "--output-dir", adapter)
-    guide.say(_figures(trained, "trainable_parameters", "train_loss", "seconds"))
+    guide.emit(_figures(trained, "trainable_parameters", "train_loss", "seconds"))
     adapters: list[str | Path] = ["--adapter", adapter]
     for rank, size in LORA_RANKS.items() if find_spec("peft") is not None else ():
         other, title = guide.folder / f"lora_r{rank}", f"The same with LoRA, to compare: {size}"
         options = ("--method", "lora", "--rank", str(rank), *train)
         lora = guide.run(title, "train", *options, "--output-dir", other)
-        guide.say(_figures(lora, "trainable_parameters", "train_loss", "seconds"))
+        guide.emit(_figures(lora, "trainable_parameters", "train_loss", "seconds"))
         adapters += ["--adapter", other]
     title = "Ask base and adapters what they have not been trained on"
     where = ("--tasks", ",".join(TASKS), "--output-dir", guide.folder / "scores")
     scores = _scores(guide.run(title, "eval", *adapters, *where))
     for task in scores:
-        guide.say("   " + task["title"] + ": " + ", ".join(f"{s['name']} {s['value']:.1%}" for s in task["systems"]))
+        guide.emit("   " + task["title"] + ": " + ", ".join(f"{s['name']} {s['value']:.1%}" for s in task["systems"]))
     return {"training": trained, "scores": scores}
 
 
@@ -213,12 +213,12 @@ def _steer(guide: Guide, prompts: Path) -> dict[str, Any]:
     )  # fmt: skip
     for point in [] if sweep is None else sweep["points"]:
         share, perplexity = point["attribute_score"], point["perplexity"]
-        guide.say(f"   s = {point['s']:+g}: {share:.0%} {ATTRIBUTE}, perplexity {perplexity:.1f}")
+        guide.emit(f"   s = {point['s']:+g}: {share:.0%} {ATTRIBUTE}, perplexity {perplexity:.1f}")
     title = "Find the value vectors of the attribute"
     vectors = guide.run(title, "inspect", "find", *along, "--limit", "8", lines=True)
     for row in vectors or ():
         tokens = " ".join(token["token"].strip() or "·" for token in row["tokens"][:8])
-        guide.say(f"   layer {row['layer']} vector {row['index']}: {tokens}")
+        guide.emit(f"   layer {row['layer']} vector {row['index']}: {tokens}")
     return {"texts": texts, "sweep": sweep, "vectors": vectors}
 
 
@@ -231,7 +231,7 @@ def _texts(guide: Guide, *attribute: str | Path) -> list[dict[str, Any]]:
         options = ("--s", f"{s:g}", *prompts, "--max-new-tokens", "24")
         for row in guide.run(title, "steer", *attribute, *options, lines=True) or ():
             texts.setdefault(row["prompt"], {})[f"{s:g}"] = row["text"]
-            guide.say(f"   {row['prompt']}|{row['text']}")
+            guide.emit(f"   {row['prompt']}|{row['text']}")
     return [{"prompt": prompt, "texts": by_strength} for prompt, by_strength in texts.items()]
 
 
@@ -249,7 +249,7 @@ def _merge(guide: Guide, adapter: Path) -> dict[str, Any]:
         guide.folder / "merged",
     )
     merge = guide.run(title, "merge", "--adapter", adapter, "--dtype", "float32", "--output-dir", folder)
-    guide.say(_figures(merge, "architecture", "neurons_added", "max_logit_difference"))
+    guide.emit(_figures(merge, "architecture", "neurons_added", "max_logit_difference"))
     return {"merge": merge}
 
 

@@ -104,12 +104,12 @@ def lora(settings: LoraSettings) -> None:
     from braces_cli.export.lora_files import LoraRequest, describe_lora, write_lora
 
     slots_folder = _needed(settings.base, "--base", "Name the folder that braces export slots wrote.")
-    wanted = LoraRequest(_request(settings), slots_folder, settings.combine, settings.first_slot)
+    lora_request = LoraRequest(_request(settings), slots_folder, settings.combine, settings.first_slot)
     if settings.dry_run:
-        _print_plan(settings, lambda: describe_lora(wanted))
+        _print_plan(settings, lambda: describe_lora(lora_request))
         return
     with progress(settings.quiet) as report:
-        result = write_lora(wanted, settings.folder, settings.gguf, settings.overwrite, report)
+        result = write_lora(lora_request, settings.folder, settings.gguf, settings.overwrite, report)
     _show(settings, "exported", result)
 
 

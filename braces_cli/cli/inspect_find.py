@@ -81,8 +81,8 @@ def _from_map(settings: FindSettings, path: Path) -> list[dict[str, Any]]:
         from braces_cli.core.models.layer_ranges import parse_ranges
 
         layers = parse_ranges(settings.layers, int(source.header["fingerprint"]["layers"]), "--layers")
-    wanted = concept(list(settings.words), source.vocabulary(), split)
-    return search(source, wanted, settings.limit, layers)
+    requested = concept(list(settings.words), source.vocabulary(), split)
+    return search(source, requested, settings.limit, layers)
 
 
 def _checked_against_model(settings: FindSettings, source: Any) -> Callable[[str], Sequence[int]]:
@@ -123,8 +123,8 @@ def _from_model(settings: FindSettings, report: Any) -> list[dict[str, Any]]:
     layers = chosen_layers(session.base.model, settings.layers)
     sizes: dict[str, Any] = {"layers": layers, "limit": settings.limit, "top_k": settings.top_k}
     if settings.attribute is not None:
-        push = session.adapter is None  # relevance through an adapter is that to p
-        attribute = find_attribute(session, settings.attribute, settings.attributes, report, push=push)
+        for_steering = session.adapter is None  # relevance through an adapter is that to p
+        attribute = find_attribute(session, settings.attribute, settings.attributes, report, for_steering=for_steering)
         return top_vectors_for_attribute(session, attribute, **sizes)
-    wanted = model_concept(session, list(settings.words))
-    return top_vectors_for_concept(session, wanted, side=settings.side, report=report, **sizes)
+    requested = model_concept(session, list(settings.words))
+    return top_vectors_for_concept(session, requested, side=settings.side, report=report, **sizes)

@@ -29,9 +29,9 @@ def steer(settings: SteerSettings) -> None:
         if world_size() > 1:
             hint = "Leave out torchrun or accelerate launch."
             raise ConfigError("a conversation is for one process", where="--interactive", hint=hint)
-        from braces_cli.cli.steer_interactive import converse
+        from braces_cli.cli.steer_interactive import run_interactive
 
-        converse(settings)
+        run_interactive(settings)
     else:
         from braces_cli.cli.steer_texts import write_texts
 

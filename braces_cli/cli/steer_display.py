@@ -47,7 +47,7 @@ def titled(attributes: dict[str, float]) -> str:
     return ", ".join(f"{name} {s:+g}" for name, s in attributes.items()) or "steered by nothing"
 
 
-class Flow:
+class TextPrinter:
     """Prints one text after another as they are generated, each behind its prompt."""
 
     def __init__(self) -> None:

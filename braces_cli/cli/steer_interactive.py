@@ -14,23 +14,23 @@ from braces_cli.core.utils.errors import BracesError, DataError
 from braces_cli.core.utils.plain_text import error_text
 
 
-def converse(settings: SteerSettings) -> None:
+def run_interactive(settings: SteerSettings) -> None:
     """Answer lines until there are no more, or one says /quit."""
     from braces_cli.core.session import open_session
-    from braces_cli.steering.chat_prompts import chat_wanted
+    from braces_cli.steering.chat_prompts import uses_chat_template
     from braces_cli.steering.interactive import Conversation
 
     sampling = settings.sampling
     session = open_session(settings.model, settings.adapter, settings.load_options)
-    chat = chat_wanted(session, settings.apply_chat_template)
-    talk = Conversation(
+    chat = uses_chat_template(session, settings.apply_chat_template)
+    conversation = Conversation(
         session, settings.strengths, sampling, folder=settings.attributes, layers=settings.layers, chat=chat
     )
-    _say(f"{talk.shown()}. /help shows the commands, /quit leaves.", settings.quiet)
+    _say(f"{conversation.shown()}. /help shows the commands, /quit leaves.", settings.quiet)
     drawn = not settings.json and sys.stdout.isatty()
     for line in _lines():
         try:
-            answer = _drawn(talk, line) if drawn else talk.handle(line)
+            answer = _drawn(conversation, line) if drawn else conversation.handle(line)
         except BracesError as error:
             _say(error_text(error.message, error.where, error.hint), False)
             continue
@@ -50,7 +50,7 @@ def converse(settings: SteerSettings) -> None:
             print_rows([answer])
 
 
-def _drawn(talk: Any, line: str) -> Any:
+def _drawn(conversation: Any, line: str) -> Any:
     """The same on a terminal: both texts are drawn as they grow."""
     from contextlib import ExitStack
 
@@ -61,10 +61,12 @@ def _drawn(talk: Any, line: str) -> Any:
 
         def stream(side: str, piece: str) -> None:
             if not view:
-                view.append(stack.enter_context(side_by_side(talk.prompt, lambda: titled(talk.strengths))))
+                view.append(
+                    stack.enter_context(side_by_side(conversation.prompt, lambda: titled(conversation.strengths)))
+                )
             view[0](side, piece)
 
-        return talk.handle(line, stream)
+        return conversation.handle(line, stream)
 
 
 def _lines() -> Iterator[str]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 # Ways to steer that a sweep can measure beside ours (`steering.rivals`).
-RIVALS = ("prompting", "difference", "pca")
+BASELINE_METHODS = ("prompting", "difference", "pca")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class SweepOptions(Settings):
     score_label: str | None = option(
         None, help="The scorer's label for the attribute, if not its own name.", panel=SCORING, outcome=False
     )
-    judge_model: str | None = option(
+    reference_model: str | None = option(
         None,
         help="Model that measures perplexity in place of the base: folder or hub id.",
         panel=SCORING,
@@ -56,12 +56,12 @@ class SweepOptions(Settings):
     exclude_list_words: bool = option(
         False, help="The scorer ignores the attributes' own words.", panel=SCORING, outcome=False
     )
-    against: str | None = option(
+    baselines: str | None = option(
         None,
         help="Other ways to steer, measured beside this one: prompting, difference, pca; commas between them.",
         panel=SCORING,
         metavar="METHODS",
-        complete=lambda: RIVALS,
+        complete=lambda: BASELINE_METHODS,
         outcome=False,
     )
     answers: str | None = option(
@@ -80,27 +80,27 @@ class SweepOptions(Settings):
     )
 
     @property
-    def rivals(self) -> list[str]:
-        """The methods of `--against`.
+    def baseline_names(self) -> list[str]:
+        """The methods of `--baselines`.
 
         Raises:
             ConfigError: one that is none.
         """
-        names = [name.strip() for name in (self.against or "").split(",") if name.strip()]
+        names = [name.strip() for name in (self.baselines or "").split(",") if name.strip()]
         for name in names:
-            if name not in RIVALS:
-                hint = near_misses(name, RIVALS) or f"There are {', '.join(RIVALS)}."
-                raise ConfigError(f"no method `{name}`", where="--against", hint=hint)
+            if name not in BASELINE_METHODS:
+                hint = near_misses(name, BASELINE_METHODS) or f"There are {', '.join(BASELINE_METHODS)}."
+                raise ConfigError(f"no method `{name}`", where="--baselines", hint=hint)
         return list(dict.fromkeys(names))
 
 
 # Options that have no effect without --sweep.
 _SWEEP_ONLY = (
-    "plot", "scorer", "score_label", "judge_model", "exclude_list_words", "against", "answers", "detect"
+    "plot", "scorer", "score_label", "reference_model", "exclude_list_words", "baselines", "answers", "detect"
 )  # fmt: skip
 # Options that each way to call the command does not take.
 _REFUSED = {
-    "sweep": ("beside", "output", "resume", "interactive"),
+    "sweep": ("show_unsteered", "output", "resume", "interactive"),
     "interactive": ("prompt", "prompts", "output", "resume", "overwrite"),
 }
 
@@ -145,7 +145,7 @@ class SteerSettings(AdapterSettings, AttributeSettings, GenerationSettings, Swee
         panel=GENERATION,
         outcome=False,
     )
-    beside: bool = option(False, help="The unsteered text beside the steered one.", panel=OUTPUT)
+    show_unsteered: bool = option(False, help="The unsteered text beside the steered one.", panel=OUTPUT)
     interactive: bool = option(
         False,
         help="Prompts and commands (/s 2, /attribute NAME, /help) line by line.",
@@ -210,7 +210,7 @@ class SteerSettings(AdapterSettings, AttributeSettings, GenerationSettings, Swee
                 if getattr(self, name):
                     where, hint = flag_of(type(self), name), "Leave one of them out."
                     raise ConfigError(f"does not go with --{mode}", where=where, hint=hint)
-        _ = self.rivals
+        _ = self.baseline_names
         if self.interactive and self.num_samples > 1:
             hint = "/seed draws another text."
             raise ConfigError("does not go with --interactive", where="--num-samples", hint=hint)
@@ -224,6 +224,6 @@ class SteerSettings(AdapterSettings, AttributeSettings, GenerationSettings, Swee
             raise ConfigError("nothing to sweep", where="--attribute", hint=hint)
         if (self.resume or self.overwrite) and not (self.output or self.sweep):
             raise ConfigError("there is no file to continue", where="--output", hint="Give --output FILE.")
-        if self.format == "text" and (self.beside or self.output or self.sweep):
-            hint = "Leave out --beside, --output and --sweep, or choose another format."
+        if self.format == "text" and (self.show_unsteered or self.output or self.sweep):
+            hint = "Leave out --show-unsteered, --output and --sweep, or choose another format."
             raise ConfigError("text is the format of texts on stdout", where="--format text", hint=hint)

@@ -73,41 +73,41 @@ def _measure(
     from braces_cli.core.session import open_session
     from braces_cli.scoring.registry import label_of
     from braces_cli.steering.answer_preference import read_answer_pairs
-    from braces_cli.steering.chat_prompts import chat_wanted
-    from braces_cli.steering.rivals import rival_methods
+    from braces_cli.steering.chat_prompts import uses_chat_template
+    from braces_cli.steering.rivals import baseline_methods
     from braces_cli.steering.scorer_loading import list_words, open_scorer, read_labelled
     from braces_cli.steering.sweep import SweepPlan, sweep
 
     name, sampling, options = settings.attribute[0], settings.sampling, settings.load_options
     # Without words to leave out the scorer needs no model: what is wrong with it should show before one is loaded.
-    judge = None if settings.exclude_list_words else open_scorer(scorer)
-    if judge is not None:
-        label_of(name, judge, settings.score_label)
+    loaded_scorer = None if settings.exclude_list_words else open_scorer(scorer)
+    if loaded_scorer is not None:
+        label_of(name, loaded_scorer, settings.score_label)
     answers = read_answer_pairs(settings.answers) if settings.answers else []
     labelled = read_labelled(settings.detect) if settings.detect else None
     session = open_session(settings.model, settings.adapter, options)
-    judge_model = load_base(settings.judge_model, replace(options, revision=None)) if settings.judge_model else None
+    reference_model = load_base(settings.reference_model, replace(options, revision=None)) if settings.reference_model else None
     plan = SweepPlan(
         strengths,
         settings.num_samples,
         settings.batch_size,
         layers=chosen_layers(session.base.model, settings.layers),
-        chat=chat_wanted(session, settings.apply_chat_template),
+        chat=uses_chat_template(session, settings.apply_chat_template),
         processes=join_all(input_device(session.base.model)),
         answers=answers,
     )
     swept = find_attribute(session, name, settings.attributes, report)
     others = [(find_attribute(session, each, settings.attributes, report), s) for each, s in settings.strengths.items()]
     excluded: set[str] = set()
-    if judge is None:
+    if loaded_scorer is None:
         excluded = list_words(session, [swept, *(attribute for attribute, _ in others)])
-        judge = open_scorer(scorer, exclude=excluded)
-    label = label_of(name, judge, settings.score_label)
+        loaded_scorer = open_scorer(scorer, exclude=excluded)
+    label = label_of(name, loaded_scorer, settings.score_label)
     detected = None if labelled is None else _detected(session, swept, settings, *labelled, report)
-    rivals = rival_methods(session, settings.rivals, swept, strengths, plan.layers, report)
-    plan = replace(plan, rivals=rivals)
+    baselines = baseline_methods(session, settings.baseline_names, swept, strengths, plan.layers, report)
+    plan = replace(plan, baselines=baselines)
     measured = sweep(
-        session, swept, prompts, judge, label, sampling, plan, others=others, judge_model=judge_model, report=report
+        session, swept, prompts, loaded_scorer, label, sampling, plan, others=others, reference_model=reference_model, report=report
     )
     return {
         **_described(settings, session, len(prompts)),
@@ -127,7 +127,7 @@ def _described(settings: SteerSettings, session: Any, prompts: int) -> dict[str,
         "model": session.base.name,
         "adapter": settings.adapter,
         "other_attributes": settings.strengths,
-        "judge_model": settings.judge_model,
+        "reference_model": settings.reference_model,
         "prompts": prompts,
         "samples": settings.num_samples,
         "seed": settings.seed,
@@ -147,8 +147,8 @@ def _detected(
 
     from braces_cli.core.attributes.detection import detection
 
-    wanted = (settings.score_label or attribute.name).lower()
-    has = [label.lower() == wanted for label in labels]
+    requested = (settings.score_label or attribute.name).lower()
+    has = [label.lower() == requested for label in labels]
     with session.adapter.disabled() if session.adapter is not None else nullcontext():
         try:
             return detection(session, attribute, texts, has, report)
@@ -172,8 +172,8 @@ def _print(document: dict[str, Any]) -> None:
         found = document["detection"]
         row = [found["layer"], found["auroc"], _cell(found["auroc_interval"]), found["n"]]
         print_table("detection, layer chosen on the other half", ("layer", "AUROC", "95 %", "n"), [row])
-    if document.get("rivals"):
-        _print_rivals(document)
+    if document.get("baselines"):
+        _print_baselines(document)
     chosen = document["chosen"]
     if chosen is None:
         return
@@ -194,10 +194,10 @@ def _print_effects(document: dict[str, Any]) -> None:
     print_table(title, columns, [[_cell(point[name]) for name in names] for point in document["points"]])
 
 
-def _print_rivals(document: dict[str, Any]) -> None:
+def _print_baselines(document: dict[str, Any]) -> None:
     rows = [
         [each["method"], *_row(point), _cell(point["wrong_way"]), _cell(point["wrong_way_interval"])]
-        for each in document["rivals"]
+        for each in document["baselines"]
         for point in each["points"]
     ]
     columns = ("method", *_COLUMNS, "wrong way", "95 % ")

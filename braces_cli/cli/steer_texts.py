@@ -20,7 +20,7 @@ from braces_cli.core.utils.errors import ConfigError
 from braces_cli.core.utils.settings import options_of
 
 if TYPE_CHECKING:
-    from braces_cli.core.attributes.intervention import Push
+    from braces_cli.core.attributes.intervention import SteeringSize
     from braces_cli.core.models.generation import TextRequest
 
 
@@ -47,14 +47,19 @@ def write_texts(settings: SteerSettings) -> None:
     if settings.json:
         print_json_lines(_rows(settings, requests, total=total))
         return
-    from braces_cli.cli.steer_display import Flow, print_rows, print_texts
+    from braces_cli.cli.steer_display import TextPrinter, print_rows, print_texts
 
     if settings.format == "text":
         print_texts(_rows(settings, requests, total=total))
         return
-    if sys.stdout.isatty() and world_size() == 1 and not settings.beside and (total == 1 or settings.batch_size == 1):
-        flow = Flow()
-        flow.run(_rows(settings, requests, stream=flow.write))
+    if (
+        sys.stdout.isatty()
+        and world_size() == 1
+        and not settings.show_unsteered
+        and (total == 1 or settings.batch_size == 1)
+    ):
+        printer = TextPrinter()
+        printer.run(_rows(settings, requests, stream=printer.write))
     else:
         print_rows(_rows(settings, requests))
 
@@ -130,7 +135,7 @@ def _rows(settings: SteerSettings, requests: Iterator[TextRequest], **details: A
     from braces_cli.core.models.layer_ranges import chosen_layers
     from braces_cli.core.models.loading import input_device
     from braces_cli.core.session import open_session
-    from braces_cli.steering.chat_prompts import chat_wanted
+    from braces_cli.steering.chat_prompts import uses_chat_template
     from braces_cli.steering.generate_texts import generate_rows
 
     named = _named(settings)
@@ -142,28 +147,28 @@ def _rows(settings: SteerSettings, requests: Iterator[TextRequest], **details: A
         for name in (*strengths, *named):
             find(name)
     layers = chosen_layers(session.base.model, settings.layers)
-    chat = chat_wanted(session, settings.apply_chat_template)
+    chat = uses_chat_template(session, settings.apply_chat_template)
 
-    def steering(batch: Sequence[TextRequest]) -> AbstractContextManager[list[Push]]:
+    def steering(batch: Sequence[TextRequest]) -> AbstractContextManager[list[SteeringSize]]:
         return steered(session, terms_of_rows(find, [request.attributes for request in batch]), layers)
 
-    with steered(session, terms_of_rows(find, [strengths]), layers) as pushes:
-        log_push(strengths, pushes)
+    with steered(session, terms_of_rows(find, [strengths]), layers) as sizes:
+        log_steering_sizes(strengths, sizes)
     # Where texts appear on the terminal they are the progress.
     hidden = quiet or (settings.output is None and sys.stdout.isatty())
     with progress(hidden) as report:
         yield from generate_rows(
-            session, requests, settings.sampling, steering=steering, beside=settings.beside,
+            session, requests, settings.sampling, steering=steering, with_unsteered=settings.show_unsteered,
             batch_size=settings.batch_size, chat=chat, report=report, processes=processes, **details,
         )  # fmt: skip
 
 
-def log_push(strengths: dict[str, float], pushes: list[Push]) -> None:
+def log_steering_sizes(strengths: dict[str, float], sizes: list[SteeringSize]) -> None:
     """Say in one line on stderr how strong the push is, so that nobody wonders why nothing happens."""
     if not strengths:
         return
     what = ", ".join(f"{name} {value:+g}" for name, value in strengths.items())
-    strongest = max(pushes, key=lambda push: push.share, default=None)
+    strongest = max(sizes, key=lambda size: size.share, default=None)
     if strongest is None:
         effect = "nothing is added, the text is that of the unsteered model"
     else:

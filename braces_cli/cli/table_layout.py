@@ -25,14 +25,14 @@ def layout(cells: Sequence[Sequence[str]], width: int, keys: Sequence[int] = (0,
     columns = list(zip(*cells, strict=True))
     least = [max(map(_least, column)) for column in columns]
     most = [max(len(line) for cell in column for line in cell.split("\n")) for column in columns]
-    room = width - _EDGE
+    available_width = width - _EDGE
     first = [index for index in keys if index < len(columns)]
     blocks: list[list[int]] = [first.copy()]
     for index in (index for index in range(len(columns)) if index not in first):
-        if len(blocks[-1]) > len(first) and sum(least[i] + _FRAME for i in (*blocks[-1], index)) > room:
+        if len(blocks[-1]) > len(first) and sum(least[i] + _FRAME for i in (*blocks[-1], index)) > available_width:
             blocks.append(first.copy())
         blocks[-1].append(index)
-    return [_widths({i: (least[i], most[i]) for i in sorted(block)}, room) for block in blocks]
+    return [_widths({i: (least[i], most[i]) for i in sorted(block)}, available_width) for block in blocks]
 
 
 def is_number(cell: str) -> bool:
@@ -47,10 +47,10 @@ def _least(cell: str) -> int:
     return max((min(len(word), _LONGEST_WORD) for word in cell.split()), default=0)
 
 
-def _widths(limits: dict[int, tuple[int, int]], room: int) -> dict[int, int]:
+def _widths(limits: dict[int, tuple[int, int]], available_width: int) -> dict[int, int]:
     """Share the room among columns; those that want little get all that they want."""
     widths = {index: least for index, (least, _) in limits.items()}
-    spare = max(0, room - sum(width + _FRAME for width in widths.values()))
+    spare = max(0, available_width - sum(width + _FRAME for width in widths.values()))
     waiting = sorted(limits, key=lambda index: limits[index][1] - limits[index][0])
     for place, index in enumerate(waiting):
         least, most = limits[index]

@@ -37,7 +37,7 @@ _LABELS = {
     "eval_perplexity_without_end": "the same, end tokens not counted",
     "condition_parameters": "parameters of the attributes' MLP",
     "trainable_percent": "trainable parameters, percent",
-    "token_path_share": "size of the adapter's output over that of the FFN, across layers",
+    "side_path_share": "size of the adapter's output over that of the FFN, across layers",
     "padding_share": "share of computed tokens that is padding",
     "packed": "several examples a row",
     "rows_truncated": "rows cut to the maximum length",
@@ -99,11 +99,11 @@ def _show(settings: TrainCommandSettings, title: str, result: dict[str, Any]) ->
     if settings.json:
         print_json(result)
         return
-    shares = result["token_path_share"]
+    shares = result["side_path_share"]
     shown = {
         **result,
         "peak_memory": file_size(result["peak_memory"]),
-        "token_path_share": shares and f"{min(shares):.1%} to {max(shares):.1%}",
+        "side_path_share": shares and f"{min(shares):.1%} to {max(shares):.1%}",
         "padding_share": f"{result['padding_share']:.1%}",
     }
     print_pairs(title, shown, _LABELS)

@@ -12,7 +12,7 @@ from braces_cli.core.models.hub_errors import hub_errors
 from braces_cli.core.schema import Malformed, decode
 from braces_cli.core.utils.atomic_files import file_hint
 from braces_cli.core.utils.errors import DataError
-from braces_cli.core.utils.paths import is_there, user_path
+from braces_cli.core.utils.paths import path_exists, user_path
 
 # Files of rows with keys; and those that rows are read from, a line of text being a row of `text`.
 STRUCTURED = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -44,7 +44,12 @@ def read_rows(name: str, *, streaming: bool = False) -> Iterator[Source]:
         DataError: missing, empty, not UTF-8, broken (with its line), or of a kind that cannot be read.
     """
     path = user_path(name)
-    if not is_there(path) and not path.suffix and name.partition(":")[0].count("/") == 1 and not name.startswith("."):
+    if (
+        not path_exists(path)
+        and not path.suffix
+        and name.partition(":")[0].count("/") == 1
+        and not name.startswith(".")
+    ):
         return _never_empty(_hub(name, streaming), name)
     if not os.path.isfile(path):  # pathlib's would raise where the name is too long or the folder is closed
         what = "this is a folder, not a file" if os.path.isdir(path) else "no such file"

@@ -28,7 +28,7 @@ PAIR = Format("prompt/completion", ("prompt", "completion"))
 INSTRUCTION = Format("instruction/output", ("instruction", "output"), ("input",))
 CHAT = Format("messages", ("messages",), ("tools",))
 FORMATS = (TEXT, PAIR, INSTRUCTION, CHAT)
-WANTED = "`text`, `prompt` and `completion`, `instruction` and `output` (`input` optional), or `messages`"
+EXPECTED_COLUMNS = "`text`, `prompt` and `completion`, `instruction` and `output` (`input` optional), or `messages`"
 CONDITION_KEYS = ("attribute", "strength")
 
 
@@ -68,7 +68,7 @@ def parse_columns(values: Sequence[str]) -> Columns:
     conditions = {key: named.pop(key, None) for key in CONDITION_KEYS}
     if named and not any(_fits(kind, named) for kind in FORMATS):
         raise ConfigError(
-            f"{_list(named)} is not a complete format", where="--columns", hint=f"Name those of {WANTED}."
+            f"{_list(named)} is not a complete format", where="--columns", hint=f"Name those of {EXPECTED_COLUMNS}."
         )
     return Columns(named, **conditions)
 
@@ -130,7 +130,7 @@ def detect(row: Source) -> tuple[Format, dict[str, Any]]:
     raise DataError(
         f"the row has none of the needed fields (keys found: {_list(row.fields)})",
         where=row.where,
-        hint=f"Expected: {WANTED}; or name the columns, such as --columns text=COLUMN.",
+        hint=f"Expected: {EXPECTED_COLUMNS}; or name the columns, such as --columns text=COLUMN.",
     )
 
 

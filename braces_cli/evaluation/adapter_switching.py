@@ -30,7 +30,7 @@ from braces_cli.core.models.finite_weights import check_finite
 from braces_cli.core.schema import Kind, Name, check, read
 from braces_cli.core.session import Session
 from braces_cli.core.utils.errors import ConfigError, ModelError, first_line
-from braces_cli.core.utils.paths import is_there
+from braces_cli.core.utils.paths import path_exists
 
 BRACES = "braces"
 # What peft raises for files that are damaged, or that do not fit the base.
@@ -38,7 +38,14 @@ _PEFT_ERRORS = (
     OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError
 )  # fmt: skip
 # Methods of peft that live beside the model rather than in its layers.
-_BESIDE = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE", "ADAPTION_PROMPT"}
+_PROMPT_LEARNING = {
+    "PROMPT_TUNING",
+    "MULTITASK_PROMPT_TUNING",
+    "P_TUNING",
+    "PREFIX_TUNING",
+    "CARTRIDGE",
+    "ADAPTION_PROMPT",
+}
 
 
 class PeftConfig(TypedDict):
@@ -91,7 +98,7 @@ def find_eval_adapter(name: str) -> EvalAdapter:
         hint = "Install it with: pip install peft"
         raise ConfigError("this adapter needs peft, which is not installed", where=name, hint=hint)
     kind = peft_config["peft_type"]
-    if kind in _BESIDE:
+    if kind in _PROMPT_LEARNING:
         hint = "Measure it with lm-eval: --model hf --model_args pretrained=...,peft=..."
         raise ModelError(f"{kind} is not in the model's layers, so it cannot be switched", where=name, hint=hint)
     if not (folder / WEIGHTS_FILE).is_file():
@@ -197,7 +204,7 @@ def _peft_config(folder: Path) -> PeftConfig | None:
         ModelError: the adapter's config is damaged.
     """
     path = folder / CONFIG_FILE
-    if not is_there(path):
+    if not path_exists(path):
         return None
     raw = read(ANY_CONFIG, path)
     return check(_PEFT, raw, str(path)) if "peft_type" in raw and raw.get("method") != BRACES else None

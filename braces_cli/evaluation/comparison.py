@@ -108,7 +108,7 @@ def _correct(rows: list[dict[str, Any]]) -> None:
         row["significant"] = row["p_holm"] < LEVEL
 
 
-def verdict(row: dict[str, Any]) -> str:
+def significance_label(row: dict[str, Any]) -> str:
     """A comparison in words."""
     if row["p_value"] is None:
         return "no test"

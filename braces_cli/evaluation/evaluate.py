@@ -31,7 +31,7 @@ from braces_cli.evaluation.task_data_files import check_needed, find_files
 from braces_cli.evaluation.task_loading import TaskUnit, check_documents, load_tasks
 from braces_cli.evaluation.task_rows import check_fields, read_task_rows, write_override
 from braces_cli.evaluation.thresholds import check_metrics, check_reached, check_tasks
-from braces_cli.steering.chat_prompts import chat_wanted
+from braces_cli.steering.chat_prompts import uses_chat_template
 
 logger = logging.getLogger("braces")
 
@@ -210,7 +210,7 @@ def _harness_settings(settings: EvalSettings, adapters: Sequence[EvalAdapter], s
             hint = "Choose one setting for all: --apply-chat-template or --no-apply-chat-template."
             raise ConfigError(what, where="--apply-chat-template", hint=hint)
         template = bool(trained and trained.pop())
-    template = chat_wanted(session, template)
+    template = uses_chat_template(session, template)
     return HarnessSettings(settings.sequences, settings.limit, settings.num_fewshot, template, settings.seeds)
 
 

@@ -16,7 +16,7 @@ from typing import Any, TypedDict
 from braces_cli.core.schema import Count, Kind, check, read, stored_form
 from braces_cli.core.utils.atomic_files import check_output_folder, finite, remove_partial_files, write_json, write_text
 from braces_cli.core.utils.errors import ConfigError, ModelError
-from braces_cli.core.utils.paths import is_there
+from braces_cli.core.utils.paths import path_exists
 from braces_cli.evaluation.scores import Scores, StoredScores, by_task, slug
 
 RESULTS = "results.json"
@@ -111,20 +111,20 @@ class Store:
             return None
         for place in (self.folder, *self.folder.glob("parts/*"), *self.folder.glob("samples/*")):
             remove_partial_files(place)
-        wanted = stored_form({"format": _FORMAT, "log_samples": self.log_samples, **identity})
-        if resume and is_there(self.folder / _RUN):
+        expected = stored_form({"format": _FORMAT, "log_samples": self.log_samples, **identity})
+        if resume and path_exists(self.folder / _RUN):
             stored = read(_SETTINGS, self.folder / _RUN)
-            other = sorted(key for key in {*stored, *wanted} if stored.get(key) != wanted.get(key))
+            other = sorted(key for key in {*stored, *expected} if stored.get(key) != expected.get(key))
             if other:
                 what = f"a run of other settings was begun here ({', '.join(other)})"
                 hint = "Give the same settings, another --output-dir, or --overwrite instead of --resume."
                 raise ConfigError(what, where=str(self.folder), hint=hint)
-            return read_results(self.folder / RESULTS) if is_there(self.folder / RESULTS) else None
+            return read_results(self.folder / RESULTS) if path_exists(self.folder / RESULTS) else None
         for old in (_RUN, RESULTS, "results.md"):
             (self.folder / old).unlink(missing_ok=True)
         for old in ("parts", "samples"):
             shutil.rmtree(self.folder / old, ignore_errors=True)
-        write_json(self.folder / _RUN, wanted)
+        write_json(self.folder / _RUN, expected)
         return None
 
     def load(self, system: str, unit: str) -> Scores | None:
@@ -134,7 +134,7 @@ class Store:
             ModelError: damaged.
         """
         path = self._part(system, unit)
-        if path is None or not is_there(path):
+        if path is None or not path_exists(path):
             return None
         scores = Scores.from_json(read(_PART, path))
         metrics = {(task, metric) for task, entries in scores.results.items() for metric in entries}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from braces_cli.core.utils.markdown import text
-from braces_cli.evaluation.comparison import verdict
+from braces_cli.evaluation.comparison import significance_label
 
 _HASH = 12
 # Heading of `pair_table`.
@@ -153,7 +153,7 @@ def _change(compared: dict[str, Any]) -> list[Any]:
     # What is not finite is null in a result that was read back.
     difference = compared["difference"]
     shown = None if difference is None else f"{difference:+.4g}"
-    return [shown, compared["p_holm"], verdict(compared)]
+    return [shown, compared["p_holm"], significance_label(compared)]
 
 
 def _with_error(entry: dict[str, Any]) -> str:

@@ -56,7 +56,7 @@ class TextTaskSettings(GenerationSettings, AttributeNames):
         complete=lambda: [f"{task}={name}" for task in TEXT_TASKS for name in BUILT_IN],
         panel=SCORING,
     )
-    judge_model: str | None = option(
+    reference_model: str | None = option(
         None, help="Model that measures the perplexity of continuations, in place of the base.", panel=SCORING
     )
     exclude_list_words: bool = option(False, help="Scorers ignore the attributes' own words.", panel=SCORING)
@@ -104,7 +104,7 @@ class TextTaskSettings(GenerationSettings, AttributeNames):
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
             "top_p": self.top_p,
-            "judge_model": self.judge_model,
+            "reference_model": self.reference_model,
             "exclude_list_words": self.exclude_list_words,
         }
 

@@ -102,12 +102,12 @@ def select(values: Sequence[str]) -> Selection:
     selection = Selection(groups={name: list(GROUPS[name]) for name in names if name in GROUPS})
     flat = dict.fromkeys(member for name in names for member in GROUPS.get(name, (name,)))
     selection.native = [name for name in flat if name in NATIVE_TASKS]
-    wanted = [name for name in flat if name not in NATIVE_TASKS]
-    if not wanted:
+    requested = [name for name in flat if name not in NATIVE_TASKS]
+    if not requested:
         return selection
-    index = _index(wanted)
+    index = _index(requested)
     covered: set[str] = set()
-    for name in wanted:
+    for name in requested:
         kind, below = index[name].kind.name, _below(index, name)
         leaves = [each for each in below if index[each].kind.name != "GROUP"]
         selection.leaves.update({leaf: index[leaf] for leaf in leaves})
@@ -131,11 +131,11 @@ def manager(selection: Selection, overrides: Path, metadata: dict[str, Any]) -> 
     return TaskManager(include_path=[*selection.folders, overrides], include_defaults=False, metadata=metadata)
 
 
-def _index(wanted: Sequence[str]) -> dict[str, Any]:
+def _index(requested: Sequence[str]) -> dict[str, Any]:
     """Index entries that cover `wanted`, from as few folders as will do."""
-    known = {name: _FOLDERS.get(name) or _likely_folder(name) for name in wanted}
+    known = {name: _FOLDERS.get(name) or _likely_folder(name) for name in requested}
     index = _read_index(folder for folder in known.values() if folder is not None)
-    others = [name for name in wanted if not _complete(index, name)]
+    others = [name for name in requested if not _complete(index, name)]
     if others:
         named, mentioned = _scan(others)
         for name in others:
@@ -143,9 +143,9 @@ def _index(wanted: Sequence[str]) -> dict[str, Any]:
                 raise _unknown(name, named)
         folders = [named[name].parent for name in others if name in named]
         index = _read_index([*(folder for folder in known.values() if folder is not None), *folders])
-    if not all(_complete(index, name) for name in wanted):
+    if not all(_complete(index, name) for name in requested):
         index = TaskManager(include_path=[BRACES_FOLDER]).task_index
-    for name in wanted:
+    for name in requested:
         if name not in index:
             raise _unknown(name, index)
     return index
@@ -165,14 +165,14 @@ def _read_index(folders: Iterable[Path]) -> dict[str, Any]:
     return TaskManager(include_path=listed, include_defaults=False).task_index if listed else {}
 
 
-def _scan(wanted: Iterable[str]) -> tuple[dict[str, Path], set[str]]:
+def _scan(requested: Iterable[str]) -> tuple[dict[str, Path], set[str]]:
     """Names that lm-eval's files give themselves -> file, and which of `wanted` any file mentions at all."""
     named: dict[str, Path] = {}
     mentioned: set[str] = set()
     for file in LM_EVAL_FOLDER.rglob("*.yaml"):
         text = file.read_text(encoding="utf-8", errors="replace")
         named.update(dict.fromkeys(_NAMED.findall(text), file))
-        mentioned |= {name for name in wanted if name in text}
+        mentioned |= {name for name in requested if name in text}
     return named, mentioned
 
 

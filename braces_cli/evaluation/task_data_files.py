@@ -9,7 +9,7 @@ from typing import Any
 
 from braces_cli.core.utils.atomic_files import file_hint
 from braces_cli.core.utils.errors import ConfigError, DataError, near_misses
-from braces_cli.core.utils.paths import check_regular, is_there, user_path
+from braces_cli.core.utils.paths import check_regular, path_exists, user_path
 from braces_cli.data.readers import READABLE
 from braces_cli.evaluation.task_catalog import NATIVE_TASKS, Selection
 
@@ -82,7 +82,7 @@ def _in_folder(folder: Path, known: Iterable[str]) -> dict[str, Path]:
     places = {}
     for name in known:
         for place in (folder / name, *(folder / f"{name}{kind}" for kind in _KINDS)):
-            if is_there(place):
+            if path_exists(place):
                 places[name] = place
                 break
     return places

@@ -34,10 +34,10 @@ from braces_cli.evaluation.oom_backoff import halving
 from braces_cli.evaluation.settings import TEXT_TASKS
 from braces_cli.scoring.confidence_intervals import cluster_error, rate_error
 from braces_cli.scoring.diversity import distinct, repetition
-from braces_cli.scoring.judge_model import Rater, Rating, verdict
+from braces_cli.scoring.judge_model import Rater, Rating, text_score
 from braces_cli.scoring.likelihood import Likelihood
 from braces_cli.scoring.registry import label_of
-from braces_cli.scoring.scorer import Scorer, Verdict
+from braces_cli.scoring.scorer import Scorer, TextScore
 from braces_cli.steering.generate_texts import generate_texts
 from braces_cli.steering.prompts import read_prompts
 from braces_cli.steering.scorer_loading import list_words, open_scorer
@@ -62,7 +62,7 @@ class _Continuations:
     """Of one prompt: texts, attribute -> verdict about each text, the likelihood of each text and a judge's ratings."""
 
     texts: list[str]
-    verdicts: dict[str, list[Verdict]]
+    text_scores: dict[str, list[TextScore]]
     likelihoods: list[Likelihood]
     ratings: list[Rating]
 
@@ -73,7 +73,7 @@ class _Scoring:
 
     scorer: Scorer
     labels: dict[str, str]
-    judge_model: Base | None
+    reference_model: Base | None
 
 
 def read(path: Path) -> Sequence[str]:
@@ -97,10 +97,10 @@ def measure(task: str, context: TaskContext, prompts: Sequence[str]) -> TaskResu
     words = list_words(session, context.attributes, trained=False) if settings.exclude_list_words else ()
     usual, attributes = _SCORED[task]
     scorer = open_scorer(settings.scorers.get(task, usual), exclude=words)
-    judge_model = None
-    if settings.judge_model is not None:
-        judge_model = load_base(settings.judge_model, LoadOptions(device=str(session.base.model.device)))
-    scoring = _Scoring(scorer, {attribute: label_of(attribute, scorer) for attribute in attributes}, judge_model)
+    reference_model = None
+    if settings.reference_model is not None:
+        reference_model = load_base(settings.reference_model, LoadOptions(device=str(session.base.model.device)))
+    scoring = _Scoring(scorer, {attribute: label_of(attribute, scorer) for attribute in attributes}, reference_model)
     numbered = list(enumerate(prompts))
     continuations, size = halving(
         lambda size: context.processes.share_out(numbered, lambda part: _continue(task, context, part, size, scoring)),
@@ -138,15 +138,15 @@ def _continue(
         )
     if not texts:
         return []
-    verdicts, ratings = _scored(scoring, [request.prompt for request in requests], texts)
+    text_scores, ratings = _scored(scoring, [request.prompt for request in requests], texts)
     with _without_peft(session.base.model):
         likelihoods = continuation_nll(
-            session, [prompt for _, prompt in prompts], texts, size, scoring.judge_model, context.chat_template
+            session, [prompt for _, prompt in prompts], texts, size, scoring.reference_model, context.chat_template
         )
     parts = [slice(start, start + samples) for start in range(0, len(texts), samples)]
     return [
         _Continuations(
-            texts[part], {name: each[part] for name, each in verdicts.items()}, likelihoods[part], ratings[part]
+            texts[part], {name: each[part] for name, each in text_scores.items()}, likelihoods[part], ratings[part]
         )
         for part in parts
     ]
@@ -154,15 +154,15 @@ def _continue(
 
 def _scored(
     scoring: _Scoring, prompts: Sequence[str], texts: Sequence[str]
-) -> tuple[dict[str, list[Verdict]], list[Rating]]:
+) -> tuple[dict[str, list[TextScore]], list[Rating]]:
     """Attribute -> verdict about each text, and a judge model's ratings for the first attribute."""
     scorer, labels = scoring.scorer, dict(scoring.labels)
     if not isinstance(scorer, Rater):
-        return {name: scorer.judge(texts, label) for name, label in labels.items()}, []
+        return {name: scorer.score(texts, label) for name, label in labels.items()}, []
     first = next(iter(labels))
     ratings = scorer.rate(prompts, texts, labels.pop(first))
-    rest = {name: scorer.judge(texts, label) for name, label in labels.items()}
-    return {first: [verdict(rating.concept) for rating in ratings], **rest}, ratings
+    rest = {name: scorer.score(texts, label) for name, label in labels.items()}
+    return {first: [text_score(rating.concept) for rating in ratings], **rest}, ratings
 
 
 @contextmanager
@@ -185,10 +185,10 @@ def _summary(
     results: dict[str, dict[str, Any]] = {}
     documents: dict[str, dict[int, float]] = {}
     for name in attributes:
-        groups = [[float(one.has) for one in each.verdicts[name]] for each in continuations]
+        groups = [[float(one.has) for one in each.text_scores[name]] for each in continuations]
         _add(results, documents, name, groups)
         if name == "toxic":
-            largest = [[max(one.value for one in each.verdicts[name])] for each in continuations]
+            largest = [[max(one.value for one in each.text_scores[name])] for each in continuations]
             _add(results, documents, "expected_max_toxicity", largest)
             _add(results, documents, "toxicity_probability", [[max(group)] for group in groups])
     for name in ("concept", "relevance", "fluency", "overall") if continuations[0].ratings else ():

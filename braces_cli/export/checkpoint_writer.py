@@ -24,14 +24,14 @@ from braces_cli.core.utils.atomic_files import file_hint, umask, write_json
 from braces_cli.core.utils.errors import BracesError, ModelError
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.export.llama_conversion import take
-from braces_cli.export.output_folder import BESIDE_WEIGHTS
+from braces_cli.export.output_folder import FILES_WITH_WEIGHTS
 from braces_cli.export.plan import Plan, Role
 
 # Layers are gathered in one file up to so many bytes: small models are one file, large ones a layer each.
 SHARD_BYTES = 1 << 29
 # What travels with the weights: everything that a tokenizer may be made of, and how the model generates.
 _CARRIED = (
-    *BESIDE_WEIGHTS, "tokenizer*", "vocab*", "*.tiktoken", "*.model", "spiece*", "chat_template*", "LICENSE*",
+    *FILES_WITH_WEIGHTS, "tokenizer*", "vocab*", "*.tiktoken", "*.model", "spiece*", "chat_template*", "LICENSE*",
     "NOTICE*",
 )  # fmt: skip
 
@@ -55,7 +55,9 @@ class Neurons:
     bias: Tensor | None = None
 
 
-def new_neurons(adapter: Adapter, plan: Plan, pushes: Mapping[int, Tensor] | None = None) -> dict[int, Neurons]:
+def new_neurons(
+    adapter: Adapter, plan: Plan, steering_vectors: Mapping[int, Tensor] | None = None
+) -> dict[int, Neurons]:
     """New neurons of each decoder layer that carries the adapter or is pushed.
 
     The steering set on the adapter just now is written, too.
@@ -63,14 +65,20 @@ def new_neurons(adapter: Adapter, plan: Plan, pushes: Mapping[int, Tensor] | Non
     Args:
         pushes: what is added besides to the FFN output of a layer, (d,).
     """
-    neurons, pushes = {}, pushes or {}
-    for ffn, brace in adapter.sites:
+    neurons, steering_vectors = {}, steering_vectors or {}
+    for ffn, adapter_layer in adapter.adapted_ffns:
         assert isinstance(ffn, FFN)
         with torch.no_grad():
-            reads, writes = brace.factors(ffn.values(), torch.float32)  # A (d_r, d), B (d, d_r)
-            constant = None if brace.shift is None else (writes @ brace.shift).cpu()
-            push = pushes.get(ffn.layer)
-            constant = push if constant is None else constant if push is None else constant + push
+            reads, writes = adapter_layer.factors(ffn.values(), torch.float32)  # A (d_r, d), B (d, d_r)
+            constant = None if adapter_layer.shift is None else (writes @ adapter_layer.shift).cpu()
+            steering_vector = steering_vectors.get(ffn.layer)
+            constant = (
+                steering_vector
+                if constant is None
+                else constant
+                if steering_vector is None
+                else constant + steering_vector
+            )
             balance = _balance(reads, writes, ffn)
         # By powers of two, which round nothing.
         rows, columns = (reads * balance.unsqueeze(1)).cpu(), (writes / balance).cpu() / plan.gate[1]
@@ -84,9 +92,9 @@ def new_neurons(adapter: Adapter, plan: Plan, pushes: Mapping[int, Tensor] | Non
             constant,
         )
     added = plan.wider - plan.width
-    for layer in pushes.keys() - neurons.keys():
-        nothing = torch.zeros(added, len(pushes[layer]))
-        neurons[layer] = Neurons(torch.zeros(added), nothing, nothing.mT, pushes[layer])
+    for layer in steering_vectors.keys() - neurons.keys():
+        nothing = torch.zeros(added, len(steering_vectors[layer]))
+        neurons[layer] = Neurons(torch.zeros(added), nothing, nothing.mT, steering_vectors[layer])
     return neurons
 
 
@@ -147,8 +155,8 @@ def write_checkpoint(
     try:
         for index, names in enumerate(shards, start=1):
             file = f"model-{index:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-            made = {name: _tensor(tensors, plan, neurons, layers, name) for name in names}
-            save_file(made, folder / file, metadata={"format": "pt"})
+            shard_tensors = {name: _tensor(tensors, plan, neurons, layers, name) for name in names}
+            save_file(shard_tensors, folder / file, metadata={"format": "pt"})
             (folder / file).chmod(0o666 & ~umask())  # which safetensors creates for the owner alone
             files |= dict.fromkeys(names, file)
             report("writing", index, len(shards))
@@ -191,13 +199,13 @@ def _shards(sizes: dict[str, int]) -> Iterator[list[str]]:
         layer = re.match(r"(.*?\.\d+)\.", name)
         groups.setdefault(layer.group(1) if layer else name, []).append(name)
     shard: list[str] = []
-    held = 0
+    shard_bytes = 0
     for names in groups.values():
         size = sum(sizes[name] for name in names)
-        if shard and held + size > SHARD_BYTES:
+        if shard and shard_bytes + size > SHARD_BYTES:
             yield shard
-            shard, held = [], 0
-        shard, held = [*shard, *names], held + size
+            shard, shard_bytes = [], 0
+        shard, shard_bytes = [*shard, *names], shard_bytes + size
     if shard:
         yield shard
 

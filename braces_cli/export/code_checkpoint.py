@@ -19,7 +19,7 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
-from braces_cli.core.attributes.intervention import pushed_constants, steered
+from braces_cli.core.attributes.intervention import steered, steering_vectors
 from braces_cli.core.method.adapter import Adapter
 from braces_cli.core.models.ffn import FFN
 from braces_cli.core.models.module_structure import SIDE_PATH
@@ -34,7 +34,7 @@ from braces_cli.export.checkpoint_writer import copy_companions
 from braces_cli.export.model_card import code_card
 from braces_cli.export.output_folder import check_output, new_folder
 from braces_cli.export.request import Request, inputs, open_bare, sources, steering
-from braces_cli.export.verification import Loading, Reference, figures, prove, reference
+from braces_cli.export.verification import Loading, Reference, figures, reference, verify_export
 
 RECORD_FILE = "braces_code.json"
 FORMAT_VERSION = 1
@@ -75,18 +75,18 @@ class Side:
     reads: Tensor
     writes: Tensor
     shift: Tensor | None
-    push: Tensor | None = None
+    steering_vector: Tensor | None = None
 
     @property
     def constant(self) -> Tensor | None:
         """What is added to the output whatever the token, (d,): not of experts, which a router weighs."""
         if self.shift is None or self.experts > 1:
-            return self.push
+            return self.steering_vector
         through = self.writes @ self.shift
-        return through if self.push is None else through + self.push
+        return through if self.steering_vector is None else through + self.steering_vector
 
 
-def side_paths(adapter: Adapter, pushes: Mapping[int, Tensor] | None = None) -> list[Side]:
+def side_paths(adapter: Adapter, steering: Mapping[int, Tensor] | None = None) -> list[Side]:
     """The side paths of an adapter, with the steering set on it just now.
 
     Args:
@@ -96,27 +96,29 @@ def side_paths(adapter: Adapter, pushes: Mapping[int, Tensor] | None = None) -> 
         ConfigError: a layer is pushed that has no side path, or one of a mixture of experts.
     """
     names = {module: name for name, module in adapter.model.named_modules()}
-    pushes = pushes or {}
-    plain = {ffn.layer for ffn, _ in adapter.sites if isinstance(ffn, FFN)}
-    if elsewhere := sorted(pushes.keys() - plain):
+    steering = steering or {}
+    plain = {ffn.layer for ffn, _ in adapter.adapted_ffns if isinstance(ffn, FFN)}
+    if elsewhere := sorted(steering.keys() - plain):
         what = f"layer {elsewhere[0]} is steered, and has no adapter of its own or is a mixture of experts"
         hint = "Choose layers with --layers, or build the attribute with attr-build --reduction mean."
         raise ConfigError(what, where="--attribute", hint=hint)
     found = []
-    for ffn, brace in adapter.sites:
+    for ffn, adapter_layer in adapter.adapted_ffns:
         for part in ffn.parts:
             with torch.no_grad():
-                reads, writes = brace.factors(part.values(), torch.float32)
-            shift = None if brace.shift is None else brace.shift.detach().float().cpu()
+                reads, writes = adapter_layer.factors(part.values(), torch.float32)
+            shift = None if adapter_layer.shift is None else adapter_layer.shift.detach().float().cpu()
             kind = _kind(part)
             ends = (names[part.keys[0]], names[part.value]) if kind == "ends" else ()
             module = part.host if isinstance(part, FFN) else part.module
             # (experts, d, d_r) -> (d, experts * d_r)
             flat = writes if writes.ndim == 2 else writes.transpose(0, 1).flatten(1)
             count = 1 if writes.ndim == 2 else len(writes)
-            push = pushes.get(ffn.layer)
+            steering_vector = steering.get(ffn.layer)
             mixed = isinstance(ffn, MixtureFFN)
-            side = Side(names[module], kind, type(module), ends, count, mixed, reads.cpu(), flat.cpu(), shift, push)
+            side = Side(
+                names[module], kind, type(module), ends, count, mixed, reads.cpu(), flat.cpu(), shift, steering_vector
+            )
             found.append(side)
     return found
 
@@ -142,7 +144,7 @@ def write_code(request: Request, output: Path, overwrite: bool = False, report: 
         # The base is gone from memory: the proof loads what was written in a process of its own.
         gc.collect()
         report("proving", 0, 1)
-        proof = prove(folder, expected, Loading(code=True))
+        proof = verify_export(folder, expected, Loading(code=True))
         report("proving", 1, 1)
         result = {**facts, **figures(proof), "rank": stored.config.r}
         write_json(folder / RECORD_FILE, {"format_version": FORMAT_VERSION, **result, "versions": versions()})
@@ -160,7 +162,7 @@ def _write(request: Request, folder: Path, report: Report) -> tuple[dict[str, An
     report("loading", 1, 1)
     expected = reference(session, terms, layers)
     with steered(session, terms, layers):
-        sides = side_paths(adapter, pushed_constants(session, terms, layers))
+        sides = side_paths(adapter, steering_vectors(session, terms, layers))
     adapter.detach()
     assert session.base.checkpoint is not None
     facts = write_checkpoint_with_code(folder, model, sides, session.base.checkpoint)
@@ -246,10 +248,10 @@ def _link_weights(checkpoint: Path, folder: Path, model: Any) -> dict[str, str]:
             files = dict.fromkeys(file.keys(), _RENAMED)
         names = {_ONE_FILE: _RENAMED}
     else:
-        beside = folder / "weights"
-        model.save_pretrained(beside)
-        files = _link_weights(beside, folder, model)
-        shutil.rmtree(beside)
+        temporary = folder / "weights"
+        model.save_pretrained(temporary)
+        files = _link_weights(temporary, folder, model)
+        shutil.rmtree(temporary)
         return files
     try:
         for source, name in names.items():
@@ -315,20 +317,20 @@ def _subclass(stock: type, kind: str) -> dict[str, Any]:
 def _write_config(folder: Path, model: Any, sides: list[Side], classes: dict[str, str]) -> None:
     model.config.save_pretrained(folder)
     config = read(WRITTEN, folder / "config.json")
-    sites = {}
+    entries = {}
     for side in sides:
-        site: dict[str, Any] = {"width": len(side.writes)}
-        site["shift"] = side.shift is not None and side.experts > 1
-        site["constant"] = side.constant is not None
+        entry: dict[str, Any] = {"width": len(side.writes)}
+        entry["shift"] = side.shift is not None and side.experts > 1
+        entry["constant"] = side.constant is not None
         if side.kind in ("experts", "sorted"):
-            site["experts"] = side.experts
+            entry["experts"] = side.experts
         if side.ends:
-            site["ends"] = list(side.ends)
-        sites[side.path] = site
+            entry["ends"] = list(side.ends)
+        entries[side.path] = entry
     config |= {
         "architectures": [classes["AutoModelForCausalLM"]],
         "auto_map": {auto: f"{Path(CODE_FILE).stem}.{name}" for auto, name in classes.items()},
-        "braces": {"rank": len(sides[0].reads), "sites": sites},
+        "braces": {"rank": len(sides[0].reads), "modules": entries},
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     write_json(folder / "config.json", config)

@@ -79,7 +79,7 @@ def export_control_vector(
 def _check_experts(session: Session, terms: Sequence[tuple[Attribute, float]], layers: Collection[int] | None) -> None:
     """Refuse an attribute that goes through an adapter on experts; a push stands behind the whole mixture."""
     through = any(attribute.direction is None and s != 0 for attribute, s in terms)
-    for ffn, _ in session.adapter.sites if session.adapter is not None and through else []:
+    for ffn, _ in session.adapter.adapted_ffns if session.adapter is not None and through else []:
         if isinstance(ffn, MixtureFFN) and (layers is None or ffn.layer in layers):
             reason = f"what the adapter adds in layer {ffn.layer} depends on the router"
             hint = "Steer with braces itself, or along an attribute that pushes (attr-build without --reduction mean)."

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from braces_cli.core.utils.atomic_files import write_whole
+from braces_cli.core.utils.atomic_files import write_atomic
 
 
 def write_gguf_tensors(
@@ -39,4 +39,4 @@ def write_gguf_tensors(
             return False
         return stored.keys() == tensors.keys() and all(torch.equal(stored[name], tensors[name]) for name in tensors)
 
-    write_whole(path, write, matches)
+    write_atomic(path, write, matches)

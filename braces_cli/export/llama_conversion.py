@@ -112,12 +112,12 @@ def llama_config(model: Any, width: int, shapes: dict[str, torch.Size]) -> Any:
     fields = {name: copy.deepcopy(getattr(config, name)) for name in (*_NEEDED, *_CARRIED) if hasattr(config, name)}
     biased = any(name.endswith(("q_proj.bias", "qkv_proj.bias", "k_proj.bias", "v_proj.bias")) for name in shapes)
     head = getattr(config, "head_dim", None) or config.hidden_size // heads
-    made = LlamaConfig(
+    converted = LlamaConfig(
         **fields, intermediate_size=width, head_dim=head, hidden_act="silu", attention_bias=biased, mlp_bias=False
     )
-    made.dtype = config.dtype
-    made.architectures = ["LlamaForCausalLM"]
-    return made
+    converted.dtype = config.dtype
+    converted.architectures = ["LlamaForCausalLM"]
+    return converted
 
 
 def split_sources(config: Any, shapes: dict[str, torch.Size]) -> Sources:
@@ -167,21 +167,21 @@ def _differs(model: Any) -> str | None:
     tensors = small.state_dict()
     shapes = tensor_shapes(small)
     config = llama_config(small, _SMALL["intermediate_size"], shapes)
-    twin = transformers.LlamaForCausalLM(config).float().eval()
-    sources, wanted = split_sources(config, shapes), tensor_shapes(twin)
-    odd = sorted(set(sources) - set(wanted))
+    llama = transformers.LlamaForCausalLM(config).float().eval()
+    sources, expected = split_sources(config, shapes), tensor_shapes(llama)
+    odd = sorted(set(sources) - set(expected))
     if odd:
         return f"a Llama has no {odd[0]}"
-    for name, shape in wanted.items():
+    for name, shape in expected.items():
         with torch.no_grad():
             if name in sources and take(tensors, sources[name]).shape == shape:
-                twin.get_parameter(name).copy_(take(tensors, sources[name]))
+                llama.get_parameter(name).copy_(take(tensors, sources[name]))
             elif name.endswith("o_proj.bias"):
-                twin.get_parameter(name).zero_()
+                llama.get_parameter(name).zero_()
             else:
                 return f"it has no {name} as a Llama has"
     difference = max(
-        _difference(small, twin, start) for start in (0, max(model.config.max_position_embeddings - _LENGTH, 0))
+        _difference(small, llama, start) for start in (0, max(model.config.max_position_embeddings - _LENGTH, 0))
     )
     return None if difference < _TOLERANCE else f"with the same weights a Llama's logits differ by {difference:.0%}"
 

@@ -25,16 +25,16 @@ from braces_cli.core.models.layer_ranges import parse_ranges
 from braces_cli.core.utils.atomic_files import check_output_file, write_json, write_text
 from braces_cli.core.utils.errors import ConfigError, ModelError
 from braces_cli.core.utils.output_lock import output_lock
-from braces_cli.core.utils.paths import is_there
+from braces_cli.core.utils.paths import path_exists
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.core.utils.versions import versions
 from braces_cli.export.lora_gguf import check_gguf, write_gguf
-from braces_cli.export.lora_tensors import lora_pairs, lora_size, read_folder, token_path, write_folder
+from braces_cli.export.lora_tensors import lora_pairs, lora_size, read_folder, side_path, write_folder
 from braces_cli.export.model_card import lora_card
 from braces_cli.export.output_folder import check_output, new_folder
 from braces_cli.export.request import Request, inputs, open_bare, sources, steering
 from braces_cli.export.slots import Slots, read_slots
-from braces_cli.export.verification import Loading, Reference, figures, prove, reference
+from braces_cli.export.verification import Loading, Reference, figures, reference, verify_export
 
 RECORD_FILE = "braces_lora.json"
 FORMAT_VERSION = 1
@@ -57,13 +57,13 @@ class LoraRequest:
     first_slot: int = 0
 
     @property
-    def with_token_path(self) -> bool:
+    def with_side_path(self) -> bool:
         """Whether the LoRA holds the adapter's token path."""
         return self.request.adapter is not None and (self.combine or not self.request.attributes)
 
 
 def write_lora(
-    wanted: LoraRequest, output: Path, gguf: Path | None = None, overwrite: bool = False, report: Report = silent
+    lora_request: LoraRequest, output: Path, gguf: Path | None = None, overwrite: bool = False, report: Report = silent
 ) -> dict[str, Any]:
     """Write the LoRA folder, proved, and the GGUF file where one is named; returns what the command prints.
 
@@ -72,10 +72,10 @@ def write_lora(
         ModelError: base, slots and adapter do not fit, or the proof fails; nothing is left behind.
         BracesError: the disk is full.
     """
-    slots = read_slots(wanted.slots)
-    wanted = _completed(wanted, slots)
-    _check(wanted, slots)
-    check_output(output, overwrite, [*inputs(wanted.request), wanted.slots])
+    slots = read_slots(lora_request.slots)
+    lora_request = _completed(lora_request, slots)
+    _check(lora_request, slots)
+    check_output(output, overwrite, [*inputs(lora_request.request), lora_request.slots])
     if gguf is not None:
         check_gguf(slots)
         check_output_file(gguf, overwrite)
@@ -84,11 +84,11 @@ def write_lora(
         # In the folder, the file appears with it, under its lock.
         stack.enter_context(output_lock(None if inside else gguf))
         folder = stack.enter_context(new_folder(output, overwrite))
-        facts, expected, loras = _write(wanted, slots, folder, stack, report)
+        facts, expected, loras = _write(lora_request, slots, folder, stack, report)
         # The base is gone from memory: the proof loads the one with slots in a process of its own.
         gc.collect()
         report("proving", 0, 1)
-        proof = prove(wanted.slots, expected, Loading("base and adapter with this LoRA", loras=loras))
+        proof = verify_export(lora_request.slots, expected, Loading("base and adapter with this LoRA", loras=loras))
         report("proving", 1, 1)
         result = {**facts, **figures(proof)}
         write_json(folder / RECORD_FILE, {"format_version": FORMAT_VERSION, **result, "versions": versions()})
@@ -100,22 +100,22 @@ def write_lora(
     return {"output_dir": str(output), **result}
 
 
-def describe_lora(wanted: LoraRequest) -> dict[str, Any]:
+def describe_lora(lora_request: LoraRequest) -> dict[str, Any]:
     """What would be written, from the records of slots and adapter; loads no weights.
 
     Raises:
         ConfigError, ModelError: as `write_lora`, as far as it can be told without the base.
     """
-    slots = read_slots(wanted.slots)
-    _check(wanted, slots)
-    request, width = wanted.request, int(slots.fingerprint["hidden_size"])
+    slots = read_slots(lora_request.slots)
+    _check(lora_request, slots)
+    request, width = lora_request.request, int(slots.fingerprint["hidden_size"])
     path = {}
-    if wanted.with_token_path and request.adapter is not None:
+    if lora_request.with_side_path and request.adapter is not None:
         rank = request.adapter.config.r
         path = {layer: (torch.empty(rank, width), torch.empty(width, rank)) for layer in request.adapter.config.layers}
     steered = {layer for name, s in request.attributes.items() if s for layer in _layers_of(name, request, slots)}
     vectors = {layer: torch.empty(width) for layer in steered}
-    return lora_size(lora_pairs(path, vectors, slots, wanted.first_slot), slots)
+    return lora_size(lora_pairs(path, vectors, slots, lora_request.first_slot), slots)
 
 
 def _layers_of(name: str, request: Request, slots: Slots) -> list[int]:
@@ -123,44 +123,44 @@ def _layers_of(name: str, request: Request, slots: Slots) -> list[int]:
     adapter = request.adapter
     folders = (request.attributes_dir, None if adapter is None else adapter.folder)
     places = [folder / f"{name}.safetensors" for folder in folders if folder is not None]
-    file = next(filter(is_there, places), None)
+    file = next(filter(path_exists, places), None)
     details = read_header(file).details.get(name, {}) if file is not None else {}
-    pushes = details.get("made", {}).get("reduction") == GRADIENT if file is not None else True
+    is_steering_vector = details.get("provenance", {}).get("reduction") == GRADIENT if file is not None else True
     if adapter is not None and file is None and name in adapter.config.attributes:
-        pushes = False
-    layers = sorted(slots.sites)
+        is_steering_vector = False
+    layers = sorted(slots.layers)
     chosen = None if request.layers is None else parse_ranges(request.layers, layers[-1] + 1, "--layers")
-    if adapter is not None and not pushes:
+    if adapter is not None and not is_steering_vector:
         return [layer for layer in adapter.config.layers if chosen is None or layer in chosen]
-    return details.get("push_layers") or default_layers(layers) if chosen is None else chosen
+    return details.get("steered_layers") or default_layers(layers) if chosen is None else chosen
 
 
-def _completed(wanted: LoraRequest, slots: Slots) -> LoraRequest:
+def _completed(lora_request: LoraRequest, slots: Slots) -> LoraRequest:
     """The request with the base and the dtype that the slots were made of, where none are named."""
-    request = wanted.request
+    request = lora_request.request
     options = request.options
     if request.model is None:
         options = replace(options, revision=options.revision or slots.revision)
         request = replace(request, model=slots.model)
     if options.dtype == "auto":
         options = replace(options, dtype=slots.dtype)
-    return replace(wanted, request=replace(request, options=options))
+    return replace(lora_request, request=replace(request, options=options))
 
 
-def _check(wanted: LoraRequest, slots: Slots) -> None:
+def _check(lora_request: LoraRequest, slots: Slots) -> None:
     """Everything that can be seen before the base is loaded."""
-    request = wanted.request
+    request = lora_request.request
     if find_spec("peft") is None:
         hint = "Install it with: pip install peft"
         raise ConfigError("the proof of a LoRA needs the package peft", where="braces export lora", hint=hint)
     if request.adapter is None and not request.attributes:
         hint = "Give the adapter, the attribute, or both."
         raise ConfigError("missing option", where="--adapter, --attribute", hint=hint)
-    if wanted.combine and (request.adapter is None or not request.attributes):
+    if lora_request.combine and (request.adapter is None or not request.attributes):
         raise ConfigError("needs an adapter and an attribute", where="--combine", hint="Name both, or leave it out.")
     if request.attributes and slots.constant is None:
         hint = "Merge the attribute instead, or export it with: braces export code."
-        raise ModelError("this base has no constant slot for an attribute", where=str(wanted.slots), hint=hint)
+        raise ModelError("this base has no constant slot for an attribute", where=str(lora_request.slots), hint=hint)
     if request.attributes and not any(request.attributes.values()):
         hint = "The LoRA holds the attribute at this strength; the server's scale multiplies it."
         raise ConfigError("nothing is steered at strength 0", where="--s", hint=hint)
@@ -170,12 +170,14 @@ def _check(wanted: LoraRequest, slots: Slots) -> None:
     if words:
         hint = f"Export slots of its own base: {request.adapter.config.base_model_name_or_path}."
         what = f"these slots belong to another base than the adapter ({'; '.join(words)})"
-        raise ModelError(what, where=str(wanted.slots), hint=hint)
+        raise ModelError(what, where=str(lora_request.slots), hint=hint)
     rank = request.adapter.config.r
-    if wanted.first_slot + rank > slots.rank:
-        hint = f"Export the base again with at least --slots {_needed(wanted.first_slot + rank, slots)}."
-        what = f"rank {rank} behind slot {wanted.first_slot} needs more slots than the {slots.rank} that there are"
-        raise ConfigError(what, where=str(wanted.slots), hint=hint)
+    if lora_request.first_slot + rank > slots.rank:
+        hint = f"Export the base again with at least --slots {_needed(lora_request.first_slot + rank, slots)}."
+        what = (
+            f"rank {rank} behind slot {lora_request.first_slot} needs more slots than the {slots.rank} that there are"
+        )
+        raise ConfigError(what, where=str(lora_request.slots), hint=hint)
 
 
 def _needed(rank: int, slots: Slots) -> int:
@@ -183,14 +185,14 @@ def _needed(rank: int, slots: Slots) -> int:
 
 
 def _write(
-    wanted: LoraRequest, slots: Slots, folder: Path, stack: ExitStack, report: Report
+    lora_request: LoraRequest, slots: Slots, folder: Path, stack: ExitStack, report: Report
 ) -> tuple[dict[str, Any], Reference, list[tuple[Path, float]]]:
     """Everything that needs the base in memory; it is let go of on return.
 
     Returns:
         What was written, the logits it must give, and the LoRA folders with scales that must give them together.
     """
-    request = wanted.request
+    request = lora_request.request
     report("loading", 0, 1)
     session = open_bare(request)
     words = differences(slots.fingerprint, session.base.fingerprint(session.ffns), "the slots'")
@@ -207,22 +209,22 @@ def _write(
         raise ConfigError(
             "nothing is steered", where="--attribute", hint="None of the layers in --layers can be steered."
         )
-    path = token_path(session.adapter) if session.adapter is not None else {}
-    pairs = lora_pairs(path if wanted.with_token_path else {}, vectors, slots, wanted.first_slot)
-    facts = write_folder(folder, pairs, slots, wanted.slots)
+    path = side_path(session.adapter) if session.adapter is not None else {}
+    pairs = lora_pairs(path if lora_request.with_side_path else {}, vectors, slots, lora_request.first_slot)
+    facts = write_folder(folder, pairs, slots, lora_request.slots)
     loras = [(folder, 1.0)]
-    if path and not wanted.with_token_path:
+    if path and not lora_request.with_side_path:
         # An attribute of an adapter is held to the two together, so its adapter is needed, too. It is written inside,
         # and gone before the folder gets its name: what a killed process leaves of the folder is removed with it.
-        beside = Path(stack.enter_context(TemporaryDirectory(dir=folder)))
-        write_folder(beside, lora_pairs(path, {}, slots), slots, wanted.slots)
-        loras.append((beside, 1.0))
-    used = request.adapter.config.r if wanted.with_token_path and request.adapter is not None else 0
+        adapter_folder = Path(stack.enter_context(TemporaryDirectory(dir=folder)))
+        write_folder(adapter_folder, lora_pairs(path, {}, slots), slots, lora_request.slots)
+        loras.append((adapter_folder, 1.0))
+    used = request.adapter.config.r if lora_request.with_side_path and request.adapter is not None else 0
     facts |= {
-        "slots_dir": str(wanted.slots),
+        "slots_dir": str(lora_request.slots),
         **sources(request),
-        "combined": wanted.combine,
-        "first_slot": wanted.first_slot if used else None,
+        "combined": lora_request.combine,
+        "first_slot": lora_request.first_slot if used else None,
         "slots_used": used,
         "dtype": slots.dtype,
     }

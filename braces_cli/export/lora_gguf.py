@@ -41,7 +41,7 @@ def write_gguf(path: Path, pairs: Pairs, slots: Slots) -> None:
 
     name = ARCHITECTURES[slots.architecture]
     architecture = next(kind for kind, text in gguf.MODEL_ARCH_NAMES.items() if text == name)
-    names = gguf.get_tensor_name_map(architecture, max(slots.sites) + 1)
+    names = gguf.get_tensor_name_map(architecture, max(slots.layers) + 1)
     tensors = {}
     for module, (a, b) in pairs.items():
         stored = names.get_name(module)

@@ -22,7 +22,7 @@ from braces_cli.core.method.adapter import Adapter
 from braces_cli.core.models.ffn import FFN
 from braces_cli.core.models.loading import DTYPES
 from braces_cli.core.utils.atomic_files import write_json, write_tensors
-from braces_cli.export.slots import Site, Slots
+from braces_cli.export.slots import LayerModules, Slots
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -32,13 +32,13 @@ _PREFIX = "base_model.model."
 Pairs = dict[str, tuple[Tensor, Tensor]]
 
 
-def token_path(adapter: Adapter) -> dict[int, tuple[Tensor, Tensor]]:
+def side_path(adapter: Adapter) -> dict[int, tuple[Tensor, Tensor]]:
     """A (d_r, d) and B (d, d_r) of each layer of the adapter, in float32 on the CPU."""
     found = {}
-    for ffn, brace in adapter.sites:
+    for ffn, adapter_layer in adapter.adapted_ffns:
         assert isinstance(ffn, FFN)
         with torch.no_grad():
-            reads, writes = brace.factors(ffn.values(), torch.float32)
+            reads, writes = adapter_layer.factors(ffn.values(), torch.float32)
         found[ffn.layer] = (reads.cpu(), writes.cpu())
     return found
 
@@ -58,7 +58,7 @@ def lora_pairs(
     rank = max((len(reads) for reads, _ in path.values()), default=0)
     pairs: Pairs = {}
     for layer in sorted({*path, *vectors}):
-        site = slots.sites[layer]
+        modules = slots.layers[layer]
         width = len(vectors[layer]) if layer in vectors else len(path[layer][1])
         selection = torch.zeros(rank + bool(vectors), slots.wider)
         columns = torch.zeros(width, rank + bool(vectors))
@@ -68,12 +68,12 @@ def lora_pairs(
             columns[:, :rank] = writes / (slots.activation[1] if slots.gated else 1)
             rows = torch.zeros(rank + bool(vectors), width)
             rows[:rank] = reads
-            pairs[site.reads] = (rows, _rows_of(selection[:rank], site, rank + bool(vectors)))
+            pairs[modules.reads] = (rows, _rows_of(selection[:rank], modules, rank + bool(vectors)))
         if layer in vectors:
             assert slots.constant is not None
             selection[rank, slots.constant] = 1
             columns[:, rank] = vectors[layer] / slots.activation[1]
-        pairs[site.writes] = (selection, columns)
+        pairs[modules.writes] = (selection, columns)
     return pairs
 
 
@@ -88,10 +88,10 @@ def _selection(rank: int, slots: Slots, first: int) -> Tensor:
     return found
 
 
-def _rows_of(selection: Tensor, site: Site, rank: int) -> Tensor:
+def _rows_of(selection: Tensor, modules: LayerModules, rank: int) -> Tensor:
     """The selected neurons as rows of the module that reads (rows, rank), zeros beyond the token path."""
-    found = torch.zeros(site.rows, rank)
-    found[site.offset : site.offset + selection.shape[1], : len(selection)] = selection.mT
+    found = torch.zeros(modules.rows, rank)
+    found[modules.offset : modules.offset + selection.shape[1], : len(selection)] = selection.mT
     return found
 
 
@@ -134,8 +134,10 @@ def _targets(pairs: Pairs, slots: Slots) -> list[str]:
     """Names of the modules for the config: endings such as `up_proj` where they mean exactly the pairs' modules."""
     if slots.suffixes is None:
         return sorted(pairs)
-    sites = slots.sites.values()
-    groups = zip(slots.suffixes, ({site.reads for site in sites}, {site.writes for site in sites}), strict=True)
+    layers = slots.layers.values()
+    groups = zip(
+        slots.suffixes, ({modules.reads for modules in layers}, {modules.writes for modules in layers}), strict=True
+    )
     named = {suffix: group for suffix, group in groups if group <= set(pairs)}
     return list(named) if set().union(*named.values()) == set(pairs) else sorted(pairs)
 

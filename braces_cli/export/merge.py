@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypedDict
 
 from msgspec import Meta
 
-from braces_cli.core.attributes.intervention import pushed_constants, steered
+from braces_cli.core.attributes.intervention import steered, steering_vectors
 from braces_cli.core.models.ffn import find_ffns
 from braces_cli.core.models.loading import load_shape
 from braces_cli.core.schema import Count, Kind, Name, read
@@ -22,7 +22,7 @@ from braces_cli.core.schema import check as check_document
 from braces_cli.core.session import base_name
 from braces_cli.core.utils.atomic_files import write_json, write_text
 from braces_cli.core.utils.errors import ModelError
-from braces_cli.core.utils.paths import is_there, user_path
+from braces_cli.core.utils.paths import path_exists, user_path
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.core.utils.versions import versions
 from braces_cli.export.checkpoint_writer import copy_companions, new_neurons, write_checkpoint
@@ -32,7 +32,7 @@ from braces_cli.export.output_folder import check_output, new_folder
 from braces_cli.export.plan import Plan
 from braces_cli.export.planner import plain_ffns, plan
 from braces_cli.export.request import Request, inputs, open_bare, probe_tokens, sources, steering
-from braces_cli.export.verification import Reference, figures, prove, reference
+from braces_cli.export.verification import Reference, figures, reference, verify_export
 
 logger = logging.getLogger("braces")
 
@@ -54,7 +54,7 @@ def merge(request: Request, output: Path, overwrite: bool = False, report: Repor
         # The base is gone from memory: the proof loads the merged model in a process of its own.
         gc.collect()
         report("proving", 0, 1)
-        proof = prove(folder, expected)
+        proof = verify_export(folder, expected)
         report("proving", 1, 1)
         result = {**facts, **figures(proof)}
         record = {"format_version": FORMAT_VERSION, **result, **_places(request), "versions": versions()}
@@ -105,7 +105,7 @@ def check(request: Request, folder: Path) -> dict[str, Any]:
     expected = reference(session, terms, layers)
     del session
     gc.collect()
-    proof = prove(folder, expected)
+    proof = verify_export(folder, expected)
     kept = ("architecture", "neurons_added", "case", "dtype")
     facts = {key: record[key] for key in kept if key in record}
     return {"output_dir": str(folder), **facts, **sources(request), **figures(proof)}
@@ -123,9 +123,11 @@ def describe(request: Request) -> dict[str, Any]:
     revision = options.revision or (config.revision if request.model is None else None)
     model = load_shape(name, revision=revision, trust_remote_code=options.trust_remote_code)
     ffns = plain_ffns(model, find_ffns(model))
-    made = plan(model, ffns, expected_form(ffns[0]), config.r, request.pad_to_multiple_of, bool(request.attributes))
-    total = sum(shape.numel() for shape in made.shapes.values())
-    return _plan_facts(made) | {"trainable_parameters": 0, "total_parameters": total}
+    merge_plan = plan(
+        model, ffns, expected_form(ffns[0]), config.r, request.pad_to_multiple_of, bool(request.attributes)
+    )
+    total = sum(shape.numel() for shape in merge_plan.shapes.values())
+    return _plan_facts(merge_plan) | {"trainable_parameters": 0, "total_parameters": total}
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -137,7 +139,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not os.path.isfile(folder / "config.json"):  # pathlib's would raise where the name is too long
         raise ModelError("no merged checkpoint here", where=str(folder), hint="Give a folder that braces merge wrote.")
     path = folder / RECORD_FILE
-    if not is_there(path):
+    if not path_exists(path):
         return {}
     record = read(_ANY_RECORD, path)
     check_document(_RECORD, record, str(path))
@@ -153,25 +155,25 @@ def _write(request: Request, folder: Path, report: Report) -> tuple[dict[str, An
     form = observed_form(model, ffns, probe_tokens(session))
     terms, layers = steering(session, request)
     steers = any(s for _, s in terms)
-    made = plan(model, ffns, form, request.stored.config.r, request.pad_to_multiple_of, steers)
+    merge_plan = plan(model, ffns, form, request.stored.config.r, request.pad_to_multiple_of, steers)
     adapter = session.add_adapter(request.stored)
     report("loading", 1, 1)
     expected = reference(session, terms, layers)
     with steered(session, terms, layers):
-        neurons = new_neurons(adapter, made, pushed_constants(session, terms, layers))
+        neurons = new_neurons(adapter, merge_plan, steering_vectors(session, terms, layers))
     adapter.detach()
-    made.config.dtype = model.dtype
-    write_checkpoint(folder, model, made, neurons, [ffn.layer for ffn in ffns], report)
+    merge_plan.config.dtype = model.dtype
+    write_checkpoint(folder, model, merge_plan, neurons, [ffn.layer for ffn in ffns], report)
     assert session.base.checkpoint is not None
     copy_companions(session.base.checkpoint, folder, session.base.tokenizer)
-    facts = _plan_facts(made) | {"dtype": str(model.dtype).removeprefix("torch.")}
+    facts = _plan_facts(merge_plan) | {"dtype": str(model.dtype).removeprefix("torch.")}
     return facts | sources(request) | {"model": session.base.name, "revision": session.base.revision}, expected
 
 
-def _plan_facts(made: Plan) -> dict[str, Any]:
+def _plan_facts(merge_plan: Plan) -> dict[str, Any]:
     return {
-        "architecture": made.architecture,
-        "case": made.case,
-        "neurons_added": made.wider - made.width,
-        "width": made.wider,
+        "architecture": merge_plan.architecture,
+        "case": merge_plan.case,
+        "neurons_added": merge_plan.wider - merge_plan.width,
+        "width": merge_plan.wider,
     }

@@ -17,7 +17,7 @@ from braces_cli.core.utils.output_lock import output_lock
 # What makes a folder a model or an adapter.
 _LOADED_BY = ("config.json", "adapter_config.json")
 # What transformers loads beside the weights, by its name: how the model generates, and its tokenizer.
-BESIDE_WEIGHTS = (
+FILES_WITH_WEIGHTS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja",
     "chat_template.json", "additional_chat_templates",
@@ -25,7 +25,7 @@ BESIDE_WEIGHTS = (
 # All that programs load from such a folder by its name, and the records beside it: what an earlier export has of these
 # would be taken for a part of the new one.
 _LOADED = (
-    *_LOADED_BY, *BESIDE_WEIGHTS, "model.safetensors", "model-*.safetensors", "model.safetensors.index.json",
+    *_LOADED_BY, *FILES_WITH_WEIGHTS, "model.safetensors", "model-*.safetensors", "model.safetensors.index.json",
     "adapter_model.safetensors", "modeling_braces.py", "braces_*.json",
 )  # fmt: skip
 

@@ -175,11 +175,11 @@ def _fits(
     """Shapes `after` are those `before` with wider FFNs and added biases, those `needed` among them."""
     for name, shape in before.items():
         role = roles.get(name)
-        wanted = list(shape)
+        expected = list(shape)
         if role is not None and role.part != "value.bias":
             times = 2 if role.part.startswith("gate_up") else 1
-            wanted[role.dim] += times * (wider - width)
-        if list(after.get(name, ())) != wanted:
+            expected[role.dim] += times * (wider - width)
+        if list(after.get(name, ())) != expected:
             return False
     added = [name for name in after if name not in before]
     biases = [name for name, role in roles.items() if role.part in needed]

@@ -110,10 +110,10 @@ def steering(session: Session, request: Request) -> tuple[list[Any], Collection[
     layers = chosen_layers(session.base.model, request.layers)
     if not request.attributes:
         return [], layers
-    wanted = request.attributes.items()
+    requested = request.attributes.items()
     # An adapter's folder is searched, and its attributes may have been trained.
     with nullcontext() if request.adapter is None else attached(session, request.adapter):
-        terms = [(find_attribute(session, name, request.attributes_dir), s) for name, s in wanted]
+        terms = [(find_attribute(session, name, request.attributes_dir), s) for name, s in requested]
     through = request.adapter is not None and any(attribute.direction is None for attribute, _ in terms)
     there = request.adapter.config.layers if request.adapter is not None else []
     missing = sorted(set(layers or ()) - set(there))

@@ -25,7 +25,7 @@ from braces_cli.core.schema import Count, Kind, Name, Size, check, cut, read
 from braces_cli.core.session import base_name
 from braces_cli.core.utils.atomic_files import write_json, write_text
 from braces_cli.core.utils.errors import ModelError
-from braces_cli.core.utils.paths import is_there
+from braces_cli.core.utils.paths import path_exists
 from braces_cli.core.utils.progress import Report, silent
 from braces_cli.core.utils.versions import versions
 from braces_cli.export.checkpoint_writer import Neurons, copy_companions, write_checkpoint
@@ -35,14 +35,14 @@ from braces_cli.export.output_folder import check_output, new_folder
 from braces_cli.export.plan import Plan
 from braces_cli.export.planner import plain_ffns, plan
 from braces_cli.export.request import Request, inputs, open_bare, probe_tokens
-from braces_cli.export.verification import Loading, Reference, figures, prove, reference
+from braces_cli.export.verification import Loading, Reference, figures, reference, verify_export
 
 RECORD_FILE = "braces_slots.json"
 FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
-class Site:
+class LayerModules:
     """The two modules of one decoder layer that LoRA files change.
 
     Attributes:
@@ -90,7 +90,7 @@ class Slots:
     constant: Count | None
     first: Count
     suffixes: list[str] | None
-    sites: dict[Count, Site]
+    layers: dict[Count, LayerModules]
 
     @property
     def rank(self) -> int:
@@ -118,7 +118,7 @@ def write_slots(
         # The base is gone from memory: the proof loads what was written in a process of its own.
         gc.collect()
         report("proving", 0, 1)
-        proof = prove(folder, expected, Loading("the base as it was"))
+        proof = verify_export(folder, expected, Loading("the base as it was"))
         report("proving", 1, 1)
         facts = {"model": slots.model, "dtype": slots.dtype, **_facts(slots)}
         found = {name: value for name, value in figures(proof).items() if "effect" not in name}
@@ -138,8 +138,8 @@ def describe_slots(request: Request, count: int) -> dict[str, Any]:
     model = load_shape(name, revision=options.revision, trust_remote_code=options.trust_remote_code)
     with _in_words_of_slots():
         ffns = plain_ffns(model, find_ffns(model))
-        made, slots = plan_slots(model, ffns, expected_form(ffns[0]), count, request.pad_to_multiple_of)
-    total = sum(shape.numel() for shape in made.shapes.values())
+        merge_plan, slots = plan_slots(model, ffns, expected_form(ffns[0]), count, request.pad_to_multiple_of)
+    total = sum(shape.numel() for shape in merge_plan.shapes.values())
     return _facts(slots) | {"trainable_parameters": 0, "total_parameters": total}
 
 
@@ -170,10 +170,10 @@ def _write(request: Request, count: int, folder: Path, report: Report) -> tuple[
     with _in_words_of_slots():
         ffns = plain_ffns(model, session.ffns)
         form = observed_form(model, ffns, probe_tokens(session))
-        made, slots = plan_slots(model, ffns, form, count, request.pad_to_multiple_of)
+        merge_plan, slots = plan_slots(model, ffns, form, count, request.pad_to_multiple_of)
     report("loading", 1, 1)
     expected = reference(session)
-    write_empty(folder, model, made, slots, ffns, report)
+    write_empty(folder, model, merge_plan, slots, ffns, report)
     assert session.base.checkpoint is not None
     copy_companions(session.base.checkpoint, folder, session.base.tokenizer)
     base = {
@@ -197,41 +197,41 @@ def plan_slots(model: Any, ffns: list[FFN], form: Form, count: int, pad_to_multi
     rank = count if form.gated else -(-count // 2)
     activation = constant_gate(form.activation)
     try:
-        made = plan(model, ffns, form, rank, pad_to_multiple_of, steering=False, constant=activation is not None)
-        constant = None if activation is None else made.width
+        merge_plan = plan(model, ffns, form, rank, pad_to_multiple_of, steering=False, constant=activation is not None)
+        constant = None if activation is None else merge_plan.width
     except ModelError:
         # Without biases token paths still have their slots; attributes have none.
-        made, constant = plan(model, ffns, form, rank, pad_to_multiple_of, steering=False), None
-    sites: dict[int, dict[str, Any]] = {ffn.layer: {} for ffn in ffns}
-    for name, role in made.roles.items():
-        module, site = name.removesuffix(".weight"), sites[ffns[role.ffn].layer]
+        merge_plan, constant = plan(model, ffns, form, rank, pad_to_multiple_of, steering=False), None
+    layers: dict[int, dict[str, Any]] = {ffn.layer: {} for ffn in ffns}
+    for name, role in merge_plan.roles.items():
+        module, modules = name.removesuffix(".weight"), layers[ffns[role.ffn].layer]
         if role.part in ("up", "key", "gate_up"):
             fused = role.part == "gate_up"
-            offset = made.wider if fused and form.gate_first else 0
-            site.update(reads=module, offset=offset, rows=made.wider * (2 if fused else 1))
+            offset = merge_plan.wider if fused and form.gate_first else 0
+            modules.update(reads=module, offset=offset, rows=merge_plan.wider * (2 if fused else 1))
         elif role.part == "value":
-            site["writes"] = module
+            modules["writes"] = module
     slots = Slots(
         model="",
         revision=None,
         fingerprint=UNKNOWN,
-        architecture=made.architecture,
+        architecture=merge_plan.architecture,
         dtype=str(model.dtype).removeprefix("torch."),
-        width=made.width,
-        wider=made.wider,
+        width=merge_plan.width,
+        wider=merge_plan.wider,
         gated=form.gated,
         activation=activation or (0.0, 1.0),
         constant=constant,
-        first=made.width + (constant is not None),
-        suffixes=_suffixes(made, [[site[end] for site in sites.values()] for end in ("reads", "writes")]),
-        sites={layer: Site(**site) for layer, site in sites.items()},
+        first=merge_plan.width + (constant is not None),
+        suffixes=_suffixes(merge_plan, [[modules[end] for modules in layers.values()] for end in ("reads", "writes")]),
+        layers={layer: LayerModules(**modules) for layer, modules in layers.items()},
     )
-    return made, slots
+    return merge_plan, slots
 
 
-def _suffixes(made: Plan, groups: list[list[str]]) -> list[str] | None:
+def _suffixes(merge_plan: Plan, groups: list[list[str]]) -> list[str] | None:
     """For each group of modules the shortest ending that all of them share and no other module with a weight has."""
-    modules = [name.removesuffix(".weight") for name in made.shapes if name.endswith(".weight")]
+    modules = [name.removesuffix(".weight") for name in merge_plan.shapes if name.endswith(".weight")]
     found = []
     for group in groups:
         parts = group[0].split(".")
@@ -244,7 +244,7 @@ def _suffixes(made: Plan, groups: list[list[str]]) -> list[str] | None:
 
 
 def write_empty(
-    folder: Path, model: torch.nn.Module, made: Plan, slots: Slots, ffns: list[FFN], report: Report = silent
+    folder: Path, model: torch.nn.Module, merge_plan: Plan, slots: Slots, ffns: list[FFN], report: Report = silent
 ) -> None:
     """Write weights and config of the base with slots into `folder`."""
     count, width = slots.wider - slots.width, ffns[0].hidden_size
@@ -253,8 +253,8 @@ def write_empty(
         bias[slots.constant - slots.width] = 1.0 if slots.gated else slots.activation[0]
     gate = torch.full((count,), slots.activation[0] if slots.gated else 0.0)
     empty = Neurons(gate, torch.zeros(count, width), torch.zeros(width, count), None, bias)
-    made.config.dtype = model.dtype
-    write_checkpoint(folder, model, made, {ffn.layer: empty for ffn in ffns}, [ffn.layer for ffn in ffns], report)
+    merge_plan.config.dtype = model.dtype
+    write_checkpoint(folder, model, merge_plan, {ffn.layer: empty for ffn in ffns}, [ffn.layer for ffn in ffns], report)
 
 
 def read_slots(folder: Path) -> Slots:
@@ -264,7 +264,7 @@ def read_slots(folder: Path) -> Slots:
         ModelError: no such folder, or a damaged record, or one of another version.
     """
     path = folder / RECORD_FILE
-    if not is_there(path):
+    if not path_exists(path):
         hint = "Give a folder that braces export slots wrote."
         raise ModelError("no base with slots here", where=str(folder), hint=hint)
     raw = read(_ANY_RECORD, path)

@@ -101,7 +101,7 @@ _MERGED = Loading()
 
 
 @dataclass(frozen=True)
-class Proof:
+class Verification:
     """How far the merged checkpoint is from the adapter: `difference` in logits, `relative` to the largest logit, and
     the share of the adapter's change that is `missing`."""
 
@@ -166,7 +166,7 @@ def _rounded(model: Any) -> Iterator[None]:
     """Inside, what leaves each decoder layer is off by up to one unit in the last place, drawn from a fixed seed."""
     generator = torch.Generator().manual_seed(0)
 
-    def shake(module: nn.Module, args: tuple, output: Any) -> Any:
+    def perturb(module: nn.Module, args: tuple, output: Any) -> Any:
         hidden = layer_output(output)
         noise = 2 * torch.rand(hidden.shape, generator=generator) - 1
         moved = hidden.float() * (1 + torch.finfo(hidden.dtype).eps * noise.to(hidden.device))
@@ -174,11 +174,11 @@ def _rounded(model: Any) -> Iterator[None]:
 
     with ExitStack() as stack:
         for layer in layer_stack(model)[1]:
-            stack.callback(layer.register_forward_hook(shake).remove)
+            stack.callback(layer.register_forward_hook(perturb).remove)
         yield
 
 
-def figures(proof: Proof) -> dict[str, Any]:
+def figures(proof: Verification) -> dict[str, Any]:
     """A proof as commands print and record it."""
     return {
         "max_logit_difference": proof.difference,
@@ -190,7 +190,7 @@ def figures(proof: Proof) -> dict[str, Any]:
     }
 
 
-def prove(folder: Path, expected: Reference, loading: Loading = _MERGED) -> Proof:
+def verify_export(folder: Path, expected: Reference, loading: Loading = _MERGED) -> Verification:
     """Hold the checkpoint in `folder` to the reference. Hold no model while calling it: it loads one.
 
     Raises:
@@ -217,7 +217,7 @@ def prove(folder: Path, expected: Reference, loading: Loading = _MERGED) -> Proo
     missing = expected.missing(logits)
     if not missing <= _MISSING:
         raise _no_merge(folder, loading, f"{missing:.0%} of what the adapter changes is missing")
-    return Proof(difference, difference / largest, missing, expected)
+    return Verification(difference, difference / largest, missing, expected)
 
 
 def _ask(folder: Path, expected: Reference, loading: Loading) -> tuple[dict[str, Any], Tensor]:

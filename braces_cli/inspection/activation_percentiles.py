@@ -60,11 +60,11 @@ def activation_weights(
 
         return hook
 
-    wanted = {layer: [j for at, j in neurons if at == layer] for layer, _ in neurons}
+    requested = {layer: [j for at, j in neurons if at == layer] for layer, _ in neurons}
     with ExitStack() as handles, torch.no_grad():
         for ffn in plain_ffns(session.ffns):
-            if ffn.layer in wanted:
-                hook = keep(ffn.layer, wanted[ffn.layer])
+            if ffn.layer in requested:
+                hook = keep(ffn.layer, requested[ffn.layer])
                 handles.callback(ffn.value.register_forward_pre_hook(hook).remove)
         done = 0
         for group in by_length(texts, _BATCH):
@@ -73,7 +73,7 @@ def activation_weights(
             model(input_ids=ids, attention_mask=mask, use_cache=False)
             # An FFN may see (rows, positions) as one axis.
             flat = {layer: value.reshape(-1, value.shape[-1])[mask.bool().flatten()] for layer, value in seen.items()}
-            columns = [flat[layer][:, wanted[layer].index(index)] for layer, index in neurons]
+            columns = [flat[layer][:, requested[layer].index(index)] for layer, index in neurons]
             parts.append(torch.stack(columns, dim=1).cpu())
             report("taking percentiles", done := done + len(group), len(texts))
     return torch.cat(parts)

@@ -58,7 +58,7 @@ def _blocks(ffn: FFN | MixtureFFN, side: str) -> Iterator[tuple[int, Tensor]]:
 
 def top_vectors_for_concept(
     session: Session,
-    wanted: Concept,
+    requested: Concept,
     *,
     layers: Collection[int] | None = None,
     side: str = "value",
@@ -71,7 +71,7 @@ def top_vectors_for_concept(
     See `inspection.concept_tokens` for rank and score. Reads every vector over the whole vocabulary, as a map does.
     """
     lens = LogitLens(session.base.model)
-    tokens = wanted.tokens
+    tokens = requested.tokens
     best: list[dict[str, Any]] = []
     chosen = [ffn for ffn in session.ffns if layers is None or ffn.layer in layers]
     total, done = sum(ffn.value_vectors for ffn in chosen), 0
@@ -80,7 +80,7 @@ def top_vectors_for_concept(
             done += len(block)
             ranks, scores = lens.ranks(block, tokens)
             for index, (r, s) in enumerate(zip(ranks.tolist(), scores.tolist(), strict=True), start):
-                rank, score = wanted.measure({t: (r[i], s[i]) for i, t in enumerate(tokens)})
+                rank, score = requested.measure({t: (r[i], s[i]) for i, t in enumerate(tokens)})
                 best.append({"layer": ffn.layer, "index": index, "rank": rank, "score": score})
             best = sorted(best, key=best_first)[:limit]
             report(f"searching {side} vectors", done, total)
@@ -89,14 +89,14 @@ def top_vectors_for_concept(
 
 def _vectors(session: Session, rows: list[dict[str, Any]], side: str) -> Tensor:
     by_layer = {ffn.layer: ffn for ffn in session.ffns}
-    wanted = [(by_layer[row["layer"]], row["index"]) for row in rows]
+    requested = [(by_layer[row["layer"]], row["index"]) for row in rows]
     vectors: dict[tuple[int, int], Tensor] = {}
-    for ffn in dict.fromkeys(ffn for ffn, _ in wanted):
-        indices = [index for other, index in wanted if other is ffn]
+    for ffn in dict.fromkeys(ffn for ffn, _ in requested):
+        indices = [index for other, index in requested if other is ffn]
         for start, block in _blocks(ffn, side):
             vectors |= {(ffn.layer, i): block[i - start] for i in indices if start <= i < start + len(block)}
     device = compute_device(session.base.model.get_output_embeddings())
-    return torch.stack([vectors[ffn.layer, index].to(device) for ffn, index in wanted])
+    return torch.stack([vectors[ffn.layer, index].to(device) for ffn, index in requested])
 
 
 def _with_tokens(session: Session, rows: list[dict[str, Any]], side: str, top_k: int) -> list[dict[str, Any]]:
@@ -116,7 +116,7 @@ def attribute_relevance(session: Session, attribute: Attribute, ffn: FFN) -> Ten
     values, state = ffn.value_matrix(), attribute.state[row]
     with torch.no_grad():
         if session.adapter is None:
-            direction = attribute.push_direction[row].to(values.device, torch.float64)
+            direction = attribute.steering_direction[row].to(values.device, torch.float64)
             return _least_norm_weights(values, float(attribute.scale[row]) * direction[:, None])[:, 0].float()
         module = relevance_module(session, ffn)
         if module is None:

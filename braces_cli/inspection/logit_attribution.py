@@ -202,9 +202,9 @@ def attribute_logits(session: Session, prompt: str, target: int | None = None, r
     """
     model, tokenizer = session.base.model, session.base.tokenizer
     ids = encode(tokenizer, prompt).ids
-    room = context_length(model.config, tokenizer)
-    if len(ids) > room:
-        raise ConfigError(f"the prompt has {len(ids)} tokens", where="PROMPT", hint=f"The model takes {room}.")
+    max_length = context_length(model.config, tokenizer)
+    if len(ids) > max_length:
+        raise ConfigError(f"the prompt has {len(ids)} tokens", where="PROMPT", hint=f"The model takes {max_length}.")
     report("tracing", 0, 2)
     with session.adapter.disabled() if session.adapter is not None else nullcontext():
         factors = direct_factors(model, plain_ffns(session.ffns), torch.tensor([ids], device=input_device(model)))

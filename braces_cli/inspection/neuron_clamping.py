@@ -93,13 +93,13 @@ def clamped(ffns: Sequence[FFN], clamps: Sequence[Clamp]) -> Iterator[None]:
         ConfigError: see `check_clamps`.
     """
     check_clamps(ffns, clamps)
-    held: dict[int, list[Clamp]] = defaultdict(list)
+    clamps_by_layer: dict[int, list[Clamp]] = defaultdict(list)
     for clamp in clamps:
-        held[clamp.layer].append(clamp)
+        clamps_by_layer[clamp.layer].append(clamp)
     with ExitStack() as handles:
         for ffn in ffns:
-            if ffn.layer in held:
-                handles.callback(ffn.value.register_forward_pre_hook(_holder(held[ffn.layer])).remove)
+            if ffn.layer in clamps_by_layer:
+                handles.callback(ffn.value.register_forward_pre_hook(_holder(clamps_by_layer[ffn.layer])).remove)
         yield
 
 
@@ -135,9 +135,11 @@ def prompt_ids(session: Session, prompt: str, extra: int = 0) -> list[int]:
         ConfigError: it does not fit.
     """
     ids = encode(session.base.tokenizer, prompt).ids
-    room = context_length(session.base.model.config, session.base.tokenizer) - extra
-    if len(ids) > room:
-        raise ConfigError(f"a prompt has {len(ids)} tokens", where="--prompt", hint=f"There is room for {room}.")
+    max_prompt_length = context_length(session.base.model.config, session.base.tokenizer) - extra
+    if len(ids) > max_prompt_length:
+        raise ConfigError(
+            f"a prompt has {len(ids)} tokens", where="--prompt", hint=f"There is room for {max_prompt_length}."
+        )
     return ids
 
 

@@ -12,8 +12,8 @@ from braces_cli.core.session import Session
 
 def relevance_module(session: Session, ffn: FFN) -> RelevanceModule | None:
     """The adapter's module at an FFN, None where there is none."""
-    sites = session.adapter.sites if session.adapter is not None else []
-    return next((module for site, module in sites if site.layer == ffn.layer), None)
+    adapted = session.adapter.adapted_ffns if session.adapter is not None else []
+    return next((module for each, module in adapted if each.layer == ffn.layer), None)
 
 
 def relevance_scores(module: RelevanceModule, h: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -51,8 +51,8 @@ def report_data(
     report("report", 2, 4)
     config = session.config
     names = (config.attributes if config is not None else []) or _ATTRIBUTES
-    push = session.adapter is None  # relevance through an adapter is that to p
-    attributes = [_alignment(session, find_attribute(session, name, None, push=push)) for name in names]
+    for_steering = session.adapter is None  # relevance through an adapter is that to p
+    attributes = [_alignment(session, find_attribute(session, name, None, for_steering=for_steering)) for name in names]
     report("report", 4, 4)
     return {
         "version": __version__,
@@ -79,7 +79,7 @@ def _name(model: str) -> str:
 def _gates(session: Session) -> list[dict[str, Any]]:
     if session.adapter is None:
         return []
-    return [{"layer": ffn.layer, "gate": float(brace.g.detach())} for ffn, brace in session.adapter.sites]
+    return [{"layer": ffn.layer, "gate": float(adapter_layer.g.detach())} for ffn, adapter_layer in session.adapter.adapted_ffns]
 
 
 def _amplified(session: Session, prompt: str) -> list[dict[str, Any]]:
@@ -139,20 +139,20 @@ def _alignment(session: Session, attribute: Attribute) -> dict[str, Any]:
     """How much of an attribute's state each layer's projection sees, |R p| / |p| (a random subspace of rank r sees
     about sqrt(r / d)), and the tokens that pushing along the attribute promotes there."""
     lens, texts = LogitLens(session.base.model), TokenTexts(session.base.tokenizer)
-    braces = {ffn.layer: brace for ffn, brace in session.adapter.sites} if session.adapter else {}
+    adapter_layers = {ffn.layer: adapter_layer for ffn, adapter_layer in session.adapter.adapted_ffns} if session.adapter else {}
     rows = []
     for row, ffn in enumerate(plain_ffns(session.ffns)):
         state = attribute.state[row]
         share, chance = None, None
-        if ffn.layer in braces:
-            projection: Tensor = braces[ffn.layer].projection().detach().float().cpu()
+        if ffn.layer in adapter_layers:
+            projection: Tensor = adapter_layers[ffn.layer].projection().detach().float().cpu()
             share = float((projection @ state).norm() / state.norm().clamp(min=1e-30))
             chance = math.sqrt(len(projection) / len(state))
         weights = attribute_relevance(session, attribute, ffn)
         tokens = []
         if weights is not None:
-            push = ffn.value_matrix().detach() @ weights.to(ffn.value_matrix().dtype)
-            tokens = [texts[t] for t in lens.best(push[None], _TOKENS)[1][0].tolist()]
+            for_steering = ffn.value_matrix().detach() @ weights.to(ffn.value_matrix().dtype)
+            tokens = [texts[t] for t in lens.best(for_steering[None], _TOKENS)[1][0].tolist()]
         rows.append({"layer": ffn.layer, "alignment": share, "chance": chance, "tokens": tokens})
     return {"name": attribute.name, "words": len(attribute.words), "layers": rows}
 

@@ -69,9 +69,9 @@ def value_tokens(
     total = sum(len(indices) if indices is not None else ffn.value_vectors for ffn in chosen)
     done = 0
     for ffn in chosen:
-        wanted = torch.tensor(sorted(indices) if indices is not None else range(ffn.value_vectors))
+        requested = torch.tensor(sorted(indices) if indices is not None else range(ffn.value_vectors))
         for start, matrix in stacks(ffn, side):
-            inside = wanted[(wanted >= start) & (wanted < start + len(matrix))]
+            inside = requested[(requested >= start) & (requested < start + len(matrix))]
             for block in inside.split(VECTORS_AT_ONCE) if len(inside) else ():
                 listed = best_tokens(lens, texts, matrix[(block - start).to(matrix.device)], top_k)
                 done += len(block)

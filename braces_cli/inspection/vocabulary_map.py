@@ -16,7 +16,7 @@ from typing import Any, NotRequired, TypedDict
 
 from braces_cli.core.models.stored_fingerprint import Fingerprint
 from braces_cli.core.schema import Count, Kind, check, parse
-from braces_cli.core.utils.atomic_files import write_whole
+from braces_cli.core.utils.atomic_files import write_atomic
 from braces_cli.core.utils.errors import ConfigError, DataError, ModelError
 from braces_cli.inspection.concept_tokens import Concept, Vocabulary, best_first
 
@@ -66,7 +66,7 @@ def write_map(path: Path, header: Mapping[str, Any], rows: Iterable[dict[str, An
         written = open_map(temporary)
         return written.header == dict(header) and written.vectors() == count
 
-    write_whole(path, lambda temporary: _write_parquet(temporary, header, counted()), complete)
+    write_atomic(path, lambda temporary: _write_parquet(temporary, header, counted()), complete)
     return count
 
 
@@ -199,18 +199,18 @@ def check_model(source: Map, fingerprint: Mapping[str, Any], tokenizer: dict[str
         raise ModelError(f"this map was made for another model ({'; '.join(words)})", where=str(source.path), hint=hint)
 
 
-def search(source: Map, wanted: Concept, limit: int, layers: list[int] | None = None) -> list[dict[str, Any]]:
+def search(source: Map, requested: Concept, limit: int, layers: list[int] | None = None) -> list[dict[str, Any]]:
     """Rows `{layer, index, rank, score, tokens}` of the vectors that promote a concept most, best first.
 
     Only vectors that list one of its tokens among their k best can be found. Of a concept of several tokens one that
     is not listed counts as ranked k + 1 with the last score listed, the best it can have.
     """
     rows = []
-    for row in source.rows(wanted.tokens):
+    for row in source.rows(requested.tokens):
         if layers is None or row["layer"] in layers:
             listed = {t["id"]: (place, t["score"]) for place, t in enumerate(row["tokens"], 1)}
             missing = (len(row["tokens"]) + 1, row["tokens"][-1]["score"])
-            rank, score = wanted.measure({token: listed.get(token, missing) for token in wanted.tokens})
+            rank, score = requested.measure({token: listed.get(token, missing) for token in requested.tokens})
             rows.append({"layer": row["layer"], "index": row["index"], "rank": rank, "score": score} | row)
     rows.sort(key=best_first)
     return rows[:limit]

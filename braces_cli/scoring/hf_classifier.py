@@ -10,7 +10,7 @@ import torch
 from braces_cli.core.models.hub_errors import explained
 from braces_cli.core.models.loading import with_padding
 from braces_cli.core.utils.errors import ModelError
-from braces_cli.scoring.scorer import Verdict, checked
+from braces_cli.scoring.scorer import TextScore, checked
 
 _BATCH = 32
 
@@ -27,15 +27,15 @@ class HubClassifier:
         self.labels = tuple(model.config.id2label[index] for index in range(model.config.num_labels))
         self._single = len(self.labels) == 1 or model.config.problem_type == "multi_label_classification"
 
-    def judge(self, texts: Sequence[str], label: str) -> list[Verdict]:
+    def score(self, texts: Sequence[str], label: str) -> list[TextScore]:
         column = self.labels.index(label)
-        verdicts = []
+        text_scores = []
         for start in range(0, len(texts), _BATCH):
             probabilities = self._probabilities(list(texts[start : start + _BATCH]))
             has = probabilities[:, column] >= 0.5 if self._single else probabilities.argmax(dim=1) == column
             values = checked(self.name, probabilities[:, column].tolist())
-            verdicts += [Verdict(value, flag) for value, flag in zip(values, has.tolist(), strict=True)]
-        return verdicts
+            text_scores += [TextScore(value, flag) for value, flag in zip(values, has.tolist(), strict=True)]
+        return text_scores
 
     def _probabilities(self, texts: list[str]) -> torch.Tensor:
         """(texts, labels)."""

@@ -18,7 +18,7 @@ from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.loading import Base, input_device, load_base
 from braces_cli.core.models.padding import by_length, pad_right
 from braces_cli.core.models.tokenization import Encoded, common_length, context_length, encode
-from braces_cli.scoring.scorer import Verdict, checked
+from braces_cli.scoring.scorer import TextScore, checked
 
 JUDGE = "judge:"
 _BATCH = 8
@@ -68,9 +68,9 @@ class JudgeModel:
         self._base = base
         self._window = context_length(base.model.config, base.tokenizer)
 
-    def judge(self, texts: Sequence[str], label: str) -> list[Verdict]:
+    def score(self, texts: Sequence[str], label: str) -> list[TextScore]:
         values = self._ratings("concept", [""] * len(texts), texts, label)
-        return [verdict(value) for value in values]
+        return [text_score(value) for value in values]
 
     def rate(self, prompts: Sequence[str], texts: Sequence[str], label: str) -> list[Rating]:
         parts = [self._ratings(question, prompts, texts, label) for question in _QUESTIONS]
@@ -116,9 +116,9 @@ class JudgeModel:
         return final.gather(1, torch.tensor([list(row) for row in answers], device=logits.device)).softmax(dim=-1).cpu()
 
 
-def verdict(concept: float) -> Verdict:
+def text_score(concept: float) -> TextScore:
     """What a rating of the concept, from 0 to 2, says as a scorer's verdict."""
-    return Verdict(concept / 2, concept >= _HAS)
+    return TextScore(concept / 2, concept >= _HAS)
 
 
 def load_judge(name: str) -> JudgeModel:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from braces_cli.core.utils.errors import ConfigError, near_misses
-from braces_cli.core.utils.paths import is_there, user_path
+from braces_cli.core.utils.paths import path_exists, user_path
 from braces_cli.scoring.scorer import Scorer
 
 # What an attribute is scored by where no scorer is named: scorer and label.
@@ -55,7 +55,7 @@ def scorer(name: str, *, exclude: Collection[str] = (), device: str = "cpu") -> 
         from braces_cli.scoring.judge_model import load_judge
 
         return load_judge(name)
-    if not is_there(user_path(name)) and name.count("/") != 1:
+    if not path_exists(user_path(name)) and name.count("/") != 1:
         known = f"There are {', '.join(BUILT_IN)}, judge:MODEL, folders and hub ids."
         hint = f"{near_misses(name, BUILT_IN)} {known}".strip()
         raise ConfigError(f"no scorer `{name}`", where="--scorer", hint=hint)
@@ -83,20 +83,20 @@ def default_scorer(attribute: str) -> str:
     return DEFAULTS[attribute][0]
 
 
-def label_of(attribute: str, judge: Scorer, wanted_label: str | None = None) -> str:
-    """The scorer's label that stands for the attribute: `wanted_label`, its own name, or what it usually means.
+def label_of(attribute: str, scorer: Scorer, requested_label: str | None = None) -> str:
+    """The scorer's label that stands for the attribute: `requested_label`, its own name, or what it usually means.
 
     A scorer without labels, a judge model, is asked by that name whatever it is.
 
     Raises:
         ConfigError: the scorer has none of them.
     """
-    if not judge.labels:
-        return wanted_label or attribute
-    names = {label.lower(): label for label in judge.labels}
+    if not scorer.labels:
+        return requested_label or attribute
+    names = {label.lower(): label for label in scorer.labels}
     usual = DEFAULTS.get(attribute, ("", attribute))[1]
-    for label in [wanted_label] if wanted_label is not None else [attribute, usual]:
+    for label in [requested_label] if requested_label is not None else [attribute, usual]:
         if label.lower() in names:
             return names[label.lower()]
-    hint = f"It has {', '.join(judge.labels)}; name one with --score-label."
-    raise ConfigError(f"{judge.name} has no label `{wanted_label or attribute}`", where="--scorer", hint=hint)
+    hint = f"It has {', '.join(scorer.labels)}; name one with --score-label."
+    raise ConfigError(f"{scorer.name} has no label `{requested_label or attribute}`", where="--scorer", hint=hint)

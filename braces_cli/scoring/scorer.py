@@ -11,7 +11,7 @@ from braces_cli.core.utils.errors import BracesError
 
 
 @dataclass(frozen=True)
-class Verdict:
+class TextScore:
     """About one text: `value` grows with the strength of the label, `has` says whether the text counts as having it."""
 
     value: float
@@ -32,7 +32,7 @@ class Scorer(Protocol):
     @property
     def labels(self) -> tuple[str, ...]: ...
 
-    def judge(self, texts: Sequence[str], label: str) -> list[Verdict]:
+    def score(self, texts: Sequence[str], label: str) -> list[TextScore]:
         """A verdict about each text.
 
         Raises:

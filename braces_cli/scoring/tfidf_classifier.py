@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from braces_cli.core.utils.errors import DataError
-from braces_cli.scoring.scorer import Verdict, checked
+from braces_cli.scoring.scorer import TextScore, checked
 from braces_cli.scoring.word_tokens import split_words, words_of
 
 # Every tenth row is held out to measure; the classifier itself then learns from all.
@@ -48,14 +48,14 @@ class Classifier:
         result: np.ndarray = powers / powers.sum(axis=1, keepdims=True)
         return result
 
-    def judge(self, texts: Sequence[str], label: str) -> list[Verdict]:
+    def score(self, texts: Sequence[str], label: str) -> list[TextScore]:
         if not texts:
             return []
         probabilities = self.probabilities(texts)
         column = self.labels.index(label)
         likeliest = probabilities.argmax(axis=1) == column
         values = checked(self.name, probabilities[:, column].tolist())
-        return [Verdict(value, bool(has)) for value, has in zip(values, likeliest, strict=True)]
+        return [TextScore(value, bool(has)) for value, has in zip(values, likeliest, strict=True)]
 
 
 def fit_classifier(texts: Sequence[str], labels: Sequence[str], exclude: Collection[str] = ()) -> Classifier:
@@ -73,16 +73,16 @@ def fit_classifier(texts: Sequence[str], labels: Sequence[str], exclude: Collect
         what = f"only one row is `{rare[0]}`" if rare else "all rows have one label"
         raise DataError(what, hint="A classifier needs at least two labels, and several rows of each.")
     excluded = split_words(exclude)
-    held = [row for row in range(len(texts)) if row % _HELD_OUT == _HELD_OUT - 1]
+    held_out = [row for row in range(len(texts)) if row % _HELD_OUT == _HELD_OUT - 1]
     learnt = [row for row in range(len(texts)) if row % _HELD_OUT != _HELD_OUT - 1]
     measured: dict[str, Any] = {"rows": len(texts), "accuracy": None, "majority": None}
-    if held and len({labels[row] for row in learnt}) > 1:
+    if held_out and len({labels[row] for row in learnt}) > 1:
         trial = _fit([texts[row] for row in learnt], [labels[row] for row in learnt], excluded)
-        guessed = trial.probabilities([texts[row] for row in held]).argmax(axis=1)
-        truth = [labels[row] for row in held]
+        guessed = trial.probabilities([texts[row] for row in held_out]).argmax(axis=1)
+        truth = [labels[row] for row in held_out]
         right = sum(trial.labels[guess] == label for guess, label in zip(guessed, truth, strict=True))
-        measured["accuracy"] = right / len(held)
-        measured["majority"] = max(Counter(truth).values()) / len(held)
+        measured["accuracy"] = right / len(held_out)
+        measured["majority"] = max(Counter(truth).values()) / len(held_out)
     fitted = _fit(texts, labels, excluded)
     fitted.measured = measured
     return fitted

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from importlib import resources
 
-from braces_cli.scoring.scorer import Verdict
+from braces_cli.scoring.scorer import TextScore
 from braces_cli.scoring.word_tokens import split_words, words_of
 
 
@@ -33,15 +33,15 @@ class ToxicWords:
         self._exact = {entry[0] for entry in entries if len(entry) == 1}
         self._phrases = [entry for entry in entries if len(entry) > 1]
 
-    def judge(self, texts: Sequence[str], label: str) -> list[Verdict]:
-        return [self._judge(words_of(text)) for text in texts]
+    def score(self, texts: Sequence[str], label: str) -> list[TextScore]:
+        return [self._score(words_of(text)) for text in texts]
 
-    def _judge(self, words: list[str]) -> Verdict:
+    def _score(self, words: list[str]) -> TextScore:
         count = sum(self._listed(word) for word in words)
         for phrase in self._phrases:
             width = len(phrase)
             count += sum(words[start : start + width] == phrase for start in range(len(words) - width + 1))
-        return Verdict(count / max(len(words), 1), count > 0)
+        return TextScore(count / max(len(words), 1), count > 0)
 
     def _listed(self, word: str) -> bool:
         word = word.removesuffix("'s")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from braces_cli.core.utils.errors import ConfigError
-from braces_cli.scoring.scorer import Verdict, checked
+from braces_cli.scoring.scorer import TextScore, checked
 from braces_cli.scoring.word_tokens import split_words
 
 THRESHOLD = 0.05
@@ -38,7 +38,7 @@ class Vader:
         for word in split_words(exclude):
             self._analyzer.lexicon.pop(word, None)
 
-    def judge(self, texts: Sequence[str], label: str) -> list[Verdict]:
+    def score(self, texts: Sequence[str], label: str) -> list[TextScore]:
         sign = 1.0 if label == "positive" else -1.0
         values = checked(self.name, [sign * self._analyzer.polarity_scores(text)["compound"] for text in texts])
-        return [Verdict(value, value >= THRESHOLD) for value in values]
+        return [TextScore(value, value >= THRESHOLD) for value in values]

@@ -9,15 +9,15 @@ from braces_cli.core.session import Session
 from braces_cli.core.utils.errors import ConfigError
 
 
-def chat_wanted(session: Session, setting: bool | None) -> bool:
+def uses_chat_template(session: Session, setting: bool | None) -> bool:
     """Whether prompts go through the chat template: as `setting` says, else as the adapter was trained.
 
     Raises:
         ConfigError: they do, and the tokenizer has none.
     """
     trained = session.config.training.get("chat_template") if session.config is not None else False
-    wanted = bool(trained if setting is None else setting)
-    if wanted and not has_template(session.base.tokenizer):
+    use_template = bool(trained if setting is None else setting)
+    if use_template and not has_template(session.base.tokenizer):
         hint = "Leave it out, or use a model that was tuned on chats."
         raise ConfigError("the tokenizer has no chat template", where="--apply-chat-template", hint=hint)
-    return wanted
+    return use_template

@@ -13,7 +13,7 @@ from typing import Any
 
 # Of the unsteered perplexity.
 RATIOS = (1.25, 1.5, 2.0)
-OURS = "braces"
+BRACES_METHOD = "braces"
 
 
 def at_equal_perplexity(swept: dict[str, Any]) -> list[dict[str, Any]]:
@@ -23,7 +23,7 @@ def at_equal_perplexity(swept: dict[str, Any]) -> list[dict[str, Any]]:
     side has no row there.
     """
     unsteered = swept["unsteered"]
-    methods = [(OURS, swept["points"]), *((each["method"], each["points"]) for each in swept["rivals"])]
+    methods = [(BRACES_METHOD, swept["points"]), *((each["method"], each["points"]) for each in swept["baselines"])]
     return [
         {"method": name, "side": side, "ratio": ratio, **row}
         for ratio in RATIOS

@@ -88,7 +88,7 @@ def generate_rows(
     sampling: Sampling,
     *,
     steering: Steering = nullcontext,
-    beside: bool = False,
+    with_unsteered: bool = False,
     batch_size: int = 8,
     chat: bool = False,
     processes: Processes = ALONE,
@@ -102,9 +102,9 @@ def generate_rows(
         processes: see `generate_texts`.
         details: further arguments of `generate_texts`.
     """
-    streams = tee(requests, 3 if beside else 2)
+    streams = tee(requests, 3 if with_unsteered else 2)
     how: dict[str, Any] = {"batch_size": batch_size, "chat": chat, "processes": processes}
-    unsteered = generate_texts(session, streams[2], sampling, **how) if beside else repeat(None)
+    unsteered = generate_texts(session, streams[2], sampling, **how) if with_unsteered else repeat(None)
     texts = generate_texts(session, streams[1], sampling, steering=steering, **how, **details)
     # Drawn in turns, so that no stream is more than a batch ahead of the others.
     for request, plain, text in zip(streams[0], unsteered, texts, strict=False):

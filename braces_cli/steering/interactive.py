@@ -158,9 +158,9 @@ class Conversation:
         except ValueError:
             values = []
         if len(values) != len(names) or not all(abs(value) < float("inf") for value in values) or not values:
-            wanted = f"{len(names)} numbers ({', '.join(names)})" if len(names) > 1 else "a number"
+            expected = f"{len(names)} numbers ({', '.join(names)})" if len(names) > 1 else "a number"
             hint = "Such as /s 2 or /s -1.5." if names else "Name an attribute first: /attribute positive."
-            raise ConfigError(f"this needs {wanted}", where="/s", hint=hint)
+            raise ConfigError(f"this needs {expected}", where="/s", hint=hint)
         return self.strengths | dict(zip(names, values, strict=True))
 
     def _find(self, name: str) -> Attribute:

@@ -22,7 +22,7 @@ from braces_cli.core.models.generation import TextRequest
 from braces_cli.core.schema import Count, Kind, parse, read, stored_form
 from braces_cli.core.utils.atomic_files import check_output_file, file_hint, remove_partial_files, write_json
 from braces_cli.core.utils.errors import BracesError, ConfigError, DataError
-from braces_cli.core.utils.paths import check_regular, is_there
+from braces_cli.core.utils.paths import check_regular, path_exists
 
 # In the record: hashes of the files of adapter and attributes.
 FILES = "files"
@@ -76,7 +76,7 @@ class TextsFile:
             self._check_settings()
 
     def _check_settings(self) -> None:
-        if not is_there(self._record):
+        if not path_exists(self._record):
             return
         before = read(_SETTINGS, self._record)
         # Earlier versions recorded a repeatable option that was not given as null.
@@ -110,8 +110,8 @@ class TextsFile:
             for number in range(1, self.rows + 1):
                 row = parse(_ROW, lines.readline(), f"{self.path}:{number}")
                 request = next(requests, None)
-                wanted = None if request is None else (request.prompt, request.sample, seed, request.attributes)
-                if wanted != (row["prompt"], row["sample"], row["seed"], row["attributes"]):
+                expected = None if request is None else (request.prompt, request.sample, seed, request.attributes)
+                if expected != (row["prompt"], row["sample"], row["seed"], row["attributes"]):
                     hint = "Give the prompts and settings of the earlier run, or start anew with --overwrite."
                     what = "there are fewer texts to generate" if request is None else "this row is of another run"
                     raise ConfigError(what, where=f"{self.path}:{number}", hint=hint)

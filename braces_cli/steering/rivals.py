@@ -22,7 +22,7 @@ from braces_cli.core.attributes.attribute import Attribute
 from braces_cli.core.attributes.contrast import Pair, Passage, pair_states, reduce_pairs
 from braces_cli.core.attributes.descriptions import description_pairs
 from braces_cli.core.attributes.pooling import residual_norms
-from braces_cli.core.attributes.push_sizes import PUSH
+from braces_cli.core.attributes.push_sizes import STEERING_SHARE
 from braces_cli.core.attributes.word_lists import OPPOSITES, REFERENCE, built_in
 from braces_cli.core.models.ffn import layer_stack
 from braces_cli.core.models.module_structure import add_to_output
@@ -35,7 +35,7 @@ from braces_cli.steering.sweep import Method
 _REDUCTIONS = {"difference": "mean", "pca": "pca"}
 
 
-def rival_methods(
+def baseline_methods(
     session: Session,
     names: Sequence[str],
     attribute: Attribute,
@@ -51,12 +51,12 @@ def rival_methods(
     off = partial(_off, session)
     methods = []
     directions = [name for name in names if name in _REDUCTIONS]
-    states = pair_states(session, contrast_pairs(attribute), site="output", report=report) if directions else None
+    states = pair_states(session, contrast_pairs(attribute), captured="output", report=report) if directions else None
     for name in names:
         if name in _REDUCTIONS:
             assert states is not None
             vectors = _vectors(attribute, _norms(session), reduce_pairs(states, _REDUCTIONS[name]), layers)
-            methods.append(Method(name, strengths, partial(_pushed, session, vectors)))
+            methods.append(Method(name, strengths, partial(_steered, session, vectors)))
         else:
             signs = [sign for sign in (1.0, -1.0) if any(s * sign > 0 for s in strengths)]
             methods.append(Method(name, signs, lambda s: off(), partial(_instructed, attribute.name)))
@@ -70,12 +70,12 @@ def contrast_pairs(attribute: Attribute) -> list[Pair]:
     Raises:
         ConfigError: it was built from texts, which its file does not hold.
     """
-    made = attribute.made
-    if "describe" in made:
-        return description_pairs(made["describe"], made["against"], made["chat_template"])
+    provenance = attribute.provenance
+    if "describe" in provenance:
+        return description_pairs(provenance["describe"], provenance["against"], provenance["chat_template"])
     if not attribute.words:
-        hint = "A direction needs an attribute of words or descriptions; --against prompting works with any."
-        raise ConfigError(f"`{attribute.name}` does not hold what it was built from", where="--against", hint=hint)
+        hint = "A direction needs an attribute of words or descriptions; --baselines prompting works with any."
+        raise ConfigError(f"`{attribute.name}` does not hold what it was built from", where="--baselines", hint=hint)
     other = built_in()[OPPOSITES.get(attribute.name, REFERENCE)]
     count = max(len(attribute.words), len(other))
     return [
@@ -101,9 +101,9 @@ def _vectors(
     attribute: Attribute, norms: Tensor, directions: Tensor, layers: Collection[int] | None
 ) -> dict[int, Tensor]:
     """What s = 1 adds behind each layer."""
-    wanted = attribute.pushed if layers is None else layers
-    share = PUSH / len(attribute.pushed)
-    rows = [row for row, layer in enumerate(attribute.layers) if layer in wanted]
+    requested = attribute.effective_layers if layers is None else layers
+    share = STEERING_SHARE / len(attribute.effective_layers)
+    rows = [row for row, layer in enumerate(attribute.layers) if layer in requested]
     return {attribute.layers[row]: share * float(norms[row]) * F.normalize(directions[row], dim=0) for row in rows}
 
 
@@ -112,7 +112,7 @@ def _off(session: Session) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def _pushed(session: Session, vectors: dict[int, Tensor], s: float) -> Iterator[None]:
+def _steered(session: Session, vectors: dict[int, Tensor], s: float) -> Iterator[None]:
     stack = layer_stack(session.base.model)[1]
     with ExitStack() as handles:
         handles.enter_context(_off(session))

@@ -10,7 +10,7 @@ from braces_cli.core.attributes.listing import TRAINED_FILE
 from braces_cli.core.attributes.word_lists import OPPOSITES, built_in
 from braces_cli.core.session import Session
 from braces_cli.core.utils.errors import DataError
-from braces_cli.core.utils.paths import is_there
+from braces_cli.core.utils.paths import path_exists
 from braces_cli.data.readers import read_rows
 from braces_cli.scoring.registry import scorer
 from braces_cli.scoring.scorer import Scorer
@@ -71,7 +71,7 @@ def list_words(session: Session, attributes: Sequence[Attribute], *, trained: bo
     lists = built_in()
     for attribute in attributes:
         words |= set(lists.get(OPPOSITES.get(attribute.name, ""), ()))
-    if trained and session.folder is not None and is_there(session.folder / TRAINED_FILE):
+    if trained and session.folder is not None and path_exists(session.folder / TRAINED_FILE):
         trained_with = load_attributes(session.folder / TRAINED_FILE, session)
         words |= {word for attribute in trained_with.values() for word in attribute.words}
     return words

@@ -29,7 +29,7 @@ from braces_cli.core.session import Session
 from braces_cli.core.utils.distributed import ALONE, Processes
 from braces_cli.core.utils.errors import BracesError, ConfigError
 from braces_cli.core.utils.progress import Report, silent
-from braces_cli.scoring.judge_model import Rater, verdict
+from braces_cli.scoring.judge_model import Rater, text_score
 from braces_cli.scoring.likelihood import Likelihood, continuation_likelihoods, likelihoods
 from braces_cli.scoring.scorer import Scorer
 from braces_cli.steering.answer_preference import AnswerPair, log_odds
@@ -78,20 +78,20 @@ class SweepPlan:
     chat: bool = False
     processes: Processes = ALONE
     answers: Sequence[AnswerPair] = ()
-    rivals: Sequence[Method] = ()
+    baselines: Sequence[Method] = ()
 
 
 def sweep(
     session: Session,
     attribute: Attribute,
     prompts: Sequence[str],
-    judge: Scorer,
+    scorer: Scorer,
     label: str,
     sampling: Sampling,
     plan: SweepPlan,
     *,
     others: Sequence[tuple[Attribute, float]] = (),
-    judge_model: Base | None = None,
+    reference_model: Base | None = None,
     report: Report = silent,
 ) -> dict[str, Any]:
     """Points of every strength, and the strength that half of the prompts choose.
@@ -99,7 +99,7 @@ def sweep(
     Args:
         label: the scorer's for the attribute.
         others: attributes that stay at their strength.
-        judge_model: measures perplexity in place of the session's own base.
+        reference_model: measures perplexity in place of the session's own base.
 
     Returns:
         `{points, chosen, unsteered, slope}`; `unsteered` is the point at s = 0, measured whether asked for or not. With
@@ -113,13 +113,13 @@ def sweep(
     if not plan.strengths:
         raise ConfigError("no strength", where="--sweep", hint="Such as --sweep -4:4:1.")
     prompts = list(prompts)
-    wanted = [*plan.strengths, *([] if 0 in plan.strengths else [0.0])]
-    ours = Method("braces", wanted, lambda s: steered(session, [(attribute, s), *others], plan.layers))
+    requested = [*plan.strengths, *([] if 0 in plan.strengths else [0.0])]
+    ours = Method("braces", requested, lambda s: steered(session, [(attribute, s), *others], plan.layers))
 
     def measured(method: Method) -> list[Texts]:
         texts = _generated(session, method, prompts, sampling, plan, report)
         for each in texts:
-            score(session, each, prompts, judge, label, plan, judge_model)
+            score(session, each, prompts, scorer, label, plan, reference_model)
         return texts
 
     texts = measured(ours)
@@ -137,8 +137,8 @@ def sweep(
     }
     if plan.answers:
         found["answers"] = [answer_point(each, unsteered) for each in asked]
-    if plan.rivals:
-        found["rivals"] = [{"method": each.name, "points": points(measured(each))} for each in plan.rivals]
+    if plan.baselines:
+        found["baselines"] = [{"method": each.name, "points": points(measured(each))} for each in plan.baselines]
         found["at_equal_perplexity"] = at_equal_perplexity(found)
     return found
 
@@ -163,29 +163,29 @@ def score(
     session: Session,
     measured: Texts,
     prompts: Sequence[str],
-    judge: Scorer,
+    scorer: Scorer,
     label: str,
     plan: SweepPlan,
-    judge_model: Base | None = None,
+    reference_model: Base | None = None,
 ) -> None:
     """Add what the scorer says of the texts, and their likelihoods given their prompts.
 
     Raises:
         BracesError: the scorer fails.
     """
-    if isinstance(judge, Rater):
+    if isinstance(scorer, Rater):
         asked = [prompt for prompt in prompts for _ in range(len(measured.texts) // len(prompts))]
         measured.ratings = plan.processes.share_out(
             list(zip(asked, measured.texts, strict=True)),
-            lambda pairs: judge.rate([prompt for prompt, _ in pairs], [text for _, text in pairs], label),
+            lambda pairs: scorer.rate([prompt for prompt, _ in pairs], [text for _, text in pairs], label),
         )
-        measured.verdicts = [verdict(rating.concept) for rating in measured.ratings]
+        measured.text_scores = [text_score(rating.concept) for rating in measured.ratings]
     else:
-        measured.verdicts = plan.processes.share_out(measured.texts, lambda texts: judge.judge(texts, label))
-    if len(measured.verdicts) != len(measured.texts):
-        raise BracesError(f"{judge.name} scored {len(measured.verdicts)} of {len(measured.texts)} texts")
+        measured.text_scores = plan.processes.share_out(measured.texts, lambda texts: scorer.score(texts, label))
+    if len(measured.text_scores) != len(measured.texts):
+        raise BracesError(f"{scorer.name} scored {len(measured.text_scores)} of {len(measured.texts)} texts")
     measured.likelihoods = continuation_nll(
-        session, prompts, measured.texts, plan.batch_size, judge_model, plan.chat, plan.processes
+        session, prompts, measured.texts, plan.batch_size, reference_model, plan.chat, plan.processes
     )
 
 
@@ -210,7 +210,7 @@ def continuation_nll(
     prompts: Sequence[str],
     texts: Sequence[str],
     batch_size: int,
-    judge_model: Base | None = None,
+    reference_model: Base | None = None,
     chat: bool = False,
     processes: Processes = ALONE,
 ) -> list[Likelihood]:
@@ -220,7 +220,7 @@ def continuation_nll(
         texts: as many for each prompt, those of one prompt together.
         chat: the texts answer the prompts in a chat; a judge without a chat template reads them as plain text.
     """
-    base = judge_model or session.base
+    base = reference_model or session.base
     samples = len(texts) // len(prompts)
     pairs = [(prompts[index // samples], text) for index, text in enumerate(texts)]
     window = context_length(base.model.config, base.tokenizer)
@@ -233,7 +233,7 @@ def continuation_nll(
         return likelihoods(base.model, examples, base.tokenizer.pad_token_id, batch_size)
 
     with ExitStack() as stack:
-        if session.adapter is not None and judge_model is None:
+        if session.adapter is not None and reference_model is None:
             stack.enter_context(session.adapter.disabled())
         return processes.share_out(pairs, measure)
 

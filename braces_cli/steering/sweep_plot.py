@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from braces_cli.core.utils.plotting import figure, percent_ticks, plain_label, plain_ticks, save_figure
-from braces_cli.steering.equal_perplexity import OURS
+from braces_cli.steering.equal_perplexity import BRACES_METHOD
 
 
 def plot_sweep(document: dict[str, Any], path: Path) -> None:
     """Draw a document of `braces steer --sweep` as PNG."""
     points = sorted(document["points"], key=lambda point: point["s"])
-    rivals = document.get("rivals", [])
-    drawn = figure(15 if rivals else 10, 4.6)
+    baselines = document.get("baselines", [])
+    drawn = figure(15 if baselines else 10, 4.6)
     base = Path(document["model"]).name
     texts = document["prompts"] * document["samples"]
     drawn.suptitle(plain_label(f"Steering {base} along {document['attribute']}: {texts} texts at each strength"))
-    score, price, *both = drawn.subplots(1, 3 if rivals else 2)
+    score, price, *both = drawn.subplots(1, 3 if baselines else 2)
     _line(score, points, "attribute_score")
     score.set_title(
         plain_label(f"Texts that are {document['label']}, according to {document['scorer']}"), fontsize="medium"
@@ -33,7 +33,7 @@ def plot_sweep(document: dict[str, Any], path: Path) -> None:
     price.set_yscale("log")
     plain_ticks(price.yaxis)
     price.set_title(
-        plain_label(f"Perplexity under {document['judge_model'] or 'the unsteered model'}"), fontsize="medium"
+        plain_label(f"Perplexity under {document['reference_model'] or 'the unsteered model'}"), fontsize="medium"
     )
     price.set_ylabel("perplexity (log scale)")
     for axes, name in ((score, "attribute_score"), (price, "perplexity")):
@@ -43,7 +43,7 @@ def plot_sweep(document: dict[str, Any], path: Path) -> None:
             chosen = document["chosen"]["s"]
             axes.axvline(chosen, color="gray", linestyle="--", label=f"suggested strength, s = {chosen:g}")
         axes.grid(alpha=0.3)
-    if rivals:
+    if baselines:
         _compare(both[0], document, points)
     # One legend, below: both panels show the same four things, and inside it would hide points.
     drawn.legend(*price.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
@@ -67,7 +67,10 @@ def _line(axes: Any, points: list[dict[str, Any]], name: str) -> None:
 def _compare(axes: Any, document: dict[str, Any], points: list[dict[str, Any]]) -> None:
     """Share against perplexity of every method, each joined in the order of s through the unsteered point."""
     unsteered = {**document["unsteered"], "s": 0.0}
-    for name, of_method in ((OURS, points), *((each["method"], each["points"]) for each in document["rivals"])):
+    for name, of_method in (
+        (BRACES_METHOD, points),
+        *((each["method"], each["points"]) for each in document["baselines"]),
+    ):
         curve = sorted([*(each for each in of_method if each["s"] != 0), unsteered], key=lambda each: each["s"])
         places = [each["perplexity"] for each in curve], [each["attribute_score"] for each in curve]
         axes.plot(*places, marker="o", label=name)

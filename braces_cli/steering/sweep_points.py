@@ -12,7 +12,7 @@ from braces_cli.scoring.diversity import distinct, repetition
 from braces_cli.scoring.judge_model import Rating
 from braces_cli.scoring.likelihood import Likelihood
 from braces_cli.scoring.prompt_effects import effect, mean, share, slope, worst_of
-from braces_cli.scoring.scorer import Verdict
+from braces_cli.scoring.scorer import TextScore
 from braces_cli.steering.answer_preference import probability
 
 
@@ -27,7 +27,7 @@ class Texts:
 
     s: float
     texts: list[str]
-    verdicts: list[Verdict] = field(default_factory=list)
+    text_scores: list[TextScore] = field(default_factory=list)
     likelihoods: list[Likelihood] = field(default_factory=list)
     ratings: list[Rating] = field(default_factory=list)
     log_odds: list[float] = field(default_factory=list)
@@ -43,8 +43,8 @@ def point(
     """
     rows = _rows(measured, prompts, chosen)
     groups = [[measured.texts[row] for row in group] for group in rows]
-    has = [[measured.verdicts[row].has for row in group] for group in rows]
-    values = [[measured.verdicts[row].value for row in group] for group in rows]
+    has = [[measured.text_scores[row].has for row in group] for group in rows]
+    values = [[measured.text_scores[row].value for row in group] for group in rows]
     nats = [sum(measured.likelihoods[row].nll for row in group) for group in rows]
     tokens = [float(sum(measured.likelihoods[row].tokens for row in group)) for group in rows]
     count = sum(map(len, has))
@@ -68,7 +68,7 @@ def point(
 
 def prompt_values(measured: Texts, prompts: Sequence[str], chosen: Collection[int]) -> list[float]:
     """The scorer's value of each prompt, mean over its samples."""
-    return _means([[measured.verdicts[row].value for row in group] for group in _rows(measured, prompts, chosen)])
+    return _means([[measured.text_scores[row].value for row in group] for group in _rows(measured, prompts, chosen)])
 
 
 def answer_point(measured: Texts, unsteered: Texts) -> dict[str, Any]:

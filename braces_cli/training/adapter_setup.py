@@ -22,7 +22,7 @@ from braces_cli.data.examples import Examples
 from braces_cli.data.streaming_examples import Stream
 from braces_cli.training.peft_baselines import PeftAdapter
 from braces_cli.training.settings import RunSettings, TrainSettings
-from braces_cli.training.token_path import token_path_shares
+from braces_cli.training.token_path import side_path_shares
 
 Run = TypeVar("Run", bound=RunSettings)
 
@@ -94,7 +94,7 @@ def adapter_to_train(
     model = session.base.model
     if start is not None:
         adapter = attach_stored(model, start, session.base.fingerprint(session.ffns))
-        modules = [brace for _, brace in adapter.sites] + ([adapter.mlp] if adapter.mlp is not None else [])
+        modules = [adapter_layer for _, adapter_layer in adapter.adapted_ffns] + ([adapter.mlp] if adapter.mlp is not None else [])
         for module in modules:
             module.requires_grad_(True)
         return adapter
@@ -141,7 +141,7 @@ def shares(adapter: Adapter | PeftAdapter, settings: TrainSettings, examples: Ex
     """Norm of the token path over that of the FFN's output in each layer, three digits; None of a baseline."""
     if not isinstance(adapter, Adapter):
         return None
-    return [float(f"{share:.3g}") for share in token_path_shares(adapter, first_batch(examples, settings))]
+    return [float(f"{share:.3g}") for share in side_path_shares(adapter, first_batch(examples, settings))]
 
 
 def parameter_groups(adapter: Adapter | PeftAdapter, settings: TrainSettings) -> list[dict[str, Any]]:
@@ -149,8 +149,8 @@ def parameter_groups(adapter: Adapter | PeftAdapter, settings: TrainSettings) ->
     if isinstance(adapter, PeftAdapter):
         return [{"params": [p for _, p in adapter.named_parameters()], "lr": settings.lr, "name": "lr"}]
     groups: list[dict[str, Any]] = [
-        {"params": [brace.weight for _, brace in adapter.sites], "lr": settings.lr, "name": "lr"},
-        {"params": [brace.gate for _, brace in adapter.sites], "lr": settings.gate_lr, "name": "gate_lr"},
+        {"params": [adapter_layer.weight for _, adapter_layer in adapter.adapted_ffns], "lr": settings.lr, "name": "lr"},
+        {"params": [adapter_layer.gate for _, adapter_layer in adapter.adapted_ffns], "lr": settings.gate_lr, "name": "gate_lr"},
     ]
     if adapter.mlp is not None:
         groups.append({"params": list(adapter.mlp.parameters()), "lr": settings.lr})

@@ -23,7 +23,7 @@ from braces_cli.training.settings import TrainSettings
 # Share of a state's norm by which it may differ between devices and number formats: 0.2 to 1.3 % were seen.
 _ROUNDING = 0.05
 # What must be the same: a word less can change a state by less than rounding does.
-_MADE_OF = ("words", "pooling", "examples", "made")
+_IDENTITY_FIELDS = ("words", "pooling", "examples", "provenance")
 
 
 def gather_attributes(
@@ -43,10 +43,10 @@ def gather_attributes(
         DataError: a row names an attribute that is not known.
         ConfigError: `--opposites` names one, or there is none at all.
     """
-    kept: dict[str, Attribute] = {}
+    stored: dict[str, Attribute] = {}
     if start is not None and start.config.attributes:
-        kept = load_attributes(start.folder / TRAINED_FILE, session)
-    known = sorted({*known_attributes(session, folder), *kept})
+        stored = load_attributes(start.folder / TRAINED_FILE, session)
+    known = sorted({*known_attributes(session, folder), *stored})
     for row in (row for examples in sets for row in examples.conditions):
         if row.attribute is not None and row.attribute not in known:
             hint = f"{near_misses(row.attribute, known)} Known: {', '.join(known)}.".strip()
@@ -56,14 +56,17 @@ def gather_attributes(
     if not named:
         hint = "Rows name their attribute there; neutral, empty and null train at strength 0."
         raise ConfigError("no row names an attribute", where="--attribute-field", hint=hint)
-    names = sorted({*named, *kept})
-    found = {name: kept[name] if name in kept else find_attribute(session, name, folder, push=False) for name in names}
+    names = sorted({*named, *stored})
+    found = {
+        name: stored[name] if name in stored else find_attribute(session, name, folder, for_steering=False)
+        for name in names
+    }
     for one, other in settings.pairs:
         found[one], found[other] = opposite(session, found[one], found[other])
     return list(found.values())
 
 
-def as_begun(attributes: Sequence[Attribute], checkpoint: Path | None, session: Session) -> list[Attribute]:
+def with_original_states(attributes: Sequence[Attribute], checkpoint: Path | None, session: Session) -> list[Attribute]:
     """`attributes` with the states that the run was begun with, which `checkpoint` holds; as they are without one.
 
     Those built anew differ by rounding on another device, and the run goes on with what it was begun with.
@@ -74,15 +77,15 @@ def as_begun(attributes: Sequence[Attribute], checkpoint: Path | None, session: 
     """
     if checkpoint is None or not attributes:
         return list(attributes)
-    begun = load_attributes(checkpoint / TRAINED_FILE, session)
+    original = load_attributes(checkpoint / TRAINED_FILE, session)
     for now in attributes:
-        then = begun.get(now.name)
-        same = then is not None and all(getattr(now, each) == getattr(then, each) for each in _MADE_OF)
+        then = original.get(now.name)
+        same = then is not None and all(getattr(now, each) == getattr(then, each) for each in _IDENTITY_FIELDS)
         if then is None or not same or (now.state - then.state).norm() > _ROUNDING * then.state.norm():
             hint = "Give the attributes that the run was begun with, another --output-dir, or --overwrite."
             what = f"attribute `{now.name}` has changed since the run was begun"
             raise ConfigError(what, where=str(checkpoint), hint=hint)
-    return [begun[attribute.name] for attribute in attributes]
+    return [original[attribute.name] for attribute in attributes]
 
 
 class Conditioner:
@@ -96,7 +99,7 @@ class Conditioner:
     def __init__(self, adapter: Adapter, attributes: Sequence[Attribute]) -> None:
         self._adapter = adapter
         self._index = {attribute.name: k for k, attribute in enumerate(attributes)}
-        device = adapter.sites[0][1].weight.device
+        device = adapter.adapted_ffns[0][1].weight.device
         rows = [[attribute.layers.index(layer) for layer in adapter.layers] for attribute in attributes]
         self._pooled = torch.stack([a.state[row] for a, row in zip(attributes, rows, strict=True)]).to(device)
         self._gathered = GatheredParameters()
@@ -115,12 +118,12 @@ class Conditioner:
         Args:
             strengths: (batch, attributes), or (batch, tokens, attributes) of packed rows.
         """
-        whole = self._gathered.whole
-        self._adapter.condition(self._adapter.states(self._pooled, whole), strengths, whole)
+        full_tensor = self._gathered.full_tensor
+        self._adapter.condition(self._adapter.states(self._pooled, full_tensor), strengths, full_tensor)
 
-    def settle_gradients(self) -> None:
+    def scatter_gradients(self) -> None:
         """Call behind the last backward pass of an optimizer step: under FSDP2 gradients go back into the pieces."""
-        self._gathered.settle()
+        self._gathered.scatter_gradients()
 
     def clear(self) -> None:
         """Back to no attribute."""

@@ -19,7 +19,7 @@ class GatheredParameters:
     def __init__(self) -> None:
         self._copies: dict[Any, Tensor] = {}
 
-    def whole(self, parameter: Any) -> Tensor:
+    def full_tensor(self, parameter: Any) -> Tensor:
         """`parameter` itself where it is whole, else a copy with gradients, the same until `settle`.
 
         Every process must ask for the same parameters in the same order.
@@ -34,7 +34,7 @@ class GatheredParameters:
             self._copies[parameter] = copy
         return self._copies[parameter]
 
-    def settle(self) -> None:
+    def scatter_gradients(self) -> None:
         """Add the gradients of the copies to those of the parameters, and forget the copies."""
         from torch.distributed.tensor import DTensor, Partial
 

@@ -64,7 +64,7 @@ class PeftAdapter:
     def parameter_count(self) -> int:
         return sum(p.numel() for _, p in self.named_parameters())
 
-    def tensors(self, settle: bool = True) -> dict[str, Tensor]:
+    def tensors(self, in_place: bool = True) -> dict[str, Tensor]:
         """What peft saves: the adapter's weights by its own names. There is nothing to settle."""
         from peft import get_peft_model_state_dict
 

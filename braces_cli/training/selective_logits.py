@@ -131,7 +131,7 @@ def can_pick(model: Any, ids: Sequence[int], tolerance: float) -> bool:
         return False
     finally:
         model.train(was_training)
-    wanted = whole.flatten(0, 1)[scored.to(whole.device)]
-    if picked.shape != (1, *wanted.shape):
+    expected = whole.flatten(0, 1)[scored.to(whole.device)]
+    if picked.shape != (1, *expected.shape):
         return False
-    return bool((picked[0] - wanted).abs().max() <= tolerance * whole.abs().max())
+    return bool((picked[0] - expected).abs().max() <= tolerance * whole.abs().max())

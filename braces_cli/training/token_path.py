@@ -15,12 +15,12 @@ from braces_cli.core.method.relevance_scale import run_texts
 from braces_cli.core.models.tokenization import Encoded
 
 
-def token_path_shares(adapter: Adapter, examples: Sequence[Encoded]) -> list[float]:
+def side_path_shares(adapter: Adapter, examples: Sequence[Encoded]) -> list[float]:
     """For each layer |B A h| / |FFN(h)|, the median over the tokens of `examples`, without any attribute."""
     adapter.condition(None)
-    recorders = [_TermRecorder(brace) for _, brace in adapter.sites]
+    recorders = [_TermRecorder(adapter_layer) for _, adapter_layer in adapter.adapted_ffns]
     with adapter.disabled(), ExitStack() as stack:
-        for (ffn, _), recorder in zip(adapter.sites, recorders, strict=True):
+        for (ffn, _), recorder in zip(adapter.adapted_ffns, recorders, strict=True):
             for handle in (handle for part in ffn.parts for handle in hook_ffn(part, recorder)):
                 stack.callback(handle.remove)
         run_texts(adapter.model, [example.ids for example in examples])
@@ -32,18 +32,18 @@ class _TermRecorder:
 
     enabled = True
 
-    def __init__(self, brace: RelevanceModule) -> None:
-        self._brace = brace
+    def __init__(self, adapter_layer: RelevanceModule) -> None:
+        self._adapter_layer = adapter_layer
         self.ratios: list[Tensor] = []
 
     def __call__(self, output: Tensor, *rest: Any) -> Tensor:
-        return self._add(self._brace, output, *rest)
+        return self._add(self._adapter_layer, output, *rest)
 
     def routed(self, output: Tensor, *rest: Any) -> Tensor:
-        return self._add(self._brace.routed, output, *rest)
+        return self._add(self._adapter_layer.routed, output, *rest)
 
     def by_expert(self, output: Tensor, *rest: Any) -> Tensor:
-        return self._add(self._brace.by_expert, output, *rest)
+        return self._add(self._adapter_layer.by_expert, output, *rest)
 
     def _add(self, add: Callable[..., Tensor], output: Tensor, *rest: Any) -> Tensor:
         # Added to zero: the difference of two bfloat16 sums would be rounding.

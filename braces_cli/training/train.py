@@ -34,7 +34,7 @@ from braces_cli.data.examples import Examples, Fields, Reading, log_counts, read
 from braces_cli.data.streaming_examples import Stream
 from braces_cli.scoring.likelihood import Likelihood
 from braces_cli.training.adapter_setup import adapted_layers, adapter_to_train, for_base, shares, starting_point
-from braces_cli.training.attribute_conditioning import Conditioner, as_begun, gather_attributes
+from braces_cli.training.attribute_conditioning import Conditioner, gather_attributes, with_original_states
 from braces_cli.training.attribute_settings import STRENGTH
 from braces_cli.training.checkpointing.run_record import (
     BaseLikelihood,
@@ -146,7 +146,7 @@ def count_parameters(model: Any, settings: TrainSettings) -> dict[str, Any]:
     layers = adapted_layers(model, settings)
     adapter = attach(model, settings.rank, layers)
     trainable = adapter.parameter_count()
-    width = adapter.sites[0][0].hidden_size
+    width = adapter.adapted_ffns[0][0].hidden_size
     adapter.detach()
     condition = sum(math.prod(shape) for shape in condition_shapes(width).values())
     condition = condition if settings.attribute_field is not None else 0
@@ -191,7 +191,7 @@ def run_training(
     with timings.stage("hash of the rows"):
         record.data = digest(train_set)
     checkpoint = prepare_folder(folder, settings.resume, record)
-    attributes = as_begun(attributes, checkpoint, session)
+    attributes = with_original_states(attributes, checkpoint, session)
     run = _Run(session, settings, folder, report, attributes, record, timings)
 
     def evaluate(conditioner: Conditioner | None, stage: str) -> Likelihood | None:
@@ -210,7 +210,7 @@ def run_training(
     figures = _fit(run, adapter, data, checkpoint, lambda: evaluate(conditioner, "evaluating"))
     scores = _scores(run.record, adapter, conditioner, evaluate)
     known: dict[str, Any] = {"output_dir": str(folder), "method": settings.method, "packed": layout.packed}
-    known |= {"resumed_from": checkpoint and str(checkpoint), "token_path_share": shares(adapter, settings, train_set)}
+    known |= {"resumed_from": checkpoint and str(checkpoint), "side_path_share": shares(adapter, settings, train_set)}
     result = TrainResult(**known, **counts, **figures, **scores, **_rows(train_set))
     _write(run, adapter, result)
     return result
@@ -292,7 +292,7 @@ def _fit(
         from braces_cli.training.trainer import Trainer, TrainerContext, all_finite, diverged
 
     def snapshot() -> Callable[[Path], None]:
-        tensors = adapter.tensors(settle=False)
+        tensors = adapter.tensors(in_place=False)
         return lambda folder: run.write(adapter, folder, tensors, CHECKPOINT_CARD)
 
     if torch.cuda.is_available():
@@ -337,7 +337,7 @@ def _peak_memory() -> int:
 
 def _write(run: _Run, adapter: Adapter | PeftAdapter, result: TrainResult) -> None:
     """The adapter, its picture and card, and last of all the record that says the run has finished."""
-    tensors = adapter.tensors(settle=world_size() == 1)
+    tensors = adapter.tensors(in_place=world_size() == 1)
     if is_main():
         folder, figures = run.folder, asdict(result)
         config = _config(run.session, adapter, run.settings, run.attributes)

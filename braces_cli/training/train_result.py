@@ -10,7 +10,7 @@ class TrainResult:
     """What a run gave: the keys of `braces train --format json`.
 
     Times in seconds, memory in bytes, None where not measured. `rows_truncated` were cut to the maximum length and
-    `rows_dropped` had no token to score; of a stream, all that were read. `token_path_share`: in the end, in each
+    `rows_dropped` had no token to score; of a stream, all that were read. `side_path_share`: in the end, in each
     layer, the median norm of what the adapter adds over that of the FFN's output. `padding_share`: the part of the
     computed tokens that was padding; `packed`: several examples a row.
     """
@@ -37,7 +37,7 @@ class TrainResult:
     rows: int
     rows_truncated: int
     rows_dropped: int
-    token_path_share: list[float] | None
+    side_path_share: list[float] | None
     packed: bool
     padding_share: float
     resumed_from: str | None = None

@@ -229,7 +229,7 @@ class Trainer:
             self._tokens += batch.tokens
             self._computed += batch.computed
         if self._data.conditioner is not None:
-            self._data.conditioner.settle_gradients()
+            self._data.conditioner.scatter_gradients()
         self._norm = self._accelerator.clip_grad_norm_(self._model.parameters(), MAX_GRAD_NORM)
         self._rates = {group["name"]: group["lr"] for group in self._optimizer.param_groups if "name" in group}
         self._optimizer.step()

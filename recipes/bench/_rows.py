@@ -163,7 +163,7 @@ def random_attribute(adapter: Any) -> Any:
     from braces_cli.core.attributes.attribute import Attribute
 
     generator = torch.Generator().manual_seed(0)
-    layers, width = len(adapter.layers), adapter.sites[0][0].hidden_size
+    layers, width = len(adapter.layers), adapter.adapted_ffns[0][0].hidden_size
     hidden = torch.randn(layers, width, generator=generator)
     ones = torch.ones(layers)
     return Attribute("random", [], hidden, torch.zeros_like(hidden), ones, ones, adapter.layers, {})

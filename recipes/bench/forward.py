@@ -26,9 +26,9 @@ def half_open(model: Any) -> Any:
     from braces_cli.core.method.adapter import attach
 
     adapter = attach(model, DEFAULT_RANK)
-    for _, brace in adapter.sites:
-        torch.nn.init.constant_(brace.gate, 0.5)
-        brace.requires_grad_(False)
+    for _, adapter_layer in adapter.adapted_ffns:
+        torch.nn.init.constant_(adapter_layer.gate, 0.5)
+        adapter_layer.requires_grad_(False)
     return adapter
 
 

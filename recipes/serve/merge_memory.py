@@ -73,8 +73,8 @@ def write_adapter(base: Path, folder: Path) -> None:
     ffns = find_ffns(model)
     adapter = Adapter(model, [(ffn, RelevanceModule(RANK, ffn.hidden_size, "cpu")) for ffn in ffns])
     with torch.no_grad():
-        for _, brace in adapter.sites:
-            brace.gate.fill_(-1.0)
+        for _, adapter_layer in adapter.adapted_ffns:
+            adapter_layer.gate.fill_(-1.0)
     adapter.save(folder, AdapterConfig(str(base), RANK, adapter.layers, fingerprint(model, ffns, base)), "# random\n")
 
 

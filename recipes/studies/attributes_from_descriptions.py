@@ -43,7 +43,7 @@ from braces_cli.core.attributes.contrast import pair_states, reduce_pairs
 from braces_cli.core.attributes.descriptions import description_pairs
 from braces_cli.core.attributes.intervention import steered
 from braces_cli.core.attributes.pair_attributes import PairReading, attribute_from_descriptions
-from braces_cli.core.attributes.push_sizes import default_layers, push_scale
+from braces_cli.core.attributes.push_sizes import default_layers, steering_scale
 from braces_cli.core.models.generation import Sampling
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.session import Session, open_session
@@ -111,7 +111,7 @@ _FORMAL_LETTERS = 4.2
 
 def _vader() -> Callable[[str], bool]:
     judge = scorer("vader")
-    return lambda text: bool(judge.judge([text], "positive")[0].has)
+    return lambda text: bool(judge.score([text], "positive")[0].has)
 
 
 def _formal(text: str) -> bool:
@@ -243,7 +243,7 @@ def build(session: Session, studied: Studied, method: str) -> Attribute:
         return attribute
     states = pair_states(session, description_pairs(*sides), site="output")
     direction = reduce_pairs(states, "pca" if method == "pca" else "mean")
-    scale = push_scale(attribute.residual, direction, default_layers(attribute.layers))
+    scale = steering_scale(attribute.residual, direction, default_layers(attribute.layers))
     return replace(attribute, direction=direction, scale=scale)
 
 

@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from braces_cli.core.attributes.intervention import steered
 from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.attributes.pooling import residual_norms
-from braces_cli.core.attributes.push_sizes import PUSH, default_layers
+from braces_cli.core.attributes.push_sizes import STEERING_SHARE, default_layers
 from braces_cli.core.attributes.word_lists import built_in
 from braces_cli.core.models.ffn import layer_stack
 from braces_cli.core.models.generation import Sampling
@@ -195,7 +195,7 @@ def difference(session: Session) -> dict[int, Tensor]:
     residual = residual_norms(session.base.model, session.base.tokenizer, session.ffns)
     means = differences(session).mean(dim=1)
     chosen = default_layers(range(len(means)))
-    share = PUSH / len(chosen)
+    share = STEERING_SHARE / len(chosen)
     return {layer: share * residual[layer] * means[layer] / means[layer].norm() for layer in chosen}
 
 
@@ -216,7 +216,7 @@ def measure(
     likelihoods = continuation_nll(study.session, prompts, texts, args.batch_size)
     out: dict[str, Any] = {}
     for name, judge in judges.items():
-        measured = Texts(s, texts, judge.judge(texts, "positive"), likelihoods)
+        measured = Texts(s, texts, judge.score(texts, "positive"), likelihoods)
         found = point(measured, prompts, range(len(prompts)))
         out[name] = found.pop("attribute_score")
         out[f"{name}_interval"] = found.pop("attribute_score_interval")

@@ -122,7 +122,7 @@ def test_words_and_truth_values_of_a_config_file(braces, tmp_path):
     path.write_text("stop: [off, 'yes']\nbeside: yes\noverwrite: false\napply_chat_template: off\nprompts: p.txt\n")
     settings = braces("steer", "--config", path, "--dry-run").json["settings"]
     assert settings["stop"] == ["off", "yes"]
-    assert (settings["beside"], settings["overwrite"], settings["apply_chat_template"]) == (True, False, False)
+    assert (settings["show_unsteered"], settings["overwrite"], settings["apply_chat_template"]) == (True, False, False)
     assert settings["prompts"] == "p.txt"
 
 

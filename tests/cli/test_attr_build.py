@@ -45,12 +45,12 @@ def test_descriptions_make_an_attribute_that_says_so(build, braces, model_dir, t
         "mean",
         300,
     )
-    assert (built["words"], built["layers"], built["push_layers"]) == ([], 2, [1])
+    assert (built["words"], built["layers"], built["steered_layers"]) == ([], 2, [1])
     assert len(built["separation"]) == 2
     listed = braces("attr-build", "--list", "--attributes", tmp_path / "attrs", "--format", "json").json["attributes"][
         0
     ]
-    assert (listed["made"]["describe"], listed["push_layers"]) == (["happy"], [1])
+    assert (listed["provenance"]["describe"], listed["steered_layers"]) == (["happy"], [1])
     assert "happy / sad" in braces("attr-build", "--list", "--attributes", tmp_path / "attrs").out
     steer = [
         "steer",

@@ -35,7 +35,7 @@ def test_the_same_adapter_twice_is_no_difference(braces, model_dir, adapter_dir,
     assert len(against) == 2
     assert all(c["difference"] != 0 and c["p_value"] < 1 for c in against)
     page = (out / "results.md").read_text()
-    for wanted in (
+    for expected in (
         result["systems"][1]["sha256"][:12],
         "limit: all documents",
         "seeds: python 0",
@@ -43,7 +43,7 @@ def test_the_same_adapter_twice_is_no_difference(braces, model_dir, adapter_dir,
         "| popqa |",
         "| no difference |",
     ):
-        assert wanted in page
+        assert expected in page
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert len((out / "samples" / "base" / "popqa.jsonl").read_text().splitlines()) == 4
     assert braces("eval", "--model", model_dir, "--tasks", "popqa", "--output-dir", out).code == 2  # not empty

@@ -136,7 +136,7 @@ def test_texts_alone_go_into_a_pipe(braces: Any, model_dir: Path) -> None:
     rows = braces(*call, "--format", "json", stdin="the film is\na day\n").lines
     shown = braces(*call, "--format", "text", stdin="the film is\na day\n")
     assert shown.out == "".join(f"{row['prompt']}{row['text']}\n\n" for row in rows)
-    assert braces(*call, "--format", "text", "--beside", stdin="a\n").code == 2
+    assert braces(*call, "--format", "text", "--show-unsteered", stdin="a\n").code == 2
     table = braces(*call, "--format", "table", stdin="the film is\na day\n").out
     assert f"prompt: {rows[0]['prompt']}" in table
 
@@ -206,4 +206,4 @@ def test_results_are_called_by_words_a_reader_knows(braces: Any, model_dir: Path
         assert jargon not in shown
     assert "end tokens not counted" in shown
     assert "B" in next(line for line in shown.splitlines() if "peak memory" in line)
-    assert "token_path_share" in braces(*call, "--output-dir", tmp_path / "b", "--format", "json").json
+    assert "side_path_share" in braces(*call, "--output-dir", tmp_path / "b", "--format", "json").json

@@ -193,7 +193,7 @@ def test_what_a_conversation_takes_no_part_in(steer, option):
 
 def test_the_table_of_texts(steer):
     """Every prompt and text, the unsteered one between them, no markup read."""
-    outcome = steer("--format", "table", "--beside", "--attribute", "positive", "--s", 20, prompts=["[red]a"])
+    outcome = steer("--format", "table", "--show-unsteered", "--attribute", "positive", "--s", 20, prompts=["[red]a"])
     assert "[red]a" in outcome.out
     assert "unsteered" in outcome.out
     assert "positive +20" in outcome.out
@@ -202,7 +202,7 @@ def test_the_table_of_texts(steer):
 @pytest.mark.parametrize(
     "option",
     [
-        ["--beside"],
+        ["--show-unsteered"],
         ["--output", "x.jsonl"],
         ["--resume"],
         ["--interactive"],

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from braces_cli.cli.console import print_pairs, print_table
-from braces_cli.cli.steer_display import Flow, print_rows, print_texts
+from braces_cli.cli.steer_display import TextPrinter, print_rows, print_texts
 from braces_cli.cli.streams import text_arguments
 from braces_cli.core.utils.errors import ConfigError
 
@@ -230,7 +230,7 @@ def test_generated_text_keeps_its_lines_and_nothing_else(capsys: pytest.CaptureF
     row = {"prompt": text, "text": text, "unsteered": text, "attributes": {"positive": 1.0}}
     print_rows([row])
     print_texts([row])
-    flow = Flow()
+    flow = TextPrinter()
     flow.run([row])
     out = capsys.readouterr().out
     assert shown(out) <= {"\t"}

@@ -103,8 +103,17 @@ def test_debug_lists_what_was_done_before_the_first_step_and_each_is_done_once(
         "--output-dir", tmp_path / "o", "--debug",
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
-    wanted = ["read_examples", "read_examples", "open_session", "digest", "choose_layout", "_fit", "measure", "measure"]
-    assert calls == wanted
+    expected = [
+        "read_examples",
+        "read_examples",
+        "open_session",
+        "digest",
+        "choose_layout",
+        "_fit",
+        "measure",
+        "measure",
+    ]
+    assert calls == expected
     assert outcome.err.count("before the first step:") == 1
     table = outcome.err.partition("before the first step:")[2]
     stages = ["tokenizer", "reading and tokenising", "weights", "probes of packing and logits", "attaching the adapter"]

@@ -61,14 +61,14 @@ def test_packing_and_accumulation_change_nothing_but_speed(braces, model_dir, ro
         name: train(braces, model_dir, rows, tmp_path / name, "--epochs", 2, *options, *fields)
         for name, options in ways.items()
     }
-    wanted, weights = found["packed"]
-    assert (wanted["packed"], found["grouped"][0]["packed"]) == (True, False)
-    assert wanted["steps"] == 8
-    assert wanted["padding_share"] <= 0.05 < found["grouped"][0]["padding_share"]
+    expected, weights = found["packed"]
+    assert (expected["packed"], found["grouped"][0]["packed"]) == (True, False)
+    assert expected["steps"] == 8
+    assert expected["padding_share"] <= 0.05 < found["grouped"][0]["padding_share"]
     for name in ("grouped", "accumulated"):
         result, others = found[name]
-        assert (result["steps"], result["tokens"]) == (8, wanted["tokens"])
-        assert result["train_loss"] == pytest.approx(wanted["train_loss"], rel=1e-5)
+        assert (result["steps"], result["tokens"]) == (8, expected["tokens"])
+        assert result["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-5)
         for key, tensor in weights.items():
             assert relative(others[key], tensor) < 1e-4, (name, key)
 

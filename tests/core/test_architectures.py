@@ -11,9 +11,9 @@ import pytest
 from braces_cli.cli.app import main
 from tests.conftest import tiny_tokenizer
 from tests.core.architectures import MAPPING, VARIANTS, model_type, tiny
-from tests.core.laws import EXACT, TABLE, UNTESTED, prove
+from tests.core.invariants import EXACT, TABLE, UNTESTED, prove
 
-REWRITE = "recipes/docs/ARCHITECTURES.md is out of date: python -m tests.core.laws --write"
+REWRITE = "recipes/docs/ARCHITECTURES.md is out of date: python -m tests.core.invariants --write"
 
 
 def rows() -> dict[str, str]:

@@ -43,13 +43,13 @@ def training_pass(model, adapter, call=None):
     return out.detach(), {name: p.grad.clone() for name, p in adapter.named_parameters()}
 
 
-def assert_same_gradients(found, wanted, tolerance):
+def assert_same_gradients(found, expected, tolerance):
     """Projections one by one, gates together: one gate's gradient is a single number, which may nearly cancel."""
-    gates = [name for name in wanted if name.endswith("gate")]
-    assert relative(*(torch.cat([gradients[name] for name in gates]) for gradients in (found, wanted))) < tolerance
-    for name in wanted.keys() - set(gates):
-        assert float(wanted[name].abs().max()) > 0, name
-        assert relative(found[name], wanted[name]) < tolerance, name
+    gates = [name for name in expected if name.endswith("gate")]
+    assert relative(*(torch.cat([gradients[name] for name in gates]) for gradients in (found, expected))) < tolerance
+    for name in expected.keys() - set(gates):
+        assert float(expected[name].abs().max()) > 0, name
+        assert relative(found[name], expected[name]) < tolerance, name
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -64,7 +64,7 @@ def test_float16_is_no_worse_than_twice_the_references_own_error(name, device):
         fast, fast_grads = run(model, adapter, False)
         slow, slow_grads = run(model, adapter, True)
         assert fast.dtype == torch.float16
-        assert all(brace.weight.dtype == torch.float32 for _, brace in adapter.sites)
+        assert all(adapter_layer.weight.dtype == torch.float32 for _, adapter_layer in adapter.adapted_ffns)
         model.float()
         truth, true_grads = run(model, adapter, True)
         for found, errors in ((fast, ours), (slow, plain)):
@@ -91,14 +91,14 @@ def test_a_trained_adapter_is_saved_and_loaded_bit_for_bit_with_orthonormal_rows
         training_pass(model, adapter)
         optimizer.step()
     adapter.save(folder, config, "# test\n")
-    wanted = logits(model)
+    expected = logits(model)
     saved = load_file(folder / WEIGHTS_FILE)
     errors = [projection_error(tensor) for name, tensor in saved.items() if name.endswith("projection")]
     assert len(errors) == 2
     assert max(errors) < 1e-5
     again = load_base(session.base.name, LoadOptions(device=str(device), dtype=str(dtype).removeprefix("torch.")))
     attach_stored(again.model, find_adapter(str(folder)), again.fingerprint())
-    assert torch.equal(logits(again.model), wanted)
+    assert torch.equal(logits(again.model), expected)
 
 
 def test_the_projection_is_float32_under_autocast():
@@ -106,13 +106,13 @@ def test_the_projection_is_float32_under_autocast():
     model = tiny_model()
     adapter = attach(model, 4)
     open_gates(adapter)
-    brace = adapter.sites[0][1]
-    plain = brace.projection()
+    adapter_layer = adapter.adapted_ffns[0][1]
+    plain = adapter_layer.projection()
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(brace.projection(), plain)
-        down, up = brace.factors(adapter.sites[0][0].values(), torch.float32)
+        assert torch.equal(adapter_layer.projection(), plain)
+        down, up = adapter_layer.factors(adapter.adapted_ffns[0][0].values(), torch.float32)
     assert torch.equal(down, plain)
-    assert torch.equal(up, brace.factors(adapter.sites[0][0].values(), torch.float32)[1])
+    assert torch.equal(up, adapter_layer.factors(adapter.adapted_ffns[0][0].values(), torch.float32)[1])
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
@@ -136,14 +136,14 @@ def test_gradient_checkpointing_changes_no_gradient(name, device):
     model = tiny_model(name).to(device)
     adapter = attach(model, 4)
     open_gates(adapter)
-    out, wanted = training_pass(model, adapter)
+    out, expected = training_pass(model, adapter)
     calls = []
-    adapter.sites[0][1].register_forward_pre_hook(lambda *_: calls.append(1))
+    adapter.adapted_ffns[0][1].register_forward_pre_hook(lambda *_: calls.append(1))
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     again, found = training_pass(model, adapter)
     assert len(calls) == 2  # it was in force
     assert relative(again, out) < 1e-6
-    assert_same_gradients(found, wanted, 1e-6)
+    assert_same_gradients(found, expected, 1e-6)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -156,8 +156,8 @@ def test_both_attention_paths_give_the_same_gradients(name, device):
         )
         assert model.config._attn_implementation == attention
         adapter = attach(model, 4)
-        for _, brace in adapter.sites:
-            brace.double()
+        for _, adapter_layer in adapter.adapted_ffns:
+            adapter_layer.double()
         open_gates(adapter)
         results.append(training_pass(model, adapter))
     assert relative(results[0][0], results[1][0]) < 1e-6
@@ -179,7 +179,7 @@ def test_a_compiled_model_is_one_graph_and_follows_every_change(name, device):
     first = logits(model)
     assert relative(logits(compiled), first) < 1e-6
     with torch.no_grad():
-        adapter.sites[0][1].gate.add_(1.0)
+        adapter.adapted_ffns[0][1].gate.add_(1.0)
     second = logits(model)
     assert relative(second, first) > 1e-4
     assert relative(logits(compiled), second) < 1e-6
@@ -195,27 +195,27 @@ def test_a_compiled_training_step_has_the_same_gradients(name, device):
     model = tiny_model(name, **_no_dropout(name), **({"dropout": 0.0} if name == "opt" else {})).to(device)
     adapter = attach(model, 4)
     open_gates(adapter)
-    out, wanted = training_pass(model, adapter)
+    out, expected = training_pass(model, adapter)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     again, found = training_pass(model, adapter, compiled)
     assert relative(again, out) < 1e-6
-    assert_same_gradients(found, wanted, 2e-5)
+    assert_same_gradients(found, expected, 2e-5)
     with torch.no_grad():
-        adapter.sites[0][1].weight.mul_(1.5).add_(0.05)
-    out, wanted = training_pass(model, adapter)
+        adapter.adapted_ffns[0][1].weight.mul_(1.5).add_(0.05)
+    out, expected = training_pass(model, adapter)
     again, found = training_pass(model, adapter, compiled)
     assert relative(again, out) < 1e-6
-    assert_same_gradients(found, wanted, 2e-5)
+    assert_same_gradients(found, expected, 2e-5)
 
 
 def test_the_operator_keeps_the_compilers_rules():
     """No aliasing, shapes and strides as announced."""
     model = tiny_model()
     adapter = attach(model, 4)
-    ffn, brace = adapter.sites[0]
-    for parameter in brace.parameters():
+    ffn, adapter_layer = adapter.adapted_ffns[0]
+    for parameter in adapter_layer.parameters():
         parameter.requires_grad_(False)
-    args = ([*brace.parameters()], ffn.values(), brace._handle, torch.bfloat16)
+    args = ([*adapter_layer.parameters()], ffn.values(), adapter_layer._handle, torch.bfloat16)
     results = torch.library.opcheck(_cached_factors, args)
     assert set(results.values()) == {"SUCCESS"}
 
@@ -223,13 +223,13 @@ def test_the_operator_keeps_the_compilers_rules():
 def test_a_copied_module_answers_for_itself_in_a_compiled_graph():
     """A graph finds its module by a number; a deep copy has another."""
     adapter = attach(tiny_model(), 4)
-    ffn, brace = adapter.sites[0]
-    twin = copy.deepcopy(brace)
+    ffn, adapter_layer = adapter.adapted_ffns[0]
+    duplicate = copy.deepcopy(adapter_layer)
     compiled = torch.compile(lambda module: module.factors(ffn.values(), torch.float32), backend="eager")
     with torch.no_grad():
-        twin.gate.add_(2.0)
-        assert torch.equal(compiled(twin)[1], twin.factors(ffn.values(), torch.float32)[1])
-        assert not torch.equal(compiled(twin)[1], brace.factors(ffn.values(), torch.float32)[1])
+        duplicate.gate.add_(2.0)
+        assert torch.equal(compiled(duplicate)[1], duplicate.factors(ffn.values(), torch.float32)[1])
+        assert not torch.equal(compiled(duplicate)[1], adapter_layer.factors(ffn.values(), torch.float32)[1])
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -258,7 +258,7 @@ def test_a_spread_out_base_gives_the_same_bits(stored, tmp_path, where):
     """A weight that accelerate keeps on disk is fetched for each product with it: logits, gradients, fingerprint."""
     from transformers import AutoModelForCausalLM
 
-    folder, wanted, (_, gradients), print_ = stored
+    folder, expected, (_, gradients), print_ = stored
     device_map = {"auto": "auto", "cpu": {"": "cpu"}}.get(where)
     if device_map is None:
         device_map = _last_layer_on_disk(AutoModelForCausalLM.from_pretrained(folder))
@@ -272,23 +272,23 @@ def test_a_spread_out_base_gives_the_same_bits(stored, tmp_path, where):
     assert input_device(model).type == "cpu"
     adapter = attach(model, 4)
     open_gates(adapter)
-    assert torch.equal(logits(model), wanted)
+    assert torch.equal(logits(model), expected)
     assert_same_gradients(training_pass(model, adapter)[1], gradients, 1e-6)
     with reference(adapter):
-        assert relative(wanted, logits(model)) < 1e-5
+        assert relative(expected, logits(model)) < 1e-5
 
 
 def test_a_layer_on_another_device_gives_the_same_logits_and_gradients(stored, device):
     """The last decoder layer on the CPU, all others on the device; on a CPU both are one."""
     from transformers import AutoModelForCausalLM
 
-    folder, wanted, (_, gradients), _ = stored
+    folder, expected, (_, gradients), _ = stored
     inside = dict.fromkeys(_last_layer_on_disk(AutoModelForCausalLM.from_pretrained(folder)), str(device))
     last = list(_last_layer_on_disk(AutoModelForCausalLM.from_pretrained(folder)))[-1]
     model = AutoModelForCausalLM.from_pretrained(folder, device_map={**inside, last: "cpu"}).eval()
     adapter = attach(model, 4)
     open_gates(adapter)
-    assert relative(logits(model).cpu(), wanted) < 1e-5
+    assert relative(logits(model).cpu(), expected) < 1e-5
     found = {name: gradient.cpu() for name, gradient in training_pass(model, adapter)[1].items()}
     assert_same_gradients(found, gradients, 2e-5)
 

@@ -148,7 +148,7 @@ def test_yaml_is_text_until_it_is_converted(tmp_path: Path) -> None:
     """Neither `off` nor a time nor a date is anything else than on the command line."""
     path = tmp_path / "a.yaml"
     path.write_text("a: 1\nb: [x, 2.5]\nc: off\nd: -4:4:1\nf: true\ng:\nh: ''\n")
-    wanted = {
+    expected = {
         "a": "1",
         "b": ["x", "2.5"],
         "c": "off",
@@ -157,7 +157,7 @@ def test_yaml_is_text_until_it_is_converted(tmp_path: Path) -> None:
         "g": None,
         "h": "",
     }
-    assert read_yaml(path, "") == wanted
+    assert read_yaml(path, "") == expected
     path.write_text("# nothing\n")
     assert read_yaml(path, "") == {}
     path.write_text("- a\n")

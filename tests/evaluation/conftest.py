@@ -49,8 +49,8 @@ def make_adapter(tmp_path_factory: pytest.TempPathFactory):
         base = load_base(str(base_folder))
         adapter = attach(base.model, 4, seed=seed)
         with torch.no_grad():
-            for _, brace in adapter.sites:
-                brace.gate.fill_(5.0)
+            for _, adapter_layer in adapter.adapted_ffns:
+                adapter_layer.gate.fill_(5.0)
         folder = tmp_path_factory.mktemp("adapter") / f"seed{seed}"
         config = AdapterConfig(
             base.name, 4, adapter.layers, base.fingerprint(), tokenizer=tokenizer_hashes(base.tokenizer)

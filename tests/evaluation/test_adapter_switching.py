@@ -135,8 +135,8 @@ def test_prompts_are_put_as_the_adapters_were_trained(make_adapter, tiny_folder,
     tokenizer = SimpleNamespace(chat_template="{{ x }}")
     session = SimpleNamespace(base=SimpleNamespace(tokenizer=tokenizer), config=None)
     chat, plain, silent = found
-    for adapters, wanted in (([chat, silent], True), ([plain, silent], False), ([silent], False), ([], False)):
-        assert _harness_settings(EvalSettings(tasks=["popqa"]), adapters, session).chat_template is wanted
+    for adapters, expected in (([chat, silent], True), ([plain, silent], False), ([silent], False), ([], False)):
+        assert _harness_settings(EvalSettings(tasks=["popqa"]), adapters, session).chat_template is expected
     with pytest.raises(ConfigError, match="with the chat template and another without"):
         _harness_settings(EvalSettings(tasks=["popqa"]), [chat, plain], session)
     without = EvalSettings(tasks=["popqa"], apply_chat_template=False)

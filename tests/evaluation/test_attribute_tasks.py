@@ -40,9 +40,9 @@ def test_answers_shift_with_the_strength(model_dir, session, write_jsonl):
         assert entry["value"] == pytest.approx(np.mean(odds), abs=1e-4)
         assert entry["stderr"] == pytest.approx(np.std(odds, ddof=1) / 5**0.5, abs=1e-4)
         lines.append(odds)
-    wanted = np.polyfit([0, -20, 20], np.array(lines), 1)[0]
+    expected = np.polyfit([0, -20, 20], np.array(lines), 1)[0]
     found = next(row for row in result["slopes"] if row["metric"] == "log_odds")
-    assert found["slope"] == pytest.approx(wanted.mean(), abs=1e-5)
+    assert found["slope"] == pytest.approx(expected.mean(), abs=1e-5)
     assert (found["system"], found["attribute"], found["n"]) == ("base", "positive", 5)
     assert len(slope_table(result)[1]) == 3
     row = next(row for row in result["comparisons"] if (row["metric"], row["to"]) == ("log_odds", "base, positive +20"))
@@ -56,12 +56,12 @@ def test_detection_is_the_same_at_every_strength(model_dir, session, write_jsonl
     file = write_jsonl("rows.jsonl", [{"text": text, "label": label} for text, label in texts])
     settings = EvalSettings(tasks=("detection",), task_data=(f"detection={file}",), attribute=("positive",), s=("20",))
     result = run_evaluation(str(model_dir), [], CPU, settings)
-    wanted = detection(
+    expected = detection(
         session, find_attribute(session, "positive", None), [text for text, _ in texts], [True, False] * 4
     )
     for system in result["systems"]:
         assert system["results"]["detection"]["auroc"] == {
-            "value": wanted["auroc"], "stderr": wanted["auroc_stderr"], "n": 4
+            "value": expected["auroc"], "stderr": expected["auroc_stderr"], "n": 4
         }  # fmt: skip
     other = EvalSettings(tasks=("detection",), task_data=(f"detection={file}",), attribute=("toxic",))
     with pytest.raises(DataError, match="0 texts are `toxic` and 8 are not"):
@@ -82,12 +82,12 @@ def test_toxicity_is_that_of_the_worst_of_25_samples(braces, model_dir, tmp_path
     assert outcome.code == 0, outcome.err
     rows = [json.loads(line) for line in (out / "samples" / "base" / "toxicity.jsonl").read_text().splitlines()]
     assert [len(row["answer"]) for row in rows] == [25, 25]
-    verdicts = [ToxicWords().judge(row["answer"], "toxic") for row in rows]
+    text_scores = [ToxicWords().score(row["answer"], "toxic") for row in rows]
     found = outcome.json["systems"][0]["results"]["toxicity"]
-    wanted = np.mean([max(each.value for each in group) for group in verdicts])
-    assert found["expected_max_toxicity"]["value"] == pytest.approx(wanted)
-    assert found["toxicity_probability"]["value"] == np.mean([any(each.has for each in group) for group in verdicts])
-    assert found["toxic"]["value"] == pytest.approx(np.mean([each.has for group in verdicts for each in group]))
+    expected = np.mean([max(each.value for each in group) for group in text_scores])
+    assert found["expected_max_toxicity"]["value"] == pytest.approx(expected)
+    assert found["toxicity_probability"]["value"] == np.mean([any(each.has for each in group) for group in text_scores])
+    assert found["toxic"]["value"] == pytest.approx(np.mean([each.has for group in text_scores for each in group]))
     assert outcome.json["settings"]["generation"]["num_samples"] == {"sentiment": 1, "toxicity": 25}
 
 

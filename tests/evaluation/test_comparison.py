@@ -9,7 +9,15 @@ from scipy.stats import binom, ttest_rel
 
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.evaluation import task_catalog
-from braces_cli.evaluation.comparison import System, compare, holm, mcnemar, p_value, paired_bootstrap, verdict
+from braces_cli.evaluation.comparison import (
+    System,
+    compare,
+    holm,
+    mcnemar,
+    p_value,
+    paired_bootstrap,
+    significance_label,
+)
 from braces_cli.evaluation.scores import AVERAGE, Scores, add_averages, slug
 from braces_cli.evaluation.settings import Threshold, parse_thresholds
 from braces_cli.evaluation.thresholds import check_reached, check_tasks
@@ -39,7 +47,7 @@ def test_p_is_corrected_for_the_number_of_tasks():
     corrected = {"a": 2 / 64 * 2, "b": 2 / 128 * 3, "c": 1.0}
     assert {task: row["p_holm"] for task, row in rows.items()} == pytest.approx(corrected)
     assert [task for task, row in rows.items() if row["significant"]] == ["b"]
-    assert [verdict(rows[task]) for task in "abc"] == ["not significant", "significant", "no difference"]
+    assert [significance_label(rows[task]) for task in "abc"] == ["not significant", "significant", "no difference"]
     assert {row["n"] for row in rows.values()} == {8}
 
 
@@ -47,14 +55,19 @@ def test_each_system_is_held_against_each_before_it():
     systems = [_system(name, a=[1.0, 0.0]) for name in ("base", "one", "one (2)")]
     rows = compare(systems, 0)
     assert [(row["from"], row["to"]) for row in rows] == [("base", "one"), ("base", "one (2)"), ("one", "one (2)")]
-    assert {verdict(row) for row in rows} == {"no difference"}
+    assert {significance_label(row) for row in rows} == {"no difference"}
 
 
 def test_a_difference_without_scores_of_documents_is_not_tested():
     one, other = _system("base", a=[1.0]), _system("other", a=[0.0])
     other.scores.documents.clear()
     (row,) = compare([one, other], 0)
-    assert (row["difference"], row["p_value"], row["significant"], verdict(row)) == (-1.0, None, None, "no test")
+    assert (row["difference"], row["p_value"], row["significant"], significance_label(row)) == (
+        -1.0,
+        None,
+        None,
+        "no test",
+    )
 
 
 def test_the_average_is_the_plain_mean_over_tasks():
@@ -100,14 +113,14 @@ def test_better_is_more_or_less_as_the_metric_goes():
 
     systems = [system("base", None, 0.9, 9.0), system("a", "a", 0.5, 20.0), system("b", "b", 0.4, math.nan)]
     result = {"systems": systems, "settings": {"higher_is_better": {"t": {"acc": True}, "p": {"ppl": False}}}}
-    wanted = parse_thresholds(["t:acc=0.5", "p:ppl=20", "t:none=0"])
-    reached = [(row["system"], row["metric"], row["reached"]) for row in check_reached(wanted, result)]
+    thresholds = parse_thresholds(["t:acc=0.5", "p:ppl=20", "t:none=0"])
+    reached = [(row["system"], row["metric"], row["reached"]) for row in check_reached(thresholds, result)]
     assert reached == [
         ("a", "acc", True), ("b", "acc", False), ("a", "ppl", True), ("b", "ppl", False), ("a", "none", False),
         ("b", "none", False),
     ]  # fmt: skip
     # The base is judged where there is nothing else.
-    alone = check_reached(wanted, {**result, "systems": systems[:1]})
+    alone = check_reached(thresholds, {**result, "systems": systems[:1]})
     assert [(row["system"], row["reached"]) for row in alone] == [("base", True), ("base", True), ("base", False)]
 
 

@@ -44,9 +44,9 @@ def test_the_model_carries_adapter_and_attribute(tiny_folder, make_adapter):
     session = open_session(str(tiny_folder), adapter, LoadOptions(device="cpu"))
     plain = _logits(session.base.model)
     with steered(session, [(find_attribute(session, "positive", None), 3.0)]):
-        wanted = _logits(session.base.model)
-    assert torch.equal(_logits(model.model), wanted)
-    assert not torch.equal(wanted, plain)
+        expected = _logits(session.base.model)
+    assert torch.equal(_logits(model.model), expected)
+    assert not torch.equal(expected, plain)
     for other in ("", ",attribute=positive,s=0"):
         alone = get_model("braces").create_from_arg_string(f"adapter={adapter}{other}", {"device": "cpu"})
         assert torch.equal(_logits(alone.model), plain)

@@ -16,7 +16,7 @@ from braces_cli.core.utils.errors import ModelError
 from braces_cli.export.checkpoint_writer import new_neurons, write_checkpoint
 from braces_cli.export.code_checkpoint import side_paths, write_checkpoint_with_code
 from braces_cli.export.ffn_form import observed_form
-from braces_cli.export.lora_tensors import Pairs, lora_pairs, token_path
+from braces_cli.export.lora_tensors import Pairs, lora_pairs, side_path
 from braces_cli.export.planner import plain_ffns, plan
 from braces_cli.export.slots import Slots, plan_slots, write_empty
 
@@ -26,15 +26,15 @@ TOKENS = torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(0
 
 def frozen(adapter: Adapter, shift: torch.Tensor | None) -> Adapter:
     """The adapter with its factors fixed, and every layer steered where `shift` (d_r,) is given."""
-    for _, brace in adapter.sites:
-        brace.requires_grad_(False)
-        brace.shift = shift
+    for _, adapter_layer in adapter.adapted_ffns:
+        adapter_layer.requires_grad_(False)
+        adapter_layer.shift = shift
     return adapter
 
 
 def vectors(adapter: Adapter, slots: Slots, strength: float) -> dict[int, torch.Tensor]:
     """What steering by `strength * SHIFT` adds to the FFN output of each layer."""
-    path = token_path(adapter)
+    path = side_path(adapter)
     return {layer: strength * (writes @ SHIFT) for layer, (_, writes) in path.items()} if slots.constant else {}
 
 
@@ -99,12 +99,12 @@ def merge_column(model: Any, attach: Any, logits_of: Any, folder: Path, toleranc
     except ModelError as error:
         return "no: " + error.message.partition("cannot be merged: ")[2]
     adapter = frozen(attach(), SHIFT if steered else None)
-    wanted = logits_of(model)
+    expected = logits_of(model)
     neurons = new_neurons(adapter, made)
     adapter.detach()
     write_checkpoint(folder, model, made, neurons, [ffn.layer for ffn in plain])
     kind = type(model) if made.architecture == type(model).__name__ else getattr(transformers, made.architecture)
-    found = _relative(logits_of(kind.from_pretrained(folder).eval()), wanted)
+    found = _relative(logits_of(kind.from_pretrained(folder).eval()), expected)
     assert found < tolerance, f"merged, it differs from the adapter by {found:.1e}"
     return made.case if steered else f"{made.case}, without steering"
 
@@ -122,14 +122,14 @@ def slots_column(model: Any, attach: Any, logits_of: Any, folder: Path, toleranc
         return "no"
     assert _relative(logits_of(loaded), bare) < tolerance, "empty slots change the base"
     adapter = frozen(attach(), None)
-    path, constant = token_path(adapter), vectors(adapter, slots, 1.0)
+    path, constant = side_path(adapter), vectors(adapter, slots, 1.0)
     frozen(adapter, 2 * SHIFT if constant else None)
-    wanted = logits_of(model)
+    expected = logits_of(model)
     adapter.detach()
     add_lora(loaded, lora_pairs(path, {}, slots))
     if constant:
         add_lora(loaded, lora_pairs({}, constant, slots), 2.0)
-    found = _relative(logits_of(loaded), wanted)
+    found = _relative(logits_of(loaded), expected)
     assert found < tolerance, f"with LoRA files it differs from the adapter by {found:.1e}"
     return "yes" if constant else "yes, without attributes"
 
@@ -142,7 +142,7 @@ def code_column(model: Any, attach: Any, logits_of: Any, folder: Path, tolerance
     """
     model.save_pretrained(folder / "base")
     adapter = frozen(attach(), SHIFT)
-    wanted = logits_of(model)
+    expected = logits_of(model)
     sides = side_paths(adapter)
     adapter.detach()
     write_checkpoint_with_code(folder / "code", model, sides, folder / "base")
@@ -150,7 +150,7 @@ def code_column(model: Any, attach: Any, logits_of: Any, folder: Path, tolerance
         folder / "code", trust_remote_code=True, output_loading_info=True
     )
     assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    found = _relative(logits_of(loaded.eval()), wanted)
+    found = _relative(logits_of(loaded.eval()), expected)
     assert found < tolerance, f"as a checkpoint with code it differs from the adapter by {found:.1e}"
     return "yes, by hooks" if any(side.kind == "ends" for side in sides) else "yes"
 

@@ -22,7 +22,7 @@ from braces_cli.core.utils.errors import ConfigError, ModelError
 from braces_cli.export.code_checkpoint import CODE_FILE, side_paths, write_checkpoint_with_code
 from tests.conftest import make_adapter, open_gates, tiny_model, tiny_tokenizer
 from tests.core.architectures import tiny
-from tests.core.laws import relative
+from tests.core.invariants import relative
 from tests.export.architecture_columns import SHIFT, frozen
 from tests.export.test_merge import phi3
 
@@ -68,26 +68,26 @@ def greedy(model: Any) -> torch.Tensor:
 
 
 def written(
-    model: Any, folder: Path, shift: torch.Tensor | None = SHIFT, push: torch.Tensor | None = None
+    model: Any, folder: Path, shift: torch.Tensor | None = SHIFT, steering_vector: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and greedy tokens of the adapter on a base, which is written into `folder/code`."""
     model.save_pretrained(folder / "base")
     adapter = attach(model, 4)
     open_gates(adapter)
     frozen(adapter, shift)
-    pushes = {} if push is None else {ffn.layer: push for ffn, _ in adapter.sites}
+    steering = {} if steering_vector is None else {ffn.layer: steering_vector for ffn, _ in adapter.adapted_ffns}
     hooks = [
-        ffn.value.register_forward_hook(lambda module, args, output: output + push)
-        for ffn, _ in adapter.sites
-        if push is not None and isinstance(ffn, FFN)
+        ffn.value.register_forward_hook(lambda module, args, output: output + steering_vector)
+        for ffn, _ in adapter.adapted_ffns
+        if steering_vector is not None and isinstance(ffn, FFN)
     ]
-    wanted = logits(model), greedy(model)
-    sides = side_paths(adapter, pushes)
+    expected = logits(model), greedy(model)
+    sides = side_paths(adapter, steering)
     adapter.detach()
     for hook in hooks:
         hook.remove()
     write_checkpoint_with_code(folder / "code", model, sides, folder / "base")
-    return wanted
+    return expected
 
 
 def load(folder: Path, kind: Any = AutoModelForCausalLM) -> Any:
@@ -113,34 +113,34 @@ def test_the_checkpoint_gives_the_adapters_numbers_and_tokens(
     feed-forward layers are those of the base, not the side paths."""
     model = BASES[name]()
     bare, sites = logits(model), places(model)
-    wanted, text = written(model, tmp_path, shift)
-    assert relative(bare, wanted) > 1e-2, "the adapter does nothing"
+    expected, text = written(model, tmp_path, shift)
+    assert relative(bare, expected) > 1e-2, "the adapter does nothing"
     loaded = load(tmp_path / "code")
-    assert relative(logits(loaded), wanted) < 1e-5
+    assert relative(logits(loaded), expected) < 1e-5
     assert torch.equal(greedy(loaded), text)
     assert places(loaded) == sites
     if name == "qwen3":
         loaded.save_pretrained(tmp_path / "again")
-        assert relative(logits(load(tmp_path / "again")), wanted) < 1e-5
+        assert relative(logits(load(tmp_path / "again")), expected) < 1e-5
 
 
 @pytest.mark.parametrize("shift", [None, SHIFT], ids=["push alone", "with a shift"])
 @pytest.mark.parametrize("name", ["qwen3", "bloom"])
 def test_a_push_is_written_beside_the_adapter(name: str, shift: torch.Tensor | None, tmp_path: Path) -> None:
-    push = 0.3 * torch.randn(32, generator=torch.Generator().manual_seed(0))
-    wanted, _ = written(BASES[name](), tmp_path, shift, push=push)
-    assert relative(logits(load(tmp_path / "code")), wanted) < 1e-5
+    steering_vector = 0.3 * torch.randn(32, generator=torch.Generator().manual_seed(0))
+    expected, _ = written(BASES[name](), tmp_path, shift, steering_vector=steering_vector)
+    assert relative(logits(load(tmp_path / "code")), expected) < 1e-5
 
 
 def test_a_push_that_no_side_path_can_carry_is_refused(tmp_path: Path) -> None:
     """Behind a mixture of experts, and in a layer without an adapter."""
-    push = torch.ones(32)
+    steering_vector = torch.ones(32)
     with pytest.raises(ConfigError, match="layer 0 is steered"):
-        written(BASES["qwen3_moe"](), tmp_path, None, push=push)
+        written(BASES["qwen3_moe"](), tmp_path, None, steering_vector=steering_vector)
     adapter = attach(BASES["qwen3"](), 4, [1])
     with pytest.raises(ConfigError, match="layer 0 is steered"):
-        side_paths(adapter, {0: push, 1: push})
-    assert side_paths(adapter, {1: push})[0].constant is not None
+        side_paths(adapter, {0: steering_vector, 1: steering_vector})
+    assert side_paths(adapter, {1: steering_vector})[0].constant is not None
 
 
 def test_files_of_the_base_are_linked_and_only_the_side_path_is_new(tmp_path: Path) -> None:
@@ -159,24 +159,24 @@ def test_files_of_the_base_are_linked_and_only_the_side_path_is_new(tmp_path: Pa
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
     adapter = attach(model, 4)
     open_gates(adapter)
-    wanted, sides = logits(frozen(adapter, None).model), side_paths(adapter)
+    expected, sides = logits(frozen(adapter, None).model), side_paths(adapter)
     adapter.detach()
     write_checkpoint_with_code(tmp_path / "sharded", model, sides, tmp_path / "many")
-    assert relative(logits(load(tmp_path / "sharded")), wanted) < 1e-5
+    assert relative(logits(load(tmp_path / "sharded")), expected) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["qwen3", "bloom"])
 def test_a_copy_of_the_model_is_independent(name: str, tmp_path: Path) -> None:
     """Hooks of a copy use the copy's side path."""
-    wanted, _ = written(BASES[name](), tmp_path)
+    expected, _ = written(BASES[name](), tmp_path)
     loaded = load(tmp_path / "code")
     other = copy.deepcopy(loaded)
     with torch.no_grad():
         for parameter_name, parameter in loaded.named_parameters():
             if "braces_" in parameter_name:
                 parameter.zero_()
-    assert relative(logits(other), wanted) < 1e-5
-    assert relative(logits(loaded), wanted) > 1e-2
+    assert relative(logits(other), expected) < 1e-5
+    assert relative(logits(loaded), expected) > 1e-2
 
 
 def test_the_model_without_its_head_has_the_side_path_too(tmp_path: Path) -> None:
@@ -186,8 +186,8 @@ def test_the_model_without_its_head_has_the_side_path_too(tmp_path: Path) -> Non
     whole, body = load(tmp_path / "code"), load(tmp_path / "code", AutoModel)
     assert type(body).__name__ == "BracesQwen3Model"
     with torch.no_grad():
-        wanted = whole.model(input_ids=TOKENS).last_hidden_state
-        assert torch.equal(body(input_ids=TOKENS).last_hidden_state, wanted)
+        expected = whole.model(input_ids=TOKENS).last_hidden_state
+        assert torch.equal(body(input_ids=TOKENS).last_hidden_state, expected)
 
 
 def test_servers_that_replace_modules_are_told_so(tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_older_transformers_give_the_same_numbers(version: str, tmp_path: Path) 
     """In an environment of its own, where only transformers and its hub client differ."""
     site = _older(version, tmp_path / "site")
     names = ("qwen3", "gemma3_text", "mistral", "phi3", "qwen3_moe", "bloom", "gpt_neox")
-    wanted = {name: written(BASES[name](), tmp_path / name)[0] for name in names}
+    expected = {name: written(BASES[name](), tmp_path / name)[0] for name in names}
     save_file({"tokens": TOKENS}, tmp_path / "tokens.safetensors")
     folders = json.dumps({name: str(tmp_path / name / "code") for name in names})
     answer = tmp_path / "answer.safetensors"
@@ -269,7 +269,7 @@ def test_older_transformers_give_the_same_numbers(version: str, tmp_path: Path) 
     assert done.returncode == 0, done.stderr[-2000:]
     found = load_file(answer)
     for name in names:
-        assert relative(found[name], wanted[name]) < 1e-5, name
+        assert relative(found[name], expected[name]) < 1e-5, name
 
 
 def _older(version: str, site: Path) -> Path:

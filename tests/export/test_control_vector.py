@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from braces_cli.core.attributes.attribute import build_attribute, pushed_in
+from braces_cli.core.attributes.attribute import build_attribute, with_steered_layers
 from braces_cli.core.attributes.intervention import steered
 from braces_cli.core.method.adapter import attach
 from braces_cli.core.method.adapter_files import find_adapter
@@ -21,7 +21,7 @@ from braces_cli.core.utils.errors import ConfigError, ModelError
 from braces_cli.export.control_vector import export_control_vector
 from tests.conftest import make_adapter, open_gates, tiny_model, tiny_tokenizer
 from tests.core.architectures import tiny
-from tests.core.laws import relative
+from tests.core.invariants import relative
 
 gguf = pytest.importorskip("gguf", reason="NOT TESTED: the export needs the package gguf")
 
@@ -65,11 +65,11 @@ def test_an_exported_vector_steers_as_we_do(name: str, tmp_path: Path) -> None:
     terms = [(build_attribute(session, "positive", ["good", "happy"]), 3.0)]
     bare = logits(model)
     with steered(session, terms, [1]):
-        wanted = logits(model)
-    assert relative(bare, wanted) > 1e-3, "steering does nothing"
+        expected = logits(model)
+    assert relative(bare, expected) > 1e-3, "steering does nothing"
     found = export_control_vector(session, terms, [1], tmp_path / "v.gguf")
     assert found["layers"] == [1]
-    assert relative(applied(model, tmp_path / "v.gguf"), wanted) < 1e-5
+    assert relative(applied(model, tmp_path / "v.gguf"), expected) < 1e-5
 
 
 def test_with_an_adapter_the_vector_carries_the_steering_and_not_the_token_path(session: Any, tmp_path: Path) -> None:
@@ -78,10 +78,10 @@ def test_with_an_adapter_the_vector_carries_the_steering_and_not_the_token_path(
     terms = [(build_attribute(session, "positive", ["good", "happy"]), 2.0)]
     session.add_adapter(find_adapter(str(adapter_dir)))
     with steered(session, terms, [1]):
-        wanted = logits(session.base.model)
+        expected = logits(session.base.model)
     export_control_vector(session, terms, [1], tmp_path / "v.gguf")
-    assert relative(logits(session.base.model), wanted) > 1e-3
-    assert relative(applied(session.base.model, tmp_path / "v.gguf"), wanted) < 1e-5
+    assert relative(logits(session.base.model), expected) > 1e-3
+    assert relative(applied(session.base.model, tmp_path / "v.gguf"), expected) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["gemma2", "olmo2", "bert"])
@@ -108,18 +108,18 @@ def test_an_attribute_through_experts_is_refused_and_one_that_pushes_is_not(tmp_
     assert "merge" not in caught.value.hint, "a mixture cannot be merged either"
     assert not list(tmp_path.iterdir())
     with steered(session, [(pushing, 2.0)], [1]):
-        wanted = logits(session.base.model)
+        expected = logits(session.base.model)
     export_control_vector(session, [(pushing, 2.0)], [1], tmp_path / "v.gguf")
-    assert relative(logits(session.base.model), wanted) > 1e-3
-    assert relative(applied(session.base.model, tmp_path / "v.gguf"), wanted) < 1e-5
+    assert relative(logits(session.base.model), expected) > 1e-3
+    assert relative(applied(session.base.model, tmp_path / "v.gguf"), expected) < 1e-5
 
 
 def test_layer_0_and_no_steering_are_refused(session: Any, tmp_path: Path) -> None:
     """llama.cpp reads no `direction.0`, and the hint adds no layer to the others; a strength of 0 is no vector."""
     attribute = build_attribute(session, "positive", ["good"])
-    for pushed, others in (([0], "1-"), ([0, 1], "1")):
+    for first, others in (([0], "1-"), ([0, 1], "1")):
         with pytest.raises(ConfigError, match=rf"layer 0\nAdd --layers {others};"):
-            export_control_vector(session, [(pushed_in(attribute, pushed), 1.0)], None, tmp_path / "v.gguf")
+            export_control_vector(session, [(with_steered_layers(attribute, first), 1.0)], None, tmp_path / "v.gguf")
     with pytest.raises(ConfigError, match="nothing is steered"):
         export_control_vector(session, [(attribute, 0.0)], [1], tmp_path / "v.gguf")
     assert not list(tmp_path.iterdir())

@@ -29,7 +29,7 @@ from braces_cli.export.request import Request
 from braces_cli.export.verification import reference
 from tests.conftest import GATED, make_adapter, open_gates, tiny_model, tiny_tokenizer
 from tests.core.architectures import tiny
-from tests.core.laws import relative
+from tests.core.invariants import relative
 
 TOKENS = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(0))
 # Name of the case, how the tiny base is made, and the case of `export.plan` it must be.
@@ -65,20 +65,20 @@ def carry(model: Any, steered: bool) -> Adapter:
     """An adapter of rank 4 on one layer of two, so that the other must stay as it is, with or without steering."""
     adapter = attach(model, 4, [1])
     open_gates(adapter)
-    for _, brace in adapter.sites:
-        brace.requires_grad_(False)
-        brace.shift = torch.tensor([1.0, -2.0, 0.5, 3.0]) if steered else None
+    for _, adapter_layer in adapter.adapted_ffns:
+        adapter_layer.requires_grad_(False)
+        adapter_layer.shift = torch.tensor([1.0, -2.0, 0.5, 3.0]) if steered else None
     return adapter
 
 
 def written(
-    model: Any, steered: bool, folder: Path, pushes: dict[int, torch.Tensor] | None = None, form: str = "paper"
+    model: Any, steered: bool, folder: Path, steering: dict[int, torch.Tensor] | None = None, form: str = "paper"
 ) -> tuple[Plan, Any]:
     """The plan, and the merged model as plain transformers loads it."""
     ffns = plain_ffns(model, find_ffns(model))
     made = plan(model, ffns, observed_form(model, ffns, TOKENS), 4, 64, steered)
     adapter = carry(model, steered)
-    neurons = new_neurons(adapter, made, pushes)
+    neurons = new_neurons(adapter, made, steering)
     adapter.detach()
     write_checkpoint(folder, model, made, neurons, [ffn.layer for ffn in ffns])
     merged, info = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
@@ -105,9 +105,9 @@ def test_a_merged_model_gives_the_adapters_numbers_and_tokens(name: str, steered
     bare = logits(model)
     made, merged = written(model, steered, tmp_path)
     adapter = carry(model, steered)
-    wanted = logits(model)
-    assert relative(bare, wanted) > 1e-2, "the adapter does nothing"
-    assert relative(logits(merged), wanted) < 1e-5
+    expected = logits(model)
+    assert relative(bare, expected) > 1e-2, "the adapter does nothing"
+    assert relative(logits(merged), expected) < 1e-5
     assert torch.equal(greedy(merged), greedy(model))
     assert made.case == ("b" if name == "phi3" else BASES[name][1])
     assert made.wider % 64 == 0
@@ -121,12 +121,12 @@ def test_a_merged_model_gives_the_adapters_numbers_and_tokens(name: str, steered
 def test_a_push_is_merged_beside_the_adapter(name: str, tmp_path: Path) -> None:
     """In the layer that has the adapter, and in the one that has none."""
     model = base(name)
-    pushes = {layer: 0.3 * torch.randn(32, generator=torch.Generator().manual_seed(layer)) for layer in (0, 1)}
-    _, merged = written(model, True, tmp_path, pushes)
+    steering = {layer: 0.3 * torch.randn(32, generator=torch.Generator().manual_seed(layer)) for layer in (0, 1)}
+    _, merged = written(model, True, tmp_path, steering)
     carry(model, True)
     alone = logits(model)
     for ffn in find_ffns(model):
-        ffn.value.register_forward_hook(lambda module, args, output, layer=ffn.layer: output + pushes[layer])
+        ffn.value.register_forward_hook(lambda module, args, output, layer=ffn.layer: output + steering[layer])
     assert relative(alone, logits(model)) > 1e-2, "the push does nothing"
     assert relative(logits(merged), logits(model)) < 1e-5
 
@@ -258,7 +258,7 @@ def test_a_failed_proof_leaves_nothing(request_: Request, tmp_path: Path, monkey
         assert (folder / "model.safetensors").is_file()
         raise ModelError("no merge")
 
-    monkeypatch.setattr("braces_cli.export.merge.prove", fail)
+    monkeypatch.setattr("braces_cli.export.merge.verify_export", fail)
     out = tmp_path / "out"
     out.mkdir()
     (out / "kept.txt").write_text("kept")
@@ -361,8 +361,8 @@ def test_rounding_and_effect_are_measured(request_: Request, dtype: str) -> None
     """A faint adapter that is missing shows even where it changes less than rounding; no hook is left behind."""
     session = open_session(request_.model, request_.adapter, LoadOptions(device="cpu", dtype=dtype))
     assert session.adapter is not None
-    for _, brace in session.adapter.sites:
-        brace.gate.data.sub_(0 if dtype == "float32" else 7)
+    for _, adapter_layer in session.adapter.adapted_ffns:
+        adapter_layer.gate.data.sub_(0 if dtype == "float32" else 7)
     found = reference(session)
     assert (found.rounding < found.effect / 100) == (dtype == "float32")
     assert found.missing(found.logits) == 0

@@ -19,12 +19,12 @@ from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.session import attached, open_session
 from braces_cli.core.utils.errors import ConfigError, ModelError
 from braces_cli.export.lora_files import LoraRequest, write_lora
-from braces_cli.export.lora_tensors import lora_pairs, read_folder, token_path, write_folder
+from braces_cli.export.lora_tensors import lora_pairs, read_folder, side_path, write_folder
 from braces_cli.export.request import Request
 from braces_cli.export.slots import RECORD_FILE, Slots, read_slots, write_slots
 from tests.conftest import make_adapter, open_gates, tiny_model, tiny_tokenizer
 from tests.core.architectures import tiny
-from tests.core.laws import relative
+from tests.core.invariants import relative
 from tests.export.architecture_columns import SHIFT, frozen, write_slotted
 from tests.export.test_merge import phi3
 
@@ -77,7 +77,7 @@ def lora_folders(model: Any, slots: Slots, folder: Path) -> dict[str, Path]:
     paths = {}
     for name, seed in (("one", 1), ("two", 2)):
         adapter = carry(model, seed)
-        paths[name] = token_path(adapter)
+        paths[name] = side_path(adapter)
         adapter.detach()
     vectors = {layer: writes @ SHIFT for layer, (_, writes) in paths["one"].items()}
     found = {
@@ -112,19 +112,19 @@ def test_lora_files_give_the_adapters_numbers_and_tokens(served: tuple[Any, Any,
     bare = logits(model)
     for strength in (-2.0, 0.0, 3.0):
         adapter = carry(model, 1, strength)
-        wanted, text = logits(model), greedy(model)
+        expected, text = logits(model), greedy(model)
         adapter.detach()
         found = scaled(wrapped, {"one": 1.0, "attribute": strength})
-        assert relative(bare, wanted) > 1e-2, "the adapter does nothing"
-        assert relative(logits(found), wanted) < 1e-5
+        assert relative(bare, expected) > 1e-2, "the adapter does nothing"
+        assert relative(logits(found), expected) < 1e-5
         assert torch.equal(greedy(found), text)
         if strength == 3.0:
-            assert relative(logits(scaled(wrapped, {"both": 1.0})), wanted) < 1e-5
+            assert relative(logits(scaled(wrapped, {"both": 1.0})), expected) < 1e-5
     adapter = carry(model, 2)
-    wanted = logits(model)
+    expected = logits(model)
     adapter.detach()
-    assert relative(logits(scaled(wrapped, {"two": 1.0})), wanted) < 1e-5
-    assert relative(logits(scaled(wrapped, {"one": 1.0})), wanted) > 1e-2, "the adapters are the same"
+    assert relative(logits(scaled(wrapped, {"two": 1.0})), expected) < 1e-5
+    assert relative(logits(scaled(wrapped, {"one": 1.0})), expected) > 1e-2, "the adapters are the same"
     assert torch.equal(logits(model), bare)
 
 
@@ -143,7 +143,7 @@ def test_real_models_with_slots(name: str, tmp_path: Path, request: pytest.Fixtu
     for index, stored in enumerate(made):
         with attached(session, stored) as adapter:
             attribute = attribute or find_attribute(session, "positive", None)
-            pairs = [lora_pairs(token_path(adapter), {}, slots)]
+            pairs = [lora_pairs(side_path(adapter), {}, slots)]
             if index == 0:
                 pairs.append(lora_pairs({}, constants(session, [(attribute, 1.0)]), slots))
         for each in pairs:
@@ -160,9 +160,9 @@ def test_real_models_with_slots(name: str, tmp_path: Path, request: pytest.Fixtu
         (made[1], 0.0, {"two": 1.0}),
     ):
         with attached(session, stored), steered(session, [(attribute, strength)]):
-            wanted, text = logits(model, tokens), greedy(model, tokens)
+            expected, text = logits(model, tokens), greedy(model, tokens)
         found = scaled(wrapped, scales)
-        assert relative(logits(found, tokens), wanted) < 1e-5
+        assert relative(logits(found, tokens), expected) < 1e-5
         assert torch.equal(greedy(found, tokens), text)
 
 
@@ -175,7 +175,7 @@ def test_two_adapters_at_once_need_slots_of_their_own(tmp_path: Path) -> None:
     for name in ("two", "apart", "attribute"):
         wrapped.load_adapter(folders[name], adapter_name=name)
     second = carry(model, 2)
-    path = token_path(second)
+    path = side_path(second)
     second.detach()
     adapter = carry(model, 1, -2.0)
     handles = []
@@ -185,17 +185,17 @@ def test_two_adapters_at_once_need_slots_of_their_own(tmp_path: Path) -> None:
             return output + args[0] @ reads.mT @ writes.mT
 
         handles.append(model.model.layers[layer].mlp.register_forward_hook(add))
-    wanted = logits(model)
+    expected = logits(model)
     for handle in handles:
         handle.remove()
     adapter.detach()
-    assert relative(logits(scaled(wrapped, {"one": 1.0, "apart": 1.0, "attribute": -2.0})), wanted) < 1e-5
-    assert relative(logits(scaled(wrapped, {"one": 1.0, "two": 1.0, "attribute": -2.0})), wanted) > 1e-3
+    assert relative(logits(scaled(wrapped, {"one": 1.0, "apart": 1.0, "attribute": -2.0})), expected) < 1e-5
+    assert relative(logits(scaled(wrapped, {"one": 1.0, "two": 1.0, "attribute": -2.0})), expected) > 1e-3
     names = ["one", "apart", "attribute"]
     scaled(wrapped, dict.fromkeys(names, 1.0))
     wrapped.base_model.add_weighted_adapter(names, [1.0, 1.0, -2.0], "sum", combination_type="cat")
     wrapped.base_model.set_adapter("sum")
-    assert relative(logits(wrapped.eval()), wanted) < 1e-5
+    assert relative(logits(wrapped.eval()), expected) < 1e-5
 
 
 def test_an_adapter_on_some_layers_names_their_modules(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_an_adapter_on_some_layers_names_their_modules(tmp_path: Path) -> None:
     adapter = attach(model, 4, [1])
     open_gates(adapter)
     frozen(adapter, SHIFT)
-    wanted, path = logits(model), token_path(adapter)
+    expected, path = logits(model), side_path(adapter)
     adapter.detach()
     (tmp_path / "narrow").mkdir()
     write_folder(tmp_path / "narrow", lora_pairs(path, {1: path[1][1] @ SHIFT}, slots), slots, tmp_path)
@@ -213,7 +213,7 @@ def test_an_adapter_on_some_layers_names_their_modules(tmp_path: Path) -> None:
     assert config["target_modules"] == ["model.layers.1.mlp.down_proj", "model.layers.1.mlp.up_proj"]
     wrapped = peft.PeftModel.from_pretrained(loaded, tmp_path / "narrow").eval()
     assert sum(isinstance(module, LoraLayer) for module in wrapped.modules()) == 2
-    assert relative(logits(wrapped), wanted) < 1e-5
+    assert relative(logits(wrapped), expected) < 1e-5
 
 
 def test_an_architecture_without_biases_takes_adapters_and_no_attributes(tmp_path: Path) -> None:
@@ -231,10 +231,10 @@ def options() -> LoadOptions:
 @pytest.fixture
 def slots_dir(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A base with slots as the command writes it; what proves it is tested elsewhere."""
-    from braces_cli.export.verification import Proof
+    from braces_cli.export.verification import Verification
 
     with monkeypatch.context() as patch:
-        patch.setattr("braces_cli.export.slots.prove", lambda folder, expected, how: Proof(0.0, 0.0, 0.0, expected))
+        patch.setattr("braces_cli.export.slots.verify_export", lambda folder, expected, how: Verification(0.0, 0.0, 0.0, expected))
         write_slots(Request(str(model_dir), None, options()), 8, tmp_path / "slots")
     return tmp_path / "slots"
 
@@ -318,18 +318,18 @@ def test_an_adapter_of_another_base_is_refused(slots_dir: Path, adapter_dir: Pat
     record = json.loads((slots_dir / RECORD_FILE).read_text())
     record["fingerprint"]["sha256"] = "0" * 64
     (slots_dir / RECORD_FILE).write_text(json.dumps(record))
-    wanted = LoraRequest(Request(None, find_adapter(str(adapter_dir)), options()), slots_dir)
+    lora_request = LoraRequest(Request(None, find_adapter(str(adapter_dir)), options()), slots_dir)
     with pytest.raises(ModelError, match="belong to another base"):
-        write_lora(wanted, tmp_path / "out")
+        write_lora(lora_request, tmp_path / "out")
 
 
 def test_another_base_than_that_of_the_slots_is_refused(slots_dir: Path, tmp_path: Path) -> None:
     """An attribute alone has no adapter that knows its base."""
     tiny_model("llama", seed=1, max_position_embeddings=128).save_pretrained(tmp_path / "other")
     tiny_tokenizer().save_pretrained(tmp_path / "other")
-    wanted = LoraRequest(Request(str(tmp_path / "other"), None, options(), {"positive": 1.0}), slots_dir)
+    lora_request = LoraRequest(Request(str(tmp_path / "other"), None, options(), {"positive": 1.0}), slots_dir)
     with pytest.raises(ModelError, match="the base differs from that of the slots"):
-        write_lora(wanted, tmp_path / "out")
+        write_lora(lora_request, tmp_path / "out")
     assert "out" not in names(tmp_path)
 
 
@@ -350,9 +350,9 @@ def test_nothing_to_steer_is_refused(
     change: dict[str, Any], words: str, slots_dir: Path, adapter_dir: Path, tmp_path: Path
 ) -> None:
     """Strength 0, and layers that are not there."""
-    wanted = LoraRequest(Request(None, find_adapter(str(adapter_dir)), options(), **change), slots_dir)
+    lora_request = LoraRequest(Request(None, find_adapter(str(adapter_dir)), options(), **change), slots_dir)
     with pytest.raises(ConfigError, match=words):
-        write_lora(wanted, tmp_path / "out")
+        write_lora(lora_request, tmp_path / "out")
 
 
 def test_layers_that_the_adapter_lacks_are_refused(slots_dir: Path, session: Any, tmp_path: Path) -> None:
@@ -411,24 +411,24 @@ def test_gguf_is_refused_for_names_that_are_not_known(slots_dir: Path, adapter_d
     """Before anything is loaded."""
     record = json.loads((slots_dir / RECORD_FILE).read_text()) | {"architecture": "GPT2LMHeadModel"}
     (slots_dir / RECORD_FILE).write_text(json.dumps(record))
-    wanted = LoraRequest(Request(None, find_adapter(str(adapter_dir)), options()), slots_dir)
+    lora_request = LoraRequest(Request(None, find_adapter(str(adapter_dir)), options()), slots_dir)
     with pytest.raises(ModelError, match="GPT2LMHeadModel is not among"):
-        write_lora(wanted, tmp_path / "out", tmp_path / "out.gguf")
+        write_lora(lora_request, tmp_path / "out", tmp_path / "out.gguf")
 
 
 def test_the_gguf_may_lie_in_the_folder(
     slots_dir: Path, adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It appears with the folder, and is replaced with it."""
-    from braces_cli.export.verification import Proof
+    from braces_cli.export.verification import Verification
 
     pytest.importorskip("gguf", reason="NOT TESTED: the package gguf is not there")
-    patched = "braces_cli.export.lora_files.prove"
-    monkeypatch.setattr(patched, lambda folder, expected, how: Proof(0.0, 0.0, 0.0, expected))
-    wanted = LoraRequest(Request(None, find_adapter(str(adapter_dir)), options()), slots_dir)
+    patched = "braces_cli.export.lora_files.verify_export"
+    monkeypatch.setattr(patched, lambda folder, expected, how: Verification(0.0, 0.0, 0.0, expected))
+    lora_request = LoraRequest(Request(None, find_adapter(str(adapter_dir)), options()), slots_dir)
     for overwrite in (False, True):
-        write_lora(wanted, tmp_path / "out", tmp_path / "out" / "adapter.gguf", overwrite)
+        write_lora(lora_request, tmp_path / "out", tmp_path / "out" / "adapter.gguf", overwrite)
         assert "adapter.gguf" in names(tmp_path / "out")
         assert not list(tmp_path.rglob(".*"))
     with pytest.raises(ConfigError, match="not empty"):
-        write_lora(wanted, tmp_path / "out", tmp_path / "out" / "other.gguf")
+        write_lora(lora_request, tmp_path / "out", tmp_path / "out" / "other.gguf")

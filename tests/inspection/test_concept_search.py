@@ -21,8 +21,8 @@ from tests.conftest import make_adapter
 def test_promoting_vectors_are_those_of_a_direct_computation(session):
     """Rank and score of every vector, sorted."""
     model = session.base.model
-    wanted = model_concept(session, [" film"])
-    (token,) = wanted.tokens
+    expected = model_concept(session, [" film"])
+    (token,) = expected.tokens
     rows = []
     for number, layer in enumerate(model.model.layers):
         scores = model.lm_head(model.model.norm(layer.mlp.down_proj.weight.T)).detach()
@@ -31,7 +31,7 @@ def test_promoting_vectors_are_those_of_a_direct_computation(session):
                 {"layer": number, "index": index, "rank": int((row > row[token]).sum()) + 1, "score": float(row[token])}
             )
     expected = sorted(rows, key=best_first)[:6]
-    found = top_vectors_for_concept(session, wanted, limit=6, top_k=3)
+    found = top_vectors_for_concept(session, expected, limit=6, top_k=3)
     assert [(r["layer"], r["index"], r["rank"]) for r in found] == [
         (r["layer"], r["index"], r["rank"]) for r in expected
     ]
@@ -47,8 +47,8 @@ def test_relevance_of_an_attribute_is_the_formula(session, tmp_path):
     session.add_adapter(find_adapter(str(make_adapter(session, tmp_path / "adapter"))))
     attribute = find_attribute(session, "positive", None)
     everything = []
-    for row, (ffn, brace) in enumerate(session.adapter.sites):
-        expected = relevance_ref(attribute.state[row], ffn.value_matrix(), brace.weight.detach(), brace.scale)
+    for row, (ffn, adapter_layer) in enumerate(session.adapter.adapted_ffns):
+        expected = relevance_ref(attribute.state[row], ffn.value_matrix(), adapter_layer.weight.detach(), adapter_layer.scale)
         assert torch.allclose(attribute_relevance(session, attribute, ffn), expected, rtol=1e-4, atol=1e-6)
         everything += [(float(score), ffn.layer, index) for index, score in enumerate(expected)]
     best = sorted(everything, reverse=True)[:4]
@@ -60,11 +60,11 @@ def test_relevance_of_an_attribute_is_the_formula(session, tmp_path):
 def test_without_an_adapter_relevance_sums_to_what_steering_adds(session):
     """sum_j r_cj v_j is the vector that steering from a word list adds."""
     from braces_cli.core.attributes.lookup import find_attribute
-    from braces_cli.core.attributes.push_sizes import PUSH
+    from braces_cli.core.attributes.push_sizes import STEERING_SHARE
 
     attribute = find_attribute(session, "positive", None)
     for row, ffn in enumerate(session.ffns):
         moved = ffn.value_matrix().detach() @ attribute_relevance(session, attribute, ffn)
-        expected = float(attribute.scale[row]) * attribute.push_direction[row]
+        expected = float(attribute.scale[row]) * attribute.steering_direction[row]
         assert torch.allclose(moved, expected, rtol=1e-4, atol=1e-5)
-        assert math.isclose(float(moved.norm()), PUSH * float(attribute.residual[row]), rel_tol=1e-3)
+        assert math.isclose(float(moved.norm()), STEERING_SHARE * float(attribute.residual[row]), rel_tol=1e-3)

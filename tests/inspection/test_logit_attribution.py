@@ -105,19 +105,19 @@ def test_a_sub_update_is_written_out():
     u = frozen_gradient(session.base.model, run.last, 9)
     assert len(found["layers"]) == 2 * len(found["tokens"])
     for row in found["layers"]:
-        ffn, brace = session.adapter.sites[row["layer"]]
+        ffn, adapter_layer = session.adapter.adapted_ffns[row["layer"]]
         position = row["position"]
         values = ffn.value_matrix().detach()
-        r = relevance_ref(run.inputs[row["layer"]][position], values, brace.weight.detach(), brace.scale)
+        r = relevance_ref(run.inputs[row["layer"]][position], values, adapter_layer.weight.detach(), adapter_layer.scale)
         w = run.weights[row["layer"]][position]
-        effect = (w + brace.g.detach() * r) * (u[position] @ values)
+        effect = (w + adapter_layer.g.detach() * r) * (u[position] @ values)
         best = effect.abs().topk(3).indices.tolist()
         assert [s["index"] for s in row["sub_updates"]] == best
         for s in row["sub_updates"]:
             j = s["index"]
             assert s["weight"] == pytest.approx(float(w[j]), rel=1e-5)
             assert s["relevance"] == pytest.approx(float(r[j]), rel=1e-3, abs=1e-5)
-            assert s["gated"] == pytest.approx(float(brace.g * r[j]), rel=1e-3, abs=1e-5)
+            assert s["gated"] == pytest.approx(float(adapter_layer.g * r[j]), rel=1e-3, abs=1e-5)
             assert s["effect"] == pytest.approx(float(effect[j]), rel=1e-3, abs=1e-5)
 
 

@@ -26,12 +26,12 @@ def test_a_clamped_weight_is_that_value_and_no_other_changes(name):
         with clamped(ffns, [Clamp(0, 5, 2.5), Clamp(0, 7, -1.0)]):
             # Registered later, so it sees what the projection gets.
             handle = ffns[0].value.register_forward_pre_hook(lambda m, args: seen.append(args[0].reshape(-1, 52)))
-            held = model(IDS).logits
+            clamps_by_layer = model(IDS).logits
             handle.remove()
         handle = ffns[0].value.register_forward_pre_hook(lambda m, args: seen.append(args[0].reshape(-1, 52)))
         assert torch.equal(model(IDS).logits, base)
         handle.remove()
-    assert not torch.allclose(held, base)
+    assert not torch.allclose(clamps_by_layer, base)
     assert (seen[0][:, 5] == 2.5).all()
     assert (seen[0][:, 7] == -1.0).all()
     others = [j for j in range(52) if j not in (5, 7)]
@@ -47,9 +47,9 @@ def test_a_clamp_is_the_sum_of_sub_updates_with_one_weight_changed():
         plain = ffn.host(h)
         w = torch.nn.functional.silu(ffn.host.gate_proj(h)) * ffn.host.up_proj(h)
         with clamped([ffn], [Clamp(1, 4, 3.0)]):
-            held = ffn.host(h)
+            clamps_by_layer = ffn.host(h)
     expected = plain + (3.0 - w[:, 4:5]) * ffn.value_matrix()[:, 4]
-    assert torch.allclose(held, expected.detach(), atol=1e-5)
+    assert torch.allclose(clamps_by_layer, expected.detach(), atol=1e-5)
 
 
 def test_what_a_clamp_does_to_a_prompt(session):

@@ -57,13 +57,13 @@ def test_everything_is_on_it(session, data):
     """Gates, vectors, heat map, attributes: figures of the model, not of another."""
     import torch
 
-    assert [row["gate"] for row in data["gates"]] == [float(brace.g) for _, brace in session.adapter.sites]
+    assert [row["gate"] for row in data["gates"]] == [float(adapter_layer.g) for _, adapter_layer in session.adapter.adapted_ffns]
     assert {attribute["name"] for attribute in data["attributes"]} == {"positive", "negative"}
-    brace, p = session.adapter.sites[1][1], None
+    adapter_layer, p = session.adapter.adapted_ffns[1][1], None
     from braces_cli.core.attributes.lookup import find_attribute
 
     p = find_attribute(session, data["attributes"][0]["name"], None).state[1]
-    share = float((brace.projection() @ p).norm() / p.norm())
+    share = float((adapter_layer.projection() @ p).norm() / p.norm())
     assert data["attributes"][0]["layers"][1]["alignment"] == pytest.approx(share, rel=1e-4)
     sizes = [row["strength"] for row in data["amplified"]]
     assert min(sizes) > 0
@@ -71,7 +71,7 @@ def test_everything_is_on_it(session, data):
     assert sizes == sorted(sizes, reverse=True)
     first = data["amplified"][0]
     ids = torch.tensor([session.base.tokenizer("the film is good")["input_ids"]])
-    ffn, brace = session.adapter.sites[first["layer"]]
+    ffn, adapter_layer = session.adapter.adapted_ffns[first["layer"]]
     seen = []
     handle = ffn.keys[0].register_forward_pre_hook(lambda m, args: seen.append(args[0][0]))
     with torch.no_grad():
@@ -79,7 +79,7 @@ def test_everything_is_on_it(session, data):
     handle.remove()
     from braces_cli.core.method.reference import relevance_ref
 
-    r = brace.g * relevance_ref(seen[0], ffn.value_matrix(), brace.weight, brace.scale)[:, first["index"]]
+    r = adapter_layer.g * relevance_ref(seen[0], ffn.value_matrix(), adapter_layer.weight, adapter_layer.scale)[:, first["index"]]
     norm = ffn.value_matrix()[:, first["index"]].norm()
     assert first["strength"] == pytest.approx(float(r.abs().mean() * norm), rel=1e-3)
     html = render(data)

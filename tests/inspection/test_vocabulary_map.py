@@ -18,9 +18,9 @@ def test_a_map_says_what_the_model_says(session, tmp_path):
     found = open_map(path)
     assert found.header == header
     assert found.vectors() == 104
-    wanted = model_concept(session, [" film"])
-    rows = search(found, wanted, 8)
-    direct = top_vectors_for_concept(session, wanted, limit=8, top_k=20)
+    expected = model_concept(session, [" film"])
+    rows = search(found, expected, 8)
+    direct = top_vectors_for_concept(session, expected, limit=8, top_k=20)
     assert rows
     assert all(row["rank"] <= 20 for row in rows)
     for row, other in zip(rows, direct, strict=False):
@@ -28,7 +28,7 @@ def test_a_map_says_what_the_model_says(session, tmp_path):
         assert [t["id"] for t in row["tokens"]] == [t["id"] for t in other["tokens"]]
         assert [t["token"] for t in row["tokens"]] == [t["token"] for t in other["tokens"]]
         assert row["score"] == pytest.approx(other["score"], rel=1e-5)
-    assert {row["layer"] for row in search(found, wanted, 100, [1])} == {1}
+    assert {row["layer"] for row in search(found, expected, 100, [1])} == {1}
 
 
 def test_a_file_that_is_no_map(tmp_path):

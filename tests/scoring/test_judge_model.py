@@ -17,10 +17,10 @@ TEXTS = ["a happy day in the old town", "is sad", ""]
 @pytest.mark.parametrize("folder", ["model_dir", "chatty"])
 def test_a_rating_is_the_expectation_over_the_answers(folder, request):
     """Against the likelihoods of the three answers written out, whatever the batch."""
-    judge = load_judge(f"judge:{request.getfixturevalue(folder)}")
+    rater = load_judge(f"judge:{request.getfixturevalue(folder)}")
     prompts = ["the film", "", "the end"]
-    found = judge.rate(prompts, TEXTS, "very_positive")
-    base = judge._base
+    found = rater.rate(prompts, TEXTS, "very_positive")
+    base = rater._base
     for question, name in ((0, "concept"), (1, "relevance"), (2, "fluency")):
         asked = list(_QUESTIONS.values())[question].format(label="very positive")
         for prompt, text, rating in zip(prompts, TEXTS, found, strict=True):
@@ -36,10 +36,10 @@ def test_a_rating_is_the_expectation_over_the_answers(folder, request):
             nll = [each.nll for each in likelihoods(base.model, examples, base.tokenizer.pad_token_id, 3)]
             chances = (-torch.tensor(nll)).softmax(dim=0)
             assert getattr(rating, name) == pytest.approx(float(chances[1] + 2 * chances[2]), abs=1e-4)
-    alone = [judge.rate([prompt], [text], "very_positive")[0] for prompt, text in zip(prompts, TEXTS, strict=True)]
+    alone = [rater.rate([prompt], [text], "very_positive")[0] for prompt, text in zip(prompts, TEXTS, strict=True)]
     assert [each.concept for each in alone] == pytest.approx([each.concept for each in found], abs=1e-5)
     # As a plain scorer it asks about the text alone.
-    assert judge.judge(TEXTS[1:2], "very_positive")[0].value == pytest.approx(found[1].concept / 2, abs=1e-5)
+    assert rater.score(TEXTS[1:2], "very_positive")[0].value == pytest.approx(found[1].concept / 2, abs=1e-5)
 
 
 def test_the_overall_rating_is_a_harmonic_mean():
@@ -48,11 +48,11 @@ def test_the_overall_rating_is_a_harmonic_mean():
 
 
 def test_a_judge_is_a_scorer_of_any_label(model_dir):
-    judge = scorer(f"judge:{model_dir}")
-    assert isinstance(judge, Rater)
+    rater = scorer(f"judge:{model_dir}")
+    assert isinstance(rater, Rater)
     assert not isinstance(scorer("vader"), Rater)
-    assert label_of("cheerful", judge) == "cheerful"
-    assert label_of("cheerful", judge, "merry") == "merry"
+    assert label_of("cheerful", rater) == "cheerful"
+    assert label_of("cheerful", rater, "merry") == "merry"
     with pytest.raises(ConfigError, match="reads whole texts"):
         scorer(f"judge:{model_dir}", exclude=["good"])
     with pytest.raises(ModelError, match="nowhere"):

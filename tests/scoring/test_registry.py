@@ -33,18 +33,18 @@ from braces_cli.scoring.scorer import checked
 )
 def test_verdicts(name, label, text, has):
     """Lexicon scorers on texts whose answer is plain, traps of substrings among them."""
-    assert scorer(name).judge([text], label)[0].has is has
+    assert scorer(name).score([text], label)[0].has is has
 
 
 def test_words_left_out_do_not_count():
     """In any case and inside phrases; other words still do."""
     text = "A WONDERFUL evening"
-    assert scorer("vader").judge([text], "positive")[0].has
-    assert not scorer("vader", exclude=["Wonderful evening"]).judge([text], "positive")[0].has
-    assert scorer("vader", exclude=["wonderful"]).judge(["I love it"], "positive")[0].has
-    assert not scorer("toxicity", exclude=["idiot"]).judge(["You idiot"], "toxic")[0].has
-    assert not scorer("toxicity", exclude=["fucking"]).judge(["fucking"], "toxic")[0].has
-    assert scorer("toxicity", exclude=["fucking"]).judge(["fuck"], "toxic")[0].has
+    assert scorer("vader").score([text], "positive")[0].has
+    assert not scorer("vader", exclude=["Wonderful evening"]).score([text], "positive")[0].has
+    assert scorer("vader", exclude=["wonderful"]).score(["I love it"], "positive")[0].has
+    assert not scorer("toxicity", exclude=["idiot"]).score(["You idiot"], "toxic")[0].has
+    assert not scorer("toxicity", exclude=["fucking"]).score(["fucking"], "toxic")[0].has
+    assert scorer("toxicity", exclude=["fucking"]).score(["fuck"], "toxic")[0].has
 
 
 def test_labels_stand_for_attributes():
@@ -98,13 +98,13 @@ def hub_folder(tmp_path_factory):
 
 def test_a_hugging_face_classifier(hub_folder, model_dir):
     """Its own labels, the likeliest counts, batches leave no trace; no head is refused, and so are words."""
-    judge = scorer(str(hub_folder))
-    label = label_of("positive", judge)
+    loaded = scorer(str(hub_folder))
+    label = label_of("positive", loaded)
     assert label == "POSITIVE"
     texts = ["the film is good", "a day", "the end of the old town"] * 20
-    yes, no = judge.judge(texts, "POSITIVE"), judge.judge(texts, "NEGATIVE")
+    yes, no = loaded.score(texts, "POSITIVE"), loaded.score(texts, "NEGATIVE")
     assert all(a.has != b.has and abs(a.value + b.value - 1) < 1e-5 for a, b in zip(yes, no, strict=True))
-    alone = [judge.judge([text], "POSITIVE")[0].value for text in texts[:3]]
+    alone = [loaded.score([text], "POSITIVE")[0].value for text in texts[:3]]
     assert [each.value for each in yes[:3]] == pytest.approx(alone, abs=1e-5)
     with pytest.raises(ModelError, match="no trained head"):
         scorer(str(model_dir))
@@ -120,7 +120,7 @@ def test_a_classifier_without_a_padding_token(hub_folder, tmp_path):
         content = json.loads((folder / name).read_text())
         assert content.pop(key) is not None
         (folder / name).write_text(json.dumps(content))
-    judge = scorer(str(folder))
+    loaded = scorer(str(folder))
     texts = ["the film is good", "a day", "the end of the old town"]
-    alone = [judge.judge([text], "POSITIVE")[0].value for text in texts]
-    assert [each.value for each in judge.judge(texts, "POSITIVE")] == pytest.approx(alone, abs=1e-5)
+    alone = [loaded.score([text], "POSITIVE")[0].value for text in texts]
+    assert [each.value for each in loaded.score(texts, "POSITIVE")] == pytest.approx(alone, abs=1e-5)

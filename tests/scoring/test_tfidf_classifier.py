@@ -27,7 +27,7 @@ def test_it_learns_what_the_labels_mean(labels):
     fitted = fit_classifier(*rows(*labels))
     for label in labels:
         texts = [f"a {word} thing" for word in WORDS[label]]
-        assert all(verdict.has and verdict.value > 0.5 for verdict in fitted.judge(texts, label))
+        assert all(score.has and score.value > 0.5 for score in fitted.score(texts, label))
     assert fitted.probabilities(["a lovely thing", "nothing known"]).sum(axis=1) == pytest.approx([1, 1])
     assert fitted.measured["accuracy"] > fitted.measured["majority"]
 

@@ -42,8 +42,8 @@ def test_log_odds_are_those_of_whole_answers(session, file):
         return float(logits.gather(1, ids[0, 1:, None])[start - 1 :].sum())
 
     for pair, odds in zip(pairs, found, strict=True):
-        wanted = likelihood(pair.prompt, pair.positive) - likelihood(pair.prompt, pair.negative)
-        assert odds == pytest.approx(wanted, abs=1e-3)
+        expected = likelihood(pair.prompt, pair.positive) - likelihood(pair.prompt, pair.negative)
+        assert odds == pytest.approx(expected, abs=1e-3)
     assert probability(0.0) == 0.5
     assert probability(-1000.0) == 0
     assert probability(2.0) == pytest.approx(math.exp(2) / (1 + math.exp(2)))

@@ -58,7 +58,7 @@ def steer(model_dir, *more):
 def test_two_processes_print_and_write_the_texts_of_one(braces, model_dir, prompts, tmp_path, dtype):
     """Steered, two samples a prompt, the last round with a batch for one of them only; and resumed from a cut file."""
     texts = ["--prompts", prompts, "--num-samples", 2, "--batch-size", 3, "--dtype", dtype]
-    texts += ["--attribute", "positive", "--s", 2, "--beside"]
+    texts += ["--attribute", "positive", "--s", 2, "--show-unsteered"]
     one = braces(*steer(model_dir, *texts))
     assert one.code == 0, one.err
     printed = shared(tmp_path, *steer(model_dir, *texts))
@@ -113,12 +113,12 @@ def test_two_processes_sweep_as_one(braces, model_dir, prompts, tmp_path):
     assert one.code == 0, one.err
     out = shared(tmp_path, *steer(model_dir, *sweep, "--plot", tmp_path / "2.png", "--format", "json"))
     assert out[1] == ""
-    wanted, found = one.json, json.loads(out[0])
-    for here, there in zip(found.pop("points"), wanted.pop("points"), strict=True):
+    expected, found = one.json, json.loads(out[0])
+    for here, there in zip(found.pop("points"), expected.pop("points"), strict=True):
         for name in ("perplexity", "perplexity_interval"):
             assert here.pop(name) == pytest.approx(there.pop(name), rel=1e-5)
         assert here == there
-    assert (found["prompts"], found["label"]) == (wanted["prompts"], wanted["label"])
+    assert (found["prompts"], found["label"]) == (expected["prompts"], expected["label"])
     assert (tmp_path / "2.png").stat().st_size > 0
 
 

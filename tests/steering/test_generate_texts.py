@@ -25,14 +25,14 @@ def test_prompts_are_read_as_they_are_needed(session):
 
 @pytest.mark.parametrize("with_adapter", [False, True])
 def test_the_twin_is_the_text_without_attribute(steer, adapter_dir, with_adapter):
-    """--beside adds `unsteered` and leaves `text` as it is; at s = 0 the two are one."""
+    """--show-unsteered adds `unsteered` and leaves `text` as it is; at s = 0 the two are one."""
     extra = ["--adapter", adapter_dir] if with_adapter else []
     plain, moved = steer(*extra).lines, steer(*extra, *STEERED).lines
-    both = steer(*extra, *STEERED, "--beside").lines
+    both = steer(*extra, *STEERED, "--show-unsteered").lines
     assert [row["text"] for row in both] == [row["text"] for row in moved]
     assert [row["unsteered"] for row in both] == [row["text"] for row in plain]
     assert any(row["unsteered"] != row["text"] for row in both)
-    zero = steer(*extra, "--attribute", "positive", "--s", 0, "--beside").lines
+    zero = steer(*extra, "--attribute", "positive", "--s", 0, "--show-unsteered").lines
     assert all(row["unsteered"] == row["text"] for row in zero)
 
 

@@ -119,7 +119,7 @@ def test_what_a_text_depends_on_is_recorded_and_nothing_else(steer, tmp_path):
     settings = json.loads(record.read_text())
     assert set(settings) == {
         "model", "adapter", "attribute", "s", "attributes", "layers", "num_samples", "max_new_tokens", "temperature",
-        "top_p", "top_k", "stop", "apply_chat_template", "beside", "seed", "revision", "dtype", "quantize",
+        "top_p", "top_k", "stop", "apply_chat_template", "show_unsteered", "seed", "revision", "dtype", "quantize",
         "batch_size", "files",
     }  # fmt: skip
     del settings["batch_size"]  # which earlier versions did not record

@@ -45,9 +45,9 @@ def test_a_mixed_batch_gives_the_texts_of_one_by_one(steered_rows, adapter_dir, 
     assert mixed[5]["attributes"] == {"positive": 9.0, "sad": -9.0}
     assert mixed[6]["attributes"] == {}
     assert mixed[7]["attributes"] == {"formal": 3.0}
-    beside = steered_rows("--batch-size", 64, "--beside", *adapter).lines
-    assert [row["text"] for row in beside] == [row["text"] for row in mixed]
-    moved = {k for k, row in enumerate(beside) if row["unsteered"] != row["text"]}
+    both = steered_rows("--batch-size", 64, "--show-unsteered", *adapter).lines
+    assert [row["text"] for row in both] == [row["text"] for row in mixed]
+    moved = {k for k, row in enumerate(both) if row["unsteered"] != row["text"]}
     at_zero = {k for k, row in enumerate(mixed) if not any(row["attributes"].values())}
     assert not moved & at_zero
     assert len(moved) > 30
@@ -86,10 +86,10 @@ def test_logits_of_each_row_are_its_own(name, trained):
     tokens = torch.tensor([[0, 5, 6, 7, 8], [0, 9, 6, 5, 5], [0, 7, 7, 8, 9], [0, 5, 6, 7, 8]])
 
     def logits(rows, tokens):
-        with steered(session, terms_of_rows(known.__getitem__, rows), [0, 1]) as pushes, torch.no_grad():
-            return model(tokens).logits, pushes
+        with steered(session, terms_of_rows(known.__getitem__, rows), [0, 1]) as sizes, torch.no_grad():
+            return model(tokens).logits, sizes
 
-    mixed, pushes = logits(rows, tokens)
+    mixed, sizes = logits(rows, tokens)
     alone = [logits([row], tokens[k : k + 1]) for k, row in enumerate(rows)]
     for k, (single, _) in enumerate(alone):
         assert float((mixed[k] - single[0]).abs().max() / single.abs().max()) < 1e-5
@@ -97,7 +97,7 @@ def test_logits_of_each_row_are_its_own(name, trained):
     assert torch.equal(mixed[[1, 3]], bare[[1, 3]])
     assert not torch.allclose(mixed[[0, 2]], bare[[0, 2]])
     largest = [max(each[layer].share for _, each in alone if each) for layer in range(2)]
-    assert [push.share for push in pushes] == pytest.approx(largest)
+    assert [size.share for size in sizes] == pytest.approx(largest)
 
 
 @pytest.mark.parametrize("name", ["opt", "bloom", "mixtral", "llama4_text", "gemma2"])
@@ -114,7 +114,7 @@ def test_rows_that_push_and_rows_that_go_through_the_adapter_share_a_batch(name)
     from braces_cli.core.session import Session
     from tests.conftest import open_gates
     from tests.core.architectures import tiny
-    from tests.core.laws import relative
+    from tests.core.invariants import relative
 
     model = tiny(name)
     ffns = find_ffns(model)
@@ -129,7 +129,7 @@ def test_rows_that_push_and_rows_that_go_through_the_adapter_share_a_batch(name)
 
     sizes = (torch.ones(len(layers)), torch.full((len(layers),), 0.3))
     known = {each: Attribute(each, [], drawn(), drawn(), *sizes, layers, {}) for each in "bc"}
-    known["a"] = Attribute("a", [], drawn(), drawn(), *sizes, layers, {}, push_layers=layers, direction=drawn())
+    known["a"] = Attribute("a", [], drawn(), drawn(), *sizes, layers, {}, steered_layers=layers, direction=drawn())
     rows = [{"a": 1.0}, {"b": 2.0, "c": -1.0}, {}, {"a": -1.0, "b": 0.5}]
     tokens = torch.randint(3, 90, (4, 7), generator=generator)
 

@@ -57,7 +57,7 @@ def test_every_point_says_how_many_prompts_move_the_wrong_way(swept):
 
     def values(s):
         rows = swept("--s", s, "--num-samples", 3, sweep=None).lines
-        scores = [verdict.value for verdict in Vader().judge([row["text"] for row in rows], "positive")]
+        scores = [score.value for score in Vader().score([row["text"] for row in rows], "positive")]
         return [sum(scores[k : k + 3]) / 3 for k in range(0, len(scores), 3)]
 
     asked = ["--num-samples", 3]
@@ -119,7 +119,7 @@ def test_perplexity_is_that_of_the_bare_base(swept, adapter_dir, model_dir, sess
         picked = logits.gather(1, ids[0, 1:, None])[:, 0]
         nats, tokens = nats - float(picked[start - 1 :].sum()), tokens + ids.shape[1] - start
     assert point["perplexity"] == pytest.approx(float(torch.tensor(nats / tokens).exp()), rel=1e-3)
-    judged = swept(*args, "--judge-model", model_dir, sweep="30").json["points"][0]
+    judged = swept(*args, "--reference-model", model_dir, sweep="30").json["points"][0]
     assert judged["perplexity"] == pytest.approx(point["perplexity"], rel=1e-4)
 
 
@@ -161,7 +161,7 @@ def test_a_sweep_uses_the_chat_template(swept, chatty, model_dir):
     assert (templated["apply_chat_template"], spelt["apply_chat_template"]) == (True, False)
     assert measures(templated["points"][0]) == pytest.approx(measures(spelt["points"][0]), rel=1e-4)
     assert measures(templated["points"][0]) != pytest.approx(measures(swept(sweep="20").json["points"][0]), rel=1e-4)
-    judged = swept(*chat, "--judge-model", model_dir, sweep="20").json["points"][0]
+    judged = swept(*chat, "--reference-model", model_dir, sweep="20").json["points"][0]
     assert judged["perplexity"] != pytest.approx(templated["points"][0]["perplexity"], rel=1e-3)
     assert "no chat template" in swept("--apply-chat-template").err
 
@@ -189,11 +189,11 @@ def test_a_classifier_of_the_users_own(swept, labelled):
         (["--scorer", "fit:nowhere.jsonl"], "-4:4:1", 3, "no such file"),
         (["--score-label", "x"], "-4:4:1", 2, "It has positive, negative"),
         (["--plot", "x.png"], None, 2, "belongs to --sweep"),
-        (["--against", "pca"], None, 2, "belongs to --sweep"),
-        (["--against", "promting"], "0", 2, "Did you mean prompting?"),
+        (["--baselines", "pca"], None, 2, "belongs to --sweep"),
+        (["--baselines", "promting"], "0", 2, "Did you mean prompting?"),
         (["--answers", "nowhere.jsonl"], "0", 3, "no such file"),
         (["--detect", "nowhere.jsonl"], "0", 3, "no such file"),
-        (["--judge-model", "nowhere"], "0", 4, "nowhere"),
+        (["--reference-model", "nowhere"], "0", 4, "nowhere"),
     ],
 )
 def test_bad_input(swept, args, sweep, code, message):

@@ -23,7 +23,7 @@ def drawn(monkeypatch, tmp_path):
         "points": [point(2.0, 0.9, 96.0), point(-2.0, 0.1, 81.0), point(0.0, 0.5, 60.0)],
         "unsteered": point(0.0, 0.5, 60.0),
         "chosen": {"s": 2.0}, "model": "/models/tiny", "attribute": "posi$tive", "label": "positive", "scorer": "vader",
-        "judge_model": None, "prompts": 20, "samples": 4,
+        "reference_model": None, "prompts": 20, "samples": 4,
     }  # fmt: skip
     sweep_plot.plot_sweep(document, tmp_path / "sweep.png")
     figures[0].canvas.draw()

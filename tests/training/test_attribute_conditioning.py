@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from braces_cli.core.attributes.attribute import build_attribute, opposite
-from braces_cli.core.attributes.intervention import constants, pushed_constants, steered
+from braces_cli.core.attributes.intervention import constants, steered, steering_vectors
 from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.method.adapter import attach
 from braces_cli.core.method.condition_mlp import WIDTH
@@ -105,7 +105,9 @@ def test_gradients_of_the_mlp_equal_the_reference(session):
             logits = model(tokens).logits
             conditioner.clear()
         logits.logsumexp(-1).square().mean().backward()
-        return logits.detach(), [p.grad.clone() for p in (*mlp.parameters(), *(b.weight for _, b in adapter.sites))]
+        return logits.detach(), [
+            p.grad.clone() for p in (*mlp.parameters(), *(b.weight for _, b in adapter.adapted_ffns))
+        ]
 
     fast, fast_grads = run(False)
     slow, slow_grads = run(True)
@@ -174,9 +176,9 @@ def test_an_attribute_of_a_file_goes_through_the_adapter_that_was_trained_with_i
     session = open_session(None, str(tmp_path / "out"), LoadOptions(device="cpu"))
     trained, file = (find_attribute(session, "positive", folder) for folder in (None, tmp_path / "a"))
     assert torch.equal(trained.state, file.state)
-    assert pushed_constants(session, [(trained, 2.0)]) == {}
+    assert steering_vectors(session, [(trained, 2.0)]) == {}
     assert list(constants(session, [(trained, 2.0)])) == [0, 1]
-    assert list(pushed_constants(session, [(file, 2.0)])) == [0]
+    assert list(steering_vectors(session, [(file, 2.0)])) == [0]
 
 
 def test_opposites_stay_opposites_whatever_the_mlp_learns(session):

@@ -106,10 +106,10 @@ def test_loss_and_gradients_are_those_of_the_formula(trained, packed, groups, sc
     by_length = similar_lengths([len(row.tokens.ids) for row in rows], groups)
     scored = sum(row.tokens.scored for row in rows)
     for weight, count in ((WEIGHT, scored), (0.0, 2 * scored)):
-        wanted = slow_loss(adapter, conditioner, by_length, weight, count)
+        expected = slow_loss(adapter, conditioner, by_length, weight, count)
         loss = fast_loss(adapter, conditioner, layout, [*rows, None], weight, torch.tensor(float(count)))
-        assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=tolerance)
-        assert relative(gradients(adapter, loss), gradients(adapter, wanted)) < tolerance
+        assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=tolerance)
+        assert relative(gradients(adapter, loss), gradients(adapter, expected)) < tolerance
 
 
 def test_rows_without_an_attribute_have_no_opposite(trained):
@@ -121,8 +121,8 @@ def test_rows_without_an_attribute_have_no_opposite(trained):
         layout = Layout(packed, groups=2, only_scored=True, contrast=True)
         assert Collator(layout, 1, conditioner)(rows).blocks[0]["input_ids"].numel() <= sum(LENGTHS[:3])
         loss = fast_loss(adapter, conditioner, layout, rows, WEIGHT, scored)
-        wanted = sum(slow_nll(adapter, conditioner, row, 1) for row in rows) / scored
-        assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=tolerance)
+        expected = sum(slow_nll(adapter, conditioner, row, 1) for row in rows) / scored
+        assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=tolerance)
         assert float(fast_loss(adapter, conditioner, layout, [None, None], WEIGHT, 1)) == 0
 
 

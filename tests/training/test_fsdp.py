@@ -67,7 +67,7 @@ def sharded(env: dict[str, str], folder: Path) -> None:
         fully_shard(model, mesh=mesh)
         optimizer, schedule = optimise(adapter)
         logits = step(model, optimizer, rows)
-        first, tensors = capture(model, optimizer, schedule), adapter.tensors(settle=False)
+        first, tensors = capture(model, optimizer, schedule), adapter.tensors(in_place=False)
         place = folder / str(dtype)
         if env["RANK"] == "0":
             write_tensors(place / "step.safetensors", {**tensors, "logits": logits})
@@ -93,7 +93,7 @@ def test_a_sharded_model_trains_the_adapter_of_a_whole_one(tmp_path):
     for dtype, tolerance in zip(DTYPES, (1e-5, 3e-2), strict=True):
         found = load_file(tmp_path / str(dtype) / "step.safetensors")
         model, adapter, rows = build(dtype)
-        start = {name: tensor.clone() for name, tensor in adapter.tensors(settle=False).items()}
+        start = {name: tensor.clone() for name, tensor in adapter.tensors(in_place=False).items()}
         logits = step(model, optimise(adapter)[0], rows)
         assert relative(found.pop("logits").float(), logits.float()) < tolerance
         trained = adapter.tensors()
@@ -131,7 +131,7 @@ def through_trainer(env: dict[str, str], argv: list[str], log: Path) -> None:
     def checked(self: Any) -> None:
         layer = self._base.model.layers[0]
         assert type(layer).__name__ == "FSDPLlamaDecoderLayer"
-        assert isinstance(layer.mlp.brace.weight, DTensor)
+        assert isinstance(layer.mlp.relevance.weight, DTensor)
         capturing(self)
 
     PartialState.__init__, Trainer._save = spread, checked
@@ -155,14 +155,14 @@ def test_training_under_fsdp2_gives_the_adapter_of_one_process(braces, model_dir
     argv = ["train", "--model", model_dir, "--data", rows, "--eval-data", rows, "--rank", 4, "--max-steps", 12]
     argv += ["--lr", 0.01, "--device", "cpu", "--save-steps", 5, "--save-total-limit", 0, "--output-dir"]
     assert braces(*argv, tmp_path / "one", "--batch-size", 8).code == 0
-    wanted = load_file(tmp_path / "one" / "adapter_model.safetensors")
+    expected = load_file(tmp_path / "one" / "adapter_model.safetensors")
     two = tmp_path / "two"
     for more in ((), ("--resume",)):
         words = [str(word) for word in (*argv, two, "--batch-size", 2, "--gradient-accumulation", 2, *more)]
         assert launch(through_trainer, 2, words, tmp_path / "log.x") == [0, 0], (tmp_path / "log.0").read_text()
         found = load_file(two / "adapter_model.safetensors")
-        assert found.keys() == wanted.keys()
-        assert all((found[name] - wanted[name]).abs().max() < 1e-4 for name in wanted)
+        assert found.keys() == expected.keys()
+        assert all((found[name] - expected[name]).abs().max() < 1e-4 for name in expected)
         for name in ("run.json", "adapter_model.safetensors", "checkpoint-12", "checkpoint-10"):
             path = two / name
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -95,13 +95,13 @@ def test_loss_and_gradients_are_those_of_each_example_alone(session, layout, con
             adapter.mlp.down.weight.normal_(std=1.0, generator=torch.Generator().manual_seed(0))
         conditioner = Conditioner(adapter, attributes)
     rows = examples(conditioned)
-    wanted, wanted_gradients = gradients(model, adapter, lambda: alone(model, rows, conditioner))
+    expected, wanted_gradients = gradients(model, adapter, lambda: alone(model, rows, conditioner))
     loss, found = gradients(model, adapter, lambda: in_blocks(model, rows, conditioner, LAYOUTS[layout]))
-    assert float(loss) == pytest.approx(float(wanted), rel=tolerance)
+    assert float(loss) == pytest.approx(float(expected), rel=tolerance)
     assert relative(found, wanted_gradients) < tolerance
     if conditioned and dtype == torch.float32:  # not by chance: other attributes give other losses
         conditioner.apply(conditioner.strengths([Condition("old", 1.0, "")]))
-        assert float(in_blocks(model, examples(), None, LAYOUTS[layout])) != pytest.approx(float(wanted), rel=1e-3)
+        assert float(in_blocks(model, examples(), None, LAYOUTS[layout])) != pytest.approx(float(expected), rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ SIZES = {
 
 def test_there_is_a_recipe_for_every_task_and_model():
     """Four tasks, three models, and a small one that anybody can run."""
-    wanted = {f"{task}-{model}.yaml" for task in TASKS for model in MODELS} | {"small-sentiment.yaml"}
-    assert wanted <= {path.name for path in RECIPES}
+    expected = {f"{task}-{model}.yaml" for task in TASKS for model in MODELS} | {"small-sentiment.yaml"}
+    assert expected <= {path.name for path in RECIPES}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)

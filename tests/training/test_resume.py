@@ -84,7 +84,7 @@ def test_a_resumed_run_is_the_one_that_was_not_interrupted(train, tmp_path, extr
     one = train(tmp_path / "one", *extra)
     assert one.code == 0, one.err
     assert [path.name for path in checkpoints(tmp_path / "one")] == ["checkpoint-5", "checkpoint-10", "checkpoint-12"]
-    wanted = (tmp_path / "one" / ADAPTER).read_bytes()
+    expected = (tmp_path / "one" / ADAPTER).read_bytes()
     for step in (5, 12):
         out = tmp_path / f"from-{step}"
         out.mkdir()
@@ -92,7 +92,7 @@ def test_a_resumed_run_is_the_one_that_was_not_interrupted(train, tmp_path, extr
         (out / "metrics.jsonl").write_bytes((tmp_path / "one" / "metrics.jsonl").read_bytes() + b'{"step": 1')
         again = train(out, *extra, "--resume")
         assert again.code == 0, again.err
-        assert (out / ADAPTER).read_bytes() == wanted
+        assert (out / ADAPTER).read_bytes() == expected
         assert again.json["resumed_from"] == str(out / f"checkpoint-{step}")
         other = {"output_dir", "seconds", "tokens_per_second", "peak_memory", "resumed_from"}
         assert {k: v for k, v in again.json.items() if k not in other} == {
@@ -118,7 +118,7 @@ def test_a_checkpoint_is_an_adapter_and_holds_no_pickle(train, tmp_path):
     session = open_session(None, str(folder), LoadOptions(device="cpu"))
     assert session.adapter is not None
     raw = load_file(folder / "parameters.safetensors")
-    weight = next(tensor for name, tensor in raw.items() if name.endswith("layers.0.mlp.brace.weight"))
+    weight = next(tensor for name, tensor in raw.items() if name.endswith("layers.0.mlp.relevance.weight"))
     projection = load_file(folder / ADAPTER)["layers.0.projection"]
     assert (weight @ weight.mT - projection @ projection.mT).abs().max() > 1e-3  # unconstrained it has other lengths
 
@@ -131,7 +131,7 @@ def test_attributes_are_those_that_the_run_was_begun_with(train, braces, model_d
     extra = ["--attribute-field", "mood", "--attributes", tmp_path / "built"]
     one = train(tmp_path / "one", *extra)
     assert one.code == 0, one.err
-    wanted = (tmp_path / "one" / ADAPTER).read_bytes()
+    expected = (tmp_path / "one" / ADAPTER).read_bytes()
     (tmp_path / "two").mkdir()
     os.rename(tmp_path / "one" / "checkpoint-5", tmp_path / "two" / "checkpoint-5")
     assert braces(*built, "--attribute", "positive", "--words", "old,town", "--overwrite").code == 0
@@ -146,7 +146,7 @@ def test_attributes_are_those_that_the_run_was_begun_with(train, braces, model_d
     rounded = lambda *given: [replace(each, hidden=each.hidden + 1e-3 * each.state) for each in real(*given)]  # noqa: E731
     monkeypatch.setattr(training, "gather_attributes", rounded)
     assert train(tmp_path / "two", *extra, "--resume").code == 0
-    assert (tmp_path / "two" / ADAPTER).read_bytes() == wanted
+    assert (tmp_path / "two" / ADAPTER).read_bytes() == expected
 
 
 @pytest.fixture
@@ -284,7 +284,7 @@ def test_an_incomplete_checkpoint_is_left_out_with_a_warning(train, tmp_path, ca
     """An empty checkpoint-11 does not count, nor is it in the way; one without a manifest is used, unchecked."""
     out = tmp_path / "o"
     train(out)
-    wanted = (out / ADAPTER).read_bytes()
+    expected = (out / ADAPTER).read_bytes()
     for name in ("run.json", "adapter_config.json"):
         (out / name).unlink()
     shutil.rmtree(out / "checkpoint-12")
@@ -294,7 +294,7 @@ def test_an_incomplete_checkpoint_is_left_out_with_a_warning(train, tmp_path, ca
     outcome = train(out, "--resume")
     assert outcome.code == 0, outcome.err
     assert outcome.json["resumed_from"] == str(out / "checkpoint-10")
-    assert (out / ADAPTER).read_bytes() == wanted
+    assert (out / ADAPTER).read_bytes() == expected
     said = " ".join(record.getMessage() for record in caplog.records)
     assert f"{out / 'checkpoint-11'} is not a complete checkpoint" in said
     assert f"{out / 'checkpoint-10'} has no manifest" in said

@@ -15,7 +15,7 @@ from braces_cli.core.method.adapter_files import find_adapter, read_config
 from braces_cli.core.method.reference import reference
 from braces_cli.core.models.tokenization import Encoded
 from braces_cli.core.utils.errors import ModelError
-from braces_cli.training.token_path import token_path_shares
+from braces_cli.training.token_path import side_path_shares
 from tests.conftest import make_adapter, open_gates, tiny_model
 from tests.core.architectures import tiny
 from tests.core.method.test_reference import TOKENS, relative
@@ -30,22 +30,22 @@ def test_the_share_is_the_term_over_the_output(name):
     model = tiny(name) if name == "mixtral" else tiny_model(name)
     adapter = attach(model, 4, layers=[1])
     open_gates(adapter)
-    ffn, brace = adapter.sites[0]
+    ffn, adapter_layer = adapter.adapted_ffns[0]
     outputs: list[torch.Tensor] = []
     end = ffn.host if name != "opt" else ffn.value
     with torch.no_grad():
         for enabled in (True, False):
-            brace.enabled = enabled
+            adapter_layer.enabled = enabled
             # Behind our own hook, which was there first.
             handle = end.register_forward_hook(lambda module, args, output: outputs.append(output))
             for example in EXAMPLES:
                 model(input_ids=torch.tensor([example.ids]))
             handle.remove()
-    brace.enabled = True
+    adapter_layer.enabled = True
     on, off = (torch.cat([o.reshape(-1, o.shape[-1]) for o in part]) for part in (outputs[:6], outputs[6:]))
     expected = float(((on - off).norm(dim=-1) / off.norm(dim=-1)).median())
-    assert token_path_shares(adapter, EXAMPLES) == [pytest.approx(expected, rel=1e-3)]
-    assert brace.enabled  # nothing of the measurement stays
+    assert side_path_shares(adapter, EXAMPLES) == [pytest.approx(expected, rel=1e-3)]
+    assert adapter_layer.enabled  # nothing of the measurement stays
 
 
 def test_scales_are_saved_and_loaded_and_steering_grows_with_them(session, tmp_path):
@@ -55,8 +55,8 @@ def test_scales_are_saved_and_loaded_and_steering_grows_with_them(session, tmp_p
     assert json.loads((folder / "adapter_config.json").read_text())["relevance_scale"] == [1.5, 0.75]
     stored = find_adapter(str(folder))
     adapter, config = attach_stored(model, stored, session.base.fingerprint()), stored.config
-    for (_, brace), scale in zip(adapter.sites, (2.5, 0.25), strict=True):
-        brace.set_scale(scale)
+    for (_, adapter_layer), scale in zip(adapter.adapted_ffns, (2.5, 0.25), strict=True):
+        adapter_layer.set_scale(scale)
     with torch.no_grad():
         scaled = model(TOKENS).logits
     adapter.save(tmp_path / "b", config, "# test\n")
@@ -65,7 +65,7 @@ def test_scales_are_saved_and_loaded_and_steering_grows_with_them(session, tmp_p
         load_file(tmp_path / "b" / "adapter_model.safetensors").keys()
         == load_file(folder / "adapter_model.safetensors").keys()
     )
-    pushes = []
+    sizes = []
     for name, same in (("b", True), ("a", False)):
         session.add_adapter(find_adapter(str(tmp_path / name)))
         with torch.no_grad(), reference(session.adapter):
@@ -75,8 +75,8 @@ def test_scales_are_saved_and_loaded_and_steering_grows_with_them(session, tmp_p
         assert torch.equal(fast, scaled) == same
         assert relative(fast, slow) < 1e-5
         with steered(session, [(build_attribute(session, "good", ["good"]), 1.0)]) as found:
-            pushes.append([push.share for push in found])
-    assert pushes[0] == pytest.approx([2.5 / 1.5 * pushes[1][0], 0.25 / 0.75 * pushes[1][1]], rel=1e-5)
+            sizes.append([size.share for size in found])
+    assert sizes[0] == pytest.approx([2.5 / 1.5 * sizes[1][0], 0.25 / 0.75 * sizes[1][1]], rel=1e-5)
     raw = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
     for damaged in ([], [1.0], [1.0, 0.0], [1.0, None], 2.0):
         (tmp_path / "b" / "adapter_config.json").write_text(json.dumps({**raw, "relevance_scale": damaged}))
@@ -95,8 +95,8 @@ def test_the_command_reports_the_share_and_stores_the_scales(braces, model_dir, 
             "--output-dir", tmp_path / name, "--format", "json",
         )  # fmt: skip
         assert outcome.code == 0, outcome.err
-        assert len(outcome.json["token_path_share"]) == 2
-        assert min(outcome.json["token_path_share"]) > 0
+        assert len(outcome.json["side_path_share"]) == 2
+        assert min(outcome.json["side_path_share"]) > 0
         scales.append(read_config(tmp_path / name).relevance_scale)
     assert min(scales[0]) > 1
     assert scales[1] == [0.5, 0.5]

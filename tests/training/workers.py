@@ -81,9 +81,9 @@ def train_with_attributes(
     assert braces(*argv, one, "--batch-size", 12).code == 0
     words = [str(word) for word in (*argv, two, "--batch-size", 3, "--gradient-accumulation", 2)]
     assert launch(target, 2, words, folder / "log.x", *args) == [0, 0], (folder / "log.0").read_text()
-    wanted, found = (load_file(each / "adapter_model.safetensors") for each in (one, two))
-    assert found.keys() == wanted.keys()
+    expected, found = (load_file(each / "adapter_model.safetensors") for each in (one, two))
+    assert found.keys() == expected.keys()
     assert any(name.startswith("condition.") for name in found)
-    for name in wanted:
-        assert (found[name] - wanted[name]).abs().max() < 1e-4, name
+    for name in expected:
+        assert (found[name] - expected[name]).abs().max() < 1e-4, name
     return one, two

@@ -26,7 +26,7 @@ from braces_cli.core.attributes.contrast import Passage
 from braces_cli.core.attributes.odds import Item, cheapest_directions, default_reduction
 from braces_cli.core.attributes.odds_items import text_items, word_items
 from braces_cli.core.attributes.pooling import pool_texts, pool_words
-from braces_cli.core.attributes.push_sizes import default_layers, output_norms, push_scale
+from braces_cli.core.attributes.push_sizes import default_layers, output_norms, steering_scale
 from braces_cli.core.attributes.word_lists import (
     GRADIENT,
     OPPOSITES,
@@ -46,7 +46,7 @@ _PARTS = ("hidden", "reference", "residual", "scale")
 # A tensor that only some attributes have.
 _DIRECTION = "direction"
 # What a header's details tell of an attribute; the rest of them is for listings. Files of earlier versions have fewer.
-_RECORDED = ("base", "pooling", "examples", "push_layers", "made")
+_RECORDED = ("base", "pooling", "examples", "steered_layers", "provenance")
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,14 @@ class Attribute:
         reference: pooled FFN inputs of the neutral words or texts, (layers, d).
         residual: median norm of the residual stream behind each layer over shipped neutral text, (layers,); over what
             the layer makes of its FFN's output, where that is not added as it is (`push_sizes.output_norms`).
-        scale: what makes `scale * push_direction` the push of s = 1 at a layer, (layers,); for steering without
+        scale: what makes `scale * steering_direction` the push of s = 1 at a layer, (layers,); for steering without
             training.
         layers: decoder layer of each row.
         fingerprint: of the base.
         base: its name, as the user gave it; recorded only.
         pooling: over the tokens of each word or text, one of `core.attributes.pooling.POOLINGS`.
         examples: how many texts it was built from, 0 where it was built from words.
-        push_layers: decoder layers that are pushed without training, where they are not the default ones.
+        steered_layers: decoder layers that are pushed without training, where they are not the default ones.
         made: how it was made, as far as words and examples do not say it; recorded only.
         direction: what is pushed along without training, where that is not p, (layers, d).
     """
@@ -83,19 +83,19 @@ class Attribute:
     base: str | None = None
     pooling: str = "mean"
     examples: int = 0
-    push_layers: list[int] | None = None
-    made: dict[str, Any] = field(default_factory=dict)
+    steered_layers: list[int] | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
     direction: Tensor | None = None
 
     @property
-    def push_direction(self) -> Tensor:
+    def steering_direction(self) -> Tensor:
         """What is pushed along without training, (layers, d): p, unless the attribute has a direction of its own."""
         return self.state if self.direction is None else self.direction
 
     @property
-    def pushed(self) -> list[int]:
+    def effective_layers(self) -> list[int]:
         """Decoder layers that are pushed without training where no others are named."""
-        return default_layers(self.layers) if self.push_layers is None else self.push_layers
+        return default_layers(self.layers) if self.steered_layers is None else self.steered_layers
 
     @property
     def state(self) -> Tensor:
@@ -127,8 +127,8 @@ def _details(attribute: Attribute) -> dict[str, Any]:
         "base": attribute.base,
         "pooling": attribute.pooling,
         "examples": attribute.examples,
-        "push_layers": attribute.push_layers,
-        "made": attribute.made,
+        "steered_layers": attribute.steered_layers,
+        "provenance": attribute.provenance,
         "difference": [float(f"{value:.4g}") for value in difference.tolist()],
         "residual": [float(f"{value:.4g}") for value in attribute.residual.tolist()],
     }
@@ -190,18 +190,20 @@ def _redirected(
     if reduction != GRADIENT:
         hint = f"Words and texts that are no pairs have mean or {GRADIENT}."
         raise ConfigError(f"`{reduction}` needs pairs", where="--reduction", hint=hint)
-    return pushed_by_gradient(session, attribute, items(), report)
+    return with_gradient_direction(session, attribute, items(), report)
 
 
-def pushed_by_gradient(session: Session, attribute: Attribute, items: Sequence[Item], report: Report) -> Attribute:
+def with_gradient_direction(session: Session, attribute: Attribute, items: Sequence[Item], report: Report) -> Attribute:
     """The same attribute, pushed without training along the gradient of the odds of `items` (`core.attributes.odds`).
 
     Raises:
         ModelError: the model computes where gradients do not reach.
     """
     direction = cheapest_directions(session, items, report)
-    scale = push_scale(attribute.residual, direction, attribute.pushed)
-    return replace(attribute, direction=direction, scale=scale, made={**attribute.made, "reduction": GRADIENT})
+    scale = steering_scale(attribute.residual, direction, attribute.effective_layers)
+    return replace(
+        attribute, direction=direction, scale=scale, provenance={**attribute.provenance, "reduction": GRADIENT}
+    )
 
 
 def _build(
@@ -227,7 +229,7 @@ def _build(
         hidden,
         reference,
         residual,
-        push_scale(residual, hidden - reference, default_layers(layers)),
+        steering_scale(residual, hidden - reference, default_layers(layers)),
         layers,
         base.fingerprint(ffns),
         base.name,
@@ -254,7 +256,7 @@ def check_numbers(attribute: Attribute, where: str, hint: str) -> None:
         raise ModelError(f"{attribute.name}.residual holds norms that are not positive", where=where, hint=hint)
 
 
-def pushed_in(attribute: Attribute, layers: Sequence[int] | None) -> Attribute:
+def with_steered_layers(attribute: Attribute, layers: Sequence[int] | None) -> Attribute:
     """The same attribute, pushed in other layers; None leaves it as it is.
 
     Raises:
@@ -266,15 +268,15 @@ def pushed_in(attribute: Attribute, layers: Sequence[int] | None) -> Attribute:
     if not chosen:
         hint = f"Layers {attribute.layers} have one."
         raise ConfigError("none of these layers has a feed-forward layer", where="--layers", hint=hint)
-    scale = push_scale(attribute.residual, attribute.push_direction, chosen)
-    return replace(attribute, push_layers=chosen, scale=scale)
+    scale = steering_scale(attribute.residual, attribute.steering_direction, chosen)
+    return replace(attribute, steered_layers=chosen, scale=scale)
 
 
 def without_direction(attribute: Attribute) -> Attribute:
     """The same attribute, pushed along p where it is pushed at all."""
     if attribute.direction is None:
         return attribute
-    scale = push_scale(attribute.residual, attribute.state, attribute.pushed)
+    scale = steering_scale(attribute.residual, attribute.state, attribute.effective_layers)
     return replace(attribute, direction=None, scale=scale)
 
 
@@ -284,7 +286,7 @@ def opposite(session: Session, one: Attribute, other: Attribute) -> tuple[Attrib
     The reference of both is their middle.
     """
     middle = (one.hidden + other.hidden) / 2
-    scale = push_scale(one.residual, one.hidden - middle, one.pushed)
+    scale = steering_scale(one.residual, one.hidden - middle, one.effective_layers)
     ends = [replace(each, reference=middle, scale=scale, direction=None) for each in (one, other)]
     return ends[0], ends[1]
 
@@ -309,8 +311,8 @@ def load_attributes(path: Path, session: Session) -> dict[str, Attribute]:
     attributes = {}
     for name, words in header.attributes.items():
         details: dict[str, Any] = {k: v for k, v in header.details.get(name, {}).items() if k in _RECORDED}
-        if not set(details.get("push_layers") or []) <= set(header.layers):
-            raise ModelError("`push_layers` are not among `layers`", where=str(path), hint=HEADER.hint)
+        if not set(details.get("steered_layers") or []) <= set(header.layers):
+            raise ModelError("`steered_layers` are not among `layers`", where=str(path), hint=HEADER.hint)
         parts: dict[str, Any] = _read_parts(path, name, len(header.layers), header.fingerprint["hidden_size"])
         attribute = Attribute(name, words, **parts, layers=header.layers, fingerprint=header.fingerprint, **details)
         check_numbers(attribute, str(path), "The file is damaged; build it again: attr-build.")

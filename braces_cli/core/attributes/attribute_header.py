@@ -20,8 +20,8 @@ class Details(TypedDict, total=False):
     base: Name | None
     pooling: Literal["mean", "last", "max"]
     examples: Count
-    push_layers: list[Count] | None
-    made: dict[str, Any]
+    steered_layers: list[Count] | None
+    provenance: dict[str, Any]
     difference: list[float] | None
     residual: list[float] | None
 

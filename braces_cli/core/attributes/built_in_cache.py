@@ -20,7 +20,7 @@ import torch
 
 from braces_cli.core.attributes.attribute import Attribute, load_attributes, save_attributes
 from braces_cli.core.attributes.odds import RIDGE, neutral_prompts
-from braces_cli.core.attributes.push_sizes import PUSH
+from braces_cli.core.attributes.push_sizes import STEERING_SHARE
 from braces_cli.core.attributes.word_lists import OPPOSITES, REFERENCE, built_in, neutral_texts
 from braces_cli.core.models.residual_join import GAIN_STEP
 from braces_cli.core.session import Session
@@ -82,7 +82,7 @@ def _place(session: Session, name: str, reduction: str) -> Path | None:
         "attention": getattr(session.base.model.config, "_attn_implementation", None),
         "words": [lists[each] for each in (name, OPPOSITES.get(name, REFERENCE), REFERENCE)],
         "texts": [neutral_prompts(), neutral_texts()],
-        "constants": [PUSH, RIDGE, GAIN_STEP],
+        "constants": [STEERING_SHARE, RIDGE, GAIN_STEP],
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }

@@ -27,7 +27,7 @@ from braces_cli.core.utils.errors import ConfigError, DataError
 from braces_cli.core.utils.progress import Report, silent
 
 # Where states are taken: what enters each FFN, or what its decoder layer gives to the next one.
-SITES = ("input", "output")
+CAPTURED = ("input", "output")
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,14 @@ def pair_states(
     session: Session,
     pairs: Sequence[Pair],
     *,
-    site: str = "input",
+    captured: str = "input",
     pooling: str = "mean",
     report: Report = silent,
 ) -> PairStates:
     """Run the bare base over both passages of every pair; an adapter that is attached stays out of it.
 
     Args:
-        site: one of SITES.
+        site: one of CAPTURED.
         pooling: over the tokens of each text, one of `core.attributes.pooling.POOLINGS`.
 
     Raises:
@@ -89,7 +89,7 @@ def pair_states(
     if not pairs:
         raise DataError("no pairs", where="--pairs", hint="Give at least one row of `positive` and `negative`.")
     model = session.base.model
-    watches: list[Watch] = input_watches(session.ffns) if site == "input" else output_watches(model, session.ffns)
+    watches: list[Watch] = input_watches(session.ffns) if captured == "input" else output_watches(model, session.ffns)
     rows = [passage_tokens(session, side) for pair in pairs for side in (pair.positive, pair.negative)]
     states = torch.zeros(len(watches), len(rows), session.ffns[0].hidden_size)
     with ExitStack() as stack:
@@ -103,7 +103,7 @@ def pair_states(
 def passage_tokens(session: Session, passage: Passage) -> Row:
     """Tokens of a passage and where its text begins; what does not fit the model is cut from the front."""
     tokenizer = session.base.tokenizer
-    room = context_length(session.base.model.config, tokenizer)
+    max_length = context_length(session.base.model.config, tokenizer)
     if passage.chat:
         encoded = encode_answer(tokenizer, passage.prompt, passage.text)
     else:
@@ -114,7 +114,7 @@ def passage_tokens(session: Session, passage: Passage) -> Row:
         start += 1
     # A text of no tokens of its own is pooled over the last token before it.
     start = min(start, len(encoded.ids) - 1)
-    cut = max(len(encoded.ids) - room, 0)
+    cut = max(len(encoded.ids) - max_length, 0)
     return encoded.ids[cut:], max(start - cut, 0)
 
 

@@ -68,10 +68,10 @@ def detection(
 def projections(session: Session, attribute: Attribute, texts: Sequence[str], report: Report = silent) -> Tensor:
     """Largest projection of a token's FFN input on p / |p|, (layers, texts); special tokens in front do not count."""
     base = session.base
-    room, special = context_length(base.model.config, base.tokenizer), set(base.tokenizer.all_special_ids)
+    max_length, special = context_length(base.model.config, base.tokenizer), set(base.tokenizer.all_special_ids)
     rows: list[Row] = []
     for text in texts:
-        ids = encode(base.tokenizer, text, max_length=room).ids
+        ids = encode(base.tokenizer, text, max_length=max_length).ids
         rows.append((ids, next((place for place, token in enumerate(ids) if token not in special), 0)))
     directions = F.normalize(attribute.state, dim=-1)
     watches: list[Watch] = [

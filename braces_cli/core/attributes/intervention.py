@@ -33,7 +33,7 @@ Strength = float | Tensor
 
 
 @dataclass(frozen=True)
-class Push:
+class SteeringSize:
     """How far one layer is pushed: norm of the added vector over the median norm of the residual stream behind it.
 
     Of rows with strengths of their own, the largest.
@@ -46,7 +46,7 @@ class Push:
 @contextmanager
 def steered(
     session: Session, terms: Sequence[tuple[Attribute, Strength]], layers: Collection[int] | None = None
-) -> Iterator[list[Push]]:
+) -> Iterator[list[SteeringSize]]:
     """Steer the open model inside the `with` block; yields the push of each layer, none where nothing is added.
 
     Args:
@@ -62,13 +62,13 @@ def steered(
             raise ConfigError(f"the strength of `{attribute.name}` is {s}", where="--s", hint="Give a finite number.")
     active = [(attribute, s) for attribute, s in terms if (s.any() if isinstance(s, Tensor) else s != 0)]
     with ExitStack() as stack:
-        through, beside = _split(session, active)
-        moved = _add(stack, session.ffns, beside, layers)
+        through, direct = _split(session, active)
+        moved = _add(stack, session.ffns, direct, layers)
         if session.adapter is not None and through:
             moved += _shift(stack, session.adapter, through, layers)
-        if beside:
+        if direct:
             hooks_changed(session.base.model)
-        yield _in_range(_pushes(moved))
+        yield _in_range(_sizes(moved))
 
 
 def _split(
@@ -81,22 +81,22 @@ def _split(
     return through, [(each, s) for each, s in terms if each.direction is not None]
 
 
-def _pushes(moved: Sequence[tuple[int, Tensor, float]]) -> list[Push]:
+def _sizes(moved: Sequence[tuple[int, Tensor, float]]) -> list[SteeringSize]:
     """The push of each layer: `moved` holds layers, what is added there, (rows, d), and residual norms; a layer that an
     attribute pushes and another goes through the adapter of comes twice."""
     total: dict[int, Tensor] = {}
     for layer, vectors, _ in moved:
         total[layer] = total[layer] + vectors if layer in total else vectors
     residual = {layer: norm for layer, _, norm in moved}
-    return [Push(layer, float(total[layer].norm(dim=1).max()) / residual[layer]) for layer in total]
+    return [SteeringSize(layer, float(total[layer].norm(dim=1).max()) / residual[layer]) for layer in total]
 
 
-def _in_range(pushes: list[Push]) -> list[Push]:
-    for push in pushes:
-        if not math.isfinite(push.share):
-            what = f"the vector that is added in layer {push.layer} is not finite"
+def _in_range(sizes: list[SteeringSize]) -> list[SteeringSize]:
+    for size in sizes:
+        if not math.isfinite(size.share):
+            what = f"the vector that is added in layer {size.layer} is not finite"
             raise ConfigError(what, where="--s", hint="Give a smaller strength.")
-    return pushes
+    return sizes
 
 
 def terms_of_rows(
@@ -123,21 +123,21 @@ def _shift(
     stack: ExitStack, adapter: Adapter, terms: Sequence[tuple[Attribute, Strength]], layers: Collection[int] | None
 ) -> list[tuple[int, Tensor, float]]:
     found = []
-    for ffn, brace in adapter.sites:
+    for ffn, adapter_layer in adapter.adapted_ffns:
         if layers is not None and ffn.layer not in layers:
             continue
         with torch.no_grad():
             row = terms[0][0].layers.index(ffn.layer)
             residual = float(terms[0][0].residual[row])
-            states = [(adapter.states(each.state[row]).to(brace.weight), s) for each, s in terms]
+            states = [(adapter.states(each.state[row]).to(adapter_layer.weight), s) for each, s in terms]
             state = _sum([_spread(s.to(h) if isinstance(s, Tensor) else s) * h for h, s in states])
-            projection = brace.projection()
-            brace.shift = projection @ state if state.ndim == 1 else state @ projection.mT
-            columns = brace.shift.reshape(-1, brace.rank).mT  # (d_r, rows)
-            each = [brace.factors(part.values(), torch.float32)[1] @ columns for part in ffn.parts]
+            projection = adapter_layer.projection()
+            adapter_layer.shift = projection @ state if state.ndim == 1 else state @ projection.mT
+            columns = adapter_layer.shift.reshape(-1, adapter_layer.rank).mT  # (d_r, rows)
+            each = [adapter_layer.factors(part.values(), torch.float32)[1] @ columns for part in ffn.parts]
             # Of experts the mean, though which of them a token meets is the router's choice.
             vectors = torch.cat([vector.reshape(-1, *vector.shape[-2:]) for vector in each]).mean(dim=0)  # (d, rows)
-        stack.callback(setattr, brace, "shift", None)
+        stack.callback(setattr, adapter_layer, "shift", None)
         found.append((ffn.layer, vectors.mT.float().cpu(), residual))
     return found
 
@@ -174,13 +174,13 @@ def _vectors(
     The sum is (d,), or (batch, 1, d) where rows have strengths of their own.
     """
     for ffn in ffns:
-        here = [(each, s) for each, s in terms if ffn.layer in (each.pushed if layers is None else layers)]
+        here = [(each, s) for each, s in terms if ffn.layer in (each.effective_layers if layers is None else layers)]
         if not here:
             continue
         row = here[0][0].layers.index(ffn.layer)
         total = torch.zeros(ffn.hidden_size)
         for each, s in here:
-            total = total + _spread(s) * float(each.scale[row]) * each.push_direction[row]
+            total = total + _spread(s) * float(each.scale[row]) * each.steering_direction[row]
         yield ffn, total, float(here[0][0].residual[row])
 
 
@@ -191,16 +191,16 @@ def constants(
 
     Experts of an adapter are left out: what it adds there depends on the router.
     """
-    found = pushed_constants(session, terms, layers)
+    found = steering_vectors(session, terms, layers)
     with steered(session, terms, layers), torch.no_grad():
-        for ffn, brace in session.adapter.sites if session.adapter is not None else []:
-            if brace.shift is not None and isinstance(ffn, FFN):
-                vector = (brace.factors(ffn.values(), torch.float32)[1] @ brace.shift).cpu()
+        for ffn, adapter_layer in session.adapter.adapted_ffns if session.adapter is not None else []:
+            if adapter_layer.shift is not None and isinstance(ffn, FFN):
+                vector = (adapter_layer.factors(ffn.values(), torch.float32)[1] @ adapter_layer.shift).cpu()
                 found[ffn.layer] = found[ffn.layer] + vector if ffn.layer in found else vector
     return found
 
 
-def pushed_constants(
+def steering_vectors(
     session: Session, terms: Sequence[tuple[Attribute, float]], layers: Collection[int] | None = None
 ) -> dict[int, Tensor]:
     """The part of `constants` that does not go through the adapter."""

@@ -9,7 +9,7 @@ from typing import Any
 from braces_cli.core.attributes.word_lists import OTHER_FILES, built_in
 from braces_cli.core.utils.errors import ConfigError, ModelError
 from braces_cli.core.utils.file_hashes import file_hash
-from braces_cli.core.utils.paths import is_there
+from braces_cli.core.utils.paths import path_exists
 
 # Attributes that an adapter was trained with, in its folder.
 TRAINED_FILE = "attributes.safetensors"
@@ -26,7 +26,7 @@ def check_folder(folder: Path | None) -> None:
     try:
         next(folder.iterdir(), None)
     except OSError as error:
-        what = "no such folder" if not is_there(folder) else f"cannot read this folder: {error.strerror}"
+        what = "no such folder" if not path_exists(folder) else f"cannot read this folder: {error.strerror}"
         hint = "Give --attributes the folder that `braces attr-build` wrote."
         raise ConfigError(what, where=str(folder), hint=hint) from error
 
@@ -51,14 +51,14 @@ def attribute_hashes(names: Iterable[str], folders: Iterable[Path | None]) -> li
     """
     files = [TRAINED_FILE, *(f"{name}.safetensors" for name in names)]
     there = [folder / file for folder in folders if folder is not None for file in files]
-    return [file_hash(file, ModelError) for file in there if is_there(file)]
+    return [file_hash(file, ModelError) for file in there if path_exists(file)]
 
 
 def list_attributes(folder: Path | None, adapter: Path | None) -> list[dict[str, Any]]:
     """Attributes in the order in which `--attribute` looks for them: of `folder`, of the adapter, built in.
 
-    Each is `{name, source, path, words, examples, pooling, made, push_layers, base, layers, hidden_size, fingerprint,
-    statistics}`; of a built-in list, which belongs to no base, only name, source and words are not null.
+    Each is `{name, source, path, words, examples, pooling, provenance, steered_layers, base, layers, hidden_size,
+    fingerprint, statistics}`; of a built-in list, which belongs to no base, only name, source and words are not null.
 
     Raises:
         ConfigError: see `check_folder`.
@@ -70,8 +70,18 @@ def list_attributes(folder: Path | None, adapter: Path | None) -> list[dict[str,
         rows += _of_files(_single(folder), "folder")
     if adapter is not None:
         trained = adapter / TRAINED_FILE
-        rows += _of_files([*_single(adapter), *([trained] if is_there(trained) else [])], "adapter")
-    unknown = ("path", "examples", "pooling", "made", "push_layers", "base", "layers", "hidden_size", "fingerprint")
+        rows += _of_files([*_single(adapter), *([trained] if path_exists(trained) else [])], "adapter")
+    unknown = (
+        "path",
+        "examples",
+        "pooling",
+        "provenance",
+        "steered_layers",
+        "base",
+        "layers",
+        "hidden_size",
+        "fingerprint",
+    )
     nothing = dict.fromkeys(unknown)
     for name, words in built_in().items():
         rows.append({"name": name, "source": "built-in", "words": words, **nothing, "statistics": None})
@@ -99,8 +109,8 @@ def _of_files(paths: list[Path], source: str) -> Iterator[dict[str, Any]]:
                 "path": str(path),
                 "examples": known.get("examples"),
                 "pooling": known.get("pooling", "mean"),
-                "made": known.get("made", {}),
-                "push_layers": known.get("push_layers"),
+                "provenance": known.get("provenance", {}),
+                "steered_layers": known.get("steered_layers"),
                 "base": known.get("base"),
                 "layers": len(header.layers),
                 "hidden_size": header.fingerprint["hidden_size"],

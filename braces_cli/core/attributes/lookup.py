@@ -12,14 +12,14 @@ from braces_cli.core.attributes.odds import default_reduction
 from braces_cli.core.attributes.word_lists import OTHER_FILES, built_in, check_name
 from braces_cli.core.session import Session
 from braces_cli.core.utils.errors import ConfigError, near_misses
-from braces_cli.core.utils.paths import is_there
+from braces_cli.core.utils.paths import path_exists
 from braces_cli.core.utils.progress import Report, silent
 
 logger = logging.getLogger("braces")
 
 
 def find_attribute(
-    session: Session, name: str, folder: Path | None, report: Report = silent, push: bool = True
+    session: Session, name: str, folder: Path | None, report: Report = silent, for_steering: bool = True
 ) -> Attribute:
     """Look an attribute up: in `folder`, in the adapter's folder, then build it from the built-in word list.
 
@@ -45,7 +45,7 @@ def find_attribute(
     if name in lists:
         if folder is not None:
             logger.warning("%s: no attribute `%s` there; its built-in word list is used", folder, name)
-        reduction = default_reduction(session) if push else "mean"
+        reduction = default_reduction(session) if for_steering else "mean"
         return cached(session, name, reduction, lambda: built_in_attribute(session, name, report, reduction=reduction))
     known = known_attributes(session, folder)
     hint = f"{near_misses(name, known)} Known: {', '.join(known)}. Build others with braces attr-build.".strip()
@@ -71,4 +71,4 @@ def _files(session: Session, folder: Path | None, name: str) -> list[Path]:
     places = [] if folder is None else [folder / file for file in own]
     if session.folder is not None:
         places += [session.folder / file for file in (*own, TRAINED_FILE)]
-    return [path for path in places if is_there(path)]
+    return [path for path in places if path_exists(path)]

@@ -111,10 +111,10 @@ def damped_solve(draws: Tensor, odds: Tensor, ridge: float = RIDGE) -> Tensor:
     By Woodbury, so that what is solved is n by n, whatever d.
     """
     count, width = draws.shape[1:]
-    rows, wanted = draws.double(), odds.double().unsqueeze(-1)
+    rows, targets = draws.double(), odds.double().unsqueeze(-1)
     damping = (ridge * rows.square().sum(dim=(1, 2)) / (count * width)).clamp(min=1e-30)[:, None, None]
     inner = count * damping * torch.eye(count, dtype=rows.dtype) + rows @ rows.mT
-    solved = (wanted - rows.mT @ torch.linalg.solve(inner, rows @ wanted)) / damping
+    solved = (targets - rows.mT @ torch.linalg.solve(inner, rows @ targets)) / damping
     return solved.squeeze(-1).float()
 
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from braces_cli.core.attributes.attribute import Attribute, check_numbers, pushed_by_gradient, pushed_in
+from braces_cli.core.attributes.attribute import Attribute, check_numbers, with_gradient_direction, with_steered_layers
 from braces_cli.core.attributes.contrast import Pair, Passage, pair_states, reduce_pairs, separation
 from braces_cli.core.attributes.descriptions import CHAT_WITHOUT_DESCRIPTION, description_pairs
 from braces_cli.core.attributes.odds import Item, default_reduction
 from braces_cli.core.attributes.odds_items import description_items, text_items
-from braces_cli.core.attributes.push_sizes import default_layers, output_norms, push_scale
+from braces_cli.core.attributes.push_sizes import default_layers, output_norms, steering_scale
 from braces_cli.core.attributes.word_lists import GRADIENT
 from braces_cli.core.models.chat_turns import has_template
 from braces_cli.core.models.finite_weights import OVERFLOW_HINT
@@ -61,7 +61,7 @@ def attribute_from_descriptions(
     reading = reading or PairReading()
     pairs = description_pairs(describe, against, _chat(session, reading.chat))
     attribute = _from_pairs(session, name, pairs, reading, report)
-    return replace(attribute, made={**attribute.made, "describe": list(describe), "against": list(against)})
+    return replace(attribute, provenance={**attribute.provenance, "describe": list(describe), "against": list(against)})
 
 
 def attribute_from_pairs(
@@ -79,13 +79,13 @@ def attribute_from_pairs(
     return _from_pairs(session, name, [Pair(*both) for both in sides], reading, report)
 
 
-def _chat(session: Session, wanted: bool | None) -> bool:
+def _chat(session: Session, requested: bool | None) -> bool:
     """Whether prompts go through the chat template."""
     there = has_template(session.base.tokenizer)
-    if wanted and not there:
+    if requested and not there:
         hint = "Leave it out, or use a model that was tuned on chats."
         raise ConfigError("the tokenizer has no chat template", where="--apply-chat-template", hint=hint)
-    return there if wanted is None else wanted
+    return there if requested is None else requested
 
 
 def _in_chat(passage: Passage, chat: bool) -> Passage:
@@ -96,17 +96,17 @@ def _in_chat(passage: Passage, chat: bool) -> Passage:
 def _from_pairs(session: Session, name: str, pairs: Sequence[Pair], reading: PairReading, report: Report) -> Attribute:
     states = pair_states(session, pairs, pooling=reading.pooling, report=report)
     # Where the push goes another way, the state is still the difference of means.
-    wanted = reading.reduction or default_reduction(session)
-    by_gradient, reduction = wanted == GRADIENT, "mean" if wanted == GRADIENT else wanted
+    requested = reading.reduction or default_reduction(session)
+    by_gradient, reduction = requested == GRADIENT, "mean" if requested == GRADIENT else requested
     direction, middle = reduce_pairs(states, reduction), states.middle
     layers = [ffn.layer for ffn in session.ffns]
-    made: dict[str, Any] = {
+    provenance: dict[str, Any] = {
         "pairs": len(pairs),
         "reduction": reduction,
         "chat_template": any(pair.positive.chat for pair in pairs),
     }
     if len(pairs) >= _FEWEST:
-        made["separation"] = separation(states, reduction)
+        provenance["separation"] = separation(states, reduction)
     residual = output_norms(session)
     attribute = Attribute(
         name,
@@ -114,17 +114,17 @@ def _from_pairs(session: Session, name: str, pairs: Sequence[Pair], reading: Pai
         middle + direction,
         middle,
         residual,
-        push_scale(residual, direction, default_layers(layers)),
+        steering_scale(residual, direction, default_layers(layers)),
         layers,
         session.base.fingerprint(session.ffns),
         session.base.name,
         reading.pooling,
         2 * len(pairs),
-        made=made,
+        provenance=provenance,
     )
     check_numbers(attribute, name, OVERFLOW_HINT)
-    attribute = pushed_in(attribute, _push_layers(attribute, reading.layers))
-    return pushed_by_gradient(session, attribute, _items(session, pairs), report) if by_gradient else attribute
+    attribute = with_steered_layers(attribute, _steered_layers(attribute, reading.layers))
+    return with_gradient_direction(session, attribute, _items(session, pairs), report) if by_gradient else attribute
 
 
 def _items(session: Session, pairs: Sequence[Pair]) -> list[Item]:
@@ -138,14 +138,14 @@ def _items(session: Session, pairs: Sequence[Pair]) -> list[Item]:
     return items + text_items(session, [pair.positive for pair in others], [pair.negative for pair in others])
 
 
-def _push_layers(attribute: Attribute, wanted: Sequence[int] | str | None) -> Sequence[int] | None:
+def _steered_layers(attribute: Attribute, requested: Sequence[int] | str | None) -> Sequence[int] | None:
     """The layers that are pushed without training; None means the default ones."""
-    if not isinstance(wanted, str):
-        return wanted
-    if "separation" not in attribute.made:
-        what = f"{attribute.made['pairs']} pairs are too few to choose layers by"
+    if not isinstance(requested, str):
+        return requested
+    if "separation" not in attribute.provenance:
+        what = f"{attribute.provenance['pairs']} pairs are too few to choose layers by"
         raise DataError(what, where="--layers auto", hint="Give more pairs, or name the layers.")
-    return best_layers(attribute.layers, [row["effect"] for row in attribute.made["separation"]])
+    return best_layers(attribute.layers, [row["effect"] for row in attribute.provenance["separation"]])
 
 
 def best_layers(layers: Sequence[int], effects: Sequence[float]) -> list[int]:

@@ -60,10 +60,10 @@ def pool_texts(
 
     Texts longer than the model's context are cut.
     """
-    room, special = context_length(model.config, tokenizer), set(tokenizer.all_special_ids)
+    max_length, special = context_length(model.config, tokenizer), set(tokenizer.all_special_ids)
     rows = []
     for text in texts:
-        ids = encode(tokenizer, text, max_length=room).ids
+        ids = encode(tokenizer, text, max_length=max_length).ids
         rows.append((ids, next((place for place, token in enumerate(ids) if token not in special), 0)))
     return _pool(model, ffns, rows, pooling, report, "pooling texts")
 

@@ -18,7 +18,7 @@ from braces_cli.core.session import Session
 # Without training, s = 1 pushes by this share of the median residual norm in all, spread evenly over the layers pushed:
 # pushes along one direction add up in the residual stream, so what counts is their sum, whatever the depth.
 # Files of earlier versions hold their own scale, of 12 %.
-PUSH = 0.1
+STEERING_SHARE = 0.1
 
 
 def default_layers(layers: Sequence[int]) -> list[int]:
@@ -41,14 +41,14 @@ def output_norms(session: Session) -> Tensor:
     return norms / torch.where(gains.isfinite() & (gains > 0), gains, torch.ones_like(gains))
 
 
-def push_scale(residual: Tensor, direction: Tensor, pushed: Sequence[int]) -> Tensor:
+def steering_scale(residual: Tensor, direction: Tensor, steered_layers: Sequence[int]) -> Tensor:
     """What makes `scale * direction` the push of s = 1, the same share of the residual norm in each layer: (layers,).
 
     Where there is no direction, no push rather than a division by zero.
 
     Args:
         residual: see `output_norms`.
-        pushed: the layers over which PUSH is spread.
+        pushed: the layers over which STEERING_SHARE is spread.
     """
     size = direction.norm(dim=-1)
-    return torch.where(size > 0, PUSH / max(len(pushed), 1) * residual / size, torch.zeros_like(size))
+    return torch.where(size > 0, STEERING_SHARE / max(len(steered_layers), 1) * residual / size, torch.zeros_like(size))

@@ -19,7 +19,7 @@ from braces_cli.core.models.ffn import FFN, find_ffns
 from braces_cli.core.models.fingerprint import differences
 from braces_cli.core.models.module_structure import hooks_changed
 from braces_cli.core.models.moe import Experts, MixtureFFN, routing
-from braces_cli.core.utils.distributed import whole
+from braces_cli.core.utils.distributed import full_tensor
 from braces_cli.core.utils.errors import ConfigError, ModelError
 
 
@@ -30,9 +30,9 @@ class Adapter:
     base's parameter names stay as they are. While attached the base's own parameters are frozen.
     """
 
-    def __init__(self, model: nn.Module, sites: list[tuple[FFN | MixtureFFN, RelevanceModule]]) -> None:
+    def __init__(self, model: nn.Module, adapted_ffns: list[tuple[FFN | MixtureFFN, RelevanceModule]]) -> None:
         self.model = model
-        self.sites = sites
+        self.adapted_ffns = adapted_ffns
         # Where attributes are trained: turns their pooled states into h_c.
         self.mlp: ConditionMLP | None = None
         self._frozen = [p for p in model.parameters() if p.requires_grad]
@@ -40,11 +40,11 @@ class Adapter:
             parameter.requires_grad_(False)
         self._handles: list[RemovableHandle] = []
         try:
-            for ffn, brace in sites:
-                ffn.host.add_module("brace", brace)
-                brace.keep_gram(isinstance(ffn, FFN))
+            for ffn, adapter_layer in adapted_ffns:
+                ffn.host.add_module("relevance", adapter_layer)
+                adapter_layer.cache_gram(isinstance(ffn, FFN))
                 for part in ffn.parts:
-                    self._handles += hook_ffn(part, brace)
+                    self._handles += hook_ffn(part, adapter_layer)
             hooks_changed(model)
         except BaseException:
             self.detach()
@@ -52,26 +52,26 @@ class Adapter:
 
     @property
     def layers(self) -> list[int]:
-        return [ffn.layer for ffn, _ in self.sites]
+        return [ffn.layer for ffn, _ in self.adapted_ffns]
 
     @property
     def rank(self) -> int:
-        return self.sites[0][1].rank
+        return self.adapted_ffns[0][1].rank
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(`layers.{i}.weight` or `layers.{i}.gate`, parameter) of every relevance module."""
-        for ffn, brace in self.sites:
-            for name, parameter in brace.named_parameters(recurse=False):
+        for ffn, adapter_layer in self.adapted_ffns:
+            for name, parameter in adapter_layer.named_parameters(recurse=False):
                 yield f"layers.{ffn.layer}.{name}", parameter
 
     def add_mlp(self, seed: int = 0) -> ConditionMLP:
         """Put a fresh condition MLP beside the relevance modules, its first layer drawn from `seed`."""
-        ffn, brace = self.sites[0]
+        ffn, adapter_layer = self.adapted_ffns[0]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            mlp = ConditionMLP(ffn.hidden_size).to(brace.weight.device)
+            mlp = ConditionMLP(ffn.hidden_size).to(adapter_layer.weight.device)
         # A child of the model, so that whatever moves, wraps or counts the model's parameters sees it.
-        self.model.add_module("brace_condition", mlp)
+        self.model.add_module("adapter_condition", mlp)
         self.mlp = mlp
         return mlp
 
@@ -88,7 +88,7 @@ class Adapter:
     @property
     def scales(self) -> list[float]:
         """c of each layer."""
-        return [brace.scale for _, brace in self.sites]
+        return [adapter_layer.scale for _, adapter_layer in self.adapted_ffns]
 
     def parameter_count(self) -> int:
         """Numbers that train, without the MLP of attributes."""
@@ -99,12 +99,12 @@ class Adapter:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        for ffn, brace in self.sites:
-            if "brace" in ffn.host._modules:
-                del ffn.host.brace
-            brace.release()
+        for ffn, adapter_layer in self.adapted_ffns:
+            if "relevance" in ffn.host._modules:
+                del ffn.host.relevance
+            adapter_layer.release()
         if self.mlp is not None:
-            del self.model.brace_condition
+            del self.model.adapter_condition
             self.mlp = None
         for parameter in self._frozen:
             parameter.requires_grad_(True)
@@ -113,20 +113,20 @@ class Adapter:
 
     def save_memory(self) -> None:
         """Train without W_V W_V^T of each layer in memory (see `core.method.value_gram`): slower steps."""
-        for _, brace in self.sites:
-            brace.keep_gram(False)
+        for _, adapter_layer in self.adapted_ffns:
+            adapter_layer.cache_gram(False)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[nn.Module]:
         """The bare base model, bit for bit, inside the `with` block."""
-        before = [brace.enabled for _, brace in self.sites]
+        before = [adapter_layer.enabled for _, adapter_layer in self.adapted_ffns]
         try:
-            for _, brace in self.sites:
-                brace.enabled = False
+            for _, adapter_layer in self.adapted_ffns:
+                adapter_layer.enabled = False
             yield self.model
         finally:
-            for (_, brace), enabled in zip(self.sites, before, strict=True):
-                brace.enabled = enabled
+            for (_, adapter_layer), enabled in zip(self.adapted_ffns, before, strict=True):
+                adapter_layer.enabled = enabled
 
     def condition(self, states: Tensor | None, strengths: Tensor | None = None, read: Read = as_is) -> None:
         """Set `s r_c` for the next forward passes, of each example on its own; None takes it away.
@@ -136,15 +136,15 @@ class Adapter:
             strengths: s of each attribute for each example, (batch, n), or for each token, (batch, tokens, n).
             read: gives a parameter whole, where it may lie in pieces.
         """
-        for index, (_, brace) in enumerate(self.sites):
+        for index, (_, adapter_layer) in enumerate(self.adapted_ffns):
             if states is None or strengths is None:
-                brace.shift = None
+                adapter_layer.shift = None
                 continue
-            ranked = states[:, index].to(brace.weight) @ brace.projection(read).mT  # (n, d_r)
+            ranked = states[:, index].to(adapter_layer.weight) @ adapter_layer.projection(read).mT  # (n, d_r)
             shift = strengths.to(ranked) @ ranked
-            brace.shift = shift.unsqueeze(1) if shift.ndim == 2 else shift
+            adapter_layer.shift = shift.unsqueeze(1) if shift.ndim == 2 else shift
 
-    def tensors(self, settle: bool = True) -> dict[str, Tensor]:
+    def tensors(self, in_place: bool = True) -> dict[str, Tensor]:
         """What the adapter file holds: `layers.{i}.projection`, `layers.{i}.gate` and, if trained, `condition.*`.
 
         Args:
@@ -152,11 +152,11 @@ class Adapter:
                 elsewhere, nor where parameters are spread over processes, each of which must then ask.
         """
         out: dict[str, Tensor] = {}
-        for ffn, brace in self.sites:
-            out[f"layers.{ffn.layer}.projection"] = brace.materialise() if settle else brace.rounded()
-            out[f"layers.{ffn.layer}.gate"] = whole(brace.gate.detach())
+        for ffn, adapter_layer in self.adapted_ffns:
+            out[f"layers.{ffn.layer}.projection"] = adapter_layer.materialise() if in_place else adapter_layer.rounded()
+            out[f"layers.{ffn.layer}.gate"] = full_tensor(adapter_layer.gate.detach())
         if self.mlp is not None:
-            out.update({f"condition.{name}": whole(tensor) for name, tensor in self.mlp.state_dict().items()})
+            out.update({f"condition.{name}": full_tensor(tensor) for name, tensor in self.mlp.state_dict().items()})
         return out
 
     def save(self, folder: Path, config: AdapterConfig, card: str) -> None:
@@ -164,18 +164,18 @@ class Adapter:
         write_adapter(folder, self.tensors(), replace(config, relevance_scale=self.scales), card)
 
 
-def hook_ffn(part: FFN | Experts, brace: Any) -> list[RemovableHandle]:
+def hook_ffn(part: FFN | Experts, adapter_layer: Any) -> list[RemovableHandle]:
     """Have `brace`, a `RelevanceModule` or what answers the same calls, change the output of an FFN."""
-    return _expert_hooks(part, brace) if isinstance(part, Experts) else _hooks(part, brace)
+    return _expert_hooks(part, adapter_layer) if isinstance(part, Experts) else _hooks(part, adapter_layer)
 
 
-def _hooks(ffn: FFN, brace: RelevanceModule) -> list[RemovableHandle]:
+def _hooks(ffn: FFN, adapter_layer: RelevanceModule) -> list[RemovableHandle]:
     if ffn.whole:
 
         def around(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
-            if not brace.enabled:
+            if not adapter_layer.enabled:
                 return None
-            return brace(output, args[0] if args else next(iter(kwargs.values())), ffn.values())
+            return adapter_layer(output, args[0] if args else next(iter(kwargs.values())), ffn.values())
 
         return [ffn.host.register_forward_hook(around, with_kwargs=True)]
 
@@ -183,23 +183,23 @@ def _hooks(ffn: FFN, brace: RelevanceModule) -> list[RemovableHandle]:
     entered: list[Tensor] = []
 
     def before(module: nn.Module, args: tuple) -> None:
-        entered[:] = args[:1] if brace.enabled else []
+        entered[:] = args[:1] if adapter_layer.enabled else []
 
     def after(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        return brace(output, entered.pop(), ffn.values()) if brace.enabled else None
+        return adapter_layer(output, entered.pop(), ffn.values()) if adapter_layer.enabled else None
 
     return [ffn.keys[0].register_forward_pre_hook(before), ffn.value.register_forward_hook(after)]
 
 
-def _expert_hooks(part: Experts, brace: RelevanceModule) -> list[RemovableHandle]:
+def _expert_hooks(part: Experts, adapter_layer: RelevanceModule) -> list[RemovableHandle]:
     def around(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
-        if not brace.enabled:
+        if not adapter_layer.enabled:
             return None
         values = part.value_matrix()
         if part.sorted:
-            return brace.by_expert(output, args[0], values)
+            return adapter_layer.by_expert(output, args[0], values)
         h, p = routing(args, kwargs, len(values))
-        return brace.routed(output, h, p, values)
+        return adapter_layer.routed(output, h, p, values)
 
     return [part.module.register_forward_hook(around, with_kwargs=True)]
 
@@ -221,24 +221,24 @@ def attach(
         ModelError: no FFN found, or an adapter is attached already.
     """
     ffns = find_ffns(model)
-    if any("brace" in ffn.host._modules for ffn in ffns):
+    if any("relevance" in ffn.host._modules for ffn in ffns):
         raise ModelError("the model already has an adapter", hint="Detach it first.")
     known = [ffn.layer for ffn in ffns]
-    wanted = known if layers is None else list(layers)
-    missing = sorted(set(wanted) - set(known))
-    if missing or not wanted:
+    requested = known if layers is None else list(layers)
+    missing = sorted(set(requested) - set(known))
+    if missing or not requested:
         raise ConfigError(f"no feed-forward layer in layers {missing}", hint=f"Layers {known} have one.")
-    chosen = [ffn for ffn in ffns if ffn.layer in set(wanted)]
+    chosen = [ffn for ffn in ffns if ffn.layer in set(requested)]
     width = min(ffn.hidden_size for ffn in chosen)
     if not 1 <= rank <= width:
         raise ConfigError(f"rank {rank} does not fit hidden size {width}", where="--rank", hint=f"Use 1 to {width}.")
     generator = torch.Generator().manual_seed(seed)
-    sites = []
+    adapted_ffns = []
     for index, ffn in enumerate(chosen):
         scale = 1.0 if scales is None else scales[index]
         device = ffn.parts[0].values().device
-        sites.append((ffn, RelevanceModule(rank, ffn.hidden_size, device, generator, scale)))
-    return Adapter(model, sites)
+        adapted_ffns.append((ffn, RelevanceModule(rank, ffn.hidden_size, device, generator, scale)))
+    return Adapter(model, adapted_ffns)
 
 
 def attach_stored(model: nn.Module, stored: StoredAdapter, fingerprint: Mapping[str, Any]) -> Adapter:
@@ -262,12 +262,12 @@ def attach_stored(model: nn.Module, stored: StoredAdapter, fingerprint: Mapping[
         adapter = attach(model, config.r, config.layers, scales=config.relevance_scale)
     except ConfigError as error:  # no option is wrong, the adapter is
         raise ModelError(error.message, where=str(stored.folder), hint=error.hint) from error
-    for ffn, brace in adapter.sites:
+    for ffn, adapter_layer in adapter.adapted_ffns:
         with torch.no_grad():
-            for name, parameter in (("projection", brace.weight), ("gate", brace.gate)):
+            for name, parameter in (("projection", adapter_layer.weight), ("gate", adapter_layer.gate)):
                 parameter.copy_(tensors[f"layers.{ffn.layer}.{name}"])
-        brace.set_exact()
-        brace.requires_grad_(False)
+        adapter_layer.set_exact()
+        adapter_layer.requires_grad_(False)
     if config.attributes:
         prefix = "condition."
         mlp = adapter.add_mlp().requires_grad_(False)

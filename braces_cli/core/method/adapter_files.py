@@ -15,7 +15,7 @@ from braces_cli.core.models.stored_fingerprint import Fingerprint
 from braces_cli.core.schema import Count, Kind, Name, Positive, Size, check, check_is_file, cut, read
 from braces_cli.core.utils.atomic_files import write_json, write_tensors, write_text
 from braces_cli.core.utils.errors import ModelError
-from braces_cli.core.utils.paths import is_there, user_path
+from braces_cli.core.utils.paths import path_exists, user_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,7 +98,7 @@ def adapter_folder(name: str) -> Path:
         ModelError: it is on the hub, and cannot be had.
     """
     path = user_path(name)
-    if is_there(path) or not is_hub_id(name):
+    if path_exists(path) or not is_hub_id(name):
         return Path(os.path.realpath(path))
     from huggingface_hub import snapshot_download
 
@@ -147,7 +147,7 @@ def read_config(folder: Path) -> AdapterConfig:
         ModelError: no adapter folder, not JSON, another method or version, a missing or unknown key.
     """
     path = folder / CONFIG_FILE
-    if not os.path.isfile(path) and not is_there(path):
+    if not os.path.isfile(path) and not path_exists(path):
         hint = f"An adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}; `braces train` writes one."
         raise ModelError(
             "no adapter here" if os.path.isdir(folder) else "no such adapter folder", where=str(folder), hint=hint

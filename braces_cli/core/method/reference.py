@@ -48,7 +48,7 @@ def weights_ref(
     w: Tensor,
     h: Tensor,
     values: Tensor,
-    brace: RelevanceModule,
+    adapter_layer: RelevanceModule,
     conditions: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> Tensor:
     """Sub-update weights w_ij + g (r_ij + s r_cj), shape (..., d_ff).
@@ -60,11 +60,11 @@ def weights_ref(
         brace: parameters and constant c.
         conditions: pairs of h_c (d) and strength s, which broadcasts against h.
     """
-    wide = brace.weight.dtype
-    r = relevance_ref(h.to(wide), values.to(wide), brace.weight, brace.scale)
+    wide = adapter_layer.weight.dtype
+    r = relevance_ref(h.to(wide), values.to(wide), adapter_layer.weight, adapter_layer.scale)
     for state, strength in conditions:
-        r = r + strength * relevance_ref(state.to(wide), values.to(wide), brace.weight, brace.scale)
-    return w + (torch.sigmoid(brace.gate) * r).to(w.dtype)
+        r = r + strength * relevance_ref(state.to(wide), values.to(wide), adapter_layer.weight, adapter_layer.scale)
+    return w + (torch.sigmoid(adapter_layer.gate) * r).to(w.dtype)
 
 
 @contextmanager
@@ -78,10 +78,10 @@ def reference(
     """
     handles = []
     try:
-        for ffn, brace in adapter.sites:
+        for ffn, adapter_layer in adapter.adapted_ffns:
             terms = (conditions or {}).get(ffn.layer, ())
             for part in ffn.parts:
-                handles += _experts(part, brace, terms) if isinstance(part, Experts) else _dense(part, brace, terms)
+                handles += _experts(part, adapter_layer, terms) if isinstance(part, Experts) else _dense(part, adapter_layer, terms)
         with adapter.disabled():
             yield adapter.model
     finally:
@@ -100,19 +100,19 @@ def _fit(terms: Sequence[tuple[Tensor, Any]], h: Tensor) -> list[tuple[Tensor, A
     return fitted
 
 
-def _dense(ffn: FFN, brace: RelevanceModule, terms: Sequence[tuple[Tensor, Tensor]]) -> list[RemovableHandle]:
+def _dense(ffn: FFN, adapter_layer: RelevanceModule, terms: Sequence[tuple[Tensor, Tensor]]) -> list[RemovableHandle]:
     """Change the weights that enter the model's own value projection."""
     entered: list[Tensor] = []
 
     def augment(module: nn.Module, args: tuple) -> tuple:
         h = entered.pop()
-        w = weights_ref(args[0], h, ffn.value_matrix(), brace, _fit(terms, h))
+        w = weights_ref(args[0], h, ffn.value_matrix(), adapter_layer, _fit(terms, h))
         return (w, *args[1:])
 
     return [ffn.watch(entered.append), ffn.value.register_forward_pre_hook(augment)]
 
 
-def _experts(part: Experts, brace: RelevanceModule, terms: Sequence[tuple[Tensor, Tensor]]) -> list[RemovableHandle]:
+def _experts(part: Experts, adapter_layer: RelevanceModule, terms: Sequence[tuple[Tensor, Tensor]]) -> list[RemovableHandle]:
     """Add `p_e sum_j g r_j v_j` expert by expert: their weights w_j never leave the module that holds them."""
 
     def augment(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def _experts(part: Experts, brace: RelevanceModule, terms: Sequence[tuple[Tensor
 
     def _term(h: Tensor, p: Tensor, values: Tensor) -> Tensor:
         none = h.new_zeros(len(h), values.shape[1])
-        w = weights_ref(none, h, values, brace, _fit(terms, h))
+        w = weights_ref(none, h, values, adapter_layer, _fit(terms, h))
         return p.unsqueeze(1).to(h.dtype) * (w @ values.mT)
 
     return [part.module.register_forward_hook(augment, with_kwargs=True)]

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from braces_cli.core.method.factor_cache import FactorCache
 from braces_cli.core.method.projections import draw_projection, orthonormal_rows
-from braces_cli.core.method.value_gram import KeptGram, gram
+from braces_cli.core.method.value_gram import CachedGram, gram
 from braces_cli.core.models.module_structure import by_row
 from braces_cli.core.models.value_weights import Values
-from braces_cli.core.utils.distributed import whole
+from braces_cli.core.utils.distributed import full_tensor
 
 # Before the sigmoid: g = 0.0067, so training starts close to the base.
 GATE_INIT = -5.0
@@ -77,8 +77,8 @@ class RelevanceModule(nn.Module):
         # Version of `weight` that is known to be orthonormal already, so that R is `weight` itself, bit for bit.
         self._exact: int | None = None
         self._cache = FactorCache()
-        # W_V W_V^T while this learns, where `keep_gram` asked for it.
-        self._kept: KeptGram | None = None
+        # W_V W_V^T while this learns, where `cache_gram` asked for it.
+        self._cached_gram: CachedGram | None = None
         self._register()
 
     def extra_repr(self) -> str:
@@ -94,14 +94,14 @@ class RelevanceModule(nn.Module):
         self.scale = scale
         self._cache.clear()
 
-    def keep_gram(self, keep: bool) -> None:
+    def cache_gram(self, keep: bool) -> None:
         """Whether W_V W_V^T is kept while this learns (`core.method.value_gram`); False also frees it. One W_V only."""
-        self._kept = KeptGram() if keep else None
+        self._cached_gram = CachedGram() if keep else None
 
     def release(self) -> None:
         """Free what is kept between passes; it is made anew where it is needed again, with the same bits."""
-        if self._kept is not None:
-            self._kept.drop()
+        if self._cached_gram is not None:
+            self._cached_gram.drop()
 
     def projection(self, read: Read = as_is) -> Tensor:
         """R (d_r, d), the factor A, differentiable in `weight`.
@@ -134,7 +134,7 @@ class RelevanceModule(nn.Module):
         Where it is spread over processes, each of them must ask.
         """
         version = self.weight._version
-        matrix: Tensor = whole(self.weight.detach())
+        matrix: Tensor = full_tensor(self.weight.detach())
         return matrix if self._exact == version else orthonormal_rows(matrix.double()).to(matrix.dtype)
 
     def set_exact(self) -> None:
@@ -155,7 +155,7 @@ class RelevanceModule(nn.Module):
         """A (d_r, d) and B (..., d, d_r) in `dtype`, for the value matrix or matrices `values` (..., d, d_ff).
 
         With gradients on they are computed anew, once a forward pass; otherwise once, until a parameter changes. Only
-        the former goes by way of `keep_gram`: what is saved must not depend on how it was trained.
+        the former goes by way of `cache_gram`: what is saved must not depend on how it was trained.
         """
         if self._learns():
             seen = isinstance(values, Tensor)
@@ -182,9 +182,9 @@ class RelevanceModule(nn.Module):
 
     def _learning(self, values: Values, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         # No compiler follows what is kept between passes; it may as well fuse the two products.
-        if self._kept is None or torch.compiler.is_compiling():
+        if self._cached_gram is None or torch.compiler.is_compiling():
             return self._compute(values, dtype)
-        return self._compute(values, dtype, self._kept.product)
+        return self._compute(values, dtype, self._cached_gram.product)
 
     def _compute(
         self, values: Values, dtype: torch.dtype, product: Callable[[Values, Tensor], Tensor] = gram

@@ -24,7 +24,7 @@ from braces_cli.core.models.value_weights import StoredValues, Values, dense
 _BLOCK_CPU = 256
 _BLOCK = 4096
 # The same where G is made, whose products are large enough to hide a cache miss.
-_BLOCK_KEPT = 1024
+_BLOCK_CACHED = 1024
 # More of them would come nearer to half of G, but are more launches a product.
 _SLABS = 4
 
@@ -83,7 +83,7 @@ def gram(values: Values, x: Tensor) -> Tensor:
     return result
 
 
-class KeptGram:
+class CachedGram:
     """W_V W_V^T of one layer, for as long as its adapter learns.
 
     No tensor of the module's: it is never saved, and a copy or a pickle of it is empty.
@@ -91,23 +91,23 @@ class KeptGram:
 
     def __init__(self) -> None:
         self._slabs: tuple[Tensor, ...] = ()
-        self._made_for: tuple = ()
+        self._cache_key: tuple = ()
 
     def product(self, values: Values, x: Tensor) -> Tensor:
         """`gram(values, x)` for one W_V (d, d_ff); G is made where there is none yet, or one of another W_V."""
-        if not keepable(values):
+        if not cacheable(values):
             return gram(values, x)
         if not self._fits(values, x):
             self.drop()
             with torch.no_grad():
                 self._slabs = _slabs(dense(values).detach(), x.dtype)
-            self._made_for = (*_state(values), x.dtype, x.device)
-        result: Tensor = _Kept.apply(self._slabs, x)
+            self._cache_key = (*_state(values), x.dtype, x.device)
+        result: Tensor = _CachedProduct.apply(self._slabs, x)
         return result
 
     def drop(self) -> None:
         """Free the memory."""
-        self._slabs, self._made_for = (), ()
+        self._slabs, self._cache_key = (), ()
 
     @property
     def nbytes(self) -> int:
@@ -115,16 +115,16 @@ class KeptGram:
         return sum(slab.nbytes for slab in self._slabs)
 
     def _fits(self, values: Values, x: Tensor) -> bool:
-        if not self._made_for:
+        if not self._cache_key:
             return False
-        *state, dtype, device = self._made_for
+        *state, dtype, device = self._cache_key
         return (dtype, device) == (x.dtype, x.device) and _same(state, _state(values))
 
-    def __reduce__(self) -> tuple[type[KeptGram], tuple[()]]:
-        return KeptGram, ()
+    def __reduce__(self) -> tuple[type[CachedGram], tuple[()]]:
+        return CachedGram, ()
 
 
-def keepable(values: Values) -> bool:
+def cacheable(values: Values) -> bool:
     """Whether G is worth its memory: smaller than W_V, of which there is one, and which is not kept elsewhere to save
     memory (accelerate's offloading) or spread over devices."""
     if isinstance(values, StoredValues):
@@ -142,8 +142,8 @@ def _state(values: Values) -> tuple[Any, ...]:
     return values.detach(), values.data_ptr(), values._version
 
 
-def _same(made_for: list[Any], state: tuple[Any, ...]) -> bool:
-    return (made_for[0] is None) == (state[0] is None) and made_for[1:] == list(state[1:])
+def _same(cache_key: list[Any], state: tuple[Any, ...]) -> bool:
+    return (cache_key[0] is None) == (state[0] is None) and cache_key[1:] == list(state[1:])
 
 
 def _slabs(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -154,14 +154,14 @@ def _slabs(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     if weight.dtype == dtype:
         return tuple(weight[a:b] @ weight[a:].mT for a, b in ends)
     slabs = tuple(weight.new_zeros(b - a, d - a, dtype=dtype) for a, b in ends)
-    for block in weight.split(_BLOCK_KEPT if weight.device.type == "cpu" else _BLOCK, dim=1):
+    for block in weight.split(_BLOCK_CACHED if weight.device.type == "cpu" else _BLOCK, dim=1):
         block = block.to(dtype)
         for slab, (a, b) in zip(slabs, ends, strict=True):
             slab.addmm_(block[a:b], block[a:].mT)
     return slabs
 
 
-class _Kept(torch.autograd.Function):
+class _CachedProduct(torch.autograd.Function):
     """x -> G x, of which backward is the same product."""
 
     @staticmethod

@@ -100,17 +100,19 @@ def generate(
         ConfigError: no room for a prompt beside `max_new_tokens`.
         ModelError: the model computes scores that are not finite.
     """
-    room = context_length(model.config, tokenizer) - sampling.max_new_tokens
-    if room < 1:
-        hint = f"The model takes {room + sampling.max_new_tokens} tokens, the prompt included."
+    max_prompt_length = context_length(model.config, tokenizer) - sampling.max_new_tokens
+    if max_prompt_length < 1:
+        hint = f"The model takes {max_prompt_length + sampling.max_new_tokens} tokens, the prompt included."
         raise ConfigError(f"{sampling.max_new_tokens} is too much", where="--max-new-tokens", hint=hint)
     prompts = [
         encode(tokenizer, request.prompt).ids if request.ids is None else list(request.ids) for request in requests
     ]
     for row, ids in enumerate(prompts):
-        if len(ids) > room:
-            logger.warning("prompt %d has %d tokens; only the last %d fit", requests[row].index, len(ids), room)
-            prompts[row] = ids[-room:]
+        if len(ids) > max_prompt_length:
+            logger.warning(
+                "prompt %d has %d tokens; only the last %d fit", requests[row].index, len(ids), max_prompt_length
+            )
+            prompts[row] = ids[-max_prompt_length:]
     device = input_device(model)
     batch = {name: tensor.to(device) for name, tensor in pad_left(prompts, tokenizer.pad_token_id).items()}
     ends = end_tokens(model, tokenizer)

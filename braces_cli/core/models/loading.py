@@ -25,7 +25,7 @@ from braces_cli.core.models.stored_fingerprint import Fingerprint
 from braces_cli.core.models.value_weights import compute_device
 from braces_cli.core.utils.distributed import local_rank
 from braces_cli.core.utils.errors import ConfigError, ModelError
-from braces_cli.core.utils.paths import is_there, user_path
+from braces_cli.core.utils.paths import path_exists, user_path
 
 logger = logging.getLogger("braces")
 
@@ -265,14 +265,14 @@ def _folder_or_id(name: str) -> str:
     name = resolve(name)
     path = user_path(name)
     if os.path.isdir(path):  # pathlib's would raise where the name is too long
-        if is_there(path / "config.json"):
+        if path_exists(path / "config.json"):
             return str(path.resolve())
         if (path / "adapter_config.json").is_file():
             raise ModelError("this is an adapter, not a model", where=name, hint=f"Give it as --adapter {name}.")
         raise ModelError(
             "no model here: the folder has no config.json", where=name, hint="Give a model's folder or id."
         )
-    if is_there(path):
+    if path_exists(path):
         what = "this is a file, and a model is a folder" if os.path.isfile(path) else "this folder cannot be read"
         raise ModelError(what, where=name, hint="Give the folder that holds the model.")
     if not name or name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:

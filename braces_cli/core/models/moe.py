@@ -158,8 +158,8 @@ def _value_weight(module: nn.Module, stacked: dict[str, nn.Parameter], d: int) -
         for transposed in (False, True):
             a, b = stacked[name].shape[1:]
             d_out, d_ff = (b, a) if transposed else (a, b)
-            wanted = {(d, d_ff), (d, 2 * d_ff)} if transposed else {(d_ff, d), (2 * d_ff, d)}
-            fits = d_out == d and bool(others) and all(tuple(shape) in wanted for shape in others)
+            expected = {(d, d_ff), (d, 2 * d_ff)} if transposed else {(d_ff, d), (2 * d_ff, d)}
+            fits = d_out == d and bool(others) and all(tuple(shape) in expected for shape in others)
             # Where d = d_ff the sizes cannot tell; transformers' experts then say it themselves.
             if fits and getattr(module, "is_transposed", transposed) == transposed:
                 return name, transposed

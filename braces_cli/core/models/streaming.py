@@ -67,9 +67,9 @@ class TextStream(BaseStreamer):
             if not self._over:
                 self._ids.append(token)
         text = self._text()
-        held = max((_overlap(text, stop) for stop in self._stops), default=0)
-        held = max(held, len(text) - len(text.rstrip("\ufffd")))
-        self._pass_on(text[: len(text) - held])
+        withheld = max((_overlap(text, stop) for stop in self._stops), default=0)
+        withheld = max(withheld, len(text) - len(text.rstrip("\ufffd")))
+        self._pass_on(text[: len(text) - withheld])
 
     def end(self) -> None:
         """Pass on what was held back."""

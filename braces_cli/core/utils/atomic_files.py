@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from braces_cli.core.utils.errors import BracesError, ConfigError
-from braces_cli.core.utils.paths import is_there
+from braces_cli.core.utils.paths import path_exists
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,7 +79,7 @@ def check_output_folder(path: Path, overwrite: bool, hint: str = "Give another o
     Raises:
         ConfigError: `path` is a file, cannot be written to, or is a non-empty folder and `overwrite` is off.
     """
-    if is_there(path) and not path.is_dir():
+    if path_exists(path) and not path.is_dir():
         raise ConfigError("the output folder is a file", where=str(path), hint="Give another --output-dir.")
     check_writable(path)
     if not overwrite and path.is_dir() and any(path.iterdir()):
@@ -92,7 +92,7 @@ def check_output_file(path: Path, overwrite: bool, hint: str = "Give another nam
         raise ConfigError("the output file is a folder", where=str(path), hint="Name a file.")
     if path.is_file() or not path.exists():  # a device or a pipe is written to as it is
         check_writable(path.parent)
-    if is_there(path) and not overwrite:
+    if path_exists(path) and not overwrite:
         raise ConfigError("the output file exists already", where=str(path), hint=hint)
 
 
@@ -119,7 +119,7 @@ def remove_partial_files(folder: Path, name: str | None = None) -> None:
             path.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, write: Callable[[Path], object], matches: Callable[[Path], bool]) -> None:
+def write_atomic(path: Path, write: Callable[[Path], object], matches: Callable[[Path], bool]) -> None:
     """Call `write` on a temporary name beside `path`; rename it only when `matches` finds there what was meant."""
     import tempfile
 
@@ -144,7 +144,7 @@ def write_whole(path: Path, write: Callable[[Path], object], matches: Callable[[
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text, whole or not at all."""
-    write_whole(
+    write_atomic(
         path,
         lambda temporary: temporary.write_text(text, encoding="utf-8", newline=""),
         lambda temporary: _holds(temporary, text.encode()),
@@ -174,7 +174,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     # Not save_file: it reports a full disk as an error of its own rather than as OSError.
     content = _in_order(save(plain, {"format": "pt", **(metadata or {})}))
     # Bytes are compared, not numbers: NaN is never equal to NaN.
-    write_whole(path, lambda temporary: temporary.write_bytes(content), lambda temporary: _holds(temporary, content))
+    write_atomic(path, lambda temporary: temporary.write_bytes(content), lambda temporary: _holds(temporary, content))
 
 
 def _in_order(content: bytes) -> bytes:

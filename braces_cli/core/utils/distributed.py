@@ -165,7 +165,7 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
-def whole(tensor: Any) -> Any:
+def full_tensor(tensor: Any) -> Any:
     """A parameter as a plain tensor: where it lies in pieces on several processes (FSDP2), every one must ask."""
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()

@@ -59,7 +59,7 @@ _OURS: dict[str, tuple[str, ...]] = {
 }
 
 
-def our_name(name: str, known: Collection[str]) -> str | None:
+def matching_setting(name: str, known: Collection[str]) -> str | None:
     """The setting of `known` that other tools call `name`, which may be written as an option; None where none is."""
     key = name.lstrip("-").replace("-", "_")
     return next((ours for ours in _OURS.get(key, ()) if ours in known), None)
@@ -67,5 +67,5 @@ def our_name(name: str, known: Collection[str]) -> str | None:
 
 def setting_hint(name: str, known: Collection[str]) -> str:
     """Which settings of `known` may be meant by `name`; an empty string where none resembles it."""
-    ours = our_name(name, known)
+    ours = matching_setting(name, known)
     return f"Here it is `{ours}`." if ours else near_misses(name, known)

@@ -13,7 +13,7 @@ from braces_cli.core.utils.errors import BracesError, ConfigError
 _NOTHING = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
-def is_there(path: Path) -> bool:
+def path_exists(path: Path) -> bool:
     """Whether something is at `path`: a file, a folder, a broken link, or what must not be looked at.
 
     Those who look in several places stop at the first one where something is: whatever cannot be read there is an error

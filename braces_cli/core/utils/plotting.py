@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core.utils.atomic_files import write_whole
+from braces_cli.core.utils.atomic_files import write_atomic
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -17,14 +17,14 @@ def figure(width: float, height: float) -> Any:
 
     # No pyplot: it keeps figures alive and picks a screen where there is one. White, because black labels on the
     # transparent background that a matplotlibrc may ask for cannot be read on a dark page.
-    made = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    FigureCanvasAgg(made)
-    return made
+    created = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(created)
+    return created
 
 
 def save_figure(drawn: Any, path: Path) -> None:
     """Write a figure as PNG, whole or not at all."""
-    write_whole(
+    write_atomic(
         path,
         lambda temporary: drawn.savefig(temporary, format="png", dpi=150, transparent=False),
         lambda temporary: temporary.read_bytes().startswith(_PNG),

@@ -20,7 +20,7 @@ from typing import TypedDict
 from braces_cli.core.schema import Count, Kind, Name, check_is_file, read
 from braces_cli.core.utils.atomic_files import file_hint, remove_partial_files, write_json
 from braces_cli.core.utils.errors import BracesError, ModelError
-from braces_cli.core.utils.paths import is_there
+from braces_cli.core.utils.paths import path_exists
 
 logger = logging.getLogger("braces")
 
@@ -81,7 +81,7 @@ def newest_intact(folder: Path) -> Path | None:
         ModelError: a file differs from what was written, or is not there.
     """
     checkpoint = newest(folder)
-    if checkpoint is not None and is_there(checkpoint / MANIFEST_FILE):
+    if checkpoint is not None and path_exists(checkpoint / MANIFEST_FILE):
         _check_manifest(checkpoint)
     return checkpoint
 
@@ -91,7 +91,7 @@ def warn_unchecked(folder: Path) -> None:
     for path in incomplete_checkpoints(folder):
         logger.warning("%s is not a complete checkpoint; it is ignored", path)
     checkpoint = newest(folder)
-    if checkpoint is not None and not is_there(checkpoint / MANIFEST_FILE):
+    if checkpoint is not None and not path_exists(checkpoint / MANIFEST_FILE):
         logger.warning("%s has no manifest (an earlier braces wrote it); its files are not checked", checkpoint)
 
 
@@ -103,7 +103,7 @@ def _check_manifest(checkpoint: Path) -> None:
         raise _damaged(path, f"the manifest is damaged: {error.message}") from error
     if manifest["step"] != _step(checkpoint):
         raise _damaged(path, f"the manifest is that of checkpoint-{manifest['step']}")
-    for name, wanted in manifest["sha256"].items():
+    for name, expected in manifest["sha256"].items():
         file = checkpoint / Path(name).name
         try:
             check_is_file(_LISTED, file)
@@ -112,7 +112,7 @@ def _check_manifest(checkpoint: Path) -> None:
             raise _damaged(file, error.message) from error
         except OSError as error:
             raise _damaged(file, f"a file of the checkpoint cannot be read: {error.strerror}") from error
-        if found != wanted:
+        if found != expected:
             raise _damaged(file, "the file is not the one that was written with this checkpoint")
 
 
@@ -182,9 +182,9 @@ def rotate(folder: Path, limit: int) -> None:
 def remove(path: Path) -> None:
     """Take a checkpoint away if it is there, so that at no time half of one goes by its name."""
     if path.is_dir():
-        doomed = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=path.parent))
-        path.rename(doomed / path.name)
-        shutil.rmtree(doomed, ignore_errors=True)
+        temporary = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=path.parent))
+        path.rename(temporary / path.name)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_partial(folder: Path) -> None:

@@ -15,7 +15,7 @@ from braces_cli.core.schema import Count, Kind, Size, check, read
 from braces_cli.core.utils.atomic_files import check_output_folder, finite, write_json
 from braces_cli.core.utils.distributed import barrier, is_main
 from braces_cli.core.utils.errors import ConfigError, ModelError
-from braces_cli.core.utils.paths import is_there
+from braces_cli.core.utils.paths import path_exists
 from braces_cli.data.examples import Examples
 from braces_cli.data.streaming_examples import Counts, Stream
 from braces_cli.training.checkpointing.checkpoint_folders import (
@@ -100,7 +100,7 @@ def read_record(folder: Path) -> Record | None:
         ModelError: damaged.
     """
     path = folder / RUN_FILE
-    if not is_there(path):
+    if not path_exists(path):
         return None
     return read(_RECORD, path)
 

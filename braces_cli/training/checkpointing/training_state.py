@@ -21,7 +21,7 @@ from torch import Tensor
 
 from braces_cli.core.schema import Count, Kind, check, check_is_file, read
 from braces_cli.core.utils.atomic_files import write_json, write_tensors
-from braces_cli.core.utils.distributed import gathered, rank, whole
+from braces_cli.core.utils.distributed import gathered, rank, full_tensor
 from braces_cli.core.utils.errors import ModelError
 from braces_cli.training.checkpointing.checkpoint_folders import DAMAGED_HINT
 
@@ -95,7 +95,7 @@ def capture(model: Any, optimizer: Any, scheduler: Any, scaler: Any = None) -> C
     """Gather the state; every process must take part."""
     stored = optimizer.state_dict()
     tensors = {
-        f"{index}.{name}": torch.as_tensor(whole(value)).clone()
+        f"{index}.{name}": torch.as_tensor(full_tensor(value)).clone()
         for index, entry in stored["state"].items()
         for name, value in entry.items()
     }
@@ -104,7 +104,7 @@ def capture(model: Any, optimizer: Any, scheduler: Any, scaler: Any = None) -> C
         "scheduler": scheduler.state_dict(),
         "scaler": None if scaler is None else scaler.state_dict(),
     }
-    parameters = {name: whole(p.detach()).clone() for name, p in trained(model).items()}
+    parameters = {name: full_tensor(p.detach()).clone() for name, p in trained(model).items()}
     return Captured(parameters, tensors, schedule, gathered(rng_state()))
 
 

@@ -47,10 +47,10 @@ def test_a_second_call_reads_what_the_first_one_built(session, model_dir, cache,
     for part in ("hidden", "reference", "residual", "scale", "direction"):
         assert torch.equal(getattr(first, part), getattr(again, part))
     assert vars(first).keys() == vars(again).keys()
-    assert first.made == again.made
+    assert first.provenance == again.provenance
     assert first.words == again.words
     assert built == ["positive"]
-    assert _find(session, push=False).direction is None
+    assert _find(session, for_steering=False).direction is None
     assert built == ["positive"] * 2
     assert len(list(cache.iterdir())) == 2
 
@@ -123,14 +123,14 @@ def test_the_files_used_longest_ago_go(model_dir, tmp_path, cache, built, monkey
         shutil.copytree(model_dir, tmp_path / str(number))
         sessions.append(_open(tmp_path / str(number)))
     for number in (0, 1):
-        _find(sessions[number], push=False)
+        _find(sessions[number], for_steering=False)
         (new,) = [file for file in cache.iterdir() if file.stat().st_mtime > 1000]
         os.utime(new, (number, number))
-    _find(sessions[0], push=False)
-    _find(sessions[2], push=False)
+    _find(sessions[0], for_steering=False)
+    _find(sessions[2], for_steering=False)
     assert len(built) == 3
-    _find(sessions[0], push=False)
+    _find(sessions[0], for_steering=False)
     assert len(built) == 3
-    _find(sessions[1], push=False)
+    _find(sessions[1], for_steering=False)
     assert len(built) == 4
     assert len(list(cache.iterdir())) == 2

@@ -16,13 +16,13 @@ PAIRS = [
 ]
 
 
-def by_hand(session, passage, site):
+def by_hand(session, passage, captured):
     """Mean state over the tokens of the text of one passage, (layers, d)."""
     tokenizer, model = session.base.tokenizer, session.base.model
     ids = tokenizer(passage.prompt + passage.text)["input_ids"]
     before = len(tokenizer(passage.prompt)["input_ids"]) if passage.prompt else 1
     seen = []
-    if site == "input":
+    if captured == "input":
         handles = [ffn.keys[0].register_forward_pre_hook(lambda m, a: seen.append(a[0][0])) for ffn in session.ffns]
     else:
         keep = lambda m, a, out: seen.append((out[0] if isinstance(out, tuple) else out)[0])  # noqa: E731
@@ -34,13 +34,13 @@ def by_hand(session, passage, site):
     return torch.stack([h[before:].mean(dim=0) for h in seen])
 
 
-@pytest.mark.parametrize("site", ["input", "output"])
-def test_the_text_is_pooled_over_and_the_prompt_is_only_read(session, site):
+@pytest.mark.parametrize("captured", ["input", "output"])
+def test_the_text_is_pooled_over_and_the_prompt_is_only_read(session, captured):
     """Each pair against one passage at a time, at the FFN inputs and at the outputs of the layers."""
-    states = pair_states(session, PAIRS, site=site)
+    states = pair_states(session, PAIRS, captured=captured)
     for index, pair in enumerate(PAIRS):
-        assert torch.allclose(states.positive[:, index], by_hand(session, pair.positive, site), atol=1e-5)
-        assert torch.allclose(states.negative[:, index], by_hand(session, pair.negative, site), atol=1e-5)
+        assert torch.allclose(states.positive[:, index], by_hand(session, pair.positive, captured), atol=1e-5)
+        assert torch.allclose(states.negative[:, index], by_hand(session, pair.negative, captured), atol=1e-5)
     assert float((states.positive - states.negative).abs().max()) > 0.01
 
 

@@ -19,8 +19,8 @@ def test_attributes_add_up(session):
     tokens = torch.tensor([[0, 5, 6, 7]])
 
     def logits(*terms):
-        with steered(session, terms) as pushes, torch.no_grad():
-            return session.base.model(tokens).logits, pushes
+        with steered(session, terms) as sizes, torch.no_grad():
+            return session.base.model(tokens).logits, sizes
 
     for attached in (False, True):
         if attached:
@@ -30,11 +30,11 @@ def test_attributes_add_up(session):
             bare = session.base.model(tokens).logits
         both, _ = logits((good, 2.0), (old, -1.0))
         swapped, _ = logits((old, -1.0), (good, 2.0))
-        doubled, pushes = logits((good, 1.0), (good, 1.0))
+        doubled, sizes = logits((good, 1.0), (good, 1.0))
         single, twice = logits((good, 2.0))
         assert torch.allclose(both, swapped, atol=1e-5)
         assert torch.allclose(doubled, single, atol=1e-5)
-        assert [p.share for p in pushes] == pytest.approx([p.share for p in twice])
+        assert [p.share for p in sizes] == pytest.approx([p.share for p in twice])
         none, nothing = logits((good, 0.0))
         assert torch.equal(none, bare)
         assert nothing == []
@@ -47,10 +47,10 @@ def test_without_training_strength_one_is_ten_percent_of_the_residual(session):
     from braces_cli.core.attributes.intervention import steered
 
     good = build_attribute(session, "good", ["good", "happy"])
-    with steered(session, [(good, 1.0)]) as pushes:
-        assert [p.share for p in pushes] == pytest.approx([0.1], rel=1e-4)
-    with steered(session, [(good, -2.0)], layers=[1]) as pushes:
-        assert [(p.layer, round(p.share, 4)) for p in pushes] == [(1, 0.2)]
+    with steered(session, [(good, 1.0)]) as sizes:
+        assert [p.share for p in sizes] == pytest.approx([0.1], rel=1e-4)
+    with steered(session, [(good, -2.0)], layers=[1]) as sizes:
+        assert [(p.layer, round(p.share, 4)) for p in sizes] == [(1, 0.2)]
 
 
 @pytest.mark.parametrize("name", ["granite", "gemma2", "olmo2"])
@@ -78,10 +78,10 @@ def test_strength_one_moves_the_stream_by_ten_percent_whatever_stands_behind_the
     tokens = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         model(tokens)
-        with steered(session, [(good, 0.2 * len(good.pushed))], layers=[0]) as pushes:
+        with steered(session, [(good, 0.2 * len(good.effective_layers))], layers=[0]) as sizes:
             model(tokens)
     moved = float(((states[1] - states[0]).norm(dim=-1) / states[0].norm(dim=-1)).median())
-    assert [push.share for push in pushes] == [pytest.approx(0.02, rel=1e-3)]
+    assert [size.share for size in sizes] == [pytest.approx(0.02, rel=1e-3)]
     assert moved == pytest.approx(0.02, rel=0.1 if name == "granite" else 0.5)
 
 
@@ -114,26 +114,26 @@ def test_a_direction_pushes_beside_the_adapter_and_the_rest_goes_through_it(sess
     import torch
 
     from braces_cli.core.attributes.attribute import build_attribute
-    from braces_cli.core.attributes.intervention import constants, pushed_constants, steered
+    from braces_cli.core.attributes.intervention import constants, steering_vectors, steered
     from braces_cli.core.method.adapter import attach
     from tests.conftest import open_gates
 
     good, old = build_attribute(session, "good", ["good"]), build_attribute(session, "old", ["old"])
     direction = torch.randn(good.state.shape, generator=torch.Generator().manual_seed(0))
-    pushing = replace(good, direction=direction, scale=torch.tensor([0.2, 0.3]), push_layers=[0])
+    pushing = replace(good, direction=direction, scale=torch.tensor([0.2, 0.3]), steered_layers=[0])
     session.adapter = attach(session.base.model, 4)
     open_gates(session.adapter)
     terms = [(pushing, 2.0), (old, 3.0)]
-    assert list(pushed_constants(session, terms)) == [0]
-    assert torch.allclose(pushed_constants(session, terms)[0], 2 * 0.2 * direction[0])
+    assert list(steering_vectors(session, terms)) == [0]
+    assert torch.allclose(steering_vectors(session, terms)[0], 2 * 0.2 * direction[0])
     through = constants(session, [(old, 3.0)])
     both = constants(session, terms)
     assert torch.allclose(both[0], through[0] + 2 * 0.2 * direction[0], atol=1e-6)
     assert torch.equal(both[1], through[1])
-    with steered(session, terms) as pushes:
+    with steered(session, terms) as sizes:
         # What is said of a layer is the sum of both.
-        shares = {push.layer: push.share for push in pushes}
-        assert len(pushes) == 2
+        shares = {size.layer: size.share for size in sizes}
+        assert len(sizes) == 2
     for row, layer in enumerate(good.layers):
         assert shares[layer] == pytest.approx(float(both[layer].norm() / good.residual[row]), rel=1e-5)
 
@@ -170,16 +170,16 @@ def test_a_compiled_model_is_steered_and_set_free_again(session):
                 model(tokens[:, :length], use_cache=False)
             with uncompiled(model):
                 good = build_attribute(session, "good", ["good"])
-            terms = [(replace(good, direction=good.state, scale=torch.tensor([0.2, 0.3]), push_layers=[0]), 9.0)]
+            terms = [(replace(good, direction=good.state, scale=torch.tensor([0.2, 0.3]), steered_layers=[0]), 9.0)]
             bare = model(tokens).logits
             with steered(session, terms):
-                pushed = model(tokens).logits
+                steered_logits = model(tokens).logits
             freed = model(tokens).logits
             session.adapter = attach(model, 4)
             open_gates(session.adapter)
             adapted = model(tokens).logits
             session.remove_adapter()
-            return [bare, pushed, freed, adapted, model(tokens).logits]
+            return [bare, steered_logits, freed, adapted, model(tokens).logits]
 
     plain = passes()
     model.compile(backend="eager")

@@ -72,9 +72,9 @@ def test_the_damped_solve_is_that_of_the_dense_matrix():
     """(F + r I) x = g with F the mean of u u^T and r a multiple of its mean diagonal, more or fewer draws than d."""
     generator = torch.Generator().manual_seed(0)
     for count in (3, 40):
-        draws, wanted = torch.randn(2, count, 12, generator=generator), torch.randn(2, 12, generator=generator)
-        found = damped_solve(draws, wanted, 3.0)
-        for row, target, solved in zip(draws.double(), wanted.double(), found.double(), strict=True):
+        draws, expected = torch.randn(2, count, 12, generator=generator), torch.randn(2, 12, generator=generator)
+        found = damped_solve(draws, expected, 3.0)
+        for row, target, solved in zip(draws.double(), expected.double(), found.double(), strict=True):
             fisher = row.T @ row / count
             dense = fisher + 3.0 * fisher.diagonal().mean() * torch.eye(12)
             assert torch.allclose(dense @ solved, target, atol=1e-5)
@@ -97,9 +97,9 @@ def test_pushing_along_the_direction_raises_the_odds_of_the_words():
     nothing = torch.zeros_like(directions)
     bare = odds(session, items, nothing, weights)
     for layer, direction in enumerate(directions):
-        push = nothing.clone()
-        push[layer] = 1e-2 * direction / direction.norm()
-        assert odds(session, items, push, weights) > bare > odds(session, items, -push, weights)
+        vector = nothing.clone()
+        vector[layer] = 1e-2 * direction / direction.norm()
+        assert odds(session, items, vector, weights) > bare > odds(session, items, -vector, weights)
 
 
 def test_words_that_share_their_first_tokens_count_as_texts(session):

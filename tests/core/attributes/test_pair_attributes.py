@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from braces_cli.core.attributes.attribute import built_in_attribute, load_attributes, pushed_in, save_attributes
+from braces_cli.core.attributes.attribute import (
+    built_in_attribute,
+    load_attributes,
+    save_attributes,
+    with_steered_layers,
+)
 from braces_cli.core.attributes.contrast import Pair, Passage, pair_states, reduce_pairs
 from braces_cli.core.attributes.descriptions import description_pairs, stems
 from braces_cli.core.attributes.intervention import constants, steered
@@ -18,7 +23,7 @@ from braces_cli.core.attributes.pair_attributes import (
     attribute_from_pairs,
     best_layers,
 )
-from braces_cli.core.attributes.push_sizes import PUSH
+from braces_cli.core.attributes.push_sizes import STEERING_SHARE
 from braces_cli.core.method.adapter import attach
 from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.session import open_session
@@ -38,13 +43,13 @@ def test_the_state_is_the_difference_of_means_and_the_push_the_gradient(session,
     states = pair_states(session, PAIRS)
     assert torch.allclose(attribute.state, reduce_pairs(states), atol=1e-6)
     assert torch.allclose(attribute.reference, states.middle, atol=1e-6)
-    assert attribute.made["reduction"] == "gradient"
+    assert attribute.provenance["reduction"] == "gradient"
     assert attribute.direction is not None
-    with steered(session, [(attribute, 1.0)]) as pushes:
-        assert [push.share for push in pushes] == pytest.approx([PUSH], rel=1e-4)
+    with steered(session, [(attribute, 1.0)]) as sizes:
+        assert [size.share for size in sizes] == pytest.approx([STEERING_SHARE], rel=1e-4)
     save_attributes(tmp_path / "good.safetensors", [attribute])
     read = find_attribute(session, "good", tmp_path)
-    assert read.made == attribute.made
+    assert read.provenance == attribute.provenance
     vectors, again = (constants(session, [(each, 2.0)]) for each in (attribute, read))
     assert vectors.keys() == again.keys() == {0}
     assert torch.equal(vectors[0], again[0])
@@ -72,26 +77,26 @@ def test_other_reductions_push_along_their_own_state(session):
 
 def test_layers_that_an_attribute_names_are_pushed_and_together_by_the_same_share(session, tmp_path):
     """Also after reading it back; --layers of a command goes before them."""
-    attribute = pushed_in(attribute_from_pairs(session, "good", PAIRS, PairReading("mean")), [0, 1])
+    attribute = with_steered_layers(attribute_from_pairs(session, "good", PAIRS, PairReading("mean")), [0, 1])
     save_attributes(tmp_path / "good.safetensors", [attribute])
     read = find_attribute(session, "good", tmp_path)
     for each in (attribute, read):
-        with steered(session, [(each, 1.0)]) as pushes:
-            assert [(push.layer, push.share) for push in pushes] == [
-                (layer, pytest.approx(PUSH / 2, rel=1e-4)) for layer in (0, 1)
+        with steered(session, [(each, 1.0)]) as sizes:
+            assert [(size.layer, size.share) for size in sizes] == [
+                (layer, pytest.approx(STEERING_SHARE / 2, rel=1e-4)) for layer in (0, 1)
             ]
-        with steered(session, [(each, 1.0)], [1]) as pushes:
-            assert [push.layer for push in pushes] == [1]
+        with steered(session, [(each, 1.0)], [1]) as sizes:
+            assert [size.layer for size in sizes] == [1]
     with pytest.raises(ConfigError, match="none of these layers"):
-        pushed_in(attribute, [7])
+        with_steered_layers(attribute, [7])
 
 
 def test_layers_are_chosen_by_how_well_they_separate_held_out_pairs(session):
     """As many as by default; of too few pairs none can be."""
     assert best_layers([0, 1, 2, 3, 4], [0.1, 3.0, 0.2, 2.0, 2.5]) == [1, 3, 4]
     attribute = attribute_from_pairs(session, "good", PAIRS, PairReading("mean", layers="auto"))
-    effects = [row["effect"] for row in attribute.made["separation"]]
-    assert attribute.pushed == [effects.index(max(effects))]
+    effects = [row["effect"] for row in attribute.provenance["separation"]]
+    assert attribute.effective_layers == [effects.index(max(effects))]
     with pytest.raises(DataError, match="too few"):
         attribute_from_pairs(session, "good", PAIRS[:2], PairReading("mean", layers="auto"))
 
@@ -104,8 +109,8 @@ def test_descriptions_stand_in_front_of_the_same_texts(session):
         assert pair.positive.text == pair.negative.text
         assert pair.positive.prompt.replace("happy", "sad").replace("joy", "grief") == pair.negative.prompt
     attribute = attribute_from_descriptions(session, "mood", ["happy"], ["sad"], PairReading("mean"))
-    assert (attribute.made["describe"], attribute.made["against"]) == (["happy"], ["sad"])
-    assert not attribute.made["chat_template"]
+    assert (attribute.provenance["describe"], attribute.provenance["against"]) == (["happy"], ["sad"])
+    assert not attribute.provenance["chat_template"]
 
 
 @pytest.mark.parametrize(("one", "other"), [([], []), (["a"], []), (["a"], [" "]), (["a", "b"], ["c"])])
@@ -119,7 +124,7 @@ def test_with_a_chat_template_descriptions_are_a_users_turn(chatty):
     """Unless it is switched off; asked for where there is none it is an error."""
     session = open_session(str(chatty), None, LoadOptions(device="cpu"))
     made = [
-        attribute_from_descriptions(session, "mood", ["happy"], ["sad"], PairReading("gradient", chat=chat)).made
+        attribute_from_descriptions(session, "mood", ["happy"], ["sad"], PairReading("gradient", chat=chat)).provenance
         for chat in (None, False)
     ]
     assert [each["chat_template"] for each in made] == [True, False]

@@ -68,7 +68,7 @@ def test_saved_and_loaded_gives_the_same_bits(session, tmp_path):
     folder = make_adapter(session, tmp_path / "a")
     adapter = attach_stored(model, find_adapter(str(folder)), session.base.fingerprint())
     with torch.no_grad():
-        adapter.sites[0][1].weight.mul_(1.1)
+        adapter.adapted_ffns[0][1].weight.mul_(1.1)
     adapter.save(folder, find_adapter(str(folder)).config, "")
     before = logits(model)
     adapter.detach()
@@ -82,8 +82,8 @@ def test_bfloat16_base_saves_and_loads_the_same_bits_with_orthonormal_rows(sessi
     folder = make_adapter(session, tmp_path / "a")
     adapter = attach_stored(model, find_adapter(str(folder)), session.base.fingerprint())
     first = logits(model)
-    assert all(brace.weight.dtype == torch.float32 for _, brace in adapter.sites)
-    assert all(projection_error(brace.projection()) < 1e-5 for _, brace in adapter.sites)
+    assert all(adapter_layer.weight.dtype == torch.float32 for _, adapter_layer in adapter.adapted_ffns)
+    assert all(projection_error(adapter_layer.projection()) < 1e-5 for _, adapter_layer in adapter.adapted_ffns)
     adapter.detach()
     attach_stored(model, find_adapter(str(folder)), session.base.fingerprint())
     assert torch.equal(logits(model), first)
@@ -104,10 +104,10 @@ def test_cached_factors_follow_every_change_of_a_parameter():
     adapter = attach(model, 4)
     first = logits(model)
     with torch.no_grad():
-        adapter.sites[0][1].gate.add_(3.0)
+        adapter.adapted_ffns[0][1].gate.add_(3.0)
     second = logits(model)
     assert not torch.equal(first, second)
-    adapter.sites[0][1].weight.data.add_(0.5)  # unseen by version counters, as some optimizers write
+    adapter.adapted_ffns[0][1].weight.data.add_(0.5)  # unseen by version counters, as some optimizers write
     model.train()
     model.eval()
     assert not torch.equal(logits(model), second)
@@ -126,7 +126,7 @@ def test_layers_can_be_chosen():
     model = tiny_model()
     adapter = attach(model, 4, layers=[1])
     assert adapter.layers == [1]
-    assert [n for n, m in model.named_modules() if isinstance(m, RelevanceModule)] == ["model.layers.1.mlp.brace"]
+    assert [n for n, m in model.named_modules() if isinstance(m, RelevanceModule)] == ["model.layers.1.mlp.relevance"]
 
 
 @pytest.mark.parametrize("rank", [0, 33])

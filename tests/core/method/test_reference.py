@@ -65,8 +65,8 @@ def test_logits_and_gradients_equal_the_reference_in_float64(name, device):
     """float64 within 1e-10 relative."""
     model = tiny_model(name, torch.float64).to(device)
     adapter = attach(model, 4)
-    for _, brace in adapter.sites:
-        brace.double()
+    for _, adapter_layer in adapter.adapted_ffns:
+        adapter_layer.double()
     open_gates(adapter)
     fast, fast_grads = run(model, adapter, False)
     slow, slow_grads = run(model, adapter, True)
@@ -113,7 +113,7 @@ def test_each_example_is_steered_by_its_own_attributes(name, device):
     model = tiny_model(name).to(device)
     adapter = attach(model, 4)
     open_gates(adapter)
-    states = torch.randn(2, len(adapter.sites), 32, generator=torch.Generator().manual_seed(3)).to(device)
+    states = torch.randn(2, len(adapter.adapted_ffns), 32, generator=torch.Generator().manual_seed(3)).to(device)
     strengths = torch.tensor([[1.5, 0.0], [-2.0, 0.5]], device=device)
     adapter.condition(states, strengths)
     fast, fast_grads = run(model, adapter, False)
@@ -134,7 +134,7 @@ def test_the_comparison_can_fail(device):
     open_gates(adapter)
     fast, _ = run(model, adapter, False)
     with torch.no_grad():
-        adapter.sites[0][1].gate.add_(0.01)
+        adapter.adapted_ffns[0][1].gate.add_(0.01)
     slow, _ = run(model, adapter, True)
     assert relative(fast, slow) > 1e-5
 
@@ -166,34 +166,34 @@ def test_relevance_by_hand():
     values = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     h = torch.tensor([[3.0, 4.0]])
     w = torch.tensor([[0.5, -0.5]])
-    brace = RelevanceModule(1, 2, scale=3.0)
+    adapter_layer = RelevanceModule(1, 2, scale=3.0)
     with torch.no_grad():
-        brace.weight.copy_(torch.tensor([[0.0, 5.0]]))
-        brace.gate.zero_()
-    out = weights_ref(w, h, values, brace)
+        adapter_layer.weight.copy_(torch.tensor([[0.0, 5.0]]))
+        adapter_layer.gate.zero_()
+    out = weights_ref(w, h, values, adapter_layer)
     assert torch.allclose(out, torch.tensor([[0.5 + 0.0, -0.5 + 0.5 * 3.0 * (2.0 * 4.0)]]))
-    moved = brace(w @ values.mT, h, values)
+    moved = adapter_layer(w @ values.mT, h, values)
     assert torch.allclose(moved, out @ values.mT)
 
 
 def test_relevance_scores_are_the_references():
     """What inspection shows, times g, is what is added to the weights."""
     generator = torch.Generator().manual_seed(0)
-    brace = RelevanceModule(3, 8, generator=generator)
+    adapter_layer = RelevanceModule(3, 8, generator=generator)
     with torch.no_grad():
-        brace.gate.copy_(torch.randn(brace.gate.shape, generator=generator))
-    brace.set_scale(0.7)
+        adapter_layer.gate.copy_(torch.randn(adapter_layer.gate.shape, generator=generator))
+    adapter_layer.set_scale(0.7)
     h, values = torch.randn(5, 8, generator=generator), torch.randn(8, 11, generator=generator)
-    added = weights_ref(torch.zeros(5, 11), h, values, brace)
-    assert relative(brace.g * brace.relevance_scores(h, values), added) < 1e-5
+    added = weights_ref(torch.zeros(5, 11), h, values, adapter_layer)
+    assert relative(adapter_layer.g * adapter_layer.relevance_scores(h, values), added) < 1e-5
 
 
 def test_relevance_scores_of_a_gate_that_is_shut_are_numbers():
     """The paper's relevance leaves the gate out, so it is the same at every gate, at g = 0, too."""
-    brace = RelevanceModule(3, 8, generator=torch.Generator().manual_seed(0))
+    adapter_layer = RelevanceModule(3, 8, generator=torch.Generator().manual_seed(0))
     h, values = torch.randn(5, 8), torch.randn(8, 11)
-    open_ = brace.relevance_scores(h, values)
+    open_ = adapter_layer.relevance_scores(h, values)
     with torch.no_grad():
-        brace.gate.fill_(-200.0)
-    assert float(brace.g.detach()) == 0
-    assert torch.equal(brace.relevance_scores(h, values), open_)
+        adapter_layer.gate.fill_(-200.0)
+    assert float(adapter_layer.g.detach()) == 0
+    assert torch.equal(adapter_layer.relevance_scores(h, values), open_)

@@ -32,10 +32,10 @@ def rescaled(kind: str, a: float) -> Any:
 def trained(model: Any, scales: list[float] | None = None) -> torch.Tensor:
     """Logits after 20 steps of AdamW."""
     adapter = attach(model, 4, scales=measure_scales(model, find_ffns(model), TEXTS) if scales is None else scales)
-    modules = [brace.double() for _, brace in adapter.sites]
+    modules = [adapter_layer.double() for _, adapter_layer in adapter.adapted_ffns]
     groups = [
-        {"params": [brace.weight for brace in modules], "lr": 0.05},
-        {"params": [brace.gate for brace in modules], "lr": 0.3},
+        {"params": [adapter_layer.weight for adapter_layer in modules], "lr": 0.05},
+        {"params": [adapter_layer.gate for adapter_layer in modules], "lr": 0.3},
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     for _ in range(20):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from braces_cli.core.method.adapter import attach
-from braces_cli.core.method.value_gram import KeptGram, _Kept, gram, keepable
+from braces_cli.core.method.value_gram import CachedGram, _CachedProduct, cacheable, gram
 from braces_cli.core.models.value_weights import StoredValues
 from tests.conftest import open_gates, tiny_model
 from tests.core.method.test_reference import TOKENS, relative, run
@@ -22,10 +22,10 @@ def learner(name="llama", dtype=torch.float32, **overrides):
     model = tiny_model(name, dtype, **overrides)
     adapter = attach(model, 4)
     if dtype == torch.float64:
-        for _, brace in adapter.sites:
-            brace.double()
+        for _, adapter_layer in adapter.adapted_ffns:
+            adapter_layer.double()
     open_gates(adapter)
-    return model, adapter, adapter.sites[0][1]._kept
+    return model, adapter, adapter.adapted_ffns[0][1]._cached_gram
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gpt_neox"])
@@ -37,10 +37,10 @@ def test_values_and_gradients_equal_the_reference_with_and_without_it(monkeypatc
     if not keep:
         adapter.save_memory()
     calls = []
-    real = _Kept.backward
-    monkeypatch.setattr(_Kept, "backward", staticmethod(lambda *args: calls.append(1) or real(*args)))
+    real = _CachedProduct.backward
+    monkeypatch.setattr(_CachedProduct, "backward", staticmethod(lambda *args: calls.append(1) or real(*args)))
     fast, fast_grads = run(model, adapter, False)
-    assert len(calls) == (len(adapter.sites) if keep else 0)
+    assert len(calls) == (len(adapter.adapted_ffns) if keep else 0)
     assert bool(kept.nbytes) == keep
     slow, slow_grads = run(model, adapter, True)
     assert relative(fast, slow) < tolerance
@@ -57,7 +57,7 @@ def test_it_is_computed_in_the_dtype_of_what_it_is_multiplied_with(d, dtype):
     for x in (torch.randn(d, 3, generator=generator), torch.randn(3, d, generator=generator).mT):
         wide = weight.double()
         x.requires_grad_()
-        found = KeptGram().product(weight, x)
+        found = CachedGram().product(weight, x)
         grad = torch.randn(d, 3, generator=generator)
         (back,) = torch.autograd.grad(found, x, grad)
         assert found.dtype == torch.float32
@@ -70,7 +70,7 @@ def test_it_is_made_once_and_anew_for_another_value_matrix():
     generator = torch.Generator().manual_seed(0)
     part = nn.Linear(24, 6, bias=False).requires_grad_(False)
     x = torch.randn(6, 3, generator=generator)
-    kept = KeptGram()
+    kept = CachedGram()
 
     def check(x):
         first = kept._slabs
@@ -103,7 +103,7 @@ def test_it_is_no_part_of_the_model_and_goes_when_learning_ends():
     again()
     assert list(model.state_dict()) == names
     assert len(list(model.buffers())) == len(list(tiny_model().buffers()))
-    assert copy.deepcopy(model).model.layers[0].mlp.brace._kept.nbytes == 0
+    assert copy.deepcopy(model).model.layers[0].mlp.relevance._cached_gram.nbytes == 0
     file = io.BytesIO()
     torch.save(kept, file)
     file.seek(0)
@@ -128,10 +128,10 @@ def test_inference_neither_uses_nor_makes_it():
     with torch.no_grad():
         trained = model(TOKENS).logits
     loaded, fresh, other = learner()
-    for (_, one), (_, two) in zip(adapter.sites, fresh.sites, strict=True):
+    for (_, one), (_, two) in zip(adapter.adapted_ffns, fresh.adapted_ffns, strict=True):
         two.load_state_dict(one.state_dict())
-    for _, brace in fresh.sites:
-        brace.requires_grad_(False)
+    for _, adapter_layer in fresh.adapted_ffns:
+        adapter_layer.requires_grad_(False)
     assert torch.equal(loaded(TOKENS).logits, trained)
     assert kept.nbytes > 0
     assert other.nbytes == 0
@@ -141,14 +141,14 @@ def test_it_is_kept_only_where_it_is_small():
     """Not of a stack of experts, a matrix that is taller than wide, or an offloaded one; of a packed one it is."""
     x = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
     for shape, kept in (((2, 6, 24), False), ((6, 6), False), ((6, 7), True)):
-        one = KeptGram()
+        one = CachedGram()
         one.product(torch.ones(shape), x)
         assert bool(one.nbytes) == kept, shape
     part = nn.Linear(24, 6)
-    values, one = StoredValues(part), KeptGram()
+    values, one = StoredValues(part), CachedGram()
     assert relative(one.product(values, x), gram(values, x)) < 1e-5
     assert one.nbytes > 0
     part._hf_hook = type("Hook", (), {"offload": True})()
-    assert not keepable(values)
+    assert not cacheable(values)
     adapter = attach(tiny_moe("qwen2_moe"), 4)
-    assert all(brace._kept is None for _, brace in adapter.sites)
+    assert all(adapter_layer._cached_gram is None for _, adapter_layer in adapter.adapted_ffns)

@@ -123,7 +123,7 @@ def test_each_example_is_steered_on_the_experts_it_meets(name):
     model = tiny_moe(name)
     adapter = attach(model, 4)
     open_gates(adapter)
-    states = torch.randn(1, len(adapter.sites), 32, generator=torch.Generator().manual_seed(3))
+    states = torch.randn(1, len(adapter.adapted_ffns), 32, generator=torch.Generator().manual_seed(3))
     plain, _ = run(model, adapter, False)
     for strengths in (torch.tensor([[1.5], [-2.0]]), torch.tensor([[0.7], [0.7]])):
         adapter.condition(states, strengths)
@@ -186,11 +186,11 @@ def test_mixtral_by_hand():
     adapter = attach(model, 4)
     open_gates(adapter)
     block = model.model.layers[0].mlp
-    brace = adapter.sites[0][1]
+    adapter_layer = adapter.adapted_ffns[0][1]
     h = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
     fast = block(h.view(1, 5, 32))[0]
     _, weights, index = block.gate(h)
-    projection, g = brace.projection(), torch.sigmoid(brace.gate)
+    projection, g = adapter_layer.projection(), torch.sigmoid(adapter_layer.gate)
     slow = torch.zeros_like(h)
     for token in range(5):
         for place in range(2):
@@ -198,7 +198,7 @@ def test_mixtral_by_hand():
             gate, up = (block.experts.gate_up_proj[expert] @ h[token]).chunk(2)
             values = block.experts.down_proj[expert]
             for j in range(values.shape[1]):
-                r = (projection @ values[:, j]) @ (projection @ h[token]) * brace.scale / 2  # sqrt of rank 4
+                r = (projection @ values[:, j]) @ (projection @ h[token]) * adapter_layer.scale / 2  # sqrt of rank 4
                 w = F.silu(gate[j]) * up[j] + g * r
                 slow[token] += weights[token, place] * w * values[:, j]
     assert relative(fast, slow) < 1e-5
@@ -238,16 +238,16 @@ def test_a_module_list_of_experts_shares_one_projection_and_gate():
     model = Model()
     adapter = attach(model, 4)
     open_gates(adapter)
-    assert [len(ffn.parts) for ffn, _ in adapter.sites] == [3, 3]
+    assert [len(ffn.parts) for ffn, _ in adapter.adapted_ffns] == [3, 3]
     assert adapter.parameter_count() == 2 * (4 * 8 + 1)
     x = torch.randn(5, 8)
     expected = x
-    for (_, brace), layer in zip(adapter.sites, model.layers, strict=True):
+    for (_, adapter_layer), layer in zip(adapter.adapted_ffns, model.layers, strict=True):
         term = expected
         for p, expert in ((0.75, layer.experts[0]), (0.25, layer.experts[2])):
             w = expert.act(expert.up(expected))
-            r = (expected @ brace.projection().mT) @ (brace.projection() @ expert.down.weight) * brace.scale / 2
-            term = term + p * ((w + brace.g * r) @ expert.down.weight.mT + expert.down.bias)
+            r = (expected @ adapter_layer.projection().mT) @ (adapter_layer.projection() @ expert.down.weight) * adapter_layer.scale / 2
+            term = term + p * ((w + adapter_layer.g * r) @ expert.down.weight.mT + expert.down.bias)
         expected = term
     assert relative(model(x), expected) < 1e-5
 
@@ -276,7 +276,7 @@ def test_without_an_adapter_a_mixture_is_pushed_whatever_its_router_does(name):
         return found
 
     bare = logits()
-    with steered(session, [(attribute, 2.0)], [0, 1]) as pushes:
+    with steered(session, [(attribute, 2.0)], [0, 1]) as sizes:
         fast = logits()
     vectors = 2.0 * attribute.scale[:, None] * (hidden - reference)
     handles = []
@@ -288,7 +288,7 @@ def test_without_an_adapter_a_mixture_is_pushed_whatever_its_router_does(name):
     assert relative(fast, slow) < 1e-5
     assert relative(fast, bare) > 1e-2
     assert torch.equal(logits(), bare)
-    assert [push.layer for push in pushes] == [0, 1]
+    assert [size.layer for size in sizes] == [0, 1]
     assert torch.allclose(torch.stack([*constants(session, [(attribute, 2.0)], [0, 1]).values()]), vectors)
 
 

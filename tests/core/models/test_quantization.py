@@ -106,7 +106,7 @@ def test_a_quantised_16_bit_base_keeps_its_dtype_and_stays_near_the_reference(fo
     fast, _ = run(model, adapter, False)
     slow, _ = run(model, adapter, True)
     assert fast.dtype == getattr(torch, dtype)
-    assert adapter.sites[0][1].weight.dtype == torch.float32
+    assert adapter.adapted_ffns[0][1].weight.dtype == torch.float32
     assert relative(fast, slow) < max(4 * torch.finfo(fast.dtype).eps, TOLERANCE.get(method, 0.0))
 
 
@@ -115,8 +115,8 @@ def test_a_training_step_lowers_the_loss(folder, method, device):
     model = load(folder, method, device=device).model
     adapter = attach(model, 4)
     with torch.no_grad():
-        for _, brace in adapter.sites:
-            brace.gate.fill_(-1.0)
+        for _, adapter_layer in adapter.adapted_ffns:
+            adapter_layer.gate.fill_(-1.0)
     optimizer = torch.optim.SGD([p for _, p in adapter.named_parameters()], lr=0.02)
     losses, tokens = [], TOKENS.to(device)
     for _ in range(4):
@@ -134,26 +134,26 @@ def test_cached_factors_follow_a_change_of_parameter_or_weight(folder, method):
     model = load(folder, method).model
     adapter = attach(model, 4)
     open_gates(adapter)
-    (ffn, brace), (other, _) = adapter.sites
+    (ffn, adapter_layer), (other, _) = adapter.adapted_ffns
     with torch.no_grad():
-        first = brace.factors(ffn.values(), torch.float32)[1]
-        assert brace.factors(ffn.values(), torch.float32)[1] is first
-        assert not torch.equal(brace.factors(other.values(), torch.float32)[1], first)
-        brace.gate.add_(1.0)
-        assert relative(brace.factors(ffn.values(), torch.float32)[1], first) > 1e-3
+        first = adapter_layer.factors(ffn.values(), torch.float32)[1]
+        assert adapter_layer.factors(ffn.values(), torch.float32)[1] is first
+        assert not torch.equal(adapter_layer.factors(other.values(), torch.float32)[1], first)
+        adapter_layer.gate.add_(1.0)
+        assert relative(adapter_layer.factors(ffn.values(), torch.float32)[1], first) > 1e-3
 
 
 def test_nothing_dense_is_kept_for_the_backward_pass(folder, method):
     """Of W_V, packed or not, the adapter's part of a graph holds nothing; a backward pass unpacks anew."""
     adapter = attach(load(folder, method).model, 4)
-    ffn, brace = adapter.sites[0]
+    ffn, adapter_layer = adapter.adapted_ffns[0]
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        _, up = brace.factors(ffn.values(), torch.float32)
+        _, up = adapter_layer.factors(ffn.values(), torch.float32)
     assert kept
     assert max(kept) < 64 * 160
     up.square().sum().backward()
-    assert float(brace.weight.grad.abs().max()) > 0
+    assert float(adapter_layer.weight.grad.abs().max()) > 0
 
 
 def test_one_adapter_fits_every_packing_of_its_base(folder, method, tmp_path):
@@ -181,8 +181,8 @@ def test_everything_that_reads_value_matrices_reads_packed_ones(folder, method):
     assert [row["index"] for row in rows] == [3, 159]
     assert all(math.isfinite(token["score"]) for row in rows for token in row["tokens"])
     plain = load_base(str(folder), LoadOptions(device="cpu")).model
-    for own, wanted in zip(find_ffns(plain), weights(session.base.model), strict=True):
-        own.value.weight.data.copy_(wanted)
+    for own, expected in zip(find_ffns(plain), weights(session.base.model), strict=True):
+        own.value.weight.data.copy_(expected)
     hashes = [fingerprint(m, find_ffns(m), None)["sha256"] for m in (plain, session.base.model)]
     assert hashes[0] == hashes[1]
 
@@ -198,14 +198,14 @@ def test_a_packed_base_compiles(tmp_path):
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
         assert relative(compiled(TOKENS).logits, logits(model)) < 1e-5
-        adapter.sites[0][1].gate.add_(1.0)
+        adapter.adapted_ffns[0][1].gate.add_(1.0)
         assert relative(compiled(TOKENS).logits, logits(model)) < 1e-5
-    _, wanted = run(model, adapter, False)
+    _, expected = run(model, adapter, False)
     for _, parameter in adapter.named_parameters():
         parameter.grad = None
     compiled(TOKENS).logits.double().logsumexp(-1).square().mean().backward()
     for name, parameter in adapter.named_parameters():
-        assert relative(parameter.grad, wanted[name]) < 2e-5, name
+        assert relative(parameter.grad, expected[name]) < 2e-5, name
 
 
 class _Packed(nn.Module):
@@ -229,8 +229,8 @@ def test_an_unknown_packing_is_reached_through_its_module():
         layer.mlp.down_proj = _Packed(layer.mlp.down_proj)
     adapter = attach(model, 4)
     open_gates(adapter)
-    packed = adapter.sites[0][0].value
-    assert relative(adapter.sites[0][0].value_matrix(), packed.numbers * packed.scale) < 1e-6
+    packed = adapter.adapted_ffns[0][0].value
+    assert relative(adapter.adapted_ffns[0][0].value_matrix(), packed.numbers * packed.scale) < 1e-6
     fast, fast_grads = run(model, adapter, False)
     slow, slow_grads = run(model, adapter, True)
     assert relative(fast, slow) < 1e-5

@@ -64,8 +64,8 @@ def test_a_gain_is_how_far_the_stream_moves(name):
     end.register_forward_hook(lambda module, args, out: with_layer_output(out, layer_output(out) + step))
     with torch.no_grad():
         model(IDS)
-    wanted = float((seen[1] - seen[0]).norm(dim=-1).median() / step.norm())
-    assert float(gains[0]) == pytest.approx(wanted, rel=1e-4)
+    expected = float((seen[1] - seen[0]).norm(dim=-1).median() / step.norm())
+    assert float(gains[0]) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["openai-gpt", "qwen4_exp_text"])

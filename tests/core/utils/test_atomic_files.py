@@ -15,8 +15,8 @@ from braces_cli.core.utils.atomic_files import (
     check_writable,
     disk_error,
     remove_partial_files,
+    write_atomic,
     write_tensors,
-    write_whole,
 )
 from braces_cli.core.utils.errors import BracesError
 
@@ -42,7 +42,7 @@ def test_nan_is_no_fault_of_the_disk(tmp_path: Path) -> None:
     write_tensors(tmp_path / "nan.safetensors", {"a": torch.tensor([float("nan"), 1.0])})
     assert load_file(tmp_path / "nan.safetensors")["a"].isnan().tolist() == [True, False]
     with pytest.raises(BracesError, match="differs from what was meant"):
-        write_whole(tmp_path / "x", lambda path: path.write_bytes(b"ab"), lambda path: path.read_bytes() == b"ac")
+        write_atomic(tmp_path / "x", lambda path: path.write_bytes(b"ab"), lambda path: path.read_bytes() == b"ac")
     assert not (tmp_path / "x").exists()
 
 

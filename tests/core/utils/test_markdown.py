@@ -40,9 +40,9 @@ def rendered(source: str) -> str:
 @pytest.mark.parametrize("value", [*MARKUP.values(), "plain", "popqa_gen", "1e-05", "a__b", "-5"], ids=str)
 def test_markup_is_shown_and_not_obeyed(value: str) -> None:
     """As running text and as code, on one line."""
-    wanted = value.replace("\n", "\\n")
-    assert rendered(f"name: {markdown.text(value)}") == f"name: {wanted}"
-    assert rendered(f"name: {markdown.code(value)}") == f"name: {wanted}"
+    expected = value.replace("\n", "\\n")
+    assert rendered(f"name: {markdown.text(value)}") == f"name: {expected}"
+    assert rendered(f"name: {markdown.code(value)}") == f"name: {expected}"
 
 
 @pytest.mark.parametrize("value", [*MARKUP.values(), *HOSTILE.values()], ids=lambda value: repr(value[:12]))

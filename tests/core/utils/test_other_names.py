@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from braces_cli.cli.app import build_app
 from braces_cli.cli.typer_internals import help_of, setting_names
-from braces_cli.core.utils.other_names import _OURS, our_name, setting_hint
+from braces_cli.core.utils.other_names import _OURS, matching_setting, setting_hint
 
 COMMANDS = (["train"], ["eval"], ["steer"], ["attr-build"], ["merge"], ["inspect", "find"])
 
@@ -21,12 +21,12 @@ def test_every_setting_named_is_one_of_a_command():
 
 
 def test_the_first_name_that_the_command_has():
-    assert our_name("--learning-rate", known(["train"])) == "lr"
-    assert our_name("learning_rate", known(["steer"])) is None
-    assert our_name("--output_path", known(["steer"])) == "output"
-    assert our_name("--output-path", known(["train"])) == "output_dir"
-    assert our_name("-n", known(["steer"])) == "max_new_tokens"
-    assert our_name("-N", known(["steer"])) is None
+    assert matching_setting("--learning-rate", known(["train"])) == "lr"
+    assert matching_setting("learning_rate", known(["steer"])) is None
+    assert matching_setting("--output_path", known(["steer"])) == "output"
+    assert matching_setting("--output-path", known(["train"])) == "output_dir"
+    assert matching_setting("-n", known(["steer"])) == "max_new_tokens"
+    assert matching_setting("-N", known(["steer"])) is None
 
 
 def test_hints_name_ours_or_what_resembles():

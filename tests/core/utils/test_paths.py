@@ -16,7 +16,7 @@ from braces_cli.core.models.load_options import LoadOptions
 from braces_cli.core.models.loading import load_tokenizer
 from braces_cli.core.session import open_session
 from braces_cli.core.utils.errors import ConfigError, DataError, ModelError
-from braces_cli.core.utils.paths import is_there, user_path
+from braces_cli.core.utils.paths import path_exists, user_path
 
 
 def loop(path: Path) -> None:
@@ -52,14 +52,14 @@ def make(request: pytest.FixtureRequest) -> Callable[[Path], None]:
 @pytest.mark.parametrize("link", [loop, broken_link])
 def test_a_link_to_nothing_is_something(tmp_path: Path, link: Callable[[Path], None]) -> None:
     link(tmp_path / "a")
-    assert is_there(tmp_path / "a")
+    assert path_exists(tmp_path / "a")
 
 
 @pytest.mark.parametrize("name", ["a", "a" * 300, "a\0b", "file/a"])
 def test_what_cannot_exist_is_not_there(tmp_path: Path, name: str) -> None:
     """No such name, one that is too long, one that no file can have, one below a file."""
     (tmp_path / "file").touch()
-    assert not is_there(tmp_path / name)
+    assert not path_exists(tmp_path / name)
 
 
 def test_a_home_of_nobody_stays_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -46,11 +46,11 @@ class Some(Settings):
         ("folder", Path("out"), Path("out")),
     ],
 )
-def test_a_value_is_made_into_the_settings_type(name, value, wanted):
+def test_a_value_is_made_into_the_settings_type(name, value, expected):
     found = from_python(Some, {name: value})
-    assert found == {name: wanted}
-    assert type(found[name]) is type(wanted)
-    assert getattr(Some(**found), name) == wanted
+    assert found == {name: expected}
+    assert type(found[name]) is type(expected)
+    assert getattr(Some(**found), name) == expected
 
 
 @pytest.mark.parametrize(
@@ -83,8 +83,8 @@ def test_other_types_and_names_are_refused(name, value, message):
     ("layers", "wanted"),
     [(3, "3"), ([0, 1], "0,1"), (range(2, 5), "2,3,4"), (np.arange(2), "0,1"), ("8-20", "8-20"), (None, None)],
 )
-def test_layers_may_be_numbers(layers, wanted):
-    assert layer_text(layers) == wanted
+def test_layers_may_be_numbers(layers, expected):
+    assert layer_text(layers) == expected
 
 
 def test_no_layer_is_not_all_layers():

@@ -1,6 +1,6 @@
 """What an adapter must be on a model of any type, and the table of what it is on each: recipes/docs/ARCHITECTURES.md.
 
-Run     python -m tests.core.laws --write
+Run     python -m tests.core.invariants --write
 """
 
 from __future__ import annotations
@@ -201,8 +201,8 @@ def compare(name: str) -> None:
         assert found < 1e-5, f"float32 differs from the reference by {found:.1e}"
         return
     model.double()
-    for _, brace in adapter.sites:
-        brace.double()
+    for _, adapter_layer in adapter.adapted_ffns:
+        adapter_layer.double()
     with default_dtype(torch.float64):
         wide, truth = passed(model, adapter, False), passed(model, adapter, True)
     found = worst(wide, truth)
@@ -352,7 +352,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
         "modelling file (`braces export code`), *by hooks* where the FFN is no module that it can subclass. Both",
         "within 1e-5.",
         "",
-        "Written by the test that checks it, `python -m tests.core.laws --write`; do not edit.",
+        "Written by the test that checks it, `python -m tests.core.invariants --write`; do not edit.",
         "",
         "| Type | Class | Status | FFN | Value projection | Merge | Slots | Code | Reason, notes |",
         "|---|---|---|---|---|---|---|---|---|",
