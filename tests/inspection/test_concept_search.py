@@ -21,8 +21,8 @@ from tests.conftest import make_adapter
 def test_promoting_vectors_are_those_of_a_direct_computation(session):
     """Rank and score of every vector, sorted."""
     model = session.base.model
-    expected = model_concept(session, [" film"])
-    (token,) = expected.tokens
+    words = model_concept(session, [" film"])
+    (token,) = words.tokens
     rows = []
     for number, layer in enumerate(model.model.layers):
         scores = model.lm_head(model.model.norm(layer.mlp.down_proj.weight.T)).detach()
@@ -31,7 +31,7 @@ def test_promoting_vectors_are_those_of_a_direct_computation(session):
                 {"layer": number, "index": index, "rank": int((row > row[token]).sum()) + 1, "score": float(row[token])}
             )
     expected = sorted(rows, key=best_first)[:6]
-    found = top_vectors_for_concept(session, expected, limit=6, top_k=3)
+    found = top_vectors_for_concept(session, words, limit=6, top_k=3)
     assert [(r["layer"], r["index"], r["rank"]) for r in found] == [
         (r["layer"], r["index"], r["rank"]) for r in expected
     ]

@@ -26,7 +26,7 @@ from braces_cli.core.utils.errors import ConfigError, ModelError
 class Adapter:
     """Relevance modules attached to a model: `sites` pairs each FFN with its module, in layer order.
 
-    The modules are children named `brace` of the FFN (of the decoder layer where it has no FFN of its own), so the
+    The modules are children named `relevance` of the FFN (of the decoder layer where it has no FFN of its own), so the
     base's parameter names stay as they are. While attached the base's own parameters are frozen.
     """
 
@@ -165,7 +165,7 @@ class Adapter:
 
 
 def hook_ffn(part: FFN | Experts, adapter_layer: Any) -> list[RemovableHandle]:
-    """Have `brace`, a `RelevanceModule` or what answers the same calls, change the output of an FFN."""
+    """Have `adapter_layer`, a `RelevanceModule` or what answers the same calls, change the output of an FFN."""
     return _expert_hooks(part, adapter_layer) if isinstance(part, Experts) else _hooks(part, adapter_layer)
 
 
