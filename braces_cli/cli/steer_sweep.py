@@ -86,7 +86,9 @@ def _measure(
     answers = read_answer_pairs(settings.answers) if settings.answers else []
     labelled = read_labelled(settings.detect) if settings.detect else None
     session = open_session(settings.model, settings.adapter, options)
-    reference_model = load_base(settings.reference_model, replace(options, revision=None)) if settings.reference_model else None
+    reference_model = (
+        load_base(settings.reference_model, replace(options, revision=None)) if settings.reference_model else None
+    )
     plan = SweepPlan(
         strengths,
         settings.num_samples,
@@ -107,7 +109,16 @@ def _measure(
     baselines = baseline_methods(session, settings.baseline_names, swept, strengths, plan.layers, report)
     plan = replace(plan, baselines=baselines)
     measured = sweep(
-        session, swept, prompts, loaded_scorer, label, sampling, plan, others=others, reference_model=reference_model, report=report
+        session,
+        swept,
+        prompts,
+        loaded_scorer,
+        label,
+        sampling,
+        plan,
+        others=others,
+        reference_model=reference_model,
+        report=report,
     )
     return {
         **_described(settings, session, len(prompts)),

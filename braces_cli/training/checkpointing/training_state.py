@@ -21,7 +21,7 @@ from torch import Tensor
 
 from braces_cli.core.schema import Count, Kind, check, check_is_file, read
 from braces_cli.core.utils.atomic_files import write_json, write_tensors
-from braces_cli.core.utils.distributed import gathered, rank, full_tensor
+from braces_cli.core.utils.distributed import full_tensor, gathered, rank
 from braces_cli.core.utils.errors import ModelError
 from braces_cli.training.checkpointing.checkpoint_folders import DAMAGED_HINT
 

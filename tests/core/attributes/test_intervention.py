@@ -114,7 +114,7 @@ def test_a_direction_pushes_beside_the_adapter_and_the_rest_goes_through_it(sess
     import torch
 
     from braces_cli.core.attributes.attribute import build_attribute
-    from braces_cli.core.attributes.intervention import constants, steering_vectors, steered
+    from braces_cli.core.attributes.intervention import constants, steered, steering_vectors
     from braces_cli.core.method.adapter import attach
     from tests.conftest import open_gates
 

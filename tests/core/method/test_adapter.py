@@ -37,8 +37,8 @@ def test_off_is_the_base_and_detached_is_the_very_same_model(name):
     with adapter.disabled():
         assert torch.equal(logits(model), base)
     assert torch.equal(logits(model), on)
-    assert [n for n, p in model.named_parameters() if "brace" not in n] == names
-    assert all(p.requires_grad == ("brace" in n) for n, p in model.named_parameters())
+    assert [n for n, p in model.named_parameters() if "relevance" not in n] == names
+    assert all(p.requires_grad == ("relevance" in n) for n, p in model.named_parameters())
     assert adapter.detach() is model
     assert torch.equal(logits(model), base)
     assert [n for n, _ in model.named_modules()] == modules

@@ -28,7 +28,8 @@ class Some(Settings):
     folder: Path | None = option(None, help="")
 
 
-@pytest.mark.parametrize(("name", "value", "expected"),
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
     [
         ("rank", np.int64(8), 8),
         ("rank", None, None),
@@ -78,7 +79,8 @@ def test_other_types_and_names_are_refused(name, value, message):
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize(("layers", "expected"),
+@pytest.mark.parametrize(
+    ("layers", "expected"),
     [(3, "3"), ([0, 1], "0,1"), (range(2, 5), "2,3,4"), (np.arange(2), "0,1"), ("8-20", "8-20"), (None, None)],
 )
 def test_layers_may_be_numbers(layers, expected):
