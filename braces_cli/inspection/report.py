@@ -79,7 +79,10 @@ def _name(model: str) -> str:
 def _gates(session: Session) -> list[dict[str, Any]]:
     if session.adapter is None:
         return []
-    return [{"layer": ffn.layer, "gate": float(adapter_layer.g.detach())} for ffn, adapter_layer in session.adapter.adapted_ffns]
+    return [
+        {"layer": ffn.layer, "gate": float(adapter_layer.g.detach())}
+        for ffn, adapter_layer in session.adapter.adapted_ffns
+    ]
 
 
 def _amplified(session: Session, prompt: str) -> list[dict[str, Any]]:
@@ -139,7 +142,9 @@ def _alignment(session: Session, attribute: Attribute) -> dict[str, Any]:
     """How much of an attribute's state each layer's projection sees, |R p| / |p| (a random subspace of rank r sees
     about sqrt(r / d)), and the tokens that pushing along the attribute promotes there."""
     lens, texts = LogitLens(session.base.model), TokenTexts(session.base.tokenizer)
-    adapter_layers = {ffn.layer: adapter_layer for ffn, adapter_layer in session.adapter.adapted_ffns} if session.adapter else {}
+    adapter_layers = (
+        {ffn.layer: adapter_layer for ffn, adapter_layer in session.adapter.adapted_ffns} if session.adapter else {}
+    )
     rows = []
     for row, ffn in enumerate(plain_ffns(session.ffns)):
         state = attribute.state[row]

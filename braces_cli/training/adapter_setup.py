@@ -94,7 +94,9 @@ def adapter_to_train(
     model = session.base.model
     if start is not None:
         adapter = attach_stored(model, start, session.base.fingerprint(session.ffns))
-        modules = [adapter_layer for _, adapter_layer in adapter.adapted_ffns] + ([adapter.mlp] if adapter.mlp is not None else [])
+        modules = [adapter_layer for _, adapter_layer in adapter.adapted_ffns] + (
+            [adapter.mlp] if adapter.mlp is not None else []
+        )
         for module in modules:
             module.requires_grad_(True)
         return adapter
@@ -149,8 +151,16 @@ def parameter_groups(adapter: Adapter | PeftAdapter, settings: TrainSettings) ->
     if isinstance(adapter, PeftAdapter):
         return [{"params": [p for _, p in adapter.named_parameters()], "lr": settings.lr, "name": "lr"}]
     groups: list[dict[str, Any]] = [
-        {"params": [adapter_layer.weight for _, adapter_layer in adapter.adapted_ffns], "lr": settings.lr, "name": "lr"},
-        {"params": [adapter_layer.gate for _, adapter_layer in adapter.adapted_ffns], "lr": settings.gate_lr, "name": "gate_lr"},
+        {
+            "params": [adapter_layer.weight for _, adapter_layer in adapter.adapted_ffns],
+            "lr": settings.lr,
+            "name": "lr",
+        },
+        {
+            "params": [adapter_layer.gate for _, adapter_layer in adapter.adapted_ffns],
+            "lr": settings.gate_lr,
+            "name": "gate_lr",
+        },
     ]
     if adapter.mlp is not None:
         groups.append({"params": list(adapter.mlp.parameters()), "lr": settings.lr})

@@ -234,7 +234,9 @@ def slots_dir(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     from braces_cli.export.verification import Verification
 
     with monkeypatch.context() as patch:
-        patch.setattr("braces_cli.export.slots.verify_export", lambda folder, expected, how: Verification(0.0, 0.0, 0.0, expected))
+        patch.setattr(
+            "braces_cli.export.slots.verify_export", lambda folder, expected, how: Verification(0.0, 0.0, 0.0, expected)
+        )
         write_slots(Request(str(model_dir), None, options()), 8, tmp_path / "slots")
     return tmp_path / "slots"
 

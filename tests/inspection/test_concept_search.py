@@ -48,7 +48,9 @@ def test_relevance_of_an_attribute_is_the_formula(session, tmp_path):
     attribute = find_attribute(session, "positive", None)
     everything = []
     for row, (ffn, adapter_layer) in enumerate(session.adapter.adapted_ffns):
-        expected = relevance_ref(attribute.state[row], ffn.value_matrix(), adapter_layer.weight.detach(), adapter_layer.scale)
+        expected = relevance_ref(
+            attribute.state[row], ffn.value_matrix(), adapter_layer.weight.detach(), adapter_layer.scale
+        )
         assert torch.allclose(attribute_relevance(session, attribute, ffn), expected, rtol=1e-4, atol=1e-6)
         everything += [(float(score), ffn.layer, index) for index, score in enumerate(expected)]
     best = sorted(everything, reverse=True)[:4]

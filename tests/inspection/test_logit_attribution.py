@@ -108,7 +108,9 @@ def test_a_sub_update_is_written_out():
         ffn, adapter_layer = session.adapter.adapted_ffns[row["layer"]]
         position = row["position"]
         values = ffn.value_matrix().detach()
-        r = relevance_ref(run.inputs[row["layer"]][position], values, adapter_layer.weight.detach(), adapter_layer.scale)
+        r = relevance_ref(
+            run.inputs[row["layer"]][position], values, adapter_layer.weight.detach(), adapter_layer.scale
+        )
         w = run.weights[row["layer"]][position]
         effect = (w + adapter_layer.g.detach() * r) * (u[position] @ values)
         best = effect.abs().topk(3).indices.tolist()

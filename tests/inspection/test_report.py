@@ -57,7 +57,9 @@ def test_everything_is_on_it(session, data):
     """Gates, vectors, heat map, attributes: figures of the model, not of another."""
     import torch
 
-    assert [row["gate"] for row in data["gates"]] == [float(adapter_layer.g) for _, adapter_layer in session.adapter.adapted_ffns]
+    assert [row["gate"] for row in data["gates"]] == [
+        float(adapter_layer.g) for _, adapter_layer in session.adapter.adapted_ffns
+    ]
     assert {attribute["name"] for attribute in data["attributes"]} == {"positive", "negative"}
     adapter_layer, p = session.adapter.adapted_ffns[1][1], None
     from braces_cli.core.attributes.lookup import find_attribute
@@ -79,7 +81,10 @@ def test_everything_is_on_it(session, data):
     handle.remove()
     from braces_cli.core.method.reference import relevance_ref
 
-    r = adapter_layer.g * relevance_ref(seen[0], ffn.value_matrix(), adapter_layer.weight, adapter_layer.scale)[:, first["index"]]
+    r = (
+        adapter_layer.g
+        * relevance_ref(seen[0], ffn.value_matrix(), adapter_layer.weight, adapter_layer.scale)[:, first["index"]]
+    )
     norm = ffn.value_matrix()[:, first["index"]].norm()
     assert first["strength"] == pytest.approx(float(r.abs().mean() * norm), rel=1e-3)
     html = render(data)

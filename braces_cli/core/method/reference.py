@@ -81,7 +81,11 @@ def reference(
         for ffn, adapter_layer in adapter.adapted_ffns:
             terms = (conditions or {}).get(ffn.layer, ())
             for part in ffn.parts:
-                handles += _experts(part, adapter_layer, terms) if isinstance(part, Experts) else _dense(part, adapter_layer, terms)
+                handles += (
+                    _experts(part, adapter_layer, terms)
+                    if isinstance(part, Experts)
+                    else _dense(part, adapter_layer, terms)
+                )
         with adapter.disabled():
             yield adapter.model
     finally:
@@ -112,7 +116,9 @@ def _dense(ffn: FFN, adapter_layer: RelevanceModule, terms: Sequence[tuple[Tenso
     return [ffn.watch(entered.append), ffn.value.register_forward_pre_hook(augment)]
 
 
-def _experts(part: Experts, adapter_layer: RelevanceModule, terms: Sequence[tuple[Tensor, Tensor]]) -> list[RemovableHandle]:
+def _experts(
+    part: Experts, adapter_layer: RelevanceModule, terms: Sequence[tuple[Tensor, Tensor]]
+) -> list[RemovableHandle]:
     """Add `p_e sum_j g r_j v_j` expert by expert: their weights w_j never leave the module that holds them."""
 
     def augment(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:

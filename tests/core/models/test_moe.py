@@ -246,7 +246,12 @@ def test_a_module_list_of_experts_shares_one_projection_and_gate():
         term = expected
         for p, expert in ((0.75, layer.experts[0]), (0.25, layer.experts[2])):
             w = expert.act(expert.up(expected))
-            r = (expected @ adapter_layer.projection().mT) @ (adapter_layer.projection() @ expert.down.weight) * adapter_layer.scale / 2
+            r = (
+                (expected @ adapter_layer.projection().mT)
+                @ (adapter_layer.projection() @ expert.down.weight)
+                * adapter_layer.scale
+                / 2
+            )
             term = term + p * ((w + adapter_layer.g * r) @ expert.down.weight.mT + expert.down.bias)
         expected = term
     assert relative(model(x), expected) < 1e-5
