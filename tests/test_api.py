@@ -100,7 +100,7 @@ def test_values_of_the_types_that_scripts_have(model_dir: Path, adapter_dir: Pat
     ("call", "message"),
     [
         (lambda model: model.generate(5), "prompts: 5 is not a text"),
-        (lambda model: model.generate("a", max_tokens=3), "Here it is `max_new_tokens`"),
+        (lambda model: model.generate("a", max_tokens=3), "Use `max_new_tokens`"),
         (lambda model: model.generate("a", batch_size=0), "batch_size: 0 is out of range"),
         (lambda model: model.generate(None), "prompts: None is not a text"),
         (lambda model: model.generate({"prompt": "a"}), "prompts: {'prompt': 'a'} is not a text"),

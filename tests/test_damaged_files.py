@@ -42,8 +42,8 @@ PROGRESS = {
 RESULT = {
     "output_dir": "out", "method": "braces", "trainable_parameters": 1, "condition_parameters": 0,
     "total_parameters": 9, "trainable_percent": 1.0, "steps": 4, "epochs": 1.0, "train_loss": 2.0,
-    "base_eval_loss": None, "base_eval_perplexity": None, "base_eval_perplexity_without_end": None, "eval_loss": None,
-    "eval_perplexity": None, "eval_perplexity_without_end": None, "seconds": 1.0, "tokens": 9,
+    "base_eval_loss": None, "base_eval_perplexity": None, "base_eval_perplexity_without_eos": None, "eval_loss": None,
+    "eval_perplexity": None, "eval_perplexity_without_eos": None, "seconds": 1.0, "tokens": 9,
     "tokens_per_second": 9.0, "peak_memory": 1, "rows": 1, "rows_truncated": 0, "rows_dropped": 0,
     "side_path_share": None, "packed": False, "padding_share": 0.0,
 }  # fmt: skip

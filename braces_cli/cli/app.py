@@ -53,7 +53,7 @@ _SUMMARIES = {
         "Fine-tune, evaluate, steer, inspect and merge on the small model that braces brings: no hub, no GPU, no data."
     ),
     "env": "Versions, devices, threads and caches: what a bug report needs. Shows no token and no password.",
-    "inspect": "Look inside a model and its adapter.",
+    "inspect": "Inspect a model and its adapter.",
     "export": "Export adapters and attributes for other programs to serve.",
     "recipe": "List and copy the training recipes that ship with braces.",
 }

@@ -32,12 +32,12 @@ class AttributeBuildSettings(AttributeSources, AdapterSettings, UploadSettings, 
     )  # fmt: skip
 
     output_dir: Path | None = option(
-        None, help="Folder of attribute files to add to, or to --list.", flag="--output-dir,--attributes"
+        None, help="Folder for attribute files; --list reads it.", flag="--output-dir,--attributes"
     )
     list_attributes: bool = option(
-        False, help="Show the attributes of --output-dir, of --adapter, and those built in.", flag="--list"
+        False, help="List the attributes in --output-dir and --adapter, and the built-in ones.", flag="--list"
     )
-    overwrite: bool = option(False, help="Replace an attribute of the same name.", panel=OUTPUT)
+    overwrite: bool = option(False, help="Overwrite an existing attribute.", panel=OUTPUT)
 
 
 @command

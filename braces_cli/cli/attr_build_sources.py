@@ -21,26 +21,29 @@ class AttributeSources(Settings):
 
     attribute: tuple[str, ...] = option(
         (),
-        help="Name of the attribute. Repeatable for built-in lists and for --pairs, whose rows may name theirs.",
+        help="Name of the attribute. Repeatable for built-in lists, and for --pairs with a column `attribute`.",
         metavar="NAME",
         complete=built_in,
     )
     describe: tuple[str, ...] = option(
-        (), help="Somebody or a text with the attribute, such as 'a cheerful person'. Repeatable.", metavar="TEXT"
+        (),
+        help="Description of a person or text with the attribute, such as 'a cheerful person'. Repeatable.",
+        metavar="TEXT",
     )
-    against: tuple[str, ...] = option((), help="The opposite; the k-th belongs to the k-th --describe.", metavar="TEXT")
+    against: tuple[str, ...] = option(
+        (), help="Description of the opposite; the k-th belongs to the k-th --describe.", metavar="TEXT"
+    )
     pairs: Path | None = option(
-        None, help="File of rows `positive` and `negative`: texts, or prompts with completions.", metavar="FILE"
+        None, help="File with rows of `positive` and `negative`: texts, or prompts with completions.", metavar="FILE"
     )
-    words: str | None = option(None, help="Its words, separated by commas.")
-    words_file: Path | None = option(None, help="File with its words, one a line.")
-    examples: Path | None = option(None, help="Texts in place of words: one a line, or a data file with `text`.")
-    pooling: str = option(
-        "mean", help="How the tokens of each word or text are pooled.", choices=POOLINGS, panel=METHOD
-    )
+    words: str | None = option(None, help="Words of the attribute, separated by commas.")
+    words_file: Path | None = option(None, help="File with the words of the attribute, one per line.")
+    examples: Path | None = option(None, help="File with texts instead of words: one per line, or rows with `text`.")
+    pooling: str = option("mean", help="Pooling over the tokens of each word or text.", choices=POOLINGS, panel=METHOD)
     reduction: str | None = option(
         None,
-        help="Direction of the push: gradient of the odds of the attribute (the default), difference of means (mean), "
+        help="Direction of the steering vector: gradient of the attribute's log odds (default), difference of "
+        "means (mean), "
         "or, of pairs, their first principal component (pca) or a logistic regression. All but gradient go through an "
         "adapter where there is one.",
         choices=(GRADIENT, *REDUCTIONS),
@@ -48,13 +51,13 @@ class AttributeSources(Settings):
     )
     layers: str | None = option(
         None,
-        help="Layers that the attribute pushes, such as 8-20,24 or 1-; auto: those that best separate held-out pairs. "
+        help="Layers of the steering vector, such as 8-20,24 or 1-; auto: those that best separate held-out pairs. "
         "Default: the first half.",
         panel=METHOD,
     )
     apply_chat_template: bool | None = option(
         None,
-        help="Prompts of descriptions and pairs as a user's turn. Default: where there is a chat template.",
+        help="Apply the chat template to prompts of descriptions and pairs. Default: on if the tokenizer has one.",
         panel=METHOD,
         flag="--apply-chat-template/--no-apply-chat-template",
     )

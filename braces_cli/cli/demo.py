@@ -41,8 +41,8 @@ class DemoSettings(OutputSettings):
 
     first_options = ("output_dir",)
 
-    output_dir: Path = option(Path("demo"), help="Folder for everything that the demo makes.")
-    overwrite: bool = option(False, help="Write into an output folder that is not empty.", panel=OUTPUT)
+    output_dir: Path = option(Path("demo"), help="Folder for all output of the demo.")
+    overwrite: bool = option(False, help="Overwrite an output folder that is not empty.", panel=OUTPUT)
 
 
 @command

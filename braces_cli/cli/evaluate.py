@@ -28,15 +28,15 @@ class EvalCommandSettings(EvalSettings, ModelSettings, OutputSettings):
     first_options = ("tasks", "model", "adapter", "output_dir", "limit")
 
     adapter: tuple[str, ...] = option(
-        (), help="Adapter to measure beside the base: folder or hub id. Repeatable.", metavar="ADAPTER"
+        (), help="Adapter to evaluate in addition to the base: folder or hub id. Repeatable.", metavar="ADAPTER"
     )
-    output_dir: Path | None = option(None, help="Folder for results.json and results.md, task by task.")
+    output_dir: Path | None = option(None, help="Folder for results.json and results.md, updated after each task.")
     log_samples: bool = option(
         False, help="Also write prompt, answer and scores of each document into --output-dir.", panel=OUTPUT
     )
-    resume: bool = option(False, help="Continue with the tasks that --output-dir lacks.", panel=OUTPUT)
-    plot: Path | None = option(None, help="PNG file: each metric of each system.", panel=OUTPUT)
-    overwrite: bool = option(False, help="Write into an output folder that is not empty.", panel=OUTPUT)
+    resume: bool = option(False, help="Skip tasks whose results are already in --output-dir.", panel=OUTPUT)
+    plot: Path | None = option(None, help="PNG file for a plot of each metric and system.", panel=OUTPUT)
+    overwrite: bool = option(False, help="Overwrite an output folder that is not empty.", panel=OUTPUT)
 
 
 # Columns that say what a row of the table is.

@@ -23,7 +23,7 @@ class FolderSettings(Settings):
     """Where an export goes."""
 
     output_dir: Path | None = option(None, help="Folder to write.")
-    overwrite: bool = option(False, help="Replace an output that exists.", panel=OUTPUT)
+    overwrite: bool = option(False, help="Overwrite an existing output.", panel=OUTPUT)
 
     @property
     def folder(self) -> Path:
@@ -41,8 +41,8 @@ class LayersSettings(Settings):
 
     layers: str | None = option(
         None,
-        help="Layers that are steered, such as 8-20,24 or 1- (inclusive, from 0). Default: those that an attribute "
-        "pushes, or all of the adapter's where it goes through the adapter.",
+        help="Layers to steer, such as 8-20,24 or 1- (inclusive, from 0). Default: the layers of the steering "
+        "vector, or all adapted layers for an attribute that the adapter was trained with.",
         panel=ATTRIBUTES,
     )
 
@@ -87,14 +87,17 @@ class LoraSettings(AdapterSettings, AttributeSettings, LayersSettings, OutputSet
 
     first_options = ("base", "adapter", "attribute", "s", "output_dir")
 
-    base: Path | None = option(None, help="The base with slots: a folder that braces export slots wrote.")
+    base: Path | None = option(None, help="Base with slots: folder written by `braces export slots`.")
     gguf: Path | None = option(None, help="Also write the LoRA to this GGUF file, for llama.cpp.")
     combine: bool = option(
         False,
         help="Write adapter and attributes at fixed strengths into one LoRA, for servers that apply one per request.",
     )
     first_slot: int = option(
-        0, help="Ranks to leave free before this adapter's, for other adapters active at once.", min=0, panel=OUTPUT
+        0,
+        help="Number of slot ranks to skip, for other adapters that are active at the same time.",
+        min=0,
+        panel=OUTPUT,
     )
 
 
@@ -140,7 +143,7 @@ class VectorSettings(AdapterSettings, AttributeSettings, LayersSettings, OutputS
     first_options = ("attribute", "s", "adapter", "output", "model")
 
     output: Path | None = option(None, help="GGUF file to write.")
-    overwrite: bool = option(False, help="Replace a file that exists.", panel=OUTPUT)
+    overwrite: bool = option(False, help="Overwrite an existing file.", panel=OUTPUT)
 
 
 @command

@@ -13,7 +13,7 @@ from braces_cli.cli.options import AdapterSettings, DisplaySettings
 from braces_cli.core.utils.errors import ConfigError
 from braces_cli.core.utils.settings import same_option
 
-app = typer.Typer(help="Look inside a model and its adapter.", invoke_without_command=True)
+app = typer.Typer(help="Inspect a model and its adapter.", invoke_without_command=True)
 
 
 @dataclass(frozen=True, kw_only=True)

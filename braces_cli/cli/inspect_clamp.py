@@ -20,24 +20,27 @@ class ClampSettings(InspectSettings, SeedSettings):
     first_options = ("prompt", "model", "adapter", "token", "generate")
 
     clamps: tuple[str, ...] = option(
-        help="Neurons to hold, such as 3:89=2.5, or 3:89=p99.9: at that percentile of its own weights over --data.",
+        help="Neurons to clamp, such as 3:89=2.5, or 3:89=p99.9 for that percentile of the neuron's weights over "
+        "--data.",
         metavar="LAYER:INDEX=VALUE",
         argument=True,
     )
     prompt: tuple[str, ...] = option((), help="Text to continue. Repeatable. Default: standard input.", metavar="TEXT")
-    prompts: Path | None = option(None, help="File of prompts: one a line, or JSON Lines with `prompt`.")
-    token: tuple[str, ...] = option(
-        (), help="Token whose probability is shown in any case. Repeatable.", metavar="TOKEN"
-    )
-    top_k: int = option(10, help="Tokens shown: those whose probability rises most.", min=1)
+    prompts: Path | None = option(None, help="File with prompts: one per line, or JSON Lines with `prompt`.")
+    token: tuple[str, ...] = option((), help="Token that is always shown. Repeatable.", metavar="TOKEN")
+    top_k: int = option(10, help="Number of tokens to show: those whose probability rises most.", min=1)
     data: tuple[str, ...] = option(
-        (), help="Texts for percentiles: file or hub set. Repeatable.", metavar="SOURCE", panel=DATA
+        (), help="Texts for percentiles: file or hub data set. Repeatable.", metavar="SOURCE", panel=DATA
     )
-    limit: int = option(1000, help="Rows of --data to read.", min=1, panel=DATA)
-    generate: bool = option(False, help="Also continue each prompt, without and with the clamps.", panel=GENERATION)
-    max_new_tokens: int = option(30, help="Length of a continuation.", min=1, panel=GENERATION)
+    limit: int = option(1000, help="Number of rows of --data to read.", min=1, panel=DATA)
+    generate: bool = option(
+        False, help="Also generate a continuation of each prompt, without and with the clamps.", panel=GENERATION
+    )
+    max_new_tokens: int = option(30, help="Maximum number of new tokens.", min=1, panel=GENERATION)
     temperature: float = option(0.0, help="Sampling temperature; 0 is greedy.", panel=GENERATION)
-    top_p: float = option(0.9, help="Sample from the likeliest tokens that hold this probability.", panel=GENERATION)
+    top_p: float = option(
+        0.9, help="Nucleus sampling: total probability of the tokens to sample from.", panel=GENERATION
+    )
 
 
 @command

@@ -27,16 +27,19 @@ class FindSettings(VectorSettings):
         (), help="A word, several of one concept, or id:NUMBER.", metavar="TOKEN_OR_WORD", argument=True
     )
     attribute: str | None = option(
-        None, help="Instead of words: the vectors of highest relevance to it.", metavar="NAME", complete=built_in
+        None,
+        help="Attribute: rank the vectors by relevance to this attribute instead of words.",
+        metavar="NAME",
+        complete=built_in,
     )
-    attributes: Path | None = option(None, help="Folder that attr-build wrote.", panel=ATTRIBUTES)
+    attributes: Path | None = option(None, help="Folder with attribute files written by attr-build.", panel=ATTRIBUTES)
     map_file: Path | None = option(
         None,
-        help="Map that `inspect values --output` wrote, with a side of its own; needs no model.",
+        help="Map file written by `inspect values --output`, which fixes --side; needs no model.",
         flag="--map",
     )
-    limit: int = option(20, help="Vectors to show.", min=1)
-    top_k: int = option(10, help="Tokens shown for each vector.", min=1)
+    limit: int = option(20, help="Number of vectors to show.", min=1)
+    top_k: int = option(10, help="Number of tokens per vector.", min=1)
 
 
 @command

@@ -26,11 +26,11 @@ class VectorSettings(LayerSettings):
 
     side: str = option(
         "value",
-        help="value: what neurons write. gate, up: what they read from the residual stream.",
+        help="Weight matrix: value (output of the neurons), gate or up (their input).",
         choices=("value", "gate", "up"),
     )
     format: str = option(
-        "table", help="What stdout carries; json is JSON Lines.", panel=OUTPUT, choices=("table", "json"), display=True
+        "table", help="Format of stdout; json: JSON Lines.", panel=OUTPUT, choices=("table", "json"), display=True
     )
 
 

@@ -19,9 +19,9 @@ class ReportSettings(InspectSettings):
     output: Path = option(help="HTML file to write.")
     prompt: str | None = option(None, help="Text for the heat map and the strongest vectors.")
     target: str | None = option(
-        None, help="Token of the heat map. Default: the model's own next token at each position."
+        None, help="Target token of the heat map. Default: the model's next token at each position."
     )
-    overwrite: bool = option(False, help="Replace an --output that exists.", panel=OUTPUT)
+    overwrite: bool = option(False, help="Overwrite an existing --output.", panel=OUTPUT)
 
 
 @command

@@ -15,15 +15,15 @@ class TraceSettings(LayerSettings):
 
     first_options = ("model", "adapter", "target", "layers", "positions")
 
-    prompt: str = option(help="Text to run through the model.", metavar="PROMPT", argument=True)
+    prompt: str = option(help="Input text.", metavar="PROMPT", argument=True)
     target: str | None = option(
-        None, help="Token whose logit is taken apart. Default: the model's own next token at each position."
+        None, help="Token whose logit is decomposed. Default: the model's next token at each position."
     )
     positions: str | None = option(
-        None, help="Such as 3-5,7 (from 0). Default: the last; with --format json all of them."
+        None, help="Positions, such as 3-5,7 (from 0). Default: the last; all with --format json."
     )
-    limit: int = option(5, help="Sub-updates for each layer and position.", min=1)
-    top_k: int = option(5, help="Tokens shown for each sub-update.", min=1)
+    limit: int = option(5, help="Number of sub-updates per layer and position.", min=1)
+    top_k: int = option(5, help="Number of tokens per sub-update.", min=1)
 
 
 @command

@@ -23,9 +23,9 @@ class ValuesSettings(VectorSettings):
     first_options = ("model", "adapter", "layers", "index", "output")
 
     index: str | None = option(None, help="Vectors within each layer, such as 0-9,42. Default: all.")
-    top_k: int = option(10, help="Tokens for each vector.", min=1)
+    top_k: int = option(10, help="Number of tokens per vector.", min=1)
     output: Path | None = option(None, help="Map file to write, .parquet; `inspect find --map` searches it.")
-    overwrite: bool = option(False, help="Replace an --output that exists.", panel=OUTPUT)
+    overwrite: bool = option(False, help="Overwrite an existing --output.", panel=OUTPUT)
 
 
 @command

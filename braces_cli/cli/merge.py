@@ -19,11 +19,11 @@ class MergeSettings(AdapterSettings, AttributeSettings, UploadSettings, OutputSe
     first_options = ("adapter", "output_dir", "attribute", "s", "model")
 
     output_dir: Path | None = option(None, help="Folder for the merged checkpoint.")
-    overwrite: bool = option(False, help="Write into an output folder that is not empty.", panel=OUTPUT)
+    overwrite: bool = option(False, help="Overwrite an output folder that is not empty.", panel=OUTPUT)
     layers: str | None = option(
         None,
-        help="Layers that are steered, such as 8-20,24 or 1- (inclusive, from 0). Default: those that an attribute "
-        "pushes, or all of the adapter's where it goes through the adapter.",
+        help="Layers to steer, such as 8-20,24 or 1- (inclusive, from 0). Default: the layers of the steering "
+        "vector, or all adapted layers for an attribute that the adapter was trained with.",
         panel=ATTRIBUTES,
     )
     pad_to_multiple_of: int = option(
@@ -32,7 +32,9 @@ class MergeSettings(AdapterSettings, AttributeSettings, UploadSettings, OutputSe
         min=1,
         panel=OUTPUT,
     )
-    check: Path | None = option(None, help="Verify this merged folder once more; writes nothing.", panel=OUTPUT)
+    check: Path | None = option(
+        None, help="Folder of a merged checkpoint to verify again; writes nothing.", panel=OUTPUT
+    )
 
 
 # What the table calls the fields of a result, of an export, too.

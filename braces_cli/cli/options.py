@@ -14,9 +14,11 @@ from braces_cli.core.utils.settings import MODEL, OUTPUT, SeedSettings, Settings
 class DisplaySettings(Settings):
     """How results are shown."""
 
-    format: str = option("table", help="What stdout carries.", panel=OUTPUT, choices=("table", "json"), display=True)
-    quiet: bool = option(False, help="No progress and no notes on stderr.", panel=OUTPUT, display=True)
-    debug: bool = option(False, help="Tracebacks, and the log of every library, on stderr.", panel=OUTPUT, display=True)
+    format: str = option("table", help="Format of stdout.", panel=OUTPUT, choices=("table", "json"), display=True)
+    quiet: bool = option(False, help="Disable progress and log messages on stderr.", panel=OUTPUT, display=True)
+    debug: bool = option(
+        False, help="Print tracebacks and the logs of all libraries to stderr.", panel=OUTPUT, display=True
+    )
 
     @property
     def json(self) -> bool:
@@ -39,7 +41,7 @@ class UploadSettings(Settings):
 
     push_to_hub: str | None = option(
         None,
-        help="Repository (owner/name) on the hub to upload the output to.",
+        help="Hub repository (owner/name) for the output.",
         panel=OUTPUT,
         metavar="REPOSITORY",
         outcome=False,

@@ -28,7 +28,7 @@ class CopySettings(DisplaySettings):
 
     name: str = option(help="Name of the recipe, as `braces recipe list` shows it.", argument=True)
     output_dir: Path = option(Path("."), help="Folder to copy the recipe into.")
-    overwrite: bool = option(False, help="Replace a file of the same name.", panel=OUTPUT)
+    overwrite: bool = option(False, help="Overwrite an existing file.", panel=OUTPUT)
 
 
 @command

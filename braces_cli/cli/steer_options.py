@@ -29,12 +29,12 @@ class SweepOptions(Settings):
 
     sweep: str | None = option(
         None,
-        help="Measure the first attribute at every strength, as -4:4:1.",
+        help="Measure the first attribute at each strength of this range, such as -4:4:1.",
         panel=SCORING,
         metavar="FROM:TO:STEP",
         outcome=False,
     )
-    plot: Path | None = option(None, help="Draw the sweep into this PNG file.", panel=SCORING, outcome=False)
+    plot: Path | None = option(None, help="PNG file for a plot of the sweep.", panel=SCORING, outcome=False)
     scorer: str | None = option(
         None,
         help="Scorer of a sweep: vader, toxicity, fit:ROWS, judge:MODEL (a language model that rates texts), or a "
@@ -45,20 +45,23 @@ class SweepOptions(Settings):
         outcome=False,
     )
     score_label: str | None = option(
-        None, help="The scorer's label for the attribute, if not its own name.", panel=SCORING, outcome=False
+        None,
+        help="Label of the scorer for the attribute. Default: the name of the attribute.",
+        panel=SCORING,
+        outcome=False,
     )
     reference_model: str | None = option(
         None,
-        help="Model that measures perplexity in place of the base: folder or hub id.",
+        help="Reference model for the perplexity of continuations: folder or hub id. Default: the base.",
         panel=SCORING,
         outcome=False,
     )
     exclude_list_words: bool = option(
-        False, help="The scorer ignores the attributes' own words.", panel=SCORING, outcome=False
+        False, help="Remove the words of the attribute from texts before scoring.", panel=SCORING, outcome=False
     )
     baselines: str | None = option(
         None,
-        help="Other ways to steer, measured beside this one: prompting, difference, pca; commas between them.",
+        help="Baselines to measure as well: prompting, difference, pca; separated by commas.",
         panel=SCORING,
         metavar="METHODS",
         complete=lambda: BASELINE_METHODS,
@@ -66,14 +69,15 @@ class SweepOptions(Settings):
     )
     answers: str | None = option(
         None,
-        help="Rows with `prompt`, `positive` and `negative`: which answer is preferred at each strength.",
+        help="Rows with `prompt`, `positive` and `negative`: report how often `positive` is preferred at each "
+        "strength.",
         panel=SCORING,
         metavar="ROWS",
         outcome=False,
     )
     detect: str | None = option(
         None,
-        help="Labelled rows: AUROC of the attribute's direction for those with the attribute against the others.",
+        help="Labelled rows: report the AUROC of the attribute's direction as a detector of the attribute.",
         panel=SCORING,
         metavar="ROWS",
         outcome=False,
@@ -114,52 +118,51 @@ class SteerSettings(AdapterSettings, AttributeSettings, GenerationSettings, Swee
     prompt: tuple[str, ...] = option((), help="Prompt. Repeatable. Default: standard input.", outcome=False)
     prompts: Path | None = option(
         None,
-        help="File of prompts: one a line, or rows (.jsonl, .json, .csv, .tsv, .parquet) with `prompt` and, if wanted, "
-        "`attributes: {name: s}` of its own; - is standard input.",
+        help="File with prompts: one per line, or rows (.jsonl, .json, .csv, .tsv, .parquet) with `prompt` and "
+        "optionally "
+        "`attributes: {name: s}`; - is standard input.",
         panel=GENERATION,
         metavar="FILE",
         outcome=False,
     )
     layers: str | None = option(
         None,
-        help="Layers that are steered, such as 8-20,24 or 1- (inclusive, from 0). Default: those that an attribute "
-        "pushes, or all of the adapter's where it goes through the adapter.",
+        help="Layers to steer, such as 8-20,24 or 1- (inclusive, from 0). Default: the layers of the steering "
+        "vector, or all adapted layers for an attribute that the adapter was trained with.",
         panel=ATTRIBUTES,
     )
     top_k: int | None = option(
-        None, help="Sample from this many of the most likely tokens. Default: all.", panel=GENERATION
+        None, help="Number of most likely tokens to sample from. Default: all.", panel=GENERATION
     )
-    stop: tuple[str, ...] = option(
-        (), help="A text ends before this one, such as a full stop. Repeatable.", panel=GENERATION
-    )
+    stop: tuple[str, ...] = option((), help="Stop string: the text ends before it. Repeatable.", panel=GENERATION)
     apply_chat_template: bool | None = option(
         None,
-        help="Prompts as a user's turn. Default: as the adapter was trained.",
+        help="Apply the chat template. Default: as in training.",
         panel=GENERATION,
         flag="--apply-chat-template/--no-apply-chat-template",
     )
     batch_size: int = option(
         8,
-        help="Texts at a time. In bfloat16 and float16 rounding, and so texts, depend on it; in float32 hardly ever.",
+        help="Texts per forward pass. In half precision the output can vary with the batch size.",
         min=1,
         panel=GENERATION,
         outcome=False,
     )
-    show_unsteered: bool = option(False, help="The unsteered text beside the steered one.", panel=OUTPUT)
+    show_unsteered: bool = option(False, help="Also generate without steering.", panel=OUTPUT)
     interactive: bool = option(
         False,
-        help="Prompts and commands (/s 2, /attribute NAME, /help) line by line.",
+        help="Read prompts and commands (/s 2, /attribute NAME, /help) from standard input.",
         panel=OUTPUT,
         outcome=False,
     )
-    output: Path | None = option(None, help="Write the texts into this JSON Lines file.", panel=OUTPUT, outcome=False)
+    output: Path | None = option(None, help="JSON Lines file for the texts.", panel=OUTPUT, outcome=False)
     resume: bool = option(False, help="Continue --output after its last complete batch.", panel=OUTPUT, outcome=False)
-    overwrite: bool = option(False, help="Replace the output file if it is there.", panel=OUTPUT, outcome=False)
+    overwrite: bool = option(False, help="Overwrite an existing --output.", panel=OUTPUT, outcome=False)
     # No default of its own: where stdout is no terminal it carries JSON Lines.
     format: str | None = option(  # type: ignore[assignment]
         None,
-        help="What stdout carries; json is JSON Lines, the default where stdout is no terminal; text is prompts with "
-        "their continuations and nothing else.",
+        help="Format of stdout; json: JSON Lines, the default if stdout is not a terminal; text: only prompts with "
+        "their continuations.",
         panel=OUTPUT,
         choices=("table", "json", "text"),
         display=True,

@@ -21,7 +21,7 @@ class TrainCommandSettings(RunSettings, OutputSettings):
 
     check: bool = option(
         False,
-        help="Read and tokenise all rows, show what is found, and stop. Needs no weights.",
+        help="Read and tokenise all rows, print statistics and exit. Loads no weights.",
         panel=DATA,
         outcome=False,
     )
@@ -31,10 +31,10 @@ class TrainCommandSettings(RunSettings, OutputSettings):
 _LABELS = {
     "base_eval_loss": "evaluation loss of the base",
     "base_eval_perplexity": "evaluation perplexity of the base",
-    "base_eval_perplexity_without_end": "the same, end tokens not counted",
+    "base_eval_perplexity_without_eos": "the same, end tokens not counted",
     "eval_loss": "evaluation loss of the adapter",
     "eval_perplexity": "evaluation perplexity of the adapter",
-    "eval_perplexity_without_end": "the same, end tokens not counted",
+    "eval_perplexity_without_eos": "the same, end tokens not counted",
     "condition_parameters": "parameters of the attributes' MLP",
     "trainable_percent": "trainable parameters, percent",
     "side_path_share": "size of the adapter's output over that of the FFN, across layers",

@@ -35,31 +35,37 @@ class TextTaskSettings(GenerationSettings, AttributeNames):
 
     attribute: tuple[str, ...] = option(
         (),
-        help="Name of an attribute: measure each adapter (the base if there is none) steered by it, too. Repeatable.",
+        help="Attribute: also evaluate each adapter (or the base, without an adapter) steered by this attribute. "
+        "Repeatable.",
         metavar="NAME",
         panel=ATTRIBUTES,
         complete=built_in,
     )
     s: tuple[str, ...] = option(
         (),
-        help="Strengths of the k-th --attribute, such as -2,0,2 or -4:4:1; each is a system of its own. Default 1.",
+        help="Strengths of the k-th --attribute, such as -2,0,2 or -4:4:1; each is evaluated separately. Default: 1.",
         metavar="STRENGTHS",
         panel=ATTRIBUTES,
     )
     num_samples: int | None = option(  # type: ignore[assignment]
-        None, help="Texts for each prompt. Default: 25 in the task toxicity, else 1.", min=1, panel=GENERATION
+        None, help="Number of texts per prompt. Default: 25 in the task toxicity, else 1.", min=1, panel=GENERATION
     )
     scorer: tuple[str, ...] = option(
         (),
-        help="vader, toxicity, fit:ROWS, judge:MODEL, or a classifier's folder or hub id. Repeatable.",
+        help="Scorer of a task: vader, toxicity, fit:ROWS, judge:MODEL, or a classifier's folder or hub id. "
+        "Repeatable.",
         metavar="TASK=SCORER",
         complete=lambda: [f"{task}={name}" for task in TEXT_TASKS for name in BUILT_IN],
         panel=SCORING,
     )
     reference_model: str | None = option(
-        None, help="Model that measures the perplexity of continuations, in place of the base.", panel=SCORING
+        None,
+        help="Reference model for the perplexity of continuations: folder or hub id. Default: the base.",
+        panel=SCORING,
     )
-    exclude_list_words: bool = option(False, help="Scorers ignore the attributes' own words.", panel=SCORING)
+    exclude_list_words: bool = option(
+        False, help="Remove the words of the attribute from texts before scoring.", panel=SCORING
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,40 +137,43 @@ class EvalSettings(TextTaskSettings):
 
     tasks: tuple[str, ...] = option(
         (),
-        help="zero_shot, commonsense, commonsense_gen, truthfulqa, popqa, perplexity, sentiment, toxicity, answers, "
+        help="Tasks or task groups: zero_shot, commonsense, commonsense_gen, truthfulqa, popqa, perplexity, "
+        "sentiment, toxicity, answers, "
         "detection or any of lm-eval's; commas between them.",
         metavar="NAMES",
         complete=lambda: TASK_NAMES,
     )
     task_data: tuple[str, ...] = option(
-        (), help="Rows of a task from a file or folder. Repeatable.", metavar="NAME=FILE", panel=TASKS
+        (), help="File or folder with the rows of a task. Repeatable.", metavar="NAME=FILE", panel=TASKS
     )
     task_data_dir: Path | None = option(
-        None, help="Folder with files (NAME.jsonl, ...) or folders named like the tasks.", panel=TASKS
+        None, help="Folder with a file (TASK.jsonl, ...) or a folder for each task.", panel=TASKS
     )
-    limit: int | None = option(None, help="Documents of each task, from the front.", min=1, panel=TASKS)
+    limit: int | None = option(
+        None, help="Number of documents per task, from the start of each task. Default: all.", min=1, panel=TASKS
+    )
     num_fewshot: int | None = option(
-        None, help="Examples in front of each document. Default: the task's own.", min=0, panel=TASKS
+        None, help="Number of few-shot examples before each document. Default: the task's setting.", min=0, panel=TASKS
     )
     apply_chat_template: bool | None = option(
         None,
-        help="Put prompts into the tokenizer's chat template. Default: as the adapters were trained.",
+        help="Apply the chat template. Default: as in training.",
         flag="--apply-chat-template/--no-apply-chat-template",
         panel=TASKS,
     )
     batch_size: str = option(
         "8",
-        help="Sequences in a forward pass, or auto; halved where memory is short.",
+        help="Sequences per forward pass, or auto; halved when memory runs out.",
         metavar="auto|N",
         panel=TASKS,
     )
     seed: int | None = option(
         None, help="Seed of every random choice. Default: lm-eval's own seeds.", min=0, panel=OUTPUT
     )
-    no_base: bool = option(False, help="Measure the adapters only.", panel=TASKS)
+    no_base: bool = option(False, help="Skip the base and evaluate the adapters only.", panel=TASKS)
     fail_under: tuple[str, ...] = option(
         (),
-        help="Exit with 5 where an adapter (the base if there is none) is worse than this. Repeatable.",
+        help="Exit with code 5 if an adapter (or the base, without an adapter) is worse than this. Repeatable.",
         metavar="TASK:METRIC=VALUE",
         panel=SCORING,
     )

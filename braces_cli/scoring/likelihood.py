@@ -50,7 +50,7 @@ class Likelihood:
         return safe_exp(self.loss)
 
     @property
-    def perplexity_without_end(self) -> float:
+    def perplexity_without_eos(self) -> float:
         """Perplexity of everything but the end tokens."""
         count = self.tokens - self.end_tokens
         return safe_exp((self.nll - self.end_nll) / count) if count else math.nan

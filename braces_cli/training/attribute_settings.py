@@ -24,25 +24,25 @@ class AttributeTrainingSettings(SeedSettings):
 
     attribute_field: str | None = option(
         None,
-        help="Column that names each row's attribute. Trains an adapter that can be steered by it.",
+        help="Column with the attribute of each row. The adapter learns to be steered by these attributes.",
         panel=ATTRIBUTES,
     )
     strength_field: str = option(
-        STRENGTH, help="Column of the attribute's strength; 1 where a row has none.", panel=ATTRIBUTES
+        STRENGTH, help="Column with the strength of the attribute; 1 if a row has none.", panel=ATTRIBUTES
     )
     opposites: tuple[str, ...] = option(
-        (), help="Two attributes that are the ends of one axis. Repeatable.", panel=ATTRIBUTES, metavar="A:B"
+        (), help="Two opposite attributes, trained as one axis. Repeatable.", panel=ATTRIBUTES, metavar="A:B"
     )
     contrast: float | None = option(
         None,
-        help="Weight of a contrastive loss that compares each row at its own strength and at the opposite one; takes "
+        help="Weight of the contrastive loss between each row's strength and the opposite strength; takes "
         f"twice the time. Default: {DEFAULT_CONTRAST:g} with attributes.",
         panel=ATTRIBUTES,
     )
     margin: float | None = option(
         None,
-        help="The contrastive loss pushes each row's log-likelihood at its own strength above that at the opposite "
-        "strength, by at least this many nats per unit of strength: the larger, the stronger the steering. "
+        help="Margin of the contrastive loss, in nats per unit of strength: each row's log-likelihood at its strength "
+        "must exceed that at the opposite strength by this much. Larger values steer more strongly. "
         f"Default: {DEFAULT_MARGIN:g}.",
         panel=ATTRIBUTES,
     )

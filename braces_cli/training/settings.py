@@ -59,7 +59,7 @@ class TrainSettings(AttributeTrainingSettings):
     """
 
     method: str = option(
-        "braces", help="What to train; all but the first are baselines from peft.", panel=METHOD, choices=METHODS
+        "braces", help="Method to train; all except braces are PEFT baselines.", panel=METHOD, choices=METHODS
     )
     rank: int = option(
         DEFAULT_RANK, help="Rank of the relevance projections, or of a baseline's update.", min=1, panel=METHOD
@@ -72,22 +72,26 @@ class TrainSettings(AttributeTrainingSettings):
         metavar="auto|NUMBER",
     )
     streaming: bool = option(
-        False, help="Read rows while training, for sets larger than memory. Needs --max-steps.", panel=DATA
+        False, help="Read rows during training, for data larger than memory. Needs --max-steps.", panel=DATA
     )
     packing: str = option(
         "auto",
-        help="Put several examples into a row: where a probe shows that logits stay the same, always, or never.",
+        help="Pack several examples into one row; auto: if a test on the model shows unchanged logits.",
         panel=DATA,
         choices=PACKING,
     )
     max_length: int = option(
-        1024, help="Tokens kept of an example (at most the model's context).", min=2, panel=DATA, metavar="TOKENS"
+        1024,
+        help="Maximum length of an example in tokens; longer ones are truncated.",
+        min=2,
+        panel=DATA,
+        metavar="TOKENS",
     )
     layers: str | None = option(
         None, help="Layers to adapt, such as 8-20,24 or 1- (inclusive, from 0). Default: all.", panel=METHOD
     )
     lora_alpha: int | None = option(
-        None, help="A baseline's update is multiplied by this over the rank. Default: twice the rank.", min=1,
+        None, help="LoRA alpha of a baseline: its update is scaled by alpha / rank. Default: twice the rank.", min=1,
         panel=METHOD,
     )  # fmt: skip
     lora_targets: tuple[str, ...] = option(
@@ -105,27 +109,29 @@ class TrainSettings(AttributeTrainingSettings):
         f"Default: {DEFAULT_GATE_LR:g}; with attributes {DEFAULT_GATE_LR_ATTRIBUTES:g}.",
         panel=OPTIMISATION,
     )
-    epochs: float = option(1.0, help="Passes over the data.", panel=OPTIMISATION)
+    epochs: float = option(1.0, help="Number of passes over the training data.", panel=OPTIMISATION)
     max_steps: int | None = option(
-        None, help="Optimizer steps; takes precedence over --epochs.", min=1, panel=OPTIMISATION
+        None, help="Number of optimizer steps; overrides --epochs.", min=1, panel=OPTIMISATION
     )
     batch_size: int = option(
-        16, help="Examples per process in each forward pass.", min=1, panel=OPTIMISATION, outcome=False
+        16, help="Examples per process and forward pass.", min=1, panel=OPTIMISATION, outcome=False
     )
-    gradient_accumulation: int = option(1, help="Batches per optimizer step.", min=1, panel=OPTIMISATION, outcome=False)
+    gradient_accumulation: int = option(
+        1, help="Forward passes per optimizer step.", min=1, panel=OPTIMISATION, outcome=False
+    )
     warmup_steps: int = option(
         20,
-        help="Optimizer steps until the peak learning rate is reached; at most a quarter of all.",
+        help="Optimizer steps of linear warm-up; at most a quarter of all steps.",
         min=0,
         panel=OPTIMISATION,
     )
     schedule: str = option(
-        "linear", help="Learning rate after the warm-up: falls to zero along a line or cosine, or stays constant.",
+        "linear", help="Learning-rate schedule after the warm-up: linear or cosine decay to zero, or constant.",
         panel=OPTIMISATION, choices=SCHEDULES,
     )  # fmt: skip
     gradient_checkpointing: bool = option(
         False,
-        help="Recompute activations in the backward pass: less memory, about a third more time.",
+        help="Recompute activations in the backward pass: less memory, about 30 % more time.",
         panel=OPTIMISATION,
         outcome=False,
     )
@@ -199,21 +205,33 @@ class TrainSettings(AttributeTrainingSettings):
 class CheckpointSettings(Settings):
     """What happens beside the training, and changes nothing of its outcome. All counts are optimizer steps."""
 
-    save_steps: int = option(500, help="Steps between checkpoints; 0: none.", min=0, panel=CHECKPOINTS, outcome=False)
+    save_steps: int = option(
+        500, help="Optimizer steps between checkpoints; 0: no checkpoints.", min=0, panel=CHECKPOINTS, outcome=False
+    )
     save_total_limit: int = option(
-        2, help="Checkpoints that are kept; 0: all.", min=0, panel=CHECKPOINTS, outcome=False
+        2,
+        help="Maximum number of checkpoints; older ones are deleted. 0: no limit.",
+        min=0,
+        panel=CHECKPOINTS,
+        outcome=False,
     )
     resume: bool = option(
         False, help="Continue from the newest checkpoint in --output-dir, if there is one.", panel=CHECKPOINTS,
         outcome=False,
     )  # fmt: skip
     eval_steps: int = option(
-        0, help="Steps between measurements on --eval-data; 0: at the end only.", min=0, panel=CHECKPOINTS,
+        0, help="Optimizer steps between evaluations on --eval-data; 0: at the end only.", min=0, panel=CHECKPOINTS,
         outcome=False,
     )  # fmt: skip
-    logging_steps: int = option(10, help="Steps between rows of metrics.", min=1, panel=CHECKPOINTS, outcome=False)
+    logging_steps: int = option(
+        10, help="Optimizer steps between rows of metrics.", min=1, panel=CHECKPOINTS, outcome=False
+    )
     report_to: str = option(
-        "none", help="Where metrics go besides metrics.jsonl.", panel=CHECKPOINTS, outcome=False, choices=REPORTERS
+        "none",
+        help="Logger for metrics, in addition to metrics.jsonl.",
+        panel=CHECKPOINTS,
+        outcome=False,
+        choices=REPORTERS,
     )
 
     def __post_init__(self) -> None:
@@ -228,11 +246,13 @@ class FileSettings(Settings):
     """What is read, and where the adapter goes."""
 
     data: tuple[str, ...] = option(
-        (), help="Training rows: a file, or a hub set as id, id:split or id:subset:split. Repeatable.", metavar="ROWS"
+        (),
+        help="Training rows: a file, or a hub data set as id, id:split or id:subset:split. Repeatable.",
+        metavar="ROWS",
     )
     output_dir: Path | None = option(None, help="Folder for the adapter.", outcome=False)
     eval_data: tuple[str, ...] = option(
-        (), help="Rows on which base and adapter are measured. Repeatable.", panel=DATA, metavar="ROWS"
+        (), help="Evaluation rows, for the loss of base and adapter. Repeatable.", panel=DATA, metavar="ROWS"
     )
     columns: tuple[str, ...] = option(
         (), help="Columns of the rows, such as prompt=question,completion=answer. Repeatable.", panel=DATA,
@@ -246,15 +266,15 @@ class RunSettings(TrainSettings, CheckpointSettings, ModelSettings, FileSettings
 
     adapter: str | None = option(
         None,
-        help="Adapter to continue from: folder or hub id. Its layers, rank and relevance scale are kept.",
+        help="Adapter to continue training from: folder or hub id. Layers, rank and relevance scale stay the same.",
         panel=METHOD,
         metavar="ADAPTER",
         once=True,
     )
-    attributes: Path | None = option(None, help="Folder that attr-build wrote.", panel=ATTRIBUTES)
-    overwrite: bool = option(False, help="Write into an output folder that is not empty.", panel=OUTPUT, outcome=False)
+    attributes: Path | None = option(None, help="Folder with attribute files written by attr-build.", panel=ATTRIBUTES)
+    overwrite: bool = option(False, help="Overwrite an output folder that is not empty.", panel=OUTPUT, outcome=False)
     push_to_hub: str | None = option(
-        None, help="Repository (owner/name) to upload the adapter to.", panel=OUTPUT, outcome=False
+        None, help="Hub repository (owner/name) for the adapter.", panel=OUTPUT, outcome=False
     )
 
     def __post_init__(self) -> None:

@@ -370,7 +370,7 @@ def _likelihood(prefix: str, measured: Likelihood | None) -> dict[str, Any]:
     return {
         f"{prefix}_loss": None if measured is None else measured.loss,
         f"{prefix}_perplexity": None if measured is None else measured.perplexity,
-        f"{prefix}_perplexity_without_end": None if measured is None else measured.perplexity_without_end,
+        f"{prefix}_perplexity_without_eos": None if measured is None else measured.perplexity_without_eos,
     }
 
 

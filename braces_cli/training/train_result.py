@@ -26,10 +26,10 @@ class TrainResult:
     train_loss: float
     base_eval_loss: float | None
     base_eval_perplexity: float | None
-    base_eval_perplexity_without_end: float | None
+    base_eval_perplexity_without_eos: float | None
     eval_loss: float | None
     eval_perplexity: float | None
-    eval_perplexity_without_end: float | None
+    eval_perplexity_without_eos: float | None
     seconds: float
     tokens: int
     tokens_per_second: float

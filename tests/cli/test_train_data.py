@@ -166,7 +166,7 @@ def bad_inputs():
         ("device", {"device": "tpu"}, 2, "device `tpu` is not available"),
         ("unknown option", {"rnk": "3"}, 2, "No such option"),
         ("Trainer's option", {"learning-rate": "3"}, 2, "No such option: --learning-rate (here it is --lr)"),
-        ("Trainer's key", {"config": "trainer.yaml"}, 2, "unknown key `num_train_epochs`\nHere it is `epochs`."),
+        ("Trainer's key", {"config": "trainer.yaml"}, 2, "unknown key `num_train_epochs`\nUse `epochs`."),
         ("config key", {"config": "typo.yaml"}, 2, "typo.yaml: unknown key `rnak`"),
         ("config file", {"config": "torn.yaml"}, 2, "torn.yaml:2: not YAML"),
         ("stream without an end", {"streaming": "", "max-steps": None}, 2, "no known length"),

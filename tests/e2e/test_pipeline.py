@@ -49,7 +49,7 @@ def test_training_on_real_text_halves_the_perplexity(trained):
     assert result["trainable_parameters"] == 5 * (2 * 16 * 64 + 16) == 10320
     assert result["rows"] == 8541
     assert result["eval_perplexity"] < 0.5 * result["base_eval_perplexity"]
-    assert result["eval_perplexity_without_end"] < 0.6 * result["base_eval_perplexity_without_end"]
+    assert result["eval_perplexity_without_eos"] < 0.6 * result["base_eval_perplexity_without_eos"]
 
 
 def test_evaluation_of_base_and_adapter_on_local_data(trained, shared):

@@ -23,7 +23,7 @@ class AttributeNames(Settings):
     attribute: tuple[str, ...] = option(
         (), help="Name of an attribute to steer by. Repeatable.", metavar="NAME", panel=ATTRIBUTES, complete=built_in
     )
-    attributes: Path | None = option(None, help="Folder that attr-build wrote.", panel=ATTRIBUTES)
+    attributes: Path | None = option(None, help="Folder with attribute files written by attr-build.", panel=ATTRIBUTES)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -36,7 +36,7 @@ class AttributeSettings(AttributeNames):
     """Which attributes steer, and how strongly."""
 
     s: tuple[float, ...] = option(
-        (), help="Strength; the k-th belongs to the k-th --attribute. Default 1.", metavar="STRENGTH", panel=ATTRIBUTES
+        (), help="Strength; the k-th belongs to the k-th --attribute. Default: 1.", metavar="STRENGTH", panel=ATTRIBUTES
     )
 
     @property

@@ -12,11 +12,11 @@ from braces_cli.core.utils.settings import GENERATION, Settings, option
 class GenerationSettings(Settings):
     """How many texts are generated for each prompt, how long they are, and how their tokens are drawn."""
 
-    num_samples: int = option(1, help="Texts for each prompt.", min=1, panel=GENERATION)
-    max_new_tokens: int = option(50, help="Maximum number of tokens of a continuation.", min=1, panel=GENERATION)
-    temperature: float = option(1.0, help="Temperature of sampling; 0 is greedy.", panel=GENERATION)
+    num_samples: int = option(1, help="Number of texts per prompt.", min=1, panel=GENERATION)
+    max_new_tokens: int = option(50, help="Maximum number of new tokens per text.", min=1, panel=GENERATION)
+    temperature: float = option(1.0, help="Sampling temperature; 0 is greedy.", panel=GENERATION)
     top_p: float = option(
-        0.9, help="Sample from the most likely tokens whose probabilities add up to this.", panel=GENERATION
+        0.9, help="Nucleus sampling: total probability of the tokens to sample from.", panel=GENERATION
     )
 
     def __post_init__(self) -> None:

@@ -17,15 +17,18 @@ class LoadOptions(Settings):
     """Where the weights of a base come from, where they go, and in which number format."""
 
     revision: str | None = option(None, help="Branch, tag or commit of a hub model.", panel=MODEL)
-    device: str = option("auto", help="auto, cpu, cuda (or cuda:1) or mps.", panel=MODEL, outcome=False)
+    device: str = option("auto", help="Device: auto, cpu, cuda (or cuda:1) or mps.", panel=MODEL, outcome=False)
     dtype: str = option(
         "auto",
-        help="Number format of the base; auto is the checkpoint's own. fp32, bf16 and fp16 are accepted, too.",
+        help="Data type of the base; auto uses the checkpoint's. fp32, bf16 and fp16 are also accepted.",
         panel=MODEL,
         choices=DTYPES,
     )
     device_map: str | None = option(
-        None, help="`auto` spreads a base over several devices (accelerate).", panel=MODEL, outcome=False
+        None,
+        help="Device map of accelerate; auto distributes the base over several devices.",
+        panel=MODEL,
+        outcome=False,
     )
     quantize: str | None = option(
         None,
@@ -33,7 +36,7 @@ class LoadOptions(Settings):
         panel=MODEL,
         choices=QUANTISATIONS,
     )
-    trust_remote_code: bool = option(False, help="Run code that a hub model brings.", panel=MODEL, outcome=False)
+    trust_remote_code: bool = option(False, help="Allow model code from the hub.", panel=MODEL, outcome=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", _SHORT_DTYPES.get(self.dtype, self.dtype))
@@ -46,7 +49,7 @@ class ModelSettings(LoadOptions):
 
     model: str | None = option(
         None,
-        help="Base model: folder or hub id. Default: the adapter's own, else the embedded model.",
+        help="Base model: folder or hub id. Default: the adapter's base, else the embedded model.",
         metavar="MODEL",
         panel=MODEL,
     )

@@ -1,4 +1,4 @@
-"""What other tools of the field call the settings, so that a name brought from there is answered with ours."""
+"""Names of settings in other tools and in earlier versions, for the hints of errors."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Collection
 
 from braces_cli.core.utils.errors import near_misses
 
-# Name in transformers' Trainer, trl, peft, lm-eval or llama.cpp -> ours; where commands differ, the first that one has.
-_OURS: dict[str, tuple[str, ...]] = {
+# Name in transformers' Trainer, trl, peft, lm-eval, llama.cpp or earlier versions -> candidates; the first one that the
+# command has is used.
+_SETTING_NAMES: dict[str, tuple[str, ...]] = {
+    "against": ("baselines",),
     "alpha": ("lora_alpha", "s"),
     "base_model": ("model",),
+    "beside": ("show_unsteered",),
     "bf16": ("dtype",),
     "cutoff_len": ("max_length",),
     "dataset": ("data", "prompts"),
@@ -19,6 +22,7 @@ _OURS: dict[str, tuple[str, ...]] = {
     "file": ("prompts", "data"),
     "fp16": ("dtype",),
     "gradient_accumulation_steps": ("gradient_accumulation",),
+    "judge_model": ("reference_model",),
     "learning_rate": ("lr",),
     "load_in_4bit": ("quantize",),
     "load_in_8bit": ("quantize",),
@@ -60,12 +64,12 @@ _OURS: dict[str, tuple[str, ...]] = {
 
 
 def matching_setting(name: str, known: Collection[str]) -> str | None:
-    """The setting of `known` that other tools call `name`, which may be written as an option; None where none is."""
+    """Return the setting in `known` for the name of another tool or of an earlier version, else None."""
     key = name.lstrip("-").replace("-", "_")
-    return next((ours for ours in _OURS.get(key, ()) if ours in known), None)
+    return next((setting for setting in _SETTING_NAMES.get(key, ()) if setting in known), None)
 
 
 def setting_hint(name: str, known: Collection[str]) -> str:
-    """Which settings of `known` may be meant by `name`; an empty string where none resembles it."""
-    ours = matching_setting(name, known)
-    return f"Here it is `{ours}`." if ours else near_misses(name, known)
+    """Return a hint with the likely settings in `known`; an empty string if there is none."""
+    setting = matching_setting(name, known)
+    return f"Use `{setting}`." if setting else near_misses(name, known)

@@ -30,6 +30,6 @@ def test_the_first_name_that_the_command_has():
 
 
 def test_hints_name_ours_or_what_resembles():
-    assert setting_hint("num_train_epochs", known(["train"])) == "Here it is `epochs`."
+    assert setting_hint("num_train_epochs", known(["train"])) == "Use `epochs`."
     assert setting_hint("epoch", {"epochs", "lr"}) == "Did you mean epochs?"
     assert setting_hint("zzz", {"epochs", "lr"}) == ""

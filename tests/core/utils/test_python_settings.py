@@ -69,7 +69,7 @@ def test_a_value_is_made_into_the_settings_type(name, value, expected):
         ("columns", {"prompt": "question"}, "columns: {'prompt': 'question'} is not a text"),
         ("data", [{"text": "a"}], "data: {'text': 'a'} is not a text\nWrite rows into a file"),
         ("folder", 3, "folder: 3 is not a path"),
-        ("learning_rate", 1.0, "no setting `learning_rate`\nHere it is `lr`."),
+        ("learning_rate", 1.0, "no setting `learning_rate`\nUse `lr`."),
         ("given", {}, "no setting `given`"),
     ],
 )
