@@ -30,7 +30,7 @@ from braces_cli.training.checkpointing.training_state import restore_optimizer, 
 
 FINGERPRINT = {"model_type": "llama", "layers": 2, "hidden_size": 8, "value_vectors": [16, 16], "sha256": None}
 ADAPTER = {
-    "format_version": 2, "method": "braces", "base_model_name_or_path": "base", "revision": None,
+    "format_version": 1, "method": "braces", "base_model_name_or_path": "base", "revision": None,
     "r": 2, "layers": [0, 1], "fingerprint": FINGERPRINT, "tokenizer": {"vocabulary": "a", "chat_template": None},
     "training": {}, "attributes": [], "relevance_scale": [1.0, 2.0], "versions": {"torch": "2"},
 }  # fmt: skip

@@ -69,8 +69,7 @@ def facts(result: dict[str, Any]) -> dict[str, str]:
         "quantize": settings["quantize"],
     }
     for system in systems:
-        # Results of earlier versions have no steered systems.
-        if system["adapter"] is not None and not system.get("attributes"):
+        if system["adapter"] is not None and not system["attributes"]:
             known[f"adapter {system['name']}"] = f"{system['adapter']} ({system['method']}, {_short(system['sha256'])})"
     known["steered by"] = ", ".join(settings.get("attributes", ()))
     template = settings["tokenizer"]["chat_template"] if settings["apply_chat_template"] else None

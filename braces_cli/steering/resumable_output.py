@@ -79,12 +79,8 @@ class TextsFile:
         if not path_exists(self._record):
             return
         before = read(_SETTINGS, self._record)
-        # Earlier versions recorded a repeatable option that was not given as null.
-        old = {name: [] if value is None else value for name, value in before.items()}
-        old.setdefault("batch_size", self._batch_size)  # nor the size of batches
-        new = {name: [] if value is None else value for name, value in self._settings.items()}
-        old.setdefault(FILES, new.setdefault(FILES, []))  # nor the files
-        different = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+        after = self._settings
+        different = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
         if different == [FILES]:
             hint = "Start anew with --overwrite, or give the files of the earlier run."
             what = "the adapter or an attribute has changed since the earlier run"

@@ -24,7 +24,7 @@ from braces_cli.training.checkpointing.run_record import Record, read_progress, 
 from tests.fuzz.budget import attempt, fuzz
 from tests.fuzz.inputs import ODD, broken_tensors, changed
 
-GOOD = Path(__file__).parents[1] / "fixtures" / "format_1"
+GOOD = Path(__file__).parents[1] / "fixtures"
 CONFIG = json.loads((GOOD / "adapter" / "adapter_config.json").read_text())
 WEIGHTS = (GOOD / "adapter" / "adapter_model.safetensors").read_bytes()
 ATTRIBUTE = (GOOD / "attributes" / "sunny.safetensors").read_bytes()

@@ -45,7 +45,7 @@ from braces_cli.core.utils.progress import Report, silent
 _PARTS = ("hidden", "reference", "residual", "scale")
 # A tensor that only some attributes have.
 _DIRECTION = "direction"
-# What a header's details tell of an attribute; the rest of them is for listings. Files of earlier versions have fewer.
+# What a header's details tell of an attribute; the rest of them is for listings.
 _RECORDED = ("base", "pooling", "examples", "steered_layers", "provenance")
 
 

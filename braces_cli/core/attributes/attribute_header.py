@@ -57,7 +57,7 @@ def read_header(path: Path) -> AttributeHeader:
     if missing:
         hint = "Remove it from the folder, or build it again: attr-build."
         raise ModelError(f"not an attribute file: no {', '.join(sorted(missing))}", where=str(path), hint=hint)
-    version = metadata.get("format_version", FORMAT_VERSION)
+    version = metadata.get("format_version")
     if version != FORMAT_VERSION:
         what = f"format version {cut(version)}, this braces reads {FORMAT_VERSION}"
         raise ModelError(what, where=str(path), hint="Update braces, or build it again: attr-build.")

@@ -17,7 +17,6 @@ from braces_cli.core.session import Session
 
 # Without training, s = 1 pushes by this share of the median residual norm in all, spread evenly over the layers pushed:
 # pushes along one direction add up in the residual stream, so what counts is their sum, whatever the depth.
-# Files of earlier versions hold their own scale, of 12 %.
 STEERING_SHARE = 0.1
 
 

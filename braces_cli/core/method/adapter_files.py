@@ -20,7 +20,7 @@ from braces_cli.core.utils.paths import path_exists, user_path
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 1
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
@@ -158,8 +158,8 @@ def read_config(folder: Path) -> AdapterConfig:
         hint = "Give one of `braces train --method braces`; only `braces eval` takes adapters of peft, too."
         raise ModelError(f"not a braces adapter (method: {what})", where=str(path), hint=hint)
     version = raw.get("format_version")
-    if isinstance(version, bool) or version not in (1, FORMAT_VERSION):
-        what = f"format version {cut(version)}, this braces reads 1 and {FORMAT_VERSION}"
+    if isinstance(version, bool) or version != FORMAT_VERSION:
+        what = f"format version {cut(version)}, this braces reads {FORMAT_VERSION}"
         raise ModelError(what, where=str(path), hint="Update braces.")
     config = check(_CONFIG, raw, str(path))
     _check_sizes(config, path)

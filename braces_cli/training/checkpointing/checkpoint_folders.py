@@ -24,10 +24,9 @@ from braces_cli.core.utils.paths import path_exists
 
 logger = logging.getLogger("braces")
 
+# Written last, so that a checkpoint without one is not complete.
 MANIFEST_FILE = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)", re.ASCII)
-# The file that is written last: the manifest, or the record where there was none yet.
-_LAST_FILES = (MANIFEST_FILE, "run.json")
 # Cards may be edited; nothing reads them.
 _NOT_HASHED = ("README.md",)
 _PARTIAL = ".checkpoint-"
@@ -66,7 +65,7 @@ def _step(checkpoint: Path) -> int:
 
 
 def _is_complete(checkpoint: Path) -> bool:
-    return any((checkpoint / name).is_file() for name in _LAST_FILES)
+    return path_exists(checkpoint / MANIFEST_FILE)
 
 
 def newest(folder: Path) -> Path | None:
@@ -81,18 +80,15 @@ def newest_intact(folder: Path) -> Path | None:
         ModelError: a file differs from what was written, or is not there.
     """
     checkpoint = newest(folder)
-    if checkpoint is not None and path_exists(checkpoint / MANIFEST_FILE):
+    if checkpoint is not None:
         _check_manifest(checkpoint)
     return checkpoint
 
 
-def warn_unchecked(folder: Path) -> None:
-    """Name the checkpoints that `newest_intact` leaves out or does not check."""
+def warn_incomplete(folder: Path) -> None:
+    """Name the checkpoints that `newest_intact` leaves out."""
     for path in incomplete_checkpoints(folder):
         logger.warning("%s is not a complete checkpoint; it is ignored", path)
-    checkpoint = newest(folder)
-    if checkpoint is not None and not path_exists(checkpoint / MANIFEST_FILE):
-        logger.warning("%s has no manifest (an earlier braces wrote it); its files are not checked", checkpoint)
 
 
 def _check_manifest(checkpoint: Path) -> None:

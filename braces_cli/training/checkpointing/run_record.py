@@ -25,7 +25,7 @@ from braces_cli.training.checkpointing.checkpoint_folders import (
     newest_intact,
     remove,
     remove_partial,
-    warn_unchecked,
+    warn_incomplete,
 )
 from braces_cli.training.metrics import CURVE_FILE, METRICS_FILE
 from braces_cli.training.train_result import TrainResult
@@ -171,7 +171,7 @@ def prepare_folder(folder: Path, resume: bool, record: Record) -> Path | None:
             for name in (RUN_FILE, METRICS_FILE, CURVE_FILE):
                 (folder / name).unlink(missing_ok=True)
         else:
-            warn_unchecked(folder)
+            warn_incomplete(folder)
     barrier()
     checkpoint = newest_intact(folder) if resume else None
     stored = read_record(checkpoint) if checkpoint else None

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from braces_cli.core.attributes.attribute import (
     built_in_attribute,
-    load_attributes,
     save_attributes,
     with_steered_layers,
 )
@@ -142,14 +139,3 @@ def test_a_built_in_list_pushes_along_the_gradient_with_an_adapter_too(session, 
     assert built_in_attribute(session, "joyful").direction is None
     trained = open_session(session.base.name, str(adapter_dir), LoadOptions(device="cpu"))
     assert torch.equal(find_attribute(trained, "joyful", None).direction, ends[0].direction)
-
-
-def test_a_file_of_before_pushes_as_it_did():
-    """Along p, in the first half of the layers, by the scale in the file."""
-    session = open_session(None, None, LoadOptions(device="cpu", dtype="float32"))
-    path = Path(__file__).parents[2] / "fixtures" / "format_1" / "attributes" / "sunny.safetensors"
-    attribute = load_attributes(path, session)["sunny"]
-    vectors = constants(session, [(attribute, 2.0)])
-    assert list(vectors) == attribute.layers[: (len(attribute.layers) + 1) // 2]
-    for row, vector in enumerate(vectors.values()):
-        assert torch.allclose(vector, 2.0 * attribute.scale[row] * attribute.state[row])
