@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from braces_cli.cli.app import build_app
 from braces_cli.cli.typer_internals import help_of, setting_names
-from braces_cli.core.utils.other_names import _OURS, matching_setting, setting_hint
+from braces_cli.core.utils.other_names import _SETTING_NAMES, matching_setting, setting_hint
 
 COMMANDS = (["train"], ["eval"], ["steer"], ["attr-build"], ["merge"], ["inspect", "find"])
 
@@ -14,10 +14,11 @@ def known(names: list[str]) -> set[str]:
 
 
 def test_every_setting_named_is_one_of_a_command():
-    """So a renamed option is renamed there, too; and no name of ours is said to be another tool's."""
+    """A renamed option must be renamed in the table; no command has both a foreign name and its replacement."""
     there = set().union(*map(known, COMMANDS))
-    assert {ours for names in _OURS.values() for ours in names} <= there
-    assert not [name for name in _OURS for command in COMMANDS if name in known(command)]
+    assert {setting for names in _SETTING_NAMES.values() for setting in names} <= there
+    for names in map(known, COMMANDS):
+        assert not [name for name in _SETTING_NAMES if name in names and matching_setting(name, names)]
 
 
 def test_the_first_name_that_the_command_has():
@@ -27,6 +28,13 @@ def test_the_first_name_that_the_command_has():
     assert matching_setting("--output-path", known(["train"])) == "output_dir"
     assert matching_setting("-n", known(["steer"])) == "max_new_tokens"
     assert matching_setting("-N", known(["steer"])) is None
+
+
+def test_earlier_names_of_options():
+    names = known(["steer"])
+    assert matching_setting("--beside", names) == "show_unsteered"
+    assert matching_setting("--against", names) == "baselines"
+    assert matching_setting("--judge-model", names) == "reference_model"
 
 
 def test_hints_name_ours_or_what_resembles():
