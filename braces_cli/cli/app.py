@@ -4,7 +4,6 @@ Each command imports what it needs (torch, transformers, ...) in its body, so th
 """
 
 import errno
-import gc
 import importlib
 import itertools
 import signal
@@ -57,9 +56,6 @@ _SUMMARIES = {
     "export": "Export adapters and attributes for other programs to serve.",
     "recipe": "List and copy the training recipes that ship with braces.",
 }
-# Importing transformers makes a million objects, none of them garbage; by Python's own number, 700, looking for cycles
-# among them is a tenth of a short command.
-_OBJECTS_A_COLLECTION = 100_000
 # How libraries say that there is no memory, where they do not raise MemoryError.
 _NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "std::bad_alloc")
 
@@ -112,12 +108,10 @@ def build_app(args: Sequence[str] = ()) -> typer.Typer:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit with 0, 1, 2, 3, 4 or 5 (see `core.utils.errors`), 130 or 143."""
-    gc.set_threshold(_OBJECTS_A_COLLECTION)
     streams.open_streams()
     args = list(sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        args = streams.text_arguments(args)
         app = build_app(args)
         code = 0 if _help(app, args) else app(args=args, standalone_mode=False)
         if code == 130:  # typer's word for Ctrl-C

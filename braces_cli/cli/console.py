@@ -10,14 +10,13 @@ import json
 import logging
 import os
 import sys
+import time
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-from braces_cli.cli.progress_lines import ProgressLines
-from braces_cli.cli.streams import is_utf8, note, to_stdout
-from braces_cli.cli.table_layout import layout
+from braces_cli.cli.streams import note, to_stdout
 from braces_cli.core.utils.atomic_files import finite
 from braces_cli.core.utils.plain_text import escaped, json_escaped, one_line, shortened
 
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 _UNLIMITED = 100_000
 _CELL = 2_000
 _LOG = 700
+_SECONDS_BETWEEN_LINES = 30.0
 # What text may hold that is shown as it is: generated text, prompts, several lines of our own.
 _LAYOUT = "\n\t"
 
@@ -85,7 +85,7 @@ def print_text(text: str, end: str = "\n") -> None:
 
 
 def _json(value: Any, indent: int | None = None) -> str:
-    text = json.dumps(finite(value), indent=indent, ensure_ascii=not is_utf8(), allow_nan=False)
+    text = json.dumps(finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
     return json_escaped(text) + "\n"
 
 
@@ -102,16 +102,11 @@ def rich_text(text: str, style: str = "") -> Any:
     return Text(escaped(text, _LAYOUT), style)
 
 
-def print_table(
-    title: str | Sequence[str], columns: Sequence[str], rows: Iterable[Sequence[Any]], keys: Collection[str] = ()
-) -> None:
+def print_table(title: str | Sequence[str], columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """A table on stdout; numbers are aligned right, and no text is read as markup.
-
-    A table too wide for the terminal is printed in blocks of columns.
 
     Args:
         title: of one line, or of several.
-        keys: columns that say what a row is and begin each block; none named: the first column.
     """
     from rich.table import Table
 
@@ -121,17 +116,14 @@ def print_table(
     lines = [one_line(line) for line in ([title] if isinstance(title, str) else title)]
     heading = rich_text("\n".join(lines), "table.title") if any(lines) else None
     texts = [[shortened(escaped(cell(value), _LAYOUT), _CELL) for value in row] for row in rows]
-    out = console()
-    for block in layout([columns, *texts], out.width, [columns.index(key) for key in keys] or [0]):
-        table = Table(title=heading, title_justify="left", show_header=any(columns))
-        heading = None
-        for index, width in block.items():
-            numeric = bool(rows) and all(isinstance(row[index], (int, float)) or row[index] is None for row in rows)
-            right: Literal["right", "left"] = "right" if numeric else "left"
-            table.add_column(rich_text(columns[index]), justify=right, overflow="fold", width=width)
-        for row in texts:
-            table.add_row(*(rich_text(row[index]) for index in block))
-        out.print(table)
+    table = Table(title=heading, title_justify="left", show_header=any(columns))
+    for index, name in enumerate(columns):
+        numeric = bool(rows) and all(isinstance(row[index], (int, float)) or row[index] is None for row in rows)
+        right: Literal["right", "left"] = "right" if numeric else "left"
+        table.add_column(rich_text(name), justify=right, overflow="fold")
+    for row in texts:
+        table.add_row(*map(rich_text, row))
+    console().print(table)
 
 
 def console() -> Any:
@@ -202,11 +194,11 @@ def cell(value: Any) -> str:
 
 @contextmanager
 def progress(quiet: bool) -> Iterator[Report]:
-    """Give a `Report` that draws one bar a stage on stderr, or writes lines now and then where that is no terminal."""
+    """Give a `Report` that draws a bar for each stage, or logs a line now and then if stderr is not a terminal."""
     from braces_cli.core.utils.progress import silent
 
     if quiet or not sys.stderr.isatty():
-        yield silent if quiet else ProgressLines(logging.getLogger("braces").info)
+        yield silent if quiet else _log_lines()
         return
     from rich.console import Console
     from rich.progress import (
@@ -235,3 +227,16 @@ def progress(quiet: bool) -> Iterator[Report]:
             bars.update(tasks[name], description=stage, completed=done, total=total)
 
         yield report
+
+
+def _log_lines() -> Report:
+    """A `Report` for log files: at most one line every 30 seconds."""
+    last = time.monotonic()
+
+    def report(stage: str, done: int, total: int | None) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            logging.getLogger("braces").info("%s, %s", stage, f"{done:,} of {total:,}" if total else f"{done:,} done")
+
+    return report

@@ -40,7 +40,6 @@ class EvalCommandSettings(EvalSettings, ModelSettings, OutputSettings):
 
 
 # Columns that say what a row of the table is.
-_KEYS = ("task", "metric", "system")
 
 
 @command
@@ -118,13 +117,13 @@ def _print(result: dict[str, Any]) -> None:
 
     facts = result_tables.facts(result)
     shown = [f"{name} {facts[name]}" for name in ("revision", "limit", "dtype") if name in facts]
-    print_table(f"{facts['model']} ({', '.join(shown)})", *result_tables.main_table(result), _KEYS)
+    print_table(f"{facts['model']} ({', '.join(shown)})", *result_tables.main_table(result))
     columns, rows = result_tables.pair_table(result)
     if rows:
-        print_table(result_tables.PAIRS, columns, rows, ("task", "metric", "from", "to"))
+        print_table(result_tables.PAIRS, columns, rows)
     columns, rows = result_tables.slope_table(result)
     if rows:
-        print_table(result_tables.SLOPES, columns, rows, ("task", "metric", "system"))
+        print_table(result_tables.SLOPES, columns, rows)
 
 
 def _silence_lm_eval(debug: bool) -> None:

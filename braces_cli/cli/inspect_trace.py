@@ -51,7 +51,7 @@ def trace(settings: TraceSettings) -> None:
         for update in row["sub_updates"]
     ]
     columns = [name.replace("_", " ").replace("gated", "g r") for name in names]
-    print_table("", ["layer", "position", *columns, "tokens"], rows, ("layer", "position", "index"))
+    print_table("", ["layer", "position", *columns, "tokens"], rows)
 
 
 def _trace(settings: TraceSettings, report: Any) -> dict[str, Any]:

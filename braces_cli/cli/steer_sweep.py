@@ -212,14 +212,14 @@ def _print_baselines(document: dict[str, Any]) -> None:
         for point in each["points"]
     ]
     columns = ("method", *_COLUMNS, "wrong way", "95 % ")
-    print_table("other ways to steer, on the same prompts", columns, rows, ("method", "s"))
+    print_table("other ways to steer, on the same prompts", columns, rows)
     rows = [
         [f"{row['ratio']:g} times", "s > 0" if row["side"] > 0 else "s < 0", row["method"], row["attribute_score"],
          "" if row["reached"] else f"costs less, up to s = {row['s']:g}"]
         for row in document["at_equal_perplexity"]
     ]  # fmt: skip
     equal = ("perplexity", "side", "method", "score", "")
-    print_table("at equal perplexity", equal, rows, ("perplexity", "side", "method"))
+    print_table("at equal perplexity", equal, rows)
 
 
 def _cell(value: Any) -> Any:

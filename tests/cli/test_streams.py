@@ -1,4 +1,4 @@
-"""Standard streams that are closed, full or of another encoding; names that a terminal would obey."""
+"""Standard streams that are full or whose reader has gone; names that a terminal would obey."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ import pytest
 
 from braces_cli.cli.console import print_pairs, print_table
 from braces_cli.cli.steer_display import TextPrinter, print_rows, print_texts
-from braces_cli.cli.streams import text_arguments
-from braces_cli.core.utils.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = {
@@ -53,9 +51,7 @@ def call(*args: str, redirect: str = "", **environment: str) -> subprocess.Compl
 @pytest.mark.parametrize(
     ("redirect", "reason"),
     [
-        (">&-", "Bad file descriptor"),
         (">/dev/full", "No space left on device"),
-        (">&- <&-", "Bad file descriptor"),
     ],
 )
 def test_a_result_that_cannot_be_written_is_an_error(fmt: str, redirect: str, reason: str) -> None:
@@ -66,7 +62,7 @@ def test_a_result_that_cannot_be_written_is_an_error(fmt: str, redirect: str, re
     assert len(done.stderr.splitlines()) == 2
 
 
-@pytest.mark.parametrize("redirect", ["2>&-", "2>/dev/full", "<&-", "<&- 2>&-", "</dev/null 2>/dev/full"])
+@pytest.mark.parametrize("redirect", ["2>/dev/full", "</dev/null 2>/dev/full"])
 def test_the_other_streams_are_not_needed(redirect: str) -> None:
     """A command that has nothing to read or to say there does its work."""
     done = call("recipe", "list", "--format", "json", redirect=redirect)
@@ -78,11 +74,8 @@ def test_the_other_streams_are_not_needed(redirect: str) -> None:
     ("args", "redirect", "code"),
     [
         (["recipe", "copy", "nope"], "2>/dev/full", 2),
-        (["recipe", "copy", "nope"], ">&- 2>&-", 2),
         (["recipe", "copy", "nope", "--format", "json"], ">/dev/full", 2),
-        (["recipe", "copy", "nope", "--format", "json"], ">&-", 2),
         (["recipe", "list", "--help"], ">/dev/full", 1),
-        (["--version"], ">&-", 1),
         (["recipe", "list"], "| true", 0),
     ],
 )
@@ -95,31 +88,14 @@ def test_errors_keep_their_exit_code_where_nobody_hears_them(args: list[str], re
     assert "Exception ignored" not in text
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-16-le", "utf-8"])
-def test_no_character_is_too_much_for_an_encoding(encoding: str) -> None:
-    """What stdout lacks is escaped; JSON says the same in every encoding."""
-    name = "é☃日\x85"
-    done = call("recipe", "copy", name, "--format", "json", PYTHONIOENCODING=encoding)
+@pytest.mark.parametrize("settings", [{"PYTHONIOENCODING": "latin-1"}, {"LC_ALL": "C"}])
+def test_streams_are_utf8(settings: dict[str, str]) -> None:
+    """Whatever the environment says."""
+    name = "é☃日"
+    done = call("recipe", "copy", name, "--format", "json", **settings)
     assert done.returncode == 2
-    assert f"`{name}`" in json.loads(done.stdout.decode(encoding))["error"]["message"]
-    assert "Traceback" not in done.stderr.decode(encoding)
-
-
-@pytest.mark.parametrize("locale", [{"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
-def test_words_are_utf8_in_every_locale(locale: dict[str, str]) -> None:
-    """Bytes that are not are refused, with the place of the word."""
-    done = call("recipe", "copy", "é", "--format", "json", **locale)
-    assert "`é`" in json.loads(done.stdout)["error"]["message"]
-    done = call("recipe", "copy", redirect='"$(printf "\\377")"', **locale)
-    assert done.returncode == 2
-    assert b"argument 3: " in done.stderr
-    assert b"is not UTF-8" in done.stderr
-
-
-def test_words_that_are_text_stay_as_they_are() -> None:
-    assert text_arguments(["a", "é", "日"]) == ["a", "é", "日"]
-    with pytest.raises(ConfigError, match="not UTF-8"):
-        text_arguments(["a", "b\udcff"])
+    assert f"`{name}`" in json.loads(done.stdout.decode())["error"]["message"]
+    assert "Traceback" not in done.stderr.decode()
 
 
 def test_too_little_memory_is_said_in_two_lines() -> None:
