@@ -1,4 +1,4 @@
-"""`braces steer`: generate text, with or without an adapter, pushed along attributes."""
+"""`braces steer`: generate text, with or without an adapter, steered by attributes."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ _OTHER_METRICS = {
 
 @dataclass(frozen=True)
 class _Continuations:
-    """Of one prompt: texts, attribute -> verdict about each text, the likelihood of each text and a judge's ratings."""
+    """Of one prompt: texts, attribute -> score of each text, the likelihood of each text and a judge's ratings."""
 
     texts: list[str]
     text_scores: dict[str, list[TextScore]]
@@ -155,7 +155,7 @@ def _continue(
 def _scored(
     scoring: _Scoring, prompts: Sequence[str], texts: Sequence[str]
 ) -> tuple[dict[str, list[TextScore]], list[Rating]]:
-    """Attribute -> verdict about each text, and a judge model's ratings for the first attribute."""
+    """Attribute -> score of each text, and a judge model's ratings for the first attribute."""
     scorer, labels = scoring.scorer, dict(scoring.labels)
     if not isinstance(scorer, Rater):
         return {name: scorer.score(texts, label) for name, label in labels.items()}, []

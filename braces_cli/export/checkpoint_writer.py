@@ -58,12 +58,12 @@ class Neurons:
 def new_neurons(
     adapter: Adapter, plan: Plan, steering_vectors: Mapping[int, Tensor] | None = None
 ) -> dict[int, Neurons]:
-    """New neurons of each decoder layer that carries the adapter or is pushed.
+    """New neurons of each decoder layer that carries the adapter or a steering vector.
 
     The steering set on the adapter just now is written, too.
 
     Args:
-        pushes: what is added besides to the FFN output of a layer, (d,).
+        steering_vectors: added to the FFN output of a layer, (d,).
     """
     neurons, steering_vectors = {}, steering_vectors or {}
     for ffn, adapter_layer in adapter.adapted_ffns:

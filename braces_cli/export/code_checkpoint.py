@@ -63,7 +63,7 @@ class Side:
         reads: A (d_r, d).
         writes: B of all experts side by side (d, experts * d_r).
         shift: what steering adds to A h (d_r,), None where nothing steers through the adapter.
-        push: what steering adds to the output besides (d,), None where nothing does.
+        steering_vector: added to the output, (d,), or None.
     """
 
     path: str
@@ -90,10 +90,10 @@ def side_paths(adapter: Adapter, steering: Mapping[int, Tensor] | None = None) -
     """The side paths of an adapter, with the steering set on it just now.
 
     Args:
-        pushes: what is added besides to the FFN output of each decoder layer, (d,).
+        steering: steering vector of each decoder layer, (d,).
 
     Raises:
-        ConfigError: a layer is pushed that has no side path, or one of a mixture of experts.
+        ConfigError: a layer with a steering vector has no side path, or one of a mixture of experts.
     """
     names = {module: name for name, module in adapter.model.named_modules()}
     steering = steering or {}

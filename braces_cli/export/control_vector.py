@@ -1,7 +1,7 @@
 """Export steering as a GGUF control vector, `direction.{layer}`, as repeng and llama.cpp read it.
 
 Both add such a vector to what leaves a decoder layer, braces to what leaves its FFN. The two are the same where the FFN
-joins the residual stream as it is, or times a constant, which is measured and folded in. The token path of an adapter
+joins the residual stream as it is, or times a constant, which is measured and folded in. The side path of an adapter
 is no constant and stays behind: the export equals adapter and attribute on top of the merged model only.
 """
 
@@ -82,7 +82,7 @@ def _check_experts(session: Session, terms: Sequence[tuple[Attribute, float]], l
     for ffn, _ in session.adapter.adapted_ffns if session.adapter is not None and through else []:
         if isinstance(ffn, MixtureFFN) and (layers is None or ffn.layer in layers):
             reason = f"what the adapter adds in layer {ffn.layer} depends on the router"
-            hint = "Steer with braces itself, or along an attribute that pushes (attr-build without --reduction mean)."
+            hint = "Steer with braces itself, or with a steering vector (attr-build without --reduction mean)."
             raise _no_vector(session, reason, hint)
 
 

@@ -58,7 +58,7 @@ class LoraRequest:
 
     @property
     def with_side_path(self) -> bool:
-        """Whether the LoRA holds the adapter's token path."""
+        """Whether the LoRA holds the adapter's side path."""
         return self.request.adapter is not None and (self.combine or not self.request.attributes)
 
 

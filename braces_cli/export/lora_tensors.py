@@ -1,11 +1,11 @@
 """An adapter, or attributes, as the tensors of a LoRA on a base with slots.
 
-    token path     W_in += S A,          W_out += (B / act(c)) S^T       S picks the slots, so that they compute B (A h)
+    side path     W_in += S A,          W_out += (B / act(c)) S^T       S picks the slots, so that they compute B (A h)
     attribute      W_out += (b / act(c)) e^T                             e picks the constant slot, b = B (A h_c)
 
 Without a gate a slot is a pair of neurons that read A h and -A h, and writes B (act(A h) - act(-A h)) = B (A h).
 
-An attribute's vector is linear in the LoRA's scale, so the scale is the strength s. A token path is quadratic in it,
+An attribute's vector is linear in the LoRA's scale, so the scale is the strength s. A side path is quadratic in it,
 and is right at scale 1 only. Attributes add up with everything. Token paths add up where they use different slots:
 two on the same slots would each write what the other one reads.
 """
@@ -46,9 +46,9 @@ def side_path(adapter: Adapter) -> dict[int, tuple[Tensor, Tensor]]:
 def lora_pairs(
     path: dict[int, tuple[Tensor, Tensor]], vectors: dict[int, Tensor], slots: Slots, first: int = 0
 ) -> Pairs:
-    """The LoRA of a token path and of constant vectors, either of which may be empty.
+    """The LoRA of a side path and of constant vectors, either of which may be empty.
 
-    All pairs have one rank, which some servers expect: that of the token path, plus one where there are vectors.
+    All pairs have one rank, which some servers expect: that of the side path, plus one where there are vectors.
 
     Args:
         path: A (d_r, d) and B (d, d_r) of each layer.
@@ -78,7 +78,7 @@ def lora_pairs(
 
 
 def _selection(rank: int, slots: Slots, first: int) -> Tensor:
-    """Which neurons each direction of a token path uses (rank, wider): 1, and -1 for the second one of a pair."""
+    """Which neurons each direction of a side path uses (rank, wider): 1, and -1 for the second one of a pair."""
     found = torch.zeros(rank, slots.wider)
     step = 1 if slots.gated else 2
     places = slots.first + step * (first + torch.arange(rank))
@@ -89,7 +89,7 @@ def _selection(rank: int, slots: Slots, first: int) -> Tensor:
 
 
 def _rows_of(selection: Tensor, modules: LayerModules, rank: int) -> Tensor:
-    """The selected neurons as rows of the module that reads (rows, rank), zeros beyond the token path."""
+    """The selected neurons as rows of the module that reads (rows, rank), zeros beyond the side path."""
     found = torch.zeros(modules.rows, rank)
     found[modules.offset : modules.offset + selection.shape[1], : len(selection)] = selection.mT
     return found

@@ -73,9 +73,9 @@ class Slots:
         gated: a slot is one neuron; else a pair, of which the second reads the negative of the first.
         activation: (c, act(c)): the gate of every slot, or where there is no gate the constant slot.
         constant: neuron that is a constant act(c), None where the architecture has no bias for it.
-        first: first neuron that a token path may use.
-        suffixes: endings that no modules but those of all sites have, for LoRA configs; None where there are none.
-        sites: for each decoder layer with an FFN.
+        first: first neuron that a side path may use.
+        suffixes: endings that no modules but those of all layers have, for LoRA configs; None where there are none.
+        layers: the modules of each decoder layer with an FFN.
     """
 
     model: Name

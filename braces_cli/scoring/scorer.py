@@ -33,7 +33,7 @@ class Scorer(Protocol):
     def labels(self) -> tuple[str, ...]: ...
 
     def score(self, texts: Sequence[str], label: str) -> list[TextScore]:
-        """A verdict about each text.
+        """A score of each text.
 
         Raises:
             BracesError: it cannot score.

@@ -17,7 +17,7 @@ BRACES_METHOD = "braces"
 
 
 def at_equal_perplexity(swept: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows `{method, side, ratio, attribute_score, s, reached}` of a sweep with rivals.
+    """Rows `{method, side, ratio, attribute_score, s, reached}` of a sweep with baselines.
 
     `side` is the sign of s; `reached` says whether the method has points of that perplexity. What has no point on a
     side has no row there.

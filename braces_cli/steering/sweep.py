@@ -67,7 +67,7 @@ class SweepPlan:
         chat: prompts go through the chat template.
         processes: share out generating and scoring.
         answers: rows with two answers, between which the preference is measured at each strength.
-        rivals: other ways to steer, measured on the same prompts.
+        baselines: other ways to steer, measured on the same prompts.
     """
 
     strengths: Sequence[float]
@@ -103,7 +103,7 @@ def sweep(
 
     Returns:
         `{points, chosen, unsteered, slope}`; `unsteered` is the point at s = 0, measured whether asked for or not. With
-        rows of two answers also `answers`, a point at each strength, and `answer_slope`; with rivals `rivals`,
+        rows of two answers also `answers`, a point at each strength, and `answer_slope`; with baselines `baselines`,
         `{method, points}` each, and `at_equal_perplexity`.
 
     Raises:
@@ -250,7 +250,7 @@ def _choose(
     bearable = [(row, each) for row, each in points if row["perplexity"] <= limit]
     if not bearable:
         return None
-    # Of equal scores the weakest push.
+    # Of equal scores the weakest steering.
     row, best = max(bearable, key=lambda pair: (pair[0]["attribute_score"], -abs(pair[0]["s"])))
     return {
         "s": best.s,

@@ -1,6 +1,6 @@
 """The picture of a sweep: the share of texts with the attribute, and their perplexity, at each strength.
 
-With rivals a third panel holds the share against the perplexity, a curve a method: at equal perplexity the outer one is
+With baselines a third panel holds share against perplexity, a curve a method: at equal perplexity the outer one is
 ahead.
 """
 

@@ -135,12 +135,12 @@ def adapted_layers(model: Any, settings: TrainSettings) -> list[int] | None:
 
 
 def first_batch(examples: Examples | Stream, settings: TrainSettings) -> Any:
-    """The rows that the token path is measured on: as many as a batch has, in the order of the file."""
+    """The rows that the side path is measured on: as many as a batch has, in the order of the file."""
     return examples.items[: settings.batch_size]
 
 
 def shares(adapter: Adapter | PeftAdapter, settings: TrainSettings, examples: Examples | Stream) -> list[float] | None:
-    """Norm of the token path over that of the FFN's output in each layer, three digits; None of a baseline."""
+    """Norm of the side path over that of the FFN's output in each layer, three digits; None of a baseline."""
     if not isinstance(adapter, Adapter):
         return None
     return [float(f"{share:.3g}") for share in side_path_shares(adapter, first_batch(examples, settings))]

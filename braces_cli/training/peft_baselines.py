@@ -43,7 +43,7 @@ class PeftAdapter:
     """
 
     # No relevance modules, no attributes.
-    sites: tuple = ()
+    adapted_ffns: tuple = ()
     scales: tuple[float, ...] = ()
     mlp = None
 

@@ -67,7 +67,7 @@ class Attribute:
         base: its name, as the user gave it; recorded only.
         pooling: over the tokens of each word or text, one of `core.attributes.pooling.POOLINGS`.
         examples: how many texts it was built from, 0 where it was built from words.
-        steered_layers: decoder layers that are pushed without training, where they are not the default ones.
+        steered_layers: decoder layers of the steering vector; None: the default layers.
         made: how it was made, as far as words and examples do not say it; recorded only.
         direction: what is pushed along without training, where that is not p, (layers, d).
     """
@@ -89,12 +89,12 @@ class Attribute:
 
     @property
     def steering_direction(self) -> Tensor:
-        """What is pushed along without training, (layers, d): p, unless the attribute has a direction of its own."""
+        """Direction of the steering vector, (layers, d); p by default."""
         return self.state if self.direction is None else self.direction
 
     @property
     def effective_layers(self) -> list[int]:
-        """Decoder layers that are pushed without training where no others are named."""
+        """Decoder layers of the steering vector."""
         return default_layers(self.layers) if self.steered_layers is None else self.steered_layers
 
     @property
@@ -183,7 +183,7 @@ def attribute_from_texts(
 def _redirected(
     session: Session, attribute: Attribute, reduction: str | None, items: Callable[[], list[Item]], report: Report
 ) -> Attribute:
-    """The attribute as `reduction` has it pushed."""
+    """Return the attribute with the direction given by `reduction`."""
     reduction = reduction or default_reduction(session)
     if reduction == "mean":
         return attribute
@@ -257,7 +257,7 @@ def check_numbers(attribute: Attribute, where: str, hint: str) -> None:
 
 
 def with_steered_layers(attribute: Attribute, layers: Sequence[int] | None) -> Attribute:
-    """The same attribute, pushed in other layers; None leaves it as it is.
+    """Return the attribute with a steering vector in other layers; None: unchanged.
 
     Raises:
         ConfigError: none of the layers has a feed-forward layer.
@@ -273,7 +273,7 @@ def with_steered_layers(attribute: Attribute, layers: Sequence[int] | None) -> A
 
 
 def without_direction(attribute: Attribute) -> Attribute:
-    """The same attribute, pushed along p where it is pushed at all."""
+    """Return the attribute with p as the direction of its steering vector."""
     if attribute.direction is None:
         return attribute
     scale = steering_scale(attribute.residual, attribute.state, attribute.effective_layers)

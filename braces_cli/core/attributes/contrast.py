@@ -80,7 +80,7 @@ def pair_states(
     """Run the bare base over both passages of every pair; an adapter that is attached stays out of it.
 
     Args:
-        site: one of CAPTURED.
+        captured: tensor of the FFN to read, one of CAPTURED.
         pooling: over the tokens of each text, one of `core.attributes.pooling.POOLINGS`.
 
     Raises:

@@ -34,7 +34,7 @@ Strength = float | Tensor
 
 @dataclass(frozen=True)
 class SteeringSize:
-    """How far one layer is pushed: norm of the added vector over the median norm of the residual stream behind it.
+    """Size of the steering vector of one layer: its norm over the median norm of the residual stream after the layer.
 
     Of rows with strengths of their own, the largest.
     """
@@ -47,7 +47,7 @@ class SteeringSize:
 def steered(
     session: Session, terms: Sequence[tuple[Attribute, Strength]], layers: Collection[int] | None = None
 ) -> Iterator[list[SteeringSize]]:
-    """Steer the open model inside the `with` block; yields the push of each layer, none where nothing is added.
+    """Steer the open model inside the `with` block; yields the size of the steering vector of each steered layer.
 
     Args:
         terms: attributes with their strengths s; where one is a tensor, every batch must have as many rows.

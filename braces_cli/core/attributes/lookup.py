@@ -27,7 +27,7 @@ def find_attribute(
     neutral ones is most of a difference to these, and says nothing of good or bad.
 
     Args:
-        push: the attribute may push (`core.attributes.intervention`); else only p is computed.
+        for_steering: also compute the steering vector (`core.attributes.intervention`), not only p.
 
     Raises:
         ConfigError: unknown everywhere; names what is known. Or `folder` cannot be read.

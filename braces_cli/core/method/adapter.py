@@ -24,7 +24,7 @@ from braces_cli.core.utils.errors import ConfigError, ModelError
 
 
 class Adapter:
-    """Relevance modules attached to a model: `sites` pairs each FFN with its module, in layer order.
+    """Relevance modules attached to a model: `adapted_ffns` pairs each FFN with its module, in layer order.
 
     The modules are children named `relevance` of the FFN (of the decoder layer where it has no FFN of its own), so the
     base's parameter names stay as they are. While attached the base's own parameters are frozen.
@@ -132,7 +132,7 @@ class Adapter:
         """Set `s r_c` for the next forward passes, of each example on its own; None takes it away.
 
         Args:
-            states: h_c of n attributes at each site, (n, sites, d), with gradients where they are trained.
+            states: h_c of n attributes at each adapted FFN, (n, FFNs, d), with gradients where they are trained.
             strengths: s of each attribute for each example, (batch, n), or for each token, (batch, tokens, n).
             read: gives a parameter whole, where it may lie in pieces.
         """

@@ -57,7 +57,7 @@ def weights_ref(
         w: activation weights (..., d_ff), what enters the value projection.
         h: FFN input (..., d).
         values: W_V (d, d_ff).
-        brace: parameters and constant c.
+        adapter_layer: parameters and constant c.
         conditions: pairs of h_c (d) and strength s, which broadcasts against h.
     """
     wide = adapter_layer.weight.dtype
