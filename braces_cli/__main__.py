@@ -1,6 +1,6 @@
 """`python -m braces_cli`: the same as the console script `braces`."""
 
-from braces_cli.cli.app import main
+from braces_cli.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -7,7 +7,7 @@
     model.generate("The film is")
     model.steer("positive", 2).generate("The film is")
 
-Names and defaults are those of the command line. Errors are the classes of `core.utils.errors`.
+Names and defaults are those of the command line. Errors are the classes of `core.errors`.
 """
 
 from __future__ import annotations
@@ -18,24 +18,22 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, overload
 
-from braces_cli.core.attributes.attribute import Attribute, build_attribute
-from braces_cli.core.attributes.intervention import steered
+from braces_cli.core.adapter.files import CONFIG_FILE
+from braces_cli.core.adapter.model import Session, open_session
+from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute
-from braces_cli.core.attributes.word_lists import clean_words
-from braces_cli.core.method.adapter_files import CONFIG_FILE
-from braces_cli.core.models.generation import Sampling
-from braces_cli.core.models.layer_ranges import chosen_layers
-from braces_cli.core.models.load_options import LoadOptions
-from braces_cli.core.models.module_structure import uncompiled
-from braces_cli.core.session import Session, open_session
-from braces_cli.core.utils.errors import ConfigError
-from braces_cli.core.utils.paths import user_path
-from braces_cli.core.utils.python_settings import column_texts, converted, from_python, layer_text
-from braces_cli.inspection.adapter_summary import summarise_open
-from braces_cli.steering.chat_prompts import uses_chat_template
-from braces_cli.steering.generate_texts import generate_texts, text_requests
+from braces_cli.core.attributes.vector import Attribute, build_attribute
+from braces_cli.core.attributes.words import clean_words
+from braces_cli.core.config import column_texts, converted, from_python, layer_text
+from braces_cli.core.errors import ConfigError
+from braces_cli.core.files import user_path
+from braces_cli.core.models.generate import Sampling
+from braces_cli.core.models.options import LoadOptions, chosen_layers
+from braces_cli.core.models.structure import uncompiled
+from braces_cli.inspection.summary import summarise_open
+from braces_cli.steering.texts import generate_texts, text_requests, uses_chat_template
+from braces_cli.training.run import train as run_training
 from braces_cli.training.settings import RunSettings
-from braces_cli.training.train import train as run_training
 
 Name = str | PathLike[str]
 

@@ -21,7 +21,7 @@ def body(place: str, words: list[str], writer: Any, limit: int | None) -> None:
         place: working folder.
         limit: bytes that a file may have; None is no limit.
     """
-    from braces_cli.cli.app import main
+    from braces_cli.cli.main import main
 
     os.setsid()
     os.chdir(place)

@@ -46,10 +46,10 @@ EXTRAS = 5
 SHORT = ("train", "steer", "attr-build")
 # Processes fork from one that has imported everything, so that a start costs nothing.
 _PRELOAD = [
-    "braces_cli.cli.train", "braces_cli.training.trainer", "braces_cli.training.train", "braces_cli.cli.steer_texts",
-    "braces_cli.evaluation.evaluate", "braces_cli.evaluation.comparison", "braces_cli.export.merge",
-    "braces_cli.export.slots", "braces_cli.export.lora_files", "braces_cli.export.code_checkpoint",
-    "braces_cli.export.control_vector", "braces_cli.inspection.report", "braces_cli.inspection.vocabulary_map",
+    "braces_cli.cli.train", "braces_cli.training.loop", "braces_cli.training.run", "braces_cli.cli.steer",
+    "braces_cli.evaluation.run", "braces_cli.evaluation.statistics", "braces_cli.export.merge",
+    "braces_cli.export.slots", "braces_cli.export.lora", "braces_cli.export.code",
+    "braces_cli.export.control_vector", "braces_cli.inspection.report", "braces_cli.inspection.maps",
     "scipy.stats", "gguf", "peft.tuners.lora", "matplotlib.figure", "matplotlib.backends.backend_agg",
     "transformers.models.llama.modeling_llama", "pydantic", "_killed_process",
 ]  # fmt: skip

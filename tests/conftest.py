@@ -131,7 +131,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Where a law runs: the CPU, unless `--device` names another one, which must be there."""
-    from braces_cli.core.models.loading import pick_device
+    from braces_cli.core.models.load import pick_device
 
     return pick_device(request.config.getoption("--device"))
 
@@ -169,7 +169,7 @@ def chatty(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def embedded() -> Path:
     """The folder of the model that comes with braces: real enough to have something to say."""
-    from braces_cli.core.models.bundled_model import embedded_folder
+    from braces_cli.core.models.embedded import embedded_folder
 
     return embedded_folder()
 
@@ -185,8 +185,8 @@ def shared() -> Path:
 @pytest.fixture
 def session(model_dir: Path) -> Any:
     """An open tiny Llama, fresh for each test."""
-    from braces_cli.core.models.load_options import LoadOptions
-    from braces_cli.core.session import open_session
+    from braces_cli.core.adapter.model import open_session
+    from braces_cli.core.models.options import LoadOptions
 
     return open_session(str(model_dir), None, LoadOptions(device="cpu"))
 
@@ -199,8 +199,8 @@ def adapter_dir(session: Any, tmp_path: Path) -> Path:
 
 def make_adapter(session: Any, folder: Path, rank: int = 4, seed: int = 1) -> Path:
     """Save an adapter with open gates and leave the session's model bare."""
-    from braces_cli.core.method.adapter import AdapterConfig, attach
-    from braces_cli.core.models.loading import tokenizer_hashes
+    from braces_cli.core.adapter.model import AdapterConfig, attach
+    from braces_cli.core.models.load import tokenizer_hashes
 
     base = session.base
     adapter = attach(base.model, rank)
@@ -246,7 +246,7 @@ class Outcome:
 @pytest.fixture
 def braces(capsys, monkeypatch):
     """Call `braces ARGS` with the given standard input."""
-    from braces_cli.cli.app import main
+    from braces_cli.cli.main import main
 
     def call(*args: Any, stdin: str = "") -> Outcome:
         capsys.readouterr()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import braces_cli as braces
-from braces_cli.core.utils.errors import ConfigError, ModelError
+from braces_cli.core.errors import ConfigError, ModelError
 
 PROMPTS = ["the film is", "a day"]
 
@@ -61,7 +61,7 @@ def test_inspect_is_that_of_the_command_line(
 ) -> None:
     """Without reading the base's files again, which may need leave to run code."""
     shown = braces_command("inspect", "--adapter", adapter_dir, "--format", "json").json
-    monkeypatch.delattr("braces_cli.inspection.adapter_summary.load_shape")
+    monkeypatch.delattr("braces_cli.inspection.summary.load_shape")
     assert model.inspect() == shown
 
 

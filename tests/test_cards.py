@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from braces_cli.core.method.adapter_files import AdapterConfig
-from braces_cli.evaluation.result_tables import markdown
-from braces_cli.export.model_card import card, code_card, lora_card, slots_card
-from braces_cli.training.model_card import model_card
+from braces_cli.core.adapter.files import AdapterConfig
+from braces_cli.evaluation.tables import markdown
+from braces_cli.export.cards import card, code_card, lora_card, slots_card
+from braces_cli.training.report import model_card
 from tests.cli.test_streams import shown
 
 SECRET = "/home/somebody/secret"

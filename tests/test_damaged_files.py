@@ -15,18 +15,17 @@ from typing import Any
 import pytest
 import torch
 
-from braces_cli.core.attributes.attribute_header import read_header
-from braces_cli.core.method.adapter_files import read_config
-from braces_cli.core.utils.atomic_files import write_tensors
-from braces_cli.core.utils.errors import BracesError, DataError, ModelError
-from braces_cli.evaluation.adapter_switching import find_eval_adapter
-from braces_cli.evaluation.result_store import Store, read_results
+from braces_cli.core.adapter.files import read_config
+from braces_cli.core.attributes.files import read_header
+from braces_cli.core.errors import BracesError, DataError, ModelError
+from braces_cli.core.files import write_tensors
+from braces_cli.evaluation.results import Store, read_results
+from braces_cli.evaluation.systems import find_eval_adapter
 from braces_cli.export.merge import read_record as read_merge
 from braces_cli.export.slots import read_slots
-from braces_cli.steering.resumable_output import TextsFile
-from braces_cli.training.checkpointing.checkpoint_folders import newest_intact
-from braces_cli.training.checkpointing.run_record import finished, read_progress, read_record
-from braces_cli.training.checkpointing.training_state import restore_optimizer, restore_rng, rng_state
+from braces_cli.steering.output import TextsFile
+from braces_cli.training.checkpoint import newest_intact, restore_optimizer, restore_rng, rng_state
+from braces_cli.training.record import finished, read_progress, read_record
 
 FINGERPRINT = {"model_type": "llama", "layers": 2, "hidden_size": 8, "value_vectors": [16, 16], "sha256": None}
 ADAPTER = {

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import typer
 
-from braces_cli.cli.app import build_app
+from braces_cli.cli.main import build_app
 from braces_cli.cli.recipe import recipes
 
 ROOT = Path(__file__).resolve().parents[1]

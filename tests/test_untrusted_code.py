@@ -138,7 +138,7 @@ def test_the_option_runs_it(braces: Any, hostile: tuple[Path, Path], tmp_path: P
 
 def test_code_of_a_classifier_is_not_run(hostile: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """`--scorer FOLDER`; there no option allows it."""
-    from braces_cli.core.utils.errors import ModelError
+    from braces_cli.core.errors import ModelError
     from braces_cli.scoring.registry import scorer
 
     folder, mark = hostile
@@ -150,7 +150,7 @@ def test_code_of_a_classifier_is_not_run(hostile: tuple[Path, Path], monkeypatch
 
 def test_verification_runs_no_code(hostile: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`merge --check FOLDER`, whose process has no standard input either."""
-    from braces_cli.export.verification_process import probe
+    from braces_cli.export.verify_process import probe
 
     folder, mark = hostile
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 50))

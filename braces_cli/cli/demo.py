@@ -18,12 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from braces_cli import __version__
-from braces_cli.cli.command import command, running
-from braces_cli.cli.console import cell, print_json, print_table, print_text
-from braces_cli.cli.options import OutputSettings
-from braces_cli.cli.streams import note
+from braces_cli.cli.options import OutputSettings, command, running
+from braces_cli.cli.output import cell, note, print_json, print_table, print_text
+from braces_cli.core.config import OUTPUT, option
 from braces_cli.core.schema import decode
-from braces_cli.core.utils.settings import OUTPUT, option
 
 # One axis, its ends built from the words that braces brings.
 ATTRIBUTE, OPPOSITE = "positive", "negative"
@@ -51,14 +49,14 @@ def demo(settings: DemoSettings) -> None:
 
     Prints the command that each step stands for, and leaves a folder with a page that shows it all.
     """
-    from braces_cli.core.utils.output_lock import output_lock
+    from braces_cli.core.files import output_lock
 
     with output_lock(None if settings.dry_run else settings.output_dir):
         _demo(settings)
 
 
 def _demo(settings: DemoSettings) -> None:
-    from braces_cli.core.utils.atomic_files import check_output_folder, write_json
+    from braces_cli.core.files import check_output_folder, write_json
 
     folder = settings.output_dir
     if not settings.dry_run:
@@ -101,8 +99,8 @@ def summary(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 def write_page(result: dict[str, Any], folder: Path) -> Path:
     """Write `index.html` into the demo's folder, the sweep's picture inside it; returns its path."""
-    from braces_cli.core.utils.atomic_files import write_text
-    from braces_cli.core.utils.html_pages import render_page
+    from braces_cli.core.files import write_text
+    from braces_cli.core.render import render_page
 
     picture = base64.b64encode((folder / "sweep.png").read_bytes()).decode("ascii")
     page = folder / "index.html"
@@ -134,7 +132,7 @@ class Guide:
 
     def run(self, title: str, *argv: str | Path, lines: bool = False) -> Any:
         """Run one command as if it had been typed; returns its JSON, a list of documents where it writes `lines`."""
-        from braces_cli.cli.app import build_app
+        from braces_cli.cli.main import build_app
 
         args = [str(part) for part in argv]
         command = shlex.join(["braces", *args])
@@ -169,7 +167,7 @@ def run_demo(guide: Guide) -> dict[str, Any]:
 
 def _bundled_file(guide: Guide, name: str) -> Path:
     """A file that braces brings, copied to where the printed commands find it."""
-    from braces_cli.core.utils.atomic_files import write_text
+    from braces_cli.core.files import write_text
 
     path = guide.folder / name
     if not guide.dry_run:

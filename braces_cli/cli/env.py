@@ -8,9 +8,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from braces_cli.cli.command import command
-from braces_cli.cli.console import print_json, print_pairs
-from braces_cli.cli.options import DisplaySettings
+from braces_cli.cli.options import DisplaySettings, command
+from braces_cli.cli.output import print_json, print_pairs
 
 # Environment variables that change what braces does; none of them is a secret.
 _VARIABLES = (
@@ -43,8 +42,8 @@ def environment() -> dict[str, Any]:
     from huggingface_hub import constants
 
     from braces_cli import __version__
-    from braces_cli.core.utils.paths import cache_folder
-    from braces_cli.core.utils.versions import MORE_LIBRARIES, installed, versions
+    from braces_cli.core.files import cache_folder
+    from braces_cli.core.versions import MORE_LIBRARIES, installed, versions
 
     cuda = torch.cuda
     properties = [cuda.get_device_properties(index) for index in range(cuda.device_count())]

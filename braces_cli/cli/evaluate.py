@@ -8,15 +8,12 @@ from typing import Any
 
 import typer
 
-from braces_cli.cli.command import command
-from braces_cli.cli.console import print_json, print_table, progress, set_up
-from braces_cli.cli.dry_run import show_plan
-from braces_cli.cli.options import ModelSettings, OutputSettings
-from braces_cli.cli.streams import note
-from braces_cli.core.utils.distributed import is_main
-from braces_cli.core.utils.errors import BracesError, ConfigError
-from braces_cli.core.utils.plain_text import one_line
-from braces_cli.core.utils.settings import OUTPUT, option
+from braces_cli.cli.options import ModelSettings, OutputSettings, command, show_plan
+from braces_cli.cli.output import note, print_json, print_table, progress, set_up
+from braces_cli.core.config import OUTPUT, option
+from braces_cli.core.distributed import is_main
+from braces_cli.core.errors import BracesError, ConfigError
+from braces_cli.core.text import one_line
 from braces_cli.evaluation.settings import EvalSettings
 
 
@@ -54,7 +51,7 @@ def evaluate(settings: EvalCommandSettings) -> None:
     if settings.dry_run:
         _dry_run(settings)
         return
-    from braces_cli.core.utils.output_lock import output_lock
+    from braces_cli.core.files import output_lock
 
     with output_lock(settings.output_dir, settings.plot):
         _evaluate(settings, quiet)
@@ -62,9 +59,9 @@ def evaluate(settings: EvalCommandSettings) -> None:
 
 def _evaluate(settings: EvalCommandSettings, quiet: bool) -> None:
     """Measure, write and print; nobody else writes to the outputs meanwhile."""
-    from braces_cli.core.utils.atomic_files import check_output_file
-    from braces_cli.evaluation.evaluate import run_evaluation
-    from braces_cli.evaluation.result_store import Store, check_folder
+    from braces_cli.core.files import check_output_file
+    from braces_cli.evaluation.results import Store, check_folder
+    from braces_cli.evaluation.run import run_evaluation
 
     replace = settings.overwrite or settings.resume
     if is_main():
@@ -91,14 +88,14 @@ def _show(result: dict[str, Any], settings: EvalCommandSettings) -> None:
     Raises:
         typer.Exit: with 5, where a threshold is not reached.
     """
-    from braces_cli.core.utils.atomic_files import finite, write_json, write_text
-    from braces_cli.evaluation import result_tables
-    from braces_cli.evaluation.result_store import RESULTS
+    from braces_cli.core.files import finite, write_json, write_text
+    from braces_cli.evaluation import tables
+    from braces_cli.evaluation.results import RESULTS
 
     if settings.plot is not None:
-        result_tables.draw(result, settings.plot)
+        tables.draw(result, settings.plot)
     if settings.output_dir is not None:
-        write_text(settings.output_dir / "results.md", result_tables.markdown(result))
+        write_text(settings.output_dir / "results.md", tables.markdown(result))
         write_json(settings.output_dir / RESULTS, finite(result))
     if settings.json:
         print_json(result)
@@ -107,23 +104,23 @@ def _show(result: dict[str, Any], settings: EvalCommandSettings) -> None:
     missed = [row for row in result.get("fail_under", ()) if not row["reached"]]
     if missed:
         # The result stands as it is; one JSON document is on stdout already.
-        lines = [f"Error: --fail-under: {result_tables.threshold_line(row)}" for row in missed]
+        lines = [f"Error: --fail-under: {tables.threshold_line(row)}" for row in missed]
         note("\n".join(map(one_line, lines)))
         raise typer.Exit(5)
 
 
 def _print(result: dict[str, Any]) -> None:
-    from braces_cli.evaluation import result_tables
+    from braces_cli.evaluation import tables
 
-    facts = result_tables.facts(result)
+    facts = tables.facts(result)
     shown = [f"{name} {facts[name]}" for name in ("revision", "limit", "dtype") if name in facts]
-    print_table(f"{facts['model']} ({', '.join(shown)})", *result_tables.main_table(result))
-    columns, rows = result_tables.pair_table(result)
+    print_table(f"{facts['model']} ({', '.join(shown)})", *tables.main_table(result))
+    columns, rows = tables.pair_table(result)
     if rows:
-        print_table(result_tables.PAIRS, columns, rows)
-    columns, rows = result_tables.slope_table(result)
+        print_table(tables.PAIRS, columns, rows)
+    columns, rows = tables.slope_table(result)
     if rows:
-        print_table(result_tables.SLOPES, columns, rows)
+        print_table(tables.SLOPES, columns, rows)
 
 
 def _silence_lm_eval(debug: bool) -> None:
@@ -138,11 +135,11 @@ def _silence_lm_eval(debug: bool) -> None:
 
 def _dry_run(settings: EvalCommandSettings) -> None:
     """Print settings, tasks and parameter count; where the adapter or base cannot be reached, why not."""
-    from braces_cli.core.method.adapter_files import parameter_count
-    from braces_cli.core.models.loading import load_shape
-    from braces_cli.core.session import base_name
-    from braces_cli.evaluation.adapter_switching import find_eval_adapter
-    from braces_cli.evaluation.evaluate import check_settings
+    from braces_cli.core.adapter.files import parameter_count
+    from braces_cli.core.adapter.model import base_name
+    from braces_cli.core.models.load import load_shape
+    from braces_cli.evaluation.run import check_settings
+    from braces_cli.evaluation.systems import find_eval_adapter
 
     selection, _, _ = check_settings(settings)
     out: dict[str, Any] = {"tasks": [*selection.leaves, *selection.native]}

@@ -7,13 +7,11 @@ from typing import Any
 
 import typer
 
-from braces_cli.cli.command import command
-from braces_cli.cli.console import print_json, print_pairs, progress
-from braces_cli.cli.dry_run import show_plan
 from braces_cli.cli.merge import LABELS, readable
-from braces_cli.cli.options import AdapterSettings, AttributeSettings, ModelSettings, OutputSettings
-from braces_cli.core.utils.errors import ConfigError, ModelError
-from braces_cli.core.utils.settings import ATTRIBUTES, OUTPUT, Settings, option
+from braces_cli.cli.options import AdapterSettings, AttributeSettings, ModelSettings, OutputSettings, command, show_plan
+from braces_cli.cli.output import print_json, print_pairs, progress
+from braces_cli.core.config import ATTRIBUTES, OUTPUT, Settings, option
+from braces_cli.core.errors import ConfigError, ModelError
 
 app = typer.Typer(help="Export adapters and attributes for other programs to serve.", no_args_is_help=True)
 
@@ -104,7 +102,7 @@ class LoraSettings(AdapterSettings, AttributeSettings, LayersSettings, OutputSet
 @command
 def lora(settings: LoraSettings) -> None:
     """Write an adapter, or with --attribute an attribute, as a plain LoRA for a base with slots."""
-    from braces_cli.export.lora_files import LoraRequest, describe_lora, write_lora
+    from braces_cli.export.lora import LoraRequest, describe_lora, write_lora
 
     slots_folder = _needed(settings.base, "--base", "Name the folder that braces export slots wrote.")
     lora_request = LoraRequest(_request(settings), slots_folder, settings.combine, settings.first_slot)
@@ -129,7 +127,7 @@ def code(settings: CodeSettings) -> None:
     if settings.dry_run:
         _print_plan(settings)
         return
-    from braces_cli.export.code_checkpoint import write_code
+    from braces_cli.export.code import write_code
 
     with progress(settings.quiet) as report:
         result = write_code(_request(settings), settings.folder, settings.overwrite, report)
@@ -152,14 +150,14 @@ def control_vector(settings: VectorSettings) -> None:
     if settings.dry_run:
         _print_plan(settings)
         return
-    from braces_cli.core.utils.output_lock import output_lock
+    from braces_cli.core.files import output_lock
     from braces_cli.export.control_vector import check_export, export_control_vector
     from braces_cli.export.request import steering
 
     path = _needed(settings.output, "--output", "Name the GGUF file to write.")
     with output_lock(path):
         check_export(path, settings.overwrite)
-        from braces_cli.core.session import open_session
+        from braces_cli.core.adapter.model import open_session
 
         request = _request(settings)
         session = open_session(request.model, request.adapter, request.options)
@@ -191,7 +189,7 @@ def _print_plan(settings: OutputSettings, describe: Callable[[], dict[str, Any]]
 
 
 def _request(settings: Any) -> Any:
-    from braces_cli.core.session import resolve_adapter
+    from braces_cli.core.adapter.model import resolve_adapter
     from braces_cli.export.request import Request
 
     return Request(

@@ -4,12 +4,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from braces_cli.cli.command import command
-from braces_cli.cli.console import print_json, print_pairs, progress
-from braces_cli.cli.dry_run import show_plan
-from braces_cli.cli.options import AdapterSettings, AttributeSettings, OutputSettings, UploadSettings
-from braces_cli.core.utils.errors import ConfigError, ModelError
-from braces_cli.core.utils.settings import ATTRIBUTES, OUTPUT, option
+from braces_cli.cli.options import (
+    AdapterSettings,
+    AttributeSettings,
+    OutputSettings,
+    UploadSettings,
+    command,
+    show_plan,
+)
+from braces_cli.cli.output import print_json, print_pairs, progress
+from braces_cli.core.config import ATTRIBUTES, OUTPUT, option
+from braces_cli.core.errors import ConfigError, ModelError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +69,7 @@ def merge(settings: MergeSettings) -> None:
         what = "missing option" if settings.check is None else "either writes or checks"
         raise ConfigError(what, where="--output-dir, --check", hint="Give one of the two.")
 
-    from braces_cli.core.models.hub_upload import check_push, push
+    from braces_cli.core.models.hub import check_push, push
     from braces_cli.export import merge as core
 
     if settings.push_to_hub is not None:
@@ -100,7 +105,7 @@ def _request(settings: MergeSettings, record: dict[str, Any] | None = None) -> A
     """The request of this call; where it checks a folder, what is not given is what the folder says."""
     from dataclasses import replace
 
-    from braces_cli.core.method.adapter_files import find_adapter
+    from braces_cli.core.adapter.files import find_adapter
     from braces_cli.export.request import Request
 
     options, record = settings.load_options, record or {}

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import typer
 
-from braces_cli.cli.command import command
-from braces_cli.cli.console import print_json, print_pairs, print_table
-from braces_cli.cli.options import DisplaySettings
-from braces_cli.core.utils.errors import ConfigError, near_misses
-from braces_cli.core.utils.settings import OUTPUT, option
+from braces_cli.cli.options import DisplaySettings, command
+from braces_cli.cli.output import print_json, print_pairs, print_table
+from braces_cli.core.config import OUTPUT, option
+from braces_cli.core.errors import ConfigError, near_misses
 
 app = typer.Typer(help="List and copy the training recipes that ship with braces.", no_args_is_help=True)
 
@@ -44,8 +43,7 @@ def list_recipes(settings: ListSettings) -> None:
 @command
 def copy_recipe(settings: CopySettings) -> None:
     """Copy a training recipe, to be edited and given to `braces train --config`."""
-    from braces_cli.core.utils.atomic_files import check_output_file, write_text
-    from braces_cli.core.utils.output_lock import output_lock
+    from braces_cli.core.files import check_output_file, output_lock, write_text
 
     known = recipes()
     # The file's name is accepted, too.

@@ -1,16 +1,16 @@
-"""`braces train`: fine-tune an adapter."""
+"""`braces train`: fine-tune an adapter.
+
+`braces train --check`: what the rows come to, without weights.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Any
 
-from braces_cli.cli.command import command, command_line
-from braces_cli.cli.console import file_size, print_json, print_pairs, progress, set_up
-from braces_cli.cli.dry_run import show_plan
-from braces_cli.cli.options import OutputSettings
-from braces_cli.core.utils.errors import BracesError, ConfigError
-from braces_cli.core.utils.settings import DATA, option
-from braces_cli.training.defaults import capped_warmup
-from braces_cli.training.settings import RunSettings
+from braces_cli.cli.options import OutputSettings, command, command_line, show_plan
+from braces_cli.cli.output import file_size, print_json, print_pairs, print_table, progress, set_up
+from braces_cli.core.config import DATA, option
+from braces_cli.core.errors import BracesError, ConfigError
+from braces_cli.training.settings import RunSettings, capped_warmup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,20 +48,18 @@ _LABELS = {
 @command
 def train(settings: TrainCommandSettings) -> None:
     """Fine-tune an adapter, or a baseline of peft, on texts, prompts and completions, instructions or chats."""
-    from braces_cli.core.utils.distributed import is_main
+    from braces_cli.core.distributed import is_main
 
     quiet = settings.quiet or not is_main()
     set_up(quiet, settings.debug)
     if settings.check:
-        from braces_cli.cli.train_check import check
-
         check(settings)
         return
     if settings.dry_run:
         _plan(settings)
         return
-    from braces_cli.core.models.hub_upload import ADAPTER_FILES, push
-    from braces_cli.training.train import train as run
+    from braces_cli.core.models.hub import ADAPTER_FILES, push
+    from braces_cli.training.run import train as run
 
     with progress(quiet) as report:
         result = run(settings, report, command_line())
@@ -75,8 +73,8 @@ def train(settings: TrainCommandSettings) -> None:
 def _plan(settings: TrainCommandSettings) -> None:
     """Print settings as they will take effect and the parameter count; where the model cannot be reached, why not."""
     from braces_cli.core.models.ffn import find_ffns
-    from braces_cli.training.adapter_setup import for_base, starting_point
-    from braces_cli.training.train import count_parameters, load_base_shape, row_reading
+    from braces_cli.training.run import count_parameters, load_base_shape, row_reading
+    from braces_cli.training.setup import for_base, starting_point
 
     out: dict[str, Any] = {"output_dir": settings.output_dir and str(settings.output_dir), "method": settings.method}
     try:
@@ -107,3 +105,58 @@ def _show(settings: TrainCommandSettings, title: str, result: dict[str, Any]) ->
         "padding_share": f"{result['padding_share']:.1%}",
     }
     print_pairs(title, shown, _LABELS)
+
+
+def check(settings: Any) -> None:
+    """Read and tokenise all rows and print what was found.
+
+    Raises:
+        ConfigError: no rows are named.
+        DataError: a row cannot be read.
+    """
+    from braces_cli.core.adapter.model import base_name
+    from braces_cli.core.models.load import load_config
+    from braces_cli.data.dataset import check_rows
+    from braces_cli.training.run import row_reading
+    from braces_cli.training.setup import starting_point
+
+    if not settings.data:
+        raise ConfigError("missing option", where="--data", hint="See `braces train --help`.")
+    settings, _ = starting_point(settings)
+    name = base_name(settings.model, None)
+    config = load_config(name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+    reading = row_reading(settings, name, config)
+    with progress(settings.quiet) as report:
+        sets = {name: getattr(settings, name) for name in ("data", "eval_data")}
+        found = {name: check_rows(files, reading, report) if files else None for name, files in sets.items()}
+    _train_show(settings.json, found)
+
+
+def _train_show(as_json: bool, sets: dict[str, Any]) -> None:
+    """Print what `--check` found, by option name."""
+    if as_json:
+        print_json(sets)
+        return
+    for source, found in sets.items():
+        if found is None:
+            continue
+        counts = {name: value for name, value in found.items() if not isinstance(value, (list, dict))}
+        lengths = {f"length, {name}": value for name, value in found["lengths"].items()}
+        print_pairs(source, {**counts, **lengths})
+        most = max(bar["examples"] for bar in found["histogram"])
+        bars = [
+            [f"{bar['from']}-{bar['to']}", bar["examples"], "#" * -(-40 * bar["examples"] // most)]
+            for bar in found["histogram"]
+        ]
+        print_table("tokens of an example", ["tokens", "examples", ""], bars)
+        print_table("formats", ["", "rows"], found["formats"].items())
+        if found["attributes"]:
+            rows = [(name, count, *found["strengths"][name].values()) for name, count in found["attributes"].items()]
+            print_table("attributes and their strengths", ["", "rows", "least", "mean", "most"], rows)
+        if found["dropped_at"]:
+            print_table("rows without a text to score", [""], [[where] for where in found["dropped_at"]])
+        texts = [
+            [shown["where"], "".join(f"[[{p['text']}]]" if p["scored"] else p["text"] for p in shown["parts"])]
+            for shown in found["shown"]
+        ]
+        print_table("examples, double brackets around what is scored", ["row", "text"], texts)

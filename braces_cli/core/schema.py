@@ -17,8 +17,8 @@ from typing import Annotated, Any, Generic, TypedDict, TypeVar
 
 import msgspec
 
-from braces_cli.core.utils.errors import BracesError, ConfigError, DataError, ModelError, near_misses
-from braces_cli.core.utils.paths import check_regular
+from braces_cli.core.errors import BracesError, ConfigError, DataError, ModelError, near_misses
+from braces_cli.core.files import check_regular
 
 T = TypeVar("T")
 # Numbers in records. JSON numbers from 2**53 on are not exact in other languages, and no size or step is that large.

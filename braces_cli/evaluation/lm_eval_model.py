@@ -1,7 +1,7 @@
 """A base with an adapter, and steered where asked, as a model of lm-eval's own command line.
 
-    python -m braces_cli.evaluation.lm_eval_model run --model braces \
-        --model_args pretrained=M,adapter=out,attribute=positive,s=3 --tasks triviaqa
+    python -m braces_cli.evaluation.lm_eval_model run --model braces --tasks triviaqa
+        --model_args pretrained=M,adapter=out,attribute=positive,s=3
 
 The package declares the model under the entry points `lm_eval.models`; for versions of lm-eval that do not read them
 (0.4.13), this module registers it and then calls lm-eval's own main.
@@ -16,15 +16,15 @@ from typing import Any
 from lm_eval.api.registry import model_registry
 from lm_eval.models.huggingface import HFLM
 
-from braces_cli.core.attributes.attribute_options import strengths
-from braces_cli.core.attributes.intervention import steered
+from braces_cli.core.adapter.model import base_name, open_session
+from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute
-from braces_cli.core.models.load_options import LoadOptions
-from braces_cli.core.session import base_name, open_session
-from braces_cli.core.utils.errors import BracesError
-from braces_cli.core.utils.paths import user_path
-from braces_cli.core.utils.plain_text import error_text
-from braces_cli.evaluation.adapter_switching import attached, find_eval_adapter
+from braces_cli.core.attributes.options import strengths
+from braces_cli.core.errors import BracesError
+from braces_cli.core.files import user_path
+from braces_cli.core.models.options import LoadOptions
+from braces_cli.core.text import error_text
+from braces_cli.evaluation.systems import attached, find_eval_adapter
 
 
 class BracesLM(HFLM):

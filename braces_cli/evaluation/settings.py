@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core.attributes.attribute_options import AttributeNames, strength_points
-from braces_cli.core.attributes.word_lists import built_in, check_name
-from braces_cli.core.models.generation_options import GenerationSettings
-from braces_cli.core.utils.errors import ConfigError
-from braces_cli.core.utils.numbers import whole_number
-from braces_cli.core.utils.settings import ATTRIBUTES, GENERATION, OUTPUT, SCORING, TASKS, option
+from braces_cli.core.attributes.options import AttributeNames, strength_points
+from braces_cli.core.attributes.words import built_in, check_name
+from braces_cli.core.config import ATTRIBUTES, GENERATION, OUTPUT, SCORING, TASKS, option
+from braces_cli.core.errors import ConfigError
+from braces_cli.core.models.options import GenerationSettings
+from braces_cli.core.text import whole_number
 from braces_cli.scoring.registry import BUILT_IN
 
 # lm-eval's own, so that without --seed a run draws the few-shot examples that lm-eval draws.

@@ -14,18 +14,16 @@ from typing import Any
 
 import torch
 
-from braces_cli.core.attributes.attribute import Attribute
-from braces_cli.core.attributes.intervention import constants
-from braces_cli.core.models.ffn import FFN
-from braces_cli.core.models.layer_ranges import format_ranges
-from braces_cli.core.models.loading import input_device
-from braces_cli.core.models.moe import MixtureFFN
-from braces_cli.core.models.residual_join import residual_factors
-from braces_cli.core.models.tokenization import encode
-from braces_cli.core.session import Session
-from braces_cli.core.utils.atomic_files import check_output_file
-from braces_cli.core.utils.errors import ConfigError, ModelError
-from braces_cli.export.gguf_files import write_gguf_tensors
+from braces_cli.core.adapter.model import Session
+from braces_cli.core.attributes.hooks import constants
+from braces_cli.core.attributes.vector import Attribute
+from braces_cli.core.errors import ConfigError, ModelError
+from braces_cli.core.files import check_output_file
+from braces_cli.core.models.ffn import FFN, MixtureFFN, residual_factors
+from braces_cli.core.models.load import input_device
+from braces_cli.core.models.options import format_ranges
+from braces_cli.core.models.tokenize import encode
+from braces_cli.export.checkpoint import write_gguf_tensors
 
 _ARCHITECTURE = "controlvector"
 

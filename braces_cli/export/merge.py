@@ -14,25 +14,22 @@ from typing import Annotated, Any, Literal, TypedDict
 
 from msgspec import Meta
 
-from braces_cli.core.attributes.intervention import steered, steering_vectors
+from braces_cli.core.adapter.model import base_name
+from braces_cli.core.attributes.hooks import steered, steering_vectors
+from braces_cli.core.errors import ModelError
+from braces_cli.core.files import path_exists, user_path, write_json, write_text
 from braces_cli.core.models.ffn import find_ffns
-from braces_cli.core.models.loading import load_shape
+from braces_cli.core.models.load import load_shape
+from braces_cli.core.progress import Report, silent
 from braces_cli.core.schema import Count, Kind, Name, read
 from braces_cli.core.schema import check as check_document
-from braces_cli.core.session import base_name
-from braces_cli.core.utils.atomic_files import write_json, write_text
-from braces_cli.core.utils.errors import ModelError
-from braces_cli.core.utils.paths import path_exists, user_path
-from braces_cli.core.utils.progress import Report, silent
-from braces_cli.core.utils.versions import versions
-from braces_cli.export.checkpoint_writer import copy_companions, new_neurons, write_checkpoint
-from braces_cli.export.ffn_form import expected_form, observed_form
-from braces_cli.export.model_card import card
-from braces_cli.export.output_folder import check_output, new_folder
-from braces_cli.export.plan import Plan
+from braces_cli.core.versions import versions
+from braces_cli.export.cards import card
+from braces_cli.export.checkpoint import check_output, copy_companions, new_folder, new_neurons, write_checkpoint
+from braces_cli.export.form import Plan, expected_form, observed_form
 from braces_cli.export.planner import plain_ffns, plan
 from braces_cli.export.request import Request, inputs, open_bare, probe_tokens, sources, steering
-from braces_cli.export.verification import Reference, figures, reference, verify_export
+from braces_cli.export.verify import Reference, figures, reference, verify_export
 
 logger = logging.getLogger("braces")
 

@@ -18,11 +18,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from braces_cli.core.models.ffn import FFN
-from braces_cli.core.models.moe import MixtureFFN
-from braces_cli.export.ffn_form import MODELLING_FILE, Form, constant_gate, is_half_linear, refuse
-from braces_cli.export.llama_conversion import llama_plan
-from braces_cli.export.plan import REFUSALS, Plan, Role, on_meta, tensor_shapes
+from braces_cli.core.models.ffn import FFN, MixtureFFN
+from braces_cli.export.form import (
+    MODELLING_FILE,
+    REFUSALS,
+    Form,
+    Plan,
+    Role,
+    constant_gate,
+    is_half_linear,
+    on_meta,
+    refuse,
+    tensor_shapes,
+)
+from braces_cli.export.llama import llama_plan
 
 # Words in the names of config fields that may set the width of the FFN, where the field itself is empty.
 _WIDTH_WORDS = ("inner", "ffn", "intermediate")

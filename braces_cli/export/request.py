@@ -10,16 +10,15 @@ from typing import Any
 
 import torch
 
+from braces_cli.core.adapter.files import StoredAdapter
+from braces_cli.core.adapter.model import Session, attached, base_name, open_session
 from braces_cli.core.attributes.lookup import find_attribute
-from braces_cli.core.method.adapter_files import StoredAdapter
-from braces_cli.core.models.layer_ranges import chosen_layers
-from braces_cli.core.models.load_options import LoadOptions
-from braces_cli.core.models.tokenization import encode
-from braces_cli.core.session import Session, attached, base_name, open_session
-from braces_cli.core.utils.errors import ConfigError
-from braces_cli.core.utils.paths import user_path
-from braces_cli.export.checkpoint_writer import companions
-from braces_cli.export.ffn_form import refuse
+from braces_cli.core.errors import ConfigError
+from braces_cli.core.files import user_path
+from braces_cli.core.models.options import LoadOptions, chosen_layers
+from braces_cli.core.models.tokenize import encode
+from braces_cli.export.checkpoint import companions
+from braces_cli.export.form import refuse
 
 
 @dataclass(frozen=True)

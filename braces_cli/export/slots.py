@@ -18,24 +18,21 @@ from typing import Any
 
 import torch
 
+from braces_cli.core.adapter.model import base_name
+from braces_cli.core.errors import ModelError
+from braces_cli.core.files import path_exists, write_json, write_text
 from braces_cli.core.models.ffn import FFN, find_ffns
-from braces_cli.core.models.loading import load_shape
+from braces_cli.core.models.load import load_shape
 from braces_cli.core.models.stored_fingerprint import UNKNOWN, Fingerprint
+from braces_cli.core.progress import Report, silent
 from braces_cli.core.schema import Count, Kind, Name, Size, check, cut, read
-from braces_cli.core.session import base_name
-from braces_cli.core.utils.atomic_files import write_json, write_text
-from braces_cli.core.utils.errors import ModelError
-from braces_cli.core.utils.paths import path_exists
-from braces_cli.core.utils.progress import Report, silent
-from braces_cli.core.utils.versions import versions
-from braces_cli.export.checkpoint_writer import Neurons, copy_companions, write_checkpoint
-from braces_cli.export.ffn_form import Form, constant_gate, expected_form, observed_form
-from braces_cli.export.model_card import slots_card
-from braces_cli.export.output_folder import check_output, new_folder
-from braces_cli.export.plan import Plan
+from braces_cli.core.versions import versions
+from braces_cli.export.cards import slots_card
+from braces_cli.export.checkpoint import Neurons, check_output, copy_companions, new_folder, write_checkpoint
+from braces_cli.export.form import Form, Plan, constant_gate, expected_form, observed_form
 from braces_cli.export.planner import plain_ffns, plan
 from braces_cli.export.request import Request, inputs, open_bare, probe_tokens
-from braces_cli.export.verification import Loading, Reference, figures, reference, verify_export
+from braces_cli.export.verify import Loading, Reference, figures, reference, verify_export
 
 RECORD_FILE = "braces_slots.json"
 FORMAT_VERSION = 1

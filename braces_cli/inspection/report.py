@@ -14,19 +14,16 @@ import torch
 from torch import Tensor
 
 from braces_cli import __version__
-from braces_cli.core.attributes.attribute import Attribute
+from braces_cli.core.adapter.model import Session
 from braces_cli.core.attributes.lookup import find_attribute
-from braces_cli.core.session import Session
-from braces_cli.core.utils.errors import ModelError
-from braces_cli.core.utils.html_pages import render_page
-from braces_cli.core.utils.progress import Report, silent
-from braces_cli.inspection.concept_search import attribute_relevance
-from braces_cli.inspection.ffn_weights import plain_ffns
-from braces_cli.inspection.logit_attribution import record_activations, trace
-from braces_cli.inspection.logit_lens import LogitLens
-from braces_cli.inspection.neuron_clamping import prompt_ids
-from braces_cli.inspection.relevance_scores import relevance_module, relevance_scores
-from braces_cli.inspection.vector_tokens import TokenTexts
+from braces_cli.core.attributes.vector import Attribute
+from braces_cli.core.errors import ModelError
+from braces_cli.core.progress import Report, silent
+from braces_cli.core.render import render_page
+from braces_cli.inspection.clamp import prompt_ids
+from braces_cli.inspection.search import attribute_relevance, relevance_module, relevance_scores
+from braces_cli.inspection.trace import record_activations, trace
+from braces_cli.inspection.vocabulary import LogitLens, TokenTexts, plain_ffns
 
 DEFAULT_PROMPT = "When I opened the door, I saw"
 _AMPLIFIED = 24

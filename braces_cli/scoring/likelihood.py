@@ -10,11 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from braces_cli.core.models.loading import input_device
-from braces_cli.core.models.padding import by_length, pad_right
-from braces_cli.core.models.tokenization import IGNORED, Encoded, encode
-from braces_cli.core.utils.numbers import safe_exp
-from braces_cli.core.utils.progress import Report, silent
+from braces_cli.core.models.load import input_device
+from braces_cli.core.models.tokenize import IGNORED, Encoded, by_length, encode, pad_right
+from braces_cli.core.progress import Report, silent
+from braces_cli.core.text import safe_exp
 
 # Logits of this many tokens are turned into float32 log-probabilities at a time.
 _TOKENS_AT_ONCE = 2048

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from braces_cli.core.utils.errors import ConfigError, near_misses
-from braces_cli.core.utils.paths import path_exists, user_path
-from braces_cli.scoring.scorer import Scorer
+from braces_cli.core.errors import ConfigError, near_misses
+from braces_cli.core.files import path_exists, user_path
+from braces_cli.scoring.scorers import Scorer
 
 # What an attribute is scored by where no scorer is named: scorer and label.
 DEFAULTS = {
@@ -42,17 +42,17 @@ def scorer(name: str, *, exclude: Collection[str] = (), device: str = "cpu") -> 
         ModelError: a folder or hub id that cannot be loaded.
     """
     if name == "vader":
-        from braces_cli.scoring.vader import Vader
+        from braces_cli.scoring.scorers import Vader
 
         return Vader(exclude)
     if name == "toxicity":
-        from braces_cli.scoring.toxic_words import ToxicWords
+        from braces_cli.scoring.scorers import ToxicWords
 
         return ToxicWords(exclude)
     if name.startswith("judge:"):
         if exclude:
             raise _reads_whole_texts("judge model")
-        from braces_cli.scoring.judge_model import load_judge
+        from braces_cli.scoring.model_scorers import load_judge
 
         return load_judge(name)
     if not path_exists(user_path(name)) and name.count("/") != 1:
@@ -61,7 +61,7 @@ def scorer(name: str, *, exclude: Collection[str] = (), device: str = "cpu") -> 
         raise ConfigError(f"no scorer `{name}`", where="--scorer", hint=hint)
     if exclude:
         raise _reads_whole_texts("classifier")
-    from braces_cli.scoring.hf_classifier import load_hub_classifier
+    from braces_cli.scoring.model_scorers import load_hub_classifier
 
     return load_hub_classifier(name, device)
 

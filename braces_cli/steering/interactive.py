@@ -10,14 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core.attributes.attribute import Attribute
-from braces_cli.core.attributes.intervention import steered
+from braces_cli.core.adapter.model import Session
+from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute, known_attributes
-from braces_cli.core.models.generation import Sampling
-from braces_cli.core.models.layer_ranges import chosen_layers
-from braces_cli.core.session import Session
-from braces_cli.core.utils.errors import ConfigError, near_misses
-from braces_cli.steering.generate_texts import generate_texts, text_requests
+from braces_cli.core.attributes.vector import Attribute
+from braces_cli.core.errors import ConfigError, near_misses
+from braces_cli.core.models.generate import Sampling
+from braces_cli.core.models.options import chosen_layers
+from braces_cli.steering.texts import generate_texts, text_requests
 
 HELP = """\
 Write a prompt to have it continued, unsteered and steered; an empty line repeats the last one.

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from braces_cli.core.errors import ConfigError, DataError
+from braces_cli.core.files import file_hint
 from braces_cli.core.schema import ROW, cut, parse
-from braces_cli.core.utils.atomic_files import file_hint
-from braces_cli.core.utils.errors import ConfigError, DataError
-from braces_cli.data.readers import read_rows
+from braces_cli.data.rows import read_rows
 
 # Files of rows that are no lines.
 _TABLES = (".json", ".csv", ".tsv", ".parquet")

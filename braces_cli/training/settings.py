@@ -1,41 +1,150 @@
-"""Settings of a training run, each with its default and help text. Light: no torch here."""
+"""Defaults of training that were found by measurement (recipes/RESULTS.md), and those that follow from others.
+
+Settings of training with attributes, each with its default and help text. Light: no torch here.
+
+Settings of a training run, each with its default and help text. Light: no torch here.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
-from braces_cli.core.attributes.listing import check_attributes
-from braces_cli.core.models.load_options import ModelSettings
-from braces_cli.core.utils.errors import ConfigError
-from braces_cli.core.utils.settings import (
+from braces_cli.core.attributes.files import check_attributes
+from braces_cli.core.config import (
     ATTRIBUTES,
     CHECKPOINTS,
     DATA,
     METHOD,
     OPTIMISATION,
     OUTPUT,
+    SeedSettings,
     Settings,
+    flag_of,
     option,
     options_of,
     plain,
 )
-from braces_cli.data.row_formats import Columns, parse_columns
-from braces_cli.training.attribute_settings import STRENGTH, AttributeTrainingSettings
-from braces_cli.training.defaults import (
-    BASELINE_LR,
-    DEFAULT_GATE_LR,
-    DEFAULT_GATE_LR_ATTRIBUTES,
-    DEFAULT_RANK,
-    DEFAULT_TURN,
-    default_lr,
-)
+from braces_cli.core.errors import ConfigError
+from braces_cli.core.models.options import ModelSettings
+from braces_cli.data.rows import Columns, parse_columns
+
+DEFAULT_RANK = 16
+# A step of Adam turns R by about lr sqrt(d), so this product is held constant, and the rate follows from the width d.
+DEFAULT_TURN = 0.16
+BASELINE_LR = 1e-3
+# With the contrastive loss, gates that move too fast close before they have found their direction.
+DEFAULT_GATE_LR, DEFAULT_GATE_LR_ATTRIBUTES = 0.3, 0.1
+
+
+def default_lr(width: int) -> float:
+    """The peak learning rate of the projections for a model of d = `width`, to three digits."""
+    return float(f"{DEFAULT_TURN / math.sqrt(width):.3g}")
+
+
+def capped_warmup(steps: int, max_steps: int) -> int:
+    """Steps of the warm-up of a run: as set, but no more than a quarter of all, so that the peak rate is reached."""
+    return min(steps, max_steps // 4)
+
+
+# By measurement (recipes/RESULTS.md).
+DEFAULT_CONTRAST, DEFAULT_MARGIN = 0.1, 6.0
+# Column of a row's strength where no other is named.
+STRENGTH = "strength"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttributeTrainingSettings(SeedSettings):
+    """How an adapter learns to be steered.
+
+    Defaults that depend on other settings are None on the command line, and filled in by `_fill_attributes`.
+    """
+
+    attribute_field: str | None = option(
+        None,
+        help="Column with the attribute of each row. The adapter learns to be steered by these attributes.",
+        panel=ATTRIBUTES,
+    )
+    strength_field: str = option(
+        STRENGTH, help="Column with the strength of the attribute; 1 if a row has none.", panel=ATTRIBUTES
+    )
+    opposites: tuple[str, ...] = option(
+        (), help="Two opposite attributes, trained as one axis. Repeatable.", panel=ATTRIBUTES, metavar="A:B"
+    )
+    contrast: float | None = option(
+        None,
+        help="Weight of the contrastive loss between each row's strength and the opposite strength; takes "
+        f"twice the time. Default: {DEFAULT_CONTRAST:g} with attributes.",
+        panel=ATTRIBUTES,
+    )
+    margin: float | None = option(
+        None,
+        help="Margin of the contrastive loss, in nats per unit of strength: each row's log-likelihood at its strength "
+        "must exceed that at the opposite strength by this much. Larger values steer more strongly. "
+        f"Default: {DEFAULT_MARGIN:g}.",
+        panel=ATTRIBUTES,
+    )
+
+    def _fill_attributes(self) -> None:
+        """Check what only a run with attributes reads, and fill in its defaults."""
+        trained = self.attribute_field is not None
+        hint = "Name the column of each row's attribute with --attribute-field."
+        if self.opposites and not trained:
+            raise ConfigError("no attributes are trained", where="--opposites", hint=hint)
+        if self.strength_field != STRENGTH and not trained:
+            raise ConfigError("a strength without an attribute", where="--strength-field", hint=hint)
+        parse_opposites(self.opposites)
+        for name in ("contrast", "margin"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ConfigError(f"must be zero or a positive number, not {value}", where=self._flag(name))
+        if self.contrast is None:
+            self._set(contrast=DEFAULT_CONTRAST if trained else 0.0)
+        if self.contrast and not trained:
+            raise ConfigError("no attributes are trained", where="--contrast", hint=hint)
+        if self.contrast and self.margin is None:
+            self._set(margin=DEFAULT_MARGIN)
+        if self.margin is not None and not self.contrast:
+            hint = "It needs --attribute-field, and a --contrast above 0."
+            raise ConfigError("there is no contrastive loss", where="--margin", hint=hint)
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def _flag(self, name: str) -> str:
+        return flag_of(type(self), name)
+
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """`opposites`, parsed."""
+        return parse_opposites(self.opposites)
+
+
+def parse_opposites(values: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """`A:B` of each value.
+
+    Raises:
+        ConfigError: no such form, or a name in two pairs.
+    """
+    pairs = []
+    for value in values:
+        one, colon, other = (part.strip() for part in value.partition(":"))
+        if not (one and colon and other) or one == other:
+            raise ConfigError(f"`{value}` is not A:B", where="--opposites", hint="Such as positive:negative.")
+        pairs.append((one, other))
+    names = [name for pair in pairs for name in pair]
+    if len(set(names)) < len(names):
+        raise ConfigError("an attribute is in two pairs", where="--opposites", hint="Each can have one opposite.")
+    return tuple(pairs)
+
 
 SCHEDULES = ("linear", "cosine", "constant")
-# Those of peft; see `training.peft_baselines`.
+# Those of peft; see `training.baselines`.
 BASELINES = ("lora", "rslora", "dora", "pissa")
 METHODS = ("braces", *BASELINES)
 # Settings that only one kind of method reads.

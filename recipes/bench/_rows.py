@@ -21,9 +21,9 @@ def batches(name: str, vocabulary: int) -> list[list[Any]]:
     """Random examples in the order that training gives them, `BATCH` at a time."""
     import torch
 
-    from braces_cli.core.models.tokenization import Encoded
-    from braces_cli.data.examples import Example
-    from braces_cli.training.sampler import EpochSampler
+    from braces_cli.core.models.tokenize import Encoded
+    from braces_cli.data.dataset import Example
+    from braces_cli.training.batching import EpochSampler
 
     mean, spread, least, most = SETS[name]
     generator = torch.Generator().manual_seed(0)
@@ -39,9 +39,8 @@ def batches(name: str, vocabulary: int) -> list[list[Any]]:
 
 def collators(model: Any) -> dict[str, Callable[[list[Any]], list[dict[str, Any]]]]:
     """What turns a batch into blocks: `padded` to the longest row of each batch, `packed` and `grouped` as we do."""
-    from braces_cli.core.models.padding import pad_right
-    from braces_cli.training.collator import Collator, Layout
-    from braces_cli.training.packing_probe import attention_cost
+    from braces_cli.core.models.tokenize import pad_right
+    from braces_cli.training.batching import Collator, Layout, attention_cost
 
     config = model.config
     packed = Collator(Layout(True, attention_cost(model, config.num_hidden_layers, config.hidden_size)), 0)
@@ -55,7 +54,7 @@ def collators(model: Any) -> dict[str, Callable[[list[Any]], list[dict[str, Any]
 
 def padding(model: Any, how: str, name: str) -> tuple[list[int], list[int]]:
     """Padding and all computed tokens of each batch."""
-    from braces_cli.training.collator import computed_tokens
+    from braces_cli.training.batching import computed_tokens
 
     collate = collators(model)[how]
     wasted, computed = [], []
@@ -70,7 +69,7 @@ def steppers(args: argparse.Namespace, model: Any, parameters: list[Any]) -> dic
     """Training steps over the rows of SST-5's lengths, one way each; all see the same batches in the same order."""
     import torch
 
-    from braces_cli.training.selective_logits import mean_loss
+    from braces_cli.training.loss import mean_loss
 
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
     model.train()
@@ -104,15 +103,12 @@ def attribute_steppers(args: argparse.Namespace, base: Any) -> dict[str, Callabl
 
     import torch
 
-    from braces_cli.core.method.adapter import attach
-    from braces_cli.data.examples import Condition
-    from braces_cli.training.attribute_conditioning import Conditioner
-    from braces_cli.training.attribute_settings import DEFAULT_CONTRAST, DEFAULT_MARGIN
-    from braces_cli.training.collator import Collator, Layout
-    from braces_cli.training.contrastive_loss import PAIR_TERMS, contrastive_loss
-    from braces_cli.training.defaults import DEFAULT_RANK
-    from braces_cli.training.packing_probe import attention_cost
-    from braces_cli.training.selective_logits import mean_loss, only_scored, token_nll
+    from braces_cli.core.adapter.model import attach
+    from braces_cli.data.dataset import Condition
+    from braces_cli.training.batching import Collator, Layout, attention_cost
+    from braces_cli.training.conditioning import Conditioner
+    from braces_cli.training.loss import PAIR_TERMS, contrastive_loss, mean_loss, only_scored, token_nll
+    from braces_cli.training.settings import DEFAULT_CONTRAST, DEFAULT_MARGIN, DEFAULT_RANK
 
     config = base.config
     cost = attention_cost(base, config.num_hidden_layers, config.hidden_size)
@@ -160,7 +156,7 @@ def random_attribute(adapter: Any) -> Any:
     """An attribute of random states for the model that `adapter` is on."""
     import torch
 
-    from braces_cli.core.attributes.attribute import Attribute
+    from braces_cli.core.attributes.vector import Attribute
 
     generator = torch.Generator().manual_seed(0)
     layers, width = len(adapter.layers), adapter.adapted_ffns[0][0].hidden_size

@@ -37,7 +37,7 @@ def saved(shape: dict[str, int], layers: int) -> int:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from braces_cli.core.method.adapter import attach
+    from braces_cli.core.adapter.model import attach
 
     config = LlamaConfig(**shape, num_hidden_layers=layers, vocab_size=512)
     before = torch.get_default_dtype()

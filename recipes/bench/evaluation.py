@@ -55,9 +55,9 @@ def write_model(folder: Path) -> None:
 
 def write_adapters(model: Path, folder: Path) -> list[Path]:
     """Fresh adapters of the model, each of another seed."""
-    from braces_cli.core.method.adapter import AdapterConfig, attach
-    from braces_cli.core.models.load_options import LoadOptions
-    from braces_cli.core.models.loading import load_base, tokenizer_hashes
+    from braces_cli.core.adapter.model import AdapterConfig, attach
+    from braces_cli.core.models.load import load_base, tokenizer_hashes
+    from braces_cli.core.models.options import LoadOptions
 
     base = load_base(str(model), LoadOptions(device="cpu"))
     made = []

@@ -11,7 +11,7 @@ from typing import Any
 
 from _bench import build_model, interleave, medians, parse, ratio, report, synchroniser, timed, twin
 
-from braces_cli.training.defaults import DEFAULT_RANK
+from braces_cli.training.settings import DEFAULT_RANK
 
 LAYERS, REPEATS = 4, 21
 PROMPT = 256
@@ -23,7 +23,7 @@ def half_open(model: Any) -> Any:
     """An adapter on every FFN of `model`: frozen, gates half open."""
     import torch
 
-    from braces_cli.core.method.adapter import attach
+    from braces_cli.core.adapter.model import attach
 
     adapter = attach(model, DEFAULT_RANK)
     for _, adapter_layer in adapter.adapted_ffns:
@@ -47,8 +47,8 @@ def merged(model: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     from braces_cli.core.models.ffn import find_ffns
-    from braces_cli.export.checkpoint_writer import new_neurons, write_checkpoint
-    from braces_cli.export.ffn_form import observed_form
+    from braces_cli.export.checkpoint import new_neurons, write_checkpoint
+    from braces_cli.export.form import observed_form
     from braces_cli.export.planner import plain_ffns, plan
 
     ffns = plain_ffns(model, find_ffns(model))

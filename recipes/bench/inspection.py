@@ -52,7 +52,7 @@ def rates(args: argparse.Namespace, model: Any, part: int) -> tuple[dict[str, Ca
     import torch
 
     from braces_cli.core.models.ffn import find_ffns
-    from braces_cli.inspection.logit_lens import LogitLens
+    from braces_cli.inspection.vocabulary import LogitLens
 
     wait = synchroniser(args.device)
     matrix = find_ffns(model)[0].value_matrix().mT

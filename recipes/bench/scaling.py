@@ -145,7 +145,7 @@ def step_of(system: str, point: Point, model: Any, device: str) -> Callable[[], 
         config = LoraConfig(r=point.rank, lora_alpha=2 * point.rank, lora_dropout=0.0, target_modules=targets)
         wrapped = get_peft_model(model, config)
         return make(wrapped, [parameter for parameter in wrapped.parameters() if parameter.requires_grad])
-    from braces_cli.core.method.adapter import attach
+    from braces_cli.core.adapter.model import attach
 
     adapter = attach(model, point.rank)
     if checkpointing:
@@ -169,7 +169,7 @@ def print_memory(asked: dict[str, Any]) -> None:
     """In a process of its own: the peaks of `memory_of`, as JSON."""
     import peft  # noqa: F401  code counts as resident memory too, so every system loads the same
 
-    import braces_cli.core.method.adapter  # noqa: F401
+    import braces_cli.core.adapter.model  # noqa: F401
 
     point, device = Point(**asked["point"]), asked["device"]
     model, wait = build(point, asked["dtype"], device), synchroniser(device)

@@ -36,7 +36,7 @@ def process(*argv: str) -> Callable[[], None]:
 
 def without_weights(folder: Path) -> dict[str, Callable[[], None]]:
     """What reads rows or plans a run of the embedded model, and loading its tokenizer alone."""
-    from braces_cli.core.models.bundled_model import embedded_folder
+    from braces_cli.core.models.embedded import embedded_folder
 
     rows = folder / "rows.jsonl"
     rows.write_text('{"text": "a day in the old town"}\n' * 16, encoding="utf-8")

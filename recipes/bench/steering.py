@@ -20,7 +20,7 @@ from typing import Any
 
 from _bench import build_model, interleave, medians, parse, ratio, report, synchroniser, timed, twin
 
-from braces_cli.training.defaults import DEFAULT_RANK
+from braces_cli.training.settings import DEFAULT_RANK
 
 LAYERS, REPEATS = 4, 21
 PROMPT = 32
@@ -35,7 +35,7 @@ def attributes(model: Any) -> list[Any]:
     """Attributes with random states: what steering costs does not depend on them."""
     import torch
 
-    from braces_cli.core.attributes.attribute import Attribute
+    from braces_cli.core.attributes.vector import Attribute
     from braces_cli.core.models.ffn import find_ffns
 
     ffns = find_ffns(model)
@@ -53,10 +53,10 @@ def attributes(model: Any) -> list[Any]:
 
 def steered_models(base: Any, stack: ExitStack) -> dict[str, Any]:
     """Twins of `base`, each steered in another way until `stack` is closed."""
-    from braces_cli.core.attributes.intervention import steered
+    from braces_cli.core.adapter.model import Session
+    from braces_cli.core.attributes.hooks import steered
     from braces_cli.core.models.ffn import find_ffns
-    from braces_cli.core.models.loading import Base
-    from braces_cli.core.session import Session
+    from braces_cli.core.models.load import Base
 
     known = attributes(base)
     models: dict[str, Any] = {}
@@ -73,10 +73,10 @@ def steered_models(base: Any, stack: ExitStack) -> dict[str, Any]:
 
 def batch_works(base: Any, prompt: Any, tokens: int) -> dict[str, Callable[[], None]]:
     """Generation of a batch, steered alike or row by row, with an adapter and without one."""
-    from braces_cli.core.attributes.intervention import steered, terms_of_rows
+    from braces_cli.core.adapter.model import Session
+    from braces_cli.core.attributes.hooks import steered, terms_of_rows
     from braces_cli.core.models.ffn import find_ffns
-    from braces_cli.core.models.loading import Base
-    from braces_cli.core.session import Session
+    from braces_cli.core.models.load import Base
 
     known = {attribute.name: attribute for attribute in attributes(base)[:4]}
     names, count = list(known), prompt.shape[0]
@@ -102,7 +102,7 @@ def adapter_on(model: Any) -> Any:
     """An adapter as it is after loading: frozen, gates half open, its factors computed."""
     import torch
 
-    from braces_cli.core.method.adapter import attach
+    from braces_cli.core.adapter.model import attach
 
     adapter = attach(model, DEFAULT_RANK)
     for _, adapter_layer in adapter.adapted_ffns:

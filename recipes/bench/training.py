@@ -4,7 +4,7 @@ A step is forward with labels, backward, AdamW, zero_grad, on full rows (no padd
 of the frozen model alone, as far down as the adapter's gradient has to go: the output of layer 0's FFN. The gradient
 of LoRA has to pass one FFN and the better part of an attention more, which weighs the more the fewer layers there are;
 `--layers` shows by how much. The first step, in which the adapter makes the products of W_V that it keeps (see
-`braces_cli.core.method.value_gram`), is warm-up: on one thread it takes 0.4 s a layer more, half a step in float32, one
+`braces_cli.core.adapter.gram`), is warm-up: on one thread it takes 0.4 s a layer more, half a step in float32, one
 and a half in bfloat16.
 
 Rows of the lengths of SST-5 and BoolQ in batches of 16 then show what padding costs: the part of the computed tokens
@@ -40,7 +40,7 @@ BATCH, LENGTH = 2, 256
 
 def braces_step(model: Any, step: Callable[..., Callable[[], None]]) -> Callable[[], None]:
     """Attach a relevance module to every FFN of `model`; return one training step."""
-    from braces_cli.core.method.adapter import attach
+    from braces_cli.core.adapter.model import attach
 
     adapter = attach(model, RANK)
     return step(model, [parameter for _, parameter in adapter.named_parameters()])
@@ -98,7 +98,7 @@ def measure_times(args: argparse.Namespace) -> dict[str, list[float]]:
 
 def measure_packing(args: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds a step over rows of SST-5's lengths, padded and packed."""
-    from braces_cli.core.method.adapter import attach
+    from braces_cli.core.adapter.model import attach
 
     model = build_model(args)
     parameters = [parameter for _, parameter in attach(model, RANK).named_parameters()]
@@ -143,7 +143,7 @@ def memory_of(args: argparse.Namespace) -> list[int]:
     """In a process of its own: peak bytes of each of some steps, beyond those that the bare model holds."""
     import peft  # noqa: F401  code counts as resident memory too, so every system loads the same
 
-    import braces_cli.core.method.adapter  # noqa: F401
+    import braces_cli.core.adapter.model  # noqa: F401
 
     model, step, wait = build_model(args), stepper(args), synchroniser(args.device)
     # Thread pools and scratch space of the libraries are made in the first step and belong to no system.

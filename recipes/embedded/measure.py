@@ -10,9 +10,9 @@ from typing import Any
 from facts import RELATIONS
 from world import World
 
-from braces_cli.core.models.generation import Sampling, TextRequest, generate
-from braces_cli.core.models.load_options import LoadOptions
-from braces_cli.core.session import open_session
+from braces_cli.core.adapter.model import open_session
+from braces_cli.core.models.generate import Sampling, TextRequest, generate
+from braces_cli.core.models.options import LoadOptions
 from braces_cli.evaluation.tasks.popqa import contained_as_words
 from braces_cli.scoring.likelihood import Likelihood, text_likelihoods
 

@@ -53,7 +53,7 @@ def ours(args: argparse.Namespace, prompts: Sequence[list[int]], attribute: str 
     import torch
     from transformers import GenerationConfig
 
-    from braces_cli.core.attributes.intervention import steered
+    from braces_cli.core.attributes.hooks import steered
     from braces_cli.core.attributes.lookup import find_attribute
 
     session = opened(args)
@@ -72,14 +72,14 @@ def ours(args: argparse.Namespace, prompts: Sequence[list[int]], attribute: str 
 
 def opened(args: argparse.Namespace) -> Any:
     """The session of braces, in float32 on the CPU."""
-    from braces_cli.core.models.load_options import LoadOptions
-    from braces_cli.core.session import open_session
+    from braces_cli.core.adapter.model import open_session
+    from braces_cli.core.models.options import LoadOptions
 
     return open_session(args.model, args.adapter, LoadOptions(device="cpu", dtype="float32"))
 
 
 def ends(session: Any) -> list[int]:
-    from braces_cli.core.models.generation import end_tokens
+    from braces_cli.core.models.generate import end_tokens
 
     return end_tokens(session.base.model, session.base.tokenizer)
 

@@ -118,7 +118,7 @@ def ours(session: Any, prompts: Sequence[list[int]], attribute: str, s: float, t
     import torch
     from transformers import GenerationConfig
 
-    from braces_cli.core.attributes.intervention import steered
+    from braces_cli.core.attributes.hooks import steered
     from braces_cli.core.attributes.lookup import find_attribute
 
     config = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=common.ends(session), pad_token_id=0)

@@ -63,11 +63,11 @@ def write_adapter(base: Path, folder: Path) -> None:
     """A random adapter of that base; the base is never loaded for it."""
     import torch
 
-    from braces_cli.core.method.adapter import Adapter, AdapterConfig
-    from braces_cli.core.method.relevance import RelevanceModule
+    from braces_cli.core.adapter.layer import RelevanceModule
+    from braces_cli.core.adapter.model import Adapter, AdapterConfig
     from braces_cli.core.models.ffn import find_ffns
-    from braces_cli.core.models.fingerprint import fingerprint
-    from braces_cli.core.models.loading import load_shape
+    from braces_cli.core.models.identity import fingerprint
+    from braces_cli.core.models.load import load_shape
 
     model = load_shape(str(base))
     ffns = find_ffns(model)

@@ -51,10 +51,10 @@ def run(*call: object) -> None:
 
 def ours(args: argparse.Namespace) -> None:
     """In the environment of braces: the vector as a file, and our own logits with and without steering."""
-    from braces_cli.core.attributes.intervention import steered
+    from braces_cli.core.adapter.model import open_session
+    from braces_cli.core.attributes.hooks import steered
     from braces_cli.core.attributes.lookup import find_attribute
-    from braces_cli.core.models.load_options import LoadOptions
-    from braces_cli.core.session import open_session
+    from braces_cli.core.models.options import LoadOptions
     from braces_cli.export.control_vector import export_control_vector
 
     session = open_session(args.model, None, LoadOptions(device="cpu", dtype="float32"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from braces_cli.core.attributes.word_lists import built_in
+from braces_cli.core.attributes.words import built_in
 
 TEMPLATES = (
     "It was {}",

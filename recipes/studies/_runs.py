@@ -11,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core.models.load_options import LoadOptions
-from braces_cli.core.session import Session, open_session
-from braces_cli.data.examples import Examples, Reading, read_examples
+from braces_cli.core.adapter.model import Session, open_session
+from braces_cli.core.models.options import LoadOptions
+from braces_cli.data.dataset import Examples, Reading, read_examples
+from braces_cli.training.run import run_training
 from braces_cli.training.settings import RunSettings
-from braces_cli.training.train import run_training
 
 
 class Runs:

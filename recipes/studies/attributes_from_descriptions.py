@@ -38,19 +38,18 @@ from typing import Any
 import torch
 from _runs import Runs
 
-from braces_cli.core.attributes.attribute import Attribute, build_attribute, opposite
-from braces_cli.core.attributes.contrast import pair_states, reduce_pairs
-from braces_cli.core.attributes.descriptions import description_pairs
-from braces_cli.core.attributes.intervention import steered
-from braces_cli.core.attributes.pair_attributes import PairReading, attribute_from_descriptions
-from braces_cli.core.attributes.push_sizes import default_layers, steering_scale
-from braces_cli.core.models.generation import Sampling
-from braces_cli.core.models.load_options import LoadOptions
-from braces_cli.core.session import Session, open_session
-from braces_cli.core.utils.plotting import figure, save_figure
+from braces_cli.core.adapter.model import Session, open_session
+from braces_cli.core.attributes.build import PairReading, attribute_from_descriptions, description_pairs
+from braces_cli.core.attributes.directions import pair_states, reduce_pairs
+from braces_cli.core.attributes.hooks import steered
+from braces_cli.core.attributes.pooling import default_layers, steering_scale
+from braces_cli.core.attributes.vector import Attribute, build_attribute, opposite
+from braces_cli.core.models.generate import Sampling
+from braces_cli.core.models.options import LoadOptions
+from braces_cli.core.render import figure, save_figure
+from braces_cli.evaluation.sweep import SweepPlan, continuation_nll, continuations
 from braces_cli.scoring.registry import scorer
 from braces_cli.steering.prompts import read_prompts
-from braces_cli.steering.sweep import SweepPlan, continuation_nll, continuations
 
 RATIO = 1.5
 # Where each side begins; a second strength is chosen by what the first one cost.

@@ -43,22 +43,21 @@ from _pairs import ENDS, pairs
 from _runs import Runs
 from torch import Tensor, nn
 
-from braces_cli.core.attributes.intervention import steered
+from braces_cli.core.adapter.model import Session, open_session
+from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute
-from braces_cli.core.attributes.pooling import residual_norms
-from braces_cli.core.attributes.push_sizes import STEERING_SHARE, default_layers
-from braces_cli.core.attributes.word_lists import built_in
+from braces_cli.core.attributes.pooling import STEERING_SHARE, default_layers, residual_norms
+from braces_cli.core.attributes.words import built_in
 from braces_cli.core.models.ffn import layer_stack
-from braces_cli.core.models.generation import Sampling
-from braces_cli.core.models.load_options import LoadOptions
-from braces_cli.core.models.tokenization import encode
-from braces_cli.core.session import Session, open_session
-from braces_cli.core.utils.plotting import figure, percent_ticks, plain_ticks, save_figure
+from braces_cli.core.models.generate import Sampling
+from braces_cli.core.models.options import LoadOptions
+from braces_cli.core.models.tokenize import encode
+from braces_cli.core.render import figure, percent_ticks, plain_ticks, save_figure
+from braces_cli.evaluation.native_tasks import open_scorer
+from braces_cli.evaluation.sweep import SweepPlan, Texts, continuation_nll, continuations, point
 from braces_cli.scoring.registry import scorer
-from braces_cli.scoring.scorer import Scorer
+from braces_cli.scoring.scorers import Scorer
 from braces_cli.steering.prompts import read_prompts
-from braces_cli.steering.scorer_loading import open_scorer
-from braces_cli.steering.sweep import SweepPlan, Texts, continuation_nll, continuations, point
 
 
 def main() -> None:

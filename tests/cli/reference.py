@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from braces_cli.cli.app import build_app
+from braces_cli.cli.main import build_app
 
 FILE = Path(__file__).parents[2] / "recipes" / "docs" / "COMMANDS.md"
 _HEAD = """# Commands

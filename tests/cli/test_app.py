@@ -36,21 +36,21 @@ def imported_by(code: str, modules: set[str] = HEAVY) -> set[str]:
 @pytest.mark.parametrize("argv", [[], *COMMANDS, ["--version"]])
 def test_help_stays_light(argv):
     """No command's --help imports torch or its like, nor what only some calls need."""
-    code = f"from braces_cli.cli.app import main; main({[*argv, '--help']!r})"
+    code = f"from braces_cli.cli.main import main; main({[*argv, '--help']!r})"
     assert imported_by(code, HEAVY | {"socket", "csv"}) == set()
 
 
 def test_the_page_of_all_commands_imports_none_of_them(monkeypatch):
     """Its summaries are those of the commands themselves, in the same order."""
-    from braces_cli.cli import typer_internals
-    from braces_cli.cli.app import build_app
+    from braces_cli.cli import options
+    from braces_cli.cli.main import build_app
 
-    code = "from braces_cli.cli.app import main; main(['--help'])"
-    assert imported_by(code, {"braces_cli.cli.app", "braces_cli.cli.train"}) == {"braces_cli.cli.app"}
+    code = "from braces_cli.cli.main import main; main(['--help'])"
+    assert imported_by(code, {"braces_cli.cli.main", "braces_cli.cli.train"}) == {"braces_cli.cli.main"}
     monkeypatch.setenv("COLUMNS", "200")
     pages = []
     for args in ([], ["--help"]):
-        command, context = typer_internals.help_of(build_app(args), [])
+        command, context = options.help_of(build_app(args), [])
         with contextlib.redirect_stdout(io.StringIO()) as page:
             command.get_help(context)
         pages.append(page.getvalue())
@@ -149,7 +149,7 @@ def test_a_config_that_is_wrong_exits_2(braces, tmp_path, text, message):
 
 def test_a_bug_of_ours_is_one_line_without_a_traceback(braces, model_dir, monkeypatch):
     """Unless --debug asks for it."""
-    import braces_cli.inspection.adapter_summary as summary
+    import braces_cli.inspection.summary as summary
 
     def broken(*args, **kwargs):
         raise ZeroDivisionError("inside")
@@ -164,7 +164,7 @@ def test_a_bug_of_ours_is_one_line_without_a_traceback(braces, model_dir, monkey
 
 def test_an_interrupt_exits_130(braces, model_dir, monkeypatch):
     """As shells expect of Ctrl-C."""
-    import braces_cli.inspection.adapter_summary as summary
+    import braces_cli.inspection.summary as summary
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
@@ -261,10 +261,10 @@ def test_two_adapters_are_refused_where_one_is_used(braces, command):
 @pytest.mark.parametrize("argv", [*COMMANDS, ["merge"]])
 def test_the_options_that_matter_most_come_first(argv):
     """At most five, in the first panel of the help, behind the arguments."""
-    from braces_cli.cli import typer_internals
-    from braces_cli.cli.app import build_app
+    from braces_cli.cli import options
+    from braces_cli.cli.main import build_app
 
-    command, _ = typer_internals.help_of(build_app(), argv)
+    command, _ = options.help_of(build_app(), argv)
     options = [p for p in command.params if p.nargs != -1 and p.name != "ctx" and p.opts[0].startswith("-")]
     panels = [getattr(p, "rich_help_panel", None) for p in options]
     count = panels.index(next(filter(None, panels), None)) if any(panels) else len(panels)
@@ -287,7 +287,7 @@ def test_the_options_that_matter_most_come_first(argv):
 def test_values_are_completed_without_heavy_imports(command, option, typed, offered):
     """What a shell offers after Tab."""
     code = (
-        "from braces_cli.cli import typer_internals as t; from braces_cli.cli.app import build_app; "
+        "from braces_cli.cli import typer_internals as t; from braces_cli.cli.main import build_app; "
         f"c, x = t.help_of(build_app(), [{command!r}]); "
         f"p = t.parameters(x)[{option!r}]; "
         f"assert {offered!r} in [str(getattr(v, 'value', v)) for v in p.shell_complete(x, {typed!r})]"
@@ -297,7 +297,7 @@ def test_values_are_completed_without_heavy_imports(command, option, typed, offe
 
 def test_common_tasks_are_those_that_there_are():
     """The names that a shell offers."""
+    from braces_cli.evaluation.catalog import GROUPS, NATIVE_TASKS
     from braces_cli.evaluation.settings import TASK_NAMES
-    from braces_cli.evaluation.task_catalog import GROUPS, NATIVE_TASKS
 
     assert {*GROUPS, *NATIVE_TASKS} <= set(TASK_NAMES)

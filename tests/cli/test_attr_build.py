@@ -113,7 +113,7 @@ def test_pooling_is_stored_and_changes_the_state(build, tmp_path):
 
 def test_the_list_shows_folder_adapter_and_built_in(build, braces, session, adapter_dir, tmp_path):
     """In the order of looking, with words, base, fingerprint and statistics."""
-    from braces_cli.core.attributes.attribute import build_attribute, save_attributes
+    from braces_cli.core.attributes.vector import build_attribute, save_attributes
 
     build("calm", "--words", "quiet,gentle", "--pooling", "last")
     trained = [build_attribute(session, name, [name]) for name in ("good", "sad")]
@@ -143,7 +143,7 @@ def test_the_list_needs_no_torch(build, tmp_path, adapter_dir):
     """It reads headers only."""
     build("calm", "--words", "quiet")
     argv = ["attr-build", "--list", "--output-dir", str(tmp_path / "attrs"), "--adapter", str(adapter_dir)]
-    assert imported_by(f"from braces_cli.cli.app import main; main({argv!r})") == {"msgspec"}
+    assert imported_by(f"from braces_cli.cli.main import main; main({argv!r})") == {"msgspec"}
 
 
 def test_a_file_fits_the_same_base_elsewhere_and_in_another_dtype(build, braces, model_dir, tmp_path):

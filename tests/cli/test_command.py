@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import typer
 
-from braces_cli.cli.command import command, command_line, running
-from braces_cli.core.utils.errors import ConfigError
-from braces_cli.core.utils.settings import Settings, flag_of, option
+from braces_cli.cli.options import command, command_line, running
+from braces_cli.core.config import Settings, flag_of, option
+from braces_cli.core.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)

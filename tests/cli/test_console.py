@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from braces_cli.cli.console import file_size, print_pairs, print_table, progress
+from braces_cli.cli.output import file_size, print_pairs, print_table, progress
 
 
 def test_nothing_is_wrapped_where_stdout_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,7 +36,7 @@ def test_progress_goes_to_the_log_without_a_terminal(
     quiet: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A quiet command logs none of it."""
-    monkeypatch.setattr("braces_cli.cli.console._SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("braces_cli.cli.output._SECONDS_BETWEEN_LINES", 0.0)
     monkeypatch.setattr(logging.getLogger("braces"), "propagate", True)
     with caplog.at_level(logging.INFO, logger="braces"), progress(quiet) as report:
         report("training", 1, 2)

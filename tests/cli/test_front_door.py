@@ -165,11 +165,11 @@ def test_an_upload_is_checked_first_and_done_last(
     braces: Any, model_dir: Path, adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     """By the function that uploads adapters, with what the command wrote."""
-    from braces_cli.core.models import hub_upload
+    from braces_cli.core.models import hub
 
     calls: list[Any] = []
-    monkeypatch.setattr(hub_upload, "check_push", lambda repo: calls.append(("check", repo)))
-    monkeypatch.setattr(hub_upload, "push", lambda folder, repo, *rest: calls.append((folder, repo, *rest)))
+    monkeypatch.setattr(hub, "check_push", lambda repo: calls.append(("check", repo)))
+    monkeypatch.setattr(hub, "push", lambda folder, repo, *rest: calls.append((folder, repo, *rest)))
     out = tmp_path / "out"
     call = {
         "merge": ("merge", "--adapter", adapter_dir, "--output-dir", out),

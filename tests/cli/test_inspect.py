@@ -36,7 +36,7 @@ def test_summary_reads_the_revision_of_the_adapters_base(braces, adapter_dir, mo
     """An adapter of a base on a hub is held to the revision that it was trained on, unless another is named."""
     import json
 
-    import braces_cli.inspection.adapter_summary as summary
+    import braces_cli.inspection.summary as summary
 
     seen, load = [], summary.load_shape
     monkeypatch.setattr(summary, "load_shape", lambda name, **k: seen.append(k["revision"]) or load(name))
@@ -78,7 +78,7 @@ def test_layers_and_indices_are_chosen(braces, model_dir):
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox", "phi"])
 def test_the_final_norm_is_found_by_structure(name):
     """What the model applies to its last hidden state before the head."""
-    from braces_cli.inspection.logit_lens import LogitLens, final_norm
+    from braces_cli.inspection.vocabulary import LogitLens, final_norm
     from tests.conftest import tiny_model
 
     model = tiny_model(name)

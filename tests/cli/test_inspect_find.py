@@ -22,12 +22,12 @@ def map_file(model_dir, tmp_path_factory):
 @pytest.mark.parametrize("argv", [["values"], ["find"]])
 def test_help_stays_light(argv):
     """And so does a search in a map, below."""
-    assert imported_by(f"from braces_cli.cli.app import main; main({['inspect', *argv, '--help']!r})") == set()
+    assert imported_by(f"from braces_cli.cli.main import main; main({['inspect', *argv, '--help']!r})") == set()
 
 
 def test_a_search_in_a_map_imports_no_torch(map_file):
     """That is what keeps it under a second."""
-    code = f"from braces_cli.cli.app import main; main(['inspect', 'find', 'film', '--map', {str(map_file)!r}])"
+    code = f"from braces_cli.cli.main import main; main(['inspect', 'find', 'film', '--map', {str(map_file)!r}])"
     assert imported_by(code) <= {"msgspec", "numpy"}
 
 

@@ -10,7 +10,7 @@ from tests.cli.test_app import imported_by
 @pytest.mark.parametrize("name", ["trace", "clamp"])
 def test_help_stays_light(name):
     """No torch for a help page."""
-    assert imported_by(f"from braces_cli.cli.app import main; main({['inspect', name, '--help']!r})") == set()
+    assert imported_by(f"from braces_cli.cli.main import main; main({['inspect', name, '--help']!r})") == set()
 
 
 def test_trace_as_json(braces, model_dir, adapter_dir):

@@ -53,7 +53,7 @@ def test_a_method_that_does_not_exist_is_a_usage_error(braces, model_dir, comman
 
 def test_a_missing_package_names_what_to_install(braces, model_dir, monkeypatch):
     """Exit code 2, before any weights are read."""
-    monkeypatch.setattr("braces_cli.core.models.quantization.find_spec", lambda _: None)
+    monkeypatch.setattr("braces_cli.core.models.load.find_spec", lambda _: None)
     outcome = braces("steer", "--model", model_dir, "--prompt", "x", "--quantize", "int8", "--device", "cpu")
     assert outcome.code == 2
     assert "pip install" in outcome.err

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from braces_cli.cli.console import print_pairs, print_table
-from braces_cli.cli.steer_display import TextPrinter, print_rows, print_texts
+from braces_cli.cli.output import print_pairs, print_table
+from braces_cli.cli.steer import TextPrinter, print_rows, print_texts
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = {
@@ -235,8 +235,8 @@ def test_one_place_prints() -> None:
 
 def test_lines_of_a_conversation_that_are_no_text_are_bad_data(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exit 3, as where prompts are read."""
-    from braces_cli.cli.steer_interactive import _lines
-    from braces_cli.core.utils.errors import DataError
+    from braces_cli.cli.steer import _lines
+    from braces_cli.core.errors import DataError
 
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), encoding="utf-8"))
     with pytest.raises(DataError, match="not UTF-8"):
@@ -247,7 +247,7 @@ def test_a_line_of_a_conversation_that_is_too_long_is_skipped(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With an error; the lines around it are answered."""
-    from braces_cli.cli.steer_interactive import _lines
+    from braces_cli.cli.steer import _lines
 
     monkeypatch.setattr("braces_cli.steering.prompts.LONGEST", 10)
     monkeypatch.setattr("sys.stdin", io.StringIO("first\n" + "x" * 35 + "\n\n/quit"))

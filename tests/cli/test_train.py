@@ -42,9 +42,9 @@ def test_training_lowers_the_loss_and_writes_an_adapter(braces, model_dir, rows,
         "manifest.json", "optimizer.json", "optimizer.safetensors", "parameters.safetensors", "rng.json", "run.json",
     }  # fmt: skip
 
-    from braces_cli.core.models.load_options import LoadOptions
-    from braces_cli.core.session import open_session
-    from braces_cli.data.examples import Reading, read_examples
+    from braces_cli.core.adapter.model import open_session
+    from braces_cli.core.models.options import LoadOptions
+    from braces_cli.data.dataset import Reading, read_examples
     from braces_cli.scoring.likelihood import Likelihood, likelihoods
 
     session = open_session(None, str(out), LoadOptions(device="cpu"))
@@ -92,12 +92,12 @@ def test_debug_lists_what_was_done_before_the_first_step_and_each_is_done_once(
     braces, model_dir, rows, tmp_path, monkeypatch
 ):
     """A table on stderr, once; rows and probes are not repeated, and no evaluation is waited for."""
-    from braces_cli.training import train
+    from braces_cli.training import run
 
     calls = []
     for name in ("read_examples", "open_session", "choose_layout", "digest", "_fit", "measure"):
-        real = getattr(train, name)
-        monkeypatch.setattr(train, name, lambda *args, _real=real, _name=name: calls.append(_name) or _real(*args))
+        real = getattr(run, name)
+        monkeypatch.setattr(run, name, lambda *args, _real=real, _name=name: calls.append(_name) or _real(*args))
     outcome = braces(
         "train", "--model", model_dir, "--data", rows, "--eval-data", rows, "--max-steps", 2, "--rank", 4,
         "--output-dir", tmp_path / "o", "--debug",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import typer
 
-from braces_cli.cli import typer_internals
-from braces_cli.cli.app import build_app
+from braces_cli.cli import options
+from braces_cli.cli.main import build_app
 
 
 def caught(*args):
@@ -18,29 +18,29 @@ def caught(*args):
 
 def test_a_command_and_its_context_are_found():
     """`commands`, `get_help`, `params` with `name` and `opts`, and the path of the command."""
-    command, context = typer_internals.help_of(build_app(), ["attr-build"])
+    command, context = options.help_of(build_app(), ["attr-build"])
     assert context.command_path == "braces attr-build"
     assert callable(command.get_help)
-    folder = typer_internals.parameters(context)["output_dir"]
+    folder = options.parameters(context)["output_dir"]
     assert (folder.name, folder.opts) == ("output_dir", ["--output-dir", "--attributes"])
-    assert typer_internals.help_of(build_app(), ["attr-build", "more"]) is None
+    assert options.help_of(build_app(), ["attr-build", "more"]) is None
 
 
 def test_errors_of_a_call_are_told_apart():
     """By the class name and by the context that the error carries."""
-    assert typer_internals.is_call_without_arguments(caught())
+    assert options.is_call_without_arguments(caught())
     wrong = caught("steer", "--nope")
-    assert not typer_internals.is_call_without_arguments(wrong)
-    assert wrong.ctx.command_path == typer_internals.called_command(wrong)
-    assert typer_internals.called_command(wrong).endswith("steer")
+    assert not options.is_call_without_arguments(wrong)
+    assert wrong.ctx.command_path == options.called_command(wrong)
+    assert options.called_command(wrong).endswith("steer")
 
 
 def test_an_unknown_option_is_told_with_what_the_command_has():
     """`option_name` and `message`."""
-    name, message, known = typer_internals.unknown_option(caught("train", "--learning-rate", "1"))
+    name, message, known = options.unknown_option(caught("train", "--learning-rate", "1"))
     assert (name, message) == ("--learning-rate", "No such option: --learning-rate")
     assert {"lr", "batch_size"} <= known
-    assert typer_internals.unknown_option(caught("train", "--rank", "many")) is None
+    assert options.unknown_option(caught("train", "--rank", "many")) is None
 
 
 @pytest.mark.parametrize("option", ["-ngl", "-np", "-fa"])
@@ -59,11 +59,11 @@ def test_where_a_value_was_given():
 
     @app.command()
     def show(ctx: typer.Context, a: int = 0, b: int = 0, c: int = 0) -> None:
-        seen.update(typer_internals.sources(ctx, ("a", "b", "c")), values=(a, b, c))
+        seen.update(options.sources(ctx, ("a", "b", "c")), values=(a, b, c))
 
     @app.callback()
     def root(ctx: typer.Context) -> None:
-        typer_internals.set_defaults(ctx, {"show": {"b": 7}})
+        options.set_defaults(ctx, {"show": {"b": 7}})
 
     app(args=["show", "--a", "5"], standalone_mode=False)
     assert seen == {"a": "command line", "b": "file", "values": (5, 7, 0)}
@@ -71,9 +71,9 @@ def test_where_a_value_was_given():
 
 def test_repeatable_parameters_are_told_by_multiple_and_nargs():
     """`multiple` of an option, `nargs` of an argument."""
-    _, train = typer_internals.help_of(build_app(), ["train"])
-    _, find = typer_internals.help_of(build_app(), ["inspect", "find"])
-    known = typer_internals.parameters(train)
-    assert typer_internals.is_repeatable(known["data"])
-    assert not typer_internals.is_repeatable(known["rank"])
-    assert typer_internals.is_repeatable(typer_internals.parameters(find)["words"])
+    _, train = options.help_of(build_app(), ["train"])
+    _, find = options.help_of(build_app(), ["inspect", "find"])
+    known = options.parameters(train)
+    assert options.is_repeatable(known["data"])
+    assert not options.is_repeatable(known["rank"])
+    assert options.is_repeatable(options.parameters(find)["words"])

@@ -20,14 +20,13 @@ import torch
 import transformers
 from transformers import GenerationConfig
 
-from braces_cli.core.method.adapter import Adapter, attach, attach_stored
-from braces_cli.core.method.adapter_files import AdapterConfig, find_adapter
-from braces_cli.core.method.reference import reference
-from braces_cli.core.method.relevance import RelevanceModule
-from braces_cli.core.models.ffn import FFN, find_ffns, layer_stack
-from braces_cli.core.models.fingerprint import fingerprint
-from braces_cli.core.models.moe import Experts, MixtureFFN
-from braces_cli.core.utils.errors import ModelError
+from braces_cli.core.adapter.files import AdapterConfig, find_adapter
+from braces_cli.core.adapter.layer import RelevanceModule
+from braces_cli.core.adapter.model import Adapter, attach, attach_stored
+from braces_cli.core.adapter.reference import reference
+from braces_cli.core.errors import ModelError
+from braces_cli.core.models.ffn import FFN, Experts, MixtureFFN, find_ffns, layer_stack
+from braces_cli.core.models.identity import fingerprint
 from tests.conftest import open_gates
 from tests.core.architectures import MAPPING, NEURONS, VARIANTS, VOCABULARY, WIDTH, model_type, tiny
 from tests.export.architecture_columns import export_columns

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from braces_cli.cli.app import main
+from braces_cli.cli.main import main
 from tests.conftest import tiny_tokenizer
 from tests.core.architectures import MAPPING, VARIANTS, model_type, tiny
 from tests.core.invariants import EXACT, TABLE, UNTESTED, prove

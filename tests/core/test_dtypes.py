@@ -9,16 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from braces_cli.core.method.adapter import attach, attach_stored
-from braces_cli.core.method.adapter_files import WEIGHTS_FILE, find_adapter
-from braces_cli.core.method.projections import projection_error
-from braces_cli.core.method.reference import reference
-from braces_cli.core.method.relevance import _cached_factors
+from braces_cli.core.adapter.files import WEIGHTS_FILE, find_adapter
+from braces_cli.core.adapter.layer import _cached_factors, projection_error
+from braces_cli.core.adapter.model import attach, attach_stored
+from braces_cli.core.adapter.reference import reference
 from braces_cli.core.models.ffn import find_ffns
-from braces_cli.core.models.fingerprint import fingerprint
-from braces_cli.core.models.load_options import LoadOptions
-from braces_cli.core.models.loading import input_device, load_base
-from braces_cli.core.models.value_weights import StoredValues
+from braces_cli.core.models.identity import fingerprint
+from braces_cli.core.models.load import input_device, load_base
+from braces_cli.core.models.options import LoadOptions
+from braces_cli.core.models.weights import StoredValues
 from tests.conftest import make_adapter, open_gates, tiny_model, tiny_tokenizer
 from tests.core.method.test_reference import TOKENS, relative, run, squared_error
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from braces_cli.core.errors import ConfigError, DataError, ModelError
 from braces_cli.core.schema import (
     Count,
     Kind,
@@ -24,7 +25,6 @@ from braces_cli.core.schema import (
     read_yaml,
     stored_form,
 )
-from braces_cli.core.utils.errors import ConfigError, DataError, ModelError
 
 PACKAGE = Path(__file__).parents[2] / "braces_cli"
 PARSERS = {"json.load", "json.loads", "yaml.load", "yaml.safe_load", "msgspec.convert"}
@@ -32,9 +32,8 @@ PARSERS = {"json.load", "json.loads", "yaml.load", "yaml.safe_load", "msgspec.co
 ALLOWED = {
     "core/config.py",
     "core/schema.py",
-    "export/verification_process.py",
-    "core/utils/atomic_files.py",
-    "core/utils/output_lock.py",
+    "export/verify_process.py",
+    "core/files.py",
 }
 
 

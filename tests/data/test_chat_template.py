@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from braces_cli.core.models.tokenization import IGNORED
-from braces_cli.core.utils.errors import DataError
-from braces_cli.data.chat_template import encode_chat
-from braces_cli.data.dataset_report import decode_parts
+from braces_cli.core.errors import DataError
+from braces_cli.core.models.chat import encode_chat
+from braces_cli.core.models.tokenize import IGNORED
+from braces_cli.data.dataset import decode_parts
 from tests.conftest import tiny_tokenizer
 
 CHAT = [

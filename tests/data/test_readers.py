@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from braces_cli.core.models.tokenization import IGNORED
-from braces_cli.core.utils.errors import DataError
-from braces_cli.data.examples import Reading, read_examples
-from braces_cli.data.readers import read_rows
+from braces_cli.core.errors import DataError
+from braces_cli.core.models.tokenize import IGNORED
+from braces_cli.data.dataset import Reading, read_examples
+from braces_cli.data.rows import read_rows
 from tests.conftest import tiny_tokenizer
 
 ROWS = [{"prompt": "the film", "completion": " is good"}, {"prompt": "a, day", "completion": ' is "sad"\nbad'}]

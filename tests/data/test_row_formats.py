@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from braces_cli.core.utils.errors import ConfigError, DataError
-from braces_cli.data.readers import Source
-from braces_cli.data.row_formats import FormatReader, parse_columns, parts
+from braces_cli.core.errors import ConfigError, DataError
+from braces_cli.data.rows import FormatReader, Source, parse_columns, parts
 
 
 def read(fields, columns=()):

@@ -7,11 +7,9 @@ from itertools import islice
 
 import pytest
 
-from braces_cli.core.utils.errors import DataError
-from braces_cli.data import streaming_examples as module
-from braces_cli.data.dataset_report import check_rows
-from braces_cli.data.examples import Fields, Reading, read_examples
-from braces_cli.data.streaming_examples import Stream
+from braces_cli.core.errors import DataError
+from braces_cli.data import dataset as module
+from braces_cli.data.dataset import Fields, Reading, Stream, check_rows, read_examples
 from tests.conftest import tiny_tokenizer
 
 

@@ -7,8 +7,8 @@ import os
 
 import pytest
 
-from braces_cli.core.utils.errors import DataError
-from braces_cli.data.texts import read_texts
+from braces_cli.core.errors import DataError
+from braces_cli.data.rows import read_texts
 
 
 def test_lines_of_a_plain_file(tmp_path):

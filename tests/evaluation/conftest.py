@@ -42,9 +42,9 @@ def make_adapter(tmp_path_factory: pytest.TempPathFactory):
     """Save an adapter of a base folder, its gates open so that it changes the scores."""
 
     def make(base_folder: Path, seed: int = 0) -> Path:
-        from braces_cli.core.method.adapter import attach
-        from braces_cli.core.method.adapter_files import AdapterConfig
-        from braces_cli.core.models.loading import load_base, tokenizer_hashes
+        from braces_cli.core.adapter.files import AdapterConfig
+        from braces_cli.core.adapter.model import attach
+        from braces_cli.core.models.load import load_base, tokenizer_hashes
 
         base = load_base(str(base_folder))
         adapter = attach(base.model, 4, seed=seed)
@@ -77,8 +77,8 @@ def make_peft(tmp_path_factory: pytest.TempPathFactory):
 
     def make(base_folder: Path, config: object, seed: int = 0) -> Path:
         peft = pytest.importorskip("peft")
-        from braces_cli.core.models.load_options import LoadOptions
-        from braces_cli.core.models.loading import load_base
+        from braces_cli.core.models.load import load_base
+        from braces_cli.core.models.options import LoadOptions
 
         torch.manual_seed(seed)
         wrapped = peft.get_peft_model(load_base(str(base_folder), LoadOptions(device="cpu")).model, config)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from braces_cli.core.models.load_options import LoadOptions
-from braces_cli.core.session import open_session
-from braces_cli.core.utils.errors import ConfigError, ModelError
-from braces_cli.evaluation.adapter_switching import attached, check_fit, find_eval_adapter
+from braces_cli.core.adapter.model import open_session
+from braces_cli.core.errors import ConfigError, ModelError
+from braces_cli.core.models.options import LoadOptions
+from braces_cli.evaluation.systems import attached, check_fit, find_eval_adapter
 
 peft = pytest.importorskip("peft")
 
@@ -93,7 +93,7 @@ def test_a_peft_adapter_that_is_not_finite_is_refused(session, make_peft, tiny_f
 
 def test_without_peft_the_extra_is_named(make_peft, tiny_folder, monkeypatch):
     folder = make_peft(tiny_folder, peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    monkeypatch.setattr("braces_cli.evaluation.adapter_switching.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("braces_cli.evaluation.systems.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="needs peft") as caught:
         find_eval_adapter(str(folder))
     assert "pip install peft" in str(caught.value)
@@ -120,7 +120,7 @@ def test_an_adapter_of_the_hub_is_fetched(make_peft, tiny_folder, monkeypatch):
 def test_prompts_are_put_as_the_adapters_were_trained(make_adapter, tiny_folder, tmp_path):
     from types import SimpleNamespace
 
-    from braces_cli.evaluation.evaluate import _harness_settings
+    from braces_cli.evaluation.run import _harness_settings
     from braces_cli.evaluation.settings import EvalSettings
 
     found = []

@@ -7,19 +7,17 @@ import json
 import numpy as np
 import pytest
 
-from braces_cli.core.attributes.detection import detection
-from braces_cli.core.attributes.intervention import steered
+from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute
-from braces_cli.core.models.load_options import LoadOptions
-from braces_cli.core.utils.errors import ConfigError, DataError
-from braces_cli.evaluation.comparison import System, compare
-from braces_cli.evaluation.evaluate import run_evaluation
-from braces_cli.evaluation.result_tables import slope_table
-from braces_cli.evaluation.scores import Scores
+from braces_cli.core.errors import ConfigError, DataError
+from braces_cli.core.models.options import LoadOptions
+from braces_cli.evaluation.native_tasks import AnswerPair, detection, log_odds
+from braces_cli.evaluation.results import Scores
+from braces_cli.evaluation.run import run_evaluation
 from braces_cli.evaluation.settings import EvalSettings
-from braces_cli.evaluation.strength_slopes import strength_slopes
-from braces_cli.scoring.toxic_words import ToxicWords
-from braces_cli.steering.answer_preference import AnswerPair, log_odds
+from braces_cli.evaluation.statistics import System, compare, strength_slopes
+from braces_cli.evaluation.tables import slope_table
+from braces_cli.scoring.scorers import ToxicWords
 
 CPU = LoadOptions(device="cpu")
 PAIRS = [{"prompt": f"the film {i} is", "positive": " good", "negative": " sad"} for i in range(5)]

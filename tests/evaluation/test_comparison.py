@@ -7,9 +7,12 @@ import math
 import pytest
 from scipy.stats import binom, ttest_rel
 
-from braces_cli.core.utils.errors import ConfigError
-from braces_cli.evaluation import task_catalog
-from braces_cli.evaluation.comparison import (
+from braces_cli.core.errors import ConfigError
+from braces_cli.evaluation import catalog
+from braces_cli.evaluation.results import AVERAGE, Scores, add_averages, slug
+from braces_cli.evaluation.run import check_reached, check_tasks
+from braces_cli.evaluation.settings import Threshold, parse_thresholds
+from braces_cli.evaluation.statistics import (
     System,
     compare,
     holm,
@@ -18,9 +21,6 @@ from braces_cli.evaluation.comparison import (
     paired_bootstrap,
     significance_label,
 )
-from braces_cli.evaluation.scores import AVERAGE, Scores, add_averages, slug
-from braces_cli.evaluation.settings import Threshold, parse_thresholds
-from braces_cli.evaluation.thresholds import check_reached, check_tasks
 
 
 def test_holm_by_hand():
@@ -72,13 +72,13 @@ def test_a_difference_without_scores_of_documents_is_not_tested():
 
 def test_the_average_is_the_plain_mean_over_tasks():
     scores = Scores()
-    members = task_catalog.GROUPS["zero_shot"]
+    members = catalog.GROUPS["zero_shot"]
     for place, task in enumerate(members):
         scores.results[task] = {
             "acc": {"value": place / 10, "stderr": 0.3, "n": place + 1},
             "other": {"value": 9.0, "stderr": None, "n": 1},
         }
-    add_averages(scores, task_catalog.Selection(groups={"zero_shot": list(members)}).averaged)
+    add_averages(scores, catalog.Selection(groups={"zero_shot": list(members)}).averaged)
     expected = {"value": pytest.approx(0.2), "stderr": pytest.approx(0.3 / math.sqrt(5)), "n": 15}
     assert scores.results["zero_shot"] == {AVERAGE: expected}
 
@@ -99,7 +99,7 @@ def test_a_threshold_of_another_form_is_a_wrong_call(value):
 
 
 def test_a_threshold_must_be_for_a_task_that_is_measured():
-    selection = task_catalog.Selection(names=["popqa"], leaves={"popqa": None}, groups={"zero_shot": ["popqa"]})
+    selection = catalog.Selection(names=["popqa"], leaves={"popqa": None}, groups={"zero_shot": ["popqa"]})
     check_tasks(parse_thresholds(["popqa:acc=0", "zero_shot:braces_average=0"]), selection)
     with pytest.raises(ConfigError, match="not evaluated") as caught:
         check_tasks(parse_thresholds(["popqua:acc=0.5"]), selection)
@@ -133,8 +133,8 @@ def test_each_name_has_a_file_name_of_its_own():
 
 
 def test_what_is_not_finite_is_shown_and_drawn_all_the_same(tmp_path):
-    from braces_cli.core.utils.atomic_files import finite
-    from braces_cli.evaluation import result_tables
+    from braces_cli.core.files import finite
+    from braces_cli.evaluation import tables
 
     one, other = _system("base", a=[1.0, 0.0]), _system("other", a=[0.0, 0.0])
     for system, value in ((one, math.inf), (other, 3.0)):
@@ -151,15 +151,15 @@ def test_what_is_not_finite_is_shown_and_drawn_all_the_same(tmp_path):
         for s in (one, other)
     ]
     keys = ("revision", "fingerprint", "dtype", "quantize", "limit", "apply_chat_template")
-    tables = ("num_fewshot_used", "task_versions", "task_data_sha256", "seeds", "versions")
-    settings = {**dict.fromkeys(keys), **{key: {} for key in tables}, "tokenizer": {"chat_template": None}}
+    names = ("num_fewshot_used", "task_versions", "task_data_sha256", "seeds", "versions")
+    settings = {**dict.fromkeys(keys), **{key: {} for key in names}, "tokenizer": {"chat_template": None}}
     result = {"systems": systems, "comparisons": compare([one, other], 0)}
     result["settings"] = {**settings, "significance_level": 0.05}
     for each in (result, finite(result)):
-        page = result_tables.markdown(each)
+        page = tables.markdown(each)
         assert "| p | ppl | 2 | other | 3 |" in page
         assert page.count("no test") == 1
-        result_tables.draw(each, tmp_path / "p.png")
+        tables.draw(each, tmp_path / "p.png")
     assert "not finite" in page
 
 

@@ -29,10 +29,10 @@ def evaluate(out: str, model: str, adapter: str, *data: str) -> dict:
     """An evaluation of base and adapter, and how many requests or texts this process was given at a time."""
     from lm_eval.models.huggingface import HFLM
 
-    from braces_cli.core.models.load_options import LoadOptions
-    from braces_cli.evaluation import perplexity
-    from braces_cli.evaluation.evaluate import run_evaluation
-    from braces_cli.evaluation.result_store import Store
+    from braces_cli.core.models.options import LoadOptions
+    from braces_cli.evaluation import native_tasks
+    from braces_cli.evaluation.results import Store
+    from braces_cli.evaluation.run import run_evaluation
     from braces_cli.evaluation.settings import EvalSettings
 
     done: list[int] = []
@@ -47,7 +47,7 @@ def evaluate(out: str, model: str, adapter: str, *data: str) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("generate_until", "_loglikelihood_tokens"):
             patch.setattr(HFLM, name, counting(getattr(HFLM, name), 1))
-        patch.setattr(perplexity, "text_likelihoods", counting(perplexity.text_likelihoods, 2))
+        patch.setattr(native_tasks, "text_likelihoods", counting(native_tasks.text_likelihoods, 2))
         settings = EvalSettings(tasks=["popqa,truthfulqa_mc2,perplexity,truthfulqa_mc1"], task_data=data, limit=9)
         store = Store(Path(out), log_samples=True)
         result = run_evaluation(model, [adapter], LoadOptions(device="cpu"), settings, store=store)

@@ -13,12 +13,12 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from braces_cli.core.models.load_options import LoadOptions
-from braces_cli.core.models.loading import load_base
-from braces_cli.core.utils.errors import ConfigError, DataError, ModelError
-from braces_cli.evaluation import evaluate as run_module
-from braces_cli.evaluation import lm_eval_runner, perplexity, task_catalog
-from braces_cli.evaluation.evaluate import run_evaluation
+from braces_cli.core.errors import ConfigError, DataError, ModelError
+from braces_cli.core.models.load import load_base
+from braces_cli.core.models.options import LoadOptions
+from braces_cli.evaluation import catalog, lm_eval_runner, native_tasks
+from braces_cli.evaluation import run as run_module
+from braces_cli.evaluation.run import run_evaluation
 from braces_cli.evaluation.settings import EvalSettings
 
 CPU = LoadOptions(device="cpu")
@@ -48,7 +48,7 @@ def _popqa(count: int) -> list[dict]:
 def _direct(folder: Path, name: str, file: Path, limit: int, shots: int | None, tmp_path: Path):
     """lm-eval by itself: model by name, the task's YAML, and `datasets` reading the very file."""
     include = DEFINITIONS.get(name, f"truthfulqa/{name}.yaml")
-    source = task_catalog.BRACES_FOLDER / "popqa.yaml" if name == "popqa" else LM_EVAL_TASKS / include
+    source = catalog.BRACES_FOLDER / "popqa.yaml" if name == "popqa" else LM_EVAL_TASKS / include
     files = dict.fromkeys(("train", "validation", "test"), str(file))
     lines = [
         f"include: {source}", f"task: {name}", "dataset_path: json", "dataset_name: null",
@@ -169,7 +169,7 @@ def test_base_and_adapters_stand_side_by_side(tiny_folder, make_adapter, write_j
 def test_each_document_follows_exactly_one_start_token(tiny_folder):
     base = load_base(str(tiny_folder), LoadOptions(device="cpu"))
     texts = ["A first line.", "Ein zweiter, längerer  Satz.", "x"]
-    found = perplexity.measure(base.model, base.tokenizer, texts, 2)
+    found = native_tasks.measure(base.model, base.tokenizer, texts, 2)
     nats = []
     for text in texts:
         ids = torch.tensor([[0, *base.tokenizer(text, add_special_tokens=False)["input_ids"]]])
@@ -190,7 +190,7 @@ def test_the_delta_method_agrees_with_the_spread_of_resampled_texts(tiny_folder)
     import numpy as np
 
     base = load_base(str(tiny_folder), LoadOptions(device="cpu"))
-    found = perplexity.measure(base.model, base.tokenizer, [f"text {i} " * (1 + i % 3) for i in range(60)], 16)
+    found = native_tasks.measure(base.model, base.tokenizer, [f"text {i} " * (1 + i % 3) for i in range(60)], 16)
     nats = np.array(list(found.documents["bits_per_byte"].values()))
     units = np.array(list(found.units["bits_per_byte"].values()))
     drawn = np.random.default_rng(0).integers(60, size=(4000, 60))
@@ -252,7 +252,7 @@ def test_rows_that_only_lm_eval_can_judge_are_refused_before_a_model_is_loaded(w
 
 
 def test_without_network_or_file_the_error_names_the_harness_settings_out(monkeypatch):
-    monkeypatch.setattr(task_catalog.TaskManager, "load", _unreachable)
+    monkeypatch.setattr(catalog.TaskManager, "load", _unreachable)
     with pytest.raises(DataError, match="--task-data triviaqa=FILE"):
         run_evaluation("m", [], CPU, EvalSettings(tasks=["triviaqa"]))
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from lm_eval.api.registry import get_model
 
-from braces_cli.core.attributes.attribute import build_attribute, save_attributes
-from braces_cli.core.attributes.intervention import steered
+from braces_cli.core.adapter.model import open_session
+from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute
-from braces_cli.core.models.load_options import LoadOptions
-from braces_cli.core.session import open_session
-from braces_cli.core.utils.errors import ConfigError
+from braces_cli.core.attributes.vector import build_attribute, save_attributes
+from braces_cli.core.errors import ConfigError
+from braces_cli.core.models.options import LoadOptions
 from braces_cli.evaluation import lm_eval_model as ours
 
 ROOT = Path(__file__).parents[2]

@@ -13,12 +13,12 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import braces_cli
-from braces_cli.core.models.load_options import LoadOptions
-from braces_cli.core.models.loading import load_base
-from braces_cli.core.utils.distributed import Processes
-from braces_cli.core.utils.progress import silent
+from braces_cli.core.distributed import Processes
+from braces_cli.core.models.load import load_base
+from braces_cli.core.models.options import LoadOptions
+from braces_cli.core.progress import silent
+from braces_cli.evaluation.catalog import LM_EVAL_FOLDER
 from braces_cli.evaluation.lm_eval_runner import Model
-from braces_cli.evaluation.task_catalog import LM_EVAL_FOLDER
 
 
 def _model(folder: Path, processes: Processes) -> Model:

@@ -8,13 +8,13 @@ import logging
 import pytest
 import torch
 
-from braces_cli.core.models.load_options import LoadOptions
-from braces_cli.core.utils.errors import BracesError, ConfigError
-from braces_cli.evaluation import evaluate as run_module
-from braces_cli.evaluation import lm_eval_runner, task_catalog
-from braces_cli.evaluation.evaluate import run_evaluation
-from braces_cli.evaluation.oom_backoff import halving
-from braces_cli.evaluation.result_store import Store, check_folder
+from braces_cli.core.errors import BracesError, ConfigError
+from braces_cli.core.models.options import LoadOptions
+from braces_cli.evaluation import catalog, lm_eval_runner
+from braces_cli.evaluation import run as run_module
+from braces_cli.evaluation.native_tasks import halving
+from braces_cli.evaluation.results import Store, check_folder
+from braces_cli.evaluation.run import run_evaluation
 from braces_cli.evaluation.settings import EvalSettings
 
 CPU = LoadOptions(device="cpu")
@@ -151,5 +151,5 @@ def test_what_is_stored_needs_a_folder(options):
 
 
 def test_a_native_task_is_registered_by_its_name():
-    assert set(task_catalog.NATIVE_TASKS) >= {"perplexity"}
-    assert all(task.name == name and task.metrics for name, task in task_catalog.NATIVE_TASKS.items())
+    assert set(catalog.NATIVE_TASKS) >= {"perplexity"}
+    assert all(task.name == name and task.metrics for name, task in catalog.NATIVE_TASKS.items())

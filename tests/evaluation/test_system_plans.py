@@ -6,13 +6,13 @@ import json
 
 import pytest
 
-from braces_cli.core.models.load_options import LoadOptions
-from braces_cli.core.utils.errors import ConfigError
-from braces_cli.evaluation import evaluate as run_module
-from braces_cli.evaluation.evaluate import run_evaluation
-from braces_cli.evaluation.result_store import Store
-from braces_cli.evaluation.result_tables import main_table, markdown, pair_table
+from braces_cli.core.errors import ConfigError
+from braces_cli.core.models.options import LoadOptions
+from braces_cli.evaluation import run as run_module
+from braces_cli.evaluation.results import Store
+from braces_cli.evaluation.run import run_evaluation
 from braces_cli.evaluation.settings import EvalSettings
+from braces_cli.evaluation.tables import main_table, markdown, pair_table
 
 CPU = LoadOptions(device="cpu")
 ARC = [

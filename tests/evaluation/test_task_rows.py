@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from braces_cli.core.utils.errors import ConfigError, DataError, ModelError
-from braces_cli.core.utils.file_hashes import file_hash
-from braces_cli.evaluation import task_catalog
-from braces_cli.evaluation.evaluate import check_settings
+from braces_cli.core.errors import ConfigError, DataError, ModelError
+from braces_cli.core.files import file_hash
+from braces_cli.evaluation import catalog
+from braces_cli.evaluation.catalog import find_files
+from braces_cli.evaluation.run import check_settings
 from braces_cli.evaluation.settings import EvalSettings
-from braces_cli.evaluation.task_data_files import find_files
-from braces_cli.evaluation.task_rows import read_task_rows, read_texts
+from braces_cli.evaluation.task_data import read_task_rows, read_texts
 
 POPQA = {"question": "What is it?", "possible_answers": '["x"]'}
 MC = {"question": "Q?", "mc1_targets": {"choices": ["a", "b"], "labels": [1, 0]}}
@@ -173,11 +173,11 @@ def test_a_limit_of_nothing_is_a_wrong_call():
 
 def test_known_names_are_found_without_the_whole_catalogue(monkeypatch):
     """lm-eval has thousands of tasks; neither are its files read nor indexed where a name tells the folder."""
-    monkeypatch.setattr(task_catalog, "_scan", lambda names: pytest.fail(f"searched for {names}"))
-    monkeypatch.setattr(task_catalog, "LM_EVAL_FOLDER", task_catalog.LM_EVAL_FOLDER)
-    made = task_catalog.TaskManager
-    monkeypatch.setattr(task_catalog, "TaskManager", lambda *a, **k: made(*a, **{"include_defaults": _never(k), **k}))
-    selection = task_catalog.select(["zero_shot,commonsense", "commonsense_gen", "mmlu_anatomy,gsm8k"])
+    monkeypatch.setattr(catalog, "_scan", lambda names: pytest.fail(f"searched for {names}"))
+    monkeypatch.setattr(catalog, "LM_EVAL_FOLDER", catalog.LM_EVAL_FOLDER)
+    made = catalog.TaskManager
+    monkeypatch.setattr(catalog, "TaskManager", lambda *a, **k: made(*a, **{"include_defaults": _never(k), **k}))
+    selection = catalog.select(["zero_shot,commonsense", "commonsense_gen", "mmlu_anatomy,gsm8k"])
     assert len(selection.leaves) == 5 + 8 + 8 + 2
 
 
@@ -227,4 +227,4 @@ def test_a_pipe_is_no_file_of_a_task(tmp_path, task):
     """It would be read twice; nobody writes to this one, so that its reader would wait for ever."""
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(DataError, match="a pipe or a device"):
-        find_files(task_catalog.select([task]), [f"{task}={tmp_path / 'pipe'}"], None)
+        find_files(catalog.select([task]), [f"{task}={tmp_path / 'pipe'}"], None)

@@ -10,13 +10,13 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from braces_cli.core.method.adapter import Adapter
+from braces_cli.core.adapter.model import Adapter
+from braces_cli.core.errors import ModelError
 from braces_cli.core.models.ffn import FFN, find_ffns
-from braces_cli.core.utils.errors import ModelError
-from braces_cli.export.checkpoint_writer import new_neurons, write_checkpoint
-from braces_cli.export.code_checkpoint import side_paths, write_checkpoint_with_code
-from braces_cli.export.ffn_form import observed_form
-from braces_cli.export.lora_tensors import Pairs, lora_pairs, side_path
+from braces_cli.export.checkpoint import new_neurons, write_checkpoint
+from braces_cli.export.code import side_paths, write_checkpoint_with_code
+from braces_cli.export.form import observed_form
+from braces_cli.export.lora import Pairs, lora_pairs, side_path
 from braces_cli.export.planner import plain_ffns, plan
 from braces_cli.export.slots import Slots, plan_slots, write_empty
 

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
 
-from braces_cli.core.method.adapter import attach
+from braces_cli.core.adapter.model import attach
+from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.models.ffn import FFN, find_ffns
-from braces_cli.core.utils.errors import ConfigError, ModelError
-from braces_cli.export.code_checkpoint import CODE_FILE, side_paths, write_checkpoint_with_code
+from braces_cli.export.code import CODE_FILE, side_paths, write_checkpoint_with_code
 from tests.conftest import make_adapter, open_gates, tiny_model, tiny_tokenizer
 from tests.core.architectures import tiny
 from tests.core.invariants import relative
@@ -200,8 +200,8 @@ def test_servers_that_replace_modules_are_told_so(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_command_writes_a_proved_folder(braces: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With an attribute at a fixed strength; a wrong side path fails the proof and leaves nothing."""
-    from braces_cli.core.models.load_options import LoadOptions
-    from braces_cli.core.session import open_session
+    from braces_cli.core.adapter.model import open_session
+    from braces_cli.core.models.options import LoadOptions
 
     tiny_model("qwen3", max_position_embeddings=128).save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
@@ -214,7 +214,7 @@ def test_the_command_writes_a_proved_folder(braces: Any, tmp_path: Path, monkeyp
     assert done.json["max_logit_difference"] < 1e-4 < done.json["adapter_effect"]
     assert "trust_remote_code=True" in (tmp_path / "out" / "README.md").read_text()
     assert (tmp_path / "out" / "tokenizer.json").is_file()
-    monkeypatch.setattr("braces_cli.export.code_checkpoint._tensors", _halved)
+    monkeypatch.setattr("braces_cli.export.code._tensors", _halved)
     done = braces(*call, "--output-dir", tmp_path / "wrong")
     assert done.code == 4
     assert "its logits differ" in done.err

@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from braces_cli.core.attributes.attribute import build_attribute, with_steered_layers
-from braces_cli.core.attributes.intervention import steered
-from braces_cli.core.method.adapter import attach
-from braces_cli.core.method.adapter_files import find_adapter
+from braces_cli.core.adapter.files import find_adapter
+from braces_cli.core.adapter.model import Session, attach
+from braces_cli.core.attributes.hooks import steered
+from braces_cli.core.attributes.vector import build_attribute, with_steered_layers
+from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.models.ffn import find_ffns, layer_stack
-from braces_cli.core.models.loading import Base
-from braces_cli.core.session import Session
-from braces_cli.core.utils.errors import ConfigError, ModelError
+from braces_cli.core.models.load import Base
 from braces_cli.export.control_vector import export_control_vector
 from tests.conftest import make_adapter, open_gates, tiny_model, tiny_tokenizer
 from tests.core.architectures import tiny

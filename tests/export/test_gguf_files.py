@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from braces_cli.core.utils.errors import BracesError
-from braces_cli.export.gguf_files import write_gguf_tensors
+from braces_cli.core.errors import BracesError
+from braces_cli.export.checkpoint import write_gguf_tensors
 
 gguf = pytest.importorskip("gguf", reason="NOT TESTED: the package gguf is not there")
 

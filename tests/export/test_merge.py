@@ -14,25 +14,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from braces_cli.core.method.adapter import Adapter, attach
-from braces_cli.core.method.adapter_files import find_adapter
+from braces_cli.core.adapter.files import find_adapter
+from braces_cli.core.adapter.model import Adapter, attach, open_session
+from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.models.ffn import find_ffns
-from braces_cli.core.models.load_options import LoadOptions
-from braces_cli.core.session import open_session
-from braces_cli.core.utils.errors import ConfigError, ModelError
-from braces_cli.export.checkpoint_writer import new_neurons, write_checkpoint
-from braces_cli.export.ffn_form import constant_gate, is_half_linear, observed_form
+from braces_cli.core.models.options import LoadOptions
+from braces_cli.export.checkpoint import new_neurons, write_checkpoint
+from braces_cli.export.form import Plan, constant_gate, is_half_linear, observed_form
 from braces_cli.export.merge import merge
-from braces_cli.export.plan import Plan
 from braces_cli.export.planner import plain_ffns, plan
 from braces_cli.export.request import Request
-from braces_cli.export.verification import reference
+from braces_cli.export.verify import reference
 from tests.conftest import GATED, make_adapter, open_gates, tiny_model, tiny_tokenizer
 from tests.core.architectures import tiny
 from tests.core.invariants import relative
 
 TOKENS = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(0))
-# Name of the case, how the tiny base is made, and the case of `export.plan` it must be.
+# Name of the case, how the tiny base is made, and the case of `export.form` it must be.
 BASES: dict[str, tuple[dict[str, Any], str]] = {
     "llama": ({}, "a"),
     "qwen2": ({"tie_word_embeddings": True}, "b"),

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from braces_cli.core.utils.errors import BracesError, ModelError
-from braces_cli.export.checkpoint_writer import companions
-from braces_cli.export.output_folder import new_folder
+from braces_cli.core.errors import BracesError, ModelError
+from braces_cli.export.checkpoint import companions, new_folder
 
 
 def files(folder: Path) -> dict[str, str]:

@@ -10,16 +10,14 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from braces_cli.core.attributes.attribute import build_attribute, save_attributes
-from braces_cli.core.attributes.intervention import constants, steered
+from braces_cli.core.adapter.files import find_adapter
+from braces_cli.core.adapter.model import Adapter, attach, attached, open_session
+from braces_cli.core.attributes.hooks import constants, steered
 from braces_cli.core.attributes.lookup import find_attribute
-from braces_cli.core.method.adapter import Adapter, attach
-from braces_cli.core.method.adapter_files import find_adapter
-from braces_cli.core.models.load_options import LoadOptions
-from braces_cli.core.session import attached, open_session
-from braces_cli.core.utils.errors import ConfigError, ModelError
-from braces_cli.export.lora_files import LoraRequest, write_lora
-from braces_cli.export.lora_tensors import lora_pairs, read_folder, side_path, write_folder
+from braces_cli.core.attributes.vector import build_attribute, save_attributes
+from braces_cli.core.errors import ConfigError, ModelError
+from braces_cli.core.models.options import LoadOptions
+from braces_cli.export.lora import LoraRequest, lora_pairs, read_folder, side_path, write_folder, write_lora
 from braces_cli.export.request import Request
 from braces_cli.export.slots import RECORD_FILE, Slots, read_slots, write_slots
 from tests.conftest import make_adapter, open_gates, tiny_model, tiny_tokenizer
@@ -231,7 +229,7 @@ def options() -> LoadOptions:
 @pytest.fixture
 def slots_dir(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A base with slots as the command writes it; what proves it is tested elsewhere."""
-    from braces_cli.export.verification import Verification
+    from braces_cli.export.verify import Verification
 
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -281,7 +279,7 @@ def test_the_commands_write_proved_folders(
     def faint(*args: Any, **kwargs: Any) -> Any:
         return {module: (a, 0.9 * b) for module, (a, b) in lora_pairs(*args, **kwargs).items()}
 
-    monkeypatch.setattr("braces_cli.export.lora_files.lora_pairs", faint)
+    monkeypatch.setattr("braces_cli.export.lora.lora_pairs", faint)
     done = braces(*call, "--output-dir", tmp_path / "wrong")
     assert done.code == 4
     assert "logits differ" in done.err
@@ -362,7 +360,7 @@ def test_layers_that_the_adapter_lacks_are_refused(slots_dir: Path, session: Any
     make_adapter(session, tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     adapter = attach(session.base.model, 4, [1])
-    from braces_cli.core.method.adapter_files import AdapterConfig
+    from braces_cli.core.adapter.files import AdapterConfig
 
     adapter.save(tmp_path / "narrow", AdapterConfig(**config | {"layers": [1]}), "# test\n")
     adapter.detach()
@@ -422,10 +420,10 @@ def test_the_gguf_may_lie_in_the_folder(
     slots_dir: Path, adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It appears with the folder, and is replaced with it."""
-    from braces_cli.export.verification import Verification
+    from braces_cli.export.verify import Verification
 
     pytest.importorskip("gguf", reason="NOT TESTED: the package gguf is not there")
-    patched = "braces_cli.export.lora_files.verify_export"
+    patched = "braces_cli.export.lora.verify_export"
     monkeypatch.setattr(patched, lambda folder, expected, how: Verification(0.0, 0.0, 0.0, expected))
     lora_request = LoraRequest(Request(None, find_adapter(str(adapter_dir)), options()), slots_dir)
     for overwrite in (False, True):

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
-from braces_cli.cli.app import build_app, main
-from braces_cli.cli.typer_internals import help_of
-from braces_cli.core.attributes.attribute_options import parse_strengths
-from braces_cli.core.models.layer_ranges import parse_ranges
-from braces_cli.core.utils.errors import ConfigError
-from braces_cli.data.row_formats import Columns, parse_columns
+from braces_cli.cli.main import build_app, main
+from braces_cli.cli.options import help_of
+from braces_cli.core.attributes.options import parse_strengths
+from braces_cli.core.errors import ConfigError
+from braces_cli.core.models.options import parse_ranges
+from braces_cli.data.rows import Columns, parse_columns
 from braces_cli.evaluation.settings import parse_thresholds
-from braces_cli.inspection.neuron_clamping import Clamp, parse_clamp
-from braces_cli.training.attribute_settings import parse_opposites
+from braces_cli.inspection.clamp import Clamp, parse_clamp
+from braces_cli.training.settings import parse_opposites
 from tests.fuzz.budget import attempt, fuzz
 from tests.fuzz.inputs import PLAIN
 

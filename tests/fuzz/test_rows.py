@@ -11,9 +11,8 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from braces_cli.core.utils.errors import BracesError, DataError
-from braces_cli.data.readers import Source, read_rows
-from braces_cli.data.row_formats import CHAT, FormatReader, parts
+from braces_cli.core.errors import BracesError, DataError
+from braces_cli.data.rows import CHAT, FormatReader, Source, parts, read_rows
 from braces_cli.steering.prompts import read_prompts
 from tests.fuzz.budget import attempt, fuzz
 from tests.fuzz.inputs import HALF, JSON_TEXT, PLAIN, VALUES, WORDS, as_bytes

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from braces_cli.core.attributes.attribute import Attribute, load_attributes
-from braces_cli.core.attributes.listing import list_attributes
-from braces_cli.core.method.adapter_files import AdapterConfig, parameter_count, read_adapter
-from braces_cli.core.models.fingerprint import differences
-from braces_cli.core.utils.errors import BracesError, ModelError
-from braces_cli.steering.resumable_output import TextsFile
-from braces_cli.training.checkpointing.run_record import Record, read_progress, read_record
+from braces_cli.core.adapter.files import AdapterConfig, parameter_count, read_adapter
+from braces_cli.core.attributes.files import list_attributes
+from braces_cli.core.attributes.vector import Attribute, load_attributes
+from braces_cli.core.errors import BracesError, ModelError
+from braces_cli.core.models.identity import differences
+from braces_cli.steering.output import TextsFile
+from braces_cli.training.record import Record, read_progress, read_record
 from tests.fuzz.budget import attempt, fuzz
 from tests.fuzz.inputs import ODD, broken_tensors, changed
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from braces_cli.core.adapter.model import Session
 from braces_cli.core.models.ffn import find_ffns
-from braces_cli.core.models.loading import Base
-from braces_cli.core.session import Session
+from braces_cli.core.models.load import Base
 from tests.conftest import tiny_model, tiny_tokenizer
 
 

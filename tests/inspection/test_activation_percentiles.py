@@ -7,11 +7,10 @@ import json
 import pytest
 import torch
 
+from braces_cli.core.errors import DataError
 from braces_cli.core.models.ffn import find_ffns
-from braces_cli.core.models.tokenization import encode
-from braces_cli.core.utils.errors import DataError
-from braces_cli.inspection.activation_percentiles import activation_weights, read_texts, resolve_percentiles
-from braces_cli.inspection.neuron_clamping import Clamp
+from braces_cli.core.models.tokenize import encode
+from braces_cli.inspection.clamp import Clamp, activation_weights, read_texts, resolve_percentiles
 from tests.conftest import tiny_model, tiny_tokenizer
 
 TEXTS = ["the film is good", "a happy day in the old town", "the end", *["so it is"] * 8]

@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 
-from braces_cli.core.method.adapter_files import find_adapter
-from braces_cli.inspection.concept_search import (
+from braces_cli.core.adapter.files import find_adapter
+from braces_cli.inspection.maps import best_first
+from braces_cli.inspection.search import (
     attribute_relevance,
     model_concept,
     top_vectors_for_attribute,
     top_vectors_for_concept,
 )
-from braces_cli.inspection.concept_tokens import best_first
 from tests.conftest import make_adapter
 
 
@@ -41,8 +41,8 @@ def test_promoting_vectors_are_those_of_a_direct_computation(session):
 
 def test_relevance_of_an_attribute_is_the_formula(session, tmp_path):
     """r_c = c (R W_V)^T (R h_c) / sqrt(d_r), written out."""
+    from braces_cli.core.adapter.reference import relevance_ref
     from braces_cli.core.attributes.lookup import find_attribute
-    from braces_cli.core.method.reference import relevance_ref
 
     session.add_adapter(find_adapter(str(make_adapter(session, tmp_path / "adapter"))))
     attribute = find_attribute(session, "positive", None)
@@ -62,7 +62,7 @@ def test_relevance_of_an_attribute_is_the_formula(session, tmp_path):
 def test_without_an_adapter_relevance_sums_to_what_steering_adds(session):
     """sum_j r_cj v_j is the vector that steering from a word list adds."""
     from braces_cli.core.attributes.lookup import find_attribute
-    from braces_cli.core.attributes.push_sizes import STEERING_SHARE
+    from braces_cli.core.attributes.pooling import STEERING_SHARE
 
     attribute = find_attribute(session, "positive", None)
     for row, ffn in enumerate(session.ffns):

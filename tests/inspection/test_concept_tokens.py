@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from braces_cli.core.utils.errors import ConfigError
-from braces_cli.inspection.concept_tokens import Concept, Vocabulary, best_first, concept
+from braces_cli.core.errors import ConfigError
+from braces_cli.inspection.maps import Concept, Vocabulary, best_first, concept
 
 WORDS = Vocabulary(["happy", " happy", "Happy", " Happy", "un", " un", "�", "�", "king"])
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from braces_cli.core.errors import ConfigError
 from braces_cli.core.models.ffn import find_ffns
-from braces_cli.core.utils.errors import ConfigError
-from braces_cli.inspection.ffn_weights import side_vectors, sides_of
+from braces_cli.inspection.vocabulary import side_vectors, sides_of
 from tests.conftest import tiny_model
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from braces_cli.core.method.adapter import attach
+from braces_cli.core.adapter.model import Session, attach
+from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.models.ffn import find_ffns, layer_stack
-from braces_cli.core.models.loading import Base
-from braces_cli.core.session import Session
-from braces_cli.core.utils.errors import ConfigError, ModelError
-from braces_cli.inspection.direct_effects import direct_factors
-from braces_cli.inspection.logit_attribution import attribute_logits, record_activations, trace
+from braces_cli.core.models.load import Base
+from braces_cli.inspection.trace import attribute_logits, direct_factors, record_activations, trace
 from tests.conftest import open_gates, tiny_model, tiny_tokenizer
 
 PROMPT = "the film is good and the end"
@@ -83,7 +81,7 @@ def test_attention_is_what_leaves_the_attention(name, adapter):
 
 def frozen_gradient(model, x, token):
     """d(logit)/dx with the norm's scale detached, for LayerNorm and RMSNorm, by their formulas."""
-    from braces_cli.inspection.logit_lens import final_norm
+    from braces_cli.inspection.vocabulary import final_norm
 
     norm = final_norm(model)
     x = x.detach().requires_grad_()
@@ -97,7 +95,7 @@ def frozen_gradient(model, x, token):
 
 def test_a_sub_update_is_written_out():
     """index, w, r, g r and c (w + g r) u . v_j, against the formula of the paper."""
-    from braces_cli.core.method.reference import relevance_ref
+    from braces_cli.core.adapter.reference import relevance_ref
 
     session = opened("llama", adapter=True)
     found = trace(session, PROMPT, target=9, top=3)

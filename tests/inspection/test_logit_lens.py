@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from braces_cli.core.models.ffn import find_ffns
-from braces_cli.inspection import logit_lens
-from braces_cli.inspection.logit_lens import LogitLens
+from braces_cli.inspection import vocabulary
+from braces_cli.inspection.vocabulary import LogitLens
 from tests.conftest import ARCHITECTURES, tiny_model
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_blocks_of_the_vocabulary_give_what_the_whole_does(name, monkeypatch):
     """Every architecture, with biased heads, cut where nothing divides evenly."""
-    monkeypatch.setattr(logit_lens, "_TOKENS_AT_ONCE", 37)
-    monkeypatch.setattr(logit_lens, "VECTORS_AT_ONCE", 11)
+    monkeypatch.setattr(vocabulary, "_TOKENS_AT_ONCE", 37)
+    monkeypatch.setattr(vocabulary, "VECTORS_AT_ONCE", 11)
     model = tiny_model(name)
     vectors = find_ffns(model)[1].value_matrix().mT
     values, ids = LogitLens(model).best(vectors, 7)
@@ -32,7 +32,7 @@ def test_a_head_that_cannot_be_cut_is_used_whole(monkeypatch):
     model = tiny_model("phi")
     vectors = find_ffns(model)[0].value_matrix().mT
     expected, row = LogitLens(model).best(vectors, 5), LogitLens(model).row(7)
-    monkeypatch.setattr(logit_lens.LogitLens, "_plain", lambda self: False)
+    monkeypatch.setattr(vocabulary.LogitLens, "_plain", lambda self: False)
     found = LogitLens(model)
     assert torch.equal(found.best(vectors, 5)[1], expected[1])
     assert torch.allclose(found.row(7)[0], row[0], atol=1e-5)
@@ -41,18 +41,18 @@ def test_a_head_that_cannot_be_cut_is_used_whole(monkeypatch):
 
 def test_never_holds_all_scores(monkeypatch):
     """No tensor of vectors x vocabulary is ever asked of the head."""
-    monkeypatch.setattr(logit_lens, "_TOKENS_AT_ONCE", 16)
+    monkeypatch.setattr(vocabulary, "_TOKENS_AT_ONCE", 16)
     model = tiny_model("llama")
     sizes = []
-    blocks = logit_lens.LogitLens.blocks
+    blocks = vocabulary.LogitLens.blocks
 
     def watched(self, hidden):
         for start, scores in blocks(self, hidden):
             sizes.append(scores.shape[1])
             yield start, scores
 
-    monkeypatch.setattr(logit_lens.LogitLens, "blocks", watched)
-    monkeypatch.setattr(logit_lens.LogitLens, "__call__", lambda *a: pytest.fail("scored the whole vocabulary"))
+    monkeypatch.setattr(vocabulary.LogitLens, "blocks", watched)
+    monkeypatch.setattr(vocabulary.LogitLens, "__call__", lambda *a: pytest.fail("scored the whole vocabulary"))
     LogitLens(model).best(find_ffns(model)[0].value_matrix().mT, 5)
     assert set(sizes) == {16}
 

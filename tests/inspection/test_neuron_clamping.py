@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
+from braces_cli.core.errors import ConfigError
 from braces_cli.core.models.ffn import find_ffns
-from braces_cli.core.utils.errors import ConfigError
-from braces_cli.inspection.neuron_clamping import Clamp, check_clamps, clamp_prompt, clamped, divergence, parse_clamp
+from braces_cli.inspection.clamp import Clamp, check_clamps, clamp_prompt, clamped, divergence, parse_clamp
 from tests.conftest import ARCHITECTURES, tiny_model
 
 IDS = torch.tensor([[0, 9, 20, 33]])

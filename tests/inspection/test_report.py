@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from braces_cli.core.method.adapter_files import find_adapter
+from braces_cli.core.adapter.files import find_adapter
 from braces_cli.inspection.report import render, report_data, visible
 from tests.cli.test_app import imported_by
 
@@ -79,7 +79,7 @@ def test_everything_is_on_it(session, data):
     with torch.no_grad():
         session.base.model(ids)
     handle.remove()
-    from braces_cli.core.method.reference import relevance_ref
+    from braces_cli.core.adapter.reference import relevance_ref
 
     r = (
         adapter_layer.g
@@ -97,7 +97,7 @@ def test_with_an_adapter_no_gradient_is_followed(session, adapter_dir, monkeypat
     """Relevance through an adapter needs p alone, and a backward pass a text is what takes long."""
     session.add_adapter(find_adapter(str(adapter_dir)))
     monkeypatch.setenv("BRACES_CACHE", "off")
-    monkeypatch.setattr("braces_cli.core.attributes.attribute.cheapest_directions", None)
+    monkeypatch.setattr("braces_cli.core.attributes.vector.cheapest_directions", None)
     assert report_data(session)["attributes"]
 
 
@@ -111,7 +111,7 @@ def test_without_an_adapter(session):
 def test_an_architecture_without_direct_effects_has_a_page_that_says_so(session, monkeypatch):
     """Instead of the heat map."""
     import braces_cli.inspection.report as report
-    from braces_cli.core.utils.errors import ModelError
+    from braces_cli.core.errors import ModelError
 
     def refuse(*args, **kwargs):
         raise ModelError("layer 0 changes its FFN's output before it joins the stream")
@@ -169,7 +169,7 @@ def test_figures_of_the_model_card(session, adapter_dir):
 
 def test_help_stays_light():
     """No torch for a help page."""
-    assert imported_by("from braces_cli.cli.app import main; main(['inspect', 'report', '--help'])") == set()
+    assert imported_by("from braces_cli.cli.main import main; main(['inspect', 'report', '--help'])") == set()
 
 
 def opened(browser, html, tmp_path, **context):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from braces_cli.inspection.streaming_topk import TopK
+from braces_cli.inspection.vocabulary import TopK
 
 
 @pytest.mark.parametrize("k", [1, 3, 10, 70])
@@ -27,7 +27,7 @@ def test_equals_a_stable_sort_with_many_ties(k, block, dtype):
 @pytest.mark.parametrize("kind", ["ascending", "equal", "mostly equal", "below none"])
 def test_scores_of_which_many_pass_the_sieve(kind, monkeypatch):
     """Each block better than all before, or as good; rows in several parts; rows that need nothing beside others."""
-    monkeypatch.setattr("braces_cli.inspection.streaming_topk._ROWS", 2)
+    monkeypatch.setattr("braces_cli.inspection.vocabulary._ROWS", 2)
     scores = {
         "ascending": torch.arange(4000.0).repeat(5, 1),
         "equal": torch.zeros(5, 4000),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from braces_cli.inspection.vector_tokens import value_tokens
+from braces_cli.inspection.vocabulary import value_tokens
 
 
 def test_every_layer_and_index_of_a_trained_model_equals_a_direct_computation(shared):
     """The norm, the head, a stable sort: for every value vector of stories260K."""
-    from braces_cli.core.models.load_options import LoadOptions
-    from braces_cli.core.session import open_session
+    from braces_cli.core.adapter.model import open_session
+    from braces_cli.core.models.options import LoadOptions
 
     session = open_session(str(shared / "models" / "stories260K"), None, LoadOptions(device="cpu", dtype="float32"))
     model = session.base.model

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.models.ffn import find_ffns
-from braces_cli.core.utils.errors import ConfigError, ModelError
-from braces_cli.inspection import concept_search as find_module
-from braces_cli.inspection import vector_tokens as values_module
-from braces_cli.inspection.concept_search import top_vectors_for_concept
-from braces_cli.inspection.concept_tokens import Concept
-from braces_cli.inspection.logit_attribution import attribute_logits
-from braces_cli.inspection.vector_tokens import value_tokens
+from braces_cli.inspection import search as find_module
+from braces_cli.inspection import vocabulary as values_module
+from braces_cli.inspection.maps import Concept
+from braces_cli.inspection.search import top_vectors_for_concept
+from braces_cli.inspection.trace import attribute_logits
+from braces_cli.inspection.vocabulary import value_tokens
 from tests.conftest import tiny_tokenizer
 from tests.core.architectures import tiny
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from braces_cli.core.utils.errors import ConfigError, DataError, ModelError
-from braces_cli.inspection.concept_search import model_concept, top_vectors_for_concept
-from braces_cli.inspection.vector_tokens import map_header, value_tokens
-from braces_cli.inspection.vocabulary_map import check_model, open_map, search, splitter, write_map
+from braces_cli.core.errors import ConfigError, DataError, ModelError
+from braces_cli.inspection.maps import check_model, open_map, search, splitter, write_map
+from braces_cli.inspection.search import model_concept, top_vectors_for_concept
+from braces_cli.inspection.vocabulary import map_header, value_tokens
 
 
 def test_a_map_says_what_the_model_says(session, tmp_path):
@@ -66,7 +66,7 @@ def test_a_map_of_another_model_is_refused(tmp_path, session):
 
 def test_a_map_splits_words_as_its_model_does(tmp_path, session):
     """By the tokenizer in the model's folder; without it, an error with the way out."""
-    from braces_cli.core.models.tokenization import encode_word
+    from braces_cli.core.models.tokenize import encode_word
 
     path = tmp_path / "map.parquet"
     header = map_header(session, "value", 3)

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from braces_cli.scoring.confidence_intervals import cluster_error, rate_error, share_interval
-from braces_cli.scoring.diversity import distinct, repetition
+from braces_cli.evaluation.statistics import cluster_error, rate_error, share_interval
+from braces_cli.scoring.scorers import distinct, repetition
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from braces_cli.core.models.tokenization import encode
-from braces_cli.core.utils.errors import ConfigError, ModelError
-from braces_cli.scoring.judge_model import _PLAIN, _QUESTIONS, Rater, Rating, load_judge
+from braces_cli.core.errors import ConfigError, ModelError
+from braces_cli.core.models.tokenize import encode
 from braces_cli.scoring.likelihood import likelihoods
+from braces_cli.scoring.model_scorers import _PLAIN, _QUESTIONS, Rater, Rating, load_judge
 from braces_cli.scoring.registry import label_of, scorer
 
 TEXTS = ["a happy day in the old town", "is sad", ""]
@@ -26,7 +26,7 @@ def test_a_rating_is_the_expectation_over_the_answers(folder, request):
         for prompt, text, rating in zip(prompts, TEXTS, found, strict=True):
             whole = _PLAIN.format(prompt=f"Prompt: {prompt}\n\n" if prompt else "", text=text, question=asked)
             if folder == "chatty":
-                from braces_cli.core.models.chat_turns import encode_answer
+                from braces_cli.core.models.chat import encode_answer
 
                 examples = [encode_answer(base.tokenizer, whole, answer) for answer in "012"]
             else:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from braces_cli.core.models.tokenization import encode
+from braces_cli.core.models.tokenize import encode
 from braces_cli.scoring.likelihood import Likelihood, likelihoods, text_likelihoods
 
 TEXTS = ["the film is good", "a", "the end is sad and the town is old", "happy day"]

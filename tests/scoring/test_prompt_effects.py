@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from braces_cli.scoring.prompt_effects import effect, mean_interval, slope, worst_of
+from braces_cli.evaluation.statistics import effect, mean_interval, slope, worst_of
 
 
 def test_the_wrong_way_is_against_the_sign_of_s():

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from braces_cli.core.utils.errors import BracesError, ConfigError, ModelError
+from braces_cli.core.errors import BracesError, ConfigError, ModelError
 from braces_cli.scoring.registry import default_scorer, label_of, scorer
-from braces_cli.scoring.scorer import checked
+from braces_cli.scoring.scorers import checked
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from braces_cli.core.utils.errors import DataError
-from braces_cli.scoring.tfidf_classifier import fit_classifier
+from braces_cli.core.errors import DataError
+from braces_cli.scoring.classifier import fit_classifier
 
 SUBJECTS = ["the film", "this book", "our dinner", "the hotel", "that song", "her play"]
 WORDS = {"positive": ["lovely", "great", "fine"], "negative": ["awful", "bad", "dull"], "neutral": ["long", "blue"]}

@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 
-from braces_cli.core.attributes.intervention import steered
+from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute
-from braces_cli.core.utils.errors import DataError
-from braces_cli.steering.answer_preference import log_odds, probability, read_answer_pairs
+from braces_cli.core.errors import DataError
+from braces_cli.evaluation.native_tasks import log_odds, probability, read_answer_pairs
 
 ROWS = [
     {"prompt": "the film is", "positive": " good", "negative": " sad"},

@@ -28,16 +28,16 @@ def prompts(tmp_path):
 
 def in_process(env: dict[str, str], argv: list[str], log: Path) -> None:
     """Body of a process: `braces ARGV`, noting how many texts it was asked to generate."""
-    from braces_cli.steering import generate_texts
+    from braces_cli.steering import texts
 
-    real, counted = generate_texts.generate, []
+    real, counted = texts.generate, []
 
     def counting(model, tokenizer, requests, *args):
         counted.append(len(requests))
         log.with_suffix(f".count{env['RANK']}").write_text(json.dumps(counted))
         return real(model, tokenizer, requests, *args)
 
-    generate_texts.generate = counting
+    texts.generate = counting
     cli(argv, log.with_suffix(f".out{env['RANK']}"), env)
 
 

@@ -13,8 +13,8 @@ def test_prompts_are_read_as_they_are_needed(session):
     """One batch ahead at most, of however many there are."""
     from itertools import count, islice
 
-    from braces_cli.core.models.generation import Sampling
-    from braces_cli.steering.generate_texts import generate_rows, text_requests
+    from braces_cli.core.models.generate import Sampling
+    from braces_cli.steering.texts import generate_rows, text_requests
 
     read = []
     endless = (read.append(k) or f"prompt {k}" for k in count())

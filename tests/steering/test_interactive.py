@@ -50,8 +50,8 @@ def test_a_conversation_from_a_pipe(steer):
 )
 def test_commands_say_what_is_set_or_what_is_wrong(session, lines, shown):
     """And a mistake changes nothing."""
-    from braces_cli.core.models.generation import Sampling
-    from braces_cli.core.utils.errors import BracesError
+    from braces_cli.core.errors import BracesError
+    from braces_cli.core.models.generate import Sampling
     from braces_cli.steering.interactive import Conversation
 
     talk = Conversation(session, {}, Sampling(4))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from braces_cli.core.utils.errors import DataError
+from braces_cli.core.errors import DataError
 from braces_cli.steering import prompts
 from braces_cli.steering.prompts import count_prompts, read_prompt_rows, read_prompts
 

@@ -8,8 +8,8 @@ import re
 
 import pytest
 
-from braces_cli.core.utils.errors import ConfigError
-from braces_cli.steering.resumable_output import TextsFile
+from braces_cli.core.errors import ConfigError
+from braces_cli.steering.output import TextsFile
 from tests.conftest import make_adapter
 from tests.steering.conftest import LINES, STEERED
 
@@ -35,7 +35,7 @@ def test_a_file_is_continued_behind_its_last_complete_batch(steer, tmp_path, whe
 
 def test_a_finished_file_is_left_alone_without_loading_the_model(steer, tmp_path, monkeypatch):
     """And one that is not there yet is begun."""
-    import braces_cli.core.session as session
+    import braces_cli.core.adapter.model as session
 
     out = tmp_path / "new" / "texts.jsonl"
     assert steer("--output", out, "--resume").json["texts"] == 5
@@ -126,7 +126,7 @@ def test_what_a_text_depends_on_is_recorded_and_nothing_else(steer, tmp_path):
 
 def test_an_interrupted_batch_is_generated_once_more_as_a_whole(monkeypatch, steer, tmp_path):
     """Not its rest alone: the batches of a resumed run are those of the run without interruption."""
-    import braces_cli.steering.generate_texts as module
+    import braces_cli.steering.texts as module
 
     batches, real = [], module.generate
 
@@ -150,8 +150,8 @@ def test_a_file_that_may_not_grow_keeps_its_complete_rows(tmp_path):
     """As on a full disk: the error is that of the file, also where closing it tries to write once more."""
     import resource
 
-    from braces_cli.core.utils.errors import BracesError
-    from braces_cli.steering.resumable_output import TextsFile
+    from braces_cli.core.errors import BracesError
+    from braces_cli.steering.output import TextsFile
 
     path = tmp_path / "texts.jsonl"
     file = TextsFile(path, {}, 1, resume=False, overwrite=False)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from braces_cli.cli import steer_options
-from braces_cli.core.attributes.attribute import attribute_from_texts
-from braces_cli.core.attributes.contrast import pair_states
+from braces_cli.cli import steer_settings
+from braces_cli.core.attributes.directions import pair_states
 from braces_cli.core.attributes.lookup import find_attribute
-from braces_cli.core.attributes.push_sizes import STEERING_SHARE
-from braces_cli.core.utils.errors import ConfigError
-from braces_cli.steering.equal_perplexity import at_equal_perplexity
-from braces_cli.steering.rivals import baseline_methods, contrast_pairs
+from braces_cli.core.attributes.pooling import STEERING_SHARE
+from braces_cli.core.attributes.vector import attribute_from_texts
+from braces_cli.core.errors import ConfigError
+from braces_cli.evaluation.baselines import baseline_methods, contrast_pairs
+from braces_cli.evaluation.sweep import at_equal_perplexity
 
 TOKENS = torch.tensor([[0, 5, 6, 7, 8]])
 PROMPTS = ["the film is", "a day", "the end of the old town", "a happy day in"]
@@ -52,7 +52,7 @@ def test_a_direction_is_added_behind_the_layers_that_we_push(session, positive, 
 
 
 def test_rivals_steer_the_bare_base(session, positive, adapter_dir):
-    from braces_cli.core.method.adapter_files import find_adapter
+    from braces_cli.core.adapter.files import find_adapter
 
     with torch.no_grad():
         bare = session.base.model(TOKENS).logits
@@ -79,9 +79,8 @@ def test_prompting_says_what_to_write(session, positive):
 
 def test_the_pairs_of_descriptions_are_made_again(session, tmp_path):
     """From what the attribute's file says of how it was made; those of plain texts it does not hold."""
-    from braces_cli.core.attributes.attribute import load_attributes, save_attributes
-    from braces_cli.core.attributes.descriptions import description_pairs
-    from braces_cli.core.attributes.pair_attributes import PairReading, attribute_from_descriptions
+    from braces_cli.core.attributes.build import PairReading, attribute_from_descriptions, description_pairs
+    from braces_cli.core.attributes.vector import load_attributes, save_attributes
 
     sides = ["a cheerful person"], ["a gloomy person"]
     made = attribute_from_descriptions(session, "cheerful", *sides, PairReading(reduction="mean"))
@@ -116,7 +115,7 @@ def test_all_stand_in_one_document_table_and_plot(braces, model_dir, tmp_path):
 
 
 def _distinct(text):
-    from braces_cli.scoring.diversity import distinct
+    from braces_cli.scoring.scorers import distinct
 
     return distinct([[text]], 1)
 
@@ -146,8 +145,8 @@ def test_scores_are_read_where_the_curve_reaches_the_perplexity():
 
 
 def test_the_command_line_knows_the_methods(session, positive, braces, model_dir):
-    assert [each.name for each in baseline_methods(session, steer_options.BASELINE_METHODS, positive, [1.0])] == [
-        *steer_options.BASELINE_METHODS
+    assert [each.name for each in baseline_methods(session, steer_settings.BASELINE_METHODS, positive, [1.0])] == [
+        *steer_settings.BASELINE_METHODS
     ]
     outcome = braces("steer", "--model", model_dir, "--attribute", "positive", "--sweep", "1", "--baselines", "pcaa")
     assert outcome.code == 2

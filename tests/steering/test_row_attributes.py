@@ -61,12 +61,11 @@ def test_logits_of_each_row_are_its_own(name, trained):
     """Also where the model flattens (batch, tokens, d) before its FFN; a row at s = 0 is the unsteered one."""
     import torch
 
-    from braces_cli.core.attributes.attribute import Attribute
-    from braces_cli.core.attributes.intervention import steered, terms_of_rows
-    from braces_cli.core.method.adapter import attach
+    from braces_cli.core.adapter.model import Session, attach
+    from braces_cli.core.attributes.hooks import steered, terms_of_rows
+    from braces_cli.core.attributes.vector import Attribute
     from braces_cli.core.models.ffn import find_ffns
-    from braces_cli.core.models.loading import Base
-    from braces_cli.core.session import Session
+    from braces_cli.core.models.load import Base
     from tests.conftest import open_gates, tiny_model
 
     model = tiny_model(name)
@@ -105,13 +104,12 @@ def test_rows_that_push_and_rows_that_go_through_the_adapter_share_a_batch(name)
     """The adapter on the last layer only, pushes on every layer: each row is what it is alone, by the formula, too."""
     import torch
 
-    from braces_cli.core.attributes.attribute import Attribute
-    from braces_cli.core.attributes.intervention import steered, terms_of_rows
-    from braces_cli.core.method.adapter import attach
-    from braces_cli.core.method.reference import reference
+    from braces_cli.core.adapter.model import Session, attach
+    from braces_cli.core.adapter.reference import reference
+    from braces_cli.core.attributes.hooks import steered, terms_of_rows
+    from braces_cli.core.attributes.vector import Attribute
     from braces_cli.core.models.ffn import find_ffns
-    from braces_cli.core.models.loading import Base
-    from braces_cli.core.session import Session
+    from braces_cli.core.models.load import Base
     from tests.conftest import open_gates
     from tests.core.architectures import tiny
     from tests.core.invariants import relative

@@ -53,7 +53,7 @@ def test_one_document_with_a_point_for_each_strength(swept, adapter_dir, tmp_pat
 
 def test_every_point_says_how_many_prompts_move_the_wrong_way(swept):
     """With its interval, in the document and in the table; by hand from the texts' own scores."""
-    from braces_cli.scoring.vader import Vader
+    from braces_cli.scoring.scorers import Vader
 
     def values(s):
         rows = swept("--s", s, "--num-samples", 3, sweep=None).lines
@@ -105,7 +105,7 @@ def test_perplexity_is_that_of_the_bare_base(swept, adapter_dir, model_dir, sess
     """Adapter off, no steering: by hand on the texts that steer writes; a judge that is the base agrees."""
     import torch
 
-    from braces_cli.core.models.tokenization import encode
+    from braces_cli.core.models.tokenize import encode
 
     args = ["--adapter", adapter_dir, "--temperature", 0]
     point = swept(*args, sweep="30").json["points"][0]
@@ -138,7 +138,7 @@ def measures(point):
 
 def test_stop_texts_end_the_texts_of_a_sweep(swept, monkeypatch):
     """The texts measured are those that the plain command writes with the same options."""
-    from braces_cli.steering import sweep
+    from braces_cli.evaluation import sweep
 
     measured, likelihoods = [], sweep.continuation_nll
 

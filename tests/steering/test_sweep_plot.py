@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from braces_cli.steering import sweep_plot
+from braces_cli.evaluation import tables
 
 
 def point(s, share, perplexity):
@@ -18,14 +18,14 @@ def point(s, share, perplexity):
 def drawn(monkeypatch, tmp_path):
     """The figure of a sweep whose perplexities span less than a power of ten."""
     figures = []
-    monkeypatch.setattr(sweep_plot, "save_figure", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(tables, "save_figure", lambda figure, path: figures.append(figure))
     document = {
         "points": [point(2.0, 0.9, 96.0), point(-2.0, 0.1, 81.0), point(0.0, 0.5, 60.0)],
         "unsteered": point(0.0, 0.5, 60.0),
         "chosen": {"s": 2.0}, "model": "/models/tiny", "attribute": "posi$tive", "label": "positive", "scorer": "vader",
         "reference_model": None, "prompts": 20, "samples": 4,
     }  # fmt: skip
-    sweep_plot.plot_sweep(document, tmp_path / "sweep.png")
+    tables.plot_sweep(document, tmp_path / "sweep.png")
     figures[0].canvas.draw()
     return figures[0]
 
@@ -49,7 +49,7 @@ def test_the_background_is_opaque(drawn, monkeypatch, tmp_path):
     import matplotlib
     from matplotlib.image import imread
 
-    from braces_cli.core.utils.plotting import figure, save_figure
+    from braces_cli.core.render import figure, save_figure
 
     assert drawn.get_facecolor() == (1.0, 1.0, 1.0, 1.0)
     monkeypatch.setitem(matplotlib.rcParams, "savefig.transparent", True)

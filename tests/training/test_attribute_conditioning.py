@@ -8,19 +8,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from braces_cli.core.attributes.attribute import build_attribute, opposite
-from braces_cli.core.attributes.intervention import constants, steered, steering_vectors
+from braces_cli.core.adapter.layer import WIDTH
+from braces_cli.core.adapter.model import attach, open_session
+from braces_cli.core.adapter.reference import reference
+from braces_cli.core.attributes.hooks import constants, steered, steering_vectors
 from braces_cli.core.attributes.lookup import find_attribute
-from braces_cli.core.method.adapter import attach
-from braces_cli.core.method.condition_mlp import WIDTH
-from braces_cli.core.method.reference import reference
-from braces_cli.core.models.load_options import LoadOptions
-from braces_cli.core.session import open_session
-from braces_cli.core.utils.errors import ConfigError, DataError
-from braces_cli.data.examples import Condition, Fields, condition
-from braces_cli.data.readers import Source
-from braces_cli.training.attribute_conditioning import Conditioner
-from braces_cli.training.attribute_settings import parse_opposites
+from braces_cli.core.attributes.vector import build_attribute, opposite
+from braces_cli.core.errors import ConfigError, DataError
+from braces_cli.core.models.options import LoadOptions
+from braces_cli.data.dataset import Condition, Fields, condition
+from braces_cli.data.rows import Source
+from braces_cli.training.conditioning import Conditioner
+from braces_cli.training.settings import parse_opposites
 from tests.conftest import open_gates
 from tests.core.method.test_reference import relative
 

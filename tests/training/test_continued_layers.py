@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from braces_cli.core.utils.errors import ConfigError, ModelError
-from braces_cli.training.adapter_setup import adapted_layers
+from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.training.settings import RunSettings
+from braces_cli.training.setup import adapted_layers
 from tests.conftest import tiny_model
 
 

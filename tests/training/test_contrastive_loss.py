@@ -6,15 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from braces_cli.core.adapter.model import attach
 from braces_cli.core.attributes.lookup import find_attribute
-from braces_cli.core.method.adapter import attach
-from braces_cli.core.models.loading import input_device
-from braces_cli.core.models.tokenization import IGNORED, Encoded
-from braces_cli.data.examples import Condition, Example
-from braces_cli.training.attribute_conditioning import Conditioner
-from braces_cli.training.collator import Collator, Layout, similar_lengths
-from braces_cli.training.contrastive_loss import PAIR_TERMS, contrastive_loss
-from braces_cli.training.selective_logits import only_scored, token_nll
+from braces_cli.core.models.load import input_device
+from braces_cli.core.models.tokenize import IGNORED, Encoded
+from braces_cli.data.dataset import Condition, Example
+from braces_cli.training.batching import Collator, Layout, similar_lengths
+from braces_cli.training.conditioning import Conditioner
+from braces_cli.training.loss import PAIR_TERMS, contrastive_loss, only_scored, token_nll
 from tests.conftest import open_gates
 from tests.core.method.test_reference import relative
 
@@ -138,9 +137,9 @@ def test_counts_leave_the_opposite_strengths_out(trained):
 
 def test_training_by_contrast_makes_steering_stronger(braces, model_dir, tmp_path):
     """Rows of two kinds: the likelihood of each answers the strength more than without the contrast."""
-    from braces_cli.core.attributes.intervention import steered
-    from braces_cli.core.models.load_options import LoadOptions
-    from braces_cli.core.session import open_session
+    from braces_cli.core.adapter.model import open_session
+    from braces_cli.core.attributes.hooks import steered
+    from braces_cli.core.models.options import LoadOptions
     from braces_cli.scoring.likelihood import continuation_likelihoods
 
     rows = tmp_path / "rows.csv"

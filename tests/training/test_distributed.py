@@ -108,7 +108,7 @@ def test_fsdp_that_cannot_work_is_refused_with_the_key_to_change(braces, monkeyp
 
 def stopped(env: dict[str, str], argv: list[str], log: Path, after: int) -> None:
     """Body of a process: `braces ARGV`; the last process gets SIGTERM after so many steps, if any."""
-    from braces_cli.training.trainer import Trainer
+    from braces_cli.training.loop import Trainer
 
     real = Trainer._figures
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from braces_cli.core.method.adapter import attach
-from braces_cli.core.utils.atomic_files import write_tensors
-from braces_cli.training.checkpointing.training_state import capture, restore_optimizer, restore_parameters
+from braces_cli.core.adapter.model import attach
+from braces_cli.core.files import write_tensors
+from braces_cli.training.checkpoint import capture, restore_optimizer, restore_parameters
 from tests.conftest import open_gates, tiny_model
 from tests.core.method.test_reference import relative
 from tests.training.workers import cli, launch, train_with_attributes
@@ -119,8 +119,8 @@ def through_trainer(env: dict[str, str], argv: list[str], log: Path) -> None:
     from accelerate.utils import DistributedType
     from torch.distributed.tensor import DTensor
 
-    import braces_cli.training.launcher_checks as checks
-    from braces_cli.training.trainer import Trainer
+    import braces_cli.training.setup as checks
+    from braces_cli.training.loop import Trainer
 
     real, capturing = PartialState.__init__, Trainer._save
 

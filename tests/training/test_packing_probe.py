@@ -8,16 +8,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from braces_cli.core.attributes.attribute import build_attribute
-from braces_cli.core.method.adapter import attach
-from braces_cli.core.models.tokenization import IGNORED, Encoded
-from braces_cli.core.utils.errors import ConfigError
-from braces_cli.data.examples import Condition, Example
-from braces_cli.training.attribute_conditioning import Conditioner
-from braces_cli.training.collator import MOST_PADDING, Collator, Layout, computed_tokens, fill_rows, similar_lengths
-from braces_cli.training.packing_probe import choose_layout, packing_fault
-from braces_cli.training.sampler import NONE, EpochSampler
-from braces_cli.training.selective_logits import can_pick, mean_loss, only_scored
+from braces_cli.core.adapter.model import attach
+from braces_cli.core.attributes.vector import build_attribute
+from braces_cli.core.errors import ConfigError
+from braces_cli.core.models.tokenize import IGNORED, Encoded
+from braces_cli.data.dataset import Condition, Example
+from braces_cli.training.batching import (
+    MOST_PADDING,
+    NONE,
+    Collator,
+    EpochSampler,
+    Layout,
+    choose_layout,
+    computed_tokens,
+    fill_rows,
+    packing_fault,
+    similar_lengths,
+)
+from braces_cli.training.conditioning import Conditioner
+from braces_cli.training.loss import can_pick, mean_loss, only_scored
 from braces_cli.training.settings import TrainSettings
 from tests.conftest import open_gates, tiny_model
 from tests.core.method.test_reference import relative

@@ -10,13 +10,13 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from braces_cli.core.models.load_options import LoadOptions
-from braces_cli.core.session import open_session
-from braces_cli.core.utils.errors import ConfigError
-from braces_cli.data.examples import Reading, read_examples
+from braces_cli.core.adapter.model import open_session
+from braces_cli.core.errors import ConfigError
+from braces_cli.core.models.options import LoadOptions
+from braces_cli.data.dataset import Reading, read_examples
 from braces_cli.scoring.likelihood import Likelihood, likelihoods
+from braces_cli.training.run import count_parameters
 from braces_cli.training.settings import BASELINES, TrainSettings
-from braces_cli.training.train import count_parameters
 from tests.conftest import tiny_model
 from tests.core.models.test_ffn import LLAMA2, LLAMA3, QWEN
 

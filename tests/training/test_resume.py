@@ -15,14 +15,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import braces_cli.training.train as training
-import braces_cli.training.trainer as trainer
-from braces_cli.core.models.load_options import LoadOptions
-from braces_cli.core.session import open_session
-from braces_cli.core.utils.atomic_files import write_json
-from braces_cli.core.utils.signals import deferred
-from braces_cli.training.checkpointing.checkpoint_folders import checkpoints, newest, remove_partial, write_checkpoint
-from braces_cli.training.checkpointing.training_state import RNG_FILE, restore_rng, rng_state
+import braces_cli.training.loop as trainer
+import braces_cli.training.run as training
+from braces_cli.core.adapter.model import open_session
+from braces_cli.core.distributed import deferred
+from braces_cli.core.files import write_json
+from braces_cli.core.models.options import LoadOptions
+from braces_cli.training.checkpoint import (
+    RNG_FILE,
+    checkpoints,
+    newest,
+    remove_partial,
+    restore_rng,
+    rng_state,
+    write_checkpoint,
+)
 
 ADAPTER = "adapter_model.safetensors"
 

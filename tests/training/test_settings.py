@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from braces_cli.core.utils.errors import ConfigError
+from braces_cli.core.errors import ConfigError
 from braces_cli.training.settings import RunSettings, TrainSettings
 
 # Where a run is computed, how often it reports, and how a step is divided into batches and processes.

@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from braces_cli.core.attributes.attribute import build_attribute
-from braces_cli.core.attributes.intervention import steered
-from braces_cli.core.method.adapter import attach, attach_stored
-from braces_cli.core.method.adapter_files import find_adapter, read_config
-from braces_cli.core.method.reference import reference
-from braces_cli.core.models.tokenization import Encoded
-from braces_cli.core.utils.errors import ModelError
-from braces_cli.training.token_path import side_path_shares
+from braces_cli.core.adapter.files import find_adapter, read_config
+from braces_cli.core.adapter.model import attach, attach_stored
+from braces_cli.core.adapter.reference import reference
+from braces_cli.core.attributes.hooks import steered
+from braces_cli.core.attributes.vector import build_attribute
+from braces_cli.core.errors import ModelError
+from braces_cli.core.models.tokenize import Encoded
+from braces_cli.training.setup import side_path_shares
 from tests.conftest import make_adapter, open_gates, tiny_model
 from tests.core.architectures import tiny
 from tests.core.method.test_reference import TOKENS, relative

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import braces_cli.training.settings as settings
-from braces_cli.training.checkpointing.training_state import trained
-from braces_cli.training.metrics import MetricsFile, read_metrics
+from braces_cli.training.checkpoint import trained
+from braces_cli.training.report import MetricsFile, read_metrics
 from tests.conftest import make_adapter
 
 
@@ -103,7 +103,7 @@ def test_no_step_reads_a_number_back(train, monkeypatch):
 
 def test_a_loss_that_is_no_number_ends_the_run_at_once(train, monkeypatch, tmp_path):
     """Rather than after hours: exit 1 with the steps and what to do; no folder is left."""
-    from braces_cli.training.trainer import Trainer
+    from braces_cli.training.loop import Trainer
 
     real = Trainer._block_loss
     monkeypatch.setattr(Trainer, "_block_loss", lambda *args: real(*args) * float("nan"))
@@ -117,8 +117,8 @@ def test_a_loss_that_is_no_number_ends_the_run_at_once(train, monkeypatch, tmp_p
 
 def test_no_checkpoint_holds_a_diverged_adapter(train, monkeypatch, tmp_path):
     """What was saved before stays and is named; the step that is saved is checked, logged or not."""
-    from braces_cli.core.utils.atomic_files import write_tensors
-    from braces_cli.training.trainer import Trainer
+    from braces_cli.core.files import write_tensors
+    from braces_cli.training.loop import Trainer
 
     real = Trainer._train_step
 

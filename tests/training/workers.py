@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 _PRELOAD = [
-    "tests.conftest", "braces_cli.cli.train", "braces_cli.training.trainer", "braces_cli.training.train",
+    "tests.conftest", "braces_cli.cli.train", "braces_cli.training.loop", "braces_cli.training.run",
     "matplotlib.figure", "matplotlib.backends.backend_agg", "transformers.models.llama.modeling_llama",
     "torch.distributed.fsdp", "torch.distributed.tensor",
 ]  # fmt: skip
@@ -28,7 +28,7 @@ def start(target: Callable[..., Any], *args: Any) -> Any:
 
 def cli(argv: Sequence[str], log: Path, env: dict[str, str] | None = None) -> None:
     """`braces ARGV`, what it says to `log`."""
-    from braces_cli.cli.app import main
+    from braces_cli.cli.main import main
 
     os.environ.update(env or {})
     sys.stdout = sys.stderr = log.open("w")

@@ -1,4 +1,4 @@
-"""What files hold of the fingerprint of a base (`core.models.fingerprint`). No torch here."""
+"""What files hold of the fingerprint of a base (`core.models.identity`). No torch here."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from braces_cli.data.row_formats import instruction_prompt
+from braces_cli.data.rows import instruction_prompt
 
 DATA_SETS = ("boolq", "piqa", "social_iqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 TASKS = tuple(f"commonsense_gen_{name}" for name in DATA_SETS)

@@ -7,8 +7,8 @@ def test_the_same_words_give_the_same_state_with_and_without_an_adapter(session)
     """Words go through the bare base."""
     import torch
 
-    from braces_cli.core.attributes.attribute import build_attribute
-    from braces_cli.core.method.adapter import attach
+    from braces_cli.core.adapter.model import attach
+    from braces_cli.core.attributes.vector import build_attribute
     from tests.conftest import open_gates
 
     before = build_attribute(session, "good", ["good"])
@@ -22,9 +22,9 @@ def test_a_built_in_list_with_an_opposite_is_one_end_of_an_axis(braces, session,
     """positive is minus negative; attr-build without words writes the same; a list without opposite keeps neutral."""
     import torch
 
-    from braces_cli.core.attributes.attribute import build_attribute
     from braces_cli.core.attributes.lookup import find_attribute
-    from braces_cli.core.attributes.word_lists import built_in
+    from braces_cli.core.attributes.vector import build_attribute
+    from braces_cli.core.attributes.words import built_in
 
     one, other = (find_attribute(session, name, None) for name in ("positive", "negative"))
     assert torch.allclose(one.state, -other.state, atol=1e-6)

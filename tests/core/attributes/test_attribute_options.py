@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from braces_cli.core.attributes.attribute_options import AttributeSettings, parse_strengths
-from braces_cli.core.attributes.listing import list_attributes
+from braces_cli.core.attributes.files import list_attributes
 from braces_cli.core.attributes.lookup import find_attribute, known_attributes
-from braces_cli.core.utils.errors import ConfigError
+from braces_cli.core.attributes.options import AttributeSettings, parse_strengths
+from braces_cli.core.errors import ConfigError
 
 
 def test_a_folder_that_is_not_there_is_refused_before_anything_is_loaded(tmp_path):

@@ -29,8 +29,8 @@ def built(monkeypatch):
 
 
 def _open(folder, dtype="auto"):
-    from braces_cli.core.models.load_options import LoadOptions
-    from braces_cli.core.session import open_session
+    from braces_cli.core.adapter.model import open_session
+    from braces_cli.core.models.options import LoadOptions
 
     return open_session(str(folder), None, LoadOptions(device="cpu", dtype=dtype))
 
@@ -115,9 +115,9 @@ def test_off_keeps_nothing(session, tmp_path, monkeypatch, built):
 
 def test_the_files_used_longest_ago_go(model_dir, tmp_path, cache, built, monkeypatch):
     """Reading a file counts as use."""
-    from braces_cli.core.attributes import built_in_cache
+    from braces_cli.core.attributes import lookup
 
-    monkeypatch.setattr(built_in_cache, "_KEPT", 2)
+    monkeypatch.setattr(lookup, "_KEPT", 2)
     sessions = []
     for number in range(3):
         shutil.copytree(model_dir, tmp_path / str(number))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from braces_cli.core.attributes.contrast import Pair, PairStates, Passage, pair_states, reduce_pairs, separation
-from braces_cli.core.attributes.word_lists import REDUCTIONS
+from braces_cli.core.attributes.directions import Pair, PairStates, Passage, pair_states, reduce_pairs, separation
+from braces_cli.core.attributes.words import REDUCTIONS
+from braces_cli.core.errors import ConfigError
 from braces_cli.core.models.ffn import layer_stack
-from braces_cli.core.utils.errors import ConfigError
 
 PAIRS = [
     Pair(Passage(" film is good", "the happy"), Passage(" film is good", "the sad old")),

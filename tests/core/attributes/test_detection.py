@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from braces_cli.core.attributes.attribute import build_attribute
-from braces_cli.core.attributes.contrast import area
-from braces_cli.core.attributes.detection import area_error, detection, projections
-from braces_cli.core.utils.errors import DataError
+from braces_cli.core.attributes.directions import area
+from braces_cli.core.attributes.vector import build_attribute
+from braces_cli.core.errors import DataError
+from braces_cli.evaluation.native_tasks import area_error, detection, projections
 
 TEXTS = ["the film is good", "a happy day", "the end of the old town", "is sad", "good and happy", "in the town"]
 

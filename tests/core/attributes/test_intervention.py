@@ -9,9 +9,9 @@ def test_attributes_add_up(session):
     """Logits of A + B are those of the summed push; s = 2 of A is A twice."""
     import torch
 
-    from braces_cli.core.attributes.attribute import build_attribute
-    from braces_cli.core.attributes.intervention import steered
-    from braces_cli.core.method.adapter import attach
+    from braces_cli.core.adapter.model import attach
+    from braces_cli.core.attributes.hooks import steered
+    from braces_cli.core.attributes.vector import build_attribute
     from tests.conftest import open_gates
 
     good = build_attribute(session, "good", ["good", "happy"])
@@ -43,8 +43,8 @@ def test_attributes_add_up(session):
 
 def test_without_training_strength_one_is_ten_percent_of_the_residual(session):
     """In all, over the first half of the layers, by the definition of the scale; where layers are named, there."""
-    from braces_cli.core.attributes.attribute import build_attribute
-    from braces_cli.core.attributes.intervention import steered
+    from braces_cli.core.attributes.hooks import steered
+    from braces_cli.core.attributes.vector import build_attribute
 
     good = build_attribute(session, "good", ["good", "happy"])
     with steered(session, [(good, 1.0)]) as sizes:
@@ -58,12 +58,12 @@ def test_strength_one_moves_the_stream_by_ten_percent_whatever_stands_behind_the
     """A number or a norm: measured at the output of the pushed layer, at s = 0.2 so that a norm is nearly linear."""
     import torch
 
-    from braces_cli.core.attributes.attribute import build_attribute
-    from braces_cli.core.attributes.intervention import steered
+    from braces_cli.core.adapter.model import Session
+    from braces_cli.core.attributes.hooks import steered
+    from braces_cli.core.attributes.vector import build_attribute
     from braces_cli.core.models.ffn import find_ffns, layer_stack
-    from braces_cli.core.models.loading import Base
-    from braces_cli.core.models.module_structure import layer_output
-    from braces_cli.core.session import Session
+    from braces_cli.core.models.load import Base
+    from braces_cli.core.models.structure import layer_output
     from tests.conftest import tiny_tokenizer
     from tests.core.architectures import tiny
 
@@ -89,10 +89,10 @@ def test_steering_with_an_adapter_is_the_papers_formula(session):
     """r_i + s r_c at every layer, against the reference."""
     import torch
 
-    from braces_cli.core.attributes.attribute import build_attribute
-    from braces_cli.core.attributes.intervention import steered
-    from braces_cli.core.method.adapter import attach
-    from braces_cli.core.method.reference import reference
+    from braces_cli.core.adapter.model import attach
+    from braces_cli.core.adapter.reference import reference
+    from braces_cli.core.attributes.hooks import steered
+    from braces_cli.core.attributes.vector import build_attribute
     from tests.conftest import open_gates
 
     session.adapter = attach(session.base.model, 4)
@@ -113,9 +113,9 @@ def test_a_direction_pushes_beside_the_adapter_and_the_rest_goes_through_it(sess
 
     import torch
 
-    from braces_cli.core.attributes.attribute import build_attribute
-    from braces_cli.core.attributes.intervention import constants, steered, steering_vectors
-    from braces_cli.core.method.adapter import attach
+    from braces_cli.core.adapter.model import attach
+    from braces_cli.core.attributes.hooks import constants, steered, steering_vectors
+    from braces_cli.core.attributes.vector import build_attribute
     from tests.conftest import open_gates
 
     good, old = build_attribute(session, "good", ["good"]), build_attribute(session, "old", ["old"])
@@ -156,10 +156,10 @@ def test_a_compiled_model_is_steered_and_set_free_again(session):
 
     import torch
 
-    from braces_cli.core.attributes.attribute import build_attribute
-    from braces_cli.core.attributes.intervention import steered
-    from braces_cli.core.method.adapter import attach
-    from braces_cli.core.models.module_structure import uncompiled
+    from braces_cli.core.adapter.model import attach
+    from braces_cli.core.attributes.hooks import steered
+    from braces_cli.core.attributes.vector import build_attribute
+    from braces_cli.core.models.structure import uncompiled
     from tests.conftest import open_gates
 
     tokens, model = torch.tensor([[0, 5, 6, 7]]), session.base.model

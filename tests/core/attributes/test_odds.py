@@ -7,18 +7,21 @@ from typing import Any
 import pytest
 import torch
 
-from braces_cli.core.attributes.contrast import Pair, Passage
-from braces_cli.core.attributes.odds import (
+from braces_cli.core.adapter.model import Session
+from braces_cli.core.attributes.directions import (
     Item,
+    Pair,
+    Passage,
     cheapest_directions,
     damped_solve,
+    description_items,
     next_token_gradients,
     odds_gradient,
+    text_items,
+    word_items,
 )
-from braces_cli.core.attributes.odds_items import description_items, text_items, word_items
 from braces_cli.core.models.ffn import find_ffns
-from braces_cli.core.models.loading import Base
-from braces_cli.core.session import Session
+from braces_cli.core.models.load import Base
 from tests.conftest import tiny_model, tiny_tokenizer
 
 

@@ -5,26 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 
-from braces_cli.core.attributes.attribute import (
-    built_in_attribute,
-    save_attributes,
-    with_steered_layers,
-)
-from braces_cli.core.attributes.contrast import Pair, Passage, pair_states, reduce_pairs
-from braces_cli.core.attributes.descriptions import description_pairs, stems
-from braces_cli.core.attributes.intervention import constants, steered
-from braces_cli.core.attributes.lookup import find_attribute
-from braces_cli.core.attributes.pair_attributes import (
+from braces_cli.core.adapter.model import attach, open_session
+from braces_cli.core.attributes.build import (
     PairReading,
     attribute_from_descriptions,
     attribute_from_pairs,
     best_layers,
+    description_pairs,
+    stems,
 )
-from braces_cli.core.attributes.push_sizes import STEERING_SHARE
-from braces_cli.core.method.adapter import attach
-from braces_cli.core.models.load_options import LoadOptions
-from braces_cli.core.session import open_session
-from braces_cli.core.utils.errors import ConfigError, DataError
+from braces_cli.core.attributes.directions import Pair, Passage, pair_states, reduce_pairs
+from braces_cli.core.attributes.hooks import constants, steered
+from braces_cli.core.attributes.lookup import find_attribute
+from braces_cli.core.attributes.pooling import STEERING_SHARE
+from braces_cli.core.attributes.vector import built_in_attribute, save_attributes, with_steered_layers
+from braces_cli.core.errors import ConfigError, DataError
+from braces_cli.core.models.options import LoadOptions
 from tests.conftest import open_gates
 
 PAIRS = [

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from braces_cli.core.attributes.attribute import attribute_from_texts, build_attribute
 from braces_cli.core.attributes.pooling import POOLINGS, pool_texts, pool_words
+from braces_cli.core.attributes.vector import attribute_from_texts, build_attribute
 from braces_cli.core.models.ffn import find_ffns
 from tests.conftest import tiny_model, tiny_tokenizer
 
@@ -50,7 +50,7 @@ def test_words_are_pooled_over_all_their_tokens(session, pooling):
 
 def test_texts_and_words_have_a_reference_of_their_own_kind(session):
     """What tells texts from lone words must not pass for the attribute; so neutral text means no push at all."""
-    from braces_cli.core.attributes.word_lists import built_in, neutral_texts
+    from braces_cli.core.attributes.words import built_in, neutral_texts
 
     for pooling in POOLINGS:
         of_texts = attribute_from_texts(session, "nothing", neutral_texts(), pooling=pooling)
@@ -69,7 +69,7 @@ def test_pooling_is_the_mean_over_tokens_then_over_words(session):
     """Against one word at a time, without batches; no start token, no padding."""
     import torch
 
-    from braces_cli.core.attributes.attribute import pool_words
+    from braces_cli.core.attributes.vector import pool_words
 
     model, tokenizer = session.base.model, session.base.tokenizer
     words = ["good", "town", "sad", "extraordinary"]

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from braces_cli.core.attributes.word_lists import REFERENCE, built_in
+from braces_cli.core.attributes.words import REFERENCE, built_in
 
 NAMES = {
     "positive", "negative", "toxic", "polite", "formal", "casual", "joyful", "sad", "angry", "fearful", "neutral",

@@ -8,11 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from braces_cli.core.method.adapter import attach, attach_stored
-from braces_cli.core.method.adapter_files import CONFIG_FILE, WEIGHTS_FILE, find_adapter, read_config
-from braces_cli.core.method.projections import projection_error
-from braces_cli.core.method.relevance import RelevanceModule
-from braces_cli.core.utils.errors import ConfigError, ModelError
+from braces_cli.core.adapter.files import CONFIG_FILE, WEIGHTS_FILE, find_adapter, read_config
+from braces_cli.core.adapter.layer import RelevanceModule, projection_error
+from braces_cli.core.adapter.model import attach, attach_stored
+from braces_cli.core.errors import ConfigError, ModelError
 from tests.conftest import ARCHITECTURES, make_adapter, open_gates, tiny_model
 
 TOKENS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(5))
@@ -148,7 +147,7 @@ def test_another_base_is_refused(session, adapter_dir):
     """Other weights of the same sizes, and other sizes, are named."""
     other = tiny_model("llama", seed=9)
     from braces_cli.core.models.ffn import find_ffns
-    from braces_cli.core.models.fingerprint import fingerprint
+    from braces_cli.core.models.identity import fingerprint
 
     with pytest.raises(ModelError, match="same sizes, other weights"):
         attach_stored(other, find_adapter(str(adapter_dir)), fingerprint(other, find_ffns(other), None))
@@ -159,8 +158,8 @@ def test_another_base_is_refused(session, adapter_dir):
 
 def test_fingerprint_does_not_depend_on_the_dtype_loaded(model_dir):
     """It is read from the checkpoint's files."""
-    from braces_cli.core.models.load_options import LoadOptions
-    from braces_cli.core.models.loading import load_base
+    from braces_cli.core.models.load import load_base
+    from braces_cli.core.models.options import LoadOptions
 
     prints = [
         load_base(str(model_dir), LoadOptions(device="cpu", dtype=dtype)).fingerprint()

@@ -7,12 +7,11 @@ from collections import defaultdict
 import pytest
 import torch
 
-from braces_cli.core.method.adapter import attach
-from braces_cli.core.method.projections import orthonormal_rows
-from braces_cli.core.method.reference import orthonormal_rows_ref, reference, weights_ref
-from braces_cli.core.method.relevance import RelevanceModule
-from braces_cli.core.method.value_gram import gram
-from braces_cli.core.models.loading import input_device
+from braces_cli.core.adapter.gram import gram
+from braces_cli.core.adapter.layer import RelevanceModule, orthonormal_rows
+from braces_cli.core.adapter.model import attach
+from braces_cli.core.adapter.reference import orthonormal_rows_ref, reference, weights_ref
+from braces_cli.core.models.load import input_device
 from tests.conftest import ARCHITECTURES, open_gates, tiny_model
 
 TOKENS = torch.randint(3, 96, (2, 11), generator=torch.Generator().manual_seed(0))

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from braces_cli.core.method.adapter import attach
-from braces_cli.core.method.relevance_scale import REACH, measure_scales
+from braces_cli.core.adapter.model import attach
+from braces_cli.core.adapter.scale import REACH, measure_scales
 from braces_cli.core.models.ffn import find_ffns
 from tests.conftest import tiny_model
 from tests.core.architectures import tiny

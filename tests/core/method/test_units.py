@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from braces_cli.core.method.adapter import attach
+from braces_cli.core.adapter.model import attach
 from tests.conftest import tiny_model
 from tests.core.method.test_reference import TOKENS, relative
 

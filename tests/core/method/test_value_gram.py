@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from braces_cli.core.method.adapter import attach
-from braces_cli.core.method.value_gram import CachedGram, _CachedProduct, cacheable, gram
-from braces_cli.core.models.value_weights import StoredValues
+from braces_cli.core.adapter.gram import CachedGram, _CachedProduct, cacheable, gram
+from braces_cli.core.adapter.model import attach
+from braces_cli.core.models.weights import StoredValues
 from tests.conftest import open_gates, tiny_model
 from tests.core.method.test_reference import TOKENS, relative, run
 from tests.core.models.test_moe import tiny_moe

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from braces_cli.core.attributes.intervention import steered
+from braces_cli.core.adapter.model import open_session
+from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute
-from braces_cli.core.models.bundled_model import ABOUT_FILE, embedded_name, note_default
-from braces_cli.core.models.generation import Sampling
-from braces_cli.core.models.load_options import LoadOptions
-from braces_cli.core.models.loading import load_base, load_tokenizer
-from braces_cli.core.session import open_session
-from braces_cli.core.utils.errors import ModelError
+from braces_cli.core.errors import ModelError
+from braces_cli.core.models.embedded import ABOUT_FILE, embedded_name, note_default
+from braces_cli.core.models.generate import Sampling
+from braces_cli.core.models.load import load_base, load_tokenizer
+from braces_cli.core.models.options import LoadOptions
 from braces_cli.scoring.likelihood import Likelihood, text_likelihoods
-from braces_cli.steering.generate_texts import generate_texts, text_requests
+from braces_cli.steering.texts import generate_texts, text_requests
 from tests.conftest import make_adapter
 
 OPTIONS = LoadOptions(device="cpu", dtype="float32")

@@ -7,10 +7,10 @@ import torch
 import transformers
 from torch import nn
 
+from braces_cli.core.errors import ModelError
 from braces_cli.core.models.ffn import find_ffns
-from braces_cli.core.utils.errors import ModelError
+from braces_cli.training.run import count_parameters
 from braces_cli.training.settings import TrainSettings
-from braces_cli.training.train import count_parameters
 from tests.conftest import ARCHITECTURES, GATED, tiny_model
 
 LOOSE = {"opt"}  # no FFN module of its own

@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from braces_cli.core.models.finite_weights import check_finite
-from braces_cli.core.utils.errors import ModelError
+from braces_cli.core.errors import ModelError
+from braces_cli.core.models.weights import check_finite
 from tests.conftest import tiny_model
 
 _WEIGHT = "model.layers.1.mlp.down_proj.weight"

@@ -7,13 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from braces_cli.core.attributes.attribute import build_attribute
-from braces_cli.core.attributes.intervention import steered
-from braces_cli.core.method.adapter import attach
+from braces_cli.core.adapter.model import Session, attach
+from braces_cli.core.attributes.hooks import steered
+from braces_cli.core.attributes.vector import build_attribute
 from braces_cli.core.models.ffn import find_ffns
-from braces_cli.core.models.generation import Sampling, TextRequest, generate
-from braces_cli.core.models.loading import Base
-from braces_cli.core.session import Session
+from braces_cli.core.models.generate import Sampling, TextRequest, generate
+from braces_cli.core.models.load import Base
 from tests.conftest import ARCHITECTURES, open_gates, tiny_model, tiny_tokenizer
 
 PROMPTS = ["the film is", "a", "the end of the old town"]
@@ -116,7 +115,7 @@ def test_a_stream_spells_the_text(session):
 
 def test_half_a_character_and_half_a_stop_text_are_held_back():
     """A token can end inside a character; what may become a stop text is not shown before it is known."""
-    from braces_cli.core.models.streaming import TextStream
+    from braces_cli.core.models.generate import TextStream
 
     class Bytes:
         """A tokenizer whose tokens are bytes."""
@@ -169,7 +168,7 @@ def test_stop_texts_end_each_row_by_itself(session):
 )
 def test_a_draw_is_that_of_the_whole_sorted_vocabulary(sampling):
     """Inverted by hand at each row's number; rows flat and steep, with equal probabilities at the edges."""
-    from braces_cli.core.models.generation import _Draw
+    from braces_cli.core.models.generate import _Draw
 
     generator = torch.Generator().manual_seed(0)
     rows, vocabulary = 64, 3000

@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 
-from braces_cli.core.models.generation import Sampling
-from braces_cli.core.models.generation_options import GenerationSettings
-from braces_cli.core.utils.errors import ConfigError
+from braces_cli.core.errors import ConfigError
+from braces_cli.core.models.generate import Sampling
+from braces_cli.core.models.options import GenerationSettings
 
 
 def test_sampling_takes_its_defaults_from_the_options():

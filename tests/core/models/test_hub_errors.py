@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import errors as hub
 
-from braces_cli.core.method.adapter_files import find_adapter
-from braces_cli.core.models.hub_errors import hub_errors
-from braces_cli.core.utils.errors import DataError, ModelError
-from braces_cli.data.readers import read_rows
-from braces_cli.evaluation.adapter_switching import find_eval_adapter
+from braces_cli.core.adapter.files import find_adapter
+from braces_cli.core.errors import DataError, ModelError
+from braces_cli.core.models.hub import hub_errors
+from braces_cli.data.rows import read_rows
+from braces_cli.evaluation.systems import find_eval_adapter
 from braces_cli.scoring.registry import scorer
 
 

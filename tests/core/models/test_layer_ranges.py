@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from braces_cli.core.models.layer_ranges import format_ranges, parse_ranges
-from braces_cli.core.utils.errors import ConfigError
+from braces_cli.core.errors import ConfigError
+from braces_cli.core.models.options import format_ranges, parse_ranges
 
 
 @pytest.mark.parametrize(

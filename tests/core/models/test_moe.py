@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from braces_cli.core.method.adapter import attach
-from braces_cli.core.models.ffn import find_ffns
-from braces_cli.core.models.moe import Experts, MixtureFFN, _is_sorted
-from braces_cli.core.utils.errors import ModelError
+from braces_cli.core.adapter.model import attach
+from braces_cli.core.errors import ModelError
+from braces_cli.core.models.ffn import Experts, MixtureFFN, _is_sorted, find_ffns
 from tests.conftest import GATED, open_gates
 from tests.core.method.test_reference import relative, run
 
@@ -260,8 +259,8 @@ def test_a_module_list_of_experts_shares_one_projection_and_gate():
 @pytest.mark.parametrize("name", MODELS)
 def test_without_an_adapter_a_mixture_is_pushed_whatever_its_router_does(name):
     """Against a reference that adds s * scale * p to what each decoder layer returns; nothing stays behind."""
-    from braces_cli.core.attributes.attribute import Attribute
-    from braces_cli.core.attributes.intervention import constants, steered
+    from braces_cli.core.attributes.hooks import constants, steered
+    from braces_cli.core.attributes.vector import Attribute
 
     model = tiny_moe(name)
 

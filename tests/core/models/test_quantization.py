@@ -10,18 +10,16 @@ import pytest
 import torch
 from torch import nn
 
-from braces_cli.core.method.adapter import attach, attach_stored
-from braces_cli.core.method.adapter_files import find_adapter
-from braces_cli.core.method.value_gram import gram
+from braces_cli.core.adapter.files import find_adapter
+from braces_cli.core.adapter.gram import gram
+from braces_cli.core.adapter.model import attach, attach_stored, open_session
+from braces_cli.core.errors import ConfigError
 from braces_cli.core.models.ffn import find_ffns, parameter_total
-from braces_cli.core.models.fingerprint import fingerprint
-from braces_cli.core.models.load_options import QUANTISATIONS, LoadOptions
-from braces_cli.core.models.loading import input_device, load_base
-from braces_cli.core.models.quantization import check_quantize
-from braces_cli.core.models.value_weights import StoredValues, _through_module
-from braces_cli.core.session import open_session
-from braces_cli.core.utils.errors import ConfigError
-from braces_cli.inspection.vector_tokens import value_tokens
+from braces_cli.core.models.identity import fingerprint
+from braces_cli.core.models.load import check_quantize, input_device, load_base
+from braces_cli.core.models.options import QUANTISATIONS, LoadOptions
+from braces_cli.core.models.weights import StoredValues, _through_module
+from braces_cli.inspection.vocabulary import value_tokens
 from tests.conftest import make_adapter, open_gates, tiny_model, tiny_tokenizer
 from tests.core.method.test_reference import TOKENS, relative, run
 
@@ -254,7 +252,7 @@ def test_an_unknown_method_names_the_known_ones():
 @pytest.mark.parametrize(("name", "package"), [("int8", "torchao"), ("bnb-4bit", "bitsandbytes")])
 def test_a_missing_package_is_named(monkeypatch, name, package):
     """Exit code 2, and what to install."""
-    monkeypatch.setattr("braces_cli.core.models.quantization.find_spec", lambda _: None)
+    monkeypatch.setattr("braces_cli.core.models.load.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=rf"pip install {package}"):
         check_quantize(name, CPU)
 

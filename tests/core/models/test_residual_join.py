@@ -6,10 +6,8 @@ import pytest
 import torch
 
 from braces_cli.core.attributes.pooling import residual_norms
-from braces_cli.core.models.ffn import find_ffns, layer_stack
-from braces_cli.core.models.module_structure import layer_output, with_layer_output
-from braces_cli.core.models.moe import MixtureFFN
-from braces_cli.core.models.residual_join import GAIN_STEP, residual_factors, residual_gains
+from braces_cli.core.models.ffn import GAIN_STEP, MixtureFFN, find_ffns, layer_stack, residual_factors, residual_gains
+from braces_cli.core.models.structure import layer_output, with_layer_output
 from tests.conftest import tiny_model, tiny_tokenizer
 from tests.core.architectures import tiny
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from braces_cli.core.models.tokenization import IGNORED, decode_continuation, encode, encode_word, token_text
+from braces_cli.core.models.tokenize import IGNORED, decode_continuation, encode, encode_word, token_text
 from tests.conftest import tiny_tokenizer
 
 
@@ -68,7 +68,7 @@ def test_a_continuation_keeps_its_space(tokenizer):
 
 def test_real_tokenizers(shared):
     """SentencePiece with its own space, and byte-level BPE without a start token."""
-    from braces_cli.core.models.loading import load_tokenizer
+    from braces_cli.core.models.load import load_tokenizer
 
     stories = load_tokenizer(str(shared / "models" / "stories260K"))
     assert encode(stories, "Once upon").ids[0] == stories.bos_token_id

@@ -11,14 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from braces_cli.core.utils.atomic_files import (
-    check_writable,
-    disk_error,
-    remove_partial_files,
-    write_atomic,
-    write_tensors,
-)
-from braces_cli.core.utils.errors import BracesError
+from braces_cli.core.errors import BracesError
+from braces_cli.core.files import check_writable, disk_error, remove_partial_files, write_atomic, write_tensors
 
 
 def test_the_same_tensors_and_metadata_give_the_same_bytes(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from braces_cli.core.utils.distributed import JOIN_VARIABLE, check_variables, process_number, wait_for_all
-from braces_cli.core.utils.errors import BracesError, ConfigError
+from braces_cli.core.distributed import JOIN_VARIABLE, check_variables, process_number, wait_for_all
+from braces_cli.core.errors import BracesError, ConfigError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", JOIN_VARIABLE)
 TWO = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}

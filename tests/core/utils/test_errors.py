@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from braces_cli.core.utils.errors import first_line
+from braces_cli.core.errors import first_line
 
 
 @pytest.mark.parametrize(

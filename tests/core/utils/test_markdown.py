@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from braces_cli.core.utils import markdown
+from braces_cli.core import markdown
 from tests.cli.test_streams import HOSTILE, shown
 
 MARKUP = {

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from braces_cli.core.utils.numbers import safe_exp, whole_number
+from braces_cli.core.text import safe_exp, whole_number
 
 
 def test_safe_exp_is_exp_and_never_overflows():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from braces_cli.cli.app import build_app
-from braces_cli.cli.typer_internals import help_of, setting_names
-from braces_cli.core.utils.other_names import _SETTING_NAMES, matching_setting, setting_hint
+from braces_cli.cli.main import build_app
+from braces_cli.cli.options import help_of, setting_names
+from braces_cli.core.config import _SETTING_NAMES, matching_setting, setting_hint
 
 COMMANDS = (["train"], ["eval"], ["steer"], ["attr-build"], ["merge"], ["inspect", "find"])
 

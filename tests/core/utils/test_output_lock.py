@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from braces_cli.core.utils.errors import ConfigError
-from braces_cli.core.utils.output_lock import output_lock
+from braces_cli.core.errors import ConfigError
+from braces_cli.core.files import output_lock
 
 _HOLDER = """
 import sys, time
 from pathlib import Path
-from braces_cli.core.utils.output_lock import output_lock
+from braces_cli.core.files import output_lock
 with output_lock(Path(sys.argv[1])):
     Path(sys.argv[1]).with_name(".out.12345678.partial").write_text("half")
     print("held", flush=True)

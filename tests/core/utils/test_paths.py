@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from braces_cli.core.attributes.listing import TRAINED_FILE, list_attributes
+from braces_cli.core.adapter.files import find_adapter
+from braces_cli.core.adapter.model import open_session
+from braces_cli.core.attributes.files import TRAINED_FILE, list_attributes
 from braces_cli.core.attributes.lookup import find_attribute
-from braces_cli.core.method.adapter_files import find_adapter
-from braces_cli.core.models.load_options import LoadOptions
-from braces_cli.core.models.loading import load_tokenizer
-from braces_cli.core.session import open_session
-from braces_cli.core.utils.errors import ConfigError, DataError, ModelError
-from braces_cli.core.utils.paths import path_exists, user_path
+from braces_cli.core.errors import ConfigError, DataError, ModelError
+from braces_cli.core.files import path_exists, user_path
+from braces_cli.core.models.load import load_tokenizer
+from braces_cli.core.models.options import LoadOptions
 
 
 def loop(path: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable
 
 def test_rows_of_a_task(tmp_path: Path, make: Callable[[Path], None]) -> None:
     """Rows in `--task-data-dir` that cannot be read are not fetched from elsewhere, nor is another file taken."""
-    from braces_cli.evaluation.evaluate import check_settings
+    from braces_cli.evaluation.run import check_settings
     from braces_cli.evaluation.settings import EvalSettings
 
     make(tmp_path / "perplexity.jsonl")
@@ -120,7 +120,7 @@ def test_rows_of_a_task(tmp_path: Path, make: Callable[[Path], None]) -> None:
 
 
 def test_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], None]) -> None:
-    from braces_cli.data.readers import read_rows
+    from braces_cli.data.rows import read_rows
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **more: pytest.fail("the hub was asked"))

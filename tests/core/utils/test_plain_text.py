@@ -8,7 +8,7 @@ import unicodedata
 
 import pytest
 
-from braces_cli.core.utils.plain_text import VALUE, error_text, escaped, json_escaped, one_line, shortened
+from braces_cli.core.text import VALUE, error_text, escaped, json_escaped, one_line, shortened
 
 # Controls, halves of characters, separators of lines and paragraphs; and marks of direction.
 UNSAFE = [c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")]

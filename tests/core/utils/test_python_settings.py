@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from braces_cli.core.utils.errors import ConfigError
-from braces_cli.core.utils.python_settings import column_texts, from_python, layer_text
-from braces_cli.core.utils.settings import Settings, option
+from braces_cli.core.config import Settings, column_texts, from_python, layer_text, option
+from braces_cli.core.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from braces_cli.core.utils.scratch_folder import PREFIX, scratch_folder
+from braces_cli.core.files import PREFIX, scratch_folder
 
 _HOLDER = """
 import time
-from braces_cli.core.utils.scratch_folder import scratch_folder
+from braces_cli.core.files import scratch_folder
 with scratch_folder() as folder:
     (folder / "tensors").write_text("half")
     print(folder, flush=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from braces_cli.core.utils.timings import Timings
+from braces_cli.core.progress import Timings
 
 
 def test_stages_are_listed_in_order_with_what_none_accounts_for(caplog, monkeypatch):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from braces_cli.core.models.loading import load_tokenizer
-from braces_cli.data.examples import Reading, read_examples
+from braces_cli.core.models.load import load_tokenizer
+from braces_cli.data.dataset import Reading, read_examples
 
 
 def rows(embedded: Path, name: str) -> list[dict]:

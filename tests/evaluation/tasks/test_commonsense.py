@@ -6,11 +6,10 @@ import json
 
 import pytest
 
-from braces_cli.core.models.load_options import LoadOptions
-from braces_cli.data.readers import Source
-from braces_cli.data.row_formats import detect, parts
-from braces_cli.evaluation.evaluate import check_settings, run_evaluation
-from braces_cli.evaluation.result_store import Store
+from braces_cli.core.models.options import LoadOptions
+from braces_cli.data.rows import Source, detect, parts
+from braces_cli.evaluation.results import Store
+from braces_cli.evaluation.run import check_settings, run_evaluation
 from braces_cli.evaluation.settings import EvalSettings
 from braces_cli.evaluation.tasks import commonsense
 from braces_cli.evaluation.tasks.commonsense import process_results, prompt, target

@@ -1,0 +1,546 @@
+"""Options that several subcommands of `braces inspect` inherit, and how they show tokens.
+
+`braces inspect values`: the tokens of value vectors, as a table, as JSON Lines or in a map file.
+
+`braces inspect find`: the vectors that promote a concept most, from a model or from a saved map.
+
+From a map nothing heavy is imported, so that the answer is there at once.
+
+`braces inspect trace`: the sub-updates that made the model say a token.
+
+`braces inspect clamp`: hold neurons at a value and see what the model says then.
+
+`braces inspect report`: one self-contained page.
+
+`braces inspect`: the summary, and what its subcommands show.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from braces_cli.cli.options import AdapterSettings, DisplaySettings, command
+from braces_cli.cli.output import file_size, note, print_json, print_json_lines, print_pairs, print_table, progress
+from braces_cli.core.attributes.files import check_attributes
+from braces_cli.core.attributes.words import built_in
+from braces_cli.core.config import ATTRIBUTES, DATA, GENERATION, OUTPUT, SeedSettings, option, same_option
+from braces_cli.core.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectSettings(AdapterSettings, DisplaySettings):
+    """Every subcommand that opens a base model, with or without an adapter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSettings(InspectSettings):
+    """Which decoder layers are looked at."""
+
+    layers: str | None = option(None, help="Decoder layers, such as 8-20,24 or 1- (inclusive, from 0). Default: all.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorSettings(LayerSettings):
+    """Which vectors of the feed-forward layers are read as tokens; one JSON object per vector."""
+
+    side: str = option(
+        "value",
+        help="Weight matrix: value (output of the neurons), gate or up (their input).",
+        choices=("value", "gate", "up"),
+    )
+    format: str = option(
+        "table", help="Format of stdout; json: JSON Lines.", panel=OUTPUT, choices=("table", "json"), display=True
+    )
+
+
+def tokens_cell(row: Mapping[str, Any]) -> str:
+    """The tokens of a row in one cell, quoted so that spaces and newlines show."""
+    return "  ".join(repr(token["token"])[1:-1] for token in row["tokens"])
+
+
+# Rows of the table; JSON Lines have all of them.
+SHOWN = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValuesSettings(VectorSettings):
+    """Settings of `braces inspect values`."""
+
+    first_options = ("model", "adapter", "layers", "index", "output")
+
+    index: str | None = option(None, help="Vectors within each layer, such as 0-9,42. Default: all.")
+    top_k: int = option(10, help="Number of tokens per vector.", min=1)
+    output: Path | None = option(None, help="Map file to write, .parquet; `inspect find --map` searches it.")
+    overwrite: bool = option(False, help="Overwrite an existing --output.", panel=OUTPUT)
+
+
+@command
+def values(settings: ValuesSettings) -> None:
+    """The vocabulary tokens that each value vector promotes, best first.
+
+    In a mixture of experts the index runs on from expert to expert.
+    """
+    from braces_cli.core.files import output_lock
+
+    with output_lock(settings.output):
+        _values(settings)
+
+
+def _values(settings: ValuesSettings) -> None:
+    if settings.output is not None:
+        from braces_cli.core.files import check_output_file
+        from braces_cli.inspection.maps import check_suffix
+
+        check_suffix(settings.output, "--output")
+        check_output_file(settings.output, settings.overwrite)
+    with progress(settings.quiet) as report:
+        session, rows = _rows(settings, report)
+        if settings.output is not None:
+            written = _write(session, settings, settings.output, rows)
+            if settings.json:
+                print_json(written)
+            else:
+                print_pairs("map written", {**written, "bytes": file_size(written["bytes"])}, {"bytes": "size"})
+            return
+        if settings.json:
+            print_json_lines(rows)
+            return
+        shown = list(islice(rows, SHOWN + 1))
+    table = [(row["layer"], row["index"], tokens_cell(row)) for row in shown[:SHOWN]]
+    print_table("", ["layer", "index", "tokens"], table)
+    if len(shown) > SHOWN:
+        hint = "--format json or --output gives all, --layers and --index choose"
+        note(f"the first {SHOWN} vectors; {hint}")
+
+
+def _rows(settings: ValuesSettings, report: Any) -> tuple[Any, Iterator[dict[str, Any]]]:
+    """The open session, and a row for each vector."""
+    from braces_cli.core.adapter.model import open_session
+    from braces_cli.core.models.options import chosen_layers, parse_ranges
+    from braces_cli.inspection.vocabulary import value_tokens
+
+    session = open_session(settings.model, settings.adapter, settings.load_options)
+    layers = chosen_layers(session.base.model, settings.layers)
+    width = max((ffn.value_vectors for ffn in session.ffns if layers is None or ffn.layer in layers), default=0)
+    indices = parse_ranges(settings.index, width, "--index") if settings.index else None
+    return session, value_tokens(session, layers, indices, settings.top_k, report, settings.side)
+
+
+def _write(session: Any, settings: ValuesSettings, output: Path, rows: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    from braces_cli.inspection.maps import write_map
+    from braces_cli.inspection.vocabulary import map_header
+
+    header = map_header(session, settings.side, settings.top_k)
+    count = write_map(output, header, rows)
+    return {
+        "output": str(output),
+        "model": header["model"],
+        "side": settings.side,
+        "top_k": header["top_k"],
+        "vectors": count,
+        "bytes": output.stat().st_size,
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class FindSettings(VectorSettings):
+    """Settings of `braces inspect find`."""
+
+    first_options = ("model", "adapter", "attribute", "map_file", "limit")
+
+    words: tuple[str, ...] = option(
+        (), help="A word, several of one concept, or id:NUMBER.", metavar="TOKEN_OR_WORD", argument=True
+    )
+    attribute: str | None = option(
+        None,
+        help="Attribute: rank the vectors by relevance to this attribute instead of words.",
+        metavar="NAME",
+        complete=built_in,
+    )
+    attributes: Path | None = option(None, help="Folder with attribute files written by attr-build.", panel=ATTRIBUTES)
+    map_file: Path | None = option(
+        None,
+        help="Map file written by `inspect values --output`, which fixes --side; needs no model.",
+        flag="--map",
+    )
+    limit: int = option(20, help="Number of vectors to show.", min=1)
+    top_k: int = option(10, help="Number of tokens per vector.", min=1)
+
+
+@command
+def find(settings: FindSettings) -> None:
+    """The vectors that promote a concept most, best first: by rank among all tokens, then by score.
+
+    A word counts in every spelling that is one token: with and without a space in front, and capitalised. A word of
+    several tokens has the mean of its tokens' ranks and scores, a concept of several words the mean of theirs. From a
+    map only vectors are found that list one of the tokens.
+    """
+    if bool(settings.words) == bool(settings.attribute):
+        raise ConfigError("give words or --attribute, one of them", where="find", hint="Such as: find happy joyful")
+    if settings.attributes is not None and settings.attribute is None:
+        raise ConfigError("no attribute is looked for", where="--attributes", hint="Give --attribute NAME with it.")
+    check_attributes(settings.attributes)
+    if settings.attribute and settings.map_file:
+        hint = "Relevance needs the model: leave --map out."
+        raise ConfigError("an attribute cannot be found in a map", where="--map", hint=hint)
+    if settings.map_file is not None:
+        rows = _from_map(settings, settings.map_file)
+    else:
+        with progress(settings.quiet) as report:
+            rows = _from_model(settings, report)
+    rows = [row | {"tokens": row["tokens"][: settings.top_k]} for row in rows]
+    if settings.json:
+        print_json_lines(rows)
+        return
+    table = [(row["layer"], row["index"], row.get("rank"), row["score"], tokens_cell(row)) for row in rows]
+    print_table("", ["layer", "index", "rank", "score", "tokens"], table)
+
+
+def _from_map(settings: FindSettings, path: Path) -> list[dict[str, Any]]:
+    from braces_cli.inspection.maps import concept, open_map, search, splitter
+
+    source = open_map(path)
+    split: Callable[[str], Sequence[int]] = splitter(source)
+    if settings.model or settings.adapter:
+        split = _checked_against_model(settings, source)
+    layers = None
+    if settings.layers is not None:
+        from braces_cli.core.models.options import parse_ranges
+
+        layers = parse_ranges(settings.layers, int(source.header["fingerprint"]["layers"]), "--layers")
+    requested = concept(list(settings.words), source.vocabulary(), split)
+    return search(source, requested, settings.limit, layers)
+
+
+def _checked_against_model(settings: FindSettings, source: Any) -> Callable[[str], Sequence[int]]:
+    """How the named model splits words.
+
+    Raises:
+        ModelError: the map was made for another model.
+    """
+    from braces_cli.core.adapter.model import base_name, resolve_adapter
+    from braces_cli.core.models.ffn import find_ffns
+    from braces_cli.core.models.identity import fingerprint
+    from braces_cli.core.models.load import checkpoint_folder, load_shape, load_tokenizer, tokenizer_hashes
+    from braces_cli.core.models.tokenize import encode_word
+    from braces_cli.inspection.maps import check_model
+
+    name = base_name(settings.model, resolve_adapter(settings.adapter))
+    shape = load_shape(name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+    tokenizer = load_tokenizer(name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+    of_model = fingerprint(shape, find_ffns(shape), checkpoint_folder(name, settings.revision))
+    check_model(source, of_model, tokenizer_hashes(tokenizer))
+    return lambda word: encode_word(tokenizer, word)
+
+
+def _from_model(settings: FindSettings, report: Any) -> list[dict[str, Any]]:
+    from braces_cli.core.adapter.model import open_session
+    from braces_cli.core.attributes.lookup import find_attribute
+    from braces_cli.core.models.options import chosen_layers
+    from braces_cli.inspection.search import model_concept, top_vectors_for_attribute, top_vectors_for_concept
+
+    if settings.attribute is not None and settings.side != "value":
+        hint = "Relevance is of value vectors: leave --side out."
+        raise ConfigError("an attribute has no other side", where="--side", hint=hint)
+    session = open_session(settings.model, settings.adapter, settings.load_options)
+    layers = chosen_layers(session.base.model, settings.layers)
+    sizes: dict[str, Any] = {"layers": layers, "limit": settings.limit, "top_k": settings.top_k}
+    if settings.attribute is not None:
+        for_steering = session.adapter is None  # relevance through an adapter is that to p
+        attribute = find_attribute(session, settings.attribute, settings.attributes, report, for_steering=for_steering)
+        return top_vectors_for_attribute(session, attribute, **sizes)
+    requested = model_concept(session, list(settings.words))
+    return top_vectors_for_concept(session, requested, side=settings.side, report=report, **sizes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceSettings(LayerSettings):
+    """Settings of `braces inspect trace`."""
+
+    first_options = ("model", "adapter", "target", "layers", "positions")
+
+    prompt: str = option(help="Input text.", metavar="PROMPT", argument=True)
+    target: str | None = option(
+        None, help="Token whose logit is decomposed. Default: the model's next token at each position."
+    )
+    positions: str | None = option(
+        None, help="Positions, such as 3-5,7 (from 0). Default: the last; all with --format json."
+    )
+    limit: int = option(5, help="Number of sub-updates per layer and position.", min=1)
+    top_k: int = option(5, help="Number of tokens per sub-update.", min=1)
+
+
+@command
+def trace(settings: TraceSettings) -> None:
+    """The sub-updates that matter most to a token's logit, by layer and position; base and adapter side by side.
+
+    An effect is what a sub-update adds to the logit on the direct path to the head, with the scale of the final norm
+    held at its value. Embedding, attention, sub-updates and biases add up to the logit.
+    """
+    with progress(settings.quiet) as report:
+        traced = _trace(settings, report)
+    if settings.json:
+        print_json(traced)
+        return
+    # Without an adapter there is no base to compare with.
+    adapted = traced["positions"][-1]["base_logit"] is not None
+    heads = ["logit", "embedding", "attention", "sub_updates", "biases", *(["base_logit"] if adapted else [])]
+    table = [(p["position"], p["token"], p["target"]["token"], *(p[h] for h in heads)) for p in traced["positions"]]
+    print_table("", ["position", "token", "target", *(name.replace("_", " ") for name in heads)], table)
+    names = ["index", "weight", *(["relevance", "gated"] if adapted else []), "effect"]
+    names += ["base_effect"] if adapted else []
+    rows = [
+        (row["layer"], row["position"], *(update[name] for name in names), tokens_cell(update))
+        for row in traced["layers"]
+        for update in row["sub_updates"]
+    ]
+    columns = [name.replace("_", " ").replace("gated", "g r") for name in names]
+    print_table("", ["layer", "position", *columns, "tokens"], rows)
+
+
+def _trace(settings: TraceSettings, report: Any) -> dict[str, Any]:
+    from braces_cli.core.adapter.model import open_session
+    from braces_cli.core.models.options import chosen_layers, parse_ranges
+    from braces_cli.core.models.tokenize import encode
+    from braces_cli.inspection.search import vocabulary
+    from braces_cli.inspection.trace import trace as run
+
+    session = open_session(settings.model, settings.adapter, settings.load_options)
+    layers = chosen_layers(session.base.model, settings.layers)
+    count = len(encode(session.base.tokenizer, settings.prompt).ids)
+    positions = None if settings.json else [count - 1]
+    if settings.positions is not None:
+        positions = parse_ranges(settings.positions, count, "--positions")
+    target = None
+    if settings.target is not None:
+        target = vocabulary(session).single(settings.target, "--target")
+    return run(
+        session,
+        settings.prompt,
+        target=target,
+        layers=layers,
+        positions=positions,
+        top=settings.limit,
+        top_k=settings.top_k,
+        report=report,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClampSettings(InspectSettings, SeedSettings):
+    """Settings of `braces inspect clamp`."""
+
+    first_options = ("prompt", "model", "adapter", "token", "generate")
+
+    clamps: tuple[str, ...] = option(
+        help="Neurons to clamp, such as 3:89=2.5, or 3:89=p99.9 for that percentile of the neuron's weights over "
+        "--data.",
+        metavar="LAYER:INDEX=VALUE",
+        argument=True,
+    )
+    prompt: tuple[str, ...] = option((), help="Text to continue. Repeatable. Default: standard input.", metavar="TEXT")
+    prompts: Path | None = option(None, help="File with prompts: one per line, or JSON Lines with `prompt`.")
+    token: tuple[str, ...] = option((), help="Token that is always shown. Repeatable.", metavar="TOKEN")
+    top_k: int = option(10, help="Number of tokens to show: those whose probability rises most.", min=1)
+    data: tuple[str, ...] = option(
+        (), help="Texts for percentiles: file or hub data set. Repeatable.", metavar="SOURCE", panel=DATA
+    )
+    limit: int = option(1000, help="Number of rows of --data to read.", min=1, panel=DATA)
+    generate: bool = option(
+        False, help="Also generate a continuation of each prompt, without and with the clamps.", panel=GENERATION
+    )
+    max_new_tokens: int = option(30, help="Maximum number of new tokens.", min=1, panel=GENERATION)
+    temperature: float = option(0.0, help="Sampling temperature; 0 is greedy.", panel=GENERATION)
+    top_p: float = option(
+        0.9, help="Nucleus sampling: total probability of the tokens to sample from.", panel=GENERATION
+    )
+
+
+@command
+def clamp(settings: ClampSettings) -> None:
+    """Hold neurons at a value while scoring or continuing prompts, and show whose probability that changes.
+
+    A value is a number, or a percentile of the neuron's own weights over the texts of --data.
+    """
+    from braces_cli.inspection.clamp import parse_clamp
+
+    clamps = [parse_clamp(text) for text in settings.clamps]
+    check_data(clamps, settings.data)
+    with progress(settings.quiet) as report:
+        result = _clamp(settings, clamps, report)
+    if settings.json:
+        print_json(result)
+        return
+    if settings.data:
+        rows = [(f"{c['layer']}:{c['index']}", c.get("percentile"), c["value"]) for c in result["clamps"]]
+        print_table("", ["neuron", "percentile", "value"], rows)
+    for row in result["prompts"]:
+        title = f"{row['prompt']!r}: KL {row['kl']:.3g} nats behind the prompt, {row['kl_mean']:.3g} over its positions"
+        table = [(repr(t["token"])[1:-1], t["before"], t["after"], t["ratio"]) for t in row["tokens"]]
+        print_table(title, ["token", "before", "after", "ratio"], table)
+        if "text" in row:
+            print_table("", ["", "continuation"], [("before", row["text_before"]), ("after", row["text"])])
+
+
+def check_data(clamps: Sequence[Any], data: Sequence[str]) -> None:
+    """Raises:
+    ConfigError: a percentile without texts to take it over, or texts without a percentile.
+    """
+    percentiles = any(clamp.percentile is not None for clamp in clamps)
+    if percentiles and not data:
+        hint = "Give texts of the model's kind: --data FILE."
+        raise ConfigError("a percentile needs texts to take it over", where="--data", hint=hint)
+    if data and not percentiles:
+        hint = "Write LAYER:INDEX=p99.9, or leave --data out."
+        raise ConfigError("no clamp is a percentile", where="--data", hint=hint)
+
+
+def _clamp(settings: ClampSettings, clamps: Sequence[Any], report: Any) -> dict[str, Any]:
+    from braces_cli.core.adapter.model import open_session
+    from braces_cli.core.models.generate import Sampling
+    from braces_cli.inspection.clamp import check_clamps, clamp_prompt
+    from braces_cli.inspection.search import vocabulary
+    from braces_cli.inspection.vocabulary import plain_ffns
+    from braces_cli.steering.prompts import read_prompts
+
+    sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, None, settings.seed)
+    texts = list(read_prompts(settings.prompt, settings.prompts, sys.stdin))
+    session = open_session(settings.model, settings.adapter, settings.load_options)
+    check_clamps(plain_ffns(session.ffns), clamps)
+    if settings.data:
+        from braces_cli.inspection.clamp import read_texts, resolve_percentiles
+
+        clamps = resolve_percentiles(session, clamps, read_texts(session, settings.data, settings.limit), report)
+    known = vocabulary(session) if settings.token else None
+    tokens = [known.single(text, "--token") for text in settings.token if known]
+    rows = []
+    for done, text in enumerate(texts):
+        report("clamping", done, len(texts))
+        row = clamp_prompt(session, text, clamps, tokens=tokens, top_k=settings.top_k)
+        rows.append(row | (_continue(session, text, done, clamps, sampling) if settings.generate else {}))
+    return {"clamps": [clamp.as_row() for clamp in clamps], "prompts": rows}
+
+
+def _continue(session: Any, prompt: str, index: int, clamps: Sequence[Any], sampling: Any) -> dict[str, str]:
+    from braces_cli.core.models.generate import TextRequest, generate
+    from braces_cli.inspection.clamp import clamped
+    from braces_cli.inspection.vocabulary import plain_ffns
+
+    job, base = TextRequest(prompt, index), session.base
+    before = generate(base.model, base.tokenizer, [job], sampling)[0]
+    with clamped(plain_ffns(session.ffns), clamps):
+        return {"text_before": before, "text": generate(base.model, base.tokenizer, [job], sampling)[0]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportSettings(InspectSettings):
+    """Settings of `braces inspect report`."""
+
+    first_options = ("output", "prompt", "model", "adapter", "target")
+
+    output: Path = option(help="HTML file to write.")
+    prompt: str | None = option(None, help="Text for the heat map and the strongest vectors.")
+    target: str | None = option(
+        None, help="Target token of the heat map. Default: the model's next token at each position."
+    )
+    overwrite: bool = option(False, help="Overwrite an existing --output.", panel=OUTPUT)
+
+
+@command
+def report(settings: ReportSettings) -> None:
+    """Write a page with gates, value vectors, a heat map of a prompt and attribute alignments; it needs no network."""
+    from braces_cli.core.files import check_output_file, output_lock
+
+    with output_lock(settings.output), progress(settings.quiet) as on_progress:
+        check_output_file(settings.output, settings.overwrite)
+        written = _inspect_write(settings, on_progress)
+    if settings.json:
+        print_json(written)
+        return
+    print_pairs("", written)
+
+
+def _inspect_write(settings: ReportSettings, on_progress: Any) -> dict[str, Any]:
+    from braces_cli.core.adapter.model import open_session
+    from braces_cli.core.files import write_text
+    from braces_cli.inspection.report import DEFAULT_PROMPT, render, report_data
+    from braces_cli.inspection.search import vocabulary
+
+    session = open_session(settings.model, settings.adapter, settings.load_options)
+    target = None if settings.target is None else vocabulary(session).single(settings.target, "--target")
+    prompt = DEFAULT_PROMPT if settings.prompt is None else settings.prompt
+    write_text(settings.output, render(report_data(session, prompt, target, on_progress)))
+    return {
+        "output": str(settings.output),
+        "model": session.base.name,
+        "adapter": None if session.folder is None else str(session.folder),
+        "bytes": settings.output.stat().st_size,
+    }
+
+
+app = typer.Typer(help="Inspect a model and its adapter.", invoke_without_command=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SummarySettings(DisplaySettings):
+    """Settings of `braces inspect` without a subcommand, which loads no weights."""
+
+    first_options = ("model", "adapter")
+
+    model: str | None = same_option(AdapterSettings, "model")
+    adapter: str | None = same_option(AdapterSettings, "adapter")
+    revision: str | None = same_option(AdapterSettings, "revision")
+    trust_remote_code: bool = same_option(AdapterSettings, "trust_remote_code")
+
+
+@command
+def summary(settings: SummarySettings) -> None:
+    """Look inside. Without a subcommand: gates and projections, layer by layer; needs no weights of the base."""
+    from braces_cli.inspection.summary import summarise
+
+    found = summarise(
+        settings.model,
+        settings.adapter,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    if settings.json:
+        print_json(found)
+        return
+    title = [f"{found['model']}, {found['base_parameters']:,} parameters"]
+    if settings.adapter:
+        title.append(f"adapter {settings.adapter}, {found['parameters']:,} parameters")
+    columns = list(found["layers"][0])
+    rows = [
+        [", ".join(f"{c:.3f}" for c in value) if isinstance(value, list) else value for value in layer.values()]
+        for layer in found["layers"]
+    ]
+    print_table(title, [name.replace("_", " ") for name in columns], rows)
+
+
+@app.callback()
+@functools.wraps(summary)
+def summary_or_subcommand(ctx: typer.Context, **values: Any) -> None:
+    """The summary, unless a subcommand follows.
+
+    Raises:
+        ConfigError: a subcommand follows, but options stand before it.
+    """
+    if ctx.invoked_subcommand is None:
+        summary(ctx=ctx, **values)
+    elif values["model"] or values["adapter"]:
+        hint = f"Write braces inspect {ctx.invoked_subcommand} --model ... --adapter ..."
+        raise ConfigError("options stand before the subcommand", where=f"inspect {ctx.invoked_subcommand}", hint=hint)
+
+
+app.command("values")(values)
+app.command("find")(find)
+app.command("trace")(trace)
+app.command("clamp")(clamp)
+app.command("report")(report)

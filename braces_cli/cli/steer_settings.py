@@ -1,0 +1,231 @@
+"""Settings of `braces steer`. Light: no torch here."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from braces_cli.cli.options import AdapterSettings, AttributeSettings, OutputSettings
+from braces_cli.core.attributes.options import strengths
+from braces_cli.core.attributes.words import check_name
+from braces_cli.core.config import ATTRIBUTES, GENERATION, OUTPUT, SCORING, Settings, flag_of, option
+from braces_cli.core.errors import ConfigError, near_misses
+from braces_cli.core.models.options import GenerationSettings
+from braces_cli.scoring.registry import BUILT_IN
+
+if TYPE_CHECKING:
+    from braces_cli.core.models.generate import Sampling
+
+# Ways to steer that a sweep can measure beside ours (`evaluation.baselines`).
+BASELINE_METHODS = ("prompting", "difference", "pca")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions(Settings):
+    """A sweep over strengths, and how its texts are scored."""
+
+    sweep: str | None = option(
+        None,
+        help="Measure the first attribute at each strength of this range, such as -4:4:1.",
+        panel=SCORING,
+        metavar="FROM:TO:STEP",
+        outcome=False,
+    )
+    plot: Path | None = option(None, help="PNG file for a plot of the sweep.", panel=SCORING, outcome=False)
+    scorer: str | None = option(
+        None,
+        help="Scorer of a sweep: vader, toxicity, fit:ROWS, judge:MODEL (a language model that rates texts), or a "
+        "classifier's folder or hub id.",
+        metavar="SCORER",
+        complete=lambda: BUILT_IN,
+        panel=SCORING,
+        outcome=False,
+    )
+    score_label: str | None = option(
+        None,
+        help="Label of the scorer for the attribute. Default: the name of the attribute.",
+        panel=SCORING,
+        outcome=False,
+    )
+    reference_model: str | None = option(
+        None,
+        help="Reference model for the perplexity of continuations: folder or hub id. Default: the base.",
+        panel=SCORING,
+        outcome=False,
+    )
+    exclude_list_words: bool = option(
+        False, help="Remove the words of the attribute from texts before scoring.", panel=SCORING, outcome=False
+    )
+    baselines: str | None = option(
+        None,
+        help="Baselines to measure as well: prompting, difference, pca; separated by commas.",
+        panel=SCORING,
+        metavar="METHODS",
+        complete=lambda: BASELINE_METHODS,
+        outcome=False,
+    )
+    answers: str | None = option(
+        None,
+        help="Rows with `prompt`, `positive` and `negative`: report how often `positive` is preferred at each "
+        "strength.",
+        panel=SCORING,
+        metavar="ROWS",
+        outcome=False,
+    )
+    detect: str | None = option(
+        None,
+        help="Labelled rows: report the AUROC of the attribute's direction as a detector of the attribute.",
+        panel=SCORING,
+        metavar="ROWS",
+        outcome=False,
+    )
+
+    @property
+    def baseline_names(self) -> list[str]:
+        """The methods of `--baselines`.
+
+        Raises:
+            ConfigError: one that is none.
+        """
+        names = [name.strip() for name in (self.baselines or "").split(",") if name.strip()]
+        for name in names:
+            if name not in BASELINE_METHODS:
+                hint = near_misses(name, BASELINE_METHODS) or f"There are {', '.join(BASELINE_METHODS)}."
+                raise ConfigError(f"no method `{name}`", where="--baselines", hint=hint)
+        return list(dict.fromkeys(names))
+
+
+# Options that have no effect without --sweep.
+_SWEEP_ONLY = (
+    "plot", "scorer", "score_label", "reference_model", "exclude_list_words", "baselines", "answers", "detect"
+)  # fmt: skip
+# Options that each way to call the command does not take.
+_REFUSED = {
+    "sweep": ("show_unsteered", "output", "resume", "interactive"),
+    "interactive": ("prompt", "prompts", "output", "resume", "overwrite"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteerSettings(AdapterSettings, AttributeSettings, GenerationSettings, SweepOptions, OutputSettings):
+    """Settings of `braces steer`; what a text does not depend on is marked `outcome=False`."""
+
+    first_options = ("prompt", "attribute", "s", "adapter", "model")
+
+    prompt: tuple[str, ...] = option((), help="Prompt. Repeatable. Default: standard input.", outcome=False)
+    prompts: Path | None = option(
+        None,
+        help="File with prompts: one per line, or rows (.jsonl, .json, .csv, .tsv, .parquet) with `prompt` and "
+        "optionally "
+        "`attributes: {name: s}`; - is standard input.",
+        panel=GENERATION,
+        metavar="FILE",
+        outcome=False,
+    )
+    layers: str | None = option(
+        None,
+        help="Layers to steer, such as 8-20,24 or 1- (inclusive, from 0). Default: the layers of the steering "
+        "vector, or all adapted layers for an attribute that the adapter was trained with.",
+        panel=ATTRIBUTES,
+    )
+    top_k: int | None = option(
+        None, help="Number of most likely tokens to sample from. Default: all.", panel=GENERATION
+    )
+    stop: tuple[str, ...] = option((), help="Stop string: the text ends before it. Repeatable.", panel=GENERATION)
+    apply_chat_template: bool | None = option(
+        None,
+        help="Apply the chat template. Default: as in training.",
+        panel=GENERATION,
+        flag="--apply-chat-template/--no-apply-chat-template",
+    )
+    batch_size: int = option(
+        8,
+        help="Texts per forward pass. In half precision the output can vary with the batch size.",
+        min=1,
+        panel=GENERATION,
+        outcome=False,
+    )
+    show_unsteered: bool = option(False, help="Also generate without steering.", panel=OUTPUT)
+    interactive: bool = option(
+        False,
+        help="Read prompts and commands (/s 2, /attribute NAME, /help) from standard input.",
+        panel=OUTPUT,
+        outcome=False,
+    )
+    output: Path | None = option(None, help="JSON Lines file for the texts.", panel=OUTPUT, outcome=False)
+    resume: bool = option(False, help="Continue --output after its last complete batch.", panel=OUTPUT, outcome=False)
+    overwrite: bool = option(False, help="Overwrite an existing --output.", panel=OUTPUT, outcome=False)
+    # No default of its own: where stdout is no terminal it carries JSON Lines.
+    format: str | None = option(  # type: ignore[assignment]
+        None,
+        help="Format of stdout; json: JSON Lines, the default if stdout is not a terminal; text: only prompts with "
+        "their continuations.",
+        panel=OUTPUT,
+        choices=("table", "json", "text"),
+        display=True,
+    )
+
+    @property
+    def json(self) -> bool:
+        """Whether stdout carries JSON."""
+        return self.format == "json" or (self.format is None and not sys.stdout.isatty())
+
+    @property
+    def strengths(self) -> dict[str, float]:
+        """Name -> strength of each attribute; in a sweep, of those that are not swept.
+
+        Raises:
+            ConfigError: see `attribute_options.strengths`.
+        """
+        names = self.attribute
+        if self.sweep is not None:
+            strengths(names, ())  # refuses a name that comes twice, the swept one included
+            names = names[1:]
+            if len(self.s) not in (0, len(names)):
+                hint = "The first attribute is swept; give one --s for each of the others, or none at all."
+                raise ConfigError(f"{len(self.s)} strengths for {len(names)} other attributes", where="--s", hint=hint)
+        return dict(zip(names, strengths(names, self.s), strict=True))
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are drawn.
+
+        Raises:
+            ConfigError: a number out of its range.
+        """
+        from braces_cli.core.models.generate import Sampling
+
+        return Sampling(self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.seed, self.stop)
+
+    def check(self) -> None:
+        """Refuse options that would have no effect together.
+
+        Raises:
+            ConfigError: names one of them, or a name that no attribute can have.
+        """
+        for name in self.attribute:
+            check_name(name)
+        for mode, refused in _REFUSED.items():
+            for name in refused if getattr(self, mode) else ():
+                if getattr(self, name):
+                    where, hint = flag_of(type(self), name), "Leave one of them out."
+                    raise ConfigError(f"does not go with --{mode}", where=where, hint=hint)
+        _ = self.baseline_names
+        if self.interactive and self.num_samples > 1:
+            hint = "/seed draws another text."
+            raise ConfigError("does not go with --interactive", where="--num-samples", hint=hint)
+        if self.sweep is None:
+            for name in _SWEEP_ONLY:
+                if getattr(self, name):
+                    hint = "Give --sweep FROM:TO:STEP with it."
+                    raise ConfigError("this belongs to --sweep", where=flag_of(type(self), name), hint=hint)
+        elif not self.attribute:
+            hint = "Such as --attribute positive --sweep -4:4:1."
+            raise ConfigError("nothing to sweep", where="--attribute", hint=hint)
+        if (self.resume or self.overwrite) and not (self.output or self.sweep):
+            raise ConfigError("there is no file to continue", where="--output", hint="Give --output FILE.")
+        if self.format == "text" and (self.show_unsteered or self.output or self.sweep):
+            hint = "Leave out --show-unsteered, --output and --sweep, or choose another format."
+            raise ConfigError("text is the format of texts on stdout", where="--format text", hint=hint)

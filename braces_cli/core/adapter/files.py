@@ -1,0 +1,219 @@
+"""The adapter folder: its config and tensors, found, read, checked and written."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from braces_cli.core.errors import ModelError
+from braces_cli.core.files import path_exists, user_path, write_json, write_tensors, write_text
+from braces_cli.core.models.hub import explained, is_hub_id
+from braces_cli.core.models.stored_fingerprint import Fingerprint
+from braces_cli.core.schema import Count, Kind, Name, Positive, Size, check, check_is_file, cut, read
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+CARD_FILE = "README.md"
+# How far rows of a saved projection may be from orthonormal: rounding of float32, not training noise.
+ORTHONORMAL_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What `adapter_config.json` holds.
+
+    Attributes:
+        base_model_name_or_path: hub id or folder of the base.
+        r: rank d_r.
+        layers: indices of the decoder layers that carry a relevance module.
+        fingerprint: see `core.models.identity`.
+        revision: of the base, where it came from a hub.
+        tokenizer: hashes of the tokenizer and its chat template; another one is a warning, not an error.
+        training: settings it was trained with; recorded only.
+        attributes: names it was trained to be steered by; with any, the file holds the MLP of
+            `core.adapter.layer`.
+        relevance_scale: c of each of `layers`, the constant factor of its relevance scores.
+        versions: of the libraries that wrote it; recorded only.
+    """
+
+    base_model_name_or_path: Name
+    r: Size
+    layers: list[Count]
+    fingerprint: Fingerprint
+    revision: Name | None = None
+    tokenizer: dict[str, str | None] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    attributes: list[Name] = field(default_factory=list)
+    relevance_scale: list[Positive] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+    method: str = "braces"
+
+
+_DAMAGED = "The file is damaged; train again."
+# Of braces or of another program, which the content tells.
+ANY_CONFIG: Kind[dict[str, Any]] = Kind(dict[str, Any], ModelError, _DAMAGED, "config of an adapter")
+_WEIGHTS = Kind(object, ModelError, "Train again.", "file of the adapter's weights")
+_CONFIG = Kind(AdapterConfig, ModelError, _DAMAGED, closed=True)
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter in a folder: its name resolved, its config and tensors read and checked once.
+
+    Attributes:
+        name: as the user gave it, a folder or a hub id.
+        folder: where its files are.
+    """
+
+    name: str
+    folder: Path
+    config: AdapterConfig
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """See `read_tensors`; read when first asked for, since much can be said from the config alone."""
+        return read_tensors(self.folder, self.config)
+
+
+def parameter_count(config: AdapterConfig) -> int:
+    """Numbers in projections and gates, without the MLP of attributes."""
+    return len(config.layers) * (config.r * int(config.fingerprint["hidden_size"]) + 1)
+
+
+def adapter_folder(name: str) -> Path:
+    """Where the files of the adapter called `name` are; one on the hub is downloaded.
+
+    Raises:
+        ModelError: it is on the hub, and cannot be had.
+    """
+    path = user_path(name)
+    if path_exists(path) or not is_hub_id(name):
+        return Path(os.path.realpath(path))
+    from huggingface_hub import snapshot_download
+
+    files = ["*.json", "*.safetensors", "README.md"]
+    return Path(explained(name, lambda: snapshot_download(name, allow_patterns=files), "adapter"))
+
+
+def adapter_hash(folder: Path) -> str:
+    """SHA-256 over the SHA-256 of config and weights of an adapter, ours or one of peft."""
+    digest = hashlib.sha256()
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        with (folder / name).open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()
+
+
+def find_adapter(name: str) -> StoredAdapter:
+    """The adapter called `name`, a folder or a hub id, with its config read.
+
+    Raises:
+        ModelError: neither a folder nor on the hub, or no adapter of braces.
+    """
+    return read_adapter(name, adapter_folder(name))
+
+
+def read_adapter(name: str, folder: Path) -> StoredAdapter:
+    """The adapter in `folder`, which `adapter_folder` found for `name`.
+
+    Raises:
+        ModelError: no adapter of braces.
+    """
+    return StoredAdapter(name, folder, read_config(folder))
+
+
+def write_adapter(folder: Path, tensors: dict[str, Tensor], config: AdapterConfig, card: str) -> None:
+    """`Adapter.save` of tensors that were gathered before."""
+    write_tensors(folder / WEIGHTS_FILE, tensors)
+    write_text(folder / CARD_FILE, card)
+    write_json(folder / CONFIG_FILE, asdict(config))
+
+
+def read_config(folder: Path) -> AdapterConfig:
+    """Read and check `adapter_config.json`.
+
+    Raises:
+        ModelError: no adapter folder, not JSON, another method or version, a missing or unknown key.
+    """
+    path = folder / CONFIG_FILE
+    if not os.path.isfile(path) and not path_exists(path):
+        hint = f"An adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}; `braces train` writes one."
+        raise ModelError(
+            "no adapter here" if os.path.isdir(folder) else "no such adapter folder", where=str(folder), hint=hint
+        )
+    raw = read(ANY_CONFIG, path)
+    if raw.get("method") != "braces":
+        what = cut(raw.get("method") or raw.get("peft_type"))
+        hint = "Give one of `braces train --method braces`; only `braces eval` takes adapters of peft, too."
+        raise ModelError(f"not a braces adapter (method: {what})", where=str(path), hint=hint)
+    version = raw.get("format_version")
+    if isinstance(version, bool) or version != FORMAT_VERSION:
+        what = f"format version {cut(version)}, this braces reads {FORMAT_VERSION}"
+        raise ModelError(what, where=str(path), hint="Update braces.")
+    config = check(_CONFIG, raw, str(path))
+    _check_sizes(config, path)
+    return config
+
+
+def _check_sizes(config: AdapterConfig, path: Path) -> None:
+    if not config.layers or config.layers != sorted(set(config.layers)):
+        what = "`layers` must name at least one layer, each once and in order"
+        raise ModelError(what, where=str(path), hint=_DAMAGED)
+    if config.r > config.fingerprint["hidden_size"]:
+        what = f"`r` is {config.r}, larger than the base's hidden size {config.fingerprint['hidden_size']}"
+        raise ModelError(what, where=str(path), hint=_DAMAGED)
+    if len(config.relevance_scale) != len(config.layers) or math.inf in config.relevance_scale:
+        what = "`relevance_scale` must hold one positive number for each layer"
+        raise ModelError(what, where=str(path), hint=_DAMAGED)
+
+
+def read_tensors(folder: Path, config: AdapterConfig) -> dict[str, Tensor]:
+    """Read `adapter_model.safetensors` and hold it to the config: names, shapes, dtype, finite, orthonormal rows.
+
+    Raises:
+        ModelError: the file is missing, damaged, or differs from what the config says.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from braces_cli.core.adapter.layer import condition_shapes, projection_error
+
+    path = folder / WEIGHTS_FILE
+    try:
+        check_is_file(_WEIGHTS, path)
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"cannot read the adapter's weights: {error}", where=str(path), hint="Train again.") from error
+    d = config.fingerprint["hidden_size"]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in config.layers:
+        # The gate has one dimension, because FSDP2 takes no scalar parameter.
+        shapes |= {f"layers.{layer}.projection": (config.r, d), f"layers.{layer}.gate": (1,)}
+    if config.attributes:
+        shapes.update(condition_shapes(d))
+    wrong = sorted(set(shapes) ^ set(tensors))
+    if wrong:
+        state = "missing" if wrong[0] in shapes else "unexpected"
+        raise ModelError(f"{state} tensor {wrong[0]} ({len(wrong)} in all)", where=str(path), hint="Train again.")
+    for name, tensor in tensors.items():
+        problem = None
+        if tuple(tensor.shape) != shapes[name] or tensor.dtype != torch.float32:
+            problem = f"is {tuple(tensor.shape)} {tensor.dtype}, wanted {shapes[name]} torch.float32"
+        elif not tensor.isfinite().all():
+            problem = "holds numbers that are not finite"
+        elif name.endswith("projection") and projection_error(tensor) > ORTHONORMAL_TOLERANCE:
+            problem = f"has rows that are not orthonormal (error {projection_error(tensor):.1e})"
+        if problem:
+            raise ModelError(f"{name} {problem}", where=str(path), hint="The file is damaged; train again.")
+    return tensors

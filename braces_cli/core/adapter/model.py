@@ -1,0 +1,367 @@
+"""Attach relevance modules to a model and take them off again.
+
+A base model with or without its adapter, opened the way every command needs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from braces_cli.core.adapter.files import AdapterConfig, StoredAdapter, find_adapter, write_adapter
+from braces_cli.core.adapter.layer import ConditionMLP, Read, RelevanceModule, as_is
+from braces_cli.core.distributed import full_tensor
+from braces_cli.core.errors import ConfigError, ModelError
+from braces_cli.core.models.embedded import NAME as EMBEDDED
+from braces_cli.core.models.embedded import note_default
+from braces_cli.core.models.ffn import FFN, Experts, MixtureFFN, find_ffns, routing
+from braces_cli.core.models.identity import differences
+from braces_cli.core.models.load import Base, load_base, tokenizer_hashes
+from braces_cli.core.models.options import LoadOptions
+from braces_cli.core.models.structure import hooks_changed
+
+logger = logging.getLogger("braces")
+
+
+class Adapter:
+    """Relevance modules attached to a model: `adapted_ffns` pairs each FFN with its module, in layer order.
+
+    The modules are children named `relevance` of the FFN (of the decoder layer where it has no FFN of its own), so the
+    base's parameter names stay as they are. While attached the base's own parameters are frozen.
+    """
+
+    def __init__(self, model: nn.Module, adapted_ffns: list[tuple[FFN | MixtureFFN, RelevanceModule]]) -> None:
+        self.model = model
+        self.adapted_ffns = adapted_ffns
+        # Where attributes are trained: turns their pooled states into h_c.
+        self.mlp: ConditionMLP | None = None
+        self._frozen = [p for p in model.parameters() if p.requires_grad]
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
+        self._handles: list[RemovableHandle] = []
+        try:
+            for ffn, adapter_layer in adapted_ffns:
+                ffn.host.add_module("relevance", adapter_layer)
+                adapter_layer.cache_gram(isinstance(ffn, FFN))
+                for part in ffn.parts:
+                    self._handles += hook_ffn(part, adapter_layer)
+            hooks_changed(model)
+        except BaseException:
+            self.detach()
+            raise
+
+    @property
+    def layers(self) -> list[int]:
+        return [ffn.layer for ffn, _ in self.adapted_ffns]
+
+    @property
+    def rank(self) -> int:
+        return self.adapted_ffns[0][1].rank
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(`layers.{i}.weight` or `layers.{i}.gate`, parameter) of every relevance module."""
+        for ffn, adapter_layer in self.adapted_ffns:
+            for name, parameter in adapter_layer.named_parameters(recurse=False):
+                yield f"layers.{ffn.layer}.{name}", parameter
+
+    def add_mlp(self, seed: int = 0) -> ConditionMLP:
+        """Put a fresh condition MLP beside the relevance modules, its first layer drawn from `seed`."""
+        ffn, adapter_layer = self.adapted_ffns[0]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            mlp = ConditionMLP(ffn.hidden_size).to(adapter_layer.weight.device)
+        # A child of the model, so that whatever moves, wraps or counts the model's parameters sees it.
+        self.model.add_module("adapter_condition", mlp)
+        self.mlp = mlp
+        return mlp
+
+    def states(self, pooled: Tensor, read: Read = as_is) -> Tensor:
+        """h_c of pooled states p, (..., d) -> (..., d) in float32, where the MLP is; `read` gives a parameter whole."""
+        if self.mlp is None:
+            return pooled
+        parameters = {name: read(parameter) for name, parameter in self.mlp.named_parameters()}
+        # Under a device map the layer that asks may lie on another device.
+        pooled = pooled.to(next(iter(parameters.values())).device)
+        states: Tensor = torch.func.functional_call(self.mlp, parameters, (pooled,))
+        return states
+
+    @property
+    def scales(self) -> list[float]:
+        """c of each layer."""
+        return [adapter_layer.scale for _, adapter_layer in self.adapted_ffns]
+
+    def parameter_count(self) -> int:
+        """Numbers that train, without the MLP of attributes."""
+        return sum(p.numel() for _, p in self.named_parameters())
+
+    def detach(self) -> nn.Module:
+        """Take everything off again and return the very same base model, its `requires_grad` flags as they were."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        for ffn, adapter_layer in self.adapted_ffns:
+            if "relevance" in ffn.host._modules:
+                del ffn.host.relevance
+            adapter_layer.release()
+        if self.mlp is not None:
+            del self.model.adapter_condition
+            self.mlp = None
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen = []
+        return self.model
+
+    def save_memory(self) -> None:
+        """Train without W_V W_V^T of each layer in memory (see `core.adapter.gram`): slower steps."""
+        for _, adapter_layer in self.adapted_ffns:
+            adapter_layer.cache_gram(False)
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[nn.Module]:
+        """The bare base model, bit for bit, inside the `with` block."""
+        before = [adapter_layer.enabled for _, adapter_layer in self.adapted_ffns]
+        try:
+            for _, adapter_layer in self.adapted_ffns:
+                adapter_layer.enabled = False
+            yield self.model
+        finally:
+            for (_, adapter_layer), enabled in zip(self.adapted_ffns, before, strict=True):
+                adapter_layer.enabled = enabled
+
+    def condition(self, states: Tensor | None, strengths: Tensor | None = None, read: Read = as_is) -> None:
+        """Set `s r_c` for the next forward passes, of each example on its own; None takes it away.
+
+        Args:
+            states: h_c of n attributes at each adapted FFN, (n, FFNs, d), with gradients where they are trained.
+            strengths: s of each attribute for each example, (batch, n), or for each token, (batch, tokens, n).
+            read: gives a parameter whole, where it may lie in pieces.
+        """
+        for index, (_, adapter_layer) in enumerate(self.adapted_ffns):
+            if states is None or strengths is None:
+                adapter_layer.shift = None
+                continue
+            ranked = states[:, index].to(adapter_layer.weight) @ adapter_layer.projection(read).mT  # (n, d_r)
+            shift = strengths.to(ranked) @ ranked
+            adapter_layer.shift = shift.unsqueeze(1) if shift.ndim == 2 else shift
+
+    def tensors(self, in_place: bool = True) -> dict[str, Tensor]:
+        """What the adapter file holds: `layers.{i}.projection`, `layers.{i}.gate` and, if trained, `condition.*`.
+
+        Args:
+            settle: make the projections what the file holds. Not in the midst of training, which would then go on from
+                elsewhere, nor where parameters are spread over processes, each of which must then ask.
+        """
+        out: dict[str, Tensor] = {}
+        for ffn, adapter_layer in self.adapted_ffns:
+            out[f"layers.{ffn.layer}.projection"] = adapter_layer.materialise() if in_place else adapter_layer.rounded()
+            out[f"layers.{ffn.layer}.gate"] = full_tensor(adapter_layer.gate.detach())
+        if self.mlp is not None:
+            out.update({f"condition.{name}": full_tensor(tensor) for name, tensor in self.mlp.state_dict().items()})
+        return out
+
+    def save(self, folder: Path, config: AdapterConfig, card: str) -> None:
+        """Write the adapter folder with this adapter's scales: weights and model card first, the config last."""
+        write_adapter(folder, self.tensors(), replace(config, relevance_scale=self.scales), card)
+
+
+def hook_ffn(part: FFN | Experts, adapter_layer: Any) -> list[RemovableHandle]:
+    """Have `adapter_layer`, a `RelevanceModule` or what answers the same calls, change the output of an FFN."""
+    return _expert_hooks(part, adapter_layer) if isinstance(part, Experts) else _hooks(part, adapter_layer)
+
+
+def _hooks(ffn: FFN, adapter_layer: RelevanceModule) -> list[RemovableHandle]:
+    if ffn.whole:
+
+        def around(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+            if not adapter_layer.enabled:
+                return None
+            return adapter_layer(output, args[0] if args else next(iter(kwargs.values())), ffn.values())
+
+        return [ffn.host.register_forward_hook(around, with_kwargs=True)]
+
+    # A cell rather than an attribute of the module: nothing of a pass may outlive it or be copied with the module.
+    entered: list[Tensor] = []
+
+    def before(module: nn.Module, args: tuple) -> None:
+        entered[:] = args[:1] if adapter_layer.enabled else []
+
+    def after(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        return adapter_layer(output, entered.pop(), ffn.values()) if adapter_layer.enabled else None
+
+    return [ffn.keys[0].register_forward_pre_hook(before), ffn.value.register_forward_hook(after)]
+
+
+def _expert_hooks(part: Experts, adapter_layer: RelevanceModule) -> list[RemovableHandle]:
+    def around(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+        if not adapter_layer.enabled:
+            return None
+        values = part.value_matrix()
+        if part.sorted:
+            return adapter_layer.by_expert(output, args[0], values)
+        h, p = routing(args, kwargs, len(values))
+        return adapter_layer.routed(output, h, p, values)
+
+    return [part.module.register_forward_hook(around, with_kwargs=True)]
+
+
+def attach(
+    model: nn.Module,
+    rank: int,
+    layers: Sequence[int] | None = None,
+    seed: int = 0,
+    scales: Sequence[float] | None = None,
+) -> Adapter:
+    """Put a fresh relevance module on every FFN of `model` (or on those of `layers`), its gate near 0.
+
+    Args:
+        scales: c of each layer, see `core.adapter.scale`; None is 1 everywhere.
+
+    Raises:
+        ConfigError: rank below 1 or above the hidden size, or a layer without an FFN.
+        ModelError: no FFN found, or an adapter is attached already.
+    """
+    ffns = find_ffns(model)
+    if any("relevance" in ffn.host._modules for ffn in ffns):
+        raise ModelError("the model already has an adapter", hint="Detach it first.")
+    known = [ffn.layer for ffn in ffns]
+    requested = known if layers is None else list(layers)
+    missing = sorted(set(requested) - set(known))
+    if missing or not requested:
+        raise ConfigError(f"no feed-forward layer in layers {missing}", hint=f"Layers {known} have one.")
+    chosen = [ffn for ffn in ffns if ffn.layer in set(requested)]
+    width = min(ffn.hidden_size for ffn in chosen)
+    if not 1 <= rank <= width:
+        raise ConfigError(f"rank {rank} does not fit hidden size {width}", where="--rank", hint=f"Use 1 to {width}.")
+    generator = torch.Generator().manual_seed(seed)
+    adapted_ffns = []
+    for index, ffn in enumerate(chosen):
+        scale = 1.0 if scales is None else scales[index]
+        device = ffn.parts[0].values().device
+        adapted_ffns.append((ffn, RelevanceModule(rank, ffn.hidden_size, device, generator, scale)))
+    return Adapter(model, adapted_ffns)
+
+
+def attach_stored(model: nn.Module, stored: StoredAdapter, fingerprint: Mapping[str, Any]) -> Adapter:
+    """Attach a stored adapter to `model`, frozen.
+
+    Args:
+        fingerprint: of `model`.
+
+    Raises:
+        ModelError: the folder is damaged, or belongs to another base.
+    """
+    config, tensors = stored.config, stored.tensors
+    words = differences(config.fingerprint, fingerprint)
+    if words:
+        raise ModelError(
+            f"this adapter was trained on another base ({'; '.join(words)})",
+            where=str(stored.folder),
+            hint=f"It needs {config.base_model_name_or_path}.",
+        )
+    try:
+        adapter = attach(model, config.r, config.layers, scales=config.relevance_scale)
+    except ConfigError as error:  # no option is wrong, the adapter is
+        raise ModelError(error.message, where=str(stored.folder), hint=error.hint) from error
+    for ffn, adapter_layer in adapter.adapted_ffns:
+        with torch.no_grad():
+            for name, parameter in (("projection", adapter_layer.weight), ("gate", adapter_layer.gate)):
+                parameter.copy_(tensors[f"layers.{ffn.layer}.{name}"])
+        adapter_layer.set_exact()
+        adapter_layer.requires_grad_(False)
+    if config.attributes:
+        prefix = "condition."
+        mlp = adapter.add_mlp().requires_grad_(False)
+        mlp.load_state_dict({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})
+    return adapter
+
+
+@dataclass
+class Session:
+    """An open base, with an adapter on it or without.
+
+    Attributes:
+        adapter: what is attached now.
+        stored: the files that it came from; None where there is no adapter or where it is being trained.
+    """
+
+    base: Base
+    ffns: list[FFN | MixtureFFN]
+    adapter: Adapter | None = None
+    stored: StoredAdapter | None = None
+
+    @property
+    def config(self) -> AdapterConfig | None:
+        """Of the stored adapter."""
+        return None if self.stored is None else self.stored.config
+
+    @property
+    def folder(self) -> Path | None:
+        """Of the stored adapter."""
+        return None if self.stored is None else self.stored.folder
+
+    def add_adapter(self, stored: StoredAdapter) -> Adapter:
+        """Attach a stored adapter, in place of the one attached now."""
+        self.remove_adapter()
+        self.adapter = attach_stored(self.base.model, stored, self.base.fingerprint(self.ffns))
+        self.stored = stored
+        trained, here = stored.config.tokenizer, tokenizer_hashes(self.base.tokenizer)
+        for part in sorted(key for key in trained if trained[key] != here.get(key)):
+            logger.warning("%s: trained with another %s than the base has now", stored.name, part.replace("_", " "))
+        return self.adapter
+
+    def remove_adapter(self) -> None:
+        """Detach the adapter, if there is one: the bare base again."""
+        if self.adapter is not None:
+            self.adapter.detach()
+        self.adapter = self.stored = None
+
+
+@contextmanager
+def attached(session: Session, stored: StoredAdapter) -> Iterator[Adapter]:
+    """A stored adapter on the session's base inside the `with` block."""
+    try:
+        yield session.add_adapter(stored)
+    finally:
+        session.remove_adapter()
+
+
+def resolve_adapter(adapter: str | StoredAdapter | None) -> StoredAdapter | None:
+    """What an `--adapter` names; what is resolved already stays as it is."""
+    return find_adapter(adapter) if isinstance(adapter, str) else adapter
+
+
+def base_name(model: str | None, adapter: StoredAdapter | None) -> str:
+    """The base to load: the one named, else the adapter's own, else the embedded one, which a note on stderr says."""
+    if model is not None:
+        return model
+    if adapter is not None:
+        return adapter.config.base_model_name_or_path
+    note_default()
+    return EMBEDDED
+
+
+def open_session(model: str | None, adapter: str | StoredAdapter | None, options: LoadOptions) -> Session:
+    """Load the base, and the adapter on it where one is given.
+
+    Raises:
+        ConfigError: no such device.
+        ModelError: either cannot be loaded, or they do not fit.
+    """
+    # Before minutes of loading: an adapter that is none should fail at once.
+    stored = resolve_adapter(adapter)
+    if stored is not None and model is None and options.revision is None and stored.config.revision is not None:
+        options = replace(options, revision=stored.config.revision)
+    base = load_base(base_name(model, stored), options)
+    session = Session(base, find_ffns(base.model))
+    if stored is not None:
+        session.add_adapter(stored)
+    return session

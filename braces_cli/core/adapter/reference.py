@@ -1,0 +1,140 @@
+"""The paper's formula written out: the judge of every fast path. Slow and large on purpose; only tests call it.
+
+    r_ij         = c (R v_j) . (R h_i) / sqrt(d_r)
+    FFN_AUG(h_i) = sum_j (w_ij + g (r_ij + s r_cj)) v_j         g = sigmoid(gate)
+
+It shares no arithmetic with `relevance.py`: rows are orthonormalised one by one, relevance is a (tokens, d_ff) tensor,
+and the weights it changes are those that enter the model's own value projection.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from braces_cli.core.adapter.layer import RelevanceModule
+from braces_cli.core.adapter.model import Adapter
+from braces_cli.core.models.ffn import FFN, Experts, routing
+
+
+def orthonormal_rows_ref(weight: Tensor) -> Tensor:
+    """Gram-Schmidt, one row at a time: (d_r, d) -> (d_r, d)."""
+    rows: list[Tensor] = []
+    for row in weight:
+        for _ in range(2):  # twice is enough for full orthogonality in floating point
+            for done in rows:
+                row = row - (row @ done) * done
+        rows.append(row / row.norm())
+    return torch.stack(rows)
+
+
+def relevance_ref(h: Tensor, values: Tensor, weight: Tensor, c: float = 1.0) -> Tensor:
+    """Relevance r of every value vector to every token, (..., d_ff), without the gate.
+
+    h (..., d), values (d, d_ff), weight (d_r, d) of which R is the orthonormalised form.
+    """
+    projection = orthonormal_rows_ref(weight)
+    return c * ((h @ projection.mT) @ (projection @ values)) / math.sqrt(len(projection))
+
+
+def weights_ref(
+    w: Tensor,
+    h: Tensor,
+    values: Tensor,
+    adapter_layer: RelevanceModule,
+    conditions: Sequence[tuple[Tensor, Tensor]] = (),
+) -> Tensor:
+    """Sub-update weights w_ij + g (r_ij + s r_cj), shape (..., d_ff).
+
+    Args:
+        w: activation weights (..., d_ff), what enters the value projection.
+        h: FFN input (..., d).
+        values: W_V (d, d_ff).
+        adapter_layer: parameters and constant c.
+        conditions: pairs of h_c (d) and strength s, which broadcasts against h.
+    """
+    wide = adapter_layer.weight.dtype
+    r = relevance_ref(h.to(wide), values.to(wide), adapter_layer.weight, adapter_layer.scale)
+    for state, strength in conditions:
+        r = r + strength * relevance_ref(state.to(wide), values.to(wide), adapter_layer.weight, adapter_layer.scale)
+    return w + (torch.sigmoid(adapter_layer.gate) * r).to(w.dtype)
+
+
+@contextmanager
+def reference(
+    adapter: Adapter, conditions: dict[int, Sequence[tuple[Tensor, Tensor]]] | None = None
+) -> Iterator[nn.Module]:
+    """The adapter's model with the formula written out instead of the fast path; restores the fast path on leaving.
+
+    Args:
+        conditions: for each layer, pairs of h_c (d) and strength, one number or one for each example (batch,).
+    """
+    handles = []
+    try:
+        for ffn, adapter_layer in adapter.adapted_ffns:
+            terms = (conditions or {}).get(ffn.layer, ())
+            for part in ffn.parts:
+                handles += (
+                    _experts(part, adapter_layer, terms)
+                    if isinstance(part, Experts)
+                    else _dense(part, adapter_layer, terms)
+                )
+        with adapter.disabled():
+            yield adapter.model
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _fit(terms: Sequence[tuple[Tensor, Any]], h: Tensor) -> list[tuple[Tensor, Any]]:
+    """Strengths of each example as they broadcast against h, (batch, tokens, d) or flattened to (batch * tokens, d)."""
+    fitted = []
+    for state, strength in terms:
+        if isinstance(strength, Tensor) and strength.ndim == 1:
+            each = strength if h.ndim == 3 else strength.repeat_interleave(len(h) // len(strength))
+            strength = each.view(-1, *[1] * (h.ndim - 1))
+        fitted.append((state, strength))
+    return fitted
+
+
+def _dense(ffn: FFN, adapter_layer: RelevanceModule, terms: Sequence[tuple[Tensor, Tensor]]) -> list[RemovableHandle]:
+    """Change the weights that enter the model's own value projection."""
+    entered: list[Tensor] = []
+
+    def augment(module: nn.Module, args: tuple) -> tuple:
+        h = entered.pop()
+        w = weights_ref(args[0], h, ffn.value_matrix(), adapter_layer, _fit(terms, h))
+        return (w, *args[1:])
+
+    return [ffn.watch(entered.append), ffn.value.register_forward_pre_hook(augment)]
+
+
+def _experts(
+    part: Experts, adapter_layer: RelevanceModule, terms: Sequence[tuple[Tensor, Tensor]]
+) -> list[RemovableHandle]:
+    """Add `p_e sum_j g r_j v_j` expert by expert: their weights w_j never leave the module that holds them."""
+
+    def augment(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        values = part.value_matrix()
+        flat = output.reshape(-1, output.shape[-1])
+        if part.sorted:
+            tokens = args[0].reshape(len(values), -1, flat.shape[1])
+            sent = (tokens != 0).any(dim=-1).to(flat.dtype)
+            return output + torch.cat([_term(h, p, v) for h, p, v in zip(tokens, sent, values, strict=True)])
+        h, p = routing(args, kwargs, len(values))
+        for expert in range(len(values)):
+            flat = flat + _term(h, p[:, expert], values[expert])
+        return flat.reshape(output.shape)
+
+    def _term(h: Tensor, p: Tensor, values: Tensor) -> Tensor:
+        none = h.new_zeros(len(h), values.shape[1])
+        w = weights_ref(none, h, values, adapter_layer, _fit(terms, h))
+        return p.unsqueeze(1).to(h.dtype) * (w @ values.mT)
+
+    return [part.module.register_forward_hook(augment, with_kwargs=True)]

@@ -1,0 +1,104 @@
+"""c of each layer: the constant that makes relevance independent of how the base is parametrised.
+
+    c = REACH rms(FFN(h)) / rms(W_V W_V^T h)
+
+over the tokens of some texts; in a mixture of experts, over the pairs of a token and an expert that it is sent to,
+before the router's weights. Two bases that compute the same with W_V and the up projection, or the norm's weight and
+the FFN's inputs, scaled against each other then have the same side path.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from braces_cli.core.adapter.gram import gram
+from braces_cli.core.adapter.model import hook_ffn
+from braces_cli.core.models.ffn import FFN, Experts, MixtureFFN, expert_outputs
+from braces_cli.core.models.load import input_device
+from braces_cli.core.models.weights import Values
+
+# rms of the side path over that of the FFN's output, at g = 1 and R = I, without 1 / sqrt(d_r).
+REACH = 32.0
+
+
+def measure_scales(model: Any, ffns: Sequence[FFN | MixtureFFN], texts: Sequence[Sequence[int]]) -> list[float]:
+    """c of each FFN over `texts`, token ids; 1 where the FFN or W_V is zero, or a number is not finite."""
+    meters = [_Meter() for _ in ffns]
+    with ExitStack() as stack:
+        for ffn, meter in zip(ffns, meters, strict=True):
+            for part in ffn.parts:
+                if isinstance(part, Experts) and not part.sorted:
+                    handles = [meter.watch_experts(part)]
+                else:
+                    handles = hook_ffn(part, meter)
+                for handle in handles:
+                    stack.callback(handle.remove)
+        run_texts(model, texts)
+    return [meter.scale for meter in meters]
+
+
+def run_texts(model: Any, texts: Sequence[Sequence[int]]) -> None:
+    """Run the model over texts, each alone, so that no padding is measured."""
+    device, was_training = input_device(model), model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for ids in texts:
+                model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False)
+    finally:
+        model.train(was_training)
+
+
+class _Meter:
+    """Sums of squares of what an FFN writes and of W_V W_V^T h. It stands in for a relevance module in `hook_ffn`."""
+
+    enabled = True
+
+    def __init__(self) -> None:
+        self._output = 0.0
+        self._path = 0.0
+
+    @property
+    def scale(self) -> float:
+        """c."""
+        found = REACH * math.sqrt(self._output / self._path) if self._output > 0 and self._path > 0 else 1.0
+        return found if 0 < found < math.inf else 1.0
+
+    def __call__(self, output: Tensor, h: Tensor, values: Values) -> Tensor:
+        self._add(output, h, values)
+        return output
+
+    def by_expert(self, output: Tensor, h: Tensor, values: Tensor) -> Tensor:
+        """Experts that each get their rows of `h` (experts * n, d); a row of zeros is a token not sent to them."""
+        rows = output.reshape(len(values), -1, output.shape[-1])
+        for each, tokens, value in zip(rows, h.reshape(len(values), -1, h.shape[-1]), values, strict=True):
+            sent = (tokens != 0).any(dim=-1)
+            self._add(each[sent], tokens[sent], value)
+        return output
+
+    def watch_experts(self, part: Experts) -> Any:
+        """Measure routed experts whose weights are slices of one tensor."""
+
+        def around(module: Any, args: tuple, kwargs: dict, output: Tensor) -> None:
+            values = part.value_matrix()
+            for expert, h, each in expert_outputs(module, args, kwargs, len(values)):
+                self._add(each, h, values[expert])
+
+        return part.module.register_forward_hook(around, with_kwargs=True)
+
+    def _add(self, output: Tensor, h: Tensor, values: Values) -> None:
+        rows = h.detach().reshape(-1, h.shape[-1])
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        self._output += _squares(output.detach())
+        self._path += _squares(gram(values, rows.to(output.device).mT))
+
+
+def _squares(tensor: Tensor) -> float:
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return float(torch.linalg.vector_norm(tensor, dtype=wide)) ** 2

@@ -1,0 +1,115 @@
+"""Options of every command that is steered by attributes, declared once. Light: no torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import floor, isfinite
+from pathlib import Path
+
+from braces_cli.core.attributes.files import check_attributes
+from braces_cli.core.attributes.words import built_in
+from braces_cli.core.config import ATTRIBUTES, Settings, option
+from braces_cli.core.errors import ConfigError
+
+# Strengths of one list; more is a slip in the step.
+_MOST = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttributeNames(Settings):
+    """Which attributes steer."""
+
+    attribute: tuple[str, ...] = option(
+        (), help="Name of an attribute to steer by. Repeatable.", metavar="NAME", panel=ATTRIBUTES, complete=built_in
+    )
+    attributes: Path | None = option(None, help="Folder with attribute files written by attr-build.", panel=ATTRIBUTES)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Before a model is loaded.
+        check_attributes(self.attributes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttributeSettings(AttributeNames):
+    """Which attributes steer, and how strongly."""
+
+    s: tuple[float, ...] = option(
+        (), help="Strength; the k-th belongs to the k-th --attribute. Default: 1.", metavar="STRENGTH", panel=ATTRIBUTES
+    )
+
+    @property
+    def strengths(self) -> dict[str, float]:
+        """Name -> strength.
+
+        Raises:
+            ConfigError: see `strengths`.
+        """
+        return dict(zip(self.attribute, strengths(self.attribute, self.s), strict=True))
+
+
+def strengths(names: Sequence[str], s: Sequence[float]) -> list[float]:
+    """The strength of each attribute in `--attribute`, from `--s`.
+
+    Raises:
+        ConfigError: a name comes twice, the numbers do not match, or one is not finite.
+    """
+    if len(set(names)) < len(names):
+        raise ConfigError("an attribute is named twice", where="--attribute", hint="Give each once, with one --s.")
+    if len(s) not in (0, len(names)):
+        hint = "The k-th --s belongs to the k-th --attribute; give one for each, or none at all."
+        if not names:
+            hint = "Name the attribute with --attribute; `braces attr-build --list` shows the built-in ones."
+        raise ConfigError(f"{len(s)} strengths for {len(names)} attributes", where="--s", hint=hint)
+    for value in s:
+        if not isfinite(value):
+            raise ConfigError(f"{value} is no finite number", where="--s", hint="Such as --s 3.0 or --s -1.5.")
+    return list(s) or [1.0] * len(names)
+
+
+def strength_points(names: Sequence[str], values: Sequence[str]) -> list[dict[str, float]]:
+    """Name -> strength at each point of several, where every `--s` may be a list; none where there is no attribute.
+
+    Lists go together: the k-th point takes the k-th strength of each. An attribute with one strength keeps it.
+
+    Raises:
+        ConfigError: see `parse_strengths` and `strengths`, or lists of different lengths.
+    """
+    columns = [parse_strengths(value, "--s") for value in values]
+    strengths(names, [column[0] for column in columns])  # as many as there are names, and no name twice
+    if not names:
+        return []
+    columns = columns or [[1.0] for _ in names]
+    count = max(map(len, columns))
+    if any(len(column) not in (1, count) for column in columns):
+        hint = "Lists of several attributes go together step by step; give each as many strengths, or one."
+        raise ConfigError(f"lists of {' and '.join(str(len(c)) for c in columns)} strengths", where="--s", hint=hint)
+    return [{name: column[k % len(column)] for name, column in zip(names, columns, strict=True)} for k in range(count)]
+
+
+def parse_strengths(value: str, where: str = "--sweep") -> list[float]:
+    """`FROM:TO:STEP` (both ends included), or numbers with commas between them.
+
+    Args:
+        where: the option that the value belongs to.
+
+    Raises:
+        ConfigError: neither.
+    """
+    hint = f"Such as {where} -4:4:1 or {where} -3,0,3."
+    refused = ConfigError(f"`{value}` is not FROM:TO:STEP", where=where, hint=hint)
+    try:
+        numbers = [float(part) for part in value.split(":" if ":" in value else ",")]
+    except ValueError as error:
+        raise refused from error
+    if not all(map(isfinite, numbers)) or (":" in value and len(numbers) != 3):
+        raise refused
+    if ":" not in value:
+        return list(dict.fromkeys(numbers))
+    first, last, step = numbers
+    if step == 0 or (last - first) * step < 0 or abs(last - first) / abs(step) >= _MOST:
+        raise ConfigError(f"`{value}` has no points, or more than {_MOST}", where=where, hint=hint)
+    count = floor((last - first) / step + 1e-9) + 1
+    # Rounded, so that -0.3:0.3:0.1 has a plain 0 in it, at which nothing is added.
+    return [round(first + index * step, 10) + 0.0 for index in range(count)]

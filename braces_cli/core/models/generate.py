@@ -1,0 +1,326 @@
+"""Text as it is generated: handed on piece by piece, and ended by texts rather than tokens.
+
+Generate continuations in batches: left padding, KV cache, and one random stream for each text.
+
+Sampling draws from a random stream of its own for every (seed, prompt index, sample), so its random numbers depend
+neither on what else is in the batch nor on where a run was resumed. The logits do depend on the batch, by rounding:
+matrix products of other sizes add up in another order. In float32 that hardly ever changes a token. In bfloat16 and
+float16 it changes many texts; there only batches of the same texts give the same texts.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from braces_cli.core.errors import ConfigError, ModelError
+from braces_cli.core.models.load import input_device
+from braces_cli.core.models.options import GenerationSettings, check_sampling
+from braces_cli.core.models.tokenize import context_length, decode_continuation, encode, pad_left
+from braces_cli.core.models.weights import OVERFLOW_HINT
+
+logger = logging.getLogger("braces")
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+    """`text` up to where the first of `stops` begins."""
+    return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
+
+
+class StopTexts(StoppingCriteria):
+    """Ends each row of a batch as soon as its continuation contains one of `stops`."""
+
+    def __init__(self, tokenizer: Any, prompts: Sequence[list[int]], width: int, stops: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._prompts = prompts
+        self._width = width
+        self._stops = stops
+
+    def __call__(self, input_ids: Tensor, scores: Tensor | None, **kwargs: Any) -> Tensor:
+        new = input_ids[:, self._width :].tolist()
+        texts = (decode_continuation(self._tokenizer, *row) for row in zip(self._prompts, new, strict=True))
+        ended = [any(stop in text for stop in self._stops) for text in texts]
+        return torch.tensor(ended, device=input_ids.device)
+
+
+class TextStream(BaseStreamer):
+    """Calls `write` with each new piece of one text; what could still change is held back.
+
+    That is half a character (a token can hold one), and what may turn out to be the beginning of a stop text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt: list[int],
+        ends: Sequence[int],
+        stops: Sequence[str],
+        write: Callable[[str], object],
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._prompt = prompt
+        self._ends = ends
+        self._stops = stops
+        self._write = write
+        self._ids: list[int] | None = None
+        self._written = ""
+        self._over = False
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt, at the first call, and then token after token."""
+        if self._ids is None:
+            self._ids = []
+            return
+        for token in value.reshape(-1).tolist():
+            self._over = self._over or token in self._ends
+            if not self._over:
+                self._ids.append(token)
+        text = self._text()
+        withheld = max((_overlap(text, stop) for stop in self._stops), default=0)
+        withheld = max(withheld, len(text) - len(text.rstrip("\ufffd")))
+        self._pass_on(text[: len(text) - withheld])
+
+    def end(self) -> None:
+        """Pass on what was held back."""
+        self._pass_on(self._text())
+
+    def _text(self) -> str:
+        return cut(decode_continuation(self._tokenizer, self._prompt, self._ids or []), self._stops)
+
+    def _pass_on(self, text: str) -> None:
+        if text.startswith(self._written) and len(text) > len(self._written):
+            self._write(text[len(self._written) :])
+            self._written = text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+# What a base's generation config may say besides its end tokens: which tokens are its special ones, and which it never
+# says. How tokens are drawn is for `Sampling` alone.
+_OF_BASE = {"bos_token_id", "decoder_start_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids"}
+# Most likely tokens among which a draw is looked for first.
+_FIRST = 1024
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Attributes:
+        max_new_tokens: tokens of a continuation at most.
+        temperature: 0 is greedy.
+        top_p: keep the most likely tokens that together reach this probability.
+        top_k: keep this many of the most likely tokens; None keeps all.
+        seed: of all streams.
+        stop: a continuation ends before the first of these texts.
+    """
+
+    max_new_tokens: int = GenerationSettings.max_new_tokens
+    temperature: float = GenerationSettings.temperature
+    top_p: float = GenerationSettings.top_p
+    top_k: int | None = None
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_sampling(self.max_new_tokens, self.temperature, self.top_p)
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"{self.top_k} is out of range", where="--top-k")
+        if not all(self.stop):
+            raise ConfigError(f"{self.stop} is out of range", where="--stop")
+
+
+@dataclass(frozen=True)
+class TextRequest:
+    """One text to generate: `sample` counts the texts of one prompt, `index` the prompts of a run.
+
+    Attributes:
+        ids: the prompt's tokens where they are not those of the plain text, as with a chat template.
+        attributes: name -> strength of what the text is steered by, for whoever steers; `generate` does not.
+    """
+
+    prompt: str
+    index: int
+    sample: int = 0
+    ids: tuple[int, ...] | None = None
+    attributes: Mapping[str, float] = field(default_factory=dict)
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    requests: Sequence[TextRequest],
+    sampling: Sampling,
+    stream: Callable[[str], object] | None = None,
+) -> list[str]:
+    """Continuations of one batch of requests, without their prompts, up to the end token or a stop text.
+
+    Prompts too long for the model's context lose their beginning, with a warning.
+
+    Args:
+        stream: called with each piece of the text as it comes; for a batch of one.
+
+    Raises:
+        ConfigError: no room for a prompt beside `max_new_tokens`.
+        ModelError: the model computes scores that are not finite.
+    """
+    max_prompt_length = context_length(model.config, tokenizer) - sampling.max_new_tokens
+    if max_prompt_length < 1:
+        hint = f"The model takes {max_prompt_length + sampling.max_new_tokens} tokens, the prompt included."
+        raise ConfigError(f"{sampling.max_new_tokens} is too much", where="--max-new-tokens", hint=hint)
+    prompts = [
+        encode(tokenizer, request.prompt).ids if request.ids is None else list(request.ids) for request in requests
+    ]
+    for row, ids in enumerate(prompts):
+        if len(ids) > max_prompt_length:
+            logger.warning(
+                "prompt %d has %d tokens; only the last %d fit", requests[row].index, len(ids), max_prompt_length
+            )
+            prompts[row] = ids[-max_prompt_length:]
+    device = input_device(model)
+    batch = {name: tensor.to(device) for name, tensor in pad_left(prompts, tokenizer.pad_token_id).items()}
+    ends = end_tokens(model, tokenizer)
+    width = batch["input_ids"].shape[1]
+    stops = StoppingCriteriaList([StopTexts(tokenizer, prompts, width, sampling.stop)] if sampling.stop else [])
+    streamer = None if stream is None else TextStream(tokenizer, prompts[0], ends, sampling.stop, stream)
+    finite = _FiniteScores()
+    processors = LogitsProcessorList([finite])
+    if sampling.temperature > 0:
+        processors.append(_Draw(sampling, _uniforms(requests, sampling), width))
+    config = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        eos_token_id=ends,
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
+        # What steers are hooks, which a compiled forward pass would not see coming and going.
+        disable_compile=True,
+    )
+    with torch.no_grad(), _without_defaults(model):
+        output = model.generate(
+            **batch, generation_config=config, logits_processor=processors, stopping_criteria=stops, streamer=streamer
+        )
+    finite.check()
+    rows = zip(prompts, output[:, width:].tolist(), strict=True)
+    return [cut(decode_continuation(tokenizer, ids, _until(new, ends)), sampling.stop) for ids, new in rows]
+
+
+@contextmanager
+def _without_defaults(model: Any) -> Iterator[None]:
+    """Inside, the base's generation config fills in nothing that a call leaves open but `_OF_BASE`."""
+    own = model.generation_config
+    model.generation_config = copy.deepcopy(own)
+    for name in vars(GenerationConfig()).keys() - _OF_BASE:
+        setattr(model.generation_config, name, None)
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end a text, by the generation config and by the tokenizer."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    ids = named if isinstance(named, list) else [] if named is None else [named]
+    if tokenizer.eos_token_id is not None:
+        ids = [*ids, tokenizer.eos_token_id]
+    return sorted(set(ids))
+
+
+def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
+    return next((ids[:place] for place, token in enumerate(ids) if token in ends), ids)
+
+
+def _uniforms(requests: Sequence[TextRequest], sampling: Sampling) -> Tensor:
+    """One number in [0, 1) for each request and token, (requests, max_new_tokens), float64."""
+    rows = []
+    for request in requests:
+        key = hashlib.sha256(f"{sampling.seed}:{request.index}:{request.sample}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+        rows.append(torch.rand(sampling.max_new_tokens, dtype=torch.float64, generator=generator))
+    return torch.stack(rows)
+
+
+class _FiniteScores(LogitsProcessor):
+    """Notes whether the best score of each token is a finite number; nothing waits for the device until `check`."""
+
+    def __init__(self) -> None:
+        self._sum: Any = 0.0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # A sum is finite where all its terms are, as long as it cannot overflow.
+        self._sum = scores.amax(dim=-1).sum(dtype=torch.float32) + self._sum
+        return scores
+
+    def check(self) -> None:
+        """Raise ModelError where a score was not."""
+        if not math.isfinite(float(self._sum)):
+            raise ModelError("the model's scores of the next token are not finite", hint=OVERFLOW_HINT)
+
+
+class _Draw(LogitsProcessor):
+    """Draw each row's token by inverting its distribution at its own number, so that greedy decoding picks it.
+
+    This keeps transformers' generation loop, with its caches and stops, but gives each row its own randomness.
+    """
+
+    def __init__(self, sampling: Sampling, uniforms: Tensor, prompt_length: int) -> None:
+        self._sampling = sampling
+        self._uniforms = uniforms
+        self._start = prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        goal = self._uniforms[:, input_ids.shape[1] - self._start].to(scores.device)
+        chances = (scores.float() / self._sampling.temperature).softmax(dim=-1)
+        # Sorting whole vocabularies takes longer than a small model; few rows need it.
+        width = chances.shape[1] if (self._sampling.top_k or 0) > _FIRST else min(_FIRST, chances.shape[1])
+        tokens = chances.topk(width, dim=-1).indices.sort(dim=-1).values
+        token, decided = self._invert(chances.gather(1, tokens), tokens, goal, width == chances.shape[1])
+        rest = (~decided).nonzero().squeeze(1)
+        if len(rest):
+            every = torch.arange(chances.shape[1], device=scores.device).expand(len(rest), -1)
+            token[rest], _ = self._invert(chances[rest], every, goal[rest], True)
+        return torch.full_like(scores, -torch.inf).scatter(1, token.unsqueeze(1), 0.0)
+
+    def _invert(self, chances: Tensor, tokens: Tensor, goal: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
+        """The token drawn in each row, and whether the candidates decide it; they come in the order of the vocabulary.
+
+        Args:
+            chances: of the candidates, in a softmax over the whole vocabulary.
+            goal: numbers in [0, 1).
+            whole: the candidates are the whole vocabulary.
+        """
+        # Stable: tokens of equal probability keep their order, whatever the batch.
+        ordered, order = chances.sort(dim=-1, descending=True, stable=True)
+        least = ordered[:, -1]
+        if self._sampling.top_k is not None:
+            ordered = ordered[:, : self._sampling.top_k]
+        last = ordered[:, -1]
+        if self._sampling.top_k is not None:
+            # What top_k leaves has probability 1, and top_p is a share of that.
+            ordered = ordered / ordered.sum(dim=-1, keepdim=True)
+        mass = ordered.cumsum(dim=-1)
+        # A token is kept while those before it have not reached top_p; the first always is.
+        last_kept = (mass < self._sampling.top_p).sum(dim=-1).clamp(max=mass.shape[1] - 1)
+        # Of tokens as likely as the least candidate, which are candidates was topk's choice: none may matter here.
+        edge = last if self._sampling.top_k is not None else ordered.gather(1, last_kept.unsqueeze(1)).squeeze(1)
+        decided = (edge > least) | whole
+        reach = mass.gather(1, last_kept.unsqueeze(1))
+        place = torch.searchsorted(mass, goal.to(mass).unsqueeze(1) * reach, right=True).minimum(last_kept.unsqueeze(1))
+        return tokens.gather(1, order.gather(1, place)).squeeze(1), decided

@@ -1,0 +1,499 @@
+"""Rows -> tokenised examples to train on or to score.
+
+Examples of sets larger than memory: read, tokenised and shuffled as training goes on.
+
+What the rows of a run come to, before any model is loaded: counts, lengths, and examples as the model sees them.
+
+Rows of two sides -> pairs of passages: `positive` and `negative`, each a text, or a prompt and its completion.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from braces_cli.core.attributes.directions import Pair, Passage
+from braces_cli.core.errors import DataError, near_misses
+from braces_cli.core.models.chat import encode_chat
+from braces_cli.core.models.tokenize import IGNORED, Encoded, encode
+from braces_cli.core.progress import Report, silent
+from braces_cli.data.rows import CHAT, Columns, FormatReader, Source, parts, read_rows
+
+logger = logging.getLogger("braces")
+
+# What programs write into a cell of CSV that has no value.
+_MISSING = frozenset(("NaN", "nan", "NA", "N/A", "n/a", "<NA>", "#N/A", "NULL", "null"))
+# Places of dropped rows that are named.
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a row is conditioned on: an attribute, None for neutral, and its strength s."""
+
+    attribute: str | None
+    strength: float
+    where: str
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Columns that rows carry their attribute and strength in.
+
+    Attributes:
+        strength_named: the user named the column of the strength, so that a file without it is an error.
+    """
+
+    attribute: str
+    strength: str = "strength"
+    strength_named: bool = False
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How rows become examples.
+
+    Attributes:
+        tokenizer: of the base.
+        max_length: tokens of an example that are kept.
+        fields: columns of attribute and strength; None: rows carry none.
+        columns: which columns stand for which keys; empty: keys are taken as they are.
+        streaming: fetch hub sets row by row rather than whole.
+    """
+
+    tokenizer: Any
+    max_length: int
+    fields: Fields | None = None
+    columns: Columns = field(default_factory=Columns)
+    streaming: bool = False
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row, tokenised.
+
+    Attributes:
+        tokens: what is trained on or scored; None where no token is scored, or the text is blank.
+        condition: attribute and strength, where rows carry them.
+        format: name of the row's format.
+        truncated: it was cut to the maximum length.
+        where: place of the row.
+    """
+
+    tokens: Encoded | None
+    condition: Condition | None
+    format: str = ""
+    truncated: bool = False
+    where: str = ""
+
+
+@dataclass
+class Counts:
+    """What became of the rows.
+
+    Attributes:
+        rows: rows read.
+        truncated: rows cut to the maximum length.
+        dropped: rows without a scored token, left out.
+        dropped_at: places of the first of them.
+        chat: some rows are chats, written by the tokenizer's template.
+    """
+
+    rows: int = 0
+    truncated: int = 0
+    dropped: int = 0
+    chat: bool = False
+    dropped_at: list[str] = field(default_factory=list)
+
+    def add(self, example: Example) -> None:
+        self.rows += 1
+        self.truncated += example.truncated
+        if example.tokens is None:
+            self.dropped += 1
+            if len(self.dropped_at) < _SHOWN:
+                self.dropped_at.append(example.where)
+        self.chat |= example.format == CHAT.name
+
+
+@dataclass
+class Examples(Counts):
+    """Tokenised rows and what became of the others.
+
+    Attributes:
+        items: examples with at least one scored token.
+        conditions: attribute and strength of each item, where rows carry them.
+    """
+
+    items: list[Encoded] = field(default_factory=list)
+    conditions: list[Condition] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(item.ids) for item in self.items)
+
+    def __getitem__(self, index: int) -> Example:
+        return Example(self.items[index], self.conditions[index] if self.conditions else None)
+
+
+def conditioned(rows: Iterable[Source], fields: Fields, name: str) -> Iterator[tuple[Source, Condition]]:
+    """Rows of one file or hub set, `name`, with attribute and strength.
+
+    Raises:
+        DataError: see `condition`; or no row has the column of the strength that the user named.
+    """
+    columns: dict[str, None] = {}
+    for row in rows:
+        columns.update(dict.fromkeys(map(str, row.fields)))
+        yield row, condition(row, fields)
+    if fields.strength_named and columns and fields.strength not in columns:
+        hint = near_misses(fields.strength, columns) or f"Keys found: {', '.join(columns)}."
+        raise DataError(f"no row has a strength `{fields.strength}`", where=name, hint=hint)
+
+
+def condition(row: Source, fields: Fields) -> Condition:
+    """Attribute and strength of a row: `neutral`, empty and null are strength 0, a missing strength is 1.
+
+    Raises:
+        DataError: no such column, a name that is no text, or a strength that is no finite number.
+    """
+    if fields.attribute not in row.fields:
+        hint = f"Keys found: {', '.join(map(str, row.fields))}."
+        raise DataError(f"the row has no `{fields.attribute}`", where=row.where, hint=hint)
+    name, strength = row.fields[fields.attribute], row.fields.get(fields.strength)
+    if name is not None and not isinstance(name, str):
+        raise DataError(f"`{fields.attribute}` must be a name, this is {name!r}", where=row.where, hint="Fix the row.")
+    if name is None or name.strip() in ("", "neutral"):
+        return Condition(None, 0.0, row.where)
+    try:
+        value = 1.0 if strength is None else float(strength)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise DataError(
+            f"`{fields.strength}` must be a number, this is {strength!r}", where=row.where, hint="Fix the row."
+        )
+    return Condition(name.strip(), value, row.where)
+
+
+def tokenise(rows: Iterable[Source], how: Reading, name: str = "") -> Iterator[Example]:
+    """Encode the rows of one file, each with its end token, cut to the maximum length.
+
+    Raises:
+        DataError: a row fits no format, another one than those before it, or holds what cannot be read.
+    """
+    reader = FormatReader(how.columns.content)
+    pairs = ((row, None) for row in rows) if how.fields is None else conditioned(rows, how.fields, name)
+    # The condition is read of a row that is dropped, too: a fault in it is a fault of the file.
+    for row, stands in pairs:
+        kind, fields = reader.read(row)
+        if kind is CHAT:
+            tokens = encode_chat(how.tokenizer, fields, row.where, how.max_length)
+            blank = False
+        else:
+            prompt, completion = parts(kind, fields, row.where)
+            tokens = encode(how.tokenizer, prompt, completion, end=True, max_length=how.max_length)
+            blank = not (prompt if completion is None else completion).strip()
+            if row.untyped:
+                blank |= any(part is not None and part.strip() in _MISSING for part in (prompt, completion))
+        kept = None if blank or tokens.scored == 0 else tokens
+        yield Example(kept, stands, kind.name, tokens.truncated, row.where)
+
+
+def iterate(names: Sequence[str], how: Reading) -> Iterator[Example]:
+    """Tokenised rows of several files or hub sets, one after the other, as they are read."""
+    for name in names:
+        yield from tokenise(read_rows(name, streaming=how.streaming), how, name)
+
+
+def read_examples(names: Sequence[str], how: Reading, report: Report = silent) -> Examples:
+    """Read and tokenise several files or hub sets, in the order given; rows without a scored token are dropped.
+
+    Raises:
+        DataError: a file or a row cannot be read, or no row has a scored token.
+    """
+    found = collect(iterate(names, how), report)
+    check_some(names, len(found.items), found.rows)
+    log_counts(found, how.max_length)
+    return found
+
+
+def collect(examples: Iterable[Example], report: Report = silent) -> Examples:
+    """Those with a scored token, in memory, and counts of all."""
+    found = Examples()
+    for example in examples:
+        found.add(example)
+        if example.tokens is not None:
+            found.items.append(example.tokens)
+            if example.condition is not None:
+                found.conditions.append(example.condition)
+        if found.rows % 256 == 0:
+            report("reading", found.rows, None)
+    report("reading", found.rows, found.rows)
+    return found
+
+
+def check_some(names: Sequence[str], kept: int, rows: int) -> None:
+    """Raise a DataError where no row is left."""
+    if not kept:
+        hint = "Are the texts empty, or prompts longer than --max-length?"
+        raise DataError(f"no row has a token to score ({rows} read)", where=", ".join(names), hint=hint)
+
+
+def log_counts(counts: Counts, max_length: int) -> None:
+    """Log what was cut and what was left out."""
+    if counts.truncated:
+        logger.info("%d of %d rows were cut to %d tokens (--max-length)", counts.truncated, counts.rows, max_length)
+    if counts.dropped:
+        first = ", ".join(counts.dropped_at) + (", ..." if counts.dropped > len(counts.dropped_at) else "")
+        logger.info("%d of %d rows have no text to score and were left out: %s", counts.dropped, counts.rows, first)
+
+
+# Examples that wait to be drawn from: all the memory that a stream takes.
+BUFFER = 4096
+# Examples that are looked at before training starts.
+HEAD = 256
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Endless passes over the rows, each through a shuffle buffer; None fills the last global batch of a pass.
+
+    The order is a function of seed and global batch only. Nothing but the buffer is kept in memory. The shuffle is not
+    that of `datasets`: it would pickle the tokenizer to fingerprint the generator, and import datasets for plain files.
+
+    Args:
+        names: files or hub sets.
+        how: how rows become examples.
+        seed: of the shuffling.
+        global_batch: examples of an optimizer step, over all processes.
+
+    Attributes:
+        counts: of all passes up to now, rows read ahead included.
+        passes: passes that have been finished.
+        conditions: each attribute that rows name, with the first that does.
+        items: tokens of the first examples, in the order of the files.
+        chat: some of these are chats.
+
+    Raises:
+        DataError: a row cannot be read, here or later, or none has a scored token.
+    """
+
+    def __init__(self, names: Sequence[str], how: Reading, seed: int, global_batch: int) -> None:
+        self._names, self._how, self._seed, self._global_batch = names, how, seed, global_batch
+        self.counts = Counts()
+        self.passes = 0
+        counts = Counts()
+        self.items = [example.tokens for example in islice(self._kept(counts), HEAD) if example.tokens is not None]
+        check_some(names, len(self.items), counts.rows)
+        self.chat = counts.chat
+        self.conditions = self._conditions()
+
+    @property
+    def rows(self) -> int:
+        return self.counts.rows
+
+    @property
+    def truncated(self) -> int:
+        return self.counts.truncated
+
+    @property
+    def dropped(self) -> int:
+        return self.counts.dropped
+
+    def __iter__(self) -> Iterator[Example | None]:
+        self.counts, self.passes = Counts(), 0
+        for epoch in count():
+            yield from self._pass(epoch)
+            self.passes += 1
+
+    def _pass(self, epoch: int) -> Iterator[Example | None]:
+        draw = random.Random(f"{self._seed} {epoch}")
+        buffer: list[Example] = []
+        drawn = 0
+        for example in self._kept(self.counts):
+            drawn += 1
+            if len(buffer) < BUFFER:
+                buffer.append(example)
+                continue
+            place = draw.randrange(BUFFER)
+            example, buffer[place] = buffer[place], example
+            yield example
+        check_some(self._names, drawn, self.counts.rows)
+        draw.shuffle(buffer)
+        yield from buffer
+        yield from [None] * (-drawn % self._global_batch)
+
+    def _kept(self, counts: Counts) -> Iterator[Example]:
+        for example in iterate(self._names, self._how):
+            counts.add(example)
+            if example.tokens is not None:
+                yield example
+
+    def _conditions(self) -> list[Condition]:
+        """One pass over the rows that tokenises nothing: which attributes there are must be known before training."""
+        fields = self._how.fields
+        if fields is None:
+            return []
+        named: dict[str | None, Condition] = {}
+        for name in self._names:
+            rows = read_rows(name, streaming=self._how.streaming)
+            for _, found in conditioned(rows, fields, name):
+                named.setdefault(found.attribute, found)
+        return list(named.values())
+
+
+BARS = 10
+SHOWN = 2
+# Tokens of a shown example: what follows is left out.
+SHOWN_TOKENS = 512
+
+
+def check_rows(names: Sequence[str], how: Reading, report: Report = silent) -> dict[str, Any]:
+    """Read and tokenise all rows, one at a time.
+
+    Returns:
+        `rows, examples, truncated, dropped, tokens, scored_tokens, max_length, lengths: {least, median, mean, most},
+        histogram: [{from, to, examples}], formats: {name: rows}, attributes: {name: rows}, shown: [{where, parts:
+        [{text, scored}]}], strengths: {attribute: {least, mean, most}}, dropped_at: [where]`.
+
+    Raises:
+        DataError: a row cannot be read, or none has a scored token.
+    """
+    counts, formats, attributes = Counts(), Counter[str](), Counter[str]()
+    strengths: dict[str, Counter[float]] = {}
+    lengths = Counter[int]()
+    scored = 0
+    shown: list[dict[str, Any]] = []
+    for example in iterate(names, how):
+        counts.add(example)
+        formats[example.format] += 1
+        if example.condition is not None:
+            name = example.condition.attribute or "neutral"
+            attributes[name] += 1
+            strengths.setdefault(name, Counter())[example.condition.strength] += 1
+        if counts.rows % 256 == 0:
+            report("reading", counts.rows, None)
+        if example.tokens is None:
+            continue
+        lengths[len(example.tokens.ids)] += 1
+        scored += example.tokens.scored
+        if len(shown) < SHOWN:
+            shown.append({"where": example.where, "parts": decode_parts(how.tokenizer, example.tokens)})
+    report("reading", counts.rows, counts.rows)
+    examples, tokens = lengths.total(), sum(length * count for length, count in lengths.items())
+    check_some(names, examples, counts.rows)
+    return {
+        "rows": counts.rows,
+        "examples": examples,
+        "truncated": counts.truncated,
+        "dropped": counts.dropped,
+        "tokens": tokens,
+        "scored_tokens": scored,
+        "max_length": how.max_length,
+        "lengths": {"least": min(lengths), "median": _median(lengths), "mean": tokens / examples, "most": max(lengths)},
+        "histogram": _histogram(lengths),
+        "formats": dict(formats),
+        "attributes": dict(attributes),
+        "shown": shown,
+        "strengths": {
+            name: {
+                "least": min(values),
+                "mean": sum(s * n for s, n in values.items()) / attributes[name],
+                "most": max(values),
+            }
+            for name, values in strengths.items()
+        },
+        "dropped_at": counts.dropped_at,
+    }
+
+
+def decode_parts(tokenizer: Any, tokens: Encoded) -> list[dict[str, Any]]:
+    """The text of an example in stretches that are scored or not, special tokens written out."""
+    ids = tokens.ids[:SHOWN_TOKENS]
+    # The first token of a sequence is never scored, whatever its label.
+    flags = [False, *(label != IGNORED for label in tokens.labels[1 : len(ids)])]
+    starts = [index for index in range(len(ids)) if index == 0 or flags[index] != flags[index - 1]]
+    parts = []
+    for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+        # As it reads behind what stands before it: decoded alone, some tokenizers drop a space in front.
+        before, whole = _decode(tokenizer, ids[:start]), _decode(tokenizer, ids[:end])
+        text = whole[len(before) :] if whole.startswith(before) else _decode(tokenizer, ids[start:end])
+        parts.append({"text": text, "scored": flags[start]})
+    if len(tokens.ids) > len(ids):
+        parts.append({"text": f" ... ({len(tokens.ids) - len(ids)} more tokens)", "scored": False})
+    return parts
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) if ids else ""
+    return text
+
+
+def _median(lengths: Counter[int]) -> int:
+    half, seen = (lengths.total() + 1) // 2, 0
+    for length in sorted(lengths):
+        seen += lengths[length]
+        if seen >= half:
+            return length
+    raise AssertionError("no lengths")
+
+
+def _histogram(lengths: Counter[int]) -> list[dict[str, int]]:
+    """At most ten bars of equal width, from the shortest example to the longest."""
+    least, most = min(lengths), max(lengths)
+    width = -(-(most - least + 1) // BARS)
+    return [
+        {
+            "from": start,
+            "to": start + width - 1,
+            "examples": sum(lengths[length] for length in range(start, start + width)),
+        }
+        for start in range(least, most + 1, width)
+    ]
+
+
+_SIDES = ("positive", "negative")
+_HINT = (
+    'A row is {"positive": ..., "negative": ...}: texts, completions of a `prompt` beside them, or objects of `prompt` '
+    "and `completion`."
+)
+
+
+def read_pairs(path: Path) -> dict[str | None, list[Pair]]:
+    """Pairs of a data file, by the `attribute` that their rows name; None holds those of rows that name none.
+
+    A `prompt` in the row belongs to both sides, which are then its completions.
+
+    Raises:
+        DataError: as `read_rows`, or a row without two sides that differ.
+    """
+    found: dict[str | None, list[Pair]] = {}
+    for row in read_rows(str(path)):
+        name = row.fields.get("attribute") or None
+        if name is not None and not isinstance(name, str):
+            raise DataError("`attribute` is no text", where=row.where, hint="It is the name of an attribute.")
+        sides = [_passage(row, side) for side in _SIDES]
+        if sides[0] == sides[1]:
+            raise DataError("both sides are the same", where=row.where, hint="They should differ in the attribute.")
+        found.setdefault(name, []).append(Pair(*sides))
+    return found
+
+
+def _passage(row: Source, side: str) -> Passage:
+    value: Any = row.fields.get(side)
+    prompt: Any = row.fields.get("prompt") or ""
+    if isinstance(value, dict):
+        prompt, value = value.get("prompt", ""), value.get("completion")
+    if not isinstance(value, str) or not isinstance(prompt, str):
+        raise DataError(f"no text in `{side}`", where=row.where, hint=_HINT)
+    if not value.strip():
+        raise DataError(f"`{side}` is blank", where=row.where, hint=_HINT)
+    return Passage(value, prompt)

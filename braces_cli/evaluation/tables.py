@@ -1,0 +1,247 @@
+"""An evaluation as rows of a table, as a Markdown page that says how to repeat it, and as a plot.
+
+The picture of a sweep: the share of texts with the attribute, and their perplexity, at each strength.
+
+With baselines a third panel holds share against perplexity, a curve a method: at equal perplexity the outer one is
+ahead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from braces_cli.core.markdown import text
+from braces_cli.core.render import figure, percent_ticks, plain_label, plain_ticks, save_figure
+from braces_cli.evaluation.statistics import significance_label
+from braces_cli.evaluation.sweep import BRACES_METHOD
+
+_HASH = 12
+# Heading of `pair_table`.
+PAIRS = "adapters among themselves"
+# Heading of `slope_table`.
+SLOPES = "slope over the strength s, mean over documents"
+
+
+def main_table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows: for each metric a row a system, with its change against the first one."""
+    systems = result["systems"]
+    compared = {(c["task"], c["metric"], c["to"]): c for c in result["comparisons"] if c["from"] == systems[0]["name"]}
+    columns = ["task", "metric", "n", "system", "value ± error"]
+    if len(systems) > 1:
+        columns += ["change", "p (Holm)", ""]
+    rows: list[list[Any]] = []
+    for task, metrics in systems[0]["results"].items():
+        for metric in metrics:
+            for system in systems:
+                entry = system["results"][task][metric]
+                row = [task, metric, entry["n"], system["name"], _with_error(entry)]
+                if len(systems) > 1:
+                    comparison = compared.get((task, metric, system["name"]))
+                    row += _change(comparison) if comparison else ["", None, ""]
+                rows.append(row)
+    return columns, rows
+
+
+def pair_table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """The comparisons without the first system: adapters among themselves, and each with itself steered."""
+    first = result["systems"][0]["name"]
+    columns = ["task", "metric", "from", "to", "change", "p (Holm)", ""]
+    rows = [
+        [c["task"], c["metric"], c["from"], c["to"], *_change(c)] for c in result["comparisons"] if c["from"] != first
+    ]
+    return columns, rows
+
+
+def slope_table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """What a unit of s adds to each metric; no rows where nothing is steered."""
+    rows = []
+    for each in result.get("slopes", ()):
+        low, high = each["slope_interval"] or (math.nan, math.nan)
+        about = [each["task"], each["metric"], each["system"], each["attribute"]]
+        rows.append([*about, each["slope"], f"{low:.2g} to {high:.2g}", each["negative"], each["n"]])
+    return ["task", "metric", "system", "attribute", "slope", "95 %", "share falling", "n"], rows
+
+
+def facts(result: dict[str, Any]) -> dict[str, str]:
+    """What is needed to repeat the run: name -> value."""
+    settings, systems = result["settings"], result["systems"]
+    versions = settings["versions"]
+    known: dict[str, Any] = {
+        "model": systems[0]["model"],
+        "revision": settings["revision"],
+        "value matrices": _short(settings["fingerprint"]),
+        "dtype": settings["dtype"],
+        "quantize": settings["quantize"],
+    }
+    for system in systems:
+        if system["adapter"] is not None and not system["attributes"]:
+            known[f"adapter {system['name']}"] = f"{system['adapter']} ({system['method']}, {_short(system['sha256'])})"
+    known["steered by"] = ", ".join(settings.get("attributes", ()))
+    template = settings["tokenizer"]["chat_template"] if settings["apply_chat_template"] else None
+    known |= {
+        "chat template": _short(template) if template else "not applied",
+        "limit": "all documents" if settings["limit"] is None else f"{settings['limit']} documents of each task",
+        "few-shot examples": ", ".join(f"{task} {count}" for task, count in settings["num_fewshot_used"].items()),
+        "task versions": ", ".join(f"{task} {number}" for task, number in settings["task_versions"].items()),
+        "task data": ", ".join(f"{task} {_short(digest)}" for task, digest in settings["task_data_sha256"].items()),
+        "seeds": ", ".join(f"{name} {number}" for name, number in settings["seeds"].items()),
+        "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
+    }
+    return {name: str(value) for name, value in known.items() if value not in (None, "")}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The page `results.md`."""
+    lines = ["# Evaluation", "", *(f"- {text(name)}: {text(value)}" for name, value in facts(result).items()), ""]
+    lines += _markdown_table(*main_table(result))
+    level = result["settings"]["significance_level"]
+    if result["comparisons"]:
+        lines += [
+            "",
+            f"Value ± standard error. Exact McNemar test where a document scores 0 or 1, else paired bootstrap; p is"
+            f" corrected for the number of tasks (Holm), significant below {level:g}.",
+        ]
+    columns, rows = pair_table(result)
+    if rows:
+        lines += ["", f"## {PAIRS.capitalize()}", "", *_markdown_table(columns, rows)]
+    columns, rows = slope_table(result)
+    if rows:
+        lines += ["", f"## {SLOPES.capitalize()}", "", *_markdown_table(columns, rows)]
+    if result.get("fail_under"):
+        lines += ["", "## Thresholds", "", *(f"- {text(threshold_line(row))}" for row in result["fail_under"])]
+    return "\n".join(lines) + "\n"
+
+
+def threshold_line(row: dict[str, Any]) -> str:
+    """One line that says whether a threshold is reached."""
+    got = "was not measured" if row["value"] is None else f"is {row['value']:.4g}"
+    reached = "reached" if row["reached"] else "not reached"
+    return f"{row['system']}: {row['task']} {row['metric']} {got}, {row['threshold']:.4g} {reached}"
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Write a picture: a panel a metric, a point a system with 1.96 standard errors."""
+    from braces_cli.core.render import figure, plain_label, save_figure
+
+    systems = result["systems"]
+    panels = [(task, metric) for task, metrics in systems[0]["results"].items() for metric in metrics]
+    across = min(4, len(panels))
+    down = -(-len(panels) // across)
+    drawn = figure(3.0 * across, 0.9 * down + 0.35 * down * len(systems))
+    for place, (task, metric) in enumerate(panels):
+        axes = drawn.add_subplot(down, across, place + 1)
+        for row, system in enumerate(systems):
+            entry = system["results"][task][metric]
+            if entry["value"] is None or not math.isfinite(entry["value"]):
+                continue
+            error = entry["stderr"]
+            reach = 1.96 * error if error is not None and math.isfinite(error) else 0.0
+            axes.errorbar(entry["value"], row, xerr=reach, fmt="o", color=f"C{row}", capsize=3)
+        axes.set_yticks(range(len(systems)), [plain_label(system["name"]) for system in systems])
+        axes.set_ylim(len(systems) - 0.5, -0.5)
+        axes.set_title(plain_label(f"{task}, {metric}"), fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.grid(axis="x", alpha=0.3)
+    save_figure(drawn, path)
+
+
+def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    def line(cells: Sequence[Any]) -> str:
+        shown = ["-" if c is None else f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells]
+        return "| " + " | ".join(map(text, shown)) + " |"
+
+    return [line(columns), "|" + " --- |" * len(columns), *map(line, rows)]
+
+
+def _change(compared: dict[str, Any]) -> list[Any]:
+    # What is not finite is null in a result that was read back.
+    difference = compared["difference"]
+    shown = None if difference is None else f"{difference:+.4g}"
+    return [shown, compared["p_holm"], significance_label(compared)]
+
+
+def _with_error(entry: dict[str, Any]) -> str:
+    value, error = entry["value"], entry["stderr"]
+    if value is None:
+        return "not finite"
+    return f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
+
+
+def _short(hashed: str | None) -> str | None:
+    return None if hashed is None else hashed[:_HASH]
+
+
+def plot_sweep(document: dict[str, Any], path: Path) -> None:
+    """Draw a document of `braces steer --sweep` as PNG."""
+    points = sorted(document["points"], key=lambda point: point["s"])
+    baselines = document.get("baselines", [])
+    drawn = figure(15 if baselines else 10, 4.6)
+    base = Path(document["model"]).name
+    texts = document["prompts"] * document["samples"]
+    drawn.suptitle(plain_label(f"Steering {base} along {document['attribute']}: {texts} texts at each strength"))
+    score, price, *both = drawn.subplots(1, 3 if baselines else 2)
+    _line(score, points, "attribute_score")
+    score.set_title(
+        plain_label(f"Texts that are {document['label']}, according to {document['scorer']}"), fontsize="medium"
+    )
+    score.set_ylabel("share of texts")
+    score.set_ylim(-0.02, 1.02)
+    percent_ticks(score.yaxis)
+    _line(price, points, "perplexity")
+    price.set_yscale("log")
+    plain_ticks(price.yaxis)
+    price.set_title(
+        plain_label(f"Perplexity under {document['reference_model'] or 'the unsteered model'}"), fontsize="medium"
+    )
+    price.set_ylabel("perplexity (log scale)")
+    for axes, name in ((score, "attribute_score"), (price, "perplexity")):
+        axes.set_xlabel("strength s")
+        axes.axhline(document["unsteered"][name], color="gray", linestyle=":", label="without steering")
+        if document["chosen"] is not None:
+            chosen = document["chosen"]["s"]
+            axes.axvline(chosen, color="gray", linestyle="--", label=f"suggested strength, s = {chosen:g}")
+        axes.grid(alpha=0.3)
+    if baselines:
+        _compare(both[0], document, points)
+    # One legend, below: both panels show the same four things, and inside it would hide points.
+    drawn.legend(*price.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    save_figure(drawn, path)
+
+
+def _line(axes: Any, points: list[dict[str, Any]], name: str) -> None:
+    """A value at each strength, with its interval as an error bar."""
+    axes.plot([point["s"] for point in points], [point[name] for point in points], marker="o", label="measured")
+    known = [(point["s"], point[name], *point[f"{name}_interval"]) for point in points if point[f"{name}_interval"]]
+    if known:
+        strengths, middles, lows, highs = zip(*known, strict=True)
+        # Rounding may put an end of the interval on the wrong side of the value by an ulp, which matplotlib refuses.
+        below = [max(0.0, middle - low) for middle, low in zip(middles, lows, strict=True)]
+        above = [max(0.0, high - middle) for middle, high in zip(middles, highs, strict=True)]
+        axes.errorbar(
+            strengths, middles, yerr=[below, above], fmt="none", ecolor="tab:blue", capsize=4, label="95 % interval"
+        )
+
+
+def _compare(axes: Any, document: dict[str, Any], points: list[dict[str, Any]]) -> None:
+    """Share against perplexity of every method, each joined in the order of s through the unsteered point."""
+    unsteered = {**document["unsteered"], "s": 0.0}
+    for name, of_method in (
+        (BRACES_METHOD, points),
+        *((each["method"], each["points"]) for each in document["baselines"]),
+    ):
+        curve = sorted([*(each for each in of_method if each["s"] != 0), unsteered], key=lambda each: each["s"])
+        places = [each["perplexity"] for each in curve], [each["attribute_score"] for each in curve]
+        axes.plot(*places, marker="o", label=name)
+    limit = 1.5 * unsteered["perplexity"]
+    axes.axvline(limit, color="gray", linestyle=":", label="1.5 times the unsteered perplexity")
+    axes.set_xscale("log")
+    plain_ticks(axes.xaxis)
+    percent_ticks(axes.yaxis)
+    axes.set_xlabel("perplexity (log scale)")
+    axes.set_ylabel("share of texts")
+    axes.set_title("Share against perplexity", fontsize="medium")
+    axes.legend(fontsize="small", frameon=False)
+    axes.grid(alpha=0.3)
