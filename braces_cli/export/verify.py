@@ -220,7 +220,7 @@ def verify_export(folder: Path, expected: Reference, loading: Loading = _MERGED)
 
 
 def _ask(folder: Path, expected: Reference, loading: Loading) -> tuple[dict[str, Any], Tensor]:
-    """What `verification_process` says of the checkpoint, and its logits."""
+    """What `verify_process` says of the checkpoint, and its logits."""
     from safetensors import safe_open
 
     with scratch_folder() as work:
@@ -233,7 +233,7 @@ def _ask(folder: Path, expected: Reference, loading: Loading) -> tuple[dict[str,
             "loras": [(str(path), scale) for path, scale in loading.loras],
         }
         request.write_text(json.dumps(question), encoding="utf-8")
-        program = Path(__file__).with_name("verification_process.py")
+        program = Path(__file__).with_name("verify_process.py")
         # -I: neither the working directory nor PYTHONPATH is looked into for modules.
         call = [sys.executable, "-I", str(program), str(folder), str(request), str(answer)]
         env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}

@@ -1,6 +1,6 @@
 """Logits of a checkpoint by plain transformers, with LoRA files by peft, in a process where braces cannot be imported.
 
-    python -I verification_process.py FOLDER REQUEST ANSWER
+    python -I verify_process.py FOLDER REQUEST ANSWER
 
 REQUEST is JSON, `{texts, ids, device, code, loras}`; ANSWER becomes a safetensors file of the logits of `ids`, its
 header saying what loading the checkpoint reported and how its tokenizer reads the texts. Nothing here imports
