@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import random
 import shutil
 import tempfile
 
@@ -17,15 +16,22 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ["TQDM_DISABLE"] = "1"
 # Of the processes that tests start, too: two of them with a thread for each core wait for each other most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Of the property tests; set before the processes of pytest-xdist start, so that they have the same one.
-os.environ.setdefault("BRACES_FUZZ_SEED", str(random.SystemRandom().randrange(2**31)))
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+
+# Property tests: `--hypothesis-profile thorough` before a release. No table of examples in the checkout.
+for _profile, _examples in (("fast", 8), ("thorough", 2000)):
+    hypothesis.settings.register_profile(
+        _profile, max_examples=_examples, deadline=None, database=None, print_blob=True,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )  # fmt: skip
+hypothesis.settings.load_profile("fast")
 
 # Tiny matrices: a second thread costs more than it brings.
 torch.set_num_threads(1)
@@ -134,13 +140,6 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     from braces_cli.core.models.load import pick_device
 
     return pick_device(request.config.getoption("--device"))
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print the seed of the property tests, where any has run."""
-    reports = [each for reports in terminalreporter.stats.values() for each in reports]
-    if any(getattr(each, "nodeid", "").startswith("tests/fuzz/") for each in reports):
-        terminalreporter.write_line(f"seed of tests/fuzz: BRACES_FUZZ_SEED={os.environ['BRACES_FUZZ_SEED']}")
 
 
 @pytest.fixture(scope="session")

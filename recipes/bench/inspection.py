@@ -1,9 +1,9 @@
-"""Mapping value vectors onto a vocabulary against a plain matrix product, and against one vector at a time.
+"""A vocabulary map of value vectors against a plain matrix product, and against one vector at a time.
 
 python recipes/bench/inspection.py [--device cuda] [--threads 2]
 
-map_vs_gemm   rate of a map over that of a plain product of the same dtype, in flops a second
-map_vs_loop   rate of a map over that of LM head, norm and topk for one vector after another
+map_vs_gemm   flops per second of a map / those of a plain product of the same dtype
+map_vs_loop   the same / those of LM head, norm and topk for single vectors
 """
 
 from __future__ import annotations
@@ -12,43 +12,30 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from _bench import interleave, medians, parse, ratio, report, synchroniser
+from common import can_measure_memory, interleave, medians, parse, peak, qwen2, ratio, report, reset_peak, synchroniser
 
 REPEATS = 7
 VECTORS, WIDTH, VOCABULARY, TOP_K = 2048, 1536, 151_936, 10
 QUICK = (64, 64, 1000, 10)
-# Of the plain product in one measurement: a share of the map's, for the whole would take as long again.
+# Tokens of the plain product: a part of the map's, to save time.
 GEMM_TOKENS = 4096
 LOOP = 4
 DTYPES = ("float32", "bfloat16")
 
 
 def head(args: argparse.Namespace, dtype: str) -> Any:
-    """A model of one layer whose norm and head have the shapes wanted, and the vectors to map."""
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
+    """Build a model of one layer with the shapes of norm, head and value vectors."""
     vectors, width, vocabulary, _ = QUICK if args.quick else (VECTORS, WIDTH, VOCABULARY, TOP_K)
-    rope = {"rope_type": "default", "rope_theta": 1e6}
-    config = Qwen2Config(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=vectors, num_hidden_layers=1,
-        num_attention_heads=width // 64, num_key_value_heads=1, tie_word_embeddings=True, rope_parameters=rope,
-    )  # fmt: skip
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, dtype))
-    torch.manual_seed(0)
-    try:
-        with torch.device(args.device):
-            return Qwen2ForCausalLM(config).requires_grad_(False).eval()
-    finally:
-        torch.set_default_dtype(before)
+    return qwen2(
+        dtype, args.device, vocab_size=vocabulary, hidden_size=width, intermediate_size=vectors, num_hidden_layers=1,
+        num_attention_heads=width // 64, num_key_value_heads=1,
+    ).eval()  # fmt: skip
 
 
 def rates(args: argparse.Namespace, model: Any, part: int) -> tuple[dict[str, Callable[[], float]], float | None]:
-    """Measurements of flops a second, and the bytes that a map of all vectors takes at its peak above the model."""
+    """Return measurements of flops per second, and the peak bytes of a map of all vectors above the model."""
     import torch
 
     from braces_cli.core.models.ffn import find_ffns
@@ -72,7 +59,7 @@ def rates(args: argparse.Namespace, model: Any, part: int) -> tuple[dict[str, Ca
 
     hidden = torch.randn(len(matrix), width, device=weight.device).to(weight.dtype)
     rows = min(GEMM_TOKENS, vocabulary)
-    # bfloat16 may be eight times slower than float32 on a CPU without instructions for it: fewer rows tell as much.
+    # bfloat16 can be eight times slower than float32 on a CPU, so fewer rows are multiplied.
     gemm_rows = rows // 4 if args.device == "cpu" and weight.dtype == torch.bfloat16 else rows
     block = weight[:gemm_rows].clone()
     some = matrix[:part]
@@ -81,36 +68,17 @@ def rates(args: argparse.Namespace, model: Any, part: int) -> tuple[dict[str, Ca
         for vector in matrix[:LOOP]:
             lens(vector[None]).topk(k)
 
-    with torch.no_grad():
-        taken = peak_above(lambda: lens.best(matrix, k), args.device)
+    taken = None
+    if can_measure_memory(args.device):
+        before = reset_peak(args.device)
+        with torch.no_grad():
+            lens.best(matrix, k)
+        taken = float(peak(args.device) - before)
     return {
         "map": rate(lambda: lens.best(some, k), len(some), vocabulary),
         "gemm": rate(lambda: hidden @ block.mT, len(hidden), len(block)),
         "loop": rate(loop, LOOP, vocabulary),
     }, taken
-
-
-def peak_above(work: Callable[[], object], device: str) -> float | None:
-    """Bytes at the peak of `work` above what there was before; None where the system cannot tell."""
-    if device.startswith("cuda"):
-        import torch
-
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return float(torch.cuda.max_memory_allocated() - before)
-    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    if not reset.exists():
-        return None
-
-    def kibibytes(name: str) -> float:
-        lines = status.read_text(encoding="utf-8").splitlines()
-        return float(next(line for line in lines if line.startswith(name)).split()[1])
-
-    reset.write_text("5", encoding="utf-8")  # from here on VmHWM counts anew
-    before = kibibytes("VmRSS")
-    work()
-    return 1024 * (kibibytes("VmHWM") - before)
 
 
 def main() -> None:
@@ -121,7 +89,7 @@ def main() -> None:
     figures: dict[str, dict[str, list[float]]] = {}
     memory = {}
     with torch.no_grad():
-        # One after the other: two such heads at once would only fill the memory. Each ratio is within one of them.
+        # One dtype after the other, to save memory. Each ratio is within one dtype.
         for dtype in DTYPES:
             model = head(args, dtype)
             measurements, memory[dtype] = rates(args, model, part)

@@ -1,5 +1,5 @@
-"""How long `braces ... --help` takes as a whole process, against a process that only imports typer and rich; and
-`braces train --check` and `--dry-run`, which need no weights, against one that only loads the tokenizer.
+"""Duration of `braces ... --help` against a process that only imports typer and rich; and of `braces train --check` and
+`--dry-run`, which need no weights, against a process that only loads the tokenizer.
 
 python recipes/bench/startup.py
 """
@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from _bench import interleave, medians, parse, ratio, report, timed
+from common import interleave, medians, parse, ratio, report, timed
 
 REPEATS = 15
 COMMANDS = ("", "train", "eval", "attr-build", "steer", "inspect")
@@ -23,19 +23,19 @@ TOKENIZER_TARGET = 1.5
 
 
 def process(*argv: str) -> Callable[[], None]:
-    """Run Python with `argv`, from start to exit."""
+    """Return a run of Python with `argv`, from start to exit."""
 
     def work() -> None:
         done = subprocess.run([sys.executable, *argv], capture_output=True, text=True)
         if done.returncode:
-            # A process that fails early would look fast.
+            # A process that fails early would seem fast.
             sys.exit(f"python {' '.join(argv)}: exit code {done.returncode}\n{done.stderr}")
 
     return work
 
 
 def without_weights(folder: Path) -> dict[str, Callable[[], None]]:
-    """What reads rows or plans a run of the embedded model, and loading its tokenizer alone."""
+    """Return runs that check rows, plan a training run, and load the tokenizer of the embedded model."""
     from braces_cli.core.models.embedded import embedded_folder
 
     rows = folder / "rows.jsonl"
@@ -54,7 +54,7 @@ def main() -> None:
     programs = {"import": process("-c", BASE)}
     for command in COMMANDS:
         programs[f"braces {command}".strip()] = process("-m", "braces_cli", *([command] if command else []), "--help")
-    # The first round also writes the byte code.
+    # The first round writes the byte code.
     warmup = 0 if args.quick else 2
     times = interleave({name: timed(work) for name, work in programs.items()}, args.repeats, args.seconds, warmup)
     with tempfile.TemporaryDirectory(prefix="braces-bench-") as folder:

@@ -1,13 +1,13 @@
-"""Tokens a second while steering: against the same adapter unsteered, and against one vector a layer by a plain hook.
+"""Tokens per second of steered generation: against the same adapter unsteered, and against a plain hook on each layer.
 
 python recipes/bench/steering.py [--device cuda] [--dtype bfloat16]
 
-steered_vs_unsteered          adapter with one attribute over the same adapter with none
-steered_vs_unsteered_five     the same with five attributes at once
-steered_vs_control_vector     adapter with one attribute over the bare model with a vector added behind every layer
-untrained_vs_control_vector   steering without training over the same: both only add vectors to a bare model
-mixed_vs_uniform              seconds of a batch in which each row has attributes of its own (four in all, at nine
-                              strengths) over those of a batch that is steered alike, setting them up included
+steered_vs_unsteered          adapter with one attribute / the same adapter without
+steered_vs_unsteered_five     the same with five attributes
+steered_vs_control_vector     adapter with one attribute / bare model with a vector added after every layer
+untrained_vs_control_vector   one attribute without an adapter / the same: both add vectors to a bare model
+mixed_vs_uniform              seconds of a batch with different attributes per row (four attributes, nine strengths) /
+                              those of a batch with the same attribute in every row, setup included
 mixed_vs_uniform_untrained    the same without an adapter
 """
 
@@ -16,23 +16,23 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
 from typing import Any
 
-from _bench import build_model, interleave, medians, parse, ratio, report, synchroniser, timed, twin
-
-from braces_cli.training.settings import DEFAULT_RANK
+from common import interleave, medians, parse, ratio, report, sharing_weights, synchroniser, timed
+from forward import attached
 
 LAYERS, REPEATS = 4, 21
 PROMPT = 32
-# Generated in one measurement.
+# New tokens per measurement.
 TOKENS = 16
 ATTRIBUTES = 5
-# Rows of a batch that is steered row by row.
+# Rows of a batch with different attributes.
 ROWS = 64
 
 
 def attributes(model: Any) -> list[Any]:
-    """Attributes with random states: what steering costs does not depend on them."""
+    """Return attributes with random states; the cost of steering does not depend on the states."""
     import torch
 
     from braces_cli.core.attributes.vector import Attribute
@@ -51,43 +51,44 @@ def attributes(model: Any) -> list[Any]:
     return [one(f"attribute {k}") for k in range(ATTRIBUTES)]
 
 
-def steered_models(base: Any, stack: ExitStack) -> dict[str, Any]:
-    """Twins of `base`, each steered in another way until `stack` is closed."""
+def session_of(base: Any, name: str, rank: int | None) -> Any:
+    """Open a session on a copy of `base`, with an adapter if `rank` is not None."""
     from braces_cli.core.adapter.model import Session
-    from braces_cli.core.attributes.hooks import steered
     from braces_cli.core.models.ffn import find_ffns
     from braces_cli.core.models.load import Base
+
+    model = sharing_weights(base)
+    session = Session(Base(model, None, name, None, None), find_ffns(model))
+    if rank is not None:
+        session.adapter = attached(model, rank)
+    return session
+
+
+def steered_models(base: Any, rank: int, stack: ExitStack) -> dict[str, Any]:
+    """Return copies of `base`, each steered in another way until `stack` is closed."""
+    from braces_cli.core.attributes.hooks import steered
 
     known = attributes(base)
     models: dict[str, Any] = {}
     for name, count, trained in (("unsteered", 0, True), ("one", 1, True), ("five", 5, True), ("untrained", 1, False)):
-        model = twin(base)
-        session = Session(Base(model, None, name, None, None), find_ffns(model))
-        if trained:
-            session.adapter = adapter_on(model)
+        session = session_of(base, name, rank if trained else None)
         stack.enter_context(steered(session, [(attribute, 1.0) for attribute in known[:count]]))
-        models[name] = model
-    models["control vector"] = with_hooks(twin(base))
+        models[name] = session.base.model
+    models["control vector"] = with_hooks(sharing_weights(base))
     return models
 
 
-def batch_works(base: Any, prompt: Any, tokens: int) -> dict[str, Callable[[], None]]:
-    """Generation of a batch, steered alike or row by row, with an adapter and without one."""
-    from braces_cli.core.adapter.model import Session
+def batch_works(base: Any, rank: int, prompt: Any, tokens: int) -> dict[str, Callable[[], None]]:
+    """Return the generation of a batch with the same or different attributes per row, with and without adapter."""
     from braces_cli.core.attributes.hooks import steered, terms_of_rows
-    from braces_cli.core.models.ffn import find_ffns
-    from braces_cli.core.models.load import Base
 
     known = {attribute.name: attribute for attribute in attributes(base)[:4]}
     names, count = list(known), prompt.shape[0]
     mixed = [{names[row % 4]: row % 9 - 4.0} for row in range(count)]
     works = {}
     for kind in ("trained", "untrained"):
-        model = twin(base)
-        session = Session(Base(model, None, kind, None, None), find_ffns(model))
-        if kind == "trained":
-            session.adapter = adapter_on(model)
-        run = generation(model, prompt, tokens)
+        session = session_of(base, kind, rank if kind == "trained" else None)
+        run = generation(session.base.model, prompt, tokens)
         for name, rows in (("uniform", [{names[0]: 2.0}] * count), ("mixed", mixed)):
 
             def work(session: Any = session, rows: Any = rows, run: Any = run) -> None:
@@ -98,22 +99,8 @@ def batch_works(base: Any, prompt: Any, tokens: int) -> dict[str, Callable[[], N
     return works
 
 
-def adapter_on(model: Any) -> Any:
-    """An adapter as it is after loading: frozen, gates half open, its factors computed."""
-    import torch
-
-    from braces_cli.core.adapter.model import attach
-
-    adapter = attach(model, DEFAULT_RANK)
-    for _, adapter_layer in adapter.adapted_ffns:
-        torch.nn.init.constant_(adapter_layer.gate, 0.5)
-        adapter_layer.requires_grad_(False)
-    adapter.tensors()
-    return adapter
-
-
 def with_hooks(model: Any) -> Any:
-    """`model` with a plain hook on every layer that adds a vector to what leaves it, as control vectors are added."""
+    """Add a vector to the output of every layer of `model` by a plain hook, as control vectors are added."""
     import torch
 
     def adder(vector: Any) -> Callable[..., Any]:
@@ -131,7 +118,7 @@ def with_hooks(model: Any) -> Any:
 
 
 def generation(model: Any, prompt: Any, tokens: int) -> Callable[[], None]:
-    """Greedy generation of `tokens` tokens by transformers' own loop, with a cache, as `braces steer` runs it."""
+    """Return greedy generation by the loop of transformers, with a cache, as `braces steer` runs it."""
     import torch
     from transformers import GenerationConfig
 
@@ -151,34 +138,22 @@ def main() -> None:
     args: argparse.Namespace = parse(__doc__, LAYERS, REPEATS)
     import torch
 
-    base, wait = build_model(args).eval(), synchroniser(args.device)
+    base, wait, rank = args.shape.build(args.dtype, args.device).eval(), synchroniser(args.device), args.shape.rank
     tokens, length = (4, 8) if args.quick else (TOKENS, PROMPT)
+    rows = 4 if args.quick else ROWS
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(0, 256, (1, length), generator=generator).to(args.device)
+    prompt, batch = (torch.randint(0, 256, (n, length), generator=generator).to(args.device) for n in (1, rows))
     with ExitStack() as stack:
-        models = steered_models(base, stack)
+        models = steered_models(base, rank, stack)
         works = {name: timed(generation(model, prompt, tokens), wait) for name, model in models.items()}
-        rows = 4 if args.quick else ROWS
-        batch = torch.randint(0, 256, (rows, length), generator=generator).to(args.device)
-        works |= {name: timed(work, wait) for name, work in batch_works(base, batch, tokens).items()}
+        works |= {name: timed(work, wait) for name, work in batch_works(base, rank, batch, tokens).items()}
         seconds = interleave(works, args.repeats)
     settings = {
-        "layers": args.layers,
-        "rows": 1,
-        "rows_of_batches": rows,
-        "prompt_tokens": length,
-        "generated_tokens": tokens,
-        "dtype": args.dtype,
-        "device": args.device,
-        "repeats": len(seconds["one"]),
-        "quick": args.quick,
-        "adapter": f"rank {DEFAULT_RANK} on every FFN, gates half open, frozen",
-        "tokens_per_second": {
-            name: tokens * (rows if " " in name and name != "control vector" else 1) / value
-            for name, value in medians(seconds).items()
-        },
-    }
-    # Of two rates at as many tokens: the seconds the other way round.
+        "shape": asdict(args.shape), "rows_of_batches": rows, "prompt_tokens": length, "generated_tokens": tokens,
+        "dtype": args.dtype, "device": args.device, "repeats": len(seconds["one"]), "quick": args.quick,
+        "seconds": medians(seconds),
+    }  # fmt: skip
+    # Ratios of rates are inverse ratios of seconds.
     ratios = {
         "steered_vs_unsteered": ratio(seconds["unsteered"], seconds["one"], 0.98),
         "steered_vs_unsteered_five": ratio(seconds["unsteered"], seconds["five"], 0.98),

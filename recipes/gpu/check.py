@@ -1,7 +1,7 @@
-"""The laws, the benchmarks and the commands on a GPU, as one JSON document; see check.sh.
+"""Run tests, benchmarks and commands on a GPU and print one JSON document; see check.sh.
 
-Each part is a process of its own: `seconds`, `exit_code`, the peak of GPU memory that nvidia-smi shows while it runs,
-and what it printed: a benchmark's document, a command's result, the last line of the tests.
+Each part is a separate process with `seconds`, `exit_code`, the peak of GPU memory that nvidia-smi reports, and its
+output: the document of a benchmark, the result of a command, the last line of the tests.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PARTS = ("tests", "benchmarks", "commands")
 
 
 def write_base(folder: Path, size: str) -> None:
-    """A Llama of one shape with random bfloat16 weights, and a tokenizer that knows bytes only."""
+    """Write a Llama with random bfloat16 weights and a byte-level tokenizer."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -54,7 +54,7 @@ def write_base(folder: Path, size: str) -> None:
 
 
 def write_rows(folder: Path) -> tuple[Path, Path]:
-    """Rows with attributes to train on, and prompts."""
+    """Write training rows with attributes, and prompts."""
     rows, prompts = folder / "rows.jsonl", folder / "prompts.txt"
     words = [("good", "positive"), ("sad", "negative"), ("old", "neutral")]
     lines = [
@@ -68,7 +68,7 @@ def write_rows(folder: Path) -> tuple[Path, Path]:
 
 
 def commands(base: Path, work: Path, device: str, quick: bool) -> Iterator[tuple[str, list[object]]]:
-    """Name and words of each command, in the order in which they need each other's output."""
+    """Yield name and words of each command; later commands use outputs of earlier ones."""
     rows, prompts = write_rows(work)
     where = ["--device", device, "--quiet"]
     steps, tokens = (2, 4) if quick else (20, 32)
@@ -98,7 +98,7 @@ def commands(base: Path, work: Path, device: str, quick: bool) -> Iterator[tuple
 
 
 class GpuMemory(threading.Thread):
-    """The most GPU memory in use while it runs, as nvidia-smi shows it, in bytes; None without nvidia-smi."""
+    """Peak of GPU memory while the thread runs, in bytes by nvidia-smi; None without nvidia-smi."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -118,7 +118,7 @@ class GpuMemory(threading.Thread):
 
 
 def run(argv: Sequence[object]) -> dict[str, Any]:
-    """One part: a Python process in the repository."""
+    """Run a Python process in the repository."""
     memory = GpuMemory()
     memory.start()
     start = time.perf_counter()
@@ -136,11 +136,11 @@ def run(argv: Sequence[object]) -> dict[str, Any]:
 
 
 def check(args: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """All parts that are asked for, by name."""
+    """Return the requested parts by name."""
     parts: dict[str, Any] = {}
     quick = args.device == "cpu"
     if "tests" in args.part:
-        # On a CPU one law is enough to show that the lane is open: the gate runs them all by itself.
+        # On a CPU one test is enough, as the gate runs all of them.
         chosen = ["tests/core/method/test_reference.py", "-k", "gram"] if quick else ["-m", ""]
         parts["tests"] = run(["-m", "pytest", "-q", "-n", "0", "--device", args.device, *chosen])
     if "benchmarks" in args.part:
@@ -180,7 +180,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     sys.path.insert(0, str(BENCH))
-    from _bench import machine
+    from common import machine
 
     with tempfile.TemporaryDirectory(prefix="braces-gpu-", dir=args.work, ignore_cleanup_errors=True) as name:
         parts = check(args, Path(name))

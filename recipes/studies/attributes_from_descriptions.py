@@ -1,24 +1,24 @@
-"""Six attributes from descriptions: how far they move texts at equal perplexity, against three rivals.
+"""Six attributes from descriptions: their effect on texts at equal perplexity, against three baselines.
 
 Run     python recipes/studies/attributes_from_descriptions.py --model M --prompts neutral.jsonl --out runs.jsonl \\
             --seeds 0,1,2 --plot effects.png
-        --openings in place of --prompts for a model of children's stories
+        --openings in the place of --prompts for a model of children's stories
 Needs   a causal LM
-Shows   one JSON line for each attribute, method, seed and side in --out, which a second call continues; the effect of
-        each, and its picture
+Shows   one JSON line per attribute, method, seed and side in --out, continued by a second call; the effects, and a
+        picture of them
 
-The effect is the share of texts that have the attribute on its positive side less the share on its negative side, each
-the furthest that is reached while the perplexity of the texts under the unsteered base is at most RATIO times the
-unsteered one: at the strengths measured, and where the line between two of them crosses RATIO. Too much of a push may
-move texts less. Shares are by rules that know nothing of descriptions, stems and templates: see JUDGES.
+The effect is the share of texts that have the attribute on its positive side minus the share on its negative side, each
+the largest at which the perplexity of the texts under the unsteered base is at most RATIO times that of unsteered
+texts: at the measured strengths, and where the line between two of them crosses RATIO. Rules that do not depend on
+descriptions, stems and templates decide which text has the attribute (JUDGES).
 
-Methods, all in the same layers and, a unit of s, by the same share of the residual stream:
+Methods, all in the same layers and with the same share of the residual stream per unit of s:
 
-    description   what `braces attr-build --describe ... --against ...` writes
-    mean          the same pairs, pushed along the difference of means at the FFN inputs
+    description   `braces attr-build --describe ... --against ...`
+    mean          the same pairs, difference of means at the FFN inputs
     difference    the same pairs, difference of means at the outputs of the layers
     pca           the same pairs and places, first principal component of the differences, as repeng's `pca_center`
-    words         difference of two lists of words, as `braces attr-build --words` with `--reduction mean` has it
+    words         difference of two word lists, as `braces attr-build --words` with `--reduction mean`
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _runs import Runs
+from runs import Runs
 
 from braces_cli.core.adapter.model import Session, open_session
 from braces_cli.core.attributes.build import PairReading, attribute_from_descriptions, description_pairs
@@ -52,14 +52,14 @@ from braces_cli.scoring.registry import scorer
 from braces_cli.steering.prompts import read_prompts
 
 RATIO = 1.5
-# Where each side begins; a second strength is chosen by what the first one cost.
+# First strength of each side; the second strength depends on the perplexity at the first.
 FIRST_STRENGTH = 3.0
 LARGEST_STRENGTH = 9.6
 
 
 @dataclass(frozen=True)
 class Studied:
-    """An attribute: descriptions of its two sides, and words for the same."""
+    """An attribute: descriptions of its two sides, and words of both sides."""
 
     describe: str
     against: str
@@ -89,7 +89,7 @@ ATTRIBUTES = {
         "food dinner eat cook bread soup cake meal", "walk mountain road forest river hill path tree",
     ),
     "question": Studied(
-        "a question that somebody asks", "an answer that somebody gives",
+        "a question that a person asks", "an answer that a person gives",
         "what why how who where when which", "because yes no so thus therefore",
     ),
 }  # fmt: skip
@@ -104,7 +104,7 @@ _FOOD = re.compile(
     r"hungry|sandwich|pizza|chocolate|recipe|sauce|butter|candy|ice cream)\b",
     re.I,
 )
-# Letters a word; English prose has about 4.2, speech less.
+# Letters per word: about 4.2 in English prose, fewer in speech.
 _FORMAL_LETTERS = 4.2
 
 
@@ -118,7 +118,7 @@ def _formal(text: str) -> bool:
     return bool(words) and sum(map(len, words)) / len(words) >= _FORMAL_LETTERS
 
 
-# Whether a text has the attribute.
+# Return True for a text with the attribute.
 JUDGES: dict[str, Callable[[str], bool]] = {
     "mood": _vader(),
     "tense": lambda text: len(_PAST.findall(text)) > len(_OTHER_TENSE.findall(text)),
@@ -163,15 +163,13 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--prompts", type=Path)
-    parser.add_argument(
-        "--openings", action="store_true", help="beginnings of children's stories in place of --prompts"
-    )
+    parser.add_argument("--openings", action="store_true", help="use beginnings of children's stories as prompts")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--attributes", default=",".join(ATTRIBUTES))
     parser.add_argument("--methods", default="description,difference,pca,words")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--skip", type=int, default=0, help="prompts to leave out from the front")
-    parser.add_argument("--count", type=int, default=100, help="prompts")
+    parser.add_argument("--skip", type=int, default=0, help="number of prompts to skip")
+    parser.add_argument("--count", type=int, default=100, help="number of prompts")
     parser.add_argument("--tokens", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--threads", type=int, default=1)
@@ -183,7 +181,7 @@ def parse() -> argparse.Namespace:
 
 
 class Study:
-    """An open base, and the attributes built on it so far."""
+    """An open base, and the attributes built on it."""
 
     def __init__(self, model: str, prompts: Sequence[str], args: argparse.Namespace) -> None:
         self._model = model
@@ -194,7 +192,7 @@ class Study:
 
     @property
     def session(self) -> Session:
-        """Opened when the first run is measured: a study that is complete loads nothing."""
+        """The session, opened when the first run is measured."""
         self._session = self._session or open_session(self._model, None, LoadOptions())
         return self._session
 
@@ -203,7 +201,7 @@ class Study:
         return {"perplexity": perplexity, "shares": {name: share(name, texts) for name in ATTRIBUTES}}
 
     def side(self, name: str, method: str, seed: int, sign: int, base: dict[str, Any]) -> dict[str, Any]:
-        """(s, perplexity ratio, share) of no steering and of two strengths of one sign."""
+        """Return (s, perplexity ratio, share) of no steering and of two strengths of one sign."""
         attribute = self._attribute(name, method)
         points = [(0.0, 1.0, base["shares"][name])]
         s = FIRST_STRENGTH
@@ -217,7 +215,7 @@ class Study:
         return {"points": points, "example": texts[0]}
 
     def _texts(self, seed: int) -> tuple[list[str], float]:
-        """Continuations as the base is steered now, and their perplexity under the bare base."""
+        """Return continuations of the base as it is steered, and their perplexity under the bare base."""
         plan = SweepPlan([0.0], 1, self._args.batch_size)
         sampling = Sampling(self._args.tokens, temperature=1.0, top_p=0.9, seed=seed)
         texts = continuations(self.session, self.prompts, sampling, plan)
@@ -231,7 +229,7 @@ class Study:
 
 
 def build(session: Session, studied: Studied, method: str) -> Attribute:
-    """The attribute as one of the methods has it pushed."""
+    """Build the attribute by one of the methods."""
     sides = [studied.describe], [studied.against]
     if method == "words":
         ends = [build_attribute(session, "x", words.split()) for words in (studied.words, studied.words_against)]
@@ -240,7 +238,7 @@ def build(session: Session, studied: Studied, method: str) -> Attribute:
     attribute = attribute_from_descriptions(session, "x", *sides, reading)
     if method in ("description", "mean"):
         return attribute
-    states = pair_states(session, description_pairs(*sides), site="output")
+    states = pair_states(session, description_pairs(*sides), captured="output")
     direction = reduce_pairs(states, "pca" if method == "pca" else "mean")
     scale = steering_scale(attribute.residual, direction, default_layers(attribute.layers))
     return replace(attribute, direction=direction, scale=scale)
@@ -251,7 +249,7 @@ def share(name: str, texts: Sequence[str]) -> float:
 
 
 def within_ratio(points: Sequence[tuple[float, float, float]], sign: int) -> float:
-    """The share furthest to one side at a perplexity ratio of at most RATIO, from (s, ratio, share) with s = 0."""
+    """Return the most extreme share at a perplexity ratio of at most RATIO, from (s, ratio, share) with s = 0."""
     ordered = sorted(points)
     shares = [share for _, ratio, share in ordered if ratio <= RATIO]
     for (_, low, before), (_, high, after) in itertools.pairwise(ordered):
@@ -262,7 +260,7 @@ def within_ratio(points: Sequence[tuple[float, float, float]], sign: int) -> flo
 
 
 def effects(runs: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[float]]:
-    """(model, attribute, method) -> effect of each seed that has both sides."""
+    """Return the effects of all seeds with both sides, by (model, attribute, method)."""
     shares: dict[tuple[str, str, str, int], dict[int, float]] = {}
     for run in runs:
         if "side" in run:
@@ -276,7 +274,7 @@ def effects(runs: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[f
 
 
 def show(runs: Sequence[dict[str, Any]]) -> None:
-    """Print the effects in points, mean over seeds and their range."""
+    """Print the effects in points: mean and range over seeds."""
     for (model, attribute, method), values in effects(runs).items():
         low, high, mean = (100 * value for value in (min(values), max(values), statistics.fmean(values)))
         print(f"{model} {attribute} {method}: {mean:+.1f} [{low:+.1f}, {high:+.1f}] ({len(values)} seeds)")
@@ -292,13 +290,13 @@ NAMES = {
 
 
 def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
-    """Effects by attribute, a colour a method and a panel a model; lines are the range over seeds."""
+    """Plot effects by attribute, one colour per method, one panel per model; lines show the range over seeds."""
     found = effects(runs)
     models = list(dict.fromkeys(model for model, _, _ in found))
     methods = [method for method in NAMES if any(each == method for _, _, each in found)]
     drawn = figure(11, 4.2 * len(models))
     drawn.suptitle(
-        f"Share of texts with the attribute, positive less negative side, at up to {RATIO} times the perplexity"
+        f"Share of texts with the attribute, positive minus negative side, at up to {RATIO} times the perplexity"
     )
     for axes, model in zip(drawn.subplots(len(models), 1, squeeze=False)[:, 0], models, strict=True):
         for place, method in enumerate(methods):

@@ -1,31 +1,26 @@
-"""How far steering moves sentiment and what it costs: braces without and with training, against vectors of today.
+"""Effect of steering on sentiment, and its cost in perplexity: braces without and with training, and two baselines.
 
-Run     python recipes/studies/steering.py --model M --scorer ROWS --prompts neutral.jsonl --out runs.jsonl \\
-            --method braces=-3,-1.5,0,1.5,3 --method trained:ADAPTER=-3,-1.5,0,1.5,3 --method pca_diff=-8,-4,4,8 \\
-            --method vector:FILE.gguf=-8,-4,4,8 --method difference=-3,-1.5,1.5,3 --plot curves.png
-Needs   a causal LM; labelled rows, from which the classifier is fitted; prompts;
-        for vector: the package gguf
-Shows   one JSON line a method and strength in --out, which a second call continues, and a picture of the share of
+Run     python recipes/studies/steering.py --model M --scorer fit:sst5_polar.jsonl --prompts neutral.jsonl \\
+            --out runs.jsonl --method braces=-3,-1.5,0,1.5,3 --method trained:ADAPTER=-3,-1.5,0,1.5,3 \\
+            --method pca_diff=-8,-4,4,8 --method difference=-3,-1.5,1.5,3 --plot curves.png
+Needs   a causal LM; a scorer as `braces steer --scorer` takes it; prompts
+Shows   one JSON line per method and strength in --out, continued by a second call, and a picture of the share of
         positive continuations against their perplexity
 
 Methods, all from the two built-in word lists `positive` and `negative`:
 
-    braces           training-free: one end of the axis of both lists, as `braces steer --attribute positive` does
-    trained:ADAPTER  the same attribute of an adapter that was trained with it
-    pca_diff         what repeng does by default, written out here: for each word of one list paired with one of the
-                     other in the same templates, the difference of the layers' outputs at the last token; of these
-                     differences the first principal component a layer, turned so that most differences have its sign;
-                     one coefficient for all layers but the first, added to the layers' outputs. As of every PCA their
-                     mean, which is what sets the ends apart, is first taken off
-    pca_center       the same with the mean left on, which is what repeng's method of this name comes to
-    vector:FILE.gguf a control vector of a file that `repeng_train.py` or `braces export control-vector` wrote,
-                     times s: its `direction.N` is added to the output of layer N, the first being 0, as repeng and
-                     llama.cpp do
-    difference       difference of the mean outputs over the same pairs, at the same places; in the first half of the
-                     layers, scaled to the same share of the residual stream as `braces` is
+    braces           no training: `braces steer --attribute positive`
+    trained:ADAPTER  the attribute of an adapter that was trained with it
+    pca_diff         as repeng's default: differences of the layers' outputs at the last token for pairs of texts (each
+                     word of one list with one of the other, in the same templates), minus their mean; their first
+                     principal component per layer, with the sign of most differences; one coefficient for all layers
+                     but the first, added to the layers' outputs
+    pca_center       the same without subtracting the mean, as repeng's method of this name
+    difference       difference of the mean outputs over the same pairs, in the first half of the layers, scaled to the
+                     same share of the residual stream as `braces`
 
-Positive is what VADER's compound score calls so (at least 0.05), with its whole lexicon and without the words of both
-lists, and what the classifier calls so. The perplexity is that of the continuations under the unsteered base.
+Positive: VADER's compound score is at least 0.05, with the complete lexicon and without the words of both lists, or the
+scorer's label is positive. The perplexity is that of the continuations under the unsteered base.
 """
 
 from __future__ import annotations
@@ -39,8 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _pairs import ENDS, pairs
-from _runs import Runs
+from runs import Runs
 from torch import Tensor, nn
 
 from braces_cli.core.adapter.model import Session, open_session
@@ -59,6 +53,22 @@ from braces_cli.scoring.registry import scorer
 from braces_cli.scoring.scorers import Scorer
 from braces_cli.steering.prompts import read_prompts
 
+TEMPLATES = (
+    "It was {}", "The whole thing is {}", "I think that this was {}", "They said it had been {}", "What a {}",
+    "She found it {}",
+)  # fmt: skip
+ENDS = ("positive", "negative")
+
+
+def pairs() -> list[tuple[str, str]]:
+    """Return a text of each end: for each template, each word of one list with one word of the other."""
+    words = built_in()
+    return [
+        (template.format(one), template.format(other))
+        for template in TEMPLATES
+        for one, other in zip(*(words[end] for end in ENDS), strict=True)
+    ]
+
 
 def main() -> None:
     args = parse()
@@ -68,7 +78,7 @@ def main() -> None:
     judges = {
         "vader": scorer("vader"),
         "vader_without_list": scorer("vader", exclude=words),
-        "classifier": open_scorer(f"fit:{args.scorer}", exclude=words),
+        "classifier": open_scorer(args.scorer, exclude=words),
     }
     prompts = list(read_prompts((), args.prompts, sys.stdin))[args.skip : args.skip + args.count]
     common = {
@@ -93,12 +103,12 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--scorer", type=Path, required=True, help="labelled rows for a classifier")
+    parser.add_argument("--scorer", required=True, help="scorer, as in braces steer --scorer")
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--method", action="append", required=True, metavar="NAME=S,S,...")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--skip", type=int, default=0, help="prompts to leave out from the front")
-    parser.add_argument("--count", type=int, default=500, help="prompts")
+    parser.add_argument("--skip", type=int, default=0, help="number of prompts to skip")
+    parser.add_argument("--count", type=int, default=500, help="number of prompts")
     parser.add_argument("--samples", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=250)
@@ -115,7 +125,7 @@ def name_of(method: str) -> str:
 
 
 class Study:
-    """A method on an open base: what steers at a strength."""
+    """A steering method on an open base."""
 
     def __init__(self, model: str, method: str) -> None:
         kind, _, path = method.partition(":")
@@ -123,8 +133,6 @@ class Study:
         self._attribute = None
         if kind in ("braces", "trained"):
             self._attribute = find_attribute(self.session, "positive", None)
-        elif kind == "vector":
-            self._vectors = directions(Path(path))
         else:
             self._vectors = VECTORS[kind](self.session)
 
@@ -136,7 +144,7 @@ class Study:
 
 @contextmanager
 def adding(session: Session, vectors: dict[int, Tensor]) -> Iterator[None]:
-    """Add a vector to what each layer gives to the next."""
+    """Add a vector to the output of each layer."""
 
     def hook(vector: Tensor) -> Any:
         def add(module: nn.Module, args: tuple, output: Any) -> Any:
@@ -153,19 +161,10 @@ def adding(session: Session, vectors: dict[int, Tensor]) -> Iterator[None]:
         yield
 
 
-def directions(path: Path) -> dict[int, Tensor]:
-    """The vectors of a GGUF control vector by layer."""
-    from gguf import GGUFReader
-
-    prefix = "direction."
-    found = [tensor for tensor in GGUFReader(path).tensors if tensor.name.startswith(prefix)]
-    return {int(tensor.name.removeprefix(prefix)): torch.tensor(tensor.data.copy()) for tensor in found}
-
-
 def differences(session: Session) -> Tensor:
-    """Output of every layer at the last token, positive less negative, for each template and pair: (layers, n, d).
+    """Return the differences of the layers' outputs at the last token of each pair of texts, (layers, pairs, d).
 
-    The last hidden state of transformers is normed, but its layer is steered before that norm; repeng takes it so too.
+    The last hidden state of transformers is normed, but its layer is steered before that norm, as in repeng.
     """
     states = []
     for rows in zip(*pairs(), strict=True):
@@ -180,7 +179,7 @@ def differences(session: Session) -> Tensor:
 
 
 def principal(session: Session, centred: bool) -> dict[int, Tensor]:
-    """Unit vectors, of the differences less their mean if `centred`."""
+    """Return unit vectors of the differences, minus their mean if `centred`."""
     vectors = {}
     for layer, rows in enumerate(differences(session)):
         first = torch.linalg.svd(rows - rows.mean(dim=0) if centred else rows, full_matrices=False).Vh[0]
@@ -230,14 +229,13 @@ NAMES = {
     "pca_diff": "PCA, as repeng's pca_diff",
     "pca_center": "PCA, as repeng's pca_center",
 }
-# Where the label of a positive and of a negative strength stands beside its point, in points to the right and up, by
-# method: the first stands above or below, the others to a side, because the curves run close together on the left.
+# Offsets of the labels of positive and negative strengths from their points, by method, so that labels do not overlap.
 OFFSETS = (((0, 7), (0, -7)), ((8, -5), (-4, 7)), ((8, -5), (-6, -6)), ((0, 7), (0, -7)))
 JUDGES = {"vader": "VADER", "classifier": "a classifier without the attribute's words"}
 
 
 def label(method: str) -> str:
-    """What the legend calls a method; that of a file is named after the file."""
+    """Return the name of a method for the legend."""
     kind, _, path = method.partition(":")
     return f"{Path(path).stem} (repeng)" if kind == "vector" else NAMES.get(kind, kind)
 
@@ -261,7 +259,7 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
                     ha=("right", "center", "left")[(right > 0) - (right < 0) + 1], va="bottom" if up > 0 else "top",
                     fontsize=8, color=line.get_color(), path_effects=[withStroke(linewidth=2.5, foreground="white")],
                 )  # fmt: skip
-        # With no training s = 0 is the bare model, which all methods start from.
+        # Without training s = 0 is the bare model.
         for run in (run for run in runs if run["method"] == "braces" and run["s"] == 0):
             axes.plot(run["perplexity"], run[judge], "*", color="black", markersize=14, label="unsteered model")
         axes.set_title(f"Positive according to {title}", fontsize="medium")
