@@ -54,9 +54,9 @@ class ModelError(BracesError):
     exit_code = 4
 
 
-def near_misses(name: str, known: Iterable[str], limit: int = 3) -> str:
+def near_misses(name: str, known: Iterable[str]) -> str:
     """`Did you mean a, b?` for the known names that resemble `name`, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=limit, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f"Did you mean {', '.join(close)}?" if close else ""
 
 

@@ -73,11 +73,11 @@ def save_figure(drawn: Any, path: Path) -> None:
     )
 
 
-def plain_ticks(axis: Any, count: int = 6) -> None:
-    """About `count` ticks on an axis, written as plain numbers; a logarithmic one may span less than a power of ten."""
+def plain_ticks(axis: Any) -> None:
+    """About six ticks on an axis, written as plain numbers; a logarithmic one may span less than a power of ten."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-    axis.set_major_locator(MaxNLocator(nbins=count, steps=[1, 2, 2.5, 5, 10]))
+    axis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())
 

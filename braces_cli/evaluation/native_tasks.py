@@ -174,7 +174,7 @@ FIT = "fit:"
 LABEL_FIELDS = ("attribute", "label")
 
 
-def open_scorer(name: str, *, exclude: Collection[str] = (), device: str = "cpu") -> Scorer:
+def open_scorer(name: str, *, exclude: Collection[str] = ()) -> Scorer:
     """The scorer called `name`; `fit:ROWS` fits a classifier from labelled rows (a file or a hub set).
 
     Args:
@@ -186,7 +186,7 @@ def open_scorer(name: str, *, exclude: Collection[str] = (), device: str = "cpu"
         ModelError: a classifier that cannot be loaded.
     """
     if not name.startswith(FIT):
-        return scorer(name, exclude=exclude, device=device)
+        return scorer(name, exclude=exclude)
     rows = name.removeprefix(FIT)
     texts, labels = read_labelled(rows)
     try:

@@ -132,14 +132,14 @@ def divergence(before: Tensor, after: Tensor) -> Tensor:
     return (before.exp() * (before - after)).sum(dim=-1)
 
 
-def prompt_ids(session: Session, prompt: str, extra: int = 0) -> list[int]:
-    """Tokens of a prompt that must leave room for `extra` more.
+def prompt_ids(session: Session, prompt: str) -> list[int]:
+    """Tokens of a prompt.
 
     Raises:
         ConfigError: it does not fit.
     """
     ids = encode(session.base.tokenizer, prompt).ids
-    max_prompt_length = context_length(session.base.model.config, session.base.tokenizer) - extra
+    max_prompt_length = context_length(session.base.model.config, session.base.tokenizer)
     if len(ids) > max_prompt_length:
         raise ConfigError(
             f"a prompt has {len(ids)} tokens", where="--prompt", hint=f"There is room for {max_prompt_length}."

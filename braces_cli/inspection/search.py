@@ -47,13 +47,12 @@ def vocabulary(session: Session) -> Vocabulary:
     return Vocabulary([token_text(session.base.tokenizer, token) for token in range(size)])
 
 
-def model_concept(session: Session, words: list[str], known: Vocabulary | None = None) -> Concept:
+def model_concept(session: Session, words: list[str]) -> Concept:
     """The tokens of some words in the open model.
 
     Raises:
         ConfigError: a word that its tokenizer cannot write.
     """
-    known = known or vocabulary(session)
     tokenizer = session.base.tokenizer
 
     def split(word: str) -> list[int]:
@@ -61,7 +60,7 @@ def model_concept(session: Session, words: list[str], known: Vocabulary | None =
         # A tokenizer that cannot write a character names it unknown or leaves it out.
         return ids if tokenizer.decode(ids).strip() == word else []
 
-    return concept(words, known, split)
+    return concept(words, vocabulary(session), split)
 
 
 def _chosen(session: Session, layers: Collection[int] | None) -> list[FFN]:

@@ -150,11 +150,6 @@ def check_side(side: str) -> None:
         raise ConfigError(f"no side `{side}`", where="--side", hint=f"There is: {', '.join(SIDES)}.")
 
 
-def sides_of(ffn: FFN) -> tuple[str, ...]:
-    """The sides an FFN has: all three where it is gated, else value and up."""
-    return SIDES if _gated(ffn) else ("value", "up")
-
-
 def side_vectors(ffn: FFN, side: str) -> Tensor:
     """(d_ff, d): row j belongs to neuron j; a view of the model's own weight.
 
@@ -461,7 +456,7 @@ def check_indices(ffn: FFN | MixtureFFN, indices: Collection[int], where: str = 
         raise ConfigError(f"no value vector {wrong[0]}", where=where, hint=hint)
 
 
-def map_header(session: Session, side: str, top_k: int, adapter: str | None = None) -> dict[str, Any]:
+def map_header(session: Session, side: str, top_k: int) -> dict[str, Any]:
     """What a map file says about itself: `{model, fingerprint, tokenizer, side, top_k, vocabulary}`, the last of
     these the texts of all tokens, so that a reader needs no tokenizer."""
     base = session.base

@@ -120,7 +120,6 @@ def continuation_likelihoods(
     pairs: Sequence[tuple[str, str]],
     window: int,
     batch_size: int,
-    report: Report = silent,
 ) -> list[Likelihood]:
     """Likelihood of each continuation given its prompt, (prompt, continuation); prompts lose their beginning to fit.
 
@@ -130,7 +129,7 @@ def continuation_likelihoods(
     for prompt, continuation in pairs:
         example = encode(tokenizer, prompt, continuation)
         examples.append(Encoded(example.ids[-window:], example.labels[-window:], False, False))
-    return likelihoods(model, examples, tokenizer.pad_token_id, batch_size, report)
+    return likelihoods(model, examples, tokenizer.pad_token_id, batch_size)
 
 
 def text_likelihoods(

@@ -119,6 +119,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         },
         "audio_config": {"adapter_input_size": WIDTH, "adapter_out_dim": WIDTH},
     },
+    "inkling2_text": {"unpadded_vocab_size": VOCABULARY},
+    "reformer": {"axial_pos_embds": False},
     "roc_bert": {
         "pronunciation_vocab_size": 20, "shape_vocab_size": 20, "pronunciation_embed_dim": 8, "shape_embed_dim": 8,
     },

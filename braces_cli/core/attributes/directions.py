@@ -47,9 +47,6 @@ from braces_cli.core.models.structure import add_to_output
 from braces_cli.core.models.tokenize import IGNORED, context_length, encode, encode_word
 from braces_cli.core.progress import Report, silent
 
-# Where states are taken: what enters each FFN, or what its decoder layer gives to the next one.
-CAPTURED = ("input", "output")
-
 
 @dataclass(frozen=True)
 class Passage:
@@ -101,7 +98,7 @@ def pair_states(
     """Run the bare base over both passages of every pair; an adapter that is attached stays out of it.
 
     Args:
-        captured: tensor of the FFN to read, one of CAPTURED.
+        captured: tensor of the FFN to read, input or output.
         pooling: over the tokens of each text, one of `core.attributes.pooling.POOLINGS`.
 
     Raises:
@@ -272,10 +269,10 @@ def odds_gradient(session: Session, items: Sequence[Item], report: Report = sile
     return total / max(len(items), 1)
 
 
-def next_token_gradients(session: Session, report: Report = silent, seed: int = 0) -> Tensor:
+def next_token_gradients(session: Session, report: Report = silent) -> Tensor:
     """u of next tokens that the model draws behind random places of neutral texts, (layers, draws, d)."""
     batches = by_length(neutral_rows(session), len) * _DRAWS
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     found = []
     for done, rows in enumerate(batches, 1):
         count, length = len(rows), len(rows[0])
