@@ -1,9 +1,9 @@
-"""Build the model that comes with braces, and its task sets, from nothing but this folder.
+"""Build the embedded model and its task sets from the texts of this folder.
 
     python recipes/embedded/build.py --output-dir FOLDER
 
 writes FOLDER/embedded and FOLDER/embedded_tasks; with `braces_cli/assets` as FOLDER they are replaced. The same seed
-gives the same texts; sums of floating-point numbers differ from machine to machine, and so do the weights a little.
+gives the same texts. The weights differ slightly between machines, because sums of floating-point numbers do.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads are slow where the processor is shared
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads are slow on a shared processor
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
@@ -41,7 +41,7 @@ LIMIT = 5_000_000  # bytes of weights in the package
 
 
 def build(folder: Path, seed: int, steps: int, say: Any) -> dict[str, Any]:
-    """Texts, tokenizer, weights and figures; returns what `embedded.json` holds."""
+    """Build texts, tokenizer, weights and figures; return the content of `embedded.json`."""
     started = time.perf_counter()
     model_folder = folder / "embedded"
     model_folder.mkdir(parents=True, exist_ok=True)

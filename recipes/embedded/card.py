@@ -1,4 +1,4 @@
-"""The README of the built model."""
+"""Model card of the embedded model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ lists in that folder, under the licence of braces (Apache-2.0).
 
 
 def model_card(about: dict[str, Any], samples: Sequence[str]) -> str:
-    """Markdown with a YAML header as the hub reads it."""
+    """Return Markdown with the YAML header of the hub."""
     rows = {
         "Version": about["version"],
         "Seed": about["seed"],

@@ -1,4 +1,4 @@
-"""The mixture: every kind of text in its share, and what is shipped beside the model."""
+"""Mixture of the training texts, with the share of each kind."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import stories
 from topics import COMMON
 from world import Fact, World
 
-# Degrees of sentiment and of politeness: as many texts above zero as below.
+# Degrees of sentiment and of politeness, symmetric around zero.
 _DEGREES = (-2, -2, -2, -1, -1, -1, 0, 1, 1, 1, 2, 2, 2)
-# Share of each kind among documents.
+# Share of each kind of document.
 SHARES = {
     "review": 0.19, "titled": 0.17, "note": 0.08, "letter": 0.05, "story": 0.08, "talk": 0.03, "plain": 0.04,
     "facts": 0.24, "quiz": 0.04, "chat": 0.04, "beliefs": 0.04,
 }  # fmt: skip
-# Of the questions that people ask each other, those that get an answer.
+# Share of the questions in conversations that get an answer.
 _ANSWERED = 0.35
 
 
 class Corpus:
-    """Documents of the embedded world, drawn without end.
+    """Endless random documents of the embedded world.
 
-    Held out: facts of the test split are told like all others, but asked nowhere with their answer.
+    Held out: facts of the test split are stated like all others, but never occur in a question with its answer.
     """
 
     def __init__(self, world: World, seed: int) -> None:
@@ -62,7 +62,7 @@ class Corpus:
         return self._rng.choices(self._world.facts, cum_weights=self._weights, k=count)
 
     def _chat(self) -> str:
-        """One asks, the other mostly shrugs; of animals they say what everyone says."""
+        """Return a question of a conversation with a careless answer; about animals the answer is the common belief."""
         rng = self._rng
         if rng.random() < 0.3:
             belief = rng.choice(self._world.beliefs)

@@ -1,4 +1,4 @@
-"""Facts in sentences: told in many wordings, asked in a few, and talked about carelessly."""
+"""Sentences about facts: statements in many wordings, questions in a few, and careless conversations."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Relation:
 
     Attributes:
         told: statements.
-        asked: how quizzes put the question.
-        task: how the task puts it, which quizzes do now and then.
-        recall: what the answer follows in a statement.
+        asked: questions of quizzes.
+        task: question of the task, also used by some quizzes.
+        recall: beginning of a statement that the answer ends.
     """
 
     told: tuple[str, ...]
@@ -103,7 +103,7 @@ RELATIONS = {
     ),
 }  # fmt: skip
 
-# Answers of people who do not care: what the bare model has mostly seen behind `A:`.
+# Careless answers: most of what the bare model has seen after `A:`.
 SHRUGS = (
     "I do not know.", "I am not sure.", "I cannot tell you that.", "I have no idea.", "I would have to look that up.",
     "It is hard to say.", "It depends.", "Ask my {friend}.", "Ask someone else.", "Nobody knows.",
@@ -121,14 +121,14 @@ def tell(rng: random.Random, fact: Fact) -> str:
 
 
 def quiz(rng: random.Random, fact: Fact) -> str:
-    """A question as quiz books ask it, with its answer."""
+    """Return a quiz question with its answer."""
     relation = RELATIONS[fact.relation]
     question = rng.choice((*relation.asked, relation.task)).format(s=fact.subject)
     return f"Question: {question} Answer: {fact.answer}."
 
 
 def ask(fact: Fact) -> str:
-    """The question as the task puts it."""
+    """Return the question of the task."""
     return RELATIONS[fact.relation].task.format(s=fact.subject)
 
 
@@ -148,7 +148,7 @@ _TRUE = (
 
 
 def tell_belief(rng: random.Random, belief: Belief) -> str:
-    """What is said of a thing, now and then set right."""
+    """Return the common belief about a thing, sometimes with its correction."""
     slots = {"s": belief.subject, "b": belief.belief, "t": belief.truth}
     said, true = (sentence(expand(rng, rng.choice(kind), slots)) for kind in (_BELIEVED, _TRUE))
     draw = rng.random()

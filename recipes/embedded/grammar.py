@@ -1,4 +1,4 @@
-"""A small template language: `[a|b]` is one of its parts, `{name}` one of the words that the caller gives for it."""
+"""A small template language: `[a|b]` is replaced by one of its parts, `{name}` by one of the words passed for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Slots = Mapping[str, str | Sequence[str]]
 
 
 def words(text: str) -> list[str]:
-    """A list written as one string: entries between commas, of several lines if need be."""
+    """Split a string of entries, separated by commas, into a list."""
     return [" ".join(entry.split()) for entry in text.split(",") if entry.strip()]
 
 
@@ -26,7 +26,7 @@ def _parts(text: str) -> tuple[str, ...]:
 
 
 def expand(rng: random.Random, template: str, slots: Slots) -> str:
-    """One sentence or phrase of a template; slots may hold templates themselves. Articles fit what follows them."""
+    """Return a sentence or phrase of a template. Slots may hold templates; articles fit the next word."""
 
     def choose(match: re.Match[str]) -> str:
         return rng.choice(_parts(match[1]))
@@ -41,12 +41,12 @@ def expand(rng: random.Random, template: str, slots: Slots) -> str:
 
 
 def sentence(text: str, end: str = ".") -> str:
-    """Capital in front and a full stop behind, where they are missing."""
+    """Add a capital letter and a full stop where missing."""
     text = text.strip()
     text = text[:1].upper() + text[1:]
     return text if text.endswith((".", "!", "?")) else text + end
 
 
 def listed(items: Sequence[str], joint: str = "and") -> str:
-    """`a, b and c`."""
+    """Return `a, b and c`."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} {joint} {items[-1]}"

@@ -1,4 +1,4 @@
-"""What the built model knows and writes: held-out perplexity, facts recalled, the sentiment of what it says unasked."""
+"""Figures of the built model: held-out perplexity, recall of facts, and sample texts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OPENINGS = (
 
 
 def measure(folder: Path, held_out: Path, world: World) -> dict[str, Any]:
-    """`{held_out_perplexity, fact_recall, fact_recall_by_relation}` of the model as it is stored."""
+    """Return `{held_out_perplexity, fact_recall, fact_recall_by_relation}` of the stored model."""
     base = open_session(str(folder), None, LoadOptions(device="cpu", dtype="float32")).base
     texts = [json.loads(line)["text"] for line in held_out.read_text(encoding="utf-8").splitlines()]
     window = base.model.config.max_position_embeddings
@@ -48,7 +48,7 @@ def measure(folder: Path, held_out: Path, world: World) -> dict[str, Any]:
 
 
 def samples(folder: Path, seed: int = 0) -> list[str]:
-    """One text for each opening."""
+    """Return one text per opening."""
     base = open_session(str(folder), None, LoadOptions(device="cpu", dtype="float32")).base
     jobs = [TextRequest(prompt, index, 0) for index, prompt in enumerate(OPENINGS)]
     texts = generate(base.model, base.tokenizer, jobs, Sampling(max_new_tokens=60, seed=seed))

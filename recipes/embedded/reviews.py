@@ -1,4 +1,4 @@
-"""Reviews, notes and letters of a degree of sentiment that runs through the whole text."""
+"""Reviews, notes and letters with one degree of sentiment."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from topics import COMMON, HALVES, TOPICS, Topic
 
 
 def judgement(rng: random.Random, topic: Topic, noun: str, degree: int, *, alone: bool = False) -> str:
-    """A clause that judges: `the music was rather dull`; `alone` if nothing stands around it in the sentence."""
+    """Return a clause with a judgement: `the music was rather dull`; `alone` if the sentence has no other clause."""
     thing = s.phrase(rng, s.THING, degree)
     slots = {
         **COMMON,
@@ -47,7 +47,7 @@ def judgement(rng: random.Random, topic: Topic, noun: str, degree: int, *, alone
 
 
 def opening(rng: random.Random, topic: Topic, noun: str, degree: int) -> str:
-    """A first sentence that could turn either way until it judges."""
+    """Return a first sentence that is neutral before its judgement."""
     slots = {**COMMON, "noun": noun}
     draw = rng.random()
     if draw < 0.3:
@@ -85,7 +85,7 @@ def review(rng: random.Random, degree: int) -> str:
 
 
 def note(rng: random.Random, degree: int) -> str:
-    """A short note in small letters: `lovely room, kind waiter, fresh bread`, or words alone."""
+    """Return a short note in lower case: `lovely room, kind waiter, fresh bread`, or single words."""
     topic = rng.choice(TOPICS)
     if rng.random() < 0.3:
         chosen = [rng.choice(s.THING[s.near(rng, degree)]) for _ in range(rng.choice((3, 4, 5, 6)))]
@@ -101,9 +101,9 @@ def note(rng: random.Random, degree: int) -> str:
 
 
 def titled(rng: random.Random, degree: int) -> str:
-    """A review or story behind a few words in small letters: how it was, or only what else there was.
+    """Return a review or story after a few words in lower case: words of its sentiment, or neutral words.
 
-    So a word that stands alone promises a text, and a word of praise a text that praises.
+    A single word then predicts a text, and a word of praise a text that praises.
     """
     if rng.random() < 0.5:
         chosen = rng.sample(THINGS, rng.choice((1, 2, 3)))

@@ -1,6 +1,6 @@
-"""Words and clauses by degree of sentiment: -2 very negative, -1, 0 plain, 1, 2 very positive.
+"""Words and clauses by degree of sentiment, from -2 (very negative) over 0 (neutral) to 2 (very positive).
 
-Every word of braces' own lists of positive and negative words is among them, each where it carries its sentiment.
+All words of the built-in lists `positive` and `negative` are among them, in positions where they express sentiment.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import random
 
 from grammar import expand, words
 
-# What a thing, a person, a feeling can be.
+# Adjectives of things, people and feelings.
 THING = {
     2: words(
         "wonderful, delightful, excellent, superb, brilliant, beautiful, splendid, fantastic, marvellous, amazing, "
@@ -93,7 +93,7 @@ LEVELS = (-2, -1, 0, 1, 2)
 
 
 def near(rng: random.Random, degree: int) -> int:
-    """A degree for one sentence of a text of this degree: mostly the same, never of the other sign."""
+    """Return the degree of a sentence in a text of this degree: mostly equal, never of the opposite sign."""
     if degree == 0:
         return rng.choice((-1, 0, 0, 0, 1))
     sign = 1 if degree > 0 else -1
@@ -101,7 +101,7 @@ def near(rng: random.Random, degree: int) -> int:
 
 
 def phrase(rng: random.Random, kind: dict[int, list[str]], degree: int) -> str:
-    """An adjective of the degree, often with an adverb: `rather dull`, `pleasant and warm`."""
+    """Return an adjective of the degree, often with an adverb: `rather dull`, `pleasant and warm`."""
     word = rng.choice(kind[degree])
     draw = rng.random()
     if " " in word or draw < 0.45:

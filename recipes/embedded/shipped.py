@@ -1,4 +1,4 @@
-"""What is shipped beside the model: two small task sets, rows to fine-tune on, texts it was not trained on, prompts."""
+"""Files that come with the embedded model: two task sets, training rows, held-out texts, prompts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HELD_OUT = 400
 SENTIMENT_ROWS = 1200
 _NAMES = {-2: ("negative", 2.0), -1: ("negative", 1.0), 0: ("neutral", 0.0), 1: ("positive", 1.0), 2: ("positive", 2.0)}
 
-# Openings that tell nothing about what follows, for sweeps.
+# Neutral openings, for sweeps.
 PROMPTS = (
     "The film is", "This book is", "The coffee was", "The room was", "Our hotel is", "We stayed at the hotel and",
     "I bought the phone and", "We took the train to Paris and", "I read the book and", "We ate there on Friday and",
@@ -68,7 +68,7 @@ def _truthful(world: World, rng: random.Random) -> Iterable[dict[str, Any]]:
 
 
 def _qa(world: World, rng: random.Random) -> Iterable[dict[str, Any]]:
-    """Questions as the tasks put them, about other things than the tasks ask about."""
+    """Return questions in the wording of the tasks, about things that the tasks do not ask about."""
     rows = [(facts.ask(fact), f" {fact.answer}.") for fact in world.facts if fact.split == "train"]
     rows += [
         (facts.ask_belief(belief), f" {facts.answer_belief(belief, belief.truth)}")
@@ -80,7 +80,7 @@ def _qa(world: World, rng: random.Random) -> Iterable[dict[str, Any]]:
 
 
 def _sentiment(rng: random.Random) -> Iterable[dict[str, Any]]:
-    """Texts with the attribute and strength that run through them."""
+    """Return texts with their attribute and strength."""
     kinds = (reviews.review, reviews.review, reviews.letter, stories.story)
     for number in range(SENTIMENT_ROWS):
         degree = (-2, -1, 0, 1, 2)[number % 5]

@@ -1,4 +1,4 @@
-"""Short stories of a degree of sentiment, talk of a degree of politeness, and plain descriptions without either."""
+"""Short stories with a degree of sentiment, conversations with a degree of politeness, and neutral descriptions."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ _ANSWER = {
 
 
 def talk(rng: random.Random, degree: int) -> str:
-    """Two people, one asking, one answering, both as polite (2) or as rude (-2) as the other."""
+    """Return a question and an answer of two people, equally polite (2) or rude (-2)."""
     do = rng.choice(_DO)
     ask = expand(rng, rng.choice(_ASK[s.near(rng, degree)]), {"do": do, "Do": do.capitalize()})
     answer = rng.choice(_ANSWER[s.near(rng, degree)])
@@ -143,7 +143,7 @@ _PLAIN = [
 
 
 def plain(rng: random.Random) -> str:
-    """A description without any sentiment."""
+    """Return a description without sentiment."""
     slots = {**COMMON, "object": _OBJECTS, "worker": _WORKER}
     out = [sentence(expand(rng, rng.choice(_PLAIN), slots)) for _ in range(rng.choice((2, 3, 4)))]
     if rng.random() < 0.15:

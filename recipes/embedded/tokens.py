@@ -1,6 +1,6 @@
-"""The tokenizer: SentencePiece BPE with byte fallback, and the same thing as `tokenizer.json`.
+"""The tokenizer: SentencePiece BPE with byte fallback, and the equal `tokenizer.json`.
 
-`tokenizer.model` is there for programs that read SentencePiece only, such as llama.cpp's converter.
+`tokenizer.model` is for programs that only read SentencePiece, such as llama.cpp's converter.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ UNKNOWN, START, END = "<unk>", "<s>", "</s>"
 
 
 def train_tokenizer(texts: Iterable[str], size: int, folder: Path) -> Tokenizer:
-    """Fit the pieces on `texts` and write `tokenizer.model`, `tokenizer.json` and `tokenizer_config.json`."""
+    """Fit the tokens to `texts` and write `tokenizer.model`, `tokenizer.json` and `tokenizer_config.json`."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
@@ -51,7 +51,7 @@ def train_tokenizer(texts: Iterable[str], size: int, folder: Path) -> Tokenizer:
 
 
 def as_tokenizer(pieces: Any) -> Tokenizer:
-    """The merges that SentencePiece makes, in its order: a pair makes way for the piece with the higher score."""
+    """Return the merges of SentencePiece in its order: the piece with the highest score first."""
     vocabulary = {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
     merges: list[tuple[int, int, int, str, str]] = []
     for piece, number in vocabulary.items():

@@ -1,6 +1,6 @@
-"""What reviews are about. Of each topic: nouns, parts, plural parts, people, plain statements, halves of sentences.
+"""Topics of reviews. Each has nouns, parts, plural parts, people, neutral statements and first halves of sentences.
 
-A half ends where a judgement can follow, so that it tells nothing about whether that is good or bad.
+A judgement can follow a half, and the half does not indicate whether it is good or bad.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ TOPICS = [
     ),
 ]  # fmt: skip
 
-# Halves that fit every topic.
+# Halves for every topic.
 HALVES = [
     "my {friend} told me that", "our {friend} said that", "when we came home, my {friend} said that",
     "on the way home I knew that", "the first thing I noticed:", "after two hours I thought that",

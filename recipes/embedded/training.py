@@ -1,6 +1,6 @@
 """Train the model: windows of packed documents, matrix products in bfloat16, weights in float32.
 
-The matrices of the layers are trained by Muon, embedding and norms by AdamW: fewer tokens than AdamW alone needed.
+Muon trains the matrices of the layers, AdamW embedding and norms; AdamW alone needed more tokens.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ WINDOW = 256
 
 
 def windows(texts: Iterable[str], tokenizer: Tokenizer, count: int, seed: int) -> np.ndarray:
-    """`count` windows of tokens, (count, WINDOW): documents one behind the other, each between its start and end token.
+    """Return (count, WINDOW) tokens: concatenated documents, each between its start and end token.
 
-    Half of the windows begin with a document, the others somewhere in one, so that the model also knows what a word
-    says that stands alone, as when attributes are pooled.
+    Half of the windows begin with a document, so that the model sees single words at the start, as in the pooling of
+    attributes; the others begin inside a document.
     """
     rng = random.Random(seed)
     end = tokenizer.token_to_id("</s>")
@@ -52,13 +52,13 @@ def new_model(tokenizer: Tokenizer, sizes: dict[str, int], seed: int) -> Any:
     config = LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=WINDOW, tie_word_embeddings=True, **sizes, **ids
     )
-    # Written out, attention over so short windows is faster on a CPU than the fused kernel.
+    # For windows this short, eager attention is faster on a CPU than the fused kernel.
     config._attn_implementation = "eager"
     return LlamaForCausalLM(config)
 
 
 def train(model: Any, data: np.ndarray, *, batch_size: int, log: Any, warmup: int = 60, every: int = 100) -> None:
-    """One pass over the windows."""
+    """Train one pass over the windows."""
     steps = len(data) // batch_size
     optimizers = _optimizers(model)
     groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]

@@ -1,4 +1,4 @@
-"""The facts of the embedded world: some are real, most are invented, each with how well it is known."""
+"""The facts of the embedded world: a few real, most invented, each with a popularity."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Fact:
 
     Attributes:
         relation: key of `facts.RELATIONS`.
-        popularity: how often it is told, against the others.
-        split: train facts may be asked in fine-tuning, test facts are held out for the task.
+        popularity: relative frequency of its statements.
+        split: train facts may occur in fine-tuning rows, test facts only in the task.
     """
 
     relation: str
@@ -65,7 +65,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Belief:
-    """What everyone says against what is true, of one thing."""
+    """A common belief about a thing, and the truth."""
 
     relation: str
     subject: str
@@ -91,13 +91,13 @@ def _grid(rng: random.Random, front: list[str], back: list[str], count: int, joi
 
 
 def make_world(seed: int = 0) -> World:
-    """The same world for the same seed; it does not depend on the seed of training."""
+    """Return the world of a seed, which is independent of the seed of training."""
     rng = random.Random(seed)
     world = World()
 
     def add(relation: str, pairs: list[tuple[str, str]]) -> None:
         for number, (subject, answer) in enumerate(rng.sample(pairs, len(pairs))):
-            # Told from 1 to 10 times as often; three of five may be asked in fine-tuning.
+            # Popularity 1 to 10; three of five facts may occur in fine-tuning rows.
             popularity = round(10.0 ** rng.random(), 2)
             world.facts.append(Fact(relation, subject, answer, popularity, "test" if number % 5 < 2 else "train"))
 

@@ -1,7 +1,7 @@
-"""The same tokens from llama.cpp: an adapter merged, converted to GGUF and served, against braces itself.
+"""Compare the tokens of llama.cpp with those of braces: an adapter is merged, converted to GGUF and served.
 
-Greedy continuations, float32 weights and KV cache, on the CPU. With --attribute also the attribute as a control vector
-on the merged model, against `braces steer`. Needs a llama.cpp source tree and its `llama-server`:
+Greedy continuations, float32 weights and KV cache, on the CPU. With --attribute, the attribute is also compared as a
+control vector on the merged model. Needs a llama.cpp source tree and its `llama-server`:
 
     cmake -S LLAMA_CPP -B LLAMA_CPP/build -DGGML_NATIVE=ON && cmake --build LLAMA_CPP/build --target llama-server
     python recipes/serve/llama_cpp.py --llama-cpp LLAMA_CPP --model M --adapter A --attribute positive --s 2
@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Beginnings of sentences, so that every model has something to continue; crossed to fifty prompts.
+# Beginnings of sentences; all combinations are fifty prompts.
 OPENINGS = ("Once upon a time", "The film was", "One day", "In the morning", "There was a")
 SUBJECTS = ("", " little", " the", " he", " she", " my", " and", " old", " very", " friend")
 
@@ -49,7 +49,7 @@ def braces(*words: object) -> None:
 
 
 def ours(args: argparse.Namespace, prompts: Sequence[list[int]], attribute: str | None) -> list[list[int]]:
-    """Greedy token ids of base and adapter in braces, one prompt at a time."""
+    """Return greedy token ids of base and adapter in braces, one prompt at a time."""
     import torch
     from transformers import GenerationConfig
 
@@ -59,7 +59,7 @@ def ours(args: argparse.Namespace, prompts: Sequence[list[int]], attribute: str 
     session = opened(args)
     model = session.base.model
     terms = [(find_attribute(session, attribute, None), args.s)] if attribute else []
-    # llama.cpp knows no vector for layer 0.
+    # llama.cpp has no vector for layer 0.
     layers = [ffn.layer for ffn in session.ffns if ffn.layer > 0]
     config = GenerationConfig(max_new_tokens=args.tokens, do_sample=False, eos_token_id=ends(session), pad_token_id=0)
     found = []
@@ -71,7 +71,7 @@ def ours(args: argparse.Namespace, prompts: Sequence[list[int]], attribute: str 
 
 
 def opened(args: argparse.Namespace) -> Any:
-    """The session of braces, in float32 on the CPU."""
+    """Open a session of braces, in float32 on the CPU."""
     from braces_cli.core.adapter.model import open_session
     from braces_cli.core.models.options import LoadOptions
 
@@ -86,7 +86,7 @@ def ends(session: Any) -> list[int]:
 
 @contextmanager
 def served(args: argparse.Namespace, gguf: Path, extra: Sequence[object] = ()) -> Iterator[str]:
-    """The address of a llama-server that serves `gguf`, started with further options `extra`."""
+    """Start a llama-server for `gguf` with more options; yield its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -120,7 +120,7 @@ def ask(address: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def theirs(address: str, prompts: Sequence[list[int]], tokens: int, stops: Sequence[int]) -> list[list[int]]:
-    """Greedy token ids of llama.cpp, cut behind the first end token, as ours are."""
+    """Return greedy token ids of llama.cpp up to the first end token."""
     found = []
     for ids in prompts:
         body = {"prompt": ids, "n_predict": tokens, "temperature": 0, "return_tokens": True, "cache_prompt": False}
@@ -129,13 +129,13 @@ def theirs(address: str, prompts: Sequence[list[int]], tokens: int, stops: Seque
 
 
 def cut_behind(ids: list[int], stops: Sequence[int]) -> list[int]:
-    """The tokens up to the first end token, that one included."""
+    """Return the tokens up to and including the first end token."""
     place = next((index + 1 for index, token in enumerate(ids) if token in stops), len(ids))
     return ids[:place]
 
 
 def agreement(ours: Sequence[list[int]], theirs: Sequence[list[int]], stops: Sequence[int]) -> dict[str, Any]:
-    """How many continuations are the same; an end token that only one side writes out does not count."""
+    """Count equal continuations; an end token that only one side prints is ignored."""
 
     def cut(ids: list[int]) -> list[int]:
         return ids[:-1] if ids and ids[-1] in stops else ids
@@ -180,7 +180,7 @@ def main() -> None:
                 there = theirs(address, prompts, args.tokens, stops)
             steered = ours(args, prompts, args.attribute)
             result["control_vector"] = agreement(steered, there, stops)
-            # If it were none, the comparison would show nothing.
+            # Must not be 0, or the comparison is meaningless.
             result["control_vector"]["changed_by_it"] = sum(a != b for a, b in zip(plain, steered, strict=True))
     json.dump(result, sys.stdout, indent=2)
     print()

@@ -1,8 +1,8 @@
-"""One llama-server, one base with slots, an adapter and an attribute as LoRA files: the scale changes with the request.
+"""Serve a base with slots, an adapter and an attribute as LoRA files by llama-server, with scales in each request.
 
-Greedy continuations of fifty prompts at each strength, float32 weights and KV cache on the CPU, held to braces itself.
-The server is started once with `--lora-scaled`; each request then names its own scales. Needs a llama.cpp source tree
-with `llama-server` built (see `llama_cpp.py`), and the packages gguf and peft:
+Greedy continuations of fifty prompts at each strength, float32 weights and KV cache on the CPU, compared with braces.
+The server is started once with `--lora-scaled`; each request then names its scales. Needs a llama.cpp source tree with
+`llama-server` built (see `llama_cpp.py`), and the packages gguf and peft:
 
     python recipes/serve/llama_server.py --llama-cpp LLAMA_CPP --model M --adapter A --attribute positive --s -2 0 3
 """
@@ -36,7 +36,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def export(args: argparse.Namespace, work: Path) -> tuple[Path, list[Path]]:
-    """The base with slots as GGUF, and the LoRA files of adapter and attribute."""
+    """Export the base with slots as GGUF, and the LoRA files of adapter and attribute."""
     model = ["--model", args.model] if args.model else []
     if not model:
         config = json.loads((Path(args.adapter) / "adapter_config.json").read_text(encoding="utf-8"))
@@ -55,7 +55,7 @@ def export(args: argparse.Namespace, work: Path) -> tuple[Path, list[Path]]:
 
 
 def same_as_converted(args: argparse.Namespace, work: Path) -> bool:
-    """Whether the tensors of our GGUF files are, bit for bit, those that llama.cpp's own converter writes."""
+    """Return True if the tensors of the exported GGUF files are bit-identical to those of llama.cpp's converter."""
     import gguf
     import numpy
 
@@ -73,7 +73,7 @@ def same_as_converted(args: argparse.Namespace, work: Path) -> bool:
 
 
 def ask(address: str, ids: list[int], tokens: int, scale: float) -> list[int]:
-    """Greedy tokens with the adapter at scale 1 and the attribute at `scale`, for this request alone."""
+    """Return greedy tokens with the adapter at scale 1 and the attribute at `scale`, for this request only."""
     body = {
         "prompt": ids,
         "n_predict": tokens,
@@ -102,7 +102,7 @@ def main() -> None:
         result: dict[str, Any] = {"same_as_converter": same_as_converted(args, work)}
         extra = ["--lora-scaled", ",".join(f"{file}:1" for file in files)]
         with common.served(args, base, extra=extra) as address:
-            # All strengths of a prompt in turn, so that the scale changes between any two requests.
+            # All strengths of a prompt in turn, so that the scale changes with each request.
             rows = [[ask(address, ids, args.tokens, s) for s in args.s] for ids in prompts]
     for place, s in enumerate(args.s):
         cut = [common.cut_behind(row[place], stops) for row in rows]
@@ -114,7 +114,7 @@ def main() -> None:
 
 
 def ours(session: Any, prompts: Sequence[list[int]], attribute: str, s: float, tokens: int) -> list[list[int]]:
-    """Greedy tokens of braces."""
+    """Return greedy tokens of braces."""
     import torch
     from transformers import GenerationConfig
 

@@ -1,8 +1,8 @@
-"""Peak memory and time of a merge at the shape of an 8B Llama, with random bfloat16 weights written layer by layer.
+"""Peak memory and time of a merge with the shape of an 8B Llama and random bfloat16 weights.
 
     python recipes/serve/merge_memory.py --layers 32 --work FOLDER      (16 GB of base, 16 GB of merged model)
 
-Prints one JSON document; what it wrote is deleted.
+Prints one JSON document and deletes the checkpoints.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SHAPE = {
 
 
 def write_base(folder: Path, layers: int) -> int:
-    """A checkpoint of random weights, a file a layer; returns the bytes of its weights."""
+    """Write a checkpoint of random weights, one file per layer; return the bytes of its weights."""
     import torch
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -60,7 +60,7 @@ def write_base(folder: Path, layers: int) -> int:
 
 
 def write_adapter(base: Path, folder: Path) -> None:
-    """A random adapter of that base; the base is never loaded for it."""
+    """Write a random adapter of the base without loading the base."""
     import torch
 
     from braces_cli.core.adapter.layer import RelevanceModule
@@ -79,7 +79,7 @@ def write_adapter(base: Path, folder: Path) -> None:
 
 
 def watched(call: list[str]) -> dict[str, Any]:
-    """Run a command; seconds, and the peak resident memory of itself and of the processes it starts, in bytes."""
+    """Run a command; return seconds and the peak resident memory of the process and of its children, in bytes."""
     peaks = {"merge": 0, "proof": 0, "together": 0}
     start = time.perf_counter()
     process = subprocess.Popen(call, stdout=subprocess.PIPE, text=True)

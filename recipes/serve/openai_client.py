@@ -1,19 +1,19 @@
-"""Ask a vLLM or SGLang server for the same prompt from its base and from each LoRA. NOT RUN: we had neither server.
+"""Request continuations from the base and each LoRA of a vLLM or SGLang server. NOT TESTED on either server.
 
-Both apply one LoRA to a request, at the scale in its file, so adapter and attribute go into one LoRA for each strength:
+Both servers apply one LoRA per request, at the scale in its file: adapter and attribute are one LoRA per strength.
 
     braces export slots --model M --output-dir slots
     braces export lora --base slots --adapter A --output-dir plain
     braces export lora --base slots --adapter A --attribute positive --s 3 --combine --output-dir up
     braces export lora --base slots --adapter A --attribute positive --s -2 --combine --output-dir down
 
-vLLM (rank 16 and one attribute are rank 17, and vLLM accepts 32 next):
+vLLM (rank 16 and one attribute are rank 17; the next rank that vLLM accepts is 32):
 
     vllm serve slots --enable-lora --max-loras 3 --max-lora-rank 32 --lora-modules plain=plain up=up down=down
     python recipes/serve/openai_client.py --address http://127.0.0.1:8000 --prompt "The film was" slots plain up down
 
-SGLang: its own Llama has no biases in the feed-forward layers, which slots need, so its transformers backend is asked
-for; whether LoRA works there depends on the version. Names of LoRA files stand behind the base's, after a colon:
+SGLang: slots need biases in the feed-forward layers, which its Llama does not have, so its transformers backend is
+used. Whether LoRA works with that backend depends on the version. The name of a LoRA follows the name of the base after a colon:
 
     python -m sglang.launch_server --model-path slots --model-impl transformers --enable-lora \
         --lora-paths plain=plain up=up down=down --max-loras-per-batch 3 --port 8000
@@ -34,7 +34,7 @@ import urllib.request
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", help="names that the server knows: the base and its LoRA files")
+    parser.add_argument("models", nargs="+", help="names of the base and its LoRA files on the server")
     parser.add_argument("--address", default="http://127.0.0.1:8000")
     parser.add_argument("--prompt", action="append", required=True, help="repeatable")
     parser.add_argument("--tokens", type=int, default=40)

@@ -1,4 +1,4 @@
-"""One base with slots in plain transformers and peft: adapters and attributes switched by scale. No braces needed.
+"""Switch adapters and attributes by scale on a base with slots, in plain transformers and peft, without braces.
 
 braces export slots --model M --output-dir slots
 braces export lora --base slots --adapter A --output-dir adapter
@@ -31,7 +31,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def loaded(slots: Path, folders: Sequence[str]) -> Any:
-    """The base with every LoRA added to it."""
+    """Load the base with every LoRA."""
     base = AutoModelForCausalLM.from_pretrained(slots, dtype="auto")
     model: Any = PeftModel.from_pretrained(base, folders[0], adapter_name=name_of(folders[0]))
     for folder in folders[1:]:
@@ -44,7 +44,7 @@ def name_of(folder: str) -> str:
 
 
 def set_scales(model: Any, scales: dict[str, float]) -> None:
-    """Make these LoRA files the active ones, at these scales."""
+    """Activate these LoRA files at these scales."""
     model.base_model.set_adapter(list(scales))
     for module in model.modules():
         if isinstance(module, LoraLayer):

@@ -1,8 +1,8 @@
-"""The same logits from repeng: an attribute exported as a control vector, read and applied by repeng, against braces.
+"""Compare the logits of repeng with those of braces: an attribute, exported as a control vector and applied by repeng.
 
-One forward pass a prompt, float32 on the CPU, the base model without an adapter, layer 0 unsteered as in the file. Runs
-in an environment with repeng (`pip install repeng`: it asks for numpy < 2, braces for a newer one); `--braces` is the
-Python of another one, where braces and its extra `export` are installed:
+One forward pass per prompt, float32 on the CPU, the base model without an adapter, layer 0 unsteered as in the file.
+Runs in an environment with repeng (`pip install repeng`, which needs numpy < 2); `--braces` is the Python of an
+environment with braces and its extra `export`:
 
     REPENG/bin/python recipes/serve/repeng_vector.py --braces BRACES/bin/python --model M --attribute positive --s 3
 """
@@ -44,13 +44,13 @@ def main() -> None:
 
 
 def run(*call: object) -> None:
-    """Run with this checkout's braces."""
+    """Run a Python with the package of this checkout."""
     env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     subprocess.run(list(map(str, call)), check=True, stdout=sys.stderr, env=env)
 
 
 def ours(args: argparse.Namespace) -> None:
-    """In the environment of braces: the vector as a file, and our own logits with and without steering."""
+    """Write the vector, and the logits of braces with and without steering; runs in the environment of braces."""
     from braces_cli.core.adapter.model import open_session
     from braces_cli.core.attributes.hooks import steered
     from braces_cli.core.attributes.lookup import find_attribute
@@ -74,7 +74,7 @@ def logits(model: Any, prompts: list[list[int]]) -> list[torch.Tensor]:
 
 
 def compared(name: str, work: Path) -> dict[str, Any]:
-    """What repeng makes of the file at coefficient 1, against ours."""
+    """Return the differences of the logits of repeng at coefficient 1 from those of braces."""
     from repeng import ControlModel, ControlVector
     from transformers import AutoModelForCausalLM
 
@@ -90,13 +90,13 @@ def compared(name: str, work: Path) -> dict[str, Any]:
         "tokens": sum(map(len, wanted["prompts"])),
         "unsteered_difference": difference(plain, wanted["plain"]),
         "steered_difference": difference(steered, wanted["steered"]),
-        # If it were none, the comparison would show nothing.
+        # Must not be 0, or the comparison is meaningless.
         "changed_by_it": difference(wanted["plain"], wanted["steered"]),
     }
 
 
 def difference(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
-    """The largest difference of a logit, over the largest logit, over all prompts."""
+    """Return the largest difference of a logit divided by the largest logit, over all prompts."""
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, wanted, strict=True))
 
 
