@@ -13,7 +13,7 @@ vLLM (rank 16 and one attribute are rank 17; the next rank that vLLM accepts is 
     python recipes/serve/openai_client.py --address http://127.0.0.1:8000 --prompt "The film was" slots plain up down
 
 SGLang: slots need biases in the feed-forward layers, which its Llama does not have, so its transformers backend is
-used. Whether LoRA works with that backend depends on the version. The name of a LoRA follows the name of the base after a colon:
+used. Whether LoRA works with that backend depends on the version. A LoRA is named BASE:LORA:
 
     python -m sglang.launch_server --model-path slots --model-impl transformers --enable-lora \
         --lora-paths plain=plain up=up down=down --max-loras-per-batch 3 --port 8000

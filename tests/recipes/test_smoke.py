@@ -40,6 +40,8 @@ def test_benchmark(name: str) -> None:
     for ratio in found["ratios"].values():
         low, high = ratio["spread"]
         assert 0 <= low <= ratio["value"] <= high
+    if name == "activations":
+        assert found["ratios"]["saved_vs_calculated"]["value"] == 1
     # The document can be published: it contains no path of this machine.
     assert str(RECIPES.parent) not in done.stdout
     assert sys.prefix not in done.stdout
