@@ -15,27 +15,41 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any, overload
 
 from braces_cli.core.adapter.files import CONFIG_FILE
 from braces_cli.core.adapter.model import Session, open_session
 from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute
+from braces_cli.core.attributes.options import AttributeSettings
 from braces_cli.core.attributes.vector import Attribute, build_attribute
 from braces_cli.core.attributes.words import clean_words
-from braces_cli.core.config import column_texts, converted, from_python, layer_text
+from braces_cli.core.config import build, option
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.files import user_path
-from braces_cli.core.models.generate import Sampling
-from braces_cli.core.models.options import LoadOptions, chosen_layers
+from braces_cli.core.models.options import chosen_layers
 from braces_cli.core.models.structure import uncompiled
+from braces_cli.core.options import AdapterSettings, Sampling, SteeredLayers
 from braces_cli.inspection.summary import summarise_open
 from braces_cli.steering.texts import generate_texts, text_requests, uses_chat_template
 from braces_cli.training.run import train as run_training
 from braces_cli.training.settings import RunSettings
 
 Name = str | PathLike[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Steering(AttributeSettings, SteeredLayers):
+    """Arguments of `Model.steer`."""
+
+
+@dataclass(frozen=True)
+class _Generation:
+    """Arguments of `Model.generate` that are no `Sampling`."""
+
+    prompts: tuple[str, ...] = option(help="Texts to continue.")
+    batch_size: int = option(8, help="Prompts at a time.", min=1)
+    apply_chat_template: bool | None = option(None, help="Prompts as a user's turn.")
 
 
 @dataclass(frozen=True)
@@ -79,22 +93,21 @@ class Model:
         Raises:
             ConfigError: unknown attribute, or one that steers this model already; no words; a value of another type.
         """
-        attribute = converted("attribute", attribute, str)
+        wanted = {"attribute": attribute, "s": strength, "attributes": attributes, "layers": layers}
+        given = build(_Steering, wanted, python=True)
+        (attribute,), (strength,) = given.attribute, given.s
         if any(attribute == each.name for each, _ in self.terms):
             hint = "Steer the model that load() gave, with another strength."
             raise ConfigError(f"the model is steered by `{attribute}` already", hint=hint)
-        strength = converted("strength", strength, float)
-        places = converted("layers", layer_text(layers), str | None)
-        folder = converted("attributes", attributes, Path | None)
-        chosen = None if words is None else clean_words(converted("words", words, tuple[str, ...]))
+        chosen = None if words is None else clean_words([words] if isinstance(words, str) else list(words))
         if chosen == []:
             raise ConfigError("no words", where="words", hint="Give at least one word.")
         with uncompiled(self.session.base.model):
             if chosen is None:
-                found = find_attribute(self.session, attribute, folder)
+                found = find_attribute(self.session, attribute, given.attributes)
             else:
                 found = build_attribute(self.session, attribute, chosen, reduction=None)
-        return Model(self.session, (*self.terms, (found, strength)), self.layers if places is None else places)
+        return Model(self.session, (*self.terms, (found, strength)), given.layers or self.layers)
 
     @overload
     def generate(self, prompts: str, **options: Any) -> str: ...
@@ -121,14 +134,16 @@ class Model:
         Raises:
             ConfigError: no such option, or a value that is out of range or of another type.
         """
-        texts = converted("prompts", prompts, tuple[str, ...])
-        if converted("batch_size", batch_size, int) < 1:
-            raise ConfigError(f"{batch_size} is out of range", where="batch_size", hint="Give at least 1.")
-        how = Sampling(**from_python(Sampling, sampling))
+        given = {"prompts": prompts, "batch_size": batch_size, "apply_chat_template": apply_chat_template}
+        wanted, how = build(_Generation, given, python=True), build(Sampling, sampling, python=True)
         layers = chosen_layers(self.session.base.model, self.layers)
-        chat = uses_chat_template(self.session, converted("apply_chat_template", apply_chat_template, bool | None))
+        chat = uses_chat_template(self.session, wanted.apply_chat_template)
         with steered(self.session, self.terms, layers):
-            made = list(generate_texts(self.session, text_requests(texts), how, batch_size=batch_size, chat=chat))
+            made = list(
+                generate_texts(
+                    self.session, text_requests(wanted.prompts), how, batch_size=wanted.batch_size, chat=chat
+                )
+            )
         return made[0] if isinstance(prompts, str) else made
 
     def inspect(self) -> dict[str, Any]:
@@ -149,14 +164,13 @@ def load(name: Name | None = None, *, adapter: Name | None = None, **options: An
         ConfigError: two adapters, no such option or device, or a value of another type.
         ModelError: model or adapter cannot be loaded, or they do not fit.
     """
-    model: str | None = converted("name", name, str | None)
-    stored: str | None = converted("adapter", adapter, str | None)
-    values = from_python(LoadOptions, options)
+    given = build(AdapterSettings, {"model": name, "adapter": adapter, **options}, python=True)
+    model, stored = given.model, given.adapter
     if model is not None and (user_path(model) / CONFIG_FILE).is_file():
         if stored is not None:
             raise ConfigError("two adapters", where=model, hint="Give the folder or hub id of a base model, or none.")
         model, stored = None, model
-    return Model(open_session(model, stored, LoadOptions(**values)))
+    return Model(open_session(model, stored, given))
 
 
 def train(data: Name | Sequence[Name], output_dir: Name, **settings: Any) -> dict[str, Any]:
@@ -173,7 +187,5 @@ def train(data: Name | Sequence[Name], output_dir: Name, **settings: Any) -> dic
         DataError: rows that cannot be read.
         ModelError: the base cannot be loaded.
     """
-    as_texts = {"layers": layer_text, "columns": column_texts}
-    plain = {name: as_texts.get(name, lambda value: value)(value) for name, value in settings.items()}
-    values = from_python(RunSettings, {"data": data, "output_dir": output_dir, **plain})
-    return run_training(RunSettings(given=dict.fromkeys(settings, "command line"), **values))
+    given = {"data": data, "output_dir": output_dir, **settings}
+    return run_training(build(RunSettings, given, python=True))

@@ -185,7 +185,7 @@ def shared() -> Path:
 def session(model_dir: Path) -> Any:
     """An open tiny Llama, fresh for each test."""
     from braces_cli.core.adapter.model import open_session
-    from braces_cli.core.models.options import LoadOptions
+    from braces_cli.core.options import LoadOptions
 
     return open_session(str(model_dir), None, LoadOptions(device="cpu"))
 

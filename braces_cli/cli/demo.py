@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from braces_cli import __version__
-from braces_cli.cli.options import OutputSettings, command, running
+from braces_cli.cli.options import command, running
 from braces_cli.cli.output import cell, note, print_json, print_table, print_text
-from braces_cli.core.config import OUTPUT, option
-from braces_cli.core.schema import decode
+from braces_cli.core.config import option
+from braces_cli.core.options import OutputSettings, OverwriteSettings
 
 # One axis, its ends built from the words that braces brings.
 ATTRIBUTE, OPPOSITE = "positive", "negative"
@@ -34,13 +34,12 @@ LORA_RANKS = {4: "as many parameters", 16: "four times as many"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoSettings(OutputSettings):
+class DemoSettings(OverwriteSettings, OutputSettings):
     """Settings of `braces demo`."""
 
     first_options = ("output_dir",)
 
     output_dir: Path = option(Path("demo"), help="Folder for all output of the demo.")
-    overwrite: bool = option(False, help="Overwrite an output folder that is not empty.", panel=OUTPUT)
 
 
 @command
@@ -146,6 +145,8 @@ class Guide:
             with running(["braces", *args]), redirect_stdout(stdout):
                 build_app(full)(args=full, standalone_mode=False)
             text = stdout.getvalue()
+            from braces_cli.core.schema import decode
+
             document = [decode(line) for line in text.splitlines()] if lines else decode(text)
         self.steps.append({"title": title, "command": command, "seconds": time.perf_counter() - started})
         return document

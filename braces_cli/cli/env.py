@@ -8,8 +8,9 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from braces_cli.cli.options import DisplaySettings, command
+from braces_cli.cli.options import command
 from braces_cli.cli.output import print_json, print_pairs
+from braces_cli.core.options import DisplaySettings
 
 # Environment variables that change what braces does; none of them is a secret.
 _VARIABLES = (

@@ -2,52 +2,27 @@
 
 import logging
 import os
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import typer
 
-from braces_cli.cli.options import ModelSettings, OutputSettings, command, show_plan
+from braces_cli.cli.options import command, show_plan
 from braces_cli.cli.output import note, print_json, print_table, progress, set_up
-from braces_cli.core.config import OUTPUT, option
 from braces_cli.core.distributed import is_main
-from braces_cli.core.errors import BracesError, ConfigError
+from braces_cli.core.errors import BracesError
 from braces_cli.core.text import one_line
 from braces_cli.evaluation.settings import EvalSettings
-
-
-# The seed of `eval` has another default than that of the other commands, None.
-@dataclass(frozen=True, kw_only=True)
-class EvalCommandSettings(EvalSettings, ModelSettings, OutputSettings):
-    """Settings of `braces eval`."""
-
-    first_options = ("tasks", "model", "adapter", "output_dir", "limit")
-
-    adapter: tuple[str, ...] = option(
-        (), help="Adapter to evaluate in addition to the base: folder or hub id. Repeatable.", metavar="ADAPTER"
-    )
-    output_dir: Path | None = option(None, help="Folder for results.json and results.md, updated after each task.")
-    log_samples: bool = option(
-        False, help="Also write prompt, answer and scores of each document into --output-dir.", panel=OUTPUT
-    )
-    resume: bool = option(False, help="Skip tasks whose results are already in --output-dir.", panel=OUTPUT)
-    plot: Path | None = option(None, help="PNG file for a plot of each metric and system.", panel=OUTPUT)
-    overwrite: bool = option(False, help="Overwrite an output folder that is not empty.", panel=OUTPUT)
-
 
 # Columns that say what a row of the table is.
 
 
 @command
-def evaluate(settings: EvalCommandSettings) -> None:
+def evaluate(settings: EvalSettings) -> None:
     """Score a base and its adapters (braces or peft), steered or not, on benchmarks, or on texts of your own."""
     # Of several processes only the first prints.
     quiet = settings.quiet or not is_main()
     set_up(quiet, settings.debug)
     _silence_lm_eval(settings.debug)
-    if not settings.tasks:
-        raise ConfigError("missing option", where="--tasks", hint="Such as --tasks truthfulqa,popqa,triviaqa.")
     if settings.dry_run:
         _dry_run(settings)
         return
@@ -57,7 +32,7 @@ def evaluate(settings: EvalCommandSettings) -> None:
         _evaluate(settings, quiet)
 
 
-def _evaluate(settings: EvalCommandSettings, quiet: bool) -> None:
+def _evaluate(settings: EvalSettings, quiet: bool) -> None:
     """Measure, write and print; nobody else writes to the outputs meanwhile."""
     from braces_cli.core.files import check_output_file
     from braces_cli.evaluation.results import Store, check_folder
@@ -75,14 +50,12 @@ def _evaluate(settings: EvalCommandSettings, quiet: bool) -> None:
             check_output_file(settings.plot, replace)
     store = Store(settings.output_dir, log_samples=settings.log_samples)
     with progress(quiet) as report:
-        result = run_evaluation(
-            settings.model, settings.adapter, settings.load_options, settings, report, store, settings.resume
-        )
+        result = run_evaluation(settings.model, settings.adapter, settings, settings, report, store, settings.resume)
     if result is not None:
         _show(result, settings)
 
 
-def _show(result: dict[str, Any], settings: EvalCommandSettings) -> None:
+def _show(result: dict[str, Any], settings: EvalSettings) -> None:
     """Write and print the result.
 
     Raises:
@@ -133,7 +106,7 @@ def _silence_lm_eval(debug: bool) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _dry_run(settings: EvalCommandSettings) -> None:
+def _dry_run(settings: EvalSettings) -> None:
     """Print settings, tasks and parameter count; where the adapter or base cannot be reached, why not."""
     from braces_cli.core.adapter.files import parameter_count
     from braces_cli.core.adapter.model import base_name

@@ -8,41 +8,21 @@ from typing import Any
 import typer
 
 from braces_cli.cli.merge import LABELS, readable
-from braces_cli.cli.options import AdapterSettings, AttributeSettings, ModelSettings, OutputSettings, command, show_plan
+from braces_cli.cli.options import command, show_plan
 from braces_cli.cli.output import print_json, print_pairs, progress
-from braces_cli.core.config import ATTRIBUTES, OUTPUT, Settings, option
-from braces_cli.core.errors import ConfigError, ModelError
+from braces_cli.core.attributes.options import AttributeSettings
+from braces_cli.core.config import OUTPUT, option
+from braces_cli.core.errors import ModelError
+from braces_cli.core.options import (
+    AdapterSettings,
+    FolderSettings,
+    ModelSettings,
+    OutputSettings,
+    OverwriteSettings,
+    SteeredLayers,
+)
 
 app = typer.Typer(help="Export adapters and attributes for other programs to serve.", no_args_is_help=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FolderSettings(Settings):
-    """Where an export goes."""
-
-    output_dir: Path | None = option(None, help="Folder to write.")
-    overwrite: bool = option(False, help="Overwrite an existing output.", panel=OUTPUT)
-
-    @property
-    def folder(self) -> Path:
-        """The output folder.
-
-        Raises:
-            ConfigError: none was given.
-        """
-        return _needed(self.output_dir, "--output-dir", "Name the folder to write.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayersSettings(Settings):
-    """Which layers are steered."""
-
-    layers: str | None = option(
-        None,
-        help="Layers to steer, such as 8-20,24 or 1- (inclusive, from 0). Default: the layers of the steering "
-        "vector, or all adapted layers for an attribute that the adapter was trained with.",
-        panel=ATTRIBUTES,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +30,7 @@ class SlotsSettings(ModelSettings, OutputSettings, FolderSettings):
     """Settings of `braces export slots`."""
 
     first_options = ("model", "output_dir", "slots")
+    required = ("output_dir",)
 
     slots: int = option(
         64,
@@ -70,22 +51,30 @@ def slots(settings: SlotsSettings) -> None:
     from braces_cli.export.request import Request
     from braces_cli.export.slots import describe_slots, write_slots
 
-    request = Request(settings.model, None, settings.load_options, pad_to_multiple_of=settings.pad_to_multiple_of)
+    request = Request(settings.model, None, settings, pad_to_multiple_of=settings.pad_to_multiple_of)
     if settings.dry_run:
         _print_plan(settings, lambda: describe_slots(request, settings.slots))
         return
+    assert settings.output_dir is not None
     with progress(settings.quiet) as report:
-        result = write_slots(request, settings.slots, settings.folder, settings.overwrite, report)
+        result = write_slots(
+            request,
+            settings.slots,
+            settings.output_dir,
+            settings.overwrite,
+            report,
+        )
     _show(settings, "exported", result)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraSettings(AdapterSettings, AttributeSettings, LayersSettings, OutputSettings, FolderSettings):
+class LoraSettings(AdapterSettings, AttributeSettings, SteeredLayers, OutputSettings, FolderSettings):
     """Settings of `braces export lora`."""
 
     first_options = ("base", "adapter", "attribute", "s", "output_dir")
+    required = ("output_dir",)
 
-    base: Path | None = option(None, help="Base with slots: folder written by `braces export slots`.")
+    base: Path = option(help="Base with slots: folder written by `braces export slots`.")
     gguf: Path | None = option(None, help="Also write the LoRA to this GGUF file, for llama.cpp.")
     combine: bool = option(
         False,
@@ -104,21 +93,22 @@ def lora(settings: LoraSettings) -> None:
     """Write an adapter, or with --attribute an attribute, as a plain LoRA for a base with slots."""
     from braces_cli.export.lora import LoraRequest, describe_lora, write_lora
 
-    slots_folder = _needed(settings.base, "--base", "Name the folder that braces export slots wrote.")
-    lora_request = LoraRequest(_request(settings), slots_folder, settings.combine, settings.first_slot)
+    lora_request = LoraRequest(_request(settings), settings.base, settings.combine, settings.first_slot)
     if settings.dry_run:
         _print_plan(settings, lambda: describe_lora(lora_request))
         return
+    assert settings.output_dir is not None
     with progress(settings.quiet) as report:
-        result = write_lora(lora_request, settings.folder, settings.gguf, settings.overwrite, report)
+        result = write_lora(lora_request, settings.output_dir, settings.gguf, settings.overwrite, report)
     _show(settings, "exported", result)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodeSettings(AdapterSettings, AttributeSettings, LayersSettings, OutputSettings, FolderSettings):
+class CodeSettings(AdapterSettings, AttributeSettings, SteeredLayers, OutputSettings, FolderSettings):
     """Settings of `braces export code`."""
 
     first_options = ("adapter", "output_dir", "attribute", "s", "model")
+    required = ("output_dir",)
 
 
 @command
@@ -129,19 +119,25 @@ def code(settings: CodeSettings) -> None:
         return
     from braces_cli.export.code import write_code
 
+    assert settings.output_dir is not None
     with progress(settings.quiet) as report:
-        result = write_code(_request(settings), settings.folder, settings.overwrite, report)
+        result = write_code(
+            _request(settings),
+            settings.output_dir,
+            settings.overwrite,
+            report,
+        )
     _show(settings, "exported", result)
 
 
 @dataclass(frozen=True, kw_only=True)
-class VectorSettings(AdapterSettings, AttributeSettings, LayersSettings, OutputSettings):
+class VectorSettings(AdapterSettings, AttributeSettings, SteeredLayers, OverwriteSettings, OutputSettings):
     """Settings of `braces export control-vector`."""
 
     first_options = ("attribute", "s", "adapter", "output", "model")
+    required = ("output",)
 
     output: Path | None = option(None, help="GGUF file to write.")
-    overwrite: bool = option(False, help="Overwrite an existing file.", panel=OUTPUT)
 
 
 @command
@@ -154,7 +150,8 @@ def control_vector(settings: VectorSettings) -> None:
     from braces_cli.export.control_vector import check_export, export_control_vector
     from braces_cli.export.request import steering
 
-    path = _needed(settings.output, "--output", "Name the GGUF file to write.")
+    path = settings.output
+    assert path is not None
     with output_lock(path):
         check_export(path, settings.overwrite)
         from braces_cli.core.adapter.model import open_session
@@ -173,12 +170,6 @@ for _name, _command in (("slots", slots), ("lora", lora), ("code", code), ("cont
     app.command(_name)(_command)
 
 
-def _needed(path: Path | None, flag: str, hint: str) -> Path:
-    if path is None:
-        raise ConfigError("missing option", where=flag, hint=hint)
-    return path
-
-
 def _print_plan(settings: OutputSettings, describe: Callable[[], dict[str, Any]] = dict) -> None:
     """Print the settings and what would be written, or why that cannot be said."""
     try:
@@ -195,7 +186,7 @@ def _request(settings: Any) -> Any:
     return Request(
         model=settings.model,
         adapter=resolve_adapter(settings.adapter),
-        options=settings.load_options,
+        options=settings,
         attributes=settings.strengths,
         attributes_dir=settings.attributes,
         layers=settings.layers,

@@ -25,12 +25,13 @@ from typing import Any
 
 import typer
 
-from braces_cli.cli.options import AdapterSettings, DisplaySettings, command
+from braces_cli.cli.options import command
 from braces_cli.cli.output import file_size, note, print_json, print_json_lines, print_pairs, print_table, progress
 from braces_cli.core.attributes.files import check_attributes
 from braces_cli.core.attributes.words import built_in
 from braces_cli.core.config import ATTRIBUTES, DATA, GENERATION, OUTPUT, SeedSettings, option, same_option
 from braces_cli.core.errors import ConfigError
+from braces_cli.core.options import AdapterSettings, DisplaySettings, OverwriteSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ SHOWN = 200
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValuesSettings(VectorSettings):
+class ValuesSettings(OverwriteSettings, VectorSettings):
     """Settings of `braces inspect values`."""
 
     first_options = ("model", "adapter", "layers", "index", "output")
@@ -77,7 +78,6 @@ class ValuesSettings(VectorSettings):
     index: str | None = option(None, help="Vectors within each layer, such as 0-9,42. Default: all.")
     top_k: int = option(10, help="Number of tokens per vector.", min=1)
     output: Path | None = option(None, help="Map file to write, .parquet; `inspect find --map` searches it.")
-    overwrite: bool = option(False, help="Overwrite an existing --output.", panel=OUTPUT)
 
 
 @command
@@ -125,7 +125,7 @@ def _rows(settings: ValuesSettings, report: Any) -> tuple[Any, Iterator[dict[str
     from braces_cli.core.models.options import chosen_layers, parse_ranges
     from braces_cli.inspection.vocabulary import value_tokens
 
-    session = open_session(settings.model, settings.adapter, settings.load_options)
+    session = open_session(settings.model, settings.adapter, settings)
     layers = chosen_layers(session.base.model, settings.layers)
     width = max((ffn.value_vectors for ffn in session.ffns if layers is None or ffn.layer in layers), default=0)
     indices = parse_ranges(settings.index, width, "--index") if settings.index else None
@@ -248,7 +248,7 @@ def _from_model(settings: FindSettings, report: Any) -> list[dict[str, Any]]:
     if settings.attribute is not None and settings.side != "value":
         hint = "Relevance is of value vectors: leave --side out."
         raise ConfigError("an attribute has no other side", where="--side", hint=hint)
-    session = open_session(settings.model, settings.adapter, settings.load_options)
+    session = open_session(settings.model, settings.adapter, settings)
     layers = chosen_layers(session.base.model, settings.layers)
     sizes: dict[str, Any] = {"layers": layers, "limit": settings.limit, "top_k": settings.top_k}
     if settings.attribute is not None:
@@ -311,7 +311,7 @@ def _trace(settings: TraceSettings, report: Any) -> dict[str, Any]:
     from braces_cli.inspection.search import vocabulary
     from braces_cli.inspection.trace import trace as run
 
-    session = open_session(settings.model, settings.adapter, settings.load_options)
+    session = open_session(settings.model, settings.adapter, settings)
     layers = chosen_layers(session.base.model, settings.layers)
     count = len(encode(session.base.tokenizer, settings.prompt).ids)
     positions = None if settings.json else [count - 1]
@@ -403,7 +403,7 @@ def check_data(clamps: Sequence[Any], data: Sequence[str]) -> None:
 
 def _clamp(settings: ClampSettings, clamps: Sequence[Any], report: Any) -> dict[str, Any]:
     from braces_cli.core.adapter.model import open_session
-    from braces_cli.core.models.generate import Sampling
+    from braces_cli.core.options import Sampling
     from braces_cli.inspection.clamp import check_clamps, clamp_prompt
     from braces_cli.inspection.search import vocabulary
     from braces_cli.inspection.vocabulary import plain_ffns
@@ -411,7 +411,7 @@ def _clamp(settings: ClampSettings, clamps: Sequence[Any], report: Any) -> dict[
 
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, None, settings.seed)
     texts = list(read_prompts(settings.prompt, settings.prompts, sys.stdin))
-    session = open_session(settings.model, settings.adapter, settings.load_options)
+    session = open_session(settings.model, settings.adapter, settings)
     check_clamps(plain_ffns(session.ffns), clamps)
     if settings.data:
         from braces_cli.inspection.clamp import read_texts, resolve_percentiles
@@ -439,7 +439,7 @@ def _continue(session: Any, prompt: str, index: int, clamps: Sequence[Any], samp
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportSettings(InspectSettings):
+class ReportSettings(OverwriteSettings, InspectSettings):
     """Settings of `braces inspect report`."""
 
     first_options = ("output", "prompt", "model", "adapter", "target")
@@ -449,7 +449,6 @@ class ReportSettings(InspectSettings):
     target: str | None = option(
         None, help="Target token of the heat map. Default: the model's next token at each position."
     )
-    overwrite: bool = option(False, help="Overwrite an existing --output.", panel=OUTPUT)
 
 
 @command
@@ -472,7 +471,7 @@ def _inspect_write(settings: ReportSettings, on_progress: Any) -> dict[str, Any]
     from braces_cli.inspection.report import DEFAULT_PROMPT, render, report_data
     from braces_cli.inspection.search import vocabulary
 
-    session = open_session(settings.model, settings.adapter, settings.load_options)
+    session = open_session(settings.model, settings.adapter, settings)
     target = None if settings.target is None else vocabulary(session).single(settings.target, "--target")
     prompt = DEFAULT_PROMPT if settings.prompt is None else settings.prompt
     write_text(settings.output, render(report_data(session, prompt, target, on_progress)))

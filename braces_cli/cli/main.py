@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from braces_cli import __version__
-from braces_cli.cli import options, output
+from braces_cli.cli import output
 from braces_cli.cli.output import print_json, print_text
 from braces_cli.core.config import matching_setting
 from braces_cli.core.distributed import process_number
@@ -197,7 +197,7 @@ def _help(app: typer.Typer, args: list[str]) -> bool:
     """
     if not args or args[-1] not in ("-h", "--help"):
         return False
-    found = options.help_of(app, [name.replace("_", "-") for name in args[:-1]])
+    found = help_of(app, [name.replace("_", "-") for name in args[:-1]])
     if found is None:
         return False
     command, context = found
@@ -208,18 +208,32 @@ def _help(app: typer.Typer, args: list[str]) -> bool:
 
 
 def _call_error(args: list[str], error: typer.TyperException) -> int:
-    message = error.format_message()
-    unknown = options.unknown_option(error)
-    # Of `-ngl` the parser names the `-n` alone.
-    whole = unknown is not None and any(arg.replace("_", "-").partition("=")[0] == unknown[0] for arg in args)
-    if unknown is not None and whole and (ours := matching_setting(unknown[0], unknown[2])) is not None:
-        message = f"{unknown[1]} (here it is --{ours.replace('_', '-')})"
-    if options.is_call_without_arguments(error):
+    message, context = error.format_message(), getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
         print_text(message)
         return 2
-    called = options.called_command(error) or _named_command(args)
+    name = getattr(error, "option_name", None) if type(error).__name__ == "NoSuchOption" else None
+    # Of `-ngl` the parser names the `-n` alone.
+    if name is not None and any(arg.replace("_", "-").partition("=")[0] == name for arg in args):
+        flags = (flag for parameter in context.command.params for flag in parameter.opts) if context else ()
+        ours = matching_setting(name, {flag.lstrip("-").replace("-", "_") for flag in flags})
+        if ours is not None:
+            message = f"No such option: {name} (here it is --{ours.replace('_', '-')})"
     # typer's own hint names the command that was called (`Try 'braces train --help'`).
+    called = context.command_path if context else _named_command(args)
     return _fail(args, 2, message.rstrip("."), None, f"See `{called} --help`.")
+
+
+def help_of(app: typer.Typer, names: Sequence[str]) -> tuple[Any, Any] | None:
+    """The command that `names` lead to, and its context; None where there is no such command."""
+    command: Any = typer.main.get_command(app)
+    context = typer.Context(command, info_name="braces", **command.context_settings)
+    for name in names:
+        command = command.commands.get(name) if hasattr(command, "commands") else None
+        if command is None:
+            return None
+        context = typer.Context(command, info_name=name, parent=context)
+    return command, context
 
 
 def _named_command(args: Sequence[str]) -> str:
@@ -227,7 +241,7 @@ def _named_command(args: Sequence[str]) -> str:
     app = build_app(args)
     words: list[str] = []
     for word in args:
-        if options.help_of(app, [*words, word.replace("_", "-")]) is None:
+        if help_of(app, [*words, word.replace("_", "-")]) is None:
             break
         words.append(word.replace("_", "-"))
     return " ".join(["braces", *words])

@@ -4,42 +4,43 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from braces_cli.cli.options import (
-    AdapterSettings,
-    AttributeSettings,
-    OutputSettings,
-    UploadSettings,
-    command,
-    show_plan,
-)
+from braces_cli.cli.options import command, show_plan
 from braces_cli.cli.output import print_json, print_pairs, progress
-from braces_cli.core.config import ATTRIBUTES, OUTPUT, option
+from braces_cli.core.attributes.options import AttributeSettings
+from braces_cli.core.config import OUTPUT, option
 from braces_cli.core.errors import ConfigError, ModelError
+from braces_cli.core.options import AdapterSettings, FolderSettings, OutputSettings, SteeredLayers, UploadSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeSettings(AdapterSettings, AttributeSettings, UploadSettings, OutputSettings):
+class MergeSettings(AdapterSettings, AttributeSettings, SteeredLayers, FolderSettings, UploadSettings, OutputSettings):
     """Settings of `braces merge`."""
 
     first_options = ("adapter", "output_dir", "attribute", "s", "model")
 
-    output_dir: Path | None = option(None, help="Folder for the merged checkpoint.")
-    overwrite: bool = option(False, help="Overwrite an output folder that is not empty.", panel=OUTPUT)
-    layers: str | None = option(
-        None,
-        help="Layers to steer, such as 8-20,24 or 1- (inclusive, from 0). Default: the layers of the steering "
-        "vector, or all adapted layers for an attribute that the adapter was trained with.",
-        panel=ATTRIBUTES,
-    )
     pad_to_multiple_of: int = option(
         64,
         help="Round the width of the FFN up to a multiple of this; 256 for llama.cpp's K-quants.",
         min=1,
         panel=OUTPUT,
     )
-    check: Path | None = option(
-        None, help="Folder of a merged checkpoint to verify again; writes nothing.", panel=OUTPUT
+    verify: Path | None = option(
+        None,
+        help="Folder of a merged checkpoint to verify again; writes nothing.",
+        panel=OUTPUT,
+        flag="--check",
+        metavar="FOLDER",
     )
+
+    def check(self) -> None:
+        """Also refuses neither or both of writing and verifying."""
+        super().check()
+        if not self.dry_run and (self.output_dir is None) == (self.verify is None):
+            what = "missing option" if self.verify is None else "either writes or checks"
+            raise ConfigError(what, where="--output-dir, --check", hint="Give one of the two.")
+        if self.push_to_hub is not None and self.verify is not None:
+            hint = "Leave out --push-to-hub, or merge into --output-dir."
+            raise ConfigError("a check uploads nothing", where="--push-to-hub", hint=hint)
 
 
 # What the table calls the fields of a result, of an export, too.
@@ -65,21 +66,14 @@ def merge(settings: MergeSettings) -> None:
     if settings.dry_run:
         show_plan(settings, _planned(settings))
         return
-    if (settings.output_dir is None) == (settings.check is None):
-        what = "missing option" if settings.check is None else "either writes or checks"
-        raise ConfigError(what, where="--output-dir, --check", hint="Give one of the two.")
-
     from braces_cli.core.models.hub import check_push, push
     from braces_cli.export import merge as core
 
     if settings.push_to_hub is not None:
-        if settings.check is not None:
-            hint = "Leave out --push-to-hub, or merge into --output-dir."
-            raise ConfigError("a check uploads nothing", where="--push-to-hub", hint=hint)
         check_push(settings.push_to_hub)
     with progress(settings.quiet) as report:
-        if settings.check is not None:
-            result = core.check(_request(settings, core.read_record(settings.check)), settings.check)
+        if settings.verify is not None:
+            result = core.check(_request(settings, core.read_record(settings.verify)), settings.verify)
         else:
             assert settings.output_dir is not None
             result = core.merge(_request(settings), settings.output_dir, settings.overwrite, report)
@@ -88,7 +82,7 @@ def merge(settings: MergeSettings) -> None:
     if settings.json:
         print_json(result)
         return
-    title = "the merge is verified" if settings.check is not None else "merged"
+    title = "the merge is verified" if settings.verify is not None else "merged"
     print_pairs(title, readable(result), LABELS)
 
 
@@ -108,11 +102,11 @@ def _request(settings: MergeSettings, record: dict[str, Any] | None = None) -> A
     from braces_cli.core.adapter.files import find_adapter
     from braces_cli.export.request import Request
 
-    options, record = settings.load_options, record or {}
+    options, record = settings, record or {}
     adapter = settings.adapter or record.get("adapter")
-    if adapter is None and settings.check is not None:
+    if adapter is None and settings.verify is not None:
         hint = "braces merge leaves a record in each folder that it writes; give such a folder, or --adapter, too."
-        raise ModelError("no checkpoint that braces merge wrote", where=str(settings.check), hint=hint)
+        raise ModelError("no checkpoint that braces merge wrote", where=str(settings.verify), hint=hint)
     if adapter is None:
         raise ConfigError("missing option", where="--adapter", hint="Name the adapter that is to be merged.")
     attributes_dir = settings.attributes

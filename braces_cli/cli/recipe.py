@@ -8,10 +8,11 @@ from pathlib import Path
 
 import typer
 
-from braces_cli.cli.options import DisplaySettings, command
+from braces_cli.cli.options import command
 from braces_cli.cli.output import print_json, print_pairs, print_table
-from braces_cli.core.config import OUTPUT, option
+from braces_cli.core.config import option
 from braces_cli.core.errors import ConfigError, near_misses
+from braces_cli.core.options import DisplaySettings, OverwriteSettings
 
 app = typer.Typer(help="List and copy the training recipes that ship with braces.", no_args_is_help=True)
 
@@ -22,12 +23,11 @@ class ListSettings(DisplaySettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CopySettings(DisplaySettings):
+class CopySettings(OverwriteSettings, DisplaySettings):
     """Settings of `braces recipe copy`."""
 
     name: str = option(help="Name of the recipe, as `braces recipe list` shows it.", argument=True)
     output_dir: Path = option(Path("."), help="Folder to copy the recipe into.")
-    overwrite: bool = option(False, help="Overwrite an existing file.", panel=OUTPUT)
 
 
 @command

@@ -251,7 +251,7 @@ def _rows(settings: SteerSettings, requests: Iterator[TextRequest], **details: A
     from braces_cli.steering.texts import generate_rows, uses_chat_template
 
     named = _named(settings)
-    session = open_session(settings.model, settings.adapter, settings.load_options)
+    session = open_session(settings.model, settings.adapter, settings)
     strengths, quiet = settings.strengths, settings.quiet or not is_main()
     processes = join_all(input_device(session.base.model))
     with progress(quiet) as report:
@@ -295,7 +295,7 @@ def run_interactive(settings: SteerSettings) -> None:
     from braces_cli.steering.texts import uses_chat_template
 
     sampling = settings.sampling
-    session = open_session(settings.model, settings.adapter, settings.load_options)
+    session = open_session(settings.model, settings.adapter, settings)
     chat = uses_chat_template(session, settings.apply_chat_template)
     conversation = Conversation(
         session, settings.strengths, sampling, folder=settings.attributes, layers=settings.layers, chat=chat
@@ -379,8 +379,6 @@ def _say(text: str, quiet: bool) -> None:
 @command
 def steer(settings: SteerSettings) -> None:
     """Generate text from prompts, steered along attributes by strength s (negative: away from them)."""
-    settings.check()
-    _ = settings.strengths  # refuses strengths that do not fit the attributes
     set_up(settings.quiet or not is_main(), settings.debug)
     if settings.dry_run:
         show_plan(settings)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from braces_cli.cli.options import AdapterSettings, AttributeSettings, OutputSettings
-from braces_cli.core.attributes.options import strengths
-from braces_cli.core.attributes.words import check_name
-from braces_cli.core.config import ATTRIBUTES, GENERATION, OUTPUT, SCORING, Settings, flag_of, option
+from braces_cli.core.attributes.options import AttributeSettings, strengths
+from braces_cli.core.config import GENERATION, OUTPUT, SCORING, Settings, flag_of, option, same_option
 from braces_cli.core.errors import ConfigError, near_misses
-from braces_cli.core.models.options import GenerationSettings
+from braces_cli.core.options import (
+    AdapterSettings,
+    GenerationSettings,
+    OutputSettings,
+    OverwriteSettings,
+    Sampling,
+    SteeredLayers,
+)
 from braces_cli.scoring.registry import BUILT_IN
-
-if TYPE_CHECKING:
-    from braces_cli.core.models.generate import Sampling
 
 # Ways to steer that a sweep can measure beside ours (`evaluation.baselines`).
 BASELINE_METHODS = ("prompting", "difference", "pca")
@@ -109,7 +110,15 @@ _REFUSED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class SteerSettings(AdapterSettings, AttributeSettings, GenerationSettings, SweepOptions, OutputSettings):
+class SteerSettings(
+    AdapterSettings,
+    AttributeSettings,
+    GenerationSettings,
+    SteeredLayers,
+    SweepOptions,
+    OverwriteSettings,
+    OutputSettings,
+):
     """Settings of `braces steer`; what a text does not depend on is marked `outcome=False`."""
 
     first_options = ("prompt", "attribute", "s", "adapter", "model")
@@ -124,16 +133,8 @@ class SteerSettings(AdapterSettings, AttributeSettings, GenerationSettings, Swee
         metavar="FILE",
         outcome=False,
     )
-    layers: str | None = option(
-        None,
-        help="Layers to steer, such as 8-20,24 or 1- (inclusive, from 0). Default: the layers of the steering "
-        "vector, or all adapted layers for an attribute that the adapter was trained with.",
-        panel=ATTRIBUTES,
-    )
-    top_k: int | None = option(
-        None, help="Number of most likely tokens to sample from. Default: all.", panel=GENERATION
-    )
-    stop: tuple[str, ...] = option((), help="Stop string: the text ends before it. Repeatable.", panel=GENERATION)
+    top_k: int | None = same_option(Sampling, "top_k")
+    stop: tuple[str, ...] = same_option(Sampling, "stop")
     apply_chat_template: bool | None = option(
         None,
         help="Apply the chat template. Default: as in training.",
@@ -156,7 +157,6 @@ class SteerSettings(AdapterSettings, AttributeSettings, GenerationSettings, Swee
     )
     output: Path | None = option(None, help="JSON Lines file for the texts.", panel=OUTPUT, outcome=False)
     resume: bool = option(False, help="Continue --output after its last complete batch.", panel=OUTPUT, outcome=False)
-    overwrite: bool = option(False, help="Overwrite an existing --output.", panel=OUTPUT, outcome=False)
     # No default of its own: where stdout is no terminal it carries JSON Lines.
     format: str | None = option(  # type: ignore[assignment]
         None,
@@ -174,11 +174,7 @@ class SteerSettings(AdapterSettings, AttributeSettings, GenerationSettings, Swee
 
     @property
     def strengths(self) -> dict[str, float]:
-        """Name -> strength of each attribute; in a sweep, of those that are not swept.
-
-        Raises:
-            ConfigError: see `attribute_options.strengths`.
-        """
+        """Name -> strength of each attribute; in a sweep, of those that are not swept."""
         names = self.attribute
         if self.sweep is not None:
             strengths(names, ())  # refuses a name that comes twice, the swept one included
@@ -190,23 +186,12 @@ class SteerSettings(AdapterSettings, AttributeSettings, GenerationSettings, Swee
 
     @property
     def sampling(self) -> Sampling:
-        """How tokens are drawn.
-
-        Raises:
-            ConfigError: a number out of its range.
-        """
-        from braces_cli.core.models.generate import Sampling
-
+        """How tokens are drawn."""
         return Sampling(self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.seed, self.stop)
 
     def check(self) -> None:
-        """Refuse options that would have no effect together.
-
-        Raises:
-            ConfigError: names one of them, or a name that no attribute can have.
-        """
-        for name in self.attribute:
-            check_name(name)
+        """Also refuses options that would have no effect together."""
+        super().check()
         for mode, refused in _REFUSED.items():
             for name in refused if getattr(self, mode) else ():
                 if getattr(self, name):

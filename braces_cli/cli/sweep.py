@@ -77,7 +77,7 @@ def _measure(
     from braces_cli.scoring.registry import label_of
     from braces_cli.steering.texts import uses_chat_template
 
-    name, sampling, options = settings.attribute[0], settings.sampling, settings.load_options
+    name, sampling, options = settings.attribute[0], settings.sampling, settings
     # Without words to leave out the scorer needs no model: what is wrong with it should show before one is loaded.
     loaded_scorer = None if settings.exclude_list_words else open_scorer(scorer)
     if loaded_scorer is not None:

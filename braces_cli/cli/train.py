@@ -3,29 +3,13 @@
 `braces train --check`: what the rows come to, without weights.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from braces_cli.cli.options import OutputSettings, command, command_line, show_plan
+from braces_cli.cli.options import command, command_line, show_plan
 from braces_cli.cli.output import file_size, print_json, print_pairs, print_table, progress, set_up
-from braces_cli.core.config import DATA, option
 from braces_cli.core.errors import BracesError, ConfigError
 from braces_cli.training.settings import RunSettings, capped_warmup
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainCommandSettings(RunSettings, OutputSettings):
-    """Settings of `braces train`."""
-
-    first_options = ("data", "model", "output_dir", "method", "attribute_field")
-
-    check: bool = option(
-        False,
-        help="Read and tokenise all rows, print statistics and exit. Loads no weights.",
-        panel=DATA,
-        outcome=False,
-    )
-
 
 # What the table calls the fields of the result.
 _LABELS = {
@@ -46,13 +30,13 @@ _LABELS = {
 
 
 @command
-def train(settings: TrainCommandSettings) -> None:
+def train(settings: RunSettings) -> None:
     """Fine-tune an adapter, or a baseline of peft, on texts, prompts and completions, instructions or chats."""
     from braces_cli.core.distributed import is_main
 
     quiet = settings.quiet or not is_main()
     set_up(quiet, settings.debug)
-    if settings.check:
+    if settings.check_rows:
         check(settings)
         return
     if settings.dry_run:
@@ -70,7 +54,7 @@ def train(settings: TrainCommandSettings) -> None:
         _show(settings, f"adapter written to {settings.output_dir}", result)
 
 
-def _plan(settings: TrainCommandSettings) -> None:
+def _plan(settings: RunSettings) -> None:
     """Print settings as they will take effect and the parameter count; where the model cannot be reached, why not."""
     from braces_cli.core.models.ffn import find_ffns
     from braces_cli.training.run import count_parameters, load_base_shape, row_reading
@@ -93,7 +77,7 @@ def _plan(settings: TrainCommandSettings) -> None:
     show_plan(settings, out, settings.unused())
 
 
-def _show(settings: TrainCommandSettings, title: str, result: dict[str, Any]) -> None:
+def _show(settings: RunSettings, title: str, result: dict[str, Any]) -> None:
     if settings.json:
         print_json(result)
         return
@@ -111,7 +95,6 @@ def check(settings: Any) -> None:
     """Read and tokenise all rows and print what was found.
 
     Raises:
-        ConfigError: no rows are named.
         DataError: a row cannot be read.
     """
     from braces_cli.core.adapter.model import base_name
@@ -120,8 +103,6 @@ def check(settings: Any) -> None:
     from braces_cli.training.run import row_reading
     from braces_cli.training.setup import starting_point
 
-    if not settings.data:
-        raise ConfigError("missing option", where="--data", hint="See `braces train --help`.")
     settings, _ = starting_point(settings)
     name = base_name(settings.model, None)
     config = load_config(name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)

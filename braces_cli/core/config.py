@@ -1,34 +1,33 @@
-"""Settings of a command as a frozen dataclass: one field per option, with its default, help text and panel beside it.
+"""The one boundary of settings: command line, YAML and Python arguments -> one frozen settings object.
 
     @dataclass(frozen=True, kw_only=True)
-    class SweepSettings(LoadSettings, OutputSettings):
-        sweep: str = option(help="FROM:TO:STEP.", panel=GENERATION)
+    class MergeSettings(AdapterSettings, OutputSettings):
+        pad_to_multiple_of: int = option(64, help="Round the width of the FFN up to this.", min=1)
 
-`braces_cli.cli.options` turns such a class into the options of a Typer command; the same names are keys in YAML.
-Light: only the standard library.
+    settings = build(MergeSettings, {"pad_to_multiple_of": "256"}, file=Path("merge.yaml"))
 
-Names of settings in other tools and in earlier versions, for the hints of errors.
-
-Settings that a script gives: values of the types that scripts have at hand, made into those of a settings class.
-
-A path may be a text and a text a path, a repeatable setting one value or a list; numbers may be numpy's, and a number
-format or device torch's own. Light: only the standard library.
+A field is the only declaration of an option: name, type, default, help text and limits. `braces_cli.cli.options` makes
+the options of a command of it; the same names are keys in YAML. Whatever `build` returns is valid; code that receives
+it checks nothing again.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import types
+import functools
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field
 from numbers import Integral, Real
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from braces_cli.core.errors import ConfigError, near_misses
 from braces_cli.core.files import user_path
+
+T = TypeVar("T")
 
 # Panels of `--help`.
 DATA = "Data"
@@ -46,120 +45,14 @@ PANELS = (None, DATA, TASKS, METHOD, OPTIMISATION, ATTRIBUTES, GENERATION, SCORI
 
 # Of whole numbers: the largest seed that every library takes, and more than any count.
 LARGEST = 2**32 - 1
-
-
-@dataclass(frozen=True)
-class Option:
-    """What the command line shows of a setting.
-
-    Attributes:
-        help: one or two sentences; the default is added where it is not None.
-        panel: heading in `--help`; None is for the few options that matter most, which come first.
-        flag: name of the option, where it is not the field's own with dashes; several names have commas between them,
-            and `--x/--no-x` is an option that can be switched off.
-        min: smallest value of a number.
-        choices: the values that a text setting may have, or the parts of a comma-separated one.
-        metavar: what stands for the value in `--help`.
-        outcome: whether another value makes another result; if not, a run may be resumed with another value.
-        display: whether the setting only says how results are shown; such settings are not recorded anywhere.
-        argument: given by position, without a name; a file names it like any other.
-        once: the command takes one value where other commands take several; a second one is an error.
-        complete: values that a shell offers after Tab; of a comma-separated option, each of its parts.
-    """
-
-    help: str
-    panel: str | None = None
-    flag: str | None = None
-    min: float | None = None
-    choices: tuple[str, ...] = ()
-    metavar: str | None = None
-    outcome: bool = True
-    display: bool = False
-    argument: bool = False
-    once: bool = False
-    complete: Callable[[], Iterable[str]] | None = None
-
-
-def option(default: Any = MISSING, *, help: str, **details: Any) -> Any:
-    """A dataclass field that is an option; `details` are the attributes of `Option`."""
-    return field(default=default, metadata={"option": Option(help, **details)})
-
-
-def same_option(kind: type, name: str) -> Any:
-    """The field `name` of another settings class once more, for a command that needs few of that class's options."""
-    original = kind.__dataclass_fields__[name]  # type: ignore[attr-defined]
-    return field(default=original.default, metadata=original.metadata)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Base of every command's settings.
-
-    Attributes:
-        first_options: names of the settings that `--help` shows first, in this order.
-        given: where each setting that is not at its default was named: `command line` or `file`.
-    """
-
-    first_options: ClassVar[tuple[str, ...]] = ()
-
-    given: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        for name, about in options_of(type(self)).items():
-            value = getattr(self, name)
-            if isinstance(value, Path):
-                # Shells expand `~` at the start of a word only; here, so that it is the same for reading and writing.
-                object.__setattr__(self, name, user_path(value))
-            if isinstance(value, int) and abs(value) > LARGEST:
-                hint = f"Give at most {LARGEST}."
-                raise ConfigError("the number is too large", where=flag_of(type(self), name), hint=hint)
-            if about.min is not None and isinstance(value, (int, float)) and value < about.min:
-                hint = f"Give at least {about.min:g}."
-                raise ConfigError(f"{value} is out of range", where=flag_of(type(self), name), hint=hint)
-            if about.choices and value is not None and value not in about.choices:
-                close = near_misses(str(value), about.choices)
-                hint = close or f"One of {', '.join(about.choices)}."
-                raise ConfigError(f"no {name.replace('_', ' ')} `{value}`", where=flag_of(type(self), name), hint=hint)
-
-    def resolved(self) -> dict[str, Any]:
-        """Every setting after file and command line are merged, ready for JSON."""
-        return {name: plain(getattr(self, name)) for name, about in options_of(type(self)).items() if not about.display}
-
-    def shared(self, kind: type) -> Any:
-        """The part of these settings that `kind`, another dataclass with fields of the same names, holds."""
-        return kind(**{f.name: getattr(self, f.name) for f in dataclasses.fields(kind) if hasattr(self, f.name)})
-
-
-@dataclass(frozen=True, kw_only=True)
-class SeedSettings(Settings):
-    """What makes a run repeatable."""
-
-    seed: int = option(0, help="Seed of every random choice.", min=0, panel=OUTPUT)
-
-
-def options_of(kind: type) -> dict[str, Option]:
-    """The options among a settings class's fields, by field name."""
-    return {f.name: f.metadata["option"] for f in dataclasses.fields(kind) if "option" in f.metadata}
-
-
-def flag_of(kind: type, name: str) -> str:
-    """The option that sets field `name`, such as `--max-steps`."""
-    about = options_of(kind)[name]
-    if about.argument:
-        return about.metavar or name.upper()
-    return (about.flag or "--" + name.replace("_", "-")).partition(",")[0].partition("/")[0]
-
-
-def plain(value: Any) -> Any:
-    """A setting as JSON holds it."""
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
-
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
+# As YAML 1.1 has them, and many people.
+_TRUTH = {"yes": True, "on": True, "no": False, "off": False}
+_SHOWN = 60
 
 # Name in transformers' Trainer, trl, peft, lm-eval, llama.cpp or earlier versions -> candidates; the first one that the
 # command has is used.
-_SETTING_NAMES: dict[str, tuple[str, ...]] = {
+SETTING_NAMES: dict[str, tuple[str, ...]] = {
     "against": ("baselines",),
     "alpha": ("lora_alpha", "s"),
     "base_model": ("model",),
@@ -214,10 +107,270 @@ _SETTING_NAMES: dict[str, tuple[str, ...]] = {
 }
 
 
+@dataclass(frozen=True)
+class Option:
+    """What the command line shows of a setting, and which values it may have.
+
+    Attributes:
+        help: one or two sentences; the default is added where it is not None.
+        panel: heading in `--help`; None is for the few options that matter most, which come first.
+        flag: name of the option, where it is not the field's own with dashes; several names have commas between them,
+            and `--x/--no-x` is an option that can be switched off.
+        min: smallest value of a number, or length of a text.
+        above: a number must be greater than this.
+        max: largest value of a number.
+        choices: the values that a text setting may have.
+        spellings: other names of choices.
+        metavar: what stands for the value in `--help`.
+        outcome: whether another value makes another result; if not, a run may be resumed with another value.
+        display: whether the setting only says how results are shown; such settings are not recorded anywhere.
+        argument: given by position, without a name; a file names it like any other.
+        once: the command takes one value where other commands take several; a second one is an error.
+        complete: values that a shell offers after Tab; of a comma-separated option, each of its parts.
+    """
+
+    help: str = ""
+    panel: str | None = None
+    flag: str | None = None
+    min: float | None = None
+    above: float | None = None
+    max: float | None = None
+    choices: tuple[str, ...] = ()
+    spellings: Mapping[str, str] = field(default_factory=dict)
+    metavar: str | None = None
+    outcome: bool = True
+    display: bool = False
+    argument: bool = False
+    once: bool = False
+    complete: Callable[[], Iterable[str]] | None = None
+
+
+def option(default: Any = MISSING, *, help: str, **details: Any) -> Any:
+    """A dataclass field that is an option; `details` are the attributes of `Option`."""
+    return field(default=default, metadata={"option": Option(help, **details)})
+
+
+def same_option(kind: type, name: str) -> Any:
+    """The field `name` of another settings class once more, for a command that needs few of that class's options."""
+    original = kind.__dataclass_fields__[name]  # type: ignore[attr-defined]
+    return field(default=original.default, metadata=original.metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Base of every command's settings.
+
+    Attributes:
+        first_options: names of the settings that `--help` shows first, in this order.
+        required: names of the settings that a run needs and a dry run does not.
+        given: where each setting that is not at its default was named: `command line` or `file`.
+    """
+
+    first_options: ClassVar[tuple[str, ...]] = ()
+    required: ClassVar[tuple[str, ...]] = ()
+
+    given: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+    def check(self) -> None:
+        """Refuse settings that do not go together; `build` calls it once.
+
+        Raises:
+            ConfigError: names one of them.
+        """
+        for name in () if getattr(self, "dry_run", False) else self.required:
+            if getattr(self, name) in (None, ()):
+                raise ConfigError("missing option", where=flag_of(type(self), name), hint="See --help.")
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting after file and command line are merged, ready for JSON."""
+        return {name: plain(getattr(self, name)) for name, about in options_of(type(self)).items() if not about.display}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedSettings(Settings):
+    """What makes a run repeatable."""
+
+    seed: int = option(0, help="Seed of every random choice.", min=0, panel=OUTPUT)
+
+
+def build(kind: type[T], values: Mapping[str, Any], file: Path | None = None, python: bool = False) -> T:
+    """The settings of a command: `values`, then those of the YAML `file`, then defaults.
+
+    Args:
+        kind: a dataclass with options as fields.
+        values: given by the command line or, where `python` is on, by a script.
+
+    Raises:
+        ConfigError: an unknown name, a value of another type or out of its range, no value where one is needed, or
+            settings that do not go together; or a file that is no YAML.
+    """
+    from braces_cli.core.schema import read_yaml  # msgspec, which --help does not need
+
+    sources: list[tuple[Mapping[str, Any], str, Path | None]] = [(values, "command line", None)]
+    if file is not None:
+        sources.insert(0, (read_yaml(user_path(file), "Write one `key: value` a line."), "file", file))
+    names, hints, found, given = names_of(kind), get_type_hints(kind), {}, {}
+    for mapping, source, path in sources:
+        named = set()
+        for key, value in mapping.items():
+            name = names.get(str(key).replace("-", "_"))
+            if name is None:
+                what = f"no setting `{key}`" if path is None else f"unknown key `{key}`"
+                hint = setting_hint(str(key), names) or "See --help for the options."
+                raise ConfigError(what, where=None if path is None else str(path), hint=hint)
+            if name in named:
+                raise ConfigError(f"`{key}` is named twice", where=str(path), hint="Write each key once.")
+            named.add(name)
+            if value is None and (path is not None or get_origin(hints[name]) is tuple):
+                continue
+            where = f"{path}: {key}" if path is not None else key if python else flag_of(kind, name)
+            found[name] = convert(kind, name, value, where)
+            given[name] = source
+    for each in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if each.name not in found and each.default is MISSING and each.default_factory is MISSING:
+            raise ConfigError("missing", where=flag_of(kind, each.name), hint="See --help.")
+    if not issubclass(kind, Settings):
+        return kind(**found)
+    settings = kind(**found, given=given)
+    settings.check()
+    return settings
+
+
+def convert(kind: type, name: str, value: Any, where: str) -> Any:
+    """A value from any source as field `name` of `kind` holds it.
+
+    Raises:
+        ConfigError: it has another type, or is out of its range.
+    """
+    import msgspec
+
+    hint, about = _hints(kind)[name], options_of(kind)[name]
+    of = item_type(hint)
+    many = get_origin(hint) is tuple
+    if many:
+        if isinstance(value, Mapping) and of is str and about.metavar and "=" in about.metavar:
+            value = [f"{key}={item}" for key, item in value.items()]
+        single = isinstance(value, (str, PathLike, Mapping)) or not isinstance(value, Iterable)
+        raw: Any = [] if value is None else [_simple(item, of) for item in ([value] if single else value)]
+    else:
+        raw = _simple(value, of)
+    if about.spellings and isinstance(raw, str):
+        raw = about.spellings.get(raw, raw)
+    try:
+        found = msgspec.convert(raw, _schema(hint, about), strict=False, dec_hook=lambda _, text: user_path(text))
+    except (msgspec.ValidationError, OverflowError, UnicodeEncodeError) as error:
+        found = error
+    numbers = found if many and not isinstance(found, Exception) else [found]
+    if isinstance(found, Exception) or any(isinstance(each, float) and not math.isfinite(each) for each in numbers):
+        advice = near_misses(str(raw), about.choices)
+        if isinstance(raw, list) and not many:
+            advice = "It takes one value."
+        elif name in ("data", "eval_data"):
+            advice = "Write rows into a file and give its name, as with dataset.to_json('rows.jsonl')."
+        raise ConfigError(f"{_shown(value)} is not {_expected(of, about)}", where=where, hint=advice or None)
+    return found
+
+
+def _simple(value: Any, of: type) -> Any:
+    """A value of the types that scripts and YAML have at hand, for msgspec: numpy's numbers, paths, torch's dtypes."""
+    if of is bool and isinstance(value, str):
+        return _TRUTH.get(value.lower(), value)
+    if isinstance(value, str) and of in (int, float):
+        with suppress(ValueError):
+            return of(value)
+    if isinstance(value, bool) or value is None:
+        return value
+    if isinstance(value, PathLike):
+        return fspath(value)
+    if isinstance(value, Real):
+        number = int(value) if isinstance(value, Integral) else value
+        with suppress(OverflowError):
+            return str(number) if of is str else number if isinstance(number, int) else float(number)
+    if of is str and type(value).__module__ == "torch" and type(value).__name__ in ("dtype", "device"):
+        return str(value).removeprefix("torch.")
+    if of is str and not isinstance(value, (str, Mapping)) and isinstance(value, Iterable):
+        with suppress(TypeError):  # a number of torch's calls itself iterable
+            items = list(value)
+            # Layers may be numbers: [0, 1] or range(8, 20).
+            if items and all(isinstance(each, Integral) and not isinstance(each, bool) for each in items):
+                return ",".join(str(int(each)) for each in items)
+            return items[0] if len(items) == 1 else items
+    return value
+
+
+def _schema(hint: Any, about: Option) -> Any:
+    """The type with its limits, as msgspec takes it."""
+    import msgspec
+
+    of = item_type(hint)
+    kind: Any = Literal[about.choices] if about.choices else of
+    limits: dict[str, Any] = {"ge": about.min, "gt": about.above, "le": about.max}
+    limits = {name: limit for name, limit in limits.items() if limit is not None}
+    if of is int:
+        limits = {"ge": -LARGEST, "le": LARGEST} | limits
+    if of is str and limits:
+        limits = {"min_length": limits["ge"]}
+    if limits:
+        kind = Annotated[kind, msgspec.Meta(**limits)]
+    if get_origin(hint) is tuple:
+        return tuple[kind, ...]
+    return kind | None if type(None) in get_args(hint) else kind
+
+
+def _expected(of: type, about: Option) -> str:
+    if about.choices:
+        return f"one of {', '.join(about.choices)}"
+    limits = (("at least", about.min), ("more than", about.above), ("at most", about.max))
+    ranges = [f"{words} {limit:g}" for words, limit in limits if limit is not None and of is not str]
+    return " of ".join([_WORDS[of], *([" and ".join(ranges)] if ranges else [])])
+
+
+def _shown(value: Any) -> str:
+    text = repr(value) if not isinstance(value, str) else f"`{value}`"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def item_type(hint: Any) -> Any:
+    """X of `X`, `X | None` and `tuple[X, ...]`."""
+    return next((part for part in get_args(hint) if part not in (type(None), ...)), hint)
+
+
+def options_of(kind: type) -> dict[str, Option]:
+    """The options among a dataclass's fields, by field name."""
+    return {f.name: f.metadata["option"] for f in dataclasses.fields(kind) if "option" in f.metadata}
+
+
+def flags_of(kind: type, name: str) -> list[str]:
+    """The options that set field `name`, such as `--max-steps`."""
+    return (options_of(kind)[name].flag or "--" + name.replace("_", "-")).split(",")
+
+
+def flag_of(kind: type, name: str) -> str:
+    """The option that sets field `name`, as messages call it."""
+    about = options_of(kind)[name]
+    if about.argument:
+        return about.metavar or name.upper()
+    return flags_of(kind, name)[0].partition("/")[0]
+
+
+def names_of(kind: type) -> dict[str, str]:
+    """Name of a setting in YAML and Python, with underscores -> field."""
+    found = {}
+    for name in options_of(kind):
+        flags = [flag.partition("/")[0].lstrip("-").replace("-", "_") for flag in flags_of(kind, name)]
+        found.update(dict.fromkeys([*flags, name], name))
+    return found
+
+
 def matching_setting(name: str, known: Collection[str]) -> str | None:
     """Return the setting in `known` for the name of another tool or of an earlier version, else None."""
     key = name.lstrip("-").replace("-", "_")
-    return next((setting for setting in _SETTING_NAMES.get(key, ()) if setting in known), None)
+    return next((setting for setting in SETTING_NAMES.get(key, ()) if setting in known), None)
 
 
 def setting_hint(name: str, known: Collection[str]) -> str:
@@ -226,84 +379,8 @@ def setting_hint(name: str, known: Collection[str]) -> str:
     return f"Use `{setting}`." if setting else near_misses(name, known)
 
 
-# Settings that name files of rows.
-_ROWS = ("data", "eval_data")
-_IN_A_FILE = "Write rows into a file and give its name, as with dataset.to_json('rows.jsonl')."
-_WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
-
-
-def from_python(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` as the fields of the dataclass `kind` hold them; None is no value of a repeatable setting.
-
-    Raises:
-        ConfigError: no such setting, or a value of another type.
-    """
-    hints = get_type_hints(kind)
-    known = [each.name for each in dataclasses.fields(kind) if each.name != "given"]
-    for name in values:
-        if name not in known:
-            raise ConfigError(f"no setting `{name}`", hint=setting_hint(name, known))
-    none = {name: () for name, value in values.items() if value is None and get_origin(hints[name]) is tuple}
-    return {name: converted(name, none.get(name, value), hints[name]) for name, value in values.items()}
-
-
-def converted(name: str, value: Any, hint: Any) -> Any:
-    """`value` as a setting of type `hint` holds it.
-
-    Args:
-        hint: bool, int, float, str or Path; that or None; or a tuple of them, `tuple[X, ...]`.
-
-    Raises:
-        ConfigError: the value has another type.
-    """
-    if get_origin(hint) is tuple:
-        of = get_args(hint)[0]
-        single = isinstance(value, (str, PathLike, Mapping)) or not isinstance(value, Iterable)
-        return tuple(converted(name, item, of) for item in ([value] if single else value))
-    if get_origin(hint) in (Union, types.UnionType):
-        if value is None:
-            return None
-        hint = next(part for part in get_args(hint) if part is not type(None))
-    found = _as(hint, value)
-    if found is None:
-        shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:60]}..."
-        advice = _IN_A_FILE if name in _ROWS and isinstance(value, Mapping) else None
-        raise ConfigError(f"{shown} is not {_WORDS[hint]}", where=name, hint=advice)
-    return found
-
-
-def _as(kind: type, value: Any) -> Any:
-    """`value` as a `kind`, None where it is none."""
-    if kind is bool:
-        return value if isinstance(value, bool) else None
-    if kind in (int, float):
-        number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
-        with suppress(OverflowError):
-            return kind(value) if number else None
-        return None
-    if isinstance(value, (str, PathLike)):
-        return kind(fspath(value))
-    if kind is str and type(value).__module__ == "torch" and type(value).__name__ in ("dtype", "device"):
-        return str(value).removeprefix("torch.")
-    return None
-
-
-def layer_text(layers: Any) -> Any:
-    """Layers given as numbers, 3, [0, 1] or range(8, 20), as the text that `--layers` takes; other values as they are.
-
-    Raises:
-        ConfigError: no layer at all.
-    """
-    numbers = [layers] if isinstance(layers, Integral) else layers
-    if isinstance(layers, (str, bool, Mapping)) or not isinstance(numbers, Iterable):
-        return layers
-    numbers = list(numbers)
-    if not numbers:
-        raise ConfigError("no layers", where="layers", hint="Give at least one, or leave it out for the default.")
-    plain = all(isinstance(each, Integral) and not isinstance(each, bool) for each in numbers)
-    return ",".join(str(int(each)) for each in numbers) if plain else layers
-
-
-def column_texts(columns: Any) -> Any:
-    """Columns given as {"prompt": "question"}, as the texts that `--columns` takes; other values as they are."""
-    return [f"{key}={column}" for key, column in columns.items()] if isinstance(columns, Mapping) else columns
+def plain(value: Any) -> Any:
+    """A setting as JSON holds it."""
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -19,7 +19,6 @@ from typing import Any
 from braces_cli.core.errors import ConfigError, DataError, near_misses
 from braces_cli.core.files import check_regular, file_hint, path_exists, user_path
 from braces_cli.core.models.hub import hub_errors
-from braces_cli.core.schema import Malformed, decode
 
 # Files of rows with keys; and those that rows are read from, a line of text being a row of `text`.
 STRUCTURED = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -104,7 +103,7 @@ def _row(fields: Any, where: str) -> Source:
 
 
 def _json_lines(path: Path) -> Iterator[Source]:
-    from braces_cli.core.schema import ROW, parse  # msgspec, which the names of columns do not need
+    from braces_cli.core.schema import ROW, parse  # msgspec, which --help does not need
 
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
@@ -123,6 +122,8 @@ def _text_lines(path: Path) -> Iterator[Source]:
 
 
 def _json(path: Path) -> Iterator[Source]:
+    from braces_cli.core.schema import Malformed, decode
+
     text = path.read_text(encoding="utf-8-sig")
     try:
         value = decode(text)

@@ -22,7 +22,7 @@ from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.attributes.options import strengths
 from braces_cli.core.errors import BracesError
 from braces_cli.core.files import user_path
-from braces_cli.core.models.options import LoadOptions
+from braces_cli.core.options import LoadOptions
 from braces_cli.core.text import error_text
 from braces_cli.evaluation.systems import attached, find_eval_adapter
 

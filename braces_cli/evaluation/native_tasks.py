@@ -67,7 +67,7 @@ from braces_cli.core.models.tokenize import Encoded, context_length, encode
 from braces_cli.core.progress import Report, silent
 from braces_cli.core.text import safe_exp
 from braces_cli.data.rows import read_rows
-from braces_cli.evaluation.settings import TextTaskSettings
+from braces_cli.evaluation.settings import EvalSettings
 from braces_cli.evaluation.statistics import cluster_error, rate_error
 from braces_cli.evaluation.task_data import read_texts
 from braces_cli.scoring.classifier import Classifier, fit_classifier
@@ -127,7 +127,7 @@ class TaskContext:
     processes: Processes = field(default_factory=Processes)
     stage: str = ""
     report: Report = silent
-    settings: TextTaskSettings = field(default_factory=TextTaskSettings)
+    settings: EvalSettings = field(default_factory=EvalSettings)
     terms: Sequence[tuple[Attribute, float]] = ()
     attributes: Sequence[Attribute] = ()
 

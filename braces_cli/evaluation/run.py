@@ -17,11 +17,12 @@ from braces_cli.core.adapter.model import Session, base_name, open_session
 from braces_cli.core.attributes.files import attribute_hashes
 from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.vector import Attribute
+from braces_cli.core.config import options_of
 from braces_cli.core.distributed import Processes, join_with_accelerator, world_size
 from braces_cli.core.errors import ConfigError, DataError, near_misses
 from braces_cli.core.files import file_hash, scratch_folder
 from braces_cli.core.models.load import tokenizer_hashes
-from braces_cli.core.models.options import LoadOptions
+from braces_cli.core.options import LoadOptions
 from braces_cli.core.progress import Report, silent
 from braces_cli.core.versions import versions
 from braces_cli.evaluation import catalog, lm_eval_runner
@@ -125,7 +126,9 @@ def identity(
     return {
         "model": base,
         "adapters": [[each.name, each.sha256] for each in adapters],
-        "load": {name: value for name, value in options.resolved().items() if name not in ("device", "device_map")},
+        "load": {
+            name: getattr(options, name) for name in options_of(LoadOptions) if name not in ("device", "device_map")
+        },
         "base": not settings.no_base,
         "tasks": [*selection.names, *selection.native],
         "groups": sorted(selection.groups),

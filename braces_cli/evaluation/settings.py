@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from braces_cli.core.attributes.options import AttributeNames, strength_points
-from braces_cli.core.attributes.words import built_in, check_name
+from braces_cli.core.attributes.words import built_in
 from braces_cli.core.config import ATTRIBUTES, GENERATION, OUTPUT, SCORING, TASKS, option
 from braces_cli.core.errors import ConfigError
-from braces_cli.core.models.options import GenerationSettings
+from braces_cli.core.options import GenerationSettings, ModelSettings, OutputSettings, OverwriteSettings
 from braces_cli.core.text import whole_number
 from braces_cli.scoring.registry import BUILT_IN
 
@@ -29,9 +29,71 @@ TASK_NAMES = (
 )  # fmt: skip
 
 
+def _parse_scorers(values: Sequence[str]) -> dict[str, str]:
+    """`TASK=SCORER` of each value.
+
+    Raises:
+        ConfigError: another form, or a task that is not one of the text tasks.
+    """
+    scorers = {}
+    for value in values:
+        task, sign, name = value.partition("=")
+        if not (sign and name) or task not in TEXT_TASKS:
+            hint = f"Such as --scorer {TEXT_TASKS[0]}=vader or --scorer {TEXT_TASKS[1]}=FOLDER."
+            raise ConfigError(f"`{value}` is not TASK=SCORER", where="--scorer", hint=hint)
+        scorers[task] = name
+    return scorers
+
+
 @dataclass(frozen=True, kw_only=True)
-class TextTaskSettings(GenerationSettings, AttributeNames):
-    """How the text tasks generate texts, by which attributes the systems are steered, and how texts are scored."""
+class EvalSettings(GenerationSettings, AttributeNames, ModelSettings, OverwriteSettings, OutputSettings):
+    """What `braces eval` measures and how, by which attributes systems are steered, and where results go."""
+
+    first_options = ("tasks", "model", "adapter", "output_dir", "limit")
+    required = ("tasks",)
+
+    tasks: tuple[str, ...] = option(
+        (),
+        help="Tasks or task groups: zero_shot, commonsense, commonsense_gen, truthfulqa, popqa, perplexity, "
+        "sentiment, toxicity, answers, "
+        "detection or any of lm-eval's; commas between them.",
+        metavar="NAMES",
+        complete=lambda: TASK_NAMES,
+    )
+    task_data: tuple[str, ...] = option(
+        (), help="File or folder with the rows of a task. Repeatable.", metavar="NAME=FILE", panel=TASKS
+    )
+    task_data_dir: Path | None = option(
+        None, help="Folder with a file (TASK.jsonl, ...) or a folder for each task.", panel=TASKS
+    )
+    limit: int | None = option(
+        None, help="Number of documents per task, from the start of each task. Default: all.", min=1, panel=TASKS
+    )
+    num_fewshot: int | None = option(
+        None, help="Number of few-shot examples before each document. Default: the task's setting.", min=0, panel=TASKS
+    )
+    apply_chat_template: bool | None = option(
+        None,
+        help="Apply the chat template. Default: as in training.",
+        flag="--apply-chat-template/--no-apply-chat-template",
+        panel=TASKS,
+    )
+    batch_size: str = option(
+        "8",
+        help="Sequences per forward pass, or auto; halved when memory runs out.",
+        metavar="auto|N",
+        panel=TASKS,
+    )
+    seed: int | None = option(  # type: ignore[assignment]
+        None, help="Seed of every random choice. Default: lm-eval's own seeds.", min=0, panel=OUTPUT
+    )
+    no_base: bool = option(False, help="Skip the base and evaluate the adapters only.", panel=TASKS)
+    fail_under: tuple[str, ...] = option(
+        (),
+        help="Exit with code 5 if an adapter (or the base, without an adapter) is worse than this. Repeatable.",
+        metavar="TASK:METRIC=VALUE",
+        panel=SCORING,
+    )
 
     attribute: tuple[str, ...] = option(
         (),
@@ -67,12 +129,23 @@ class TextTaskSettings(GenerationSettings, AttributeNames):
         False, help="Remove the words of the attribute from texts before scoring.", panel=SCORING
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in self.attribute:
-            check_name(name)
-        _ = self.points
-        _parse_scorers(self.scorer)
+    adapter: tuple[str, ...] = option(
+        (), help="Adapter to evaluate in addition to the base: folder or hub id. Repeatable.", metavar="ADAPTER"
+    )
+    output_dir: Path | None = option(None, help="Folder for results.json and results.md, updated after each task.")
+    log_samples: bool = option(
+        False, help="Also write prompt, answer and scores of each document into --output-dir.", panel=OUTPUT
+    )
+    resume: bool = option(False, help="Skip tasks whose results are already in --output-dir.", panel=OUTPUT)
+    plot: Path | None = option(None, help="PNG file for a plot of each metric and system.", panel=OUTPUT)
+
+    def check(self) -> None:
+        """Refuse values that only their parsers can judge; files are read by `check_settings`."""
+        super().check()
+        size = self.batch_size
+        if size != "auto" and not whole_number(size):
+            raise ConfigError(f"`{size}` is no batch size", where="--batch-size", hint="Give 1 or more, or auto.")
+        _ = self.points, self.scorers, self.thresholds
 
     @property
     def points(self) -> list[dict[str, float]]:
@@ -113,77 +186,6 @@ class TextTaskSettings(GenerationSettings, AttributeNames):
             "reference_model": self.reference_model,
             "exclude_list_words": self.exclude_list_words,
         }
-
-
-def _parse_scorers(values: Sequence[str]) -> dict[str, str]:
-    """`TASK=SCORER` of each value.
-
-    Raises:
-        ConfigError: another form, or a task that is not one of the text tasks.
-    """
-    scorers = {}
-    for value in values:
-        task, sign, name = value.partition("=")
-        if not (sign and name) or task not in TEXT_TASKS:
-            hint = f"Such as --scorer {TEXT_TASKS[0]}=vader or --scorer {TEXT_TASKS[1]}=FOLDER."
-            raise ConfigError(f"`{value}` is not TASK=SCORER", where="--scorer", hint=hint)
-        scorers[task] = name
-    return scorers
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalSettings(TextTaskSettings):
-    """What to measure and how."""
-
-    tasks: tuple[str, ...] = option(
-        (),
-        help="Tasks or task groups: zero_shot, commonsense, commonsense_gen, truthfulqa, popqa, perplexity, "
-        "sentiment, toxicity, answers, "
-        "detection or any of lm-eval's; commas between them.",
-        metavar="NAMES",
-        complete=lambda: TASK_NAMES,
-    )
-    task_data: tuple[str, ...] = option(
-        (), help="File or folder with the rows of a task. Repeatable.", metavar="NAME=FILE", panel=TASKS
-    )
-    task_data_dir: Path | None = option(
-        None, help="Folder with a file (TASK.jsonl, ...) or a folder for each task.", panel=TASKS
-    )
-    limit: int | None = option(
-        None, help="Number of documents per task, from the start of each task. Default: all.", min=1, panel=TASKS
-    )
-    num_fewshot: int | None = option(
-        None, help="Number of few-shot examples before each document. Default: the task's setting.", min=0, panel=TASKS
-    )
-    apply_chat_template: bool | None = option(
-        None,
-        help="Apply the chat template. Default: as in training.",
-        flag="--apply-chat-template/--no-apply-chat-template",
-        panel=TASKS,
-    )
-    batch_size: str = option(
-        "8",
-        help="Sequences per forward pass, or auto; halved when memory runs out.",
-        metavar="auto|N",
-        panel=TASKS,
-    )
-    seed: int | None = option(
-        None, help="Seed of every random choice. Default: lm-eval's own seeds.", min=0, panel=OUTPUT
-    )
-    no_base: bool = option(False, help="Skip the base and evaluate the adapters only.", panel=TASKS)
-    fail_under: tuple[str, ...] = option(
-        (),
-        help="Exit with code 5 if an adapter (or the base, without an adapter) is worse than this. Repeatable.",
-        metavar="TASK:METRIC=VALUE",
-        panel=SCORING,
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        size = str(self.batch_size)
-        if size != "auto" and not whole_number(size):
-            raise ConfigError(f"`{size}` is no batch size", where="--batch-size", hint="Give 1 or more, or auto.")
-        parse_thresholds(self.fail_under)
 
     @property
     def sequences(self) -> int | str:

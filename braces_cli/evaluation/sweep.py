@@ -34,9 +34,9 @@ from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.vector import Attribute
 from braces_cli.core.distributed import ALONE, Processes
 from braces_cli.core.errors import BracesError, ConfigError
-from braces_cli.core.models.generate import Sampling
 from braces_cli.core.models.load import Base
 from braces_cli.core.models.tokenize import Encoded, context_length
+from braces_cli.core.options import Sampling
 from braces_cli.core.progress import Report, silent
 from braces_cli.evaluation.native_tasks import AnswerPair, log_odds, probability
 from braces_cli.evaluation.statistics import Z, effect, mean, rate_error, share, share_interval, slope, worst_of

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from braces_cli.core.attributes.hooks import steered
-from braces_cli.core.models.generate import Sampling, TextRequest
+from braces_cli.core.models.generate import TextRequest
 from braces_cli.core.models.load import Base, load_base
-from braces_cli.core.models.options import LoadOptions
+from braces_cli.core.options import LoadOptions, Sampling
 from braces_cli.core.text import safe_exp
 from braces_cli.evaluation.native_tasks import NativeTask, TaskContext, TaskResult, halving, list_words, open_scorer
 from braces_cli.evaluation.settings import TEXT_TASKS

@@ -15,8 +15,9 @@ from braces_cli.core.adapter.model import Session, attached, base_name, open_ses
 from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.files import user_path
-from braces_cli.core.models.options import LoadOptions, chosen_layers
+from braces_cli.core.models.options import chosen_layers
 from braces_cli.core.models.tokenize import encode
+from braces_cli.core.options import LoadOptions
 from braces_cli.export.checkpoint import companions
 from braces_cli.export.form import refuse
 

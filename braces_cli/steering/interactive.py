@@ -14,9 +14,10 @@ from braces_cli.core.adapter.model import Session
 from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute, known_attributes
 from braces_cli.core.attributes.vector import Attribute
+from braces_cli.core.config import convert
 from braces_cli.core.errors import ConfigError, near_misses
-from braces_cli.core.models.generate import Sampling
 from braces_cli.core.models.options import chosen_layers
+from braces_cli.core.options import Sampling
 from braces_cli.steering.texts import generate_texts, text_requests
 
 HELP = """\
@@ -142,12 +143,11 @@ class Conversation:
     def _changed(self, name: str, words: list[str]) -> Sampling:
         if name == "seed" and not words:
             return replace(self.sampling, seed=self.sampling.seed + 1)
-        try:
-            (value,) = (_NUMBERS[name](word) for word in words)
-        except ValueError as error:
-            hint = f"Such as /{name} {getattr(Sampling(), name.replace('-', '_')) or 50}."
-            raise ConfigError("this needs one number", where=f"/{name}", hint=hint) from error
-        return replace(self.sampling, **{name.replace("-", "_"): value})
+        field = name.replace("-", "_")
+        if len(words) != 1:
+            hint = f"Such as /{name} {getattr(Sampling(), field) or 50}."
+            raise ConfigError("this needs one number", where=f"/{name}", hint=hint)
+        return replace(self.sampling, **{field: convert(Sampling, field, words[0], f"/{name}")})
 
     def _strengths(self, words: list[str]) -> dict[str, float]:
         names = list(self.strengths)

@@ -17,7 +17,8 @@ from braces_cli.core.errors import ConfigError
 from braces_cli.core.models.chat import chat_ids as chat_ids
 from braces_cli.core.models.chat import encode_answer as encode_answer
 from braces_cli.core.models.chat import has_template as has_template
-from braces_cli.core.models.generate import Sampling, TextRequest, generate
+from braces_cli.core.models.generate import TextRequest, generate
+from braces_cli.core.options import Sampling
 from braces_cli.core.progress import Report, silent
 from braces_cli.steering.prompts import PromptRow
 

@@ -19,7 +19,6 @@ from braces_cli.core.adapter.model import Adapter, Session, attach, base_name, o
 from braces_cli.core.attributes.files import TRAINED_FILE
 from braces_cli.core.attributes.vector import Attribute, save_attributes
 from braces_cli.core.distributed import act, barrier, deferred, is_main, join, world_size
-from braces_cli.core.errors import ConfigError
 from braces_cli.core.files import output_lock
 from braces_cli.core.models.ffn import find_ffns, parameter_total
 from braces_cli.core.models.hub import check_push
@@ -67,10 +66,6 @@ def train(settings: RunSettings, report: Report = silent, command: Sequence[str]
         ModelError: the base or a checkpoint cannot be loaded.
         BracesError: see `run_training`.
     """
-    for name in ("data", "output_dir"):
-        if not getattr(settings, name):
-            where = "--" + name.replace("_", "-")
-            raise ConfigError("missing option", where=where, hint="See `braces train --help`.")
     assert settings.output_dir is not None
     check_launch(settings.device)
     with output_lock(settings.output_dir):
@@ -106,7 +101,7 @@ def _train(settings: RunSettings, folder: Path, report: Report, command: Sequenc
         eval_set = read_examples(settings.eval_data, reading, report) if settings.eval_data else None
         settings = replace(settings, chat_template=train_set.chat)
     with timings.stage("weights"):
-        session = open_session(name, None, settings.load_options)
+        session = open_session(name, None, settings)
     record = Record(identity, list(command))
     return asdict(run_training(session, train_set, eval_set, settings, report, record, start, timings))
 

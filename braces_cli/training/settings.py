@@ -21,7 +21,6 @@ from braces_cli.core.config import (
     DATA,
     METHOD,
     OPTIMISATION,
-    OUTPUT,
     SeedSettings,
     Settings,
     flag_of,
@@ -30,7 +29,7 @@ from braces_cli.core.config import (
     plain,
 )
 from braces_cli.core.errors import ConfigError
-from braces_cli.core.models.options import ModelSettings
+from braces_cli.core.options import ModelSettings, OutputSettings, OverwriteSettings, UploadSettings
 from braces_cli.data.rows import Columns, parse_columns
 
 DEFAULT_RANK = 16
@@ -79,6 +78,7 @@ class AttributeTrainingSettings(SeedSettings):
         None,
         help="Weight of the contrastive loss between each row's strength and the opposite strength; takes "
         f"twice the time. Default: {DEFAULT_CONTRAST:g} with attributes.",
+        min=0,
         panel=ATTRIBUTES,
     )
     margin: float | None = option(
@@ -86,6 +86,7 @@ class AttributeTrainingSettings(SeedSettings):
         help="Margin of the contrastive loss, in nats per unit of strength: each row's log-likelihood at its strength "
         "must exceed that at the opposite strength by this much. Larger values steer more strongly. "
         f"Default: {DEFAULT_MARGIN:g}.",
+        min=0,
         panel=ATTRIBUTES,
     )
 
@@ -98,10 +99,6 @@ class AttributeTrainingSettings(SeedSettings):
         if self.strength_field != STRENGTH and not trained:
             raise ConfigError("a strength without an attribute", where="--strength-field", hint=hint)
         parse_opposites(self.opposites)
-        for name in ("contrast", "margin"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
-                raise ConfigError(f"must be zero or a positive number, not {value}", where=self._flag(name))
         if self.contrast is None:
             self._set(contrast=DEFAULT_CONTRAST if trained else 0.0)
         if self.contrast and not trained:
@@ -210,15 +207,17 @@ class TrainSettings(AttributeTrainingSettings):
     lr: float | None = option(
         None,
         help=f"Peak learning rate. Default: {DEFAULT_TURN:g} / sqrt(width), for baselines {BASELINE_LR:g}.",
+        above=0,
         panel=OPTIMISATION,
     )
     gate_lr: float | None = option(
         None,
         help="Peak learning rate of the gates. "
         f"Default: {DEFAULT_GATE_LR:g}; with attributes {DEFAULT_GATE_LR_ATTRIBUTES:g}.",
+        above=0,
         panel=OPTIMISATION,
     )
-    epochs: float = option(1.0, help="Number of passes over the training data.", panel=OPTIMISATION)
+    epochs: float = option(1.0, help="Number of passes over the training data.", above=0, panel=OPTIMISATION)
     max_steps: int | None = option(
         None, help="Number of optimizer steps; overrides --epochs.", min=1, panel=OPTIMISATION
     )
@@ -247,11 +246,6 @@ class TrainSettings(AttributeTrainingSettings):
     chat_template: bool = False
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("lr", "gate_lr", "epochs"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ConfigError(f"must be a positive number, not {value}", where=self._flag(name))
         self._check_method()
         if self.method in BASELINES and self.lr is None:
             self._set(lr=BASELINE_LR)
@@ -343,8 +337,9 @@ class CheckpointSettings(Settings):
         choices=REPORTERS,
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        """Also refuses a library that is not installed."""
+        super().check()
         if self.report_to != "none" and find_spec(self.report_to) is None:
             hint = f"pip install {self.report_to}"
             raise ConfigError(f"{self.report_to} is not installed", where="--report-to", hint=hint)
@@ -370,8 +365,13 @@ class FileSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings(TrainSettings, CheckpointSettings, ModelSettings, FileSettings):
-    """A whole run: rows -> adapter folder."""
+class RunSettings(
+    TrainSettings, CheckpointSettings, ModelSettings, FileSettings, OverwriteSettings, UploadSettings, OutputSettings
+):
+    """A whole run of `braces train`: rows -> adapter folder."""
+
+    first_options = ("data", "model", "output_dir", "method", "attribute_field")
+    required = ("data",)
 
     adapter: str | None = option(
         None,
@@ -381,9 +381,12 @@ class RunSettings(TrainSettings, CheckpointSettings, ModelSettings, FileSettings
         once=True,
     )
     attributes: Path | None = option(None, help="Folder with attribute files written by attr-build.", panel=ATTRIBUTES)
-    overwrite: bool = option(False, help="Overwrite an output folder that is not empty.", panel=OUTPUT, outcome=False)
-    push_to_hub: str | None = option(
-        None, help="Hub repository (owner/name) for the adapter.", panel=OUTPUT, outcome=False
+    check_rows: bool = option(
+        False,
+        help="Read and tokenise all rows, print statistics and exit. Loads no weights.",
+        panel=DATA,
+        flag="--check",
+        display=True,
     )
 
     def __post_init__(self) -> None:
@@ -396,6 +399,12 @@ class RunSettings(TrainSettings, CheckpointSettings, ModelSettings, FileSettings
             if column is not None:
                 self._set(**{name: column})
         super().__post_init__()
+
+    def check(self) -> None:
+        """Also refuses attributes that are not there, and no folder to write to."""
+        super().check()
+        if self.output_dir is None and not (self.dry_run or self.check_rows):
+            raise ConfigError("missing option", where="--output-dir", hint="See `braces train --help`.")
         if self.attributes is not None and self.attribute_field is None and self.method == "braces":
             hint = "Name the column of each row's attribute with --attribute-field."
             raise ConfigError("no attributes are trained", where="--attributes", hint=hint)

@@ -73,7 +73,7 @@ def ours(args: argparse.Namespace, prompts: Sequence[list[int]], attribute: str 
 def opened(args: argparse.Namespace) -> Any:
     """Open a session of braces, in float32 on the CPU."""
     from braces_cli.core.adapter.model import open_session
-    from braces_cli.core.models.options import LoadOptions
+    from braces_cli.core.options import LoadOptions
 
     return open_session(args.model, args.adapter, LoadOptions(device="cpu", dtype="float32"))
 

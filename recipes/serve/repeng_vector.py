@@ -54,7 +54,7 @@ def ours(args: argparse.Namespace) -> None:
     from braces_cli.core.adapter.model import open_session
     from braces_cli.core.attributes.hooks import steered
     from braces_cli.core.attributes.lookup import find_attribute
-    from braces_cli.core.models.options import LoadOptions
+    from braces_cli.core.options import LoadOptions
     from braces_cli.export.control_vector import export_control_vector
 
     session = open_session(args.model, None, LoadOptions(device="cpu", dtype="float32"))

@@ -44,8 +44,7 @@ from braces_cli.core.attributes.directions import pair_states, reduce_pairs
 from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.pooling import default_layers, steering_scale
 from braces_cli.core.attributes.vector import Attribute, build_attribute, opposite
-from braces_cli.core.models.generate import Sampling
-from braces_cli.core.models.options import LoadOptions
+from braces_cli.core.options import LoadOptions, Sampling
 from braces_cli.core.render import figure, save_figure
 from braces_cli.evaluation.sweep import SweepPlan, continuation_nll, continuations
 from braces_cli.scoring.registry import scorer

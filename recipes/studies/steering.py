@@ -43,9 +43,8 @@ from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.attributes.pooling import STEERING_SHARE, default_layers, residual_norms
 from braces_cli.core.attributes.words import built_in
 from braces_cli.core.models.ffn import layer_stack
-from braces_cli.core.models.generate import Sampling
-from braces_cli.core.models.options import LoadOptions
 from braces_cli.core.models.tokenize import encode
+from braces_cli.core.options import LoadOptions, Sampling
 from braces_cli.core.render import figure, percent_ticks, plain_ticks, save_figure
 from braces_cli.evaluation.native_tasks import open_scorer
 from braces_cli.evaluation.sweep import SweepPlan, Texts, continuation_nll, continuations, point

@@ -42,7 +42,7 @@ def test_help_stays_light(argv):
 
 def test_the_page_of_all_commands_imports_none_of_them(monkeypatch):
     """Its summaries are those of the commands themselves, in the same order."""
-    from braces_cli.cli import options
+    from braces_cli.cli import main
     from braces_cli.cli.main import build_app
 
     code = "from braces_cli.cli.main import main; main(['--help'])"
@@ -50,7 +50,7 @@ def test_the_page_of_all_commands_imports_none_of_them(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     pages = []
     for args in ([], ["--help"]):
-        command, context = options.help_of(build_app(args), [])
+        command, context = main.help_of(build_app(args), [])
         with contextlib.redirect_stdout(io.StringIO()) as page:
             command.get_help(context)
         pages.append(page.getvalue())
@@ -119,7 +119,9 @@ def test_a_config_file_gives_defaults_and_the_command_line_wins(braces, model_di
 def test_words_and_truth_values_of_a_config_file(braces, tmp_path):
     """Of a command that is a settings class, too; `off`, `yes` and their like are words where an option takes words."""
     path = tmp_path / "a.yaml"
-    path.write_text("stop: [off, 'yes']\nbeside: yes\noverwrite: false\napply_chat_template: off\nprompts: p.txt\n")
+    path.write_text(
+        "stop: [off, 'yes']\nshow_unsteered: yes\noverwrite: false\napply_chat_template: off\nprompts: p.txt\n"
+    )
     settings = braces("steer", "--config", path, "--dry-run").json["settings"]
     assert settings["stop"] == ["off", "yes"]
     assert (settings["show_unsteered"], settings["overwrite"], settings["apply_chat_template"]) == (True, False, False)
@@ -131,7 +133,7 @@ def test_words_and_truth_values_of_a_config_file(braces, tmp_path):
     [
         ("rnak: 4\n", "unknown key `rnak`"),
         ("rank: [\n", "not YAML"),
-        ("- rank\n", "not a mapping"),
+        ("- rank\n", "expected object"),
         ("rank: many\n", "rank"),
     ],
 )
@@ -255,16 +257,16 @@ def test_two_adapters_are_refused_where_one_is_used(braces, command):
     """Only eval takes several."""
     outcome = braces(*command, "--adapter", "a", "--adapter", "b")
     assert outcome.code == 2
-    assert "--adapter: given 2 times" in outcome.err
+    assert "It takes one value" in outcome.err
 
 
 @pytest.mark.parametrize("argv", [*COMMANDS, ["merge"]])
 def test_the_options_that_matter_most_come_first(argv):
     """At most five, in the first panel of the help, behind the arguments."""
-    from braces_cli.cli import options
+    from braces_cli.cli import main
     from braces_cli.cli.main import build_app
 
-    command, _ = options.help_of(build_app(), argv)
+    command, _ = main.help_of(build_app(), argv)
     options = [p for p in command.params if p.nargs != -1 and p.name != "ctx" and p.opts[0].startswith("-")]
     panels = [getattr(p, "rich_help_panel", None) for p in options]
     count = panels.index(next(filter(None, panels), None)) if any(panels) else len(panels)
@@ -287,9 +289,9 @@ def test_the_options_that_matter_most_come_first(argv):
 def test_values_are_completed_without_heavy_imports(command, option, typed, offered):
     """What a shell offers after Tab."""
     code = (
-        "from braces_cli.cli import typer_internals as t; from braces_cli.cli.main import build_app; "
+        "from braces_cli.cli import app as t; from braces_cli.cli.main import build_app; "
         f"c, x = t.help_of(build_app(), [{command!r}]); "
-        f"p = t.parameters(x)[{option!r}]; "
+        f"p = next(p for p in c.params if p.name == {option!r}); "
         f"assert {offered!r} in [str(getattr(v, 'value', v)) for v in p.shell_complete(x, {typed!r})]"
     )
     assert imported_by(code) == set()

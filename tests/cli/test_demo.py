@@ -17,7 +17,7 @@ def test_a_step_is_the_command_that_it_prints(model_dir: Any, tmp_path: Any) -> 
     guide = Guide(tmp_path, 0, said.append)
     settings = ("--data", rows, "--rank", "2", "--max-steps", "1", "--device", "cpu")
     result = guide.run("Train", "train", "--model", model_dir, *settings, "--output-dir", tmp_path / "out")
-    assert result["trainable_parameters"] == 2 * (2 * 2 * 32 + 2)
+    assert result["trainable_parameters"] == 2 * (2 * 32 + 1)
     assert guide.steps[0]["command"] in "".join(said)
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "    braces train --model " in card

@@ -39,7 +39,7 @@ def test_results_go_to_a_redirected_stdout_while_a_bar_is_drawn(model_dir):
 def test_one_text_at_a_time_is_printed_as_it_is_generated(session, capsys):
     """The prompt, then the text; the same as in a row."""
     from braces_cli.cli.steer import TextPrinter
-    from braces_cli.core.models.generate import Sampling
+    from braces_cli.core.options import Sampling
     from braces_cli.steering.texts import generate_rows, text_requests
 
     rows = list(generate_rows(session, text_requests(LINES), Sampling(8)))

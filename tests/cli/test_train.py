@@ -43,7 +43,7 @@ def test_training_lowers_the_loss_and_writes_an_adapter(braces, model_dir, rows,
     }  # fmt: skip
 
     from braces_cli.core.adapter.model import open_session
-    from braces_cli.core.models.options import LoadOptions
+    from braces_cli.core.options import LoadOptions
     from braces_cli.data.dataset import Reading, read_examples
     from braces_cli.scoring.likelihood import Likelihood, likelihoods
 

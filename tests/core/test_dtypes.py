@@ -16,8 +16,8 @@ from braces_cli.core.adapter.reference import reference
 from braces_cli.core.models.ffn import find_ffns
 from braces_cli.core.models.identity import fingerprint
 from braces_cli.core.models.load import input_device, load_base
-from braces_cli.core.models.options import LoadOptions
 from braces_cli.core.models.weights import StoredValues
+from braces_cli.core.options import LoadOptions
 from tests.conftest import make_adapter, open_gates, tiny_model, tiny_tokenizer
 from tests.core.method.test_reference import TOKENS, relative, run, squared_error
 

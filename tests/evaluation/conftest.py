@@ -78,7 +78,7 @@ def make_peft(tmp_path_factory: pytest.TempPathFactory):
     def make(base_folder: Path, config: object, seed: int = 0) -> Path:
         peft = pytest.importorskip("peft")
         from braces_cli.core.models.load import load_base
-        from braces_cli.core.models.options import LoadOptions
+        from braces_cli.core.options import LoadOptions
 
         torch.manual_seed(seed)
         wrapped = peft.get_peft_model(load_base(str(base_folder), LoadOptions(device="cpu")).model, config)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from braces_cli.core.adapter.model import open_session
 from braces_cli.core.errors import ConfigError, ModelError
-from braces_cli.core.models.options import LoadOptions
+from braces_cli.core.options import LoadOptions
 from braces_cli.evaluation.systems import attached, check_fit, find_eval_adapter
 
 peft = pytest.importorskip("peft")

@@ -10,7 +10,7 @@ import pytest
 from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.errors import ConfigError, DataError
-from braces_cli.core.models.options import LoadOptions
+from braces_cli.core.options import LoadOptions
 from braces_cli.evaluation.native_tasks import AnswerPair, detection, log_odds
 from braces_cli.evaluation.results import Scores
 from braces_cli.evaluation.run import run_evaluation

@@ -29,7 +29,7 @@ def evaluate(out: str, model: str, adapter: str, *data: str) -> dict:
     """An evaluation of base and adapter, and how many requests or texts this process was given at a time."""
     from lm_eval.models.huggingface import HFLM
 
-    from braces_cli.core.models.options import LoadOptions
+    from braces_cli.core.options import LoadOptions
     from braces_cli.evaluation import native_tasks
     from braces_cli.evaluation.results import Store
     from braces_cli.evaluation.run import run_evaluation

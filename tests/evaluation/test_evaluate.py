@@ -15,7 +15,7 @@ from lm_eval.tasks import TaskManager
 
 from braces_cli.core.errors import ConfigError, DataError, ModelError
 from braces_cli.core.models.load import load_base
-from braces_cli.core.models.options import LoadOptions
+from braces_cli.core.options import LoadOptions
 from braces_cli.evaluation import catalog, lm_eval_runner, native_tasks
 from braces_cli.evaluation import run as run_module
 from braces_cli.evaluation.run import run_evaluation

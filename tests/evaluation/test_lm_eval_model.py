@@ -18,7 +18,7 @@ from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.attributes.vector import build_attribute, save_attributes
 from braces_cli.core.errors import ConfigError
-from braces_cli.core.models.options import LoadOptions
+from braces_cli.core.options import LoadOptions
 from braces_cli.evaluation import lm_eval_model as ours
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ from lm_eval.tasks import TaskManager
 import braces_cli
 from braces_cli.core.distributed import Processes
 from braces_cli.core.models.load import load_base
-from braces_cli.core.models.options import LoadOptions
+from braces_cli.core.options import LoadOptions
 from braces_cli.core.progress import silent
 from braces_cli.evaluation.catalog import LM_EVAL_FOLDER
 from braces_cli.evaluation.lm_eval_runner import Model

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from braces_cli.core.errors import BracesError, ConfigError
-from braces_cli.core.models.options import LoadOptions
+from braces_cli.core.options import LoadOptions
 from braces_cli.evaluation import catalog, lm_eval_runner
 from braces_cli.evaluation import run as run_module
 from braces_cli.evaluation.native_tasks import halving

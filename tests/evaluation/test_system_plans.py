@@ -6,8 +6,9 @@ import json
 
 import pytest
 
+from braces_cli.core.config import build
 from braces_cli.core.errors import ConfigError
-from braces_cli.core.models.options import LoadOptions
+from braces_cli.core.options import LoadOptions
 from braces_cli.evaluation import run as run_module
 from braces_cli.evaluation.results import Store
 from braces_cli.evaluation.run import run_evaluation
@@ -132,7 +133,7 @@ def test_an_unknown_attribute_fails_before_anything_is_measured(tiny_folder, ask
 )
 def test_strengths_that_do_not_fit(names, values, message):
     with pytest.raises(ConfigError, match=message):
-        EvalSettings(attribute=names, s=values)
+        build(EvalSettings, {"attribute": names, "s": values, "tasks": "popqa"})
 
 
 def test_points():

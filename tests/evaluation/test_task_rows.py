@@ -167,10 +167,6 @@ def test_the_generation_tasks_have_no_data_of_their_own():
     assert "--task-data commonsense_gen_boolq=FILE" in _error(ConfigError, ["commonsense_gen"])
 
 
-def test_a_limit_of_nothing_is_a_wrong_call():
-    assert "--limit: 0 is out of range" in _error(ConfigError, ["popqa"], limit=0)
-
-
 def test_known_names_are_found_without_the_whole_catalogue(monkeypatch):
     """lm-eval has thousands of tasks; neither are its files read nor indexed where a name tells the folder."""
     monkeypatch.setattr(catalog, "_scan", lambda names: pytest.fail(f"searched for {names}"))

@@ -201,7 +201,7 @@ def test_servers_that_replace_modules_are_told_so(tmp_path: Path) -> None:
 def test_the_command_writes_a_proved_folder(braces: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With an attribute at a fixed strength; a wrong side path fails the proof and leaves nothing."""
     from braces_cli.core.adapter.model import open_session
-    from braces_cli.core.models.options import LoadOptions
+    from braces_cli.core.options import LoadOptions
 
     tiny_model("qwen3", max_position_embeddings=128).save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")

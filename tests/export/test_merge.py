@@ -18,7 +18,7 @@ from braces_cli.core.adapter.files import find_adapter
 from braces_cli.core.adapter.model import Adapter, attach, open_session
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.models.ffn import find_ffns
-from braces_cli.core.models.options import LoadOptions
+from braces_cli.core.options import LoadOptions
 from braces_cli.export.checkpoint import new_neurons, write_checkpoint
 from braces_cli.export.form import Plan, constant_gate, is_half_linear, observed_form
 from braces_cli.export.merge import merge

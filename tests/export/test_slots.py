@@ -16,7 +16,7 @@ from braces_cli.core.attributes.hooks import constants, steered
 from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.attributes.vector import build_attribute, save_attributes
 from braces_cli.core.errors import ConfigError, ModelError
-from braces_cli.core.models.options import LoadOptions
+from braces_cli.core.options import LoadOptions
 from braces_cli.export.lora import LoraRequest, lora_pairs, read_folder, side_path, write_folder, write_lora
 from braces_cli.export.request import Request
 from braces_cli.export.slots import RECORD_FILE, Slots, read_slots, write_slots

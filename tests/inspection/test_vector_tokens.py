@@ -10,7 +10,7 @@ from braces_cli.inspection.vocabulary import value_tokens
 def test_every_layer_and_index_of_a_trained_model_equals_a_direct_computation(shared):
     """The norm, the head, a stable sort: for every value vector of stories260K."""
     from braces_cli.core.adapter.model import open_session
-    from braces_cli.core.models.options import LoadOptions
+    from braces_cli.core.options import LoadOptions
 
     session = open_session(str(shared / "models" / "stories260K"), None, LoadOptions(device="cpu", dtype="float32"))
     model = session.base.model

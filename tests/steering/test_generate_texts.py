@@ -13,7 +13,7 @@ def test_prompts_are_read_as_they_are_needed(session):
     """One batch ahead at most, of however many there are."""
     from itertools import count, islice
 
-    from braces_cli.core.models.generate import Sampling
+    from braces_cli.core.options import Sampling
     from braces_cli.steering.texts import generate_rows, text_requests
 
     read = []

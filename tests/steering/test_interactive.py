@@ -42,7 +42,7 @@ def test_a_conversation_from_a_pipe(steer):
         (["/attribute purple"], "unknown attribute `purple`"),
         (["/layers 1", "/temperature 0"], "no attribute, seed 0, temperature 0, layers 1"),
         (["/layers 9"], "Error: "),
-        (["/temperature -1"], "out of range"),
+        (["/temperature -1"], "at least 0"),
         (["/top_p"], "Such as /top-p 0.9"),
         (["/help"], "/attribute NAME"),
         ([""], "/attribute NAME"),
@@ -51,7 +51,7 @@ def test_a_conversation_from_a_pipe(steer):
 def test_commands_say_what_is_set_or_what_is_wrong(session, lines, shown):
     """And a mistake changes nothing."""
     from braces_cli.core.errors import BracesError
-    from braces_cli.core.models.generate import Sampling
+    from braces_cli.core.options import Sampling
     from braces_cli.steering.interactive import Conversation
 
     talk = Conversation(session, {}, Sampling(4))

@@ -15,7 +15,7 @@ from braces_cli.core.attributes.hooks import constants, steered, steering_vector
 from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.attributes.vector import build_attribute, opposite
 from braces_cli.core.errors import ConfigError, DataError
-from braces_cli.core.models.options import LoadOptions
+from braces_cli.core.options import LoadOptions
 from braces_cli.data.dataset import Condition, Fields, condition
 from braces_cli.data.rows import Source
 from braces_cli.training.conditioning import Conditioner

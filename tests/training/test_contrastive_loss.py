@@ -139,7 +139,7 @@ def test_training_by_contrast_makes_steering_stronger(braces, model_dir, tmp_pat
     """Rows of two kinds: the likelihood of each answers the strength more than without the contrast."""
     from braces_cli.core.adapter.model import open_session
     from braces_cli.core.attributes.hooks import steered
-    from braces_cli.core.models.options import LoadOptions
+    from braces_cli.core.options import LoadOptions
     from braces_cli.scoring.likelihood import continuation_likelihoods
 
     rows = tmp_path / "rows.csv"

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from braces_cli.core.adapter.model import open_session
 from braces_cli.core.errors import ConfigError
-from braces_cli.core.models.options import LoadOptions
+from braces_cli.core.options import LoadOptions
 from braces_cli.data.dataset import Reading, read_examples
 from braces_cli.scoring.likelihood import Likelihood, likelihoods
 from braces_cli.training.run import count_parameters

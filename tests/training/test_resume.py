@@ -20,7 +20,7 @@ import braces_cli.training.run as training
 from braces_cli.core.adapter.model import open_session
 from braces_cli.core.distributed import deferred
 from braces_cli.core.files import write_json
-from braces_cli.core.models.options import LoadOptions
+from braces_cli.core.options import LoadOptions
 from braces_cli.training.checkpoint import (
     RNG_FILE,
     checkpoints,

@@ -26,8 +26,8 @@ from braces_cli.core.models.embedded import note_default
 from braces_cli.core.models.ffn import FFN, Experts, MixtureFFN, find_ffns, routing
 from braces_cli.core.models.identity import differences
 from braces_cli.core.models.load import Base, load_base, tokenizer_hashes
-from braces_cli.core.models.options import LoadOptions
 from braces_cli.core.models.structure import hooks_changed
+from braces_cli.core.options import LoadOptions
 
 logger = logging.getLogger("braces")
 

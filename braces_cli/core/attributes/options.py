@@ -8,7 +8,7 @@ from math import floor, isfinite
 from pathlib import Path
 
 from braces_cli.core.attributes.files import check_attributes
-from braces_cli.core.attributes.words import built_in
+from braces_cli.core.attributes.words import built_in, check_name
 from braces_cli.core.config import ATTRIBUTES, Settings, option
 from braces_cli.core.errors import ConfigError
 
@@ -25,9 +25,11 @@ class AttributeNames(Settings):
     )
     attributes: Path | None = option(None, help="Folder with attribute files written by attr-build.", panel=ATTRIBUTES)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        # Before a model is loaded.
+    def check(self) -> None:
+        """Also refuses a name that no attribute can have, and a folder without attributes."""
+        super().check()
+        for name in self.attribute:
+            check_name(name)
         check_attributes(self.attributes)
 
 
@@ -39,13 +41,14 @@ class AttributeSettings(AttributeNames):
         (), help="Strength; the k-th belongs to the k-th --attribute. Default: 1.", metavar="STRENGTH", panel=ATTRIBUTES
     )
 
+    def check(self) -> None:
+        """Also refuses strengths that do not fit the attributes."""
+        super().check()
+        _ = self.strengths
+
     @property
     def strengths(self) -> dict[str, float]:
-        """Name -> strength.
-
-        Raises:
-            ConfigError: see `strengths`.
-        """
+        """Name -> strength."""
         return dict(zip(self.attribute, strengths(self.attribute, self.s), strict=True))
 
 
@@ -53,7 +56,7 @@ def strengths(names: Sequence[str], s: Sequence[float]) -> list[float]:
     """The strength of each attribute in `--attribute`, from `--s`.
 
     Raises:
-        ConfigError: a name comes twice, the numbers do not match, or one is not finite.
+        ConfigError: a name comes twice, the numbers do not match.
     """
     if len(set(names)) < len(names):
         raise ConfigError("an attribute is named twice", where="--attribute", hint="Give each once, with one --s.")
@@ -62,9 +65,6 @@ def strengths(names: Sequence[str], s: Sequence[float]) -> list[float]:
         if not names:
             hint = "Name the attribute with --attribute; `braces attr-build --list` shows the built-in ones."
         raise ConfigError(f"{len(s)} strengths for {len(names)} attributes", where="--s", hint=hint)
-    for value in s:
-        if not isfinite(value):
-            raise ConfigError(f"{value} is no finite number", where="--s", hint="Such as --s 3.0 or --s -1.5.")
     return list(s) or [1.0] * len(names)
 
 

@@ -26,9 +26,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.models.load import input_device
-from braces_cli.core.models.options import GenerationSettings, check_sampling
 from braces_cli.core.models.tokenize import context_length, decode_continuation, encode, pad_left
 from braces_cli.core.models.weights import OVERFLOW_HINT
+from braces_cli.core.options import Sampling
 
 logger = logging.getLogger("braces")
 
@@ -114,34 +114,6 @@ def _overlap(text: str, stop: str) -> int:
 _OF_BASE = {"bos_token_id", "decoder_start_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids"}
 # Most likely tokens among which a draw is looked for first.
 _FIRST = 1024
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn.
-
-    Attributes:
-        max_new_tokens: tokens of a continuation at most.
-        temperature: 0 is greedy.
-        top_p: keep the most likely tokens that together reach this probability.
-        top_k: keep this many of the most likely tokens; None keeps all.
-        seed: of all streams.
-        stop: a continuation ends before the first of these texts.
-    """
-
-    max_new_tokens: int = GenerationSettings.max_new_tokens
-    temperature: float = GenerationSettings.temperature
-    top_p: float = GenerationSettings.top_p
-    top_k: int | None = None
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        check_sampling(self.max_new_tokens, self.temperature, self.top_p)
-        if self.top_k is not None and self.top_k < 1:
-            raise ConfigError(f"{self.top_k} is out of range", where="--top-k")
-        if not all(self.stop):
-            raise ConfigError(f"{self.stop} is out of range", where="--stop")
 
 
 @dataclass(frozen=True)

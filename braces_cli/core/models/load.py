@@ -31,9 +31,9 @@ from braces_cli.core.models.embedded import resolve, stored_name
 from braces_cli.core.models.ffn import FFN, MixtureFFN, find_ffns
 from braces_cli.core.models.hub import explained
 from braces_cli.core.models.identity import fingerprint
-from braces_cli.core.models.options import LoadOptions
 from braces_cli.core.models.stored_fingerprint import Fingerprint
 from braces_cli.core.models.weights import check_finite, compute_device, is_packed
+from braces_cli.core.options import LoadOptions
 
 logger = logging.getLogger("braces")
 

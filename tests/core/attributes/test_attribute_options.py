@@ -9,19 +9,20 @@ import pytest
 from braces_cli.core.attributes.files import list_attributes
 from braces_cli.core.attributes.lookup import find_attribute, known_attributes
 from braces_cli.core.attributes.options import AttributeSettings, parse_strengths
+from braces_cli.core.config import build
 from braces_cli.core.errors import ConfigError
 
 
 def test_a_folder_that_is_not_there_is_refused_before_anything_is_loaded(tmp_path):
     with pytest.raises(ConfigError, match="no such folder"):
-        AttributeSettings(attributes=tmp_path / "attrs")
+        build(AttributeSettings, {"attributes": tmp_path / "attrs"})
     (tmp_path / "file").write_text("x")
     with pytest.raises(ConfigError, match="cannot read this folder"):
-        AttributeSettings(attributes=tmp_path / "file")
+        build(AttributeSettings, {"attributes": tmp_path / "file"})
     with pytest.raises(ConfigError, match="no attribute file"):
-        AttributeSettings(attributes=tmp_path)
+        build(AttributeSettings, {"attributes": tmp_path})
     (tmp_path / "warm.safetensors").touch()
-    assert AttributeSettings(attributes=tmp_path).attributes == tmp_path
+    assert build(AttributeSettings, {"attributes": tmp_path}).attributes == tmp_path
 
 
 @pytest.mark.parametrize(

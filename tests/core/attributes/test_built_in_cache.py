@@ -30,7 +30,7 @@ def built(monkeypatch):
 
 def _open(folder, dtype="auto"):
     from braces_cli.core.adapter.model import open_session
-    from braces_cli.core.models.options import LoadOptions
+    from braces_cli.core.options import LoadOptions
 
     return open_session(str(folder), None, LoadOptions(device="cpu", dtype=dtype))
 

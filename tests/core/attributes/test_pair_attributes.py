@@ -20,7 +20,7 @@ from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.attributes.pooling import STEERING_SHARE
 from braces_cli.core.attributes.vector import built_in_attribute, save_attributes, with_steered_layers
 from braces_cli.core.errors import ConfigError, DataError
-from braces_cli.core.models.options import LoadOptions
+from braces_cli.core.options import LoadOptions
 from tests.conftest import open_gates
 
 PAIRS = [

@@ -159,7 +159,7 @@ def test_another_base_is_refused(session, adapter_dir):
 def test_fingerprint_does_not_depend_on_the_dtype_loaded(model_dir):
     """It is read from the checkpoint's files."""
     from braces_cli.core.models.load import load_base
-    from braces_cli.core.models.options import LoadOptions
+    from braces_cli.core.options import LoadOptions
 
     prints = [
         load_base(str(model_dir), LoadOptions(device="cpu", dtype=dtype)).fingerprint()

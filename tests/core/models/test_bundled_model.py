@@ -13,9 +13,8 @@ from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.errors import ModelError
 from braces_cli.core.models.embedded import ABOUT_FILE, embedded_name, note_default
-from braces_cli.core.models.generate import Sampling
 from braces_cli.core.models.load import load_base, load_tokenizer
-from braces_cli.core.models.options import LoadOptions
+from braces_cli.core.options import LoadOptions, Sampling
 from braces_cli.scoring.likelihood import Likelihood, text_likelihoods
 from braces_cli.steering.texts import generate_texts, text_requests
 from tests.conftest import make_adapter

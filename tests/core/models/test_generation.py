@@ -11,8 +11,9 @@ from braces_cli.core.adapter.model import Session, attach
 from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.vector import build_attribute
 from braces_cli.core.models.ffn import find_ffns
-from braces_cli.core.models.generate import Sampling, TextRequest, generate
+from braces_cli.core.models.generate import TextRequest, generate
 from braces_cli.core.models.load import Base
+from braces_cli.core.options import Sampling
 from tests.conftest import ARCHITECTURES, open_gates, tiny_model, tiny_tokenizer
 
 PROMPTS = ["the film is", "a", "the end of the old town"]

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from braces_cli.core.errors import ConfigError, ModelError
-from braces_cli.core.models.generate import Sampling, TextRequest, generate
+from braces_cli.core.models.generate import TextRequest, generate
 from braces_cli.core.models.load import checkpoint_folder, commit_of, load_base, load_tokenizer
-from braces_cli.core.models.options import LoadOptions
 from braces_cli.core.models.tokenize import encode
+from braces_cli.core.options import LoadOptions, Sampling
 
 
 def test_a_model_of_the_hub_is_known_by_its_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from braces_cli.core.errors import ConfigError
 from braces_cli.core.models.ffn import find_ffns, parameter_total
 from braces_cli.core.models.identity import fingerprint
 from braces_cli.core.models.load import check_quantize, input_device, load_base
-from braces_cli.core.models.options import QUANTISATIONS, LoadOptions
 from braces_cli.core.models.weights import StoredValues, _through_module
+from braces_cli.core.options import QUANTISATIONS, LoadOptions
 from braces_cli.inspection.vocabulary import value_tokens
 from tests.conftest import make_adapter, open_gates, tiny_model, tiny_tokenizer
 from tests.core.method.test_reference import TOKENS, relative, run

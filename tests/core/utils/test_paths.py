@@ -16,7 +16,7 @@ from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.errors import ConfigError, DataError, ModelError
 from braces_cli.core.files import path_exists, user_path
 from braces_cli.core.models.load import load_tokenizer
-from braces_cli.core.models.options import LoadOptions
+from braces_cli.core.options import LoadOptions
 
 
 def loop(path: Path) -> None:

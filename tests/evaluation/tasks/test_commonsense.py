@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from braces_cli.core.models.options import LoadOptions
+from braces_cli.core.options import LoadOptions
 from braces_cli.data.rows import Source, detect, parts
 from braces_cli.evaluation.results import Store
 from braces_cli.evaluation.run import check_settings, run_evaluation

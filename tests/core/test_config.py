@@ -1,0 +1,237 @@
+"""Settings from the command line, a YAML file and Python: conversion, precedence and the places in errors."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import typer
+
+from braces_cli.cli.main import build_app, help_of
+from braces_cli.cli.options import command, command_line, running
+from braces_cli.core.config import SETTING_NAMES, build, flag_of, matching_setting, names_of, option, setting_hint
+from braces_cli.core.errors import ConfigError
+from braces_cli.core.options import DisplaySettings, GenerationSettings, LoadOptions, Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Some(DisplaySettings):
+    """One setting of each type, two of them given by position."""
+
+    required = ("out",)
+
+    name: str = option("ada", help="Who.", metavar="NAME", argument=True)
+    words: tuple[str, ...] = option((), help="What.", metavar="WORD", argument=True)
+    rank: int | None = option(None, help="", min=1)
+    lr: float = option(1.0, help="", above=0, max=10)
+    s: tuple[float, ...] = option((), help="")
+    resume: bool = option(False, help="")
+    chat: bool | None = option(None, help="", flag="--chat/--no-chat")
+    packing: str = option("auto", help="", choices=("auto", "on", "off"))
+    layers: str | None = option(None, help="")
+    columns: tuple[str, ...] = option((), help="", metavar="KEY=COLUMN,...")
+    data: tuple[str, ...] = option((), help="")
+    stop: tuple[str, ...] = option((), help="", min=1)
+    adapter: str | None = option(None, help="One.", once=True)
+    folder: Path | None = option(None, help="", flag="--directory")
+    out: str | None = option("here", help="")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("rank", "8", 8),
+        ("rank", np.int64(8), 8),
+        ("rank", 8.0, 8),
+        ("rank", None, None),
+        ("lr", "1e-3", 0.001),
+        ("lr", ".5", 0.5),
+        ("lr", 1, 1.0),
+        ("lr", np.float32(0.5), 0.5),
+        ("s", ["-1.5", 2], (-1.5, 2.0)),
+        ("s", 2, (2.0,)),
+        ("resume", "yes", True),
+        ("resume", "false", False),
+        ("resume", True, True),
+        ("packing", "off", "off"),
+        ("layers", 3, "3"),
+        ("layers", range(2, 5), "2,3,4"),
+        ("layers", np.arange(2), "0,1"),
+        ("layers", torch.bfloat16, "bfloat16"),
+        ("layers", torch.device("cuda", 1), "cuda:1"),
+        ("layers", Path("models/x"), "models/x"),
+        ("columns", "a=b", ("a=b",)),
+        ("columns", {"prompt": "question"}, ("prompt=question",)),
+        ("columns", ["a=b", Path("c")], ("a=b", "c")),
+        ("columns", None, ()),
+        ("folder", "out", Path("out")),
+        ("folder", Path("out"), Path("out")),
+        ("directory", "out", Path("out")),
+    ],
+)
+def test_a_value_of_any_source_becomes_the_settings_type(name: str, value: Any, wanted: Any) -> None:
+    found = getattr(build(Some, {name: value}, python=True), "folder" if name == "directory" else name)
+    assert found == wanted
+    assert type(found) is type(wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("rank", "many", "rank: `many` is not a whole number of at least 1"),
+        ("rank", 0, "rank: 0 is not a whole number of at least 1"),
+        ("rank", 3.7, "3.7 is not a whole number"),
+        ("rank", True, "True is not a whole number"),
+        ("rank", 2**40, "is not a whole number"),
+        ("rank", "9" * 5000, "is not a whole number"),
+        ("lr", 10**400, "is not a number"),
+        ("lr", None, "None is not a number of more than 0 and at most 10"),
+        ("lr", "nan", "`nan` is not a number"),
+        ("lr", 11, "at most 10"),
+        ("s", ["1", "inf"], "is not a number"),
+        ("resume", 2, "is not true or false"),
+        ("packing", "of", "`of` is not one of auto, on, off\nDid you mean off"),
+        ("layers", [], "[] is not text"),
+        ("layers", [True], "is not text"),
+        ("layers", torch.zeros(1), "is not text"),
+        ("adapter", ["a", "b"], "is not text\nIt takes one value."),
+        ("data", [{"text": "a"}], "is not text\nWrite rows into a file"),
+        ("stop", "", "`` is not text"),
+        ("folder", 3, "is not a path"),
+        ("folder", "a\0b", "null character"),
+        ("out", None, "--out: missing option"),
+        ("learning_rate", 1.0, "no setting `learning_rate`\nUse `lr`."),
+        ("reusme", True, "Did you mean resume"),
+        ("given", {}, "no setting `given`"),
+    ],
+)
+def test_other_values_and_names_are_refused(name: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        build(Some, {name: value}, python=True)
+    assert message in str(error.value)
+
+
+@pytest.fixture
+def call() -> Any:
+    """Runs a command of these settings with arguments; gives its settings."""
+    received: list[Some] = []
+
+    @command
+    def example(settings: Some) -> None:
+        """Show the settings."""
+        received.append(settings)
+
+    app = typer.Typer()
+    app.command()(example)
+
+    def run(*args: str) -> Some:
+        app(args=list(args), standalone_mode=False)
+        return received[-1]
+
+    return run
+
+
+def test_the_command_line_wins_over_a_file_and_that_over_the_defaults(call: Any, tmp_path: Path) -> None:
+    path = tmp_path / "some.yaml"
+    path.write_text("name: eva\nrank: 3\nlr: 2\nlayers:\nchat: no\ndata: a\ns: [1, 2]\nadapter: [x]\n")
+    found = call("--rank", "4", "--config", str(path), "bob", "one", "--data", "b", "--data", "c", "two")
+    assert (found.name, found.words, found.rank, found.lr, found.data) == ("bob", ("one", "two"), 4, 2.0, ("b", "c"))
+    assert (found.s, found.layers, found.chat, found.adapter, found.resume) == ((1.0, 2.0), None, False, "x", False)
+    sources = {"rank": "command line", "lr": "file", "name": "command line", "adapter": "file"}
+    assert sources.items() <= dict(found.given).items()
+    assert "layers" not in found.given
+    assert call("--config", str(path)).name == "eva"
+    assert call("--chat").chat is True
+    with pytest.raises(ConfigError, match=r"--adapter: .*is not text"):
+        call("--adapter", "a", "--adapter", "b")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rnak: 4", "some.yaml: unknown key `rnak`\nDid you mean rank"),
+        ("learning-rate: 4", "Use `lr`."),
+        ("rank: many", "some.yaml: rank: `many` is not a whole number"),
+        ("rank: [1, 2]", "some.yaml: rank: "),
+        ("layers: {a: 1}", "some.yaml: layers: "),
+        ("rank: 1\nrank: 2", "some.yaml:1: `rank` is named twice"),
+        ("dry-run: 1\nlog_level: 2", "unknown key"),
+    ],
+)
+def test_a_file_that_is_wrong_is_named_with_its_key(call: Any, tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "some.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        call("--config", str(path))
+    assert message in str(error.value)
+
+
+def test_the_home_folder_is_expanded_wherever_a_path_comes_from(
+    call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--folder=~/x` and a value in YAML are expanded by no shell."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "some.yaml").write_text("directory: ~/y\n")
+    assert call("--directory=~/x").folder == tmp_path / "x"
+    assert call("--config", "~/some.yaml").folder == tmp_path / "y"
+
+
+def test_a_command_that_runs_others_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside `running` the words are those given, outside those that the process was started with."""
+    monkeypatch.setattr(sys, "argv", ["/bin/braces", "demo"])
+    with contextlib.suppress(ValueError), running(["braces", "train"]):
+        assert command_line() == ["braces", "train"]
+        raise ValueError
+    assert command_line() == ["braces", "demo"]
+
+
+def test_names_of_options() -> None:
+    assert flag_of(Some, "name") == "NAME"
+    assert flag_of(Some, "chat") == "--chat"
+    assert names_of(Some)["directory"] == "folder"
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (LoadOptions, {"quantize": "nf4"}),
+        (GenerationSettings, {"top_p": 0}),
+        (GenerationSettings, {"top_p": 1.1}),
+        (Sampling, {"temperature": -1}),
+        (Sampling, {"top_k": 0}),
+        (Sampling, {"stop": [""]}),
+    ],
+)
+def test_shared_options_have_their_limits(kind: Any, values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        build(kind, values)
+    assert build(LoadOptions, {"dtype": "bf16"}).dtype == "bfloat16"
+
+
+def test_other_tools_names_stand_for_options_that_there_are() -> None:
+    """Each is answered with an option of some command, and none is the name of an option itself."""
+    known: set[str] = set()
+    for name in ("train", "steer", "eval", "merge"):
+        found = help_of(build_app(), [name])
+        assert found is not None
+        known |= {flag.lstrip("-").replace("-", "_") for p in found[0].params for flag in p.opts}
+    for name in SETTING_NAMES:
+        assert matching_setting(name, known) in known
+    assert setting_hint("learning-rate", ["lr"]) == "Use `lr`."
+    assert setting_hint("lrr", ["lr"]) == "Did you mean lr?"
+
+
+@pytest.mark.parametrize("option", ["-ngl", "-np", "-fa"])
+def test_letters_that_stand_together_are_not_taken_for_one_of_them(braces: Any, option: str) -> None:
+    """The parser names the first letter alone; these are options of llama.cpp that have no counterpart here."""
+    outcome = braces("steer", option, "9", "--prompt", "a")
+    assert outcome.code == 2
+    assert "here it is" not in outcome.err
+    assert "here it is --max-new-tokens" in braces("steer", "-n", "9", "--prompt", "a").err
+    assert "here it is --max-new-tokens" in braces("steer", "--n_predict=9", "--prompt", "a").err
