@@ -22,6 +22,7 @@ from braces_cli.cli.options import command, running
 from braces_cli.cli.output import cell, note, print_json, print_table, print_text
 from braces_cli.core.config import option
 from braces_cli.core.options import OutputSettings, OverwriteSettings
+from braces_cli.core.schema import decode
 
 # One axis, its ends built from the words that braces brings.
 ATTRIBUTE, OPPOSITE = "positive", "negative"
@@ -145,8 +146,6 @@ class Guide:
             with running(["braces", *args]), redirect_stdout(stdout):
                 build_app(full)(args=full, standalone_mode=False)
             text = stdout.getvalue()
-            from braces_cli.core.schema import decode
-
             document = [decode(line) for line in text.splitlines()] if lines else decode(text)
         self.steps.append({"title": title, "command": command, "seconds": time.perf_counter() - started})
         return document

@@ -24,8 +24,11 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+import msgspec
+
 from braces_cli.core.errors import ConfigError, near_misses
 from braces_cli.core.files import user_path
+from braces_cli.core.schema import read_yaml
 
 T = TypeVar("T")
 
@@ -204,8 +207,6 @@ def build(kind: type[T], values: Mapping[str, Any], file: Path | None = None, py
         ConfigError: an unknown name, a value of another type or out of its range, no value where one is needed, or
             settings that do not go together; or a file that is no YAML.
     """
-    from braces_cli.core.schema import read_yaml  # msgspec, which --help does not need
-
     sources: list[tuple[Mapping[str, Any], str, Path | None]] = [(values, "command line", None)]
     if file is not None:
         sources.insert(0, (read_yaml(user_path(file), "Write one `key: value` a line."), "file", file))
@@ -242,8 +243,6 @@ def convert(kind: type, name: str, value: Any, where: str) -> Any:
     Raises:
         ConfigError: it has another type, or is out of its range.
     """
-    import msgspec
-
     hint, about = _hints(kind)[name], options_of(kind)[name]
     of = item_type(hint)
     many = get_origin(hint) is tuple
@@ -300,8 +299,6 @@ def _simple(value: Any, of: type) -> Any:
 
 def _schema(hint: Any, about: Option) -> Any:
     """The type with its limits, as msgspec takes it."""
-    import msgspec
-
     of = item_type(hint)
     kind: Any = Literal[about.choices] if about.choices else of
     limits: dict[str, Any] = {"ge": about.min, "gt": about.above, "le": about.max}

@@ -19,6 +19,7 @@ from typing import Any
 from braces_cli.core.errors import ConfigError, DataError, near_misses
 from braces_cli.core.files import check_regular, file_hint, path_exists, user_path
 from braces_cli.core.models.hub import hub_errors
+from braces_cli.core.schema import ROW, Malformed, decode, parse
 
 # Files of rows with keys; and those that rows are read from, a line of text being a row of `text`.
 STRUCTURED = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -103,8 +104,6 @@ def _row(fields: Any, where: str) -> Source:
 
 
 def _json_lines(path: Path) -> Iterator[Source]:
-    from braces_cli.core.schema import ROW, parse  # msgspec, which --help does not need
-
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -122,8 +121,6 @@ def _text_lines(path: Path) -> Iterator[Source]:
 
 
 def _json(path: Path) -> Iterator[Source]:
-    from braces_cli.core.schema import Malformed, decode
-
     text = path.read_text(encoding="utf-8-sig")
     try:
         value = decode(text)
