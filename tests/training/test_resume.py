@@ -110,6 +110,27 @@ def test_a_resumed_run_is_the_one_that_was_not_interrupted(train, tmp_path, extr
     assert [row["step"] for row in logged[0]] == [2, 4, 6, 8, 10, 12]
 
 
+def test_the_relevance_scale_is_measured_once(train, tmp_path, monkeypatch):
+    """A resumed or continued run reads c of each layer from its files."""
+    calls = []
+
+    def measured(model, ffns, texts):
+        calls.append(len(texts))
+        return [3.0, 5.0]
+
+    monkeypatch.setattr("braces_cli.training.setup.measure_scales", measured)
+    assert train(tmp_path / "one").code == 0
+    out = tmp_path / "from-5"
+    out.mkdir()
+    os.rename(tmp_path / "one" / "checkpoint-5", out / "checkpoint-5")
+    assert train(out, "--resume").code == 0
+    assert train(tmp_path / "more", "--adapter", tmp_path / "one").code == 0
+    for folder in (tmp_path / "one", out, tmp_path / "more"):
+        assert json.loads((folder / "adapter_config.json").read_text())["relevance_scale"] == [3.0, 5.0]
+    assert len(calls) == 1
+    assert (out / ADAPTER).read_bytes() == (tmp_path / "one" / ADAPTER).read_bytes()
+
+
 def read(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
