@@ -1,23 +1,11 @@
-"""Options that several subcommands of `braces inspect` inherit, and how they show tokens.
+"""`braces inspect` and its subcommands values, find, trace, clamp and report.
 
-`braces inspect values`: the tokens of value vectors, as a table, as JSON Lines or in a map file.
-
-`braces inspect find`: the vectors that promote a concept most, from a model or from a saved map.
-
-From a map nothing heavy is imported, so that the answer is there at once.
-
-`braces inspect trace`: the sub-updates that made the model say a token.
-
-`braces inspect clamp`: hold neurons at a value and see what the model says then.
-
-`braces inspect report`: one self-contained page.
-
-`braces inspect`: the summary, and what its subcommands show.
+`find --map` imports no torch, so that it answers at once.
 """
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -61,11 +49,11 @@ class VectorSettings(LayerSettings):
 
 
 def tokens_cell(row: Mapping[str, Any]) -> str:
-    """The tokens of a row in one cell, quoted so that spaces and newlines show."""
+    """The tokens of a row in one cell, with escapes for newlines and control characters."""
     return "  ".join(repr(token["token"])[1:-1] for token in row["tokens"])
 
 
-# Rows of the table; JSON Lines have all of them.
+# Maximum number of rows in a table; JSON Lines have all rows.
 SHOWN = 200
 
 
@@ -84,25 +72,38 @@ class ValuesSettings(OverwriteSettings, VectorSettings):
 def values(settings: ValuesSettings) -> None:
     """The vocabulary tokens that each value vector promotes, best first.
 
-    In a mixture of experts the index runs on from expert to expert.
+    In a mixture of experts the index continues from expert to expert.
     """
-    from braces_cli.core.files import output_lock
+    from braces_cli.core.files import check_output_file, output_lock
 
-    with output_lock(settings.output):
-        _values(settings)
+    output = settings.output
+    if output is not None and output.suffix != ".parquet":
+        hint = "End it in .parquet; for JSON Lines leave --output out and add --format json."
+        raise ConfigError(f"unknown kind of file `{output.name}`", where="--output", hint=hint)
+    with output_lock(output), progress(settings.quiet) as report:
+        if output is not None:
+            check_output_file(output, settings.overwrite)
+        from braces_cli.core.adapter.model import open_session
+        from braces_cli.core.models.options import chosen_layers, parse_ranges
+        from braces_cli.inspection.maps import write_map
+        from braces_cli.inspection.vocabulary import map_header, value_tokens
 
-
-def _values(settings: ValuesSettings) -> None:
-    if settings.output is not None:
-        from braces_cli.core.files import check_output_file
-        from braces_cli.inspection.maps import check_suffix
-
-        check_suffix(settings.output, "--output")
-        check_output_file(settings.output, settings.overwrite)
-    with progress(settings.quiet) as report:
-        session, rows = _rows(settings, report)
-        if settings.output is not None:
-            written = _write(session, settings, settings.output, rows)
+        session = open_session(settings.model, settings.adapter, settings)
+        layers = chosen_layers(session.base.model, settings.layers)
+        count = max((ffn.value_vectors for ffn in session.ffns if layers is None or ffn.layer in layers), default=0)
+        indices = parse_ranges(settings.index, count, "--index") if settings.index else None
+        rows = value_tokens(session, layers, indices, settings.top_k, report, settings.side)
+        if output is not None:
+            header = map_header(session, settings.side, settings.top_k)
+            vectors = write_map(output, header, rows)
+            written = {
+                "output": str(output),
+                "model": header["model"],
+                "side": settings.side,
+                "top_k": header["top_k"],
+                "vectors": vectors,
+                "bytes": output.stat().st_size,
+            }
             if settings.json:
                 print_json(written)
             else:
@@ -115,37 +116,7 @@ def _values(settings: ValuesSettings) -> None:
     table = [(row["layer"], row["index"], tokens_cell(row)) for row in shown[:SHOWN]]
     print_table("", ["layer", "index", "tokens"], table)
     if len(shown) > SHOWN:
-        hint = "--format json or --output gives all, --layers and --index choose"
-        note(f"the first {SHOWN} vectors; {hint}")
-
-
-def _rows(settings: ValuesSettings, report: Any) -> tuple[Any, Iterator[dict[str, Any]]]:
-    """The open session, and a row for each vector."""
-    from braces_cli.core.adapter.model import open_session
-    from braces_cli.core.models.options import chosen_layers, parse_ranges
-    from braces_cli.inspection.vocabulary import value_tokens
-
-    session = open_session(settings.model, settings.adapter, settings)
-    layers = chosen_layers(session.base.model, settings.layers)
-    width = max((ffn.value_vectors for ffn in session.ffns if layers is None or ffn.layer in layers), default=0)
-    indices = parse_ranges(settings.index, width, "--index") if settings.index else None
-    return session, value_tokens(session, layers, indices, settings.top_k, report, settings.side)
-
-
-def _write(session: Any, settings: ValuesSettings, output: Path, rows: Iterator[dict[str, Any]]) -> dict[str, Any]:
-    from braces_cli.inspection.maps import write_map
-    from braces_cli.inspection.vocabulary import map_header
-
-    header = map_header(session, settings.side, settings.top_k)
-    count = write_map(output, header, rows)
-    return {
-        "output": str(output),
-        "model": header["model"],
-        "side": settings.side,
-        "top_k": header["top_k"],
-        "vectors": count,
-        "bytes": output.stat().st_size,
-    }
+        note(f"the first {SHOWN} vectors; --format json or --output gives all, --layers and --index choose")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,24 +148,26 @@ class FindSettings(VectorSettings):
 def find(settings: FindSettings) -> None:
     """The vectors that promote a concept most, best first: by rank among all tokens, then by score.
 
-    A word counts in every spelling that is one token: with and without a space in front, and capitalised. A word of
-    several tokens has the mean of its tokens' ranks and scores, a concept of several words the mean of theirs. From a
-    map only vectors are found that list one of the tokens.
+    A word counts in every spelling that is one token: with and without a leading space, and capitalised. A word of
+    several tokens has the mean of its tokens' ranks and scores, a concept of several words the mean of its words. In a
+    map only vectors that list one of the tokens are found.
     """
     if bool(settings.words) == bool(settings.attribute):
-        raise ConfigError("give words or --attribute, one of them", where="find", hint="Such as: find happy joyful")
+        raise ConfigError("give either words or --attribute", where="find", hint="Such as: find happy joyful")
     if settings.attributes is not None and settings.attribute is None:
-        raise ConfigError("no attribute is looked for", where="--attributes", hint="Give --attribute NAME with it.")
+        raise ConfigError("--attributes has no effect on words", where="--attributes", hint="Give --attribute NAME.")
     check_attributes(settings.attributes)
     if settings.attribute and settings.map_file:
         hint = "Relevance needs the model: leave --map out."
         raise ConfigError("an attribute cannot be found in a map", where="--map", hint=hint)
+    if settings.attribute is not None and settings.side != "value":
+        hint = "Only value vectors have a relevance: leave --side out."
+        raise ConfigError("--side has no effect on attributes", where="--side", hint=hint)
     if settings.map_file is not None:
-        rows = _from_map(settings, settings.map_file)
+        rows = _find_in_map(settings, settings.map_file)
     else:
         with progress(settings.quiet) as report:
-            rows = _from_model(settings, report)
-    rows = [row | {"tokens": row["tokens"][: settings.top_k]} for row in rows]
+            rows = _find_in_model(settings, report)
     if settings.json:
         print_json_lines(rows)
         return
@@ -202,61 +175,54 @@ def find(settings: FindSettings) -> None:
     print_table("", ["layer", "index", "rank", "score", "tokens"], table)
 
 
-def _from_map(settings: FindSettings, path: Path) -> list[dict[str, Any]]:
-    from braces_cli.inspection.maps import concept, open_map, search, splitter
+def _find_in_map(settings: FindSettings, path: Path) -> list[dict[str, Any]]:
+    """Search a map; if a model or adapter is named, check that the map belongs to the model."""
+    from braces_cli.inspection.maps import Vocabulary, open_map
 
     source = open_map(path)
-    split: Callable[[str], Sequence[int]] = splitter(source)
+    split: Callable[[str], Sequence[int]] = source.split
     if settings.model or settings.adapter:
-        split = _checked_against_model(settings, source)
+        from braces_cli.core.adapter.model import base_name, resolve_adapter
+        from braces_cli.core.models.ffn import find_ffns
+        from braces_cli.core.models.identity import fingerprint
+        from braces_cli.core.models.load import checkpoint_folder, load_shape, load_tokenizer, tokenizer_hashes
+        from braces_cli.core.models.tokenize import encode_word
+
+        name = base_name(settings.model, resolve_adapter(settings.adapter))
+        shape = load_shape(name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+        tokenizer = load_tokenizer(name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+        of_model = fingerprint(shape, find_ffns(shape), checkpoint_folder(name, settings.revision))
+        source.check_model(of_model, tokenizer_hashes(tokenizer))
+        split = functools.partial(encode_word, tokenizer)
     layers = None
     if settings.layers is not None:
         from braces_cli.core.models.options import parse_ranges
 
-        layers = parse_ranges(settings.layers, int(source.header["fingerprint"]["layers"]), "--layers")
-    requested = concept(list(settings.words), source.vocabulary(), split)
-    return search(source, requested, settings.limit, layers)
+        layers = parse_ranges(settings.layers, source.header["fingerprint"]["layers"], "--layers")
+    concept = Vocabulary(source.header["vocabulary"]).concept(settings.words, split)
+    rows = source.search(concept, settings.limit, layers)
+    return [row | {"tokens": row["tokens"][: settings.top_k]} for row in rows]
 
 
-def _checked_against_model(settings: FindSettings, source: Any) -> Callable[[str], Sequence[int]]:
-    """How the named model splits words.
-
-    Raises:
-        ModelError: the map was made for another model.
-    """
-    from braces_cli.core.adapter.model import base_name, resolve_adapter
-    from braces_cli.core.models.ffn import find_ffns
-    from braces_cli.core.models.identity import fingerprint
-    from braces_cli.core.models.load import checkpoint_folder, load_shape, load_tokenizer, tokenizer_hashes
-    from braces_cli.core.models.tokenize import encode_word
-    from braces_cli.inspection.maps import check_model
-
-    name = base_name(settings.model, resolve_adapter(settings.adapter))
-    shape = load_shape(name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
-    tokenizer = load_tokenizer(name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
-    of_model = fingerprint(shape, find_ffns(shape), checkpoint_folder(name, settings.revision))
-    check_model(source, of_model, tokenizer_hashes(tokenizer))
-    return lambda word: encode_word(tokenizer, word)
-
-
-def _from_model(settings: FindSettings, report: Any) -> list[dict[str, Any]]:
+def _find_in_model(settings: FindSettings, report: Any) -> list[dict[str, Any]]:
     from braces_cli.core.adapter.model import open_session
     from braces_cli.core.attributes.lookup import find_attribute
     from braces_cli.core.models.options import chosen_layers
     from braces_cli.inspection.search import model_concept, top_vectors_for_attribute, top_vectors_for_concept
+    from braces_cli.inspection.vocabulary import LogitLens
 
-    if settings.attribute is not None and settings.side != "value":
-        hint = "Relevance is of value vectors: leave --side out."
-        raise ConfigError("an attribute has no other side", where="--side", hint=hint)
     session = open_session(settings.model, settings.adapter, settings)
-    layers = chosen_layers(session.base.model, settings.layers)
-    sizes: dict[str, Any] = {"layers": layers, "limit": settings.limit, "top_k": settings.top_k}
-    if settings.attribute is not None:
-        for_steering = session.adapter is None  # relevance through an adapter is that to p
-        attribute = find_attribute(session, settings.attribute, settings.attributes, report, for_steering=for_steering)
-        return top_vectors_for_attribute(session, attribute, **sizes)
-    requested = model_concept(session, list(settings.words))
-    return top_vectors_for_concept(session, requested, side=settings.side, report=report, **sizes)
+    lens, layers = LogitLens(session.base), chosen_layers(session.base.model, settings.layers)
+    limit, top_k = settings.limit, settings.top_k
+    if settings.attribute is None:
+        concept = model_concept(session, lens, settings.words)
+        return top_vectors_for_concept(
+            session, lens, concept, layers=layers, side=settings.side, limit=limit, top_k=top_k, report=report
+        )
+    # With an adapter the relevance is that to p, which needs no steering direction.
+    steering = session.adapter is None
+    attribute = find_attribute(session, settings.attribute, settings.attributes, report, for_steering=steering)
+    return top_vectors_for_attribute(session, lens, attribute, layers=layers, limit=limit, top_k=top_k)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,17 +244,38 @@ class TraceSettings(LayerSettings):
 
 @command
 def trace(settings: TraceSettings) -> None:
-    """The sub-updates that matter most to a token's logit, by layer and position; base and adapter side by side.
+    """The sub-updates with the largest direct effect on a token's logit, with and without the adapter.
 
-    An effect is what a sub-update adds to the logit on the direct path to the head, with the scale of the final norm
-    held at its value. Embedding, attention, sub-updates and biases add up to the logit.
+    The effect is on the direct path to the LM head, with the scale of the final norm held at its value. The effects of
+    embedding, attention, sub-updates and biases add up to the logit.
     """
+    from braces_cli.core.adapter.model import open_session
+    from braces_cli.core.models.options import chosen_layers, parse_ranges
+    from braces_cli.inspection import trace as tracing
+    from braces_cli.inspection.vocabulary import LogitLens
+
     with progress(settings.quiet) as report:
-        traced = _trace(settings, report)
+        session = open_session(settings.model, settings.adapter, settings)
+        lens = LogitLens(session.base)
+        count = len(tracing.prompt_ids(session, settings.prompt, "PROMPT"))
+        positions = None if settings.json else [count - 1]
+        if settings.positions is not None:
+            positions = parse_ranges(settings.positions, count, "--positions")
+        traced = tracing.trace(
+            session,
+            lens,
+            settings.prompt,
+            target=None if settings.target is None else lens.vocabulary().single(settings.target, "--target"),
+            layers=chosen_layers(session.base.model, settings.layers),
+            positions=positions,
+            top=settings.limit,
+            top_k=settings.top_k,
+            report=report,
+        )
     if settings.json:
         print_json(traced)
         return
-    # Without an adapter there is no base to compare with.
+    # Base figures are None without an adapter.
     adapted = traced["positions"][-1]["base_logit"] is not None
     heads = ["logit", "embedding", "attention", "sub_updates", "biases", *(["base_logit"] if adapted else [])]
     table = [(p["position"], p["token"], p["target"]["token"], *(p[h] for h in heads)) for p in traced["positions"]]
@@ -302,34 +289,6 @@ def trace(settings: TraceSettings) -> None:
     ]
     columns = [name.replace("_", " ").replace("gated", "g r") for name in names]
     print_table("", ["layer", "position", *columns, "tokens"], rows)
-
-
-def _trace(settings: TraceSettings, report: Any) -> dict[str, Any]:
-    from braces_cli.core.adapter.model import open_session
-    from braces_cli.core.models.options import chosen_layers, parse_ranges
-    from braces_cli.core.models.tokenize import encode
-    from braces_cli.inspection.search import vocabulary
-    from braces_cli.inspection.trace import trace as run
-
-    session = open_session(settings.model, settings.adapter, settings)
-    layers = chosen_layers(session.base.model, settings.layers)
-    count = len(encode(session.base.tokenizer, settings.prompt).ids)
-    positions = None if settings.json else [count - 1]
-    if settings.positions is not None:
-        positions = parse_ranges(settings.positions, count, "--positions")
-    target = None
-    if settings.target is not None:
-        target = vocabulary(session).single(settings.target, "--target")
-    return run(
-        session,
-        settings.prompt,
-        target=target,
-        layers=layers,
-        positions=positions,
-        top=settings.limit,
-        top_k=settings.top_k,
-        report=report,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,14 +323,20 @@ class ClampSettings(InspectSettings, SeedSettings):
 
 @command
 def clamp(settings: ClampSettings) -> None:
-    """Hold neurons at a value while scoring or continuing prompts, and show whose probability that changes.
+    """Clamp neurons at a value and show the tokens whose probability changes.
 
-    A value is a number, or a percentile of the neuron's own weights over the texts of --data.
+    A value is a number, or a percentile of the neuron's activation weights over the texts of --data.
     """
     from braces_cli.inspection.clamp import parse_clamp
 
     clamps = [parse_clamp(text) for text in settings.clamps]
-    check_data(clamps, settings.data)
+    percentiles = any(clamp.percentile is not None for clamp in clamps)
+    if percentiles and not settings.data:
+        hint = "Give texts like those that the model reads: --data FILE."
+        raise ConfigError("a percentile needs texts to compute it from", where="--data", hint=hint)
+    if settings.data and not percentiles:
+        hint = "Write LAYER:INDEX=p99.9, or leave --data out."
+        raise ConfigError("no clamp is a percentile", where="--data", hint=hint)
     with progress(settings.quiet) as report:
         result = _clamp(settings, clamps, report)
     if settings.json:
@@ -381,61 +346,44 @@ def clamp(settings: ClampSettings) -> None:
         rows = [(f"{c['layer']}:{c['index']}", c.get("percentile"), c["value"]) for c in result["clamps"]]
         print_table("", ["neuron", "percentile", "value"], rows)
     for row in result["prompts"]:
-        title = f"{row['prompt']!r}: KL {row['kl']:.3g} nats behind the prompt, {row['kl_mean']:.3g} over its positions"
+        title = f"{row['prompt']!r}: KL {row['kl']:.3g} nats after the prompt, {row['kl_mean']:.3g} over all positions"
         table = [(repr(t["token"])[1:-1], t["before"], t["after"], t["ratio"]) for t in row["tokens"]]
         print_table(title, ["token", "before", "after", "ratio"], table)
         if "text" in row:
             print_table("", ["", "continuation"], [("before", row["text_before"]), ("after", row["text"])])
 
 
-def check_data(clamps: Sequence[Any], data: Sequence[str]) -> None:
-    """Raises:
-    ConfigError: a percentile without texts to take it over, or texts without a percentile.
-    """
-    percentiles = any(clamp.percentile is not None for clamp in clamps)
-    if percentiles and not data:
-        hint = "Give texts of the model's kind: --data FILE."
-        raise ConfigError("a percentile needs texts to take it over", where="--data", hint=hint)
-    if data and not percentiles:
-        hint = "Write LAYER:INDEX=p99.9, or leave --data out."
-        raise ConfigError("no clamp is a percentile", where="--data", hint=hint)
-
-
 def _clamp(settings: ClampSettings, clamps: Sequence[Any], report: Any) -> dict[str, Any]:
     from braces_cli.core.adapter.model import open_session
+    from braces_cli.core.models.generate import TextRequest, generate
     from braces_cli.core.options import Sampling
-    from braces_cli.inspection.clamp import check_clamps, clamp_prompt
-    from braces_cli.inspection.search import vocabulary
-    from braces_cli.inspection.vocabulary import plain_ffns
+    from braces_cli.inspection.clamp import check_clamps, clamp_prompt, clamped, read_texts, resolve_percentiles
+    from braces_cli.inspection.vocabulary import LogitLens, plain_ffns
     from braces_cli.steering.prompts import read_prompts
 
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, None, settings.seed)
-    texts = list(read_prompts(settings.prompt, settings.prompts, sys.stdin))
+    prompts = list(read_prompts(settings.prompt, settings.prompts, sys.stdin))
     session = open_session(settings.model, settings.adapter, settings)
-    check_clamps(plain_ffns(session.ffns), clamps)
+    ffns = plain_ffns(session.ffns)
+    check_clamps(ffns, clamps)
     if settings.data:
-        from braces_cli.inspection.clamp import read_texts, resolve_percentiles
-
         clamps = resolve_percentiles(session, clamps, read_texts(session, settings.data, settings.limit), report)
-    known = vocabulary(session) if settings.token else None
-    tokens = [known.single(text, "--token") for text in settings.token if known]
+    lens = LogitLens(session.base)
+    tokens = []
+    if settings.token:
+        vocabulary = lens.vocabulary()
+        tokens = [vocabulary.single(text, "--token") for text in settings.token]
     rows = []
-    for done, text in enumerate(texts):
-        report("clamping", done, len(texts))
-        row = clamp_prompt(session, text, clamps, tokens=tokens, top_k=settings.top_k)
-        rows.append(row | (_continue(session, text, done, clamps, sampling) if settings.generate else {}))
+    for number, prompt in enumerate(prompts):
+        report("clamping", number, len(prompts))
+        row = clamp_prompt(session, lens, prompt, clamps, tokens=tokens, top_k=settings.top_k)
+        if settings.generate:
+            model, tokenizer, requests = session.base.model, session.base.tokenizer, [TextRequest(prompt, number)]
+            row["text_before"] = generate(model, tokenizer, requests, sampling)[0]
+            with clamped(ffns, clamps):
+                row["text"] = generate(model, tokenizer, requests, sampling)[0]
+        rows.append(row)
     return {"clamps": [clamp.as_row() for clamp in clamps], "prompts": rows}
-
-
-def _continue(session: Any, prompt: str, index: int, clamps: Sequence[Any], sampling: Any) -> dict[str, str]:
-    from braces_cli.core.models.generate import TextRequest, generate
-    from braces_cli.inspection.clamp import clamped
-    from braces_cli.inspection.vocabulary import plain_ffns
-
-    job, base = TextRequest(prompt, index), session.base
-    before = generate(base.model, base.tokenizer, [job], sampling)[0]
-    with clamped(plain_ffns(session.ffns), clamps):
-        return {"text_before": before, "text": generate(base.model, base.tokenizer, [job], sampling)[0]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -453,34 +401,29 @@ class ReportSettings(OverwriteSettings, InspectSettings):
 
 @command
 def report(settings: ReportSettings) -> None:
-    """Write a page with gates, value vectors, a heat map of a prompt and attribute alignments; it needs no network."""
-    from braces_cli.core.files import check_output_file, output_lock
+    """Write a self-contained HTML page: gates, value vectors, a heat map of a prompt and attribute alignments."""
+    from braces_cli.core.adapter.model import open_session
+    from braces_cli.core.files import check_output_file, output_lock, write_text
+    from braces_cli.inspection.report import DEFAULT_PROMPT, render, report_data
+    from braces_cli.inspection.vocabulary import LogitLens
 
     with output_lock(settings.output), progress(settings.quiet) as on_progress:
         check_output_file(settings.output, settings.overwrite)
-        written = _inspect_write(settings, on_progress)
+        session = open_session(settings.model, settings.adapter, settings)
+        lens = LogitLens(session.base)
+        target = None if settings.target is None else lens.vocabulary().single(settings.target, "--target")
+        prompt = DEFAULT_PROMPT if settings.prompt is None else settings.prompt
+        write_text(settings.output, render(report_data(session, lens, prompt, target, on_progress)))
+        written = {
+            "output": str(settings.output),
+            "model": session.base.name,
+            "adapter": None if session.folder is None else str(session.folder),
+            "bytes": settings.output.stat().st_size,
+        }
     if settings.json:
         print_json(written)
         return
     print_pairs("", written)
-
-
-def _inspect_write(settings: ReportSettings, on_progress: Any) -> dict[str, Any]:
-    from braces_cli.core.adapter.model import open_session
-    from braces_cli.core.files import write_text
-    from braces_cli.inspection.report import DEFAULT_PROMPT, render, report_data
-    from braces_cli.inspection.search import vocabulary
-
-    session = open_session(settings.model, settings.adapter, settings)
-    target = None if settings.target is None else vocabulary(session).single(settings.target, "--target")
-    prompt = DEFAULT_PROMPT if settings.prompt is None else settings.prompt
-    write_text(settings.output, render(report_data(session, prompt, target, on_progress)))
-    return {
-        "output": str(settings.output),
-        "model": session.base.name,
-        "adapter": None if session.folder is None else str(session.folder),
-        "bytes": settings.output.stat().st_size,
-    }
 
 
 app = typer.Typer(help="Inspect a model and its adapter.", invoke_without_command=True)
@@ -500,7 +443,7 @@ class SummarySettings(DisplaySettings):
 
 @command
 def summary(settings: SummarySettings) -> None:
-    """Look inside. Without a subcommand: gates and projections, layer by layer; needs no weights of the base."""
+    """Inspect a model and its adapter. Without a subcommand: gates and projections of each layer."""
     from braces_cli.inspection.summary import summarise
 
     found = summarise(
@@ -526,16 +469,12 @@ def summary(settings: SummarySettings) -> None:
 @app.callback()
 @functools.wraps(summary)
 def summary_or_subcommand(ctx: typer.Context, **values: Any) -> None:
-    """The summary, unless a subcommand follows.
-
-    Raises:
-        ConfigError: a subcommand follows, but options stand before it.
-    """
+    """Print the summary, unless there is a subcommand."""
     if ctx.invoked_subcommand is None:
         summary(ctx=ctx, **values)
     elif values["model"] or values["adapter"]:
         hint = f"Write braces inspect {ctx.invoked_subcommand} --model ... --adapter ..."
-        raise ConfigError("options stand before the subcommand", where=f"inspect {ctx.invoked_subcommand}", hint=hint)
+        raise ConfigError("options before the subcommand", where=f"inspect {ctx.invoked_subcommand}", hint=hint)
 
 
 app.command("values")(values)

@@ -1,7 +1,7 @@
-"""One self-contained page about a model and its adapter: what is on it, and the HTML.
+"""A self-contained HTML page about a model and its adapter.
 
-Everything a model or a user wrote (tokens, names, settings) reaches the page escaped: tokens in HTML by the template's
-autoescaping, tokens for the script inside JSON without `<`, and the script itself only ever sets `textContent`.
+Text from models and users (tokens, names, settings) is escaped: in HTML by the template's autoescaping, for the script
+as JSON without `<`. The script only sets `textContent`.
 """
 
 from __future__ import annotations
@@ -11,55 +11,62 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from braces_cli import __version__
 from braces_cli.core.adapter.model import Session
 from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.attributes.vector import Attribute
-from braces_cli.core.errors import ModelError
+from braces_cli.core.errors import DataError, ModelError
+from braces_cli.core.models.ffn import FFN
 from braces_cli.core.progress import Report, silent
 from braces_cli.core.render import render_page
-from braces_cli.inspection.clamp import prompt_ids
-from braces_cli.inspection.search import attribute_relevance, relevance_module, relevance_scores
-from braces_cli.inspection.trace import record_activations, trace
-from braces_cli.inspection.vocabulary import LogitLens, TokenTexts, plain_ffns
+from braces_cli.core.schema import Kind, read
+from braces_cli.inspection.search import attribute_relevance, relevance_modules
+from braces_cli.inspection.trace import prompt_ids, record_activations, trace
+from braces_cli.inspection.vocabulary import LogitLens, plain_ffns
 
 DEFAULT_PROMPT = "When I opened the door, I saw"
-_AMPLIFIED = 24
-_TOKENS = 8
-_SUB_UPDATES = 5
-# Shown for an adapter that was trained without attributes; of one with, its own are.
+_AMPLIFIED = 24  # value vectors in the table
+_TOKENS = 8  # tokens per value vector
+_SUB_UPDATES = 5  # sub-updates per cell of the heat map
+# Results of training on the page.
+_FIGURES = ("train_loss", "base_eval_loss", "eval_loss", "base_eval_perplexity", "eval_perplexity", "steps", "tokens")
+_RUN: Kind[dict[str, Any]] = Kind(dict[str, Any], DataError, "Train again, or delete the file.", "record of a run")
+# For adapters that were trained without attributes.
 _ATTRIBUTES = ["positive", "negative"]
 
 
 def report_data(
-    session: Session, prompt: str = DEFAULT_PROMPT, target: int | None = None, report: Report = silent
+    session: Session, lens: LogitLens, prompt: str, target: int | None = None, report: Report = silent
 ) -> dict[str, Any]:
-    """What the page shows: `{model, adapter, rank, gates, amplified, heat, attributes, training, figures, ...}`.
+    """Return the data of the page: `{model, adapter, rank, gates, amplified, heat, attributes, training, figures, ...}`.
 
     Raises:
-        ConfigError: a prompt that does not fit the model.
+        ConfigError: the prompt is longer than the context of the model.
+        ModelError: the model is a mixture of experts.
     """
+    ffns, config, name = plain_ffns(session.ffns), session.config, session.base.name
+    modules = relevance_modules(session)
+    ids = prompt_ids(session, prompt, "--prompt")
     report("report", 0, 4)
-    heat = _heat(session, prompt, target)
+    heat = _heat(session, lens, prompt, target)
     report("report", 1, 4)
-    amplified = _amplified(session, prompt)
+    amplified = _amplified(session, ffns, lens, ids)
     report("report", 2, 4)
-    config = session.config
     names = (config.attributes if config is not None else []) or _ATTRIBUTES
-    for_steering = session.adapter is None  # relevance through an adapter is that to p
-    attributes = [_alignment(session, find_attribute(session, name, None, for_steering=for_steering)) for name in names]
+    # With an adapter the page shows the relevance to p, which needs no steering direction.
+    found = [find_attribute(session, each, None, for_steering=session.adapter is None) for each in names]
+    attributes = [_alignment(session, ffns, lens, attribute) for attribute in found]
     report("report", 4, 4)
     return {
         "version": __version__,
-        "model": _name(session.base.name),
+        "model": Path(name).name if Path(name).is_dir() else name,  # the page can be published: no local paths
         "adapter": None if session.folder is None else session.folder.name,
         "rank": None if config is None else config.r,
-        "layers": len(plain_ffns(session.ffns)),
-        "value_vectors": sum(ffn.value_vectors for ffn in plain_ffns(session.ffns)),
-        "hidden_size": plain_ffns(session.ffns)[0].hidden_size,
-        "gates": _gates(session),
+        "layers": len(ffns),
+        "value_vectors": sum(ffn.value_vectors for ffn in ffns),
+        "hidden_size": ffns[0].hidden_size,
+        "gates": [{"layer": layer, "gate": float(module.g.detach())} for layer, module in modules.items()],
         "amplified": amplified,
         "heat": heat,
         "attributes": attributes,
@@ -68,118 +75,92 @@ def report_data(
     }
 
 
-def _name(model: str) -> str:
-    """A hub id as it is; of a folder its last part, for a page that is passed on need not tell where it was made."""
-    return Path(model).name if Path(model).is_dir() else model
-
-
-def _gates(session: Session) -> list[dict[str, Any]]:
-    if session.adapter is None:
-        return []
-    return [
-        {"layer": ffn.layer, "gate": float(adapter_layer.g.detach())}
-        for ffn, adapter_layer in session.adapter.adapted_ffns
-    ]
-
-
-def _amplified(session: Session, prompt: str) -> list[dict[str, Any]]:
-    """Value vectors by the mean over the prompt of |g r_ij| |v_j|, or of |w_ij| |v_j| where there is no adapter."""
-    run = record_activations(session, prompt_ids(session, prompt))
-    lens, texts = LogitLens(session.base.model), TokenTexts(session.base.tokenizer)
+def _amplified(session: Session, ffns: list[FFN], lens: LogitLens, ids: list[int]) -> list[dict[str, Any]]:
+    """The value vectors with the largest mean of |g r_ij| |v_j| over the prompt, without an adapter |w_ij| |v_j|."""
+    run = record_activations(session, ffns, lens, ids)
+    modules = relevance_modules(session)
     rows = []
-    for ffn in plain_ffns(session.ffns):
-        module = relevance_module(session, ffn)
-        if session.adapter is not None and module is None:
+    for ffn in ffns:
+        if session.adapter is not None and ffn.layer not in modules:
             continue
         values, weights = ffn.value_matrix().detach().to(run.last.device), run.weights[ffn.layer]
-        change = weights if module is None else relevance_scores(module, run.inputs[ffn.layer], values)[1]
+        change = weights
+        if ffn.layer in modules:
+            module = modules[ffn.layer]
+            with torch.no_grad():
+                change = module.g.to(weights) * module.relevance_scores(run.inputs[ffn.layer], values)
         strength = change.abs().mean(dim=0) * values.float().norm(dim=0)
         best = strength.topk(min(_AMPLIFIED, len(strength)))
         for size, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            row = {"layer": ffn.layer, "index": index, "strength": size, "vector": values[:, index]}
+            row = {"layer": ffn.layer, "index": index, "strength": size, "vector": values[:, index].clone()}
             rows.append(row | {"weight": float(weights[:, index].mean()), "change": float(change[:, index].mean())})
-    rows.sort(key=lambda row: -row["strength"])
-    rows = rows[:_AMPLIFIED]
-    ids = lens.best(torch.stack([row.pop("vector") for row in rows]), _TOKENS)[1]
-    return [row | {"tokens": [texts[t] for t in tokens]} for row, tokens in zip(rows, ids.tolist(), strict=True)]
+    rows = sorted(rows, key=lambda row: -row["strength"])[:_AMPLIFIED]
+    ids_of_rows = lens.best(torch.stack([row.pop("vector") for row in rows]), _TOKENS)[1].tolist()
+    return [row | {"tokens": [lens.text(t) for t in tokens]} for row, tokens in zip(rows, ids_of_rows, strict=True)]
 
 
-def _heat(session: Session, prompt: str, target: int | None) -> dict[str, Any]:
-    """`{prompt, tokens, targets, layers: [{layer, cells: [{effect, sub_updates}]}], largest}`, or `{prompt, reason}`
-    where the architecture has no direct effects."""
-    prompt_ids(session, prompt)  # a prompt that does not fit is the user's error, not the architecture's
+def _heat(session: Session, lens: LogitLens, prompt: str, target: int | None) -> dict[str, Any]:
+    """`{prompt, tokens, targets, layers: [{layer, cells: [{effect, sub_updates}]}], largest, asked}`.
+
+    `{prompt, reason}` if the architecture has no direct effects.
+    """
     try:
-        found = trace(session, prompt, target=target, top=_SUB_UPDATES, top_k=_SUB_UPDATES)
+        found = trace(session, lens, prompt, target=target, top=_SUB_UPDATES, top_k=_SUB_UPDATES)
     except ModelError as error:
         return {"prompt": prompt, "reason": error.message}
-    count = len(found["tokens"])
-    rows = [found["layers"][start : start + count] for start in range(0, len(found["layers"]), count)]
-    layers = [{"layer": row[0]["layer"], "cells": [_cell(cell) for cell in row]} for row in rows]
-    largest = max(abs(cell["effect"]) for row in layers for cell in row["cells"])
+    layers: dict[int, list[dict[str, Any]]] = {}
+    for row in found["layers"]:
+        sub_updates = [
+            {key: each[key] for key in ("index", "weight", "gated", "effect", "base_effect")}
+            | {"tokens": [visible(token["token"]) for token in each["tokens"]]}
+            for each in row["sub_updates"]
+        ]
+        layers.setdefault(row["layer"], []).append({"effect": row["effect"], "sub_updates": sub_updates})
     return {
         "prompt": prompt,
         "tokens": found["tokens"],
         "targets": [row["target"]["token"] for row in found["positions"]],
-        "layers": layers,
-        "largest": largest or 1.0,
+        "layers": [{"layer": layer, "cells": cells} for layer, cells in layers.items()],
+        "largest": max(abs(cell["effect"]) for cells in layers.values() for cell in cells) or 1.0,
         "asked": target is not None,
     }
 
 
-def _cell(cell: dict[str, Any]) -> dict[str, Any]:
-    subs = [
-        {k: s[k] for k in ("index", "weight", "gated", "effect", "base_effect")}
-        | {"tokens": [visible(t["token"]) for t in s["tokens"]]}
-        for s in cell["sub_updates"]
-    ]
-    return {"effect": cell["effect"], "sub_updates": subs}
+def _alignment(session: Session, ffns: list[FFN], lens: LogitLens, attribute: Attribute) -> dict[str, Any]:
+    """Alignment of an attribute with each layer's projection, |R p| / |p|, and the tokens that steering promotes.
 
-
-def _alignment(session: Session, attribute: Attribute) -> dict[str, Any]:
-    """How much of an attribute's state each layer's projection sees, |R p| / |p| (a random subspace of rank r sees
-    about sqrt(r / d)), and the tokens that pushing along the attribute promotes there."""
-    lens, texts = LogitLens(session.base.model), TokenTexts(session.base.tokenizer)
-    adapter_layers = (
-        {ffn.layer: adapter_layer for ffn, adapter_layer in session.adapter.adapted_ffns} if session.adapter else {}
-    )
+    `chance` is the alignment of a random subspace of the same rank, about sqrt(rank / d).
+    """
+    modules = relevance_modules(session)
     rows = []
-    for row, ffn in enumerate(plain_ffns(session.ffns)):
-        state = attribute.state[row]
-        share, chance = None, None
-        if ffn.layer in adapter_layers:
-            projection: Tensor = adapter_layers[ffn.layer].projection().detach().float().cpu()
-            share = float((projection @ state).norm() / state.norm().clamp(min=1e-30))
+    for row, ffn in enumerate(ffns):
+        state, alignment, chance = attribute.state[row], None, None
+        if ffn.layer in modules:
+            projection = modules[ffn.layer].projection().detach().float().cpu()
+            alignment = float((projection @ state).norm() / state.norm().clamp(min=1e-30))
             chance = math.sqrt(len(projection) / len(state))
-        weights = attribute_relevance(session, attribute, ffn)
-        tokens = []
+        weights, tokens = attribute_relevance(session, attribute, ffn), []
         if weights is not None:
-            for_steering = ffn.value_matrix().detach() @ weights.to(ffn.value_matrix().dtype)
-            tokens = [texts[t] for t in lens.best(for_steering[None], _TOKENS)[1][0].tolist()]
-        rows.append({"layer": ffn.layer, "alignment": share, "chance": chance, "tokens": tokens})
+            values = ffn.value_matrix().detach()
+            added = values @ weights.to(values)
+            tokens = [lens.text(t) for t in lens.best(added[None], _TOKENS)[1][0].tolist()]
+        rows.append({"layer": ffn.layer, "alignment": alignment, "chance": chance, "tokens": tokens})
     return {"name": attribute.name, "words": len(attribute.words), "layers": rows}
 
 
 def _figures(folder: Path) -> dict[str, str]:
-    """The rows of the `Result` table of the adapter's model card, where there is one."""
-    path = folder / "README.md"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
+    """Results of the training run by name, if the folder has its record."""
+    if not (folder / "run.json").is_file():
         return {}
-    if "## Result" not in lines:
-        return {}
-    figures = {}
-    for line in lines[lines.index("## Result") + 1 :]:
-        if line.startswith("## "):
-            break
-        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
-        if len(cells) == 2 and cells[0] and not set(cells[0]) <= set("-: "):
-            figures[cells[0]] = cells[1]
-    return figures
+    result = read(_RUN, folder / "run.json").get("result") or {}
+    figures = {name: result.get(name) for name in _FIGURES}
+    return {
+        name.replace("_", " "): f"{value:.6g}" for name, value in figures.items() if isinstance(value, (int, float))
+    }
 
 
 def visible(token: str) -> str:
-    """A token with its spaces and control characters shown: `·` for a space at either end, escapes for the rest."""
+    """A token with `·` for leading and trailing spaces and escapes for control characters."""
     inner = token.strip(" ")
     left = len(token) - len(token.lstrip(" "))
     right = 0 if left == len(token) else len(token) - len(token.rstrip(" "))

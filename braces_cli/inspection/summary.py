@@ -1,4 +1,4 @@
-"""What an adapter is: its gates and projections, layer by layer, without loading the base's weights."""
+"""Summary of an adapter: gates, relevance scales and projections of each layer, without the weights of the base."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from braces_cli.core.models.load import checkpoint_folder, load_shape
 def summarise(
     model: str | None, adapter: str | None, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> dict[str, Any]:
-    """`{model, adapter, parameters, base_parameters, layers: [{layer, value_vectors, hidden_size, gate,
-    relevance_scale, projection_error}]}`; `gate` is g = sigmoid(gate), `relevance_scale` is c. The last three are None
-    in layers without an adapter.
+    """Return `{model, adapter, parameters, base_parameters, layers: [{layer, value_vectors, hidden_size, gate,
+    relevance_scale, projection_error}]}`.
+
+    `gate` is g = sigmoid(gate), `relevance_scale` is c; these and `projection_error` are None in layers without an
+    adapter.
 
     Raises:
-        ConfigError: neither a model nor an adapter.
-        ModelError: either cannot be read, or they do not fit.
+        ModelError: the model or the adapter cannot be read, or they do not fit.
     """
     stored = resolve_adapter(adapter)
     name = base_name(model, stored)
@@ -32,18 +33,15 @@ def summarise(
     shape = load_shape(name, revision=revision, trust_remote_code=trust_remote_code)
     ffns = find_ffns(shape)
     if stored is not None:
-        words = differences(stored.config.fingerprint, fingerprint(shape, ffns, checkpoint_folder(name, revision)))
-        if words:
-            raise ModelError(
-                f"this adapter was trained on another base ({'; '.join(words)})",
-                where=adapter,
-                hint=f"It needs {stored.config.base_model_name_or_path}.",
-            )
+        found = differences(stored.config.fingerprint, fingerprint(shape, ffns, checkpoint_folder(name, revision)))
+        if found:
+            what = f"this adapter was trained on another base ({'; '.join(found)})"
+            raise ModelError(what, where=adapter, hint=f"It needs {stored.config.base_model_name_or_path}.")
     return _summary(name, parameter_total(shape), ffns, stored)
 
 
 def summarise_open(session: Session) -> dict[str, Any]:
-    """`summarise` of a model that is open already, with the adapter that was opened with it."""
+    """Return `summarise` for an open model and its adapter."""
     total, adapter = parameter_total(session.base.model), session.adapter
     if adapter is not None:
         total -= adapter.parameter_count() + sum(p.numel() for p in (adapter.mlp.parameters() if adapter.mlp else ()))
