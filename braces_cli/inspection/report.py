@@ -39,7 +39,7 @@ _ATTRIBUTES = ["positive", "negative"]
 def report_data(
     session: Session, lens: LogitLens, prompt: str, target: int | None = None, report: Report = silent
 ) -> dict[str, Any]:
-    """Return the data of the page: `{model, adapter, rank, gates, amplified, heat, attributes, training, figures, ...}`.
+    """Return the data of the page: `{model, adapter, gates, amplified, heat, attributes, training, figures, ...}`.
 
     Raises:
         ConfigError: the prompt is longer than the context of the model.
@@ -153,10 +153,8 @@ def _figures(folder: Path) -> dict[str, str]:
     if not (folder / "run.json").is_file():
         return {}
     result = read(_RUN, folder / "run.json").get("result") or {}
-    figures = {name: result.get(name) for name in _FIGURES}
-    return {
-        name.replace("_", " "): f"{value:.6g}" for name, value in figures.items() if isinstance(value, (int, float))
-    }
+    figures = {name: result[name] for name in _FIGURES if isinstance(result.get(name), (int, float))}
+    return {name.replace("_", " "): f"{value:.6g}" for name, value in figures.items()}
 
 
 def visible(token: str) -> str:

@@ -1,4 +1,4 @@
-"""What several tests of inspection need."""
+"""Sessions over models of several architectures."""
 
 from __future__ import annotations
 
@@ -8,15 +8,32 @@ from typing import Any
 
 import pytest
 
-from braces_cli.core.adapter.model import Session
+from braces_cli.core.adapter.model import Session, attach
 from braces_cli.core.models.ffn import find_ffns
 from braces_cli.core.models.load import Base
-from tests.conftest import tiny_model, tiny_tokenizer
+from braces_cli.inspection.vocabulary import LogitLens
+from tests.conftest import open_gates, tiny_model, tiny_tokenizer
+
+
+def opened(model: Any, *, adapter: bool = False) -> Session:
+    """A session over a model or an architecture's tiny model, with the tiny tokenizer; an adapter has open gates."""
+    model = tiny_model(model, vocab_size=96) if isinstance(model, str) else model
+    session = Session(Base(model, tiny_tokenizer(), "tiny", None, None), find_ffns(model))
+    if adapter:
+        session.adapter = attach(model, 4)
+        open_gates(session.adapter)
+    return session
+
+
+@pytest.fixture
+def lens(session: Session) -> LogitLens:
+    """The logit lens of the tiny Llama."""
+    return LogitLens(session.base)
 
 
 @pytest.fixture(params=["cpu", "disk"])
 def opened_twice(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], tuple[Session, Session]]:
-    """Makes two sessions over the same tiny model of an architecture: as it is, and with its weights kept elsewhere."""
+    """Open the tiny model of an architecture twice: in memory, and offloaded to the CPU or the disk."""
     accelerate = pytest.importorskip("accelerate")
 
     def make(name: str) -> tuple[Session, Session]:
@@ -29,8 +46,3 @@ def opened_twice(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[st
         return opened(plain), opened(offloaded)
 
     return make
-
-
-def opened(model: Any) -> Session:
-    """A session over a model, with the tiny tokenizer."""
-    return Session(Base(model, tiny_tokenizer(), "tiny", None, None), find_ffns(model))

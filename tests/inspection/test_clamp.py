@@ -1,0 +1,163 @@
+"""Clamped neurons, and percentiles of activation weights."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from braces_cli.core.errors import ConfigError, DataError
+from braces_cli.core.models.ffn import find_ffns
+from braces_cli.core.models.tokenize import encode
+from braces_cli.inspection.clamp import (
+    Clamp,
+    activation_weights,
+    check_clamps,
+    clamp_prompt,
+    clamped,
+    parse_clamp,
+    read_texts,
+    resolve_percentiles,
+)
+from braces_cli.inspection.vocabulary import LogitLens
+from tests.conftest import ARCHITECTURES, tiny_model
+from tests.inspection.conftest import opened
+
+IDS = torch.tensor([[0, 9, 20, 33]])
+TEXTS = ["the film is good", "a happy day in the old town", "the end", *["so it is"] * 8]
+
+
+def record_weights(model, ffn, ids):
+    """Run the model; return its logits and the activation weights (positions, d_ff) of one layer."""
+    seen = []
+    handle = ffn.value.register_forward_pre_hook(lambda module, args: seen.append(args[0].reshape(-1, 52)))
+    with torch.no_grad():
+        logits = model(ids).logits
+    handle.remove()
+    return logits, seen[0]
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_clamp_sets_one_weight(name):
+    """At every position, in every architecture; after the block the model is bit-identical."""
+    model = tiny_model(name)
+    ffns = find_ffns(model)
+    base, weights = record_weights(model, ffns[0], IDS)
+    with clamped(ffns, [Clamp(0, 5, 2.5), Clamp(0, 7, -1.0)]):
+        logits, changed = record_weights(model, ffns[0], IDS)
+    assert torch.equal(record_weights(model, ffns[0], IDS)[0], base)
+    assert not torch.allclose(logits, base)
+    assert (changed[:, 5] == 2.5).all()
+    assert (changed[:, 7] == -1.0).all()
+    others = [j for j in range(52) if j not in (5, 7)]
+    assert torch.equal(changed[:, others], weights[:, others])
+
+
+def test_clamp_changes_one_sub_update():
+    """FFN output + (value - w_j) v_j."""
+    ffn = find_ffns(tiny_model("llama"))[1]
+    h = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = ffn.host(h)
+        w = torch.nn.functional.silu(ffn.host.gate_proj(h)) * ffn.host.up_proj(h)
+        with clamped([ffn], [Clamp(1, 4, 3.0)]):
+            found = ffn.host(h)
+    expected = plain + (3.0 - w[:, 4:5]) * ffn.value_matrix()[:, 4]
+    assert torch.allclose(found, expected.detach(), atol=1e-5)
+
+
+def test_clamp_prompt(session, lens):
+    """Probabilities, KL and likelihoods, against two forward passes."""
+    model, tokenizer = session.base.model, session.base.tokenizer
+    clamp = Clamp(1, 3, 8.0)
+    found = clamp_prompt(session, lens, "the film is", [clamp], tokens=[40], top_k=4)
+    ids = torch.tensor([tokenizer("the film is")["input_ids"]])
+    with torch.no_grad():
+        before = model(ids).logits[0].log_softmax(dim=-1)
+        with clamped(session.ffns, [clamp]):
+            after = model(ids).logits[0].log_softmax(dim=-1)
+    kl = (before.exp() * (before - after)).sum(dim=-1)
+    assert found["kl"] == pytest.approx(float(kl[-1]), rel=1e-4)
+    assert found["kl_mean"] == pytest.approx(float(kl.mean()), rel=1e-4)
+    for name, scores in (("before", before), ("after", after)):
+        expected = sum(float(scores[i, ids[0, i + 1]]) for i in range(ids.shape[1] - 1))
+        assert found[f"log_likelihood_{name}"] == pytest.approx(expected, rel=1e-4)
+    rise = (after[-1].exp() - before[-1].exp()).topk(4).indices.tolist()
+    assert [t["id"] for t in found["tokens"]] == [40, *(t for t in rise if t != 40)]
+    for t in found["tokens"]:
+        assert t["before"] == pytest.approx(math.exp(float(before[-1, t["id"]])), rel=1e-4)
+        assert t["after"] == pytest.approx(math.exp(float(after[-1, t["id"]])), rel=1e-4)
+        assert t["ratio"] == pytest.approx(t["after"] / t["before"], rel=1e-4)
+
+
+def test_parse_clamp():
+    """Numbers as Python reads them; percentiles with a p."""
+    assert parse_clamp("3:89=2.5") == Clamp(3, 89, 2.5)
+    assert parse_clamp(" 0:7=-1e1 ") == Clamp(0, 7, -10.0)
+    assert parse_clamp("3:89=p99.9") == Clamp(3, 89, 0.0, percentile=99.9)
+    for text in ("3:89", "3=2", "3:89=x", "3:89=nan", "3:89=inf", "-1:2=3", "a:2=3", "3:2=1=1", ""):
+        with pytest.raises(ConfigError, match="LAYER:INDEX=VALUE"):
+            parse_clamp(text)
+
+
+@pytest.mark.parametrize(
+    ("clamps", "message"),
+    [
+        ([Clamp(2, 0, 1.0)], "no feed-forward layer 2"),
+        ([Clamp(0, 52, 1.0)], "no value vector 52"),
+        ([Clamp(0, 1, 1.0), Clamp(0, 1, 2.0)], "named twice"),
+    ],
+)
+def test_clamps_that_do_not_fit_the_model(session, clamps, message):
+    """Layers, indices and duplicates."""
+    with pytest.raises(ConfigError, match=message):
+        check_clamps(session.ffns, clamps)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
+def test_weights_and_percentiles_of_texts(name):
+    """Padding does not count, neurons of one layer are not confused, and other values do not change."""
+    session = opened(name)
+    neurons = [(1, 7), (0, 3), (1, 2)]
+    texts = [encode(session.base.tokenizer, text) for text in TEXTS]
+    found = activation_weights(session, neurons, texts)
+    rows = []
+    for text in texts:
+        by_layer = [record_weights(session.base.model, ffn, torch.tensor([text.ids]))[1] for ffn in session.ffns]
+        rows.append(torch.stack([by_layer[layer][:, index] for layer, index in neurons], dim=1))
+    expected = torch.cat(rows)
+    assert found.shape == expected.shape
+    assert torch.allclose(found.sort(dim=0).values, expected.sort(dim=0).values, atol=1e-5)
+    clamps = [Clamp(1, 7, 0.0, 99.0), Clamp(0, 3, 5.0), Clamp(1, 2, 0.0, 0.0), Clamp(0, 4, 0.0, 100.0)]
+    resolved = resolve_percentiles(session, clamps, texts)
+    assert [clamp.percentile for clamp in resolved] == [99.0, None, 0.0, 100.0]
+    assert resolved[0].value == pytest.approx(float(expected[:, 0].quantile(0.99)), abs=1e-5)
+    assert resolved[1] == clamps[1]
+    assert resolved[2].value == pytest.approx(float(expected[:, 2].min()), abs=1e-5)
+
+
+def test_clamps_and_weights_of_an_offloaded_base(opened_twice):
+    """The weights of the model are not on the device that computes."""
+    sessions = opened_twice("llama")
+    texts = [encode(sessions[0].base.tokenizer, text) for text in TEXTS]
+    plain, offloaded = (activation_weights(session, [(1, 7), (0, 3)], texts) for session in sessions)
+    assert torch.allclose(plain, offloaded, atol=1e-6)
+    plain, offloaded = (
+        clamp_prompt(session, LogitLens(session.base), "the film", [Clamp(1, 3, 8.0)], top_k=3) for session in sessions
+    )
+    assert plain["kl"] > 0
+    assert offloaded["kl"] == pytest.approx(plain["kl"], rel=1e-4)
+    assert [token["id"] for token in offloaded["tokens"]] == [token["id"] for token in plain["tokens"]]
+
+
+def test_read_texts(session, tmp_path):
+    """Rows without a text do not count."""
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ["", *TEXTS]))
+    found = read_texts(session, [str(path)], 2)
+    assert [session.base.tokenizer.decode(t.ids, skip_special_tokens=True) for t in found] == TEXTS[:2]
+    path.write_text('{"text": ""}\n')
+    with pytest.raises(DataError, match="no row has a text"):
+        read_texts(session, [str(path)], 2)

@@ -1,0 +1,230 @@
+"""TopK, the vectors of an FFN, the logit lens and the tokens of value vectors, each against a direct computation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from braces_cli.core.errors import ConfigError
+from braces_cli.core.models.ffn import find_ffns
+from braces_cli.inspection import vocabulary
+from braces_cli.inspection.vocabulary import LogitLens, TopK, final_norm, side_vectors, value_tokens
+from tests.conftest import ARCHITECTURES, tiny_model
+from tests.core.architectures import tiny
+from tests.inspection.conftest import opened
+
+
+@pytest.mark.parametrize("k", [1, 3, 10, 70])
+@pytest.mark.parametrize("block", [1, 37, 1000, 1701])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_top_k_equals_a_stable_sort(k, block, dtype):
+    """Of equal scores the lower id comes first, for every size of blocks and groups."""
+    generator = torch.Generator().manual_seed(k * block)
+    scores = (torch.randint(-12, 13, (9, 5003), generator=generator) / 3).to(dtype)
+    check_top_k(scores, k, block)
+
+
+@pytest.mark.parametrize("kind", ["ascending", "equal", "mostly equal", "infinite"])
+def test_top_k_of_blocks_with_many_candidates(kind, monkeypatch):
+    """Blocks that are better than all before or equal to them, in several steps of rows."""
+    monkeypatch.setattr(vocabulary, "_ROWS", 2)
+    scores = {
+        "ascending": torch.arange(4000.0).repeat(5, 1),
+        "equal": torch.zeros(5, 4000),
+        "mostly equal": torch.where(torch.arange(4000) % 700 == 3, 1.0, -2.0).repeat(5, 1),
+        "infinite": torch.full((5, 4000), -torch.inf),
+    }[kind]
+    scores[1] = -scores[1]
+    scores[2] = scores[2].flip(0)
+    check_top_k(scores, 4, 900)
+
+
+def test_top_k_of_zeros_and_short_rows():
+    """-0 equals 0, and fewer scores than k are all returned."""
+    check_top_k(torch.tensor([[-0.0, 0.0, -1.0], [1.0, 2.0, 3.0]]), 5, 2)
+
+
+def check_top_k(scores, k, block):
+    """Compare TopK over blocks with a stable sort."""
+    top = TopK(len(scores), k)
+    for start in range(0, scores.shape[1], block):
+        top.add(scores[:, start : start + block], start)
+    values, ids = top.result()
+    order = scores.float().sort(dim=1, descending=True, stable=True)
+    assert torch.equal(ids, order.indices[:, :k])
+    assert torch.equal(values, order.values[:, :k])
+
+
+def test_top_k_of_nan():
+    """A row of NaN has valid ids, and other rows are not affected."""
+    scores = torch.stack([torch.full((2000,), torch.nan), torch.arange(2000.0), torch.arange(2000.0)])
+    scores[1, 7] = torch.nan
+    top = TopK(3, 3)
+    for start in (0, 1000):
+        top.add(scores[:, start : start + 1000], start)
+    ids = top.result()[1]
+    assert ids[2].tolist() == [1999, 1998, 1997]
+    assert ids.max() < 2000
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_sides_of_a_gated_ffn(swapped):
+    """`gate` is the activated projection, in either order of the modules."""
+    model = tiny_model("llama")
+    mlp = model.model.layers[0].mlp
+    gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+    if swapped:
+        del mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        mlp.up_proj, mlp.gate_proj, mlp.down_proj = up, gate, down
+    ffn = find_ffns(model)[0]
+    assert ffn.keys[0] is (up if swapped else gate)
+    assert torch.equal(side_vectors(ffn, "gate"), gate.weight)
+    assert torch.equal(side_vectors(ffn, "up"), up.weight)
+    assert torch.equal(side_vectors(ffn, "value"), down.weight.T)
+
+
+def test_sides_of_a_fused_projection():
+    """Phi-3 stores gate and up in one matrix."""
+    from transformers import AutoModelForCausalLM, Phi3Config
+
+    config = Phi3Config(
+        hidden_size=32, intermediate_size=52, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4,
+        vocab_size=96, pad_token_id=1, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ffn = find_ffns(model)[0]
+    weight = model.model.layers[0].mlp.gate_up_proj.weight
+    assert torch.equal(side_vectors(ffn, "gate"), weight[:52])
+    assert torch.equal(side_vectors(ffn, "up"), weight[52:])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox", "phi"])
+def test_sides_of_an_ffn_without_a_gate(name):
+    """The single projection is `up`; `gate` is an error."""
+    ffn = find_ffns(tiny_model(name))[0]
+    assert side_vectors(ffn, "up").shape == (52, 32)
+    with pytest.raises(ConfigError, match="does not have a gate"):
+        side_vectors(ffn, "gate")
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_lens_equals_norm_and_head(name, monkeypatch):
+    """Best tokens and ranks of every architecture, with block sizes that do not divide the numbers evenly."""
+    monkeypatch.setattr(vocabulary, "_TOKENS_AT_ONCE", 37)
+    monkeypatch.setattr(vocabulary, "VECTORS_AT_ONCE", 11)
+    session = opened(name)
+    model = session.base.model
+    vectors = session.ffns[1].value_matrix().mT.detach()
+    lens = LogitLens(session.base)
+    values, ids = lens.best(vectors, 7)
+    with torch.no_grad():
+        expected = model.get_output_embeddings()(final_norm(model)(vectors))
+    assert torch.allclose(values, expected.sort(dim=1, descending=True).values[:, :7], atol=1e-5)
+    assert torch.allclose(values, expected.gather(1, ids), atol=1e-5)
+    ranks, scores = lens.ranks(vectors, [3, 50])
+    assert torch.allclose(scores, expected[:, [3, 50]], atol=1e-5)
+    assert (ranks[:, 0] == (expected > expected[:, [3]]).sum(dim=1) + 1).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox", "phi"])
+def test_final_norm_is_the_norm_before_the_head(name):
+    """The module that the model applies to its last hidden state."""
+    model = tiny_model(name)
+    seen = []
+    final_norm(model).register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        logits = model(torch.tensor([[4, 5, 6]])).logits
+        assert torch.allclose(model.get_output_embeddings()(seen[0]), logits, atol=1e-4)
+    assert len(seen) == 1
+
+
+def test_lens_of_an_offloaded_head(opened_twice):
+    """A head that is not in memory gives the same scores."""
+    plain, offloaded = opened_twice("phi")
+    vectors = plain.ffns[0].value_matrix().mT.detach()
+    expected, found = (LogitLens(session.base).best(vectors, 5) for session in (plain, offloaded))
+    assert torch.equal(found[1], expected[1])
+    assert torch.allclose(found[0], expected[0], atol=1e-5)
+
+
+def test_lens_scores_the_vocabulary_in_blocks(session, monkeypatch):
+    """The head is not called, and no block has more than the maximum number of tokens."""
+    monkeypatch.setattr(vocabulary, "_TOKENS_AT_ONCE", 16)
+    monkeypatch.setattr(session.base.model.lm_head, "forward", lambda *args: pytest.fail("scored all tokens at once"))
+    lens = LogitLens(session.base)
+    vectors = session.ffns[0].value_matrix().mT.detach()
+    assert {scores.shape for _, scores in lens.blocks(lens.hidden(vectors))} == {(52, 16)}
+    assert lens.best(vectors, 5)[0].shape == (52, 5)
+
+
+def test_lens_in_half_precision():
+    """bfloat16 weights give scores near the model's, for every dtype of the products."""
+    session = opened(tiny_model("llama", torch.bfloat16))
+    model = session.base.model
+    vectors = session.ffns[0].value_matrix().mT.detach()
+    values, ids = LogitLens(session.base).best(vectors, 5)
+    with torch.no_grad():
+        expected = model.lm_head(model.model.norm(vectors)).float()
+    assert torch.allclose(values, expected.gather(1, ids), rtol=2e-2, atol=2e-1)
+
+
+def expected_scores(model):
+    """Scores (value vectors, vocabulary) of each layer, from the model's modules, expert by expert."""
+    for layer in model.model.layers:
+        mlp = layer.mlp
+        if hasattr(mlp, "experts"):
+            parts = [weight.T for weight in mlp.experts.down_proj]
+            shared = getattr(mlp, "shared_experts", None)
+            vectors = torch.cat(parts if shared is None else [*parts, shared.down_proj.weight.T])
+        else:
+            vectors = mlp.down_proj.weight.T
+        yield model.lm_head(model.model.norm(vectors)).detach()
+
+
+def check_values(session, top_k):
+    """Compare the tokens of every value vector with a stable sort of all scores; return the number of vectors."""
+    rows = {(row["layer"], row["index"]): row["tokens"] for row in value_tokens(session, top_k=top_k)}
+    count = len(rows)
+    for layer, scores in enumerate(expected_scores(session.base.model)):
+        assert len(scores) == next(ffn for ffn in session.ffns if ffn.layer == layer).value_vectors
+        best = scores.sort(dim=1, descending=True, stable=True)
+        for index in range(len(scores)):
+            tokens = rows.pop((layer, index))
+            values = best.values[index]
+            assert [token["score"] for token in tokens] == pytest.approx(values[:top_k].tolist(), rel=1e-4, abs=1e-5)
+            # If two scores differ by rounding only, either may come first.
+            if (values[:top_k] - values[1 : top_k + 1]).min() > 1e-5:
+                assert [token["id"] for token in tokens] == best.indices[index, :top_k].tolist()
+    assert not rows
+    return count
+
+
+def test_value_tokens_of_a_trained_model(shared):
+    """Every value vector of stories260K."""
+    from braces_cli.core.adapter.model import open_session
+    from braces_cli.core.models.options import LoadOptions
+
+    session = open_session(str(shared / "models" / "stories260K"), None, LoadOptions(device="cpu", dtype="float32"))
+    assert check_values(session, 10) == 5 * 172
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+def test_value_tokens_of_experts(name, monkeypatch):
+    """Every layer, expert and index, in blocks that do not divide the experts evenly."""
+    monkeypatch.setattr(vocabulary, "VECTORS_AT_ONCE", 11)
+    session = opened(tiny(name).eval())
+    check_values(session, 4)
+    (row,) = value_tokens(session, layers=[1], indices=[60], top_k=4)
+    other = next(each for each in value_tokens(session, top_k=4) if (each["layer"], each["index"]) == (1, 60))
+    assert (row["layer"], row["index"]) == (1, 60)
+    assert [token["id"] for token in row["tokens"]] == [token["id"] for token in other["tokens"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"side": "up"}, "layer 0 is a mixture of experts"), ({"indices": [4 * 52]}, "no value vector 208")],
+)
+def test_value_tokens_that_experts_do_not_have(options, message):
+    """Other sides than `value`, and an index after the last expert."""
+    with pytest.raises(ConfigError, match=message):
+        next(value_tokens(opened(tiny("mixtral").eval()), **options))
