@@ -19,24 +19,24 @@ from braces_cli.core.attributes.files import check_attributes
 from braces_cli.core.attributes.words import built_in
 from braces_cli.core.config import ATTRIBUTES, DATA, GENERATION, OUTPUT, SeedSettings, option, same_option
 from braces_cli.core.errors import ConfigError
-from braces_cli.core.options import AdapterSettings, DisplaySettings, OverwriteSettings
+from braces_cli.core.options import AdapterSettings, DisplaySettings, OverwriteSettings, Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectSettings(AdapterSettings, DisplaySettings):
-    """Every subcommand that opens a base model, with or without an adapter."""
+    """Settings of the subcommands that open a base model, with or without an adapter."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSettings(InspectSettings):
-    """Which decoder layers are looked at."""
+    """Decoder layers to inspect."""
 
     layers: str | None = option(None, help="Decoder layers, such as 8-20,24 or 1- (inclusive, from 0). Default: all.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class VectorSettings(LayerSettings):
-    """Which vectors of the feed-forward layers are read as tokens; one JSON object per vector."""
+    """Vectors of the feed-forward layers to read as tokens."""
 
     side: str = option(
         "value",
@@ -315,10 +315,8 @@ class ClampSettings(InspectSettings, SeedSettings):
         False, help="Also generate a continuation of each prompt, without and with the clamps.", panel=GENERATION
     )
     max_new_tokens: int = option(30, help="Maximum number of new tokens.", min=1, panel=GENERATION)
-    temperature: float = option(0.0, help="Sampling temperature; 0 is greedy.", panel=GENERATION)
-    top_p: float = option(
-        0.9, help="Nucleus sampling: total probability of the tokens to sample from.", panel=GENERATION
-    )
+    temperature: float = option(0.0, help="Sampling temperature; 0 is greedy.", min=0, panel=GENERATION)
+    top_p: float = same_option(Sampling, "top_p")
 
 
 @command
@@ -356,7 +354,6 @@ def clamp(settings: ClampSettings) -> None:
 def _clamp(settings: ClampSettings, clamps: Sequence[Any], report: Any) -> dict[str, Any]:
     from braces_cli.core.adapter.model import open_session
     from braces_cli.core.models.generate import TextRequest, generate
-    from braces_cli.core.options import Sampling
     from braces_cli.inspection.clamp import check_clamps, clamp_prompt, clamped, read_texts, resolve_percentiles
     from braces_cli.inspection.vocabulary import LogitLens, plain_ffns
     from braces_cli.steering.prompts import read_prompts

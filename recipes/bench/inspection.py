@@ -39,11 +39,12 @@ def rates(args: argparse.Namespace, model: Any, part: int) -> tuple[dict[str, Ca
     import torch
 
     from braces_cli.core.models.ffn import find_ffns
+    from braces_cli.core.models.load import Base
     from braces_cli.inspection.vocabulary import LogitLens
 
     wait = synchroniser(args.device)
     matrix = find_ffns(model)[0].value_matrix().mT
-    lens, weight = LogitLens(model), model.get_output_embeddings().weight
+    lens, weight = LogitLens(Base(model, None, "", None, None)), model.get_output_embeddings().weight
     k, vocabulary = TOP_K, len(weight)
     width = weight.shape[1]
 
@@ -66,7 +67,7 @@ def rates(args: argparse.Namespace, model: Any, part: int) -> tuple[dict[str, Ca
 
     def loop() -> None:
         for vector in matrix[:LOOP]:
-            lens(vector[None]).topk(k)
+            model.lm_head(lens.hidden(vector[None]).to(weight.dtype)).topk(k)
 
     taken = None
     if can_measure_memory(args.device):
