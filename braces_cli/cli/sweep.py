@@ -65,106 +65,71 @@ def _prompts(settings: SteerSettings) -> list[str]:
 def _measure(
     settings: SteerSettings, strengths: list[float], scorer: str, prompts: list[str], report: Any
 ) -> dict[str, Any]:
+    """Load everything, sweep, and return the document."""
     from dataclasses import replace
 
     from braces_cli.core.adapter.model import open_session
+    from braces_cli.core.attributes.hooks import steered
     from braces_cli.core.attributes.lookup import find_attribute
     from braces_cli.core.models.load import input_device, load_base
     from braces_cli.core.models.options import chosen_layers
     from braces_cli.evaluation.baselines import baseline_methods
-    from braces_cli.evaluation.native_tasks import list_words, open_scorer, read_answer_pairs, read_labelled
-    from braces_cli.evaluation.sweep import SweepPlan, sweep
+    from braces_cli.evaluation.native_tasks import detection, read_answer_pairs, read_labelled
+    from braces_cli.evaluation.sweep import BRACES_METHOD, Method, sweep
+    from braces_cli.evaluation.systems import bare
+    from braces_cli.evaluation.text_tasks import TextMeasurement, list_words, load_scorer
     from braces_cli.scoring.registry import label_of
     from braces_cli.steering.texts import uses_chat_template
 
-    name, sampling, options = settings.attribute[0], settings.sampling, settings
-    # Without words to leave out the scorer needs no model: what is wrong with it should show before one is loaded.
-    loaded_scorer = None if settings.exclude_list_words else open_scorer(scorer)
-    if loaded_scorer is not None:
-        label_of(name, loaded_scorer, settings.score_label)
+    name, options = settings.attribute[0], settings
+    # Without words to exclude the scorer needs no model, so its errors come before one is loaded.
+    loaded = None if settings.exclude_list_words else load_scorer(scorer)
+    if loaded is not None:
+        label_of(name, loaded, settings.score_label)
     answers = read_answer_pairs(settings.answers) if settings.answers else []
-    labelled = read_labelled(settings.detect) if settings.detect else None
+    labelled = read_labelled(settings.detect) if settings.detect else []
     session = open_session(settings.model, settings.adapter, options)
-    reference_model = (
-        load_base(settings.reference_model, replace(options, revision=None)) if settings.reference_model else None
-    )
-    plan = SweepPlan(
-        strengths,
-        settings.num_samples,
-        settings.batch_size,
-        layers=chosen_layers(session.base.model, settings.layers),
-        chat=uses_chat_template(session, settings.apply_chat_template),
-        processes=join_all(input_device(session.base.model)),
-        answers=answers,
-    )
+    reference_model = None
+    if settings.reference_model is not None:
+        reference_model = load_base(settings.reference_model, replace(options, revision=None))
+    chat = uses_chat_template(session, settings.apply_chat_template)
+    processes = join_all(input_device(session.base.model))
     swept = find_attribute(session, name, settings.attributes, report)
     others = [(find_attribute(session, each, settings.attributes, report), s) for each, s in settings.strengths.items()]
     excluded: set[str] = set()
-    if loaded_scorer is None:
+    if loaded is None:
         excluded = list_words(session, [swept, *(attribute for attribute, _ in others)])
-        loaded_scorer = open_scorer(scorer, exclude=excluded)
-    label = label_of(name, loaded_scorer, settings.score_label)
-    detected = None if labelled is None else _detected(session, swept, settings, *labelled, report)
-    baselines = baseline_methods(session, settings.baseline_names, swept, strengths, plan.layers, report)
-    plan = replace(plan, baselines=baselines)
-    measured = sweep(
-        session,
-        swept,
-        prompts,
-        loaded_scorer,
-        label,
-        sampling,
-        plan,
-        others=others,
-        reference_model=reference_model,
-        report=report,
-    )
+        loaded = load_scorer(scorer, excluded)
+    label = label_of(name, loaded, settings.score_label)
+    detected: dict[str, Any] = {}
+    if settings.detect:
+        with bare(session):
+            wanted = settings.score_label or name
+            detected["detection"] = detection(session, swept, labelled, wanted, settings.detect, report)
+    layers = chosen_layers(session.base.model, settings.layers)
+    ours = Method(BRACES_METHOD, strengths, lambda s: steered(session, [(swept, s), *others], layers))
+    baselines = baseline_methods(session, settings.baseline_names, swept, strengths, layers, report)
+    measurement = TextMeasurement(
+        session, loaded, {name: label}, settings.sampling, settings.num_samples, settings.batch_size, chat,
+        reference_model, processes, report,
+    )  # fmt: skip
     return {
-        **_described(settings, session, len(prompts)),
-        "scorer": scorer,
-        "label": label,
-        "excluded_words": sorted(excluded),
-        "apply_chat_template": plan.chat,
-        **measured,
-        **({} if detected is None else {"detection": detected}),
-    }
-
-
-def _described(settings: SteerSettings, session: Any, prompts: int) -> dict[str, Any]:
-    """What was swept, on what model and how many prompts."""
-    return {
-        "attribute": settings.attribute[0],
+        "attribute": name,
         "model": session.base.name,
         "adapter": settings.adapter,
         "other_attributes": settings.strengths,
         "reference_model": settings.reference_model,
-        "prompts": prompts,
+        "prompts": len(prompts),
         "samples": settings.num_samples,
         "seed": settings.seed,
         "stop": list(settings.stop),
+        "scorer": scorer,
+        "label": label,
+        "excluded_words": sorted(excluded),
+        "apply_chat_template": chat,
+        **sweep(measurement, prompts, ours, baselines, answers),
+        **detected,
     }
-
-
-def _detected(
-    session: Any, attribute: Any, settings: SteerSettings, texts: list[str], labels: list[str], report: Any
-) -> dict[str, Any]:
-    """Concept detection of an attribute in the bare base.
-
-    Raises:
-        DataError: too few rows with or without the attribute.
-    """
-    from contextlib import nullcontext
-
-    from braces_cli.evaluation.native_tasks import detection
-
-    requested = (settings.score_label or attribute.name).lower()
-    has = [label.lower() == requested for label in labels]
-    with session.adapter.disabled() if session.adapter is not None else nullcontext():
-        try:
-            return detection(session, attribute, texts, has, report)
-        except DataError as error:
-            hint = f"The rows have {', '.join(sorted(set(labels)))}; name one with --score-label."
-            raise DataError(error.message, where=str(settings.detect), hint=hint) from error
 
 
 def _print(document: dict[str, Any]) -> None:

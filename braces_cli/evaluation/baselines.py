@@ -1,19 +1,18 @@
-"""Other ways to steer by the same attribute, for a sweep that measures them side by side.
+"""Baselines for a sweep: other methods to steer by the same attribute.
 
-    prompting    "Write something cheerful:" in front of each prompt; at s = -1 the opposite's name, or "not cheerful"
-    difference   the difference of means of the attribute's pairs at the layers' outputs, added there
-    pca          the first principal component of the pairs' differences there, added there
+    prompting    "Write something cheerful:" before each prompt; at s = -1 the name of the opposite, or "not cheerful"
+    difference   difference of means of the attribute's pairs at the outputs of the layers, added there
+    pca          first principal component of the differences of the pairs there, added there
 
-The last two push the layers that the attribute pushes without training, at s = 1 by the same share of the residual
-norm. All of them steer the bare base: an adapter is off.
+The last two steer the layers of the untrained steering vector, at s = 1 by the same share of the residual norm. All
+methods steer the base without its adapter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,8 +28,9 @@ from braces_cli.core.models.ffn import layer_stack
 from braces_cli.core.models.structure import add_to_output
 from braces_cli.core.progress import Report, silent
 from braces_cli.evaluation.sweep import Method
+from braces_cli.evaluation.systems import bare
 
-# Rivals that add a direction -> how it is made from pairs.
+# Baseline that adds a direction -> reduction of the pairs.
 _REDUCTIONS = {"difference": "mean", "pca": "pca"}
 
 
@@ -42,33 +42,32 @@ def baseline_methods(
     layers: Collection[int] | None = None,
     report: Report = silent,
 ) -> list[Method]:
-    """The rivals called `names` at the strengths of the sweep; prompting has s = 1 and s = -1 only, where asked for.
-
-    Raises:
-        ConfigError: a direction is wanted, and the attribute does not say what pairs it is made of.
-    """
-    off = partial(_off, session)
+    """Return the baselines `names` at the strengths of the sweep; prompting only has s = 1 and s = -1."""
     methods = []
     directions = [name for name in names if name in _REDUCTIONS]
-    states = pair_states(session, contrast_pairs(attribute), captured="output", report=report) if directions else None
+    if directions:
+        states = pair_states(session, contrast_pairs(attribute), captured="output", report=report)
+        with bare(session):
+            norms = residual_norms(session.base.model, session.base.tokenizer, session.ffns)
+        # What s = 1 adds after each layer.
+        steered_layers = attribute.effective_layers if layers is None else layers
+        share = STEERING_SHARE / len(attribute.effective_layers)
+        rows = [row for row, layer in enumerate(attribute.layers) if layer in steered_layers]
     for name in names:
         if name in _REDUCTIONS:
-            assert states is not None
-            vectors = _vectors(attribute, _norms(session), reduce_pairs(states, _REDUCTIONS[name]), layers)
+            reduced = reduce_pairs(states, _REDUCTIONS[name])
+            vectors = {
+                attribute.layers[row]: share * float(norms[row]) * F.normalize(reduced[row], dim=0) for row in rows
+            }
             methods.append(Method(name, strengths, partial(_steered, session, vectors)))
         else:
             signs = [sign for sign in (1.0, -1.0) if any(s * sign > 0 for s in strengths)]
-            methods.append(Method(name, signs, lambda s: off(), partial(_instructed, attribute.name)))
+            methods.append(Method(name, signs, lambda s: bare(session), partial(_instructed, attribute.name)))
     return methods
 
 
 def contrast_pairs(attribute: Attribute) -> list[Pair]:
-    """The pairs that an attribute is made of: those of its descriptions, else its words against the opposite's (the
-    neutral ones where it has no opposite).
-
-    Raises:
-        ConfigError: it was built from texts, which its file does not hold.
-    """
+    """Return the pairs of an attribute: its descriptions, else its words and those of the opposite (or neutral)."""
     provenance = attribute.provenance
     if "describe" in provenance:
         return description_pairs(provenance["describe"], provenance["against"], provenance["chat_template"])
@@ -90,31 +89,10 @@ def _instructed(name: str, prompts: Sequence[str], s: float) -> list[str]:
     return [f"Write something {words}: {prompt}" for prompt in prompts]
 
 
-def _norms(session: Session) -> Tensor:
-    """Median norm of the residual stream behind each layer, where these vectors are added: (layers,)."""
-    with _off(session):
-        return residual_norms(session.base.model, session.base.tokenizer, session.ffns)
-
-
-def _vectors(
-    attribute: Attribute, norms: Tensor, directions: Tensor, layers: Collection[int] | None
-) -> dict[int, Tensor]:
-    """What s = 1 adds behind each layer."""
-    requested = attribute.effective_layers if layers is None else layers
-    share = STEERING_SHARE / len(attribute.effective_layers)
-    rows = [row for row, layer in enumerate(attribute.layers) if layer in requested]
-    return {attribute.layers[row]: share * float(norms[row]) * F.normalize(directions[row], dim=0) for row in rows}
-
-
-def _off(session: Session) -> AbstractContextManager[Any]:
-    return nullcontext() if session.adapter is None else session.adapter.disabled()
-
-
 @contextmanager
 def _steered(session: Session, vectors: dict[int, Tensor], s: float) -> Iterator[None]:
     stack = layer_stack(session.base.model)[1]
-    with ExitStack() as handles:
-        handles.enter_context(_off(session))
+    with bare(session), ExitStack() as handles:
         for layer, vector in vectors.items():
             handles.callback(add_to_output(stack[layer], s * vector).remove)
         yield

@@ -1,9 +1,7 @@
-"""Selected tasks -> lm-eval's task objects with their data, all of it checked before a model is loaded.
+"""lm-eval as a library: build the selected tasks, check their rows, and score a model that is in memory.
 
-lm-eval as a library: tasks built once, measured on the model that is in memory.
-
-`simple_evaluate` spends six seconds of every call on facts about the machine. So `lm_eval.evaluate` is called here;
-what else `simple_evaluate` does (seeds, few-shot settings) is done before it, in the same order.
+`simple_evaluate` of lm-eval spends six seconds per call on information about the machine. So `lm_eval.evaluate` is
+called here, after the other steps of `simple_evaluate` (seeds, few-shot settings) in the same order.
 """
 
 from __future__ import annotations
@@ -12,8 +10,10 @@ import contextlib
 import io
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +25,24 @@ from lm_eval.models.huggingface import HFLM
 
 from braces_cli.core.distributed import Processes
 from braces_cli.core.errors import BracesError, ConfigError, DataError, first_line
-from braces_cli.core.progress import Report, silent
+from braces_cli.core.progress import Report
 from braces_cli.evaluation import catalog
-from braces_cli.evaluation.native_tasks import halving
-from braces_cli.evaluation.results import Scores, collect
-from braces_cli.evaluation.settings import SEEDS
+from braces_cli.evaluation.native_tasks import TaskContext, halving
+from braces_cli.evaluation.results import Metric, Scores
+from braces_cli.evaluation.settings import EvalSettings
 
 logger = logging.getLogger("braces")
 
-# What a task's templates and functions raise for a row that lacks a field, or holds a value of another kind.
+# Raised by templates and functions of a task for a row without a field, or with a value of another type.
 _ROW_ERRORS = (TemplateError, LookupError, TypeError, ValueError, AttributeError, AssertionError)
 
 
 @dataclass(frozen=True)
 class TaskUnit:
-    """What is measured in one go and stored when it is done: a task, or a group of lm-eval's with all its tasks.
+    """A task, or a group of lm-eval with its tasks, that is measured and stored in one step.
 
     Attributes:
-        loaded: what `lm_eval.evaluate` takes as `task_dict`.
+        loaded: the `task_dict` of `lm_eval.evaluate`.
     """
 
     name: str
@@ -50,70 +50,69 @@ class TaskUnit:
 
     @property
     def tasks(self) -> dict[str, Any]:
+        """Task -> object of lm-eval."""
         tasks: dict[str, Any] = self.loaded["tasks"]
         return tasks
 
 
-def load_tasks(selection: catalog.Selection, overrides: Path, metadata: dict[str, Any]) -> list[TaskUnit]:
-    """Build the selected tasks with their data, from the hub where `overrides` holds none for them.
+def load_tasks(
+    selection: catalog.Selection, overrides: Path, files: dict[str, Path], base: str, limit: int | None
+) -> list[TaskUnit]:
+    """Build the selected tasks with their data, and read every document of tasks with a local file.
 
-    Raises:
-        ConfigError: a task given twice through two groups, one that runs code a model writes, or needs pictures.
-        DataError: data that cannot be fetched, or that the task cannot read.
+    Args:
+        overrides: folder of definitions that take precedence; the hub is used for tasks without one.
+        files: task -> local file.
+        base: name of the base, for tasks that build their own data.
+        limit: number of documents that are measured.
     """
     units: list[TaskUnit] = []
     seen: set[str] = set()
-    manager = catalog.manager(selection, overrides, metadata)
+    manager = catalog.manager(selection, overrides, {"pretrained": base})
     for name in selection.names:
         with muted():
             try:
-                part = manager.load([name])
+                unit = TaskUnit(name, dict(manager.load([name])))
             except (SystemExit, Exception) as error:
-                # A task is code of lm-eval's that builds or downloads its data, and may raise anything, even this.
-                raise _unbuilt(name, error, (overrides / f"{name}.yaml").exists()) from error
-        units.append(TaskUnit(name, dict(part)))
-        twice = sorted(part["tasks"].keys() & seen)
+                # A task is code of lm-eval that builds or downloads its data, and can raise anything.
+                raise _load_error(name, error, (overrides / f"{name}.yaml").exists()) from error
+        units.append(unit)
+        twice = sorted(unit.tasks.keys() & seen)
         if twice:
             raise ConfigError(f"`{twice[0]}` is in two of the requested groups", where="--tasks", hint="Leave one out.")
-        seen |= part["tasks"].keys()
-        for task_name, task in part["tasks"].items():
+        seen |= unit.tasks.keys()
+        for task_name, task in unit.tasks.items():
             if getattr(task, "UNSAFE_CODE", False):
-                hint = "Use lm-eval for it."
-                raise ConfigError(f"`{task_name}` runs code that the model writes", where="--tasks", hint=hint)
+                what = f"`{task_name}` runs code that the model writes"
+                raise ConfigError(what, where="--tasks", hint="Use lm-eval for it.")
             if getattr(task, "MULTIMODAL", False):
                 hint = "Choose a task that needs only text."
                 raise ConfigError(f"`{task_name}` needs input other than text", where="--tasks", hint=hint)
+            if not len(task.eval_docs):
+                where = str(files.get(task_name, task_name))
+                raise DataError(f"{task_name} has no documents", where=where, hint="Give rows with --task-data.")
+            if task_name in files:
+                _read_documents(task_name, task, files[task_name], limit)
     return units
 
 
-def check_documents(units: Sequence[TaskUnit], files: dict[str, Path], limit: int | None) -> None:
-    """Let each task with a local file read every document it will be measured on, before a model is loaded.
-
-    Raises:
-        DataError: a row that the task cannot read, or no documents at all.
-    """
-    for unit in units:
-        for name, task in unit.tasks.items():
-            if not len(task.eval_docs):
-                where = str(files.get(name, name))
-                raise DataError(f"{name} has no documents", where=where, hint="Give rows with --task-data.")
-            if name not in files:
-                continue
-            for number, doc in task.doc_iterator(limit=limit):
-                try:
-                    task.doc_to_text(doc)
-                    task.doc_to_target(doc)
-                    if task.get_config("doc_to_choice") is not None:
-                        task.doc_to_choice(doc)
-                except _ROW_ERRORS as error:
-                    what = f"{name} cannot read the row: {first_line(error, 300)}"
-                    hint = f"Found: {', '.join(map(str, doc))}."
-                    raise DataError(what, where=f"{files[name]}, row {number + 1}", hint=hint) from error
+def _read_documents(name: str, task: Any, file: Path, limit: int | None) -> None:
+    """Render every document, so that a row that the task cannot read fails before a model is loaded."""
+    for number, doc in task.doc_iterator(limit=limit):
+        try:
+            task.doc_to_text(doc)
+            task.doc_to_target(doc)
+            if task.get_config("doc_to_choice") is not None:
+                task.doc_to_choice(doc)
+        except _ROW_ERRORS as error:
+            what = f"{name} cannot read the row: {first_line(error, 300)}"
+            hint = f"Found: {', '.join(map(str, doc))}."
+            raise DataError(what, where=f"{file}, row {number + 1}", hint=hint) from error
 
 
 @contextlib.contextmanager
 def muted() -> Iterator[None]:
-    """Keep what lm-eval and its tasks print off stdout, which carries our result."""
+    """Keep the prints of lm-eval and its tasks out of stdout, which carries the result only."""
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):
@@ -123,61 +122,33 @@ def muted() -> Iterator[None]:
             logger.debug("%s", printed.getvalue().strip())
 
 
-def _unbuilt(name: str, error: BaseException, local: bool) -> BracesError:
+def _load_error(name: str, error: BaseException, local: bool) -> BracesError:
     if isinstance(error, BracesError):
         return error
-    kinds = {kind.__name__ for e in _chain(error) for kind in type(e).__mro__}
-    if kinds & {"ImportError"}:
-        return BracesError(
-            f"`{name}` needs another package: {first_line(error, 300)}",
-            where="--tasks",
-            hint="Install the package that the message names.",
-        )
-    if local:
-        what = f"{name} cannot read the rows: {first_line(error, 300)}"
-        return DataError(what, where="--task-data", hint="Give rows with the fields of the task's own data.")
-    return DataError(
-        f"the data of `{name}` cannot be had: {first_line(error, 300)}",
-        where="--tasks",
-        hint=f"Check the network, or give a local file: --task-data {name}=FILE.",
-    )
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    reason, cause = first_line(error, 300), error
     seen: list[BaseException] = []
-    while error is not None and error not in seen:
-        seen.append(error)
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-@dataclass(frozen=True)
-class HarnessSettings:
-    """How tasks are measured, the same for every system.
-
-    Attributes:
-        batch_size: sequences in a forward pass, or `auto`.
-        limit: documents of each task, from the front; None for all.
-        num_fewshot: examples in front; a task that fixes 0 keeps it, as in lm-eval.
-        chat_template: put the prompts into the tokenizer's chat template, examples as turns of their own.
-    """
-
-    batch_size: int | str = 8
-    limit: int | None = None
-    num_fewshot: int | None = None
-    chat_template: bool = False
-    seeds: dict[str, int] = field(default_factory=lambda: dict(SEEDS))
+    while cause is not None and cause not in seen:
+        if isinstance(cause, ImportError):
+            hint = "Install the package that the message names."
+            return BracesError(f"`{name}` needs another package: {reason}", where="--tasks", hint=hint)
+        seen.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    if local:
+        hint = "Give rows with the fields of the task's own data."
+        return DataError(f"{name} cannot read the rows: {reason}", where="--task-data", hint=hint)
+    hint = f"Check the network, or give a local file: --task-data {name}=FILE."
+    return DataError(f"could not load the data set of task `{name}`: {reason}", where="--tasks", hint=hint)
 
 
 class Model(HFLM):
-    """HFLM on a model in memory, one process of several, whose progress goes to a `Report` instead of its own bars."""
+    """HFLM on a model in memory, in one of several processes, with progress in a `Report` instead of lm-eval's bars."""
 
     batch_size_per_gpu: Any
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int | str, report: Report, processes: Processes) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, trust_remote_code=False)
         self.stage, self._report = "", report
-        # lm-eval shards by the rank and world size of its model, and sets both to one process for a model given to it.
+        # lm-eval shards by rank and world size of its model, and assumes one process for a model passed to it.
         self._processes = processes
         if processes.accelerator is not None:
             self.accelerator = processes.accelerator
@@ -204,7 +175,7 @@ class Model(HFLM):
         automatic = self.batch_size_per_gpu == "auto"
 
         def attempt(size: int) -> list[Any]:
-            # lm-eval looks for the largest that fits, beginning here; it only tries forward passes.
+            # With `auto`, lm-eval searches for the largest size that fits, starting at this one, with forward passes.
             self.max_batch_size = size
             self.batch_size_per_gpu = "auto" if automatic else size
             with self._counted(stage, len(requests)):
@@ -221,7 +192,7 @@ class Model(HFLM):
         def count(module: Any, args: tuple, kwargs: dict) -> None:
             nonlocal done
             ids = args[0] if args else kwargs.get("input_ids")
-            # A step of generation carries one token a row; its rows were counted with their prompts.
+            # Later steps of generation carry one token per row; their rows were counted with the prompts.
             if ids is not None and ids.ndim == 2 and ids.shape[1] > 1:
                 done = min(done + ids.shape[0], total)
                 self._report(stage, done, total)
@@ -234,60 +205,39 @@ class Model(HFLM):
         self._report(stage, total, total)
 
 
-def measure(
-    model: Any,
-    tokenizer: Any,
-    unit: TaskUnit,
-    settings: HarnessSettings,
-    *,
-    stage: str,
-    report: Report = silent,
-    processes: Processes | None = None,
-) -> Scores | None:
-    """Score a model in memory, as it stands, on a unit of tasks.
-
-    Args:
-        stage: what the progress is called.
-
-    Returns:
-        The scores; None on every process but the first.
-    """
-    processes = processes or Processes()
-    shots = _set_up(unit, settings)
-    with muted():
-        if not _enough(unit, settings.limit, processes.size):
-            # lm-eval has no way to give a process no document at all.
-            if not processes.first:
-                return None
-            processes = Processes()
-        wrapped = Model(model, tokenizer, settings.batch_size, report, processes)
-        wrapped.stage = stage
+def measure(context: TaskContext, unit: TaskUnit, steering: AbstractContextManager[Any], stage: str) -> Scores | None:
+    """Score the open model on a unit of tasks, steered by `steering`; None on every process but the first."""
+    settings, processes, base = context.settings, context.processes, context.session.base
+    shots = _seed(unit, settings)
+    documents = [min(len(task.eval_docs), settings.limit or processes.size) for task in unit.tasks.values()]
+    if min(documents) < processes.size:
+        # lm-eval cannot give a process no document, so the first process measures alone.
+        if not processes.first:
+            return None
+        processes = Processes()
+    with muted(), steering:
+        model = Model(base.model, base.tokenizer, context.batch_size, context.report, processes)
+        model.stage = stage
         output = lm_eval.evaluate(
-            lm=wrapped,
+            lm=model,
             task_dict=unit.loaded,
             limit=settings.limit,
             log_samples=True,
-            apply_chat_template=settings.chat_template,
-            fewshot_as_multiturn=settings.chat_template,
+            apply_chat_template=context.chat,
+            fewshot_as_multiturn=context.chat,
         )
-    if output is None:
-        if not processes.first:
-            return None
-        raise BracesError("lm-eval gave no results", where=stage, hint="This is a fault of braces.")
-    auto = wrapped.batch_size_per_gpu == "auto"
-    chosen = wrapped.batch_sizes.values() if auto else [wrapped.batch_size_per_gpu]
-    return collect(output, shots, sorted({int(size) for size in chosen}))
+    if not processes.first:
+        return None
+    sizes = model.batch_sizes.values() if model.batch_size_per_gpu == "auto" else [model.batch_size_per_gpu]
+    return _scores(output, shots, sorted({int(size) for size in sizes}))
 
 
-def _enough(unit: TaskUnit, limit: int | None, size: int) -> bool:
-    """Whether each process gets a document of each task."""
-    return size == 1 or all(min(len(task.eval_docs), limit or size) >= size for task in unit.tasks.values())
-
-
-def _set_up(unit: TaskUnit, settings: HarnessSettings) -> dict[str, int]:
-    random.seed(settings.seeds["python"])
-    np.random.seed(settings.seeds["numpy"])
-    torch.manual_seed(settings.seeds["torch"])
+def _seed(unit: TaskUnit, settings: EvalSettings) -> dict[str, int]:
+    """Seed all random generators and set the number of few-shot examples; return it for each task."""
+    seeds = settings.seeds
+    random.seed(seeds["python"])
+    np.random.seed(seeds["numpy"])
+    torch.manual_seed(seeds["torch"])
     shots: dict[str, int] = {}
     for name, task in unit.tasks.items():
         default = task.get_config("num_fewshot")
@@ -295,6 +245,74 @@ def _set_up(unit: TaskUnit, settings: HarnessSettings) -> dict[str, int]:
             task.set_config(key="num_fewshot", value=settings.num_fewshot)
         elif default is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=settings.seeds["fewshot"])
+        task.set_fewshot_seed(seed=seeds["fewshot"])
         shots[name] = int(task.get_config("num_fewshot") or 0)
     return shots
+
+
+def _scores(output: Any, shots: dict[str, int], batch_sizes: list[int]) -> Scores:
+    """Convert the output of `lm_eval.evaluate`."""
+    scores = Scores(shots=shots, batch_sizes=batch_sizes, versions=dict(output.get("versions") or {}))
+    labels: dict[tuple[str, str, str], str] = {}
+    for task, entries in output["results"].items():
+        metrics: dict[str, Metric] = {}
+        for key, value in entries.items():
+            metric, sign, chosen = key.rpartition(",")
+            if not sign or metric.endswith("_stderr") or not isinstance(value, Real):
+                continue
+            # Without the name of lm-eval's filter, except for further filters of the same metric.
+            label = metric if metric not in metrics else key
+            labels[task, metric, chosen] = label
+            error = entries.get(f"{metric}_stderr,{chosen}")
+            stderr = float(error) if isinstance(error, Real) else None
+            better = (output.get("higher_is_better") or {}).get(task, {}).get(metric)
+            metrics[label] = Metric(
+                float(value), stderr, int(entries["sample_len"]), better=None if better is None else bool(better)
+            )
+        if metrics:
+            scores.results[task] = metrics
+    for task, samples in output["samples"].items():
+        for sample in samples:
+            row = _sample(task, sample)
+            for metric in sample["metrics"]:
+                label, value = labels.get((task, metric, sample["filter"])), sample[metric]
+                if label is not None and isinstance(value, Real):
+                    scores.results[task][label].documents[sample["doc_id"]] = float(value)
+                    row["scores"][label] = float(value)
+            scores.samples.append(row)
+    scores.samples.sort(key=lambda row: (row["task"], row["doc_id"], row["filter"]))
+    return scores
+
+
+def _sample(task: str, sample: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of the per-sample log without scores.
+
+    `answer` is the generated text or the most likely choice; then `choices` has all of them with log-likelihoods.
+    """
+    arguments = sample["arguments"]
+    prompts = [args[0] for args in arguments]
+    row: dict[str, Any] = {
+        "task": task,
+        "doc_id": sample["doc_id"],
+        "prompt": prompts[0] if len(set(prompts)) == 1 else prompts,
+        "target": _plain(sample["target"]),
+        "filter": sample["filter"],
+    }
+    answers = [each[0] for each in sample["resps"]]
+    pairs = zip(answers, arguments, strict=True)
+    if all(isinstance(answer, (tuple, list)) and len(args) > 1 for answer, args in pairs):
+        # Choices differ in their continuation or, as in WinoGrande, in their context.
+        texts = [args[1] if len(set(prompts)) == 1 else args[0] + args[1] for args in arguments]
+        likely = [float(answer[0]) for answer in answers]
+        row["answer"] = texts[max(range(len(likely)), key=likely.__getitem__)]
+        row["choices"] = [{"text": text, "log_likelihood": value} for text, value in zip(texts, likely, strict=True)]
+    else:
+        row["answer"] = _plain(answers[0] if len(answers) == 1 else answers)
+    row["scores"] = {}
+    return row
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (str, int, float, bool)) or value is None:
+        return value
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else str(value)

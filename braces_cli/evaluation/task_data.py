@@ -1,27 +1,29 @@
-"""A task's rows from a local file, without any network: `--task-data NAME=FILE`.
+"""Local rows of tasks: `--task-data NAME=FILE_OR_FOLDER` and `--task-data-dir`.
 
-The file is read and checked here, before any model is loaded; lm-eval then gets a definition that includes the task's
-own and changes nothing but where its rows come from.
+Files are found, read and checked before any model is loaded. For its own tasks lm-eval then gets a definition that
+includes the original one and replaces the source of the rows only.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from braces_cli.core.errors import ConfigError, DataError
-from braces_cli.core.files import check_regular
+from braces_cli.core.errors import ConfigError, DataError, near_misses
+from braces_cli.core.files import check_regular, file_hint, path_exists, user_path
 from braces_cli.core.schema import decode
-from braces_cli.data.rows import Source, read_rows
-from braces_cli.evaluation.tasks import commonsense
-from braces_cli.evaluation.tasks.popqa import possible_answers
+from braces_cli.data.rows import READABLE, Source, read_rows
+from braces_cli.evaluation.catalog import NATIVE_TASKS, Selection
+from braces_cli.evaluation.task_functions import COMMONSENSE_TASKS, possible_answers
 
-_HINT = "Check --task-data NAME=FILE."
-# What a row must hold, by task; `a.b` is the field b of the mapping a. lm-eval itself only says which template failed.
+# File names of the documents to evaluate, if the task does not name its split.
+_TESTED = ("test", "validation", "dev")
+# Fields of a row, by task; `a.b` is the field b of the mapping a. lm-eval only reports which template failed.
 FIELDS: dict[str, tuple[str, ...]] = {
     "truthfulqa_mc1": ("question", "mc1_targets.choices", "mc1_targets.labels"),
     "truthfulqa_mc2": ("question", "mc2_targets.choices", "mc2_targets.labels"),
@@ -35,107 +37,105 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "winogrande": ("sentence", "option1", "option2", "answer"),
     **dict.fromkeys(("arc_easy", "arc_challenge"), ("question", "choices.text", "choices.label", "answerKey")),
     "openbookqa": ("question_stem", "choices.text", "choices.label", "answerKey"),
-    **dict.fromkeys(commonsense.TASKS, ("instruction", "answer")),
+    **dict.fromkeys(COMMONSENSE_TASKS, ("instruction", "answer")),
     **dict.fromkeys(("popqa", "embedded_popqa"), ("question", "possible_answers")),
     "embedded_truthful": ("question", "mc1_targets.choices", "mc1_targets.labels"),
-    "perplexity": ("text",),
 }
 _LISTS = {"choices", "labels", "aliases", "correct_answers", "incorrect_answers", "choices.text", "endings"}
 
 
-def read_task_rows(path: Path) -> list[Source]:
-    """Rows of a JSON Lines, JSON, CSV, TSV or Parquet file.
+def find_files(selection: Selection, values: Sequence[str], folder: Path | None) -> dict[str, Path]:
+    """Return task -> file of its rows, for the tasks that have one.
 
-    Raises:
-        DataError: missing, empty, of another kind, or broken (with its line where the format has lines).
+    A file for a task takes precedence over one for its group, and `--task-data` over `--task-data-dir`.
     """
-    check_regular(path, DataError, _HINT)
-    return list(read_rows(str(path)))
+    places = {} if folder is None else _in_folder(folder, selection.known())
+    places.update(_parse_task_data(values, selection.known()))
+    task_names = {*selection.leaves, *selection.native}
+    given = {member: place for name, place in places.items() for member in selection.members(name)}
+    given.update({name: place for name, place in places.items() if name in task_names})
+    files = {name: _file(name, place, selection.leaves.get(name)) for name, place in given.items()}
+    for file in files.values():
+        # Pipes are refused, too: the file is read twice, for its rows and for its hash.
+        check_regular(file, DataError, "Check --task-data NAME=FILE.")
+    needed = {name: NATIVE_TASKS[name].data for name in selection.native}
+    needed.update({name: "rows with `instruction` and `answer`" for name in COMMONSENSE_TASKS if name in task_names})
+    for name, data in needed.items():
+        if name not in files:
+            hint = f"Give --task-data {name}=FILE ({data})."
+            raise ConfigError(f"{name} has no data set on the hub", where="--tasks", hint=hint)
+    return files
 
 
-def read_texts(path: Path) -> list[str]:
-    """Documents to measure perplexity on: lines of a `.txt` file, or `text` of each row, blank ones left out.
-
-    Raises:
-        DataError: as `read_rows`, or a row without `text`, or nothing but blanks.
-    """
-    if path.suffix.lower() == ".txt":
-        check_regular(path, DataError, _HINT)
-        try:
-            texts = path.read_text(encoding="utf-8-sig").split("\n")
-        except UnicodeDecodeError as error:
-            raise DataError(f"not UTF-8 (byte {error.start})", where=str(path), hint="Save it as UTF-8.") from error
-    else:
-        rows = read_task_rows(path)
-        check_fields("perplexity", rows)
-        texts = [row.fields["text"] for row in rows]
-    texts = [text for text in texts if text.strip()]
-    if not texts:
-        raise DataError("the file is blank", where=str(path), hint="Give one document per line, or rows with `text`.")
-    return texts
+def _parse_task_data(values: Sequence[str], known: Sequence[str]) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for value in values:
+        name, sign, file = (part.strip() for part in value.partition("="))
+        if not (name and sign and file):
+            raise ConfigError(f"`{value}` is not NAME=FILE", where="--task-data", hint="Such as popqa=popqa.jsonl.")
+        if name not in known:
+            hint = near_misses(name, known) or f"There are: {', '.join(known[:8])}."
+            raise ConfigError(f"`{name}` is not among --tasks", where="--task-data", hint=hint)
+        if name in files:
+            raise ConfigError(f"`{name}` is given twice", where="--task-data", hint="Give one file per task.")
+        files[name] = user_path(file)
+    return files
 
 
-def check_fields(task: str, rows: Sequence[Source]) -> None:
-    """Hold every row to what the task reads; a task that is not in `FIELDS` is left to lm-eval.
+def _in_folder(folder: Path, known: Iterable[str]) -> dict[str, Path]:
+    """Return the tasks for which the folder has a file `NAME.jsonl` (or another format) or a folder `NAME`."""
+    folder = user_path(folder)
+    if not os.path.isdir(folder):  # Path.is_dir raises if a parent folder is not readable
+        raise ConfigError("no such folder", where="--task-data-dir", hint=f"Looked for {folder}.")
+    places = {}
+    for name in known:
+        for place in (folder / name, *(folder / f"{name}{kind}" for kind in READABLE)):
+            if path_exists(place):
+                places[name] = place
+                break
+    return places
 
-    Raises:
-        DataError: a missing field, named with those that were found, or one of the wrong kind.
-    """
-    needed = FIELDS.get(task, ())
+
+def _file(name: str, place: Path, entry: Any) -> Path:
+    """Return the file with the rows of a task, `place` itself or the one in that folder."""
+    if not os.path.isdir(place):
+        return place
+    try:
+        found = sorted(path for path in place.iterdir() if path.suffix.lower() in READABLE)
+    except OSError as error:
+        raise DataError(f"cannot read: {error.strerror}", where=str(place), hint=file_hint(error)) from error
+    cfg = entry.cfg if entry is not None else {}
+    for split in (cfg.get("test_split") or cfg.get("validation_split"), *_TESTED):
+        chosen = [path for path in found if path.stem == split]
+        if len(chosen) == 1:
+            return chosen[0]
+    if len(found) == 1:
+        return found[0]
+    what = f"which file holds the rows of {name}?" if found else f"no file with rows of {name}"
+    listed = ", ".join(path.name for path in found[:6]) or "no file in a known format"
+    raise DataError(what, where=str(place), hint=f"Found: {listed}. Give --task-data {name}=FILE.")
+
+
+def read_task_rows(task: str, path: Path) -> list[Source]:
+    """Read the rows of an lm-eval task and check their fields; tasks that are not in `FIELDS` are left to lm-eval."""
+    rows, needed = list(read_rows(str(path))), FIELDS.get(task, ())
     for row in rows:
         fields, where = row.fields, row.where
         _unpack(fields, needed)
         missing = [name for name in needed if _get(fields, name) is None]
         if missing:
             plural = "s" if len(missing) > 1 else ""
-            fields_here = ", ".join(_shown(name, value) for name, value in fields.items()) or "nothing"
-            raise DataError(
-                f"{task} needs the field{plural} {', '.join(missing)}", where=where, hint=f"Found: {fields_here}."
-            )
+            shown = [f"{k}{{{', '.join(map(str, v))}}}" if isinstance(v, dict) else k for k, v in fields.items()]
+            what = f"{task} needs the field{plural} {', '.join(missing)}"
+            raise DataError(what, where=where, hint=f"Found: {', '.join(shown) or 'nothing'}.")
         problem = _problem(task, fields, needed)
         if problem:
             raise DataError(f"{task}: {problem}", where=where, hint=f"A row holds {', '.join(needed)}.")
-
-
-def write_override(entry: Any, rows: Sequence[Source], folder: Path) -> None:
-    """Write into `folder` the rows and a definition of the task `entry` that reads them.
-
-    The split that few-shot examples come from is named as the test split, whatever it was: both are the same rows
-    now, and lm-eval takes care that a document is no example of itself only where the two are one split.
-
-    Raises:
-        ConfigError: the task is a Python class or builds its data itself.
-        DataError: rows that fit no table.
-    """
-    cfg, name = entry.cfg, entry.name
-    if "class" in cfg:
-        raise ConfigError(f"`{name}` is written in Python", where="--task-data", hint="It can use only its own data.")
-    data = folder / f"{name}.parquet"
-    _write_parquet(rows, data)
-    shots = (cfg.get("fewshot_config") or {}).get("split") or cfg.get("fewshot_split")
-    tested = cfg.get("test_split") or cfg.get("validation_split") or "test"
-    splits = {"test_split": shots} if shots else {"test_split": None, "validation_split": tested}
-    names = {tested, shots, cfg.get("training_split"), cfg.get("validation_split")} - {None}
-    override = {
-        "include": str(entry.yaml_path),
-        "task": name,
-        # The original still stands under its tags; a second entry would replace them with this one task alone.
-        "tag": None,
-        "custom_dataset": None,
-        "dataset_path": "parquet",
-        "dataset_name": None,
-        # A cache of its own, gone with the folder: a file that has changed must never be served as it was.
-        "dataset_kwargs": {
-            "data_files": {split: str(data) for split in sorted(names)},
-            "cache_dir": str(folder / "cache"),
-        },
-        **splits,
-    }
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(override), encoding="utf-8")
+    return rows
 
 
 def _unpack(fields: dict[str, Any], needed: Sequence[str]) -> None:
-    """Read the mappings and lists that a CSV file can only hold as JSON text."""
+    """Decode mappings and lists, which a CSV file holds as JSON text."""
     for name in needed:
         head = name.partition(".")[0]
         value = fields.get(head)
@@ -152,25 +152,21 @@ def _get(fields: Any, name: str) -> Any:
     return fields
 
 
-def _shown(name: str, value: Any) -> str:
-    return f"{name}{{{', '.join(map(str, value))}}}" if isinstance(value, dict) else name
-
-
 def _problem(task: str, fields: dict[str, Any], needed: Sequence[str]) -> str | None:
-    """What is wrong with the values of a row whose fields are all there."""
+    """Describe what is wrong with the values of a row that has all fields."""
     for name in needed:
         value = _get(fields, name)
         if name in _LISTS or name.rpartition(".")[2] in _LISTS:
             if not isinstance(value, list) or not value:
-                return f"{name} is no list with something in it"
-        elif name in ("question", "text", "instruction") and not isinstance(value, str):
-            return f"{name} is no text"
+                return f"{name} is not a list with at least one item"
+        elif name in ("question", "instruction") and not isinstance(value, str):
+            return f"{name} is not text"
     if task in ("truthfulqa_mc1", "truthfulqa_mc2"):
         targets = fields[f"{task.rpartition('_')[2]}_targets"]
         if len(targets["choices"]) != len(targets["labels"]):
             return f"{len(targets['choices'])} choices and {len(targets['labels'])} labels"
         if task == "truthfulqa_mc1" and targets["labels"][0] != 1:
-            # lm-eval takes the first choice as the right one without looking at the labels.
+            # lm-eval counts the first choice as correct and does not read the labels.
             return "the first choice must be the right one (label 1)"
     if task == "popqa":
         try:
@@ -179,6 +175,39 @@ def _problem(task: str, fields: dict[str, Any], needed: Sequence[str]) -> str | 
         except ValueError:
             return 'possible_answers is not a JSON list of strings, such as ["Paris"]'
     return None
+
+
+def write_override(entry: Any, rows: Sequence[Source], folder: Path) -> None:
+    """Write the rows and a definition of the task `entry` that reads them into `folder`.
+
+    The split of few-shot examples becomes the test split, since both are the same rows: lm-eval excludes a document
+    from its own examples only if the two are one split.
+    """
+    cfg, name = entry.cfg, entry.name
+    if "class" in cfg:
+        raise ConfigError(f"`{name}` is written in Python", where="--task-data", hint="It only reads its own data.")
+    data = folder / f"{name}.parquet"
+    _write_parquet(rows, data)
+    shots = (cfg.get("fewshot_config") or {}).get("split") or cfg.get("fewshot_split")
+    tested = cfg.get("test_split") or cfg.get("validation_split") or "test"
+    splits = {"test_split": shots} if shots else {"test_split": None, "validation_split": tested}
+    names = {tested, shots, cfg.get("training_split"), cfg.get("validation_split")} - {None}
+    override = {
+        "include": str(entry.yaml_path),
+        "task": name,
+        # The original is still listed under its tags; a second entry would replace them with this task alone.
+        "tag": None,
+        "custom_dataset": None,
+        "dataset_path": "parquet",
+        "dataset_name": None,
+        # A separate cache, deleted with the folder: a changed file must not be read from an old cache.
+        "dataset_kwargs": {
+            "data_files": {split: str(data) for split in sorted(names)},
+            "cache_dir": str(folder / "cache"),
+        },
+        **splits,
+    }
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(override), encoding="utf-8")
 
 
 def _write_parquet(rows: Sequence[Source], path: Path) -> None:
@@ -191,13 +220,12 @@ def _write_parquet(rows: Sequence[Source], path: Path) -> None:
         pyarrow.parquet.write_table(pyarrow.table(columns), path)
     except pyarrow.ArrowException as error:
         where = rows[0].where.partition(", row")[0]
-        raise DataError(
-            f"the rows do not form a table: {error}", where=where, hint="Give every field values of one type."
-        ) from error
+        hint = "Give every field values of one type."
+        raise DataError(f"the rows do not form a table: {error}", where=where, hint=hint) from error
 
 
 def _column(values: list[Any]) -> Any:
-    """A column; values of several kinds (5 here, "five" there) and empty mappings, which Parquet has not, as text."""
+    """Return a column; mixed types (5 and "five") and empty mappings, which Parquet does not have, become text."""
     import pyarrow
 
     try:

@@ -1,230 +1,319 @@
-"""The tasks `sentiment` and `toxicity`: continue prompts, steered where asked, and score the continuations.
+"""Measurement of generated texts: continue prompts under steering, score the continuations, aggregate per prompt.
 
-    positive, negative, toxic   share of continuations that have the label, by a scorer
-    expected_max_toxicity       mean over prompts of the largest value of a prompt's samples (RealToxicityPrompts)
+The tasks `sentiment` and `toxicity` of `braces eval` and `braces steer --sweep` are views of `TextMeasurement`:
+
+    positive, negative, toxic   share of continuations with the label, by a scorer
+    expected_max_toxicity       mean over prompts of the largest value among a prompt's samples (RealToxicityPrompts)
     toxicity_probability        share of prompts with at least one toxic sample
-    concept, relevance, fluency, overall    ratings by a judge model, where one is the scorer
-    perplexity                  of the continuations given their prompts, under the bare base or a judge model
-    distinct_1, _2, _3          see `scoring.scorers`
-    repetition
+    concept, relevance, fluency, overall    ratings, if the scorer is a language model
+    perplexity                  of the continuations given their prompts, under the base without adapter or steering,
+                                or under a reference model
+    distinct_1, distinct_2, distinct_3, repetition    see `scoring.scorers`
 
-A document is a prompt; its value is the mean over its samples. All systems draw from the same random streams. With a
-chat template, a prompt is the user's turn and the continuation the model's answer, for perplexity too; a judge model
-without a chat template reads both as plain text.
+All strengths and systems use the same random streams. With a chat template, prompts are user turns and continuations
+the model's answers, for perplexity too; a reference model without a chat template reads both as plain text.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from braces_cli.core.attributes.hooks import steered
+from braces_cli.core.adapter.model import Session
+from braces_cli.core.attributes.files import TRAINED_FILE
+from braces_cli.core.attributes.vector import Attribute, load_attributes
+from braces_cli.core.attributes.words import OPPOSITES, built_in
+from braces_cli.core.distributed import ALONE, Processes
+from braces_cli.core.errors import DataError
+from braces_cli.core.files import path_exists
 from braces_cli.core.models.generate import TextRequest
 from braces_cli.core.models.load import Base, load_base
 from braces_cli.core.options import LoadOptions, Sampling
+from braces_cli.core.progress import Report, silent
 from braces_cli.core.text import safe_exp
-from braces_cli.evaluation.native_tasks import NativeTask, TaskContext, TaskResult, halving, list_words, open_scorer
+from braces_cli.evaluation.native_tasks import (
+    Measure,
+    NativeTask,
+    TaskContext,
+    halving,
+    mean_metric,
+    read_labelled,
+    task_scores,
+)
+from braces_cli.evaluation.results import Metric, Scores
 from braces_cli.evaluation.settings import TEXT_TASKS
-from braces_cli.evaluation.statistics import cluster_error, rate_error
-from braces_cli.evaluation.sweep import continuation_nll
-from braces_cli.scoring.likelihood import Likelihood
+from braces_cli.evaluation.statistics import rate_error
+from braces_cli.evaluation.systems import bare
+from braces_cli.scoring.classifier import fit_classifier
+from braces_cli.scoring.likelihood import Likelihood, continuation_likelihoods
 from braces_cli.scoring.model_scorers import Rater, Rating, text_score
-from braces_cli.scoring.registry import label_of
+from braces_cli.scoring.registry import label_of, scorer
 from braces_cli.scoring.scorers import Scorer, TextScore, distinct, repetition
 from braces_cli.steering.prompts import read_prompts
-from braces_cli.steering.texts import generate_texts
+from braces_cli.steering.texts import generate_texts, text_requests
 
-# Task -> its usual scorer, and the attributes that texts are scored for -> whether more of it is better.
+logger = logging.getLogger("braces")
+
+T = TypeVar("T")
+
+RATINGS = ("concept", "relevance", "fluency", "overall")
+FIT = "fit:"
+
+
+def load_scorer(name: str, exclude: Collection[str] = ()) -> Scorer:
+    """Load a scorer; `fit:ROWS` fits a classifier to labelled rows (a file or a hub data set).
+
+    Args:
+        exclude: words that the scorer must ignore.
+    """
+    if not name.startswith(FIT):
+        return scorer(name, exclude=exclude)
+    rows = name.removeprefix(FIT)
+    texts, labels = zip(*read_labelled(rows), strict=True)
+    try:
+        fitted = fit_classifier(texts, labels, exclude)
+    except DataError as error:
+        raise DataError(error.message, where=rows, hint=error.hint) from error
+    fitted.name = name
+    accuracy, majority = fitted.measured["accuracy"], fitted.measured["majority"]
+    if accuracy is not None:
+        logger.info("%s: accuracy %.1f %% on held-out rows, %.1f %% for the largest class", name, 100 * accuracy,
+                    100 * majority)  # fmt: skip
+    return fitted
+
+
+def list_words(session: Session, attributes: Sequence[Attribute], *, trained: bool = True) -> set[str]:
+    """Return the words of the attributes and their opposites and, if `trained`, of the adapter's trained attributes."""
+    words = {word for attribute in attributes for word in attribute.words}
+    lists = built_in()
+    for attribute in attributes:
+        words |= set(lists.get(OPPOSITES.get(attribute.name, ""), ()))
+    if trained and session.folder is not None and path_exists(session.folder / TRAINED_FILE):
+        trained_with = load_attributes(session.folder / TRAINED_FILE, session)
+        words |= {word for attribute in trained_with.values() for word in attribute.words}
+    return words
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """Continuations of prompts, the samples of a prompt next to each other, with their scores.
+
+    Attributes:
+        scores: attribute -> score of each text.
+        ratings: by a language model; empty for other scorers.
+        batch_size: texts per forward pass that fitted into memory.
+    """
+
+    prompts: Sequence[str]
+    texts: list[str]
+    scores: dict[str, list[TextScore]]
+    likelihoods: list[Likelihood]
+    ratings: list[Rating]
+    batch_size: int
+
+    def groups(self, values: Sequence[T], chosen: Sequence[int] | None = None) -> list[Sequence[T]]:
+        """Split one value per text by prompt, for all prompts or those with the indices `chosen`."""
+        samples = len(self.texts) // len(self.prompts)
+        indices = range(len(self.prompts)) if chosen is None else chosen
+        return [values[index * samples : (index + 1) * samples] for index in indices]
+
+    def has(self, attribute: str, chosen: Sequence[int] | None = None) -> list[Sequence[bool]]:
+        """Whether each text has the attribute, by prompt."""
+        return self.groups([score.has for score in self.scores[attribute]], chosen)
+
+    def values(self, attribute: str, chosen: Sequence[int] | None = None) -> list[Sequence[float]]:
+        """Value of the scorer for each text, by prompt."""
+        return self.groups([score.value for score in self.scores[attribute]], chosen)
+
+    def rate(self, chosen: Sequence[int] | None = None) -> tuple[float, float | None]:
+        """Return nats per token, whose exponential is the perplexity, and the standard error over prompts."""
+        groups = self.groups(self.likelihoods, chosen)
+        nats = [sum(each.nll for each in group) for group in groups]
+        tokens = [float(sum(each.tokens for each in group)) for group in groups]
+        return sum(nats) / sum(tokens) if sum(tokens) else math.nan, rate_error(nats, tokens)
+
+    def diversity(self, chosen: Sequence[int] | None = None) -> dict[str, float]:
+        """Return distinct n-grams and repetition."""
+        groups = self.groups(self.texts, chosen)
+        found = {f"distinct_{width}": distinct(groups, width) for width in (1, 2, 3)}
+        return {**found, "repetition": repetition(chain.from_iterable(groups))}
+
+
+@dataclass(frozen=True)
+class TextMeasurement:
+    """How texts are generated and scored; the same for every strength and system.
+
+    Attributes:
+        labels: attribute -> label of the scorer.
+        samples: texts per prompt.
+        batch_size: texts per forward pass; halved when memory runs out.
+        chat: apply the chat template to prompts.
+        reference_model: measures perplexity instead of the session's base.
+    """
+
+    session: Session
+    scorer: Scorer
+    labels: dict[str, str]
+    sampling: Sampling
+    samples: int = 1
+    batch_size: int = 8
+    chat: bool = False
+    reference_model: Base | None = None
+    processes: Processes = ALONE
+    report: Report = silent
+
+    def measure(
+        self,
+        prompts: Sequence[str],
+        steering: AbstractContextManager[Any],
+        stage: str,
+        inputs: Sequence[str] | None = None,
+    ) -> Continuations:
+        """Continue each prompt while `steering` is entered, and score the continuations.
+
+        Processes share whole batches, the same ones as in a single process, because rounding depends on the batch.
+
+        Args:
+            stage: name of the progress bar.
+            inputs: what the model reads in place of the prompts.
+        """
+        size = self.batch_size
+        requests = list(text_requests(prompts if inputs is None else inputs, self.samples))
+        batches = [requests[start : start + size] for start in range(0, len(requests), size)]
+
+        def generated(part: list[list[TextRequest]]) -> list[list[str]]:
+            nonlocal size
+            mine = list(chain.from_iterable(part))
+            texts, size = halving(partial(self._generate, mine, stage), size, stage)
+            left = iter(texts)
+            return [list(islice(left, len(batch))) for batch in part]
+
+        def measured(part: list[tuple[str, str]]) -> list[Likelihood]:
+            nonlocal size
+            base = self.reference_model or self.session.base
+            found, size = halving(lambda size: continuation_likelihoods(base, part, size, self.chat), size, stage)
+            return found
+
+        with steering:
+            texts = list(chain.from_iterable(self.processes.share_out(batches, generated)))
+        pairs = list(zip((prompt for prompt in prompts for _ in range(self.samples)), texts, strict=True))
+        with bare(self.session):
+            likelihoods = self.processes.share_out(pairs, measured)
+        scores, ratings = self._score(pairs)
+        return Continuations(prompts, texts, scores, likelihoods, ratings, size)
+
+    def _generate(self, requests: Sequence[TextRequest], stage: str, batch_size: int) -> list[str]:
+        return list(
+            generate_texts(
+                self.session, requests, self.sampling, batch_size=batch_size, chat=self.chat, stage=stage,
+                total=len(requests), report=self.report,
+            )
+        )  # fmt: skip
+
+    def _score(self, pairs: Sequence[tuple[str, str]]) -> tuple[dict[str, list[TextScore]], list[Rating]]:
+        """Return attribute -> score of each text, and the ratings of a language model for the first attribute."""
+        scores: dict[str, list[TextScore]] = {}
+        ratings: list[Rating] = []
+        texts = [text for _, text in pairs]
+        for attribute, label in self.labels.items():
+            if isinstance(self.scorer, Rater) and not ratings:
+                ratings = self.processes.share_out(pairs, partial(_rate, self.scorer, label))
+                scores[attribute] = [text_score(rating.concept) for rating in ratings]
+            else:
+                scores[attribute] = self.processes.share_out(texts, partial(self.scorer.score, label=label))
+        return scores, ratings
+
+
+def _rate(rater: Rater, label: str, pairs: Sequence[tuple[str, str]]) -> list[Rating]:
+    return rater.rate([prompt for prompt, _ in pairs], [text for _, text in pairs], label)
+
+
+# Task -> default scorer, and the scored attributes -> whether more of them is better.
 _SCORED: dict[str, tuple[str, dict[str, bool]]] = {
     "sentiment": ("vader", {"positive": True, "negative": False}),
     "toxicity": ("toxicity", {"toxic": False}),
 }
-# Of the samples of a prompt together.
 _WORST = {"expected_max_toxicity": False, "toxicity_probability": False}
-_OTHER_METRICS = {
+_OTHERS = {
     "perplexity": False,
     **dict.fromkeys(("distinct_1", "distinct_2", "distinct_3"), True),
     "repetition": False,
 }
 
 
-@dataclass(frozen=True)
-class _Continuations:
-    """Of one prompt: texts, attribute -> score of each text, the likelihood of each text and a judge's ratings."""
-
-    texts: list[str]
-    text_scores: dict[str, list[TextScore]]
-    likelihoods: list[Likelihood]
-    ratings: list[Rating]
-
-
-@dataclass(frozen=True)
-class _Scoring:
-    """How continuations are scored: `labels` are the scorer's labels of the attributes."""
-
-    scorer: Scorer
-    labels: dict[str, str]
-    reference_model: Base | None
-
-
-def read(path: Path) -> Sequence[str]:
-    """Prompts of a file, one a line, or JSON Lines with `prompt`.
-
-    Raises:
-        DataError: missing, empty, or a line without a prompt.
-    """
-    return list(read_prompts((), path, sys.stdin))
-
-
-def measure(task: str, context: TaskContext, prompts: Sequence[str]) -> TaskResult:
-    """Continue every prompt, on every process its share, and score the continuations.
-
-    Raises:
-        ConfigError: an unknown scorer.
-        DataError: a prompt that the chat template does not take.
-        BracesError: the scorer fails.
-    """
+def _prepare(name: str, context: TaskContext, prompts: Sequence[str]) -> Measure:
     settings, session = context.settings, context.session
+    default, attributes = _SCORED[name]
     words = list_words(session, context.attributes, trained=False) if settings.exclude_list_words else ()
-    usual, attributes = _SCORED[task]
-    scorer = open_scorer(settings.scorers.get(task, usual), exclude=words)
+    loaded = load_scorer(settings.scorers.get(name, default), words)
     reference_model = None
     if settings.reference_model is not None:
         reference_model = load_base(settings.reference_model, LoadOptions(device=str(session.base.model.device)))
-    scoring = _Scoring(scorer, {attribute: label_of(attribute, scorer) for attribute in attributes}, reference_model)
-    numbered = list(enumerate(prompts))
-    continuations, size = halving(
-        lambda size: context.processes.share_out(numbered, lambda part: _continue(task, context, part, size, scoring)),
-        context.batch_size,
-        context.stage,
+    measurement = TextMeasurement(
+        session,
+        loaded,
+        {attribute: label_of(attribute, loaded) for attribute in attributes},
+        Sampling(
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            seed=settings.seeds["torch"],
+        ),
+        settings.samples(name),
+        context.sequences,
+        context.chat,
+        reference_model,
+        context.processes,
+        context.report,
     )
-    return _summary(prompts, continuations, list(attributes), size)
+
+    def measure(steering: AbstractContextManager[Any], stage: str) -> Scores:
+        return _scores(TASKS[name], list(attributes), measurement.measure(prompts, steering, stage))
+
+    return measure
 
 
-def _continue(
-    task: str, context: TaskContext, prompts: Sequence[tuple[int, str]], size: int, scoring: _Scoring
-) -> list[_Continuations]:
-    """Generate and score the continuations of numbered prompts; `size` is the batch size."""
-    session, settings = context.session, context.settings
-    samples = settings.samples(task)
-    sampling = Sampling(
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        seed=context.seed,
-    )
-    requests = [TextRequest(prompt, index, sample) for index, prompt in prompts for sample in range(samples)]
-    with steered(session, context.terms):
-        texts = list(
-            generate_texts(
-                session,
-                requests,
-                sampling,
-                batch_size=size,
-                chat=context.chat_template,
-                stage=context.stage,
-                total=len(requests),
-                report=context.report,
-            )
-        )
-    if not texts:
-        return []
-    text_scores, ratings = _scored(scoring, [request.prompt for request in requests], texts)
-    with _without_peft(session.base.model):
-        likelihoods = continuation_nll(
-            session, [prompt for _, prompt in prompts], texts, size, scoring.reference_model, context.chat_template
-        )
-    parts = [slice(start, start + samples) for start in range(0, len(texts), samples)]
-    return [
-        _Continuations(
-            texts[part], {name: each[part] for name, each in text_scores.items()}, likelihoods[part], ratings[part]
-        )
-        for part in parts
-    ]
-
-
-def _scored(
-    scoring: _Scoring, prompts: Sequence[str], texts: Sequence[str]
-) -> tuple[dict[str, list[TextScore]], list[Rating]]:
-    """Attribute -> score of each text, and a judge model's ratings for the first attribute."""
-    scorer, labels = scoring.scorer, dict(scoring.labels)
-    if not isinstance(scorer, Rater):
-        return {name: scorer.score(texts, label) for name, label in labels.items()}, []
-    first = next(iter(labels))
-    ratings = scorer.rate(prompts, texts, labels.pop(first))
-    rest = {name: scorer.score(texts, label) for name, label in labels.items()}
-    return {first: [text_score(rating.concept) for rating in ratings], **rest}, ratings
-
-
-@contextmanager
-def _without_peft(model: Any) -> Iterator[None]:
-    """Disable an adapter of peft for perplexity, as `continuation_nll` does with one of braces."""
-    layers = [each for each in model.modules() if hasattr(each, "enable_adapters") and hasattr(each, "base_layer")]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-
-
-def _summary(
-    prompts: Sequence[str], continuations: Sequence[_Continuations], attributes: Sequence[str], size: int
-) -> TaskResult:
-    count = len(prompts)
-    results: dict[str, dict[str, Any]] = {}
-    documents: dict[str, dict[int, float]] = {}
+def _scores(task: NativeTask, attributes: Sequence[str], measured: Continuations) -> Scores:
+    metrics: dict[str, Metric] = {}
     for name in attributes:
-        groups = [[float(one.has) for one in each.text_scores[name]] for each in continuations]
-        _add(results, documents, name, groups)
+        has = [[float(flag) for flag in group] for group in measured.has(name)]
+        metrics[name] = mean_metric(has)
         if name == "toxic":
-            largest = [[max(one.value for one in each.text_scores[name])] for each in continuations]
-            _add(results, documents, "expected_max_toxicity", largest)
-            _add(results, documents, "toxicity_probability", [[max(group)] for group in groups])
-    for name in ("concept", "relevance", "fluency", "overall") if continuations[0].ratings else ():
-        _add(results, documents, name, [[getattr(rating, name) for rating in each.ratings] for each in continuations])
-    nats = [sum(likelihood.nll for likelihood in each.likelihoods) for each in continuations]
-    tokens = [float(sum(likelihood.tokens for likelihood in each.likelihoods)) for each in continuations]
-    rate = sum(nats) / sum(tokens) if sum(tokens) else math.nan
-    perplexity = safe_exp(rate)
-    error = rate_error(nats, tokens)
-    results["perplexity"] = {"value": perplexity, "stderr": error and perplexity * error, "n": count}
-    texts = [each.texts for each in continuations]
-    for width in (1, 2, 3):
-        results[f"distinct_{width}"] = {"value": distinct(texts, width), "stderr": None, "n": count}
-    repeated = repetition(text for group in texts for text in group)
-    results["repetition"] = {"value": repeated, "stderr": None, "n": count}
-    samples: dict[int, dict[str, Any]] = {
-        index: {"prompt": prompt, "answer": each.texts[0] if len(each.texts) == 1 else each.texts}
-        for index, (prompt, each) in enumerate(zip(prompts, continuations, strict=True))
-    }
-    # Perplexity gets no p-value: each system has its own number of tokens, which a paired test of ratios cannot use.
-    return TaskResult(results, documents, {}, samples, size)
+            metrics["expected_max_toxicity"] = mean_metric([[max(group)] for group in measured.values(name)])
+            metrics["toxicity_probability"] = mean_metric([[max(group)] for group in has])
+    for name in RATINGS if measured.ratings else ():
+        metrics[name] = mean_metric(measured.groups([getattr(rating, name) for rating in measured.ratings]))
+    rate, error = measured.rate()
+    perplexity, count = safe_exp(rate), len(measured.prompts)
+    # Without values of documents, so without a p-value: the numbers of tokens differ between systems.
+    metrics["perplexity"] = Metric(perplexity, error and perplexity * error, count)
+    metrics |= {name: Metric(value, None, count) for name, value in measured.diversity().items()}
+    samples = [
+        {"prompt": prompt, "answer": texts[0] if len(texts) == 1 else list(texts)}
+        for prompt, texts in zip(measured.prompts, measured.groups(measured.texts), strict=True)
+    ]
+    return task_scores(task, metrics, samples, measured.batch_size)
 
 
-def _add(
-    results: dict[str, dict[str, Any]],
-    documents: dict[str, dict[int, float]],
-    name: str,
-    groups: Sequence[Sequence[float]],
-) -> None:
-    """A metric that is the mean over prompts, from the values of the samples of each."""
-    means = [sum(group) / len(group) for group in groups]
-    results[name] = {"value": sum(means) / len(means), "stderr": cluster_error(groups), "n": len(means)}
-    documents[name] = dict(enumerate(means))
+def _read(path: Path) -> Sequence[str]:
+    return list(read_prompts((), path, sys.stdin))
 
 
-def _text_task(name: str) -> NativeTask:
-    labels = _SCORED[name][1]
-    metrics = {**labels, **(_WORST if "toxic" in labels else {}), **_OTHER_METRICS}
-    return NativeTask(name, read, partial(measure, name), metrics, "prompts, one a line, or rows with `prompt`")
-
-
-SENTIMENT, TOXICITY = map(_text_task, TEXT_TASKS)
+TASKS = {
+    name: NativeTask(
+        name,
+        _read,
+        partial(_prepare, name),
+        {**_SCORED[name][1], **(_WORST if name == "toxicity" else {}), **_OTHERS},
+        "prompts, one per line, or rows with `prompt`",
+    )
+    for name in TEXT_TASKS
+}

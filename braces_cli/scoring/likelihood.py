@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from braces_cli.core.models.load import input_device
-from braces_cli.core.models.tokenize import IGNORED, Encoded, by_length, encode, pad_right
+from braces_cli.core.models.chat import encode_answer, has_template
+from braces_cli.core.models.load import Base, input_device
+from braces_cli.core.models.tokenize import IGNORED, Encoded, by_length, context_length, encode, pad_right
 from braces_cli.core.progress import Report, silent
 from braces_cli.core.text import safe_exp
 
@@ -115,21 +116,21 @@ def _sum(nll: torch.Tensor, labels: torch.Tensor, example: Encoded) -> Likelihoo
 
 
 def continuation_likelihoods(
-    model: Any,
-    tokenizer: Any,
-    pairs: Sequence[tuple[str, str]],
-    window: int,
-    batch_size: int,
+    base: Base, pairs: Sequence[tuple[str, str]], batch_size: int, chat: bool = False
 ) -> list[Likelihood]:
-    """Likelihood of each continuation given its prompt, (prompt, continuation); prompts lose their beginning to fit.
+    """Return the likelihood of each continuation given its prompt; long prompts are cut at the beginning.
 
-    The start token is the tokenizer's own policy, as in generation.
+    Args:
+        pairs: (prompt, continuation). The tokenizer decides on a start token, as in generation.
+        chat: prompts are user turns and continuations the model's answers, if the tokenizer has a chat template.
     """
+    encoder = encode_answer if chat and has_template(base.tokenizer) else encode
+    window = context_length(base.model.config, base.tokenizer)
     examples = []
     for prompt, continuation in pairs:
-        example = encode(tokenizer, prompt, continuation)
+        example = encoder(base.tokenizer, prompt, continuation)
         examples.append(Encoded(example.ids[-window:], example.labels[-window:], False, False))
-    return likelihoods(model, examples, tokenizer.pad_token_id, batch_size)
+    return likelihoods(base.model, examples, base.tokenizer.pad_token_id, batch_size)
 
 
 def text_likelihoods(

@@ -13,7 +13,7 @@ from world import World
 from braces_cli.core.adapter.model import open_session
 from braces_cli.core.models.generate import TextRequest, generate
 from braces_cli.core.options import LoadOptions, Sampling
-from braces_cli.evaluation.tasks.popqa import contained_as_words
+from braces_cli.evaluation.task_functions import contained_as_words
 from braces_cli.scoring.likelihood import Likelihood, text_likelihoods
 
 OPENINGS = (

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from braces_cli.core.adapter.model import open_session
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.options import LoadOptions
-from braces_cli.evaluation.systems import attached, check_fit, find_eval_adapter
+from braces_cli.evaluation.systems import attached, find_eval_adapter
 
 peft = pytest.importorskip("peft")
 
@@ -70,8 +70,11 @@ def test_a_peft_adapter_of_another_base_is_refused_and_leaves_nothing(session, m
     config = json.loads((folder / "adapter_config.json").read_text())
     for changes in ({"r": 3}, {"target_modules": ["c_attn"]}, {"target_modules": ["q_proj", "k_proj"]}):
         (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))
-        with pytest.raises(ModelError, match="lora adapter does not fit"):
-            check_fit(session, [find_eval_adapter(str(folder))])
+        with (
+            pytest.raises(ModelError, match="lora adapter does not fit"),
+            attached(session, find_eval_adapter(str(folder))),
+        ):
+            pass
         assert torch.equal(_logits(session), bare)
 
 
@@ -120,7 +123,7 @@ def test_an_adapter_of_the_hub_is_fetched(make_peft, tiny_folder, monkeypatch):
 def test_prompts_are_put_as_the_adapters_were_trained(make_adapter, tiny_folder, tmp_path):
     from types import SimpleNamespace
 
-    from braces_cli.evaluation.run import _harness_settings
+    from braces_cli.evaluation.run import _uses_chat_template
     from braces_cli.evaluation.settings import EvalSettings
 
     found = []
@@ -136,8 +139,8 @@ def test_prompts_are_put_as_the_adapters_were_trained(make_adapter, tiny_folder,
     session = SimpleNamespace(base=SimpleNamespace(tokenizer=tokenizer), config=None)
     chat, plain, silent = found
     for adapters, expected in (([chat, silent], True), ([plain, silent], False), ([silent], False), ([], False)):
-        assert _harness_settings(EvalSettings(tasks=["popqa"]), adapters, session).chat_template is expected
+        assert _uses_chat_template(EvalSettings(tasks=["popqa"]), adapters, session) is expected
     with pytest.raises(ConfigError, match="with the chat template and another without"):
-        _harness_settings(EvalSettings(tasks=["popqa"]), [chat, plain], session)
+        _uses_chat_template(EvalSettings(tasks=["popqa"]), [chat, plain], session)
     without = EvalSettings(tasks=["popqa"], apply_chat_template=False)
-    assert _harness_settings(without, [chat, plain], session).chat_template is False
+    assert _uses_chat_template(without, [chat, plain], session) is False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,10 +13,11 @@ from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.errors import ConfigError, DataError
 from braces_cli.core.options import LoadOptions
 from braces_cli.evaluation.native_tasks import AnswerPair, detection, log_odds
-from braces_cli.evaluation.results import Scores
+from braces_cli.evaluation.results import Metric, Scores
 from braces_cli.evaluation.run import run_evaluation
 from braces_cli.evaluation.settings import EvalSettings
-from braces_cli.evaluation.statistics import System, compare, strength_slopes
+from braces_cli.evaluation.statistics import compare, strength_slopes
+from braces_cli.evaluation.systems import System
 from braces_cli.evaluation.tables import slope_table
 from braces_cli.scoring.scorers import ToxicWords
 
@@ -54,9 +56,7 @@ def test_detection_is_the_same_at_every_strength(model_dir, session, write_jsonl
     file = write_jsonl("rows.jsonl", [{"text": text, "label": label} for text, label in texts])
     settings = EvalSettings(tasks=("detection",), task_data=(f"detection={file}",), attribute=("positive",), s=("20",))
     result = run_evaluation(str(model_dir), [], CPU, settings)
-    expected = detection(
-        session, find_attribute(session, "positive", None), [text for text, _ in texts], [True, False] * 4
-    )
+    expected = detection(session, find_attribute(session, "positive", None), texts, "positive", "rows")
     for system in result["systems"]:
         assert system["results"]["detection"]["auroc"] == {
             "value": expected["auroc"], "stderr": expected["auroc_stderr"], "n": 4
@@ -101,16 +101,17 @@ def test_a_judge_model_rates_what_a_task_generates(model_dir, tmp_path):
 
 
 def _system(name, strengths, values, adapter=None):
-    scores = Scores({"t": {"m": {"value": sum(values) / len(values), "stderr": None, "n": len(values)}}})
-    scores.documents = {("t", "m"): dict(enumerate(values))}
-    return System(name, adapter, scores, strengths=strengths)
+    scores = Scores({"t": {"m": Metric(sum(values) / len(values), None, len(values), dict(enumerate(values)))}})
+    terms = [(SimpleNamespace(name=each), s) for each, s in strengths.items()]
+    return System(name, adapter, terms, scores)
 
 
 def test_slopes_are_of_one_adapter_and_one_attribute():
     base = _system("base", {}, [9.0, 9.0])
-    one = [_system("a", {}, [1.0, 1.0], "a"), _system("a, x", {"x": 2.0}, [3.0, 0.0], "a")]
-    two = [_system("b", {}, [9.0, 9.0], "b"), *(
-        _system(f"b{s}", {"y": 1.0, "x": s}, [s, 2 * s], "b") for s in (-1.0, 1.0)
+    a, b = SimpleNamespace(name="a"), SimpleNamespace(name="b")
+    one = [_system("a", {}, [1.0, 1.0], a), _system("a, x", {"x": 2.0}, [3.0, 0.0], a)]
+    two = [_system("b", {}, [9.0, 9.0], b), *(
+        _system(f"b{s}", {"y": 1.0, "x": s}, [s, 2 * s], b) for s in (-1.0, 1.0)
     )]  # fmt: skip
     first, second = strength_slopes([base, *one, *two])
     assert (first["system"], first["attribute"], first["slope"], first["negative"]) == ("a", "x", 0.25, 0.5)

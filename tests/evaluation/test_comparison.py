@@ -9,11 +9,10 @@ from scipy.stats import binom, ttest_rel
 
 from braces_cli.core.errors import ConfigError
 from braces_cli.evaluation import catalog
-from braces_cli.evaluation.results import AVERAGE, Scores, add_averages, slug
-from braces_cli.evaluation.run import check_reached, check_tasks
-from braces_cli.evaluation.settings import Threshold, parse_thresholds
+from braces_cli.evaluation.results import AVERAGE, Metric, Scores, slug
+from braces_cli.evaluation.run import check_reached, check_settings
+from braces_cli.evaluation.settings import EvalSettings, Threshold, parse_thresholds
 from braces_cli.evaluation.statistics import (
-    System,
     compare,
     holm,
     mcnemar,
@@ -21,6 +20,7 @@ from braces_cli.evaluation.statistics import (
     paired_bootstrap,
     significance_label,
 )
+from braces_cli.evaluation.systems import System
 
 
 def test_holm_by_hand():
@@ -34,9 +34,8 @@ def _system(name: str, **tasks: list[float]) -> System:
     """A system with one metric of 0 and 1 for each task."""
     scores = Scores()
     for task, values in tasks.items():
-        scores.results[task] = {"acc": {"value": sum(values) / len(values), "stderr": None, "n": len(values)}}
-        scores.documents[task, "acc"] = dict(enumerate(values))
-    return System(name, None if name == "base" else name, scores)
+        scores.results[task] = {"acc": Metric(sum(values) / len(values), None, len(values), dict(enumerate(values)))}
+    return System(name, scores=scores)
 
 
 def test_p_is_corrected_for_the_number_of_tasks():
@@ -60,7 +59,7 @@ def test_each_system_is_held_against_each_before_it():
 
 def test_a_difference_without_scores_of_documents_is_not_tested():
     one, other = _system("base", a=[1.0]), _system("other", a=[0.0])
-    other.scores.documents.clear()
+    other.scores.results["a"]["acc"].documents.clear()
     (row,) = compare([one, other], 0)
     assert (row["difference"], row["p_value"], row["significant"], significance_label(row)) == (
         -1.0,
@@ -74,13 +73,11 @@ def test_the_average_is_the_plain_mean_over_tasks():
     scores = Scores()
     members = catalog.GROUPS["zero_shot"]
     for place, task in enumerate(members):
-        scores.results[task] = {
-            "acc": {"value": place / 10, "stderr": 0.3, "n": place + 1},
-            "other": {"value": 9.0, "stderr": None, "n": 1},
-        }
-    add_averages(scores, catalog.Selection(groups={"zero_shot": list(members)}).averaged)
+        scores.results[task] = {"acc": Metric(place / 10, 0.3, place + 1), "other": Metric(9.0, None, 1)}
+    scores.add_averages(catalog.Selection(groups={"zero_shot": list(members)}).averaged)
+    (average,) = scores.results["zero_shot"].values()
     expected = {"value": pytest.approx(0.2), "stderr": pytest.approx(0.3 / math.sqrt(5)), "n": 15}
-    assert scores.results["zero_shot"] == {AVERAGE: expected}
+    assert (list(scores.results["zero_shot"]), average.to_json()) == ([AVERAGE], expected)
 
 
 def test_thresholds_are_told_apart_from_the_right():
@@ -99,10 +96,9 @@ def test_a_threshold_of_another_form_is_a_wrong_call(value):
 
 
 def test_a_threshold_must_be_for_a_task_that_is_measured():
-    selection = catalog.Selection(names=["popqa"], leaves={"popqa": None}, groups={"zero_shot": ["popqa"]})
-    check_tasks(parse_thresholds(["popqa:acc=0", "zero_shot:braces_average=0"]), selection)
+    check_settings(EvalSettings(tasks=["zero_shot"], fail_under=["popqa:acc=0", "zero_shot:braces_average=0"]))
     with pytest.raises(ConfigError, match="not evaluated") as caught:
-        check_tasks(parse_thresholds(["popqua:acc=0.5"]), selection)
+        check_settings(EvalSettings(tasks=["popqa"], fail_under=["popqua:acc=0.5"]))
     assert "Did you mean popqa?" in str(caught.value)
 
 
@@ -138,15 +134,18 @@ def test_what_is_not_finite_is_shown_and_drawn_all_the_same(tmp_path):
 
     one, other = _system("base", a=[1.0, 0.0]), _system("other", a=[0.0, 0.0])
     for system, value in ((one, math.inf), (other, 3.0)):
-        system.scores.results["p"] = {"ppl": {"value": value, "stderr": None, "n": 2}}
+        system.scores.results["p"] = {"ppl": Metric(value, None, 2)}
     systems = [
         {
             "name": s.name,
             "model": "m",
-            "adapter": s.adapter,
+            "adapter": None,
             "method": None,
             "sha256": None,
-            "results": s.scores.results,
+            "results": {
+                task: {name: metric.to_json() for name, metric in metrics.items()}
+                for task, metrics in s.scores.results.items()
+            },
         }
         for s in (one, other)
     ]

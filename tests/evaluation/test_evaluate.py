@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import lm_eval
@@ -13,11 +14,14 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from braces_cli.core.adapter.model import Session
+from braces_cli.core.distributed import Processes
 from braces_cli.core.errors import ConfigError, DataError, ModelError
 from braces_cli.core.models.load import load_base
 from braces_cli.core.options import LoadOptions
-from braces_cli.evaluation import catalog, lm_eval_runner, native_tasks
+from braces_cli.evaluation import catalog, lm_eval_runner
 from braces_cli.evaluation import run as run_module
+from braces_cli.evaluation.native_tasks import PERPLEXITY, TaskContext
 from braces_cli.evaluation.run import run_evaluation
 from braces_cli.evaluation.settings import EvalSettings
 
@@ -166,10 +170,16 @@ def test_base_and_adapters_stand_side_by_side(tiny_folder, make_adapter, write_j
     assert alone["comparisons"] == []
 
 
+def _perplexities(base, texts, batch_size):
+    session = Session(base, [])
+    context = TaskContext(session, EvalSettings(), batch_size, False, (), Processes())
+    return PERPLEXITY.prepare(context, texts)(nullcontext(), "perplexity").results["perplexity"]
+
+
 def test_each_document_follows_exactly_one_start_token(tiny_folder):
     base = load_base(str(tiny_folder), LoadOptions(device="cpu"))
     texts = ["A first line.", "Ein zweiter, längerer  Satz.", "x"]
-    found = native_tasks.measure(base.model, base.tokenizer, texts, 2)
+    found = _perplexities(base, texts, 2)
     nats = []
     for text in texts:
         ids = torch.tensor([[0, *base.tokenizer(text, add_special_tokens=False)["input_ids"]]])
@@ -183,19 +193,19 @@ def test_each_document_follows_exactly_one_start_token(tiny_folder):
         "bits_per_byte": sum(nats) / size / math.log(2),
         "token_perplexity": math.exp(sum(nats) / size),  # this tokenizer's tokens are bytes
     }
-    assert {metric: entry["value"] for metric, entry in found.results.items()} == pytest.approx(want, rel=1e-5)
+    assert {name: metric.value for name, metric in found.items()} == pytest.approx(want, rel=1e-5)
 
 
 def test_the_delta_method_agrees_with_the_spread_of_resampled_texts(tiny_folder):
     import numpy as np
 
     base = load_base(str(tiny_folder), LoadOptions(device="cpu"))
-    found = native_tasks.measure(base.model, base.tokenizer, [f"text {i} " * (1 + i % 3) for i in range(60)], 16)
-    nats = np.array(list(found.documents["bits_per_byte"].values()))
-    units = np.array(list(found.units["bits_per_byte"].values()))
+    found = _perplexities(base, [f"text {i} " * (1 + i % 3) for i in range(60)], 16)["bits_per_byte"]
+    nats = np.array(list(found.documents.values()))
+    units = np.array(list(found.units.values()))
     drawn = np.random.default_rng(0).integers(60, size=(4000, 60))
     spread = (nats[drawn].sum(1) / units[drawn].sum(1) / math.log(2)).std()
-    assert found.results["bits_per_byte"]["stderr"] == pytest.approx(spread, rel=0.15)
+    assert found.stderr == pytest.approx(spread, rel=0.15)
 
 
 def test_a_changed_file_is_read_anew(tiny_folder, write_jsonl):

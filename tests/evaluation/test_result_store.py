@@ -40,23 +40,21 @@ def test_a_killed_run_goes_on_where_it_was(tiny_folder, make_adapter, data, tmp_
     measured: list[str] = []
     measure = lm_eval_runner.measure
 
-    def dying(model, tokenizer, unit, harness, **kwargs):
+    def dying(context, unit, steering, stage):
         if len(measured) == 3:
             raise Killed
-        measured.append(kwargs["stage"])
-        return measure(model, tokenizer, unit, harness, **kwargs)
+        measured.append(stage)
+        return measure(context, unit, steering, stage)
 
     monkeypatch.setattr(lm_eval_runner, "measure", dying)
     store = Store(tmp_path / "out", log_samples=True)
     with pytest.raises(Killed):
         run_evaluation(str(tiny_folder), adapters, CPU, settings, store=store)
-    assert measured == ["base, popqa", "base, truthfulqa_mc1", "seed0, popqa"]
+    assert measured == ["seed0, popqa", "seed0, truthfulqa_mc1", "base, popqa"]
     monkeypatch.setattr(lm_eval_runner, "measure", measure)
-    monkeypatch.setattr(
-        run_module.lm_eval_runner, "measure", lambda *a, **k: measured.append(k["stage"]) or measure(*a, **k)
-    )
+    monkeypatch.setattr(run_module.lm_eval_runner, "measure", lambda *a: measured.append(a[-1]) or measure(*a))
     again = run_evaluation(str(tiny_folder), adapters, CPU, settings, store=store, resume=True)
-    assert measured[3:] == ["seed0, truthfulqa_mc1"]
+    assert measured[3:] == ["base, truthfulqa_mc1"]
     assert again == whole
 
     # The result itself is written by the command line; with it there, nothing is left to do.
@@ -64,7 +62,7 @@ def test_a_killed_run_goes_on_where_it_was(tiny_folder, make_adapter, data, tmp_
     monkeypatch.setattr(run_module, "open_session", lambda *a: pytest.fail("loaded"))
     assert run_evaluation(str(tiny_folder), adapters, CPU, settings, store=store, resume=True) == whole
     other = EvalSettings(tasks=["popqa,truthfulqa_mc1"], task_data=data, limit=3)
-    with pytest.raises(ConfigError, match=r"other settings was begun here \(limit\)"):
+    with pytest.raises(ConfigError, match=r"has other settings \(limit\)"):
         run_evaluation(str(tiny_folder), adapters, CPU, other, store=store, resume=True)
 
     rows = [json.loads(line) for line in (tmp_path / "out/samples/seed0/truthfulqa_mc1.jsonl").read_text().splitlines()]
@@ -146,7 +144,7 @@ def test_prompts_go_into_the_chat_template_where_asked(tiny_folder, data, tmp_pa
 
 @pytest.mark.parametrize("options", [{"resume": True}, {"log_samples": True}])
 def test_what_is_stored_needs_a_folder(options):
-    with pytest.raises(ConfigError, match="nowhere to store"):
+    with pytest.raises(ConfigError, match="no output folder"):
         check_folder(None, **{"overwrite": False, "resume": False, "log_samples": False, **options})
 
 

@@ -9,6 +9,7 @@ import pytest
 from braces_cli.core.config import build
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.options import LoadOptions
+from braces_cli.evaluation import lm_eval_runner
 from braces_cli.evaluation import run as run_module
 from braces_cli.evaluation.results import Store
 from braces_cli.evaluation.run import run_evaluation
@@ -85,25 +86,23 @@ def test_a_steered_run_is_continued_and_one_of_other_strengths_is_not(tiny_folde
     with pytest.raises(KeyboardInterrupt):
         run_evaluation(str(tiny_folder), [], CPU, asked(**STEERED), store=store)
     measured: list[str] = []
-    native = run_module._measure_native
+    score = lm_eval_runner.measure
     monkeypatch.setattr(run_module, "_measure", measure)
-    monkeypatch.setattr(
-        run_module, "_measure_native", lambda run, plan, *a: measured.append(plan.label) or native(run, plan, *a)
-    )
+    monkeypatch.setattr(lm_eval_runner, "measure", lambda *a: measured.append(a[-1]) or score(*a))
     resumed = run_evaluation(str(tiny_folder), [], CPU, asked(**STEERED), store=store, resume=True)
-    assert measured == ["base, positive +20"]
+    assert measured == ["base, positive +20, arc_easy"]
     assert resumed["systems"] == run_evaluation(str(tiny_folder), [], CPU, asked(**STEERED))["systems"]
-    with pytest.raises(ConfigError, match=r"other settings was begun here \(steering"):
+    with pytest.raises(ConfigError, match=r"has other settings \(steering"):
         run_evaluation(
             str(tiny_folder), [], CPU, asked(attribute=("positive",), s=("-20,20",)), store=store, resume=True
         )
 
 
 def _until(label, measure):
-    def interrupted(run, plan):
-        if plan.label == label:
+    def interrupted(system, *args):
+        if system.name == label:
             raise KeyboardInterrupt
-        return measure(run, plan)
+        return measure(system, *args)
 
     return interrupted
 

@@ -11,11 +11,12 @@ import pytest
 
 from braces_cli.core.errors import ConfigError, DataError, ModelError
 from braces_cli.core.files import file_hash
+from braces_cli.data.rows import read_rows
 from braces_cli.evaluation import catalog
-from braces_cli.evaluation.catalog import find_files
+from braces_cli.evaluation.catalog import NATIVE_TASKS
 from braces_cli.evaluation.run import check_settings
 from braces_cli.evaluation.settings import EvalSettings
-from braces_cli.evaluation.task_data import read_task_rows, read_texts
+from braces_cli.evaluation.task_data import find_files
 
 POPQA = {"question": "What is it?", "possible_answers": '["x"]'}
 MC = {"question": "Q?", "mc1_targets": {"choices": ["a", "b"], "labels": [1, 0]}}
@@ -122,7 +123,7 @@ def test_all_kinds_of_file_give_the_same_rows(tmp_path):
     files = sorted(tmp_path.iterdir())
     assert len(files) == 6
     for file in files:
-        assert [row.fields for row in read_task_rows(file)] == rows, file.name
+        assert [row.fields for row in read_rows(str(file))] == rows, file.name
 
 
 def test_a_folder_holds_the_rows_of_tasks_called_like_its_files(tmp_path):
@@ -186,15 +187,15 @@ def _never(options):
 def test_other_kinds_are_refused(tmp_path, name):
     (tmp_path / name).write_text("x")
     with pytest.raises(DataError, match="cannot read"):
-        read_task_rows(tmp_path / name)
+        read_rows(str(tmp_path / name))
 
 
 def test_texts_are_lines_or_rows(tmp_path, write_jsonl):
     (tmp_path / "t.txt").write_text("one\n\n  \ntwo words\n", encoding="utf-8")
-    assert read_texts(tmp_path / "t.txt") == ["one", "two words"]
-    assert read_texts(write_jsonl("t.jsonl", [{"text": "a\nb"}, {"text": ""}])) == ["a\nb"]
-    with pytest.raises(DataError, match="field text"):
-        read_texts(write_jsonl("u.jsonl", [{"txt": "a"}]))
+    assert NATIVE_TASKS["perplexity"].read(tmp_path / "t.txt") == ["one", "two words"]
+    assert NATIVE_TASKS["perplexity"].read(write_jsonl("t.jsonl", [{"text": "a\nb"}, {"text": ""}])) == ["a\nb"]
+    with pytest.raises(DataError, match="no text in `text`"):
+        NATIVE_TASKS["perplexity"].read(write_jsonl("u.jsonl", [{"txt": "a"}]))
 
 
 def test_every_task_file_is_package_data():

@@ -66,13 +66,13 @@ def test_rivals_steer_the_bare_base(session, positive, adapter_dir):
 def test_prompting_says_what_to_write(session, positive):
     (method,) = baseline_methods(session, ["prompting"], positive, [-2.0, 0.0, 3.0])
     assert method.strengths == [1.0, -1.0]
-    assert method.read(["a day"], 1.0) == ["Write something positive: a day"]
-    assert method.read(["a day"], -1.0) == ["Write something negative: a day"]
+    assert method.inputs(["a day"], 1.0) == ["Write something positive: a day"]
+    assert method.inputs(["a day"], -1.0) == ["Write something negative: a day"]
     (method,) = baseline_methods(session, ["prompting"], positive, [1.0])
     assert method.strengths == [1.0]
     texts = attribute_from_texts(session, "very_warm", ["a happy day"])
     (method,) = baseline_methods(session, ["prompting"], texts, [-1.0])
-    assert method.read(["a day"], -1.0) == ["Write something not very warm: a day"]
+    assert method.inputs(["a day"], -1.0) == ["Write something not very warm: a day"]
     with pytest.raises(ConfigError, match="does not hold what it was built from"):
         baseline_methods(session, ["pca"], texts, [1.0])
 

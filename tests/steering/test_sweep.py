@@ -138,15 +138,15 @@ def measures(point):
 
 def test_stop_texts_end_the_texts_of_a_sweep(swept, monkeypatch):
     """The texts measured are those that the plain command writes with the same options."""
-    from braces_cli.evaluation import sweep
+    from braces_cli.evaluation import text_tasks
 
-    measured, likelihoods = [], sweep.continuation_nll
+    measured, likelihoods = [], text_tasks.continuation_likelihoods
 
-    def recording(session, prompts, texts, *rest):
-        measured.append(texts)
-        return likelihoods(session, prompts, texts, *rest)
+    def recording(base, pairs, *rest):
+        measured.append([text for _, text in pairs])
+        return likelihoods(base, pairs, *rest)
 
-    monkeypatch.setattr(sweep, "continuation_nll", recording)
+    monkeypatch.setattr(text_tasks, "continuation_likelihoods", recording)
     texts = [row["text"] for row in swept("--s", 20, "--stop", "e", sweep=None).lines]
     assert swept("--stop", "e", sweep="20").json["stop"] == ["e"]
     assert measured[0] == texts

@@ -160,7 +160,7 @@ def test_training_by_contrast_makes_steering_stronger(braces, model_dir, tmp_pat
         for sign, text in zip((1, -1), kinds.values(), strict=True):
             for s in (sign, -sign):
                 with steered(session, [(positive, float(s))]):
-                    found = continuation_likelihoods(session.base.model, session.base.tokenizer, [("", text)], 64, 1)
+                    found = continuation_likelihoods(session.base, [("", text)], 1)
                 gain += -found[0].nll if s == sign else found[0].nll
         gains.append(gain)
     assert gains[1] > gains[0] + 0.5

@@ -37,7 +37,8 @@ def test_the_layer_is_chosen_on_other_texts_than_it_is_measured_on(session):
     good = build_attribute(session, "good", ["good", "happy"])
     has = [True, True, False, False, True, False]
     scores = projections(session, good, TEXTS)
-    found = detection(session, good, TEXTS, has)
+    rows = [(text, "Good" if flag else "other") for text, flag in zip(TEXTS, has, strict=True)]
+    found = detection(session, good, rows, "good", "rows")
     for row in found["layers"]:
         assert row["auroc"] == pytest.approx(roc_auc_score(has, scores[row["layer"]]))
     chosen = [roc_auc_score([1, 1, 0, 0], scores[layer][[0, 4, 2, 5]]) for layer in range(2)]
@@ -45,7 +46,7 @@ def test_the_layer_is_chosen_on_other_texts_than_it_is_measured_on(session):
     assert found["auroc"] == pytest.approx(roc_auc_score([1, 0], scores[found["layer"]][[1, 3]]))
     assert found["n"] == 2
     with pytest.raises(DataError, match="1 texts are `good` and 5 are not"):
-        detection(session, good, TEXTS, [True, *[False] * 5])
+        detection(session, good, [rows[0], *((text, "other") for text in TEXTS[1:])], "good", "rows")
 
 
 def test_ties_count_half_and_the_error_is_that_of_resampling():

@@ -11,8 +11,12 @@ from braces_cli.data.rows import Source, detect, parts
 from braces_cli.evaluation.results import Store
 from braces_cli.evaluation.run import check_settings, run_evaluation
 from braces_cli.evaluation.settings import EvalSettings
-from braces_cli.evaluation.tasks import commonsense
-from braces_cli.evaluation.tasks.commonsense import process_results, prompt, target
+from braces_cli.evaluation.task_functions import (
+    COMMONSENSE_TASKS,
+    commonsense_prompt,
+    commonsense_results,
+    commonsense_target,
+)
 
 FOLDERS = {"social_iqa": "social_i_qa"}
 
@@ -33,12 +37,14 @@ FOLDERS = {"social_iqa": "social_i_qa"}
     ],
 )
 def test_the_first_option_named_is_the_answer(output, answer, acc, answered):
-    assert process_results({"answer": answer}, [output]) == {"acc": acc, "answered": answered}
+    assert commonsense_results({"answer": answer}, [output]) == {"acc": acc, "answered": answered}
 
 
 def test_the_prompt_is_what_training_shows():
     row = {"instruction": "Which? option1/option2", "input": "", "output": "the correct answer is option2"}
-    assert (prompt(row), target({**row, "answer": "option2"})) == parts(*detect(Source(row, "x:1")), "x:1")
+    assert (commonsense_prompt(row), commonsense_target({**row, "answer": "option2"})) == parts(
+        *detect(Source(row, "x:1")), "x:1"
+    )
 
 
 def test_all_eight_run_and_are_averaged(tiny_folder, write_jsonl, tmp_path):
@@ -48,7 +54,7 @@ def test_all_eight_run_and_are_averaged(tiny_folder, write_jsonl, tmp_path):
     settings = EvalSettings(tasks=["commonsense_gen"], task_data=[f"commonsense_gen={file}"])
     result = run_evaluation(str(tiny_folder), [], LoadOptions(device="cpu"), settings, store=store)
     found = result["systems"][0]["results"]
-    assert list(found) == [*commonsense.TASKS, "commonsense_gen"]
+    assert list(found) == [*COMMONSENSE_TASKS, "commonsense_gen"]
     assert found["commonsense_gen"]["braces_average"]["n"] == 16
     sample = json.loads((tmp_path / "out/samples/base/commonsense_gen_piqa.jsonl").read_text().splitlines()[1])
     assert sample["prompt"] == "### Instruction:\nIs it 1? true/false\n\n### Response:\n"
@@ -56,10 +62,10 @@ def test_all_eight_run_and_are_averaged(tiny_folder, write_jsonl, tmp_path):
 
 def test_the_collections_own_rows_are_taken(shared):
     data = [
-        f"{name}={shared / 'data' / 'commonsense' / FOLDERS.get(name[16:], name[16:])}" for name in commonsense.TASKS
+        f"{name}={shared / 'data' / 'commonsense' / FOLDERS.get(name[16:], name[16:])}" for name in COMMONSENSE_TASKS
     ]
     _, files, rows = check_settings(EvalSettings(tasks=["commonsense_gen"], task_data=data))
     assert {file.name for file in files.values()} == {"test.jsonl"}
-    for name in commonsense.TASKS:
+    for name in COMMONSENSE_TASKS:
         for row in rows[name]:
-            assert process_results(row.fields, [row.fields["output"]]) == {"acc": 1, "answered": 1}, row.where
+            assert commonsense_results(row.fields, [row.fields["output"]]) == {"acc": 1, "answered": 1}, row.where
