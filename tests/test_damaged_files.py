@@ -62,8 +62,8 @@ RESULTS = {
     },
 }  # fmt: skip
 PART = {
-    "results": {"task": {"acc": METRIC}}, "documents": [["task", "acc", [[0, 1.0]]]], "units": [],
-    "better": [["task", "acc", True]], "shots": {"task": 0}, "versions": {}, "batch_sizes": [1],
+    "results": {"task": {"acc": {**METRIC, "documents": {"0": 1.0}, "units": {"0": 2.0}, "better": True}}},
+    "shots": {"task": 0}, "versions": {}, "batch_sizes": [1],
 }  # fmt: skip
 SLOTS = {
     "format_version": 1, "model": "m", "revision": None, "fingerprint": FINGERPRINT, "architecture": "Llama",
@@ -182,9 +182,9 @@ KINDS = {
     ),
     "part of a result": FileKind(
         "parts/base/unit.json", PART, lambda folder: Store(folder).load("base", "unit"), ModelError,
-        {"results": wrong({}), "documents": wrong([]), "documents.0.2.0": WRONG, "better.0.2": wrong(True),
-         "results.task": (*OBJECT, {}), "units": (*wrong([]), [["task", "acc", [[1, 2.0]]]]),
-         "shots": OBJECT, "versions": OBJECT, "batch_sizes": wrong([])},
+        {"results": wrong({}), "results.task": OBJECT, "results.task.acc.n": COUNT,
+         "results.task.acc.documents": (*OBJECT, {"0": None}, {"x": 1.0}), "results.task.acc.better": wrong(True, None),
+         "results.task.acc.units": (*OBJECT, {"1": 2.0}), "shots": OBJECT, "versions": OBJECT, "batch_sizes": wrong([])},
     ),
     "settings of an evaluation": FileKind(
         "run.json", {"format": 1, "log_samples": False}, lambda folder: Store(folder).begin({}, resume=True),

@@ -15,6 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from braces_cli.core.adapter.model import Session
+from braces_cli.core.config import build
 from braces_cli.core.distributed import Processes
 from braces_cli.core.errors import ConfigError, DataError, ModelError
 from braces_cli.core.models.load import load_base
@@ -274,7 +275,7 @@ def _unreachable(*args):
 @pytest.mark.parametrize("size", [0, -1, "many"])
 def test_a_batch_size_is_a_number_or_auto(size):
     with pytest.raises(ConfigError, match="batch"):
-        EvalSettings(tasks=["popqa"], batch_size=size)
+        build(EvalSettings, {"tasks": "popqa", "batch_size": size})
 
 
 def test_there_must_be_something_to_measure():

@@ -70,7 +70,7 @@ def test_the_same_adapter_twice_is_no_difference(score, adapter_dir):
 @pytest.mark.parametrize(
     ("args", "files", "code", "message"),
     [
-        ([], (), 2, "sentiment has no data of its own"),
+        ([], (), 2, "sentiment has no data set on the hub"),
         (["--scorer", "vader"], ("sentiment",), 2, "is not TASK=SCORER"),
         (["--scorer", "sentiment=vaider"], ("sentiment",), 2, "Did you mean vader?"),
         (["--scorer", "sentiment=toxicity"], ("sentiment",), 2, "has no label `positive`"),
