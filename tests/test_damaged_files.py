@@ -184,7 +184,8 @@ KINDS = {
         "parts/base/unit.json", PART, lambda folder: Store(folder).load("base", "unit"), ModelError,
         {"results": wrong({}), "results.task": OBJECT, "results.task.acc.n": COUNT,
          "results.task.acc.documents": (*OBJECT, {"0": None}, {"x": 1.0}), "results.task.acc.better": wrong(True, None),
-         "results.task.acc.units": (*OBJECT, {"1": 2.0}), "shots": OBJECT, "versions": OBJECT, "batch_sizes": wrong([])},
+         "results.task.acc.units": (*OBJECT, {"1": 2.0}), "shots": OBJECT, "versions": OBJECT,
+         "batch_sizes": wrong([])},
     ),
     "settings of an evaluation": FileKind(
         "run.json", {"format": 1, "log_samples": False}, lambda folder: Store(folder).begin({}, resume=True),
