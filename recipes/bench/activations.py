@@ -2,7 +2,7 @@
 
 Counted are the tensors that autograd saves, without weights, in a bfloat16 Llama with the widths of Llama-3-8B and few
 layers. Calculated per token and layer, of width d, FFN width f, keys of width k, and H heads: 8 d for two norms in
-float32, 4 d + 4 k for queries, output, keys and values of the attention, 6 f for the gated FFN, 2 d + 6 r for an
+float32, 4 d + 4 k for queries, output, keys and values of the attention, 6 f for the gated FFN, 2 d + 2 r for an
 adapter of rank r, 4 H + 8 for statistics; and bytes of the adapter's factors per layer. Logits take 10 bytes each while
 their loss is computed. `gigabytes` are weights, adapter and optimizer, activations and logits of the complete model
 with all tokens scored, without the memory of a GPU's libraries and allocator.
@@ -26,7 +26,7 @@ LAYERS, VOCABULARY, TOKENS = 32, 128_256, 128
 def calculated(shape: dict[str, int]) -> int:
     """Return the bytes per token and layer, without the adapter's factors."""
     d, f, heads = shape["hidden_size"], shape["intermediate_size"], shape["num_attention_heads"]
-    return 14 * d + 4 * (d // heads) * shape["num_key_value_heads"] + 6 * f + 6 * RANK + 4 * heads + 8
+    return 14 * d + 4 * (d // heads) * shape["num_key_value_heads"] + 6 * f + 2 * RANK + 4 * heads + 8
 
 
 def saved(shape: dict[str, int], layers: int, tokens: int) -> int:
@@ -75,8 +75,9 @@ def gigabytes(tokens: int, checkpointing: bool) -> float:
 def main() -> None:
     args = parse(__doc__, 4, 7)
     shape = TINY if args.quick else BIG
-    layers = args.shape.layers
-    # Differences of depths and of token counts: the first layer keeps less, and factors do not depend on tokens.
+    layers = 4 if args.quick else args.shape.layers
+    # Differences of depths and of token counts: the first layer keeps less, tables of positions are shared by the
+    # others, and factors do not depend on tokens.
     many, few = (saved(shape, layers, n) - saved(shape, layers // 2, n) for n in (2 * TOKENS, TOKENS))
     counted = (many - few) / (layers - layers // 2) / TOKENS
     settings = {

@@ -10,7 +10,7 @@ Shows   one JSON line per attribute, method, seed and side in --out, continued b
 The effect is the share of texts that have the attribute on its positive side minus the share on its negative side, each
 the largest at which the perplexity of the texts under the unsteered base is at most RATIO times that of unsteered
 texts: at the measured strengths, and where the line between two of them crosses RATIO. Rules that do not depend on
-descriptions, stems and templates decide which text has the attribute (JUDGES).
+descriptions, stems and templates decide which text has the attribute (RULES).
 
 Methods, all in the same layers and with the same share of the residual stream per unit of s:
 
@@ -108,8 +108,8 @@ _FORMAL_LETTERS = 4.2
 
 
 def _vader() -> Callable[[str], bool]:
-    judge = scorer("vader")
-    return lambda text: bool(judge.score([text], "positive")[0].has)
+    vader = scorer("vader")
+    return lambda text: bool(vader.score([text], "positive")[0].has)
 
 
 def _formal(text: str) -> bool:
@@ -118,7 +118,7 @@ def _formal(text: str) -> bool:
 
 
 # Return True for a text with the attribute.
-JUDGES: dict[str, Callable[[str], bool]] = {
+RULES: dict[str, Callable[[str], bool]] = {
     "mood": _vader(),
     "tense": lambda text: len(_PAST.findall(text)) > len(_OTHER_TENSE.findall(text)),
     "person": lambda text: len(_FIRST.findall(text)) > len(_THIRD.findall(text)),
@@ -244,7 +244,7 @@ def build(session: Session, studied: Studied, method: str) -> Attribute:
 
 
 def share(name: str, texts: Sequence[str]) -> float:
-    return sum(map(JUDGES[name], texts)) / len(texts)
+    return sum(map(RULES[name], texts)) / len(texts)
 
 
 def within_ratio(points: Sequence[tuple[float, float, float]], sign: int) -> float:

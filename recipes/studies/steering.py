@@ -74,7 +74,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     runs = Runs(args.out)
     words = [word for end in ENDS for word in built_in()[end]]
-    judges = {
+    scorers = {
         "vader": scorer("vader"),
         "vader_without_list": scorer("vader", exclude=words),
         "classifier": open_scorer(args.scorer, exclude=words),
@@ -92,7 +92,7 @@ def main() -> None:
             def work(s: float = s, method: str = method) -> dict[str, Any]:
                 nonlocal study
                 study = study or Study(args.model, method)
-                return measure(study, s, prompts, judges, args)
+                return measure(study, s, prompts, scorers, args)
 
             runs.get({**common, "method": name_of(method), "s": s}, work)
     if args.plot is not None:
@@ -204,7 +204,7 @@ VECTORS = {
 
 
 def measure(
-    study: Study, s: float, prompts: Sequence[str], judges: dict[str, Scorer], args: argparse.Namespace
+    study: Study, s: float, prompts: Sequence[str], scorers: dict[str, Scorer], args: argparse.Namespace
 ) -> dict[str, Any]:
     settings = SweepPlan([s], args.samples, args.batch_size)
     sampling = Sampling(args.tokens, temperature=1.0, top_p=0.9, seed=args.seed)
@@ -212,8 +212,8 @@ def measure(
         texts = continuations(study.session, prompts, sampling, settings)
     likelihoods = continuation_nll(study.session, prompts, texts, args.batch_size)
     out: dict[str, Any] = {}
-    for name, judge in judges.items():
-        measured = Texts(s, texts, judge.score(texts, "positive"), likelihoods)
+    for name, each in scorers.items():
+        measured = Texts(s, texts, each.score(texts, "positive"), likelihoods)
         found = point(measured, prompts, range(len(prompts)))
         out[name] = found.pop("attribute_score")
         out[f"{name}_interval"] = found.pop("attribute_score_interval")
@@ -230,7 +230,7 @@ NAMES = {
 }
 # Offsets of the labels of positive and negative strengths from their points, by method, so that labels do not overlap.
 OFFSETS = (((0, 7), (0, -7)), ((8, -5), (-4, 7)), ((8, -5), (-6, -6)), ((0, 7), (0, -7)))
-JUDGES = {"vader": "VADER", "classifier": "a classifier without the attribute's words"}
+SCORERS = {"vader": "VADER", "classifier": "a classifier without the attribute's words"}
 
 
 def label(method: str) -> str:
@@ -240,27 +240,27 @@ def label(method: str) -> str:
 
 
 def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
-    """Share of positive continuations against perplexity, a curve a method and a panel a judge."""
+    """Plot the share of positive continuations against perplexity, one curve per method, one panel per scorer."""
     from matplotlib.patheffects import withStroke
 
     drawn = figure(11, 5.6)
     drawn.suptitle("Steering towards positive (s > 0) and negative (s < 0) texts; numbers are the strength s")
     panels = drawn.subplots(1, 2)
-    for axes, (judge, title) in zip(panels, JUDGES.items(), strict=True):
+    for axes, (key, title) in zip(panels, SCORERS.items(), strict=True):
         for index, method in enumerate(dict.fromkeys(run["method"] for run in runs)):
             steered_runs = sorted((run for run in runs if run["method"] == method and run["s"]), key=lambda r: r["s"])
-            x, y = [run["perplexity"] for run in steered_runs], [run[judge] for run in steered_runs]
+            x, y = [run["perplexity"] for run in steered_runs], [run[key] for run in steered_runs]
             (line,) = axes.plot(x, y, marker="o", markersize=5, label=label(method))
             for run in steered_runs:
                 right, up = OFFSETS[index % len(OFFSETS)][0 if run["s"] > 0 else 1]
                 axes.annotate(
-                    f"{run['s']:+g}", (run["perplexity"], run[judge]), xytext=(right, up), textcoords="offset points",
+                    f"{run['s']:+g}", (run["perplexity"], run[key]), xytext=(right, up), textcoords="offset points",
                     ha=("right", "center", "left")[(right > 0) - (right < 0) + 1], va="bottom" if up > 0 else "top",
                     fontsize=8, color=line.get_color(), path_effects=[withStroke(linewidth=2.5, foreground="white")],
                 )  # fmt: skip
         # Without training s = 0 is the bare model.
         for run in (run for run in runs if run["method"] == "braces" and run["s"] == 0):
-            axes.plot(run["perplexity"], run[judge], "*", color="black", markersize=14, label="unsteered model")
+            axes.plot(run["perplexity"], run[key], "*", color="black", markersize=14, label="unsteered model")
         axes.set_title(f"Positive according to {title}", fontsize="medium")
         axes.set_xscale("log")
         plain_ticks(axes.xaxis)
