@@ -33,7 +33,7 @@ from braces_cli.core.options import AdapterSettings, Sampling, SteeredLayers
 from braces_cli.inspection.summary import summarise_open
 from braces_cli.steering.texts import generate_texts, text_requests, uses_chat_template
 from braces_cli.training.run import train as run_training
-from braces_cli.training.settings import RunSettings
+from braces_cli.training.settings import TrainSettings
 
 Name = str | PathLike[str]
 
@@ -188,4 +188,4 @@ def train(data: Name | Sequence[Name], output_dir: Name, **settings: Any) -> dic
         ModelError: the base cannot be loaded.
     """
     given = {"data": data, "output_dir": output_dir, **settings}
-    return run_training(build(RunSettings, given, python=True))
+    return run_training(build(TrainSettings, given, python=True))

@@ -3,13 +3,12 @@
 `braces train --check`: what the rows come to, without weights.
 """
 
-from dataclasses import replace
 from typing import Any
 
 from braces_cli.cli.options import command, command_line, show_plan
 from braces_cli.cli.output import file_size, print_json, print_pairs, print_table, progress, set_up
 from braces_cli.core.errors import BracesError, ConfigError
-from braces_cli.training.settings import RunSettings, capped_warmup
+from braces_cli.training.settings import TrainSettings
 
 # What the table calls the fields of the result.
 _LABELS = {
@@ -30,7 +29,7 @@ _LABELS = {
 
 
 @command
-def train(settings: RunSettings) -> None:
+def train(settings: TrainSettings) -> None:
     """Fine-tune an adapter, or a baseline of peft, on texts, prompts and completions, instructions or chats."""
     from braces_cli.core.distributed import is_main
 
@@ -54,30 +53,23 @@ def train(settings: RunSettings) -> None:
         _show(settings, f"adapter written to {settings.output_dir}", result)
 
 
-def _plan(settings: RunSettings) -> None:
+def _plan(settings: TrainSettings) -> None:
     """Print settings as they will take effect and the parameter count; where the model cannot be reached, why not."""
-    from braces_cli.core.models.ffn import find_ffns
-    from braces_cli.training.run import count_parameters, load_base_shape, row_reading
-    from braces_cli.training.setup import for_base, starting_point
+    from braces_cli.training.run import count_parameters, prepare
 
     out: dict[str, Any] = {"output_dir": settings.output_dir and str(settings.output_dir), "method": settings.method}
     try:
-        settings, _ = starting_point(settings)
-        name, shape = load_base_shape(settings)
-        settings = for_base(settings, find_ffns(shape))
+        settings, _, shape, _ = prepare(settings)
         out.update(count_parameters(shape, settings))
-        settings = replace(settings, max_length=row_reading(settings, name, shape.config).max_length)
     except ConfigError:
         # A rank or a layer that does not fit is a mistake to mend, not a model out of reach.
         raise
     except BracesError as error:
         out.update({"trainable_parameters": None, "reason": str(error).replace("\n", " ")})
-    if settings.max_steps is not None:
-        settings = replace(settings, warmup_steps=capped_warmup(settings.warmup_steps, settings.max_steps))
     show_plan(settings, out, settings.unused())
 
 
-def _show(settings: RunSettings, title: str, result: dict[str, Any]) -> None:
+def _show(settings: TrainSettings, title: str, result: dict[str, Any]) -> None:
     if settings.json:
         print_json(result)
         return
@@ -97,16 +89,10 @@ def check(settings: Any) -> None:
     Raises:
         DataError: a row cannot be read.
     """
-    from braces_cli.core.adapter.model import base_name
-    from braces_cli.core.models.load import load_config
     from braces_cli.data.dataset import check_rows
-    from braces_cli.training.run import row_reading
-    from braces_cli.training.setup import starting_point
+    from braces_cli.training.run import prepare
 
-    settings, _ = starting_point(settings)
-    name = base_name(settings.model, None)
-    config = load_config(name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
-    reading = row_reading(settings, name, config)
+    settings, _, _, reading = prepare(settings)
     with progress(settings.quiet) as report:
         sets = {name: getattr(settings, name) for name in ("data", "eval_data")}
         found = {name: check_rows(files, reading, report) if files else None for name, files in sets.items()}

@@ -218,6 +218,7 @@ def build(kind: type[T], values: Mapping[str, Any], file: Path | None = None, py
             if name is None:
                 what = f"no setting `{key}`" if path is None else f"unknown key `{key}`"
                 hint = setting_hint(str(key), names) or "See --help for the options."
+                hint = hint if path is None else hint.replace("_", "-")
                 raise ConfigError(what, where=None if path is None else str(path), hint=hint)
             if name in named:
                 raise ConfigError(f"`{key}` is named twice", where=str(path), hint="Write each key once.")

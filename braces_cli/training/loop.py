@@ -46,7 +46,7 @@ from braces_cli.training.checkpoint import (
 from braces_cli.training.loss import PAIR_TERMS, contrastive_loss, mean_loss, only_scored, token_nll
 from braces_cli.training.record import Record, read_progress
 from braces_cli.training.report import METRICS_FILE, MetricsFile
-from braces_cli.training.settings import CheckpointSettings, TrainSettings, capped_warmup
+from braces_cli.training.settings import TrainSettings, capped_warmup
 from braces_cli.training.setup import parameter_groups
 
 logger = logging.getLogger("braces")
@@ -73,7 +73,7 @@ class TrainerContext:
     record: Record
     adapter: Callable[[], Callable[[Path], None]]
     evaluate: Callable[[], Likelihood | None]
-    checkpoints: CheckpointSettings
+    checkpoints: TrainSettings
     report: Report = silent
     stop: StopRequest = field(default_factory=StopRequest)
 

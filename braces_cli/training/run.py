@@ -7,7 +7,7 @@ import math
 import resource
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,15 +42,15 @@ from braces_cli.training.record import (
     prepare_folder,
 )
 from braces_cli.training.report import CHECKPOINT_CARD, draw_curve, model_card
-from braces_cli.training.settings import STRENGTH, RunSettings, TrainSettings
-from braces_cli.training.setup import adapted_layers, adapter_to_train, check_launch, for_base, shares, starting_point
+from braces_cli.training.settings import STRENGTH, TrainSettings
+from braces_cli.training.setup import adapted_layers, adapter_to_train, check_launch, shares, starting_point
 
 logger = logging.getLogger("braces")
 
 _COUNTS = ("trainable_parameters", "condition_parameters", "total_parameters", "trainable_percent")
 
 
-def train(settings: RunSettings, report: Report = silent, command: Sequence[str] = ()) -> dict[str, Any]:
+def train(settings: TrainSettings, report: Report = silent, command: Sequence[str] = ()) -> dict[str, Any]:
     """Train an adapter on the rows of `settings.data` and write it to `settings.output_dir`.
 
     A finished run with the same settings is left as it is where `settings.resume` is on.
@@ -72,7 +72,7 @@ def train(settings: RunSettings, report: Report = silent, command: Sequence[str]
         return _train(settings, settings.output_dir, report, command)
 
 
-def _train(settings: RunSettings, folder: Path, report: Report, command: Sequence[str]) -> dict[str, Any]:
+def _train(settings: TrainSettings, folder: Path, report: Report, command: Sequence[str]) -> dict[str, Any]:
     """`train` into a folder that no other command writes to."""
     identity = settings.identity(world_size())
     # One process looks: by the time that another one does, the first may be writing.
@@ -85,13 +85,9 @@ def _train(settings: RunSettings, folder: Path, report: Report, command: Sequenc
         return result
     # What can be wrong is checked before minutes of loading weights: rank and layers on the bare shape, then rows.
     timings = Timings()
-    with timings.stage("model without weights"):
-        settings, start = starting_point(settings)
-        name, shape = load_base_shape(settings)
-        count_parameters(shape, for_base(settings, find_ffns(shape)))
-    with timings.stage("tokenizer"):
-        reading = row_reading(settings, name, shape.config)
-        settings = replace(settings, max_length=reading.max_length)
+    with timings.stage("model without weights and tokenizer"):
+        settings, start, shape, reading = prepare(settings)
+        count_parameters(shape, settings)
     train_set: Examples | Stream
     with timings.stage("reading and tokenising"):
         if settings.streaming:
@@ -99,27 +95,30 @@ def _train(settings: RunSettings, folder: Path, report: Report, command: Sequenc
         else:
             train_set = read_examples(settings.data, reading, report)
         eval_set = read_examples(settings.eval_data, reading, report) if settings.eval_data else None
-        settings = replace(settings, chat_template=train_set.chat)
     with timings.stage("weights"):
-        session = open_session(name, None, settings)
+        session = open_session(base_name(settings.model, None), None, settings)
     record = Record(identity, list(command))
     return asdict(run_training(session, train_set, eval_set, settings, report, record, start, timings))
 
 
-def load_base_shape(settings: RunSettings) -> tuple[str, Any]:
-    """Name of the base, and its model without weights."""
-    name = base_name(settings.model, None)
-    return name, load_shape(name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
-
-
-def row_reading(settings: RunSettings, name: str, config: Any) -> Reading:
-    """How the rows become examples; needs the model's config and the tokenizer, no weights."""
-    tokenizer = load_tokenizer(name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
-    attribute = settings.attribute_field
-    named = settings.strength_field != STRENGTH or settings.given.get("strength_field") == "command line"
-    fields = None if attribute is None else Fields(attribute, settings.strength_field, named)
-    length = min(settings.max_length, context_length(config, tokenizer))
-    return Reading(tokenizer, length, fields, settings.row_columns, settings.streaming)
+def prepare(settings: TrainSettings) -> tuple[TrainSettings, StoredAdapter | None, Any, Reading]:
+    """Resolved settings, the adapter to continue from, the base without weights, and how rows become examples."""
+    start = starting_point(settings)
+    model, revision = settings.base(start and start.config)
+    name, code = base_name(model, None), settings.trust_remote_code
+    shape = load_shape(name, revision=revision, trust_remote_code=code)
+    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=code)
+    width, context = find_ffns(shape)[0].hidden_size, context_length(shape.config, tokenizer)
+    resolved = settings.resolve(width, context, start and start.config)
+    attribute, strength = resolved.attribute_field, resolved.strength_field
+    named = strength != STRENGTH or resolved.given.get("strength_field") == "command line"
+    fields = None if attribute is None else Fields(attribute, strength, named)
+    return (
+        resolved,
+        start,
+        shape,
+        Reading(tokenizer, resolved.max_length, fields, resolved.row_columns, resolved.streaming),
+    )
 
 
 def count_parameters(model: Any, settings: TrainSettings) -> dict[str, Any]:
@@ -143,7 +142,7 @@ def run_training(
     session: Session,
     train_set: Examples | Stream,
     eval_set: Examples | None,
-    settings: RunSettings,
+    settings: TrainSettings,
     report: Report = silent,
     record: Record | None = None,
     start: StoredAdapter | None = None,
@@ -157,7 +156,7 @@ def run_training(
 
     Args:
         record: what the run is known by when it is resumed.
-        start: adapter to continue from; `settings` are those of `starting_point`.
+        start: adapter to continue from.
         timings: of what was done so far; the table is logged before the first step.
 
     Raises:
@@ -169,7 +168,7 @@ def run_training(
     """
     assert settings.output_dir is not None
     model, pad_id = session.base.model, session.base.tokenizer.pad_token_id
-    folder, settings = settings.output_dir, for_base(settings, session.ffns)
+    folder = settings.output_dir
     join(input_device(model))
     counts, timings, record = count_parameters(model, settings), timings or Timings(), record or Record()
     with timings.stage("attributes"):
@@ -178,7 +177,7 @@ def run_training(
         record.data = digest(train_set)
     checkpoint = prepare_folder(folder, settings.resume, record)
     attributes = with_original_states(attributes, checkpoint, session)
-    run = _Run(session, settings, folder, report, attributes, record, timings)
+    run = _Run(session, settings, folder, report, attributes, record, timings, train_set.chat)
 
     def evaluate(conditioner: Conditioner | None, stage: str) -> Likelihood | None:
         return measure(model, eval_set, conditioner, pad_id, settings.batch_size, report, stage)
@@ -211,16 +210,17 @@ class _Run:
     """What stays the same from the beginning of a run to its end."""
 
     session: Session
-    settings: RunSettings
+    settings: TrainSettings
     folder: Path
     report: Report
     attributes: list[Attribute]
     record: Record
     timings: Timings
+    chat: bool
 
     def write(self, adapter: Adapter | PeftAdapter, folder: Path, tensors: dict[str, Any], card: str) -> None:
         """The files of an adapter folder, the config last."""
-        config = _config(self.session, adapter, self.settings, self.attributes)
+        config = _config(self, adapter)
         if isinstance(adapter, PeftAdapter):
             adapter.save(folder, config, card)
             return
@@ -230,7 +230,7 @@ class _Run:
 
 
 def _attributes(
-    session: Session, settings: RunSettings, sets: Sequence[Examples | Stream | None], start: StoredAdapter | None
+    session: Session, settings: TrainSettings, sets: Sequence[Examples | Stream | None], start: StoredAdapter | None
 ) -> list[Attribute]:
     if settings.attribute_field is None:
         return []
@@ -326,16 +326,16 @@ def _write(run: _Run, adapter: Adapter | PeftAdapter, result: TrainResult) -> No
     tensors = adapter.tensors(in_place=world_size() == 1)
     if is_main():
         folder, figures = run.folder, asdict(result)
-        config = _config(run.session, adapter, run.settings, run.attributes)
+        config = _config(run, adapter)
         drawn = draw_curve(folder, {0: result.base_eval_loss, result.steps: result.eval_loss})
         run.write(adapter, folder, tensors, model_card(config, figures, run.record.settings, run.record.command, drawn))
         Record(**{**vars(run.record), "result": figures}).write(folder)
     barrier()
 
 
-def _config(
-    session: Session, adapter: Adapter | PeftAdapter, settings: TrainSettings, attributes: Sequence[Attribute]
-) -> AdapterConfig:
+def _config(run: _Run, adapter: Adapter | PeftAdapter) -> AdapterConfig:
+    settings, session = run.settings, run.session
+    chosen = {"layers": None if settings.layers is None else adapter.layers, "chat_template": run.chat}
     base = session.base
     return AdapterConfig(
         base_model_name_or_path=base.name,
@@ -344,8 +344,8 @@ def _config(
         layers=adapter.layers,
         fingerprint=base.fingerprint(session.ffns),
         tokenizer=tokenizer_hashes(base.tokenizer),
-        training={**settings.recorded(), "layers": None if settings.layers is None else adapter.layers},
-        attributes=[attribute.name for attribute in attributes],
+        training={**settings.recorded(), **chosen},
+        attributes=[attribute.name for attribute in run.attributes],
         versions=versions(),
         method=settings.method,
         relevance_scale=list(adapter.scales),

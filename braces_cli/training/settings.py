@@ -1,15 +1,10 @@
-"""Defaults of training that were found by measurement (recipes/RESULTS.md), and those that follow from others.
-
-Settings of training with attributes, each with its default and help text. Light: no torch here.
-
-Settings of a training run, each with its default and help text. Light: no torch here.
-"""
+"""Settings of a training run. Imports no torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
@@ -21,8 +16,6 @@ from braces_cli.core.config import (
     DATA,
     METHOD,
     OPTIMISATION,
-    SeedSettings,
-    Settings,
     flag_of,
     option,
     options_of,
@@ -39,6 +32,29 @@ BASELINE_LR = 1e-3
 # With the contrastive loss, gates that move too fast close before they have found their direction.
 DEFAULT_GATE_LR, DEFAULT_GATE_LR_ATTRIBUTES = 0.3, 0.1
 
+# By measurement (recipes/RESULTS.md).
+DEFAULT_CONTRAST, DEFAULT_MARGIN = 0.1, 6.0
+# Column of a row's strength where no other is named.
+STRENGTH = "strength"
+SCHEDULES = ("linear", "cosine", "constant")
+# Those of peft; see `training.baselines`.
+BASELINES = ("lora", "rslora", "dora", "pissa")
+METHODS = ("braces", *BASELINES)
+# Settings that only one kind of method reads.
+BRACES_ONLY = ("gate_lr", "relevance_scale", "attribute_field", "strength_field", "opposites", "contrast", "margin")
+BASELINE_ONLY = ("lora_alpha", "lora_targets")
+# Without attributes something else would be trained than was asked for, so a baseline refuses these in a file, too.
+_NEVER_IGNORED = ("attribute_field", "opposites", "attributes")
+PACKING = ("auto", "on", "off")
+REPORTERS = ("tensorboard", "wandb", "none")
+# Settings that an adapter's config records.
+_RECORDED = (
+    "method", "rank", "relevance_scale", "streaming", "packing", "max_length", "layers", "lora_alpha",
+    "lora_targets", "lr", "gate_lr", "epochs", "max_steps", "batch_size", "gradient_accumulation", "warmup_steps",
+    "schedule", "gradient_checkpointing", "attribute_field", "strength_field", "opposites", "contrast", "margin",
+    "seed",
+)  # fmt: skip
+
 
 def default_lr(width: int) -> float:
     """The peak learning rate of the projections for a model of d = `width`, to three digits."""
@@ -48,78 +64,6 @@ def default_lr(width: int) -> float:
 def capped_warmup(steps: int, max_steps: int) -> int:
     """Steps of the warm-up of a run: as set, but no more than a quarter of all, so that the peak rate is reached."""
     return min(steps, max_steps // 4)
-
-
-# By measurement (recipes/RESULTS.md).
-DEFAULT_CONTRAST, DEFAULT_MARGIN = 0.1, 6.0
-# Column of a row's strength where no other is named.
-STRENGTH = "strength"
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttributeTrainingSettings(SeedSettings):
-    """How an adapter learns to be steered.
-
-    Defaults that depend on other settings are None on the command line, and filled in by `_fill_attributes`.
-    """
-
-    attribute_field: str | None = option(
-        None,
-        help="Column with the attribute of each row. The adapter learns to be steered by these attributes.",
-        panel=ATTRIBUTES,
-    )
-    strength_field: str = option(
-        STRENGTH, help="Column with the strength of the attribute; 1 if a row has none.", panel=ATTRIBUTES
-    )
-    opposites: tuple[str, ...] = option(
-        (), help="Two opposite attributes, trained as one axis. Repeatable.", panel=ATTRIBUTES, metavar="A:B"
-    )
-    contrast: float | None = option(
-        None,
-        help="Weight of the contrastive loss between each row's strength and the opposite strength; takes "
-        f"twice the time. Default: {DEFAULT_CONTRAST:g} with attributes.",
-        min=0,
-        panel=ATTRIBUTES,
-    )
-    margin: float | None = option(
-        None,
-        help="Margin of the contrastive loss, in nats per unit of strength: each row's log-likelihood at its strength "
-        "must exceed that at the opposite strength by this much. Larger values steer more strongly. "
-        f"Default: {DEFAULT_MARGIN:g}.",
-        min=0,
-        panel=ATTRIBUTES,
-    )
-
-    def _fill_attributes(self) -> None:
-        """Check what only a run with attributes reads, and fill in its defaults."""
-        trained = self.attribute_field is not None
-        hint = "Name the column of each row's attribute with --attribute-field."
-        if self.opposites and not trained:
-            raise ConfigError("no attributes are trained", where="--opposites", hint=hint)
-        if self.strength_field != STRENGTH and not trained:
-            raise ConfigError("a strength without an attribute", where="--strength-field", hint=hint)
-        parse_opposites(self.opposites)
-        if self.contrast is None:
-            self._set(contrast=DEFAULT_CONTRAST if trained else 0.0)
-        if self.contrast and not trained:
-            raise ConfigError("no attributes are trained", where="--contrast", hint=hint)
-        if self.contrast and self.margin is None:
-            self._set(margin=DEFAULT_MARGIN)
-        if self.margin is not None and not self.contrast:
-            hint = "It needs --attribute-field, and a --contrast above 0."
-            raise ConfigError("there is no contrastive loss", where="--margin", hint=hint)
-
-    def _set(self, **values: Any) -> None:
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
-
-    def _flag(self, name: str) -> str:
-        return flag_of(type(self), name)
-
-    @property
-    def pairs(self) -> tuple[tuple[str, str], ...]:
-        """`opposites`, parsed."""
-        return parse_opposites(self.opposites)
 
 
 def parse_opposites(values: Sequence[str]) -> tuple[tuple[str, str], ...]:
@@ -140,30 +84,29 @@ def parse_opposites(values: Sequence[str]) -> tuple[tuple[str, str], ...]:
     return tuple(pairs)
 
 
-SCHEDULES = ("linear", "cosine", "constant")
-# Those of peft; see `training.baselines`.
-BASELINES = ("lora", "rslora", "dora", "pissa")
-METHODS = ("braces", *BASELINES)
-# Settings that only one kind of method reads.
-BRACES_ONLY = ("gate_lr", "relevance_scale", "attribute_field", "strength_field", "opposites", "contrast", "margin")
-BASELINE_ONLY = ("lora_alpha", "lora_targets")
-# Without attributes something else would be trained than was asked for, so a baseline refuses these in a file, too.
-_NEVER_IGNORED = ("attribute_field", "opposites", "attributes")
-PACKING = ("auto", "on", "off")
-REPORTERS = ("tensorboard", "wandb", "none")
-
-
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(AttributeTrainingSettings):
-    """What is trained, and how: everything that an adapter's config records.
+class TrainSettings(ModelSettings, OverwriteSettings, UploadSettings, OutputSettings):
+    """What `braces train` reads, trains and writes.
 
-    Defaults that depend on other settings are None on the command line and filled in here; those that
-    depend on the base by `for_base`.
-
-    Attributes:
-        chat_template: some rows are chats, written by the tokenizer's template. Found out from the rows.
+    Defaults that depend on other settings or on the base are None until `resolve`.
     """
 
+    first_options = ("data", "model", "output_dir", "method", "attribute_field")
+    required = ("data",)
+
+    data: tuple[str, ...] = option(
+        (),
+        help="Training rows: a file, or a hub data set as id, id:split or id:subset:split. Repeatable.",
+        metavar="ROWS",
+    )
+    output_dir: Path | None = option(None, help="Folder for the adapter.", outcome=False)
+    eval_data: tuple[str, ...] = option(
+        (), help="Evaluation rows, for the loss of base and adapter. Repeatable.", panel=DATA, metavar="ROWS"
+    )
+    columns: tuple[str, ...] = option(
+        (), help="Columns of the rows, such as prompt=question,completion=answer. Repeatable.", panel=DATA,
+        metavar="KEY=COLUMN,...",
+    )  # fmt: skip
     method: str = option(
         "braces", help="Method to train; all except braces are PEFT baselines.", panel=METHOD, choices=METHODS
     )
@@ -243,71 +186,47 @@ class TrainSettings(AttributeTrainingSettings):
         panel=OPTIMISATION,
         outcome=False,
     )
-    chat_template: bool = False
-
-    def __post_init__(self) -> None:
-        self._check_method()
-        if self.method in BASELINES and self.lr is None:
-            self._set(lr=BASELINE_LR)
-        self._check_scale()
-        self._set(lora_targets=_names(self.lora_targets))
-        if self.gate_lr is None:
-            self._set(gate_lr=DEFAULT_GATE_LR if self.attribute_field is None else DEFAULT_GATE_LR_ATTRIBUTES)
-        self._fill_attributes()
-        if self.streaming and self.max_steps is None:
-            hint = "Say how long to train with --max-steps."
-            raise ConfigError("a stream has no known length", where="--streaming", hint=hint)
-
-    def _check_scale(self) -> None:
-        text = str(self.relevance_scale)
-        if text == "auto":
-            return
-        try:
-            number = float(text)
-        except ValueError:
-            number = 0.0
-        if not 0 < number < float("inf"):
-            hint = "Give auto or a positive number, such as 1."
-            raise ConfigError(f"`{text}` is not a scale", where=self._flag("relevance_scale"), hint=hint)
-        self._set(relevance_scale=f"{number:g}" if float(f"{number:g}") == number else repr(number))
-
-    @property
-    def scale(self) -> float | None:
-        """`relevance_scale` as a number; None where it is measured."""
-        return None if self.relevance_scale == "auto" else float(self.relevance_scale)
-
-    def _check_method(self) -> None:
-        """Refuse options that the method does not read.
-
-        A recipe may hold settings of both kinds, so that one file serves every method: an unused setting in a file is
-        no error, except for attributes.
-        """
-        baseline = self.method in BASELINES
-        for name in (*BRACES_ONLY, *_NEVER_IGNORED) if baseline else BASELINE_ONLY:
-            source = self.given.get(name)
-            if source == "command line" or (source == "file" and name in _NEVER_IGNORED):
-                flag = self._flag(name)
-                hint = f"Leave it out, or use {'--method braces' if baseline else 'a baseline, such as --method lora'}."
-                raise ConfigError(f"{self.method} has no use for {flag}", where=flag, hint=hint)
-        if baseline and self.attribute_field is not None:
-            hint = "Leave out --attribute-field, or train with --method braces."
-            raise ConfigError(f"{self.method} cannot be trained on attributes", where="--method", hint=hint)
-
-    def for_base(self, width: int) -> Self:
-        """The settings with the default learning rate of a model of d = `width`."""
-        return replace(self, lr=default_lr(width) if self.lr is None else self.lr)
-
-    def recorded(self) -> dict[str, Any]:
-        """What the method reads: the settings that explain an adapter."""
-        other = ("given", *(BASELINE_ONLY if self.method == "braces" else BRACES_ONLY))
-        found = {f.name: plain(getattr(self, f.name)) for f in fields(TrainSettings) if f.name not in other}
-        return {**found, **({"opposites": plain(self.pairs)} if "opposites" in found else {})}
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointSettings(Settings):
-    """What happens beside the training, and changes nothing of its outcome. All counts are optimizer steps."""
-
+    attribute_field: str | None = option(
+        None,
+        help="Column with the attribute of each row. The adapter learns to be steered by these attributes.",
+        panel=ATTRIBUTES,
+    )
+    strength_field: str = option(
+        STRENGTH, help="Column with the strength of the attribute; 1 if a row has none.", panel=ATTRIBUTES
+    )
+    opposites: tuple[str, ...] = option(
+        (), help="Two opposite attributes, trained as one axis. Repeatable.", panel=ATTRIBUTES, metavar="A:B"
+    )
+    contrast: float | None = option(
+        None,
+        help="Weight of the contrastive loss between each row's strength and the opposite strength; takes "
+        f"twice the time. Default: {DEFAULT_CONTRAST:g} with attributes.",
+        min=0,
+        panel=ATTRIBUTES,
+    )
+    margin: float | None = option(
+        None,
+        help="Margin of the contrastive loss, in nats per unit of strength: each row's log-likelihood at its strength "
+        "must exceed that at the opposite strength by this much. Larger values steer more strongly. "
+        f"Default: {DEFAULT_MARGIN:g}.",
+        min=0,
+        panel=ATTRIBUTES,
+    )
+    adapter: str | None = option(
+        None,
+        help="Adapter to continue training from: folder or hub id. Layers, rank and relevance scale stay the same.",
+        panel=METHOD,
+        metavar="ADAPTER",
+        once=True,
+    )
+    attributes: Path | None = option(None, help="Folder with attribute files written by attr-build.", panel=ATTRIBUTES)
+    check_rows: bool = option(
+        False,
+        help="Read and tokenise all rows, print statistics and exit. Loads no weights.",
+        panel=DATA,
+        flag="--check",
+        display=True,
+    )
     save_steps: int = option(
         500, help="Optimizer steps between checkpoints; 0: no checkpoints.", min=0, panel=CHECKPOINTS, outcome=False
     )
@@ -337,80 +256,125 @@ class CheckpointSettings(Settings):
         choices=REPORTERS,
     )
 
-    def check(self) -> None:
-        """Also refuses a library that is not installed."""
-        super().check()
-        if self.report_to != "none" and find_spec(self.report_to) is None:
-            hint = f"pip install {self.report_to}"
-            raise ConfigError(f"{self.report_to} is not installed", where="--report-to", hint=hint)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileSettings(Settings):
-    """What is read, and where the adapter goes."""
-
-    data: tuple[str, ...] = option(
-        (),
-        help="Training rows: a file, or a hub data set as id, id:split or id:subset:split. Repeatable.",
-        metavar="ROWS",
-    )
-    output_dir: Path | None = option(None, help="Folder for the adapter.", outcome=False)
-    eval_data: tuple[str, ...] = option(
-        (), help="Evaluation rows, for the loss of base and adapter. Repeatable.", panel=DATA, metavar="ROWS"
-    )
-    columns: tuple[str, ...] = option(
-        (), help="Columns of the rows, such as prompt=question,completion=answer. Repeatable.", panel=DATA,
-        metavar="KEY=COLUMN,...",
-    )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunSettings(
-    TrainSettings, CheckpointSettings, ModelSettings, FileSettings, OverwriteSettings, UploadSettings, OutputSettings
-):
-    """A whole run of `braces train`: rows -> adapter folder."""
-
-    first_options = ("data", "model", "output_dir", "method", "attribute_field")
-    required = ("data",)
-
-    adapter: str | None = option(
-        None,
-        help="Adapter to continue training from: folder or hub id. Layers, rank and relevance scale stay the same.",
-        panel=METHOD,
-        metavar="ADAPTER",
-        once=True,
-    )
-    attributes: Path | None = option(None, help="Folder with attribute files written by attr-build.", panel=ATTRIBUTES)
-    check_rows: bool = option(
-        False,
-        help="Read and tokenise all rows, print statistics and exit. Loads no weights.",
-        panel=DATA,
-        flag="--check",
-        display=True,
-    )
-
     def __post_init__(self) -> None:
+        """Give the settings that have two spellings one."""
         columns = self.row_columns
-        for key, name, default in (("attribute", "attribute_field", None), ("strength", "strength_field", STRENGTH)):
-            column, other = getattr(columns, key), getattr(self, name)
-            if column is not None and other not in (default, column):
-                hint = f"Leave out {self._flag(name)}, or `{key}` of --columns."
-                raise ConfigError(f"two columns for `{key}`: {column} and {other}", where="--columns", hint=hint)
-            if column is not None:
-                self._set(**{name: column})
-        super().__post_init__()
+        object.__setattr__(self, "attribute_field", self.attribute_field or columns.attribute)
+        if self.strength_field == STRENGTH and columns.strength is not None:
+            object.__setattr__(self, "strength_field", columns.strength)
+        object.__setattr__(self, "lora_targets", _names(self.lora_targets))
 
     def check(self) -> None:
-        """Also refuses attributes that are not there, and no folder to write to."""
+        """Refuse settings that do not fit together, folders that are not there and libraries that are missing."""
         super().check()
         if self.output_dir is None and not (self.dry_run or self.check_rows):
             raise ConfigError("missing option", where="--output-dir", hint="See `braces train --help`.")
-        if self.attributes is not None and self.attribute_field is None and self.method == "braces":
-            hint = "Name the column of each row's attribute with --attribute-field."
-            raise ConfigError("no attributes are trained", where="--attributes", hint=hint)
-        check_attributes(self.attributes)
+        if self.report_to != "none" and find_spec(self.report_to) is None:
+            hint = f"pip install {self.report_to}"
+            raise ConfigError(f"{self.report_to} is not installed", where="--report-to", hint=hint)
+        if self.streaming and self.max_steps is None:
+            hint = "Say how long to train with --max-steps."
+            raise ConfigError("a stream has no known length", where="--streaming", hint=hint)
         if self.resume and self.overwrite:
             raise ConfigError("--resume keeps what --overwrite removes", where="--resume", hint="Give one of the two.")
+        _ = self.pairs, self.scale
+        self._check_method()
+        self._check_attributes()
+        check_attributes(self.attributes)
+
+    def _check_method(self) -> None:
+        """Refuse options that the method does not read.
+
+        A recipe may hold settings of both kinds, so that one file serves every method: an unused setting in a file is
+        no error, except for attributes.
+        """
+        baseline = self.method in BASELINES
+        for name in (*BRACES_ONLY, *_NEVER_IGNORED) if baseline else BASELINE_ONLY:
+            source = self.given.get(name)
+            if source == "command line" or (source == "file" and name in _NEVER_IGNORED):
+                flag = flag_of(type(self), name)
+                hint = f"Leave it out, or use {'--method braces' if baseline else 'a baseline, such as --method lora'}."
+                raise ConfigError(f"{self.method} has no use for {flag}", where=flag, hint=hint)
+        if baseline and self.attribute_field is not None:
+            hint = "Leave out --attribute-field, or train with --method braces."
+            raise ConfigError(f"{self.method} cannot be trained on attributes", where="--method", hint=hint)
+        if baseline and self.adapter is not None:
+            hint = "Leave out --adapter, or train with --method braces."
+            raise ConfigError(f"{self.method} cannot continue from an adapter of braces", where="--adapter", hint=hint)
+
+    def _check_attributes(self) -> None:
+        """Refuse two columns for one thing, and options of training with attributes in a run without."""
+        columns = self.row_columns
+        for key, name in (("attribute", "attribute_field"), ("strength", "strength_field")):
+            column, other = getattr(columns, key), getattr(self, name)
+            if column not in (None, other):
+                hint = f"Leave out {flag_of(type(self), name)}, or `{key}` of --columns."
+                raise ConfigError(f"two columns for `{key}`: {column} and {other}", where="--columns", hint=hint)
+        if self.attribute_field is None and self.method == "braces":
+            for name, unused in (("opposites", ()), ("strength_field", STRENGTH), ("attributes", None)):
+                if getattr(self, name) != unused:
+                    hint = "Name the column of each row's attribute with --attribute-field."
+                    raise ConfigError("no attributes are trained", where=flag_of(type(self), name), hint=hint)
+            if self.contrast:
+                hint = "Name the column of each row's attribute with --attribute-field."
+                raise ConfigError("no attributes are trained", where="--contrast", hint=hint)
+        contrastive = self.attribute_field is not None if self.contrast is None else self.contrast > 0
+        if self.margin is not None and not contrastive and "margin" in self.given:
+            hint = "It needs --attribute-field, and a --contrast above 0."
+            raise ConfigError("there is no contrastive loss", where="--margin", hint=hint)
+
+    def resolve(self, width: int, context: int, start: Any = None) -> Self:
+        """The settings with every default filled in; the one place where a run's settings change.
+
+        Args:
+            width: d of the base.
+            context: tokens that the base takes.
+            start: config of the adapter to continue from, whose base, rank and layers are kept.
+        """
+        trained = self.attribute_field is not None
+        contrast = (DEFAULT_CONTRAST if trained else 0.0) if self.contrast is None else self.contrast
+        lr = BASELINE_LR if self.method in BASELINES else default_lr(width)
+        gate_lr = DEFAULT_GATE_LR_ATTRIBUTES if trained else DEFAULT_GATE_LR
+        warmup = self.warmup_steps if self.max_steps is None else capped_warmup(self.warmup_steps, self.max_steps)
+        found: dict[str, Any] = {"contrast": contrast, "warmup_steps": warmup}
+        found |= {"lr": self.lr or lr, "gate_lr": self.gate_lr or gate_lr, "max_length": min(self.max_length, context)}
+        if contrast and self.margin is None:
+            found["margin"] = DEFAULT_MARGIN
+        if start is not None:
+            model, revision = self.base(start)
+            layers = ",".join(map(str, start.layers))
+            found |= {"model": model, "revision": revision, "rank": start.r, "layers": layers}
+        return replace(self, **found)
+
+    def base(self, start: Any = None) -> tuple[str | None, str | None]:
+        """Name and revision of the base, of the adapter's where no other is named."""
+        if start is None or self.model is not None:
+            return self.model, self.revision
+        return start.base_model_name_or_path, self.revision or start.revision
+
+    @property
+    def scale(self) -> float | None:
+        """`relevance_scale` as a number; None where it is measured."""
+        text = self.relevance_scale
+        try:
+            number = None if text == "auto" else float(text)
+        except ValueError:
+            number = 0.0
+        if number is not None and not 0 < number < math.inf:
+            hint = "Give auto or a positive number, such as 1."
+            raise ConfigError(f"`{text}` is not a scale", where="--relevance-scale", hint=hint)
+        return number
+
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """`opposites`, parsed."""
+        return parse_opposites(self.opposites)
+
+    def recorded(self) -> dict[str, Any]:
+        """What the method reads of the settings that explain an adapter."""
+        ignored = BASELINE_ONLY if self.method == "braces" else BRACES_ONLY
+        found = {name: plain(getattr(self, name)) for name in _RECORDED if name not in ignored}
+        return {**found, **({"opposites": plain(self.pairs)} if "opposites" in found else {})}
 
     @property
     def row_columns(self) -> Columns:

@@ -10,26 +10,24 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from braces_cli.core.adapter.files import AdapterConfig, StoredAdapter, find_adapter, read_config
+from braces_cli.core.adapter.files import StoredAdapter, find_adapter, read_config
 from braces_cli.core.adapter.layer import RelevanceModule
 from braces_cli.core.adapter.model import Adapter, Session, attach, attach_stored, hook_ffn
 from braces_cli.core.adapter.scale import measure_scales, run_texts
 from braces_cli.core.attributes.words import neutral_texts
 from braces_cli.core.distributed import gathered
 from braces_cli.core.errors import ConfigError, ModelError
-from braces_cli.core.models.ffn import FFN, MixtureFFN
 from braces_cli.core.models.options import chosen_layers
 from braces_cli.core.models.tokenize import Encoded, encode
 from braces_cli.data.dataset import Examples, Stream
 from braces_cli.training.baselines import PeftAdapter
-from braces_cli.training.settings import RunSettings, TrainSettings
+from braces_cli.training.settings import TrainSettings
 
 _DDP = "Use recipes/launch/ddp.yaml, or torchrun."
 _FSDP2 = "Start from recipes/launch/fsdp2.yaml."
@@ -117,34 +115,19 @@ class _TermRecorder:
         return add(output, *rest)
 
 
-Run = TypeVar("Run", bound=RunSettings)
-
-
-def starting_point(settings: Run) -> tuple[Run, StoredAdapter | None]:
-    """The adapter that `--adapter` names, and the settings with what it determines; None where there is none.
+def starting_point(settings: TrainSettings) -> StoredAdapter | None:
+    """The adapter that `--adapter` names; None where there is none.
 
     Raises:
-        ConfigError: see `continued`.
+        ConfigError: another rank, layers or relevance scale is requested, or the adapter was trained with attributes
+            and this run is without.
         ModelError: no such adapter.
     """
     if settings.adapter is None:
-        return settings, None
+        return None
     start = find_adapter(settings.adapter)
-    return continued(settings, start.config), start
-
-
-def continued(settings: Run, config: AdapterConfig) -> Run:
-    """Settings of a run that goes on from a stored adapter: base, rank, layers and relevance scale are the adapter's.
-
-    Raises:
-        ConfigError: another method, rank, layers or relevance scale is requested, or the adapter was trained with
-            attributes and this run is without.
-    """
-    if settings.method != "braces":
-        hint = "Leave out --adapter, or train with --method braces."
-        raise ConfigError(f"{settings.method} cannot continue from an adapter of braces", where="--adapter", hint=hint)
-    layers = ",".join(map(str, config.layers))
-    for name, stored in (("rank", config.r), ("layers", layers)):
+    config = start.config
+    for name, stored in (("rank", config.r), ("layers", ",".join(map(str, config.layers)))):
         if name in settings.given and getattr(settings, name) != stored:
             hint = f"Leave out --{name}, or train a new adapter without --adapter."
             raise ConfigError(f"the adapter has {name} {stored}", where=f"--{name}", hint=hint)
@@ -154,18 +137,7 @@ def continued(settings: Run, config: AdapterConfig) -> Run:
     if config.attributes and settings.attribute_field is None:
         hint = "Name the column of each row's attribute with --attribute-field."
         raise ConfigError("the adapter was trained with attributes", where="--adapter", hint=hint)
-    return replace(
-        settings,
-        model=settings.model or config.base_model_name_or_path,
-        revision=settings.revision or (config.revision if settings.model is None else None),
-        rank=config.r,
-        layers=layers,
-    )
-
-
-def for_base(settings: Run, ffns: Sequence[FFN | MixtureFFN]) -> Run:
-    """The same with the defaults that depend on the base, whose feed-forward layers these are."""
-    return settings.for_base(ffns[0].hidden_size)
+    return start
 
 
 def adapter_to_train(
@@ -220,7 +192,7 @@ def adapted_layers(model: Any, settings: TrainSettings) -> list[int] | None:
     try:
         return chosen_layers(model, settings.layers)
     except ConfigError as error:
-        adapter = settings.adapter if isinstance(settings, RunSettings) else None
+        adapter = settings.adapter
         if adapter is None:
             raise
         what = f"its layers are not those of the base: {error.message}"

@@ -116,7 +116,13 @@ def test_debug_lists_what_was_done_before_the_first_step_and_each_is_done_once(
     assert calls == expected
     assert outcome.err.count("before the first step:") == 1
     table = outcome.err.partition("before the first step:")[2]
-    stages = ["tokenizer", "reading and tokenising", "weights", "probes of packing and logits", "attaching the adapter"]
+    stages = [
+        "model without weights and tokenizer",
+        "reading and tokenising",
+        "weights",
+        "probes of packing and logits",
+        "attaching the adapter",
+    ]
     places = [table.index(f"  {stage} ") for stage in [*stages, "in all"]]
     assert places == sorted(places)
 

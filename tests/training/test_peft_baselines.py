@@ -127,7 +127,7 @@ CONTRADICTIONS = [
     ("braces", ["--lora-alpha", "8"], "--lora-alpha"),
     ("braces", ["--lora-targets", "q_proj"], "--lora-targets"),
     ("lora", ["--lora-alpha", "0"], "--lora-alpha"),
-    ("lorra", [], "no method `lorra`"),
+    ("lorra", [], "`lorra` is not one of"),
     ("lora", ["--relevance-scale", "1"], "--relevance-scale"),
     ("braces", ["--relevance-scale", "best"], "`best` is not a scale"),
 ]

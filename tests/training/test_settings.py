@@ -1,11 +1,15 @@
-"""Settings of a run: which of them identify it, and what only one method reads."""
+"""Settings of a run: what identifies it, what depends on the base, and what does not go together."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
+from braces_cli.core.config import build
 from braces_cli.core.errors import ConfigError
-from braces_cli.training.settings import RunSettings, TrainSettings
+from braces_cli.training.settings import TrainSettings
 
 # Where a run is computed, how often it reports, and how a step is divided into batches and processes.
 FREE = {
@@ -15,44 +19,89 @@ FREE = {
 }  # fmt: skip
 
 
-def test_what_identifies_a_run():
+def test_what_identifies_a_run() -> None:
     """Every setting but those without an effect on the adapter, and the examples of a step."""
-    settings = RunSettings(batch_size=4, gradient_accumulation=3)
+    settings = TrainSettings(batch_size=4, gradient_accumulation=3)
     identity = settings.identity(processes=2)
     assert set(settings.resolved()) - set(identity) == FREE
     assert identity["examples_per_step"] == 24
 
 
-def test_defaults_that_depend_on_other_settings():
-    """Rates follow attributes, method and width; what is given stays."""
-    plain, conditioned = TrainSettings(), TrainSettings(attribute_field="mood")
-    assert (plain.gate_lr, plain.rank, plain.contrast, plain.margin) == (0.3, 16, 0.0, None)
-    assert (conditioned.gate_lr, conditioned.contrast, conditioned.margin) == (0.1, 0.1, 6.0)
-    assert (plain.lr, plain.for_base(64).lr, TrainSettings(lr=0.5).for_base(64).lr) == (None, 0.02, 0.5)
-    assert (TrainSettings(method="lora").lr, TrainSettings(method="lora").rank) == (1e-3, 16)
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, {"lr": 0.02, "gate_lr": 0.3, "rank": 16, "contrast": 0.0, "margin": None, "max_length": 512}),
+        ({"attribute_field": "mood"}, {"gate_lr": 0.1, "contrast": 0.1, "margin": 6.0}),
+        ({"lr": 0.5, "max_length": 100}, {"lr": 0.5, "max_length": 100}),
+        ({"method": "lora"}, {"lr": 1e-3, "rank": 16}),
+        ({"max_steps": 8}, {"warmup_steps": 2}),
+    ],
+)
+def test_defaults_that_depend_on_the_base_and_on_other_settings(given: dict[str, Any], wanted: dict[str, Any]) -> None:
+    resolved = TrainSettings(**given).resolve(64, 512)
+    assert {name: getattr(resolved, name) for name in wanted} == wanted
 
 
-def test_a_relevance_scale_is_auto_or_a_positive_number():
-    """As a number it is the same however it is written."""
-    assert TrainSettings().scale is None
-    assert [TrainSettings(relevance_scale=text).scale for text in ("1", "1.0", "0.25", 2)] == [1.0, 1.0, 0.25, 2.0]
-    assert TrainSettings(relevance_scale="1.0") == TrainSettings(relevance_scale="1")
-    for wrong in ("0", "-1", "inf", "nan", "big", ""):
-        with pytest.raises(ConfigError, match="is not a scale"):
-            TrainSettings(relevance_scale=wrong)
+def test_an_adapter_to_continue_from_brings_its_base_rank_and_layers() -> None:
+    start = SimpleNamespace(base_model_name_or_path="b", revision="v1", r=4, layers=[0, 2])
+    resolved = TrainSettings(adapter="a").resolve(64, 512, start)
+    assert (resolved.model, resolved.revision, resolved.rank, resolved.layers) == ("b", "v1", 4, "0,2")
+    other = TrainSettings(adapter="a", model="c").resolve(64, 512, start)
+    assert (other.model, other.revision) == ("c", None)
 
 
-def test_columns_name_attribute_and_strength():
-    """As --attribute-field and --strength-field do; two different columns for one key are refused."""
-    settings = RunSettings(columns=("attribute=mood,strength=much",))
+def test_columns_name_attribute_and_strength() -> None:
+    """As --attribute-field and --strength-field do."""
+    settings = TrainSettings(columns=("attribute=mood,strength=much",))
     assert (settings.attribute_field, settings.strength_field) == ("mood", "much")
-    with pytest.raises(ConfigError, match="two columns for `attribute`"):
-        RunSettings(columns=("attribute=mood",), attribute_field="feeling")
 
 
-def test_an_adapter_records_what_its_method_reads():
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"columns": ["attribute=mood"], "attribute_field": "feeling"}, "two columns for `attribute`"),
+        ({"opposites": ["a:b"]}, "--opposites: no attributes are trained"),
+        ({"strength_field": "much"}, "--strength-field: no attributes are trained"),
+        ({"contrast": 0.1}, "--contrast: no attributes are trained"),
+        ({"margin": 3}, "--margin: there is no contrastive loss"),
+        ({"attribute_field": "mood", "opposites": ["a:b", "b:c"]}, "an attribute is in two pairs"),
+        ({"method": "lora", "gate_lr": 1}, "lora has no use for --gate-lr"),
+        ({"lora_alpha": 2}, "braces has no use for --lora-alpha"),
+        ({"method": "lora", "adapter": "a"}, "lora cannot continue"),
+        ({"relevance_scale": "much"}, "`much` is not a scale"),
+        ({"relevance_scale": 0}, "`0` is not a scale"),
+        ({"relevance_scale": "inf"}, "`inf` is not a scale"),
+        ({"streaming": True}, "a stream has no known length"),
+        ({"resume": True, "overwrite": True}, "--resume keeps what --overwrite removes"),
+        ({"data": None}, "--data: missing option"),
+        ({"output_dir": None}, "--output-dir: missing option"),
+    ],
+)
+def test_settings_that_do_not_fit_together(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        build(TrainSettings, {"data": "rows.jsonl", "output_dir": "out", **given})
+    assert message in str(error.value)
+
+
+def test_a_file_may_serve_every_method(tmp_path: Any) -> None:
+    """What a method has no use for is no error there, but attributes are."""
+    path = tmp_path / "a.yaml"
+    path.write_text("gate_lr: 1\nlora_alpha: 4\ndata: rows.jsonl\noutput_dir: out\n")
+    for method in ("lora", "braces"):
+        assert build(TrainSettings, {"method": method}, path).method == method
+    path.write_text("attribute_field: mood\ndata: rows.jsonl\noutput_dir: out\n")
+    with pytest.raises(ConfigError, match="has no use for --attribute-field"):
+        build(TrainSettings, {"method": "lora"}, path)
+
+
+def test_the_scale() -> None:
+    assert TrainSettings().scale is None
+    assert [TrainSettings(relevance_scale=text).scale for text in ("1", "0.25")] == [1.0, 0.25]
+
+
+def test_an_adapter_records_what_its_method_reads() -> None:
     """Opposites as pairs; no settings of other methods, of checkpoints or of files."""
-    recorded = RunSettings(attribute_field="mood", opposites=("a:b",), data=("rows.jsonl",)).recorded()
+    recorded = TrainSettings(attribute_field="mood", opposites=("a:b",), data=("rows.jsonl",)).recorded()
     assert recorded["opposites"] == [["a", "b"]]
-    assert {"lora_alpha", "save_steps", "data", "given"}.isdisjoint(recorded)
+    assert {"lora_alpha", "save_steps", "data", "given", "model"}.isdisjoint(recorded)
     assert "contrast" not in TrainSettings(method="lora").recorded()
