@@ -199,14 +199,11 @@ def adapter_dir(session: Any, tmp_path: Path) -> Path:
 def make_adapter(session: Any, folder: Path, rank: int = 4, seed: int = 1) -> Path:
     """Save an adapter with open gates and leave the session's model bare."""
     from braces_cli.core.adapter.model import AdapterConfig, attach
-    from braces_cli.core.models.load import tokenizer_hashes
 
     base = session.base
     adapter = attach(base.model, rank)
     open_gates(adapter, seed)
-    config = AdapterConfig(
-        base.name, rank, adapter.layers, base.fingerprint(session.ffns), tokenizer=tokenizer_hashes(base.tokenizer)
-    )
+    config = AdapterConfig(base.name, rank, adapter.layers, base.fingerprint, tokenizer=base.tokenizer_hashes)
     adapter.save(folder, config, "# test\n")
     adapter.detach()
     return folder

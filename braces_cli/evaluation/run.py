@@ -18,7 +18,6 @@ from braces_cli.core.config import options_of
 from braces_cli.core.distributed import Processes, join_with_accelerator, world_size
 from braces_cli.core.errors import ConfigError, DataError, near_misses
 from braces_cli.core.files import file_hash, scratch_folder
-from braces_cli.core.models.load import tokenizer_hashes
 from braces_cli.core.options import LoadOptions
 from braces_cli.core.progress import Report, silent
 from braces_cli.core.versions import versions
@@ -304,8 +303,8 @@ def _document(
             "limit": settings.limit,
             "seeds": settings.seeds,
             "revision": base.revision,
-            "fingerprint": base.fingerprint(session.ffns)["sha256"],
-            "tokenizer": tokenizer_hashes(base.tokenizer),
+            "fingerprint": base.fingerprint["sha256"],
+            "tokenizer": base.tokenizer_hashes,
             "apply_chat_template": chat,
             **(settings.steering_record() if settings.attribute else {}),
             **_generation(settings, selection),

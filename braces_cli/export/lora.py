@@ -385,7 +385,7 @@ def _write(
     request = lora_request.request
     report("loading", 0, 1)
     session = open_bare(request)
-    words = differences(slots.fingerprint, session.base.fingerprint(session.ffns), "the slots'")
+    words = differences(slots.fingerprint, session.base.fingerprint, "the slots'")
     if words:
         hint = f"They were exported from {slots.model}."
         raise ModelError(f"the base differs from that of the slots ({'; '.join(words)})", where="--model", hint=hint)

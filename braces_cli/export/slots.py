@@ -176,7 +176,7 @@ def _write(request: Request, count: int, folder: Path, report: Report) -> tuple[
     base = {
         "model": session.base.name,
         "revision": session.base.revision,
-        "fingerprint": session.base.fingerprint(session.ffns),
+        "fingerprint": session.base.fingerprint,
     }
     return Slots(**(vars(slots) | base)), expected
 

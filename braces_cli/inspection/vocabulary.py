@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from braces_cli.core.adapter.model import Session
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.models.ffn import FFN, MixtureFFN, layer_stack
-from braces_cli.core.models.load import Base, tokenizer_hashes
+from braces_cli.core.models.load import Base
 from braces_cli.core.models.tokenize import token_text
 from braces_cli.core.models.weights import dense, stored_bias, stored_values
 from braces_cli.core.progress import Report, silent
@@ -368,8 +368,8 @@ def map_header(session: Session, side: str, top_k: int) -> dict[str, Any]:
         "format_version": 1,
         "model": base.name,
         "revision": base.revision,
-        "fingerprint": base.fingerprint(session.ffns),
-        "tokenizer": tokenizer_hashes(base.tokenizer),
+        "fingerprint": base.fingerprint,
+        "tokenizer": base.tokenizer_hashes,
         "side": side,
         "top_k": min(top_k, lens.size),
         "vocabulary": list(lens.vocabulary().texts),

@@ -22,7 +22,7 @@ from braces_cli.core.distributed import act, barrier, deferred, is_main, join, w
 from braces_cli.core.files import output_lock
 from braces_cli.core.models.ffn import find_ffns, parameter_total
 from braces_cli.core.models.hub import check_push
-from braces_cli.core.models.load import input_device, load_shape, load_tokenizer, tokenizer_hashes
+from braces_cli.core.models.load import input_device, load_shape, load_tokenizer
 from braces_cli.core.models.tokenize import context_length
 from braces_cli.core.progress import Report, Timings, silent
 from braces_cli.core.versions import versions
@@ -342,8 +342,8 @@ def _config(run: _Run, adapter: Adapter | PeftAdapter) -> AdapterConfig:
         revision=base.revision,
         r=adapter.rank,
         layers=adapter.layers,
-        fingerprint=base.fingerprint(session.ffns),
-        tokenizer=tokenizer_hashes(base.tokenizer),
+        fingerprint=base.fingerprint,
+        tokenizer=base.tokenizer_hashes,
         training={**settings.recorded(), **chosen},
         attributes=[attribute.name for attribute in run.attributes],
         versions=versions(),

@@ -158,7 +158,7 @@ def adapter_to_train(
     """
     model = session.base.model
     if start is not None:
-        adapter = attach_stored(model, start, session.base.fingerprint(session.ffns))
+        adapter = attach_stored(session.base, start)
         modules = [adapter_layer for _, adapter_layer in adapter.adapted_ffns] + (
             [adapter.mlp] if adapter.mlp is not None else []
         )
@@ -169,7 +169,7 @@ def adapter_to_train(
         return PeftAdapter(model, settings)
     layers = adapted_layers(model, settings)
     scales = _scales(session, settings, layers) if checkpoint is None else read_config(checkpoint).relevance_scale
-    return attach(model, settings.rank, layers, settings.seed, scales)
+    return attach(model, settings.rank, layers, settings.seed, scales, session.ffns)
 
 
 def _scales(session: Session, settings: TrainSettings, layers: Sequence[int] | None) -> list[float]:

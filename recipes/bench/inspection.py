@@ -44,7 +44,7 @@ def rates(args: argparse.Namespace, model: Any, part: int) -> tuple[dict[str, Ca
 
     wait = synchroniser(args.device)
     matrix = find_ffns(model)[0].value_matrix().mT
-    lens, weight = LogitLens(Base(model, None, "", None, None)), model.get_output_embeddings().weight
+    lens, weight = LogitLens(Base(model, None, "")), model.get_output_embeddings().weight
     k, vocabulary = TOP_K, len(weight)
     width = weight.shape[1]
 

@@ -54,11 +54,10 @@ def attributes(model: Any) -> list[Any]:
 def session_of(base: Any, name: str, rank: int | None) -> Any:
     """Open a session on a copy of `base`, with an adapter if `rank` is not None."""
     from braces_cli.core.adapter.model import Session
-    from braces_cli.core.models.ffn import find_ffns
     from braces_cli.core.models.load import Base
 
     model = sharing_weights(base)
-    session = Session(Base(model, None, name, None, None), find_ffns(model))
+    session = Session(Base(model, None, name))
     if rank is not None:
         session.adapter = attached(model, rank)
     return session

@@ -128,7 +128,7 @@ def test_the_list_shows_folder_adapter_and_built_in(build, braces, session, adap
     calm, built_in = rows[0], rows[3]
     assert calm["words"] == ["quiet", "gentle"]
     assert (calm["layers"], calm["hidden_size"], calm["pooling"], calm["examples"]) == (2, 32, "last", 0)
-    assert calm["fingerprint"] == session.base.fingerprint(session.ffns)
+    assert calm["fingerprint"] == session.base.fingerprint
     assert calm["base"] == session.base.name
     assert len(calm["statistics"]["difference"]) == len(calm["statistics"]["residual"]) == 2
     assert all(value > 0 for values in calm["statistics"].values() for value in values)

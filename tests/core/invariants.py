@@ -27,6 +27,7 @@ from braces_cli.core.adapter.reference import reference
 from braces_cli.core.errors import ModelError
 from braces_cli.core.models.ffn import FFN, Experts, MixtureFFN, find_ffns, layer_stack
 from braces_cli.core.models.identity import fingerprint
+from braces_cli.core.models.load import Base
 from tests.conftest import open_gates
 from tests.core.architectures import MAPPING, NEURONS, VARIANTS, VOCABULARY, WIDTH, model_type, tiny
 from tests.export.architecture_columns import export_columns
@@ -249,7 +250,7 @@ def live(name: str, model: Any, folder: Path) -> None:
     saved = logits_of(model)
     assert adapter.detach() is model
     assert torch.equal(logits_of(model), base), "detaching does not restore the base"
-    loaded = attach_stored(model, find_adapter(str(folder)), config.fingerprint)
+    loaded = attach_stored(Base(model, None, name), find_adapter(str(folder)))
     assert torch.equal(logits_of(model), saved), "a loaded adapter differs from the saved one"
     loaded.detach()
     assert torch.equal(logits_of(model), base)

@@ -82,7 +82,7 @@ def test_a_trained_adapter_is_saved_and_loaded_bit_for_bit_with_orthonormal_rows
     base = load_base(session.base.name, LoadOptions(device=str(device), dtype=str(dtype).removeprefix("torch.")))
     model = base.model
     stored = find_adapter(str(folder))
-    adapter, config = attach_stored(model, stored, base.fingerprint()), stored.config
+    adapter, config = attach_stored(base, stored), stored.config
     for _, parameter in adapter.named_parameters():
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW([p for _, p in adapter.named_parameters()], lr=0.05)
@@ -96,7 +96,7 @@ def test_a_trained_adapter_is_saved_and_loaded_bit_for_bit_with_orthonormal_rows
     assert len(errors) == 2
     assert max(errors) < 1e-5
     again = load_base(session.base.name, LoadOptions(device=str(device), dtype=str(dtype).removeprefix("torch.")))
-    attach_stored(again.model, find_adapter(str(folder)), again.fingerprint())
+    attach_stored(again, find_adapter(str(folder)))
     assert torch.equal(logits(again.model), expected)
 
 
@@ -240,7 +240,7 @@ def stored(request, tmp_path_factory):
     base = load_base(str(folder), LoadOptions(device="cpu"))
     adapter = attach(base.model, 4)
     open_gates(adapter)
-    return folder, logits(base.model), training_pass(base.model, adapter), base.fingerprint()
+    return folder, logits(base.model), training_pass(base.model, adapter), base.fingerprint
 
 
 def _last_layer_on_disk(model):

@@ -44,7 +44,7 @@ def make_adapter(tmp_path_factory: pytest.TempPathFactory):
     def make(base_folder: Path, seed: int = 0) -> Path:
         from braces_cli.core.adapter.files import AdapterConfig
         from braces_cli.core.adapter.model import attach
-        from braces_cli.core.models.load import load_base, tokenizer_hashes
+        from braces_cli.core.models.load import load_base
 
         base = load_base(str(base_folder))
         adapter = attach(base.model, 4, seed=seed)
@@ -52,9 +52,7 @@ def make_adapter(tmp_path_factory: pytest.TempPathFactory):
             for _, adapter_layer in adapter.adapted_ffns:
                 adapter_layer.gate.fill_(5.0)
         folder = tmp_path_factory.mktemp("adapter") / f"seed{seed}"
-        config = AdapterConfig(
-            base.name, 4, adapter.layers, base.fingerprint(), tokenizer=tokenizer_hashes(base.tokenizer)
-        )
+        config = AdapterConfig(base.name, 4, adapter.layers, base.fingerprint, tokenizer=base.tokenizer_hashes)
         adapter.save(folder, config, "card")
         return folder
 

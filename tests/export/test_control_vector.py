@@ -15,7 +15,7 @@ from braces_cli.core.adapter.model import Session, attach
 from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.vector import build_attribute, with_steered_layers
 from braces_cli.core.errors import ConfigError, ModelError
-from braces_cli.core.models.ffn import find_ffns, layer_stack
+from braces_cli.core.models.ffn import layer_stack
 from braces_cli.core.models.load import Base
 from braces_cli.export.control_vector import export_control_vector
 from tests.conftest import make_adapter, open_gates, tiny_model, tiny_tokenizer
@@ -33,7 +33,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def opened(model: Any) -> Session:
-    return Session(Base(model, tiny_tokenizer(), "tiny", None, None), find_ffns(model))
+    return Session(Base(model, tiny_tokenizer(), "tiny"))
 
 
 def applied(model: Any, path: Path) -> torch.Tensor:

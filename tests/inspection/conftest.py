@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from braces_cli.core.adapter.model import Session, attach
-from braces_cli.core.models.ffn import find_ffns
 from braces_cli.core.models.load import Base
 from braces_cli.inspection.vocabulary import LogitLens
 from tests.conftest import open_gates, tiny_model, tiny_tokenizer
@@ -18,7 +17,7 @@ from tests.conftest import open_gates, tiny_model, tiny_tokenizer
 def opened(model: Any, *, adapter: bool = False) -> Session:
     """A session over a model or an architecture's tiny model, with the tiny tokenizer; an adapter has open gates."""
     model = tiny_model(model, vocab_size=96) if isinstance(model, str) else model
-    session = Session(Base(model, tiny_tokenizer(), "tiny", None, None), find_ffns(model))
+    session = Session(Base(model, tiny_tokenizer(), "tiny"))
     if adapter:
         session.adapter = attach(model, 4)
         open_gates(session.adapter)

@@ -102,7 +102,7 @@ def test_interrupted_map_leaves_no_file(tmp_path, session):
 def test_map_of_another_model(tmp_path, session):
     """Other weights or another vocabulary of the same size are an error."""
     found = written(session, tmp_path / "map.parquet")
-    fingerprint, tokenizer = session.base.fingerprint(session.ffns), found.header["tokenizer"]
+    fingerprint, tokenizer = session.base.fingerprint, found.header["tokenizer"]
     found.check_model(fingerprint, tokenizer)
     with pytest.raises(ModelError, match="other weights"):
         found.check_model(fingerprint | {"sha256": "0"}, tokenizer)

@@ -64,12 +64,11 @@ def test_logits_of_each_row_are_its_own(name, trained):
     from braces_cli.core.adapter.model import Session, attach
     from braces_cli.core.attributes.hooks import steered, terms_of_rows
     from braces_cli.core.attributes.vector import Attribute
-    from braces_cli.core.models.ffn import find_ffns
     from braces_cli.core.models.load import Base
     from tests.conftest import open_gates, tiny_model
 
     model = tiny_model(name)
-    session = Session(Base(model, None, name, None, None), find_ffns(model))
+    session = Session(Base(model, None, name))
     if trained:
         session.adapter = attach(model, 4)
         open_gates(session.adapter)
@@ -117,7 +116,7 @@ def test_rows_that_push_and_rows_that_go_through_the_adapter_share_a_batch(name)
     model = tiny(name)
     ffns = find_ffns(model)
     layers, width = [ffn.layer for ffn in ffns], ffns[0].hidden_size
-    session = Session(Base(model, None, name, None, None), ffns)
+    session = Session(Base(model, None, name))
     session.adapter = attach(model, 4, layers[-1:])
     open_gates(session.adapter)
     generator = torch.Generator().manual_seed(1)

@@ -54,7 +54,7 @@ def test_scales_are_saved_and_loaded_and_steering_grows_with_them(session, tmp_p
     folder = make_adapter(session, tmp_path / "a")
     assert json.loads((folder / "adapter_config.json").read_text())["relevance_scale"] == [1.5, 0.75]
     stored = find_adapter(str(folder))
-    adapter, config = attach_stored(model, stored, session.base.fingerprint()), stored.config
+    adapter, config = attach_stored(session.base, stored), stored.config
     for (_, adapter_layer), scale in zip(adapter.adapted_ffns, (2.5, 0.25), strict=True):
         adapter_layer.set_scale(scale)
     with torch.no_grad():

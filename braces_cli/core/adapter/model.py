@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from braces_cli.core.models.embedded import NAME as EMBEDDED
 from braces_cli.core.models.embedded import note_default
 from braces_cli.core.models.ffn import FFN, Experts, MixtureFFN, find_ffns, routing
 from braces_cli.core.models.identity import differences
-from braces_cli.core.models.load import Base, load_base, tokenizer_hashes
+from braces_cli.core.models.load import Base, load_base
 from braces_cli.core.models.structure import hooks_changed
 from braces_cli.core.options import LoadOptions
 
@@ -213,25 +213,12 @@ def _expert_hooks(part: Experts, adapter_layer: RelevanceModule) -> list[Removab
     return [part.module.register_forward_hook(around, with_kwargs=True)]
 
 
-def attach(
-    model: nn.Module,
-    rank: int,
-    layers: Sequence[int] | None = None,
-    seed: int = 0,
-    scales: Sequence[float] | None = None,
-) -> Adapter:
-    """Put a fresh relevance module on every FFN of `model` (or on those of `layers`), its gate near 0.
-
-    Args:
-        scales: c of each layer, see `core.adapter.scale`; None is 1 everywhere.
+def choose_ffns(ffns: Sequence[FFN | MixtureFFN], rank: int, layers: Sequence[int] | None) -> list[FFN | MixtureFFN]:
+    """FFNs of `layers`, or all FFNs, for an adapter of rank `rank`.
 
     Raises:
         ConfigError: rank below 1 or above the hidden size, or a layer without an FFN.
-        ModelError: no FFN found, or an adapter is attached already.
     """
-    ffns = find_ffns(model)
-    if any("relevance" in ffn.host._modules for ffn in ffns):
-        raise ModelError("the model already has an adapter", hint="Detach it first.")
     known = [ffn.layer for ffn in ffns]
     requested = known if layers is None else list(layers)
     missing = sorted(set(requested) - set(known))
@@ -241,26 +228,47 @@ def attach(
     width = min(ffn.hidden_size for ffn in chosen)
     if not 1 <= rank <= width:
         raise ConfigError(f"rank {rank} does not fit hidden size {width}", where="--rank", hint=f"Use 1 to {width}.")
+    return chosen
+
+
+def attach(
+    model: nn.Module,
+    rank: int,
+    layers: Sequence[int] | None = None,
+    seed: int = 0,
+    scales: Sequence[float] | None = None,
+    ffns: Sequence[FFN | MixtureFFN] | None = None,
+) -> Adapter:
+    """Put a fresh relevance module on every FFN of `model` (or on those of `layers`), its gate near 0.
+
+    Args:
+        scales: c of each layer, see `core.adapter.scale`; None is 1 everywhere.
+        ffns: FFNs of `model`, if they are known.
+
+    Raises:
+        ConfigError: rank below 1 or above the hidden size, or a layer without an FFN.
+        ModelError: no FFN found, or an adapter is attached already.
+    """
+    ffns = find_ffns(model) if ffns is None else ffns
+    if any("relevance" in ffn.host._modules for ffn in ffns):
+        raise ModelError("the model already has an adapter", hint="Detach it first.")
     generator = torch.Generator().manual_seed(seed)
     adapted_ffns = []
-    for index, ffn in enumerate(chosen):
+    for index, ffn in enumerate(choose_ffns(ffns, rank, layers)):
         scale = 1.0 if scales is None else scales[index]
         device = ffn.parts[0].values().device
         adapted_ffns.append((ffn, RelevanceModule(rank, ffn.hidden_size, device, generator, scale)))
     return Adapter(model, adapted_ffns)
 
 
-def attach_stored(model: nn.Module, stored: StoredAdapter, fingerprint: Mapping[str, Any]) -> Adapter:
-    """Attach a stored adapter to `model`, frozen.
-
-    Args:
-        fingerprint: of `model`.
+def attach_stored(base: Base, stored: StoredAdapter) -> Adapter:
+    """Attach a stored adapter to the base's model, frozen.
 
     Raises:
         ModelError: the folder is damaged, or belongs to another base.
     """
     config, tensors = stored.config, stored.tensors
-    words = differences(config.fingerprint, fingerprint)
+    words = differences(config.fingerprint, base.fingerprint)
     if words:
         raise ModelError(
             f"this adapter was trained on another base ({'; '.join(words)})",
@@ -268,7 +276,7 @@ def attach_stored(model: nn.Module, stored: StoredAdapter, fingerprint: Mapping[
             hint=f"It needs {config.base_model_name_or_path}.",
         )
     try:
-        adapter = attach(model, config.r, config.layers, scales=config.relevance_scale)
+        adapter = attach(base.model, config.r, config.layers, scales=config.relevance_scale, ffns=base.ffns)
     except ConfigError as error:  # no option is wrong, the adapter is
         raise ModelError(error.message, where=str(stored.folder), hint=error.hint) from error
     for ffn, adapter_layer in adapter.adapted_ffns:
@@ -294,9 +302,12 @@ class Session:
     """
 
     base: Base
-    ffns: list[FFN | MixtureFFN]
     adapter: Adapter | None = None
     stored: StoredAdapter | None = None
+
+    def __post_init__(self) -> None:
+        # Before any PEFT baseline replaces modules of the model.
+        self.ffns = self.base.ffns
 
     @property
     def config(self) -> AdapterConfig | None:
@@ -311,9 +322,9 @@ class Session:
     def add_adapter(self, stored: StoredAdapter) -> Adapter:
         """Attach a stored adapter, in place of the one attached now."""
         self.remove_adapter()
-        self.adapter = attach_stored(self.base.model, stored, self.base.fingerprint(self.ffns))
+        self.adapter = attach_stored(self.base, stored)
         self.stored = stored
-        trained, here = stored.config.tokenizer, tokenizer_hashes(self.base.tokenizer)
+        trained, here = stored.config.tokenizer, self.base.tokenizer_hashes
         for part in sorted(key for key in trained if trained[key] != here.get(key)):
             logger.warning("%s: trained with another %s than the base has now", stored.name, part.replace("_", " "))
         return self.adapter
@@ -349,8 +360,13 @@ def base_name(model: str | None, adapter: StoredAdapter | None) -> str:
     return EMBEDDED
 
 
-def open_session(model: str | None, adapter: str | StoredAdapter | None, options: LoadOptions) -> Session:
+def open_session(
+    model: str | None, adapter: str | StoredAdapter | None, options: LoadOptions, tokenizer: Any = None
+) -> Session:
     """Load the base, and the adapter on it where one is given.
+
+    Args:
+        tokenizer: of the base, if it was loaded before.
 
     Raises:
         ConfigError: no such device.
@@ -361,7 +377,7 @@ def open_session(model: str | None, adapter: str | StoredAdapter | None, options
     if stored is not None and model is None and options.revision is None and stored.config.revision is not None:
         options = replace(options, revision=stored.config.revision)
     base = load_base(base_name(model, stored), options)
-    session = Session(base, find_ffns(base.model))
+    session = Session(base)
     if stored is not None:
         session.add_adapter(stored)
     return session

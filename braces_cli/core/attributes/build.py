@@ -199,7 +199,7 @@ def _from_pairs(session: Session, name: str, pairs: Sequence[Pair], reading: Pai
         residual,
         steering_scale(residual, direction, default_layers(layers)),
         layers,
-        session.base.fingerprint(session.ffns),
+        session.base.fingerprint,
         session.base.name,
         reading.pooling,
         2 * len(pairs),

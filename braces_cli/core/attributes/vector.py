@@ -229,7 +229,7 @@ def _build(
         residual,
         steering_scale(residual, hidden - reference, default_layers(layers)),
         layers,
-        base.fingerprint(ffns),
+        base.fingerprint,
         base.name,
         pooling,
         len(given) if texts else 0,
@@ -296,7 +296,7 @@ def load_attributes(path: Path, session: Session) -> dict[str, Attribute]:
         ModelError: damaged, or built for another base.
     """
     header = read_header(path)
-    different = differences(header.fingerprint, session.base.fingerprint(session.ffns), "attribute")
+    different = differences(header.fingerprint, session.base.fingerprint, "attribute")
     if different:
         names = {str(each["base"]) for each in header.details.values() if each.get("base")}
         of = f"It belongs to {', '.join(sorted(names))}. " if names else ""

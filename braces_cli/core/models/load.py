@@ -15,8 +15,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -104,20 +104,20 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass
 class Base:
-    """A base model, ready to carry an adapter.
+    """A base model, ready for an adapter.
 
     Attributes:
-        model: a causal LM in eval mode; on the meta device where only its shape was asked for.
-        name: as the user gave it, a folder made absolute; `embedded@VERSION` for the embedded model.
+        model: a causal LM in eval mode; on the meta device if only its shape is needed.
+        name: hub id, absolute folder, or `embedded@VERSION` for the embedded model.
         revision: commit of a hub model, else None.
-        checkpoint: folder with its weight files, None where there is none.
+        checkpoint: folder with its weight files, None if there is none.
     """
 
     model: Any
     tokenizer: Any
     name: str
-    revision: str | None
-    checkpoint: Path | None
+    revision: str | None = None
+    checkpoint: Path | None = None
 
     def __post_init__(self) -> None:
         self._loaded = self._versions()
@@ -127,11 +127,23 @@ class Base:
         return {name: weight._version for name, weight in parameters if not weight.is_inference()}
 
     def is_changed(self) -> bool:
-        """Whether weights were written to since they were loaded, as torch counts it: not what went through `.data`."""
+        """Whether weights were modified after loading; writes through `.data` are not counted."""
         return any(self._loaded.get(name, version) != version for name, version in self._versions().items())
 
-    def fingerprint(self, ffns: Sequence[FFN | MixtureFFN] | None = None) -> Fingerprint:
-        return fingerprint(self.model, find_ffns(self.model) if ffns is None else ffns, self.checkpoint)
+    @cached_property
+    def ffns(self) -> list[FFN | MixtureFFN]:
+        """FFNs of the model, in layer order."""
+        return find_ffns(self.model)
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """Sizes and hash of the value matrices, computed once: see `core.models.identity`."""
+        return fingerprint(self.model, self.ffns, self.checkpoint)
+
+    @cached_property
+    def tokenizer_hashes(self) -> dict[str, str | None]:
+        """Hashes of vocabulary and chat template, computed once."""
+        return tokenizer_hashes(self.tokenizer)
 
 
 def pick_device(name: str) -> torch.device:

@@ -61,7 +61,7 @@ def test_strength_one_moves_the_stream_by_ten_percent_whatever_stands_behind_the
     from braces_cli.core.adapter.model import Session
     from braces_cli.core.attributes.hooks import steered
     from braces_cli.core.attributes.vector import build_attribute
-    from braces_cli.core.models.ffn import find_ffns, layer_stack
+    from braces_cli.core.models.ffn import layer_stack
     from braces_cli.core.models.load import Base
     from braces_cli.core.models.structure import layer_output
     from tests.conftest import tiny_tokenizer
@@ -71,7 +71,7 @@ def test_strength_one_moves_the_stream_by_ten_percent_whatever_stands_behind_the
     if name == "granite":
         for layer in model.model.layers:
             layer.residual_multiplier = 0.22
-    session = Session(Base(model, tiny_tokenizer(), name, None, None), find_ffns(model))
+    session = Session(Base(model, tiny_tokenizer(), name))
     good = build_attribute(session, "good", ["good", "happy"])
     states = []
     layer_stack(model)[1][0].register_forward_hook(lambda m, a, output: states.append(layer_output(output)))

@@ -20,14 +20,13 @@ from braces_cli.core.attributes.directions import (
     text_items,
     word_items,
 )
-from braces_cli.core.models.ffn import find_ffns
 from braces_cli.core.models.load import Base
 from tests.conftest import tiny_model, tiny_tokenizer
 
 
 def opened(name: str) -> Session:
     model = tiny_model(name, dtype=torch.float64, vocab_size=96)
-    return Session(Base(model, tiny_tokenizer(), name, None, None), find_ffns(model))
+    return Session(Base(model, tiny_tokenizer(), name))
 
 
 def odds(session: Session, items: list[Item], vectors: Any, weights: list[torch.Tensor]) -> float:

@@ -12,6 +12,7 @@ from braces_cli.core.adapter.files import CONFIG_FILE, WEIGHTS_FILE, find_adapte
 from braces_cli.core.adapter.layer import RelevanceModule, projection_error
 from braces_cli.core.adapter.model import attach, attach_stored
 from braces_cli.core.errors import ConfigError, ModelError
+from braces_cli.core.models.load import Base
 from tests.conftest import ARCHITECTURES, make_adapter, open_gates, tiny_model
 
 TOKENS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(5))
@@ -65,13 +66,13 @@ def test_saved_and_loaded_gives_the_same_bits(session, tmp_path):
     """After saving, the model in memory and a loaded one have bit-identical logits."""
     model = session.base.model
     folder = make_adapter(session, tmp_path / "a")
-    adapter = attach_stored(model, find_adapter(str(folder)), session.base.fingerprint())
+    adapter = attach_stored(session.base, find_adapter(str(folder)))
     with torch.no_grad():
         adapter.adapted_ffns[0][1].weight.mul_(1.1)
     adapter.save(folder, find_adapter(str(folder)).config, "")
     before = logits(model)
     adapter.detach()
-    attach_stored(model, find_adapter(str(folder)), session.base.fingerprint())
+    attach_stored(session.base, find_adapter(str(folder)))
     assert torch.equal(logits(model), before)
 
 
@@ -79,12 +80,12 @@ def test_bfloat16_base_saves_and_loads_the_same_bits_with_orthonormal_rows(sessi
     """The projection stays in float32 whatever the base's dtype."""
     model = session.base.model.to(torch.bfloat16)
     folder = make_adapter(session, tmp_path / "a")
-    adapter = attach_stored(model, find_adapter(str(folder)), session.base.fingerprint())
+    adapter = attach_stored(session.base, find_adapter(str(folder)))
     first = logits(model)
     assert all(adapter_layer.weight.dtype == torch.float32 for _, adapter_layer in adapter.adapted_ffns)
     assert all(projection_error(adapter_layer.projection()) < 1e-5 for _, adapter_layer in adapter.adapted_ffns)
     adapter.detach()
-    attach_stored(model, find_adapter(str(folder)), session.base.fingerprint())
+    attach_stored(session.base, find_adapter(str(folder)))
     assert torch.equal(logits(model), first)
 
 
@@ -146,14 +147,12 @@ def test_two_adapters_at_once_are_refused():
 def test_another_base_is_refused(session, adapter_dir):
     """Other weights of the same sizes, and other sizes, are named."""
     other = tiny_model("llama", seed=9)
-    from braces_cli.core.models.ffn import find_ffns
-    from braces_cli.core.models.identity import fingerprint
 
     with pytest.raises(ModelError, match="same sizes, other weights"):
-        attach_stored(other, find_adapter(str(adapter_dir)), fingerprint(other, find_ffns(other), None))
+        attach_stored(Base(other, None, ""), find_adapter(str(adapter_dir)))
     wider = tiny_model("llama", intermediate_size=60)
     with pytest.raises(ModelError, match="value vectors: adapter 52, base 60"):
-        attach_stored(wider, find_adapter(str(adapter_dir)), fingerprint(wider, find_ffns(wider), None))
+        attach_stored(Base(wider, None, ""), find_adapter(str(adapter_dir)))
 
 
 def test_fingerprint_does_not_depend_on_the_dtype_loaded(model_dir):
@@ -162,7 +161,7 @@ def test_fingerprint_does_not_depend_on_the_dtype_loaded(model_dir):
     from braces_cli.core.options import LoadOptions
 
     prints = [
-        load_base(str(model_dir), LoadOptions(device="cpu", dtype=dtype)).fingerprint()
+        load_base(str(model_dir), LoadOptions(device="cpu", dtype=dtype)).fingerprint
         for dtype in ("float32", "bfloat16")
     ]
     assert prints[0] == prints[1]
@@ -202,7 +201,7 @@ def test_a_damaged_adapter_is_refused_by_the_tensor_at_fault(session, adapter_di
     path = adapter_dir / WEIGHTS_FILE
     save_file(_damage(load_file(path), how), path)
     with pytest.raises(ModelError, match=message):
-        attach_stored(session.base.model, find_adapter(str(adapter_dir)), session.base.fingerprint())
+        attach_stored(session.base, find_adapter(str(adapter_dir)))
 
 
 @pytest.mark.parametrize(
@@ -228,4 +227,4 @@ def test_a_truncated_weights_file_is_refused(session, adapter_dir):
     path = adapter_dir / WEIGHTS_FILE
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ModelError, match="cannot read the adapter's weights"):
-        attach_stored(session.base.model, find_adapter(str(adapter_dir)), session.base.fingerprint())
+        attach_stored(session.base, find_adapter(str(adapter_dir)))

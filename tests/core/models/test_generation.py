@@ -10,7 +10,6 @@ import torch
 from braces_cli.core.adapter.model import Session, attach
 from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.vector import build_attribute
-from braces_cli.core.models.ffn import find_ffns
 from braces_cli.core.models.generate import TextRequest, generate
 from braces_cli.core.models.load import Base
 from braces_cli.core.options import Sampling
@@ -24,8 +23,8 @@ TOLERANCE = 1e-4
 
 
 def opened(name: str, with_adapter: bool) -> Session:
-    base = Base(tiny_model(name), tiny_tokenizer(), name, None, None)
-    session = Session(base, find_ffns(base.model))
+    base = Base(tiny_model(name), tiny_tokenizer(), name)
+    session = Session(base)
     if with_adapter:
         session.adapter = attach(base.model, 4)
         open_gates(session.adapter)

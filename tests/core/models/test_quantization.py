@@ -158,11 +158,11 @@ def test_one_adapter_fits_every_packing_of_its_base(folder, method, tmp_path):
     """The fingerprint is of the checkpoint's files: trained packed, loaded plain, and the other way round."""
     packed = open_session(str(folder), None, LoadOptions(device="cpu", quantize=method))
     plain = open_session(str(folder), None, LoadOptions(device="cpu"))
-    assert packed.base.fingerprint() == plain.base.fingerprint()
+    assert packed.base.fingerprint == plain.base.fingerprint
     for one, other in ((packed, plain), (plain, packed)):
         adapter_folder = make_adapter(one, tmp_path / f"{id(one)}")
         bare = logits(other.base.model)
-        adapter = attach_stored(other.base.model, find_adapter(str(adapter_folder)), other.base.fingerprint())
+        adapter = attach_stored(other.base, find_adapter(str(adapter_folder)))
         assert relative(logits(other.base.model), bare) > 0.1
         adapter.detach()
         assert torch.equal(logits(other.base.model), bare)
