@@ -275,7 +275,6 @@ def trace(settings: TraceSettings) -> None:
     if settings.json:
         print_json(traced)
         return
-    # Base figures are None without an adapter.
     adapted = traced["positions"][-1]["base_logit"] is not None
     heads = ["logit", "embedding", "attention", "sub_updates", "biases", *(["base_logit"] if adapted else [])]
     table = [(p["position"], p["token"], p["target"]["token"], *(p[h] for h in heads)) for p in traced["positions"]]

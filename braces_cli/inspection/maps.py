@@ -271,7 +271,7 @@ def open_map(path: Path) -> Map:
     """Read the header of a map.
 
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: the file does not exist.
         DataError: the file is not a map.
     """
     if not os.path.isfile(path):  # unlike pathlib's, it does not raise without permission to read the folder

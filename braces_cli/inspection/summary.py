@@ -20,8 +20,8 @@ def summarise(
     """Return `{model, adapter, parameters, base_parameters, layers: [{layer, value_vectors, hidden_size, gate,
     relevance_scale, projection_error}]}`.
 
-    `gate` is g = sigmoid(gate), `relevance_scale` is c; these and `projection_error` are None in layers without an
-    adapter.
+    `gate` is g = sigmoid(gate), `relevance_scale` is c. In layers without an adapter these two and `projection_error`
+    have the value None.
 
     Raises:
         ModelError: the model or the adapter cannot be read, or they do not fit.

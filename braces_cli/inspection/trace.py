@@ -239,7 +239,7 @@ class Attribution:
         ids: tokens of the prompt.
         targets: token of the decomposed logit at each position.
         run, effects: with the adapter, if there is one.
-        base_run, base_effects: without the adapter, for the same targets; None if there is no adapter.
+        base_run, base_effects: with the adapter disabled, for the same targets; None for a bare base.
     """
 
     ids: list[int]
@@ -299,7 +299,7 @@ def trace(
     """Return `{prompt, tokens, target, positions: [...], layers: [{layer, position, effect, sub_updates: [...]}]}`.
 
     A sub-update is `{index, weight, relevance, gated, effect, base_weight, base_effect, tokens}`, largest absolute
-    effect first: w, r, g r and the effect; relevance and base figures are None without an adapter. A position is
+    effect first; `gated` is g r, and for a bare base relevance and base figures have the value None. A position is
     `{position, token, target, logit, model_logit, base_logit, embedding, attention, sub_updates, biases, remainder}`;
     the four parts and the remainder (rounding) add up to the logit. Raises as `attribute_logits`.
     """
