@@ -1,4 +1,4 @@
-"""Cards that go out with a model, and results.md: names are escaped, and a card holds no path of this disk."""
+"""Model cards and results.md: names are escaped, and cards have no local paths."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from braces_cli.export.cards import card, code_card, lora_card, slots_card
 from braces_cli.training.report import model_card
 from tests.cli.test_streams import shown
 
-SECRET = "/home/somebody/secret"
+LOCAL = "/home/somebody/secret"
 NAME = "x](https://evil.example) <script> `a` | b\n# forged \x1b[31m"
 FACTS: dict[str, Any] = {
-    "model": f"{SECRET}/{NAME}",
-    "adapter": f"{SECRET}/{NAME}",
-    "slots_dir": f"{SECRET}/{NAME}",
+    "model": f"{LOCAL}/{NAME}",
+    "adapter": f"{LOCAL}/{NAME}",
+    "slots_dir": f"{LOCAL}/{NAME}",
     "attributes": {NAME: 2.0},
     "layers": None,
     "combined": False,
@@ -36,11 +36,11 @@ FACTS: dict[str, Any] = {
 def trained(method: str) -> str:
     """The card of a training run."""
     config = AdapterConfig(
-        f"{SECRET}/{NAME}", 4, [0], {}, training={"attributes": f"{SECRET}/{NAME}", "lr": 0.1}, method=method
+        f"{LOCAL}/{NAME}", 4, [0], {}, training={"attributes": f"{LOCAL}/{NAME}", "lr": 0.1}, method=method
     )
     result = {"trainable_parameters": 1, "trainable_percent": 1.0}
-    command = ["braces", "train", "--data", f"{SECRET}/{NAME}", f"--model={SECRET}/{NAME}"]
-    return model_card(config, result, {"data": [f"{SECRET}/{NAME}"], "eval_data": []}, command)
+    command = ["braces", "train", "--data", f"{LOCAL}/{NAME}", f"--model={LOCAL}/{NAME}"]
+    return model_card(config, result, {"data": [f"{LOCAL}/{NAME}"], "eval_data": []}, command)
 
 
 CARDS: dict[str, Callable[[], str]] = {
@@ -54,8 +54,8 @@ CARDS: dict[str, Callable[[], str]] = {
 
 
 @pytest.mark.parametrize("kind", CARDS)
-def test_a_card_holds_no_path_and_no_markup_of_others(kind: str) -> None:
-    """The name of a folder is there, as text; where it was is not."""
+def test_cards_have_no_local_path_and_no_markup_from_names(kind: str) -> None:
+    """They have the last part of a path, as text."""
     page = CARDS[kind]()
     body = page.split("---\n", 2)[2]
     assert "somebody" not in page
@@ -65,7 +65,7 @@ def test_a_card_holds_no_path_and_no_markup_of_others(kind: str) -> None:
 
 
 def assert_harmless(page: str) -> None:
-    """No link, no HTML, no heading that came with a name."""
+    """Check that no name became a link, HTML or a heading."""
     from markdown_it import MarkdownIt
 
     tokens = MarkdownIt("commonmark").enable("table").parse(page)
@@ -76,11 +76,12 @@ def assert_harmless(page: str) -> None:
     assert not [heading for heading in headings if heading.startswith("forged")]
 
 
-def test_results_hold_no_markup_of_others() -> None:
-    """Names of systems, tasks, metrics, models and adapters."""
+def test_results_have_no_markup_from_names() -> None:
+    """Of systems, tasks, metrics, models and adapters."""
     entry = {"value": 0.5, "stderr": None, "n": 3}
     systems = [
-        {"name": name, "model": NAME, "adapter": NAME, "method": NAME, "sha256": "0", "results": {NAME: {NAME: entry}}}
+        {"name": name, "results": {NAME: {NAME: entry}}, **dict.fromkeys(("model", "adapter", "method"), NAME)}
+        | {"sha256": "0", "attributes": None}
         for name in ("base", NAME)
     ]
     keys = ("revision", "fingerprint", "dtype", "quantize", "limit", "apply_chat_template")

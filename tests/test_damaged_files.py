@@ -1,7 +1,4 @@
-"""Every kind of file that braces reads, broken in every way that its schema knows: one clear error, of the right class.
-
-The error names the file and, where one value is wrong, its key; nothing ends in a traceback or a fault of braces.
-"""
+"""Damaged files of every kind that braces reads: one error of the kind's class, with the file, the key and a hint."""
 
 from __future__ import annotations
 
@@ -74,7 +71,7 @@ MERGE = {"model": "m", "adapter": "a", "dtype": "float32", "attributes": {"x": 1
 
 
 def new_optimizer() -> tuple[Any, Any]:
-    """An optimizer and a schedule of one parameter."""
+    """An optimizer and a schedule with one parameter."""
     adam = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))])
     return adam, torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1.0)
 
@@ -101,13 +98,13 @@ class FileKind:
     """A kind of file.
 
     Attributes:
-        name: of the file.
-        content: a good one.
-        read: reads it in a folder.
-        error: class of what is raised for a bad one.
-        keys: path of a value -> values that it must not have.
-        beside: makes what else belongs into the folder.
-        others: others read it, too, who take half characters.
+        name: file name.
+        content: valid content.
+        read: function that reads the file in a folder.
+        error: class of the errors.
+        keys: path of a value -> invalid values.
+        prepare: function that writes the other files of the folder.
+        shared: other programs write the file, too, so that lone surrogates are accepted.
     """
 
     name: str
@@ -115,15 +112,15 @@ class FileKind:
     read: Callable[[Path], Any]
     error: type[BracesError]
     keys: dict[str, tuple[Any, ...]]
-    beside: Callable[[Path], object] = lambda folder: None
-    others: bool = False
+    prepare: Callable[[Path], object] = lambda folder: None
+    shared: bool = False
 
 
 WRONG = (None, 5, "x", [], {}, [[]], -1, 1.5, True, "a\0b", 10**30)
 
 
 def wrong(*right: Any) -> tuple[Any, ...]:
-    """`WRONG` but for values that are no fault of this key."""
+    """`WRONG` without the values that are valid for this key."""
     return tuple(value for value in WRONG if not any(value is each or value == each for each in right))
 
 
@@ -138,12 +135,12 @@ KINDS = {
          "attributes": wrong([]), "relevance_scale": WRONG, "relevance_scale.0": wrong(5, 1.5, 10**30),
          "tokenizer": OBJECT, "training": OBJECT, "versions": OBJECT, "revision": wrong(None, "x"),
          "format_version": WRONG, "colour": WRONG},
-        others=True,
+        shared=True,
     ),
     "adapter of peft": FileKind(
         "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "base"}, find_eval_adapter, ModelError,
         {"peft_type": wrong("x", "a\0b"), "base_model_name_or_path": wrong("x", None)},
-        beside=lambda folder: write_tensors(folder / "adapter_model.safetensors", {"a": torch.zeros(1)}), others=True,
+        prepare=lambda folder: write_tensors(folder / "adapter_model.safetensors", {"a": torch.zeros(1)}), shared=True,
     ),
     "run": FileKind(
         "run.json", RECORD, read_record, ModelError,
@@ -158,7 +155,7 @@ KINDS = {
         "run.json", {**RECORD, "result": RESULT}, lambda folder: finished(folder, {}), ModelError,
         {"result.steps": wrong(5, -1, 10**30), "result.seconds": NUMBER, "result.side_path_share": wrong(None, []),
          "result.packed": wrong(True)},
-        beside=lambda folder: (folder / "adapter_config.json").write_text("{}"),
+        prepare=lambda folder: (folder / "adapter_config.json").write_text("{}"),
     ),
     "schedule": FileKind(
         "optimizer.json", SCHEDULE, optimizer, ModelError,
@@ -201,7 +198,7 @@ KINDS = {
         "braces_merge.json", MERGE, read_merge, ModelError,
         {"model": wrong("x", None), "adapter": TEXT, "dtype": WRONG, "attributes": wrong({}), "layers": wrong(None),
          "neurons_added": COUNT},
-        beside=lambda folder: (folder / "config.json").write_text("{}"),
+        prepare=lambda folder: (folder / "config.json").write_text("{}"),
     ),
     "texts": FileKind(
         "texts.jsonl.settings.json", {"seed": 0, "batch_size": 1}, texts, DataError, {},
@@ -210,25 +207,25 @@ KINDS = {
 
 
 def make(kind: FileKind, tmp_path: Path) -> tuple[Path, Path]:
-    """A good folder of this kind, and the file in it."""
+    """Write a valid folder of this kind; return the folder and the file."""
     folder = tmp_path / "checkpoint-2"
     path = folder / kind.name
     path.parent.mkdir(parents=True, exist_ok=True)
-    kind.beside(folder)
+    kind.prepare(folder)
     path.write_text(json.dumps(kind.content, indent=2))
     return folder, path
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_good_file_is_read(name: str, tmp_path: Path) -> None:
-    """Or the tests below would prove nothing."""
+def test_valid_file_is_read(name: str, tmp_path: Path) -> None:
+    """Control of the tests below."""
     kind = KINDS[name]
     folder, _ = make(kind, tmp_path)
     kind.read(folder)
 
 
-def refused(kind: FileKind, folder: Path, path: Path, what: str) -> BracesError:
-    """The error of reading a bad file; it names the file."""
+def read_error(kind: FileKind, folder: Path, path: Path, what: str) -> BracesError:
+    """Read a damaged file and return the error, which has the file name and a hint."""
     with pytest.raises(BracesError) as caught:
         kind.read(folder)
     error = caught.value
@@ -251,41 +248,41 @@ TEXTS = {
     "deep and closed": b"[" * 60 + b"]" * 60,
     "many digits": b'{"a": ' + b"9" * 5000 + b"}",
     "another encoding": '{"a": "é"}'.encode("utf-16"),
-    "no text": bytes(range(256)),
-    "a pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+    "binary": bytes(range(256)),
+    "Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
 }
-STRICT = {"half a character": b'{"a": "\\ud800"}'}
+STRICT = {"lone surrogate": b'{"a": "\\ud800"}'}
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_broken_text_is_refused(name: str, tmp_path: Path) -> None:
-    """Whatever the kind; and half characters where no other program reads the file."""
+def test_broken_text(name: str, tmp_path: Path) -> None:
+    """For every kind of file."""
     kind = KINDS[name]
     folder, path = make(kind, tmp_path)
-    for what, text in (TEXTS if kind.others else TEXTS | STRICT).items():
+    for what, text in (TEXTS if kind.shared else TEXTS | STRICT).items():
         path.write_bytes(text)
-        refused(kind, folder, path, what)
+        read_error(kind, folder, path, what)
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_what_is_no_file_is_refused(name: str, tmp_path: Path) -> None:
-    """A folder, a loop of links, a pipe that nobody writes to."""
+def test_path_that_is_not_a_file(name: str, tmp_path: Path) -> None:
+    """A folder, a loop of links, a pipe without a writer."""
     kind = KINDS[name]
     folder, path = make(kind, tmp_path)
-    for what, put in (
+    for what, create in (
         ("folder", path.mkdir),
         ("loop", lambda: path.symlink_to(path)),
         ("pipe", lambda: os.mkfifo(path)),
     ):
         if kind.name in ("run.json", "manifest.json"):
-            continue  # what is no file there is no run, which other tests hold
+            continue  # counts as a missing run, which other tests check
         path.rmdir() if path.is_dir() else path.unlink()
-        put()
-        refused(kind, folder, path, what)
+        create()
+        read_error(kind, folder, path, what)
 
 
 def changed(content: Any, place: list[str], value: Any) -> Any:
-    """A copy of `content` with another value in one place."""
+    """A copy of `content` with another value at one place."""
     copy = json.loads(json.dumps(content))
     inside = copy
     for key in place[:-1]:
@@ -295,20 +292,20 @@ def changed(content: Any, place: list[str], value: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_wrong_value_is_refused_by_its_key(name: str, tmp_path: Path) -> None:
-    """Of another type, or out of range."""
+def test_invalid_value(name: str, tmp_path: Path) -> None:
+    """Of another type or out of range; the error has the key."""
     kind = KINDS[name]
     folder, path = make(kind, tmp_path)
     for place, values in kind.keys.items():
         for value in values:
             path.write_text(json.dumps(changed(kind.content, place.split("."), value)))
             what = f"{place} = {value!r}"[:60]
-            error = refused(kind, folder, path, what)
+            error = read_error(kind, folder, path, what)
             keys = [key for key in place.split(".") if not key.isdigit()] or [""]
             named = f"{error.where} {error.message}"
-            # Right by its type and refused by the library whose state it is: the file is all that is known.
-            is_known = any(key.replace("_", " ") in named.replace("_", " ") for key in keys)
-            assert is_known or "the checkpoint is damaged" in error.message, f"{what}: {named}"
+            # For values that torch or Python rejects, the error has the file only.
+            found = any(key.replace("_", " ") in named.replace("_", " ") for key in keys)
+            assert found or "the checkpoint is damaged" in error.message, f"{what}: {named}"
 
 
 HEADER = {
@@ -317,8 +314,8 @@ HEADER = {
 }  # fmt: skip
 
 
-def test_a_header_of_attributes_is_checked(tmp_path: Path) -> None:
-    """Each value of it is JSON of its own."""
+def test_header_of_attributes(tmp_path: Path) -> None:
+    """Each value is a JSON text."""
     path = tmp_path / "x.safetensors"
     tensors = {"x.hidden": torch.zeros(2, 8)}
     write_tensors(path, tensors, HEADER)
@@ -340,8 +337,8 @@ def test_a_header_of_attributes_is_checked(tmp_path: Path) -> None:
             assert key.replace("_", " ") in shown.replace("_", " "), f"{key} = {value[:40]}: {shown}"
 
 
-def test_a_file_that_is_no_safetensors_is_refused(tmp_path: Path) -> None:
-    """Before anything is read into memory that the file does not have."""
+def test_file_that_is_not_safetensors(tmp_path: Path) -> None:
+    """An error before the sizes in the header are allocated."""
     path = tmp_path / "x.safetensors"
     for data in (b"", b"x", b"\xff" * 8, (10**9).to_bytes(8, "little"), (2).to_bytes(8, "little") + b"[]",
                  (5).to_bytes(8, "little") + b'{"a":', (12).to_bytes(8, "little") + b'{"a": [1, 2]'):  # fmt: skip

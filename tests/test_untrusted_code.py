@@ -1,4 +1,4 @@
-"""No code of a model runs unless --trust-remote-code says so, whatever standard input answers."""
+"""Code of a model runs with --trust-remote-code only, whatever standard input contains; nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ import torch
 
 PACKAGE = Path(__file__).parents[1] / "braces_cli"
 SOURCES = {path: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
-# Functions of transformers, datasets and lm-eval that load, and can be allowed to run code that comes with the load.
+# Functions of transformers, datasets and lm-eval with an argument `trust_remote_code`.
 LOADERS = {"from_pretrained", "from_config", "load_dataset", "pipeline", "simple_evaluate"}
-# Subclasses of lm-eval's HFLM hand what they load to its constructor.
+# Subclasses of lm-eval's HFLM pass the argument to its constructor.
 HFLM_SUBCLASSES = {"Model", "BracesLM"}
 PROCESSES = {"run", "Popen", "call", "check_call", "check_output"}
 
@@ -38,8 +38,8 @@ def receiver(call: ast.Call) -> str:
     return getattr(getattr(call.func, "value", None), "id", "")
 
 
-def loads_that_may_ask(source: str) -> list[int]:
-    """Lines of loads that do not say whether code may run, in which case transformers asks on standard input."""
+def loads_without_argument(source: str) -> list[int]:
+    """Lines of loads without `trust_remote_code`, where transformers asks on standard input."""
     tree, found = ast.parse(source), []
     for call in calls(tree):
         if name_of(call) in LOADERS and receiver(call) != "PeftModel":
@@ -50,8 +50,8 @@ def loads_that_may_ask(source: str) -> list[int]:
     return [call.lineno for call in found if "trust_remote_code" not in {word.arg for word in call.keywords}]
 
 
-def processes_with_our_input(source: str) -> list[int]:
-    """Lines that start a process which could read our standard input."""
+def processes_with_stdin(source: str) -> list[int]:
+    """Lines that start a process with the standard input of this one."""
     return [
         call.lineno
         for call in calls(ast.parse(source))
@@ -62,17 +62,19 @@ def processes_with_our_input(source: str) -> list[int]:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_every_load_says_whether_code_may_run(path: Path) -> None:
-    """`trust_remote_code` stands at each call that takes it; no process that we start can read our input."""
-    assert loads_that_may_ask(SOURCES[path]) == []
-    assert processes_with_our_input(SOURCES[path]) == []
+def test_every_load_sets_trust_remote_code(path: Path) -> None:
+    """In every module; and no child process can read the standard input."""
+    assert loads_without_argument(SOURCES[path]) == []
+    assert processes_with_stdin(SOURCES[path]) == []
 
 
-def test_the_walk_can_fail() -> None:
-    """It sees loads without the argument, and processes without an input of their own; the package has some of each."""
-    assert loads_that_may_ask("AutoTokenizer.from_pretrained(name)\nload_dataset(x, trust_remote_code=False)") == [1]
-    assert loads_that_may_ask("class Model(HFLM):\n    def __init__(self):\n        super().__init__(x)") == [3]
-    assert processes_with_our_input("subprocess.run(['a'], stdin=None)") == [1]
+def test_search_finds_loads_and_processes() -> None:
+    """Control of the test above; the package has several of each."""
+    assert loads_without_argument("AutoTokenizer.from_pretrained(name)\nload_dataset(x, trust_remote_code=False)") == [
+        1
+    ]
+    assert loads_without_argument("class Model(HFLM):\n    def __init__(self):\n        super().__init__(x)") == [3]
+    assert processes_with_stdin("subprocess.run(['a'], stdin=None)") == [1]
     names = [name_of(call) for source in SOURCES.values() for call in calls(ast.parse(source))]
     assert names.count("from_pretrained") >= 5
     assert "subprocess.run(" in "".join(SOURCES.values())
@@ -82,7 +84,7 @@ def test_the_walk_can_fail() -> None:
 
 
 def test_peft_has_no_such_argument() -> None:
-    """Why the walk leaves it out: it loads onto a model that is there."""
+    """The reason for its exception above: it loads onto an open model."""
     from peft import PeftModel
 
     assert "trust_remote_code" not in inspect.signature(PeftModel.from_pretrained).parameters
@@ -90,8 +92,8 @@ def test_peft_has_no_such_argument() -> None:
 
 @pytest.fixture
 def hostile(model_dir: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """A model whose config, tokenizer and classes are in a file beside it, which leaves a mark; and that mark."""
-    folder, mark = tmp_path / "hostile", tmp_path / "code-was-run"
+    """A model with its config, tokenizer and classes in a Python file that writes a mark; and the path of the mark."""
+    folder, mark = tmp_path / "hostile", tmp_path / "mark"
     shutil.copytree(model_dir, folder)
     (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w').close()\nclass Evil: pass\n")
     kinds = ("AutoConfig", "AutoModelForCausalLM", "AutoModelForSequenceClassification")
@@ -106,7 +108,7 @@ def hostile(model_dir: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 
 def commands(folder: Path, tmp_path: Path) -> dict[str, list[Any]]:
-    """A call of each command that opens a model."""
+    """One call of each command that opens a model."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "the film"}\n')
     out = ["--output-dir", tmp_path / "out"]
@@ -122,22 +124,22 @@ def commands(folder: Path, tmp_path: Path) -> dict[str, list[Any]]:
 
 @pytest.mark.parametrize("name", ["train", "eval", "attr-build", "steer", "inspect", "slots"])
 def test_code_of_a_model_is_not_run(braces: Any, hostile: tuple[Path, Path], tmp_path: Path, name: str) -> None:
-    """Exit 4 and the option that would allow it, though standard input says yes to everything."""
+    """Exit code 4 and the name of the option, although standard input answers yes to everything."""
     folder, mark = hostile
     outcome = braces(*commands(folder, tmp_path)[name], stdin="y\n" * 50)
     assert (outcome.code, mark.exists()) == (4, False), outcome.err
     assert "--trust-remote-code" in outcome.err
 
 
-def test_the_option_runs_it(braces: Any, hostile: tuple[Path, Path], tmp_path: Path) -> None:
-    """Or the test above would prove nothing: the same folder does run code where it may."""
+def test_trust_remote_code_runs_it(braces: Any, hostile: tuple[Path, Path], tmp_path: Path) -> None:
+    """Control of the test above."""
     folder, mark = hostile
     braces(*commands(folder, tmp_path)["steer"], "--trust-remote-code")
     assert mark.exists()
 
 
 def test_code_of_a_classifier_is_not_run(hostile: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """`--scorer FOLDER`; there no option allows it."""
+    """`--scorer FOLDER`, where no option allows it."""
     from braces_cli.core.errors import ModelError
     from braces_cli.scoring.registry import scorer
 
@@ -149,7 +151,7 @@ def test_code_of_a_classifier_is_not_run(hostile: tuple[Path, Path], monkeypatch
 
 
 def test_verification_runs_no_code(hostile: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`merge --check FOLDER`, whose process has no standard input either."""
+    """`merge --check FOLDER`."""
     from braces_cli.export.verify_process import probe
 
     folder, mark = hostile
@@ -162,13 +164,13 @@ def test_verification_runs_no_code(hostile: tuple[Path, Path], tmp_path: Path, m
     plain = json.loads(config.read_text()) | {"model_type": "llama"}
     plain.pop("auto_map")
     config.write_text(json.dumps(plain))
-    with pytest.raises(ValueError, match="trust_remote_code"):  # now the model loads, and the tokenizer is what asks
+    with pytest.raises(ValueError, match="trust_remote_code"):  # the model loads, the tokenizer does not
         probe(str(folder), str(question), str(tmp_path / "answer"))
     assert not mark.exists()
 
 
 class Payload:
-    """What a pickle can hold: a call that is made when it is loaded."""
+    """A call in a pickle, made when the pickle is loaded."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -179,8 +181,8 @@ class Payload:
 
 @pytest.fixture
 def pickled(model_dir: Path, adapter_dir: Path, tmp_path: Path) -> tuple[Path, Path, Path]:
-    """A model and an adapter of peft whose weights are pickles with a payload; and the mark that it would leave."""
-    mark, model, adapter = tmp_path / "pickle-was-loaded", tmp_path / "pickled", tmp_path / "peft"
+    """A model and a PEFT adapter with weights that are pickles with a payload; and the path of its mark."""
+    mark, model, adapter = tmp_path / "mark", tmp_path / "pickled", tmp_path / "peft"
     shutil.copytree(model_dir, model)
     (model / "model.safetensors").unlink()
     adapter.mkdir()
@@ -195,7 +197,7 @@ def pickled(model_dir: Path, adapter_dir: Path, tmp_path: Path) -> tuple[Path, P
 def test_nothing_is_unpickled(
     braces: Any, model_dir: Path, adapter_dir: Path, pickled: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
-    """Weights of a model or of an adapter that are a pickle with a call in it: an error; one beside: not looked at."""
+    """Pickled weights of a model or an adapter are an error; other pickles in a folder are not read."""
     model, adapter, mark = pickled
     assert braces("steer", "--model", model, "--prompt", "a").code == 4
     evaluation = commands(model_dir, tmp_path)["eval"]
@@ -203,12 +205,12 @@ def test_nothing_is_unpickled(
     assert braces("inspect", "--adapter", adapter_dir).code == 0
     assert not mark.exists()
     torch.load(model / "pytorch_model.bin", weights_only=False)
-    assert mark.exists(), "or the test would prove nothing"
+    assert mark.exists()  # control
 
 
 @pytest.fixture
 def connections(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Names that are looked up from here on, the hub not being switched off; none of them is found."""
+    """Host names that are looked up, with the hub enabled; each look-up fails."""
     looked_up: list[Any] = []
 
     def look_up(host: Any, *more: Any, **options: Any) -> Any:
@@ -223,19 +225,19 @@ def connections(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", ["train", "eval", "attr-build", "steer", "inspect"])
-def test_nothing_is_fetched_for_what_is_here(
+def test_local_models_need_no_network(
     braces: Any, model_dir: Path, tmp_path: Path, connections: list[Any], name: str
 ) -> None:
-    """A command on folders and files asks nobody for anything."""
+    """Commands on folders and files make no connection."""
     more = {"train": ["--max-steps", 1, "--rank", 2], "eval": ["--limit", 1], "steer": ["--max-new-tokens", 2]}
     outcome = braces(*commands(model_dir, tmp_path)[name], *more.get(name, ()), "--device", "cpu")
     assert outcome.code == 0, outcome.err
     assert connections == []
 
 
-def test_what_is_named_is_asked_for(braces: Any, connections: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or the test above would prove nothing: a hub id leads to the hub."""
-    # The hub's client tries again for most of a minute.
+def test_hub_id_needs_the_network(braces: Any, connections: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control of the test above."""
+    # The hub's client repeats its request for most of a minute.
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     assert braces("steer", "--model", "owner/name", "--prompt", "a").code == 4
     assert connections

@@ -1,4 +1,4 @@
-"""`recipes/ci-pipeline.sh`: a job passes, or fails with the code that says why."""
+"""`recipes/ci-pipeline.sh`: exit codes of a job."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROWS = ROOT / "braces_cli" / "assets" / "embedded_tasks" / "qa_train.jsonl"
 
 
 def pipeline(folder: Path, *args: object) -> subprocess.CompletedProcess[str]:
-    """Run the script as a job does: with the console script on the path."""
+    """Run the script with the console script on the path."""
     commands = folder / "bin"
     commands.mkdir(exist_ok=True)
     braces = commands / "braces"
@@ -34,8 +34,8 @@ def pipeline(folder: Path, *args: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_a_threshold_decides(tmp_path: Path) -> None:
-    """Reached: 0. Not reached: 5, and the adapter that is there is not trained again."""
+def test_threshold(tmp_path: Path) -> None:
+    """Reached: 0. Not reached: 5; a finished adapter is not trained again."""
     passed = pipeline(tmp_path, ROWS, "embedded_popqa:acc=0", tmp_path / "job")
     assert passed.returncode == 0, passed.stderr
     scores = json.loads((tmp_path / "job" / "scores" / "results.json").read_text())
@@ -55,13 +55,11 @@ def test_a_threshold_decides(tmp_path: Path) -> None:
         (ROWS, "embedded_popqa", (), 2),
     ],
 )
-def test_what_goes_wrong_is_told_by_the_code(
-    tmp_path: Path, rows: object, threshold: str, more: tuple, code: int
-) -> None:
+def test_exit_codes(tmp_path: Path, rows: object, threshold: str, more: tuple, code: int) -> None:
     assert pipeline(tmp_path, rows, threshold, tmp_path / "job", *more).returncode == code
 
 
-def test_too_few_words_print_how_to_call_it(tmp_path: Path) -> None:
+def test_missing_arguments_print_the_usage(tmp_path: Path) -> None:
     found = pipeline(tmp_path)
     assert found.returncode == 2
     assert "ROWS" in found.stderr

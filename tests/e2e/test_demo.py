@@ -1,4 +1,4 @@
-"""`braces demo` from end to end: every figure that it promises, and the page that it leaves."""
+"""`braces demo` from end to end: its figures, the commands that it prints, and its page."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A finished demo's folder, and what it printed."""
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a finished demo, and its output."""
     folder = tmp_path_factory.mktemp("demo")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-m", "braces_cli", "demo", "--output-dir", "out"]
@@ -35,8 +35,8 @@ def content(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_it_keeps_its_promises(told: tuple[Path, str]) -> None:
-    folder, _ = told
+def test_figures(demo: tuple[Path, str]) -> None:
+    folder, _ = demo
     found = content(folder)
     base, adapter = ({task["task"]: task["systems"][k]["value"] for task in found["scores"]} for k in (0, 1))
     assert all(adapter[task] >= base[task] + 0.2 for task in base)
@@ -50,14 +50,14 @@ def test_it_keeps_its_promises(told: tuple[Path, str]) -> None:
     assert [system["name"] for system in found["scores"][0]["systems"]] == systems
 
 
-def test_the_commands_it_prints_are_commands(told: tuple[Path, str], braces: Any) -> None:
-    """Each is one that the command line takes as it stands; the cards tell it, too."""
-    folder, printed = told
+def test_printed_commands_are_valid(demo: tuple[Path, str], braces: Any) -> None:
+    """The command line accepts them, and --dry-run and the cards show the same ones."""
+    folder, printed = demo
     commands = re.findall(r"^   \$ (braces .*)$", printed, re.MULTILINE)
     assert [step["command"] for step in content(folder)["steps"]] == commands
     outcome: Outcome = braces("demo", "--dry-run", "--output-dir", "out")
     assert re.findall(r"^   \$ (braces .*)$", outcome.out, re.MULTILINE) == commands
-    # A card is for others: paths of this disk by their last part only.
+    # Cards have the last part of local paths only.
     assert commands[0].replace("out/", "") in (folder / "adapter" / "README.md").read_text(encoding="utf-8")
     for command in commands:
         words = [word for word in shlex.split(command)[1:] if word.startswith("--")]
@@ -66,23 +66,17 @@ def test_the_commands_it_prints_are_commands(told: tuple[Path, str], braces: Any
         assert all(word in listed for word in words), command
 
 
-def watched(page: Any) -> list[str]:
-    """Everything that the page logs, fails at or asks for, as it happens."""
-    said: list[str] = []
-    page.on("console", lambda message: said.append(f"console: {message.text}"))
-    page.on("pageerror", lambda error: said.append(f"error: {error}"))
-    page.on("request", lambda request: said.append(request.url))
-    return said
-
-
-def test_the_page_shows_it_and_asks_for_nothing(told: tuple[Path, str], browser: Any) -> None:
-    folder, _ = told
+def test_page_needs_no_network(demo: tuple[Path, str], browser: Any) -> None:
+    folder, _ = demo
     commands = [step["command"] for step in content(folder)["steps"]]
     for scheme in ("light", "dark"):
         page = browser.new_context(color_scheme=scheme, viewport={"width": 390, "height": 800}).new_page()
-        said = watched(page)
+        events: list[str] = []
+        page.on("console", lambda message, events=events: events.append(f"console: {message.text}"))
+        page.on("pageerror", lambda error, events=events: events.append(f"error: {error}"))
+        page.on("request", lambda request, events=events: events.append(request.url))
         page.goto((folder / "index.html").as_uri())
-        assert all(each.startswith(("file:", "data:")) for each in said), said
+        assert all(each.startswith(("file:", "data:")) for each in events), events
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         wide = "[...document.querySelectorAll('.scroll')].filter(box => box.scrollWidth > box.clientWidth).length"
         assert page.evaluate(wide) == 0
@@ -90,9 +84,9 @@ def test_the_page_shows_it_and_asks_for_nothing(told: tuple[Path, str], browser:
         assert all(page.get_by_text(command, exact=True).count() == 1 for command in commands)
 
 
-def test_a_folder_with_something_in_it_is_left_alone(braces: Any, tmp_path: Path) -> None:
-    (tmp_path / "mine.txt").write_text("mine")
+def test_folder_that_is_not_empty(braces: Any, tmp_path: Path) -> None:
+    (tmp_path / "other.txt").write_text("other")
     outcome = braces("demo", "--output-dir", tmp_path)
     assert outcome.code == 2
     assert "not empty" in outcome.err
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["other.txt"]

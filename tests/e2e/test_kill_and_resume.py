@@ -1,4 +1,4 @@
-"""Commands that are killed, have a second writer, or a full disk: `recipes/kill_and_resume.py`, its short form."""
+"""Killed commands, two writers and a full disk: the short form of `recipes/kill_and_resume.py`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 
 @pytest.mark.slow
 def test_killed_commands_write_the_same_files(tmp_path, monkeypatch):
-    """One round of each; the recipe itself does twenty of all commands."""
+    """One round of each command; the recipe runs twenty."""
     monkeypatch.syspath_prepend(str(RECIPES))
     recipe = importlib.import_module("kill_and_resume")
     found = recipe.compare(tmp_path / "work", recipe.SHORT, seed=1, short=True)
@@ -23,8 +23,8 @@ def test_killed_commands_write_the_same_files(tmp_path, monkeypatch):
     assert all(each["full_disk"]["right"] == 1 for each in found.values())
 
 
-def test_the_comparison_can_see(tmp_path, monkeypatch):
-    """A hidden file, another byte and a missing file are differences; times are none."""
+def test_comparison_finds_differences(tmp_path, monkeypatch):
+    """Hidden, changed and missing files are differences, times are not."""
     monkeypatch.syspath_prepend(str(RECIPES))
     recipe = importlib.import_module("kill_and_resume")
     contents = {

@@ -1,4 +1,4 @@
-"""The real command line: on a random model, and on a trained one where ../shared is there."""
+"""The command line on a model of `../shared`: train, eval, steer, inspect."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def process(*args):
-    """Run `braces ARGS` as a process of its own."""
+    """Run `braces ARGS` in a new process."""
     done = subprocess.run(
         [sys.executable, "-m", "braces_cli", *map(str, args)], capture_output=True, text=True, check=False
     )
@@ -23,8 +23,8 @@ def process(*args):
     return done
 
 
-def test_stdout_is_a_pipe_that_may_close_early(model_dir):
-    """`braces ... | head -1` is no error."""
+def test_closed_pipe(model_dir):
+    """`braces ... | head -1` is not an error."""
     command = f"{sys.executable} -m braces_cli inspect values --model {model_dir} --format json | head -1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -33,7 +33,7 @@ def test_stdout_is_a_pipe_that_may_close_early(model_dir):
 
 @pytest.fixture(scope="module")
 def trained(shared, tmp_path_factory):
-    """An adapter of stories260K after 100 steps on SST-5, and what `braces train` said."""
+    """An adapter of stories260K after 100 steps on SST-5, and the result of `braces train`."""
     out = tmp_path_factory.mktemp("stories") / "out"
     done = process(
         "train", "--model", shared / "models" / "stories260K", "--data", shared / "data" / "sst5" / "train.jsonl",
@@ -43,17 +43,17 @@ def trained(shared, tmp_path_factory):
     return out, json.loads(done.stdout)
 
 
-def test_training_on_real_text_halves_the_perplexity(trained):
-    """5 layers, rank 16, width 64: 5,125 parameters; stderr is quiet where it is no terminal."""
+def test_train(trained):
+    """Training halves the perplexity."""
     _, result = trained
-    assert result["trainable_parameters"] == 5 * (2 * 16 * 64 + 16) == 10320
+    assert result["trainable_parameters"] == 5 * (16 * 64 + 1)
     assert result["rows"] == 8541
     assert result["eval_perplexity"] < 0.5 * result["base_eval_perplexity"]
     assert result["eval_perplexity_without_eos"] < 0.6 * result["base_eval_perplexity_without_eos"]
 
 
-def test_evaluation_of_base_and_adapter_on_local_data(trained, shared):
-    """Four benchmarks and perplexity in one run, and the differences."""
+def test_eval(trained, shared):
+    """Four benchmarks and perplexity in one run, and the differences of base and adapter."""
     out, _ = trained
     data = shared / "data"
     files = {
@@ -62,8 +62,8 @@ def test_evaluation_of_base_and_adapter_on_local_data(trained, shared):
         "triviaqa": data / "triviaqa" / "validation.jsonl",
         "perplexity": data / "sst5" / "dev.jsonl",
     }
-    given = [part for name, file in files.items() for part in ("--task-data", f"{name}={file}")]
-    done = process("eval", "--adapter", out, "--tasks", ",".join(files), *given, "--limit", 6, "--format", "json")
+    sources = [part for name, file in files.items() for part in ("--task-data", f"{name}={file}")]
+    done = process("eval", "--adapter", out, "--tasks", ",".join(files), *sources, "--limit", 6, "--format", "json")
     result = json.loads(done.stdout)
     assert [(s["name"], s["adapter"]) for s in result["systems"]] == [("base", None), ("out", str(out))]
     base, tuned = (system["results"] for system in result["systems"])
@@ -75,7 +75,7 @@ def test_evaluation_of_base_and_adapter_on_local_data(trained, shared):
     assert 0 < compared["perplexity", "token_perplexity"]["p_value"] <= 1
 
 
-def test_steering_both_ways_and_not_at_all(trained, shared, braces):
+def test_steer(trained, shared, braces):
     """Ten prompts as JSON Lines: s = 3, -3 and 0; greedy text of one batch equals one by one."""
     out, _ = trained
     lines = (shared / "data" / "sentiment_prompts" / "neutral.jsonl").read_text().splitlines()[:10]
@@ -95,8 +95,8 @@ def test_steering_both_ways_and_not_at_all(trained, shared, braces):
     assert texts(*greedy, "--batch-size", 10) == texts(*greedy, "--batch-size", 1)
 
 
-def test_looking_inside_a_trained_model(trained, shared):
-    """Gates have opened, rows are orthonormal, and value vectors speak of words."""
+def test_inspect(trained, shared):
+    """Gates have grown, rows are orthonormal, and value vectors have tokens."""
     out, _ = trained
     found = json.loads(process("inspect", "--adapter", out, "--format", "json").stdout)
     assert all(layer["gate"] > 0.02 and layer["projection_error"] < 1e-5 for layer in found["layers"])
