@@ -31,7 +31,7 @@ _COMMANDS = {
     "attr-build": ("attr_build", "attr_build"),
     "steer": ("steer", "steer"),
     "inspect": ("inspect", "app"),
-    "merge": ("merge", "merge"),
+    "merge": ("export", "merge"),
     "export": ("export", "app"),
     "demo": ("demo", "demo"),
     "env": ("env", "env"),

@@ -1,152 +1,157 @@
-"""The folder that an export writes: apart from its inputs, complete when it appears, absent when anything fails.
+"""Write a plain checkpoint with additional neurons in its FFNs, and merge an adapter that way.
 
-Write the merged checkpoint, one layer at a time: the base's tensors as they are, those of FFNs with new neurons.
-
-The base lies in memory once; what is written of it are views, and beside it there are only the widened matrices of the
-shard at hand, which is a layer.
-
-GGUF files, written whole. Needs the package gguf.
+The base is in memory once. The written tensors are views of it, except the widened ones of the current shard (a layer).
 """
 
 from __future__ import annotations
 
-import errno
+import gc
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypedDict
 
 import torch
+from msgspec import Meta
 from torch import Tensor
 
 from braces_cli.core.adapter.model import Adapter
-from braces_cli.core.errors import BracesError, ConfigError, ModelError
-from braces_cli.core.files import PARTIAL, check_output_folder, file_hint, output_lock, umask, write_atomic, write_json
-from braces_cli.core.models.ffn import FFN
+from braces_cli.core.attributes.hooks import constants
+from braces_cli.core.errors import BracesError, ModelError
+from braces_cli.core.files import file_hint, path_exists, umask, user_path, write_json
+from braces_cli.core.models.ffn import FFN, find_ffns
 from braces_cli.core.progress import Report, silent
-from braces_cli.core.schema import WRITTEN, read
-from braces_cli.export.form import Plan, Role
-from braces_cli.export.llama import take
+from braces_cli.core.schema import WRITTEN, Count, Kind, Name, read
+from braces_cli.export.plan import Plan, Role, expected_form, observed_form, plain_ffns, plan
+from braces_cli.export.run import Export, Opened, Request, base_shape, copy_companions, open_in_memory, probe_tokens
+from braces_cli.export.verify import verify_export
 
-# What makes a folder a model or an adapter.
-_LOADED_BY = ("config.json", "adapter_config.json")
-# What transformers loads beside the weights, by its name: how the model generates, and its tokenizer.
-FILES_WITH_WEIGHTS = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja",
-    "chat_template.json", "additional_chat_templates",
-)  # fmt: skip
-# All that programs load from such a folder by its name, and the records beside it: what an earlier export has of these
-# would be taken for a part of the new one.
-_LOADED = (
-    *_LOADED_BY, *FILES_WITH_WEIGHTS, "model.safetensors", "model-*.safetensors", "model.safetensors.index.json",
-    "adapter_model.safetensors", "modeling_braces.py", "braces_*.json",
-)  # fmt: skip
-
-
-def check_output(output: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
-    """See that an export may be written to `output`, before minutes of loading.
-
-    Args:
-        inputs: folders that are read, and must be neither written into nor replaced.
-
-    Raises:
-        ConfigError: the folder is not empty, is or holds the working directory, or is, holds or lies in one of the
-            inputs.
-    """
-    check_output_folder(output, overwrite)
-    inside, here = output.resolve(), Path.cwd()
-    if inside == here or inside in here.parents:
-        hint = "Name a folder that is to be created."
-        what = "the output folder cannot hold the working directory: a new folder may take its place"
-        raise ConfigError(what, where=str(output), hint=hint)
-    for source in inputs:
-        outside = source.resolve()
-        if inside == outside or outside in inside.parents or inside in outside.parents:
-            hint = "Give an --output-dir that neither lies in an input nor holds one."
-            raise ConfigError(f"the output folder overlaps the input {source}", where=str(output), hint=hint)
-
-
-@contextmanager
-def new_folder(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A new folder beside `output` that takes its place when all has gone well, and is gone otherwise.
-
-    An `output` that holds something keeps what no export has written.
-
-    Raises:
-        ConfigError: another command is writing there.
-        BracesError: the disk is full, or refuses.
-    """
-    path = Path(os.path.realpath(output))
-    with output_lock(output):
-        folder = None
-        try:
-            folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent))
-            yield folder
-            # mkdtemp makes folders for the owner alone; give what a plain mkdir() would have given.
-            folder.chmod(0o777 & ~umask())
-            _rename(folder, path, overwrite)
-        except OSError as error:
-            what = f"cannot write: {error.strerror or error}"
-            raise BracesError(what, where=str(output), hint=file_hint(error)) from error
-        finally:
-            if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def _rename(folder: Path, path: Path, overwrite: bool) -> None:
-    # Once more: the folder may have been filled since the work began.
-    check_output_folder(path, overwrite)
-    if not path.exists() or not any(path.iterdir()):
-        folder.replace(path)
-        return
-    _move_into(folder, path)
-
-
-def _move_into(folder: Path, output: Path) -> None:
-    """Move what is in `folder` into `output`, which holds an earlier export, files of others, or both; these stay.
-
-    What an export is loaded by is removed first and moved last: interrupted, `output` is no checkpoint, rather than
-    one of two halves.
-    """
-    new = {path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir()}
-    for path in new:
-        if (output / path).is_dir() and not (output / path).is_symlink():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(output / path))
-    for path in sorted({path for pattern in _LOADED for path in output.glob(pattern)}):
-        if path.is_symlink() or not path.is_dir():
-            path.unlink()
-        else:
-            shutil.rmtree(path)
-    for path in sorted(new, key=lambda path: (path.name in _LOADED_BY, path)):
-        (output / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).replace(output / path)
-
-
-# Layers are gathered in one file up to so many bytes: small models are one file, large ones a layer each.
+# Layers are gathered in one file up to this size: small models are one file, large ones a file per layer.
 SHARD_BYTES = 1 << 29
-# What travels with the weights: everything that a tokenizer may be made of, and how the model generates.
-_CARRIED = (
-    *FILES_WITH_WEIGHTS, "tokenizer*", "vocab*", "*.tiktoken", "*.model", "spiece*", "chat_template*", "LICENSE*",
-    "NOTICE*",
-)  # fmt: skip
+
+# Decoder layer -> A (d_r, d), B (d, d_r) in float32 on the CPU.
+SidePaths = dict[int, tuple[Tensor, Tensor]]
+
+
+class MergeRecord(TypedDict, total=False):
+    """What `braces merge --check` reads of `braces_merge.json`."""
+
+    model: Name
+    revision: Name | None
+    adapter: Name
+    attributes_dir: Name | None
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"]
+    attributes: dict[Annotated[str, Meta(pattern=r"^\w[\w.-]*\Z")], float]
+    layers: Annotated[str, Meta(pattern=r"^[\d, -]+\Z")] | None
+    architecture: str
+    neurons_added: Count
+    case: str
+
+
+_RECORD = Kind(MergeRecord, ModelError, "The file is damaged; merge again.")
+
+
+@dataclass(frozen=True)
+class MergeExport(Export):
+    """Base and adapter as one plain checkpoint.
+
+    Attributes:
+        pad_to_multiple_of: the width of the FFN is rounded up to a multiple of this.
+    """
+
+    name = "merge"
+
+    pad_to_multiple_of: int = 64
+
+    def write(self, opened: Opened, folder: Path, report: Report) -> tuple[dict[str, Any], dict[str, Any]]:
+        session, model = opened.session, opened.session.base.model
+        ffns = plain_ffns(model, session.ffns)
+        assert session.adapter is not None
+        rank, paths = session.adapter.rank, side_paths(session.adapter)
+        vectors = constants(session, opened.terms, opened.layers)
+        session.remove_adapter()
+        form = observed_form(model, ffns, probe_tokens(session))
+        merge_plan = plan(model, ffns, form, rank, self.pad_to_multiple_of, self.request.steers)
+        write_checkpoint(folder, model, merge_plan, new_neurons(merge_plan, ffns, paths, vectors), report)
+        copy_companions(session, folder)
+        stored, attributes_dir = self.request.adapter, self.request.attributes_dir
+        assert stored is not None
+        # Local inputs by absolute paths, so that `--check` finds them from every working directory.
+        entries = {
+            "adapter": str(stored.folder) if user_path(stored.name).exists() else stored.name,
+            "attributes_dir": None if attributes_dir is None else str(attributes_dir.resolve()),
+        }
+        return _plan_facts(merge_plan), entries
+
+    def describe(self) -> dict[str, Any]:
+        assert self.request.adapter is not None
+        model = base_shape(self.request)
+        ffns = plain_ffns(model, find_ffns(model))
+        rank, form = self.request.adapter.config.r, expected_form(ffns[0])
+        merge_plan = plan(model, ffns, form, rank, self.pad_to_multiple_of, self.request.steers)
+        total = sum(shape.numel() for shape in merge_plan.shapes.values())
+        return _plan_facts(merge_plan) | {"trainable_parameters": 0, "total_parameters": total}
+
+
+def _plan_facts(merge_plan: Plan) -> dict[str, Any]:
+    return {
+        "architecture": merge_plan.architecture,
+        "case": merge_plan.case,
+        "neurons_added": merge_plan.wider - merge_plan.width,
+        "width": merge_plan.wider,
+    }
+
+
+def read_record(folder: Path) -> MergeRecord:
+    """Return the record in a merged checkpoint; empty if there is none.
+
+    Raises:
+        ModelError: not a checkpoint, or a damaged record.
+    """
+    if not os.path.isfile(folder / "config.json"):  # pathlib's method raises if the name is too long
+        raise ModelError("no merged checkpoint here", where=str(folder), hint="Give a folder that braces merge wrote.")
+    path = folder / f"braces_{MergeExport.name}.json"
+    return read(_RECORD, path) if path_exists(path) else {}
+
+
+def check(request: Request, folder: Path) -> dict[str, Any]:
+    """Verify again that `folder` is the request's base and adapter in one; writes nothing.
+
+    Raises:
+        ModelError: it is not.
+    """
+    record: Mapping[str, Any] = read_record(folder)
+    expected = open_in_memory(request).reference()
+    gc.collect()
+    measured = verify_export(folder, expected)
+    facts = {key: record[key] for key in ("architecture", "neurons_added", "case", "dtype") if key in record}
+    return {"output_dir": str(folder), **facts, **request.facts(), **measured}
+
+
+def side_paths(adapter: Adapter) -> SidePaths:
+    """The low-rank factors of an adapter without experts."""
+    paths = {}
+    for ffn, adapter_layer in adapter.adapted_ffns:
+        assert isinstance(ffn, FFN)
+        with torch.no_grad():
+            a, b = adapter_layer.factors(ffn.values(), torch.float32)
+        paths[ffn.layer] = (a.cpu(), b.cpu())
+    return paths
 
 
 @dataclass(frozen=True)
 class Neurons:
-    """What one FFN gains, all in float32 on the CPU; n new neurons, d model width.
+    """The n new neurons of one FFN with hidden size d, in float32 on the CPU.
 
     Attributes:
-        gate: biases of the gates (n,), zeros where there is no gate or the neuron is padding.
-        rows: what the neurons read (n, d).
-        columns: what they write (d, n).
-        constant: added to the output bias (d,), None where nothing steers.
-        bias: added to what the neurons read (n,), None is zeros.
+        gate: biases of the gates (n,); zeros without a gate and for padding.
+        rows: weights of the inputs (n, d).
+        columns: weights of the outputs (d, n).
+        constant: added to the output bias (d,), or None.
+        bias: biases of the inputs (n,), or None for zeros.
     """
 
     gate: Tensor
@@ -157,144 +162,119 @@ class Neurons:
 
 
 def new_neurons(
-    adapter: Adapter, plan: Plan, steering_vectors: Mapping[int, Tensor] | None = None
+    merge_plan: Plan, ffns: Sequence[FFN], paths: SidePaths, vectors: Mapping[int, Tensor]
 ) -> dict[int, Neurons]:
-    """New neurons of each decoder layer that carries the adapter or a steering vector.
-
-    The steering set on the adapter just now is written, too.
+    """New neurons of each decoder layer with a side path or a constant vector.
 
     Args:
-        steering_vectors: added to the FFN output of a layer, (d,).
+        vectors: added to the FFN output of a layer, (d,).
     """
-    neurons, steering_vectors = {}, steering_vectors or {}
-    for ffn, adapter_layer in adapter.adapted_ffns:
-        assert isinstance(ffn, FFN)
-        with torch.no_grad():
-            reads, writes = adapter_layer.factors(ffn.values(), torch.float32)  # A (d_r, d), B (d, d_r)
-            constant = None if adapter_layer.shift is None else (writes @ adapter_layer.shift).cpu()
-            steering_vector = steering_vectors.get(ffn.layer)
-            constant = (
-                steering_vector
-                if constant is None
-                else constant
-                if steering_vector is None
-                else constant + steering_vector
-            )
-            balance = _balance(reads, writes, ffn)
-        # By powers of two, which round nothing.
-        rows, columns = (reads * balance.unsqueeze(1)).cpu(), (writes / balance).cpu() / plan.gate[1]
-        if not plan.form.gated:
+    neurons = {}
+    for ffn in ffns:
+        if ffn.layer not in paths and ffn.layer not in vectors:
+            continue
+        d = ffn.hidden_size
+        a, b = paths.get(ffn.layer, (torch.zeros(0, d), torch.zeros(d, 0)))
+        balance = _balance(a, b, ffn)
+        # Powers of two, which do not round.
+        rows, columns = a * balance.unsqueeze(1), b / balance / merge_plan.gate[1]
+        if not merge_plan.form.gated:
             rows, columns = torch.cat([rows, -rows]), torch.cat([columns, -columns], dim=1)
-        padding = plan.wider - plan.width - len(rows)
+        padding = merge_plan.wider - merge_plan.width - len(rows)
         neurons[ffn.layer] = Neurons(
-            torch.cat([torch.full((len(rows),), plan.gate[0]), torch.zeros(padding)]),
+            torch.cat([torch.full((len(rows),), merge_plan.gate[0]), torch.zeros(padding)]),
             torch.nn.functional.pad(rows, (0, 0, 0, padding)),
             torch.nn.functional.pad(columns, (0, padding)),
-            constant,
+            vectors.get(ffn.layer),
         )
-    added = plan.wider - plan.width
-    for layer in steering_vectors.keys() - neurons.keys():
-        nothing = torch.zeros(added, len(steering_vectors[layer]))
-        neurons[layer] = Neurons(torch.zeros(added), nothing, nothing.mT, steering_vectors[layer])
     return neurons
 
 
-def _balance(reads: Tensor, writes: Tensor, ffn: FFN) -> Tensor:
-    """For each neuron the power of two after which its row and column stand out equally from the base's own, (d_r,).
+def _balance(a: Tensor, b: Tensor, ffn: FFN) -> Tensor:
+    """Power of two for each neuron that makes its row and column equally large relative to the base's (d_r,).
 
     In a format with one scale for many weights, a neuron far larger or smaller than its neighbours costs digits.
     """
-    values = ffn.values()
+    values, key = ffn.values(), ffn.keys[-1]
     assert isinstance(values, Tensor)
-    key: Any = ffn.keys[-1]
-    keys = key.weight if hasattr(key, "out_features") else key.weight.mT
-    typical_row, typical_column = _typical(keys), _typical(values.mT)
-    row, column = reads.norm(dim=1) / typical_row, writes.norm(dim=0) / typical_column
+    key_weight: Any = key.weight
+    keys = key_weight if hasattr(key, "out_features") else key_weight.mT
+    row, column = a.norm(dim=1) / _typical_norm(keys), b.norm(dim=0) / _typical_norm(values.mT)
     ratio = (column / row).clamp(min=1e-9, max=1e9)
     balance: Tensor = torch.exp2((ratio.log2() / 2).round())
     return balance
 
 
-def _typical(rows: Tensor) -> Tensor:
-    """Median norm of the rows, over at most some hundred of them."""
+def _typical_norm(rows: Tensor) -> Tensor:
+    """Median norm of a few hundred rows."""
     sample = rows.detach()[:: max(1, len(rows) // 256)].float()
-    return sample.norm(dim=1).median().clamp(min=1e-12)
+    return sample.norm(dim=1).median().clamp(min=1e-12).cpu()
 
 
 def write_checkpoint(
-    folder: Path,
-    model: torch.nn.Module,
-    plan: Plan,
-    neurons: dict[int, Neurons],
-    layers: list[int],
-    report: Report = silent,
-) -> int:
-    """Write weights and config of the merged model into `folder`; returns the bytes of the weights.
+    folder: Path, model: torch.nn.Module, merge_plan: Plan, neurons: dict[int, Neurons], report: Report = silent
+) -> None:
+    """Write weights and config into `folder`.
 
     Args:
-        model: the base, nothing attached.
-        layers: decoder layer of each FFN.
+        model: the base, without an adapter.
+        neurons: new neurons of decoder layers; other layers are padded with zeros.
 
     Raises:
-        BracesError: the disk is full, or cannot be written to.
+        BracesError: the disk is full or not writable.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = model.state_dict()
-    sizes = {name: shape.numel() * _dtype(tensors, plan, name).itemsize for name, shape in plan.shapes.items()}
+    merge_plan.config.dtype = model.dtype  # type: ignore[assignment]
+    dtypes = {}
+    for name in merge_plan.shapes:
+        # A new bias has the dtype of its weight.
+        weight = f"{name.rpartition('.')[0]}.weight"
+        dtypes[name] = tensors[merge_plan.sources.get(name, merge_plan.sources.get(weight, ("",)))[0]].dtype
+    sizes = {name: shape.numel() * dtypes[name].itemsize for name, shape in merge_plan.shapes.items()}
     total = sum(sizes.values())
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < total:
-        hint = "Free some space, or give --output-dir on another disk."
-        raise BracesError(
-            f"{total / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free", where=str(folder), hint=hint
-        )
+        hint = "Free some space, or choose an --output-dir on another disk."
+        what = f"{total / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
+        raise BracesError(what, where=str(folder), hint=hint)
     shards = list(_shards(sizes))
     files: dict[str, str] = {}
     try:
         for index, names in enumerate(shards, start=1):
             file = f"model-{index:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-            shard_tensors = {name: _tensor(tensors, plan, neurons, layers, name) for name in names}
-            save_file(shard_tensors, folder / file, metadata={"format": "pt"})
-            (folder / file).chmod(0o666 & ~umask())  # which safetensors creates for the owner alone
+            shard = {name: _tensor(tensors, merge_plan, neurons, name, dtypes[name]) for name in names}
+            save_file(shard, folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(0o666 & ~umask())  # safetensors creates private files
             files |= dict.fromkeys(names, file)
             report("writing", index, len(shards))
-        plan.config.save_pretrained(folder)
-        _name_rotation(folder / "config.json")
+        merge_plan.config.save_pretrained(folder)
     except (OSError, SafetensorError) as error:
         hint = file_hint(error) if isinstance(error, OSError) else "Check the path and the disk."
-        raise BracesError(
-            f"cannot write: {error}", where=str(folder), hint=f"{hint} Nothing is left behind."
-        ) from error
+        hint = f"{hint} Nothing is left behind."
+        raise BracesError(f"cannot write: {error}", where=str(folder), hint=hint) from error
+    _add_older_rotation(folder / "config.json")
     if len(shards) > 1:
         index_file = {"metadata": {"total_size": total}, "weight_map": files}
         write_json(folder / "model.safetensors.index.json", index_file)
-    return total
 
 
-def _name_rotation(path: Path) -> None:
-    """Say how positions are rotated in the older words, too: programs that know no `rope_parameters` would not miss
-    them, and read another base frequency."""
+def _add_older_rotation(path: Path) -> None:
+    """Add `rope_theta` and `rope_scaling` to a config: older programs ignore `rope_parameters` without an error."""
     config = read(WRITTEN, path)
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:
-        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
         older = {"rope_theta": rope["rope_theta"]}
         if rope.get("rope_type") != "default":
-            older["rope_scaling"] = scaling
+            older["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
         write_json(path, dict(sorted((config | older).items())))
 
 
-def _dtype(tensors: dict[str, Tensor], plan: Plan, name: str) -> torch.dtype:
-    """Of a tensor that is written; a new bias takes that of its weight."""
-    source = plan.sources.get(name) or plan.sources[f"{name.rpartition('.')[0]}.weight"]
-    return tensors[source[0]].dtype
-
-
 def _shards(sizes: dict[str, int]) -> Iterator[list[str]]:
-    """Names, layer by layer, gathered up to `SHARD_BYTES`."""
+    """Tensor names, layer by layer, gathered up to `SHARD_BYTES`."""
     groups: dict[str, list[str]] = {}
     for name in sizes:
         layer = re.match(r"(.*?\.\d+)\.", name)
@@ -312,120 +292,45 @@ def _shards(sizes: dict[str, int]) -> Iterator[list[str]]:
 
 
 def _tensor(
-    tensors: dict[str, Tensor], plan: Plan, neurons: dict[int, Neurons], layers: list[int], name: str
+    tensors: dict[str, Tensor], merge_plan: Plan, neurons: dict[int, Neurons], name: str, dtype: torch.dtype
 ) -> Tensor:
-    """One tensor of the merged checkpoint, contiguous, on the CPU."""
-    role = plan.roles.get(name)
-    shape = plan.shapes[name]
-    if name in plan.sources:
-        tensor = take(tensors, plan.sources[name]).detach().cpu()
+    """One tensor of the checkpoint, contiguous, on the CPU."""
+    role, shape = merge_plan.roles.get(name), merge_plan.shapes[name]
+    if name in merge_plan.sources:
+        source, first, last = merge_plan.sources[name]
+        tensor = tensors[source][first:last].detach().cpu()
     else:
-        length = shape[0]
+        added = 0
         if role is not None and role.part != "value.bias":
-            length -= (plan.wider - plan.width) * (2 if role.part.startswith("gate_up") else 1)
-        tensor = torch.zeros(length, dtype=_dtype(tensors, plan, name))
+            added = (merge_plan.wider - merge_plan.width) * (2 if role.part.startswith("gate_up") else 1)
+        tensor = torch.zeros(shape[0] - added, dtype=dtype)
     if role is not None:
-        tensor = _grown(tensor, role, plan, neurons.get(layers[role.ffn]))
-    assert tensor.shape == shape, f"{name} is {tuple(tensor.shape)}, wanted {tuple(shape)}"
+        tensor = _with_neurons(tensor, role, merge_plan, neurons.get(role.layer))
+    assert tensor.shape == shape, f"{name} is {tuple(tensor.shape)}, expected {tuple(shape)}"
     return tensor.contiguous()
 
 
-def _grown(tensor: Tensor, role: Role, plan: Plan, new: Neurons | None) -> Tensor:
-    """The tensor with what the new neurons need; zeros where the layer carries no adapter."""
-    part = role.part
+def _with_neurons(tensor: Tensor, role: Role, merge_plan: Plan, new: Neurons | None) -> Tensor:
+    """Append the new neurons to a tensor of an FFN; zeros if the layer has none."""
+    part, dim = role.part, role.dim
     if part == "value.bias":
         constant = None if new is None else new.constant
         return tensor if constant is None else (tensor.float() + constant).to(tensor.dtype)
-    count = plan.wider - plan.width
     if part.startswith("gate_up"):
-        halves = [Role(role.ffn, part.replace("gate_up", name), role.dim) for name in ("gate", "up")]
-        if not plan.form.gate_first:
-            halves.reverse()
-        both = zip(tensor.chunk(2, dim=role.dim), halves, strict=True)
-        return torch.cat([_grown(half, half_role, plan, new) for half, half_role in both], dim=role.dim)
-    piece = None
+        names = ("gate", "up") if merge_plan.form.gate_first else ("up", "gate")
+        halves = zip(names, tensor.chunk(2, dim=dim), strict=True)
+        roles = [(half, Role(role.layer, part.replace("gate_up", name), dim)) for name, half in halves]
+        return torch.cat([_with_neurons(half, half_role, merge_plan, new) for half, half_role in roles], dim=dim)
+    added = None
     if new is not None:
-        pieces = {"gate.bias": new.gate, "up": new.rows, "key": new.rows, "value": new.columns.mT}
-        piece = (pieces | dict.fromkeys(("up.bias", "key.bias"), new.bias)).get(part)
-    if piece is None:
+        added = {
+            "gate.bias": new.gate, "up": new.rows, "key": new.rows, "value": new.columns.mT, "up.bias": new.bias,
+            "key.bias": new.bias,
+        }.get(part)  # fmt: skip
+    if added is None:
         shape = list(tensor.shape)
-        shape[role.dim] = count
-        piece = tensor.new_zeros(shape)
-    elif role.dim == 1:
-        piece = piece.mT
-    return torch.cat([tensor, piece.to(tensor.dtype)], dim=role.dim)
-
-
-def companions(source: Path) -> list[Path]:
-    """Files and folders of a base that travel with its weights.
-
-    Raises:
-        ModelError: one is a link to somewhere else on this disk, whose content nobody meant to hand on.
-    """
-    carried = sorted({path for pattern in _CARRIED for path in source.glob(pattern)})
-    place = Path(os.path.realpath(source))
-    # The hub's cache keeps a model's files beside the folders of its revisions, which hold links.
-    place = next((folder for folder in place.parents if folder.name.startswith("models--")), place)
-    for path in carried:
-        for file in (path, *sorted(path.rglob("*"))):
-            target = Path(os.path.realpath(file))
-            if place not in target.parents or not target.exists():
-                hint = "Put a copy of the file in its place, or remove the link."
-                raise ModelError("this link leads out of the model's folder", where=str(file), hint=hint)
-    return carried
-
-
-def copy_companions(source: Path, folder: Path, tokenizer: Any) -> list[str]:
-    """Copy tokenizer, chat template, generation config and licence of a base, as they are; returns their names.
-
-    Where the tokenizer's files name no class, transformers picks one by the type of the model, which may be another
-    one in `folder`: there the class of `tokenizer`, the base's own, is written down.
-
-    Raises:
-        ModelError: see `companions`.
-        BracesError: cannot be written.
-    """
-    carried = companions(source)
-    try:
-        for path in carried:
-            if path.is_dir():
-                shutil.copytree(path, folder / path.name)
-            else:
-                shutil.copyfile(path, folder / path.name)
-    except OSError as error:
-        raise BracesError(f"cannot write: {error.strerror}", where=str(folder), hint=file_hint(error)) from error
-    path = folder / "tokenizer_config.json"
-    settings = read(WRITTEN, path) if path.is_file() else {}
-    if not settings.get("tokenizer_class") and type(tokenizer).__module__.startswith("transformers."):
-        write_json(path, settings | {"tokenizer_class": type(tokenizer).__name__})
-    return [path.name for path in carried]
-
-
-def write_gguf_tensors(
-    path: Path, architecture: str, tensors: dict[str, Tensor], describe: Callable[[Any], object]
-) -> None:
-    """Write tensors, float32, with what `describe` adds to the header through gguf's writer.
-
-    Raises:
-        BracesError: cannot be written.
-    """
-    from gguf import GGUFReader, GGUFWriter
-
-    def write(place: Path) -> None:
-        writer = GGUFWriter(place, architecture)
-        describe(writer)
-        for name, tensor in tensors.items():
-            writer.add_tensor(name, tensor.numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-
-    def matches(place: Path) -> bool:
-        try:
-            stored = {tensor.name: torch.tensor(tensor.data.copy()) for tensor in GGUFReader(place).tensors}
-        except (ValueError, IndexError):  # cut off: numpy, which writes the tensors, does not notice a full disk
-            return False
-        return stored.keys() == tensors.keys() and all(torch.equal(stored[name], tensors[name]) for name in tensors)
-
-    write_atomic(path, write, matches)
+        shape[dim] = merge_plan.wider - merge_plan.width
+        added = tensor.new_zeros(shape)
+    elif dim == 1:
+        added = added.mT
+    return torch.cat([tensor, added.to(tensor.dtype)], dim=dim)

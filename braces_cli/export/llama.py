@@ -1,15 +1,14 @@
-"""Write a model that is a Llama under another name as a Llama, whose FFN may have the biases that a merge needs.
+"""Convert a model that is equivalent to a Llama into a Llama, whose FFN can have the biases that a merge needs.
 
-Support is determined from the model, not looked up: its config must say nothing that a Llama does not do (windows,
-rotations of a part, scaled rotations of another kind), its tensors must be a Llama's after splitting fused
-projections, and a small model of its class, with the very settings of its config, must give the logits of a Llama with
-the same weights.
+The model itself decides, not a list of types: its config has nothing that a Llama lacks (windows, partial rotation,
+other kinds of rotation), its tensors are a Llama's after splitting fused projections, and a small model with its class
+and settings has the logits of a Llama with the same weights.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,70 +16,57 @@ from torch import Tensor
 from torch.nn import functional
 
 from braces_cli.core.errors import first_line
-from braces_cli.core.models.ffn import FFN
-from braces_cli.export.form import REFUSALS, Form, Plan, Role, on_meta, refuse, tensor_shapes
+from braces_cli.core.models.structure import REFUSALS, tensor_shapes
+
+# Tensor of the Llama -> (tensor of the base, first row, end row); None: all rows.
+Sources = dict[str, tuple[str, int | None, int | None]]
 
 _NEEDED = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "max_position_embeddings", "rms_norm_eps", "rope_parameters",
 )  # fmt: skip
-_CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "tie_word_embeddings", "use_cache")
+_OPTIONAL = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "tie_word_embeddings", "use_cache")
 _ROTATIONS = ("default", "linear", "llama3", "yarn", "dynamic")
-# What makes a model small without changing what it does.
+# Settings that make a model small without changing what it computes.
 _SMALL = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 52, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }  # fmt: skip
 _HEAD = 8
 _LENGTH = 48
-# Its logits differ from a Llama's by rounding only.
+# Relative difference of logits that is still rounding.
 _TOLERANCE = 1e-5
 
-Sources = dict[str, tuple[str, int | None, int | None]]
 
+def as_llama(
+    model: Any, activation: Callable[[Tensor], Tensor], activation_name: str, width: int
+) -> tuple[Any, Sources] | str:
+    """Convert the config of a gated model; return the reason if the model is not equivalent to a Llama.
 
-def llama_plan(model: Any, ffns: Sequence[FFN], form: Form, wider: int, gate: tuple[float, float]) -> Plan:
-    """The plan of a gated model whose own class has no biases to switch on.
+    Args:
+        width: d_ff.
 
-    Raises:
-        ModelError: it is no Llama; says what is different.
+    Returns:
+        Config of the Llama with the same weights, and where each of its tensors comes from.
     """
-    import transformers
-
-    why = "its gated FFN has no biases to switch on, and it is no Llama ({})"
-    reason = _config_differs(model, form) or _differs(model)
+    reason = _config_difference(model, activation, activation_name) or _model_difference(model)
     if reason:
-        raise refuse(model, why.format(reason))
-    shapes_of_base = tensor_shapes(model)
-    width = ffns[0].value_vectors
-    config = llama_config(model, width, shapes_of_base)
-    sources = split_sources(config, shapes_of_base)
-    config.mlp_bias, config.intermediate_size = True, wider
-    target = on_meta(transformers.LlamaForCausalLM, config)
-    shapes = tensor_shapes(target)
-    roles: dict[str, Role] = {}
-    for index, ffn in enumerate(ffns):
-        for part, dim in (("gate", 0), ("up", 0), ("value", 1)):
-            name = f"model.layers.{ffn.layer}.mlp.{'down' if part == 'value' else part}_proj"
-            roles[f"{name}.weight"] = Role(index, part, dim)
-            roles[f"{name}.bias"] = Role(index, f"{part}.bias", 0)
-    missing = [name for name in shapes if name not in sources and not name.endswith(".bias")]
-    if missing or set(sources) - set(shapes):
-        odd = (missing or sorted(set(sources) - set(shapes)))[0]
-        raise refuse(model, why.format(f"the tensor {odd}"))
-    return Plan("b", config, "LlamaForCausalLM", shapes, sources, roles, form, width, wider, gate)
+        return reason
+    shapes = tensor_shapes(model)
+    config = _llama_config(model, width, shapes)
+    return config, _llama_sources(config, shapes)
 
 
-def _config_differs(model: Any, form: Form) -> str | None:
-    """What the config says that no Llama does, in words; these are things that a short text cannot show."""
+def _config_difference(model: Any, activation: Callable[[Tensor], Tensor], activation_name: str) -> str | None:
+    """What the config has that no Llama has; the comparison of small models on a short text may not show it."""
     config = model.config
     if config.get_text_config() is not config:
         return "it takes more than text"
     lacking = [name for name in _NEEDED if getattr(config, name, None) is None]
     if lacking:
         return f"its config has no {lacking[0]}"
-    if form.activation(torch.tensor([0.5])) != functional.silu(torch.tensor([0.5])):
-        return f"its activation is {form.name}, a Llama's SiLU"
+    if activation(torch.tensor([0.5])) != functional.silu(torch.tensor([0.5])):
+        return f"its activation is {activation_name}, a Llama's SiLU"
     for name, value in vars(config).items():
         if value and ("window" in name or "chunk" in name) and name != "max_window_layers":
             return f"{name} is {value}"
@@ -93,34 +79,89 @@ def _config_differs(model: Any, form: Form) -> str | None:
     rope = config.rope_parameters
     kind = rope.get("rope_type") if isinstance(rope, dict) else None
     if kind not in _ROTATIONS:
-        return f"its positions are rotated in the way of {kind}"
-    parts = {
-        1.0,
-        float(rope.get("partial_rotary_factor") or 1),
-        float(getattr(config, "partial_rotary_factor", 0) or 1),
-    }
-    return f"only {min(parts):g} of each head is rotated" if len(parts) > 1 else None
+        return f"the rotation of its positions is {kind}"
+    partial = (rope.get("partial_rotary_factor"), getattr(config, "partial_rotary_factor", None))
+    rotated = min(float(share or 1) for share in partial)
+    return f"only {rotated:g} of each head is rotated" if rotated < 1 else None
 
 
-def llama_config(model: Any, width: int, shapes: dict[str, torch.Size]) -> Any:
-    """The config of the Llama with the weights of `model`, before its FFN is widened."""
+def _model_difference(model: Any) -> str | None:
+    """How a small model with the same class and settings differs from a Llama with its weights, or None."""
+    from transformers import LlamaForCausalLM
+
+    settings = {name: value for name, value in model.config.to_dict().items() if name not in _SMALL}
+    for name, value in settings.items():
+        if isinstance(value, list) and len(value) == model.config.num_hidden_layers:
+            settings[name] = value[:2]
+    if settings.get("head_dim") is not None:
+        settings["head_dim"] = _HEAD
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0) | {"dtype": "float32"}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        try:
+            small = type(model)(type(model.config)(**{**settings, **_SMALL, **special})).float().eval()
+        except REFUSALS as error:
+            return f"no small model of its class can be built: {first_line(error, 100)}"
+        # Weights so large, norms and biases so uneven that a difference shows.
+        for parameter in small.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            else:
+                parameter.normal_(std=0.15)
+    tensors, shapes = small.state_dict(), tensor_shapes(small)
+    config = _llama_config(small, _SMALL["intermediate_size"], shapes)
+    llama: Any = LlamaForCausalLM(config).float().eval()
+    sources, expected = _llama_sources(config, shapes), tensor_shapes(llama)
+    other = sorted(sources.keys() - expected.keys())
+    if other:
+        return f"a Llama has no {other[0]}"
+    for name, shape in expected.items():
+        source, first, last = sources.get(name, ("", None, None))
+        with torch.no_grad():
+            if source and tensors[source][first:last].shape == shape:
+                llama.get_parameter(name).copy_(tensors[source][first:last])
+            elif name.endswith("o_proj.bias"):
+                llama.get_parameter(name).zero_()
+            else:
+                return f"it has no {name} as a Llama has"
+    # The last positions show a rotation that is scaled beyond the length of the first training.
+    starts = (0, max(model.config.max_position_embeddings - _LENGTH, 0))
+    difference = max(_logit_difference(small, llama, start) for start in starts)
+    return None if difference < _TOLERANCE else f"with the same weights a Llama's logits differ by {difference:.0%}"
+
+
+def _logit_difference(one: Any, other: Any, start: int) -> float:
+    """Largest difference of the logits of two models relative to the largest logit, for positions from `start` on."""
+    ids = torch.randint(0, _SMALL["vocab_size"], (1, _LENGTH), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "position_ids": torch.arange(start, start + _LENGTH).unsqueeze(0), "use_cache": False}
+    with torch.no_grad():
+        a, b = one(**inputs).logits, other(**inputs).logits
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def _llama_config(model: Any, width: int, shapes: dict[str, torch.Size]) -> Any:
+    """Config of the Llama with the weights of `model` and FFN width `width`."""
     from transformers import LlamaConfig
 
     config = model.config
-    heads = config.num_attention_heads
-    fields = {name: copy.deepcopy(getattr(config, name)) for name in (*_NEEDED, *_CARRIED) if hasattr(config, name)}
-    biased = any(name.endswith(("q_proj.bias", "qkv_proj.bias", "k_proj.bias", "v_proj.bias")) for name in shapes)
-    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    fields = {name: copy.deepcopy(getattr(config, name)) for name in (*_NEEDED, *_OPTIONAL) if hasattr(config, name)}
     converted = LlamaConfig(
-        **fields, intermediate_size=width, head_dim=head, hidden_act="silu", attention_bias=biased, mlp_bias=False
+        **fields,
+        intermediate_size=width,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        hidden_act="silu",
+        attention_bias=any(
+            name.endswith(("q_proj.bias", "qkv_proj.bias", "k_proj.bias", "v_proj.bias")) for name in shapes
+        ),
+        mlp_bias=False,
     )
     converted.dtype = config.dtype
     converted.architectures = ["LlamaForCausalLM"]
     return converted
 
 
-def split_sources(config: Any, shapes: dict[str, torch.Size]) -> Sources:
-    """Where each tensor of the Llama `config` comes from, for a model with tensors `shapes`; fused ones are split."""
+def _llama_sources(config: Any, shapes: dict[str, torch.Size]) -> Sources:
+    """Source of each tensor of the Llama with `config` in a model with tensors `shapes`; fused tensors are split."""
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     width = config.intermediate_size
     fused = {
@@ -137,71 +178,3 @@ def split_sources(config: Any, shapes: dict[str, torch.Size]) -> Sources:
         block = stem.rpartition(".")[0]
         sources.update({f"{block}.{part}.{kind}": (name, first, last) for part, first, last in pieces})
     return sources
-
-
-def take(tensors: dict[str, Tensor], source: tuple[str, int | None, int | None]) -> Tensor:
-    """The tensor that a source names, a view."""
-    name, first, last = source
-    return tensors[name][first:last]
-
-
-def _differs(model: Any) -> str | None:
-    """How a small model of the same class and settings differs from a Llama with its weights; None: it does not."""
-    import transformers
-
-    settings = {name: value for name, value in model.config.to_dict().items() if name not in _SMALL}
-    for name, value in settings.items():
-        if isinstance(value, list) and len(value) == model.config.num_hidden_layers:
-            settings[name] = value[:2]
-    if settings.get("head_dim") is not None:
-        settings["head_dim"] = _HEAD
-    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0) | {"dtype": "float32"}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        try:
-            small = type(model)(type(model.config)(**{**settings, **_SMALL, **special})).float().eval()
-        except REFUSALS as error:
-            return f"no small model of its class can be built: {first_line(error, 100)}"
-        _draw(small)
-    tensors = small.state_dict()
-    shapes = tensor_shapes(small)
-    config = llama_config(small, _SMALL["intermediate_size"], shapes)
-    llama = transformers.LlamaForCausalLM(config).float().eval()
-    sources, expected = split_sources(config, shapes), tensor_shapes(llama)
-    odd = sorted(set(sources) - set(expected))
-    if odd:
-        return f"a Llama has no {odd[0]}"
-    for name, shape in expected.items():
-        with torch.no_grad():
-            if name in sources and take(tensors, sources[name]).shape == shape:
-                llama.get_parameter(name).copy_(take(tensors, sources[name]))
-            elif name.endswith("o_proj.bias"):
-                llama.get_parameter(name).zero_()
-            else:
-                return f"it has no {name} as a Llama has"
-    difference = max(
-        _difference(small, llama, start) for start in (0, max(model.config.max_position_embeddings - _LENGTH, 0))
-    )
-    return None if difference < _TOLERANCE else f"with the same weights a Llama's logits differ by {difference:.0%}"
-
-
-def _difference(one: Any, other: Any, start: int) -> float:
-    """How far logits of two models differ, relative to the largest, on tokens whose positions begin at `start`.
-
-    The last positions show a rotation that is scaled beyond the length of a first training.
-    """
-    ids = torch.randint(0, _SMALL["vocab_size"], (1, _LENGTH), generator=torch.Generator().manual_seed(0))
-    inputs = {"input_ids": ids, "position_ids": torch.arange(start, start + _LENGTH).unsqueeze(0), "use_cache": False}
-    with torch.no_grad():
-        a, b = one(**inputs).logits, other(**inputs).logits
-    return float((a - b).abs().max() / b.abs().max())
-
-
-def _draw(model: Any) -> None:
-    """Weights large enough, norms and biases uneven enough for a difference to show."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-            else:
-                parameter.normal_(std=0.15)

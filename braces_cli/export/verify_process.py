@@ -1,10 +1,9 @@
-"""Logits of a checkpoint by plain transformers, with LoRA files by peft, in a process where braces cannot be imported.
+"""Logits of a checkpoint in plain transformers, with LoRA files through peft; braces cannot be imported here.
 
     python -I verify_process.py FOLDER REQUEST ANSWER
 
-REQUEST is JSON, `{texts, ids, device, code, loras}`; ANSWER becomes a safetensors file of the logits of `ids`, its
-header saying what loading the checkpoint reported and how its tokenizer reads the texts. Nothing here imports
-braces: this is what somebody who never heard of it gets.
+REQUEST is JSON, `{texts, ids, device, code, loras}`. ANSWER is written: a safetensors file with the logits of `ids`,
+whose header holds the loading report and the tokens of `texts`.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from typing import Any
 
 
 class _NoBraces(importlib.abc.MetaPathFinder):
-    """Makes any import of braces fail, installed or not."""
+    """Fail on any import of braces, installed or not."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         if name.partition(".")[0] == "braces_cli":
-            raise ImportError("braces_cli is out of reach here")
+            raise ImportError("braces_cli cannot be imported here")
 
 
 def probe(folder: str, request: str, answer: str) -> None:
@@ -39,7 +38,6 @@ def probe(folder: str, request: str, answer: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     header = {
-        "class": type(model).__name__,
         "keys": {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")},
         "tied": head is not None and head.weight is embedding.weight,
         "ids": [tokenizer(text)["input_ids"] for text in question["texts"]],
@@ -53,7 +51,7 @@ def probe(folder: str, request: str, answer: str) -> None:
 
 
 def _with_loras(model: Any, loras: list[tuple[str, float]]) -> Any:
-    """The model with LoRA folders added by peft, each multiplied by its scale."""
+    """Add LoRA folders with peft, each multiplied by its scale."""
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
@@ -65,7 +63,7 @@ def _with_loras(model: Any, loras: list[tuple[str, float]]) -> Any:
     for module in wrapped.modules():
         if isinstance(module, LoraLayer):
             for name, (_, scale) in zip(names, loras, strict=True):
-                module.set_scale(name, scale)  # does nothing where the module has no such LoRA
+                module.set_scale(name, scale)  # no effect if the module does not have this LoRA
     return wrapped.eval()
 
 
@@ -76,4 +74,4 @@ if __name__ == "__main__":
     except ImportError:
         probe(*sys.argv[1:])
     else:
-        sys.exit("braces_cli can be imported here, so this would prove nothing")
+        sys.exit("braces_cli can be imported here, so the verification would prove nothing")

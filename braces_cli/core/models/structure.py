@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -270,3 +271,30 @@ def is_whole(pair: Pair) -> bool:
         if not (child in pair.keys or child is pair.value or idle or is_activation(child)):
             return False
     return all(end in set(host.children()) for end in (*pair.keys, pair.value))
+
+
+# Exceptions that model and config classes of transformers raise for a config that they do not accept.
+REFUSALS = (
+    ValueError, TypeError, LookupError, AttributeError, RuntimeError, AssertionError, ArithmeticError,
+    StrictDataclassError,
+)  # fmt: skip
+
+
+def on_meta(kind: type, config: Any) -> Any:
+    """Build a model without weights; None if its class does not accept the config."""
+    try:
+        with torch.device("meta"):
+            return kind(config)
+    except REFUSALS:
+        return None
+
+
+def tensor_shapes(model: Any) -> dict[str, torch.Size]:
+    """Shapes of the tensors in a checkpoint of `model`; a tied tensor is listed once, under its first name."""
+    shapes: dict[str, torch.Size] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            shapes[name] = tensor.shape
+    return shapes
