@@ -9,7 +9,7 @@ import pytest
 
 from braces_cli.core.adapter.files import AdapterConfig
 from braces_cli.evaluation.tables import markdown
-from braces_cli.export.cards import card, code_card, lora_card, slots_card
+from braces_cli.export.cards import card
 from braces_cli.training.report import model_card
 from tests.cli.test_streams import shown
 
@@ -46,10 +46,10 @@ def trained(method: str) -> str:
 CARDS: dict[str, Callable[[], str]] = {
     "train": lambda: trained("braces"),
     "train lora": lambda: trained("lora"),
-    "merge": lambda: card(FACTS),
-    "slots": lambda: slots_card(FACTS),
-    "lora": lambda: lora_card(FACTS),
-    "code": lambda: code_card(FACTS),
+    "merge": lambda: card("merge", FACTS),
+    "slots": lambda: card("slots", FACTS),
+    "lora": lambda: card("lora", FACTS),
+    "code": lambda: card("code", FACTS),
 }
 
 

@@ -18,7 +18,7 @@ from braces_cli.core.errors import BracesError, DataError, ModelError
 from braces_cli.core.files import write_tensors
 from braces_cli.evaluation.results import Store, read_results
 from braces_cli.evaluation.systems import find_eval_adapter
-from braces_cli.export.merge import read_record as read_merge
+from braces_cli.export.checkpoint import read_record as read_merge
 from braces_cli.export.slots import read_slots
 from braces_cli.steering.output import TextsFile
 from braces_cli.training.checkpoint import newest_intact, restore_optimizer, restore_rng, rng_state

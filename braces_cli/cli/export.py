@@ -6,18 +6,20 @@ from typing import Any
 
 import typer
 
-from braces_cli.cli.options import (
+from braces_cli.cli.options import command, show_plan
+from braces_cli.cli.output import print_json, print_pairs, progress
+from braces_cli.core.attributes.options import AttributeSettings
+from braces_cli.core.config import OUTPUT, Settings, option
+from braces_cli.core.errors import ConfigError, ModelError
+from braces_cli.core.options import (
     AdapterSettings,
-    AttributeSettings,
+    FolderSettings,
     ModelSettings,
     OutputSettings,
+    OverwriteSettings,
+    SteeredLayers,
     UploadSettings,
-    command,
-    show_plan,
 )
-from braces_cli.cli.output import print_json, print_pairs, progress
-from braces_cli.core.config import ATTRIBUTES, OUTPUT, Settings, option
-from braces_cli.core.errors import ConfigError, ModelError
 
 app = typer.Typer(help="Export adapters and attributes for other programs to serve.", no_args_is_help=True)
 
@@ -39,23 +41,8 @@ _CASES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class FolderSettings(Settings):
-    """Output folder."""
-
-    output_dir: Path | None = option(None, help="Folder to write.")
-    overwrite: bool = option(False, help="Overwrite an existing output.", panel=OUTPUT)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SteeringSettings(AdapterSettings, AttributeSettings, OutputSettings):
-    """Adapter, attributes, and the layers that are steered."""
-
-    layers: str | None = option(
-        None,
-        help="Layers to steer, such as 8-20,24 or 1- (inclusive, from 0). Default: the layers of the steering "
-        "vector, or all adapted layers for an attribute that the adapter was trained with.",
-        panel=ATTRIBUTES,
-    )
+class SteeringSettings(AdapterSettings, AttributeSettings, SteeredLayers, OutputSettings):
+    """Base, adapter and attributes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +63,25 @@ class MergeSettings(WidthSettings, UploadSettings, SteeringSettings, FolderSetti
 
     first_options = ("adapter", "output_dir", "attribute", "s", "model")
 
-    check: Path | None = option(
-        None, help="Folder of a merged checkpoint to verify again; writes nothing.", panel=OUTPUT
+    verify: Path | None = option(
+        None,
+        help="Folder of a merged checkpoint to verify again; writes nothing.",
+        panel=OUTPUT,
+        flag="--check",
+        metavar="FOLDER",
     )
+
+    def check(self) -> None:
+        """Also refuse neither or both of writing and verifying."""
+        super().check()
+        if not self.dry_run and (self.output_dir is None) == (self.verify is None):
+            what = "missing option" if self.verify is None else "these options are mutually exclusive"
+            raise ConfigError(what, where="--output-dir, --check", hint="Give one of the two.")
+        if self.push_to_hub is not None and self.verify is not None:
+            hint = "Leave out --push-to-hub, or merge into --output-dir."
+            raise ConfigError("--check uploads nothing", where="--push-to-hub", hint=hint)
+        if self.adapter is None and self.verify is None:
+            raise ConfigError("missing option", where="--adapter", hint="Name the adapter to merge.")
 
 
 @command
@@ -87,23 +90,17 @@ def merge(settings: MergeSettings) -> None:
     from braces_cli.core.models.hub import check_push, push
     from braces_cli.export.checkpoint import MergeExport, check
 
-    if settings.dry_run:
-        _print_plan(settings, MergeExport(_adapter_request(settings), settings.pad_to_multiple_of))
+    if settings.verify is not None:
+        result = check(_check_request(settings, settings.verify), settings.verify)
+        _print_result(settings, "the merge is verified", result)
         return
-    if (settings.output_dir is None) == (settings.check is None):
-        what = "missing option" if settings.check is None else "these options are mutually exclusive"
-        raise ConfigError(what, where="--output-dir, --check", hint="Give one of the two.")
-    if settings.check is not None:
-        if settings.push_to_hub is not None:
-            hint = "Leave out --push-to-hub, or merge into --output-dir."
-            raise ConfigError("a check uploads nothing", where="--push-to-hub", hint=hint)
-        _print_result(
-            settings, "the merge is verified", check(_check_request(settings, settings.check), settings.check)
-        )
+    export = MergeExport(_request(settings), settings.pad_to_multiple_of)
+    if settings.dry_run:
+        _print_plan(settings, export)
         return
     if settings.push_to_hub is not None:
         check_push(settings.push_to_hub)
-    result = _run(settings, MergeExport(_adapter_request(settings), settings.pad_to_multiple_of))
+    result = _run(settings, export)
     if settings.push_to_hub is not None and settings.output_dir is not None:
         push(settings.output_dir, settings.push_to_hub)
     _print_result(settings, "merged", result)
@@ -114,6 +111,7 @@ class SlotsSettings(WidthSettings, ModelSettings, OutputSettings, FolderSettings
     """Settings of `braces export slots`."""
 
     first_options = ("model", "output_dir", "slots")
+    required = ("output_dir",)
 
     slots: int = option(
         64,
@@ -128,7 +126,7 @@ def slots(settings: SlotsSettings) -> None:
     from braces_cli.export.run import Request
     from braces_cli.export.slots import SlotsExport
 
-    request = Request(settings.model, None, settings.load_options)
+    request = Request(settings.model, None, settings)
     export = SlotsExport(request, settings.slots, settings.pad_to_multiple_of)
     if settings.dry_run:
         _print_plan(settings, export)
@@ -141,8 +139,9 @@ class LoraSettings(SteeringSettings, FolderSettings):
     """Settings of `braces export lora`."""
 
     first_options = ("base", "adapter", "attribute", "s", "output_dir")
+    required = ("output_dir",)
 
-    base: Path | None = option(None, help="Base with slots: folder written by `braces export slots`.")
+    base: Path = option(help="Base with slots: folder written by `braces export slots`.")
     gguf: Path | None = option(None, help="Also write the LoRA to this GGUF file, for llama.cpp.")
     combine: bool = option(
         False,
@@ -161,14 +160,13 @@ def lora(settings: LoraSettings) -> None:
     """Write an adapter, or with --attribute an attribute, as a plain LoRA for a base with slots."""
     from braces_cli.export.lora import lora_export, write_lora
 
-    base = _required(settings.base, "--base", "Name the folder that braces export slots wrote.")
-    export = lora_export(_request(settings), base, settings.combine, settings.first_slot)
+    export = lora_export(_request(settings), settings.base, settings.combine, settings.first_slot)
     if settings.dry_run:
         _print_plan(settings, export)
         return
-    output = _required(settings.output_dir, "--output-dir", "Name the folder to write.")
+    assert settings.output_dir is not None
     with progress(settings.quiet) as report:
-        result = write_lora(export, output, settings.gguf, settings.overwrite, report)
+        result = write_lora(export, settings.output_dir, settings.gguf, settings.overwrite, report)
     _print_result(settings, "exported", result)
 
 
@@ -177,6 +175,7 @@ class CodeSettings(SteeringSettings, FolderSettings):
     """Settings of `braces export code`."""
 
     first_options = ("adapter", "output_dir", "attribute", "s", "model")
+    required = ("adapter", "output_dir")
 
 
 @command
@@ -184,7 +183,7 @@ def code(settings: CodeSettings) -> None:
     """Write base and adapter as a checkpoint with a modelling file, for bases that cannot be merged."""
     from braces_cli.export.code import CodeExport
 
-    export = CodeExport(_adapter_request(settings))
+    export = CodeExport(_request(settings))
     if settings.dry_run:
         _print_plan(settings, export)
     else:
@@ -192,13 +191,13 @@ def code(settings: CodeSettings) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VectorSettings(SteeringSettings):
+class VectorSettings(SteeringSettings, OverwriteSettings):
     """Settings of `braces export control-vector`."""
 
     first_options = ("attribute", "s", "adapter", "output", "model")
+    required = ("output",)
 
     output: Path | None = option(None, help="GGUF file to write.")
-    overwrite: bool = option(False, help="Overwrite an existing file.", panel=OUTPUT)
 
 
 @command
@@ -209,18 +208,13 @@ def control_vector(settings: VectorSettings) -> None:
         return
     from braces_cli.export.control_vector import write_control_vector
 
-    output = _required(settings.output, "--output", "Name the GGUF file to write.")
-    _print_result(settings, "exported", write_control_vector(_request(settings), output, settings.overwrite))
+    assert settings.output is not None
+    result = write_control_vector(_request(settings), settings.output, settings.overwrite)
+    _print_result(settings, "exported", result)
 
 
 for _name, _command in (("slots", slots), ("lora", lora), ("code", code), ("control-vector", control_vector)):
     app.command(_name)(_command)
-
-
-def _required(path: Path | None, flag: str, hint: str) -> Path:
-    if path is None:
-        raise ConfigError("missing option", where=flag, hint=hint)
-    return path
 
 
 def _request(settings: SteeringSettings) -> Any:
@@ -231,18 +225,11 @@ def _request(settings: SteeringSettings) -> Any:
     return Request(
         model=settings.model,
         adapter=None if settings.adapter is None else find_adapter(settings.adapter),
-        options=settings.load_options,
+        options=settings,
         attributes=settings.strengths,
         attributes_dir=settings.attributes,
         layers=settings.layers,
     )
-
-
-def _adapter_request(settings: SteeringSettings) -> Any:
-    """The Request of an export that needs an adapter."""
-    if settings.adapter is None:
-        raise ConfigError("missing option", where="--adapter", hint="Name the adapter to export.")
-    return _request(settings)
 
 
 def _check_request(settings: MergeSettings, folder: Path) -> Any:
@@ -278,9 +265,8 @@ def _check_request(settings: MergeSettings, folder: Path) -> Any:
 def _run(settings: Any, export: Any) -> dict[str, Any]:
     from braces_cli.export.run import run
 
-    output = _required(settings.output_dir, "--output-dir", "Name the folder to write.")
     with progress(settings.quiet) as report:
-        return run(export, output, settings.overwrite, report)
+        return run(export, settings.output_dir, settings.overwrite, report)
 
 
 def _print_plan(settings: OutputSettings, export: Any) -> None:

@@ -130,7 +130,8 @@ class CodeExport(Export):
 
     def write(self, opened: Opened, folder: Path, report: Report) -> tuple[dict[str, Any], dict[str, Any]]:
         session, terms, layers = opened.session, opened.terms, opened.layers
-        assert session.adapter is not None and session.base.checkpoint is not None
+        assert session.adapter is not None
+        assert session.base.checkpoint is not None
         rank = session.adapter.rank
         with steered(session, terms, layers):
             sides = side_modules(session.adapter, steering_vectors(session, terms, layers))
@@ -151,9 +152,7 @@ def write_checkpoint_with_code(folder: Path, model: Any, sides: list[SideModule]
     """
     if getattr(model.config, "auto_map", None):
         hint = "Serve it with braces steer --adapter."
-        raise ModelError(
-            f"{type(model).__name__} has modelling code in its folder, which cannot be extended", hint=hint
-        )
+        raise ModelError(f"{type(model).__name__} brings its own code, which cannot be extended", hint=hint)
     tensors = side_tensors(sides, model.dtype)
     folder.mkdir(parents=True, exist_ok=True)
     files = _link_weights(checkpoint, folder, model)

@@ -145,14 +145,13 @@ def _llama_config(model: Any, width: int, shapes: dict[str, torch.Size]) -> Any:
 
     config = model.config
     fields = {name: copy.deepcopy(getattr(config, name)) for name in (*_NEEDED, *_OPTIONAL) if hasattr(config, name)}
+    biases = ("q_proj.bias", "k_proj.bias", "v_proj.bias", "qkv_proj.bias")
     converted = LlamaConfig(
         **fields,
         intermediate_size=width,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         hidden_act="silu",
-        attention_bias=any(
-            name.endswith(("q_proj.bias", "qkv_proj.bias", "k_proj.bias", "v_proj.bias")) for name in shapes
-        ),
+        attention_bias=any(name.endswith(biases) for name in shapes),
         mlp_bias=False,
     )
     converted.dtype = config.dtype

@@ -76,7 +76,7 @@ class LoraExport(Export):
 
     def write(self, opened: Opened, folder: Path, report: Report) -> tuple[dict[str, Any], dict[str, Any]]:
         session, slots = opened.session, self.slots
-        words = differences(slots.fingerprint, session.base.fingerprint(session.ffns), "the slots'")
+        words = differences(slots.fingerprint, session.base.fingerprint, "the slots'")
         if words:
             what = f"the base differs from that of the slots ({'; '.join(words)})"
             raise ModelError(what, where="--model", hint=f"They were exported from {slots.model}.")
@@ -111,10 +111,8 @@ class LoraExport(Export):
         if self.has_side_path and request.adapter is not None:
             config = request.adapter.config
             paths = {layer: (torch.empty(config.r, d), torch.empty(d, config.r)) for layer in config.layers}
-        layers = {
-            layer for name, s in request.attributes.items() if s for layer in _steered_layers(name, request, slots)
-        }
-        vectors = {layer: torch.empty(d) for layer in layers}
+        names = [name for name, s in request.attributes.items() if s]
+        vectors = {layer: torch.empty(d) for name in names for layer in _steered_layers(name, request, slots)}
         return lora_size(lora_pairs(paths, vectors, slots, self.first_slot), slots)
 
 

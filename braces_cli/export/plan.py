@@ -235,7 +235,7 @@ def plan(
         ModelError: there is no exact way.
     """
     if getattr(model.config, "auto_map", None):
-        raise refuse(model, "its modelling code is in its own folder, which a plain checkpoint cannot use")
+        raise refuse(model, "it brings its own code, which a plain checkpoint cannot use")
     width = ffns[0].value_vectors
     wider = -(-(width + (rank if form.gated else 2 * rank)) // pad_to_multiple_of) * pad_to_multiple_of
     needed = {"value.bias"} if steering else set()

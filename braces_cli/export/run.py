@@ -36,8 +36,9 @@ from braces_cli.core.files import (
     write_text,
 )
 from braces_cli.core.models.load import load_shape
-from braces_cli.core.models.options import LoadOptions, chosen_layers
+from braces_cli.core.models.options import chosen_layers
 from braces_cli.core.models.tokenize import encode
+from braces_cli.core.options import LoadOptions
 from braces_cli.core.progress import Report, silent
 from braces_cli.core.schema import WRITTEN, read
 from braces_cli.core.versions import versions

@@ -133,7 +133,7 @@ class SlotsExport(Export):
             raise _takes_no_slots(error) from error
         write_empty(folder, base.model, slots_plan, slots, ffns, report)
         copy_companions(session, folder)
-        source = {"model": base.name, "revision": base.revision, "fingerprint": base.fingerprint(session.ffns)}
+        source = {"model": base.name, "revision": base.revision, "fingerprint": base.fingerprint}
         return slots.facts(), asdict(slots) | source
 
     def verify(self, folder: Path, expected: Reference) -> dict[str, Any]:

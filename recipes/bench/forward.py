@@ -41,18 +41,17 @@ def merged(model: Any, rank: int) -> Any:
     from transformers import AutoModelForCausalLM
 
     from braces_cli.core.models.ffn import find_ffns
-    from braces_cli.export.checkpoint import new_neurons, write_checkpoint
-    from braces_cli.export.form import observed_form
-    from braces_cli.export.planner import plain_ffns, plan
+    from braces_cli.export.checkpoint import new_neurons, side_paths, write_checkpoint
+    from braces_cli.export.plan import observed_form, plain_ffns, plan
 
     ffns = plain_ffns(model, find_ffns(model))
     ids = torch.zeros(1, 8, dtype=torch.long, device=model.device)
     planned = plan(model, ffns, observed_form(model, ffns, ids), rank, 64, False)
     adapter = attached(model, rank)
-    neurons = new_neurons(adapter, planned)
+    neurons = new_neurons(planned, ffns, side_paths(adapter), {})
     adapter.detach()
     with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(Path(folder), model, planned, neurons, [ffn.layer for ffn in ffns])
+        write_checkpoint(Path(folder), model, planned, neurons)
         found = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
     return found.to(model.device).eval().requires_grad_(False)
 

@@ -10,7 +10,7 @@ import typer
 from braces_cli.cli.main import build_app
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.files import output_lock
-from braces_cli.export.checkpoint import new_folder
+from braces_cli.export.run import new_folder
 
 # Options that name an output, and what is written where that is not what they name.
 _OUTPUTS = {"output_dir", "output", "plot", "gguf"}

@@ -30,7 +30,7 @@ from braces_cli.core.models.identity import fingerprint
 from braces_cli.core.models.load import Base
 from tests.conftest import open_gates
 from tests.core.architectures import MAPPING, NEURONS, VARIANTS, VOCABULARY, WIDTH, model_type, tiny
-from tests.export.architecture_columns import export_columns
+from tests.export.columns import export_columns
 
 TABLE = Path(__file__).resolve().parents[2] / "recipes" / "docs" / "ARCHITECTURES.md"
 TOKENS = torch.randint(3, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""The GGUF control vector: the same logits as our own steering where a tool adds it behind a layer, as repeng does."""
+"""The GGUF control vector, added to the output of a layer as repeng does, has the logits of braces' steering."""
 
 from __future__ import annotations
 
@@ -11,25 +11,19 @@ import pytest
 import torch
 
 from braces_cli.core.adapter.files import find_adapter
-from braces_cli.core.adapter.model import Session, attach
+from braces_cli.core.adapter.model import Session
 from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.vector import build_attribute, with_steered_layers
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.models.ffn import layer_stack
 from braces_cli.core.models.load import Base
 from braces_cli.export.control_vector import export_control_vector
-from tests.conftest import make_adapter, open_gates, tiny_model, tiny_tokenizer
+from tests.conftest import make_adapter, tiny_model, tiny_tokenizer
 from tests.core.architectures import tiny
 from tests.core.invariants import relative
+from tests.export.models import logits, with_adapter
 
 gguf = pytest.importorskip("gguf", reason="NOT TESTED: the export needs the package gguf")
-
-TOKENS = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(0))
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(TOKENS, use_cache=False).logits
 
 
 def opened(model: Any) -> Session:
@@ -37,7 +31,7 @@ def opened(model: Any) -> Session:
 
 
 def applied(model: Any, path: Path) -> torch.Tensor:
-    """Logits with each `direction.{layer}` added to what leaves that decoder layer."""
+    """Logits with each `direction.{layer}` added to the output of that decoder layer."""
     stack = layer_stack(model)[1]
     with ExitStack() as hooks:
         for tensor in gguf.GGUFReader(path).tensors:
@@ -54,8 +48,8 @@ def applied(model: Any, path: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "phi", "granite", "mixtral", "qwen3_moe"])
-def test_an_exported_vector_steers_as_we_do(name: str, tmp_path: Path) -> None:
-    """Without training, where what the FFN or mixture writes joins the residual stream as it is or times a constant."""
+def test_an_exported_vector_steers_as_braces_does(name: str, tmp_path: Path) -> None:
+    """Without training; the FFN or mixture joins the residual stream unchanged or times a constant."""
     model = tiny(name) if name in ("granite", "mixtral", "qwen3_moe") else tiny_model(name)
     if name == "granite":
         for layer in model.model.layers:
@@ -65,14 +59,14 @@ def test_an_exported_vector_steers_as_we_do(name: str, tmp_path: Path) -> None:
     bare = logits(model)
     with steered(session, terms, [1]):
         expected = logits(model)
-    assert relative(bare, expected) > 1e-3, "steering does nothing"
+    assert relative(bare, expected) > 1e-3, "steering has no effect"
     found = export_control_vector(session, terms, [1], tmp_path / "v.gguf")
     assert found["layers"] == [1]
     assert relative(applied(model, tmp_path / "v.gguf"), expected) < 1e-5
 
 
-def test_with_an_adapter_the_vector_carries_the_steering_and_not_the_token_path(session: Any, tmp_path: Path) -> None:
-    """Added to the adapter unsteered, it gives the adapter steered."""
+def test_with_an_adapter_the_vector_has_the_steering_and_not_the_side_path(session: Any, tmp_path: Path) -> None:
+    """Added to the unsteered adapter, it gives the steered adapter."""
     adapter_dir = make_adapter(session, tmp_path / "adapter")
     terms = [(build_attribute(session, "positive", ["good", "happy"]), 2.0)]
     session.add_adapter(find_adapter(str(adapter_dir)))
@@ -84,8 +78,8 @@ def test_with_an_adapter_the_vector_carries_the_steering_and_not_the_token_path(
 
 
 @pytest.mark.parametrize("name", ["gemma2", "olmo2", "bert"])
-def test_where_no_vector_does_the_same_the_export_says_so(name: str, tmp_path: Path) -> None:
-    """Norms behind the FFN, norms behind the sum: exit code 4, nothing written."""
+def test_an_architecture_without_an_equal_vector_is_refused(name: str, tmp_path: Path) -> None:
+    """Norms after the FFN, norms after the sum; nothing is written."""
     session = opened(tiny(name))
     terms = [(build_attribute(session, "positive", ["good", "happy"]), 2.0)]
     with pytest.raises(ModelError, match="no control vector steers") as caught:
@@ -94,27 +88,26 @@ def test_where_no_vector_does_the_same_the_export_says_so(name: str, tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
-def test_an_attribute_through_experts_is_refused_and_one_that_pushes_is_not(tmp_path: Path) -> None:
-    """The first depends on the router; the second stands behind the mixture, with an adapter or without."""
+def test_an_attribute_through_experts_is_refused_and_a_steering_vector_is_not(tmp_path: Path) -> None:
+    """The first depends on the router; the second is added after the mixture, with an adapter or without."""
     session = opened(tiny("mixtral"))
     through = build_attribute(session, "positive", ["good", "happy"])
     direction = torch.randn(through.state.shape, generator=torch.Generator().manual_seed(0))
-    pushing = replace(through, direction=direction)
-    session.adapter = attach(session.base.model, 4)
-    open_gates(session.adapter)
+    vector = replace(through, direction=direction)
+    session.adapter = with_adapter(session.base.model)
     with pytest.raises(ModelError, match="layer 1 depends on the router") as caught:
-        export_control_vector(session, [(pushing, 2.0), (through, 2.0)], [1], tmp_path / "v.gguf")
+        export_control_vector(session, [(vector, 2.0), (through, 2.0)], [1], tmp_path / "v.gguf")
     assert "merge" not in caught.value.hint, "a mixture cannot be merged either"
     assert not list(tmp_path.iterdir())
-    with steered(session, [(pushing, 2.0)], [1]):
+    with steered(session, [(vector, 2.0)], [1]):
         expected = logits(session.base.model)
-    export_control_vector(session, [(pushing, 2.0)], [1], tmp_path / "v.gguf")
+    export_control_vector(session, [(vector, 2.0)], [1], tmp_path / "v.gguf")
     assert relative(logits(session.base.model), expected) > 1e-3
     assert relative(applied(session.base.model, tmp_path / "v.gguf"), expected) < 1e-5
 
 
 def test_layer_0_and_no_steering_are_refused(session: Any, tmp_path: Path) -> None:
-    """llama.cpp reads no `direction.0`, and the hint adds no layer to the others; a strength of 0 is no vector."""
+    """llama.cpp does not read `direction.0`; the hint names the other layers. A strength of 0 gives no vector."""
     attribute = build_attribute(session, "positive", ["good"])
     for first, others in (([0], "1-"), ([0, 1], "1")):
         with pytest.raises(ConfigError, match=rf"layer 0\nAdd --layers {others};"):
@@ -125,7 +118,7 @@ def test_layer_0_and_no_steering_are_refused(session: Any, tmp_path: Path) -> No
 
 
 def test_the_command_writes_a_file(braces: Any, model_dir: Path, tmp_path: Path) -> None:
-    """One document on stdout; a file that is there is not replaced."""
+    """One document on stdout; an existing file is not replaced."""
     file = tmp_path / "v.gguf"
     steer = ("--model", model_dir, "--attribute", "positive", "--s", 2, "--layers", "1-")
     call = ("export", "control-vector", *steer, "--output", file, "--format", "json")

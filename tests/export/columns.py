@@ -1,8 +1,8 @@
-"""What can be exported of a model of any type: the columns Merge, Slots and Code of recipes/docs/ARCHITECTURES.md."""
+"""How a model type can be exported: the columns Merge, Slots and Code of recipes/docs/ARCHITECTURES.md."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,49 +12,56 @@ from transformers import AutoModelForCausalLM
 
 from braces_cli.core.adapter.model import Adapter
 from braces_cli.core.errors import ModelError
-from braces_cli.core.models.ffn import FFN, find_ffns
-from braces_cli.export.checkpoint import new_neurons, write_checkpoint
-from braces_cli.export.code import side_paths, write_checkpoint_with_code
-from braces_cli.export.form import observed_form
-from braces_cli.export.lora import Pairs, lora_pairs, side_path
-from braces_cli.export.planner import plain_ffns, plan
+from braces_cli.core.models.ffn import find_ffns
+from braces_cli.export.checkpoint import new_neurons, side_paths, write_checkpoint
+from braces_cli.export.code import side_modules, write_checkpoint_with_code
+from braces_cli.export.lora import Pairs, lora_pairs
+from braces_cli.export.plan import Plan, observed_form, plain_ffns, plan
 from braces_cli.export.slots import Slots, plan_slots, write_empty
+from tests.export.models import SHIFT, frozen
 
-SHIFT = torch.tensor([1.0, -2.0, 0.5, 3.0])
 TOKENS = torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
-def frozen(adapter: Adapter, shift: torch.Tensor | None) -> Adapter:
-    """The adapter with its factors fixed, and every layer steered where `shift` (d_r,) is given."""
-    for _, adapter_layer in adapter.adapted_ffns:
-        adapter_layer.requires_grad_(False)
-        adapter_layer.shift = shift
-    return adapter
-
-
-def vectors(adapter: Adapter, slots: Slots, strength: float) -> dict[int, torch.Tensor]:
-    """What steering by `strength * SHIFT` adds to the FFN output of each layer."""
-    path = side_path(adapter)
-    return {layer: strength * (writes @ SHIFT) for layer, (_, writes) in path.items()} if slots.constant else {}
+def write_merged(
+    model: Any,
+    adapter: Adapter,
+    folder: Path,
+    tokens: torch.Tensor,
+    steered: bool,
+    vectors: dict[int, torch.Tensor] | None = None,
+) -> Plan:
+    """Merge an attached adapter with its current shift and steering vectors, and detach the adapter."""
+    paths, added = side_paths(adapter), dict(vectors or {})
+    for ffn, adapter_layer in adapter.adapted_ffns:
+        if adapter_layer.shift is not None:
+            constant = paths[ffn.layer][1] @ adapter_layer.shift
+            added[ffn.layer] = constant + added[ffn.layer] if ffn.layer in added else constant
+    adapter.detach()
+    ffns = plain_ffns(model, find_ffns(model))
+    merge_plan = plan(model, ffns, observed_form(model, ffns, tokens), adapter.rank, 64, steered)
+    write_checkpoint(folder, model, merge_plan, new_neurons(merge_plan, ffns, paths, added))
+    return merge_plan
 
 
 def write_slotted(model: Any, folder: Path, tokens: torch.Tensor, count: int = 16) -> tuple[Slots, Any]:
-    """Write a bare base with slots and load it as plain transformers does.
+    """Write a bare base with slots and load it with plain transformers.
 
     Raises:
-        ModelError: it takes none.
+        ModelError: there is no exact way.
     """
-    ffns: Sequence[FFN] = plain_ffns(model, find_ffns(model))
-    made, slots = plan_slots(model, list(ffns), observed_form(model, ffns, tokens), count)
-    write_empty(folder, model, made, slots, list(ffns))
-    kind = type(model) if made.architecture == type(model).__name__ else getattr(transformers, made.architecture)
+    ffns = plain_ffns(model, find_ffns(model))
+    slots_plan, slots = plan_slots(model, ffns, observed_form(model, ffns, tokens), count)
+    write_empty(folder, model, slots_plan, slots, ffns)
+    name = slots_plan.architecture
+    kind = type(model) if name == type(model).__name__ else getattr(transformers, name)
     loaded, info = kind.from_pretrained(folder, output_loading_info=True)
     assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     return slots, loaded.eval()
 
 
 def add_lora(model: Any, pairs: Pairs, scale: float = 1.0) -> None:
-    """Add a LoRA to a model's modules the way servers do: what the module gives plus scale times B (A x)."""
+    """Add a LoRA to the modules of a model: output plus scale times B (A x)."""
     modules = dict(model.named_modules())
     for name, (a, b) in pairs.items():
 
@@ -83,30 +90,30 @@ def export_columns(
 
 
 def merge_column(model: Any, attach: Any, logits_of: Any, folder: Path, tolerance: float) -> str:
-    """How an adapter merges into a type, `a`, `b` or `c` of `export.planner`, or why not.
+    """How an adapter merges into a type, `a`, `b` or `c` of `export.plan`, or the reason why not.
 
     Raises:
         AssertionError: the merged checkpoint gives other logits than the adapter.
     """
-    ffns = find_ffns(model)
+    steered = True
     try:
-        plain = plain_ffns(model, ffns)
-        shape = observed_form(model, plain, TOKENS)
+        plain = plain_ffns(model, find_ffns(model))
+        form = observed_form(model, plain, TOKENS)
         try:
-            made, steered = plan(model, ffns, shape, 4, 64, True), True
+            plan(model, plain, form, 4, 64, True)
         except ModelError:
-            made, steered = plan(model, ffns, shape, 4, 64, False), False
+            steered = False
+            plan(model, plain, form, 4, 64, False)
     except ModelError as error:
         return "no: " + error.message.partition("cannot be merged: ")[2]
     adapter = frozen(attach(), SHIFT if steered else None)
     expected = logits_of(model)
-    neurons = new_neurons(adapter, made)
-    adapter.detach()
-    write_checkpoint(folder, model, made, neurons, [ffn.layer for ffn in plain])
-    kind = type(model) if made.architecture == type(model).__name__ else getattr(transformers, made.architecture)
+    merge_plan = write_merged(model, adapter, folder, TOKENS, steered)
+    name = merge_plan.architecture
+    kind = type(model) if name == type(model).__name__ else getattr(transformers, name)
     found = _relative(logits_of(kind.from_pretrained(folder).eval()), expected)
     assert found < tolerance, f"merged, it differs from the adapter by {found:.1e}"
-    return made.case if steered else f"{made.case}, without steering"
+    return merge_plan.case if steered else f"{merge_plan.case}, without steering"
 
 
 def slots_column(model: Any, attach: Any, logits_of: Any, folder: Path, tolerance: float) -> str:
@@ -122,7 +129,8 @@ def slots_column(model: Any, attach: Any, logits_of: Any, folder: Path, toleranc
         return "no"
     assert _relative(logits_of(loaded), bare) < tolerance, "empty slots change the base"
     adapter = frozen(attach(), None)
-    path, constant = side_path(adapter), vectors(adapter, slots, 1.0)
+    path = side_paths(adapter)
+    constant = {layer: b @ SHIFT for layer, (_, b) in path.items()} if slots.constant else {}
     frozen(adapter, 2 * SHIFT if constant else None)
     expected = logits_of(model)
     adapter.detach()
@@ -143,7 +151,7 @@ def code_column(model: Any, attach: Any, logits_of: Any, folder: Path, tolerance
     model.save_pretrained(folder / "base")
     adapter = frozen(attach(), SHIFT)
     expected = logits_of(model)
-    sides = side_paths(adapter)
+    sides = side_modules(adapter)
     adapter.detach()
     write_checkpoint_with_code(folder / "code", model, sides, folder / "base")
     loaded, info = AutoModelForCausalLM.from_pretrained(

@@ -1,0 +1,153 @@
+"""Merged checkpoints: the adapter's logits and tokens without the adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from braces_cli.core.adapter.files import find_adapter
+from braces_cli.core.adapter.model import open_session
+from braces_cli.core.models.ffn import find_ffns
+from braces_cli.core.options import LoadOptions
+from braces_cli.export.checkpoint import MergeExport
+from braces_cli.export.plan import Plan
+from braces_cli.export.run import Request, run
+from tests.conftest import make_adapter, tiny_model, tiny_tokenizer
+from tests.core.invariants import relative
+from tests.export.columns import write_merged
+from tests.export.models import MODELS, SHIFT, TOKENS, greedy, logits, names, with_adapter
+
+# The case of `export.plan` of each model.
+CASES = {
+    "llama": "a", "qwen2": "b", "mistral": "b", "phi3": "b", "gpt2": "c", "gpt_neox": "c", "opt": "c", "phi": "c",
+}  # fmt: skip
+
+
+def merged(model: Any, folder: Path, steered: bool, vectors: dict[int, torch.Tensor] | None = None) -> tuple[Plan, Any]:
+    """Merge an adapter on layer 1 of 2, so that layer 0 must not change; returns plan and merged model."""
+    adapter = with_adapter(model, SHIFT if steered else None, [1])
+    found = write_merged(model, adapter, folder, TOKENS, steered, vectors)
+    loaded, info = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return found, loaded.eval()
+
+
+@pytest.mark.parametrize("steered", [False, True], ids=["side path", "steered"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_merged_model_has_the_adapters_logits_and_tokens(name: str, steered: bool, tmp_path: Path) -> None:
+    """float32: logits within 1e-5, equal greedy tokens, width a multiple of 64, tied embeddings still tied."""
+    model = MODELS[name]()
+    bare = logits(model)
+    plan, loaded = merged(model, tmp_path, steered)
+    adapter = with_adapter(model, SHIFT if steered else None, [1])
+    expected = logits(model)
+    assert relative(bare, expected) > 1e-2, "the adapter has no effect"
+    assert relative(logits(loaded), expected) < 1e-5
+    assert torch.equal(greedy(loaded), greedy(model))
+    assert (plan.case, plan.wider % 64) == (CASES[name], 0)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight) == tied
+    adapter.detach()
+    assert torch.equal(logits(model), bare)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
+def test_a_steering_vector_is_merged_with_the_adapter(name: str, tmp_path: Path) -> None:
+    """In the layer with the adapter, and in the layer without."""
+    model = MODELS[name]()
+    vectors = {layer: 0.3 * torch.randn(32, generator=torch.Generator().manual_seed(layer)) for layer in (0, 1)}
+    _, loaded = merged(model, tmp_path, True, vectors)
+    with_adapter(model, SHIFT, [1])
+    alone = logits(model)
+    for ffn in find_ffns(model):
+        ffn.value.register_forward_hook(lambda module, args, output, layer=ffn.layer: output + vectors[layer])
+    assert relative(alone, logits(model)) > 1e-2, "the steering vector has no effect"
+    assert relative(logits(loaded), logits(model)) < 1e-5
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_bfloat16_error_of_a_merge_is_at_most_twice_that_of_the_base(name: str, tmp_path: Path) -> None:
+    """Both relative to float32 with the same weights."""
+    model = MODELS[name]().to(torch.bfloat16)
+    _, loaded = merged(model, tmp_path, True)
+    low = logits(model)
+    wide = model.float()
+    of_base = float((low - logits(wide)).square().mean().sqrt())
+    with_adapter(wide, SHIFT, [1])
+    of_merge = float((logits(loaded) - logits(wide)).square().mean().sqrt())
+    assert of_merge <= 2 * of_base
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_verified_checkpoint_and_verifies_it_again(
+    braces: Any, adapter_dir: Path, tmp_path: Path
+) -> None:
+    """Tokenizer and record are in the folder; --check finds damage."""
+    out = tmp_path / "merged"
+    steering = ("--attribute", "positive", "--s", 2)
+    done = braces("merge", "--adapter", adapter_dir, *steering, "--output-dir", out, "--format", "json")
+    assert done.code == 0, done.err
+    found = done.json
+    assert found["architecture"] == "LlamaForCausalLM"
+    assert found["neurons_added"] == 12  # 52 + 4 = 56, padded to 64
+    assert found["probes"] == 8
+    assert found["max_logit_difference"] < 1e-4 < found["adapter_effect"]
+    assert "tokenizer.json" in names(out)
+    assert str(found["probes"]) in (out / "README.md").read_text()
+    assert names(tmp_path) == ["adapter", "merged"], "a temporary folder is left"
+    again = braces("merge", "--check", out, "--format", "json")
+    assert again.code == 0, again.err
+    assert again.json["max_logit_difference"] == found["max_logit_difference"]
+    tensors = load_file(out / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][:, 53] *= 1.01
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    damaged = braces("merge", "--check", out)
+    assert damaged.code == 4
+    assert "its logits differ from the adapter's" in damaged.err
+
+
+@pytest.mark.slow
+def test_a_check_works_from_every_working_directory(
+    braces: Any, model_dir: Path, adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record has absolute paths of adapter and attributes."""
+    monkeypatch.chdir(tmp_path)
+    build = ("attr-build", "--model", model_dir, "--attribute", "mine", "--words", "good,happy", "--output-dir", "own")
+    assert braces(*build).code == 0
+    steer = ("--attribute", "mine", "--s", "2", "--attributes", "own")
+    done = braces("merge", "--adapter", adapter_dir.name, *steer, "--output-dir", "merged", "--format", "json")
+    assert done.code == 0, done.err
+    (tmp_path / "else").mkdir()
+    monkeypatch.chdir(tmp_path / "else")
+    again = braces("merge", "--check", "../merged", "--format", "json")
+    assert again.code == 0, again.err
+    assert again.json["max_logit_difference"] == done.json["max_logit_difference"]
+    assert names(tmp_path / "else") == []
+
+
+def test_the_tokenizers_class_is_written_if_the_model_type_chose_it(tmp_path: Path, unverified: None) -> None:
+    """A Qwen2 whose tokenizer files name no class is written as a Llama."""
+    tiny_model("qwen2", vocab_size=120, max_position_embeddings=128).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().backend_tokenizer.model.save(str(tmp_path / "base"))  # vocab.json and merges.txt only
+    session = open_session(str(tmp_path / "base"), None, LoadOptions(device="cpu"))
+    kind = type(session.base.tokenizer).__name__
+    assert kind == "Qwen2Tokenizer"
+    adapter = find_adapter(str(make_adapter(session, tmp_path / "adapter")))
+    found = run(MergeExport(Request(None, adapter, LoadOptions(device="cpu"))), tmp_path / "out")
+    assert found["architecture"] == "LlamaForCausalLM"
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == kind
+
+
+def test_a_dry_run_needs_no_weights(braces: Any, adapter_dir: Path) -> None:
+    done = braces("merge", "--adapter", adapter_dir, "--output-dir", "out", "--dry-run", "--format", "json")
+    assert done.code == 0
+    assert done.json["architecture"] == "LlamaForCausalLM"
+    assert done.json["neurons_added"] == 12
+    assert done.json["settings"]["pad_to_multiple_of"] == 64

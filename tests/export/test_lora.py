@@ -1,0 +1,361 @@
+"""LoRA files on a base with slots have, through peft, the logits of adapters and attributes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from braces_cli.core.adapter.files import AdapterConfig, find_adapter
+from braces_cli.core.adapter.model import attach, attached, open_session
+from braces_cli.core.attributes.hooks import constants, steered
+from braces_cli.core.attributes.lookup import find_attribute
+from braces_cli.core.attributes.vector import build_attribute, save_attributes
+from braces_cli.core.errors import BracesError, ConfigError, ModelError
+from braces_cli.core.options import LoadOptions
+from braces_cli.export.checkpoint import side_paths
+from braces_cli.export.lora import lora_export, lora_pairs, read_folder, write_folder, write_gguf_tensors, write_lora
+from braces_cli.export.run import Request
+from braces_cli.export.slots import Slots, read_slots
+from tests.conftest import make_adapter, tiny_model
+from tests.core.invariants import relative
+from tests.export.columns import write_slotted
+from tests.export.models import MODELS, SHIFT, TOKENS, greedy, logits, names, with_adapter
+
+peft = pytest.importorskip("peft", reason="NOT TESTED: LoRA files need the package peft")
+from peft.tuners.lora import LoraLayer  # noqa: E402
+
+BASES = ("llama", "qwen2", "mistral", "phi3", "gpt2", "gpt_neox", "opt", "modernbert-decoder")
+
+
+def scaled(model: Any, scales: dict[str, float]) -> Any:
+    """Activate these LoRA files of the peft model at these scales."""
+    model.base_model.set_adapter(list(scales))
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for name, scale in scales.items():
+                module.set_scale(name, scale)
+    return model.eval()
+
+
+def lora_folders(model: Any, slots: Slots, folder: Path) -> dict[str, Path]:
+    """Write two adapters, the second also on other slots, and an attribute of the first."""
+    paths = {}
+    for name, seed in (("one", 1), ("two", 2)):
+        adapter = with_adapter(model, seed=seed)
+        paths[name] = side_paths(adapter)
+        adapter.detach()
+    vectors = {layer: writes @ SHIFT for layer, (_, writes) in paths["one"].items()}
+    found = {
+        "one": lora_pairs(paths["one"], {}, slots),
+        "two": lora_pairs(paths["two"], {}, slots),
+        "apart": lora_pairs(paths["two"], {}, slots, first=4),
+        "attribute": lora_pairs({}, vectors, slots),
+        "both": lora_pairs(paths["one"], {layer: 3 * vector for layer, vector in vectors.items()}, slots),
+    }
+    for name, pairs in found.items():
+        (folder / name).mkdir(parents=True)
+        write_folder(folder / name, pairs, slots, folder)
+    return {name: folder / name for name in found}
+
+
+@pytest.fixture(params=BASES)
+def served(request: Any, tmp_path: Path) -> tuple[Any, Any, Slots]:
+    """(base, the base with slots and LoRA folders in peft, its slots)."""
+    model = MODELS[request.param]()
+    slots, loaded = write_slotted(model, tmp_path / "slots", TOKENS, count=32)
+    assert relative(logits(loaded), logits(model)) < 1e-6
+    folders = lora_folders(model, slots, tmp_path / "lora")
+    wrapped = peft.PeftModel.from_pretrained(loaded, folders["one"], adapter_name="one")
+    for name in list(folders)[1:]:
+        wrapped.load_adapter(folders[name], adapter_name=name)
+    return model, wrapped, slots
+
+
+def test_lora_files_have_the_adapters_logits_and_tokens(served: tuple[Any, Any, Slots]) -> None:
+    """Adapter at scale 1 with its attribute at scales -2, 0 and 3; then another adapter in the same process."""
+    model, wrapped, _ = served
+    bare = logits(model)
+    for strength in (-2.0, 0.0, 3.0):
+        adapter = with_adapter(model, strength * SHIFT if strength else None)
+        expected, text = logits(model), greedy(model)
+        adapter.detach()
+        found = scaled(wrapped, {"one": 1.0, "attribute": strength})
+        assert relative(bare, expected) > 1e-2, "the adapter has no effect"
+        assert relative(logits(found), expected) < 1e-5
+        assert torch.equal(greedy(found), text)
+        if strength == 3.0:
+            assert relative(logits(scaled(wrapped, {"both": 1.0})), expected) < 1e-5
+    adapter = with_adapter(model, seed=2)
+    expected = logits(model)
+    adapter.detach()
+    assert relative(logits(scaled(wrapped, {"two": 1.0})), expected) < 1e-5
+    assert relative(logits(scaled(wrapped, {"one": 1.0})), expected) > 1e-2, "the adapters are equal"
+    assert torch.equal(logits(model), bare)
+
+
+@pytest.mark.parametrize("name", ["embedded", "reviews10M"])
+def test_real_models_with_slots(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """float32: an adapter of rank 16 with its attribute at -2, 0 and 3, then another adapter; greedy tokens."""
+    place = name if name == "embedded" else str(request.getfixturevalue("shared") / "models" / name)
+    session = open_session(place, None, LoadOptions(device="cpu", dtype="float32"))
+    model = session.base.model
+    tokens = torch.tensor([session.base.tokenizer("The film was a little")["input_ids"]])
+    slots, loaded = write_slotted(model, tmp_path / "slots", tokens, count=64)
+    assert relative(logits(loaded, tokens), logits(model, tokens)) < 1e-6
+    adapters = [find_adapter(str(make_adapter(session, tmp_path / f"adapter{seed}", 16, seed))) for seed in (1, 2)]
+    attribute: Any = None
+    folders: list[Path] = []
+    for index, stored in enumerate(adapters):
+        with attached(session, stored) as adapter:
+            attribute = attribute or find_attribute(session, "positive", None)
+            pairs = [lora_pairs(side_paths(adapter), {}, slots)]
+            if index == 0:
+                pairs.append(lora_pairs({}, constants(session, [(attribute, 1.0)]), slots))
+        for each in pairs:
+            folders.append(tmp_path / f"lora{len(folders)}")
+            folders[-1].mkdir()
+            write_folder(folders[-1], each, slots, tmp_path)
+    wrapped: Any = peft.PeftModel.from_pretrained(loaded, folders[0], adapter_name="one")
+    wrapped.load_adapter(folders[1], adapter_name="positive")
+    wrapped.load_adapter(folders[2], adapter_name="two")
+    for stored, strength, scales in (
+        (adapters[0], -2.0, {"one": 1.0, "positive": -2.0}),
+        (adapters[0], 0.0, {"one": 1.0, "positive": 0.0}),
+        (adapters[0], 3.0, {"one": 1.0, "positive": 3.0}),
+        (adapters[1], 0.0, {"two": 1.0}),
+    ):
+        with attached(session, stored), steered(session, [(attribute, strength)]):
+            expected, text = logits(model, tokens), greedy(model, tokens)
+        found = scaled(wrapped, scales)
+        assert relative(logits(found, tokens), expected) < 1e-5
+        assert torch.equal(greedy(found, tokens), text)
+
+
+def test_two_adapters_at_once_need_different_slots(tmp_path: Path) -> None:
+    """On different slots they add up; peft's weighted sum of all is the same LoRA."""
+    model = tiny_model("llama")
+    slots, loaded = write_slotted(model, tmp_path / "slots", TOKENS, count=32)
+    folders = lora_folders(model, slots, tmp_path / "lora")
+    wrapped: Any = peft.PeftModel.from_pretrained(loaded, folders["one"], adapter_name="one")
+    for name in ("two", "apart", "attribute"):
+        wrapped.load_adapter(folders[name], adapter_name=name)
+    second = with_adapter(model, seed=2)
+    path = side_paths(second)
+    second.detach()
+    adapter = with_adapter(model, -2.0 * SHIFT)
+    handles = []
+    for layer, (reads, writes) in path.items():
+
+        def add(module: Any, args: tuple, output: Any, reads: Any = reads, writes: Any = writes) -> torch.Tensor:
+            return output + args[0] @ reads.mT @ writes.mT
+
+        handles.append(model.model.layers[layer].mlp.register_forward_hook(add))
+    expected = logits(model)
+    for handle in handles:
+        handle.remove()
+    adapter.detach()
+    assert relative(logits(scaled(wrapped, {"one": 1.0, "apart": 1.0, "attribute": -2.0})), expected) < 1e-5
+    assert relative(logits(scaled(wrapped, {"one": 1.0, "two": 1.0, "attribute": -2.0})), expected) > 1e-3
+    names = ["one", "apart", "attribute"]
+    scaled(wrapped, dict.fromkeys(names, 1.0))
+    wrapped.base_model.add_weighted_adapter(names, [1.0, 1.0, -2.0], "sum", combination_type="cat")
+    wrapped.base_model.set_adapter("sum")
+    assert relative(logits(wrapped.eval()), expected) < 1e-5
+
+
+def test_an_adapter_on_some_layers_names_their_modules(tmp_path: Path) -> None:
+    """The other layers have no LoRA."""
+    model = tiny_model("llama")
+    slots, loaded = write_slotted(model, tmp_path / "slots", TOKENS)
+    adapter = with_adapter(model, SHIFT, [1])
+    expected, path = logits(model), side_paths(adapter)
+    adapter.detach()
+    (tmp_path / "narrow").mkdir()
+    write_folder(tmp_path / "narrow", lora_pairs(path, {1: path[1][1] @ SHIFT}, slots), slots, tmp_path)
+    config = json.loads((tmp_path / "narrow" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["model.layers.1.mlp.down_proj", "model.layers.1.mlp.up_proj"]
+    wrapped = peft.PeftModel.from_pretrained(loaded, tmp_path / "narrow").eval()
+    assert sum(isinstance(module, LoraLayer) for module in wrapped.modules()) == 2
+    assert relative(logits(wrapped), expected) < 1e-5
+
+
+@pytest.mark.slow
+def test_the_commands_write_verified_folders(
+    braces: Any, model_dir: Path, adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong LoRA fails the verification; the GGUF file has the same tensors."""
+    done = braces("export", "slots", "--model", model_dir, "--output-dir", tmp_path / "slots", "--format", "json")
+    assert done.code == 0, done.err
+    assert done.json["width"] == 128  # 52 + 64, padded to 64
+    assert done.json["rank"] == 75
+    assert done.json["max_logit_difference"] < 1e-4
+    assert read_slots(tmp_path / "slots").constant == 52
+    call = ("export", "lora", "--base", tmp_path / "slots", "--adapter", adapter_dir, "--format", "json")
+    attribute = (*call, "--attribute", "positive", "--output-dir", tmp_path / "positive")
+    done = braces(*attribute, "--gguf", tmp_path / "positive.gguf")
+    assert done.code == 0, done.err
+    assert done.json["rank"] == 1
+    assert done.json["max_logit_difference"] < 1e-4 < done.json["adapter_effect"]
+    config = json.loads((tmp_path / "positive" / "adapter_config.json").read_text())
+    # A built-in attribute steers the first half of the layers: here layer 0.
+    assert config["target_modules"] == ["model.layers.0.mlp.down_proj"]
+    assert "scale is the strength s" in (tmp_path / "positive" / "README.md").read_text()
+    gguf = pytest.importorskip("gguf", reason="NOT TESTED: the package gguf is not there")
+    stored = {
+        tensor.name: torch.tensor(tensor.data.copy()) for tensor in gguf.GGUFReader(tmp_path / "positive.gguf").tensors
+    }
+    pairs = read_folder(tmp_path / "positive")
+    a, b = pairs["model.layers.0.mlp.down_proj"]
+    assert len(stored) == 2 * len(pairs)
+    assert torch.equal(stored["blk.0.ffn_down.weight.lora_a"], a)
+    assert torch.equal(stored["blk.0.ffn_down.weight.lora_b"], b)
+    assert names(tmp_path) == ["adapter", "positive", "positive.gguf", "slots"], "a temporary folder is left"
+    assert braces(*attribute).code == 2
+
+    def faint(*args: Any, **kwargs: Any) -> Any:
+        return {module: (a, 0.9 * b) for module, (a, b) in lora_pairs(*args, **kwargs).items()}
+
+    monkeypatch.setattr("braces_cli.export.lora.lora_pairs", faint)
+    done = braces(*call, "--output-dir", tmp_path / "wrong")
+    assert done.code == 4
+    assert "logits differ" in done.err
+    assert "wrong" not in names(tmp_path)
+
+
+def test_a_dry_run_counts_parameters(
+    braces: Any, slots_dir: Path, adapter_dir: Path, session: Any, tmp_path: Path
+) -> None:
+    """A built-in attribute steers the first half of the layers, one of the reduction `mean` all adapted layers."""
+    slots = read_slots(slots_dir)
+    save_attributes(tmp_path / "attributes" / "mine.safetensors", [build_attribute(session, "mine", ["good"])])
+    mine = ("--attribute", "mine", "--attributes", tmp_path / "attributes")
+    one_layer = (1, 32 + slots.wider)
+    for options, expected in (
+        ((), (4, 2 * (2 * 4 * 32 + 2 * 4 * slots.wider))),
+        (("--attribute", "positive", "--layers", "1"), one_layer),
+        (("--attribute", "positive"), one_layer),
+        (mine, (1, 2 * (32 + slots.wider))),
+    ):
+        call = ("export", "lora", "--base", slots_dir, "--adapter", adapter_dir, "--dry-run", "--format", "json")
+        found = braces(*call, *options).json
+        assert (found["rank"], found["parameters"]) == expected
+
+
+def changed(slots_dir: Path, **changes: Any) -> Path:
+    """Change the record of a base with slots."""
+    record = json.loads((slots_dir / "braces_slots.json").read_text())
+    record["fingerprint"] |= changes.pop("fingerprint", {})
+    (slots_dir / "braces_slots.json").write_text(json.dumps(record | changes))
+    return slots_dir
+
+
+def test_an_adapter_of_another_base_is_refused(slots_dir: Path, request_: Request) -> None:
+    """Before anything is loaded."""
+    with pytest.raises(ModelError, match="belong to another base"):
+        lora_export(request_, changed(slots_dir, fingerprint={"sha256": "0" * 64}))
+
+
+def test_another_base_than_that_of_the_slots_is_refused(
+    slots_dir: Path, other_base: str, options: LoadOptions, tmp_path: Path
+) -> None:
+    """For an attribute alone, there is no adapter to compare the base with."""
+    export = lora_export(Request(other_base, None, options, {"positive": 1.0}), slots_dir)
+    with pytest.raises(ModelError, match="the base differs from that of the slots"):
+        write_lora(export, tmp_path / "out")
+    assert "out" not in names(tmp_path)
+
+
+def test_more_ranks_than_slots_are_refused(slots_dir: Path, session: Any, options: LoadOptions, tmp_path: Path) -> None:
+    """The hint has the number of slots that is needed."""
+    rank = read_slots(slots_dir).rank
+    wide = find_adapter(str(make_adapter(session, tmp_path / "wide", rank=8)))
+    with pytest.raises(ConfigError, match="more slots than") as caught:
+        lora_export(Request(None, wide, options), slots_dir, first_slot=rank - 7)
+    assert f"--slots {rank + 2}" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"attributes": {"positive": 0.0}}, "at strength 0"), ({"attributes": {"positive": 1.0}, "layers": "5"}, "range")],
+)
+def test_nothing_to_steer_is_refused(
+    change: dict[str, Any], words: str, slots_dir: Path, request_: Request, tmp_path: Path
+) -> None:
+    """Strength 0, and layers that do not exist."""
+    request = Request(None, request_.adapter, request_.options, **change)
+    with pytest.raises(ConfigError, match=words):
+        write_lora(lora_export(request, slots_dir), tmp_path / "out")
+
+
+def test_layers_without_an_adapter_are_refused(
+    slots_dir: Path, session: Any, options: LoadOptions, tmp_path: Path
+) -> None:
+    """An attribute without a direction goes through the adapter; an adapter on layer 1 cannot steer layer 0."""
+    make_adapter(session, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    adapter = attach(session.base.model, 4, [1])
+    adapter.save(tmp_path / "narrow", AdapterConfig(**config | {"layers": [1]}), "# test\n")
+    adapter.detach()
+    folder = tmp_path / "attributes"
+    save_attributes(folder / "mine.safetensors", [build_attribute(session, "mine", ["good"])])
+    request = Request(None, find_adapter(str(tmp_path / "narrow")), options, {"mine": 1.0}, folder, layers="0")
+    with pytest.raises(ConfigError, match="has no layer 0"):
+        write_lora(lora_export(request, slots_dir), tmp_path / "out")
+
+
+def test_missing_options_are_named(slots_dir: Path, adapter_dir: Path, tmp_path: Path, braces: Any) -> None:
+    """Neither adapter nor attribute; --combine with one of them; no base with slots."""
+    call = ("export", "lora", "--output-dir", tmp_path / "out")
+    assert "--base" in braces(*call).err
+    assert "--adapter, --attribute" in braces(*call, "--base", slots_dir).err
+    assert "--combine" in braces(*call, "--base", slots_dir, "--adapter", adapter_dir, "--combine").err
+    missing = braces(*call, "--base", adapter_dir, "--adapter", adapter_dir)
+    assert (missing.code, "no base with slots here" in missing.err) == (4, True)
+
+
+def test_gguf_is_refused_for_unknown_architectures(slots_dir: Path, request_: Request, tmp_path: Path) -> None:
+    """Before anything is loaded."""
+    pytest.importorskip("gguf", reason="NOT TESTED: the package gguf is not installed")
+    export = lora_export(request_, changed(slots_dir, architecture="GPT2LMHeadModel"))
+    with pytest.raises(ModelError, match="GPT2LMHeadModel is not among"):
+        write_lora(export, tmp_path / "out", tmp_path / "out.gguf")
+
+
+def test_the_gguf_file_may_be_in_the_folder(slots_dir: Path, request_: Request, tmp_path: Path) -> None:
+    """--overwrite replaces both."""
+    pytest.importorskip("gguf", reason="NOT TESTED: the package gguf is not installed")
+    export = lora_export(request_, slots_dir)
+    for overwrite in (False, True):
+        write_lora(export, tmp_path / "out", tmp_path / "out" / "adapter.gguf", overwrite)
+        assert "adapter.gguf" in names(tmp_path / "out")
+        assert not list(tmp_path.rglob(".*"))
+    with pytest.raises(ConfigError, match="not empty"):
+        write_lora(export, tmp_path / "out", tmp_path / "out" / "other.gguf")
+
+
+@pytest.mark.parametrize("size", [0, 20, 100, 300])
+def test_a_truncated_gguf_file_is_an_error_and_removed(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """numpy does not notice a full disk; reading the file does."""
+    gguf = pytest.importorskip("gguf", reason="NOT TESTED: the package gguf is not installed")
+    close = gguf.GGUFWriter.close
+
+    def truncate(writer: Any) -> None:
+        close(writer)
+        (file,) = tmp_path.iterdir()
+        assert file.stat().st_size > size
+        os.truncate(file, size)
+
+    tensors = {"direction.1": torch.arange(50.0)}
+    write_gguf_tensors(tmp_path / "whole.gguf", "controlvector", tensors, lambda writer: None)
+    (tmp_path / "whole.gguf").unlink()
+    monkeypatch.setattr(gguf.GGUFWriter, "close", truncate)
+    with pytest.raises(BracesError, match="differs from what was meant"):
+        write_gguf_tensors(tmp_path / "v.gguf", "controlvector", tensors, lambda writer: None)
+    assert not list(tmp_path.iterdir())

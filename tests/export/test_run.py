@@ -1,0 +1,156 @@
+"""The steps that all exports share: output folder, inputs, files of the base, failures."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from braces_cli.core.errors import BracesError, ConfigError, ModelError
+from braces_cli.core.options import LoadOptions
+from braces_cli.export.checkpoint import MergeExport
+from braces_cli.export.code import CodeExport
+from braces_cli.export.run import Export, Request, companions, new_folder, run
+from tests.export.models import names
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def write(folder: Path, *names: str, text: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+OURS = ("config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "braces_merge.json",
+        "additional_chat_templates/a.jinja", "chat_template.jinja")  # fmt: skip
+OTHERS = ("notes.txt", "model.safetensors.bak", "tokenizer_notes.md", "LICENSE", "deep/er/file", "data.model", ".git/x")
+
+
+def test_overwriting_replaces_an_export_and_keeps_other_files(tmp_path: Path) -> None:
+    """Every file that makes up the earlier export is removed, even if the new export has no such file."""
+    out = tmp_path / "out"
+    write(out, *OURS, "README.md", text="old")
+    write(out, *OTHERS, text="other")
+    with new_folder(out, overwrite=True) as folder:
+        write(folder, "config.json", "model.safetensors", "README.md", "additional_chat_templates/b.jinja", text="new")
+    new = ("config.json", "model.safetensors", "README.md", "additional_chat_templates/b.jinja")
+    assert files(out) == dict.fromkeys(OTHERS, "other") | dict.fromkeys(new, "new")
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(("existing", "new"), [("README.md/file", "README.md"), ("notes.txt", ".")])
+def test_a_failure_changes_nothing(existing: str, new: str, tmp_path: Path) -> None:
+    """A folder in the place of a new file; an error while writing."""
+    out = tmp_path / "out"
+    write(out, *OURS, existing, text="old")
+    before = files(out)
+    with pytest.raises(BracesError), new_folder(out, overwrite=True) as folder:
+        write(folder, "config.json", new, text="new")
+    assert files(out) == before
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "tokenizer.json", "additional_chat_templates/a.jinja", "vocab.txt"])
+@pytest.mark.parametrize("target", ["../secret", "nothing", "/etc/hostname", "../models--owner--other/blobs/x"])
+def test_a_link_out_of_the_base_is_refused(tmp_path: Path, name: str, target: str) -> None:
+    """To a file next to the base, to nothing, to an absolute path, into the cache of another model."""
+    base = tmp_path / "base"
+    write(base, "config.json", text="{}")
+    write(tmp_path, "secret", "models--owner--other/blobs/x", text="secret")
+    link = base / name
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(Path("..") / target if link.parent != base and target.startswith("..") else target)
+    with pytest.raises(ModelError, match="leads out of the model's folder") as caught:
+        companions(base)
+    assert name in str(caught.value)
+
+
+def test_links_inside_the_base_are_followed(tmp_path: Path) -> None:
+    """Links in the folder, and in the hub's cache, where the folder of a revision links to files next to it."""
+    write(tmp_path / "base", "LICENSE.txt", text="free")
+    (tmp_path / "base" / "LICENSE").symlink_to("LICENSE.txt")
+    assert [path.name for path in companions(tmp_path / "base")] == ["LICENSE", "LICENSE.txt"]
+    cache = tmp_path / "models--owner--name"
+    write(cache, "blobs/abc", text="{}")
+    revision = cache / "snapshots" / "0123"
+    revision.mkdir(parents=True)
+    (revision / "tokenizer.json").symlink_to("../../blobs/abc")
+    (tmp_path / "linked").symlink_to(revision)
+    for folder in (revision, tmp_path / "linked"):
+        assert [path.name for path in companions(folder)] == ["tokenizer.json"]
+    write(tmp_path, "secret", text="secret")
+    (revision / "LICENSE").symlink_to("../../../secret")
+    with pytest.raises(ModelError, match="leads out"):
+        companions(revision)
+
+
+@pytest.mark.parametrize("kind", [MergeExport, CodeExport])
+def test_a_failed_verification_leaves_the_output_unchanged(
+    kind: type[Export], request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with --overwrite."""
+
+    def fail(folder: Path, expected: Any, code: bool) -> None:
+        assert (folder / "config.json").is_file()
+        raise ModelError("not equal")
+
+    monkeypatch.setattr("braces_cli.export.run.verify_export", fail)
+    out = tmp_path / "out"
+    write(out, "kept.txt", text="kept")
+    with pytest.raises(ModelError, match="not equal"):
+        run(kind(request_), out, overwrite=True)
+    assert names(out) == ["kept.txt"]
+    assert names(tmp_path) == ["adapter", "out"]
+
+
+def test_inputs_are_never_written_into(request_: Request, model_dir: Path, adapter_dir: Path) -> None:
+    """Output inside the base, base inside the output, the adapter's folder."""
+    for output in (model_dir / "merged", model_dir.parent, model_dir, adapter_dir):
+        with pytest.raises(ConfigError, match=r"overlaps|not empty"):
+            run(MergeExport(request_), output, overwrite=output != adapter_dir)
+
+
+def test_the_working_directory_is_not_an_output(
+    request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--output-dir .` and the folders above: a new folder would take their place."""
+    here = tmp_path / "above" / "here"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    for output, overwrite in ((Path("."), False), (Path("."), True), (Path(".."), True), (here, True)):
+        with pytest.raises(ConfigError, match="cannot hold the working directory"):
+            run(MergeExport(request_), output, overwrite)
+    assert names(here) == []
+
+
+@pytest.mark.parametrize("kind", [MergeExport, CodeExport])
+def test_an_adapter_of_another_base_is_refused(
+    kind: type[Export], request_: Request, other_base: str, options: LoadOptions, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match="another base"):
+        run(kind(Request(other_base, request_.adapter, options)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_nothing(adapter_dir: Path, tmp_path: Path) -> None:
+    """A limit on the size of files has the effect of a full disk: exit code 1, no traceback, no folder."""
+    call = [sys.executable, "-m", "braces_cli", "merge", "--adapter", adapter_dir, "--output-dir", tmp_path / "out"]
+    done = subprocess.run(
+        list(map(str, call)),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
+    )
+    assert done.returncode == 1, done.stderr
+    assert "cannot write" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert names(tmp_path) == ["adapter"]
