@@ -1,10 +1,10 @@
-"""A base with an adapter, and steered where asked, as a model of lm-eval's own command line.
+"""A base with an adapter and steering as a model of lm-eval's command line.
 
     python -m braces_cli.evaluation.lm_eval_model run --model braces --tasks triviaqa
         --model_args pretrained=M,adapter=out,attribute=positive,s=3
 
-The package declares the model under the entry points `lm_eval.models`; for versions of lm-eval that do not read them
-(0.4.13), this module registers it and then calls lm-eval's own main.
+The package declares the model in the entry points `lm_eval.models`; for versions of lm-eval that do not read them
+(0.4.13), this module registers it and then calls lm-eval's main function.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from braces_cli.evaluation.systems import attached, find_eval_adapter
 
 
 class BracesLM(HFLM):
-    """HFLM on a base with an adapter of braces or peft.
+    """HFLM on a base with an adapter of braces or PEFT.
 
     Args:
-        pretrained: base, folder or hub id; by default the adapter's own.
+        pretrained: base, folder or hub id; by default the base of the adapter.
         adapter: folder or hub id.
         attribute: name of an attribute to steer by, or a list of names.
-        s: its strength, or as many as there are attributes.
-        attributes: folder of attributes, as `--attributes`.
+        s: strength, or a list with one for each attribute.
+        attributes: folder with attribute files.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class BracesLM(HFLM):
             trust_remote_code=bool(trust_remote_code),
         )
         session = open_session(pretrained, None, options)
-        # Adapter and attributes stay on for as long as the model lives.
+        # Adapter and steering stay active as long as the model exists.
         self._contexts = ExitStack()
         self._contexts.enter_context(attached(session, eval_adapter))
         folder = None if attributes is None else user_path(attributes)
@@ -76,22 +76,22 @@ class BracesLM(HFLM):
             (find_attribute(session, name, folder), float(value)) for name, value in zip(names, values, strict=True)
         ]
         self._contexts.enter_context(steered(session, terms))
-        # Model and tokenizer are loaded already: nothing is left that could bring code.
+        # Model and tokenizer are loaded: no further code can come with them.
         super().__init__(
             pretrained=session.base.model, tokenizer=session.base.tokenizer, trust_remote_code=False, **kwargs
         )
-        # For lm-eval's record of what it measured.
+        # For lm-eval's record of the model.
         self.pretrained, self.revision = session.base.name, session.base.revision or "main"
 
 
 def register() -> None:
-    """Make the model known to lm-eval, by name: where this file runs as a script, its class is another one."""
+    """Register the model by name, because the class is a different object if this file runs as a script."""
     if "braces" not in model_registry:
         model_registry.register("braces", target="braces_cli.evaluation.lm_eval_model:BracesLM")
 
 
 def main() -> None:
-    """lm-eval's own command line, which knows `--model braces` from now on."""
+    """Run lm-eval's command line with `--model braces`."""
     from lm_eval.__main__ import cli_evaluate
 
     register()

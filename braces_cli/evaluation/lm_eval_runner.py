@@ -216,7 +216,7 @@ def measure(context: TaskContext, unit: TaskUnit, steering: AbstractContextManag
             return None
         processes = Processes()
     with muted(), steering:
-        model = Model(base.model, base.tokenizer, context.batch_size, context.report, processes)
+        model = Model(base.model, base.tokenizer, settings.sequences, context.report, processes)
         model.stage = stage
         output = lm_eval.evaluate(
             lm=model,

@@ -22,7 +22,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -40,11 +40,9 @@ from braces_cli.core.progress import Report, silent
 from braces_cli.core.text import safe_exp
 from braces_cli.data.rows import read_rows, read_texts
 from braces_cli.evaluation.results import Metric, Scores
+from braces_cli.evaluation.settings import EvalSettings
 from braces_cli.evaluation.statistics import Z, cluster_error, rate_error
 from braces_cli.scoring.likelihood import continuation_likelihoods, text_likelihoods
-
-if TYPE_CHECKING:
-    from braces_cli.evaluation.settings import EvalSettings
 
 logger = logging.getLogger("braces")
 
@@ -53,27 +51,26 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TaskContext:
-    """What tasks are measured with, the same for every system.
+    """Everything that measuring a task needs except its documents; the same for every system.
 
     Attributes:
-        session: open base with the adapter that is measured; `session.adapter` is None for PEFT adapters.
-        batch_size: sequences per forward pass, or `auto` (lm-eval tasks only); halved when memory runs out.
+        session: open base with the adapter that is measured; PEFT adapters are not in `session.adapter`.
         chat: apply the chat template to prompts.
         attributes: all attributes of the run.
     """
 
     session: Session
     settings: EvalSettings
-    batch_size: int | str
     chat: bool
     attributes: Sequence[Attribute]
     processes: Processes
     report: Report = silent
 
     @property
-    def sequences(self) -> int:
-        """Sequences per forward pass of tasks of braces."""
-        return self.batch_size if isinstance(self.batch_size, int) else 8
+    def batch_size(self) -> int:
+        """Sequences per forward pass of tasks of braces, before halving; 8 for `auto`, which is for lm-eval."""
+        size = self.settings.sequences
+        return size if isinstance(size, int) else 8
 
 
 # Scores the model on a task. Arguments: what steers the model while it is entered, and the name of the progress bar.
@@ -152,7 +149,7 @@ def _perplexity(context: TaskContext, texts: Sequence[str]) -> Measure:
             )
 
         with steering:
-            likelihoods, size = halving(measured, context.sequences, stage)
+            likelihoods, size = halving(measured, context.batch_size, stage)
         nats = [each.nll for each in likelihoods]
         counts: dict[str, list[float]] = {
             "words": [float(len(re.split(r"\s+", text))) for text in texts],
@@ -238,7 +235,7 @@ def _answers(context: TaskContext, pairs: Sequence[AnswerPair]) -> Measure:
             return context.processes.share_out(pairs, lambda part: log_odds(context.session, part, size, context.chat))
 
         with steering:
-            odds, size = halving(measured, context.sequences, stage)
+            odds, size = halving(measured, context.batch_size, stage)
         metrics = {name: mean_metric([[value(each)] for each in odds]) for name, value in _ANSWERS.items()}
         samples = [
             {"prompt": pair.prompt, "answer": pair.positive if each > 0 else pair.negative}
@@ -356,7 +353,7 @@ def _detection(context: TaskContext, rows: Sequence[tuple[str, str]]) -> Measure
     def measure(steering: AbstractContextManager[Any], stage: str) -> Scores:
         found = detection(context.session, attribute, rows, attribute.name, "--task-data detection")
         metric = Metric(found["auroc"], found["auroc_stderr"], found["n"])
-        return task_scores(DETECTION, {"auroc": metric}, (), context.sequences)
+        return task_scores(DETECTION, {"auroc": metric}, (), context.batch_size)
 
     return measure
 

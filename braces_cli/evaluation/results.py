@@ -21,6 +21,7 @@ from typing import Any, TypedDict
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.files import check_output_folder, finite, path_exists, remove_partial_files, write_json, write_text
 from braces_cli.core.schema import Count, Kind, Size, check, read, stored_form
+from braces_cli.evaluation.settings import EvalSettings
 
 # Metric of a group: the average over its tasks.
 AVERAGE = "braces_average"
@@ -152,7 +153,7 @@ _PART = Kind(Scores, ModelError, _RESUME, "part of a result")
 
 
 class Store:
-    """The output folder of one run; stores nothing if `folder` is None."""
+    """Output folder of one run; without a folder, nothing is stored."""
 
     def __init__(self, folder: Path | None = None, *, log_samples: bool = False) -> None:
         self.folder = folder
@@ -228,17 +229,15 @@ def slug(name: str) -> str:
     return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
-def check_folder(folder: Path | None, *, overwrite: bool, resume: bool, log_samples: bool) -> None:
-    """Refuse an output folder that is missing but needed, or that holds something else."""
+def check_folder(settings: EvalSettings) -> None:
+    """Refuse an output folder that holds something else."""
+    folder, replace = settings.output_dir, settings.overwrite or settings.resume
     if folder is None:
-        for name, given in (("--resume", resume), ("--log-samples", log_samples)):
-            if given:
-                raise ConfigError("there is no output folder", where=name, hint="Give --output-dir.")
-    elif (folder / _RUN).is_file():
-        hint = "--resume continues the run there; --overwrite starts a new one."
-        check_output_folder(folder, overwrite or resume, hint)
+        return
+    if (folder / _RUN).is_file():
+        check_output_folder(folder, replace, "--resume continues the run there; --overwrite starts a new one.")
     else:
-        check_output_folder(folder, overwrite or resume)
+        check_output_folder(folder, replace)
 
 
 def read_results(path: Path) -> dict[str, Any]:

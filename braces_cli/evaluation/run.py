@@ -36,42 +36,32 @@ logger = logging.getLogger("braces")
 Group = list[System]
 
 
-def run_evaluation(
-    model: str | None,
-    adapters: Sequence[str],
-    options: LoadOptions,
-    settings: EvalSettings,
-    report: Report = silent,
-    store: Store | None = None,
-    resume: bool = False,
-) -> dict[str, Any] | None:
+def run_evaluation(settings: EvalSettings, report: Report = silent) -> dict[str, Any] | None:
     """Measure the base and each adapter on it, unsteered and steered, and compare them document by document.
 
-    Checks run from the cheapest to the most expensive: settings, files, adapters, tasks, weights.
-
-    Args:
-        store: stores the scores of each task when it is done.
-        resume: continue the run in `store`.
+    Checks run from the cheapest to the most expensive: settings, files, adapters, tasks, weights. Scores of a task are
+    stored in the output folder when it is done.
 
     Returns:
         `{systems, comparisons, settings}`, and `fail_under` if thresholds were given; None on every process but the
         first.
     """
-    store = Store() if store is None else store
-    if settings.no_base and not adapters and not settings.points:
+    store = Store(settings.output_dir, log_samples=settings.log_samples)
+    if settings.no_base and not settings.adapter and not settings.points:
         raise ConfigError("nothing to evaluate", where="--no-base", hint="Give an --adapter, or leave --no-base out.")
     selection, files, rows = check_settings(settings)
-    eval_adapters = [find_eval_adapter(name) for name in adapters]
-    if model is None and eval_adapters:
-        model, trained_on = eval_adapters[0].base, eval_adapters[0].revision
+    adapters = [find_eval_adapter(name) for name in settings.adapter]
+    model, revision = settings.model, settings.revision
+    if model is None and adapters:
+        model, revision = adapters[0].base, revision or adapters[0].revision
         if model is None:
             raise ConfigError("the adapter does not name its base", where="--model", hint="Give a folder or hub id.")
-        options = replace(options, revision=options.revision or trained_on)
     model = base_name(model, None)
-    processes, options = _join(options)
+    processes, device = _join(settings)
+    settings = replace(settings, model=model, revision=revision, device=device)
     # Only the first process is sure to see the folder.
-    identity = _identity(model, eval_adapters, options, settings, selection, files)
-    finished = processes.gather(store.begin(identity, resume) if processes.first else None)[0]
+    identity = _identity(settings, adapters, selection, files)
+    finished = processes.gather(store.begin(identity, settings.resume) if processes.first else None)[0]
     if finished is not None:
         logger.info("%s: this run is finished", store.folder)
         return _with_thresholds(finished, settings) if processes.first else None
@@ -83,15 +73,15 @@ def run_evaluation(
                 write_override(selection.leaves[name], rows[name], folder)
             units = lm_eval_runner.load_tasks(selection, folder, local, model, settings.limit)
             _check_metrics(settings.thresholds, units)
-        session = open_session(model, None, options)
-        chat = _uses_chat_template(settings, eval_adapters, session)
+        session = open_session(model, None, settings)
+        chat = _uses_chat_template(settings, adapters, session)
         # The last adapter stays attached after its check, so it is measured first.
         with ExitStack() as stack:
-            groups = _attach_and_plan(session, eval_adapters, settings, stack)
+            groups = _attach_and_plan(session, adapters, settings, stack)
             last = groups[-1]
             terms = [term for group in groups for system in group for term in system.terms]
             attributes = list({attribute.name: attribute for attribute, _ in terms}.values())
-            context = TaskContext(session, settings, settings.sequences, chat, attributes, processes, report)
+            context = TaskContext(session, settings, chat, attributes, processes, report)
             measures: dict[str, Measure] = {unit.name: partial(lm_eval_runner.measure, context, unit) for unit in units}
             for name in selection.native:
                 measures[name] = catalog.NATIVE_TASKS[name].prepare(context, rows[name][: settings.limit])
@@ -106,7 +96,7 @@ def run_evaluation(
         return None
     for system in systems:
         system.scores.add_averages(selection.averaged)
-    result = _document(session, systems, settings, files, chat, options, selection)
+    result = _document(session, systems, settings, files, chat, selection)
     return _with_thresholds(result, settings)
 
 
@@ -134,20 +124,21 @@ def check_settings(settings: EvalSettings) -> tuple[catalog.Selection, dict[str,
     return selection, files, rows
 
 
-def _join(options: LoadOptions) -> tuple[Processes, LoadOptions]:
-    """Join the other processes, and put the base on the device of this process."""
+def _join(settings: EvalSettings) -> tuple[Processes, str]:
+    """Join the other processes, and return the device of this one."""
+    device = settings.device
     if world_size() == 1:
-        return Processes(), options
-    if options.device_map is not None:
+        return Processes(), device
+    if settings.device_map is not None:
         hint = "Start one process, or leave --device-map out."
         raise ConfigError("a base on several devices cannot be copied to each process", where="--device-map", hint=hint)
     import torch
 
-    on_cpu = options.device == "cpu" or (options.device == "auto" and not torch.cuda.is_available())
+    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     processes = join_with_accelerator(on_cpu)
-    if not on_cpu and options.device in ("auto", "cuda"):
-        options = replace(options, device=str(processes.accelerator.device))
-    return processes, options
+    if not on_cpu and device in ("auto", "cuda"):
+        device = str(processes.accelerator.device)
+    return processes, device
 
 
 def _uses_chat_template(settings: EvalSettings, adapters: Sequence[EvalAdapter], session: Session) -> bool:
@@ -215,19 +206,14 @@ def _measure(system: System, measures: dict[str, Measure], context: TaskContext,
 
 
 def _identity(
-    base: str,
-    adapters: Sequence[EvalAdapter],
-    options: LoadOptions,
-    settings: EvalSettings,
-    selection: catalog.Selection,
-    files: dict[str, Path],
+    settings: EvalSettings, adapters: Sequence[EvalAdapter], selection: catalog.Selection, files: dict[str, Path]
 ) -> dict[str, Any]:
     """Return everything that the result depends on; a run is resumed only if it is equal."""
     identity = {
-        "model": base,
+        "model": settings.model,
         "adapters": [[each.name, each.sha256] for each in adapters],
         "load": {
-            name: getattr(options, name) for name in options_of(LoadOptions) if name not in ("device", "device_map")
+            name: getattr(settings, name) for name in options_of(LoadOptions) if name not in ("device", "device_map")
         },
         "base": not settings.no_base,
         "tasks": [*selection.names, *selection.native],
@@ -256,7 +242,6 @@ def _document(
     settings: EvalSettings,
     files: dict[str, Path],
     chat: bool,
-    options: LoadOptions,
     selection: catalog.Selection,
 ) -> dict[str, Any]:
     """Return `{systems, comparisons, settings}`, and `slopes` if systems are steered."""
@@ -297,7 +282,7 @@ def _document(
             "batch_size": sizes[0] if len(sizes) == 1 else sizes,
             "dtype": str(base.model.dtype).removeprefix("torch."),
             "device": str(base.model.device),
-            "quantize": options.quantize,
+            "quantize": settings.quantize,
             "num_fewshot": settings.num_fewshot,
             "num_fewshot_used": first.shots,
             "limit": settings.limit,
@@ -334,7 +319,7 @@ def _with_thresholds(result: dict[str, Any], settings: EvalSettings) -> dict[str
 
 
 def check_reached(thresholds: Sequence[Threshold], result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Compare each adapter with each threshold, or the base (steered, if it is) if there is no adapter.
+    """Compare each adapter with each threshold, or the base (steered, if it is) without adapters.
 
     Returns:
         Rows `{task, metric, threshold, system, value, reached}`. If smaller is better (a perplexity), reached means at

@@ -1,4 +1,4 @@
-"""What to measure and how: the options of `braces eval`, checked before anything is loaded. Light: no torch here."""
+"""Settings of `braces eval`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,47 +16,30 @@ from braces_cli.core.options import GenerationSettings, ModelSettings, OutputSet
 from braces_cli.core.text import whole_number
 from braces_cli.scoring.registry import BUILT_IN
 
-# lm-eval's own, so that without --seed a run draws the few-shot examples that lm-eval draws.
+# lm-eval's seeds: without --seed, few-shot examples are those of lm-eval.
 SEEDS = {"python": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
-# The tasks that generate texts and score them, see `text_quality`.
+# Tasks that generate texts and score them, see `text_tasks`.
 TEXT_TASKS = ("sentiment", "toxicity")
-# Texts for each prompt, where no number is given; 25 are what RealToxicityPrompts takes its maximum over.
+# Default texts per prompt; RealToxicityPrompts takes its maximum over 25.
 _SAMPLES = {"sentiment": 1, "toxicity": 25}
-# Tasks and groups that a shell offers after `--tasks`; lm-eval has many more.
+# Tasks and groups for shell completion of `--tasks`; lm-eval has many more.
 TASK_NAMES = (
     "zero_shot", "commonsense", "commonsense_gen", "truthfulqa", "popqa", "triviaqa", "nq_open", "perplexity",
     *TEXT_TASKS, "answers", "detection", "embedded",
 )  # fmt: skip
 
 
-def _parse_scorers(values: Sequence[str]) -> dict[str, str]:
-    """`TASK=SCORER` of each value.
-
-    Raises:
-        ConfigError: another form, or a task that is not one of the text tasks.
-    """
-    scorers = {}
-    for value in values:
-        task, sign, name = value.partition("=")
-        if not (sign and name) or task not in TEXT_TASKS:
-            hint = f"Such as --scorer {TEXT_TASKS[0]}=vader or --scorer {TEXT_TASKS[1]}=FOLDER."
-            raise ConfigError(f"`{value}` is not TASK=SCORER", where="--scorer", hint=hint)
-        scorers[task] = name
-    return scorers
-
-
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings(GenerationSettings, AttributeNames, ModelSettings, OverwriteSettings, OutputSettings):
-    """What `braces eval` measures and how, by which attributes systems are steered, and where results go."""
+    """Systems, tasks, steering, text generation and outputs of `braces eval`."""
 
     first_options = ("tasks", "model", "adapter", "output_dir", "limit")
     required = ("tasks",)
 
     tasks: tuple[str, ...] = option(
         (),
-        help="Tasks or task groups: zero_shot, commonsense, commonsense_gen, truthfulqa, popqa, perplexity, "
-        "sentiment, toxicity, answers, "
-        "detection or any of lm-eval's; commas between them.",
+        help="Tasks or task groups, separated by commas: zero_shot, commonsense, commonsense_gen, truthfulqa, popqa, "
+        "perplexity, sentiment, toxicity, answers, detection, or any of lm-eval.",
         metavar="NAMES",
         complete=lambda: TASK_NAMES,
     )
@@ -140,28 +123,27 @@ class EvalSettings(GenerationSettings, AttributeNames, ModelSettings, OverwriteS
     plot: Path | None = option(None, help="PNG file for a plot of each metric and system.", panel=OUTPUT)
 
     def check(self) -> None:
-        """Refuse values that only their parsers can judge; files are read by `check_settings`."""
+        """Parse composite values once, so that errors come before anything is loaded."""
         super().check()
         size = self.batch_size
         if size != "auto" and not whole_number(size):
-            raise ConfigError(f"`{size}` is no batch size", where="--batch-size", hint="Give 1 or more, or auto.")
+            raise ConfigError(f"`{size}` is not a batch size", where="--batch-size", hint="Give 1 or more, or auto.")
+        if self.output_dir is None and (self.resume or self.log_samples):
+            where = "--resume" if self.resume else "--log-samples"
+            raise ConfigError("needs an output folder", where=where, hint="Give --output-dir.")
         _ = self.points, self.scorers, self.thresholds
 
     @property
     def points(self) -> list[dict[str, float]]:
-        """Name -> strength of each steered system; none where there is no attribute.
-
-        Raises:
-            ConfigError: see `strength_points`.
-        """
+        """Attribute -> strength, for each steered system."""
         return strength_points(self.attribute, self.s)
 
     def samples(self, task: str) -> int:
-        """Texts for each prompt of a text task."""
+        """Return the number of texts per prompt of a text task."""
         return _SAMPLES[task] if self.num_samples is None else self.num_samples
 
     def steering_record(self) -> dict[str, Any]:
-        """How systems are steered, ready for JSON: of one point the strength of each attribute, of several a list."""
+        """Return attributes and strengths for the result; lists of strengths if there are several points."""
         points = self.points
         columns: dict[str, Any] = {name: [point[name] for point in points] for name in self.attribute}
         return {
@@ -171,11 +153,18 @@ class EvalSettings(GenerationSettings, AttributeNames, ModelSettings, OverwriteS
 
     @property
     def scorers(self) -> dict[str, str]:
-        """Task -> scorer, where it is not the task's usual one."""
-        return _parse_scorers(self.scorer)
+        """Text task -> scorer, from `--scorer TASK=SCORER`."""
+        scorers = {}
+        for value in self.scorer:
+            task, sign, name = value.partition("=")
+            if not (sign and name) or task not in TEXT_TASKS:
+                hint = f"Such as --scorer {TEXT_TASKS[0]}=vader or --scorer {TEXT_TASKS[1]}=FOLDER."
+                raise ConfigError(f"`{value}` is not TASK=SCORER", where="--scorer", hint=hint)
+            scorers[task] = name
+        return scorers
 
     def generation_record(self) -> dict[str, Any]:
-        """How texts are generated and scored, ready for JSON."""
+        """Return how texts are generated and scored, for the result."""
         return {
             **self.steering_record(),
             "scorers": self.scorers,
@@ -193,8 +182,8 @@ class EvalSettings(GenerationSettings, AttributeNames, ModelSettings, OverwriteS
         return "auto" if self.batch_size == "auto" else int(self.batch_size)
 
     @property
-    def thresholds(self) -> Sequence[Threshold]:
-        """What each adapter must reach."""
+    def thresholds(self) -> list[Threshold]:
+        """Thresholds of `--fail-under TASK:METRIC=VALUE`."""
         return parse_thresholds(self.fail_under)
 
     @property
@@ -205,7 +194,7 @@ class EvalSettings(GenerationSettings, AttributeNames, ModelSettings, OverwriteS
 
 @dataclass(frozen=True)
 class Threshold:
-    """A metric of a task and the value that it must reach."""
+    """Smallest value of a metric (largest, if smaller is better)."""
 
     task: str
     metric: str
@@ -213,11 +202,7 @@ class Threshold:
 
 
 def parse_thresholds(values: Sequence[str]) -> list[Threshold]:
-    """`TASK:METRIC=VALUE` of each value.
-
-    Raises:
-        ConfigError: another form.
-    """
+    """Parse values of the form `TASK:METRIC=VALUE`; task names can contain `:` and `=`."""
     thresholds = []
     for value in values:
         head, sign, number = value.strip().rpartition("=")

@@ -1,9 +1,7 @@
-"""An evaluation as rows of a table, as a Markdown page that says how to repeat it, and as a plot.
+"""Tables, Markdown pages and plots of an evaluation and of a sweep.
 
-The picture of a sweep: the share of texts with the attribute, and their perplexity, at each strength.
-
-With baselines a third panel holds share against perplexity, a curve a method: at equal perplexity the outer one is
-ahead.
+The plot of a sweep shows the share of texts with the attribute and the perplexity at each strength and, with baselines,
+share against perplexity, one curve per method.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ from braces_cli.core.markdown import text
 from braces_cli.core.render import figure, percent_ticks, plain_label, plain_ticks, save_figure
 from braces_cli.evaluation.statistics import significance_label
 from braces_cli.evaluation.sweep import BRACES_METHOD
+from braces_cli.evaluation.text_tasks import RATINGS
 
 _HASH = 12
 # Heading of `pair_table`.
@@ -26,7 +25,7 @@ SLOPES = "slope over the strength s, mean over documents"
 
 
 def main_table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows: for each metric a row a system, with its change against the first one."""
+    """Return columns and rows: for each metric one row per system, with the difference from the first system."""
     systems = result["systems"]
     compared = {(c["task"], c["metric"], c["to"]): c for c in result["comparisons"] if c["from"] == systems[0]["name"]}
     columns = ["task", "metric", "n", "system", "value ± error"]
@@ -46,7 +45,7 @@ def main_table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
 
 
 def pair_table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """The comparisons without the first system: adapters among themselves, and each with itself steered."""
+    """Return the comparisons without the first system: adapters with each other, and each with itself steered."""
     first = result["systems"][0]["name"]
     columns = ["task", "metric", "from", "to", "change", "p (Holm)", ""]
     rows = [
@@ -56,7 +55,7 @@ def pair_table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
 
 
 def slope_table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """What a unit of s adds to each metric; no rows where nothing is steered."""
+    """Return the slope of each metric over s; no rows without steering."""
     rows = []
     for each in result.get("slopes", ()):
         low, high = each["slope_interval"] or (math.nan, math.nan)
@@ -66,7 +65,7 @@ def slope_table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
 
 
 def facts(result: dict[str, Any]) -> dict[str, str]:
-    """What is needed to repeat the run: name -> value."""
+    """Return the settings that reproduce the run: name -> value."""
     settings, systems = result["settings"], result["systems"]
     versions = settings["versions"]
     known: dict[str, Any] = {
@@ -94,7 +93,7 @@ def facts(result: dict[str, Any]) -> dict[str, str]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The page `results.md`."""
+    """Return the page `results.md`."""
     lines = ["# Evaluation", "", *(f"- {text(name)}: {text(value)}" for name, value in facts(result).items()), ""]
     lines += _markdown_table(*main_table(result))
     level = result["settings"]["significance_level"]
@@ -116,16 +115,14 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def threshold_line(row: dict[str, Any]) -> str:
-    """One line that says whether a threshold is reached."""
+    """Return one line on whether a threshold is reached."""
     got = "was not measured" if row["value"] is None else f"is {row['value']:.4g}"
     reached = "reached" if row["reached"] else "not reached"
     return f"{row['system']}: {row['task']} {row['metric']} {got}, {row['threshold']:.4g} {reached}"
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Write a picture: a panel a metric, a point a system with 1.96 standard errors."""
-    from braces_cli.core.render import figure, plain_label, save_figure
-
+    """Write a plot: one panel per metric, one point per system with 1.96 standard errors."""
     systems = result["systems"]
     panels = [(task, metric) for task, metrics in systems[0]["results"].items() for metric in metrics]
     across = min(4, len(panels))
@@ -157,7 +154,7 @@ def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> li
 
 
 def _change(compared: dict[str, Any]) -> list[Any]:
-    # What is not finite is null in a result that was read back.
+    # In a stored result, values that are not finite are null.
     difference = compared["difference"]
     shown = None if difference is None else f"{difference:+.4g}"
     return [shown, compared["p_holm"], significance_label(compared)]
@@ -174,8 +171,66 @@ def _short(hashed: str | None) -> str | None:
     return None if hashed is None else hashed[:_HASH]
 
 
+_POINT = ("s", "score", "95 %", "perplexity", "dist-1", "dist-2", "dist-3", "rep-4", "n")
+
+
+def sweep_tables(document: dict[str, Any]) -> list[tuple[str, Sequence[str], list[list[Any]]]]:
+    """Return (title, columns, rows) of each table of a sweep."""
+    points, scorer, slope = document["points"], document["scorer"], document["slope"]
+    title = f"{document['attribute']} on {document['model']}; score: share {document['label']} by {scorer}"
+    tables: list[tuple[str, Sequence[str], list[list[Any]]]] = [(title, _POINT, [_point(each) for each in points])]
+    more = ["expected_maximum", "at_least_one"] if document["samples"] > 1 else []
+    more += [name for name in RATINGS if name in points[0]]
+    names = ["s", "effect", "effect_interval", "wrong_way", "wrong_way_interval", *more]
+    title = f"effect on a prompt's value by {scorer}, and share of prompts that move the wrong way (Wilson)"
+    if slope is not None:
+        title += f"; slope {slope['slope']:.3g} per s (95 %: {_interval(slope['slope_interval'])})"
+    columns = ("s", "effect", "95 %", "wrong way", "95 % ", *(name.replace("_", " ") for name in more))
+    tables.append((title, columns, [[_interval(point[name]) for name in names] for point in points]))
+    if document.get("answers"):
+        names = ["s", "probability", "prefers_positive", "shift", "shift_interval", "wrong_way", "wrong_way_interval"]
+        title = "preference between two answers; shift: of the log odds against s = 0"
+        columns = ("s", "P(positive)", "preferred", "shift", "95 %", "wrong way", "95 % ", "n")
+        rows = [[*(_interval(each[name]) for name in names), each["n"]] for each in document["answers"]]
+        tables.append((title, columns, rows))
+    if document.get("detection"):
+        found = document["detection"]
+        row = [found["layer"], found["auroc"], _interval(found["auroc_interval"]), found["n"]]
+        tables.append(("detection, layer chosen on the other half", ("layer", "AUROC", "95 %", "n"), [row]))
+    if document.get("baselines"):
+        rows = [
+            [each["method"], *_point(point), _interval(point["wrong_way"]), _interval(point["wrong_way_interval"])]
+            for each in document["baselines"]
+            for point in each["points"]
+        ]
+        columns = ("method", *_POINT, "wrong way", "95 % ")
+        tables.append(("other ways to steer, on the same prompts", columns, rows))
+        rows = [
+            [f"{row['ratio']:g} times", "s > 0" if row["side"] > 0 else "s < 0", row["method"], row["attribute_score"],
+             "" if row["reached"] else f"costs less, up to s = {row['s']:g}"]
+            for row in document["at_equal_perplexity"]
+        ]  # fmt: skip
+        tables.append(("at equal perplexity", ("perplexity", "side", "method", "score", ""), rows))
+    if document["chosen"] is not None:
+        title = "the best strength by half of the prompts, measured on the other half"
+        halves = (document["chosen"][name] for name in ("unsteered_on_other_half", "on_other_half"))
+        tables.append((title, _POINT, [_point(half) for half in halves]))
+    return tables
+
+
+def _interval(value: Any) -> Any:
+    """Return an interval as text, other values unchanged."""
+    return f"{value[0]:.3g} to {value[1]:.3g}" if isinstance(value, list) else value
+
+
+def _point(point: dict[str, Any]) -> list[Any]:
+    low, high = point["attribute_score_interval"]
+    names = ("perplexity", "distinct_1", "distinct_2", "distinct_3", "repetition", "n")
+    return [point["s"], point["attribute_score"], f"{low:.2f}-{high:.2f}", *(point[name] for name in names)]
+
+
 def plot_sweep(document: dict[str, Any], path: Path) -> None:
-    """Draw a document of `braces steer --sweep` as PNG."""
+    """Plot a document of `braces steer --sweep` as PNG."""
     points = sorted(document["points"], key=lambda point: point["s"])
     baselines = document.get("baselines", [])
     drawn = figure(15 if baselines else 10, 4.6)
@@ -206,18 +261,18 @@ def plot_sweep(document: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.3)
     if baselines:
         _compare(both[0], document, points)
-    # One legend, below: both panels show the same four things, and inside it would hide points.
+    # One legend for all panels, below them: inside it would hide points.
     drawn.legend(*price.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     save_figure(drawn, path)
 
 
 def _line(axes: Any, points: list[dict[str, Any]], name: str) -> None:
-    """A value at each strength, with its interval as an error bar."""
+    """Plot a value at each strength, with its interval as an error bar."""
     axes.plot([point["s"] for point in points], [point[name] for point in points], marker="o", label="measured")
     known = [(point["s"], point[name], *point[f"{name}_interval"]) for point in points if point[f"{name}_interval"]]
     if known:
         strengths, middles, lows, highs = zip(*known, strict=True)
-        # Rounding may put an end of the interval on the wrong side of the value by an ulp, which matplotlib refuses.
+        # By rounding, an end of the interval can be on the wrong side of the value, which matplotlib refuses.
         below = [max(0.0, middle - low) for middle, low in zip(middles, lows, strict=True)]
         above = [max(0.0, high - middle) for middle, high in zip(middles, highs, strict=True)]
         axes.errorbar(
@@ -226,7 +281,7 @@ def _line(axes: Any, points: list[dict[str, Any]], name: str) -> None:
 
 
 def _compare(axes: Any, document: dict[str, Any], points: list[dict[str, Any]]) -> None:
-    """Share against perplexity of every method, each joined in the order of s through the unsteered point."""
+    """Plot share against perplexity, one curve per method in the order of s through the unsteered point."""
     unsteered = {**document["unsteered"], "s": 0.0}
     for name, of_method in (
         (BRACES_METHOD, points),

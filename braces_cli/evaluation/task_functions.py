@@ -23,7 +23,7 @@ from braces_cli.data.rows import instruction_prompt
 COMMONSENSE = ("boolq", "piqa", "social_iqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 COMMONSENSE_TASKS = tuple(f"commonsense_gen_{name}" for name in COMMONSENSE)
 
-# lm-eval warns about extra arguments of every task with rows of its own; the functions here take none.
+# lm-eval warns about extra arguments of every task that builds its rows; these functions have no arguments.
 logging.getLogger("lm_eval.api.task").addFilter(lambda record: "Custom kwargs can be passed" not in record.getMessage())
 
 
@@ -100,7 +100,7 @@ def commonsense_target(doc: dict[str, Any]) -> str:
 
 
 def named_option(output: str, answer: str) -> str | None:
-    """Return the first option in `output` of the same kind as `answer`; None if there is none."""
+    """Return the first option in `output` of the same kind as `answer`; None without one."""
     kind = answer.rstrip("0123456789")
     pattern = r"true|false" if answer in ("true", "false") else rf"{re.escape(kind)}[1-9]"
     match = re.search(pattern, output)

@@ -126,11 +126,11 @@ class Continuations:
         return [values[index * samples : (index + 1) * samples] for index in indices]
 
     def has(self, attribute: str, chosen: Sequence[int] | None = None) -> list[Sequence[bool]]:
-        """Whether each text has the attribute, by prompt."""
+        """Return whether each text has the attribute, by prompt."""
         return self.groups([score.has for score in self.scores[attribute]], chosen)
 
     def values(self, attribute: str, chosen: Sequence[int] | None = None) -> list[Sequence[float]]:
-        """Value of the scorer for each text, by prompt."""
+        """Return the scorer's value of each text, by prompt."""
         return self.groups([score.value for score in self.scores[attribute]], chosen)
 
     def rate(self, chosen: Sequence[int] | None = None) -> tuple[float, float | None]:
@@ -149,7 +149,7 @@ class Continuations:
 
 @dataclass(frozen=True)
 class TextMeasurement:
-    """How texts are generated and scored; the same for every strength and system.
+    """Generation and scoring of texts, the same for every strength and system.
 
     Attributes:
         labels: attribute -> label of the scorer.
@@ -268,7 +268,7 @@ def _prepare(name: str, context: TaskContext, prompts: Sequence[str]) -> Measure
             seed=settings.seeds["torch"],
         ),
         settings.samples(name),
-        context.sequences,
+        context.batch_size,
         context.chat,
         reference_model,
         context.processes,
