@@ -159,7 +159,8 @@ def bare(session: Session) -> Iterator[None]:
         if session.adapter is not None:
             stack.enter_context(session.adapter.disabled())
         for module in session.base.model.modules():
-            if hasattr(module, "enable_adapters") and hasattr(module, "base_layer"):
+            # `original_module`: whole layers that a PEFT adapter replaces.
+            if hasattr(module, "enable_adapters") and {"base_layer", "original_module"} & module._modules.keys():
                 module.enable_adapters(False)
                 stack.callback(module.enable_adapters, True)
         yield

@@ -1,21 +1,30 @@
-"""A tiny Llama with a tokenizer built here, saved as a folder, so that no test here needs a download."""
+"""A tiny Llama with a byte tokenizer, saved as a folder, and adapters of it."""
 
 from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-# lm-eval draws bars unasked; set before anything imports tqdm.
+# lm-eval draws progress bars; set before anything imports tqdm.
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import pytest
 import torch
 
 
+def evaluate(model: str | None, adapters: list[str], settings: Any, **more: Any) -> Any:
+    """Result of an evaluation on the CPU."""
+    from braces_cli.evaluation.run import run_evaluation
+
+    return run_evaluation(replace(settings, model=model, adapter=tuple(adapters), device="cpu", **more))
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a random two-layer Llama; its tokenizer knows bytes only and puts `<s>` in front."""
+    """Folder of a random two-layer Llama; its tokenizer has bytes only and puts `<s>` first."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -39,7 +48,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_adapter(tmp_path_factory: pytest.TempPathFactory):
-    """Save an adapter of a base folder, its gates open so that it changes the scores."""
+    """Save an adapter of a base folder with gate values near 1, so that it changes the scores."""
 
     def make(base_folder: Path, seed: int = 0) -> Path:
         from braces_cli.core.adapter.files import AdapterConfig
@@ -71,7 +80,7 @@ def write_jsonl(tmp_path: Path):
 
 @pytest.fixture(scope="session")
 def make_peft(tmp_path_factory: pytest.TempPathFactory):
-    """Save a peft adapter of a base folder, drawn from a fixed seed."""
+    """Save a PEFT adapter of a base folder with random weights from a seed."""
 
     def make(base_folder: Path, config: object, seed: int = 0) -> Path:
         peft = pytest.importorskip("peft")

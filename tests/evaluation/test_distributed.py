@@ -1,4 +1,4 @@
-"""Two processes share the documents: the same scores document by document, half the work each."""
+"""Two processes share the documents: equal scores document by document, half the work each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# A process of the run: as torchrun starts it, it evaluates, and notes how much it was asked to do.
+# A process as torchrun starts it; it writes the result and the number of requests of each call.
 WORKER = """
 import json, os, sys
 sys.path.insert(0, sys.argv[1])
@@ -26,12 +26,10 @@ Path(f"{sys.argv[2]}-{os.environ['RANK']}.json").write_text(json.dumps(evaluate(
 
 
 def evaluate(out: str, model: str, adapter: str, *data: str) -> dict:
-    """An evaluation of base and adapter, and how many requests or texts this process was given at a time."""
+    """An evaluation of base and adapter, with the number of requests or texts of each call in this process."""
     from lm_eval.models.huggingface import HFLM
 
-    from braces_cli.core.options import LoadOptions
     from braces_cli.evaluation import native_tasks
-    from braces_cli.evaluation.results import Store
     from braces_cli.evaluation.run import run_evaluation
     from braces_cli.evaluation.settings import EvalSettings
 
@@ -48,14 +46,17 @@ def evaluate(out: str, model: str, adapter: str, *data: str) -> dict:
         for name in ("generate_until", "_loglikelihood_tokens"):
             patch.setattr(HFLM, name, counting(getattr(HFLM, name), 1))
         patch.setattr(native_tasks, "text_likelihoods", counting(native_tasks.text_likelihoods, 2))
-        settings = EvalSettings(tasks=["popqa,truthfulqa_mc2,perplexity,truthfulqa_mc1"], task_data=data, limit=9)
-        store = Store(Path(out), log_samples=True)
-        result = run_evaluation(model, [adapter], LoadOptions(device="cpu"), settings, store=store)
+        tasks = ("popqa,truthfulqa_mc2,perplexity,truthfulqa_mc1",)
+        settings = EvalSettings(
+            model=model, adapter=(adapter,), device="cpu", tasks=tasks, task_data=data, limit=9, output_dir=Path(out),
+            log_samples=True,
+        )  # fmt: skip
+        result = run_evaluation(settings)
     return {"done": done, "result": result}
 
 
 @pytest.mark.slow
-def test_two_processes_do_half_the_work_each_and_find_the_same(tiny_folder, make_adapter, write_jsonl, tmp_path):
+def test_two_processes_do_half_the_work_each_with_equal_scores(tiny_folder, make_adapter, write_jsonl, tmp_path):
     popqa = [{"question": f"What is {i}?" + " really" * (i % 4), "possible_answers": '["a", "e"]'} for i in range(9)]
     targets = {"choices": ["yes", "no way", "perhaps"], "labels": [1, 0, 1]}
     both = {"mc1_targets": {**targets, "labels": [1, 0, 0]}, "mc2_targets": targets}
@@ -85,10 +86,10 @@ def test_two_processes_do_half_the_work_each_and_find_the_same(tiny_folder, make
     errors = [process.communicate()[1] for process in running]
     assert [process.returncode for process in running] == [0, 0], errors
     first, second = (json.loads((tmp_path / f"two-{rank}.json").read_text()) for rank in "01")
-    # Two systems each: 9 prompts, 27 choices, 7 texts, and 3 choices that one process does by itself.
+    # For each of two systems: 9 prompts, 27 choices, 7 texts, and 3 choices that one process does alone.
     assert alone["done"] == 2 * [9, 27, 3, 7]
     assert first["done"] == 2 * [5, 15, 3, 4]
-    # Of each shared kind the second has one document less, and repeats one request a document to keep in step.
+    # The second process has one document less of each task, and repeats requests to stay in step.
     assert [n for n in second["done"] if n] == 2 * [5, 15, 3]
     assert second["result"] is None
     theirs, ours = alone["result"], first["result"]
@@ -109,7 +110,7 @@ def test_two_processes_do_half_the_work_each_and_find_the_same(tiny_folder, make
 
 
 def _close(one: dict, other: dict) -> bool:
-    """Equal but for how sums of floats are rounded in batches of another size."""
+    """Equal up to rounding in batches of another size."""
     flat = [(k, m, v) for k, metrics in one.items() for m, v in metrics.items()]
     assert [(k, m) for k, m, _ in flat] == [(k, m) for k, metrics in other.items() for m in metrics]
     for task, metric, value in flat:

@@ -1,4 +1,4 @@
-"""`--model braces` in lm-eval's own hands."""
+"""`--model braces` in lm-eval's command line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.attributes.vector import build_attribute, save_attributes
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.options import LoadOptions
-from braces_cli.evaluation import lm_eval_model as ours
+from braces_cli.evaluation import lm_eval_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,13 +32,13 @@ def _logits(model):
 def test_the_entry_point_names_the_class():
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["lm_eval.models"]
     module, _, name = declared["braces"].partition(":")
-    assert getattr(import_module(module), name) is ours.BracesLM
+    assert getattr(import_module(module), name) is lm_eval_model.BracesLM
 
 
-def test_the_model_carries_adapter_and_attribute(tiny_folder, make_adapter):
+def test_the_model_has_adapter_and_attribute(tiny_folder, make_adapter):
     adapter = str(make_adapter(tiny_folder))
-    ours.register()
-    ours.register()  # twice does no harm
+    lm_eval_model.register()
+    lm_eval_model.register()  # a second call has no effect
     text = f"pretrained={tiny_folder},adapter={adapter},attribute=positive,s=3"
     model = get_model("braces").create_from_arg_string(text, {"batch_size": 2, "device": "cpu"})
     session = open_session(str(tiny_folder), adapter, LoadOptions(device="cpu"))
@@ -56,18 +56,20 @@ def test_attributes_come_from_a_folder(tiny_folder, tmp_path):
     session = open_session(str(tiny_folder), None, LoadOptions(device="cpu"))
     warm = build_attribute(session, "warm", ["warm", "sun"])
     save_attributes(tmp_path / "warm.safetensors", [warm])
-    model = ours.BracesLM(str(tiny_folder), attribute="warm", s=2.0, attributes=str(tmp_path), device="cpu")
+    model = lm_eval_model.BracesLM(str(tiny_folder), attribute="warm", s=2.0, attributes=str(tmp_path), device="cpu")
     with steered(session, [(warm, 2.0)]):
         assert torch.equal(_logits(model.model), _logits(session.base.model))
 
 
 def test_strengths_and_attributes_must_match(tiny_folder):
     with pytest.raises(ConfigError, match="2 strengths for 1 attributes"):
-        ours.BracesLM(str(tiny_folder), attribute="positive", s=[1, 2], device="cpu")
+        lm_eval_model.BracesLM(str(tiny_folder), attribute="positive", s=[1, 2], device="cpu")
 
 
 @pytest.mark.slow
-def test_lm_evals_own_command_line_runs_it(tiny_folder, make_adapter, write_jsonl, tmp_path, monkeypatch, capsys):
+def test_the_command_line_of_lm_eval_runs_the_model(
+    tiny_folder, make_adapter, write_jsonl, tmp_path, monkeypatch, capsys
+):
     """As `python -m braces_cli.evaluation.lm_eval_model run --model braces ...`."""
     rows = [{"question": f"Q{i}?", "answer": {"aliases": ["a"]}} for i in range(3)]
     files = dict.fromkeys(("train", "validation"), str(write_jsonl("t.jsonl", rows)))
@@ -77,9 +79,9 @@ def test_lm_evals_own_command_line_runs_it(tiny_folder, make_adapter, write_json
         f"include: {source}\ntask: mine\ndataset_path: json\ndataset_name: null\n"
         f"dataset_kwargs: {json.dumps(arguments)}\n"
     )
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # six seconds of looking around
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # takes six seconds
     model_args = f"adapter={make_adapter(tiny_folder)}"
     argv = ["run", "--model", "braces", "--model_args", model_args, "--tasks", str(tmp_path / "mine.yaml")]
     monkeypatch.setattr(sys, "argv", ["lm_eval", *argv, "--device", "cpu", "--limit", "2"])
-    ours.main()
+    lm_eval_model.main()
     assert "|mine" in capsys.readouterr().out.replace(" ", "")

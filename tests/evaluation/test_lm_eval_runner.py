@@ -1,12 +1,16 @@
-"""What of lm-eval is used that its documentation does not promise: this fails on the day that one of it goes."""
+"""lm-eval as a library: equal scores, the parts of lm-eval in use, batch sizes that do not fit into memory."""
 
 from __future__ import annotations
 
 import inspect
+import json
+import logging
 import re
 from pathlib import Path
 
 import lm_eval
+import pytest
+import torch
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import model_registry
 from lm_eval.models.huggingface import HFLM
@@ -14,19 +18,200 @@ from lm_eval.tasks import TaskManager
 
 import braces_cli
 from braces_cli.core.distributed import Processes
+from braces_cli.core.errors import BracesError
 from braces_cli.core.models.load import load_base
 from braces_cli.core.options import LoadOptions
 from braces_cli.core.progress import silent
-from braces_cli.evaluation.catalog import LM_EVAL_FOLDER
-from braces_cli.evaluation.lm_eval_runner import Model
+from braces_cli.evaluation import catalog, lm_eval_runner
+from braces_cli.evaluation.native_tasks import (
+    halving,
+)
+from braces_cli.evaluation.settings import EvalSettings
+from tests.evaluation.conftest import evaluate
+
+LM_EVAL_TASKS = Path(lm_eval.__file__).parent / "tasks"
 
 
-def _model(folder: Path, processes: Processes) -> Model:
+FILES = {
+    "truthfulqa_mc1": "truthfulqa/multiple_choice.jsonl",
+    "truthfulqa_mc2": "truthfulqa/multiple_choice.jsonl",
+    "triviaqa": "triviaqa/validation.jsonl",
+    "popqa": "popqa/test.jsonl",
+}
+
+
+DEFINITIONS = {
+    "triviaqa": "triviaqa/default.yaml",
+    "nq_open": "nq_open/nq_open.yaml",
+    "arc_easy": "arc/arc_easy.yaml",
+    "piqa": "piqa/piqa.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
+}
+
+
+def _popqa(count: int) -> list[dict]:
+    return [{"question": f"What is {i}?", "possible_answers": json.dumps([chr(97 + i)])} for i in range(count)]
+
+
+def _direct(folder: Path, name: str, file: Path, limit: int, shots: int | None, tmp_path: Path):
+    """Run lm-eval alone: model by name, the YAML of the task, and `datasets` reading the file."""
+    include = DEFINITIONS.get(name, f"truthfulqa/{name}.yaml")
+    source = catalog.BRACES_FOLDER / "popqa.yaml" if name == "popqa" else LM_EVAL_TASKS / include
+    files = dict.fromkeys(("train", "validation", "test"), str(file))
+    lines = [
+        f"include: {source}", f"task: {name}", "dataset_path: json", "dataset_name: null",
+        "dataset_kwargs: " + json.dumps({"data_files": files, "cache_dir": str(tmp_path / "cache")}),
+    ]  # fmt: skip
+    (tmp_path / f"{name}.yaml").write_text("\n".join(lines))
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    loaded = manager.load([name])
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=shots or 0)
+        task.set_fewshot_seed(seed=1234)
+    model = HFLM(pretrained=str(folder), device="cpu", batch_size="8")
+    return lm_eval.evaluate(lm=model, task_dict=loaded, limit=limit)
+
+
+def _ours(folder: Path, names: list[str], data: list[str], limit: int, shots: int | None, monkeypatch):
+    seen: list = []
+    original = lm_eval.evaluate
+
+    def spy(**kwargs):
+        seen.append(original(**kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(lm_eval_runner.lm_eval, "evaluate", spy)
+    settings = EvalSettings(tasks=names, task_data=data, limit=limit, num_fewshot=shots)
+    result = evaluate(str(folder), [], settings)
+    monkeypatch.undo()
+    return result, seen[0]
+
+
+@pytest.mark.parametrize(("name", "shots"), [*((name, None) for name in FILES), ("triviaqa", 1)])
+def test_scores_equal_those_of_lm_eval_document_by_document(shared, tmp_path, monkeypatch, name, shots):
+    stories, file = shared / "models" / "stories260K", shared / "data" / FILES[name]
+    limit = 4
+    result, found = _ours(stories, [name], [f"{name}={file}"], limit, shots, monkeypatch)
+    expected = _direct(stories, name, file, limit, shots, tmp_path)
+    ours, theirs = found["samples"][name], expected["samples"][name]
+    assert len(ours) == len(theirs) == limit
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine["doc_id"] == other["doc_id"]
+        assert [a[0] for a in mine["arguments"]] == [a[0] for a in other["arguments"]]
+        for metric in other["metrics"]:
+            assert mine[metric] == pytest.approx(other[metric], abs=1e-9)
+    for key, value in expected["results"][name].items():
+        metric, sign, _ = key.partition(",")
+        if sign and not metric.endswith("_stderr"):
+            entry = result["systems"][0]["results"][name][metric]
+            assert entry["value"] == pytest.approx(value, abs=1e-9)
+            assert entry["n"] == limit
+            assert entry["stderr"] == pytest.approx(expected["results"][name][key.replace(",", "_stderr,")], abs=1e-9)
+
+
+# Rows in the schema of the hub's sets, for tasks of which ../shared has no such file.
+ROWS = {
+    "nq_open": [{"question": f"who is number {i}", "answer": ["No one", chr(97 + i)]} for i in range(5)],
+    "arc_easy": [
+        {"question": f"Which is {i}?", "choices": {"text": [f"the {i}", "none", "all of it"], "label": list("ABC")},
+         "answerKey": "ABC"[i % 3]} for i in range(5)
+    ],
+    "piqa": [{"goal": f"To do {i}", "sol1": "do it well", "sol2": f"do {i} twice", "label": i % 2} for i in range(5)],
+    "winogrande": [
+        {"sentence": f"The {i} did not fit the box because _ was too big.", "option1": "the box", "option2": f"the {i}",
+         "answer": "12"[i % 2]} for i in range(5)
+    ],
+    "hellaswag": [
+        {"activity_label": "Jumping", "ctx_a": f"The boy {i} jumps.", "ctx_b": "he", "label": str(i % 2),
+         "endings": ["lands on [a] mat.", f"flies {i} times.", "stops.", "goes on."]} for i in range(5)
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(ROWS))
+def test_scores_of_local_rows_equal_those_of_lm_eval(tiny_folder, write_jsonl, tmp_path, monkeypatch, name):
+    file = write_jsonl(f"{name}.jsonl", ROWS[name])
+    _, found = _ours(tiny_folder, [name], [f"{name}={file}"], 5, None, monkeypatch)
+    expected = _direct(tiny_folder, name, file, 5, None, tmp_path)
+    ours, theirs = found["samples"][name], expected["samples"][name]
+    assert len(ours) == len(theirs) == 5
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine["arguments"] == other["arguments"]
+        assert mine["resps"] == other["resps"]
+        for metric in other["metrics"]:
+            assert mine[metric] == other[metric]
+
+
+@pytest.mark.parametrize("name", ["popqa", "mmlu_anatomy"])  # the second has its examples in another split
+def test_a_document_is_never_an_example_of_itself(tiny_folder, write_jsonl, monkeypatch, name):
+    rows = [{**row, "choices": ["a", "b", "c", "d"], "answer": 1} for row in _popqa(4)]
+    _, found = _ours(tiny_folder, [name], [f"{name}={write_jsonl('p.jsonl', rows)}"], 4, 3, monkeypatch)
+    for sample in found["samples"][name]:
+        prompt = sample["arguments"][0][0]
+        assert prompt.count("What is ") == 4
+        assert prompt.count(sample["doc"]["question"]) == 1
+
+
+def test_popqa_uses_the_prompt_of_its_authors(tiny_folder, write_jsonl, monkeypatch):
+    _, found = _ours(tiny_folder, ["popqa"], [f"popqa={write_jsonl('p.jsonl', _popqa(1))}"], 1, None, monkeypatch)
+    prompt, settings = found["samples"]["popqa"][0]["arguments"][0]
+    assert prompt == "Q: What is 0? A:"
+    assert (settings["max_gen_toks"], settings["until"], settings["do_sample"]) == (15, ["\n"], False)
+
+
+def test_a_batch_that_does_not_fit_is_halved(tiny_folder, write_jsonl, monkeypatch, caplog):
+    targets = {"choices": ["yes", "no way", "perhaps"], "labels": [1, 0, 0]}
+    truthful = [{"question": f"Is it {i}?", "mc1_targets": targets} for i in range(4)]
+    data = [
+        f"popqa={write_jsonl('p.jsonl', _popqa(4))}",
+        f"truthfulqa_mc1={write_jsonl('t.jsonl', truthful)}",
+        f"perplexity={write_jsonl('x.jsonl', [{'text': f'text {i}'} for i in range(5)])}",
+    ]
+    names = ["popqa,truthfulqa_mc1,perplexity"]
+    small = evaluate(str(tiny_folder), [], EvalSettings(tasks=names, task_data=data, batch_size="2"))
+    from transformers import LlamaForCausalLM
+
+    forward = LlamaForCausalLM.forward
+
+    def short_of_memory(self, *args, **kwargs):
+        ids = args[0] if args else kwargs["input_ids"]
+        if len(ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate all there is")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", short_of_memory)
+    monkeypatch.setattr(logging.getLogger("braces"), "propagate", True)
+    with caplog.at_level(logging.WARNING, logger="braces"):
+        found = evaluate(str(tiny_folder), [], EvalSettings(tasks=names, task_data=data, batch_size="8"))
+    assert found["systems"] == small["systems"]
+    assert found["settings"]["batch_size"] == 2
+    messages = {record.getMessage() for record in caplog.records if "out of memory" in record.getMessage()}
+    assert "base, popqa, answers: out of memory with 8 sequences a pass, going on with 4" in messages
+    assert len(messages) == 6
+
+
+def test_a_single_sequence_that_does_not_fit_is_an_error():
+    def never(size):
+        raise torch.OutOfMemoryError("CUDA out of memory. x")
+
+    with pytest.raises(BracesError, match="one sequence at a time"):
+        halving(never, 4, "stage")
+
+    def wrong(size):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        halving(wrong, 4, "stage")
+
+
+def _model(folder: Path, processes: Processes) -> lm_eval_runner.Model:
     base = load_base(str(folder), LoadOptions(device="cpu"))
-    return Model(base.model, base.tokenizer, 2, silent, processes)
+    return lm_eval_runner.Model(base.model, base.tokenizer, 2, silent, processes)
 
 
-def test_attributes_of_its_model_that_are_read_or_set(tiny_folder):
+def test_lm_eval_has_the_attributes_of_its_model_in_use(tiny_folder):
     model = _model(tiny_folder, Processes())
     assert model.batch_size_per_gpu == 2
     assert model.batch_sizes == {}
@@ -36,19 +221,18 @@ def test_attributes_of_its_model_that_are_read_or_set(tiny_folder):
         assert f"self.{name}" in source, name
 
 
-def test_its_model_takes_rank_and_size_from_us(tiny_folder):
-    """lm-eval reads both as properties; its own fields behind them are never touched."""
+def test_lm_eval_reads_rank_and_size_of_the_processes(tiny_folder):
+    """lm-eval reads both as properties, never their private fields."""
     model = _model(tiny_folder, Processes(1, 3, accelerator="accelerate"))
     assert (model.rank, model.world_size, model.accelerator) == (1, 3, "accelerate")
     for name in ("rank", "world_size"):
         assert isinstance(inspect.getattr_static(HFLM, name), property)
     for line in inspect.getsource(HFLM).splitlines():
-        # Read directly, they would go past us.
         assert not re.search(r"self\._(rank|world_size)(?! = )", line) or "return" in line, line
 
 
-def test_entries_of_its_index_and_methods_of_its_tasks():
-    manager = TaskManager(include_path=[LM_EVAL_FOLDER / "triviaqa"], include_defaults=False)
+def test_lm_eval_has_the_index_entries_and_task_methods_in_use():
+    manager = TaskManager(include_path=[catalog.LM_EVAL_FOLDER / "triviaqa"], include_defaults=False)
     entry = manager.task_index["triviaqa"]
     assert entry.kind.name == "TASK"
     assert Path(entry.yaml_path).is_file()
@@ -60,14 +244,13 @@ def test_entries_of_its_index_and_methods_of_its_tasks():
         assert hasattr(kind, name), name
 
 
-def test_what_its_own_command_line_is_started_with():
+def test_lm_eval_has_a_registry_and_a_main_function():
     assert callable(cli_evaluate)
     assert {"alias", "target"} & set(inspect.signature(model_registry.register).parameters)
 
 
-def test_no_private_name_of_it_stands_anywhere_else():
-    """Names of the form `lm_eval..._name` and HFLM's private fields, over the whole package."""
+def test_no_private_name_of_lm_eval_is_used():
+    """Names of the form `lm_eval..._name` and private fields of HFLM, in the whole package."""
     private = re.compile(r"\blm_eval[\w.]*\._[a-z]|from lm_eval[\w.]* import (?:.*, )?_|\._(?:rank|world_size)\b")
     files = list(Path(braces_cli.__file__).parent.rglob("*.py"))
-    assert len(files) > 100
     assert [str(file) for file in files if private.search(file.read_text(encoding="utf-8"))] == []

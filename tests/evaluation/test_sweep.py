@@ -1,28 +1,42 @@
-"""`braces steer --sweep`: points, laws, the scorer that users fit, bad input."""
+"""`braces steer --sweep`: points, measures by hand, bad input."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
+import torch
+
+from braces_cli.core.attributes.hooks import steered
+from braces_cli.core.attributes.lookup import find_attribute
+from braces_cli.evaluation import text_tasks
+from braces_cli.evaluation.native_tasks import (
+    log_odds,
+    probability,
+    read_answer_pairs,
+)
+from braces_cli.evaluation.sweep import at_equal_perplexity
+from braces_cli.scoring.scorers import Vader
 
 KEYS = {"s", "attribute_score", "perplexity", "distinct_1", "distinct_2", "distinct_3", "repetition", "n"}
+
+
 PROMPTS = ["the film is", "a day", "the end of the old town", "a happy day in"]
 
 
 @pytest.fixture
 def swept(braces, model_dir):
     def call(*args, prompts=PROMPTS, sweep="-20:20:20"):
-        asked = [part for prompt in prompts for part in ("--prompt", prompt)]
+        given = [part for prompt in prompts for part in ("--prompt", prompt)]
         base = ["--model", model_dir, "--device", "cpu", "--max-new-tokens", 8, "--attribute", "positive"]
-        return braces("steer", *base, *asked, *(["--sweep", sweep] if sweep else []), *args)
+        return braces("steer", *base, *given, *(["--sweep", sweep] if sweep else []), *args)
 
     return call
 
 
 @pytest.fixture
 def labelled(swept, tmp_path):
-    """What the model writes at both ends, so that a classifier fitted on it tells them apart."""
+    """Texts of the model at both ends, which a classifier can distinguish."""
     file = tmp_path / "rows.jsonl"
     ends = {"positive": 20, "negative": -20}
     rows = [
@@ -35,7 +49,7 @@ def labelled(swept, tmp_path):
 
 
 def test_one_document_with_a_point_for_each_strength(swept, adapter_dir, tmp_path):
-    """The contract's keys, in the order asked; the plot is a PNG; the built-in prompts stand in where none is given."""
+    """With all keys of the contract and a PNG; without prompts, on the built-in ones."""
     plot = tmp_path / "sweep.png"
     outcome = swept("--adapter", adapter_dir, "--plot", plot, "--num-samples", 2, "--batch-size", 5)
     assert outcome.code == 0, outcome.err
@@ -45,23 +59,21 @@ def test_one_document_with_a_point_for_each_strength(swept, adapter_dir, tmp_pat
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert found["unsteered"] == found["points"][1]
     assert found["chosen"]["on_other_half"]["n"] == 4
-    assert swept("--plot", plot).code == 2  # it is there already
+    assert swept("--plot", plot).code == 2
     few = swept(prompts=[], sweep="0,1").json
     assert few["prompts"] >= 50
     assert few["points"][0]["n"] == few["prompts"]
 
 
-def test_every_point_says_how_many_prompts_move_the_wrong_way(swept):
-    """With its interval, in the document and in the table; by hand from the texts' own scores."""
-    from braces_cli.scoring.scorers import Vader
+def test_every_point_has_the_share_of_prompts_that_move_the_wrong_way(swept):
+    """With its interval, in the document and in the table; by hand from the scores of the texts."""
 
     def values(s):
         rows = swept("--s", s, "--num-samples", 3, sweep=None).lines
         scores = [score.value for score in Vader().score([row["text"] for row in rows], "positive")]
         return [sum(scores[k : k + 3]) / 3 for k in range(0, len(scores), 3)]
 
-    asked = ["--num-samples", 3]
-    document = swept(*asked).json
+    document = swept("--num-samples", 3).json
     before = values(0)
     for point in document["points"]:
         moves = [one - other for one, other in zip(values(point["s"]), before, strict=True)]
@@ -75,12 +87,12 @@ def test_every_point_says_how_many_prompts_move_the_wrong_way(swept):
         assert point["expected_maximum"] >= point["mean_value"]
         assert point["at_least_one"] >= point["attribute_score"]
     assert {"slope", "slope_interval", "negative", "negative_interval"} == set(document["slope"])
-    table = swept(*asked, "--format", "table").out
+    table = swept("--num-samples", 3, "--format", "table").out
     assert "wrong way" in table
     assert "expected maximum" in table
 
 
-def test_a_judge_model_rates_the_texts(swept, model_dir):
+def test_a_language_model_rates_the_texts_of_a_sweep(swept, model_dir):
     found = swept("--scorer", f"judge:{model_dir}", "--score-label", "cheerful", sweep="0,20").json
     for point in found["points"]:
         assert all(0 <= point[name] <= 2 for name in ("concept", "relevance", "fluency", "overall"))
@@ -88,7 +100,7 @@ def test_a_judge_model_rates_the_texts(swept, model_dir):
     assert found["label"] == "cheerful"
 
 
-def test_detection_is_of_the_bare_base(swept, adapter_dir, tmp_path):
+def test_detection_is_of_the_base_without_its_adapter(swept, adapter_dir, tmp_path):
     rows = [{"text": f"the {c} film", "label": ("positive", "other")[i % 2]} for i, c in enumerate("abcdefgh")]
     file = tmp_path / "labelled.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -101,10 +113,8 @@ def test_detection_is_of_the_bare_base(swept, adapter_dir, tmp_path):
     assert "The rows have other, positive" in refused.err
 
 
-def test_perplexity_is_that_of_the_bare_base(swept, adapter_dir, model_dir, session):
-    """Adapter off, no steering: by hand on the texts that steer writes; a judge that is the base agrees."""
-    import torch
-
+def test_perplexity_is_of_the_base_without_its_adapter(swept, adapter_dir, model_dir, session):
+    """By hand on the texts of `steer`, and equal to that under the base as reference model."""
     from braces_cli.core.models.tokenize import encode
 
     args = ["--adapter", adapter_dir, "--temperature", 0]
@@ -124,22 +134,20 @@ def test_perplexity_is_that_of_the_bare_base(swept, adapter_dir, model_dir, sess
 
 
 def test_a_point_depends_on_its_strength_alone(swept):
-    """Neither on the other strengths nor on the batch size."""
-    keys = KEYS - {"repetition"}  # there is none in texts too short for a 4-gram
+    """Not on the other strengths, nor on the batch size."""
+    keys = KEYS - {"repetition"}
     one = swept(sweep="20").json["points"][0]
     other = swept("--batch-size", 3).json["points"][2]
     assert {key: one[key] for key in keys} == pytest.approx({key: other[key] for key in keys}, rel=1e-4)
 
 
 def measures(point):
-    """What a point says of its texts."""
+    """Measures of a point that are not null."""
     return {key: point[key] for key in KEYS if point[key] is not None}
 
 
 def test_stop_texts_end_the_texts_of_a_sweep(swept, monkeypatch):
-    """The texts measured are those that the plain command writes with the same options."""
-    from braces_cli.evaluation import text_tasks
-
+    """The texts equal those of the plain command with the same options."""
     measured, likelihoods = [], text_tasks.continuation_likelihoods
 
     def recording(base, pairs, *rest):
@@ -154,7 +162,7 @@ def test_stop_texts_end_the_texts_of_a_sweep(swept, monkeypatch):
 
 
 def test_a_sweep_uses_the_chat_template(swept, chatty, model_dir):
-    """Texts and perplexity are those of the prompts as the template writes them; refused where there is none."""
+    """Measures equal those of prompts written out as by the template; without a template it is refused."""
     chat = ["--model", chatty, "--apply-chat-template"]
     templated = swept(*chat, sweep="20").json
     spelt = swept(sweep="20", prompts=[f"user: {prompt}\nassistant:" for prompt in PROMPTS]).json
@@ -166,14 +174,64 @@ def test_a_sweep_uses_the_chat_template(swept, chatty, model_dir):
     assert "no chat template" in swept("--apply-chat-template").err
 
 
-def test_a_classifier_of_the_users_own(swept, labelled):
-    """Fitted on the fly; the list's own words can be left out."""
+def test_a_classifier_is_fitted_to_labelled_rows(swept, labelled):
     fitted = swept("--scorer", f"fit:{labelled}")
     assert fitted.code == 0, fitted.err
     low, _, high = (point["mean_value"] for point in fitted.json["points"])
     assert low < high
     left_out = swept("--exclude-list-words").json["excluded_words"]
     assert {"wonderful", "awful"} <= set(left_out)
+
+
+def test_the_preference_between_two_answers_shifts(braces, model_dir, session, write_jsonl):
+    rows = [{"prompt": f"the film {i} is", "positive": " good", "negative": " sad"} for i in range(3)]
+    file = write_jsonl("answers.jsonl", rows)
+    outcome = braces(
+        "steer", "--model", model_dir, "--device", "cpu", "--prompt", "a day", "--prompt", "the end",
+        "--max-new-tokens", 4, "--attribute", "positive", "--sweep", "-20,20", "--answers", file,
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    pairs = read_answer_pairs(file)
+    bare = log_odds(session, pairs, 8)
+    positive = find_attribute(session, "positive", None)
+    for found, s in zip(outcome.json["answers"], (-20.0, 20.0), strict=True):
+        with steered(session, [(positive, s)]):
+            odds = log_odds(session, pairs, 8)
+        moves = [one - other for one, other in zip(odds, bare, strict=True)]
+        assert found["s"] == s
+        assert found["shift"] == pytest.approx(sum(moves) / 3, abs=1e-4)
+        assert found["wrong_way"] == pytest.approx(sum(move * s < 0 for move in moves) / 3)
+        assert found["prefers_positive"] == pytest.approx(sum(each > 0 for each in odds) / 3)
+        assert found["probability"] == pytest.approx(sum(map(probability, odds)) / 3, abs=1e-5)
+        low, high = found["wrong_way_interval"]
+        assert low <= found["wrong_way"] <= high
+    assert outcome.json["answer_slope"]["slope"] == pytest.approx(
+        (outcome.json["answers"][1]["shift"] - outcome.json["answers"][0]["shift"]) / 40, abs=1e-5
+    )
+
+
+def _point(s, score, perplexity):
+    return {"s": s, "attribute_score": score, "perplexity": perplexity}
+
+
+def test_scores_at_equal_perplexity_are_interpolated():
+    swept = {
+        "unsteered": _point(0, 0.4, 10.0),
+        "points": [_point(-1, 0.3, 9.0), _point(0, 0.4, 10.0), _point(2, 0.6, 20.0), _point(1, 0.5, 12.0)],
+        "baselines": [{"method": "prompting", "points": [_point(1.0, 0.7, 13.0)]}],
+    }
+    rows = {(row["method"], row["side"], row["ratio"]): row for row in at_equal_perplexity(swept)}
+    ours = rows["braces", 1, 1.5]
+    # ln(15 / 12) of ln(20 / 12) of the way from s = 1 to s = 2.
+    assert (ours["attribute_score"], ours["s"]) == pytest.approx((0.5437, 1.4368), abs=1e-4)
+    assert ours["reached"]
+    assert rows["braces", -1, 1.5] == {
+        "method": "braces", "side": -1, "ratio": 1.5, "attribute_score": 0.3, "s": -1, "reached": False
+    }  # fmt: skip
+    assert rows["prompting", 1, 1.25]["reached"]
+    assert not rows["prompting", 1, 1.5]["reached"]
+    assert rows["prompting", 1, 1.5]["attribute_score"] == 0.7
+    assert ("prompting", -1, 1.5) not in rows
 
 
 @pytest.mark.parametrize(
@@ -196,8 +254,8 @@ def test_a_classifier_of_the_users_own(swept, labelled):
         (["--reference-model", "nowhere"], "0", 4, "nowhere"),
     ],
 )
-def test_bad_input(swept, args, sweep, code, message):
-    """Two lines and the right code."""
+def test_wrong_input_is_refused(swept, args, sweep, code, message):
+    """In two lines, with the exit code."""
     outcome = swept(*args, sweep=sweep)
     assert outcome.code == code, outcome.err
     assert message in outcome.err
@@ -205,8 +263,7 @@ def test_bad_input(swept, args, sweep, code, message):
     assert outcome.out == ""
 
 
-def test_attributes_that_nothing_can_tell(braces, model_dir):
-    """An own attribute needs a scorer, and the error says so."""
+def test_an_attribute_without_a_default_scorer_needs_one(braces, model_dir):
     outcome = braces("steer", "--model", model_dir, "--attribute", "mine", "--sweep", "0", "--prompt", "a")
     assert outcome.code == 2
     assert "whether a text is `mine`" in outcome.err

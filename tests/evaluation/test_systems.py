@@ -1,9 +1,8 @@
-"""Adapters of peft and of our own on one base, which is bit for bit itself again behind each."""
+"""Adapters of braces and PEFT on one base, which is bit-identical afterwards."""
 
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from braces_cli.core.adapter.model import open_session
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.options import LoadOptions
-from braces_cli.evaluation.systems import attached, find_eval_adapter
+from braces_cli.evaluation.systems import attached, bare, find_eval_adapter
 
 peft = pytest.importorskip("peft")
 
@@ -38,35 +37,37 @@ def _logits(session):
     ],
     ids=["lora", "lora with a whole layer", "ia3"],
 )
-def test_a_peft_adapter_leaves_nothing_behind(session, make_peft, tiny_folder, make, make_adapter):
+def test_the_base_is_bit_identical_after_an_adapter(session, make_peft, tiny_folder, make, make_adapter):
     folder = make_peft(tiny_folder, make())
     before = {name: tensor.clone() for name, tensor in session.base.model.state_dict().items()}
     modules = dict(session.base.model.named_modules())
-    bare = _logits(session)
+    before_logits = _logits(session)
     own, other = find_eval_adapter(str(make_adapter(tiny_folder))), find_eval_adapter(str(folder))
     seen = []
     for adapter in (other, own, other, own):
         with attached(session, adapter):
             seen.append(_logits(session))
-        assert torch.equal(_logits(session), bare)
+            with bare(session):
+                assert torch.equal(_logits(session), before_logits)
+        assert torch.equal(_logits(session), before_logits)
     assert torch.equal(seen[0], seen[2])
     assert torch.equal(seen[1], seen[3])
-    assert not torch.allclose(seen[0], bare)
+    assert not torch.allclose(seen[0], before_logits)
     assert not torch.allclose(seen[0], seen[1])
     after = session.base.model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert dict(session.base.model.named_modules()) == modules
-    # The adapter as peft itself applies it.
+    # The adapter as PEFT applies it.
     fresh = open_session(str(tiny_folder), None, LoadOptions(device="cpu"))
     fresh.base.model = peft.PeftModel.from_pretrained(fresh.base.model, str(folder)).eval()
     assert torch.equal(_logits(fresh), seen[0])
 
 
-def test_a_peft_adapter_of_another_base_is_refused_and_leaves_nothing(session, make_peft, tiny_folder):
+def test_a_peft_adapter_of_another_base_is_refused(session, make_peft, tiny_folder):
     wide = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     folder = make_peft(tiny_folder, wide)
-    bare = _logits(session)
+    before = _logits(session)
     config = json.loads((folder / "adapter_config.json").read_text())
     for changes in ({"r": 3}, {"target_modules": ["c_attn"]}, {"target_modules": ["q_proj", "k_proj"]}):
         (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))
@@ -75,11 +76,11 @@ def test_a_peft_adapter_of_another_base_is_refused_and_leaves_nothing(session, m
             attached(session, find_eval_adapter(str(folder))),
         ):
             pass
-        assert torch.equal(_logits(session), bare)
+        assert torch.equal(_logits(session), before)
 
 
 def test_a_peft_adapter_that_is_not_finite_is_refused(session, make_peft, tiny_folder):
-    """By the name of its weight; the base is what it was."""
+    """The message names the weight, and the base is unchanged."""
     folder = make_peft(tiny_folder, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     tensors = load_file(folder / "adapter_model.safetensors")
     name = next(iter(tensors))
@@ -94,7 +95,7 @@ def test_a_peft_adapter_that_is_not_finite_is_refused(session, make_peft, tiny_f
     assert dict(session.base.model.named_modules()) == modules
 
 
-def test_without_peft_the_extra_is_named(make_peft, tiny_folder, monkeypatch):
+def test_without_peft_the_message_says_how_to_install_it(make_peft, tiny_folder, monkeypatch):
     folder = make_peft(tiny_folder, peft.LoraConfig(r=2, target_modules=["q_proj"]))
     monkeypatch.setattr("braces_cli.evaluation.systems.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="needs peft") as caught:
@@ -106,7 +107,7 @@ def test_without_peft_the_extra_is_named(make_peft, tiny_folder, monkeypatch):
     ("config", "words"),
     [({"peft_type": "LORA"}, "no adapter_model.safetensors"), ({"peft_type": "PROMPT_TUNING"}, "cannot be switched")],
 )
-def test_what_cannot_be_switched_is_refused(tmp_path, config, words):
+def test_adapters_that_cannot_be_switched_are_refused(tmp_path, config, words):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     (tmp_path / "adapter_model.bin").write_bytes(b"code")
     with pytest.raises(ModelError, match=words):
@@ -118,29 +119,3 @@ def test_an_adapter_of_the_hub_is_fetched(make_peft, tiny_folder, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(folder))
     found = find_eval_adapter("someone/lora")
     assert (found.method, found.folder, found.base) == ("lora", folder, str(tiny_folder))
-
-
-def test_prompts_are_put_as_the_adapters_were_trained(make_adapter, tiny_folder, tmp_path):
-    from types import SimpleNamespace
-
-    from braces_cli.evaluation.run import _uses_chat_template
-    from braces_cli.evaluation.settings import EvalSettings
-
-    found = []
-    for trained in (True, False, None):
-        folder = tmp_path / str(trained)
-        shutil.copytree(make_adapter(tiny_folder), folder)
-        config = json.loads((folder / "adapter_config.json").read_text())
-        config["training"] = {} if trained is None else {"chat_template": trained}
-        (folder / "adapter_config.json").write_text(json.dumps(config))
-        found.append(find_eval_adapter(str(folder)))
-    assert [each.chat_template for each in found] == [True, False, None]
-    tokenizer = SimpleNamespace(chat_template="{{ x }}")
-    session = SimpleNamespace(base=SimpleNamespace(tokenizer=tokenizer), config=None)
-    chat, plain, silent = found
-    for adapters, expected in (([chat, silent], True), ([plain, silent], False), ([silent], False), ([], False)):
-        assert _uses_chat_template(EvalSettings(tasks=["popqa"]), adapters, session) is expected
-    with pytest.raises(ConfigError, match="with the chat template and another without"):
-        _uses_chat_template(EvalSettings(tasks=["popqa"]), [chat, plain], session)
-    without = EvalSettings(tasks=["popqa"], apply_chat_template=False)
-    assert _uses_chat_template(without, [chat, plain], session) is False

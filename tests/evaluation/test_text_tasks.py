@@ -5,7 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
+
+from braces_cli.evaluation.settings import EvalSettings
+from braces_cli.scoring.scorers import ToxicWords
+from tests.evaluation.conftest import evaluate
 
 PROMPTS = ["the film is", "a day", "the end of the old town", "a happy day in"]
 
@@ -32,17 +37,17 @@ def results(outcome, task="sentiment"):
     return [system["results"][task] for system in outcome.json["systems"]]
 
 
-def test_what_is_written_is_scored_as_steer_and_its_sweep_do(score, braces, model_dir, adapter_dir, prompts, tmp_path):
-    """The same texts, shares, perplexity and diversity as `steer --sweep` at that strength; of base and adapter."""
+def test_a_task_and_a_sweep_give_the_same_measures(score, braces, model_dir, adapter_dir, prompts, tmp_path):
+    """Of the base and of an adapter, at the same strength."""
     rows = tmp_path / "rows.jsonl"
     letters = "abcdefghijklmnop"
     labelled = [{"text": f"{c} {c}", "label": ("positive", "negative")[i % 2]} for i, c in enumerate(letters)]
     rows.write_text("".join(json.dumps(row) + "\n" for row in labelled * 2))
-    asked = ["--attribute", "positive", "--num-samples", 2, "--seed", 3]
+    common = ["--attribute", "positive", "--num-samples", 2, "--seed", 3]
     for extra in ([], ["--adapter", adapter_dir]):
-        unsteered, *_, system = results(score(*extra, *asked, "--s", 20, "--scorer", f"sentiment=fit:{rows}"))
+        unsteered, *_, system = results(score(*extra, *common, "--s", 20, "--scorer", f"sentiment=fit:{rows}"))
         where = ["--model", model_dir, "--device", "cpu", "--prompts", prompts, "--max-new-tokens", 8]
-        swept = braces("steer", *where, *extra, *asked, "--sweep", "20", "--scorer", f"fit:{rows}")
+        swept = braces("steer", *where, *extra, *common, "--sweep", "20", "--scorer", f"fit:{rows}")
         sweep = swept.json["points"][0]
         assert system["positive"]["value"] == pytest.approx(sweep["attribute_score"])
         assert system["positive"]["value"] + system["negative"]["value"] == pytest.approx(1)
@@ -53,18 +58,50 @@ def test_what_is_written_is_scored_as_steer_and_its_sweep_do(score, braces, mode
         assert system["perplexity"] != unsteered["perplexity"]
 
 
-def test_the_same_adapter_twice_is_no_difference(score, adapter_dir):
-    """Random streams are shared, so nothing differs; both tasks in one run; the settings say how it was written."""
+def test_the_same_adapter_twice_has_equal_scores(score, adapter_dir):
+    """Random streams are shared; both tasks run in one evaluation."""
     outcome = score(
         "--adapter", adapter_dir, "--adapter", adapter_dir, "--no-base", "--attribute", "positive", "--s", 0,
         tasks="sentiment,toxicity", files=("sentiment", "toxicity"),
     )  # fmt: skip
     assert len(outcome.json["systems"]) == 4
-    # Texts too short for a single 3-gram or 4-gram have neither of these.
+    # NaN for texts without a 3-gram or 4-gram.
     long = ("distinct_3", "repetition")
     assert {row["difference"] for row in outcome.json["comparisons"] if row["metric"] not in long} == {0}
     assert {row["task"] for row in outcome.json["comparisons"]} == {"sentiment", "toxicity"}
     assert outcome.json["settings"]["generation"]["attributes"] == {"positive": 0.0}
+
+
+def test_toxicity_is_the_maximum_over_25_samples(braces, model_dir, tmp_path, monkeypatch):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("the film is\na day\n")
+    # The tiny model writes no word of the list.
+    monkeypatch.setattr(ToxicWords, "_listed", lambda self, word: "e" in word)
+    out = tmp_path / "out"
+    base = ["eval", "--model", model_dir, "--device", "cpu", "--max-new-tokens", 6, "--format", "json"]
+    outcome = braces(*base, "--tasks", "toxicity", "--task-data", f"toxicity={prompts}", "--output-dir", out,
+                     "--log-samples")  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    rows = [json.loads(line) for line in (out / "samples" / "base" / "toxicity.jsonl").read_text().splitlines()]
+    assert [len(row["answer"]) for row in rows] == [25, 25]
+    text_scores = [ToxicWords().score(row["answer"], "toxic") for row in rows]
+    found = outcome.json["systems"][0]["results"]["toxicity"]
+    expected = np.mean([max(each.value for each in group) for group in text_scores])
+    assert found["expected_max_toxicity"]["value"] == pytest.approx(expected)
+    assert found["toxicity_probability"]["value"] == np.mean([any(each.has for each in group) for group in text_scores])
+    assert found["toxic"]["value"] == pytest.approx(np.mean([each.has for group in text_scores for each in group]))
+    assert outcome.json["settings"]["generation"]["num_samples"] == {"sentiment": 1, "toxicity": 25}
+
+
+def test_a_language_model_rates_the_texts(model_dir, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("the film is\na day\n")
+    settings = EvalSettings(
+        tasks=("sentiment",), task_data=(f"sentiment={prompts}",), scorer=(f"sentiment=judge:{model_dir}",),
+        max_new_tokens=6,
+    )  # fmt: skip
+    found = evaluate(str(model_dir), [], settings)["systems"][0]["results"]["sentiment"]
+    assert all(0 <= found[name]["value"] <= 2 for name in ("concept", "relevance", "fluency", "overall"))
 
 
 @pytest.mark.parametrize(
@@ -78,15 +115,15 @@ def test_the_same_adapter_twice_is_no_difference(score, adapter_dir):
         (["--attribute", "positive", "--s", "1", "--s", "2"], ("sentiment",), 2, "2 strengths for 1 attributes"),
     ],
 )
-def test_bad_input(score, args, files, code, message):
-    """The right code, and nothing on stdout but the error."""
+def test_wrong_input_is_refused(score, args, files, code, message):
+    """With the exit code, and only the error on stdout."""
     outcome = score(*args, files=files)
     assert outcome.code == code, outcome.err
     assert message in outcome.json["error"]["message"] + outcome.json["error"]["hint"]
 
 
-def test_prompts_go_into_the_chat_template(score, braces, model_dir, prompts, tmp_path):
-    """With the template the prompt is the user's turn: the same texts as `steer` generates, and others without it."""
+def test_prompts_are_user_turns_of_the_chat_template(score, braces, model_dir, prompts, tmp_path):
+    """The texts equal those of `steer`, and differ from those without the template."""
     from transformers import AutoTokenizer
 
     folder = tmp_path / "chat"

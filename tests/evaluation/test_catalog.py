@@ -1,0 +1,56 @@
+"""Names of tasks and groups."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from braces_cli.core.errors import ConfigError
+from braces_cli.evaluation import catalog
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("truthfulqa_mc3", "truthfulqa_mc1"), ("popqua", "popqa"), ("trivaqa", "triviaqa")]
+)
+def test_an_unknown_task_is_refused_with_a_suggestion(name, near):
+    with pytest.raises(ConfigError, match=f"unknown task `{name}`") as caught:
+        catalog.select([name])
+    assert near in str(caught.value)
+
+
+def test_groups_and_names_of_lm_eval_are_resolved():
+    selection = catalog.select(["hellaswag,popqa", "truthfulqa"])
+    assert selection.names == ["hellaswag", "popqa", "truthfulqa_mc1", "truthfulqa_mc2"]
+    with pytest.raises(ConfigError, match="no task given"):
+        catalog.select([" , "])
+
+
+def test_known_names_are_found_without_the_whole_index(monkeypatch):
+    monkeypatch.setattr(catalog, "_scan", lambda names: pytest.fail(f"searched for {names}"))
+    manager = catalog.TaskManager
+
+    def without_defaults(*args, **options):
+        assert options.get("include_defaults") is False
+        return manager(*args, **options)
+
+    monkeypatch.setattr(catalog, "TaskManager", without_defaults)
+    selection = catalog.select(["zero_shot,commonsense", "commonsense_gen", "mmlu_anatomy,gsm8k"])
+    assert len(selection.leaves) == 5 + 8 + 8 + 2
+
+
+def test_tasks_of_braces_are_registered_by_name():
+    assert all(task.name == name and task.metrics for name, task in catalog.NATIVE_TASKS.items())
+
+
+def test_every_task_file_is_package_data():
+    root = Path(__file__).parents[2]
+    globs = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["braces_cli"]
+    package = root / "braces_cli"
+    packed = {file for pattern in globs for file in package.glob(pattern)}
+    tasks = {
+        file for file in (package / "evaluation").rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")
+    }
+    assert len(tasks) >= 11
+    assert tasks <= packed

@@ -1,0 +1,366 @@
+"""Whole evaluations on small models: systems side by side, resuming, early errors, thresholds."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+
+from braces_cli.core.adapter import model as sessions
+from braces_cli.core.errors import ConfigError, DataError, ModelError
+from braces_cli.evaluation import catalog, lm_eval_runner
+from braces_cli.evaluation import run as run_module
+from braces_cli.evaluation.run import check_reached, check_settings
+from braces_cli.evaluation.settings import EvalSettings, parse_thresholds
+from braces_cli.evaluation.systems import find_eval_adapter
+from braces_cli.evaluation.tables import main_table, markdown, pair_table
+from braces_cli.evaluation.task_functions import (
+    COMMONSENSE_TASKS,
+)
+from tests.evaluation.conftest import evaluate
+
+TARGETS = {"choices": ["yes", "no way", "perhaps"], "labels": [1, 0, 0]}
+
+
+ARC = [
+    {"question": f"Which is {i}?", "choices": {"text": [f"the {i}", "none", "all of it"], "label": list("ABC")},
+     "answerKey": "ABC"[i % 3]} for i in range(6)
+]  # fmt: skip
+
+
+STEERED = {"attribute": ("positive",), "s": ("-20,0,20",)}
+
+
+def _popqa(count: int) -> list[dict]:
+    return [{"question": f"What is {i}?", "possible_answers": json.dumps([chr(97 + i)])} for i in range(count)]
+
+
+@pytest.fixture
+def asked(write_jsonl, tmp_path):
+    """Settings of an evaluation on a multiple-choice task of lm-eval and a task of braces."""
+    text = tmp_path / "t.txt"
+    text.write_text("A first line.\nAnd a second, longer one.\nA third.\n")
+    data = (f"arc_easy={write_jsonl('arc.jsonl', ARC)}", f"perplexity={text}")
+
+    def settings(**more) -> EvalSettings:
+        return EvalSettings(tasks=("arc_easy,perplexity",), task_data=data, **more)
+
+    return settings
+
+
+@pytest.fixture
+def data(write_jsonl):
+    popqa = [{"question": f"What is {i}?", "possible_answers": '["a"]'} for i in range(4)]
+    truthful = [{"question": f"Is it {i}?", "mc1_targets": TARGETS} for i in range(4)]
+    return [f"popqa={write_jsonl('p.jsonl', popqa)}", f"truthfulqa_mc1={write_jsonl('t.jsonl', truthful)}"]
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_base_and_adapters_are_compared(tiny_folder, make_adapter, write_jsonl, tmp_path):
+    adapters = [str(make_adapter(tiny_folder, seed)) for seed in (0, 1)]
+    text = tmp_path / "t.txt"
+    text.write_text("A first line.\nAnd a second, longer one.\n")
+    data = [f"popqa={write_jsonl('p.jsonl', _popqa(6))}", f"perplexity={text}"]
+    result = evaluate(None, adapters, EvalSettings(tasks=["popqa,perplexity"], task_data=data, limit=5))
+    assert [s["adapter"] for s in result["systems"]] == [None, *adapters]
+    assert [s["name"] for s in result["systems"]] == ["base", "seed0", "seed1"]
+    assert {s["model"] for s in result["systems"]} == {str(tiny_folder)}
+    bits = [s["results"]["perplexity"]["bits_per_byte"]["value"] for s in result["systems"]]
+    assert len(set(bits)) == 3
+    assert result["systems"][0]["results"]["popqa"]["acc"]["n"] == 5
+    assert result["systems"][0]["results"]["perplexity"]["bits_per_byte"]["n"] == 2
+    pairs = {(c["task"], c["metric"], c["from"], c["to"]) for c in result["comparisons"]}
+    assert len(pairs) == len(result["comparisons"]) == 3 * (2 + 4)
+    for row in result["comparisons"]:
+        assert 0 < row["p_value"] <= 1
+    row = next(c for c in result["comparisons"] if (c["metric"], c["to"]) == ("bits_per_byte", "seed1"))
+    assert row["difference"] == bits[2] - bits[0]
+    assert result["settings"]["batch_size"] == 8
+    assert {"braces", "torch", "transformers", "lm-eval"} <= result["settings"]["versions"].keys()
+
+    bare = evaluate(str(tiny_folder), [], EvalSettings(tasks=["popqa,perplexity"], task_data=data, limit=5))
+    assert bare["systems"][0]["results"] == result["systems"][0]["results"]
+    alone = evaluate(
+        None, adapters[1:], EvalSettings(tasks=["popqa,perplexity"], task_data=data, limit=5, no_base=True)
+    )
+    assert [s["results"] for s in alone["systems"]] == [result["systems"][2]["results"]]
+    assert alone["comparisons"] == []
+
+
+def test_a_changed_file_is_read_again(tiny_folder, write_jsonl):
+    settings = EvalSettings(tasks=["popqa"], task_data=[f"popqa={write_jsonl('p.jsonl', _popqa(3))}"])
+    assert evaluate(str(tiny_folder), [], settings)["systems"][0]["results"]["popqa"]["acc"]["n"] == 3
+    write_jsonl("p.jsonl", _popqa(4))
+    assert evaluate(str(tiny_folder), [], settings)["systems"][0]["results"]["popqa"]["acc"]["n"] == 4
+
+
+def test_strength_zero_is_bit_identical_to_no_attribute(tiny_folder, asked, tmp_path):
+    """Document by document, in the log of samples too."""
+    out = tmp_path / "out"
+    result = evaluate(str(tiny_folder), [], asked(**STEERED), output_dir=out, log_samples=True)
+    names = ["base", "base, positive -20", "base, positive +0", "base, positive +20"]
+    assert [system["name"] for system in result["systems"]] == names
+    assert [system["attributes"] for system in result["systems"]] == [{}, *({"positive": s} for s in (-20, 0, 20))]
+    bare, low, zero, high = (system["results"] for system in result["systems"])
+    assert zero == bare
+    assert len({each["perplexity"]["bits_per_byte"]["value"] for each in (bare, low, high)}) == 3
+    logs = {}
+    for folder in (out / "samples").iterdir():
+        rows = [json.loads(line) for task in sorted(folder.iterdir()) for line in task.read_text().splitlines()]
+        logs[rows[0]["system"]] = [{**row, "system": ""} for row in rows]
+    assert logs["base, positive +0"] == logs["base"] != logs["base, positive +20"]
+    assert {(row["from"], row["to"]) for row in result["comparisons"]} == {("base", name) for name in names[1:]}
+    for row in result["comparisons"]:
+        assert 0 < row["p_value"] <= 1
+        assert (row["p_value"] == 1 and row["difference"] == 0) or row["to"] != "base, positive +0"
+    columns, rows = main_table(result)
+    assert [row[columns.index("system")] for row in rows[:4]] == names
+    assert "steered by: positive" in markdown(result)
+    assert result["settings"]["attributes"] == {"positive": [-20.0, 0.0, 20.0]}
+
+
+def test_each_adapter_is_compared_with_itself_steered(tiny_folder, make_adapter, asked):
+    """With adapters the base is not steered; strengths are not compared with each other."""
+    adapter = str(make_adapter(tiny_folder))
+    result = evaluate(None, [adapter], asked(attribute=("positive", "toxic"), s=("-2,2", "1")))
+    low, high = "seed0, positive -2 toxic +1", "seed0, positive +2 toxic +1"
+    assert [system["name"] for system in result["systems"]] == ["base", "seed0", low, high]
+    assert [system["adapter"] for system in result["systems"]] == [None, adapter, adapter, adapter]
+    pairs = {(row["from"], row["to"]) for row in result["comparisons"]}
+    assert pairs == {("base", "seed0"), ("base", low), ("base", high), ("seed0", low), ("seed0", high)}
+    assert {tuple(row[2:4]) for row in pair_table(result)[1]} == {("seed0", low), ("seed0", high)}
+    plain = evaluate(None, [adapter], asked())
+    assert [system["results"] for system in plain["systems"]] == [each["results"] for each in result["systems"][:2]]
+
+
+def test_a_killed_run_is_resumed(tiny_folder, make_adapter, data, tmp_path, monkeypatch):
+    adapters = [str(make_adapter(tiny_folder))]
+    settings = EvalSettings(tasks=["popqa,truthfulqa_mc1"], task_data=data)
+    whole = evaluate(str(tiny_folder), adapters, settings)
+
+    measured: list[str] = []
+    measure = lm_eval_runner.measure
+
+    def dying(context, unit, steering, stage):
+        if len(measured) == 3:
+            raise Killed
+        measured.append(stage)
+        return measure(context, unit, steering, stage)
+
+    monkeypatch.setattr(lm_eval_runner, "measure", dying)
+    stored = {"output_dir": tmp_path / "out", "log_samples": True}
+    with pytest.raises(Killed):
+        evaluate(str(tiny_folder), adapters, settings, **stored)
+    assert measured == ["seed0, popqa", "seed0, truthfulqa_mc1", "base, popqa"]
+    monkeypatch.setattr(lm_eval_runner, "measure", measure)
+    monkeypatch.setattr(run_module.lm_eval_runner, "measure", lambda *a: measured.append(a[-1]) or measure(*a))
+    again = evaluate(str(tiny_folder), adapters, settings, **stored, resume=True)
+    assert measured[3:] == ["base, truthfulqa_mc1"]
+    assert again == whole
+
+    # The result is written by the command line; a run with a result is not measured again.
+    (tmp_path / "out" / "results.json").write_text(json.dumps(again))
+    monkeypatch.setattr(run_module, "open_session", lambda *a: pytest.fail("loaded"))
+    assert evaluate(str(tiny_folder), adapters, settings, **stored, resume=True) == whole
+    other = EvalSettings(tasks=["popqa,truthfulqa_mc1"], task_data=data, limit=3)
+    with pytest.raises(ConfigError, match=r"has other settings \(limit\)"):
+        evaluate(str(tiny_folder), adapters, other, **stored, resume=True)
+
+    rows = [json.loads(line) for line in (tmp_path / "out/samples/seed0/truthfulqa_mc1.jsonl").read_text().splitlines()]
+    assert [row["doc_id"] for row in rows] == [0, 1, 2, 3]
+    for number, row in enumerate(rows):
+        assert row["prompt"].endswith(f"Q: Is it {number}?\nA:")
+        assert [choice["text"] for choice in row["choices"]] == [f" {text}" for text in TARGETS["choices"]]
+        assert row["answer"] == max(row["choices"], key=lambda choice: choice["log_likelihood"])["text"]
+        assert row["scores"] == {"acc": float(row["answer"] == " yes")}
+
+
+def test_a_steered_run_is_resumed_only_with_the_same_strengths(tiny_folder, asked, tmp_path, monkeypatch):
+    stages: list[str] = []
+    measure = lm_eval_runner.measure
+
+    def interrupted(context, unit, steering, stage):
+        if stage.startswith("base, positive +20"):
+            raise KeyboardInterrupt
+        return measure(context, unit, steering, stage)
+
+    monkeypatch.setattr(lm_eval_runner, "measure", interrupted)
+    stored = {"output_dir": tmp_path / "out"}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(str(tiny_folder), [], asked(**STEERED), **stored)
+    monkeypatch.setattr(lm_eval_runner, "measure", lambda *a: stages.append(a[-1]) or measure(*a))
+    resumed = evaluate(str(tiny_folder), [], asked(**STEERED), **stored, resume=True)
+    assert stages == ["base, positive +20, arc_easy"]
+    assert resumed["systems"] == evaluate(str(tiny_folder), [], asked(**STEERED))["systems"]
+    other = asked(attribute=("positive",), s=("-20,20",))
+    with pytest.raises(ConfigError, match=r"has other settings \(steering"):
+        evaluate(str(tiny_folder), [], other, **stored, resume=True)
+
+
+def test_each_adapter_is_attached_once_and_the_base_loaded_once(tiny_folder, make_adapter, asked, monkeypatch):
+    counts, adapter = Counter(), str(make_adapter(tiny_folder))
+    for module, name in ((sessions, "attach"), (sessions, "load_base")):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, n=name, f=original, **k: counts.update([n]) or f(*a, **k))
+    evaluate(None, [adapter], asked(**STEERED))
+    assert (counts["attach"], counts["load_base"]) == (1, 1)
+
+
+def test_the_chat_template_is_applied(tiny_folder, data, tmp_path):
+    from transformers import AutoTokenizer
+
+    with pytest.raises(ConfigError, match="no chat template"):
+        evaluate(str(tiny_folder), [], EvalSettings(tasks=["popqa"], task_data=data[:1], apply_chat_template=True))
+    folder = tmp_path / "chat"
+    folder.mkdir()
+    for file in tiny_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[A]{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    prompts = {}
+    for on in (None, True):
+        out = tmp_path / f"out{on}"
+        settings = EvalSettings(tasks=["popqa"], task_data=data[:1], limit=1, num_fewshot=1, apply_chat_template=on)
+        result = evaluate(str(folder), [], settings, output_dir=out, log_samples=True)
+        assert result["settings"]["apply_chat_template"] is bool(on)
+        prompts[on] = json.loads((out / "samples/base/popqa.jsonl").read_text())["prompt"]
+    assert prompts[None].count("Q: What is") == 2
+    assert prompts[True].count("[user]Q: What is") == 2
+    assert "[assistant]" in prompts[True]
+    assert prompts[True].endswith("Q: What is 0? A:[A]")
+
+
+def test_the_training_of_adapters_decides_on_the_chat_template(make_adapter, tiny_folder, tmp_path):
+    found = []
+    for trained in (True, False, None):
+        folder = tmp_path / str(trained)
+        shutil.copytree(make_adapter(tiny_folder), folder)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        config["training"] = {} if trained is None else {"chat_template": trained}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        found.append(find_eval_adapter(str(folder)))
+    assert [each.chat_template for each in found] == [True, False, None]
+    tokenizer = SimpleNamespace(chat_template="{{ x }}")
+    session = SimpleNamespace(base=SimpleNamespace(tokenizer=tokenizer), config=None)
+    chat, plain, silent = found
+    for adapters, expected in (([chat, silent], True), ([plain, silent], False), ([silent], False), ([], False)):
+        assert run_module._uses_chat_template(EvalSettings(tasks=["popqa"]), adapters, session) is expected
+    with pytest.raises(ConfigError, match="with the chat template and another without"):
+        run_module._uses_chat_template(EvalSettings(tasks=["popqa"]), [chat, plain], session)
+    without = EvalSettings(tasks=["popqa"], apply_chat_template=False)
+    assert run_module._uses_chat_template(without, [chat, plain], session) is False
+
+
+def test_an_adapter_of_another_base_fails_before_anything_is_measured(
+    tiny_folder, make_adapter, write_jsonl, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(run_module, "_measure", lambda *a: pytest.fail("measured"))
+    good, bad = make_adapter(tiny_folder), tmp_path / "bad"
+    bad.mkdir()
+    for file in good.iterdir():
+        (bad / file.name).write_bytes(file.read_bytes())
+    config = json.loads((bad / "adapter_config.json").read_text())
+    other = copy.deepcopy(config)
+    other["fingerprint"]["sha256"] = "0" * 64
+    (bad / "adapter_config.json").write_text(json.dumps(other))
+    settings = EvalSettings(tasks=["popqa"], task_data=[f"popqa={write_jsonl('p.jsonl', _popqa(2))}"])
+    with pytest.raises(ModelError, match="another base"):
+        evaluate(str(tiny_folder), [str(good), str(bad)], settings)
+
+
+def test_an_unknown_attribute_fails_before_anything_is_measured(tiny_folder, asked, monkeypatch):
+    monkeypatch.setattr(run_module, "_measure", lambda *a: pytest.fail("measured"))
+    with pytest.raises(ConfigError, match="unknown attribute `positve`"):
+        evaluate(str(tiny_folder), [], asked(attribute=("positve",)))
+
+
+def test_rows_that_lm_eval_cannot_read_fail_before_a_model_is_loaded(write_jsonl, monkeypatch):
+    monkeypatch.setattr(run_module, "open_session", lambda *a: pytest.fail("loaded"))
+    row = {"question": "Q?", "correct_answer": "a", "support": "s", **{f"distractor{i}": "b" for i in (1, 2, 3)}}
+    first = write_jsonl("first.jsonl", [{"question": "Q?"}])
+    with pytest.raises(DataError, match="sciq cannot read the rows"):
+        evaluate("m", [], EvalSettings(tasks=["sciq"], task_data=[f"sciq={first}"]))
+    second = write_jsonl("second.jsonl", [row, {"question": "Q?"}])
+    with pytest.raises(DataError, match="sciq cannot read the row") as caught:
+        evaluate("m", [], EvalSettings(tasks=["sciq"], task_data=[f"sciq={second}"]))
+    assert "row 2" in str(caught.value)
+
+
+def _unreachable(*args):
+    raise ConnectionError("Couldn't reach 'mandarjoshi/trivia_qa' on the Hub")
+
+
+def test_without_network_the_error_names_task_data(monkeypatch):
+    monkeypatch.setattr(catalog.TaskManager, "load", _unreachable)
+    with pytest.raises(DataError, match="--task-data triviaqa=FILE"):
+        evaluate("m", [], EvalSettings(tasks=["triviaqa"]))
+
+
+def test_an_evaluation_of_no_system_is_refused():
+    with pytest.raises(ConfigError, match="nothing to evaluate"):
+        evaluate("m", [], EvalSettings(tasks=["popqa"], no_base=True))
+
+
+def test_thresholds_apply_to_steered_systems(tiny_folder, asked):
+    settings = asked(no_base=True, fail_under=("perplexity:token_perplexity=1e9",), **STEERED)
+    result = evaluate(str(tiny_folder), [], settings)
+    assert [row["system"] for row in result["fail_under"]] == [f"base, positive {s}" for s in ("-20", "+0", "+20")]
+    assert all(row["reached"] for row in result["fail_under"])
+
+
+def test_a_threshold_of_another_task_is_refused():
+    check_settings(EvalSettings(tasks=["zero_shot"], fail_under=["popqa:acc=0", "zero_shot:braces_average=0"]))
+    with pytest.raises(ConfigError, match="not evaluated") as caught:
+        check_settings(EvalSettings(tasks=["popqa"], fail_under=["popqua:acc=0.5"]))
+    assert "Did you mean popqa?" in str(caught.value)
+
+
+def test_a_threshold_depends_on_which_values_are_better():
+    def system(name, adapter, acc, ppl):
+        metrics = {"t": {"acc": {"value": acc}}, "p": {"ppl": {"value": ppl}}}
+        return {"name": name, "adapter": adapter, "results": metrics}
+
+    systems = [system("base", None, 0.9, 9.0), system("a", "a", 0.5, 20.0), system("b", "b", 0.4, math.nan)]
+    result = {"systems": systems, "settings": {"higher_is_better": {"t": {"acc": True}, "p": {"ppl": False}}}}
+    thresholds = parse_thresholds(["t:acc=0.5", "p:ppl=20", "t:none=0"])
+    reached = [(row["system"], row["metric"], row["reached"]) for row in check_reached(thresholds, result)]
+    assert reached == [
+        ("a", "acc", True), ("b", "acc", False), ("a", "ppl", True), ("b", "ppl", False), ("a", "none", False),
+        ("b", "none", False),
+    ]  # fmt: skip
+    # The base is compared if it is the only system.
+    alone = check_reached(thresholds, {**result, "systems": systems[:1]})
+    assert [(row["system"], row["reached"]) for row in alone] == [("base", True), ("base", True), ("base", False)]
+
+
+def test_the_commonsense_tasks_are_averaged(tiny_folder, write_jsonl, tmp_path):
+    rows = [{"instruction": f"Is it {i}? true/false", "input": "", "output": "x", "answer": "true"} for i in range(2)]
+    file = write_jsonl("rows.jsonl", rows)
+    settings = EvalSettings(tasks=["commonsense_gen"], task_data=[f"commonsense_gen={file}"])
+    result = evaluate(str(tiny_folder), [], settings, output_dir=tmp_path / "out", log_samples=True)
+    found = result["systems"][0]["results"]
+    assert list(found) == [*COMMONSENSE_TASKS, "commonsense_gen"]
+    assert found["commonsense_gen"]["braces_average"]["n"] == 16
+    sample = json.loads((tmp_path / "out/samples/base/commonsense_gen_piqa.jsonl").read_text().splitlines()[1])
+    assert sample["prompt"] == "### Instruction:\nIs it 1? true/false\n\n### Response:\n"
+
+
+def test_the_embedded_tasks_run(braces):
+    outcome = braces("eval", "--tasks", "embedded", "--limit", 40, "--format", "json", "--device", "cpu")
+    assert outcome.code == 0, outcome.err
+    results = outcome.json["systems"][0]["results"]
+    assert results["embedded_popqa"]["acc"]["n"] == 40
+    assert results["embedded_popqa"]["acc"]["value"] < 0.6
+    assert 0 <= results["embedded_truthful"]["acc"]["value"] < 0.6
+    assert "Custom kwargs" not in outcome.err

@@ -1,0 +1,189 @@
+"""Errors, intervals, comparisons and slopes: by hand and against scipy and numpy."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from scipy.stats import binom, ttest_rel
+
+from braces_cli.evaluation.results import Metric, Scores
+from braces_cli.evaluation.statistics import (
+    cluster_error,
+    compare,
+    effect,
+    holm,
+    mcnemar,
+    mean_interval,
+    p_value,
+    paired_bootstrap,
+    rate_error,
+    share_interval,
+    significance_label,
+    slope,
+    strength_slopes,
+    worst_of,
+)
+from braces_cli.evaluation.systems import System
+
+
+def _system(name, *, adapter=None, strengths=None, **tasks):
+    """A system with one metric per task, given by the values of its documents."""
+    scores = Scores()
+    for task, values in tasks.items():
+        scores.results[task] = {"acc": Metric(sum(values) / len(values), None, len(values), dict(enumerate(values)))}
+    terms = [(SimpleNamespace(name=each), s) for each, s in (strengths or {}).items()]
+    return System(name, adapter, terms, scores)
+
+
+def test_an_interval_depends_on_the_number_of_prompts():
+    """Samples that agree within a prompt count as one; other samples count fully."""
+    alike = share_interval([[True] * 5, [False] * 5] * 20)
+    single = share_interval([[True], [False]] * 20)
+    assert alike == pytest.approx(single, abs=0.01)
+    spread = share_interval([[True, False] * 5] * 40)
+    assert spread[1] - spread[0] < 0.5 * (single[1] - single[0])
+    # Wilson at 0 of 40 prompts.
+    assert share_interval([[False] * 5] * 40) == pytest.approx((0.0, 0.0876), abs=1e-3)
+
+
+def test_errors_of_means_and_rates():
+    values = np.random.default_rng(0).normal(size=(30, 4))
+    expected = values.mean(axis=1).std(ddof=1) / math.sqrt(30)
+    assert cluster_error(values.tolist()) == pytest.approx(expected)
+    assert rate_error([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]) == pytest.approx(0.0)
+    assert rate_error(values[:, 0].tolist(), [1.0] * 30) == pytest.approx(values[:, 0].std(ddof=1) / math.sqrt(30))
+    assert cluster_error([[1.0]]) is None
+
+
+def test_the_wrong_way_is_opposite_to_the_sign_of_s():
+    """Two of five prompts fall, one stays; s = 0 has no wrong way."""
+    before, after = [0.0, 0.0, 0.5, 0.5, 0.5], [1.0, 0.5, 0.5, 0.25, 0.0]
+    up, down = effect(2.0, after, before), effect(-2.0, after, before)
+    assert up["effect"] == down["effect"] == pytest.approx(0.15)
+    assert up["wrong_way"] == pytest.approx(2 / 5)
+    assert down["wrong_way"] == pytest.approx(2 / 5)
+    assert effect(2.0, [1.0, 1.0, 1.0, 1.0, 0.0], before)["wrong_way"] == pytest.approx(1 / 5)
+    low, high = up["wrong_way_interval"]
+    # Wilson's interval for 2 of 5.
+    assert (low, high) == pytest.approx((0.1176, 0.7693), abs=1e-4)
+    nothing = effect(0.0, before, before)
+    assert (nothing["wrong_way"], nothing["wrong_way_interval"], nothing["effect"]) == (None, None, 0)
+
+
+def test_the_slope_is_the_mean_of_least_squares_lines():
+    strengths = [-2.0, 0.0, 1.0, 3.0]
+    values = np.random.default_rng(0).normal(size=(4, 7))
+    found = slope(strengths, values.tolist())
+    lines = np.polyfit(strengths, values, 1)[0]
+    assert found["slope"] == pytest.approx(lines.mean())
+    assert found["negative"] == pytest.approx((lines < 0).mean())
+    half = 1.959964 * lines.std(ddof=1) / 7**0.5
+    assert found["slope_interval"] == pytest.approx([lines.mean() - half, lines.mean() + half])
+    assert slope([1.0], [[0.5, 0.5]]) is None
+    assert slope([0.0, 0.1, 0.3], [[0.7], [0.7], [0.7]])["negative"] == 0
+    assert mean_interval([1.0]) is None
+
+
+def test_the_worst_sample_of_a_prompt_counts():
+    found = worst_of([[0.1, 0.9, 0.2], [0.3, 0.2, 0.1]], [[False, True, False], [False, False, False]])
+    assert found["expected_maximum"] == pytest.approx(0.6)
+    assert found["at_least_one"] == 0.5
+
+
+def test_holm_by_hand():
+    # Sorted: 0.01 * 4, 0.02 * 3, 0.03 * 2, 0.04 * 1, none below the one before.
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_p_is_corrected_for_the_number_of_tasks():
+    none, six, seven = [0.0] * 8, [1.0] * 6 + [0.0] * 2, [1.0] * 7 + [0.0]
+    base, other = _system("base", a=none, b=none, c=none), _system("other", a=six, b=seven, c=none)
+    rows = {row["task"]: row for row in compare([base, other], 0)}
+    assert {task: row["p_value"] for task, row in rows.items()} == pytest.approx({"a": 2 / 64, "b": 2 / 128, "c": 1.0})
+    corrected = {"a": 2 / 64 * 2, "b": 2 / 128 * 3, "c": 1.0}
+    assert {task: row["p_holm"] for task, row in rows.items()} == pytest.approx(corrected)
+    assert [task for task, row in rows.items() if row["significant"]] == ["b"]
+    assert [significance_label(rows[task]) for task in "abc"] == ["not significant", "significant", "no difference"]
+    assert {row["n"] for row in rows.values()} == {8}
+
+
+def test_each_system_is_compared_with_each_before_it():
+    systems = [_system(name, a=[1.0, 0.0]) for name in ("base", "one", "one (2)")]
+    rows = compare(systems, 0)
+    assert [(row["from"], row["to"]) for row in rows] == [("base", "one"), ("base", "one (2)"), ("one", "one (2)")]
+    assert {significance_label(row) for row in rows} == {"no difference"}
+
+
+def test_a_metric_without_values_of_documents_has_no_test():
+    one, other = _system("base", a=[1.0]), _system("other", a=[0.0])
+    other.scores.results["a"]["acc"].documents.clear()
+    (row,) = compare([one, other], 0)
+    assert (row["difference"], row["p_value"], row["significant"], significance_label(row)) == (
+        -1.0,
+        None,
+        None,
+        "no test",
+    )
+
+
+def test_slopes_are_over_the_strengths_of_one_attribute():
+    base = _system("base", t=[9.0, 9.0])
+    a, b = SimpleNamespace(name="a"), SimpleNamespace(name="b")
+    one = [_system("a", adapter=a, t=[1.0, 1.0]), _system("a, x", adapter=a, strengths={"x": 2.0}, t=[3.0, 0.0])]
+    two = [_system("b", adapter=b, t=[9.0, 9.0])]
+    two += [_system(f"b{s}", adapter=b, strengths={"y": 1.0, "x": s}, t=[s, 2 * s]) for s in (-1.0, 1.0)]
+    first, second = strength_slopes([base, *one, *two])
+    assert (first["system"], first["attribute"], first["slope"], first["negative"]) == ("a", "x", 0.25, 0.5)
+    # With several attributes, the unsteered adapter is not on the line.
+    assert (second["system"], second["attribute"], second["slope"]) == ("b", "x", 1.5)
+    assert strength_slopes([base, one[0]]) == []
+    assert {(row["rises"], row["falls"]) for row in compare([one[0], one[1]], 0)} == {(0.5, 0.5)}
+
+
+def test_mcnemar_counts_only_the_documents_that_differ():
+    a = [1.0] * 10 + [0.0] * 2 + [1.0] * 50 + [0.0] * 7
+    b = [0.0] * 10 + [1.0] * 2 + [1.0] * 50 + [0.0] * 7
+    assert mcnemar(a, b) == pytest.approx(2 * binom.cdf(2, 12, 0.5)) == pytest.approx(0.03857421875)
+    assert mcnemar(b, a) == mcnemar(a, b)
+    # 5 documents differ, all in one direction: 2 / 2^5.
+    assert mcnemar([1.0] * 5, [0.0] * 5) == pytest.approx(0.0625)
+
+
+def test_equal_scores_give_p_of_1():
+    assert mcnemar([0.0, 1.0], [0.0, 1.0]) == 1.0
+    assert paired_bootstrap([0.3, 0.2], [0.3, 0.2]) == 1.0
+
+
+def test_the_bootstrap_agrees_with_the_paired_t_test_on_many_documents():
+    generator = np.random.default_rng(3)
+    a = generator.normal(size=400)
+    b = a + generator.normal(0.08, 1.0, size=400)
+    expected = ttest_rel(a, b).pvalue
+    assert 0.01 < expected < 0.5
+    assert paired_bootstrap(a, b) == pytest.approx(expected, abs=0.02)
+    assert paired_bootstrap(a, b, seed=1) == paired_bootstrap(a, b, seed=1)
+
+
+def test_with_weights_the_bootstrap_is_of_a_ratio():
+    # One long document determines the ratio, against all short ones.
+    a, b = [0.0] * 9, [1.0] * 8 + [-1000.0]
+    assert paired_bootstrap(a, b) > 0.3
+    assert paired_bootstrap(a, [2.0] * 9, [1.0] * 9) < 0.005
+
+
+def test_few_documents_are_never_significant():
+    assert paired_bootstrap([0.0, 0.0, 0.0], [1.0, 1.01, 0.99]) == 0.25
+    assert paired_bootstrap([0.0], [1.0]) == 1.0
+
+
+def test_documents_are_matched_by_id():
+    a = dict.fromkeys(range(5), 1.0)
+    b = {4: 0.0, 3: 0.0, 2: 0.0, 1: 0.0, 0: 0.0, 99: 1.0}
+    assert p_value(a, b) == pytest.approx(0.0625)
+    assert p_value(a, {7: 1.0}) is None
+    assert p_value({0: math.nan}, {0: 0.5}) is None

@@ -1,0 +1,92 @@
+"""Tables and plots: values that are not finite, labels and ticks that can be read."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from braces_cli.core.files import finite
+from braces_cli.evaluation import tables
+from braces_cli.evaluation.results import Metric, Scores
+from braces_cli.evaluation.statistics import (
+    compare,
+)
+from braces_cli.evaluation.systems import System
+from braces_cli.evaluation.tables import markdown
+
+
+def test_values_that_are_not_finite_are_shown(tmp_path):
+    def system(name, perplexity):
+        scores = Scores({"p": {"ppl": Metric(perplexity, None, 2)}})
+        return System(name, scores=scores)
+
+    systems = [system("base", math.inf), system("other", 3.0)]
+    keys = ("revision", "fingerprint", "dtype", "quantize", "limit", "apply_chat_template")
+    names = ("num_fewshot_used", "task_versions", "task_data_sha256", "seeds", "versions")
+    settings = {**dict.fromkeys(keys), **{key: {} for key in names}, "tokenizer": {"chat_template": None}}
+    about = {"model": "m", "adapter": None, "method": None, "sha256": None}
+    result = {
+        "systems": [
+            {"name": each.name, **about, "results": {"p": {"ppl": each.scores.results["p"]["ppl"].to_json()}}}
+            for each in systems
+        ],
+        "comparisons": compare(systems, 0),
+        "settings": {**settings, "significance_level": 0.05},
+    }
+    for each in (result, finite(result)):
+        page = markdown(each)
+        assert "| p | ppl | 2 | other | 3 |" in page
+        assert page.count("no test") == 1
+        tables.draw(each, tmp_path / "p.png")
+    assert "not finite" in page
+
+
+def _point(s, share, perplexity):
+    return {
+        "s": s, "attribute_score": share, "attribute_score_interval": [max(0.0, share - 0.1), share + 0.1],
+        "perplexity": perplexity, "perplexity_interval": [perplexity * 0.9, perplexity * 1.1],
+    }  # fmt: skip
+
+
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """Figure of a sweep with perplexities within one power of ten."""
+    figures = []
+    monkeypatch.setattr(tables, "save_figure", lambda figure, path: figures.append(figure))
+    document = {
+        "points": [_point(2.0, 0.9, 96.0), _point(-2.0, 0.1, 81.0), _point(0.0, 0.5, 60.0)],
+        "unsteered": _point(0.0, 0.5, 60.0),
+        "chosen": {"s": 2.0}, "model": "/models/tiny", "attribute": "posi$tive", "label": "positive", "scorer": "vader",
+        "reference_model": None, "prompts": 20, "samples": 4,
+    }  # fmt: skip
+    tables.plot_sweep(document, tmp_path / "sweep.png")
+    figures[0].canvas.draw()
+    return figures[0]
+
+
+def test_the_plot_of_a_sweep_has_titles_and_a_legend(drawn):
+    assert drawn.get_suptitle() == r"Steering tiny along posi\$tive: 80 texts at each strength"
+    assert all(axes.get_title() and axes.get_xlabel() and axes.get_ylabel() for axes in drawn.axes)
+    labels = {text.get_text() for text in drawn.legends[0].get_texts()}
+    assert labels == {"measured", "95 % interval", "without steering", "suggested strength, s = 2"}
+
+
+def test_ticks_are_plain_numbers(drawn):
+    share, perplexity = ([text.get_text() for text in axes.yaxis.get_ticklabels()] for axes in drawn.axes)
+    assert "50%" in share or "40%" in share
+    assert len(perplexity) >= 3
+    assert [float(text) for text in perplexity]
+
+
+def test_the_background_is_opaque(drawn, monkeypatch, tmp_path):
+    """Black labels on a transparent plot cannot be read on a dark page."""
+    import matplotlib
+    from matplotlib.image import imread
+
+    from braces_cli.core.render import figure, save_figure
+
+    assert drawn.get_facecolor() == (1.0, 1.0, 1.0, 1.0)
+    monkeypatch.setitem(matplotlib.rcParams, "savefig.transparent", True)
+    save_figure(figure(1, 1), tmp_path / "empty.png")
+    assert imread(tmp_path / "empty.png")[..., 3].min() == 1

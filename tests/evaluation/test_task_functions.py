@@ -1,0 +1,83 @@
+"""Scores of generated answers, on cases written and checked by hand; rows of the embedded model's world."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from braces_cli.data.rows import Source, detect, parts
+from braces_cli.evaluation.task_functions import (
+    commonsense_prompt,
+    commonsense_results,
+    commonsense_target,
+    popqa_results,
+    popqa_target,
+)
+
+# Case, punctuation, substrings, scripts, and composition of letters.
+CASES = [json.loads(line) for line in (Path(__file__).parent / "popqa_aliases.jsonl").read_text("utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["output"].strip() or "nothing")
+def test_popqa_scores_equal_those_by_hand(case):
+    doc = {"possible_answers": json.dumps(case["answers"])}
+    assert popqa_results(doc, [case["output"]]) == {"acc": case["acc"], "acc_word": case["acc_word"]}
+
+
+def test_possible_answers_are_a_list_or_its_json():
+    assert popqa_target({"possible_answers": ["one", "two"]}) == "one"
+    with pytest.raises(ValueError, match="not a JSON list"):
+        popqa_target({"possible_answers": '{"a": 1}'})
+
+
+@pytest.mark.parametrize(
+    ("output", "answer", "acc", "answered"),
+    [
+        ("the correct answer is true", "true", 1, 1),
+        ("the correct answer is false", "true", 0, 1),
+        ("false, or is it true", "true", 0, 1),
+        ("solution2", "solution2", 1, 1),
+        ("solution 2", "solution2", 0, 0),
+        ("answer5 and answer1", "answer1", 0, 1),
+        ("ending3.", "ending3", 1, 1),
+        ("the correct answer is option1", "option2", 0, 1),
+        ("Answer1", "answer1", 0, 0),  # the authors' rule depends on case
+        ("", "option1", 0, 0),
+    ],
+)
+def test_the_first_option_named_is_the_answer(output, answer, acc, answered):
+    assert commonsense_results({"answer": answer}, [output]) == {"acc": acc, "answered": answered}
+
+
+def test_prompt_and_target_equal_those_of_training():
+    row = {"instruction": "Which? option1/option2", "input": "", "output": "the correct answer is option2"}
+    found = commonsense_prompt(row), commonsense_target({**row, "answer": "option2"})
+    assert found == parts(*detect(Source(row, "x:1")), "x:1")
+
+
+def _embedded_rows(embedded: Path, name: str) -> list[dict]:
+    lines = (embedded.parent / "embedded_tasks" / name).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_questions_are_not_in_the_training__embedded_rows(embedded: Path) -> None:
+    asked = {row["question"] for name in ("popqa.jsonl", "truthful.jsonl") for row in _embedded_rows(embedded, name)}
+    trained = [row["prompt"] for row in _embedded_rows(embedded, "qa_train.jsonl")]
+    assert len(asked) > 100
+    assert not [prompt for prompt in trained if any(question in prompt for question in asked)]
+
+
+def test_training_rows_are_accepted_by_train(embedded: Path) -> None:
+    from braces_cli.core.models.load import load_tokenizer
+    from braces_cli.data.dataset import Reading, read_examples
+
+    folder, tokenizer = embedded.parent / "embedded_tasks", load_tokenizer(str(embedded))
+    found = read_examples([str(folder / "qa_train.jsonl")], Reading(tokenizer, 256))
+    assert found.rows > 200
+    assert found.dropped == found.truncated == 0
+    degrees = {(row["attribute"], row["strength"]) for row in _embedded_rows(embedded, "sentiment_train.jsonl")}
+    assert degrees == {
+        ("negative", 2.0), ("negative", 1.0), ("neutral", 0.0), ("positive", 1.0), ("positive", 2.0),
+    }  # fmt: skip
