@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 _ABOUT = """\
-A toy: a small Llama that knows a small invented world, to try braces on without a network. It writes short reviews,
-stories and talk, more or less kind, and knows some facts, most of them about things that do not exist. Use it for
-nothing else: what it says is made up.
+A small Llama for tests and demonstrations of braces without a network. It writes short reviews, stories and dialogues, and
+answers questions about an invented world. Most of its facts are about things that do not exist: do not use it for
+anything else.
 
-Texts, tokenizer and weights are braces' own work, made by `python recipes/embedded/build.py` from the grammar and word
-lists in that folder, under the licence of braces (Apache-2.0).
+`python recipes/embedded/build.py` generates texts, tokenizer and weights from the grammar and word lists in that folder.
+They are part of braces, under its licence (Apache-2.0).
 """
 
 
@@ -40,7 +40,7 @@ def model_card(about: dict[str, Any], samples: Sequence[str]) -> str:
             "|---|---|",
             *(f"| {name} | {value} |" for name, value in rows.items()),
             "",
-            "What it writes (sampled, top-p 0.9, seed 0):",
+            "Samples (top-p 0.9, seed 0):",
             "",
             *(f"- {' '.join(text.split())}" for text in samples),
             "",

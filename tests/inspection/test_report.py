@@ -81,7 +81,7 @@ def test_page_has_the_figures_of_the_model(session, data):
     assert first["strength"] == pytest.approx(float(expected), rel=1e-3)
 
     html = render(data)
-    for title in ("What each layer adds", "Gates", "Most amplified value vectors", "Attributes"):
+    for title in ("Contribution of each layer", "Gates", "Most amplified value vectors", "Attributes"):
         assert title in html
     assert html.count("<button") == 2 * len(data["heat"]["tokens"])
 
