@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 _ABOUT = """\
-A small Llama for tests and demonstrations of braces without a network. It writes short reviews, stories and dialogues, and
-answers questions about an invented world. Most of its facts are about things that do not exist: do not use it for
+A small Llama for tests and demonstrations of braces without a network. It writes short reviews, stories and dialogues,
+and answers questions about an invented world. Most of its facts are about things that do not exist: do not use it for
 anything else.
 
-`python recipes/embedded/build.py` generates texts, tokenizer and weights from the grammar and word lists in that folder.
-They are part of braces, under its licence (Apache-2.0).
+`python recipes/embedded/build.py` generates texts, tokenizer and weights from the grammar and word lists in that
+folder. They are part of braces, under its licence (Apache-2.0).
 """
 
 
