@@ -27,7 +27,7 @@ from braces_cli.core.attributes.words import clean_words
 from braces_cli.core.config import build, option
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.files import user_path
-from braces_cli.core.models.options import chosen_layers
+from braces_cli.core.models.ffn import chosen_layers
 from braces_cli.core.models.structure import uncompiled
 from braces_cli.core.options import AdapterSettings, Sampling, SteeredLayers
 from braces_cli.inspection.summary import summarise_open

@@ -336,6 +336,6 @@ def _with_layers(build: Build, layers: str | None) -> Build:
 
 
 def _layers(session: Any, layers: str | None) -> list[int] | None:
-    from braces_cli.core.models.options import chosen_layers
+    from braces_cli.core.models.ffn import chosen_layers
 
     return chosen_layers(session.base.model, layers)

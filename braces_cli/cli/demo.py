@@ -100,11 +100,11 @@ def summary(result: dict[str, Any]) -> list[tuple[str, str]]:
 def write_page(result: dict[str, Any], folder: Path) -> Path:
     """Write `index.html` into the demo's folder, the sweep's picture inside it; returns its path."""
     from braces_cli.core.files import write_text
-    from braces_cli.core.render import render_page
+    from braces_cli.core.render import render
 
     picture = base64.b64encode((folder / "sweep.png").read_bytes()).decode("ascii")
     page = folder / "index.html"
-    write_text(page, render_page("demo.html.j2", {**result, "picture": picture, "version": __version__}))
+    write_text(page, render("pages/demo.html.j2", {**result, "picture": picture, "version": __version__}))
     return page
 
 

@@ -16,6 +16,7 @@ from braces_cli.core.options import DisplaySettings
 _VARIABLES = (
     "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "BRACES_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_HOME", "WORLD_SIZE",
 )  # fmt: skip
+_LIBRARIES = ("huggingface-hub", "tokenizers", "peft", "gguf", "torchao", "bitsandbytes", "typer", "rich")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +44,7 @@ def environment() -> dict[str, Any]:
     from huggingface_hub import constants
 
     from braces_cli import __version__
-    from braces_cli.core.files import cache_folder
-    from braces_cli.core.versions import MORE_LIBRARIES, installed, versions
+    from braces_cli.core.files import cache_folder, installed, versions
 
     cuda = torch.cuda
     properties = [cuda.get_device_properties(index) for index in range(cuda.device_count())]
@@ -55,7 +55,7 @@ def environment() -> dict[str, Any]:
         "braces": __version__,
         "python": f"{sys.version.split()[0]} ({sys.executable})",
         "system": platform.platform(),
-        "versions": {**versions(), **installed(MORE_LIBRARIES)},
+        "versions": {**versions(), **installed(_LIBRARIES)},
         "devices": devices,
         "threads": torch.get_num_threads(),
         "caches": {

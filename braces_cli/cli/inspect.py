@@ -84,7 +84,8 @@ def values(settings: ValuesSettings) -> None:
         if output is not None:
             check_output_file(output, settings.overwrite)
         from braces_cli.core.adapter.model import open_session
-        from braces_cli.core.models.options import chosen_layers, parse_ranges
+        from braces_cli.core.config import parse_ranges
+        from braces_cli.core.models.ffn import chosen_layers
         from braces_cli.inspection.maps import write_map
         from braces_cli.inspection.vocabulary import map_header, value_tokens
 
@@ -196,7 +197,7 @@ def _find_in_map(settings: FindSettings, path: Path) -> list[dict[str, Any]]:
         split = functools.partial(encode_word, tokenizer)
     layers = None
     if settings.layers is not None:
-        from braces_cli.core.models.options import parse_ranges
+        from braces_cli.core.config import parse_ranges
 
         layers = parse_ranges(settings.layers, source.header["fingerprint"]["layers"], "--layers")
     concept = Vocabulary(source.header["vocabulary"]).concept(settings.words, split)
@@ -207,7 +208,7 @@ def _find_in_map(settings: FindSettings, path: Path) -> list[dict[str, Any]]:
 def _find_in_model(settings: FindSettings, report: Any) -> list[dict[str, Any]]:
     from braces_cli.core.adapter.model import open_session
     from braces_cli.core.attributes.lookup import find_attribute
-    from braces_cli.core.models.options import chosen_layers
+    from braces_cli.core.models.ffn import chosen_layers
     from braces_cli.inspection.search import model_concept, top_vectors_for_attribute, top_vectors_for_concept
     from braces_cli.inspection.vocabulary import LogitLens
 
@@ -250,7 +251,8 @@ def trace(settings: TraceSettings) -> None:
     embedding, attention, sub-updates and biases add up to the logit.
     """
     from braces_cli.core.adapter.model import open_session
-    from braces_cli.core.models.options import chosen_layers, parse_ranges
+    from braces_cli.core.config import parse_ranges
+    from braces_cli.core.models.ffn import chosen_layers
     from braces_cli.inspection import trace as tracing
     from braces_cli.inspection.vocabulary import LogitLens
 

@@ -246,8 +246,8 @@ def _rows(settings: SteerSettings, requests: Iterator[TextRequest], **details: A
     from braces_cli.core.adapter.model import open_session
     from braces_cli.core.attributes.hooks import steered, terms_of_rows
     from braces_cli.core.attributes.lookup import find_attribute
+    from braces_cli.core.models.ffn import chosen_layers
     from braces_cli.core.models.load import input_device
-    from braces_cli.core.models.options import chosen_layers
     from braces_cli.steering.texts import generate_rows, uses_chat_template
 
     named = _named(settings)

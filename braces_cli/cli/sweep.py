@@ -16,8 +16,8 @@ from braces_cli.core.attributes.options import parse_strengths
 from braces_cli.core.distributed import is_main, join_all
 from braces_cli.core.errors import DataError
 from braces_cli.core.files import check_output_file
+from braces_cli.core.models.ffn import chosen_layers
 from braces_cli.core.models.load import input_device, load_base
-from braces_cli.core.models.options import chosen_layers
 from braces_cli.core.progress import Report
 from braces_cli.evaluation.baselines import baseline_methods
 from braces_cli.evaluation.native_tasks import detection, read_answer_pairs, read_labelled

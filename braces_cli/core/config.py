@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field
@@ -382,3 +383,33 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def parse_ranges(text: str, count: int, option: str) -> list[int]:
+    """Return the sorted indices of ranges such as `8-20,24` or `1-` (inclusive, from 0, below `count`).
+
+    Raises:
+        ConfigError: not a list of ranges, or out of range.
+    """
+    chosen: set[int] = set()
+    for part in (part.strip() for part in text.split(",")):
+        found = re.fullmatch(r"(\d{1,9})(-(\d{1,9})?)?", part, re.ASCII)
+        if found is None:
+            raise ConfigError(f"`{part}` is neither a number nor a range", where=option, hint="Such as 8-20,24 or 1-.")
+        low = int(found[1])
+        high = int(found[3]) if found[3] else count - 1 if found[2] else low
+        if low > high or high >= count:
+            raise ConfigError(f"`{part}` is out of range", where=option, hint=f"The range is 0 to {count - 1}.")
+        chosen.update(range(low, high + 1))
+    return sorted(chosen)
+
+
+def format_ranges(indices: Collection[int]) -> str:
+    """Return ranges such as `8-20,24`, as `parse_ranges` reads them."""
+    runs: list[list[int]] = []
+    for index in sorted(indices):
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -1,9 +1,4 @@
-"""Pages that people open in a browser: self-contained HTML from the templates in `assets/pages`.
-
-Text files made from the templates in `assets`: model cards, modelling files.
-
-Pictures as PNG files, drawn without a screen.
-"""
+"""Text files from the templates in `assets`, and plots as PNG files."""
 
 from __future__ import annotations
 
@@ -12,69 +7,49 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core import markdown
 from braces_cli.core.files import write_atomic
+from braces_cli.core.text import markdown_code, markdown_text, public_name
 
 
-def render_page(name: str, data: dict[str, Any], **filters: Callable[[Any], Any]) -> str:
-    """The template `name` filled with `data`; every value is escaped, and a missing one is an error."""
-    from jinja2 import Environment, FunctionLoader, StrictUndefined
+def render(name: str, data: dict[str, Any], **filters: Callable[[Any], Any]) -> str:
+    """Fill the template `name`, such as `pages/demo.html.j2`, with `data`.
 
-    folder = resources.files("braces_cli.assets") / "pages"
-    environment = Environment(
-        loader=FunctionLoader(lambda page: (folder / page).read_text(encoding="utf-8")),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= filters
-    return environment.get_template(name).render(data)
-
-
-def render(name: str, data: dict[str, Any]) -> str:
-    """The template `name`, such as `export/lora_card.md.j2`, filled with `data`; a missing value is an error."""
+    A missing value is an error. Every value is escaped in HTML; Markdown templates call the filters `text` and `code`.
+    """
     from jinja2 import Environment, FunctionLoader, StrictUndefined
 
     folder = resources.files("braces_cli.assets")
     environment = Environment(
         loader=FunctionLoader(lambda path: (folder / path).read_text(encoding="utf-8")),
+        autoescape=name.endswith(".html.j2"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    # For Markdown; a modelling file has no need of them.
-    environment.filters |= {"text": markdown.text, "code": markdown.code, "name": markdown.name}
+    environment.filters |= {"text": markdown_text, "code": markdown_code, "name": public_name} | filters
     return environment.get_template(name).render(data)
 
 
-_PNG = b"\x89PNG\r\n\x1a\n"
-
-
 def figure(width: float, height: float) -> Any:
-    """An empty matplotlib figure, sizes in inches."""
+    """Return an empty matplotlib figure; sizes in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # No pyplot: it keeps figures alive and picks a screen where there is one. White, because black labels on the
-    # transparent background that a matplotlibrc may ask for cannot be read on a dark page.
+    # Not pyplot, which keeps figures in memory and opens a display. White: a matplotlibrc may set a transparent
+    # background, on which black labels are not readable on a dark page.
     created = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(created)
     return created
 
 
 def save_figure(drawn: Any, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
-    write_atomic(
-        path,
-        lambda temporary: drawn.savefig(temporary, format="png", dpi=150, transparent=False),
-        lambda temporary: temporary.read_bytes().startswith(_PNG),
-    )
+    """Write a figure as a PNG file atomically."""
+    write_atomic(path, lambda temporary: drawn.savefig(temporary, format="png", dpi=150, transparent=False))
 
 
 def plain_ticks(axis: Any) -> None:
-    """About six ticks on an axis, written as plain numbers; a logarithmic one may span less than a power of ten."""
+    """Set about six ticks with plain numbers; a logarithmic axis may span less than a power of ten."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
     axis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
@@ -83,12 +58,12 @@ def plain_ticks(axis: Any) -> None:
 
 
 def percent_ticks(axis: Any) -> None:
-    """Shares from 0 to 1 written as per cent."""
+    """Format fractions from 0 to 1 as per cent."""
     from matplotlib.ticker import PercentFormatter
 
     axis.set_major_formatter(PercentFormatter(1.0))
 
 
 def plain_label(text: str) -> str:
-    """A label that matplotlib does not read as a formula."""
+    """Escape `$`, which starts a formula in matplotlib."""
     return text.replace("$", r"\$")

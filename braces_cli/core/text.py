@@ -1,24 +1,23 @@
-"""Text that comes from elsewhere (names, tokens, paths, messages of libraries) made fit to print. Light: the standard
-library only.
-
-Small numeric functions that several rooms need. Light: only the standard library.
-"""
+"""Names, paths, tokens and messages of libraries, escaped for a terminal, for JSON and for Markdown."""
 
 from __future__ import annotations
 
-import math
+import os
 import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-# Characters of one value, and of the message of an error; an error as a whole stays well below 1,000.
+# Characters of one value, and of each part of an error message.
 VALUE = 300
-# Control characters (C0, DEL, C1), marks that change the direction of text, separators of lines and paragraphs, and
-# halves of characters: a terminal may obey them, or show a line as two.
+# Control characters (C0, DEL, C1), marks of text direction, line and paragraph separators, and lone surrogates.
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _CUT = " ... "
+_MARKUP = re.compile(r"[\\`*\[\]<>|#~&$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|!(?=\[)|(?<=:)//|@(?=\w)")
 
 
 def escaped(text: str, keep: str = "") -> str:
-    """`text` with control characters written as Python writes them, such as `\\x1b`; those in `keep` stay."""
+    """Write control characters as Python does, such as `\\x1b`, except those in `keep`."""
 
     def escape(found: re.Match[str]) -> str:
         return found[0] if found[0] in keep else found[0].encode("unicode_escape").decode("ascii")
@@ -27,13 +26,12 @@ def escaped(text: str, keep: str = "") -> str:
 
 
 def json_escaped(document: str) -> str:
-    """A JSON document without control characters but the line breaks between its parts; what it says stays the same."""
-    # Inside strings JSON has escaped line breaks already.
+    """Escape the control characters of a JSON document, except the line breaks between its parts."""
     return _CONTROLS.sub(lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", document)
 
 
 def shortened(text: str, limit: int = VALUE) -> str:
-    """At most `limit` characters of a text: its beginning and its end, where most names and paths differ."""
+    """Cut a text to `limit` characters in the middle; most names and paths differ at the beginning or the end."""
     if len(text) <= limit:
         return text
     end = (limit - len(_CUT)) // 3
@@ -41,27 +39,47 @@ def shortened(text: str, limit: int = VALUE) -> str:
 
 
 def one_line(text: str, limit: int = VALUE) -> str:
-    """`text` escaped, line breaks too, and cut."""
+    """Escape all control characters, then cut the text."""
     return shortened(escaped(text), limit)
 
 
 def error_text(message: str, where: str | None, hint: str | None) -> str:
-    """An error as it is printed: `WHERE: MESSAGE`, and the hint on a second line."""
+    """Format an error as `Error: WHERE: MESSAGE`, with the hint on a second line."""
     head = f"{one_line(where)}: {one_line(message)}" if where else one_line(message)
     return f"Error: {head}" + (f"\n{one_line(hint)}" if hint else "")
 
 
-def safe_exp(value: float) -> float:
-    """e to the power of `value`; infinity where that exceeds a float, as with the perplexity of a broken model."""
-    try:
-        return math.exp(value)
-    except OverflowError:
-        return math.inf
+def markdown_text(value: Any) -> str:
+    """Escape a value for a Markdown paragraph or table cell, on one line."""
+    return _MARKUP.sub(lambda found: "".join(f"\\{character}" for character in found[0]), escaped(str(value)))
 
 
-def whole_number(text: str) -> int | None:
-    """The number that text of up to 18 digits says, None for any other text.
+def markdown_code(value: Any) -> str:
+    """Format a value as a Markdown code span, on one line."""
+    # A code span has no escapes: use a longer fence for backticks, and plain text for a bar, which would end a cell.
+    shown = escaped(str(value))
+    if "|" in shown or not shown.strip():
+        return markdown_text(shown)
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
+    space = " " if shown.startswith(("`", " ")) or shown.endswith(("`", " ")) else ""
+    return f"{fence}{space}{shown}{space}{fence}"
 
-    `str.isdigit` takes "²" as well, and `int` the digits of every script but no more than 4,300 of them.
-    """
-    return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
+
+def public_name(value: str) -> str:
+    """Return the last part of a local path, for texts that are shared; a hub id (owner/name) stays as it is."""
+    path = Path(value)
+    is_local = path.is_absolute() or value.startswith((".", "~")) or len(path.parts) > 2
+    return path.name if is_local or os.path.exists(path) else value
+
+
+def public_command(words: Sequence[str]) -> list[str]:
+    """Return the words of a command with the last parts of local paths, also after `--option=`."""
+    shown = []
+    for word in words:
+        option, sign, value = word.partition("=")
+        has_option = bool(sign) and "/" not in option
+        name = value if has_option else word
+        if "/" in name and not re.match(r"\w+://", name):
+            name = public_name(name)
+        shown.append(f"{option}={name}" if has_option else name)
+    return shown

@@ -37,12 +37,11 @@ from braces_cli.core.distributed import Processes
 from braces_cli.core.errors import BracesError, DataError
 from braces_cli.core.models.tokenize import context_length, encode
 from braces_cli.core.progress import Report, silent
-from braces_cli.core.text import safe_exp
 from braces_cli.data.rows import read_rows, read_texts
 from braces_cli.evaluation.results import Metric, Scores
 from braces_cli.evaluation.settings import EvalSettings
 from braces_cli.evaluation.statistics import Z, cluster_error, rate_error
-from braces_cli.scoring.likelihood import continuation_likelihoods, text_likelihoods
+from braces_cli.scoring.likelihood import continuation_likelihoods, safe_exp, text_likelihoods
 
 logger = logging.getLogger("braces")
 

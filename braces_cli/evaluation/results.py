@@ -8,7 +8,6 @@ results.json, results.md        the result, written last
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -19,7 +18,15 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from braces_cli.core.errors import ConfigError, ModelError
-from braces_cli.core.files import check_output_folder, finite, path_exists, remove_partial_files, write_json, write_text
+from braces_cli.core.files import (
+    bytes_hash,
+    check_output_folder,
+    finite,
+    path_exists,
+    remove_partial_files,
+    write_json,
+    write_text,
+)
 from braces_cli.core.schema import Count, Kind, Size, check, read, stored_form
 from braces_cli.evaluation.settings import EvalSettings
 
@@ -226,7 +233,7 @@ class Store:
 def slug(name: str) -> str:
     """Return a file name for `name` that every file system accepts, different for different names."""
     plain = re.sub(r"[^A-Za-z0-9._=-]+", "_", name).strip("._")[:80]
-    return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return plain if plain == name else f"{plain}-{bytes_hash([name.encode()])[:8]}"
 
 
 def check_folder(settings: EvalSettings) -> None:

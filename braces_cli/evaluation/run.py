@@ -17,10 +17,9 @@ from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.config import options_of
 from braces_cli.core.distributed import Processes, join_with_accelerator, world_size
 from braces_cli.core.errors import ConfigError, DataError, near_misses
-from braces_cli.core.files import file_hash, scratch_folder
+from braces_cli.core.files import file_hash, scratch_folder, versions
 from braces_cli.core.options import LoadOptions
 from braces_cli.core.progress import Report, silent
-from braces_cli.core.versions import versions
 from braces_cli.evaluation import catalog, lm_eval_runner
 from braces_cli.evaluation.native_tasks import DETECTION, Measure, TaskContext
 from braces_cli.evaluation.results import AVERAGE, Store

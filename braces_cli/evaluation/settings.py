@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,6 @@ from braces_cli.core.attributes.words import built_in
 from braces_cli.core.config import ATTRIBUTES, GENERATION, OUTPUT, SCORING, TASKS, option
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.options import GenerationSettings, ModelSettings, OutputSettings, OverwriteSettings
-from braces_cli.core.text import whole_number
 from braces_cli.scoring.registry import BUILT_IN
 
 # lm-eval's seeds: without --seed, few-shot examples are those of lm-eval.
@@ -126,7 +126,7 @@ class EvalSettings(GenerationSettings, AttributeNames, ModelSettings, OverwriteS
         """Parse composite values once, so that errors come before anything is loaded."""
         super().check()
         size = self.batch_size
-        if size != "auto" and not whole_number(size):
+        if size != "auto" and not re.fullmatch("0*[1-9][0-9]{0,8}", size):
             raise ConfigError(f"`{size}` is not a batch size", where="--batch-size", hint="Give 1 or more, or auto.")
         if self.output_dir is None and (self.resume or self.log_samples):
             where = "--resume" if self.resume else "--log-samples"

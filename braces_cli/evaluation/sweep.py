@@ -17,10 +17,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from braces_cli.core.text import safe_exp
 from braces_cli.evaluation.native_tasks import AnswerPair, log_odds, probability
 from braces_cli.evaluation.statistics import Z, effect, mean, share, share_interval, slope, worst_of
 from braces_cli.evaluation.text_tasks import RATINGS, Continuations, TextMeasurement
+from braces_cli.scoring.likelihood import safe_exp
 
 # Name of the swept method next to baselines.
 BRACES_METHOD = "braces"

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core.markdown import text
 from braces_cli.core.render import figure, percent_ticks, plain_label, plain_ticks, save_figure
+from braces_cli.core.text import markdown_text
 from braces_cli.evaluation.statistics import significance_label
 from braces_cli.evaluation.sweep import BRACES_METHOD
 from braces_cli.evaluation.text_tasks import RATINGS
@@ -94,7 +94,8 @@ def facts(result: dict[str, Any]) -> dict[str, str]:
 
 def markdown(result: dict[str, Any]) -> str:
     """Return the page `results.md`."""
-    lines = ["# Evaluation", "", *(f"- {text(name)}: {text(value)}" for name, value in facts(result).items()), ""]
+    listed = [f"- {markdown_text(name)}: {markdown_text(value)}" for name, value in facts(result).items()]
+    lines = ["# Evaluation", "", *listed, ""]
     lines += _markdown_table(*main_table(result))
     level = result["settings"]["significance_level"]
     if result["comparisons"]:
@@ -110,7 +111,7 @@ def markdown(result: dict[str, Any]) -> str:
     if rows:
         lines += ["", f"## {SLOPES.capitalize()}", "", *_markdown_table(columns, rows)]
     if result.get("fail_under"):
-        lines += ["", "## Thresholds", "", *(f"- {text(threshold_line(row))}" for row in result["fail_under"])]
+        lines += ["", "## Thresholds", "", *(f"- {markdown_text(threshold_line(row))}" for row in result["fail_under"])]
     return "\n".join(lines) + "\n"
 
 
@@ -148,7 +149,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
     def line(cells: Sequence[Any]) -> str:
         shown = ["-" if c is None else f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells]
-        return "| " + " | ".join(map(text, shown)) + " |"
+        return "| " + " | ".join(map(markdown_text, shown)) + " |"
 
     return [line(columns), "|" + " --- |" * len(columns), *map(line, rows)]
 

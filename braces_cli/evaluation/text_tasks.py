@@ -38,7 +38,6 @@ from braces_cli.core.models.generate import TextRequest
 from braces_cli.core.models.load import Base, load_base
 from braces_cli.core.options import LoadOptions, Sampling
 from braces_cli.core.progress import Report, silent
-from braces_cli.core.text import safe_exp
 from braces_cli.evaluation.native_tasks import (
     Measure,
     NativeTask,
@@ -53,7 +52,7 @@ from braces_cli.evaluation.settings import TEXT_TASKS
 from braces_cli.evaluation.statistics import rate_error
 from braces_cli.evaluation.systems import bare
 from braces_cli.scoring.classifier import fit_classifier
-from braces_cli.scoring.likelihood import Likelihood, continuation_likelihoods
+from braces_cli.scoring.likelihood import Likelihood, continuation_likelihoods, safe_exp
 from braces_cli.scoring.model_scorers import Rater, Rating, text_score
 from braces_cli.scoring.registry import label_of, scorer
 from braces_cli.scoring.scorers import Scorer, TextScore, distinct, repetition

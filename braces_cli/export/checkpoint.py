@@ -21,7 +21,7 @@ from torch import Tensor
 from braces_cli.core.adapter.model import Adapter
 from braces_cli.core.attributes.hooks import constants
 from braces_cli.core.errors import BracesError, ModelError
-from braces_cli.core.files import file_hint, path_exists, umask, user_path, write_json
+from braces_cli.core.files import file_hint, path_exists, user_path, write_json
 from braces_cli.core.models.ffn import FFN, find_ffns
 from braces_cli.core.progress import Report, silent
 from braces_cli.core.schema import WRITTEN, Count, Kind, Name, read
@@ -241,6 +241,8 @@ def write_checkpoint(
         hint = "Free some space, or choose an --output-dir on another disk."
         what = f"{total / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
         raise BracesError(what, where=str(folder), hint=hint)
+    mask = os.umask(0)  # can only be read by setting it
+    os.umask(mask)
     shards = list(_shards(sizes))
     files: dict[str, str] = {}
     try:
@@ -248,7 +250,7 @@ def write_checkpoint(
             file = f"model-{index:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
             shard = {name: _tensor(tensors, merge_plan, neurons, name, dtypes[name]) for name in names}
             save_file(shard, folder / file, metadata={"format": "pt"})
-            (folder / file).chmod(0o666 & ~umask())  # safetensors creates private files
+            (folder / file).chmod(0o666 & ~mask)  # safetensors creates private files
             files |= dict.fromkeys(names, file)
             report("writing", index, len(shards))
         merge_plan.config.save_pretrained(folder)

@@ -26,11 +26,11 @@ from braces_cli.core.attributes.files import read_header
 from braces_cli.core.attributes.hooks import constants
 from braces_cli.core.attributes.pooling import default_layers
 from braces_cli.core.attributes.words import GRADIENT
-from braces_cli.core.errors import ConfigError, ModelError
+from braces_cli.core.config import parse_ranges
+from braces_cli.core.errors import BracesError, ConfigError, ModelError
 from braces_cli.core.files import check_output_file, output_lock, path_exists, write_atomic, write_json, write_tensors
 from braces_cli.core.models.identity import differences
 from braces_cli.core.models.load import DTYPES
-from braces_cli.core.models.options import parse_ranges
 from braces_cli.core.progress import Report, silent
 from braces_cli.export.checkpoint import SidePaths, side_paths
 from braces_cli.export.run import Export, Opened, Request, run
@@ -357,12 +357,12 @@ def write_gguf_tensors(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-
-    def matches(place: Path) -> bool:
+        # numpy, which writes the tensors, does not notice a full disk.
         try:
             stored = {tensor.name: torch.tensor(tensor.data.copy()) for tensor in GGUFReader(place).tensors}
-        except (ValueError, IndexError):  # truncated: numpy, which writes the tensors, does not notice a full disk
-            return False
-        return stored.keys() == tensors.keys() and all(torch.equal(stored[name], tensors[name]) for name in tensors)
+        except (ValueError, IndexError):
+            stored = {}
+        if stored.keys() != tensors.keys() or not all(torch.equal(stored[name], tensors[name]) for name in tensors):
+            raise BracesError("the file differs from the tensors", where=str(path), hint="Check the disk.")
 
-    write_atomic(path, write, matches)
+    write_atomic(path, write)

@@ -10,7 +10,6 @@ import errno
 import gc
 import os
 import shutil
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -26,22 +25,21 @@ from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.attributes.vector import Attribute
 from braces_cli.core.errors import BracesError, ConfigError, ModelError
 from braces_cli.core.files import (
-    PARTIAL,
     check_output_folder,
     file_hint,
     output_lock,
-    umask,
+    partial_path,
     user_path,
+    versions,
     write_json,
     write_text,
 )
+from braces_cli.core.models.ffn import chosen_layers
 from braces_cli.core.models.load import load_shape
-from braces_cli.core.models.options import chosen_layers
 from braces_cli.core.models.tokenize import encode
 from braces_cli.core.options import LoadOptions
 from braces_cli.core.progress import Report, silent
 from braces_cli.core.schema import WRITTEN, read
-from braces_cli.core.versions import versions
 from braces_cli.export.cards import card
 from braces_cli.export.verify import Reference, reference, verify_export
 
@@ -244,17 +242,12 @@ def check_output(output: Path, overwrite: bool, inputs: Collection[Path]) -> Non
     Raises:
         ConfigError: the folder is not empty, is or holds the working directory, or overlaps one of the inputs.
     """
-    check_output_folder(output, overwrite)
+    check_output_folder(output, overwrite, inputs=inputs)
     inside, here = output.resolve(), Path.cwd()
     if inside == here or inside in here.parents:
         hint = "Name a folder that is to be created."
         what = "the output folder cannot hold the working directory: a new folder may take its place"
         raise ConfigError(what, where=str(output), hint=hint)
-    for source in inputs:
-        outside = source.resolve()
-        if inside == outside or outside in inside.parents or inside in outside.parents:
-            hint = "Choose an --output-dir that is neither in an input nor holds one."
-            raise ConfigError(f"the output folder overlaps the input {source}", where=str(output), hint=hint)
 
 
 @contextmanager
@@ -271,10 +264,9 @@ def new_folder(output: Path, overwrite: bool) -> Iterator[Path]:
     with output_lock(output):
         folder = None
         try:
-            folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent))
+            folder = partial_path(path)
+            folder.mkdir()
             yield folder
-            # mkdtemp creates a private folder; set the permissions of a plain mkdir().
-            folder.chmod(0o777 & ~umask())
             # Again: the folder may have been filled meanwhile.
             check_output_folder(path, overwrite)
             if path.exists() and any(path.iterdir()):

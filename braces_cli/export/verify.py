@@ -26,7 +26,7 @@ from braces_cli.core.adapter.model import Session
 from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.vector import Attribute
 from braces_cli.core.errors import BracesError, ModelError
-from braces_cli.core.files import disk_error, scratch_folder
+from braces_cli.core.files import scratch_folder
 from braces_cli.core.models.ffn import layer_stack
 from braces_cli.core.models.load import input_device
 from braces_cli.core.models.structure import layer_output, with_layer_output
@@ -210,7 +210,7 @@ def _load_and_run(
             raise BracesError(what, where=str(folder), hint="Check that there is memory for the model.")
         if done.returncode:
             last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
-            raise disk_error(last, answer) or _failed(folder, f"plain transformers cannot load it: {last.strip()}")
+            raise _failed(folder, f"plain transformers cannot load it: {last.strip()}")
         with safe_open(answer, framework="pt") as file:
             header = file.metadata() or {}
             logits = file.get_tensor("logits")

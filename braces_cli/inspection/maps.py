@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,7 +27,6 @@ from braces_cli.core.errors import ConfigError, DataError, ModelError, near_miss
 from braces_cli.core.files import write_atomic
 from braces_cli.core.models.stored_fingerprint import Fingerprint
 from braces_cli.core.schema import Count, Kind, parse
-from braces_cli.core.text import whole_number
 
 _KEY = b"braces"
 _ROWS_AT_ONCE = 8192
@@ -56,7 +56,8 @@ class Vocabulary:
         """
         if not text.startswith("id:"):
             return None
-        token = whole_number(text.removeprefix("id:"))
+        digits = text.removeprefix("id:")
+        token = int(digits) if re.fullmatch("[0-9]{1,18}", digits) else None
         if token is None and self.find(text):
             return None
         if token is None or token >= len(self.texts):
@@ -308,9 +309,5 @@ def write_map(path: Path, header: Mapping[str, Any], rows: Iterable[dict[str, An
                 writer.write_table(pa.Table.from_pylist(block, schema=schema))
                 count += len(block)
 
-    def complete(temporary: Path) -> bool:
-        written = open_map(temporary)
-        return written.header == dict(header) and written.count() == count
-
-    write_atomic(path, write, complete)
+    write_atomic(path, write)
     return count

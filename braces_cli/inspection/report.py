@@ -19,7 +19,7 @@ from braces_cli.core.attributes.vector import Attribute
 from braces_cli.core.errors import DataError, ModelError
 from braces_cli.core.models.ffn import FFN
 from braces_cli.core.progress import Report, silent
-from braces_cli.core.render import render_page
+from braces_cli.core.render import render as render_template
 from braces_cli.core.schema import Kind, read
 from braces_cli.inspection.search import attribute_relevance, relevance_modules
 from braces_cli.inspection.trace import prompt_ids, record_activations, trace
@@ -168,4 +168,4 @@ def visible(token: str) -> str:
 
 def render(data: dict[str, Any]) -> str:
     """The page as HTML."""
-    return render_page("report.html.j2", data, visible=visible)
+    return render_template("pages/report.html.j2", data, visible=visible)

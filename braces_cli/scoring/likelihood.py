@@ -14,10 +14,17 @@ from braces_cli.core.models.chat import encode_answer, has_template
 from braces_cli.core.models.load import Base, input_device
 from braces_cli.core.models.tokenize import IGNORED, Encoded, by_length, context_length, encode, pad_right
 from braces_cli.core.progress import Report, silent
-from braces_cli.core.text import safe_exp
 
 # Logits of this many tokens are turned into float32 log-probabilities at a time.
 _TOKENS_AT_ONCE = 2048
+
+
+def safe_exp(value: float) -> float:
+    """Return e to the power of `value`; infinity if that exceeds a float, as for the perplexity of a broken model."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from braces_cli.core.attributes.lookup import find_attribute, known_attributes
 from braces_cli.core.attributes.vector import Attribute
 from braces_cli.core.config import convert
 from braces_cli.core.errors import ConfigError, near_misses
-from braces_cli.core.models.options import chosen_layers
+from braces_cli.core.models.ffn import chosen_layers
 from braces_cli.core.options import Sampling
 from braces_cli.steering.texts import generate_texts, text_requests
 

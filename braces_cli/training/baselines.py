@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from braces_cli.core.adapter.files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, AdapterConfig
-from braces_cli.core.errors import ConfigError
-from braces_cli.core.files import disk_error, scratch_folder, write_json, write_tensors, write_text
-from braces_cli.core.models.options import chosen_layers
+from braces_cli.core.errors import BracesError, ConfigError
+from braces_cli.core.files import scratch_folder, write_json, write_tensors, write_text
+from braces_cli.core.models.ffn import chosen_layers
 from braces_cli.core.schema import WRITTEN, read
 from braces_cli.training.settings import TrainSettings
 
@@ -115,7 +115,7 @@ class PeftAdapter:
         try:
             self._wrapper.save_pretrained(folder, save_embedding_layers=False, **conversion)
         except SafetensorError as error:
-            raise disk_error(str(error), folder) or error from error
+            raise BracesError(f"cannot write: {error}", where=str(folder), hint="Check the disk.") from error
 
 
 def baseline_parameters(model: nn.Module, settings: TrainSettings) -> int:

@@ -12,11 +12,11 @@ process must capture while one writes, and a run can go on with another number o
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import random
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ from torch import Tensor
 
 from braces_cli.core.distributed import full_tensor, gathered, rank
 from braces_cli.core.errors import BracesError, ModelError
-from braces_cli.core.files import file_hint, path_exists, remove_partial_files, write_json, write_tensors
+from braces_cli.core.files import file_hash, file_hint, path_exists, remove_partial_files, write_json, write_tensors
 from braces_cli.core.schema import Count, Kind, Name, check, check_is_file, read
 
 logger = logging.getLogger("braces")
@@ -116,12 +116,9 @@ def _check_manifest(checkpoint: Path) -> None:
     for name, expected in manifest["sha256"].items():
         file = checkpoint / Path(name).name
         try:
-            check_is_file(_LISTED, file)
-            found = _hash(file)
+            found = file_hash(file, ModelError)
         except ModelError as error:
             raise _damaged(file, error.message) from error
-        except OSError as error:
-            raise _damaged(file, f"a file of the checkpoint cannot be read: {error.strerror}") from error
         if found != expected:
             raise _damaged(file, "the file is not the one that was written with this checkpoint")
 
@@ -133,13 +130,10 @@ def _damaged(file: Path, what: str) -> ModelError:
     return ModelError(what, where=str(file), hint=f"Remove {checkpoint}; --resume then {then}.")
 
 
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _write_manifest(folder: Path, step: int) -> None:
-    hashes = {path.name: _hash(path) for path in sorted(folder.iterdir()) if path.name not in _NOT_HASHED}
+    hashes = {
+        path.name: file_hash(path, ModelError) for path in sorted(folder.iterdir()) if path.name not in _NOT_HASHED
+    }
     write_json(folder / MANIFEST_FILE, {"format_version": 1, "step": step, "sha256": hashes})
 
 
@@ -153,15 +147,12 @@ def write_checkpoint(folder: Path, step: int, write: Callable[[Path], object]) -
     temporary = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f"{_PARTIAL}{step}.", dir=folder))
+        temporary = folder / f"{_PARTIAL}{step}.{secrets.token_hex(4)}"
+        temporary.mkdir()
         write(temporary)
         _write_manifest(temporary, step)
         for path in (*temporary.iterdir(), temporary):
             _flush(path)
-        # mkdtemp makes folders for the owner alone; give what a plain mkdir would have given.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o777 & ~mask)
         remove(goal)
         temporary.rename(goal)
         _flush(folder)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from array import array
 from contextlib import suppress
@@ -16,7 +15,7 @@ from typing import Any, NotRequired, TypedDict
 from braces_cli.core.adapter.files import CONFIG_FILE
 from braces_cli.core.distributed import barrier, is_main
 from braces_cli.core.errors import ConfigError, ModelError
-from braces_cli.core.files import check_output_folder, finite, path_exists, write_json
+from braces_cli.core.files import bytes_hash, check_output_folder, finite, path_exists, write_json
 from braces_cli.core.schema import Count, Kind, Size, check, read
 from braces_cli.data.dataset import Counts, Examples, Stream
 from braces_cli.training.checkpoint import (
@@ -126,10 +125,7 @@ _PROGRESS = Kind(Progress, ModelError, DAMAGED_HINT)
 
 def digest(examples: Examples | Stream) -> str:
     """Hash of the token ids and labels of all examples, of a stream of those at its head."""
-    found = hashlib.sha256()
-    for item in examples.items:
-        found.update(array("q", item.ids).tobytes() + array("q", item.labels).tobytes())
-    return found.hexdigest()
+    return bytes_hash(array("q", item.ids).tobytes() + array("q", item.labels).tobytes() for item in examples.items)
 
 
 def read_record(folder: Path) -> Record | None:

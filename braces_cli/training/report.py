@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from braces_cli.core import markdown
 from braces_cli.core.adapter.files import AdapterConfig
 from braces_cli.core.errors import BracesError, ModelError
 from braces_cli.core.files import file_hint, finite, write_text
 from braces_cli.core.models.hub import card_header
 from braces_cli.core.render import figure, save_figure
 from braces_cli.core.schema import Count, Kind, Malformed, check, decode
-from braces_cli.core.text import escaped
+from braces_cli.core.text import escaped, markdown_code, markdown_text, public_command, public_name
 
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss.png"
@@ -137,17 +136,17 @@ def model_card(
         command: words of the command line.
         curve: whether `loss.png` lies beside the card.
     """
-    about, base = _about(config), markdown.name(config.base_model_name_or_path)
+    about, base = _about(config), public_name(config.base_model_name_or_path)
     arguments = arguments or {}
     figures = {name.replace("_", " "): f"{result[name]:.6g}" for name in _FIGURES if result.get(name) is not None}
-    settings = {name.replace("_", " "): markdown.text(_shown(value)) for name, value in config.training.items()}
+    settings = {name.replace("_", " "): markdown_text(_shown(value)) for name, value in config.training.items()}
     return "\n".join(
         [
             _header(config, about, result, arguments),
             "",
             f"# {about.title}, rank {config.r}",
             "",
-            f"Base model: {markdown.code(base)}. {result['trainable_parameters']:,} trained parameters "
+            f"Base model: {markdown_code(base)}. {result['trainable_parameters']:,} trained parameters "
             f"({result['trainable_percent']:.3g} % of the base's).",
             "",
             about.what,
@@ -158,13 +157,13 @@ def model_card(
             *(["![Loss by optimizer step](loss.png)", ""] if curve else []),
             *_section("Data", _data(result, arguments)),
             *_section("Settings", settings),
-            *(["## Command", "", f"    {escaped(shlex.join(markdown.words(command)))}", ""] if command else []),
+            *(["## Command", "", f"    {escaped(shlex.join(public_command(command)))}", ""] if command else []),
         ]
     )
 
 
 def _shown(value: Any) -> Any:
-    return markdown.name(value) if isinstance(value, str) else value
+    return public_name(value) if isinstance(value, str) else value
 
 
 def _header(config: AdapterConfig, about: _About, result: dict[str, Any], arguments: dict[str, Any]) -> str:
@@ -196,7 +195,7 @@ class _About:
 
 
 def _about(config: AdapterConfig) -> _About:
-    base = json.dumps(markdown.name(config.base_model_name_or_path))
+    base = json.dumps(public_name(config.base_model_name_or_path))
     if config.method == "braces":
         return _About(
             "braces",
@@ -225,6 +224,6 @@ def _about(config: AdapterConfig) -> _About:
 def _data(result: dict[str, Any], arguments: dict[str, Any]) -> dict[str, str]:
     """The data sets by name, and what became of their rows."""
     given = {kind: arguments.get(kind) or () for kind in ("data", "eval_data")}
-    sets = {kind: ", ".join(markdown.code(markdown.name(name)) for name in names) for kind, names in given.items()}
+    sets = {kind: ", ".join(markdown_code(public_name(name)) for name in names) for kind, names in given.items()}
     counts = {name: f"{result[name]:,}" for name in _ROWS if result.get(name) is not None}
     return {name.replace("_", " "): value for name, value in (sets | counts).items() if value}

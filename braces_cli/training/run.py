@@ -19,13 +19,12 @@ from braces_cli.core.adapter.model import Adapter, Session, attach, base_name, o
 from braces_cli.core.attributes.files import TRAINED_FILE
 from braces_cli.core.attributes.vector import Attribute, save_attributes
 from braces_cli.core.distributed import act, barrier, deferred, is_main, join, world_size
-from braces_cli.core.files import output_lock
+from braces_cli.core.files import output_lock, versions
 from braces_cli.core.models.ffn import find_ffns, parameter_total
 from braces_cli.core.models.hub import check_push
 from braces_cli.core.models.load import input_device, load_shape, load_tokenizer
 from braces_cli.core.models.tokenize import context_length
 from braces_cli.core.progress import Report, Timings, silent
-from braces_cli.core.versions import versions
 from braces_cli.data.dataset import Examples, Fields, Reading, Stream, log_counts, read_examples
 from braces_cli.scoring.likelihood import Likelihood
 from braces_cli.training.baselines import PeftAdapter, baseline_parameters

@@ -23,7 +23,7 @@ from braces_cli.core.adapter.scale import measure_scales, run_texts
 from braces_cli.core.attributes.words import neutral_texts
 from braces_cli.core.distributed import gathered
 from braces_cli.core.errors import ConfigError, ModelError
-from braces_cli.core.models.options import chosen_layers
+from braces_cli.core.models.ffn import chosen_layers
 from braces_cli.core.models.tokenize import Encoded, encode
 from braces_cli.data.dataset import Examples, Stream
 from braces_cli.training.baselines import PeftAdapter

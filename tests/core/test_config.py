@@ -15,7 +15,17 @@ import typer
 
 from braces_cli.cli.main import build_app, help_of
 from braces_cli.cli.options import command, command_line, running
-from braces_cli.core.config import SETTING_NAMES, build, flag_of, matching_setting, names_of, option, setting_hint
+from braces_cli.core.config import (
+    SETTING_NAMES,
+    build,
+    flag_of,
+    format_ranges,
+    matching_setting,
+    names_of,
+    option,
+    parse_ranges,
+    setting_hint,
+)
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.options import DisplaySettings, GenerationSettings, LoadOptions, Sampling
 
@@ -235,3 +245,22 @@ def test_letters_that_stand_together_are_not_taken_for_one_of_them(braces: Any, 
     assert "here it is" not in outcome.err
     assert "here it is --max-new-tokens" in braces("steer", "-n", "9", "--prompt", "a").err
     assert "here it is --max-new-tokens" in braces("steer", "--n_predict=9", "--prompt", "a").err
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("8-10,2", [2, 8, 9, 10]), ("30-", [30, 31]), ("0", [0]), (" 1 , 1-2 ", [1, 2])]
+)
+def test_ranges_are_inclusive(text, expected):
+    assert parse_ranges(text, 32, "--layers") == expected
+
+
+@pytest.mark.parametrize("text", ["", "a", "32", "5-2", "-3", "1-x", "0-99"])
+def test_other_ranges_are_refused(text):
+    with pytest.raises(ConfigError):
+        parse_ranges(text, 32, "--layers")
+
+
+@pytest.mark.parametrize(("layers", "text"), [([], ""), ([2], "2"), ([3, 1, 2], "1-3"), ([1, 3, 4, 5], "1,3-5")])
+def test_indices_round_trip(layers, text):
+    assert format_ranges(layers) == text
+    assert not text or parse_ranges(text, 32, "--layers") == sorted(layers)

@@ -356,6 +356,6 @@ def test_a_truncated_gguf_file_is_an_error_and_removed(
     write_gguf_tensors(tmp_path / "whole.gguf", "controlvector", tensors, lambda writer: None)
     (tmp_path / "whole.gguf").unlink()
     monkeypatch.setattr(gguf.GGUFWriter, "close", truncate)
-    with pytest.raises(BracesError, match="differs from what was meant"):
+    with pytest.raises(BracesError, match="differs from the tensors"):
         write_gguf_tensors(tmp_path / "v.gguf", "controlvector", tensors, lambda writer: None)
     assert not list(tmp_path.iterdir())

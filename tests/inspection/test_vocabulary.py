@@ -202,7 +202,7 @@ def check_values(session, top_k):
 def test_value_tokens_of_a_trained_model(shared):
     """Every value vector of stories260K."""
     from braces_cli.core.adapter.model import open_session
-    from braces_cli.core.models.options import LoadOptions
+    from braces_cli.core.options import LoadOptions
 
     session = open_session(str(shared / "models" / "stories260K"), None, LoadOptions(device="cpu", dtype="float32"))
     assert check_values(session, 10) == 5 * 172

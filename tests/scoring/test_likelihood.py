@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from braces_cli.core.models.tokenize import encode
-from braces_cli.scoring.likelihood import Likelihood, likelihoods, text_likelihoods
+from braces_cli.scoring.likelihood import Likelihood, likelihoods, safe_exp, text_likelihoods
 
 TEXTS = ["the film is good", "a", "the end is sad and the town is old", "happy day"]
 
@@ -72,3 +72,10 @@ def test_sums():
     assert both.loss == 0.5
     assert both.perplexity == pytest.approx(math.exp(0.5))
     assert math.isnan(Likelihood().loss)
+
+
+def test_safe_exp_is_exp_and_never_overflows():
+    assert safe_exp(709.0) == math.exp(709.0)
+    assert safe_exp(710.0) == safe_exp(math.inf) == math.inf
+    assert safe_exp(-math.inf) == 0.0
+    assert math.isnan(safe_exp(math.nan))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from dataclasses import asdict, dataclass, field
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from braces_cli.core.errors import ModelError
-from braces_cli.core.files import path_exists, user_path, write_json, write_tensors, write_text
+from braces_cli.core.files import bytes_hash, file_hash, path_exists, user_path, write_json, write_tensors, write_text
 from braces_cli.core.models.hub import explained, is_hub_id
 from braces_cli.core.models.stored_fingerprint import Fingerprint
 from braces_cli.core.schema import Count, Kind, Name, Positive, Size, check, check_is_file, cut, read
@@ -107,11 +106,8 @@ def adapter_folder(name: str) -> Path:
 
 def adapter_hash(folder: Path) -> str:
     """SHA-256 over the SHA-256 of config and weights of an adapter, ours or one of peft."""
-    digest = hashlib.sha256()
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        with (folder / name).open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()
+    hashes = [file_hash(folder / name, ModelError) for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    return bytes_hash(map(bytes.fromhex, hashes))
 
 
 def find_adapter(name: str) -> StoredAdapter:

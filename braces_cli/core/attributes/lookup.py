@@ -10,8 +10,6 @@ Where an attribute of a name comes from: files of the user's, the adapter's own,
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 from collections.abc import Callable
@@ -33,10 +31,9 @@ from braces_cli.core.attributes.vector import (
 )
 from braces_cli.core.attributes.words import OPPOSITES, OTHER_FILES, REFERENCE, built_in, check_name, neutral_texts
 from braces_cli.core.errors import BracesError, ConfigError, near_misses
-from braces_cli.core.files import cache_folder, path_exists
+from braces_cli.core.files import cache_folder, path_exists, value_hash, versions
 from braces_cli.core.models.ffn import GAIN_STEP
 from braces_cli.core.progress import Report, silent
-from braces_cli.core.versions import versions
 
 logger = logging.getLogger("braces")
 
@@ -96,7 +93,7 @@ def _place(session: Session, name: str, reduction: str) -> Path | None:
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
-    key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
+    key = value_hash(made_from)
     return root / "attributes" / f"{name}-{reduction}-{key[:32]}.safetensors"
 
 

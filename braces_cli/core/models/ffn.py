@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from braces_cli.core.config import parse_ranges
 from braces_cli.core.errors import ModelError
 from braces_cli.core.models.structure import (
     is_whole,
@@ -366,6 +367,11 @@ def layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
         )
     _, name, stack = max(reversed(found), key=lambda entry: entry[0])
     return name, stack
+
+
+def chosen_layers(model: nn.Module, text: str | None) -> list[int] | None:
+    """Return the decoder layers of a `--layers` option; None, which means all, without the option."""
+    return None if text is None else parse_ranges(text, len(layer_stack(model)[1]), "--layers")
 
 
 def _is_tower(module: nn.Module, embedding: Any) -> bool:

@@ -7,7 +7,6 @@ one and in memory as one tensor, is hashed from its weights, rounded to bfloat16
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from braces_cli.core.errors import ModelError
+from braces_cli.core.files import bytes_hash
 from braces_cli.core.models.ffn import FFN, MixtureFFN
 from braces_cli.core.models.stored_fingerprint import Fingerprint
 from braces_cli.core.models.weights import dense
@@ -71,14 +71,14 @@ def _hash_weights(sampled: Sequence[FFN | MixtureFFN]) -> str | None:
     stored = [ffn.parts[0].values() for ffn in sampled]
     if any(isinstance(values, Tensor) and values.is_meta for values in stored):
         return None
-    digest = hashlib.sha256()
+    parts = []
     for values in stored:
         flat = dense(values).detach().reshape(-1)
         count = _BYTES // 2
         for place in range(_PLACES):
             start = (max(len(flat) - count, 0) * place) // (_PLACES - 1)
-            digest.update(flat[start : start + count].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
-    return digest.hexdigest()
+            parts.append(flat[start : start + count].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+    return bytes_hash(parts)
 
 
 def _hash_files(folder: Path, names: Sequence[str]) -> str | None:
@@ -92,7 +92,7 @@ def _hash_files(folder: Path, names: Sequence[str]) -> str | None:
         for name, stored_at in header.tensors.items():
             begin, end = stored_at["data_offsets"]
             places[name] = (file, header.start + begin, end - begin)
-    digest = hashlib.sha256()
+    parts = []
     for name in names:
         stored = _stored_name(name, places)
         if stored is None:
@@ -101,8 +101,8 @@ def _hash_files(folder: Path, names: Sequence[str]) -> str | None:
         with file.open("rb") as handle:
             for place in range(_PLACES):
                 handle.seek(begin + (max(length - _BYTES, 0) * place) // (_PLACES - 1))
-                digest.update(handle.read(min(_BYTES, length)))
-    return digest.hexdigest()
+                parts.append(handle.read(min(_BYTES, length)))
+    return bytes_hash(parts)
 
 
 def _stored_name(name: str, places: dict[str, Any]) -> str | None:

@@ -11,8 +11,6 @@ Load a base model and its tokenizer from a folder or the hub, and say clearly wh
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ from torch import nn
 
 from braces_cli.core.distributed import local_rank
 from braces_cli.core.errors import ConfigError, ModelError
-from braces_cli.core.files import path_exists, user_path
+from braces_cli.core.files import path_exists, user_path, value_hash
 from braces_cli.core.models.embedded import resolve, stored_name
 from braces_cli.core.models.ffn import FFN, MixtureFFN, find_ffns
 from braces_cli.core.models.hub import explained
@@ -333,11 +331,10 @@ def load_shape(name: str, *, revision: str | None = None, trust_remote_code: boo
 def tokenizer_hashes(tokenizer: Any) -> dict[str, str | None]:
     """`{vocabulary, chat_template}`: hashes that tell another tokenizer or template."""
     template = getattr(tokenizer, "chat_template", None)
-    return {"vocabulary": _hash(sorted(tokenizer.get_vocab().items())), "chat_template": _hash(template)}
-
-
-def _hash(value: Any) -> str | None:
-    return None if value is None else hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    return {
+        "vocabulary": value_hash(sorted(tokenizer.get_vocab().items())),
+        "chat_template": None if template is None else value_hash(template),
+    }
 
 
 def _folder_or_id(name: str) -> str:
