@@ -1,4 +1,4 @@
-"""What every test may use: tiny models built from configs, a small tokenizer, and ../shared where it is there."""
+"""Shared fixtures: tiny random models, a small tokenizer, the command line, and `../shared` if it exists."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import os
 import shutil
 import tempfile
 
-# No test may reach for a hub; set before anything imports huggingface_hub.
+# Tests make no request to a hub; set before huggingface_hub is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-# As the command line does where stderr is no terminal; tqdm reads it when it is imported.
+# The command line sets it if stderr is not a terminal; tqdm reads it at import.
 os.environ["TQDM_DISABLE"] = "1"
-# Of the processes that tests start, too: two of them with a thread for each core wait for each other most of the time.
+# Also for child processes: with one thread per core, two processes mostly wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ import hypothesis
 import pytest
 import torch
 
-# Property tests: `--hypothesis-profile thorough` before a release. No table of examples in the checkout.
+# `--hypothesis-profile thorough` is for releases. No database of examples in the checkout.
 for _profile, _examples in (("fast", 8), ("thorough", 2000)):
     hypothesis.settings.register_profile(
         _profile, max_examples=_examples, deadline=None, database=None, print_blob=True,
@@ -33,14 +33,14 @@ for _profile, _examples in (("fast", 8), ("thorough", 2000)):
     )  # fmt: skip
 hypothesis.settings.load_profile("fast")
 
-# Tiny matrices: a second thread costs more than it brings.
+# With tiny matrices a second thread slows down.
 torch.set_num_threads(1)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
 GATED = {**SIZES, "intermediate_size": 52, "num_key_value_heads": 2}
-# The nine architectures of the first release: config class and its sizes. Odd widths stand beside round ones.
+# Config class and sizes, with round and odd widths.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", GATED),
     "qwen2": ("Qwen2Config", GATED),
@@ -58,9 +58,9 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def tiny_model(name: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Any:
-    """A tiny random causal LM of one architecture, in eval mode.
+    """Build a tiny random causal LM in eval mode.
 
-    Norms and biases are drawn too: at their initial 1 and 0 a slip in either would not show.
+    Norms and biases are random, too: an error in their use would not show at their initial 1 and 0.
     """
     import transformers
 
@@ -74,12 +74,12 @@ def tiny_model(name: str = "llama", dtype: torch.dtype = torch.float32, seed: in
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             else:
-                parameter.mul_(4)  # the usual 0.02 leaves FFN outputs too small to tell right from wrong
+                parameter.mul_(4)  # at the usual 0.02, FFN outputs are too small to show errors
     return model.to(dtype).eval()
 
 
 def open_gates(adapter: Any, seed: int = 1) -> None:
-    """Make an adapter do something: gates half open, c other than 1, a projection that is not orthonormal yet."""
+    """Give an adapter random gates, c other than 1, and projections that are not orthonormal yet."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for index, (_, adapter_layer) in enumerate(adapter.adapted_ffns):
@@ -90,7 +90,7 @@ def open_gates(adapter: Any, seed: int = 1) -> None:
 
 
 def tiny_tokenizer() -> Any:
-    """A byte-level BPE over a few sentences: 96 tokens at most, start token in front, padding of its own."""
+    """Build a byte-level BPE of at most 96 tokens, with a start token and padding."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -111,11 +111,11 @@ def tiny_tokenizer() -> Any:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", help="Where the laws run that take the fixture `device`.")
+    parser.addoption("--device", default="cpu", help="Device of the tests with the fixture `device`.")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Not the user's cache: one of all tests, for what they have in common. Workers find it in their environment."""
+    """Use one cache of attributes for all tests and workers, not the user's."""
     if not hasattr(config, "workerinput"):
         os.environ["BRACES_CACHE"] = tempfile.mkdtemp(prefix="braces-tests-")
 
@@ -126,7 +126,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With `--device`, only what can run there: the tests that take the fixture `device`."""
+    """With `--device`, select the tests with the fixture `device`."""
     if config.getoption("--device") == "cpu":
         return
     chosen = [item for item in items if "device" in getattr(item, "fixturenames", ())]
@@ -136,7 +136,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Where a law runs: the CPU, unless `--device` names another one, which must be there."""
+    """The CPU, or the device of `--device`."""
     from braces_cli.core.models.load import pick_device
 
     return pick_device(request.config.getoption("--device"))
@@ -144,7 +144,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny Llama and its tokenizer, as `--model` takes it."""
+    """Folder of a tiny Llama and its tokenizer, for `--model`."""
     folder = tmp_path_factory.mktemp("tiny-llama")
     tiny_model("llama", max_position_embeddings=128, vocab_size=96).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -167,7 +167,7 @@ def chatty(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def embedded() -> Path:
-    """The folder of the model that comes with braces: real enough to have something to say."""
+    """Folder of the embedded model."""
     from braces_cli.core.models.embedded import embedded_folder
 
     return embedded_folder()
@@ -175,7 +175,7 @@ def embedded() -> Path:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real data and models beside the checkout; tests that need it say so and skip without it."""
+    """Folder of real data and models next to the checkout; tests are skipped without it."""
     if not (SHARED / "models" / "stories260K").is_dir():
         pytest.skip("NOT TESTED ON REAL DATA: there is no ../shared with models/stories260K beside this checkout")
     return SHARED
@@ -183,7 +183,7 @@ def shared() -> Path:
 
 @pytest.fixture
 def session(model_dir: Path) -> Any:
-    """An open tiny Llama, fresh for each test."""
+    """Session of a tiny Llama, new for each test."""
     from braces_cli.core.adapter.model import open_session
     from braces_cli.core.options import LoadOptions
 
@@ -192,12 +192,12 @@ def session(model_dir: Path) -> Any:
 
 @pytest.fixture
 def adapter_dir(session: Any, tmp_path: Path) -> Path:
-    """The folder of an adapter of `model_dir` that does something."""
+    """Folder of an adapter of `model_dir` with random gates."""
     return make_adapter(session, tmp_path / "adapter")
 
 
 def make_adapter(session: Any, folder: Path, rank: int = 4, seed: int = 1) -> Path:
-    """Save an adapter with open gates and leave the session's model bare."""
+    """Save an adapter with random gates; the session's model stays without adapter."""
     from braces_cli.core.adapter.model import AdapterConfig, attach
 
     base = session.base
@@ -211,7 +211,7 @@ def make_adapter(session: Any, folder: Path, rank: int = 4, seed: int = 1) -> Pa
 
 @pytest.fixture(scope="module")
 def browser() -> Any:
-    """Headless Chromium of the system."""
+    """Headless Chromium of the system, if installed."""
     api = pytest.importorskip("playwright.sync_api", reason="NOT TESTED: the page in a browser, no playwright")
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if path is None:
