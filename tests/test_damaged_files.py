@@ -15,7 +15,7 @@ from braces_cli.core.adapter.files import read_config
 from braces_cli.core.attributes.files import read_header
 from braces_cli.core.errors import BracesError, DataError, ModelError
 from braces_cli.core.files import write_tensors
-from braces_cli.evaluation.results import Store, read_results
+from braces_cli.evaluation.results import Store
 from braces_cli.evaluation.systems import find_eval_adapter
 from braces_cli.export.checkpoint import read_record as read_merge
 from braces_cli.export.slots import read_slots
@@ -44,19 +44,6 @@ RESULT = {
 }  # fmt: skip
 RECORD = {"settings": {}, "command": ["braces"], "data": None, "base": LIKELIHOOD, "progress": PROGRESS, "result": None}
 METRIC = {"value": 1.0, "stderr": None, "n": 3}
-SYSTEM = {
-    "name": "base", "model": "m", "adapter": None, "method": None, "sha256": None, "results": {"task": {"acc": METRIC}}
-}  # fmt: skip
-RESULTS = {
-    "systems": [SYSTEM],
-    "comparisons": [],
-    "settings": {
-        "revision": None, "fingerprint": None, "dtype": "float32", "quantize": None, "tokenizer": {},
-        "apply_chat_template": False, "limit": None, "num_fewshot_used": {}, "task_versions": {},
-        "task_data_sha256": {}, "higher_is_better": {}, "seeds": {"torch": 0}, "versions": {},
-        "significance_level": 0.05,
-    },
-}  # fmt: skip
 PART = {
     "results": {"task": {"acc": {**METRIC, "documents": {"0": 1.0}, "units": {"0": 2.0}, "better": True}}},
     "shots": {"task": 0}, "versions": {}, "batch_sizes": [1],
@@ -168,13 +155,6 @@ KINDS = {
     "manifest": FileKind(
         "manifest.json", {"format_version": 1, "step": 2, "sha256": {}}, manifest, ModelError,
         {"step": wrong(5), "sha256": OBJECT},
-    ),
-    "results": FileKind(
-        "results.json", RESULTS, lambda folder: read_results(folder / "results.json"), ModelError,
-        {"systems": WRONG, "systems.0.results": wrong({}),
-         "systems.0.results.task.acc.value": wrong(None, 5, -1, 1.5, 10**30),
-         "systems.0.results.task.acc.n": COUNT, "comparisons": wrong([]), "settings": WRONG,
-         "settings.seeds": OBJECT, "settings.tokenizer": OBJECT},
     ),
     "part of a result": FileKind(
         "parts/base/unit.json", PART, lambda folder: Store(folder).load("base", "unit"), ModelError,

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.files import (
@@ -27,7 +27,7 @@ from braces_cli.core.files import (
     write_json,
     write_text,
 )
-from braces_cli.core.schema import Count, Kind, Size, check, read, stored_form
+from braces_cli.core.schema import Count, Kind, Size, read, stored_form
 from braces_cli.evaluation.settings import EvalSettings
 
 # Metric of a group: the average over its tasks.
@@ -96,66 +96,8 @@ class Scores:
             self.results[name] = {AVERAGE: Metric(value, stderr, number, better=True)}
 
 
-class StoredMetric(TypedDict):
-    """A metric of `results.json`; a value that is not finite is null."""
-
-    value: float | None
-    stderr: float | None
-    n: Count
-
-
-class StoredSystem(TypedDict):
-    """A system of `results.json`."""
-
-    name: str
-    model: str
-    adapter: str | None
-    method: str | None
-    sha256: str | None
-    results: dict[str, dict[str, StoredMetric]]
-
-
-# `from` is a keyword of Python.
-StoredComparison = TypedDict(
-    "StoredComparison",
-    {
-        "task": str, "metric": str, "from": str, "to": str, "difference": float | None, "p_value": float | None,
-        "p_holm": float | None,
-    },
-)  # fmt: skip
-
-
-class StoredSettings(TypedDict):
-    """The settings of `results.json` that tables show."""
-
-    revision: str | None
-    fingerprint: str | None
-    dtype: str
-    quantize: str | None
-    tokenizer: dict[str, str | None]
-    apply_chat_template: bool | None
-    limit: Count | None
-    num_fewshot_used: dict[str, Any]
-    task_versions: dict[str, Any]
-    task_data_sha256: dict[str, str]
-    higher_is_better: dict[str, dict[str, bool]]
-    seeds: dict[str, int | None]
-    versions: dict[str, str]
-    significance_level: float
-
-
-class StoredResults(TypedDict):
-    """`results.json`; other keys are kept unchanged."""
-
-    systems: list[StoredSystem]
-    comparisons: list[StoredComparison]
-    settings: StoredSettings
-
-
 _RESUME = "Remove the file and resume."
-_ANY = Kind(dict[str, Any], ModelError, _RESUME, "result")
 _SETTINGS = Kind(dict[str, Any], ModelError, "Give another --output-dir, or --overwrite.", "record of a run")
-_RESULTS = Kind(StoredResults, ModelError, _RESUME)
 _PART = Kind(Scores, ModelError, _RESUME, "part of a result")
 
 
@@ -166,18 +108,15 @@ class Store:
         self.folder = folder
         self.log_samples = log_samples
 
-    def begin(self, identity: dict[str, Any], resume: bool) -> dict[str, Any] | None:
+    def begin(self, identity: dict[str, Any], resume: bool) -> None:
         """Start a run or continue the stored one.
 
         Args:
             identity: everything that the result depends on.
             resume: keep the stored scores of a run with the same identity.
-
-        Returns:
-            The result if the resumed run is finished, else None.
         """
         if self.folder is None:
-            return None
+            return
         for place in (self.folder, *self.folder.glob("parts/*"), *self.folder.glob("samples/*")):
             remove_partial_files(place)
         expected = stored_form({"format": _FORMAT, "log_samples": self.log_samples, **identity})
@@ -188,13 +127,12 @@ class Store:
                 what = f"the run in this folder has other settings ({', '.join(other)})"
                 hint = "Give the same settings, another --output-dir, or --overwrite instead of --resume."
                 raise ConfigError(what, where=str(self.folder), hint=hint)
-            return read_results(self.folder / RESULTS) if path_exists(self.folder / RESULTS) else None
+            return
         for old in (_RUN, RESULTS, "results.md"):
             (self.folder / old).unlink(missing_ok=True)
         for old in ("parts", "samples"):
             shutil.rmtree(self.folder / old, ignore_errors=True)
         write_json(self.folder / _RUN, expected)
-        return None
 
     def load(self, system: str, unit: str) -> Scores | None:
         """Return the stored scores of a system on a task; None if the task was not finished."""
@@ -245,14 +183,3 @@ def check_folder(settings: EvalSettings) -> None:
         check_output_folder(folder, replace, "--resume continues the run there; --overwrite starts a new one.")
     else:
         check_output_folder(folder, replace)
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """Read the result of a finished run."""
-    result = read(_ANY, path)
-    systems = check(_RESULTS, result, str(path))["systems"]
-    scored = [{(task, metric) for task, each in system["results"].items() for metric in each} for system in systems]
-    if not systems or any(each != scored[0] for each in scored):
-        what = "`systems` is empty, or they were not scored on the same tasks"
-        raise ModelError(what, where=str(path), hint=_RESULTS.hint)
-    return result

@@ -58,12 +58,8 @@ def run_evaluation(settings: EvalSettings, report: Report = silent) -> dict[str,
     model = base_name(model, None)
     processes, device = _join(settings)
     settings = replace(settings, model=model, revision=revision, device=device)
-    # Only the first process is sure to see the folder.
-    identity = _identity(settings, adapters, selection, files)
-    finished = processes.gather(store.begin(identity, settings.resume) if processes.first else None)[0]
-    if finished is not None:
-        logger.info("%s: this run is finished", store.folder)
-        return _with_thresholds(finished, settings) if processes.first else None
+    if processes.first:
+        store.begin(_identity(settings, adapters, selection, files), settings.resume)
     with scratch_folder() as folder:
         units = []
         if selection.names:
@@ -95,8 +91,7 @@ def run_evaluation(settings: EvalSettings, report: Report = silent) -> dict[str,
         return None
     for system in systems:
         system.scores.add_averages(selection.averaged)
-    result = _document(session, systems, settings, files, chat, selection)
-    return _with_thresholds(result, settings)
+    return _document(session, systems, settings, files, chat, selection)
 
 
 def check_settings(settings: EvalSettings) -> tuple[catalog.Selection, dict[str, Path], dict[str, Sequence[Any]]]:
@@ -243,7 +238,7 @@ def _document(
     chat: bool,
     selection: catalog.Selection,
 ) -> dict[str, Any]:
-    """Return `{systems, comparisons, settings}`, and `slopes` if systems are steered."""
+    """Return `{systems, comparisons, settings}`, `slopes` if systems are steered, and `fail_under` with thresholds."""
     first = systems[0].scores
     fixed = [task for task, shots in first.shots.items() if settings.num_fewshot not in (None, shots)]
     if fixed:
@@ -254,7 +249,7 @@ def _document(
         task: {name: metric.better for name, metric in metrics.items() if metric.better is not None}
         for task, metrics in first.results.items()
     }
-    return {
+    result = {
         "systems": [
             {
                 "name": each.name,
@@ -296,6 +291,7 @@ def _document(
             "versions": versions(),
         },
     }
+    return {**result, "fail_under": check_reached(settings.thresholds, result)} if settings.thresholds else result
 
 
 def _check_metrics(thresholds: Sequence[Threshold], units: Sequence[lm_eval_runner.TaskUnit]) -> None:
@@ -309,12 +305,6 @@ def _check_metrics(thresholds: Sequence[Threshold], units: Sequence[lm_eval_runn
         if metrics is not None and each.metric.partition(",")[0] not in metrics:
             hint = near_misses(each.metric, metrics) or f"It has {', '.join(metrics)}."
             raise ConfigError(f"{each.task} has no metric `{each.metric}`", where="--fail-under", hint=hint)
-
-
-def _with_thresholds(result: dict[str, Any], settings: EvalSettings) -> dict[str, Any]:
-    """Return the result with `fail_under`; a finished run can hold that of other thresholds."""
-    result.pop("fail_under", None)
-    return {**result, "fail_under": check_reached(settings.thresholds, result)} if settings.thresholds else result
 
 
 def check_reached(thresholds: Sequence[Threshold], result: dict[str, Any]) -> list[dict[str, Any]]:

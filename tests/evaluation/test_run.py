@@ -166,10 +166,9 @@ def test_a_killed_run_is_resumed(tiny_folder, make_adapter, data, tmp_path, monk
     assert measured[3:] == ["base, truthfulqa_mc1"]
     assert again == whole
 
-    # The result is written by the command line; a run with a result is not measured again.
-    (tmp_path / "out" / "results.json").write_text(json.dumps(again))
-    monkeypatch.setattr(run_module, "open_session", lambda *a: pytest.fail("loaded"))
+    # A finished run is not measured again.
     assert evaluate(str(tiny_folder), adapters, settings, **stored, resume=True) == whole
+    assert len(measured) == 4
     other = EvalSettings(tasks=["popqa,truthfulqa_mc1"], task_data=data, limit=3)
     with pytest.raises(ConfigError, match=r"has other settings \(limit\)"):
         evaluate(str(tiny_folder), adapters, other, **stored, resume=True)
