@@ -73,7 +73,9 @@ def contrast_pairs(attribute: Attribute) -> list[Pair]:
         return description_pairs(provenance["describe"], provenance["against"], provenance["chat_template"])
     if not attribute.words:
         hint = "A direction needs an attribute of words or descriptions; --baselines prompting works with any."
-        raise ConfigError(f"`{attribute.name}` does not hold what it was built from", where="--baselines", hint=hint)
+        raise ConfigError(
+            f"`{attribute.name}` was built from texts, which its file does not have", where="--baselines", hint=hint
+        )
     other = built_in()[OPPOSITES.get(attribute.name, REFERENCE)]
     count = max(len(attribute.words), len(other))
     return [

@@ -125,7 +125,8 @@ def muted() -> Iterator[None]:
 def _load_error(name: str, error: BaseException, local: bool) -> BracesError:
     if isinstance(error, BracesError):
         return error
-    reason, cause = first_line(error, 300), error
+    reason = first_line(error, 300)
+    cause: BaseException | None = error
     seen: list[BaseException] = []
     while cause is not None and cause not in seen:
         if isinstance(cause, ImportError):

@@ -203,7 +203,7 @@ def _identity(
     settings: EvalSettings, adapters: Sequence[EvalAdapter], selection: catalog.Selection, files: dict[str, Path]
 ) -> dict[str, Any]:
     """Return everything that the result depends on; a run is resumed only if it is equal."""
-    identity = {
+    identity: dict[str, Any] = {
         "model": settings.model,
         "adapters": [[each.name, each.sha256] for each in adapters],
         "load": {
@@ -249,7 +249,7 @@ def _document(
         task: {name: metric.better for name, metric in metrics.items() if metric.better is not None}
         for task, metrics in first.results.items()
     }
-    result = {
+    result: dict[str, Any] = {
         "systems": [
             {
                 "name": each.name,

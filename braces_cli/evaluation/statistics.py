@@ -129,8 +129,8 @@ def compare(systems: Sequence[System], seed: int) -> list[dict[str, Any]]:
     """Compare every system with the first, the base; then adapters with each other, and each with itself steered.
 
     Returns:
-        Rows `{task, metric, from, to, difference, n, p_value, p_holm, significant, rises, falls}`; p is None if the
-        metric has no value for each document. `rises` and `falls` are the shares of documents with a larger and a
+        Rows `{task, metric, from, to, difference, n, p_value, p_holm, significant, rises, falls}`; p is None for
+        metrics without a value for each document. `rises` and `falls` are the shares of documents with a larger and a
         smaller value, with Wilson's intervals.
     """
     rows = []

@@ -75,7 +75,7 @@ def test_prompting_puts_an_instruction_before_each_prompt(session, positive):
     texts = attribute_from_texts(session, "very_warm", ["a happy day"])
     (method,) = baseline_methods(session, ["prompting"], texts, [-1.0])
     assert method.inputs(["a day"], -1.0) == ["Write something not very warm: a day"]
-    with pytest.raises(ConfigError, match="does not hold what it was built from"):
+    with pytest.raises(ConfigError, match="was built from texts"):
         baseline_methods(session, ["pca"], texts, [1.0])
 
 

@@ -62,7 +62,7 @@ def _embedded_rows(embedded: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def test_questions_are_not_in_the_training__embedded_rows(embedded: Path) -> None:
+def test_questions_are_not_in_the_training_rows(embedded: Path) -> None:
     asked = {row["question"] for name in ("popqa.jsonl", "truthful.jsonl") for row in _embedded_rows(embedded, name)}
     trained = [row["prompt"] for row in _embedded_rows(embedded, "qa_train.jsonl")]
     assert len(asked) > 100

@@ -8,9 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from braces_cli.evaluation.settings import EvalSettings
 from braces_cli.scoring.scorers import ToxicWords
-from tests.evaluation.conftest import evaluate
 
 PROMPTS = ["the film is", "a day", "the end of the old town", "a happy day in"]
 
@@ -91,17 +89,6 @@ def test_toxicity_is_the_maximum_over_25_samples(braces, model_dir, tmp_path, mo
     assert found["toxicity_probability"]["value"] == np.mean([any(each.has for each in group) for group in text_scores])
     assert found["toxic"]["value"] == pytest.approx(np.mean([each.has for group in text_scores for each in group]))
     assert outcome.json["settings"]["generation"]["num_samples"] == {"sentiment": 1, "toxicity": 25}
-
-
-def test_a_language_model_rates_the_texts(model_dir, tmp_path):
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("the film is\na day\n")
-    settings = EvalSettings(
-        tasks=("sentiment",), task_data=(f"sentiment={prompts}",), scorer=(f"sentiment=judge:{model_dir}",),
-        max_new_tokens=6,
-    )  # fmt: skip
-    found = evaluate(str(model_dir), [], settings)["systems"][0]["results"]["sentiment"]
-    assert all(0 <= found[name]["value"] <= 2 for name in ("concept", "relevance", "fluency", "overall"))
 
 
 @pytest.mark.parametrize(
