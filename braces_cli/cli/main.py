@@ -19,8 +19,8 @@ from braces_cli import __version__
 from braces_cli.cli import output
 from braces_cli.cli.output import print_json, print_text
 from braces_cli.core.config import matching_setting
-from braces_cli.core.distributed import process_number
-from braces_cli.core.errors import BracesError, first_line
+from braces_cli.core.distributed import rank
+from braces_cli.core.errors import BracesError, ConfigError, first_line
 from braces_cli.core.files import file_hint
 from braces_cli.core.text import error_text
 
@@ -252,7 +252,9 @@ def _fail(args: list[str], code: int, message: str, where: str | None, hint: str
         import traceback
 
         output.note(traceback.format_exc(), "\n\t")
-    number = process_number()
+    number = 0
+    with suppress(ConfigError):  # RANK is not a number
+        number = rank()
     if number > 0:
         # Most errors occur in every process of a launch, and the first process reports them; its end ends the others.
         # An error of this process alone is reported after a while.

@@ -34,7 +34,7 @@ from braces_cli.cli.output import (
 )
 from braces_cli.cli.steer_settings import SteerSettings
 from braces_cli.core.config import options_of
-from braces_cli.core.distributed import is_main, join_all, world_size
+from braces_cli.core.distributed import is_main, join, world_size
 from braces_cli.core.errors import BracesError, ConfigError, DataError
 from braces_cli.core.text import error_text
 
@@ -253,7 +253,7 @@ def _rows(settings: SteerSettings, requests: Iterator[TextRequest], **details: A
     named = _named(settings)
     session = open_session(settings.model, settings.adapter, settings)
     strengths, quiet = settings.strengths, settings.quiet or not is_main()
-    processes = join_all(input_device(session.base.model))
+    processes = join(input_device(session.base.model))
     with progress(quiet) as report:
         find = cache(partial(find_attribute, session, folder=settings.attributes, report=report))
         for name in (*strengths, *named):

@@ -13,7 +13,7 @@ from braces_cli.core.adapter.model import open_session
 from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.attributes.options import parse_strengths
-from braces_cli.core.distributed import is_main, join_all
+from braces_cli.core.distributed import is_main, join
 from braces_cli.core.errors import DataError
 from braces_cli.core.files import check_output_file
 from braces_cli.core.models.ffn import chosen_layers
@@ -73,7 +73,7 @@ def _measure(settings: SteerSettings, prompts: list[str], report: Report) -> dic
     if settings.reference_model is not None:
         reference_model = load_base(settings.reference_model, replace(settings, revision=None))
     chat = uses_chat_template(session, settings.apply_chat_template)
-    processes = join_all(input_device(session.base.model))
+    processes = join(input_device(session.base.model))
     swept = find_attribute(session, name, settings.attributes, report)
     others = [(find_attribute(session, each, settings.attributes, report), s) for each, s in settings.strengths.items()]
     excluded: set[str] = set()

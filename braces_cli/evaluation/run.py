@@ -15,7 +15,7 @@ from braces_cli.core.attributes.files import attribute_hashes
 from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.config import options_of
-from braces_cli.core.distributed import Processes, join_with_accelerator, world_size
+from braces_cli.core.distributed import Processes, join, world_size
 from braces_cli.core.errors import ConfigError, DataError, near_misses
 from braces_cli.core.files import file_hash, scratch_folder, versions
 from braces_cli.core.options import LoadOptions
@@ -129,7 +129,7 @@ def _join(settings: EvalSettings) -> tuple[Processes, str]:
     import torch
 
     on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
-    processes = join_with_accelerator(on_cpu)
+    processes = join(torch.device("cpu" if on_cpu else "cuda"), with_accelerator=True)
     if not on_cpu and device in ("auto", "cuda"):
         device = str(processes.accelerator.device)
     return processes, device

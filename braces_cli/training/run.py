@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import resource
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ from braces_cli.core.adapter.layer import condition_shapes
 from braces_cli.core.adapter.model import Adapter, Session, attach, base_name, open_session
 from braces_cli.core.attributes.files import TRAINED_FILE
 from braces_cli.core.attributes.vector import Attribute, save_attributes
-from braces_cli.core.distributed import act, barrier, deferred, is_main, join, world_size
+from braces_cli.core.distributed import barrier, deferred, is_main, join, world_size
 from braces_cli.core.files import output_lock, versions
 from braces_cli.core.models.ffn import find_ffns, parameter_total
 from braces_cli.core.models.hub import check_push
@@ -290,7 +291,7 @@ def _fit(
         trainer.run(checkpoint)
     if trainer.stopped_by:
         logger.info("stopped after step %d; continue with --resume", trainer.step)
-        act(trainer.stopped_by)
+        signal.raise_signal(signal.Signals(trainer.stopped_by))
     memory, progress = _peak_memory(), trainer.progress()
     if not all_finite(adapter.model):
         raise diverged(f"the adapter is not finite after step {trainer.step}", run.folder)
