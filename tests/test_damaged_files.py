@@ -20,8 +20,15 @@ from braces_cli.evaluation.systems import find_eval_adapter
 from braces_cli.export.checkpoint import read_record as read_merge
 from braces_cli.export.slots import read_slots
 from braces_cli.steering.output import TextsFile
-from braces_cli.training.checkpoint import newest_intact, restore_optimizer, restore_rng, rng_state
-from braces_cli.training.record import finished, read_progress, read_record
+from braces_cli.training.checkpoint import (
+    finished,
+    newest_intact,
+    read_progress,
+    read_record,
+    restore_optimizer,
+    restore_rng,
+    rng_state,
+)
 
 FINGERPRINT = {"model_type": "llama", "layers": 2, "hidden_size": 8, "value_vectors": [16, 16], "sha256": None}
 ADAPTER = {
@@ -130,12 +137,13 @@ KINDS = {
     ),
     "run": FileKind(
         "run.json", RECORD, read_record, ModelError,
-        {"settings": OBJECT, "command": wrong([]), "data": wrong(None, "x", "a\0b"), "base": wrong(None),
-         "base.nll": NUMBER, "progress": OBJECT, "result": wrong(None, {}), "more": WRONG},
+        {"settings": OBJECT, "command": wrong([]), "data": wrong(None, "x", "a\0b"), "base": wrong(None, {}),
+         "base.nll": NUMBER, "progress": wrong(None), "result": wrong(None), "more": WRONG},
     ),
     "progress": FileKind(
         "run.json", RECORD, read_progress, ModelError,
-        {"progress.step": WRONG, "progress.loss_sum": NUMBER, "progress.logged": COUNT, "progress.stream": wrong({})},
+        {"progress.step": WRONG, "progress.loss_sum": NUMBER, "progress.logged": COUNT,
+         "progress.stream": wrong(None, {})},
     ),
     "result of a run": FileKind(
         "run.json", {**RECORD, "result": RESULT}, lambda folder: finished(folder, {}), ModelError,
@@ -145,12 +153,11 @@ KINDS = {
     ),
     "schedule": FileKind(
         "optimizer.json", SCHEDULE, optimizer, ModelError,
-        {"groups": WRONG, "groups.0": WRONG, "groups.0.lr": NUMBER, "groups.0.betas": WRONG, "groups.0.params": WRONG,
-         "scheduler": wrong({}), "scheduler.last_epoch": COUNT, "scaler": wrong(None, {})},
+        {},
     ),
     "generators": FileKind(
         "rng.json", [rng_state()], restore_rng, ModelError,
-        {"0": WRONG, "0.python": WRONG, "0.python.1.0": wrong(5), "0.numpy": WRONG, "0.torch": WRONG},
+        {"0": WRONG, "0.python": WRONG, "0.torch": WRONG},
     ),
     "manifest": FileKind(
         "manifest.json", {"format_version": 1, "step": 2, "sha256": {}}, manifest, ModelError,

@@ -1,7 +1,4 @@
-"""`braces train`: fine-tune an adapter.
-
-`braces train --check`: what the rows come to, without weights.
-"""
+"""`braces train`: fine-tune an adapter; `--check` reports on the rows without loading weights."""
 
 from typing import Any
 
@@ -10,14 +7,14 @@ from braces_cli.cli.output import file_size, print_json, print_pairs, print_tabl
 from braces_cli.core.errors import BracesError, ConfigError
 from braces_cli.training.settings import TrainSettings
 
-# What the table calls the fields of the result.
+# Labels of the fields of the result.
 _LABELS = {
     "base_eval_loss": "evaluation loss of the base",
     "base_eval_perplexity": "evaluation perplexity of the base",
-    "base_eval_perplexity_without_eos": "the same, end tokens not counted",
+    "base_eval_perplexity_without_eos": "evaluation perplexity of the base without end tokens",
     "eval_loss": "evaluation loss of the adapter",
     "eval_perplexity": "evaluation perplexity of the adapter",
-    "eval_perplexity_without_eos": "the same, end tokens not counted",
+    "eval_perplexity_without_eos": "evaluation perplexity of the adapter without end tokens",
     "condition_parameters": "parameters of the attributes' MLP",
     "trainable_percent": "trainable parameters, percent",
     "side_path_share": "size of the adapter's output over that of the FFN, across layers",
@@ -36,7 +33,7 @@ def train(settings: TrainSettings) -> None:
     quiet = settings.quiet or not is_main()
     set_up(quiet, settings.debug)
     if settings.check_rows:
-        check(settings)
+        _check(settings)
         return
     if settings.dry_run:
         _plan(settings)
@@ -54,18 +51,20 @@ def train(settings: TrainSettings) -> None:
 
 
 def _plan(settings: TrainSettings) -> None:
-    """Print settings as they will take effect and the parameter count; where the model cannot be reached, why not."""
-    from braces_cli.training.run import count_parameters, prepare
+    """Print the resolved settings and the parameter count; or why the model cannot be read."""
+    from braces_cli.training.run import resolve
 
     out: dict[str, Any] = {"output_dir": settings.output_dir and str(settings.output_dir), "method": settings.method}
     try:
-        settings, _, shape, _ = prepare(settings)
-        out.update(count_parameters(shape, settings))
+        plan = resolve(settings)
     except ConfigError:
-        # A rank or a layer that does not fit is a mistake to mend, not a model out of reach.
+        # A rank or a layer that does not fit is an error of the settings.
         raise
     except BracesError as error:
         out.update({"trainable_parameters": None, "reason": str(error).replace("\n", " ")})
+    else:
+        out.update(plan.counts)
+        settings = plan.settings
     show_plan(settings, out, settings.unused())
 
 
@@ -83,47 +82,42 @@ def _show(settings: TrainSettings, title: str, result: dict[str, Any]) -> None:
     print_pairs(title, shown, _LABELS)
 
 
-def check(settings: Any) -> None:
-    """Read and tokenise all rows and print what was found.
-
-    Raises:
-        DataError: a row cannot be read.
-    """
+def _check(settings: TrainSettings) -> None:
+    """Read and tokenise all rows and print statistics, by option name."""
     from braces_cli.data.dataset import check_rows
-    from braces_cli.training.run import prepare
+    from braces_cli.training.run import resolve
 
-    settings, _, _, reading = prepare(settings)
+    reading = resolve(settings).reading
     with progress(settings.quiet) as report:
         sets = {name: getattr(settings, name) for name in ("data", "eval_data")}
         found = {name: check_rows(files, reading, report) if files else None for name, files in sets.items()}
-    _train_show(settings.json, found)
-
-
-def _train_show(as_json: bool, sets: dict[str, Any]) -> None:
-    """Print what `--check` found, by option name."""
-    if as_json:
-        print_json(sets)
+    if settings.json:
+        print_json(found)
         return
-    for source, found in sets.items():
-        if found is None:
-            continue
-        counts = {name: value for name, value in found.items() if not isinstance(value, (list, dict))}
-        lengths = {f"length, {name}": value for name, value in found["lengths"].items()}
-        print_pairs(source, {**counts, **lengths})
-        most = max(bar["examples"] for bar in found["histogram"])
-        bars = [
-            [f"{bar['from']}-{bar['to']}", bar["examples"], "#" * -(-40 * bar["examples"] // most)]
-            for bar in found["histogram"]
-        ]
-        print_table("tokens of an example", ["tokens", "examples", ""], bars)
-        print_table("formats", ["", "rows"], found["formats"].items())
-        if found["attributes"]:
-            rows = [(name, count, *found["strengths"][name].values()) for name, count in found["attributes"].items()]
-            print_table("attributes and their strengths", ["", "rows", "least", "mean", "most"], rows)
-        if found["dropped_at"]:
-            print_table("rows without a text to score", [""], [[where] for where in found["dropped_at"]])
-        texts = [
-            [shown["where"], "".join(f"[[{p['text']}]]" if p["scored"] else p["text"] for p in shown["parts"])]
-            for shown in found["shown"]
-        ]
-        print_table("examples, double brackets around what is scored", ["row", "text"], texts)
+    for source, statistics in found.items():
+        if statistics is not None:
+            _show_rows(source, statistics)
+
+
+def _show_rows(source: str, found: dict[str, Any]) -> None:
+    """Print the statistics of one option's rows as tables."""
+    counts = {name: value for name, value in found.items() if not isinstance(value, (list, dict))}
+    lengths = {f"length, {name}": value for name, value in found["lengths"].items()}
+    print_pairs(source, {**counts, **lengths})
+    most = max(bar["examples"] for bar in found["histogram"])
+    bars = [
+        [f"{bar['from']}-{bar['to']}", bar["examples"], "#" * -(-40 * bar["examples"] // most)]
+        for bar in found["histogram"]
+    ]
+    print_table("tokens of an example", ["tokens", "examples", ""], bars)
+    print_table("formats", ["", "rows"], found["formats"].items())
+    if found["attributes"]:
+        rows = [(name, count, *found["strengths"][name].values()) for name, count in found["attributes"].items()]
+        print_table("attributes and their strengths", ["", "rows", "least", "mean", "most"], rows)
+    if found["dropped_at"]:
+        print_table("rows without a text to score", [""], [[where] for where in found["dropped_at"]])
+    texts = [
+        [shown["where"], "".join(f"[[{p['text']}]]" if p["scored"] else p["text"] for p in shown["parts"])]
+        for shown in found["shown"]
+    ]
+    print_table("examples, with scored text in double brackets", ["row", "text"], texts)

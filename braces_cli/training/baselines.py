@@ -1,12 +1,12 @@
-"""Baselines: LoRA and its relatives through peft, trained by the same command on the same batches.
+"""PEFT baselines: LoRA and its variants, trained by the same command on the same batches.
 
-The folder they leave is peft's own: `PeftModel.from_pretrained(base, folder)` loads it without `braces`.
+The output folder is that of peft: `PeftModel.from_pretrained(base, folder)` loads it without `braces`.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from braces_cli.core.adapter.files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, AdapterConfig
 from braces_cli.core.errors import BracesError, ConfigError
 from braces_cli.core.files import scratch_folder, write_json, write_tensors, write_text
-from braces_cli.core.models.ffn import chosen_layers
 from braces_cli.core.schema import WRITTEN, read
 from braces_cli.training.settings import TrainSettings
 
-# What peft calls each method.
+# Arguments of `LoraConfig` for each method.
 _OPTIONS: dict[str, dict[str, Any]] = {
     "lora": {},
     "rslora": {"use_rslora": True},
@@ -31,11 +30,12 @@ _TARGETS = ("q_proj", "v_proj")
 
 
 class PeftAdapter:
-    """An adapter of peft inside a model, with what a training run asks of `core.method.adapter.Adapter`.
+    """A PEFT adapter with the interface of `core.adapter.model.Adapter` that training uses.
 
     Args:
         model: the base; its modules are replaced in place, its parameters frozen.
-        settings: of the run; `method` is one of `settings.BASELINES`.
+        settings: `method` is one of `settings.BASELINES`.
+        layers: decoder layers to adapt, None for all.
 
     Raises:
         ConfigError: peft is not installed, or the model has no module of the targets' names.
@@ -46,25 +46,22 @@ class PeftAdapter:
     scales: tuple[float, ...] = ()
     mlp = None
 
-    def __init__(self, model: nn.Module, settings: TrainSettings) -> None:
+    def __init__(self, model: nn.Module, settings: TrainSettings, layers: Sequence[int] | None) -> None:
         self.model = model
         self.rank = settings.rank
-        self.layers = chosen_layers(model, settings.layers) or []
-        self._wrapper = _inject(model, settings, _OPTIONS[settings.method])
+        self.layers = list(layers or ())
+        self._wrapper = _inject(model, settings, layers, _OPTIONS[settings.method])
         self._initial: dict[str, Tensor] | None = None
         if settings.method == "pissa":
             # PiSSA changes the base. The file holds the difference to its start, which is a LoRA of twice the rank.
             self._initial = {name: tensor.clone() for name, tensor in self.tensors().items()}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Those that train, by their names in the wrapped model."""
+        """Trained parameters by their names in the wrapped model."""
         return ((name, p) for name, p in self._wrapper.named_parameters() if p.requires_grad)
 
-    def parameter_count(self) -> int:
-        return sum(p.numel() for _, p in self.named_parameters())
-
     def tensors(self, in_place: bool = True) -> dict[str, Tensor]:
-        """What peft saves: the adapter's weights by its own names. There is nothing to settle."""
+        """Weights of the adapter by peft's names; `in_place` has no effect."""
         from peft import get_peft_model_state_dict
 
         return {
@@ -72,22 +69,17 @@ class PeftAdapter:
             for name, tensor in get_peft_model_state_dict(self._wrapper, save_embedding_layers=False).items()
         }
 
-    def detach(self) -> nn.Module:
-        """The base without the adapter; after PiSSA without its largest components, too."""
-        base: nn.Module = self._wrapper.unload()
-        return base
-
     def save(self, folder: Path, config: AdapterConfig, card: str) -> None:
-        """Write peft's folder: weights and model card first, the config, which makes it one, last."""
-        tensors, options = self._plain()
+        """Write a PEFT folder: weights and model card first, the config last."""
+        tensors, options = self._exported()
         options["base_model_name_or_path"] = config.base_model_name_or_path
         options["revision"] = config.revision
         write_tensors(folder / WEIGHTS_FILE, tensors)
         write_text(folder / CARD_FILE, card)
         write_json(folder / CONFIG_FILE, options)
 
-    def _plain(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Weights and config as peft itself writes them, of an adapter that leaves the base as it is."""
+    def _exported(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Weights and config as written by peft, for an unchanged base."""
         from safetensors.torch import load_file
 
         with scratch_folder() as work:
@@ -101,11 +93,11 @@ class PeftAdapter:
             self._write(written, **conversion)
             options = read(WRITTEN, written / CONFIG_FILE)
             if isinstance(options.get("target_modules"), list):
-                options["target_modules"].sort()  # a set in peft: another order in every process
+                options["target_modules"].sort()  # a set in peft: its order differs between processes
             return load_file(written / WEIGHTS_FILE), options
 
     def _write(self, folder: Path, **conversion: str) -> None:
-        """Let peft write its folder.
+        """Write a folder with peft.
 
         Raises:
             OSError: the disk is full.
@@ -118,11 +110,11 @@ class PeftAdapter:
             raise BracesError(f"cannot write: {error}", where=str(folder), hint="Check the disk.") from error
 
 
-def baseline_parameters(model: nn.Module, settings: TrainSettings) -> int:
-    """How many parameters a baseline trains on `model`, which is left as it was; the meta device will do."""
+def baseline_parameters(model: nn.Module, settings: TrainSettings, layers: Sequence[int] | None) -> int:
+    """Number of parameters that a baseline trains on `model`, which may be on the meta device and is unchanged."""
     plain = {key: value for key, value in _OPTIONS[settings.method].items() if key != "init_lora_weights"}
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    wrapper = _inject(model, settings, plain)
+    wrapper = _inject(model, settings, layers, plain)
     count = sum(p.numel() for p in wrapper.parameters() if p.requires_grad)
     wrapper.unload()
     for parameter, flag in flags:
@@ -130,27 +122,30 @@ def baseline_parameters(model: nn.Module, settings: TrainSettings) -> int:
     return count
 
 
-def _inject(model: nn.Module, settings: TrainSettings, options: dict[str, Any]) -> Any:
+def _inject(model: nn.Module, settings: TrainSettings, layers: Sequence[int] | None, options: dict[str, Any]) -> Any:
+    """Wrap `model` with peft."""
     try:
         from peft import LoraConfig, TaskType, get_peft_model
     except ImportError as error:
         hint = "Install it with: pip install peft"
-        raise ConfigError(
-            f"`{settings.method}` needs peft, which is not installed", where="--method", hint=hint
-        ) from error
+        what = f"`{settings.method}` needs peft, which is not installed"
+        raise ConfigError(what, where="--method", hint=hint) from error
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    # Without queries and values of these names peft uses its default for the architecture.
+    default = list(_TARGETS) if names.issuperset(_TARGETS) else None
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=settings.rank,
         lora_alpha=settings.lora_alpha if settings.lora_alpha is not None else 2 * settings.rank,
-        target_modules=_targets(model, settings),
-        layers_to_transform=chosen_layers(model, settings.layers),
+        target_modules=list(settings.lora_targets) or default,
+        layers_to_transform=None if layers is None else list(layers),
         lora_dropout=0.0,
         **options,
     )
     on_meta = next(model.parameters()).is_meta
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            # GPT-2 stores its weights transposed; peft notices, says so and does the right thing.
+            # GPT-2 stores its weights transposed; peft handles this, with a warning.
             warnings.filterwarnings("ignore", message=".*fan_in_fan_out")
             torch.manual_seed(settings.seed)
             return get_peft_model(model, config, low_cpu_mem_usage=on_meta)
@@ -161,11 +156,3 @@ def _inject(model: nn.Module, settings: TrainSettings, options: dict[str, Any]) 
             where="--lora-targets",
             hint=f"The model has: {', '.join(linear[:12])}.",
         ) from error
-
-
-def _targets(model: nn.Module, settings: TrainSettings) -> list[str] | None:
-    """Names to adapt: those asked for, else the queries and values; None, which is peft's choice, without these."""
-    if settings.lora_targets:
-        return list(settings.lora_targets)
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    return list(_TARGETS) if names.issuperset(_TARGETS) else None

@@ -1,20 +1,17 @@
-"""Which examples each step trains on: a function of seed and global batch only, however they are split or packed.
+"""Examples of each optimizer step, and their arrangement in blocks of tokens with little padding.
 
-Examples of one batch -> blocks of tokens for the model, with as little padding as can be.
+The order is a function of seed and global batch only, independent of processes, accumulation and packing.
 
-Packed: one block, in which every row holds several examples one after the other. Positions start anew with each, by
-which transformers keeps attention inside an example (block-diagonal for SDPA, variable-length for FlashAttention). What
-is left of a row is an example of padding of its own. Where strengths are contrasted, an example with an attribute lies
-in the block twice, the second time at the opposite strength.
+Packed: one block, in which each row contains several examples. Positions restart with each example, from which
+transformers derives block-diagonal attention; the rest of a row is padding, as an example of its own. With the
+contrastive loss, an example with an attribute is in the block twice, the second time at the opposite strength.
 
     input_ids     a a a b b | c c c c -
     position_ids  0 1 2 0 1 | 0 1 2 3 0
 
-Grouped: blocks of examples of similar length, each padded behind and masked, for models that cannot be packed.
+Grouped: blocks of examples of similar length, padded on the right and masked, for models that fail the packing probe.
 
-The first token of an example is never scored: before it stands nothing, or another example.
-
-Whether the very model at hand can be packed: a probe at the start of a run, and the layout that follows from it.
+The first token of an example is never scored: it follows nothing, or another example.
 """
 
 from __future__ import annotations
@@ -45,7 +42,7 @@ from braces_cli.training.settings import TrainSettings
 
 logger = logging.getLogger("braces")
 
-# Index of no example.
+# Index that fills the last global batch.
 NONE = -1
 
 
@@ -55,15 +52,7 @@ def global_batch(settings: TrainSettings) -> int:
 
 
 class EpochSampler(Sampler[int]):
-    """Indices of an epoch, drawn without replacement; its last global batch is filled up with `NONE`.
-
-    Every process gets the same number of batches and no example is seen twice in an epoch.
-
-    Args:
-        count: examples.
-        seed: of the order; each epoch has one of its own.
-        global_batch: examples of an optimizer step, over all processes and accumulated batches.
-    """
+    """Indices of an epoch without replacement, another order each epoch; `NONE` fills the last global batch."""
 
     def __init__(self, count: int, seed: int, global_batch: int) -> None:
         self._count, self._seed, self._global_batch = count, seed, global_batch
@@ -81,13 +70,8 @@ class EpochSampler(Sampler[int]):
         yield from [NONE] * (len(self) - self._count)
 
 
-def steps_per_epoch(examples: Examples | Stream, settings: TrainSettings) -> int | None:
-    """Optimizer steps of a pass; None for a stream, whose length is not known."""
-    return -(-len(examples.items) // global_batch(settings)) if isinstance(examples, Examples) else None
-
-
 def example_order(examples: Examples | Stream, settings: TrainSettings, done: int = 0) -> Iterator[Example | None]:
-    """Endless passes over the examples, from behind the first `done` optimizer steps; None is no example."""
+    """Endless passes over the examples, after the first `done` optimizer steps; None fills the last batch."""
     size = global_batch(settings)
     if isinstance(examples, Stream):
         yield from islice(examples, done * size, None)
@@ -100,9 +84,9 @@ def example_order(examples: Examples | Stream, settings: TrainSettings, done: in
             yield None if index == NONE else examples[index]
 
 
-# Padding that rows of a packed block may have where several rows are cheaper than one long one.
+# Largest share of padding in packed rows, if several rows are cheaper than one long row.
 MOST_PADDING = 0.05
-# Blocks of a batch that is grouped: more of them pad less, and keep a device less busy.
+# Blocks of a grouped batch: more blocks have less padding, and use a device less.
 GROUPS = 4
 
 Block = dict[str, Tensor]
@@ -110,17 +94,16 @@ Block = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Layout:
-    """How examples lie in blocks.
+    """Arrangement of examples in blocks.
 
     Attributes:
-        packed: several examples a row.
-        attention: what a token of a row costs more for each token that the row is long, over what it costs anyway.
-            0 where attention costs nothing across examples, so that one row is best.
-        context: tokens that a row may hold: some models keep masks of no other size. None: any number.
+        packed: several examples in a row.
+        attention: cost of a token per token of its row, over the cost in the linear layers; 0 if attention across
+            examples costs nothing, so that one row is best.
+        context: maximum tokens of a row, since some models allocate masks of that size. None: no limit.
         groups: blocks of a batch that is not packed.
-        only_scored: logits are computed of scored tokens only; see `training.loss`.
-        contrast: examples with an attribute also lie in their block at the opposite strength; see
-            `training.loss`.
+        only_scored: compute logits of scored tokens only; see `training.loss`.
+        contrast: also put examples with an attribute into their block at the opposite strength.
     """
 
     packed: bool
@@ -136,11 +119,11 @@ class Batch:
     """The examples of one forward and backward pass.
 
     Attributes:
-        blocks: inputs of the model, `labels`, and where they are used `strengths`, `scored`, and of contrasted
-            strengths `owner`, `distance` and `share` (see `training.loss`).
-        tokens: of the examples, without padding.
+        blocks: inputs of the model, `labels`, and if used `strengths`, `scored`, `owner`, `distance` and `share` (see
+            `training.loss`).
+        tokens: tokens of the examples, without padding.
         scored: tokens that have a loss.
-        computed: tokens of the blocks, padding included; of contrasted strengths those at an example's own strength.
+        computed: tokens of the blocks including padding, without those at opposite strengths.
     """
 
     blocks: list[Block]
@@ -151,7 +134,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What the steps are fed with: the examples, how they lie in blocks, and what they are conditioned on."""
+    """Examples, their layout and their condition."""
 
     examples: Examples | Stream
     layout: Layout
@@ -160,10 +143,10 @@ class TrainingData:
 
 
 class Collator:
-    """Turns examples into a `Batch`.
+    """Arrange examples in a `Batch`.
 
     Args:
-        conditioner: gives each block the `strengths` of its rows or, packed, of its tokens; None: there are none.
+        conditioner: provides the `strengths` of each block: of its rows or, packed, of its tokens.
     """
 
     def __init__(self, layout: Layout, pad_id: int, conditioner: Conditioner | None = None) -> None:
@@ -177,7 +160,8 @@ class Collator:
             sides = [self._sides(kept, groups)]
             blocks = [self._packed(side) for side in sides]
         else:
-            sides = [self._sides([kept[index] for index in chosen]) for chosen in groups]
+            members = [[kept[index] for index in group] for group in groups]
+            sides = [self._sides(each, [range(len(each))]) for each in members]
             blocks = [self._padded(side) for side in sides]
         if self._layout.only_scored:
             for block in blocks:
@@ -186,11 +170,11 @@ class Collator:
         twice = sum(len(item.ids) for side in sides for item in side.items) / max(tokens, 1)
         return Batch(blocks, tokens, sum(item.scored for item in items), round(computed / max(twice, 1)))
 
-    def _sides(self, kept: Sequence[Example], groups: Sequence[Sequence[int]] | None = None) -> _Sides:
-        """The examples of a block, those with an attribute a second time at the opposite strength where it is asked.
+    def _sides(self, kept: Sequence[Example], groups: Sequence[Sequence[int]]) -> _Sides:
+        """Examples of a block, those with an attribute a second time at the opposite strength if contrasted.
 
         Args:
-            groups: of similar length; None: all are one.
+            groups: indices of examples of similar length.
         """
         items = [row.tokens for row in kept if row.tokens is not None]
         if self._conditioner is None:
@@ -198,7 +182,7 @@ class Collator:
         strengths = self._conditioner.strengths([row.condition for row in kept] or [None])
         if not self._layout.contrast:
             return _Sides(items, strengths)
-        terms = pair_terms(items, strengths, [range(len(items))] if groups is None else groups)
+        terms = pair_terms(items, strengths, groups)
         active = terms["distance"].nonzero().squeeze(1)
         owners = torch.cat([torch.arange(len(strengths)), len(strengths) + active])
         both = items + [items[index] for index in active.tolist()]
@@ -208,14 +192,16 @@ class Collator:
         rows = fill_rows([len(item.ids) for item in sides.items], self._layout.attention, self._layout.context)
         block, example = pack(sides.items, rows, self._pad_id)
         if sides.strengths is not None:
-            # Padding belongs to no example, and takes the zeros behind the last.
+            # Padding has the index after the last example: strength 0.
             block["strengths"] = torch.cat([sides.strengths, torch.zeros_like(sides.strengths[:1])])[example]
         if sides.owners is not None:
             block["owner"] = F.pad(sides.owners, (0, 1))[example]
         return block | sides.terms
 
     def _padded(self, sides: _Sides) -> Block:
-        block = pad_right(sides.items, self._pad_id) if sides.items else _nothing(self._pad_id)
+        # One padding token for a process without an example in the last batch, which must take part in every pass.
+        items = sides.items or [Encoded([self._pad_id], [IGNORED], False, False)]
+        block = pad_right(items, self._pad_id)
         block["labels"][:, 0] = IGNORED
         if sides.strengths is not None:
             block["strengths"] = sides.strengths
@@ -226,12 +212,12 @@ class Collator:
 
 @dataclass(frozen=True)
 class _Sides:
-    """What lies in one block: examples, their strengths, and which of them are the same at opposite strengths.
+    """Examples of one block at their strengths and, if contrasted, at the opposite ones.
 
     Attributes:
-        strengths: (items, attributes); (1, attributes) where there are no items.
-        owners: of n examples i, of the one that is i at the opposite strength n + i; (items,).
-        terms: of `pair_terms`.
+        strengths: (items, attributes); (1, attributes) if there are no items.
+        owners: index of each item's row, n + i for row i of n at the opposite strength; (items,).
+        terms: see `pair_terms`.
     """
 
     items: list[Encoded]
@@ -240,17 +226,11 @@ class _Sides:
     terms: dict[str, Tensor] = field(default_factory=dict)
 
 
-def _nothing(pad_id: int) -> Block:
-    """A block of one padding token, for a process that has no example in the last batch but must take part."""
-    token = torch.full((1, 1), pad_id)
-    return {"input_ids": token, "attention_mask": torch.ones_like(token), "labels": torch.full((1, 1), IGNORED)}
-
-
 def fill_rows(lengths: Sequence[int], attention: float = 0.0, context: int | None = None) -> list[list[int]]:
-    """Indices of the examples in each row, so that a pass over the rows is cheap and at most 5 % of it is padding.
+    """Indices of the examples in each row, for a cheap pass with at most 5 % padding if possible.
 
-    Of every number of rows, examples go longest first to the emptiest row; cost: `rows * width * (1 + attention *
-    width)`. Where rows of at most `context` tokens cannot be filled so well, they are filled as well as can be.
+    For each number of rows, examples are added longest first to the emptiest row, with at most `context` tokens; the
+    cost is `rows * width * (1 + attention * width)`.
     """
     best: list[list[int]] = [[]]
     least = (float("inf"), 0.0)
@@ -273,8 +253,7 @@ def fill_rows(lengths: Sequence[int], attention: float = 0.0, context: int | Non
 
 
 def pack(items: Sequence[Encoded], rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Block, Tensor]:
-    """`input_ids`, `position_ids` and `labels` of packed rows; and each token's example, the number of examples for
-    padding. All (rows, longest row)."""
+    """Block of packed rows, and the index of each token's example, len(items) for padding; all (rows, longest row)."""
     width = max(1, max(sum(len(items[index].ids) for index in row) for row in rows))
     shape = (len(rows), width)
     ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORED)
@@ -294,12 +273,12 @@ def pack(items: Sequence[Encoded], rows: Sequence[Sequence[int]], pad_id: int) -
 
 
 def similar_lengths(lengths: Sequence[int], groups: int) -> list[list[int]]:
-    """Indices in `groups` groups that pad least when each is padded to its longest; some may be empty."""
+    """Indices in `groups` groups with the least padding; some may be empty."""
     order = sorted(range(len(lengths)), key=lambda index: lengths[index])
 
     @cache
     def cut(end: int, parts: int) -> tuple[int, tuple[int, ...]]:
-        """Least tokens of the first `end` examples in `parts` groups, and where the groups end."""
+        """Least number of tokens of the first `end` examples in `parts` groups, and the ends of the groups."""
         if end == 0 or parts == 1:
             return (end * lengths[order[end - 1]] if end else 0), (end,) * parts
         options = []
@@ -314,94 +293,85 @@ def similar_lengths(lengths: Sequence[int], groups: int) -> list[list[int]]:
 
 
 def computed_tokens(blocks: Sequence[Block]) -> int:
-    """Tokens that a pass over the blocks computes, padding included."""
+    """Tokens of the blocks, including padding."""
     return sum(block["input_ids"].numel() for block in blocks)
 
 
-# What packed and unpacked logits may differ by, over the largest logit: rounding in the order of sums.
+# Largest difference of packed and unpacked logits, over the largest logit: rounding in the order of sums.
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 1e-2}
 TOLERANCE_FLOAT32 = 1e-4
-# A masked score of attention takes so many times as long as the same flops in a linear layer (two cores, float32).
+# Time of masked attention over that of the same flops in a linear layer (two cores, float32).
 MASKED = 4.0
-# Tokens of an example that the probe looks at.
+# Tokens of an example in the probe of packing.
 PROBE_TOKENS = 512
-# Tokens a row of the probe whether logits can be picked.
+# Tokens in the probe of scored logits.
 PICKED = 8
 FLASH = "flash_attention_2"
 
 
 def choose_layout(session: Session, settings: TrainSettings, items: Sequence[Encoded]) -> Layout:
-    """How the examples of a batch lie in blocks, and whether logits are computed of scored tokens only.
+    """Layout of batches: packed if the probe passes, else grouped by length; logits of scored tokens if possible.
 
-    Raises:
-        ConfigError: packing is asked for, and the probe found a difference.
-    """
-    layout, model = _blocks(session, settings, items), session.base.model
-    picks = can_pick(model, probe_items(items)[1][:PICKED], _tolerance(model))
-    return replace(layout, only_scored=picks, contrast=bool(settings.contrast))
-
-
-def _blocks(session: Session, settings: TrainSettings, items: Sequence[Encoded]) -> Layout:
-    """Packed where the probe allows it, else grouped by length; FlashAttention is turned on where it is installed.
+    FlashAttention is turned on if it is installed and passes the probe.
 
     Args:
-        settings: of these `packing`: `on` makes it an error that the model cannot be packed, `off` asks for groups.
-        items: examples as they will be trained on, at least one.
+        items: training examples, at least one.
 
     Raises:
-        ConfigError: `on`, and the probe found a difference.
+        ConfigError: `--packing on`, and the probe found a difference.
     """
-    # Activations computed again in the backward pass must find the attributes of their own block still set.
-    one = settings.gradient_checkpointing and settings.attribute_field is not None
-    grouped = Layout(packed=False, groups=1 if one else GROUPS)
-    if settings.packing == "off":
-        return grouped
-    model = session.base.model
-    pad_id = session.base.tokenizer.pad_token_id
-    probe = probe_items(items)
-    if _try_flash(model, probe, pad_id):
-        return Layout(packed=True)
-    fault = packing_fault(model, probe, pad_id)
-    if fault is None:
-        cost = attention_cost(model, len(session.ffns), session.ffns[0].hidden_size)
-        if _is_flash(model):
-            return Layout(packed=True)
-        return Layout(packed=True, attention=cost, context=context_length(model.config, session.base.tokenizer))
-    if settings.packing == "on":
+    model, tokenizer = session.base.model, session.base.tokenizer
+    probe, pad_id = probe_items(items), tokenizer.pad_token_id
+    fault = None
+    if settings.packing != "off" and not _try_flash(model, probe, pad_id):
+        fault = packing_fault(model, probe, pad_id)
+    if fault is not None and settings.packing == "on":
         hint = "Use --packing auto: examples are grouped by length instead."
         raise ConfigError(f"this model cannot be packed: {fault}", where="--packing on", hint=hint)
-    logger.info("examples are not packed but grouped by length: %s", fault)
-    return grouped
+    if settings.packing == "off" or fault is not None:
+        if fault is not None:
+            logger.info("examples are not packed but grouped by length: %s", fault)
+        # Activations recomputed in the backward pass must find the attributes of their own block.
+        one = settings.gradient_checkpointing and settings.attribute_field is not None
+        layout = Layout(packed=False, groups=1 if one else GROUPS)
+    elif _is_flash(model):
+        layout = Layout(packed=True)
+    else:
+        cost = attention_cost(model, len(session.ffns), session.ffns[0].hidden_size)
+        layout = Layout(packed=True, attention=cost, context=context_length(model.config, tokenizer))
+    only_scored = can_pick(model, probe[1][:PICKED], _tolerance(model))
+    return replace(layout, only_scored=only_scored, contrast=bool(settings.contrast))
 
 
 def attention_cost(model: Any, layers: int, width: int) -> float:
-    """What each token of a row adds to the cost of another, over what a token costs in the linear layers."""
+    """Cost of attention between two tokens of a row, over the cost of a token in the linear layers."""
     return MASKED * 4 * layers * width / (2 * parameter_total(model))
 
 
 def probe_items(items: Sequence[Encoded]) -> list[list[int]]:
-    """Tokens of three examples: a middling one, the longest and the shortest, or the same again where there are few."""
+    """Tokens of three examples: of median length, the longest and the shortest."""
     order = sorted(items, key=lambda item: len(item.ids))
     return [list(order[place].ids[:PROBE_TOKENS]) for place in (len(order) // 2, -1, 0)]
 
 
 def packing_fault(model: Any, probe: Sequence[list[int]], pad_id: int) -> str | None:
-    """What is wrong with the logits of packed examples, None where nothing is.
+    """Difference in the logits of packed examples, None if there is none.
 
-    Each example packed is held to itself alone; and other tokens in the first may not move the logits of the rest.
+    Each packed example is compared with itself alone, and changed tokens in the first must not change the other logits.
     """
     tolerance = _tolerance(model)
     rows = [[0, 1, 2]] if _is_flash(model) else [[0, 1], [2]]
     first, *rest = probe
+    vocabulary = model.get_input_embeddings().weight.shape[0]
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
             alone = [_alone(model, ids) for ids in probe]
             packed = _packed(model, probe, rows, pad_id)
-            other = _packed(model, [[(token + 1) % _vocabulary(model) for token in first], *rest], rows, pad_id)
+            other = _packed(model, [[(token + 1) % vocabulary for token in first], *rest], rows, pad_id)
     except MODEL_FAULTS as error:
-        # A forward pass that takes no positions, or none that start anew.
+        # A forward pass without positions, or without positions that restart.
         return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
     finally:
         model.train(was_training)
@@ -419,7 +389,7 @@ def _tolerance(model: Any) -> float:
 
 
 def _try_flash(model: Any, probe: Sequence[list[int]], pad_id: int) -> bool:
-    """Turn FlashAttention on where it is installed, fits and passes the probe."""
+    """Turn on FlashAttention if it is installed, supported and passes the probe."""
     half = next(model.parameters()).dtype in TOLERANCE
     if not (half and input_device(model).type == "cuda" and is_flash_attn_2_available()) or _is_flash(model):
         return False
@@ -438,10 +408,6 @@ def _try_flash(model: Any, probe: Sequence[list[int]], pad_id: int) -> bool:
 
 def _is_flash(model: Any) -> bool:
     return str(model.config._attn_implementation).startswith("flash")
-
-
-def _vocabulary(model: Any) -> int:
-    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def _alone(model: Any, ids: list[int]) -> Tensor:

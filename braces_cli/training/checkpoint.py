@@ -1,17 +1,16 @@
-"""Folders of checkpoints: whole or not there, the newest one, and no more than are wanted.
+"""Checkpoints and the record of a run.
 
-A checkpoint is written under a name that begins with a dot, flushed to the disk and renamed to `checkpoint-N`. It is
-taken away in the opposite order. Whatever happens in between, a folder called `checkpoint-N` is complete. Its manifest,
-written last, holds the hash of each file: a file that was damaged, or belongs to another checkpoint, is not trained on.
+A checkpoint is written under a temporary name, flushed to the disk and renamed to `checkpoint-N`, so a folder of that
+name is complete. Its manifest, written last, holds the hash of each file, which is checked before a run is resumed.
+State is stored as safetensors and JSON, without pickle; parameters are the unconstrained ones. Under FSDP2 every
+process gathers the tensors and one writes them, so a run can be resumed with another number of processes.
 
-What training needs to go on as if it had never stopped, as safetensors and JSON: no pickle is written or read.
-
-Parameters are kept unconstrained, as the optimizer moves them. Under FSDP2 each tensor is gathered whole, so that every
-process must capture while one writes, and a run can go on with another number of processes.
+`run.json` identifies a run: its settings, command and rows, and once it has finished its result.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import random
@@ -19,9 +18,10 @@ import re
 import secrets
 import shutil
 import tempfile
+from array import array
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -31,21 +31,41 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from braces_cli.core.distributed import full_tensor, gathered, rank
-from braces_cli.core.errors import BracesError, ModelError
-from braces_cli.core.files import file_hash, file_hint, path_exists, remove_partial_files, write_json, write_tensors
-from braces_cli.core.schema import Count, Kind, Name, check, check_is_file, read
+from braces_cli.core.adapter.files import CONFIG_FILE
+from braces_cli.core.distributed import barrier, full_tensor, gathered, is_main, rank
+from braces_cli.core.errors import BracesError, ConfigError, ModelError
+from braces_cli.core.files import (
+    bytes_hash,
+    check_output_folder,
+    file_hash,
+    file_hint,
+    finite,
+    path_exists,
+    remove_partial_files,
+    write_json,
+    write_tensors,
+)
+from braces_cli.core.schema import Count, Kind, Name, Size, check_is_file, read
+from braces_cli.data.dataset import Counts, Examples, Stream
+from braces_cli.scoring.likelihood import Likelihood
+from braces_cli.training.report import CURVE_FILE, METRICS_FILE, TrainResult
 
 logger = logging.getLogger("braces")
 
-# Written last, so that a checkpoint without one is not complete.
+# Written last: a folder without a manifest is not a complete checkpoint.
 MANIFEST_FILE = "manifest.json"
+PARAMETERS_FILE = "parameters.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+# Parameter groups, schedule and gradient scaler: plain numbers.
+SCHEDULE_FILE = "optimizer.json"
+RNG_FILE = "rng.json"
+RUN_FILE = "run.json"
 _NAME = re.compile(r"checkpoint-(\d+)", re.ASCII)
 # Cards may be edited; nothing reads them.
 _NOT_HASHED = ("README.md",)
 _PARTIAL = ".checkpoint-"
-# What to do about a checkpoint with a damaged file.
-DAMAGED_HINT = "Remove that checkpoint; --resume then goes on from the one before."
+_DAMAGED = "the checkpoint is damaged"
+_DAMAGED_HINT = "Remove that checkpoint; --resume then goes on from the one before."
 
 
 class Manifest(TypedDict):
@@ -55,57 +75,36 @@ class Manifest(TypedDict):
     sha256: dict[Name, str]
 
 
-_LISTED = Kind(object, ModelError, DAMAGED_HINT, "file of the checkpoint")
-_MANIFEST = Kind(Manifest, ModelError, DAMAGED_HINT, "manifest")
+_MANIFEST = Kind(Manifest, ModelError, _DAMAGED_HINT, "manifest")
+_LISTED = Kind(object, ModelError, _DAMAGED_HINT, "file of the checkpoint")
+_STATE: Kind[Any] = Kind(object, ModelError, _DAMAGED_HINT, "state of training")
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints in `folder`, oldest first; none where there is no folder."""
-    return [path for path in _named(folder) if _is_complete(path)]
-
-
-def incomplete_checkpoints(folder: Path) -> list[Path]:
-    """Folders that are called like a checkpoint and are none, such as an empty one."""
-    return [path for path in _named(folder) if not _is_complete(path)]
-
-
-def _named(folder: Path) -> list[Path]:
-    paths = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
-    return sorted((path for path in paths if _NAME.fullmatch(path.name)), key=_step)
+def checkpoints(folder: Path, complete: bool = True) -> list[Path]:
+    """Complete checkpoints in `folder`, or the incomplete ones, oldest first."""
+    found = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    named = sorted((path for path in found if _NAME.fullmatch(path.name)), key=_step)
+    return [path for path in named if path_exists(path / MANIFEST_FILE) == complete]
 
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _is_complete(checkpoint: Path) -> bool:
-    return path_exists(checkpoint / MANIFEST_FILE)
-
-
 def newest(folder: Path) -> Path | None:
-    """The checkpoint with the most steps."""
+    """The complete checkpoint with the most steps."""
     return next(reversed(checkpoints(folder)), None)
 
 
 def newest_intact(folder: Path) -> Path | None:
-    """The newest checkpoint, each of its files held to the manifest.
+    """The newest checkpoint, each of its files compared with the manifest.
 
     Raises:
-        ModelError: a file differs from what was written, or is not there.
+        ModelError: a file is missing or differs from the one written with the checkpoint.
     """
     checkpoint = newest(folder)
-    if checkpoint is not None:
-        _check_manifest(checkpoint)
-    return checkpoint
-
-
-def warn_incomplete(folder: Path) -> None:
-    """Name the checkpoints that `newest_intact` leaves out."""
-    for path in incomplete_checkpoints(folder):
-        logger.warning("%s is not a complete checkpoint; it is ignored", path)
-
-
-def _check_manifest(checkpoint: Path) -> None:
+    if checkpoint is None:
+        return None
     path = checkpoint / MANIFEST_FILE
     try:
         manifest = read(_MANIFEST, path)
@@ -121,6 +120,7 @@ def _check_manifest(checkpoint: Path) -> None:
             raise _damaged(file, error.message) from error
         if found != expected:
             raise _damaged(file, "the file is not the one that was written with this checkpoint")
+    return checkpoint
 
 
 def _damaged(file: Path, what: str) -> ModelError:
@@ -130,18 +130,11 @@ def _damaged(file: Path, what: str) -> ModelError:
     return ModelError(what, where=str(file), hint=f"Remove {checkpoint}; --resume then {then}.")
 
 
-def _write_manifest(folder: Path, step: int) -> None:
-    hashes = {
-        path.name: file_hash(path, ModelError) for path in sorted(folder.iterdir()) if path.name not in _NOT_HASHED
-    }
-    write_json(folder / MANIFEST_FILE, {"format_version": 1, "step": step, "sha256": hashes})
-
-
-def write_checkpoint(folder: Path, step: int, write: Callable[[Path], object]) -> Path:
-    """Let `write` fill a folder, then make it `checkpoint-{step}`.
+def write_checkpoint(folder: Path, step: int, write: Callable[[Path], object]) -> None:
+    """Call `write` with a temporary folder, then rename the folder to `checkpoint-{step}`.
 
     Raises:
-        BracesError: the disk is full or refuses; earlier checkpoints are as they were.
+        BracesError: the disk is full or cannot be written; earlier checkpoints are unchanged.
     """
     goal = folder / f"checkpoint-{step}"
     temporary = None
@@ -150,28 +143,26 @@ def write_checkpoint(folder: Path, step: int, write: Callable[[Path], object]) -
         temporary = folder / f"{_PARTIAL}{step}.{secrets.token_hex(4)}"
         temporary.mkdir()
         write(temporary)
-        _write_manifest(temporary, step)
+        hashed = [path for path in sorted(temporary.iterdir()) if path.name not in _NOT_HASHED]
+        hashes = {path.name: file_hash(path, ModelError) for path in hashed}
+        write_json(temporary / MANIFEST_FILE, {"format_version": 1, "step": step, "sha256": hashes})
         for path in (*temporary.iterdir(), temporary):
             _flush(path)
         remove(goal)
         temporary.rename(goal)
         _flush(folder)
     except (OSError, BracesError) as error:
-        # `core.files` turns an OSError into one of ours, which names a file that will be gone.
+        # `core.files` turns an OSError into a BracesError, which names the temporary file.
         reason = error if isinstance(error, OSError) else error.__cause__
         if not isinstance(reason, OSError):
             raise
-        kept = newest(folder)
-        raise BracesError(
-            f"cannot write the checkpoint: {reason.strerror or reason}",
-            where=str(goal),
-            hint=f"{file_hint(reason)} "
-            + (f"{kept.name} is kept; continue from it with --resume." if kept else "There is no earlier checkpoint."),
-        ) from error
+        last = newest(folder)
+        advice = f"{last.name} is kept; continue from it with --resume." if last else "There is no earlier checkpoint."
+        what = f"cannot write the checkpoint: {reason.strerror or reason}"
+        raise BracesError(what, where=str(goal), hint=f"{file_hint(reason)} {advice}") from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
-    return goal
 
 
 def rotate(folder: Path, limit: int) -> None:
@@ -181,7 +172,7 @@ def rotate(folder: Path, limit: int) -> None:
 
 
 def remove(path: Path) -> None:
-    """Take a checkpoint away if it is there, so that at no time half of one goes by its name."""
+    """Remove a checkpoint, if it exists, after renaming it: a folder of that name is always complete."""
     if path.is_dir():
         temporary = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=path.parent))
         path.rename(temporary / path.name)
@@ -189,14 +180,14 @@ def remove(path: Path) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Take away what a killed process left half written."""
+    """Remove files that a killed process left incomplete."""
     for path in folder.glob(f"{_PARTIAL}*") if folder.is_dir() else ():
         shutil.rmtree(path, ignore_errors=True)
     remove_partial_files(folder)
 
 
 def _flush(path: Path) -> None:
-    """Make sure that a file or the entries of a folder are on the disk."""
+    """Flush a file or the entries of a folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -204,59 +195,160 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-PARAMETERS_FILE = "parameters.safetensors"
-OPTIMIZER_FILE = "optimizer.safetensors"
-# Parameter groups, schedule and gradient scaler: plain numbers.
-SCHEDULE_FILE = "optimizer.json"
-RNG_FILE = "rng.json"
+@dataclass
+class Progress:
+    """Cumulative counters of a run over all processes and resumed runs.
+
+    Attributes:
+        loss_sum: sum of the losses of the steps up to `logged`, the last logged one.
+        loss_open: sum of the losses of the steps after it.
+        stream: counts of the rows of a stream.
+    """
+
+    step: Size
+    max_steps: Size
+    tokens: Count = 0
+    computed: Count = 0
+    seconds: float = 0.0
+    loss_sum: float = 0.0
+    loss_open: float = 0.0
+    logged: Count = 0
+    stream: Counts | None = None
 
 
-class Schedule(TypedDict):
-    """What `optimizer.json` holds: parameter groups, and states of the schedule and the gradient scaler."""
+@dataclass
+class Record:
+    """`run.json`: what identifies a run.
 
-    groups: list[dict[str, Any]]
-    scheduler: dict[str, Any]
-    scaler: dict[str, Any] | None
+    Attributes:
+        settings: everything that its outcome depends on, by option name.
+        command: words of the command line.
+        data: see `digest`.
+        base: likelihood of the evaluation rows under the base.
+        progress: counters at a checkpoint.
+        result: of a finished run.
+    """
 
+    settings: dict[str, Any] = field(default_factory=dict)
+    command: list[str] = field(default_factory=list)
+    data: str | None = None
+    base: Likelihood | None = None
+    progress: Progress | None = None
+    result: TrainResult | None = None
 
-class Group(TypedDict, total=False):
-    """The numbers of a parameter group that a step of the optimizer uses."""
-
-    lr: float
-    initial_lr: float
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    params: list[Count]
-
-
-class Position(TypedDict, total=False):
-    """Where a schedule stands."""
-
-    last_epoch: Count
-    _step_count: Count
-    base_lrs: list[float]
+    def write(self, folder: Path) -> None:
+        write_json(folder / RUN_FILE, finite(asdict(self)))
 
 
-class Generators(TypedDict):
-    """State of the generators of one process; see `rng_state`."""
-
-    python: tuple[int, list[int], float | None]
-    numpy: tuple[str, list[int], float, float, float]
-    torch: str
-    cuda: str | None
+_RECORD = Kind(Record, ModelError, "Give another --output-dir, or --overwrite.", "record of a run", closed=True)
 
 
-_SCHEDULE = Kind(Schedule, ModelError, DAMAGED_HINT, "state of the optimizer")
-_GROUPS = Kind(list[Group], ModelError, DAMAGED_HINT)
-_POSITION = Kind(Position, ModelError, DAMAGED_HINT)
-_TENSORS = Kind(object, ModelError, DAMAGED_HINT, "file of tensors")
-_RNG = Kind(list[Generators], ModelError, DAMAGED_HINT, "state of the generators")
+def digest(examples: Examples | Stream) -> str:
+    """Hash of the token ids and labels of all examples; of a stream, of its first examples."""
+    return bytes_hash(array("q", item.ids).tobytes() + array("q", item.labels).tobytes() for item in examples.items)
+
+
+def read_record(folder: Path) -> Record | None:
+    """The record in `folder`, None if there is none.
+
+    Raises:
+        ModelError: the file is damaged.
+    """
+    path = folder / RUN_FILE
+    return read(_RECORD, path) if path_exists(path) else None
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """The counters of a checkpoint.
+
+    Raises:
+        ModelError: damaged, or of another step than its folder is named after.
+    """
+    path = checkpoint / RUN_FILE
+    progress = read(_RECORD, path).progress
+    if progress is None or progress.step != _step(checkpoint) or progress.logged > progress.step:
+        raise ModelError("`progress` is not that of this checkpoint", where=str(path), hint=_DAMAGED_HINT)
+    return progress
+
+
+def check_run_folder(folder: Path, *, overwrite: bool, resume: bool) -> None:
+    """Check the output folder before any work.
+
+    Raises:
+        ConfigError: it cannot be written to, or is not empty and neither `overwrite` nor `resume` is set.
+    """
+    run = bool(checkpoints(folder)) or (folder / RUN_FILE).is_file()
+    hint = "--resume continues the run there; --overwrite starts anew and removes its checkpoints."
+    check_output_folder(folder, overwrite or resume, *([hint] if run else []))
+
+
+def finished(folder: Path, settings: dict[str, Any]) -> TrainResult | None:
+    """Result of the finished run in `folder`, None if the run is to be started or continued.
+
+    Raises:
+        ConfigError: the run there had other settings, or the folder holds another adapter.
+        ModelError: a checkpoint or the record is damaged.
+    """
+    checkpoint = newest_intact(folder)
+    done = read_record(folder)
+    for stored in filter(None, (done, read_record(checkpoint) if checkpoint else None)):
+        differing = [
+            f"--{name.replace('_', '-')} {_shown(settings[name])} (was {_shown(before)})"
+            for name, before in stored.settings.items()
+            if name in settings and settings[name] != before
+        ]
+        if differing:
+            what = f"the run there had other settings: {', '.join(differing)}"
+            raise ConfigError(what, where=str(folder), hint="Use the same ones, or start anew with --overwrite.")
+    is_adapter = (folder / CONFIG_FILE).is_file()
+    if done is not None and done.result is not None and is_adapter:
+        done.result.resumed_from = str(folder)
+        return done.result
+    if done is None and checkpoint is None and is_adapter:
+        hint = "Give another --output-dir, or --overwrite."
+        raise ConfigError("the adapter there is not from a run that can be resumed", where=str(folder), hint=hint)
+    return None
+
+
+def _shown(value: Any) -> str:
+    return "unset" if value is None else json.dumps(value)
+
+
+def prepare_folder(folder: Path, resume: bool, record: Record) -> Path | None:
+    """Remove files of an earlier run, except its adapter, or return the checkpoint to resume from. Collective.
+
+    Raises:
+        ConfigError: the checkpoint was trained on other rows.
+        ModelError: the checkpoint is damaged.
+    """
+    if is_main():
+        remove_partial(folder)
+        incomplete = checkpoints(folder, complete=False)
+        if resume:
+            for path in incomplete:
+                logger.warning("%s is not a complete checkpoint; it is ignored", path)
+        else:
+            for path in checkpoints(folder):
+                remove(path)
+            for path in incomplete:
+                with suppress(OSError):  # not empty
+                    path.rmdir()
+            for name in (RUN_FILE, METRICS_FILE, CURVE_FILE):
+                (folder / name).unlink(missing_ok=True)
+    barrier()
+    checkpoint = newest_intact(folder) if resume else None
+    stored = read_record(checkpoint) if checkpoint else None
+    if stored is not None:
+        if stored.data != record.data:
+            hint = "Give the same rows, or start anew with --overwrite."
+            raise ConfigError("the rows are not those of the checkpoint", where=str(checkpoint), hint=hint)
+        record.base = stored.base
+    return checkpoint
 
 
 @dataclass
 class Captured:
-    """State of one moment, gathered from all processes."""
+    """State of training at one step, gathered from all processes."""
 
     parameters: dict[str, Tensor]
     optimizer: dict[str, Tensor]
@@ -271,7 +363,7 @@ class Captured:
 
 
 def capture(model: Any, optimizer: Any, scheduler: Any, scaler: Any = None) -> Captured:
-    """Gather the state; every process must take part."""
+    """Gather the state. Collective."""
     stored = optimizer.state_dict()
     tensors = {
         f"{index}.{name}": torch.as_tensor(full_tensor(value)).clone()
@@ -288,43 +380,38 @@ def capture(model: Any, optimizer: Any, scheduler: Any, scaler: Any = None) -> C
 
 
 def trained(model: Any) -> dict[str, Any]:
-    """The parameters that learn, by name."""
+    """Trained parameters by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def restore_parameters(folder: Path, model: Any) -> None:
-    """Fill in what `capture` found, before or after the model was wrapped.
+    """Copy the stored parameters into `model`, before or after it was wrapped.
 
     Raises:
-        ModelError: unreadable, or of another model.
+        ModelError: the file is damaged, or from another adapter.
     """
-    stored, own = _tensors(folder / PARAMETERS_FILE), trained(model)
-    shapes = {name: tuple(p.shape) for name, p in own.items()}
+    stored, parameters = _tensors(folder / PARAMETERS_FILE), trained(model)
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     if shapes != {name: tuple(tensor.shape) for name, tensor in stored.items()}:
         raise ModelError("the checkpoint is of another adapter", where=str(folder), hint="Give another --output-dir.")
     with torch.no_grad():
-        for name, parameter in own.items():
+        for name, parameter in parameters.items():
             parameter.copy_(_like(stored[name], parameter))
 
 
 def restore_optimizer(folder: Path, optimizer: Any, scheduler: Any, scaler: Any = None) -> None:
-    """The same for the moments, the rates and where the schedule stands."""
-    schedule = read(_SCHEDULE, folder / SCHEDULE_FILE)
-    check(_GROUPS, schedule["groups"], f"{folder / SCHEDULE_FILE}, groups")
-    check(_POSITION, schedule["scheduler"], f"{folder / SCHEDULE_FILE}, scheduler")
+    """Restore the moments, the rates and the position in the schedule."""
+    schedule = read(_STATE, folder / SCHEDULE_FILE)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
-    with _state_of(folder / OPTIMIZER_FILE):
+    with _restoring(folder / OPTIMIZER_FILE):
         for key, tensor in _tensors(folder / OPTIMIZER_FILE).items():
             index, _, name = key.partition(".")
             parameter = parameters[int(index)]
-            same = tensor.shape == parameter.shape
-            if not same and tensor.ndim:  # a step count has no shape
-                raise _training_damaged(folder / OPTIMIZER_FILE)
-            state.setdefault(int(index), {})[name] = _like(tensor, parameter) if same else tensor
-        if len({tuple(sorted(names)) for names in state.values()}) > 1:
-            raise _training_damaged(folder / OPTIMIZER_FILE)
-    with _state_of(folder / SCHEDULE_FILE):
+            # A step count has no shape.
+            moment = _like(tensor, parameter) if tensor.ndim else tensor
+            state.setdefault(int(index), {})[name] = moment
+    with _restoring(folder / SCHEDULE_FILE):
         optimizer.load_state_dict({"state": state, "param_groups": schedule["groups"]})
         scheduler.load_state_dict(schedule["scheduler"])
         if scaler is not None and schedule["scaler"] is not None:
@@ -332,7 +419,7 @@ def restore_optimizer(folder: Path, optimizer: Any, scheduler: Any, scaler: Any 
 
 
 def _like(tensor: Tensor, parameter: Any) -> Tensor:
-    """`tensor` where and how `parameter` lies, which may be in pieces."""
+    """`tensor` on the device of `parameter`, and sharded like it."""
     tensor = tensor.to(parameter.device)
     if not hasattr(parameter, "full_tensor"):
         return tensor
@@ -342,57 +429,47 @@ def _like(tensor: Tensor, parameter: Any) -> Tensor:
 
 
 def rng_state() -> dict[str, Any]:
-    """State of every generator of this process, ready for JSON."""
+    """State of every random generator of this process, ready for JSON."""
     version, numbers, gauss = random.getstate()
     kind, keys, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return {
         "python": [version, list(numbers), gauss],
         "numpy": [kind, [int(key) for key in keys], *map(float, rest)],
-        "torch": _hex(torch.get_rng_state()),
-        "cuda": _hex(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None,
+        "torch": torch.get_rng_state().numpy().tobytes().hex(),
+        "cuda": None if cuda is None else cuda.numpy().tobytes().hex(),
     }
 
 
 def restore_rng(folder: Path) -> None:
-    """Set the generators of this process; one that was not there when the checkpoint was written keeps its own."""
-    states = read(_RNG, folder / RNG_FILE)
-    if rank() >= len(states):
-        return
-    state = states[rank()]
-    with _state_of(folder / RNG_FILE):
+    """Set the random generators of this process, unless the checkpoint was written by fewer processes."""
+    path = folder / RNG_FILE
+    states = read(_STATE, path)
+    with _restoring(path):
+        if rank() >= len(states):
+            return
+        state = states[rank()]
         version, numbers, gauss = state["python"]
         random.setstate((version, tuple(numbers), gauss))
         kind, keys, position, has_gauss, cached = state["numpy"]
         np.random.set_state((kind, np.array(keys, dtype=np.uint32), int(position), int(has_gauss), cached))
-        torch.set_rng_state(_unhex(state["torch"]))
+        torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch"]), dtype=torch.uint8))
         if torch.cuda.is_available() and state["cuda"] is not None:
-            torch.cuda.set_rng_state(_unhex(state["cuda"]))
+            torch.cuda.set_rng_state(torch.frombuffer(bytearray.fromhex(state["cuda"]), dtype=torch.uint8))
 
 
 @contextmanager
-def _state_of(path: Path) -> Iterator[None]:
-    """Around what hands a file's content to a library: the right types, but perhaps not what the library wrote."""
+def _restoring(path: Path) -> Iterator[None]:
+    """Report a library that rejects the content of `path` as a damaged checkpoint."""
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
-        raise _training_damaged(path) from error
-
-
-def _hex(state: Tensor) -> str:
-    return state.numpy().tobytes().hex()
-
-
-def _unhex(text: str) -> Tensor:
-    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+        raise ModelError(_DAMAGED, where=str(path), hint=_DAMAGED_HINT) from error
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    check_is_file(_TENSORS, path)
+    check_is_file(_LISTED, path)
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise _training_damaged(path) from error
-
-
-def _training_damaged(path: Path) -> ModelError:
-    return ModelError("the checkpoint is damaged", where=str(path), hint=DAMAGED_HINT)
+        raise ModelError(_DAMAGED, where=str(path), hint=_DAMAGED_HINT) from error

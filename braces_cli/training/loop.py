@@ -1,8 +1,7 @@
-"""The training loop, on accelerate's public interface: batches -> loss -> gradients -> optimizer step.
+"""The training loop on accelerate: batches -> loss -> gradients -> optimizer step.
 
-Around it: a checkpoint every few steps (`checkpointing`), rows of `metrics.jsonl` and a reporter, measurements of the
-evaluation rows, and the end of the run when a signal asks for it. A run that goes on from a checkpoint is bit for bit
-the run that was not interrupted.
+Also writes checkpoints, metrics and evaluations when they are due, and stops after a signal. A resumed run is
+bit-identical to a run that was not interrupted.
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
@@ -28,14 +27,17 @@ from braces_cli.core.adapter.model import Adapter
 from braces_cli.core.distributed import SharedStop, StopRequest, barrier, gathered, is_main, rank, world_size
 from braces_cli.core.errors import BracesError
 from braces_cli.core.models.load import input_device
-from braces_cli.core.progress import Report, silent
+from braces_cli.core.progress import Report
 from braces_cli.data.dataset import Example, Stream
 from braces_cli.scoring.likelihood import Likelihood
 from braces_cli.training.baselines import PeftAdapter
-from braces_cli.training.batching import Batch, Block, Collator, TrainingData, example_order, steps_per_epoch
+from braces_cli.training.batching import Batch, Block, Collator, TrainingData, example_order, global_batch
 from braces_cli.training.checkpoint import (
+    Progress,
+    Record,
     capture,
     newest,
+    read_progress,
     restore_optimizer,
     restore_parameters,
     restore_rng,
@@ -44,79 +46,80 @@ from braces_cli.training.checkpoint import (
     write_checkpoint,
 )
 from braces_cli.training.loss import PAIR_TERMS, contrastive_loss, mean_loss, only_scored, token_nll
-from braces_cli.training.record import Record, read_progress
 from braces_cli.training.report import METRICS_FILE, MetricsFile
 from braces_cli.training.settings import TrainSettings, capped_warmup
-from braces_cli.training.setup import parameter_groups
 
 logger = logging.getLogger("braces")
 
-# Gradients of a step are scaled down to this norm where they are longer.
+# Gradients of a step are clipped to this norm.
 MAX_GRAD_NORM = 1.0
 _SCHEDULES = {"constant": "constant_with_warmup"}
 
 
-@dataclass
-class TrainerContext:
-    """What a trainer works with besides model and examples.
-
-    Attributes:
-        folder: of the output.
-        record: goes into every checkpoint.
-        adapter: gathers the adapter as it is now, in every process; what it returns writes that to a folder.
-        evaluate: measures the evaluation rows; None where there are none.
-        report: draws progress.
-        stop: whether a signal asked to stop.
-    """
-
-    folder: Path
-    record: Record
-    adapter: Callable[[], Callable[[Path], None]]
-    evaluate: Callable[[], Likelihood | None]
-    checkpoints: TrainSettings
-    report: Report = silent
-    stop: StopRequest = field(default_factory=StopRequest)
-
-
 class Trainer:
-    """Optimises an adapter, each part at its own rate.
+    """Optimise an adapter, each part at its own rate.
+
+    Args:
+        record: written into every checkpoint, with the counters of that step.
+        snapshot: gather the adapter, collectively, and return a function that writes it to a folder.
+        evaluate: likelihood of the evaluation rows; None if there are none.
+        stop: signal received by this process.
 
     Attributes:
-        step: optimizer steps that are done, those of earlier calls included.
-        stopped_by: the signal that ended `run`, 0 where it came to its end.
+        step: completed optimizer steps, including those before a resumption.
+        stopped_by: the signal that ended `run`, else 0.
     """
 
     def __init__(
-        self, adapter: Adapter | PeftAdapter, settings: TrainSettings, data: TrainingData, context: TrainerContext
+        self,
+        adapter: Adapter | PeftAdapter,
+        settings: TrainSettings,
+        data: TrainingData,
+        record: Record,
+        snapshot: Callable[[], Callable[[Path], None]],
+        evaluate: Callable[[], Likelihood | None],
+        report: Report,
+        stop: StopRequest,
     ) -> None:
+        assert settings.output_dir is not None
         set_seed(settings.seed)
-        self._settings, self._data, self._context = settings, data, context
-        self._base: Any = adapter.model
+        self._settings, self._data, self._record, self._folder = settings, data, record, settings.output_dir
+        self._snapshot, self._evaluate, self._report, self._stop = snapshot, evaluate, report, stop
+        self._base = cast(Any, adapter.model)
         self._device = input_device(self._base)
         self._collate = Collator(data.layout, data.pad_id, data.conditioner)
-        self._per_epoch = steps_per_epoch(data.examples, settings)
+        self._per_epoch = None
+        if not isinstance(data.examples, Stream):
+            self._per_epoch = math.ceil(len(data.examples.items) / global_batch(settings))
         self.step, self.max_steps = 0, settings.max_steps or math.ceil(settings.epochs * (self._per_epoch or 0))
         self.stopped_by = 0
-        self._accelerator = _accelerator(context, self._device)
-        self._kind = self._accelerator.distributed_type
+        self._accelerator = Accelerator(
+            # The base is on its device already.
+            device_placement=False,
+            cpu=self._device.type == "cpu" and not is_initialized(),
+            log_with=None if settings.report_to == "none" else settings.report_to,
+            project_dir=self._folder / "runs",
+            # All trained parameters are used in every pass, and the base has no buffers that change.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=False)],
+        )
         if settings.gradient_checkpointing:
-            _recompute_activations(self._base)
-        # Who recomputes or shards has no memory to spare.
+            self._base.activation_checkpointing_enable({"use_reentrant": False})
+        # Gradient checkpointing and FSDP imply that memory is scarce.
         if isinstance(adapter, Adapter) and (settings.gradient_checkpointing or self.is_fsdp):
             adapter.save_memory()
         # No weight decay: R does not depend on the length of the rows of its weight.
         optimizer = torch.optim.AdamW(parameter_groups(adapter, settings), weight_decay=0.0)
         self._model, self._optimizer = self._accelerator.prepare(self._base, optimizer)
-        name = _SCHEDULES.get(settings.schedule, settings.schedule)
         warmup = capped_warmup(settings.warmup_steps, self.max_steps)
         if warmup < settings.warmup_steps and is_main():
             cut = "the warm-up is cut from %d to %d steps, a quarter of the run"
             logger.info(cut, settings.warmup_steps, warmup)
-        self._scheduler = get_scheduler(name, self._optimizer, warmup, self.max_steps)
-        # Counters of earlier calls, over all processes; and of this call and process.
-        self._earlier: dict[str, Any] = {}
+        schedule = _SCHEDULES.get(settings.schedule, settings.schedule)
+        self._scheduler = get_scheduler(schedule, self._optimizer, warmup, self.max_steps)
+        # Counters before a resumption over all processes; tokens since then of this process.
+        self._earlier = Progress(0, self.max_steps)
         self._tokens = self._computed = 0
-        # Losses of the steps that are in a log, and on the device of those since.
+        # Losses of the logged steps, and on the device those of the steps since the last log.
         self._loss_sum, self._logged = 0.0, 0
         self._loss_open = torch.zeros((), device=self._device)
         self._rates: dict[str, float] = {}
@@ -127,83 +130,85 @@ class Trainer:
 
     @property
     def is_fsdp(self) -> bool:
-        return bool(self._kind == DistributedType.FSDP)
+        return bool(self._accelerator.distributed_type == DistributedType.FSDP)
 
     @property
     def epoch(self) -> float:
-        """Passes over the data; of a stream the part of the steps that is done."""
+        """Passes over the data; of a stream, the completed share of the steps."""
         length = self._per_epoch or self.max_steps
         whole, rest = divmod(self.step - 1, length)
         return whole + (rest + 1) / length if self.step else 0.0
 
     def run(self, checkpoint: Path | None) -> None:
-        """Train to the end, or from `checkpoint` to the end, or until a signal asks to stop.
+        """Train from the start or from `checkpoint` to the end, or until a signal.
 
         Raises:
-            BracesError: the loss is not finite, or a checkpoint cannot be written.
+            BracesError: the loss or the adapter is not finite, or a checkpoint cannot be written.
             ModelError: the checkpoint is damaged.
         """
+        settings = self._settings
         if checkpoint is not None:
             self._restore(checkpoint)
         unfinished = self.step < self.max_steps
-        order = example_order(self._data.examples, self._settings, self.step) if unfinished else iter(())
+        order = example_order(self._data.examples, settings, self.step) if unfinished else iter(())
         if checkpoint is not None and unfinished:
             restore_rng(checkpoint)  # the last file that can be damaged: nothing was written before
-        self._metrics = MetricsFile(self._context.folder / METRICS_FILE, self.step) if is_main() else None
+        self._metrics = MetricsFile(self._folder / METRICS_FILE, self.step) if is_main() else None
         if not unfinished:
             return
-        if self._context.checkpoints.report_to != "none":
-            recorded = self._settings.recorded().items()
+        if settings.report_to != "none":
+            recorded = settings.recorded().items()
             config = {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in recorded}
             self._accelerator.init_trackers("braces", config)
             if checkpoint is not None:
                 restore_rng(checkpoint)  # reporters may draw numbers
         self._started = time.perf_counter()
-        shared = SharedStop(self._context.stop, self._device)
+        shared = SharedStop(self._stop, self._device)
         while self.step < self.max_steps and not self.stopped_by:
             self._model.train()
             self._train_step(list(self._batches(order)))
-            self._context.report(f"training{self._shown}", self.step, self.max_steps)
+            self._report(f"training{self._shown}", self.step, self.max_steps)
             self.stopped_by = shared.number()
             self._after_step()
         shared.finish()
-        late = max(gathered(self._context.stop.number))
-        if late and not self.stopped_by:  # asked after the last step
+        late = max(gathered(self._stop.number))
+        if late and not self.stopped_by:  # received after the last step
             self.stopped_by = late
             self._save()
         for tracker in self._accelerator.trackers:
             tracker.finish()
+        self._check_finite()
 
-    def progress(self) -> dict[str, Any]:
-        """Counters that go on where the run does, over all processes and calls; every process must ask."""
-        examples = self._data.examples
-        return {
-            "step": self.step,
-            "max_steps": self.max_steps,
-            "tokens": self._all_tokens(),
-            "computed": self._earlier.get("computed", 0) + sum(gathered(self._computed)),
-            "seconds": self._earlier.get("seconds", 0.0) + time.perf_counter() - self._started,
-            # Of the steps before the last log, and of those since.
-            "loss_sum": self._loss_sum,
-            "loss_open": sum(gathered(float(self._loss_open))) / world_size(),
-            "logged": self._logged,
-            **({"stream": dict(vars(examples.counts))} if isinstance(examples, Stream) else {}),
-        }
+    def progress(self) -> Progress:
+        """Cumulative counters over all processes. Collective."""
+        examples, before = self._data.examples, self._earlier
+        mine = (self._tokens, self._computed, float(self._loss_open))
+        tokens, computed, loss = (sum(numbers) for numbers in zip(*gathered(mine), strict=True))
+        return Progress(
+            step=self.step,
+            max_steps=self.max_steps,
+            tokens=int(before.tokens + tokens),
+            computed=int(before.computed + computed),
+            seconds=before.seconds + time.perf_counter() - self._started,
+            loss_sum=self._loss_sum,
+            loss_open=loss / world_size(),
+            logged=self._logged,
+            stream=replace(examples.counts) if isinstance(examples, Stream) else None,
+        )
 
     def _restore(self, checkpoint: Path) -> None:
-        earlier = read_progress(checkpoint)
-        self._earlier, self.step = dict(earlier), earlier["step"]
-        self._loss_sum, self._logged = earlier["loss_sum"], earlier["logged"]
-        self._loss_open.fill_(earlier["loss_open"])
-        if isinstance(self._data.examples, Stream) and "stream" in earlier:
-            # Of a run that has all its steps behind it; any other reads these rows again.
-            self._data.examples.counts = earlier["stream"]
+        self._earlier = earlier = read_progress(checkpoint)
+        self.step, self._loss_sum, self._logged = earlier.step, earlier.loss_sum, earlier.logged
+        self._loss_open.fill_(earlier.loss_open)
+        if isinstance(self._data.examples, Stream) and earlier.stream is not None:
+            # Of a run with all steps completed; any other run reads these rows again.
+            self._data.examples.counts = earlier.stream
         restore_parameters(checkpoint, self._base)
         if self.step < self.max_steps:
             restore_optimizer(checkpoint, self._optimizer, self._scheduler, self._accelerator.scaler)
 
     def _batches(self, order: Iterator[Example | None]) -> Iterator[Batch]:
-        """This process's batches of the next optimizer step; the others' go by."""
+        """This process's batches of the next optimizer step; the batches of other processes are skipped."""
         for _ in range(self._settings.gradient_accumulation):
             for process in range(world_size()):
                 rows = list(islice(order, self._settings.batch_size))
@@ -211,15 +216,15 @@ class Trainer:
                     yield self._collate(rows)
 
     def _train_step(self, batches: Sequence[Batch]) -> None:
-        """One optimizer step: the mean loss over all scored tokens of all batches of all processes."""
-        # Filled, not copied: nothing waits for the device.
+        """One optimizer step on the mean loss over all scored tokens of all batches of all processes."""
+        # `full` rather than a copy from the host, which would wait for the device.
         scored = torch.full((), sum(batch.scored for batch in batches), dtype=torch.float32, device=self._device)
         scored = self._accelerator.reduce(scored, "sum") if world_size() > 1 else scored
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             self._accelerator.sync_gradients = last
             with nullcontext() if last else self._accelerator.no_sync(self._model):
-                # Gradients of processes are averaged, their losses are to be added up.
+                # Gradients are averaged over processes, but the loss is a sum over them.
                 loss = sum(self._block_loss(block, scored) for block in batch.blocks) * world_size()
                 self._accelerator.backward(loss)
             self._loss_open += loss.detach().to(self._device)
@@ -236,118 +241,100 @@ class Trainer:
         self.step += 1
 
     def _block_loss(self, block: Block, scored: Tensor) -> Any:
-        """What one block adds to the loss of its step."""
-        settings, conditioner = self._settings, self._data.conditioner
-        block = {name: self._on_device(tensor) for name, tensor in block.items()}
+        """Contribution of a block to the loss of its step."""
+        settings, conditioner, cuda = self._settings, self._data.conditioner, self._device.type == "cuda"
+        block = {
+            name: (tensor.pin_memory() if cuda else tensor).to(self._device, non_blocking=cuda)
+            for name, tensor in block.items()
+        }
         if conditioner is not None:
-            # It stays set until the next block: gradient checkpointing computes the pass once more.
+            # Set until the next block: gradient checkpointing computes the pass again.
             conditioner.apply(block.pop("strengths"))
         labels, owner = block.pop("labels"), block.pop("owner", None)
         terms = {name: block.pop(name) for name in PAIR_TERMS if name in block}
         with only_scored(self._base, block.pop("scored", None)):
-            # With a cache, transformers would not look whether positions start anew.
+            # With a cache, transformers does not check whether positions restart.
             logits = self._model(**block, use_cache=False).logits
         if owner is None or settings.contrast is None or settings.margin is None:
             return mean_loss(logits, labels, scored)
         nll = token_nll(logits, labels)
         return contrastive_loss(nll, owner, terms, settings.contrast, settings.margin, scored)
 
-    def _on_device(self, tensor: Tensor) -> Tensor:
-        if self._device.type == "cuda":
-            return tensor.pin_memory().to(self._device, non_blocking=True)
-        return tensor.to(self._device)
-
     def _after_step(self) -> None:
-        """Log, measure and save where this step is due for it."""
-        due, last = self._context.checkpoints, self.step >= self.max_steps
+        """Log, evaluate and save if due at this step."""
+        settings, last = self._settings, self.step >= self.max_steps
         row: dict[str, Any] = {}
-        if last or self.step % due.logging_steps == 0:
+        if last or self.step % settings.logging_steps == 0:
             row = self._figures()
-        # After the last step the adapter is measured as it was saved.
-        if due.eval_steps and self.step % due.eval_steps == 0 and not last:
-            measured = self._context.evaluate()
+        # After the last step the adapter is evaluated as it was saved.
+        if settings.eval_steps and self.step % settings.eval_steps == 0 and not last:
+            measured = self._evaluate()
             if measured is not None:
                 row |= {"eval_loss": measured.loss, "eval_perplexity": measured.perplexity}
         if row:
             if self._metrics is not None:
                 self._metrics.add({"step": self.step, "epoch": self.epoch, **row})
-            self._accelerator.log(reported(row), step=self.step)
-        # After the last step, too: an evaluation follows, and may be cut off.
-        if self.stopped_by or (due.save_steps and (last or self.step % due.save_steps == 0)):
+            # Reporters group metrics by prefix: `train/loss`, `eval/loss`.
+            named = {f"eval/{k[5:]}" if k.startswith("eval_") else f"train/{k}": value for k, value in row.items()}
+            self._accelerator.log(named, step=self.step)
+        # Also after the last step: the evaluation that follows can be interrupted.
+        if self.stopped_by or (settings.save_steps and (last or self.step % settings.save_steps == 0)):
             self._save()
 
     def _figures(self) -> dict[str, Any]:
-        """Mean loss since the last log, rates, gradient norm, and the speed; the only numbers read from the device."""
-        loss_sum = sum(gathered(float(self._loss_open))) / world_size()
-        loss = loss_sum / (self.step - self._logged)
+        """Mean loss since the last log, rates, gradient norm and speed. Only here are numbers read from the device."""
+        now, clock = self.progress(), time.perf_counter()
+        loss = now.loss_open / (self.step - self._logged)
         if not math.isfinite(loss):
             first = self._logged + 1
             when = f"at step {first}" if first == self.step else f"between steps {first} and {self.step}"
-            raise diverged(f"the loss is not finite {when}", self._context.folder)
-        self._loss_sum, self._logged = self._loss_sum + loss_sum, self.step
+            raise self._diverged(f"the loss is not finite {when}")
+        self._loss_sum, self._logged = self._loss_sum + now.loss_open, self.step
         self._loss_open.zero_()
-        now, tokens = time.perf_counter(), self._all_tokens()
-        before, counted = self._last_log or (self._started, int(self._earlier.get("tokens", 0)))
-        self._last_log = (now, tokens)
-        speed = (tokens - counted) / max(now - before, 1e-9)
+        before, counted = self._last_log or (self._started, self._earlier.tokens)
+        self._last_log = (clock, now.tokens)
+        speed = (now.tokens - counted) / max(clock - before, 1e-9)
         self._shown = f": loss {loss:.3f}, {speed:,.0f} tokens/s"
         norm = {} if self._norm is None else {"grad_norm": float(self._norm)}
-        return {"loss": loss, **self._rates, **norm, "tokens": tokens, "tokens_per_second": speed}
-
-    def _all_tokens(self) -> int:
-        return int(self._earlier.get("tokens", 0)) + sum(gathered(self._tokens))
+        return {"loss": loss, **self._rates, **norm, "tokens": now.tokens, "tokens_per_second": speed}
 
     def _save(self) -> None:
-        """Write a checkpoint; every process takes part, the first one writes."""
-        context = self._context
-        if not all_finite(self._base):
-            raise diverged(f"the adapter is not finite at step {self.step}", context.folder)
+        """Write a checkpoint. Collective; the first process writes."""
+        self._check_finite()
         captured = capture(self._base, self._optimizer, self._scheduler, self._accelerator.scaler)
-        write_adapter, progress = context.adapter(), self.progress()
+        write_adapter, record = self._snapshot(), replace(self._record, progress=self.progress())
 
         def write(folder: Path) -> None:
             write_adapter(folder)
             captured.write(folder)
-            Record(**{**vars(context.record), "progress": progress}).write(folder)
+            record.write(folder)
 
         try:
             if is_main():
-                write_checkpoint(context.folder, self.step, write)
-                rotate(context.folder, context.checkpoints.save_total_limit)
+                write_checkpoint(self._folder, self.step, write)
+                rotate(self._folder, self._settings.save_total_limit)
         finally:
             barrier()
 
+    def _check_finite(self) -> None:
+        if not all(bool(parameter.isfinite().all()) for parameter in trained(self._base).values()):
+            raise self._diverged(f"the adapter is not finite at step {self.step}")
 
-def _accelerator(context: TrainerContext, device: torch.device) -> Accelerator:
-    """What the launcher asks for: one process, DDP or FSDP2."""
-    reporter = context.checkpoints.report_to
-    return Accelerator(
-        # The base is on its device already.
-        device_placement=False,
-        cpu=device.type == "cpu" and not is_initialized(),
-        log_with=None if reporter == "none" else reporter,
-        project_dir=context.folder / "runs",
-        # All that learns is used in every pass, and nothing else of the base changes.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=False)],
-    )
+    def _diverged(self, what: str) -> BracesError:
+        last = newest(self._folder)
+        usable = f" {last} was written before and can be used as an adapter." if last else ""
+        return BracesError(f"training diverged: {what}", hint=f"Train again with a lower --lr or --gate-lr.{usable}")
 
 
-def _recompute_activations(model: Any) -> None:
-    model.activation_checkpointing_enable({"use_reentrant": False})
-
-
-def reported(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of metrics under the names that reporters group by: `train/loss`, `eval/loss`."""
-    return {f"eval/{k[5:]}" if k.startswith("eval_") else f"train/{k}": value for k, value in row.items()}
-
-
-def diverged(what: str, folder: Path) -> BracesError:
-    """The error of a run whose numbers are not finite any more; every checkpoint was checked before it was written."""
-    kept = newest(folder)
-    usable = f" {kept} was written before and can be used as an adapter." if kept else ""
-    return BracesError(f"training diverged: {what}", hint=f"Train again with a lower --lr or --gate-lr.{usable}")
-
-
-def all_finite(model: Any) -> bool:
-    """Whether every trained parameter is a finite number."""
-    return all(bool(parameter.isfinite().all()) for parameter in trained(model).values())
+def parameter_groups(adapter: Adapter | PeftAdapter, settings: TrainSettings) -> list[dict[str, Any]]:
+    """Parameter groups of an optimizer, each with its learning rate and the option that sets it."""
+    if isinstance(adapter, PeftAdapter):
+        return [{"params": [p for _, p in adapter.named_parameters()], "lr": settings.lr, "name": "lr"}]
+    modules = [adapter_layer for _, adapter_layer in adapter.adapted_ffns]
+    groups: list[dict[str, Any]] = [
+        {"params": [module.weight for module in modules], "lr": settings.lr, "name": "lr"},
+        {"params": [module.gate for module in modules], "lr": settings.gate_lr, "name": "gate_lr"},
+    ]
+    if adapter.mlp is not None:
+        groups.append({"params": list(adapter.mlp.parameters()), "lr": settings.lr})
+    return groups

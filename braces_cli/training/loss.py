@@ -1,24 +1,14 @@
-"""Logits of the tokens that are scored, and of no others.
+"""Losses of training, and the likelihood of the evaluation rows.
 
-A prompt is read, not learnt: the logits behind its tokens take a product with the whole vocabulary and are thrown away.
-So the hidden states that enter the head are picked first. What a head and what follows it (a scale, a cap) do to one
-token has nothing to do with the others, so the loss and its gradients stay what they are; a probe shows whether that
-holds for the model at hand.
+Logits are computed for scored tokens only: a pre-hook of the LM head selects their hidden states, and a probe on the
+model at hand verifies that the logits are unchanged.
 
-Telling opposite strengths apart: each row should be likelier at its own strength s than at -s, by a margin.
+The contrastive loss raises each row's likelihood at its own strength s over that at -s by a margin:
 
     loss = LM(x | s) + weight * softplus(margin |s| + log p(x | -s) - log p(x | s)),  mean over rows with an attribute
 
-The language-modelling loss alone gains little from an attribute, since most tokens of a text would be the same without
-it, and leaves it weak: as weak as attributes are in real text, where steering is meant to exaggerate. The margin, in
-nats a row and unit of strength, says by how much. Rows at strength 0 have no opposite and pass once; the others twice,
-both times in the same block. What the two passes share is what lies before the first adapted FFN's output, one
-attention of the model; from there on every hidden state depends on the strength.
-
-The mean is one of each group of rows of similar length, weighted by the group's scored tokens, whether the groups are
-blocks of their own or lie packed in one.
-
-How well a model, with or without its adapter, tells the evaluation rows; shared out where there are processes.
+The mean is taken in each group of rows of similar length and weighted by the group's scored tokens, whether the groups
+are separate blocks or packed in one. Rows at strength 0 pass once; the others twice, in the same block.
 """
 
 from __future__ import annotations
@@ -43,12 +33,12 @@ from braces_cli.training.conditioning import Conditioner
 
 logger = logging.getLogger("braces")
 
-# What a forward pass of a model raises that does not take its inputs in this form.
+# Raised by the forward pass of a model that does not accept inputs of this form.
 MODEL_FAULTS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 
 
 def next_tokens(labels: Tensor) -> Tensor:
-    """What each token should be followed by, `IGNORED` behind the last one of a row: (rows, tokens) both."""
+    """Targets of each token, `IGNORED` for the last one of a row: (rows, tokens) both."""
     return F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
 
 
@@ -56,7 +46,7 @@ def mean_loss(logits: Tensor, labels: Tensor, count: Tensor | int) -> Tensor:
     """Cross entropy of the next token, in float32, summed over a block and divided by `count`.
 
     Args:
-        labels: (rows, tokens); or (k,), the next tokens themselves, where there are logits of k scored tokens only.
+        labels: (rows, tokens); or (k,), the targets, if there are logits of k scored tokens only.
         count: scored tokens of the optimizer step.
     """
     summed = token_nll(logits, labels).sum()
@@ -64,7 +54,7 @@ def mean_loss(logits: Tensor, labels: Tensor, count: Tensor | int) -> Tensor:
 
 
 def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """-log p of the next tokens in float32, (k,), 0 where none is scored; arguments as of `mean_loss`."""
+    """-log p of the targets in float32, (k,), 0 for tokens that are not scored; arguments as for `mean_loss`."""
     # Labels are moved rather than logits: no copy of (tokens, vocabulary).
     targets = (labels if labels.ndim == 1 else next_tokens(labels)).to(logits.device)
     result: Tensor = _TokenNll.apply(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
@@ -72,10 +62,10 @@ def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class _TokenNll(torch.autograd.Function):
-    """Cross entropy of each token whose gradient is written over what forward kept.
+    """Cross entropy of each token, with the gradient written over the saved log-probabilities.
 
-    `F.cross_entropy` fills two more tensors of (tokens, vocabulary) on its way back, which for a small model is a
-    sixth of a step, and for a large vocabulary most of its memory.
+    `F.cross_entropy` fills two more tensors of (tokens, vocabulary) in its backward pass: a sixth of a step of a small
+    model, and most of the memory with a large vocabulary.
     """
 
     @staticmethod
@@ -91,17 +81,16 @@ class _TokenNll(torch.autograd.Function):
     def backward(ctx: Any, weights: Tensor) -> tuple[Tensor, None]:
         log_chances, targets = ctx.saved_tensors
         weights = weights.masked_fill(targets == IGNORED, 0.0).unsqueeze(1)
-        # In place: a second backward pass would find the saved tensor changed, and torch refuses it.
+        # In place: torch refuses a second backward pass, since the saved tensor has changed.
         gradient = log_chances.exp_().mul_(weights)
         gradient.scatter_add_(1, targets.clamp(min=0).unsqueeze(1), -weights)
         return gradient.to(ctx.dtype), None
 
 
 def pick_scored(block: dict[str, Tensor]) -> None:
-    """Give a block `scored`, the k places in rows * tokens where the next token is scored, and `labels`, those tokens.
+    """Add `scored`, the k indices in rows * tokens whose target is scored; reduce `labels` and `owner` to them.
 
-    `owner`, where a block has it, becomes that of those places. A block that scores nothing, or everything, stays as
-    it is.
+    A block without scored tokens, or with scored tokens only, is unchanged.
     """
     targets = next_tokens(block["labels"]).flatten()
     scored = (targets != IGNORED).nonzero().squeeze(1)
@@ -113,7 +102,7 @@ def pick_scored(block: dict[str, Tensor]) -> None:
 
 @contextmanager
 def only_scored(model: Any, scored: Tensor | None) -> Iterator[None]:
-    """Inside, the logits of `model` are (1, k, vocabulary), those of places `scored` (k,); None: all of them."""
+    """Compute the logits of the tokens `scored` (k,) only, (1, k, vocabulary); None: of all tokens."""
     if scored is None:
         yield
         return
@@ -130,10 +119,10 @@ def only_scored(model: Any, scored: Tensor | None) -> Iterator[None]:
 
 
 def can_pick(model: Any, ids: Sequence[int], tolerance: float) -> bool:
-    """Whether logits of picked tokens are those that the model gives them among all.
+    """Return True if the logits of selected tokens equal those computed for all tokens.
 
     Args:
-        ids: any few tokens.
+        ids: a few tokens.
         tolerance: for the largest difference, over the largest logit.
     """
     rows = torch.tensor([list(ids), list(ids)[::-1]], device=input_device(model))
@@ -146,7 +135,7 @@ def can_pick(model: Any, ids: Sequence[int], tolerance: float) -> bool:
             with only_scored(model, scored):
                 picked = model(input_ids=rows, use_cache=False).logits.float()
     except MODEL_FAULTS as error:
-        # A head that is called in a way of its own, or a model without one.
+        # A head with another call signature, or a model without a head.
         logger.debug("logits of all tokens are computed: %s", error)
         return False
     finally:
@@ -162,9 +151,9 @@ PAIR_TERMS: tuple[str, ...] = ("distance", "share")
 
 
 def pair_terms(items: Sequence[Encoded], strengths: Tensor, groups: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """What the contrastive term of each of n rows needs, both (n,).
+    """Terms of the contrastive loss of each of n rows, both (n,).
 
-    `distance` is |s|, summed over attributes; `share` the weight of the row's term in scored tokens, 0 at strength 0.
+    `distance` is |s| summed over attributes; `share` the weight of the row's term in scored tokens, 0 at strength 0.
 
     Args:
         strengths: (n, attributes).
@@ -181,18 +170,18 @@ def pair_terms(items: Sequence[Encoded], strengths: Tensor, groups: Sequence[Seq
 def contrastive_loss(
     nll: Tensor, owner: Tensor, terms: dict[str, Tensor], weight: float, margin: float, count: Tensor | int
 ) -> Tensor:
-    """The loss of one block.
+    """Loss of one block.
 
     Args:
-        nll: -log p of each token, (k,), 0 where none is scored.
-        owner: of each of them the row i that it belongs to at its own strength, or n + i at the opposite one, (k,).
-        terms: of `pair_terms`.
+        nll: -log p of each token, (k,), 0 for tokens that are not scored.
+        owner: of each token, its row i at the row's strength, or n + i at the opposite strength, (k,).
+        terms: see `pair_terms`.
         margin: in nats, for s = 1.
-        count: scored tokens of all blocks of an optimizer step, opposite strengths left out.
+        count: scored tokens of all blocks of an optimizer step, without those at opposite strengths.
     """
     terms = {name: tensor.to(nll.device) for name, tensor in terms.items()}
     rows = len(terms["share"])
-    # A product rather than an addition at indices: on a GPU that would add up in any order.
+    # A product rather than index_add: on a GPU its order of additions is not deterministic.
     belongs = owner.to(nll.device).flatten() == torch.arange(2 * rows, device=nll.device).unsqueeze(1)
     own, opposite = (belongs.to(nll.dtype) @ nll).split(rows)
     pairs = terms["share"] * F.softplus(margin * terms["distance"] + own - opposite)
@@ -208,35 +197,28 @@ def measure(
     report: Report,
     stage: str,
 ) -> Likelihood | None:
-    """Likelihood of all examples together, each on its own condition, every token counting the same."""
+    """Likelihood of all examples with equal weight for every token, each example at its own condition. Collective."""
     if examples is None:
         return None
-    mine, count = _share([len(item.ids) for item in examples.items])
-    rows = examples.conditions
+    rows, count = list(range(len(examples.items))), len(examples.items)
+    if world_size() > 1:
+        # Every process measures equally many examples, since FSDP needs equally many calls; a repeated one has no
+        # weight.
+        order = sorted(rows, key=lambda row: -len(examples.items[row].ids))
+        rows = order[rank() :: world_size()]
+        count = len(rows)
+        rows = rows + order[: -(-len(order) // world_size()) - count]
+    conditions = examples.conditions
 
     def condition(batch: Sequence[int]) -> None:
         if conditioner is not None:
             with torch.no_grad():
-                conditioner.apply(conditioner.strengths([rows[mine[row]] for row in batch]))
+                conditioner.apply(conditioner.strengths([conditions[rows[index]] for index in batch]))
 
     try:
-        items = [examples.items[row] for row in mine]
+        items = [examples.items[row] for row in rows]
         found = likelihoods(model, items, pad_id, batch_size, report, stage, condition)
     finally:
         if conditioner is not None:
             conditioner.clear()
     return sum(gathered(sum(found[:count], Likelihood())), Likelihood())
-
-
-def _share(lengths: Sequence[int]) -> tuple[list[int], int]:
-    """Rows of this process, and how many of them count.
-
-    Every process gets as many, the last of which may be a repetition: where a model is spread over processes, all must
-    call it equally often.
-    """
-    if world_size() == 1:
-        return list(range(len(lengths))), len(lengths)
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    mine = order[rank() :: world_size()]
-    share = -(-len(lengths) // world_size())
-    return mine + order[: share - len(mine)], len(mine)

@@ -1,36 +1,82 @@
-"""The course of a run: `metrics.jsonl`, one object a log step, and its picture.
-
-The model card that goes with an adapter.
-"""
+"""Results of a run: `metrics.jsonl`, its curve, the size of the side path, the figures and the model card."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+import torch
+from torch import Tensor
+
 from braces_cli.core.adapter.files import AdapterConfig
+from braces_cli.core.adapter.layer import RelevanceModule
+from braces_cli.core.adapter.model import Adapter, hook_ffn
+from braces_cli.core.adapter.scale import run_texts
 from braces_cli.core.errors import BracesError, ModelError
 from braces_cli.core.files import file_hint, finite, write_text
 from braces_cli.core.models.hub import card_header
+from braces_cli.core.models.tokenize import Encoded
 from braces_cli.core.render import figure, save_figure
 from braces_cli.core.schema import Count, Kind, Malformed, check, decode
 from braces_cli.core.text import escaped, markdown_code, markdown_text, public_command, public_name
 
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss.png"
-# In this order in each row; what was not measured at a step is left out.
+# In this order in each row; values that were not measured at a step are left out.
 _KEYS = (
     "step", "epoch", "loss", "lr", "gate_lr", "grad_norm", "tokens", "tokens_per_second", "eval_loss",
     "eval_perplexity",
 )  # fmt: skip
 
 
+@dataclass
+class TrainResult:
+    """The keys of `braces train --format json`: times in seconds, memory in bytes, None if not measured.
+
+    Attributes:
+        rows: rows read; of a stream, rows read ahead included.
+        rows_truncated: rows cut to the maximum length.
+        rows_dropped: rows without a scored token.
+        side_path_share: for each layer, the median norm of the side path over that of the FFN's output.
+        packed: several examples in a row.
+        padding_share: padding over computed tokens.
+    """
+
+    output_dir: str
+    method: str
+    trainable_parameters: int
+    condition_parameters: int
+    total_parameters: int
+    trainable_percent: float
+    steps: int
+    epochs: float | None
+    train_loss: float
+    base_eval_loss: float | None
+    base_eval_perplexity: float | None
+    base_eval_perplexity_without_eos: float | None
+    eval_loss: float | None
+    eval_perplexity: float | None
+    eval_perplexity_without_eos: float | None
+    seconds: float
+    tokens: int
+    tokens_per_second: float
+    peak_memory: int
+    rows: int
+    rows_truncated: int
+    rows_dropped: int
+    side_path_share: list[float] | None
+    packed: bool
+    padding_share: float
+    resumed_from: str | None = None
+
+
 class Metrics(TypedDict):
-    """What is read of a row."""
+    """The values of a row that are read back."""
 
     step: Count
     loss: NotRequired[float | None]
@@ -41,18 +87,12 @@ _ROW = Kind(Metrics, ModelError, "Remove the file.")
 
 
 class MetricsFile:
-    """Appends rows to the file.
-
-    Args:
-        path: of the file.
-        step: that training goes on from; later rows of an earlier attempt are dropped.
-    """
+    """Append rows to `path`; rows after `step`, from an earlier attempt, are dropped."""
 
     def __init__(self, path: Path, step: int = 0) -> None:
         self._path = path
-        rows = [row for row in read_metrics(path) if row["step"] <= step]
-        if rows or path.exists():
-            write_text(path, "".join(_line(row) for row in rows))
+        if path.exists():
+            write_text(path, "".join(_line(row) for row in read_metrics(path) if row["step"] <= step))
 
     def add(self, values: dict[str, Any]) -> None:
         """Write one row; unknown keys are left out."""
@@ -70,7 +110,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of the file, up to a line that a killed process left unfinished; none where there is no file."""
+    """Rows of the file up to an incomplete line of a killed process; empty if there is no file."""
     rows: list[dict[str, Any]] = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     for line in text.splitlines():
@@ -84,10 +124,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def draw_curve(folder: Path, evaluations: dict[int, float | None]) -> bool:
-    """Draw `loss.png` from `metrics.jsonl`; False where there is nothing to draw.
+    """Draw `loss.png` from `metrics.jsonl`; return False if there is nothing to draw.
 
     Args:
-        evaluations: loss on the evaluation rows by step, besides those in the file.
+        evaluations: loss on the evaluation rows by step, in addition to those in the file.
     """
     rows = read_metrics(folder / METRICS_FILE)
     trained = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
@@ -98,7 +138,7 @@ def draw_curve(folder: Path, evaluations: dict[int, float | None]) -> bool:
     picture = figure(6, 3.6)
     axes = picture.add_subplot()
     if trained:
-        # A line through a single point would not show.
+        # A line through a single point is invisible.
         style = "o" if len(trained) == 1 else "-"
         axes.plot(*zip(*trained, strict=True), style, color="tab:blue", linewidth=1, label="training batches")
     if measured:
@@ -111,12 +151,48 @@ def draw_curve(folder: Path, evaluations: dict[int, float | None]) -> bool:
     return True
 
 
+def side_path_shares(adapter: Adapter, examples: Sequence[Encoded]) -> list[float]:
+    """|B A h| / |FFN(h)| of each layer without attributes: the median over the tokens of `examples`."""
+    adapter.condition(None)
+    recorders = [_ShareRecorder(adapter_layer) for _, adapter_layer in adapter.adapted_ffns]
+    with adapter.disabled(), ExitStack() as stack:
+        for (ffn, _), recorder in zip(adapter.adapted_ffns, recorders, strict=True):
+            for handle in (handle for part in ffn.parts for handle in hook_ffn(part, recorder)):
+                stack.callback(handle.remove)
+        run_texts(adapter.model, [example.ids for example in examples])
+    return [float(torch.cat(found.ratios).median()) if found.ratios else 0.0 for found in recorders]
+
+
+class _ShareRecorder:
+    """A relevance module that also stores |side path| / |output| of every token with an output other than zero."""
+
+    enabled = True
+
+    def __init__(self, adapter_layer: RelevanceModule) -> None:
+        self._adapter_layer = adapter_layer
+        self.ratios: list[Tensor] = []
+
+    def __call__(self, output: Tensor, *rest: Any) -> Tensor:
+        return self._add(self._adapter_layer, output, *rest)
+
+    def routed(self, output: Tensor, *rest: Any) -> Tensor:
+        return self._add(self._adapter_layer.routed, output, *rest)
+
+    def by_expert(self, output: Tensor, *rest: Any) -> Tensor:
+        return self._add(self._adapter_layer.by_expert, output, *rest)
+
+    def _add(self, add: Callable[..., Tensor], output: Tensor, *rest: Any) -> Tensor:
+        # Added to zero: the difference of two bfloat16 sums would be rounding.
+        term = add(torch.zeros_like(output), *rest).detach().float().flatten(0, -2).norm(dim=-1)
+        size = output.detach().float().flatten(0, -2).norm(dim=-1)
+        self.ratios.append((term / size)[size > 0].cpu())
+        return add(output, *rest)
+
+
 _FIGURES = ("base_eval_perplexity", "eval_perplexity", "base_eval_loss", "eval_loss", "train_loss", "steps", "tokens")
 # Name of a metric on the hub, and its key in the result.
 _METRICS = {"loss": "eval_loss", "perplexity": "eval_perplexity"}
 _ROWS = ("rows", "rows_truncated", "rows_dropped")
-
-
 # The adapter in a checkpoint can be inspected and steered like any other.
 CHECKPOINT_CARD = "# LLMBraces adapter in training\n\nA checkpoint of `braces train`; `--resume` continues from it.\n"
 
@@ -124,106 +200,70 @@ CHECKPOINT_CARD = "# LLMBraces adapter in training\n\nA checkpoint of `braces tr
 def model_card(
     config: AdapterConfig,
     result: dict[str, Any],
-    arguments: dict[str, Any] | None = None,
+    arguments: dict[str, Any],
     command: Sequence[str] = (),
     curve: bool = False,
 ) -> str:
-    """Markdown with a YAML header that the hub reads.
+    """Markdown with a YAML header for the hub.
 
     Args:
         result: the keys of `TrainResult`.
-        arguments: all settings of the run, the data among them.
+        arguments: all settings of the run, including the data.
         command: words of the command line.
-        curve: whether `loss.png` lies beside the card.
+        curve: `loss.png` is in the folder.
     """
-    about, base = _about(config), public_name(config.base_model_name_or_path)
-    arguments = arguments or {}
-    figures = {name.replace("_", " "): f"{result[name]:.6g}" for name in _FIGURES if result.get(name) is not None}
-    settings = {name.replace("_", " "): markdown_text(_shown(value)) for name, value in config.training.items()}
-    return "\n".join(
-        [
-            _header(config, about, result, arguments),
+    base = public_name(config.base_model_name_or_path)
+    if config.method == "braces":
+        library, tags, title = "braces", ("llmbraces", "adapter"), "LLMBraces adapter"
+        about = (
+            "It re-weights the FFN sub-updates of the frozen base by their relevance to each token "
+            "(LLMBraces, ACL 2025, arXiv 2503.16334)."
+        )
+        usage = ["    pip install braces-cli", '    braces steer --adapter THIS_FOLDER --prompt "..."']
+    else:
+        library, tags, title = "peft", (config.method, "adapter"), f"{config.method} adapter"
+        about = (
+            f"A {config.method} baseline that `braces train --method {config.method}` trained with peft. It loads "
+            "without braces."
+        )
+        usage = [
+            "    from peft import PeftModel",
+            "    from transformers import AutoModelForCausalLM",
             "",
-            f"# {about.title}, rank {config.r}",
-            "",
-            f"Base model: {markdown_code(base)}. {result['trainable_parameters']:,} trained parameters "
-            f"({result['trainable_percent']:.3g} % of the base's).",
-            "",
-            about.what,
-            "",
-            *about.usage,
-            "",
-            *_section("Result", figures),
-            *(["![Loss by optimizer step](loss.png)", ""] if curve else []),
-            *_section("Data", _data(result, arguments)),
-            *_section("Settings", settings),
-            *(["## Command", "", f"    {escaped(shlex.join(public_command(command)))}", ""] if command else []),
+            f"    base = AutoModelForCausalLM.from_pretrained({json.dumps(base)})",
+            '    model = PeftModel.from_pretrained(base, "THIS_FOLDER")',
         ]
-    )
-
-
-def _shown(value: Any) -> Any:
-    return public_name(value) if isinstance(value, str) else value
-
-
-def _header(config: AdapterConfig, about: _About, result: dict[str, Any], arguments: dict[str, Any]) -> str:
-    return card_header(
+    header = card_header(
         config.base_model_name_or_path,
-        name=about.title,
-        library=about.library,
+        name=title,
+        library=library,
         relation="adapter",
-        tags=about.tags,
+        tags=tags,
         metrics={name: result[key] for name, key in _METRICS.items() if result.get(key) is not None},
         datasets=arguments.get("eval_data") or (),
     )
+    sets = {kind: arguments.get(kind) or () for kind in ("data", "eval_data")}
+    data = {kind: ", ".join(markdown_code(public_name(name)) for name in names) for kind, names in sets.items()}
+    data |= {name: f"{result[name]:,}" for name in _ROWS if result.get(name) is not None}
+    figures = {name: f"{result[name]:.6g}" for name in _FIGURES if result.get(name) is not None}
+    settings = {
+        name: markdown_text(public_name(value) if isinstance(value, str) else value)
+        for name, value in config.training.items()
+    }
+    lines = [
+        *(header, "", f"# {title}, rank {config.r}", ""),
+        f"Base model: {markdown_code(base)}. {result['trainable_parameters']:,} trained parameters "
+        f"({result['trainable_percent']:.3g} % of the base's).",
+        *("", about, "", *usage, "", *_section("Result", figures)),
+        *(["![Loss by optimizer step](loss.png)", ""] if curve else []),
+        *_section("Data", {name: value for name, value in data.items() if value}),
+        *_section("Settings", settings),
+        *(["## Command", "", f"    {escaped(shlex.join(public_command(command)))}", ""] if command else []),
+    ]
+    return "\n".join(lines)
 
 
 def _section(title: str, rows: dict[str, str]) -> list[str]:
     """A heading and a table of two columns."""
-    return [f"## {title}", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), ""]
-
-
-@dataclass(frozen=True)
-class _About:
-    """The parts of a card that depend on the method; `library` and `tags` are fields of the header."""
-
-    library: str
-    tags: tuple[str, ...]
-    title: str
-    what: str
-    usage: tuple[str, ...]
-
-
-def _about(config: AdapterConfig) -> _About:
-    base = json.dumps(public_name(config.base_model_name_or_path))
-    if config.method == "braces":
-        return _About(
-            "braces",
-            ("llmbraces", "adapter"),
-            "LLMBraces adapter",
-            "It re-weights the FFN sub-updates of the frozen base by their relevance to each token "
-            "(LLMBraces, ACL 2025, arXiv 2503.16334).",
-            ("    pip install braces-cli", '    braces steer --adapter THIS_FOLDER --prompt "..."'),
-        )
-    return _About(
-        "peft",
-        (config.method, "adapter"),
-        f"{config.method} adapter",
-        f"A {config.method} baseline that `braces train --method {config.method}` trained with peft. It loads "
-        "without braces.",
-        (
-            "    from peft import PeftModel",
-            "    from transformers import AutoModelForCausalLM",
-            "",
-            f"    base = AutoModelForCausalLM.from_pretrained({base})",
-            '    model = PeftModel.from_pretrained(base, "THIS_FOLDER")',
-        ),
-    )
-
-
-def _data(result: dict[str, Any], arguments: dict[str, Any]) -> dict[str, str]:
-    """The data sets by name, and what became of their rows."""
-    given = {kind: arguments.get(kind) or () for kind in ("data", "eval_data")}
-    sets = {kind: ", ".join(markdown_code(public_name(name)) for name in names) for kind, names in given.items()}
-    counts = {name: f"{result[name]:,}" for name in _ROWS if result.get(name) is not None}
-    return {name.replace("_", " "): value for name, value in (sets | counts).items() if value}
+    lines = [f"| {name.replace('_', ' ')} | {value} |" for name, value in rows.items()]
+    return [f"## {title}", "", "| | |", "|---|---|", *lines, ""]

@@ -4,339 +4,182 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import resource
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from braces_cli.core.adapter.files import AdapterConfig, StoredAdapter, write_adapter
+from braces_cli.core.adapter.files import AdapterConfig, StoredAdapter, find_adapter, read_config, write_adapter
 from braces_cli.core.adapter.layer import condition_shapes
-from braces_cli.core.adapter.model import Adapter, Session, attach, base_name, open_session
+from braces_cli.core.adapter.model import (
+    Adapter,
+    Session,
+    attach,
+    attach_stored,
+    base_name,
+    choose_ffns,
+    open_session,
+)
+from braces_cli.core.adapter.scale import measure_scales
 from braces_cli.core.attributes.files import TRAINED_FILE
 from braces_cli.core.attributes.vector import Attribute, save_attributes
-from braces_cli.core.distributed import barrier, deferred, is_main, join, world_size
+from braces_cli.core.attributes.words import neutral_texts
+from braces_cli.core.distributed import barrier, deferred, gathered, is_main, join, world_size
+from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.files import output_lock, versions
-from braces_cli.core.models.ffn import find_ffns, parameter_total
+from braces_cli.core.models.ffn import FFN, MixtureFFN, chosen_layers, find_ffns, parameter_total
 from braces_cli.core.models.hub import check_push
-from braces_cli.core.models.load import input_device, load_shape, load_tokenizer
-from braces_cli.core.models.tokenize import context_length
+from braces_cli.core.models.load import input_device, load_shape, load_tokenizer, pick_device
+from braces_cli.core.models.tokenize import context_length, encode
 from braces_cli.core.progress import Report, Timings, silent
 from braces_cli.data.dataset import Examples, Fields, Reading, Stream, log_counts, read_examples
 from braces_cli.scoring.likelihood import Likelihood
 from braces_cli.training.baselines import PeftAdapter, baseline_parameters
 from braces_cli.training.batching import TrainingData, choose_layout, global_batch
+from braces_cli.training.checkpoint import Record, check_run_folder, digest, finished, prepare_folder
 from braces_cli.training.conditioning import Conditioner, gather_attributes, with_original_states
 from braces_cli.training.loss import measure
-from braces_cli.training.record import (
-    BaseLikelihood,
-    Record,
-    TrainResult,
-    check_run_folder,
-    digest,
-    finished,
-    prepare_folder,
-)
-from braces_cli.training.report import CHECKPOINT_CARD, draw_curve, model_card
+from braces_cli.training.report import CHECKPOINT_CARD, TrainResult, draw_curve, model_card, side_path_shares
 from braces_cli.training.settings import STRENGTH, TrainSettings
-from braces_cli.training.setup import adapted_layers, adapter_to_train, check_launch, shares, starting_point
 
 logger = logging.getLogger("braces")
-
-_COUNTS = ("trainable_parameters", "condition_parameters", "total_parameters", "trainable_percent")
 
 
 def train(settings: TrainSettings, report: Report = silent, command: Sequence[str] = ()) -> dict[str, Any]:
     """Train an adapter on the rows of `settings.data` and write it to `settings.output_dir`.
 
-    A finished run with the same settings is left as it is where `settings.resume` is on.
+    With several processes each of them calls this, and the first one writes. With `settings.resume`, a finished run of
+    the same settings is left unchanged.
 
     Args:
-        command: the words that started the run, for its record.
+        command: words of the command line, for the record of the run.
 
-    Returns the fields of `TrainResult`.
+    Returns:
+        The fields of `TrainResult`.
 
     Raises:
         ConfigError: settings that do not fit the base, the launcher or the run in the folder.
-        DataError: rows that cannot be read.
-        ModelError: the base or a checkpoint cannot be loaded.
-        BracesError: see `run_training`.
+        DataError: rows that cannot be read, or that name an unknown attribute.
+        ModelError: the base, the adapter to continue from or a checkpoint cannot be loaded.
+        BracesError: the loss is not finite, or the folder cannot be written.
+        KeyboardInterrupt: stopped by a signal, after a checkpoint was written.
     """
     assert settings.output_dir is not None
     check_launch(settings.device)
     with output_lock(settings.output_dir):
-        return _train(settings, settings.output_dir, report, command)
+        # With several processes only one checks: the first may be writing when another one checks.
+        if is_main() or settings.resume:
+            check_run_folder(settings.output_dir, overwrite=settings.overwrite, resume=settings.resume)
+        if settings.push_to_hub is not None:
+            check_push(settings.push_to_hub)
+        record = Record(settings.identity(world_size()), list(command))
+        result = finished(settings.output_dir, record.settings) if settings.resume else None
+        return asdict(_train(settings, settings.output_dir, report, record) if result is None else result)
 
 
-def _train(settings: TrainSettings, folder: Path, report: Report, command: Sequence[str]) -> dict[str, Any]:
-    """`train` into a folder that no other command writes to."""
-    identity = settings.identity(world_size())
-    # One process looks: by the time that another one does, the first may be writing.
-    if is_main() or settings.resume:
-        check_run_folder(folder, overwrite=settings.overwrite, resume=settings.resume)
-    if settings.push_to_hub is not None:
-        check_push(settings.push_to_hub)
-    result = finished(folder, identity) if settings.resume else None
-    if result is not None:
-        return result
-    # What can be wrong is checked before minutes of loading weights: rank and layers on the bare shape, then rows.
+def _train(settings: TrainSettings, folder: Path, report: Report, record: Record) -> TrainResult:
+    # Everything that can be checked without weights comes first, since loading them can take minutes.
     timings = Timings()
     with timings.stage("model without weights and tokenizer"):
-        settings, start, shape, reading = prepare(settings)
-        count_parameters(shape, settings)
-    train_set: Examples | Stream
+        plan = resolve(settings)
+        settings, reading = plan.settings, plan.reading
     with timings.stage("reading and tokenising"):
-        if settings.streaming:
-            train_set = Stream(settings.data, reading, settings.seed, global_batch(settings))
-        else:
-            train_set = read_examples(settings.data, reading, report)
+        train_set = _training_rows(settings, reading, report)
         eval_set = read_examples(settings.eval_data, reading, report) if settings.eval_data else None
     with timings.stage("weights"):
-        session = open_session(base_name(settings.model, None), None, settings)
-    record = Record(identity, list(command))
-    return asdict(run_training(session, train_set, eval_set, settings, report, record, start, timings))
-
-
-def prepare(settings: TrainSettings) -> tuple[TrainSettings, StoredAdapter | None, Any, Reading]:
-    """Resolved settings, the adapter to continue from, the base without weights, and how rows become examples."""
-    start = starting_point(settings)
-    model, revision = settings.base(start and start.config)
-    name, code = base_name(model, None), settings.trust_remote_code
-    shape = load_shape(name, revision=revision, trust_remote_code=code)
-    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=code)
-    width, context = find_ffns(shape)[0].hidden_size, context_length(shape.config, tokenizer)
-    resolved = settings.resolve(width, context, start and start.config)
-    attribute, strength = resolved.attribute_field, resolved.strength_field
-    named = strength != STRENGTH or resolved.given.get("strength_field") == "command line"
-    fields = None if attribute is None else Fields(attribute, strength, named)
-    return (
-        resolved,
-        start,
-        shape,
-        Reading(tokenizer, resolved.max_length, fields, resolved.row_columns, resolved.streaming),
-    )
-
-
-def count_parameters(model: Any, settings: TrainSettings) -> dict[str, Any]:
-    """`{trainable_parameters, condition_parameters, total_parameters, trainable_percent}`, on any device, meta too."""
-    total = parameter_total(model)
-    if settings.method != "braces":
-        trainable = baseline_parameters(model, settings)
-        share = 100 * trainable / total
-        return dict(zip(_COUNTS, (trainable, 0, total, share), strict=True))
-    layers = adapted_layers(model, settings)
-    adapter = attach(model, settings.rank, layers)
-    trainable = adapter.parameter_count()
-    width = adapter.adapted_ffns[0][0].hidden_size
-    adapter.detach()
-    condition = sum(math.prod(shape) for shape in condition_shapes(width).values())
-    condition = condition if settings.attribute_field is not None else 0
-    return dict(zip(_COUNTS, (trainable, condition, total, 100 * trainable / total), strict=True))
-
-
-def run_training(
-    session: Session,
-    train_set: Examples | Stream,
-    eval_set: Examples | None,
-    settings: TrainSettings,
-    report: Report = silent,
-    record: Record | None = None,
-    start: StoredAdapter | None = None,
-    timings: Timings | None = None,
-) -> TrainResult:
-    """Fine-tune an adapter on an open base and write it to `settings.output_dir`.
-
-    In the end the adapter is measured on `eval_set` as it was saved, each row conditioned on its own attribute where
-    attributes are trained, and the base with the adapter switched off. With several processes each of them calls this,
-    and the first one writes.
-
-    Args:
-        record: what the run is known by when it is resumed.
-        start: adapter to continue from.
-        timings: of what was done so far; the table is logged before the first step.
-
-    Raises:
-        DataError: a row names an unknown attribute.
-        ConfigError: rank or layers that do not fit the base, or a checkpoint of other data.
-        ModelError: a checkpoint that cannot be read.
-        BracesError: the loss is not finite, or the folder cannot be written.
-        KeyboardInterrupt: a signal asked to stop, and a checkpoint was written.
-    """
-    assert settings.output_dir is not None
-    model, pad_id = session.base.model, session.base.tokenizer.pad_token_id
-    folder = settings.output_dir
-    join(input_device(model))
-    counts, timings, record = count_parameters(model, settings), timings or Timings(), record or Record()
-    with timings.stage("attributes"):
-        attributes = _attributes(session, settings, [train_set, eval_set], start)
+        session = open_session(plan.base, None, settings, reading.tokenizer)
+        model, pad_id = session.base.model, session.base.tokenizer.pad_token_id
+        join(input_device(model))
+    attributes: list[Attribute] = []
+    if settings.attribute_field is not None:
+        with timings.stage("attributes"):
+            sets = [examples for examples in (train_set, eval_set) if examples is not None]
+            attributes = gather_attributes(session, settings, sets, plan.start)
     with timings.stage("hash of the rows"):
         record.data = digest(train_set)
     checkpoint = prepare_folder(folder, settings.resume, record)
-    attributes = with_original_states(attributes, checkpoint, session)
-    run = _Run(session, settings, folder, report, attributes, record, timings, train_set.chat)
+    if checkpoint is not None and attributes:
+        attributes = with_original_states(attributes, checkpoint, session)
+    with timings.stage("probes of packing and logits"):
+        layout = choose_layout(session, settings, train_set.items)
 
     def evaluate(conditioner: Conditioner | None, stage: str) -> Likelihood | None:
         return measure(model, eval_set, conditioner, pad_id, settings.batch_size, report, stage)
 
-    with timings.stage("probes of packing and logits"):
-        layout = choose_layout(session, settings, train_set.items)
-    if settings.method != "braces":
-        # PiSSA changes the base.
-        with timings.stage("evaluating the base"):
-            _measure_base(run.record, evaluate)
+    if settings.method != "braces" and record.base is None:
+        with timings.stage("evaluating the base"):  # PiSSA changes the base
+            record.base = evaluate(None, "evaluating the base")
     with timings.stage("attaching the adapter"):
-        adapter = adapter_to_train(session, settings, train_set, start, checkpoint)
-    conditioner = _conditioner(adapter, attributes, settings.seed)
-    data = TrainingData(train_set, layout, conditioner, pad_id)
-    figures = _fit(run, adapter, data, checkpoint, lambda: evaluate(conditioner, "evaluating"))
-    scores = _scores(run.record, adapter, conditioner, evaluate)
-    known: dict[str, Any] = {"output_dir": str(folder), "method": settings.method, "packed": layout.packed}
-    known |= {"resumed_from": checkpoint and str(checkpoint), "side_path_share": shares(adapter, settings, train_set)}
-    result = TrainResult(**known, **counts, **figures, **scores, **_rows(train_set))
-    _write(run, adapter, result)
-    return result
+        adapter = adapter_to_train(session, plan, checkpoint)
+    conditioner = Conditioner(adapter, attributes) if isinstance(adapter, Adapter) and attributes else None
+    config = _config(session, plan, adapter, attributes, train_set.chat)
 
-
-# Likelihood of the evaluation rows under a condition, and the name of the stage.
-_Evaluate = Callable[[Conditioner | None, str], Likelihood | None]
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What stays the same from the beginning of a run to its end."""
-
-    session: Session
-    settings: TrainSettings
-    folder: Path
-    report: Report
-    attributes: list[Attribute]
-    record: Record
-    timings: Timings
-    chat: bool
-
-    def write(self, adapter: Adapter | PeftAdapter, folder: Path, tensors: dict[str, Any], card: str) -> None:
-        """The files of an adapter folder, the config last."""
-        config = _config(self, adapter)
+    def write(target: Path, tensors: dict[str, Any], card: str) -> None:
+        """Write an adapter folder, the config last."""
         if isinstance(adapter, PeftAdapter):
-            adapter.save(folder, config, card)
+            adapter.save(target, config, card)
             return
-        if self.attributes:
-            save_attributes(folder / TRAINED_FILE, self.attributes)
-        write_adapter(folder, tensors, config, card)
-
-
-def _attributes(
-    session: Session, settings: TrainSettings, sets: Sequence[Examples | Stream | None], start: StoredAdapter | None
-) -> list[Attribute]:
-    if settings.attribute_field is None:
-        return []
-    present = [examples for examples in sets if examples is not None]
-    return gather_attributes(session, settings, present, settings.attributes, start)
-
-
-def _conditioner(adapter: Adapter | PeftAdapter, attributes: Sequence[Attribute], seed: int) -> Conditioner | None:
-    if not attributes or not isinstance(adapter, Adapter):
-        return None
-    if adapter.mlp is None:
-        adapter.add_mlp(seed)
-    return Conditioner(adapter, attributes)
-
-
-def _measure_base(record: Record, evaluate: _Evaluate) -> None:
-    """Note the base's likelihood, unless an earlier call of this run did."""
-    if record.base is None:
-        measured = evaluate(None, "evaluating the base")
-        record.base = None if measured is None else cast(BaseLikelihood, vars(measured))
-
-
-def _scores(
-    record: Record, adapter: Adapter | PeftAdapter, conditioner: Conditioner | None, evaluate: _Evaluate
-) -> dict[str, Any]:
-    """The result's figures of the evaluation rows, of base and adapter."""
-    tuned = evaluate(conditioner, "evaluating the adapter")
-    if isinstance(adapter, Adapter):
-        with adapter.disabled():
-            _measure_base(record, evaluate)
-    base = None if record.base is None else Likelihood(**record.base)
-    return {**_likelihood("base_eval", base), **_likelihood("eval", tuned)}
-
-
-def _fit(
-    run: _Run,
-    adapter: Adapter | PeftAdapter,
-    data: TrainingData,
-    checkpoint: Path | None,
-    evaluate: Callable[[], Likelihood | None],
-) -> dict[str, Any]:
-    """Train; leave in the model what will be saved; return the figures of the steps."""
-    # accelerate is not imported for a run that is refused.
-    with run.timings.stage("importing accelerate"):
-        from braces_cli.training.loop import Trainer, TrainerContext, all_finite, diverged
+        if attributes:
+            save_attributes(target / TRAINED_FILE, attributes)
+        write_adapter(target, tensors, config, card)
 
     def snapshot() -> Callable[[Path], None]:
         tensors = adapter.tensors(in_place=False)
-        return lambda folder: run.write(adapter, folder, tensors, CHECKPOINT_CARD)
+        return lambda target: write(target, tensors, CHECKPOINT_CARD)
 
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with deferred() as stop:
-        context = TrainerContext(run.folder, run.record, snapshot, evaluate, run.settings, run.report, stop)
-        with run.timings.stage("optimizer and launcher"):
-            trainer = Trainer(adapter, run.settings, data, context)
-        run.timings.log("before the first step")
-        trainer.run(checkpoint)
-    if trainer.stopped_by:
-        logger.info("stopped after step %d; continue with --resume", trainer.step)
-        signal.raise_signal(signal.Signals(trainer.stopped_by))
-    memory, progress = _peak_memory(), trainer.progress()
-    if not all_finite(adapter.model):
-        raise diverged(f"the adapter is not finite after step {trainer.step}", run.folder)
-    if not trainer.is_fsdp:
-        # Saving settles the projection to what the file holds, so that it is the saved adapter that is measured.
-        adapter.tensors()
-    if isinstance(data.examples, Stream):
-        log_counts(data.examples.counts, run.settings.max_length)
-    return {
-        "steps": trainer.step,
-        # The length of a pass over a stream is not known.
-        "epochs": trainer.epoch if isinstance(data.examples, Examples) else None,
-        "train_loss": (progress["loss_sum"] + progress["loss_open"]) / max(trainer.step, 1),
-        "seconds": progress["seconds"],
-        "tokens": progress["tokens"],
-        "tokens_per_second": progress["tokens"] / progress["seconds"],
-        "peak_memory": memory,
-        "padding_share": 1 - progress["tokens"] / max(progress["computed"], 1),
-    }
-
-
-def _peak_memory() -> int:
-    """Bytes: of the GPU where there is one, else of the whole process (which `ru_maxrss` counts in KiB on Linux)."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _write(run: _Run, adapter: Adapter | PeftAdapter, result: TrainResult) -> None:
-    """The adapter, its picture and card, and last of all the record that says the run has finished."""
+    data = TrainingData(train_set, layout, conditioner, pad_id)
+    evaluate_now = partial(evaluate, conditioner, "evaluating")
+    figures = _fit(adapter, settings, data, record, snapshot, evaluate_now, report, timings, checkpoint)
+    tuned = evaluate(conditioner, "evaluating the adapter")
+    shares = None
+    if isinstance(adapter, Adapter):
+        if record.base is None:
+            with adapter.disabled():
+                record.base = evaluate(None, "evaluating the base")
+        first = train_set.items[: settings.batch_size]
+        shares = [float(f"{share:.3g}") for share in side_path_shares(adapter, first)]
+    result = TrainResult(
+        output_dir=str(folder),
+        method=settings.method,
+        packed=layout.packed,
+        resumed_from=None if checkpoint is None else str(checkpoint),
+        side_path_share=shares,
+        rows=train_set.rows,
+        rows_truncated=train_set.truncated,
+        rows_dropped=train_set.dropped,
+        **plan.counts,
+        **figures,
+        **_likelihood("base_eval", record.base),
+        **_likelihood("eval", tuned),
+    )
     tensors = adapter.tensors(in_place=world_size() == 1)
     if is_main():
-        folder, figures = run.folder, asdict(result)
-        config = _config(run, adapter)
         drawn = draw_curve(folder, {0: result.base_eval_loss, result.steps: result.eval_loss})
-        run.write(adapter, folder, tensors, model_card(config, figures, run.record.settings, run.record.command, drawn))
-        Record(**{**vars(run.record), "result": figures}).write(folder)
+        write(folder, tensors, model_card(config, asdict(result), record.settings, record.command, drawn))
+        # Last of all: a record with a result marks a finished run.
+        replace(record, result=result).write(folder)
     barrier()
+    return result
 
 
-def _config(run: _Run, adapter: Adapter | PeftAdapter) -> AdapterConfig:
-    settings, session = run.settings, run.session
-    chosen = {"layers": None if settings.layers is None else adapter.layers, "chat_template": run.chat}
-    base = session.base
+def _training_rows(settings: TrainSettings, reading: Reading, report: Report) -> Examples | Stream:
+    if settings.streaming:
+        return Stream(settings.data, reading, settings.seed, global_batch(settings))
+    return read_examples(settings.data, reading, report)
+
+
+def _config(
+    session: Session, plan: Plan, adapter: Adapter | PeftAdapter, attributes: Sequence[Attribute], chat: bool
+) -> AdapterConfig:
+    base, settings = session.base, plan.settings
+    layers = None if settings.layers is None else adapter.layers
     return AdapterConfig(
         base_model_name_or_path=base.name,
         revision=base.revision,
@@ -344,21 +187,237 @@ def _config(run: _Run, adapter: Adapter | PeftAdapter) -> AdapterConfig:
         layers=adapter.layers,
         fingerprint=base.fingerprint,
         tokenizer=base.tokenizer_hashes,
-        training={**settings.recorded(), **chosen},
-        attributes=[attribute.name for attribute in run.attributes],
+        training={**settings.recorded(), "layers": layers, "chat_template": chat},
+        attributes=[attribute.name for attribute in attributes],
         versions=versions(),
         method=settings.method,
         relevance_scale=list(adapter.scales),
     )
 
 
-def _likelihood(prefix: str, measured: Likelihood | None) -> dict[str, Any]:
+def _fit(
+    adapter: Adapter | PeftAdapter,
+    settings: TrainSettings,
+    data: TrainingData,
+    record: Record,
+    snapshot: Callable[[], Callable[[Path], None]],
+    evaluate: Callable[[], Likelihood | None],
+    report: Report,
+    timings: Timings,
+    checkpoint: Path | None,
+) -> dict[str, Any]:
+    """Train; afterwards the model holds the adapter as it will be saved. Return the figures of the steps."""
+    with timings.stage("importing accelerate"):  # here, so that a refused run does not import it
+        from braces_cli.training.loop import Trainer
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with deferred() as stop:
+        with timings.stage("optimizer and launcher"):
+            trainer = Trainer(adapter, settings, data, record, snapshot, evaluate, report, stop)
+        timings.log("before the first step")
+        trainer.run(checkpoint)
+    if trainer.stopped_by:
+        logger.info("stopped after step %d; continue with --resume", trainer.step)
+        signal.raise_signal(signal.Signals(trainer.stopped_by))
+    if torch.cuda.is_available():
+        memory = int(torch.cuda.max_memory_allocated())
+    else:  # of the whole process; Linux reports KiB
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    progress = trainer.progress()
+    if not trainer.is_fsdp:
+        # Replace the projections by those that the file holds, so that the saved adapter is evaluated.
+        adapter.tensors()
+    if isinstance(data.examples, Stream):
+        log_counts(data.examples.counts, settings.max_length)
     return {
-        f"{prefix}_loss": None if measured is None else measured.loss,
-        f"{prefix}_perplexity": None if measured is None else measured.perplexity,
-        f"{prefix}_perplexity_without_eos": None if measured is None else measured.perplexity_without_eos,
+        "steps": trainer.step,
+        # The length of a pass over a stream is unknown.
+        "epochs": trainer.epoch if isinstance(data.examples, Examples) else None,
+        "train_loss": (progress.loss_sum + progress.loss_open) / max(trainer.step, 1),
+        "seconds": progress.seconds,
+        "tokens": progress.tokens,
+        "tokens_per_second": progress.tokens / progress.seconds,
+        "peak_memory": memory,
+        "padding_share": 1 - progress.tokens / max(progress.computed, 1),
     }
 
 
-def _rows(examples: Examples | Stream) -> dict[str, Any]:
-    return {"rows": examples.rows, "rows_truncated": examples.truncated, "rows_dropped": examples.dropped}
+def _likelihood(prefix: str, measured: Likelihood | None) -> dict[str, Any]:
+    names = ("loss", "perplexity", "perplexity_without_eos")
+    return {f"{prefix}_{name}": None if measured is None else getattr(measured, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run with all settings resolved, before rows and weights are read.
+
+    Attributes:
+        settings: including base, rank and layers of `start`, the learning rate and the maximum length for the base.
+        base: name of the base model.
+        start: adapter to continue from.
+        layers: decoder layers to adapt; None is all.
+        counts: `{trainable_parameters, condition_parameters, total_parameters, trainable_percent}`.
+        reading: tokenizer of the base, and how rows become examples.
+    """
+
+    settings: TrainSettings
+    base: str
+    start: StoredAdapter | None
+    layers: list[int] | None
+    counts: dict[str, Any]
+    reading: Reading
+
+
+def resolve(settings: TrainSettings) -> Plan:
+    """Complete the settings from the base without weights, its tokenizer and the adapter to continue from.
+
+    Raises:
+        ConfigError: rank, layers or targets that do not fit the base, or differ from those of the adapter.
+        ModelError: base or adapter cannot be read, or do not fit.
+    """
+    start = None if settings.adapter is None else find_adapter(settings.adapter)
+    if start is not None:
+        _check_continued(settings, start.config)
+    model, revision = settings.base(start and start.config)
+    base, code = base_name(model, None), settings.trust_remote_code
+    shape = load_shape(base, revision=revision, trust_remote_code=code)
+    tokenizer = load_tokenizer(base, revision=revision, trust_remote_code=code)
+    ffns = find_ffns(shape)
+    context = context_length(shape.config, tokenizer)
+    settings = settings.resolve(ffns[0].hidden_size, context, start and start.config)
+    try:
+        layers = chosen_layers(shape, settings.layers)
+        counts = count_parameters(shape, ffns, settings, layers)
+    except ConfigError as error:
+        if start is None:
+            raise
+        what = f"it does not fit the base: {error.message}"
+        raise ModelError(what, where=start.name, hint="Was it trained on this base?") from error
+    attribute, strength = settings.attribute_field, settings.strength_field
+    named = strength != STRENGTH or settings.given.get("strength_field") == "command line"
+    fields = None if attribute is None else Fields(attribute, strength, named)
+    reading = Reading(tokenizer, settings.max_length, fields, settings.row_columns, settings.streaming)
+    return Plan(settings, base, start, layers, counts, reading)
+
+
+def _check_continued(settings: TrainSettings, config: AdapterConfig) -> None:
+    """Compare the settings with those of the adapter to continue from.
+
+    Raises:
+        ConfigError: another rank, layers or relevance scale, or an adapter with attributes in a run without.
+    """
+    for name, stored in (("rank", config.r), ("layers", ",".join(map(str, config.layers)))):
+        if name in settings.given and getattr(settings, name) != stored:
+            hint = f"Leave out --{name}, or train a new adapter without --adapter."
+            raise ConfigError(f"the adapter has {name} {stored}", where=f"--{name}", hint=hint)
+    if settings.scale is not None and set(config.relevance_scale) != {settings.scale}:
+        hint = "Leave out --relevance-scale, or train a new adapter without --adapter."
+        raise ConfigError("the adapter has another relevance scale", where="--relevance-scale", hint=hint)
+    if config.attributes and settings.attribute_field is None:
+        hint = "Name the column of each row's attribute with --attribute-field."
+        raise ConfigError("the adapter was trained with attributes", where="--adapter", hint=hint)
+
+
+def count_parameters(
+    model: Any, ffns: Sequence[FFN | MixtureFFN], settings: TrainSettings, layers: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """`{trainable_parameters, condition_parameters, total_parameters, trainable_percent}` from the sizes of a model.
+
+    Raises:
+        ConfigError: rank, layers or targets that do not fit.
+    """
+    total, condition = parameter_total(model), 0
+    if settings.method != "braces":
+        trainable = baseline_parameters(model, settings, layers)
+    else:
+        chosen = choose_ffns(ffns, settings.rank, layers)
+        trainable = sum(settings.rank * ffn.hidden_size + 1 for ffn in chosen)
+        if settings.attribute_field is not None:
+            condition = sum(math.prod(shape) for shape in condition_shapes(chosen[0].hidden_size).values())
+    return {
+        "trainable_parameters": trainable,
+        "condition_parameters": condition,
+        "total_parameters": total,
+        "trainable_percent": 100 * trainable / total,
+    }
+
+
+def adapter_to_train(session: Session, plan: Plan, checkpoint: Path | None) -> Adapter | PeftAdapter:
+    """Attach a fresh adapter, or the one to continue from.
+
+    Args:
+        checkpoint: of the run that is resumed; it holds the relevance scales.
+
+    Raises:
+        ConfigError: peft is missing.
+        ModelError: the adapter to continue from is damaged, or belongs to another base.
+    """
+    model, settings = session.base.model, plan.settings
+    if plan.start is not None:
+        adapter = attach_stored(session.base, plan.start)
+        for module in (*(module for _, module in adapter.adapted_ffns), adapter.mlp):
+            if module is not None:
+                module.requires_grad_(True)
+    elif settings.method != "braces":
+        return PeftAdapter(model, settings, plan.layers)
+    else:
+        adapter = attach(
+            model, settings.rank, plan.layers, settings.seed, _scales(session, plan, checkpoint), session.ffns
+        )
+    if settings.attribute_field is not None and adapter.mlp is None:
+        adapter.add_mlp(settings.seed)
+    return adapter
+
+
+def _scales(session: Session, plan: Plan, checkpoint: Path | None) -> list[float]:
+    """c of each adapted layer, of `checkpoint` or the settings or measured on the base."""
+    if checkpoint is not None:
+        return read_config(checkpoint).relevance_scale
+    ffns = [ffn for ffn in session.ffns if plan.layers is None or ffn.layer in plan.layers]
+    if plan.settings.scale is not None:
+        return [plan.settings.scale] * len(ffns)
+    texts = [encode(session.base.tokenizer, text).ids for text in neutral_texts()]
+    # In half precision the numbers can differ between devices, but all processes must train the same adapter.
+    return gathered(measure_scales(session.base.model, ffns, texts))[0]
+
+
+_DDP = "Use recipes/launch/ddp.yaml, or torchrun."
+_FSDP2 = "Start from recipes/launch/fsdp2.yaml."
+# Settings of `accelerate launch` that adapters cannot be trained under.
+_UNSUPPORTED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config",
+}
+
+
+def check_launch(device: str) -> None:
+    """Check the environment of `accelerate launch` before anything is loaded.
+
+    Args:
+        device: value of `--device`.
+
+    Raises:
+        ConfigError: FSDP on a CPU or with unsupported settings; DeepSpeed; tensor, context or pipeline parallelism.
+    """
+
+    def is_set(name: str) -> bool:
+        return os.environ.get(name, "").lower() == "true"
+
+    for name, what in _UNSUPPORTED.items():
+        if is_set(name):
+            raise ConfigError("an adapter is trained under DDP or FSDP2 only", where=what, hint=_DDP)
+    if not is_set("ACCELERATE_USE_FSDP"):
+        return
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        what = "only version 2 separates the adapter's parameters from those of the base"
+        raise ConfigError(what, where="fsdp_version", hint=_FSDP2)
+    if is_set("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        what = "every process runs the base before it is sharded, so each must load it"
+        raise ConfigError(what, where="fsdp_cpu_ram_efficient_loading: true", hint=_FSDP2)
+    if is_set("FSDP_ACTIVATION_CHECKPOINTING"):
+        what = "it changes the names of parameters"
+        hint = "Set it to false, and give --gradient-checkpointing."
+        raise ConfigError(what, where="fsdp_activation_checkpointing: true", hint=hint)
+    if pick_device(device).type == "cpu":
+        raise ConfigError("accelerate has no FSDP on a CPU: the base would not be sharded", where="FSDP", hint=_DDP)

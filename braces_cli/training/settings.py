@@ -1,4 +1,4 @@
-"""Settings of a training run. Imports no torch."""
+"""Settings of `braces train`, with defaults found by measurement (recipes/RESULTS.md). Imports no torch."""
 
 from __future__ import annotations
 
@@ -26,24 +26,21 @@ from braces_cli.core.options import ModelSettings, OutputSettings, OverwriteSett
 from braces_cli.data.rows import Columns, parse_columns
 
 DEFAULT_RANK = 16
-# A step of Adam turns R by about lr sqrt(d), so this product is held constant, and the rate follows from the width d.
+# A step of Adam turns R by about lr sqrt(d): this product is constant, and the rate follows from the width d.
 DEFAULT_TURN = 0.16
 BASELINE_LR = 1e-3
-# With the contrastive loss, gates that move too fast close before they have found their direction.
+# With the contrastive loss, gates at a higher rate close before they have found their direction.
 DEFAULT_GATE_LR, DEFAULT_GATE_LR_ATTRIBUTES = 0.3, 0.1
-
-# By measurement (recipes/RESULTS.md).
 DEFAULT_CONTRAST, DEFAULT_MARGIN = 0.1, 6.0
-# Column of a row's strength where no other is named.
 STRENGTH = "strength"
 SCHEDULES = ("linear", "cosine", "constant")
-# Those of peft; see `training.baselines`.
+# PEFT methods; see `training.baselines`.
 BASELINES = ("lora", "rslora", "dora", "pissa")
 METHODS = ("braces", *BASELINES)
 # Settings that only one kind of method reads.
 BRACES_ONLY = ("gate_lr", "relevance_scale", "attribute_field", "strength_field", "opposites", "contrast", "margin")
 BASELINE_ONLY = ("lora_alpha", "lora_targets")
-# Without attributes something else would be trained than was asked for, so a baseline refuses these in a file, too.
+# Ignoring these would train something else, so a baseline refuses them in a file, too.
 _NEVER_IGNORED = ("attribute_field", "opposites", "attributes")
 PACKING = ("auto", "on", "off")
 REPORTERS = ("tensorboard", "wandb", "none")
@@ -57,12 +54,12 @@ _RECORDED = (
 
 
 def default_lr(width: int) -> float:
-    """The peak learning rate of the projections for a model of d = `width`, to three digits."""
+    """Peak learning rate of the projections for a model of width d = `width`, to three digits."""
     return float(f"{DEFAULT_TURN / math.sqrt(width):.3g}")
 
 
 def capped_warmup(steps: int, max_steps: int) -> int:
-    """Steps of the warm-up of a run: as set, but no more than a quarter of all, so that the peak rate is reached."""
+    """Warm-up steps of a run: at most a quarter of all steps, so that the peak rate is reached."""
     return min(steps, max_steps // 4)
 
 
@@ -70,7 +67,7 @@ def parse_opposites(values: Sequence[str]) -> tuple[tuple[str, str], ...]:
     """`A:B` of each value.
 
     Raises:
-        ConfigError: no such form, or a name in two pairs.
+        ConfigError: a value of another form, or a name in two pairs.
     """
     pairs = []
     for value in values:
@@ -257,7 +254,7 @@ class TrainSettings(ModelSettings, OverwriteSettings, UploadSettings, OutputSett
     )
 
     def __post_init__(self) -> None:
-        """Give the settings that have two spellings one."""
+        """Set fields that have two spellings."""
         columns = self.row_columns
         object.__setattr__(self, "attribute_field", self.attribute_field or columns.attribute)
         if self.strength_field == STRENGTH and columns.strength is not None:
@@ -265,7 +262,7 @@ class TrainSettings(ModelSettings, OverwriteSettings, UploadSettings, OutputSett
         object.__setattr__(self, "lora_targets", _names(self.lora_targets))
 
     def check(self) -> None:
-        """Refuse settings that do not fit together, folders that are not there and libraries that are missing."""
+        """Also refuse settings that do not fit together, missing folders and missing libraries."""
         super().check()
         if self.output_dir is None and not (self.dry_run or self.check_rows):
             raise ConfigError("missing option", where="--output-dir", hint="See `braces train --help`.")
@@ -273,10 +270,11 @@ class TrainSettings(ModelSettings, OverwriteSettings, UploadSettings, OutputSett
             hint = f"pip install {self.report_to}"
             raise ConfigError(f"{self.report_to} is not installed", where="--report-to", hint=hint)
         if self.streaming and self.max_steps is None:
-            hint = "Say how long to train with --max-steps."
+            hint = "Give the number of steps with --max-steps."
             raise ConfigError("a stream has no known length", where="--streaming", hint=hint)
         if self.resume and self.overwrite:
-            raise ConfigError("--resume keeps what --overwrite removes", where="--resume", hint="Give one of the two.")
+            hint = "Give one of the two."
+            raise ConfigError("--resume and --overwrite are mutually exclusive", where="--resume", hint=hint)
         _ = self.pairs, self.scale
         self._check_method()
         self._check_attributes()
@@ -285,8 +283,8 @@ class TrainSettings(ModelSettings, OverwriteSettings, UploadSettings, OutputSett
     def _check_method(self) -> None:
         """Refuse options that the method does not read.
 
-        A recipe may hold settings of both kinds, so that one file serves every method: an unused setting in a file is
-        no error, except for attributes.
+        A recipe may contain settings of every method, so that one file serves all of them: an unused setting in a file
+        is not an error, except for attributes.
         """
         baseline = self.method in BASELINES
         for name in (*BRACES_ONLY, *_NEVER_IGNORED) if baseline else BASELINE_ONLY:
@@ -294,7 +292,7 @@ class TrainSettings(ModelSettings, OverwriteSettings, UploadSettings, OutputSett
             if source == "command line" or (source == "file" and name in _NEVER_IGNORED):
                 flag = flag_of(type(self), name)
                 hint = f"Leave it out, or use {'--method braces' if baseline else 'a baseline, such as --method lora'}."
-                raise ConfigError(f"{self.method} has no use for {flag}", where=flag, hint=hint)
+                raise ConfigError(f"{flag} has no effect with --method {self.method}", where=flag, hint=hint)
         if baseline and self.attribute_field is not None:
             hint = "Leave out --attribute-field, or train with --method braces."
             raise ConfigError(f"{self.method} cannot be trained on attributes", where="--method", hint=hint)
@@ -303,7 +301,7 @@ class TrainSettings(ModelSettings, OverwriteSettings, UploadSettings, OutputSett
             raise ConfigError(f"{self.method} cannot continue from an adapter of braces", where="--adapter", hint=hint)
 
     def _check_attributes(self) -> None:
-        """Refuse two columns for one thing, and options of training with attributes in a run without."""
+        """Refuse two columns for one key, and options for attributes in a run without attributes."""
         columns = self.row_columns
         for key, name in (("attribute", "attribute_field"), ("strength", "strength_field")):
             column, other = getattr(columns, key), getattr(self, name)
@@ -311,24 +309,26 @@ class TrainSettings(ModelSettings, OverwriteSettings, UploadSettings, OutputSett
                 hint = f"Leave out {flag_of(type(self), name)}, or `{key}` of --columns."
                 raise ConfigError(f"two columns for `{key}`: {column} and {other}", where="--columns", hint=hint)
         if self.attribute_field is None and self.method == "braces":
-            for name, unused in (("opposites", ()), ("strength_field", STRENGTH), ("attributes", None)):
-                if getattr(self, name) != unused:
+            for name, unused in (
+                ("opposites", ()),
+                ("strength_field", STRENGTH),
+                ("attributes", None),
+                ("contrast", None),
+            ):
+                if getattr(self, name) not in (unused, 0):
                     hint = "Name the column of each row's attribute with --attribute-field."
                     raise ConfigError("no attributes are trained", where=flag_of(type(self), name), hint=hint)
-            if self.contrast:
-                hint = "Name the column of each row's attribute with --attribute-field."
-                raise ConfigError("no attributes are trained", where="--contrast", hint=hint)
         contrastive = self.attribute_field is not None if self.contrast is None else self.contrast > 0
         if self.margin is not None and not contrastive and "margin" in self.given:
             hint = "It needs --attribute-field, and a --contrast above 0."
             raise ConfigError("there is no contrastive loss", where="--margin", hint=hint)
 
     def resolve(self, width: int, context: int, start: Any = None) -> Self:
-        """The settings with every default filled in; the one place where a run's settings change.
+        """Settings with every default filled in; a run changes its settings only here.
 
         Args:
             width: d of the base.
-            context: tokens that the base takes.
+            context: maximum tokens of the base.
             start: config of the adapter to continue from, whose base, rank and layers are kept.
         """
         trained = self.attribute_field is not None
@@ -347,14 +347,14 @@ class TrainSettings(ModelSettings, OverwriteSettings, UploadSettings, OutputSett
         return replace(self, **found)
 
     def base(self, start: Any = None) -> tuple[str | None, str | None]:
-        """Name and revision of the base, of the adapter's where no other is named."""
+        """Name and revision of the base, by default those of the adapter `start`."""
         if start is None or self.model is not None:
             return self.model, self.revision
         return start.base_model_name_or_path, self.revision or start.revision
 
     @property
     def scale(self) -> float | None:
-        """`relevance_scale` as a number; None where it is measured."""
+        """`relevance_scale` as a number; None if it is measured."""
         text = self.relevance_scale
         try:
             number = None if text == "auto" else float(text)
@@ -371,7 +371,7 @@ class TrainSettings(ModelSettings, OverwriteSettings, UploadSettings, OutputSett
         return parse_opposites(self.opposites)
 
     def recorded(self) -> dict[str, Any]:
-        """What the method reads of the settings that explain an adapter."""
+        """Settings that the method reads, as an adapter's config records them."""
         ignored = BASELINE_ONLY if self.method == "braces" else BRACES_ONLY
         found = {name: plain(getattr(self, name)) for name in _RECORDED if name not in ignored}
         return {**found, **({"opposites": plain(self.pairs)} if "opposites" in found else {})}
@@ -382,7 +382,7 @@ class TrainSettings(ModelSettings, OverwriteSettings, UploadSettings, OutputSett
         return parse_columns(self.columns)
 
     def unused(self) -> set[str]:
-        """Names of settings without effect beside the others."""
+        """Names of settings that have no effect with the other settings."""
         names = set(BASELINE_ONLY if self.method == "braces" else BRACES_ONLY)
         if self.attribute_field is None:
             names |= {"strength_field", "opposites", "contrast", "margin", "attributes"}
@@ -395,10 +395,7 @@ class TrainSettings(ModelSettings, OverwriteSettings, UploadSettings, OutputSett
         return names
 
     def identity(self, processes: int) -> dict[str, Any]:
-        """The settings that the outcome depends on.
-
-        How a step is divided into batches and processes does not matter, but the number of its examples does.
-        """
+        """Settings that the outcome depends on; of batches and processes only the number of examples of a step."""
         resolved, options = self.resolved(), options_of(type(self))
         step = self.batch_size * self.gradient_accumulation * processes
         return {**{name: resolved[name] for name in resolved if options[name].outcome}, "examples_per_step": step}

@@ -1,20 +1,23 @@
-"""Layers that the base does not have: an option's fault, or that of the adapter that is continued."""
+"""Layers that the base does not have: an error of the option, or of the adapter that is continued."""
 
 from __future__ import annotations
 
 import pytest
 
 from braces_cli.core.errors import ConfigError, ModelError
+from braces_cli.training.run import resolve
 from braces_cli.training.settings import TrainSettings
-from braces_cli.training.setup import adapted_layers
-from tests.conftest import tiny_model
+from tests.conftest import make_adapter, tiny_model, tiny_tokenizer
 
 
-def test_layers_beyond_the_base_are_the_fault_of_who_named_them() -> None:
-    model = tiny_model()
-    assert adapted_layers(model, TrainSettings(layers="0-1", adapter="name")) == [0, 1]
+def test_layers_beyond_the_base(session, model_dir, tmp_path) -> None:
+    folder = make_adapter(session, tmp_path / "adapter")
+    assert resolve(TrainSettings(adapter=str(folder))).layers == [0, 1]
     with pytest.raises(ConfigError, match="out of range"):
-        adapted_layers(model, TrainSettings(layers="0,99"))
-    with pytest.raises(ModelError, match="not those of the base") as caught:
-        adapted_layers(model, TrainSettings(layers="0,99", adapter="name"))
-    assert caught.value.where == "name"
+        resolve(TrainSettings(model=str(model_dir), layers="0,99"))
+    smaller = tmp_path / "smaller"
+    tiny_model("llama", num_hidden_layers=1).save_pretrained(smaller)
+    tiny_tokenizer().save_pretrained(smaller)
+    with pytest.raises(ModelError, match="does not fit the base") as caught:
+        resolve(TrainSettings(model=str(smaller), adapter=str(folder)))
+    assert caught.value.where == str(folder)

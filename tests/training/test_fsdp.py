@@ -119,7 +119,7 @@ def through_trainer(env: dict[str, str], argv: list[str], log: Path) -> None:
     from accelerate.utils import DistributedType
     from torch.distributed.tensor import DTensor
 
-    import braces_cli.training.setup as checks
+    import braces_cli.training.run as checks
     from braces_cli.training.loop import Trainer
 
     real, capturing = PartialState.__init__, Trainer._save
@@ -135,7 +135,7 @@ def through_trainer(env: dict[str, str], argv: list[str], log: Path) -> None:
         capturing(self)
 
     PartialState.__init__, Trainer._save = spread, checked
-    checks._check_fsdp = lambda device: None
+    checks.check_launch = lambda device: None
     cli(argv, log.with_suffix(f".{env['RANK']}"), env)
 
 

@@ -8,10 +8,12 @@ import sys
 import pytest
 import torch
 import transformers
+from braces_cli.core.models.options import chosen_layers
 from safetensors.torch import load_file
 
 from braces_cli.core.adapter.model import open_session
 from braces_cli.core.errors import ConfigError
+from braces_cli.core.models.ffn import find_ffns
 from braces_cli.core.options import LoadOptions
 from braces_cli.data.dataset import Reading, read_examples
 from braces_cli.scoring.likelihood import Likelihood, likelihoods
@@ -39,7 +41,7 @@ def test_parameter_counts_of_the_papers_lora_without_weights(kind, sizes, expect
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**sizes))
     names = [name for name, _ in model.named_parameters()]
-    counts = count_parameters(model, TrainSettings(rank=16, method="lora"))
+    counts = count_parameters(model, find_ffns(model), TrainSettings(rank=16, method="lora"))
     assert counts["trainable_parameters"] == expected
     assert counts["total_parameters"] == sum(p.numel() for p in model.parameters())
     assert [name for name, _ in model.named_parameters()] == names
@@ -61,7 +63,9 @@ def test_parameter_counts_of_the_papers_lora_without_weights(kind, sizes, expect
 def test_what_is_adapted(name, changes, expected):
     """Queries and values, by whatever name; other modules and layers on request."""
     settings = TrainSettings(**{"rank": 4, "method": "lora", **changes})
-    assert count_parameters(tiny_model(name), settings)["trainable_parameters"] == expected
+    model = tiny_model(name)
+    counts = count_parameters(model, find_ffns(model), settings, chosen_layers(model, settings.layers))
+    assert counts["trainable_parameters"] == expected
 
 
 @pytest.mark.parametrize("targets", [("nowhere",), ()])
@@ -72,7 +76,7 @@ def test_targets_that_are_not_there_are_named_with_those_that_are(targets):
     )
     model = transformers.AutoModelForCausalLM.from_config(config)
     with pytest.raises(ConfigError) as caught:
-        count_parameters(model, TrainSettings(method="lora", lora_targets=targets))
+        count_parameters(model, find_ffns(model), TrainSettings(method="lora", lora_targets=targets))
     assert caught.value.where == "--lora-targets"
     assert "query_key_value" in str(caught.value)
 

@@ -118,7 +118,7 @@ def test_the_relevance_scale_is_measured_once(train, tmp_path, monkeypatch):
         calls.append(len(texts))
         return [3.0, 5.0]
 
-    monkeypatch.setattr("braces_cli.training.setup.measure_scales", measured)
+    monkeypatch.setattr("braces_cli.training.run.measure_scales", measured)
     assert train(tmp_path / "one").code == 0
     out = tmp_path / "from-5"
     out.mkdir()
@@ -165,10 +165,10 @@ def test_attributes_are_those_that_the_run_was_begun_with(train, braces, model_d
     assert braces(*built, "--attribute", "positive", "--words", "old,town", "--overwrite").code == 0
     other = train(tmp_path / "two", *extra, "--resume")
     assert other.code == 2
-    assert "attribute `positive` has changed since the run was begun" in other.err
+    assert "attribute `positive` has changed since the run was started" in other.err
     # A word that stands twice changes next to nothing, and is another list all the same.
     assert braces(*built, "--attribute", "positive", "--words", "good,film,good film", "--overwrite").code == 0
-    assert "has changed since the run was begun" in train(tmp_path / "two", *extra, "--resume").err
+    assert "has changed since the run was started" in train(tmp_path / "two", *extra, "--resume").err
     assert braces(*built, "--attribute", "positive", "--words", "good,film", "--overwrite").code == 0
     real = training.gather_attributes
     rounded = lambda *given: [replace(each, hidden=each.hidden + 1e-3 * each.state) for each in real(*given)]  # noqa: E731
@@ -230,7 +230,7 @@ def test_other_settings_are_refused_by_name(train, tmp_path):
     faults = [
         (["--lr", "0.02", "--seed", "3"], ["--lr 0.02 (was 0.01)", "--seed 3 (was 0)"]),
         (["--batch-size", "8"], ["--examples-per-step 16 (was 4)"]),
-        (["--overwrite"], ["--resume keeps what --overwrite removes"]),
+        (["--overwrite"], ["--resume and --overwrite are mutually exclusive"]),
     ]
     for finished in (True, False):
         if not finished:
@@ -258,7 +258,7 @@ def test_what_cannot_be_resumed_is_refused(train, tmp_path, rows, adapter_dir):
     rows.write_text(text)
     outcome = train(adapter_dir, "--resume")
     assert outcome.code == 2
-    assert "of no run that can be resumed" in outcome.err
+    assert "not from a run that can be resumed" in outcome.err
 
 
 def flip(path: Path) -> None:

@@ -65,14 +65,14 @@ def test_columns_name_attribute_and_strength() -> None:
         ({"contrast": 0.1}, "--contrast: no attributes are trained"),
         ({"margin": 3}, "--margin: there is no contrastive loss"),
         ({"attribute_field": "mood", "opposites": ["a:b", "b:c"]}, "an attribute is in two pairs"),
-        ({"method": "lora", "gate_lr": 1}, "lora has no use for --gate-lr"),
-        ({"lora_alpha": 2}, "braces has no use for --lora-alpha"),
+        ({"method": "lora", "gate_lr": 1}, "--gate-lr has no effect with --method lora"),
+        ({"lora_alpha": 2}, "--lora-alpha has no effect with --method braces"),
         ({"method": "lora", "adapter": "a"}, "lora cannot continue"),
         ({"relevance_scale": "much"}, "`much` is not a scale"),
         ({"relevance_scale": 0}, "`0` is not a scale"),
         ({"relevance_scale": "inf"}, "`inf` is not a scale"),
         ({"streaming": True}, "a stream has no known length"),
-        ({"resume": True, "overwrite": True}, "--resume keeps what --overwrite removes"),
+        ({"resume": True, "overwrite": True}, "--resume and --overwrite are mutually exclusive"),
         ({"data": None}, "--data: missing option"),
         ({"output_dir": None}, "--output-dir: missing option"),
     ],
@@ -90,7 +90,7 @@ def test_a_file_may_serve_every_method(tmp_path: Any) -> None:
     for method in ("lora", "braces"):
         assert build(TrainSettings, {"method": method}, path).method == method
     path.write_text("attribute_field: mood\ndata: rows.jsonl\noutput_dir: out\n")
-    with pytest.raises(ConfigError, match="has no use for --attribute-field"):
+    with pytest.raises(ConfigError, match="--attribute-field has no effect"):
         build(TrainSettings, {"method": "lora"}, path)
 
 

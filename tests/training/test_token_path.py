@@ -15,7 +15,7 @@ from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.vector import build_attribute
 from braces_cli.core.errors import ModelError
 from braces_cli.core.models.tokenize import Encoded
-from braces_cli.training.setup import side_path_shares
+from braces_cli.training.report import side_path_shares
 from tests.conftest import make_adapter, open_gates, tiny_model
 from tests.core.architectures import tiny
 from tests.core.method.test_reference import TOKENS, relative

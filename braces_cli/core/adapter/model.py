@@ -376,7 +376,7 @@ def open_session(
     stored = resolve_adapter(adapter)
     if stored is not None and model is None and options.revision is None and stored.config.revision is not None:
         options = replace(options, revision=stored.config.revision)
-    base = load_base(base_name(model, stored), options)
+    base = load_base(base_name(model, stored), options, tokenizer)
     session = Session(base)
     if stored is not None:
         session.add_adapter(stored)

@@ -188,12 +188,13 @@ def with_padding(tokenizer: Any, rows: int | None = None) -> Any:
     return tokenizer
 
 
-def load_base(name: str, options: LoadOptions | None = None) -> Base:
+def load_base(name: str, options: LoadOptions | None = None, tokenizer: Any = None) -> Base:
     """Load a causal LM with its tokenizer, in eval mode.
 
     Args:
         name: folder or hub id.
         options: `device` is ignored where `device_map` is given.
+        tokenizer: of the base, if it was loaded before.
 
     Raises:
         ConfigError: no such device, or no such quantisation here.
@@ -213,7 +214,8 @@ def load_base(name: str, options: LoadOptions | None = None) -> Base:
         packing["quantization_config"] = _packing(where, options)
         # Each weight is packed where it will stay, so that the unpacked base never has to fit.
         device_map = device_map or str(place)
-    tokenizer = load_tokenizer(name, revision=options.revision, trust_remote_code=options.trust_remote_code)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(name, revision=options.revision, trust_remote_code=options.trust_remote_code)
     model, info = explained(
         where,
         lambda: AutoModelForCausalLM.from_pretrained(

@@ -90,7 +90,7 @@ def test_parameter_counts_of_the_papers_models_without_weights(kind, sizes, rank
     """Qwen2.5-1.5B, Llama-2-7B and Llama-3-8B on the meta device."""
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**sizes))
-    counts = count_parameters(model, TrainSettings(rank=rank))
+    counts = count_parameters(model, find_ffns(model), TrainSettings(rank=rank))
     assert counts["trainable_parameters"] == expected
     assert counts["total_parameters"] == total
     assert not any("brace" in name for name, _ in model.named_modules())
