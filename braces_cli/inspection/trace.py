@@ -238,7 +238,7 @@ class Attribution:
     Attributes:
         ids: tokens of the prompt.
         targets: token of the decomposed logit at each position.
-        run, effects: with the adapter, if there is one.
+        run, effects: with the adapter attached to the model, if any.
         base_run, base_effects: with the adapter disabled, for the same targets; None for a bare base.
     """
 
