@@ -168,7 +168,7 @@ def chatty(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def embedded() -> Path:
     """Folder of the embedded model."""
-    from braces_cli.core.models.embedded import embedded_folder
+    from braces_cli.core.models.hub import embedded_folder
 
     return embedded_folder()
 

@@ -145,7 +145,7 @@ def test_code_of_a_classifier_is_not_run(hostile: tuple[Path, Path], monkeypatch
 
     folder, mark = hostile
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 50))
-    with pytest.raises(ModelError, match="brings its own code"):
+    with pytest.raises(ModelError, match="needs code from its repository"):
         scorer(str(folder))
     assert not mark.exists()
 

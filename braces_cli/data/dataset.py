@@ -23,8 +23,7 @@ import torch
 
 from braces_cli.core.attributes.directions import Pair, Passage
 from braces_cli.core.errors import DataError, near_misses
-from braces_cli.core.models.chat import encode_chat
-from braces_cli.core.models.tokenize import IGNORED, Encoded, encode
+from braces_cli.core.models.tokenize import IGNORED, Encoded, encode, encode_chat
 from braces_cli.core.progress import Report, silent
 from braces_cli.data.rows import CHAT, Columns, FormatReader, Source, parts, read_rows
 

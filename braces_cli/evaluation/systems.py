@@ -23,7 +23,7 @@ from braces_cli.core.adapter.files import (
     StoredAdapter,
     adapter_folder,
     adapter_hash,
-    read_adapter,
+    read_config,
 )
 from braces_cli.core.adapter.model import Session
 from braces_cli.core.attributes.vector import Attribute
@@ -117,7 +117,7 @@ def find_eval_adapter(name: str) -> EvalAdapter:
     config_file = folder / CONFIG_FILE
     raw = read(ANY_CONFIG, config_file) if path_exists(config_file) else {}
     if "peft_type" not in raw or raw.get("method") == BRACES:
-        stored = read_adapter(name, folder)
+        stored = StoredAdapter(name, folder, read_config(folder))
         config, _ = stored.config, stored.tensors  # damaged weights fail here, not after an hour of evaluation
         trained = config.training.get("chat_template")
         return EvalAdapter(

@@ -100,10 +100,10 @@ def side_modules(adapter: Adapter, vectors: Mapping[int, Tensor] | None = None) 
                 reads, writes = adapter_layer.factors(part.values(), torch.float32)
             ends: tuple[str, ...] = ()
             if isinstance(part, Experts):
-                module, kind = part.module, "sorted" if part.sorted else "experts"
+                module, kind = part.module, "sorted" if part.presorted else "experts"
             else:
-                module, kind = part.host, "mlp" if part.whole else "ends"
-                ends = () if part.whole else (names[part.keys[0]], names[part.value])
+                module, kind = part.host, "mlp" if part.is_host_output else "ends"
+                ends = () if part.is_host_output else (names[part.keys[0]], names[part.value])
             side = SideModule(
                 path=names[module],
                 kind=kind,

@@ -18,7 +18,8 @@ from braces_cli.core.attributes.vector import Attribute
 from braces_cli.core.config import format_ranges
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.files import check_output_file, output_lock
-from braces_cli.core.models.ffn import MixtureFFN, residual_factors
+from braces_cli.core.models.ffn import MixtureFFN
+from braces_cli.core.models.residual import residual_factors
 from braces_cli.export.lora import write_gguf_tensors
 from braces_cli.export.run import Request, open_request, probe_tokens
 

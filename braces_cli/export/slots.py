@@ -18,7 +18,7 @@ import torch
 from braces_cli.core.errors import ModelError
 from braces_cli.core.files import path_exists
 from braces_cli.core.models.ffn import FFN, find_ffns
-from braces_cli.core.models.stored_fingerprint import UNKNOWN, Fingerprint
+from braces_cli.core.models.identity import UNKNOWN, Fingerprint
 from braces_cli.core.progress import Report, silent
 from braces_cli.core.schema import Count, Kind, Name, Size, read
 from braces_cli.export.checkpoint import Neurons, write_checkpoint

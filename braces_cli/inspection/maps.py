@@ -25,7 +25,7 @@ from typing import Any, NotRequired, TypedDict
 
 from braces_cli.core.errors import ConfigError, DataError, ModelError, near_misses
 from braces_cli.core.files import write_atomic
-from braces_cli.core.models.stored_fingerprint import Fingerprint
+from braces_cli.core.models.identity import Fingerprint
 from braces_cli.core.schema import Count, Kind, parse
 
 _KEY = b"braces"

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from braces_cli.core.adapter.model import Session
 from braces_cli.core.errors import ConfigError, ModelError
-from braces_cli.core.models.ffn import FFN, layer_stack, residual_factors
+from braces_cli.core.models.ffn import FFN, layer_stack
 from braces_cli.core.models.load import input_device
+from braces_cli.core.models.residual import residual_factors
 from braces_cli.core.models.structure import layer_output
 from braces_cli.core.models.tokenize import context_length, encode
 from braces_cli.core.models.weights import stored_bias

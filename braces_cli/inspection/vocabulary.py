@@ -148,7 +148,7 @@ def _gate_comes_first(ffn: FFN, weight: Tensor) -> bool:
     Changing the sign of `up` changes the sign of act(gate) * up, for every activation; changing that of `gate` does
     not. If the FFN cannot be called on its own, the usual order is assumed: gate first.
     """
-    if weight.is_meta or not ffn.whole:
+    if weight.is_meta or not ffn.is_host_output:
         return True
     generator = torch.Generator().manual_seed(0)
     h = torch.randn(1, 4, weight.shape[1], generator=generator).to(weight)

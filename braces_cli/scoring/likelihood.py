@@ -10,9 +10,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from braces_cli.core.models.chat import encode_answer, has_template
 from braces_cli.core.models.load import Base, input_device
-from braces_cli.core.models.tokenize import IGNORED, Encoded, by_length, context_length, encode, pad_right
+from braces_cli.core.models.tokenize import (
+    IGNORED,
+    Encoded,
+    by_length,
+    context_length,
+    encode,
+    encode_answer,
+    has_template,
+    pad_right,
+)
 from braces_cli.core.progress import Report, silent
 
 # Logits of this many tokens are turned into float32 log-probabilities at a time.

@@ -16,10 +16,18 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from braces_cli.core.errors import ModelError
-from braces_cli.core.models.chat import encode_answer, has_template
 from braces_cli.core.models.hub import explained
 from braces_cli.core.models.load import Base, input_device, load_base, with_padding
-from braces_cli.core.models.tokenize import Encoded, by_length, common_length, context_length, encode, pad_right
+from braces_cli.core.models.tokenize import (
+    Encoded,
+    by_length,
+    common_length,
+    context_length,
+    encode,
+    encode_answer,
+    has_template,
+    pad_right,
+)
 from braces_cli.core.options import LoadOptions
 from braces_cli.scoring.scorers import TextScore, checked
 

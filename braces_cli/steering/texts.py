@@ -14,10 +14,10 @@ from typing import Any
 from braces_cli.core.adapter.model import Session
 from braces_cli.core.distributed import ALONE, Processes
 from braces_cli.core.errors import ConfigError
-from braces_cli.core.models.chat import chat_ids as chat_ids
-from braces_cli.core.models.chat import encode_answer as encode_answer
-from braces_cli.core.models.chat import has_template as has_template
 from braces_cli.core.models.generate import TextRequest, generate
+from braces_cli.core.models.tokenize import chat_ids as chat_ids
+from braces_cli.core.models.tokenize import encode_answer as encode_answer
+from braces_cli.core.models.tokenize import has_template as has_template
 from braces_cli.core.options import Sampling
 from braces_cli.core.progress import Report, silent
 from braces_cli.steering.prompts import PromptRow

@@ -36,7 +36,7 @@ def process(*argv: str) -> Callable[[], None]:
 
 def without_weights(folder: Path) -> dict[str, Callable[[], None]]:
     """Return runs that check rows, plan a training run, and load the tokenizer of the embedded model."""
-    from braces_cli.core.models.embedded import embedded_folder
+    from braces_cli.core.models.hub import embedded_folder
 
     rows = folder / "rows.jsonl"
     rows.write_text('{"text": "a day in the old town"}\n' * 16, encoding="utf-8")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from braces_cli.core.errors import DataError
-from braces_cli.core.models.chat import encode_chat
-from braces_cli.core.models.tokenize import IGNORED
+from braces_cli.core.models.tokenize import IGNORED, encode_chat
 from braces_cli.data.dataset import decode_parts
 from tests.conftest import tiny_tokenizer
 
@@ -74,7 +73,7 @@ def test_a_chat_is_cut_from_the_front_on():
     ("template", "messages", "message"),
     [
         ("none", CHAT, "has no chat template"),
-        ("forgets", CHAT, "rewrites what stands around turn 2"),
+        ("forgets", CHAT, "changes the text around turn 2"),
         ("strict", CHAT[1:], "refuses it: .*roles must alternate"),
         ("prefixes", [], "must be a list of turns"),
         ("prefixes", "hello", "must be a list of turns"),

@@ -26,7 +26,7 @@ def test_a_rating_is_the_expectation_over_the_answers(folder, request):
         for prompt, text, rating in zip(prompts, TEXTS, found, strict=True):
             whole = _PLAIN.format(prompt=f"Prompt: {prompt}\n\n" if prompt else "", text=text, question=asked)
             if folder == "chatty":
-                from braces_cli.core.models.chat import encode_answer
+                from braces_cli.core.models.tokenize import encode_answer
 
                 examples = [encode_answer(base.tokenizer, whole, answer) for answer in "012"]
             else:

@@ -8,12 +8,11 @@ import sys
 import pytest
 import torch
 import transformers
-from braces_cli.core.models.options import chosen_layers
 from safetensors.torch import load_file
 
 from braces_cli.core.adapter.model import open_session
 from braces_cli.core.errors import ConfigError
-from braces_cli.core.models.ffn import find_ffns
+from braces_cli.core.models.ffn import chosen_layers, find_ffns
 from braces_cli.core.options import LoadOptions
 from braces_cli.data.dataset import Reading, read_examples
 from braces_cli.scoring.likelihood import Likelihood, likelihoods

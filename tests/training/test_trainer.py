@@ -259,7 +259,7 @@ def test_a_push_that_cannot_work_is_refused_before_training(train, hub, monkeypa
     """A bad name, a token that the hub does not know, no network: exit 2, nothing written."""
     from huggingface_hub import constants
 
-    assert "is no repository" in train("--push-to-hub", "a/b/c").err
+    assert "is not a repository" in train("--push-to-hub", "a/b/c").err
     with monkeypatch.context() as patch:
         patch.setenv("HF_TOKEN", "hf_bad")
         refused = train("--push-to-hub", "ann/film")

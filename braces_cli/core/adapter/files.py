@@ -1,4 +1,4 @@
-"""The adapter folder: its config and tensors, found, read, checked and written."""
+"""The adapter folder: find, read, check and write its config and tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from braces_cli.core.errors import ModelError
 from braces_cli.core.files import bytes_hash, file_hash, path_exists, user_path, write_json, write_tensors, write_text
 from braces_cli.core.models.hub import explained, is_hub_id
-from braces_cli.core.models.stored_fingerprint import Fingerprint
+from braces_cli.core.models.identity import Fingerprint
 from braces_cli.core.schema import Count, Kind, Name, Positive, Size, check, check_is_file, cut, read
 
 if TYPE_CHECKING:
@@ -28,20 +28,19 @@ ORTHONORMAL_TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What `adapter_config.json` holds.
+    """Content of `adapter_config.json`.
 
     Attributes:
         base_model_name_or_path: hub id or folder of the base.
         r: rank d_r.
-        layers: indices of the decoder layers that carry a relevance module.
+        layers: indices of the decoder layers with a relevance module.
         fingerprint: see `core.models.identity`.
-        revision: of the base, where it came from a hub.
+        revision: commit of a base from the hub.
         tokenizer: hashes of the tokenizer and its chat template; another one is a warning, not an error.
-        training: settings it was trained with; recorded only.
-        attributes: names it was trained to be steered by; with any, the file holds the MLP of
-            `core.adapter.layer`.
+        training: settings of the training run; recorded only.
+        attributes: names of trained attributes; with any, the file holds the MLP of `core.adapter.layer`.
         relevance_scale: c of each of `layers`, the constant factor of its relevance scores.
-        versions: of the libraries that wrote it; recorded only.
+        versions: versions of libraries; recorded only.
     """
 
     base_model_name_or_path: Name
@@ -59,7 +58,7 @@ class AdapterConfig:
 
 
 _DAMAGED = "The file is damaged; train again."
-# Of braces or of another program, which the content tells.
+# Config of an adapter of braces or of peft.
 ANY_CONFIG: Kind[dict[str, Any]] = Kind(dict[str, Any], ModelError, _DAMAGED, "config of an adapter")
 _WEIGHTS = Kind(object, ModelError, "Train again.", "file of the adapter's weights")
 _CONFIG = Kind(AdapterConfig, ModelError, _DAMAGED, closed=True)
@@ -67,11 +66,11 @@ _CONFIG = Kind(AdapterConfig, ModelError, _DAMAGED, closed=True)
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """An adapter in a folder: its name resolved, its config and tensors read and checked once.
+    """An adapter in a folder, with its config read and checked.
 
     Attributes:
-        name: as the user gave it, a folder or a hub id.
-        folder: where its files are.
+        name: folder or hub id, as the user wrote it.
+        folder: folder of its files.
     """
 
     name: str
@@ -80,21 +79,17 @@ class StoredAdapter:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """See `read_tensors`; read when first asked for, since much can be said from the config alone."""
+        """Tensors of the adapter, read and checked on first use."""
         return read_tensors(self.folder, self.config)
 
 
 def parameter_count(config: AdapterConfig) -> int:
-    """Numbers in projections and gates, without the MLP of attributes."""
+    """Number of parameters in projections and gates, without the MLP of attributes."""
     return len(config.layers) * (config.r * int(config.fingerprint["hidden_size"]) + 1)
 
 
 def adapter_folder(name: str) -> Path:
-    """Where the files of the adapter called `name` are; one on the hub is downloaded.
-
-    Raises:
-        ModelError: it is on the hub, and cannot be had.
-    """
+    """Return the folder of an adapter, downloaded if `name` is a hub id."""
     path = user_path(name)
     if path_exists(path) or not is_hub_id(name):
         return Path(os.path.realpath(path))
@@ -105,42 +100,26 @@ def adapter_folder(name: str) -> Path:
 
 
 def adapter_hash(folder: Path) -> str:
-    """SHA-256 over the SHA-256 of config and weights of an adapter, ours or one of peft."""
+    """SHA-256 over the SHA-256 of config and weights of an adapter of braces or peft."""
     hashes = [file_hash(folder / name, ModelError) for name in (CONFIG_FILE, WEIGHTS_FILE)]
     return bytes_hash(map(bytes.fromhex, hashes))
 
 
 def find_adapter(name: str) -> StoredAdapter:
-    """The adapter called `name`, a folder or a hub id, with its config read.
-
-    Raises:
-        ModelError: neither a folder nor on the hub, or no adapter of braces.
-    """
-    return read_adapter(name, adapter_folder(name))
-
-
-def read_adapter(name: str, folder: Path) -> StoredAdapter:
-    """The adapter in `folder`, which `adapter_folder` found for `name`.
-
-    Raises:
-        ModelError: no adapter of braces.
-    """
+    """Find an adapter by folder or hub id, and read its config."""
+    folder = adapter_folder(name)
     return StoredAdapter(name, folder, read_config(folder))
 
 
 def write_adapter(folder: Path, tensors: dict[str, Tensor], config: AdapterConfig, card: str) -> None:
-    """`Adapter.save` of tensors that were gathered before."""
+    """Write an adapter folder: weights and model card first, the config last."""
     write_tensors(folder / WEIGHTS_FILE, tensors)
     write_text(folder / CARD_FILE, card)
     write_json(folder / CONFIG_FILE, asdict(config))
 
 
 def read_config(folder: Path) -> AdapterConfig:
-    """Read and check `adapter_config.json`.
-
-    Raises:
-        ModelError: no adapter folder, not JSON, another method or version, a missing or unknown key.
-    """
+    """Read and check `adapter_config.json` of an adapter of braces."""
     path = folder / CONFIG_FILE
     if not os.path.isfile(path) and not path_exists(path):
         hint = f"An adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}; `braces train` writes one."
@@ -150,18 +129,13 @@ def read_config(folder: Path) -> AdapterConfig:
     raw = read(ANY_CONFIG, path)
     if raw.get("method") != "braces":
         what = cut(raw.get("method") or raw.get("peft_type"))
-        hint = "Give one of `braces train --method braces`; only `braces eval` takes adapters of peft, too."
+        hint = "Give one of `braces train --method braces`; only `braces eval` also accepts adapters of peft."
         raise ModelError(f"not a braces adapter (method: {what})", where=str(path), hint=hint)
     version = raw.get("format_version")
     if isinstance(version, bool) or version != FORMAT_VERSION:
         what = f"format version {cut(version)}, this braces reads {FORMAT_VERSION}"
         raise ModelError(what, where=str(path), hint="Update braces.")
     config = check(_CONFIG, raw, str(path))
-    _check_sizes(config, path)
-    return config
-
-
-def _check_sizes(config: AdapterConfig, path: Path) -> None:
     if not config.layers or config.layers != sorted(set(config.layers)):
         what = "`layers` must name at least one layer, each once and in order"
         raise ModelError(what, where=str(path), hint=_DAMAGED)
@@ -171,14 +145,11 @@ def _check_sizes(config: AdapterConfig, path: Path) -> None:
     if len(config.relevance_scale) != len(config.layers) or math.inf in config.relevance_scale:
         what = "`relevance_scale` must hold one positive number for each layer"
         raise ModelError(what, where=str(path), hint=_DAMAGED)
+    return config
 
 
 def read_tensors(folder: Path, config: AdapterConfig) -> dict[str, Tensor]:
-    """Read `adapter_model.safetensors` and hold it to the config: names, shapes, dtype, finite, orthonormal rows.
-
-    Raises:
-        ModelError: the file is missing, damaged, or differs from what the config says.
-    """
+    """Read `adapter_model.safetensors` and check names, shapes, dtype, finite numbers and orthonormal rows."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -194,7 +165,7 @@ def read_tensors(folder: Path, config: AdapterConfig) -> dict[str, Tensor]:
     d = config.fingerprint["hidden_size"]
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in config.layers:
-        # The gate has one dimension, because FSDP2 takes no scalar parameter.
+        # The gate has one dimension, because FSDP2 does not support scalar parameters.
         shapes |= {f"layers.{layer}.projection": (config.r, d), f"layers.{layer}.gate": (1,)}
     if config.attributes:
         shapes.update(condition_shapes(d))
@@ -205,7 +176,7 @@ def read_tensors(folder: Path, config: AdapterConfig) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         problem = None
         if tuple(tensor.shape) != shapes[name] or tensor.dtype != torch.float32:
-            problem = f"is {tuple(tensor.shape)} {tensor.dtype}, wanted {shapes[name]} torch.float32"
+            problem = f"is {tuple(tensor.shape)} {tensor.dtype}, expected {shapes[name]} torch.float32"
         elif not tensor.isfinite().all():
             problem = "holds numbers that are not finite"
         elif name.endswith("projection") and projection_error(tensor) > ORTHONORMAL_TOLERANCE:

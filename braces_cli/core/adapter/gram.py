@@ -1,13 +1,12 @@
-"""Products with W_V W_V^T, the only thing that training needs a frozen value matrix for.
+"""Products with W_V W_V^T: all that training needs of a frozen value matrix.
 
-    W_V (W_V^T x)      two passes over d x d_ff numbers, at every call and again for its gradient
-    G x,  G = W_V W_V^T (d x d), made once and kept: d_ff / d times fewer numbers, nothing to unpack or cast
+    W_V (W_V^T x)      two passes over d x d_ff numbers, in every call and again for its gradient
+    G x,  G = W_V W_V^T (d x d), computed once and cached: d_ff / d times fewer numbers, nothing to unpack or cast
 
-G is kept in the dtype of x, and of the symmetric matrix only what is on and above the diagonal, in four slabs: 2.5 d^2
-bytes in float32, which is 6 MB a layer for Qwen2.5-1.5B and 42 MB for Llama-3-8B (1.3 GB in all). At the former's
-shapes (1,536 x 8,960, 16 columns, one thread of a CPU) a product takes 1.4 ms instead of 32, and making G 0.5 s, so it
-is paid for after nine to thirteen steps. Always made at the first of them: a rule that counts would count anew in a
-resumed run, which would then round otherwise.
+G is cached in the dtype of x, and only its upper triangle, in four slabs: 2.5 d^2 bytes in float32, which is 6 MB a
+layer for Qwen2.5-1.5B and 42 MB for Llama-3-8B (1.3 GB in all). At the shapes of Qwen2.5-1.5B (1,536 x 8,960, 16
+columns, one CPU thread) a product takes 1.4 ms instead of 32, and G 0.5 s, so it pays off after nine to thirteen steps.
+G is always computed in the first step: a rule that counts steps would make a resumed run round differently.
 """
 
 from __future__ import annotations
@@ -19,27 +18,27 @@ from torch import Tensor
 
 from braces_cli.core.models.weights import StoredValues, Values, dense
 
-# Columns of W_V that are cast to float32 at a time. On a CPU a block and its copy stay in the cache (three times faster
-# than large blocks at Qwen2.5-1.5B shapes); elsewhere few launches count.
+# Columns of W_V that are cast to float32 at a time. On a CPU a small block and its copy fit into the cache (three times
+# faster at the shapes of Qwen2.5-1.5B); on a GPU the number of launches matters.
 _BLOCK_CPU = 256
 _BLOCK = 4096
-# The same where G is made, whose products are large enough to hide a cache miss.
+# Columns at a time for G, whose products are large enough to hide cache misses.
 _BLOCK_CACHED = 1024
-# More of them would come nearer to half of G, but are more launches a product.
+# More slabs would store less of the lower triangle, with more launches per product.
 _SLABS = 4
 
 
 class _Gram(torch.autograd.Function):
     """x -> W W^T x for a frozen W (..., d, d_ff) and x (d, n), in the dtype of x.
 
-    W W^T is symmetric, so backward is the same product and only W itself is kept, never a float32 copy of it.
+    W W^T is symmetric, so backward is the same product, and no float32 copy of W is saved for it.
     """
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, x: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
-        # Detached: how torch multiplies (batch, d_ff, d) by (d, n) depends on whether either asks for gradients, and
-        # an adapter just trained must give the bits of the same one loaded.
+        # Detached: the algorithm of torch for (batch, d_ff, d) @ (d, n) depends on `requires_grad`, and an adapter must
+        # give bit-identical results after training and after loading.
         return _gram(weight.detach(), x.detach())
 
     @staticmethod
@@ -61,7 +60,7 @@ def _gram(weight: Tensor, x: Tensor) -> Tensor:
 
 
 class _StoredGram(torch.autograd.Function):
-    """The same where W must be unpacked first: once in each direction, and nothing dense is kept in between."""
+    """x -> W W^T x for a W that is unpacked first, in forward and again in backward."""
 
     @staticmethod
     def forward(ctx: Any, values: StoredValues, x: Tensor) -> Tensor:
@@ -76,78 +75,62 @@ class _StoredGram(torch.autograd.Function):
 def gram(values: Values, x: Tensor) -> Tensor:
     """W_V W_V^T x, shape (..., d, n), for W_V (..., d, d_ff) and x (d, n); differentiable in x only.
 
-    Memory: one block of 4,096 columns of W_V in the dtype of x, and (..., n, d_ff) numbers where the dtypes agree; and
-    one dense W_V where it is packed or offloaded.
+    Memory: one block of 4,096 columns of W_V in the dtype of x, or (..., n, d_ff) numbers if the dtypes are equal; and
+    one dense W_V if it is packed or offloaded.
     """
     result: Tensor = _Gram.apply(values, x) if isinstance(values, Tensor) else _StoredGram.apply(values, x)
     return result
 
 
 class CachedGram:
-    """W_V W_V^T of one layer, for as long as its adapter learns.
+    """W_V W_V^T of one layer, cached in training.
 
-    No tensor of the module's: it is never saved, and a copy or a pickle of it is empty.
+    Not a buffer of the module: it is never saved, and copies and pickles of it are empty.
     """
 
     def __init__(self) -> None:
         self._slabs: tuple[Tensor, ...] = ()
-        self._cache_key: tuple = ()
+        self._key: tuple = ()
+        self._weight: Tensor | None = None
 
     def product(self, values: Values, x: Tensor) -> Tensor:
-        """`gram(values, x)` for one W_V (d, d_ff); G is made where there is none yet, or one of another W_V."""
+        """`gram(values, x)` for one W_V (d, d_ff); computes G if none is cached for this W_V."""
         if not cacheable(values):
             return gram(values, x)
-        if not self._fits(values, x):
+        weight = values.detach() if isinstance(values, Tensor) else None
+        state = values.key if isinstance(values, StoredValues) else (values.data_ptr(), values._version)
+        key = (weight is None, state, x.dtype, x.device)
+        if self._key != key:
             self.drop()
             with torch.no_grad():
                 self._slabs = _slabs(dense(values).detach(), x.dtype)
-            self._cache_key = (*_state(values), x.dtype, x.device)
+            # Keeping the weight prevents another one at its address while G is cached.
+            self._key, self._weight = key, weight
         result: Tensor = _CachedProduct.apply(self._slabs, x)
         return result
 
     def drop(self) -> None:
         """Free the memory."""
-        self._slabs, self._cache_key = (), ()
+        self._slabs, self._key, self._weight = (), (), None
 
     @property
     def nbytes(self) -> int:
-        """What is kept now, in bytes."""
+        """Size of the cache in bytes."""
         return sum(slab.nbytes for slab in self._slabs)
-
-    def _fits(self, values: Values, x: Tensor) -> bool:
-        if not self._cache_key:
-            return False
-        *state, dtype, device = self._cache_key
-        return (dtype, device) == (x.dtype, x.device) and _same(state, _state(values))
 
     def __reduce__(self) -> tuple[type[CachedGram], tuple[()]]:
         return CachedGram, ()
 
 
 def cacheable(values: Values) -> bool:
-    """Whether G is worth its memory: smaller than W_V, of which there is one, and which is not kept elsewhere to save
-    memory (accelerate's offloading) or spread over devices."""
+    """Return whether G is cached: one W_V, larger than G, neither offloaded nor sharded."""
     if isinstance(values, StoredValues):
         return not values.is_offloaded
     return values.ndim == 2 and values.shape[0] < values.shape[1] and not hasattr(values, "full_tensor")
 
 
-def _state(values: Values) -> tuple[Any, ...]:
-    """What tells one W_V, and one content of it, from another.
-
-    The tensor itself is among it, so that while G is kept its memory cannot become that of another one.
-    """
-    if isinstance(values, StoredValues):
-        return None, values.key, 0
-    return values.detach(), values.data_ptr(), values._version
-
-
-def _same(cache_key: list[Any], state: tuple[Any, ...]) -> bool:
-    return (cache_key[0] is None) == (state[0] is None) and cache_key[1:] == list(state[1:])
-
-
 def _slabs(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Rows [a, b) and columns [a, d) of W W^T (d, d), for the four [a, b) that make up d; products in `dtype`."""
+    """Rows [a, b) and columns [a, d) of W W^T (d, d), for four ranges [a, b); products in `dtype`."""
     d = len(weight)
     height = -(-d // _SLABS)
     ends = [(a, min(a + height, d)) for a in range(0, d, height)]
@@ -162,7 +145,7 @@ def _slabs(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 
 class _CachedProduct(torch.autograd.Function):
-    """x -> G x, of which backward is the same product."""
+    """x -> G x; backward is the same product."""
 
     @staticmethod
     def forward(ctx: Any, slabs: tuple[Tensor, ...], x: Tensor) -> Tensor:
@@ -175,7 +158,7 @@ class _CachedProduct(torch.autograd.Function):
 
 
 def _times(slabs: tuple[Tensor, ...], x: Tensor) -> Tensor:
-    """G x from the slabs: each is multiplied by from the left, and what is right of its square also from the right."""
+    """G x from the slabs; the part of a slab right of its diagonal block is also used transposed."""
     rows = x.mT
     total = rows[:, : len(slabs[0])] @ slabs[0]
     a = 0

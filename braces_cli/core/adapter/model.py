@@ -1,14 +1,10 @@
-"""Attach relevance modules to a model and take them off again.
-
-A base model with or without its adapter, opened the way every command needs it.
-"""
+"""Attach relevance modules to a model, detach them, and open a base model with its adapter."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +14,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from braces_cli.core.adapter.files import AdapterConfig, StoredAdapter, find_adapter, write_adapter
-from braces_cli.core.adapter.layer import ConditionMLP, Read, RelevanceModule, as_is
+from braces_cli.core.adapter.layer import ConditionMLP, Read, RelevanceModule
 from braces_cli.core.distributed import full_tensor
 from braces_cli.core.errors import ConfigError, ModelError
-from braces_cli.core.models.embedded import NAME as EMBEDDED
-from braces_cli.core.models.embedded import note_default
-from braces_cli.core.models.ffn import FFN, Experts, MixtureFFN, find_ffns, routing
+from braces_cli.core.models.ffn import FFN, Experts, MixtureFFN, choose_ffns, find_ffns, routing
+from braces_cli.core.models.hub import EMBEDDED, note_default
 from braces_cli.core.models.identity import differences
 from braces_cli.core.models.load import Base, load_base
 from braces_cli.core.models.structure import hooks_changed
@@ -35,14 +30,14 @@ logger = logging.getLogger("braces")
 class Adapter:
     """Relevance modules attached to a model: `adapted_ffns` pairs each FFN with its module, in layer order.
 
-    The modules are children named `relevance` of the FFN (of the decoder layer where it has no FFN of its own), so the
-    base's parameter names stay as they are. While attached the base's own parameters are frozen.
+    The modules are children named `relevance` of the FFN (of the decoder layer if it has no FFN module), so that
+    parameter names of the base do not change. While attached, the parameters of the base are frozen.
     """
 
     def __init__(self, model: nn.Module, adapted_ffns: list[tuple[FFN | MixtureFFN, RelevanceModule]]) -> None:
         self.model = model
         self.adapted_ffns = adapted_ffns
-        # Where attributes are trained: turns their pooled states into h_c.
+        # Maps pooled states to h_c, if attributes are trained.
         self.mlp: ConditionMLP | None = None
         self._frozen = [p for p in model.parameters() if p.requires_grad]
         for parameter in self._frozen:
@@ -67,44 +62,60 @@ class Adapter:
     def rank(self) -> int:
         return self.adapted_ffns[0][1].rank
 
+    @property
+    def scales(self) -> list[float]:
+        """c of each layer."""
+        return [adapter_layer.scale for _, adapter_layer in self.adapted_ffns]
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(`layers.{i}.weight` or `layers.{i}.gate`, parameter) of every relevance module."""
         for ffn, adapter_layer in self.adapted_ffns:
             for name, parameter in adapter_layer.named_parameters(recurse=False):
                 yield f"layers.{ffn.layer}.{name}", parameter
 
+    def parameter_count(self) -> int:
+        """Number of trained parameters without the MLP of attributes."""
+        return sum(p.numel() for _, p in self.named_parameters())
+
     def add_mlp(self, seed: int = 0) -> ConditionMLP:
-        """Put a fresh condition MLP beside the relevance modules, its first layer drawn from `seed`."""
+        """Add a new MLP of attributes, with its first layer drawn from `seed`."""
         ffn, adapter_layer = self.adapted_ffns[0]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             mlp = ConditionMLP(ffn.hidden_size).to(adapter_layer.weight.device)
-        # A child of the model, so that whatever moves, wraps or counts the model's parameters sees it.
+        # A child of the model, so that code that moves, wraps or counts the model's parameters includes it.
         self.model.add_module("adapter_condition", mlp)
         self.mlp = mlp
         return mlp
 
-    def states(self, pooled: Tensor, read: Read = as_is) -> Tensor:
-        """h_c of pooled states p, (..., d) -> (..., d) in float32, where the MLP is; `read` gives a parameter whole."""
+    def states(self, pooled: Tensor, read: Read = full_tensor) -> Tensor:
+        """h_c of pooled states p, (..., d) -> (..., d) in float32, on the device of the MLP."""
         if self.mlp is None:
             return pooled
         parameters = {name: read(parameter) for name, parameter in self.mlp.named_parameters()}
-        # Under a device map the layer that asks may lie on another device.
+        # With a device map the layer of the states can be on another device.
         pooled = pooled.to(next(iter(parameters.values())).device)
         states: Tensor = torch.func.functional_call(self.mlp, parameters, (pooled,))
         return states
 
-    @property
-    def scales(self) -> list[float]:
-        """c of each layer."""
-        return [adapter_layer.scale for _, adapter_layer in self.adapted_ffns]
+    def condition(self, states: Tensor | None, strengths: Tensor | None = None, read: Read = full_tensor) -> None:
+        """Set `s r_c` of the next forward passes, for each example; None removes it.
 
-    def parameter_count(self) -> int:
-        """Numbers that train, without the MLP of attributes."""
-        return sum(p.numel() for _, p in self.named_parameters())
+        Args:
+            states: h_c of n attributes at each adapted FFN, (n, FFNs, d), with gradients if they are trained.
+            strengths: s of each attribute for each example, (batch, n), or for each token, (batch, tokens, n).
+            read: reads a parameter, gathered if it is sharded.
+        """
+        for index, (_, adapter_layer) in enumerate(self.adapted_ffns):
+            if states is None or strengths is None:
+                adapter_layer.shift = None
+                continue
+            ranked = states[:, index].to(adapter_layer.weight) @ adapter_layer.projection(read).mT  # (n, d_r)
+            shift = strengths.to(ranked) @ ranked
+            adapter_layer.shift = shift.unsqueeze(1) if shift.ndim == 2 else shift
 
     def detach(self) -> nn.Module:
-        """Take everything off again and return the very same base model, its `requires_grad` flags as they were."""
+        """Remove all modules and hooks, and return the base model with its original `requires_grad` flags."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -121,13 +132,13 @@ class Adapter:
         return self.model
 
     def save_memory(self) -> None:
-        """Train without W_V W_V^T of each layer in memory (see `core.adapter.gram`): slower steps."""
+        """Do not cache W_V W_V^T in training (see `core.adapter.gram`); steps become slower."""
         for _, adapter_layer in self.adapted_ffns:
             adapter_layer.cache_gram(False)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[nn.Module]:
-        """The bare base model, bit for bit, inside the `with` block."""
+        """The base model without the adapter, bit-identical, inside the `with` block."""
         before = [adapter_layer.enabled for _, adapter_layer in self.adapted_ffns]
         try:
             for _, adapter_layer in self.adapted_ffns:
@@ -137,28 +148,12 @@ class Adapter:
             for (_, adapter_layer), enabled in zip(self.adapted_ffns, before, strict=True):
                 adapter_layer.enabled = enabled
 
-    def condition(self, states: Tensor | None, strengths: Tensor | None = None, read: Read = as_is) -> None:
-        """Set `s r_c` for the next forward passes, of each example on its own; None takes it away.
-
-        Args:
-            states: h_c of n attributes at each adapted FFN, (n, FFNs, d), with gradients where they are trained.
-            strengths: s of each attribute for each example, (batch, n), or for each token, (batch, tokens, n).
-            read: gives a parameter whole, where it may lie in pieces.
-        """
-        for index, (_, adapter_layer) in enumerate(self.adapted_ffns):
-            if states is None or strengths is None:
-                adapter_layer.shift = None
-                continue
-            ranked = states[:, index].to(adapter_layer.weight) @ adapter_layer.projection(read).mT  # (n, d_r)
-            shift = strengths.to(ranked) @ ranked
-            adapter_layer.shift = shift.unsqueeze(1) if shift.ndim == 2 else shift
-
     def tensors(self, in_place: bool = True) -> dict[str, Tensor]:
-        """What the adapter file holds: `layers.{i}.projection`, `layers.{i}.gate` and, if trained, `condition.*`.
+        """Tensors of the adapter file: `layers.{i}.projection`, `layers.{i}.gate` and, if trained, `condition.*`.
 
         Args:
-            settle: make the projections what the file holds. Not in the midst of training, which would then go on from
-                elsewhere, nor where parameters are spread over processes, each of which must then ask.
+            in_place: set the weights to the projections in the file. Use False during training, which must continue
+                from the unrounded weights, and for sharded parameters, where this is a collective call.
         """
         out: dict[str, Tensor] = {}
         for ffn, adapter_layer in self.adapted_ffns:
@@ -169,66 +164,43 @@ class Adapter:
         return out
 
     def save(self, folder: Path, config: AdapterConfig, card: str) -> None:
-        """Write the adapter folder with this adapter's scales: weights and model card first, the config last."""
+        """Write the adapter folder, with the scales of this adapter in its config."""
         write_adapter(folder, self.tensors(), replace(config, relevance_scale=self.scales), card)
 
 
 def hook_ffn(part: FFN | Experts, adapter_layer: Any) -> list[RemovableHandle]:
-    """Have `adapter_layer`, a `RelevanceModule` or what answers the same calls, change the output of an FFN."""
-    return _expert_hooks(part, adapter_layer) if isinstance(part, Experts) else _hooks(part, adapter_layer)
+    """Let `adapter_layer`, a `RelevanceModule` or an object with its methods, change the output of an FFN."""
+    if isinstance(part, Experts):
 
-
-def _hooks(ffn: FFN, adapter_layer: RelevanceModule) -> list[RemovableHandle]:
-    if ffn.whole:
-
-        def around(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+        def experts_hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
             if not adapter_layer.enabled:
                 return None
-            return adapter_layer(output, args[0] if args else next(iter(kwargs.values())), ffn.values())
+            values = part.value_matrix()
+            if part.presorted:
+                return adapter_layer.by_expert(output, args[0], values)
+            h, p = routing(args, kwargs, len(values))
+            return adapter_layer.routed(output, h, p, values)
 
-        return [ffn.host.register_forward_hook(around, with_kwargs=True)]
+        return [part.module.register_forward_hook(experts_hook, with_kwargs=True)]
+    if part.is_host_output:
 
-    # A cell rather than an attribute of the module: nothing of a pass may outlive it or be copied with the module.
-    entered: list[Tensor] = []
+        def host_hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+            if not adapter_layer.enabled:
+                return None
+            return adapter_layer(output, args[0] if args else next(iter(kwargs.values())), part.values())
 
-    def before(module: nn.Module, args: tuple) -> None:
-        entered[:] = args[:1] if adapter_layer.enabled else []
+        return [part.host.register_forward_hook(host_hook, with_kwargs=True)]
 
-    def after(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        return adapter_layer(output, entered.pop(), ffn.values()) if adapter_layer.enabled else None
+    # A list, not an attribute of the module: inputs must not outlive a pass or be copied with the module.
+    inputs: list[Tensor] = []
 
-    return [ffn.keys[0].register_forward_pre_hook(before), ffn.value.register_forward_hook(after)]
+    def input_hook(module: nn.Module, args: tuple) -> None:
+        inputs[:] = args[:1] if adapter_layer.enabled else []
 
+    def output_hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        return adapter_layer(output, inputs.pop(), part.values()) if adapter_layer.enabled else None
 
-def _expert_hooks(part: Experts, adapter_layer: RelevanceModule) -> list[RemovableHandle]:
-    def around(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
-        if not adapter_layer.enabled:
-            return None
-        values = part.value_matrix()
-        if part.sorted:
-            return adapter_layer.by_expert(output, args[0], values)
-        h, p = routing(args, kwargs, len(values))
-        return adapter_layer.routed(output, h, p, values)
-
-    return [part.module.register_forward_hook(around, with_kwargs=True)]
-
-
-def choose_ffns(ffns: Sequence[FFN | MixtureFFN], rank: int, layers: Sequence[int] | None) -> list[FFN | MixtureFFN]:
-    """FFNs of `layers`, or all FFNs, for an adapter of rank `rank`.
-
-    Raises:
-        ConfigError: rank below 1 or above the hidden size, or a layer without an FFN.
-    """
-    known = [ffn.layer for ffn in ffns]
-    requested = known if layers is None else list(layers)
-    missing = sorted(set(requested) - set(known))
-    if missing or not requested:
-        raise ConfigError(f"no feed-forward layer in layers {missing}", hint=f"Layers {known} have one.")
-    chosen = [ffn for ffn in ffns if ffn.layer in set(requested)]
-    width = min(ffn.hidden_size for ffn in chosen)
-    if not 1 <= rank <= width:
-        raise ConfigError(f"rank {rank} does not fit hidden size {width}", where="--rank", hint=f"Use 1 to {width}.")
-    return chosen
+    return [part.keys[0].register_forward_pre_hook(input_hook), part.value.register_forward_hook(output_hook)]
 
 
 def attach(
@@ -239,7 +211,7 @@ def attach(
     scales: Sequence[float] | None = None,
     ffns: Sequence[FFN | MixtureFFN] | None = None,
 ) -> Adapter:
-    """Put a fresh relevance module on every FFN of `model` (or on those of `layers`), its gate near 0.
+    """Attach a new relevance module to every FFN of `model`, or to those of `layers`, with gates near 0.
 
     Args:
         scales: c of each layer, see `core.adapter.scale`; None is 1 everywhere.
@@ -247,7 +219,7 @@ def attach(
 
     Raises:
         ConfigError: rank below 1 or above the hidden size, or a layer without an FFN.
-        ModelError: no FFN found, or an adapter is attached already.
+        ModelError: the model has no FFN, or an adapter.
     """
     ffns = find_ffns(model) if ffns is None else ffns
     if any("relevance" in ffn.host._modules for ffn in ffns):
@@ -277,7 +249,7 @@ def attach_stored(base: Base, stored: StoredAdapter) -> Adapter:
         )
     try:
         adapter = attach(base.model, config.r, config.layers, scales=config.relevance_scale, ffns=base.ffns)
-    except ConfigError as error:  # no option is wrong, the adapter is
+    except ConfigError as error:  # the adapter is wrong, not an option
         raise ModelError(error.message, where=str(stored.folder), hint=error.hint) from error
     for ffn, adapter_layer in adapter.adapted_ffns:
         with torch.no_grad():
@@ -294,11 +266,11 @@ def attach_stored(base: Base, stored: StoredAdapter) -> Adapter:
 
 @dataclass
 class Session:
-    """An open base, with an adapter on it or without.
+    """A loaded base, with or without an adapter.
 
     Attributes:
-        adapter: what is attached now.
-        stored: the files that it came from; None where there is no adapter or where it is being trained.
+        adapter: the attached adapter.
+        stored: the files of the adapter; None without an adapter, and in training.
     """
 
     base: Base
@@ -311,16 +283,16 @@ class Session:
 
     @property
     def config(self) -> AdapterConfig | None:
-        """Of the stored adapter."""
+        """Config of the stored adapter."""
         return None if self.stored is None else self.stored.config
 
     @property
     def folder(self) -> Path | None:
-        """Of the stored adapter."""
+        """Folder of the stored adapter."""
         return None if self.stored is None else self.stored.folder
 
     def add_adapter(self, stored: StoredAdapter) -> Adapter:
-        """Attach a stored adapter, in place of the one attached now."""
+        """Attach a stored adapter; detaches the current one."""
         self.remove_adapter()
         self.adapter = attach_stored(self.base, stored)
         self.stored = stored
@@ -330,13 +302,13 @@ class Session:
         return self.adapter
 
     def remove_adapter(self) -> None:
-        """Detach the adapter, if there is one: the bare base again."""
+        """Detach the adapter, if there is one."""
         if self.adapter is not None:
             self.adapter.detach()
         self.adapter = self.stored = None
 
 
-@contextmanager
+@contextlib.contextmanager
 def attached(session: Session, stored: StoredAdapter) -> Iterator[Adapter]:
     """A stored adapter on the session's base inside the `with` block."""
     try:
@@ -346,12 +318,12 @@ def attached(session: Session, stored: StoredAdapter) -> Iterator[Adapter]:
 
 
 def resolve_adapter(adapter: str | StoredAdapter | None) -> StoredAdapter | None:
-    """What an `--adapter` names; what is resolved already stays as it is."""
+    """Return the adapter of an `--adapter` option; a resolved adapter is returned unchanged."""
     return find_adapter(adapter) if isinstance(adapter, str) else adapter
 
 
 def base_name(model: str | None, adapter: StoredAdapter | None) -> str:
-    """The base to load: the one named, else the adapter's own, else the embedded one, which a note on stderr says."""
+    """Name of the base: `model`, else that in the adapter's config, else the embedded model, with a note on stderr."""
     if model is not None:
         return model
     if adapter is not None:
@@ -363,16 +335,16 @@ def base_name(model: str | None, adapter: StoredAdapter | None) -> str:
 def open_session(
     model: str | None, adapter: str | StoredAdapter | None, options: LoadOptions, tokenizer: Any = None
 ) -> Session:
-    """Load the base, and the adapter on it where one is given.
+    """Load a base, and attach an adapter if one is given.
 
     Args:
-        tokenizer: of the base, if it was loaded before.
+        tokenizer: tokenizer of the base, if loaded already.
 
     Raises:
-        ConfigError: no such device.
-        ModelError: either cannot be loaded, or they do not fit.
+        ConfigError: the device is not available.
+        ModelError: base or adapter cannot be loaded, or they do not fit.
     """
-    # Before minutes of loading: an adapter that is none should fail at once.
+    # Before the weights of the base: an invalid adapter must fail at once.
     stored = resolve_adapter(adapter)
     if stored is not None and model is None and options.revision is None and stored.config.revision is not None:
         options = replace(options, revision=stored.config.revision)

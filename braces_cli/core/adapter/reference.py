@@ -1,10 +1,10 @@
-"""The paper's formula written out: the judge of every fast path. Slow and large on purpose; only tests call it.
+"""Reference implementation of the paper's formula. Slow, and large in memory; only tests use it.
 
     r_ij         = c (R v_j) . (R h_i) / sqrt(d_r)
     FFN_AUG(h_i) = sum_j (w_ij + g (r_ij + s r_cj)) v_j         g = sigmoid(gate)
 
-It shares no arithmetic with `relevance.py`: rows are orthonormalised one by one, relevance is a (tokens, d_ff) tensor,
-and the weights it changes are those that enter the model's own value projection.
+It shares no arithmetic with `layer`: rows are orthonormalised one by one, relevance is a (tokens, d_ff) tensor, and it
+changes the weights that enter the model's value projection.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def orthonormal_rows_ref(weight: Tensor) -> Tensor:
     """Gram-Schmidt, one row at a time: (d_r, d) -> (d_r, d)."""
     rows: list[Tensor] = []
     for row in weight:
-        for _ in range(2):  # twice is enough for full orthogonality in floating point
+        for _ in range(2):  # two passes are enough for orthogonality in floating point
             for done in rows:
                 row = row - (row @ done) * done
         rows.append(row / row.norm())
@@ -37,7 +37,7 @@ def orthonormal_rows_ref(weight: Tensor) -> Tensor:
 def relevance_ref(h: Tensor, values: Tensor, weight: Tensor, c: float = 1.0) -> Tensor:
     """Relevance r of every value vector to every token, (..., d_ff), without the gate.
 
-    h (..., d), values (d, d_ff), weight (d_r, d) of which R is the orthonormalised form.
+    h (..., d), values (d, d_ff), weight (d_r, d), whose orthonormalised form is R.
     """
     projection = orthonormal_rows_ref(weight)
     return c * ((h @ projection.mT) @ (projection @ values)) / math.sqrt(len(projection))
@@ -53,7 +53,7 @@ def weights_ref(
     """Sub-update weights w_ij + g (r_ij + s r_cj), shape (..., d_ff).
 
     Args:
-        w: activation weights (..., d_ff), what enters the value projection.
+        w: activation weights (..., d_ff), the input of the value projection.
         h: FFN input (..., d).
         values: W_V (d, d_ff).
         adapter_layer: parameters and constant c.
@@ -70,7 +70,7 @@ def weights_ref(
 def reference(
     adapter: Adapter, conditions: dict[int, Sequence[tuple[Tensor, Tensor]]] | None = None
 ) -> Iterator[nn.Module]:
-    """The adapter's model with the formula written out instead of the fast path; restores the fast path on leaving.
+    """The adapter's model with the formula in the place of the fast path, inside the `with` block.
 
     Args:
         conditions: for each layer, pairs of h_c (d) and strength, one number or one for each example (batch,).
@@ -92,8 +92,8 @@ def reference(
             handle.remove()
 
 
-def _fit(terms: Sequence[tuple[Tensor, Any]], h: Tensor) -> list[tuple[Tensor, Any]]:
-    """Strengths of each example as they broadcast against h, (batch, tokens, d) or flattened to (batch * tokens, d)."""
+def _broadcast(terms: Sequence[tuple[Tensor, Any]], h: Tensor) -> list[tuple[Tensor, Any]]:
+    """Strengths in a shape that broadcasts against h, (batch, tokens, d) or (batch * tokens, d)."""
     fitted = []
     for state, strength in terms:
         if isinstance(strength, Tensor) and strength.ndim == 1:
@@ -104,26 +104,26 @@ def _fit(terms: Sequence[tuple[Tensor, Any]], h: Tensor) -> list[tuple[Tensor, A
 
 
 def _dense(ffn: FFN, adapter_layer: RelevanceModule, terms: Sequence[tuple[Tensor, Tensor]]) -> list[RemovableHandle]:
-    """Change the weights that enter the model's own value projection."""
-    entered: list[Tensor] = []
+    """Change the weights that enter the value projection."""
+    inputs: list[Tensor] = []
 
     def augment(module: nn.Module, args: tuple) -> tuple:
-        h = entered.pop()
-        w = weights_ref(args[0], h, ffn.value_matrix(), adapter_layer, _fit(terms, h))
+        h = inputs.pop()
+        w = weights_ref(args[0], h, ffn.value_matrix(), adapter_layer, _broadcast(terms, h))
         return (w, *args[1:])
 
-    return [ffn.watch(entered.append), ffn.value.register_forward_pre_hook(augment)]
+    return [ffn.watch(inputs.append), ffn.value.register_forward_pre_hook(augment)]
 
 
 def _experts(
     part: Experts, adapter_layer: RelevanceModule, terms: Sequence[tuple[Tensor, Tensor]]
 ) -> list[RemovableHandle]:
-    """Add `p_e sum_j g r_j v_j` expert by expert: their weights w_j never leave the module that holds them."""
+    """Add `p_e sum_j g r_j v_j` expert by expert, because their weights w_j cannot be changed from outside."""
 
     def augment(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
         values = part.value_matrix()
         flat = output.reshape(-1, output.shape[-1])
-        if part.sorted:
+        if part.presorted:
             tokens = args[0].reshape(len(values), -1, flat.shape[1])
             sent = (tokens != 0).any(dim=-1).to(flat.dtype)
             return output + torch.cat([_term(h, p, v) for h, p, v in zip(tokens, sent, values, strict=True)])
@@ -133,8 +133,8 @@ def _experts(
         return flat.reshape(output.shape)
 
     def _term(h: Tensor, p: Tensor, values: Tensor) -> Tensor:
-        none = h.new_zeros(len(h), values.shape[1])
-        w = weights_ref(none, h, values, adapter_layer, _fit(terms, h))
+        zero = h.new_zeros(len(h), values.shape[1])
+        w = weights_ref(zero, h, values, adapter_layer, _broadcast(terms, h))
         return p.unsqueeze(1).to(h.dtype) * (w @ values.mT)
 
     return [part.module.register_forward_hook(augment, with_kwargs=True)]

@@ -1,10 +1,10 @@
-"""c of each layer: the constant that makes relevance independent of how the base is parametrised.
+"""Measure c of each layer, the constant that makes relevance independent of how the base is parametrised.
 
     c = REACH rms(FFN(h)) / rms(W_V W_V^T h)
 
 over the tokens of some texts; in a mixture of experts, over the pairs of a token and an expert that it is sent to,
-before the router's weights. Two bases that compute the same with W_V and the up projection, or the norm's weight and
-the FFN's inputs, scaled against each other then have the same side path.
+before the router's weights. Bases that compute the same function with W_V and the up projection, or the norm's weight
+and the FFN's inputs, scaled against each other have the same side path.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from torch import Tensor
 
 from braces_cli.core.adapter.gram import gram
 from braces_cli.core.adapter.model import hook_ffn
+from braces_cli.core.errors import ModelError, first_line
 from braces_cli.core.models.ffn import FFN, Experts, MixtureFFN, expert_outputs
 from braces_cli.core.models.load import input_device
 from braces_cli.core.models.weights import Values
 
-# rms of the side path over that of the FFN's output, at g = 1 and R = I, without 1 / sqrt(d_r).
+# rms of the side path over rms of the FFN's output, at g = 1 and R = I, without 1 / sqrt(d_r).
 REACH = 32.0
 
 
 def measure_scales(model: Any, ffns: Sequence[FFN | MixtureFFN], texts: Sequence[Sequence[int]]) -> list[float]:
-    """c of each FFN over `texts`, token ids; 1 where the FFN or W_V is zero, or a number is not finite."""
+    """c of each FFN over `texts` (token ids); 1 if the FFN or W_V is zero, or a number is not finite."""
     meters = [_Meter() for _ in ffns]
     with ExitStack() as stack:
         for ffn, meter in zip(ffns, meters, strict=True):
             for part in ffn.parts:
-                if isinstance(part, Experts) and not part.sorted:
+                if isinstance(part, Experts) and not part.presorted:
                     handles = [meter.watch_experts(part)]
                 else:
                     handles = hook_ffn(part, meter)
@@ -44,19 +45,23 @@ def measure_scales(model: Any, ffns: Sequence[FFN | MixtureFFN], texts: Sequence
 
 
 def run_texts(model: Any, texts: Sequence[Sequence[int]]) -> None:
-    """Run the model over texts, each alone, so that no padding is measured."""
+    """Run the model on one text at a time, without padding."""
     device, was_training = input_device(model), model.training
     model.eval()
     try:
         with torch.no_grad():
             for ids in texts:
                 model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False)
+    except (TypeError, ValueError) as error:
+        # An assistant of Gemma 4, for example, needs the keys of another model.
+        message = f"{type(model).__name__} does not run on tokens alone: {first_line(error)}"
+        raise ModelError(message, hint="Use another base.") from error
     finally:
         model.train(was_training)
 
 
 class _Meter:
-    """Sums of squares of what an FFN writes and of W_V W_V^T h. It stands in for a relevance module in `hook_ffn`."""
+    """Sums of squares of an FFN's output and of W_V W_V^T h, with the methods that `hook_ffn` calls."""
 
     enabled = True
 
@@ -75,7 +80,7 @@ class _Meter:
         return output
 
     def by_expert(self, output: Tensor, h: Tensor, values: Tensor) -> Tensor:
-        """Experts that each get their rows of `h` (experts * n, d); a row of zeros is a token not sent to them."""
+        """Measure experts with presorted tokens `h` (experts * n, d); a row of zeros is a token not sent to them."""
         rows = output.reshape(len(values), -1, output.shape[-1])
         for each, tokens, value in zip(rows, h.reshape(len(values), -1, h.shape[-1]), values, strict=True):
             sent = (tokens != 0).any(dim=-1)
@@ -83,7 +88,7 @@ class _Meter:
         return output
 
     def watch_experts(self, part: Experts) -> Any:
-        """Measure routed experts whose weights are slices of one tensor."""
+        """Measure routed experts with weights in one tensor."""
 
         def around(module: Any, args: tuple, kwargs: dict, output: Tensor) -> None:
             values = part.value_matrix()

@@ -29,7 +29,7 @@ from braces_cli.core.attributes.pooling import default_layers, output_norms, ste
 from braces_cli.core.attributes.vector import Attribute, check_numbers, with_gradient_direction, with_steered_layers
 from braces_cli.core.attributes.words import GRADIENT
 from braces_cli.core.errors import ConfigError, DataError
-from braces_cli.core.models.chat import has_template
+from braces_cli.core.models.tokenize import has_template
 from braces_cli.core.models.weights import OVERFLOW_HINT
 from braces_cli.core.progress import Report, silent
 

@@ -40,11 +40,10 @@ from braces_cli.core.adapter.model import Session
 from braces_cli.core.attributes.pooling import Row, Watch, input_watches, output_watches, pooled_batches
 from braces_cli.core.attributes.words import GRADIENT, REDUCTIONS, neutral_texts
 from braces_cli.core.errors import ConfigError, DataError
-from braces_cli.core.models.chat import encode_answer
 from braces_cli.core.models.ffn import MixtureFFN
 from braces_cli.core.models.load import input_device
 from braces_cli.core.models.structure import add_to_output
-from braces_cli.core.models.tokenize import IGNORED, context_length, encode, encode_word
+from braces_cli.core.models.tokenize import IGNORED, context_length, encode, encode_answer, encode_word
 from braces_cli.core.progress import Report, silent
 
 

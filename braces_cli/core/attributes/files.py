@@ -13,7 +13,7 @@ from typing import Any, Literal, TypedDict
 from braces_cli.core.attributes.words import OTHER_FILES, built_in
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.files import file_hash, path_exists
-from braces_cli.core.models.stored_fingerprint import Fingerprint
+from braces_cli.core.models.identity import Fingerprint
 from braces_cli.core.schema import Count, Kind, Name, check, cut, parse, read_tensor_header
 
 FORMAT_VERSION = "1"

@@ -32,7 +32,7 @@ from braces_cli.core.attributes.vector import (
 from braces_cli.core.attributes.words import OPPOSITES, OTHER_FILES, REFERENCE, built_in, check_name, neutral_texts
 from braces_cli.core.errors import BracesError, ConfigError, near_misses
 from braces_cli.core.files import cache_folder, path_exists, value_hash, versions
-from braces_cli.core.models.ffn import GAIN_STEP
+from braces_cli.core.models.residual import GAIN_STEP
 from braces_cli.core.progress import Report, silent
 
 logger = logging.getLogger("braces")

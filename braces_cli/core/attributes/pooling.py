@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from braces_cli.core.adapter.model import Session
 from braces_cli.core.attributes.words import POOLINGS, neutral_texts
 from braces_cli.core.errors import ConfigError
-from braces_cli.core.models.ffn import FFN, MixtureFFN, layer_stack, residual_gains
+from braces_cli.core.models.ffn import FFN, MixtureFFN, layer_stack
 from braces_cli.core.models.load import input_device
+from braces_cli.core.models.residual import residual_gains
 from braces_cli.core.models.structure import layer_output
 from braces_cli.core.models.tokenize import context_length, encode, encode_word
 from braces_cli.core.progress import Report, silent

@@ -35,8 +35,7 @@ from braces_cli.core.attributes.pooling import default_layers, output_norms, poo
 from braces_cli.core.attributes.words import GRADIENT, OPPOSITES, REFERENCE, built_in, neutral_texts
 from braces_cli.core.errors import ConfigError, ModelError, first_line
 from braces_cli.core.files import write_tensors
-from braces_cli.core.models.identity import differences
-from braces_cli.core.models.stored_fingerprint import Fingerprint
+from braces_cli.core.models.identity import Fingerprint, differences
 from braces_cli.core.models.weights import OVERFLOW_HINT
 from braces_cli.core.progress import Report, silent
 

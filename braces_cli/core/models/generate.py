@@ -1,11 +1,8 @@
-"""Text as it is generated: handed on piece by piece, and ended by texts rather than tokens.
+"""Generate continuations in batches: left padding, KV cache, stop texts, streaming, one random stream per text.
 
-Generate continuations in batches: left padding, KV cache, and one random stream for each text.
-
-Sampling draws from a random stream of its own for every (seed, prompt index, sample), so its random numbers depend
-neither on what else is in the batch nor on where a run was resumed. The logits do depend on the batch, by rounding:
-matrix products of other sizes add up in another order. In float32 that hardly ever changes a token. In bfloat16 and
-float16 it changes many texts; there only batches of the same texts give the same texts.
+Each text has a random stream of (seed, prompt index, sample), so its random numbers depend neither on the batch nor on
+where a run was resumed. The logits depend on the batch by rounding, because matrix products of other sizes are summed
+in another order. In float32 that hardly ever changes a token; in bfloat16 and float16 it changes many texts.
 """
 
 from __future__ import annotations
@@ -34,12 +31,12 @@ logger = logging.getLogger("braces")
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
-    """`text` up to where the first of `stops` begins."""
+    """Return `text` up to the first of `stops`."""
     return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
 
 
 class StopTexts(StoppingCriteria):
-    """Ends each row of a batch as soon as its continuation contains one of `stops`."""
+    """Stop each row of a batch when its continuation contains one of `stops`."""
 
     def __init__(self, tokenizer: Any, prompts: Sequence[list[int]], width: int, stops: Sequence[str]) -> None:
         self._tokenizer = tokenizer
@@ -55,9 +52,9 @@ class StopTexts(StoppingCriteria):
 
 
 class TextStream(BaseStreamer):
-    """Calls `write` with each new piece of one text; what could still change is held back.
+    """Call `write` with each new piece of one text.
 
-    That is half a character (a token can hold one), and what may turn out to be the beginning of a stop text.
+    The end of the text is withheld while it can change: an incomplete character, or the beginning of a stop text.
     """
 
     def __init__(
@@ -78,7 +75,7 @@ class TextStream(BaseStreamer):
         self._over = False
 
     def put(self, value: Tensor) -> None:
-        """Take the prompt, at the first call, and then token after token."""
+        """Receive the prompt in the first call, then one token per call."""
         if self._ids is None:
             self._ids = []
             return
@@ -92,7 +89,7 @@ class TextStream(BaseStreamer):
         self._pass_on(text[: len(text) - withheld])
 
     def end(self) -> None:
-        """Pass on what was held back."""
+        """Write the withheld end of the text."""
         self._pass_on(self._text())
 
     def _text(self) -> str:
@@ -105,14 +102,14 @@ class TextStream(BaseStreamer):
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+    """Length of the longest suffix of `text` that is a prefix of `stop`."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
 
 
-# What a base's generation config may say besides its end tokens: which tokens are its special ones, and which it never
-# says. How tokens are drawn is for `Sampling` alone.
-_OF_BASE = {"bos_token_id", "decoder_start_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids"}
-# Most likely tokens among which a draw is looked for first.
+# Keys of a base's generation config that apply besides its end tokens: special and suppressed tokens. Sampling is set
+# by `Sampling` alone.
+_BASE_KEYS = {"bos_token_id", "decoder_start_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids"}
+# Number of most likely tokens that a draw searches first.
 _FIRST = 1024
 
 
@@ -121,8 +118,8 @@ class TextRequest:
     """One text to generate: `sample` counts the texts of one prompt, `index` the prompts of a run.
 
     Attributes:
-        ids: the prompt's tokens where they are not those of the plain text, as with a chat template.
-        attributes: name -> strength of what the text is steered by, for whoever steers; `generate` does not.
+        ids: tokens of the prompt if they are not those of the plain text, as with a chat template.
+        attributes: strength of each attribute, for callers that steer; `generate` does not use it.
     """
 
     prompt: str
@@ -139,15 +136,15 @@ def generate(
     sampling: Sampling,
     stream: Callable[[str], object] | None = None,
 ) -> list[str]:
-    """Continuations of one batch of requests, without their prompts, up to the end token or a stop text.
+    """Generate continuations of one batch of requests, without the prompts, up to the end token or a stop text.
 
-    Prompts too long for the model's context lose their beginning, with a warning.
+    Prompts that are longer than the model's context are cut at the beginning, with a warning.
 
     Args:
-        stream: called with each piece of the text as it comes; for a batch of one.
+        stream: called with each new piece of the text; for a batch of one.
 
     Raises:
-        ConfigError: no room for a prompt beside `max_new_tokens`.
+        ConfigError: the context has no room for a prompt and `max_new_tokens`.
         ModelError: the model computes scores that are not finite.
     """
     max_prompt_length = context_length(model.config, tokenizer) - sampling.max_new_tokens
@@ -181,7 +178,7 @@ def generate(
         eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
-        # What steers are hooks, which a compiled forward pass would not see coming and going.
+        # Steering uses hooks, which a compiled forward pass does not follow.
         disable_compile=True,
     )
     with torch.no_grad(), _without_defaults(model):
@@ -189,16 +186,19 @@ def generate(
             **batch, generation_config=config, logits_processor=processors, stopping_criteria=stops, streamer=streamer
         )
     finite.check()
-    rows = zip(prompts, output[:, width:].tolist(), strict=True)
-    return [cut(decode_continuation(tokenizer, ids, _until(new, ends)), sampling.stop) for ids, new in rows]
+    texts = []
+    for ids, new in zip(prompts, output[:, width:].tolist(), strict=True):
+        length = next((place for place, token in enumerate(new) if token in ends), len(new))
+        texts.append(cut(decode_continuation(tokenizer, ids, new[:length]), sampling.stop))
+    return texts
 
 
 @contextmanager
 def _without_defaults(model: Any) -> Iterator[None]:
-    """Inside, the base's generation config fills in nothing that a call leaves open but `_OF_BASE`."""
+    """Inside the `with` block the base's generation config sets only `_BASE_KEYS`."""
     own = model.generation_config
     model.generation_config = copy.deepcopy(own)
-    for name in vars(GenerationConfig()).keys() - _OF_BASE:
+    for name in vars(GenerationConfig()).keys() - _BASE_KEYS:
         setattr(model.generation_config, name, None)
     try:
         yield
@@ -207,16 +207,12 @@ def _without_defaults(model: Any) -> Iterator[None]:
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end a text, by the generation config and by the tokenizer."""
+    """End tokens of the generation config and of the tokenizer."""
     named = getattr(model.generation_config, "eos_token_id", None)
     ids = named if isinstance(named, list) else [] if named is None else [named]
     if tokenizer.eos_token_id is not None:
         ids = [*ids, tokenizer.eos_token_id]
     return sorted(set(ids))
-
-
-def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
-    return next((ids[:place] for place, token in enumerate(ids) if token in ends), ids)
 
 
 def _uniforms(requests: Sequence[TextRequest], sampling: Sampling) -> Tensor:
@@ -230,26 +226,26 @@ def _uniforms(requests: Sequence[TextRequest], sampling: Sampling) -> Tensor:
 
 
 class _FiniteScores(LogitsProcessor):
-    """Notes whether the best score of each token is a finite number; nothing waits for the device until `check`."""
+    """Record whether the best score of each token is finite; does not wait for the device before `check`."""
 
     def __init__(self) -> None:
         self._sum: Any = 0.0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        # A sum is finite where all its terms are, as long as it cannot overflow.
+        # The sum is finite if all terms are; it cannot overflow.
         self._sum = scores.amax(dim=-1).sum(dtype=torch.float32) + self._sum
         return scores
 
     def check(self) -> None:
-        """Raise ModelError where a score was not."""
+        """Raise ModelError if a score was not finite."""
         if not math.isfinite(float(self._sum)):
             raise ModelError("the model's scores of the next token are not finite", hint=OVERFLOW_HINT)
 
 
 class _Draw(LogitsProcessor):
-    """Draw each row's token by inverting its distribution at its own number, so that greedy decoding picks it.
+    """Draw a token in each row by inverting its distribution, and leave it as the only candidate of greedy decoding.
 
-    This keeps transformers' generation loop, with its caches and stops, but gives each row its own randomness.
+    This uses transformers' generation loop, with its caches and stops, and one random stream per row.
     """
 
     def __init__(self, sampling: Sampling, uniforms: Tensor, prompt_length: int) -> None:
@@ -260,7 +256,7 @@ class _Draw(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         goal = self._uniforms[:, input_ids.shape[1] - self._start].to(scores.device)
         chances = (scores.float() / self._sampling.temperature).softmax(dim=-1)
-        # Sorting whole vocabularies takes longer than a small model; few rows need it.
+        # Sorting whole vocabularies takes longer than a small model, and few rows need it.
         width = chances.shape[1] if (self._sampling.top_k or 0) > _FIRST else min(_FIRST, chances.shape[1])
         tokens = chances.topk(width, dim=-1).indices.sort(dim=-1).values
         token, decided = self._invert(chances.gather(1, tokens), tokens, goal, width == chances.shape[1])
@@ -271,28 +267,30 @@ class _Draw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, token.unsqueeze(1), 0.0)
 
     def _invert(self, chances: Tensor, tokens: Tensor, goal: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
-        """The token drawn in each row, and whether the candidates decide it; they come in the order of the vocabulary.
+        """Token drawn in each row, and whether the candidates decide it; candidates are in the order of the vocabulary.
 
         Args:
-            chances: of the candidates, in a softmax over the whole vocabulary.
+            chances: softmax over the whole vocabulary, of the candidates.
             goal: numbers in [0, 1).
             whole: the candidates are the whole vocabulary.
         """
-        # Stable: tokens of equal probability keep their order, whatever the batch.
+        # Stable: tokens of equal probability have one order in every batch.
         ordered, order = chances.sort(dim=-1, descending=True, stable=True)
         least = ordered[:, -1]
         if self._sampling.top_k is not None:
             ordered = ordered[:, : self._sampling.top_k]
         last = ordered[:, -1]
         if self._sampling.top_k is not None:
-            # What top_k leaves has probability 1, and top_p is a share of that.
+            # top_p applies to the tokens that top_k leaves.
             ordered = ordered / ordered.sum(dim=-1, keepdim=True)
         mass = ordered.cumsum(dim=-1)
-        # A token is kept while those before it have not reached top_p; the first always is.
-        last_kept = (mass < self._sampling.top_p).sum(dim=-1).clamp(max=mass.shape[1] - 1)
-        # Of tokens as likely as the least candidate, which are candidates was topk's choice: none may matter here.
-        edge = last if self._sampling.top_k is not None else ordered.gather(1, last_kept.unsqueeze(1)).squeeze(1)
+        # A token remains if the sum before it is below top_p; the first always remains.
+        last_index = (mass < self._sampling.top_p).sum(dim=-1).clamp(max=mass.shape[1] - 1)
+        # Among tokens as likely as the least candidate, topk chose arbitrarily: none of them may be in the draw.
+        edge = last if self._sampling.top_k is not None else ordered.gather(1, last_index.unsqueeze(1)).squeeze(1)
         decided = (edge > least) | whole
-        reach = mass.gather(1, last_kept.unsqueeze(1))
-        place = torch.searchsorted(mass, goal.to(mass).unsqueeze(1) * reach, right=True).minimum(last_kept.unsqueeze(1))
+        reach = mass.gather(1, last_index.unsqueeze(1))
+        place = torch.searchsorted(mass, goal.to(mass).unsqueeze(1) * reach, right=True).minimum(
+            last_index.unsqueeze(1)
+        )
         return tokens.gather(1, order.gather(1, place)).squeeze(1), decided

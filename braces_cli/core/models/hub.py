@@ -1,23 +1,36 @@
-"""What the hub and the Hugging Face libraries raise, turned into one error that says what to do.
+"""Names of models (folder, hub id, `embedded`), and the Hugging Face hub: its errors, uploads, headers of model cards.
 
-Upload what a command has written to the hub.
-
-The YAML header of a model card, with the fields that the hub reads.
+`embedded` is the model that comes with braces, the default of every command. Files store `embedded@VERSION`, because an
+adapter belongs to one version of it, and its folder differs between machines.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from braces_cli.core.errors import BracesError, ConfigError, DataError, ModelError, first_line
-from braces_cli.core.models.embedded import NAME, resolve
+from braces_cli.core.schema import Kind, read
 
-# What to do where nothing more is known, by what was to be loaded.
-_REMEDIES = {
+logger = logging.getLogger("braces")
+
+EMBEDDED = "embedded"
+ABOUT_FILE = "embedded.json"
+_ABOUT = Kind(dict[str, Any], ModelError, "Install braces-cli again.")
+
+# Files of an adapter folder that are uploaded: no checkpoints, no logs of reporters.
+ADAPTER_FILES = (
+    "adapter_config.json", "adapter_model.safetensors", "attributes.safetensors", "README.md", "loss.png",
+    "metrics.jsonl",
+)  # fmt: skip
+# Hint of a load that failed for another reason than those in `_explain`, by what was loaded.
+_HINTS = {
     "model": "Give a causal language model.",
     "tokenizer": "Give a causal language model.",
     "classifier": "Give the folder or hub id of a sequence classifier.",
@@ -25,28 +38,54 @@ _REMEDIES = {
 }
 # Top-level modules of the libraries that load from the hub.
 _LIBRARIES = ("safetensors", "safetensors_rust", "huggingface_hub", "httpx", "datasets", "pyarrow")
+# Classes of errors of an unreachable hub, by name: the HTTP library is not a dependency of ours.
+_UNREACHABLE = frozenset(
+    {"ConnectionError", "ConnectError", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "TimeoutException"}
+)
+
+
+def embedded_folder() -> Path:
+    """Folder of the embedded model."""
+    return Path(str(resources.files("braces_cli.assets") / EMBEDDED))
+
+
+@cache
+def embedded_name() -> str:
+    """`embedded@VERSION` of the installed version."""
+    about = read(_ABOUT, embedded_folder() / ABOUT_FILE)
+    return f"{EMBEDDED}@{about['version']}"
+
+
+def resolve(name: str) -> str:
+    """Return the folder of the embedded model for its names, and any other name unchanged.
+
+    Raises:
+        ModelError: a version of the embedded model that is not installed.
+    """
+    if name.startswith(f"{EMBEDDED}@") and name != embedded_name():
+        hint = "Install the version of braces-cli that wrote the adapter, or train again."
+        raise ModelError(f"the installed braces has {embedded_name()}", where=name, hint=hint)
+    return str(embedded_folder()) if name.partition("@")[0] == EMBEDDED else name
+
+
+@cache
+def note_default() -> None:
+    """Log once per process that the embedded model is used because no model was named."""
+    logger.info("using the model that comes with braces (%s); name another with --model FOLDER_OR_ID", embedded_name())
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` can only be meant as `owner/name` on the hub; whether it exists there is another matter."""
+    """Return whether `name` has the form `owner/name`."""
     return not name.startswith((".", "/", "~")) and name.count("/") == 1 and not name.endswith("/")
-
-
-def hub_faults() -> tuple[type[Exception], ...]:
-    """What a call to the hub raises: no connection, a refusal, a file that cannot be read, an argument it rejects."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    # Its bases are OSError and the error class of the HTTP library, whichever library that is.
-    return (*HfHubHTTPError.__bases__, ValueError, KeyError, RuntimeError, ImportError)
 
 
 @contextmanager
 def hub_errors(where: str, what: str, kind: type[BracesError] = ModelError) -> Iterator[None]:
-    """Turn what the Hugging Face libraries raise inside the `with` block into one error that says what to do.
+    """Turn errors of the Hugging Face libraries inside the `with` block into one error with a hint.
 
     Args:
-        where: hub id or folder that is loaded there; of a data set also `id:split`.
-        what: it is called in the message.
+        where: hub id, folder, or `id:split` of a data set.
+        what: name of the loaded object in the message.
         kind: class of the error.
     """
     try:
@@ -56,41 +95,35 @@ def hub_errors(where: str, what: str, kind: type[BracesError] = ModelError) -> I
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise _explain(where, error, what, kind) from error
     except Exception as error:
-        # Errors of these libraries that have no base class of Python's own; everything else is a fault of ours.
+        # Some errors of these libraries have no common base class; other classes are bugs of braces.
         if type(error).__module__.partition(".")[0] not in _LIBRARIES:
             raise
         raise _explain(where, error, what, kind) from error
 
 
-def is_panic(error: BaseException) -> bool:
-    """Whether a library written in Rust gave up, as tokenizers does where its file contradicts itself."""
-    return type(error).__module__ == "pyo3_runtime"
-
-
 def explained(where: str, load: Callable[[], Any], what: str) -> Any:
-    """What `load` returns: a call into a library that reads files of somebody else's, and nothing but that.
-
-    Raises:
-        ModelError: says what is wrong and what to do.
-    """
+    """Return `load()`, a call into a library that reads files of users, and turn any failure into a ModelError."""
     try:
-        with hub_errors(where, what):
-            return load()
+        return load()
     except (BracesError, MemoryError):
         raise
     except BaseException as error:
-        if not isinstance(error, Exception) and not is_panic(error):
+        if not isinstance(error, Exception) and not is_rust_panic(error):
             raise
-        # Libraries look at these files where they use them: a list for a number ends in TypeError, IndexError,
-        # AttributeError or AssertionError, a pickle in UnpicklingError, and tokenizers raises plain Exception.
+        # The libraries check files late: a list in the place of a number ends in TypeError, IndexError, AttributeError
+        # or AssertionError, a pickle in UnpicklingError, and tokenizers raises plain Exception.
         raise _explain(where, error, what, ModelError) from error
+
+
+def is_rust_panic(error: BaseException) -> bool:
+    """Return whether a library written in Rust panicked, as tokenizers does if its file contradicts itself."""
+    return type(error).__module__ == "pyo3_runtime"
 
 
 def _explain(where: str, error: BaseException, what: str, kind: type[BracesError]) -> BracesError:
     from huggingface_hub import errors as hub
 
-    repository = where.partition(":")[0]
-    page = f"https://huggingface.co/{'datasets/' if kind is DataError else ''}{repository}"
+    page = f"https://huggingface.co/{'datasets/' if kind is DataError else ''}{where.partition(':')[0]}"
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:
@@ -98,81 +131,67 @@ def _explain(where: str, error: BaseException, what: str, kind: type[BracesError
         link = link.__cause__ or link.__context__
     replies = [getattr(e, "response", None) for e in chain]
     status = next((reply.status_code for reply in replies if reply is not None), None)
-    if any(isinstance(e, hub.GatedRepoError) for e in chain) or status == 403:
-        return kind(
-            f"access to this {what} is restricted",
-            where=where,
-            hint=f"Ask for access at {page}, then set HF_TOKEN to your token.",
-        )
-    if status == 401 or any(isinstance(e, hub.RepositoryNotFoundError) for e in chain):
-        return kind(
-            f"no such {what} on the hub, or it is private or gated",
-            where=where,
-            hint=f"See {page}; for a private or gated one set HF_TOKEN. For a folder, check the path.",
-        )
-    if any(isinstance(e, hub.RevisionNotFoundError) for e in chain):
-        return kind("no such revision on the hub", where=where, hint=f"See {page}/tree/main.")
-    if not os.path.isdir(where) and (os.environ.get("HF_HUB_OFFLINE") or _unreachable(chain)):
-        return kind(
-            f"no such folder, and the hub cannot be reached for the {what}",
-            where=where,
-            hint="Check the path or the network; offline, only folders and models in the local cache can be loaded.",
-        )
-    if "trust_remote_code" in str(error):
-        # Only a base may be allowed to.
-        allowed = what in ("model", "tokenizer")
-        hint = "Read that code; to run it, --trust-remote-code." if allowed else f"Give a {what} without code."
-        return kind(f"this {what} brings its own code", where=where, hint=hint)
-    reason = first_line(error, 300)
-    if isinstance(error, (TypeError, LookupError, AttributeError, AssertionError)):
-        reason = f"{type(error).__name__}: {reason}"  # the message alone (`'x'`) says too little
-    return kind(f"cannot load the {what}: {reason}", where=where, hint=_REMEDIES.get(what))
-
-
-def _unreachable(chain: Sequence[BaseException]) -> bool:
-    names = {kind.__name__ for e in chain for kind in type(e).__mro__}
-    return bool(
-        names
-        & {"ConnectionError", "ConnectError", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "TimeoutException"}
+    offline = os.environ.get("HF_HUB_OFFLINE") or any(
+        t.__name__ in _UNREACHABLE for e in chain for t in type(e).__mro__
     )
+    if any(isinstance(e, hub.GatedRepoError) for e in chain) or status == 403:
+        message = f"access to this {what} is restricted"
+        hint = f"Ask for access at {page}, then set HF_TOKEN to your token."
+    elif status == 401 or any(isinstance(e, hub.RepositoryNotFoundError) for e in chain):
+        message = f"no such {what} on the hub, or it is private or gated"
+        hint = f"See {page}; for a private or gated one set HF_TOKEN. For a folder, check the path."
+    elif any(isinstance(e, hub.RevisionNotFoundError) for e in chain):
+        message, hint = "no such revision on the hub", f"See {page}/tree/main."
+    elif not os.path.isdir(where) and offline:
+        message = f"no such folder, and the hub cannot be reached for the {what}"
+        hint = "Check the path or the network; offline, only folders and models in the local cache can be loaded."
+    elif "trust_remote_code" in str(error):
+        message = f"this {what} needs code from its repository"
+        # Only bases may run code from the hub.
+        allowed = what in ("model", "tokenizer")
+        hint = "Read that code, then add --trust-remote-code." if allowed else f"Give a {what} without code."
+    else:
+        reason = first_line(error, 300)
+        if isinstance(error, (TypeError, LookupError, AttributeError, AssertionError)):
+            reason = f"{type(error).__name__}: {reason}"  # the message alone (`'x'`) is too short
+        message, hint = f"cannot load the {what}: {reason}", _HINTS.get(what, "")
+    return kind(message, where=where, hint=hint or None)
 
 
-# What an upload takes of a folder; no checkpoint, no log of a reporter.
-ADAPTER_FILES = (
-    "adapter_config.json", "adapter_model.safetensors", "attributes.safetensors", "README.md", "loss.png",
-    "metrics.jsonl",
-)  # fmt: skip
+def _client_errors() -> tuple[type[Exception], ...]:
+    """Errors of calls to the hub: network, HTTP status, unreadable file, invalid argument."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # The bases of HfHubHTTPError are OSError and the error class of the installed HTTP library.
+    return (*HfHubHTTPError.__bases__, ValueError, KeyError, RuntimeError, ImportError)
 
 
 def check_push(repo: str) -> None:
-    """Find out before hours of training whether the hub would take an upload.
+    """Check before a long run that the hub will accept an upload.
 
     Raises:
-        ConfigError: not `owner/name`, offline, no token, or one that the hub does not know.
+        ConfigError: not `owner/name`, offline, or no valid token.
     """
     from huggingface_hub import HfApi, constants
 
     where = "--push-to-hub"
     if repo.count("/") > 1 or not all(repo.split("/")):
-        raise ConfigError(f"`{repo}` is no repository", where=where, hint="Give it as owner/name.")
+        raise ConfigError(f"`{repo}` is not a repository", where=where, hint="Give it as owner/name.")
     if constants.HF_HUB_OFFLINE:
         raise ConfigError("HF_HUB_OFFLINE is set", where=where, hint="Unset it, or upload the folder later.")
     try:
         HfApi().whoami()
-    except hub_faults() as error:
-        hint = "Set HF_TOKEN to a token that may write, or log in with `hf auth login`."
+    except _client_errors() as error:
+        hint = "Set HF_TOKEN to a token with write access, or log in with `hf auth login`."
         raise ConfigError(f"the hub denied access: {first_line(error)}", where=where, hint=hint) from error
 
 
-def push(folder: Path, repo: str, files: Sequence[str] | None = None, again: str = "") -> str:
-    """Upload a folder, in one commit; the repository is made if need be. Returns its address.
+def push(folder: Path, repo: str, files: Sequence[str] | None = None, retry: str = "") -> str:
+    """Upload a folder in one commit, to a new repository if there is none, and return its address.
 
     Args:
-        files: patterns of the files to upload; None is all.
-        again: how to upload once more, for the hint where the upload fails.
-
-    Raises:
-        BracesError: the hub refuses or cannot be reached; the folder is as it was.
+        files: patterns of the files to upload; None uploads all.
+        retry: how to upload again, for the hint of a failed upload.
     """
     from huggingface_hub import HfApi
 
@@ -183,9 +202,9 @@ def push(folder: Path, repo: str, files: Sequence[str] | None = None, again: str
         api.upload_folder(
             repo_id=address.repo_id, folder_path=folder, allow_patterns=patterns, commit_message="Upload of braces"
         )
-    except hub_faults() as error:
-        again = again or f"upload them with `hf upload {repo} {folder}`"
-        hint = f"The files are safe in {os.fspath(folder)}; {again}."
+    except _client_errors() as error:
+        retry = retry or f"upload them with `hf upload {repo} {folder}`"
+        hint = f"The files are safe in {os.fspath(folder)}; {retry}."
         raise BracesError(f"cannot upload: {first_line(error)}", where=repo, hint=hint) from error
     return str(address)
 
@@ -200,14 +219,14 @@ def card_header(
     metrics: Mapping[str, float] | None = None,
     datasets: Sequence[str] = (),
 ) -> str:
-    """The header between its two lines of dashes, without a line break at the end.
+    """Header of a model card, between its two lines of dashes, without a final line break.
 
     Args:
-        base: name of the base, as an adapter's config records it. Only a hub id is linked.
-        name: of the model in `model-index`.
-        relation: of the model to its base: `adapter` or `finetune`.
+        base: name of the base in an adapter's config. Only a hub id becomes a link.
+        name: name of the model in `model-index`.
+        relation: of the model to its base, `adapter` or `finetune`.
         metrics: results by the hub's name of the metric, such as `perplexity`.
-        datasets: rows that the metrics were measured on, as files or hub ids.
+        datasets: files or hub ids of the rows that the metrics were measured on.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -238,16 +257,13 @@ def card_header(
 
 
 def is_linked(base: str) -> bool:
-    """Whether a base is one that the hub could link to, rather than a folder of somebody's disk."""
-    return not (_is_embedded(base) or base.startswith(("/", ".", "~")) or ":" in base or Path(base).is_dir())
-
-
-def _is_embedded(base: str) -> bool:
-    return base.partition("@")[0] == NAME
+    """Return whether the name of a base is a hub id, not a local folder or the embedded model."""
+    local = base.startswith(("/", ".", "~")) or ":" in base or Path(base).is_dir()
+    return not local and base.partition("@")[0] != EMBEDDED
 
 
 def known_license(base: str) -> str | None:
-    """The licence in the model card of a base that lies on this disk; None where it is not known."""
+    """Licence in the model card of a local base; None if unknown."""
     import yaml
     from huggingface_hub import metadata_load
 
@@ -257,7 +273,7 @@ def known_license(base: str) -> str | None:
     try:
         header: dict[str, Any] = metadata_load(card) or {}
     except (OSError, ValueError, yaml.YAMLError):
-        # The card is somebody else's, and a broken one is no reason to lose a trained adapter.
+        # A broken card of the base must not stop the saving of a trained adapter.
         return None
     found = header.get("license")
     return found if isinstance(found, str) else None

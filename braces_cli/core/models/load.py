@@ -1,12 +1,10 @@
-"""`--quantize`: which packing, in the words of transformers' own quantisation configs.
+"""Load a base model and its tokenizer from a folder or the hub, quantised on request.
 
-    int8       torchao, 8 bits a weight, a scale for each row: any device
+    int8       torchao, 8 bits per weight and a scale per row; any device
     bnb-8bit   bitsandbytes LLM.int8()
-    bnb-4bit   bitsandbytes NF4, half a byte a weight; computes in the base's dtype
+    bnb-4bit   bitsandbytes NF4, 4 bits per weight; computes in the base's dtype
 
-The base is packed while it is loaded, all but embeddings and head. An adapter knows nothing of it.
-
-Load a base model and its tokenizer from a folder or the hub, and say clearly why where it cannot be done.
+Quantisation packs all layers except embeddings and head while the base is loaded.
 """
 
 from __future__ import annotations
@@ -20,83 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from braces_cli.core.distributed import local_rank
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.files import path_exists, user_path, value_hash
-from braces_cli.core.models.embedded import resolve, stored_name
 from braces_cli.core.models.ffn import FFN, MixtureFFN, find_ffns
-from braces_cli.core.models.hub import explained
-from braces_cli.core.models.identity import fingerprint
-from braces_cli.core.models.stored_fingerprint import Fingerprint
+from braces_cli.core.models.hub import embedded_folder, embedded_name, explained, resolve
+from braces_cli.core.models.identity import Fingerprint, fingerprint
 from braces_cli.core.models.weights import check_finite, compute_device, is_packed
 from braces_cli.core.options import LoadOptions
 
-logger = logging.getLogger("braces")
-
-
-def check_quantize(name: str, device: torch.device | None) -> None:
-    """See that the backend of `name` is installed and runs on `device` (None: wherever it is put).
-
-    Raises:
-        ConfigError: it is not.
-    """
-    package = "bitsandbytes" if name.startswith("bnb-") else "torchao"
-    if find_spec(package) is None:
-        hint = f"Install it with: pip install {package}"
-        raise ConfigError(f"`{name}` needs the package {package}", where="--quantize", hint=hint)
-    if package == "bitsandbytes" and device is not None:
-        import bitsandbytes
-
-        # Releases before those that name their devices know CUDA only.
-        there = getattr(bitsandbytes, "supported_torch_devices", {"cuda"})
-        if device.type not in there:
-            raise ConfigError(
-                f"this bitsandbytes runs on {', '.join(sorted(there))}, not on {device.type}",
-                where="--quantize",
-                hint="Use --quantize int8 (torchao), or a GPU with CUDA.",
-            )
-
-
-def check_packed(name: str, model: nn.Module) -> None:
-    """See that loading packed something.
-
-    Raises:
-        ConfigError: nothing, which torchao does not say of a model without `nn.Linear`.
-    """
-    if not any(is_packed(module) for module in model.modules() if hasattr(module, "in_features")):
-        raise ConfigError(
-            f"`{name}` packs nothing in {type(model).__name__}",
-            where="--quantize",
-            hint="Use bnb-8bit or bnb-4bit, which also know GPT-2's layers, or leave --quantize out.",
-        )
-
-
-def quantization_config(name: str, dtype: torch.dtype) -> Any:
-    """What `from_pretrained` takes as `quantization_config`.
-
-    Args:
-        name: one of `QUANTISATIONS`, checked.
-        dtype: of the base.
-    """
-    import transformers
-
-    if name.startswith("bnb-"):
-        # It reports every single product whose input it casts.
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-        if name == "bnb-8bit":
-            return transformers.BitsAndBytesConfig(load_in_8bit=True)
-        return transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-        )
-    import torchao.quantization as torchao
-
-    return transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig(version=2))
-
-
-# What accelerate knows beside names of devices.
-_SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
+# Device maps of accelerate that are not names of devices.
+_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -125,7 +58,7 @@ class Base:
         return {name: weight._version for name, weight in parameters if not weight.is_inference()}
 
     def is_changed(self) -> bool:
-        """Whether weights were modified after loading; writes through `.data` are not counted."""
+        """Return whether weights were modified after loading; writes through `.data` are not counted."""
         return any(self._loaded.get(name, version) != version for name, version in self._versions().items())
 
     @cached_property
@@ -135,7 +68,7 @@ class Base:
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        """Sizes and hash of the value matrices, computed once: see `core.models.identity`."""
+        """Type, sizes and hash of the base, computed once."""
         return fingerprint(self.model, self.ffns, self.checkpoint)
 
     @cached_property
@@ -145,30 +78,25 @@ class Base:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA, else MPS, else the CPU.
+    """Return the device called `name`; `auto` is CUDA, else MPS, else the CPU.
 
     Raises:
-        ConfigError: the device is not there.
+        ConfigError: the device is not available.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = [kind for kind, present in found.items() if present]
     if name == "auto":
-        name = next(kind for kind, ok in there.items() if ok)
+        name = available[0]
     if name == "cuda" and local_rank() is not None:
-        name = f"cuda:{local_rank()}"  # each of several processes has its own
-    kind = name.partition(":")[0]
-    if not there.get(kind):
-        raise ConfigError(
-            f"device `{name}` is not available", where="--device", hint=f"Available: {', '.join(_true(there))}."
-        )
+        name = f"cuda:{local_rank()}"  # each process of a distributed run has one GPU
+    if name.partition(":")[0] not in available:
+        hint = f"Available: {', '.join(available)}."
+        raise ConfigError(f"device `{name}` is not available", where="--device", hint=hint)
     return torch.device(name)
 
 
-def _true(flags: dict[str, bool]) -> list[str]:
-    return [name for name, on in flags.items() if on]
-
-
 def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a base, with a padding token; needs no weights."""
+    """Load the tokenizer of a base, with a padding token."""
     from transformers import AutoTokenizer
 
     where = _folder_or_id(name)
@@ -181,9 +109,9 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
 
 
 def with_padding(tokenizer: Any, rows: int | None = None) -> Any:
-    """The tokenizer, with another padding token where it has none, or one that is not among the model's `rows`."""
+    """Return the tokenizer with a padding token, one of the first `rows` tokens if `rows` is given."""
     if tokenizer.pad_token_id is None or (rows is not None and tokenizer.pad_token_id >= rows):
-        # Padding is always masked, so any token will do, and the end token is the one that every model has.
+        # Padding is masked, so any token can be used; every model has an end token.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
 
@@ -193,11 +121,11 @@ def load_base(name: str, options: LoadOptions | None = None, tokenizer: Any = No
 
     Args:
         name: folder or hub id.
-        options: `device` is ignored where `device_map` is given.
-        tokenizer: of the base, if it was loaded before.
+        options: `device` is ignored if `device_map` is set.
+        tokenizer: tokenizer of the base, if loaded already.
 
     Raises:
-        ConfigError: no such device, or no such quantisation here.
+        ConfigError: the device or the backend of the quantisation is not available.
         ModelError: not reachable, not a causal LM, an adapter folder, or weights that do not fill the model or are not
             finite.
     """
@@ -205,15 +133,15 @@ def load_base(name: str, options: LoadOptions | None = None, tokenizer: Any = No
 
     where = _folder_or_id(name)
     options = options or LoadOptions()
-    device_map, place = options.device_map, pick_device(options.device)
+    device, device_map = pick_device(options.device), options.device_map
     if device_map is not None:
         _check_device_map(device_map)
     packing: dict[str, Any] = {}
     if options.quantize is not None:
-        check_quantize(options.quantize, place if device_map is None else None)
-        packing["quantization_config"] = _packing(where, options)
-        # Each weight is packed where it will stay, so that the unpacked base never has to fit.
-        device_map = device_map or str(place)
+        check_quantize(options.quantize, device if device_map is None else None)
+        packing["quantization_config"] = _quantization_config(where, options)
+        # Weights are packed on their final device, so that the unpacked base does not have to fit.
+        device_map = device_map or str(device)
     if tokenizer is None:
         tokenizer = load_tokenizer(name, revision=options.revision, trust_remote_code=options.trust_remote_code)
     model, info = explained(
@@ -229,95 +157,111 @@ def load_base(name: str, options: LoadOptions | None = None, tokenizer: Any = No
         ),
         "model",
     )
-    _check_filled(info, where)
-    if getattr(model.config, "is_encoder_decoder", False):
-        hint = "Give a causal language model."
-        raise ModelError("`is_encoder_decoder` in its config says that this is no causal model", where=where, hint=hint)
-    if options.quantize is not None:
-        check_packed(options.quantize, model)
-    if device_map is None:
-        model.to(place)
-    model.eval()
-    check_finite(dict(model.named_parameters()), where)
-    _watch_tokens(model, tokenizer, where)
-    folder = checkpoint_folder(where, options.revision)
-    return Base(model, tokenizer, stored_name(where), commit_of(where, options.revision, folder), folder)
-
-
-def _check_filled(info: dict[str, Any], where: str) -> None:
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
         keys = sorted(map(str, info.get(kind) or ()))
         if keys:
-            raise ModelError(
-                f"the checkpoint does not fill the model: {kind.replace('_', ' ')} {', '.join(keys[:3])}",
-                where=where,
-                hint="Check that this is a causal language model and that its download is complete.",
-            )
+            message = f"the checkpoint does not fill the model: {kind.replace('_', ' ')} {', '.join(keys[:3])}"
+            hint = "Check that this is a causal language model and that its download is complete."
+            raise ModelError(message, where=where, hint=hint)
+    if getattr(model.config, "is_encoder_decoder", False):
+        message = "the model is not a causal model: `is_encoder_decoder` is set in its config"
+        raise ModelError(message, where=where, hint="Give a causal language model.")
+    if options.quantize and not any(is_packed(part) for part in model.modules() if hasattr(part, "in_features")):
+        # torchao skips layers that are not nn.Linear, without an error.
+        hint = "Use bnb-8bit or bnb-4bit, which support the layers of GPT-2, or leave --quantize out."
+        message = f"`{options.quantize}` packs nothing in {type(model).__name__}"
+        raise ConfigError(message, where="--quantize", hint=hint)
+    if device_map is None:
+        model.to(device)
+    model.eval()
+    check_finite(dict(model.named_parameters()), where)
+    _check_token_ids(model, tokenizer, where)
+    folder = checkpoint_folder(where, options.revision)
+    stored_name = embedded_name() if Path(where) == embedded_folder().resolve() else where
+    return Base(model, tokenizer, stored_name, commit_of(where, options.revision, folder), folder)
 
 
 def _check_device_map(name: str) -> None:
-    if name not in _SPREADS:
+    if name not in _DEVICE_MAPS:
         try:
             torch.device(name)
         except RuntimeError as error:
-            hint = f"Give one of {', '.join(_SPREADS)}, or a device such as cuda:1."
-            raise ConfigError(f"`{name}` is no device", where="--device-map", hint=hint) from error
+            hint = f"Give one of {', '.join(_DEVICE_MAPS)}, or a device such as cuda:1."
+            raise ConfigError(f"`{name}` is not a device", where="--device-map", hint=hint) from error
 
 
-def _watch_tokens(model: Any, tokenizer: Any, where: str) -> None:
-    """Where the tokenizer has tokens that the model has not, see that none of them is used.
+def check_quantize(name: str, device: torch.device | None) -> None:
+    """Check that the backend of a quantisation is installed and runs on `device`, or on any device if None."""
+    package = "bitsandbytes" if name.startswith("bnb-") else "torchao"
+    if find_spec(package) is None:
+        hint = f"Install it with: pip install {package}"
+        raise ConfigError(f"`{name}` needs the package {package}", where="--quantize", hint=hint)
+    if package == "bitsandbytes" and device is not None:
+        import bitsandbytes
 
-    Some bases come with such tokens, and do no harm by them: the token for padding of a model that was trained
-    without, in whose place another is taken. Looking at the tokens waits for the device, as transformers does anyway
-    after each token that it generates on CUDA.
+        # Releases without this attribute support CUDA only.
+        supported = getattr(bitsandbytes, "supported_torch_devices", {"cuda"})
+        if device.type not in supported:
+            message = f"this bitsandbytes runs on {', '.join(sorted(supported))}, not on {device.type}"
+            hint = "Use --quantize int8 (torchao), or a GPU with CUDA."
+            raise ConfigError(message, where="--quantize", hint=hint)
+
+
+def _quantization_config(where: str, options: LoadOptions) -> Any:
+    """`quantization_config` of `from_pretrained`, for a checkpoint that is not quantised."""
+    import transformers
+
+    code = options.trust_remote_code
+    config = explained(
+        where,
+        lambda: transformers.AutoConfig.from_pretrained(where, revision=options.revision, trust_remote_code=code),
+        "model",
+    )
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        method = stored.get("quant_method") if isinstance(stored, dict) else type(stored).__name__
+        message = f"the checkpoint is already quantised ({method})"
+        raise ConfigError(message, where="--quantize", hint="Leave --quantize out.")
+    if options.quantize == "int8":
+        import torchao.quantization as torchao
+
+        return transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig(version=2))
+    # bitsandbytes logs every product whose input it casts.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    if options.quantize == "bnb-8bit":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    dtype = DTYPES.get(options.dtype) or config.dtype or torch.float32
+    return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def _check_token_ids(model: Any, tokenizer: Any, where: str) -> None:
+    """If the tokenizer has more tokens than the model, refuse inputs with a token that the model does not have.
+
+    Such tokens are harmless in some models: a padding token that was added without training is replaced. The check
+    waits for the device; so does transformers after each generated token on CUDA.
     """
     embedding = model.get_input_embeddings()
     rows, largest = embedding.weight.shape[0], max(tokenizer.get_vocab().values(), default=0)
 
     def check(module: Any, args: tuple[Any, ...]) -> None:
         if args and bool((args[0] >= rows).any()):
-            token = int(args[0].max())
-            raise ModelError(
-                f"the tokenizer has token {token}, and the model embeds {rows} tokens",
-                where=where,
-                hint="Is this tokenizer.json the model's own?",
-            )
+            message = f"the tokenizer has token {int(args[0].max())}, and the model embeds {rows} tokens"
+            raise ModelError(message, where=where, hint="Check that tokenizer.json belongs to this model.")
 
     if largest >= rows:
         with_padding(tokenizer, rows)
         embedding.register_forward_pre_hook(check)
 
 
-def _packing(where: str, options: LoadOptions) -> Any:
-    config = load_config(where, revision=options.revision, trust_remote_code=options.trust_remote_code)
-    stored = getattr(config, "quantization_config", None)
-    if stored is not None:
-        method = stored.get("quant_method") if isinstance(stored, dict) else type(stored).__name__
-        raise ConfigError(
-            f"the checkpoint is already quantised ({method})", where="--quantize", hint="Leave --quantize out."
-        )
-    return quantization_config(str(options.quantize), DTYPES.get(options.dtype) or config.dtype or torch.float32)
-
-
 def input_device(model: Any) -> torch.device:
-    """Where token ids go: where the input embedding runs, which for an offloaded one is not where it lies."""
-    return compute_device(model.get_input_embeddings())
-
-
-def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The config of a base, without the code of its model."""
-    from transformers import AutoConfig
-
-    where = _folder_or_id(name)
-    return explained(
-        where,
-        lambda: AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code),
-        "model",
-    )
+    """Device of token ids: where the input embedding runs, which can differ from where an offloaded one is stored."""
+    embedding = model.get_input_embeddings()
+    # MusicGen has a list of embeddings, one for each codebook.
+    return compute_device(embedding[0] if isinstance(embedding, torch.nn.ModuleList) else embedding)
 
 
 def load_shape(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The model on the meta device: every module and size, no weights."""
+    """Build the model on the meta device: modules and sizes without weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     where = _folder_or_id(name)
@@ -331,7 +275,7 @@ def load_shape(name: str, *, revision: str | None = None, trust_remote_code: boo
 
 
 def tokenizer_hashes(tokenizer: Any) -> dict[str, str | None]:
-    """`{vocabulary, chat_template}`: hashes that tell another tokenizer or template."""
+    """SHA-256 of `vocabulary` and `chat_template`; None without a template."""
     template = getattr(tokenizer, "chat_template", None)
     return {
         "vocabulary": value_hash(sorted(tokenizer.get_vocab().items())),
@@ -340,33 +284,32 @@ def tokenizer_hashes(tokenizer: Any) -> dict[str, str | None]:
 
 
 def _folder_or_id(name: str) -> str:
-    """An absolute folder, or the hub id as it is."""
+    """Return an absolute folder, or a hub id unchanged."""
     name = resolve(name)
     path = user_path(name)
-    if os.path.isdir(path):  # pathlib's would raise where the name is too long
+    if os.path.isdir(path):  # Path.is_dir raises if the name is too long
         if path_exists(path / "config.json"):
             return str(path.resolve())
         if (path / "adapter_config.json").is_file():
             raise ModelError("this is an adapter, not a model", where=name, hint=f"Give it as --adapter {name}.")
-        raise ModelError(
-            "no model here: the folder has no config.json", where=name, hint="Give a model's folder or id."
-        )
+        message = "no model here: the folder has no config.json"
+        raise ModelError(message, where=name, hint="Give a model's folder or id.")
     if path_exists(path):
-        what = "this is a file, and a model is a folder" if os.path.isfile(path) else "this folder cannot be read"
-        raise ModelError(what, where=name, hint="Give the folder that holds the model.")
+        message = "this is a file, and a model is a folder" if os.path.isfile(path) else "this folder cannot be read"
+        raise ModelError(message, where=name, hint="Give the folder that holds the model.")
     if not name or name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
         raise ModelError("no such model folder", where=name or "--model", hint="Give a folder or a hub id.")
     return name
 
 
 def commit_of(where: str, revision: str | None, folder: Path | None) -> str | None:
-    """The commit that a model of the hub came from, which names its folder in the cache; else `revision` as given."""
+    """Commit of a hub model, which is the name of its folder in the cache; `revision` for other models."""
     on_hub = folder is not None and folder != Path(resolve(where))
     return folder.name if on_hub and folder is not None else revision
 
 
 def checkpoint_folder(where: str, revision: str | None) -> Path | None:
-    """Folder with the weight files of a model that was loaded from `where`, None where there is none."""
+    """Folder with the weight files of a model loaded from `where`; None if there is none."""
     where = resolve(where)
     if Path(where).is_dir():
         return Path(where)

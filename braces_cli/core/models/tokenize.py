@@ -1,25 +1,32 @@
-"""The one way text becomes tokens in braces: for training, for scoring and as a prompt.
+"""Text and chats as tokens, for training, scoring and prompts; padding and batches.
 
-Special tokens in front follow the tokenizer's own policy. The end token is learnt in training (`end=True`) and never
-stands at the end of a prompt, whatever the tokenizer would append.
+Special tokens at the start follow the tokenizer. The end token is added for training only (`end=True`), and never to a
+prompt.
 
-Examples of different length as one rectangle of tokens.
+In a chat only the turns of the assistant are scored. A template with `{% generation %}` marks them. In any other, an
+assistant turn is the text between the chat before it, with the generation prompt, and the chat up to and including it.
+Each must be a prefix of the next: templates that rewrite earlier turns (leaving out their thoughts, say) are refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from braces_cli.core.errors import DataError, ModelError, first_line
-from braces_cli.core.models.hub import is_panic
+from braces_cli.core.models.hub import is_rust_panic
 from braces_cli.core.schema import cut
 
-IGNORED = -100  # the label that torch's cross entropy leaves out
+IGNORED = -100  # label without loss in torch's cross entropy
+# A template is a program: it raises TemplateError, and errors of the Python code that it runs.
+_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError)
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,7 @@ class Encoded:
 
     Attributes:
         ids: token ids.
-        labels: the same ids, `IGNORED` where a token is not scored.
+        labels: the same ids, `IGNORED` for tokens that are not scored.
         ended: the last token is the end token.
         truncated: tokens were cut off.
     """
@@ -40,25 +47,27 @@ class Encoded:
 
     @property
     def scored(self) -> int:
-        """Scored tokens; the first token of a sequence has nothing before it and is never scored."""
+        """Number of scored tokens; the first token of a sequence is never scored."""
         return sum(label != IGNORED for label in self.labels[1:])
 
 
 def encode(
     tokenizer: Any, prompt: str, completion: str | None = None, *, end: bool = False, max_length: int | None = None
 ) -> Encoded:
-    """Encode `prompt`, or `prompt + completion` of which only the completion is scored.
+    """Encode `prompt`, or `prompt + completion` with only the completion scored.
 
-    The two are encoded as one text, as they will be read, so a token that spans both counts as completion.
+    Both are encoded as one text, so a token that spans both belongs to the completion.
 
     Args:
-        end: append the tokenizer's end token, as text to learn from.
+        end: append the end token, with loss.
         max_length: keep this many tokens from the front.
     """
-    ids = _plain(tokenizer, prompt + (completion or ""))
-    start = 0 if completion is None else common_length(ids, _plain(tokenizer, prompt))
+    ids = _prompt_ids(tokenizer, prompt + (completion or ""))
+    start = 0 if completion is None else common_length(ids, _prompt_ids(tokenizer, prompt))
     if not ids:
-        ids = [_first(tokenizer)]
+        # An empty text, and a tokenizer without a start token: text can be generated from any token.
+        special = (tokenizer.bos_token_id, tokenizer.eos_token_id, 0)
+        ids = [next(token for token in special if token is not None)]
     if end and tokenizer.eos_token_id is not None:
         ids = [*ids, tokenizer.eos_token_id]
     truncated = max_length is not None and len(ids) > max_length
@@ -67,62 +76,82 @@ def encode(
     return Encoded(ids, labels, end and not truncated and tokenizer.eos_token_id is not None, truncated)
 
 
+def _prompt_ids(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of a text without an end token that the tokenizer appends."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        message = "the text contains a lone surrogate, which tokenizers do not accept"
+        raise DataError(message, where=cut(text), hint="Remove it from the text.") from error
+    ids = all_ids(tokenizer, text)
+    # A single end token can also be the start token.
+    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token)):
+        return ids[:-1]
+    return ids
+
+
 def encode_word(tokenizer: Any, word: str) -> list[int]:
-    """A word as it stands inside a sentence: one leading space, no special tokens."""
+    """Encode a word inside a sentence: with one leading space, without special tokens."""
     bare = bare_ids(tokenizer, word)
-    # SentencePiece tokenizers put a space before every text themselves; another would be a token of its own.
+    # SentencePiece tokenizers put a space before every text; a second one would be a separate token.
     if bare and str(tokenizer.convert_ids_to_tokens(bare[0])).startswith(("▁", "Ġ")):
         return bare
     return bare_ids(tokenizer, f" {word}")
 
 
 def bare_ids(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of a text and nothing else, no special tokens around them.
-
-    Raises:
-        ModelError: the tokenizer fails.
-    """
-    return _ids(tokenizer, text, add_special_tokens=False)
+    """Tokens of a text without special tokens around it."""
+    return _call(tokenizer, text, add_special_tokens=False)
 
 
 def all_ids(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of a text, with the special tokens that the tokenizer puts around it; raises as `bare_ids` does."""
-    return _ids(tokenizer, text)
+    """Tokens of a text with the special tokens that the tokenizer adds."""
+    return _call(tokenizer, text)
 
 
-def _ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
+def _call(tokenizer: Any, text: str, **options: Any) -> list[int]:
     try:
-        # The rest of what a tokenizer returns would take a fifth of the time that it has for thousands of rows.
+        # The other results of a tokenizer would take a fifth of the time for thousands of rows.
         encoding = tokenizer(text, return_attention_mask=False, return_token_type_ids=False, **options)
         ids: list[int] = encoding["input_ids"]
     except MemoryError:
         raise
     except BaseException as error:
-        if not isinstance(error, Exception) and not is_panic(error):
+        if not isinstance(error, Exception) and not is_rust_panic(error):
             raise
-        # tokenizers raises plain Exception, tokenizers in Python raise anything.
-        what = f"the tokenizer fails on `{cut(text)}`: {first_line(error)}"
+        # tokenizers raises plain Exception, and tokenizers written in Python can raise anything.
+        message = f"the tokenizer fails on `{cut(text)}`: {first_line(error)}"
         where = str(getattr(tokenizer, "name_or_path", "") or "--model")
-        raise ModelError(what, where=where, hint="Check its tokenizer.json.") from error
+        raise ModelError(message, where=where, hint="Check its tokenizer.json.") from error
     return ids
 
 
+def common_length(one: list[int], other: list[int]) -> int:
+    """Number of tokens in the common prefix of two lists."""
+    count = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
+
+
 def decode_continuation(tokenizer: Any, prompt_ids: list[int], new_ids: list[int]) -> str:
-    """Text of `new_ids` as it continues the prompt, with the space in front that decoding it alone would lose."""
+    """Text of `new_ids` after the prompt, with the leading space that decoding `new_ids` alone would lose."""
     before = tokenizer.decode(prompt_ids, skip_special_tokens=True)
     whole = tokenizer.decode([*prompt_ids, *new_ids], skip_special_tokens=True)
     return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(new_ids, skip_special_tokens=True)
 
 
 def token_text(tokenizer: Any, token_id: int) -> str:
-    """One token as it reads in the middle of a text, with the space in front that decoding it alone can lose."""
+    """Text of one token inside a sentence, with the leading space that decoding it alone can lose."""
     text: str = tokenizer.decode([token_id])
     piece = tokenizer.convert_ids_to_tokens(token_id)
     return f" {text}" if str(piece).startswith("▁") and not text.startswith(" ") else text
 
 
 def context_length(config: Any, tokenizer: Any) -> int:
-    """Tokens that a model of this config takes at once, or as its tokenizer says; 2,048 where neither does."""
+    """Largest number of tokens of a model, by its config, else by its tokenizer, else 2,048."""
     config = config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         value = getattr(config, name, None)
@@ -132,40 +161,8 @@ def context_length(config: Any, tokenizer: Any) -> int:
     return int(limit) if isinstance(limit, (int, float)) and 0 < limit < 10**9 else 2048
 
 
-def _plain(tokenizer: Any, text: str) -> list[int]:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        what = "half a character (a lone surrogate), which no tokenizer takes"
-        raise DataError(what, where=cut(text), hint="Remove it from the text.") from error
-    ids = all_ids(tokenizer, text)
-    end = tokenizer.eos_token_id
-    # Drop an end token that the tokenizer appended, not one that is also its start token and stands alone.
-    if len(ids) > 1 and ids[-1] == end and not text.endswith(str(tokenizer.eos_token)):
-        return ids[:-1]
-    return ids
-
-
-def common_length(one: list[int], other: list[int]) -> int:
-    """How many tokens the two begin with in common."""
-    count = 0
-    for a, b in zip(one, other, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
-
-
-def _first(tokenizer: Any) -> int:
-    """A token to start from where the text is empty and the tokenizer puts none in front."""
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    return 0
-
-
 def pad_right(examples: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask` and `labels`, each (examples, longest), padded behind."""
+    """`input_ids`, `attention_mask` and `labels`, each (examples, longest), padded on the right."""
     width = max(len(example.ids) for example in examples)
     shape = (len(examples), width)
     ids = torch.full(shape, pad_id)
@@ -180,7 +177,7 @@ def pad_right(examples: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask`, each (prompts, longest), padded in front, as generation needs it."""
+    """`input_ids` and `attention_mask`, each (prompts, longest), padded on the left for generation."""
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad_id)
     mask = torch.zeros((len(prompts), width), dtype=torch.long)
@@ -191,7 +188,139 @@ def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]
 
 
 def by_length(examples: Sequence[Encoded], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, longest first, so that memory trouble shows at once."""
+    """Indices in batches of similar length, longest first, so that a lack of memory shows at the start."""
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Return whether a tokenizer has a chat template."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def chat_ids(tokenizer: Any, prompt: str) -> tuple[int, ...]:
+    """Tokens of a chat with `prompt` as the user's turn, up to the generation prompt."""
+    # Templates write special tokens themselves.
+    return tuple(bare_ids(tokenizer, _chat_text(tokenizer, prompt)))
+
+
+def encode_answer(tokenizer: Any, prompt: str, answer: str) -> Encoded:
+    """Encode the chat of `prompt` and `answer`; only the answer is scored."""
+    before = _chat_text(tokenizer, prompt)
+    ids = bare_ids(tokenizer, before + answer)
+    start = common_length(ids, bare_ids(tokenizer, before))
+    return Encoded(ids, [IGNORED] * start + ids[start:], False, False)
+
+
+def _chat_text(tokenizer: Any, prompt: str) -> str:
+    turns = [{"role": "user", "content": prompt}]
+    try:
+        text: str = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # a template can raise anything
+        message = f"the chat template refuses it: {first_line(error)}"
+        raise DataError(message, where=prompt[:60], hint="Use --no-apply-chat-template.") from error
+    return text
+
+
+def encode_chat(tokenizer: Any, fields: Mapping[str, Any], where: str, max_length: int | None = None) -> Encoded:
+    """Encode a chat; only assistant turns are scored, each with the end token that closes it.
+
+    If the template does not close the last turn with a special token, the tokenizer's end token is added.
+
+    Args:
+        fields: `messages`, and `tools` if there are any.
+        max_length: keep this many tokens from the front.
+
+    Raises:
+        DataError: no template, invalid messages, or assistant turns that cannot be located.
+    """
+    messages, tools = _messages(fields, where), fields.get("tools") or None
+    if not has_template(tokenizer):
+        hint = "Use a model with a chat template, or rows of prompt and completion."
+        raise DataError("the tokenizer has no chat template", where=where, hint=hint)
+    try:
+        if tokenizer.is_fast and _GENERATION.search(tokenizer.get_chat_template(tools=tools)):
+            marked = tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
+            ids, scored = list(marked["input_ids"]), [bool(flag) for flag in marked["assistant_masks"]]
+        else:
+            ids, scored = _scored_by_prefix(tokenizer, messages, tools)
+    except _RewrittenTurnError as error:
+        hint = "Use a template with {% generation %} marks, or rows of prompt and completion."
+        raise DataError(str(error), where=where, hint=hint) from error
+    except _TEMPLATE_ERRORS as error:
+        hint = "Fix the row; many templates require alternating turns of user and assistant."
+        raise DataError(f"the chat template refuses it: {first_line(error)}", where=where, hint=hint) from error
+    ids, scored = _with_end_tokens(tokenizer, ids, scored, messages[-1]["role"] == "assistant")
+    truncated = max_length is not None and len(ids) > max_length
+    ids, scored = ids[:max_length], scored[:max_length]
+    ended = bool(ids) and scored[-1] and ids[-1] == tokenizer.eos_token_id
+    labels = [token if flag else IGNORED for token, flag in zip(ids, scored, strict=True)]
+    return Encoded(ids, labels, ended, truncated)
+
+
+class _RewrittenTurnError(Exception):
+    """The template does not keep earlier turns as they were."""
+
+
+def _messages(fields: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    messages = fields["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise DataError("`messages` must be a list of turns", where=where, hint="Fix the row.")
+    for number, turn in enumerate(messages, 1):
+        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
+            hint = 'A turn is {"role": ..., "content": ...}.'
+            raise DataError(f"turn {number} of `messages` has no role", where=where, hint=hint)
+        if not isinstance(turn.get("content"), str) and not turn.get("tool_calls"):
+            hint = "The content of a turn is text."
+            raise DataError(f"turn {number} of `messages` has no text content", where=where, hint=hint)
+    # Parquet files and hub sets give every turn every key; a template would use null as a value.
+    return [{key: value for key, value in turn.items() if value is not None or key == "content"} for turn in messages]
+
+
+def _scored_by_prefix(tokenizer: Any, messages: list[dict], tools: Any) -> tuple[list[int], list[bool]]:
+    """Tokens of a chat, and whether each belongs to an assistant turn, by comparing prefixes of the chat."""
+
+    def render(turns: list[dict], prompt: bool) -> str:
+        text: str = tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, add_generation_prompt=prompt)
+        return text
+
+    full = render(messages, False)
+    ids = bare_ids(tokenizer, full)
+    scored = [False] * len(ids)
+    for index, turn in enumerate(messages):
+        if turn["role"] != "assistant":
+            continue
+        before, after = render(messages[:index], True), render(messages[: index + 1], False)
+        if not (after.startswith(before) and full.startswith(after)):
+            raise _RewrittenTurnError(f"the chat template changes the text around turn {index + 1}")
+        # As in `encode`, a token that spans the start of a turn belongs to the turn.
+        start, end = (common_length(ids, bare_ids(tokenizer, text)) for text in (before, after))
+        scored[start:end] = [True] * (end - start)
+    return ids, scored
+
+
+def _with_end_tokens(
+    tokenizer: Any, ids: list[int], scored: list[bool], ends_with_answer: bool
+) -> tuple[list[int], list[bool]]:
+    """Score the end token after each turn; add one after the last turn if it has no closing token."""
+    end = tokenizer.eos_token_id
+    if end is None:
+        return ids, scored
+    for index in range(1, len(ids)):
+        scored[index] |= scored[index - 1] and ids[index] == end and ids[index - 1] != end
+    special = {*tokenizer.all_special_ids, *(getattr(tokenizer, "added_tokens_decoder", None) or {})}
+    tail = len(ids)
+    while tail and not scored[tail - 1]:
+        tail -= 1
+    start = tail
+    while start and scored[start - 1]:
+        start -= 1
+    if ends_with_answer and tail and not special.intersection(ids[start:tail]):
+        if tail < len(ids) and ids[tail] in special:
+            return ids, [*scored[:tail], True, *scored[tail + 1 :]]
+        # Text of the template after the turn, such as a line break, is dropped.
+        return [*ids[:tail], end], [*scored[:tail], True]
+    return ids, scored

@@ -208,7 +208,7 @@ def test_a_damaged_adapter_is_refused_by_the_tensor_at_fault(session, adapter_di
     ("change", "message"),
     [
         ({"format_version": 99}, "format version 99"),
-        ({"method": "lora"}, r"not a braces adapter[^\n]*\n.*takes adapters of peft, too"),
+        ({"method": "lora"}, r"not a braces adapter[^\n]*\n.*also accepts adapters of peft"),
         ({"colour": "red"}, "unknown key `colour`"),
         ({"r": None}, "required field r"),
     ],

@@ -77,8 +77,8 @@ def test_the_scale_by_hand() -> None:
 def test_the_scale_of_a_mixture_counts_pairs_of_a_token_and_an_expert(name: str) -> None:
     """Of outputs before the router's weights: against the experts run one by one on the tokens sent to them."""
     model = tiny(name).double().requires_grad_(False)
-    ffn = next(ffn for ffn in find_ffns(model) if any(hasattr(part, "sorted") for part in ffn.parts))
-    (part,) = (part for part in ffn.parts if hasattr(part, "sorted"))
+    ffn = next(ffn for ffn in find_ffns(model) if any(hasattr(part, "presorted") for part in ffn.parts))
+    (part,) = (part for part in ffn.parts if hasattr(part, "presorted"))
     calls: list[tuple] = []
     handle = part.module.register_forward_hook(lambda module, args, output: calls.append((args, output)))
     (scale,) = measure_scales(model, [ffn], TEXTS)
@@ -88,7 +88,7 @@ def test_the_scale_of_a_mixture_counts_pairs_of_a_token_and_an_expert(name: str)
     values = part.value_matrix()
     for args, out in calls:
         for expert, value in enumerate(values):
-            if part.sorted:
+            if part.presorted:
                 rows, written = args[0].view(len(values), -1, 32)[expert], out.view(len(values), -1, 32)[expert]
                 sent = rows.norm(dim=-1) > 0
                 h, y = rows[sent], written[sent]

@@ -12,7 +12,7 @@ from braces_cli.core.adapter.model import open_session
 from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.errors import ModelError
-from braces_cli.core.models.embedded import ABOUT_FILE, embedded_name, note_default
+from braces_cli.core.models.hub import ABOUT_FILE, embedded_name, note_default
 from braces_cli.core.models.load import load_base, load_tokenizer
 from braces_cli.core.options import LoadOptions, Sampling
 from braces_cli.scoring.likelihood import Likelihood, text_likelihoods

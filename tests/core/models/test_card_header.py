@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from huggingface_hub import ModelCard
 
-from braces_cli.core.models.embedded import embedded_name
-from braces_cli.core.models.hub import card_header, known_license
+from braces_cli.core.models.hub import card_header, embedded_name, known_license
 
 FIXED = {"name": "LLMBraces adapter", "library": "braces", "relation": "adapter", "tags": ("llmbraces", "adapter")}
 

@@ -29,7 +29,7 @@ def test_every_layer_has_its_pair(name):
         assert ffn.value_matrix().data_ptr() == ffn.value.weight.data_ptr()  # a view, no copy
         key = next(n for n, m in ffn.host.named_children() if m is ffn.keys[0])
         assert key == FIRST_KEY.get(name, "gate_proj")
-        assert ffn.whole == (name not in LOOSE | {"gpt2"})  # GPT-2's FFN ends in a dropout
+        assert ffn.is_host_output == (name not in LOOSE | {"gpt2"})  # GPT-2's FFN ends in a dropout
     assert model.get_submodule(ffns[1].path) is ffns[1].host
     assert model.get_parameter(ffns[1].value_path(model)) is ffns[1].value.weight
 

@@ -94,7 +94,7 @@ def test_a_tokenizer_that_gives_up_while_it_is_loaded(edited: Any) -> None:
 
 @pytest.mark.parametrize("name", ["", "x", "auto:1", "spread"])
 def test_a_device_map_that_is_none_is_refused(model_dir: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match="is no device") as caught:
+    with pytest.raises(ConfigError, match="is not a device") as caught:
         load_base(str(model_dir), LoadOptions(device="cpu", device_map=name))
     assert caught.value.where == "--device-map"
 

@@ -13,7 +13,7 @@ import transformers
 
 from braces_cli.core.adapter.model import attach
 from braces_cli.core.errors import ModelError
-from braces_cli.core.models.ffn import Experts, MixtureFFN, _is_sorted, find_ffns
+from braces_cli.core.models.ffn import Experts, MixtureFFN, _is_presorted, find_ffns
 from tests.conftest import GATED, open_gates
 from tests.core.method.test_reference import relative, run
 
@@ -173,10 +173,10 @@ class _SaysNothing(_PassesOn, torch.nn.Module): ...
 
 def test_what_experts_are_called_with_is_read_from_the_class_that_says_it():
     """Not from torch's own Module, whose `forward` takes anything."""
-    sorts = {kind: _is_sorted(kind()) for kind in (_Sorted, _PassesOnSorted, _Routed, _PassesOnRouted)}
+    sorts = {kind: _is_presorted(kind()) for kind in (_Sorted, _PassesOnSorted, _Routed, _PassesOnRouted)}
     assert sorts == {_Sorted: True, _PassesOnSorted: True, _Routed: False, _PassesOnRouted: False}
     with pytest.raises(ModelError, match="_SaysNothing is called with 0 tensors"):
-        _is_sorted(_SaysNothing())
+        _is_presorted(_SaysNothing())
 
 
 def test_mixtral_by_hand():

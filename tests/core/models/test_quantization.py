@@ -243,12 +243,6 @@ def test_gram_of_stored_values_is_differentiable():
     assert torch.autograd.gradcheck(lambda x: gram(values, x), (x,))
 
 
-def test_an_unknown_method_names_the_known_ones():
-    """Exit code 2."""
-    with pytest.raises(ConfigError, match="int8, bnb-8bit, bnb-4bit"):
-        LoadOptions(quantize="nf4")
-
-
 @pytest.mark.parametrize(("name", "package"), [("int8", "torchao"), ("bnb-4bit", "bitsandbytes")])
 def test_a_missing_package_is_named(monkeypatch, name, package):
     """Exit code 2, and what to install."""

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from braces_cli.core.attributes.pooling import residual_norms
-from braces_cli.core.models.ffn import GAIN_STEP, MixtureFFN, find_ffns, layer_stack, residual_factors, residual_gains
+from braces_cli.core.models.ffn import MixtureFFN, find_ffns, layer_stack
+from braces_cli.core.models.residual import GAIN_STEP, residual_factors, residual_gains
 from braces_cli.core.models.structure import layer_output, with_layer_output
 from tests.conftest import tiny_model, tiny_tokenizer
 from tests.core.architectures import tiny
