@@ -58,7 +58,7 @@ def rows(tmp_path: Path) -> Path:
 COMMANDS = {
     "train": "--data ROWS --max-steps 2 --rank 4 --output-dir OUT",
     "steer": "--adapter ADAPTER --attribute positive --s 2 --prompt the --max-new-tokens 2",
-    "eval": "--adapter ADAPTER --tasks perplexity --task-data perplexity=ROWS --output-dir OUT",
+    "eval": "--adapter ADAPTER --attribute positive --tasks perplexity --task-data perplexity=ROWS --output-dir OUT",
     "merge": "--adapter ADAPTER --output-dir OUT",
 }
 NEEDED = {"settings built", "adapter attached", "tokenizer loaded", "weights loaded", "FFNs found"}
@@ -71,7 +71,9 @@ def test_each_step_happens_once(
     command: str, braces: Any, model_dir: Path, adapter_dir: Path, rows: Path, tmp_path: Path
 ) -> None:
     places = {"ROWS": rows, "ADAPTER": adapter_dir, "OUT": tmp_path / "out"}
-    words = [str(places.get(word, word)) for word in COMMANDS[command].split()]
+    words = COMMANDS[command].split()
+    for name, place in places.items():
+        words = [word.replace(name, str(place)) for word in words]
     with counted() as counts:
         outcome = braces(command, "--model", model_dir, *words)
     assert outcome.code == 0, outcome.err

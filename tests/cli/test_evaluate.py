@@ -16,8 +16,8 @@ def popqa(tmp_path):
     return path
 
 
-def test_the_same_adapter_twice_is_no_difference(braces, model_dir, adapter_dir, popqa, tmp_path):
-    """Table, Markdown, picture, log and JSON of one run."""
+def test_outputs_of_an_evaluation(braces, model_dir, adapter_dir, popqa, tmp_path):
+    """Table, Markdown page, plot, log and JSON of one run, with the same adapter twice; then resumed."""
     out, text = tmp_path / "out", tmp_path / "t.txt"
     text.write_text("the film is good\nand the end is sad\n" * 6)
     outcome = braces(
@@ -46,7 +46,7 @@ def test_the_same_adapter_twice_is_no_difference(braces, model_dir, adapter_dir,
         assert expected in page
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert len((out / "samples" / "base" / "popqa.jsonl").read_text().splitlines()) == 4
-    assert braces("eval", "--model", model_dir, "--tasks", "popqa", "--output-dir", out).code == 2  # not empty
+    assert braces("eval", "--model", model_dir, "--tasks", "popqa", "--output-dir", out).code == 2
     again = braces(
         "eval", "--adapter", adapter_dir, "--adapter", adapter_dir, "--tasks", "popqa,perplexity", "--format", "json",
         "--task-data", f"popqa={popqa}", "--task-data", f"perplexity={text}", "--output-dir", out, "--log-samples",
@@ -56,7 +56,7 @@ def test_the_same_adapter_twice_is_no_difference(braces, model_dir, adapter_dir,
     assert again.json["systems"] == result["systems"]
 
 
-def test_a_threshold_that_is_missed_is_exit_code_5_with_the_result(braces, model_dir, popqa, tmp_path):
+def test_a_missed_threshold_gives_exit_code_5_and_the_result(braces, model_dir, popqa, tmp_path):
     args = ("eval", "--model", model_dir, "--tasks", "popqa", "--task-data", f"popqa={popqa}", "--device", "cpu")
     out = tmp_path / "out"
     missed = braces(*args, "--fail-under", "popqa:acc=1.1", "--format", "json", "--output-dir", out)
@@ -72,12 +72,10 @@ def test_a_threshold_that_is_missed_is_exit_code_5_with_the_result(braces, model
         (("--fail-under", "popqa:f1=0.5"), "no metric `f1`"),
         (("--fail-under", "triviaqa:acc=0.5"), "not evaluated"),
         (("--fail-under", "popqa"), "TASK:METRIC=VALUE"),
-        (("--limit", "0"), "--limit"),
         (("--resume",), "--output-dir"),
-        (("--log-samples",), "--output-dir"),
     ],
 )
-def test_a_wrong_call_is_told_before_the_model_is_loaded(braces, popqa, options, words):
+def test_a_wrong_call_fails_before_the_model_is_loaded(braces, popqa, options, words):
     outcome = braces("eval", "--model", "/nowhere", "--tasks", "popqa", "--task-data", f"popqa={popqa}", *options)
     assert outcome.code == 2
     assert words in outcome.err

@@ -6,12 +6,10 @@ import copy
 import json
 import math
 import shutil
-from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 
-from braces_cli.core.adapter import model as sessions
 from braces_cli.core.errors import ConfigError, DataError, ModelError
 from braces_cli.evaluation import catalog, lm_eval_runner
 from braces_cli.evaluation import run as run_module
@@ -202,15 +200,6 @@ def test_a_steered_run_is_resumed_only_with_the_same_strengths(tiny_folder, aske
     other = asked(attribute=("positive",), s=("-20,20",))
     with pytest.raises(ConfigError, match=r"has other settings \(steering"):
         evaluate(str(tiny_folder), [], other, **stored, resume=True)
-
-
-def test_each_adapter_is_attached_once_and_the_base_loaded_once(tiny_folder, make_adapter, asked, monkeypatch):
-    counts, adapter = Counter(), str(make_adapter(tiny_folder))
-    for module, name in ((sessions, "attach"), (sessions, "load_base")):
-        original = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, n=name, f=original, **k: counts.update([n]) or f(*a, **k))
-    evaluate(None, [adapter], asked(**STEERED))
-    assert (counts["attach"], counts["load_base"]) == (1, 1)
 
 
 def test_the_chat_template_is_applied(tiny_folder, data, tmp_path):

@@ -15,7 +15,9 @@ from braces_cli.evaluation.settings import EvalSettings, Threshold, parse_thresh
         (("positive",), ("1", "2"), "2 strengths for 1 attributes"),
         ((), ("1",), "1 strengths for 0 attributes"),
         (("positive", "toxic"), ("1,2", "1,2,3"), "lists of 2 and 3 strengths"),
-        (("positive",), ("much",), "is not FROM:TO:STEP"),
+        *((("positive",), (s,), "is not FROM:TO:STEP") for s in ("much", "a:b:c", "nan")),
+        (("positive",), ("4:-4:1",), "has no points"),
+        (("positive",), ("0:1:1e-9",), "more than 200"),
         (("positive", "positive"), ("1", "2"), "named twice"),
     ],
 )
