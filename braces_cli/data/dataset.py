@@ -1,11 +1,4 @@
-"""Rows -> tokenised examples to train on or to score.
-
-Examples of sets larger than memory: read, tokenised and shuffled as training goes on.
-
-What the rows of a run come to, before any model is loaded: counts, lengths, and examples as the model sees them.
-
-Rows of two sides -> pairs of passages: `positive` and `negative`, each a text, or a prompt and its completion.
-"""
+"""Rows -> tokenised examples: in memory, as a stream for data larger than memory, as statistics, and as pairs."""
 
 from __future__ import annotations
 
@@ -29,15 +22,15 @@ from braces_cli.data.rows import CHAT, Columns, FormatReader, Source, parts, rea
 
 logger = logging.getLogger("braces")
 
-# What programs write into a cell of CSV that has no value.
+# Texts of CSV cells without a value.
 _MISSING = frozenset(("NaN", "nan", "NA", "N/A", "n/a", "<NA>", "#N/A", "NULL", "null"))
-# Places of dropped rows that are named.
+# Dropped rows that are listed.
 _SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What a row is conditioned on: an attribute, None for neutral, and its strength s."""
+    """Condition of a row: an attribute, None for neutral, and its strength s."""
 
     attribute: str | None
     strength: float
@@ -46,10 +39,10 @@ class Condition:
 
 @dataclass(frozen=True)
 class Fields:
-    """Columns that rows carry their attribute and strength in.
+    """Columns of attribute and strength.
 
     Attributes:
-        strength_named: the user named the column of the strength, so that a file without it is an error.
+        strength_named: the user named the column of the strength, so a file without it is an error.
     """
 
     attribute: str
@@ -59,14 +52,14 @@ class Fields:
 
 @dataclass(frozen=True)
 class Reading:
-    """How rows become examples.
+    """Conversion of rows to examples.
 
     Attributes:
         tokenizer: of the base.
-        max_length: tokens of an example that are kept.
-        fields: columns of attribute and strength; None: rows carry none.
-        columns: which columns stand for which keys; empty: keys are taken as they are.
-        streaming: fetch hub sets row by row rather than whole.
+        max_length: maximum tokens of an example.
+        fields: columns of attribute and strength; None for training without attributes.
+        columns: see `--columns`; empty: the format follows from the keys.
+        streaming: download hub sets row by row.
     """
 
     tokenizer: Any
@@ -81,11 +74,11 @@ class Example:
     """One row, tokenised.
 
     Attributes:
-        tokens: what is trained on or scored; None where no token is scored, or the text is blank.
-        condition: attribute and strength, where rows carry them.
+        tokens: None if no token is scored, or the text is blank.
+        condition: attribute and strength; None without attributes.
         format: name of the row's format.
-        truncated: it was cut to the maximum length.
-        where: place of the row.
+        truncated: cut to the maximum length.
+        where: location of the row.
     """
 
     tokens: Encoded | None
@@ -97,14 +90,14 @@ class Example:
 
 @dataclass
 class Counts:
-    """What became of the rows.
+    """Counts of rows.
 
     Attributes:
         rows: rows read.
         truncated: rows cut to the maximum length.
-        dropped: rows without a scored token, left out.
-        dropped_at: places of the first of them.
-        chat: some rows are chats, written by the tokenizer's template.
+        dropped: rows without a scored token.
+        dropped_at: locations of the first dropped rows.
+        chat: some rows are chats.
     """
 
     rows: int = 0
@@ -125,29 +118,25 @@ class Counts:
 
 @dataclass
 class Examples(Counts):
-    """Tokenised rows and what became of the others.
+    """Tokenised rows in memory, and counts of all rows.
 
     Attributes:
         items: examples with at least one scored token.
-        conditions: attribute and strength of each item, where rows carry them.
+        conditions: condition of each item; empty without attributes.
     """
 
     items: list[Encoded] = field(default_factory=list)
     conditions: list[Condition] = field(default_factory=list)
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(item.ids) for item in self.items)
 
     def __getitem__(self, index: int) -> Example:
         return Example(self.items[index], self.conditions[index] if self.conditions else None)
 
 
 def conditioned(rows: Iterable[Source], fields: Fields, name: str) -> Iterator[tuple[Source, Condition]]:
-    """Rows of one file or hub set, `name`, with attribute and strength.
+    """Rows of the file or hub set `name` with their conditions.
 
     Raises:
-        DataError: see `condition`; or no row has the column of the strength that the user named.
+        DataError: see `condition`; or no row has the strength column that the user named.
     """
     columns: dict[str, None] = {}
     for row in rows:
@@ -162,7 +151,7 @@ def condition(row: Source, fields: Fields) -> Condition:
     """Attribute and strength of a row: `neutral`, empty and null are strength 0, a missing strength is 1.
 
     Raises:
-        DataError: no such column, a name that is no text, or a strength that is no finite number.
+        DataError: a missing column, a name that is not text, or a strength that is not a finite number.
     """
     if fields.attribute not in row.fields:
         hint = f"Keys found: {', '.join(map(str, row.fields))}."
@@ -184,15 +173,15 @@ def condition(row: Source, fields: Fields) -> Condition:
 
 
 def tokenise(rows: Iterable[Source], how: Reading, name: str = "") -> Iterator[Example]:
-    """Encode the rows of one file, each with its end token, cut to the maximum length.
+    """Encode the rows of one file with end tokens, cut to the maximum length.
 
     Raises:
-        DataError: a row fits no format, another one than those before it, or holds what cannot be read.
+        DataError: a row of an unknown format, of another format than the rows before it, or with invalid values.
     """
     reader = FormatReader(how.columns.content)
     pairs = ((row, None) for row in rows) if how.fields is None else conditioned(rows, how.fields, name)
-    # The condition is read of a row that is dropped, too: a fault in it is a fault of the file.
-    for row, stands in pairs:
+    # Conditions of dropped rows are checked, too.
+    for row, row_condition in pairs:
         kind, fields = reader.read(row)
         if kind is CHAT:
             tokens = encode_chat(how.tokenizer, fields, row.where, how.max_length)
@@ -204,31 +193,23 @@ def tokenise(rows: Iterable[Source], how: Reading, name: str = "") -> Iterator[E
             if row.untyped:
                 blank |= any(part is not None and part.strip() in _MISSING for part in (prompt, completion))
         kept = None if blank or tokens.scored == 0 else tokens
-        yield Example(kept, stands, kind.name, tokens.truncated, row.where)
+        yield Example(kept, row_condition, kind.name, tokens.truncated, row.where)
 
 
 def iterate(names: Sequence[str], how: Reading) -> Iterator[Example]:
-    """Tokenised rows of several files or hub sets, one after the other, as they are read."""
+    """Tokenised rows of several files or hub sets, read one at a time."""
     for name in names:
         yield from tokenise(read_rows(name, streaming=how.streaming), how, name)
 
 
 def read_examples(names: Sequence[str], how: Reading, report: Report = silent) -> Examples:
-    """Read and tokenise several files or hub sets, in the order given; rows without a scored token are dropped.
+    """Read and tokenise several files or hub sets, in this order; rows without a scored token are dropped.
 
     Raises:
         DataError: a file or a row cannot be read, or no row has a scored token.
     """
-    found = collect(iterate(names, how), report)
-    check_some(names, len(found.items), found.rows)
-    log_counts(found, how.max_length)
-    return found
-
-
-def collect(examples: Iterable[Example], report: Report = silent) -> Examples:
-    """Those with a scored token, in memory, and counts of all."""
     found = Examples()
-    for example in examples:
+    for example in iterate(names, how):
         found.add(example)
         if example.tokens is not None:
             found.items.append(example.tokens)
@@ -237,18 +218,20 @@ def collect(examples: Iterable[Example], report: Report = silent) -> Examples:
         if found.rows % 256 == 0:
             report("reading", found.rows, None)
     report("reading", found.rows, found.rows)
+    check_some(names, len(found.items), found.rows)
+    log_counts(found, how.max_length)
     return found
 
 
 def check_some(names: Sequence[str], kept: int, rows: int) -> None:
-    """Raise a DataError where no row is left."""
+    """Raise a DataError if no row is left."""
     if not kept:
         hint = "Are the texts empty, or prompts longer than --max-length?"
         raise DataError(f"no row has a token to score ({rows} read)", where=", ".join(names), hint=hint)
 
 
 def log_counts(counts: Counts, max_length: int) -> None:
-    """Log what was cut and what was left out."""
+    """Log the numbers of truncated and dropped rows."""
     if counts.truncated:
         logger.info("%d of %d rows were cut to %d tokens (--max-length)", counts.truncated, counts.rows, max_length)
     if counts.dropped:
@@ -256,33 +239,32 @@ def log_counts(counts: Counts, max_length: int) -> None:
         logger.info("%d of %d rows have no text to score and were left out: %s", counts.dropped, counts.rows, first)
 
 
-# Examples that wait to be drawn from: all the memory that a stream takes.
+# Examples in the shuffle buffer of a stream.
 BUFFER = 4096
-# Examples that are looked at before training starts.
+# Examples of a stream that are read before training, for probes and the hash of the rows.
 HEAD = 256
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """Endless passes over the rows, each through a shuffle buffer; None fills the last global batch of a pass.
+    """Endless passes over the rows through a shuffle buffer; None fills the last global batch of a pass.
 
-    The order is a function of seed and global batch only. Nothing but the buffer is kept in memory. The shuffle is not
-    that of `datasets`: it would pickle the tokenizer to fingerprint the generator, and import datasets for plain files.
+    The order is a function of seed and global batch only. The shuffle is not that of `datasets`, which would pickle the
+    tokenizer for a fingerprint, and import datasets for plain files.
 
     Args:
         names: files or hub sets.
-        how: how rows become examples.
-        seed: of the shuffling.
+        seed: of the shuffle.
         global_batch: examples of an optimizer step, over all processes.
 
     Attributes:
-        counts: of all passes up to now, rows read ahead included.
-        passes: passes that have been finished.
-        conditions: each attribute that rows name, with the first that does.
+        counts: of all passes so far, including rows read ahead.
+        passes: completed passes.
+        conditions: the first condition of each attribute in the rows.
         items: tokens of the first examples, in the order of the files.
         chat: some of these are chats.
 
     Raises:
-        DataError: a row cannot be read, here or later, or none has a scored token.
+        DataError: a row cannot be read, here or later, or no row has a scored token.
     """
 
     def __init__(self, names: Sequence[str], how: Reading, seed: int, global_batch: int) -> None:
@@ -337,7 +319,7 @@ class Stream(torch.utils.data.IterableDataset):
                 yield example
 
     def _conditions(self) -> list[Condition]:
-        """One pass over the rows that tokenises nothing: which attributes there are must be known before training."""
+        """Attributes must be known before training: one pass over the rows without tokenising."""
         fields = self._how.fields
         if fields is None:
             return []
@@ -351,7 +333,7 @@ class Stream(torch.utils.data.IterableDataset):
 
 BARS = 10
 SHOWN = 2
-# Tokens of a shown example: what follows is left out.
+# Maximum tokens of a shown example.
 SHOWN_TOKENS = 512
 
 
@@ -387,18 +369,30 @@ def check_rows(names: Sequence[str], how: Reading, report: Report = silent) -> d
         if len(shown) < SHOWN:
             shown.append({"where": example.where, "parts": decode_parts(how.tokenizer, example.tokens)})
     report("reading", counts.rows, counts.rows)
-    examples, tokens = lengths.total(), sum(length * count for length, count in lengths.items())
-    check_some(names, examples, counts.rows)
+    check_some(names, lengths.total(), counts.rows)
+    ranked = sorted(lengths.elements())
+    least, most, tokens = ranked[0], ranked[-1], sum(ranked)
+    # At most ten bars of equal width.
+    width = -(-(most - least + 1) // BARS)
+    histogram = [
+        {"from": start, "to": start + width - 1, "examples": sum(lengths[n] for n in range(start, start + width))}
+        for start in range(least, most + 1, width)
+    ]
     return {
         "rows": counts.rows,
-        "examples": examples,
+        "examples": len(ranked),
         "truncated": counts.truncated,
         "dropped": counts.dropped,
         "tokens": tokens,
         "scored_tokens": scored,
         "max_length": how.max_length,
-        "lengths": {"least": min(lengths), "median": _median(lengths), "mean": tokens / examples, "most": max(lengths)},
-        "histogram": _histogram(lengths),
+        "lengths": {
+            "least": least,
+            "median": ranked[(len(ranked) - 1) // 2],
+            "mean": tokens / len(ranked),
+            "most": most,
+        },
+        "histogram": histogram,
         "formats": dict(formats),
         "attributes": dict(attributes),
         "shown": shown,
@@ -415,70 +409,48 @@ def check_rows(names: Sequence[str], how: Reading, report: Report = silent) -> d
 
 
 def decode_parts(tokenizer: Any, tokens: Encoded) -> list[dict[str, Any]]:
-    """The text of an example in stretches that are scored or not, special tokens written out."""
+    """Text of an example in scored and unscored parts, with special tokens."""
     ids = tokens.ids[:SHOWN_TOKENS]
-    # The first token of a sequence is never scored, whatever its label.
+    # The first token of a sequence is never scored.
     flags = [False, *(label != IGNORED for label in tokens.labels[1 : len(ids)])]
     starts = [index for index in range(len(ids)) if index == 0 or flags[index] != flags[index - 1]]
+
+    def decode(part: list[int]) -> str:
+        return (
+            str(tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)) if part else ""
+        )
+
     parts = []
     for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
-        # As it reads behind what stands before it: decoded alone, some tokenizers drop a space in front.
-        before, whole = _decode(tokenizer, ids[:start]), _decode(tokenizer, ids[:end])
-        text = whole[len(before) :] if whole.startswith(before) else _decode(tokenizer, ids[start:end])
+        # Decoded with the tokens before it: decoded alone, some tokenizers drop a leading space.
+        before, text = decode(ids[:start]), decode(ids[:end])
+        text = text[len(before) :] if text.startswith(before) else decode(ids[start:end])
         parts.append({"text": text, "scored": flags[start]})
     if len(tokens.ids) > len(ids):
         parts.append({"text": f" ... ({len(tokens.ids) - len(ids)} more tokens)", "scored": False})
     return parts
 
 
-def _decode(tokenizer: Any, ids: list[int]) -> str:
-    text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) if ids else ""
-    return text
-
-
-def _median(lengths: Counter[int]) -> int:
-    half, seen = (lengths.total() + 1) // 2, 0
-    for length in sorted(lengths):
-        seen += lengths[length]
-        if seen >= half:
-            return length
-    raise AssertionError("no lengths")
-
-
-def _histogram(lengths: Counter[int]) -> list[dict[str, int]]:
-    """At most ten bars of equal width, from the shortest example to the longest."""
-    least, most = min(lengths), max(lengths)
-    width = -(-(most - least + 1) // BARS)
-    return [
-        {
-            "from": start,
-            "to": start + width - 1,
-            "examples": sum(lengths[length] for length in range(start, start + width)),
-        }
-        for start in range(least, most + 1, width)
-    ]
-
-
 _SIDES = ("positive", "negative")
 _HINT = (
-    'A row is {"positive": ..., "negative": ...}: texts, completions of a `prompt` beside them, or objects of `prompt` '
+    'A row is {"positive": ..., "negative": ...}: texts, completions of the row\'s `prompt`, or objects with `prompt` '
     "and `completion`."
 )
 
 
 def read_pairs(path: Path) -> dict[str | None, list[Pair]]:
-    """Pairs of a data file, by the `attribute` that their rows name; None holds those of rows that name none.
+    """Pairs of a data file by the rows' `attribute`, None for rows without one.
 
     A `prompt` in the row belongs to both sides, which are then its completions.
 
     Raises:
-        DataError: as `read_rows`, or a row without two sides that differ.
+        DataError: as `read_rows`, or a row without two different sides.
     """
     found: dict[str | None, list[Pair]] = {}
     for row in read_rows(str(path)):
         name = row.fields.get("attribute") or None
         if name is not None and not isinstance(name, str):
-            raise DataError("`attribute` is no text", where=row.where, hint="It is the name of an attribute.")
+            raise DataError("`attribute` is not text", where=row.where, hint="It is the name of an attribute.")
         sides = [_passage(row, side) for side in _SIDES]
         if sides[0] == sides[1]:
             raise DataError("both sides are the same", where=row.where, hint="They should differ in the attribute.")

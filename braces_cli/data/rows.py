@@ -1,11 +1,8 @@
-"""Files and hub sets -> rows: JSON Lines, JSON, CSV, TSV, Parquet, text or a hub id, each with its place for errors.
+"""Rows of files and hub sets, their formats, and plain texts.
 
-What a row means, told by its keys or by `--columns`.
-
-`text` is scored whole; of `prompt` + `completion`, and of `instruction` + `output` (with an optional `input`), only the
-second part is scored; of `messages` only what the assistant says.
-
-Plain texts from a file: what shows an attribute, or what perplexity is measured on.
+The format of a row follows from its keys or from `--columns`. `text` is scored as a whole; of `prompt` and
+`completion`, and of `instruction` and `output` (with an optional `input`), only the second part is scored; of
+`messages` only the assistant's turns. Imports no torch.
 """
 
 from __future__ import annotations
@@ -21,19 +18,19 @@ from braces_cli.core.files import check_regular, file_hint, path_exists, user_pa
 from braces_cli.core.models.hub import hub_errors
 from braces_cli.core.schema import ROW, Malformed, decode, parse
 
-# Files of rows with keys; and those that rows are read from, a line of text being a row of `text`.
+# Files of rows with keys; and all files of rows, where a line of text is a row with the key `text`.
 STRUCTURED = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 READABLE = (*STRUCTURED, ".txt")
 
 
 @dataclass(frozen=True)
 class Source:
-    """One row as it was read.
+    """One row of a file or hub set.
 
     Attributes:
         fields: column name -> value.
-        where: `file:line`, or `file, row N` where the format has no lines.
-        untyped: the file holds text only, so that a missing value is written in letters, as in CSV.
+        where: `file:line`, or `file, row N` if the format has no lines.
+        untyped: all values are text, also missing ones, as in CSV.
     """
 
     fields: dict[str, Any]
@@ -45,10 +42,10 @@ def read_rows(name: str, *, streaming: bool = False) -> Iterator[Source]:
     """Rows of a file, or of a hub set (`id`, `id:split` or `id:subset:split`; the split is `train` by default).
 
     Args:
-        streaming: fetch a hub set row by row rather than whole. Files other than `.json` are always read row by row.
+        streaming: download a hub set row by row. Files other than `.json` are always read row by row.
 
     Raises:
-        DataError: missing, empty, not UTF-8, broken (with its line), or of a kind that cannot be read.
+        DataError: missing, empty, not UTF-8, broken (with its line), or of an unknown kind.
     """
     path = user_path(name)
     if (
@@ -58,7 +55,7 @@ def read_rows(name: str, *, streaming: bool = False) -> Iterator[Source]:
         and not name.startswith(".")
     ):
         return _never_empty(_hub(name, streaming), name)
-    if not os.path.isfile(path):  # pathlib's would raise where the name is too long or the folder is closed
+    if not os.path.isfile(path):  # Path.is_file raises if the name is too long or the folder is not readable
         what = "this is a folder, not a file" if os.path.isdir(path) else "no such file"
         raise DataError(what, where=name, hint=f"Give a file ({', '.join(READABLE)}) or the id of a hub set.")
     if path.stat().st_size == 0:
@@ -91,7 +88,7 @@ def _decoded(rows: Iterator[Source], name: str) -> Iterator[Source]:
         yield from rows
     except UnicodeDecodeError as error:
         raise DataError(
-            f"not UTF-8 (byte {error.start})", where=name, hint="Convert it, with iconv for one."
+            f"not UTF-8 (byte {error.start})", where=name, hint="Convert it, for example with iconv."
         ) from error
     except OSError as error:
         raise DataError(f"cannot read: {error.strerror or error}", where=name, hint=file_hint(error)) from error
@@ -113,7 +110,7 @@ def _json_lines(path: Path) -> Iterator[Source]:
 
 
 def _text_lines(path: Path) -> Iterator[Source]:
-    """A row with the key `text` for each line that is not blank."""
+    """A row with the key `text` per line that is not blank."""
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
@@ -125,11 +122,11 @@ def _json(path: Path) -> Iterator[Source]:
     try:
         value = decode(text)
     except Malformed as error:
-        # Many a `.json` file is JSON Lines: a whole object on its first line, and more behind it.
+        # Many `.json` files are JSON Lines: a complete object on the first line, followed by more.
         if error.end is not None and "\n" not in text[: error.end].strip():
             yield from _json_lines(path)
             return
-        hint = "Write a list of objects, or one object a line."
+        hint = "Write a list of objects, or one object per line."
         where = f"{path}:{error.line}" if error.line else str(path)
         raise DataError(error.message, where=where, hint=hint) from error
     if not isinstance(value, list):
@@ -174,14 +171,14 @@ def _hub(name: str, streaming: bool) -> Iterator[Source]:
     subset, split = (rest[0], rest[1]) if len(rest) > 1 else (None, rest[0] if rest else "train")
     with hub_errors(name, "data set", DataError):
         rows = load_dataset(repo, subset, split=split, streaming=streaming, trust_remote_code=False)
-        # With streaming, the hub is reached when the first row is read, or any later one.
+        # With streaming, any row can contact the hub.
         for number, fields in enumerate(rows, 1):
             yield _row(fields, f"{name}, row {number}")
 
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of row: the keys that it must have, and those that it may."""
+    """A format of rows: its required and optional keys."""
 
     name: str
     needed: tuple[str, ...]
@@ -199,12 +196,12 @@ CONDITION_KEYS = ("attribute", "strength")
 
 @dataclass(frozen=True)
 class Columns:
-    """What `--columns` says.
+    """`--columns`, parsed.
 
     Attributes:
-        content: key of a format -> column that stands for it; empty: rows are told by their keys.
-        attribute: column of the attribute, None where it is not named.
-        strength: column of the strength, None where it is not named.
+        content: key of a format -> column; empty: the format follows from the keys of the rows.
+        attribute: column of the attribute, None if not named.
+        strength: column of the strength, None if not named.
     """
 
     content: Mapping[str, str] = field(default_factory=dict)
@@ -216,7 +213,7 @@ def parse_columns(values: Sequence[str]) -> Columns:
     """`KEY=COLUMN[,KEY=COLUMN...]` of each value.
 
     Raises:
-        ConfigError: no such form, an unknown key, a key named twice, or keys that are no format's.
+        ConfigError: another form, an unknown key, a key named twice, or keys that do not form a format.
     """
     named: dict[str, str] = {}
     known = [key for kind in FORMATS for key in (*kind.needed, *kind.optional)] + list(CONDITION_KEYS)
@@ -239,22 +236,22 @@ def parse_columns(values: Sequence[str]) -> Columns:
 
 
 def _fits(kind: Format, keys: Iterable[str]) -> bool:
-    """These keys are exactly one format's."""
+    """Return True if these are the required and possibly optional keys of `kind`."""
     return set(kind.needed) <= set(keys) <= {*kind.needed, *kind.optional}
 
 
 class FormatReader:
-    """Tells what each row of one file is, and holds all of them to the same format."""
+    """Read the rows of one file, which must all have the same format."""
 
     def __init__(self, columns: Mapping[str, str] | None = None) -> None:
         self._columns = columns or {}
         self._seen: Format | None = None
 
     def read(self, row: Source) -> tuple[Format, dict[str, Any]]:
-        """Format of a row and the values of its keys, those that are missing left out.
+        """Format of a row and the values of its keys, without missing keys.
 
         Raises:
-            DataError: the keys fit no format, several, or another one than the rows before.
+            DataError: the keys fit no format, several formats, or another format than the rows before.
         """
         found = self._mapped(row) if self._columns else detect(row)
         kind, fields = found
@@ -274,16 +271,14 @@ class FormatReader:
 
 
 def detect(row: Source) -> tuple[Format, dict[str, Any]]:
-    """Format of a row by its keys, and their values.
-
-    Where files give every row every column, a column that is null says nothing.
+    """Format of a row by its keys, and their values; null columns are ignored, since some files have every column.
 
     Raises:
-        DataError: the keys fit no format, or several.
+        DataError: the keys fit no format, or several formats.
     """
     filled = {key for key, value in row.fields.items() if value is not None}
     fitting = [kind for kind in FORMATS if set(kind.needed) <= filled]
-    # A row of nulls alone still tells what it was meant to be, and its fault is named when it is read.
+    # A row of nulls: its keys determine the format, and reading a value reports the error.
     fitting = fitting or [kind for kind in FORMATS if set(kind.needed) <= set(row.fields)]
     if len(fitting) == 1:
         kind = fitting[0]
@@ -291,7 +286,7 @@ def detect(row: Source) -> tuple[Format, dict[str, Any]]:
     if fitting:
         message = f"the keys fit {len(fitting)} formats: {', '.join(kind.name for kind in fitting)}"
         example = ",".join(f"{key}={key}" for key in fitting[-1].needed)
-        raise DataError(message, where=row.where, hint=f"Say which one to use, such as --columns {example}.")
+        raise DataError(message, where=row.where, hint=f"Choose one, such as with --columns {example}.")
     raise DataError(
         f"the row has none of the needed fields (keys found: {_list(row.fields)})",
         where=row.where,
@@ -300,10 +295,10 @@ def detect(row: Source) -> tuple[Format, dict[str, Any]]:
 
 
 def text_of(fields: Mapping[str, Any], key: str, where: str) -> str:
-    """A value that must be text; an `input` that is missing or null is empty.
+    """A text value; a missing or null `input` is empty.
 
     Raises:
-        DataError: it is no text.
+        DataError: the value is not text.
     """
     value = fields.get(key)
     if value is None and key == "input":
@@ -314,7 +309,7 @@ def text_of(fields: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def parts(kind: Format, fields: Mapping[str, Any], where: str) -> tuple[str, str | None]:
-    """(prompt, completion) of a row that is no chat; the completion is None where the whole text is scored."""
+    """(prompt, completion) of a row that is not a chat; the completion is None if the whole text is scored."""
     if kind is TEXT:
         return text_of(fields, "text", where), None
     if kind is PAIR:
@@ -324,7 +319,7 @@ def parts(kind: Format, fields: Mapping[str, Any], where: str) -> tuple[str, str
 
 
 def instruction_prompt(instruction: str, context: str = "") -> str:
-    """The prompt that stands for an instruction row; the answer follows it."""
+    """Prompt of an instruction row, which the answer follows."""
     given = f"### Input:\n{context}\n\n" if context.strip() else ""
     return f"### Instruction:\n{instruction}\n\n{given}### Response:\n"
 
@@ -334,10 +329,10 @@ def _list(keys: Iterable[Any]) -> str:
 
 
 def read_texts(path: Path, *, field: str | None = None) -> list[str]:
-    """Texts of a plain file, one a line, or of the rows of a data file; blank ones are left out.
+    """Texts of a plain file, one per line, or of the rows of a data file, without blank texts.
 
     Args:
-        field: of the rows, the one that holds the text. None: rows of any format, prompt and completion as one text.
+        field: column of the text. None: rows of any format, prompt and completion as one text.
 
     Raises:
         DataError: missing, not UTF-8, a broken row, or no text in it.
@@ -345,24 +340,20 @@ def read_texts(path: Path, *, field: str | None = None) -> list[str]:
     if path.suffix.lower() in STRUCTURED:
         texts = [_text(row, field) for row in read_rows(str(path))]
     else:
-        texts = list(_lines(path))
+        hint = "Give UTF-8, one text per line."
+        check_regular(path, DataError, "Give a file with one text per line.")
+        try:
+            # Not `splitlines`, which also splits at form feeds and other characters.
+            texts = path.read_text(encoding="utf-8-sig").split("\n")
+        except UnicodeDecodeError as error:
+            raise DataError(f"not UTF-8 (byte {error.start})", where=str(path), hint=hint) from error
+        except OSError as error:
+            raise DataError(f"cannot read: {error.strerror or error}", where=str(path), hint=hint) from error
     texts = [text for text in texts if text.strip()]
     if not texts:
-        hint = "Give one text a line, or rows with `text`."
-        raise DataError("no text but blanks", where=str(path), hint=hint)
+        hint = "Give one text per line, or rows with `text`."
+        raise DataError("all texts are blank", where=str(path), hint=hint)
     return texts
-
-
-def _lines(path: Path) -> Iterator[str]:
-    hint = "Give UTF-8, one text a line."
-    check_regular(path, DataError, "Give a file with one text a line.")
-    try:
-        # Only line breaks end a text: `splitlines` would also split at form feeds and the like.
-        yield from path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 (byte {error.start})", where=str(path), hint=hint) from error
-    except OSError as error:
-        raise DataError(f"cannot read: {error.strerror or error}", where=str(path), hint=hint) from error
 
 
 def _text(row: Source, field: str | None) -> str:
@@ -370,7 +361,7 @@ def _text(row: Source, field: str | None) -> str:
         try:
             return "".join(filter(None, parts(*detect(row), row.where)))
         except DataError as error:
-            hint = "Rename the column with the text to `text`, or give a file with one text a line."
+            hint = "Rename the column with the text to `text`, or give a file with one text per line."
             raise DataError(error.message, where=error.where, hint=hint) from error
     text = row.fields.get(field)
     if not isinstance(text, str):

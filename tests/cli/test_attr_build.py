@@ -185,7 +185,7 @@ def test_another_base_is_refused_by_name(build, braces, model_dir, tmp_path):
         (["--pairs", "named.jsonl"], 2, "no row of `purple`"),
         (["--examples", "nowhere.txt"], 3, "no such file"),
         (["--examples", "nowhere.jsonl"], 3, "no such file"),
-        (["--examples", "empty.txt"], 3, "no text but blanks"),
+        (["--examples", "empty.txt"], 3, "all texts are blank"),
         (["--pooling", "min"], 2, "`min` is not one of"),
         (["--list", "--attributes", "nowhere"], 2, "no such folder"),
         (["--list", "--attributes", "broken"], 4, "no file of attributes"),

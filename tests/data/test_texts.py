@@ -30,7 +30,7 @@ def test_rows_of_a_data_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "no such file"), (b"\n \n", "no text but blanks"), (b"\xff\n", "not UTF-8")]
+    ("content", "message"), [(None, "no such file"), (b"\n \n", "all texts are blank"), (b"\xff\n", "not UTF-8")]
 )
 def test_files_without_texts(tmp_path, content, message):
     """A DataError that says what is wrong."""
