@@ -270,7 +270,7 @@ def _run(settings: Any, export: Any) -> dict[str, Any]:
 
 
 def _print_plan(settings: OutputSettings, export: Any) -> None:
-    """Print the settings and the size of the output, or why there is none."""
+    """Print the settings and the size of the output, or the reason of a refusal."""
     try:
         facts = export.describe()
     except ModelError as error:

@@ -37,7 +37,7 @@ SidePaths = dict[int, tuple[Tensor, Tensor]]
 
 
 class MergeRecord(TypedDict, total=False):
-    """What `braces merge --check` reads of `braces_merge.json`."""
+    """Entries of `braces_merge.json` that `braces merge --check` reads."""
 
     model: Name
     revision: Name | None
@@ -106,7 +106,7 @@ def _plan_facts(merge_plan: Plan) -> dict[str, Any]:
 
 
 def read_record(folder: Path) -> MergeRecord:
-    """Return the record in a merged checkpoint; empty if there is none.
+    """Return the record in a merged checkpoint; empty without a record.
 
     Raises:
         ModelError: not a checkpoint, or a damaged record.
@@ -227,7 +227,7 @@ def write_checkpoint(
     from safetensors.torch import save_file
 
     tensors = model.state_dict()
-    merge_plan.config.dtype = model.dtype  # type: ignore[assignment]
+    merge_plan.config.dtype = model.dtype
     dtypes = {}
     for name in merge_plan.shapes:
         # A new bias has the dtype of its weight.

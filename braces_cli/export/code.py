@@ -32,7 +32,7 @@ CODE_FILE = "modeling_braces.py"
 _SIDE_FILE = "model-braces.safetensors"
 _INDEX = "model.safetensors.index.json"
 _ONE_FILE = "model.safetensors"
-# New name of the base's weights if they are one file: loaders read an index only if there is no `model.safetensors`.
+# New name of a single file of base weights: loaders read an index only without a `model.safetensors`.
 _RENAMED = "model-base.safetensors"
 # Classes of the template for experts; a feed-forward module needs one line.
 _MIXINS = {"experts": "ExpertsSidePath", "sorted": "SortedExpertsSidePath"}

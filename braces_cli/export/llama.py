@@ -58,7 +58,7 @@ def as_llama(
 
 
 def _config_difference(model: Any, activation: Callable[[Tensor], Tensor], activation_name: str) -> str | None:
-    """What the config has that no Llama has; the comparison of small models on a short text may not show it."""
+    """Difference of the config from any Llama's, which small models on a short text may not show."""
     config = model.config
     if config.get_text_config() is not config:
         return "it takes more than text"
@@ -86,7 +86,7 @@ def _config_difference(model: Any, activation: Callable[[Tensor], Tensor], activ
 
 
 def _model_difference(model: Any) -> str | None:
-    """How a small model with the same class and settings differs from a Llama with its weights, or None."""
+    """Difference of a small model with the same class and settings from a Llama with its weights, or None."""
     from transformers import LlamaForCausalLM
 
     settings = {name: value for name, value in model.config.to_dict().items() if name not in _SMALL}

@@ -22,13 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from braces_cli.core.attributes.files import read_header
 from braces_cli.core.attributes.hooks import constants
-from braces_cli.core.attributes.pooling import default_layers
-from braces_cli.core.attributes.words import GRADIENT
-from braces_cli.core.config import parse_ranges
 from braces_cli.core.errors import BracesError, ConfigError, ModelError
-from braces_cli.core.files import check_output_file, output_lock, path_exists, write_atomic, write_json, write_tensors
+from braces_cli.core.files import check_output_file, output_lock, write_atomic, write_json, write_tensors
 from braces_cli.core.models.identity import differences
 from braces_cli.core.models.load import DTYPES
 from braces_cli.core.progress import Report, silent
@@ -106,14 +102,14 @@ class LoraExport(Export):
         return measured
 
     def describe(self) -> dict[str, Any]:
-        request, slots, d = self.request, self.slots, self.slots.fingerprint["hidden_size"]
-        paths: SidePaths = {}
-        if self.has_side_path and request.adapter is not None:
-            config = request.adapter.config
-            paths = {layer: (torch.empty(config.r, d), torch.empty(d, config.r)) for layer in config.layers}
-        names = [name for name, s in request.attributes.items() if s]
-        vectors = {layer: torch.empty(d) for name in names for layer in _steered_layers(name, request, slots)}
-        return lora_size(lora_pairs(paths, vectors, slots, self.first_slot), slots)
+        request, d = self.request, self.slots.fingerprint["hidden_size"]
+        if request.steers or request.adapter is None:
+            # The layers that an attribute steers are not known before it is found or built.
+            rank = request.adapter.config.r if self.has_side_path and request.adapter is not None else 0
+            return {"rank": rank + 1}
+        r = request.adapter.config.r
+        paths = {layer: (torch.empty(r, d), torch.empty(d, r)) for layer in request.adapter.config.layers}
+        return lora_size(lora_pairs(paths, {}, self.slots, self.first_slot), self.slots)
 
 
 def lora_export(request: Request, slots_dir: Path, combine: bool = False, first_slot: int = 0) -> LoraExport:
@@ -226,23 +222,6 @@ def lora_size(pairs: Pairs, slots: Slots) -> dict[str, Any]:
     count = sum(a.numel() + b.numel() for a, b in pairs.values())
     rank = max((len(a) for a, _ in pairs.values()), default=0)
     return {"rank": rank, "parameters": count, "bytes": count * DTYPES[slots.dtype].itemsize}
-
-
-def _steered_layers(name: str, request: Request, slots: Slots) -> list[int]:
-    """Decoder layers that an attribute steers, from its file's header; a built-in one is a steering vector."""
-    adapter = request.adapter
-    folders = (request.attributes_dir, None if adapter is None else adapter.folder)
-    files = [folder / f"{name}.safetensors" for folder in folders if folder is not None]
-    file = next(filter(path_exists, files), None)
-    details = read_header(file).details.get(name, {}) if file is not None else {}
-    is_steering_vector = details.get("provenance", {}).get("reduction") == GRADIENT if file is not None else True
-    if adapter is not None and file is None and name in adapter.config.attributes:
-        is_steering_vector = False
-    layers = sorted(slots.layers)
-    chosen = None if request.layers is None else parse_ranges(request.layers, layers[-1] + 1, "--layers")
-    if adapter is not None and not is_steering_vector:
-        return [layer for layer in adapter.config.layers if chosen is None or layer in chosen]
-    return details.get("steered_layers") or default_layers(layers) if chosen is None else chosen
 
 
 def write_folder(folder: Path, pairs: Pairs, slots: Slots, base: Path) -> None:

@@ -36,7 +36,7 @@ _COMMON: tuple[Activation, ...] = (functional.silu, functional.gelu, functional.
 _WORKING_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Relative rounding error of one product and one activation.
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-# Parts of the names of config fields that may set the width of the FFN while the field itself is None.
+# Words in the names of config fields that may set the width of the FFN even if their value is None.
 _WIDTH_WORDS = ("inner", "ffn", "intermediate")
 
 
@@ -47,7 +47,7 @@ def refuse(model: Any, reason: str, hint: str = ALTERNATIVES) -> ModelError:
 
 @dataclass(frozen=True)
 class Form:
-    """What the FFNs of a model compute between their projections.
+    """Computation of the FFNs of a model between their projections.
 
     Attributes:
         gated: w = act(gate(h)) * up(h); otherwise w = act(key(h)).
@@ -68,7 +68,7 @@ class Form:
 
     @property
     def constant_gate(self) -> tuple[float, float] | None:
-        """(c, act(c)), both powers of two in every working dtype; None if there is no such c.
+        """(c, act(c)), both powers of two in every working dtype; None without such a c.
 
         Multiplying by a power of two does not round, so what is divided by act(c) keeps all its digits.
         """
@@ -103,7 +103,7 @@ class Role:
 
 @dataclass(frozen=True)
 class Plan:
-    """How the checkpoint is written.
+    """Plan of the checkpoint.
 
     Attributes:
         case: `a`, `b` or `c` of the module's docstring.
@@ -137,7 +137,7 @@ def plain_ffns(model: Any, ffns: Sequence[FFN | MixtureFFN]) -> list[FFN]:
     """
     plain = [ffn for ffn in ffns if isinstance(ffn, FFN)]
     if len(plain) < len(ffns):
-        # No hint at control vectors: there are none for a mixture.
+        # Without the hint at control vectors, which a mixture cannot have.
         reason = "it mixes experts, and what an adapter adds there depends on the router"
         raise refuse(model, reason, hint=f"{CODE_EXPORT}.")
     widths = sorted({ffn.value_vectors for ffn in plain})
@@ -232,7 +232,7 @@ def plan(
         constant: one of the new neurons is a constant, which needs a bias of the projection that it reads.
 
     Raises:
-        ModelError: there is no exact way.
+        ModelError: an exact checkpoint is not possible.
     """
     if getattr(model.config, "auto_map", None):
         raise refuse(model, "it brings its own code, which a plain checkpoint cannot use")
@@ -271,7 +271,7 @@ def _llama_plan(model: Any, ffns: Sequence[FFN], form: Form, wider: int, gate: t
     """Plan case (b), for a gated model whose class has no biases to switch on."""
     from transformers import LlamaForCausalLM
 
-    why = "its gated FFN has no biases to switch on, and it is no Llama ({})"
+    why = "its gated FFN has no biases to switch on, and it is not a Llama ({})"
     width = ffns[0].value_vectors
     converted = as_llama(model, form.activation, form.name, width)
     if isinstance(converted, str):

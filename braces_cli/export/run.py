@@ -124,7 +124,7 @@ class Export(ABC):
             Facts to print and record, and more entries of the record.
 
         Raises:
-            ModelError: there is no exact way.
+            ModelError: an exact export is not possible.
         """
 
     def describe(self) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class Slots:
         activation: (c, act(c)) of the gate of every slot, or without gates of the constant.
         constant: neuron with the constant value act(c); None if the architecture has no bias for it.
         first: first neuron for side paths.
-        suffixes: endings of the names of all `reads` and all `writes` modules and of no others; None if there are none.
+        suffixes: endings of the names of all `reads` and all `writes` modules and of no others; None if these do not exist.
         layers: modules of each decoder layer with an FFN.
     """
 
@@ -100,7 +100,7 @@ def read_slots(folder: Path) -> Slots:
     """Return the record of a base with slots.
 
     Raises:
-        ModelError: there is none, or it is damaged or has another version.
+        ModelError: missing, damaged, or of another version.
     """
     path = folder / f"braces_{SlotsExport.name}.json"
     if not path_exists(path):
@@ -165,7 +165,7 @@ def plan_slots(model: Any, ffns: list[FFN], form: Form, count: int, pad_to_multi
         pad_to_multiple_of: the width is rounded up to a multiple of this.
 
     Raises:
-        ModelError: there is no exact way.
+        ModelError: slots are not possible.
     """
     rank = count if form.gated else -(-count // 2)
     activation = form.constant_gate

@@ -356,7 +356,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
         "",
         "*Slots*: a base with empty neurons has its own logits, and those of the adapter with an attribute at strength",
         "2 when these are added as LoRA files (`braces export slots`, `lora`). *Code*: so has a checkpoint with a",
-        "modelling file (`braces export code`), *by hooks* where the FFN is no module that it can subclass. Both",
+        "modelling file (`braces export code`), *by hooks* if the FFN is not a module that can be subclassed. Both",
         "within 1e-5.",
         "",
         "Written by the test that checks it, `python -m tests.core.invariants --write`; do not edit.",

@@ -1,4 +1,4 @@
-"""How a model type can be exported: the columns Merge, Slots and Code of recipes/docs/ARCHITECTURES.md."""
+"""Exports of a model type: the columns Merge, Slots and Code of recipes/docs/ARCHITECTURES.md."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def write_slotted(model: Any, folder: Path, tokens: torch.Tensor, count: int = 1
     """Write a bare base with slots and load it with plain transformers.
 
     Raises:
-        ModelError: there is no exact way.
+        ModelError: slots are not possible.
     """
     ffns = plain_ffns(model, find_ffns(model))
     slots_plan, slots = plan_slots(model, ffns, observed_form(model, ffns, tokens), count)
@@ -90,7 +90,7 @@ def export_columns(
 
 
 def merge_column(model: Any, attach: Any, logits_of: Any, folder: Path, tolerance: float) -> str:
-    """How an adapter merges into a type, `a`, `b` or `c` of `export.plan`, or the reason why not.
+    """Case of a merge, `a`, `b` or `c` of `export.plan`, or the reason of its refusal.
 
     Raises:
         AssertionError: the merged checkpoint gives other logits than the adapter.
@@ -117,7 +117,7 @@ def merge_column(model: Any, attach: Any, logits_of: Any, folder: Path, toleranc
 
 
 def slots_column(model: Any, attach: Any, logits_of: Any, folder: Path, tolerance: float) -> str:
-    """Whether a type takes slots and LoRA files, `yes`, `yes, without attributes`, or `no`.
+    """Support of slots and LoRA files: `yes`, `yes, without attributes`, or `no`.
 
     Raises:
         AssertionError: it gives other logits than base or adapter.
@@ -143,7 +143,7 @@ def slots_column(model: Any, attach: Any, logits_of: Any, folder: Path, toleranc
 
 
 def code_column(model: Any, attach: Any, logits_of: Any, folder: Path, tolerance: float) -> str:
-    """How a type is written with a modelling file: `yes`, `yes, by hooks` where an FFN has no module of its own.
+    """Export with a modelling file: `yes`, or `yes, by hooks` if the FFN is not a separate module.
 
     Raises:
         AssertionError: it gives other logits than the adapter.

@@ -227,23 +227,14 @@ def test_the_commands_write_verified_folders(
     assert "wrong" not in names(tmp_path)
 
 
-def test_a_dry_run_counts_parameters(
-    braces: Any, slots_dir: Path, adapter_dir: Path, session: Any, tmp_path: Path
-) -> None:
-    """A built-in attribute steers the first half of the layers, one of the reduction `mean` all adapted layers."""
-    slots = read_slots(slots_dir)
-    save_attributes(tmp_path / "attributes" / "mine.safetensors", [build_attribute(session, "mine", ["good"])])
-    mine = ("--attribute", "mine", "--attributes", tmp_path / "attributes")
-    one_layer = (1, 32 + slots.wider)
-    for options, expected in (
-        ((), (4, 2 * (2 * 4 * 32 + 2 * 4 * slots.wider))),
-        (("--attribute", "positive", "--layers", "1"), one_layer),
-        (("--attribute", "positive"), one_layer),
-        (mine, (1, 2 * (32 + slots.wider))),
-    ):
-        call = ("export", "lora", "--base", slots_dir, "--adapter", adapter_dir, "--dry-run", "--format", "json")
-        found = braces(*call, *options).json
-        assert (found["rank"], found["parameters"]) == expected
+def test_a_dry_run_counts_parameters(braces: Any, slots_dir: Path, adapter_dir: Path) -> None:
+    """The layers of an attribute are not known without the base, its rank is."""
+    wider = read_slots(slots_dir).wider
+    call = ("export", "lora", "--base", slots_dir, "--adapter", adapter_dir, "--dry-run", "--format", "json")
+    found = braces(*call).json
+    assert (found["rank"], found["parameters"]) == (4, 2 * (2 * 4 * 32 + 2 * 4 * wider))
+    assert braces(*call, "--attribute", "positive").json["rank"] == 1
+    assert braces(*call, "--attribute", "positive", "--combine").json["rank"] == 5
 
 
 def changed(slots_dir: Path, **changes: Any) -> Path:
@@ -263,7 +254,7 @@ def test_an_adapter_of_another_base_is_refused(slots_dir: Path, request_: Reques
 def test_another_base_than_that_of_the_slots_is_refused(
     slots_dir: Path, other_base: str, options: LoadOptions, tmp_path: Path
 ) -> None:
-    """For an attribute alone, there is no adapter to compare the base with."""
+    """An attribute alone cannot be compared with an adapter's base."""
     export = lora_export(Request(other_base, None, options, {"positive": 1.0}), slots_dir)
     with pytest.raises(ModelError, match="the base differs from that of the slots"):
         write_lora(export, tmp_path / "out")

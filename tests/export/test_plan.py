@@ -1,4 +1,4 @@
-"""Which models can be merged, how, and why others cannot."""
+"""Models that can be merged, and the reasons of refusals."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_merge_that_is_not_exact_is_refused(case: str) -> None:
     error = refusal(phi3(**overrides) if name == "phi3" else tiny_model(name, **overrides) if overrides else tiny(name))
     assert words in error.message
     assert "braces export code" in str(error.hint)
-    # There are no control vectors for a mixture.
+    # A mixture cannot have control vectors.
     assert ("control-vector" in str(error.hint)) == (name != "mixtral")
 
 
