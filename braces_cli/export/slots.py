@@ -58,7 +58,7 @@ class Slots:
         activation: (c, act(c)) of the gate of every slot, or without gates of the constant.
         constant: neuron with the constant value act(c); None if the architecture has no bias for it.
         first: first neuron for side paths.
-        suffixes: endings of the names of all `reads` and all `writes` modules and of no others; None if these do not exist.
+        suffixes: endings of the names of all `reads` and all `writes` modules and of no others, or None.
         layers: modules of each decoder layer with an FFN.
     """
 
