@@ -19,10 +19,11 @@ from typing import Any, overload
 
 from braces_cli.core.adapter.files import CONFIG_FILE
 from braces_cli.core.adapter.model import Session, open_session
+from braces_cli.core.attributes.build import build_attribute
 from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.attributes.options import AttributeSettings
-from braces_cli.core.attributes.vector import Attribute, build_attribute
+from braces_cli.core.attributes.vector import Attribute
 from braces_cli.core.attributes.words import clean_words
 from braces_cli.core.config import build, option
 from braces_cli.core.errors import ConfigError

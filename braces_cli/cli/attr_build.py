@@ -243,23 +243,23 @@ def builders(settings: AttributeBuildSettings) -> dict[str, Build]:
 def _from_pairs(settings: AttributeBuildSettings) -> dict[str, Build]:
     """Builders of --describe and --pairs."""
     from braces_cli.core.attributes.build import (
-        PairReading,
         attribute_from_descriptions,
         attribute_from_pairs,
         check_descriptions,
     )
     from braces_cli.data.dataset import read_pairs
 
-    def reading(session: Any) -> PairReading:
+    def details(session: Any) -> dict[str, Any]:
         layers = settings.layers if settings.layers == "auto" else _layers(session, settings.layers)
-        return PairReading(settings.reduction, settings.pooling, layers, settings.apply_chat_template)
+        chat = settings.apply_chat_template
+        return {"pooling": settings.pooling, "reduction": settings.reduction, "layers": layers, "chat": chat}
 
     if settings.pairs is None:
         name, one, other = _single(settings), settings.describe, settings.against
         check_descriptions(one, other)
         return {
             name: lambda session, report: attribute_from_descriptions(
-                session, name, one, other, reading(session), report
+                session, name, one, other, report, **details(session)
             )
         }
     found = read_pairs(settings.pairs)
@@ -277,7 +277,7 @@ def _from_pairs(settings: AttributeBuildSettings) -> dict[str, Build]:
         chosen = {name: found[name] for name in settings.attribute or known}
     return {
         name: lambda session, report, name=name, pairs=pairs: attribute_from_pairs(
-            session, name, pairs, reading(session), report
+            session, name, pairs, report, **details(session)
         )
         for name, pairs in chosen.items()
     }
@@ -285,7 +285,7 @@ def _from_pairs(settings: AttributeBuildSettings) -> dict[str, Build]:
 
 def _from_words(settings: AttributeBuildSettings, source: str | None) -> dict[str, Build]:
     """Builders of --words, --words-file, --examples and of built-in lists."""
-    from braces_cli.core.attributes.vector import attribute_from_texts, build_attribute, built_in_attribute
+    from braces_cli.core.attributes.build import attribute_from_texts, build_attribute, built_in_attribute
     from braces_cli.core.attributes.words import clean_words, read_words
 
     how = (settings.pooling, settings.reduction)
@@ -323,7 +323,7 @@ def _single(settings: AttributeBuildSettings) -> str:
 
 
 def _with_layers(build: Build, layers: str | None) -> Build:
-    """The same attribute, pushed in the layers that are named."""
+    """Return the attribute with a steering vector in the named layers."""
     if layers is None:
         return build
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from braces_cli.core.adapter.model import Session
 from braces_cli.core.attributes.build import description_pairs
 from braces_cli.core.attributes.directions import Pair, Passage, pair_states, reduce_pairs
-from braces_cli.core.attributes.pooling import STEERING_SHARE, residual_norms
-from braces_cli.core.attributes.vector import Attribute
+from braces_cli.core.attributes.pooling import residual_norms
+from braces_cli.core.attributes.vector import STEERING_SHARE, Attribute
 from braces_cli.core.attributes.words import OPPOSITES, REFERENCE, built_in
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.models.ffn import layer_stack

@@ -17,6 +17,7 @@ from lm_eval.api.registry import model_registry
 from lm_eval.models.huggingface import HFLM
 
 from braces_cli.core.adapter.model import base_name, open_session
+from braces_cli.core.attributes.files import check_attributes
 from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.attributes.options import strengths
@@ -72,6 +73,7 @@ class BracesLM(HFLM):
         self._contexts = ExitStack()
         self._contexts.enter_context(attached(session, eval_adapter))
         folder = None if attributes is None else user_path(attributes)
+        check_attributes(folder)
         terms = [
             (find_attribute(session, name, folder), float(value)) for name, value in zip(names, values, strict=True)
         ]

@@ -19,7 +19,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from braces_cli.core.adapter.model import Adapter
-from braces_cli.core.attributes.hooks import constants
+from braces_cli.core.attributes.hooks import layer_steering
 from braces_cli.core.errors import BracesError, ModelError
 from braces_cli.core.files import file_hint, path_exists, user_path, write_json
 from braces_cli.core.models.ffn import FFN, find_ffns
@@ -71,7 +71,7 @@ class MergeExport(Export):
         ffns = plain_ffns(model, session.ffns)
         assert session.adapter is not None
         rank, paths = session.adapter.rank, side_paths(session.adapter)
-        vectors = constants(session, opened.terms, opened.layers)
+        vectors = {each.layer: each.total[0] for each in layer_steering(session, opened.terms, opened.layers)}
         session.remove_adapter()
         form = observed_form(model, ffns, probe_tokens(session))
         merge_plan = plan(model, ffns, form, rank, self.pad_to_multiple_of, self.request.steers)

@@ -18,7 +18,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from braces_cli.core.adapter.model import Adapter
-from braces_cli.core.attributes.hooks import steered, steering_vectors
+from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.files import write_json, write_tensors, write_text
 from braces_cli.core.models.ffn import FFN, Experts, MixtureFFN
@@ -133,8 +133,9 @@ class CodeExport(Export):
         assert session.adapter is not None
         assert session.base.checkpoint is not None
         rank = session.adapter.rank
-        with steered(session, terms, layers):
-            sides = side_modules(session.adapter, steering_vectors(session, terms, layers))
+        with steered(session, terms, layers) as steering:
+            vectors = {each.layer: each.vector for each in steering if each.vector is not None}
+            sides = side_modules(session.adapter, vectors)
         session.remove_adapter()
         facts = write_checkpoint_with_code(folder, session.base.model, sides, session.base.checkpoint)
         copy_companions(session, folder)

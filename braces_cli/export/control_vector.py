@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from braces_cli.core.adapter.model import Session
-from braces_cli.core.attributes.hooks import constants
+from braces_cli.core.attributes.hooks import layer_steering
 from braces_cli.core.attributes.vector import Attribute
 from braces_cli.core.config import format_ranges
 from braces_cli.core.errors import ConfigError, ModelError
@@ -60,7 +60,7 @@ def export_control_vector(
             reason = f"the adapter's output in layer {ffn.layer} depends on the router"
             hint = "Steer with braces itself, or with a steering vector (attr-build without --reduction mean)."
             raise _refused(model, reason, hint)
-    vectors = constants(session, terms, layers)
+    vectors = {each.layer: each.total[0] for each in layer_steering(session, terms, layers)}
     if not vectors:
         hint = "Give an --attribute and an --s other than 0."
         raise ConfigError("nothing is steered", where="--attribute", hint=hint)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from braces_cli.core.attributes.hooks import constants
+from braces_cli.core.attributes.hooks import layer_steering
 from braces_cli.core.errors import BracesError, ConfigError, ModelError
 from braces_cli.core.files import check_output_file, output_lock, write_atomic, write_json, write_tensors
 from braces_cli.core.models.identity import differences
@@ -76,7 +76,7 @@ class LoraExport(Export):
         if words:
             what = f"the base differs from that of the slots ({'; '.join(words)})"
             raise ModelError(what, where="--model", hint=f"They were exported from {slots.model}.")
-        vectors = constants(session, opened.terms, opened.layers)
+        vectors = {each.layer: each.total[0] for each in layer_steering(session, opened.terms, opened.layers)}
         if opened.terms and not vectors:
             hint = "None of the layers in --layers can be steered."
             raise ConfigError("nothing is steered", where="--attribute", hint=hint)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from braces_cli.core.adapter.layer import RelevanceModule
 from braces_cli.core.adapter.model import Session
+from braces_cli.core.attributes.hooks import layer_steering
 from braces_cli.core.attributes.vector import Attribute
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.models.ffn import FFN
@@ -84,10 +85,10 @@ def _with_tokens(lens: LogitLens, rows: list[dict[str, Any]], top_k: int) -> lis
 
 def attribute_relevance(session: Session, attribute: Attribute, ffn: FFN) -> Tensor | None:
     """Relevance of every value vector of one layer, (d_ff,) in float32; None in layers without the adapter."""
-    row = attribute.layers.index(ffn.layer)
     values = ffn.value_matrix().detach()
     if session.adapter is None:
-        x = float(attribute.scale[row]) * attribute.steering_direction[row].to(values.device, torch.float64)
+        (steering,) = layer_steering(session, [(attribute, 1.0)], [ffn.layer])
+        x = steering.total[0].to(values.device, torch.float64)
         wide = values.double()
         gram = wide @ wide.mT
         # A small ridge, for value vectors that do not span the hidden space.
@@ -97,7 +98,7 @@ def attribute_relevance(session: Session, attribute: Attribute, ffn: FFN) -> Ten
     if module is None:
         return None
     with torch.no_grad():
-        hidden = session.adapter.states(attribute.state[row]).to(module.weight)
+        hidden = session.adapter.states(attribute.state[attribute.layers.index(ffn.layer)]).to(module.weight)
         return module.relevance_scores(hidden, values)
 
 

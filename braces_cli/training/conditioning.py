@@ -59,7 +59,7 @@ def gather_attributes(
         for name in sorted({*named, *stored})
     }
     for one, other in settings.pairs:
-        found[one], found[other] = opposite(session, found[one], found[other])
+        found[one], found[other] = opposite(found[one], found[other])
     return list(found.values())
 
 

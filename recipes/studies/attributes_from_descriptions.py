@@ -39,11 +39,10 @@ import torch
 from runs import Runs
 
 from braces_cli.core.adapter.model import Session, open_session
-from braces_cli.core.attributes.build import PairReading, attribute_from_descriptions, description_pairs
+from braces_cli.core.attributes.build import attribute_from_descriptions, build_attribute, description_pairs
 from braces_cli.core.attributes.directions import pair_states, reduce_pairs
 from braces_cli.core.attributes.hooks import steered
-from braces_cli.core.attributes.pooling import default_layers, steering_scale
-from braces_cli.core.attributes.vector import Attribute, build_attribute, opposite
+from braces_cli.core.attributes.vector import Attribute, opposite
 from braces_cli.core.options import LoadOptions, Sampling
 from braces_cli.core.render import figure, save_figure
 from braces_cli.evaluation.sweep import SweepPlan, continuation_nll, continuations
@@ -232,15 +231,14 @@ def build(session: Session, studied: Studied, method: str) -> Attribute:
     sides = [studied.describe], [studied.against]
     if method == "words":
         ends = [build_attribute(session, "x", words.split()) for words in (studied.words, studied.words_against)]
-        return opposite(session, *ends)[0]
-    reading = PairReading(None if method == "description" else "mean")
-    attribute = attribute_from_descriptions(session, "x", *sides, reading)
+        return opposite(*ends)[0]
+    reduction = None if method == "description" else "mean"
+    attribute = attribute_from_descriptions(session, "x", *sides, reduction=reduction)
     if method in ("description", "mean"):
         return attribute
     states = pair_states(session, description_pairs(*sides), captured="output")
     direction = reduce_pairs(states, "pca" if method == "pca" else "mean")
-    scale = steering_scale(attribute.residual, direction, default_layers(attribute.layers))
-    return replace(attribute, direction=direction, scale=scale)
+    return replace(attribute, direction=direction)
 
 
 def share(name: str, texts: Sequence[str]) -> float:

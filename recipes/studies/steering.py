@@ -40,7 +40,8 @@ from torch import Tensor, nn
 from braces_cli.core.adapter.model import Session, open_session
 from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute
-from braces_cli.core.attributes.pooling import STEERING_SHARE, default_layers, residual_norms
+from braces_cli.core.attributes.pooling import residual_norms
+from braces_cli.core.attributes.vector import STEERING_SHARE, default_layers
 from braces_cli.core.attributes.words import built_in
 from braces_cli.core.models.ffn import layer_stack
 from braces_cli.core.models.tokenize import encode

@@ -113,7 +113,8 @@ def test_pooling_is_stored_and_changes_the_state(build, tmp_path):
 
 def test_the_list_shows_folder_adapter_and_built_in(build, braces, session, adapter_dir, tmp_path):
     """In the order of looking, with words, base, fingerprint and statistics."""
-    from braces_cli.core.attributes.vector import build_attribute, save_attributes
+    from braces_cli.core.attributes.build import build_attribute
+    from braces_cli.core.attributes.vector import save_attributes
 
     build("calm", "--words", "quiet,gentle", "--pooling", "last")
     trained = [build_attribute(session, name, [name]) for name in ("good", "sad")]

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from braces_cli.cli.steer_settings import BASELINE_METHODS
+from braces_cli.core.attributes.build import attribute_from_texts
 from braces_cli.core.attributes.directions import pair_states
 from braces_cli.core.attributes.lookup import find_attribute
-from braces_cli.core.attributes.pooling import STEERING_SHARE
-from braces_cli.core.attributes.vector import attribute_from_texts
+from braces_cli.core.attributes.vector import STEERING_SHARE
 from braces_cli.core.errors import ConfigError
 from braces_cli.evaluation.baselines import baseline_methods, contrast_pairs
 from braces_cli.scoring.scorers import distinct
@@ -80,11 +80,11 @@ def test_prompting_puts_an_instruction_before_each_prompt(session, positive):
 
 
 def test_pairs_of_descriptions_are_built_from_the_attribute_file(session, tmp_path):
-    from braces_cli.core.attributes.build import PairReading, attribute_from_descriptions, description_pairs
+    from braces_cli.core.attributes.build import attribute_from_descriptions, description_pairs
     from braces_cli.core.attributes.vector import load_attributes, save_attributes
 
     sides = ["a cheerful person"], ["a gloomy person"]
-    built = attribute_from_descriptions(session, "cheerful", *sides, PairReading(reduction="mean"))
+    built = attribute_from_descriptions(session, "cheerful", *sides, reduction="mean")
     save_attributes(tmp_path / "cheerful.safetensors", [built])
     read = load_attributes(tmp_path / "cheerful.safetensors", session)["cheerful"]
     assert contrast_pairs(read) == description_pairs(*sides)

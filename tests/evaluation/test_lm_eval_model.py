@@ -14,9 +14,10 @@ import torch
 from lm_eval.api.registry import get_model
 
 from braces_cli.core.adapter.model import open_session
+from braces_cli.core.attributes.build import build_attribute
 from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute
-from braces_cli.core.attributes.vector import build_attribute, save_attributes
+from braces_cli.core.attributes.vector import save_attributes
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.options import LoadOptions
 from braces_cli.evaluation import lm_eval_model

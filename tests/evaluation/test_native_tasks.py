@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from braces_cli.core.adapter.model import Session
+from braces_cli.core.attributes.build import build_attribute
 from braces_cli.core.attributes.directions import area
 from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute
-from braces_cli.core.attributes.vector import build_attribute
 from braces_cli.core.distributed import Processes
 from braces_cli.core.errors import ConfigError, DataError
 from braces_cli.core.models.load import load_base

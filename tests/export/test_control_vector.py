@@ -12,8 +12,9 @@ import torch
 
 from braces_cli.core.adapter.files import find_adapter
 from braces_cli.core.adapter.model import Session
+from braces_cli.core.attributes.build import build_attribute
 from braces_cli.core.attributes.hooks import steered
-from braces_cli.core.attributes.vector import build_attribute, with_steered_layers
+from braces_cli.core.attributes.vector import with_steered_layers
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.models.ffn import layer_stack
 from braces_cli.core.models.load import Base

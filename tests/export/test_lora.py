@@ -12,9 +12,10 @@ import torch
 
 from braces_cli.core.adapter.files import AdapterConfig, find_adapter
 from braces_cli.core.adapter.model import attach, attached, open_session
-from braces_cli.core.attributes.hooks import constants, steered
+from braces_cli.core.attributes.build import build_attribute
+from braces_cli.core.attributes.hooks import layer_steering, steered
 from braces_cli.core.attributes.lookup import find_attribute
-from braces_cli.core.attributes.vector import build_attribute, save_attributes
+from braces_cli.core.attributes.vector import save_attributes
 from braces_cli.core.errors import BracesError, ConfigError, ModelError
 from braces_cli.core.options import LoadOptions
 from braces_cli.export.checkpoint import side_paths
@@ -115,7 +116,8 @@ def test_real_models_with_slots(name: str, tmp_path: Path, request: pytest.Fixtu
             attribute = attribute or find_attribute(session, "positive", None)
             pairs = [lora_pairs(side_paths(adapter), {}, slots)]
             if index == 0:
-                pairs.append(lora_pairs({}, constants(session, [(attribute, 1.0)]), slots))
+                vectors = {each.layer: each.total[0] for each in layer_steering(session, [(attribute, 1.0)])}
+                pairs.append(lora_pairs({}, vectors, slots))
         for each in pairs:
             folders.append(tmp_path / f"lora{len(folders)}")
             folders[-1].mkdir()

@@ -10,7 +10,7 @@ import torch
 from braces_cli.core.adapter.files import find_adapter
 from braces_cli.core.adapter.reference import relevance_ref
 from braces_cli.core.attributes.lookup import find_attribute
-from braces_cli.core.attributes.pooling import STEERING_SHARE
+from braces_cli.core.attributes.vector import STEERING_SHARE
 from braces_cli.inspection import vocabulary
 from braces_cli.inspection.maps import Concept, best_first
 from braces_cli.inspection.search import attribute_relevance, top_vectors_for_attribute, top_vectors_for_concept

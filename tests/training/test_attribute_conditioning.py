@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from braces_cli.core.adapter.layer import WIDTH
 from braces_cli.core.adapter.model import attach, open_session
 from braces_cli.core.adapter.reference import reference
-from braces_cli.core.attributes.hooks import constants, steered, steering_vectors
+from braces_cli.core.attributes.build import build_attribute
+from braces_cli.core.attributes.hooks import layer_steering, steered
 from braces_cli.core.attributes.lookup import find_attribute
-from braces_cli.core.attributes.vector import build_attribute, opposite
+from braces_cli.core.attributes.vector import opposite
 from braces_cli.core.errors import ConfigError, DataError
 from braces_cli.core.options import LoadOptions
 from braces_cli.data.dataset import Condition, Fields, condition
@@ -63,7 +64,7 @@ def test_rows_that_say_something_else_are_bad_data(fields, message):
 def test_opposites_are_the_two_ends_of_one_axis(session):
     """p = (A - B) / 2 and minus that; whatever else is loaded."""
     good, bad = (build_attribute(session, name, [name]) for name in ("good", "sad"))
-    one, other = opposite(session, good, bad)
+    one, other = opposite(good, bad)
     assert torch.allclose(one.state, (good.hidden - bad.hidden) / 2, atol=1e-6)
     assert torch.allclose(one.state, -other.state, atol=1e-6)
 
@@ -175,9 +176,8 @@ def test_an_attribute_of_a_file_goes_through_the_adapter_that_was_trained_with_i
     session = open_session(None, str(tmp_path / "out"), LoadOptions(device="cpu"))
     trained, file = (find_attribute(session, "positive", folder) for folder in (None, tmp_path / "a"))
     assert torch.equal(trained.state, file.state)
-    assert steering_vectors(session, [(trained, 2.0)]) == {}
-    assert list(constants(session, [(trained, 2.0)])) == [0, 1]
-    assert list(steering_vectors(session, [(file, 2.0)])) == [0]
+    assert [(each.layer, each.vector) for each in layer_steering(session, [(trained, 2.0)])] == [(0, None), (1, None)]
+    assert [(each.layer, each.shift) for each in layer_steering(session, [(file, 2.0)])] == [(0, None)]
 
 
 def test_opposites_stay_opposites_whatever_the_mlp_learns(session):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from braces_cli.core.adapter.model import attach
-from braces_cli.core.attributes.vector import build_attribute
+from braces_cli.core.attributes.build import build_attribute
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.models.tokenize import IGNORED, Encoded
 from braces_cli.data.dataset import Condition, Example

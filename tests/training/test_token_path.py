@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from braces_cli.core.adapter.files import find_adapter, read_config
 from braces_cli.core.adapter.model import attach, attach_stored
 from braces_cli.core.adapter.reference import reference
+from braces_cli.core.attributes.build import build_attribute
 from braces_cli.core.attributes.hooks import steered
-from braces_cli.core.attributes.vector import build_attribute
 from braces_cli.core.errors import ModelError
 from braces_cli.core.models.tokenize import Encoded
 from braces_cli.training.report import side_path_shares

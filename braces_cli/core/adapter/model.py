@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,7 @@ class Adapter:
         for _, adapter_layer in self.adapted_ffns:
             adapter_layer.cache_gram(False)
 
-    @contextlib.contextmanager
+    @contextmanager
     def disabled(self) -> Iterator[nn.Module]:
         """The base model without the adapter, bit-identical, inside the `with` block."""
         before = [adapter_layer.enabled for _, adapter_layer in self.adapted_ffns]
@@ -301,6 +301,12 @@ class Session:
             logger.warning("%s: trained with another %s than the base has now", stored.name, part.replace("_", " "))
         return self.adapter
 
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """Disable the adapter, if there is one, inside the `with` block."""
+        with nullcontext() if self.adapter is None else self.adapter.disabled():
+            yield
+
     def remove_adapter(self) -> None:
         """Detach the adapter, if there is one."""
         if self.adapter is not None:
@@ -308,7 +314,7 @@ class Session:
         self.adapter = self.stored = None
 
 
-@contextlib.contextmanager
+@contextmanager
 def attached(session: Session, stored: StoredAdapter) -> Iterator[Adapter]:
     """A stored adapter on the session's base inside the `with` block."""
     try:

@@ -1,39 +1,47 @@
-"""Two descriptions -> pairs of passages: the same beginnings of sentences behind prompts that hold one or the other.
+"""Build attributes of a base from words, texts, descriptions or pairs of texts; an attached adapter has no effect.
 
-What is pooled over are the beginnings alone. They are the same on both sides, so what differs in their states is what
-the description in front has made of them.
+    source          p                                                  reference
+    words, texts    pooled(words) - pooled(reference)                  neutral words or texts, because the pooled states
+                                                                       of all words share most of their direction
+    opposite lists  (pooled(one) - pooled(other)) / 2                  the middle of the two lists
+    pairs           from the middle of the two sides to the positive   the middle
+                    one, by one of REDUCTIONS
 
-Contrasting pairs -> an attribute, with the layers that it pushes.
+Descriptions are pairs: the same beginnings of sentences, after prompts that contain one description or the other. The
+direction of the steering vector is p, or the gradient of the attribute's log odds (`core.attributes.directions`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from importlib import resources
+from dataclasses import replace
 from typing import Any
+
+from torch import Tensor
 
 from braces_cli.core.adapter.model import Session
 from braces_cli.core.attributes.directions import (
     Item,
     Pair,
     Passage,
+    cheapest_directions,
     default_reduction,
     description_items,
     pair_states,
     reduce_pairs,
     separation,
     text_items,
+    word_items,
 )
-from braces_cli.core.attributes.pooling import default_layers, output_norms, steering_scale
-from braces_cli.core.attributes.vector import Attribute, check_numbers, with_gradient_direction, with_steered_layers
-from braces_cli.core.attributes.words import GRADIENT
+from braces_cli.core.attributes.pooling import output_norms, pool_texts, pool_words
+from braces_cli.core.attributes.vector import Attribute, check_numbers, default_layers, opposite, with_steered_layers
+from braces_cli.core.attributes.words import GRADIENT, OPPOSITES, REFERENCE, built_in, neutral_texts, stems
 from braces_cli.core.errors import ConfigError, DataError
 from braces_cli.core.models.tokenize import has_template
 from braces_cli.core.models.weights import OVERFLOW_HINT
 from braces_cli.core.progress import Report, silent
 
-# `{}` is the description: of somebody, or of a text.
+# `{}` is the description of a person or a text.
 PLAIN_TEMPLATES = (
     "Imagine {}.",
     "This is {}.",
@@ -42,7 +50,7 @@ PLAIN_TEMPLATES = (
     "Here we have {}:",
     "Once more, {}.",
 )
-# For models with a chat template: what the user says.
+# User turns, for models with a chat template.
 CHAT_TEMPLATES = (
     "Write a few sentences in the way of {}.",
     "Imagine {}. Then say something.",
@@ -51,78 +59,79 @@ CHAT_TEMPLATES = (
     "Let your answer come from {}.",
     "Here is what I want to read: {}.",
 )
-# The same request without any description.
+# The same request without a description.
 CHAT_WITHOUT_DESCRIPTION = "Write a few sentences."
-
-
-def stems() -> list[str]:
-    """Beginnings of sentences that come with braces, of no mood or topic."""
-    file = resources.files("braces_cli.assets") / "prompts" / "stems.txt"
-    return file.read_text(encoding="utf-8").splitlines()
-
-
-def check_descriptions(describe: Sequence[str], against: Sequence[str]) -> None:
-    """Refuse descriptions that do not go together.
-
-    Raises:
-        ConfigError: none, a blank one, or not as many on either side.
-    """
-    where = "--describe, --against"
-    if len(describe) != len(against) or not describe:
-        hint = 'Such as --describe "a cheerful person" --against "a gloomy person".'
-        what = f"{len(describe)} descriptions against {len(against)}"
-        raise ConfigError(what, where=where, hint=hint)
-    if not all(text.strip() for text in (*describe, *against)):
-        raise ConfigError("a description is blank", where=where, hint="Describe somebody, or a text.")
-
-
-def description_pairs(describe: Sequence[str], against: Sequence[str], chat: bool = False) -> list[Pair]:
-    """A pair for each stem, template and pair of descriptions.
-
-    Args:
-        describe: descriptions of the positive side; the k-th belongs to the k-th of `against`.
-        chat: the templates of a chat, through the tokenizer's chat template.
-
-    Raises:
-        ConfigError: as `check_descriptions`.
-    """
-    check_descriptions(describe, against)
-    templates = CHAT_TEMPLATES if chat else PLAIN_TEMPLATES
-
-    def passage(stem: str, template: str, description: str) -> Passage:
-        # In a chat the answer begins with the text; behind a plain prompt a space sets it off.
-        return Passage(stem if chat else f" {stem}", template.format(description.strip()), chat)
-
-    # Stems outermost: every other pair, which is how pairs are halved, then has every stem with half of the templates.
-    return [
-        Pair(passage(stem, template, one), passage(stem, template, other))
-        for stem in stems()
-        for template in templates
-        for one, other in zip(describe, against, strict=True)
-    ]
-
-
-# Pairs that both halves of a held-out measurement need.
+# Both halves of a held-out measurement need two pairs.
 _FEWEST = 4
 
 
-@dataclass(frozen=True)
-class PairReading:
-    """How pairs become an attribute.
+def build_attribute(
+    session: Session,
+    name: str,
+    words: Sequence[str],
+    report: Report = silent,
+    pooling: str = "mean",
+    reduction: str | None = "mean",
+) -> Attribute:
+    """Build an attribute from words.
 
-    Attributes:
-        reduction: one of `word_lists.REDUCTIONS`, or `word_lists.GRADIENT`; None is the latter, where the model lets
-            gradients through.
-        pooling: over the tokens of each text, one of `word_lists.POOLINGS`.
-        layers: decoder layers that are pushed without training; "auto" chooses those that separate held-out pairs best,
-            None means the default ones.
-        chat: prompts are a user's turns of a chat; None means where the tokenizer has a chat template.
+    Args:
+        pooling: over the tokens of each word, one of `POOLINGS`.
+        reduction: direction of the steering vector: "mean" is p; None is "gradient" unless the model is offloaded.
+
+    Raises:
+        ModelError: states that are not finite.
     """
+    neutral = built_in()[REFERENCE]
+    attribute = _attribute(
+        session,
+        name,
+        pool_words(session, words, report, pooling),
+        pool_words(session, neutral, pooling=pooling),
+        pooling,
+        words=list(words),
+    )
+    if (reduction or default_reduction(session)) == GRADIENT:
+        return with_gradient_direction(session, attribute, word_items(session, words, neutral), report)
+    return attribute
 
-    reduction: str | None = None
-    pooling: str = "mean"
-    layers: Sequence[int] | str | None = None
-    chat: bool | None = None
+
+def built_in_attribute(
+    session: Session, name: str, report: Report = silent, pooling: str = "mean", reduction: str | None = "mean"
+) -> Attribute:
+    """Build the attribute of a built-in word list, against the opposite list if there is one; see `build_attribute`."""
+    lists = built_in()
+    if name not in OPPOSITES:
+        return build_attribute(session, name, lists[name], report, pooling, reduction)
+    one, other = (build_attribute(session, each, lists[each], report, pooling) for each in (name, OPPOSITES[name]))
+    attribute = opposite(one, other)[0]
+    if (reduction or default_reduction(session)) == GRADIENT:
+        return with_gradient_direction(session, attribute, word_items(session, one.words, other.words), report)
+    return attribute
+
+
+def attribute_from_texts(
+    session: Session,
+    name: str,
+    texts: Sequence[str],
+    report: Report = silent,
+    pooling: str = "mean",
+    reduction: str | None = "mean",
+) -> Attribute:
+    """Build an attribute from texts, against the neutral texts; see `build_attribute`."""
+    neutral = neutral_texts()
+    attribute = _attribute(
+        session,
+        name,
+        pool_texts(session, texts, report, pooling),
+        pool_texts(session, neutral, pooling=pooling),
+        pooling,
+        examples=len(texts),
+    )
+    if (reduction or default_reduction(session)) == GRADIENT:
+        items = text_items(session, *([Passage(text) for text in side] for side in (texts, neutral)))
+        return with_gradient_direction(session, attribute, items, report)
+    return attribute
 
 
 def attribute_from_descriptions(
@@ -130,108 +139,172 @@ def attribute_from_descriptions(
     name: str,
     describe: Sequence[str],
     against: Sequence[str],
-    reading: PairReading | None = None,
     report: Report = silent,
+    *,
+    pooling: str = "mean",
+    reduction: str | None = None,
+    layers: Sequence[int] | str | None = None,
+    chat: bool | None = None,
 ) -> Attribute:
-    """An attribute of what descriptions in front of the same texts make of them.
+    """Build an attribute from descriptions of its two sides; see `attribute_from_pairs`.
 
     Args:
-        describe: of the positive side; the k-th belongs to the k-th of `against`.
-
-    Raises:
-        ConfigError: not as many descriptions on either side, or a chat without a template.
+        describe: descriptions of the positive side; the k-th belongs to the k-th of `against`.
+        against: descriptions of the negative side.
     """
-    reading = reading or PairReading()
-    pairs = description_pairs(describe, against, _chat(session, reading.chat))
-    attribute = _from_pairs(session, name, pairs, reading, report)
+    pairs = description_pairs(describe, against, _uses_chat(session, chat))
+    attribute = _from_pairs(session, name, pairs, report, pooling, reduction, layers)
     return replace(attribute, provenance={**attribute.provenance, "describe": list(describe), "against": list(against)})
 
 
 def attribute_from_pairs(
-    session: Session, name: str, pairs: Sequence[Pair], reading: PairReading | None = None, report: Report = silent
+    session: Session,
+    name: str,
+    pairs: Sequence[Pair],
+    report: Report = silent,
+    *,
+    pooling: str = "mean",
+    reduction: str | None = None,
+    layers: Sequence[int] | str | None = None,
+    chat: bool | None = None,
 ) -> Attribute:
-    """An attribute from pairs of texts, or of prompts and completions; only texts and completions are pooled over.
+    """Build an attribute from pairs of texts, or of prompts and completions; prompts are not pooled.
+
+    Args:
+        pooling: over the tokens of each text, one of `POOLINGS`.
+        reduction: one of `REDUCTIONS`, or "gradient"; None is the latter unless the model is offloaded.
+        layers: decoder layers of the steering vector; "auto" chooses those that separate held-out pairs best.
+        chat: prompts are user turns; None: if the tokenizer has a chat template.
 
     Raises:
-        ConfigError: a chat without a template.
-        DataError: no pair, or too few to choose layers by.
+        ConfigError: `chat` without a chat template.
+        DataError: too few pairs to choose layers.
     """
-    reading = reading or PairReading()
-    chat = _chat(session, reading.chat)
-    sides = [(_in_chat(pair.positive, chat), _in_chat(pair.negative, chat)) for pair in pairs]
-    return _from_pairs(session, name, [Pair(*both) for both in sides], reading, report)
+    use_chat = _uses_chat(session, chat)
+    # Texts without a prompt are not answers, so the chat template does not apply to them.
+    sides = [[replace(side, chat=use_chat and bool(side.prompt)) for side in (p.positive, p.negative)] for p in pairs]
+    return _from_pairs(session, name, [Pair(*both) for both in sides], report, pooling, reduction, layers)
 
 
-def _chat(session: Session, requested: bool | None) -> bool:
-    """Whether prompts go through the chat template."""
-    there = has_template(session.base.tokenizer)
-    if requested and not there:
+def description_pairs(describe: Sequence[str], against: Sequence[str], chat: bool = False) -> list[Pair]:
+    """Return a pair of passages for each stem, template and pair of descriptions.
+
+    Args:
+        describe: descriptions of the positive side; the k-th belongs to the k-th of `against`.
+        against: descriptions of the negative side.
+        chat: templates that are user turns of a chat.
+    """
+
+    def passage(stem: str, template: str, description: str) -> Passage:
+        # In a chat the answer starts with the stem; after a plain prompt a space separates them.
+        return Passage(stem if chat else f" {stem}", template.format(description.strip()), chat)
+
+    # Stems in the outer loop: the even and the odd pairs (`separation`) then both have every stem.
+    return [
+        Pair(passage(stem, template, one), passage(stem, template, other))
+        for stem in stems()
+        for template in (CHAT_TEMPLATES if chat else PLAIN_TEMPLATES)
+        for one, other in zip(describe, against, strict=True)
+    ]
+
+
+def check_descriptions(describe: Sequence[str], against: Sequence[str]) -> None:
+    """Refuse descriptions that do not form pairs.
+
+    Raises:
+        ConfigError: no description, a blank one, or different numbers on the two sides.
+    """
+    where = "--describe, --against"
+    if len(describe) != len(against) or not describe:
+        hint = 'Such as --describe "a cheerful person" --against "a gloomy person".'
+        what = f"{len(describe)} descriptions against {len(against)}"
+        raise ConfigError(what, where=where, hint=hint)
+    if not all(text.strip() for text in (*describe, *against)):
+        raise ConfigError("a description is blank", where=where, hint="Describe a person or a text.")
+
+
+def best_layers(layers: Sequence[int], effects: Sequence[float]) -> list[int]:
+    """Return as many layers as there are default ones, those with the largest effects, in order."""
+    order = sorted(range(len(layers)), key=lambda row: (-effects[row], row))
+    return sorted(layers[row] for row in order[: len(default_layers(layers))])
+
+
+def with_gradient_direction(session: Session, attribute: Attribute, items: Sequence[Item], report: Report) -> Attribute:
+    """Return the attribute with the gradient of the odds of `items` as the direction of its steering vector.
+
+    Raises:
+        ModelError: the model has layers without gradients.
+    """
+    direction = cheapest_directions(session, items, report)
+    return replace(attribute, direction=direction, provenance={**attribute.provenance, "reduction": GRADIENT})
+
+
+def _uses_chat(session: Session, requested: bool | None) -> bool:
+    """Return true if prompts are user turns of a chat."""
+    available = has_template(session.base.tokenizer)
+    if requested and not available:
         hint = "Leave it out, or use a model that was tuned on chats."
         raise ConfigError("the tokenizer has no chat template", where="--apply-chat-template", hint=hint)
-    return there if requested is None else requested
+    return available if requested is None else requested
 
 
-def _in_chat(passage: Passage, chat: bool) -> Passage:
-    """A text without a prompt answers nothing, so it stays outside of any chat."""
-    return replace(passage, chat=chat and bool(passage.prompt))
-
-
-def _from_pairs(session: Session, name: str, pairs: Sequence[Pair], reading: PairReading, report: Report) -> Attribute:
-    states = pair_states(session, pairs, pooling=reading.pooling, report=report)
-    # Where the push goes another way, the state is still the difference of means.
-    requested = reading.reduction or default_reduction(session)
-    by_gradient, reduction = requested == GRADIENT, "mean" if requested == GRADIENT else requested
-    direction, middle = reduce_pairs(states, reduction), states.middle
-    layers = [ffn.layer for ffn in session.ffns]
+def _from_pairs(
+    session: Session,
+    name: str,
+    pairs: Sequence[Pair],
+    report: Report,
+    pooling: str,
+    reduction: str | None,
+    layers: Sequence[int] | str | None,
+) -> Attribute:
+    states = pair_states(session, pairs, pooling=pooling, report=report)
+    requested = reduction or default_reduction(session)
+    # With the gradient as direction, p is the difference of means.
+    reduced_by = "mean" if requested == GRADIENT else requested
+    direction, middle = reduce_pairs(states, reduced_by), states.middle
     provenance: dict[str, Any] = {
         "pairs": len(pairs),
-        "reduction": reduction,
+        "reduction": reduced_by,
         "chat_template": any(pair.positive.chat for pair in pairs),
     }
     if len(pairs) >= _FEWEST:
-        provenance["separation"] = separation(states, reduction)
-    residual = output_norms(session)
-    attribute = Attribute(
-        name,
-        [],
-        middle + direction,
-        middle,
-        residual,
-        steering_scale(residual, direction, default_layers(layers)),
-        layers,
-        session.base.fingerprint,
-        session.base.name,
-        reading.pooling,
-        2 * len(pairs),
-        provenance=provenance,
+        provenance["separation"] = separation(states, reduced_by)
+    attribute = _attribute(
+        session, name, middle + direction, middle, pooling, examples=2 * len(pairs), provenance=provenance
     )
-    check_numbers(attribute, name, OVERFLOW_HINT)
-    attribute = with_steered_layers(attribute, _steered_layers(attribute, reading.layers))
-    return with_gradient_direction(session, attribute, _items(session, pairs), report) if by_gradient else attribute
-
-
-def _items(session: Session, pairs: Sequence[Pair]) -> list[Item]:
-    """What should be likelier: the texts of one side, or, of texts that both sides share, what their prompts make of
-    them.
-    """
+    if layers == "auto":
+        if "separation" not in provenance:
+            what = f"{len(pairs)} pairs are too few to choose layers"
+            raise DataError(what, where="--layers auto", hint="Give more pairs, or name the layers.")
+        layers = best_layers(attribute.layers, [row["effect"] for row in provenance["separation"]])
+    assert not isinstance(layers, str)
+    attribute = with_steered_layers(attribute, layers)
+    if requested != GRADIENT:
+        return attribute
+    # Evidence: the texts of a side, or, for texts that both sides share, the effect of their prompts.
     shared = [pair for pair in pairs if pair.positive.text == pair.negative.text]
     others = [pair for pair in pairs if pair.positive.text != pair.negative.text]
     before = CHAT_WITHOUT_DESCRIPTION if any(pair.positive.chat for pair in shared) else ""
     items = description_items(session, shared, before)
-    return items + text_items(session, [pair.positive for pair in others], [pair.negative for pair in others])
+    items += text_items(session, [pair.positive for pair in others], [pair.negative for pair in others])
+    return with_gradient_direction(session, attribute, items, report)
 
 
-def _steered_layers(attribute: Attribute, requested: Sequence[int] | str | None) -> Sequence[int] | None:
-    """The layers that are pushed without training; None means the default ones."""
-    if not isinstance(requested, str):
-        return requested
-    if "separation" not in attribute.provenance:
-        what = f"{attribute.provenance['pairs']} pairs are too few to choose layers by"
-        raise DataError(what, where="--layers auto", hint="Give more pairs, or name the layers.")
-    return best_layers(attribute.layers, [row["effect"] for row in attribute.provenance["separation"]])
-
-
-def best_layers(layers: Sequence[int], effects: Sequence[float]) -> list[int]:
-    """As many layers as are pushed by default, those that separate held-out pairs best, in order."""
-    order = sorted(range(len(layers)), key=lambda row: (-effects[row], row))
-    return sorted(layers[row] for row in order[: len(default_layers(layers))])
+def _attribute(
+    session: Session, name: str, hidden: Tensor, reference: Tensor, pooling: str, **details: Any
+) -> Attribute:
+    """Return an attribute of the session's base with these pooled states, (layers, d) each."""
+    fields: dict[str, Any] = {"words": [], **details}
+    attribute = Attribute(
+        name=name,
+        hidden=hidden,
+        reference=reference,
+        residual=output_norms(session),
+        layers=[ffn.layer for ffn in session.ffns],
+        fingerprint=session.base.fingerprint,
+        base=session.base.name,
+        pooling=pooling,
+        **fields,
+    )
+    check_numbers(attribute, name, OVERFLOW_HINT)
+    return attribute

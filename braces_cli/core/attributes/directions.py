@@ -1,35 +1,33 @@
-"""Pairs of texts that differ in one attribute -> hidden states of each side -> the direction from one to the other.
+"""Directions of attributes at every layer, from pairs of texts or from gradients; nothing is trained.
+
+Pairs: texts that differ in one attribute.
 
     positive, negative (layers, n, d)    states of each pair's passages, pooled over the tokens of their texts
     direction (layers, d)                from the middle of the two sides to the positive one, by one of REDUCTIONS
 
-Whatever the reduction, a direction is as long as half the difference of the two means, so that it means the same:
-adding it to the middle gives the positive side, taking it off the negative one.
+With every reduction, a direction has half the length of the difference of the two means: the middle plus the direction
+is the positive side.
 
-Directions by gradient: what constant, added to every token of a layer, moves the odds of an attribute at least cost.
+Gradients: the constant, added to every token of a layer, that raises the odds of an attribute at the smallest cost.
 
-    log p_v(.)   of the model with v added to what the FFN of one layer writes; v = 0 is the bare model
-    g            d/dv sum_t sum_w c_tw log p_v(w | tokens up to t), where c says which tokens speak for the attribute
-    F            mean of u u^T, u = d/dv log p_v(w) of next tokens w that the model itself draws (Fisher information):
-                 how much a small v changes what the model says
+    log p_v(.)   of the model with v added to the FFN output of one layer; v = 0 is the bare model
+    g            d/dv sum_t sum_w c_tw log p_v(w | tokens up to t); c is the weight of next token w as evidence
+    F            mean of u u^T, u = d/dv log p_v(w) of next tokens w drawn from the model (Fisher information)
     direction    (F + r I)^-1 g, r = RIDGE times the mean of F's diagonal
 
-Of all small v that change the model's next tokens equally, that direction raises the odds most. A difference of means
-knows nothing of what it changes besides. All is computed at v = 0, from one backward pass a text: nothing is trained.
+Of all small v that change the model's next tokens equally, this direction raises the odds most; a difference of means
+ignores this change. All gradients are at v = 0, from one backward pass per text.
 
 Letters: T tokens, V vocabulary, d model width.
-
-Items: next tokens after neutral prompts, texts, or the continuations that a description makes likely.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib import resources
 from typing import Any
 
 import torch
@@ -37,22 +35,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from braces_cli.core.adapter.model import Session
-from braces_cli.core.attributes.pooling import Row, Watch, input_watches, output_watches, pooled_batches
-from braces_cli.core.attributes.words import GRADIENT, REDUCTIONS, neutral_texts
-from braces_cli.core.errors import ConfigError, DataError
-from braces_cli.core.models.ffn import MixtureFFN
+from braces_cli.core.attributes.pooling import Row, input_watches, output_watches, pooled_batches
+from braces_cli.core.attributes.words import GRADIENT, neutral_prompts, neutral_texts
+from braces_cli.core.models.ffn import FFN, MixtureFFN
 from braces_cli.core.models.load import input_device
 from braces_cli.core.models.structure import add_to_output
 from braces_cli.core.models.tokenize import IGNORED, context_length, encode, encode_answer, encode_word
 from braces_cli.core.progress import Report, silent
 
+RIDGE = 3.0
+# Random next tokens in each neutral text.
+_DRAWS = 3
+_ROWS = 16
+# L2 penalty of the logistic regression, per mean squared state.
+_PENALTY = 1e-2
+# Neutral prompts before each word, if words count as texts.
+_PROMPTS = 3
+
 
 @dataclass(frozen=True)
 class Passage:
-    """A text whose tokens are pooled over, behind a prompt that is only read.
+    """A text that is pooled, after a prompt that is not.
 
     Attributes:
-        chat: the prompt is a user's turn in a chat, and the text the answer.
+        text: the text.
+        prompt: the prompt; "" for a text alone.
+        chat: the prompt is a user turn and the text is the answer.
     """
 
     text: str
@@ -80,11 +88,6 @@ class PairStates:
         """Mean over both sides of all pairs, (layers, d)."""
         return (self.positive.mean(dim=1) + self.negative.mean(dim=1)) / 2
 
-    def of(self, pairs: Sequence[int]) -> PairStates:
-        """The states of some pairs, by index."""
-        chosen = list(pairs)
-        return PairStates(self.positive[:, chosen], self.negative[:, chosen])
-
 
 def pair_states(
     session: Session,
@@ -94,60 +97,47 @@ def pair_states(
     pooling: str = "mean",
     report: Report = silent,
 ) -> PairStates:
-    """Run the bare base over both passages of every pair; an adapter that is attached stays out of it.
+    """Return the states of both passages of every pair in the bare base.
 
     Args:
-        captured: tensor of the FFN to read, input or output.
-        pooling: over the tokens of each text, one of `core.attributes.pooling.POOLINGS`.
+        captured: tensor of the FFN to read: input or output.
+        pooling: over the tokens of each text, one of `POOLINGS`.
 
     Raises:
-        DataError: no pair, or the chat template refuses a prompt.
+        DataError: the chat template refuses a prompt.
     """
-    if not pairs:
-        raise DataError("no pairs", where="--pairs", hint="Give at least one row of `positive` and `negative`.")
     model = session.base.model
-    watches: list[Watch] = input_watches(session.ffns) if captured == "input" else output_watches(model, session.ffns)
+    watches = input_watches(session.ffns) if captured == "input" else output_watches(model, session.ffns)
     rows = [passage_tokens(session, side) for pair in pairs for side in (pair.positive, pair.negative)]
     states = torch.zeros(len(watches), len(rows), session.ffns[0].hidden_size)
-    with ExitStack() as stack:
-        if session.adapter is not None:
-            stack.enter_context(session.adapter.disabled())
+    with session.bare():
         for indices, pooled in pooled_batches(model, watches, rows, pooling, report, "reading pairs"):
             states[:, indices] = pooled
     return PairStates(states[:, 0::2], states[:, 1::2])
 
 
 def passage_tokens(session: Session, passage: Passage) -> Row:
-    """Tokens of a passage and where its text begins; what does not fit the model is cut from the front."""
+    """Return the tokens of a passage and the place of the first token of its text; long prompts lose their start."""
     tokenizer = session.base.tokenizer
-    max_length = context_length(session.base.model.config, tokenizer)
-    if passage.chat:
-        encoded = encode_answer(tokenizer, passage.prompt, passage.text)
-    else:
-        encoded = encode(tokenizer, passage.prompt, passage.text)
+    encoder = encode_answer if passage.chat else encode
+    encoded = encoder(tokenizer, passage.prompt, passage.text)
     start = sum(label == IGNORED for label in encoded.labels)
     special = set(tokenizer.all_special_ids)
     while start < len(encoded.ids) - 1 and encoded.ids[start] in special:
         start += 1
-    # A text of no tokens of its own is pooled over the last token before it.
+    # For a text without tokens, the last token of the prompt is pooled.
     start = min(start, len(encoded.ids) - 1)
-    cut = max(len(encoded.ids) - max_length, 0)
-    return encoded.ids[cut:], max(start - cut, 0)
+    excess = max(len(encoded.ids) - context_length(session.base.model.config, tokenizer), 0)
+    return encoded.ids[excess:], max(start - excess, 0)
 
 
 def reduce_pairs(states: PairStates, reduction: str = "mean") -> Tensor:
-    """Direction from the middle of the two sides to the positive one at each layer, (layers, d).
-
-    Raises:
-        ConfigError: no such reduction.
-    """
-    if reduction not in _REDUCTIONS:
-        raise ConfigError(f"no reduction `{reduction}`", where="--reduction", hint=f"One of {', '.join(REDUCTIONS)}.")
+    """Return the direction from the middle of the two sides to the positive one at each layer, (layers, d)."""
+    reduce = {"mean": _mean, "pca": _pca, "logistic": _logistic}[reduction]
     directions = []
     for positive, negative in zip(states.positive.double(), states.negative.double(), strict=True):
-        mean = (positive - negative).mean(dim=0) / 2
-        direction = _REDUCTIONS[reduction](positive, negative)
-        directions.append(F.normalize(direction, dim=0) * mean.norm())
+        length = ((positive - negative).mean(dim=0) / 2).norm()
+        directions.append(F.normalize(reduce(positive, negative), dim=0) * length)
     return torch.stack(directions).float()
 
 
@@ -157,37 +147,29 @@ def _mean(positive: Tensor, negative: Tensor) -> Tensor:
 
 
 def _pca(positive: Tensor, negative: Tensor) -> Tensor:
-    """First principal component of both sides, each pair less its own middle, turned towards the positive side."""
+    """First principal component of both sides, each pair centred at its middle, towards the positive side."""
+    # Centred, the sides are plus and minus half the difference, so their common mean is 0.
     differences = positive - negative
-    # Less their middles the sides are plus and minus half the difference: the mean over both is 0 already.
     first = torch.linalg.svd(differences, full_matrices=False).Vh[0]
     return first if float((differences @ first).sum()) >= 0 else -first
 
 
 def _logistic(positive: Tensor, negative: Tensor) -> Tensor:
-    """Weights of a logistic regression that tells the sides apart, with an L2 penalty, each pair less its middle.
-
-    The penalty is what a unit of each mean squared state costs, so that it does not depend on the scale of the states.
-    """
+    """Weights of a logistic regression with an L2 penalty between the sides, each pair centred at its middle."""
     from sklearn.linear_model import LogisticRegression
 
     differences = (positive - negative) / 2
+    # The penalty is relative to the norm of the states, so that it does not depend on their scale.
     rows = differences / differences.norm(dim=1).mean().clamp(min=1e-30)
     sides = torch.cat([rows, -rows]).numpy()
     labels = [1] * len(rows) + [0] * len(rows)
-    # Its C is one over twice the penalty, for a sum of losses where the penalty here is for their mean.
+    # C is 1 / (2 penalty) for a sum of losses; the penalty here is for their mean.
     fitted = LogisticRegression(C=1 / (2 * _PENALTY * len(labels)), fit_intercept=False, max_iter=1000)
     return torch.from_numpy(fitted.fit(sides, labels).coef_[0])
 
 
-_PENALTY = 1e-2
-
-# One for each of REDUCTIONS: (n, d) states of both sides of n pairs -> a direction (d,) of any length.
-_REDUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mean": _mean, "pca": _pca, "logistic": _logistic}
-
-
 def area(positive: Tensor, negative: Tensor) -> float:
-    """AUROC of scores (n,) against (m,); ties count one half."""
+    """Return the AUROC of scores (n,) against (m,); ties count one half."""
     from sklearn.metrics import roc_auc_score
 
     labels = [1] * len(positive) + [0] * len(negative)
@@ -195,17 +177,17 @@ def area(positive: Tensor, negative: Tensor) -> float:
 
 
 def separation(states: PairStates, reduction: str = "mean") -> list[dict[str, Any]]:
-    """How well the direction of one half of the pairs separates the other half, at each layer, mean over both ways.
+    """Return how well the direction of one half of the pairs separates the other half at each layer, mean of both ways.
 
-    `effect` is the mean difference of the two sides along the direction over its standard deviation among pairs;
-    `auroc` the probability that a random positive passage lies further along it than a random negative one.
+    `effect` is the mean difference of the two sides along the direction over its standard deviation among pairs,
+    `auroc` that of positive against negative passages along the direction.
     """
-    count = states.positive.shape[1]
-    halves = (range(0, count, 2), range(1, count, 2))
     out: list[dict[str, Any]] = [{"effect": 0.0, "auroc": 0.0} for _ in range(len(states.positive))]
-    for fitted, held_out in (halves, halves[::-1]):
-        directions = reduce_pairs(states.of(fitted), reduction)
-        other = states.of(held_out)
+    for first in (0, 1):
+        half, other = (
+            PairStates(states.positive[:, start::2], states.negative[:, start::2]) for start in (first, 1 - first)
+        )
+        directions = reduce_pairs(half, reduction)
         for row, direction, positive, negative in zip(out, directions, other.positive, other.negative, strict=True):
             one, two = positive @ direction, negative @ direction
             gap = one - two
@@ -214,20 +196,14 @@ def separation(states: PairStates, reduction: str = "mean") -> list[dict[str, An
     return out
 
 
-RIDGE = 3.0
-# Draws of a place and a next token in each neutral text; 76 texts come with braces.
-_DRAWS = 3
-_ROWS = 16
-
-
 @dataclass(frozen=True)
 class Item:
-    """A text and which of its next tokens speak for the attribute.
+    """A text with weights of its next tokens as evidence of the attribute.
 
     Attributes:
-        ids: T tokens; of these `first` and what follows have next tokens that count.
-        first: place of the first of them.
-        weigh: log probabilities (T - first, V) of the bare model behind each place -> c, of the same shape.
+        ids: T tokens; the next tokens after place `first` and all later places count.
+        first: the first such place.
+        weigh: log probabilities (T - first, V) of the bare model at these places -> c, of the same shape.
     """
 
     ids: tuple[int, ...]
@@ -236,25 +212,27 @@ class Item:
 
 
 def default_reduction(session: Session) -> str:
-    """By gradient, unless the model is offloaded: a backward pass would hold all of its weights at once."""
+    """Return `gradient`, or `mean` if the model is offloaded: a backward pass holds all its weights at once."""
     offloaded = any(getattr(ffn.parts[0].values(), "is_offloaded", False) for ffn in session.ffns)
     return "mean" if offloaded else GRADIENT
 
 
 def cheapest_directions(session: Session, items: Sequence[Item], report: Report = silent) -> Tensor:
-    """(F + r I)^-1 g of every layer, (layers, d) in float32 on the CPU; see the module's docstring."""
-    with ExitStack() as stack:
-        if session.adapter is not None:
-            stack.enter_context(session.adapter.disabled())
+    """Return (F + r I)^-1 g of every layer, (layers, d) in float32 on the CPU.
+
+    Raises:
+        ModelError: the model has layers without gradients.
+    """
+    with session.bare():
         odds = odds_gradient(session, items, report)
         return damped_solve(next_token_gradients(session, report), odds)
 
 
 def odds_gradient(session: Session, items: Sequence[Item], report: Report = silent) -> Tensor:
-    """g of every layer, the mean over items, (layers, d)."""
+    """Return g of every layer, the mean over items, (layers, d)."""
     total = torch.zeros(len(session.ffns), session.ffns[0].hidden_size)
     done = 0
-    for batch in by_length(items, lambda item: len(item.ids)):
+    for batch in _batches(items, lambda item: len(item.ids)):
         with _constants(session, 1) as vectors:
             log_p = _log_p(session, [item.ids for item in batch])
             odds = torch.zeros((), device=log_p.device)
@@ -269,15 +247,15 @@ def odds_gradient(session: Session, items: Sequence[Item], report: Report = sile
 
 
 def next_token_gradients(session: Session, report: Report = silent) -> Tensor:
-    """u of next tokens that the model draws behind random places of neutral texts, (layers, draws, d)."""
-    batches = by_length(neutral_rows(session), len) * _DRAWS
+    """Return u of next tokens drawn from the model at random places of the neutral texts, (layers, draws, d)."""
+    batches = _batches(_neutral_rows(session), len) * _DRAWS
     generator = torch.Generator().manual_seed(0)
     found = []
     for done, rows in enumerate(batches, 1):
         count, length = len(rows), len(rows[0])
         with _constants(session, count) as vectors:
             log_p = _log_p(session, rows)
-            # The first token has little before it that would tell one text from another.
+            # The first token has almost no context, so its next token depends little on the text.
             places = torch.randint(min(1, length - 1), length, (count,), generator=generator)
             log_p = log_p[torch.arange(count), places.to(log_p.device)]
             drawn = torch.multinomial(log_p.detach().float().exp().cpu(), 1, generator=generator).to(log_p.device)
@@ -287,40 +265,34 @@ def next_token_gradients(session: Session, report: Report = silent) -> Tensor:
     return torch.cat(found, dim=1)
 
 
-def damped_solve(draws: Tensor, odds: Tensor, ridge: float = RIDGE) -> Tensor:
-    """(F + r I)^-1 g with F = U^T U / n and r = ridge tr(F) / d, for U (layers, n, d), g (layers, d) -> (layers, d).
+def damped_solve(draws: Tensor, odds: Tensor) -> Tensor:
+    """(F + r I)^-1 g with F = U^T U / n and r = RIDGE tr(F) / d, for U (layers, n, d), g (layers, d) -> (layers, d).
 
-    By Woodbury, so that what is solved is n by n, whatever d.
+    The Woodbury identity makes this a system of n equations.
     """
     count, width = draws.shape[1:]
     rows, targets = draws.double(), odds.double().unsqueeze(-1)
-    damping = (ridge * rows.square().sum(dim=(1, 2)) / (count * width)).clamp(min=1e-30)[:, None, None]
+    damping = (RIDGE * rows.square().sum(dim=(1, 2)) / (count * width)).clamp(min=1e-30)[:, None, None]
     inner = count * damping * torch.eye(count, dtype=rows.dtype) + rows @ rows.mT
     solved = (targets - rows.mT @ torch.linalg.solve(inner, rows @ targets)) / damping
     return solved.squeeze(-1).float()
 
 
-def by_length(rows: Sequence[Any], length: Callable[[Any], int]) -> list[list[Any]]:
-    """Batches of rows of one length, so that there is no padding."""
+def _batches(rows: Sequence[Any], length: Callable[[Any], int]) -> list[list[Any]]:
+    """Return batches of rows of the same length, so that no padding is needed."""
     groups: dict[int, list[Any]] = defaultdict(list)
     for row in rows:
         groups[length(row)].append(row)
     return [group[start : start + _ROWS] for group in groups.values() for start in range(0, len(group), _ROWS)]
 
 
-def neutral_prompts() -> list[str]:
-    """Beginnings of texts that come with braces."""
-    file = resources.files("braces_cli.assets") / "prompts" / "neutral.txt"
-    return file.read_text(encoding="utf-8").splitlines()
-
-
-def neutral_rows(session: Session) -> list[list[int]]:
-    """Tokens of the neutral prompts and texts that come with braces."""
+def _neutral_rows(session: Session) -> list[list[int]]:
+    """Return the tokens of the neutral prompts and texts."""
     return [encode(session.base.tokenizer, text).ids for text in (*neutral_prompts(), *neutral_texts())]
 
 
 def _log_p(session: Session, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Log probabilities of the next token behind each token, (rows, T, V), with gradients."""
+    """Log probabilities of the next token after each token, (rows, T, V), with gradients."""
     model = session.base.model
     batch = torch.tensor([list(row) for row in rows], device=input_device(model))
     logits: Tensor = model(input_ids=batch, use_cache=False).logits
@@ -329,27 +301,27 @@ def _log_p(session: Session, rows: Sequence[Sequence[int]]) -> Tensor:
 
 @contextmanager
 def _constants(session: Session, rows: int) -> Iterator[list[Tensor]]:
-    """A constant for each layer and row, 0, added to what the FFNs write inside the `with` block: (rows, 1, d) each."""
+    """Add a trainable zero (rows, 1, d) to the output of each FFN inside the `with` block; yields these zeros."""
     vectors = []
     with ExitStack() as stack, torch.enable_grad():
         for ffn in session.ffns:
             weight = ffn.parts[0].values()
             vector = torch.zeros(rows, 1, ffn.hidden_size, device=weight.device, requires_grad=True)
-            place = ffn.host if isinstance(ffn, MixtureFFN) else ffn.value
-            stack.callback(add_to_output(place, vector).remove)
+            stack.callback(add_to_output(output_module(ffn), vector).remove)
             vectors.append(vector)
         yield vectors
 
 
-# Prompts that each word stands behind, where words count as texts.
-_PROMPTS = 3
+def output_module(ffn: FFN | MixtureFFN) -> torch.nn.Module:
+    """Return the module whose output is the FFN output: the whole mixture if there are experts."""
+    return ffn.host if isinstance(ffn, MixtureFFN) else ffn.value
 
 
 def word_items(session: Session, towards: Sequence[str], away: Sequence[str]) -> list[Item]:
-    """Neutral texts; behind each of their tokens a word of `towards` should be likelier, one of `away` less likely.
+    """Return neutral texts in which a word of `towards` should become likelier, and one of `away` less likely.
 
-    Words count by their first token, where no word of the other side begins with it. Where that leaves less than half
-    of a side, as in a small vocabulary, the words are texts behind neutral prompts instead.
+    Words count by their first token if no word of the other side begins with it. If this leaves less than half of a
+    side, as with a small vocabulary, the words count as texts after neutral prompts instead.
     """
     tokenizer = session.base.tokenizer
     starts = [[encode_word(tokenizer, word)[:1] for word in words] for words in (towards, away)]
@@ -358,7 +330,18 @@ def word_items(session: Session, towards: Sequence[str], away: Sequence[str]) ->
     if any(
         2 * sum(set(start) <= set(left) for start in side) < len(side) for side, left in zip(starts, sides, strict=True)
     ):
-        return text_items(session, _behind_prompts(towards), _behind_prompts(away))
+        prompts = neutral_prompts()
+        shifts = range(0, len(prompts), len(prompts) // _PROMPTS)
+        # The k-th words of both lists have the same prompts.
+        passages = [
+            [
+                Passage(f" {word}", prompts[(place + shift) % len(prompts)])
+                for place, word in enumerate(words)
+                for shift in shifts
+            ]
+            for words in (towards, away)
+        ]
+        return text_items(session, *passages)
 
     def weigh(log_p: Tensor) -> Tensor:
         weights = torch.zeros_like(log_p)
@@ -366,72 +349,55 @@ def word_items(session: Session, towards: Sequence[str], away: Sequence[str]) ->
             weights[:, tokens] = sign * log_p[:, tokens].softmax(dim=-1)
         return weights
 
-    return [Item(tuple(ids), min(1, len(ids) - 1), weigh) for ids in neutral_rows(session)]
-
-
-def _behind_prompts(words: Sequence[str]) -> list[Passage]:
-    """Each word behind a few neutral prompts, the k-th word of every list behind the same ones."""
-    prompts = neutral_prompts()
-    return [
-        Passage(f" {word}", prompts[(place + shift) % len(prompts)])
-        for place, word in enumerate(words)
-        for shift in range(0, len(prompts), len(prompts) // _PROMPTS)
-    ]
+    return [Item(tuple(ids), min(1, len(ids) - 1), weigh) for ids in _neutral_rows(session)]
 
 
 def text_items(session: Session, towards: Sequence[Passage], away: Sequence[Passage]) -> list[Item]:
-    """Texts that should be likelier, and texts that should be less likely, each by its mean over tokens."""
+    """Return texts that should become likelier, and texts that should become less likely, by their mean over tokens."""
+
+    def weigh(tokens: Sequence[int], sign: float, log_p: Tensor) -> Tensor:
+        weights = torch.zeros_like(log_p)
+        weights[torch.arange(len(tokens)), list(tokens)] = sign
+        return weights
+
     items = []
     for sign, passages in ((1.0, towards), (-1.0, away)):
         for passage in passages:
             ids, start = passage_tokens(session, passage)
-            # Behind the token before the text stands its first token; the first token of all is predicted by nothing.
+            # The token before the text predicts the text's first token.
             first = max(start - 1, 0)
             if len(ids) > first + 1:
-                items.append(Item(tuple(ids[:-1]), first, partial(_following, tuple(ids[first + 1 :]), sign)))
+                items.append(Item(tuple(ids[:-1]), first, partial(weigh, tuple(ids[first + 1 :]), sign)))
     return items
 
 
-def _following(tokens: Sequence[int], sign: float, log_p: Tensor) -> Tensor:
-    weights = torch.zeros_like(log_p)
-    weights[torch.arange(len(tokens)), list(tokens)] = sign
-    return weights
-
-
 def description_items(session: Session, pairs: Sequence[Pair], before: str) -> list[Item]:
-    """Texts that both sides of a pair share, without the prompts: behind each token what the positive prompt makes of
-    the next one should be likelier, and what the negative prompt makes of it less likely.
+    """Return the texts that both sides of a pair share, without the prompts.
+
+    After each token, c is the difference of the next-token probabilities with the positive and the negative prompt,
+    mean over the pairs of a text.
 
     Args:
-        before: what stands in front of the texts in place of the pairs' prompts: a user's turn where these are, else
-            "".
+        before: user turn in place of the pairs' prompts if these are user turns, else "".
     """
     tokenizer = session.base.tokenizer
     alone = passage_tokens(session, Passage("", before, True))[0] if before else encode(tokenizer, "").ids
-    # Tokens of a text -> of each side of each pair its tokens, and what they count for.
-    texts: dict[tuple[int, ...], list[tuple[list[int], float]]] = {}
+    # Tokens of a text -> (tokens of one side of a pair, sign).
+    texts: dict[tuple[int, ...], list[tuple[list[int], float]]] = defaultdict(list)
     for pair in pairs:
         (one, start), (other, other_start) = (passage_tokens(session, side) for side in (pair.positive, pair.negative))
-        # Where a prompt's end is one token with the beginning of the text, the two sides cannot be compared.
+        # The sides cannot be compared if the end of a prompt and the start of the text are one token.
         if one[start:] == other[other_start:]:
-            texts.setdefault(tuple(one[start:]), []).extend([(one, 1.0), (other, -1.0)])
-    weights = _weights(session, texts)
-    return [Item((*alone, *text), len(alone), weights[text].to) for text in texts]
-
-
-def _weights(
-    session: Session, texts: Mapping[tuple[int, ...], Sequence[tuple[list[int], float]]]
-) -> dict[tuple[int, ...], Tensor]:
-    """Of each text the difference of next-token probabilities that its two sides make, (T, V), mean over pairs."""
+            texts[tuple(one[start:])] += [(one, 1.0), (other, -1.0)]
     rows = [(text, ids, 2 * sign / len(sides)) for text, sides in texts.items() for ids, sign in sides]
-    totals: dict[tuple[int, ...], Tensor] = {}
-    with ExitStack() as stack, torch.no_grad():
-        if session.adapter is not None:
-            stack.enter_context(session.adapter.disabled())
-        for batch in by_length(rows, lambda row: len(row[1])):
-            ids = torch.tensor([row[1] for row in batch], device=input_device(session.base.model))
-            logits = session.base.model(input_ids=ids, use_cache=False).logits
+    weights: dict[tuple[int, ...], Tensor] = {}
+    with session.bare(), torch.no_grad():
+        for batch in _batches(rows, lambda row: len(row[1])):
+            logits = session.base.model(
+                input_ids=torch.tensor([row[1] for row in batch], device=input_device(session.base.model)),
+                use_cache=False,
+            ).logits
             for (text, _, weight), row in zip(batch, logits, strict=True):
                 added = weight * row[-len(text) :].float().softmax(dim=-1)
-                totals[text] = totals[text] + added if text in totals else added
-    return totals
+                weights[text] = weights[text] + added if text in weights else added
+    return [Item((*alone, *text), len(alone), weights[text].to) for text in texts]

@@ -1,11 +1,8 @@
-"""The header of an attribute file: which attributes it holds, and what they were built from. No torch here.
-
-Which attributes there are and what they were built from, read from the headers of their files: no torch here.
-"""
+"""Headers of attribute files, and the list of all attributes that they hold. No torch here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -17,11 +14,14 @@ from braces_cli.core.models.identity import Fingerprint
 from braces_cli.core.schema import Count, Kind, Name, check, cut, parse, read_tensor_header
 
 FORMAT_VERSION = "1"
+# Attributes that an adapter was trained with, in the adapter's folder.
+TRAINED_FILE = "attributes.safetensors"
 _JSON_KEYS = ("attributes", "layers", "fingerprint", "details")
+_HINT = "Give --attributes the folder that `braces attr-build` wrote."
 
 
 class Details(TypedDict, total=False):
-    """What a listing shows of an attribute beside its words; see `core.attributes.vector`."""
+    """Properties of an attribute that are not tensors or words; see `core.attributes.vector`."""
 
     base: Name | None
     pooling: Literal["mean", "last", "max"]
@@ -34,10 +34,10 @@ class Details(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class AttributeHeader:
-    """Metadata of an attribute file, each value of it JSON.
+    """Metadata of an attribute file; each value is JSON.
 
     Attributes:
-        attributes: name -> the words it was built from.
+        attributes: name -> words that the attribute was built from.
         layers: decoder layer of each row of the tensors.
         fingerprint: of the base.
         details: by name.
@@ -53,10 +53,10 @@ HEADER = Kind(AttributeHeader, ModelError, "Build it again: attr-build.", "file 
 
 
 def read_header(path: Path) -> AttributeHeader:
-    """The metadata of an attribute file.
+    """Read the metadata of an attribute file.
 
     Raises:
-        ModelError: it is none, is damaged, or of another version.
+        ModelError: a file that is damaged, is not an attribute file, or has another format version.
     """
     metadata = read_tensor_header(path, HEADER).metadata
     missing = {"attributes", "fingerprint", "layers"} - set(metadata)
@@ -65,7 +65,7 @@ def read_header(path: Path) -> AttributeHeader:
         raise ModelError(f"not an attribute file: no {', '.join(sorted(missing))}", where=str(path), hint=hint)
     version = metadata.get("format_version")
     if version != FORMAT_VERSION:
-        what = f"format version {cut(version)}, this braces reads {FORMAT_VERSION}"
+        what = f"format version {cut(version)}, this version of braces reads {FORMAT_VERSION}"
         raise ModelError(what, where=str(path), hint="Update braces, or build it again: attr-build.")
     text = Kind(object, ModelError, HEADER.hint)
     values = {key: parse(text, metadata[key], f"{path}, {key}") for key in _JSON_KEYS if key in metadata}
@@ -77,106 +77,89 @@ def read_header(path: Path) -> AttributeHeader:
     return header
 
 
-# Attributes that an adapter was trained with, in its folder.
-TRAINED_FILE = "attributes.safetensors"
-
-
 def check_folder(folder: Path | None) -> None:
-    """Refuse an `--attributes` folder that cannot be read: a built-in list must not take its place without a word.
+    """Refuse an `--attributes` folder that cannot be read: a built-in list must not replace its attributes silently.
 
     Raises:
-        ConfigError: there is no such folder, it is a file, or its entries cannot be listed.
+        ConfigError: the folder does not exist, is a file, or cannot be listed.
     """
     if folder is None:
         return
     try:
         next(folder.iterdir(), None)
     except OSError as error:
-        what = "no such folder" if not path_exists(folder) else f"cannot read this folder: {error.strerror}"
-        hint = "Give --attributes the folder that `braces attr-build` wrote."
-        raise ConfigError(what, where=str(folder), hint=hint) from error
+        what = f"cannot read this folder: {error.strerror}" if path_exists(folder) else "no such folder"
+        raise ConfigError(what, where=str(folder), hint=_HINT) from error
 
 
 def check_attributes(folder: Path | None) -> None:
-    """Refuse an `--attributes` folder to look an attribute up in that holds none.
+    """Refuse an `--attributes` folder that cannot be read or has no attribute files.
 
     Raises:
-        ConfigError: see `check_folder`; or there is no attribute file in it.
+        ConfigError: such a folder.
     """
     check_folder(folder)
     if folder is not None and not any(folder.glob("*.safetensors")):
-        hint = "Give --attributes the folder that `braces attr-build` wrote."
-        raise ConfigError("no attribute file in this folder", where=str(folder), hint=hint)
+        raise ConfigError("no attribute file in this folder", where=str(folder), hint=_HINT)
 
 
 def attribute_hashes(names: Iterable[str], folders: Iterable[Path | None]) -> list[str]:
-    """SHA-256 of each file that one of the attributes may come from.
+    """Return the SHA-256 of each file that one of the attributes can come from.
 
     Raises:
         ModelError: a file that cannot be read.
     """
     files = [TRAINED_FILE, *(f"{name}.safetensors" for name in names)]
-    there = [folder / file for folder in folders if folder is not None for file in files]
-    return [file_hash(file, ModelError) for file in there if path_exists(file)]
+    paths = [folder / file for folder in folders if folder is not None for file in files]
+    return [file_hash(path, ModelError) for path in paths if path_exists(path)]
 
 
 def list_attributes(folder: Path | None, adapter: Path | None) -> list[dict[str, Any]]:
-    """Attributes in the order in which `--attribute` looks for them: of `folder`, of the adapter, built in.
+    """Return the attributes of `folder`, of the adapter, and the built-in ones, in the order of `find_attribute`.
 
     Each is `{name, source, path, words, examples, pooling, provenance, steered_layers, base, layers, hidden_size,
-    fingerprint, statistics}`; of a built-in list, which belongs to no base, only name, source and words are not null.
+    fingerprint, statistics}`. A built-in list belongs to no base: only name, source and words are not null.
 
     Raises:
-        ConfigError: see `check_folder`.
-        ModelError: a file that is no attribute file.
+        ConfigError: a folder that cannot be read.
+        ModelError: a file that is not an attribute file.
     """
     check_folder(folder)
+    sources = [(path, "folder") for path in _attribute_files(folder)]
+    sources += [(path, "adapter") for path in _attribute_files(adapter)]
+    if adapter is not None and path_exists(adapter / TRAINED_FILE):
+        sources.append((adapter / TRAINED_FILE, "adapter"))
     rows: list[dict[str, Any]] = []
-    if folder is not None:
-        rows += _of_files(_single(folder), "folder")
-    if adapter is not None:
-        trained = adapter / TRAINED_FILE
-        rows += _of_files([*_single(adapter), *([trained] if path_exists(trained) else [])], "adapter")
-    unknown = (
-        "path",
-        "examples",
-        "pooling",
-        "provenance",
-        "steered_layers",
-        "base",
-        "layers",
-        "hidden_size",
-        "fingerprint",
+    for path, source in sources:
+        header = read_header(path)
+        for name, words in header.attributes.items():
+            details = header.details.get(name, Details())
+            rows.append(
+                {
+                    "name": name,
+                    "source": source,
+                    "words": words,
+                    "path": str(path),
+                    "examples": details.get("examples"),
+                    "pooling": details.get("pooling", "mean"),
+                    "provenance": details.get("provenance", {}),
+                    "steered_layers": details.get("steered_layers"),
+                    "base": details.get("base"),
+                    "layers": len(header.layers),
+                    "hidden_size": header.fingerprint["hidden_size"],
+                    "fingerprint": header.fingerprint,
+                    "statistics": {"difference": details.get("difference"), "residual": details.get("residual")},
+                }
+            )
+    unknown = dict.fromkeys(
+        ("path", "examples", "pooling", "provenance", "steered_layers", "base", "layers", "hidden_size", "fingerprint")
     )
-    nothing = dict.fromkeys(unknown)
     for name, words in built_in().items():
-        rows.append({"name": name, "source": "built-in", "words": words, **nothing, "statistics": None})
+        rows.append({"name": name, "source": "built-in", "words": words, **unknown, "statistics": None})
     return rows
 
 
-def _single(folder: Path) -> list[Path]:
-    """Files of one attribute each, as attr-build writes them."""
-    return sorted(path for path in folder.glob("*.safetensors") if path.stem not in OTHER_FILES)
-
-
-def _of_files(paths: list[Path], source: str) -> Iterator[dict[str, Any]]:
-
-    for path in paths:
-        header = read_header(path)
-        for name, words in header.attributes.items():
-            known: Mapping[str, Any] = header.details.get(name, {})
-            yield {
-                "name": name,
-                "source": source,
-                "words": words,
-                "path": str(path),
-                "examples": known.get("examples"),
-                "pooling": known.get("pooling", "mean"),
-                "provenance": known.get("provenance", {}),
-                "steered_layers": known.get("steered_layers"),
-                "base": known.get("base"),
-                "layers": len(header.layers),
-                "hidden_size": header.fingerprint["hidden_size"],
-                "fingerprint": header.fingerprint,
-                "statistics": {key: known.get(key) for key in ("difference", "residual")},
-            }
+def _attribute_files(folder: Path | None) -> list[Path]:
+    """Return the files of one attribute each in a folder."""
+    found = [] if folder is None else folder.glob("*.safetensors")
+    return sorted(path for path in found if path.stem not in OTHER_FILES)

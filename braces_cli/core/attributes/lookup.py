@@ -1,35 +1,34 @@
-"""Built-in attributes of bases that were used before, kept in a folder of the user's.
+"""Find attributes by name: in the user's folder, in the adapter's folder, then among the built-in word lists.
 
-Pooling words and following gradients takes as long as generating dozens of texts, and gives the same for the same files
-of weights. A file is found by what it was made from: the files of the base by name, size and time, its number format
-and device, the words and texts that come with braces, and the versions of what computes. What cannot be read is made
-anew; a folder that cannot be written to is done without, and so is the cache where weights were changed in memory.
-
-Where an attribute of a name comes from: files of the user's, the adapter's own, and the built-in word lists.
+Attributes of built-in lists are cached in a folder of the user's, because building one takes as long as generating
+dozens of texts. The key of a cached file is a hash of everything that it depends on: names, sizes and times of the
+base's files, dtypes and devices, the built-in words and texts, and library versions.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from braces_cli.core.adapter.model import Session
-from braces_cli.core.attributes.directions import RIDGE, default_reduction, neutral_prompts
-from braces_cli.core.attributes.files import TRAINED_FILE, check_attributes
-from braces_cli.core.attributes.pooling import STEERING_SHARE
-from braces_cli.core.attributes.vector import (
-    Attribute,
-    built_in_attribute,
-    load_attributes,
-    save_attributes,
-    without_direction,
+from braces_cli.core.attributes.build import built_in_attribute
+from braces_cli.core.attributes.directions import RIDGE, default_reduction
+from braces_cli.core.attributes.files import TRAINED_FILE
+from braces_cli.core.attributes.vector import STEERING_SHARE, Attribute, load_attributes, save_attributes
+from braces_cli.core.attributes.words import (
+    OPPOSITES,
+    OTHER_FILES,
+    REFERENCE,
+    built_in,
+    check_name,
+    neutral_prompts,
+    neutral_texts,
 )
-from braces_cli.core.attributes.words import OPPOSITES, OTHER_FILES, REFERENCE, built_in, check_name, neutral_texts
 from braces_cli.core.errors import BracesError, ConfigError, near_misses
 from braces_cli.core.files import cache_folder, path_exists, value_hash, versions
 from braces_cli.core.models.residual import GAIN_STEP
@@ -37,39 +36,79 @@ from braces_cli.core.progress import Report, silent
 
 logger = logging.getLogger("braces")
 
-# Files kept; beyond these the ones used longest ago go. Three numbers a layer and
-# channel: 25 KB for six layers of width 320, 1.6 MB for those of Llama-3-8B.
-_KEPT = 100
+# Cached files; beyond this number the least recently used ones are removed. Three numbers per layer and channel: 25 KB
+# for six layers of width 320, 1.6 MB for those of Llama-3-8B.
+_MOST_CACHED = 100
 
 
-def cached(session: Session, name: str, reduction: str, build: Callable[[], Attribute]) -> Attribute:
-    """The built-in attribute of that name, read where it was built before, else built and kept.
+def find_attribute(
+    session: Session, name: str, folder: Path | None, report: Report = silent, for_steering: bool = True
+) -> Attribute:
+    """Return the attribute of a name.
 
     Args:
-        reduction: how it is made, as in `core.attributes.attribute.built_in_attribute`.
+        folder: attribute files of the user, which have priority.
+        for_steering: also compute the steering vector of a built-in list, not only p.
+
+    Raises:
+        ConfigError: an unknown name or one that cannot be a file's; the hint lists the known ones.
+        ModelError: a file that is damaged or belongs to another base.
     """
-    path = _place(session, name, reduction)
-    if path is None:
-        return build()
-    try:
-        found = load_attributes(path, session)[name] if path.is_file() else None
-    except (BracesError, KeyError, OSError) as error:
-        logger.debug("%s: built anew: %s", path, error)
-        found = None
-    if found is not None:
-        _touch(path)
-        return found
-    attribute = build()
-    try:
-        save_attributes(path, [attribute])
-        _forget_oldest(path.parent)
-    except (BracesError, OSError) as error:
-        logger.debug("%s: not kept: %s", path, error)
+    check_name(name)
+    own = [] if name in OTHER_FILES else [f"{name}.safetensors"]
+    paths = [] if folder is None else [folder / file for file in own]
+    if session.folder is not None:
+        paths += [session.folder / file for file in (*own, TRAINED_FILE)]
+    for path in filter(path_exists, paths):
+        attributes = load_attributes(path, session)
+        if name in attributes:
+            # An attribute that the adapter was trained with has no steering vector, even if its file came with one.
+            trained = path.name == TRAINED_FILE
+            return replace(attributes[name], direction=None) if trained else attributes[name]
+    if name in built_in():
+        if folder is not None:
+            logger.warning("%s: no attribute `%s` there; its built-in word list is used", folder, name)
+        return _cached(session, name, default_reduction(session) if for_steering else "mean", report)
+    known = known_attributes(session, folder)
+    hint = f"{near_misses(name, known)} Known: {', '.join(known)}. Build others with braces attr-build.".strip()
+    raise ConfigError(f"unknown attribute `{name}`", where="--attribute", hint=hint)
+
+
+def known_attributes(session: Session, folder: Path | None) -> list[str]:
+    """Return every name that `find_attribute` finds."""
+    trained = session.config.attributes if session.config is not None else []
+    folders = [each for each in (folder, session.folder) if each is not None]
+    files = {path.stem for each in folders for path in each.glob("*.safetensors")} - OTHER_FILES
+    return sorted({*built_in(), *trained, *files})
+
+
+def _cached(session: Session, name: str, reduction: str, report: Report) -> Attribute:
+    """Return the attribute of a built-in list from the cache, or build it and add it to the cache.
+
+    A damaged file is replaced. Without a cache folder that can be written to, nothing is cached.
+    """
+    path = _cache_file(session, name, reduction)
+    if path is not None and path.is_file():
+        try:
+            attribute = load_attributes(path, session)[name]
+            os.utime(path)
+            return attribute
+        except (BracesError, KeyError, OSError) as error:
+            logger.debug("%s: built again: %s", path, error)
+    attribute = built_in_attribute(session, name, report, reduction=reduction)
+    if path is not None:
+        try:
+            save_attributes(path, [attribute])
+            files = sorted(path.parent.glob("*.safetensors"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
+            for file in files[_MOST_CACHED:]:
+                file.unlink(missing_ok=True)
+        except (BracesError, OSError) as error:
+            logger.debug("%s: not cached: %s", path, error)
     return attribute
 
 
-def _place(session: Session, name: str, reduction: str) -> Path | None:
-    """The file of this attribute of this base; None where nothing is kept, or no files are what the base is."""
+def _cache_file(session: Session, name: str, reduction: str) -> Path | None:
+    """Return the cache file of an attribute; None without a cache, or if weights differ from the base's files."""
     root, checkpoint = cache_folder(), session.base.checkpoint
     if root is None or checkpoint is None or session.base.is_changed():
         return None
@@ -83,7 +122,7 @@ def _place(session: Session, name: str, reduction: str) -> Path | None:
     except OSError:
         return None
     parameters = {(str(p.dtype), type(p.data).__name__, p.device.type) for p in session.base.model.parameters()}
-    made_from: dict[str, Any] = {
+    depends_on: dict[str, Any] = {
         "files": [str(checkpoint.resolve()), files],
         "parameters": sorted(parameters),
         "attention": getattr(session.base.model.config, "_attn_implementation", None),
@@ -93,74 +132,5 @@ def _place(session: Session, name: str, reduction: str) -> Path | None:
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
-    key = value_hash(made_from)
+    key = value_hash(depends_on)
     return root / "attributes" / f"{name}-{reduction}-{key[:32]}.safetensors"
-
-
-def _touch(path: Path) -> None:
-    try:
-        os.utime(path)
-    except OSError as error:
-        logger.debug("%s: %s", path, error)
-
-
-def _forget_oldest(folder: Path) -> None:
-    files = sorted(folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
-    for file in files[_KEPT:]:
-        file.unlink(missing_ok=True)
-
-
-def find_attribute(
-    session: Session, name: str, folder: Path | None, report: Report = silent, for_steering: bool = True
-) -> Attribute:
-    """Look an attribute up: in `folder`, in the adapter's folder, then build it from the built-in word list.
-
-    Of a built-in list that has an opposite, p is half the difference of the two: what evaluative words share against
-    neutral ones is most of a difference to these, and says nothing of good or bad.
-
-    Args:
-        for_steering: also compute the steering vector (`core.attributes.hooks`), not only p.
-
-    Raises:
-        ConfigError: unknown everywhere; names what is known. Or `folder` cannot be read.
-        ModelError: found, but damaged or of another base.
-    """
-    check_name(name)
-    check_attributes(folder)
-    for path in _files(session, folder, name):
-        attributes = load_attributes(path, session)
-        if name in attributes:
-            # What an adapter was trained with goes through it, even where its file came with a direction to push along.
-            trained = path.name == TRAINED_FILE
-            return without_direction(attributes[name]) if trained else attributes[name]
-    lists = built_in()
-    if name in lists:
-        if folder is not None:
-            logger.warning("%s: no attribute `%s` there; its built-in word list is used", folder, name)
-        reduction = default_reduction(session) if for_steering else "mean"
-        return cached(session, name, reduction, lambda: built_in_attribute(session, name, report, reduction=reduction))
-    known = known_attributes(session, folder)
-    hint = f"{near_misses(name, known)} Known: {', '.join(known)}. Build others with braces attr-build.".strip()
-    raise ConfigError(f"unknown attribute `{name}`", where="--attribute", hint=hint)
-
-
-def known_attributes(session: Session, folder: Path | None) -> list[str]:
-    """Every name that `find_attribute` would find.
-
-    Raises:
-        ConfigError: `folder` cannot be read.
-    """
-    check_attributes(folder)
-    trained = session.config.attributes if session.config is not None else []
-    places = [place for place in (folder, session.folder) if place is not None]
-    files = {path.stem for place in places for path in place.glob("*.safetensors")} - OTHER_FILES
-    return sorted({*built_in(), *trained, *files})
-
-
-def _files(session: Session, folder: Path | None, name: str) -> list[Path]:
-    """Where an attribute may lie, in the order of looking: whatever is there, readable or not."""
-    own = [] if name in OTHER_FILES else [f"{name}.safetensors"]
-    places = [] if folder is None else [folder / file for file in own]
-    if session.folder is not None:
-        places += [session.folder / file for file in (*own, TRAINED_FILE)]
-    return [path for path in places if path_exists(path)]

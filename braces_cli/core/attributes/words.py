@@ -1,35 +1,36 @@
-"""Words that attributes are built from: built-in lists, files, and what may be a name. No torch here."""
+"""Names of attributes, and the word lists, prompts and texts that are part of the package. No torch here."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 
 from braces_cli.core.errors import ConfigError, DataError
 from braces_cli.core.files import check_regular
 
-# Files of an adapter's or a model's folder that are no attribute.
+# Safetensors files of an adapter or a model: not attributes.
 OTHER_FILES = {"attributes", "adapter_model", "model"}
-# The list that every other one is held against.
+# The list that is the reference of every list without an opposite.
 REFERENCE = "neutral"
 # Built-in lists that are the two ends of one axis.
 _AXES = (("positive", "negative"), ("joyful", "sad"), ("formal", "casual"), ("polite", "toxic"))
 OPPOSITES = {one: other for axis in _AXES for one, other in (axis, axis[::-1])}
-# How the hidden states of a word's or a text's tokens become one (`core.attributes.pooling`).
+# Pooling of the hidden states of a word or a text over tokens (`core.attributes.pooling`).
 POOLINGS = ("mean", "last", "max")
-# How the states of many pairs become one direction (`core.attributes.directions`).
+# Reductions of the states of many pairs to one direction (`core.attributes.directions`).
 REDUCTIONS = ("mean", "pca", "logistic")
-# What attr-build also takes: no direction of states, but of the odds that they lead to (`core.attributes.directions`).
+# The direction that is the gradient of log odds, not a difference of states.
 GRADIENT = "gradient"
 _NAME = re.compile(r"[\w][\w.-]*")
 
 
 def check_name(name: str) -> str:
-    """An attribute's name is also a file's name.
+    """Refuse a name of an attribute that cannot be the name of a file.
 
     Raises:
-        ConfigError: it has other characters than letters, digits, `_`, `-` and dots inside.
+        ConfigError: a character that is not a letter, a digit, `_`, `-` or a dot inside.
     """
     if not _NAME.fullmatch(name):
         raise ConfigError(
@@ -39,10 +40,10 @@ def check_name(name: str) -> str:
 
 
 def check_file_name(name: str) -> str:
-    """The name of an attribute that gets a file of its own, `NAME.safetensors`.
+    """Refuse a name whose file `NAME.safetensors` means something else in the folder of an adapter or a model.
 
     Raises:
-        ConfigError: see `check_name`; or a file of that name is another thing in an adapter's or a model's folder.
+        ConfigError: such a name, or one that `check_name` refuses.
     """
     if check_name(name) in OTHER_FILES:
         what = f"`{name}` cannot name an attribute: {name}.safetensors is a file of adapters or models"
@@ -51,36 +52,45 @@ def check_file_name(name: str) -> str:
 
 
 def built_in() -> dict[str, list[str]]:
-    """The word lists that come with braces, by name."""
-    from importlib import resources
-
-    folder = resources.files("braces_cli.assets") / "words"
-    lists = {}
-    for file in sorted(folder.iterdir(), key=lambda file: file.name):
-        if file.name.endswith(".txt"):
-            lists[file.name.removesuffix(".txt")] = file.read_text(encoding="utf-8").split("\n")[:-1]
-    return lists
+    """Return the built-in word lists by name."""
+    files = sorted((resources.files("braces_cli.assets") / "words").iterdir(), key=lambda file: file.name)
+    return {
+        file.name.removesuffix(".txt"): file.read_text(encoding="utf-8").splitlines()
+        for file in files
+        if file.name.endswith(".txt")
+    }
 
 
 def neutral_texts() -> list[str]:
-    """Plain sentences that come with braces: what texts are held against, as words are against the neutral list."""
-    from importlib import resources
+    """Return neutral sentences: the reference of texts, as the neutral list is the reference of words."""
+    return _lines("neutral_texts.txt")
 
-    file = resources.files("braces_cli.assets") / "neutral_texts.txt"
-    return file.read_text(encoding="utf-8").splitlines()
+
+def neutral_prompts() -> list[str]:
+    """Return the beginnings of neutral texts."""
+    return _lines("prompts/neutral.txt")
+
+
+def stems() -> list[str]:
+    """Return beginnings of sentences without mood or topic."""
+    return _lines("prompts/stems.txt")
+
+
+def _lines(path: str) -> list[str]:
+    return (resources.files("braces_cli.assets") / path).read_text(encoding="utf-8").splitlines()
 
 
 def read_words(path: Path) -> list[str]:
-    """Words of a file, one a line; blank lines and lines that begin with `#` are left out.
+    """Read words from a file, one per line; blank lines and lines that begin with `#` are skipped.
 
     Raises:
-        DataError: missing, not UTF-8, or no word in it.
+        DataError: a file that is missing, is not UTF-8, or has no words.
     """
-    check_regular(path, DataError, "Give a text file with one word a line.")
+    check_regular(path, DataError, "Give a text file with one word per line.")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read: {error}", where=str(path), hint="Give UTF-8 text, one word a line.") from error
+        raise DataError(f"cannot read: {error}", where=str(path), hint="Give UTF-8 text, one word per line.") from error
     words = clean_words([line for line in lines if not line.lstrip().startswith("#")])
     if not words:
         raise DataError("no words", where=str(path), hint="Write at least one word.")
@@ -88,5 +98,5 @@ def read_words(path: Path) -> list[str]:
 
 
 def clean_words(words: Sequence[str]) -> list[str]:
-    """Words without surrounding space, empty ones and repeats, in the order given."""
+    """Return the words without surrounding space, blanks and repeats, in order."""
     return list(dict.fromkeys(word.strip() for word in words if word.strip()))

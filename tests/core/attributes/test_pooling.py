@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from braces_cli.core.attributes.pooling import POOLINGS, pool_texts, pool_words
-from braces_cli.core.attributes.vector import attribute_from_texts, build_attribute
+from braces_cli.core.adapter.model import Session
+from braces_cli.core.attributes.build import attribute_from_texts, build_attribute
+from braces_cli.core.attributes.pooling import pool_texts, pool_words
+from braces_cli.core.attributes.words import POOLINGS, built_in, neutral_texts
 from braces_cli.core.models.ffn import find_ffns
+from braces_cli.core.models.load import Base
 from tests.conftest import tiny_model, tiny_tokenizer
 
 BY_HAND = {"mean": lambda h: h.mean(0), "last": lambda h: h[-1], "max": lambda h: h.max(0).values}
@@ -15,7 +18,7 @@ TEXTS = ["the film is good", "a day", "the end is sad", "happy town, old town an
 
 
 def inputs(model, ffn, ids):
-    """What enters an FFN for one sequence, (tokens, d)."""
+    """Input of an FFN for one sequence, (tokens, d)."""
     seen = []
     handle = ffn.watch(lambda h: seen.append(h.reshape(len(ids), -1)))
     with torch.no_grad():
@@ -27,31 +30,30 @@ def inputs(model, ffn, ids):
 # OPT flattens its tokens before the FFN.
 @pytest.mark.parametrize("name", ["llama", "opt"])
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_texts_are_pooled_over_their_own_tokens_then_over_texts(name, pooling):
-    """The start token in front is read but not pooled; there is no padding."""
+def test_texts_are_pooled_over_their_tokens_then_over_texts(name, pooling):
+    """The start token is not pooled."""
     model, tokenizer = tiny_model(name), tiny_tokenizer()
     ffns = find_ffns(model)
     each = [BY_HAND[pooling](inputs(model, ffns[1], tokenizer(text)["input_ids"])[1:]) for text in TEXTS]
     assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-    found = pool_texts(model, tokenizer, ffns, TEXTS, pooling=pooling)[1]
+    session = Session(Base(model, tokenizer, name))
+    found = pool_texts(session, TEXTS, pooling=pooling)[1]
     assert torch.allclose(found, torch.stack(each).mean(0), atol=1e-5)
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_words_are_pooled_over_all_their_tokens(session, pooling):
-    """Each alone, with a space in front."""
+    """Each word is a sequence with a leading space."""
     model, tokenizer = session.base.model, session.base.tokenizer
     words = ["good", "town", "extraordinary"]
     ids = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in words]
     each = [BY_HAND[pooling](inputs(model, session.ffns[0], row)) for row in ids]
-    found = pool_words(model, tokenizer, session.ffns, words, pooling=pooling)[0]
+    found = pool_words(session, words, pooling=pooling)[0]
     assert torch.allclose(found, torch.stack(each).mean(0), atol=1e-5)
 
 
-def test_texts_and_words_have_a_reference_of_their_own_kind(session):
-    """What tells texts from lone words must not pass for the attribute; so neutral text means no push at all."""
-    from braces_cli.core.attributes.words import built_in, neutral_texts
-
+def test_the_reference_of_texts_is_texts_and_that_of_words_is_words(session):
+    """The state of the neutral texts and of the neutral words is 0."""
     for pooling in POOLINGS:
         of_texts = attribute_from_texts(session, "nothing", neutral_texts(), pooling=pooling)
         of_words = build_attribute(session, "nothing", built_in()["neutral"], pooling=pooling)
@@ -63,21 +65,3 @@ def test_texts_beyond_the_context_are_cut(session):
     """128 tokens here."""
     found = attribute_from_texts(session, "long", ["the film is good " * 100])
     assert bool(found.hidden.isfinite().all())
-
-
-def test_pooling_is_the_mean_over_tokens_then_over_words(session):
-    """Against one word at a time, without batches; no start token, no padding."""
-    import torch
-
-    from braces_cli.core.attributes.vector import pool_words
-
-    model, tokenizer = session.base.model, session.base.tokenizer
-    words = ["good", "town", "sad", "extraordinary"]
-    seen = []
-    handle = session.ffns[1].keys[0].register_forward_pre_hook(lambda m, a: seen.append(a[0]))
-    with torch.no_grad():
-        for word in words:
-            model(torch.tensor([tokenizer(f" {word}", add_special_tokens=False)["input_ids"]]))
-    handle.remove()
-    expected = torch.stack([h[0].mean(0) for h in seen]).mean(0)
-    assert torch.allclose(pool_words(model, tokenizer, session.ffns, words)[1], expected, atol=1e-5)

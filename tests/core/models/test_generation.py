@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from braces_cli.core.adapter.model import Session, attach
+from braces_cli.core.attributes.build import build_attribute
 from braces_cli.core.attributes.hooks import steered
-from braces_cli.core.attributes.vector import build_attribute
+from braces_cli.core.attributes.vector import STEERING_SHARE
 from braces_cli.core.models.generate import TextRequest, generate
 from braces_cli.core.models.load import Base
 from braces_cli.core.options import Sampling
@@ -95,7 +96,9 @@ def test_two_attributes_are_their_weighted_sum(name, with_adapter):
 
     weights = [2.0 * one.scale[:, None] ** (not with_adapter) for one in (good, old)]
     total = weights[0] * good.state - 1.5 / 2.0 * weights[1] * old.state
-    both = replace(good, hidden=good.reference + total, scale=torch.ones_like(good.scale))
+    # With this residual norm the scale is 1.
+    residual = total.norm(dim=-1) * len(good.effective_layers) / STEERING_SHARE
+    both = replace(good, hidden=good.reference + total, residual=residual)
     found = logits((good, 2.0), (old, -1.5))
     assert float((found - logits((both, 1.0))).abs().max()) < TOLERANCE
     assert float((found - logits((good, 2.0))).abs().max()) > 100 * TOLERANCE

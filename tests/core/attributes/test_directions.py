@@ -1,4 +1,4 @@
-"""Directions by gradient: against finite differences and dense algebra, and that they do what they are for."""
+"""Directions from pairs, and from gradients: against finite differences and dense algebra."""
 
 from __future__ import annotations
 
@@ -9,19 +9,89 @@ import torch
 
 from braces_cli.core.adapter.model import Session
 from braces_cli.core.attributes.directions import (
+    RIDGE,
     Item,
     Pair,
+    PairStates,
     Passage,
     cheapest_directions,
     damped_solve,
     description_items,
     next_token_gradients,
     odds_gradient,
+    pair_states,
+    reduce_pairs,
+    separation,
     text_items,
     word_items,
 )
+from braces_cli.core.attributes.words import REDUCTIONS
+from braces_cli.core.models.ffn import layer_stack
 from braces_cli.core.models.load import Base
 from tests.conftest import tiny_model, tiny_tokenizer
+
+PAIRS = [
+    Pair(Passage(" film is good", "the happy"), Passage(" film is good", "the sad old")),
+    Pair(Passage("a good day"), Passage("a sad day and an old end")),
+]
+
+
+def by_hand(session, passage, captured):
+    """Mean state over the tokens of the text of one passage, (layers, d)."""
+    tokenizer, model = session.base.tokenizer, session.base.model
+    ids = tokenizer(passage.prompt + passage.text)["input_ids"]
+    before = len(tokenizer(passage.prompt)["input_ids"]) if passage.prompt else 1
+    seen = []
+    if captured == "input":
+        handles = [ffn.keys[0].register_forward_pre_hook(lambda m, a: seen.append(a[0][0])) for ffn in session.ffns]
+    else:
+        keep = lambda m, a, out: seen.append((out[0] if isinstance(out, tuple) else out)[0])  # noqa: E731
+        handles = [layer.register_forward_hook(keep) for layer in layer_stack(model)[1]]
+    with torch.no_grad():
+        model(torch.tensor([ids]))
+    for handle in handles:
+        handle.remove()
+    return torch.stack([h[before:].mean(dim=0) for h in seen])
+
+
+@pytest.mark.parametrize("captured", ["input", "output"])
+def test_the_text_is_pooled_over_and_the_prompt_is_only_read(session, captured):
+    """Each pair against one passage at a time, at the FFN inputs and at the outputs of the layers."""
+    states = pair_states(session, PAIRS, captured=captured)
+    for index, pair in enumerate(PAIRS):
+        assert torch.allclose(states.positive[:, index], by_hand(session, pair.positive, captured), atol=1e-5)
+        assert torch.allclose(states.negative[:, index], by_hand(session, pair.negative, captured), atol=1e-5)
+    assert float((states.positive - states.negative).abs().max()) > 0.01
+
+
+def planted(n=200, d=8, seed=0):
+    """Pairs whose sides differ by +-1 along axis 0, with noise a pair shares along axis 1 and noise of each side."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(2, 1, n, d, generator=generator) * 0.2
+    shared = torch.randn(1, n, 1, generator=generator) * 5 * torch.eye(d)[1]
+    ends = torch.eye(d)[0]
+    return PairStates(shared + noise[0] + ends, shared + noise[1] - ends)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_every_reduction_recovers_a_planted_direction(reduction):
+    """What the sides of a pair share has no effect; the length is half the difference of means."""
+    states = planted()
+    (direction,) = reduce_pairs(states, reduction)
+    assert float(direction[0] / direction.norm()) > 0.99
+    mean = (states.positive - states.negative)[0].mean(dim=0).norm() / 2
+    assert float(direction.norm()) == pytest.approx(float(mean), rel=1e-5)
+
+
+def test_separation_is_measured_on_pairs_that_the_direction_has_not_seen():
+    """High along a planted direction, and at chance level in noise with more dimensions than pairs."""
+    (found,) = separation(planted())
+    assert found["auroc"] > 0.6
+    assert found["effect"] > 3
+    noise = torch.randn(2, 1, 20, 500, generator=torch.Generator().manual_seed(0))
+    (nothing,) = separation(PairStates(noise[0], noise[1]))
+    assert abs(nothing["effect"]) < 1
+    assert 0.2 < nothing["auroc"] < 0.8
 
 
 def opened(name: str) -> Session:
@@ -75,23 +145,23 @@ def test_the_damped_solve_is_that_of_the_dense_matrix():
     generator = torch.Generator().manual_seed(0)
     for count in (3, 40):
         draws, expected = torch.randn(2, count, 12, generator=generator), torch.randn(2, 12, generator=generator)
-        found = damped_solve(draws, expected, 3.0)
+        found = damped_solve(draws, expected)
         for row, target, solved in zip(draws.double(), expected.double(), found.double(), strict=True):
             fisher = row.T @ row / count
-            dense = fisher + 3.0 * fisher.diagonal().mean() * torch.eye(12)
+            dense = fisher + RIDGE * fisher.diagonal().mean() * torch.eye(12)
             assert torch.allclose(dense @ solved, target, atol=1e-5)
 
 
 def test_draws_are_gradients_of_next_tokens(session):
-    """Their mean over many draws is near 0, as that of every score function is, and they are not."""
+    """Their mean over many draws is near 0, as for every score function, and their norms are not."""
     draws = next_token_gradients(session)
     assert draws.shape[0] == len(session.ffns)
     assert float(draws.mean(dim=1).norm()) < 0.3 * float(draws.norm(dim=-1).mean())
     assert torch.equal(draws, next_token_gradients(session))
 
 
-def test_pushing_along_the_direction_raises_the_odds_of_the_words():
-    """And against it lowers them, at every layer alone."""
+def test_a_vector_along_the_direction_raises_the_odds_of_the_words():
+    """The opposite vector lowers them, in each layer."""
     session = opened("llama")
     items = word_items(session, ["good", "happy", "day"], ["sad", "old", "town"])
     weights = bare_weights(session, items)
@@ -105,14 +175,14 @@ def test_pushing_along_the_direction_raises_the_odds_of_the_words():
 
 
 def test_words_that_share_their_first_tokens_count_as_texts(session):
-    """Here every word falls into letters, and both sides begin with the same ones."""
+    """Here every word is split into letters, and both sides begin with the same letters."""
     items = word_items(session, ["xyz", "qed"], ["xed", "qyz"])
     words = {session.base.tokenizer.decode(item.ids)[-2:] for item in items}
     assert {"xy", "qe", "xe", "qy"} <= words
 
 
-def test_a_description_counts_by_what_it_makes_of_the_next_tokens(session):
-    """Against one prompt at a time; the text stands alone, and probabilities on either side cancel."""
+def test_a_description_counts_by_its_effect_on_the_next_tokens(session):
+    """Against one prompt at a time; the weights of each place sum to 0."""
     pairs = [Pair(Passage(" the", f"a {mood} day."), Passage(" the", f"a {other} day.")) for mood, other in
              (("good", "sad"), ("happy", "old"))]  # fmt: skip
     (item,) = description_items(session, pairs, "")

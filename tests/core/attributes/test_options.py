@@ -1,4 +1,4 @@
-"""A mistyped `--attributes DIR` is an error of every command, never a built-in list in its place."""
+"""Options of attributes: a mistyped `--attributes DIR` is an error of every command; lists of strengths."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import json
 import pytest
 
 from braces_cli.core.attributes.files import list_attributes
-from braces_cli.core.attributes.lookup import find_attribute, known_attributes
 from braces_cli.core.attributes.options import AttributeSettings, parse_strengths
 from braces_cli.core.config import build
 from braces_cli.core.errors import ConfigError
+from braces_cli.evaluation.lm_eval_model import BracesLM
 
 
-def test_a_folder_that_is_not_there_is_refused_before_anything_is_loaded(tmp_path):
+def test_a_folder_without_attributes_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no such folder"):
         build(AttributeSettings, {"attributes": tmp_path / "attrs"})
     (tmp_path / "file").write_text("x")
@@ -26,20 +26,19 @@ def test_a_folder_that_is_not_there_is_refused_before_anything_is_loaded(tmp_pat
 
 
 @pytest.mark.parametrize(
-    "look_up",
+    "read",
     [
-        lambda session, folder: find_attribute(session, "positive", folder),
-        known_attributes,
-        lambda session, folder: list_attributes(folder, None),
+        lambda folder: list_attributes(folder, None),
+        lambda folder: BracesLM(attribute="positive", attributes=str(folder)),
     ],
 )
-def test_no_look_up_passes_over_it(session, tmp_path, look_up):
+def test_lists_and_lm_eval_refuse_a_missing_folder(tmp_path, read):
     with pytest.raises(ConfigError, match="no such folder"):
-        look_up(session, tmp_path / "attrs")
+        read(tmp_path / "attrs")
 
 
 @pytest.mark.parametrize("command", ["eval", "merge", "train", "inspect find"])
-def test_every_command_refuses_it(braces, model_dir, adapter_dir, tmp_path, command):
+def test_every_command_refuses_a_missing_folder(braces, model_dir, adapter_dir, tmp_path, command):
     prompts, rows = tmp_path / "prompts.txt", tmp_path / "rows.jsonl"
     prompts.write_text("the film\n")
     rows.write_text(json.dumps({"prompt": "the film", "completion": " is good", "attribute": "positive"}) + "\n")
@@ -57,7 +56,7 @@ def test_every_command_refuses_it(braces, model_dir, adapter_dir, tmp_path, comm
 
 
 def test_strengths():
-    """Both ends included, a plain zero on the way, no drift."""
+    """Both ends are included, 0 is exact, and rounding errors do not add up."""
     assert parse_strengths("-0.3:0.3:0.1") == [-0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3]
     assert parse_strengths("2:-2:-2") == [2.0, 0.0, -2.0]
     assert parse_strengths("-4:4:3") == [-4.0, -1.0, 2.0]

@@ -1,4 +1,4 @@
-"""The built-in word lists, and what may stand in a list."""
+"""The built-in word lists."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_every_list_is_there():
 
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_a_list_is_about_forty_single_lower_case_words_without_repeats(name):
-    """And shares none with the reference, which would take away from both."""
+    """No word is shared with the reference list."""
     words = built_in()[name]
     assert 38 <= len(words) <= 42
     assert len(set(words)) == len(words)
@@ -33,5 +33,4 @@ def test_a_list_is_about_forty_single_lower_case_words_without_repeats(name):
 @pytest.mark.parametrize(("one", "other"), [("positive", "negative"), ("joyful", "sad"), ("polite", "toxic"),
                                             ("formal", "casual"), ("angry", "fearful")])  # fmt: skip
 def test_opposites_share_no_word(one, other):
-    """A word on both ends of an axis would say nothing."""
     assert not set(built_in()[one]) & set(built_in()[other])

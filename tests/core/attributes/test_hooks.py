@@ -1,0 +1,217 @@
+"""Steering: attributes add up, sizes, the paper's formula, strengths per row."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from braces_cli.core.adapter.model import Session, attach
+from braces_cli.core.adapter.reference import reference
+from braces_cli.core.attributes.build import build_attribute
+from braces_cli.core.attributes.hooks import layer_steering, steered, terms_of_rows
+from braces_cli.core.attributes.vector import Attribute
+from braces_cli.core.models.ffn import find_ffns, layer_stack
+from braces_cli.core.models.load import Base
+from braces_cli.core.models.structure import layer_output, uncompiled
+from tests.conftest import open_gates, tiny_model, tiny_tokenizer
+from tests.core.architectures import tiny
+from tests.core.invariants import relative
+
+TOKENS = torch.tensor([[0, 5, 6, 7]])
+
+
+def test_attributes_add_up(session):
+    """Logits of A + B are those of the sum of vectors; s = 2 of A is A twice; s = 0 is no attribute."""
+    good = build_attribute(session, "good", ["good", "happy"])
+    old = build_attribute(session, "old", ["old", "town"])
+
+    def logits(*terms):
+        with steered(session, terms) as sizes, torch.no_grad():
+            return session.base.model(TOKENS).logits, sizes
+
+    for attached in (False, True):
+        if attached:
+            session.adapter = attach(session.base.model, 4)
+            open_gates(session.adapter)
+        with torch.no_grad():
+            bare = session.base.model(TOKENS).logits
+        both, _ = logits((good, 2.0), (old, -1.0))
+        swapped, _ = logits((old, -1.0), (good, 2.0))
+        doubled, sizes = logits((good, 1.0), (good, 1.0))
+        single, twice = logits((good, 2.0))
+        assert torch.allclose(both, swapped, atol=1e-5)
+        assert torch.allclose(doubled, single, atol=1e-5)
+        assert [each.share for each in sizes] == pytest.approx([each.share for each in twice])
+        none, nothing = logits((good, 0.0))
+        assert torch.equal(none, bare)
+        assert nothing == []
+        # No hook remains.
+        assert torch.equal(logits()[0], bare)
+
+
+def test_strength_one_is_ten_percent_of_the_residual(session):
+    """All default layers together; a layer that `layers` names has the share of one default layer."""
+    good = build_attribute(session, "good", ["good", "happy"])
+    assert [each.share for each in layer_steering(session, [(good, 1.0)])] == pytest.approx([0.1], rel=1e-4)
+    (second,) = layer_steering(session, [(good, -2.0)], [1])
+    assert (second.layer, round(second.share, 4)) == (1, 0.2)
+
+
+@pytest.mark.parametrize("name", ["granite", "gemma2", "olmo2"])
+def test_strength_one_moves_the_stream_by_ten_percent_with_a_factor_or_norm_after_the_ffn(name):
+    """Measured at the output of the steered layer, at s = 0.2 so that a norm is nearly linear."""
+    model = tiny(name)
+    if name == "granite":
+        for layer in model.model.layers:
+            layer.residual_multiplier = 0.22
+    session = Session(Base(model, tiny_tokenizer(), name))
+    good = build_attribute(session, "good", ["good", "happy"])
+    states = []
+    layer_stack(model)[1][0].register_forward_hook(lambda m, a, output: states.append(layer_output(output)))
+    tokens = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model(tokens)
+        with steered(session, [(good, 0.2 * len(good.effective_layers))], layers=[0]) as sizes:
+            model(tokens)
+    moved = float(((states[1] - states[0]).norm(dim=-1) / states[0].norm(dim=-1)).median())
+    assert [size.share for size in sizes] == [pytest.approx(0.02, rel=1e-3)]
+    assert moved == pytest.approx(0.02, rel=0.1 if name == "granite" else 0.5)
+
+
+def test_steering_through_an_adapter_is_the_papers_formula(session):
+    """r_i + s r_c at every layer, against the reference."""
+    session.adapter = attach(session.base.model, 4)
+    open_gates(session.adapter)
+    good = build_attribute(session, "good", ["good", "happy"])
+    with torch.no_grad():
+        with steered(session, [(good, 3.0)]):
+            fast = session.base.model(TOKENS).logits
+        with reference(session.adapter, {layer: [(good.state[i], 3.0)] for i, layer in enumerate(good.layers)}):
+            slow = session.base.model(TOKENS).logits
+    assert float((fast - slow).abs().max() / slow.abs().max()) < 1e-5
+
+
+def test_a_steering_vector_is_added_next_to_the_adapter(session):
+    """In the layers of its attribute; other attributes go through the adapter, and the sum is what the FFN gets."""
+    good, old = build_attribute(session, "good", ["good"]), build_attribute(session, "old", ["old"])
+    direction = torch.randn(good.state.shape, generator=torch.Generator().manual_seed(0))
+    direct = replace(good, direction=direction, steered_layers=[0])
+    session.adapter = attach(session.base.model, 4)
+    open_gates(session.adapter)
+    terms = [(direct, 2.0), (old, 3.0)]
+    vector = 2 * direct.scale[0] * direction[0]
+    first, second = layer_steering(session, terms)
+    through = layer_steering(session, [(old, 3.0)])
+    assert torch.allclose(first.vector, vector)
+    assert second.vector is None
+    assert torch.allclose(first.total, through[0].total + vector, atol=1e-6)
+    assert torch.equal(second.total, through[1].total)
+    for row, each in enumerate((first, second)):
+        assert each.share == pytest.approx(float(each.total.norm() / good.residual[row]), rel=1e-5)
+
+    seen = []
+    with torch.no_grad():
+        for steering in ([], terms):
+            with steered(session, steering):
+                hook = session.ffns[0].host.register_forward_hook(lambda module, args, output: seen.append(output))
+                session.base.model(TOKENS)
+                hook.remove()
+    moved = (seen[1] - seen[0]).reshape(-1, first.total.shape[1])
+    assert torch.allclose(moved, first.total.expand_as(moved), atol=1e-5)
+
+
+def test_a_compiled_model_is_steered_and_restored(session):
+    """After its first pass, when it has a graph already; an adapter can be attached and detached."""
+    model = session.base.model
+
+    def passes():
+        with torch.no_grad():
+            for length in (4, 3, 2):
+                model(TOKENS[:, :length], use_cache=False)
+            with uncompiled(model):
+                good = build_attribute(session, "good", ["good"])
+            bare = model(TOKENS).logits
+            with steered(session, [(replace(good, direction=good.state), 9.0)]):
+                steered_logits = model(TOKENS).logits
+            restored = model(TOKENS).logits
+            session.adapter = attach(model, 4)
+            open_gates(session.adapter)
+            adapted = model(TOKENS).logits
+            session.remove_adapter()
+            return [bare, steered_logits, restored, adapted, model(TOKENS).logits]
+
+    plain = passes()
+    model.compile(backend="eager")
+    compiled = passes()
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(plain, compiled, strict=True))
+    assert not torch.allclose(plain[0], plain[1], atol=1e-3)
+    assert not torch.allclose(plain[0], plain[3], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_logits_of_a_row_do_not_depend_on_its_batch(name, trained):
+    """OPT flattens (batch, tokens, d) before its FFN. A row at s = 0 is bit-identical to no attribute."""
+    model = tiny_model(name)
+    session = Session(Base(model, None, name))
+    if trained:
+        session.adapter = attach(model, 4)
+        open_gates(session.adapter)
+        session.adapter.add_mlp()
+    generator = torch.Generator().manual_seed(1)
+    norms = torch.tensor([50.0, 20.0])
+    known = {
+        each: Attribute(each, [], *torch.randn(2, 2, 32, generator=generator), norms, [0, 1], {}) for each in "abc"
+    }
+    rows = [{"a": 2.0}, {}, {"b": -3.0, "c": 1.0}, {"a": 0.0}]
+    tokens = torch.tensor([[0, 5, 6, 7, 8], [0, 9, 6, 5, 5], [0, 7, 7, 8, 9], [0, 5, 6, 7, 8]])
+
+    def logits(rows, tokens):
+        with steered(session, terms_of_rows(known.__getitem__, rows), [0, 1]) as sizes, torch.no_grad():
+            return model(tokens).logits, sizes
+
+    mixed, sizes = logits(rows, tokens)
+    alone = [logits([row], tokens[k : k + 1]) for k, row in enumerate(rows)]
+    for k, (single, _) in enumerate(alone):
+        assert float((mixed[k] - single[0]).abs().max() / single.abs().max()) < 1e-5
+    bare, _ = logits([{}] * 4, tokens)
+    assert torch.equal(mixed[[1, 3]], bare[[1, 3]])
+    assert not torch.allclose(mixed[[0, 2]], bare[[0, 2]])
+    largest = [max(each[layer].share for _, each in alone if each) for layer in range(2)]
+    assert [size.share for size in sizes] == pytest.approx(largest)
+
+
+@pytest.mark.parametrize("name", ["opt", "bloom", "mixtral", "llama4_text", "gemma2"])
+def test_rows_with_steering_vectors_and_rows_through_the_adapter_share_a_batch(name):
+    """With the adapter on the last layer and vectors on all; each row against itself alone, and the formula."""
+    model = tiny(name)
+    ffns = find_ffns(model)
+    layers, width = [ffn.layer for ffn in ffns], ffns[0].hidden_size
+    session = Session(Base(model, None, name))
+    session.adapter = attach(model, 4, layers[-1:])
+    open_gates(session.adapter)
+    generator = torch.Generator().manual_seed(1)
+
+    def drawn():
+        return torch.randn(len(layers), width, generator=generator)
+
+    norms = torch.full((len(layers),), 3.0 * len(layers) * width**0.5)
+    known = {each: Attribute(each, [], drawn(), drawn(), norms, layers, {}) for each in "bc"}
+    known["a"] = Attribute("a", [], drawn(), drawn(), norms, layers, {}, steered_layers=layers, direction=drawn())
+    rows = [{"a": 1.0}, {"b": 2.0, "c": -1.0}, {}, {"a": -1.0, "b": 0.5}]
+    tokens = torch.randint(3, 90, (4, 7), generator=generator)
+
+    def logits(rows, tokens):
+        with steered(session, terms_of_rows(known.__getitem__, rows)), torch.no_grad():
+            return model(tokens, use_cache=False).logits
+
+    mixed = logits(rows, tokens)
+    for k, row in enumerate(rows):
+        assert relative(mixed[k], logits([row], tokens[k : k + 1])[0]) < 1e-5, k
+    terms = [(known[each].state[-1], torch.tensor(s)) for each, s in rows[1].items()]
+    with reference(session.adapter, {layers[-1]: terms}), torch.no_grad():
+        assert relative(mixed[1], model(tokens[1:2], use_cache=False).logits[0]) < 1e-5
+    bare = logits([{}] * 4, tokens)
+    assert all(relative(mixed[k], bare[k]) > 1e-3 for k in (0, 1, 3))
