@@ -39,7 +39,7 @@ from braces_cli.core.errors import BracesError, ConfigError, DataError
 from braces_cli.core.text import error_text
 
 if TYPE_CHECKING:
-    from braces_cli.core.attributes.hooks import SteeringSize
+    from braces_cli.core.attributes.hooks import LayerSteering
     from braces_cli.core.models.generate import TextRequest
 
 
@@ -261,7 +261,7 @@ def _rows(settings: SteerSettings, requests: Iterator[TextRequest], **details: A
     layers = chosen_layers(session.base.model, settings.layers)
     chat = uses_chat_template(session, settings.apply_chat_template)
 
-    def steering(batch: Sequence[TextRequest]) -> AbstractContextManager[list[SteeringSize]]:
+    def steering(batch: Sequence[TextRequest]) -> AbstractContextManager[list[LayerSteering]]:
         return steered(session, terms_of_rows(find, [request.attributes for request in batch]), layers)
 
     with steered(session, terms_of_rows(find, [strengths]), layers) as sizes:
@@ -275,7 +275,7 @@ def _rows(settings: SteerSettings, requests: Iterator[TextRequest], **details: A
         )  # fmt: skip
 
 
-def log_steering_sizes(strengths: dict[str, float], sizes: list[SteeringSize]) -> None:
+def log_steering_sizes(strengths: dict[str, float], sizes: list[LayerSteering]) -> None:
     """Say in one line on stderr how strong the push is, so that nobody wonders why nothing happens."""
     if not strengths:
         return
