@@ -11,7 +11,7 @@ from braces_cli.core.adapter.files import AdapterConfig
 from braces_cli.evaluation.tables import markdown
 from braces_cli.export.cards import card
 from braces_cli.training.report import model_card
-from tests.cli.test_streams import shown
+from tests.cli.test_output import controls
 
 LOCAL = "/home/somebody/secret"
 NAME = "x](https://evil.example) <script> `a` | b\n# forged \x1b[31m"
@@ -60,7 +60,7 @@ def test_cards_have_no_local_path_and_no_markup_from_names(kind: str) -> None:
     body = page.split("---\n", 2)[2]
     assert "somebody" not in page
     assert "forged" in body
-    assert not shown(page)
+    assert not controls(page)
     assert_harmless(body)
 
 
@@ -91,5 +91,5 @@ def test_results_have_no_markup_from_names() -> None:
     below = {"system": NAME, "task": NAME, "metric": NAME, "value": 0.5, "threshold": 0.6, "reached": False}
     page = markdown({"systems": systems, "comparisons": [], "settings": settings, "fail_under": [below]})
     assert page.count("forged") > 8
-    assert not shown(page)
+    assert not controls(page)
     assert_harmless(page)

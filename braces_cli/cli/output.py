@@ -1,11 +1,7 @@
-"""Standard streams: UTF-8, control characters escaped, and a reader who may have closed the pipe.
+"""Results on stdout; progress, logs and errors on stderr.
 
-Light: the standard library only.
-
-Results to stdout, everything else to stderr: the one place that prints.
-
-Whatever is printed goes through here, where control characters are escaped and long values cut, and where no name is
-read as markup. JSON keeps every character, escaped as JSON does.
+Every output goes through this module, which escapes control characters, cuts long values and reads no name as markup.
+JSON keeps every character, escaped as JSON does.
 """
 
 from __future__ import annotations
@@ -19,7 +15,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from braces_cli.core.files import finite
 from braces_cli.core.text import escaped, json_escaped, one_line, shortened
@@ -27,9 +23,17 @@ from braces_cli.core.text import escaped, json_escaped, one_line, shortened
 if TYPE_CHECKING:
     from braces_cli.core.progress import Report
 
+# Characters of a line in a file or a pipe, of a table cell and of a log line.
+_UNLIMITED = 100_000
+_CELL = 2_000
+_LOG = 700
+_SECONDS_BETWEEN_LINES = 30.0
+# Control characters that are kept in generated text, prompts and tracebacks.
+_LAYOUT = "\n\t"
+
 
 def open_streams() -> None:
-    """Use UTF-8 on all standard streams; an unpaired surrogate is escaped."""
+    """Use UTF-8 on all standard streams; a lone surrogate is escaped."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
@@ -37,24 +41,8 @@ def open_streams() -> None:
         sys.stdin.reconfigure(encoding="utf-8", errors="strict")
 
 
-@contextmanager
-def to_stdout() -> Iterator[None]:
-    """Around what is written to standard output: an error of the system names it.
-
-    Raises:
-        OSError: it is closed or full.
-    """
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        error.filename = error.filename or "standard output"
-        raise
-
-
 def stdout_failure() -> OSError | None:
-    """What writing to standard output fails with, once what is held back is written; None where nothing fails."""
+    """Flush stdout and return the error, if any."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -64,7 +52,7 @@ def stdout_failure() -> OSError | None:
 
 
 def discard_stdout() -> None:
-    """Send what is still held back to nowhere: Python would try again when the process ends, and complain."""
+    """Drop the buffer of stdout, which Python would otherwise write at exit, with an error message."""
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
@@ -74,26 +62,17 @@ def discard_stdout() -> None:
 
 
 def note(text: str, keep: str = "\n") -> None:
-    """Write one or several lines to stderr; a stderr that cannot be written to is ignored.
+    """Write lines to stderr; errors of stderr are ignored.
 
     Args:
-        keep: control characters that are not escaped; lines of one's own.
+        keep: control characters that are not escaped.
     """
     with suppress(OSError, ValueError):
         print(escaped(text, keep), file=sys.stderr, flush=True)
 
 
-# Characters of a line that goes to a file or a pipe; of a cell of a table; of a line of the log.
-_UNLIMITED = 100_000
-_CELL = 2_000
-_LOG = 700
-_SECONDS_BETWEEN_LINES = 30.0
-# What text may hold that is shown as it is: generated text, prompts, several lines of our own.
-_LAYOUT = "\n\t"
-
-
 def set_up(quiet: bool, debug: bool) -> None:
-    """Point our log at stderr and keep the libraries' chatter away, unless debugging. Call before importing them."""
+    """Log to stderr, and silence libraries unless `debug`. Call before the libraries are imported."""
     logger = logging.getLogger("braces")
     logger.propagate = False
     if not logger.handlers:
@@ -101,12 +80,11 @@ def set_up(quiet: bool, debug: bool) -> None:
         handler.setFormatter(logging.Formatter("braces: %(message)s"))
         logger.addHandler(handler)
     logger.setLevel(logging.DEBUG if debug else logging.ERROR if quiet else logging.INFO)
-    # What libraries log without a handler of their own.
     logging.lastResort = _Stderr(logging.WARNING)
     if debug:
         return
     warnings.simplefilter("ignore")
-    # torchao, where installed, is imported along with transformers and reports each kernel that it has no use for.
+    # torchao, which transformers imports, logs every kernel that it cannot use.
     for chatty in ("torchao", "torch.utils._pytree"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -118,7 +96,7 @@ def set_up(quiet: bool, debug: bool) -> None:
 
 
 class _Stderr(logging.Handler):
-    """Writes to what stderr is by then: a progress bar takes its place for a while, and each test has its own."""
+    """Write to the current sys.stderr, which a progress bar replaces for a while."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.exc_info or record.levelno <= logging.DEBUG:
@@ -128,18 +106,18 @@ class _Stderr(logging.Handler):
 
 
 def print_json(value: Any) -> None:
-    """One JSON document, indented; numbers that JSON has not (infinite, NaN) become null."""
+    """Print one JSON document, indented; NaN and infinity become null."""
     _write(_json(value, indent=2))
 
 
 def print_json_lines(rows: Iterable[Any]) -> None:
-    """One JSON object a line, each flushed as it comes, so that a pipe sees it at once."""
+    """Print one JSON object per line; each line is flushed at once."""
     for row in rows:
         _write(_json(row))
 
 
 def print_text(text: str, end: str = "\n") -> None:
-    """Text on stdout, flushed; its own line breaks and tabs stay."""
+    """Print text with its line breaks and tabs."""
     _write(escaped(text, _LAYOUT) + end)
 
 
@@ -149,91 +127,79 @@ def _json(value: Any, indent: int | None = None) -> str:
 
 
 def _write(text: str) -> None:
-    with to_stdout():
+    with _named():
         sys.stdout.write(text)
         sys.stdout.flush()
 
 
+@contextmanager
+def _named() -> Iterator[None]:
+    """Name standard output in an error of the system."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = "standard output"
+        raise
+
+
+def console() -> Any:
+    """Return a Rich console on stdout; lines are not wrapped in a file or a pipe."""
+    from rich.console import Console
+
+    out = Console(highlight=False)
+    if not out.is_terminal:
+        out.width = _UNLIMITED
+    return out
+
+
 def rich_text(text: str, style: str = "") -> Any:
-    """Text for Rich: read as neither markup nor emoji codes."""
+    """Return text for Rich without markup and emoji codes."""
     from rich.text import Text
 
     return Text(escaped(text, _LAYOUT), style)
 
 
 def print_table(title: str | Sequence[str], columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A table on stdout; numbers are aligned right, and no text is read as markup.
+    """Print a table; columns of numbers are aligned right.
 
     Args:
-        title: of one line, or of several.
+        title: one line, or several.
     """
     from rich.table import Table
 
     rows = [list(row) for row in rows]
-    columns = [one_line(name) for name in columns]
-    # Line by line, so that a line break in a name is escaped, and those between the lines stay.
     lines = [one_line(line) for line in ([title] if isinstance(title, str) else title)]
     heading = rich_text("\n".join(lines), "table.title") if any(lines) else None
-    texts = [[shortened(escaped(cell(value), _LAYOUT), _CELL) for value in row] for row in rows]
     table = Table(title=heading, title_justify="left", show_header=any(columns))
     for index, name in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[index], (int, float)) or row[index] is None for row in rows)
-        right: Literal["right", "left"] = "right" if numeric else "left"
-        table.add_column(rich_text(name), justify=right, overflow="fold")
-    for row in texts:
-        table.add_row(*map(rich_text, row))
-    console().print(table)
-
-
-def console() -> Any:
-    """A Rich console on stdout; where that is no terminal, no line is wrapped.
-
-    It treats a reader who has gone as any write does; Rich itself would exit with 1.
-    """
-    from rich.console import Console
-
-    class Plain(Console):
-        def on_broken_pipe(self) -> None:
-            raise BrokenPipeError
-
-        def print(self, *objects: Any, **details: Any) -> None:
-            with to_stdout():
-                super().print(*objects, **details)
-
-    out = Plain(highlight=False)
-    if not out.is_terminal:
-        out.width = _UNLIMITED
-    return out
+        table.add_column(rich_text(one_line(name)), justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(rich_text(shortened(escaped(cell(value), _LAYOUT), _CELL)) for value in row))
+    with _named():
+        console().print(table)
 
 
 def print_pairs(title: str, pairs: dict[str, Any], labels: Mapping[str, str] | None = None) -> None:
-    """A two-column table of names and values; what was not measured, and what is empty, is left out.
+    """Print a table of names and values without None and empty values.
 
     Args:
-        labels: what a name is called, where its own words with spaces will not do.
+        labels: name -> label, if it is not the name with spaces.
     """
-    labels = labels or {}
-    shown = [
-        (
-            labels.get(name, name.replace("_", " ")),
-            ", ".join(map(_value, value)) if isinstance(value, list) else _short(value),
-        )
-        for name, value in pairs.items()
-        if value is not None and value not in ([], {}, ())
-    ]
+    shown = []
+    for name, value in pairs.items():
+        if value is None or value in ([], {}, ()):
+            continue
+        if isinstance(value, list):
+            value = ", ".join(one_line(cell(item)) for item in value)
+        elif isinstance(value, str):
+            value = one_line(value)
+        shown.append(((labels or {}).get(name, name.replace("_", " ")), value))
     print_table(title, ["", ""], shown)
 
 
-def _value(value: Any) -> str:
-    return one_line(cell(value))
-
-
-def _short(value: Any) -> Any:
-    return one_line(value) if isinstance(value, str) else value
-
-
 def file_size(count: int) -> str:
-    """Bytes in the largest unit of 1,000 that leaves a number above 1."""
+    """Format a number of bytes with a unit, such as `12.3 kB`."""
     size, units = float(count), ["bytes", "kB", "MB", "GB", "TB"]
     while size >= 1000 and len(units) > 1:
         size, units = size / 1000, units[1:]
@@ -241,7 +207,7 @@ def file_size(count: int) -> str:
 
 
 def cell(value: Any) -> str:
-    """A value as a reader wants it: four significant digits, thousands separated, a dash for nothing."""
+    """Format a value for a table: four significant digits, thousands separated, a dash for None."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -253,43 +219,41 @@ def cell(value: Any) -> str:
 
 @contextmanager
 def progress(quiet: bool) -> Iterator[Report]:
-    """Give a `Report` that draws a bar for each stage, or logs a line now and then if stderr is not a terminal."""
+    """Yield a `Report` that draws a bar per stage, or logs a line every 30 seconds if stderr is not a terminal."""
     from braces_cli.core.progress import silent
 
     if quiet or not sys.stderr.isatty():
         yield silent if quiet else _log_lines()
         return
+    from rich import progress as rich_progress
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
+
+    bars = rich_progress.Progress(
+        rich_progress.TextColumn("{task.description}", markup=False),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TimeElapsedColumn(),
+        rich_progress.TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        # Rich redirects stdout to stderr, which is wrong for a pipe.
+        redirect_stdout=sys.stdout.isatty(),
     )
+    tasks: dict[str, Any] = {}
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    # Rich would send what is printed meanwhile to the bar's own stream: right on one terminal, but not past a pipe.
-    both = sys.stdout.isatty()
-    with Progress(
-        *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True, redirect_stdout=both
-    ) as bars:
-        tasks: dict[str, Any] = {}
+    def report(stage: str, done: int, total: int | None) -> None:
+        # The text before a colon names the bar; the rest changes, such as a loss.
+        stage = one_line(stage)
+        name = stage.partition(":")[0]
+        if name not in tasks:
+            tasks[name] = bars.add_task(stage, total=total)
+        bars.update(tasks[name], description=stage, completed=done, total=total)
 
-        def report(stage: str, done: int, total: int | None) -> None:
-            # What follows a colon changes as the work goes on (a loss, say); what stands before it names the bar.
-            stage = one_line(stage)
-            name = stage.partition(":")[0]
-            if name not in tasks:
-                tasks[name] = bars.add_task(stage, total=total)
-            bars.update(tasks[name], description=stage, completed=done, total=total)
-
+    with bars:
         yield report
 
 
 def _log_lines() -> Report:
-    """A `Report` for log files: at most one line every 30 seconds."""
     last = time.monotonic()
 
     def report(stage: str, done: int, total: int | None) -> None:

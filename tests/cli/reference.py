@@ -19,9 +19,17 @@ What `braces COMMAND --help` says, written by `python -m tests.cli.reference --w
 """
 
 
+def command_of(*names: str) -> Any:
+    """Return the command with these names, such as `inspect`, `values`."""
+    command: Any = typer.main.get_command(build_app())
+    for name in names:
+        command = command.commands[name]
+    return command
+
+
 def reference() -> str:
     """The whole page as Markdown."""
-    root: Any = typer.main.get_command(build_app())
+    root = command_of()
     return "\n".join([_HEAD, *_sections(root, typer.Context(root, info_name="braces"))])
 
 

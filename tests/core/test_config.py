@@ -13,7 +13,6 @@ import pytest
 import torch
 import typer
 
-from braces_cli.cli.main import build_app, help_of
 from braces_cli.cli.options import command, command_line, running
 from braces_cli.core.config import (
     SETTING_NAMES,
@@ -28,6 +27,7 @@ from braces_cli.core.config import (
 )
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.options import DisplaySettings, GenerationSettings, LoadOptions, Sampling
+from tests.cli.reference import command_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,9 +228,7 @@ def test_other_tools_names_stand_for_options_that_there_are() -> None:
     """Each is answered with an option of some command, and none is the name of an option itself."""
     known: set[str] = set()
     for name in ("train", "steer", "eval", "merge"):
-        found = help_of(build_app(), [name])
-        assert found is not None
-        known |= {flag.lstrip("-").replace("-", "_") for p in found[0].params for flag in p.opts}
+        known |= {flag.lstrip("-").replace("-", "_") for p in command_of(name).params for flag in p.opts}
     for name in SETTING_NAMES:
         assert matching_setting(name, known) in known
     assert setting_hint("learning-rate", ["lr"]) == "Use `lr`."

@@ -1,0 +1,303 @@
+"""The `braces` command: start-up, usage errors, exit codes, and failures of standard streams."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.reference import command_of
+
+ROOT = Path(__file__).resolve().parents[2]
+VIEWS = ("values", "find", "trace", "clamp", "report")
+COMMANDS = [["train"], ["eval"], ["attr-build"], ["steer"], ["inspect"], *(["inspect", view] for view in VIEWS)]
+HEAVY = {"torch", "transformers", "datasets", "lm_eval", "accelerate", "safetensors", "scipy", "numpy", "yaml"}
+
+
+def imported_by(code: str) -> set[str]:
+    """Return the heavy modules that a new process has imported after `code`."""
+    probe = f"import sys\ntry:\n    {code}\nexcept SystemExit:\n    pass\n"
+    probe += f"print(*(set(sys.modules) & {HEAVY!r}), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    return set(done.stderr.split())
+
+
+def call(*args: str, redirect: str = "", **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """Run `braces ARGS` in a new process, in a shell that redirects its streams."""
+    line = f'exec "$0" -m braces_cli "$@" {redirect}'
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(["bash", "-c", line, sys.executable, *args], capture_output=True, env=env, check=False)
+
+
+def test_help_imports_no_heavy_module() -> None:
+    """No command's --help imports torch and the like; the check itself detects torch."""
+    calls = "; ".join(f"[help_page({argv!r})]" for argv in [[], *COMMANDS])
+    code = (
+        "from braces_cli.cli.main import build_app; "
+        "help_page = lambda words: build_app(words)([*words, '--help'], standalone_mode=False); "
+    )
+    assert imported_by(code + calls) == set()
+    assert "torch" in imported_by("import torch")
+
+
+@pytest.mark.parametrize("argv", COMMANDS)
+def test_every_command_has_help(braces: Any, argv: list[str]) -> None:
+    shown = braces(*argv, "--help")
+    assert shown.code == 0
+    assert "--format" in shown.out
+    assert "-h" in shown.out.split()
+
+
+def test_version(braces: Any) -> None:
+    from braces_cli import __version__
+
+    assert braces("--version").out == f"braces {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["trian"], "No such command 'trian'"),
+        (["train", "--nope"], "No such option: --nope"),
+        (["train", "--rank", "x"], "--rank"),
+        (["train", "--rank", "0"], "at least 1"),
+        (["steer", "--format", "xml"], "one of table, json, text"),
+        (["train", "--rank"], "See `braces train --help`"),
+        (["inspect", "values", "--layers"], "See `braces inspect values --help`"),
+        *((command, "It takes one value") for command in (
+            ["steer", "--prompt", "a", "--adapter", "a", "--adapter", "b"],
+            ["merge", "--adapter", "a", "--adapter", "b"],
+            ["inspect", "values", "--adapter", "a", "--adapter", "b"],
+        )),
+    ],
+)  # fmt: skip
+def test_a_usage_error_is_two_lines(braces: Any, argv: list[str], message: str) -> None:
+    """Exit code 2 and nothing on stdout; with `--format json`, a JSON document on stdout too."""
+    outcome = braces(*argv)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert 1 <= len(outcome.err.strip().splitlines()) <= 2
+    assert outcome.err.startswith("Error: ")
+    assert message in outcome.err
+
+
+def test_an_error_as_json(braces: Any) -> None:
+    outcome = braces("train", "--format", "json")
+    assert outcome.code == outcome.json["error"]["code"] == 2
+    assert set(outcome.json["error"]) == {"code", "message", "where", "hint"}
+
+
+def test_underscores_are_accepted(braces: Any, model_dir: Path) -> None:
+    outcome = braces("train", "--model", model_dir, "--max_steps", "7", "--dry_run", "--format", "json")
+    assert outcome.json["settings"]["max_steps"] == 7
+
+
+def failing(braces: Any, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Any:
+    """Return the outcome of a command in which `error` is raised."""
+
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr("braces_cli.cli.recipe.recipes", fail)
+    return braces("recipe", "list")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (ZeroDivisionError("inside"), 1, "Error: ZeroDivisionError: inside\nThis is a fault of braces"),
+        (KeyboardInterrupt(), 130, "Error: interrupted\n"),
+        (MemoryError(), 1, "Error: out of memory\n"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), 1, "Error: out of memory\n"),
+        (OSError(28, "No space left on device"), 1, "Error: No space left on device\nThe disk is full"),
+        (OSError(36, "File name too long", "xxx"), 2, "Error: xxx: File name too long\n"),
+        (ImportError("libx.so"), 1, "Error: a library cannot be loaded: libx.so\n"),
+    ],
+)
+def test_an_exception_has_its_exit_code(
+    braces: Any, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, text: str
+) -> None:
+    """One or two lines without a traceback."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    outcome = failing(braces, monkeypatch, error)
+    assert (outcome.code, outcome.out) == (code, "")
+    assert outcome.err.lstrip("\n").startswith(text)
+    assert "Traceback" not in outcome.err
+
+
+def test_a_terminated_run_exits_143(model_dir: Path) -> None:
+    """SIGTERM unwinds the stack, so that temporary files are removed."""
+    pipe = subprocess.Popen(
+        [sys.executable, "-m", "braces_cli", "steer", "--model", model_dir, "--format", "json"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert pipe.stdin is not None
+    pipe.stdin.write("the film\n" * 8)  # a full batch; the pipe stays open, so the command waits for more
+    pipe.stdin.flush()
+    assert pipe.stdout is not None
+    pipe.stdout.readline()
+    pipe.send_signal(signal.SIGTERM)
+    _, err = pipe.communicate(timeout=60)
+    assert pipe.returncode == 143
+    assert err.strip().splitlines()[-1] == "Error: terminated"
+
+
+@pytest.mark.parametrize("fmt", ["table", "json"])
+def test_a_full_stdout_is_an_error(fmt: str) -> None:
+    """Exit code 1 and two lines that name the stream."""
+    done = call("recipe", "list", "--format", fmt, redirect=">/dev/full")
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr.decode().startswith("Error: standard output: No space left on device\n")
+    assert len(done.stderr.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "redirect", "code"),
+    [
+        (["recipe", "copy", "nope"], "2>/dev/full", 2),
+        (["recipe", "copy", "nope", "--format", "json"], ">/dev/full", 2),
+        (["recipe", "list", "--help"], ">/dev/full", 1),
+        (["recipe", "list"], "| true", 0),
+        (["recipe", "list"], "</dev/null 2>/dev/full", 0),
+    ],
+)
+def test_a_full_or_closed_stream_keeps_the_exit_code(args: list[str], redirect: str, code: int) -> None:
+    """The other streams receive no traceback."""
+    done = call(*args, redirect=redirect)
+    assert done.returncode == code
+    text = (done.stdout + done.stderr).decode()
+    assert "Traceback" not in text
+    assert "Exception ignored" not in text
+
+
+def test_streams_are_utf8() -> None:
+    """In every locale."""
+    name = "é☃日"
+    done = call("recipe", "copy", name, "--format", "json", PYTHONIOENCODING="latin-1", LC_ALL="C")
+    assert done.returncode == 2
+    assert f"`{name}`" in json.loads(done.stdout.decode())["error"]["message"]
+    assert "Traceback" not in done.stderr.decode()
+
+
+def test_no_memory_to_import_torch_is_reported() -> None:
+    line = 'ulimit -v 400000; exec "$0" -m braces_cli env'
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", "-c", line, sys.executable], capture_output=True, env=env, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: ")
+    assert len(done.stderr.splitlines()) == 2
+    assert "fault of braces" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["train", "merge", "eval"])
+def test_an_output_folder_that_cannot_be_created_is_refused(
+    braces: Any, model_dir: Path, adapter_dir: Path, tmp_path: Path, command: str
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "the film"}\n')
+    more = {
+        "train": ["--data", rows, "--model", model_dir],
+        "merge": ["--adapter", adapter_dir, "--model", model_dir],
+        "eval": ["--tasks", "perplexity", "--task-data", f"perplexity={rows}", "--model", model_dir],
+    }[command]
+    for folder, reason in ((rows / "out", "cannot write there"), ("/proc/braces/out", "cannot write there")):
+        outcome = braces(command, *more, "--output-dir", folder)
+        assert outcome.code == 2, outcome.err
+        assert reason in outcome.err
+
+
+def test_a_tilde_is_expanded_in_outputs(
+    braces: Any, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    attribute = ("--attribute", "warm", "--words", "warm,sunny", "--output-dir=~/attributes")
+    outcome = braces("attr-build", "--model", model_dir, *attribute)
+    assert outcome.code == 0, outcome.err
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert (tmp_path / "home" / "attributes" / "warm.safetensors").is_file()
+
+
+@pytest.mark.parametrize("argv", [*COMMANDS, ["merge"]])
+def test_the_most_important_options_come_first(argv: list[str]) -> None:
+    """At most five, in the first panel of the help, after the arguments."""
+    options = [p for p in command_of(*argv).params if p.nargs != -1 and p.name != "ctx" and p.opts[0].startswith("-")]
+    panels = [getattr(p, "rich_help_panel", None) for p in options]
+    count = panels.index(next(filter(None, panels), None)) if any(panels) else len(panels)
+    assert count >= 1
+    if argv in (["train"], ["eval"], ["steer"], ["merge"]):
+        assert count == 5
+
+
+def test_values_are_completed_without_heavy_imports() -> None:
+    cases = [
+        ("steer", "attribute", "pos", "positive"), ("steer", "scorer", "va", "vader"),
+        ("eval", "tasks", "popqa,tru", "popqa,truthfulqa"), ("eval", "scorer", "sentiment=v", "sentiment=vader"),
+        ("train", "method", "lo", "lora"), ("train", "schedule", "co", "cosine"),
+    ]  # fmt: skip
+    code = (
+        "import typer; from tests.cli.reference import command_of; "
+        f"[None for name, option, typed, offered in {cases!r} for c in [command_of(name)] "
+        "for p in c.params if p.name == option and offered not in "
+        "[str(getattr(v, 'value', v)) for v in p.shell_complete(typer.Context(c), typed)] and 1 / 0]"
+    )
+    assert imported_by(code) == set()
+
+
+def test_completed_task_names_exist() -> None:
+    from braces_cli.evaluation.catalog import GROUPS, NATIVE_TASKS
+    from braces_cli.evaluation.settings import TASK_NAMES
+
+    assert {*GROUPS, *NATIVE_TASKS} <= set(TASK_NAMES)
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "steer", "merge", "attr-build"])
+def test_a_dry_run_prints_the_settings(braces: Any, model_dir: Path, adapter_dir: Path, command: str) -> None:
+    """A table without empty values, or JSON."""
+    more = {
+        "eval": ["--tasks", "popqa"],
+        "merge": ["--adapter", adapter_dir, "--output-dir", "out"],
+        "steer": ["--prompt", "a"],
+    }
+    words = (command, "--model", model_dir, *more.get(command, []), "--dry-run", "--format")
+    assert "model" in braces(*words, "json").json["settings"]
+    shown = braces(*words, "table").out
+    assert "dry run" in shown
+    assert "None" not in shown
+    assert "()" not in shown
+
+
+def test_env_reports_versions_devices_and_caches(braces: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tokens."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    outcome = braces("env", "--format", "json")
+    assert {"braces", "python", "system", "versions", "devices", "threads", "caches", "variables"} == set(outcome.json)
+    assert {"torch", "transformers"} <= set(outcome.json["versions"])
+    table = braces("env").out
+    assert "torch" in table
+    assert "hf_secret" not in outcome.out + table
+
+
+@pytest.mark.parametrize("command", ["merge", "attr-build"])
+def test_an_upload_is_checked_first_and_done_last(
+    braces: Any, model_dir: Path, adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    from braces_cli.core.models import hub
+
+    calls: list[Any] = []
+    monkeypatch.setattr(hub, "check_push", lambda repo: calls.append(("check", repo)))
+    monkeypatch.setattr(hub, "push", lambda folder, repo, *rest: calls.append((folder, repo, *rest)))
+    out = tmp_path / "out"
+    words = {
+        "merge": ("merge", "--adapter", adapter_dir, "--output-dir", out),
+        "attr-build": ("attr-build", "--model", model_dir, "--attribute", "a", "--words", "good", "--output-dir", out),
+    }[command]
+    outcome = braces(*words, "--push-to-hub", "me/it")
+    assert outcome.code == 0, outcome.err
+    files = [["a.safetensors"]] if command == "attr-build" else []
+    assert calls == [("check", "me/it"), (out, "me/it", *files)]
