@@ -177,7 +177,7 @@ def embedded() -> Path:
 def shared() -> Path:
     """Folder of real data and models next to the checkout; tests are skipped without it."""
     if not (SHARED / "models" / "stories260K").is_dir():
-        pytest.skip("NOT TESTED ON REAL DATA: there is no ../shared with models/stories260K beside this checkout")
+        pytest.skip("NOT TESTED on real data: ../shared/models/stories260K does not exist")
     return SHARED
 
 
@@ -212,10 +212,10 @@ def make_adapter(session: Any, folder: Path, rank: int = 4, seed: int = 1) -> Pa
 @pytest.fixture(scope="module")
 def browser() -> Any:
     """Headless Chromium of the system, if installed."""
-    api = pytest.importorskip("playwright.sync_api", reason="NOT TESTED: the page in a browser, no playwright")
+    api = pytest.importorskip("playwright.sync_api", reason="NOT TESTED in a browser: playwright is not installed")
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if path is None:
-        pytest.skip("NOT TESTED: the page in a browser, there is no Chromium")
+        pytest.skip("NOT TESTED in a browser: Chromium is not installed")
     flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
     flags += ["--disable-component-update", "--disable-sync"]
     with api.sync_playwright() as playwright:

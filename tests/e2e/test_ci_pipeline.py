@@ -57,9 +57,3 @@ def test_threshold(tmp_path: Path) -> None:
 )
 def test_exit_codes(tmp_path: Path, rows: object, threshold: str, more: tuple, code: int) -> None:
     assert pipeline(tmp_path, rows, threshold, tmp_path / "job", *more).returncode == code
-
-
-def test_missing_arguments_print_the_usage(tmp_path: Path) -> None:
-    found = pipeline(tmp_path)
-    assert found.returncode == 2
-    assert "ROWS" in found.stderr
