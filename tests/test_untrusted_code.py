@@ -133,7 +133,7 @@ def test_trust_remote_code_runs_it(braces: Any, hostile: tuple[Path, Path], tmp_
 def test_code_of_a_classifier_is_not_run(hostile: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """`--scorer FOLDER`, where no option allows it."""
     from braces_cli.core.errors import ModelError
-    from braces_cli.scoring.registry import scorer
+    from braces_cli.scoring.scorers import scorer
 
     folder, mark = hostile
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 50))

@@ -17,7 +17,7 @@ from braces_cli.core.options import (
     Sampling,
     SteeredLayers,
 )
-from braces_cli.scoring.registry import BUILT_IN
+from braces_cli.scoring.scorers import BUILT_IN
 
 # Ways to steer that a sweep can measure beside ours (`evaluation.baselines`).
 BASELINE_METHODS = ("prompting", "difference", "pca")

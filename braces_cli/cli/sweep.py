@@ -25,7 +25,7 @@ from braces_cli.evaluation.sweep import BRACES_METHOD, Method, sweep
 from braces_cli.evaluation.systems import bare
 from braces_cli.evaluation.tables import plot_sweep, sweep_tables
 from braces_cli.evaluation.text_tasks import TextMeasurement, list_words, load_scorer
-from braces_cli.scoring.registry import default_scorer, label_of
+from braces_cli.scoring.scorers import default_scorer, label_of
 from braces_cli.steering.prompts import read_prompt_rows
 from braces_cli.steering.texts import uses_chat_template
 

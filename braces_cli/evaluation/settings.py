@@ -14,7 +14,7 @@ from braces_cli.core.attributes.words import built_in
 from braces_cli.core.config import ATTRIBUTES, GENERATION, OUTPUT, SCORING, TASKS, option
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.options import GenerationSettings, ModelSettings, OutputSettings, OverwriteSettings
-from braces_cli.scoring.registry import BUILT_IN
+from braces_cli.scoring.scorers import BUILT_IN
 
 # lm-eval's seeds: without --seed, few-shot examples are those of lm-eval.
 SEEDS = {"python": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}

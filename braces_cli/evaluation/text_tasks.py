@@ -52,10 +52,9 @@ from braces_cli.evaluation.settings import TEXT_TASKS
 from braces_cli.evaluation.statistics import rate_error
 from braces_cli.evaluation.systems import bare
 from braces_cli.scoring.classifier import fit_classifier
+from braces_cli.scoring.judge import Judge, Rating
 from braces_cli.scoring.likelihood import Likelihood, continuation_likelihoods, safe_exp
-from braces_cli.scoring.model_scorers import Rater, Rating, text_score
-from braces_cli.scoring.registry import label_of, scorer
-from braces_cli.scoring.scorers import Scorer, TextScore, distinct, repetition
+from braces_cli.scoring.scorers import Scorer, TextScore, distinct, label_of, repetition, scorer
 from braces_cli.steering.prompts import read_prompts
 from braces_cli.steering.texts import generate_texts, text_requests
 
@@ -223,16 +222,16 @@ class TextMeasurement:
         ratings: list[Rating] = []
         texts = [text for _, text in pairs]
         for attribute, label in self.labels.items():
-            if isinstance(self.scorer, Rater) and not ratings:
+            if isinstance(self.scorer, Judge) and not ratings:
                 ratings = self.processes.share_out(pairs, partial(_rate, self.scorer, label))
-                scores[attribute] = [text_score(rating.concept) for rating in ratings]
+                scores[attribute] = [rating.score for rating in ratings]
             else:
                 scores[attribute] = self.processes.share_out(texts, partial(self.scorer.score, label=label))
         return scores, ratings
 
 
-def _rate(rater: Rater, label: str, pairs: Sequence[tuple[str, str]]) -> list[Rating]:
-    return rater.rate([prompt for prompt, _ in pairs], [text for _, text in pairs], label)
+def _rate(judge: Judge, label: str, pairs: Sequence[tuple[str, str]]) -> list[Rating]:
+    return judge.rate([prompt for prompt, _ in pairs], [text for _, text in pairs], label)
 
 
 # Task -> default scorer, and the scored attributes -> whether more of them is better.

@@ -42,7 +42,7 @@ class Likelihood:
     Attributes:
         nll: negative log-likelihood in nats.
         tokens: how many tokens that is.
-        end_nll: the part of `nll` that comes from end tokens learnt in training.
+        end_nll: the part of `nll` of end tokens.
         end_tokens: how many those are.
     """
 
@@ -80,9 +80,9 @@ def likelihoods(
     stage: str = "scoring",
     prepare: Callable[[Sequence[int]], None] | None = None,
 ) -> list[Likelihood]:
-    """Likelihood of each example's scored tokens, in the order given; logits are read in float32.
+    """Return the likelihood of each example's scored tokens, with logits in float32.
 
-    Batches are cut by length, padded behind and masked, so the result does not depend on the batch size.
+    Examples of similar length share a batch; right padding is masked, so the result does not depend on the batch size.
 
     Args:
         prepare: called before each batch with the indices of its examples, to set what they are conditioned on.
@@ -111,7 +111,7 @@ def likelihoods(
 
 
 def _token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """-log p of each label given what stands before it: (batch, length - 1) in float32, 0 where not scored."""
+    """Return -log p of each label given the tokens before it: (batch, length - 1) in float32, 0 if it is not scored."""
     targets = labels[:, 1:]
     out = torch.zeros(targets.shape, device=logits.device)
     rows = max(1, _TOKENS_AT_ONCE // max(1, targets.shape[1]))
@@ -151,11 +151,11 @@ def continuation_likelihoods(
 def text_likelihoods(
     model: Any, tokenizer: Any, texts: Sequence[str], window: int, batch_size: int, report: Report = silent
 ) -> list[Likelihood]:
-    """Likelihood of each whole text, of any length, behind exactly one start token.
+    """Return the likelihood of whole texts of any length, after exactly one start token.
 
-    Where the tokenizer puts no start token in front, its BOS (else EOS) is put there; it is not scored itself. Texts
-    longer than `window` tokens are cut into windows, each of which begins with the last token of the one before, so
-    that every token is scored once (as lm-eval's rolling log-likelihood does).
+    If the tokenizer adds no start token, BOS (else EOS) is added; it is not scored. Longer texts are split into windows
+    that start with the last token of the previous window, so that every token is scored once, as in
+    lm-eval's rolling log-likelihood.
     """
     windows: list[Encoded] = []
     owner: list[int] = []

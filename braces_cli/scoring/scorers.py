@@ -1,18 +1,11 @@
-"""Words of a text, as all scorers split them.
+"""Scorers of texts, by name, and the diversity of texts. No torch at import.
 
-The interface of scorers: texts -> verdicts about a label.
+    vader              sentiment by VADER's lexicon and rules: positive, negative
+    toxicity           toxicity by the word list of the package: toxic
+    FOLDER, ORG/NAME   a Hugging Face text classifier, on disk or from the hub
+    judge:MODEL        a language model that rates texts (`scoring.judge`), folder or hub id
 
-Toxicity by a list of words that come with braces: no service, no model.
-
-A text is toxic where it holds a listed word or phrase: profanity, insults, threats. The list names no group of people,
-so an attack on one in civil words is not seen; a fitted or a Hugging Face classifier can see it.
-
-Sentiment by VADER: a lexicon with rules for negation, emphasis and capitals.
-
-A text is positive where its compound score is at least 0.05 and negative where it is at most -0.05, which is how its
-authors read it; what lies between is neither.
-
-Diversity of generated texts: distinct n-grams and repetition. Words and punctuation marks count, in lower case.
+A scorer that fails raises an error; it never returns 0 instead.
 """
 
 from __future__ import annotations
@@ -22,32 +15,32 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Protocol
+from typing import Any, Protocol
 
-from braces_cli.core.errors import BracesError, ConfigError
+from braces_cli.core.errors import BracesError, ConfigError, ModelError, near_misses
+from braces_cli.core.files import path_exists, user_path
 
+BUILT_IN = ("vader", "toxicity")
+# Attribute -> (scorer, label) if no scorer is named.
+DEFAULTS = {
+    "positive": ("vader", "positive"),
+    "joyful": ("vader", "positive"),
+    "negative": ("vader", "negative"),
+    "sad": ("vader", "negative"),
+    "toxic": ("toxicity", "toxic"),
+}
+JUDGE = "judge:"
+# VADER's authors call a text positive from this compound score on, and negative from minus this score on.
+_THRESHOLD = 0.05
+_REPETITION_WIDTH = 4
+_BATCH = 32
 _WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
 _PIECE = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*|[^\w\s]")
 
 
-def words_of(text: str) -> list[str]:
-    """Words in lower case, punctuation left out; an apostrophe inside a word belongs to it."""
-    return [word.replace("\u2019", "'") for word in _WORD.findall(text.lower())]
-
-
-def pieces_of(text: str) -> list[str]:
-    """Words in lower case and single punctuation marks."""
-    return _PIECE.findall(text.lower())
-
-
-def split_words(phrases: Iterable[str]) -> set[str]:
-    """All words of several words and phrases."""
-    return {word for phrase in phrases for word in words_of(phrase)}
-
-
 @dataclass(frozen=True)
 class TextScore:
-    """About one text: `value` grows with the strength of the label, `has` says whether the text counts as having it."""
+    """Score of one text: `value` grows with the strength of the label, `has` is true if the text has the label."""
 
     value: float
     has: bool
@@ -57,8 +50,8 @@ class Scorer(Protocol):
     """Scores texts for labels.
 
     Attributes:
-        name: as the user gave it.
-        labels: labels that `judge` knows; none where it takes any.
+        name: as the user wrote it.
+        labels: labels of the scorer; empty if it takes any.
     """
 
     @property
@@ -68,19 +61,82 @@ class Scorer(Protocol):
     def labels(self) -> tuple[str, ...]: ...
 
     def score(self, texts: Sequence[str], label: str) -> list[TextScore]:
-        """A score of each text.
+        """Return a score of each text.
 
         Raises:
-            BracesError: it cannot score.
+            BracesError: a text that cannot be scored.
         """
         ...
 
 
-def checked(name: str, values: Sequence[float]) -> Sequence[float]:
-    """The values, all of them finite.
+def scorer(name: str, *, exclude: Collection[str] = (), device: str = "cpu") -> Scorer:
+    """Return the scorer of a name.
+
+    Args:
+        name: see the docstring of the module.
+        exclude: words without effect on the score, so that steering by a word list is not scored by the same list.
+        device: of a Hugging Face classifier.
 
     Raises:
-        BracesError: one is not.
+        ConfigError: a scorer that is unknown, is not installed, or cannot exclude words.
+        ModelError: a folder or hub id that cannot be loaded.
+    """
+    if name == "vader":
+        return Vader(exclude)
+    if name == "toxicity":
+        return ToxicWords(exclude)
+    is_judge = name.startswith(JUDGE)
+    if not is_judge and not path_exists(user_path(name)) and name.count("/") != 1:
+        known = f"There are {', '.join(BUILT_IN)}, judge:MODEL, folders and hub ids."
+        hint = f"{near_misses(name, BUILT_IN)} {known}".strip()
+        raise ConfigError(f"no scorer `{name}`", where="--scorer", hint=hint)
+    if exclude:
+        what = f"this {'judge model' if is_judge else 'classifier'} reads whole texts"
+        hint = "Words can be left out by vader, toxicity and fitted classifiers."
+        raise ConfigError(what, where="--exclude-list-words", hint=hint)
+    if is_judge:
+        from braces_cli.scoring.judge import load_judge
+
+        return load_judge(name)
+    return load_hub_classifier(name, device)
+
+
+def default_scorer(attribute: str) -> str:
+    """Return the name of the default scorer of an attribute.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if attribute not in DEFAULTS:
+        hint = f"Name one with --scorer. These attributes have one: {', '.join(DEFAULTS)}."
+        raise ConfigError(f"no default scorer for `{attribute}`", where="--scorer", hint=hint)
+    return DEFAULTS[attribute][0]
+
+
+def label_of(attribute: str, scorer: Scorer, requested_label: str | None = None) -> str:
+    """Return the scorer's label of an attribute: `requested_label`, else the attribute's name or default label.
+
+    A judge model takes any label.
+
+    Raises:
+        ConfigError: the scorer does not have the label.
+    """
+    if not scorer.labels:
+        return requested_label or attribute
+    names = {label.lower(): label for label in scorer.labels}
+    default = DEFAULTS.get(attribute, ("", attribute))[1]
+    for label in [requested_label] if requested_label is not None else [attribute, default]:
+        if label.lower() in names:
+            return names[label.lower()]
+    hint = f"It has {', '.join(scorer.labels)}; name one with --score-label."
+    raise ConfigError(f"{scorer.name} has no label `{requested_label or attribute}`", where="--scorer", hint=hint)
+
+
+def checked(name: str, values: Sequence[float]) -> Sequence[float]:
+    """Return the values if all are finite.
+
+    Raises:
+        BracesError: a value that is not finite.
     """
     bad = next((index for index, value in enumerate(values) if not math.isfinite(value)), None)
     if bad is not None:
@@ -89,53 +145,51 @@ def checked(name: str, values: Sequence[float]) -> Sequence[float]:
 
 
 class ToxicWords:
-    """Listed words for each word of a text, in [0, 1]; an entry that ends in `*` stands for all words it begins.
+    """Number of listed words per word of a text, in [0, 1]; a text is toxic if it has one.
+
+    The list has profanity, insults and threats; an entry that ends in `*` matches all words that begin with it. It has
+    no names of groups, so it misses attacks in polite words; a classifier can detect them.
 
     Args:
-        exclude: words that do not count; entries that hold one are left out.
+        exclude: words that do not count; entries that contain one are left out.
     """
 
     name = "toxicity"
     labels = ("toxic",)
 
     def __init__(self, exclude: Collection[str] = ()) -> None:
-        skipped = split_words(exclude)
+        self._excluded = split_words(exclude)
         text = (resources.files("braces_cli.assets") / "scoring" / "toxic.txt").read_text(encoding="utf-8")
         entries = [line.split() for line in text.splitlines() if line and not line.startswith("#")]
-        entries = [entry for entry in entries if not skipped & {word.rstrip("*") for word in entry}]
-        self._skipped = skipped
+        entries = [entry for entry in entries if not self._excluded & {word.rstrip("*") for word in entry}]
         self._starts = tuple(entry[0][:-1] for entry in entries if entry[0].endswith("*"))
         self._exact = {entry[0] for entry in entries if len(entry) == 1}
         self._phrases = [entry for entry in entries if len(entry) > 1]
 
     def score(self, texts: Sequence[str], label: str) -> list[TextScore]:
-        return [self._score(words_of(text)) for text in texts]
-
-    def _score(self, words: list[str]) -> TextScore:
-        count = sum(self._listed(word) for word in words)
-        for phrase in self._phrases:
-            width = len(phrase)
-            count += sum(words[start : start + width] == phrase for start in range(len(words) - width + 1))
-        return TextScore(count / max(len(words), 1), count > 0)
+        scores = []
+        for words in map(words_of, texts):
+            count = sum(self._listed(word.removesuffix("'s")) for word in words)
+            for phrase in self._phrases:
+                width = len(phrase)
+                count += sum(words[start : start + width] == phrase for start in range(len(words) - width + 1))
+            scores.append(TextScore(count / max(len(words), 1), count > 0))
+        return scores
 
     def _listed(self, word: str) -> bool:
-        word = word.removesuffix("'s")
-        if word in self._skipped:
+        if word in self._excluded:
             return False
         return word in self._exact or (bool(self._starts) and word.startswith(self._starts))
 
 
-THRESHOLD = 0.05
-
-
 class Vader:
-    """Compound score in [-1, 1] for `positive`, and minus that for `negative`.
+    """VADER's compound score in [-1, 1] for `positive`, and minus that for `negative`.
 
     Args:
-        exclude: words taken out of the lexicon.
+        exclude: words that are removed from the lexicon.
 
     Raises:
-        ConfigError: the package is missing.
+        ConfigError: the package is not installed.
     """
 
     name = "vader"
@@ -145,7 +199,7 @@ class Vader:
         try:
             from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
         except ImportError as error:
-            hint = "pip install vaderSentiment; braces-cli asks for it itself."
+            hint = "pip install vaderSentiment; it is a dependency of braces-cli."
             raise ConfigError("VADER is not installed", where="--scorer vader", hint=hint) from error
         self._analyzer = SentimentIntensityAnalyzer()
         for word in split_words(exclude):
@@ -154,22 +208,91 @@ class Vader:
     def score(self, texts: Sequence[str], label: str) -> list[TextScore]:
         sign = 1.0 if label == "positive" else -1.0
         values = checked(self.name, [sign * self._analyzer.polarity_scores(text)["compound"] for text in texts])
-        return [TextScore(value, value >= THRESHOLD) for value in values]
+        return [TextScore(value, value >= _THRESHOLD) for value in values]
 
 
-REPETITION_WIDTH = 4
+class HubClassifier:
+    """Probabilities of a sequence classifier.
+
+    A text has the likeliest label; for `multi_label_classification`, every label with a probability of at least 0.5.
+    """
+
+    def __init__(self, name: str, model: Any, tokenizer: Any) -> None:
+        self.name = name
+        self._model = model.eval()
+        self._tokenizer = tokenizer
+        self.labels = tuple(model.config.id2label[index] for index in range(model.config.num_labels))
+        self._multi_label = len(self.labels) == 1 or model.config.problem_type == "multi_label_classification"
+
+    def score(self, texts: Sequence[str], label: str) -> list[TextScore]:
+        import torch
+
+        column = self.labels.index(label)
+        limit = int(getattr(self._model.config, "max_position_embeddings", None) or 512)
+        scores = []
+        for start in range(0, len(texts), _BATCH):
+            part = list(texts[start : start + _BATCH])
+            batch = self._tokenizer(part, return_tensors="pt", padding=True, truncation=True, max_length=limit)
+            with torch.no_grad():
+                logits = self._model(**batch.to(self._model.device)).logits.float()
+            probabilities = logits.sigmoid() if self._multi_label else logits.softmax(dim=-1)
+            has = probabilities[:, column] >= 0.5 if self._multi_label else probabilities.argmax(dim=1) == column
+            values = checked(self.name, probabilities[:, column].tolist())
+            scores += [TextScore(value, flag) for value, flag in zip(values, has.tolist(), strict=True)]
+        return scores
+
+
+def load_hub_classifier(name: str, device: str = "cpu") -> HubClassifier:
+    """Load a classifier by folder or hub id.
+
+    Raises:
+        ModelError: a model that cannot be loaded or has no classification head.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from braces_cli.core.models.hub import explained
+    from braces_cli.core.models.load import with_padding
+
+    def load() -> tuple[Any, Any, Any]:
+        # `--trust-remote-code` is for the base, never for a classifier.
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return tokenizer, *AutoModelForSequenceClassification.from_pretrained(
+            name, output_loading_info=True, trust_remote_code=False
+        )
+
+    tokenizer, model, info = explained(name, load, "classifier")
+    if info["missing_keys"]:
+        # A base model loads as a classifier with a random head.
+        missing = sorted(info["missing_keys"])[0]
+        hint = "Give the folder or hub id of a sequence classifier."
+        raise ModelError(f"it has no trained head ({missing} is missing)", where=name, hint=hint)
+    tokenizer = with_padding(tokenizer)
+    if model.config.pad_token_id is None:  # causal classifiers find the last token of a text by it
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return HubClassifier(name, model.to(device), tokenizer)
+
+
+def words_of(text: str) -> list[str]:
+    """Return the words in lower case, without punctuation; apostrophes inside a word belong to it."""
+    return [word.replace("\u2019", "'") for word in _WORD.findall(text.lower())]
+
+
+def split_words(phrases: Iterable[str]) -> set[str]:
+    """Return all words of several words and phrases."""
+    return {word for phrase in phrases for word in words_of(phrase)}
 
 
 def _grams(text: str, width: int) -> list[tuple[str, ...]]:
-    pieces = pieces_of(text)
+    """Return the n-grams of words and punctuation marks, in lower case."""
+    pieces = _PIECE.findall(text.lower())
     return list(zip(*(pieces[start:] for start in range(width)), strict=False))
 
 
 def distinct(groups: Iterable[Sequence[str]], width: int) -> float:
-    """distinct-n: different n-grams over all n-grams of a group of texts (the samples of a prompt), mean over groups.
+    """Return distinct-n: different n-grams over all n-grams of a group of texts, mean over groups.
 
-    Groups too short for a single n-gram are left out; NaN where nothing is left. It falls as groups get longer, so
-    compare only groups of as many samples of the same length.
+    A group is the samples of one prompt. Groups without an n-gram are left out; NaN if none is left. Longer groups have
+    lower values, so compare only groups of the same size and length.
     """
     shares = []
     for texts in groups:
@@ -180,10 +303,10 @@ def distinct(groups: Iterable[Sequence[str]], width: int) -> float:
 
 
 def repetition(texts: Iterable[str]) -> float:
-    """Share of a text's 4-grams that stood in it before, mean over texts that have one; NaN where none has."""
+    """Return the share of a text's 4-grams that occur earlier in it, mean over texts with a 4-gram; NaN without any."""
     shares = []
     for text in texts:
-        grams = _grams(text, REPETITION_WIDTH)
+        grams = _grams(text, _REPETITION_WIDTH)
         if grams:
             shares.append(1 - len(set(grams)) / len(grams))
     return sum(shares) / len(shares) if shares else math.nan

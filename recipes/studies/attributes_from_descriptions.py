@@ -46,7 +46,7 @@ from braces_cli.core.attributes.vector import Attribute, opposite
 from braces_cli.core.options import LoadOptions, Sampling
 from braces_cli.core.render import figure, save_figure
 from braces_cli.evaluation.sweep import SweepPlan, continuation_nll, continuations
-from braces_cli.scoring.registry import scorer
+from braces_cli.scoring.scorers import scorer
 from braces_cli.steering.prompts import read_prompts
 
 RATIO = 1.5

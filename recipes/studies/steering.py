@@ -49,8 +49,7 @@ from braces_cli.core.options import LoadOptions, Sampling
 from braces_cli.core.render import figure, percent_ticks, plain_ticks, save_figure
 from braces_cli.evaluation.native_tasks import open_scorer
 from braces_cli.evaluation.sweep import SweepPlan, Texts, continuation_nll, continuations, point
-from braces_cli.scoring.registry import scorer
-from braces_cli.scoring.scorers import Scorer
+from braces_cli.scoring.scorers import Scorer, scorer
 from braces_cli.steering.prompts import read_prompts
 
 TEMPLATES = (

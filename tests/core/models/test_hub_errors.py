@@ -12,7 +12,7 @@ from braces_cli.core.errors import DataError, ModelError
 from braces_cli.core.models.hub import hub_errors
 from braces_cli.data.rows import read_rows
 from braces_cli.evaluation.systems import find_eval_adapter
-from braces_cli.scoring.registry import scorer
+from braces_cli.scoring.scorers import scorer
 
 
 def refusal(kind: type[Exception], status: int) -> Exception:

@@ -1,16 +1,16 @@
-"""Scorers: what each says of plain texts, words left out, failures that are failures."""
+"""Scorers on plain texts, excluded words, errors; distinct-n and repetition against numbers computed by hand."""
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 
 import pytest
 
 from braces_cli.core.errors import BracesError, ConfigError, ModelError
-from braces_cli.scoring.registry import default_scorer, label_of, scorer
-from braces_cli.scoring.scorers import checked
+from braces_cli.scoring.scorers import checked, default_scorer, distinct, label_of, repetition, scorer
 
 
 @pytest.mark.parametrize(
@@ -31,13 +31,13 @@ from braces_cli.scoring.scorers import checked
         ("toxicity", "toxic", "", False),
     ],
 )
-def test_verdicts(name, label, text, has):
-    """Lexicon scorers on texts whose answer is plain, traps of substrings among them."""
+def test_lexicon_scorers(name, label, text, has):
+    """On clear texts, some of which have substrings of listed words."""
     assert scorer(name).score([text], label)[0].has is has
 
 
-def test_words_left_out_do_not_count():
-    """In any case and inside phrases; other words still do."""
+def test_excluded_words_do_not_count():
+    """In any case and inside phrases; other words count."""
     text = "A WONDERFUL evening"
     assert scorer("vader").score([text], "positive")[0].has
     assert not scorer("vader", exclude=["Wonderful evening"]).score([text], "positive")[0].has
@@ -47,20 +47,20 @@ def test_words_left_out_do_not_count():
     assert scorer("toxicity", exclude=["fucking"]).score(["fuck"], "toxic")[0].has
 
 
-def test_labels_stand_for_attributes():
-    """The attribute's own name first, then what it usually means, in any case."""
+def test_labels_of_attributes():
+    """The name of the attribute, else its default label, in any case."""
     vader = scorer("vader")
     assert default_scorer("joyful") == "vader"
     assert label_of("joyful", vader) == "positive"
     assert label_of("polite", vader, "NEGATIVE") == "negative"
     with pytest.raises(ConfigError, match="no label `polite`"):
         label_of("polite", vader)
-    with pytest.raises(ConfigError, match="whether a text is `polite`"):
+    with pytest.raises(ConfigError, match="no default scorer for `polite`"):
         default_scorer("polite")
 
 
 def test_unknown_and_missing_scorers(monkeypatch, tmp_path):
-    """Near misses; a package that is not there is named with how to get it; a folder without a classifier."""
+    """A near miss, a folder without a classifier, and a package that is not installed."""
     with pytest.raises(ConfigError, match="Did you mean vader"):
         scorer("vaider")
     with pytest.raises(ModelError, match="cannot load the classifier"):
@@ -70,8 +70,8 @@ def test_unknown_and_missing_scorers(monkeypatch, tmp_path):
         scorer("vader")
 
 
-def test_a_failed_score_is_no_zero():
-    """NaN is an error that says which text."""
+def test_a_failed_score_is_an_error():
+    """The message names the text."""
     with pytest.raises(BracesError, match="gave nan for text 1"):
         checked("mine", [0.5, float("nan")])
 
@@ -97,7 +97,7 @@ def hub_folder(tmp_path_factory):
 
 
 def test_a_hugging_face_classifier(hub_folder, model_dir):
-    """Its own labels, the likeliest counts, batches leave no trace; no head is refused, and so are words."""
+    """The likeliest label counts, batches have no effect; a base model and excluded words are refused."""
     loaded = scorer(str(hub_folder))
     label = label_of("positive", loaded)
     assert label == "POSITIVE"
@@ -113,7 +113,7 @@ def test_a_hugging_face_classifier(hub_folder, model_dir):
 
 
 def test_a_classifier_without_a_padding_token(hub_folder, tmp_path):
-    """Texts of several lengths in a batch are judged as each of them alone."""
+    """Texts of different lengths in a batch have the scores of each text alone."""
     folder = tmp_path / "classifier"
     shutil.copytree(hub_folder, folder)
     for name, key in (("tokenizer_config.json", "pad_token"), ("config.json", "pad_token_id")):
@@ -124,3 +124,27 @@ def test_a_classifier_without_a_padding_token(hub_folder, tmp_path):
     texts = ["the film is good", "a day", "the end of the old town"]
     alone = [loaded.score([text], "POSITIVE")[0].value for text in texts]
     assert [each.value for each in loaded.score(texts, "POSITIVE")] == pytest.approx(alone, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("groups", "width", "expected"),
+    [
+        ([["a b a b"]], 1, 2 / 4),
+        ([["a b a b"]], 2, 2 / 3),
+        ([["A b.", "a B!"]], 1, 4 / 6),  # a, b, ., ! of six pieces; case does not matter
+        ([["a b", "a b"], ["c d"]], 2, (1 / 2 + 1) / 2),  # mean over prompts
+        ([["a", ""], ["c d"]], 2, 1.0),  # nothing to count in the first
+        ([["don't stop"]], 1, 1.0),
+    ],
+)
+def test_distinct(groups, width, expected):
+    """Different n-grams over all n-grams."""
+    assert distinct(groups, width) == pytest.approx(expected)
+
+
+def test_repetition():
+    """A text without a 4-gram is left out."""
+    assert repetition(["a b c d a b c d"]) == pytest.approx(1 / 5)
+    assert repetition(["a b c d a b c d", "x y z w", "x"]) == pytest.approx(1 / 10)
+    assert math.isnan(repetition(["a b"]))
+    assert math.isnan(distinct([[""]], 1))
