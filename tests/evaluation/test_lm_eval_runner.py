@@ -89,29 +89,7 @@ def _ours(folder: Path, names: list[str], data: list[str], limit: int, shots: in
     return result, seen[0]
 
 
-@pytest.mark.parametrize(("name", "shots"), [*((name, None) for name in FILES), ("triviaqa", 1)])
-def test_scores_equal_those_of_lm_eval_document_by_document(shared, tmp_path, monkeypatch, name, shots):
-    stories, file = shared / "models" / "stories260K", shared / "data" / FILES[name]
-    limit = 4
-    result, found = _ours(stories, [name], [f"{name}={file}"], limit, shots, monkeypatch)
-    expected = _direct(stories, name, file, limit, shots, tmp_path)
-    ours, theirs = found["samples"][name], expected["samples"][name]
-    assert len(ours) == len(theirs) == limit
-    for mine, other in zip(ours, theirs, strict=True):
-        assert mine["doc_id"] == other["doc_id"]
-        assert [a[0] for a in mine["arguments"]] == [a[0] for a in other["arguments"]]
-        for metric in other["metrics"]:
-            assert mine[metric] == pytest.approx(other[metric], abs=1e-9)
-    for key, value in expected["results"][name].items():
-        metric, sign, _ = key.partition(",")
-        if sign and not metric.endswith("_stderr"):
-            entry = result["systems"][0]["results"][name][metric]
-            assert entry["value"] == pytest.approx(value, abs=1e-9)
-            assert entry["n"] == limit
-            assert entry["stderr"] == pytest.approx(expected["results"][name][key.replace(",", "_stderr,")], abs=1e-9)
-
-
-# Rows in the schema of the hub's sets, for tasks of which ../shared has no such file.
+# Rows in the schema of the data set on the hub, for tasks without a file in ../shared.
 ROWS = {
     "nq_open": [{"question": f"who is number {i}", "answer": ["No one", chr(97 + i)]} for i in range(5)],
     "arc_easy": [
@@ -130,18 +108,27 @@ ROWS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", list(ROWS))
-def test_scores_of_local_rows_equal_those_of_lm_eval(tiny_folder, write_jsonl, tmp_path, monkeypatch, name):
-    file = write_jsonl(f"{name}.jsonl", ROWS[name])
-    _, found = _ours(tiny_folder, [name], [f"{name}={file}"], 5, None, monkeypatch)
-    expected = _direct(tiny_folder, name, file, 5, None, tmp_path)
+@pytest.mark.parametrize(("name", "shots"), [*((name, None) for name in (*FILES, *ROWS)), ("triviaqa", 1)])
+def test_scores_equal_those_of_lm_eval_document_by_document(
+    shared, tiny_folder, write_jsonl, tmp_path, monkeypatch, name, shots
+):
+    folder, limit = shared / "models" / "stories260K" if name in FILES else tiny_folder, 4
+    file = shared / "data" / FILES[name] if name in FILES else write_jsonl(f"{name}.jsonl", ROWS[name])
+    result, found = _ours(folder, [name], [f"{name}={file}"], limit, shots, monkeypatch)
+    expected = _direct(folder, name, file, limit, shots, tmp_path)
     ours, theirs = found["samples"][name], expected["samples"][name]
-    assert len(ours) == len(theirs) == 5
+    assert len(ours) == len(theirs) == limit
     for mine, other in zip(ours, theirs, strict=True):
-        assert mine["arguments"] == other["arguments"]
-        assert mine["resps"] == other["resps"]
+        assert mine["doc_id"] == other["doc_id"]
+        assert [a[0] for a in mine["arguments"]] == [a[0] for a in other["arguments"]]
         for metric in other["metrics"]:
-            assert mine[metric] == other[metric]
+            assert mine[metric] == pytest.approx(other[metric], abs=1e-9)
+    for key, value in expected["results"][name].items():
+        metric, sign, _ = key.partition(",")
+        if sign and not metric.endswith("_stderr"):
+            stderr = expected["results"][name][key.replace(",", "_stderr,")]
+            entry = result["systems"][0]["results"][name][metric]
+            assert entry == pytest.approx({"value": value, "stderr": stderr, "n": limit}, abs=1e-9)
 
 
 @pytest.mark.parametrize("name", ["popqa", "mmlu_anatomy"])  # the second has its examples in another split
