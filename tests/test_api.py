@@ -19,12 +19,12 @@ PROMPTS = ["the film is", "a day"]
 
 @pytest.fixture
 def model(model_dir: Path, adapter_dir: Path) -> Any:
-    """The tiny model with its adapter, opened by the adapter's folder alone."""
+    """The tiny model with its adapter, loaded from the adapter's folder."""
     return braces.load(adapter_dir, device="cpu")
 
 
-def test_texts_are_those_of_the_command_line(model: Any, adapter_dir: Path, braces_command: Any) -> None:
-    """At the same seed, steered and not."""
+def test_texts_equal_those_of_the_command_line(model: Any, adapter_dir: Path, braces_command: Any) -> None:
+    """With the same seed, steered and unsteered."""
     options = ["--adapter", adapter_dir, "--device", "cpu", "--max-new-tokens", 8, "--format", "json"]
     asked = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
     plain = braces_command("steer", *options, *asked)
@@ -39,12 +39,12 @@ def test_texts_are_those_of_the_command_line(model: Any, adapter_dir: Path, brac
 
 @pytest.fixture
 def braces_command(request: pytest.FixtureRequest) -> Any:
-    """Calls the command line; the name `braces` is the package here."""
+    """The command line; `braces` is the package here."""
     return request.getfixturevalue("braces")
 
 
-def test_attributes_from_words_add_up(model: Any) -> None:
-    """And one cannot be set twice."""
+def test_attributes_add_up(model: Any) -> None:
+    """An attribute cannot be set twice."""
     both = model.steer("warm", 2, words=["good", "happy"]).steer("negative", -1)
     assert [(attribute.name, s) for attribute, s in both.terms] == [("warm", 2), ("negative", -1)]
     assert model.terms == ()
@@ -56,17 +56,17 @@ def test_attributes_from_words_add_up(model: Any) -> None:
         model.steer("positve")
 
 
-def test_inspect_is_that_of_the_command_line(
+def test_inspect_equals_the_command_line(
     model: Any, adapter_dir: Path, braces_command: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without reading the base's files again, which may need leave to run code."""
+    """Without reading the files of the base again."""
     shown = braces_command("inspect", "--adapter", adapter_dir, "--format", "json").json
     monkeypatch.delattr("braces_cli.inspection.summary.load_shape")
     assert model.inspect() == shown
 
 
-def test_an_adapter_is_trained_and_opened(model_dir: Path, tmp_path: Path) -> None:
-    """By the names of the command line's options; a name that is none is refused with a suggestion."""
+def test_train_and_load(model_dir: Path, tmp_path: Path) -> None:
+    """Settings have the names of the options; an unknown name has a suggestion."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": f"the {w} film is good"}) + "\n" for w in ("old", "sad", "good")))
     result = braces.train(rows, tmp_path / "out", model=str(model_dir), max_steps=2, rank=4, device="cpu")
@@ -78,8 +78,8 @@ def test_an_adapter_is_trained_and_opened(model_dir: Path, tmp_path: Path) -> No
         braces.train(rows, tmp_path / "other", rank="four")
 
 
-def test_values_of_the_types_that_scripts_have(model_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
-    """Paths, lists, mappings and torch's own; a single word, stop text or layer is not taken for a list of letters."""
+def test_types_of_values(model_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
+    """Paths, lists, mappings and torch types; a single word, stop text or layer is not a list of letters."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"body": "the film is good"}\n' * 3)
     given = {"columns": {"text": "body"}, "eval_data": rows, "layers": [1], "dtype": torch.float32, "model": model_dir}
@@ -110,14 +110,12 @@ def test_values_of_the_types_that_scripts_have(model_dir: Path, adapter_dir: Pat
         (lambda model: braces.load(devise="cpu"), "no setting `devise`"),
     ],
 )
-def test_wrong_values_are_errors_of_braces(model: Any, call: Any, message: str) -> None:
-    """Not of Python, from somewhere inside."""
+def test_invalid_values(model: Any, call: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         call(model)
 
 
-def test_what_cannot_be_opened_is_an_error(model_dir: Path, adapter_dir: Path) -> None:
-    """Of the classes that the command line reports."""
+def test_invalid_folders(model_dir: Path, adapter_dir: Path) -> None:
     with pytest.raises(ModelError):
         braces.load("./nowhere")
     with pytest.raises(ConfigError, match="two adapters"):
@@ -126,8 +124,7 @@ def test_what_cannot_be_opened_is_an_error(model_dir: Path, adapter_dir: Path) -
     assert braces.load(model_dir).session.adapter is None
 
 
-def test_the_package_itself_imports_nothing_heavy() -> None:
-    """Only the use of a name does."""
+def test_importing_the_package_does_not_import_torch() -> None:
     code = "import sys, braces_cli; dir(braces_cli); assert 'torch' not in sys.modules; braces_cli.load; import torch"
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError):

@@ -23,7 +23,7 @@ def rows(tmp_path):
 
 
 def test_training_lowers_the_loss_and_writes_an_adapter(braces, model_dir, rows, tmp_path):
-    """The documented JSON keys, the parameter formula, the documented files, and a loss that falls."""
+    """The documented JSON keys, parameter count and files, and a lower loss."""
     out = tmp_path / "out"
     outcome = braces(
         "train", "--model", model_dir, "--data", rows, "--eval-data", rows, "--rank", 4, "--max-steps", 40,
@@ -51,11 +51,11 @@ def test_training_lowers_the_loss_and_writes_an_adapter(braces, model_dir, rows,
     tokenizer = session.base.tokenizer
     examples = read_examples([str(rows)], Reading(tokenizer, 128)).items
     again = sum(likelihoods(session.base.model, examples, tokenizer.pad_token_id, 16), Likelihood())
-    assert again.loss == pytest.approx(result["eval_loss"], rel=1e-6)  # what was measured is what was saved
+    assert again.loss == pytest.approx(result["eval_loss"], rel=1e-6)  # the saved adapter was evaluated
 
 
 def test_the_same_seed_gives_the_same_adapter(braces, model_dir, rows, tmp_path):
-    """Bit for bit on one machine; another seed gives another."""
+    """Bit-identical; another seed gives another adapter."""
     files = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         braces(
@@ -88,10 +88,8 @@ def test_gradient_checkpointing_and_accumulation_change_nothing_but_memory(brace
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_debug_lists_what_was_done_before_the_first_step_and_each_is_done_once(
-    braces, model_dir, rows, tmp_path, monkeypatch
-):
-    """A table on stderr, once; rows and probes are not repeated, and no evaluation is waited for."""
+def test_debug_prints_timings_of_stages_that_run_once(braces, model_dir, rows, tmp_path, monkeypatch):
+    """A table on stderr before the first step; rows and probes are not repeated."""
     from braces_cli.training import run
 
     calls = []
@@ -127,8 +125,8 @@ def test_debug_lists_what_was_done_before_the_first_step_and_each_is_done_once(
     assert places == sorted(places)
 
 
-def test_layers_and_dry_run(braces, model_dir, tmp_path):
-    """Counted without weights; nothing is written."""
+def test_dry_run_counts_the_parameters_of_layers(braces, model_dir, tmp_path):
+    """Without weights; nothing is written."""
     outcome = braces(
         "train", "--model", model_dir, "--rank", 4, "--layers", "1-", "--output-dir", tmp_path / "o", "--dry-run",
         "--format", "json",
@@ -137,8 +135,8 @@ def test_layers_and_dry_run(braces, model_dir, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
-def test_dry_run_of_a_model_out_of_reach_still_prints_the_settings(braces):
-    """`trainable_parameters: null` and why."""
+def test_dry_run_without_a_model_prints_the_settings(braces):
+    """`trainable_parameters: null` and the reason."""
     outcome = braces("train", "--model", "Qwen/Qwen2.5-1.5B", "--rank", 4, "--dry-run", "--format", "json")
     assert outcome.code == 0
     assert outcome.json["trainable_parameters"] is None
@@ -149,8 +147,8 @@ def test_dry_run_of_a_model_out_of_reach_still_prints_the_settings(braces):
 @pytest.mark.parametrize(
     ("status", "kind"), [(401, "GatedRepoError"), (403, "GatedRepoError"), (404, "RepositoryNotFoundError")]
 )
-def test_a_gated_model_names_its_page_and_the_token(braces, monkeypatch, rows, tmp_path, status, kind):
-    """Two lines: what, and where to ask; HF_TOKEN is named."""
+def test_gated_model(braces, monkeypatch, rows, tmp_path, status, kind):
+    """The message names the page of the model and HF_TOKEN, in two lines."""
     import importlib
 
     from huggingface_hub import errors

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import tiny_tokenizer
 from tests.core.method.test_reference import relative
-from tests.data.test_chat_template import CHAT, TEMPLATES
+from tests.core.models.test_chat import CHAT, TEMPLATES
 
 WORDS = ["the", "film", "is", "good", "and", "end", "sad", "old", "town", "happy", "day"]
 
@@ -50,8 +50,8 @@ def train(braces, model_dir, rows, out, *extra):
     [(), ("--attribute-field", "mood", "--strength-field", "how", "--contrast", 0)],
     ids=["plain", "attributes"],
 )
-def test_packing_and_accumulation_change_nothing_but_speed(braces, model_dir, rows, tmp_path, fields):
-    """Two epochs whose last batch is short: the same examples a step, the same loss, the same adapter."""
+def test_packing_and_accumulation_give_the_same_adapter(braces, model_dir, rows, tmp_path, fields):
+    """Two epochs with a short last batch: the same examples per step, loss and adapter."""
     ways = {
         "packed": ("--batch-size", 8),
         "grouped": ("--batch-size", 8, "--packing", "off"),
@@ -73,14 +73,14 @@ def test_packing_and_accumulation_change_nothing_but_speed(braces, model_dir, ro
             assert relative(others[key], tensor) < 1e-4, (name, key)
 
 
-def test_a_stream_trains_and_counts(braces, model_dir, rows, tmp_path):
-    """As many steps as asked, over several passes; attributes and chats of rows yet unread are known."""
+def test_train_from_a_stream(braces, model_dir, rows, tmp_path):
+    """Several passes; attributes of unread rows are known."""
     result, weights = train(
         braces, model_dir, rows, tmp_path / "a", "--streaming", "--max-steps", 9, "--batch-size", 8,
         "--attribute-field", "mood",
     )  # fmt: skip
     assert (result["steps"], result["epochs"]) == (9, None)
-    assert result["rows"] >= 66  # nine batches are two passes of four, the last of each short, and a batch more
+    assert result["rows"] >= 66  # two passes of four batches, the last of each short, and one more batch
     assert any(name.startswith("condition.") for name in weights)
 
 
@@ -94,16 +94,16 @@ def chat_model(model_dir, tmp_path):
     return folder
 
 
-def test_chats_are_trained_on_and_the_adapter_says_so(braces, chat_model, tmp_path):
-    """So that whoever uses it can ask in the same form."""
+def test_train_on_chats(braces, chat_model, tmp_path):
+    """The adapter records the chat template, the default for prompts."""
     data = lines(tmp_path / "chats.jsonl", [{"messages": CHAT, "id": n} for n in range(4)])
     result, _ = train(braces, chat_model, data, tmp_path / "out", "--max-steps", 2)
     assert result["rows_dropped"] == 0
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["training"]["chat_template"] is True
 
 
-def test_check_needs_no_weights_and_writes_nothing(braces, model_dir, rows, tmp_path):
-    """Counts, histogram and two examples for training and evaluation rows, as JSON and as text."""
+def test_check_without_weights(braces, model_dir, rows, tmp_path):
+    """Counts, histogram and two examples, as JSON and as text; nothing is written."""
     folder = tmp_path / "no-weights"
     shutil.copytree(model_dir, folder)
     (folder / "model.safetensors").unlink()
@@ -119,8 +119,8 @@ def test_check_needs_no_weights_and_writes_nothing(braces, model_dir, rows, tmp_
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_packing_is_set_from_a_file(braces, model_dir, tmp_path):
-    """YAML takes `off` for false."""
+def test_packing_from_a_file(braces, model_dir, tmp_path):
+    """YAML `off` is text."""
     (tmp_path / "c.yaml").write_text("packing: off\ncolumns: [text=review]\n")
     outcome = braces("train", "--config", tmp_path / "c.yaml", "--model", model_dir, "--dry-run", "--format", "json")
     assert outcome.code == 0, outcome.err
@@ -129,7 +129,7 @@ def test_packing_is_set_from_a_file(braces, model_dir, tmp_path):
 
 
 def bad_inputs():
-    """(name, options, exit code, words of the message); a value of None takes the option away."""
+    """(name, options, exit code, part of the message); None removes an option."""
     return [
         ("missing file", {"data": "none.jsonl"}, 3, "no such file"),
         ("empty file", {"data": "empty.jsonl"}, 3, "the file is empty"),
@@ -177,7 +177,7 @@ def bad_inputs():
 
 @pytest.fixture
 def bad_files(tmp_path, monkeypatch):
-    """A folder of files that each have one fault, made the current one."""
+    """A folder of files with one error each, as current folder."""
     folder = tmp_path / "bad"
     folder.mkdir()
     (folder / "empty.jsonl").touch()
@@ -202,10 +202,8 @@ def bad_files(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "options", "code", "message"), bad_inputs(), ids=[b[0] for b in bad_inputs()])
-def test_bad_input_has_its_code_and_two_lines_and_writes_nothing(
-    braces, model_dir, adapter_dir, bad_files, name, options, code, message
-):
-    """As text and as JSON."""
+def test_bad_input(braces, model_dir, adapter_dir, bad_files, name, options, code, message):
+    """Exit code and two lines, as text and as JSON; nothing is written."""
     given = {"model": str(model_dir), "data": "rows.jsonl", "output-dir": "out", "max-steps": "2", **options}
     before = sorted(bad_files.rglob("*"))
     args = [
@@ -223,8 +221,7 @@ def test_bad_input_has_its_code_and_two_lines_and_writes_nothing(
     assert braces("train", *args, "--format", "json").json["error"]["code"] == code
 
 
-def test_a_row_of_a_megabyte_is_cut_and_counted(braces, model_dir, tmp_path):
-    """It is no fault, but nobody is left to guess what became of it."""
+def test_truncated_rows_are_counted(braces, model_dir, tmp_path):
     data = lines(tmp_path / "long.jsonl", [{"text": "the film is good " * 60_000}, {"text": "a day"}])
     args = ("train", "--model", model_dir, "--data", data, "--max-steps", 1, "--output-dir", tmp_path / "o")
     outcome = braces(*args, "--format", "json")

@@ -1,18 +1,26 @@
-"""Two processes over gloo, as torchrun starts them, give what one gives; launches that cannot work are refused."""
+"""Two processes over gloo, with DDP and FSDP2, compared with one process; unsupported launches."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
+from braces_cli.core.adapter.model import attach
+from braces_cli.core.files import write_tensors
+from braces_cli.training.checkpoint import capture, restore_optimizer, restore_parameters
+from tests.conftest import open_gates, tiny_model
+from tests.core.method.test_reference import relative
 from tests.training.workers import cli, launch, train_with_attributes
 
 pytestmark = pytest.mark.slow
@@ -30,7 +38,7 @@ def rows(tmp_path):
 
 
 def test_two_processes_give_the_adapter_of_one(braces, model_dir, rows, tmp_path):
-    """torchrun, 12 steps at the same global batch, with accumulation and checkpointing; one result is printed."""
+    """torchrun, 12 steps at the same global batch, with accumulation and gradient checkpointing; one result."""
     common = [
         "train", "--model", model_dir, "--data", rows, "--eval-data", rows, "--rank", 4, "--max-steps", 12,
         "--lr", 0.01, "--device", "cpu", "--save-steps", 5, "--format", "json",
@@ -57,12 +65,12 @@ def test_two_processes_give_the_adapter_of_one(braces, model_dir, rows, tmp_path
         assert two[key] == one.json[key]
     for key in ("train_loss", "base_eval_loss", "eval_loss"):
         assert two[key] == pytest.approx(one.json[key], rel=1e-5)
-    # Steps 11 and 12 are a log of their own, and count once: twice would be a sixth more.
+    # Steps 11 and 12 are logged separately and counted once: counted twice, the loss would be a sixth larger.
     assert one.json["train_loss"] == pytest.approx(one.json["base_eval_loss"], rel=0.1)
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     assert first.keys() == second.keys()
     assert all((first[name] - second[name]).abs().max() < 1e-4 for name in first)
-    # The two processes' state is whole: one alone goes on from it, and from its end.
+    # The state of two processes is complete: one process alone can resume from it.
     assert len(json.loads((tmp_path / "two" / "checkpoint-12" / "rng.json").read_text())) == 2
     assert len((tmp_path / "two" / "metrics.jsonl").read_text().splitlines()) == 2
     (tmp_path / "two" / "run.json").unlink()
@@ -72,7 +80,7 @@ def test_two_processes_give_the_adapter_of_one(braces, model_dir, rows, tmp_path
 
 
 def test_only_the_first_process_prints(braces, monkeypatch, model_dir, tmp_path):
-    """Others keep a fault to themselves unless they outlive the first; then one line with their number."""
+    """Another process prints one line with its rank, and only if it outlives the first."""
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
@@ -84,8 +92,8 @@ def test_only_the_first_process_prints(braces, monkeypatch, model_dir, tmp_path)
     assert "process 1: " in outcome.err
 
 
-def test_fsdp_that_cannot_work_is_refused_with_the_key_to_change(braces, monkeypatch, model_dir, rows, tmp_path):
-    """Exit 2 where it would stay without effect or end in a fault of accelerate's; parallelism of other kinds, too."""
+def test_unsupported_launches(braces, monkeypatch, model_dir, rows, tmp_path):
+    """Exit 2 with the setting to change."""
     args = ("train", "--model", model_dir, "--data", rows, "--output-dir", tmp_path / "o", "--device", "cpu")
     fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     table = [
@@ -107,7 +115,7 @@ def test_fsdp_that_cannot_work_is_refused_with_the_key_to_change(braces, monkeyp
 
 
 def stopped(env: dict[str, str], argv: list[str], log: Path, after: int) -> None:
-    """Body of a process: `braces ARGV`; the last process gets SIGTERM after so many steps, if any."""
+    """Run `braces ARGV` in a process; the last process gets SIGTERM after `after` steps, if not 0."""
     from braces_cli.training.loop import Trainer
 
     real = Trainer._figures
@@ -122,8 +130,8 @@ def stopped(env: dict[str, str], argv: list[str], log: Path, after: int) -> None
     cli(argv, log.with_suffix(f".{env['RANK']}"), env)
 
 
-def test_two_processes_of_which_one_is_told_to_stop_go_on_bit_for_bit(model_dir, rows, tmp_path):
-    """In bfloat16, with accumulation and checkpointing: both end after the same step, and resume together."""
+def test_two_processes_resume_bit_identical_after_a_signal_to_one(model_dir, rows, tmp_path):
+    """In bfloat16, with accumulation and gradient checkpointing: both stop after the same step."""
     argv = [
         "train", "--model", model_dir, "--data", rows, "--rank", 4, "--max-steps", 12, "--batch-size", 2, "--lr", 0.01,
         "--device", "cpu", "--dtype", "bfloat16", "--gradient-accumulation", 2, "--gradient-checkpointing",
@@ -137,7 +145,7 @@ def test_two_processes_of_which_one_is_told_to_stop_go_on_bit_for_bit(model_dir,
     assert run("whole", 0) == [0, 0]
     assert run("part", 4) == [143, 143], (tmp_path / "log.0").read_text()
     found = [path.name for path in (tmp_path / "part").glob("checkpoint-*")]
-    assert found in (["checkpoint-5"], ["checkpoint-6"])  # known to all a step later
+    assert found in (["checkpoint-5"], ["checkpoint-6"])  # the other process knows one step later
     assert run("part", 0, "--resume") == [0, 0]
     whole, part = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "part"))
     assert whole == part
@@ -145,12 +153,12 @@ def test_two_processes_of_which_one_is_told_to_stop_go_on_bit_for_bit(model_dir,
 
 @pytest.mark.parametrize("packing", ["auto", "off"])
 def test_two_processes_with_attributes_give_the_adapter_of_one(braces, model_dir, tmp_path, packing):
-    """Packed and in groups; what is read before the forward pass gets its gradients, and a batch may have no row."""
+    """Packed and grouped; one process has a batch without rows."""
     train_with_attributes(braces, model_dir, tmp_path, ["--packing", packing], stopped, 0)
 
 
-def test_profiles_are_what_accelerate_reads():
-    """Each of recipes/launch loads as a launch configuration and opens with a comment."""
+def test_launch_profiles():
+    """Each of recipes/launch loads as a launch configuration and starts with a comment."""
     from accelerate.commands.config.config_args import ClusterConfig
 
     paths = sorted(PROFILES.glob("*.yaml"))
@@ -160,3 +168,149 @@ def test_profiles_are_what_accelerate_reads():
         config = ClusterConfig.from_yaml_file(yaml_file=str(path))
         fields = yaml.safe_load(path.read_text())
         assert str(config.distributed_type.value) == fields["distributed_type"]
+
+
+RANK = 4
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def build(dtype: torch.dtype) -> tuple[Any, Any, torch.Tensor]:
+    model = tiny_model("llama", dtype).train()
+    adapter = attach(model, RANK)
+    open_gates(adapter)
+    rows = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+    return model, adapter, rows
+
+
+def optimise(adapter: Any) -> tuple[Any, Any]:
+    optimizer = torch.optim.AdamW([p for _, p in adapter.named_parameters()], lr=0.01, weight_decay=0.0)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+
+def step(model: Any, optimizer: Any, rows: torch.Tensor) -> torch.Tensor:
+    """Train one optimizer step; return the logits before it."""
+    out = model(input_ids=rows, labels=rows)
+    out.loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return out.logits.detach()
+
+
+def same(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> bool:
+    return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def sharded(env: dict[str, str], folder: Path) -> None:
+    """Process body: shard, train a step, gather and save; restore the gathered state."""
+    os.environ.update(env)
+    from torch.distributed import barrier, destroy_process_group, init_process_group
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2,))
+    for dtype in DTYPES:
+        model, adapter, rows = build(dtype)
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        optimizer, schedule = optimise(adapter)
+        logits = step(model, optimizer, rows)
+        first, tensors = capture(model, optimizer, schedule), adapter.tensors(in_place=False)
+        place = folder / str(dtype)
+        if env["RANK"] == "0":
+            write_tensors(place / "step.safetensors", {**tensors, "logits": logits})
+            first.write(place)
+        barrier()
+        step(model, optimizer, rows)
+        second = capture(model, optimizer, schedule)
+        restore_parameters(place, model)
+        restore_optimizer(place, optimizer, schedule)
+        again = capture(model, optimizer, schedule)
+        assert same(first.parameters, again.parameters)
+        assert same(first.optimizer, again.optimizer)
+        step(model, optimizer, rows)
+        again = capture(model, optimizer, schedule)
+        assert same(second.parameters, again.parameters)
+        assert not same(first.parameters, again.parameters)
+    destroy_process_group()
+
+
+def test_a_sharded_model_trains_the_same_adapter(tmp_path):
+    """Same logits and adapter after a step; checkpoints are sharded and gathered."""
+    assert launch(sharded, 2, tmp_path) == [0, 0]
+    for dtype, tolerance in zip(DTYPES, (1e-5, 3e-2), strict=True):
+        found = load_file(tmp_path / str(dtype) / "step.safetensors")
+        model, adapter, rows = build(dtype)
+        start = {name: tensor.clone() for name, tensor in adapter.tensors(in_place=False).items()}
+        logits = step(model, optimise(adapter)[0], rows)
+        assert relative(found.pop("logits").float(), logits.float()) < tolerance
+        trained = adapter.tensors()
+        assert trained.keys() == found.keys()
+        for name, tensor in trained.items():
+            assert torch.allclose(found[name], tensor, atol=tolerance), name
+            assert not torch.allclose(start[name], tensor, atol=1e-3), name
+
+
+def through_trainer(env: dict[str, str], argv: list[str], log: Path) -> None:
+    """Run `braces ARGV` under FSDP2 as accelerate sets it up on GPUs.
+
+    On a CPU accelerate ignores the request for FSDP, so its device type is patched.
+    """
+    os.environ.update(
+        {
+            "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+            "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+            "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+        }
+    )  # fmt: skip
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+    from torch.distributed.tensor import DTensor
+
+    import braces_cli.training.run as checks
+    from braces_cli.training.loop import Trainer
+
+    real, capturing = PartialState.__init__, Trainer._save
+
+    def spread(self: Any, *args: Any, **kwargs: Any) -> None:
+        real(self, *args, **kwargs)
+        self.distributed_type = DistributedType.MULTI_GPU
+
+    def checked(self: Any) -> None:
+        layer = self._base.model.layers[0]
+        assert type(layer).__name__ == "FSDPLlamaDecoderLayer"
+        assert isinstance(layer.mlp.relevance.weight, DTensor)
+        capturing(self)
+
+    PartialState.__init__, Trainer._save = spread, checked
+    checks.check_launch = lambda device: None
+    cli(argv, log.with_suffix(f".{env['RANK']}"), env)
+
+
+def test_attributes_under_fsdp2_give_the_adapter_of_one_process(braces, model_dir, tmp_path):
+    one, two = train_with_attributes(braces, model_dir, tmp_path, [], through_trainer)
+    losses = [json.loads((folder / "run.json").read_text())["result"]["eval_loss"] for folder in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_training_under_fsdp2_gives_the_adapter_of_one_process(braces, model_dir, tmp_path):
+    """Trainer with accelerate's wrapping by decoder layer, 12 steps, and resumed."""
+    rows = tmp_path / "rows.jsonl"
+    words = ["good", "sad", "old", "happy"]
+    lines = [{"prompt": f"the {a} film and", "completion": f" the {b} end"} for a in words for b in words]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    argv = ["train", "--model", model_dir, "--data", rows, "--eval-data", rows, "--rank", 4, "--max-steps", 12]
+    argv += ["--lr", 0.01, "--device", "cpu", "--save-steps", 5, "--save-total-limit", 0, "--output-dir"]
+    assert braces(*argv, tmp_path / "one", "--batch-size", 8).code == 0
+    expected = load_file(tmp_path / "one" / "adapter_model.safetensors")
+    two = tmp_path / "two"
+    for more in ((), ("--resume",)):
+        words = [str(word) for word in (*argv, two, "--batch-size", 2, "--gradient-accumulation", 2, *more)]
+        assert launch(through_trainer, 2, words, tmp_path / "log.x") == [0, 0], (tmp_path / "log.0").read_text()
+        found = load_file(two / "adapter_model.safetensors")
+        assert found.keys() == expected.keys()
+        assert all((found[name] - expected[name]).abs().max() < 1e-4 for name in expected)
+        for name in ("run.json", "adapter_model.safetensors", "checkpoint-12", "checkpoint-10"):
+            path = two / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -21,14 +21,14 @@ SIZES = {
 
 
 def test_there_is_a_recipe_for_every_task_and_model():
-    """Four tasks, three models, and a small one that anybody can run."""
+    """Four tasks, three models, and a small recipe."""
     expected = {f"{task}-{model}.yaml" for task in TASKS for model in MODELS} | {"small-sentiment.yaml"}
     assert expected <= {path.name for path in RECIPES}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_a_recipe_loads_without_a_hub(braces, path):
-    """Known keys, settings that fit together, the parameter count left open; a header that names the file."""
+    """Known keys, consistent settings, an open parameter count; a header with the file name."""
     outcome = braces("train", "--config", path, "--dry-run", "--format", "json")
     assert outcome.code == 0, outcome.err
     found = outcome.json
@@ -43,13 +43,13 @@ def test_a_recipe_loads_without_a_hub(braces, path):
     assert {"Run", "Then", "Needs"} <= set(re.findall(r"^# ([A-Z]\w+) ", header, re.MULTILINE))
     assert f"braces recipe copy {path.stem}\n" in header
     assert f"braces train --config {path.name} " in header
-    assert not re.search(r"(?<![\w.])/\w+/|~/", header), "a path of somebody's machine"
+    assert not re.search(r"(?<![\w.])/\w+/|~/", header), "a local path"
 
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("task", TASKS)
-def test_the_parameters_that_a_header_states(task, model):
-    """Their number, and their share of LoRA's."""
+def test_parameters_in_the_header(task, model):
+    """The number, and its share of that of LoRA."""
     text = next(path for path in RECIPES if path.name == f"{task}-{model}.yaml").read_text(encoding="utf-8")
     recipe = yaml.safe_load(text)
     rank = recipe["rank"]
@@ -61,8 +61,8 @@ def test_the_parameters_that_a_header_states(task, model):
 
 
 @pytest.mark.parametrize("path", [p for p in RECIPES if p.name.startswith(TASKS)], ids=lambda path: path.name)
-def test_a_recipe_of_plain_rows_serves_the_baseline_too(braces, path):
-    """With the baseline's own rate; a recipe of attributes is refused instead."""
+def test_recipe_for_a_baseline(braces, path):
+    """With the rate of baselines; a recipe with attributes is refused."""
     outcome = braces("train", "--config", path, "--method", "lora", "--rank", 16, "--dry-run", "--format", "json")
     if path.name.startswith(ATTRIBUTES):
         assert outcome.code == 2
@@ -72,8 +72,7 @@ def test_a_recipe_of_plain_rows_serves_the_baseline_too(braces, path):
         assert outcome.json["method"] == "lora"
 
 
-def test_a_key_that_is_none_is_seen(braces, tmp_path):
-    """The dry run above can fail."""
+def test_unknown_key(braces, tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_text(RECIPES[0].read_text(encoding="utf-8") + "warmup_step: 3\n", encoding="utf-8")
     outcome = braces("train", "--config", path, "--dry-run")
@@ -82,7 +81,7 @@ def test_a_key_that_is_none_is_seen(braces, tmp_path):
 
 
 def test_the_small_recipe_runs_on_real_rows(braces, shared, tmp_path):
-    """Two steps of it, with attributes, on a real model."""
+    """Two steps with attributes, on a trained model."""
     path = next(path for path in RECIPES if path.name == "small-sentiment.yaml")
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join((shared / "data/sst5/dev.jsonl").open(encoding="utf-8").readlines()[:40]))

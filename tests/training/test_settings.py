@@ -9,9 +9,9 @@ import pytest
 
 from braces_cli.core.config import build
 from braces_cli.core.errors import ConfigError
-from braces_cli.training.settings import TrainSettings
+from braces_cli.training.settings import TrainSettings, parse_opposites
 
-# Where a run is computed, how often it reports, and how a step is divided into batches and processes.
+# Settings of device, reports, and the division of a step into batches and processes.
 FREE = {
     "output_dir", "overwrite", "resume", "device", "device_map", "trust_remote_code", "save_steps", "save_total_limit",
     "eval_steps", "logging_steps", "report_to", "push_to_hub", "gradient_checkpointing", "batch_size",
@@ -19,8 +19,8 @@ FREE = {
 }  # fmt: skip
 
 
-def test_what_identifies_a_run() -> None:
-    """Every setting but those without an effect on the adapter, and the examples of a step."""
+def test_identity_of_a_run() -> None:
+    """Every setting that affects the adapter, and the examples of a step."""
     settings = TrainSettings(batch_size=4, gradient_accumulation=3)
     identity = settings.identity(processes=2)
     assert set(settings.resolved()) - set(identity) == FREE
@@ -65,6 +65,8 @@ def test_columns_name_attribute_and_strength() -> None:
         ({"contrast": 0.1}, "--contrast: no attributes are trained"),
         ({"margin": 3}, "--margin: there is no contrastive loss"),
         ({"attribute_field": "mood", "opposites": ["a:b", "b:c"]}, "an attribute is in two pairs"),
+        ({"method": "lora", "attribute_field": "mood"}, "--attribute-field has no effect with --method lora"),
+        ({"method": "lora", "attributes": "."}, "--attributes has no effect with --method lora"),
         ({"method": "lora", "gate_lr": 1}, "--gate-lr has no effect with --method lora"),
         ({"lora_alpha": 2}, "--lora-alpha has no effect with --method braces"),
         ({"method": "lora", "adapter": "a"}, "lora cannot continue"),
@@ -84,7 +86,7 @@ def test_settings_that_do_not_fit_together(given: dict[str, Any], message: str) 
 
 
 def test_a_file_may_serve_every_method(tmp_path: Any) -> None:
-    """What a method has no use for is no error there, but attributes are."""
+    """Unused settings in a file are ignored, except attributes."""
     path = tmp_path / "a.yaml"
     path.write_text("gate_lr: 1\nlora_alpha: 4\ndata: rows.jsonl\noutput_dir: out\n")
     for method in ("lora", "braces"):
@@ -99,9 +101,15 @@ def test_the_scale() -> None:
     assert [TrainSettings(relevance_scale=text).scale for text in ("1", "0.25")] == [1.0, 0.25]
 
 
-def test_an_adapter_records_what_its_method_reads() -> None:
-    """Opposites as pairs; no settings of other methods, of checkpoints or of files."""
+def test_recorded_settings() -> None:
+    """Opposites as pairs; no settings of other methods, checkpoints or files."""
     recorded = TrainSettings(attribute_field="mood", opposites=("a:b",), data=("rows.jsonl",)).recorded()
     assert recorded["opposites"] == [["a", "b"]]
     assert {"lora_alpha", "save_steps", "data", "given", "model"}.isdisjoint(recorded)
     assert "contrast" not in TrainSettings(method="lora").recorded()
+
+
+@pytest.mark.parametrize("value", ["positive", "a:", "a:a", ":b"])
+def test_invalid_opposites(value):
+    with pytest.raises(ConfigError, match="is not A:B"):
+        parse_opposites([value])

@@ -18,7 +18,7 @@ _PRELOAD = [
 
 
 def start(target: Callable[..., Any], *args: Any) -> Any:
-    """A process that runs `target(*args)`, which must be a function of a module."""
+    """Start a process that runs `target(*args)`, a module-level function."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     process = context.Process(target=target, args=args)
@@ -27,7 +27,7 @@ def start(target: Callable[..., Any], *args: Any) -> Any:
 
 
 def cli(argv: Sequence[str], log: Path, env: dict[str, str] | None = None) -> None:
-    """`braces ARGV`, what it says to `log`."""
+    """Run `braces ARGV` with its output in `log`."""
     from braces_cli.cli.main import main
 
     os.environ.update(env or {})
@@ -42,7 +42,7 @@ def free_port() -> int:
 
 
 def launch(target: Callable[..., Any], count: int, *args: Any) -> list[int]:
-    """Exit codes of `count` processes that know of each other as torchrun would have it, each `target(env, *args)`."""
+    """Exit codes of `count` processes with the environment of torchrun, each running `target(env, *args)`."""
     port = str(free_port())
     processes = [
         start(
@@ -65,7 +65,7 @@ def launch(target: Callable[..., Any], count: int, *args: Any) -> list[int]:
 def train_with_attributes(
     braces: Any, model_dir: Path, folder: Path, options: Sequence[str], target: Callable[..., Any], *args: Any
 ) -> tuple[Path, Path]:
-    """Adapters trained with attributes by one process and by two, `target(env, argv, log, *args)`; they are the same.
+    """Train with attributes in one process and in two, `target(env, argv, log, *args)`; the adapters must be equal.
 
     Eleven rows in steps of twelve: one of the two processes has a batch without rows, every step has two batches.
     """

@@ -1,4 +1,4 @@
-"""Sets larger than memory, and what `--check` says about any set."""
+"""Examples in memory and as a stream, conditions of rows, and the statistics of `--check`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from itertools import islice
 import pytest
 
 from braces_cli.core.errors import DataError
+from braces_cli.core.models.tokenize import IGNORED
 from braces_cli.data import dataset as module
-from braces_cli.data.dataset import Fields, Reading, Stream, check_rows, read_examples
+from braces_cli.data.dataset import Fields, Reading, Stream, check_rows, condition, read_examples
+from braces_cli.data.rows import Source
 from tests.conftest import tiny_tokenizer
 
 
@@ -20,7 +22,7 @@ def write(path, rows):
 
 @pytest.fixture
 def rows(tmp_path):
-    """21 rows of two files; one has nothing to score."""
+    """21 rows in two files; one has no scored token."""
     one = [{"text": "a" * n, "mood": "positive" if n % 2 else None} for n in range(1, 13)]
     other = [{"prompt": "the", "completion": " film" * n, "mood": "negative"} for n in range(9)]
     return [write(tmp_path / "one.jsonl", one), write(tmp_path / "other.jsonl", other)]
@@ -31,8 +33,8 @@ def drawn(rows, number, seed=0, how=None):
     return [None if example is None else tuple(example.tokens.ids) for example in islice(stream, number)]
 
 
-def test_a_stream_holds_what_a_set_in_memory_holds(rows, monkeypatch):
-    """Pass after pass, in another order each, with a buffer far smaller than the set; the same for the same seed."""
+def test_stream_has_the_examples_of_a_set_in_memory(rows, monkeypatch):
+    """Another order in each pass, the same for the same seed, with a buffer smaller than the set."""
     monkeypatch.setattr(module, "BUFFER", 5)
     whole = sorted(tuple(item.ids) for item in read_examples(rows, Reading(tiny_tokenizer(), 64)).items)
     first, second = drawn(rows, 24), drawn(rows, 48)[24:]
@@ -43,8 +45,8 @@ def test_a_stream_holds_what_a_set_in_memory_holds(rows, monkeypatch):
     assert first != drawn(rows, 24, seed=1)
 
 
-def test_a_stream_keeps_no_more_than_its_buffer(tmp_path, monkeypatch):
-    """Rows are read when they are needed: a fault far behind shows only there."""
+def test_stream_reads_rows_when_needed(tmp_path, monkeypatch):
+    """An error far behind the buffer is raised only there."""
     monkeypatch.setattr(module, "BUFFER", 5)
     path = write(tmp_path / "a.jsonl", [{"text": "a film"}] * (module.HEAD + 50))
     with open(path, "a") as file:
@@ -56,22 +58,21 @@ def test_a_stream_keeps_no_more_than_its_buffer(tmp_path, monkeypatch):
     assert caught.value.where == f"{path}:{module.HEAD + 51}"
 
 
-def test_a_stream_counts_and_knows_its_attributes(rows):
-    """Before training: the attributes; while it goes on: rows, and what became of them."""
+def test_stream_counts_rows_and_lists_attributes(rows):
     stream = Stream(rows, Reading(tiny_tokenizer(), 8, Fields("mood")), 0, 1)
     assert {found.attribute for found in stream.conditions} == {"positive", "negative", None}
     list(islice(stream, 20))
     assert (stream.rows, stream.dropped, stream.truncated) == (21, 1, 9)
 
 
-def test_an_empty_stream_is_bad_data_at_once(tmp_path):
-    """Before a model is loaded."""
+def test_stream_without_scored_rows(tmp_path):
+    """DataError before a model is loaded."""
     with pytest.raises(DataError, match=r"no row has a token to score \(2 read\)"):
         Stream([write(tmp_path / "a.jsonl", [{"text": ""}] * 2)], Reading(tiny_tokenizer(), 64), 0, 8)
 
 
-def test_check_counts_everything_and_shows_two(rows):
-    """The numbers add up, and a shown example reads as it was written."""
+def test_check_rows(rows):
+    """The numbers add up, and shown examples have their original text."""
     found = check_rows(rows, Reading(tiny_tokenizer(), 8, Fields("mood")))
     assert (found["rows"], found["examples"], found["dropped"], found["truncated"]) == (21, 20, 1, 9)
     assert found["formats"] == {"text": 12, "prompt/completion": 9}
@@ -87,3 +88,58 @@ def test_check_counts_everything_and_shows_two(rows):
         "parts": [{"text": "<s>", "scored": False}, {"text": "a</s>", "scored": True}],
     }
     assert len(found["shown"]) == 2
+
+
+def test_rows_without_a_scored_token_are_dropped_and_counted(tmp_path):
+    """An empty completion, and a prompt of the maximum length."""
+    rows = [
+        {"prompt": "the film", "completion": ""},
+        {"prompt": "the film is good and the end is sad", "completion": " x"},
+        {"prompt": "a", "completion": " good"},
+    ]
+    found = read_examples([str(write(tmp_path / "a.jsonl", rows))], Reading(tiny_tokenizer(), max_length=8))
+    assert (found.rows, found.dropped, found.truncated, len(found.items)) == (3, 2, 1, 1)
+    assert found.items[0].labels[0] == IGNORED
+
+
+def test_no_scored_rows(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"text": ""}, {"text": "  "}])
+    with pytest.raises(DataError, match=r"no row has a token to score \(2 read\)"):
+        read_examples([str(path)], Reading(tiny_tokenizer(), 16))
+
+
+FIELDS = Fields("mood", "how")
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"mood": "positive", "how": 3}, ("positive", 3.0)),
+        ({"mood": " positive ", "how": "-1.5"}, ("positive", -1.5)),
+        ({"mood": "positive"}, ("positive", 1.0)),
+        ({"mood": "positive", "how": None}, ("positive", 1.0)),
+        ({"mood": "neutral", "how": 3}, (None, 0.0)),
+        ({"mood": "", "how": 3}, (None, 0.0)),
+        ({"mood": None}, (None, 0.0)),
+    ],
+)
+def test_condition_of_a_row(fields, expected):
+    """neutral, empty and null are strength 0; a missing strength is 1."""
+    found = condition(Source(fields, "a:1"), FIELDS)
+    assert (found.attribute, found.strength) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"text": "x"}, "has no `mood`"),
+        ({"mood": 3}, "must be a name"),
+        ({"mood": "positive", "how": "much"}, "must be a number"),
+        ({"mood": "positive", "how": float("nan")}, "must be a number"),
+    ],
+)
+def test_invalid_conditions(fields, message):
+    """DataError with the location."""
+    with pytest.raises(DataError, match=message) as caught:
+        condition(Source(fields, "a.jsonl:4"), FIELDS)
+    assert caught.value.where == "a.jsonl:4"

@@ -1,4 +1,4 @@
-"""Checkpoints: what is in them, that a resumed run is the run that was not interrupted, and what may go wrong."""
+"""Checkpoints: their files, resumed runs compared with uninterrupted ones, and damaged files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ADAPTER = "adapter_model.safetensors"
 
 @pytest.fixture
 def rows(tmp_path):
-    """Sentences with moods, so that attributes can be trained."""
+    """Sentences with moods, for training with attributes."""
     path = tmp_path / "rows.jsonl"
     moods = [("good", "positive"), ("sad", "negative"), ("old", "neutral")]
     lines = [
@@ -48,7 +48,7 @@ def rows(tmp_path):
 
 @pytest.fixture
 def train(braces, model_dir, rows):
-    """`braces train` of twelve steps, two batches each."""
+    """`braces train` with twelve steps of two batches."""
 
     def call(out, *extra):
         return braces(
@@ -61,7 +61,7 @@ def train(braces, model_dir, rows):
 
 
 def signal_after(monkeypatch, steps: int, number: int) -> None:
-    """Have the run get a signal in its step after so many, as Ctrl-C or a scheduler would send it."""
+    """Send a signal to this process during the first logged step after `steps`."""
     real = trainer.Trainer._figures
     sent = []
 
@@ -86,8 +86,8 @@ def signal_after(monkeypatch, steps: int, number: int) -> None:
     ],
     ids=["default", "streaming", "gradient checkpointing", "attributes", "attributes unpacked"],
 )
-def test_a_resumed_run_is_the_one_that_was_not_interrupted(train, tmp_path, extra):
-    """Bit for bit, from the middle of an epoch and from the end; figures too, but for those of time and memory."""
+def test_resumed_run_is_bit_identical(train, tmp_path, extra):
+    """From the middle of an epoch and from the end; figures too, except times and memory."""
     one = train(tmp_path / "one", *extra)
     assert one.code == 0, one.err
     assert [path.name for path in checkpoints(tmp_path / "one")] == ["checkpoint-5", "checkpoint-10", "checkpoint-12"]
@@ -138,8 +138,8 @@ def read(folder):
     return rows
 
 
-def test_a_checkpoint_is_an_adapter_and_holds_no_pickle(train, tmp_path):
-    """Loaded like any adapter; beside it the unconstrained parameter, and only safetensors, JSON and Markdown."""
+def test_a_checkpoint_is_an_adapter_without_pickle(train, tmp_path):
+    """Only safetensors, JSON and Markdown; the unconstrained parameters are separate."""
     train(tmp_path / "one")
     folder = tmp_path / "one" / "checkpoint-5"
     assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors", ".md"}
@@ -148,11 +148,11 @@ def test_a_checkpoint_is_an_adapter_and_holds_no_pickle(train, tmp_path):
     raw = load_file(folder / "parameters.safetensors")
     weight = next(tensor for name, tensor in raw.items() if name.endswith("layers.0.mlp.relevance.weight"))
     projection = load_file(folder / ADAPTER)["layers.0.projection"]
-    assert (weight @ weight.mT - projection @ projection.mT).abs().max() > 1e-3  # unconstrained it has other lengths
+    assert (weight @ weight.mT - projection @ projection.mT).abs().max() > 1e-3  # unconstrained rows have other lengths
 
 
-def test_attributes_are_those_that_the_run_was_begun_with(train, braces, model_dir, tmp_path, monkeypatch):
-    """What another device rounds otherwise is taken from the checkpoint; other words are refused."""
+def test_resumed_run_uses_the_original_attributes(train, braces, model_dir, tmp_path, monkeypatch):
+    """States that differ by rounding come from the checkpoint; other words are refused."""
     built = ["attr-build", "--model", model_dir, "--output-dir", tmp_path / "built", "--quiet"]
     for name, words in (("positive", "good,film"), ("negative", "sad")):
         assert braces(*built, "--attribute", name, "--words", words).code == 0
@@ -166,7 +166,7 @@ def test_attributes_are_those_that_the_run_was_begun_with(train, braces, model_d
     other = train(tmp_path / "two", *extra, "--resume")
     assert other.code == 2
     assert "attribute `positive` has changed since the run was started" in other.err
-    # A word that stands twice changes next to nothing, and is another list all the same.
+    # A repeated word changes the state very little, but the list differs.
     assert braces(*built, "--attribute", "positive", "--words", "good,film,good film", "--overwrite").code == 0
     assert "has changed since the run was started" in train(tmp_path / "two", *extra, "--resume").err
     assert braces(*built, "--attribute", "positive", "--words", "good,film", "--overwrite").code == 0
@@ -179,14 +179,14 @@ def test_attributes_are_those_that_the_run_was_begun_with(train, braces, model_d
 
 @pytest.fixture
 def interruptible():
-    """SIGINT as a terminal has it: where the tests run in the background of a shell, it is ignored."""
+    """SIGINT as in a terminal; background jobs of a shell ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 def test_an_ignored_interrupt_stays_ignored():
-    """As in a job that a shell started in the background."""
+    """As in a background job of a shell."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with deferred() as request:
@@ -198,7 +198,7 @@ def test_an_ignored_interrupt_stays_ignored():
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_finishes_the_step_and_saves(train, tmp_path, monkeypatch, interruptible, number, code):
-    """Exit 130 or 143 with a checkpoint of that very step; resumed, nothing tells."""
+    """Exit 130 or 143 with a checkpoint of that step; the resumed run is bit-identical."""
     train(tmp_path / "one")
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
@@ -214,8 +214,8 @@ def test_a_signal_finishes_the_step_and_saves(train, tmp_path, monkeypatch, inte
     assert (tmp_path / "two" / ADAPTER).read_bytes() == (tmp_path / "one" / ADAPTER).read_bytes()
 
 
-def test_a_finished_run_is_left_as_it_is(train, tmp_path):
-    """Same settings: the stored result; how often it saves and where it runs do not count as settings."""
+def test_finished_run_is_unchanged(train, tmp_path):
+    """The stored result is returned, also with other save steps or another device."""
     first = train(tmp_path / "o").json
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("*")}
     again = train(tmp_path / "o", "--resume", "--save-steps", 3, "--logging-steps", 1, "--device", "cpu")
@@ -224,8 +224,8 @@ def test_a_finished_run_is_left_as_it_is(train, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("*")} == before
 
 
-def test_other_settings_are_refused_by_name(train, tmp_path):
-    """Exit 2; all that differs is named; nothing is touched, whether the run there has finished or not."""
+def test_other_settings_are_refused(train, tmp_path):
+    """Exit 2 with all differing settings, before and after the end of a run; no file is changed."""
     train(tmp_path / "o")
     faults = [
         (["--lr", "0.02", "--seed", "3"], ["--lr 0.02 (was 0.01)", "--seed 3 (was 0)"]),
@@ -245,8 +245,7 @@ def test_other_settings_are_refused_by_name(train, tmp_path):
             assert sorted((tmp_path / "o").rglob("*")) == before
 
 
-def test_what_cannot_be_resumed_is_refused(train, tmp_path, rows, adapter_dir):
-    """Other rows in the same file, and an adapter of unknown origin."""
+def test_other_rows_and_other_adapters_are_refused(train, tmp_path, rows, adapter_dir):
     out = tmp_path / "o"
     train(out)
     (out / "run.json").unlink()
@@ -279,8 +278,8 @@ def pipe(path: Path) -> None:
     os.mkfifo(path)
 
 
-def test_a_checkpoint_that_was_altered_is_not_trained_on(train, tmp_path):
-    """Each file that is changed, cut, gone or of another checkpoint is named, with the checkpoint before; exit 4."""
+def test_damaged_checkpoint_is_refused(train, tmp_path):
+    """Exit 4 with the file that was changed, cut, removed or swapped, and the checkpoint before."""
     out = tmp_path / "o"
     train(out)
     for name in ("run.json", "adapter_config.json"):
@@ -296,7 +295,7 @@ def test_a_checkpoint_that_was_altered_is_not_trained_on(train, tmp_path):
     shutil.copytree(out, tmp_path / "copy")
     for name, damage in damages:
         if (last / name).read_bytes() == (before / name).read_bytes() and damage not in (flip, Path.unlink, pipe):
-            continue  # nothing to swap: the same in both
+            continue  # equal in both checkpoints
         damage(last / name)
         outcome = train(out, "--resume")
         assert outcome.code == 4, (name, outcome.err)
@@ -308,8 +307,7 @@ def test_a_checkpoint_that_was_altered_is_not_trained_on(train, tmp_path):
     assert train(out, "--resume").code == 0
 
 
-def test_an_incomplete_checkpoint_is_left_out_with_a_warning(train, tmp_path, caplog):
-    """An empty checkpoint-11 does not count, nor is it in the way."""
+def test_incomplete_checkpoint_is_ignored_with_a_warning(train, tmp_path, caplog):
     out = tmp_path / "o"
     train(out)
     expected = (out / ADAPTER).read_bytes()
@@ -326,8 +324,8 @@ def test_an_incomplete_checkpoint_is_left_out_with_a_warning(train, tmp_path, ca
     assert f"{out / 'checkpoint-11'} is not a complete checkpoint" in said
 
 
-def test_a_full_disk_keeps_the_checkpoint_before(train, tmp_path, monkeypatch):
-    """Exit 1 with what to do, whichever of the files it is that does not fit; then --resume goes on."""
+def test_full_disk_keeps_the_previous_checkpoint(train, tmp_path, monkeypatch):
+    """Exit 1; --resume then continues."""
     train(tmp_path / "one")
     real, calls = trainer.write_checkpoint, []
 
@@ -337,7 +335,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(train, tmp_path, monkeypatch):
             return real(folder, step, write)
         import resource
 
-        # The kernel refuses whatever goes beyond 2000 bytes of a file, as it would on a full disk.
+        # The kernel refuses to write more than 2000 bytes to a file, as on a full disk.
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
         try:
@@ -357,8 +355,8 @@ def test_a_full_disk_keeps_the_checkpoint_before(train, tmp_path, monkeypatch):
     assert (tmp_path / "two" / ADAPTER).read_bytes() == (tmp_path / "one" / ADAPTER).read_bytes()
 
 
-def test_generators_go_on_where_they_were(tmp_path):
-    """Python's, numpy's and torch's, through JSON: dropout of a resumed run is that of one left alone."""
+def test_random_generators_are_restored(tmp_path):
+    """Those of Python, numpy and torch, through JSON."""
 
     def draw():
         return [random.random(), random.gauss(0, 1), float(np.random.normal()), float(torch.rand(()))]
@@ -371,8 +369,8 @@ def test_generators_go_on_where_they_were(tmp_path):
     assert draw() == drawn
 
 
-def test_only_whole_checkpoints_count(tmp_path):
-    """A kill between any two lines of writing leaves the one before, or the new one; remains are taken away."""
+def test_killed_write_leaves_a_complete_checkpoint(tmp_path):
+    """Partial files are removed."""
     write_checkpoint(tmp_path, 2, lambda folder: (folder / "a").write_text("two"))
 
     class Killed(BaseException):
@@ -394,8 +392,8 @@ def test_only_whole_checkpoints_count(tmp_path):
     assert checkpoints(tmp_path / "nowhere") == []
 
 
-def test_a_new_run_does_not_mix_with_an_old_one(train, tmp_path):
-    """--overwrite takes the old checkpoints away; no more are kept than asked for."""
+def test_overwrite_removes_old_checkpoints(train, tmp_path):
+    """At most --save-total-limit checkpoints are kept."""
     train(tmp_path / "o")
     train(tmp_path / "o", "--overwrite", "--max-steps", 4, "--save-steps", 1, "--save-total-limit", 2)
     assert [path.name for path in checkpoints(tmp_path / "o")] == ["checkpoint-3", "checkpoint-4"]

@@ -1,4 +1,4 @@
-"""Packed rows against the same examples one at a time: values, gradients, attributes; and when rows are not packed."""
+"""Packed rows compared with each example alone, the packing probe, and the order of examples."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def examples(conditioned=False):
 
 
 def gradients(model, adapter, run):
-    """Loss and gradients of everything that trains."""
+    """Loss and gradients of all trained parameters."""
     model.zero_grad()
     loss = run()
     loss.backward()
@@ -63,7 +63,7 @@ def gradients(model, adapter, run):
 
 
 def alone(model, rows, conditioner):
-    """Every example by itself, no packing, no padding, no mask: the sum over scored tokens by their number."""
+    """Loss of each example alone, without packing, padding or mask: sum over scored tokens / their number."""
     total, count = 0.0, 0
     for row in rows:
         ids, labels = torch.tensor([row.tokens.ids]), torch.tensor(row.tokens.labels)
@@ -90,8 +90,8 @@ def in_blocks(model, rows, conditioner, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("conditioned", [False, True], ids=["plain", "attributes"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)], ids=["f32", "bf16"])
-def test_loss_and_gradients_are_those_of_each_example_alone(session, layout, conditioned, dtype, tolerance):
-    """Each token with its own example's attributes; no example sees another, nor is its first token scored."""
+def test_blocks_give_loss_and_gradients_of_each_example_alone(session, layout, conditioned, dtype, tolerance):
+    """Each token has the attributes of its example, examples are independent, first tokens are not scored."""
     model = session.base.model
     attributes = [build_attribute(session, name, [name]) for name in ("good", "old")] if conditioned else []
     model.to(dtype)
@@ -108,7 +108,7 @@ def test_loss_and_gradients_are_those_of_each_example_alone(session, layout, con
     loss, found = gradients(model, adapter, lambda: in_blocks(model, rows, conditioner, LAYOUTS[layout]))
     assert float(loss) == pytest.approx(float(expected), rel=tolerance)
     assert relative(found, wanted_gradients) < tolerance
-    if conditioned and dtype == torch.float32:  # not by chance: other attributes give other losses
+    if conditioned and dtype == torch.float32:  # other attributes give another loss
         conditioner.apply(conditioner.strengths([Condition("old", 1.0, "")]))
         assert float(in_blocks(model, examples(), None, LAYOUTS[layout])) != pytest.approx(float(expected), rel=1e-3)
 
@@ -123,18 +123,18 @@ def test_loss_and_gradients_are_those_of_each_example_alone(session, layout, con
         ("gpt_neox", {}, True),
         ("gemma", {}, True),
         ("phi", {}, True),
-        ("opt", {}, False),  # it makes a mask of its own, in which nothing starts anew
+        ("opt", {}, False),  # it ignores positions in its attention mask
     ],
 )
-def test_the_probe_tells_what_can_be_packed(name, overrides, packs):
-    """By logits, of the very model, and not by its name."""
+def test_packing_probe(name, overrides, packs):
+    """By logits of the model, not by its name."""
     probe = [row.tokens.ids for row in examples()[:3]]
     fault = packing_fault(tiny_model(name, **overrides), probe, 1)
     assert (fault is None) == packs, fault
 
 
 class Leaky(torch.nn.Module):
-    """Attention that looks across examples, by an amount that rounding would hide."""
+    """Attention across examples, below the tolerance of rounding."""
 
     def __init__(self, model, share, always=False):
         super().__init__()
@@ -152,8 +152,7 @@ class Leaky(torch.nn.Module):
         return out
 
 
-def test_the_probe_sees_a_leak_below_the_tolerance_of_its_dtype():
-    """What one example is moves the next by less than bfloat16 rounds, and is seen all the same."""
+def test_packing_probe_finds_a_leak_below_the_rounding_of_bfloat16():
     probe = [row.tokens.ids for row in examples()[:3]]
     model = tiny_model(dtype=torch.bfloat16)
     assert packing_fault(Leaky(model, 0.0), probe, 1) is None
@@ -161,8 +160,8 @@ def test_the_probe_sees_a_leak_below_the_tolerance_of_its_dtype():
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma", "gpt2", "gpt_neox", "opt", "phi"])
-def test_logits_are_those_of_scored_tokens_only(name):
-    """As many as there are scored tokens, and all again behind the block; where a head is no head, all of them."""
+def test_logits_of_scored_tokens_only(name):
+    """All logits again outside the block, and for a model without a standard head."""
     model = tiny_model(name)
     block = Collator(Layout(packed=False, groups=1, only_scored=True), 1)(examples()).blocks[0]
     ids, scored = block["input_ids"], block["scored"]
@@ -171,14 +170,14 @@ def test_logits_are_those_of_scored_tokens_only(name):
     with only_scored(model, scored):
         assert model(ids, use_cache=False).logits.shape == (1, len(scored), model.config.vocab_size)
     assert model(ids, use_cache=False).logits.shape[:2] == ids.shape
-    assert not can_pick(Leaky(model, 0.1), [3, 4, 5], 1e-4)  # it names no head
+    assert not can_pick(Leaky(model, 0.1), [3, 4, 5], 1e-4)  # it has no output embeddings
     mixing = Leaky(model, 0.1, always=True)
     mixing.get_output_embeddings = model.get_output_embeddings
     assert not can_pick(mixing, [3, 4, 5], 1e-4)
 
 
-def test_packing_is_refused_or_left_alone_where_the_probe_says_no(session, monkeypatch):
-    """`on` exits 2 with the reason; `auto` groups by length; `off` does so without a probe."""
+def test_layout_of_a_model_that_fails_the_probe(session, monkeypatch):
+    """`on` raises; `auto` groups by length; `off` does not run the probe."""
     items = [row.tokens for row in examples()]
     assert choose_layout(session, TrainSettings(), items).packed
     assert not choose_layout(session, TrainSettings(packing="off"), items).packed
@@ -186,14 +185,14 @@ def test_packing_is_refused_or_left_alone_where_the_probe_says_no(session, monke
     assert choose_layout(session, TrainSettings(), items) == Layout(packed=False, only_scored=True)
     with pytest.raises(ConfigError, match="cannot be packed: packed logits differ"):
         choose_layout(session, TrainSettings(packing="on"), items)
-    # A checkpointed group would be computed again with the attributes of the last one.
+    # With gradient checkpointing, a group would be recomputed with the attributes of the last group.
     kept = TrainSettings(packing="off", gradient_checkpointing=True, attribute_field="mood")
     assert choose_layout(session, kept, items).groups == 1
 
 
 @pytest.mark.parametrize("attention", [0.0, 1e-3, 1.0])
-def test_rows_hold_every_example_once_and_little_padding(attention):
-    """One row where attention is free; more where a long row is dear; never more than 5 % padding."""
+def test_packed_rows(attention):
+    """Every example once; one row if attention is free; at most 5 % padding."""
     lengths = [random.Random(attention).randint(3, 60) for _ in range(16)]
     rows = fill_rows(lengths, attention)
     assert sorted(index for row in rows for index in row) == list(range(16))
@@ -202,15 +201,14 @@ def test_rows_hold_every_example_once_and_little_padding(attention):
     assert (len(rows) == 1) == (attention == 0.0)
 
 
-def test_rows_are_no_longer_than_the_context():
-    """Some models keep masks of that size; an example is never longer."""
+def test_packed_rows_fit_the_context():
     rows = fill_rows([9, 5, 4, 3, 3, 2], attention=0.0, context=10)
     assert max(sum([9, 5, 4, 3, 3, 2][index] for index in row) for row in rows) <= 10
     assert len(rows) == 3
 
 
-def test_groups_pad_as_little_as_any():
-    """Against every way to cut the sorted lengths in three."""
+def test_groups_have_minimal_padding():
+    """Compared with every way to cut the sorted lengths in three."""
     lengths = list(LENGTHS)
     groups = similar_lengths(lengths, 3)
     assert sorted(index for group in groups for index in group) == list(range(7))
@@ -221,8 +219,8 @@ def test_groups_pad_as_little_as_any():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_batch_of_nothing_still_has_its_blocks(layout):
-    """A process without an example in the last batch takes part in every pass, and scores nothing."""
+def test_batch_without_examples(layout):
+    """A process without an example in the last batch has the same number of blocks, without scored tokens."""
     full = Collator(LAYOUTS[layout], 1)([*examples(), None])
     empty = Collator(LAYOUTS[layout], 1)([None] * 8)
     assert len(empty.blocks) == len(full.blocks)
@@ -233,8 +231,8 @@ def test_a_batch_of_nothing_still_has_its_blocks(layout):
     assert full.computed == computed_tokens(full.blocks) >= sum(LENGTHS)
 
 
-def test_the_order_is_a_function_of_seed_and_global_batch():
-    """Every example once an epoch, another order each epoch, and the last global batch filled with nothing."""
+def test_order_of_examples():
+    """Every example once an epoch, another order each epoch; `NONE` fills the last global batch."""
     order = EpochSampler(21, seed=0, global_batch=8)
     first = list(order)
     assert len(first) == len(order) == 24

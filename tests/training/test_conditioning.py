@@ -1,4 +1,4 @@
-"""Training with attributes: rows, opposites, the MLP's gradients, files, and steering that follows."""
+"""Training with attributes: opposites, gradients of the MLP, files, and steering afterwards."""
 
 from __future__ import annotations
 
@@ -15,69 +15,23 @@ from braces_cli.core.attributes.build import build_attribute
 from braces_cli.core.attributes.hooks import layer_steering, steered
 from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.attributes.vector import opposite
-from braces_cli.core.errors import ConfigError, DataError
 from braces_cli.core.options import LoadOptions
-from braces_cli.data.dataset import Condition, Fields, condition
-from braces_cli.data.rows import Source
+from braces_cli.data.dataset import Condition
 from braces_cli.training.conditioning import Conditioner
-from braces_cli.training.settings import parse_opposites
 from tests.conftest import open_gates
 from tests.core.method.test_reference import relative
 
-FIELDS = Fields("mood", "how")
-
-
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        ({"mood": "positive", "how": 3}, ("positive", 3.0)),
-        ({"mood": " positive ", "how": "-1.5"}, ("positive", -1.5)),
-        ({"mood": "positive"}, ("positive", 1.0)),
-        ({"mood": "positive", "how": None}, ("positive", 1.0)),
-        ({"mood": "neutral", "how": 3}, (None, 0.0)),
-        ({"mood": "", "how": 3}, (None, 0.0)),
-        ({"mood": None}, (None, 0.0)),
-    ],
-)
-def test_what_a_row_is_conditioned_on(fields, expected):
-    """neutral, empty and null are strength 0; a missing strength is 1."""
-    found = condition(Source(fields, "a:1"), FIELDS)
-    assert (found.attribute, found.strength) == expected
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"text": "x"}, "has no `mood`"),
-        ({"mood": 3}, "must be a name"),
-        ({"mood": "positive", "how": "much"}, "must be a number"),
-        ({"mood": "positive", "how": float("nan")}, "must be a number"),
-    ],
-)
-def test_rows_that_say_something_else_are_bad_data(fields, message):
-    """With their place."""
-    with pytest.raises(DataError, match=message) as caught:
-        condition(Source(fields, "a.jsonl:4"), FIELDS)
-    assert caught.value.where == "a.jsonl:4"
-
 
 def test_opposites_are_the_two_ends_of_one_axis(session):
-    """p = (A - B) / 2 and minus that; whatever else is loaded."""
+    """p = (A - B) / 2, and -p."""
     good, bad = (build_attribute(session, name, [name]) for name in ("good", "sad"))
     one, other = opposite(good, bad)
     assert torch.allclose(one.state, (good.hidden - bad.hidden) / 2, atol=1e-6)
     assert torch.allclose(one.state, -other.state, atol=1e-6)
 
 
-@pytest.mark.parametrize("value", ["positive", "a:", "a:a", ":b"])
-def test_opposites_that_are_none(value):
-    """Usage, not data."""
-    with pytest.raises(ConfigError, match="is not A:B"):
-        parse_opposites([value])
-
-
 def test_gradients_of_the_mlp_equal_the_reference(session):
-    """h_c = p + (MLP(p) - MLP(-p)) / 2 inside the paper's formula, each row with its own attribute and strength."""
+    """h_c = p + (MLP(p) - MLP(-p)) / 2 in the formula of the paper, with attribute and strength per row."""
     model = session.base.model
     attributes = [build_attribute(session, name, [name]) for name in ("good", "old")]
     adapter = attach(model, 4)
@@ -118,7 +72,7 @@ def test_gradients_of_the_mlp_equal_the_reference(session):
 
 @pytest.fixture
 def rows(tmp_path):
-    """Sentences whose mood is told by their last word, and neutral ones."""
+    """Sentences with a mood in their last word, and neutral ones."""
     path = tmp_path / "rows.jsonl"
     moods = [("good", "positive", 1.5), ("sad", "negative", 1.5), ("old", "neutral", 0)]
     lines = [
@@ -137,8 +91,8 @@ def train(braces, model_dir, rows, out, *extra):
     )  # fmt: skip
 
 
-def test_training_with_attributes_learns_which_is_which(braces, model_dir, rows, tmp_path):
-    """Steered one way, the good sentence becomes likelier than the sad one; steered the other way, the reverse."""
+def test_training_with_attributes(braces, model_dir, rows, tmp_path):
+    """Steering towards an attribute raises the likelihood of its sentence; steering away lowers it."""
     out = tmp_path / "out"
     fields = ("--attribute-field", "mood", "--strength-field", "how", "--opposites", "positive:negative")
     outcome = train(braces, model_dir, rows, out, "--max-steps", 120, *fields)
@@ -167,8 +121,8 @@ def test_training_with_attributes_learns_which_is_which(braces, model_dir, rows,
     assert preference(1.5) > 0 > preference(-1.5)
 
 
-def test_an_attribute_of_a_file_goes_through_the_adapter_that_was_trained_with_it(braces, model_dir, rows, tmp_path):
-    """attr-build gives it a direction to push along; named with its folder it still pushes."""
+def test_trained_attribute_and_its_file(braces, model_dir, rows, tmp_path):
+    """The trained attribute steers through the adapter; the same attribute from the file as a steering vector."""
     built = ("--model", model_dir, "--attribute", "positive", "--words", "good,happy", "--output-dir", tmp_path / "a")
     assert braces("attr-build", *built).code == 0
     fields = ("--attribute-field", "mood", "--strength-field", "how", "--attributes", tmp_path / "a")
@@ -180,8 +134,8 @@ def test_an_attribute_of_a_file_goes_through_the_adapter_that_was_trained_with_i
     assert [(each.layer, each.shift) for each in layer_steering(session, [(file, 2.0)])] == [(0, None)]
 
 
-def test_opposites_stay_opposites_whatever_the_mlp_learns(session):
-    """h_c of minus p is minus h_c of p, so strength s of one end is strength -s of the other."""
+def test_mlp_is_odd(session):
+    """h_c(-p) = -h_c(p), so strength s of one attribute is strength -s of its opposite."""
     mlp = attach(session.base.model, 4).add_mlp(seed=3)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -196,8 +150,8 @@ def test_opposites_stay_opposites_whatever_the_mlp_learns(session):
     assert (found - state).norm() > state.norm()
 
 
-def test_attributes_that_are_not_known_are_bad_data(braces, model_dir, tmp_path):
-    """With file and line, and what is known."""
+def test_unknown_attributes(braces, model_dir, tmp_path):
+    """Exit 3 with file, line and the known attributes."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "the film", "mood": "positive"}\n{"text": "the town", "mood": "purple"}\n')
     outcome = train(braces, model_dir, rows, tmp_path / "o", "--attribute-field", "mood")
@@ -205,10 +159,3 @@ def test_attributes_that_are_not_known_are_bad_data(braces, model_dir, tmp_path)
     assert outcome.json["error"]["where"] == f"{rows}:2"
     assert "Known: angry, casual, fearful" in outcome.json["error"]["hint"]
     assert not (tmp_path / "o").exists()
-
-
-def test_opposites_without_attributes_are_refused(braces, model_dir, rows, tmp_path):
-    """They would be ignored otherwise."""
-    outcome = train(braces, model_dir, rows, tmp_path / "o", "--opposites", "positive:negative")
-    assert outcome.code == 2
-    assert "no attributes are trained" in outcome.err

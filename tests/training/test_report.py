@@ -1,4 +1,4 @@
-"""How large the token path is beside the FFN, and the fixed factors that an adapter's file holds."""
+"""Size of the side path, stored relevance scales, and metrics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from braces_cli.core.attributes.build import build_attribute
 from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.errors import ModelError
 from braces_cli.core.models.tokenize import Encoded
-from braces_cli.training.report import side_path_shares
+from braces_cli.training.report import MetricsFile, read_metrics, side_path_shares
 from tests.conftest import make_adapter, open_gates, tiny_model
 from tests.core.architectures import tiny
 from tests.core.method.test_reference import TOKENS, relative
@@ -25,8 +25,8 @@ EXAMPLES = [Encoded(ids[: 5 + row], ids[: 5 + row], False, False) for row, ids i
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "mixtral"])
-def test_the_share_is_the_term_over_the_output(name):
-    """Measured on the way through, and told from outside: output with the adapter on one layer minus without."""
+def test_side_path_share(name):
+    """Compared with the outputs of a model with and without the adapter on one layer."""
     model = tiny(name) if name == "mixtral" else tiny_model(name)
     adapter = attach(model, 4, layers=[1])
     open_gates(adapter)
@@ -36,7 +36,7 @@ def test_the_share_is_the_term_over_the_output(name):
     with torch.no_grad():
         for enabled in (True, False):
             adapter_layer.enabled = enabled
-            # Behind our own hook, which was there first.
+            # Runs after the hook of the adapter.
             handle = end.register_forward_hook(lambda module, args, output: outputs.append(output))
             for example in EXAMPLES:
                 model(input_ids=torch.tensor([example.ids]))
@@ -45,11 +45,11 @@ def test_the_share_is_the_term_over_the_output(name):
     on, off = (torch.cat([o.reshape(-1, o.shape[-1]) for o in part]) for part in (outputs[:6], outputs[6:]))
     expected = float(((on - off).norm(dim=-1) / off.norm(dim=-1)).median())
     assert side_path_shares(adapter, EXAMPLES) == [pytest.approx(expected, rel=1e-3)]
-    assert adapter_layer.enabled  # nothing of the measurement stays
+    assert adapter_layer.enabled  # the measurement leaves no trace
 
 
-def test_scales_are_saved_and_loaded_and_steering_grows_with_them(session, tmp_path):
-    """Bit for bit the same adapter; without its scales it would be another; damaged ones are refused."""
+def test_relevance_scales_are_saved_and_loaded(session, tmp_path):
+    """Bit-identical adapter; steering is proportional to the scales; damaged scales are refused."""
     model = session.base.model
     folder = make_adapter(session, tmp_path / "a")
     assert json.loads((folder / "adapter_config.json").read_text())["relevance_scale"] == [1.5, 0.75]
@@ -84,8 +84,7 @@ def test_scales_are_saved_and_loaded_and_steering_grows_with_them(session, tmp_p
             read_config(tmp_path / "b")
 
 
-def test_the_command_reports_the_share_and_stores_the_scales(braces, model_dir, tmp_path):
-    """The share of the trained adapter is in the JSON; the config holds c of each layer."""
+def test_train_reports_the_share_and_stores_the_scales(braces, model_dir, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "the film is good"}\n{"text": "the end is sad"}\n')
     scales = []
@@ -100,3 +99,12 @@ def test_the_command_reports_the_share_and_stores_the_scales(braces, model_dir, 
         scales.append(read_config(tmp_path / name).relevance_scale)
     assert min(scales[0]) > 1
     assert scales[1] == [0.5, 0.5]
+
+
+def test_metrics_of_an_earlier_attempt_are_dropped(tmp_path):
+    """Rows after the step of the checkpoint, and the incomplete line of a killed process."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 2, "loss": 1.0}\n{"step": 4, "loss": 9.0}\n{"st')
+    metrics = MetricsFile(path, 2)
+    metrics.add({"step": 4, "loss": 2.0, "eval_loss": 3.0, "other": 1.0})
+    assert read_metrics(path) == [{"step": 2, "loss": 1.0}, {"step": 4, "loss": 2.0, "eval_loss": 3.0}]

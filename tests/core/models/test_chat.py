@@ -1,4 +1,4 @@
-"""Chats through the tokenizer's template: what is scored, by its marks or by prefixes, and what is refused."""
+"""Chats with the tokenizer's template: scored turns, found by marks or by prefixes, and invalid chats."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def encoded(template, messages=CHAT, max_length=None):
         ("no end", ["it is\n", "sad.\n</s>"]),
     ],
 )
-def test_only_what_the_assistant_says_is_scored(template, scored):
-    """Every turn of it with the end token that closes it, which is the padding token here; nothing of the user's."""
+def test_only_assistant_turns_are_scored(template, scored):
+    """Including the end token of the turn, which is the padding token here."""
     tokenizer, tokens = encoded(template)
     parts = decode_parts(tokenizer, tokens)
     assert [part["text"] for part in parts if part["scored"]] == scored
@@ -58,8 +58,8 @@ def test_only_what_the_assistant_says_is_scored(template, scored):
     assert tokens.ids.count(tokenizer.bos_token_id) == 4  # the template's own, and none in front of it
 
 
-def test_a_chat_is_cut_from_the_front_on():
-    """Labels go with their tokens."""
+def test_truncated_chat():
+    """The first tokens and their labels are kept."""
     _, whole = encoded("prefixes")
     _, cut = encoded("prefixes", max_length=40)
     assert (len(cut.ids), cut.truncated, cut.ended) == (40, True, False)
@@ -81,13 +81,12 @@ def test_a_chat_is_cut_from_the_front_on():
         ("prefixes", [*CHAT, {"role": "user", "content": None}], "turn 5 of `messages` has no text"),
     ],
 )
-def test_chats_that_cannot_be_read_are_bad_data(template, messages, message):
-    """With file and line."""
+def test_invalid_chats(template, messages, message):
+    """DataError with file and line."""
     with pytest.raises(DataError, match=message) as caught:
         encoded(template, messages)
     assert caught.value.where == "a.jsonl:3"
 
 
-def test_a_chat_without_an_assistant_has_nothing_to_score():
-    """It is dropped and counted by whoever reads it."""
+def test_chat_without_an_assistant_turn():
     assert encoded("prefixes", CHAT[:1])[1].scored == 0

@@ -1,4 +1,4 @@
-"""`braces train --adapter`: training goes on from a stored adapter, with other rows."""
+"""`braces train --adapter`: training continues from a stored adapter, on other rows."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from braces_cli.core.errors import ConfigError, ModelError
+from braces_cli.training.run import resolve
+from braces_cli.training.settings import TrainSettings
+from tests.conftest import make_adapter, tiny_model, tiny_tokenizer
+
 
 @pytest.fixture
 def rows(tmp_path: Any) -> Any:
-    """Texts, each with an attribute and a strength."""
+    """Texts with attribute and strength."""
     path = tmp_path / "rows.jsonl"
     words = {"good": "positive", "happy": "positive", "sad": "negative", "old": "neutral"}
     lines = [{"text": f"the {w} film and the {v} end", "mood": words[w], "how": 2} for w in words for v in words]
@@ -21,7 +26,7 @@ def rows(tmp_path: Any) -> Any:
 
 @pytest.fixture
 def train(braces: Any, model_dir: Any, rows: Any, tmp_path: Any) -> Any:
-    """Trains for a few steps into a folder."""
+    """Train for a few steps into a folder."""
 
     def run(name: str, *args: Any, base: bool = True) -> Any:
         model = ("--model", model_dir) if base else ()
@@ -33,8 +38,8 @@ def train(braces: Any, model_dir: Any, rows: Any, tmp_path: Any) -> Any:
     return run
 
 
-def test_training_starts_where_the_adapter_is(train: Any, rows: Any, tmp_path: Any) -> None:
-    """Rank, relevance scale, layers and base come from the adapter, and the first loss is that of the adapter."""
+def test_training_continues_from_an_adapter(train: Any, rows: Any, tmp_path: Any) -> None:
+    """Rank, relevance scale, layers and base are those of the adapter, and so is the first loss."""
     first = train("a", "--max-steps", 30, "--rank", 3, "--layers", "1-", "--gate-lr", 0.3)
     assert first.code == 0, first.err
     again = train("b", "--adapter", tmp_path / "a", "--max-steps", 1, "--eval-data", rows, base=False)
@@ -53,7 +58,7 @@ def test_training_starts_where_the_adapter_is(train: Any, rows: Any, tmp_path: A
 
 
 def test_attributes_of_the_adapter_are_kept(train: Any, rows: Any, tmp_path: Any) -> None:
-    """Those that the new rows name come on top; without an attribute field the run is refused."""
+    """Attributes of the new rows are added; a run without an attribute field is refused."""
     fields = ("--attribute-field", "mood", "--strength-field", "how")
     assert train("a", "--max-steps", 2, *fields).code == 0
     rows.write_text(json.dumps({"text": "the happy end", "mood": "joyful", "how": 1}) + "\n")
@@ -65,7 +70,7 @@ def test_attributes_of_the_adapter_are_kept(train: Any, rows: Any, tmp_path: Any
     assert "--attribute-field" in refused.err
 
 
-def test_what_does_not_fit_the_adapter_is_refused(train: Any, tmp_path: Any) -> None:
+def test_settings_that_do_not_fit_the_adapter(train: Any, tmp_path: Any) -> None:
     """Another rank, a baseline, a folder without an adapter."""
     assert train("a", "--max-steps", 1, "--rank", 4).code == 0
     for args, code, message in (
@@ -80,3 +85,16 @@ def test_what_does_not_fit_the_adapter_is_refused(train: Any, tmp_path: Any) -> 
     assert "Give it as --adapter" in hint.err
     shown = train("b", "--adapter", tmp_path / "a", "--dry-run").json["settings"]
     assert (shown["rank"], shown["layers"]) == (4, "0,1")
+
+
+def test_layers_beyond_the_base(session, model_dir, tmp_path) -> None:
+    folder = make_adapter(session, tmp_path / "adapter")
+    assert resolve(TrainSettings(adapter=str(folder))).layers == [0, 1]
+    with pytest.raises(ConfigError, match="out of range"):
+        resolve(TrainSettings(model=str(model_dir), layers="0,99"))
+    smaller = tmp_path / "smaller"
+    tiny_model("llama", num_hidden_layers=1).save_pretrained(smaller)
+    tiny_tokenizer().save_pretrained(smaller)
+    with pytest.raises(ModelError, match="does not fit the base") as caught:
+        resolve(TrainSettings(model=str(smaller), adapter=str(folder)))
+    assert caught.value.where == str(folder)

@@ -1,0 +1,206 @@
+"""Rows of every kind of file, their formats and columns, and plain texts."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from braces_cli.core.errors import ConfigError, DataError
+from braces_cli.data.rows import FormatReader, Source, parse_columns, parts, read_rows, read_texts
+
+ROWS = [{"prompt": "the film", "completion": " is good"}, {"prompt": "a, day", "completion": ' is "sad"\nbad'}]
+
+
+def write(path, rows):
+    import csv
+
+    import pyarrow
+    import pyarrow.parquet
+
+    if path.suffix == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1))
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".parquet"])
+def test_every_file_type_gives_the_same_rows(tmp_path, suffix):
+    """Including commas, quotes and line breaks in values."""
+    path = write(tmp_path / f"rows{suffix}", ROWS)
+    assert [row.fields for row in read_rows(str(path))] == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message", "place"),
+    [
+        ("a.jsonl", '{"text": "x"}\n{"text": \n', "broken JSON", ":2"),
+        ("a.jsonl", '{"text": "x"}\n["y"]\n', "must be an object", ":2"),
+        ("a.jsonl", "", "the file is empty", ""),
+        ("a.jsonl", "\n \n", "no rows", ""),
+        ("a.json", '[{"text": "x"},\n\n {"text" "y"}]', "broken JSON", ":3"),
+        ("a.json", '["x"]', "must be an object", ", row 1"),
+        ("a.json", '{"text": "x"}\n{"text": \n', "broken JSON", ":2"),
+        ("a.csv", "prompt,completion\na,b\nc\n", "another number of cells", ":3"),
+        ("a.csv", "prompt,completion\na,b,c\n", "another number of cells", ":2"),
+        ("a.docx", "hello", "cannot read `.docx` files", ""),
+        ("a.parquet", "hello", "broken Parquet", ""),
+    ],
+)
+def test_errors_have_a_location(tmp_path, name, content, message, place):
+    """File and line, if the format has lines."""
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(DataError, match=message) as caught:
+        list(read_rows(str(path)))
+    assert caught.value.where == f"{path}{place}"
+
+
+def test_not_utf8(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('{"text": "é"}'.encode("latin-1"))
+    with pytest.raises(DataError, match="not UTF-8"):
+        list(read_rows(str(path)))
+
+
+def test_missing_files_and_folders(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        read_rows(str(tmp_path / "none.jsonl"))
+    with pytest.raises(DataError, match="a folder, not a file"):
+        read_rows(str(tmp_path))
+
+
+def test_unreachable_hub_set():
+    with pytest.raises(DataError, match="hub cannot be reached for the data set"):
+        list(read_rows("someone/nothing:train"))
+
+
+def read(fields, columns=()):
+    kind, values = FormatReader(parse_columns(columns).content).read(Source(fields, "a.jsonl:7"))
+    return parts(kind, values, "a.jsonl:7")
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"text": "x", "label": 1}, ("x", None)),
+        ({"prompt": "p", "completion": "c"}, ("p", "c")),
+        ({"instruction": "do", "input": "", "output": "done"}, ("### Instruction:\ndo\n\n### Response:\n", "done")),
+        ({"instruction": "do", "output": "done", "answer": "d"}, ("### Instruction:\ndo\n\n### Response:\n", "done")),
+        (
+            {"instruction": "do", "input": "this", "output": "done"},
+            ("### Instruction:\ndo\n\n### Input:\nthis\n\n### Response:\n", "done"),
+        ),
+        # Columnar files give every row every column.
+        ({"text": None, "prompt": "p", "completion": "c", "messages": None}, ("p", "c")),
+    ],
+)
+def test_format_follows_from_keys(fields, expected):
+    assert read(fields) == expected
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        (["prompt=question,completion=answer"], ("q", "a")),
+        (["prompt=question", "completion=answer"], ("q", "a")),
+        (["text=answer"], ("a", None)),
+        (["instruction=question,output=answer"], ("### Instruction:\nq\n\n### Response:\n", "a")),
+        (["instruction=question,input=text,output=answer"], read({"instruction": "q", "input": "t", "output": "a"})),
+    ],
+)
+def test_columns_take_precedence_over_keys(columns, expected):
+    assert read({"question": "q", "answer": "a", "text": "t"}, columns) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("prompt", "is not KEY=COLUMN"),
+        ("prompt=", "is not KEY=COLUMN"),
+        ("promt=question,completion=answer", "no format has a key `promt`"),
+        ("prompt=a,prompt=b", "named twice"),
+        ("prompt=question", "prompt is not a complete format"),
+        ("prompt=a,completion=b,text=c", "is not a complete format"),
+    ],
+)
+def test_invalid_columns(value, message):
+    """ConfigError before any file is opened."""
+    with pytest.raises(ConfigError, match=message):
+        parse_columns([value])
+
+
+@pytest.mark.parametrize(
+    ("fields", "columns", "message"),
+    [
+        ({"question": "x", "answer": "y"}, [], "none of the needed fields .keys found: question, answer."),
+        ({"text": 3}, [], "`text` must be text, not int"),
+        ({"text": None}, [], "`text` must be text, not NoneType"),
+        ({"prompt": "p", "completion": None}, [], "`completion` must be text, not NoneType"),
+        ({"text": "x", "prompt": "p", "completion": "c"}, [], "fit 2 formats: text, prompt/completion"),
+        ({"question": "x"}, ["text=answer"], "no column `answer` .keys found: question."),
+    ],
+)
+def test_ambiguous_rows(fields, columns, message):
+    """DataError with the location."""
+    with pytest.raises(DataError, match=message) as caught:
+        read(fields, columns)
+    assert caught.value.where == "a.jsonl:7"
+
+
+def test_rows_of_one_file_have_one_format():
+    reader = FormatReader()
+    reader.read(Source({"text": "x"}, "a.jsonl:1"))
+    with pytest.raises(DataError, match=r"this row is prompt/completion, those before it are text") as caught:
+        reader.read(Source({"prompt": "p", "completion": "c"}, "a.jsonl:2"))
+    assert caught.value.where == "a.jsonl:2"
+
+
+def test_columns_of_attribute_and_strength():
+    found = parse_columns(["text=review,attribute=mood", "strength=how"])
+    assert (found.content, found.attribute, found.strength) == ({"text": "review"}, "mood", "how")
+
+
+def test_lines_of_a_plain_file(tmp_path):
+    """Without blank lines; form feeds and spaces are kept."""
+    path = tmp_path / "t.txt"
+    path.write_text("one\n\n two words \na\fb\n")
+    assert read_texts(path) == ["one", " two words ", "a\fb"]
+
+
+def test_texts_of_a_data_file(tmp_path):
+    """Rows of any format, prompt and completion as one text; or one column."""
+    path = tmp_path / "t.jsonl"
+    rows = [{"prompt": "a ", "completion": "b"}, {"prompt": "c", "completion": "d"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_texts(path) == ["a b", "cd"]
+    assert read_texts(path, field="prompt") == ["a ", "c"]
+    with pytest.raises(DataError, match="no text in `text`"):
+        read_texts(path, field="text")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "no such file"), (b"\n \n", "all texts are blank"), (b"\xff\n", "not UTF-8")]
+)
+def test_files_without_texts(tmp_path, content, message):
+    path = tmp_path / "t.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_texts(path)
+
+
+def test_pipe_is_refused(tmp_path):
+    """Reading it would wait for a writer."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="a pipe or a device"):
+        read_texts(tmp_path / "pipe")
