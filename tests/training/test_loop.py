@@ -50,7 +50,7 @@ def test_metrics_curve_and_card(train, tmp_path, rows):
             }  # fmt: skip
     # The rates used in the step, after a warm-up of one step, a quarter of six.
     assert [row["lr"] for row in found if "lr" in row] == pytest.approx([0.0283 * part for part in (1, 0.6, 0.2)])
-    assert [row["gate_lr"] for row in found if "lr" in row] == pytest.approx([0.1 * part for part in (1, 0.6, 0.2)])
+    assert [row["gate_lr"] for row in found if "lr" in row] == pytest.approx([0.3 * part for part in (1, 0.6, 0.2)])
     assert found[-1]["tokens"] == outcome.json["tokens"]
     mean = sum(row["loss"] for row in found if "loss" in row) / 3
     assert outcome.json["train_loss"] == pytest.approx(mean, rel=1e-6)
