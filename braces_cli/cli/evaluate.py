@@ -76,19 +76,17 @@ def _show(result: dict[str, Any], settings: EvalSettings) -> None:
 def _dry_run(settings: EvalSettings) -> None:
     """Print settings, tasks and parameter counts, or the reason if the adapter or base cannot be loaded."""
     from braces_cli.core.adapter.files import parameter_count
-    from braces_cli.core.adapter.model import base_name
     from braces_cli.core.models.load import load_shape
     from braces_cli.evaluation.run import check_settings
-    from braces_cli.evaluation.systems import find_eval_adapter
+    from braces_cli.evaluation.systems import find_eval_adapter, resolve_base
 
     selection, _, _ = check_settings(settings)
     out: dict[str, Any] = {"tasks": [*selection.leaves, *selection.native]}
     try:
         adapters = [find_eval_adapter(name) for name in settings.adapter]
         counts = [None if each.stored is None else parameter_count(each.stored.config) for each in adapters]
-        out["model"] = settings.model or (adapters[0].base if adapters else base_name(None, None))
-        code = settings.trust_remote_code
-        shape = load_shape(out["model"], revision=settings.revision, trust_remote_code=code)
+        out["model"], revision = resolve_base(settings.model, settings.revision, adapters)
+        shape = load_shape(out["model"], revision=revision, trust_remote_code=settings.trust_remote_code)
         out["total_parameters"] = sum(p.numel() for p in shape.parameters())
         out["trainable_parameters"] = counts[0] if len(counts) == 1 else counts or 0
     except BracesError as error:

@@ -16,7 +16,7 @@ from typing import Any
 from lm_eval.api.registry import model_registry
 from lm_eval.models.huggingface import HFLM
 
-from braces_cli.core.adapter.model import base_name, open_session
+from braces_cli.core.adapter.model import open_session
 from braces_cli.core.attributes.files import check_attributes
 from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute
@@ -25,7 +25,7 @@ from braces_cli.core.errors import BracesError
 from braces_cli.core.files import user_path
 from braces_cli.core.options import LoadOptions
 from braces_cli.core.text import error_text
-from braces_cli.evaluation.systems import attached, find_eval_adapter
+from braces_cli.evaluation.systems import attached, find_eval_adapter, resolve_base
 
 
 class BracesLM(HFLM):
@@ -56,10 +56,8 @@ class BracesLM(HFLM):
     ) -> None:
         names = [attribute] if isinstance(attribute, str) else list(attribute or ())
         values = strengths(names, list(s) if isinstance(s, (list, tuple)) else [s] * len(names))
-        eval_adapter = None if adapter is None else find_eval_adapter(adapter)
-        if pretrained is None:
-            pretrained = eval_adapter.base if eval_adapter is not None and eval_adapter.base else base_name(None, None)
-            revision = revision or (eval_adapter.revision if eval_adapter is not None else None)
+        adapters = [] if adapter is None else [find_eval_adapter(adapter)]
+        pretrained, revision = resolve_base(pretrained, revision, adapters)
         options = LoadOptions(
             revision=revision,
             device=device or "auto",
@@ -71,7 +69,7 @@ class BracesLM(HFLM):
         session = open_session(pretrained, None, options)
         # Adapter and steering stay active as long as the model exists.
         self._contexts = ExitStack()
-        self._contexts.enter_context(attached(session, eval_adapter))
+        self._contexts.enter_context(attached(session, adapters[0] if adapters else None))
         folder = None if attributes is None else user_path(attributes)
         check_attributes(folder)
         terms = [

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core.adapter.model import Session, base_name, open_session
+from braces_cli.core.adapter.model import Session, open_session
 from braces_cli.core.attributes.files import attribute_hashes
 from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute
@@ -25,7 +25,7 @@ from braces_cli.evaluation.native_tasks import DETECTION, Measure, TaskContext
 from braces_cli.evaluation.results import AVERAGE, Store
 from braces_cli.evaluation.settings import TEXT_TASKS, EvalSettings, Threshold
 from braces_cli.evaluation.statistics import LEVEL, compare, strength_slopes
-from braces_cli.evaluation.systems import BRACES, EvalAdapter, System, attached, find_eval_adapter, labels
+from braces_cli.evaluation.systems import BRACES, EvalAdapter, System, attached, find_eval_adapter, labels, resolve_base
 from braces_cli.evaluation.task_data import find_files, read_task_rows, write_override
 from braces_cli.steering.texts import uses_chat_template
 
@@ -50,12 +50,7 @@ def run_evaluation(settings: EvalSettings, report: Report = silent) -> dict[str,
         raise ConfigError("nothing to evaluate", where="--no-base", hint="Give an --adapter, or leave --no-base out.")
     selection, files, rows = check_settings(settings)
     adapters = [find_eval_adapter(name) for name in settings.adapter]
-    model, revision = settings.model, settings.revision
-    if model is None and adapters:
-        model, revision = adapters[0].base, revision or adapters[0].revision
-        if model is None:
-            raise ConfigError("the adapter does not name its base", where="--model", hint="Give a folder or hub id.")
-    model = base_name(model, None)
+    model, revision = resolve_base(settings.model, settings.revision, adapters)
     processes, device = _join(settings)
     settings = replace(settings, model=model, revision=revision, device=device)
     if processes.first:

@@ -139,6 +139,16 @@ def find_eval_adapter(name: str) -> EvalAdapter:
     return EvalAdapter(name, folder, kind.lower(), base, revision, adapter_hash(folder))
 
 
+def resolve_base(model: str | None, revision: str | None, adapters: Sequence[EvalAdapter]) -> tuple[str, str | None]:
+    """Return name and revision of the base: as given, else those of the first adapter, else the embedded model."""
+    if model is not None or not adapters:
+        return sessions.base_name(model, None), revision
+    base = adapters[0].base
+    if base is None:
+        raise ConfigError("the adapter does not name its base", where="--model", hint="Give a folder or hub id.")
+    return base, revision or adapters[0].revision
+
+
 @contextmanager
 def attached(session: Session, adapter: EvalAdapter | None) -> Iterator[None]:
     """Attach the adapter inside the `with` block; afterwards the base is bit-identical to before."""
