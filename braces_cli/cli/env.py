@@ -1,4 +1,4 @@
-"""`braces env`: what a bug report needs."""
+"""`braces env`: versions, devices and caches for a bug report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from braces_cli.cli.options import command
 from braces_cli.cli.output import print_json, print_pairs
 from braces_cli.core.options import DisplaySettings
 
-# Environment variables that change what braces does; none of them is a secret.
+# Environment variables that change the behaviour; none of them is a secret.
 _VARIABLES = (
     "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "BRACES_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_HOME", "WORLD_SIZE",
 )  # fmt: skip
@@ -39,7 +39,7 @@ def env(settings: EnvSettings) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """`{braces, python, system, versions, devices: [{name, memory}], threads, caches, variables}`; memory in bytes."""
+    """Return `{braces, python, system, versions, devices: [{name, memory}], threads, caches, variables}`; bytes."""
     import torch
     from huggingface_hub import constants
 

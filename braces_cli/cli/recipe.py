@@ -33,7 +33,8 @@ class CopySettings(OverwriteSettings, DisplaySettings):
 @command
 def list_recipes(settings: ListSettings) -> None:
     """List the training recipes by name."""
-    described = {name: _title(text) for name, text in recipes().items()}
+    # The first comment is the title.
+    described = {name: text.partition("\n")[0].strip("# .") for name, text in recipes().items()}
     if settings.json:
         print_json([{"name": name, "description": title} for name, title in described.items()])
         return
@@ -46,7 +47,6 @@ def copy_recipe(settings: CopySettings) -> None:
     from braces_cli.core.files import check_output_file, output_lock, write_text
 
     known = recipes()
-    # The file's name is accepted, too.
     name = settings.name.removesuffix(".yaml")
     if name not in known:
         hint = near_misses(name, known) or "`braces recipe list` shows all names."
@@ -56,19 +56,17 @@ def copy_recipe(settings: CopySettings) -> None:
         check_output_file(output, settings.overwrite)
         write_text(output, known[name])
     result = {"recipe": name, "output": str(output)}
-    (print_json if settings.json else lambda pairs: print_pairs("", pairs))(result)
+    if settings.json:
+        print_json(result)
+    else:
+        print_pairs("", result)
 
 
 def recipes() -> dict[str, str]:
-    """The YAML text of each recipe by name, in alphabetical order."""
+    """Return the YAML text of each recipe by name, in alphabetical order."""
     files = (resources.files("braces_cli.assets") / "recipes").iterdir()
     texts = {file.name: file.read_text(encoding="utf-8") for file in files if file.name.endswith(".yaml")}
     return {name.removesuffix(".yaml"): texts[name] for name in sorted(texts)}
-
-
-def _title(text: str) -> str:
-    """The first comment of a recipe, without its `#` and full stop."""
-    return text.partition("\n")[0].removeprefix("#").strip().removesuffix(".")
 
 
 app.command("list")(list_recipes)

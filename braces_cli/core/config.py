@@ -1,4 +1,4 @@
-"""The one boundary of settings: command line, YAML and Python arguments -> one frozen settings object.
+"""The boundary of settings: command line, YAML and Python arguments -> one frozen settings object.
 
     @dataclass(frozen=True, kw_only=True)
     class MergeSettings(AdapterSettings, OutputSettings):
@@ -6,9 +6,8 @@
 
     settings = build(MergeSettings, {"pad_to_multiple_of": "256"}, file=Path("merge.yaml"))
 
-A field is the only declaration of an option: name, type, default, help text and limits. `braces_cli.cli.options` makes
-the options of a command of it; the same names are keys in YAML. Whatever `build` returns is valid; code that receives
-it checks nothing again.
+A field declares an option: name, type, default, help text and limits. `cli.options` creates the options of a command
+from the fields; the same names are keys in YAML. Code that receives the result of `build` does not check it again.
 """
 
 from __future__ import annotations
@@ -44,93 +43,68 @@ TASKS = "Tasks"
 SCORING = "Scoring"
 CHECKPOINTS = "Checkpoints"
 OUTPUT = "Output"
-# In the order in which a command's page shows them.
+# In the order of the help page.
 PANELS = (None, DATA, TASKS, METHOD, OPTIMISATION, ATTRIBUTES, GENERATION, SCORING, MODEL, CHECKPOINTS, OUTPUT)
 
-# Of whole numbers: the largest seed that every library takes, and more than any count.
+# The largest whole number: the largest seed that every library accepts.
 LARGEST = 2**32 - 1
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
-# As YAML 1.1 has them, and many people.
+# The words of YAML 1.1.
 _TRUTH = {"yes": True, "on": True, "no": False, "off": False}
 _SHOWN = 60
 
-# Name in transformers' Trainer, trl, peft, lm-eval, llama.cpp or earlier versions -> candidates; the first one that the
-# command has is used.
-SETTING_NAMES: dict[str, tuple[str, ...]] = {
-    "against": ("baselines",),
-    "alpha": ("lora_alpha", "s"),
-    "base_model": ("model",),
-    "beside": ("show_unsteered",),
-    "bf16": ("dtype",),
-    "cutoff_len": ("max_length",),
-    "dataset": ("data", "prompts"),
-    "dataset_name": ("data", "prompts"),
-    "eval_batch_size": ("batch_size",),
-    "f": ("prompts",),
-    "file": ("prompts", "data"),
-    "fp16": ("dtype",),
-    "gradient_accumulation_steps": ("gradient_accumulation",),
-    "judge_model": ("reference_model",),
-    "learning_rate": ("lr",),
-    "load_in_4bit": ("quantize",),
-    "load_in_8bit": ("quantize",),
-    "lora": ("adapter",),
-    "lora_r": ("rank",),
-    "lora_target_modules": ("lora_targets",),
-    "lr_scheduler_type": ("schedule",),
-    "m": ("model",),
-    "max_seq_len": ("max_length",),
-    "max_seq_length": ("max_length",),
-    "max_tokens": ("max_new_tokens",),
-    "model_args": ("model",),
-    "model_name": ("model",),
-    "model_name_or_path": ("model",),
-    "n": ("max_new_tokens",),
-    "n_predict": ("max_new_tokens",),
-    "num_epochs": ("epochs",),
-    "num_return_sequences": ("num_samples",),
-    "num_train_epochs": ("epochs",),
-    "o": ("output", "output_dir"),
-    "out": ("output_dir", "output"),
-    "output_path": ("output", "output_dir"),
-    "p": ("prompt",),
-    "peft": ("adapter",),
-    "per_device_eval_batch_size": ("batch_size",),
-    "per_device_train_batch_size": ("batch_size",),
-    "pretrained": ("model",),
-    "r": ("rank",),
-    "resume_from_checkpoint": ("resume",),
-    "scale": ("s",),
-    "strength": ("s",),
-    "target_modules": ("lora_targets",),
-    "temp": ("temperature",),
-    "torch_dtype": ("dtype",),
-    "train_data": ("data",),
-    "train_file": ("data",),
-    "validation_file": ("eval_data",),
+# Setting -> names in transformers' Trainer, trl, peft, lm-eval, llama.cpp or earlier versions. The first setting that
+# the command has is suggested.
+OTHER_NAMES: dict[str, str] = {
+    "adapter": "lora peft",
+    "baselines": "against",
+    "batch_size": "eval_batch_size per_device_eval_batch_size per_device_train_batch_size",
+    "output": "o out output_path",
+    "output_dir": "o out output_path",
+    "data": "dataset dataset_name file train_data train_file",
+    "dtype": "bf16 fp16 torch_dtype",
+    "epochs": "num_epochs num_train_epochs",
+    "eval_data": "validation_file",
+    "gradient_accumulation": "gradient_accumulation_steps",
+    "lora_alpha": "alpha",
+    "lora_targets": "lora_target_modules target_modules",
+    "lr": "learning_rate",
+    "max_length": "cutoff_len max_seq_len max_seq_length",
+    "max_new_tokens": "max_tokens n n_predict",
+    "model": "base_model m model_args model_name model_name_or_path pretrained",
+    "num_samples": "num_return_sequences",
+    "prompt": "p",
+    "prompts": "dataset dataset_name f file",
+    "quantize": "load_in_4bit load_in_8bit",
+    "rank": "lora_r r",
+    "reference_model": "judge_model",
+    "resume": "resume_from_checkpoint",
+    "s": "alpha scale strength",
+    "schedule": "lr_scheduler_type",
+    "show_unsteered": "beside",
+    "temperature": "temp",
 }
 
 
 @dataclass(frozen=True)
 class Option:
-    """What the command line shows of a setting, and which values it may have.
+    """Help text and limits of a setting.
 
     Attributes:
-        help: one or two sentences; the default is added where it is not None.
-        panel: heading in `--help`; None is for the few options that matter most, which come first.
-        flag: name of the option, where it is not the field's own with dashes; several names have commas between them,
-            and `--x/--no-x` is an option that can be switched off.
-        min: smallest value of a number, or length of a text.
-        above: a number must be greater than this.
-        max: largest value of a number.
-        choices: the values that a text setting may have.
+        help: one or two sentences; a default other than None is added.
+        panel: heading in `--help`; None for the most important options, which come first.
+        flag: name of the option, if it is not the name of the field; several with commas, or `--x/--no-x`.
+        min: smallest number, or length of a text.
+        above: exclusive lower limit of a number.
+        max: largest number.
+        choices: allowed texts.
         spellings: other names of choices.
-        metavar: what stands for the value in `--help`.
-        outcome: whether another value makes another result; if not, a run may be resumed with another value.
-        display: whether the setting only says how results are shown; such settings are not recorded anywhere.
-        argument: given by position, without a name; a file names it like any other.
-        once: the command takes one value where other commands take several; a second one is an error.
-        complete: values that a shell offers after Tab; of a comma-separated option, each of its parts.
+        metavar: placeholder of the value in `--help`.
+        outcome: another value changes the result, so that a run cannot be resumed with it.
+        display: the setting only changes what is printed; it is not recorded.
+        argument: positional argument on the command line.
+        once: one value, for an option that is repeatable in other commands; a second value is an error.
+        complete: values for shell completion; for a comma-separated option, of each part.
     """
 
     help: str = ""
@@ -150,12 +124,12 @@ class Option:
 
 
 def option(default: Any = MISSING, *, help: str, **details: Any) -> Any:
-    """A dataclass field that is an option; `details` are the attributes of `Option`."""
+    """Return a dataclass field that is an option; `details` are attributes of `Option`."""
     return field(default=default, metadata={"option": Option(help, **details)})
 
 
 def same_option(kind: type, name: str) -> Any:
-    """The field `name` of another settings class once more, for a command that needs few of that class's options."""
+    """Return a copy of the field `name` of another settings class."""
     original = kind.__dataclass_fields__[name]  # type: ignore[attr-defined]
     return field(default=original.default, metadata=original.metadata)
 
@@ -166,8 +140,8 @@ class Settings:
 
     Attributes:
         first_options: names of the settings that `--help` shows first, in this order.
-        required: names of the settings that a run needs and a dry run does not.
-        given: where each setting that is not at its default was named: `command line` or `file`.
+        required: names of the settings that a run needs and a dry run does not need.
+        given: source of each setting without its default: `command line` or `file`.
     """
 
     first_options: ClassVar[tuple[str, ...]] = ()
@@ -176,44 +150,38 @@ class Settings:
     given: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def check(self) -> None:
-        """Refuse settings that do not go together; `build` calls it once.
-
-        Raises:
-            ConfigError: names one of them.
-        """
+        """Check combinations of settings; called once, by `build`. Raises ConfigError."""
         for name in () if getattr(self, "dry_run", False) else self.required:
             if getattr(self, name) in (None, ()):
                 raise ConfigError("missing option", where=flag_of(type(self), name), hint="See --help.")
 
     def resolved(self) -> dict[str, Any]:
-        """Every setting after file and command line are merged, ready for JSON."""
+        """Return all settings except display settings, as JSON values."""
         return {name: plain(getattr(self, name)) for name, about in options_of(type(self)).items() if not about.display}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SeedSettings(Settings):
-    """What makes a run repeatable."""
+    """Setting that makes a run reproducible."""
 
     seed: int = option(0, help="Seed of every random choice.", min=0, panel=OUTPUT)
 
 
 def build(kind: type[T], values: Mapping[str, Any], file: Path | None = None, python: bool = False) -> T:
-    """The settings of a command: `values`, then those of the YAML `file`, then defaults.
+    """Build the settings of a command from `values`, the YAML `file` and defaults, in this order of precedence.
 
     Args:
         kind: a dataclass with options as fields.
-        values: given by the command line or, where `python` is on, by a script.
+        values: from the command line or, if `python` is on, from a script.
 
     Raises:
-        ConfigError: an unknown name, a value of another type or out of its range, no value where one is needed, or
-            settings that do not go together; or a file that is no YAML.
+        ConfigError: an unknown name, an invalid or missing value, an invalid combination, or a file that is not YAML.
     """
     sources: list[tuple[Mapping[str, Any], str, Path | None]] = [(values, "command line", None)]
     if file is not None:
-        sources.insert(0, (read_yaml(user_path(file), "Write one `key: value` a line."), "file", file))
+        sources.insert(0, (read_yaml(user_path(file)), "file", file))
     names, hints, found, given = names_of(kind), get_type_hints(kind), {}, {}
     for mapping, source, path in sources:
-        named = set()
         for key, value in mapping.items():
             name = names.get(str(key).replace("-", "_"))
             if name is None:
@@ -221,9 +189,6 @@ def build(kind: type[T], values: Mapping[str, Any], file: Path | None = None, py
                 hint = setting_hint(str(key), names) or "See --help for the options."
                 hint = hint if path is None else hint.replace("_", "-")
                 raise ConfigError(what, where=None if path is None else str(path), hint=hint)
-            if name in named:
-                raise ConfigError(f"`{key}` is named twice", where=str(path), hint="Write each key once.")
-            named.add(name)
             if value is None and (path is not None or get_origin(hints[name]) is tuple):
                 continue
             where = f"{path}: {key}" if path is not None else key if python else flag_of(kind, name)
@@ -240,11 +205,7 @@ def build(kind: type[T], values: Mapping[str, Any], file: Path | None = None, py
 
 
 def convert(kind: type, name: str, value: Any, where: str) -> Any:
-    """A value from any source as field `name` of `kind` holds it.
-
-    Raises:
-        ConfigError: it has another type, or is out of its range.
-    """
+    """Convert a value from any source to the type of field `name` of `kind`; raises ConfigError."""
     hint, about = _hints(kind)[name], options_of(kind)[name]
     of = item_type(hint)
     many = get_origin(hint) is tuple
@@ -273,7 +234,7 @@ def convert(kind: type, name: str, value: Any, where: str) -> Any:
 
 
 def _simple(value: Any, of: type) -> Any:
-    """A value of the types that scripts and YAML have at hand, for msgspec: numpy's numbers, paths, torch's dtypes."""
+    """Convert numpy's numbers, paths, torch's dtypes and words for true and false to types that msgspec knows."""
     if of is bool and isinstance(value, str):
         return _TRUTH.get(value.lower(), value)
     if isinstance(value, str) and of in (int, float):
@@ -290,7 +251,7 @@ def _simple(value: Any, of: type) -> Any:
     if of is str and type(value).__module__ == "torch" and type(value).__name__ in ("dtype", "device"):
         return str(value).removeprefix("torch.")
     if of is str and not isinstance(value, (str, Mapping)) and isinstance(value, Iterable):
-        with suppress(TypeError):  # a number of torch's calls itself iterable
+        with suppress(TypeError):  # a tensor with one number is an Iterable
             items = list(value)
             # Layers may be numbers: [0, 1] or range(8, 20).
             if items and all(isinstance(each, Integral) and not isinstance(each, bool) for each in items):
@@ -300,7 +261,7 @@ def _simple(value: Any, of: type) -> Any:
 
 
 def _schema(hint: Any, about: Option) -> Any:
-    """The type with its limits, as msgspec takes it."""
+    """Return the type with its limits for msgspec."""
     of = item_type(hint)
     kind: Any = Literal[about.choices] if about.choices else of
     limits: dict[str, Any] = {"ge": about.min, "gt": about.above, "le": about.max}
@@ -335,22 +296,22 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def item_type(hint: Any) -> Any:
-    """X of `X`, `X | None` and `tuple[X, ...]`."""
+    """Return X for `X`, `X | None` and `tuple[X, ...]`."""
     return next((part for part in get_args(hint) if part not in (type(None), ...)), hint)
 
 
 def options_of(kind: type) -> dict[str, Option]:
-    """The options among a dataclass's fields, by field name."""
+    """Return the options of a dataclass by field name."""
     return {f.name: f.metadata["option"] for f in dataclasses.fields(kind) if "option" in f.metadata}
 
 
 def flags_of(kind: type, name: str) -> list[str]:
-    """The options that set field `name`, such as `--max-steps`."""
+    """Return the command-line options of field `name`, such as `--max-steps`."""
     return (options_of(kind)[name].flag or "--" + name.replace("_", "-")).split(",")
 
 
 def flag_of(kind: type, name: str) -> str:
-    """The option that sets field `name`, as messages call it."""
+    """Return the name of field `name` in messages: its option or positional argument."""
     about = options_of(kind)[name]
     if about.argument:
         return about.metavar or name.upper()
@@ -358,7 +319,7 @@ def flag_of(kind: type, name: str) -> str:
 
 
 def names_of(kind: type) -> dict[str, str]:
-    """Name of a setting in YAML and Python, with underscores -> field."""
+    """Return name in YAML and Python, with underscores -> field."""
     found = {}
     for name in options_of(kind):
         flags = [flag.partition("/")[0].lstrip("-").replace("-", "_") for flag in flags_of(kind, name)]
@@ -369,17 +330,17 @@ def names_of(kind: type) -> dict[str, str]:
 def matching_setting(name: str, known: Collection[str]) -> str | None:
     """Return the setting in `known` for the name of another tool or of an earlier version, else None."""
     key = name.lstrip("-").replace("-", "_")
-    return next((setting for setting in SETTING_NAMES.get(key, ()) if setting in known), None)
+    return next((each for each, names in OTHER_NAMES.items() if each in known and key in names.split()), None)
 
 
 def setting_hint(name: str, known: Collection[str]) -> str:
-    """Return a hint with the likely settings in `known`; an empty string if there is none."""
+    """Return a hint with the likely settings in `known`, or an empty string."""
     setting = matching_setting(name, known)
     return f"Use `{setting}`." if setting else near_misses(name, known)
 
 
 def plain(value: Any) -> Any:
-    """A setting as JSON holds it."""
+    """Return a setting as a JSON value."""
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value

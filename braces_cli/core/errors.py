@@ -1,11 +1,11 @@
-"""The errors a user can cause, each with its exit code.
+"""Exceptions for errors of the user, with their exit codes.
 
     BracesError          1   failed while running
     |- ConfigError       2   usage or configuration
     |- DataError         3   bad data
     `- ModelError        4   model or adapter cannot be loaded or does not fit
 
-Everything else that reaches the command line is a bug of ours and is reported as one.
+The command line reports every other exception as a bug.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from collections.abc import Iterable
 
 
 class BracesError(Exception):
-    """What went wrong, where, and what to do about it.
+    """An error with a place and a hint.
 
     Args:
-        message: what is wrong, one sentence without a full stop.
-        where: file, line or key that holds the fault.
+        message: one sentence without a full stop.
+        where: file, line, key or option.
         hint: what the user can do.
     """
 
@@ -55,12 +55,12 @@ class ModelError(BracesError):
 
 
 def near_misses(name: str, known: Iterable[str]) -> str:
-    """`Did you mean a, b?` for the known names that resemble `name`, or an empty string."""
+    """Return `Did you mean a, b?` for similar known names, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f"Did you mean {', '.join(close)}?" if close else ""
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:
-    """The first line of an error's message that is not blank, at most `limit` characters; else the error's type."""
+    """Return the first non-blank line of an error's message, cut to `limit` characters, or the error's type."""
     lines = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line), type(error).__name__)[:limit]

@@ -1,4 +1,4 @@
-"""Groups of options that several commands share, each declared once. Light: the standard library only."""
+"""Groups of options that several commands share."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 from braces_cli.core.config import ATTRIBUTES, GENERATION, MODEL, OUTPUT, SeedSettings, Settings, option, same_option
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# Short names that other tools use.
+# Names in other tools.
 _SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 QUANTISATIONS = ("int8", "bnb-8bit", "bnb-4bit")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions(Settings):
-    """Where the weights of a base come from, where they go, and in which number format."""
+    """How a base is loaded: revision, device, dtype, quantisation."""
 
     revision: str | None = option(None, help="Branch, tag or commit of a hub model.", panel=MODEL)
     device: str = option("auto", help="Device: auto, cpu, cuda (or cuda:1) or mps.", panel=MODEL, outcome=False)
@@ -62,7 +62,7 @@ class AdapterSettings(ModelSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class DisplaySettings(Settings):
-    """How results are shown."""
+    """Format of results and messages."""
 
     format: str = option("table", help="Format of stdout.", panel=OUTPUT, choices=("table", "json"), display=True)
     quiet: bool = option(False, help="Disable progress and log messages on stderr.", panel=OUTPUT, display=True)
@@ -72,13 +72,13 @@ class DisplaySettings(Settings):
 
     @property
     def json(self) -> bool:
-        """Whether stdout carries JSON."""
+        """Return True if stdout is JSON."""
         return self.format == "json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutputSettings(SeedSettings, DisplaySettings):
-    """What most commands have beside their own options."""
+    """Options of most commands."""
 
     dry_run: bool = option(
         False, help="Print the resolved settings and stop; writes nothing.", panel=OUTPUT, display=True
@@ -87,14 +87,14 @@ class OutputSettings(SeedSettings, DisplaySettings):
 
 @dataclass(frozen=True, kw_only=True)
 class OverwriteSettings(Settings):
-    """What happens to an output that is there."""
+    """Overwriting of an existing output."""
 
     overwrite: bool = option(False, help="Overwrite an existing output.", panel=OUTPUT, outcome=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class UploadSettings(Settings):
-    """Where the output of a command is uploaded to."""
+    """Upload of an output."""
 
     push_to_hub: str | None = option(
         None,
@@ -107,7 +107,7 @@ class UploadSettings(Settings):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn."""
+    """Sampling of tokens."""
 
     max_new_tokens: int = option(50, help="Maximum number of new tokens per text.", min=1, panel=GENERATION)
     temperature: float = option(1.0, help="Sampling temperature; 0 is greedy.", min=0, panel=GENERATION)
@@ -129,7 +129,7 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings(Settings):
-    """How many texts are generated for each prompt, how long they are, and how their tokens are drawn."""
+    """Number, length and sampling of generated texts."""
 
     num_samples: int = option(1, help="Number of texts per prompt.", min=1, panel=GENERATION)
     max_new_tokens: int = same_option(Sampling, "max_new_tokens")
@@ -139,7 +139,7 @@ class GenerationSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class SteeredLayers(Settings):
-    """Which layers attributes steer."""
+    """Layers that attributes steer."""
 
     layers: str | None = option(
         None,
@@ -151,6 +151,6 @@ class SteeredLayers(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class FolderSettings(OverwriteSettings):
-    """Where a command writes files."""
+    """Output folder of a command."""
 
     output_dir: Path | None = option(None, help="Folder to write.", outcome=False)

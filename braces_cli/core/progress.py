@@ -1,7 +1,4 @@
-"""Progress of long-running work, reported without knowing who draws it.
-
-How long each stage takes before a command's main work begins, for the table that `--debug` shows.
-"""
+"""Progress of long-running work, and the time of each stage for `--debug`."""
 
 from __future__ import annotations
 
@@ -12,16 +9,16 @@ from contextlib import contextmanager
 
 logger = logging.getLogger("braces")
 
-# (stage, units done, units in all or None). The part of `stage` behind a colon may change as the work goes on.
+# (stage, units done, total units or None). The part of `stage` after a colon can change.
 Report = Callable[[str, int, int | None], None]
 
 
 def silent(stage: str, done: int, total: int | None) -> None:
-    """The Report that shows nothing."""
+    """A `Report` without output."""
 
 
 class Timings:
-    """Wall-clock seconds of stages, in the order in which they first began."""
+    """Wall-clock seconds of stages, in order of their first start."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -30,7 +27,7 @@ class Timings:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time the `with` block as `name`, added to what that stage has taken before."""
+        """Add the time of the `with` block to stage `name`."""
         self.seconds.setdefault(name, 0.0)
         self.runs[name] = self.runs.get(name, 0) + 1
         start = time.perf_counter()
@@ -40,7 +37,7 @@ class Timings:
             self.seconds[name] += time.perf_counter() - start
 
     def log(self, title: str) -> None:
-        """Log the table at level DEBUG, with what no stage accounts for."""
+        """Log a table at level DEBUG, with the time outside of all stages."""
         if not logger.isEnabledFor(logging.DEBUG):
             return
         total = time.perf_counter() - self._started

@@ -15,7 +15,7 @@ import typer
 
 from braces_cli.cli.options import command, command_line, running
 from braces_cli.core.config import (
-    SETTING_NAMES,
+    OTHER_NAMES,
     build,
     flag_of,
     format_ranges,
@@ -32,7 +32,7 @@ from tests.cli.reference import command_of
 
 @dataclass(frozen=True, kw_only=True)
 class Some(DisplaySettings):
-    """One setting of each type, two of them given by position."""
+    """One setting of each type, two of them positional."""
 
     required = ("out",)
 
@@ -85,7 +85,7 @@ class Some(DisplaySettings):
         ("directory", "out", Path("out")),
     ],
 )
-def test_a_value_of_any_source_becomes_the_settings_type(name: str, value: Any, wanted: Any) -> None:
+def test_a_value_is_converted_to_the_type_of_the_setting(name: str, value: Any, wanted: Any) -> None:
     found = getattr(build(Some, {name: value}, python=True), "folder" if name == "directory" else name)
     assert found == wanted
     assert type(found) is type(wanted)
@@ -129,7 +129,7 @@ def test_other_values_and_names_are_refused(name: str, value: Any, message: str)
 
 @pytest.fixture
 def call() -> Any:
-    """Runs a command of these settings with arguments; gives its settings."""
+    """Run a command with arguments and return its settings."""
     received: list[Some] = []
 
     @command
@@ -147,7 +147,7 @@ def call() -> Any:
     return run
 
 
-def test_the_command_line_wins_over_a_file_and_that_over_the_defaults(call: Any, tmp_path: Path) -> None:
+def test_the_command_line_has_precedence_over_a_file_and_defaults(call: Any, tmp_path: Path) -> None:
     path = tmp_path / "some.yaml"
     path.write_text("name: eva\nrank: 3\nlr: 2\nlayers:\nchat: no\ndata: a\ns: [1, 2]\nadapter: [x]\n")
     found = call("--rank", "4", "--config", str(path), "bob", "one", "--data", "b", "--data", "c", "two")
@@ -170,11 +170,10 @@ def test_the_command_line_wins_over_a_file_and_that_over_the_defaults(call: Any,
         ("rank: many", "some.yaml: rank: `many` is not a whole number"),
         ("rank: [1, 2]", "some.yaml: rank: "),
         ("layers: {a: 1}", "some.yaml: layers: "),
-        ("rank: 1\nrank: 2", "some.yaml:1: `rank` is named twice"),
         ("dry-run: 1\nlog_level: 2", "unknown key"),
     ],
 )
-def test_a_file_that_is_wrong_is_named_with_its_key(call: Any, tmp_path: Path, text: str, message: str) -> None:
+def test_an_error_in_a_file_names_file_and_key(call: Any, tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "some.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as error:
@@ -182,18 +181,16 @@ def test_a_file_that_is_wrong_is_named_with_its_key(call: Any, tmp_path: Path, t
     assert message in str(error.value)
 
 
-def test_the_home_folder_is_expanded_wherever_a_path_comes_from(
-    call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`--folder=~/x` and a value in YAML are expanded by no shell."""
+def test_the_home_folder_is_expanded_in_every_path(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell does not expand `--folder=~/x` and values in YAML."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "some.yaml").write_text("directory: ~/y\n")
     assert call("--directory=~/x").folder == tmp_path / "x"
     assert call("--config", "~/some.yaml").folder == tmp_path / "y"
 
 
-def test_a_command_that_runs_others_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inside `running` the words are those given, outside those that the process was started with."""
+def test_the_command_line_of_a_nested_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`running` sets the words; without it they are those of the process."""
     monkeypatch.setattr(sys, "argv", ["/bin/braces", "demo"])
     with contextlib.suppress(ValueError), running(["braces", "train"]):
         assert command_line() == ["braces", "train"]
@@ -224,20 +221,22 @@ def test_shared_options_have_their_limits(kind: Any, values: dict[str, Any]) -> 
     assert build(LoadOptions, {"dtype": "bf16"}).dtype == "bfloat16"
 
 
-def test_other_tools_names_stand_for_options_that_there_are() -> None:
-    """Each is answered with an option of some command, and none is the name of an option itself."""
+def test_names_in_other_tools_suggest_an_option() -> None:
+    """Each name suggests an option of a command and is not an option."""
     known: set[str] = set()
     for name in ("train", "steer", "eval", "merge"):
         known |= {flag.lstrip("-").replace("-", "_") for p in command_of(name).params for flag in p.opts}
-    for name in SETTING_NAMES:
-        assert matching_setting(name, known) in known
+    for names in OTHER_NAMES.values():
+        for name in names.split():
+            assert name not in known
+            assert matching_setting(name, known) in known
     assert setting_hint("learning-rate", ["lr"]) == "Use `lr`."
     assert setting_hint("lrr", ["lr"]) == "Did you mean lr?"
 
 
 @pytest.mark.parametrize("option", ["-ngl", "-np", "-fa"])
-def test_letters_that_stand_together_are_not_taken_for_one_of_them(braces: Any, option: str) -> None:
-    """The parser names the first letter alone; these are options of llama.cpp that have no counterpart here."""
+def test_a_group_of_letters_is_not_an_option(braces: Any, option: str) -> None:
+    """The parser names the first letter only; these options of llama.cpp have no counterpart."""
     outcome = braces("steer", option, "9", "--prompt", "a")
     assert outcome.code == 2
     assert "here it is" not in outcome.err

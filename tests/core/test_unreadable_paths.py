@@ -40,7 +40,7 @@ def pipe(path: Path) -> None:
     os.mkfifo(path)
 
 
-REASONS = "cannot read|no such|this is a folder|this is a pipe|the file is empty|there is nothing in it"
+REASONS = "cannot read|no such|this is a folder|this is a pipe|the file is empty|the text is empty"
 UNREADABLE = {make.__name__: make for make in (loop, broken_link, folder, empty, pipe)}
 
 
