@@ -1,9 +1,9 @@
-"""`braces attr-build`: words, texts, descriptions or pairs -> attribute files."""
+"""`braces attr-build`: build attributes from words, texts, descriptions or pairs, or list them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,17 +17,17 @@ from braces_cli.core.files import user_path
 from braces_cli.core.options import AdapterSettings, OutputSettings, OverwriteSettings, UploadSettings
 
 if TYPE_CHECKING:
+    from braces_cli.core.adapter.model import Session
     from braces_cli.core.attributes.vector import Attribute
+    from braces_cli.core.progress import Report
 
-# (session, report) -> Attribute.
-Build = Callable[..., Any]
-# Words of an attribute that the list shows.
+# Words of an attribute in a list.
 _WORDS_SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttributeBuildSettings(AdapterSettings, OverwriteSettings, UploadSettings, OutputSettings):
-    """What attributes are built from, and how."""
+    """Settings of `braces attr-build`."""
 
     first_options = (
         "attribute", "describe", "against", "pairs", "words", "examples", "output_dir", "list_attributes",
@@ -83,7 +83,7 @@ class AttributeBuildSettings(AdapterSettings, OverwriteSettings, UploadSettings,
     )
 
     def check(self) -> None:
-        """Refuse several sources of one attribute, and options that need pairs where there are none."""
+        """Refuse several sources of one attribute, and options for pairs without pairs."""
         super().check()
         if self.dry_run or self.list_attributes:
             return
@@ -93,6 +93,9 @@ class AttributeBuildSettings(AdapterSettings, OverwriteSettings, UploadSettings,
             raise ConfigError("missing option", where="--output-dir", hint="See `braces attr-build --help`.")
         if not self.attribute and self.sources != ["--pairs"]:
             raise ConfigError("missing option", where="--attribute", hint="See `braces attr-build --help`.")
+        if len(self.attribute) != 1 and self.sources not in ([], ["--pairs"]):
+            hint = "Give --attribute once; several only for built-in lists and for rows with an attribute."
+            raise ConfigError(f"{len(self.attribute)} names for one attribute", where="--attribute", hint=hint)
         if self.sources in (["--describe"], ["--pairs"]):
             return
         for wrong, where in (
@@ -101,11 +104,11 @@ class AttributeBuildSettings(AdapterSettings, OverwriteSettings, UploadSettings,
             (self.reduction not in (None, "mean", GRADIENT), f"--reduction {self.reduction}"),
         ):
             if wrong:
-                raise ConfigError("this needs pairs", where=where, hint="Give --describe with --against, or --pairs.")
+                raise ConfigError("only for pairs", where=where, hint="Give --describe with --against, or --pairs.")
 
     @property
     def sources(self) -> list[str]:
-        """The options that say what an attribute is built from."""
+        """Return the options that contain the data of the attribute; without any, the list is built in."""
         given = {
             "--describe": self.describe or self.against, "--pairs": self.pairs, "--words": self.words,
             "--words-file": self.words_file, "--examples": self.examples,
@@ -136,7 +139,7 @@ def attr_build(settings: AttributeBuildSettings) -> None:
 
 
 def _build(settings: AttributeBuildSettings) -> list[dict[str, Any]]:
-    """Build each attribute, write its file, and say what it was made of."""
+    """Build each attribute, write its file, and return its description."""
     assert settings.output_dir is not None
     from braces_cli.core.adapter.model import open_session
     from braces_cli.core.attributes.vector import save_attributes
@@ -144,8 +147,8 @@ def _build(settings: AttributeBuildSettings) -> list[dict[str, Any]]:
     from braces_cli.core.files import check_output_file, output_lock
     from braces_cli.core.models.hub import check_push, push
 
-    each = builders(settings)
-    paths = {name: settings.output_dir / f"{check_file_name(name)}.safetensors" for name in each}
+    sources = read_sources(settings)
+    paths = {name: settings.output_dir / f"{check_file_name(name)}.safetensors" for name in sources}
     results = []
     with output_lock(*paths.values()), progress(settings.quiet) as report:
         for path in paths.values():
@@ -153,58 +156,135 @@ def _build(settings: AttributeBuildSettings) -> list[dict[str, Any]]:
         if settings.push_to_hub is not None:
             check_push(settings.push_to_hub)
         session = open_session(settings.model, settings.adapter, settings)
-        for name, build in each.items():
-            attribute = build(session, report)
+        for name, data in sources.items():
+            attribute = build_from(settings, session, name, data, report)
             save_attributes(paths[name], [attribute])
-            results.append(_result(attribute, paths[name]))
+            results.append({
+                "attribute": attribute.name,
+                "words": attribute.words,
+                "examples": attribute.examples,
+                "pooling": attribute.pooling,
+                **attribute.provenance,
+                "layers": len(attribute.layers),
+                "steered_layers": attribute.effective_layers,
+                "hidden_size": attribute.hidden.shape[1],
+                "path": str(paths[name]),
+            })  # fmt: skip
     if settings.push_to_hub is not None:
         push(settings.output_dir, settings.push_to_hub, [path.name for path in paths.values()])
     return results
 
 
-def _result(attribute: Attribute, path: Path) -> dict[str, Any]:
-    return {
-        "attribute": attribute.name,
-        "words": attribute.words,
-        "examples": attribute.examples,
-        "pooling": attribute.pooling,
-        **attribute.provenance,
-        "layers": len(attribute.layers),
-        "steered_layers": attribute.effective_layers,
-        "hidden_size": attribute.hidden.shape[1],
-        "path": str(path),
-    }
+def read_sources(settings: AttributeBuildSettings) -> dict[str, Any]:
+    """Return name -> words, texts or pairs of each attribute; None for descriptions and built-in lists.
+
+    Files are read here, before the model is loaded.
+
+    Raises:
+        ConfigError: an unknown attribute.
+        DataError: a file that cannot be read.
+    """
+    from braces_cli.core.attributes.words import clean_words, read_words
+
+    names = settings.attribute
+    if settings.pairs is not None:
+        return _read_pairs(settings.pairs, names)
+    if settings.describe or settings.against:
+        from braces_cli.core.attributes.build import check_descriptions
+
+        check_descriptions(settings.describe, settings.against)
+        return {names[0]: None}
+    if settings.examples is not None:
+        from braces_cli.data.rows import read_texts
+
+        return {names[0]: [text.strip() for text in read_texts(settings.examples)]}
+    if settings.words_file is not None:
+        return {names[0]: read_words(settings.words_file)}
+    if settings.words is not None:
+        words = clean_words(settings.words.split(","))
+        if not words:
+            raise ConfigError("no words", where="--words", hint="Give at least one word.")
+        return {names[0]: words}
+    for name in names:
+        if name not in built_in():
+            where = "--describe, --pairs, --words, --words-file, --examples"
+            raise ConfigError(f"no words for `{name}`", where=where, hint=f"Built-in lists: {', '.join(built_in())}.")
+    return dict.fromkeys(names)
+
+
+def _read_pairs(path: Path, names: Sequence[str]) -> dict[str, Any]:
+    from braces_cli.data.dataset import read_pairs
+
+    found = read_pairs(path)
+    if set(found) == {None}:
+        if len(names) != 1:
+            hint = "Give --attribute once, or name the attribute in every row."
+            raise ConfigError(f"{len(names)} names for one attribute", where="--attribute", hint=hint)
+        return {names[0]: found[None]}
+    known = sorted(name for name in found if name is not None)
+    if None in found:
+        hint = "Name the attribute in every row, or in none."
+        raise ConfigError("some rows name their attribute and some do not", where=str(path), hint=hint)
+    for name in names:
+        if name not in found:
+            raise ConfigError(f"no row of `{name}`", where=str(path), hint=f"The rows have {', '.join(known)}.")
+    return {name: found[name] for name in names or known}
+
+
+def build_from(settings: AttributeBuildSettings, session: Session, name: str, data: Any, report: Report) -> Attribute:
+    """Build one attribute from its data, see `read_sources`."""
+    from braces_cli.core.attributes import build
+    from braces_cli.core.attributes.vector import with_steered_layers
+    from braces_cli.core.models.ffn import chosen_layers
+
+    layers = None if settings.layers == "auto" else chosen_layers(session.base.model, settings.layers)
+    if settings.sources in (["--describe"], ["--pairs"]):
+        details: dict[str, Any] = {
+            "pooling": settings.pooling,
+            "reduction": settings.reduction,
+            "layers": "auto" if settings.layers == "auto" else layers,
+            "chat": settings.apply_chat_template,
+        }
+        if settings.pairs is not None:
+            return build.attribute_from_pairs(session, name, data, report, **details)
+        both = (settings.describe, settings.against)
+        return build.attribute_from_descriptions(session, name, *both, report, **details)
+    how = (settings.pooling, settings.reduction)
+    if data is None:
+        attribute = build.built_in_attribute(session, name, report, *how)
+    elif settings.examples is not None:
+        attribute = build.attribute_from_texts(session, name, data, report, *how)
+    else:
+        attribute = build.build_attribute(session, name, data, report, *how)
+    return with_steered_layers(attribute, layers)
 
 
 def _list(settings: AttributeBuildSettings) -> None:
-    """Print the attributes of a folder and of an adapter, where given, and those that are built in."""
+    """Print the attributes of the folder and of the adapter, and the built-in ones."""
     from braces_cli.core.attributes.files import list_attributes
 
     folder = settings.output_dir
     if folder is not None and not folder.is_dir():
         raise ConfigError("no such folder", where=str(folder), hint="Give a folder that attr-build wrote to.")
-    rows = list_attributes(folder, None if settings.adapter is None else _folder(settings.adapter))
+    adapter = None if settings.adapter is None else user_path(settings.adapter)
+    if adapter is not None and not os.path.isfile(adapter / "adapter_config.json"):
+        # Imports torch: only for adapters on the hub.
+        from braces_cli.core.adapter.files import find_adapter
+
+        adapter = find_adapter(str(settings.adapter)).folder
+    rows = list_attributes(folder, adapter)
     if settings.json:
         print_json({"attributes": rows})
         return
-    # Columns that only files fill are left out where there are none.
-    width = max(len(_row(row)) for row in rows)
-    columns = ["attribute", "from", "built from", "base", "difference"][:width]
-    print_table("attributes", columns, [_row(row) + [None] * (width - len(_row(row))) for row in rows])
-
-
-def _folder(adapter: str) -> Path:
-    if os.path.isfile(user_path(adapter) / "adapter_config.json"):
-        return user_path(adapter)
-    # A hub id, or a mistake: only these need what imports torch.
-    from braces_cli.core.adapter.files import find_adapter
-
-    return find_adapter(adapter).folder
+    table = [_row(row) for row in rows]
+    columns = ["attribute", "from", "built from", "base", "difference"]
+    if all(row["path"] is None for row in rows):  # only files have a base
+        columns, table = columns[:3], [cells[:3] for cells in table]
+    print_table("attributes", columns, table)
 
 
 def _row(row: dict[str, Any]) -> list[Any]:
-    words = row["words"]
-    provenance = row["provenance"] or {}
+    words, provenance = row["words"], row["provenance"] or {}
     if provenance.get("describe"):
         built = f"{provenance['describe'][0]} / {provenance['against'][0]}"
     elif provenance.get("pairs"):
@@ -219,123 +299,8 @@ def _row(row: dict[str, Any]) -> list[Any]:
         built += f"; {row['pooling']}"
     cells = [row["name"], row["source"], built]
     if row["path"] is None:
-        return cells
+        return [*cells, None, None]
     base = "unknown" if row["base"] is None else Path(row["base"]).name
     difference = row["statistics"]["difference"]
     mean = None if difference is None else sum(difference) / len(difference)
     return [*cells, f"{base} ({row['layers']} x {row['hidden_size']})", mean]
-
-
-def builders(settings: AttributeBuildSettings) -> dict[str, Build]:
-    """What builds each attribute of an open session; files are read here, before the model is loaded.
-
-    Raises:
-        ConfigError: no such attribute, or several names for one.
-        DataError: a file that cannot be read.
-    """
-    source = settings.sources[0] if settings.sources else None
-    if source in ("--describe", "--pairs"):
-        return _from_pairs(settings)
-    each = _from_words(settings, source)
-    return {name: _with_layers(build, settings.layers) for name, build in each.items()}
-
-
-def _from_pairs(settings: AttributeBuildSettings) -> dict[str, Build]:
-    """Builders of --describe and --pairs."""
-    from braces_cli.core.attributes.build import (
-        attribute_from_descriptions,
-        attribute_from_pairs,
-        check_descriptions,
-    )
-    from braces_cli.data.dataset import read_pairs
-
-    def details(session: Any) -> dict[str, Any]:
-        layers = settings.layers if settings.layers == "auto" else _layers(session, settings.layers)
-        chat = settings.apply_chat_template
-        return {"pooling": settings.pooling, "reduction": settings.reduction, "layers": layers, "chat": chat}
-
-    if settings.pairs is None:
-        name, one, other = _single(settings), settings.describe, settings.against
-        check_descriptions(one, other)
-        return {
-            name: lambda session, report: attribute_from_descriptions(
-                session, name, one, other, report, **details(session)
-            )
-        }
-    found = read_pairs(settings.pairs)
-    if set(found) == {None}:
-        chosen = {_single(settings): found[None]}
-    else:
-        known = sorted(name for name in found if name is not None)
-        if None in found:
-            hint = "Name it in every row, or in none."
-            raise ConfigError("some rows name their attribute and some do not", where=str(settings.pairs), hint=hint)
-        missing = [name for name in settings.attribute if name not in found]
-        if missing:
-            hint = f"Rows are of {', '.join(known)}."
-            raise ConfigError(f"no row of `{missing[0]}`", where=str(settings.pairs), hint=hint)
-        chosen = {name: found[name] for name in settings.attribute or known}
-    return {
-        name: lambda session, report, name=name, pairs=pairs: attribute_from_pairs(
-            session, name, pairs, report, **details(session)
-        )
-        for name, pairs in chosen.items()
-    }
-
-
-def _from_words(settings: AttributeBuildSettings, source: str | None) -> dict[str, Build]:
-    """Builders of --words, --words-file, --examples and of built-in lists."""
-    from braces_cli.core.attributes.build import attribute_from_texts, build_attribute, built_in_attribute
-    from braces_cli.core.attributes.words import clean_words, read_words
-
-    how = (settings.pooling, settings.reduction)
-    if source is None:
-        lists = built_in()
-        for name in settings.attribute:
-            if name not in lists:
-                hint = f"Built-in lists: {', '.join(lists)}."
-                where = "--describe, --pairs, --words, --words-file, --examples"
-                raise ConfigError(f"no words for `{name}`", where=where, hint=hint)
-        return {
-            name: lambda session, report, name=name: built_in_attribute(session, name, report, *how)
-            for name in settings.attribute
-        }
-    name = _single(settings)
-    if settings.examples is not None:
-        from braces_cli.data.rows import read_texts
-
-        texts = [text.strip() for text in read_texts(settings.examples)]
-        return {name: lambda session, report: attribute_from_texts(session, name, texts, report, *how)}
-    chosen = clean_words((settings.words or "").split(","))
-    if settings.words_file is not None:
-        chosen = read_words(settings.words_file)
-    elif not chosen:
-        raise ConfigError("no words", where="--words", hint="Give at least one word.")
-    return {name: lambda session, report: build_attribute(session, name, chosen, report, *how)}
-
-
-def _single(settings: AttributeBuildSettings) -> str:
-    """The one name of an attribute that has one source."""
-    if len(settings.attribute) != 1:
-        hint = "Give --attribute once; several only for built-in lists and for rows that name their attribute."
-        raise ConfigError(f"{len(settings.attribute)} names for one attribute", where="--attribute", hint=hint)
-    return settings.attribute[0]
-
-
-def _with_layers(build: Build, layers: str | None) -> Build:
-    """Return the attribute with a steering vector in the named layers."""
-    if layers is None:
-        return build
-
-    def built(session: Any, report: Any) -> Any:
-        from braces_cli.core.attributes.vector import with_steered_layers
-
-        return with_steered_layers(build(session, report), _layers(session, layers))
-
-    return built
-
-
-def _layers(session: Any, layers: str | None) -> list[int] | None:
-    from braces_cli.core.models.ffn import chosen_layers
-
-    return chosen_layers(session.base.model, layers)

@@ -1,4 +1,4 @@
-"""`braces attr-build`: words or texts, pooling, the list of what there is, portability."""
+"""`braces attr-build`: words, texts, descriptions, pairs; pooling; the list; other bases."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.test_app import imported_by
+from tests.cli.test_main import imported_by
 from tests.conftest import tiny_model, tiny_tokenizer
 
 
@@ -20,8 +20,8 @@ def build(braces, model_dir, tmp_path):
     return call
 
 
-def test_texts_in_place_of_words(build, braces, model_dir, tmp_path):
-    """Plain lines and rows give the same; the file says how many, and steering takes it."""
+def test_texts_instead_of_words(build, braces, model_dir, tmp_path):
+    """Lines and rows give the same attribute; the result has their number."""
     plain, rows = tmp_path / "t.txt", tmp_path / "t.jsonl"
     plain.write_text("the film is good\n\na happy day\n")
     rows.write_text('{"text": "the film is good"}\n{"text": "a happy day"}\n')
@@ -35,40 +35,25 @@ def test_texts_in_place_of_words(build, braces, model_dir, tmp_path):
     assert texts[0] == texts[1]
 
 
-def test_descriptions_make_an_attribute_that_says_so(build, braces, model_dir, tmp_path):
-    """In the JSON, in the list, and in the texts that it steers."""
+def test_descriptions_are_recorded(build, braces, model_dir, tmp_path):
+    """In the JSON and in the list; the attribute changes texts."""
     args = ["--describe", "happy", "--against", "sad", "--reduction", "mean", "--layers", "1"]
     built = build("mood", *args).json
-    assert (built["describe"], built["against"], built["reduction"], built["pairs"]) == (
-        ["happy"],
-        ["sad"],
-        "mean",
-        300,
-    )
+    expected = {"describe": ["happy"], "against": ["sad"], "reduction": "mean", "pairs": 300}
+    assert expected.items() <= built.items()
     assert (built["words"], built["layers"], built["steered_layers"]) == ([], 2, [1])
     assert len(built["separation"]) == 2
-    listed = braces("attr-build", "--list", "--attributes", tmp_path / "attrs", "--format", "json").json["attributes"][
-        0
-    ]
+    folder = ("--attributes", tmp_path / "attrs")
+    listed = braces("attr-build", "--list", *folder, "--format", "json").json["attributes"][0]
     assert (listed["provenance"]["describe"], listed["steered_layers"]) == (["happy"], [1])
-    assert "happy / sad" in braces("attr-build", "--list", "--attributes", tmp_path / "attrs").out
-    steer = [
-        "steer",
-        "--model",
-        model_dir,
-        "--prompt",
-        "the film",
-        "--attributes",
-        tmp_path / "attrs",
-        "--temperature",
-        0,
-    ]
+    assert "happy / sad" in braces("attr-build", "--list", *folder).out
+    steer = ["steer", "--model", model_dir, "--prompt", "the film", *folder, "--temperature", 0]
     texts = [braces(*steer, "--attribute", "mood", "--s", s).lines[0]["text"] for s in (0, 40)]
     assert texts[0] != texts[1]
 
 
 def test_rows_of_pairs_in_every_form_and_of_several_attributes(build, braces, model_dir, tmp_path):
-    """A prompt beside completions is the same as in both of them; rows that name attributes make a file for each."""
+    """One prompt for both completions is the same as a prompt in each; each attribute of the rows has a file."""
     beside, inside, named = (tmp_path / f"{name}.jsonl" for name in ("beside", "inside", "named"))
     beside.write_text('{"prompt": "the film is", "positive": " good", "negative": " sad"}\n')
     inside.write_text(
@@ -92,7 +77,7 @@ def test_rows_of_pairs_in_every_form_and_of_several_attributes(build, braces, mo
 
 
 def test_several_built_in_lists_in_one_command(braces, model_dir, tmp_path):
-    """A file each; the JSON of one attribute stays as it is."""
+    """One file per attribute."""
     to = ["--model", model_dir, "--output-dir", tmp_path / "attrs", "--reduction", "mean", "--format", "json"]
     results = braces("attr-build", "--attribute", "angry", "--attribute", "fearful", *to).json["attributes"]
     assert [Path(each["path"]).name for each in results] == ["angry.safetensors", "fearful.safetensors"]
@@ -100,7 +85,7 @@ def test_several_built_in_lists_in_one_command(braces, model_dir, tmp_path):
 
 
 def test_pooling_is_stored_and_changes_the_state(build, tmp_path):
-    """`mean` unless asked otherwise; an attribute read back knows."""
+    """The default is `mean`."""
     from safetensors.torch import load_file
 
     states = {}
@@ -111,8 +96,8 @@ def test_pooling_is_stored_and_changes_the_state(build, tmp_path):
     assert not states["last"].equal(states["max"])
 
 
-def test_the_list_shows_folder_adapter_and_built_in(build, braces, session, adapter_dir, tmp_path):
-    """In the order of looking, with words, base, fingerprint and statistics."""
+def test_the_list_has_folder_adapter_and_built_in_attributes(build, braces, session, adapter_dir, tmp_path):
+    """In the order of the search, with words, base, fingerprint and statistics."""
     from braces_cli.core.attributes.build import build_attribute
     from braces_cli.core.attributes.vector import save_attributes
 
@@ -136,19 +121,17 @@ def test_the_list_shows_folder_adapter_and_built_in(build, braces, session, adap
     assert set(calm) == set(built_in)
     assert len(built_in["words"]) == 40
     table = braces("attr-build", "--list", "--attributes", tmp_path / "attrs").out
-    # How it was made cannot be taken for one of its words.
     assert "quiet, gentle; gradient; last" in table
 
 
 def test_the_list_needs_no_torch(build, tmp_path, adapter_dir):
-    """It reads headers only."""
+    """Only headers are read."""
     build("calm", "--words", "quiet")
     argv = ["attr-build", "--list", "--output-dir", str(tmp_path / "attrs"), "--adapter", str(adapter_dir)]
-    assert imported_by(f"from braces_cli.cli.main import main; main({argv!r})") == {"msgspec"}
+    assert imported_by(f"from braces_cli.cli.main import main; main({argv!r})") == set()
 
 
-def test_a_file_fits_the_same_base_elsewhere_and_in_another_dtype(build, braces, model_dir, tmp_path):
-    """Portable: the folder of the base and its dtype do not matter."""
+def test_a_file_fits_a_copy_of_its_base_in_another_dtype(build, braces, model_dir, tmp_path):
     build("calm", "--words", "quiet,gentle")
     moved = tmp_path / "moved"
     shutil.copytree(model_dir, moved)
@@ -156,8 +139,8 @@ def test_a_file_fits_the_same_base_elsewhere_and_in_another_dtype(build, braces,
     assert braces("steer", "--model", moved, "--dtype", "bfloat16", *attribute).code == 0
 
 
-def test_another_base_is_refused_by_name(build, braces, model_dir, tmp_path):
-    """Exit code 4, what differs, and which base the file belongs to."""
+def test_another_base_is_refused(build, braces, model_dir, tmp_path):
+    """Exit code 4, with the difference and the base of the file."""
     build("calm", "--words", "quiet,gentle")
     other = tmp_path / "other"
     tiny_model("llama", hidden_size=16).save_pretrained(other)
@@ -177,8 +160,8 @@ def test_another_base_is_refused_by_name(build, braces, model_dir, tmp_path):
         (["--describe", "a", "--words", "b"], 2, "two sources"),
         (["--describe", "a"], 2, "1 descriptions against 0"),
         (["--against", "a"], 2, "0 descriptions against 1"),
-        (["--words", "a", "--layers", "auto"], 2, "needs pairs"),
-        (["--words", "a", "--reduction", "pca"], 2, "needs pairs"),
+        (["--words", "a", "--layers", "auto"], 2, "only for pairs"),
+        (["--words", "a", "--reduction", "pca"], 2, "only for pairs"),
         (["--words", "a", "--reduction", "median"], 2, "`median` is not one of"),
         (["--words", "a", "--attribute", "b"], 2, "2 names for one attribute"),
         (["--pairs", "same.jsonl"], 3, "both sides are the same"),
@@ -189,13 +172,13 @@ def test_another_base_is_refused_by_name(build, braces, model_dir, tmp_path):
         (["--examples", "empty.txt"], 3, "all texts are blank"),
         (["--pooling", "min"], 2, "`min` is not one of"),
         (["--list", "--attributes", "nowhere"], 2, "no such folder"),
-        (["--list", "--attributes", "broken"], 4, "no file of attributes"),
+        (["--list", "--attributes", "broken"], 4, "not a file of attributes"),
         ([], 2, "no words for `purple`"),
         (["--words", " ,"], 2, "--words: no words"),
     ],
 )
 def test_bad_input(braces, model_dir, tmp_path, monkeypatch, args, code, message):
-    """Two lines, the right code, and nothing written."""
+    """Two lines, an exit code, and no output."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "same.jsonl").write_text('{"positive": "a", "negative": "a"}\n')

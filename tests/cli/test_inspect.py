@@ -7,7 +7,7 @@ import json
 import pytest
 
 from braces_cli.core.models.ffn import find_ffns
-from tests.cli.test_app import imported_by
+from tests.cli.test_main import imported_by
 from tests.conftest import tiny_model, tiny_tokenizer
 from tests.core.architectures import tiny
 
