@@ -8,7 +8,6 @@ from importlib import resources
 from typing import Any
 
 from braces_cli.cli.output import print_json, print_table, progress
-from braces_cli.cli.steer_settings import SteerSettings
 from braces_cli.core.adapter.model import open_session
 from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute
@@ -27,6 +26,7 @@ from braces_cli.evaluation.tables import plot_sweep, sweep_tables
 from braces_cli.evaluation.text_tasks import TextMeasurement, list_words, load_scorer
 from braces_cli.scoring.scorers import default_scorer, label_of
 from braces_cli.steering.prompts import read_prompt_rows
+from braces_cli.steering.settings import SteerSettings
 from braces_cli.steering.texts import uses_chat_template
 
 

@@ -1,12 +1,13 @@
-"""A conversation about prompts: each line is one, or a command that changes how the next are steered.
+"""`braces steer --interactive`: each line is a prompt, or a command that changes the steering of the next prompts.
 
-Every steered text comes with an unsteered one, drawn from the same random stream, so that what differs is the steering.
+Every steered text comes with an unsteered one of the same random stream, so that only the steering differs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +22,35 @@ from braces_cli.core.options import Sampling
 from braces_cli.steering.texts import generate_texts, text_requests
 
 HELP = """\
-Write a prompt to have it continued, unsteered and steered; an empty line repeats the last one.
-  /s 2                     strength; of several attributes one each (/s 2 -1), or by name (/s positive 2)
-  /attribute NAME ...      steer by these; alone: show which there are
-  /layers 2-4              steer these layers only; alone: the default ones
-  /seed 7                  of the random draws; alone: the next one
+Write a prompt to continue it, unsteered and steered; an empty line repeats the last prompt.
+  /s 2                     strength; for several attributes one each (/s 2 -1), or by name (/s positive 2)
+  /attribute NAME ...      steer by these attributes; without NAME: list the attributes
+  /layers 2-4              steer these layers only; without a value: the default layers
+  /seed 7                  seed; without a value: the next seed
   /temperature 0.7  /top-p 0.9  /top-k 50  /max-new-tokens 80
-  /show                    what is set now
+  /show                    current settings
   /help  /quit"""
 _NUMBERS: dict[str, Callable[[str], Any]] = {
     "temperature": float, "top-p": float, "top-k": int, "max-new-tokens": int, "seed": int,
 }  # fmt: skip
 _COMMANDS = ("s", "attribute", "layers", *_NUMBERS, "show", "help", "quit")
-# Which of the two texts a piece belongs to.
+# The two texts of a prompt.
 SIDES = ("unsteered", "steered")
 
 
 class Conversation:
-    """What is set, and what answers a line.
+    """The settings of a conversation, and the answers to its lines.
 
     Args:
-        attributes: names and strengths to begin with.
-        folder: where attributes are looked up first.
-        layers: decoder layers that are steered, as `--layers` has them.
+        session: the open model.
+        attributes: initial attributes and strengths.
+        sampling: how tokens are sampled.
+        folder: attribute files of the user.
+        layers: decoder layers to steer, in the form of `--layers`.
         chat: prompts go through the chat template.
 
     Raises:
-        ConfigError, ModelError: an attribute that cannot be found.
+        ConfigError, ModelError: an attribute that cannot be found or read.
     """
 
     def __init__(
@@ -67,20 +70,21 @@ class Conversation:
         self._folder = folder
         self._chat = chat
         self._attributes: dict[str, Attribute] = {}
-        # The last one, which an empty line repeats.
+        # The last prompt, which an empty line repeats.
         self.prompt: str | None = None
         self._unsteered: tuple[Any, str] | None = None
         for name in attributes:
             self._find(name)
 
     def handle(self, line: str, stream: Callable[[str, str], object] | None = None) -> dict[str, Any] | str | None:
-        """Answer a line: a row of texts, a note to show, or None where it says goodbye.
+        """Return the answer to a line: a row of texts, a note, or None for /quit.
 
         Args:
+            line: a prompt or a command.
             stream: called with a side of `SIDES` and each piece of its text.
 
         Raises:
-            BracesError: a command that cannot be followed; nothing has changed then.
+            BracesError: an invalid command; no setting has changed.
         """
         line = line.strip()
         if line.startswith("/") and not line.startswith("//"):
@@ -93,16 +97,16 @@ class Conversation:
         return self._texts(prompt, stream)
 
     def shown(self) -> str:
-        """What is set, in a line."""
+        """Return the current settings in one line."""
         what = ", ".join(f"{name} {s:+g}" for name, s in self.strengths.items()) or "no attribute"
         layers = "" if self.layers is None else f", layers {', '.join(map(str, sorted(self.layers)))}"
         return f"{what}, seed {self.sampling.seed}, temperature {self.sampling.temperature:g}{layers}"
 
     def _texts(self, prompt: str, stream: Callable[[str, str], object] | None) -> dict[str, Any]:
-        plain, moved = (None if stream is None else _to(stream, side) for side in SIDES)
-        drawn_from = (prompt, self.sampling)
-        if self._unsteered is None or self._unsteered[0] != drawn_from:
-            self._unsteered = drawn_from, self._text(prompt, plain)
+        plain, moved = (None if stream is None else partial(stream, side) for side in SIDES)
+        key = (prompt, self.sampling)
+        if self._unsteered is None or self._unsteered[0] != key:
+            self._unsteered = key, self._text(prompt, plain)
         elif plain is not None:
             plain(self._unsteered[1])
         with steered(self.session, [(self._find(name), s) for name, s in self.strengths.items()], self.layers):
@@ -111,7 +115,7 @@ class Conversation:
         return row | {"seed": self.sampling.seed, "unsteered": self._unsteered[1]}
 
     def _text(self, prompt: str, write: Callable[[str], object] | None) -> str:
-        """One text, as the session is steered now."""
+        """Return one text of the session as it is steered now."""
         stream = None if write is None else lambda request, piece: write(piece)
         (text,) = generate_texts(self.session, text_requests([prompt]), self.sampling, chat=self._chat, stream=stream)
         return text
@@ -123,10 +127,10 @@ class Conversation:
             self.strengths = self._strengths(words)
         elif name in ("attribute", "attributes"):
             if not words:
-                return f"There are: {', '.join(known_attributes(self.session, self._folder))}."
+                return f"Attributes: {', '.join(known_attributes(self.session, self._folder))}."
             for word in words:
                 self._find(word)
-            # The k-th takes over the k-th strength, so that one attribute after another is seen at the same.
+            # The k-th attribute keeps the k-th strength, to compare attributes at the same strength.
             before = list(self.strengths.values())
             self.strengths = {
                 word: before[k] if k < len(before) else 1.0 for k, word in enumerate(dict.fromkeys(words))
@@ -167,7 +171,3 @@ class Conversation:
         if name not in self._attributes:
             self._attributes[name] = find_attribute(self.session, name, self._folder)
         return self._attributes[name]
-
-
-def _to(stream: Callable[[str, str], object], side: str) -> Callable[[str], object]:
-    return lambda piece: stream(side, piece)

@@ -1,7 +1,4 @@
-"""Whether prompts are turns of a chat, for models that were tuned on them.
-
-Prompts -> texts, batch by batch: the one generation loop of steering, sweeps and the evaluation of texts.
-"""
+"""The generation loop of steering, sweeps and evaluation: prompts -> texts, batch by batch."""
 
 from __future__ import annotations
 
@@ -15,19 +12,20 @@ from braces_cli.core.adapter.model import Session
 from braces_cli.core.distributed import ALONE, Processes
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.models.generate import TextRequest, generate
-from braces_cli.core.models.tokenize import chat_ids as chat_ids
-from braces_cli.core.models.tokenize import encode_answer as encode_answer
-from braces_cli.core.models.tokenize import has_template as has_template
+from braces_cli.core.models.tokenize import chat_ids, has_template
 from braces_cli.core.options import Sampling
 from braces_cli.core.progress import Report, silent
 from braces_cli.steering.prompts import PromptRow
 
+# Returns a context that steers the model for the requests of a batch.
+Steering = Callable[[Sequence[TextRequest]], AbstractContextManager[Any]]
+
 
 def uses_chat_template(session: Session, setting: bool | None) -> bool:
-    """Whether prompts go through the chat template: as `setting` says, else as the adapter was trained.
+    """Return true if prompts go through the chat template: `setting`, or by default as the adapter was trained.
 
     Raises:
-        ConfigError: they do, and the tokenizer has none.
+        ConfigError: they do, and the tokenizer has no chat template.
     """
     trained = session.config.training.get("chat_template") if session.config is not None else False
     use_template = bool(trained if setting is None else setting)
@@ -37,17 +35,13 @@ def uses_chat_template(session: Session, setting: bool | None) -> bool:
     return use_template
 
 
-# Steers the open model, as the requests of a batch want it, while it is entered.
-Steering = Callable[[Sequence[TextRequest]], AbstractContextManager[Any]]
-
-
 def text_requests(prompts: Iterable[str], samples: int = 1) -> Iterator[TextRequest]:
-    """The texts that a run generates, in order: the samples of a prompt stand together."""
-    return (TextRequest(prompt, index, k) for index, prompt in enumerate(prompts) for k in range(samples))
+    """Return the requests of prompts in order; the samples of a prompt are adjacent."""
+    return row_requests(map(PromptRow, prompts), {}, samples)
 
 
 def row_requests(rows: Iterable[PromptRow], attributes: Mapping[str, float], samples: int = 1) -> Iterator[TextRequest]:
-    """The same, each with the attributes of its row, and with `attributes` where the row names none."""
+    """Return the requests of rows, with the attributes of the row, or `attributes` if the row has none."""
     return (
         TextRequest(row.text, index, k, attributes=attributes if row.attributes is None else row.attributes)
         for index, row in enumerate(rows)
@@ -70,21 +64,27 @@ def generate_texts(
     report: Report = silent,
     processes: Processes = ALONE,
 ) -> Iterator[str]:
-    """Continuations in the order of `requests`, as each batch is done; only one batch of requests is held at a time.
+    """Yield continuations in the order of `requests`; one batch of requests is read at a time.
 
-    Several processes generate whole batches in turns, and each of them gets all texts. The batches are those of one
-    process, since a text depends on its batch by rounding: so the texts are the same, in every number format.
+    Several processes take turns with batches, and each yields all texts. The batches are those of a single process,
+    because rounding in a batch affects its texts: so the texts are the same, in every dtype.
 
     Args:
+        session: the open model.
+        requests: prompts with their samples.
+        sampling: how tokens are sampled.
+        batch_size: requests per batch.
         chat: prompts go through the chat template.
-        steering: entered around each batch, in addition to how the session is steered already.
-        stream: called with each piece of a text; for batches of one.
-        stage: what `report` calls the work.
-        done: texts that an earlier run has generated, of `total` in all; for `report` only.
-        processes: share the batches out; each must have the same requests.
+        steering: context of each batch.
+        stream: called with each piece of a text; requires a batch size of 1.
+        stage: name of the work for `report`.
+        done: texts of an earlier run, for `report`.
+        total: all texts, for `report`.
+        report: progress.
+        processes: processes that share the batches; all must have the same requests.
 
     Raises:
-        ConfigError: no room for a prompt beside the new tokens.
+        ConfigError: a prompt that leaves no room for the new tokens.
         DataError: the chat template refuses a prompt.
     """
     model, tokenizer = session.base.model, session.base.tokenizer
@@ -116,19 +116,18 @@ def generate_rows(
     processes: Processes = ALONE,
     **details: Any,
 ) -> Iterator[dict[str, Any]]:
-    """Rows `{prompt, text, attributes, sample, seed}` of the texts, in order.
+    """Yield rows `{prompt, text, attributes, sample, seed}` in order.
 
     Args:
-        steering: see `generate_texts`.
-        beside: rows also get the `unsteered` text of the same random stream.
-        processes: see `generate_texts`.
-        details: further arguments of `generate_texts`.
+        session, requests, sampling, steering, batch_size, chat, processes: see `generate_texts`.
+        with_unsteered: rows also have the `unsteered` text of the same random stream.
+        details: other arguments of `generate_texts`.
     """
     streams = tee(requests, 3 if with_unsteered else 2)
-    how: dict[str, Any] = {"batch_size": batch_size, "chat": chat, "processes": processes}
-    unsteered = generate_texts(session, streams[2], sampling, **how) if with_unsteered else repeat(None)
-    texts = generate_texts(session, streams[1], sampling, steering=steering, **how, **details)
-    # Drawn in turns, so that no stream is more than a batch ahead of the others.
+    shared: dict[str, Any] = {"batch_size": batch_size, "chat": chat, "processes": processes}
+    unsteered = generate_texts(session, streams[2], sampling, **shared) if with_unsteered else repeat(None)
+    texts = generate_texts(session, streams[1], sampling, steering=steering, **shared, **details)
+    # `zip` alternates, so that no stream is more than a batch ahead of the others.
     for request, plain, text in zip(streams[0], unsteered, texts, strict=False):
         row = {
             "prompt": request.prompt,

@@ -1,11 +1,26 @@
-"""`braces steer` and `braces attr-build`: the laws of steering, streams, lookups."""
+"""`braces steer`: strengths, output on terminals and in pipes, attribute files, errors."""
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from braces_cli.cli.steer import TextPrinter, _lines, print_rows, print_texts
+from braces_cli.core.errors import DataError
+from braces_cli.core.options import Sampling
+from braces_cli.steering.texts import generate_rows, text_requests
+from tests.cli.test_output import HOSTILE, controls
+from tests.conftest import tiny_model, tiny_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+LINES = ["the film is", "a day"]
 PROMPTS = ["the film is", "a day", "the end of the old town and the film is"]
 
 
@@ -26,17 +41,16 @@ def texts(outcome):
 
 @pytest.mark.parametrize("with_adapter", [False, True])
 def test_strength_zero_is_no_attribute_bit_for_bit(steer, adapter_dir, with_adapter):
-    """The same tokens at the same seed, with and without an adapter."""
     extra = ["--adapter", adapter_dir] if with_adapter else []
     plain = texts(steer(*extra))
     zero = texts(steer(*extra, "--attribute", "positive", "--s", 0))
-    pushed = texts(steer(*extra, "--attribute", "positive", "--s", 40))
+    steered = texts(steer(*extra, "--attribute", "positive", "--s", 40))
     assert plain == zero
-    assert plain != pushed
+    assert plain != steered
 
 
 def test_rows_hold_the_keys_of_the_contract(steer):
-    """prompt, text, attributes, sample, seed; samples of a prompt stand together."""
+    """The samples of a prompt are adjacent."""
     outcome = steer("--num-samples", 2, "--attribute", "positive", "--s", "1.5", "--attribute", "negative", "--s", "-2")
     assert len(outcome.lines) == 6
     first = outcome.lines[1]
@@ -47,27 +61,25 @@ def test_rows_hold_the_keys_of_the_contract(steer):
 
 
 def test_greedy_text_of_a_batch_equals_one_by_one(steer, adapter_dir):
-    """Left padding and the cache leave no trace."""
     args = ["--adapter", adapter_dir, "--attribute", "positive", "--s", 3, "--temperature", 0]
     assert texts(steer(*args, "--batch-size", 1)) == texts(steer(*args, "--batch-size", 3))
 
 
 def test_a_sampled_text_does_not_depend_on_its_batch(steer):
-    """One random stream for each (seed, prompt, sample)."""
+    """There is one random stream per (seed, prompt, sample)."""
     one = texts(steer("--num-samples", 2, "--batch-size", 1))
     assert one == texts(steer("--num-samples", 2, "--batch-size", 4))
     assert one != texts(steer("--num-samples", 2, "--seed", 1))
 
 
-def test_stderr_says_how_strong_the_push_is(steer):
-    """And that nothing happens where nothing does."""
+def test_stderr_has_the_size_of_the_steering_vector(steer):
     assert "30.0% of the residual stream" in steer("--attribute", "positive", "--s", 3).err
     assert "nothing is added" in steer("--attribute", "positive", "--s", 0).err
     assert steer("--attribute", "positive", "--s", 3, "--quiet").err == ""
 
 
 def test_prompts_from_a_file_and_from_a_pipe(steer, tmp_path):
-    """Plain lines and JSON Lines, also nested as the prompt sets of the field are."""
+    """Plain lines and JSON Lines, also with nested prompts."""
     lines = tmp_path / "p.txt"
     lines.write_text("the film is\n\na day\n")
     rows = tmp_path / "p.jsonl"
@@ -79,19 +91,10 @@ def test_prompts_from_a_file_and_from_a_pipe(steer, tmp_path):
 
 
 def test_built_attributes_are_found_before_the_built_in_ones(braces, steer, model_dir, tmp_path):
-    """--attributes DIR first; the file says what it was made of."""
+    """With `--attributes DIR`."""
     folder = tmp_path / "attrs"
-    build = [
-        "attr-build",
-        "--model",
-        model_dir,
-        "--attribute",
-        "positive",
-        "--words",
-        "old, town ,old",
-        "--output-dir",
-        folder,
-    ]
+    words = ["--words", "old, town ,old", "--output-dir", folder]
+    build = ["attr-build", "--model", model_dir, "--attribute", "positive", *words]
     outcome = braces(*build, "--format", "json")
     assert outcome.json["words"] == ["old", "town"]
     assert (outcome.json["layers"], outcome.json["hidden_size"]) == (2, 32)
@@ -102,12 +105,12 @@ def test_built_attributes_are_found_before_the_built_in_ones(braces, steer, mode
     assert again.code == 2
     assert "exists already" in again.err
     assert braces(*build, "--overwrite").code == 0
-    assert braces(*build[:4], "old", *build[5:]).code == 0  # another name joins the folder
+    assert braces(*build[:4], "old", *words).code == 0  # another attribute in the same folder
     assert sorted(p.name for p in folder.iterdir()) == ["old.safetensors", "positive.safetensors"]
 
 
 def test_words_from_a_file_and_from_the_built_in_lists(braces, model_dir, tmp_path):
-    """Comments and blank lines are left out; built-in lists have about forty words."""
+    """Comments and blank lines are skipped."""
     words = tmp_path / "w.txt"
     words.write_text("# mine\nhappy\n\n good \n")
     args = ["attr-build", "--model", model_dir, "--output-dir", tmp_path / "a", "--format", "json"]
@@ -133,7 +136,7 @@ def test_words_from_a_file_and_from_the_built_in_lists(braces, model_dir, tmp_pa
     ],
 )
 def test_bad_input(steer, args, code, message):
-    """Two lines and the right code."""
+    """The message has at most two lines."""
     outcome = steer(*args)
     assert outcome.code == code, outcome.err
     assert message in outcome.err
@@ -142,7 +145,6 @@ def test_bad_input(steer, args, code, message):
 
 
 def test_unknown_attributes_list_those_known(steer):
-    """So that a user sees what can be asked for."""
     assert "Known: angry, casual, fearful" in steer("--attribute", "purple").err
 
 
@@ -151,16 +153,13 @@ def test_unknown_attributes_list_those_known(steer):
     [("", "no prompts"), ('{"prompt": 3}\n', "no `prompt` with text"), ('{"prompt\n', "broken JSON")],
 )
 def test_bad_pipes_exit_3(steer, stdin, message):
-    """With the line."""
     outcome = steer(prompts=[], stdin=stdin)
     assert outcome.code == 3
     assert message in outcome.err
 
 
 def test_an_adapter_of_another_base_is_refused(braces, session, adapter_dir, tmp_path):
-    """Exit code 4, naming the base it needs."""
-    from tests.conftest import tiny_model, tiny_tokenizer
-
+    """The message names the base that it needs."""
     other = tmp_path / "other"
     tiny_model("llama", seed=5, vocab_size=96).save_pretrained(other)
     tiny_tokenizer().save_pretrained(other)
@@ -171,9 +170,6 @@ def test_an_adapter_of_another_base_is_refused(braces, session, adapter_dir, tmp
 
 
 def test_an_attribute_of_another_base_is_refused(braces, model_dir, tmp_path):
-    """Exit code 4."""
-    from tests.conftest import tiny_model, tiny_tokenizer
-
     other = tmp_path / "other"
     tiny_model("llama", seed=5, vocab_size=96).save_pretrained(other)
     tiny_tokenizer().save_pretrained(other)
@@ -184,15 +180,14 @@ def test_an_attribute_of_another_base_is_refused(braces, model_dir, tmp_path):
 
 
 @pytest.mark.parametrize("option", [["--prompt", "a"], ["--num-samples", "2"], ["--output", "x.jsonl"]])
-def test_what_a_conversation_takes_no_part_in(steer, option):
-    """Exit 2 before a model is loaded."""
+def test_options_without_effect_in_a_conversation_are_refused(steer, option):
     outcome = steer("--interactive", *option, prompts=[])
     assert outcome.code == 2
     assert "does not go with --interactive" in outcome.err
 
 
 def test_the_table_of_texts(steer):
-    """Every prompt and text, the unsteered one between them, no markup read."""
+    """It has prompt, unsteered and steered text; markup is not interpreted."""
     outcome = steer("--format", "table", "--show-unsteered", "--attribute", "positive", "--s", 20, prompts=["[red]a"])
     assert "[red]a" in outcome.out
     assert "unsteered" in outcome.out
@@ -208,11 +203,122 @@ def test_the_table_of_texts(steer):
         ["--interactive"],
     ],
 )
-def test_options_that_a_sweep_does_not_take_are_refused(steer, tmp_path, monkeypatch, option):
-    """By name, and nothing is written; with --dry-run, too."""
+def test_options_without_effect_in_a_sweep_are_refused(steer, tmp_path, monkeypatch, option):
+    """By name, also with `--dry-run`; nothing is written."""
     monkeypatch.chdir(tmp_path)
     for dry_run in ([], ["--dry-run"]):
         outcome = steer("--attribute", "positive", "--sweep", "0", *option, *dry_run)
         assert outcome.code == 2
         assert f"{option[0]}: does not go with --sweep" in outcome.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_results_go_to_a_redirected_stdout_while_a_bar_is_drawn(model_dir):
+    """stderr a terminal and stdout a file, as in `braces steer ... > texts.jsonl`."""
+    import pty
+
+    master, slave = pty.openpty()
+    argv = ["steer", "--model", str(model_dir), "--device", "cpu", "--max-new-tokens", "8", "--prompt", "a day"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    run = subprocess.Popen(
+        [sys.executable, "-m", "braces_cli", *argv], stdout=subprocess.PIPE, stderr=slave, env=environment, text=True
+    )
+    os.close(slave)
+    shown = b""
+    try:
+        while piece := os.read(master, 4096):
+            shown += piece
+    except OSError:  # the other end is closed
+        pass
+    out = run.communicate()[0]
+    assert run.returncode == 0
+    assert json.loads(out)["prompt"] == "a day"
+    assert b"generating" in shown
+    assert b"prompt" not in shown
+
+
+def test_one_text_at_a_time_is_printed_as_it_is_generated(session, capsys):
+    """The prompt, then its text."""
+    rows = list(generate_rows(session, text_requests(LINES), Sampling(8)))
+    flow, pieces = TextPrinter(), []
+
+    def write(request, piece):
+        pieces.append(piece)
+        flow.write(request, piece)
+
+    flow.run(generate_rows(session, text_requests(LINES), Sampling(8), batch_size=1, stream=write))
+    assert capsys.readouterr().out == "".join(f"{row['prompt']}{row['text']}\n\n" for row in rows)
+    assert len(pieces) > 4
+
+
+def test_a_closed_pipe_is_not_an_error(braces, model_dir, monkeypatch):
+    """`| head -1`, with JSON and with the table."""
+
+    class Gone:
+        """A closed pipe."""
+
+        encoding = "utf-8"
+
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+        def flush(self):
+            raise BrokenPipeError(32, "Broken pipe")
+
+        def isatty(self):
+            return False
+
+    for fmt in ("json", "table"):
+        monkeypatch.setattr("sys.stdout", Gone())
+        outcome = braces("steer", "--model", model_dir, "--prompt", "a day", "--max-new-tokens", 2, "--format", fmt)
+        assert (outcome.code, outcome.err) == (0, "")
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_generated_text_keeps_its_lines(capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    """Other control characters are escaped; nothing is cut."""
+    text = f"{HOSTILE[kind]}\n\tend"
+    row = {"prompt": text, "text": text, "unsteered": text, "attributes": {"positive": 1.0}}
+    print_rows([row])
+    print_texts([row])
+    TextPrinter().run([row])
+    out = capsys.readouterr().out
+    assert controls(out) <= {"\t"}
+    assert out.count("\n\tend") == 6
+    if kind in ("markup", "emoji code", "long"):
+        assert out.count(HOSTILE[kind]) == 6
+
+
+def test_texts_alone_go_into_a_pipe(braces: Any, model_dir: Path) -> None:
+    """`--format text`: each prompt with its continuation; `-` reads prompts from the pipe."""
+    call = ("steer", "--model", model_dir, "--prompts", "-", "--max-new-tokens", 4, "--device", "cpu")
+    rows = braces(*call, "--format", "json", stdin="the film is\na day\n").lines
+    shown = braces(*call, "--format", "text", stdin="the film is\na day\n")
+    assert shown.out == "".join(f"{row['prompt']}{row['text']}\n\n" for row in rows)
+    assert braces(*call, "--format", "text", "--show-unsteered", stdin="a\n").code == 2
+    table = braces(*call, "--format", "table", stdin="the film is\na day\n").out
+    assert f"prompt: {rows[0]['prompt']}" in table
+
+
+def test_a_built_in_list_instead_of_a_file_is_reported(braces: Any, model_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "attributes"
+    braces("attr-build", "--model", model_dir, "--attribute", "warm", "--words", "good", "--output-dir", folder)
+    call = ("steer", "--model", model_dir, "--prompt", "a", "--max-new-tokens", 2, "--attributes", folder)
+    assert "its built-in word list is used" in braces(*call, "--attribute", "positive").err
+    assert "built-in" not in braces(*call, "--attribute", "warm").err
+
+
+def test_conversation_lines_that_are_not_text_are_bad_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), encoding="utf-8"))
+    with pytest.raises(DataError, match="not UTF-8"):
+        list(_lines())
+
+
+def test_a_conversation_line_that_is_too_long_is_skipped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With an error; the lines before and after it are answered."""
+    monkeypatch.setattr("braces_cli.steering.prompts.LONGEST", 10)
+    monkeypatch.setattr("sys.stdin", io.StringIO("first\n" + "x" * 35 + "\n\n/quit"))
+    assert list(_lines()) == ["first\n", "\n", "/quit"]
+    assert "standard input: a line of more than 10 characters" in capsys.readouterr().err

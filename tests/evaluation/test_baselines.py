@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from braces_cli.cli.steer_settings import BASELINE_METHODS
 from braces_cli.core.attributes.build import attribute_from_texts
 from braces_cli.core.attributes.directions import pair_states
 from braces_cli.core.attributes.lookup import find_attribute
@@ -13,6 +12,7 @@ from braces_cli.core.attributes.vector import STEERING_SHARE
 from braces_cli.core.errors import ConfigError
 from braces_cli.evaluation.baselines import baseline_methods, contrast_pairs
 from braces_cli.scoring.scorers import distinct
+from braces_cli.steering.settings import BASELINE_METHODS
 
 TOKENS = torch.tensor([[0, 5, 6, 7, 8]])
 

@@ -1,4 +1,4 @@
-"""The prompts and calls of `braces steer` that the tests of this room share."""
+"""Prompts and calls of `braces steer` for the tests of steering."""
 
 from __future__ import annotations
 

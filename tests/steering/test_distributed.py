@@ -1,4 +1,4 @@
-"""Two processes share prompts out, and together write what one writes, byte for byte."""
+"""Two processes share the prompts and write the bytes that one process writes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def prompts(tmp_path):
 
 
 def in_process(env: dict[str, str], argv: list[str], log: Path) -> None:
-    """Body of a process: `braces ARGV`, noting how many texts it was asked to generate."""
+    """Run `braces ARGV` in a process and log the batch sizes."""
     from braces_cli.steering import texts
 
     real, counted = texts.generate, []
@@ -42,7 +42,7 @@ def in_process(env: dict[str, str], argv: list[str], log: Path) -> None:
 
 
 def shared(tmp_path, *argv) -> list[str]:
-    """What two processes print."""
+    """Return the output of two processes."""
     log = tmp_path / "log.x"
     codes = launch(in_process, 2, [str(word) for word in argv], log)
     out = [log.with_suffix(f".out{rank}").read_text() for rank in range(2)]
@@ -56,7 +56,7 @@ def steer(model_dir, *more):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_two_processes_print_and_write_the_texts_of_one(braces, model_dir, prompts, tmp_path, dtype):
-    """Steered, two samples a prompt, the last round with a batch for one of them only; and resumed from a cut file."""
+    """Two samples per prompt; only one process has a batch in the last round; and resumed from a truncated file."""
     texts = ["--prompts", prompts, "--num-samples", 2, "--batch-size", 3, "--dtype", dtype]
     texts += ["--attribute", "positive", "--s", 2, "--show-unsteered"]
     one = braces(*steer(model_dir, *texts))
@@ -64,7 +64,7 @@ def test_two_processes_print_and_write_the_texts_of_one(braces, model_dir, promp
     printed = shared(tmp_path, *steer(model_dir, *texts))
     assert printed == [one.out, ""]
     counts = [json.loads((tmp_path / f"log.count{rank}").read_text()) for rank in range(2)]
-    # Each text and its unsteered twin.
+    # Steered and unsteered texts.
     assert counts == [[3] * 4 + [2] * 2, [3] * 4]
     file = tmp_path / "texts.jsonl"
     shared(tmp_path, *steer(model_dir, *texts, "--output", file))
@@ -76,7 +76,7 @@ def test_two_processes_print_and_write_the_texts_of_one(braces, model_dir, promp
 
 
 def test_two_machines_and_slurm_write_the_texts_of_one(braces, model_dir, prompts, tmp_path):
-    """The launchers of recipes/launch as they are, each machine this one; Slurm's commands are stand-ins."""
+    """The launchers of recipes/launch; both machines are this one, and Slurm's commands are replaced."""
     texts = steer(model_dir, "--prompts", prompts, "--batch-size", 3)
     one = braces(*texts)
     assert one.code == 0, one.err
@@ -104,7 +104,7 @@ def test_two_machines_and_slurm_write_the_texts_of_one(braces, model_dir, prompt
 
 
 def test_two_processes_sweep_as_one(braces, model_dir, prompts, tmp_path):
-    """The same document up to rounding in the perplexity; the plot is written once."""
+    """The document is equal except for rounding of the perplexity; the plot is written once."""
     rows = tmp_path / "rows.csv"
     rows.write_text("text,label\n" + "a good happy day,positive\nthe sad end,negative\n" * 8)
     sweep = ["--prompts", prompts, "--attribute", "positive", "--sweep", "-2:2:2", "--batch-size", 2]
@@ -126,7 +126,7 @@ def test_two_processes_sweep_as_one(braces, model_dir, prompts, tmp_path):
     ("args", "message"),
     [((), "cannot share one pipe"), (("--prompts", "-"), "cannot share one pipe"), (("--interactive",), "one process")],
 )
-def test_what_cannot_be_shared_is_refused(braces, monkeypatch, model_dir, args, message):
+def test_pipes_and_conversations_need_a_single_process(braces, monkeypatch, model_dir, args, message):
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
         monkeypatch.setenv(name, value)
     outcome = braces(*steer(model_dir, *args), stdin="the film\n")

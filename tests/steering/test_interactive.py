@@ -1,14 +1,17 @@
-"""Conversations: prompts, commands and mistakes, line by line."""
+"""Conversations: prompts, commands and errors, line by line."""
 
 from __future__ import annotations
 
 import pytest
 
+from braces_cli.core.errors import BracesError
+from braces_cli.core.options import Sampling
+from braces_cli.steering.interactive import Conversation
 from tests.steering.conftest import STEERED
 
 
 def test_a_conversation_from_a_pipe(steer):
-    """Line by line: prompts, commands, mistakes; each text beside its twin."""
+    """Each text comes with the unsteered one."""
     lines = ["the film is", "/s -5", "", "/attribute angry", "", "/seed", "", "/s x", "/nope", "//slash", "/quit", "no"]
     outcome = steer("--interactive", *STEERED, stdin="\n".join(lines) + "\n", given=False)
     assert outcome.code == 0, outcome.err
@@ -20,7 +23,7 @@ def test_a_conversation_from_a_pipe(steer):
     assert [row["seed"] for row in rows] == [0, 0, 0, 1, 1]
     assert rows[0]["unsteered"] == rows[1]["unsteered"] == rows[2]["unsteered"] != rows[3]["unsteered"]
     assert len({row["text"] for row in rows[:3]}) > 1
-    # The same as the plain command says at the same seed.
+    # The text of the plain command at the same seed.
     (plain,) = steer("--prompt", "the film is", *STEERED, given=False).lines
     assert plain["text"] == rows[0]["text"]
     for note in (
@@ -38,7 +41,7 @@ def test_a_conversation_from_a_pipe(steer):
         (["/attribute positive angry", "/s 2 -1"], "positive +2, angry -1"),
         (["/attribute positive angry", "/s angry -3"], "positive +1, angry -3"),
         (["/s 2"], "Name an attribute first"),
-        (["/attribute"], "There are: angry"),
+        (["/attribute"], "Attributes: angry"),
         (["/attribute purple"], "unknown attribute `purple`"),
         (["/layers 1", "/temperature 0"], "no attribute, seed 0, temperature 0, layers 1"),
         (["/layers 9"], "Error: "),
@@ -48,12 +51,8 @@ def test_a_conversation_from_a_pipe(steer):
         ([""], "/attribute NAME"),
     ],
 )
-def test_commands_say_what_is_set_or_what_is_wrong(session, lines, shown):
-    """And a mistake changes nothing."""
-    from braces_cli.core.errors import BracesError
-    from braces_cli.core.options import Sampling
-    from braces_cli.steering.interactive import Conversation
-
+def test_commands_answer_with_the_settings_or_an_error(session, lines, shown):
+    """An error changes no setting."""
     talk = Conversation(session, {}, Sampling(4))
     for line in lines:
         before = talk.shown()

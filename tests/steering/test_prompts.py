@@ -16,7 +16,7 @@ from braces_cli.steering.prompts import count_prompts, read_prompt_rows, read_pr
 
 @pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="no such device")
 def test_a_line_without_an_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the memory is full; a line that is as long as may be is read."""
+    """A line of the maximum length is read."""
     monkeypatch.setattr(prompts, "LONGEST", 1000)
     with open("/dev/zero", encoding="utf-8") as stream, pytest.raises(DataError, match="a line of more than 1,000"):
         next(read_prompts((), None, stream))
@@ -32,7 +32,7 @@ ROWS = [{"prompt": "The film", "attributes": {"positive": 2.0}}, {"prompt": "It 
 
 @pytest.mark.parametrize("suffix", [".json", ".csv", ".tsv", ".parquet"])
 def test_rows_of_a_table(tmp_path: Path, suffix: str) -> None:
-    """Not its lines: the first of which would be the names of the columns. In CSV attributes are JSON."""
+    """In CSV and TSV, `attributes` is JSON."""
     import pandas
 
     path = tmp_path / f"prompts{suffix}"

@@ -1,4 +1,4 @@
-"""Files of texts: continued byte for byte, and never into the file of another run."""
+"""Files of texts: resumed byte for byte; files of other runs are refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from braces_cli.core.errors import ConfigError
+from braces_cli.core.errors import BracesError, ConfigError
 from braces_cli.steering.output import TextsFile
 from tests.conftest import make_adapter
 from tests.steering.conftest import LINES, STEERED
@@ -16,8 +16,8 @@ from tests.steering.conftest import LINES, STEERED
 
 @pytest.mark.parametrize("where", ["nothing", "one line", "inside a line", "all but the last newline", "everything"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_file_is_continued_behind_its_last_complete_batch(steer, tmp_path, where, dtype):
-    """The same bytes as without the interruption, in every number format."""
+def test_a_file_is_resumed_after_its_last_complete_batch(steer, tmp_path, where, dtype):
+    """The bytes are those of an uninterrupted run, in every dtype."""
     options = ("--num-samples", 2, *STEERED, "--dtype", dtype, "--batch-size", 4)
     out = tmp_path / "texts.jsonl"
     first = steer("--output", out, *options)
@@ -33,8 +33,8 @@ def test_a_file_is_continued_behind_its_last_complete_batch(steer, tmp_path, whe
     assert (again.json["texts"], again.json["resumed_from"]) == (10, rows)
 
 
-def test_a_finished_file_is_left_alone_without_loading_the_model(steer, tmp_path, monkeypatch):
-    """And one that is not there yet is begun."""
+def test_a_complete_file_is_not_changed_and_loads_no_model(steer, tmp_path, monkeypatch):
+    """`--resume` without a file starts one."""
     import braces_cli.core.adapter.model as session
 
     out = tmp_path / "new" / "texts.jsonl"
@@ -56,8 +56,8 @@ def test_a_finished_file_is_left_alone_without_loading_the_model(steer, tmp_path
         (["--resume", *STEERED], 2, "another --attribute, --s"),
     ],
 )
-def test_a_file_of_another_run_is_not_continued(steer, tmp_path, args, code, message):
-    """Nor replaced; nothing in it changes."""
+def test_a_file_of_another_run_is_refused(steer, tmp_path, args, code, message):
+    """The file does not change."""
     out = tmp_path / "texts.jsonl"
     steer("--output", out)
     out.write_bytes(out.read_bytes()[:-40])
@@ -72,10 +72,7 @@ def test_a_file_of_another_run_is_not_continued(steer, tmp_path, args, code, mes
     assert len(out.read_text().splitlines()) == 5
 
 
-def test_an_adapter_or_attribute_that_changed_is_not_continued_with(
-    steer, braces, model_dir, adapter_dir, session, tmp_path
-):
-    """The texts of one file come from the same files."""
+def test_a_changed_adapter_or_attribute_is_refused(steer, braces, model_dir, adapter_dir, session, tmp_path):
     words = ("attr-build", "--model", model_dir, "--attribute", "x", "--output-dir", tmp_path / "built", "--quiet")
     assert braces(*words, "--words", "good").code == 0
     out = tmp_path / "texts.jsonl"
@@ -93,8 +90,8 @@ def test_an_adapter_or_attribute_that_changed_is_not_continued_with(
     assert "has changed since" in steer(*options, "--resume").err
 
 
-def test_other_prompts_and_foreign_files_are_refused_with_their_line(steer, prompts, tmp_path):
-    """Even where no settings stand beside the file, as when the rows were piped into it."""
+def test_other_prompts_and_other_files_are_refused_with_the_line(steer, prompts, tmp_path):
+    """Also without a record of settings, as for redirected output."""
     out = tmp_path / "texts.jsonl"
     out.write_text(steer().out)
     assert steer("--output", out, "--resume").json["resumed_from"] == 5
@@ -108,8 +105,8 @@ def test_other_prompts_and_foreign_files_are_refused_with_their_line(steer, prom
     assert "--output" in steer("--resume").err
 
 
-def test_what_a_text_depends_on_is_recorded_and_nothing_else(steer, tmp_path):
-    """An option that changes no text may differ when a run is resumed."""
+def test_the_settings_that_texts_depend_on_are_recorded(steer, tmp_path):
+    """Other options can change when a run is resumed."""
     out = tmp_path / "texts.jsonl"
     steer("--output", out)
     record = tmp_path / "texts.jsonl.settings.json"
@@ -124,8 +121,8 @@ def test_what_a_text_depends_on_is_recorded_and_nothing_else(steer, tmp_path):
     assert "another --apply-chat-template" in steer("--output", out, "--resume").err
 
 
-def test_an_interrupted_batch_is_generated_once_more_as_a_whole(monkeypatch, steer, tmp_path):
-    """Not its rest alone: the batches of a resumed run are those of the run without interruption."""
+def test_an_interrupted_batch_is_generated_again(monkeypatch, steer, tmp_path):
+    """The batches are those of an uninterrupted run."""
     import braces_cli.steering.texts as module
 
     batches, real = [], module.generate
@@ -146,12 +143,9 @@ def test_an_interrupted_batch_is_generated_once_more_as_a_whole(monkeypatch, ste
     assert out.read_bytes() == whole
 
 
-def test_a_file_that_may_not_grow_keeps_its_complete_rows(tmp_path):
-    """As on a full disk: the error is that of the file, also where closing it tries to write once more."""
+def test_a_file_that_cannot_grow_keeps_its_complete_rows(tmp_path):
+    """As on a full disk."""
     import resource
-
-    from braces_cli.core.errors import BracesError
-    from braces_cli.steering.output import TextsFile
 
     path = tmp_path / "texts.jsonl"
     file = TextsFile(path, {}, 1, resume=False, overwrite=False)
@@ -168,8 +162,8 @@ def test_a_file_that_may_not_grow_keeps_its_complete_rows(tmp_path):
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_pipe_is_no_output(tmp_path, resume):
-    """It would keep its writer, and whoever resumes it, waiting for the other end."""
+def test_a_pipe_is_refused(tmp_path, resume):
+    """It would block until a reader opens it."""
     os.mkfifo(tmp_path / "texts.jsonl")
     with pytest.raises(ConfigError, match="a pipe or a device"):
         TextsFile(tmp_path / "texts.jsonl", {}, 1, resume=resume, overwrite=not resume)

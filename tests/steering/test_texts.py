@@ -1,10 +1,67 @@
-"""Prompts whose rows name attributes of their own, in one batch."""
+"""The generation loop: reading ahead, unsteered texts, stop strings, chats, rows with attributes."""
 
 from __future__ import annotations
 
 import json
+import re
+from itertools import count, islice
 
 import pytest
+
+from braces_cli.core.options import Sampling
+from braces_cli.steering.texts import generate_rows, text_requests
+from tests.steering.conftest import STEERED
+
+
+def test_prompts_are_read_one_batch_ahead(session):
+    """An endless source of prompts works."""
+    read = []
+    endless = (read.append(k) or f"prompt {k}" for k in count())
+    rows = generate_rows(session, text_requests(endless, 2), Sampling(2), batch_size=4)
+    assert [row["prompt"] for row in islice(rows, 5)] == ["prompt 0"] * 2 + ["prompt 1"] * 2 + ["prompt 2"]
+    assert len(read) <= 5
+
+
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_the_unsteered_text_is_that_without_attributes(steer, adapter_dir, with_adapter):
+    """`--show-unsteered` does not change `text`; at s = 0 both are equal."""
+    extra = ["--adapter", adapter_dir] if with_adapter else []
+    plain, moved = steer(*extra).lines, steer(*extra, *STEERED).lines
+    both = steer(*extra, *STEERED, "--show-unsteered").lines
+    assert [row["text"] for row in both] == [row["text"] for row in moved]
+    assert [row["unsteered"] for row in both] == [row["text"] for row in plain]
+    assert any(row["unsteered"] != row["text"] for row in both)
+    zero = steer(*extra, "--attribute", "positive", "--s", 0, "--show-unsteered").lines
+    assert all(row["unsteered"] == row["text"] for row in zero)
+
+
+def test_a_stop_string_ends_texts(steer):
+    whole, cut = steer().lines, steer("--stop", "e", "--stop", "a").lines
+    assert [row["text"] for row in cut] == [re.split("[ea]", row["text"])[0] for row in whole]
+    assert steer("--stop", "").code == 2
+
+
+def test_the_chat_template_is_applied_on_request_or_as_in_training(braces, chatty, model_dir, adapter_dir):
+    """With one start token; the row has the prompt without the template."""
+    base = ["steer", "--device", "cpu", "--max-new-tokens", 8, "--format", "json"]
+
+    def text(*args, prompt="a day"):
+        outcome = braces(*base, *args, "--prompt", prompt)
+        assert outcome.code == 0, outcome.err
+        assert outcome.lines[0]["prompt"] == prompt
+        return outcome.lines[0]["text"]
+
+    spelt = text("--model", chatty, prompt="user: a day\nassistant:")
+    assert text("--model", chatty, "--apply-chat-template") == spelt != text("--model", chatty)
+    config = adapter_dir / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"training": {"chat_template": True}}))
+    adapted = ["--model", chatty, "--adapter", adapter_dir]
+    bare = text(*adapted, "--no-apply-chat-template", prompt="user: a day\nassistant:")
+    assert text(*adapted) == bare != text(*adapted, "--no-apply-chat-template")
+    refused = braces(*base, "--model", model_dir, "--apply-chat-template", "--prompt", "a")
+    assert refused.code == 2
+    assert "no chat template" in refused.err
+
 
 NAMES = ("positive", "toxic", "formal", "sad")
 WORDS = ("the film is", "a day", "the end of the old town", "happy", "a good day and", "in the old", "is sad")
@@ -12,7 +69,7 @@ WORDS = ("the film is", "a day", "the end of the old town", "happy", "a good day
 
 @pytest.fixture
 def rows(tmp_path):
-    """64 rows with four attributes at nine strengths; one with two of them, one that names none and one with none."""
+    """64 rows with four attributes at nine strengths; one row with two attributes, one with {} and one without."""
     path = tmp_path / "rows.jsonl"
     lines = [
         {"prompt": f"{WORDS[k % 7]} {chr(97 + k % 26)}", "attributes": {NAMES[k % 4]: 5.0 * (k % 9 - 4)}}
@@ -37,8 +94,8 @@ def steered_rows(braces, model_dir, rows):
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_a_mixed_batch_gives_the_texts_of_one_by_one(steered_rows, adapter_dir, trained):
-    """Each row is steered by its own attributes, and by those of the command line where it names none."""
+def test_a_mixed_batch_gives_the_texts_of_each_row_alone(steered_rows, adapter_dir, trained):
+    """A row without `attributes` has those of the command line."""
     adapter = ["--adapter", adapter_dir] if trained else []
     mixed = steered_rows("--batch-size", 64, *adapter).lines
     assert mixed == steered_rows("--batch-size", 1, *adapter).lines
@@ -162,9 +219,7 @@ def test_a_file_of_rows_is_resumed(steered_rows, tmp_path):
         ({"positive": True}, 3, "does not map names to strengths"),
     ],
 )
-def test_what_is_wrong_with_the_last_row_shows_before_the_first_text(
-    braces, model_dir, tmp_path, attributes, code, message
-):
+def test_an_error_in_the_last_row_comes_before_the_first_text(braces, model_dir, tmp_path, attributes, code, message):
     path = tmp_path / "rows.jsonl"
     lines = [{"prompt": "a day"}, {"prompt": "happy", "attributes": attributes}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -175,7 +230,7 @@ def test_what_is_wrong_with_the_last_row_shows_before_the_first_text(
     assert code == 2 or outcome.json["error"]["where"] == f"{path}:2"
 
 
-def test_a_sweep_takes_no_rows_with_attributes_of_their_own(braces, model_dir, rows):
+def test_a_sweep_refuses_rows_with_attributes(braces, model_dir, rows):
     outcome = braces("steer", "--model", model_dir, "--prompts", rows, "--attribute", "positive", "--sweep", "1")
     assert outcome.code == 3
-    assert "a row has attributes of its own" in outcome.err + outcome.out
+    assert "a row has `attributes`" in outcome.err + outcome.out

@@ -1,4 +1,4 @@
-"""Settings of `braces steer`. Light: no torch here."""
+"""Settings of `braces steer`. No torch here."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from braces_cli.core.options import (
 )
 from braces_cli.scoring.scorers import BUILT_IN
 
-# Ways to steer that a sweep can measure beside ours (`evaluation.baselines`).
+# Baselines of a sweep (`evaluation.baselines`).
 BASELINE_METHODS = ("prompting", "difference", "pca")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepOptions(Settings):
-    """A sweep over strengths, and how its texts are scored."""
+    """Options of a sweep over strengths and of its scores."""
 
     sweep: str | None = option(
         None,
@@ -85,10 +85,10 @@ class SweepOptions(Settings):
 
     @property
     def baseline_names(self) -> list[str]:
-        """The methods of `--baselines`.
+        """Methods of `--baselines`.
 
         Raises:
-            ConfigError: one that is none.
+            ConfigError: an unknown method.
         """
         names = [name.strip() for name in (self.baselines or "").split(",") if name.strip()]
         for name in names:
@@ -98,11 +98,11 @@ class SweepOptions(Settings):
         return list(dict.fromkeys(names))
 
 
-# Options that have no effect without --sweep.
+# Options without effect unless there is a --sweep.
 _SWEEP_ONLY = (
     "plot", "scorer", "score_label", "reference_model", "exclude_list_words", "baselines", "answers", "detect"
 )  # fmt: skip
-# Options that each way to call the command does not take.
+# Mode -> options without effect in it.
 _REFUSED = {
     "sweep": ("show_unsteered", "output", "resume", "interactive"),
     "interactive": ("prompt", "prompts", "output", "resume", "overwrite"),
@@ -119,7 +119,7 @@ class SteerSettings(
     OverwriteSettings,
     OutputSettings,
 ):
-    """Settings of `braces steer`; what a text does not depend on is marked `outcome=False`."""
+    """Settings of `braces steer`; options that no text depends on have `outcome=False`."""
 
     first_options = ("prompt", "attribute", "s", "adapter", "model")
 
@@ -157,7 +157,7 @@ class SteerSettings(
     )
     output: Path | None = option(None, help="JSON Lines file for the texts.", panel=OUTPUT, outcome=False)
     resume: bool = option(False, help="Continue --output after its last complete batch.", panel=OUTPUT, outcome=False)
-    # No default of its own: where stdout is no terminal it carries JSON Lines.
+    # The default depends on stdout: JSON Lines unless it is a terminal.
     format: str | None = option(  # type: ignore[assignment]
         None,
         help="Format of stdout; json: JSON Lines, the default if stdout is not a terminal; text: only prompts with "
@@ -169,28 +169,28 @@ class SteerSettings(
 
     @property
     def json(self) -> bool:
-        """Whether stdout carries JSON."""
+        """True if stdout carries JSON."""
         return self.format == "json" or (self.format is None and not sys.stdout.isatty())
 
     @property
     def strengths(self) -> dict[str, float]:
-        """Name -> strength of each attribute; in a sweep, of those that are not swept."""
+        """Name -> strength of each attribute; in a sweep, of the attributes that are not swept."""
         names = self.attribute
         if self.sweep is not None:
-            strengths(names, ())  # refuses a name that comes twice, the swept one included
+            strengths(names, ())  # refuses duplicate names, the swept attribute included
             names = names[1:]
             if len(self.s) not in (0, len(names)):
-                hint = "The first attribute is swept; give one --s for each of the others, or none at all."
+                hint = "The first attribute is swept; give one --s for each of the others, or no --s."
                 raise ConfigError(f"{len(self.s)} strengths for {len(names)} other attributes", where="--s", hint=hint)
         return dict(zip(names, strengths(names, self.s), strict=True))
 
     @property
     def sampling(self) -> Sampling:
-        """How tokens are drawn."""
+        """Sampling options."""
         return Sampling(self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.seed, self.stop)
 
     def check(self) -> None:
-        """Also refuses options that would have no effect together."""
+        """Refuse combinations of options in which one has no effect."""
         super().check()
         for mode, refused in _REFUSED.items():
             for name in refused if getattr(self, mode) else ():
@@ -210,7 +210,7 @@ class SteerSettings(
             hint = "Such as --attribute positive --sweep -4:4:1."
             raise ConfigError("nothing to sweep", where="--attribute", hint=hint)
         if (self.resume or self.overwrite) and not (self.output or self.sweep):
-            raise ConfigError("there is no file to continue", where="--output", hint="Give --output FILE.")
+            raise ConfigError("no output file", where="--output", hint="Give --output FILE.")
         if self.format == "text" and (self.show_unsteered or self.output or self.sweep):
             hint = "Leave out --show-unsteered, --output and --sweep, or choose another format."
             raise ConfigError("text is the format of texts on stdout", where="--format text", hint=hint)
