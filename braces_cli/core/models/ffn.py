@@ -11,7 +11,7 @@ to d, and its columns are the value vectors v_j. In a mixture of experts all par
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -255,7 +255,7 @@ def find_ffns(model: nn.Module) -> list[FFN | MixtureFFN]:
     return found
 
 
-def choose_ffns(ffns: list[FFN | MixtureFFN], rank: int, layers: list[int] | None) -> list[FFN | MixtureFFN]:
+def choose_ffns(ffns: Sequence[FFN | MixtureFFN], rank: int, layers: Sequence[int] | None) -> list[FFN | MixtureFFN]:
     """FFNs of `layers`, or all FFNs, for an adapter of rank `rank`.
 
     Raises:
