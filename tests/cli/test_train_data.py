@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.conftest import tiny_tokenizer
-from tests.core.method.test_reference import relative
+from tests.core.comparison import relative
 from tests.core.models.test_chat import CHAT, TEMPLATES
 
 WORDS = ["the", "film", "is", "good", "and", "end", "sad", "old", "town", "happy", "day"]

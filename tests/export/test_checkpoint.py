@@ -19,7 +19,7 @@ from braces_cli.export.checkpoint import MergeExport
 from braces_cli.export.plan import Plan
 from braces_cli.export.run import Request, run
 from tests.conftest import make_adapter, tiny_model, tiny_tokenizer
-from tests.core.invariants import relative
+from tests.core.comparison import relative
 from tests.export.columns import write_merged
 from tests.export.models import MODELS, SHIFT, TOKENS, greedy, logits, names, with_adapter
 

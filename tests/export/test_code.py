@@ -22,7 +22,7 @@ from braces_cli.core.models.ffn import FFN, find_ffns
 from braces_cli.core.options import LoadOptions
 from braces_cli.export.code import CODE_FILE, side_modules, write_checkpoint_with_code
 from tests.conftest import make_adapter, tiny_model
-from tests.core.invariants import relative
+from tests.core.comparison import relative
 from tests.export.conftest import save_base
 from tests.export.models import MODELS, SHIFT, TOKENS, greedy, logits, names, with_adapter
 

@@ -21,7 +21,7 @@ from braces_cli.core.models.load import Base
 from braces_cli.export.control_vector import export_control_vector
 from tests.conftest import make_adapter, tiny_model, tiny_tokenizer
 from tests.core.architectures import tiny
-from tests.core.invariants import relative
+from tests.core.comparison import relative
 from tests.export.models import logits, with_adapter
 
 gguf = pytest.importorskip("gguf", reason="NOT TESTED: the export needs the package gguf")

@@ -23,7 +23,7 @@ from braces_cli.export.lora import lora_export, lora_pairs, read_folder, write_f
 from braces_cli.export.run import Request
 from braces_cli.export.slots import Slots, read_slots
 from tests.conftest import make_adapter, tiny_model
-from tests.core.invariants import relative
+from tests.core.comparison import relative
 from tests.export.columns import write_slotted
 from tests.export.models import MODELS, SHIFT, TOKENS, greedy, logits, names, with_adapter
 

@@ -168,7 +168,7 @@ def test_rows_that_push_and_rows_that_go_through_the_adapter_share_a_batch(name)
     from braces_cli.core.models.load import Base
     from tests.conftest import open_gates
     from tests.core.architectures import tiny
-    from tests.core.invariants import relative
+    from tests.core.comparison import relative
 
     model = tiny(name)
     ffns = find_ffns(model)

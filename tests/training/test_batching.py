@@ -29,7 +29,7 @@ from braces_cli.training.conditioning import Conditioner
 from braces_cli.training.loss import can_pick, mean_loss, only_scored
 from braces_cli.training.settings import TrainSettings
 from tests.conftest import open_gates, tiny_model
-from tests.core.method.test_reference import relative
+from tests.core.comparison import relative
 
 LENGTHS = (9, 2, 14, 5, 14, 3, 7)
 MOODS = [("good", 1.5), (None, 0.0), ("old", -2.0), ("good", 1.0), ("old", 0.5), (None, 0.0), ("good", -1.0)]

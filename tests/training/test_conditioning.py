@@ -19,7 +19,7 @@ from braces_cli.core.options import LoadOptions
 from braces_cli.data.dataset import Condition
 from braces_cli.training.conditioning import Conditioner
 from tests.conftest import open_gates
-from tests.core.method.test_reference import relative
+from tests.core.comparison import relative
 
 
 def test_opposites_are_the_two_ends_of_one_axis(session):

@@ -20,7 +20,7 @@ from braces_cli.core.adapter.model import attach
 from braces_cli.core.files import write_tensors
 from braces_cli.training.checkpoint import capture, restore_optimizer, restore_parameters
 from tests.conftest import open_gates, tiny_model
-from tests.core.method.test_reference import relative
+from tests.core.comparison import relative
 from tests.training.workers import cli, launch, train_with_attributes
 
 pytestmark = pytest.mark.slow

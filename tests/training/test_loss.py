@@ -15,7 +15,7 @@ from braces_cli.training.batching import Collator, Layout, similar_lengths
 from braces_cli.training.conditioning import Conditioner
 from braces_cli.training.loss import PAIR_TERMS, contrastive_loss, only_scored, token_nll
 from tests.conftest import open_gates
-from tests.core.method.test_reference import relative
+from tests.core.comparison import relative
 
 LENGTHS = (9, 2, 14, 5, 14, 3, 7)
 STRENGTHS = (("positive", 3.0), (None, 0.0), ("negative", 1.5), (None, 0.0), ("positive", -1.0), ("negative", 0.5))

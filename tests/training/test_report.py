@@ -18,7 +18,7 @@ from braces_cli.core.models.tokenize import Encoded
 from braces_cli.training.report import MetricsFile, read_metrics, side_path_shares
 from tests.conftest import make_adapter, open_gates, tiny_model
 from tests.core.architectures import tiny
-from tests.core.method.test_reference import TOKENS, relative
+from tests.core.comparison import TOKENS, relative
 
 _IDS = torch.randint(3, 96, (6, 12), generator=torch.Generator().manual_seed(4)).tolist()
 EXAMPLES = [Encoded(ids[: 5 + row], ids[: 5 + row], False, False) for row, ids in enumerate(_IDS)]

@@ -17,7 +17,7 @@ from braces_cli.core.models.load import Base
 from braces_cli.core.models.structure import layer_output, uncompiled
 from tests.conftest import open_gates, tiny_model, tiny_tokenizer
 from tests.core.architectures import tiny
-from tests.core.invariants import relative
+from tests.core.comparison import relative
 
 TOKENS = torch.tensor([[0, 5, 6, 7]])
 

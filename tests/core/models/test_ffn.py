@@ -1,40 +1,49 @@
-"""Discovery by structure: what is found, what is refused, and how many parameters that makes."""
+"""FFNs that are found, dense and mixtures of experts; refused models; numbers of parameters; mixtures by hand."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import nn
 
+from braces_cli.core.adapter.model import Session, attach
+from braces_cli.core.attributes.hooks import steered
+from braces_cli.core.attributes.vector import Attribute
 from braces_cli.core.errors import ModelError
-from braces_cli.core.models.ffn import find_ffns
+from braces_cli.core.models.ffn import MixtureFFN, _is_presorted, find_ffns
+from braces_cli.core.models.load import Base
+from braces_cli.core.models.structure import add_to_output
 from braces_cli.training.run import count_parameters
 from braces_cli.training.settings import TrainSettings
-from tests.conftest import ARCHITECTURES, GATED, tiny_model
+from tests.conftest import ARCHITECTURES, GATED, open_gates, tiny_model
+from tests.core.architectures import tiny
+from tests.core.comparison import logits_of, relative, run
 
-LOOSE = {"opt"}  # no FFN module of its own
+# The FFN of OPT is not a module, and that of GPT-2 ends in a dropout.
+TWO_HOOKS = {"opt", "gpt2"}
 FIRST_KEY = {"gpt2": "c_fc", "gpt_neox": "dense_h_to_4h", "opt": "fc1", "phi": "fc1"}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_layer_has_its_pair(name):
-    """Sizes, ends and host are right, and the value matrix is (d, d_ff) whichever way it is stored."""
+    """Sizes, ends and host are right, and the value matrix is a view (d, d_ff)."""
     model = tiny_model(name)
     ffns = find_ffns(model)
     assert [ffn.layer for ffn in ffns] == [0, 1]
     for ffn in ffns:
         assert (ffn.hidden_size, ffn.value_vectors) == (32, 52)
         assert ffn.value_matrix().shape == (32, 52)
-        assert ffn.value_matrix().data_ptr() == ffn.value.weight.data_ptr()  # a view, no copy
+        assert ffn.value_matrix().data_ptr() == ffn.value.weight.data_ptr()
         key = next(n for n, m in ffn.host.named_children() if m is ffn.keys[0])
         assert key == FIRST_KEY.get(name, "gate_proj")
-        assert ffn.is_host_output == (name not in LOOSE | {"gpt2"})  # GPT-2's FFN ends in a dropout
+        assert ffn.is_host_output == (name not in TWO_HOOKS)
     assert model.get_submodule(ffns[1].path) is ffns[1].host
     assert model.get_parameter(ffns[1].value_path(model)) is ffns[1].value.weight
 
 
-def test_a_value_vector_is_what_one_neuron_writes():
+def test_a_value_vector_is_the_output_of_one_neuron():
     """Column j of the value matrix is the output for the j-th unit weight, minus the bias."""
     for name in ("llama", "gpt2", "opt"):
         ffn = find_ffns(tiny_model(name))[0]
@@ -51,8 +60,8 @@ def test_a_fused_gate_and_up_projection_is_one_key():
     assert (ffn.hidden_size, ffn.value_vectors) == (32, 52)
 
 
-def test_a_model_without_ffn_is_refused_by_what_was_looked_for_and_found():
-    """Mamba has layers, and no pair of projections around an activation."""
+def test_a_model_without_ffn_is_refused():
+    """Mamba has layers without a pair of projections around an activation."""
     config = transformers.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=96)
     with pytest.raises(ModelError) as caught:
         find_ffns(transformers.AutoModelForCausalLM.from_config(config))
@@ -62,7 +71,7 @@ def test_a_model_without_ffn_is_refused_by_what_was_looked_for_and_found():
 
 
 def test_a_model_without_layers_is_refused():
-    """A lone projection is no decoder."""
+    """A single projection is not a decoder."""
     with pytest.raises(ModelError, match="no list of layers"):
         find_ffns(nn.Sequential(nn.Linear(4, 4)))
 
@@ -86,7 +95,7 @@ LLAMA3 = {**LLAMA2, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab
         ("LlamaConfig", LLAMA3, 32, 4_194_336, 8_030_261_248),
     ],
 )
-def test_parameter_counts_of_the_papers_models_without_weights(kind, sizes, rank, expected, total):
+def test_parameter_counts_of_the_papers_models(kind, sizes, rank, expected, total):
     """Qwen2.5-1.5B, Llama-2-7B and Llama-3-8B on the meta device."""
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**sizes))
@@ -94,3 +103,214 @@ def test_parameter_counts_of_the_papers_models_without_weights(kind, sizes, rank
     assert counts["trainable_parameters"] == expected
     assert counts["total_parameters"] == total
     assert not any("brace" in name for name, _ in model.named_modules())
+
+
+# Parts of the last layer.
+MIXTURES = {
+    "mixtral": ["Experts"],
+    "qwen2_moe": ["Experts", "FFN"],
+    "qwen3_moe": ["Experts"],
+    "olmoe": ["Experts"],
+    "deepseek_v3": ["Experts", "FFN"],
+    "llama4_text": ["Experts", "FFN"],
+    "gpt_oss": ["Experts"],
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_parts_of_mixtures_are_found(name):
+    """Routed experts, and shared experts that are modules."""
+    model = tiny(name)
+    ffns = find_ffns(model)
+    assert [ffn.layer for ffn in ffns] == list(range(len(model.model.layers)))
+    mixture = [ffn for ffn in ffns if isinstance(ffn, MixtureFFN)][-1]
+    assert [type(part).__name__ for part in mixture.parts] == MIXTURES[name]
+    stacked = mixture.parts[0]
+    assert stacked.value_matrix().shape[:2] == (4, 32)
+    assert model.get_parameter(stacked.value_path(model)) is stacked.module.down_proj
+    assert mixture.value_matrix().shape == (32, mixture.value_vectors)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_grouped_products_of_experts_equal_the_reference(name):
+    """float32 within 1e-5 relative, gradients too; `invariants` tests eager experts."""
+    model = tiny(name)
+    base = logits_of(model)
+    if name != "llama4_text":
+        model.set_experts_implementation("grouped_mm")
+    adapter = attach(model, 4)
+    open_gates(adapter)
+    assert relative(logits_of(model), base) > 1e-3
+    fast, fast_grads = run(model, adapter, False)
+    slow, slow_grads = run(model, adapter, True)
+    assert relative(fast, slow) < 1e-5
+    for kind in ("weight", "gate"):  # of all layers together: the gradient of one gate can be near 0
+        keys = [key for key in slow_grads if key.endswith(kind)]
+        ours, theirs = (torch.cat([grads[key].flatten() for key in keys]) for grads in (fast_grads, slow_grads))
+        assert relative(ours, theirs) < 2e-5, kind
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_bfloat16_error_of_a_mixture_is_at_most_twice_that_of_the_reference(name):
+    """Against the float32 model with the same rounded weights.
+
+    Rounding can send a token with a near-tie to other experts in either of them, so the median token is compared.
+    """
+    model = tiny(name).to(torch.bfloat16)
+    adapter = attach(model, 4)
+    open_gates(adapter)
+    fast, _ = run(model, adapter, False)
+    slow, _ = run(model, adapter, True)
+    model.float()
+    truth, _ = run(model, adapter, True)
+    ours, plain = ((logits.double() - truth.double()).norm(dim=-1).median() for logits in (fast, slow))
+    assert ours <= 2 * plain
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_each_example_is_steered_on_its_experts(name):
+    """s p_e B_e A h_c, a different strength in each row, and one constant for all."""
+    model = tiny(name)
+    adapter = attach(model, 4)
+    open_gates(adapter)
+    states = torch.randn(1, len(adapter.adapted_ffns), 32, generator=torch.Generator().manual_seed(3))
+    plain, _ = run(model, adapter, False)
+    for strengths in (torch.tensor([[1.5], [-2.0]]), torch.tensor([[0.7], [0.7]])):
+        adapter.condition(states, strengths)
+        fast, _ = run(model, adapter, False)
+        adapter.condition(None)
+        terms = {layer: [(states[0, i], strengths[:, 0])] for i, layer in enumerate(adapter.layers)}
+        slow, _ = run(model, adapter, True, terms)
+        assert relative(fast, plain) > 1e-3
+        assert relative(fast, slow) < 1e-5
+
+
+class _PassesOn:
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+class _Sorted(torch.nn.Module):
+    def forward(self, hidden): ...
+
+
+class _Routed(torch.nn.Module):
+    def forward(self, hidden, index, weights, **kwargs): ...
+
+
+class _PassesOnSorted(_PassesOn, _Sorted): ...
+
+
+class _PassesOnRouted(_PassesOn, _Routed): ...
+
+
+class _Unnamed(_PassesOn, torch.nn.Module): ...
+
+
+def test_inputs_of_experts_are_read_from_the_class_that_names_them():
+    """Not from torch's Module, whose `forward` accepts any arguments."""
+    sorts = {kind: _is_presorted(kind()) for kind in (_Sorted, _PassesOnSorted, _Routed, _PassesOnRouted)}
+    assert sorts == {_Sorted: True, _PassesOnSorted: True, _Routed: False, _PassesOnRouted: False}
+    with pytest.raises(ModelError, match="_Unnamed is called with 0 tensors"):
+        _is_presorted(_Unnamed())
+
+
+def test_mixtral_by_hand():
+    """One layer, expert by expert and neuron by neuron."""
+    model = tiny("mixtral")
+    adapter = attach(model, 4)
+    open_gates(adapter)
+    block = model.model.layers[0].mlp
+    adapter_layer = adapter.adapted_ffns[0][1]
+    h = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    fast = block(h.view(1, 5, 32))[0]
+    _, weights, index = block.gate(h)
+    projection, g = adapter_layer.projection(), torch.sigmoid(adapter_layer.gate)
+    slow = torch.zeros_like(h)
+    for token in range(5):
+        for place in range(2):
+            expert = int(index[token, place])
+            gate, up = (block.experts.gate_up_proj[expert] @ h[token]).chunk(2)
+            values = block.experts.down_proj[expert]
+            for j in range(values.shape[1]):
+                r = (projection @ values[:, j]) @ (projection @ h[token]) * adapter_layer.scale / 2  # sqrt of rank 4
+                w = F.silu(gate[j]) * up[j] + g * r
+                slow[token] += weights[token, place] * w * values[:, j]
+    assert relative(fast, slow) < 1e-5
+
+
+def test_experts_in_a_module_list_share_one_projection_and_gate():
+    """The model weights the output of each expert."""
+
+    class Expert(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.act, self.down = nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8)
+
+        def forward(self, x):
+            return self.down(self.act(self.up(x)))
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList(Expert() for _ in range(3))
+
+        def forward(self, x):
+            return x + 0.75 * self.experts[0](x) + 0.25 * self.experts[2](x)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(Block() for _ in range(2))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    torch.manual_seed(0)
+    model = Model()
+    adapter = attach(model, 4)
+    open_gates(adapter)
+    assert [len(ffn.parts) for ffn, _ in adapter.adapted_ffns] == [3, 3]
+    assert adapter.parameter_count() == 2 * (4 * 8 + 1)
+    x = torch.randn(5, 8)
+    expected = x
+    for (_, adapter_layer), layer in zip(adapter.adapted_ffns, model.layers, strict=True):
+        term = expected
+        for p, expert in ((0.75, layer.experts[0]), (0.25, layer.experts[2])):
+            w = expert.act(expert.up(expected))
+            r = (
+                (expected @ adapter_layer.projection().mT)
+                @ (adapter_layer.projection() @ expert.down.weight)
+                * adapter_layer.scale
+                / 2
+            )
+            term = term + p * ((w + adapter_layer.g * r) @ expert.down.weight.mT + expert.down.bias)
+        expected = term
+    assert relative(model(x), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_mixture_without_an_adapter_is_steered_independently_of_its_router(name):
+    """Against adding s * scale * p to the output of each decoder layer; no hook remains."""
+    model = tiny(name)
+    session = Session(Base(model, None, name))
+    layers = list(range(len(session.ffns)))
+    generator = torch.Generator().manual_seed(1)
+    hidden, reference = torch.randn(2, len(layers), 32, generator=generator)
+    residual = torch.linspace(50.0, 20.0, len(layers))
+    attribute = Attribute("x", [], hidden, reference, residual, layers, {})
+    bare = logits_of(model)
+    with steered(session, [(attribute, 2.0)], layers) as sizes:
+        fast = logits_of(model)
+    vectors = 2.0 * attribute.scale[:, None] * (hidden - reference)
+    handles = [add_to_output(layer, vectors[index]) for index, layer in enumerate(model.model.layers)]
+    slow = logits_of(model)
+    for handle in handles:
+        handle.remove()
+    assert relative(fast, slow) < 1e-5
+    assert relative(fast, bare) > 1e-2
+    assert torch.equal(logits_of(model), bare)
+    assert [size.layer for size in sizes] == layers
+    assert torch.allclose(torch.cat([size.total for size in sizes]), vectors)

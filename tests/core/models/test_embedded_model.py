@@ -1,4 +1,4 @@
-"""The model that comes with braces: whole, as good as it says it is, and found by its name."""
+"""The embedded model: size, tokenizer, perplexity, name."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def held_out(embedded: Path) -> list[str]:
     return [json.loads(line)["text"] for line in lines]
 
 
-def test_size_stays_within_what_is_promised(embedded: Path) -> None:
+def test_its_size_is_small(embedded: Path) -> None:
     base = load_base(str(embedded), LoadOptions(device="cpu"))
     assert 1e6 <= sum(p.numel() for p in base.model.parameters()) <= 3e6
     assert base.model.config.architectures == ["LlamaForCausalLM"]
@@ -46,7 +46,7 @@ def test_both_forms_of_the_tokenizer_agree(embedded: Path, held_out: list[str]) 
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-def test_held_out_perplexity_is_the_one_stated(embedded: Path, held_out: list[str]) -> None:
+def test_held_out_perplexity_is_that_in_its_description(embedded: Path, held_out: list[str]) -> None:
     stated = json.loads((embedded / ABOUT_FILE).read_text(encoding="utf-8"))["held_out_perplexity"]
     base = load_base("embedded", OPTIONS)
     parts = text_likelihoods(base.model, base.tokenizer, held_out, base.model.config.max_position_embeddings, 32)
@@ -57,7 +57,7 @@ def test_it_is_found_by_name_and_by_version() -> None:
     assert load_base("embedded", OPTIONS).name == load_base(embedded_name(), OPTIONS).name == embedded_name()
 
 
-def test_an_adapter_keeps_the_version_and_comes_back_by_it(tmp_path: Path) -> None:
+def test_an_adapter_stores_the_version(tmp_path: Path) -> None:
     folder = make_adapter(open_session("embedded", None, OPTIONS), tmp_path / "adapter")
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == embedded_name()
@@ -71,7 +71,7 @@ def test_an_adapter_keeps_the_version_and_comes_back_by_it(tmp_path: Path) -> No
     assert "train again" in str(caught.value.hint)
 
 
-def test_without_a_model_one_line_says_which_is_used(braces) -> None:
+def test_without_a_model_one_line_names_the_embedded_model(braces) -> None:
     note_default.cache_clear()
     command = ("steer", "--prompt", "The film is", "--max-new-tokens", 4, "--device", "cpu")
     outcome = braces(*command)
@@ -86,8 +86,8 @@ def test_without_a_model_one_line_says_which_is_used(braces) -> None:
     assert embedded_name() not in braces(*command, "--model", "embedded").err
 
 
-def test_a_word_list_alone_moves_its_sentiment() -> None:
-    """What the demo shows: no training, the built-in list, and texts turn from blame to praise."""
+def test_a_word_list_steers_its_sentiment_without_training() -> None:
+    """Shares of positive texts at s = -3, 0 and 3."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     session = open_session("embedded", None, OPTIONS)

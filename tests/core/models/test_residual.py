@@ -18,13 +18,13 @@ IDS = torch.tensor([[3, 4, 5, 6]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "opt"])
 def test_an_output_that_is_added_unchanged_has_the_factor_1(name, dtype):
-    """Exactly, whatever rounding makes of the measurement."""
+    """Rounding of the measurement is removed."""
     model = tiny_model(name, dtype)
     assert residual_factors(model, find_ffns(model), IDS) == [1.0, 1.0]
 
 
 def test_a_constant_factor_is_measured():
-    """Granite multiplies what it adds to the stream; each layer has its own figure."""
+    """Granite multiplies the FFN output; layers can differ."""
     model = tiny("granite")
     for layer, factor in zip(model.model.layers, (0.22, 0.5), strict=False):
         layer.residual_multiplier = factor
@@ -33,15 +33,15 @@ def test_a_constant_factor_is_measured():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["gemma2", "olmo2", "bert"])
-def test_a_norm_between_is_no_factor(name, dtype):
-    """Norms behind the FFN and norms behind the sum."""
+def test_a_model_with_a_norm_has_no_factor(name, dtype):
+    """Norms after the FFN and after the sum."""
     model = tiny(name).to(dtype)
     assert set(residual_factors(model, find_ffns(model), IDS)) == {None}
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "granite", "gemma2", "gemma4_text"])
-def test_a_gain_is_how_far_the_stream_moves(name):
-    """1 where the output is added as it is, experts too; behind a norm what a small vector moves, measured by hand."""
+def test_a_gain_is_the_movement_of_the_stream(name):
+    """The factor, with experts too; after a norm the movement by a small vector, measured by hand."""
     model = tiny(name)
     if name == "granite":
         for layer in model.model.layers:
@@ -69,15 +69,15 @@ def test_a_gain_is_how_far_the_stream_moves(name):
 
 @pytest.mark.parametrize("name", ["openai-gpt", "qwen4_exp_text"])
 def test_layers_that_return_lists_or_several_streams_have_gains(name):
-    """And a norm of the stream, without which nothing is pushed there."""
+    """And a norm of the stream, which steering needs."""
     model = tiny(name)
     ffns = find_ffns(model)
     for found in (residual_gains(model, ffns, IDS), residual_norms(model, tiny_tokenizer(), ffns)):
         assert bool((found.isfinite() & (found > 0)).all())
 
 
-def test_nothing_stays_behind():
-    """The hooks are taken off, also where the model fails in between."""
+def test_no_hook_remains():
+    """Also if the model fails."""
     model = tiny_model("llama")
     with torch.no_grad():
         before = model(IDS).logits

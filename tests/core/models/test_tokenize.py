@@ -1,4 +1,4 @@
-"""One encode function: start and end tokens, what is scored, and text that survives."""
+"""Start and end tokens, scored tokens, and text that decodes unchanged."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def tokenizer():
     return tiny_tokenizer()
 
 
-def test_start_by_the_tokenizers_policy_and_end_only_when_training(tokenizer):
-    """One start token in front; the end token is learnt, and not part of a prompt."""
+def test_the_end_token_is_added_in_training_only(tokenizer):
+    """One start token; the end token is scored, and not a part of a prompt."""
     prompt = encode(tokenizer, "the film")
     row = encode(tokenizer, "the film", end=True)
     assert prompt.ids[0] == tokenizer.bos_token_id
@@ -26,14 +26,14 @@ def test_start_by_the_tokenizers_policy_and_end_only_when_training(tokenizer):
     assert row.scored == len(row.ids) - 1
 
 
-def test_the_end_is_learnt_where_it_is_also_the_padding(tokenizer):
+def test_the_end_token_is_scored_if_it_is_also_the_padding_token(tokenizer):
     """Labels come from lengths, not from comparing with the padding token."""
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     assert encode(tokenizer, "a", "b", end=True).labels[-1] == tokenizer.eos_token_id
 
 
 def test_only_the_completion_is_scored(tokenizer):
-    """The prompt's tokens are the same as when it is generated from."""
+    """The prompt has the tokens of a prompt for generation."""
     row = encode(tokenizer, "the film is", " good", end=True)
     prompt = encode(tokenizer, "the film is").ids
     assert row.ids[: len(prompt)] == prompt
@@ -41,33 +41,33 @@ def test_only_the_completion_is_scored(tokenizer):
     assert tokenizer.decode([i for i in row.labels if i != IGNORED]) == " good</s>"
 
 
-def test_a_token_across_the_border_belongs_to_the_completion(tokenizer):
-    """`the fil` + `m` is read as one text."""
+def test_a_token_that_spans_both_belongs_to_the_completion(tokenizer):
+    """`the fil` + `m` is encoded as one text."""
     row = encode(tokenizer, "the fil", "m", end=False)
     assert row.ids == encode(tokenizer, "the film").ids
     assert row.scored >= 1
 
 
-def test_truncation_cuts_behind_and_takes_the_end_with_it(tokenizer):
-    """A text that was cut did not end."""
+def test_truncation_cuts_the_end(tokenizer):
+    """A truncated text has no end token."""
     row = encode(tokenizer, "the film is good and the end is sad", end=True, max_length=5)
     assert (len(row.ids), row.truncated, row.ended) == (5, True, False)
 
 
-def test_nothing_becomes_a_start_token(tokenizer):
-    """An empty prompt can be generated from."""
+def test_an_empty_text_is_a_start_token(tokenizer):
+    """Text can be generated from an empty prompt."""
     assert encode(tokenizer, "").ids == [tokenizer.bos_token_id]
 
 
-def test_a_continuation_keeps_its_space(tokenizer):
-    """The text is what follows the prompt, character for character."""
+def test_a_continuation_keeps_its_leading_space(tokenizer):
+    """Prompt and continuation together are the text."""
     prompt = encode(tokenizer, "the film").ids
     whole = encode(tokenizer, "the film is good").ids
     assert decode_continuation(tokenizer, prompt, whole[len(prompt) :]) == " is good"
 
 
 def test_real_tokenizers(shared):
-    """SentencePiece with its own space, and byte-level BPE without a start token."""
+    """SentencePiece, which adds a space, and byte-level BPE without a start token."""
     from braces_cli.core.models.load import load_tokenizer
 
     stories = load_tokenizer(str(shared / "models" / "stories260K"))

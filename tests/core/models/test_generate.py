@@ -1,4 +1,4 @@
-"""The laws of sampling: batch 1 = batch n, left padding, cache = no cache, A + B; streams and stop texts."""
+"""Invariants of generation: batch size, left padding, cache, sums of attributes; streams and stop texts."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def recorded(
 
 
 @pytest.mark.parametrize(("name", "with_adapter"), [*((name, True) for name in ARCHITECTURES), ("llama", False)])
-def test_a_padded_batch_with_a_cache_equals_one_whole_text_at_a_time(name, with_adapter):
-    """Steered; logits of every token drawn, against passes without padding and without cache."""
+def test_a_padded_batch_with_a_cache_equals_single_texts_without(name, with_adapter):
+    """Logits of every drawn token, steered, against passes without padding and without a cache."""
     session = opened(name, with_adapter)
     good = build_attribute(session, "good", ["good", "happy"])
     sampling = Sampling(max_new_tokens=TOKENS, seed=3)
-    # An end token would leave a row with nothing to compare behind it.
+    # After an end token there would be nothing to compare.
     session.base.model.generation_config.eos_token_id = None
     session.base.tokenizer.eos_token = None
     with steered(session, [(good, 3.0)]):
@@ -76,7 +76,7 @@ def test_a_padded_batch_with_a_cache_equals_one_whole_text_at_a_time(name, with_
                 uncached = session.base.model(whole, use_cache=False).logits[0, len(prompt) - 1 : -1]
             assert float((uncached - expected).abs().max()) < TOLERANCE
             bare.append(whole)
-    # The comparison can fail: the unsteered model gives others.
+    # The comparison can fail: the unsteered model has other logits.
     with torch.no_grad():
         other = session.base.model(bare[0], use_cache=False).logits[0, -1 - TOKENS : -1]
     assert float((other - logits[0]).abs().max()) > 100 * TOLERANCE
@@ -85,7 +85,7 @@ def test_a_padded_batch_with_a_cache_equals_one_whole_text_at_a_time(name, with_
 @pytest.mark.parametrize("with_adapter", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
 def test_two_attributes_are_their_weighted_sum(name, with_adapter):
-    """A + B at their strengths is the one attribute whose state is the sum of theirs."""
+    """Two attributes equal one attribute with the weighted sum of their states."""
     session = opened(name, with_adapter)
     good, old = (build_attribute(session, word, [word, "day"]) for word in ("good", "old"))
     tokens = torch.tensor([[0, 5, 6, 7]])
@@ -104,8 +104,8 @@ def test_two_attributes_are_their_weighted_sum(name, with_adapter):
     assert float((found - logits((good, 2.0))).abs().max()) > 100 * TOLERANCE
 
 
-def test_a_stream_spells_the_text(session):
-    """Piece by piece, whole characters only; the same text as without a stream."""
+def test_the_pieces_of_a_stream_are_the_text(session):
+    """Complete characters only, and the text is that without a stream."""
     model, tokenizer = session.base.model, session.base.tokenizer
     for request in REQUESTS:
         for sampling in (Sampling(20), Sampling(20, temperature=0), Sampling(20, stop=("e",))):
@@ -116,8 +116,8 @@ def test_a_stream_spells_the_text(session):
     assert len(pieces) > 0
 
 
-def test_half_a_character_and_half_a_stop_text_are_held_back():
-    """A token can end inside a character; what may become a stop text is not shown before it is known."""
+def test_incomplete_characters_and_stop_texts_are_withheld():
+    """A token can end inside a character, or inside a stop text."""
     from braces_cli.core.models.generate import TextStream
 
     class Bytes:
@@ -143,8 +143,8 @@ def test_half_a_character_and_half_a_stop_text_are_held_back():
     assert streamed("ab!cd", ends=(ord("!"),)) == (["a", "b"], "ab")
 
 
-def test_stop_texts_end_each_row_by_itself(session):
-    """The text is that without a stop, cut before the first; generation ends when every row has one."""
+def test_stop_texts_end_each_row(session):
+    """Each text is cut before its first stop text; generation ends when every row has one."""
     plain = Sampling(30, seed=1)
     whole, _, _ = recorded(session, REQUESTS, plain)
     stops = (whole[0][5:7], whole[2][3:4])
@@ -167,8 +167,8 @@ def test_stop_texts_end_each_row_by_itself(session):
         Sampling(1, top_p=1.0, top_k=2000),
     ],
 )
-def test_a_draw_is_that_of_the_whole_sorted_vocabulary(sampling):
-    """Inverted by hand at each row's number; rows flat and steep, with equal probabilities at the edges."""
+def test_a_draw_is_that_of_the_sorted_vocabulary(sampling):
+    """Inverted by hand; flat and steep rows, with equal probabilities at the edges."""
     from braces_cli.core.models.generate import _Draw
 
     generator = torch.Generator().manual_seed(0)
@@ -193,8 +193,8 @@ def test_a_draw_is_that_of_the_whole_sorted_vocabulary(sampling):
     ("name", "value"),
     [("no_repeat_ngram_size", 1), ("max_time", 0.0), ("return_dict_in_generate", True), ("num_return_sequences", 2)],
 )
-def test_the_bases_own_generation_config_says_nothing_of_how_tokens_are_drawn(session, name, value):
-    """It is left as it was; the tokens that it forbids are still not drawn."""
+def test_the_generation_config_of_the_base_does_not_change_sampling(session, name, value):
+    """It is restored afterwards; the tokens that it suppresses are not drawn."""
     model, sampling = session.base.model, Sampling(max_new_tokens=12, temperature=0)
     plain, _, rows = recorded(session, REQUESTS, sampling)
     own = model.generation_config

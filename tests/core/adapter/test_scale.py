@@ -1,4 +1,4 @@
-"""c of each layer: bases that compute the same get adapters that compute the same."""
+"""c of each layer: bases that compute the same function get the same adapters."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import torch
 
 from braces_cli.core.adapter.model import attach
 from braces_cli.core.adapter.scale import REACH, measure_scales
+from braces_cli.core.errors import ModelError
 from braces_cli.core.models.ffn import find_ffns
 from tests.conftest import tiny_model
 from tests.core.architectures import tiny
-from tests.core.method.test_reference import TOKENS, relative
+from tests.core.comparison import TOKENS, relative
 
 TEXTS = [[0, 5, 9, 40], [0, 7, 7, 31, 12, 60]]
 
@@ -58,7 +59,7 @@ def test_a_rescaled_base_trains_to_the_same_function(kind: str, a: float) -> Non
 
 
 def test_the_scale_by_hand() -> None:
-    """REACH times the rms of what the FFN writes over that of W_V W_V^T h, over the tokens of all texts."""
+    """REACH times the rms of the FFN's output over that of W_V W_V^T h, over the tokens of all texts."""
     model = tiny_model(dtype=torch.float64).requires_grad_(False)
     ffns = find_ffns(model)
     inputs: list[list[torch.Tensor]] = [[] for _ in ffns]
@@ -75,7 +76,7 @@ def test_the_scale_by_hand() -> None:
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "gpt_oss", "llama4_text"])
 def test_the_scale_of_a_mixture_counts_pairs_of_a_token_and_an_expert(name: str) -> None:
-    """Of outputs before the router's weights: against the experts run one by one on the tokens sent to them."""
+    """Outputs before the router's weights, against the experts run one by one on the tokens sent to them."""
     model = tiny(name).double().requires_grad_(False)
     ffn = next(ffn for ffn in find_ffns(model) if any(hasattr(part, "presorted") for part in ffn.parts))
     (part,) = (part for part in ffn.parts if hasattr(part, "presorted"))
@@ -104,10 +105,17 @@ def test_the_scale_of_a_mixture_counts_pairs_of_a_token_and_an_expert(name: str)
         assert scale > 0
 
 
-def test_where_nothing_is_written_the_scale_is_one() -> None:
-    """W_V is zero, or the FFN's output."""
+def test_the_scale_of_an_ffn_without_output_is_one() -> None:
+    """W_V is zero, or the FFN's output is."""
     model = tiny_model()
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.zero_()
         model.model.layers[1].mlp.up_proj.weight.zero_()
     assert measure_scales(model, find_ffns(model), TEXTS) == [1.0, 1.0]
+
+
+def test_a_base_that_does_not_run_on_tokens_alone_is_refused() -> None:
+    """An assistant of Gemma 4 needs the keys of another model."""
+    model = tiny("gemma4_assistant")
+    with pytest.raises(ModelError, match="does not run on tokens alone"):
+        measure_scales(model, find_ffns(model), TEXTS)

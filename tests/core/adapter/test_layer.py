@@ -1,0 +1,86 @@
+"""The relevance module: projection, scores, cached factors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from braces_cli.core.adapter.layer import RelevanceModule, orthonormal_rows
+from braces_cli.core.adapter.model import attach
+from braces_cli.core.adapter.reference import orthonormal_rows_ref, weights_ref
+from tests.conftest import open_gates, tiny_model
+from tests.core.comparison import logits_of, relative
+
+
+def test_orthonormal_rows_equal_gram_schmidt():
+    """Cholesky and row by row give the same R, and R R^T = I."""
+    weight = torch.randn(5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rows = orthonormal_rows(weight)
+    assert torch.allclose(rows, orthonormal_rows_ref(weight), atol=1e-12)
+    assert torch.allclose(rows @ rows.mT, torch.eye(5, dtype=torch.float64), atol=1e-12)
+
+
+def test_relevance_by_hand():
+    """Two neurons, rank 1: r = c (R v)(R h) / sqrt(1), and the weights change by g r."""
+    values = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    h = torch.tensor([[3.0, 4.0]])
+    w = torch.tensor([[0.5, -0.5]])
+    adapter_layer = RelevanceModule(1, 2, scale=3.0)
+    with torch.no_grad():
+        adapter_layer.weight.copy_(torch.tensor([[0.0, 5.0]]))
+        adapter_layer.gate.zero_()
+    out = weights_ref(w, h, values, adapter_layer)
+    assert torch.allclose(out, torch.tensor([[0.5 + 0.0, -0.5 + 0.5 * 3.0 * (2.0 * 4.0)]]))
+    assert torch.allclose(adapter_layer(w @ values.mT, h, values), out @ values.mT)
+
+
+@pytest.mark.parametrize("gate", [0.3, -200.0])
+def test_relevance_scores_are_those_of_the_reference(gate):
+    """Times g they are the change of the weights; they do not depend on the gate, also at g = 0."""
+    generator = torch.Generator().manual_seed(0)
+    adapter_layer = RelevanceModule(3, 8, generator=generator, scale=0.7)
+    h, values = torch.randn(5, 8, generator=generator), torch.randn(8, 11, generator=generator)
+    scores = adapter_layer.relevance_scores(h, values)
+    with torch.no_grad():
+        adapter_layer.gate.fill_(gate)
+    assert torch.equal(adapter_layer.relevance_scores(h, values), scores)
+    change = weights_ref(torch.zeros(5, 11), h, values, adapter_layer)
+    assert torch.allclose(adapter_layer.g * scores, change, rtol=1e-5, atol=1e-6)
+
+
+def test_cached_factors_follow_every_change_of_a_parameter():
+    """In-place updates and writes through `.data` both change the logits."""
+    model = tiny_model()
+    adapter = attach(model, 4)
+    first = logits_of(model)
+    with torch.no_grad():
+        adapter.adapted_ffns[0][1].gate.add_(3.0)
+    second = logits_of(model)
+    assert not torch.equal(first, second)
+    # Version counters do not count this; some optimizers write in this way.
+    adapter.adapted_ffns[0][1].weight.data.add_(0.5)
+    model.train()
+    model.eval()
+    assert not torch.equal(logits_of(model), second)
+
+
+def test_casting_the_model_does_not_round_the_projection():
+    """`model.to(bfloat16)` after attaching does not change the parameters of the adapter."""
+    model = tiny_model()
+    adapter = attach(model, 4)
+    before = {name: p.detach().clone() for name, p in adapter.named_parameters()}
+    model.to(torch.bfloat16)
+    assert all(torch.equal(p, before[name]) for name, p in adapter.named_parameters())
+
+
+def test_the_projection_is_float32_under_autocast():
+    """Mixed precision rounds products of the base, never R."""
+    adapter = attach(tiny_model(), 4)
+    open_gates(adapter)
+    ffn, adapter_layer = adapter.adapted_ffns[0]
+    plain = adapter_layer.projection()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(adapter_layer.projection(), plain)
+        down, up = adapter_layer.factors(ffn.values(), torch.float32)
+    assert torch.equal(down, plain)
+    assert relative(up, adapter_layer.factors(ffn.values(), torch.float32)[1]) == 0

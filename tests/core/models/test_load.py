@@ -1,0 +1,188 @@
+"""Load bases and tokenizers: commits, tokens that the model does not have, damaged files, quantisation."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from braces_cli.core.adapter.model import attach
+from braces_cli.core.errors import ConfigError, ModelError
+from braces_cli.core.models.ffn import find_ffns
+from braces_cli.core.models.generate import TextRequest, generate
+from braces_cli.core.models.load import (
+    check_quantize,
+    checkpoint_folder,
+    commit_of,
+    input_device,
+    load_base,
+    load_tokenizer,
+)
+from braces_cli.core.models.tokenize import encode
+from braces_cli.core.models.weights import StoredValues
+from braces_cli.core.options import LoadOptions, Sampling
+from tests.conftest import open_gates, tiny_model, tiny_tokenizer
+from tests.core.architectures import tiny
+from tests.core.comparison import relative, run
+from tests.core.models.test_weights import require
+
+
+def test_a_hub_model_is_identified_by_its_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A branch can change after training."""
+    cached = tmp_path / "models--owner--name" / "snapshots" / "0123abc" / "config.json"
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args, **kwargs: str(cached))
+    folder = checkpoint_folder("owner/name", "main")
+    assert commit_of("owner/name", "main", folder) == "0123abc"
+
+
+def test_a_folder_has_no_commit(model_dir: Path) -> None:
+    """The revision is returned unchanged."""
+    folder = checkpoint_folder(str(model_dir), None)
+    assert folder == model_dir
+    assert commit_of(str(model_dir), None, folder) is None
+
+
+@pytest.fixture
+def edited(model_dir: Path, tmp_path: Path) -> Callable[[Callable[[Any], object]], str]:
+    """A copy of the base with another `tokenizer.json`; its name."""
+
+    def copy(change: Callable[[Any], object]) -> str:
+        shutil.copytree(model_dir, tmp_path / "base")
+        path = tmp_path / "base" / "tokenizer.json"
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+        return str(tmp_path / "base")
+
+    return copy
+
+
+def test_a_token_that_the_model_does_not_have_is_an_error_when_used(edited: Any, model_dir: Path) -> None:
+    """As with the tokenizer of another model; other texts are accepted."""
+
+    token = load_tokenizer(str(model_dir)).tokenize("in the")[-1]
+    name = edited(lambda content: content["model"]["vocab"].update({token: 100_000}))
+    base = load_base(name, LoadOptions(device="cpu"))
+
+    def run(text: str) -> None:
+        base.model(base.tokenizer(text, return_tensors="pt")["input_ids"])
+
+    run("a dog")
+    with pytest.raises(ModelError, match="has token 100000, and the model embeds") as caught:
+        run("in the")
+    assert caught.value.where == name
+
+
+def test_a_padding_token_that_the_model_does_not_have_is_replaced(edited: Any, tmp_path: Path) -> None:
+    """Some models were trained without padding."""
+    name = edited(lambda content: content["model"]["vocab"].update({"[PAD]": 100_000}))
+    config = tmp_path / "base" / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "pad_token": "[PAD]"}))
+    assert load_tokenizer(name).pad_token_id == 100_000
+    base = load_base(name, LoadOptions(device="cpu"))
+    texts = generate(base.model, base.tokenizer, [TextRequest("a", 0), TextRequest("a dog in the", 1)], Sampling(4))
+    assert len(texts) == 2
+
+
+def test_a_panic_of_the_tokenizer_is_an_error(edited: Any) -> None:
+    """pyo3 turns a panic into a class that is not an Exception."""
+    template = {
+        "type": "TemplateProcessing", "pair": [], "special_tokens": {},
+        "single": [{"SpecialToken": {"id": "nowhere", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    }  # fmt: skip
+    tokenizer = load_tokenizer(edited(lambda content: content.update(post_processor=template)))
+    with pytest.raises(ModelError, match="the tokenizer fails on `a dog`"):
+        encode(tokenizer, "a dog")
+
+
+def test_a_panic_while_a_tokenizer_is_loaded_is_an_error(edited: Any) -> None:
+    """The file contradicts itself."""
+    name = edited(lambda content: content["model"].update(continuing_subword_prefix="longer than any piece" * 9))
+    with pytest.raises(ModelError, match="cannot load the tokenizer"):
+        load_tokenizer(name)
+
+
+@pytest.mark.parametrize("name", ["", "x", "auto:1", "spread"])
+def test_an_unknown_device_map_is_refused(model_dir: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="is not a device") as caught:
+        load_base(str(model_dir), LoadOptions(device="cpu", device_map=name))
+    assert caught.value.where == "--device-map"
+
+
+def test_a_config_of_an_encoder_and_decoder_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    """It would load, and generate wrong text."""
+    shutil.copytree(model_dir, tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "is_encoder_decoder": True}))
+    with pytest.raises(ModelError, match="is_encoder_decoder"):
+        load_base(str(tmp_path / "base"), LoadOptions(device="cpu"))
+
+
+def test_a_name_that_is_too_long_for_a_file_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelError):
+        load_tokenizer("a" * 5000)
+
+
+def test_the_device_of_a_list_of_embeddings_is_found() -> None:
+    """MusicGen has one embedding per codebook."""
+    assert input_device(tiny("musicgen")).type == "cpu"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_fingerprint_is_read_from_the_files(model_dir: Path, dtype: str) -> None:
+    """It does not depend on the dtype that is loaded."""
+    found = load_base(str(model_dir), LoadOptions(device="cpu", dtype=dtype)).fingerprint
+    assert found["sha256"]
+    assert found == load_base(str(model_dir), LoadOptions(device="cpu")).fingerprint
+
+
+@pytest.mark.parametrize(("name", "package"), [("int8", "torchao"), ("bnb-4bit", "bitsandbytes")])
+def test_a_missing_package_is_named(monkeypatch, name, package):
+    """Exit code 2, and what to install."""
+    monkeypatch.setattr("braces_cli.core.models.load.find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=rf"pip install {package}"):
+        check_quantize(name, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["bnb-8bit", "bnb-4bit"])
+def test_a_bitsandbytes_without_this_device_is_refused(monkeypatch, name):
+    """A release that supports CUDA only is refused before the weights are loaded."""
+    require(name)
+    import bitsandbytes
+
+    monkeypatch.delattr(bitsandbytes, "supported_torch_devices")
+    with pytest.raises(ConfigError, match="runs on cuda, not on cpu"):
+        check_quantize(name, torch.device("cpu"))
+    check_quantize(name, torch.device("cuda"))
+
+
+def test_gpt2_is_packed_by_bitsandbytes_and_refused_by_torchao(tmp_path):
+    """torchao skips layers that are not `nn.Linear` without an error."""
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    require("int8")
+    with pytest.raises(ConfigError, match="packs nothing in GPT2LMHeadModel"):
+        load_base(str(tmp_path), LoadOptions(device="cpu", quantize="int8"))
+    require("bnb-4bit")
+    model = load_base(str(tmp_path), LoadOptions(device="cpu", quantize="bnb-4bit")).model
+    assert isinstance(find_ffns(model)[0].values(), StoredValues)
+    adapter = attach(model, 4)
+    open_gates(adapter)
+    assert relative(run(model, adapter, False)[0], run(model, adapter, True)[0]) < 1e-5
+
+
+def test_a_quantised_checkpoint_is_not_quantised_again(model_dir: Path, tmp_path: Path) -> None:
+    """Exit code 2; without --quantize it loads unchanged."""
+    require("int8")
+    shutil.copytree(model_dir, tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    quantised = {**json.loads(path.read_text()), "quantization_config": {"quant_method": "gptq", "bits": 4}}
+    path.write_text(json.dumps(quantised))
+    with pytest.raises(ConfigError, match=r"already quantised \(gptq\)"):
+        load_base(str(tmp_path / "base"), LoadOptions(device="cpu", quantize="int8"))
