@@ -1,4 +1,4 @@
-"""The Python interface, for notebooks and scripts: `load`, `train` and the `Model` that `load` gives.
+"""Python interface for notebooks and scripts: `load`, `train` and `Model`, the result of `load`.
 
     import braces_cli as braces
 
@@ -46,7 +46,7 @@ class _Steering(AttributeSettings, SteeredLayers):
 
 @dataclass(frozen=True)
 class _Generation:
-    """Arguments of `Model.generate` that are no `Sampling`."""
+    """Arguments of `Model.generate` other than those of `Sampling`."""
 
     prompts: tuple[str, ...] = option(help="Texts to continue.")
     batch_size: int = option(8, help="Prompts at a time.", min=1)
@@ -55,12 +55,12 @@ class _Generation:
 
 @dataclass(frozen=True)
 class Model:
-    """A base model, with an adapter or without, and the attributes that it is steered by.
+    """A base model with an optional adapter, and the attributes that steer it.
 
     Attributes:
-        session: the open model; shared by what `steer` returns.
+        session: the open model, shared by the results of `steer`.
         terms: attributes with their strengths.
-        layers: that are steered, such as `8-20,24`; None is the default of `braces steer`.
+        layers: steered layers, such as `8-20,24`; None is the default of `braces steer`.
     """
 
     session: Session
@@ -68,7 +68,7 @@ class Model:
     layers: str | None = None
 
     def __repr__(self) -> str:
-        """What a notebook shows: base, adapter and attributes, not the modules."""
+        """Base, adapter and attributes, without the modules."""
         stored = self.session.stored
         parts = [self.session.base.name, *([] if stored is None else [stored.name])]
         return f"Model({', '.join([*parts, *(f'{attribute.name} {s:+g}' for attribute, s in self.terms)])})"
@@ -82,24 +82,24 @@ class Model:
         attributes: Name | None = None,
         layers: str | int | Sequence[int] | None = None,
     ) -> Model:
-        """The same model, steered by one more attribute; this one stays as it is.
+        """Return the model steered by one more attribute; this object is unchanged.
 
         Args:
             attribute: name of an attribute: of the adapter, of the folder `attributes`, or built in.
             strength: direction and intensity; negative is away from the attribute, 0 changes nothing.
             words: build the attribute from these words.
             attributes: folder that `braces attr-build` wrote.
-            layers: decoder layers that are steered, such as `8-20,24` or `range(8, 21)`.
+            layers: steered decoder layers, such as `8-20,24` or `range(8, 21)`.
 
         Raises:
-            ConfigError: unknown attribute, or one that steers this model already; no words; a value of another type.
+            ConfigError: an unknown attribute, or one that already steers this model; no words; a value of another type.
         """
         wanted = {"attribute": attribute, "s": strength, "attributes": attributes, "layers": layers}
         given = build(_Steering, wanted, python=True)
         (attribute,), (strength,) = given.attribute, given.s
         if any(attribute == each.name for each, _ in self.terms):
-            hint = "Steer the model that load() gave, with another strength."
-            raise ConfigError(f"the model is steered by `{attribute}` already", hint=hint)
+            hint = "Steer the result of load(), with another strength."
+            raise ConfigError(f"the model is already steered by `{attribute}`", hint=hint)
         chosen = None if words is None else clean_words([words] if isinstance(words, str) else list(words))
         if chosen == []:
             raise ConfigError("no words", where="words", hint="Give at least one word.")
@@ -124,31 +124,28 @@ class Model:
         apply_chat_template: bool | None = None,
         **sampling: Any,
     ) -> str | list[str]:
-        """The continuation of a prompt, or a list with that of each prompt, without the prompts.
+        """Return the continuation of a prompt, or a list of the continuations of several, without the prompts.
 
         Args:
             batch_size: prompts at a time.
-            apply_chat_template: prompts as a user's turn; None is as the adapter was trained.
+            apply_chat_template: format prompts as a user's turn; None: as in training.
             sampling: `max_new_tokens`, `temperature`, `top_p`, `top_k`, `seed` and `stop`, see
-                `core.models.generation.Sampling`.
+                `core.options.Sampling`.
 
         Raises:
-            ConfigError: no such option, or a value that is out of range or of another type.
+            ConfigError: an unknown option, or a value that is out of range or of another type.
         """
         given = {"prompts": prompts, "batch_size": batch_size, "apply_chat_template": apply_chat_template}
         wanted, how = build(_Generation, given, python=True), build(Sampling, sampling, python=True)
         layers = chosen_layers(self.session.base.model, self.layers)
         chat = uses_chat_template(self.session, wanted.apply_chat_template)
         with steered(self.session, self.terms, layers):
-            made = list(
-                generate_texts(
-                    self.session, text_requests(wanted.prompts), how, batch_size=wanted.batch_size, chat=chat
-                )
-            )
-        return made[0] if isinstance(prompts, str) else made
+            requests = text_requests(wanted.prompts)
+            texts = list(generate_texts(self.session, requests, how, batch_size=wanted.batch_size, chat=chat))
+        return texts[0] if isinstance(prompts, str) else texts
 
     def inspect(self) -> dict[str, Any]:
-        """What `braces inspect --format json` prints: sizes, gates and projections, layer by layer."""
+        """Return the keys of `braces inspect --format json`: sizes, gates and projections of each layer."""
         return summarise_open(self.session)
 
 
@@ -156,13 +153,13 @@ def load(name: Name | None = None, *, adapter: Name | None = None, **options: An
     """Open a model.
 
     Args:
-        name: folder of an adapter, or folder or hub id of a base model. None: the adapter's own base, else the model
-            that comes with braces.
+        name: folder of an adapter, or folder or hub id of a base model. None: the adapter's base, else the embedded
+            model.
         adapter: folder or hub id of an adapter.
-        options: `device`, `dtype`, `quantize` and the like, see `core.models.load_options.LoadOptions`.
+        options: `device`, `dtype`, `quantize` and others, see `core.options.LoadOptions`.
 
     Raises:
-        ConfigError: two adapters, no such option or device, or a value of another type.
+        ConfigError: two adapters, an unknown option or device, or a value of another type.
         ModelError: model or adapter cannot be loaded, or they do not fit.
     """
     given = build(AdapterSettings, {"model": name, "adapter": adapter, **options}, python=True)
@@ -175,16 +172,16 @@ def load(name: Name | None = None, *, adapter: Name | None = None, **options: An
 
 
 def train(data: Name | Sequence[Name], output_dir: Name, **settings: Any) -> dict[str, Any]:
-    """Train an adapter, as `braces train` does, and return what it prints with `--format json`.
+    """Train an adapter like `braces train`; return the keys of its `--format json`.
 
     Args:
         data: files or hub sets of training rows.
-        output_dir: folder for the adapter; `load` opens it.
+        output_dir: folder for the adapter, an argument of `load`.
         settings: options of `braces train` by name, with underscores, such as `max_steps=200`. Repeatable ones take one
             value or a list, `columns` a mapping, too.
 
     Raises:
-        ConfigError: no such setting, a value of another type, or settings that do not fit together.
+        ConfigError: an unknown setting, a value of another type, or settings that do not fit together.
         DataError: rows that cannot be read.
         ModelError: the base cannot be loaded.
     """

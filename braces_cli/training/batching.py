@@ -26,7 +26,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Sampler
 from transformers.utils import is_flash_attn_2_available
 
 from braces_cli.core.adapter.model import Session
@@ -42,32 +41,16 @@ from braces_cli.training.settings import TrainSettings
 
 logger = logging.getLogger("braces")
 
-# Index that fills the last global batch.
-NONE = -1
-
 
 def global_batch(settings: TrainSettings) -> int:
     """Examples of an optimizer step, over all processes and accumulated batches."""
     return settings.batch_size * settings.gradient_accumulation * world_size()
 
 
-class EpochSampler(Sampler[int]):
-    """Indices of an epoch without replacement, another order each epoch; `NONE` fills the last global batch."""
-
-    def __init__(self, count: int, seed: int, global_batch: int) -> None:
-        self._count, self._seed, self._global_batch = count, seed, global_batch
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self._count + -self._count % self._global_batch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed((self._seed << 20) + self.epoch)
-        yield from torch.randperm(self._count, generator=generator).tolist()
-        yield from [NONE] * (len(self) - self._count)
+def epoch_order(count: int, seed: int, epoch: int, size: int) -> list[int | None]:
+    """Indices of an epoch in random order without replacement; None fills the last batch of `size` examples."""
+    generator = torch.Generator().manual_seed((seed << 20) + epoch)
+    return [*torch.randperm(count, generator=generator).tolist(), *[None] * (-count % size)]
 
 
 def example_order(examples: Examples | Stream, settings: TrainSettings, done: int = 0) -> Iterator[Example | None]:
@@ -76,12 +59,12 @@ def example_order(examples: Examples | Stream, settings: TrainSettings, done: in
     if isinstance(examples, Stream):
         yield from islice(examples, done * size, None)
         return
-    sampler = EpochSampler(len(examples.items), settings.seed, size)
-    first, skipped = divmod(done * size, len(sampler))
+    length = len(examples.items) + -len(examples.items) % size
+    first, skipped = divmod(done * size, length)
     for epoch in count(first):
-        sampler.set_epoch(epoch)
-        for index in islice(sampler, skipped if epoch == first else 0, None):
-            yield None if index == NONE else examples[index]
+        order = epoch_order(len(examples.items), settings.seed, epoch, size)
+        for index in order[skipped if epoch == first else 0 :]:
+            yield None if index is None else examples[index]
 
 
 # Largest share of padding in packed rows, if several rows are cheaper than one long row.
@@ -321,7 +304,9 @@ def choose_layout(session: Session, settings: TrainSettings, items: Sequence[Enc
         ConfigError: `--packing on`, and the probe found a difference.
     """
     model, tokenizer = session.base.model, session.base.tokenizer
-    probe, pad_id = probe_items(items), tokenizer.pad_token_id
+    by_length, pad_id = sorted(items, key=lambda item: len(item.ids)), tokenizer.pad_token_id
+    # Examples of median length, the longest and the shortest.
+    probe = [list(by_length[index].ids[:PROBE_TOKENS]) for index in (len(by_length) // 2, -1, 0)]
     fault = None
     if settings.packing != "off" and not _try_flash(model, probe, pad_id):
         fault = packing_fault(model, probe, pad_id)
@@ -348,12 +333,6 @@ def attention_cost(model: Any, layers: int, width: int) -> float:
     return MASKED * 4 * layers * width / (2 * parameter_total(model))
 
 
-def probe_items(items: Sequence[Encoded]) -> list[list[int]]:
-    """Tokens of three examples: of median length, the longest and the shortest."""
-    order = sorted(items, key=lambda item: len(item.ids))
-    return [list(order[place].ids[:PROBE_TOKENS]) for place in (len(order) // 2, -1, 0)]
-
-
 def packing_fault(model: Any, probe: Sequence[list[int]], pad_id: int) -> str | None:
     """Difference in the logits of packed examples, None if there is none.
 
@@ -367,7 +346,11 @@ def packing_fault(model: Any, probe: Sequence[list[int]], pad_id: int) -> str | 
     model.eval()
     try:
         with torch.no_grad():
-            alone = [_alone(model, ids) for ids in probe]
+            alone = []
+            for ids in probe:
+                tokens = torch.tensor([ids], device=input_device(model))
+                out = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+                alone.append(out.logits[0].float())
             packed = _packed(model, probe, rows, pad_id)
             other = _packed(model, [[(token + 1) % vocabulary for token in first], *rest], rows, pad_id)
     except MODEL_FAULTS as error:
@@ -408,12 +391,6 @@ def _try_flash(model: Any, probe: Sequence[list[int]], pad_id: int) -> bool:
 
 def _is_flash(model: Any) -> bool:
     return str(model.config._attn_implementation).startswith("flash")
-
-
-def _alone(model: Any, ids: list[int]) -> Tensor:
-    tokens = torch.tensor([ids], device=input_device(model))
-    logits: Tensor = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits[0]
-    return logits.float()
 
 
 def _packed(model: Any, probe: Sequence[list[int]], rows: list[list[int]], pad_id: int) -> list[Tensor]:

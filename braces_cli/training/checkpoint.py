@@ -277,9 +277,10 @@ def check_run_folder(folder: Path, *, overwrite: bool, resume: bool) -> None:
     Raises:
         ConfigError: it cannot be written to, or is not empty and neither `overwrite` nor `resume` is set.
     """
-    run = bool(checkpoints(folder)) or (folder / RUN_FILE).is_file()
-    hint = "--resume continues the run there; --overwrite starts anew and removes its checkpoints."
-    check_output_folder(folder, overwrite or resume, *([hint] if run else []))
+    hint = "Give another one, or --overwrite."
+    if checkpoints(folder) or (folder / RUN_FILE).is_file():
+        hint = "--resume continues the run there; --overwrite starts anew and removes its checkpoints."
+    check_output_folder(folder, overwrite or resume, hint)
 
 
 def finished(folder: Path, settings: dict[str, Any]) -> TrainResult | None:

@@ -129,7 +129,7 @@ def batches(name: str, vocabulary: int) -> list[list[Any]]:
 
     from braces_cli.core.models.tokenize import Encoded
     from braces_cli.data.dataset import Example
-    from braces_cli.training.batching import EpochSampler
+    from braces_cli.training.batching import epoch_order
 
     mean, spread, least, most = SETS[name]
     generator = torch.Generator().manual_seed(0)
@@ -139,7 +139,7 @@ def batches(name: str, vocabulary: int) -> list[list[Any]]:
     for length in lengths:
         ids = torch.randint(0, vocabulary, (length,), generator=generator).tolist()
         rows.append(Example(Encoded(ids, ids, False, False), None))
-    order = list(EpochSampler(count, 0, BATCH))
+    order = epoch_order(count, 0, 0, BATCH)
     return [[rows[index] for index in order[start : start + BATCH]] for start in range(0, count, BATCH)]
 
 

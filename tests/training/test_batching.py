@@ -15,12 +15,11 @@ from braces_cli.core.models.tokenize import IGNORED, Encoded
 from braces_cli.data.dataset import Condition, Example
 from braces_cli.training.batching import (
     MOST_PADDING,
-    NONE,
     Collator,
-    EpochSampler,
     Layout,
     choose_layout,
     computed_tokens,
+    epoch_order,
     fill_rows,
     packing_fault,
     similar_lengths,
@@ -232,14 +231,12 @@ def test_batch_without_examples(layout):
 
 
 def test_order_of_examples():
-    """Every example once an epoch, another order each epoch; `NONE` fills the last global batch."""
-    order = EpochSampler(21, seed=0, global_batch=8)
-    first = list(order)
-    assert len(first) == len(order) == 24
+    """Every example once an epoch, another order each epoch; None fills the last global batch."""
+    first = epoch_order(21, seed=0, epoch=0, size=8)
     assert sorted(first[:21]) == list(range(21))
-    assert first[21:] == [NONE] * 3
-    order.set_epoch(1)
-    assert sorted(order) == sorted(first)
-    assert list(order) != first
-    assert list(EpochSampler(21, seed=0, global_batch=8)) == first
-    assert list(EpochSampler(21, seed=1, global_batch=8)) != first
+    assert first[21:] == [None] * 3
+    second = epoch_order(21, seed=0, epoch=1, size=8)
+    assert set(second) == set(first)
+    assert second != first
+    assert epoch_order(21, seed=0, epoch=0, size=8) == first
+    assert epoch_order(21, seed=1, epoch=0, size=8) != first
