@@ -262,4 +262,4 @@ def test_wrong_input_is_refused(swept, args, sweep, code, message):
 def test_an_attribute_without_a_default_scorer_needs_one(braces, model_dir):
     outcome = braces("steer", "--model", model_dir, "--attribute", "mine", "--sweep", "0", "--prompt", "a")
     assert outcome.code == 2
-    assert "whether a text is `mine`" in outcome.err
+    assert "no default scorer for `mine`" in outcome.err
