@@ -129,7 +129,7 @@ def compare(systems: Sequence[System], seed: int) -> list[dict[str, Any]]:
     """Compare every system with the first, the base; then adapters with each other, and each with itself steered.
 
     Returns:
-        Rows `{task, metric, from, to, difference, n, p_value, p_holm, significant, rises, falls}`; p is None for
+        Rows `{task, metric, from, to, difference, n, p_value, p_holm, significant, rises, falls}`; p is null for
         metrics without a value for each document. `rises` and `falls` are the shares of documents with a larger and a
         smaller value, with Wilson's intervals.
     """

@@ -140,7 +140,7 @@ def find_eval_adapter(name: str) -> EvalAdapter:
 
 
 def resolve_base(model: str | None, revision: str | None, adapters: Sequence[EvalAdapter]) -> tuple[str, str | None]:
-    """Return name and revision of the base: as given, else those of the first adapter, else the embedded model."""
+    """Return name and revision of the requested base, else of the first adapter's, else of the embedded model."""
     if model is not None or not adapters:
         return sessions.base_name(model, None), revision
     base = adapters[0].base
