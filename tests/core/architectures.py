@@ -14,7 +14,7 @@ WIDTH, NEURONS, HEADS, KV_HEADS, HEAD, VOCABULARY, LENGTH, EXPERTS = 32, 52, 4, 
 
 MOST_PARAMETERS = 5_000_000
 
-# Fields of configs by what they mean, and what they become. A field that a config lacks is left out.
+# Values of config fields, grouped by meaning. Fields that a config does not have are left out.
 SHRINK: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_dim", "emb_dim", "embedding_size"), WIDTH),
     **dict.fromkeys(("input_embedding_size", "output_embedding_size", "word_embed_proj_dim", "lru_width"), WIDTH),
@@ -30,7 +30,7 @@ SHRINK: dict[str, Any] = {
     **dict.fromkeys(("head_dim", "d_head", "dim_head", "v_head_dim", "qk_nope_head_dim", "swa_head_dim"), HEAD),
     **dict.fromkeys(("attention_head_size", "kv_channels", "index_head_dim", "linear_head_dim"), HEAD),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "attention_head_dim"), HEAD),
-    # Multi-head latent attention turns positions by head_dim.
+    # Multi-head latent attention rotates head_dim numbers by position.
     **dict.fromkeys(("rotary_dim", "qk_rope_head_dim"), HEAD),
     **dict.fromkeys(("index_n_heads", "linear_num_key_heads", "linear_num_value_heads", "linear_num_heads"), HEADS),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank", "adapter_rank"), 16),
@@ -47,15 +47,15 @@ SHRINK: dict[str, Any] = {
     **dict.fromkeys(("bos_token_id", "decoder_start_token_id"), 0),
     **dict.fromkeys(("eos_token_id", "pad_token_id"), 1),
     "first_k_dense_replace": 1,
-    # Mamba: heads times their width is twice the model's width, as `expand` says.
+    # Mamba: the heads together are twice as wide as the model (`expand`).
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "n_mamba_heads"), 4),
     **dict.fromkeys(("mamba_d_head", "mamba_head_dim"), 16),
     **dict.fromkeys(("mamba_d_state", "ssm_state_size", "state_size", "mamba_chunk_size", "chunk_size"), 8),
     "mamba_d_ssm": 2 * WIDTH,
-    # BERT and its kin are causal only when told so.
+    # BERT and similar models are causal only with this flag.
     "is_decoder": True,
 }
-# Fields that get their size even where the default config leaves them None: some models do not work them out.
+# Fields that are set even if they are None in the default config, because some models do not compute them.
 ALWAYS = ("head_dim", "num_key_value_heads", "moe_intermediate_size", "num_experts_per_tok", "n_routed_experts")
 # Fields that hold the number of layers.
 DEPTH = ("num_hidden_layers", "decoder_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "num_blocks")
@@ -65,7 +65,7 @@ QWEN4 = {
 }  # fmt: skip
 GEMMA3N = {
     "num_hidden_layers": 6, "num_kv_shared_layers": 1, "laurel_rank": 4,
-    # Both may differ from layer to layer.
+    # Both can differ between layers.
     "activation_sparsity_pattern": [0.5] + [0.0] * 5, "intermediate_size": [52, 60, 52, 52, 44, 52],
 }  # fmt: skip
 ASSISTANT = {
@@ -77,19 +77,19 @@ DOTS3 = {
     "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8,
 }  # fmt: skip
 MUSICGEN = ("musicgen", "musicgen_melody")
-# What a type needs beside: nested fields as nested dictionaries.
+# Additional values of a type; nested configs are nested dictionaries.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "mamba2": {"head_dim": 16, "n_groups": 2},
     "nemotron_h": {"n_groups": 2},
     "bamba": {"attn_layer_indices": [1]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
-    "falcon_h1": {"mlp_multipliers": [0.7, 1.3]},  # at their default 1 a slip would not show
+    "falcon_h1": {"mlp_multipliers": [0.7, 1.3]},  # an error would not show at the default 1
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "blt": {
         "encoder_hash_byte_group_vocab": 64,
         "encoder_config": {"hidden_size_global": WIDTH},
         "decoder_config": {"hidden_size_global": WIDTH},
-        # Of its four transformers the global one has most layers, as in the released model.
+        # The global one of its four transformers has most layers, as in the released model.
         "global_config": {"num_hidden_layers": 3},
     },
     "dots1": {"n_shared_experts": 1},
@@ -124,7 +124,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "roc_bert": {
         "pronunciation_vocab_size": 20, "shape_vocab_size": 20, "pronunciation_embed_dim": 8, "shape_embed_dim": 8,
     },
-    # Variants of a type that other released models are.
+    # Variants of a type that released models have.
     "granitemoehybrid, no experts": {"num_local_experts": 0, "layer_types": ["mamba", "attention"]},
     "nemotron_h, no experts": {"layers_block_type": ["mamba", "mlp", "attention", "mlp"], "n_groups": 2},
     "jamba, no experts": {"num_experts": 1, "attn_layer_period": 2, "attn_layer_offset": 1},
@@ -136,7 +136,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 
 
 def depth(config: PreTrainedConfig) -> int:
-    """Layers until each kind that the default config lists has come once, at least two and at most eight."""
+    """Number of layers with one of each kind in the default config, two to eight."""
     need = 2
     for value in _per_layer(config).values():
         if len({str(kind) for kind in value}) <= 4:
@@ -145,13 +145,13 @@ def depth(config: PreTrainedConfig) -> int:
 
 
 def _per_layer(config: PreTrainedConfig) -> dict[str, list]:
-    """Fields that list something for each layer."""
+    """Fields with one value for each layer."""
     count = max((value for name, value in vars(config).items() if name in DEPTH), default=2)
     return {name: value for name, value in vars(config).items() if isinstance(value, list) and len(value) == count > 2}
 
 
 def shrink(config: PreTrainedConfig, overrides: dict[str, Any] | None = None, least: int = 2) -> dict[str, Any]:
-    """Fields of a tiny config of the same class with at least so many layers, its sub-configs shrunken alike."""
+    """Fields of a tiny config of the same class with at least `least` layers, including its sub-configs."""
     overrides = dict(overrides or {})
     known = {field.name: field for field in dataclasses.fields(config)}
     values = vars(config)
@@ -165,12 +165,12 @@ def shrink(config: PreTrainedConfig, overrides: dict[str, Any] | None = None, le
     for name, value in _per_layer(config).items():
         if (
             name in known and known[name].default is not None and name not in SHRINK
-        ):  # those that are None by default follow from the depth
+        ):  # fields that default to None follow from the depth
             fields[name] = value[:layers]
     for name, value in values.items():
         if isinstance(value, PreTrainedConfig):
             nested = overrides.pop(name, {})
-            # Towers are deeper than any tiny decoder, so that taking one for it shows.
+            # Towers are deeper than tiny decoders, so that a tower in the place of the decoder shows.
             fields[name] = shrink(value, nested, 8 if name in ("vision_config", "audio_config") else 2)
     return fields | overrides
 
@@ -179,17 +179,17 @@ VARIANTS = [name for name in OVERRIDES if ", " in name]
 
 
 def model_type(name: str) -> str:
-    """The type of a variant, which is named after it: `jamba, no experts`."""
+    """Type of a variant such as `jamba, no experts`."""
     return name.partition(", ")[0]
 
 
 def tiny_config(name: str) -> PreTrainedConfig:
     """The tiny config of a model type or a variant."""
     kind = CONFIG_MAPPING[model_type(name)]
-    # An assistant of Gemma 4 refuses its own default of per-layer embeddings.
+    # An assistant of Gemma 4 refuses the default of its per-layer embeddings.
     default = kind(text_config=CONFIG_MAPPING["gemma4_text"](**ASSISTANT)) if name == "gemma4_assistant" else kind()
     config = kind(**shrink(default, OVERRIDES.get(name)))
-    # The causal model of MusicGen is its decoder; AutoModel hands it the config of the whole.
+    # The causal model of MusicGen is its decoder; AutoModel passes it the config of the complete model.
     return config.decoder if name in MUSICGEN else config
 
 
@@ -200,19 +200,19 @@ def tiny(name: str, seed: int = 0) -> Any:
         ValueError, ImportError: it cannot be built.
     """
     config = tiny_config(name)
-    # MusicGen's decoder has a config of its own that AutoModel does not know.
+    # AutoModel does not support the config class of MusicGen's decoder.
     build = getattr(transformers, MAPPING[name])._from_config if name in MUSICGEN else AutoModelForCausalLM.from_config
     with torch.device("meta"):
         count = sum(p.numel() for p in build(config).parameters())
     if count > MOST_PARAMETERS:
         raise ValueError(f"{count} parameters are too many")
     torch.manual_seed(seed)
-    model = build(config, experts_implementation="eager")  # the other ones know no float64
+    model = build(config, experts_implementation="eager")  # the others do not support float64
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
             else:
-                parameter.mul_(4)  # as in tiny_model: the usual 0.02 leaves FFN outputs too small
+                parameter.mul_(4)  # as in tiny_model: FFN outputs are too small with the usual 0.02
     return model.eval()

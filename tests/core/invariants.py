@@ -1,4 +1,4 @@
-"""What an adapter must be on a model of any type, and the table of what it is on each: recipes/docs/ARCHITECTURES.md.
+"""Invariants of an adapter on a model of any type, and the table of results: recipes/docs/ARCHITECTURES.md.
 
 Run     python -m tests.core.invariants --write
 """
@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,9 @@ from braces_cli.core.models.ffn import FFN, Experts, MixtureFFN, find_ffns, laye
 from braces_cli.core.models.identity import fingerprint
 from braces_cli.core.models.load import Base
 from tests.conftest import open_gates
+from tests.core import comparison
 from tests.core.architectures import MAPPING, NEURONS, VARIANTS, VOCABULARY, WIDTH, model_type, tiny
+from tests.core.comparison import relative, run
 from tests.export.columns import export_columns
 
 TABLE = Path(__file__).resolve().parents[2] / "recipes" / "docs" / "ARCHITECTURES.md"
@@ -37,7 +39,7 @@ TOKENS = torch.randint(3, VOCABULARY, (2, 16), generator=torch.Generator().manua
 
 EXACT, NONE, UNSUPPORTED, UNBUILT = "exact", "not applicable", "unsupported", "cannot be built here"
 
-# Types that are not exact: status, reason, and what the refusal says. All others must be exact.
+# Types that are not exact: status, reason, and words of the error. All others must be exact.
 _KEYS = "set of layer types producing a cache|shared_kv_states cannot be None"
 _SHARED = "transformers builds no assistant: all its layers share the target's keys, which Gemma 4's config refuses"
 EXPECTED: dict[str, tuple[str, str, str]] = {
@@ -58,15 +60,15 @@ EXPECTED: dict[str, tuple[str, str, str]] = {
         "set of layer types producing a cache|shared_kv_states cannot be None",
     ),
 }
-# Types that are not tested: their layers run in a loop, several times for one token.
+# Types that are not tested: their layers run several times for one token.
 UNTESTED = ("dory", "inkling2_loop_text")
-# Types whose own float32 noise comes near 1e-5 or passes it: there no worse than twice the reference's, see `compare`.
+# Types with float32 noise near or above 1e-5: their error may be twice that of the reference, see `compare`.
 NOISY = dict.fromkeys(
     ("axk1", "bailing_hybrid", "cpmant", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "rembert"),
     "float32 noise of the model itself reaches 1e-5; exact in float64",
 )
-# Types whose bare base continues a text otherwise, or not at all, without its cache: there is nothing to hold an
-# adapter to but the reference, with the cache or without, as the first says.
+# Types whose base generates other text without its cache, or fails: the adapter is compared with the reference instead,
+# with the cache or without it (first value).
 CACHES = {
     "deepseek_v32": (False, "its indexer chooses other tokens with a cache"),
     "blt": (False, "transformers fails to generate with its cache"),
@@ -80,21 +82,21 @@ CACHES = {
     "xlm": (False, "transformers' cache changes the bare base's text, too"),
     "rwkv": (False, "transformers' cache changes the bare base's text, too"),
 }
-# Types that cannot run in float64 themselves.
+# Types that cannot run in float64.
 SINGLE = {"inkling2_text": "float32 only: its router computes in it"}
-# Widths of FFNs that are worked out from something else than d_ff or 4 d.
+# Widths of FFNs that are neither d_ff nor 4 d.
 WIDTHS = {
     "aria_text": (2 * NEURONS,),  # two shared experts as one
-    "dots3_note": (1536,),  # an expert's width, which no field shrinks
+    "dots3_note": (1536,),  # width of an expert, which `shrink` does not change
     "dots3_note_text": (1536,),
     "gemma3n_text": (44, 60),
-    "granitemoehybrid": (20,),  # its "shared" network is the FFN where there are no experts
+    "granitemoehybrid": (20,),  # without experts its "shared" network is the FFN
     "lfm2": (256,),
     "moshi": (NEURONS // 2,),
     "recurrent_gemma": (NEURONS // 2,),
     "xlstm": (384,),
 }
-# Widths of experts: of one, and of several shared ones written as one.
+# Widths of one expert, and of several shared ones as one.
 EXPERT_WIDTHS = {20, 40}
 NOTES = {
     "blt": "of its four transformers the adapter is on the global one",
@@ -105,7 +107,7 @@ NOTES = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a type turned out to be: one row of the table."""
+    """Result of one type: one row of the table."""
 
     name: str
     status: str
@@ -122,37 +124,26 @@ class Outcome:
         return "| " + " | ".join(cells) + " |"
 
 
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    """max|a-b| / max|b|."""
-    a, b = a.detach().double(), b.detach().double()
-    return float((a - b).abs().max() / b.abs().max())
-
-
 def passed(model: Any, adapter: Adapter, slow: bool) -> dict[str, torch.Tensor]:
-    """Logits, and the gradients of a scalar of them in every parameter of the adapter."""
-    for _, parameter in adapter.named_parameters():
-        parameter.grad = None
-    with reference(adapter) if slow else nullcontext():
-        logits = model(TOKENS, use_cache=False).logits
-    logits.double().logsumexp(-1).square().mean().backward()
-    return {"logits": logits.detach()} | {name: p.grad.clone() for name, p in adapter.named_parameters()}
+    """Logits and gradients of the fast path or the reference."""
+    logits, gradients = run(model, adapter, slow, tokens=TOKENS)
+    return {"logits": logits} | gradients
 
 
 def worst(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """The largest relative difference of two passes."""
+    """Largest relative difference of two passes."""
     return max(relative(a[name], b[name]) for name in b)
 
 
 def together(result: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Gradients of the gates as one vector: of a single number that is nearly zero, float32 keeps few digits."""
+    """Gradients of the gates as one vector, because a single one can be near 0."""
     gates = [value.double() for name, value in result.items() if name.endswith("gate")]
     return {name: value for name, value in result.items() if not name.endswith("gate")} | {"gates": torch.cat(gates)}
 
 
 def logits_of(model: Any) -> torch.Tensor:
     """Logits of the fixed tokens, without gradients."""
-    with torch.no_grad():
-        return model(TOKENS, use_cache=False).logits
+    return comparison.logits_of(model, TOKENS)
 
 
 def continued(model: Any, use_cache: bool) -> torch.Tensor:
@@ -166,7 +157,7 @@ def continued(model: Any, use_cache: bool) -> torch.Tensor:
 
 
 def cache_changes(model: Any) -> str | None:
-    """What differs between greedy continuations with and without a cache, or None."""
+    """Difference between greedy continuations with and without a cache, in words, or None."""
     try:
         found = relative(continued(model, True), continued(model, False))
     except (ValueError, AttributeError, RuntimeError) as error:
@@ -176,7 +167,7 @@ def cache_changes(model: Any) -> str | None:
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Some models make constants in the default dtype, whatever their own is."""
+    """Set the default dtype, which some models use for constants."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -186,7 +177,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def carry(model: Any, ffns: Sequence[FFN | MixtureFFN]) -> Adapter:
-    """An adapter of rank 4 on some FFNs, gates open."""
+    """Attach an adapter of rank 4 to some FFNs, with open gates."""
     generator = torch.Generator().manual_seed(0)
     modules = [RelevanceModule(4, ffn.hidden_size, generator=generator) for ffn in ffns]
     adapter = Adapter(model, list(zip(ffns, modules, strict=True)))
@@ -195,11 +186,7 @@ def carry(model: Any, ffns: Sequence[FFN | MixtureFFN]) -> Adapter:
 
 
 def compare(name: str) -> None:
-    """Values and gradients against the reference, in float32 and in float64.
-
-    Raises:
-        AssertionError: they differ by more than rounding.
-    """
+    """Compare values and gradients with the reference in float32 and float64; raises AssertionError."""
     model = tiny(name)
     adapter = carry(model, find_ffns(model))
     fast, slow = passed(model, adapter, False), passed(model, adapter, True)
@@ -224,11 +211,7 @@ def compare(name: str) -> None:
 
 
 def live(name: str, model: Any, folder: Path) -> None:
-    """Attach, generate, save, detach, load.
-
-    Raises:
-        AssertionError: one of them is not what it should be.
-    """
+    """Attach, generate, save, detach, load; raises AssertionError."""
     base = logits_of(model)
     assert base.isfinite().all()
     bare = cache_changes(model)
@@ -241,7 +224,7 @@ def live(name: str, model: Any, folder: Path) -> None:
         use_cache, _ = CACHES[name]
         with reference(adapter):
             slow = continued(model, use_cache)
-        assert relative(continued(model, use_cache), slow) < 1e-4, "generates otherwise than the reference"
+        assert relative(continued(model, use_cache), slow) < 1e-4, "generated text differs from that of the reference"
     else:
         changed = cache_changes(model)
         assert changed is None, f"with and without cache: {changed}"
@@ -257,7 +240,7 @@ def live(name: str, model: Any, folder: Path) -> None:
 
 
 def form(model: Any, ffns: Sequence[FFN | MixtureFFN]) -> tuple[str, str]:
-    """What the FFNs look like, in words, and what their value projections are called inside a layer."""
+    """Form of the FFNs in words, and names of their value projections inside a layer."""
     stack = layer_stack(model)[1]
     kinds, values = [], []
     for ffn in ffns:
@@ -277,7 +260,7 @@ def form(model: Any, ffns: Sequence[FFN | MixtureFFN]) -> tuple[str, str]:
     described = "; ".join(dict.fromkeys(kinds))
     if len(ffns) != len(stack):
         described += f"; {len(ffns)} of {len(stack)} layers"
-    # Experts in a list differ in their number only.
+    # Experts in a list differ by their index.
     values = [re.sub(r"\.\d+\.", ".N.", value) for value in values]
     return described, ", ".join(f"`{value}`" for value in dict.fromkeys(values))
 
@@ -288,10 +271,9 @@ def _form(ffn: FFN) -> str:
 
 
 def is_the_ffn(name: str, ffns: Sequence[FFN | MixtureFFN]) -> None:
-    """The reference takes discovery's word for what the FFN is; the config, which it does not read, knows its width.
+    """Check the widths of the FFNs against the config, which discovery does not read; raises AssertionError.
 
-    Raises:
-        AssertionError: something else was found, such as the output projection of attention, of width d.
+    Attention's output projection, for example, has another width.
     """
     widths = {NEURONS, 4 * WIDTH, *WIDTHS.get(model_type(name), ())}
     for ffn in ffns:
@@ -304,11 +286,7 @@ def is_the_ffn(name: str, ffns: Sequence[FFN | MixtureFFN]) -> None:
 
 
 def prove(name: str, folder: Path) -> Outcome:
-    """Hold a type to what is expected of it.
-
-    Raises:
-        AssertionError: it is otherwise.
-    """
+    """Check a type against its expected result; raises AssertionError."""
     if name in EXPECTED:
         status, reason, words = EXPECTED[name]
         if status == UNBUILT:
@@ -331,7 +309,7 @@ def prove(name: str, folder: Path) -> Outcome:
 
 
 def counts(outcomes: Sequence[Outcome]) -> str:
-    """How many types are what, in one line."""
+    """Number of types of each status, in one line."""
     numbers = Counter(outcome.status for outcome in outcomes)
     return ", ".join(f"{numbers[status]} {status}" for status in (EXACT, NONE, UNSUPPORTED, UNBUILT) if numbers[status])
 
@@ -370,7 +348,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 
 def main() -> None:
-    """Prove every type, print what fails, and write the table if all is as expected."""
+    """Check every type, print failures, and write the table if there are none."""
     outcomes, failed = [], []
     for name in [name for name in (*MAPPING, *VARIANTS) if name not in UNTESTED]:
         with tempfile.TemporaryDirectory() as folder:

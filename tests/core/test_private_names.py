@@ -1,7 +1,7 @@
-"""Private names of dependencies that the package reads: red on the day that one of them disappears.
+"""Private names of dependencies that the package reads: a test fails if one of them disappears.
 
-Who changes this list changes the ranges in pyproject.toml, too. Those of lm-eval are held in tests/evaluation, those of
-typer in tests/cli.
+A change of this list needs a change of the version ranges in pyproject.toml. Names of lm-eval are tested in
+tests/evaluation, those of typer in tests/cli.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ PACKAGE = Path(__file__).parents[2] / "braces_cli"
 PRIVATE = re.compile(r"(?<![\w.])(?!self\b|cls\b|super\b)\w+(?:\.\w+)*\._([a-z]\w*)|getattr\(\S+, \"_([a-z]\w*)\"")
 KNOWN = {
     "_attn_implementation",  # transformers: configs
-    "_hf_hook",  # accelerate: where a weight is kept
+    "_hf_hook",  # accelerate: offloaded weights
     "_version", "_modules", "_nn", "_python_dispatch", "_pytree", "_compiled_call_impl",  # torch
     "_functions",  # bitsandbytes, in a comment's words
-    "_cached",  # ours
+    "_eager_factors",  # braces
 }  # fmt: skip
 
 
 def test_no_other_private_name_is_read() -> None:
-    """Each one is a bet on the inside of somebody else's library."""
+    """Private names can change in any release."""
     names = set()
     for path in PACKAGE.rglob("*.py"):
         for match in PRIVATE.finditer(path.read_text(encoding="utf-8")):
             names.add("_" + (match[1] or match[2]))
     assert names <= KNOWN
-    assert {"_version", "_attn_implementation"} <= names  # or the search sees nothing
+    assert {"_version", "_attn_implementation"} <= names  # the search finds names
 
 
 def test_transformers_configs_have_it() -> None:
-    """The attention that is in use."""
+    """Implementation of attention."""
     model = tiny_model("llama")
     assert model.config._attn_implementation in ("sdpa", "eager")
     model.set_attn_implementation("eager")
@@ -46,7 +46,7 @@ def test_transformers_configs_have_it() -> None:
 
 
 def test_accelerate_hooks_have_them() -> None:
-    """Where a weight is kept on the CPU or on disk, and where it runs."""
+    """Flag of weights that are stored on the CPU or on disk."""
     model = tiny_model("llama")
     cpu_offload(model, torch.device("cpu"))
     hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
