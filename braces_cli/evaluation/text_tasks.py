@@ -52,9 +52,8 @@ from braces_cli.evaluation.settings import TEXT_TASKS
 from braces_cli.evaluation.statistics import rate_error
 from braces_cli.evaluation.systems import bare
 from braces_cli.scoring.classifier import fit_classifier
-from braces_cli.scoring.judge import Judge, Rating
 from braces_cli.scoring.likelihood import Likelihood, continuation_likelihoods, safe_exp
-from braces_cli.scoring.scorers import Scorer, TextScore, distinct, label_of, repetition, scorer
+from braces_cli.scoring.scorers import Judge, Rating, Scorer, TextScore, distinct, label_of, repetition, scorer
 from braces_cli.steering.prompts import read_prompts
 from braces_cli.steering.texts import generate_texts, text_requests
 

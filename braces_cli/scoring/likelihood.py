@@ -23,7 +23,7 @@ from braces_cli.core.models.tokenize import (
 )
 from braces_cli.core.progress import Report, silent
 
-# Logits of this many tokens are turned into float32 log-probabilities at a time.
+# Tokens whose logits are converted to float32 at a time.
 _TOKENS_AT_ONCE = 2048
 
 
@@ -40,10 +40,10 @@ class Likelihood:
     """Sums over scored tokens.
 
     Attributes:
-        nll: negative log-likelihood in nats.
-        tokens: how many tokens that is.
+        nll: negative log-likelihood, nats.
+        tokens: number of scored tokens.
         end_nll: the part of `nll` of end tokens.
-        end_tokens: how many those are.
+        end_tokens: number of end tokens.
     """
 
     nll: float = 0.0
@@ -66,7 +66,7 @@ class Likelihood:
 
     @property
     def perplexity_without_eos(self) -> float:
-        """Perplexity of everything but the end tokens."""
+        """Perplexity without the end tokens."""
         count = self.tokens - self.end_tokens
         return safe_exp((self.nll - self.end_nll) / count) if count else math.nan
 
@@ -80,7 +80,7 @@ def likelihoods(
     stage: str = "scoring",
     prepare: Callable[[Sequence[int]], None] | None = None,
 ) -> list[Likelihood]:
-    """Return the likelihood of each example's scored tokens, with logits in float32.
+    """Return the likelihood of the scored tokens of each example, with logits in float32.
 
     Examples of similar length share a batch; right padding is masked, so the result does not depend on the batch size.
 

@@ -3,7 +3,7 @@
     vader              sentiment by VADER's lexicon and rules: positive, negative
     toxicity           toxicity by the word list of the package: toxic
     FOLDER, ORG/NAME   a Hugging Face text classifier, on disk or from the hub
-    judge:MODEL        a language model that rates texts (`scoring.judge`), folder or hub id
+    judge:MODEL        a language model that rates texts, folder or hub id
 
 A scorer that fails raises an error; it never returns 0 instead.
 """
@@ -15,10 +15,13 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from braces_cli.core.errors import BracesError, ConfigError, ModelError, near_misses
 from braces_cli.core.files import path_exists, user_path
+
+if TYPE_CHECKING:
+    from braces_cli.core.models.load import Base
 
 BUILT_IN = ("vader", "toxicity")
 # Attribute -> (scorer, label) if no scorer is named.
@@ -34,6 +37,17 @@ JUDGE = "judge:"
 _THRESHOLD = 0.05
 _REPETITION_WIDTH = 4
 _BATCH = 32
+_JUDGE_BATCH = 8
+_ANSWERS = ("0", "1", "2")
+# A text with at least this rating has the concept.
+_HAS = 1.0
+_QUESTIONS = {
+    "concept": "How much is this text {label}? 0: not at all, 1: somewhat, 2: clearly.",
+    "relevance": "How well does this text go with the prompt before it? 0: not at all, 1: partly, 2: well.",
+    "fluency": "How fluent is the language of this text? 0: not fluent, 1: somewhat fluent, 2: fluent.",
+}
+# The text comes first, because input beyond the context is cut at the beginning and the question must remain.
+_TEMPLATE = "{prompt}Text: {text}\n\nQuestion: {question} Answer with the number only.\nAnswer:"
 _WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
 _PIECE = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*|[^\w\s]")
 
@@ -94,18 +108,14 @@ def scorer(name: str, *, exclude: Collection[str] = (), device: str = "cpu") -> 
         what = f"this {'judge model' if is_judge else 'classifier'} reads whole texts"
         hint = "Words can be left out by vader, toxicity and fitted classifiers."
         raise ConfigError(what, where="--exclude-list-words", hint=hint)
-    if is_judge:
-        from braces_cli.scoring.judge import load_judge
-
-        return load_judge(name)
-    return load_hub_classifier(name, device)
+    return load_judge(name) if is_judge else load_hub_classifier(name, device)
 
 
 def default_scorer(attribute: str) -> str:
     """Return the name of the default scorer of an attribute.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: no default scorer.
     """
     if attribute not in DEFAULTS:
         hint = f"Name one with --scorer. These attributes have one: {', '.join(DEFAULTS)}."
@@ -270,6 +280,106 @@ def load_hub_classifier(name: str, device: str = "cpu") -> HubClassifier:
     if model.config.pad_token_id is None:  # causal classifiers find the last token of a text by it
         model.config.pad_token_id = tokenizer.pad_token_id
     return HubClassifier(name, model.to(device), tokenizer)
+
+
+@dataclass(frozen=True)
+class Rating:
+    """Ratings of one text, each from 0 to 2."""
+
+    concept: float
+    relevance: float
+    fluency: float
+
+    @property
+    def overall(self) -> float:
+        """Harmonic mean of the three; 0 if one of them is 0."""
+        parts = (self.concept, self.relevance, self.fluency)
+        return 3 / sum(1 / part for part in parts) if min(parts) > 0 else 0.0
+
+    @property
+    def score(self) -> TextScore:
+        """The concept rating as a score."""
+        return TextScore(self.concept / 2, self.concept >= _HAS)
+
+
+class Judge:
+    """Ratings of texts by a causal language model, as in AxBench; a label is any name of a concept.
+
+    A rating is the expectation 0 P(0) + 1 P(1) + 2 P(2) over the three possible answers, whose probabilities are
+    normalised to sum to 1. The model must follow instructions; ratings of a base model mean little.
+    """
+
+    labels: tuple[str, ...] = ()
+
+    def __init__(self, name: str, base: Base) -> None:
+        from braces_cli.core.models.tokenize import context_length
+
+        self.name = name
+        self._base = base
+        self._window = context_length(base.model.config, base.tokenizer)
+
+    def score(self, texts: Sequence[str], label: str) -> list[TextScore]:
+        """Return the concept ratings of texts, without their prompts, as scores."""
+        concepts = self._ratings("concept", [""] * len(texts), texts, label)
+        return [Rating(concept, 0.0, 0.0).score for concept in concepts]
+
+    def rate(self, prompts: Sequence[str], texts: Sequence[str], label: str) -> list[Rating]:
+        """Return the ratings of texts after their prompts."""
+        parts = [self._ratings(question, prompts, texts, label) for question in _QUESTIONS]
+        return [Rating(*values) for values in zip(*parts, strict=True)]
+
+    def _ratings(self, question: str, prompts: Sequence[str], texts: Sequence[str], label: str) -> Sequence[float]:
+        """Return one rating of each text."""
+        import torch
+
+        from braces_cli.core.models.load import input_device
+        from braces_cli.core.models.tokenize import Encoded, by_length, pad_right
+
+        about = _QUESTIONS[question].format(label=label.replace("_", " "))
+        examples: list[Encoded] = []
+        # The token of each answer.
+        answers: list[list[int]] = []
+        for prompt, text in zip(prompts, texts, strict=True):
+            whole = _TEMPLATE.format(prompt=f"Prompt: {prompt}\n\n" if prompt else "", text=text, question=about)
+            ids, tokens = self._encode(whole)
+            examples.append(Encoded(ids, ids, False, False))
+            answers.append(tokens)
+        model, device = self._base.model, input_device(self._base.model)
+        values = [0.0] * len(examples)
+        for rows in by_length(examples, _JUDGE_BATCH):
+            batch = pad_right([examples[row] for row in rows], self._base.tokenizer.pad_token_id)
+            del batch["labels"]
+            with torch.no_grad():
+                logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False).logits
+            for place, row in enumerate(rows):
+                final = logits[place, len(examples[row].ids) - 1].float()
+                probabilities = final[answers[row]].softmax(dim=-1).cpu()
+                values[row] = sum(rating * float(p) for rating, p in enumerate(probabilities))
+        return checked(self.name, values)
+
+    def _encode(self, question: str) -> tuple[list[int], list[int]]:
+        """Return the tokens up to the first difference between the three answers, and each answer's token there."""
+        from braces_cli.core.models.tokenize import common_length, encode, encode_answer, has_template
+
+        tokenizer = self._base.tokenizer
+        if has_template(tokenizer):
+            encoded = [encode_answer(tokenizer, question, answer).ids for answer in _ANSWERS]
+        else:
+            encoded = [encode(tokenizer, question, f" {answer}").ids for answer in _ANSWERS]
+        shared = min(common_length(encoded[0], other) for other in encoded[1:])
+        return encoded[0][:shared][-self._window :], [ids[shared] for ids in encoded]
+
+
+def load_judge(name: str) -> Judge:
+    """Load the judge `judge:MODEL`, a folder or hub id.
+
+    Raises:
+        ModelError: a model that cannot be loaded.
+    """
+    from braces_cli.core.models.load import load_base
+    from braces_cli.core.options import LoadOptions
+
+    return Judge(name, load_base(name.removeprefix(JUDGE), LoadOptions()))
 
 
 def words_of(text: str) -> list[str]:

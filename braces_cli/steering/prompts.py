@@ -80,7 +80,7 @@ def count_prompts(file: Path) -> int | None:
 
 
 def _checked(prompts: Iterator[PromptRow], where: str) -> Iterator[PromptRow]:
-    """Yield the prompts; errors of reading and no prompt at all are data errors."""
+    """Yield the prompts; raise data errors if the input cannot be read or is empty."""
     empty = True
     try:
         for prompt in prompts:

@@ -35,7 +35,7 @@ Terms = Sequence[tuple[Attribute, Strength]]
 
 @dataclass(frozen=True)
 class LayerSteering:
-    """What steering adds to the FFN output of one decoder layer.
+    """Steering of one decoder layer: the addition to its FFN output.
 
     Attributes:
         ffn: of the layer.
@@ -161,7 +161,7 @@ def steered(session: Session, terms: Terms, layers: Collection[int] | None = Non
 def terms_of_rows(
     find: Callable[[str], Attribute], rows: Sequence[Mapping[str, float]]
 ) -> list[tuple[Attribute, Strength]]:
-    """Return the terms of a batch whose rows have attributes of their own; plain numbers if all rows have the same.
+    """Return the terms of a batch with attributes per row; strengths are numbers if all rows have the same.
 
     Args:
         find: returns the attribute of a name.

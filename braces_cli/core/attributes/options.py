@@ -1,4 +1,4 @@
-"""Options of every command that is steered by attributes, declared once. Light: no torch here."""
+"""Options of every command that steers by attributes. No torch here."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from braces_cli.core.attributes.words import built_in, check_name
 from braces_cli.core.config import ATTRIBUTES, Settings, option
 from braces_cli.core.errors import ConfigError
 
-# Strengths of one list; more is a slip in the step.
+# Strengths in one list; more are a typo in the step.
 _MOST = 200
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttributeNames(Settings):
-    """Which attributes steer."""
+    """Attributes to steer by."""
 
     attribute: tuple[str, ...] = option(
         (), help="Name of an attribute to steer by. Repeatable.", metavar="NAME", panel=ATTRIBUTES, complete=built_in
@@ -26,7 +26,7 @@ class AttributeNames(Settings):
     attributes: Path | None = option(None, help="Folder with attribute files written by attr-build.", panel=ATTRIBUTES)
 
     def check(self) -> None:
-        """Also refuses a name that no attribute can have, and a folder without attributes."""
+        """Refuse names that no attribute can have, and a folder without attributes."""
         super().check()
         for name in self.attribute:
             check_name(name)
@@ -35,14 +35,14 @@ class AttributeNames(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class AttributeSettings(AttributeNames):
-    """Which attributes steer, and how strongly."""
+    """Attributes to steer by, with their strengths."""
 
     s: tuple[float, ...] = option(
         (), help="Strength; the k-th belongs to the k-th --attribute. Default: 1.", metavar="STRENGTH", panel=ATTRIBUTES
     )
 
     def check(self) -> None:
-        """Also refuses strengths that do not fit the attributes."""
+        """Refuse strengths that do not match the attributes."""
         super().check()
         _ = self.strengths
 
@@ -53,15 +53,15 @@ class AttributeSettings(AttributeNames):
 
 
 def strengths(names: Sequence[str], s: Sequence[float]) -> list[float]:
-    """The strength of each attribute in `--attribute`, from `--s`.
+    """Return the strength of each attribute in `--attribute`, from `--s`.
 
     Raises:
-        ConfigError: a name comes twice, the numbers do not match.
+        ConfigError: a duplicate name, or another number of strengths than of names.
     """
     if len(set(names)) < len(names):
         raise ConfigError("an attribute is named twice", where="--attribute", hint="Give each once, with one --s.")
     if len(s) not in (0, len(names)):
-        hint = "The k-th --s belongs to the k-th --attribute; give one for each, or none at all."
+        hint = "The k-th --s belongs to the k-th --attribute; give one for each, or no --s."
         if not names:
             hint = "Name the attribute with --attribute; `braces attr-build --list` shows the built-in ones."
         raise ConfigError(f"{len(s)} strengths for {len(names)} attributes", where="--s", hint=hint)
@@ -69,33 +69,34 @@ def strengths(names: Sequence[str], s: Sequence[float]) -> list[float]:
 
 
 def strength_points(names: Sequence[str], values: Sequence[str]) -> list[dict[str, float]]:
-    """Name -> strength at each point of several, where every `--s` may be a list; none where there is no attribute.
+    """Return name -> strength of each point if every `--s` can be a list; empty without attributes.
 
-    Lists go together: the k-th point takes the k-th strength of each. An attribute with one strength keeps it.
+    The k-th point has the k-th strength of each attribute. An attribute with one strength has it at all points.
 
     Raises:
-        ConfigError: see `parse_strengths` and `strengths`, or lists of different lengths.
+        ConfigError: lists of different lengths, or what `parse_strengths` and `strengths` refuse.
     """
     columns = [parse_strengths(value, "--s") for value in values]
-    strengths(names, [column[0] for column in columns])  # as many as there are names, and no name twice
+    strengths(names, [column[0] for column in columns])
     if not names:
         return []
     columns = columns or [[1.0] for _ in names]
     count = max(map(len, columns))
     if any(len(column) not in (1, count) for column in columns):
-        hint = "Lists of several attributes go together step by step; give each as many strengths, or one."
+        hint = "Give all attributes the same number of strengths, or one."
         raise ConfigError(f"lists of {' and '.join(str(len(c)) for c in columns)} strengths", where="--s", hint=hint)
     return [{name: column[k % len(column)] for name, column in zip(names, columns, strict=True)} for k in range(count)]
 
 
 def parse_strengths(value: str, where: str = "--sweep") -> list[float]:
-    """`FROM:TO:STEP` (both ends included), or numbers with commas between them.
+    """Return the numbers of `FROM:TO:STEP` (both ends included), or of a list with commas.
 
     Args:
-        where: the option that the value belongs to.
+        value: the text.
+        where: option of the value.
 
     Raises:
-        ConfigError: neither.
+        ConfigError: another form, no number, or more than 200.
     """
     hint = f"Such as {where} -4:4:1 or {where} -3,0,3."
     refused = ConfigError(f"`{value}` is not FROM:TO:STEP", where=where, hint=hint)
@@ -111,5 +112,5 @@ def parse_strengths(value: str, where: str = "--sweep") -> list[float]:
     if step == 0 or (last - first) * step < 0 or abs(last - first) / abs(step) >= _MOST:
         raise ConfigError(f"`{value}` has no points, or more than {_MOST}", where=where, hint=hint)
     count = floor((last - first) / step + 1e-9) + 1
-    # Rounded, so that -0.3:0.3:0.1 has a plain 0 in it, at which nothing is added.
+    # Rounded, so that -0.3:0.3:0.1 contains 0 exactly.
     return [round(first + index * step, 10) + 0.0 for index in range(count)]

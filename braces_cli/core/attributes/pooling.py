@@ -39,7 +39,7 @@ Watch = Callable[[Callable[[Tensor], None]], Any]
 def pool_words(session: Session, words: Sequence[str], report: Report = silent, pooling: str = "mean") -> Tensor:
     """Return the FFN inputs pooled over each word's tokens, then averaged over words: (layers, d), float32, CPU.
 
-    Each word is a sequence of its own, with a leading space and without special tokens.
+    Each word is a separate sequence, with a leading space and without special tokens.
     """
     rows = [(encode_word(session.base.tokenizer, word), 0) for word in words]
     return _pool(session, rows, pooling, report, "pooling words")

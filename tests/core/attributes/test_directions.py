@@ -75,7 +75,7 @@ def planted(n=200, d=8, seed=0):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_every_reduction_recovers_a_planted_direction(reduction):
-    """What the sides of a pair share has no effect; the length is half the difference of means."""
+    """Common parts of the sides of a pair have no effect; the length is half the difference of means."""
     states = planted()
     (direction,) = reduce_pairs(states, reduction)
     assert float(direction[0] / direction.norm()) > 0.99

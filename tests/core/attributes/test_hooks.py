@@ -23,7 +23,7 @@ TOKENS = torch.tensor([[0, 5, 6, 7]])
 
 
 def test_attributes_add_up(session):
-    """Logits of A + B are those of the sum of vectors; s = 2 of A is A twice; s = 0 is no attribute."""
+    """Logits of A + B are those of the sum of vectors; s = 2 of A is A twice; s = 0 changes nothing."""
     good = build_attribute(session, "good", ["good", "happy"])
     old = build_attribute(session, "old", ["old", "town"])
 

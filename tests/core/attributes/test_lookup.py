@@ -1,4 +1,4 @@
-"""The cache of built-in attributes: what it is keyed by, and when nothing is cached."""
+"""The cache of built-in attributes: its key, and cases without caching."""
 
 from __future__ import annotations
 
