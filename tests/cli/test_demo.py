@@ -9,7 +9,7 @@ from braces_cli.cli.demo import Guide
 
 
 def test_a_step_is_the_command_that_it_prints(model_dir: Any, tmp_path: Any) -> None:
-    """Its result is that of the command, and the model card names this command and not the demo."""
+    """The model card contains the command of the step, not that of the demo."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "the film is good"}\n' * 4)
     said: list[str] = []
