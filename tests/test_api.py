@@ -30,8 +30,8 @@ def test_texts_equal_those_of_the_command_line(model: Any, adapter_dir: Path, br
     plain = braces_command("steer", *options, *asked)
     steered = braces_command("steer", *options, *asked, "--attribute", "positive", "--s", 30)
     assert model.generate(PROMPTS, max_new_tokens=8) == [row["text"] for row in plain.lines]
-    pushed = model.steer("positive", 30)
-    assert pushed.generate(PROMPTS, max_new_tokens=8) == [row["text"] for row in steered.lines]
+    steered_model = model.steer("positive", 30)
+    assert steered_model.generate(PROMPTS, max_new_tokens=8) == [row["text"] for row in steered.lines]
     assert plain.lines != steered.lines
     # Steering has changed neither the model nor what is open.
     assert model.generate(PROMPTS[0], max_new_tokens=8) == plain.lines[0]["text"]

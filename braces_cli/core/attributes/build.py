@@ -34,7 +34,7 @@ from braces_cli.core.attributes.directions import (
     word_items,
 )
 from braces_cli.core.attributes.pooling import output_norms, pool_texts, pool_words
-from braces_cli.core.attributes.vector import Attribute, check_numbers, default_layers, opposite, with_steered_layers
+from braces_cli.core.attributes.vector import Attribute, check_numbers, default_layers, with_steered_layers
 from braces_cli.core.attributes.words import GRADIENT, OPPOSITES, REFERENCE, built_in, neutral_texts, stems
 from braces_cli.core.errors import ConfigError, DataError
 from braces_cli.core.models.tokenize import has_template
@@ -103,10 +103,11 @@ def built_in_attribute(
     lists = built_in()
     if name not in OPPOSITES:
         return build_attribute(session, name, lists[name], report, pooling, reduction)
-    one, other = (build_attribute(session, each, lists[each], report, pooling) for each in (name, OPPOSITES[name]))
-    attribute = opposite(one, other)[0]
+    words, opposites = lists[name], lists[OPPOSITES[name]]
+    hidden, other = (pool_words(session, each, report, pooling) for each in (words, opposites))
+    attribute = _attribute(session, name, hidden, (hidden + other) / 2, pooling, words=words)
     if (reduction or default_reduction(session)) == GRADIENT:
-        return with_gradient_direction(session, attribute, word_items(session, one.words, other.words), report)
+        return with_gradient_direction(session, attribute, word_items(session, words, opposites), report)
     return attribute
 
 
