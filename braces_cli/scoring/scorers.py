@@ -260,17 +260,15 @@ def load_hub_classifier(name: str, device: str = "cpu") -> HubClassifier:
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from braces_cli.core.models.hub import explained
+    from braces_cli.core.models.hub import hub_errors
     from braces_cli.core.models.load import with_padding
 
-    def load() -> tuple[Any, Any, Any]:
+    with hub_errors(name, "classifier", any_error=True):
         # `--trust-remote-code` is for the base, never for a classifier.
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        return tokenizer, *AutoModelForSequenceClassification.from_pretrained(
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model, info = AutoModelForSequenceClassification.from_pretrained(
             name, output_loading_info=True, trust_remote_code=False
         )
-
-    tokenizer, model, info = explained(name, load, "classifier")
     if info["missing_keys"]:
         # A base model loads as a classifier with a random head.
         missing = sorted(info["missing_keys"])[0]

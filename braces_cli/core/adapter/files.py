@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from braces_cli.core.errors import ModelError
 from braces_cli.core.files import bytes_hash, file_hash, path_exists, user_path, write_json, write_tensors, write_text
-from braces_cli.core.models.hub import explained, is_hub_id
+from braces_cli.core.models.hub import hub_errors, is_hub_id
 from braces_cli.core.models.identity import Fingerprint
 from braces_cli.core.schema import Count, Kind, Name, Positive, Size, check, check_is_file, cut, read
 
@@ -96,7 +96,8 @@ def adapter_folder(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     files = ["*.json", "*.safetensors", "README.md"]
-    return Path(explained(name, lambda: snapshot_download(name, allow_patterns=files), "adapter"))
+    with hub_errors(name, "adapter", any_error=True):
+        return Path(snapshot_download(name, allow_patterns=files))
 
 
 def adapter_hash(folder: Path) -> str:

@@ -224,7 +224,7 @@ def find_ffns(model: nn.Module) -> list[FFN | MixtureFFN]:
         modules = {
             pair.name: FFN(
                 index,
-                _join(prefix, pair.name),
+                f"{prefix}.{pair.name}".rstrip("."),
                 pair.host,
                 pair.keys,
                 pair.value,
@@ -235,7 +235,7 @@ def find_ffns(model: nn.Module) -> list[FFN | MixtureFFN]:
         }
         seen.update(ffn.value for ffn in modules.values())
         stacked = {
-            name: Experts(_join(prefix, name), module, weight, transposed, presorted)
+            name: Experts(f"{prefix}.{name}".rstrip("."), module, weight, transposed, presorted)
             for name, module, weight, transposed, presorted in _find_experts(layer, width)
         }
         if stacked:
@@ -245,7 +245,7 @@ def find_ffns(model: nn.Module) -> list[FFN | MixtureFFN]:
         elif modules or stacked:
             host = _common_parent(layer, [*modules, *(name.rpartition(".")[0] for name in stacked)])
             parts: tuple[FFN | Experts, ...] = (*stacked.values(), *modules.values())
-            found.append(MixtureFFN(index, _join(prefix, host), layer.get_submodule(host), parts))
+            found.append(MixtureFFN(index, f"{prefix}.{host}".rstrip("."), layer.get_submodule(host), parts))
     if not found:
         inside = sorted({type(module).__name__ for module in stack[0].modules()}) if len(stack) else []
         raise ModelError(
@@ -281,10 +281,6 @@ def _is_expert(name: str, ffn: FFN, stacked: list[str], width: int) -> bool:
     blocks = [path.rpartition(".")[0] for path in stacked]
     inside = any(not block or name == block or name.startswith(f"{block}.") for block in blocks)
     return ffn.hidden_size == width and (inside or "." not in name)
-
-
-def _join(*names: str) -> str:
-    return ".".join(name for name in names if name)
 
 
 def _common_parent(layer: nn.Module, names: list[str]) -> str:

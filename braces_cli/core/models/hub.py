@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import resources
@@ -80,39 +80,31 @@ def is_hub_id(name: str) -> bool:
 
 
 @contextmanager
-def hub_errors(where: str, what: str, kind: type[BracesError] = ModelError) -> Iterator[None]:
+def hub_errors(
+    where: str, what: str, kind: type[BracesError] = ModelError, *, any_error: bool = False
+) -> Iterator[None]:
     """Turn errors of the Hugging Face libraries inside the `with` block into one error with a hint.
 
     Args:
         where: hub id, folder, or `id:split` of a data set.
         what: name of the loaded object in the message.
         kind: class of the error.
+        any_error: the block only calls a library that reads files of users, so that every error is about a file. The
+            libraries check files late: a list in the place of a number ends in TypeError, IndexError, AttributeError or
+            AssertionError, a pickle in UnpicklingError, and tokenizers raises plain Exception, or panics.
     """
     try:
         yield
-    except BracesError:
+    except (BracesError, MemoryError):
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise _explain(where, error, what, kind) from error
-    except Exception as error:
-        # Some errors of these libraries have no common base class; other classes are bugs of braces.
-        if type(error).__module__.partition(".")[0] not in _LIBRARIES:
-            raise
-        raise _explain(where, error, what, kind) from error
-
-
-def explained(where: str, load: Callable[[], Any], what: str) -> Any:
-    """Return `load()`, a call into a library that reads files of users, and turn any failure into a ModelError."""
-    try:
-        return load()
-    except (BracesError, MemoryError):
-        raise
     except BaseException as error:
-        if not isinstance(error, Exception) and not is_rust_panic(error):
-            raise
-        # The libraries check files late: a list in the place of a number ends in TypeError, IndexError, AttributeError
-        # or AssertionError, a pickle in UnpicklingError, and tokenizers raises plain Exception.
-        raise _explain(where, error, what, ModelError) from error
+        # Some errors of these libraries have no common base class; other classes are bugs of braces.
+        is_library_error = type(error).__module__.partition(".")[0] in _LIBRARIES
+        if is_library_error or (any_error and (isinstance(error, Exception) or is_rust_panic(error))):
+            raise _explain(where, error, what, kind) from error
+        raise
 
 
 def is_rust_panic(error: BaseException) -> bool:

@@ -23,7 +23,7 @@ from braces_cli.core.distributed import local_rank
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.files import path_exists, user_path, value_hash
 from braces_cli.core.models.ffn import FFN, MixtureFFN, find_ffns
-from braces_cli.core.models.hub import embedded_folder, embedded_name, explained, resolve
+from braces_cli.core.models.hub import embedded_folder, embedded_name, hub_errors, resolve
 from braces_cli.core.models.identity import Fingerprint, fingerprint
 from braces_cli.core.models.weights import check_finite, compute_device, is_packed
 from braces_cli.core.options import LoadOptions
@@ -100,12 +100,9 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
     from transformers import AutoTokenizer
 
     where = _folder_or_id(name)
-
-    def load() -> Any:
+    with hub_errors(where, "tokenizer", any_error=True):
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
         return with_padding(tokenizer)
-
-    return explained(where, load, "tokenizer")
 
 
 def with_padding(tokenizer: Any, rows: int | None = None) -> Any:
@@ -144,9 +141,8 @@ def load_base(name: str, options: LoadOptions | None = None, tokenizer: Any = No
         device_map = device_map or str(device)
     if tokenizer is None:
         tokenizer = load_tokenizer(name, revision=options.revision, trust_remote_code=options.trust_remote_code)
-    model, info = explained(
-        where,
-        lambda: AutoModelForCausalLM.from_pretrained(
+    with hub_errors(where, "model", any_error=True):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             where,
             revision=options.revision,
             dtype=DTYPES.get(options.dtype, "auto"),
@@ -154,9 +150,8 @@ def load_base(name: str, options: LoadOptions | None = None, tokenizer: Any = No
             trust_remote_code=options.trust_remote_code,
             output_loading_info=True,
             **packing,
-        ),
-        "model",
-    )
+        )
+    model, info = loaded
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
         keys = sorted(map(str, info.get(kind) or ()))
         if keys:
@@ -211,12 +206,10 @@ def _quantization_config(where: str, options: LoadOptions) -> Any:
     """`quantization_config` of `from_pretrained`, for a checkpoint that is not quantised."""
     import transformers
 
-    code = options.trust_remote_code
-    config = explained(
-        where,
-        lambda: transformers.AutoConfig.from_pretrained(where, revision=options.revision, trust_remote_code=code),
-        "model",
-    )
+    with hub_errors(where, "model", any_error=True):
+        config: Any = transformers.AutoConfig.from_pretrained(
+            where, revision=options.revision, trust_remote_code=options.trust_remote_code
+        )
     stored = getattr(config, "quantization_config", None)
     if stored is not None:
         method = stored.get("quant_method") if isinstance(stored, dict) else type(stored).__name__
@@ -265,13 +258,10 @@ def load_shape(name: str, *, revision: str | None = None, trust_remote_code: boo
     from transformers import AutoConfig, AutoModelForCausalLM
 
     where = _folder_or_id(name)
-
-    def build() -> Any:
+    with hub_errors(where, "model", any_error=True):
         config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-
-    return explained(where, build, "model")
 
 
 def tokenizer_hashes(tokenizer: Any) -> dict[str, str | None]:
