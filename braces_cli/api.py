@@ -31,7 +31,7 @@ from braces_cli.core.files import user_path
 from braces_cli.core.models.ffn import chosen_layers
 from braces_cli.core.models.structure import uncompiled
 from braces_cli.core.options import AdapterSettings, Sampling, SteeredLayers
-from braces_cli.inspection.summary import summarise_open
+from braces_cli.inspection.summary import summarise
 from braces_cli.steering.texts import generate_texts, text_requests, uses_chat_template
 from braces_cli.training.run import train as run_training
 from braces_cli.training.settings import TrainSettings
@@ -146,7 +146,7 @@ class Model:
 
     def inspect(self) -> dict[str, Any]:
         """Return the keys of `braces inspect --format json`: sizes, gates and projections of each layer."""
-        return summarise_open(self.session)
+        return summarise(self.session.base, self.session.stored, is_attached=self.session.adapter is not None)
 
 
 def load(name: Name | None = None, *, adapter: Name | None = None, **options: Any) -> Model:

@@ -61,7 +61,7 @@ def test_inspect_equals_the_command_line(
 ) -> None:
     """Without reading the files of the base again."""
     shown = braces_command("inspect", "--adapter", adapter_dir, "--format", "json").json
-    monkeypatch.delattr("braces_cli.inspection.summary.load_shape")
+    monkeypatch.delattr("braces_cli.core.adapter.model.load_shape")
     assert model.inspect() == shown
 
 

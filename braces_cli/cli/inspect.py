@@ -5,21 +5,26 @@
 
 import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from braces_cli.cli.options import command
-from braces_cli.cli.output import file_size, note, print_json, print_json_lines, print_pairs, print_table, progress
+from braces_cli.cli.output import note, print_json, print_json_lines, print_pairs, print_table, progress
 from braces_cli.core.attributes.files import check_attributes
 from braces_cli.core.attributes.words import built_in
-from braces_cli.core.config import ATTRIBUTES, DATA, GENERATION, OUTPUT, SeedSettings, option, same_option
+from braces_cli.core.config import ATTRIBUTES, DATA, GENERATION, SeedSettings, option, parse_ranges, same_option
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.options import AdapterSettings, DisplaySettings, OverwriteSettings, Sampling
+
+if TYPE_CHECKING:
+    from braces_cli.core.adapter.model import Session
+    from braces_cli.inspection.clamp import Clamp
+    from braces_cli.inspection.vocabulary import LogitLens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +48,21 @@ class VectorSettings(LayerSettings):
         help="Weight matrix: value (output of the neurons), gate or up (their input).",
         choices=("value", "gate", "up"),
     )
-    format: str = option(
-        "table", help="Format of stdout; json: JSON Lines.", panel=OUTPUT, choices=("table", "json"), display=True
-    )
+
+
+def _open(settings: InspectSettings) -> "tuple[Session, LogitLens]":
+    from braces_cli.core.adapter.model import open_session
+    from braces_cli.inspection.vocabulary import LogitLens
+
+    session = open_session(settings.model, settings.adapter, settings)
+    return session, LogitLens(session.base)
+
+
+def _chosen_ffns(session: "Session", settings: LayerSettings) -> list[Any]:
+    from braces_cli.core.models.ffn import chosen_layers
+
+    layers = chosen_layers(session.base.model, settings.layers)
+    return [ffn for ffn in session.ffns if layers is None or ffn.layer in layers]
 
 
 def tokens_cell(row: Mapping[str, Any]) -> str:
@@ -83,32 +100,23 @@ def values(settings: ValuesSettings) -> None:
     with output_lock(output), progress(settings.quiet) as report:
         if output is not None:
             check_output_file(output, settings.overwrite)
-        from braces_cli.core.adapter.model import open_session
-        from braces_cli.core.config import parse_ranges
-        from braces_cli.core.models.ffn import chosen_layers
         from braces_cli.inspection.maps import write_map
         from braces_cli.inspection.vocabulary import map_header, value_tokens
 
-        session = open_session(settings.model, settings.adapter, settings)
-        layers = chosen_layers(session.base.model, settings.layers)
-        count = max((ffn.value_vectors for ffn in session.ffns if layers is None or ffn.layer in layers), default=0)
+        session, lens = _open(settings)
+        ffns = _chosen_ffns(session, settings)
+        count = max((ffn.value_vectors for ffn in ffns), default=0)
         indices = parse_ranges(settings.index, count, "--index") if settings.index else None
-        rows = value_tokens(session, layers, indices, settings.top_k, report, settings.side)
+        rows = value_tokens(lens, ffns, indices, settings.top_k, report, settings.side)
         if output is not None:
-            header = map_header(session, settings.side, settings.top_k)
+            header = map_header(session.base, lens, settings.side, settings.top_k)
             vectors = write_map(output, header, rows)
-            written = {
-                "output": str(output),
-                "model": header["model"],
-                "side": settings.side,
-                "top_k": header["top_k"],
-                "vectors": vectors,
-                "bytes": output.stat().st_size,
-            }
+            written = {name: header[name] for name in ("model", "side", "top_k")}
+            written |= {"output": str(output), "vectors": vectors, "bytes": output.stat().st_size}
             if settings.json:
                 print_json(written)
             else:
-                print_pairs("map written", {**written, "bytes": file_size(written["bytes"])}, {"bytes": "size"})
+                print_pairs("map written", written)
             return
         if settings.json:
             print_json_lines(rows)
@@ -155,8 +163,6 @@ def find(settings: FindSettings) -> None:
     """
     if bool(settings.words) == bool(settings.attribute):
         raise ConfigError("give either words or --attribute", where="find", hint="Such as: find happy joyful")
-    if settings.attributes is not None and settings.attribute is None:
-        raise ConfigError("--attributes has no effect on words", where="--attributes", hint="Give --attribute NAME.")
     check_attributes(settings.attributes)
     if settings.attribute and settings.map_file:
         hint = "Relevance needs the model: leave --map out."
@@ -180,50 +186,37 @@ def _find_in_map(settings: FindSettings, path: Path) -> list[dict[str, Any]]:
     """Search a map; if a model or adapter is named, check that the map belongs to the model."""
     from braces_cli.inspection.maps import Vocabulary, open_map
 
-    source = open_map(path)
-    split: Callable[[str], Sequence[int]] = source.split
+    source, tokenizer = open_map(path), None
     if settings.model or settings.adapter:
-        from braces_cli.core.adapter.model import base_name, resolve_adapter
-        from braces_cli.core.models.ffn import find_ffns
-        from braces_cli.core.models.identity import fingerprint
-        from braces_cli.core.models.load import checkpoint_folder, load_shape, load_tokenizer, tokenizer_hashes
-        from braces_cli.core.models.tokenize import encode_word
+        from braces_cli.core.adapter.model import open_shape
+        from braces_cli.core.models.load import load_tokenizer
 
-        name = base_name(settings.model, resolve_adapter(settings.adapter))
-        shape = load_shape(name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
-        tokenizer = load_tokenizer(name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
-        of_model = fingerprint(shape, find_ffns(shape), checkpoint_folder(name, settings.revision))
-        source.check_model(of_model, tokenizer_hashes(tokenizer))
-        split = functools.partial(encode_word, tokenizer)
+        base, _ = open_shape(settings.model, settings.adapter, settings.revision, settings.trust_remote_code)
+        tokenizer = load_tokenizer(base.name, revision=base.revision, trust_remote_code=settings.trust_remote_code)
+        base.tokenizer = tokenizer
+        source.check_base(base)
     layers = None
     if settings.layers is not None:
-        from braces_cli.core.config import parse_ranges
-
         layers = parse_ranges(settings.layers, source.header["fingerprint"]["layers"], "--layers")
-    concept = Vocabulary(source.header["vocabulary"]).concept(settings.words, split)
+    concept = Vocabulary(source.header["vocabulary"]).concept(settings.words, tokenizer)
     rows = source.search(concept, settings.limit, layers)
     return [row | {"tokens": row["tokens"][: settings.top_k]} for row in rows]
 
 
 def _find_in_model(settings: FindSettings, report: Any) -> list[dict[str, Any]]:
-    from braces_cli.core.adapter.model import open_session
     from braces_cli.core.attributes.lookup import find_attribute
-    from braces_cli.core.models.ffn import chosen_layers
-    from braces_cli.inspection.search import model_concept, top_vectors_for_attribute, top_vectors_for_concept
-    from braces_cli.inspection.vocabulary import LogitLens
+    from braces_cli.inspection.search import top_vectors_for_attribute, top_vectors_for_concept
 
-    session = open_session(settings.model, settings.adapter, settings)
-    lens, layers = LogitLens(session.base), chosen_layers(session.base.model, settings.layers)
+    session, lens = _open(settings)
+    ffns = _chosen_ffns(session, settings)
     limit, top_k = settings.limit, settings.top_k
     if settings.attribute is None:
-        concept = model_concept(session, lens, settings.words)
-        return top_vectors_for_concept(
-            session, lens, concept, layers=layers, side=settings.side, limit=limit, top_k=top_k, report=report
-        )
+        concept = lens.vocabulary.concept(settings.words, session.base.tokenizer)
+        return top_vectors_for_concept(lens, ffns, concept, side=settings.side, limit=limit, top_k=top_k, report=report)
     # With an adapter the relevance is that to p, which needs no steering direction.
     steering = session.adapter is None
     attribute = find_attribute(session, settings.attribute, settings.attributes, report, for_steering=steering)
-    return top_vectors_for_attribute(session, lens, attribute, layers=layers, limit=limit, top_k=top_k)
+    return top_vectors_for_attribute(session, lens, ffns, attribute, limit=limit, top_k=top_k)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,37 +243,36 @@ def trace(settings: TraceSettings) -> None:
     The effect is on the direct path to the LM head, with the scale of the final norm held at its value. The effects of
     embedding, attention, sub-updates and biases add up to the logit.
     """
-    from braces_cli.core.adapter.model import open_session
-    from braces_cli.core.config import parse_ranges
-    from braces_cli.core.models.ffn import chosen_layers
     from braces_cli.inspection import trace as tracing
-    from braces_cli.inspection.vocabulary import LogitLens
 
-    with progress(settings.quiet) as report:
-        session = open_session(settings.model, settings.adapter, settings)
-        lens = LogitLens(session.base)
-        count = len(tracing.prompt_ids(session, settings.prompt, "PROMPT"))
-        positions = None if settings.json else [count - 1]
+    with progress(settings.quiet):
+        session, lens = _open(settings)
+        ids = tracing.prompt_ids(session, settings.prompt, "PROMPT")
+        positions = None if settings.json else [len(ids) - 1]
         if settings.positions is not None:
-            positions = parse_ranges(settings.positions, count, "--positions")
+            positions = parse_ranges(settings.positions, len(ids), "--positions")
+        target = None if settings.target is None else lens.vocabulary.single(settings.target, "--target")
+        layers = [ffn.layer for ffn in _chosen_ffns(session, settings)]
         traced = tracing.trace(
             session,
             lens,
-            settings.prompt,
-            target=None if settings.target is None else lens.vocabulary().single(settings.target, "--target"),
-            layers=chosen_layers(session.base.model, settings.layers),
+            ids,
+            target=target,
+            layers=layers,
             positions=positions,
             top=settings.limit,
             top_k=settings.top_k,
-            report=report,
         )
     if settings.json:
-        print_json(traced)
+        print_json({"prompt": settings.prompt, **traced})
         return
-    adapted = traced["positions"][-1]["base_logit"] is not None
-    heads = ["logit", "embedding", "attention", "sub_updates", "biases", *(["base_logit"] if adapted else [])]
-    table = [(p["position"], p["token"], p["target"]["token"], *(p[h] for h in heads)) for p in traced["positions"]]
-    print_table("", ["position", "token", "target", *(name.replace("_", " ") for name in heads)], table)
+    adapted = session.adapter is not None
+    names = ["position", "token", "target", "logit", "embedding", "attention", "sub_updates", "biases"]
+    names += ["base_logit"] if adapted else []
+    for row in traced["positions"]:
+        row["target"] = row["target"]["token"]
+    table = [[row[name] for name in names] for row in traced["positions"]]
+    print_table("", [name.replace("_", " ") for name in names], table)
     names = ["index", "weight", *(["relevance", "gated"] if adapted else []), "effect"]
     names += ["base_effect"] if adapted else []
     rows = [
@@ -329,13 +321,9 @@ def clamp(settings: ClampSettings) -> None:
     from braces_cli.inspection.clamp import parse_clamp
 
     clamps = [parse_clamp(text) for text in settings.clamps]
-    percentiles = any(clamp.percentile is not None for clamp in clamps)
-    if percentiles and not settings.data:
-        hint = "Give texts like those that the model reads: --data FILE."
-        raise ConfigError("a percentile needs texts to compute it from", where="--data", hint=hint)
-    if settings.data and not percentiles:
-        hint = "Write LAYER:INDEX=p99.9, or leave --data out."
-        raise ConfigError("no clamp is a percentile", where="--data", hint=hint)
+    if bool(settings.data) != any(clamp.percentile is not None for clamp in clamps):
+        hint = "Write LAYER:INDEX=p99.9 and --data FILE, or neither."
+        raise ConfigError("percentiles and --data need each other", where="--data", hint=hint)
     with progress(settings.quiet) as report:
         result = _clamp(settings, clamps, report)
     if settings.json:
@@ -352,25 +340,20 @@ def clamp(settings: ClampSettings) -> None:
             print_table("", ["", "continuation"], [("before", row["text_before"]), ("after", row["text"])])
 
 
-def _clamp(settings: ClampSettings, clamps: Sequence[Any], report: Any) -> dict[str, Any]:
-    from braces_cli.core.adapter.model import open_session
+def _clamp(settings: ClampSettings, clamps: "list[Clamp]", report: Any) -> dict[str, Any]:
     from braces_cli.core.models.generate import TextRequest, generate
     from braces_cli.inspection.clamp import check_clamps, clamp_prompt, clamped, read_texts, resolve_percentiles
-    from braces_cli.inspection.vocabulary import LogitLens, plain_ffns
+    from braces_cli.inspection.vocabulary import plain_ffns
     from braces_cli.steering.prompts import read_prompts
 
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, None, settings.seed)
     prompts = list(read_prompts(settings.prompt, settings.prompts, sys.stdin))
-    session = open_session(settings.model, settings.adapter, settings)
+    session, lens = _open(settings)
     ffns = plain_ffns(session.ffns)
     check_clamps(ffns, clamps)
     if settings.data:
         clamps = resolve_percentiles(session, clamps, read_texts(session, settings.data, settings.limit), report)
-    lens = LogitLens(session.base)
-    tokens = []
-    if settings.token:
-        vocabulary = lens.vocabulary()
-        tokens = [vocabulary.single(text, "--token") for text in settings.token]
+    tokens = [lens.vocabulary.single(text, "--token") for text in settings.token]
     rows = []
     for number, prompt in enumerate(prompts):
         report("clamping", number, len(prompts))
@@ -381,7 +364,8 @@ def _clamp(settings: ClampSettings, clamps: Sequence[Any], report: Any) -> dict[
             with clamped(ffns, clamps):
                 row["text"] = generate(model, tokenizer, requests, sampling)[0]
         rows.append(row)
-    return {"clamps": [clamp.as_row() for clamp in clamps], "prompts": rows}
+    shown = [{name: value for name, value in asdict(clamp).items() if value is not None} for clamp in clamps]
+    return {"clamps": shown, "prompts": rows}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -391,7 +375,7 @@ class ReportSettings(OverwriteSettings, InspectSettings):
     first_options = ("output", "prompt", "model", "adapter", "target")
 
     output: Path = option(help="HTML file to write.")
-    prompt: str | None = option(None, help="Text for the heat map and the strongest vectors.")
+    prompt: str = option("When I opened the door, I saw", help="Text for the heat map and the strongest vectors.")
     target: str | None = option(
         None, help="Target token of the heat map. Default: the model's next token at each position."
     )
@@ -400,18 +384,14 @@ class ReportSettings(OverwriteSettings, InspectSettings):
 @command
 def report(settings: ReportSettings) -> None:
     """Write a self-contained HTML page: gates, value vectors, a heat map of a prompt and attribute alignments."""
-    from braces_cli.core.adapter.model import open_session
     from braces_cli.core.files import check_output_file, output_lock, write_text
-    from braces_cli.inspection.report import DEFAULT_PROMPT, render, report_data
-    from braces_cli.inspection.vocabulary import LogitLens
+    from braces_cli.inspection.report import render, report_data
 
     with output_lock(settings.output), progress(settings.quiet) as on_progress:
         check_output_file(settings.output, settings.overwrite)
-        session = open_session(settings.model, settings.adapter, settings)
-        lens = LogitLens(session.base)
-        target = None if settings.target is None else lens.vocabulary().single(settings.target, "--target")
-        prompt = DEFAULT_PROMPT if settings.prompt is None else settings.prompt
-        write_text(settings.output, render(report_data(session, lens, prompt, target, on_progress)))
+        session, lens = _open(settings)
+        target = None if settings.target is None else lens.vocabulary.single(settings.target, "--target")
+        write_text(settings.output, render(report_data(session, lens, settings.prompt, target, on_progress)))
         written = {
             "output": str(settings.output),
             "model": session.base.name,
@@ -420,8 +400,8 @@ def report(settings: ReportSettings) -> None:
         }
     if settings.json:
         print_json(written)
-        return
-    print_pairs("", written)
+    else:
+        print_pairs("", written)
 
 
 app = typer.Typer(help="Inspect a model and its adapter.", invoke_without_command=True)
@@ -442,26 +422,18 @@ class SummarySettings(DisplaySettings):
 @command
 def summary(settings: SummarySettings) -> None:
     """Inspect a model and its adapter. Without a subcommand: gates and projections of each layer."""
+    from braces_cli.core.adapter.model import open_shape
     from braces_cli.inspection.summary import summarise
 
-    found = summarise(
-        settings.model,
-        settings.adapter,
-        revision=settings.revision,
-        trust_remote_code=settings.trust_remote_code,
-    )
+    found = summarise(*open_shape(settings.model, settings.adapter, settings.revision, settings.trust_remote_code))
     if settings.json:
         print_json(found)
         return
     title = [f"{found['model']}, {found['base_parameters']:,} parameters"]
     if settings.adapter:
         title.append(f"adapter {settings.adapter}, {found['parameters']:,} parameters")
-    columns = list(found["layers"][0])
-    rows = [
-        [", ".join(f"{c:.3f}" for c in value) if isinstance(value, list) else value for value in layer.values()]
-        for layer in found["layers"]
-    ]
-    print_table(title, [name.replace("_", " ") for name in columns], rows)
+    columns = [name.replace("_", " ") for name in found["layers"][0]]
+    print_table(title, columns, [list(layer.values()) for layer in found["layers"]])
 
 
 @app.callback()

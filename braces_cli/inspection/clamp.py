@@ -26,9 +26,9 @@ from braces_cli.core.models.tokenize import Encoded, by_length, context_length, 
 from braces_cli.core.progress import Report, silent
 from braces_cli.data.dataset import Reading, iterate
 from braces_cli.inspection.trace import prompt_ids
-from braces_cli.inspection.vocabulary import LogitLens, check_indices, plain_ffns
+from braces_cli.inspection.vocabulary import LogitLens, plain_ffns
 
-_FORM = re.compile(r"([0-9]{1,18}):([0-9]{1,18})=(p?)([^=]+)")
+_FORM = re.compile(r"([0-9]{1,9}):([0-9]{1,9})=(p?)([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,2})?)")
 # Maximum number of tokens per row of the texts for percentiles, and rows per batch.
 _MAX_LENGTH = 512
 _BATCH = 8
@@ -43,43 +43,32 @@ class Clamp:
     value: float
     percentile: float | None = None
 
-    def as_row(self) -> dict[str, Any]:
-        """`{layer, index, value}`, and `percentile` if there is one."""
-        row = {"layer": self.layer, "index": self.index, "value": self.value}
-        return row if self.percentile is None else row | {"percentile": self.percentile}
-
 
 def parse_clamp(text: str) -> Clamp:
     """Parse LAYER:INDEX=VALUE or LAYER:INDEX=pPERCENTILE.
 
     Raises:
-        ConfigError: the text has another form, the value is not finite, or the percentile is not from 0 to 100.
+        ConfigError: the text has another form, or the percentile is not from 0 to 100.
     """
     match = _FORM.fullmatch(text.strip())
-    try:
-        value = float(match[4]) if match else math.nan
-    except ValueError:
-        value = math.nan
-    if match is None or not math.isfinite(value):
-        hint = "Such as 3:89=2.5 or 0:7=-1, or 3:89=p99.9 for a percentile."
+    if match is None or (match[3] and not 0 <= float(match[4]) <= 100):
+        hint = "Such as 3:89=2.5 or 0:7=-1, or 3:89=p99.9 for a percentile, p0 to p100."
         raise ConfigError(f"`{text}` is not LAYER:INDEX=VALUE", where="clamp", hint=hint)
-    layer, index = int(match[1]), int(match[2])
-    if not match[3]:
-        return Clamp(layer, index, value)
-    if not 0 <= value <= 100:
-        raise ConfigError(f"no percentile {value:g}", where="clamp", hint="Give p0 to p100.")
-    return Clamp(layer, index, 0.0, percentile=value)
+    layer, index, value = int(match[1]), int(match[2]), float(match[4])
+    return Clamp(layer, index, 0.0, percentile=value) if match[3] else Clamp(layer, index, value)
 
 
 def check_clamps(ffns: Sequence[FFN], clamps: Sequence[Clamp]) -> None:
     """Raise ConfigError if the model does not have a neuron, or a neuron has two clamps."""
-    by_layer = {ffn.layer: ffn for ffn in ffns}
+    sizes = {ffn.layer: ffn.value_vectors for ffn in ffns}
     neurons = [(clamp.layer, clamp.index) for clamp in clamps]
     for layer, index in neurons:
-        if layer not in by_layer:
-            hint = f"The layers are {min(by_layer)} to {max(by_layer)}."
+        if layer not in sizes:
+            hint = f"The layers are {min(sizes)} to {max(sizes)}."
             raise ConfigError(f"no feed-forward layer {layer}", where="clamp", hint=hint)
-        check_indices(by_layer[layer], [index], "clamp")
+        if index >= sizes[layer]:
+            hint = f"Layer {layer} has value vectors 0 to {sizes[layer] - 1}."
+            raise ConfigError(f"no value vector {index}", where="clamp", hint=hint)
         if neurons.count((layer, index)) > 1:
             raise ConfigError(f"{layer}:{index} is named twice", where="clamp", hint="Give it one value.")
 
@@ -176,49 +165,54 @@ def read_texts(session: Session, names: Sequence[str], limit: int) -> list[Encod
 
 
 def activation_weights(
-    session: Session, neurons: Sequence[tuple[int, int]], texts: Sequence[Encoded], report: Report = silent
-) -> Tensor:
-    """Activation weights w (positions, neurons) in float32 of (layer, index) pairs at every position of the texts.
+    session: Session, neurons: dict[int, list[int]], texts: Sequence[Encoded], report: Report = silent
+) -> dict[int, Tensor]:
+    """Activation weights w (positions, neurons) in float32 of some neurons of each layer, at all positions of texts.
 
     w does not include an adapter's g r, but the adapter in lower layers has its effect.
     """
     model = session.base.model
     device = input_device(model)
     pad = session.base.tokenizer.pad_token_id or 0
-    requested = {layer: [index for each, index in neurons if each == layer] for layer, _ in neurons}
     seen: dict[int, Tensor] = {}
-    parts: list[Tensor] = []
+    parts: dict[int, list[Tensor]] = {layer: [] for layer in neurons}
 
     def record(layer: int) -> Any:
         def hook(module: nn.Module, args: tuple) -> None:
-            seen[layer] = args[0][..., requested[layer]].detach().float().to(device)
+            seen[layer] = args[0][..., neurons[layer]].detach().float().to(device)
 
         return hook
 
     with ExitStack() as handles, torch.no_grad():
         for ffn in plain_ffns(session.ffns):
-            if ffn.layer in requested:
+            if ffn.layer in neurons:
                 handles.callback(ffn.value.register_forward_pre_hook(record(ffn.layer)).remove)
         done = 0
         for group in by_length(texts, _BATCH):
             batch = pad_right([texts[index] for index in group], pad)
             ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
             model(input_ids=ids, attention_mask=mask, use_cache=False)
-            # Some FFNs receive rows and positions as one dimension.
-            flat = {layer: value.reshape(-1, value.shape[-1])[mask.bool().flatten()] for layer, value in seen.items()}
-            columns = [flat[layer][:, requested[layer].index(index)] for layer, index in neurons]
-            parts.append(torch.stack(columns, dim=1).cpu())
+            for layer, value in seen.items():
+                # Some FFNs receive rows and positions as one dimension.
+                parts[layer].append(value.reshape(-1, value.shape[-1])[mask.bool().flatten()].cpu())
             report("computing percentiles", done := done + len(group), len(texts))
-    return torch.cat(parts)
+    return {layer: torch.cat(values) for layer, values in parts.items()}
 
 
 def resolve_percentiles(
     session: Session, clamps: Sequence[Clamp], texts: Sequence[Encoded], report: Report = silent
 ) -> list[Clamp]:
     """Set the values of percentile clamps, with linear interpolation, over all positions of `texts`."""
-    chosen = [clamp for clamp in clamps if clamp.percentile is not None]
-    neurons = [(clamp.layer, clamp.index) for clamp in chosen]
-    weights = activation_weights(session, neurons, texts, report).double().numpy()
-    # numpy, because torch.quantile takes at most 16 million numbers.
-    values = {clamp: float(np.percentile(weights[:, i], clamp.percentile or 0.0)) for i, clamp in enumerate(chosen)}
-    return [replace(clamp, value=values[clamp]) if clamp in values else clamp for clamp in clamps]
+    neurons: dict[int, list[int]] = defaultdict(list)
+    for clamp in clamps:
+        if clamp.percentile is not None:
+            neurons[clamp.layer].append(clamp.index)
+    weights = activation_weights(session, neurons, texts, report)
+    resolved = []
+    for clamp in clamps:
+        if clamp.percentile is not None:
+            of_neuron = weights[clamp.layer][:, neurons[clamp.layer].index(clamp.index)].double().numpy()
+            # numpy, because torch.quantile takes at most 16 million numbers.
+            clamp = replace(clamp, value=float(np.percentile(of_neuron, clamp.percentile)))
+        resolved.append(clamp)
+    return resolved

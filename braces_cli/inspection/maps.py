@@ -16,114 +16,84 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
-from braces_cli.core.errors import ConfigError, DataError, ModelError, near_misses
+from braces_cli.core.errors import ConfigError, DataError, ModelError
 from braces_cli.core.files import write_atomic
-from braces_cli.core.models.identity import Fingerprint
+from braces_cli.core.models.identity import Fingerprint, differences
 from braces_cli.core.schema import Count, Kind, parse
+
+if TYPE_CHECKING:
+    from braces_cli.core.models.load import Base
 
 _KEY = b"braces"
 _ROWS_AT_ONCE = 8192
 _HINT = "`braces inspect values --output FILE` writes maps."
 
 
+@dataclass(frozen=True)
 class Vocabulary:
-    """Texts of all tokens, and the tokens that have a text."""
+    """Texts of all tokens.
 
-    def __init__(self, texts: Sequence[str]) -> None:
-        self.texts = texts
+    A word has these forms: the single tokens that spell it, with and without a leading space, as written and, if it is
+    in lower case, capitalised. A word without such a token has one form, the tokens that the tokenizer splits it into.
+    A word with a leading space is that token alone, `id:123` the token with that number.
+    """
 
-    def find(self, text: str) -> list[int]:
-        """Tokens with exactly this text, lowest first."""
-        # A linear search: building a dictionary of all texts would take longer than the search of a map.
-        found: list[int] = []
-        with suppress(ValueError):
-            while text:
-                found.append(self.texts.index(text, found[-1] + 1 if found else 0))
-        return found
+    texts: Sequence[str]
 
-    def number(self, text: str, where: str) -> int | None:
-        """Return the token named by `id:123`, None for any other text.
-
-        Raises:
-            ConfigError: the number is invalid or outside the vocabulary.
-        """
-        if not text.startswith("id:"):
-            return None
-        digits = text.removeprefix("id:")
-        token = int(digits) if re.fullmatch("[0-9]{1,18}", digits) else None
-        if token is None and self.find(text):
-            return None
-        if token is None or token >= len(self.texts):
-            hint = f"The tokens are id:0 to id:{len(self.texts) - 1}."
-            raise ConfigError(f"no token {text.removeprefix('id:')}", where=where, hint=hint)
-        return token
-
-    def single(self, text: str, where: str) -> int:
-        """Return one token for `text`: with a leading space, as inside a sentence, else as written.
-
-        Raises:
-            ConfigError: no token has this text.
-        """
-        number = self.number(text, where)
-        if number is not None:
-            return number
-        found = [] if text.startswith(" ") else self.find(f" {text}")
-        found += self.find(text)
-        if not found:
-            raise self._unknown(text, where)
-        return found[0]
-
-    def concept(self, words: Sequence[str], split: Callable[[str], Sequence[int]], where: str = "TOKEN") -> Concept:
-        """Return the tokens of some words.
-
-        The forms of a word are the single tokens that spell it: with and without a leading space, as written and, if
-        it is in lower case, capitalised. A word without such a token has one form, the tokens that the tokenizer
-        splits it into. A word with a leading space is that token alone, `id:123` the token with that number.
+    def forms(self, word: str, where: str, tokenizer: Any = None) -> list[tuple[int, ...]]:
+        """Return the forms of a word.
 
         Args:
-            split: tokenizer, for a word inside a sentence; called only for words that are not single tokens.
+            tokenizer: splits words that are not single tokens; None if there is none.
 
         Raises:
-            ConfigError: this vocabulary cannot express a word.
+            ConfigError: this vocabulary cannot express the word.
         """
-        return Concept(tuple(self._forms(word, split, where) for word in words))
-
-    def _forms(self, word: str, split: Callable[[str], Sequence[int]], where: str) -> tuple[tuple[int, ...], ...]:
-        number = self.number(word, where)
-        if number is not None:
-            return ((number,),)
+        last = len(self.texts) - 1
+        if word.startswith("id:"):
+            number = word.removeprefix("id:")
+            if not re.fullmatch("[0-9]{1,9}", number) or int(number) > last:
+                raise ConfigError(f"no token {number}", where=where, hint=f"The tokens are id:0 to id:{last}.")
+            return [(int(number),)]
         spellings = [word] if word.startswith(" ") else [f" {word}", word]
         if word == word.lower() and not word.startswith(" "):
             spellings += [f" {word.capitalize()}", word.capitalize()]
-        singles = dict.fromkeys(token for spelling in spellings for token in self.find(spelling))
+        singles = [
+            (token,) for each in dict.fromkeys(spellings) for token, text in enumerate(self.texts) if text == each
+        ]
         if singles:
-            return tuple((token,) for token in singles)
-        pieces = tuple(split(word.strip())) if word.strip() else ()
-        if not pieces:
-            raise self._unknown(word, where)
-        return (pieces,)
+            return singles
+        if tokenizer is not None and word.strip():
+            from braces_cli.core.models.tokenize import encode_word
 
-    def _unknown(self, text: str, where: str) -> ConfigError:
-        word = text.strip()
-        texts = [token.strip() for token in self.texts]
-        similar = dict.fromkeys(each for each in texts if each[:1].lower() == word[:1].lower())
-        close = near_misses(word, similar) if word else ""
-        hint = close or "Give a text that is one token, or id:NUMBER."
-        return ConfigError(f"`{text}` is not a token of this model", where=where, hint=hint)
+            pieces = tuple(encode_word(tokenizer, word.strip()))
+            # Tokenizers replace or drop characters that they cannot express.
+            if pieces and tokenizer.decode(pieces).strip() == word.strip():
+                return [pieces]
+        hint = "Give a text that is one token, or id:NUMBER. A map needs --model for words of several tokens."
+        raise ConfigError(f"`{word}` is not a token of this model", where=where, hint=hint)
+
+    def single(self, text: str, where: str) -> int:
+        """Return one token for `text`: with a leading space, as inside a sentence, if there is such a token."""
+        return self.forms(text, where)[0][0]
+
+    def concept(self, words: Sequence[str], tokenizer: Any = None) -> Concept:
+        """Return the forms of several words; see `forms`."""
+        return Concept([self.forms(word, "TOKEN", tokenizer) for word in words])
 
 
 @dataclass(frozen=True)
 class Concept:
     """For each word of a concept its forms, each a sequence of tokens."""
 
-    forms: tuple[tuple[tuple[int, ...], ...], ...]
+    forms: list[list[tuple[int, ...]]]
 
     @property
     def tokens(self) -> list[int]:
@@ -168,32 +138,26 @@ class Map:
     path: Path
     header: dict[str, Any]
 
-    def count(self) -> int:
-        """Number of vectors in the map."""
-        import pyarrow.parquet as pq
-
-        return int(pq.read_metadata(self.path).num_rows)
-
     def rows(self, tokens: list[int]) -> Iterator[dict[str, Any]]:
         """Yield the rows that list one of `tokens`, in file order.
 
         Raises:
             DataError: the file is damaged.
         """
-        # Columns are read through their buffers: importing pyarrow.compute, pandas (for conversions) or numpy.ma (for
-        # np.unique) would take longer than the whole search.
+        # Importing pyarrow.compute, pandas (for conversions) or numpy.ma (for np.unique) would take longer than the
+        # whole search.
         import numpy as np
         import pyarrow.parquet as pq
 
         # The texts are in the header, so the column `token` is not read.
         columns = ["layer", "index", "tokens.list.element.id", "tokens.list.element.score"]
         texts = self.header["vocabulary"]
-        try:
+        with _damage_reported(self.path):
             for batch in pq.ParquetFile(self.path).iter_batches(_ROWS_AT_ONCE, columns=columns, use_threads=False):
                 layers, indices, listed = batch.columns
-                offsets = _numbers(listed.offsets, "int32")
-                ids = _numbers(listed.values.field("id"), "int32")
-                scores = _numbers(listed.values.field("score"), "float32")
+                offsets = np.from_dlpack(listed.offsets)
+                ids = np.from_dlpack(listed.values.field("id"))
+                scores = np.from_dlpack(listed.values.field("score"))
                 places = np.flatnonzero(np.logical_or.reduce([ids == token for token in tokens]))
                 for row in dict.fromkeys((np.searchsorted(offsets, places, side="right") - 1).tolist()):
                     inside = slice(int(offsets[row]), int(offsets[row + 1]))
@@ -203,8 +167,6 @@ class Map:
                         "index": indices[row].as_py(),
                         "tokens": [{"id": token, "token": texts[token], "score": score} for token, score in pairs],
                     }
-        except (ValueError, LookupError, TypeError, OSError) as error:
-            raise _damaged(self.path, error) from error
 
     def search(self, concept: Concept, limit: int, layers: list[int] | None = None) -> list[dict[str, Any]]:
         """Rows `{layer, index, rank, score, tokens}` of the vectors that promote a concept most, best first.
@@ -222,35 +184,11 @@ class Map:
         rows.sort(key=best_first)
         return rows[:limit]
 
-    def split(self, word: str) -> list[int]:
-        """Tokens of a word inside a sentence, by the tokenizer in the folder of the map's model.
-
-        Raises:
-            ConfigError: the tokenizer is not on this machine.
-        """
-        path = Path(self.header["model"]) / "tokenizer.json"
-        if not path.is_file():
-            hint = "Its tokenizer is not on this machine: give --model, or another word."
-            raise ConfigError(f"`{word}` is not a single token of the map's model", where="TOKEN", hint=hint)
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(path))
-        found = tokenizer.encode(word, add_special_tokens=False)
-        if not (found.tokens and found.tokens[0].startswith(("▁", "Ġ"))):
-            found = tokenizer.encode(f" {word}", add_special_tokens=False)
-        return list(found.ids) if tokenizer.decode(found.ids).strip() == word else []
-
-    def check_model(self, fingerprint: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> None:
-        """Raise ModelError if the map was written for another model.
-
-        Args:
-            tokenizer: hashes, see `tokenizer_hashes`.
-        """
-        from braces_cli.core.models.identity import differences
-
-        found = differences(self.header["fingerprint"], fingerprint, "map")
+    def check_base(self, base: Base) -> None:
+        """Raise ModelError if the map was written for another model."""
+        found = differences(self.header["fingerprint"], base.fingerprint, "map")
         vocabulary = (self.header.get("tokenizer") or {}).get("vocabulary")
-        if not found and vocabulary and vocabulary != tokenizer["vocabulary"]:
+        if not found and vocabulary and vocabulary != base.tokenizer_hashes["vocabulary"]:
             found = ["another vocabulary"]
         if found:
             what = f"this map was written for another model ({'; '.join(found)})"
@@ -258,14 +196,14 @@ class Map:
             raise ModelError(what, where=str(self.path), hint=hint)
 
 
-def _numbers(column: Any, dtype: str) -> Any:
-    """A pyarrow column without nulls as a numpy view of its memory."""
-    import numpy as np
-
-    if column.null_count:
-        raise ValueError("a number is missing")
-    values = np.frombuffer(column.buffers()[1], dtype=dtype) if len(column) else np.empty(0, dtype)
-    return values[column.offset : column.offset + len(column)]
+@contextmanager
+def _damage_reported(path: Path) -> Iterator[None]:
+    """Raise DataError for an error of pyarrow about the file."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, OSError) as error:
+        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise DataError(f"not a map of value vectors ({reason})", where=str(path), hint=_HINT) from error
 
 
 def open_map(path: Path) -> Map:
@@ -279,17 +217,10 @@ def open_map(path: Path) -> Map:
         raise ConfigError("no such map", where=str(path), hint=_HINT)
     import pyarrow.parquet as pq
 
-    try:
+    with _damage_reported(path):
         # `read_schema` would also decode the copy of the header in Arrow's schema.
         text = pq.read_metadata(path).metadata[_KEY]
-    except (ValueError, LookupError, TypeError, OSError) as error:
-        raise _damaged(path, error) from error
     return Map(path, parse(_HEADER, text, str(path)))
-
-
-def _damaged(path: Path, error: Exception) -> DataError:
-    reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-    return DataError(f"not a map of value vectors ({reason})", where=str(path), hint=_HINT)
 
 
 def write_map(path: Path, header: Mapping[str, Any], rows: Iterable[dict[str, Any]]) -> int:

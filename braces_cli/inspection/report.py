@@ -21,11 +21,11 @@ from braces_cli.core.models.ffn import FFN
 from braces_cli.core.progress import Report, silent
 from braces_cli.core.render import render as render_template
 from braces_cli.core.schema import Kind, read
+from braces_cli.core.text import public_name
 from braces_cli.inspection.search import attribute_relevance, relevance_modules
 from braces_cli.inspection.trace import prompt_ids, record_activations, trace
 from braces_cli.inspection.vocabulary import LogitLens, plain_ffns
 
-DEFAULT_PROMPT = "When I opened the door, I saw"
 _AMPLIFIED = 24  # value vectors in the table
 _TOKENS = 8  # tokens per value vector
 _SUB_UPDATES = 5  # sub-updates per cell of the heat map
@@ -45,31 +45,24 @@ def report_data(
         ConfigError: the prompt is longer than the context of the model.
         ModelError: the model is a mixture of experts.
     """
-    ffns, config, name = plain_ffns(session.ffns), session.config, session.base.name
+    ffns, config = plain_ffns(session.ffns), session.config
     modules = relevance_modules(session)
     ids = prompt_ids(session, prompt, "--prompt")
-    report("report", 0, 4)
-    heat = _heat(session, lens, prompt, target)
-    report("report", 1, 4)
-    amplified = _amplified(session, ffns, lens, ids)
-    report("report", 2, 4)
     names = (config.attributes if config is not None else []) or _ATTRIBUTES
     # With an adapter the page shows the relevance to p, which needs no steering direction.
-    found = [find_attribute(session, each, None, for_steering=session.adapter is None) for each in names]
-    attributes = [_alignment(session, ffns, lens, attribute) for attribute in found]
-    report("report", 4, 4)
+    found = [find_attribute(session, each, None, report, for_steering=session.adapter is None) for each in names]
     return {
         "version": __version__,
-        "model": Path(name).name if Path(name).is_dir() else name,  # the page can be published: no local paths
+        "model": public_name(session.base.name),
         "adapter": None if session.folder is None else session.folder.name,
         "rank": None if config is None else config.r,
         "layers": len(ffns),
         "value_vectors": sum(ffn.value_vectors for ffn in ffns),
         "hidden_size": ffns[0].hidden_size,
         "gates": [{"layer": layer, "gate": float(module.g.detach())} for layer, module in modules.items()],
-        "amplified": amplified,
-        "heat": heat,
-        "attributes": attributes,
+        "amplified": _amplified(session, ffns, lens, ids),
+        "heat": _heat(session, lens, ids, target),
+        "attributes": [_alignment(session, ffns, lens, attribute) for attribute in found],
         "training": {} if config is None else {k: v for k, v in config.training.items() if v is not None},
         "figures": {} if session.folder is None else _figures(session.folder),
     }
@@ -99,29 +92,25 @@ def _amplified(session: Session, ffns: list[FFN], lens: LogitLens, ids: list[int
     return [row | {"tokens": [lens.text(t) for t in tokens]} for row, tokens in zip(rows, ids_of_rows, strict=True)]
 
 
-def _heat(session: Session, lens: LogitLens, prompt: str, target: int | None) -> dict[str, Any]:
-    """`{prompt, tokens, targets, layers: [{layer, cells: [{effect, sub_updates}]}], largest, asked}`.
+def _heat(session: Session, lens: LogitLens, ids: list[int], target: int | None) -> dict[str, Any]:
+    """`{tokens, targets, layers: [{layer, cells: [{effect, sub_updates}]}], largest, asked}`.
 
-    `{prompt, reason}` if the architecture has no direct effects.
+    `{reason}` if the architecture has no direct effects.
     """
     try:
-        found = trace(session, lens, prompt, target=target, top=_SUB_UPDATES, top_k=_SUB_UPDATES)
+        found = trace(session, lens, ids, target=target, top=_SUB_UPDATES, top_k=_SUB_UPDATES)
     except ModelError as error:
-        return {"prompt": prompt, "reason": error.message}
+        return {"reason": error.message}
     layers: dict[int, list[dict[str, Any]]] = {}
-    for row in found["layers"]:
-        sub_updates = [
-            {key: each[key] for key in ("index", "weight", "gated", "effect", "base_effect")}
-            | {"tokens": [visible(token["token"]) for token in each["tokens"]]}
-            for each in row["sub_updates"]
-        ]
-        layers.setdefault(row["layer"], []).append({"effect": row["effect"], "sub_updates": sub_updates})
+    for cell in found["layers"]:
+        for update in cell["sub_updates"]:
+            update["tokens"] = [visible(token["token"]) for token in update["tokens"]]
+        layers.setdefault(cell["layer"], []).append(cell)
     return {
-        "prompt": prompt,
         "tokens": found["tokens"],
         "targets": [row["target"]["token"] for row in found["positions"]],
         "layers": [{"layer": layer, "cells": cells} for layer, cells in layers.items()],
-        "largest": max(abs(cell["effect"]) for cells in layers.values() for cell in cells) or 1.0,
+        "largest": max(abs(cell["effect"]) for cell in found["layers"]) or 1.0,
         "asked": target is not None,
     }
 
@@ -158,12 +147,8 @@ def _figures(folder: Path) -> dict[str, str]:
 
 
 def visible(token: str) -> str:
-    """A token with `·` for leading and trailing spaces and escapes for control characters."""
-    inner = token.strip(" ")
-    left = len(token) - len(token.lstrip(" "))
-    right = 0 if left == len(token) else len(token) - len(token.rstrip(" "))
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in inner)
-    return "·" * left + shown + "·" * right
+    """A token with `·` for spaces and escapes for control characters."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in token.replace(" ", "·"))
 
 
 def render(data: dict[str, Any]) -> str:

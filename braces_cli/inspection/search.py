@@ -7,7 +7,7 @@ scores are the weights of least norm with this sum: W_V^T (W_V W_V^T)^-1 x.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,11 +15,9 @@ from torch import Tensor
 
 from braces_cli.core.adapter.layer import RelevanceModule
 from braces_cli.core.adapter.model import Session
-from braces_cli.core.attributes.hooks import layer_steering
 from braces_cli.core.attributes.vector import Attribute
 from braces_cli.core.errors import ConfigError
-from braces_cli.core.models.ffn import FFN
-from braces_cli.core.models.tokenize import encode_word
+from braces_cli.core.models.ffn import FFN, MixtureFFN
 from braces_cli.core.progress import Report, silent
 from braces_cli.inspection.maps import Concept, best_first
 from braces_cli.inspection.vocabulary import LogitLens, plain_ffns, vector_blocks
@@ -30,28 +28,11 @@ def relevance_modules(session: Session) -> dict[int, RelevanceModule]:
     return {} if session.adapter is None else {ffn.layer: module for ffn, module in session.adapter.adapted_ffns}
 
 
-def model_concept(session: Session, lens: LogitLens, words: Sequence[str]) -> Concept:
-    """Return the tokens of some words in the open model.
-
-    Raises:
-        ConfigError: the tokenizer cannot express a word.
-    """
-    tokenizer = session.base.tokenizer
-
-    def split(word: str) -> list[int]:
-        ids = encode_word(tokenizer, word)
-        # Tokenizers replace or drop characters that they cannot express.
-        return ids if tokenizer.decode(ids).strip() == word else []
-
-    return lens.vocabulary().concept(words, split)
-
-
 def top_vectors_for_concept(
-    session: Session,
     lens: LogitLens,
+    ffns: Sequence[FFN | MixtureFFN],
     concept: Concept,
     *,
-    layers: Collection[int] | None = None,
     side: str = "value",
     limit: int = 20,
     top_k: int = 10,
@@ -59,10 +40,9 @@ def top_vectors_for_concept(
 ) -> list[dict[str, Any]]:
     """Rows `{layer, index, rank, score, tokens}` of the vectors that promote a concept most, best first."""
     tokens = concept.tokens
-    ffns = [ffn for ffn in session.ffns if layers is None or ffn.layer in layers]
-    total, done = sum(ffn.value_vectors for ffn in ffns), 0
     best: list[dict[str, Any]] = []
-    for ffn in ffns:
+    for number, ffn in enumerate(ffns):
+        report(f"searching {side} vectors, layers", number, len(ffns))
         for start, block in vector_blocks(ffn, side):
             ranks, scores = lens.ranks(block, tokens)
             for index, (r, s) in enumerate(zip(ranks.tolist(), scores.tolist(), strict=True)):
@@ -71,8 +51,6 @@ def top_vectors_for_concept(
                 best.append(row | {"vector": block[index]})
             # Cloned: a view would keep the dense copy of a packed weight alive.
             best = [row | {"vector": row["vector"].clone()} for row in sorted(best, key=best_first)[:limit]]
-            done += len(block)
-            report(f"searching {side} vectors", done, total)
     return _with_tokens(lens, best, top_k)
 
 
@@ -85,10 +63,10 @@ def _with_tokens(lens: LogitLens, rows: list[dict[str, Any]], top_k: int) -> lis
 
 def attribute_relevance(session: Session, attribute: Attribute, ffn: FFN) -> Tensor | None:
     """Relevance of every value vector of one layer, (d_ff,) in float32; None in layers without the adapter."""
+    row = attribute.layers.index(ffn.layer)
     values = ffn.value_matrix().detach()
     if session.adapter is None:
-        (steering,) = layer_steering(session, [(attribute, 1.0)], [ffn.layer])
-        x = steering.total[0].to(values.device, torch.float64)
+        x = float(attribute.scale[row]) * attribute.steering_direction[row].to(values.device, torch.float64)
         wide = values.double()
         gram = wide @ wide.mT
         # A small ridge, for value vectors that do not span the hidden space.
@@ -98,28 +76,28 @@ def attribute_relevance(session: Session, attribute: Attribute, ffn: FFN) -> Ten
     if module is None:
         return None
     with torch.no_grad():
-        hidden = session.adapter.states(attribute.state[attribute.layers.index(ffn.layer)]).to(module.weight)
+        hidden = session.adapter.states(attribute.state[row]).to(module.weight)
         return module.relevance_scores(hidden, values)
 
 
 def top_vectors_for_attribute(
     session: Session,
     lens: LogitLens,
+    ffns: Sequence[FFN | MixtureFFN],
     attribute: Attribute,
     *,
-    layers: Collection[int] | None = None,
     limit: int = 20,
     top_k: int = 10,
 ) -> list[dict[str, Any]]:
     """Rows `{layer, index, score, tokens}` of the value vectors most relevant to an attribute, best first.
 
     Raises:
-        ConfigError: the adapter does not have any of the chosen layers.
+        ConfigError: the adapter does not have any of these layers.
         ModelError: the model is a mixture of experts.
     """
     rows: list[dict[str, Any]] = []
-    for ffn in plain_ffns(session.ffns):
-        scores = attribute_relevance(session, attribute, ffn) if layers is None or ffn.layer in layers else None
+    for ffn in plain_ffns(ffns):
+        scores = attribute_relevance(session, attribute, ffn)
         if scores is None:
             continue
         best = scores.topk(min(limit, len(scores)))
@@ -129,5 +107,5 @@ def top_vectors_for_attribute(
     if not rows:
         hint = "`braces inspect --adapter ADAPTER` lists its layers."
         raise ConfigError("the adapter does not have these layers", where="--layers", hint=hint)
-    rows.sort(key=lambda row: (-row["score"], row["layer"], row["index"]))
+    rows.sort(key=lambda row: -row["score"])
     return _with_tokens(lens, rows[:limit], top_k)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from braces_cli.core.adapter.layer import RelevanceModule
 from braces_cli.core.adapter.model import Session
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.models.ffn import FFN, layer_stack
@@ -27,7 +28,6 @@ from braces_cli.core.models.residual import residual_factors
 from braces_cli.core.models.structure import layer_output
 from braces_cli.core.models.tokenize import context_length, encode
 from braces_cli.core.models.weights import stored_bias
-from braces_cli.core.progress import Report, silent
 from braces_cli.inspection.search import relevance_modules
 from braces_cli.inspection.vocabulary import LogitLens, plain_ffns
 
@@ -69,9 +69,7 @@ class Activations:
     weights: dict[int, Tensor]
 
 
-def record_activations(
-    session: Session, ffns: Sequence[FFN], lens: LogitLens, ids: Sequence[int], *, without_adapter: bool = False
-) -> Activations:
+def record_activations(session: Session, ffns: Sequence[FFN], lens: LogitLens, ids: Sequence[int]) -> Activations:
     """Run the model over `ids` once and record its activations."""
     model = session.base.model
     stack = layer_stack(model)[1]
@@ -92,8 +90,6 @@ def record_activations(
         return module.register_forward_hook(lambda module, args, output: record(key, layer_output(output)))
 
     with ExitStack() as context, torch.no_grad():
-        if without_adapter and session.adapter is not None:
-            context.enter_context(session.adapter.disabled())
         handles = [record_input("first", stack[0]), record_input("last", lens.norm)]
         handles += [record_output(("output", number), layer) for number, layer in enumerate(stack)]
         handles += [record_input(("input", ffn.layer), ffn.keys[0]) for ffn in ffns]
@@ -128,14 +124,13 @@ def logit_direction(lens: LogitLens, x: Tensor, tokens: list[int]) -> tuple[Tens
         return result.float().to(x.device)
 
     with torch.no_grad():
-        # Alternating +1 and -1: gamma and beta follow from the outputs for 0, the probe, its double and a shift.
+        # Alternating +1 and -1: gamma, up to a factor, and beta follow from the outputs for 0, the probe and a shift.
         probe = torch.ones(1, x.shape[1], device=x.device)
         probe[:, 1::2] = -1
         probe = probe - probe.mean()
-        beta, out, doubled, shifted = (normed(y) for y in (torch.zeros_like(probe), probe, 2 * probe, probe + 3))
+        beta, out, shifted = (normed(y) for y in (torch.zeros_like(probe), probe, probe + 3))
         centred = torch.allclose(out, shifted, rtol=2e-2, atol=1e-3 * float((out - beta).abs().max()))
-        scales = torch.allclose(doubled, out, rtol=2e-2, atol=1e-3)
-        gamma = (out - beta) / probe * (probe.pow(2).mean().sqrt() if scales else 1.0)
+        gamma = (out - beta) / probe
 
         z = x.float() - x.float().mean(dim=1, keepdim=True) if centred else x.float()
         flat, output = gamma * z, normed(x) - beta
@@ -162,6 +157,8 @@ class Effects:
     """Direct effects on one logit per position, (positions, ...) in float32.
 
     Attributes:
+        run: activations that the effects are computed from.
+        targets: token of the decomposed logit at each position.
         logit: of the target, by final norm and head, (positions,).
         parts: `embedding`, `attention` and `sub_updates` (summed over layers), `biases`; each (positions,).
         attention: of each layer, (positions,).
@@ -170,6 +167,8 @@ class Effects:
         gated: g r of each adapted layer, (positions, d_ff).
     """
 
+    run: Activations
+    targets: list[int]
     logit: Tensor
     parts: dict[str, Tensor]
     attention: list[Tensor]
@@ -179,23 +178,20 @@ class Effects:
 
 
 def direct_effects(
-    session: Session,
     ffns: Sequence[FFN],
     lens: LogitLens,
     run: Activations,
     targets: list[int],
     factors: Sequence[float],
-    *,
-    without_adapter: bool = False,
+    modules: dict[int, RelevanceModule],
 ) -> Effects:
     """Direct effects in `run` on the logit of `targets[i]` at position i.
 
     Args:
         factors: c of each FFN.
-        without_adapter: `run` was recorded without the adapter.
+        modules: modules of the adapter that were enabled in `run`, by layer.
     """
     u, constant = logit_direction(lens, run.last, targets)
-    modules = {} if without_adapter else relevance_modules(session)
     by_layer = {ffn.layer: (ffn, factor) for ffn, factor in zip(ffns, factors, strict=True)}
     sub_updates: dict[int, Tensor] = {}
     relevance: dict[int, Tensor] = {}
@@ -229,141 +225,116 @@ def direct_effects(
         "sub_updates": torch.stack([effects.sum(dim=1) for effects in sub_updates.values()]).sum(dim=0),
         "biases": biases,
     }
-    return Effects((u * run.last).sum(dim=1) + constant, parts, attention, sub_updates, relevance, gated)
-
-
-@dataclass(frozen=True)
-class Attribution:
-    """Direct effects at all positions of a prompt.
-
-    Attributes:
-        ids: tokens of the prompt.
-        targets: token of the decomposed logit at each position.
-        run, effects: with the adapter attached to the model, if any.
-        base_run, base_effects: with the adapter disabled, for the same targets; None for a bare base.
-    """
-
-    ids: list[int]
-    targets: list[int]
-    run: Activations
-    effects: Effects
-    base_run: Activations | None
-    base_effects: Effects | None
+    logit = (u * run.last).sum(dim=1) + constant
+    return Effects(run, targets, logit, parts, attention, sub_updates, relevance, gated)
 
 
 def attribute_logits(
-    session: Session, lens: LogitLens, prompt: str, target: int | None = None, report: Report = silent
-) -> Attribution:
+    session: Session, lens: LogitLens, ids: list[int], target: int | None = None
+) -> tuple[Effects, Effects | None]:
     """Decompose the logit of `target`, or of the most probable next token, at each position of a prompt.
 
+    Returns:
+        The effects, and those on the same targets with the adapter disabled; None for a bare base.
+
     Raises:
-        ConfigError: the prompt is longer than the context of the model.
         ModelError: the architecture has no direct effects.
     """
     model, adapter = session.base.model, session.adapter
     ffns = plain_ffns(session.ffns)
-    ids = prompt_ids(session, prompt, "PROMPT")
-    report("tracing", 0, 2)
     factors: list[float] = []
+    base_run = None
     with adapter.disabled() if adapter is not None else nullcontext():
         measured = residual_factors(model, ffns, torch.tensor([ids], device=input_device(model)))
-    for ffn, factor in zip(ffns, measured, strict=True):
-        if factor is None:
-            hint = "Direct effects need FFN outputs that are added unchanged, or times a constant."
-            what = f"layer {ffn.layer} changes its FFN's output before adding it to the residual stream"
-            raise ModelError(what, hint=hint)
-        factors.append(factor)
+        for ffn, factor in zip(ffns, measured, strict=True):
+            if factor is None:
+                hint = "Direct effects need FFN outputs that are added unchanged, or times a constant."
+                what = f"layer {ffn.layer} changes its FFN's output before adding it to the residual stream"
+                raise ModelError(what, hint=hint)
+            factors.append(factor)
+        if adapter is not None:
+            base_run = record_activations(session, ffns, lens, ids)
     run = record_activations(session, ffns, lens, ids)
     targets = run.logits.argmax(dim=1).tolist() if target is None else [target] * len(ids)
-    effects = direct_effects(session, ffns, lens, run, targets, factors)
-    report("tracing", 1, 2)
-    base_run = base_effects = None
-    if adapter is not None:
-        base_run = record_activations(session, ffns, lens, ids, without_adapter=True)
-        base_effects = direct_effects(session, ffns, lens, base_run, targets, factors, without_adapter=True)
-    report("tracing", 2, 2)
-    return Attribution(ids, targets, run, effects, base_run, base_effects)
+    effects = direct_effects(ffns, lens, run, targets, factors, relevance_modules(session))
+    return effects, None if base_run is None else direct_effects(ffns, lens, base_run, targets, factors, {})
 
 
 def trace(
     session: Session,
     lens: LogitLens,
-    prompt: str,
+    ids: list[int],
     *,
     target: int | None = None,
     layers: Sequence[int] | None = None,
     positions: Sequence[int] | None = None,
     top: int = 5,
     top_k: int = 5,
-    report: Report = silent,
 ) -> dict[str, Any]:
-    """Return `{prompt, tokens, target, positions: [...], layers: [{layer, position, effect, sub_updates: [...]}]}`.
+    """Return `{tokens, target, positions: [...], layers: [{layer, position, effect, sub_updates: [...]}]}`.
 
     A sub-update is `{index, weight, relevance, gated, effect, base_weight, base_effect, tokens}`, largest absolute
     effect first; `gated` is g r, and for a bare base relevance and base figures have the value None. A position is
     `{position, token, target, logit, model_logit, base_logit, embedding, attention, sub_updates, biases, remainder}`;
-    the four parts and the remainder (rounding) add up to the logit. Raises as `attribute_logits`.
+    the four parts and the remainder (rounding) add up to the logit.
+
+    Args:
+        ids: tokens of the prompt.
+
+    Raises:
+        ModelError: the architecture has no direct effects.
     """
-    found = attribute_logits(session, lens, prompt, target, report)
-    chosen = list(range(len(found.ids)) if positions is None else positions)
-    best: dict[int, list[list[int]]] = {}
-    places: list[tuple[int, int]] = []
-    vectors: list[Tensor] = []
+    effects, base = attribute_logits(session, lens, ids, target)
+    chosen = list(range(len(ids)) if positions is None else positions)
+    rows: list[dict[str, Any]] = []
+    vectors: dict[tuple[int, int], Tensor] = {}
     for ffn in plain_ffns(session.ffns):
-        if layers is None or ffn.layer in layers:
-            effects = found.effects.sub_updates[ffn.layer][chosen]
-            best[ffn.layer] = effects.abs().topk(min(top, effects.shape[1]), dim=1).indices.tolist()
-            indices = sorted({index for row in best[ffn.layer] for index in row})
-            places += [(ffn.layer, index) for index in indices]
-            vectors.append(ffn.value_matrix().detach()[:, indices].mT.to(lens.device))
+        if layers is not None and ffn.layer not in layers:
+            continue
+        values = ffn.value_matrix().detach()
+        of_layer = effects.sub_updates[ffn.layer]
+        for position in chosen:
+            best = of_layer[position].abs().topk(min(top, of_layer.shape[1])).indices.tolist()
+            # Cloned: a view would keep the dense copy of a packed weight alive.
+            vectors |= {(ffn.layer, index): values[:, index].clone().to(lens.device) for index in best}
+            sub_updates = [_sub_update(effects, base, ffn.layer, position, index) for index in best]
+            effect = float(of_layer[position].sum())
+            rows.append({"layer": ffn.layer, "position": position, "effect": effect, "sub_updates": sub_updates})
     # All vectors at once, so that the head is read once.
-    tokens = dict(zip(places, lens.best_tokens(torch.cat(vectors), top_k), strict=True))
-    rows = [
-        {
-            "layer": layer,
-            "position": position,
-            "effect": float(found.effects.sub_updates[layer][position].sum()),
-            "sub_updates": [_sub_update(found, layer, position, j) | {"tokens": tokens[layer, j]} for j in indices],
-        }
-        for layer, by_position in best.items()
-        for position, indices in zip(chosen, by_position, strict=True)
-    ]
-    return {
-        "prompt": prompt,
-        "tokens": [lens.text(token) for token in found.ids],
-        "target": {"id": found.targets[-1], "token": lens.text(found.targets[-1])},
-        "positions": [_position(found, lens, position) for position in chosen],
-        "layers": rows,
-    }
+    tokens = dict(zip(vectors, lens.best_tokens(torch.stack(list(vectors.values())), top_k), strict=True))
+    for row in rows:
+        for update in row["sub_updates"]:
+            update["tokens"] = tokens[row["layer"], update["index"]]
+    targets = [{"id": token, "token": lens.text(token)} for token in effects.targets]
+    found = []
+    for position in chosen:
+        parts = {name: float(value[position]) for name, value in effects.parts.items()}
+        logit = float(effects.logit[position])
+        found.append(
+            {
+                "position": position,
+                "token": lens.text(ids[position]),
+                "target": targets[position],
+                "logit": logit,
+                "model_logit": float(effects.run.logits[position, effects.targets[position]]),
+                "base_logit": None if base is None else float(base.logit[position]),
+                **parts,
+                "remainder": logit - sum(parts.values()),
+            }
+        )
+    return {"tokens": [lens.text(token) for token in ids], "target": targets[-1], "positions": found, "layers": rows}
 
 
-def _position(found: Attribution, lens: LogitLens, position: int) -> dict[str, Any]:
-    target = found.targets[position]
-    parts = {name: float(value[position]) for name, value in found.effects.parts.items()}
-    logit = float(found.effects.logit[position])
-    return {
-        "position": position,
-        "token": lens.text(found.ids[position]),
-        "target": {"id": target, "token": lens.text(target)},
-        "logit": logit,
-        "model_logit": float(found.run.logits[position, target]),
-        "base_logit": None if found.base_effects is None else float(found.base_effects.logit[position]),
-        **parts,
-        "remainder": logit - sum(parts.values()),
-    }
+def _sub_update(effects: Effects, base: Effects | None, layer: int, position: int, index: int) -> dict[str, Any]:
+    def number(by_layer: dict[int, Tensor]) -> float | None:
+        return float(by_layer[layer][position, index]) if layer in by_layer else None
 
-
-def _sub_update(found: Attribution, layer: int, position: int, index: int) -> dict[str, Any]:
-    def number(of_layer: dict[int, Tensor] | None) -> float | None:
-        return None if of_layer is None or layer not in of_layer else float(of_layer[layer][position, index])
-
-    base_run, base_effects = found.base_run, found.base_effects
     return {
         "index": index,
-        "weight": number(found.run.weights),
-        "relevance": number(found.effects.relevance),
-        "gated": number(found.effects.gated),
-        "effect": number(found.effects.sub_updates),
-        "base_weight": None if base_run is None else number(base_run.weights),
-        "base_effect": None if base_effects is None else number(base_effects.sub_updates),
+        "weight": number(effects.run.weights),
+        "relevance": number(effects.relevance),
+        "gated": number(effects.gated),
+        "effect": number(effects.sub_updates),
+        "base_weight": number(base.run.weights if base else {}),
+        "base_effect": number(base.sub_updates if base else {}),
     }

@@ -41,10 +41,10 @@ def test_summary_of_an_adapter_needs_no_weights(braces, adapter_dir, model_dir, 
 
 def test_summary_reads_the_revision_of_the_adapters_base(braces, adapter_dir, monkeypatch):
     """Unless another revision is given."""
-    import braces_cli.inspection.summary as summary
+    from braces_cli.core.adapter import model as sessions
 
-    seen, load = [], summary.load_shape
-    monkeypatch.setattr(summary, "load_shape", lambda name, **k: seen.append(k["revision"]) or load(name))
+    seen, load = [], sessions.load_shape
+    monkeypatch.setattr(sessions, "load_shape", lambda name, **k: seen.append(k["revision"]) or load(name))
     path = adapter_dir / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"revision": "v2"}))
     for args in ((), ("--revision", "v3")):
@@ -209,9 +209,9 @@ def test_report(braces, adapter_dir, tmp_path):
         (["find", "--attribute", "positive", "--side", "up"], 2, "--side"),
         (["find", "--attribute", "nope"], 2, "unknown attribute"),
         (["clamp", "1:3"], 2, "not LAYER:INDEX=VALUE"),
-        (["clamp", "1:3=p101", "--prompt", "a", "--data", "b"], 2, "no percentile 101"),
+        (["clamp", "1:3=p101", "--prompt", "a", "--data", "b"], 2, "not LAYER:INDEX=VALUE"),
         (["clamp", "1:3=p50", "--prompt", "a"], 2, "--data"),
-        (["clamp", "1:3=1", "--prompt", "a", "--data", "b"], 2, "no clamp is a percentile"),
+        (["clamp", "1:3=1", "--prompt", "a", "--data", "b"], 2, "need each other"),
         (["clamp", "1:3=p50", "--prompt", "a", "--data", "nowhere.jsonl"], 3, "no such file"),
         (["clamp", "9:3=1", "--prompt", "a"], 2, "no feed-forward layer 9"),
         (["clamp", "1:3=1", "--prompt", "a", "--token", "zebra"], 2, "is not a token"),

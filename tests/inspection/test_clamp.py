@@ -97,7 +97,8 @@ def test_parse_clamp():
     assert parse_clamp("3:89=2.5") == Clamp(3, 89, 2.5)
     assert parse_clamp(" 0:7=-1e1 ") == Clamp(0, 7, -10.0)
     assert parse_clamp("3:89=p99.9") == Clamp(3, 89, 0.0, percentile=99.9)
-    for text in ("3:89", "3=2", "3:89=x", "3:89=nan", "3:89=inf", "-1:2=3", "a:2=3", "3:2=1=1", ""):
+    assert parse_clamp("3:89=.5") == Clamp(3, 89, 0.5)
+    for text in ("3:89", "3=2", "3:89=x", "3:89=nan", "3:89=1e999", "-1:2=3", "a:2=3", "3:2=1=1", "3:89=p101", ""):
         with pytest.raises(ConfigError, match="LAYER:INDEX=VALUE"):
             parse_clamp(text)
 
@@ -120,29 +121,28 @@ def test_clamps_that_do_not_fit_the_model(session, clamps, message):
 def test_weights_and_percentiles_of_texts(name):
     """Padding does not count, neurons of one layer are not confused, and other values do not change."""
     session = opened(name)
-    neurons = [(1, 7), (0, 3), (1, 2)]
+    neurons = {1: [7, 2], 0: [3]}
     texts = [encode(session.base.tokenizer, text) for text in TEXTS]
     found = activation_weights(session, neurons, texts)
-    rows = []
-    for text in texts:
-        by_layer = [record_weights(session.base.model, ffn, torch.tensor([text.ids]))[1] for ffn in session.ffns]
-        rows.append(torch.stack([by_layer[layer][:, index] for layer, index in neurons], dim=1))
-    expected = torch.cat(rows)
-    assert found.shape == expected.shape
-    assert torch.allclose(found.sort(dim=0).values, expected.sort(dim=0).values, atol=1e-5)
+    expected = {}
+    for ffn in session.ffns:
+        rows = [record_weights(session.base.model, ffn, torch.tensor([text.ids]))[1] for text in texts]
+        expected[ffn.layer] = torch.cat(rows)[:, neurons[ffn.layer]]
+        assert found[ffn.layer].shape == expected[ffn.layer].shape
+        assert torch.allclose(found[ffn.layer].sort(0).values, expected[ffn.layer].sort(0).values, atol=1e-5)
     clamps = [Clamp(1, 7, 0.0, 99.0), Clamp(0, 3, 5.0), Clamp(1, 2, 0.0, 0.0), Clamp(0, 4, 0.0, 100.0)]
     resolved = resolve_percentiles(session, clamps, texts)
     assert [clamp.percentile for clamp in resolved] == [99.0, None, 0.0, 100.0]
-    assert resolved[0].value == pytest.approx(float(expected[:, 0].quantile(0.99)), abs=1e-5)
+    assert resolved[0].value == pytest.approx(float(expected[1][:, 0].quantile(0.99)), abs=1e-5)
     assert resolved[1] == clamps[1]
-    assert resolved[2].value == pytest.approx(float(expected[:, 2].min()), abs=1e-5)
+    assert resolved[2].value == pytest.approx(float(expected[1][:, 1].min()), abs=1e-5)
 
 
 def test_clamps_and_weights_of_an_offloaded_base(opened_twice):
     """The weights of the model are not on the device that computes."""
     sessions = opened_twice("llama")
     texts = [encode(sessions[0].base.tokenizer, text) for text in TEXTS]
-    plain, offloaded = (activation_weights(session, [(1, 7), (0, 3)], texts) for session in sessions)
+    plain, offloaded = (activation_weights(session, {1: [7, 3]}, texts)[1] for session in sessions)
     assert torch.allclose(plain, offloaded, atol=1e-6)
     plain, offloaded = (
         clamp_prompt(session, LogitLens(session.base), "the film", [Clamp(1, 3, 8.0)], top_k=3) for session in sessions

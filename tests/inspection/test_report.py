@@ -90,7 +90,7 @@ def test_page_with_an_adapter_needs_no_gradients(session, lens, adapter_dir, mon
     """Steering directions, which take most of the time, are not computed."""
     session.add_adapter(find_adapter(str(adapter_dir)))
     monkeypatch.setenv("BRACES_CACHE", "off")
-    monkeypatch.setattr("braces_cli.core.attributes.vector.cheapest_directions", None)
+    monkeypatch.setattr("braces_cli.core.attributes.build.cheapest_directions", None)
     assert report_data(session, lens, "the film")["attributes"]
 
 
@@ -145,7 +145,7 @@ def test_hostile_text_never_becomes_markup(hostile):
 
 
 def test_visible_tokens():
-    """Leading and trailing spaces, control characters and direction marks are visible."""
+    """Spaces, control characters and direction marks are visible."""
     assert visible(" happy") == "·happy"
     assert visible("\n\t") == "\\n\\t"
     assert visible("  ") == "··"
@@ -182,7 +182,7 @@ def test_in_a_browser(browser, hostile, tmp_path):
     assert page.locator('#heat button[tabindex="0"]').count() == 1
     assert page.evaluate("window.hacked") is None
     assert page.locator("img").count() == 0
-    assert HOSTILE[0] in page.locator("h2#h-amplified ~ .scroll").first.inner_text()
+    assert visible(HOSTILE[0]) in page.locator("h2#h-amplified ~ .scroll").first.inner_text()
     assert logged == []
     assert requested == []
     page.context.close()

@@ -32,7 +32,7 @@ def test_vectors_for_a_concept(name, monkeypatch):
             rank = int((row > row[40]).sum()) + 1
             rows.append({"layer": layer, "index": index, "rank": rank, "score": float(row[40])})
     expected = sorted(rows, key=best_first)[:6]
-    found = top_vectors_for_concept(session, LogitLens(session.base), Concept((((40,),),)), limit=6, top_k=3)
+    found = top_vectors_for_concept(LogitLens(session.base), session.ffns, Concept([[(40,)]]), limit=6, top_k=3)
     for row, other in zip(found, expected, strict=True):
         assert (row["layer"], row["index"], row["rank"]) == (other["layer"], other["index"], other["rank"])
         assert row["score"] == pytest.approx(other["score"], rel=1e-4)
@@ -50,7 +50,7 @@ def test_relevance_with_an_adapter_is_the_formula(session, lens, tmp_path):
         expected = relevance_ref(attribute.state[row], ffn.value_matrix(), module.weight.detach(), module.scale)
         assert torch.allclose(attribute_relevance(session, attribute, ffn), expected, rtol=1e-4, atol=1e-6)
         scores += [(float(score), ffn.layer, index) for index, score in enumerate(expected)]
-    found = top_vectors_for_attribute(session, lens, attribute, limit=4)
+    found = top_vectors_for_attribute(session, lens, session.ffns, attribute, limit=4)
     assert [(row["layer"], row["index"]) for row in found] == [each[1:] for each in sorted(scores, reverse=True)[:4]]
 
 

@@ -8,7 +8,7 @@ import torch
 from braces_cli.core.adapter.reference import relevance_ref
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.models.ffn import layer_stack
-from braces_cli.inspection.trace import attribute_logits, record_activations
+from braces_cli.inspection.trace import attribute_logits, prompt_ids, record_activations
 from braces_cli.inspection.trace import trace as run_trace
 from braces_cli.inspection.vocabulary import LogitLens, final_norm
 from tests.core.architectures import tiny
@@ -27,8 +27,8 @@ ATTENTION = {
 }
 
 
-def trace(session, prompt=PROMPT, **options):
-    return run_trace(session, LogitLens(session.base), prompt, **options)
+def trace(session, **options):
+    return run_trace(session, LogitLens(session.base), prompt_ids(session, PROMPT, "PROMPT"), **options)
 
 
 @pytest.mark.parametrize("adapter", [False, True])
@@ -59,17 +59,14 @@ def test_attention_is_the_output_of_the_attention(name, adapter):
     for number, layer in enumerate(layer_stack(session.base.model)[1]):
         module = layer.get_submodule(ATTENTION[name])
         handles.append(module.register_forward_hook(lambda m, a, out, n=number: seen.__setitem__(n, out[0][0])))
-    found = attribute_logits(session, LogitLens(session.base), PROMPT, 7)
-    with torch.no_grad():
-        session.base.model(torch.tensor([found.ids]))
+    # The last pass is that with the adapter.
+    effects, _ = attribute_logits(session, LogitLens(session.base), prompt_ids(session, PROMPT, "PROMPT"), 7)
     for handle in handles:
         handle.remove()
-    u = frozen_gradient(session.base.model, found.run.last, 7)
+    u = frozen_gradient(session.base.model, effects.run.last, 7)
     for number, output in seen.items():
         expected = (u * output).sum(dim=1)
-        assert torch.allclose(
-            found.effects.attention[number], expected, rtol=1e-3, atol=2e-4 * float(u.norm(dim=1).max())
-        )
+        assert torch.allclose(effects.attention[number], expected, rtol=1e-3, atol=2e-4 * float(u.norm(dim=1).max()))
 
 
 def frozen_gradient(model, x, token):
@@ -161,7 +158,7 @@ def test_architectures_without_direct_effects():
 def test_prompt_longer_than_the_context():
     """The error gives the number of tokens."""
     with pytest.raises(ConfigError, match="tokens"):
-        trace(opened("gpt2"), "a good film " * 40)
+        prompt_ids(opened("gpt2"), "a good film " * 40, "PROMPT")
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])

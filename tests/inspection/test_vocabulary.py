@@ -1,4 +1,4 @@
-"""TopK, the vectors of an FFN, the logit lens and the tokens of value vectors, each against a direct computation."""
+"""The vectors of an FFN, the logit lens and the tokens of value vectors, each against a direct computation."""
 
 from __future__ import annotations
 
@@ -8,63 +8,30 @@ import torch
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.models.ffn import find_ffns
 from braces_cli.inspection import vocabulary
-from braces_cli.inspection.vocabulary import LogitLens, TopK, final_norm, side_vectors, value_tokens
+from braces_cli.inspection.vocabulary import LogitLens, final_norm, value_tokens, vector_blocks
 from tests.conftest import ARCHITECTURES, tiny_model
 from tests.core.architectures import tiny
 from tests.inspection.conftest import opened
 
 
-@pytest.mark.parametrize("k", [1, 3, 10, 70])
-@pytest.mark.parametrize("block", [1, 37, 1000, 1701])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_top_k_equals_a_stable_sort(k, block, dtype):
-    """Of equal scores the lower id comes first, for every size of blocks and groups."""
-    generator = torch.Generator().manual_seed(k * block)
-    scores = (torch.randint(-12, 13, (9, 5003), generator=generator) / 3).to(dtype)
-    check_top_k(scores, k, block)
-
-
-@pytest.mark.parametrize("kind", ["ascending", "equal", "mostly equal", "infinite"])
-def test_top_k_of_blocks_with_many_candidates(kind, monkeypatch):
-    """Blocks that are better than all before or equal to them, in several steps of rows."""
-    monkeypatch.setattr(vocabulary, "_ROWS", 2)
-    scores = {
-        "ascending": torch.arange(4000.0).repeat(5, 1),
-        "equal": torch.zeros(5, 4000),
-        "mostly equal": torch.where(torch.arange(4000) % 700 == 3, 1.0, -2.0).repeat(5, 1),
-        "infinite": torch.full((5, 4000), -torch.inf),
-    }[kind]
-    scores[1] = -scores[1]
-    scores[2] = scores[2].flip(0)
-    check_top_k(scores, 4, 900)
-
-
-def test_top_k_of_zeros_and_short_rows():
-    """-0 equals 0, and fewer scores than k are all returned."""
-    check_top_k(torch.tensor([[-0.0, 0.0, -1.0], [1.0, 2.0, 3.0]]), 5, 2)
-
-
-def check_top_k(scores, k, block):
-    """Compare TopK over blocks with a stable sort."""
-    top = TopK(len(scores), k)
-    for start in range(0, scores.shape[1], block):
-        top.add(scores[:, start : start + block], start)
-    values, ids = top.result()
-    order = scores.float().sort(dim=1, descending=True, stable=True)
-    assert torch.equal(ids, order.indices[:, :k])
-    assert torch.equal(values, order.values[:, :k])
-
-
-def test_top_k_of_nan():
-    """A row of NaN has valid ids, and other rows are not affected."""
-    scores = torch.stack([torch.full((2000,), torch.nan), torch.arange(2000.0), torch.arange(2000.0)])
-    scores[1, 7] = torch.nan
-    top = TopK(3, 3)
-    for start in (0, 1000):
-        top.add(scores[:, start : start + 1000], start)
-    ids = top.result()[1]
-    assert ids[2].tolist() == [1999, 1998, 1997]
-    assert ids.max() < 2000
+@pytest.mark.parametrize("k", [1, 10, 200])
+@pytest.mark.parametrize("tokens_at_once", [1, 37, 200])
+def test_best_tokens_in_blocks(session, monkeypatch, k, tokens_at_once):
+    """The k highest scores, also if k is larger than a block; of equal listed scores the lower token comes first."""
+    monkeypatch.setattr(vocabulary, "_TOKENS_AT_ONCE", tokens_at_once)
+    lens = LogitLens(session.base)
+    generator = torch.Generator().manual_seed(k)
+    lens.weight = torch.randint(-2, 3, lens.weight.shape, generator=generator).float()
+    lens.weight[50:] = lens.weight[:46].clone()
+    vectors = session.ffns[0].value_matrix().mT.detach()
+    scores = lens.hidden(vectors) @ lens.weight.mT
+    order = scores.sort(dim=1, descending=True, stable=True)
+    values, ids = lens.best(vectors, k)
+    assert torch.allclose(values, order.values[:, :k], atol=1e-5)
+    assert torch.allclose(values, scores.gather(1, ids), atol=1e-5)
+    equal = values[:, 1:] == values[:, :-1]
+    assert equal.any() == (k > 1)
+    assert (ids[:, 1:] > ids[:, :-1])[equal].all()
 
 
 @pytest.mark.parametrize("swapped", [False, True])
@@ -81,6 +48,10 @@ def test_sides_of_a_gated_ffn(swapped):
     assert torch.equal(side_vectors(ffn, "gate"), gate.weight)
     assert torch.equal(side_vectors(ffn, "up"), up.weight)
     assert torch.equal(side_vectors(ffn, "value"), down.weight.T)
+
+
+def side_vectors(ffn, side):
+    return torch.cat([block for _, block in vector_blocks(ffn, side)])
 
 
 def test_sides_of_a_fused_projection():
@@ -147,16 +118,6 @@ def test_lens_of_an_offloaded_head(opened_twice):
     assert torch.allclose(found[0], expected[0], atol=1e-5)
 
 
-def test_lens_scores_the_vocabulary_in_blocks(session, monkeypatch):
-    """The head is not called, and no block has more than the maximum number of tokens."""
-    monkeypatch.setattr(vocabulary, "_TOKENS_AT_ONCE", 16)
-    monkeypatch.setattr(session.base.model.lm_head, "forward", lambda *args: pytest.fail("scored all tokens at once"))
-    lens = LogitLens(session.base)
-    vectors = session.ffns[0].value_matrix().mT.detach()
-    assert {scores.shape for _, scores in lens.blocks(lens.hidden(vectors))} == {(52, 16)}
-    assert lens.best(vectors, 5)[0].shape == (52, 5)
-
-
 def test_lens_in_half_precision():
     """bfloat16 weights give scores near the model's, for every dtype of the products."""
     session = opened(tiny_model("llama", torch.bfloat16))
@@ -183,7 +144,10 @@ def expected_scores(model):
 
 def check_values(session, top_k):
     """Compare the tokens of every value vector with a stable sort of all scores; return the number of vectors."""
-    rows = {(row["layer"], row["index"]): row["tokens"] for row in value_tokens(session, top_k=top_k)}
+    rows = {
+        (row["layer"], row["index"]): row["tokens"]
+        for row in value_tokens(LogitLens(session.base), session.ffns, top_k=top_k)
+    }
     count = len(rows)
     for layer, scores in enumerate(expected_scores(session.base.model)):
         assert len(scores) == next(ffn for ffn in session.ffns if ffn.layer == layer).value_vectors
@@ -214,17 +178,15 @@ def test_value_tokens_of_experts(name, monkeypatch):
     monkeypatch.setattr(vocabulary, "VECTORS_AT_ONCE", 11)
     session = opened(tiny(name).eval())
     check_values(session, 4)
-    (row,) = value_tokens(session, layers=[1], indices=[60], top_k=4)
-    other = next(each for each in value_tokens(session, top_k=4) if (each["layer"], each["index"]) == (1, 60))
+    lens, ffns = LogitLens(session.base), [ffn for ffn in session.ffns if ffn.layer == 1]
+    (row,) = value_tokens(lens, ffns, indices=[60], top_k=4)
+    other = next(each for each in value_tokens(lens, ffns, top_k=4) if each["index"] == 60)
     assert (row["layer"], row["index"]) == (1, 60)
     assert [token["id"] for token in row["tokens"]] == [token["id"] for token in other["tokens"]]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"side": "up"}, "layer 0 is a mixture of experts"), ({"indices": [4 * 52]}, "no value vector 208")],
-)
-def test_value_tokens_that_experts_do_not_have(options, message):
-    """Other sides than `value`, and an index after the last expert."""
-    with pytest.raises(ConfigError, match=message):
-        next(value_tokens(opened(tiny("mixtral").eval()), **options))
+def test_experts_have_value_vectors_only():
+    """The other sides are an error."""
+    session = opened(tiny("mixtral").eval())
+    with pytest.raises(ConfigError, match="layer 0 is a mixture of experts"):
+        next(value_tokens(LogitLens(session.base), session.ffns, side="up"))

@@ -20,7 +20,7 @@ from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.models.ffn import FFN, Experts, MixtureFFN, choose_ffns, find_ffns, routing
 from braces_cli.core.models.hub import EMBEDDED, note_default
 from braces_cli.core.models.identity import differences
-from braces_cli.core.models.load import Base, load_base
+from braces_cli.core.models.load import Base, checkpoint_folder, load_base, load_shape
 from braces_cli.core.models.structure import hooks_changed
 from braces_cli.core.options import LoadOptions
 
@@ -233,6 +233,14 @@ def attach(
     return Adapter(model, adapted_ffns)
 
 
+def check_base(stored: StoredAdapter, base: Base) -> None:
+    """Raise ModelError if an adapter was trained on another base."""
+    words = differences(stored.config.fingerprint, base.fingerprint)
+    if words:
+        what = f"this adapter was trained on another base ({'; '.join(words)})"
+        raise ModelError(what, where=str(stored.folder), hint=f"It needs {stored.config.base_model_name_or_path}.")
+
+
 def attach_stored(base: Base, stored: StoredAdapter) -> Adapter:
     """Attach a stored adapter to the base's model, frozen.
 
@@ -240,13 +248,7 @@ def attach_stored(base: Base, stored: StoredAdapter) -> Adapter:
         ModelError: the folder is damaged, or belongs to another base.
     """
     config, tensors = stored.config, stored.tensors
-    words = differences(config.fingerprint, base.fingerprint)
-    if words:
-        raise ModelError(
-            f"this adapter was trained on another base ({'; '.join(words)})",
-            where=str(stored.folder),
-            hint=f"It needs {config.base_model_name_or_path}.",
-        )
+    check_base(stored, base)
     try:
         adapter = attach(base.model, config.r, config.layers, scales=config.relevance_scale, ffns=base.ffns)
     except ConfigError as error:  # the adapter is wrong, not an option
@@ -359,3 +361,22 @@ def open_session(
     if stored is not None:
         session.add_adapter(stored)
     return session
+
+
+def open_shape(
+    model: str | None, adapter: str | None, revision: str | None, trust_remote_code: bool
+) -> tuple[Base, StoredAdapter | None]:
+    """Return a base without weights and tokenizer, and the adapter, if one is given.
+
+    Raises:
+        ModelError: base or adapter cannot be loaded, or they do not fit.
+    """
+    stored = resolve_adapter(adapter)
+    name = base_name(model, stored)
+    if stored is not None and model is None:
+        revision = revision or stored.config.revision
+    shape = load_shape(name, revision=revision, trust_remote_code=trust_remote_code)
+    base = Base(shape, None, name, revision, checkpoint_folder(name, revision))
+    if stored is not None:
+        check_base(stored, base)
+    return base, stored

@@ -22,7 +22,7 @@ from braces_cli.core.models.identity import fingerprint
 from braces_cli.core.models.load import load_base
 from braces_cli.core.models.weights import StoredValues, _through_module, check_finite
 from braces_cli.core.options import QUANTISATIONS, LoadOptions
-from braces_cli.inspection.vocabulary import value_tokens
+from braces_cli.inspection.vocabulary import LogitLens, value_tokens
 from tests.conftest import make_adapter, open_gates, tiny_model, tiny_tokenizer
 from tests.core.comparison import TOKENS, assert_equal, logits_of, relative, run
 
@@ -168,7 +168,7 @@ def test_readers_of_value_matrices_read_packed_ones(folder, method):
     values = ffn.value_matrix()
     state = torch.randn(64, generator=torch.Generator().manual_seed(0))
     assert relative(gram(ffn.values(), state.unsqueeze(1)).squeeze(1), values @ (values.mT @ state)) < 1e-5
-    rows = list(value_tokens(session, [1], [3, 159], 5))
+    rows = list(value_tokens(LogitLens(session.base), session.ffns[1:2], [3, 159], 5))
     assert [row["index"] for row in rows] == [3, 159]
     assert all(math.isfinite(token["score"]) for row in rows for token in row["tokens"])
     plain = load_base(str(folder), LoadOptions(device="cpu")).model
