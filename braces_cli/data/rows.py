@@ -309,7 +309,7 @@ def text_of(fields: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def parts(kind: Format, fields: Mapping[str, Any], where: str) -> tuple[str, str | None]:
-    """(prompt, completion) of a row that is not a chat; the completion is None if the whole text is scored."""
+    """(prompt, completion) of a text, prompt or instruction row; no completion if the whole text is scored."""
     if kind is TEXT:
         return text_of(fields, "text", where), None
     if kind is PAIR:

@@ -3,7 +3,7 @@
 The order is a function of seed and global batch only, independent of processes, accumulation and packing.
 
 Packed: one block, in which each row contains several examples. Positions restart with each example, from which
-transformers derives block-diagonal attention; the rest of a row is padding, as an example of its own. With the
+transformers derives block-diagonal attention; the rest of a row is padding, as a separate example. With the
 contrastive loss, an example with an attribute is in the block twice, the second time at the opposite strength.
 
     input_ids     a a a b b | c c c c -
@@ -316,7 +316,7 @@ def choose_layout(session: Session, settings: TrainSettings, items: Sequence[Enc
     if settings.packing == "off" or fault is not None:
         if fault is not None:
             logger.info("examples are not packed but grouped by length: %s", fault)
-        # Activations recomputed in the backward pass must find the attributes of their own block.
+        # Activations recomputed in the backward pass must find the attributes of their block.
         one = settings.gradient_checkpointing and settings.attribute_field is not None
         layout = Layout(packed=False, groups=1 if one else GROUPS)
     elif _is_flash(model):

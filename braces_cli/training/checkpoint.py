@@ -65,7 +65,7 @@ _NAME = re.compile(r"checkpoint-(\d+)", re.ASCII)
 _NOT_HASHED = ("README.md",)
 _PARTIAL = ".checkpoint-"
 _DAMAGED = "the checkpoint is damaged"
-_DAMAGED_HINT = "Remove that checkpoint; --resume then goes on from the one before."
+_DAMAGED_HINT = "Remove that checkpoint; --resume then continues from the previous one."
 
 
 class Manifest(TypedDict):

@@ -57,7 +57,7 @@ _SCHEDULES = {"constant": "constant_with_warmup"}
 
 
 class Trainer:
-    """Optimise an adapter, each part at its own rate.
+    """Optimise an adapter, each part at a separate learning rate.
 
     Args:
         record: written into every checkpoint, with the counters of that step.

@@ -120,19 +120,10 @@ def _train(settings: TrainSettings, folder: Path, report: Report, record: Record
         adapter = adapter_to_train(session, plan, checkpoint)
     conditioner = Conditioner(adapter, attributes) if isinstance(adapter, Adapter) and attributes else None
     config = _config(session, plan, adapter, attributes, train_set.chat)
-
-    def write(target: Path, tensors: dict[str, Any], card: str) -> None:
-        """Write an adapter folder, the config last."""
-        if isinstance(adapter, PeftAdapter):
-            adapter.save(target, config, card)
-            return
-        if attributes:
-            save_attributes(target / TRAINED_FILE, attributes)
-        write_adapter(target, tensors, config, card)
+    write = partial(_write, adapter, config, attributes)
 
     def snapshot() -> Callable[[Path], None]:
-        tensors = adapter.tensors(in_place=False)
-        return lambda target: write(target, tensors, CHECKPOINT_CARD)
+        return partial(write, CHECKPOINT_CARD, adapter.tensors(in_place=False))
 
     data = TrainingData(train_set, layout, conditioner, pad_id)
     evaluate_now = partial(evaluate, conditioner, "evaluating")
@@ -162,7 +153,7 @@ def _train(settings: TrainSettings, folder: Path, report: Report, record: Record
     tensors = adapter.tensors(in_place=world_size() == 1)
     if is_main():
         drawn = draw_curve(folder, {0: result.base_eval_loss, result.steps: result.eval_loss})
-        write(folder, tensors, model_card(config, asdict(result), record.settings, record.command, drawn))
+        write(model_card(config, asdict(result), record.settings, record.command, drawn), tensors, folder)
         # Last of all: a record with a result marks a finished run.
         replace(record, result=result).write(folder)
     barrier()
@@ -193,6 +184,23 @@ def _config(
         method=settings.method,
         relevance_scale=list(adapter.scales),
     )
+
+
+def _write(
+    adapter: Adapter | PeftAdapter,
+    config: AdapterConfig,
+    attributes: Sequence[Attribute],
+    card: str,
+    tensors: dict[str, Any],
+    folder: Path,
+) -> None:
+    """Write an adapter folder, the config last."""
+    if isinstance(adapter, PeftAdapter):
+        adapter.save(folder, config, card)
+        return
+    if attributes:
+        save_attributes(folder / TRAINED_FILE, attributes)
+    write_adapter(folder, tensors, config, card)
 
 
 def _fit(

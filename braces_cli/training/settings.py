@@ -83,7 +83,7 @@ def parse_opposites(values: Sequence[str]) -> tuple[tuple[str, str], ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings(ModelSettings, OverwriteSettings, UploadSettings, OutputSettings):
-    """What `braces train` reads, trains and writes.
+    """Inputs, method and outputs of `braces train`.
 
     Defaults that depend on other settings or on the base are None until `resolve`.
     """
