@@ -62,8 +62,8 @@ COMMANDS = {
     "merge": "--adapter ADAPTER --output-dir OUT",
 }
 NEEDED = {"settings built", "adapter attached", "tokenizer loaded", "weights loaded", "FFNs found"}
-# Training first builds the base without weights, to check the settings before the weights are loaded.
-LIMITS = {"train": {"adapter attached": 3, "tokenizer loaded": 2, "FFNs found": 4}}
+# Training first builds the base without weights, and checks the settings before the weights are loaded.
+LIMITS = {"train": {"FFNs found": 2}}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

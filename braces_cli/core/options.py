@@ -15,7 +15,7 @@ QUANTISATIONS = ("int8", "bnb-8bit", "bnb-4bit")
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions(Settings):
-    """How a base is loaded: revision, device, dtype, quantisation."""
+    """Loading of a base: revision, device, dtype, quantisation."""
 
     revision: str | None = option(None, help="Branch, tag or commit of a hub model.", panel=MODEL)
     device: str = option("auto", help="Device: auto, cpu, cuda (or cuda:1) or mps.", panel=MODEL, outcome=False)

@@ -198,7 +198,7 @@ def read_tensor_header(path: Path, kind: Kind[Any]) -> TensorHeader:
     data = _bytes(kind, path, 8)
     size = int.from_bytes(data, "little")
     if len(data) < 8 or size > _HEADER_LIMIT or path.stat().st_size < 8 + size:
-        what = f"not a {kind.what}: there is no safetensors header" if data else "the file is empty"
+        what = f"not a {kind.what}: a safetensors header is missing" if data else "the file is empty"
         raise kind.error(what, where=str(path), hint=kind.hint)
     header = parse(Kind(dict[str, Any], kind.error, kind.hint), _bytes(kind, path, 8 + size)[8:], str(path))
     metadata = check(Kind(dict[str, str], kind.error, kind.hint), header.pop("__metadata__", {}), str(path))

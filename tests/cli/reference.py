@@ -1,4 +1,4 @@
-"""The command reference, written from what `--help` says: python -m tests.cli.reference --write"""
+"""The command reference, from the texts of `--help`: python -m tests.cli.reference --write"""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from braces_cli.cli.main import build_app
 FILE = Path(__file__).parents[2] / "recipes" / "docs" / "COMMANDS.md"
 _HEAD = """# Commands
 
-What `braces COMMAND --help` says, written by `python -m tests.cli.reference --write` and held to it by a test.
+Texts of `braces COMMAND --help`, written by `python -m tests.cli.reference --write`.
 """
 
 
@@ -28,7 +28,7 @@ def command_of(*names: str) -> Any:
 
 
 def reference() -> str:
-    """The whole page as Markdown."""
+    """Return the page as Markdown."""
     root = command_of()
     return "\n".join([_HEAD, *_sections(root, typer.Context(root, info_name="braces"))])
 
@@ -47,7 +47,7 @@ def _section(command: Any, context: Any) -> str:
     records = [parameter.get_help_record(context) for parameter in command.params]
     rows = [f"| `{_cell(name)}` | {_cell(said)} |" for name, said in filter(None, records)]
     if rows:
-        lines += ["| option | what it does |", "|---|---|", *rows, ""]
+        lines += ["| option | description |", "|---|---|", *rows, ""]
     return "\n".join(lines)
 
 

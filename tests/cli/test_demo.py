@@ -1,4 +1,4 @@
-"""`braces demo`: how it runs the commands that it prints. The whole of it runs in tests/e2e."""
+"""`braces demo`: the commands that it prints and runs. tests/e2e runs the complete demo."""
 
 from __future__ import annotations
 

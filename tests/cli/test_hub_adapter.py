@@ -1,4 +1,4 @@
-"""An adapter on the hub is downloaded once by each command, however many parts of it ask for the files."""
+"""A command downloads an adapter from the hub once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture
 def downloads(adapter_dir, monkeypatch):
-    """A fake hub with one adapter, `someone/adapter`: the names that were downloaded, in order."""
+    """Names that were downloaded from a fake hub with one adapter, `someone/adapter`."""
     names: list[str] = []
 
     def download(name, **options):

@@ -16,7 +16,7 @@ def rows(tmp_path):
 
 
 def test_a_quantised_base_is_trained_steered_and_inspected(braces, model_dir, rows, tmp_path):
-    """The adapter that comes of it loads on the plain base, too."""
+    """The adapter also loads on the plain base."""
     if importlib.util.find_spec("torchao") is None:
         pytest.skip("NOT TESTED ON A QUANTISED BASE: torchao is not installed (pip install 'braces-cli[quantize]')")
     out = tmp_path / "out"
@@ -43,8 +43,8 @@ def test_a_quantised_base_is_trained_steered_and_inspected(braces, model_dir, ro
         ("eval", ("--tasks", "perplexity")),
     ],
 )
-def test_a_method_that_does_not_exist_is_a_usage_error(braces, model_dir, command, options):
-    """Exit code 2, the known ones named."""
+def test_an_unknown_method_is_a_usage_error(braces, model_dir, command, options):
+    """Exit code 2, with the known methods."""
     outcome = braces(command, "--model", model_dir, *options, "--quantize", "int3")
     assert outcome.code == 2
     assert "int8" in outcome.err

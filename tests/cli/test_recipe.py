@@ -1,4 +1,4 @@
-"""`braces recipe`: every recipe is listed, and a copy is the file itself."""
+"""`braces recipe`: the list and the copies of recipes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def test_every_recipe_is_listed(braces):
     assert "small-sentiment" in braces("recipe", "list").out
 
 
-def test_a_copy_is_the_recipe_and_train_takes_it(braces, tmp_path):
+def test_a_copy_is_a_config_of_train(braces, tmp_path):
     outcome = braces("recipe", "copy", "small-sentiment", "--output-dir", tmp_path, "--format", "json")
     assert outcome.code == 0, outcome.err
     copied = tmp_path / "small-sentiment.yaml"
@@ -24,7 +24,7 @@ def test_a_copy_is_the_recipe_and_train_takes_it(braces, tmp_path):
     assert settings["max_steps"] == 150
 
 
-def test_a_file_of_that_name_is_kept_unless_told_otherwise(braces, tmp_path):
+def test_an_existing_file_needs_overwrite(braces, tmp_path):
     existing = tmp_path / "small-sentiment.yaml"
     existing.write_text("mine")
     assert braces("recipe", "copy", "small-sentiment.yaml", "--output-dir", tmp_path).code == 2
@@ -34,7 +34,7 @@ def test_a_file_of_that_name_is_kept_unless_told_otherwise(braces, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "hint"), [("small-sentimet", "small-sentiment"), ("zzz", "braces recipe list")])
-def test_an_unknown_name_exits_2_with_a_way_out(braces, tmp_path, name, hint):
+def test_an_unknown_name_exits_2_with_a_hint(braces, tmp_path, name, hint):
     outcome = braces("recipe", "copy", name, "--output-dir", tmp_path)
     assert outcome.code == 2
     assert hint in outcome.err

@@ -1,4 +1,4 @@
-"""The table of what a command did before its main work."""
+"""Times of the stages of a command."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import logging
 from braces_cli.core.progress import Timings
 
 
-def test_stages_are_listed_in_order_with_what_none_accounts_for(caplog, monkeypatch):
-    """Stages that run twice add up; nothing is logged above DEBUG."""
+def test_stages_are_listed_in_order(caplog, monkeypatch):
+    """With the time outside of all stages; stages that run twice add up; only at level DEBUG."""
     clock = iter([0.0, 1.0, 3.0, 3.0, 4.0, 4.0, 4.5, 10.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     monkeypatch.setattr(logging.getLogger("braces"), "propagate", True)

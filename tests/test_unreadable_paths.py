@@ -1,4 +1,4 @@
-"""What exists under a name and cannot be read is an error of whoever looks for it, never skipped."""
+"""A file that exists and cannot be read is an error; the search does not continue elsewhere."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def empty(path: Path) -> None:
 
 
 def pipe(path: Path) -> None:
-    """Nobody writes to it: opened, it would keep its reader waiting for ever."""
+    """Opening a pipe without a writer blocks forever."""
     os.mkfifo(path)
 
 
@@ -50,26 +50,26 @@ def make(request: pytest.FixtureRequest) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize("link", [loop, broken_link])
-def test_a_link_to_nothing_is_something(tmp_path: Path, link: Callable[[Path], None]) -> None:
+def test_a_broken_link_exists(tmp_path: Path, link: Callable[[Path], None]) -> None:
     link(tmp_path / "a")
     assert path_exists(tmp_path / "a")
 
 
 @pytest.mark.parametrize("name", ["a", "a" * 300, "a\0b", "file/a"])
-def test_what_cannot_exist_is_not_there(tmp_path: Path, name: str) -> None:
-    """No such name, one that is too long, one that no file can have, one below a file."""
+def test_an_impossible_path_does_not_exist(tmp_path: Path, name: str) -> None:
+    """A missing file, a name that is too long, a null character, and a path below a file."""
     (tmp_path / "file").touch()
     assert not path_exists(tmp_path / name)
 
 
-def test_a_home_of_nobody_stays_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_home_of_an_unknown_user_is_not_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert user_path("~/a") == tmp_path / "a"
     assert user_path("~nobody-of-that-name/a") == Path("~nobody-of-that-name/a")
 
 
 def test_an_attribute(session: Any, tmp_path: Path, make: Callable[[Path], None]) -> None:
-    """The built-in list of its name does not take its place, neither in a folder nor in a listing."""
+    """The built-in list of the same name is not used."""
     make(tmp_path / "positive.safetensors")
     with pytest.raises(ModelError, match=REASONS):
         find_attribute(session, "positive", tmp_path)
@@ -81,7 +81,7 @@ def test_an_attribute(session: Any, tmp_path: Path, make: Callable[[Path], None]
 def test_an_attribute_of_an_adapter(
     model_dir: Path, adapter_dir: Path, make: Callable[[Path], None], name: str
 ) -> None:
-    """Of its own file, or of the one that it was trained with."""
+    """A file of one attribute, or of the attributes in training."""
     make(adapter_dir / name)
     session = open_session(str(model_dir), str(adapter_dir), LoadOptions(device="cpu"))
     with pytest.raises(ModelError, match=REASONS):
@@ -91,9 +91,9 @@ def test_an_attribute_of_an_adapter(
 
 
 def test_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], None]) -> None:
-    """The hub is not asked for one of that name."""
+    """An adapter of that name on the hub is not used."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **more: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **more: pytest.fail("the hub was called"))
     (tmp_path / "owner").mkdir()
     make(tmp_path / "owner" / "name")
     with pytest.raises(ModelError, match=r"no adapter here|no such adapter folder|cannot read"):
@@ -109,7 +109,7 @@ def test_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable
 
 
 def test_rows_of_a_task(tmp_path: Path, make: Callable[[Path], None]) -> None:
-    """Rows in `--task-data-dir` that cannot be read are not fetched from elsewhere, nor is another file taken."""
+    """Rows in `--task-data-dir`: another file of the task is not used."""
     from braces_cli.evaluation.run import check_settings
     from braces_cli.evaluation.settings import EvalSettings
 
@@ -123,7 +123,7 @@ def test_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Calla
     from braces_cli.data.rows import read_rows
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("datasets.load_dataset", lambda *args, **more: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **more: pytest.fail("the hub was called"))
     (tmp_path / "owner").mkdir()
     make(tmp_path / "owner" / "name")
     with pytest.raises(DataError):
@@ -131,7 +131,7 @@ def test_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Calla
 
 
 def test_a_settings_file(braces: Any, tmp_path: Path, make: Callable[[Path], None]) -> None:
-    """All but an empty one, which sets nothing."""
+    """An empty file is valid."""
     make(tmp_path / "a.yaml")
     outcome = braces("recipe", "list", "--config", tmp_path / "a.yaml")
     assert (outcome.code == 2) == (make is not empty), outcome.err
@@ -143,6 +143,6 @@ def test_an_attributes_folder(tmp_path: Path) -> None:
         list_attributes(tmp_path / "attributes", None)
 
 
-def test_an_adapter_of_a_name_that_is_too_long_is_no_adapter() -> None:
+def test_the_name_of_an_adapter_is_too_long() -> None:
     with pytest.raises(ModelError, match="no such adapter folder"):
         find_adapter("a" * 300)

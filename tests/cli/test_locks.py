@@ -1,4 +1,4 @@
-"""Two commands with the same output: for every command that writes, the second one says so and touches nothing."""
+"""Every command that writes refuses an output that another command is writing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from braces_cli.core.errors import ConfigError
 from braces_cli.core.files import output_lock
 from braces_cli.export.run import new_folder
 
-# Options that name an output, and what is written where that is not what they name.
+# Options for an output, and for each a command with the path that it locks.
 _OUTPUTS = {"output_dir", "output", "plot", "gguf"}
 _TRAIN = ("train", "--data", "rows.jsonl", "--max-steps", "1", "--output-dir", "out")
 _STEER = ("steer", "--prompt", "the", "--attribute", "positive", "--s", "1")
@@ -36,12 +36,12 @@ _CALLS = {
     ("demo", "output_dir"): (("demo", "--output-dir", "out"), "out"),
     ("recipe copy", "output_dir"): (("recipe", "copy", "RECIPE", "--output-dir", "."), "RECIPE.yaml"),
 }
-# It takes its lock in `new_folder`, after it has read the base with slots; `test_every_export_locks` holds it to that.
+# Locked in `new_folder`, after the base with slots was read; see `test_every_export_locks`.
 _ELSEWHERE = {("export lora", "output_dir"), ("export lora", "gguf")}
 
 
 def test_every_output_is_in_the_table():
-    """A new option that names an output must be locked, and tested here."""
+    """A new option for an output must be locked, and tested here."""
     found = set()
 
     def walk(command, words):
@@ -54,8 +54,8 @@ def test_every_output_is_in_the_table():
 
 
 @pytest.mark.parametrize("key", _CALLS, ids=" ".join)
-def test_the_second_command_leaves_the_output_alone(key, braces, tmp_path, monkeypatch, adapter_dir):
-    """Exit 2 with the holder's process, before any work; nothing is written, nothing is left."""
+def test_the_second_command_is_refused(key, braces, tmp_path, monkeypatch, adapter_dir):
+    """Exit code 2 with the other process, before any work; nothing is written."""
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text('{"text": "the film is good", "label": "positive"}\n')
     args, output = _CALLS[key]
@@ -70,7 +70,7 @@ def test_the_second_command_leaves_the_output_alone(key, braces, tmp_path, monke
 
 
 def test_every_export_locks(tmp_path):
-    """The folder of every export is made here."""
+    """Every export uses `new_folder`."""
     with new_folder(tmp_path / "out", False) as folder:
         (folder / "a").touch()
         with pytest.raises(ConfigError, match="another"), new_folder(tmp_path / "out", True):
@@ -79,7 +79,7 @@ def test_every_export_locks(tmp_path):
 
 
 def test_a_folder_that_was_filled_meanwhile_is_not_replaced(tmp_path):
-    """By a program that knows no locks: an error, no assertion."""
+    """By a program without locks."""
     folder = new_folder(tmp_path / "out", False)
     (folder.__enter__() / "a").touch()
     (tmp_path / "out").mkdir()
