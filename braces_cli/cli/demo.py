@@ -198,8 +198,8 @@ def _steer(guide: Guide, prompts: Path) -> dict[str, Any]:
     texts: dict[str, dict[str, str]] = {}
     for s in STRENGTHS:
         title = f"Generate at s = {s:+g}" if s else "Generate unsteered"
-        words = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
-        options = (*along, *seed, "--s", f"{s:g}", *words, "--max-new-tokens", "24")
+        prompt_options = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
+        options: list[str | Path] = [*along, *seed, "--s", f"{s:g}", *prompt_options, "--max-new-tokens", "24"]
         for row in guide.run(title, "steer", *options, lines=True) or ():
             texts.setdefault(row["prompt"], {})[f"{s:g}"] = row["text"]
             guide.emit(f"   {row['prompt']}|{row['text']}")

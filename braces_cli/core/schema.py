@@ -102,7 +102,7 @@ def decode_yaml(text: str) -> Any:
     """Return the value of a YAML text; all scalars except null stay text, as on the command line.
 
     Raises:
-        Malformed: not YAML.
+        Malformed: not YAML, or a key that is named twice.
     """
     import yaml
 
@@ -115,6 +115,15 @@ def decode_yaml(text: str) -> Any:
             first: [each for each in resolvers if each[0].endswith(":null")]
             for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
         }
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            mapping = super().construct_mapping(node, deep)
+            seen: set[Any] = set()
+            for key, _ in node.value:
+                if key.value in seen:
+                    raise Malformed(f"`{cut(key.value)}` is named twice", key.start_mark.line + 1)
+                seen.add(key.value)
+            return mapping
 
     try:
         return yaml.load(text, Loader)

@@ -170,6 +170,7 @@ def test_the_command_line_has_precedence_over_a_file_and_defaults(call: Any, tmp
         ("rank: many", "some.yaml: rank: `many` is not a whole number"),
         ("rank: [1, 2]", "some.yaml: rank: "),
         ("layers: {a: 1}", "some.yaml: layers: "),
+        ("rank: 1\nrank: 2", "some.yaml:2: `rank` is named twice"),
         ("dry-run: 1\nlog_level: 2", "unknown key"),
     ],
 )
