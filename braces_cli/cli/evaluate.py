@@ -60,11 +60,10 @@ def _show(result: dict[str, Any], settings: EvalSettings) -> None:
     else:
         facts = tables.facts(result)
         shown = [f"{name} {facts[name]}" for name in ("revision", "limit", "dtype") if name in facts]
-        print_table(f"{facts['model']} ({', '.join(shown)})", *tables.main_table(result))
-        for title, table in ((tables.PAIRS, tables.pair_table), (tables.SLOPES, tables.slope_table)):
-            columns, rows = table(result)
-            if rows:
-                print_table(title, columns, rows)
+        main, *others = tables.result_tables(result)
+        print_table(f"{facts['model']} ({', '.join(shown)})", *main[1:])
+        for title, columns, rows in others:
+            print_table(title, columns, rows)
     missed = [row for row in result.get("fail_under", ()) if not row["reached"]]
     if missed:
         # Not an exception: the result is valid, and stdout has its one JSON document.

@@ -42,6 +42,10 @@ AVERAGED = ("zero_shot", "commonsense", "commonsense_gen")
 _FOLDERS = {
     **dict.fromkeys(("popqa", *EMBEDDED, *COMMONSENSE_TASKS), BRACES_FOLDER),
     **dict.fromkeys(("truthfulqa_mc1", "truthfulqa_mc2", "truthfulqa_gen"), LM_EVAL_FOLDER / "truthfulqa"),
+    **{
+        name: LM_EVAL_FOLDER / name for name in ("triviaqa", "nq_open", "piqa", "hellaswag", "winogrande", "openbookqa")
+    },
+    **dict.fromkeys(("arc_easy", "arc_challenge"), LM_EVAL_FOLDER / "arc"),
     "boolq": LM_EVAL_FOLDER / "super_glue" / "boolq",
     "social_iqa": LM_EVAL_FOLDER / "siqa",
 }
@@ -124,16 +128,15 @@ def manager(selection: Selection, overrides: Path, metadata: dict[str, Any]) -> 
 
 def _index(requested: Sequence[str]) -> dict[str, Any]:
     """Return index entries of the requested names from as few folders as possible."""
-    known = {name: _FOLDERS.get(name) or _likely_folder(name) for name in requested}
-    index = _read_index(folder for folder in known.values() if folder is not None)
+    folders = {_FOLDERS[name] for name in requested if name in _FOLDERS}
+    index = _read_index(folders)
     others = [name for name in requested if not _complete(index, name)]
     if others:
         named, mentioned = _scan(others)
         for name in others:
             if name not in mentioned:
                 raise _unknown(name, named)
-        folders = [named[name].parent for name in others if name in named]
-        index = _read_index([*(folder for folder in known.values() if folder is not None), *folders])
+        index = _read_index(folders | {named[name].parent for name in others if name in named})
     if not all(_complete(index, name) for name in requested):
         index = TaskManager(include_path=[BRACES_FOLDER]).task_index
     for name in requested:
@@ -142,18 +145,8 @@ def _index(requested: Sequence[str]) -> dict[str, Any]:
     return index
 
 
-def _likely_folder(name: str) -> Path | None:
-    """Return the folder of lm-eval with the longest prefix of the name, such as `mmlu` for `mmlu_anatomy`."""
-    words = name.split("_")
-    if not name.replace("_", "").replace("-", "").isalnum():
-        return None
-    starts = ("_".join(words[:count]) for count in range(len(words), 0, -1))
-    return next((LM_EVAL_FOLDER / start for start in starts if (LM_EVAL_FOLDER / start).is_dir()), None)
-
-
-def _read_index(folders: Iterable[Path]) -> dict[str, Any]:
-    listed = list(dict.fromkeys(folders))
-    return TaskManager(include_path=listed, include_defaults=False).task_index if listed else {}
+def _read_index(folders: set[Path]) -> dict[str, Any]:
+    return TaskManager(include_path=sorted(folders), include_defaults=False).task_index if folders else {}
 
 
 def _scan(requested: Iterable[str]) -> tuple[dict[str, Path], set[str]]:
@@ -176,23 +169,24 @@ def _complete(index: dict[str, Any], name: str) -> bool:
 
 def _below(index: dict[str, Any], name: str) -> list[str]:
     """Return the name and all members in the index; of a tag, only the members."""
-    if name not in index:
-        return []  # a task that its group defines inline
-    children = sorted(index[name].tags) if index[name].kind.name == "TAG" else _children(index, name)
-    itself = [] if index[name].kind.name == "TAG" else [name]
-    return list(dict.fromkeys([*itself, *(each for child in children for each in _below(index, child))]))
+    tag = index[name].kind.name == "TAG"
+    children = sorted(index[name].tags) if tag else _children(index, name)
+    below = [each for child in children if child in index for each in _below(index, child)]
+    return list(dict.fromkeys(below if tag else [name, *below]))
 
 
 def _children(index: dict[str, Any], name: str) -> list[str]:
-    entry = index[name]
-    if entry.kind.name != "GROUP":
+    if index[name].kind.name != "GROUP":
         return []
-    listed = entry.cfg.get("task") or []
-    names = [each if isinstance(each, str) else each.get("group") or each.get("task") for each in listed]
-    # A mapping can define a member inline; only a plain reference must be found elsewhere.
-    return [
-        n for n, each in zip(names, listed, strict=True) if isinstance(n, str) and (isinstance(each, str) or n in index)
-    ]
+    children = []
+    for each in index[name].cfg.get("task") or ():
+        if isinstance(each, str):
+            children.append(each)
+        else:
+            # A mapping can define a member inline; only a plain reference must be in the index.
+            child = each.get("group") or each.get("task")
+            children += [child] if isinstance(child, str) and child in index else []
+    return children
 
 
 def _unknown(name: str, known: Iterable[str]) -> ConfigError:

@@ -21,6 +21,7 @@ from braces_cli.core.attributes.files import check_attributes
 from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.attributes.options import strengths
+from braces_cli.core.config import options_of
 from braces_cli.core.errors import BracesError
 from braces_cli.core.files import user_path
 from braces_cli.core.options import LoadOptions
@@ -37,6 +38,7 @@ class BracesLM(HFLM):
         attribute: name of an attribute to steer by, or a list of names.
         s: strength, or a list with one for each attribute.
         attributes: folder with attribute files.
+        kwargs: options of loading (`device`, `dtype`, `quantize`, ...), and arguments of HFLM.
     """
 
     def __init__(
@@ -47,25 +49,14 @@ class BracesLM(HFLM):
         s: float | list[float] = 1.0,
         attributes: str | None = None,
         revision: str | None = None,
-        device: str | None = None,
-        dtype: str = "auto",
-        device_map: str | None = None,
-        quantize: str | None = None,
-        trust_remote_code: bool = False,
         **kwargs: Any,
     ) -> None:
         names = [attribute] if isinstance(attribute, str) else list(attribute or ())
         values = strengths(names, list(s) if isinstance(s, (list, tuple)) else [s] * len(names))
         adapters = [] if adapter is None else [find_eval_adapter(adapter)]
         pretrained, revision = resolve_base(pretrained, revision, adapters)
-        options = LoadOptions(
-            revision=revision,
-            device=device or "auto",
-            dtype=dtype,
-            device_map=device_map,
-            quantize=quantize,
-            trust_remote_code=bool(trust_remote_code),
-        )
+        load = {name: value for name in options_of(LoadOptions) if (value := kwargs.pop(name, None)) is not None}
+        options = LoadOptions(**load, revision=revision)
         session = open_session(pretrained, None, options)
         # Adapter and steering stay active as long as the model exists.
         self._contexts = ExitStack()

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -31,34 +29,17 @@ from braces_cli.evaluation.native_tasks import TaskContext, halving
 from braces_cli.evaluation.results import Metric, Scores
 from braces_cli.evaluation.settings import EvalSettings
 
-logger = logging.getLogger("braces")
-
 # Raised by templates and functions of a task for a row without a field, or with a value of another type.
 _ROW_ERRORS = (TemplateError, LookupError, TypeError, ValueError, AttributeError, AssertionError)
 
 
-@dataclass(frozen=True)
-class TaskUnit:
-    """A task, or a group of lm-eval with its tasks, that is measured and stored in one step.
-
-    Attributes:
-        loaded: the `task_dict` of `lm_eval.evaluate`.
-    """
-
-    name: str
-    loaded: dict[str, Any]
-
-    @property
-    def tasks(self) -> dict[str, Any]:
-        """Task -> object of lm-eval."""
-        tasks: dict[str, Any] = self.loaded["tasks"]
-        return tasks
-
-
 def load_tasks(
     selection: catalog.Selection, overrides: Path, files: dict[str, Path], base: str, limit: int | None
-) -> list[TaskUnit]:
+) -> dict[str, dict[str, Any]]:
     """Build the selected tasks with their data, and read every document of tasks with a local file.
+
+    Returns:
+        Task or group of lm-eval -> `task_dict` of `lm_eval.evaluate`; each is measured and stored in one step.
 
     Args:
         overrides: folder of definitions that take precedence; the hub is used for tasks without one.
@@ -66,28 +47,25 @@ def load_tasks(
         base: name of the base, for tasks that build their own data.
         limit: number of documents that are measured.
     """
-    units: list[TaskUnit] = []
+    units: dict[str, dict[str, Any]] = {}
     seen: set[str] = set()
     manager = catalog.manager(selection, overrides, {"pretrained": base})
     for name in selection.names:
         with muted():
             try:
-                unit = TaskUnit(name, dict(manager.load([name])))
+                units[name] = dict(manager.load([name]))
             except (SystemExit, Exception) as error:
                 # A task is code of lm-eval that builds or downloads its data, and can raise anything.
                 raise _load_error(name, error, (overrides / f"{name}.yaml").exists()) from error
-        units.append(unit)
-        twice = sorted(unit.tasks.keys() & seen)
+        tasks = units[name]["tasks"]
+        twice = sorted(tasks.keys() & seen)
         if twice:
             raise ConfigError(f"`{twice[0]}` is in two of the requested groups", where="--tasks", hint="Leave one out.")
-        seen |= unit.tasks.keys()
-        for task_name, task in unit.tasks.items():
-            if getattr(task, "UNSAFE_CODE", False):
-                what = f"`{task_name}` runs code that the model writes"
+        seen |= tasks.keys()
+        for task_name, task in tasks.items():
+            if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+                what = f"`{task_name}` runs code that the model writes, or needs input other than text"
                 raise ConfigError(what, where="--tasks", hint="Use lm-eval for it.")
-            if getattr(task, "MULTIMODAL", False):
-                hint = "Choose a task that needs only text."
-                raise ConfigError(f"`{task_name}` needs input other than text", where="--tasks", hint=hint)
             if not len(task.eval_docs):
                 where = str(files.get(task_name, task_name))
                 raise DataError(f"{task_name} has no documents", where=where, hint="Give rows with --task-data.")
@@ -110,30 +88,16 @@ def _read_documents(name: str, task: Any, file: Path, limit: int | None) -> None
             raise DataError(what, where=f"{file}, row {number + 1}", hint=hint) from error
 
 
-@contextlib.contextmanager
-def muted() -> Iterator[None]:
+def muted() -> AbstractContextManager[Any]:
     """Keep the prints of lm-eval and its tasks out of stdout, which carries the result only."""
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(printed):
-            yield
-    finally:
-        if printed.getvalue().strip():
-            logger.debug("%s", printed.getvalue().strip())
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 def _load_error(name: str, error: BaseException, local: bool) -> BracesError:
-    if isinstance(error, BracesError):
-        return error
     reason = first_line(error, 300)
-    cause: BaseException | None = error
-    seen: list[BaseException] = []
-    while cause is not None and cause not in seen:
-        if isinstance(cause, ImportError):
-            hint = "Install the package that the message names."
-            return BracesError(f"`{name}` needs another package: {reason}", where="--tasks", hint=hint)
-        seen.append(cause)
-        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, ImportError):
+        hint = "Install the package that the message names."
+        return BracesError(f"`{name}` needs another package: {reason}", where="--tasks", hint=hint)
     if local:
         hint = "Give rows with the fields of the task's own data."
         return DataError(f"{name} cannot read the rows: {reason}", where="--task-data", hint=hint)
@@ -206,11 +170,14 @@ class Model(HFLM):
         self._report(stage, total, total)
 
 
-def measure(context: TaskContext, unit: TaskUnit, steering: AbstractContextManager[Any], stage: str) -> Scores | None:
+def measure(
+    context: TaskContext, unit: dict[str, Any], steering: AbstractContextManager[Any], stage: str
+) -> Scores | None:
     """Score the open model on a unit of tasks, steered by `steering`; None on every process but the first."""
     settings, processes, base = context.settings, context.processes, context.session.base
-    shots = _seed(unit, settings)
-    documents = [min(len(task.eval_docs), settings.limit or processes.size) for task in unit.tasks.values()]
+    tasks = unit["tasks"]
+    shots = _seed(tasks, settings)
+    documents = [min(len(task.eval_docs), settings.limit or processes.size) for task in tasks.values()]
     if min(documents) < processes.size:
         # lm-eval cannot give a process no document, so the first process measures alone.
         if not processes.first:
@@ -221,7 +188,7 @@ def measure(context: TaskContext, unit: TaskUnit, steering: AbstractContextManag
         model.stage = stage
         output = lm_eval.evaluate(
             lm=model,
-            task_dict=unit.loaded,
+            task_dict=unit,
             limit=settings.limit,
             log_samples=True,
             apply_chat_template=context.chat,
@@ -233,14 +200,14 @@ def measure(context: TaskContext, unit: TaskUnit, steering: AbstractContextManag
     return _scores(output, shots, sorted({int(size) for size in sizes}))
 
 
-def _seed(unit: TaskUnit, settings: EvalSettings) -> dict[str, int]:
+def _seed(tasks: dict[str, Any], settings: EvalSettings) -> dict[str, int]:
     """Seed all random generators and set the number of few-shot examples; return it for each task."""
     seeds = settings.seeds
     random.seed(seeds["python"])
     np.random.seed(seeds["numpy"])
     torch.manual_seed(seeds["torch"])
     shots: dict[str, int] = {}
-    for name, task in unit.tasks.items():
+    for name, task in tasks.items():
         default = task.get_config("num_fewshot")
         if settings.num_fewshot is not None and default != 0:
             task.set_config(key="num_fewshot", value=settings.num_fewshot)
@@ -296,7 +263,7 @@ def _sample(task: str, sample: dict[str, Any]) -> dict[str, Any]:
         "task": task,
         "doc_id": sample["doc_id"],
         "prompt": prompts[0] if len(set(prompts)) == 1 else prompts,
-        "target": _plain(sample["target"]),
+        "target": sample["target"],
         "filter": sample["filter"],
     }
     answers = [each[0] for each in sample["resps"]]
@@ -308,12 +275,6 @@ def _sample(task: str, sample: dict[str, Any]) -> dict[str, Any]:
         row["answer"] = texts[max(range(len(likely)), key=likely.__getitem__)]
         row["choices"] = [{"text": text, "log_likelihood": value} for text, value in zip(texts, likely, strict=True)]
     else:
-        row["answer"] = _plain(answers[0] if len(answers) == 1 else answers)
+        row["answer"] = answers[0] if len(answers) == 1 else answers
     row["scores"] = {}
     return row
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (str, int, float, bool)) or value is None:
-        return value
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else str(value)

@@ -53,16 +53,17 @@ def run_evaluation(settings: EvalSettings, report: Report = silent) -> dict[str,
     model, revision = resolve_base(settings.model, settings.revision, adapters)
     processes, device = _join(settings)
     settings = replace(settings, model=model, revision=revision, device=device)
+    identity = _identity(settings, adapters, selection, files)
     if processes.first:
-        store.begin(_identity(settings, adapters, selection, files), settings.resume)
+        store.begin(identity, settings.resume)
     with scratch_folder() as folder:
-        units = []
+        units = {}
         if selection.names:
             local = {name: file for name, file in files.items() if name not in catalog.NATIVE_TASKS}
             for name in local:
                 write_override(selection.leaves[name], rows[name], folder)
             units = lm_eval_runner.load_tasks(selection, folder, local, model, settings.limit)
-            _check_metrics(settings.thresholds, units)
+        _check_thresholds(settings.thresholds, selection, units)
         session = open_session(model, None, settings)
         chat = _uses_chat_template(settings, adapters, session)
         # The last adapter stays attached after its check, so it is measured first.
@@ -72,7 +73,9 @@ def run_evaluation(settings: EvalSettings, report: Report = silent) -> dict[str,
             terms = [term for group in groups for system in group for term in system.terms]
             attributes = list({attribute.name: attribute for attribute, _ in terms}.values())
             context = TaskContext(session, settings, chat, attributes, processes, report)
-            measures: dict[str, Measure] = {unit.name: partial(lm_eval_runner.measure, context, unit) for unit in units}
+            measures: dict[str, Measure] = {
+                name: partial(lm_eval_runner.measure, context, unit) for name, unit in units.items()
+            }
             for name in selection.native:
                 measures[name] = catalog.NATIVE_TASKS[name].prepare(context, rows[name][: settings.limit])
             for group in reversed(groups):
@@ -86,7 +89,7 @@ def run_evaluation(settings: EvalSettings, report: Report = silent) -> dict[str,
         return None
     for system in systems:
         system.scores.add_averages(selection.averaged)
-    return _document(session, systems, settings, files, chat, selection)
+    return _document(session, systems, settings, files, chat, identity)
 
 
 def check_settings(settings: EvalSettings) -> tuple[catalog.Selection, dict[str, Path], dict[str, Sequence[Any]]]:
@@ -96,11 +99,6 @@ def check_settings(settings: EvalSettings) -> tuple[catalog.Selection, dict[str,
         The selection, task -> file, and task -> its rows (documents of tasks of braces).
     """
     selection = catalog.select(settings.tasks)
-    known = list(dict.fromkeys([*selection.names, *selection.leaves, *selection.native, *selection.averaged]))
-    for each in settings.thresholds:
-        if each.task not in known:
-            hint = near_misses(each.task, known) or f"Evaluated: {', '.join(known)}."
-            raise ConfigError(f"`{each.task}` is not evaluated", where="--fail-under", hint=hint)
     if DETECTION.name in selection.native and len(settings.attribute) != 1:
         what = f"detection needs one attribute, not {len(settings.attribute)}"
         hint = "Such as --attribute positive, with rows that are labelled `positive` and otherwise."
@@ -151,30 +149,26 @@ def _attach_and_plan(
     An adapter that does not fit, or an unknown attribute, must fail before anything is measured.
     """
 
-    def steered_systems(label: str, adapter: EvalAdapter | None) -> Group:
+    def group(label: str, adapter: EvalAdapter | None) -> Group:
         attributes = {name: find_attribute(session, name, settings.attributes) for name in settings.attribute}
-        return [
-            System(
-                f"{label}, {' '.join(f'{name} {s:+g}' for name, s in point.items())}",
-                adapter,
-                [(attributes[name], s) for name, s in point.items()],
-            )
-            for point in settings.points
-        ]
+        systems = [System(label, adapter)]
+        for point in settings.points:
+            name = f"{label}, {' '.join(f'{name} {s:+g}' for name, s in point.items())}"
+            systems.append(System(name, adapter, [(attributes[name], s) for name, s in point.items()]))
+        return systems
 
-    groups: list[Group] = [[] if settings.no_base else [System("base")]]
-    if not adapters:
-        groups[0] += steered_systems("base", None)
+    groups = [[System("base")] if adapters else group("base", None)]
+    if settings.no_base:
+        groups[0].pop(0)
     for label, adapter in zip(labels(adapters), adapters, strict=True):
         stack.close()
         # A braces adapter can have attributes in its folder; under PEFT, built attributes would not be the base's.
         if adapter.method == BRACES:
             stack.enter_context(attached(session, adapter))
-            groups.append([System(label, adapter), *steered_systems(label, adapter)])
-        else:
-            groups.append([System(label, adapter), *steered_systems(label, adapter)])
+        groups.append(group(label, adapter))
+        if adapter.method != BRACES:
             stack.enter_context(attached(session, adapter))
-    return [group for group in groups if group]
+    return [systems for systems in groups if systems]
 
 
 def _measure(system: System, measures: dict[str, Measure], context: TaskContext, store: Store) -> None:
@@ -217,12 +211,9 @@ def _identity(
         folders = [settings.attributes, *(each.folder for each in adapters if each.stored is not None)]
         identity["steering"] = settings.points
         identity["attribute_files"] = attribute_hashes(settings.attribute, folders)
-    return {**identity, **_generation(settings, selection)}
-
-
-def _generation(settings: EvalSettings, selection: catalog.Selection) -> dict[str, Any]:
-    """Return how texts are generated, if a task generates texts."""
-    return {"generation": settings.generation_record()} if set(selection.native) & set(TEXT_TASKS) else {}
+    if set(selection.native) & set(TEXT_TASKS):
+        identity["generation"] = settings.generation_record()
+    return identity
 
 
 def _document(
@@ -231,7 +222,7 @@ def _document(
     settings: EvalSettings,
     files: dict[str, Path],
     chat: bool,
-    selection: catalog.Selection,
+    identity: dict[str, Any],
 ) -> dict[str, Any]:
     """Return `{systems, comparisons, settings}`, `slopes` if systems are steered, and `fail_under` with thresholds."""
     first = systems[0].scores
@@ -265,7 +256,7 @@ def _document(
         "settings": {
             "tasks": list(first.results),
             "task_data": {name: str(file) for name, file in files.items()},
-            "task_data_sha256": {name: file_hash(file, DataError) for name, file in files.items()},
+            "task_data_sha256": identity["task_data"],
             "task_versions": first.versions,
             "higher_is_better": {task: metrics for task, metrics in better.items() if metrics},
             "batch_size": sizes[0] if len(sizes) == 1 else sizes,
@@ -281,7 +272,7 @@ def _document(
             "tokenizer": base.tokenizer_hashes,
             "apply_chat_template": chat,
             **(settings.steering_record() if settings.attribute else {}),
-            **_generation(settings, selection),
+            **({"generation": identity["generation"]} if "generation" in identity else {}),
             "significance_level": LEVEL,
             "versions": versions(),
         },
@@ -289,17 +280,22 @@ def _document(
     return {**result, "fail_under": check_reached(settings.thresholds, result)} if settings.thresholds else result
 
 
-def _check_metrics(thresholds: Sequence[Threshold], units: Sequence[lm_eval_runner.TaskUnit]) -> None:
-    """Refuse thresholds of metrics that their task does not have."""
-    known: dict[str, list[str]] = {name: list(task.metrics) for name, task in catalog.NATIVE_TASKS.items()}
-    known.update({name: [AVERAGE] for name in catalog.AVERAGED})
-    for unit in units:
-        known.update({name: list(task.aggregation()) for name, task in unit.tasks.items()})
-    for each in thresholds:
-        metrics = known.get(each.task)
-        if metrics is not None and each.metric.partition(",")[0] not in metrics:
-            hint = near_misses(each.metric, metrics) or f"It has {', '.join(metrics)}."
-            raise ConfigError(f"{each.task} has no metric `{each.metric}`", where="--fail-under", hint=hint)
+def _check_thresholds(
+    thresholds: Sequence[Threshold], selection: catalog.Selection, units: dict[str, dict[str, Any]]
+) -> None:
+    """Refuse thresholds of tasks that are not evaluated, and of metrics that their task does not have."""
+    known: dict[str, list[str]] = {name: list(catalog.NATIVE_TASKS[name].metrics) for name in selection.native}
+    known.update({name: [AVERAGE] for name in selection.averaged})
+    for unit in units.values():
+        known.update({name: list(task.aggregation()) for name, task in unit["tasks"].items()})
+    for task, metric in ((each.task, each.metric) for each in thresholds):
+        if task not in known and task not in units:
+            hint = near_misses(task, known) or f"Evaluated: {', '.join(known)}."
+            raise ConfigError(f"`{task}` is not evaluated", where="--fail-under", hint=hint)
+        metrics = known.get(task)
+        if metrics is not None and metric.partition(",")[0] not in metrics:
+            hint = near_misses(metric, metrics) or f"It has {', '.join(metrics)}."
+            raise ConfigError(f"{task} has no metric `{metric}`", where="--fail-under", hint=hint)
 
 
 def check_reached(thresholds: Sequence[Threshold], result: dict[str, Any]) -> list[dict[str, Any]]:

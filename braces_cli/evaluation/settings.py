@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,15 @@ TASK_NAMES = (
     "zero_shot", "commonsense", "commonsense_gen", "truthfulqa", "popqa", "triviaqa", "nq_open", "perplexity",
     *TEXT_TASKS, "answers", "detection", "embedded",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Smallest value of a metric (largest, if smaller is better)."""
+
+    task: str
+    metric: str
+    value: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,36 +191,22 @@ class EvalSettings(GenerationSettings, AttributeNames, ModelSettings, OverwriteS
 
     @property
     def thresholds(self) -> list[Threshold]:
-        """Thresholds of `--fail-under TASK:METRIC=VALUE`."""
-        return parse_thresholds(self.fail_under)
+        """Thresholds of `--fail-under TASK:METRIC=VALUE`; task names can contain `:` and `=`."""
+        thresholds = []
+        for value in self.fail_under:
+            head, _, number = value.rpartition("=")
+            task, _, metric = (part.strip() for part in head.rpartition(":"))
+            try:
+                limit = float(number)
+            except ValueError:
+                limit = math.nan
+            if not (task and metric and math.isfinite(limit)):
+                hint = "Such as --fail-under popqa:acc=0.3."
+                raise ConfigError(f"`{value}` is not TASK:METRIC=VALUE", where="--fail-under", hint=hint)
+            thresholds.append(Threshold(task, metric, limit))
+        return thresholds
 
     @property
     def seeds(self) -> dict[str, int]:
         """Seed of each random number generator."""
         return dict(SEEDS) if self.seed is None else dict.fromkeys(SEEDS, self.seed)
-
-
-@dataclass(frozen=True)
-class Threshold:
-    """Smallest value of a metric (largest, if smaller is better)."""
-
-    task: str
-    metric: str
-    value: float
-
-
-def parse_thresholds(values: Sequence[str]) -> list[Threshold]:
-    """Parse values of the form `TASK:METRIC=VALUE`; task names can contain `:` and `=`."""
-    thresholds = []
-    for value in values:
-        head, sign, number = value.strip().rpartition("=")
-        task, colon, metric = head.rpartition(":")
-        try:
-            limit = float(number)
-        except ValueError:
-            limit = math.nan
-        if not (sign and colon and task.strip() and metric.strip() and math.isfinite(limit)):
-            hint = "Such as --fail-under popqa:acc=0.3."
-            raise ConfigError(f"`{value}` is not TASK:METRIC=VALUE", where="--fail-under", hint=hint)
-        thresholds.append(Threshold(task.strip(), metric.strip(), limit))
-    return thresholds

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from itertools import combinations, groupby
 from typing import Any
 
-from braces_cli.core.errors import ModelError
 from braces_cli.evaluation.systems import System
 
 Z = 1.959964  # 95 %, two-sided
@@ -25,12 +24,7 @@ Z = 1.959964  # 95 %, two-sided
 
 def cluster_error(groups: Sequence[Sequence[float]]) -> float | None:
     """Return the standard error of the mean over all values of independent groups (prompts); None for one group."""
-    count, total = len(groups), sum(map(len, groups))
-    if count < 2 or not total:
-        return None
-    mean = sum(map(sum, groups)) / total
-    spread = sum((sum(group) - mean * len(group)) ** 2 for group in groups)
-    return math.sqrt(spread * count / (count - 1)) / total
+    return rate_error([sum(group) for group in groups], [len(group) for group in groups])
 
 
 def share_interval(groups: Sequence[Sequence[bool]]) -> tuple[float, float]:
@@ -137,34 +131,26 @@ def compare(systems: Sequence[System], seed: int) -> list[dict[str, Any]]:
     for one, other in combinations(systems, 2):
         # Both differ in one thing only: in the adapter, or in the steering.
         comparable = not one.strengths and (not other.strengths or one.adapter_name == other.adapter_name)
-        if one is systems[0] or comparable:
-            rows += _pair(one, other, seed)
-    return rows
-
-
-def _pair(one: System, other: System, seed: int) -> list[dict[str, Any]]:
-    rows = []
-    for task, metrics in one.scores.results.items():
-        for name, before in metrics.items():
-            after = other.scores.results.get(task, {}).get(name)
-            if after is None:
-                hint = "If the run was resumed, a stored part is damaged: start again with --overwrite."
-                raise ModelError(f"{other.name} has no {name}", where=task, hint=hint)
-            a, b = before.documents, after.documents
-            shared = sorted(a.keys() & b.keys())
-            rows.append(
-                {
-                    "task": task,
-                    "metric": name,
-                    "from": one.name,
-                    "to": other.name,
-                    "difference": after.value - before.value,
-                    "n": before.n,
-                    "p_value": p_value(a, b, before.units or None, seed),
-                    **share("rises", [b[index] > a[index] for index in shared]),
-                    **share("falls", [b[index] < a[index] for index in shared]),
-                }
-            )
+        if one is not systems[0] and not comparable:
+            continue
+        for task, metrics in one.scores.results.items():
+            for name, before in metrics.items():
+                after = other.scores.results[task][name]
+                a, b = before.documents, after.documents
+                shared = sorted(a.keys() & b.keys())
+                rows.append(
+                    {
+                        "task": task,
+                        "metric": name,
+                        "from": one.name,
+                        "to": other.name,
+                        "difference": after.value - before.value,
+                        "n": before.n,
+                        "p_value": p_value(a, b, before.units or None, seed),
+                        **share("rises", [b[index] > a[index] for index in shared]),
+                        **share("falls", [b[index] < a[index] for index in shared]),
+                    }
+                )
     _correct(rows)
     return rows
 
@@ -274,32 +260,29 @@ def strength_slopes(systems: Sequence[System]) -> list[dict[str, Any]]:
     Returns:
         Rows `{task, metric, system, attribute, slope, slope_interval, negative, negative_interval, n}`.
     """
-    groups = groupby(systems, key=lambda system: id(system.adapter))
-    return [row for _, group in groups for row in _of_group(list(group))]
-
-
-def _of_group(systems: Sequence[System]) -> list[dict[str, Any]]:
-    steered = [each for each in systems if each.strengths]
-    varying = [
-        name for name in (steered[0].strengths if steered else {}) if len({e.strengths[name] for e in steered}) > 1
-    ]
-    if not steered or not (varying or len(steered[0].strengths) == 1):
-        return []
-    name = varying[0] if varying else next(iter(steered[0].strengths))
-    # With several attributes, the unsteered system is not on the line.
-    points = list(systems) if len(steered[0].strengths) == 1 else steered
-    strengths = [each.strengths.get(name, 0.0) for each in points]
     rows = []
-    for task, metrics in points[0].scores.results.items():
-        for metric in metrics:
-            entries = [each.scores.results[task][metric] for each in points]
-            shared = sorted(set(entries[0].documents).intersection(*(each.documents for each in entries)))
-            values = [[each.documents[index] for index in shared] for each in entries]
-            # A ratio of sums, such as a perplexity, is not a mean over documents.
-            if not shared or entries[0].units or not all(math.isfinite(v) for row in values for v in row):
-                continue
-            found = slope(strengths, values)
-            if found is not None:
-                about = {"task": task, "metric": metric, "system": systems[0].name, "attribute": name}
-                rows.append({**about, **found, "n": len(shared)})
+    for _, group in groupby(systems, key=lambda system: id(system.adapter)):
+        points = list(group)
+        system = points[0].name
+        steered = [each for each in points if each.strengths]
+        if not steered:
+            continue
+        names = list(steered[0].strengths)
+        if len(names) > 1:
+            # With several attributes, the unsteered system is not on the line.
+            points = steered
+            names = [name for name in names if len({each.strengths[name] for each in steered}) > 1]
+        strengths = [each.strengths.get(name, 0.0) for name in names[:1] for each in points]
+        for task, metrics in points[0].scores.results.items() if names else ():
+            for metric, first in metrics.items():
+                documents = [each.scores.results[task][metric].documents for each in points]
+                shared = sorted(set(documents[0]).intersection(*documents))
+                values = [[each[index] for index in shared] for each in documents]
+                # A ratio of sums, such as a perplexity, is not a mean over documents.
+                if not shared or first.units or not all(math.isfinite(v) for row in values for v in row):
+                    continue
+                found = slope(strengths, values)
+                if found is not None:
+                    about = {"task": task, "metric": metric, "system": system, "attribute": names[0]}
+                    rows.append({**about, **found, "n": len(shared)})
     return rows

@@ -35,19 +35,7 @@ from braces_cli.evaluation.results import Scores
 
 BRACES = "braces"
 # Raised by PEFT for files that are damaged or do not fit the base.
-_PEFT_ERRORS = (
-    OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError
-)  # fmt: skip
-# PEFT methods outside the layers of the model.
-_PROMPT_LEARNING = {
-    "PROMPT_TUNING",
-    "MULTITASK_PROMPT_TUNING",
-    "P_TUNING",
-    "PREFIX_TUNING",
-    "CARTRIDGE",
-    "ADAPTION_PROMPT",
-}
-_USE_LM_EVAL = "Measure it with lm-eval: --model hf --model_args pretrained=...,peft=..."
+_PEFT_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
 
 
 class PeftConfig(TypedDict):
@@ -128,10 +116,6 @@ def find_eval_adapter(name: str) -> EvalAdapter:
     if importlib.util.find_spec("peft") is None:
         raise ConfigError("this adapter needs peft, which is not installed", where=name, hint="pip install peft")
     kind = peft_config["peft_type"]
-    if kind in _PROMPT_LEARNING:
-        raise ModelError(
-            f"{kind} is not in the model's layers, so it cannot be switched", where=name, hint=_USE_LM_EVAL
-        )
     if not (folder / WEIGHTS_FILE).is_file():
         hint = f"Save it with peft as {WEIGHTS_FILE}; other formats can run code when loaded."
         raise ModelError(f"no {WEIGHTS_FILE} here", where=str(folder), hint=hint)
@@ -184,16 +168,20 @@ def _peft(model: Any, adapter: EvalAdapter) -> Iterator[None]:
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     wrapped: Any = None
     try:
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
                 wrapped = PeftModel.from_pretrained(model, str(adapter.folder), use_safetensors=True)
-        except _PEFT_ERRORS as error:
-            raise _misfit(adapter, first_line(error)) from error
-        if any("missing adapter keys" in str(each.message) for each in caught):
-            raise _misfit(adapter, "the file does not hold all of its weights")
+                if any("missing adapter keys" in str(each.message) for each in caught):
+                    raise ValueError("the file does not hold all of its weights")
+            except _PEFT_ERRORS as error:
+                what = f"this {adapter.method} adapter does not fit the base: {first_line(error)}"
+                hint = f"It was trained on {adapter.base}." if adapter.base else "Was it trained on this base?"
+                raise ModelError(what, where=adapter.name, hint=hint) from error
         if not hasattr(wrapped.base_model, "unload"):
-            raise ModelError(f"{adapter.method} cannot be detached", where=adapter.name, hint=_USE_LM_EVAL)
+            # Prompt tuning and the like, which are not in the layers of the model.
+            hint = "Measure it with lm-eval: --model hf --model_args pretrained=...,peft=..."
+            raise ModelError(f"{adapter.method} cannot be detached", where=adapter.name, hint=hint)
         check_finite(get_peft_model_state_dict(wrapped, save_embedding_layers=False), adapter.name)
         wrapped.eval()
         yield
@@ -209,11 +197,6 @@ def _peft(model: Any, adapter: EvalAdapter) -> Iterator[None]:
         model.__dict__.pop("peft_config", None)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable[name])
-
-
-def _misfit(adapter: EvalAdapter, what: str) -> ModelError:
-    hint = f"It was trained on {adapter.base}." if adapter.base else "Was it trained on this base?"
-    return ModelError(f"this {adapter.method} adapter does not fit the base: {what}", where=adapter.name, hint=hint)
 
 
 def labels(adapters: Sequence[EvalAdapter]) -> list[str]:

@@ -18,50 +18,42 @@ from braces_cli.evaluation.sweep import BRACES_METHOD
 from braces_cli.evaluation.text_tasks import RATINGS
 
 _HASH = 12
-# Heading of `pair_table`.
-PAIRS = "adapters among themselves"
-# Heading of `slope_table`.
-SLOPES = "slope over the strength s, mean over documents"
+# Title, columns and rows of a table.
+Table = tuple[str, Sequence[str], list[list[Any]]]
 
 
-def main_table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """Return columns and rows: for each metric one row per system, with the difference from the first system."""
+def result_tables(result: dict[str, Any]) -> list[Table]:
+    """Return the tables of an evaluation; the second and third only if they have rows.
+
+    The first has, for each metric, one row per system, with the difference from the first system. The second has the
+    other comparisons: adapters with each other, and each with itself steered. The third has the slopes.
+    """
     systems = result["systems"]
-    compared = {(c["task"], c["metric"], c["to"]): c for c in result["comparisons"] if c["from"] == systems[0]["name"]}
-    columns = ["task", "metric", "n", "system", "value ± error"]
-    if len(systems) > 1:
-        columns += ["change", "p (Holm)", ""]
+    compared = {(c["task"], c["metric"], c["from"], c["to"]): c for c in result["comparisons"]}
+    change = ["change", "p (Holm)", ""]
     rows: list[list[Any]] = []
     for task, metrics in systems[0]["results"].items():
         for metric in metrics:
             for system in systems:
                 entry = system["results"][task][metric]
-                row = [task, metric, entry["n"], system["name"], _with_error(entry)]
-                if len(systems) > 1:
-                    comparison = compared.get((task, metric, system["name"]))
-                    row += _change(comparison) if comparison else ["", None, ""]
-                rows.append(row)
-    return columns, rows
-
-
-def pair_table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """Return the comparisons without the first system: adapters with each other, and each with itself steered."""
-    first = result["systems"][0]["name"]
-    columns = ["task", "metric", "from", "to", "change", "p (Holm)", ""]
-    rows = [
-        [c["task"], c["metric"], c["from"], c["to"], *_change(c)] for c in result["comparisons"] if c["from"] != first
-    ]
-    return columns, rows
-
-
-def slope_table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """Return the slope of each metric over s; no rows without steering."""
-    rows = []
+                comparison = compared.pop((task, metric, systems[0]["name"], system["name"]), None)
+                changes = _change(comparison) if comparison else ["", None, ""]
+                rows.append([task, metric, entry["n"], system["name"], _with_error(entry), *changes])
+    columns = ["task", "metric", "n", "system", "value ± error", *change]
+    if len(systems) == 1:
+        columns, rows = columns[:5], [row[:5] for row in rows]
+    pairs = [[*names, *_change(comparison)] for names, comparison in compared.items()]
+    slopes = []
     for each in result.get("slopes", ()):
-        low, high = each["slope_interval"] or (math.nan, math.nan)
         about = [each["task"], each["metric"], each["system"], each["attribute"]]
-        rows.append([*about, each["slope"], f"{low:.2g} to {high:.2g}", each["negative"], each["n"]])
-    return ["task", "metric", "system", "attribute", "slope", "95 %", "share falling", "n"], rows
+        slopes.append([*about, each["slope"], _interval(each["slope_interval"]), each["negative"], each["n"]])
+    about = ["task", "metric", "system", "attribute", "slope", "95 %", "share falling", "n"]
+    tables: list[Table] = [
+        ("evaluation", columns, rows),
+        ("adapters among themselves", ["task", "metric", "from", "to", *change], pairs),
+        ("slope over the strength s, mean over documents", about, slopes),
+    ]
+    return [table for table in tables if table[2] or table is tables[0]]
 
 
 def facts(result: dict[str, Any]) -> dict[str, str]:
@@ -96,7 +88,8 @@ def markdown(result: dict[str, Any]) -> str:
     """Return the page `results.md`."""
     listed = [f"- {markdown_text(name)}: {markdown_text(value)}" for name, value in facts(result).items()]
     lines = ["# Evaluation", "", *listed, ""]
-    lines += _markdown_table(*main_table(result))
+    main, *others = result_tables(result)
+    lines += _markdown_table(*main[1:])
     level = result["settings"]["significance_level"]
     if result["comparisons"]:
         lines += [
@@ -104,12 +97,8 @@ def markdown(result: dict[str, Any]) -> str:
             f"Value ± standard error. Exact McNemar test where a document scores 0 or 1, else paired bootstrap; p is"
             f" corrected for the number of tasks (Holm), significant below {level:g}.",
         ]
-    columns, rows = pair_table(result)
-    if rows:
-        lines += ["", f"## {PAIRS.capitalize()}", "", *_markdown_table(columns, rows)]
-    columns, rows = slope_table(result)
-    if rows:
-        lines += ["", f"## {SLOPES.capitalize()}", "", *_markdown_table(columns, rows)]
+    for title, columns, rows in others:
+        lines += ["", f"## {title.capitalize()}", "", *_markdown_table(columns, rows)]
     if result.get("fail_under"):
         lines += ["", "## Thresholds", "", *(f"- {markdown_text(threshold_line(row))}" for row in result["fail_under"])]
     return "\n".join(lines) + "\n"
@@ -175,11 +164,11 @@ def _short(hashed: str | None) -> str | None:
 _POINT = ("s", "score", "95 %", "perplexity", "dist-1", "dist-2", "dist-3", "rep-4", "n")
 
 
-def sweep_tables(document: dict[str, Any]) -> list[tuple[str, Sequence[str], list[list[Any]]]]:
-    """Return (title, columns, rows) of each table of a sweep."""
+def sweep_tables(document: dict[str, Any]) -> list[Table]:
+    """Return the tables of a sweep."""
     points, scorer, slope = document["points"], document["scorer"], document["slope"]
     title = f"{document['attribute']} on {document['model']}; score: share {document['label']} by {scorer}"
-    tables: list[tuple[str, Sequence[str], list[list[Any]]]] = [(title, _POINT, [_point(each) for each in points])]
+    tables: list[Table] = [(title, _POINT, [_point(each) for each in points])]
     more = ["expected_maximum", "at_least_one"] if document["samples"] > 1 else []
     more += [name for name in RATINGS if name in points[0]]
     names = ["s", "effect", "effect_interval", "wrong_way", "wrong_way_interval", *more]

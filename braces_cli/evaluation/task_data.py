@@ -6,6 +6,7 @@ includes the original one and replaces the source of the rows only.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -19,29 +20,10 @@ from braces_cli.core.files import check_regular, file_hint, path_exists, user_pa
 from braces_cli.core.schema import decode
 from braces_cli.data.rows import READABLE, Source, read_rows
 from braces_cli.evaluation.catalog import NATIVE_TASKS, Selection
-from braces_cli.evaluation.task_functions import COMMONSENSE_TASKS, possible_answers
+from braces_cli.evaluation.task_functions import COMMONSENSE_TASKS
 
 # File names of the documents to evaluate, if the task does not name its split.
 _TESTED = ("test", "validation", "dev")
-# Fields of a row, by task; `a.b` is the field b of the mapping a. lm-eval only reports which template failed.
-FIELDS: dict[str, tuple[str, ...]] = {
-    "truthfulqa_mc1": ("question", "mc1_targets.choices", "mc1_targets.labels"),
-    "truthfulqa_mc2": ("question", "mc2_targets.choices", "mc2_targets.labels"),
-    "truthfulqa_gen": ("question", "best_answer", "correct_answers", "incorrect_answers"),
-    "triviaqa": ("question", "answer.aliases"),
-    "nq_open": ("question", "answer"),
-    "boolq": ("passage", "question", "label"),
-    "piqa": ("goal", "sol1", "sol2", "label"),
-    "social_iqa": ("context", "question", "answerA", "answerB", "answerC", "label"),
-    "hellaswag": ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
-    "winogrande": ("sentence", "option1", "option2", "answer"),
-    **dict.fromkeys(("arc_easy", "arc_challenge"), ("question", "choices.text", "choices.label", "answerKey")),
-    "openbookqa": ("question_stem", "choices.text", "choices.label", "answerKey"),
-    **dict.fromkeys(COMMONSENSE_TASKS, ("instruction", "answer")),
-    **dict.fromkeys(("popqa", "embedded_popqa"), ("question", "possible_answers")),
-    "embedded_truthful": ("question", "mc1_targets.choices", "mc1_targets.labels"),
-}
-_LISTS = {"choices", "labels", "aliases", "correct_answers", "incorrect_answers", "choices.text", "endings"}
 
 
 def find_files(selection: Selection, values: Sequence[str], folder: Path | None) -> dict[str, Path]:
@@ -89,10 +71,8 @@ def _in_folder(folder: Path, known: Iterable[str]) -> dict[str, Path]:
         raise ConfigError("no such folder", where="--task-data-dir", hint=f"Looked for {folder}.")
     places = {}
     for name in known:
-        for place in (folder / name, *(folder / f"{name}{kind}" for kind in READABLE)):
-            if path_exists(place):
-                places[name] = place
-                break
+        found = [place for kind in ("", *READABLE) if path_exists(place := folder / f"{name}{kind}")]
+        places.update({name: found[0]} if found else {})
     return places
 
 
@@ -117,64 +97,28 @@ def _file(name: str, place: Path, entry: Any) -> Path:
 
 
 def read_task_rows(task: str, path: Path) -> list[Source]:
-    """Read the rows of an lm-eval task and check their fields; tasks that are not in `FIELDS` are left to lm-eval."""
-    rows, needed = list(read_rows(str(path))), FIELDS.get(task, ())
+    """Read the rows of an lm-eval task; mappings and lists in CSV files are decoded from JSON.
+
+    lm-eval reports rows that it cannot render. Targets of TruthfulQA are checked here: it reads them after measuring.
+    """
+    rows = list(read_rows(str(path)))
     for row in rows:
-        fields, where = row.fields, row.where
-        _unpack(fields, needed)
-        missing = [name for name in needed if _get(fields, name) is None]
-        if missing:
-            plural = "s" if len(missing) > 1 else ""
-            shown = [f"{k}{{{', '.join(map(str, v))}}}" if isinstance(v, dict) else k for k, v in fields.items()]
-            what = f"{task} needs the field{plural} {', '.join(missing)}"
-            raise DataError(what, where=where, hint=f"Found: {', '.join(shown) or 'nothing'}.")
-        problem = _problem(task, fields, needed)
-        if problem:
-            raise DataError(f"{task}: {problem}", where=where, hint=f"A row holds {', '.join(needed)}.")
-    return rows
-
-
-def _unpack(fields: dict[str, Any], needed: Sequence[str]) -> None:
-    """Decode mappings and lists, which a CSV file holds as JSON text."""
-    for name in needed:
-        head = name.partition(".")[0]
-        value = fields.get(head)
-        if (head != name or head in _LISTS) and isinstance(value, str) and value[:1] in ("{", "["):
-            try:
-                fields[head] = decode(value)
-            except ValueError:
-                continue  # reported as a missing field
-
-
-def _get(fields: Any, name: str) -> Any:
-    for part in name.split("."):
-        fields = fields.get(part) if isinstance(fields, dict) else None
-    return fields
-
-
-def _problem(task: str, fields: dict[str, Any], needed: Sequence[str]) -> str | None:
-    """Describe what is wrong with the values of a row that has all fields."""
-    for name in needed:
-        value = _get(fields, name)
-        if name in _LISTS or name.rpartition(".")[2] in _LISTS:
-            if not isinstance(value, list) or not value:
-                return f"{name} is not a list with at least one item"
-        elif name in ("question", "instruction") and not isinstance(value, str):
-            return f"{name} is not text"
-    if task in ("truthfulqa_mc1", "truthfulqa_mc2"):
-        targets = fields[f"{task.rpartition('_')[2]}_targets"]
-        if len(targets["choices"]) != len(targets["labels"]):
-            return f"{len(targets['choices'])} choices and {len(targets['labels'])} labels"
-        if task == "truthfulqa_mc1" and targets["labels"][0] != 1:
+        for name, value in row.fields.items() if path.suffix.lower() in (".csv", ".tsv") else ():
+            if isinstance(value, str) and value[:1] in ("{", "["):
+                with contextlib.suppress(ValueError):
+                    row.fields[name] = decode(value)
+        if task in ("truthfulqa_mc1", "truthfulqa_mc2"):
+            name = f"{task.removeprefix('truthfulqa_')}_targets"
+            targets = row.fields.get(name)
+            lists = [targets.get(key) for key in ("choices", "labels")] if isinstance(targets, dict) else []
+            if not lists or not all(isinstance(each, list) and each for each in lists) or len({*map(len, lists)}) > 1:
+                hint = f"Found: {', '.join(row.fields)}."
+                raise DataError(f"{name} is not a mapping of equal lists choices, labels", where=row.where, hint=hint)
             # lm-eval counts the first choice as correct and does not read the labels.
-            return "the first choice must be the right one (label 1)"
-    if task == "popqa":
-        try:
-            if not any(answer.strip() for answer in possible_answers(fields)):
-                return "possible_answers is empty"
-        except ValueError:
-            return 'possible_answers is not a JSON list of strings, such as ["Paris"]'
-    return None
+            if task == "truthfulqa_mc1" and lists[1][0] != 1:
+                hint = "Put the right choice first, with label 1."
+                raise DataError("the first choice must be the right one", where=row.where, hint=hint)
+    return rows
 
 
 def write_override(entry: Any, rows: Sequence[Source], folder: Path) -> None:

@@ -31,12 +31,14 @@ def possible_answers(doc: dict[str, Any]) -> list[str]:
     """Return the answers of a PopQA row, stored as a list or as a JSON list in a string.
 
     Raises:
-        ValueError: the field is neither.
+        ValueError: the field is neither, or has no answer.
     """
     raw = doc["possible_answers"]
     answers = decode(raw) if isinstance(raw, str) else raw
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        raise ValueError("possible_answers is not a JSON list of strings")
+        raise ValueError('possible_answers is not a JSON list of strings, such as ["Paris"]')
+    if not any(answer.strip() for answer in answers):
+        raise ValueError("possible_answers is empty")
     return answers
 
 

@@ -32,7 +32,7 @@ from braces_cli.evaluation.native_tasks import (
     read_answer_pairs,
 )
 from braces_cli.evaluation.settings import EvalSettings
-from braces_cli.evaluation.tables import slope_table
+from braces_cli.evaluation.tables import result_tables
 from tests.evaluation.conftest import evaluate
 
 
@@ -147,7 +147,7 @@ def test_answers_shift_with_the_strength(model_dir, session, write_jsonl):
     found = next(row for row in result["slopes"] if row["metric"] == "log_odds")
     assert found["slope"] == pytest.approx(expected.mean(), abs=1e-5)
     assert (found["system"], found["attribute"], found["n"]) == ("base", "positive", 5)
-    assert len(slope_table(result)[1]) == 3
+    assert len(result_tables(result)[-1][2]) == 3
     row = next(row for row in result["comparisons"] if (row["metric"], row["to"]) == ("log_odds", "base, positive +20"))
     moves = np.array(lines[2]) - np.array(lines[0])
     assert (row["rises"], row["falls"]) == pytest.approx(((moves > 0).mean(), (moves < 0).mean()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -64,58 +65,69 @@ def test_the_base_is_bit_identical_after_an_adapter(session, make_peft, tiny_fol
     assert torch.equal(_logits(fresh), seen[0])
 
 
-def test_a_peft_adapter_of_another_base_is_refused(session, make_peft, tiny_folder):
-    wide = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    folder = make_peft(tiny_folder, wide)
-    before = _logits(session)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    for changes in ({"r": 3}, {"target_modules": ["c_attn"]}, {"target_modules": ["q_proj", "k_proj"]}):
+@pytest.fixture(scope="module")
+def lora(make_peft, tiny_folder):
+    return make_peft(tiny_folder, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), seed=7)
+
+
+@pytest.fixture
+def damaged(lora, tmp_path):
+    """A copy of `lora` with changes in its config, or with a weight that is not a number."""
+    folder = tmp_path / "damaged"
+
+    def make(changes):
+        shutil.copytree(lora, folder)
+        config = json.loads((folder / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))
-        with (
-            pytest.raises(ModelError, match="lora adapter does not fit"),
-            attached(session, find_eval_adapter(str(folder))),
-        ):
-            pass
-        assert torch.equal(_logits(session), before)
+        if not changes:
+            tensors = load_file(folder / "adapter_model.safetensors")
+            next(iter(tensors.values()))[0, 0] = float("nan")
+            save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        return folder
 
-
-def test_a_peft_adapter_that_is_not_finite_is_refused(session, make_peft, tiny_folder):
-    """The message names the weight, and the base is unchanged."""
-    folder = make_peft(tiny_folder, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-    tensors = load_file(folder / "adapter_model.safetensors")
-    name = next(iter(tensors))
-    tensors[name][0, 0] = float("nan")
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    modules = dict(session.base.model.named_modules())
-    with (
-        pytest.raises(ModelError, match=r"lora_[AB].* holds numbers that are not finite"),
-        attached(session, find_eval_adapter(str(folder))),
-    ):
-        pass
-    assert dict(session.base.model.named_modules()) == modules
-
-
-def test_without_peft_the_message_says_how_to_install_it(make_peft, tiny_folder, monkeypatch):
-    folder = make_peft(tiny_folder, peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    monkeypatch.setattr("braces_cli.evaluation.systems.importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="needs peft") as caught:
-        find_eval_adapter(str(folder))
-    assert "pip install peft" in str(caught.value)
+    return make
 
 
 @pytest.mark.parametrize(
-    ("config", "words"),
-    [({"peft_type": "LORA"}, "no adapter_model.safetensors"), ({"peft_type": "PROMPT_TUNING"}, "cannot be switched")],
+    ("changes", "words"),
+    [
+        ({"r": 3}, "lora adapter does not fit"),
+        ({"target_modules": ["c_attn"]}, "lora adapter does not fit"),
+        ({"target_modules": ["q_proj", "k_proj"]}, "lora adapter does not fit"),
+        ({}, r"lora_[AB].* holds numbers that are not finite"),
+    ],
 )
-def test_adapters_that_cannot_be_switched_are_refused(tmp_path, config, words):
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+def test_a_peft_adapter_that_does_not_fit_is_refused(session, damaged, changes, words):
+    """The base is unchanged."""
+    before, modules = _logits(session), dict(session.base.model.named_modules())
+    with pytest.raises(ModelError, match=words), attached(session, find_eval_adapter(str(damaged(changes)))):
+        pass
+    assert dict(session.base.model.named_modules()) == modules
+    assert torch.equal(_logits(session), before)
+
+
+def test_without_peft_the_message_says_how_to_install_it(lora, monkeypatch):
+    monkeypatch.setattr("braces_cli.evaluation.systems.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install peft"):
+        find_eval_adapter(str(lora))
+
+
+def test_an_adapter_that_cannot_be_detached_is_refused(session, make_peft, tiny_folder):
+    before = _logits(session)
+    folder = make_peft(tiny_folder, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ModelError, match="cannot be detached"), attached(session, find_eval_adapter(str(folder))):
+        pass
+    assert torch.equal(_logits(session), before)
+
+
+def test_weights_that_can_hold_code_are_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     (tmp_path / "adapter_model.bin").write_bytes(b"code")
-    with pytest.raises(ModelError, match=words):
+    with pytest.raises(ModelError, match=r"no adapter_model.safetensors"):
         find_eval_adapter(str(tmp_path))
 
 
-def test_an_adapter_of_the_hub_is_fetched(make_peft, tiny_folder, monkeypatch):
-    folder = make_peft(tiny_folder, peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(folder))
+def test_an_adapter_of_the_hub_is_fetched(lora, tiny_folder, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(lora))
     found = find_eval_adapter("someone/lora")
-    assert (found.method, found.folder, found.base) == ("lora", folder, str(tiny_folder))
+    assert (found.method, found.folder, found.base) == ("lora", lora, str(tiny_folder))

@@ -8,7 +8,6 @@ import os
 import pytest
 
 from braces_cli.core.errors import ConfigError, DataError
-from braces_cli.data.rows import read_rows
 from braces_cli.evaluation import catalog
 from braces_cli.evaluation.run import check_settings
 from braces_cli.evaluation.settings import EvalSettings
@@ -17,10 +16,9 @@ from braces_cli.evaluation.task_functions import (
     COMMONSENSE_TASKS,
     commonsense_results,
 )
+from tests.evaluation.conftest import evaluate
 
 POPQA = {"question": "What is it?", "possible_answers": '["x"]'}
-
-
 MC = {"question": "Q?", "mc1_targets": {"choices": ["a", "b"], "labels": [1, 0]}}
 
 
@@ -69,26 +67,22 @@ def test_tasks_without_a_data_set_on_the_hub_need_a_file(task, needed):
     ("\n\n", "no rows"),
     (json.dumps(POPQA) + "\n{broken\n", "data.jsonl:2: broken JSON"),
     ("[1]\n", "data.jsonl:1: a row must be an object"),
-    ('{"question": "x", "answer": "y"}\n', "popqa needs the field possible_answers\nFound: question, answer."),
-    (json.dumps({**POPQA, "possible_answers": "x, y"}), "not a JSON list"),
-    (json.dumps({**POPQA, "possible_answers": "[]"}), "empty"),
-    (json.dumps({**POPQA, "question": None}), "field question"),
 ])  # fmt: skip
-def test_a_bad_popqa_file_is_refused(tmp_path, content, words):
+def test_a_bad_file_is_refused(tmp_path, content, words):
     path = tmp_path / "data.jsonl"
     if content is not None:
         path.write_text(content)
     assert words in _error(DataError, ["popqa"], [f"popqa={path}"])
 
 
-@pytest.mark.parametrize(("row", "words"), [
-    ({"question": "Q?"}, "fields mc1_targets.choices, mc1_targets.labels"),
-    ({"question": "Q?", "mc1_targets": {"choices": ["a"]}}, "Found: question, mc1_targets{choices}"),
-    ({"question": "Q?", "mc1_targets": {"choices": ["a"], "labels": [1, 0]}}, "1 choices and 2 labels"),
-    ({"question": "Q?", "mc1_targets": {"choices": ["a", "b"], "labels": [0, 1]}}, "first choice must be the right"),
+@pytest.mark.parametrize(("targets", "words"), [
+    (None, "not a mapping of equal lists"),
+    ({"choices": ["a"]}, "not a mapping of equal lists"),
+    ({"choices": ["a"], "labels": [1, 0]}, "not a mapping of equal lists"),
+    ({"choices": ["a", "b"], "labels": [0, 1]}, "first choice must be the right"),
 ])  # fmt: skip
-def test_a_bad_truthfulqa_row_is_refused_with_its_line(write_jsonl, row, words):
-    path = write_jsonl("mc.jsonl", [MC, row])
+def test_a_bad_truthfulqa_row_is_refused_with_its_line(write_jsonl, targets, words):
+    path = write_jsonl("mc.jsonl", [MC, {"question": "Q?", "mc1_targets": targets}])
     message = _error(DataError, ["truthfulqa_mc1"], [f"truthfulqa_mc1={path}"])
     assert words in message
     assert f"{path}:2" in message
@@ -97,40 +91,37 @@ def test_a_bad_truthfulqa_row_is_refused_with_its_line(write_jsonl, row, words):
 @pytest.mark.parametrize(
     ("task", "row", "words"),
     [
-        ("arc_easy", {"question": "Q?", "choices": {"text": ["a"]}}, "fields choices.label, answerKey"),
-        ("triviaqa", {"question": "Q", "answer": {"value": "x"}}, "needs the field answer.aliases"),
-        ("boolq", {"question": "Q?"}, "fields passage, label"),
-        ("winogrande", {"sentence": "_ is", "option1": "a"}, "fields option2, answer"),
-        ("nq_open", {"question": "Q?"}, "field answer"),
-        ("commonsense_gen_piqa", {"input": "", "output": "x"}, "fields instruction, answer"),
+        ("popqa", {"question": "Q?", "answer": "y"}, "possible_answers"),
+        ("popqa", {**POPQA, "possible_answers": "x, y"}, "possible_answers"),
+        ("popqa", {**POPQA, "possible_answers": "[]"}, "empty"),
+        ("arc_easy", {"question": "Q?", "choices": {"text": ["a"]}}, "label"),
+        ("triviaqa", {"question": "Q", "answer": {"value": "x"}}, "aliases"),
+        ("boolq", {"question": "Q?"}, "passage"),
+        ("winogrande", {"sentence": "_ is", "option1": "a"}, "answer"),
+        ("commonsense_gen_piqa", {"input": "", "output": "x"}, "instruction"),
+        ("sciq", {"question": "Q?"}, "correct_answer"),
     ],
 )
-def test_missing_fields_are_named(write_jsonl, task, row, words):
-    assert words in _error(DataError, [task], [f"{task}={write_jsonl('r.jsonl', [row])}"])
+def test_rows_that_lm_eval_cannot_read_are_refused_before_a_model_is_loaded(write_jsonl, task, row, words):
+    settings = EvalSettings(tasks=[task], task_data=[f"{task}={write_jsonl('r.jsonl', [row])}"])
+    with pytest.raises(DataError, match=f"{task} cannot read the row.*{words}"):
+        evaluate("/nowhere", [], settings)
 
 
-def test_all_formats_give_the_same_rows(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
-    rows = [POPQA, {"question": "NA", "possible_answers": '["None"]'}]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "b.json").write_text(json.dumps(rows, indent=1))
-    (tmp_path / "c.json").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "d.csv").write_text('question,possible_answers\nWhat is it?,"[""x""]"\nNA,"[""None""]"\n')
-    (tmp_path / "e.tsv").write_text('question\tpossible_answers\nWhat is it?\t"[""x""]"\nNA\t"[""None""]"\n')
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "f.parquet")
-    files = sorted(tmp_path.iterdir())
-    assert len(files) == 6
-    for file in files:
-        assert [row.fields for row in read_rows(str(file))] == rows, file.name
+def test_a_row_after_the_first_is_named(write_jsonl):
+    rows = write_jsonl("r.jsonl", [POPQA, {"question": "Q?", "possible_answers": "x"}])
+    with pytest.raises(DataError, match="row 2: popqa cannot read the row"):
+        evaluate("/nowhere", [], EvalSettings(tasks=["popqa"], task_data=[f"popqa={rows}"]))
 
 
-@pytest.mark.parametrize("name", ["x.xlsx", "x"])
-def test_other_formats_are_refused(tmp_path, name):
-    (tmp_path / name).write_text("x")
-    with pytest.raises(DataError, match="cannot read"):
-        read_rows(str(tmp_path / name))
+def test_lists_and_mappings_in_csv_files_are_json(tmp_path):
+    (tmp_path / "mc.csv").write_text('question,mc1_targets\n[x,"{""choices"": [""a""], ""labels"": [1]}"\n')
+    _, _, rows = check_settings(
+        EvalSettings(tasks=["truthfulqa_mc1"], task_data=[f"truthfulqa_mc1={tmp_path / 'mc.csv'}"])
+    )
+    assert [row.fields for row in rows["truthfulqa_mc1"]] == [
+        {"question": "[x", "mc1_targets": {"choices": ["a"], "labels": [1]}}
+    ]
 
 
 def test_a_folder_has_a_file_or_folder_for_each_task(tmp_path):
