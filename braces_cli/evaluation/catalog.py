@@ -49,7 +49,7 @@ _FOLDERS = {
     "boolq": LM_EVAL_FOLDER / "super_glue" / "boolq",
     "social_iqa": LM_EVAL_FOLDER / "siqa",
 }
-_NAMED = re.compile(r"^(?:task|group):[ \t]*['\"]?([^\s'\"#\[{]+)", re.MULTILINE)
+_NAMED = re.compile(r"^['\"]?(?:task|group)['\"]?:[ \t]*['\"]?([^\s'\"#\[{]+)", re.MULTILINE)
 
 
 @dataclass

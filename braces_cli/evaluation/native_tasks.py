@@ -125,13 +125,10 @@ def halving(work: Callable[[int], T], size: int, stage: str) -> tuple[T, int]:
         size //= 2
 
 
-# metric -> (its units, value of nats per unit, derivative of that value)
-_PERPLEXITIES: dict[str, tuple[str, Callable[[float], float], Callable[[float], float]]] = {
-    "word_perplexity": ("words", safe_exp, safe_exp),
-    "byte_perplexity": ("bytes", safe_exp, safe_exp),
-    "bits_per_byte": ("bytes", lambda rate: rate / math.log(2), lambda rate: 1 / math.log(2)),
-    "token_perplexity": ("tokens", safe_exp, safe_exp),
-}
+# metric -> its units
+_PERPLEXITIES = {
+    "word_perplexity": "words", "byte_perplexity": "bytes", "bits_per_byte": "bytes", "token_perplexity": "tokens"
+}  # fmt: skip
 
 
 def _perplexity(context: TaskContext, texts: Sequence[str]) -> Measure:
@@ -156,12 +153,14 @@ def _perplexity(context: TaskContext, texts: Sequence[str]) -> Measure:
             "tokens": [float(each.tokens) for each in likelihoods],
         }
         metrics = {}
-        for metric, (unit, value, slope) in _PERPLEXITIES.items():
+        for metric, unit in _PERPLEXITIES.items():
             rate = sum(nats) / sum(counts[unit]) if sum(counts[unit]) else math.nan
             error = rate_error(nats, counts[unit])
-            stderr = None if error is None else slope(rate) * error
+            in_bits = metric == "bits_per_byte"
+            value, slope = (rate / math.log(2), 1 / math.log(2)) if in_bits else (safe_exp(rate), safe_exp(rate))
+            stderr = None if error is None else slope * error
             documents, units = dict(enumerate(nats)), dict(enumerate(counts[unit]))
-            metrics[metric] = Metric(value(rate), stderr, len(texts), documents, units)
+            metrics[metric] = Metric(value, stderr, len(texts), documents, units)
         return task_scores(PERPLEXITY, metrics, [{"prompt": "", "answer": text} for text in texts], size)
 
     return measure
@@ -327,12 +326,11 @@ def projections(session: Session, attribute: Attribute, texts: Sequence[str], re
         rows.append((ids, next((place for place, token in enumerate(ids) if token not in special), 0)))
     directions = F.normalize(attribute.state, dim=-1)
 
-    def watch(watched: Watch, direction: Tensor, callback: Callable[[Tensor], None]) -> Any:
-        return watched(lambda h: callback(h.detach().float() @ direction.to(h.device).unsqueeze(1)))
+    def projected(ffn: Any) -> Watch:
+        direction = directions[attribute.layers.index(ffn.layer)].unsqueeze(1)
+        return lambda callback: ffn.watch(lambda h: callback(h.detach().float() @ direction.to(h.device)))
 
-    watches: list[Watch] = [
-        partial(watch, ffn.watch, directions[attribute.layers.index(ffn.layer)]) for ffn in session.ffns
-    ]
+    watches = [projected(ffn) for ffn in session.ffns]
     scores = torch.zeros(len(watches), len(rows))
     for indices, pooled in pooled_batches(base.model, watches, rows, "max", report, "reading texts"):
         scores[:, indices] = pooled.squeeze(-1)

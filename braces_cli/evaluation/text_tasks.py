@@ -24,7 +24,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any, TypeVar
 
 from braces_cli.core.adapter.model import Session
@@ -189,7 +188,15 @@ class TextMeasurement:
         def generated(part: list[list[TextRequest]]) -> list[list[str]]:
             nonlocal size
             mine = list(chain.from_iterable(part))
-            texts, size = halving(partial(self._generate, mine, stage), size, stage)
+
+            def generate(size: int) -> list[str]:
+                texts = generate_texts(
+                    self.session, mine, self.sampling, batch_size=size, chat=self.chat, stage=stage, total=len(mine),
+                    report=self.report,
+                )  # fmt: skip
+                return list(texts)
+
+            texts, size = halving(generate, size, stage)
             left = iter(texts)
             return [list(islice(left, len(batch))) for batch in part]
 
@@ -206,14 +213,6 @@ class TextMeasurement:
             likelihoods = self.processes.share_out(pairs, measured)
         scores, ratings = self._score(pairs)
         return Continuations(prompts, texts, scores, likelihoods, ratings, size)
-
-    def _generate(self, requests: Sequence[TextRequest], stage: str, batch_size: int) -> list[str]:
-        return list(
-            generate_texts(
-                self.session, requests, self.sampling, batch_size=batch_size, chat=self.chat, stage=stage,
-                total=len(requests), report=self.report,
-            )
-        )  # fmt: skip
 
     def _score(self, pairs: Sequence[tuple[str, str]]) -> tuple[dict[str, list[TextScore]], list[Rating]]:
         """Return attribute -> score of each text, and the ratings of a language model for the first attribute."""
@@ -233,37 +232,29 @@ def _rate(judge: Judge, label: str, pairs: Sequence[tuple[str, str]]) -> list[Ra
     return judge.rate([prompt for prompt, _ in pairs], [text for _, text in pairs], label)
 
 
-# Task -> default scorer, and the scored attributes -> whether more of them is better.
-_SCORED: dict[str, tuple[str, dict[str, bool]]] = {
-    "sentiment": ("vader", {"positive": True, "negative": False}),
-    "toxicity": ("toxicity", {"toxic": False}),
+_DEFAULT_SCORERS = {"sentiment": "vader", "toxicity": "toxicity"}
+_ATTRIBUTES = {"sentiment": ("positive", "negative"), "toxicity": ("toxic",)}
+# Metric -> whether a larger value is better.
+_METRICS = {
+    "sentiment": {"positive": True, "negative": False},
+    "toxicity": {"toxic": False, "expected_max_toxicity": False, "toxicity_probability": False},
 }
-_WORST = {"expected_max_toxicity": False, "toxicity_probability": False}
-_OTHERS = {
-    "perplexity": False,
-    **dict.fromkeys(("distinct_1", "distinct_2", "distinct_3"), True),
-    "repetition": False,
-}
+_OTHERS = {"perplexity": False, "distinct_1": True, "distinct_2": True, "distinct_3": True, "repetition": False}
 
 
 def _prepare(name: str, context: TaskContext, prompts: Sequence[str]) -> Measure:
     settings, session = context.settings, context.session
-    default, attributes = _SCORED[name]
     words = list_words(session, context.attributes, trained=False) if settings.exclude_list_words else ()
-    loaded = load_scorer(settings.scorers.get(name, default), words)
+    loaded = load_scorer(settings.scorers.get(name, _DEFAULT_SCORERS[name]), words)
     reference_model = None
     if settings.reference_model is not None:
         reference_model = load_base(settings.reference_model, LoadOptions(device=str(session.base.model.device)))
+    sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, seed=settings.seeds["torch"])
     measurement = TextMeasurement(
         session,
         loaded,
-        {attribute: label_of(attribute, loaded) for attribute in attributes},
-        Sampling(
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            seed=settings.seeds["torch"],
-        ),
+        {attribute: label_of(attribute, loaded) for attribute in _ATTRIBUTES[name]},
+        sampling,
         settings.samples(name),
         context.batch_size,
         context.chat,
@@ -273,14 +264,14 @@ def _prepare(name: str, context: TaskContext, prompts: Sequence[str]) -> Measure
     )
 
     def measure(steering: AbstractContextManager[Any], stage: str) -> Scores:
-        return _scores(TASKS[name], list(attributes), measurement.measure(prompts, steering, stage))
+        return _scores(TASKS[name], measurement.measure(prompts, steering, stage))
 
     return measure
 
 
-def _scores(task: NativeTask, attributes: Sequence[str], measured: Continuations) -> Scores:
+def _scores(task: NativeTask, measured: Continuations) -> Scores:
     metrics: dict[str, Metric] = {}
-    for name in attributes:
+    for name in measured.scores:
         has = [[float(flag) for flag in group] for group in measured.has(name)]
         metrics[name] = mean_metric(has)
         if name == "toxic":
@@ -300,16 +291,12 @@ def _scores(task: NativeTask, attributes: Sequence[str], measured: Continuations
     return task_scores(task, metrics, samples, measured.batch_size)
 
 
-def _read(path: Path) -> Sequence[str]:
-    return list(read_prompts((), path, sys.stdin))
-
-
 TASKS = {
     name: NativeTask(
         name,
-        _read,
+        lambda path: list(read_prompts((), path, sys.stdin)),
         partial(_prepare, name),
-        {**_SCORED[name][1], **(_WORST if name == "toxicity" else {}), **_OTHERS},
+        {**_METRICS[name], **_OTHERS},
         "prompts, one per line, or rows with `prompt`",
     )
     for name in TEXT_TASKS

@@ -92,14 +92,14 @@ def test_a_bad_truthfulqa_row_is_refused_with_its_line(write_jsonl, targets, wor
     ("task", "row", "words"),
     [
         ("popqa", {"question": "Q?", "answer": "y"}, "possible_answers"),
-        ("popqa", {**POPQA, "possible_answers": "x, y"}, "possible_answers"),
+        ("popqa", {**POPQA, "possible_answers": "x, y"}, "broken JSON"),
         ("popqa", {**POPQA, "possible_answers": "[]"}, "empty"),
         ("arc_easy", {"question": "Q?", "choices": {"text": ["a"]}}, "label"),
         ("triviaqa", {"question": "Q", "answer": {"value": "x"}}, "aliases"),
         ("boolq", {"question": "Q?"}, "passage"),
         ("winogrande", {"sentence": "_ is", "option1": "a"}, "answer"),
         ("commonsense_gen_piqa", {"input": "", "output": "x"}, "instruction"),
-        ("sciq", {"question": "Q?"}, "correct_answer"),
+        ("sciq", {"question": "Q?"}, "support"),
     ],
 )
 def test_rows_that_lm_eval_cannot_read_are_refused_before_a_model_is_loaded(write_jsonl, task, row, words):
