@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from numbers import Real
 from pathlib import Path
@@ -143,31 +143,26 @@ class Model(HFLM):
             # With `auto`, lm-eval searches for the largest size that fits, starting at this one, with forward passes.
             self.max_batch_size = size
             self.batch_size_per_gpu = "auto" if automatic else size
-            with self._counted(stage, len(requests)):
-                return run(requests, disable_tqdm=True)
+            done, total = 0, len(requests)
+
+            def count(module: Any, args: tuple, kwargs: dict) -> None:
+                nonlocal done
+                ids = args[0] if args else kwargs.get("input_ids")
+                # Later steps of generation carry one token per row; their rows were counted with the prompts.
+                if ids is not None and ids.ndim == 2 and ids.shape[1] > 1:
+                    done = min(done + ids.shape[0], total)
+                    self._report(stage, done, total)
+
+            handle = self.model.register_forward_pre_hook(count, with_kwargs=True)
+            try:
+                answers = run(requests, disable_tqdm=True)
+            finally:
+                handle.remove()
+            self._report(stage, total, total)
+            return answers
 
         first = self.max_batch_size if automatic else self.batch_size_per_gpu
-        answers, _ = halving(attempt, int(first or 1), stage)
-        return answers
-
-    @contextlib.contextmanager
-    def _counted(self, stage: str, total: int) -> Iterator[None]:
-        done = 0
-
-        def count(module: Any, args: tuple, kwargs: dict) -> None:
-            nonlocal done
-            ids = args[0] if args else kwargs.get("input_ids")
-            # Later steps of generation carry one token per row; their rows were counted with the prompts.
-            if ids is not None and ids.ndim == 2 and ids.shape[1] > 1:
-                done = min(done + ids.shape[0], total)
-                self._report(stage, done, total)
-
-        handle = self.model.register_forward_pre_hook(count, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
-        self._report(stage, total, total)
+        return halving(attempt, int(first or 1), stage)[0]
 
 
 def measure(

@@ -257,17 +257,11 @@ def plot_sweep(document: dict[str, Any], path: Path) -> None:
 
 
 def _line(axes: Any, points: list[dict[str, Any]], name: str) -> None:
-    """Plot a value at each strength, with its interval as an error bar."""
+    """Plot a value at each strength, with a band for its interval."""
     axes.plot([point["s"] for point in points], [point[name] for point in points], marker="o", label="measured")
-    known = [(point["s"], point[name], *point[f"{name}_interval"]) for point in points if point[f"{name}_interval"]]
+    known = [(point["s"], *point[f"{name}_interval"]) for point in points if point[f"{name}_interval"]]
     if known:
-        strengths, middles, lows, highs = zip(*known, strict=True)
-        # By rounding, an end of the interval can be on the wrong side of the value, which matplotlib refuses.
-        below = [max(0.0, middle - low) for middle, low in zip(middles, lows, strict=True)]
-        above = [max(0.0, high - middle) for middle, high in zip(middles, highs, strict=True)]
-        axes.errorbar(
-            strengths, middles, yerr=[below, above], fmt="none", ecolor="tab:blue", capsize=4, label="95 % interval"
-        )
+        axes.fill_between(*zip(*known, strict=True), alpha=0.2, label="95 % interval")
 
 
 def _compare(axes: Any, document: dict[str, Any], points: list[dict[str, Any]]) -> None:

@@ -14,6 +14,8 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import pytest
 import torch
 
+from tests.conftest import make_adapter as save_adapter
+
 
 def evaluate(model: str | None, adapters: list[str], settings: Any, **more: Any) -> Any:
     """Result of an evaluation on the CPU."""
@@ -48,22 +50,14 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_adapter(tmp_path_factory: pytest.TempPathFactory):
-    """Save an adapter of a base folder with gate values near 1, so that it changes the scores."""
+    """Save an adapter of a base folder that changes the scores."""
 
     def make(base_folder: Path, seed: int = 0) -> Path:
-        from braces_cli.core.adapter.files import AdapterConfig
-        from braces_cli.core.adapter.model import attach
-        from braces_cli.core.models.load import load_base
+        from braces_cli.core.adapter.model import open_session
+        from braces_cli.core.options import LoadOptions
 
-        base = load_base(str(base_folder))
-        adapter = attach(base.model, 4, seed=seed)
-        with torch.no_grad():
-            for _, adapter_layer in adapter.adapted_ffns:
-                adapter_layer.gate.fill_(5.0)
-        folder = tmp_path_factory.mktemp("adapter") / f"seed{seed}"
-        config = AdapterConfig(base.name, 4, adapter.layers, base.fingerprint, tokenizer=base.tokenizer_hashes)
-        adapter.save(folder, config, "card")
-        return folder
+        session = open_session(str(base_folder), None, LoadOptions(device="cpu"))
+        return save_adapter(session, tmp_path_factory.mktemp("adapter") / f"seed{seed}", seed=seed)
 
     return make
 

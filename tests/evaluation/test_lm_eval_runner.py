@@ -11,8 +11,6 @@ from pathlib import Path
 import lm_eval
 import pytest
 import torch
-from lm_eval.__main__ import cli_evaluate
-from lm_eval.api.registry import model_registry
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
@@ -193,47 +191,16 @@ def test_a_single_sequence_that_does_not_fit_is_an_error():
         halving(wrong, 4, "stage")
 
 
-def _model(folder: Path, processes: Processes) -> lm_eval_runner.Model:
-    base = load_base(str(folder), LoadOptions(device="cpu"))
-    return lm_eval_runner.Model(base.model, base.tokenizer, 2, silent, processes)
-
-
-def test_lm_eval_has_the_attributes_of_its_model_in_use(tiny_folder):
-    model = _model(tiny_folder, Processes())
-    assert model.batch_size_per_gpu == 2
-    assert model.batch_sizes == {}
-    assert hasattr(model, "max_batch_size")
-    source = inspect.getsource(HFLM)
-    for name in ("batch_size_per_gpu", "batch_sizes", "max_batch_size", "accelerator"):
-        assert f"self.{name}" in source, name
-
-
 def test_lm_eval_reads_rank_and_size_of_the_processes(tiny_folder):
     """lm-eval reads both as properties, never their private fields."""
-    model = _model(tiny_folder, Processes(1, 3, accelerator="accelerate"))
+    base = load_base(str(tiny_folder), LoadOptions(device="cpu"))
+    processes = Processes(1, 3, accelerator="accelerate")
+    model = lm_eval_runner.Model(base.model, base.tokenizer, 2, silent, processes)
     assert (model.rank, model.world_size, model.accelerator) == (1, 3, "accelerate")
     for name in ("rank", "world_size"):
         assert isinstance(inspect.getattr_static(HFLM, name), property)
     for line in inspect.getsource(HFLM).splitlines():
         assert not re.search(r"self\._(rank|world_size)(?! = )", line) or "return" in line, line
-
-
-def test_lm_eval_has_the_index_entries_and_task_methods_in_use():
-    manager = TaskManager(include_path=[catalog.LM_EVAL_FOLDER / "triviaqa"], include_defaults=False)
-    entry = manager.task_index["triviaqa"]
-    assert entry.kind.name == "TASK"
-    assert Path(entry.yaml_path).is_file()
-    assert entry.cfg["task"] == "triviaqa"
-    assert hasattr(entry, "tags")
-    kind = lm_eval.api.task.ConfigurableTask
-    names = ("eval_docs", "doc_iterator", "doc_to_text", "doc_to_target", "doc_to_choice")
-    for name in (*names, "get_config", "set_config", "set_fewshot_seed", "aggregation"):
-        assert hasattr(kind, name), name
-
-
-def test_lm_eval_has_a_registry_and_a_main_function():
-    assert callable(cli_evaluate)
-    assert {"alias", "target"} & set(inspect.signature(model_registry.register).parameters)
 
 
 def test_no_private_name_of_lm_eval_is_used():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import shutil
@@ -123,6 +122,10 @@ def test_strength_zero_is_bit_identical_to_no_attribute(tiny_folder, asked, tmp_
     assert [row[columns.index("system")] for row in rows[:4]] == names
     assert "steered by: positive" in markdown(result)
     assert result["settings"]["attributes"] == {"positive": [-20.0, 0.0, 20.0]}
+    resumed = {"output_dir": out, "log_samples": True, "resume": True}
+    assert evaluate(str(tiny_folder), [], asked(**STEERED), **resumed) == result
+    with pytest.raises(ConfigError, match=r"has other settings \(steering"):
+        evaluate(str(tiny_folder), [], asked(attribute=("positive",), s=("-20,20",)), **resumed)
 
 
 def test_each_adapter_is_compared_with_itself_steered(tiny_folder, make_adapter, asked):
@@ -180,37 +183,15 @@ def test_a_killed_run_is_resumed(tiny_folder, make_adapter, data, tmp_path, monk
         assert row["scores"] == {"acc": float(row["answer"] == " yes")}
 
 
-def test_a_steered_run_is_resumed_only_with_the_same_strengths(tiny_folder, asked, tmp_path, monkeypatch):
-    stages: list[str] = []
-    measure = lm_eval_runner.measure
-
-    def interrupted(context, unit, steering, stage):
-        if stage.startswith("base, positive +20"):
-            raise KeyboardInterrupt
-        return measure(context, unit, steering, stage)
-
-    monkeypatch.setattr(lm_eval_runner, "measure", interrupted)
-    stored = {"output_dir": tmp_path / "out"}
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(str(tiny_folder), [], asked(**STEERED), **stored)
-    monkeypatch.setattr(lm_eval_runner, "measure", lambda *a: stages.append(a[-1]) or measure(*a))
-    resumed = evaluate(str(tiny_folder), [], asked(**STEERED), **stored, resume=True)
-    assert stages == ["base, positive +20, arc_easy"]
-    assert resumed["systems"] == evaluate(str(tiny_folder), [], asked(**STEERED))["systems"]
-    other = asked(attribute=("positive",), s=("-20,20",))
-    with pytest.raises(ConfigError, match=r"has other settings \(steering"):
-        evaluate(str(tiny_folder), [], other, **stored, resume=True)
-
-
 def test_the_chat_template_is_applied(tiny_folder, data, tmp_path):
     from transformers import AutoTokenizer
 
+    def settings(**more):
+        return EvalSettings(tasks=["popqa"], task_data=data[:1], limit=1, num_fewshot=1, **more)
+
     with pytest.raises(ConfigError, match="no chat template"):
-        evaluate(str(tiny_folder), [], EvalSettings(tasks=["popqa"], task_data=data[:1], apply_chat_template=True))
-    folder = tmp_path / "chat"
-    folder.mkdir()
-    for file in tiny_folder.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
+        evaluate(str(tiny_folder), [], settings(apply_chat_template=True))
+    folder = shutil.copytree(tiny_folder, tmp_path / "chat")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = (
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[A]{% endif %}"
@@ -219,8 +200,7 @@ def test_the_chat_template_is_applied(tiny_folder, data, tmp_path):
     prompts = {}
     for on in (None, True):
         out = tmp_path / f"out{on}"
-        settings = EvalSettings(tasks=["popqa"], task_data=data[:1], limit=1, num_fewshot=1, apply_chat_template=on)
-        result = evaluate(str(folder), [], settings, output_dir=out, log_samples=True)
+        result = evaluate(str(folder), [], settings(apply_chat_template=on), output_dir=out, log_samples=True)
         assert result["settings"]["apply_chat_template"] is bool(on)
         prompts[on] = json.loads((out / "samples/base/popqa.jsonl").read_text())["prompt"]
     assert prompts[None].count("Q: What is") == 2
@@ -250,34 +230,24 @@ def test_the_training_of_adapters_decides_on_the_chat_template(make_adapter, tin
     assert run_module._uses_chat_template(without, [chat, plain], session) is False
 
 
-def test_an_adapter_of_another_base_fails_before_anything_is_measured(
-    tiny_folder, make_adapter, write_jsonl, tmp_path, monkeypatch
-):
+def test_what_does_not_fit_fails_before_anything_is_measured(tiny_folder, make_adapter, asked, tmp_path, monkeypatch):
+    """An adapter of another base, and an unknown attribute."""
     monkeypatch.setattr(run_module, "_measure", lambda *a: pytest.fail("measured"))
-    good, bad = make_adapter(tiny_folder), tmp_path / "bad"
-    bad.mkdir()
-    for file in good.iterdir():
-        (bad / file.name).write_bytes(file.read_bytes())
+    good = make_adapter(tiny_folder)
+    bad = shutil.copytree(good, tmp_path / "bad")
     config = json.loads((bad / "adapter_config.json").read_text())
-    other = copy.deepcopy(config)
-    other["fingerprint"]["sha256"] = "0" * 64
-    (bad / "adapter_config.json").write_text(json.dumps(other))
-    settings = EvalSettings(tasks=["popqa"], task_data=[f"popqa={write_jsonl('p.jsonl', _popqa(2))}"])
+    config["fingerprint"]["sha256"] = "0" * 64
+    (bad / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="another base"):
-        evaluate(str(tiny_folder), [str(good), str(bad)], settings)
-
-
-def test_an_unknown_attribute_fails_before_anything_is_measured(tiny_folder, asked, monkeypatch):
-    monkeypatch.setattr(run_module, "_measure", lambda *a: pytest.fail("measured"))
+        evaluate(str(tiny_folder), [str(good), str(bad)], asked())
     with pytest.raises(ConfigError, match="unknown attribute `positve`"):
         evaluate(str(tiny_folder), [], asked(attribute=("positve",)))
 
 
-def _unreachable(*args):
-    raise ConnectionError("Couldn't reach 'mandarjoshi/trivia_qa' on the Hub")
-
-
 def test_without_network_the_error_names_task_data(monkeypatch):
+    def _unreachable(*args):
+        raise ConnectionError("Couldn't reach 'mandarjoshi/trivia_qa' on the Hub")
+
     monkeypatch.setattr(catalog.TaskManager, "load", _unreachable)
     with pytest.raises(DataError, match="--task-data triviaqa=FILE"):
         evaluate("m", [], EvalSettings(tasks=["triviaqa"]))

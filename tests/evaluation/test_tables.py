@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-import pytest
-
 from braces_cli.core.files import finite
 from braces_cli.evaluation import tables
 from braces_cli.evaluation.results import Metric, Scores
@@ -49,9 +47,8 @@ def _point(s, share, perplexity):
     }  # fmt: skip
 
 
-@pytest.fixture
-def drawn(monkeypatch, tmp_path):
-    """Figure of a sweep with perplexities within one power of ten."""
+def test_the_plot_of_a_sweep_has_titles_a_legend_and_plain_ticks(monkeypatch, tmp_path):
+    """Perplexities are within one power of ten."""
     figures = []
     monkeypatch.setattr(tables, "save_figure", lambda figure, path: figures.append(figure))
     document = {
@@ -61,32 +58,13 @@ def drawn(monkeypatch, tmp_path):
         "reference_model": None, "prompts": 20, "samples": 4,
     }  # fmt: skip
     tables.plot_sweep(document, tmp_path / "sweep.png")
-    figures[0].canvas.draw()
-    return figures[0]
-
-
-def test_the_plot_of_a_sweep_has_titles_and_a_legend(drawn):
+    (drawn,) = figures
+    drawn.canvas.draw()
     assert drawn.get_suptitle() == r"Steering tiny along posi\$tive: 80 texts at each strength"
     assert all(axes.get_title() and axes.get_xlabel() and axes.get_ylabel() for axes in drawn.axes)
     labels = {text.get_text() for text in drawn.legends[0].get_texts()}
     assert labels == {"measured", "95 % interval", "without steering", "suggested strength, s = 2"}
-
-
-def test_ticks_are_plain_numbers(drawn):
     share, perplexity = ([text.get_text() for text in axes.yaxis.get_ticklabels()] for axes in drawn.axes)
     assert "50%" in share or "40%" in share
     assert len(perplexity) >= 3
     assert [float(text) for text in perplexity]
-
-
-def test_the_background_is_opaque(drawn, monkeypatch, tmp_path):
-    """Black labels on a transparent plot cannot be read on a dark page."""
-    import matplotlib
-    from matplotlib.image import imread
-
-    from braces_cli.core.render import figure, save_figure
-
-    assert drawn.get_facecolor() == (1.0, 1.0, 1.0, 1.0)
-    monkeypatch.setitem(matplotlib.rcParams, "savefig.transparent", True)
-    save_figure(figure(1, 1), tmp_path / "empty.png")
-    assert imread(tmp_path / "empty.png")[..., 3].min() == 1

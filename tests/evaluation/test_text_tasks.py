@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -109,25 +108,18 @@ def test_wrong_input_is_refused(score, args, files, code, message):
     assert message in outcome.json["error"]["message"] + outcome.json["error"]["hint"]
 
 
-def test_prompts_are_user_turns_of_the_chat_template(score, braces, model_dir, prompts, tmp_path):
+def test_prompts_are_user_turns_of_the_chat_template(score, braces, chatty, prompts, tmp_path):
     """The texts equal those of `steer`, and differ from those without the template."""
-    from transformers import AutoTokenizer
-
-    folder = tmp_path / "chat"
-    shutil.copytree(model_dir, folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = "{% for m in messages %}Q: {{ m.content }} A:{% endfor %}"
-    tokenizer.save_pretrained(folder)
     answers, recorded = {}, {}
     for flag in ("--apply-chat-template", "--no-apply-chat-template"):
         out = tmp_path / flag
-        outcome = score("--model", folder, "--seed", 3, flag, "--output-dir", out, "--log-samples")
+        outcome = score("--model", chatty, "--seed", 3, flag, "--output-dir", out, "--log-samples")
         assert outcome.code == 0, outcome.err
         recorded[flag] = outcome.json["settings"]["apply_chat_template"]
         rows = (out / "samples" / "base" / "sentiment.jsonl").read_text().splitlines()
         answers[flag] = [json.loads(row)["answer"] for row in rows]
         steered = braces(
-            "steer", "--model", folder, "--device", "cpu", "--prompts", prompts, "--max-new-tokens", 8, "--seed", 3,
+            "steer", "--model", chatty, "--device", "cpu", "--prompts", prompts, "--max-new-tokens", 8, "--seed", 3,
             flag, "--format", "json",
         )  # fmt: skip
         assert answers[flag] == [row["text"] for row in steered.lines], steered.err
