@@ -28,12 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectSettings(AdapterSettings, DisplaySettings):
-    """Settings of the subcommands that open a base model, with or without an adapter."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerSettings(InspectSettings):
+class LayerSettings(AdapterSettings, DisplaySettings):
     """Decoder layers to inspect."""
 
     layers: str | None = option(None, help="Decoder layers, such as 8-20,24 or 1- (inclusive, from 0). Default: all.")
@@ -50,7 +45,7 @@ class VectorSettings(LayerSettings):
     )
 
 
-def _open(settings: InspectSettings) -> "tuple[Session, LogitLens]":
+def _open(settings: AdapterSettings) -> "tuple[Session, LogitLens]":
     from braces_cli.core.adapter.model import open_session
     from braces_cli.inspection.vocabulary import LogitLens
 
@@ -285,7 +280,7 @@ def trace(settings: TraceSettings) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClampSettings(InspectSettings, SeedSettings):
+class ClampSettings(AdapterSettings, DisplaySettings, SeedSettings):
     """Settings of `braces inspect clamp`."""
 
     first_options = ("prompt", "model", "adapter", "token", "generate")
@@ -369,7 +364,7 @@ def _clamp(settings: ClampSettings, clamps: "list[Clamp]", report: Any) -> dict[
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportSettings(OverwriteSettings, InspectSettings):
+class ReportSettings(OverwriteSettings, AdapterSettings, DisplaySettings):
     """Settings of `braces inspect report`."""
 
     first_options = ("output", "prompt", "model", "adapter", "target")

@@ -76,25 +76,19 @@ def check_clamps(ffns: Sequence[FFN], clamps: Sequence[Clamp]) -> None:
 @contextmanager
 def clamped(ffns: Sequence[FFN], clamps: Sequence[Clamp]) -> Iterator[None]:
     """Clamp the neurons inside the `with` block."""
-    by_layer: dict[int, list[Clamp]] = defaultdict(list)
-    for clamp in clamps:
-        by_layer[clamp.layer].append(clamp)
+    values = {ffn.layer: ffn.value for ffn in ffns}
 
-    def set_weights(held: Sequence[Clamp]) -> Any:
-        indices = [clamp.index for clamp in held]
-        values = torch.tensor([clamp.value for clamp in held])
-
+    def set_weight(clamp: Clamp) -> Any:
         def hook(module: nn.Module, args: tuple) -> tuple:
             weights: Tensor = args[0].clone()
-            weights[..., indices] = values.to(weights)
+            weights[..., clamp.index] = clamp.value
             return (weights, *args[1:])
 
         return hook
 
     with ExitStack() as handles:
-        for ffn in ffns:
-            if ffn.layer in by_layer:
-                handles.callback(ffn.value.register_forward_pre_hook(set_weights(by_layer[ffn.layer])).remove)
+        for clamp in clamps:
+            handles.callback(values[clamp.layer].register_forward_pre_hook(set_weight(clamp)).remove)
         yield
 
 
@@ -113,7 +107,7 @@ def clamp_prompt(
         `{prompt, kl, kl_mean, log_likelihood_before, log_likelihood_after, tokens}`. `tokens` are `{id, token, before,
         after, ratio}`, the probabilities of the next token: for the requested tokens, then for those whose probability
         rises most. `kl` is KL(before || after) in nats at the last position, `kl_mean` the mean over positions. The
-        likelihoods are of the prompt, in nats, None if it has one token.
+        likelihoods are of the prompt after its first token, in nats.
     """
     model = session.base.model
     ids = torch.tensor([prompt_ids(session, prompt, "--prompt")], device=input_device(model))
@@ -122,9 +116,8 @@ def clamp_prompt(
         with torch.no_grad():
             return model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(dim=-1)
 
-    def likelihood(found: Tensor) -> float | None:
-        following = ids[0, 1:, None].to(found.device)
-        return float(found[:-1].gather(1, following).sum()) if len(following) else None
+    def likelihood(found: Tensor) -> float:
+        return float(found[:-1].gather(1, ids[0, 1:, None].to(found.device)).sum())
 
     before = log_probabilities()
     with clamped(plain_ffns(session.ffns), clamps):

@@ -60,17 +60,13 @@ def test_summary_of_a_base(braces, model_dir):
 
 
 def test_values(braces, model_dir, session):
-    """LM head of the final norm of v_j, best first; the same rows for chosen layers and indices."""
+    """The same rows for chosen layers and indices; every side has other ones."""
     args = ["inspect", "values", "--model", model_dir, "--top-k", "5"]
-    rows = braces(*args, "--format", "json").lines
+    rows = {(row["layer"], row["index"]): row["tokens"] for row in braces(*args, "--format", "json").lines}
     assert len(rows) == 2 * 52
-    model = session.base.model
-    for row in rows[::7]:
-        v = model.model.layers[row["layer"]].mlp.down_proj.weight[:, row["index"]]
-        best = model.lm_head(model.model.norm(v)).topk(5)
-        assert [t["id"] for t in row["tokens"]] == best.indices.tolist()
-        assert [t["score"] for t in row["tokens"]] == pytest.approx(best.values.tolist(), rel=1e-5)
-        assert row["tokens"][0]["token"] == session.base.tokenizer.decode([row["tokens"][0]["id"]])
+    model, token = session.base.model, rows[1, 50][0]
+    best = model.lm_head(model.model.norm(model.model.layers[1].mlp.down_proj.weight[:, 50])).argmax()
+    assert (token["id"], token["token"]) == (int(best), session.base.tokenizer.decode([int(best)]))
     args += ["--layers", "1", "--index", "3,50-"]
     chosen = braces(*args, "--format", "json").lines
     assert [(row["layer"], row["index"]) for row in chosen] == [(1, 3), (1, 50), (1, 51)]
@@ -100,11 +96,13 @@ def test_map_and_model_agree(braces, tmp_path, name):
     found = braces("inspect", "find", "film", "--map", path, "--format", "json").lines
     direct = braces("inspect", "find", "film", "--model", folder, "--format", "json").lines
     assert found
-    keys = ("layer", "index", "rank")
     for row, other in zip(found, direct, strict=False):
-        assert [row[key] for key in keys] == [other[key] for key in keys]
-    assert {"layer", "index", "rank", "score", "tokens"} == set(found[0])
-    assert set(found[0]["tokens"][0]) == {"id", "token", "score"}
+        assert set(row) == {"layer", "index", "rank", "score", "tokens"}
+        assert [row[key] for key in ("layer", "index", "rank")] == [other[key] for key in ("layer", "index", "rank")]
+        assert row["score"] == pytest.approx(other["score"], rel=1e-5)
+        assert [(t["id"], t["token"]) for t in row["tokens"]] == [(t["id"], t["token"]) for t in other["tokens"]]
+    in_layer = braces("inspect", "find", "film", "--map", path, "--layers", "1", "--format", "json").lines
+    assert {row["layer"] for row in in_layer} == {1}
     assert braces("inspect", "find", "film", "--map", path, "--model", folder).code == 0
 
 
@@ -195,12 +193,8 @@ def test_report(braces, adapter_dir, tmp_path):
     ("args", "code", "message"),
     [
         (["values", "--index", "52"], 2, "out of range"),
-        (["values", "--index", "x"], 2, "neither a number nor a range"),
-        (["values", "--layers", "2"], 2, "out of range"),
-        (["values", "--side", "down"], 2, "down"),
         (["values", "--output", "map.jsonl"], 2, "add --format json"),
         (["find"], 2, "either words or --attribute"),
-        (["find", "a", "--attribute", "positive"], 2, "either words or --attribute"),
         (["find", "id:96"], 2, "no token 96"),
         (["find", "漢"], 2, "is not a token"),
         (["find", "film", "--layers", "2"], 2, "out of range"),
@@ -215,12 +209,8 @@ def test_report(braces, adapter_dir, tmp_path):
         (["clamp", "1:3=p50", "--prompt", "a", "--data", "nowhere.jsonl"], 3, "no such file"),
         (["clamp", "9:3=1", "--prompt", "a"], 2, "no feed-forward layer 9"),
         (["clamp", "1:3=1", "--prompt", "a", "--token", "zebra"], 2, "is not a token"),
-        (["clamp", "1:3=1", "--prompt", "a", "--prompts", "b"], 2, "two sources"),
-        (["clamp", "1:3=1", "--prompts", "nowhere.txt"], 3, "no such file"),
         (["clamp", "1:3=1", "--prompt", "a " * 200], 2, "tokens"),
-        (["trace", "a", "--target", "zebra"], 2, "is not a token"),
         (["trace", "a", "--positions", "9"], 2, "out of range"),
-        (["trace", "a " * 200], 2, "tokens"),
     ],
 )
 def test_bad_input(braces, model_dir, args, code, message):
