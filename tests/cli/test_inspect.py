@@ -34,6 +34,9 @@ def test_summary_of_an_adapter_needs_no_weights(braces, adapter_dir, model_dir, 
         assert layer["relevance_scale"] == (1.5, 0.75)[number]
         assert layer["projection_error"] < 1e-5
     assert len(found["layers"]) == 2
+    base = braces("inspect", "--model", model_dir, "--format", "json").json
+    assert base["adapter"] is None
+    assert {layer["gate"] for layer in base["layers"]} == {None}
     title = braces("inspect", "--adapter", adapter_dir).out.splitlines()
     assert title[0].rstrip().endswith(" parameters")
     assert title[1].startswith("adapter ")
@@ -52,21 +55,10 @@ def test_summary_reads_the_revision_of_the_adapters_base(braces, adapter_dir, mo
     assert seen == ["v2", "v3"]
 
 
-def test_summary_of_a_base(braces, model_dir):
-    """The figures of the adapter are null."""
-    found = braces("inspect", "--model", model_dir, "--format", "json").json
-    assert found["adapter"] is None
-    assert {layer["gate"] for layer in found["layers"]} == {None}
-
-
-def test_values(braces, model_dir, session):
-    """The same rows for chosen layers and indices; every side has other ones."""
+def test_values(braces, model_dir):
+    """All vectors, or those of layers and indices; every side has other tokens."""
     args = ["inspect", "values", "--model", model_dir, "--top-k", "5"]
-    rows = {(row["layer"], row["index"]): row["tokens"] for row in braces(*args, "--format", "json").lines}
-    assert len(rows) == 2 * 52
-    model, token = session.base.model, rows[1, 50][0]
-    best = model.lm_head(model.model.norm(model.model.layers[1].mlp.down_proj.weight[:, 50])).argmax()
-    assert (token["id"], token["token"]) == (int(best), session.base.tokenizer.decode([int(best)]))
+    assert len(braces(*args, "--format", "json").lines) == 2 * 52
     args += ["--layers", "1", "--index", "3,50-"]
     chosen = braces(*args, "--format", "json").lines
     assert [(row["layer"], row["index"]) for row in chosen] == [(1, 3), (1, 50), (1, 51)]
@@ -106,16 +98,6 @@ def test_map_and_model_agree(braces, tmp_path, name):
     assert braces("inspect", "find", "film", "--map", path, "--model", folder).code == 0
 
 
-def test_map_of_another_model(braces, map_file, tmp_path):
-    """Exit code 4."""
-    tiny_model("llama", max_position_embeddings=128, vocab_size=96, seed=5).save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
-    outcome = braces("inspect", "find", "film", "--map", map_file, "--model", tmp_path)
-    assert outcome.code == 4
-    assert "another model" in outcome.err
-    assert len(outcome.err.strip().splitlines()) == 2
-
-
 def test_find_an_attribute(braces, model_dir, adapter_dir):
     """Most relevant first, with and without an adapter."""
     for more in ([], ["--adapter", adapter_dir]):
@@ -126,17 +108,14 @@ def test_find_an_attribute(braces, model_dir, adapter_dir):
 
 
 def test_trace(braces, adapter_dir):
-    """All keys for each layer and position; the table has the same rows."""
+    """A row for each layer and position, with relevance and base figures."""
     args = ["inspect", "trace", "the film is", "--adapter", adapter_dir, "--limit", "3", "--top-k", "2"]
     found = braces(*args, "--format", "json").json
     positions = range(len(found["tokens"]))
     assert [(row["layer"], row["position"]) for row in found["layers"]] == [(n, i) for n in (0, 1) for i in positions]
     for row in found["layers"]:
         assert len(row["sub_updates"]) == 3
-        for s in row["sub_updates"]:
-            assert {"index", "weight", "relevance", "effect", "tokens"} <= set(s)
-            assert all(isinstance(s[k], float) for k in ("weight", "relevance", "gated", "effect", "base_effect"))
-            assert len(s["tokens"]) == 2
+        assert all(len(update["tokens"]) == 2 and update["relevance"] is not None for update in row["sub_updates"])
     assert all(row["base_logit"] is not None for row in found["positions"])
     assert braces(*args).code == 0
 

@@ -34,26 +34,19 @@ def data(session, lens, adapter_dir):
     return report_data(session, lens, "the film is good")
 
 
+def attacked(value):
+    """The value with attacks in the place of texts."""
+    if isinstance(value, dict):
+        return {key: attacked(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return list(HOSTILE) if value and isinstance(value[0], str) else [attacked(item) for item in value]
+    return HOSTILE[2] if isinstance(value, str) else value
+
+
 @pytest.fixture
 def hostile(data):
     """The data with an attack in every token, name and setting."""
-    heat = data["heat"]
-    heat["tokens"] = [HOSTILE[i % len(HOSTILE)] for i in range(len(heat["tokens"]))]
-    heat["targets"] = list(reversed(heat["tokens"]))
-    for row in heat["layers"]:
-        for cell in row["cells"]:
-            for s in cell["sub_updates"]:
-                s["tokens"] = list(HOSTILE)
-    for row in data["amplified"]:
-        row["tokens"] = list(HOSTILE)
-    for attribute in data["attributes"]:
-        attribute["name"] = HOSTILE[0]
-        for row in attribute["layers"]:
-            row["tokens"] = list(HOSTILE)
-    data["model"] = data["adapter"] = HOSTILE[2]
-    data["training"] = {HOSTILE[0]: HOSTILE[1]}
-    data["figures"] = {HOSTILE[1]: HOSTILE[0]}
-    return data
+    return attacked(data) | {"training": {HOSTILE[0]: HOSTILE[1]}, "figures": {HOSTILE[1]: HOSTILE[0]}}
 
 
 def test_page_has_the_figures_of_the_model(session, data):

@@ -11,6 +11,7 @@ from braces_cli.core.models.ffn import layer_stack
 from braces_cli.inspection.trace import attribute_logits, prompt_ids, record_activations
 from braces_cli.inspection.trace import trace as run_trace
 from braces_cli.inspection.vocabulary import LogitLens, final_norm
+from tests.conftest import tiny_model
 from tests.core.architectures import tiny
 from tests.inspection.conftest import opened
 
@@ -125,17 +126,10 @@ def test_base_figures_are_those_without_the_adapter():
 @pytest.mark.parametrize("name", ["gemma", "granite"])
 def test_norm_weights_and_factors_are_measured(name):
     """Gemma multiplies by 1 + weight, Granite multiplies what it adds to the residual stream."""
-    from transformers import AutoModelForCausalLM, GraniteConfig
-
-    model = name
+    model = tiny_model("gemma", vocab_size=96) if name == "gemma" else tiny("granite")
     if name == "granite":
-        torch.manual_seed(0)
-        config = GraniteConfig(
-            hidden_size=32, intermediate_size=52, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            vocab_size=96, residual_multiplier=0.22, embedding_multiplier=6.0, logits_scaling=1.0,
-            bos_token_id=0, eos_token_id=1, pad_token_id=1,
-        )  # fmt: skip
-        model = AutoModelForCausalLM.from_config(config).eval()
+        for layer in model.model.layers:
+            layer.residual_multiplier = 0.22
     row = trace(opened(model))["positions"][-1]
     assert row["logit"] == pytest.approx(row["model_logit"], rel=1e-4)
     assert sum(row[part] for part in ("embedding", "attention", "sub_updates", "biases")) == pytest.approx(row["logit"])
@@ -143,14 +137,8 @@ def test_norm_weights_and_factors_are_measured(name):
 
 def test_architectures_without_direct_effects():
     """Gemma 2 has a norm between the FFN and the residual stream; experts have no single weight per token."""
-    from transformers import AutoModelForCausalLM, Gemma2Config
-
-    config = Gemma2Config(
-        hidden_size=32, intermediate_size=52, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, vocab_size=96, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
     with pytest.raises(ModelError, match="changes its FFN's output"):
-        trace(opened(AutoModelForCausalLM.from_config(config).eval()))
+        trace(opened(tiny("gemma2")))
     with pytest.raises(ModelError, match="mixture of experts"):
         trace(opened(tiny("mixtral").eval()))
 

@@ -8,7 +8,7 @@ import torch
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.models.ffn import find_ffns
 from braces_cli.inspection import vocabulary
-from braces_cli.inspection.vocabulary import LogitLens, final_norm, value_tokens, vector_blocks
+from braces_cli.inspection.vocabulary import LogitLens, value_tokens, vector_blocks
 from tests.conftest import ARCHITECTURES, tiny_model
 from tests.core.architectures import tiny
 from tests.inspection.conftest import opened
@@ -56,17 +56,10 @@ def side_vectors(ffn, side):
 
 def test_sides_of_a_fused_projection():
     """Phi-3 stores gate and up in one matrix."""
-    from transformers import AutoModelForCausalLM, Phi3Config
-
-    config = Phi3Config(
-        hidden_size=32, intermediate_size=52, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4,
-        vocab_size=96, pad_token_id=1, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config).eval()
-    ffn = find_ffns(model)[0]
-    weight = model.model.layers[0].mlp.gate_up_proj.weight
-    assert torch.equal(side_vectors(ffn, "gate"), weight[:52])
-    assert torch.equal(side_vectors(ffn, "up"), weight[52:])
+    ffn = find_ffns(tiny("phi3"))[0]
+    gate, up = ffn.keys[0].weight.chunk(2)
+    assert torch.equal(side_vectors(ffn, "gate"), gate)
+    assert torch.equal(side_vectors(ffn, "up"), up)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox", "phi"])
@@ -84,29 +77,21 @@ def test_lens_equals_norm_and_head(name, monkeypatch):
     monkeypatch.setattr(vocabulary, "_TOKENS_AT_ONCE", 37)
     monkeypatch.setattr(vocabulary, "VECTORS_AT_ONCE", 11)
     session = opened(name)
-    model = session.base.model
+    model, lens = session.base.model, LogitLens(session.base)
     vectors = session.ffns[1].value_matrix().mT.detach()
-    lens = LogitLens(session.base)
-    values, ids = lens.best(vectors, 7)
+    seen = []
+    handle = lens.norm.register_forward_hook(lambda module, args, output: seen.append(output))
     with torch.no_grad():
-        expected = model.get_output_embeddings()(final_norm(model)(vectors))
+        logits = model(torch.tensor([[4, 5, 6]])).logits
+        assert torch.allclose(model.get_output_embeddings()(seen[0]), logits, atol=1e-4)
+        handle.remove()
+        expected = model.get_output_embeddings()(lens.norm(vectors))
+    values, ids = lens.best(vectors, 7)
     assert torch.allclose(values, expected.sort(dim=1, descending=True).values[:, :7], atol=1e-5)
     assert torch.allclose(values, expected.gather(1, ids), atol=1e-5)
     ranks, scores = lens.ranks(vectors, [3, 50])
     assert torch.allclose(scores, expected[:, [3, 50]], atol=1e-5)
     assert (ranks[:, 0] == (expected > expected[:, [3]]).sum(dim=1) + 1).float().mean() > 0.95
-
-
-@pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox", "phi"])
-def test_final_norm_is_the_norm_before_the_head(name):
-    """The module that the model applies to its last hidden state."""
-    model = tiny_model(name)
-    seen = []
-    final_norm(model).register_forward_hook(lambda module, args, output: seen.append(output))
-    with torch.no_grad():
-        logits = model(torch.tensor([[4, 5, 6]])).logits
-        assert torch.allclose(model.get_output_embeddings()(seen[0]), logits, atol=1e-4)
-    assert len(seen) == 1
 
 
 def test_lens_of_an_offloaded_head(opened_twice):
