@@ -51,7 +51,7 @@ class Vocabulary:
         """Return the forms of a word.
 
         Args:
-            tokenizer: splits words that are not single tokens; None if there is none.
+            tokenizer: splits words that are not single tokens, if there is one.
 
         Raises:
             ConfigError: this vocabulary cannot express the word.
@@ -65,9 +65,9 @@ class Vocabulary:
         spellings = [word] if word.startswith(" ") else [f" {word}", word]
         if word == word.lower() and not word.startswith(" "):
             spellings += [f" {word.capitalize()}", word.capitalize()]
-        singles = [
-            (token,) for each in dict.fromkeys(spellings) for token, text in enumerate(self.texts) if text == each
-        ]
+        singles: list[tuple[int, ...]] = []
+        for spelling in dict.fromkeys(spellings):
+            singles += [(token,) for token, text in enumerate(self.texts) if text == spelling]
         if singles:
             return singles
         if tokenizer is not None and word.strip():
