@@ -9,7 +9,7 @@ import pytest
 
 from braces_cli.core.adapter.files import AdapterConfig
 from braces_cli.evaluation.tables import markdown
-from braces_cli.export.cards import card
+from braces_cli.export.run import card
 from braces_cli.training.report import model_card
 from tests.cli.test_output import controls
 

@@ -59,9 +59,12 @@ PART = {
 SLOTS = {
     "format_version": 1, "model": "m", "revision": None, "fingerprint": FINGERPRINT, "architecture": "Llama",
     "dtype": "float32", "width": 8, "wider": 16, "gated": True, "activation": [1.0, 2.0], "constant": None, "first": 8,
-    "suffixes": None, "layers": {"0": {"reads": "up", "writes": "down", "offset": 0, "rows": 16}}, "versions": {},
+    "offset": 0, "rows": 16, "layers": {"0": {"reads": "up", "writes": "down"}}, "versions": {},
 }  # fmt: skip
-MERGE = {"model": "m", "adapter": "a", "dtype": "float32", "attributes": {"x": 1.0}, "layers": "0-1", "case": "a"}
+MERGE = {
+    "model": "m", "adapter": "a", "dtype": "float32", "attributes": {"x": 1.0}, "layers": "0-1", "case": "a",
+    "architecture": "Llama", "neurons_added": 4,
+}  # fmt: skip
 
 
 def new_optimizer() -> tuple[Any, Any]:
@@ -134,9 +137,7 @@ KINDS = {
         "run.json", {"format": 1, "log_samples": False}, lambda folder: Store(folder).begin({}, resume=True), free=".",
     ),
     "slots": FileKind("braces_slots.json", SLOTS, read_slots, free="versions"),
-    "merge": FileKind(
-        "braces_merge.json", MERGE, read_merge, lambda folder: (folder / "config.json").write_text("{}")
-    ),
+    "merge": FileKind("braces_merge.json", MERGE, read_merge),
     "texts": FileKind("texts.jsonl.settings.json", {"seed": 0, "batch_size": 1}, texts, error=DataError, free="."),
 }  # fmt: skip
 

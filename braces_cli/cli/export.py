@@ -1,6 +1,8 @@
 """`braces merge` and `braces export`: base + adapter -> what other programs load without braces."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +76,12 @@ class MergeSettings(WidthSettings, UploadSettings, SteeringSettings, FolderSetti
     def check(self) -> None:
         """Also refuse neither or both of writing and verifying."""
         super().check()
-        if not self.dry_run and (self.output_dir is None) == (self.verify is None):
-            what = "missing option" if self.verify is None else "these options are mutually exclusive"
-            raise ConfigError(what, where="--output-dir, --check", hint="Give one of the two.")
-        if self.push_to_hub is not None and self.verify is not None:
-            hint = "Leave out --push-to-hub, or merge into --output-dir."
-            raise ConfigError("--check uploads nothing", where="--push-to-hub", hint=hint)
-        if self.adapter is None and self.verify is None:
-            raise ConfigError("missing option", where="--adapter", hint="Name the adapter to merge.")
+        if self.verify is not None and (self.output_dir is not None or self.push_to_hub is not None):
+            hint = "Leave out --output-dir and --push-to-hub, or --check."
+            raise ConfigError("a verification writes nothing", where="--check", hint=hint)
+        if self.verify is None and (self.adapter is None or (self.output_dir is None and not self.dry_run)):
+            hint = "Give both, or a merged checkpoint with --check."
+            raise ConfigError("missing option", where="--adapter, --output-dir", hint=hint)
 
 
 @command
@@ -91,19 +91,15 @@ def merge(settings: MergeSettings) -> None:
     from braces_cli.export.checkpoint import MergeExport, check
 
     if settings.verify is not None:
-        result = check(_check_request(settings, settings.verify), settings.verify)
-        _print_result(settings, "the merge is verified", result)
+        _print_result(settings, check(_request(settings), settings.verify), "the merge is verified")
         return
-    export = MergeExport(_request(settings), settings.pad_to_multiple_of)
-    if settings.dry_run:
-        _print_plan(settings, export)
-        return
-    if settings.push_to_hub is not None:
+    if settings.push_to_hub is not None and not settings.dry_run:
         check_push(settings.push_to_hub)
-    result = _run(settings, export)
-    if settings.push_to_hub is not None and settings.output_dir is not None:
-        push(settings.output_dir, settings.push_to_hub)
-    _print_result(settings, "merged", result)
+    result = _export(settings, MergeExport(_request(settings), settings.pad_to_multiple_of))
+    if result is not None:
+        if settings.push_to_hub is not None and settings.output_dir is not None:
+            push(settings.output_dir, settings.push_to_hub)
+        _print_result(settings, result, "merged")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,10 +124,7 @@ def slots(settings: SlotsSettings) -> None:
 
     request = Request(settings.model, None, settings)
     export = SlotsExport(request, settings.slots, settings.pad_to_multiple_of)
-    if settings.dry_run:
-        _print_plan(settings, export)
-    else:
-        _print_result(settings, "exported", _run(settings, export))
+    _print_result(settings, _export(settings, export))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,13 +154,7 @@ def lora(settings: LoraSettings) -> None:
     from braces_cli.export.lora import lora_export, write_lora
 
     export = lora_export(_request(settings), settings.base, settings.combine, settings.first_slot)
-    if settings.dry_run:
-        _print_plan(settings, export)
-        return
-    assert settings.output_dir is not None
-    with progress(settings.quiet) as report:
-        result = write_lora(export, settings.output_dir, settings.gguf, settings.overwrite, report)
-    _print_result(settings, "exported", result)
+    _print_result(settings, _export(settings, export, partial(write_lora, gguf=settings.gguf)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,11 +170,7 @@ def code(settings: CodeSettings) -> None:
     """Write base and adapter as a checkpoint with a modelling file, for bases that cannot be merged."""
     from braces_cli.export.code import CodeExport
 
-    export = CodeExport(_request(settings))
-    if settings.dry_run:
-        _print_plan(settings, export)
-    else:
-        _print_result(settings, "exported", _run(settings, export))
+    _print_result(settings, _export(settings, CodeExport(_request(settings))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,8 +192,7 @@ def control_vector(settings: VectorSettings) -> None:
     from braces_cli.export.control_vector import write_control_vector
 
     assert settings.output is not None
-    result = write_control_vector(_request(settings), settings.output, settings.overwrite)
-    _print_result(settings, "exported", result)
+    _print_result(settings, write_control_vector(_request(settings), settings.output, settings.overwrite))
 
 
 for _name, _command in (("slots", slots), ("lora", lora), ("code", code), ("control-vector", control_vector)):
@@ -232,53 +214,24 @@ def _request(settings: SteeringSettings) -> Any:
     )
 
 
-def _check_request(settings: MergeSettings, folder: Path) -> Any:
-    """The Request of `--check`: options that are not given are those of the record in the folder."""
-    from braces_cli.export.checkpoint import read_record
-
-    record: Any = read_record(folder)
-    if settings.adapter is None and "adapter" not in record:
-        hint = "braces merge writes a record into its folders; give such a folder, or --adapter, too."
-        raise ModelError("no checkpoint that braces merge wrote", where=str(folder), hint=hint)
-    attributes_dir = settings.attributes
-    if attributes_dir is None and not settings.attribute and record.get("attributes_dir"):
-        attributes_dir = Path(record["attributes_dir"])
-    names, strengths = settings.attribute, settings.s
-    if not names:
-        attributes = record.get("attributes", {})
-        names, strengths = tuple(attributes), tuple(attributes.values())
-    dtype = record.get("dtype", "auto") if settings.dtype == "auto" else settings.dtype
-    return _request(
-        replace(
-            settings,
-            model=settings.model or record.get("model"),
-            adapter=settings.adapter or record["adapter"],
-            attributes=attributes_dir,
-            attribute=names,
-            s=strengths,
-            layers=settings.layers or record.get("layers"),
-            dtype=dtype,
-        )
-    )
-
-
-def _run(settings: Any, export: Any) -> dict[str, Any]:
+def _export(settings: Any, export: Any, write: Callable[..., dict[str, Any]] | None = None) -> dict[str, Any] | None:
+    """Run an export; in a dry run, print the settings and the size of the output, or the reason of a refusal."""
     from braces_cli.export.run import run
 
+    if settings.dry_run:
+        try:
+            facts = export.describe()
+        except ModelError as error:
+            facts = {"trainable_parameters": None, "reason": str(error)}
+        show_plan(settings, facts)
+        return None
     with progress(settings.quiet) as report:
-        return run(export, settings.output_dir, settings.overwrite, report)
+        return (write or run)(export, settings.output_dir, overwrite=settings.overwrite, report=report)
 
 
-def _print_plan(settings: OutputSettings, export: Any) -> None:
-    """Print the settings and the size of the output, or the reason of a refusal."""
-    try:
-        facts = export.describe()
-    except ModelError as error:
-        facts = {"trainable_parameters": None, "reason": str(error)}
-    show_plan(settings, facts)
-
-
-def _print_result(settings: OutputSettings, title: str, result: dict[str, Any]) -> None:
+def _print_result(settings: OutputSettings, result: dict[str, Any] | None, title: str = "exported") -> None:
+    if result is None:
+        return
     if settings.json:
         print_json(result)
         return

@@ -52,8 +52,8 @@ class SideModule:
         mixed: the module is part of a mixture of experts.
         reads: A (d_r, d).
         writes: B of all experts, concatenated (d, experts * d_r).
-        shift: added to A h by steering through the adapter (d_r,), or None.
-        steering_vector: added to the output (d,), or None.
+        shift: of experts, added to A h by steering through the adapter (d_r,), because the router weights it; or None.
+        constant: added to the output for every token (d,), or None.
     """
 
     path: str
@@ -65,15 +65,15 @@ class SideModule:
     reads: Tensor
     writes: Tensor
     shift: Tensor | None
-    steering_vector: Tensor | None = None
+    constant: Tensor | None
 
     @property
-    def constant(self) -> Tensor | None:
-        """Added to the output for every token (d,); without the part of routed experts, which the router weights."""
-        if self.shift is None or self.experts > 1:
-            return self.steering_vector
-        through = self.writes @ self.shift
-        return through if self.steering_vector is None else through + self.steering_vector
+    def entry(self) -> dict[str, Any]:
+        """Settings of the module in the written config."""
+        entry = {"width": len(self.writes), "shift": self.shift is not None, "constant": self.constant is not None}
+        if self.kind in _MIXINS:
+            entry["experts"] = self.experts
+        return entry | ({"ends": list(self.ends)} if self.ends else {})
 
 
 def side_modules(adapter: Adapter, vectors: Mapping[int, Tensor] | None = None) -> list[SideModule]:
@@ -94,29 +94,26 @@ def side_modules(adapter: Adapter, vectors: Mapping[int, Tensor] | None = None) 
         raise ConfigError(what, where="--attribute", hint=hint)
     sides = []
     for ffn, adapter_layer in adapter.adapted_ffns:
-        shift = None if adapter_layer.shift is None else adapter_layer.shift.detach().float().cpu()
         for part in ffn.parts:
             with torch.no_grad():
-                reads, writes = adapter_layer.factors(part.values(), torch.float32)
+                reads, writes = (factor.cpu() for factor in adapter_layer.factors(part.values(), torch.float32))
+            shift = None if adapter_layer.shift is None else adapter_layer.shift.detach().float().cpu()
+            constant, experts = vectors.get(ffn.layer), 1
             ends: tuple[str, ...] = ()
             if isinstance(part, Experts):
                 module, kind = part.module, "sorted" if part.presorted else "experts"
+            elif part.is_host_output:
+                module, kind = part.host, "mlp"
             else:
-                module, kind = part.host, "mlp" if part.is_host_output else "ends"
-                ends = () if part.is_host_output else (names[part.keys[0]], names[part.value])
-            side = SideModule(
-                path=names[module],
-                kind=kind,
-                stock=type(module),
-                ends=ends,
-                experts=1 if writes.ndim == 2 else len(writes),
-                mixed=isinstance(ffn, MixtureFFN),
-                reads=reads.cpu(),
+                module, kind, ends = part.host, "ends", (names[part.keys[0]], names[part.value])
+            if writes.ndim == 3:
                 # (experts, d, d_r) -> (d, experts * d_r)
-                writes=(writes if writes.ndim == 2 else writes.transpose(0, 1).flatten(1)).cpu(),
-                shift=shift,
-                steering_vector=vectors.get(ffn.layer),
-            )
+                experts, writes = len(writes), writes.transpose(0, 1).flatten(1)
+            if shift is not None and experts == 1:
+                through, shift = writes @ shift, None
+                constant = through if constant is None else through + constant
+            mixed = isinstance(ffn, MixtureFFN)
+            side = SideModule(names[module], kind, type(module), ends, experts, mixed, reads, writes, shift, constant)
             sides.append(side)
     return sides
 
@@ -129,17 +126,16 @@ class CodeExport(Export):
     has_code = True
 
     def write(self, opened: Opened, folder: Path, report: Report) -> tuple[dict[str, Any], dict[str, Any]]:
-        session, terms, layers = opened.session, opened.terms, opened.layers
+        session = opened.session
         assert session.adapter is not None
         assert session.base.checkpoint is not None
-        rank = session.adapter.rank
-        with steered(session, terms, layers) as steering:
+        with steered(session, opened.terms, opened.layers) as steering:
             vectors = {each.layer: each.vector for each in steering if each.vector is not None}
             sides = side_modules(session.adapter, vectors)
         session.remove_adapter()
         facts = write_checkpoint_with_code(folder, session.base.model, sides, session.base.checkpoint)
         copy_companions(session, folder)
-        return {**facts, "rank": rank}, {}
+        return {**facts, "rank": len(sides[0].reads)}, {}
 
 
 def write_checkpoint_with_code(folder: Path, model: Any, sides: list[SideModule], checkpoint: Path) -> dict[str, Any]:
@@ -165,7 +161,14 @@ def write_checkpoint_with_code(folder: Path, model: Any, sides: list[SideModule]
     served = all(side.kind == "mlp" and not side.mixed for side in sides)
     code, classes = _modelling_code(model, sides, served)
     write_text(folder / CODE_FILE, code)
-    _write_config(folder, model, sides, classes)
+    model.config.save_pretrained(folder)
+    config = read(WRITTEN, folder / "config.json") | {
+        "architectures": [classes["AutoModelForCausalLM"]],
+        "auto_map": {auto: f"{Path(CODE_FILE).stem}.{name}" for auto, name in classes.items()},
+        "braces": {"rank": len(sides[0].reads), "modules": {side.path: side.entry for side in sides}},
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    write_json(folder / "config.json", config)
     return {
         "architecture": classes["AutoModelForCausalLM"],
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
@@ -181,8 +184,7 @@ def side_tensors(sides: list[SideModule], dtype: torch.dtype) -> dict[str, Tenso
         reads, writes = (f"{side.path}.{name}" for name in SIDE_PATH)
         tensors[f"{reads}.weight"] = side.reads.to(dtype)
         tensors[f"{writes}.weight"] = side.writes.to(dtype)
-        # The router weights the shift of experts with the rest; elsewhere the constant is added.
-        if side.experts > 1 and side.shift is not None:
+        if side.shift is not None:
             tensors[f"{reads}.bias"] = side.shift.to(dtype)
         if side.constant is not None:
             tensors[f"{writes}.bias"] = side.constant.to(dtype)
@@ -208,7 +210,7 @@ def _link_weights(checkpoint: Path, folder: Path, model: Any) -> dict[str, str]:
     index = checkpoint / _INDEX
     if index.is_file():
         files = read(_WEIGHT_INDEX, index)["weight_map"]
-        names = {name: name for name in sorted(set(files.values()))}
+        names = {name: name for name in files.values()}
     elif (checkpoint / _ONE_FILE).is_file():
         with safe_open(checkpoint / _ONE_FILE, framework="pt") as file:
             files = dict.fromkeys(file.keys(), _RENAMED)
@@ -240,10 +242,11 @@ def _modelling_code(model: Any, sides: list[SideModule], served: bool) -> tuple[
     for kind in dict.fromkeys((architecture, *((type(base),) if has_base else ()), *stock)):
         imports.setdefault(kind.__module__, []).append(kind.__name__)
     names = {"AutoModelForCausalLM": f"Braces{architecture.__name__}"}
+    pairs = [(architecture.__name__, names["AutoModelForCausalLM"])]
     if has_base:
         names = {"AutoModel": f"Braces{type(base).__name__}", **names}
-    pairs = [(architecture.__name__, names["AutoModelForCausalLM"]), (type(base).__name__, names.get("AutoModel"))]
-    renamed = [(old, new) for old, new in pairs if new and get_checkpoint_conversion_mapping(old) is not None]
+        pairs.append((type(base).__name__, names["AutoModel"]))
+    renamed = [(old, new) for old, new in pairs if get_checkpoint_conversion_mapping(old) is not None]
     if renamed:
         functions = ["get_checkpoint_conversion_mapping", "register_checkpoint_conversion_mapping"]
         imports["transformers.conversion_mapping"] = functions
@@ -272,26 +275,3 @@ def _modelling_code(model: Any, sides: list[SideModule], served: bool) -> tuple[
         "base_stock": type(base).__name__ if has_base else None,
     }
     return render("export/modeling.py.j2", data), names
-
-
-def _write_config(folder: Path, model: Any, sides: list[SideModule], classes: dict[str, str]) -> None:
-    """Write the base's config with the classes of the modelling file and the modules of the side paths."""
-    model.config.save_pretrained(folder)
-    config = read(WRITTEN, folder / "config.json")
-    entries = {}
-    for side in sides:
-        entry: dict[str, Any] = {"width": len(side.writes)}
-        entry["shift"] = side.shift is not None and side.experts > 1
-        entry["constant"] = side.constant is not None
-        if side.kind in ("experts", "sorted"):
-            entry["experts"] = side.experts
-        if side.ends:
-            entry["ends"] = list(side.ends)
-        entries[side.path] = entry
-    config |= {
-        "architectures": [classes["AutoModelForCausalLM"]],
-        "auto_map": {auto: f"{Path(CODE_FILE).stem}.{name}" for auto, name in classes.items()},
-        "braces": {"rank": len(sides[0].reads), "modules": entries},
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
-    write_json(folder / "config.json", config)

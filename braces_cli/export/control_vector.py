@@ -8,7 +8,6 @@ adapter is not a constant and not exported: the vector equals the steering on to
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.files import check_output_file, output_lock
 from braces_cli.core.models.ffn import MixtureFFN
 from braces_cli.core.models.residual import residual_factors
-from braces_cli.export.lora import write_gguf_tensors
+from braces_cli.export.lora import check_package, write_gguf_tensors
 from braces_cli.export.run import Request, open_request, probe_tokens
 
 _ARCHITECTURE = "controlvector"
@@ -34,11 +33,9 @@ def write_control_vector(request: Request, output: Path, overwrite: bool = False
         ModelError: base and adapter do not fit, or see `export_control_vector`.
     """
     with output_lock(output):
-        if find_spec("gguf") is None:
-            hint = "Install it with: pip install gguf"
-            raise ConfigError("the export needs the package gguf", where="braces export control-vector", hint=hint)
+        check_package("gguf", "braces export control-vector")
         check_output_file(output, overwrite)
-        opened = open_request(request)
+        opened = open_request(request, in_memory=False)
         found = export_control_vector(opened.session, opened.terms, opened.layers, output)
     return {**found, "attributes": request.attributes}
 

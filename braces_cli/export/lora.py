@@ -78,7 +78,7 @@ class LoraExport(Export):
             raise ModelError(what, where="--model", hint=f"They were exported from {slots.model}.")
         vectors = {each.layer: each.total[0] for each in layer_steering(session, opened.terms, opened.layers)}
         if opened.terms and not vectors:
-            hint = "None of the layers in --layers can be steered."
+            hint = "Give an --s other than 0, which the server's scale multiplies, and --layers that can be steered."
             raise ConfigError("nothing is steered", where="--attribute", hint=hint)
         paths = {} if session.adapter is None else side_paths(session.adapter)
         pairs = lora_pairs(paths if self.has_side_path else {}, vectors, slots, self.first_slot)
@@ -96,20 +96,16 @@ class LoraExport(Export):
         return facts, {}
 
     def verify(self, folder: Path, expected: Reference) -> dict[str, Any]:
-        loras = [(path, 1.0) for path in (folder, folder / _ADAPTER_FOLDER) if path.is_dir()]
+        loras = [path for path in (folder, folder / _ADAPTER_FOLDER) if path.is_dir()]
         measured = verify_export(self.slots_dir, expected, loras=loras)
         shutil.rmtree(folder / _ADAPTER_FOLDER, ignore_errors=True)
         return measured
 
     def describe(self) -> dict[str, Any]:
-        request, d = self.request, self.slots.fingerprint["hidden_size"]
-        if request.steers or request.adapter is None:
-            # The layers that an attribute steers are not known before it is found or built.
-            rank = request.adapter.config.r if self.has_side_path and request.adapter is not None else 0
-            return {"rank": rank + 1}
-        r = request.adapter.config.r
-        paths = {layer: (torch.empty(r, d), torch.empty(d, r)) for layer in request.adapter.config.layers}
-        return lora_size(lora_pairs(paths, {}, self.slots, self.first_slot), self.slots)
+        # The layers that an attribute steers are not known before it is found or built.
+        adapter = self.request.adapter
+        rank = adapter.config.r if adapter is not None and self.has_side_path else 0
+        return {"rank": rank + bool(self.request.attributes)}
 
 
 def lora_export(request: Request, slots_dir: Path, combine: bool = False, first_slot: int = 0) -> LoraExport:
@@ -117,12 +113,10 @@ def lora_export(request: Request, slots_dir: Path, combine: bool = False, first_
 
     Raises:
         ConfigError: nothing to export, more ranks than slots, or peft is not installed.
-        ModelError: base with slots and adapter do not fit.
+        ModelError: no base with slots, or it has no slot for an attribute.
     """
     slots = read_slots(slots_dir)
-    if find_spec("peft") is None:
-        hint = "Install it with: pip install peft"
-        raise ConfigError("the verification of a LoRA needs the package peft", where="braces export lora", hint=hint)
+    check_package("peft", "braces export lora")
     if request.adapter is None and not request.attributes:
         hint = "Give the adapter, the attribute, or both."
         raise ConfigError("missing option", where="--adapter, --attribute", hint=hint)
@@ -131,21 +125,12 @@ def lora_export(request: Request, slots_dir: Path, combine: bool = False, first_
     if request.attributes and slots.constant is None:
         hint = "Merge the attribute instead, or export it with: braces export code."
         raise ModelError("this base has no constant slot for an attribute", where=str(slots_dir), hint=hint)
-    if request.attributes and not request.steers:
-        hint = "The LoRA holds the attribute at this strength; the server's scale multiplies it."
-        raise ConfigError("nothing is steered at strength 0", where="--s", hint=hint)
-    if request.adapter is not None:
-        config = request.adapter.config
-        words = differences(config.fingerprint, slots.fingerprint)
-        if words:
-            what = f"these slots belong to another base than the adapter ({'; '.join(words)})"
-            hint = f"Export slots of the adapter's base: {config.base_model_name_or_path}."
-            raise ModelError(what, where=str(slots_dir), hint=hint)
-        if first_slot + config.r > slots.rank:
-            needed = (first_slot + config.r) * (1 if slots.gated else 2) + slots.first - slots.width
-            what = f"rank {config.r} after slot {first_slot} needs more slots than the {slots.rank} of this base"
-            hint = f"Export the base again with at least --slots {needed}."
-            raise ConfigError(what, where=str(slots_dir), hint=hint)
+    rank = 0 if request.adapter is None else first_slot + request.adapter.config.r
+    if rank > slots.rank:
+        needed = rank * (1 if slots.gated else 2) + slots.first - slots.width
+        hint = f"Export the base again with at least --slots {needed}."
+        what = f"{rank} ranks are needed, more slots than the {slots.rank} of this base"
+        raise ConfigError(what, where=str(slots_dir), hint=hint)
     options = request.options
     if request.model is None:
         options = replace(options, revision=options.revision or slots.revision)
@@ -169,11 +154,15 @@ def write_lora(
     # The lock of the folder is also that of a file in it.
     with output_lock(None if inside else gguf):
         if gguf is not None:
-            check_gguf(export.slots)
+            check_package("gguf", "--gguf")
+            if export.slots.architecture not in _ARCHITECTURES:
+                hint = "Leave --gguf out and use llama.cpp's convert_lora_to_gguf.py on the folder."
+                what = f"{export.slots.architecture} is not among {', '.join(_ARCHITECTURES)}"
+                raise ModelError(what, where="--gguf", hint=hint)
             check_output_file(gguf, overwrite)
         result = run(export, output, overwrite, report)
         if gguf is not None:
-            write_gguf(gguf, read_folder(output), export.slots)
+            write_gguf(gguf, output, export.slots, result["rank"])
             result["gguf"] = str(gguf)
     return result
 
@@ -205,9 +194,9 @@ def lora_pairs(paths: SidePaths, vectors: dict[int, Tensor], slots: Slots, first
             a, b = paths[layer]
             selection[:path_rank] = selected
             columns[:, :path_rank] = b / (slots.activation[1] if slots.gated else 1)
-            inputs, rows = torch.zeros(rank, d), torch.zeros(modules.rows, rank)
+            inputs, rows = torch.zeros(rank, d), torch.zeros(slots.rows, rank)
             inputs[:path_rank] = a
-            rows[modules.offset : modules.offset + slots.wider, :path_rank] = selected.mT
+            rows[slots.offset : slots.offset + slots.wider, :path_rank] = selected.mT
             pairs[modules.reads] = (inputs, rows)
         if layer in vectors:
             assert slots.constant is not None
@@ -235,15 +224,7 @@ def write_folder(folder: Path, pairs: Pairs, slots: Slots, base: Path) -> None:
     for module, (a, b) in pairs.items():
         tensors[f"{_PREFIX}{module}.lora_A.weight"] = a.to(dtype)
         tensors[f"{_PREFIX}{module}.lora_B.weight"] = b.to(dtype)
-    # Endings such as `up_proj` if they mean exactly the modules of the pairs, otherwise all names.
-    targets = sorted(pairs)
-    if slots.suffixes is not None:
-        layers = slots.layers.values()
-        groups = ({modules.reads for modules in layers}, {modules.writes for modules in layers})
-        named = {suffix: group for suffix, group in zip(slots.suffixes, groups, strict=True) if group <= set(pairs)}
-        if set().union(*named.values()) == set(pairs):
-            targets = list(named)
-    rank = len(next(iter(pairs.values()))[0])
+    rank = lora_size(pairs, slots)["rank"]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -251,7 +232,7 @@ def write_folder(folder: Path, pairs: Pairs, slots: Slots, base: Path) -> None:
         "r": rank,
         "lora_alpha": rank,  # so that scale 1 multiplies by 1
         "lora_dropout": 0.0,
-        "target_modules": targets,
+        "target_modules": sorted(pairs),
         "bias": "none",
         "inference_mode": True,
     }
@@ -259,50 +240,30 @@ def write_folder(folder: Path, pairs: Pairs, slots: Slots, base: Path) -> None:
     write_json(folder / "adapter_config.json", config)
 
 
-def read_folder(folder: Path) -> Pairs:
-    """Return the LoRA in `folder`, in its dtype."""
-    from safetensors.torch import load_file
-
-    tensors = load_file(folder / _WEIGHTS_FILE)
-    ends = (".lora_A.weight", ".lora_B.weight")
-    modules = [name.removeprefix(_PREFIX).removesuffix(ends[0]) for name in tensors if name.endswith(ends[0])]
-    return {module: (tensors[_PREFIX + module + ends[0]], tensors[_PREFIX + module + ends[1]]) for module in modules}
+def check_package(name: str, where: str) -> None:
+    """Raise ConfigError if an optional package that an export needs is not installed."""
+    if find_spec(name) is None:
+        raise ConfigError(
+            f"the export needs the package {name}", where=where, hint=f"Install it with: pip install {name}"
+        )
 
 
-def check_gguf(slots: Slots) -> None:
-    """Check that a GGUF file can be written for this base.
-
-    Raises:
-        ConfigError: the package gguf is not installed.
-        ModelError: the GGUF names of this architecture are not known.
-    """
-    if find_spec("gguf") is None:
-        hint = "Install it with: pip install gguf"
-        raise ConfigError("the export needs the package gguf", where="--gguf", hint=hint)
-    if slots.architecture not in _ARCHITECTURES:
-        hint = "Leave --gguf out and use llama.cpp's convert_lora_to_gguf.py on the folder."
-        known = ", ".join(_ARCHITECTURES)
-        raise ModelError(f"{slots.architecture} is not among {known}", where="--gguf", hint=hint)
-
-
-def write_gguf(path: Path, pairs: Pairs, slots: Slots) -> None:
-    """Write the LoRA as llama.cpp's `convert_lora_to_gguf.py` does; its scale 1 multiplies by 1.
+def write_gguf(path: Path, folder: Path, slots: Slots, rank: int) -> None:
+    """Write the LoRA in `folder` as llama.cpp's `convert_lora_to_gguf.py` does; its scale 1 multiplies by 1.
 
     Raises:
         BracesError: cannot be written.
     """
     import gguf
+    from safetensors.torch import load_file
 
     name = _ARCHITECTURES[slots.architecture]
     architecture = next(kind for kind, text in gguf.MODEL_ARCH_NAMES.items() if text == name)
     names = gguf.get_tensor_name_map(architecture, max(slots.layers) + 1)
     tensors = {}
-    for module, (a, b) in pairs.items():
-        stored = names.get_name(module)
-        assert stored is not None, module
-        tensors[f"{stored}.weight.lora_a"] = a.float()
-        tensors[f"{stored}.weight.lora_b"] = b.float()
-    rank = len(next(iter(pairs.values()))[0])
+    for key, tensor in load_file(folder / _WEIGHTS_FILE).items():
+        module, _, end = key.removeprefix(_PREFIX).partition(".lora_")
+        tensors[f"{names.get_name(module)}.weight.lora_{'a' if end == 'A.weight' else 'b'}"] = tensor.float()
 
     def add_header(writer: Any) -> None:
         writer.add_type(gguf.GGUFType.ADAPTER)

@@ -92,13 +92,18 @@ class Role:
 
     Attributes:
         layer: decoder layer of the FFN.
-        part: `gate`, `up`, `gate_up`, `key` or `value` for a weight; with the suffix `.bias` for a bias.
+        parts: `gate`, `up`, `key` or `value` for a weight; with the suffix `.bias` for a bias. Two if they are fused.
         dim: dimension of its neurons; not used for the bias of `value`.
     """
 
     layer: int
-    part: str
+    parts: tuple[str, ...]
     dim: int
+
+    @property
+    def widths(self) -> int:
+        """Size of `dim` in units of d_ff; 0 for the bias of `value`, which has no neurons."""
+        return 0 if self.parts == ("value.bias",) else len(self.parts)
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ class Plan:
         shapes: its tensors in order, tied ones once.
         sources: tensor of the base, first row and end row (None: all) of each; other tensors are new biases, zero.
         roles: the tensors that change.
-        form: of the base's FFNs.
+        ffns, form: of the base.
         width, wider: d_ff before and after.
         gate: (c, act(c)); (0, 1) without a gate.
     """
@@ -123,17 +128,27 @@ class Plan:
     shapes: dict[str, torch.Size]
     sources: Sources
     roles: dict[str, Role]
+    ffns: Sequence[FFN]
     form: Form
     width: int
     wider: int
-    gate: tuple[float, float] = (0.0, 1.0)
+    gate: tuple[float, float]
+
+    @property
+    def size(self) -> dict[str, int]:
+        """Parameters of the written model, for a dry run."""
+        total = sum(shape.numel() for shape in self.shapes.values())
+        return {"trainable_parameters": 0, "total_parameters": total}
 
 
-def plain_ffns(model: Any, ffns: Sequence[FFN | MixtureFFN]) -> list[FFN]:
-    """Return the FFNs if none is a mixture of experts, all have one width, and no weight is quantised.
+def ffn_form(model: Any, ffns: Sequence[FFN | MixtureFFN], ids: Tensor | None = None) -> tuple[list[FFN], Form]:
+    """Return the FFNs and their form, observed in a forward pass over `ids` (batch, tokens).
+
+    Without `ids`, for a model without weights, the form has the gate first, and the first activation found.
 
     Raises:
-        ModelError: otherwise.
+        ModelError: mixtures of experts, quantised weights, different FFNs, or an FFN that computes something else, such
+            as a clamp or a norm in between.
     """
     plain = [ffn for ffn in ffns if isinstance(ffn, FFN)]
     if len(plain) < len(ffns):
@@ -147,59 +162,37 @@ def plain_ffns(model: Any, ffns: Sequence[FFN | MixtureFFN]) -> list[FFN]:
         weights = [getattr(end, "weight", None) for end in (*ffn.keys, ffn.value)]
         if not all(isinstance(w, Tensor) and w.dtype.is_floating_point and w.dtype.itemsize > 1 for w in weights):
             raise refuse(model, "its weights are quantised")
-    return plain
+    # Activations in the modules around the projections, then the common ones.
+    host, keys = plain[0].host, plain[0].keys
+    owners = [each for each in host.modules() if any(child in (*keys, plain[0].value) for child in each.children())]
+    known = [each for owner in dict.fromkeys((host, *owners)) for each in activations(owner)]
+    known += _COMMON
+    if ids is None:
+        fused = len(keys) == 1 and sizes(keys[0])[1] == 2 * widths[0]
+        return plain, Form(fused or len(keys) > 1, fused, True, known[0])
+    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
+    def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
+        seen[module] = args[0].detach(), output.detach()
 
-def _activations(ffn: FFN) -> list[Activation]:
-    """Activations that the FFN may use: those in the modules around its projections, then the common ones."""
-    ends = (*ffn.keys, ffn.value)
-    owners = [module for module in ffn.host.modules() if any(child in ends for child in module.children())]
-    owned = [each for owner in dict.fromkeys((ffn.host, *owners)) for each in activations(owner)]
-    return [*owned, *_COMMON]
-
-
-def expected_form(ffn: FFN) -> Form:
-    """Guess the form of a model without weights: gate first, and the first activation found."""
-    fused = len(ffn.keys) == 1 and sizes(ffn.keys[0])[1] == 2 * ffn.value_vectors
-    return Form(fused or len(ffn.keys) > 1, fused, True, _activations(ffn)[0])
-
-
-def observed_form(model: Any, ffns: Sequence[FFN], ids: Tensor) -> Form:
-    """Return the one form of all FFNs, observed in a forward pass over `ids` (batch, tokens).
-
-    Raises:
-        ModelError: an FFN computes something else, such as a clamp or a norm in between, or the FFNs differ.
-    """
-    outputs: dict[nn.Module, Tensor] = {}
-    inputs: dict[nn.Module, Tensor] = {}
-
-    def keep_output(module: nn.Module, args: tuple, output: Tensor) -> None:
-        outputs[module] = output.detach()
-
-    def keep_input(module: nn.Module, args: tuple) -> None:
-        inputs[module] = args[0].detach()
-
-    with ExitStack() as stack:
-        for ffn in ffns:
-            for key in ffn.keys:
-                stack.callback(key.register_forward_hook(keep_output).remove)
-            stack.callback(ffn.value.register_forward_pre_hook(keep_input).remove)
-        with torch.no_grad():
-            model(input_ids=ids, use_cache=False)
+    with ExitStack() as stack, torch.no_grad():
+        for ffn in plain:
+            for module in (*ffn.keys, ffn.value):
+                stack.callback(module.register_forward_hook(keep).remove)
+        model(input_ids=ids, use_cache=False)
     first: Form | None = None
-    for ffn in ffns:
-        known = _activations(ffn) if first is None else [first.activation]
-        form = _matching_form(known, [outputs[key] for key in ffn.keys], inputs[ffn.value])
+    for ffn in plain:
+        form = _matching_form(known, [seen[key][1] for key in ffn.keys], seen[ffn.value][0])
         if form is None or form != (first or form):
             other = "an activation of its projections" if first is None else "what the layers before it compute"
             raise refuse(model, f"the FFN of layer {ffn.layer} computes something else than {other}")
-        first = first or form
+        first, known = form, [form.activation]
     assert first is not None
-    return first
+    return plain, first
 
 
 def _matching_form(known: Sequence[Activation], outputs: list[Tensor], w: Tensor) -> Form | None:
-    """The form that computes `w` from the outputs of the projections, or None."""
+    """Return the form that computes `w` from the outputs of the projections, or None."""
     fused = len(outputs) == 1 and outputs[0].shape[-1] == 2 * w.shape[-1]
     parts = list(outputs[0].chunk(2, dim=-1)) if fused else outputs
     if len(parts) > 2:
@@ -218,15 +211,16 @@ def plan(
     model: Any,
     ffns: Sequence[FFN],
     form: Form,
-    rank: int,
+    neurons: int,
     pad_to_multiple_of: int,
     steering: bool,
     constant: bool = False,
 ) -> Plan:
-    """Plan the checkpoint of `model` with an adapter of `rank`.
+    """Plan the checkpoint of `model` with more neurons in its FFNs.
 
     Args:
-        ffns: of the model, from `plain_ffns`.
+        ffns, form: from `ffn_form`.
+        neurons: minimum number of new neurons.
         pad_to_multiple_of: the new width is rounded up to a multiple of this.
         steering: a constant vector is added, which needs an output bias.
         constant: one of the new neurons is a constant, which needs a bias of the projection that it reads.
@@ -237,74 +231,62 @@ def plan(
     if getattr(model.config, "auto_map", None):
         raise refuse(model, "it brings its own code, which a plain checkpoint cannot use")
     width = ffns[0].value_vectors
-    wider = -(-(width + (rank if form.gated else 2 * rank)) // pad_to_multiple_of) * pad_to_multiple_of
-    needed = {"value.bias"} if steering else set()
-    if constant:
-        needed.add("key.bias" if not form.gated else "gate_up.bias" if form.fused else "up.bias")
+    wider = -(-(width + neurons) // pad_to_multiple_of) * pad_to_multiple_of
     gate = form.constant_gate if form.gated else (0.0, 1.0)
     if gate is None:
         raise refuse(model, f"its gate's {form.name} turns no constant into a power of two")
     if not form.gated and not form.is_half_linear:
         raise refuse(model, f"its FFN has no gate, and for {form.name} act(z) - act(-z) = z does not hold")
-    if form.gated:
-        needed.add("gate_up.bias" if form.fused else "gate.bias")
-    roles, shapes = ffn_roles(model, ffns, form), tensor_shapes(model)
+    needed = {"gate.bias"} if form.gated else set()
+    if steering:
+        needed.add("value.bias")
+    if constant:
+        needed.add("up.bias" if form.gated else "key.bias")
+    roles, shapes = _roles(model, ffns, form), tensor_shapes(model)
     for config in _wider_configs(model.config, width, wider):
         target = on_meta(type(model), config)
-        if target is None:
-            continue
-        target_shapes = tensor_shapes(target)
-        if _fits(shapes, target_shapes, roles, wider - width, needed):
-            sources: Sources = {name: (name, None, None) for name in target_shapes if name in shapes}
-            roles = {name: role for name, role in roles.items() if name in target_shapes}
-            case = "a" if form.gated else "c"
-            return Plan(
-                case, config, type(model).__name__, target_shapes, sources, roles, form, width, wider, gate
-            )  # fmt: skip
+        after = {} if target is None else tensor_shapes(target)
+        if _fits(shapes, after, roles, wider - width, needed):
+            case, architecture = "a" if form.gated else "c", type(model).__name__
+            sources: Sources = {name: (name, None, None) for name in after if name in shapes}
+            return Plan(case, config, architecture, after, sources, roles, ffns, form, width, wider, gate)
     if not form.gated:
         bias = ", or gives its output no bias to carry the steering" if steering else ""
         raise refuse(model, f"its config fixes the width of the FFN ({width}){bias}")
-    return _llama_plan(model, ffns, form, wider, gate)
-
-
-def _llama_plan(model: Any, ffns: Sequence[FFN], form: Form, wider: int, gate: tuple[float, float]) -> Plan:
-    """Plan case (b), for a gated model whose class has no biases to switch on."""
     from transformers import LlamaForCausalLM
 
     why = "its gated FFN has no biases to switch on, and it is not a Llama ({})"
-    width = ffns[0].value_vectors
     converted = as_llama(model, form.activation, form.name, width)
     if isinstance(converted, str):
         raise refuse(model, why.format(converted))
     config, sources = converted
     config.mlp_bias, config.intermediate_size = True, wider
-    shapes = tensor_shapes(on_meta(LlamaForCausalLM, config))
-    other = [name for name in shapes if name not in sources and not name.endswith(".bias")]
-    other += sorted(sources.keys() - shapes.keys())
+    after = tensor_shapes(on_meta(LlamaForCausalLM, config))
+    other = [name for name in after if name not in sources and not name.endswith(".bias")]
+    other += sorted(sources.keys() - after.keys())
     if other:
         raise refuse(model, why.format(f"the tensor {other[0]}"))
-    roles: dict[str, Role] = {}
+    roles = {}
     for ffn in ffns:
         for part, dim in (("gate", 0), ("up", 0), ("value", 1)):
             name = f"model.layers.{ffn.layer}.mlp.{'down' if part == 'value' else part}_proj"
-            roles[f"{name}.weight"] = Role(ffn.layer, part, dim)
-            roles[f"{name}.bias"] = Role(ffn.layer, f"{part}.bias", 0)
-    return Plan("b", config, "LlamaForCausalLM", shapes, sources, roles, form, width, wider, gate)
+            roles[f"{name}.weight"] = Role(ffn.layer, (part,), dim)
+            roles[f"{name}.bias"] = Role(ffn.layer, (f"{part}.bias",), 0)
+    return Plan("b", config, "LlamaForCausalLM", after, sources, roles, ffns, form, width, wider, gate)
 
 
-def ffn_roles(model: nn.Module, ffns: Sequence[FFN], form: Form) -> dict[str, Role]:
+def _roles(model: nn.Module, ffns: Sequence[FFN], form: Form) -> dict[str, Role]:
     """Roles of the projections' weights and biases by tensor name; biases are listed even if the model has none."""
     names = {module: name for name, module in model.named_modules()}
-    parts = ["key"] if not form.gated else ["gate_up"] if form.fused else ["gate", "up"]
-    if len(parts) == 2 and not form.gate_first:
-        parts.reverse()
+    parts = ("key",) if not form.gated else ("gate", "up") if form.gate_first else ("up", "gate")
+    groups = [parts] if form.fused else [(part,) for part in parts]
     roles: dict[str, Role] = {}
     for ffn in ffns:
-        for module, part in zip((*ffn.keys, ffn.value), (*parts, "value"), strict=True):
+        for module, group in zip((*ffn.keys, ffn.value), (*groups, ("value",)), strict=True):
             # transformers' Conv1D stores (inputs, outputs).
-            dim = int((part == "value") == hasattr(module, "out_features"))
-            roles[f"{names[module]}.weight"] = Role(ffn.layer, part, dim)
-            roles[f"{names[module]}.bias"] = Role(ffn.layer, f"{part}.bias", 0)
+            dim = int((group == ("value",)) == hasattr(module, "out_features"))
+            roles[f"{names[module]}.weight"] = Role(ffn.layer, group, dim)
+            roles[f"{names[module]}.bias"] = Role(ffn.layer, tuple(f"{part}.bias" for part in group), 0)
     return roles
 
 
@@ -333,11 +315,10 @@ def _fits(
 ) -> bool:
     """Return True if `after` is `before` with FFNs wider by `added` and with biases, including the parts `needed`."""
     for name, shape in before.items():
-        role = roles.get(name)
         expected = list(shape)
-        if role is not None and role.part != "value.bias":
-            expected[role.dim] += added * (2 if role.part.startswith("gate_up") else 1)
+        if name in roles and roles[name].widths:
+            expected[roles[name].dim] += added * roles[name].widths
         if list(after.get(name, ())) != expected:
             return False
-    biases = [name for name, role in roles.items() if role.part in needed]
+    biases = [name for name, role in roles.items() if needed.intersection(role.parts)]
     return all(name in before or name.endswith(".bias") for name in after) and all(name in after for name in biases)

@@ -6,7 +6,6 @@ The output is written next to its destination, verified there, and renamed: it i
 
 from __future__ import annotations
 
-import errno
 import gc
 import os
 import shutil
@@ -35,12 +34,13 @@ from braces_cli.core.files import (
     write_text,
 )
 from braces_cli.core.models.ffn import chosen_layers
+from braces_cli.core.models.hub import is_linked, known_license
 from braces_cli.core.models.load import load_shape
 from braces_cli.core.models.tokenize import encode
 from braces_cli.core.options import LoadOptions
 from braces_cli.core.progress import Report, silent
+from braces_cli.core.render import render
 from braces_cli.core.schema import WRITTEN, read
-from braces_cli.export.cards import card
 from braces_cli.export.verify import Reference, reference, verify_export
 
 FORMAT_VERSION: Final = 1
@@ -149,25 +149,26 @@ class Opened:
     terms: list[tuple[Attribute, float]]
     layers: Collection[int] | None
 
-    def reference(self) -> Reference:
-        """Logits that the export must have."""
-        return reference(self.session, self.terms, self.layers)
-
 
 def run(export: Export, output: Path, overwrite: bool = False, report: Report = silent) -> dict[str, Any]:
     """Write an export, verified, into `output`; returns what the command prints.
 
     Raises:
-        ConfigError: the output folder is not empty, or overlaps an input.
+        ConfigError: the output folder is not empty, holds the working directory, or overlaps an input.
         ModelError: base and adapter do not fit, cannot be exported exactly, or the verification fails.
         BracesError: the disk is full.
     """
-    check_output(output, overwrite, export.inputs())
+    check_output_folder(output, overwrite, inputs=export.inputs())
+    inside, here = output.resolve(), Path.cwd()
+    if inside == here or inside in here.parents:
+        hint = "Name a folder that is to be created."
+        what = "the output folder cannot hold the working directory: a new folder may take its place"
+        raise ConfigError(what, where=str(output), hint=hint)
     with new_folder(output, overwrite) as folder:
         report("loading", 0, 1)
-        opened = open_in_memory(export.request)
+        opened = open_request(export.request)
         report("loading", 1, 1)
-        expected = opened.reference()
+        expected = reference(opened.session, opened.terms, opened.layers)
         base = opened.session.base
         facts = {**export.request.facts(), "model": base.name, "revision": base.revision}
         facts["dtype"] = str(base.model.dtype).removeprefix("torch.")
@@ -184,42 +185,45 @@ def run(export: Export, output: Path, overwrite: bool = False, report: Report = 
     return {"output_dir": str(output), **result}
 
 
-def open_request(request: Request) -> Opened:
+def card(export: str, facts: dict[str, Any]) -> str:
+    """README.md of an exported folder, from a template in `assets/export`.
+
+    Args:
+        export: name of the kind of export, such as `merge`.
+        facts: printed by the command.
+    """
+    base = facts["model"]
+    more = {
+        "name": Path(base).name,
+        "base_model": base if is_linked(base) else "",
+        "license": known_license(base),
+        "steering": ", ".join(f"{attribute} at s = {s:g}" for attribute, s in facts["attributes"].items()) or "none",
+    }
+    return render(f"export/{export}_card.md.j2", facts | more)
+
+
+def open_request(request: Request, in_memory: bool = True) -> Opened:
     """Open the base with adapter and attributes.
 
+    Args:
+        in_memory: also check that the weights are in memory and unquantised, and that the base's files can be copied.
+
     Raises:
-        ConfigError: an unknown attribute, or a layer to steer that the adapter does not have.
-        ModelError: base or adapter cannot be loaded, or they do not fit.
+        ConfigError: an unknown attribute, or an option of loading that is not possible here.
+        ModelError: base or adapter cannot be loaded, or they do not fit; or see `companions`.
     """
+    if in_memory and request.options.quantize is not None:
+        raise ConfigError("a quantised base cannot be exported", where="--quantize", hint="Leave --quantize out.")
     session = open_session(request.model, request.adapter, request.options)
+    if in_memory:
+        if any(parameter.is_meta for parameter in session.base.model.parameters()):
+            hint = "Leave --device-map out; an export holds the base in memory once, a GPU is not needed."
+            raise ConfigError("parts of the base are not in memory", where="--device-map", hint=hint)
+        assert session.base.checkpoint is not None
+        companions(session.base.checkpoint)
     layers = chosen_layers(session.base.model, request.layers)
     terms = [(find_attribute(session, name, request.attributes_dir), s) for name, s in request.attributes.items()]
-    if session.config is not None and any(attribute.direction is None for attribute, _ in terms):
-        missing = sorted(set(layers or ()) - set(session.config.layers))
-        if missing:
-            hint = f"It has layers {', '.join(map(str, session.config.layers))}."
-            raise ConfigError(f"the adapter has no layer {missing[0]} to steer", where="--layers", hint=hint)
     return Opened(session, terms, layers)
-
-
-def open_in_memory(request: Request) -> Opened:
-    """Open the request with all weights in memory, unquantised, and with a checkpoint folder.
-
-    Raises:
-        ConfigError: an option of loading is not possible here; or see `open_request`.
-        ModelError: the base has no checkpoint folder, or see `open_request` and `companions`.
-    """
-    if request.options.quantize is not None:
-        raise ConfigError("a quantised base cannot be exported", where="--quantize", hint="Leave --quantize out.")
-    opened = open_request(request)
-    base = opened.session.base
-    if any(parameter.is_meta for parameter in base.model.parameters()):
-        hint = "Leave --device-map out; an export holds the base in memory once, a GPU is not needed."
-        raise ConfigError("parts of the base are not in memory", where="--device-map", hint=hint)
-    if base.checkpoint is None:
-        raise ModelError("the base has no checkpoint folder with its tokenizer", where=base.name, hint="Save it first.")
-    companions(base.checkpoint)
-    return opened
 
 
 def base_shape(request: Request) -> Any:
@@ -236,20 +240,6 @@ def probe_tokens(session: Session) -> torch.Tensor:
     return torch.tensor([ids], device=session.base.model.get_input_embeddings().weight.device)
 
 
-def check_output(output: Path, overwrite: bool, inputs: Collection[Path]) -> None:
-    """Refuse an output folder before the base is loaded.
-
-    Raises:
-        ConfigError: the folder is not empty, is or holds the working directory, or overlaps one of the inputs.
-    """
-    check_output_folder(output, overwrite, inputs=inputs)
-    inside, here = output.resolve(), Path.cwd()
-    if inside == here or inside in here.parents:
-        hint = "Name a folder that is to be created."
-        what = "the output folder cannot hold the working directory: a new folder may take its place"
-        raise ConfigError(what, where=str(output), hint=hint)
-
-
 @contextmanager
 def new_folder(output: Path, overwrite: bool) -> Iterator[Path]:
     """Yield a new folder that is renamed to `output` at the end, and removed after an error.
@@ -262,9 +252,8 @@ def new_folder(output: Path, overwrite: bool) -> Iterator[Path]:
     """
     path = Path(os.path.realpath(output))
     with output_lock(output):
-        folder = None
+        folder = partial_path(path)
         try:
-            folder = partial_path(path)
             folder.mkdir()
             yield folder
             # Again: the folder may have been filled meanwhile.
@@ -277,8 +266,7 @@ def new_folder(output: Path, overwrite: bool) -> Iterator[Path]:
             what = f"cannot write: {error.strerror or error}"
             raise BracesError(what, where=str(output), hint=file_hint(error)) from error
         finally:
-            if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _move_into(folder: Path, output: Path) -> None:
@@ -287,10 +275,10 @@ def _move_into(folder: Path, output: Path) -> None:
     The files that make the folder a model are removed first and moved last: after an interruption `output` is not a
     checkpoint of two halves.
     """
-    new = {path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir()}
+    new = [path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir()]
     for path in new:
         if (output / path).is_dir() and not (output / path).is_symlink():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(output / path))
+            raise IsADirectoryError(f"{output / path} is a folder")
     for path in sorted({path for pattern in _LOADED for path in output.glob(pattern)}):
         if path.is_symlink() or not path.is_dir():
             path.unlink()

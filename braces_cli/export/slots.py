@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from braces_cli.core.errors import ModelError
 from braces_cli.core.files import path_exists
-from braces_cli.core.models.ffn import FFN, find_ffns
+from braces_cli.core.models.ffn import find_ffns
 from braces_cli.core.models.identity import UNKNOWN, Fingerprint
-from braces_cli.core.progress import Report, silent
+from braces_cli.core.progress import Report
 from braces_cli.core.schema import Count, Kind, Name, Size, read
 from braces_cli.export.checkpoint import Neurons, write_checkpoint
-from braces_cli.export.plan import Form, Plan, expected_form, observed_form, plain_ffns, plan
+from braces_cli.export.plan import Plan, ffn_form, plan
 from braces_cli.export.run import FORMAT_VERSION, Export, Opened, base_shape, copy_companions, probe_tokens
 from braces_cli.export.verify import Reference
 
@@ -34,14 +35,10 @@ class LayerModules:
     Attributes:
         reads: module whose rows are the input weights of the neurons: up, or the only projection without a gate.
         writes: module whose columns are the output weights of the neurons.
-        offset: row of `reads` that belongs to neuron 0; not 0 if gate and up are one module.
-        rows: number of rows of `reads`.
     """
 
     reads: str
     writes: str
-    offset: Count
-    rows: Count
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,8 @@ class Slots:
         activation: (c, act(c)) of the gate of every slot, or without gates of the constant.
         constant: neuron with the constant value act(c); None if the architecture has no bias for it.
         first: first neuron for side paths.
-        suffixes: endings of the names of all `reads` and all `writes` modules and of no others, or None.
+        offset: row of `reads` that belongs to neuron 0; not 0 if gate and up are one module.
+        rows: number of rows of `reads`.
         layers: modules of each decoder layer with an FFN.
     """
 
@@ -73,7 +71,8 @@ class Slots:
     activation: tuple[float, float]
     constant: Count | None
     first: Count
-    suffixes: list[str] | None
+    offset: Count
+    rows: Count
     layers: dict[Count, LayerModules]
     format_version: Literal[1] = field(kw_only=True)
 
@@ -125,13 +124,8 @@ class SlotsExport(Export):
 
     def write(self, opened: Opened, folder: Path, report: Report) -> tuple[dict[str, Any], dict[str, Any]]:
         session, base = opened.session, opened.session.base
-        try:
-            ffns = plain_ffns(base.model, session.ffns)
-            form = observed_form(base.model, ffns, probe_tokens(session))
-            slots_plan, slots = plan_slots(base.model, ffns, form, self.count, self.pad_to_multiple_of)
-        except ModelError as error:
-            raise _takes_no_slots(error) from error
-        write_empty(folder, base.model, slots_plan, slots, ffns, report)
+        planned, slots = plan_slots(base.model, self.count, self.pad_to_multiple_of, probe_tokens(session))
+        write_checkpoint(folder, base.model, planned, empty_slots(planned, slots), report)
         copy_companions(session, folder)
         source = {"model": base.name, "revision": base.revision, "fingerprint": base.fingerprint}
         return slots.facts(), asdict(slots) | source
@@ -141,91 +135,65 @@ class SlotsExport(Export):
         return {name: value for name, value in measured.items() if "effect" not in name}
 
     def describe(self) -> dict[str, Any]:
-        model = base_shape(self.request)
-        try:
-            ffns = plain_ffns(model, find_ffns(model))
-            slots_plan, slots = plan_slots(model, ffns, expected_form(ffns[0]), self.count, self.pad_to_multiple_of)
-        except ModelError as error:
-            raise _takes_no_slots(error) from error
-        total = sum(shape.numel() for shape in slots_plan.shapes.values())
-        return slots.facts() | {"trainable_parameters": 0, "total_parameters": total}
+        planned, slots = plan_slots(base_shape(self.request), self.count, self.pad_to_multiple_of)
+        return slots.facts() | planned.size
 
 
-def _takes_no_slots(error: ModelError) -> ModelError:
-    """The refusal of a merge as a refusal of slots."""
-    return ModelError(error.message.replace("be merged", "take slots"), hint=error.hint)
-
-
-def plan_slots(model: Any, ffns: list[FFN], form: Form, count: int, pad_to_multiple_of: int = 64) -> tuple[Plan, Slots]:
+def plan_slots(model: Any, count: int, pad_to_multiple_of: int = 64, ids: Tensor | None = None) -> tuple[Plan, Slots]:
     """Plan the checkpoint with slots; the base's name and fingerprint are left open.
 
     Args:
-        form: of all FFNs.
         count: minimum number of slots per layer.
         pad_to_multiple_of: the width is rounded up to a multiple of this.
+        ids: tokens for a forward pass, see `ffn_form`; None for a model without weights.
 
     Raises:
         ModelError: slots are not possible.
     """
-    rank = count if form.gated else -(-count // 2)
-    activation = form.constant_gate
     try:
-        slots_plan = plan(model, ffns, form, rank, pad_to_multiple_of, steering=False, constant=activation is not None)
-        constant = None if activation is None else slots_plan.width
-    except ModelError:
-        # Without biases there are slots for side paths, and none for attributes.
-        slots_plan, constant = plan(model, ffns, form, rank, pad_to_multiple_of, steering=False), None
-    layers: dict[int, dict[str, Any]] = {ffn.layer: {} for ffn in ffns}
-    for name, role in slots_plan.roles.items():
-        module, modules = name.removesuffix(".weight"), layers[role.layer]
-        if role.part in ("up", "key", "gate_up"):
-            fused = role.part == "gate_up"
-            offset = slots_plan.wider if fused and form.gate_first else 0
-            modules.update(reads=module, offset=offset, rows=slots_plan.wider * (2 if fused else 1))
-        elif role.part == "value":
-            modules["writes"] = module
-    groups = [[modules[end] for modules in layers.values()] for end in ("reads", "writes")]
+        ffns, form = ffn_form(model, find_ffns(model), ids)
+        activation = form.constant_gate
+        try:
+            has_constant = activation is not None
+            planned = plan(model, ffns, form, count, pad_to_multiple_of, steering=False, constant=has_constant)
+        except ModelError:
+            # Without biases there are slots for side paths, and none for attributes.
+            has_constant = False
+            planned = plan(model, ffns, form, count, pad_to_multiple_of, steering=False)
+    except ModelError as error:
+        raise ModelError(error.message.replace("be merged", "take slots"), hint=error.hint) from error
+    reads, writes = {}, {}
+    for name, role in planned.roles.items():
+        if role.parts == ("value",):
+            writes[role.layer] = name.removesuffix(".weight")
+        elif "up" in role.parts or role.parts == ("key",):
+            reads[role.layer] = name.removesuffix(".weight")
+            offset, rows = planned.wider * (role.parts == ("gate", "up")), planned.wider * role.widths
     slots = Slots(
         model="",
         revision=None,
         fingerprint=UNKNOWN,
-        architecture=slots_plan.architecture,
+        architecture=planned.architecture,
         dtype=str(model.dtype).removeprefix("torch."),
-        width=slots_plan.width,
-        wider=slots_plan.wider,
+        width=planned.width,
+        wider=planned.wider,
         gated=form.gated,
         activation=activation or (0.0, 1.0),
-        constant=constant,
-        first=slots_plan.width + (constant is not None),
-        suffixes=_suffixes(slots_plan, groups),
-        layers={layer: LayerModules(**modules) for layer, modules in layers.items()},
+        constant=planned.width if has_constant else None,
+        first=planned.width + has_constant,
+        offset=offset,
+        rows=rows,
+        layers={layer: LayerModules(reads[layer], writes[layer]) for layer in reads},
         format_version=FORMAT_VERSION,
     )
-    return slots_plan, slots
+    return planned, slots
 
 
-def _suffixes(slots_plan: Plan, groups: list[list[str]]) -> list[str] | None:
-    """For each group of modules the shortest ending of their names that no other module with a weight has."""
-    modules = [name.removesuffix(".weight") for name in slots_plan.shapes if name.endswith(".weight")]
-    suffixes = []
-    for group in groups:
-        parts = group[0].split(".")
-        endings = [".".join(parts[-length:]) for length in range(1, len(parts))]
-        unique = [end for end in endings if {name for name in modules if name.endswith(f".{end}")} == set(group)]
-        if not unique:
-            return None
-        suffixes.append(unique[0])
-    return suffixes
-
-
-def write_empty(
-    folder: Path, model: torch.nn.Module, slots_plan: Plan, slots: Slots, ffns: list[FFN], report: Report = silent
-) -> None:
-    """Write weights and config of the base with empty slots into `folder`."""
-    count, d = slots.wider - slots.width, ffns[0].hidden_size
-    bias = torch.zeros(count)
+def empty_slots(planned: Plan, slots: Slots) -> Neurons:
+    """Biases of the slots of each layer: constant gates, and one constant neuron."""
+    count = slots.wider - slots.width
+    parts = {"gate.bias": torch.full((count,), slots.activation[0])} if slots.gated else {}
     if slots.constant is not None:
+        parts["up.bias" if slots.gated else "key.bias"] = bias = torch.zeros(count)
         bias[slots.constant - slots.width] = 1.0 if slots.gated else slots.activation[0]
-    gate = torch.full((count,), slots.activation[0] if slots.gated else 0.0)
-    empty = Neurons(gate, torch.zeros(count, d), torch.zeros(d, count), None, bias)
-    write_checkpoint(folder, model, slots_plan, {ffn.layer: empty for ffn in ffns}, report)
+    return dict.fromkeys(slots.layers, parts)

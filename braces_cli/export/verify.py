@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -48,28 +48,24 @@ class Reference:
     """Logits that the export must have.
 
     Attributes:
-        texts: prompts.
-        text_ids: their tokens with special tokens.
-        ids: tokens of the probes, of one length.
+        question: input of the verification process: prompts, tokens of the probes (of one length), device of the base.
+        text_ids: tokens of the prompts with special tokens.
         logits: of base and adapter, steered, (probes, tokens, vocabulary), float32.
         rounding: largest change of a logit if each layer's output changes by one unit in the last place.
         effect: largest change of a logit by adapter and steering.
         direction: logits of the bare base minus the rounded logits, whose noise is independent of that of `logits`.
         length: length of the adapter's change along `direction`.
         tied: the base's head is its embedding.
-        device: of the base.
     """
 
-    texts: list[str]
+    question: dict[str, Any]
     text_ids: list[list[int]]
-    ids: list[list[int]]
     logits: Tensor
     rounding: float
     effect: float
     direction: Tensor
     length: float
     tied: bool
-    device: str
 
     def missing(self, logits: Tensor) -> float:
         """Share of the adapter's change that is missing in `logits`: 0 if they are the adapter's, 1 if the base's."""
@@ -97,25 +93,19 @@ def reference(
             raise ModelError("logits of base and adapter are not finite", where=session.base.name, hint=OVERFLOW_HINT)
         with _rounded(model):
             rounded = _logits(model, ids)
-    with session.adapter.disabled() if session.adapter is not None else nullcontext():
+    with session.bare():
         bare = _logits(model, ids)
     head = model.get_output_embeddings()
     return Reference(
-        texts=texts,
+        question={"texts": texts, "ids": ids, "device": str(input_device(model))},
         text_ids=[all_ids(tokenizer, line) for line in texts],
-        ids=ids,
         logits=logits,
-        rounding=_largest_difference(rounded, logits),
-        effect=_largest_difference(bare, logits),
+        rounding=float((rounded - logits).abs().max()),
+        effect=float((bare - logits).abs().max()),
         direction=bare - rounded,
         length=float(((bare - logits) * (bare - rounded)).sum()),
         tied=head is not None and head.weight is model.get_input_embeddings().weight,
-        device=str(input_device(model)),
     )
-
-
-def _largest_difference(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max())
 
 
 def _logits(model: Any, ids: Sequence[list[int]]) -> Tensor:
@@ -142,14 +132,12 @@ def _rounded(model: Any) -> Iterator[None]:
         yield
 
 
-def verify_export(
-    folder: Path, expected: Reference, code: bool = False, loras: Sequence[tuple[Path, float]] = ()
-) -> dict[str, Any]:
+def verify_export(folder: Path, expected: Reference, code: bool = False, loras: Sequence[Path] = ()) -> dict[str, Any]:
     """Compare the checkpoint in `folder` with the reference. Free the base before: another process loads the export.
 
     Args:
         code: the folder has a modelling file, which may be run.
-        loras: LoRA folders that peft adds to the checkpoint, with their scales.
+        loras: LoRA folders that peft adds to the checkpoint.
 
     Returns:
         The measured differences, as commands print and record them.
@@ -158,47 +146,11 @@ def verify_export(
         ModelError: plain transformers cannot load the checkpoint, tensors are missing or left over, the tokens of a
             text differ, or the logits differ by more than rounding.
     """
-    loaded, logits = _load_and_run(folder, expected, code, loras)
-    for kind, names in loaded["keys"].items():
-        if names:
-            raise _failed(folder, f"{kind.replace('_', ' ')}: {', '.join(names[:3])}")
-    if loaded["tied"] != expected.tied:
-        raise _failed(folder, "only one of export and base has tied embeddings")
-    if loaded["ids"] != expected.text_ids:
-        raise _failed(folder, "its tokenizer gives other tokens than the base's")
-    difference, limit = _largest_difference(logits, expected.logits), _ROUNDINGS * expected.rounding
-    # Not `difference > limit`: NaN must fail.
-    if not difference <= limit:
-        reason = f"its logits differ from the adapter's by {difference:.2g}, rounding explains {limit:.2g}"
-        raise _failed(folder, reason)
-    missing = expected.missing(logits)
-    if not missing <= _MISSING:
-        raise _failed(folder, f"{missing:.0%} of the adapter's change is missing")
-    return {
-        "max_logit_difference": difference,
-        "relative_difference": difference / float(expected.logits.abs().max()),
-        "rounding": expected.rounding,
-        "adapter_effect": expected.effect,
-        "effect_missing": missing,
-        "probes": len(expected.ids),
-    }
-
-
-def _load_and_run(
-    folder: Path, expected: Reference, code: bool, loras: Sequence[tuple[Path, float]]
-) -> tuple[dict[str, Any], Tensor]:
-    """Run `verify_process`; returns its report about loading, and the logits."""
     from safetensors import safe_open
 
+    question = {**expected.question, "code": code, "loras": list(map(str, loras))}
     with scratch_folder() as work:
         request, answer = work / "request.json", work / "answer.safetensors"
-        question = {
-            "texts": expected.texts,
-            "ids": expected.ids,
-            "device": expected.device,
-            "code": code,
-            "loras": [(str(path), scale) for path, scale in loras],
-        }
         request.write_text(json.dumps(question), encoding="utf-8")
         program = Path(__file__).with_name("verify_process.py")
         # -I: modules come neither from the working directory nor from PYTHONPATH.
@@ -212,9 +164,31 @@ def _load_and_run(
             last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
             raise _failed(folder, f"plain transformers cannot load it: {last.strip()}")
         with safe_open(answer, framework="pt") as file:
-            header = file.metadata() or {}
+            loaded = parse(WRITTEN, file.metadata()["probe"], str(answer))
             logits = file.get_tensor("logits")
-    return parse(WRITTEN, header["probe"], str(answer)), logits
+    for kind, names in loaded["keys"].items():
+        if names:
+            raise _failed(folder, f"{kind.replace('_', ' ')}: {', '.join(names[:3])}")
+    if loaded["tied"] != expected.tied:
+        raise _failed(folder, "only one of export and base has tied embeddings")
+    if loaded["ids"] != expected.text_ids:
+        raise _failed(folder, "its tokenizer gives other tokens than the base's")
+    difference, limit = float((logits - expected.logits).abs().max()), _ROUNDINGS * expected.rounding
+    # Not `difference > limit`: NaN must fail.
+    if not difference <= limit:
+        reason = f"its logits differ from the adapter's by {difference:.2g}, rounding explains {limit:.2g}"
+        raise _failed(folder, reason)
+    missing = expected.missing(logits)
+    if not missing <= _MISSING:
+        raise _failed(folder, f"{missing:.0%} of the adapter's change is missing")
+    return {
+        "max_logit_difference": difference,
+        "relative_difference": difference / float(expected.logits.abs().max()),
+        "rounding": expected.rounding,
+        "adapter_effect": expected.effect,
+        "effect_missing": missing,
+        "probes": len(expected.logits),
+    }
 
 
 def _failed(folder: Path, reason: str) -> ModelError:

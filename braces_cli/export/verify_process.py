@@ -43,28 +43,18 @@ def probe(folder: str, request: str, answer: str) -> None:
         "ids": [tokenizer(text)["input_ids"] for text in question["texts"]],
     }
     if question["loras"]:
-        model = _with_loras(model, question["loras"])
+        from peft import PeftModel
+
+        names = [f"lora{index}" for index in range(len(question["loras"]))]
+        model = PeftModel.from_pretrained(model, question["loras"][0], adapter_name=names[0])
+        for name, lora in list(zip(names, question["loras"], strict=True))[1:]:
+            model.load_adapter(lora, adapter_name=name)
+        model.base_model.set_adapter(names)
+        model.eval()
     with torch.no_grad():
         batch = torch.tensor(question["ids"], device=question["device"])
         logits = model(input_ids=batch, use_cache=False).logits.float().cpu()
     save_file({"logits": logits}, answer, metadata={"probe": json.dumps(header)})
-
-
-def _with_loras(model: Any, loras: list[tuple[str, float]]) -> Any:
-    """Add LoRA folders with peft, each multiplied by its scale."""
-    from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
-
-    names = [f"lora{index}" for index in range(len(loras))]
-    wrapped: Any = PeftModel.from_pretrained(model, loras[0][0], adapter_name=names[0])
-    for name, (folder, _) in list(zip(names, loras, strict=True))[1:]:
-        wrapped.load_adapter(folder, adapter_name=name)
-    wrapped.base_model.set_adapter(names)
-    for module in wrapped.modules():
-        if isinstance(module, LoraLayer):
-            for name, (_, scale) in zip(names, loras, strict=True):
-                module.set_scale(name, scale)  # no effect if the module does not have this LoRA
-    return wrapped.eval()
 
 
 if __name__ == "__main__":

@@ -42,13 +42,13 @@ def merged(model: Any, rank: int) -> Any:
 
     from braces_cli.core.models.ffn import find_ffns
     from braces_cli.export.checkpoint import new_neurons, side_paths, write_checkpoint
-    from braces_cli.export.plan import observed_form, plain_ffns, plan
+    from braces_cli.export.plan import ffn_form, plan
 
-    ffns = plain_ffns(model, find_ffns(model))
     ids = torch.zeros(1, 8, dtype=torch.long, device=model.device)
-    planned = plan(model, ffns, observed_form(model, ffns, ids), rank, 64, False)
+    ffns, form = ffn_form(model, find_ffns(model), ids)
+    planned = plan(model, ffns, form, rank, 64, False)
     adapter = attached(model, rank)
-    neurons = new_neurons(planned, ffns, side_paths(adapter), {})
+    neurons = new_neurons(planned, side_paths(adapter), {})
     adapter.detach()
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder), model, planned, neurons)

@@ -16,11 +16,21 @@ from braces_cli.core.models.ffn import find_ffns
 from braces_cli.export.checkpoint import new_neurons, side_paths, write_checkpoint
 from braces_cli.export.code import side_modules, write_checkpoint_with_code
 from braces_cli.export.lora import Pairs, lora_pairs
-from braces_cli.export.plan import Plan, observed_form, plain_ffns, plan
-from braces_cli.export.slots import Slots, plan_slots, write_empty
+from braces_cli.export.plan import Plan, ffn_form, plan
+from braces_cli.export.slots import Slots, empty_slots, plan_slots
 from tests.export.models import SHIFT, frozen
 
 TOKENS = torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+def merge_of(model: Any, rank: int, tokens: torch.Tensor, steered: bool) -> Plan:
+    """Plan the merge of an adapter.
+
+    Raises:
+        ModelError: a merge is not possible.
+    """
+    ffns, form = ffn_form(model, find_ffns(model), tokens)
+    return plan(model, ffns, form, rank * (1 if form.gated else 2), 64, steered)
 
 
 def write_merged(
@@ -38,9 +48,8 @@ def write_merged(
             constant = paths[ffn.layer][1] @ adapter_layer.shift
             added[ffn.layer] = constant + added[ffn.layer] if ffn.layer in added else constant
     adapter.detach()
-    ffns = plain_ffns(model, find_ffns(model))
-    merge_plan = plan(model, ffns, observed_form(model, ffns, tokens), adapter.rank, 64, steered)
-    write_checkpoint(folder, model, merge_plan, new_neurons(merge_plan, ffns, paths, added))
+    merge_plan = merge_of(model, adapter.rank, tokens, steered)
+    write_checkpoint(folder, model, merge_plan, new_neurons(merge_plan, paths, added))
     return merge_plan
 
 
@@ -50,9 +59,8 @@ def write_slotted(model: Any, folder: Path, tokens: torch.Tensor, count: int = 1
     Raises:
         ModelError: slots are not possible.
     """
-    ffns = plain_ffns(model, find_ffns(model))
-    slots_plan, slots = plan_slots(model, ffns, observed_form(model, ffns, tokens), count)
-    write_empty(folder, model, slots_plan, slots, ffns)
+    slots_plan, slots = plan_slots(model, count, ids=tokens)
+    write_checkpoint(folder, model, slots_plan, empty_slots(slots_plan, slots))
     name = slots_plan.architecture
     kind = type(model) if name == type(model).__name__ else getattr(transformers, name)
     loaded, info = kind.from_pretrained(folder, output_loading_info=True)
@@ -97,13 +105,11 @@ def merge_column(model: Any, attach: Any, logits_of: Any, folder: Path, toleranc
     """
     steered = True
     try:
-        plain = plain_ffns(model, find_ffns(model))
-        form = observed_form(model, plain, TOKENS)
         try:
-            plan(model, plain, form, 4, 64, True)
+            merge_of(model, 4, TOKENS, True)
         except ModelError:
             steered = False
-            plan(model, plain, form, 4, 64, False)
+            merge_of(model, 4, TOKENS, False)
     except ModelError as error:
         return "no: " + error.message.partition("cannot be merged: ")[2]
     adapter = frozen(attach(), SHIFT if steered else None)

@@ -1,19 +1,15 @@
-"""A checkpoint with its modelling file: the adapter's logits in plain transformers, of several versions."""
+"""A checkpoint with its modelling file: the adapter's logits in plain transformers."""
 
 from __future__ import annotations
 
 import ast
 import copy
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from braces_cli.core.adapter.model import attach, open_session
@@ -30,22 +26,6 @@ BASES = (
     "qwen3", "gemma3_text", "mistral with a window", "phi3 with a window", "qwen3_moe", "gpt_oss", "llama4_text",
     "bloom", "gpt_neox",
 )  # fmt: skip
-OLDER = ("5.16.1", "5.20.0")
-# Write the logits of fixed tokens without braces.
-_PROGRAM = """
-import json, sys, torch, transformers
-from safetensors.torch import load_file, save_file
-assert transformers.__version__ == sys.argv[2], transformers.__version__
-found = {}
-for name, folder in json.loads(sys.argv[1]).items():
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=True, output_loading_info=True
-    )
-    assert not info["missing_keys"] and not info["unexpected_keys"], (name, info)
-    with torch.no_grad():
-        found[name] = model.eval()(input_ids=load_file(sys.argv[3])["tokens"], use_cache=False).logits.contiguous()
-save_file(found, sys.argv[4])
-"""
 
 
 def written(
@@ -226,32 +206,3 @@ def test_a_base_with_its_own_code_is_refused(tmp_path: Path) -> None:
     model.config.auto_map = {"AutoModelForCausalLM": "modeling_own.Own"}
     with pytest.raises(ModelError, match="brings its own code"):
         write_checkpoint_with_code(tmp_path, model, [], tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("version", OLDER)
-def test_older_transformers_have_the_same_logits(version: str, tmp_path: Path) -> None:
-    """In an environment where only transformers and its hub client differ."""
-    site = _older(version, tmp_path / "site")
-    tested = [name for name in BASES if name not in ("gpt_oss", "llama4_text")]
-    expected = {name: written(MODELS[name](), tmp_path / name)[0] for name in tested}
-    save_file({"tokens": TOKENS}, tmp_path / "tokens.safetensors")
-    folders = json.dumps({name: str(tmp_path / name / "code") for name in tested})
-    answer = tmp_path / "answer.safetensors"
-    call = [sys.executable, "-c", _PROGRAM, folders, version, str(tmp_path / "tokens.safetensors"), str(answer)]
-    env = {**os.environ, "PYTHONPATH": str(site), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run(call, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = load_file(answer)
-    for name in tested:
-        assert relative(found[name], expected[name]) < 1e-5, name
-
-
-def _older(version: str, site: Path) -> Path:
-    """Install an older transformers into a folder for PYTHONPATH."""
-    # This also installs its hub client, but not torch.
-    call = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(site), f"transformers=={version}"]
-    done = subprocess.run(call, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"NOT TESTED with transformers {version}: pip cannot install it here")
-    return site

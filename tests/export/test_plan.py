@@ -10,10 +10,10 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from braces_cli.core.errors import ModelError
-from braces_cli.core.models.ffn import find_ffns
-from braces_cli.export.plan import Form, Plan, observed_form, plain_ffns, plan
+from braces_cli.export.plan import Form
 from tests.conftest import GATED, tiny_model
 from tests.core.architectures import tiny
+from tests.export.columns import merge_of
 from tests.export.models import TOKENS, phi3
 
 REFUSED = {
@@ -29,15 +29,10 @@ REFUSED = {
 }
 
 
-def planned(model: Any) -> Plan:
-    ffns = plain_ffns(model, find_ffns(model))
-    return plan(model, ffns, observed_form(model, ffns, TOKENS), 4, 64, False)
-
-
 def refusal(model: Any) -> ModelError:
     """The error of planning a merge."""
     with pytest.raises(ModelError, match="cannot be merged") as caught:
-        planned(model)
+        merge_of(model, 4, TOKENS, False)
     return caught.value
 
 

@@ -22,6 +22,6 @@ def test_a_missing_adapter_shows_even_below_rounding(request_: Request, dtype: s
     assert (found.rounding < found.effect / 100) == (dtype == "float32")
     assert found.missing(found.logits) == 0
     with session.adapter.disabled(), torch.no_grad():
-        bare = session.base.model(torch.tensor(found.ids)).logits.float()
+        bare = session.base.model(torch.tensor(found.question["ids"])).logits.float()
     assert found.missing(bare) > 0.9
     assert not any(layer._forward_hooks for layer in session.base.model.model.layers)
