@@ -59,7 +59,7 @@ PART = {
 SLOTS = {
     "format_version": 1, "model": "m", "revision": None, "fingerprint": FINGERPRINT, "architecture": "Llama",
     "dtype": "float32", "width": 8, "wider": 16, "gated": True, "activation": [1.0, 2.0], "constant": None, "first": 8,
-    "offset": 0, "rows": 16, "layers": {"0": {"reads": "up", "writes": "down"}}, "versions": {},
+    "offset": 0, "rows": 16, "layers": {"0": ["up", "down"]}, "versions": {},
 }  # fmt: skip
 MERGE = {
     "model": "m", "adapter": "a", "dtype": "float32", "attributes": {"x": 1.0}, "layers": "0-1", "case": "a",

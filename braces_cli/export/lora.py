@@ -187,7 +187,7 @@ def lora_pairs(paths: SidePaths, vectors: dict[int, Tensor], slots: Slots, first
         selected[torch.arange(path_rank), neurons + 1] = -1
     pairs: Pairs = {}
     for layer in sorted({*paths, *vectors}):
-        modules = slots.layers[layer]
+        module_in, module_out = slots.layers[layer]
         d = len(vectors[layer]) if layer in vectors else len(paths[layer][1])
         selection, columns = torch.zeros(rank, slots.wider), torch.zeros(d, rank)
         if layer in paths:
@@ -197,12 +197,12 @@ def lora_pairs(paths: SidePaths, vectors: dict[int, Tensor], slots: Slots, first
             inputs, rows = torch.zeros(rank, d), torch.zeros(slots.rows, rank)
             inputs[:path_rank] = a
             rows[slots.offset : slots.offset + slots.wider, :path_rank] = selected.mT
-            pairs[modules.reads] = (inputs, rows)
+            pairs[module_in] = (inputs, rows)
         if layer in vectors:
             assert slots.constant is not None
             selection[path_rank, slots.constant] = 1
             columns[:, path_rank] = vectors[layer] / slots.activation[1]
-        pairs[modules.writes] = (selection, columns)
+        pairs[module_out] = (selection, columns)
     return pairs
 
 

@@ -29,19 +29,6 @@ from braces_cli.export.verify import Reference
 
 
 @dataclass(frozen=True)
-class LayerModules:
-    """The two modules of a decoder layer that LoRA files change.
-
-    Attributes:
-        reads: module whose rows are the input weights of the neurons: up, or the only projection without a gate.
-        writes: module whose columns are the output weights of the neurons.
-    """
-
-    reads: str
-    writes: str
-
-
-@dataclass(frozen=True)
 class Slots:
     """The slots of a base: the content of `braces_slots.json`.
 
@@ -55,9 +42,11 @@ class Slots:
         activation: (c, act(c)) of the gate of every slot, or without gates of the constant.
         constant: neuron with the constant value act(c); None if the architecture has no bias for it.
         first: first neuron for side paths.
-        offset: row of `reads` that belongs to neuron 0; not 0 if gate and up are one module.
-        rows: number of rows of `reads`.
-        layers: modules of each decoder layer with an FFN.
+        offset: row of neuron 0 in the modules that LoRA files read with; not 0 if gate and up are one module.
+        rows: number of rows of these modules.
+        layers: names of the two modules of each decoder layer that LoRA files change: up, or the only projection
+            without a gate, whose rows are the input weights of the neurons, and down, whose columns are their output
+            weights.
     """
 
     model: Name
@@ -73,7 +62,7 @@ class Slots:
     first: Count
     offset: Count
     rows: Count
-    layers: dict[Count, LayerModules]
+    layers: dict[Count, tuple[Name, Name]]
     format_version: Literal[1] = field(kw_only=True)
 
     @property
@@ -183,7 +172,7 @@ def plan_slots(model: Any, count: int, pad_to_multiple_of: int = 64, ids: Tensor
         first=planned.width + has_constant,
         offset=offset,
         rows=rows,
-        layers={layer: LayerModules(reads[layer], writes[layer]) for layer in reads},
+        layers={layer: (reads[layer], writes[layer]) for layer in reads},
         format_version=FORMAT_VERSION,
     )
     return planned, slots

@@ -36,21 +36,19 @@ def probe(folder: str, request: str, answer: str) -> None:
     model, info = loaded
     model.eval().to(question["device"])
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     header = {
         "keys": {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")},
-        "tied": head is not None and head.weight is embedding.weight,
         "ids": [tokenizer(text)["input_ids"] for text in question["texts"]],
     }
     if question["loras"]:
         from peft import PeftModel
 
-        names = [f"lora{index}" for index in range(len(question["loras"]))]
-        model = PeftModel.from_pretrained(model, question["loras"][0], adapter_name=names[0])
-        for name, lora in list(zip(names, question["loras"], strict=True))[1:]:
-            model.load_adapter(lora, adapter_name=name)
-        model.base_model.set_adapter(names)
-        model.eval()
+        first, *others = question["loras"]
+        wrapped: Any = PeftModel.from_pretrained(model, first, adapter_name="lora0")
+        for index, lora in enumerate(others, start=1):
+            wrapped.load_adapter(lora, adapter_name=f"lora{index}")
+        wrapped.base_model.set_adapter(list(wrapped.peft_config))
+        model = wrapped.eval()
     with torch.no_grad():
         batch = torch.tensor(question["ids"], device=question["device"])
         logits = model(input_ids=batch, use_cache=False).logits.float().cpu()

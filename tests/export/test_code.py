@@ -16,7 +16,7 @@ from braces_cli.core.adapter.model import attach, open_session
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.models.ffn import FFN, find_ffns
 from braces_cli.core.options import LoadOptions
-from braces_cli.export.code import CODE_FILE, side_modules, write_checkpoint_with_code
+from braces_cli.export.code import CODE_FILE, side_modules, side_tensors, write_checkpoint_with_code
 from tests.conftest import make_adapter, tiny_model
 from tests.core.comparison import relative
 from tests.export.conftest import save_base
@@ -169,34 +169,29 @@ def test_the_command_writes_a_verified_folder(braces: Any, tmp_path: Path, monke
     assert done.json["max_logit_difference"] < 1e-4 < done.json["adapter_effect"]
     assert "trust_remote_code=True" in (tmp_path / "out" / "README.md").read_text()
     assert (tmp_path / "out" / "tokenizer.json").is_file()
-    monkeypatch.setattr("braces_cli.export.code.side_tensors", _halved)
+
+    def halved(sides: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        tensors = side_tensors(sides, dtype)
+        return {name: tensor / 2 if "braces_out" in name else tensor for name, tensor in tensors.items()}
+
+    monkeypatch.setattr("braces_cli.export.code.side_tensors", halved)
     done = braces(*call, "--output-dir", tmp_path / "wrong")
     assert done.code == 4
     assert "its logits differ" in done.err
     assert names(tmp_path) == ["adapter", "base", "out"]
 
 
-def _halved(sides: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    found = {}
-    for side in sides:
-        found[f"{side.path}.braces_in.weight"] = side.reads.to(dtype)
-        found[f"{side.path}.braces_out.weight"] = side.writes.to(dtype) / 2
-        if side.constant is not None:
-            found[f"{side.path}.braces_out.bias"] = side.constant
-    return found
-
-
 def test_bad_input_is_refused(braces: Any, adapter_dir: Path, tmp_path: Path) -> None:
     """No adapter, no output folder, an output folder inside the adapter's, a quantised base."""
-    call = ("export", "code", "--output-dir", tmp_path / "out")
-    done = braces(*call)
-    assert (done.code, "--adapter" in done.err) == (2, True)
-    done = braces("export", "code", "--adapter", adapter_dir)
-    assert (done.code, "--output-dir" in done.err) == (2, True)
-    done = braces("export", "code", "--adapter", adapter_dir, "--output-dir", adapter_dir / "out")
-    assert (done.code, "overlaps the input" in done.err) == (2, True)
-    done = braces(*call, "--adapter", adapter_dir, "--quantize", "int8")
-    assert (done.code, "--quantize" in done.err) == (2, True)
+    adapter, output = ("--adapter", adapter_dir), ("--output-dir", tmp_path / "out")
+    for options, words in (
+        (output, "--adapter"),
+        (adapter, "--output-dir"),
+        ((*adapter, "--output-dir", adapter_dir / "out"), "overlaps the input"),
+        ((*adapter, *output, "--quantize", "int8"), "--quantize"),
+    ):
+        done = braces("export", "code", *options)
+        assert (done.code, words in done.err) == (2, True)
     assert not (tmp_path / "out").exists()
 
 

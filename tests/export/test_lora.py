@@ -12,9 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 from braces_cli.core.adapter.files import find_adapter
-from braces_cli.core.adapter.model import attached, open_session
-from braces_cli.core.attributes.hooks import layer_steering, steered
-from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.errors import BracesError, ConfigError, ModelError
 from braces_cli.core.options import LoadOptions
 from braces_cli.export.checkpoint import side_paths
@@ -96,45 +93,6 @@ def test_lora_files_have_the_adapters_logits_and_tokens(served: tuple[Any, Any, 
     assert relative(logits(scaled(wrapped, {"two": 1.0})), expected) < 1e-5
     assert relative(logits(scaled(wrapped, {"one": 1.0})), expected) > 1e-2, "the adapters are equal"
     assert torch.equal(logits(model), bare)
-
-
-@pytest.mark.parametrize("name", ["embedded", "reviews10M"])
-def test_real_models_with_slots(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """float32: an adapter of rank 16 with its attribute at -2, 0 and 3, then another adapter; greedy tokens."""
-    place = name if name == "embedded" else str(request.getfixturevalue("shared") / "models" / name)
-    session = open_session(place, None, LoadOptions(device="cpu", dtype="float32"))
-    model = session.base.model
-    tokens = torch.tensor([session.base.tokenizer("The film was a little")["input_ids"]])
-    slots, loaded = write_slotted(model, tmp_path / "slots", tokens, count=64)
-    assert relative(logits(loaded, tokens), logits(model, tokens)) < 1e-6
-    adapters = [find_adapter(str(make_adapter(session, tmp_path / f"adapter{seed}", 16, seed))) for seed in (1, 2)]
-    attribute: Any = None
-    folders: list[Path] = []
-    for index, stored in enumerate(adapters):
-        with attached(session, stored) as adapter:
-            attribute = attribute or find_attribute(session, "positive", None)
-            pairs = [lora_pairs(side_paths(adapter), {}, slots)]
-            if index == 0:
-                vectors = {each.layer: each.total[0] for each in layer_steering(session, [(attribute, 1.0)])}
-                pairs.append(lora_pairs({}, vectors, slots))
-        for each in pairs:
-            folders.append(tmp_path / f"lora{len(folders)}")
-            folders[-1].mkdir()
-            write_folder(folders[-1], each, slots, tmp_path)
-    wrapped: Any = peft.PeftModel.from_pretrained(loaded, folders[0], adapter_name="one")
-    wrapped.load_adapter(folders[1], adapter_name="positive")
-    wrapped.load_adapter(folders[2], adapter_name="two")
-    for stored, strength, scales in (
-        (adapters[0], -2.0, {"one": 1.0, "positive": -2.0}),
-        (adapters[0], 0.0, {"one": 1.0, "positive": 0.0}),
-        (adapters[0], 3.0, {"one": 1.0, "positive": 3.0}),
-        (adapters[1], 0.0, {"two": 1.0}),
-    ):
-        with attached(session, stored), steered(session, [(attribute, strength)]):
-            expected, text = logits(model, tokens), greedy(model, tokens)
-        found = scaled(wrapped, scales)
-        assert relative(logits(found, tokens), expected) < 1e-5
-        assert torch.equal(greedy(found, tokens), text)
 
 
 def test_two_adapters_at_once_need_different_slots(tmp_path: Path) -> None:

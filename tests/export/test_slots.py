@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +58,3 @@ def test_records_of_another_version_or_damaged_are_refused(slots_dir: Path) -> N
         with pytest.raises(ModelError, match=words) as caught:
             read_slots(slots_dir)
         assert RECORD in str(caught.value.where)
-
-
-def test_missing_options_are_named(braces: Any) -> None:
-    assert "--output-dir" in braces("export", "slots").err
-
-
-def test_the_record_names_the_base(slots_dir: Path, model_dir: Path) -> None:
-    """Name and fingerprint, by which LoRA exports find the base and compare it with the adapter's."""
-    record = json.loads((slots_dir / RECORD).read_text())
-    assert record["model"] == str(model_dir)
-    assert record["fingerprint"]["sha256"]
