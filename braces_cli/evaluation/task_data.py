@@ -110,7 +110,7 @@ def read_task_rows(task: str, path: Path) -> list[Source]:
         if task in ("truthfulqa_mc1", "truthfulqa_mc2"):
             name = f"{task.removeprefix('truthfulqa_')}_targets"
             targets = row.fields.get(name)
-            lists = [targets.get(key) for key in ("choices", "labels")] if isinstance(targets, dict) else []
+            lists: list[Any] = [targets.get(key) for key in ("choices", "labels")] if isinstance(targets, dict) else []
             if not lists or not all(isinstance(each, list) and each for each in lists) or len({*map(len, lists)}) > 1:
                 hint = f"Found: {', '.join(row.fields)}."
                 raise DataError(f"{name} is not a mapping of equal lists choices, labels", where=row.where, hint=hint)

@@ -101,11 +101,7 @@ def test_two_processes_do_half_the_work_each_with_equal_scores(tiny_folder, make
         here, there = ((tmp_path / out / name).read_text().splitlines() for out in ("two", "one"))
         assert len(here) == len(there)
         for mine, other in zip(map(json.loads, here), map(json.loads, there), strict=True):
-            assert (mine["doc_id"], mine["prompt"], mine["answer"]) == (
-                other["doc_id"],
-                other["prompt"],
-                other["answer"],
-            )
+            assert all(mine[key] == other[key] for key in ("doc_id", "prompt", "answer"))
             assert _close({"t": mine["scores"]}, {"t": other["scores"]})
 
 

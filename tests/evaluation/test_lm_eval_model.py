@@ -18,7 +18,6 @@ from braces_cli.core.attributes.build import build_attribute
 from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.attributes.vector import save_attributes
-from braces_cli.core.errors import ConfigError
 from braces_cli.core.options import LoadOptions
 from braces_cli.evaluation import lm_eval_model
 
@@ -60,11 +59,6 @@ def test_attributes_come_from_a_folder(tiny_folder, tmp_path):
     model = lm_eval_model.BracesLM(str(tiny_folder), attribute="warm", s=2.0, attributes=str(tmp_path), device="cpu")
     with steered(session, [(warm, 2.0)]):
         assert torch.equal(_logits(model.model), _logits(session.base.model))
-
-
-def test_strengths_and_attributes_must_match(tiny_folder):
-    with pytest.raises(ConfigError, match="2 strengths for 1 attributes"):
-        lm_eval_model.BracesLM(str(tiny_folder), attribute="positive", s=[1, 2], device="cpu")
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from contextlib import nullcontext
 
@@ -19,7 +18,6 @@ from braces_cli.core.distributed import Processes
 from braces_cli.core.errors import ConfigError, DataError
 from braces_cli.core.models.load import load_base
 from braces_cli.core.options import LoadOptions
-from braces_cli.evaluation.catalog import NATIVE_TASKS
 from braces_cli.evaluation.native_tasks import (
     PERPLEXITY,
     AnswerPair,
@@ -72,14 +70,6 @@ def test_the_delta_method_agrees_with_the_spread_of_resampled_texts(tiny_folder)
     assert found.stderr == pytest.approx(spread, rel=0.15)
 
 
-def test_texts_are_lines_or_rows(tmp_path, write_jsonl):
-    (tmp_path / "t.txt").write_text("one\n\n  \ntwo words\n", encoding="utf-8")
-    assert NATIVE_TASKS["perplexity"].read(tmp_path / "t.txt") == ["one", "two words"]
-    assert NATIVE_TASKS["perplexity"].read(write_jsonl("t.jsonl", [{"text": "a\nb"}, {"text": ""}])) == ["a\nb"]
-    with pytest.raises(DataError, match="no text in `text`"):
-        NATIVE_TASKS["perplexity"].read(write_jsonl("u.jsonl", [{"txt": "a"}]))
-
-
 ANSWERS = [
     {"prompt": "the film is", "positive": " good", "negative": " sad"},
     {"question": "the end?\n (A) a day (B) old\n", "answer_matching_behavior": " (A)",
@@ -88,16 +78,9 @@ ANSWERS = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def answers(tmp_path):
-    path = tmp_path / "answers.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ANSWERS))
-    return path
-
-
-def test_log_odds_are_those_of_whole_answers(session, answers):
+def test_log_odds_are_those_of_whole_answers(session, write_jsonl):
     """Also with the field names of published data sets, and without a prompt."""
-    pairs = read_answer_pairs(answers)
+    pairs = read_answer_pairs(write_jsonl("answers.jsonl", ANSWERS))
     assert [pair.prompt for pair in pairs] == ["the film is", ANSWERS[1]["question"], ""]
     found = log_odds(session, pairs, 2)
 
@@ -117,12 +100,9 @@ def test_log_odds_are_those_of_whole_answers(session, answers):
 
 
 @pytest.mark.parametrize("row", [{"prompt": "x", "positive": "a"}, {"positive": "a", "negative": "a"}, {"text": "a"}])
-def test_rows_without_two_answers_are_refused(tmp_path, row):
-    path = tmp_path / "answers.jsonl"
-    path.write_text(json.dumps(row) + "\n")
-    with pytest.raises(DataError, match="no two different answers") as caught:
-        read_answer_pairs(path)
-    assert "answers.jsonl" in str(caught.value.where)
+def test_rows_without_two_answers_are_refused(write_jsonl, row):
+    with pytest.raises(DataError, match=r"answers.jsonl.*no two different answers"):
+        read_answer_pairs(write_jsonl("answers.jsonl", [row]))
 
 
 PAIRS = [{"prompt": f"the film {i} is", "positive": " good", "negative": " sad"} for i in range(5)]

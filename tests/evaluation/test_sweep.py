@@ -9,7 +9,6 @@ import torch
 
 from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute
-from braces_cli.evaluation import text_tasks
 from braces_cli.evaluation.native_tasks import (
     log_odds,
     probability,
@@ -92,14 +91,6 @@ def test_every_point_has_the_share_of_prompts_that_move_the_wrong_way(swept):
     assert "expected maximum" in table
 
 
-def test_a_language_model_rates_the_texts_of_a_sweep(swept, model_dir):
-    found = swept("--scorer", f"judge:{model_dir}", "--score-label", "cheerful", sweep="0,20").json
-    for point in found["points"]:
-        assert all(0 <= point[name] <= 2 for name in ("concept", "relevance", "fluency", "overall"))
-        assert point["mean_value"] == pytest.approx(point["concept"] / 2)
-    assert found["label"] == "cheerful"
-
-
 def test_detection_is_of_the_base_without_its_adapter(swept, adapter_dir, tmp_path):
     rows = [{"text": f"the {c} film", "label": ("positive", "other")[i % 2]} for i, c in enumerate("abcdefgh")]
     file = tmp_path / "labelled.jsonl"
@@ -146,21 +137,6 @@ def measures(point):
     return {key: point[key] for key in KEYS if point[key] is not None}
 
 
-def test_stop_texts_end_the_texts_of_a_sweep(swept, monkeypatch):
-    """The texts equal those of the plain command with the same options."""
-    measured, likelihoods = [], text_tasks.continuation_likelihoods
-
-    def recording(base, pairs, *rest):
-        measured.append([text for _, text in pairs])
-        return likelihoods(base, pairs, *rest)
-
-    monkeypatch.setattr(text_tasks, "continuation_likelihoods", recording)
-    texts = [row["text"] for row in swept("--s", 20, "--stop", "e", sweep=None).lines]
-    assert swept("--stop", "e", sweep="20").json["stop"] == ["e"]
-    assert measured[0] == texts
-    assert texts != [row["text"] for row in swept("--s", 20, sweep=None).lines]
-
-
 def test_a_sweep_uses_the_chat_template(swept, chatty, model_dir):
     """Measures equal those of prompts written out as by the template; without a template it is refused."""
     chat = ["--model", chatty, "--apply-chat-template"]
@@ -174,13 +150,17 @@ def test_a_sweep_uses_the_chat_template(swept, chatty, model_dir):
     assert "no chat template" in swept("--apply-chat-template").err
 
 
-def test_a_classifier_is_fitted_to_labelled_rows(swept, labelled):
+def test_a_classifier_or_a_language_model_scores_the_texts(swept, labelled, model_dir):
     fitted = swept("--scorer", f"fit:{labelled}")
     assert fitted.code == 0, fitted.err
     low, _, high = (point["mean_value"] for point in fitted.json["points"])
     assert low < high
-    left_out = swept("--exclude-list-words").json["excluded_words"]
-    assert {"wonderful", "awful"} <= set(left_out)
+    assert {"wonderful", "awful"} <= set(swept("--exclude-list-words").json["excluded_words"])
+    rated = swept("--scorer", f"judge:{model_dir}", "--score-label", "cheerful", sweep="0,20").json
+    assert rated["label"] == "cheerful"
+    for point in rated["points"]:
+        assert all(0 <= point[name] <= 2 for name in ("concept", "relevance", "fluency", "overall"))
+        assert point["mean_value"] == pytest.approx(point["concept"] / 2)
 
 
 def test_the_preference_between_two_answers_shifts(braces, model_dir, session, write_jsonl):

@@ -61,20 +61,6 @@ def test_tasks_without_a_data_set_on_the_hub_need_a_file(task, needed):
     assert f"--task-data {needed}=FILE" in _error(ConfigError, [task])
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    (None, "no such file"),
-    ("", "empty"),
-    ("\n\n", "no rows"),
-    (json.dumps(POPQA) + "\n{broken\n", "data.jsonl:2: broken JSON"),
-    ("[1]\n", "data.jsonl:1: a row must be an object"),
-])  # fmt: skip
-def test_a_bad_file_is_refused(tmp_path, content, words):
-    path = tmp_path / "data.jsonl"
-    if content is not None:
-        path.write_text(content)
-    assert words in _error(DataError, ["popqa"], [f"popqa={path}"])
-
-
 @pytest.mark.parametrize(("targets", "words"), [
     (None, "not a mapping of equal lists"),
     ({"choices": ["a"]}, "not a mapping of equal lists"),
