@@ -114,7 +114,7 @@ def test_each_system_is_compared_with_each_before_it():
     assert [(row["from"], row["to"]) for row in rows] == [("base", "one"), ("base", "one (2)"), ("one", "one (2)")]
     assert {significance_label(row) for row in rows} == {"no difference"}
     assert {row["p_value"] for row in rows} == {1.0}
-    # Without values of documents there is no test.
+    # Not tested without values of documents.
     systems[1].scores.results["a"]["acc"].documents.clear()
     row = compare(systems[:2], 0)[0]
     assert (row["difference"], row["p_value"], row["significant"], significance_label(row)) == (
