@@ -24,6 +24,7 @@ from braces_cli.core.adapter.layer import RelevanceModule
 from braces_cli.core.adapter.model import Session
 from braces_cli.core.attributes.directions import output_module
 from braces_cli.core.attributes.vector import Attribute
+from braces_cli.core.config import format_ranges
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.models.ffn import FFN, MixtureFFN
 from braces_cli.core.models.structure import add_to_output, hooks_changed
@@ -78,7 +79,8 @@ def layer_steering(session: Session, terms: Terms, layers: Collection[int] | Non
             an attribute that goes through the adapter.
 
     Raises:
-        ConfigError: a strength that is not finite, or that makes a vector that is not finite.
+        ConfigError: a strength that is not finite, or that makes a vector that is not finite; a layer that the adapter
+            does not have, for an attribute that goes through the adapter.
     """
     for attribute, s in terms:
         if not (s.isfinite().all() if isinstance(s, Tensor) else math.isfinite(s)):
@@ -87,6 +89,9 @@ def layer_steering(session: Session, terms: Terms, layers: Collection[int] | Non
     through = [(each, s) for each, s in active if session.adapter is not None and each.direction is None]
     direct = [(each, s) for each, s in active if session.adapter is None or each.direction is not None]
     modules = {} if session.adapter is None else {ffn.layer: module for ffn, module in session.adapter.adapted_ffns}
+    if through and layers is not None and (missing := sorted(set(layers) - set(modules))):
+        hint = f"It has layers {format_ranges(modules)}."
+        raise ConfigError(f"the adapter has no layer {missing[0]} to steer", where="--layers", hint=hint)
     found = []
     for row, ffn in enumerate(session.ffns):
         here = [(each, s) for each, s in direct if ffn.layer in (each.effective_layers if layers is None else layers)]

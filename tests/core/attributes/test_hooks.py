@@ -12,6 +12,7 @@ from braces_cli.core.adapter.reference import reference
 from braces_cli.core.attributes.build import build_attribute
 from braces_cli.core.attributes.hooks import layer_steering, steered, terms_of_rows
 from braces_cli.core.attributes.vector import Attribute
+from braces_cli.core.errors import ConfigError
 from braces_cli.core.models.ffn import find_ffns, layer_stack
 from braces_cli.core.models.load import Base
 from braces_cli.core.models.structure import layer_output, uncompiled
@@ -215,3 +216,11 @@ def test_rows_with_steering_vectors_and_rows_through_the_adapter_share_a_batch(n
         assert relative(mixed[1], model(tokens[1:2], use_cache=False).logits[0]) < 1e-5
     bare = logits([{}] * 4, tokens)
     assert all(relative(mixed[k], bare[k]) > 1e-3 for k in (0, 1, 3))
+
+
+def test_a_layer_that_the_adapter_lacks_is_refused(session):
+    """`--layers` names a layer without relevance module, and the attribute goes through the adapter."""
+    good = replace(build_attribute(session, "good", ["good", "happy"]), direction=None)
+    session.adapter = attach(session.base.model, 4, [0])
+    with pytest.raises(ConfigError, match="no layer 1"):
+        layer_steering(session, [(good, 1.0)], [0, 1])
