@@ -45,9 +45,10 @@ from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.vector import Attribute, opposite
 from braces_cli.core.options import LoadOptions, Sampling
 from braces_cli.core.render import figure, save_figure
-from braces_cli.evaluation.sweep import SweepPlan, continuation_nll, continuations
+from braces_cli.scoring.likelihood import Likelihood, continuation_likelihoods
 from braces_cli.scoring.scorers import scorer
 from braces_cli.steering.prompts import read_prompts
+from braces_cli.steering.texts import generate_texts, text_requests
 
 RATIO = 1.5
 # First strength of each side; the second strength depends on the perplexity at the first.
@@ -204,21 +205,21 @@ class Study:
         points = [(0.0, 1.0, base["shares"][name])]
         s = FIRST_STRENGTH
         for _ in range(2):
-            with steered(self.session, [(attribute, sign * s)]):
-                texts, perplexity = self._texts(seed)
+            texts, perplexity = self._texts(seed, [(attribute, sign * s)])
             ratio = perplexity / base["perplexity"]
             points.append((s, ratio, share(name, texts)))
             # The log of the ratio grows about as the square of the strength.
             s = min(LARGEST_STRENGTH, s * math.sqrt(min(max(math.log(RATIO) / max(math.log(ratio), 0.02), 0.1), 9.0)))
         return {"points": points, "example": texts[0]}
 
-    def _texts(self, seed: int) -> tuple[list[str], float]:
-        """Return continuations of the base as it is steered, and their perplexity under the bare base."""
-        plan = SweepPlan([0.0], 1, self._args.batch_size)
+    def _texts(self, seed: int, terms: Sequence[tuple[Attribute, float]] = ()) -> tuple[list[str], float]:
+        """Return continuations of the steered base, and their perplexity under the base without steering."""
         sampling = Sampling(self._args.tokens, temperature=1.0, top_p=0.9, seed=seed)
-        texts = continuations(self.session, self.prompts, sampling, plan)
-        measured = continuation_nll(self.session, self.prompts, texts, self._args.batch_size)
-        return texts, math.exp(sum(each.nll for each in measured) / max(sum(each.tokens for each in measured), 1))
+        requests, size = text_requests(self.prompts), self._args.batch_size
+        with steered(self.session, terms):
+            texts = list(generate_texts(self.session, requests, sampling, batch_size=size))
+        pairs = list(zip(self.prompts, texts, strict=True))
+        return texts, sum(continuation_likelihoods(self.session.base, pairs, size), Likelihood()).perplexity
 
     def _attribute(self, name: str, method: str) -> Attribute:
         if (name, method) not in self._built:

@@ -29,13 +29,14 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from runs import Runs
-from torch import Tensor, nn
+from torch import Tensor
 
 from braces_cli.core.adapter.model import Session, open_session
 from braces_cli.core.attributes.hooks import steered
@@ -44,11 +45,13 @@ from braces_cli.core.attributes.pooling import residual_norms
 from braces_cli.core.attributes.vector import STEERING_SHARE, default_layers
 from braces_cli.core.attributes.words import built_in
 from braces_cli.core.models.ffn import layer_stack
+from braces_cli.core.models.structure import add_to_output
 from braces_cli.core.models.tokenize import encode
 from braces_cli.core.options import LoadOptions, Sampling
 from braces_cli.core.render import figure, percent_ticks, plain_ticks, save_figure
-from braces_cli.evaluation.native_tasks import open_scorer
-from braces_cli.evaluation.sweep import SweepPlan, Texts, continuation_nll, continuations, point
+from braces_cli.evaluation.statistics import Z, share_interval
+from braces_cli.evaluation.text_tasks import TextMeasurement, load_scorer
+from braces_cli.scoring.likelihood import safe_exp
 from braces_cli.scoring.scorers import Scorer, scorer
 from braces_cli.steering.prompts import read_prompts
 
@@ -77,7 +80,7 @@ def main() -> None:
     scorers = {
         "vader": scorer("vader"),
         "vader_without_list": scorer("vader", exclude=words),
-        "classifier": open_scorer(args.scorer, exclude=words),
+        "classifier": load_scorer(args.scorer, words),
     }
     prompts = list(read_prompts((), args.prompts, sys.stdin))[args.skip : args.skip + args.count]
     common = {
@@ -144,19 +147,10 @@ class Study:
 @contextmanager
 def adding(session: Session, vectors: dict[int, Tensor]) -> Iterator[None]:
     """Add a vector to the output of each layer."""
-
-    def hook(vector: Tensor) -> Any:
-        def add(module: nn.Module, args: tuple, output: Any) -> Any:
-            if isinstance(output, tuple):
-                return (output[0] + vector.to(output[0]), *output[1:])
-            return output + vector.to(output)
-
-        return add
-
     stack = layer_stack(session.base.model)[1]
     with ExitStack() as handles:
         for layer, vector in vectors.items():
-            handles.callback(stack[layer].register_forward_hook(hook(vector)).remove)
+            handles.callback(add_to_output(stack[layer], vector).remove)
         yield
 
 
@@ -206,19 +200,20 @@ VECTORS = {
 def measure(
     study: Study, s: float, prompts: Sequence[str], scorers: dict[str, Scorer], args: argparse.Namespace
 ) -> dict[str, Any]:
-    settings = SweepPlan([s], args.samples, args.batch_size)
     sampling = Sampling(args.tokens, temperature=1.0, top_p=0.9, seed=args.seed)
-    with study.at(s):
-        texts = continuations(study.session, prompts, sampling, settings)
-    likelihoods = continuation_nll(study.session, prompts, texts, args.batch_size)
+    # Generates the texts once; all scorers below score them.
+    measurement = TextMeasurement(study.session, scorers["vader"], {}, sampling, args.samples, args.batch_size)
+    found = measurement.measure(prompts, study.at(s), f"s = {s:g}")
+    found = replace(found, scores={name: each.score(found.texts, "positive") for name, each in scorers.items()})
     out: dict[str, Any] = {}
-    for name, each in scorers.items():
-        measured = Texts(s, texts, each.score(texts, "positive"), likelihoods)
-        found = point(measured, prompts, range(len(prompts)))
-        out[name] = found.pop("attribute_score")
-        out[f"{name}_interval"] = found.pop("attribute_score_interval")
-        rest = {key: value for key, value in found.items() if key not in ("s", "mean_value")}
-    return {**out, **rest, "example": texts[0]}
+    for name in scorers:
+        has = found.has(name)
+        out[name] = sum(map(sum, has)) / len(found.texts)
+        out[f"{name}_interval"] = share_interval(has)
+    rate, error = found.rate()
+    out["perplexity"] = safe_exp(rate)
+    out["perplexity_interval"] = None if error is None else [safe_exp(rate - Z * error), safe_exp(rate + Z * error)]
+    return {**out, **found.diversity(), "n": len(found.texts), "example": found.texts[0]}
 
 
 NAMES = {
