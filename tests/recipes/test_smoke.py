@@ -71,20 +71,6 @@ def test_study_of_steering(study: Any, model_dir: Path, tmp_path: Path) -> None:
     assert plot.stat().st_size > 1000
 
 
-def test_study_of_descriptions(study: Any, model_dir: Path, tmp_path: Path) -> None:
-    """A second call measures nothing again; shares are interpolated at the limit of perplexity."""
-    out, plot = tmp_path / "runs.jsonl", tmp_path / "effects.png"
-    args = ["--model", model_dir, "--openings", "--count", 2, "--tokens", 2, "--seeds", 0, "--out", out]
-    for _ in range(2):
-        found = study(
-            "attributes_from_descriptions", *args, "--attributes", "food", "--methods", "words,pca", "--plot", plot
-        )
-        assert len(out.read_text().splitlines()) == 5
-    assert plot.stat().st_size > 1000
-    assert found["within_ratio"]([(0.0, 1.0, 0.2), (2.0, 2.25, 0.6)], 1) == pytest.approx(0.4)
-    assert found["within_ratio"]([(0.0, 1.0, 0.5), (4.0, 1.4, 0.3), (2.0, 1.1, 0.1)], -1) == 0.1
-
-
 def test_gpu_check_on_the_cpu(braces: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All commands, in this process to save time."""
     for folder in ("gpu", "bench"):
