@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,7 +21,7 @@ from braces_cli.core.adapter.model import Adapter
 from braces_cli.core.attributes.hooks import layer_steering
 from braces_cli.core.errors import BracesError, ModelError
 from braces_cli.core.files import file_hint, path_exists, user_path, write_json
-from braces_cli.core.models.ffn import FFN, find_ffns
+from braces_cli.core.models.ffn import FFN, MixtureFFN, find_ffns
 from braces_cli.core.progress import Report, silent
 from braces_cli.core.schema import WRITTEN, Count, Kind, Name, read
 from braces_cli.export.plan import Plan, ffn_form, plan
@@ -69,10 +69,12 @@ class MergeExport(Export):
 
     pad_to_multiple_of: int = 64
 
-    def plan(self, model: Any, ids: Tensor | None = None) -> tuple[Plan, dict[str, Any]]:
+    def plan(
+        self, model: Any, found: Sequence[FFN | MixtureFFN], ids: Tensor | None = None
+    ) -> tuple[Plan, dict[str, Any]]:
         """Return the plan, and what is printed of it; without weights if `ids` is None."""
         assert self.request.adapter is not None
-        ffns, form = ffn_form(model, find_ffns(model), ids)
+        ffns, form = ffn_form(model, found, ids)
         neurons = self.request.adapter.config.r * (1 if form.gated else 2)
         planned = plan(model, ffns, form, neurons, self.pad_to_multiple_of, self.request.steers)
         facts = {
@@ -91,7 +93,7 @@ class MergeExport(Export):
         paths = side_paths(session.adapter)
         vectors = {each.layer: each.total[0] for each in layer_steering(session, opened.terms, opened.layers)}
         session.remove_adapter()
-        planned, facts = self.plan(model, probe_tokens(session))
+        planned, facts = self.plan(model, session.ffns, probe_tokens(session))
         write_checkpoint(folder, model, planned, new_neurons(planned, paths, vectors), report)
         copy_companions(session, folder)
         # Local inputs by absolute paths, so that `--check` finds them from every working directory.
@@ -102,7 +104,8 @@ class MergeExport(Export):
         return facts, entries
 
     def describe(self) -> dict[str, Any]:
-        planned, facts = self.plan(base_shape(self.request))
+        shape = base_shape(self.request)
+        planned, facts = self.plan(shape, find_ffns(shape))
         return facts | planned.size
 
 

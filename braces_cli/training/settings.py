@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,8 +24,6 @@ from braces_cli.core.config import (
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.options import ModelSettings, OutputSettings, OverwriteSettings, UploadSettings
 from braces_cli.data.rows import Columns, parse_columns
-
-logger = logging.getLogger("braces")
 
 DEFAULT_RANK = 16
 # A step of Adam turns R by about lr sqrt(d): this product is constant, and the rate follows from the width d.
@@ -338,10 +335,7 @@ class TrainSettings(ModelSettings, OverwriteSettings, UploadSettings, OutputSett
         contrast = (DEFAULT_CONTRAST if trained else 0.0) if self.contrast is None else self.contrast
         lr = BASELINE_LR if self.method in BASELINES else default_lr(width)
         gate_lr = DEFAULT_GATE_LR_ATTRIBUTES if trained else DEFAULT_GATE_LR
-        warmup = self.warmup_steps if self.max_steps is None else capped_warmup(self.warmup_steps, self.max_steps)
-        if warmup < self.warmup_steps:
-            logger.info("the warm-up is cut from %d to %d steps, a quarter of the run", self.warmup_steps, warmup)
-        found: dict[str, Any] = {"contrast": contrast, "warmup_steps": warmup}
+        found: dict[str, Any] = {"contrast": contrast}
         found |= {"lr": self.lr or lr, "gate_lr": self.gate_lr or gate_lr, "max_length": min(self.max_length, context)}
         if contrast and self.margin is None:
             found["margin"] = DEFAULT_MARGIN

@@ -34,7 +34,6 @@ def test_identity_of_a_run() -> None:
         ({"attribute_field": "mood"}, {"gate_lr": 0.1, "contrast": 0.1, "margin": 6.0}),
         ({"lr": 0.5, "max_length": 100}, {"lr": 0.5, "max_length": 100}),
         ({"method": "lora"}, {"lr": 1e-3, "rank": 16}),
-        ({"max_steps": 8}, {"warmup_steps": 2}),
     ],
 )
 def test_defaults_that_depend_on_the_base_and_on_other_settings(given: dict[str, Any], wanted: dict[str, Any]) -> None:
