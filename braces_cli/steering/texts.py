@@ -10,7 +10,7 @@ from typing import Any
 
 from braces_cli.core.adapter.model import Session
 from braces_cli.core.distributed import ALONE, Processes
-from braces_cli.core.errors import ConfigError
+from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.models.generate import TextRequest, generate
 from braces_cli.core.models.tokenize import chat_ids, has_template
 from braces_cli.core.options import Sampling
@@ -25,11 +25,16 @@ def uses_chat_template(session: Session, setting: bool | None) -> bool:
     """Return true if prompts go through the chat template: `setting`, or by default as the adapter was trained.
 
     Raises:
-        ConfigError: they do, and the tokenizer has no chat template.
+        ConfigError: `setting` is true, and the tokenizer has no chat template.
+        ModelError: the adapter was trained on chats, and the tokenizer has no chat template.
     """
     trained = session.config.training.get("chat_template") if session.config is not None else False
     use_template = bool(trained if setting is None else setting)
     if use_template and not has_template(session.base.tokenizer):
+        if setting is None:
+            hint = "Add --no-apply-chat-template, or name the adapter's own base with --model."
+            where = str(session.folder)
+            raise ModelError("trained on chats, and the tokenizer has no chat template", where=where, hint=hint)
         hint = "Leave it out, or use a model that was tuned on chats."
         raise ConfigError("the tokenizer has no chat template", where="--apply-chat-template", hint=hint)
     return use_template

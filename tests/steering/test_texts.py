@@ -61,6 +61,9 @@ def test_the_chat_template_is_applied_on_request_or_as_in_training(braces, chatt
     refused = braces(*base, "--model", model_dir, "--apply-chat-template", "--prompt", "a")
     assert refused.code == 2
     assert "no chat template" in refused.err
+    misfit = braces(*base, "--model", model_dir, "--adapter", adapter_dir, "--prompt", "a")
+    assert misfit.code == 4
+    assert "--no-apply-chat-template" in misfit.err
 
 
 NAMES = ("positive", "toxic", "formal", "sad")
