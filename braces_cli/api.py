@@ -46,11 +46,17 @@ class _Steering(AttributeSettings, SteeredLayers):
 
 @dataclass(frozen=True)
 class _Generation:
-    """Arguments of `Model.generate` other than those of `Sampling`."""
+    """Arguments of `Model.generate` other than those of `Sampling`.
 
-    prompts: tuple[str, ...] = option(help="Texts to continue.")
-    batch_size: int = option(8, help="Prompts at a time.", min=1)
-    apply_chat_template: bool | None = option(None, help="Prompts as a user's turn.")
+    Attributes:
+        prompts: Texts to continue.
+        batch_size: Prompts at a time.
+        apply_chat_template: Prompts as a user's turn.
+    """
+
+    prompts: tuple[str, ...] = option()
+    batch_size: int = option(8, min=1)
+    apply_chat_template: bool | None = option(None)
 
 
 @dataclass(frozen=True)

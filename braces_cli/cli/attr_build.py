@@ -27,60 +27,45 @@ _WORDS_SHOWN = 3
 
 @dataclass(frozen=True, kw_only=True)
 class AttributeBuildSettings(AdapterSettings, OverwriteSettings, UploadSettings, OutputSettings):
-    """Settings of `braces attr-build`."""
+    """Settings of `braces attr-build`.
+
+    Attributes:
+        attribute: Name of the attribute. Repeatable for built-in lists, and for --pairs with a column `attribute`.
+        describe: Description of a person or text with the attribute, such as 'a cheerful person'. Repeatable.
+        against: Description of the opposite; the k-th belongs to the k-th --describe.
+        pairs: File with rows of `positive` and `negative`: texts, or prompts with completions.
+        words: Words of the attribute, separated by commas.
+        words_file: File with the words of the attribute, one per line.
+        examples: File with texts instead of words: one per line, or rows with `text`.
+        pooling: Pooling over the tokens of each word or text.
+        reduction: Direction of the steering vector: gradient of the attribute's log odds (default), difference of means
+            (mean), or, of pairs, their first principal component (pca) or a logistic regression. All but gradient go
+            through an adapter where there is one.
+        layers: Layers of the steering vector, such as 8-20,24 or 1-; auto: those that best separate held-out pairs.
+            Default: the first half.
+        apply_chat_template: Apply the chat template to prompts of descriptions and pairs. Default: on if the tokenizer
+            has one.
+        output_dir: Folder for attribute files; --list reads it.
+        list_attributes: List the attributes in --output-dir and --adapter, and the built-in ones.
+    """
 
     first_options = (
         "attribute", "describe", "against", "pairs", "words", "examples", "output_dir", "list_attributes",
     )  # fmt: skip
 
-    attribute: tuple[str, ...] = option(
-        (),
-        help="Name of the attribute. Repeatable for built-in lists, and for --pairs with a column `attribute`.",
-        metavar="NAME",
-        complete=built_in,
-    )
-    describe: tuple[str, ...] = option(
-        (),
-        help="Description of a person or text with the attribute, such as 'a cheerful person'. Repeatable.",
-        metavar="TEXT",
-    )
-    against: tuple[str, ...] = option(
-        (), help="Description of the opposite; the k-th belongs to the k-th --describe.", metavar="TEXT"
-    )
-    pairs: Path | None = option(
-        None, help="File with rows of `positive` and `negative`: texts, or prompts with completions.", metavar="FILE"
-    )
-    words: str | None = option(None, help="Words of the attribute, separated by commas.")
-    words_file: Path | None = option(None, help="File with the words of the attribute, one per line.")
-    examples: Path | None = option(None, help="File with texts instead of words: one per line, or rows with `text`.")
-    pooling: str = option("mean", help="Pooling over the tokens of each word or text.", choices=POOLINGS, panel=METHOD)
-    reduction: str | None = option(
-        None,
-        help="Direction of the steering vector: gradient of the attribute's log odds (default), difference of "
-        "means (mean), "
-        "or, of pairs, their first principal component (pca) or a logistic regression. All but gradient go through an "
-        "adapter where there is one.",
-        choices=(GRADIENT, *REDUCTIONS),
-        panel=METHOD,
-    )
-    layers: str | None = option(
-        None,
-        help="Layers of the steering vector, such as 8-20,24 or 1-; auto: those that best separate held-out pairs. "
-        "Default: the first half.",
-        panel=METHOD,
-    )
-    apply_chat_template: bool | None = option(
-        None,
-        help="Apply the chat template to prompts of descriptions and pairs. Default: on if the tokenizer has one.",
-        panel=METHOD,
-        flag="--apply-chat-template/--no-apply-chat-template",
-    )
-    output_dir: Path | None = option(
-        None, help="Folder for attribute files; --list reads it.", flag="--output-dir,--attributes"
-    )
-    list_attributes: bool = option(
-        False, help="List the attributes in --output-dir and --adapter, and the built-in ones.", flag="--list"
-    )
+    attribute: tuple[str, ...] = option((), metavar="NAME", complete=built_in)
+    describe: tuple[str, ...] = option((), metavar="TEXT")
+    against: tuple[str, ...] = option((), metavar="TEXT")
+    pairs: Path | None = option(None, metavar="FILE")
+    words: str | None = option(None)
+    words_file: Path | None = option(None)
+    examples: Path | None = option(None)
+    pooling: str = option("mean", choices=POOLINGS, panel=METHOD)
+    reduction: str | None = option(None, choices=(GRADIENT, *REDUCTIONS), panel=METHOD)
+    layers: str | None = option(None, panel=METHOD)
+    apply_chat_template: bool | None = option(None, panel=METHOD, flag="--apply-chat-template/--no-apply-chat-template")
+    output_dir: Path | None = option(None, flag="--output-dir,--attributes")
+    list_attributes: bool = option(False, flag="--list")
 
     def check(self) -> None:
         """Refuse several sources of one attribute, and options for pairs without pairs."""

@@ -36,11 +36,15 @@ LORA_RANKS = {4: "as many parameters", 16: "four times as many"}
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings(OverwriteSettings, OutputSettings):
-    """Settings of `braces demo`."""
+    """Settings of `braces demo`.
+
+    Attributes:
+        output_dir: Folder for all output of the demo.
+    """
 
     first_options = ("output_dir",)
 
-    output_dir: Path = option(Path("demo"), help="Folder for all output of the demo.")
+    output_dir: Path = option(Path("demo"))
 
 
 @command

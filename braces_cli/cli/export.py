@@ -49,29 +49,26 @@ class SteeringSettings(AdapterSettings, AttributeSettings, SteeredLayers, Output
 
 @dataclass(frozen=True, kw_only=True)
 class WidthSettings(Settings):
-    """Width of the FFN."""
+    """Width of the FFN.
 
-    pad_to_multiple_of: int = option(
-        64,
-        help="Round the width of the FFN up to a multiple of this; 256 for llama.cpp's K-quants.",
-        min=1,
-        panel=OUTPUT,
-    )
+    Attributes:
+        pad_to_multiple_of: Round the width of the FFN up to a multiple of this; 256 for llama.cpp's K-quants.
+    """
+
+    pad_to_multiple_of: int = option(64, min=1, panel=OUTPUT)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeSettings(WidthSettings, UploadSettings, SteeringSettings, FolderSettings):
-    """Settings of `braces merge`."""
+    """Settings of `braces merge`.
+
+    Attributes:
+        verify: Folder of a merged checkpoint to verify again; writes nothing.
+    """
 
     first_options = ("adapter", "output_dir", "attribute", "s", "model")
 
-    verify: Path | None = option(
-        None,
-        help="Folder of a merged checkpoint to verify again; writes nothing.",
-        panel=OUTPUT,
-        flag="--check",
-        metavar="FOLDER",
-    )
+    verify: Path | None = option(None, panel=OUTPUT, flag="--check", metavar="FOLDER")
 
     def check(self) -> None:
         """Also refuse neither or both of writing and verifying."""
@@ -104,16 +101,16 @@ def merge(settings: MergeSettings) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SlotsSettings(WidthSettings, ModelSettings, OutputSettings, FolderSettings):
-    """Settings of `braces export slots`."""
+    """Settings of `braces export slots`.
+
+    Attributes:
+        slots: Minimum number of empty neurons per layer: one for attributes, the others for ranks of adapters.
+    """
 
     first_options = ("model", "output_dir", "slots")
     required = ("output_dir",)
 
-    slots: int = option(
-        64,
-        help="Minimum number of empty neurons per layer: one for attributes, the others for ranks of adapters.",
-        min=2,
-    )
+    slots: int = option(64, min=2)
 
 
 @command
@@ -129,23 +126,22 @@ def slots(settings: SlotsSettings) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings(SteeringSettings, FolderSettings):
-    """Settings of `braces export lora`."""
+    """Settings of `braces export lora`.
+
+    Attributes:
+        base: Base with slots: folder written by `braces export slots`.
+        gguf: Also write the LoRA to this GGUF file, for llama.cpp.
+        combine: Write adapter and attributes at fixed strengths into one LoRA, for servers that apply one per request.
+        first_slot: Number of slot ranks to skip, for other adapters that are active at the same time.
+    """
 
     first_options = ("base", "adapter", "attribute", "s", "output_dir")
     required = ("output_dir",)
 
-    base: Path = option(help="Base with slots: folder written by `braces export slots`.")
-    gguf: Path | None = option(None, help="Also write the LoRA to this GGUF file, for llama.cpp.")
-    combine: bool = option(
-        False,
-        help="Write adapter and attributes at fixed strengths into one LoRA, for servers that apply one per request.",
-    )
-    first_slot: int = option(
-        0,
-        help="Number of slot ranks to skip, for other adapters that are active at the same time.",
-        min=0,
-        panel=OUTPUT,
-    )
+    base: Path = option()
+    gguf: Path | None = option(None)
+    combine: bool = option(False)
+    first_slot: int = option(0, min=0, panel=OUTPUT)
 
 
 @command
@@ -175,12 +171,16 @@ def code(settings: CodeSettings) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class VectorSettings(SteeringSettings, OverwriteSettings):
-    """Settings of `braces export control-vector`."""
+    """Settings of `braces export control-vector`.
+
+    Attributes:
+        output: GGUF file to write.
+    """
 
     first_options = ("attribute", "s", "adapter", "output", "model")
     required = ("output",)
 
-    output: Path | None = option(None, help="GGUF file to write.")
+    output: Path | None = option(None)
 
 
 @command

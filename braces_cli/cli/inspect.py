@@ -29,20 +29,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSettings(AdapterSettings, DisplaySettings):
-    """Decoder layers to inspect."""
+    """Decoder layers to inspect.
 
-    layers: str | None = option(None, help="Decoder layers, such as 8-20,24 or 1- (inclusive, from 0). Default: all.")
+    Attributes:
+        layers: Decoder layers, such as 8-20,24 or 1- (inclusive, from 0). Default: all.
+    """
+
+    layers: str | None = option(None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class VectorSettings(LayerSettings):
-    """Vectors of the feed-forward layers to read as tokens."""
+    """Vectors of the feed-forward layers to read as tokens.
 
-    side: str = option(
-        "value",
-        help="Weight matrix: value (output of the neurons), gate or up (their input).",
-        choices=("value", "gate", "up"),
-    )
+    Attributes:
+        side: Weight matrix: value (output of the neurons), gate or up (their input).
+    """
+
+    side: str = option("value", choices=("value", "gate", "up"))
 
 
 def _open(settings: AdapterSettings) -> "tuple[Session, LogitLens]":
@@ -71,13 +75,19 @@ SHOWN = 200
 
 @dataclass(frozen=True, kw_only=True)
 class ValuesSettings(OverwriteSettings, VectorSettings):
-    """Settings of `braces inspect values`."""
+    """Settings of `braces inspect values`.
+
+    Attributes:
+        index: Vectors within each layer, such as 0-9,42. Default: all.
+        top_k: Number of tokens per vector.
+        output: Map file to write, .parquet; `inspect find --map` searches it.
+    """
 
     first_options = ("model", "adapter", "layers", "index", "output")
 
-    index: str | None = option(None, help="Vectors within each layer, such as 0-9,42. Default: all.")
-    top_k: int = option(10, help="Number of tokens per vector.", min=1)
-    output: Path | None = option(None, help="Map file to write, .parquet; `inspect find --map` searches it.")
+    index: str | None = option(None)
+    top_k: int = option(10, min=1)
+    output: Path | None = option(None)
 
 
 @command
@@ -125,27 +135,25 @@ def values(settings: ValuesSettings) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class FindSettings(VectorSettings):
-    """Settings of `braces inspect find`."""
+    """Settings of `braces inspect find`.
+
+    Attributes:
+        words: A word, several of one concept, or id:NUMBER.
+        attribute: Attribute: rank the vectors by relevance to this attribute instead of words.
+        attributes: Folder with attribute files written by attr-build.
+        map_file: Map file written by `inspect values --output`, which fixes --side; needs no model.
+        limit: Number of vectors to show.
+        top_k: Number of tokens per vector.
+    """
 
     first_options = ("model", "adapter", "attribute", "map_file", "limit")
 
-    words: tuple[str, ...] = option(
-        (), help="A word, several of one concept, or id:NUMBER.", metavar="TOKEN_OR_WORD", argument=True
-    )
-    attribute: str | None = option(
-        None,
-        help="Attribute: rank the vectors by relevance to this attribute instead of words.",
-        metavar="NAME",
-        complete=built_in,
-    )
-    attributes: Path | None = option(None, help="Folder with attribute files written by attr-build.", panel=ATTRIBUTES)
-    map_file: Path | None = option(
-        None,
-        help="Map file written by `inspect values --output`, which fixes --side; needs no model.",
-        flag="--map",
-    )
-    limit: int = option(20, help="Number of vectors to show.", min=1)
-    top_k: int = option(10, help="Number of tokens per vector.", min=1)
+    words: tuple[str, ...] = option((), metavar="TOKEN_OR_WORD", argument=True)
+    attribute: str | None = option(None, metavar="NAME", complete=built_in)
+    attributes: Path | None = option(None, panel=ATTRIBUTES)
+    map_file: Path | None = option(None, flag="--map")
+    limit: int = option(20, min=1)
+    top_k: int = option(10, min=1)
 
 
 @command
@@ -216,19 +224,23 @@ def _find_in_model(settings: FindSettings, report: Any) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, kw_only=True)
 class TraceSettings(LayerSettings):
-    """Settings of `braces inspect trace`."""
+    """Settings of `braces inspect trace`.
+
+    Attributes:
+        prompt: Input text.
+        target: Token whose logit is decomposed. Default: the model's next token at each position.
+        positions: Positions, such as 3-5,7 (from 0). Default: the last; all with --format json.
+        limit: Number of sub-updates per layer and position.
+        top_k: Number of tokens per sub-update.
+    """
 
     first_options = ("model", "adapter", "target", "layers", "positions")
 
-    prompt: str = option(help="Input text.", metavar="PROMPT", argument=True)
-    target: str | None = option(
-        None, help="Token whose logit is decomposed. Default: the model's next token at each position."
-    )
-    positions: str | None = option(
-        None, help="Positions, such as 3-5,7 (from 0). Default: the last; all with --format json."
-    )
-    limit: int = option(5, help="Number of sub-updates per layer and position.", min=1)
-    top_k: int = option(5, help="Number of tokens per sub-update.", min=1)
+    prompt: str = option(metavar="PROMPT", argument=True)
+    target: str | None = option(None)
+    positions: str | None = option(None)
+    limit: int = option(5, min=1)
+    top_k: int = option(5, min=1)
 
 
 @command
@@ -281,29 +293,34 @@ def trace(settings: TraceSettings) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ClampSettings(AdapterSettings, DisplaySettings, SeedSettings):
-    """Settings of `braces inspect clamp`."""
+    """Settings of `braces inspect clamp`.
+
+    Attributes:
+        clamps: Neurons to clamp, such as 3:89=2.5, or 3:89=p99.9 for that percentile of the neuron's weights over
+            --data.
+        prompt: Text to continue. Repeatable. Default: standard input.
+        prompts: File with prompts: one per line, or JSON Lines with `prompt`.
+        token: Token that is always shown. Repeatable.
+        top_k: Number of tokens to show: those whose probability rises most.
+        data: Texts for percentiles: file or hub data set. Repeatable.
+        limit: Number of rows of --data to read.
+        generate: Also generate a continuation of each prompt, without and with the clamps.
+        max_new_tokens: Maximum number of new tokens.
+        temperature: Sampling temperature; 0 is greedy.
+    """
 
     first_options = ("prompt", "model", "adapter", "token", "generate")
 
-    clamps: tuple[str, ...] = option(
-        help="Neurons to clamp, such as 3:89=2.5, or 3:89=p99.9 for that percentile of the neuron's weights over "
-        "--data.",
-        metavar="LAYER:INDEX=VALUE",
-        argument=True,
-    )
-    prompt: tuple[str, ...] = option((), help="Text to continue. Repeatable. Default: standard input.", metavar="TEXT")
-    prompts: Path | None = option(None, help="File with prompts: one per line, or JSON Lines with `prompt`.")
-    token: tuple[str, ...] = option((), help="Token that is always shown. Repeatable.", metavar="TOKEN")
-    top_k: int = option(10, help="Number of tokens to show: those whose probability rises most.", min=1)
-    data: tuple[str, ...] = option(
-        (), help="Texts for percentiles: file or hub data set. Repeatable.", metavar="SOURCE", panel=DATA
-    )
-    limit: int = option(1000, help="Number of rows of --data to read.", min=1, panel=DATA)
-    generate: bool = option(
-        False, help="Also generate a continuation of each prompt, without and with the clamps.", panel=GENERATION
-    )
-    max_new_tokens: int = option(30, help="Maximum number of new tokens.", min=1, panel=GENERATION)
-    temperature: float = option(0.0, help="Sampling temperature; 0 is greedy.", min=0, panel=GENERATION)
+    clamps: tuple[str, ...] = option(metavar="LAYER:INDEX=VALUE", argument=True)
+    prompt: tuple[str, ...] = option((), metavar="TEXT")
+    prompts: Path | None = option(None)
+    token: tuple[str, ...] = option((), metavar="TOKEN")
+    top_k: int = option(10, min=1)
+    data: tuple[str, ...] = option((), metavar="SOURCE", panel=DATA)
+    limit: int = option(1000, min=1, panel=DATA)
+    generate: bool = option(False, panel=GENERATION)
+    max_new_tokens: int = option(30, min=1, panel=GENERATION)
+    temperature: float = option(0.0, min=0, panel=GENERATION)
     top_p: float = same_option(Sampling, "top_p")
 
 
@@ -365,15 +382,19 @@ def _clamp(settings: ClampSettings, clamps: "list[Clamp]", report: Any) -> dict[
 
 @dataclass(frozen=True, kw_only=True)
 class ReportSettings(OverwriteSettings, AdapterSettings, DisplaySettings):
-    """Settings of `braces inspect report`."""
+    """Settings of `braces inspect report`.
+
+    Attributes:
+        output: HTML file to write.
+        prompt: Text for the heat map and the strongest vectors.
+        target: Target token of the heat map. Default: the model's next token at each position.
+    """
 
     first_options = ("output", "prompt", "model", "adapter", "target")
 
-    output: Path = option(help="HTML file to write.")
-    prompt: str = option("When I opened the door, I saw", help="Text for the heat map and the strongest vectors.")
-    target: str | None = option(
-        None, help="Target token of the heat map. Default: the model's next token at each position."
-    )
+    output: Path = option()
+    prompt: str = option("When I opened the door, I saw")
+    target: str | None = option(None)
 
 
 @command

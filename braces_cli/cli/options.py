@@ -14,13 +14,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import MISSING
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, get_origin, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from braces_cli.cli.output import print_json, print_pairs, set_up
-from braces_cli.core.config import PANELS, Option, build, flags_of, item_type, options_of
+from braces_cli.core.config import PANELS, build, options_of
 from braces_cli.core.distributed import check_variables
 from braces_cli.core.options import OutputSettings
 
@@ -48,7 +49,7 @@ def running(words: Sequence[str]) -> Iterator[None]:
 def command(function: Callable[[Any], None]) -> Callable[..., None]:
     """Return the Typer command that builds the settings of `function` and calls `function` with them."""
     kind = next(hint for name, hint in get_type_hints(function).items() if name != "return")
-    hints, described = get_type_hints(kind), options_of(kind)
+    first, options = kind.first_options, options_of(kind)
 
     def run(ctx: typer.Context, config: str | None = None, **values: Any) -> None:
         check_variables()
@@ -57,45 +58,36 @@ def command(function: Callable[[Any], None]) -> Callable[..., None]:
         set_up(settings.quiet, settings.debug)
         function(settings)
 
-    def place(name: str) -> tuple[int, ...]:
-        """Order in `--help`: arguments, the first options, the other main options, then panel by panel."""
-        first, about = kind.first_options, described[name]
-        return (not about.argument, first.index(name) if name in first else len(first), PANELS.index(about.panel))
-
     annotations: dict[str, Any] = {"ctx": typer.Context}
-    for name in sorted(described, key=place):
-        annotations[name] = _annotation(kind, name, hints[name], described[name])
+    # Order in `--help`: arguments, the first options, the other main options, then panel by panel.
+    leading = [name for name, about in options.items() if about.argument] + list(first)
+    others = [name for name in options if name not in leading]
+    others.sort(key=lambda name: PANELS.index(options[name].panel))
+    for name in [*leading, *others]:
+        about = options[name]
+        silent = about.default is None or about.default is False or about.default in ((), MISSING)
+        details: dict[str, Any] = {
+            "help": about.help + ("" if silent else f" Default: {about.default}."),
+            "rich_help_panel": None if name in first else about.panel,
+        }
+        if about.type is not bool:
+            details["metavar"] = about.metavar or "|".join(about.choices) or _METAVARS[about.type]
+        if about.choices or about.complete:
+            details["autocompletion"] = _completion(about.complete or partial(tuple, about.choices))
+        # With explicit names Typer adds no `--no-...`.
+        typed = typer.Argument(**details) if about.argument else typer.Option(*about.flag.split(","), **details)
+        received: Any = list[str] if about.many or about.once else bool if about.type is bool else str
+        annotations[name] = Annotated[received | None, typed]
     annotations["config"] = Annotated[str | None, typer.Option("--config", help=_CONFIG, metavar="FILE")]
-    run.__name__, run.__doc__, run.__module__ = function.__name__, function.__doc__, function.__module__
     parameters = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
-        if name == "ctx"
-        else inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=None)
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=None)
         for name, annotation in annotations.items()
     ]
+    parameters[0] = parameters[0].replace(default=inspect.Parameter.empty)
+    run.__name__, run.__doc__, run.__module__ = function.__name__, function.__doc__, function.__module__
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = annotations
     return run
-
-
-def _annotation(kind: Any, name: str, hint: Any, about: Option) -> Any:
-    """Return the type of a parameter with Typer's description; every value is passed as text."""
-    of, default = item_type(hint), kind.__dataclass_fields__[name].default
-    silent = default is None or default is False or default in ((), MISSING)
-    details: dict[str, Any] = {
-        "help": about.help + ("" if silent else f" Default: {default}."),
-        "rich_help_panel": None if name in kind.first_options else about.panel,
-    }
-    if of is not bool:
-        details["metavar"] = about.metavar or "|".join(about.choices) or _METAVARS[of]
-    if about.choices or about.complete:
-        details["autocompletion"] = _completion(about.complete or (lambda: about.choices))
-    many = about.once or get_origin(hint) is tuple
-    given: Any = list[str] if many else bool if of is bool else str
-    if about.argument:
-        return Annotated[given | None, typer.Argument(**details)]
-    # With an explicit name Typer adds no `--no-...`.
-    return Annotated[given | None, typer.Option(*flags_of(kind, name), **details)]
 
 
 def _completion(values: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:

@@ -24,10 +24,15 @@ class ListSettings(DisplaySettings):
 
 @dataclass(frozen=True, kw_only=True)
 class CopySettings(OverwriteSettings, DisplaySettings):
-    """Settings of `braces recipe copy`."""
+    """Settings of `braces recipe copy`.
 
-    name: str = option(help="Name of the recipe, as `braces recipe list` shows it.", argument=True)
-    output_dir: Path = option(Path("."), help="Folder to copy the recipe into.")
+    Attributes:
+        name: Name of the recipe, as `braces recipe list` shows it.
+        output_dir: Folder to copy the recipe into.
+    """
+
+    name: str = option(argument=True)
+    output_dir: Path = option(Path("."))
 
 
 @command

@@ -2,18 +2,26 @@
 
     @dataclass(frozen=True, kw_only=True)
     class MergeSettings(AdapterSettings, OutputSettings):
-        pad_to_multiple_of: int = option(64, help="Round the width of the FFN up to this.", min=1)
+        '''Settings of `braces merge`.
+
+        Attributes:
+            pad_to_multiple_of: Round the width of the FFN up to a multiple of this.
+        '''
+
+        pad_to_multiple_of: int = option(64, min=1)
 
     settings = build(MergeSettings, {"pad_to_multiple_of": "256"}, file=Path("merge.yaml"))
 
-A field declares an option: name, type, default, help text and limits. `cli.options` creates the options of a command
-from the fields; the same names are keys in YAML. Code that receives the result of `build` does not check it again.
+A field declares an option: name, type, default and limits. Its entry under `Attributes:` is the help text.
+`cli.options` creates the options of a command from the fields; the same names are keys in YAML. Code that receives the
+result of `build` does not check it again.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -28,7 +36,7 @@ import msgspec
 
 from braces_cli.core.errors import ConfigError, near_misses
 from braces_cli.core.files import user_path
-from braces_cli.core.schema import read_yaml
+from braces_cli.core.schema import cut, read_yaml
 
 T = TypeVar("T")
 
@@ -51,7 +59,6 @@ LARGEST = 2**32 - 1
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
 # The words of YAML 1.1.
 _TRUTH = {"yes": True, "on": True, "no": False, "off": False}
-_SHOWN = 60
 
 # Setting -> names in transformers' Trainer, trl, peft, lm-eval, llama.cpp or earlier versions. The first setting that
 # the command has is suggested.
@@ -88,12 +95,11 @@ OTHER_NAMES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Option:
-    """Help text and limits of a setting.
+    """An option: how it appears on the command line, and what it accepts.
 
     Attributes:
-        help: one or two sentences; a default other than None is added.
         panel: heading in `--help`; None for the most important options, which come first.
-        flag: name of the option, if it is not the name of the field; several with commas, or `--x/--no-x`.
+        flag: names of the option with commas, or `--x/--no-x`; by default the name of the field.
         min: smallest number, or length of a text.
         above: exclusive lower limit of a number.
         max: largest number.
@@ -105,11 +111,17 @@ class Option:
         argument: positional argument on the command line.
         once: one value, for an option that is repeatable in other commands; a second value is an error.
         complete: values for shell completion; for a comma-separated option, of each part.
+        help: one or two sentences from the docstring of the class; `--help` adds a default other than None.
+        label: name in messages, such as `--max-steps`.
+        keys: names in YAML and Python.
+        type: X of `X`, `X | None` and `tuple[X, ...]`.
+        many: the setting is a tuple.
+        schema: type with limits, for msgspec.
+        default: value without a source.
     """
 
-    help: str = ""
     panel: str | None = None
-    flag: str | None = None
+    flag: str = ""
     min: float | None = None
     above: float | None = None
     max: float | None = None
@@ -121,27 +133,77 @@ class Option:
     argument: bool = False
     once: bool = False
     complete: Callable[[], Iterable[str]] | None = None
+    # Set by `options_of`.
+    help: str = ""
+    label: str = ""
+    keys: tuple[str, ...] = ()
+    type: Any = str
+    many: bool = False
+    schema: Any = str
+    default: Any = None
 
 
-def option(default: Any = MISSING, *, help: str, **details: Any) -> Any:
+def option(default: Any = MISSING, **details: Any) -> Any:
     """Return a dataclass field that is an option; `details` are attributes of `Option`."""
-    return field(default=default, metadata={"option": Option(help, **details)})
+    return field(default=default, metadata={"option": Option(**details)})
 
 
 def same_option(kind: type, name: str) -> Any:
-    """Return a copy of the field `name` of another settings class."""
-    original = kind.__dataclass_fields__[name]  # type: ignore[attr-defined]
-    return field(default=original.default, metadata=original.metadata)
+    """Return a copy of the field `name` of another settings class, with the help text."""
+    original = options_of(kind)[name]
+    return field(default=original.default, metadata={"option": original})
+
+
+@functools.cache
+def options_of(kind: type) -> dict[str, Option]:
+    """Return the options of a settings class by field name."""
+    hints, found = get_type_hints(kind), {}
+    # Entries under `Attributes:` in the docstrings of the class and its bases.
+    documents = [inspect.cleandoc(vars(each).get("__doc__") or "") for each in reversed(kind.__mro__)]
+    entries = re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", "\n".join(documents), re.MULTILINE)
+    texts = {name: " ".join(text.split()) for name, text in entries}
+    for each in dataclasses.fields(kind):  # type: ignore[arg-type]
+        about, hint = each.metadata.get("option"), hints[each.name]
+        if about is None:
+            continue
+        flag = about.flag or "--" + each.name.replace("_", "-")
+        names = [name.partition("/")[0] for name in flag.split(",")]
+        of = next((part for part in get_args(hint) if part not in (type(None), ...)), hint)
+        limits: dict[str, Any] = {"ge": about.min, "gt": about.above, "le": about.max}
+        limits = {name: limit for name, limit in limits.items() if limit is not None}
+        if of is int:
+            limits = {"ge": -LARGEST, "le": LARGEST} | limits
+        elif of is str and limits:
+            limits = {"min_length": about.min}
+        schema: Any = Literal[about.choices] if about.choices else of
+        schema = Annotated[schema, msgspec.Meta(**limits)] if limits else schema
+        many = get_origin(hint) is tuple
+        found[each.name] = dataclasses.replace(
+            about,
+            flag=flag,
+            help=texts.get(each.name, about.help),
+            label=about.metavar or each.name.upper() if about.argument else names[0],
+            keys=(each.name, *(name.lstrip("-").replace("-", "_") for name in names)),
+            type=of,
+            many=many,
+            schema=tuple[schema, ...] if many else schema | None if type(None) in get_args(hint) else schema,
+            default=each.default,
+        )
+    return found
+
+
+def flag_of(kind: type, name: str) -> str:
+    """Return the name of field `name` in messages: its option or positional argument."""
+    return options_of(kind)[name].label
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Base of every command's settings.
 
-    Attributes:
-        first_options: names of the settings that `--help` shows first, in this order.
-        required: names of the settings that a run needs and a dry run does not need.
-        given: source of each setting without its default: `command line` or `file`.
+    Class attributes: `first_options` are the settings that `--help` shows first, in this order; `required` are the
+    settings that a run needs and a dry run does not need. `given` is the source of each setting without its default:
+    `command line` or `file`.
     """
 
     first_options: ClassVar[tuple[str, ...]] = ()
@@ -157,14 +219,19 @@ class Settings:
 
     def resolved(self) -> dict[str, Any]:
         """Return all settings except display settings, as JSON values."""
-        return {name: plain(getattr(self, name)) for name, about in options_of(type(self)).items() if not about.display}
+        names = [name for name, about in options_of(type(self)).items() if not about.display]
+        return {name: msgspec.to_builtins(getattr(self, name), enc_hook=str) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SeedSettings(Settings):
-    """Setting that makes a run reproducible."""
+    """Setting that makes a run reproducible.
 
-    seed: int = option(0, help="Seed of every random choice.", min=0, panel=OUTPUT)
+    Attributes:
+        seed: Seed of every random choice.
+    """
+
+    seed: int = option(0, min=0, panel=OUTPUT)
 
 
 def build(kind: type[T], values: Mapping[str, Any], file: Path | None = None, python: bool = False) -> T:
@@ -177,26 +244,24 @@ def build(kind: type[T], values: Mapping[str, Any], file: Path | None = None, py
     Raises:
         ConfigError: an unknown name, an invalid or missing value, an invalid combination, or a file that is not YAML.
     """
-    sources: list[tuple[Mapping[str, Any], str, Path | None]] = [(values, "command line", None)]
-    if file is not None:
-        sources.insert(0, (read_yaml(user_path(file)), "file", file))
-    names, hints, found, given = names_of(kind), get_type_hints(kind), {}, {}
-    for mapping, source, path in sources:
+    options = options_of(kind)
+    names = {key: name for name, about in options.items() for key in about.keys}
+    found, given = {}, {}
+    for mapping, source in ((read_yaml(user_path(file)) if file else {}, "file"), (values, "command line")):
         for key, value in mapping.items():
             name = names.get(str(key).replace("-", "_"))
             if name is None:
-                what = f"no setting `{key}`" if path is None else f"unknown key `{key}`"
-                hint = setting_hint(str(key), names) or "See --help for the options."
-                hint = hint if path is None else hint.replace("_", "-")
-                raise ConfigError(what, where=None if path is None else str(path), hint=hint)
-            if value is None and (path is not None or get_origin(hints[name]) is tuple):
+                setting = matching_setting(str(key), names)
+                hint = f"Use `{setting}`." if setting else near_misses(str(key), names).replace("_", "-")
+                what, where = ("unknown key", str(file)) if source == "file" else ("no setting", None)
+                raise ConfigError(f"{what} `{key}`", where=where, hint=hint or "See --help for the options.")
+            if value is None and (source == "file" or options[name].many):
                 continue
-            where = f"{path}: {key}" if path is not None else key if python else flag_of(kind, name)
-            found[name] = convert(kind, name, value, where)
-            given[name] = source
-    for each in dataclasses.fields(kind):  # type: ignore[arg-type]
-        if each.name not in found and each.default is MISSING and each.default_factory is MISSING:
-            raise ConfigError("missing", where=flag_of(kind, each.name), hint="See --help.")
+            where = f"{file}: {key}" if source == "file" else key if python else options[name].label
+            found[name], given[name] = convert(options[name], value, where), source
+    for name, about in options.items():
+        if name not in found and about.default is MISSING:
+            raise ConfigError("missing", where=about.label, hint="See --help.")
     if not issubclass(kind, Settings):
         return kind(**found)
     settings = kind(**found, given=given)
@@ -204,53 +269,55 @@ def build(kind: type[T], values: Mapping[str, Any], file: Path | None = None, py
     return settings
 
 
-def convert(kind: type, name: str, value: Any, where: str) -> Any:
-    """Convert a value from any source to the type of field `name` of `kind`; raises ConfigError."""
-    hint, about = _hints(kind)[name], options_of(kind)[name]
-    of = item_type(hint)
-    many = get_origin(hint) is tuple
-    if many:
-        if isinstance(value, Mapping) and of is str and about.metavar and "=" in about.metavar:
-            value = [f"{key}={item}" for key, item in value.items()]
-        single = isinstance(value, (str, PathLike, Mapping)) or not isinstance(value, Iterable)
-        raw: Any = [] if value is None else [_simple(item, of) for item in ([value] if single else value)]
+def convert(about: Option, value: Any, where: str) -> Any:
+    """Convert a value from any source to the type of an option; raises ConfigError."""
+    if not about.many:
+        raw = _simple(value, about.type)
+        raw = about.spellings.get(raw, raw) if about.spellings and isinstance(raw, str) else raw
+    elif isinstance(value, Mapping) and about.metavar and "=" in about.metavar:
+        raw = [f"{key}={item}" for key, item in value.items()]
     else:
-        raw = _simple(value, of)
-    if about.spellings and isinstance(raw, str):
-        raw = about.spellings.get(raw, raw)
+        single = isinstance(value, (str, PathLike, Mapping)) or not isinstance(value, Iterable)
+        raw = [_simple(item, about.type) for item in ([value] if single else value)]
     try:
-        found = msgspec.convert(raw, _schema(hint, about), strict=False, dec_hook=lambda _, text: user_path(text))
-    except (msgspec.ValidationError, OverflowError, UnicodeEncodeError) as error:
-        found = error
-    numbers = found if many and not isinstance(found, Exception) else [found]
-    if isinstance(found, Exception) or any(isinstance(each, float) and not math.isfinite(each) for each in numbers):
-        advice = near_misses(str(raw), about.choices)
-        if isinstance(raw, list) and not many:
-            advice = "It takes one value."
-        elif name in ("data", "eval_data"):
-            advice = "Write rows into a file and give its name, as with dataset.to_json('rows.jsonl')."
-        raise ConfigError(f"{_shown(value)} is not {_expected(of, about)}", where=where, hint=advice or None)
-    return found
+        found = msgspec.convert(raw, about.schema, strict=False, dec_hook=lambda _, text: user_path(text))
+        if all(math.isfinite(each) for each in (found if about.many else [found]) if isinstance(each, float)):
+            return found
+    except (msgspec.ValidationError, OverflowError, UnicodeEncodeError):
+        pass
+    hint = near_misses(str(raw), about.choices)
+    if isinstance(raw, list) and not about.many:
+        hint = "It takes one value."
+    elif "data" in about.keys:
+        hint = "Write rows into a file and give its name, as with dataset.to_json('rows.jsonl')."
+    shown = f"`{cut(value)}`" if isinstance(value, str) else cut(repr(value))
+    if about.choices:
+        expected = f"one of {', '.join(about.choices)}"
+    else:
+        limits = (("at least", about.min), ("more than", about.above), ("at most", about.max))
+        limits = () if about.type is str else limits
+        ranges = " and ".join(f"{words} {limit:g}" for words, limit in limits if limit is not None)
+        expected = _WORDS[about.type] + (f" of {ranges}" if ranges else "")
+    raise ConfigError(f"{shown} is not {expected}", where=where, hint=hint or None)
 
 
 def _simple(value: Any, of: type) -> Any:
     """Convert numpy's numbers, paths, torch's dtypes and words for true and false to types that msgspec knows."""
-    if of is bool and isinstance(value, str):
-        return _TRUTH.get(value.lower(), value)
-    if isinstance(value, str) and of in (int, float):
-        with suppress(ValueError):
-            return of(value)
-    if isinstance(value, bool) or value is None:
+    if isinstance(value, str):
+        if of in (int, float):
+            with suppress(ValueError):
+                return of(value)
+        return _TRUTH.get(value.lower(), value) if of is bool else value
+    if isinstance(value, (bool, Mapping)) or value is None:
         return value
     if isinstance(value, PathLike):
         return fspath(value)
     if isinstance(value, Real):
-        number = int(value) if isinstance(value, Integral) else value
-        with suppress(OverflowError):
-            return str(number) if of is str else number if isinstance(number, int) else float(number)
+        number = int(value) if isinstance(value, Integral) else float(value)
+        return str(number) if of is str else number
     if of is str and type(value).__module__ == "torch" and type(value).__name__ in ("dtype", "device"):
         return str(value).removeprefix("torch.")
-    if of is str and not isinstance(value, (str, Mapping)) and isinstance(value, Iterable):
+    if of is str and isinstance(value, Iterable):
         with suppress(TypeError):  # a tensor with one number is an Iterable
             items = list(value)
             # Layers may be numbers: [0, 1] or range(8, 20).
@@ -260,90 +327,10 @@ def _simple(value: Any, of: type) -> Any:
     return value
 
 
-def _schema(hint: Any, about: Option) -> Any:
-    """Return the type with its limits for msgspec."""
-    of = item_type(hint)
-    kind: Any = Literal[about.choices] if about.choices else of
-    limits: dict[str, Any] = {"ge": about.min, "gt": about.above, "le": about.max}
-    limits = {name: limit for name, limit in limits.items() if limit is not None}
-    if of is int:
-        limits = {"ge": -LARGEST, "le": LARGEST} | limits
-    if of is str and limits:
-        limits = {"min_length": limits["ge"]}
-    if limits:
-        kind = Annotated[kind, msgspec.Meta(**limits)]
-    if get_origin(hint) is tuple:
-        return tuple[kind, ...]
-    return kind | None if type(None) in get_args(hint) else kind
-
-
-def _expected(of: type, about: Option) -> str:
-    if about.choices:
-        return f"one of {', '.join(about.choices)}"
-    limits = (("at least", about.min), ("more than", about.above), ("at most", about.max))
-    ranges = [f"{words} {limit:g}" for words, limit in limits if limit is not None and of is not str]
-    return " of ".join([_WORDS[of], *([" and ".join(ranges)] if ranges else [])])
-
-
-def _shown(value: Any) -> str:
-    text = repr(value) if not isinstance(value, str) else f"`{value}`"
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-
-
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
-def item_type(hint: Any) -> Any:
-    """Return X for `X`, `X | None` and `tuple[X, ...]`."""
-    return next((part for part in get_args(hint) if part not in (type(None), ...)), hint)
-
-
-def options_of(kind: type) -> dict[str, Option]:
-    """Return the options of a dataclass by field name."""
-    return {f.name: f.metadata["option"] for f in dataclasses.fields(kind) if "option" in f.metadata}
-
-
-def flags_of(kind: type, name: str) -> list[str]:
-    """Return the command-line options of field `name`, such as `--max-steps`."""
-    return (options_of(kind)[name].flag or "--" + name.replace("_", "-")).split(",")
-
-
-def flag_of(kind: type, name: str) -> str:
-    """Return the name of field `name` in messages: its option or positional argument."""
-    about = options_of(kind)[name]
-    if about.argument:
-        return about.metavar or name.upper()
-    return flags_of(kind, name)[0].partition("/")[0]
-
-
-def names_of(kind: type) -> dict[str, str]:
-    """Return name in YAML and Python, with underscores -> field."""
-    found = {}
-    for name in options_of(kind):
-        flags = [flag.partition("/")[0].lstrip("-").replace("-", "_") for flag in flags_of(kind, name)]
-        found.update(dict.fromkeys([*flags, name], name))
-    return found
-
-
 def matching_setting(name: str, known: Collection[str]) -> str | None:
     """Return the setting in `known` for the name of another tool or of an earlier version, else None."""
     key = name.lstrip("-").replace("-", "_")
     return next((each for each, names in OTHER_NAMES.items() if each in known and key in names.split()), None)
-
-
-def setting_hint(name: str, known: Collection[str]) -> str:
-    """Return a hint with the likely settings in `known`, or an empty string."""
-    setting = matching_setting(name, known)
-    return f"Use `{setting}`." if setting else near_misses(name, known)
-
-
-def plain(value: Any) -> Any:
-    """Return a setting as a JSON value."""
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
 
 
 def parse_ranges(text: str, count: int, option: str) -> list[int]:

@@ -39,96 +39,66 @@ class Threshold:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings(GenerationSettings, AttributeNames, ModelSettings, OverwriteSettings, OutputSettings):
-    """Systems, tasks, steering, text generation and outputs of `braces eval`."""
+    """Systems, tasks, steering, text generation and outputs of `braces eval`.
+
+    Attributes:
+        tasks: Tasks or task groups, separated by commas: zero_shot, commonsense, commonsense_gen, truthfulqa, popqa,
+            perplexity, sentiment, toxicity, answers, detection, or any of lm-eval.
+        task_data: File or folder with the rows of a task. Repeatable.
+        task_data_dir: Folder with a file (TASK.jsonl, ...) or a folder for each task.
+        limit: Number of documents per task, from the start of each task. Default: all.
+        num_fewshot: Number of few-shot examples before each document. Default: the task's setting.
+        apply_chat_template: Apply the chat template. Default: as in training.
+        batch_size: Sequences per forward pass, or auto; halved when memory runs out.
+        seed: Seed of every random choice. Default: lm-eval's own seeds.
+        no_base: Skip the base and evaluate the adapters only.
+        fail_under: Exit with code 5 if an adapter (or the base, without an adapter) is worse than this. Repeatable.
+        attribute: Attribute: also evaluate each adapter (or the base, without an adapter) steered by this attribute.
+            Repeatable.
+        s: Strengths of the k-th --attribute, such as -2,0,2 or -4:4:1; each is evaluated separately. Default: 1.
+        num_samples: Number of texts per prompt. Default: 25 in the task toxicity, else 1.
+        scorer: Scorer of a task: vader, toxicity, fit:ROWS, judge:MODEL, or a classifier's folder or hub id.
+            Repeatable.
+        reference_model: Reference model for the perplexity of continuations: folder or hub id. Default: the base.
+        exclude_list_words: Remove the words of the attribute from texts before scoring.
+        adapter: Adapter to evaluate in addition to the base: folder or hub id. Repeatable.
+        output_dir: Folder for results.json and results.md, updated after each task.
+        log_samples: Also write prompt, answer and scores of each document into --output-dir.
+        resume: Skip tasks whose results are already in --output-dir.
+        plot: PNG file for a plot of each metric and system.
+    """
 
     first_options = ("tasks", "model", "adapter", "output_dir", "limit")
     required = ("tasks",)
 
-    tasks: tuple[str, ...] = option(
-        (),
-        help="Tasks or task groups, separated by commas: zero_shot, commonsense, commonsense_gen, truthfulqa, popqa, "
-        "perplexity, sentiment, toxicity, answers, detection, or any of lm-eval.",
-        metavar="NAMES",
-        complete=lambda: TASK_NAMES,
-    )
-    task_data: tuple[str, ...] = option(
-        (), help="File or folder with the rows of a task. Repeatable.", metavar="NAME=FILE", panel=TASKS
-    )
-    task_data_dir: Path | None = option(
-        None, help="Folder with a file (TASK.jsonl, ...) or a folder for each task.", panel=TASKS
-    )
-    limit: int | None = option(
-        None, help="Number of documents per task, from the start of each task. Default: all.", min=1, panel=TASKS
-    )
-    num_fewshot: int | None = option(
-        None, help="Number of few-shot examples before each document. Default: the task's setting.", min=0, panel=TASKS
-    )
-    apply_chat_template: bool | None = option(
-        None,
-        help="Apply the chat template. Default: as in training.",
-        flag="--apply-chat-template/--no-apply-chat-template",
-        panel=TASKS,
-    )
-    batch_size: str = option(
-        "8",
-        help="Sequences per forward pass, or auto; halved when memory runs out.",
-        metavar="auto|N",
-        panel=TASKS,
-    )
-    seed: int | None = option(  # type: ignore[assignment]
-        None, help="Seed of every random choice. Default: lm-eval's own seeds.", min=0, panel=OUTPUT
-    )
-    no_base: bool = option(False, help="Skip the base and evaluate the adapters only.", panel=TASKS)
-    fail_under: tuple[str, ...] = option(
-        (),
-        help="Exit with code 5 if an adapter (or the base, without an adapter) is worse than this. Repeatable.",
-        metavar="TASK:METRIC=VALUE",
-        panel=SCORING,
-    )
+    tasks: tuple[str, ...] = option((), metavar="NAMES", complete=lambda: TASK_NAMES)
+    task_data: tuple[str, ...] = option((), metavar="NAME=FILE", panel=TASKS)
+    task_data_dir: Path | None = option(None, panel=TASKS)
+    limit: int | None = option(None, min=1, panel=TASKS)
+    num_fewshot: int | None = option(None, min=0, panel=TASKS)
+    apply_chat_template: bool | None = option(None, flag="--apply-chat-template/--no-apply-chat-template", panel=TASKS)
+    batch_size: str = option("8", metavar="auto|N", panel=TASKS)
+    seed: int | None = option(None, min=0, panel=OUTPUT)
+    no_base: bool = option(False, panel=TASKS)
+    fail_under: tuple[str, ...] = option((), metavar="TASK:METRIC=VALUE", panel=SCORING)
 
-    attribute: tuple[str, ...] = option(
-        (),
-        help="Attribute: also evaluate each adapter (or the base, without an adapter) steered by this attribute. "
-        "Repeatable.",
-        metavar="NAME",
-        panel=ATTRIBUTES,
-        complete=built_in,
-    )
-    s: tuple[str, ...] = option(
-        (),
-        help="Strengths of the k-th --attribute, such as -2,0,2 or -4:4:1; each is evaluated separately. Default: 1.",
-        metavar="STRENGTHS",
-        panel=ATTRIBUTES,
-    )
-    num_samples: int | None = option(  # type: ignore[assignment]
-        None, help="Number of texts per prompt. Default: 25 in the task toxicity, else 1.", min=1, panel=GENERATION
-    )
+    attribute: tuple[str, ...] = option((), metavar="NAME", panel=ATTRIBUTES, complete=built_in)
+    s: tuple[str, ...] = option((), metavar="STRENGTHS", panel=ATTRIBUTES)
+    num_samples: int | None = option(None, min=1, panel=GENERATION)
     scorer: tuple[str, ...] = option(
         (),
-        help="Scorer of a task: vader, toxicity, fit:ROWS, judge:MODEL, or a classifier's folder or hub id. "
-        "Repeatable.",
         metavar="TASK=SCORER",
         complete=lambda: [f"{task}={name}" for task in TEXT_TASKS for name in BUILT_IN],
         panel=SCORING,
     )
-    reference_model: str | None = option(
-        None,
-        help="Reference model for the perplexity of continuations: folder or hub id. Default: the base.",
-        panel=SCORING,
-    )
-    exclude_list_words: bool = option(
-        False, help="Remove the words of the attribute from texts before scoring.", panel=SCORING
-    )
+    reference_model: str | None = option(None, panel=SCORING)
+    exclude_list_words: bool = option(False, panel=SCORING)
 
-    adapter: tuple[str, ...] = option(
-        (), help="Adapter to evaluate in addition to the base: folder or hub id. Repeatable.", metavar="ADAPTER"
-    )
-    output_dir: Path | None = option(None, help="Folder for results.json and results.md, updated after each task.")
-    log_samples: bool = option(
-        False, help="Also write prompt, answer and scores of each document into --output-dir.", panel=OUTPUT
-    )
-    resume: bool = option(False, help="Skip tasks whose results are already in --output-dir.", panel=OUTPUT)
-    plot: Path | None = option(None, help="PNG file for a plot of each metric and system.", panel=OUTPUT)
+    adapter: tuple[str, ...] = option((), metavar="ADAPTER")
+    output_dir: Path | None = option(None)
+    log_samples: bool = option(False, panel=OUTPUT)
+    resume: bool = option(False, panel=OUTPUT)
+    plot: Path | None = option(None, panel=OUTPUT)
 
     def check(self) -> None:
         """Parse composite values once, so that errors come before anything is loaded."""

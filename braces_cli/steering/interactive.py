@@ -15,7 +15,7 @@ from braces_cli.core.adapter.model import Session
 from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute, known_attributes
 from braces_cli.core.attributes.vector import Attribute
-from braces_cli.core.config import convert
+from braces_cli.core.config import convert, options_of
 from braces_cli.core.errors import ConfigError, near_misses
 from braces_cli.core.models.ffn import chosen_layers
 from braces_cli.core.options import Sampling
@@ -151,7 +151,7 @@ class Conversation:
         if len(words) != 1:
             hint = f"Such as /{name} {getattr(Sampling(), field) or 50}."
             raise ConfigError("this needs one number", where=f"/{name}", hint=hint)
-        return replace(self.sampling, **{field: convert(Sampling, field, words[0], f"/{name}")})
+        return replace(self.sampling, **{field: convert(options_of(Sampling)[field], words[0], f"/{name}")})
 
     def _strengths(self, words: list[str]) -> dict[str, float]:
         names = list(self.strengths)

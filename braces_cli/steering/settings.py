@@ -25,63 +25,33 @@ BASELINE_METHODS = ("prompting", "difference", "pca")
 
 @dataclass(frozen=True, kw_only=True)
 class SweepOptions(Settings):
-    """Options of a sweep over strengths and of its scores."""
+    """Options of a sweep over strengths and of its scores.
 
-    sweep: str | None = option(
-        None,
-        help="Measure the first attribute at each strength of this range, such as -4:4:1.",
-        panel=SCORING,
-        metavar="FROM:TO:STEP",
-        outcome=False,
-    )
-    plot: Path | None = option(None, help="PNG file for a plot of the sweep.", panel=SCORING, outcome=False)
-    scorer: str | None = option(
-        None,
-        help="Scorer of a sweep: vader, toxicity, fit:ROWS, judge:MODEL (a language model that rates texts), or a "
-        "classifier's folder or hub id.",
-        metavar="SCORER",
-        complete=lambda: BUILT_IN,
-        panel=SCORING,
-        outcome=False,
-    )
-    score_label: str | None = option(
-        None,
-        help="Label of the scorer for the attribute. Default: the name of the attribute.",
-        panel=SCORING,
-        outcome=False,
-    )
-    reference_model: str | None = option(
-        None,
-        help="Reference model for the perplexity of continuations: folder or hub id. Default: the base.",
-        panel=SCORING,
-        outcome=False,
-    )
-    exclude_list_words: bool = option(
-        False, help="Remove the words of the attribute from texts before scoring.", panel=SCORING, outcome=False
-    )
+    Attributes:
+        sweep: Measure the first attribute at each strength of this range, such as -4:4:1.
+        plot: PNG file for a plot of the sweep.
+        scorer: Scorer of a sweep: vader, toxicity, fit:ROWS, judge:MODEL (a language model that rates texts), or a
+            classifier's folder or hub id.
+        score_label: Label of the scorer for the attribute. Default: the name of the attribute.
+        reference_model: Reference model for the perplexity of continuations: folder or hub id. Default: the base.
+        exclude_list_words: Remove the words of the attribute from texts before scoring.
+        baselines: Baselines to measure as well: prompting, difference, pca; separated by commas.
+        answers: Rows with `prompt`, `positive` and `negative`: report how often `positive` is preferred at each
+            strength.
+        detect: Labelled rows: report the AUROC of the attribute's direction as a detector of the attribute.
+    """
+
+    sweep: str | None = option(None, panel=SCORING, metavar="FROM:TO:STEP", outcome=False)
+    plot: Path | None = option(None, panel=SCORING, outcome=False)
+    scorer: str | None = option(None, metavar="SCORER", complete=lambda: BUILT_IN, panel=SCORING, outcome=False)
+    score_label: str | None = option(None, panel=SCORING, outcome=False)
+    reference_model: str | None = option(None, panel=SCORING, outcome=False)
+    exclude_list_words: bool = option(False, panel=SCORING, outcome=False)
     baselines: str | None = option(
-        None,
-        help="Baselines to measure as well: prompting, difference, pca; separated by commas.",
-        panel=SCORING,
-        metavar="METHODS",
-        complete=lambda: BASELINE_METHODS,
-        outcome=False,
+        None, panel=SCORING, metavar="METHODS", complete=lambda: BASELINE_METHODS, outcome=False
     )
-    answers: str | None = option(
-        None,
-        help="Rows with `prompt`, `positive` and `negative`: report how often `positive` is preferred at each "
-        "strength.",
-        panel=SCORING,
-        metavar="ROWS",
-        outcome=False,
-    )
-    detect: str | None = option(
-        None,
-        help="Labelled rows: report the AUROC of the attribute's direction as a detector of the attribute.",
-        panel=SCORING,
-        metavar="ROWS",
-        outcome=False,
-    )
+    answers: str | None = option(None, panel=SCORING, metavar="ROWS", outcome=False)
+    detect: str | None = option(None, panel=SCORING, metavar="ROWS", outcome=False)
 
     @property
     def baseline_names(self) -> list[str]:
@@ -119,53 +89,38 @@ class SteerSettings(
     OverwriteSettings,
     OutputSettings,
 ):
-    """Settings of `braces steer`; options that no text depends on have `outcome=False`."""
+    """Settings of `braces steer`; options that no text depends on have `outcome=False`.
+
+    Attributes:
+        prompt: Prompt. Repeatable. Default: standard input.
+        prompts: File with prompts: one per line, or rows (.jsonl, .json, .csv, .tsv, .parquet) with `prompt` and
+            optionally `attributes: {name: s}`; - is standard input.
+        apply_chat_template: Apply the chat template. Default: as in training.
+        batch_size: Texts per forward pass. In half precision the output can vary with the batch size.
+        show_unsteered: Also generate without steering.
+        interactive: Read prompts and commands (/s 2, /attribute NAME, /help) from standard input.
+        output: JSON Lines file for the texts.
+        resume: Continue --output after its last complete batch.
+        format: Format of stdout; json: JSON Lines, the default if stdout is not a terminal; text: only prompts with
+            their continuations.
+    """
 
     first_options = ("prompt", "attribute", "s", "adapter", "model")
 
-    prompt: tuple[str, ...] = option((), help="Prompt. Repeatable. Default: standard input.", outcome=False)
-    prompts: Path | None = option(
-        None,
-        help="File with prompts: one per line, or rows (.jsonl, .json, .csv, .tsv, .parquet) with `prompt` and "
-        "optionally "
-        "`attributes: {name: s}`; - is standard input.",
-        panel=GENERATION,
-        metavar="FILE",
-        outcome=False,
-    )
+    prompt: tuple[str, ...] = option((), outcome=False)
+    prompts: Path | None = option(None, panel=GENERATION, metavar="FILE", outcome=False)
     top_k: int | None = same_option(Sampling, "top_k")
     stop: tuple[str, ...] = same_option(Sampling, "stop")
     apply_chat_template: bool | None = option(
-        None,
-        help="Apply the chat template. Default: as in training.",
-        panel=GENERATION,
-        flag="--apply-chat-template/--no-apply-chat-template",
+        None, panel=GENERATION, flag="--apply-chat-template/--no-apply-chat-template"
     )
-    batch_size: int = option(
-        8,
-        help="Texts per forward pass. In half precision the output can vary with the batch size.",
-        min=1,
-        panel=GENERATION,
-        outcome=False,
-    )
-    show_unsteered: bool = option(False, help="Also generate without steering.", panel=OUTPUT)
-    interactive: bool = option(
-        False,
-        help="Read prompts and commands (/s 2, /attribute NAME, /help) from standard input.",
-        panel=OUTPUT,
-        outcome=False,
-    )
-    output: Path | None = option(None, help="JSON Lines file for the texts.", panel=OUTPUT, outcome=False)
-    resume: bool = option(False, help="Continue --output after its last complete batch.", panel=OUTPUT, outcome=False)
+    batch_size: int = option(8, min=1, panel=GENERATION, outcome=False)
+    show_unsteered: bool = option(False, panel=OUTPUT)
+    interactive: bool = option(False, panel=OUTPUT, outcome=False)
+    output: Path | None = option(None, panel=OUTPUT, outcome=False)
+    resume: bool = option(False, panel=OUTPUT, outcome=False)
     # The default depends on stdout: JSON Lines unless it is a terminal.
-    format: str | None = option(  # type: ignore[assignment]
-        None,
-        help="Format of stdout; json: JSON Lines, the default if stdout is not a terminal; text: only prompts with "
-        "their continuations.",
-        panel=OUTPUT,
-        choices=("table", "json", "text"),
-        display=True,
-    )
+    format: str | None = option(None, panel=OUTPUT, choices=("table", "json", "text"), display=True)
 
     @property
     def json(self) -> bool:

@@ -19,7 +19,6 @@ from braces_cli.core.config import (
     flag_of,
     option,
     options_of,
-    plain,
 )
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.options import ModelSettings, OutputSettings, OverwriteSettings, UploadSettings
@@ -86,172 +85,88 @@ class TrainSettings(ModelSettings, OverwriteSettings, UploadSettings, OutputSett
     """Inputs, method and outputs of `braces train`.
 
     Defaults that depend on other settings or on the base are None until `resolve`.
+
+    Attributes:
+        data: Training rows: a file, or a hub data set as id, id:split or id:subset:split. Repeatable.
+        output_dir: Folder for the adapter.
+        eval_data: Evaluation rows, for the loss of base and adapter. Repeatable.
+        columns: Columns of the rows, such as prompt=question,completion=answer. Repeatable.
+        method: Method to train; all except braces are PEFT baselines.
+        rank: Rank of the relevance projections, or of a baseline's update.
+        relevance_scale: Constant factor c of the relevance scores: measured in each layer of the base, or a number; 1
+            is the paper's formula.
+        streaming: Read rows during training, for data larger than memory. Needs --max-steps.
+        packing: Pack several examples into one row; auto: if a test on the model shows unchanged logits.
+        max_length: Maximum length of an example in tokens; longer ones are truncated.
+        layers: Layers to adapt, such as 8-20,24 or 1- (inclusive, from 0). Default: all.
+        lora_alpha: LoRA alpha of a baseline: its update is scaled by alpha / rank. Default: twice the rank.
+        lora_targets: Modules that a baseline adapts, separated by commas. Default: q_proj,v_proj. Repeatable.
+        lr: Peak learning rate. Default: 0.16 / sqrt(width), for baselines 0.001.
+        gate_lr: Peak learning rate of the gates. Default: 0.3; with attributes 0.1.
+        epochs: Number of passes over the training data.
+        max_steps: Number of optimizer steps; overrides --epochs.
+        batch_size: Examples per process and forward pass.
+        gradient_accumulation: Forward passes per optimizer step.
+        warmup_steps: Optimizer steps of linear warm-up; at most a quarter of all steps.
+        schedule: Learning-rate schedule after the warm-up: linear or cosine decay to zero, or constant.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about 30 % more time.
+        attribute_field: Column with the attribute of each row. The adapter learns to be steered by these attributes.
+        strength_field: Column with the strength of the attribute; 1 if a row has none.
+        opposites: Two opposite attributes, trained as one axis. Repeatable.
+        contrast: Weight of the contrastive loss between each row's strength and the opposite strength; takes twice the
+            time. Default: 0.1 with attributes.
+        margin: Margin of the contrastive loss, in nats per unit of strength: each row's log-likelihood at its strength
+            must exceed that at the opposite strength by this much. Larger values steer more strongly. Default: 6.
+        adapter: Adapter to continue training from: folder or hub id. Layers, rank and relevance scale stay the same.
+        attributes: Folder with attribute files written by attr-build.
+        check_rows: Read and tokenise all rows, print statistics and exit. Loads no weights.
+        save_steps: Optimizer steps between checkpoints; 0: no checkpoints.
+        save_total_limit: Maximum number of checkpoints; older ones are deleted. 0: no limit.
+        resume: Continue from the newest checkpoint in --output-dir, if there is one.
+        eval_steps: Optimizer steps between evaluations on --eval-data; 0: at the end only.
+        logging_steps: Optimizer steps between rows of metrics.
+        report_to: Logger for metrics, in addition to metrics.jsonl.
     """
 
     first_options = ("data", "model", "output_dir", "method", "attribute_field")
     required = ("data",)
 
-    data: tuple[str, ...] = option(
-        (),
-        help="Training rows: a file, or a hub data set as id, id:split or id:subset:split. Repeatable.",
-        metavar="ROWS",
-    )
-    output_dir: Path | None = option(None, help="Folder for the adapter.", outcome=False)
-    eval_data: tuple[str, ...] = option(
-        (), help="Evaluation rows, for the loss of base and adapter. Repeatable.", panel=DATA, metavar="ROWS"
-    )
-    columns: tuple[str, ...] = option(
-        (), help="Columns of the rows, such as prompt=question,completion=answer. Repeatable.", panel=DATA,
-        metavar="KEY=COLUMN,...",
-    )  # fmt: skip
-    method: str = option(
-        "braces", help="Method to train; all except braces are PEFT baselines.", panel=METHOD, choices=METHODS
-    )
-    rank: int = option(
-        DEFAULT_RANK, help="Rank of the relevance projections, or of a baseline's update.", min=1, panel=METHOD
-    )
-    relevance_scale: str = option(
-        "auto",
-        help="Constant factor c of the relevance scores: measured in each layer of the base, or a number; 1 is the "
-        "paper's formula.",
-        panel=METHOD,
-        metavar="auto|NUMBER",
-    )
-    streaming: bool = option(
-        False, help="Read rows during training, for data larger than memory. Needs --max-steps.", panel=DATA
-    )
-    packing: str = option(
-        "auto",
-        help="Pack several examples into one row; auto: if a test on the model shows unchanged logits.",
-        panel=DATA,
-        choices=PACKING,
-    )
-    max_length: int = option(
-        1024,
-        help="Maximum length of an example in tokens; longer ones are truncated.",
-        min=2,
-        panel=DATA,
-        metavar="TOKENS",
-    )
-    layers: str | None = option(
-        None, help="Layers to adapt, such as 8-20,24 or 1- (inclusive, from 0). Default: all.", panel=METHOD
-    )
-    lora_alpha: int | None = option(
-        None, help="LoRA alpha of a baseline: its update is scaled by alpha / rank. Default: twice the rank.", min=1,
-        panel=METHOD,
-    )  # fmt: skip
-    lora_targets: tuple[str, ...] = option(
-        (), help="Modules that a baseline adapts, separated by commas. Default: q_proj,v_proj. Repeatable.",
-        panel=METHOD, metavar="NAME,...",
-    )  # fmt: skip
-    lr: float | None = option(
-        None,
-        help=f"Peak learning rate. Default: {DEFAULT_TURN:g} / sqrt(width), for baselines {BASELINE_LR:g}.",
-        above=0,
-        panel=OPTIMISATION,
-    )
-    gate_lr: float | None = option(
-        None,
-        help="Peak learning rate of the gates. "
-        f"Default: {DEFAULT_GATE_LR:g}; with attributes {DEFAULT_GATE_LR_ATTRIBUTES:g}.",
-        above=0,
-        panel=OPTIMISATION,
-    )
-    epochs: float = option(1.0, help="Number of passes over the training data.", above=0, panel=OPTIMISATION)
-    max_steps: int | None = option(
-        None, help="Number of optimizer steps; overrides --epochs.", min=1, panel=OPTIMISATION
-    )
-    batch_size: int = option(
-        16, help="Examples per process and forward pass.", min=1, panel=OPTIMISATION, outcome=False
-    )
-    gradient_accumulation: int = option(
-        1, help="Forward passes per optimizer step.", min=1, panel=OPTIMISATION, outcome=False
-    )
-    warmup_steps: int = option(
-        20,
-        help="Optimizer steps of linear warm-up; at most a quarter of all steps.",
-        min=0,
-        panel=OPTIMISATION,
-    )
-    schedule: str = option(
-        "linear", help="Learning-rate schedule after the warm-up: linear or cosine decay to zero, or constant.",
-        panel=OPTIMISATION, choices=SCHEDULES,
-    )  # fmt: skip
-    gradient_checkpointing: bool = option(
-        False,
-        help="Recompute activations in the backward pass: less memory, about 30 % more time.",
-        panel=OPTIMISATION,
-        outcome=False,
-    )
-    attribute_field: str | None = option(
-        None,
-        help="Column with the attribute of each row. The adapter learns to be steered by these attributes.",
-        panel=ATTRIBUTES,
-    )
-    strength_field: str = option(
-        STRENGTH, help="Column with the strength of the attribute; 1 if a row has none.", panel=ATTRIBUTES
-    )
-    opposites: tuple[str, ...] = option(
-        (), help="Two opposite attributes, trained as one axis. Repeatable.", panel=ATTRIBUTES, metavar="A:B"
-    )
-    contrast: float | None = option(
-        None,
-        help="Weight of the contrastive loss between each row's strength and the opposite strength; takes "
-        f"twice the time. Default: {DEFAULT_CONTRAST:g} with attributes.",
-        min=0,
-        panel=ATTRIBUTES,
-    )
-    margin: float | None = option(
-        None,
-        help="Margin of the contrastive loss, in nats per unit of strength: each row's log-likelihood at its strength "
-        "must exceed that at the opposite strength by this much. Larger values steer more strongly. "
-        f"Default: {DEFAULT_MARGIN:g}.",
-        min=0,
-        panel=ATTRIBUTES,
-    )
-    adapter: str | None = option(
-        None,
-        help="Adapter to continue training from: folder or hub id. Layers, rank and relevance scale stay the same.",
-        panel=METHOD,
-        metavar="ADAPTER",
-        once=True,
-    )
-    attributes: Path | None = option(None, help="Folder with attribute files written by attr-build.", panel=ATTRIBUTES)
-    check_rows: bool = option(
-        False,
-        help="Read and tokenise all rows, print statistics and exit. Loads no weights.",
-        panel=DATA,
-        flag="--check",
-        display=True,
-    )
-    save_steps: int = option(
-        500, help="Optimizer steps between checkpoints; 0: no checkpoints.", min=0, panel=CHECKPOINTS, outcome=False
-    )
-    save_total_limit: int = option(
-        2,
-        help="Maximum number of checkpoints; older ones are deleted. 0: no limit.",
-        min=0,
-        panel=CHECKPOINTS,
-        outcome=False,
-    )
-    resume: bool = option(
-        False, help="Continue from the newest checkpoint in --output-dir, if there is one.", panel=CHECKPOINTS,
-        outcome=False,
-    )  # fmt: skip
-    eval_steps: int = option(
-        0, help="Optimizer steps between evaluations on --eval-data; 0: at the end only.", min=0, panel=CHECKPOINTS,
-        outcome=False,
-    )  # fmt: skip
-    logging_steps: int = option(
-        10, help="Optimizer steps between rows of metrics.", min=1, panel=CHECKPOINTS, outcome=False
-    )
-    report_to: str = option(
-        "none",
-        help="Logger for metrics, in addition to metrics.jsonl.",
-        panel=CHECKPOINTS,
-        outcome=False,
-        choices=REPORTERS,
-    )
+    data: tuple[str, ...] = option((), metavar="ROWS")
+    output_dir: Path | None = option(None, outcome=False)
+    eval_data: tuple[str, ...] = option((), panel=DATA, metavar="ROWS")
+    columns: tuple[str, ...] = option((), panel=DATA, metavar="KEY=COLUMN,...")
+    method: str = option("braces", panel=METHOD, choices=METHODS)
+    rank: int = option(DEFAULT_RANK, min=1, panel=METHOD)
+    relevance_scale: str = option("auto", panel=METHOD, metavar="auto|NUMBER")
+    streaming: bool = option(False, panel=DATA)
+    packing: str = option("auto", panel=DATA, choices=PACKING)
+    max_length: int = option(1024, min=2, panel=DATA, metavar="TOKENS")
+    layers: str | None = option(None, panel=METHOD)
+    lora_alpha: int | None = option(None, min=1, panel=METHOD)
+    lora_targets: tuple[str, ...] = option((), panel=METHOD, metavar="NAME,...")
+    lr: float | None = option(None, above=0, panel=OPTIMISATION)
+    gate_lr: float | None = option(None, above=0, panel=OPTIMISATION)
+    epochs: float = option(1.0, above=0, panel=OPTIMISATION)
+    max_steps: int | None = option(None, min=1, panel=OPTIMISATION)
+    batch_size: int = option(16, min=1, panel=OPTIMISATION, outcome=False)
+    gradient_accumulation: int = option(1, min=1, panel=OPTIMISATION, outcome=False)
+    warmup_steps: int = option(20, min=0, panel=OPTIMISATION)
+    schedule: str = option("linear", panel=OPTIMISATION, choices=SCHEDULES)
+    gradient_checkpointing: bool = option(False, panel=OPTIMISATION, outcome=False)
+    attribute_field: str | None = option(None, panel=ATTRIBUTES)
+    strength_field: str = option(STRENGTH, panel=ATTRIBUTES)
+    opposites: tuple[str, ...] = option((), panel=ATTRIBUTES, metavar="A:B")
+    contrast: float | None = option(None, min=0, panel=ATTRIBUTES)
+    margin: float | None = option(None, min=0, panel=ATTRIBUTES)
+    adapter: str | None = option(None, panel=METHOD, metavar="ADAPTER", once=True)
+    attributes: Path | None = option(None, panel=ATTRIBUTES)
+    check_rows: bool = option(False, panel=DATA, flag="--check", display=True)
+    save_steps: int = option(500, min=0, panel=CHECKPOINTS, outcome=False)
+    save_total_limit: int = option(2, min=0, panel=CHECKPOINTS, outcome=False)
+    resume: bool = option(False, panel=CHECKPOINTS, outcome=False)
+    eval_steps: int = option(0, min=0, panel=CHECKPOINTS, outcome=False)
+    logging_steps: int = option(10, min=1, panel=CHECKPOINTS, outcome=False)
+    report_to: str = option("none", panel=CHECKPOINTS, outcome=False, choices=REPORTERS)
 
     def __post_init__(self) -> None:
         """Set fields that have two spellings."""
@@ -372,8 +287,8 @@ class TrainSettings(ModelSettings, OverwriteSettings, UploadSettings, OutputSett
     def recorded(self) -> dict[str, Any]:
         """Settings that the method reads, as an adapter's config records them."""
         ignored = BASELINE_ONLY if self.method == "braces" else BRACES_ONLY
-        found = {name: plain(getattr(self, name)) for name in _RECORDED if name not in ignored}
-        return {**found, **({"opposites": plain(self.pairs)} if "opposites" in found else {})}
+        resolved = {**self.resolved(), "opposites": [list(pair) for pair in self.pairs]}
+        return {name: resolved[name] for name in _RECORDED if name not in ignored}
 
     @property
     def row_columns(self) -> Columns:

@@ -17,13 +17,11 @@ from braces_cli.cli.options import command, command_line, running
 from braces_cli.core.config import (
     OTHER_NAMES,
     build,
-    flag_of,
     format_ranges,
     matching_setting,
-    names_of,
     option,
+    options_of,
     parse_ranges,
-    setting_hint,
 )
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.options import DisplaySettings, GenerationSettings, LoadOptions, Sampling
@@ -32,25 +30,30 @@ from tests.cli.reference import command_of
 
 @dataclass(frozen=True, kw_only=True)
 class Some(DisplaySettings):
-    """One setting of each type, two of them positional."""
+    """One setting of each type, two of them positional.
+
+    Attributes:
+        name: Who,
+            in two lines.
+    """
 
     required = ("out",)
 
-    name: str = option("ada", help="Who.", metavar="NAME", argument=True)
-    words: tuple[str, ...] = option((), help="What.", metavar="WORD", argument=True)
-    rank: int | None = option(None, help="", min=1)
-    lr: float = option(1.0, help="", above=0, max=10)
-    s: tuple[float, ...] = option((), help="")
-    resume: bool = option(False, help="")
-    chat: bool | None = option(None, help="", flag="--chat/--no-chat")
-    packing: str = option("auto", help="", choices=("auto", "on", "off"))
-    layers: str | None = option(None, help="")
-    columns: tuple[str, ...] = option((), help="", metavar="KEY=COLUMN,...")
-    data: tuple[str, ...] = option((), help="")
-    stop: tuple[str, ...] = option((), help="", min=1)
-    adapter: str | None = option(None, help="One.", once=True)
-    folder: Path | None = option(None, help="", flag="--directory")
-    out: str | None = option("here", help="")
+    name: str = option("ada", metavar="NAME", argument=True)
+    words: tuple[str, ...] = option((), metavar="WORD", argument=True)
+    rank: int | None = option(None, min=1)
+    lr: float = option(1.0, above=0, max=10)
+    s: tuple[float, ...] = option(())
+    resume: bool = option(False)
+    chat: bool | None = option(None, flag="--chat/--no-chat")
+    packing: str = option("auto", choices=("auto", "on", "off"))
+    layers: str | None = option(None)
+    columns: tuple[str, ...] = option((), metavar="KEY=COLUMN,...")
+    data: tuple[str, ...] = option(())
+    stop: tuple[str, ...] = option((), min=1)
+    adapter: str | None = option(None, once=True)
+    folder: Path | None = option(None, flag="--directory")
+    out: str | None = option("here")
 
 
 @pytest.mark.parametrize(
@@ -199,10 +202,10 @@ def test_the_command_line_of_a_nested_command(monkeypatch: pytest.MonkeyPatch) -
     assert command_line() == ["braces", "demo"]
 
 
-def test_names_of_options() -> None:
-    assert flag_of(Some, "name") == "NAME"
-    assert flag_of(Some, "chat") == "--chat"
-    assert names_of(Some)["directory"] == "folder"
+def test_a_help_text_is_the_entry_in_the_docstring() -> None:
+    assert options_of(Some)["name"].help == "Who, in two lines."
+    assert options_of(Some)["name"].label == "NAME"
+    assert options_of(Some)["chat"].label == "--chat"
 
 
 @pytest.mark.parametrize(
@@ -231,8 +234,6 @@ def test_names_in_other_tools_suggest_an_option() -> None:
         for name in names.split():
             assert name not in known
             assert matching_setting(name, known) in known
-    assert setting_hint("learning-rate", ["lr"]) == "Use `lr`."
-    assert setting_hint("lrr", ["lr"]) == "Did you mean lr?"
 
 
 @pytest.mark.parametrize("option", ["-ngl", "-np", "-fa"])

@@ -18,12 +18,15 @@ _MOST = 200
 
 @dataclass(frozen=True, kw_only=True)
 class AttributeNames(Settings):
-    """Attributes to steer by."""
+    """Attributes to steer by.
 
-    attribute: tuple[str, ...] = option(
-        (), help="Name of an attribute to steer by. Repeatable.", metavar="NAME", panel=ATTRIBUTES, complete=built_in
-    )
-    attributes: Path | None = option(None, help="Folder with attribute files written by attr-build.", panel=ATTRIBUTES)
+    Attributes:
+        attribute: Name of an attribute to steer by. Repeatable.
+        attributes: Folder with attribute files written by attr-build.
+    """
+
+    attribute: tuple[str, ...] = option((), metavar="NAME", panel=ATTRIBUTES, complete=built_in)
+    attributes: Path | None = option(None, panel=ATTRIBUTES)
 
     def check(self) -> None:
         """Refuse names that no attribute can have, and a folder without attributes."""
@@ -35,11 +38,13 @@ class AttributeNames(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class AttributeSettings(AttributeNames):
-    """Attributes to steer by, with their strengths."""
+    """Attributes to steer by, with their strengths.
 
-    s: tuple[float, ...] = option(
-        (), help="Strength; the k-th belongs to the k-th --attribute. Default: 1.", metavar="STRENGTH", panel=ATTRIBUTES
-    )
+    Attributes:
+        s: Strength; the k-th belongs to the k-th --attribute. Default: 1.
+    """
+
+    s: tuple[float, ...] = option((), metavar="STRENGTH", panel=ATTRIBUTES)
 
     def check(self) -> None:
         """Refuse strengths that do not match the attributes."""
