@@ -44,7 +44,7 @@ def environment() -> dict[str, Any]:
     from huggingface_hub import constants
 
     from braces_cli import __version__
-    from braces_cli.core.files import cache_folder, installed, versions
+    from braces_cli.core.files import cache_folder, versions
 
     cuda = torch.cuda
     properties = [cuda.get_device_properties(index) for index in range(cuda.device_count())]
@@ -55,7 +55,7 @@ def environment() -> dict[str, Any]:
         "braces": __version__,
         "python": f"{sys.version.split()[0]} ({sys.executable})",
         "system": platform.platform(),
-        "versions": {**versions(), **installed(_LIBRARIES)},
+        "versions": versions(_LIBRARIES),
         "devices": devices,
         "threads": torch.get_num_threads(),
         "caches": {

@@ -7,7 +7,7 @@ from typing import Any
 import typer
 
 from braces_cli.cli.options import command, show_plan
-from braces_cli.cli.output import note, print_json, print_table, progress, set_up
+from braces_cli.cli.output import note, print_json, print_table, progress
 from braces_cli.core.distributed import is_main
 from braces_cli.core.errors import BracesError
 from braces_cli.core.text import one_line
@@ -19,7 +19,6 @@ def evaluate(settings: EvalSettings) -> None:
     """Score a base and its adapters (braces or PEFT), steered or not, on benchmarks or on your own texts."""
     # Of several processes only the first prints.
     quiet = settings.quiet or not is_main()
-    set_up(quiet, settings.debug)
     if not settings.debug:
         # lm-eval draws progress bars; tqdm reads the variable when it is imported.
         os.environ.setdefault("TQDM_DISABLE", "1")

@@ -5,7 +5,9 @@ A command imports torch, transformers and the like in its body, so that `--help`
 
 import errno
 import importlib
+import io
 import itertools
+import os
 import signal
 import sys
 import time
@@ -20,7 +22,7 @@ from braces_cli import __version__
 from braces_cli.cli import output
 from braces_cli.core.config import matching_setting
 from braces_cli.core.distributed import rank
-from braces_cli.core.errors import BracesError, ConfigError, first_line
+from braces_cli.core.errors import BracesError, first_line
 from braces_cli.core.files import file_hint
 from braces_cli.core.text import error_text
 
@@ -89,7 +91,9 @@ def build_app(args: Sequence[str] = ()) -> typer.Typer:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 to 5 (see `core.errors`), 130 if interrupted, 143 if terminated."""
-    output.open_streams()
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="strict" if stream is sys.stdin else "backslashreplace")
     args = list(sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -105,11 +109,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         code = 0
     except (Exception, KeyboardInterrupt, _Terminated) as error:
         code = _failed(args, error)
-    failure = output.stdout_failure()
-    if failure is not None:
-        if not isinstance(failure, BrokenPipeError) and not code:
-            code = _failed(args, failure)
-        output.discard_stdout()
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError) and not code:
+            code = _failed(args, error)
+        # Python would write the buffer of stdout at exit, with an error message.
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -152,11 +160,8 @@ def _usage_error(args: list[str], error: typer.TyperException) -> int:
         ours = matching_setting(name, {flag.lstrip("-").replace("-", "_") for flag in flags})
         if ours is not None:
             message = f"No such option: {name} (here it is --{ours.replace('_', '-')})"
-    if context:
-        called = context.command_path
-    else:
-        words = list(itertools.takewhile(lambda word: not word.startswith("-"), args))
-        called = " ".join(["braces", *words[: 2 if args[0] in ("inspect", "export", "recipe") else 1]])
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), args))
+    called = context.command_path if context else " ".join(["braces", *words[:2]])
     return _report(args, 2, message.rstrip("."), None, f"See `{called} --help`.")
 
 
@@ -165,7 +170,7 @@ def _report(args: list[str], code: int, message: str, where: str | None = None, 
     if "--debug" in args:
         output.note(traceback.format_exc(), "\n\t")
     number = 0
-    with suppress(ConfigError):  # RANK is not a number
+    with suppress(ValueError):  # RANK is not a number
         number = rank()
     if number > 0:
         # Most errors occur in every process of a launch: the first process reports the error and ends the others.

@@ -22,7 +22,7 @@ import typer
 
 from braces_cli.cli.output import print_json, print_pairs, set_up
 from braces_cli.core.config import PANELS, build, options_of
-from braces_cli.core.distributed import check_variables
+from braces_cli.core.distributed import check_variables, is_main
 from braces_cli.core.options import OutputSettings
 
 _CONFIG = "YAML file with options of this command; the command line wins."
@@ -55,7 +55,7 @@ def command(function: Callable[[Any], None]) -> Callable[..., None]:
         check_variables()
         present = {name: value for name, value in values.items() if value not in (None, [])}
         settings = build(kind, present, Path(config) if config else None)
-        set_up(settings.quiet, settings.debug)
+        set_up(settings.quiet or not is_main(), settings.debug)
         function(settings)
 
     annotations: dict[str, Any] = {"ctx": typer.Context}

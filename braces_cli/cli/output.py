@@ -6,7 +6,6 @@ JSON keeps every character, escaped as JSON does.
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
@@ -15,13 +14,11 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from braces_cli.core.files import finite
+from braces_cli.core.progress import Report, silent
 from braces_cli.core.text import escaped, json_escaped, one_line, shortened
-
-if TYPE_CHECKING:
-    from braces_cli.core.progress import Report
 
 # Characters of a line in a file or a pipe, of a table cell and of a log line.
 _UNLIMITED = 100_000
@@ -30,35 +27,6 @@ _LOG = 700
 _SECONDS_BETWEEN_LINES = 30.0
 # Control characters that are kept in generated text, prompts and tracebacks.
 _LAYOUT = "\n\t"
-
-
-def open_streams() -> None:
-    """Use UTF-8 on all standard streams; a lone surrogate is escaped."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
-
-
-def stdout_failure() -> OSError | None:
-    """Flush stdout and return the error, if any."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError as error:
-        return error
-    return None
-
-
-def discard_stdout() -> None:
-    """Drop the buffer of stdout, which Python would otherwise write at exit, with an error message."""
-    try:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
-    except (OSError, AttributeError, ValueError):
-        sys.stdout = None
 
 
 def note(text: str, keep: str = "\n") -> None:
@@ -105,25 +73,21 @@ class _Stderr(logging.Handler):
             note(one_line(self.format(record), _LOG))
 
 
-def print_json(value: Any) -> None:
-    """Print one JSON document, indented; NaN and infinity become null."""
-    _write(_json(value, indent=2))
+def print_json(value: Any, indent: int | None = 2) -> None:
+    """Print one JSON document; NaN and infinity become null."""
+    text = json.dumps(finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    _write(json_escaped(text) + "\n")
 
 
 def print_json_lines(rows: Iterable[Any]) -> None:
     """Print one JSON object per line; each line is flushed at once."""
     for row in rows:
-        _write(_json(row))
+        print_json(row, None)
 
 
 def print_text(text: str, end: str = "\n") -> None:
     """Print text with its line breaks and tabs."""
     _write(escaped(text, _LAYOUT) + end)
-
-
-def _json(value: Any, indent: int | None = None) -> str:
-    text = json.dumps(finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
-    return json_escaped(text) + "\n"
 
 
 def _write(text: str) -> None:
@@ -198,14 +162,6 @@ def print_pairs(title: str, pairs: dict[str, Any], labels: Mapping[str, str] | N
     print_table(title, ["", ""], shown)
 
 
-def file_size(count: int) -> str:
-    """Format a number of bytes with a unit, such as `12.3 kB`."""
-    size, units = float(count), ["bytes", "kB", "MB", "GB", "TB"]
-    while size >= 1000 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    return f"{size:.3g} {units[0]}"
-
-
 def cell(value: Any) -> str:
     """Format a value for a table: four significant digits, thousands separated, a dash for None."""
     if value is None:
@@ -220,14 +176,20 @@ def cell(value: Any) -> str:
 @contextmanager
 def progress(quiet: bool) -> Iterator[Report]:
     """Yield a `Report` that draws a bar per stage, or logs a line every 30 seconds if stderr is not a terminal."""
-    from braces_cli.core.progress import silent
-
-    if quiet or not sys.stderr.isatty():
-        yield silent if quiet else _log_lines()
-        return
     from rich import progress as rich_progress
     from rich.console import Console
 
+    last = time.monotonic()
+
+    def log(stage: str, done: int, total: int | None) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            logging.getLogger("braces").info("%s, %s", stage, f"{done:,} of {total:,}" if total else f"{done:,} done")
+
+    if quiet or not sys.stderr.isatty():
+        yield silent if quiet else log
+        return
     bars = rich_progress.Progress(
         rich_progress.TextColumn("{task.description}", markup=False),
         rich_progress.BarColumn(),
@@ -251,15 +213,3 @@ def progress(quiet: bool) -> Iterator[Report]:
 
     with bars:
         yield report
-
-
-def _log_lines() -> Report:
-    last = time.monotonic()
-
-    def report(stage: str, done: int, total: int | None) -> None:
-        nonlocal last
-        if time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
-            last = time.monotonic()
-            logging.getLogger("braces").info("%s, %s", stage, f"{done:,} of {total:,}" if total else f"{done:,} done")
-
-    return report

@@ -23,7 +23,6 @@ from braces_cli.cli.output import (
     print_text,
     progress,
     rich_text,
-    set_up,
 )
 from braces_cli.core.config import options_of
 from braces_cli.core.distributed import is_main, join, world_size
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
 @command
 def steer(settings: SteerSettings) -> None:
     """Generate text from prompts, steered along attributes by strength s (negative: away from them)."""
-    set_up(settings.quiet or not is_main(), settings.debug)
     if settings.dry_run:
         show_plan(settings)
     elif settings.sweep is not None:

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from rich.filesize import decimal
+
 from braces_cli.cli.options import command, command_line, show_plan
-from braces_cli.cli.output import file_size, print_json, print_pairs, print_table, progress, set_up
+from braces_cli.cli.output import print_json, print_pairs, print_table, progress
 from braces_cli.core.errors import BracesError, ConfigError
 from braces_cli.training.settings import TrainSettings
 
@@ -31,7 +33,6 @@ def train(settings: TrainSettings) -> None:
     from braces_cli.core.distributed import is_main
 
     quiet = settings.quiet or not is_main()
-    set_up(quiet, settings.debug)
     if settings.check_rows:
         _check(settings)
         return
@@ -75,7 +76,7 @@ def _show(settings: TrainSettings, title: str, result: dict[str, Any]) -> None:
     shares = result["side_path_share"]
     shown = {
         **result,
-        "peak_memory": file_size(result["peak_memory"]),
+        "peak_memory": decimal(result["peak_memory"]),
         "side_path_share": shares and f"{min(shares):.1%} to {max(shares):.1%}",
         "padding_share": f"{result['padding_share']:.1%}",
     }

@@ -7,7 +7,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -31,41 +31,31 @@ def check_variables() -> None:
         ConfigError: a variable is not a number, is missing, or RANK is not below WORLD_SIZE.
     """
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        if not os.environ.get(name, "?").strip():
+        text = os.environ.get(name, "0").strip()
+        if not text:
             del os.environ[name]
-    number, size, _ = rank(), world_size(), local_rank()
-    if number >= size:
-        raise ConfigError(f"{number} is not below WORLD_SIZE, {size}", where="RANK", hint=_LAUNCH)
-    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if size > 1 else ():
+        elif not re.fullmatch(r"\d{1,9}", text, re.ASCII):
+            raise ConfigError(f"`{text}` is not a number", where=name, hint=_LAUNCH)
+    if rank() >= world_size():
+        raise ConfigError(f"{rank()} is not below WORLD_SIZE, {world_size()}", where="RANK", hint=_LAUNCH)
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if world_size() > 1 else ():
         if not os.environ.get(name):
-            raise ConfigError(f"is not set, and WORLD_SIZE is {size}", where=name, hint=_LAUNCH)
-
-
-def _variable(name: str, default: int) -> int:
-    text = os.environ.get(name, "").strip()
-    if text and not re.fullmatch(r"\d{1,9}", text, re.ASCII):
-        raise ConfigError(f"`{text}` is not a number", where=name, hint=_LAUNCH)
-    return int(text) if text else default
+            raise ConfigError(f"is not set, and WORLD_SIZE is {world_size()}", where=name, hint=_LAUNCH)
 
 
 def rank() -> int:
     """Return the number of this process, from 0."""
-    return _variable("RANK", 0)
+    return int(os.environ.get("RANK") or 0)
 
 
 def world_size() -> int:
     """Return the number of processes."""
-    return _variable("WORLD_SIZE", 1)
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def is_main() -> bool:
     """Return True for the process that writes and prints."""
     return rank() == 0
-
-
-def local_rank() -> int | None:
-    """Return the number of this process, and of its accelerator, on this machine; None for a single process."""
-    return _variable("LOCAL_RANK", 0) if world_size() > 1 else None
 
 
 @dataclass(frozen=True)
@@ -113,19 +103,16 @@ def join(device: torch.device, with_accelerator: bool = False) -> Processes:
     from accelerate import Accelerator, PartialState
     from accelerate.utils import InitProcessGroupKwargs
 
-    # torch waits for the other processes in C++, where Python handlers do not run: signals end the process meanwhile.
-    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in _SIGNALS}
-    accelerator = None
-    try:
-        if with_accelerator:
-            # One process may have many more long texts than another.
-            timeout = InitProcessGroupKwargs(timeout=timedelta(weeks=1))
-            accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[timeout])
-        else:
+    with ExitStack() as stack:
+        # torch waits for the other processes in C++, where Python handlers do not run: signals end the process then.
+        for number in _SIGNALS:
+            stack.callback(signal.signal, number, signal.signal(number, signal.SIG_DFL))
+        if not with_accelerator:
             PartialState(cpu=device.type == "cpu")
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+            return Processes(rank(), world_size())
+        # One process may have many more long texts than another.
+        timeout = InitProcessGroupKwargs(timeout=timedelta(weeks=1))
+        accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[timeout])
     return Processes(rank(), world_size(), accelerator)
 
 
@@ -154,7 +141,7 @@ def barrier() -> None:
 class StopRequest:
     """The signal that requested a stop; `number` is 0 without a request."""
 
-    number: int = 0
+    number = 0
 
 
 @contextmanager
@@ -164,24 +151,18 @@ def deferred() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request  # only the main thread receives signals
         return
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
-    # A shell starts background jobs with SIGINT ignored.
-    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    restore = ExitStack()
 
     def record(number: int, frame: Any) -> None:
         request.number = number
-        restore()
+        restore.close()
 
-    for number in before:
-        signal.signal(number, record)
-    try:
+    with restore:
+        for number in _SIGNALS:
+            # A shell starts background jobs with SIGINT ignored.
+            if signal.getsignal(number) != signal.SIG_IGN:
+                restore.callback(signal.signal, number, signal.signal(number, record))
         yield request
-    finally:
-        restore()
 
 
 class SharedStop:

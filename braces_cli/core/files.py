@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import getpass
+import glob
 import hashlib
 import json
 import os
@@ -155,9 +156,7 @@ def remove_partial_files(folder: Path, name: str | None = None) -> None:
     Args:
         name: remove only those of this output.
     """
-    start = (
-        "*" if name is None else "".join(f"[{character}]" if character in "*?[" else character for character in name)
-    )
+    start = "*" if name is None else glob.escape(name)
     for path in folder.glob(f".{start}.????????{PARTIAL}"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -240,15 +239,14 @@ def value_hash(value: Any) -> str:
 
 
 @cache
-def versions() -> dict[str, str]:
-    """Return `{braces, python, torch, transformers, ...}` for the records that outputs contain."""
-    return {"braces": __version__, "python": platform.python_version(), **installed(_LIBRARIES)}
+def versions(more: Sequence[str] = ()) -> dict[str, str]:
+    """Return `{braces, python, torch, transformers, ...}` for the records that outputs contain.
 
-
-def installed(packages: Sequence[str]) -> dict[str, str]:
-    """Return the version of each installed package."""
-    found = {}
-    for name in packages:
+    Args:
+        more: other packages; a package that is not installed is left out.
+    """
+    found = {"braces": __version__, "python": platform.python_version()}
+    for name in (*_LIBRARIES, *more):
         with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found

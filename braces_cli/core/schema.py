@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypedDict, TypeVar
@@ -99,7 +100,7 @@ def decode(text: str) -> Any:
 
 
 def decode_yaml(text: str) -> Any:
-    """Return the value of a YAML text; all scalars except null stay text, as on the command line.
+    """Return the value of a YAML text, {} if it is empty; all scalars except null stay text, as on the command line.
 
     Raises:
         Malformed: not YAML, or a key that is named twice.
@@ -126,7 +127,8 @@ def decode_yaml(text: str) -> Any:
             return mapping
 
     try:
-        return yaml.load(text, Loader)
+        value = yaml.load(text, Loader)
+        return {} if value is None else value
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise Malformed(f"not YAML: {getattr(error, 'problem', error)}", mark and mark.line + 1) from error
@@ -136,8 +138,7 @@ def decode_yaml(text: str) -> Any:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the keys and values of a YAML file of settings; raises ConfigError."""
-    value = _decoded(_YAML, _bytes(_YAML, path), str(path), decode_yaml)
-    return check(_YAML, {} if value is None else value, str(path))
+    return parse(_YAML, _bytes(_YAML, path), str(path), decode_yaml)
 
 
 def read(kind: Kind[T], path: Path) -> T:
@@ -149,9 +150,16 @@ def read(kind: Kind[T], path: Path) -> T:
     return parse(kind, _bytes(kind, path), str(path))
 
 
-def parse(kind: Kind[T], data: str | bytes, where: str) -> T:
+def parse(kind: Kind[T], data: str | bytes, where: str, decoder: Callable[[str], Any] = decode) -> T:
     """Return the content of JSON text that came from `where`; raises as `read` does."""
-    return check(kind, _decoded(kind, data, where, decode), where)
+    try:
+        value = decoder(data if isinstance(data, str) else data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise kind.error(f"not UTF-8 (byte {error.start})", where=where, hint=kind.hint) from error
+    except Malformed as error:
+        place = f"{where}:{error.line}" if error.line and len(data.splitlines()) > 1 else where
+        raise kind.error(error.message, where=place, hint=kind.hint) from error
+    return check(kind, value, where)
 
 
 def check(kind: Kind[T], value: Any, where: str) -> T:
@@ -167,11 +175,6 @@ def check(kind: Kind[T], value: Any, where: str) -> T:
     except (msgspec.ValidationError, UnicodeEncodeError) as error:
         raise kind.error(_explained(str(error), value), where=where, hint=kind.hint) from error
     return result
-
-
-def check_is_file(kind: Kind[Any], path: Path) -> None:
-    """Raise an error of the class `kind.error` unless `path` is a regular file."""
-    check_regular(path, kind.error, kind.hint, kind.what)
 
 
 def stored_form(value: Any) -> Any:
@@ -222,22 +225,12 @@ def cut(text: object) -> str:
 
 
 def _bytes(kind: Kind[Any], path: Path, count: int = -1) -> bytes:
-    check_is_file(kind, path)
+    check_regular(path, kind.error, kind.hint, kind.what)
     try:
         with path.open("rb") as file:
             return file.read(count)
     except OSError as error:
         raise kind.error(f"cannot read: {error.strerror or error}", where=str(path), hint=kind.hint) from error
-
-
-def _decoded(kind: Kind[Any], data: str | bytes, where: str, decoder: Any) -> Any:
-    try:
-        return decoder(data if isinstance(data, str) else data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise kind.error(f"not UTF-8 (byte {error.start})", where=where, hint=kind.hint) from error
-    except Malformed as error:
-        place = f"{where}:{error.line}" if error.line and len(data.splitlines()) > 1 else where
-        raise kind.error(error.message, where=place, hint=kind.hint) from error
 
 
 def _explained(error: str, value: Any) -> str:

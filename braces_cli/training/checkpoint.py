@@ -37,6 +37,7 @@ from braces_cli.core.errors import BracesError, ConfigError, ModelError
 from braces_cli.core.files import (
     bytes_hash,
     check_output_folder,
+    check_regular,
     file_hash,
     file_hint,
     finite,
@@ -45,7 +46,7 @@ from braces_cli.core.files import (
     write_json,
     write_tensors,
 )
-from braces_cli.core.schema import Count, Kind, Name, Size, check_is_file, read
+from braces_cli.core.schema import Count, Kind, Name, Size, read
 from braces_cli.data.dataset import Counts, Examples, Stream
 from braces_cli.scoring.likelihood import Likelihood
 from braces_cli.training.report import CURVE_FILE, METRICS_FILE, TrainResult
@@ -76,7 +77,6 @@ class Manifest(TypedDict):
 
 
 _MANIFEST = Kind(Manifest, ModelError, _DAMAGED_HINT, "manifest")
-_LISTED = Kind(object, ModelError, _DAMAGED_HINT, "file of the checkpoint")
 _STATE: Kind[Any] = Kind(object, ModelError, _DAMAGED_HINT, "state of training")
 
 
@@ -469,7 +469,7 @@ def _restoring(path: Path) -> Iterator[None]:
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    check_is_file(_LISTED, path)
+    check_regular(path, ModelError, _DAMAGED_HINT, "file of the checkpoint")
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

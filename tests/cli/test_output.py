@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from braces_cli.cli.output import file_size, print_pairs, print_table, print_text, progress
+from braces_cli.cli.output import print_pairs, print_table, print_text, progress
 
 PACKAGE = Path(__file__).resolve().parents[2] / "braces_cli"
 HOSTILE = {
@@ -103,10 +103,6 @@ def test_pairs_leave_out_empty_values(capsys: pytest.CaptureFixture[str]) -> Non
     assert "1, 2" in shown
     assert "zero" in shown
     assert not re.search(r"\b[abcd]\b", shown)
-
-
-def test_sizes_have_units() -> None:
-    assert [file_size(n) for n in (0, 999, 12_345, 1_234_567_890)] == ["0 bytes", "999 bytes", "12.3 kB", "1.23 GB"]
 
 
 @pytest.mark.parametrize("quiet", [False, True])

@@ -10,10 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from braces_cli.core.errors import ModelError
-from braces_cli.core.files import bytes_hash, file_hash, path_exists, user_path, write_json, write_tensors, write_text
+from braces_cli.core.files import (
+    bytes_hash,
+    check_regular,
+    file_hash,
+    path_exists,
+    user_path,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from braces_cli.core.models.hub import hub_errors, is_hub_id
 from braces_cli.core.models.identity import Fingerprint
-from braces_cli.core.schema import Count, Kind, Name, Positive, Size, check, check_is_file, cut, read
+from braces_cli.core.schema import Count, Kind, Name, Positive, Size, check, cut, read
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +69,6 @@ class AdapterConfig:
 _DAMAGED = "The file is damaged; train again."
 # Config of an adapter of braces or of peft.
 ANY_CONFIG: Kind[dict[str, Any]] = Kind(dict[str, Any], ModelError, _DAMAGED, "config of an adapter")
-_WEIGHTS = Kind(object, ModelError, "Train again.", "file of the adapter's weights")
 _CONFIG = Kind(AdapterConfig, ModelError, _DAMAGED, closed=True)
 
 
@@ -159,7 +167,7 @@ def read_tensors(folder: Path, config: AdapterConfig) -> dict[str, Tensor]:
 
     path = folder / WEIGHTS_FILE
     try:
-        check_is_file(_WEIGHTS, path)
+        check_regular(path, ModelError, "Train again.", "file of the adapter's weights")
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"cannot read the adapter's weights: {error}", where=str(path), hint="Train again.") from error

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from braces_cli.core.distributed import local_rank
+from braces_cli.core.distributed import world_size
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.files import path_exists, user_path, value_hash
 from braces_cli.core.models.ffn import FFN, MixtureFFN, find_ffns
@@ -87,8 +87,8 @@ def pick_device(name: str) -> torch.device:
     available = [kind for kind, present in found.items() if present]
     if name == "auto":
         name = available[0]
-    if name == "cuda" and local_rank() is not None:
-        name = f"cuda:{local_rank()}"  # each process of a distributed run has one GPU
+    if name == "cuda" and world_size() > 1:
+        name = f"cuda:{os.environ.get('LOCAL_RANK') or 0}"  # each process of a distributed run has one GPU
     if name.partition(":")[0] not in available:
         hint = f"Available: {', '.join(available)}."
         raise ConfigError(f"device `{name}` is not available", where="--device", hint=hint)
