@@ -12,13 +12,11 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from braces_cli.core.attributes.directions import Pair, Passage
 from braces_cli.core.errors import DataError, near_misses
 from braces_cli.core.models.tokenize import IGNORED, Encoded, encode, encode_chat
 from braces_cli.core.progress import Report, silent
-from braces_cli.data.rows import CHAT, Columns, FormatReader, Source, parts, read_rows
+from braces_cli.data.rows import CHAT, Columns, Format, Source, parts, read_format, read_rows
 
 logger = logging.getLogger("braces")
 
@@ -117,19 +115,18 @@ class Counts:
 
 
 @dataclass
-class Examples(Counts):
-    """Tokenised rows in memory, and counts of all rows.
+class Examples:
+    """Tokenised rows in memory.
 
     Attributes:
         items: examples with at least one scored token.
-        conditions: condition of each item; empty without attributes.
+        conditions: condition of each item; None without attributes.
+        counts: of all rows.
     """
 
     items: list[Encoded] = field(default_factory=list)
-    conditions: list[Condition] = field(default_factory=list)
-
-    def __getitem__(self, index: int) -> Example:
-        return Example(self.items[index], self.conditions[index] if self.conditions else None)
+    conditions: list[Condition | None] = field(default_factory=list)
+    counts: Counts = field(default_factory=Counts)
 
 
 def conditioned(rows: Iterable[Source], fields: Fields, name: str) -> Iterator[tuple[Source, Condition]]:
@@ -166,40 +163,38 @@ def condition(row: Source, fields: Fields) -> Condition:
     except (TypeError, ValueError):
         value = math.nan
     if not math.isfinite(value):
-        raise DataError(
-            f"`{fields.strength}` must be a number, this is {strength!r}", where=row.where, hint="Fix the row."
-        )
+        what = f"`{fields.strength}` must be a number, this is {strength!r}"
+        raise DataError(what, where=row.where, hint="Fix the row.")
     return Condition(name.strip(), value, row.where)
 
 
-def tokenise(rows: Iterable[Source], how: Reading, name: str = "") -> Iterator[Example]:
-    """Encode the rows of one file with end tokens, cut to the maximum length.
+def iterate(names: Sequence[str], how: Reading) -> Iterator[Example]:
+    """Rows of several files or hub sets, encoded one at a time with end tokens and cut to the maximum length.
 
     Raises:
         DataError: a row of an unknown format, of another format than the rows before it, or with invalid values.
     """
-    reader = FormatReader(how.columns.content)
-    pairs = ((row, None) for row in rows) if how.fields is None else conditioned(rows, how.fields, name)
-    # Conditions of dropped rows are checked, too.
-    for row, row_condition in pairs:
-        kind, fields = reader.read(row)
-        if kind is CHAT:
-            tokens = encode_chat(how.tokenizer, fields, row.where, how.max_length)
-            blank = False
-        else:
-            prompt, completion = parts(kind, fields, row.where)
-            tokens = encode(how.tokenizer, prompt, completion, end=True, max_length=how.max_length)
-            blank = not (prompt if completion is None else completion).strip()
-            if row.untyped:
-                blank |= any(part is not None and part.strip() in _MISSING for part in (prompt, completion))
-        kept = None if blank or tokens.scored == 0 else tokens
-        yield Example(kept, row_condition, kind.name, tokens.truncated, row.where)
-
-
-def iterate(names: Sequence[str], how: Reading) -> Iterator[Example]:
-    """Tokenised rows of several files or hub sets, read one at a time."""
     for name in names:
-        yield from tokenise(read_rows(name, streaming=how.streaming), how, name)
+        seen: Format | None = None
+        rows = read_rows(name, streaming=how.streaming)
+        # Conditions of dropped rows are checked, too.
+        for row, found in ((row, None) for row in rows) if how.fields is None else conditioned(rows, how.fields, name):
+            kind, fields = read_format(row, how.columns.content)
+            if seen is not None and kind != seen:
+                message = f"this row is {kind.name}, those before it are {seen.name}"
+                raise DataError(message, where=row.where, hint="Put each format into its own file, or give --columns.")
+            seen = kind
+            blank = False
+            if kind is CHAT:
+                tokens = encode_chat(how.tokenizer, fields, row.where, how.max_length)
+            else:
+                prompt, completion = parts(kind, fields, row.where)
+                tokens = encode(how.tokenizer, prompt, completion, end=True, max_length=how.max_length)
+                blank = not (prompt if completion is None else completion).strip()
+                if row.untyped:
+                    blank |= any(part is not None and part.strip() in _MISSING for part in (prompt, completion))
+            kept = None if blank or tokens.scored == 0 else tokens
+            yield Example(kept, found, kind.name, tokens.truncated, row.where)
 
 
 def read_examples(names: Sequence[str], how: Reading, report: Report = silent) -> Examples:
@@ -209,17 +204,17 @@ def read_examples(names: Sequence[str], how: Reading, report: Report = silent) -
         DataError: a file or a row cannot be read, or no row has a scored token.
     """
     found = Examples()
+    counts = found.counts
     for example in iterate(names, how):
-        found.add(example)
+        counts.add(example)
         if example.tokens is not None:
             found.items.append(example.tokens)
-            if example.condition is not None:
-                found.conditions.append(example.condition)
-        if found.rows % 256 == 0:
-            report("reading", found.rows, None)
-    report("reading", found.rows, found.rows)
-    check_some(names, len(found.items), found.rows)
-    log_counts(found, how.max_length)
+            found.conditions.append(example.condition)
+        if counts.rows % 256 == 0:
+            report("reading", counts.rows, None)
+    report("reading", counts.rows, counts.rows)
+    check_some(names, len(found.items), counts.rows)
+    log_counts(counts, how.max_length)
     return found
 
 
@@ -245,7 +240,7 @@ BUFFER = 4096
 HEAD = 256
 
 
-class Stream(torch.utils.data.IterableDataset):
+class Stream:
     """Endless passes over the rows through a shuffle buffer; None fills the last global batch of a pass.
 
     The order is a function of seed and global batch only. The shuffle is not that of `datasets`, which would pickle the
@@ -257,11 +252,9 @@ class Stream(torch.utils.data.IterableDataset):
         global_batch: examples of an optimizer step, over all processes.
 
     Attributes:
-        counts: of all passes so far, including rows read ahead.
-        passes: completed passes.
+        counts: of all passes so far, including rows read ahead; before the first pass, of the rows of `items`.
         conditions: the first condition of each attribute in the rows.
         items: tokens of the first examples, in the order of the files.
-        chat: some of these are chats.
 
     Raises:
         DataError: a row cannot be read, here or later, or no row has a scored token.
@@ -270,65 +263,40 @@ class Stream(torch.utils.data.IterableDataset):
     def __init__(self, names: Sequence[str], how: Reading, seed: int, global_batch: int) -> None:
         self._names, self._how, self._seed, self._global_batch = names, how, seed, global_batch
         self.counts = Counts()
-        self.passes = 0
-        counts = Counts()
-        self.items = [example.tokens for example in islice(self._kept(counts), HEAD) if example.tokens is not None]
-        check_some(names, len(self.items), counts.rows)
-        self.chat = counts.chat
-        self.conditions = self._conditions()
-
-    @property
-    def rows(self) -> int:
-        return self.counts.rows
-
-    @property
-    def truncated(self) -> int:
-        return self.counts.truncated
-
-    @property
-    def dropped(self) -> int:
-        return self.counts.dropped
+        self.items = [example.tokens for example in islice(self._kept(), HEAD) if example.tokens is not None]
+        check_some(names, len(self.items), self.counts.rows)
+        # Attributes must be known before training: one pass over the rows without tokenising.
+        named: dict[str | None, Condition] = {}
+        for name in names if how.fields is not None else ():
+            for _, found in conditioned(read_rows(name, streaming=how.streaming), how.fields, name):
+                named.setdefault(found.attribute, found)
+        self.conditions = list(named.values())
 
     def __iter__(self) -> Iterator[Example | None]:
-        self.counts, self.passes = Counts(), 0
+        self.counts = Counts()
         for epoch in count():
-            yield from self._pass(epoch)
-            self.passes += 1
+            draw = random.Random(f"{self._seed} {epoch}")
+            buffer: list[Example] = []
+            drawn = 0
+            for example in self._kept():
+                drawn += 1
+                if len(buffer) < BUFFER:
+                    buffer.append(example)
+                    continue
+                place = draw.randrange(BUFFER)
+                example, buffer[place] = buffer[place], example
+                yield example
+            check_some(self._names, drawn, self.counts.rows)
+            draw.shuffle(buffer)
+            yield from buffer
+            yield from [None] * (-drawn % self._global_batch)
 
-    def _pass(self, epoch: int) -> Iterator[Example | None]:
-        draw = random.Random(f"{self._seed} {epoch}")
-        buffer: list[Example] = []
-        drawn = 0
-        for example in self._kept(self.counts):
-            drawn += 1
-            if len(buffer) < BUFFER:
-                buffer.append(example)
-                continue
-            place = draw.randrange(BUFFER)
-            example, buffer[place] = buffer[place], example
-            yield example
-        check_some(self._names, drawn, self.counts.rows)
-        draw.shuffle(buffer)
-        yield from buffer
-        yield from [None] * (-drawn % self._global_batch)
-
-    def _kept(self, counts: Counts) -> Iterator[Example]:
+    def _kept(self) -> Iterator[Example]:
+        counts = self.counts
         for example in iterate(self._names, self._how):
             counts.add(example)
             if example.tokens is not None:
                 yield example
-
-    def _conditions(self) -> list[Condition]:
-        """Attributes must be known before training: one pass over the rows without tokenising."""
-        fields = self._how.fields
-        if fields is None:
-            return []
-        named: dict[str | None, Condition] = {}
-        for name in self._names:
-            rows = read_rows(name, streaming=self._how.streaming)
-            for _, found in conditioned(rows, fields, name):
-                named.setdefault(found.attribute, found)
-        return list(named.values())
 
 
 BARS = 10
@@ -348,18 +316,14 @@ def check_rows(names: Sequence[str], how: Reading, report: Report = silent) -> d
     Raises:
         DataError: a row cannot be read, or none has a scored token.
     """
-    counts, formats, attributes = Counts(), Counter[str](), Counter[str]()
-    strengths: dict[str, Counter[float]] = {}
-    lengths = Counter[int]()
-    scored = 0
+    counts, formats, lengths, scored = Counts(), Counter[str](), Counter[int](), 0
+    strengths: dict[str, list[float]] = {}
     shown: list[dict[str, Any]] = []
     for example in iterate(names, how):
         counts.add(example)
         formats[example.format] += 1
         if example.condition is not None:
-            name = example.condition.attribute or "neutral"
-            attributes[name] += 1
-            strengths.setdefault(name, Counter())[example.condition.strength] += 1
+            strengths.setdefault(example.condition.attribute or "neutral", []).append(example.condition.strength)
         if counts.rows % 256 == 0:
             report("reading", counts.rows, None)
         if example.tokens is None:
@@ -378,6 +342,7 @@ def check_rows(names: Sequence[str], how: Reading, report: Report = silent) -> d
         {"from": start, "to": start + width - 1, "examples": sum(lengths[n] for n in range(start, start + width))}
         for start in range(least, most + 1, width)
     ]
+    median = ranked[(len(ranked) - 1) // 2]
     return {
         "rows": counts.rows,
         "examples": len(ranked),
@@ -386,22 +351,13 @@ def check_rows(names: Sequence[str], how: Reading, report: Report = silent) -> d
         "tokens": tokens,
         "scored_tokens": scored,
         "max_length": how.max_length,
-        "lengths": {
-            "least": least,
-            "median": ranked[(len(ranked) - 1) // 2],
-            "mean": tokens / len(ranked),
-            "most": most,
-        },
+        "lengths": {"least": least, "median": median, "mean": tokens / len(ranked), "most": most},
         "histogram": histogram,
         "formats": dict(formats),
-        "attributes": dict(attributes),
+        "attributes": {name: len(values) for name, values in strengths.items()},
         "shown": shown,
         "strengths": {
-            name: {
-                "least": min(values),
-                "mean": sum(s * n for s, n in values.items()) / attributes[name],
-                "most": max(values),
-            }
+            name: {"least": min(values), "mean": sum(values) / len(values), "most": max(values)}
             for name, values in strengths.items()
         },
         "dropped_at": counts.dropped_at,
@@ -416,9 +372,8 @@ def decode_parts(tokenizer: Any, tokens: Encoded) -> list[dict[str, Any]]:
     starts = [index for index in range(len(ids)) if index == 0 or flags[index] != flags[index - 1]]
 
     def decode(part: list[int]) -> str:
-        return (
-            str(tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)) if part else ""
-        )
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return str(tokenizer.decode(part, **options)) if part else ""
 
     parts = []
     for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):

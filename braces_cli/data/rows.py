@@ -8,8 +8,8 @@ The format of a row follows from its keys or from `--columns`. `text` is scored 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,73 +48,47 @@ def read_rows(name: str, *, streaming: bool = False) -> Iterator[Source]:
         DataError: missing, empty, not UTF-8, broken (with its line), or of an unknown kind.
     """
     path = user_path(name)
-    if (
-        not path_exists(path)
-        and not path.suffix
-        and name.partition(":")[0].count("/") == 1
-        and not name.startswith(".")
-    ):
-        return _never_empty(_hub(name, streaming), name)
-    if not os.path.isfile(path):  # Path.is_file raises if the name is too long or the folder is not readable
+    reader = _READERS.get(path.suffix.lower())
+    is_id = name.partition(":")[0].count("/") == 1 and not path.suffix and not name.startswith(".")
+    if is_id and not path_exists(path):
+        rows = _hub(name, streaming)
+    elif not os.path.isfile(path):  # Path.is_file raises if the name is too long or the folder is not readable
         what = "this is a folder, not a file" if os.path.isdir(path) else "no such file"
         raise DataError(what, where=name, hint=f"Give a file ({', '.join(READABLE)}) or the id of a hub set.")
-    if path.stat().st_size == 0:
+    elif path.stat().st_size == 0:
         raise DataError("the file is empty", where=name, hint="Give a file with at least one row.")
-    readers = {
-        ".txt": _text_lines,
-        ".jsonl": _json_lines,
-        ".json": _json,
-        ".csv": _csv,
-        ".tsv": _csv,
-        ".parquet": _parquet,
-    }
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
+    elif reader is None:
         raise DataError(f"cannot read `{path.suffix or 'no'}` files", where=name, hint=f"Use {', '.join(READABLE)}.")
-    return _never_empty(_decoded(reader(path), name), name)
-
-
-def _never_empty(rows: Iterator[Source], name: str) -> Iterator[Source]:
+    else:
+        rows = reader(path)
     empty = True
-    for row in rows:
-        empty = False
-        yield row
+    try:
+        for row in rows:
+            empty = False
+            yield row
+    except UnicodeDecodeError as error:
+        hint = "Convert it, for example with iconv."
+        raise DataError(f"not UTF-8 (byte {error.start})", where=name, hint=hint) from error
+    except OSError as error:
+        raise DataError(f"cannot read: {error.strerror or error}", where=name, hint=file_hint(error)) from error
     if empty:
         raise DataError("no rows", where=name, hint="Give a file with at least one row.")
 
 
-def _decoded(rows: Iterator[Source], name: str) -> Iterator[Source]:
-    try:
-        yield from rows
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"not UTF-8 (byte {error.start})", where=name, hint="Convert it, for example with iconv."
-        ) from error
-    except OSError as error:
-        raise DataError(f"cannot read: {error.strerror or error}", where=name, hint=file_hint(error)) from error
-
-
-def _row(fields: Any, where: str) -> Source:
+def _row(fields: Any, where: str, untyped: bool = False) -> Source:
     if not isinstance(fields, dict):
         raise DataError(f"a row must be an object, this is a {type(fields).__name__}", where=where, hint="Fix the row.")
-    return Source(fields, where)
+    return Source(fields, where, untyped)
 
 
-def _json_lines(path: Path) -> Iterator[Source]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            yield _row(parse(ROW, line, where), where)
-
-
-def _text_lines(path: Path) -> Iterator[Source]:
-    """A row with the key `text` per line that is not blank."""
+def _lines(path: Path) -> Iterator[Source]:
+    """A row per line that is not blank: a JSON object, or in a text file the value of the key `text`."""
+    is_text = path.suffix.lower() == ".txt"
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                yield Source({"text": line.rstrip("\r\n")}, f"{path}:{number}")
+                where = f"{path}:{number}"
+                yield _row({"text": line.rstrip("\r\n")} if is_text else parse(ROW, line, where), where)
 
 
 def _json(path: Path) -> Iterator[Source]:
@@ -124,14 +98,12 @@ def _json(path: Path) -> Iterator[Source]:
     except Malformed as error:
         # Many `.json` files are JSON Lines: a complete object on the first line, followed by more.
         if error.end is not None and "\n" not in text[: error.end].strip():
-            yield from _json_lines(path)
+            yield from _lines(path)
             return
         hint = "Write a list of objects, or one object per line."
         where = f"{path}:{error.line}" if error.line else str(path)
         raise DataError(error.message, where=where, hint=hint) from error
-    if not isinstance(value, list):
-        value = [value]
-    for number, fields in enumerate(value, 1):
+    for number, fields in enumerate(value if isinstance(value, list) else [value], 1):
         yield _row(fields, f"{path}, row {number}")
 
 
@@ -145,7 +117,7 @@ def _csv(path: Path) -> Iterator[Source]:
                 where = f"{path}:{reader.line_num}"
                 if None in fields or None in fields.values():
                     raise DataError("another number of cells than the header has", where=where, hint="Fix the row.")
-                yield replace(_row(fields, where), untyped=True)
+                yield _row(fields, where, untyped=True)
         except csv.Error as error:
             raise DataError(f"broken CSV: {error}", where=f"{path}:{reader.line_num}", hint="Fix the row.") from error
 
@@ -155,11 +127,9 @@ def _parquet(path: Path) -> Iterator[Source]:
     import pyarrow.parquet
 
     try:
-        number = 0
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            for fields in batch.to_pylist():
-                number += 1
-                yield _row(fields, f"{path}, row {number}")
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
+        for number, fields in enumerate((fields for batch in batches for fields in batch.to_pylist()), 1):
+            yield _row(fields, f"{path}, row {number}")
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"broken Parquet: {error}", where=str(path), hint="Write the file again.") from error
 
@@ -174,6 +144,11 @@ def _hub(name: str, streaming: bool) -> Iterator[Source]:
         # With streaming, any row can contact the hub.
         for number, fields in enumerate(rows, 1):
             yield _row(fields, f"{name}, row {number}")
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Source]]] = {
+    ".txt": _lines, ".jsonl": _lines, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -218,8 +193,8 @@ def parse_columns(values: Sequence[str]) -> Columns:
     named: dict[str, str] = {}
     known = [key for kind in FORMATS for key in (*kind.needed, *kind.optional)] + list(CONDITION_KEYS)
     for part in (part for value in values for part in value.split(",")):
-        key, equals, column = (piece.strip() for piece in part.partition("="))
-        if not (key and equals and column):
+        key, _, column = (piece.strip() for piece in part.partition("="))
+        if not (key and column):
             raise ConfigError(f"`{part}` is not KEY=COLUMN", where="--columns", hint="Such as prompt=question.")
         if key not in known:
             hint = near_misses(key, known) or f"Keys: {', '.join(known)}."
@@ -229,9 +204,8 @@ def parse_columns(values: Sequence[str]) -> Columns:
         named[key] = column
     conditions = {key: named.pop(key, None) for key in CONDITION_KEYS}
     if named and not any(_fits(kind, named) for kind in FORMATS):
-        raise ConfigError(
-            f"{_list(named)} is not a complete format", where="--columns", hint=f"Name those of {EXPECTED_COLUMNS}."
-        )
+        hint = f"Name those of {EXPECTED_COLUMNS}."
+        raise ConfigError(f"{_list(named)} is not a complete format", where="--columns", hint=hint)
     return Columns(named, **conditions)
 
 
@@ -240,42 +214,23 @@ def _fits(kind: Format, keys: Iterable[str]) -> bool:
     return set(kind.needed) <= set(keys) <= {*kind.needed, *kind.optional}
 
 
-class FormatReader:
-    """Read the rows of one file, which must all have the same format."""
+def read_format(row: Source, columns: Mapping[str, str]) -> tuple[Format, dict[str, Any]]:
+    """Format of a row and the values of its keys, without missing keys.
 
-    def __init__(self, columns: Mapping[str, str] | None = None) -> None:
-        self._columns = columns or {}
-        self._seen: Format | None = None
+    Args:
+        columns: key -> column; empty: the format follows from the keys of the row. Then null values are ignored, since
+            in some files every row has every column.
 
-    def read(self, row: Source) -> tuple[Format, dict[str, Any]]:
-        """Format of a row and the values of its keys, without missing keys.
-
-        Raises:
-            DataError: the keys fit no format, several formats, or another format than the rows before.
-        """
-        found = self._mapped(row) if self._columns else detect(row)
-        kind, fields = found
-        if self._seen is not None and kind != self._seen:
-            message = f"this row is {kind.name}, those before it are {self._seen.name}"
-            raise DataError(message, where=row.where, hint="Put each format into its own file, or give --columns.")
-        self._seen = kind
-        return kind, fields
-
-    def _mapped(self, row: Source) -> tuple[Format, dict[str, Any]]:
-        kind = next(kind for kind in FORMATS if _fits(kind, self._columns))
-        for key, column in self._columns.items():
+    Raises:
+        DataError: the keys fit no format or several formats, or a column is missing.
+    """
+    if columns:
+        kind = next(kind for kind in FORMATS if _fits(kind, columns))
+        for key, column in columns.items():
             if column not in row.fields and key in kind.needed:
                 hint = near_misses(column, map(str, row.fields)) or "Check --columns."
                 raise DataError(f"no column `{column}` (keys found: {_list(row.fields)})", where=row.where, hint=hint)
-        return kind, {key: row.fields[column] for key, column in self._columns.items() if column in row.fields}
-
-
-def detect(row: Source) -> tuple[Format, dict[str, Any]]:
-    """Format of a row by its keys, and their values; null columns are ignored, since some files have every column.
-
-    Raises:
-        DataError: the keys fit no format, or several formats.
-    """
+        return kind, {key: row.fields[column] for key, column in columns.items() if column in row.fields}
     filled = {key for key, value in row.fields.items() if value is not None}
     fitting = [kind for kind in FORMATS if set(kind.needed) <= filled]
     # A row of nulls: its keys determine the format, and reading a value reports the error.
@@ -287,35 +242,25 @@ def detect(row: Source) -> tuple[Format, dict[str, Any]]:
         message = f"the keys fit {len(fitting)} formats: {', '.join(kind.name for kind in fitting)}"
         example = ",".join(f"{key}={key}" for key in fitting[-1].needed)
         raise DataError(message, where=row.where, hint=f"Choose one, such as with --columns {example}.")
-    raise DataError(
-        f"the row has none of the needed fields (keys found: {_list(row.fields)})",
-        where=row.where,
-        hint=f"Expected: {EXPECTED_COLUMNS}; or name the columns, such as --columns text=COLUMN.",
-    )
-
-
-def text_of(fields: Mapping[str, Any], key: str, where: str) -> str:
-    """A text value; a missing or null `input` is empty.
-
-    Raises:
-        DataError: the value is not text.
-    """
-    value = fields.get(key)
-    if value is None and key == "input":
-        return ""
-    if not isinstance(value, str):
-        raise DataError(f"`{key}` must be text, not {type(value).__name__}", where=where, hint="Fix the row.")
-    return value
+    message = f"the row has none of the needed fields (keys found: {_list(row.fields)})"
+    hint = f"Expected: {EXPECTED_COLUMNS}; or name the columns, such as --columns text=COLUMN."
+    raise DataError(message, where=row.where, hint=hint)
 
 
 def parts(kind: Format, fields: Mapping[str, Any], where: str) -> tuple[str, str | None]:
-    """(prompt, completion) of a text, prompt or instruction row; no completion if the whole text is scored."""
-    if kind is TEXT:
-        return text_of(fields, "text", where), None
-    if kind is PAIR:
-        return text_of(fields, "prompt", where), text_of(fields, "completion", where)
-    prompt = instruction_prompt(text_of(fields, "instruction", where), text_of(fields, "input", where))
-    return prompt, text_of(fields, "output", where)
+    """(prompt, completion) of a text, prompt or instruction row; no completion if the whole text is scored.
+
+    Raises:
+        DataError: a value is not text; a missing or null `input` is empty.
+    """
+    texts = {key: fields.get(key) for key in kind.needed}
+    texts |= {key: fields[key] for key in kind.optional if fields.get(key) is not None}
+    for key, value in texts.items():
+        if not isinstance(value, str):
+            raise DataError(f"`{key}` must be text, not {type(value).__name__}", where=where, hint="Fix the row.")
+    if kind is INSTRUCTION:
+        return instruction_prompt(texts["instruction"], texts.get("input", "")), texts["output"]
+    return (texts["text"], None) if kind is TEXT else (texts["prompt"], texts["completion"])
 
 
 def instruction_prompt(instruction: str, context: str = "") -> str:
@@ -340,31 +285,30 @@ def read_texts(path: Path, *, field: str | None = None) -> list[str]:
     if path.suffix.lower() in STRUCTURED:
         texts = [_text(row, field) for row in read_rows(str(path))]
     else:
-        hint = "Give UTF-8, one text per line."
         check_regular(path, DataError, "Give a file with one text per line.")
         try:
             # Not `splitlines`, which also splits at form feeds and other characters.
             texts = path.read_text(encoding="utf-8-sig").split("\n")
-        except UnicodeDecodeError as error:
-            raise DataError(f"not UTF-8 (byte {error.start})", where=str(path), hint=hint) from error
-        except OSError as error:
-            raise DataError(f"cannot read: {error.strerror or error}", where=str(path), hint=hint) from error
+        except (UnicodeDecodeError, OSError) as error:
+            why = (
+                f"not UTF-8 (byte {error.start})" if isinstance(error, UnicodeDecodeError) else f"cannot read: {error}"
+            )
+            raise DataError(why, where=str(path), hint="Give UTF-8, one text per line.") from error
     texts = [text for text in texts if text.strip()]
     if not texts:
-        hint = "Give one text per line, or rows with `text`."
-        raise DataError("all texts are blank", where=str(path), hint=hint)
+        raise DataError("all texts are blank", where=str(path), hint="Give one text per line, or rows with `text`.")
     return texts
 
 
 def _text(row: Source, field: str | None) -> str:
     if field is None:
         try:
-            return "".join(filter(None, parts(*detect(row), row.where)))
+            return "".join(filter(None, parts(*read_format(row, {}), row.where)))
         except DataError as error:
             hint = "Rename the column with the text to `text`, or give a file with one text per line."
             raise DataError(error.message, where=error.where, hint=hint) from error
     text = row.fields.get(field)
     if not isinstance(text, str):
-        hint = f"Keys found: {', '.join(map(str, row.fields))}."
+        hint = f"Keys found: {_list(row.fields)}."
         raise DataError(f"the row has no text in `{field}`", where=row.where, hint=hint)
     return text

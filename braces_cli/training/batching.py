@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import count, islice
 from typing import Any
@@ -64,7 +64,7 @@ def example_order(examples: Examples | Stream, settings: TrainSettings, done: in
     for epoch in count(first):
         order = epoch_order(len(examples.items), settings.seed, epoch, size)
         for index in order[skipped if epoch == first else 0 :]:
-            yield None if index is None else examples[index]
+            yield None if index is None else Example(examples.items[index], examples.conditions[index])
 
 
 # Largest share of padding in packed rows, if several rows are cheaper than one long row.
@@ -125,88 +125,55 @@ class TrainingData:
     pad_id: int
 
 
-class Collator:
-    """Arrange examples in a `Batch`.
+def collate(
+    rows: Sequence[Example | None], layout: Layout, pad_id: int, conditioner: Conditioner | None = None
+) -> Batch:
+    """Arrange examples in blocks.
 
     Args:
+        rows: None for a missing example.
         conditioner: provides the `strengths` of each block: of its rows or, packed, of its tokens.
     """
-
-    def __init__(self, layout: Layout, pad_id: int, conditioner: Conditioner | None = None) -> None:
-        self._layout, self._pad_id, self._conditioner = layout, pad_id, conditioner
-
-    def __call__(self, rows: Sequence[Example | None]) -> Batch:
-        kept = [row for row in rows if row is not None]
-        items = [row.tokens for row in kept if row.tokens is not None]
-        groups = similar_lengths([len(item.ids) for item in items], min(self._layout.groups, len(rows)))
-        if self._layout.packed:
-            sides = [self._sides(kept, groups)]
-            blocks = [self._packed(side) for side in sides]
-        else:
-            members = [[kept[index] for index in group] for group in groups]
-            sides = [self._sides(each, [range(len(each))]) for each in members]
-            blocks = [self._padded(side) for side in sides]
-        if self._layout.only_scored:
-            for block in blocks:
-                pick_scored(block)
-        tokens, computed = sum(len(item.ids) for item in items), computed_tokens(blocks)
-        twice = sum(len(item.ids) for side in sides for item in side.items) / max(tokens, 1)
-        return Batch(blocks, tokens, sum(item.scored for item in items), round(computed / max(twice, 1)))
-
-    def _sides(self, kept: Sequence[Example], groups: Sequence[Sequence[int]]) -> _Sides:
-        """Examples of a block, those with an attribute a second time at the opposite strength if contrasted.
-
-        Args:
-            groups: indices of examples of similar length.
-        """
-        items = [row.tokens for row in kept if row.tokens is not None]
-        if self._conditioner is None:
-            return _Sides(items)
-        strengths = self._conditioner.strengths([row.condition for row in kept] or [None])
-        if not self._layout.contrast:
-            return _Sides(items, strengths)
-        terms = pair_terms(items, strengths, groups)
-        active = terms["distance"].nonzero().squeeze(1)
-        owners = torch.cat([torch.arange(len(strengths)), len(strengths) + active])
-        both = items + [items[index] for index in active.tolist()]
-        return _Sides(both, torch.cat([strengths, -strengths[active]]), owners, terms)
-
-    def _packed(self, sides: _Sides) -> Block:
-        rows = fill_rows([len(item.ids) for item in sides.items], self._layout.attention, self._layout.context)
-        block, example = pack(sides.items, rows, self._pad_id)
-        if sides.strengths is not None:
+    kept = [row for row in rows if row is not None and row.tokens is not None]
+    items = [row.tokens for row in kept if row.tokens is not None]
+    groups = similar_lengths([len(item.ids) for item in items], min(layout.groups, len(rows)))
+    blocks, passed = [], 0
+    for members in [list(range(len(kept)))] if layout.packed else groups:
+        chosen, strengths, owners = [items[index] for index in members], None, None
+        terms: dict[str, Tensor] = {}
+        if conditioner is not None:
+            # (items, attributes); (1, attributes) without items.
+            strengths = conditioner.strengths([kept[index].condition for index in members] or [None])
+        if strengths is not None and layout.contrast:
+            terms = pair_terms(chosen, strengths, groups if layout.packed else [range(len(chosen))])
+            active = terms["distance"].nonzero().squeeze(1)
+            # Row i of n at its strength has the owner i, at the opposite strength n + i.
+            owners = torch.cat([torch.arange(len(strengths)), len(strengths) + active])
+            chosen, strengths = (
+                chosen + [chosen[i] for i in active.tolist()],
+                torch.cat([strengths, -strengths[active]]),
+            )
+        passed += sum(len(item.ids) for item in chosen)
+        if layout.packed:
+            filled = fill_rows([len(item.ids) for item in chosen], layout.attention, layout.context)
+            block, example = pack(chosen, filled, pad_id)
             # Padding has the index after the last example: strength 0.
-            block["strengths"] = torch.cat([sides.strengths, torch.zeros_like(sides.strengths[:1])])[example]
-        if sides.owners is not None:
-            block["owner"] = F.pad(sides.owners, (0, 1))[example]
-        return block | sides.terms
-
-    def _padded(self, sides: _Sides) -> Block:
-        # One padding token for a process without an example in the last batch, which must take part in every pass.
-        items = sides.items or [Encoded([self._pad_id], [IGNORED], False, False)]
-        block = pad_right(items, self._pad_id)
-        block["labels"][:, 0] = IGNORED
-        if sides.strengths is not None:
-            block["strengths"] = sides.strengths
-        if sides.owners is not None:
-            block["owner"] = sides.owners.unsqueeze(1).expand_as(block["labels"])
-        return block | sides.terms
-
-
-@dataclass(frozen=True)
-class _Sides:
-    """Examples of one block at their strengths and, if contrasted, at the opposite ones.
-
-    Attributes:
-        strengths: (items, attributes); (1, attributes) if there are no items.
-        owners: index of each item's row, n + i for row i of n at the opposite strength; (items,).
-        terms: see `pair_terms`.
-    """
-
-    items: list[Encoded]
-    strengths: Tensor | None = None
-    owners: Tensor | None = None
-    terms: dict[str, Tensor] = field(default_factory=dict)
+            strengths = None if strengths is None else F.pad(strengths, (0, 0, 0, 1))[example]
+            owners = None if owners is None else F.pad(owners, (0, 1))[example]
+        else:
+            # One padding token for a process without an example in the last batch, which must take part in every pass.
+            block = pad_right(chosen or [Encoded([pad_id], [IGNORED], False, False)], pad_id)
+            block["labels"][:, 0] = IGNORED
+            owners = None if owners is None else owners.unsqueeze(1).expand_as(block["labels"])
+        found = {"strengths": strengths, "owner": owners, **terms}
+        block |= {name: tensor for name, tensor in found.items() if tensor is not None}
+        if layout.only_scored:
+            pick_scored(block)
+        blocks.append(block)
+    tokens = sum(len(item.ids) for item in items)
+    computed = sum(block["input_ids"].numel() for block in blocks)
+    once = round(computed / max(passed / max(tokens, 1), 1))
+    return Batch(blocks, tokens, sum(item.scored for item in items), once)
 
 
 def fill_rows(lengths: Sequence[int], attention: float = 0.0, context: int | None = None) -> list[list[int]]:
@@ -273,11 +240,6 @@ def similar_lengths(lengths: Sequence[int], groups: int) -> list[list[int]]:
 
     ends = cut(len(order), groups)[1]
     return [order[start:end] for start, end in zip((0, *ends), ends, strict=False)]
-
-
-def computed_tokens(blocks: Sequence[Block]) -> int:
-    """Tokens of the blocks, including padding."""
-    return sum(block["input_ids"].numel() for block in blocks)
 
 
 # Largest difference of packed and unpacked logits, over the largest logit: rounding in the order of sums.

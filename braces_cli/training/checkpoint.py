@@ -11,7 +11,6 @@ process gathers the tensors and one writes them, so a run can be resumed with an
 from __future__ import annotations
 
 import json
-import logging
 import os
 import random
 import re
@@ -19,8 +18,8 @@ import secrets
 import shutil
 import tempfile
 from array import array
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
@@ -36,7 +35,6 @@ from braces_cli.core.distributed import barrier, full_tensor, gathered, is_main,
 from braces_cli.core.errors import BracesError, ConfigError, ModelError
 from braces_cli.core.files import (
     bytes_hash,
-    check_output_folder,
     check_regular,
     file_hash,
     file_hint,
@@ -46,12 +44,11 @@ from braces_cli.core.files import (
     write_json,
     write_tensors,
 )
+from braces_cli.core.models.tokenize import Encoded
 from braces_cli.core.schema import Count, Kind, Name, Size, read
-from braces_cli.data.dataset import Counts, Examples, Stream
+from braces_cli.data.dataset import Counts
 from braces_cli.scoring.likelihood import Likelihood
 from braces_cli.training.report import CURVE_FILE, METRICS_FILE, TrainResult
-
-logger = logging.getLogger("braces")
 
 # Written last: a folder without a manifest is not a complete checkpoint.
 MANIFEST_FILE = "manifest.json"
@@ -80,11 +77,11 @@ _MANIFEST = Kind(Manifest, ModelError, _DAMAGED_HINT, "manifest")
 _STATE: Kind[Any] = Kind(object, ModelError, _DAMAGED_HINT, "state of training")
 
 
-def checkpoints(folder: Path, complete: bool = True) -> list[Path]:
-    """Complete checkpoints in `folder`, or the incomplete ones, oldest first."""
-    found = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
-    named = sorted((path for path in found if _NAME.fullmatch(path.name)), key=_step)
-    return [path for path in named if path_exists(path / MANIFEST_FILE) == complete]
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints in `folder`, oldest first."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    named = [path for path in found if _NAME.fullmatch(path.name) and path_exists(path / MANIFEST_FILE)]
+    return sorted(named, key=_step)
 
 
 def _step(checkpoint: Path) -> int:
@@ -130,8 +127,11 @@ def _damaged(file: Path, what: str) -> ModelError:
     return ModelError(what, where=str(file), hint=f"Remove {checkpoint}; --resume then {then}.")
 
 
-def write_checkpoint(folder: Path, step: int, write: Callable[[Path], object]) -> None:
+def write_checkpoint(folder: Path, step: int, limit: int, write: Callable[[Path], object]) -> None:
     """Call `write` with a temporary folder, then rename the folder to `checkpoint-{step}`.
+
+    Args:
+        limit: number of checkpoints that are kept; 0 for all.
 
     Raises:
         BracesError: the disk is full or cannot be written; earlier checkpoints are unchanged.
@@ -151,6 +151,8 @@ def write_checkpoint(folder: Path, step: int, write: Callable[[Path], object]) -
         remove(goal)
         temporary.rename(goal)
         _flush(folder)
+        for path in checkpoints(folder)[:-limit] if limit else ():
+            remove(path)
     except (OSError, BracesError) as error:
         # `core.files` turns an OSError into a BracesError, which names the temporary file.
         reason = error if isinstance(error, OSError) else error.__cause__
@@ -165,25 +167,12 @@ def write_checkpoint(folder: Path, step: int, write: Callable[[Path], object]) -
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def rotate(folder: Path, limit: int) -> None:
-    """Keep the newest `limit` checkpoints; 0 keeps all."""
-    for path in checkpoints(folder)[:-limit] if limit else []:
-        remove(path)
-
-
 def remove(path: Path) -> None:
     """Remove a checkpoint, if it exists, after renaming it: a folder of that name is always complete."""
     if path.is_dir():
         temporary = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=path.parent))
         path.rename(temporary / path.name)
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def remove_partial(folder: Path) -> None:
-    """Remove files that a killed process left incomplete."""
-    for path in folder.glob(f"{_PARTIAL}*") if folder.is_dir() else ():
-        shutil.rmtree(path, ignore_errors=True)
-    remove_partial_files(folder)
 
 
 def _flush(path: Path) -> None:
@@ -223,7 +212,7 @@ class Record:
     Attributes:
         settings: everything that its outcome depends on, by option name.
         command: words of the command line.
-        data: see `digest`.
+        data: hash of the token ids and labels of all examples; of a stream, of its first ones.
         base: likelihood of the evaluation rows under the base.
         progress: counters at a checkpoint.
         result: of a finished run.
@@ -241,11 +230,6 @@ class Record:
 
 
 _RECORD = Kind(Record, ModelError, "Give another --output-dir, or --overwrite.", "record of a run", closed=True)
-
-
-def digest(examples: Examples | Stream) -> str:
-    """Hash of the token ids and labels of all examples; of a stream, of its first examples."""
-    return bytes_hash(array("q", item.ids).tobytes() + array("q", item.labels).tobytes() for item in examples.items)
 
 
 def read_record(folder: Path) -> Record | None:
@@ -269,18 +253,6 @@ def read_progress(checkpoint: Path) -> Progress:
     if progress is None or progress.step != _step(checkpoint) or progress.logged > progress.step:
         raise ModelError("`progress` is not that of this checkpoint", where=str(path), hint=_DAMAGED_HINT)
     return progress
-
-
-def check_run_folder(folder: Path, *, overwrite: bool, resume: bool) -> None:
-    """Check the output folder before any work.
-
-    Raises:
-        ConfigError: it cannot be written to, or is not empty and neither `overwrite` nor `resume` is set.
-    """
-    hint = "Give another one, or --overwrite."
-    if checkpoints(folder) or (folder / RUN_FILE).is_file():
-        hint = "--resume continues the run there; --overwrite starts anew and removes its checkpoints."
-    check_output_folder(folder, overwrite or resume, hint)
 
 
 def finished(folder: Path, settings: dict[str, Any]) -> TrainResult | None:
@@ -315,25 +287,25 @@ def _shown(value: Any) -> str:
     return "unset" if value is None else json.dumps(value)
 
 
-def prepare_folder(folder: Path, resume: bool, record: Record) -> Path | None:
+def prepare_folder(folder: Path, resume: bool, record: Record, items: Sequence[Encoded]) -> Path | None:
     """Remove files of an earlier run, except its adapter, or return the checkpoint to resume from. Collective.
+
+    Args:
+        record: receives the hash of the rows and, on resumption, the likelihood of the base.
+        items: training examples; of a stream, the first ones.
 
     Raises:
         ConfigError: the checkpoint was trained on other rows.
         ModelError: the checkpoint is damaged.
     """
+    record.data = bytes_hash(array("q", item.ids).tobytes() + array("q", item.labels).tobytes() for item in items)
     if is_main():
-        remove_partial(folder)
-        incomplete = checkpoints(folder, complete=False)
-        if resume:
-            for path in incomplete:
-                logger.warning("%s is not a complete checkpoint; it is ignored", path)
-        else:
+        remove_partial_files(folder)
+        for path in folder.glob(f"{_PARTIAL}*"):
+            shutil.rmtree(path, ignore_errors=True)
+        if not resume:
             for path in checkpoints(folder):
                 remove(path)
-            for path in incomplete:
-                with suppress(OSError):  # not empty
-                    path.rmdir()
             for name in (RUN_FILE, METRICS_FILE, CURVE_FILE):
                 (folder / name).unlink(missing_ok=True)
     barrier()
@@ -347,37 +319,29 @@ def prepare_folder(folder: Path, resume: bool, record: Record) -> Path | None:
     return checkpoint
 
 
-@dataclass
-class Captured:
-    """State of training at one step, gathered from all processes."""
-
-    parameters: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-    schedule: dict[str, Any]
-    rng: list[dict[str, Any]]
-
-    def write(self, folder: Path) -> None:
-        write_tensors(folder / PARAMETERS_FILE, self.parameters)
-        write_tensors(folder / OPTIMIZER_FILE, self.optimizer)
-        write_json(folder / SCHEDULE_FILE, self.schedule)
-        write_json(folder / RNG_FILE, self.rng)
-
-
-def capture(model: Any, optimizer: Any, scheduler: Any, scaler: Any = None) -> Captured:
-    """Gather the state. Collective."""
+def capture(model: Any, optimizer: Any, scheduler: Any, scaler: Any = None) -> dict[str, Any]:
+    """Gather the state of training, as the content of its files by name. Collective."""
     stored = optimizer.state_dict()
-    tensors = {
-        f"{index}.{name}": torch.as_tensor(full_tensor(value)).clone()
-        for index, entry in stored["state"].items()
-        for name, value in entry.items()
+    return {
+        PARAMETERS_FILE: {name: full_tensor(p.detach()).clone() for name, p in trained(model).items()},
+        OPTIMIZER_FILE: {
+            f"{index}.{name}": torch.as_tensor(full_tensor(value)).clone()
+            for index, entry in stored["state"].items()
+            for name, value in entry.items()
+        },
+        SCHEDULE_FILE: {
+            "groups": stored["param_groups"],
+            "scheduler": scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        },
+        RNG_FILE: gathered(rng_state()),
     }
-    schedule = {
-        "groups": stored["param_groups"],
-        "scheduler": scheduler.state_dict(),
-        "scaler": None if scaler is None else scaler.state_dict(),
-    }
-    parameters = {name: full_tensor(p.detach()).clone() for name, p in trained(model).items()}
-    return Captured(parameters, tensors, schedule, gathered(rng_state()))
+
+
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """Write what `capture` returned."""
+    for name, content in state.items():
+        (write_tensors if name.endswith(".safetensors") else write_json)(folder / name, content)
 
 
 def trained(model: Any) -> dict[str, Any]:

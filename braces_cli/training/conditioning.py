@@ -45,7 +45,8 @@ def gather_attributes(
     if start is not None and start.config.attributes:
         stored = load_attributes(start.folder / TRAINED_FILE, session)
     known = sorted({*known_attributes(session, folder), *stored})
-    rows = [row for examples in sets for row in examples.conditions if row.attribute is not None]
+    conditions = [each for examples in sets for each in examples.conditions]
+    rows = [each for each in conditions if each is not None and each.attribute is not None]
     for row in rows:
         if row.attribute not in known:
             hint = f"{near_misses(str(row.attribute), known)} Known: {', '.join(known)}.".strip()

@@ -31,7 +31,7 @@ from braces_cli.core.progress import Report
 from braces_cli.data.dataset import Example, Stream
 from braces_cli.scoring.likelihood import Likelihood
 from braces_cli.training.baselines import PeftAdapter
-from braces_cli.training.batching import Batch, Block, Collator, TrainingData, example_order, global_batch
+from braces_cli.training.batching import Batch, Block, TrainingData, collate, example_order, global_batch
 from braces_cli.training.checkpoint import (
     Progress,
     Record,
@@ -41,19 +41,18 @@ from braces_cli.training.checkpoint import (
     restore_optimizer,
     restore_parameters,
     restore_rng,
-    rotate,
     trained,
     write_checkpoint,
+    write_state,
 )
-from braces_cli.training.loss import PAIR_TERMS, contrastive_loss, mean_loss, only_scored, token_nll
-from braces_cli.training.report import METRICS_FILE, MetricsFile
-from braces_cli.training.settings import TrainSettings, capped_warmup
+from braces_cli.training.loss import PAIR_TERMS, contrastive_loss, only_scored, token_nll
+from braces_cli.training.report import CHECKPOINT_CARD, METRICS_FILE, MetricsFile
+from braces_cli.training.settings import TrainSettings
 
 logger = logging.getLogger("braces")
 
 # Gradients of a step are clipped to this norm.
 MAX_GRAD_NORM = 1.0
-_SCHEDULES = {"constant": "constant_with_warmup"}
 
 
 class Trainer:
@@ -61,7 +60,7 @@ class Trainer:
 
     Args:
         record: written into every checkpoint, with the counters of that step.
-        snapshot: gather the adapter, collectively, and return a function that writes it to a folder.
+        write: writes a model card and the tensors of the adapter to a folder.
         evaluate: likelihood of the evaluation rows; None if there are none.
         stop: signal received by this process.
 
@@ -76,7 +75,7 @@ class Trainer:
         settings: TrainSettings,
         data: TrainingData,
         record: Record,
-        snapshot: Callable[[], Callable[[Path], None]],
+        write: Callable[[str, dict[str, Tensor], Path], None],
         evaluate: Callable[[], Likelihood | None],
         report: Report,
         stop: StopRequest,
@@ -84,10 +83,9 @@ class Trainer:
         assert settings.output_dir is not None
         set_seed(settings.seed)
         self._settings, self._data, self._record, self._folder = settings, data, record, settings.output_dir
-        self._snapshot, self._evaluate, self._report, self._stop = snapshot, evaluate, report, stop
+        self._adapter, self._write, self._evaluate, self._report, self._stop = adapter, write, evaluate, report, stop
         self._base = cast(Any, adapter.model)
         self._device = input_device(self._base)
-        self._collate = Collator(data.layout, data.pad_id, data.conditioner)
         self._per_epoch = None
         if not isinstance(data.examples, Stream):
             self._per_epoch = math.ceil(len(data.examples.items) / global_batch(settings))
@@ -102,6 +100,7 @@ class Trainer:
             # All trained parameters are used in every pass, and the base has no buffers that change.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=False)],
         )
+        self.is_fsdp = self._accelerator.distributed_type == DistributedType.FSDP
         if settings.gradient_checkpointing:
             self._base.activation_checkpointing_enable({"use_reentrant": False})
         # Gradient checkpointing and FSDP imply that memory is scarce.
@@ -110,11 +109,12 @@ class Trainer:
         # No weight decay: R does not depend on the length of the rows of its weight.
         optimizer = torch.optim.AdamW(parameter_groups(adapter, settings), weight_decay=0.0)
         self._model, self._optimizer = self._accelerator.prepare(self._base, optimizer)
-        warmup = capped_warmup(settings.warmup_steps, self.max_steps)
+        # At most a quarter of all steps, so that the peak rate is reached.
+        warmup = min(settings.warmup_steps, self.max_steps // 4)
         if warmup < settings.warmup_steps and is_main():
             cut = "the warm-up is cut from %d to %d steps, a quarter of the run"
             logger.info(cut, settings.warmup_steps, warmup)
-        schedule = _SCHEDULES.get(settings.schedule, settings.schedule)
+        schedule = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
         self._scheduler = get_scheduler(schedule, self._optimizer, warmup, self.max_steps)
         # Counters before a resumption over all processes; tokens since then of this process.
         self._earlier = Progress(0, self.max_steps)
@@ -127,10 +127,6 @@ class Trainer:
         self._started = time.perf_counter()
         self._last_log: tuple[float, int] | None = None
         self._shown = ""
-
-    @property
-    def is_fsdp(self) -> bool:
-        return bool(self._accelerator.distributed_type == DistributedType.FSDP)
 
     @property
     def epoch(self) -> float:
@@ -146,11 +142,19 @@ class Trainer:
             BracesError: the loss or the adapter is not finite, or a checkpoint cannot be written.
             ModelError: the checkpoint is damaged.
         """
-        settings = self._settings
+        settings, examples = self._settings, self._data.examples
         if checkpoint is not None:
-            self._restore(checkpoint)
+            self._earlier = earlier = read_progress(checkpoint)
+            self.step, self._loss_sum, self._logged = earlier.step, earlier.loss_sum, earlier.logged
+            self._loss_open.fill_(earlier.loss_open)
+            if isinstance(examples, Stream) and earlier.stream is not None:
+                # Of a run with all steps completed; any other run reads these rows again.
+                examples.counts = earlier.stream
+            restore_parameters(checkpoint, self._base)
+            if self.step < self.max_steps:
+                restore_optimizer(checkpoint, self._optimizer, self._scheduler, self._accelerator.scaler)
         unfinished = self.step < self.max_steps
-        order = example_order(self._data.examples, settings, self.step) if unfinished else iter(())
+        order = example_order(examples, settings, self.step) if unfinished else iter(())
         if checkpoint is not None and unfinished:
             restore_rng(checkpoint)  # the last file that can be damaged: nothing was written before
         self._metrics = MetricsFile(self._folder / METRICS_FILE, self.step) if is_main() else None
@@ -196,24 +200,13 @@ class Trainer:
             stream=replace(examples.counts) if isinstance(examples, Stream) else None,
         )
 
-    def _restore(self, checkpoint: Path) -> None:
-        self._earlier = earlier = read_progress(checkpoint)
-        self.step, self._loss_sum, self._logged = earlier.step, earlier.loss_sum, earlier.logged
-        self._loss_open.fill_(earlier.loss_open)
-        if isinstance(self._data.examples, Stream) and earlier.stream is not None:
-            # Of a run with all steps completed; any other run reads these rows again.
-            self._data.examples.counts = earlier.stream
-        restore_parameters(checkpoint, self._base)
-        if self.step < self.max_steps:
-            restore_optimizer(checkpoint, self._optimizer, self._scheduler, self._accelerator.scaler)
-
     def _batches(self, order: Iterator[Example | None]) -> Iterator[Batch]:
         """This process's batches of the next optimizer step; the batches of other processes are skipped."""
         for _ in range(self._settings.gradient_accumulation):
             for process in range(world_size()):
                 rows = list(islice(order, self._settings.batch_size))
                 if process == rank():
-                    yield self._collate(rows)
+                    yield collate(rows, self._data.layout, self._data.pad_id, self._data.conditioner)
 
     def _train_step(self, batches: Sequence[Batch]) -> None:
         """One optimizer step on the mean loss over all scored tokens of all batches of all processes."""
@@ -255,10 +248,10 @@ class Trainer:
         with only_scored(self._base, block.pop("scored", None)):
             # With a cache, transformers does not check whether positions restart.
             logits = self._model(**block, use_cache=False).logits
-        if owner is None or settings.contrast is None or settings.margin is None:
-            return mean_loss(logits, labels, scored)
         nll = token_nll(logits, labels)
-        return contrastive_loss(nll, owner, terms, settings.contrast, settings.margin, scored)
+        if owner is None or settings.contrast is None or settings.margin is None:
+            return nll.sum() / scored.to(nll.device)
+        return contrastive_loss(nll, owner, terms, settings.contrast, settings.margin) / scored.to(nll.device)
 
     def _after_step(self) -> None:
         """Log, evaluate and save if due at this step."""
@@ -301,18 +294,17 @@ class Trainer:
     def _save(self) -> None:
         """Write a checkpoint. Collective; the first process writes."""
         self._check_finite()
-        captured = capture(self._base, self._optimizer, self._scheduler, self._accelerator.scaler)
-        write_adapter, record = self._snapshot(), replace(self._record, progress=self.progress())
+        state = capture(self._base, self._optimizer, self._scheduler, self._accelerator.scaler)
+        tensors, record = self._adapter.tensors(in_place=False), replace(self._record, progress=self.progress())
 
         def write(folder: Path) -> None:
-            write_adapter(folder)
-            captured.write(folder)
+            self._write(CHECKPOINT_CARD, tensors, folder)
+            write_state(folder, state)
             record.write(folder)
 
         try:
             if is_main():
-                write_checkpoint(self._folder, self.step, write)
-                rotate(self._folder, self._settings.save_total_limit)
+                write_checkpoint(self._folder, self.step, self._settings.save_total_limit, write)
         finally:
             barrier()
 

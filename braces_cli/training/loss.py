@@ -42,19 +42,12 @@ def next_tokens(labels: Tensor) -> Tensor:
     return F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
 
 
-def mean_loss(logits: Tensor, labels: Tensor, count: Tensor | int) -> Tensor:
-    """Cross entropy of the next token, in float32, summed over a block and divided by `count`.
+def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log p of the next token in float32, (k,), 0 for tokens that are not scored.
 
     Args:
         labels: (rows, tokens); or (k,), the targets, if there are logits of k scored tokens only.
-        count: scored tokens of the optimizer step.
     """
-    summed = token_nll(logits, labels).sum()
-    return summed / torch.as_tensor(count, device=summed.device)
-
-
-def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """-log p of the targets in float32, (k,), 0 for tokens that are not scored; arguments as for `mean_loss`."""
     # Labels are moved rather than logits: no copy of (tokens, vocabulary).
     targets = (labels if labels.ndim == 1 else next_tokens(labels)).to(logits.device)
     result: Tensor = _TokenNll.apply(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
@@ -167,17 +160,14 @@ def pair_terms(items: Sequence[Encoded], strengths: Tensor, groups: Sequence[Seq
     return {"distance": distance, "share": share}
 
 
-def contrastive_loss(
-    nll: Tensor, owner: Tensor, terms: dict[str, Tensor], weight: float, margin: float, count: Tensor | int
-) -> Tensor:
-    """Loss of one block.
+def contrastive_loss(nll: Tensor, owner: Tensor, terms: dict[str, Tensor], weight: float, margin: float) -> Tensor:
+    """Loss of one block, summed over its scored tokens.
 
     Args:
         nll: -log p of each token, (k,), 0 for tokens that are not scored.
         owner: of each token, its row i at the row's strength, or n + i at the opposite strength, (k,).
         terms: see `pair_terms`.
         margin: in nats, for s = 1.
-        count: scored tokens of all blocks of an optimizer step, without those at opposite strengths.
     """
     terms = {name: tensor.to(nll.device) for name, tensor in terms.items()}
     rows = len(terms["share"])
@@ -185,21 +175,19 @@ def contrastive_loss(
     belongs = owner.to(nll.device).flatten() == torch.arange(2 * rows, device=nll.device).unsqueeze(1)
     own, opposite = (belongs.to(nll.dtype) @ nll).split(rows)
     pairs = terms["share"] * F.softplus(margin * terms["distance"] + own - opposite)
-    return (own.sum() + weight * pairs.sum()) / torch.as_tensor(count, device=nll.device)
+    return own.sum() + weight * pairs.sum()
 
 
 def measure(
     model: Any,
-    examples: Examples | None,
+    examples: Examples,
     conditioner: Conditioner | None,
     pad_id: int,
     batch_size: int,
     report: Report,
     stage: str,
-) -> Likelihood | None:
+) -> Likelihood:
     """Likelihood of all examples with equal weight for every token, each example at its own condition. Collective."""
-    if examples is None:
-        return None
     rows, count = list(range(len(examples.items))), len(examples.items)
     if world_size() > 1:
         # Every process measures equally many examples, since FSDP needs equally many calls; a repeated one has no
@@ -208,12 +196,11 @@ def measure(
         rows = order[rank() :: world_size()]
         count = len(rows)
         rows = rows + order[: -(-len(order) // world_size()) - count]
-    conditions = examples.conditions
 
     def condition(batch: Sequence[int]) -> None:
         if conditioner is not None:
             with torch.no_grad():
-                conditioner.apply(conditioner.strengths([conditions[rows[index]] for index in batch]))
+                conditioner.apply(conditioner.strengths([examples.conditions[rows[index]] for index in batch]))
 
     try:
         items = [examples.items[row] for row in rows]

@@ -33,20 +33,20 @@ from braces_cli.core.attributes.vector import Attribute, save_attributes
 from braces_cli.core.attributes.words import neutral_texts
 from braces_cli.core.distributed import barrier, deferred, gathered, is_main, join, world_size
 from braces_cli.core.errors import ConfigError, ModelError
-from braces_cli.core.files import output_lock, versions
+from braces_cli.core.files import check_output_folder, output_lock, versions
 from braces_cli.core.models.ffn import FFN, MixtureFFN, chosen_layers, find_ffns, parameter_total
 from braces_cli.core.models.hub import check_push
 from braces_cli.core.models.load import input_device, load_shape, load_tokenizer, pick_device
 from braces_cli.core.models.tokenize import context_length, encode
-from braces_cli.core.progress import Report, Timings, silent
+from braces_cli.core.progress import Report, silent
 from braces_cli.data.dataset import Examples, Fields, Reading, Stream, log_counts, read_examples
 from braces_cli.scoring.likelihood import Likelihood
 from braces_cli.training.baselines import PeftAdapter, baseline_parameters
 from braces_cli.training.batching import TrainingData, choose_layout, global_batch
-from braces_cli.training.checkpoint import Record, check_run_folder, digest, finished, prepare_folder
+from braces_cli.training.checkpoint import RUN_FILE, Record, checkpoints, finished, prepare_folder
 from braces_cli.training.conditioning import Conditioner, gather_attributes, with_original_states
 from braces_cli.training.loss import measure
-from braces_cli.training.report import CHECKPOINT_CARD, TrainResult, draw_curve, model_card, side_path_shares
+from braces_cli.training.report import TrainResult, draw_curve, model_card, side_path_shares
 from braces_cli.training.settings import STRENGTH, TrainSettings
 
 logger = logging.getLogger("braces")
@@ -76,7 +76,10 @@ def train(settings: TrainSettings, report: Report = silent, command: Sequence[st
     with output_lock(settings.output_dir):
         # With several processes only one checks: the first may be writing when another one checks.
         if is_main() or settings.resume:
-            check_run_folder(settings.output_dir, overwrite=settings.overwrite, resume=settings.resume)
+            hint = "Give another one, or --overwrite."
+            if checkpoints(settings.output_dir) or (settings.output_dir / RUN_FILE).is_file():
+                hint = "--resume continues the run there; --overwrite starts anew and removes its checkpoints."
+            check_output_folder(settings.output_dir, settings.overwrite or settings.resume, hint)
         if settings.push_to_hub is not None:
             check_push(settings.push_to_hub)
         record = Record(settings.identity(world_size()), list(command))
@@ -86,48 +89,40 @@ def train(settings: TrainSettings, report: Report = silent, command: Sequence[st
 
 def _train(settings: TrainSettings, folder: Path, report: Report, record: Record) -> TrainResult:
     # Everything that can be checked without weights comes first, since loading them can take minutes.
-    timings = Timings()
-    with timings.stage("model without weights and tokenizer"):
-        plan = resolve(settings)
-        settings, reading = plan.settings, plan.reading
-    with timings.stage("reading and tokenising"):
-        train_set = _training_rows(settings, reading, report)
-        eval_set = read_examples(settings.eval_data, reading, report) if settings.eval_data else None
-    with timings.stage("weights"):
-        session = open_session(plan.base, None, settings, reading.tokenizer)
-        model, pad_id = session.base.model, session.base.tokenizer.pad_token_id
-        join(input_device(model))
+    plan = resolve(settings)
+    settings, reading = plan.settings, plan.reading
+    train_set: Examples | Stream
+    if settings.streaming:
+        train_set = Stream(settings.data, reading, settings.seed, global_batch(settings))
+    else:
+        train_set = read_examples(settings.data, reading, report)
+    eval_set = read_examples(settings.eval_data, reading, report) if settings.eval_data else None
+    session = open_session(plan.base, None, settings, reading.tokenizer)
+    model, pad_id = session.base.model, session.base.tokenizer.pad_token_id
+    join(input_device(model))
     attributes: list[Attribute] = []
     if settings.attribute_field is not None:
-        with timings.stage("attributes"):
-            sets = [examples for examples in (train_set, eval_set) if examples is not None]
-            attributes = gather_attributes(session, settings, sets, plan.start)
-    with timings.stage("hash of the rows"):
-        record.data = digest(train_set)
-    checkpoint = prepare_folder(folder, settings.resume, record)
+        sets = [train_set] if eval_set is None else [train_set, eval_set]
+        attributes = gather_attributes(session, settings, sets, plan.start)
+    checkpoint = prepare_folder(folder, settings.resume, record, train_set.items)
     if checkpoint is not None and attributes:
         attributes = with_original_states(attributes, checkpoint, session)
-    with timings.stage("probes of packing and logits"):
-        layout = choose_layout(session, settings, train_set.items)
+    layout = choose_layout(session, settings, train_set.items)
 
     def evaluate(conditioner: Conditioner | None, stage: str) -> Likelihood | None:
+        if eval_set is None:
+            return None
         return measure(model, eval_set, conditioner, pad_id, settings.batch_size, report, stage)
 
     if settings.method != "braces" and record.base is None:
-        with timings.stage("evaluating the base"):  # PiSSA changes the base
-            record.base = evaluate(None, "evaluating the base")
-    with timings.stage("attaching the adapter"):
-        adapter = adapter_to_train(session, plan, checkpoint)
+        record.base = evaluate(None, "evaluating the base")  # before the adapter: PiSSA changes the base
+    adapter = adapter_to_train(session, plan, checkpoint)
     conditioner = Conditioner(adapter, attributes) if isinstance(adapter, Adapter) and attributes else None
-    config = _config(session, plan, adapter, attributes, train_set.chat)
+    config = _config(session, plan, adapter, attributes, train_set.counts.chat)
     write = partial(_write, adapter, config, attributes)
-
-    def snapshot() -> Callable[[Path], None]:
-        return partial(write, CHECKPOINT_CARD, adapter.tensors(in_place=False))
-
     data = TrainingData(train_set, layout, conditioner, pad_id)
     evaluate_now = partial(evaluate, conditioner, "evaluating")
-    figures = _fit(adapter, settings, data, record, snapshot, evaluate_now, report, timings, checkpoint)
+    figures = _fit(adapter, settings, data, record, write, evaluate_now, report, checkpoint)
     tuned = evaluate(conditioner, "evaluating the adapter")
     shares = None
     if isinstance(adapter, Adapter):
@@ -142,13 +137,16 @@ def _train(settings: TrainSettings, folder: Path, report: Report, record: Record
         packed=layout.packed,
         resumed_from=None if checkpoint is None else str(checkpoint),
         side_path_share=shares,
-        rows=train_set.rows,
-        rows_truncated=train_set.truncated,
-        rows_dropped=train_set.dropped,
+        rows=train_set.counts.rows,
+        rows_truncated=train_set.counts.truncated,
+        rows_dropped=train_set.counts.dropped,
         **plan.counts,
         **figures,
-        **_likelihood("base_eval", record.base),
-        **_likelihood("eval", tuned),
+        **{
+            f"{prefix}_{name}": getattr(measured, name, None)
+            for prefix, measured in (("base_eval", record.base), ("eval", tuned))
+            for name in ("loss", "perplexity", "perplexity_without_eos")
+        },
     )
     tensors = adapter.tensors(in_place=world_size() == 1)
     if is_main():
@@ -158,12 +156,6 @@ def _train(settings: TrainSettings, folder: Path, report: Report, record: Record
         replace(record, result=result).write(folder)
     barrier()
     return result
-
-
-def _training_rows(settings: TrainSettings, reading: Reading, report: Report) -> Examples | Stream:
-    if settings.streaming:
-        return Stream(settings.data, reading, settings.seed, global_batch(settings))
-    return read_examples(settings.data, reading, report)
 
 
 def _config(
@@ -208,29 +200,26 @@ def _fit(
     settings: TrainSettings,
     data: TrainingData,
     record: Record,
-    snapshot: Callable[[], Callable[[Path], None]],
+    write: Callable[[str, dict[str, Any], Path], None],
     evaluate: Callable[[], Likelihood | None],
     report: Report,
-    timings: Timings,
     checkpoint: Path | None,
 ) -> dict[str, Any]:
     """Train; afterwards the model holds the adapter as it will be saved. Return the figures of the steps."""
-    with timings.stage("importing accelerate"):  # here, so that a refused run does not import it
-        from braces_cli.training.loop import Trainer
-    if torch.cuda.is_available():
+    from braces_cli.training.loop import Trainer  # here, so that a refused run does not import accelerate
+
+    cuda = torch.cuda.is_available()
+    if cuda:
         torch.cuda.reset_peak_memory_stats()
     with deferred() as stop:
-        with timings.stage("optimizer and launcher"):
-            trainer = Trainer(adapter, settings, data, record, snapshot, evaluate, report, stop)
-        timings.log("before the first step")
+        trainer = Trainer(adapter, settings, data, record, write, evaluate, report, stop)
         trainer.run(checkpoint)
     if trainer.stopped_by:
         logger.info("stopped after step %d; continue with --resume", trainer.step)
         signal.raise_signal(signal.Signals(trainer.stopped_by))
-    if torch.cuda.is_available():
-        memory = int(torch.cuda.max_memory_allocated())
-    else:  # of the whole process; Linux reports KiB
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    # On the CPU, of the whole process; Linux reports KiB.
+    unit = 1 if sys.platform == "darwin" else 1024
+    memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     progress = trainer.progress()
     if not trainer.is_fsdp:
         # Replace the projections by those that the file holds, so that the saved adapter is evaluated.
@@ -240,19 +229,14 @@ def _fit(
     return {
         "steps": trainer.step,
         # The length of a pass over a stream is unknown.
-        "epochs": trainer.epoch if isinstance(data.examples, Examples) else None,
+        "epochs": None if isinstance(data.examples, Stream) else trainer.epoch,
         "train_loss": (progress.loss_sum + progress.loss_open) / max(trainer.step, 1),
         "seconds": progress.seconds,
         "tokens": progress.tokens,
         "tokens_per_second": progress.tokens / progress.seconds,
-        "peak_memory": memory,
+        "peak_memory": int(memory),
         "padding_share": 1 - progress.tokens / max(progress.computed, 1),
     }
-
-
-def _likelihood(prefix: str, measured: Likelihood | None) -> dict[str, Any]:
-    names = ("loss", "perplexity", "perplexity_without_eos")
-    return {f"{prefix}_{name}": None if measured is None else getattr(measured, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -283,16 +267,21 @@ def resolve(settings: TrainSettings) -> Plan:
         ConfigError: rank, layers or targets that do not fit the base, or differ from those of the adapter.
         ModelError: base or adapter cannot be read, or do not fit.
     """
-    start = None if settings.adapter is None else find_adapter(settings.adapter)
-    if start is not None:
-        _check_continued(settings, start.config)
-    model, revision = settings.base(start and start.config)
+    start, inherited = None, {}
+    model, revision = settings.model, settings.revision
+    if settings.adapter is not None:
+        start = find_adapter(settings.adapter)
+        config = start.config
+        _check_continued(settings, config)
+        if model is None:
+            model, revision = config.base_model_name_or_path, revision or config.revision
+        kept = {"rank": config.r, "layers": ",".join(map(str, config.layers))}
+        inherited = {"model": model, "revision": revision, **kept}
     base, code = base_name(model, None), settings.trust_remote_code
     shape = load_shape(base, revision=revision, trust_remote_code=code)
     tokenizer = load_tokenizer(base, revision=revision, trust_remote_code=code)
     ffns = find_ffns(shape)
-    context = context_length(shape.config, tokenizer)
-    settings = settings.resolve(ffns[0].hidden_size, context, start and start.config)
+    settings = settings.resolve(ffns[0].hidden_size, context_length(shape.config, tokenizer), **inherited)
     try:
         layers = chosen_layers(shape, settings.layers)
         counts = count_parameters(shape, ffns, settings, layers)
@@ -369,24 +358,19 @@ def adapter_to_train(session: Session, plan: Plan, checkpoint: Path | None) -> A
     elif settings.method != "braces":
         return PeftAdapter(model, settings, plan.layers)
     else:
-        adapter = attach(
-            model, settings.rank, plan.layers, settings.seed, _scales(session, plan, checkpoint), session.ffns
-        )
+        ffns = [ffn for ffn in session.ffns if plan.layers is None or ffn.layer in plan.layers]
+        if checkpoint is not None:
+            scales = read_config(checkpoint).relevance_scale
+        elif settings.scale is not None:
+            scales = [settings.scale] * len(ffns)
+        else:
+            texts = [encode(session.base.tokenizer, text).ids for text in neutral_texts()]
+            # In half precision the numbers can differ between devices, but all processes must train the same adapter.
+            scales = gathered(measure_scales(model, ffns, texts))[0]
+        adapter = attach(model, settings.rank, plan.layers, settings.seed, scales, session.ffns)
     if settings.attribute_field is not None and adapter.mlp is None:
         adapter.add_mlp(settings.seed)
     return adapter
-
-
-def _scales(session: Session, plan: Plan, checkpoint: Path | None) -> list[float]:
-    """c of each adapted layer, of `checkpoint` or the settings or measured on the base."""
-    if checkpoint is not None:
-        return read_config(checkpoint).relevance_scale
-    ffns = [ffn for ffn in session.ffns if plan.layers is None or ffn.layer in plan.layers]
-    if plan.settings.scale is not None:
-        return [plan.settings.scale] * len(ffns)
-    texts = [encode(session.base.tokenizer, text).ids for text in neutral_texts()]
-    # In half precision the numbers can differ between devices, but all processes must train the same adapter.
-    return gathered(measure_scales(session.base.model, ffns, texts))[0]
 
 
 _DDP = "Use recipes/launch/ddp.yaml, or torchrun."
@@ -408,22 +392,19 @@ def check_launch(device: str) -> None:
     Raises:
         ConfigError: FSDP on a CPU or with unsupported settings; DeepSpeed; tensor, context or pipeline parallelism.
     """
-
-    def is_set(name: str) -> bool:
-        return os.environ.get(name, "").lower() == "true"
-
+    on = {name for name, value in os.environ.items() if value.lower() == "true"}
     for name, what in _UNSUPPORTED.items():
-        if is_set(name):
+        if name in on:
             raise ConfigError("an adapter is trained under DDP or FSDP2 only", where=what, hint=_DDP)
-    if not is_set("ACCELERATE_USE_FSDP"):
+    if "ACCELERATE_USE_FSDP" not in on:
         return
     if os.environ.get("FSDP_VERSION", "1") != "2":
         what = "only version 2 separates the adapter's parameters from those of the base"
         raise ConfigError(what, where="fsdp_version", hint=_FSDP2)
-    if is_set("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+    if "FSDP_CPU_RAM_EFFICIENT_LOADING" in on:
         what = "every process runs the base before it is sharded, so each must load it"
         raise ConfigError(what, where="fsdp_cpu_ram_efficient_loading: true", hint=_FSDP2)
-    if is_set("FSDP_ACTIVATION_CHECKPOINTING"):
+    if "FSDP_ACTIVATION_CHECKPOINTING" in on:
         what = "it changes the names of parameters"
         hint = "Set it to false, and give --gradient-checkpointing."
         raise ConfigError(what, where="fsdp_activation_checkpointing: true", hint=hint)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,34 +49,6 @@ _RECORDED = (
     "schedule", "gradient_checkpointing", "attribute_field", "strength_field", "opposites", "contrast", "margin",
     "seed",
 )  # fmt: skip
-
-
-def default_lr(width: int) -> float:
-    """Peak learning rate of the projections for a model of width d = `width`, to three digits."""
-    return float(f"{DEFAULT_TURN / math.sqrt(width):.3g}")
-
-
-def capped_warmup(steps: int, max_steps: int) -> int:
-    """Warm-up steps of a run: at most a quarter of all steps, so that the peak rate is reached."""
-    return min(steps, max_steps // 4)
-
-
-def parse_opposites(values: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """`A:B` of each value.
-
-    Raises:
-        ConfigError: a value of another form, or a name in two pairs.
-    """
-    pairs = []
-    for value in values:
-        one, colon, other = (part.strip() for part in value.partition(":"))
-        if not (one and colon and other) or one == other:
-            raise ConfigError(f"`{value}` is not A:B", where="--opposites", hint="Such as positive:negative.")
-        pairs.append((one, other))
-    names = [name for pair in pairs for name in pair]
-    if len(set(names)) < len(names):
-        raise ConfigError("an attribute is in two pairs", where="--opposites", hint="Each can have one opposite.")
-    return tuple(pairs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +145,8 @@ class TrainSettings(ModelSettings, OverwriteSettings, UploadSettings, OutputSett
         object.__setattr__(self, "attribute_field", self.attribute_field or columns.attribute)
         if self.strength_field == STRENGTH and columns.strength is not None:
             object.__setattr__(self, "strength_field", columns.strength)
-        object.__setattr__(self, "lora_targets", _names(self.lora_targets))
+        names = [name.strip() for value in self.lora_targets for name in value.split(",")]
+        object.__setattr__(self, "lora_targets", tuple(filter(None, names)))
 
     def check(self) -> None:
         """Also refuse settings that do not fit together, missing folders and missing libraries."""
@@ -208,12 +180,11 @@ class TrainSettings(ModelSettings, OverwriteSettings, UploadSettings, OutputSett
                 flag = flag_of(type(self), name)
                 hint = f"Leave it out, or use {'--method braces' if baseline else 'a baseline, such as --method lora'}."
                 raise ConfigError(f"{flag} has no effect with --method {self.method}", where=flag, hint=hint)
-        if baseline and self.attribute_field is not None:
-            hint = "Leave out --attribute-field, or train with --method braces."
-            raise ConfigError(f"{self.method} cannot be trained on attributes", where="--method", hint=hint)
-        if baseline and self.adapter is not None:
-            hint = "Leave out --adapter, or train with --method braces."
-            raise ConfigError(f"{self.method} cannot continue from an adapter of braces", where="--adapter", hint=hint)
+        for name in ("attribute_field", "adapter") if baseline else ():
+            if getattr(self, name) is not None:
+                what = "be trained on attributes" if name == "attribute_field" else "continue from an adapter of braces"
+                hint = f"Leave out {flag_of(type(self), name)}, or train with --method braces."
+                raise ConfigError(f"{self.method} cannot {what}", where="--method", hint=hint)
 
     def _check_attributes(self) -> None:
         """Refuse two columns for one key, and options for attributes in a run without attributes."""
@@ -223,48 +194,36 @@ class TrainSettings(ModelSettings, OverwriteSettings, UploadSettings, OutputSett
             if column not in (None, other):
                 hint = f"Leave out {flag_of(type(self), name)}, or `{key}` of --columns."
                 raise ConfigError(f"two columns for `{key}`: {column} and {other}", where="--columns", hint=hint)
-        if self.attribute_field is None and self.method == "braces":
-            for name, unused in (
-                ("opposites", ()),
-                ("strength_field", STRENGTH),
-                ("attributes", None),
-                ("contrast", None),
-            ):
-                if getattr(self, name) not in (unused, 0):
-                    hint = "Name the column of each row's attribute with --attribute-field."
-                    raise ConfigError("no attributes are trained", where=flag_of(type(self), name), hint=hint)
+        unused = {"opposites": (), "strength_field": STRENGTH, "attributes": None, "contrast": None}
+        for name, value in unused.items() if self.attribute_field is None and self.method == "braces" else ():
+            if getattr(self, name) not in (value, 0):
+                hint = "Name the column of each row's attribute with --attribute-field."
+                raise ConfigError("no attributes are trained", where=flag_of(type(self), name), hint=hint)
         contrastive = self.attribute_field is not None if self.contrast is None else self.contrast > 0
         if self.margin is not None and not contrastive and "margin" in self.given:
             hint = "It needs --attribute-field, and a --contrast above 0."
             raise ConfigError("there is no contrastive loss", where="--margin", hint=hint)
 
-    def resolve(self, width: int, context: int, start: Any = None) -> Self:
+    def resolve(self, width: int, context: int, **inherited: Any) -> Self:
         """Settings with every default filled in; a run changes its settings only here.
 
         Args:
             width: d of the base.
             context: maximum tokens of the base.
-            start: config of the adapter to continue from, whose base, rank and layers are kept.
+            inherited: settings of the adapter to continue from.
         """
         trained = self.attribute_field is not None
         contrast = (DEFAULT_CONTRAST if trained else 0.0) if self.contrast is None else self.contrast
-        lr = BASELINE_LR if self.method in BASELINES else default_lr(width)
-        gate_lr = DEFAULT_GATE_LR_ATTRIBUTES if trained else DEFAULT_GATE_LR
-        found: dict[str, Any] = {"contrast": contrast}
-        found |= {"lr": self.lr or lr, "gate_lr": self.gate_lr or gate_lr, "max_length": min(self.max_length, context)}
-        if contrast and self.margin is None:
-            found["margin"] = DEFAULT_MARGIN
-        if start is not None:
-            model, revision = self.base(start)
-            layers = ",".join(map(str, start.layers))
-            found |= {"model": model, "revision": revision, "rank": start.r, "layers": layers}
-        return replace(self, **found)
-
-    def base(self, start: Any = None) -> tuple[str | None, str | None]:
-        """Name and revision of the base, by default those of the adapter `start`."""
-        if start is None or self.model is not None:
-            return self.model, self.revision
-        return start.base_model_name_or_path, self.revision or start.revision
+        lr = BASELINE_LR if self.method in BASELINES else float(f"{DEFAULT_TURN / math.sqrt(width):.3g}")
+        return replace(
+            self,
+            contrast=contrast,
+            margin=DEFAULT_MARGIN if contrast and self.margin is None else self.margin,
+            lr=self.lr or lr,
+            gate_lr=self.gate_lr or (DEFAULT_GATE_LR_ATTRIBUTES if trained else DEFAULT_GATE_LR),
+            max_length=min(self.max_length, context),
+            **inherited,
+        )
 
     @property
     def scale(self) -> float | None:
@@ -281,19 +240,28 @@ class TrainSettings(ModelSettings, OverwriteSettings, UploadSettings, OutputSett
 
     @property
     def pairs(self) -> tuple[tuple[str, str], ...]:
-        """`opposites`, parsed."""
-        return parse_opposites(self.opposites)
+        """`opposites` as pairs of names."""
+        pairs = []
+        for value in self.opposites:
+            one, _, other = (part.strip() for part in value.partition(":"))
+            if not (one and other) or one == other:
+                raise ConfigError(f"`{value}` is not A:B", where="--opposites", hint="Such as positive:negative.")
+            pairs.append((one, other))
+        names = [name for pair in pairs for name in pair]
+        if len(set(names)) < len(names):
+            raise ConfigError("an attribute is in two pairs", where="--opposites", hint="Each can have one opposite.")
+        return tuple(pairs)
+
+    @property
+    def row_columns(self) -> Columns:
+        """`columns`, parsed."""
+        return parse_columns(self.columns)
 
     def recorded(self) -> dict[str, Any]:
         """Settings that the method reads, as an adapter's config records them."""
         ignored = BASELINE_ONLY if self.method == "braces" else BRACES_ONLY
         resolved = {**self.resolved(), "opposites": [list(pair) for pair in self.pairs]}
         return {name: resolved[name] for name in _RECORDED if name not in ignored}
-
-    @property
-    def row_columns(self) -> Columns:
-        """`columns`, parsed."""
-        return parse_columns(self.columns)
 
     def unused(self) -> set[str]:
         """Names of settings that have no effect with the other settings."""
@@ -313,8 +281,3 @@ class TrainSettings(ModelSettings, OverwriteSettings, UploadSettings, OutputSett
         resolved, options = self.resolved(), options_of(type(self))
         step = self.batch_size * self.gradient_accumulation * processes
         return {**{name: resolved[name] for name in resolved if options[name].outcome}, "examples_per_step": step}
-
-
-def _names(values: Sequence[str]) -> tuple[str, ...]:
-    """Names of a repeatable option that also takes several, separated by commas."""
-    return tuple(name.strip() for value in values for name in value.split(",") if name.strip())

@@ -146,26 +146,23 @@ def batches(name: str, vocabulary: int) -> list[list[Any]]:
 def collators(model: Any) -> dict[str, Callable[[list[Any]], list[dict[str, Any]]]]:
     """Return functions from a batch to blocks: padded to the longest row, and packed and grouped as in training."""
     from braces_cli.core.models.tokenize import pad_right
-    from braces_cli.training.batching import Collator, Layout, attention_cost
+    from braces_cli.training.batching import Layout, attention_cost, collate
 
     cost = attention_cost(model, model.config.num_hidden_layers, model.config.hidden_size)
-    packed, grouped = Collator(Layout(True, cost), 0), Collator(Layout(False), 0)
     return {
         "padded": lambda rows: [pad_right([row.tokens for row in rows], 0)],
-        "packed": lambda rows: packed(rows).blocks,
-        "grouped": lambda rows: grouped(rows).blocks,
+        "packed": lambda rows: collate(rows, Layout(True, cost), 0).blocks,
+        "grouped": lambda rows: collate(rows, Layout(False), 0).blocks,
     }
 
 
 def measure_padding(model: Any) -> dict[str, dict[str, list[int]]]:
     """Return padding tokens and all computed tokens of each batch, by layout and set."""
-    from braces_cli.training.batching import computed_tokens
-
     found = {}
     for how, collate in collators(model).items():
         for name in SETS:
             parts = batches(name, 256)
-            computed = [computed_tokens(collate(rows)) for rows in parts]
+            computed = [sum(block["input_ids"].numel() for block in collate(rows)) for rows in parts]
             wasted = [n - sum(len(row.tokens.ids) for row in rows) for n, rows in zip(computed, parts, strict=True)]
             found[f"{how}, {name}"] = {"wasted": wasted, "computed": computed}
     return found
@@ -176,7 +173,7 @@ def measure_packing(args: argparse.Namespace) -> dict[str, list[float]]:
     import torch
 
     from braces_cli.core.adapter.model import attach
-    from braces_cli.training.loss import mean_loss
+    from braces_cli.training.loss import token_nll
 
     model = args.shape.build(args.dtype, args.device).train()
     parameters = [parameter for _, parameter in attach(model, args.shape.rank).named_parameters()]
@@ -192,7 +189,7 @@ def measure_packing(args: argparse.Namespace) -> dict[str, list[float]]:
             count = sum((block["labels"][:, 1:] != -100).sum() for block in blocks)
             for block in blocks:
                 inputs = {name: tensor for name, tensor in block.items() if name != "labels"}
-                mean_loss(model(**inputs, use_cache=False).logits, block["labels"], count).backward()
+                (token_nll(model(**inputs, use_cache=False).logits, block["labels"]).sum() / count).backward()
             optimizer.step()
             optimizer.zero_grad()
 

@@ -88,43 +88,6 @@ def test_gradient_checkpointing_and_accumulation_change_nothing_but_memory(brace
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_debug_prints_timings_of_stages_that_run_once(braces, model_dir, rows, tmp_path, monkeypatch):
-    """A table on stderr before the first step; rows and probes are not repeated."""
-    from braces_cli.training import run
-
-    calls = []
-    for name in ("read_examples", "open_session", "choose_layout", "digest", "_fit", "measure"):
-        real = getattr(run, name)
-        monkeypatch.setattr(run, name, lambda *args, _real=real, _name=name: calls.append(_name) or _real(*args))
-    outcome = braces(
-        "train", "--model", model_dir, "--data", rows, "--eval-data", rows, "--max-steps", 2, "--rank", 4,
-        "--output-dir", tmp_path / "o", "--debug",
-    )  # fmt: skip
-    assert outcome.code == 0, outcome.err
-    expected = [
-        "read_examples",
-        "read_examples",
-        "open_session",
-        "digest",
-        "choose_layout",
-        "_fit",
-        "measure",
-        "measure",
-    ]
-    assert calls == expected
-    assert outcome.err.count("before the first step:") == 1
-    table = outcome.err.partition("before the first step:")[2]
-    stages = [
-        "model without weights and tokenizer",
-        "reading and tokenising",
-        "weights",
-        "probes of packing and logits",
-        "attaching the adapter",
-    ]
-    places = [table.index(f"  {stage} ") for stage in [*stages, "in all"]]
-    assert places == sorted(places)
-
-
 def test_dry_run_counts_the_parameters_of_layers(braces, model_dir, tmp_path):
     """Without weights; nothing is written."""
     outcome = braces(

@@ -62,13 +62,7 @@ def test_stream_counts_rows_and_lists_attributes(rows):
     stream = Stream(rows, Reading(tiny_tokenizer(), 8, Fields("mood")), 0, 1)
     assert {found.attribute for found in stream.conditions} == {"positive", "negative", None}
     list(islice(stream, 20))
-    assert (stream.rows, stream.dropped, stream.truncated) == (21, 1, 9)
-
-
-def test_stream_without_scored_rows(tmp_path):
-    """DataError before a model is loaded."""
-    with pytest.raises(DataError, match=r"no row has a token to score \(2 read\)"):
-        Stream([write(tmp_path / "a.jsonl", [{"text": ""}] * 2)], Reading(tiny_tokenizer(), 64), 0, 8)
+    assert (stream.counts.rows, stream.counts.dropped, stream.counts.truncated) == (21, 1, 9)
 
 
 def test_check_rows(rows):
@@ -97,15 +91,18 @@ def test_rows_without_a_scored_token_are_dropped_and_counted(tmp_path):
         {"prompt": "the film is good and the end is sad", "completion": " x"},
         {"prompt": "a", "completion": " good"},
     ]
-    found = read_examples([str(write(tmp_path / "a.jsonl", rows))], Reading(tiny_tokenizer(), max_length=8))
-    assert (found.rows, found.dropped, found.truncated, len(found.items)) == (3, 2, 1, 1)
+    found = read_examples([write(tmp_path / "a.jsonl", rows)], Reading(tiny_tokenizer(), max_length=8))
+    counts = found.counts
+    assert (counts.rows, counts.dropped, counts.truncated, len(found.items)) == (3, 2, 1, 1)
     assert found.items[0].labels[0] == IGNORED
 
 
 def test_no_scored_rows(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"text": ""}, {"text": "  "}])
-    with pytest.raises(DataError, match=r"no row has a token to score \(2 read\)"):
-        read_examples([str(path)], Reading(tiny_tokenizer(), 16))
+    """In memory, and as a stream before a model is loaded."""
+    paths, how = [write(tmp_path / "a.jsonl", [{"text": ""}, {"text": "  "}])], Reading(tiny_tokenizer(), 16)
+    for read in (read_examples, lambda paths, how: Stream(paths, how, 0, 8)):
+        with pytest.raises(DataError, match=r"no row has a token to score \(2 read\)"):
+            read(paths, how)
 
 
 FIELDS = Fields("mood", "how")

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from braces_cli.core.errors import ConfigError, DataError
-from braces_cli.data.rows import FormatReader, Source, parse_columns, parts, read_rows, read_texts
+from braces_cli.data.rows import Source, parse_columns, parts, read_format, read_rows, read_texts
 
 ROWS = [{"prompt": "the film", "completion": " is good"}, {"prompt": "a, day", "completion": ' is "sad"\nbad'}]
 
@@ -54,29 +54,19 @@ def test_every_file_type_gives_the_same_rows(tmp_path, suffix):
         ("a.csv", "prompt,completion\na,b,c\n", "another number of cells", ":2"),
         ("a.docx", "hello", "cannot read `.docx` files", ""),
         ("a.parquet", "hello", "broken Parquet", ""),
+        ("a.jsonl", '{"text": "\u00e9"}', "not UTF-8", ""),
+        ("none.jsonl", None, "no such file", ""),
+        ("", None, "a folder, not a file", ""),
     ],
 )
 def test_errors_have_a_location(tmp_path, name, content, message, place):
     """File and line, if the format has lines."""
     path = tmp_path / name
-    path.write_text(content)
+    if content is not None:
+        path.write_bytes(content.encode("latin-1"))
     with pytest.raises(DataError, match=message) as caught:
         list(read_rows(str(path)))
     assert caught.value.where == f"{path}{place}"
-
-
-def test_not_utf8(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes('{"text": "é"}'.encode("latin-1"))
-    with pytest.raises(DataError, match="not UTF-8"):
-        list(read_rows(str(path)))
-
-
-def test_missing_files_and_folders(tmp_path):
-    with pytest.raises(DataError, match="no such file"):
-        read_rows(str(tmp_path / "none.jsonl"))
-    with pytest.raises(DataError, match="a folder, not a file"):
-        read_rows(str(tmp_path))
 
 
 def test_unreachable_hub_set():
@@ -85,7 +75,7 @@ def test_unreachable_hub_set():
 
 
 def read(fields, columns=()):
-    kind, values = FormatReader(parse_columns(columns).content).read(Source(fields, "a.jsonl:7"))
+    kind, values = read_format(Source(fields, "a.jsonl:7"), parse_columns(columns).content)
     return parts(kind, values, "a.jsonl:7")
 
 
@@ -155,14 +145,6 @@ def test_ambiguous_rows(fields, columns, message):
     with pytest.raises(DataError, match=message) as caught:
         read(fields, columns)
     assert caught.value.where == "a.jsonl:7"
-
-
-def test_rows_of_one_file_have_one_format():
-    reader = FormatReader()
-    reader.read(Source({"text": "x"}, "a.jsonl:1"))
-    with pytest.raises(DataError, match=r"this row is prompt/completion, those before it are text") as caught:
-        reader.read(Source({"prompt": "p", "completion": "c"}, "a.jsonl:2"))
-    assert caught.value.where == "a.jsonl:2"
 
 
 def test_columns_of_attribute_and_strength():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from braces_cli.data.rows import Source, detect, parts
+from braces_cli.data.rows import Source, parts, read_format
 from braces_cli.evaluation.task_functions import (
     commonsense_prompt,
     commonsense_results,
@@ -54,7 +54,7 @@ def test_the_first_option_named_is_the_answer(output, answer, acc, answered):
 def test_prompt_and_target_equal_those_of_training():
     row = {"instruction": "Which? option1/option2", "input": "", "output": "the correct answer is option2"}
     found = commonsense_prompt(row), commonsense_target({**row, "answer": "option2"})
-    assert found == parts(*detect(Source(row, "x:1")), "x:1")
+    assert found == parts(*read_format(Source(row, "x:1"), {}), "x:1")
 
 
 def _embedded_rows(embedded: Path, name: str) -> list[dict]:
@@ -75,8 +75,8 @@ def test_training_rows_are_accepted_by_train(embedded: Path) -> None:
 
     folder, tokenizer = embedded.parent / "embedded_tasks", load_tokenizer(str(embedded))
     found = read_examples([str(folder / "qa_train.jsonl")], Reading(tokenizer, 256))
-    assert found.rows > 200
-    assert found.dropped == found.truncated == 0
+    assert found.counts.rows > 200
+    assert found.counts.dropped == found.counts.truncated == 0
     degrees = {(row["attribute"], row["strength"]) for row in _embedded_rows(embedded, "sentiment_train.jsonl")}
     assert degrees == {
         ("negative", 2.0), ("negative", 1.0), ("neutral", 0.0), ("positive", 1.0), ("positive", 2.0),

@@ -12,7 +12,7 @@ from pathlib import Path
 from hypothesis import strategies as st
 
 from braces_cli.core.errors import BracesError, DataError
-from braces_cli.data.rows import CHAT, FormatReader, Source, parts, read_rows
+from braces_cli.data.rows import CHAT, Source, parts, read_format, read_rows
 from braces_cli.steering.prompts import read_prompts
 from tests.fuzz.budget import attempt, fuzz
 from tests.fuzz.inputs import HALF, JSON_TEXT, PLAIN, VALUES, WORDS, as_bytes
@@ -65,7 +65,7 @@ def test_a_file_is_rows_or_a_data_error(file: tuple[str, bytes]) -> None:
 
 def read_fields(row: Source) -> None:
     """A row is of one format, whose values are text, or the error names the row."""
-    found, error = attempt(lambda: FormatReader().read(row), BracesError)
+    found, error = attempt(lambda: read_format(row, {}), BracesError)
     if found and found[0] is not CHAT:
         texts, error = attempt(lambda: parts(*found, row.where), BracesError)
         assert error or [isinstance(texts[0], str), isinstance(texts[1], str | None)] == [True, True]

@@ -15,17 +15,16 @@ from braces_cli.core.models.tokenize import IGNORED, Encoded
 from braces_cli.data.dataset import Condition, Example
 from braces_cli.training.batching import (
     MOST_PADDING,
-    Collator,
     Layout,
     choose_layout,
-    computed_tokens,
+    collate,
     epoch_order,
     fill_rows,
     packing_fault,
     similar_lengths,
 )
 from braces_cli.training.conditioning import Conditioner
-from braces_cli.training.loss import can_pick, mean_loss, only_scored
+from braces_cli.training.loss import can_pick, only_scored, token_nll
 from braces_cli.training.settings import TrainSettings
 from tests.conftest import open_gates, tiny_model
 from tests.core.comparison import relative
@@ -75,14 +74,14 @@ def alone(model, rows, conditioner):
 
 
 def in_blocks(model, rows, conditioner, layout):
-    batch = Collator(layout, 1, conditioner)(rows)
+    batch = collate(rows, layout, 1, conditioner)
     total = 0.0
     for block in batch.blocks:
         if conditioner is not None:
             conditioner.apply(block.pop("strengths"))
         labels = block.pop("labels")
         with only_scored(model, block.pop("scored", None)):
-            total = total + mean_loss(model(**block, use_cache=False).logits, labels, batch.scored)
+            total = total + token_nll(model(**block, use_cache=False).logits, labels).sum() / batch.scored
     return total
 
 
@@ -162,7 +161,7 @@ def test_packing_probe_finds_a_leak_below_the_rounding_of_bfloat16():
 def test_logits_of_scored_tokens_only(name):
     """All logits again outside the block, and for a model without a standard head."""
     model = tiny_model(name)
-    block = Collator(Layout(packed=False, groups=1, only_scored=True), 1)(examples()).blocks[0]
+    block = collate(examples(), Layout(packed=False, groups=1, only_scored=True), 1).blocks[0]
     ids, scored = block["input_ids"], block["scored"]
     assert len(scored) == sum(row.tokens.scored for row in examples()) < ids.numel()
     assert can_pick(model, ids[0, :5].tolist(), 1e-4)
@@ -220,14 +219,14 @@ def test_groups_have_minimal_padding():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_batch_without_examples(layout):
     """A process without an example in the last batch has the same number of blocks, without scored tokens."""
-    full = Collator(LAYOUTS[layout], 1)([*examples(), None])
-    empty = Collator(LAYOUTS[layout], 1)([None] * 8)
+    full = collate([*examples(), None], LAYOUTS[layout], 1)
+    empty = collate([None] * 8, LAYOUTS[layout], 1)
     assert len(empty.blocks) == len(full.blocks)
     assert all((block["labels"] == IGNORED).all() for block in empty.blocks)
     assert (empty.tokens, empty.scored) == (0, 0)
     assert full.tokens == sum(LENGTHS)
     assert 0 < full.scored < full.tokens
-    assert full.computed == computed_tokens(full.blocks) >= sum(LENGTHS)
+    assert full.computed == sum(block["input_ids"].numel() for block in full.blocks) >= sum(LENGTHS)
 
 
 def test_order_of_examples():

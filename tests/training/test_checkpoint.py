@@ -23,9 +23,10 @@ from braces_cli.core.files import write_json
 from braces_cli.core.options import LoadOptions
 from braces_cli.training.checkpoint import (
     RNG_FILE,
+    Record,
     checkpoints,
     newest,
-    remove_partial,
+    prepare_folder,
     restore_rng,
     rng_state,
     write_checkpoint,
@@ -307,39 +308,22 @@ def test_damaged_checkpoint_is_refused(train, tmp_path):
     assert train(out, "--resume").code == 0
 
 
-def test_incomplete_checkpoint_is_ignored_with_a_warning(train, tmp_path, caplog):
-    out = tmp_path / "o"
-    train(out)
-    expected = (out / ADAPTER).read_bytes()
-    for name in ("run.json", "adapter_config.json"):
-        (out / name).unlink()
-    shutil.rmtree(out / "checkpoint-12")
-    (out / "checkpoint-11").mkdir()
-    (out / "checkpoint-99999999999999999999").mkdir()
-    outcome = train(out, "--resume")
-    assert outcome.code == 0, outcome.err
-    assert outcome.json["resumed_from"] == str(out / "checkpoint-10")
-    assert (out / ADAPTER).read_bytes() == expected
-    said = " ".join(record.getMessage() for record in caplog.records)
-    assert f"{out / 'checkpoint-11'} is not a complete checkpoint" in said
-
-
 def test_full_disk_keeps_the_previous_checkpoint(train, tmp_path, monkeypatch):
     """Exit 1; --resume then continues."""
     train(tmp_path / "one")
     real, calls = trainer.write_checkpoint, []
 
-    def full(folder, step, write):
+    def full(folder, step, limit, write):
         calls.append(step)
         if step == 5:
-            return real(folder, step, write)
+            return real(folder, step, limit, write)
         import resource
 
         # The kernel refuses to write more than 2000 bytes to a file, as on a full disk.
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
         try:
-            return real(folder, step, write)
+            return real(folder, step, limit, write)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -371,7 +355,7 @@ def test_random_generators_are_restored(tmp_path):
 
 def test_killed_write_leaves_a_complete_checkpoint(tmp_path):
     """Partial files are removed."""
-    write_checkpoint(tmp_path, 2, lambda folder: (folder / "a").write_text("two"))
+    write_checkpoint(tmp_path, 2, 0, lambda folder: (folder / "a").write_text("two"))
 
     class Killed(BaseException):
         pass
@@ -381,13 +365,13 @@ def test_killed_write_leaves_a_complete_checkpoint(tmp_path):
         raise Killed
 
     with pytest.raises(Killed):
-        write_checkpoint(tmp_path, 4, half)
+        write_checkpoint(tmp_path, 4, 0, half)
     (tmp_path / ".checkpoint-6.x").mkdir()
     (tmp_path / ".run.json.12345678.partial").touch()
     (tmp_path / ".mine").touch()
     (tmp_path / "checkpoint-of-mine").mkdir()
     assert newest(tmp_path) == tmp_path / "checkpoint-2"
-    remove_partial(tmp_path)
+    prepare_folder(tmp_path, True, Record(), [])
     assert sorted(path.name for path in tmp_path.iterdir()) == [".mine", "checkpoint-2", "checkpoint-of-mine"]
     assert checkpoints(tmp_path / "nowhere") == []
 

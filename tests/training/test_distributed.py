@@ -18,7 +18,14 @@ from safetensors.torch import load_file
 
 from braces_cli.core.adapter.model import attach
 from braces_cli.core.files import write_tensors
-from braces_cli.training.checkpoint import capture, restore_optimizer, restore_parameters
+from braces_cli.training.checkpoint import (
+    OPTIMIZER_FILE,
+    PARAMETERS_FILE,
+    capture,
+    restore_optimizer,
+    restore_parameters,
+    write_state,
+)
 from tests.conftest import open_gates, tiny_model
 from tests.core.comparison import relative
 from tests.training.workers import cli, launch, train_with_attributes
@@ -220,19 +227,19 @@ def sharded(env: dict[str, str], folder: Path) -> None:
         place = folder / str(dtype)
         if env["RANK"] == "0":
             write_tensors(place / "step.safetensors", {**tensors, "logits": logits})
-            first.write(place)
+            write_state(place, first)
         barrier()
         step(model, optimizer, rows)
         second = capture(model, optimizer, schedule)
         restore_parameters(place, model)
         restore_optimizer(place, optimizer, schedule)
         again = capture(model, optimizer, schedule)
-        assert same(first.parameters, again.parameters)
-        assert same(first.optimizer, again.optimizer)
+        assert same(first[PARAMETERS_FILE], again[PARAMETERS_FILE])
+        assert same(first[OPTIMIZER_FILE], again[OPTIMIZER_FILE])
         step(model, optimizer, rows)
         again = capture(model, optimizer, schedule)
-        assert same(second.parameters, again.parameters)
-        assert not same(first.parameters, again.parameters)
+        assert same(second[PARAMETERS_FILE], again[PARAMETERS_FILE])
+        assert not same(first[PARAMETERS_FILE], again[PARAMETERS_FILE])
     destroy_process_group()
 
 

@@ -11,7 +11,7 @@ from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.models.load import input_device
 from braces_cli.core.models.tokenize import IGNORED, Encoded
 from braces_cli.data.dataset import Condition, Example
-from braces_cli.training.batching import Collator, Layout, similar_lengths
+from braces_cli.training.batching import Layout, collate, similar_lengths
 from braces_cli.training.conditioning import Conditioner
 from braces_cli.training.loss import PAIR_TERMS, contrastive_loss, only_scored, token_nll
 from tests.conftest import open_gates
@@ -76,14 +76,14 @@ def slow_loss(adapter, conditioner, groups, weight, count):
 
 def fast_loss(adapter, conditioner, layout, rows, weight, count):
     total = 0.0
-    for block in Collator(layout, 1, conditioner)(rows).blocks:
+    for block in collate(rows, layout, 1, conditioner).blocks:
         block = {name: tensor.to(input_device(adapter.model)) for name, tensor in block.items()}
         conditioner.apply(block.pop("strengths"))
         labels, owner = block.pop("labels"), block.pop("owner")
         terms = {name: block.pop(name) for name in PAIR_TERMS}
         with only_scored(adapter.model, block.pop("scored", None)):
             logits = adapter.model(**block, use_cache=False).logits
-        total = total + contrastive_loss(token_nll(logits, labels), owner, terms, weight, MARGIN, count)
+        total = total + contrastive_loss(token_nll(logits, labels), owner, terms, weight, MARGIN) / count
     return total
 
 
@@ -120,7 +120,7 @@ def test_rows_without_an_attribute_have_no_opposite(trained):
     scored = sum(row.tokens.scored for row in rows)
     for packed in (False, True):
         layout = Layout(packed, groups=2, only_scored=True, contrast=True)
-        assert Collator(layout, 1, conditioner)(rows).blocks[0]["input_ids"].numel() <= sum(LENGTHS[:3])
+        assert collate(rows, layout, 1, conditioner).blocks[0]["input_ids"].numel() <= sum(LENGTHS[:3])
         loss = fast_loss(adapter, conditioner, layout, rows, WEIGHT, scored)
         expected = sum(slow_nll(adapter, conditioner, row, 1) for row in rows) / scored
         assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=tolerance)
@@ -130,7 +130,7 @@ def test_rows_without_an_attribute_have_no_opposite(trained):
 def test_counts_exclude_opposite_strengths(trained):
     _, conditioner, _ = trained
     plain, contrasted = (
-        Collator(Layout(True, contrast=contrast), 1, conditioner)(examples()) for contrast in (False, True)
+        collate(examples(), Layout(True, contrast=contrast), 1, conditioner) for contrast in (False, True)
     )
     assert (contrasted.tokens, contrasted.scored) == (plain.tokens, plain.scored)
     assert contrasted.computed == contrasted.tokens  # one row has no padding

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from braces_cli.core.config import build
 from braces_cli.core.errors import ConfigError
-from braces_cli.training.settings import TrainSettings, parse_opposites
+from braces_cli.training.settings import TrainSettings
 
 # Settings of device, reports, and the division of a step into batches and processes.
 FREE = {
@@ -39,14 +38,6 @@ def test_identity_of_a_run() -> None:
 def test_defaults_that_depend_on_the_base_and_on_other_settings(given: dict[str, Any], wanted: dict[str, Any]) -> None:
     resolved = TrainSettings(**given).resolve(64, 512)
     assert {name: getattr(resolved, name) for name in wanted} == wanted
-
-
-def test_an_adapter_to_continue_from_brings_its_base_rank_and_layers() -> None:
-    start = SimpleNamespace(base_model_name_or_path="b", revision="v1", r=4, layers=[0, 2])
-    resolved = TrainSettings(adapter="a").resolve(64, 512, start)
-    assert (resolved.model, resolved.revision, resolved.rank, resolved.layers) == ("b", "v1", 4, "0,2")
-    other = TrainSettings(adapter="a", model="c").resolve(64, 512, start)
-    assert (other.model, other.revision) == ("c", None)
 
 
 def test_columns_name_attribute_and_strength() -> None:
@@ -111,4 +102,4 @@ def test_recorded_settings() -> None:
 @pytest.mark.parametrize("value", ["positive", "a:", "a:a", ":b"])
 def test_invalid_opposites(value):
     with pytest.raises(ConfigError, match="is not A:B"):
-        parse_opposites([value])
+        _ = TrainSettings(opposites=(value,)).pairs
