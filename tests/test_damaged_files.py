@@ -134,7 +134,7 @@ KINDS = {
         "parts/base/unit.json", PART, lambda folder: Store(folder).load("base", "unit"),
     ),
     "settings of an evaluation": FileKind(
-        "run.json", {"format": 1, "log_samples": False}, lambda folder: Store(folder).begin({}, resume=True), free=".",
+        "run.json", {"log_samples": False}, lambda folder: Store(folder).begin({}, resume=True), free=".",
     ),
     "slots": FileKind("braces_slots.json", SLOTS, read_slots, free="versions"),
     "merge": FileKind("braces_merge.json", MERGE, read_merge),

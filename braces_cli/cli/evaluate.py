@@ -28,15 +28,16 @@ def evaluate(settings: EvalSettings) -> None:
     if settings.dry_run:
         _dry_run(settings)
         return
-    from braces_cli.core.files import check_output_file, output_lock
-    from braces_cli.evaluation.results import check_folder
+    from braces_cli.core.files import check_output_file, check_output_folder, output_lock
     from braces_cli.evaluation.run import run_evaluation
 
     with output_lock(settings.output_dir, settings.plot):
-        if is_main():
-            check_folder(settings)
-            if settings.plot is not None:
-                check_output_file(settings.plot, settings.overwrite or settings.resume)
+        replace = settings.overwrite or settings.resume
+        if is_main() and settings.output_dir is not None:
+            hint = "Give another one; --resume continues a run there, --overwrite starts a new one."
+            check_output_folder(settings.output_dir, replace, hint)
+        if is_main() and settings.plot is not None:
+            check_output_file(settings.plot, replace)
         with progress(quiet) as report:
             result = run_evaluation(settings, report)
         if result is not None:

@@ -72,10 +72,8 @@ class Selection:
 
     def known(self) -> list[str]:
         """Return every name that `--task-data` accepts."""
-        covering = [
-            name for name, members in GROUPS.items() if name not in self.groups and set(members) & set(self.leaves)
-        ]
-        return [*self.groups, *covering, *self.leaves, *self.native]
+        covering = [name for name, members in GROUPS.items() if set(members) & self.leaves.keys()]
+        return list(dict.fromkeys([*self.groups, *covering, *self.leaves, *self.native]))
 
     @property
     def averaged(self) -> dict[str, list[str]]:
@@ -84,9 +82,8 @@ class Selection:
 
     def members(self, name: str) -> list[str]:
         """Return the tasks of a group that are requested, by the group's name or by their own."""
-        if name in GROUPS and name not in self.groups:
-            return [member for member in GROUPS[name] if member in self.leaves]
-        return self.groups.get(name, [name])
+        members = self.groups.get(name) or GROUPS.get(name, (name,))
+        return [member for member in members if member in self.leaves or member in self.native]
 
 
 def select(values: Sequence[str]) -> Selection:
@@ -117,47 +114,27 @@ def select(values: Sequence[str]) -> Selection:
     return selection
 
 
-def manager(selection: Selection, overrides: Path, metadata: dict[str, Any]) -> TaskManager:
-    """Return a task manager of the selected tasks; definitions in the folder `overrides` take precedence.
-
-    Args:
-        metadata: for tasks that build their own data (`pretrained`: name of the base).
-    """
-    return TaskManager(include_path=[*selection.folders, overrides], include_defaults=False, metadata=metadata)
-
-
 def _index(requested: Sequence[str]) -> dict[str, Any]:
     """Return index entries of the requested names from as few folders as possible."""
-    folders = {_FOLDERS[name] for name in requested if name in _FOLDERS}
-    index = _read_index(folders)
-    others = [name for name in requested if not _complete(index, name)]
+    places = dict(_FOLDERS)
+    others = [name for name in requested if name not in places]
     if others:
-        named, mentioned = _scan(others)
+        mentioned: set[str] = set()
+        for file in LM_EVAL_FOLDER.rglob("*.yaml"):
+            text = file.read_text(encoding="utf-8", errors="replace")
+            places.update(dict.fromkeys(_NAMED.findall(text), file.parent))
+            mentioned |= {name for name in others if name in text}
         for name in others:
             if name not in mentioned:
-                raise _unknown(name, named)
-        index = _read_index(folders | {named[name].parent for name in others if name in named})
+                raise _unknown(name, places)
+    folders = {places[name] for name in requested if name in places}
+    index = TaskManager(include_path=sorted(folders), include_defaults=False).task_index
     if not all(_complete(index, name) for name in requested):
         index = TaskManager(include_path=[BRACES_FOLDER]).task_index
     for name in requested:
         if name not in index:
             raise _unknown(name, index)
     return index
-
-
-def _read_index(folders: set[Path]) -> dict[str, Any]:
-    return TaskManager(include_path=sorted(folders), include_defaults=False).task_index if folders else {}
-
-
-def _scan(requested: Iterable[str]) -> tuple[dict[str, Path], set[str]]:
-    """Return name -> file of all lm-eval definitions, and the requested names that occur in any file."""
-    named: dict[str, Path] = {}
-    mentioned: set[str] = set()
-    for file in LM_EVAL_FOLDER.rglob("*.yaml"):
-        text = file.read_text(encoding="utf-8", errors="replace")
-        named.update(dict.fromkeys(_NAMED.findall(text), file))
-        mentioned |= {name for name in requested if name in text}
-    return named, mentioned
 
 
 def _complete(index: dict[str, Any], name: str) -> bool:
@@ -180,12 +157,10 @@ def _children(index: dict[str, Any], name: str) -> list[str]:
         return []
     children = []
     for each in index[name].cfg.get("task") or ():
-        if isinstance(each, str):
-            children.append(each)
-        else:
-            # A mapping can define a member inline; only a plain reference must be in the index.
-            child = each.get("group") or each.get("task")
-            children += [child] if isinstance(child, str) and child in index else []
+        child = each if isinstance(each, str) else each.get("group") or each.get("task")
+        # A mapping can define a member inline; only a plain reference must be in the index.
+        if isinstance(each, str) or child in index:
+            children.append(child)
     return children
 
 

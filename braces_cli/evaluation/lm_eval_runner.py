@@ -6,11 +6,10 @@ called here, after the other steps of `simple_evaluate` (seeds, few-shot setting
 
 from __future__ import annotations
 
-import contextlib
-import io
 import random
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, redirect_stdout
+from io import StringIO
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -20,21 +19,22 @@ import numpy as np
 import torch
 from jinja2 import TemplateError
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
 from braces_cli.core.distributed import Processes
-from braces_cli.core.errors import BracesError, ConfigError, DataError, first_line
+from braces_cli.core.errors import ConfigError, DataError, first_line
+from braces_cli.core.models.load import Base
 from braces_cli.core.progress import Report
-from braces_cli.evaluation import catalog
+from braces_cli.evaluation.catalog import Selection
 from braces_cli.evaluation.native_tasks import TaskContext, halving
 from braces_cli.evaluation.results import Metric, Scores
-from braces_cli.evaluation.settings import EvalSettings
 
 # Raised by templates and functions of a task for a row without a field, or with a value of another type.
 _ROW_ERRORS = (TemplateError, LookupError, TypeError, ValueError, AttributeError, AssertionError)
 
 
 def load_tasks(
-    selection: catalog.Selection, overrides: Path, files: dict[str, Path], base: str, limit: int | None
+    selection: Selection, overrides: Path, files: dict[str, Path], base: str, limit: int | None
 ) -> dict[str, dict[str, Any]]:
     """Build the selected tasks with their data, and read every document of tasks with a local file.
 
@@ -48,21 +48,22 @@ def load_tasks(
         limit: number of documents that are measured.
     """
     units: dict[str, dict[str, Any]] = {}
-    seen: set[str] = set()
-    manager = catalog.manager(selection, overrides, {"pretrained": base})
+    folders = [*selection.folders, overrides]
+    manager = TaskManager(include_path=folders, include_defaults=False, metadata={"pretrained": base})
     for name in selection.names:
-        with muted():
-            try:
+        try:
+            # lm-eval and its tasks print, and stdout carries the result only.
+            with redirect_stdout(StringIO()):
                 units[name] = dict(manager.load([name]))
-            except (SystemExit, Exception) as error:
-                # A task is code of lm-eval that builds or downloads its data, and can raise anything.
-                raise _load_error(name, error, (overrides / f"{name}.yaml").exists()) from error
-        tasks = units[name]["tasks"]
-        twice = sorted(tasks.keys() & seen)
-        if twice:
-            raise ConfigError(f"`{twice[0]}` is in two of the requested groups", where="--tasks", hint="Leave one out.")
-        seen |= tasks.keys()
-        for task_name, task in tasks.items():
+        except (SystemExit, Exception) as error:
+            # A task is code of lm-eval that builds or downloads its data, and can raise anything.
+            where, what = "--tasks", f"could not load the data set of task `{name}`"
+            hint = f"Check the network, or give a local file: --task-data {name}=FILE."
+            if (overrides / f"{name}.yaml").exists():
+                where, what = "--task-data", f"{name} cannot read the rows"
+                hint = "Give rows with the fields of the task's own data."
+            raise DataError(f"{what}: {first_line(error, 300)}", where=where, hint=hint) from error
+        for task_name, task in units[name]["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
                 what = f"`{task_name}` runs code that the model writes, or needs input other than text"
                 raise ConfigError(what, where="--tasks", hint="Use lm-eval for it.")
@@ -88,31 +89,16 @@ def _read_documents(name: str, task: Any, file: Path, limit: int | None) -> None
             raise DataError(what, where=f"{file}, row {number + 1}", hint=hint) from error
 
 
-def muted() -> AbstractContextManager[Any]:
-    """Keep the prints of lm-eval and its tasks out of stdout, which carries the result only."""
-    return contextlib.redirect_stdout(io.StringIO())
-
-
-def _load_error(name: str, error: BaseException, local: bool) -> BracesError:
-    reason = first_line(error, 300)
-    if isinstance(error, ImportError):
-        hint = "Install the package that the message names."
-        return BracesError(f"`{name}` needs another package: {reason}", where="--tasks", hint=hint)
-    if local:
-        hint = "Give rows with the fields of the task's own data."
-        return DataError(f"{name} cannot read the rows: {reason}", where="--task-data", hint=hint)
-    hint = f"Check the network, or give a local file: --task-data {name}=FILE."
-    return DataError(f"could not load the data set of task `{name}`: {reason}", where="--tasks", hint=hint)
-
-
 class Model(HFLM):
     """HFLM on a model in memory, in one of several processes, with progress in a `Report` instead of lm-eval's bars."""
 
     batch_size_per_gpu: Any
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int | str, report: Report, processes: Processes) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, trust_remote_code=False)
-        self.stage, self._report = "", report
+    def __init__(self, base: Base, batch_size: str, stage: str, report: Report, processes: Processes) -> None:
+        super().__init__(
+            pretrained=base.model, tokenizer=base.tokenizer, batch_size=batch_size, trust_remote_code=False
+        )
+        self.stage, self._report = stage, report
         # lm-eval shards by rank and world size of its model, and assumes one process for a model passed to it.
         self._processes = processes
         if processes.accelerator is not None:
@@ -127,23 +113,24 @@ class Model(HFLM):
         return self._processes.size
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
-        return self._halving("choices", requests, super().loglikelihood)
+        return self._run("choices", requests, super().loglikelihood)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
-        return self._halving("texts", requests, super().loglikelihood_rolling)
+        return self._run("texts", requests, super().loglikelihood_rolling)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        return self._halving("answers", requests, super().generate_until)
+        return self._run("answers", requests, super().generate_until)
 
-    def _halving(self, what: str, requests: list[Any], run: Callable[..., list[Any]]) -> list[Any]:
-        stage = f"{self.stage}, {what}"
+    def _run(self, what: str, requests: list[Any], run: Callable[..., list[Any]]) -> list[Any]:
+        """Call a method of HFLM, with a smaller batch each time memory runs out."""
+        stage, total = f"{self.stage}, {what}", len(requests)
         automatic = self.batch_size_per_gpu == "auto"
 
         def attempt(size: int) -> list[Any]:
             # With `auto`, lm-eval searches for the largest size that fits, starting at this one, with forward passes.
             self.max_batch_size = size
             self.batch_size_per_gpu = "auto" if automatic else size
-            done, total = 0, len(requests)
+            done = 0
 
             def count(module: Any, args: tuple, kwargs: dict) -> None:
                 nonlocal done
@@ -169,18 +156,26 @@ def measure(
     context: TaskContext, unit: dict[str, Any], steering: AbstractContextManager[Any], stage: str
 ) -> Scores | None:
     """Score the open model on a unit of tasks, steered by `steering`; None on every process but the first."""
-    settings, processes, base = context.settings, context.processes, context.session.base
-    tasks = unit["tasks"]
-    shots = _seed(tasks, settings)
+    settings, processes = context.settings, context.processes
+    tasks, seeds = unit["tasks"], settings.seeds
+    random.seed(seeds["python"])
+    np.random.seed(seeds["numpy"])
+    torch.manual_seed(seeds["torch"])
+    shots: dict[str, int] = {}
+    for name, task in tasks.items():
+        default = task.get_config("num_fewshot")
+        # A task without examples by definition stays without.
+        shots[name] = int(default or 0) if settings.num_fewshot is None or default == 0 else settings.num_fewshot
+        task.set_config(key="num_fewshot", value=shots[name])
+        task.set_fewshot_seed(seed=seeds["fewshot"])
     documents = [min(len(task.eval_docs), settings.limit or processes.size) for task in tasks.values()]
     if min(documents) < processes.size:
         # lm-eval cannot give a process no document, so the first process measures alone.
         if not processes.first:
             return None
         processes = Processes()
-    with muted(), steering:
-        model = Model(base.model, base.tokenizer, settings.sequences, context.report, processes)
-        model.stage = stage
+    with redirect_stdout(StringIO()), steering:
+        model = Model(context.session.base, settings.batch_size, stage, context.report, processes)
         output = lm_eval.evaluate(
             lm=model,
             task_dict=unit,
@@ -195,27 +190,9 @@ def measure(
     return _scores(output, shots, sorted({int(size) for size in sizes}))
 
 
-def _seed(tasks: dict[str, Any], settings: EvalSettings) -> dict[str, int]:
-    """Seed all random generators and set the number of few-shot examples; return it for each task."""
-    seeds = settings.seeds
-    random.seed(seeds["python"])
-    np.random.seed(seeds["numpy"])
-    torch.manual_seed(seeds["torch"])
-    shots: dict[str, int] = {}
-    for name, task in tasks.items():
-        default = task.get_config("num_fewshot")
-        if settings.num_fewshot is not None and default != 0:
-            task.set_config(key="num_fewshot", value=settings.num_fewshot)
-        elif default is None:
-            task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=seeds["fewshot"])
-        shots[name] = int(task.get_config("num_fewshot") or 0)
-    return shots
-
-
 def _scores(output: Any, shots: dict[str, int], batch_sizes: list[int]) -> Scores:
     """Convert the output of `lm_eval.evaluate`."""
-    scores = Scores(shots=shots, batch_sizes=batch_sizes, versions=dict(output.get("versions") or {}))
+    scores = Scores(shots=shots, batch_sizes=batch_sizes, versions=output["versions"])
     labels: dict[tuple[str, str, str], str] = {}
     for task, entries in output["results"].items():
         metrics: dict[str, Metric] = {}
@@ -228,10 +205,8 @@ def _scores(output: Any, shots: dict[str, int], batch_sizes: list[int]) -> Score
             labels[task, metric, chosen] = label
             error = entries.get(f"{metric}_stderr,{chosen}")
             stderr = float(error) if isinstance(error, Real) else None
-            better = (output.get("higher_is_better") or {}).get(task, {}).get(metric)
-            metrics[label] = Metric(
-                float(value), stderr, int(entries["sample_len"]), better=None if better is None else bool(better)
-            )
+            better = output["higher_is_better"].get(task, {}).get(metric)
+            metrics[label] = Metric(float(value), stderr, int(entries["sample_len"]), better=better)
         if metrics:
             scores.results[task] = metrics
     for task, samples in output["samples"].items():
@@ -254,13 +229,9 @@ def _sample(task: str, sample: dict[str, Any]) -> dict[str, Any]:
     """
     arguments = sample["arguments"]
     prompts = [args[0] for args in arguments]
-    row: dict[str, Any] = {
-        "task": task,
-        "doc_id": sample["doc_id"],
-        "prompt": prompts[0] if len(set(prompts)) == 1 else prompts,
-        "target": sample["target"],
-        "filter": sample["filter"],
-    }
+    row: dict[str, Any] = {"task": task}
+    row |= {name: sample[name] for name in ("doc_id", "target", "filter")}
+    row["prompt"] = prompts[0] if len(set(prompts)) == 1 else prompts
     answers = [each[0] for each in sample["resps"]]
     pairs = zip(answers, arguments, strict=True)
     if all(isinstance(answer, (tuple, list)) and len(args) > 1 for answer, args in pairs):

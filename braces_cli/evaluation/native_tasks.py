@@ -22,7 +22,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ from braces_cli.data.rows import read_rows, read_texts
 from braces_cli.evaluation.results import Metric, Scores
 from braces_cli.evaluation.settings import EvalSettings
 from braces_cli.evaluation.statistics import Z, cluster_error, rate_error
-from braces_cli.scoring.likelihood import continuation_likelihoods, safe_exp, text_likelihoods
+from braces_cli.scoring.likelihood import Likelihood, continuation_likelihoods, safe_exp, text_likelihoods
 
 logger = logging.getLogger("braces")
 
@@ -68,8 +68,7 @@ class TaskContext:
     @property
     def batch_size(self) -> int:
         """Sequences per forward pass of tasks of braces, before halving; 8 for `auto`, which is for lm-eval."""
-        size = self.settings.sequences
-        return size if isinstance(size, int) else 8
+        return 8 if self.settings.batch_size == "auto" else int(self.settings.batch_size)
 
 
 # Scores the model on a task. Arguments: what steers the model while it is entered, and the name of the progress bar.
@@ -139,7 +138,7 @@ def _perplexity(context: TaskContext, texts: Sequence[str]) -> Measure:
         def report(_: str, done: int, total: int | None) -> None:
             context.report(stage, done, total)
 
-        def measured(size: int) -> list[Any]:
+        def measured(size: int) -> list[Likelihood]:
             return processes.share_out(
                 texts, lambda part: text_likelihoods(base.model, base.tokenizer, part, window, size, report)
             )
@@ -158,9 +157,8 @@ def _perplexity(context: TaskContext, texts: Sequence[str]) -> Measure:
             error = rate_error(nats, counts[unit])
             in_bits = metric == "bits_per_byte"
             value, slope = (rate / math.log(2), 1 / math.log(2)) if in_bits else (safe_exp(rate), safe_exp(rate))
-            stderr = None if error is None else slope * error
             documents, units = dict(enumerate(nats)), dict(enumerate(counts[unit]))
-            metrics[metric] = Metric(value, stderr, len(texts), documents, units)
+            metrics[metric] = Metric(value, error and slope * error, len(texts), documents, units)
         return task_scores(PERPLEXITY, metrics, [{"prompt": "", "answer": text} for text in texts], size)
 
     return measure
@@ -175,16 +173,13 @@ PERPLEXITY = NativeTask(
 )
 
 
-# Field -> its names here and in published data sets.
-_ANSWER_FIELDS = {
-    "prompt": ("prompt", "question"),
-    "positive": ("positive", "answer_matching_behavior"),
-    "negative": ("negative", "answer_not_matching_behavior"),
-}
+# Names of each field of `AnswerPair`, here and in published data sets.
+_ANSWER_FIELDS = (
+    ("prompt", "question"), ("positive", "answer_matching_behavior"), ("negative", "answer_not_matching_behavior")
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class AnswerPair:
+class AnswerPair(NamedTuple):
     """A prompt and two answers; steering at s > 0 should raise the probability of the positive one."""
 
     prompt: str
@@ -196,20 +191,20 @@ def read_answer_pairs(name: Path | str) -> list[AnswerPair]:
     """Read rows with `prompt`, `positive` and `negative`, or with the names of published data sets."""
     pairs = []
     for row in read_rows(str(name)):
-        fields = {
-            field: next((row.fields[each] for each in names if isinstance(row.fields.get(each), str)), None)
-            for field, names in _ANSWER_FIELDS.items()
-        }
-        if not fields["positive"] or not fields["negative"] or fields["positive"] == fields["negative"]:
+        found = [
+            [row.fields[name] for name in names if isinstance(row.fields.get(name), str)] for names in _ANSWER_FIELDS
+        ]
+        pair = AnswerPair(*(texts[0] if texts else "" for texts in found))
+        if not pair.positive or not pair.negative or pair.positive == pair.negative:
             hint = f"Such a row holds `prompt`, `positive` and `negative`; found: {', '.join(row.fields)}."
             raise DataError("no two different answers", where=row.where, hint=hint)
-        pairs.append(AnswerPair(fields["prompt"] or "", fields["positive"], fields["negative"]))
+        pairs.append(pair)
     return pairs
 
 
 def log_odds(session: Session, pairs: Sequence[AnswerPair], batch_size: int, chat: bool = False) -> list[float]:
     """Return the log odds of the positive answer of each pair, under the open model as it is steered now."""
-    answers = [(pair.prompt, answer) for pair in pairs for answer in (pair.positive, pair.negative)]
+    answers = [(prompt, answer) for prompt, *both in pairs for answer in both]
     nll = [each.nll for each in continuation_likelihoods(session.base, answers, batch_size, chat)]
     return [negative - positive for positive, negative in zip(nll[::2], nll[1::2], strict=True)]
 
@@ -273,12 +268,7 @@ def read_labelled(name: Path | str) -> list[tuple[str, str]]:
 
 
 def detection(
-    session: Session,
-    attribute: Attribute,
-    rows: Sequence[tuple[str, str]],
-    label: str,
-    where: str,
-    report: Report = silent,
+    session: Session, attribute: Attribute, rows: Sequence[tuple[str, str]], label: str, where: str, report: Report
 ) -> dict[str, Any]:
     """Return `{auroc, auroc_stderr, auroc_interval, layer, n, layers: [{layer, auroc}]}` of the open model.
 
@@ -298,13 +288,12 @@ def detection(
         raise DataError(what, where=where, hint=hint)
     scores = projections(session, attribute, [text for text, _ in rows], report)
 
-    def auroc(layer: int, half: slice) -> float:
-        return area(*(scores[layer, side[half]] for side in sides))
+    def areas(half: slice) -> list[float]:
+        return [area(*(row[side[half]] for side in sides)) for row in scores]
 
-    layers = range(len(attribute.layers))
-    best = max(layers, key=lambda row: auroc(row, slice(0, None, 2)))
-    other = slice(1, None, 2)
-    value, counts = auroc(best, other), [len(side[other]) for side in sides]
+    choosing, measured = areas(slice(0, None, 2)), slice(1, None, 2)
+    best = choosing.index(max(choosing))
+    value, counts = areas(measured)[best], [len(side[measured]) for side in sides]
     error = area_error(value, *counts)
     return {
         "auroc": value,
@@ -312,11 +301,13 @@ def detection(
         "auroc_interval": [max(0.0, value - Z * error), min(1.0, value + Z * error)],
         "layer": attribute.layers[best],
         "n": sum(counts),
-        "layers": [{"layer": attribute.layers[row], "auroc": auroc(row, slice(None))} for row in layers],
+        "layers": [
+            {"layer": layer, "auroc": each} for layer, each in zip(attribute.layers, areas(slice(None)), strict=True)
+        ],
     }
 
 
-def projections(session: Session, attribute: Attribute, texts: Sequence[str], report: Report = silent) -> Tensor:
+def projections(session: Session, attribute: Attribute, texts: Sequence[str], report: Report) -> Tensor:
     """Return the largest projection of a token's FFN input on p / |p|, (layers, texts), after special tokens."""
     base = session.base
     max_length, special = context_length(base.model.config, base.tokenizer), set(base.tokenizer.all_special_ids)
@@ -348,7 +339,7 @@ def _detection(context: TaskContext, rows: Sequence[tuple[str, str]]) -> Measure
     (attribute,) = context.attributes
 
     def measure(steering: AbstractContextManager[Any], stage: str) -> Scores:
-        found = detection(context.session, attribute, rows, attribute.name, "--task-data detection")
+        found = detection(context.session, attribute, rows, attribute.name, "--task-data detection", context.report)
         metric = Metric(found["auroc"], found["auroc_stderr"], found["n"])
         return task_scores(DETECTION, {"auroc": metric}, (), context.batch_size)
 

@@ -13,14 +13,13 @@ import math
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.files import (
     bytes_hash,
-    check_output_folder,
     finite,
     path_exists,
     remove_partial_files,
@@ -28,13 +27,11 @@ from braces_cli.core.files import (
     write_text,
 )
 from braces_cli.core.schema import Count, Kind, Size, read, stored_form
-from braces_cli.evaluation.settings import EvalSettings
 
 # Metric of a group: the average over its tasks.
 AVERAGE = "braces_average"
 RESULTS = "results.json"
 _RUN = "run.json"
-_FORMAT = 1
 
 
 @dataclass
@@ -54,10 +51,6 @@ class Metric:
     documents: dict[Count, float] = field(default_factory=dict)
     units: dict[Count, float] = field(default_factory=dict)
     better: bool | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the entry of the result document."""
-        return {"value": self.value, "stderr": self.stderr, "n": self.n}
 
 
 @dataclass
@@ -89,11 +82,9 @@ class Scores:
         for name, tasks in groups.items():
             entries = [next(iter(self.results[task].values())) for task in tasks]
             errors = [entry.stderr for entry in entries if entry.stderr is not None]
-            complete = len(errors) == len(entries)
-            stderr = math.sqrt(sum(error**2 for error in errors)) / len(entries) if complete else None
+            stderr = math.hypot(*errors) / len(entries) if len(errors) == len(entries) else None
             value = sum(entry.value for entry in entries) / len(entries)
-            number = sum(entry.n for entry in entries)
-            self.results[name] = {AVERAGE: Metric(value, stderr, number, better=True)}
+            self.results[name] = {AVERAGE: Metric(value, stderr, sum(entry.n for entry in entries), better=True)}
 
 
 _SETTINGS = Kind(dict[str, Any], ModelError, "Give another --output-dir, or --overwrite.", "record of a run")
@@ -118,7 +109,7 @@ class Store:
             return
         for place in (self.folder, *self.folder.glob("parts/*"), *self.folder.glob("samples/*")):
             remove_partial_files(place)
-        expected = stored_form({"format": _FORMAT, "log_samples": self.log_samples, **identity})
+        expected = stored_form({"log_samples": self.log_samples, **identity})
         if resume and path_exists(self.folder / _RUN):
             stored = read(_SETTINGS, self.folder / _RUN)
             other = sorted(key for key in {*stored, *expected} if stored.get(key) != expected.get(key))
@@ -129,21 +120,19 @@ class Store:
             return
         for old in (_RUN, RESULTS, "results.md"):
             (self.folder / old).unlink(missing_ok=True)
-        for old in ("parts", "samples"):
-            shutil.rmtree(self.folder / old, ignore_errors=True)
+        for folder in ("parts", "samples"):
+            shutil.rmtree(self.folder / folder, ignore_errors=True)
         write_json(self.folder / _RUN, expected)
 
     def load(self, system: str, unit: str) -> Scores | None:
         """Return the stored scores of a system on a task; None if the task was not finished."""
-        path = self._part(system, unit)
-        if path is None or not path_exists(path):
+        if self.folder is None or not path_exists(path := self._part(self.folder, system, unit)):
             return None
         return read(_PART, path)
 
     def save(self, system: str, unit: str, scores: Scores) -> None:
         """Store a finished task: the samples first, then the scores, which mark it as finished."""
-        path = self._part(system, unit)
-        if path is None or self.folder is None:
+        if self.folder is None:
             return
         if self.log_samples:
             rows: dict[str, list[str]] = {}
@@ -152,27 +141,16 @@ class Store:
                 rows.setdefault(row["task"], []).append(line)
             for task, lines in rows.items():
                 write_text(self.folder / "samples" / slug(system) / f"{slug(task)}.jsonl", "\n".join(lines) + "\n")
-        stored = asdict(scores)
-        del stored["samples"]
         # Infinite values stay as Python writes them: only `load` reads this file.
-        write_text(path, json.dumps(stored) + "\n")
+        path = self._part(self.folder, system, unit)
+        write_text(path, json.dumps(asdict(replace(scores, samples=[]))) + "\n")
 
-    def _part(self, system: str, unit: str) -> Path | None:
-        return None if self.folder is None else self.folder / "parts" / slug(system) / f"{slug(unit)}.json"
+    @staticmethod
+    def _part(folder: Path, system: str, unit: str) -> Path:
+        return folder / "parts" / slug(system) / f"{slug(unit)}.json"
 
 
 def slug(name: str) -> str:
     """Return a file name for `name` that every file system accepts, different for different names."""
     plain = re.sub(r"[^A-Za-z0-9._=-]+", "_", name).strip("._")[:80]
     return plain if plain == name else f"{plain}-{bytes_hash([name.encode()])[:8]}"
-
-
-def check_folder(settings: EvalSettings) -> None:
-    """Refuse an output folder that holds something else."""
-    folder, replace = settings.output_dir, settings.overwrite or settings.resume
-    if folder is None:
-        return
-    if (folder / _RUN).is_file():
-        check_output_folder(folder, replace, "--resume continues the run there; --overwrite starts a new one.")
-    else:
-        check_output_folder(folder, replace)

@@ -23,7 +23,7 @@ from braces_cli.core.progress import Report, silent
 from braces_cli.evaluation import catalog, lm_eval_runner
 from braces_cli.evaluation.native_tasks import DETECTION, Measure, TaskContext
 from braces_cli.evaluation.results import AVERAGE, Store
-from braces_cli.evaluation.settings import TEXT_TASKS, EvalSettings, Threshold
+from braces_cli.evaluation.settings import TEXT_TASKS, EvalSettings
 from braces_cli.evaluation.statistics import LEVEL, compare, strength_slopes
 from braces_cli.evaluation.systems import BRACES, EvalAdapter, System, attached, find_eval_adapter, labels, resolve_base
 from braces_cli.evaluation.task_data import find_files, read_task_rows, write_override
@@ -63,7 +63,7 @@ def run_evaluation(settings: EvalSettings, report: Report = silent) -> dict[str,
             for name in local:
                 write_override(selection.leaves[name], rows[name], folder)
             units = lm_eval_runner.load_tasks(selection, folder, local, model, settings.limit)
-        _check_thresholds(settings.thresholds, selection, units)
+        _check_thresholds(settings, selection, units)
         session = open_session(model, None, settings)
         chat = _uses_chat_template(settings, adapters, session)
         # The last adapter stays attached after its check, so it is measured first.
@@ -84,9 +84,9 @@ def run_evaluation(settings: EvalSettings, report: Report = silent) -> dict[str,
                     stack.enter_context(attached(session, group[0].adapter))
                 for system in group:
                     _measure(system, measures, context, store)
-    systems = [system for group in groups for system in group]
     if not processes.first:
         return None
+    systems = [system for group in groups for system in group]
     for system in systems:
         system.scores.add_averages(selection.averaged)
     return _document(session, systems, settings, files, chat, identity)
@@ -121,24 +121,21 @@ def _join(settings: EvalSettings) -> tuple[Processes, str]:
         raise ConfigError("a base on several devices cannot be copied to each process", where="--device-map", hint=hint)
     import torch
 
-    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
-    processes = join(torch.device("cpu" if on_cpu else "cuda"), with_accelerator=True)
-    if not on_cpu and device in ("auto", "cuda"):
-        device = str(processes.accelerator.device)
-    return processes, device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    processes = join(torch.device(device), with_accelerator=True)
+    return processes, str(processes.accelerator.device) if device == "cuda" else device
 
 
 def _uses_chat_template(settings: EvalSettings, adapters: Sequence[EvalAdapter], session: Session) -> bool:
     """Return the setting, else how the adapters were trained; the same for all systems."""
+    trained = {adapter.chat_template for adapter in adapters} - {None}
+    if settings.apply_chat_template is None and len(trained) > 1:
+        what = "one adapter was trained with the chat template and another without"
+        hint = "Choose one setting for all: --apply-chat-template or --no-apply-chat-template."
+        raise ConfigError(what, where="--apply-chat-template", hint=hint)
     template = settings.apply_chat_template
-    if template is None:
-        trained = {adapter.chat_template for adapter in adapters} - {None}
-        if len(trained) > 1:
-            what = "one adapter was trained with the chat template and another without"
-            hint = "Choose one setting for all: --apply-chat-template or --no-apply-chat-template."
-            raise ConfigError(what, where="--apply-chat-template", hint=hint)
-        template = bool(trained and trained.pop())
-    return uses_chat_template(session, template)
+    return uses_chat_template(session, True in trained if template is None else template)
 
 
 def _attach_and_plan(
@@ -165,8 +162,9 @@ def _attach_and_plan(
         # A braces adapter can have attributes in its folder; under PEFT, built attributes would not be the base's.
         if adapter.method == BRACES:
             stack.enter_context(attached(session, adapter))
-        groups.append(group(label, adapter))
-        if adapter.method != BRACES:
+            groups.append(group(label, adapter))
+        else:
+            groups.append(group(label, adapter))
             stack.enter_context(attached(session, adapter))
     return [systems for systems in groups if systems]
 
@@ -192,12 +190,11 @@ def _identity(
     settings: EvalSettings, adapters: Sequence[EvalAdapter], selection: catalog.Selection, files: dict[str, Path]
 ) -> dict[str, Any]:
     """Return everything that the result depends on; a run is resumed only if it is equal."""
+    load = [name for name in options_of(LoadOptions) if name not in ("device", "device_map")]
     identity: dict[str, Any] = {
         "model": settings.model,
         "adapters": [[each.name, each.sha256] for each in adapters],
-        "load": {
-            name: getattr(settings, name) for name in options_of(LoadOptions) if name not in ("device", "device_map")
-        },
+        "load": {name: getattr(settings, name) for name in load},
         "base": not settings.no_base,
         "tasks": [*selection.names, *selection.native],
         "groups": sorted(selection.groups),
@@ -235,22 +232,18 @@ def _document(
         task: {name: metric.better for name, metric in metrics.items() if metric.better is not None}
         for task, metrics in first.results.items()
     }
+    rows = []
+    for each in systems:
+        about = {"name": each.name, "model": base.name, "adapter": None, "method": None, "sha256": None}
+        if each.adapter is not None:
+            about |= {"adapter": each.adapter.name, "method": each.adapter.method, "sha256": each.adapter.sha256}
+        results = {
+            task: {name: {"value": m.value, "stderr": m.stderr, "n": m.n} for name, m in metrics.items()}
+            for task, metrics in each.scores.results.items()
+        }
+        rows.append({**about, "attributes": each.strengths, "results": results})
     result: dict[str, Any] = {
-        "systems": [
-            {
-                "name": each.name,
-                "model": base.name,
-                "adapter": each.adapter_name,
-                "method": None if each.adapter is None else each.adapter.method,
-                "sha256": None if each.adapter is None else each.adapter.sha256,
-                "attributes": each.strengths,
-                "results": {
-                    task: {name: metric.to_json() for name, metric in metrics.items()}
-                    for task, metrics in each.scores.results.items()
-                },
-            }
-            for each in systems
-        ],
+        "systems": rows,
         "comparisons": compare(systems, settings.seeds["numpy"]),
         **({"slopes": strength_slopes(systems)} if settings.attribute else {}),
         "settings": {
@@ -280,25 +273,22 @@ def _document(
     return {**result, "fail_under": check_reached(settings.thresholds, result)} if settings.thresholds else result
 
 
-def _check_thresholds(
-    thresholds: Sequence[Threshold], selection: catalog.Selection, units: dict[str, dict[str, Any]]
-) -> None:
+def _check_thresholds(settings: EvalSettings, selection: catalog.Selection, units: dict[str, dict[str, Any]]) -> None:
     """Refuse thresholds of tasks that are not evaluated, and of metrics that their task does not have."""
     known: dict[str, list[str]] = {name: list(catalog.NATIVE_TASKS[name].metrics) for name in selection.native}
     known.update({name: [AVERAGE] for name in selection.averaged})
     for unit in units.values():
         known.update({name: list(task.aggregation()) for name, task in unit["tasks"].items()})
-    for task, metric in ((each.task, each.metric) for each in thresholds):
+    for task, metric, _ in settings.thresholds:
         if task not in known and task not in units:
             hint = near_misses(task, known) or f"Evaluated: {', '.join(known)}."
             raise ConfigError(f"`{task}` is not evaluated", where="--fail-under", hint=hint)
-        metrics = known.get(task)
-        if metrics is not None and metric.partition(",")[0] not in metrics:
-            hint = near_misses(metric, metrics) or f"It has {', '.join(metrics)}."
+        if task in known and metric.partition(",")[0] not in known[task]:
+            hint = near_misses(metric, known[task]) or f"It has {', '.join(known[task])}."
             raise ConfigError(f"{task} has no metric `{metric}`", where="--fail-under", hint=hint)
 
 
-def check_reached(thresholds: Sequence[Threshold], result: dict[str, Any]) -> list[dict[str, Any]]:
+def check_reached(thresholds: Sequence[tuple[str, str, float]], result: dict[str, Any]) -> list[dict[str, Any]]:
     """Compare each adapter with each threshold, or the base (steered, if it is) without adapters.
 
     Returns:
@@ -309,19 +299,11 @@ def check_reached(thresholds: Sequence[Threshold], result: dict[str, Any]) -> li
         system for system in result["systems"] if system["adapter"] is not None or system.get("attributes")
     ] or result["systems"]
     rows = []
-    for each in thresholds:
-        more = result["settings"]["higher_is_better"].get(each.task, {}).get(each.metric, True)
+    for task, metric, threshold in thresholds:
+        more = result["settings"]["higher_is_better"].get(task, {}).get(metric, True)
         for system in systems:
-            entry = system["results"].get(each.task, {}).get(each.metric)
-            value = None if entry is None else entry["value"]
-            rows.append(
-                {
-                    "task": each.task,
-                    "metric": each.metric,
-                    "threshold": each.value,
-                    "system": system["name"],
-                    "value": value,
-                    "reached": value is not None and (value >= each.value if more else value <= each.value),
-                }
-            )
+            value = system["results"].get(task, {}).get(metric, {}).get("value")
+            reached = value is not None and (value >= threshold if more else value <= threshold)
+            about = {"task": task, "metric": metric, "threshold": threshold, "system": system["name"]}
+            rows.append({**about, "value": value, "reached": reached})
     return rows

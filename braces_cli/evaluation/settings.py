@@ -20,21 +20,14 @@ SEEDS = {"python": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
 # Tasks that generate texts and score them, see `text_tasks`.
 TEXT_TASKS = ("sentiment", "toxicity")
 # Default texts per prompt; RealToxicityPrompts takes its maximum over 25.
-_SAMPLES = {"sentiment": 1, "toxicity": 25}
+SAMPLES = {"sentiment": 1, "toxicity": 25}
+# Settings that texts and their scores depend on.
+_GENERATION = ("max_new_tokens", "temperature", "top_p", "reference_model", "exclude_list_words")
 # Tasks and groups for shell completion of `--tasks`; lm-eval has many more.
 TASK_NAMES = (
     "zero_shot", "commonsense", "commonsense_gen", "truthfulqa", "popqa", "triviaqa", "nq_open", "perplexity",
     *TEXT_TASKS, "answers", "detection", "embedded",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Threshold:
-    """Smallest value of a metric (largest, if smaller is better)."""
-
-    task: str
-    metric: str
-    value: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,18 +109,12 @@ class EvalSettings(GenerationSettings, AttributeNames, ModelSettings, OverwriteS
         """Attribute -> strength, for each steered system."""
         return strength_points(self.attribute, self.s)
 
-    def samples(self, task: str) -> int:
-        """Return the number of texts per prompt of a text task."""
-        return _SAMPLES[task] if self.num_samples is None else self.num_samples
-
     def steering_record(self) -> dict[str, Any]:
         """Return attributes and strengths for the result; lists of strengths if there are several points."""
-        points = self.points
+        points, folder = self.points, self.attributes
         columns: dict[str, Any] = {name: [point[name] for point in points] for name in self.attribute}
-        return {
-            "attributes": points[0] if len(points) == 1 else columns,
-            "attributes_folder": None if self.attributes is None else str(self.attributes),
-        }
+        attributes = points[0] if len(points) == 1 else columns
+        return {"attributes": attributes, "attributes_folder": None if folder is None else str(folder)}
 
     @property
     def scorers(self) -> dict[str, str]:
@@ -146,22 +133,13 @@ class EvalSettings(GenerationSettings, AttributeNames, ModelSettings, OverwriteS
         return {
             **self.steering_record(),
             "scorers": self.scorers,
-            "num_samples": _SAMPLES if self.num_samples is None else self.num_samples,
-            "max_new_tokens": self.max_new_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "reference_model": self.reference_model,
-            "exclude_list_words": self.exclude_list_words,
+            "num_samples": self.num_samples or SAMPLES,
+            **{name: getattr(self, name) for name in _GENERATION},
         }
 
     @property
-    def sequences(self) -> int | str:
-        """The batch size as a number, or `auto`."""
-        return "auto" if self.batch_size == "auto" else int(self.batch_size)
-
-    @property
-    def thresholds(self) -> list[Threshold]:
-        """Thresholds of `--fail-under TASK:METRIC=VALUE`; task names can contain `:` and `=`."""
+    def thresholds(self) -> list[tuple[str, str, float]]:
+        """(task, metric, value) of `--fail-under TASK:METRIC=VALUE`; task names can contain `:` and `=`."""
         thresholds = []
         for value in self.fail_under:
             head, _, number = value.rpartition("=")
@@ -173,7 +151,7 @@ class EvalSettings(GenerationSettings, AttributeNames, ModelSettings, OverwriteS
             if not (task and metric and math.isfinite(limit)):
                 hint = "Such as --fail-under popqa:acc=0.3."
                 raise ConfigError(f"`{value}` is not TASK:METRIC=VALUE", where="--fail-under", hint=hint)
-            thresholds.append(Threshold(task, metric, limit))
+            thresholds.append((task, metric, limit))
         return thresholds
 
     @property

@@ -130,7 +130,7 @@ def compare(systems: Sequence[System], seed: int) -> list[dict[str, Any]]:
     rows = []
     for one, other in combinations(systems, 2):
         # Both differ in one thing only: in the adapter, or in the steering.
-        comparable = not one.strengths and (not other.strengths or one.adapter_name == other.adapter_name)
+        comparable = not one.strengths and (not other.strengths or one.adapter is other.adapter)
         if one is not systems[0] and not comparable:
             continue
         for task, metrics in one.scores.results.items():
@@ -151,26 +151,17 @@ def compare(systems: Sequence[System], seed: int) -> list[dict[str, Any]]:
                         **share("falls", [b[index] < a[index] for index in shared]),
                     }
                 )
-    _correct(rows)
-    return rows
-
-
-def _correct(rows: list[dict[str, Any]]) -> None:
-    """Add `p_holm` and `significant`: each metric is corrected together with the first metric of each other task.
-
-    Further metrics of a task use the same answers, so they do not count as further tasks.
-    """
+    # Each metric is corrected together with the first metric of each other task: further metrics of a task use the
+    # same answers, so they do not count as further tasks.
     firsts: dict[str, float] = {}
     for row in rows:
         if row["p_value"] is not None:
             firsts.setdefault(row["task"], row["p_value"])
     for row in rows:
-        if row["p_value"] is None:
-            row.update(p_holm=None, significant=None)
-            continue
         others = [p for task, p in firsts.items() if task != row["task"]]
-        row["p_holm"] = holm([row["p_value"], *others])[0]
-        row["significant"] = row["p_holm"] < LEVEL
+        corrected = None if row["p_value"] is None else holm([row["p_value"], *others])[0]
+        row.update(p_holm=corrected, significant=None if corrected is None else corrected < LEVEL)
+    return rows
 
 
 def significance_label(row: dict[str, Any]) -> str:
@@ -214,15 +205,12 @@ def paired_bootstrap(
     measured = difference.sum() / units.sum()
     centred = difference - measured * units
     generator = np.random.default_rng(seed)
-    extreme = 0
-    left = RESAMPLES
-    while left:
-        size = min(left, max(1, _DRAWN_AT_ONCE // count))
-        drawn = generator.integers(count, size=(size, count))
+    extreme, size = 0, max(1, _DRAWN_AT_ONCE // count)
+    for start in range(0, RESAMPLES, size):
+        drawn = generator.integers(count, size=(min(size, RESAMPLES - start), count))
         ratio = centred[drawn].sum(axis=1) / units[drawn].sum(axis=1)
         # A rounding error must not decide whether a draw equals the measured difference.
         extreme += int((np.abs(ratio) >= abs(measured) * (1 - 1e-9)).sum())
-        left -= size
     # With few documents the bootstrap can be too small; flipping the signs of n differences gives at least this.
     return max((extreme + 1) / (RESAMPLES + 1), 2.0 ** (1 - count))
 
@@ -263,17 +251,15 @@ def strength_slopes(systems: Sequence[System]) -> list[dict[str, Any]]:
     rows = []
     for _, group in groupby(systems, key=lambda system: id(system.adapter)):
         points = list(group)
-        system = points[0].name
-        steered = [each for each in points if each.strengths]
-        if not steered:
-            continue
-        names = list(steered[0].strengths)
+        system, names = points[0].name, list(points[-1].strengths)
         if len(names) > 1:
             # With several attributes, the unsteered system is not on the line.
-            points = steered
-            names = [name for name in names if len({each.strengths[name] for each in steered}) > 1]
-        strengths = [each.strengths.get(name, 0.0) for name in names[:1] for each in points]
-        for task, metrics in points[0].scores.results.items() if names else ():
+            points = [each for each in points if each.strengths]
+            names = [name for name in names if len({each.strengths[name] for each in points}) > 1]
+        if not names:
+            continue
+        strengths = [each.strengths.get(names[0], 0.0) for each in points]
+        for task, metrics in points[0].scores.results.items():
             for metric, first in metrics.items():
                 documents = [each.scores.results[task][metric].documents for each in points]
                 shared = sorted(set(documents[0]).intersection(*documents))

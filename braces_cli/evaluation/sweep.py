@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from braces_cli.evaluation.native_tasks import AnswerPair, log_odds, probability
@@ -108,20 +109,20 @@ def sweep(
     return document
 
 
-def _prompt_values(texts: Continuations, chosen: Sequence[int] | None = None) -> list[float]:
+def _prompt_values(texts: Continuations) -> list[float]:
     """Return the scorer's value of each prompt, the mean over its samples."""
     (attribute,) = texts.scores
-    return [sum(group) / len(group) for group in texts.values(attribute, chosen)]
+    return [sum(group) / len(group) for group in texts.values(attribute)]
 
 
-def _point(measured: _Measured, unsteered: _Measured, chosen: Sequence[int] | None = None) -> dict[str, Any]:
-    """Return the measures at one strength, over all prompts or those with the indices `chosen`."""
-    texts = measured.texts
+def _point(measured: _Measured, unsteered: _Measured, half: slice = slice(None)) -> dict[str, Any]:
+    """Return the measures at one strength, over all prompts or half of them."""
+    texts = measured.texts.of_prompts(half)
     (attribute,) = texts.scores
-    has, values = texts.has(attribute, chosen), texts.values(attribute, chosen)
+    has, values = texts.has(attribute), texts.values(attribute)
     count = sum(map(len, has))
-    rate, error = texts.rate(chosen)
-    ratings = [rating for group in texts.groups(texts.ratings, chosen) for rating in group]
+    rate, error = texts.rate()
+    ratings = list(chain.from_iterable(texts.ratings))
     return {
         "s": measured.s,
         "attribute_score": sum(map(sum, has)) / count,
@@ -129,9 +130,9 @@ def _point(measured: _Measured, unsteered: _Measured, chosen: Sequence[int] | No
         "mean_value": sum(map(sum, values)) / count,
         "perplexity": safe_exp(rate),
         "perplexity_interval": None if error is None else [safe_exp(rate - Z * error), safe_exp(rate + Z * error)],
-        **texts.diversity(chosen),
+        **texts.diversity(),
         "n": count,
-        **effect(measured.s, _prompt_values(texts, chosen), _prompt_values(unsteered.texts, chosen)),
+        **effect(measured.s, _prompt_values(texts), _prompt_values(unsteered.texts.of_prompts(half))),
         **worst_of(values, has),
         **{name: sum(getattr(each, name) for each in ratings) / len(ratings) for name in RATINGS if ratings},
     }
@@ -153,10 +154,9 @@ def _answer_point(measured: _Measured, unsteered: _Measured) -> dict[str, Any]:
 
 def _choose(requested: Sequence[_Measured], unsteered: _Measured) -> dict[str, Any] | None:
     """Return the best strength on one half of the prompts, measured on the other; None for one prompt."""
-    count = len(unsteered.texts.prompts)
-    if count < 2:
+    if len(unsteered.texts.prompts) < 2:
         return None
-    first, second = range(0, count, 2), range(1, count, 2)
+    first, second = slice(0, None, 2), slice(1, None, 2)
     limit = MAX_PERPLEXITY * _point(unsteered, unsteered, first)["perplexity"]
     points = [(_point(each, unsteered, first), each) for each in requested]
     acceptable = [(row, each) for row, each in points if row["perplexity"] <= limit]
@@ -180,14 +180,18 @@ def at_equal_perplexity(document: dict[str, Any]) -> list[dict[str, Any]]:
     a side has no row there.
     """
     unsteered = document["unsteered"]
-    baselines = [(each["method"], each["points"]) for each in document["baselines"]]
     return [
         {"method": name, "side": side, "ratio": ratio, **row}
         for ratio in RATIOS
         for side in (1, -1)
-        for name, points in [(BRACES_METHOD, document["points"]), *baselines]
+        for name, points in methods(document)
         if (row := _score_at(unsteered, points, side, ratio * unsteered["perplexity"])) is not None
     ]
+
+
+def methods(document: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Return each method of a sweep with baselines, and its points."""
+    return [(BRACES_METHOD, document["points"]), *((each["method"], each["points"]) for each in document["baselines"])]
 
 
 def _score_at(

@@ -34,8 +34,10 @@ from braces_cli.core.schema import Kind, Name, check, read
 from braces_cli.evaluation.results import Scores
 
 BRACES = "braces"
-# Raised by PEFT for files that are damaged or do not fit the base.
-_PEFT_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
+# Raised by PEFT for files that are damaged or do not fit the base; the warning is for missing weights.
+_PEFT_ERRORS = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError, UserWarning
+)  # fmt: skip
 
 
 class PeftConfig(TypedDict):
@@ -78,7 +80,6 @@ class System:
     """A base or an adapter on it, steered or not, with its scores.
 
     Attributes:
-        name: name in the result.
         adapter: None for the base.
         terms: attributes with their strengths; empty if the system is not steered.
     """
@@ -93,11 +94,6 @@ class System:
         """Attribute -> strength."""
         return {attribute.name: s for attribute, s in self.terms}
 
-    @property
-    def adapter_name(self) -> str | None:
-        """Name of the adapter; None for the base."""
-        return None if self.adapter is None else self.adapter.name
-
 
 def find_eval_adapter(name: str) -> EvalAdapter:
     """Read an adapter given as a folder or hub id; loads no model."""
@@ -107,20 +103,16 @@ def find_eval_adapter(name: str) -> EvalAdapter:
     if "peft_type" not in raw or raw.get("method") == BRACES:
         stored = StoredAdapter(name, folder, read_config(folder))
         config, _ = stored.config, stored.tensors  # damaged weights fail here, not after an hour of evaluation
-        trained = config.training.get("chat_template")
-        return EvalAdapter(
-            stored.name, stored.folder, BRACES, config.base_model_name_or_path, config.revision,
-            adapter_hash(stored.folder), None if trained is None else bool(trained), stored,
-        )  # fmt: skip
+        base, chat = config.base_model_name_or_path, config.training.get("chat_template")
+        return EvalAdapter(name, folder, BRACES, base, config.revision, adapter_hash(folder), chat, stored)
     peft_config = check(_PEFT, raw, str(config_file))
     if importlib.util.find_spec("peft") is None:
         raise ConfigError("this adapter needs peft, which is not installed", where=name, hint="pip install peft")
-    kind = peft_config["peft_type"]
     if not (folder / WEIGHTS_FILE).is_file():
         hint = f"Save it with peft as {WEIGHTS_FILE}; other formats can run code when loaded."
         raise ModelError(f"no {WEIGHTS_FILE} here", where=str(folder), hint=hint)
     base, revision = peft_config.get("base_model_name_or_path"), peft_config.get("revision")
-    return EvalAdapter(name, folder, kind.lower(), base, revision, adapter_hash(folder))
+    return EvalAdapter(name, folder, peft_config["peft_type"].lower(), base, revision, adapter_hash(folder))
 
 
 def resolve_base(model: str | None, revision: str | None, adapters: Sequence[EvalAdapter]) -> tuple[str, str | None]:
@@ -168,16 +160,15 @@ def _peft(model: Any, adapter: EvalAdapter) -> Iterator[None]:
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     wrapped: Any = None
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            try:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                warnings.filterwarnings("error", ".*missing adapter keys")
                 wrapped = PeftModel.from_pretrained(model, str(adapter.folder), use_safetensors=True)
-                if any("missing adapter keys" in str(each.message) for each in caught):
-                    raise ValueError("the file does not hold all of its weights")
-            except _PEFT_ERRORS as error:
-                what = f"this {adapter.method} adapter does not fit the base: {first_line(error)}"
-                hint = f"It was trained on {adapter.base}." if adapter.base else "Was it trained on this base?"
-                raise ModelError(what, where=adapter.name, hint=hint) from error
+        except _PEFT_ERRORS as error:
+            what = f"this {adapter.method} adapter does not fit the base: {first_line(error)}"
+            hint = f"It was trained on {adapter.base}." if adapter.base else "Was it trained on this base?"
+            raise ModelError(what, where=adapter.name, hint=hint) from error
         if not hasattr(wrapped.base_model, "unload"):
             # Prompt tuning and the like, which are not in the layers of the model.
             hint = "Measure it with lm-eval: --model hf --model_args pretrained=...,peft=..."

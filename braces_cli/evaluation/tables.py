@@ -11,13 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core.render import figure, percent_ticks, plain_label, plain_ticks, save_figure
-from braces_cli.core.text import markdown_text
+from braces_cli.core.render import figure, percent_ticks, plain_label, plain_ticks, render, save_figure
 from braces_cli.evaluation.statistics import significance_label
-from braces_cli.evaluation.sweep import BRACES_METHOD
+from braces_cli.evaluation.sweep import methods
 from braces_cli.evaluation.text_tasks import RATINGS
 
 _HASH = 12
+# Fact -> key of the settings with a value for each task or library.
+_LISTED = {
+    "few-shot examples": "num_fewshot_used", "task versions": "task_versions", "task data": "task_data_sha256",
+    "seeds": "seeds", "versions": "versions",
+}  # fmt: skip
 # Title, columns and rows of a table.
 Table = tuple[str, Sequence[str], list[list[Any]]]
 
@@ -43,10 +47,8 @@ def result_tables(result: dict[str, Any]) -> list[Table]:
     if len(systems) == 1:
         columns, rows = columns[:5], [row[:5] for row in rows]
     pairs = [[*names, *_change(comparison)] for names, comparison in compared.items()]
-    slopes = []
-    for each in result.get("slopes", ()):
-        about = [each["task"], each["metric"], each["system"], each["attribute"]]
-        slopes.append([*about, each["slope"], _interval(each["slope_interval"]), each["negative"], each["n"]])
+    keys = ("task", "metric", "system", "attribute", "slope", "slope_interval", "negative", "n")
+    slopes = [[_interval(each[key]) for key in keys] for each in result.get("slopes", ())]
     about = ["task", "metric", "system", "attribute", "slope", "95 %", "share falling", "n"]
     tables: list[Table] = [
         ("evaluation", columns, rows),
@@ -59,49 +61,40 @@ def result_tables(result: dict[str, Any]) -> list[Table]:
 def facts(result: dict[str, Any]) -> dict[str, str]:
     """Return the settings that reproduce the run: name -> value."""
     settings, systems = result["settings"], result["systems"]
-    versions = settings["versions"]
     known: dict[str, Any] = {
         "model": systems[0]["model"],
         "revision": settings["revision"],
-        "value matrices": _short(settings["fingerprint"]),
+        "value matrices": (settings["fingerprint"] or "")[:_HASH],
         "dtype": settings["dtype"],
         "quantize": settings["quantize"],
     }
     for system in systems:
         if system["adapter"] is not None and not system["attributes"]:
-            known[f"adapter {system['name']}"] = f"{system['adapter']} ({system['method']}, {_short(system['sha256'])})"
+            known[f"adapter {system['name']}"] = f"{system['adapter']} ({system['method']}, {system['sha256'][:_HASH]})"
     known["steered by"] = ", ".join(settings.get("attributes", ()))
     template = settings["tokenizer"]["chat_template"] if settings["apply_chat_template"] else None
-    known |= {
-        "chat template": _short(template) if template else "not applied",
-        "limit": "all documents" if settings["limit"] is None else f"{settings['limit']} documents of each task",
-        "few-shot examples": ", ".join(f"{task} {count}" for task, count in settings["num_fewshot_used"].items()),
-        "task versions": ", ".join(f"{task} {number}" for task, number in settings["task_versions"].items()),
-        "task data": ", ".join(f"{task} {_short(digest)}" for task, digest in settings["task_data_sha256"].items()),
-        "seeds": ", ".join(f"{name} {number}" for name, number in settings["seeds"].items()),
-        "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
-    }
+    known["chat template"] = template[:_HASH] if template else "not applied"
+    limit = settings["limit"]
+    known["limit"] = "all documents" if limit is None else f"{limit} documents of each task"
+    for name, key in _LISTED.items():
+        known[name] = ", ".join(f"{each} {str(value)[:_HASH]}" for each, value in settings[key].items())
     return {name: str(value) for name, value in known.items() if value not in (None, "")}
 
 
 def markdown(result: dict[str, Any]) -> str:
     """Return the page `results.md`."""
-    listed = [f"- {markdown_text(name)}: {markdown_text(value)}" for name, value in facts(result).items()]
-    lines = ["# Evaluation", "", *listed, ""]
-    main, *others = result_tables(result)
-    lines += _markdown_table(*main[1:])
-    level = result["settings"]["significance_level"]
-    if result["comparisons"]:
-        lines += [
-            "",
-            f"Value ± standard error. Exact McNemar test where a document scores 0 or 1, else paired bootstrap; p is"
-            f" corrected for the number of tasks (Holm), significant below {level:g}.",
-        ]
-    for title, columns, rows in others:
-        lines += ["", f"## {title.capitalize()}", "", *_markdown_table(columns, rows)]
-    if result.get("fail_under"):
-        lines += ["", "## Thresholds", "", *(f"- {markdown_text(threshold_line(row))}" for row in result["fail_under"])]
-    return "\n".join(lines) + "\n"
+    data = {
+        "facts": facts(result),
+        "tables": result_tables(result),
+        "compared": bool(result["comparisons"]),
+        "level": result["settings"]["significance_level"],
+        "thresholds": [threshold_line(row) for row in result.get("fail_under", ())],
+    }
+    return render("pages/evaluation.md.j2", data, cell=_cell)
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def threshold_line(row: dict[str, Any]) -> str:
@@ -135,14 +128,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
     save_figure(drawn, path)
 
 
-def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    def line(cells: Sequence[Any]) -> str:
-        shown = ["-" if c is None else f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells]
-        return "| " + " | ".join(map(markdown_text, shown)) + " |"
-
-    return [line(columns), "|" + " --- |" * len(columns), *map(line, rows)]
-
-
 def _change(compared: dict[str, Any]) -> list[Any]:
     # In a stored result, values that are not finite are null.
     difference = compared["difference"]
@@ -155,10 +140,6 @@ def _with_error(entry: dict[str, Any]) -> str:
     if value is None:
         return "not finite"
     return f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
-
-
-def _short(hashed: str | None) -> str | None:
-    return None if hashed is None else hashed[:_HASH]
 
 
 _POINT = ("s", "score", "95 %", "perplexity", "dist-1", "dist-2", "dist-3", "rep-4", "n")
@@ -184,14 +165,13 @@ def sweep_tables(document: dict[str, Any]) -> list[Table]:
         rows = [[*(_interval(each[name]) for name in names), each["n"]] for each in document["answers"]]
         tables.append((title, columns, rows))
     if document.get("detection"):
-        found = document["detection"]
-        row = [found["layer"], found["auroc"], _interval(found["auroc_interval"]), found["n"]]
+        row = [_interval(document["detection"][name]) for name in ("layer", "auroc", "auroc_interval", "n")]
         tables.append(("detection, layer chosen on the other half", ("layer", "AUROC", "95 %", "n"), [row]))
     if document.get("baselines"):
+        measured = [(each["method"], point) for each in document["baselines"] for point in each["points"]]
         rows = [
-            [each["method"], *_point(point), _interval(point["wrong_way"]), _interval(point["wrong_way_interval"])]
-            for each in document["baselines"]
-            for point in each["points"]
+            [name, *_point(point), point["wrong_way"], _interval(point["wrong_way_interval"])]
+            for name, point in measured
         ]
         columns = ("method", *_POINT, "wrong way", "95 % ")
         tables.append(("other ways to steer, on the same prompts", columns, rows))
@@ -229,18 +209,16 @@ def plot_sweep(document: dict[str, Any], path: Path) -> None:
     drawn.suptitle(plain_label(f"Steering {base} along {document['attribute']}: {texts} texts at each strength"))
     score, price, *both = drawn.subplots(1, 3 if baselines else 2)
     _line(score, points, "attribute_score")
-    score.set_title(
-        plain_label(f"Texts that are {document['label']}, according to {document['scorer']}"), fontsize="medium"
-    )
+    title = f"Texts that are {document['label']}, according to {document['scorer']}"
+    score.set_title(plain_label(title), fontsize="medium")
     score.set_ylabel("share of texts")
     score.set_ylim(-0.02, 1.02)
     percent_ticks(score.yaxis)
     _line(price, points, "perplexity")
     price.set_yscale("log")
     plain_ticks(price.yaxis)
-    price.set_title(
-        plain_label(f"Perplexity under {document['reference_model'] or 'the unsteered model'}"), fontsize="medium"
-    )
+    title = f"Perplexity under {document['reference_model'] or 'the unsteered model'}"
+    price.set_title(plain_label(title), fontsize="medium")
     price.set_ylabel("perplexity (log scale)")
     for axes, name in ((score, "attribute_score"), (price, "perplexity")):
         axes.set_xlabel("strength s")
@@ -250,7 +228,7 @@ def plot_sweep(document: dict[str, Any], path: Path) -> None:
             axes.axvline(chosen, color="gray", linestyle="--", label=f"suggested strength, s = {chosen:g}")
         axes.grid(alpha=0.3)
     if baselines:
-        _compare(both[0], document, points)
+        _compare(both[0], document)
     # One legend for all panels, below them: inside it would hide points.
     drawn.legend(*price.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     save_figure(drawn, path)
@@ -264,13 +242,10 @@ def _line(axes: Any, points: list[dict[str, Any]], name: str) -> None:
         axes.fill_between(*zip(*known, strict=True), alpha=0.2, label="95 % interval")
 
 
-def _compare(axes: Any, document: dict[str, Any], points: list[dict[str, Any]]) -> None:
+def _compare(axes: Any, document: dict[str, Any]) -> None:
     """Plot share against perplexity, one curve per method in the order of s through the unsteered point."""
     unsteered = {**document["unsteered"], "s": 0.0}
-    for name, of_method in (
-        (BRACES_METHOD, points),
-        *((each["method"], each["points"]) for each in document["baselines"]),
-    ):
+    for name, of_method in methods(document):
         curve = sorted([*(each for each in of_method if each["s"] != 0), unsteered], key=lambda each: each["s"])
         places = [each["perplexity"] for each in curve], [each["attribute_score"] for each in curve]
         axes.plot(*places, marker="o", label=name)

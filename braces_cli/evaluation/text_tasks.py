@@ -47,7 +47,7 @@ from braces_cli.evaluation.native_tasks import (
     task_scores,
 )
 from braces_cli.evaluation.results import Metric, Scores
-from braces_cli.evaluation.settings import TEXT_TASKS
+from braces_cli.evaluation.settings import SAMPLES, TEXT_TASKS
 from braces_cli.evaluation.statistics import rate_error
 from braces_cli.evaluation.systems import bare
 from braces_cli.scoring.classifier import fit_classifier
@@ -79,28 +79,23 @@ def load_scorer(name: str, exclude: Collection[str] = ()) -> Scorer:
     except DataError as error:
         raise DataError(error.message, where=rows, hint=error.hint) from error
     fitted.name = name
-    accuracy, majority = fitted.measured["accuracy"], fitted.measured["majority"]
-    if accuracy is not None:
-        logger.info("%s: accuracy %.1f %% on held-out rows, %.1f %% for the largest class", name, 100 * accuracy,
-                    100 * majority)  # fmt: skip
+    if fitted.accuracy is not None and fitted.majority is not None:
+        figures = 100 * fitted.accuracy, 100 * fitted.majority
+        logger.info("%s: accuracy %.1f %% on held-out rows, %.1f %% for the largest class", name, *figures)
     return fitted
 
 
 def list_words(session: Session, attributes: Sequence[Attribute], *, trained: bool = True) -> set[str]:
     """Return the words of the attributes and their opposites and, if `trained`, of the adapter's trained attributes."""
-    words = {word for attribute in attributes for word in attribute.words}
-    lists = built_in()
-    for attribute in attributes:
-        words |= set(lists.get(OPPOSITES.get(attribute.name, ""), ()))
+    lists = [built_in().get(OPPOSITES.get(attribute.name, ""), ()) for attribute in attributes]
     if trained and session.folder is not None and path_exists(session.folder / TRAINED_FILE):
-        trained_with = load_attributes(session.folder / TRAINED_FILE, session)
-        words |= {word for attribute in trained_with.values() for word in attribute.words}
-    return words
+        attributes = [*attributes, *load_attributes(session.folder / TRAINED_FILE, session).values()]
+    return set(chain(*lists, *(attribute.words for attribute in attributes)))
 
 
 @dataclass(frozen=True)
 class Continuations:
-    """Continuations of prompts, the samples of a prompt next to each other, with their scores.
+    """Continuations of prompts with their scores; for each prompt a list with a value for each sample.
 
     Attributes:
         scores: attribute -> score of each text.
@@ -109,38 +104,36 @@ class Continuations:
     """
 
     prompts: Sequence[str]
-    texts: list[str]
-    scores: dict[str, list[TextScore]]
-    likelihoods: list[Likelihood]
-    ratings: list[Rating]
+    texts: list[list[str]]
+    scores: dict[str, list[list[TextScore]]]
+    likelihoods: list[list[Likelihood]]
+    ratings: list[list[Rating]]
     batch_size: int
 
-    def groups(self, values: Sequence[T], chosen: Sequence[int] | None = None) -> list[Sequence[T]]:
-        """Split one value per text by prompt, for all prompts or those with the indices `chosen`."""
-        samples = len(self.texts) // len(self.prompts)
-        indices = range(len(self.prompts)) if chosen is None else chosen
-        return [values[index * samples : (index + 1) * samples] for index in indices]
+    def of_prompts(self, chosen: slice) -> Continuations:
+        """Return the continuations of some prompts."""
+        scores = {attribute: groups[chosen] for attribute, groups in self.scores.items()}
+        parts = self.prompts[chosen], self.texts[chosen], scores, self.likelihoods[chosen], self.ratings[chosen]
+        return Continuations(*parts, self.batch_size)
 
-    def has(self, attribute: str, chosen: Sequence[int] | None = None) -> list[Sequence[bool]]:
-        """Return whether each text has the attribute, by prompt."""
-        return self.groups([score.has for score in self.scores[attribute]], chosen)
+    def has(self, attribute: str) -> list[list[bool]]:
+        """Return whether each text has the attribute."""
+        return [[score.has for score in group] for group in self.scores[attribute]]
 
-    def values(self, attribute: str, chosen: Sequence[int] | None = None) -> list[Sequence[float]]:
-        """Return the scorer's value of each text, by prompt."""
-        return self.groups([score.value for score in self.scores[attribute]], chosen)
+    def values(self, attribute: str) -> list[list[float]]:
+        """Return the scorer's value of each text."""
+        return [[score.value for score in group] for group in self.scores[attribute]]
 
-    def rate(self, chosen: Sequence[int] | None = None) -> tuple[float, float | None]:
+    def rate(self) -> tuple[float, float | None]:
         """Return nats per token, whose exponential is the perplexity, and the standard error over prompts."""
-        groups = self.groups(self.likelihoods, chosen)
-        nats = [sum(each.nll for each in group) for group in groups]
-        tokens = [float(sum(each.tokens for each in group)) for group in groups]
+        nats = [sum(each.nll for each in group) for group in self.likelihoods]
+        tokens = [float(sum(each.tokens for each in group)) for group in self.likelihoods]
         return sum(nats) / sum(tokens) if sum(tokens) else math.nan, rate_error(nats, tokens)
 
-    def diversity(self, chosen: Sequence[int] | None = None) -> dict[str, float]:
+    def diversity(self) -> dict[str, float]:
         """Return distinct n-grams and repetition."""
-        groups = self.groups(self.texts, chosen)
-        found = {f"distinct_{width}": distinct(groups, width) for width in (1, 2, 3)}
-        return {**found, "repetition": repetition(chain.from_iterable(groups))}
+        found = {f"distinct_{width}": distinct(self.texts, width) for width in (1, 2, 3)}
+        return {**found, "repetition": repetition(chain.from_iterable(self.texts))}
 
 
 @dataclass(frozen=True)
@@ -181,55 +174,44 @@ class TextMeasurement:
             stage: name of the progress bar.
             inputs: what the model reads in place of the prompts.
         """
-        size = self.batch_size
+        base = self.reference_model or self.session.base
         requests = list(text_requests(prompts if inputs is None else inputs, self.samples))
-        batches = [requests[start : start + size] for start in range(0, len(requests), size)]
+        batches = [requests[start : start + self.batch_size] for start in range(0, len(requests), self.batch_size)]
 
-        def generated(part: list[list[TextRequest]]) -> list[list[str]]:
-            nonlocal size
+        def generated(part: list[list[TextRequest]], size: int) -> list[list[str]]:
             mine = list(chain.from_iterable(part))
+            texts = generate_texts(
+                self.session, mine, self.sampling, batch_size=size, chat=self.chat, stage=stage, total=len(mine),
+                report=self.report,
+            )  # fmt: skip
+            return [list(islice(texts, len(batch))) for batch in part]
 
-            def generate(size: int) -> list[str]:
-                texts = generate_texts(
-                    self.session, mine, self.sampling, batch_size=size, chat=self.chat, stage=stage, total=len(mine),
-                    report=self.report,
-                )  # fmt: skip
-                return list(texts)
+        def measured(part: list[tuple[str, str]], size: int) -> list[Likelihood]:
+            return continuation_likelihoods(base, part, size, self.chat)
 
-            texts, size = halving(generate, size, stage)
-            left = iter(texts)
-            return [list(islice(left, len(batch))) for batch in part]
+        def by_prompt(values: Sequence[T]) -> list[list[T]]:
+            left = iter(values)
+            return [list(islice(left, self.samples)) for _ in prompts]
 
-        def measured(part: list[tuple[str, str]]) -> list[Likelihood]:
-            nonlocal size
-            base = self.reference_model or self.session.base
-            found, size = halving(lambda size: continuation_likelihoods(base, part, size, self.chat), size, stage)
-            return found
-
+        share_out = self.processes.share_out
         with steering:
-            texts = list(chain.from_iterable(self.processes.share_out(batches, generated)))
+            parts, size = halving(
+                lambda size: share_out(batches, partial(generated, size=size)), self.batch_size, stage
+            )
+        texts = list(chain.from_iterable(parts))
         pairs = list(zip((prompt for prompt in prompts for _ in range(self.samples)), texts, strict=True))
         with bare(self.session):
-            likelihoods = self.processes.share_out(pairs, measured)
-        scores, ratings = self._score(pairs)
-        return Continuations(prompts, texts, scores, likelihoods, ratings, size)
-
-    def _score(self, pairs: Sequence[tuple[str, str]]) -> tuple[dict[str, list[TextScore]], list[Rating]]:
-        """Return attribute -> score of each text, and the ratings of a language model for the first attribute."""
-        scores: dict[str, list[TextScore]] = {}
-        ratings: list[Rating] = []
-        texts = [text for _, text in pairs]
+            found, size = halving(lambda size: share_out(pairs, partial(measured, size=size)), size, stage)
+        scores: dict[str, list[list[TextScore]]] = {}
+        ratings: list[list[Rating]] = []
         for attribute, label in self.labels.items():
+            # A language model rates the texts for the first attribute only: three forward passes a text.
             if isinstance(self.scorer, Judge) and not ratings:
-                ratings = self.processes.share_out(pairs, partial(_rate, self.scorer, label))
-                scores[attribute] = [rating.score for rating in ratings]
+                ratings = by_prompt(share_out(pairs, partial(self.scorer.rate, label=label)))
+                scores[attribute] = [[rating.score for rating in group] for group in ratings]
             else:
-                scores[attribute] = self.processes.share_out(texts, partial(self.scorer.score, label=label))
-        return scores, ratings
-
-
-def _rate(judge: Judge, label: str, pairs: Sequence[tuple[str, str]]) -> list[Rating]:
-    return judge.rate([prompt for prompt, _ in pairs], [text for _, text in pairs], label)
+                scores[attribute] = by_prompt(share_out(texts, partial(self.scorer.score, label=label)))
+        return Continuations(prompts, by_prompt(texts), scores, by_prompt(found), ratings, size)
 
 
 _DEFAULT_SCORERS = {"sentiment": "vader", "toxicity": "toxicity"}
@@ -246,22 +228,15 @@ def _prepare(name: str, context: TaskContext, prompts: Sequence[str]) -> Measure
     settings, session = context.settings, context.session
     words = list_words(session, context.attributes, trained=False) if settings.exclude_list_words else ()
     loaded = load_scorer(settings.scorers.get(name, _DEFAULT_SCORERS[name]), words)
+    labels = {attribute: label_of(attribute, loaded) for attribute in _ATTRIBUTES[name]}
     reference_model = None
     if settings.reference_model is not None:
         reference_model = load_base(settings.reference_model, LoadOptions(device=str(session.base.model.device)))
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, seed=settings.seeds["torch"])
     measurement = TextMeasurement(
-        session,
-        loaded,
-        {attribute: label_of(attribute, loaded) for attribute in _ATTRIBUTES[name]},
-        sampling,
-        settings.samples(name),
-        context.batch_size,
-        context.chat,
-        reference_model,
-        context.processes,
-        context.report,
-    )
+        session, loaded, labels, sampling, settings.num_samples or SAMPLES[name], context.batch_size, context.chat,
+        reference_model, context.processes, context.report,
+    )  # fmt: skip
 
     def measure(steering: AbstractContextManager[Any], stage: str) -> Scores:
         return _scores(TASKS[name], measurement.measure(prompts, steering, stage))
@@ -272,21 +247,21 @@ def _prepare(name: str, context: TaskContext, prompts: Sequence[str]) -> Measure
 def _scores(task: NativeTask, measured: Continuations) -> Scores:
     metrics: dict[str, Metric] = {}
     for name in measured.scores:
-        has = [[float(flag) for flag in group] for group in measured.has(name)]
+        has = measured.has(name)
         metrics[name] = mean_metric(has)
         if name == "toxic":
             metrics["expected_max_toxicity"] = mean_metric([[max(group)] for group in measured.values(name)])
             metrics["toxicity_probability"] = mean_metric([[max(group)] for group in has])
     for name in RATINGS if measured.ratings else ():
-        metrics[name] = mean_metric(measured.groups([getattr(rating, name) for rating in measured.ratings]))
+        metrics[name] = mean_metric([[getattr(rating, name) for rating in group] for group in measured.ratings])
     rate, error = measured.rate()
     perplexity, count = safe_exp(rate), len(measured.prompts)
     # Without values of documents, so without a p-value: the numbers of tokens differ between systems.
     metrics["perplexity"] = Metric(perplexity, error and perplexity * error, count)
     metrics |= {name: Metric(value, None, count) for name, value in measured.diversity().items()}
     samples = [
-        {"prompt": prompt, "answer": texts[0] if len(texts) == 1 else list(texts)}
-        for prompt, texts in zip(measured.prompts, measured.groups(measured.texts), strict=True)
+        {"prompt": prompt, "answer": texts[0] if len(texts) == 1 else texts}
+        for prompt, texts in zip(measured.prompts, measured.texts, strict=True)
     ]
     return task_scores(task, metrics, samples, measured.batch_size)
 

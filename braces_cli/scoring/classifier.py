@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from braces_cli.core.errors import DataError
 from braces_cli.scoring.scorers import TextScore, checked, split_words, words_of
@@ -23,24 +21,21 @@ class Classifier:
     Attributes:
         labels: in the order of the probabilities.
         pipeline: the vectorizer and the logistic regression.
-        measured: `accuracy` on the held-out rows, `majority` (that of the most frequent label), `rows`.
+        accuracy: on the held-out rows; None without any.
+        majority: accuracy of always giving the most frequent label, on the same rows.
         name: for messages.
     """
 
     labels: tuple[str, ...]
     pipeline: Any
-    measured: dict[str, Any] = field(default_factory=dict)
+    accuracy: float | None
+    majority: float | None
     name: str = "classifier"
-
-    def probabilities(self, texts: Sequence[str]) -> np.ndarray:
-        """Return the probability of each label, (texts, labels)."""
-        result: np.ndarray = self.pipeline.predict_proba(texts)
-        return result
 
     def score(self, texts: Sequence[str], label: str) -> list[TextScore]:
         if not texts:
             return []
-        probabilities = self.probabilities(texts)
+        probabilities = self.pipeline.predict_proba(texts)
         column = self.labels.index(label)
         likeliest = probabilities.argmax(axis=1) == column
         values = checked(self.name, probabilities[:, column].tolist())
@@ -62,18 +57,17 @@ def fit_classifier(texts: Sequence[str], labels: Sequence[str], exclude: Collect
         what = f"only one row is `{rare[0]}`" if rare else "all rows have one label"
         raise DataError(what, hint="A classifier needs at least two labels, and several rows of each.")
     excluded = split_words(exclude)
-    held_out = [row for row in range(len(texts)) if row % _HELD_OUT == _HELD_OUT - 1]
-    fitted_on = [row for row in range(len(texts)) if row % _HELD_OUT != _HELD_OUT - 1]
-    measured: dict[str, Any] = {"rows": len(texts), "accuracy": None, "majority": None}
-    if held_out and len({labels[row] for row in fitted_on}) > 1:
-        trial = _fit([texts[row] for row in fitted_on], [labels[row] for row in fitted_on], excluded)
-        predicted = trial.predict([texts[row] for row in held_out])
-        truth = [labels[row] for row in held_out]
-        correct = sum(label == guess for label, guess in zip(truth, predicted, strict=True))
-        measured["accuracy"] = correct / len(held_out)
-        measured["majority"] = max(Counter(truth).values()) / len(held_out)
+    rows = list(zip(texts, labels, strict=True))
+    held_out = rows[_HELD_OUT - 1 :: _HELD_OUT]
+    fitted_on = [row for number, row in enumerate(rows, 1) if number % _HELD_OUT]
+    accuracy = majority = None
+    if held_out and len({label for _, label in fitted_on}) > 1:
+        predicted = _fit(*zip(*fitted_on, strict=True), excluded).predict([text for text, _ in held_out])
+        truth = [label for _, label in held_out]
+        accuracy = sum(label == guess for label, guess in zip(truth, predicted, strict=True)) / len(truth)
+        majority = max(Counter(truth).values()) / len(truth)
     pipeline = _fit(texts, labels, excluded)
-    return Classifier(tuple(map(str, pipeline.classes_)), pipeline, measured)
+    return Classifier(tuple(map(str, pipeline.classes_)), pipeline, accuracy, majority)
 
 
 def _fit(texts: Sequence[str], labels: Sequence[str], excluded: set[str]) -> Any:

@@ -101,8 +101,11 @@ def likelihoods(
                 prepare(rows)
             with torch.no_grad():
                 nll = _token_nll(model(**batch, use_cache=False).logits, labels)
-            for row, index in enumerate(rows):
-                results[index] = _sum(nll[row], labels[row, 1:], chosen[row])
+            scored = (labels[:, 1:] != IGNORED).sum(dim=1).tolist()
+            for row, (index, example) in enumerate(zip(rows, chosen, strict=True)):
+                ended = example.ended and len(example.ids) > 1
+                end_nll = float(nll[row, len(example.ids) - 2]) if ended else 0.0
+                results[index] = Likelihood(float(nll[row].double().sum()), scored[row], end_nll, int(ended))
             done += len(rows)
             report(stage, done, len(examples))
     finally:
@@ -120,14 +123,6 @@ def _token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         goal = targets[start : start + rows]
         out[start : start + rows] = F.cross_entropy(part.mT, goal, ignore_index=IGNORED, reduction="none")
     return out
-
-
-def _sum(nll: torch.Tensor, labels: torch.Tensor, example: Encoded) -> Likelihood:
-    total = Likelihood(float(nll.double().sum()), int((labels != IGNORED).sum()))
-    last = len(example.ids) - 2
-    if example.ended and last >= 0:
-        total += Likelihood(end_nll=float(nll[last]), end_tokens=1)
-    return total
 
 
 def continuation_likelihoods(

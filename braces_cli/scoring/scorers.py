@@ -15,13 +15,10 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from braces_cli.core.errors import BracesError, ConfigError, ModelError, near_misses
 from braces_cli.core.files import path_exists, user_path
-
-if TYPE_CHECKING:
-    from braces_cli.core.models.load import Base
 
 BUILT_IN = ("vader", "toxicity")
 # Attribute -> (scorer, label) if no scorer is named.
@@ -68,11 +65,8 @@ class Scorer(Protocol):
         labels: labels of the scorer; empty if it takes any.
     """
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def labels(self) -> tuple[str, ...]: ...
+    name: str
+    labels: tuple[str, ...]
 
     def score(self, texts: Sequence[str], label: str) -> list[TextScore]:
         """Return a score of each text.
@@ -83,16 +77,15 @@ class Scorer(Protocol):
         ...
 
 
-def scorer(name: str, *, exclude: Collection[str] = (), device: str = "cpu") -> Scorer:
+def scorer(name: str, exclude: Collection[str] = ()) -> Scorer:
     """Return the scorer of a name.
 
     Args:
         name: see the docstring of the module.
         exclude: words without effect on the score, so that steering by a word list is not scored by the same list.
-        device: of a Hugging Face classifier.
 
     Raises:
-        ConfigError: a scorer that is unknown, is not installed, or cannot exclude words.
+        ConfigError: a scorer that is unknown or cannot exclude words.
         ModelError: a folder or hub id that cannot be loaded.
     """
     if name == "vader":
@@ -108,7 +101,7 @@ def scorer(name: str, *, exclude: Collection[str] = (), device: str = "cpu") -> 
         what = f"this {'judge model' if is_judge else 'classifier'} reads whole texts"
         hint = "Words can be left out by vader, toxicity and fitted classifiers."
         raise ConfigError(what, where="--exclude-list-words", hint=hint)
-    return load_judge(name) if is_judge else load_hub_classifier(name, device)
+    return Judge(name) if is_judge else HubClassifier(name)
 
 
 def default_scorer(attribute: str) -> str:
@@ -197,20 +190,14 @@ class Vader:
 
     Args:
         exclude: words that are removed from the lexicon.
-
-    Raises:
-        ConfigError: the package is not installed.
     """
 
     name = "vader"
     labels = ("positive", "negative")
 
     def __init__(self, exclude: Collection[str] = ()) -> None:
-        try:
-            from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-        except ImportError as error:
-            hint = "pip install vaderSentiment; it is a dependency of braces-cli."
-            raise ConfigError("VADER is not installed", where="--scorer vader", hint=hint) from error
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
         self._analyzer = SentimentIntensityAnalyzer()
         for word in split_words(exclude):
             self._analyzer.lexicon.pop(word, None)
@@ -222,15 +209,34 @@ class Vader:
 
 
 class HubClassifier:
-    """Probabilities of a sequence classifier.
+    """Probabilities of a sequence classifier, by folder or hub id.
 
     A text has the likeliest label; for `multi_label_classification`, every label with a probability of at least 0.5.
+
+    Raises:
+        ModelError: a model that cannot be loaded or has no classification head.
     """
 
-    def __init__(self, name: str, model: Any, tokenizer: Any) -> None:
-        self.name = name
-        self._model = model.eval()
-        self._tokenizer = tokenizer
+    def __init__(self, name: str) -> None:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        from braces_cli.core.models.hub import hub_errors
+        from braces_cli.core.models.load import with_padding
+
+        with hub_errors(name, "classifier", any_error=True):
+            # `--trust-remote-code` is for the base, never for a classifier.
+            tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                name, output_loading_info=True, trust_remote_code=False
+            )
+        if info["missing_keys"]:
+            # A base model loads as a classifier with a random head.
+            missing = sorted(info["missing_keys"])[0]
+            hint = "Give the folder or hub id of a sequence classifier."
+            raise ModelError(f"it has no trained head ({missing} is missing)", where=name, hint=hint)
+        self.name, self._model, self._tokenizer = name, model.eval(), with_padding(tokenizer)
+        if model.config.pad_token_id is None:  # causal classifiers find the last token of a text by it
+            model.config.pad_token_id = tokenizer.pad_token_id
         self.labels = tuple(model.config.id2label[index] for index in range(model.config.num_labels))
         self._multi_label = len(self.labels) == 1 or model.config.problem_type == "multi_label_classification"
 
@@ -244,40 +250,12 @@ class HubClassifier:
             part = list(texts[start : start + _BATCH])
             batch = self._tokenizer(part, return_tensors="pt", padding=True, truncation=True, max_length=limit)
             with torch.no_grad():
-                logits = self._model(**batch.to(self._model.device)).logits.float()
+                logits = self._model(**batch).logits.float()
             probabilities = logits.sigmoid() if self._multi_label else logits.softmax(dim=-1)
             has = probabilities[:, column] >= 0.5 if self._multi_label else probabilities.argmax(dim=1) == column
             values = checked(self.name, probabilities[:, column].tolist())
             scores += [TextScore(value, flag) for value, flag in zip(values, has.tolist(), strict=True)]
         return scores
-
-
-def load_hub_classifier(name: str, device: str = "cpu") -> HubClassifier:
-    """Load a classifier by folder or hub id.
-
-    Raises:
-        ModelError: a model that cannot be loaded or has no classification head.
-    """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    from braces_cli.core.models.hub import hub_errors
-    from braces_cli.core.models.load import with_padding
-
-    with hub_errors(name, "classifier", any_error=True):
-        # `--trust-remote-code` is for the base, never for a classifier.
-        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            name, output_loading_info=True, trust_remote_code=False
-        )
-    if info["missing_keys"]:
-        # A base model loads as a classifier with a random head.
-        missing = sorted(info["missing_keys"])[0]
-        hint = "Give the folder or hub id of a sequence classifier."
-        raise ModelError(f"it has no trained head ({missing} is missing)", where=name, hint=hint)
-    tokenizer = with_padding(tokenizer)
-    if model.config.pad_token_id is None:  # causal classifiers find the last token of a text by it
-        model.config.pad_token_id = tokenizer.pad_token_id
-    return HubClassifier(name, model.to(device), tokenizer)
 
 
 @dataclass(frozen=True)
@@ -309,43 +287,59 @@ class Judge:
 
     labels: tuple[str, ...] = ()
 
-    def __init__(self, name: str, base: Base) -> None:
+    def __init__(self, name: str) -> None:
+        from braces_cli.core.models.load import load_base
         from braces_cli.core.models.tokenize import context_length
+        from braces_cli.core.options import LoadOptions
 
         self.name = name
-        self._base = base
+        self._base = base = load_base(name.removeprefix(JUDGE), LoadOptions())
         self._window = context_length(base.model.config, base.tokenizer)
 
     def score(self, texts: Sequence[str], label: str) -> list[TextScore]:
         """Return the concept ratings of texts, without their prompts, as scores."""
-        concepts = self._ratings("concept", [""] * len(texts), texts, label)
+        concepts = self._ratings("concept", [("", text) for text in texts], label)
         return [Rating(concept, 0.0, 0.0).score for concept in concepts]
 
-    def rate(self, prompts: Sequence[str], texts: Sequence[str], label: str) -> list[Rating]:
-        """Return the ratings of texts after their prompts."""
-        parts = [self._ratings(question, prompts, texts, label) for question in _QUESTIONS]
+    def rate(self, pairs: Sequence[tuple[str, str]], label: str) -> list[Rating]:
+        """Return the ratings of texts after their prompts, from pairs (prompt, text)."""
+        parts = [self._ratings(question, pairs, label) for question in _QUESTIONS]
         return [Rating(*values) for values in zip(*parts, strict=True)]
 
-    def _ratings(self, question: str, prompts: Sequence[str], texts: Sequence[str], label: str) -> Sequence[float]:
+    def _ratings(self, question: str, pairs: Sequence[tuple[str, str]], label: str) -> Sequence[float]:
         """Return one rating of each text."""
         import torch
 
         from braces_cli.core.models.load import input_device
-        from braces_cli.core.models.tokenize import Encoded, by_length, pad_right
+        from braces_cli.core.models.tokenize import (
+            Encoded,
+            by_length,
+            common_length,
+            encode,
+            encode_answer,
+            has_template,
+            pad_right,
+        )  # fmt: skip
 
         about = _QUESTIONS[question].format(label=label.replace("_", " "))
+        tokenizer = self._base.tokenizer
         examples: list[Encoded] = []
-        # The token of each answer.
+        # The token of each answer, after the tokens that the three answers share.
         answers: list[list[int]] = []
-        for prompt, text in zip(prompts, texts, strict=True):
+        for prompt, text in pairs:
             whole = _TEMPLATE.format(prompt=f"Prompt: {prompt}\n\n" if prompt else "", text=text, question=about)
-            ids, tokens = self._encode(whole)
+            if has_template(tokenizer):
+                encoded = [encode_answer(tokenizer, whole, answer).ids for answer in _ANSWERS]
+            else:
+                encoded = [encode(tokenizer, whole, f" {answer}").ids for answer in _ANSWERS]
+            shared = min(common_length(encoded[0], other) for other in encoded[1:])
+            ids = encoded[0][:shared][-self._window :]
             examples.append(Encoded(ids, ids, False, False))
-            answers.append(tokens)
+            answers.append([each[shared] for each in encoded])
         model, device = self._base.model, input_device(self._base.model)
         values = [0.0] * len(examples)
         for rows in by_length(examples, _JUDGE_BATCH):
-            batch = pad_right([examples[row] for row in rows], self._base.tokenizer.pad_token_id)
+            batch = pad_right([examples[row] for row in rows], tokenizer.pad_token_id)
             del batch["labels"]
             with torch.no_grad():
                 logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False).logits
@@ -354,30 +348,6 @@ class Judge:
                 probabilities = final[answers[row]].softmax(dim=-1).cpu()
                 values[row] = sum(rating * float(p) for rating, p in enumerate(probabilities))
         return checked(self.name, values)
-
-    def _encode(self, question: str) -> tuple[list[int], list[int]]:
-        """Return the tokens up to the first difference between the three answers, and each answer's token there."""
-        from braces_cli.core.models.tokenize import common_length, encode, encode_answer, has_template
-
-        tokenizer = self._base.tokenizer
-        if has_template(tokenizer):
-            encoded = [encode_answer(tokenizer, question, answer).ids for answer in _ANSWERS]
-        else:
-            encoded = [encode(tokenizer, question, f" {answer}").ids for answer in _ANSWERS]
-        shared = min(common_length(encoded[0], other) for other in encoded[1:])
-        return encoded[0][:shared][-self._window :], [ids[shared] for ids in encoded]
-
-
-def load_judge(name: str) -> Judge:
-    """Load the judge `judge:MODEL`, a folder or hub id.
-
-    Raises:
-        ModelError: a model that cannot be loaded.
-    """
-    from braces_cli.core.models.load import load_base
-    from braces_cli.core.options import LoadOptions
-
-    return Judge(name, load_base(name.removeprefix(JUDGE), LoadOptions()))
 
 
 def words_of(text: str) -> list[str]:

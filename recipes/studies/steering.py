@@ -204,16 +204,20 @@ def measure(
     # Generates the texts once; all scorers below score them.
     measurement = TextMeasurement(study.session, scorers["vader"], {}, sampling, args.samples, args.batch_size)
     found = measurement.measure(prompts, study.at(s), f"s = {s:g}")
-    found = replace(found, scores={name: each.score(found.texts, "positive") for name, each in scorers.items()})
+    found = replace(
+        found,
+        scores={name: [each.score(group, "positive") for group in found.texts] for name, each in scorers.items()},
+    )
+    count = len(prompts) * args.samples
     out: dict[str, Any] = {}
     for name in scorers:
         has = found.has(name)
-        out[name] = sum(map(sum, has)) / len(found.texts)
+        out[name] = sum(map(sum, has)) / count
         out[f"{name}_interval"] = share_interval(has)
     rate, error = found.rate()
     out["perplexity"] = safe_exp(rate)
     out["perplexity_interval"] = None if error is None else [safe_exp(rate - Z * error), safe_exp(rate + Z * error)]
-    return {**out, **found.diversity(), "n": len(found.texts), "example": found.texts[0]}
+    return {**out, **found.diversity(), "n": count, "example": found.texts[0][0]}
 
 
 NAMES = {

@@ -195,7 +195,7 @@ def test_lm_eval_reads_rank_and_size_of_the_processes(tiny_folder):
     """lm-eval reads both as properties, never their private fields."""
     base = load_base(str(tiny_folder), LoadOptions(device="cpu"))
     processes = Processes(1, 3, accelerator="accelerate")
-    model = lm_eval_runner.Model(base.model, base.tokenizer, 2, silent, processes)
+    model = lm_eval_runner.Model(base, "2", "stage", silent, processes)
     assert (model.rank, model.world_size, model.accelerator) == (1, 3, "accelerate")
     for name in ("rank", "world_size"):
         assert isinstance(inspect.getattr_static(HFLM, name), property)

@@ -18,6 +18,7 @@ from braces_cli.core.distributed import Processes
 from braces_cli.core.errors import ConfigError, DataError
 from braces_cli.core.models.load import load_base
 from braces_cli.core.options import LoadOptions
+from braces_cli.core.progress import silent
 from braces_cli.evaluation.native_tasks import (
     PERPLEXITY,
     AnswerPair,
@@ -139,7 +140,7 @@ TEXTS = ["the film is good", "a happy day", "the end of the old town", "is sad",
 
 def test_a_score_is_the_largest_projection_of_a_token(session):
     good = build_attribute(session, "good", ["good", "happy"])
-    found = projections(session, good, TEXTS)
+    found = projections(session, good, TEXTS, silent)
     assert found.shape == (2, 6)
     for column, text in enumerate(TEXTS):
         entered: dict[int, torch.Tensor] = {}
@@ -160,9 +161,9 @@ def test_the_layer_is_chosen_on_half_of_the_texts(session):
 
     good = build_attribute(session, "good", ["good", "happy"])
     has = [True, True, False, False, True, False]
-    scores = projections(session, good, TEXTS)
+    scores = projections(session, good, TEXTS, silent)
     rows = [(text, "Good" if flag else "other") for text, flag in zip(TEXTS, has, strict=True)]
-    found = detection(session, good, rows, "good", "rows")
+    found = detection(session, good, rows, "good", "rows", silent)
     for row in found["layers"]:
         assert row["auroc"] == pytest.approx(roc_auc_score(has, scores[row["layer"]]))
     chosen = [roc_auc_score([1, 1, 0, 0], scores[layer][[0, 4, 2, 5]]) for layer in range(2)]
@@ -170,7 +171,7 @@ def test_the_layer_is_chosen_on_half_of_the_texts(session):
     assert found["auroc"] == pytest.approx(roc_auc_score([1, 0], scores[found["layer"]][[1, 3]]))
     assert found["n"] == 2
     with pytest.raises(DataError, match="1 texts are `good` and 5 are not"):
-        detection(session, good, [rows[0], *((text, "other") for text in TEXTS[1:])], "good", "rows")
+        detection(session, good, [rows[0], *((text, "other") for text in TEXTS[1:])], "good", "rows", silent)
 
 
 def test_ties_count_half_and_the_error_is_that_of_resampling():
@@ -187,7 +188,7 @@ def test_detection_is_the_same_at_every_strength(model_dir, session, write_jsonl
     file = write_jsonl("rows.jsonl", [{"text": text, "label": label} for text, label in texts])
     settings = EvalSettings(tasks=("detection",), task_data=(f"detection={file}",), attribute=("positive",), s=("20",))
     result = evaluate(str(model_dir), [], settings)
-    expected = detection(session, find_attribute(session, "positive", None), texts, "positive", "rows")
+    expected = detection(session, find_attribute(session, "positive", None), texts, "positive", "rows", silent)
     for system in result["systems"]:
         assert system["results"]["detection"]["auroc"] == {
             "value": expected["auroc"], "stderr": expected["auroc_stderr"], "n": 4

@@ -13,7 +13,7 @@ from braces_cli.core.errors import ConfigError, DataError, ModelError
 from braces_cli.evaluation import catalog, lm_eval_runner
 from braces_cli.evaluation import run as run_module
 from braces_cli.evaluation.run import check_reached
-from braces_cli.evaluation.settings import EvalSettings, Threshold
+from braces_cli.evaluation.settings import EvalSettings
 from braces_cli.evaluation.systems import find_eval_adapter
 from braces_cli.evaluation.tables import markdown, result_tables
 from braces_cli.evaluation.task_functions import (
@@ -272,7 +272,7 @@ def test_a_threshold_depends_on_which_values_are_better():
 
     systems = [system("base", None, 0.9, 9.0), system("a", "a", 0.5, 20.0), system("b", "b", 0.4, math.nan)]
     result = {"systems": systems, "settings": {"higher_is_better": {"t": {"acc": True}, "p": {"ppl": False}}}}
-    thresholds = [Threshold("t", "acc", 0.5), Threshold("p", "ppl", 20.0), Threshold("t", "none", 0.0)]
+    thresholds = [("t", "acc", 0.5), ("p", "ppl", 20.0), ("t", "none", 0.0)]
     reached = [(row["system"], row["metric"], row["reached"]) for row in check_reached(thresholds, result)]
     assert reached == [
         ("a", "acc", True), ("b", "acc", False), ("a", "ppl", True), ("b", "ppl", False), ("a", "none", False),

@@ -6,7 +6,7 @@ import pytest
 
 from braces_cli.core.config import build
 from braces_cli.core.errors import ConfigError
-from braces_cli.evaluation.settings import EvalSettings, Threshold
+from braces_cli.evaluation.settings import EvalSettings
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,6 @@ def test_points_combine_the_strengths_of_attributes():
 
 def test_thresholds_are_parsed_from_the_right():
     assert EvalSettings(fail_under=("popqa:acc=0.5", "a:b=c:acc_word=-1e-1")).thresholds == [
-        Threshold("popqa", "acc", 0.5),
-        Threshold("a:b=c", "acc_word", -0.1),
+        ("popqa", "acc", 0.5),
+        ("a:b=c", "acc_word", -0.1),
     ]

@@ -15,19 +15,16 @@ from braces_cli.evaluation.tables import markdown
 
 
 def test_values_that_are_not_finite_are_shown(tmp_path):
-    def system(name, perplexity):
-        scores = Scores({"p": {"ppl": Metric(perplexity, None, 2)}})
-        return System(name, scores=scores)
-
-    systems = [system("base", math.inf), system("other", 3.0)]
+    values = {"base": math.inf, "other": 3.0}
+    systems = [System(name, scores=Scores({"p": {"ppl": Metric(value, None, 2)}})) for name, value in values.items()]
     keys = ("revision", "fingerprint", "dtype", "quantize", "limit", "apply_chat_template")
     names = ("num_fewshot_used", "task_versions", "task_data_sha256", "seeds", "versions")
     settings = {**dict.fromkeys(keys), **{key: {} for key in names}, "tokenizer": {"chat_template": None}}
     about = {"model": "m", "adapter": None, "method": None, "sha256": None}
     result = {
         "systems": [
-            {"name": each.name, **about, "results": {"p": {"ppl": each.scores.results["p"]["ppl"].to_json()}}}
-            for each in systems
+            {"name": name, **about, "results": {"p": {"ppl": {"value": value, "stderr": None, "n": 2}}}}
+            for name, value in values.items()
         ],
         "comparisons": compare(systems, 0),
         "settings": {**settings, "significance_level": 0.05},

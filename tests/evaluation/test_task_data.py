@@ -62,9 +62,9 @@ def test_tasks_without_a_data_set_on_the_hub_need_a_file(task, needed):
 
 
 @pytest.mark.parametrize(("targets", "words"), [
-    (None, "not a mapping of equal lists"),
-    ({"choices": ["a"]}, "not a mapping of equal lists"),
-    ({"choices": ["a"], "labels": [1, 0]}, "not a mapping of equal lists"),
+    (None, "mc1_targets"),
+    ({"choices": ["a"]}, "labels"),
+    ({"choices": ["a"], "labels": [1, 0]}, "other numbers of choices"),
     ({"choices": ["a", "b"], "labels": [0, 1]}, "first choice must be the right"),
 ])  # fmt: skip
 def test_a_bad_truthfulqa_row_is_refused_with_its_line(write_jsonl, targets, words):
