@@ -83,7 +83,7 @@ def open_gates(adapter: Any, seed: int = 1) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for index, (_, adapter_layer) in enumerate(adapter.adapted_ffns):
-            adapter_layer.set_scale((1.5, 0.75)[index % 2])
+            adapter_layer.scale = (1.5, 0.75)[index % 2]
             adapter_layer.gate.copy_(torch.randn(adapter_layer.gate.shape, generator=generator))
             noise = torch.randn(adapter_layer.weight.shape, generator=generator)
             adapter_layer.weight.copy_(1.5 * adapter_layer.weight + 0.1 * noise.to(adapter_layer.weight))

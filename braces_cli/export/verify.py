@@ -30,7 +30,7 @@ from braces_cli.core.files import scratch_folder
 from braces_cli.core.models.ffn import layer_stack
 from braces_cli.core.models.load import input_device
 from braces_cli.core.models.structure import layer_output, with_layer_output
-from braces_cli.core.models.tokenize import all_ids, encode
+from braces_cli.core.models.tokenize import encode, token_ids
 from braces_cli.core.models.weights import OVERFLOW_HINT
 from braces_cli.core.schema import WRITTEN, parse
 
@@ -95,7 +95,7 @@ def reference(
         bare = _logits(model, ids)
     return Reference(
         question={"texts": texts, "ids": ids, "device": str(input_device(model))},
-        text_ids=[all_ids(tokenizer, line) for line in texts],
+        text_ids=[token_ids(tokenizer, line) for line in texts],
         logits=logits,
         rounding=float((rounded - logits).abs().max()),
         effect=float((bare - logits).abs().max()),

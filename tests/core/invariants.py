@@ -46,7 +46,7 @@ EXPECTED: dict[str, tuple[str, str, str]] = {
     **dict.fromkeys(
         ("mamba", "mamba2", "falcon_mamba"), (NONE, "no FFN: state-space layers only", "has no feed-forward layer")
     ),
-    "dbrx": (UNSUPPORTED, "its experts are stacked in two dimensions", "a layout that is not understood"),
+    "dbrx": (UNSUPPORTED, "its experts are stacked in two dimensions", "has no feed-forward layer"),
     "inkling_text": (UNSUPPORTED, "its shared experts are stacked and weighed inside", "is called with 2 tensors"),
     "jetmoe": (UNSUPPORTED, "its experts' two ends are modules called with sorted tokens", "that is not understood"),
     "hrm_text": (UNSUPPORTED, "its layers are in two lists", "its layers are in two lists"),

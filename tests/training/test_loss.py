@@ -40,7 +40,7 @@ def trained(session, request, device):
     adapter = attach(session.base.model, 4)
     open_gates(adapter)
     for _, adapter_layer in adapter.adapted_ffns:
-        adapter_layer.set_scale(1.0)  # the rounding of bfloat16 grows with the side path
+        adapter_layer.scale = 1.0  # the rounding of bfloat16 grows with the side path
     with torch.no_grad():
         adapter.add_mlp(seed=3).down.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     conditioner = Conditioner(adapter, [find_attribute(session, name, None) for name in ("negative", "positive")])

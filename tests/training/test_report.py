@@ -56,7 +56,7 @@ def test_relevance_scales_are_saved_and_loaded(session, tmp_path):
     stored = find_adapter(str(folder))
     adapter, config = attach_stored(session.base, stored), stored.config
     for (_, adapter_layer), scale in zip(adapter.adapted_ffns, (2.5, 0.25), strict=True):
-        adapter_layer.set_scale(scale)
+        adapter_layer.scale = scale
     with torch.no_grad():
         scaled = model(TOKENS).logits
     adapter.save(tmp_path / "b", config, "# test\n")

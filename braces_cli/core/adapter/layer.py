@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from braces_cli.core.adapter.gram import CachedGram, gram
 from braces_cli.core.distributed import full_tensor
-from braces_cli.core.models.structure import by_row
 from braces_cli.core.models.weights import Values
 
 # Initial gate, before the sigmoid: g = 0.0067, so training starts close to the base.
@@ -53,16 +52,6 @@ def projection_error(projection: Tensor) -> float:
     """max |R R^T - I| of a projection (d_r, d), computed in float64."""
     projection = projection.detach().double().cpu()
     return float((projection @ projection.mT - torch.eye(len(projection), dtype=torch.float64)).abs().max())
-
-
-def draw_projection(
-    rank: int, hidden_size: int, device: torch.device | str | None = None, generator: torch.Generator | None = None
-) -> Tensor:
-    """Orthonormal rows (d_r, d) of a Gaussian matrix, in float32; allocates nothing on the device `meta`."""
-    if torch.device(device or "cpu").type == "meta":
-        return torch.empty(rank, hidden_size, device="meta")
-    noise = torch.randn(hidden_size, rank, dtype=torch.float64, generator=generator)
-    return torch.linalg.qr(noise).Q.mT.to(device, torch.float32, memory_format=torch.contiguous_format)
 
 
 class ConditionMLP(nn.Module):
@@ -122,7 +111,13 @@ class RelevanceModule(nn.Module):
         self.rank = rank
         self.scale = scale
         self.enabled = True
-        self.weight = nn.Parameter(draw_projection(rank, hidden_size, device, generator))
+        if torch.device(device or "cpu").type == "meta":
+            projection = torch.empty(rank, hidden_size, device="meta")
+        else:
+            noise = torch.randn(hidden_size, rank, dtype=torch.float64, generator=generator)
+            projection = torch.linalg.qr(noise).Q.mT
+            projection = projection.to(device, torch.float32, memory_format=torch.contiguous_format)
+        self.weight = nn.Parameter(projection)
         self.gate = nn.Parameter(torch.full((1,), GATE_INIT, device=device))
         # Steering, added to R h: (d_r,) for all tokens, (batch, 1, d_r) or (batch, tokens, d_r).
         self.shift: Tensor | None = None
@@ -141,11 +136,6 @@ class RelevanceModule(nn.Module):
     def g(self) -> Tensor:
         """sigmoid(gate), shape (1,)."""
         return self.gate.sigmoid()
-
-    def set_scale(self, scale: float) -> None:
-        """Set c, the constant factor of every relevance score."""
-        self.scale = scale
-        self._clear_factors()
 
     def cache_gram(self, enable: bool) -> None:
         """Cache W_V W_V^T in training (see `core.adapter.gram`), or free it; for modules with one W_V."""
@@ -186,7 +176,7 @@ class RelevanceModule(nn.Module):
     def set_exact(self) -> None:
         """Declare that the rows of `weight` are orthonormal, as in a checked file."""
         self._exact = self.weight._version
-        self._clear_factors()
+        self._factors_state = None
 
     def relevance_scores(self, h: Tensor, values: Tensor) -> Tensor:
         """r_ij of every value vector j for every token i, (..., d_ff) in float32, without gate and steering.
@@ -236,9 +226,6 @@ class RelevanceModule(nn.Module):
         with torch.autocast(self.weight.device.type, enabled=False):
             out = product(values, projection.mT) * (self.g * self.scale / math.sqrt(self.rank))
         return projection.to(dtype), out.to(dtype)
-
-    def _clear_factors(self) -> None:
-        self._factors_state = None
 
     def _is_training(self) -> bool:
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters(recurse=False))
@@ -290,7 +277,8 @@ class RelevanceModule(nn.Module):
         if self.shift.ndim == 1:
             # A shift of all tokens is the bias of the product, at no cost.
             return F.linear(h, down, self.shift.to(h))
-        return by_row(F.linear(h, down), len(self.shift)) + self.shift.to(h)
+        # OPT flattens rows and tokens before its FFN.
+        return F.linear(h, down).reshape(len(self.shift), -1, self.rank) + self.shift.to(h)
 
     def _register(self) -> None:
         self._handle = next(_handles)
@@ -302,7 +290,7 @@ class RelevanceModule(nn.Module):
 
     def train(self, mode: bool = True) -> RelevanceModule:
         # Some optimizers write through `.data`, which does not change version counters.
-        self._clear_factors()
+        self._factors_state = None
         if not mode:
             self.release()
         return super().train(mode)
@@ -315,7 +303,7 @@ class RelevanceModule(nn.Module):
 
         exact = self._exact == self.weight._version
         super()._apply(keep_precision, recurse)
-        self._clear_factors()
+        self._factors_state = None
         self.release()
         self._exact = self.weight._version if exact else None
         return self

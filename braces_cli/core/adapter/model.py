@@ -325,11 +325,6 @@ def attached(session: Session, stored: StoredAdapter) -> Iterator[Adapter]:
         session.remove_adapter()
 
 
-def resolve_adapter(adapter: str | StoredAdapter | None) -> StoredAdapter | None:
-    """Return the adapter of an `--adapter` option; a resolved adapter is returned unchanged."""
-    return find_adapter(adapter) if isinstance(adapter, str) else adapter
-
-
 def base_name(model: str | None, adapter: StoredAdapter | None) -> str:
     """Name of the base: `model`, else that in the adapter's config, else the embedded model, with a note on stderr."""
     if model is not None:
@@ -353,7 +348,7 @@ def open_session(
         ModelError: base or adapter cannot be loaded, or they do not fit.
     """
     # Before the weights of the base: an invalid adapter must fail at once.
-    stored = resolve_adapter(adapter)
+    stored = find_adapter(adapter) if isinstance(adapter, str) else adapter
     if stored is not None and model is None and options.revision is None and stored.config.revision is not None:
         options = replace(options, revision=stored.config.revision)
     base = load_base(base_name(model, stored), options, tokenizer)
@@ -371,7 +366,7 @@ def open_shape(
     Raises:
         ModelError: base or adapter cannot be loaded, or they do not fit.
     """
-    stored = resolve_adapter(adapter)
+    stored = None if adapter is None else find_adapter(adapter)
     name = base_name(model, stored)
     if stored is not None and model is None:
         revision = revision or stored.config.revision

@@ -11,6 +11,7 @@ to d, and its columns are the value vectors v_j. In a mixture of experts all par
 from __future__ import annotations
 
 import inspect
+import posixpath
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -187,16 +188,13 @@ def layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
             closed.append(name)
         elif isinstance(module, nn.ModuleList):
             closed.append(name)
-            found.append((sum(_has_ffn(layer) for layer in module), name, module))
+            with_ffn = (pairs(layer) or any(_stacked(part) for _, part in outside_mixers(layer)) for layer in module)
+            found.append((sum(map(bool, with_ffn)), name, module))
     if not found:
         hint = f"braces looked for {_EXPECTED}; a model without feed-forward layers cannot have an adapter."
         raise ModelError(f"{type(model).__name__} has no list of layers", hint=hint)
     _, name, stack = max(reversed(found), key=lambda entry: entry[0])
     return name, stack
-
-
-def _has_ffn(layer: nn.Module) -> bool:
-    return bool(pairs(layer)) or any(_stacked(module) for _, module in outside_mixers(layer))
 
 
 def chosen_layers(model: nn.Module, text: str | None) -> list[int] | None:
@@ -235,8 +233,9 @@ def find_ffns(model: nn.Module) -> list[FFN | MixtureFFN]:
         }
         seen.update(ffn.value for ffn in modules.values())
         stacked = {
-            name: Experts(f"{prefix}.{name}".rstrip("."), module, weight, transposed, presorted)
-            for name, module, weight, transposed, presorted in _find_experts(layer, width)
+            name: Experts(f"{prefix}.{name}".rstrip("."), module, *_value_weight(module, width), _is_presorted(module))
+            for name, module in outside_mixers(layer)
+            if _stacked(module)
         }
         if stacked:
             modules = {name: ffn for name, ffn in modules.items() if _is_expert(name, ffn, list(stacked), width)}
@@ -285,11 +284,7 @@ def _is_expert(name: str, ffn: FFN, stacked: list[str], width: int) -> bool:
 
 def _common_parent(layer: nn.Module, names: list[str]) -> str:
     """Name of the innermost module of `layer` that holds all of `names` and has a `forward`."""
-    common: list[str] = []
-    for parts in zip(*(name.split(".") for name in names), strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
+    common = posixpath.commonpath([name.replace(".", "/") for name in names]).split("/")
     while common and isinstance(layer.get_submodule(".".join(common)), nn.ModuleList):
         common.pop()
     return ".".join(common)
@@ -302,37 +297,15 @@ def _stacked(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters(recurse=False) if p.ndim == 3 and min(p.shape) > 1}
 
 
-def _find_experts(layer: nn.Module, hidden_size: int) -> Iterator[tuple[str, nn.Module, str, bool, bool]]:
-    """(path, module, value weight, transposed, presorted) of each module in `layer` with stacked experts."""
-    for path, module in outside_mixers(layer):
-        stacked = _stacked(module)
-        if not stacked:
-            _refuse_flat(module)
-            continue
-        if getattr(module, "has_post_expert_norm", False):
-            message = f"{type(module).__name__} normalises the output of each expert"
-            raise ModelError(message, hint="The method does not cover a norm after the value vectors.")
-        name, transposed = _value_weight(module, stacked, hidden_size)
-        yield path, module, name, transposed, _is_presorted(module)
-
-
-def _refuse_flat(module: nn.Module) -> None:
-    """Refuse experts stacked in two dimensions (DBRX); unlike a router, such a module has two of these weights."""
-    for name, count in vars(module).items():
-        if name.endswith("num_experts") and isinstance(count, int) and count > 1:
-            shapes = [tuple(p.shape) for p in module.parameters(recurse=False) if p.ndim == 2]
-            flat = [shape for shape in shapes if shape[0] % count == 0 and count not in shape]
-            if len(flat) > 1:
-                message = f"{type(module).__name__} holds experts in a layout that is not understood ({flat})"
-                hint = "Looked for one weight (experts, d, d_ff), or a module for each expert."
-                raise ModelError(message, hint=hint)
-
-
-def _value_weight(module: nn.Module, stacked: dict[str, nn.Parameter], d: int) -> tuple[str, bool]:
+def _value_weight(module: nn.Module, d: int) -> tuple[str, bool]:
     """Name of the 3-D weight that writes to the residual stream, and whether it is stored transposed.
 
     Its d_ff is that of the other weights, or half of it if gate and up are fused.
     """
+    if getattr(module, "has_post_expert_norm", False):
+        message = f"{type(module).__name__} normalises the output of each expert"
+        raise ModelError(message, hint="The method does not cover a norm after the value vectors.")
+    stacked = _stacked(module)
     for name in reversed(stacked):  # the value weight is registered last
         others = [p.shape[1:] for other, p in stacked.items() if other != name]
         for transposed in (False, True):
@@ -353,27 +326,21 @@ def _is_presorted(module: nn.Module) -> bool:
     """Return whether the module is called with tokens alone.
 
     transformers wraps the forward of experts that take `(h, index, weights)` and marks them with `has_gate`. For other
-    modules the inputs of `forward` are counted.
+    modules the named inputs of `forward` are counted, of a base class if the module's own passes on `*args`.
     """
     if hasattr(module, "has_gate"):
         return False
-    count = _inputs(module)
+    classes = [kind for kind in type(module).__mro__ if kind is not nn.Module and "forward" in vars(kind)]
+    count = 0
+    for function in (module.forward, *(vars(kind)["forward"] for kind in classes)):
+        spec = inspect.getfullargspec(function)
+        if spec.varargs is None and (named := {*spec.args, *spec.kwonlyargs} - {"self"}):
+            count = len(named)
+            break
     if count in (1, 3):
         return count == 1
     message = f"{type(module).__name__} is called with {count} tensors"
     raise ModelError(message, hint="Looked for tokens alone, or tokens, experts and their weights.")
-
-
-def _inputs(module: nn.Module) -> int:
-    """Number of named inputs of `forward`, or of a base class if it passes on `*args`; 0 if no class names them."""
-    rest = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    classes = [kind for kind in type(module).__mro__ if kind is not nn.Module and "forward" in vars(kind)]
-    for function in (module.forward, *(vars(kind)["forward"] for kind in classes)):
-        inputs = {name: each.kind for name, each in inspect.signature(function).parameters.items() if name != "self"}
-        named = [name for name, kind in inputs.items() if kind not in rest]
-        if named and inspect.Parameter.VAR_POSITIONAL not in inputs.values():
-            return len(named)
-    return 0
 
 
 def routing(args: tuple, kwargs: dict, experts: int) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,51 +60,41 @@ class TextStream(BaseStreamer):
 
     def __init__(
         self,
-        tokenizer: Any,
-        prompt: list[int],
+        decode: Callable[[list[int]], str],
         ends: Sequence[int],
         stops: Sequence[str],
         write: Callable[[str], object],
     ) -> None:
-        self._tokenizer = tokenizer
-        self._prompt = prompt
+        self._decode = decode
         self._ends = ends
         self._stops = stops
         self._write = write
         self._ids: list[int] | None = None
         self._written = ""
-        self._over = False
 
     def put(self, value: Tensor) -> None:
         """Receive the prompt in the first call, then one token per call."""
         if self._ids is None:
             self._ids = []
             return
-        for token in value.reshape(-1).tolist():
-            self._over = self._over or token in self._ends
-            if not self._over:
-                self._ids.append(token)
-        text = self._text()
-        withheld = max((_overlap(text, stop) for stop in self._stops), default=0)
-        withheld = max(withheld, len(text) - len(text.rstrip("\ufffd")))
-        self._pass_on(text[: len(text) - withheld])
+        self._ids += value.flatten().tolist()
+        self._write_text(is_over=False)
 
     def end(self) -> None:
         """Write the withheld end of the text."""
-        self._pass_on(self._text())
+        self._write_text(is_over=True)
 
-    def _text(self) -> str:
-        return cut(decode_continuation(self._tokenizer, self._prompt, self._ids or []), self._stops)
-
-    def _pass_on(self, text: str) -> None:
+    def _write_text(self, is_over: bool) -> None:
+        ids = self._ids or []
+        length = next((place for place, token in enumerate(ids) if token in self._ends), len(ids))
+        text = cut(self._decode(ids[:length]), self._stops)
+        if not is_over:
+            beginnings = [stop[:size] for stop in self._stops for size in range(1, len(stop))]
+            withheld = max((len(each) for each in beginnings if text.endswith(each)), default=0)
+            text = text[: len(text) - max(withheld, len(text) - len(text.rstrip("\ufffd")))]
         if text.startswith(self._written) and len(text) > len(self._written):
             self._write(text[len(self._written) :])
             self._written = text
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest suffix of `text` that is a prefix of `stop`."""
-    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
 
 
 # Keys of a base's generation config that apply besides its end tokens: special and suppressed tokens. Sampling is set
@@ -151,25 +142,21 @@ def generate(
     if max_prompt_length < 1:
         hint = f"The model takes {max_prompt_length + sampling.max_new_tokens} tokens, the prompt included."
         raise ConfigError(f"{sampling.max_new_tokens} is too much", where="--max-new-tokens", hint=hint)
-    prompts = [
-        encode(tokenizer, request.prompt).ids if request.ids is None else list(request.ids) for request in requests
-    ]
-    for row, ids in enumerate(prompts):
+    prompts = []
+    for request in requests:
+        ids = encode(tokenizer, request.prompt).ids if request.ids is None else list(request.ids)
         if len(ids) > max_prompt_length:
-            logger.warning(
-                "prompt %d has %d tokens; only the last %d fit", requests[row].index, len(ids), max_prompt_length
-            )
-            prompts[row] = ids[-max_prompt_length:]
+            message = "prompt %d has %d tokens; only the last %d fit"
+            logger.warning(message, request.index, len(ids), max_prompt_length)
+        prompts.append(ids[-max_prompt_length:])
     device = input_device(model)
     batch = {name: tensor.to(device) for name, tensor in pad_left(prompts, tokenizer.pad_token_id).items()}
     ends = end_tokens(model, tokenizer)
     width = batch["input_ids"].shape[1]
     stops = StoppingCriteriaList([StopTexts(tokenizer, prompts, width, sampling.stop)] if sampling.stop else [])
-    streamer = None if stream is None else TextStream(tokenizer, prompts[0], ends, sampling.stop, stream)
-    finite = _FiniteScores()
-    processors = LogitsProcessorList([finite])
-    if sampling.temperature > 0:
-        processors.append(_Draw(sampling, _uniforms(requests, sampling), width))
+    decode = partial(decode_continuation, tokenizer, prompts[0])
+    streamer = None if stream is None else TextStream(decode, ends, sampling.stop, stream)
+    draw = _Draw(sampling, _uniforms(requests, sampling), width)
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         do_sample=False,
@@ -183,9 +170,14 @@ def generate(
     )
     with torch.no_grad(), _without_defaults(model):
         output = model.generate(
-            **batch, generation_config=config, logits_processor=processors, stopping_criteria=stops, streamer=streamer
+            **batch,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([draw]),
+            stopping_criteria=stops,
+            streamer=streamer,
         )
-    finite.check()
+    if not math.isfinite(draw.sum_of_best):
+        raise ModelError("the model's scores of the next token are not finite", hint=OVERFLOW_HINT)
     texts = []
     for ids, new in zip(prompts, output[:, width:].tolist(), strict=True):
         length = next((place for place, token in enumerate(new) if token in ends), len(new))
@@ -225,35 +217,24 @@ def _uniforms(requests: Sequence[TextRequest], sampling: Sampling) -> Tensor:
     return torch.stack(rows)
 
 
-class _FiniteScores(LogitsProcessor):
-    """Record whether the best score of each token is finite; does not wait for the device before `check`."""
-
-    def __init__(self) -> None:
-        self._sum: Any = 0.0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        # The sum is finite if all terms are; it cannot overflow.
-        self._sum = scores.amax(dim=-1).sum(dtype=torch.float32) + self._sum
-        return scores
-
-    def check(self) -> None:
-        """Raise ModelError if a score was not finite."""
-        if not math.isfinite(float(self._sum)):
-            raise ModelError("the model's scores of the next token are not finite", hint=OVERFLOW_HINT)
-
-
 class _Draw(LogitsProcessor):
     """Draw a token in each row by inverting its distribution, and leave it as the only candidate of greedy decoding.
 
-    This uses transformers' generation loop, with its caches and stops, and one random stream per row.
+    This uses transformers' generation loop, with its caches and stops, and one random stream per row. At temperature 0
+    it changes nothing. `sum_of_best` is finite if the best score of every token was.
     """
 
     def __init__(self, sampling: Sampling, uniforms: Tensor, prompt_length: int) -> None:
         self._sampling = sampling
         self._uniforms = uniforms
         self._start = prompt_length
+        self.sum_of_best: Any = 0.0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # A tensor, so that the check does not wait for the device after each token. The sum cannot overflow.
+        self.sum_of_best = scores.amax(dim=-1).sum(dtype=torch.float32) + self.sum_of_best
+        if self._sampling.temperature == 0:
+            return scores
         goal = self._uniforms[:, input_ids.shape[1] - self._start].to(scores.device)
         chances = (scores.float() / self._sampling.temperature).softmax(dim=-1)
         # Sorting whole vocabularies takes longer than a small model, and few rows need it.

@@ -7,7 +7,7 @@ of that vector.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -34,7 +34,7 @@ def residual_factors(model: Any, ffns: Sequence[FFN | MixtureFFN], ids: Tensor) 
         ids: tokens to measure with, (1, tokens), on the device of the input embedding.
     """
     # A vector as large as the residual stream: neither is lost in the rounding of the other.
-    return [_factor(*each) for each in _movements(model, ffns, ids, lambda stream, written: _rms(stream))]
+    return [_factor(*each) for each in _movements(model, ffns, ids, 1.0)]
 
 
 def residual_gains(model: Any, ffns: Sequence[FFN | MixtureFFN], ids: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def residual_gains(model: Any, ffns: Sequence[FFN | MixtureFFN], ids: Tensor) ->
     factors = residual_factors(model, ffns, ids)
     if None not in factors:
         return torch.tensor(factors).abs()
-    small = _movements(model, ffns, ids, lambda stream, written: GAIN_STEP * _rms(written))
+    small = _movements(model, ffns, ids, GAIN_STEP, of_output=True)
     gains = [
         (moved.float() - plain.float()).norm(dim=-1).median().cpu() / step.norm() if factor is None else abs(factor)
         for factor, (plain, moved, step) in zip(factors, small, strict=True)
@@ -54,19 +54,16 @@ def residual_gains(model: Any, ffns: Sequence[FFN | MixtureFFN], ids: Tensor) ->
     return torch.tensor([float(gain) for gain in gains])
 
 
-def _rms(states: Tensor) -> float:
-    return float(states.float().pow(2).mean().sqrt())
-
-
 def _movements(
-    model: Any, ffns: Sequence[FFN | MixtureFFN], ids: Tensor, size: Callable[[Tensor, Tensor], float]
+    model: Any, ffns: Sequence[FFN | MixtureFFN], ids: Tensor, size: float, of_output: bool = False
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(layer output, layer output with a vector added to the FFN output, that vector) of each FFN.
 
     The second pass restores the output of each layer, so that two passes measure all layers.
 
     Args:
-        size: scale of the random vector, from the layer output and the FFN output.
+        size: scale of the random vector, relative to the rms of the layer output.
+        of_output: relative to that of the FFN output.
     """
     stack = layer_stack(model)[1]
     ends = {ffn.layer: ffn.host if isinstance(ffn, MixtureFFN) else ffn.value for ffn in ffns}
@@ -94,7 +91,8 @@ def _movements(
                 handles.callback(stack[layer].register_forward_hook(record(plain, layer)).remove)
             model(input_ids=ids, use_cache=False)
         noise = torch.randn(ffns[0].hidden_size, generator=torch.Generator().manual_seed(0))
-        steps = {layer: noise * size(plain[layer], written[layer]) for layer in ends}
+        states = written if of_output else plain
+        steps = {layer: noise * (size * float(states[layer].float().pow(2).mean().sqrt())) for layer in ends}
         with ExitStack() as handles:
             for layer, end in ends.items():
                 handles.callback(add_to_output(end, steps[layer]).remove)

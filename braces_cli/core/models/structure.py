@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ _QUERIES = frozenset({"q", "query", "queries"})
 # A container is not an FFN: nn.Sequential would also run an added child.
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # Activations that `forward` calls as functions leave only their name in its code.
-_FUNCTIONS = frozenset({"relu", "silu", "gelu", "sigmoid", "tanh", "swish", "elu", "softplus", "leaky_relu", "mish"})
+_FUNCTIONS = frozenset({"relu", "silu", "gelu", "sigmoid", "tanh", "elu", "softplus", "leaky_relu", "mish"})
 # Modules of the side path that `export code` writes next to an FFN.
 SIDE_PATH = ("braces_in", "braces_out")
 # Classes in torch's module of activations that are not activations of a neuron.
@@ -79,11 +80,6 @@ def with_layer_output(output: Any, hidden: Tensor) -> Any:
     return (hidden, *output[1:]) if type(output) is tuple else type(output)(hidden, *output[1:])
 
 
-def by_row(states: Tensor, rows: int) -> Tensor:
-    """States of a batch as (rows, tokens, d); OPT flattens the first two dimensions before its FFN."""
-    return states.reshape(rows, -1, states.shape[-1])
-
-
 def hooks_changed(model: nn.Module) -> None:
     """Recompile a model with `model.compile()` after hooks were added; torch detects removed hooks only.
 
@@ -119,7 +115,8 @@ def add_to_output(module: nn.Module, vector: Tensor) -> RemovableHandle:
         vector = vector.to(hidden)  # moves it in the first pass only
         if vector.ndim == 1:
             return with_layer_output(output, hidden + vector)
-        moved = by_row(hidden, len(vector)) + vector
+        # OPT flattens rows and tokens before its FFN.
+        moved = hidden.reshape(len(vector), -1, hidden.shape[-1]) + vector
         return with_layer_output(output, moved.reshape(hidden.shape))
 
     return module.register_forward_hook(hook)
@@ -146,43 +143,33 @@ def is_activation(value: object) -> bool:
     """Return whether a value is an activation: a module of torch or transformers, or a function of theirs."""
     if isinstance(value, nn.Module):
         home = type(value).__module__
-        if isinstance(value, _NO_ACTIVATION):
-            return False
-        return home in ("torch.nn.modules.activation", "transformers.activations")
+        is_home = home in ("torch.nn.modules.activation", "transformers.activations")
+        return is_home and not isinstance(value, _NO_ACTIVATION)
     home = getattr(value, "__module__", "") or ""
     return callable(value) and home in ("torch.nn.functional", "torch._C._nn", "transformers.activations")
 
 
 def activations(module: nn.Module) -> list[Any]:
     """Activations of `module` as callables: children, attributes, and functions that its `forward` calls."""
-    found: list[Any] = [child for child in module.children() if is_activation(child) or _is_empty(child)]
-    found += [value for value in vars(module).values() if is_activation(value)]
-    return found + [getattr(nn.functional, name) for name in _called(module) if hasattr(nn.functional, name)]
+    found: list[Any] = [value for value in (*module.children(), *vars(module).values()) if is_activation(value)]
+    for child in module.children():
+        # Activations in a model's own file hold nothing (BloomGelu).
+        content = [*child.children(), *child.parameters(), *child.buffers()]
+        if not content and not type(child).__module__.startswith("torch.") and child not in found:
+            found.append(child)
+    code = _forward_code(module)
+    called = () if code is None else sorted(_FUNCTIONS.intersection(code.co_names))
+    return found + [getattr(nn.functional, name) for name in called]
 
 
-def _called(module: nn.Module) -> list[str]:
-    return sorted(_FUNCTIONS.intersection(_forward(module).__code__.co_names))
-
-
-def _is_empty(module: nn.Module) -> bool:
-    """Return whether a module holds nothing, as activations in a model's own file do (BloomGelu)."""
-    content = [*module.children(), *module.parameters(), *module.buffers()]
-    return not content and not type(module).__module__.startswith("torch.")
-
-
-def _forward(module: nn.Module) -> Any:
-    """`forward` of the class without decorators; accelerate replaces that of the instance."""
-    function = inspect.unwrap(type(module).forward)
-    # ModuleList has no `forward`, and some are not written in Python.
-    return function if hasattr(function, "__code__") else _nothing
-
-
-def _nothing() -> None: ...
+def _forward_code(module: nn.Module) -> CodeType | None:
+    """Code of the class's `forward` without decorators; accelerate replaces `forward` of the instance."""
+    return getattr(inspect.unwrap(type(module).forward), "__code__", None)
 
 
 def _arguments(module: nn.Module) -> tuple[str, ...]:
-    code = _forward(module).__code__
-    return tuple(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+    code = _forward_code(module)
+    return () if code is None else code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
 
 
 def takes_context(module: nn.Module) -> bool:
@@ -214,27 +201,22 @@ def outside_mixers(layer: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn
             yield from outside_mixers(child, f"{prefix}.{name}" if prefix else name)
 
 
-def _projections(host: nn.Module) -> dict[nn.Module, nn.Module]:
-    """Projections of `host` and of its children (BERT's intermediate and output), each with its owner."""
-    found: dict[nn.Module, nn.Module] = {}
-    for name, child in host.named_children():
-        if name in SIDE_PATH:
-            continue
-        if is_linear(child):
-            found[child] = host
-        elif not takes_context(child):
-            found.update((part, child) for part in child.children() if is_linear(part))
-    return found
-
-
 def _pair(name: str, host: nn.Module) -> Pair | None:
     """Pair of projections of `host` around an activation; its value is the last projection that fits a key."""
-    owners = _projections(host)
+    # Projections of the host and of its children (BERT's intermediate and output), each with its owner.
+    owners: dict[nn.Module, nn.Module] = {}
+    for child_name, child in host.named_children():
+        if child_name in SIDE_PATH:
+            continue
+        if is_linear(child):
+            owners[child] = host
+        elif not takes_context(child):
+            owners.update((part, child) for part in child.children() if is_linear(part))
     for value in reversed(owners):
         d_ff, d = sizes(value)
         keys = tuple(m for m in owners if m is not value and sizes(m) in ((d, d_ff), (d, 2 * d_ff)))
         around = {host, *(owners[end] for end in (*keys, value))}
-        if keys and any(activations(owner) or _called(owner) for owner in around):
+        if keys and any(map(activations, around)):
             return Pair(name, host, keys, value)
     return None
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from braces_cli.core.errors import DataError, ModelError, first_line
 from braces_cli.core.models.hub import is_rust_panic
@@ -83,7 +84,7 @@ def _prompt_ids(tokenizer: Any, text: str) -> list[int]:
     except UnicodeEncodeError as error:
         message = "the text contains a lone surrogate, which tokenizers do not accept"
         raise DataError(message, where=cut(text), hint="Remove it from the text.") from error
-    ids = all_ids(tokenizer, text)
+    ids = token_ids(tokenizer, text)
     # A single end token can also be the start token.
     if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token)):
         return ids[:-1]
@@ -92,27 +93,18 @@ def _prompt_ids(tokenizer: Any, text: str) -> list[int]:
 
 def encode_word(tokenizer: Any, word: str) -> list[int]:
     """Encode a word inside a sentence: with one leading space, without special tokens."""
-    bare = bare_ids(tokenizer, word)
+    bare = token_ids(tokenizer, word, special=False)
     # SentencePiece tokenizers put a space before every text; a second one would be a separate token.
     if bare and str(tokenizer.convert_ids_to_tokens(bare[0])).startswith(("▁", "Ġ")):
         return bare
-    return bare_ids(tokenizer, f" {word}")
+    return token_ids(tokenizer, f" {word}", special=False)
 
 
-def bare_ids(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of a text without special tokens around it."""
-    return _call(tokenizer, text, add_special_tokens=False)
-
-
-def all_ids(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of a text with the special tokens that the tokenizer adds."""
-    return _call(tokenizer, text)
-
-
-def _call(tokenizer: Any, text: str, **options: Any) -> list[int]:
+def token_ids(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
+    """Tokens of a text, with the special tokens that the tokenizer adds if `special` is true."""
     try:
         # The other results of a tokenizer would take a fifth of the time for thousands of rows.
-        encoding = tokenizer(text, return_attention_mask=False, return_token_type_ids=False, **options)
+        encoding = tokenizer(text, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False)
         ids: list[int] = encoding["input_ids"]
     except MemoryError:
         raise
@@ -128,12 +120,8 @@ def _call(tokenizer: Any, text: str, **options: Any) -> list[int]:
 
 def common_length(one: list[int], other: list[int]) -> int:
     """Number of tokens in the common prefix of two lists."""
-    count = 0
-    for a, b in zip(one, other, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
+    differ = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differ, min(len(one), len(other)))
 
 
 def decode_continuation(tokenizer: Any, prompt_ids: list[int], new_ids: list[int]) -> str:
@@ -163,28 +151,25 @@ def context_length(config: Any, tokenizer: Any) -> int:
 
 def pad_right(examples: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
     """`input_ids`, `attention_mask` and `labels`, each (examples, longest), padded on the right."""
-    width = max(len(example.ids) for example in examples)
-    shape = (len(examples), width)
-    ids = torch.full(shape, pad_id)
-    mask = torch.zeros(shape, dtype=torch.long)
-    labels = torch.full(shape, IGNORED)
-    for row, example in enumerate(examples):
-        length = len(example.ids)
-        ids[row, :length] = torch.tensor(example.ids)
-        mask[row, :length] = 1
-        labels[row, :length] = torch.tensor(example.labels)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    ids, labels = (
+        [torch.tensor(row, dtype=torch.long) for row in rows]
+        for rows in ([each.ids for each in examples], [each.labels for each in examples])
+    )
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_id),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+    }
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask`, each (prompts, longest), padded on the left for generation."""
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), pad_id)
-    mask = torch.zeros((len(prompts), width), dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
-        mask[row, width - len(prompt) :] = 1
-    return {"input_ids": ids, "attention_mask": mask}
+    ids = [torch.tensor(prompt) for prompt in prompts]
+    mask = [torch.ones_like(row) for row in ids]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_id, padding_side="left"),
+        "attention_mask": pad_sequence(mask, batch_first=True, padding_side="left"),
+    }
 
 
 def by_length(examples: Sequence[Encoded], batch_size: int) -> Iterator[list[int]]:
@@ -202,14 +187,14 @@ def has_template(tokenizer: Any) -> bool:
 def chat_ids(tokenizer: Any, prompt: str) -> tuple[int, ...]:
     """Tokens of a chat with `prompt` as the user's turn, up to the generation prompt."""
     # Templates write special tokens themselves.
-    return tuple(bare_ids(tokenizer, _chat_text(tokenizer, prompt)))
+    return tuple(token_ids(tokenizer, _chat_text(tokenizer, prompt), special=False))
 
 
 def encode_answer(tokenizer: Any, prompt: str, answer: str) -> Encoded:
     """Encode the chat of `prompt` and `answer`; only the answer is scored."""
     before = _chat_text(tokenizer, prompt)
-    ids = bare_ids(tokenizer, before + answer)
-    start = common_length(ids, bare_ids(tokenizer, before))
+    ids = token_ids(tokenizer, before + answer, special=False)
+    start = common_length(ids, token_ids(tokenizer, before, special=False))
     return Encoded(ids, [IGNORED] * start + ids[start:], False, False)
 
 
@@ -246,10 +231,7 @@ def encode_chat(tokenizer: Any, fields: Mapping[str, Any], where: str, max_lengt
             )
             ids, scored = list(marked["input_ids"]), [bool(flag) for flag in marked["assistant_masks"]]
         else:
-            ids, scored = _scored_by_prefix(tokenizer, messages, tools)
-    except _RewrittenTurnError as error:
-        hint = "Use a template with {% generation %} marks, or rows of prompt and completion."
-        raise DataError(str(error), where=where, hint=hint) from error
+            ids, scored = _scored_by_prefix(tokenizer, messages, tools, where)
     except _TEMPLATE_ERRORS as error:
         hint = "Fix the row; many templates require alternating turns of user and assistant."
         raise DataError(f"the chat template refuses it: {first_line(error)}", where=where, hint=hint) from error
@@ -259,10 +241,6 @@ def encode_chat(tokenizer: Any, fields: Mapping[str, Any], where: str, max_lengt
     ended = bool(ids) and scored[-1] and ids[-1] == tokenizer.eos_token_id
     labels = [token if flag else IGNORED for token, flag in zip(ids, scored, strict=True)]
     return Encoded(ids, labels, ended, truncated)
-
-
-class _RewrittenTurnError(Exception):
-    """The template does not keep earlier turns as they were."""
 
 
 def _messages(fields: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
@@ -280,7 +258,7 @@ def _messages(fields: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     return [{key: value for key, value in turn.items() if value is not None or key == "content"} for turn in messages]
 
 
-def _scored_by_prefix(tokenizer: Any, messages: list[dict], tools: Any) -> tuple[list[int], list[bool]]:
+def _scored_by_prefix(tokenizer: Any, messages: list[dict], tools: Any, where: str) -> tuple[list[int], list[bool]]:
     """Tokens of a chat, and whether each belongs to an assistant turn, by comparing prefixes of the chat."""
 
     def render(turns: list[dict], prompt: bool) -> str:
@@ -288,16 +266,17 @@ def _scored_by_prefix(tokenizer: Any, messages: list[dict], tools: Any) -> tuple
         return text
 
     full = render(messages, False)
-    ids = bare_ids(tokenizer, full)
+    ids = token_ids(tokenizer, full, special=False)
     scored = [False] * len(ids)
     for index, turn in enumerate(messages):
         if turn["role"] != "assistant":
             continue
         before, after = render(messages[:index], True), render(messages[: index + 1], False)
         if not (after.startswith(before) and full.startswith(after)):
-            raise _RewrittenTurnError(f"the chat template changes the text around turn {index + 1}")
+            hint = "Use a template with {% generation %} marks, or rows of prompt and completion."
+            raise DataError(f"the chat template changes the text around turn {index + 1}", where=where, hint=hint)
         # As in `encode`, a token that spans the start of a turn belongs to the turn.
-        start, end = (common_length(ids, bare_ids(tokenizer, text)) for text in (before, after))
+        start, end = (common_length(ids, token_ids(tokenizer, text, special=False)) for text in (before, after))
         scored[start:end] = [True] * (end - start)
     return ids, scored
 

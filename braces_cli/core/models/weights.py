@@ -47,7 +47,7 @@ class StoredValues:
 
     def dense(self) -> Tensor:
         """W_V (d, d_ff) as a temporary copy; do not keep a reference."""
-        with torch.no_grad(), loaded_weight(self.module):
+        with torch.no_grad(), _loaded_weight(self.module):
             dense = _unpack(self.module)
         if dense.is_meta:
             raise ModelError("a value matrix has no weights: it is on the meta device", where=repr(self.module))
@@ -62,7 +62,8 @@ def stored_values(module: nn.Module) -> Values:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or not _is_plain(weight) or _is_offloaded(module):
         return StoredValues(module)
-    return _oriented(module, weight)
+    # Conv1D of GPT-2 stores (inputs, outputs).
+    return weight if hasattr(module, "out_features") else weight.T
 
 
 def dense(values: Values) -> Tensor:
@@ -91,11 +92,6 @@ def _is_plain(weight: Tensor) -> bool:
     return not wrapped and getattr(weight, "quant_state", None) is None
 
 
-def _oriented(module: nn.Module, weight: Tensor) -> Tensor:
-    """Weight as (outputs, inputs); Conv1D of GPT-2 stores it transposed."""
-    return weight if hasattr(module, "out_features") else weight.T
-
-
 def _is_offloaded(module: nn.Module) -> bool:
     # Runs in every forward pass: getattr is slow if the module does not have the attribute.
     return "_hf_hook" in module.__dict__ and bool(getattr(module._hf_hook, "offload", False))
@@ -109,12 +105,12 @@ def compute_device(module: nn.Module) -> torch.device:
 
 def stored_bias(module: nn.Module) -> Tensor | None:
     """Bias of a projection, None if there is none; a copy of an offloaded bias."""
-    with loaded_weight(module):
+    with _loaded_weight(module):
         bias = getattr(module, "bias", None)
         return None if bias is None else bias.detach()
 
 
-def loaded_weight(module: nn.Module) -> AbstractContextManager[None]:
+def _loaded_weight(module: nn.Module) -> AbstractContextManager[None]:
     """Load the weight of an offloaded module inside the `with` block."""
     if not _is_offloaded(module):
         return nullcontext()
@@ -141,25 +137,22 @@ def _unpack(module: nn.Module) -> Tensor:
     weight: Any = getattr(module, "weight", None)
     if isinstance(weight, Tensor):
         if _is_plain(weight):
-            return _oriented(module, weight.detach())
-        if hasattr(weight, "quant_state") or hasattr(weight, "SCB"):
-            return _unpack_bitsandbytes(part)
+            return weight.detach() if hasattr(module, "out_features") else weight.detach().T
+        if getattr(weight, "quant_state", None) is not None:
+            from bitsandbytes import functional
+
+            return cast("Tensor", functional.dequantize_4bit(weight.data, weight.quant_state))
+        if hasattr(weight, "SCB"):
+            from bitsandbytes import functional
+
+            # The first forward pass moves the scales from the weight to the module.
+            scales = weight.SCB if weight.SCB is not None else part.state.SCB
+            return cast("Tensor", functional.int8_vectorwise_dequant(weight.data, scales))
         if type(weight).dequantize is not Tensor.dequantize:  # torchao, quanto
             return weight.dequantize()
     if callable(getattr(part, "dequantize", None)):  # hqq
         return cast("Tensor", part.dequantize())
     return _through_module(module)
-
-
-def _unpack_bitsandbytes(module: Any) -> Tensor:
-    from bitsandbytes import functional
-
-    weight = module.weight
-    if getattr(weight, "quant_state", None) is not None:
-        return cast("Tensor", functional.dequantize_4bit(weight.data, weight.quant_state))
-    # The first forward pass moves the scales from the weight to the module.
-    scales = weight.SCB if weight.SCB is not None else module.state.SCB
-    return cast("Tensor", functional.int8_vectorwise_dequant(weight.data, scales))
 
 
 def _through_module(module: nn.Module) -> Tensor:
@@ -195,10 +188,9 @@ def check_finite(weights: Mapping[str, Tensor], where: str) -> None:
         weights: by name.
         where: model or adapter of the weights.
     """
-    plain = {name: weight.detach() for name, weight in weights.items()}
     read = {
         name: weight
-        for name, weight in plain.items()
+        for name, weight in ((name, weight.detach()) for name, weight in weights.items())
         # Packed weights are subclasses of Tensor, with a dtype such as bfloat16.
         if type(weight) is Tensor and weight.dtype in _KINDS and weight.numel() and not weight.is_meta
     }

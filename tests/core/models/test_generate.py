@@ -120,15 +120,9 @@ def test_incomplete_characters_and_stop_texts_are_withheld():
     """A token can end inside a character, or inside a stop text."""
     from braces_cli.core.models.generate import TextStream
 
-    class Bytes:
-        """A tokenizer whose tokens are bytes."""
-
-        def decode(self, ids, skip_special_tokens):
-            return bytes(ids).decode(errors="replace")
-
     def streamed(text, stops=(), ends=()):
         pieces: list[str] = []
-        stream = TextStream(Bytes(), [], ends, stops, pieces.append)
+        stream = TextStream(lambda ids: bytes(ids).decode(errors="replace"), ends, stops, pieces.append)
         stream.put(torch.tensor([[1, 2]]))  # the prompt
         for byte in text.encode():
             stream.put(torch.tensor([byte]))
