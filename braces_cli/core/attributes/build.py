@@ -13,8 +13,9 @@ direction of the steering vector is p, or the gradient of the attribute's log od
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -83,17 +84,9 @@ def build_attribute(
         ModelError: states that are not finite.
     """
     neutral = built_in()[REFERENCE]
-    attribute = _attribute(
-        session,
-        name,
-        pool_words(session, words, report, pooling),
-        pool_words(session, neutral, pooling=pooling),
-        pooling,
-        words=list(words),
-    )
-    if (reduction or default_reduction(session)) == GRADIENT:
-        return with_gradient_direction(session, attribute, word_items(session, words, neutral), report)
-    return attribute
+    hidden, other = pool_words(session, words, report, pooling), pool_words(session, neutral, pooling=pooling)
+    items = partial(word_items, session, words, neutral)
+    return _attribute(session, name, hidden, other, pooling, reduction, items, report, words=list(words))
 
 
 def built_in_attribute(
@@ -105,10 +98,8 @@ def built_in_attribute(
         return build_attribute(session, name, lists[name], report, pooling, reduction)
     words, opposites = lists[name], lists[OPPOSITES[name]]
     hidden, other = (pool_words(session, each, report, pooling) for each in (words, opposites))
-    attribute = _attribute(session, name, hidden, (hidden + other) / 2, pooling, words=words)
-    if (reduction or default_reduction(session)) == GRADIENT:
-        return with_gradient_direction(session, attribute, word_items(session, words, opposites), report)
-    return attribute
+    items = partial(word_items, session, words, opposites)
+    return _attribute(session, name, hidden, (hidden + other) / 2, pooling, reduction, items, report, words=words)
 
 
 def attribute_from_texts(
@@ -121,18 +112,9 @@ def attribute_from_texts(
 ) -> Attribute:
     """Build an attribute from texts, against the neutral texts; see `build_attribute`."""
     neutral = neutral_texts()
-    attribute = _attribute(
-        session,
-        name,
-        pool_texts(session, texts, report, pooling),
-        pool_texts(session, neutral, pooling=pooling),
-        pooling,
-        examples=len(texts),
-    )
-    if (reduction or default_reduction(session)) == GRADIENT:
-        items = text_items(session, *([Passage(text) for text in side] for side in (texts, neutral)))
-        return with_gradient_direction(session, attribute, items, report)
-    return attribute
+    hidden, other = pool_texts(session, texts, report, pooling), pool_texts(session, neutral, pooling=pooling)
+    items = partial(text_items, session, *([Passage(text) for text in side] for side in (texts, neutral)))
+    return _attribute(session, name, hidden, other, pooling, reduction, items, report, examples=len(texts))
 
 
 def attribute_from_descriptions(
@@ -142,19 +124,18 @@ def attribute_from_descriptions(
     against: Sequence[str],
     report: Report = silent,
     *,
-    pooling: str = "mean",
-    reduction: str | None = None,
-    layers: Sequence[int] | str | None = None,
     chat: bool | None = None,
+    **details: Any,
 ) -> Attribute:
-    """Build an attribute from descriptions of its two sides; see `attribute_from_pairs`.
+    """Build an attribute from descriptions of its two sides.
 
     Args:
         describe: descriptions of the positive side; the k-th belongs to the k-th of `against`.
         against: descriptions of the negative side.
+        chat, details: see `attribute_from_pairs`.
     """
     pairs = description_pairs(describe, against, _uses_chat(session, chat))
-    attribute = _from_pairs(session, name, pairs, report, pooling, reduction, layers)
+    attribute = attribute_from_pairs(session, name, pairs, report, chat=chat, **details)
     return replace(attribute, provenance={**attribute.provenance, "describe": list(describe), "against": list(against)})
 
 
@@ -184,7 +165,35 @@ def attribute_from_pairs(
     use_chat = _uses_chat(session, chat)
     # Texts without a prompt are not answers, so the chat template does not apply to them.
     sides = [[replace(side, chat=use_chat and bool(side.prompt)) for side in (p.positive, p.negative)] for p in pairs]
-    return _from_pairs(session, name, [Pair(*both) for both in sides], report, pooling, reduction, layers)
+    pairs = [Pair(*both) for both in sides]
+    states = pair_states(session, pairs, pooling=pooling, report=report)
+    reduction = reduction or default_reduction(session)
+    # With the gradient as direction, p is the difference of means.
+    reduced_by = "mean" if reduction == GRADIENT else reduction
+    is_chat = any(pair.positive.chat for pair in pairs)
+    provenance: dict[str, Any] = {"pairs": len(pairs), "reduction": reduced_by, "chat_template": is_chat}
+    if len(pairs) >= _FEWEST:
+        provenance["separation"] = separation(states, reduced_by)
+    if layers == "auto":
+        if "separation" not in provenance:
+            what = f"{len(pairs)} pairs are too few to choose layers"
+            raise DataError(what, where="--layers auto", hint="Give more pairs, or name the layers.")
+        effects = [row["effect"] for row in provenance["separation"]]
+        layers = best_layers([ffn.layer for ffn in session.ffns], effects)
+    assert not isinstance(layers, str)
+
+    def items() -> list[Item]:
+        # Evidence: the texts of a side, or, for texts that both sides share, the effect of their prompts.
+        shared = [pair for pair in pairs if pair.positive.text == pair.negative.text]
+        others = [pair for pair in pairs if pair.positive.text != pair.negative.text]
+        before = CHAT_WITHOUT_DESCRIPTION if any(pair.positive.chat for pair in shared) else ""
+        texts = text_items(session, [pair.positive for pair in others], [pair.negative for pair in others])
+        return description_items(session, shared, before) + texts
+
+    hidden, middle = states.middle + reduce_pairs(states, reduced_by), states.middle
+    details: dict[str, Any] = {"examples": 2 * len(pairs), "provenance": provenance}
+    attribute = _attribute(session, name, hidden, middle, pooling, reduction, items, report, **details)
+    return with_steered_layers(attribute, layers)
 
 
 def description_pairs(describe: Sequence[str], against: Sequence[str], chat: bool = False) -> list[Pair]:
@@ -230,16 +239,6 @@ def best_layers(layers: Sequence[int], effects: Sequence[float]) -> list[int]:
     return sorted(layers[row] for row in order[: len(default_layers(layers))])
 
 
-def with_gradient_direction(session: Session, attribute: Attribute, items: Sequence[Item], report: Report) -> Attribute:
-    """Return the attribute with the gradient of the odds of `items` as the direction of its steering vector.
-
-    Raises:
-        ModelError: the model has layers without gradients.
-    """
-    direction = cheapest_directions(session, items, report)
-    return replace(attribute, direction=direction, provenance={**attribute.provenance, "reduction": GRADIENT})
-
-
 def _uses_chat(session: Session, requested: bool | None) -> bool:
     """Return true if prompts are user turns of a chat."""
     available = has_template(session.base.tokenizer)
@@ -249,52 +248,24 @@ def _uses_chat(session: Session, requested: bool | None) -> bool:
     return available if requested is None else requested
 
 
-def _from_pairs(
+def _attribute(
     session: Session,
     name: str,
-    pairs: Sequence[Pair],
-    report: Report,
+    hidden: Tensor,
+    reference: Tensor,
     pooling: str,
     reduction: str | None,
-    layers: Sequence[int] | str | None,
+    items: Callable[[], Sequence[Item]],
+    report: Report,
+    **details: Any,
 ) -> Attribute:
-    states = pair_states(session, pairs, pooling=pooling, report=report)
-    requested = reduction or default_reduction(session)
-    # With the gradient as direction, p is the difference of means.
-    reduced_by = "mean" if requested == GRADIENT else requested
-    direction, middle = reduce_pairs(states, reduced_by), states.middle
-    provenance: dict[str, Any] = {
-        "pairs": len(pairs),
-        "reduction": reduced_by,
-        "chat_template": any(pair.positive.chat for pair in pairs),
-    }
-    if len(pairs) >= _FEWEST:
-        provenance["separation"] = separation(states, reduced_by)
-    attribute = _attribute(
-        session, name, middle + direction, middle, pooling, examples=2 * len(pairs), provenance=provenance
-    )
-    if layers == "auto":
-        if "separation" not in provenance:
-            what = f"{len(pairs)} pairs are too few to choose layers"
-            raise DataError(what, where="--layers auto", hint="Give more pairs, or name the layers.")
-        layers = best_layers(attribute.layers, [row["effect"] for row in provenance["separation"]])
-    assert not isinstance(layers, str)
-    attribute = with_steered_layers(attribute, layers)
-    if requested != GRADIENT:
-        return attribute
-    # Evidence: the texts of a side, or, for texts that both sides share, the effect of their prompts.
-    shared = [pair for pair in pairs if pair.positive.text == pair.negative.text]
-    others = [pair for pair in pairs if pair.positive.text != pair.negative.text]
-    before = CHAT_WITHOUT_DESCRIPTION if any(pair.positive.chat for pair in shared) else ""
-    items = description_items(session, shared, before)
-    items += text_items(session, [pair.positive for pair in others], [pair.negative for pair in others])
-    return with_gradient_direction(session, attribute, items, report)
+    """Return an attribute of the session's base.
 
-
-def _attribute(
-    session: Session, name: str, hidden: Tensor, reference: Tensor, pooling: str, **details: Any
-) -> Attribute:
-    """Return an attribute of the session's base with these pooled states, (layers, d) each."""
+    Args:
+        hidden, reference: pooled states, (layers, d) each.
+        items: returns the texts whose odds the steering vector raises, for the reduction "gradient".
+        details: other fields of `Attribute`.
+    """
     fields: dict[str, Any] = {"words": [], **details}
     attribute = Attribute(
         name=name,
@@ -308,4 +279,7 @@ def _attribute(
         **fields,
     )
     check_numbers(attribute, name, OVERFLOW_HINT)
-    return attribute
+    if (reduction or default_reduction(session)) != GRADIENT:
+        return attribute
+    direction = cheapest_directions(session, items(), report)
+    return replace(attribute, direction=direction, provenance={**attribute.provenance, "reduction": GRADIENT})

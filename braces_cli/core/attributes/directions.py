@@ -35,9 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from braces_cli.core.adapter.model import Session
-from braces_cli.core.attributes.pooling import Row, input_watches, output_watches, pooled_batches
+from braces_cli.core.attributes.pooling import Row, output_watches, pooled_batches
 from braces_cli.core.attributes.words import GRADIENT, neutral_prompts, neutral_texts
-from braces_cli.core.models.ffn import FFN, MixtureFFN
 from braces_cli.core.models.load import input_device
 from braces_cli.core.models.structure import add_to_output
 from braces_cli.core.models.tokenize import IGNORED, context_length, encode, encode_answer, encode_word
@@ -107,7 +106,7 @@ def pair_states(
         DataError: the chat template refuses a prompt.
     """
     model = session.base.model
-    watches = input_watches(session.ffns) if captured == "input" else output_watches(model, session.ffns)
+    watches = [ffn.watch for ffn in session.ffns] if captured == "input" else output_watches(model, session.ffns)
     rows = [passage_tokens(session, side) for pair in pairs for side in (pair.positive, pair.negative)]
     states = torch.zeros(len(watches), len(rows), session.ffns[0].hidden_size)
     with session.bare():
@@ -234,7 +233,7 @@ def odds_gradient(session: Session, items: Sequence[Item], report: Report = sile
     done = 0
     for batch in _batches(items, lambda item: len(item.ids)):
         with _constants(session, 1) as vectors:
-            log_p = _log_p(session, [item.ids for item in batch])
+            log_p = _logits(session, [item.ids for item in batch]).log_softmax(dim=-1)
             odds = torch.zeros((), device=log_p.device)
             for item, row in zip(batch, log_p, strict=True):
                 counted = row[item.first :]
@@ -254,7 +253,7 @@ def next_token_gradients(session: Session, report: Report = silent) -> Tensor:
     for done, rows in enumerate(batches, 1):
         count, length = len(rows), len(rows[0])
         with _constants(session, count) as vectors:
-            log_p = _log_p(session, rows)
+            log_p = _logits(session, rows).log_softmax(dim=-1)
             # The first token has almost no context, so its next token depends little on the text.
             places = torch.randint(min(1, length - 1), length, (count,), generator=generator)
             log_p = log_p[torch.arange(count), places.to(log_p.device)]
@@ -291,12 +290,12 @@ def _neutral_rows(session: Session) -> list[list[int]]:
     return [encode(session.base.tokenizer, text).ids for text in (*neutral_prompts(), *neutral_texts())]
 
 
-def _log_p(session: Session, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Log probabilities of the next token after each token, (rows, T, V), with gradients."""
+def _logits(session: Session, rows: Sequence[Sequence[int]]) -> Tensor:
+    """Logits of the next token after each token, (rows, T, V), in float32."""
     model = session.base.model
     batch = torch.tensor([list(row) for row in rows], device=input_device(model))
     logits: Tensor = model(input_ids=batch, use_cache=False).logits
-    return logits.float().log_softmax(dim=-1)
+    return logits.float()
 
 
 @contextmanager
@@ -307,14 +306,9 @@ def _constants(session: Session, rows: int) -> Iterator[list[Tensor]]:
         for ffn in session.ffns:
             weight = ffn.parts[0].values()
             vector = torch.zeros(rows, 1, ffn.hidden_size, device=weight.device, requires_grad=True)
-            stack.callback(add_to_output(output_module(ffn), vector).remove)
+            stack.callback(add_to_output(ffn.output_module, vector).remove)
             vectors.append(vector)
         yield vectors
-
-
-def output_module(ffn: FFN | MixtureFFN) -> torch.nn.Module:
-    """Return the module whose output is the FFN output: the whole mixture if there are experts."""
-    return ffn.host if isinstance(ffn, MixtureFFN) else ffn.value
 
 
 def word_items(session: Session, towards: Sequence[str], away: Sequence[str]) -> list[Item]:
@@ -393,11 +387,8 @@ def description_items(session: Session, pairs: Sequence[Pair], before: str) -> l
     weights: dict[tuple[int, ...], Tensor] = {}
     with session.bare(), torch.no_grad():
         for batch in _batches(rows, lambda row: len(row[1])):
-            logits = session.base.model(
-                input_ids=torch.tensor([row[1] for row in batch], device=input_device(session.base.model)),
-                use_cache=False,
-            ).logits
+            logits = _logits(session, [ids for _, ids, _ in batch])
             for (text, _, weight), row in zip(batch, logits, strict=True):
-                added = weight * row[-len(text) :].float().softmax(dim=-1)
+                added = weight * row[-len(text) :].softmax(dim=-1)
                 weights[text] = weights[text] + added if text in weights else added
     return [Item((*alone, *text), len(alone), weights[text].to) for text in texts]

@@ -22,14 +22,13 @@ from torch import Tensor
 
 from braces_cli.core.adapter.layer import RelevanceModule
 from braces_cli.core.adapter.model import Session
-from braces_cli.core.attributes.directions import output_module
 from braces_cli.core.attributes.vector import Attribute
 from braces_cli.core.config import format_ranges
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.models.ffn import FFN, MixtureFFN
 from braces_cli.core.models.structure import add_to_output, hooks_changed
 
-# s of an attribute: one number, or (batch,), one per row.
+# s of an attribute: one number, or (batch, 1, 1), one per row.
 Strength = float | Tensor
 Terms = Sequence[tuple[Attribute, Strength]]
 
@@ -99,7 +98,7 @@ def layer_steering(session: Session, terms: Terms, layers: Collection[int] | Non
         if here:
             vector = torch.zeros(ffn.hidden_size)
             for each, s in here:
-                vector = vector + _per_row(s) * float(each.scale[row]) * each.steering_direction[row]
+                vector = vector + s * float(each.scale[row]) * each.steering_direction[row]
         if through and ffn.layer in modules and (layers is None or ffn.layer in layers):
             shift, shifted = _shift(session, ffn, modules[ffn.layer], row, through)
         if vector is None and shift is None:
@@ -119,7 +118,7 @@ def _shift(
     assert session.adapter is not None
     with torch.no_grad():
         states = [(session.adapter.states(each.state[row]).to(module.weight), s) for each, s in terms]
-        parts = [_per_row(s.to(h) if isinstance(s, Tensor) else s) * h for h, s in states]
+        parts = [(s.to(h) if isinstance(s, Tensor) else s) * h for h, s in states]
         state = torch.stack(torch.broadcast_tensors(*parts)).sum(dim=0)
         projection = module.projection()
         shift = projection @ state if state.ndim == 1 else state @ projection.mT
@@ -128,11 +127,6 @@ def _shift(
         # The router chooses the experts of each token; their mean is only for the size.
         vectors = torch.cat([vector.reshape(-1, *vector.shape[-2:]) for vector in each]).mean(dim=0)  # (d, rows)
     return shift, vectors.mT.float().cpu()
-
-
-def _per_row(s: Strength) -> Strength:
-    """Return a strength that multiplies a vector (d,); strengths (batch,) make the product (batch, 1, d)."""
-    return s.view(-1, 1, 1) if isinstance(s, Tensor) else s
 
 
 @contextmanager
@@ -151,7 +145,7 @@ def steered(session: Session, terms: Terms, layers: Collection[int] | None = Non
     with ExitStack() as stack:
         for each in found:
             if each.vector is not None:
-                module = output_module(each.ffn)
+                module = each.ffn.output_module
                 weight = next((p for p in module.parameters() if p.is_floating_point() and not p.is_meta), each.vector)
                 # A compiled pass must not move the vector.
                 stack.callback(add_to_output(module, each.vector.to(weight.device, weight.dtype)).remove)
@@ -175,4 +169,4 @@ def terms_of_rows(
     if all(row == rows[0] for row in rows):
         return [(find(name), s) for name, s in rows[0].items()]
     names = dict.fromkeys(name for row in rows for name in row)
-    return [(find(name), torch.tensor([float(row.get(name, 0.0)) for row in rows])) for name in names]
+    return [(find(name), torch.tensor([[[float(row.get(name, 0.0))]] for row in rows])) for name in names]

@@ -64,14 +64,10 @@ def _pool(session: Session, rows: Sequence[Row], pooling: str, report: Report, s
     rows = [row for row in rows if row[0]]
     total = torch.zeros(len(session.ffns), session.ffns[0].hidden_size)
     with session.bare():
-        for _, pooled in pooled_batches(session.base.model, input_watches(session.ffns), rows, pooling, report, stage):
+        watches = [ffn.watch for ffn in session.ffns]
+        for _, pooled in pooled_batches(session.base.model, watches, rows, pooling, report, stage):
             total += pooled.sum(dim=1)
     return total / max(len(rows), 1)
-
-
-def input_watches(ffns: Sequence[FFN | MixtureFFN]) -> list[Watch]:
-    """Return a watch of the input of each FFN."""
-    return [ffn.watch for ffn in ffns]
 
 
 def output_watches(model: nn.Module, ffns: Sequence[FFN | MixtureFFN]) -> list[Watch]:

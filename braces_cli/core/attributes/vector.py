@@ -119,24 +119,20 @@ def save_attributes(path: Path, attributes: Sequence[Attribute]) -> None:
     """Write attributes of one base into a file: tensors `{name}.hidden` and so on, the rest in the header."""
     tensors = {f"{each.name}.{part}": getattr(each, part) for each in attributes for part in _PARTS}
     tensors |= {f"{each.name}.direction": each.direction for each in attributes if each.direction is not None}
+    details: dict[str, dict[str, Any]] = {}
+    for each in attributes:
+        difference = each.state.norm(dim=-1) / each.reference.norm(dim=-1).clamp(min=1e-30)
+        details[each.name] = {name: getattr(each, name) for name in _RECORDED}
+        for name, numbers in (("difference", difference), ("residual", each.residual)):
+            details[each.name][name] = [float(f"{number:.4g}") for number in numbers.tolist()]
     header = {
         "format_version": FORMAT_VERSION,
         "attributes": json.dumps({each.name: each.words for each in attributes}, ensure_ascii=False),
         "layers": json.dumps(attributes[0].layers),
         "fingerprint": json.dumps(attributes[0].fingerprint),
-        "details": json.dumps({each.name: _details(each) for each in attributes}),
+        "details": json.dumps(details),
     }
     write_tensors(path, tensors, header)
-
-
-def _details(attribute: Attribute) -> dict[str, Any]:
-    """Return the details of the header; `difference` is |p| / |pooled(reference)|, one per layer."""
-    difference = attribute.state.norm(dim=-1) / attribute.reference.norm(dim=-1).clamp(min=1e-30)
-    return {
-        **{name: getattr(attribute, name) for name in _RECORDED},
-        "difference": [float(f"{value:.4g}") for value in difference.tolist()],
-        "residual": [float(f"{value:.4g}") for value in attribute.residual.tolist()],
-    }
 
 
 def load_attributes(path: Path, session: Session) -> dict[str, Attribute]:

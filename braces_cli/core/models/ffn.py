@@ -60,6 +60,11 @@ class FFN:
         return (self,)
 
     @property
+    def output_module(self) -> nn.Module:
+        """Module whose output is the FFN output."""
+        return self.value
+
+    @property
     def hidden_size(self) -> int:
         """d, the width of `h` and of a value vector."""
         return sizes(self.value)[1]
@@ -134,6 +139,11 @@ class MixtureFFN:
     path: str
     host: nn.Module
     parts: tuple[Any, ...]
+
+    @property
+    def output_module(self) -> nn.Module:
+        """Module whose output is the FFN output, shared experts included."""
+        return self.host
 
     @property
     def hidden_size(self) -> int:

@@ -66,7 +66,7 @@ def _movements(
         of_output: relative to that of the FFN output.
     """
     stack = layer_stack(model)[1]
-    ends = {ffn.layer: ffn.host if isinstance(ffn, MixtureFFN) else ffn.value for ffn in ffns}
+    ends = {ffn.layer: ffn.output_module for ffn in ffns}
     plain: dict[int, Tensor] = {}
     written: dict[int, Tensor] = {}
     moved: dict[int, Tensor] = {}
