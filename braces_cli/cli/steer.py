@@ -6,8 +6,8 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, suppress
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
@@ -67,7 +67,7 @@ def write_texts(settings: SteerSettings) -> None:
     prompts = read_prompt_rows(settings.prompt, settings.prompts, sys.stdin)
     # The first prompt is read here, so that its errors come before the model is loaded.
     requests = row_requests(chain([next(prompts)], prompts), settings.strengths, settings.num_samples)
-    count = len(settings.prompt) or (count_prompts(settings.prompts) if settings.prompts is not None else None)
+    count = len(settings.prompt) or count_prompts(settings.prompts)
     total = None if count is None else count * settings.num_samples
     if settings.output is not None:
         with output_lock(settings.output):
@@ -97,12 +97,13 @@ def _write_file(settings: SteerSettings, output: Path, requests: Iterator[TextRe
     from braces_cli.core.adapter.files import CONFIG_FILE, WEIGHTS_FILE, adapter_hash
     from braces_cli.core.attributes.files import attribute_hashes
     from braces_cli.steering.output import FILES, TextsFile
+    from braces_cli.steering.prompts import attribute_names
 
     # Adapters from the hub are not hashed.
     adapter = None if settings.adapter is None else user_path(settings.adapter)
     if adapter is not None and not all((adapter / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)):
         adapter = None
-    names = dict.fromkeys([*settings.strengths, *_row_attributes(settings)])
+    names = dict.fromkeys([*settings.strengths, *attribute_names(settings.prompts)])
     hashes = [] if adapter is None else [adapter_hash(adapter)]
     options = options_of(type(settings))
     record = {name: value for name, value in settings.resolved().items() if options[name].outcome}
@@ -129,13 +130,6 @@ def _write_file(settings: SteerSettings, output: Path, requests: Iterator[TextRe
         print_pairs("texts written", result)
 
 
-def _row_attributes(settings: SteerSettings) -> list[str]:
-    """Return the attributes that rows of `--prompts` name."""
-    from braces_cli.steering.prompts import attribute_names
-
-    return [] if settings.prompts is None else attribute_names(settings.prompts)
-
-
 def _rows(settings: SteerSettings, requests: Iterator[TextRequest], **details: Any) -> Iterator[dict[str, Any]]:
     """Yield rows of texts; the model is loaded for the first one.
 
@@ -147,9 +141,10 @@ def _rows(settings: SteerSettings, requests: Iterator[TextRequest], **details: A
     from braces_cli.core.attributes.lookup import find_attribute
     from braces_cli.core.models.ffn import chosen_layers
     from braces_cli.core.models.load import input_device
+    from braces_cli.steering.prompts import attribute_names
     from braces_cli.steering.texts import generate_rows, uses_chat_template
 
-    named = _row_attributes(settings)
+    named = attribute_names(settings.prompts)
     session = open_session(settings.model, settings.adapter, settings)
     strengths, quiet = settings.strengths, settings.quiet or not is_main()
     processes = join(input_device(session.base.model))
@@ -281,41 +276,27 @@ def run_interactive(settings: SteerSettings) -> None:
 
 def _live_answer(conversation: Conversation, line: str) -> dict[str, Any] | str | None:
     """Return the answer to a line; on the terminal both texts are drawn while they grow."""
-    with ExitStack() as stack:
-        view: list[Callable[[str, str], None]] = []
-
-        def stream(side: str, piece: str) -> None:
-            if not view:
-                prompt, title = conversation.prompt or "", titled(conversation.strengths)
-                view.append(stack.enter_context(_side_by_side(prompt, title)))
-            view[0](side, piece)
-
-        return conversation.handle(line, stream)
-
-
-@contextmanager
-def _side_by_side(prompt: str, title: str) -> Iterator[Callable[[str, str], None]]:
-    """Yield a function that appends a piece to the unsteered or the steered text and draws both."""
     from rich import box
     from rich.live import Live
     from rich.table import Table
 
     texts = {"unsteered": "", "steered": ""}
+    live = Live(console=console(), auto_refresh=False, vertical_overflow="visible")
 
-    def table() -> Table:
-        drawn = Table(box=box.SIMPLE_HEAD, expand=True, padding=(0, 1))
-        for heading in ("unsteered", title):
-            drawn.add_column(rich_text(heading), ratio=1, overflow="fold")
-        drawn.add_row(*(rich_text(prompt, "bold").append(rich_text(text, "not bold")) for text in texts.values()))
-        return drawn
+    def draw(side: str, piece: str) -> None:
+        texts[side] += piece
+        table = Table(box=box.SIMPLE_HEAD, expand=True, padding=(0, 1))
+        for heading in ("unsteered", titled(conversation.strengths)):
+            table.add_column(rich_text(heading), ratio=1, overflow="fold")
+        prompt = conversation.prompt or ""
+        table.add_row(*(rich_text(prompt, "bold").append(rich_text(text, "not bold")) for text in texts.values()))
+        live.start()  # no effect after the first piece
+        live.update(table, refresh=True)
 
-    with Live(table(), console=console(), auto_refresh=False, vertical_overflow="visible") as live:
-
-        def write(side: str, piece: str) -> None:
-            texts[side] += piece
-            live.update(table(), refresh=True)
-
-        yield write
+    try:
+        return conversation.handle(line, draw)
+    finally:
+        live.stop()
 
 
 def _lines() -> Iterator[str]:

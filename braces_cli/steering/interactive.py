@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
 from braces_cli.core.adapter.model import Session
 from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute, known_attributes
-from braces_cli.core.attributes.vector import Attribute
 from braces_cli.core.config import convert, options_of
 from braces_cli.core.errors import ConfigError, near_misses
 from braces_cli.core.models.ffn import chosen_layers
@@ -69,7 +69,7 @@ class Conversation:
         self.layers = chosen_layers(session.base.model, layers)
         self._folder = folder
         self._chat = chat
-        self._attributes: dict[str, Attribute] = {}
+        self._find = cache(partial(find_attribute, session, folder=folder))
         # The last prompt, which an empty line repeats.
         self.prompt: str | None = None
         self._unsteered: tuple[Any, str] | None = None
@@ -131,10 +131,8 @@ class Conversation:
             for word in words:
                 self._find(word)
             # The k-th attribute keeps the k-th strength, to compare attributes at the same strength.
-            before = list(self.strengths.values())
-            self.strengths = {
-                word: before[k] if k < len(before) else 1.0 for k, word in enumerate(dict.fromkeys(words))
-            }
+            strengths = chain(self.strengths.values(), repeat(1.0))
+            self.strengths = dict(zip(dict.fromkeys(words), strengths, strict=False))
         elif name == "layers":
             self.layers = chosen_layers(self.session.base.model, " ".join(words) or None)
         elif name in _NUMBERS:
@@ -166,8 +164,3 @@ class Conversation:
             hint = "Such as /s 2 or /s -1.5." if names else "Name an attribute first: /attribute positive."
             raise ConfigError(f"this needs {expected}", where="/s", hint=hint)
         return self.strengths | dict(zip(names, values, strict=True))
-
-    def _find(self, name: str) -> Attribute:
-        if name not in self._attributes:
-            self._attributes[name] = find_attribute(self.session, name, self._folder)
-        return self._attributes[name]

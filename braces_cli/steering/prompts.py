@@ -56,22 +56,22 @@ def read_prompt_rows(given: Sequence[str], file: Path | None, pipe: TextIO) -> I
     return _checked(_line_rows(pipe, "standard input"), "standard input")
 
 
-def attribute_names(file: Path) -> list[str]:
+def attribute_names(file: Path | None) -> list[str]:
     """Return the attributes that the rows of a file name, so that an unknown one is an error before the first text.
 
-    Empty for a pipe, which can be read only once.
+    Empty without a file, and for a pipe, which can be read only once.
 
     Raises:
         DataError: see `read_prompt_rows`.
     """
-    if not file.is_file():
+    if file is None or not file.is_file():
         return []
     return list(dict.fromkeys(name for row in _checked(_file_rows(file), str(file)) for name in row.attributes or ()))
 
 
-def count_prompts(file: Path) -> int | None:
-    """Return the number of rows of a file, without checks; None for a pipe, which can be read only once."""
-    if not file.is_file():
+def count_prompts(file: Path | None) -> int | None:
+    """Return the number of rows of a file, without checks; None without one, and for a pipe."""
+    if file is None or not file.is_file():
         return None
     if file.suffix.lower() in _TABLES:
         return sum(1 for _ in read_rows(str(file)))
