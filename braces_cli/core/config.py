@@ -219,8 +219,12 @@ class Settings:
 
     def resolved(self) -> dict[str, Any]:
         """Return all settings except display settings, as JSON values."""
-        names = [name for name, about in options_of(type(self)).items() if not about.display]
-        return {name: msgspec.to_builtins(getattr(self, name), enc_hook=str) for name in names}
+        found = {}
+        for name, about in options_of(type(self)).items():
+            if not about.display:
+                value = getattr(self, name)
+                found[name] = list(value) if about.many else str(value) if isinstance(value, Path) else value
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
