@@ -84,19 +84,14 @@ class MergeSettings(WidthSettings, UploadSettings, SteeringSettings, FolderSetti
 @command
 def merge(settings: MergeSettings) -> None:
     """Write base and adapter into one plain checkpoint that transformers, vLLM or llama.cpp load without braces."""
-    from braces_cli.core.models.hub import check_push, push
-    from braces_cli.export.checkpoint import MergeExport, check
+    from braces_cli.export.checkpoint import check, describe_merge, export_merge
 
+    request, pad = _request(settings, settings.output_dir), settings.pad_to_multiple_of
     if settings.verify is not None:
-        _print_result(settings, check(_request(settings), settings.verify), "the merge is verified")
+        _print_result(settings, check(request, settings.verify), "the merge is verified")
         return
-    if settings.push_to_hub is not None and not settings.dry_run:
-        check_push(settings.push_to_hub)
-    result = _export(settings, MergeExport(_request(settings), settings.pad_to_multiple_of))
-    if result is not None:
-        if settings.push_to_hub is not None and settings.output_dir is not None:
-            push(settings.output_dir, settings.push_to_hub)
-        _print_result(settings, result, "merged")
+    write = partial(export_merge, request, pad)
+    _export(settings, partial(describe_merge, request, pad), write, "merged", settings.push_to_hub)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,11 +112,12 @@ class SlotsSettings(WidthSettings, ModelSettings, OutputSettings, FolderSettings
 def slots(settings: SlotsSettings) -> None:
     """Write the base with empty neurons, which LoRA files of `braces export lora` fill; logits stay as they are."""
     from braces_cli.export.run import Request
-    from braces_cli.export.slots import SlotsExport
+    from braces_cli.export.slots import describe_slots, export_slots
 
-    request = Request(settings.model, None, settings)
-    export = SlotsExport(request, settings.slots, settings.pad_to_multiple_of)
-    _print_result(settings, _export(settings, export))
+    request = Request(settings.model, None, settings, settings.output_dir, settings.overwrite)
+    count, pad = settings.slots, settings.pad_to_multiple_of
+    write = partial(export_slots, request, count, pad)
+    _export(settings, partial(describe_slots, request, count, pad), write)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,10 +143,12 @@ class LoraSettings(SteeringSettings, FolderSettings):
 @command
 def lora(settings: LoraSettings) -> None:
     """Write an adapter, or with --attribute an attribute, as a plain LoRA for a base with slots."""
-    from braces_cli.export.lora import lora_export, write_lora
+    from braces_cli.export.lora import export_lora, plan_lora
 
-    export = lora_export(_request(settings), settings.base, settings.combine, settings.first_slot)
-    _print_result(settings, _export(settings, export, partial(write_lora, gguf=settings.gguf)))
+    planned = plan_lora(_request(settings, settings.output_dir), settings.base, settings.combine, settings.first_slot)
+    # The layers that an attribute steers are not known before the attribute is found or built.
+    facts = {"rank": planned.rank + bool(settings.attribute)}
+    _export(settings, lambda: facts, partial(export_lora, planned, settings.gguf))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,9 +162,9 @@ class CodeSettings(SteeringSettings, FolderSettings):
 @command
 def code(settings: CodeSettings) -> None:
     """Write base and adapter as a checkpoint with a modelling file, for bases that cannot be merged."""
-    from braces_cli.export.code import CodeExport
+    from braces_cli.export.code import export_code
 
-    _print_result(settings, _export(settings, CodeExport(_request(settings))))
+    _export(settings, dict, partial(export_code, _request(settings, settings.output_dir)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,15 +189,14 @@ def control_vector(settings: VectorSettings) -> None:
         return
     from braces_cli.export.control_vector import write_control_vector
 
-    assert settings.output is not None
-    _print_result(settings, write_control_vector(_request(settings), settings.output, settings.overwrite))
+    _print_result(settings, write_control_vector(_request(settings, settings.output)))
 
 
 for _name, _command in (("slots", slots), ("lora", lora), ("code", code), ("control-vector", control_vector)):
     app.command(_name)(_command)
 
 
-def _request(settings: SteeringSettings) -> Any:
+def _request(settings: Any, output: Path | None) -> Any:
     """The export's Request."""
     from braces_cli.core.adapter.files import find_adapter
     from braces_cli.export.run import Request
@@ -208,35 +205,50 @@ def _request(settings: SteeringSettings) -> Any:
         model=settings.model,
         adapter=None if settings.adapter is None else find_adapter(settings.adapter),
         options=settings,
+        output=output,
+        overwrite=settings.overwrite,
         attributes=settings.strengths,
         attributes_dir=settings.attributes,
         layers=settings.layers,
     )
 
 
-def _export(settings: Any, export: Any, write: Callable[..., dict[str, Any]] | None = None) -> dict[str, Any] | None:
-    """Run an export; in a dry run, print the settings and the size of the output, or the reason of a refusal."""
-    from braces_cli.export.run import run
+def _export(
+    settings: Any,
+    describe: Callable[[], dict[str, Any]],
+    write: Callable[..., dict[str, Any]],
+    title: str = "exported",
+    repository: str | None = None,
+) -> None:
+    """Write an export and print the result; in a dry run, print the settings and the facts that `describe` returns.
+
+    Args:
+        repository: on the hub, for the output.
+    """
+    from braces_cli.core.models.hub import check_push, push
 
     if settings.dry_run:
         try:
-            facts = export.describe()
+            facts = describe()
         except ModelError as error:
             facts = {"trainable_parameters": None, "reason": str(error)}
         show_plan(settings, facts)
-        return None
-    with progress(settings.quiet) as report:
-        return (write or run)(export, settings.output_dir, overwrite=settings.overwrite, report=report)
-
-
-def _print_result(settings: OutputSettings, result: dict[str, Any] | None, title: str = "exported") -> None:
-    if result is None:
         return
+    if repository is not None:
+        check_push(repository)
+    with progress(settings.quiet) as report:
+        result = write(report=report)
+    if repository is not None:
+        push(settings.output_dir, repository)
+    _print_result(settings, result, title)
+
+
+def _print_result(settings: OutputSettings, result: dict[str, Any], title: str = "exported") -> None:
     if settings.json:
         print_json(result)
         return
-    shown = dict(result)
-    shown["attributes"] = ", ".join(f"{name} {s:+g}" for name, s in result.get("attributes", {}).items()) or None
+    attributes = ", ".join(f"{name} {s:+g}" for name, s in result.get("attributes", {}).items())
+    shown = result | {"attributes": attributes or None}
     if "case" in result:
         shown["case"] = _CASES[result["case"]]
     if "effect_missing" in result:

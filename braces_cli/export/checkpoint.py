@@ -1,13 +1,14 @@
 """Write a plain checkpoint with additional neurons in its FFNs, and merge an adapter that way.
 
-The base is in memory once. The written tensors are views of it, except the widened ones of the current file.
+The base is in memory once. The written tensors are views of it, except the changed ones of the current file.
+`save_checkpoint` takes the tensors from a function, so an export may change any of them.
 """
 
 from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,12 +21,12 @@ from braces_cli.core.adapter.files import find_adapter
 from braces_cli.core.adapter.model import Adapter
 from braces_cli.core.attributes.hooks import layer_steering
 from braces_cli.core.errors import BracesError, ModelError
-from braces_cli.core.files import file_hint, path_exists, user_path, write_json
+from braces_cli.core.files import file_hint, user_path, write_json
 from braces_cli.core.models.ffn import FFN, MixtureFFN, find_ffns
 from braces_cli.core.progress import Report, silent
 from braces_cli.core.schema import WRITTEN, Count, Kind, Name, read
 from braces_cli.export.plan import Plan, ffn_form, plan
-from braces_cli.export.run import Export, Opened, Request, base_shape, copy_companions, open_request, probe_tokens
+from braces_cli.export.run import Opened, Request, base_shape, copy_companions, open_request, probe_tokens, run
 from braces_cli.export.verify import reference, verify_export
 
 # Tensors are gathered in one file up to this size, which bounds the memory of widened tensors.
@@ -57,45 +58,25 @@ class MergeRecord:
 _RECORD = Kind(MergeRecord, ModelError, "The file is damaged; merge again.")
 
 
-@dataclass(frozen=True)
-class MergeExport(Export):
-    """Base and adapter as one plain checkpoint.
+def read_record(folder: Path) -> MergeRecord:
+    """Return the record in a merged checkpoint; raises ModelError if it is missing or damaged."""
+    return read(_RECORD, folder / "braces_merge.json")
 
-    Attributes:
-        pad_to_multiple_of: the width of the FFN is rounded up to a multiple of this.
-    """
 
-    name = "merge"
+def export_merge(request: Request, pad_to_multiple_of: int = 64, report: Report = silent) -> dict[str, Any]:
+    """Write base and adapter as one plain checkpoint, with FFNs of a width rounded up; see `export.run.run`."""
 
-    pad_to_multiple_of: int = 64
-
-    def plan(
-        self, model: Any, found: Sequence[FFN | MixtureFFN], ids: Tensor | None = None
-    ) -> tuple[Plan, dict[str, Any]]:
-        """Return the plan, and what is printed of it; without weights if `ids` is None."""
-        assert self.request.adapter is not None
-        ffns, form = ffn_form(model, found, ids)
-        neurons = self.request.adapter.config.r * (1 if form.gated else 2)
-        planned = plan(model, ffns, form, neurons, self.pad_to_multiple_of, self.request.steers)
-        facts = {
-            "architecture": planned.architecture,
-            "case": planned.case,
-            "neurons_added": planned.wider - planned.width,
-            "width": planned.wider,
-        }
-        return planned, facts
-
-    def write(self, opened: Opened, folder: Path, report: Report) -> tuple[dict[str, Any], dict[str, Any]]:
-        session, model = opened.session, opened.session.base.model
-        stored, attributes_dir = session.stored, self.request.attributes_dir
+    def write(opened: Opened, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        session, stored, attributes_dir = opened.session, opened.session.stored, request.attributes_dir
         assert session.adapter is not None
         assert stored is not None
+        copy_companions(session.base, folder)
         paths = side_paths(session.adapter)
         vectors = {each.layer: each.total[0] for each in layer_steering(session, opened.terms, opened.layers)}
         session.remove_adapter()
-        planned, facts = self.plan(model, session.ffns, probe_tokens(session))
+        model = session.base.model
+        planned, facts = plan_merge(request, model, session.ffns, pad_to_multiple_of, probe_tokens(session))
         write_checkpoint(folder, model, planned, new_neurons(planned, paths, vectors), report)
-        copy_companions(session, folder)
         # Local inputs by absolute paths, so that `--check` finds them from every working directory.
         entries = {
             "adapter": str(stored.folder) if user_path(stored.name).exists() else stored.name,
@@ -103,23 +84,35 @@ class MergeExport(Export):
         }
         return facts, entries
 
-    def describe(self) -> dict[str, Any]:
-        shape = base_shape(self.request)
-        planned, facts = self.plan(shape, find_ffns(shape))
-        return facts | planned.size
+    return run("merge", request, write, verify_export, report)
 
 
-def read_record(folder: Path) -> MergeRecord:
-    """Return the record in a merged checkpoint.
+def plan_merge(
+    request: Request,
+    model: Any,
+    found: Sequence[FFN | MixtureFFN],
+    pad_to_multiple_of: int,
+    ids: Tensor | None = None,
+) -> tuple[Plan, dict[str, Any]]:
+    """Return the plan, and what is printed of it; without weights if `ids` is None."""
+    assert request.adapter is not None
+    ffns, form = ffn_form(model, found, ids)
+    neurons = request.adapter.config.r * (1 if form.gated else 2)
+    planned = plan(model, ffns, form, neurons, pad_to_multiple_of, steering=any(request.attributes.values()))
+    facts = {
+        "architecture": planned.architecture,
+        "case": planned.case,
+        "neurons_added": planned.wider - planned.width,
+        "width": planned.wider,
+    }
+    return planned, facts
 
-    Raises:
-        ModelError: not a checkpoint that `braces merge` wrote, or a damaged record.
-    """
-    path = folder / f"braces_{MergeExport.name}.json"
-    if not path_exists(path):
-        hint = "Give a folder that braces merge wrote."
-        raise ModelError("no merged checkpoint here", where=str(folder), hint=hint)
-    return read(_RECORD, path)
+
+def describe_merge(request: Request, pad_to_multiple_of: int) -> dict[str, Any]:
+    """Facts of a merge that are known without the weights, for `--dry-run`."""
+    shape = base_shape(request)
+    planned, facts = plan_merge(request, shape, find_ffns(shape), pad_to_multiple_of)
+    return facts | planned.size
 
 
 def check(request: Request, folder: Path) -> dict[str, Any]:
@@ -196,25 +189,40 @@ def _balance(a: Tensor, b: Tensor, ffn: FFN) -> Tensor:
     assert isinstance(values, Tensor)
     key_weight: Any = key.weight
     keys = key_weight if hasattr(key, "out_features") else key_weight.mT
-    row, column = a.norm(dim=1) / _typical_norm(keys), b.norm(dim=0) / _typical_norm(values.mT)
-    ratio = (column / row).clamp(min=1e-9, max=1e9)
+    sizes = []
+    for rows, norms in ((keys, a.norm(dim=1)), (values.mT, b.norm(dim=0))):
+        # The median of a few hundred rows.
+        typical = rows.detach()[:: max(1, len(rows) // 256)].float().norm(dim=1).median()
+        sizes.append(norms / typical.clamp(min=1e-12).cpu())
+    ratio = (sizes[1] / sizes[0]).clamp(min=1e-9, max=1e9)
     balance: Tensor = torch.exp2((ratio.log2() / 2).round())
     return balance
-
-
-def _typical_norm(rows: Tensor) -> Tensor:
-    """Median norm of a few hundred rows."""
-    sample = rows.detach()[:: max(1, len(rows) // 256)].float()
-    return sample.norm(dim=1).median().clamp(min=1e-12).cpu()
 
 
 def write_checkpoint(
     folder: Path, model: torch.nn.Module, planned: Plan, neurons: Neurons, report: Report = silent
 ) -> None:
+    """Write the planned checkpoint of `model`, a base without an adapter, with the new neurons into `folder`."""
+    tensors = model.state_dict()
+    planned.config.dtype = model.dtype
+    written = {}
+    for name, shape in planned.shapes.items():
+        # A new bias has the dtype of its weight.
+        source = planned.sources.get(name) or planned.sources[f"{name.rpartition('.')[0]}.weight"]
+        written[name] = torch.empty(shape, dtype=tensors[source[0]].dtype, device="meta")
+    save_checkpoint(
+        folder, planned.config, written, lambda name: _widened(tensors, planned, neurons, name, written[name]), report
+    )
+
+
+def save_checkpoint(
+    folder: Path, config: Any, written: dict[str, Tensor], tensor: Callable[[str], Tensor], report: Report = silent
+) -> None:
     """Write weights and config into `folder`.
 
     Args:
-        model: the base, without an adapter.
+        written: the tensors on the meta device, in order.
+        tensor: returns a tensor of `written` with its values; called for one file at a time.
 
     Raises:
         BracesError: the disk is full or not writable.
@@ -223,65 +231,52 @@ def write_checkpoint(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    tensors = model.state_dict()
-    planned.config.dtype = model.dtype
-    written = {}
-    for name, shape in planned.shapes.items():
-        # A new bias has the dtype of its weight.
-        source = planned.sources.get(name) or planned.sources[f"{name.rpartition('.')[0]}.weight"]
-        written[name] = torch.empty(shape, dtype=tensors[source[0]].dtype, device="meta")
     split = split_torch_state_dict_into_shards(written, max_shard_size=SHARD_BYTES)
     mask = os.umask(0)  # can only be read by setting it
     os.umask(mask)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         for index, (file, names) in enumerate(split.filename_to_tensors.items(), start=1):
-            shard = {name: _tensor(tensors, planned, neurons, name, written[name]) for name in names}
-            save_file(shard, folder / file, metadata={"format": "pt"})
+            save_file({name: tensor(name) for name in names}, folder / file, metadata={"format": "pt"})
             (folder / file).chmod(0o666 & ~mask)  # safetensors creates private files
             report("writing", index, len(split.filename_to_tensors))
-        planned.config.save_pretrained(folder)
+        config.save_pretrained(folder)
     except (OSError, SafetensorError) as error:
         hint = file_hint(error) if isinstance(error, OSError) else "Check the path and the disk."
         hint = f"{hint} Nothing is left behind."
         raise BracesError(f"cannot write: {error}", where=str(folder), hint=hint) from error
-    _add_older_rotation(folder / "config.json")
+    stored = read(WRITTEN, folder / "config.json")
+    rope = stored.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        # Older programs ignore `rope_parameters` without an error.
+        stored["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type") != "default":
+            stored["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+        write_json(folder / "config.json", dict(sorted(stored.items())))
     if split.is_sharded:
         index_file = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index_file)
 
 
-def _tensor(tensors: dict[str, Tensor], planned: Plan, neurons: Neurons, name: str, written: Tensor) -> Tensor:
+def _widened(tensors: dict[str, Tensor], planned: Plan, neurons: Neurons, name: str, written: Tensor) -> Tensor:
     """One tensor of the checkpoint, contiguous, on the CPU, with the shape and dtype of `written`."""
     role, added = planned.roles.get(name), planned.wider - planned.width
     if name in planned.sources:
         source, first, last = planned.sources[name]
         tensor = tensors[source][first:last].detach().cpu()
     else:
-        new_rows = 0 if role is None else added * role.widths
+        new_rows = 0 if role is None or role.dim is None else added * len(role.parts)
         tensor = torch.zeros(len(written) - new_rows, dtype=written.dtype)
-    if role is not None:
-        new = neurons.get(role.layer, {})
-        if role.widths == 0 and "value.bias" in new:
-            tensor = (tensor.float() + new["value.bias"]).to(tensor.dtype)
-        elif role.widths > 0:
-            parts = []
-            for part, old in zip(role.parts, tensor.movedim(role.dim, 0).chunk(role.widths), strict=True):
-                rows = old.new_zeros(added, *old.shape[1:])
-                if part in new:
-                    rows[: len(new[part])] = new[part]
-                parts += [old, rows]
-            tensor = torch.cat(parts).movedim(0, role.dim)
+    new = {} if role is None else neurons.get(role.layer, {})
+    if role is not None and role.dim is not None:
+        parts = []
+        for part, old in zip(role.parts, tensor.movedim(role.dim, 0).chunk(len(role.parts)), strict=True):
+            rows = old.new_zeros(added, *old.shape[1:])
+            if part in new:
+                rows[: len(new[part])] = new[part]
+            parts += [old, rows]
+        tensor = torch.cat(parts).movedim(0, role.dim)
+    elif "value.bias" in new:
+        tensor = (tensor.float() + new["value.bias"]).to(tensor.dtype)
     assert tensor.shape == written.shape, f"{name} is {tuple(tensor.shape)}, expected {tuple(written.shape)}"
     return tensor.contiguous()
-
-
-def _add_older_rotation(path: Path) -> None:
-    """Add `rope_theta` and `rope_scaling` to a config: older programs ignore `rope_parameters` without an error."""
-    config = read(WRITTEN, path)
-    rope = config.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_theta" in rope:
-        older = {"rope_theta": rope["rope_theta"]}
-        if rope.get("rope_type") != "default":
-            older["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
-        write_json(path, dict(sorted((config | older).items())))

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
@@ -23,10 +24,11 @@ from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.files import write_json, write_tensors, write_text
 from braces_cli.core.models.ffn import FFN, Experts, MixtureFFN
 from braces_cli.core.models.structure import SIDE_PATH
-from braces_cli.core.progress import Report
+from braces_cli.core.progress import Report, silent
 from braces_cli.core.render import render
 from braces_cli.core.schema import WRITTEN, Kind, Name, read
-from braces_cli.export.run import Export, Opened, copy_companions
+from braces_cli.export.run import Opened, Request, copy_companions, run
+from braces_cli.export.verify import verify_export
 
 CODE_FILE = "modeling_braces.py"
 _SIDE_FILE = "model-braces.safetensors"
@@ -47,33 +49,20 @@ class SideModule:
         kind: `mlp` for a feed-forward module, `ends` for two projections of a decoder layer, `experts` for experts in
             one weight, `sorted` for experts that are called with their tokens only.
         stock: class of the module.
-        ends: names of the first and the last projection; `ends` only.
-        experts: their number; 1 for `mlp` and `ends`.
         mixed: the module is part of a mixture of experts.
-        reads: A (d_r, d).
-        writes: B of all experts, concatenated (d, experts * d_r).
-        shift: of experts, added to A h by steering through the adapter (d_r,), because the router weights it; or None.
-        constant: added to the output for every token (d,), or None.
+        entry: settings of the module in the written config.
+        rank: d_r.
+        tensors: by name in the model: A (d_r, d) with the shift of experts, and B (d, d_r) with the constant; B of all
+            experts is concatenated, (d, experts * d_r).
     """
 
     path: str
     kind: str
     stock: type
-    ends: tuple[str, ...]
-    experts: int
     mixed: bool
-    reads: Tensor
-    writes: Tensor
-    shift: Tensor | None
-    constant: Tensor | None
-
-    @property
-    def entry(self) -> dict[str, Any]:
-        """Settings of the module in the written config."""
-        entry = {"width": len(self.writes), "shift": self.shift is not None, "constant": self.constant is not None}
-        if self.kind in _MIXINS:
-            entry["experts"] = self.experts
-        return entry | ({"ends": list(self.ends)} if self.ends else {})
+    entry: dict[str, Any]
+    rank: int
+    tensors: dict[str, Tensor]
 
 
 def side_modules(adapter: Adapter, vectors: Mapping[int, Tensor] | None = None) -> list[SideModule]:
@@ -97,45 +86,50 @@ def side_modules(adapter: Adapter, vectors: Mapping[int, Tensor] | None = None) 
         for part in ffn.parts:
             with torch.no_grad():
                 reads, writes = (factor.cpu() for factor in adapter_layer.factors(part.values(), torch.float32))
+            # Added to A h of experts, because the router weights it.
             shift = None if adapter_layer.shift is None else adapter_layer.shift.detach().float().cpu()
-            constant, experts = vectors.get(ffn.layer), 1
-            ends: tuple[str, ...] = ()
+            constant = vectors.get(ffn.layer)  # added to the output for every token
+            entry: dict[str, Any] = {"width": writes.shape[-2]}
             if isinstance(part, Experts):
                 module, kind = part.module, "sorted" if part.presorted else "experts"
+                entry["experts"] = len(writes)
             elif part.is_host_output:
                 module, kind = part.host, "mlp"
             else:
-                module, kind, ends = part.host, "ends", (names[part.keys[0]], names[part.value])
+                module, kind = part.host, "ends"
+                entry["ends"] = [names[part.keys[0]], names[part.value]]
             if writes.ndim == 3:
                 # (experts, d, d_r) -> (d, experts * d_r)
-                experts, writes = len(writes), writes.transpose(0, 1).flatten(1)
-            if shift is not None and experts == 1:
+                writes = writes.transpose(0, 1).flatten(1)
+            elif shift is not None:
                 through, shift = writes @ shift, None
                 constant = through if constant is None else through + constant
+            entry |= {"shift": shift is not None, "constant": constant is not None}
+            first, last = (f"{names[module]}.{name}" for name in SIDE_PATH)
+            tensors = {f"{first}.weight": reads, f"{last}.weight": writes}
+            tensors |= {} if shift is None else {f"{first}.bias": shift}
+            tensors |= {} if constant is None else {f"{last}.bias": constant}
             mixed = isinstance(ffn, MixtureFFN)
-            side = SideModule(names[module], kind, type(module), ends, experts, mixed, reads, writes, shift, constant)
-            sides.append(side)
+            sides.append(SideModule(names[module], kind, type(module), mixed, entry, len(reads), tensors))
     return sides
 
 
-@dataclass(frozen=True)
-class CodeExport(Export):
-    """Base and adapter as a checkpoint with a modelling file."""
+def export_code(request: Request, report: Report = silent) -> dict[str, Any]:
+    """Write base and adapter as a checkpoint with a modelling file; see `export.run.run`."""
 
-    name = "code"
-    has_code = True
-
-    def write(self, opened: Opened, folder: Path, report: Report) -> tuple[dict[str, Any], dict[str, Any]]:
+    def write(opened: Opened, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         session = opened.session
         assert session.adapter is not None
         assert session.base.checkpoint is not None
+        copy_companions(session.base, folder)
         with steered(session, opened.terms, opened.layers) as steering:
             vectors = {each.layer: each.vector for each in steering if each.vector is not None}
             sides = side_modules(session.adapter, vectors)
         session.remove_adapter()
         facts = write_checkpoint_with_code(folder, session.base.model, sides, session.base.checkpoint)
-        copy_companions(session, folder)
-        return {**facts, "rank": len(sides[0].reads)}, {}
+        return {**facts, "rank": sides[0].rank}, {}
+
+    return run("code", request, write, partial(verify_export, code=True), report)
 
 
 def write_checkpoint_with_code(folder: Path, model: Any, sides: list[SideModule], checkpoint: Path) -> dict[str, Any]:
@@ -150,7 +144,7 @@ def write_checkpoint_with_code(folder: Path, model: Any, sides: list[SideModule]
     if getattr(model.config, "auto_map", None):
         hint = "Serve it with braces steer --adapter."
         raise ModelError(f"{type(model).__name__} brings its own code, which cannot be extended", hint=hint)
-    tensors = side_tensors(sides, model.dtype)
+    tensors = {name: tensor.to(model.dtype) for side in sides for name, tensor in side.tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     files = _link_weights(checkpoint, folder, model)
     write_tensors(folder / _SIDE_FILE, tensors)
@@ -165,7 +159,7 @@ def write_checkpoint_with_code(folder: Path, model: Any, sides: list[SideModule]
     config = read(WRITTEN, folder / "config.json") | {
         "architectures": [classes["AutoModelForCausalLM"]],
         "auto_map": {auto: f"{Path(CODE_FILE).stem}.{name}" for auto, name in classes.items()},
-        "braces": {"rank": len(sides[0].reads), "modules": {side.path: side.entry for side in sides}},
+        "braces": {"rank": sides[0].rank, "modules": {side.path: side.entry for side in sides}},
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     write_json(folder / "config.json", config)
@@ -175,20 +169,6 @@ def write_checkpoint_with_code(folder: Path, model: Any, sides: list[SideModule]
         "bytes": sum(tensor.nbytes for tensor in tensors.values()),
         "served": served,
     }
-
-
-def side_tensors(sides: list[SideModule], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tensors of the side paths by name."""
-    tensors = {}
-    for side in sides:
-        reads, writes = (f"{side.path}.{name}" for name in SIDE_PATH)
-        tensors[f"{reads}.weight"] = side.reads.to(dtype)
-        tensors[f"{writes}.weight"] = side.writes.to(dtype)
-        if side.shift is not None:
-            tensors[f"{reads}.bias"] = side.shift.to(dtype)
-        if side.constant is not None:
-            tensors[f"{writes}.bias"] = side.constant.to(dtype)
-    return tensors
 
 
 class WeightIndex(TypedDict):
@@ -238,14 +218,12 @@ def _modelling_code(model: Any, sides: list[SideModule], served: bool) -> tuple[
     # The Auto class of the model without its head, if the config is that of this model.
     has_base = base is not model and type(base.config) is type(model.config)
     stock = {side.stock: side.kind for side in sides if side.kind != "ends"}
+    autos: dict[str, type] = ({"AutoModel": type(base)} if has_base else {}) | {"AutoModelForCausalLM": architecture}
+    names = {auto: f"Braces{kind.__name__}" for auto, kind in autos.items()}
     imports: dict[str, list[str]] = {}
-    for kind in dict.fromkeys((architecture, *((type(base),) if has_base else ()), *stock)):
-        imports.setdefault(kind.__module__, []).append(kind.__name__)
-    names = {"AutoModelForCausalLM": f"Braces{architecture.__name__}"}
-    pairs = [(architecture.__name__, names["AutoModelForCausalLM"])]
-    if has_base:
-        names = {"AutoModel": f"Braces{type(base).__name__}", **names}
-        pairs.append((type(base).__name__, names["AutoModel"]))
+    for needed in dict.fromkeys((*autos.values(), *stock)):
+        imports.setdefault(needed.__module__, []).append(needed.__name__)
+    pairs = [(kind.__name__, names[auto]) for auto, kind in reversed(autos.items())]
     renamed = [(old, new) for old, new in pairs if get_checkpoint_conversion_mapping(old) is not None]
     if renamed:
         functions = ["get_checkpoint_conversion_mapping", "register_checkpoint_conversion_mapping"]

@@ -25,18 +25,18 @@ from braces_cli.export.run import Request, open_request, probe_tokens
 _ARCHITECTURE = "controlvector"
 
 
-def write_control_vector(request: Request, output: Path, overwrite: bool = False) -> dict[str, Any]:
+def write_control_vector(request: Request) -> dict[str, Any]:
     """Write the request's attributes at their strengths; returns what the command prints.
 
     Raises:
         ConfigError: the file exists, the package gguf is not installed, or see `export_control_vector`.
         ModelError: base and adapter do not fit, or see `export_control_vector`.
     """
-    with output_lock(output):
+    with output_lock(request.output):
         check_package("gguf", "braces export control-vector")
-        check_output_file(output, overwrite)
+        check_output_file(request.output, request.overwrite)
         opened = open_request(request, in_memory=False)
-        found = export_control_vector(opened.session, opened.terms, opened.layers, output)
+        found = export_control_vector(opened.session, opened.terms, opened.layers, request.output)
     return {**found, "attributes": request.attributes}
 
 

@@ -29,7 +29,7 @@ from braces_cli.core.models.identity import differences
 from braces_cli.core.models.load import DTYPES
 from braces_cli.core.progress import Report, silent
 from braces_cli.export.checkpoint import SidePaths, side_paths
-from braces_cli.export.run import Export, Opened, Request, run
+from braces_cli.export.run import Opened, Request, run
 from braces_cli.export.slots import Slots, read_slots
 from braces_cli.export.verify import Reference, verify_export
 
@@ -45,33 +45,70 @@ Pairs = dict[str, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class LoraExport(Export):
-    """A LoRA for a base with slots; create it with `lora_export`.
+class Lora:
+    """A LoRA to write for a base with slots; create it with `plan_lora`.
 
     Attributes:
         slots_dir: folder of the base with slots.
         slots: its record.
         combine: adapter and attributes in one LoRA, at fixed strengths; otherwise attributes without the adapter.
         first_slot: number of ranks left for other adapters.
+        rank: ranks of the adapter's side path in the LoRA; 0 without the side path.
     """
 
-    name = "lora"
-
+    request: Request
     slots_dir: Path
     slots: Slots
-    combine: bool = False
-    first_slot: int = 0
+    combine: bool
+    first_slot: int
+    rank: int
 
-    @property
-    def has_side_path(self) -> bool:
-        """The LoRA contains the adapter's side path."""
-        return self.request.adapter is not None and (self.combine or not self.request.attributes)
 
-    def inputs(self) -> list[Path]:
-        return [*super().inputs(), self.slots_dir]
+def plan_lora(request: Request, slots_dir: Path, combine: bool = False, first_slot: int = 0) -> Lora:
+    """Return the LoRA of a request; base, revision and dtype default to those of the slots.
 
-    def write(self, opened: Opened, folder: Path, report: Report) -> tuple[dict[str, Any], dict[str, Any]]:
-        session, slots = opened.session, self.slots
+    Raises:
+        ConfigError: nothing to export, more ranks than slots, or peft is not installed.
+        ModelError: no base with slots, or it has no slot for an attribute.
+    """
+    slots = read_slots(slots_dir)
+    check_package("peft", "braces export lora")
+    adapter, attributes, options = request.adapter, request.attributes, request.options
+    if adapter is None and not attributes:
+        hint = "Give the adapter, the attribute, or both."
+        raise ConfigError("missing option", where="--adapter, --attribute", hint=hint)
+    if combine and (adapter is None or not attributes):
+        raise ConfigError("needs an adapter and an attribute", where="--combine", hint="Name both, or leave it out.")
+    if attributes and slots.constant is None:
+        hint = "Merge the attribute instead, or export it with: braces export code."
+        raise ModelError("this base has no constant slot for an attribute", where=str(slots_dir), hint=hint)
+    needed = 0 if adapter is None else first_slot + adapter.config.r
+    if needed > slots.rank:
+        count = needed * (1 if slots.gated else 2) + slots.first - slots.width
+        hint = f"Export the base again with at least --slots {count}."
+        what = f"{needed} ranks are needed, more slots than the {slots.rank} of this base"
+        raise ConfigError(what, where=str(slots_dir), hint=hint)
+    if request.model is None:
+        options = replace(options, revision=options.revision or slots.revision)
+    if options.dtype == "auto":
+        options = replace(options, dtype=slots.dtype)
+    request = replace(request, model=request.model or slots.model, options=options)
+    rank = adapter.config.r if adapter is not None and (combine or not attributes) else 0
+    return Lora(request, slots_dir, slots, combine, first_slot, rank)
+
+
+def export_lora(lora: Lora, gguf: Path | None = None, report: Report = silent) -> dict[str, Any]:
+    """Write the LoRA folder, verified, then the GGUF file if one is named; returns what the command prints.
+
+    Raises:
+        ConfigError: an output exists, nothing is steered, or a package is not installed.
+        ModelError: base and adapter do not fit, the verification fails, or GGUF names of the base are not known.
+        BracesError: the disk is full.
+    """
+    slots, slots_dir, output = lora.slots, lora.slots_dir, lora.request.output
+
+    def write(opened: Opened, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        session = opened.session
         words = differences(slots.fingerprint, session.base.fingerprint, "the slots'")
         if words:
             what = f"the base differs from that of the slots ({'; '.join(words)})"
@@ -81,88 +118,39 @@ class LoraExport(Export):
             hint = "Give an --s other than 0, which the server's scale multiplies, and --layers that can be steered."
             raise ConfigError("nothing is steered", where="--attribute", hint=hint)
         paths = {} if session.adapter is None else side_paths(session.adapter)
-        pairs = lora_pairs(paths if self.has_side_path else {}, vectors, slots, self.first_slot)
-        write_folder(folder, pairs, slots, self.slots_dir)
-        if paths and not self.has_side_path:
-            write_folder(folder / _ADAPTER_FOLDER, lora_pairs(paths, {}, slots), slots, self.slots_dir)
+        pairs = lora_pairs(paths if lora.rank else {}, vectors, slots, lora.first_slot)
+        size = write_folder(folder, pairs, slots, slots_dir)
+        if paths and not lora.rank:
+            write_folder(folder / _ADAPTER_FOLDER, lora_pairs(paths, {}, slots), slots, slots_dir)
         facts = {
-            **lora_size(pairs, slots),
-            "slots_dir": str(self.slots_dir),
-            "combined": self.combine,
-            "first_slot": self.first_slot if self.has_side_path else None,
-            "slots_used": session.adapter.rank if session.adapter is not None and self.has_side_path else 0,
+            **size,
+            "slots_dir": str(slots_dir),
+            "combined": lora.combine,
+            "first_slot": lora.first_slot if lora.rank else None,
+            "slots_used": lora.rank,
             "dtype": slots.dtype,
         }
         return facts, {}
 
-    def verify(self, folder: Path, expected: Reference) -> dict[str, Any]:
+    def verify(folder: Path, expected: Reference) -> dict[str, Any]:
         loras = [path for path in (folder, folder / _ADAPTER_FOLDER) if path.is_dir()]
-        measured = verify_export(self.slots_dir, expected, loras=loras)
+        measured = verify_export(slots_dir, expected, loras=loras)
         shutil.rmtree(folder / _ADAPTER_FOLDER, ignore_errors=True)
         return measured
 
-    def describe(self) -> dict[str, Any]:
-        # The layers that an attribute steers are not known before it is found or built.
-        adapter = self.request.adapter
-        rank = adapter.config.r if adapter is not None and self.has_side_path else 0
-        return {"rank": rank + bool(self.request.attributes)}
-
-
-def lora_export(request: Request, slots_dir: Path, combine: bool = False, first_slot: int = 0) -> LoraExport:
-    """Return the export of a LoRA; base, revision and dtype default to those of the slots.
-
-    Raises:
-        ConfigError: nothing to export, more ranks than slots, or peft is not installed.
-        ModelError: no base with slots, or it has no slot for an attribute.
-    """
-    slots = read_slots(slots_dir)
-    check_package("peft", "braces export lora")
-    if request.adapter is None and not request.attributes:
-        hint = "Give the adapter, the attribute, or both."
-        raise ConfigError("missing option", where="--adapter, --attribute", hint=hint)
-    if combine and (request.adapter is None or not request.attributes):
-        raise ConfigError("needs an adapter and an attribute", where="--combine", hint="Name both, or leave it out.")
-    if request.attributes and slots.constant is None:
-        hint = "Merge the attribute instead, or export it with: braces export code."
-        raise ModelError("this base has no constant slot for an attribute", where=str(slots_dir), hint=hint)
-    rank = 0 if request.adapter is None else first_slot + request.adapter.config.r
-    if rank > slots.rank:
-        needed = rank * (1 if slots.gated else 2) + slots.first - slots.width
-        hint = f"Export the base again with at least --slots {needed}."
-        what = f"{rank} ranks are needed, more slots than the {slots.rank} of this base"
-        raise ConfigError(what, where=str(slots_dir), hint=hint)
-    options = request.options
-    if request.model is None:
-        options = replace(options, revision=options.revision or slots.revision)
-    if options.dtype == "auto":
-        options = replace(options, dtype=slots.dtype)
-    request = replace(request, model=request.model or slots.model, options=options)
-    return LoraExport(request, slots_dir, slots, combine, first_slot)
-
-
-def write_lora(
-    export: LoraExport, output: Path, gguf: Path | None = None, overwrite: bool = False, report: Report = silent
-) -> dict[str, Any]:
-    """Write the LoRA folder, verified, then the GGUF file if one is named; returns what the command prints.
-
-    Raises:
-        ConfigError: an output exists, or a package is not installed.
-        ModelError: base and adapter do not fit, the verification fails, or GGUF names of the base are not known.
-        BracesError: the disk is full.
-    """
     inside = gguf is not None and output.resolve() in gguf.resolve().parents
     # The lock of the folder is also that of a file in it.
     with output_lock(None if inside else gguf):
         if gguf is not None:
             check_package("gguf", "--gguf")
-            if export.slots.architecture not in _ARCHITECTURES:
+            if slots.architecture not in _ARCHITECTURES:
                 hint = "Leave --gguf out and use llama.cpp's convert_lora_to_gguf.py on the folder."
-                what = f"{export.slots.architecture} is not among {', '.join(_ARCHITECTURES)}"
+                what = f"{slots.architecture} is not among {', '.join(_ARCHITECTURES)}"
                 raise ModelError(what, where="--gguf", hint=hint)
-            check_output_file(gguf, overwrite)
-        result = run(export, output, overwrite, report)
+            check_output_file(gguf, lora.request.overwrite)
+        result = run("lora", lora.request, write, verify, report, [slots_dir])
         if gguf is not None:
-            write_gguf(gguf, output, export.slots, result["rank"])
+            write_gguf(gguf, output, slots, result["rank"])
             result["gguf"] = str(gguf)
     return result
 
@@ -206,25 +194,18 @@ def lora_pairs(paths: SidePaths, vectors: dict[int, Tensor], slots: Slots, first
     return pairs
 
 
-def lora_size(pairs: Pairs, slots: Slots) -> dict[str, Any]:
-    """Rank, number of parameters and bytes of a LoRA."""
-    count = sum(a.numel() + b.numel() for a, b in pairs.values())
-    rank = max((len(a) for a, _ in pairs.values()), default=0)
-    return {"rank": rank, "parameters": count, "bytes": count * DTYPES[slots.dtype].itemsize}
-
-
-def write_folder(folder: Path, pairs: Pairs, slots: Slots, base: Path) -> None:
-    """Write the LoRA as peft reads it, in the dtype of the base with slots.
+def write_folder(folder: Path, pairs: Pairs, slots: Slots, base: Path) -> dict[str, int]:
+    """Write the LoRA as peft reads it, in the dtype of the base with slots; returns rank, parameters and bytes.
 
     Args:
         base: folder of the base with slots, for the config.
     """
     dtype = DTYPES[slots.dtype]
+    rank = max((len(a) for a, _ in pairs.values()), default=0)
     tensors = {}
     for module, (a, b) in pairs.items():
         tensors[f"{_PREFIX}{module}.lora_A.weight"] = a.to(dtype)
         tensors[f"{_PREFIX}{module}.lora_B.weight"] = b.to(dtype)
-    rank = lora_size(pairs, slots)["rank"]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -238,14 +219,15 @@ def write_folder(folder: Path, pairs: Pairs, slots: Slots, base: Path) -> None:
     }
     write_tensors(folder / _WEIGHTS_FILE, tensors)
     write_json(folder / "adapter_config.json", config)
+    count = sum(tensor.numel() for tensor in tensors.values())
+    return {"rank": rank, "parameters": count, "bytes": count * dtype.itemsize}
 
 
 def check_package(name: str, where: str) -> None:
     """Raise ConfigError if an optional package that an export needs is not installed."""
     if find_spec(name) is None:
-        raise ConfigError(
-            f"the export needs the package {name}", where=where, hint=f"Install it with: pip install {name}"
-        )
+        hint = f"Install it with: pip install {name}"
+        raise ConfigError(f"the export needs the package {name}", where=where, hint=hint)
 
 
 def write_gguf(path: Path, folder: Path, slots: Slots, rank: int) -> None:

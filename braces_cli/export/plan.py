@@ -12,7 +12,7 @@ one and comparing the shapes of the resulting model, on the meta device, with th
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -93,17 +93,12 @@ class Role:
     Attributes:
         layer: decoder layer of the FFN.
         parts: `gate`, `up`, `key` or `value` for a weight; with the suffix `.bias` for a bias. Two if they are fused.
-        dim: dimension of its neurons; not used for the bias of `value`.
+        dim: dimension of the neurons of all parts; None for the bias of `value`, which has no neurons.
     """
 
     layer: int
     parts: tuple[str, ...]
-    dim: int
-
-    @property
-    def widths(self) -> int:
-        """Size of `dim` in units of d_ff; 0 for the bias of `value`, which has no neurons."""
-        return 0 if self.parts == ("value.bias",) else len(self.parts)
+    dim: int | None
 
 
 @dataclass(frozen=True)
@@ -213,7 +208,8 @@ def plan(
     form: Form,
     neurons: int,
     pad_to_multiple_of: int,
-    steering: bool,
+    *,
+    steering: bool = False,
     constant: bool = False,
 ) -> Plan:
     """Plan the checkpoint of `model` with more neurons in its FFNs.
@@ -242,14 +238,14 @@ def plan(
         needed.add("value.bias")
     if constant:
         needed.add("up.bias" if form.gated else "key.bias")
-    roles, shapes = _roles(model, ffns, form), tensor_shapes(model)
-    for config in _wider_configs(model.config, width, wider):
-        target = on_meta(type(model), config)
-        after = {} if target is None else tensor_shapes(target)
-        if _fits(shapes, after, roles, wider - width, needed):
-            case, architecture = "a" if form.gated else "c", type(model).__name__
-            sources: Sources = {name: (name, None, None) for name in after if name in shapes}
-            return Plan(case, config, architecture, after, sources, roles, ffns, form, width, wider, gate)
+    roles = _roles(model, ffns, form)
+    found = _wider_config(model, roles, width, wider, needed)
+    if found is not None:
+        config, after = found
+        case, architecture = "a" if form.gated else "c", type(model).__name__
+        before = tensor_shapes(model)
+        sources: Sources = {name: (name, None, None) for name in after if name in before}
+        return Plan(case, config, architecture, after, sources, roles, ffns, form, width, wider, gate)
     if not form.gated:
         bias = ", or gives its output no bias to carry the steering" if steering else ""
         raise refuse(model, f"its config fixes the width of the FFN ({width}){bias}")
@@ -262,16 +258,12 @@ def plan(
     config, sources = converted
     config.mlp_bias, config.intermediate_size = True, wider
     after = tensor_shapes(on_meta(LlamaForCausalLM, config))
-    other = [name for name in after if name not in sources and not name.endswith(".bias")]
-    other += sorted(sources.keys() - after.keys())
-    if other:
-        raise refuse(model, why.format(f"the tensor {other[0]}"))
     roles = {}
     for ffn in ffns:
-        for part, dim in (("gate", 0), ("up", 0), ("value", 1)):
-            name = f"model.layers.{ffn.layer}.mlp.{'down' if part == 'value' else part}_proj"
+        for part, projection, dim, bias_dim in (("gate", "gate", 0, 0), ("up", "up", 0, 0), ("value", "down", 1, None)):
+            name = f"model.layers.{ffn.layer}.mlp.{projection}_proj"
             roles[f"{name}.weight"] = Role(ffn.layer, (part,), dim)
-            roles[f"{name}.bias"] = Role(ffn.layer, (f"{part}.bias",), 0)
+            roles[f"{name}.bias"] = Role(ffn.layer, (f"{part}.bias",), bias_dim)
     return Plan("b", config, "LlamaForCausalLM", after, sources, roles, ffns, form, width, wider, gate)
 
 
@@ -284,41 +276,46 @@ def _roles(model: nn.Module, ffns: Sequence[FFN], form: Form) -> dict[str, Role]
     for ffn in ffns:
         for module, group in zip((*ffn.keys, ffn.value), (*groups, ("value",)), strict=True):
             # transformers' Conv1D stores (inputs, outputs).
-            dim = int((group == ("value",)) == hasattr(module, "out_features"))
+            is_value = group == ("value",)
+            dim = int(is_value == hasattr(module, "out_features"))
             roles[f"{names[module]}.weight"] = Role(ffn.layer, group, dim)
-            roles[f"{names[module]}.bias"] = Role(ffn.layer, tuple(f"{part}.bias" for part in group), 0)
+            biases = tuple(f"{part}.bias" for part in group)
+            roles[f"{names[module]}.bias"] = Role(ffn.layer, biases, None if is_value else 0)
     return roles
 
 
-def _wider_configs(config: Any, width: int, wider: int) -> Iterator[Any]:
-    """Copies of `config` in which one field that may be the width is changed, and bias switches are turned on."""
-    values = vars(config.get_text_config())
+def _wider_config(
+    model: Any, roles: dict[str, Role], width: int, wider: int, needed: set[str]
+) -> tuple[Any, dict[str, torch.Size]] | None:
+    """Return the config with FFNs of width `wider` and biases of the parts `needed`, and its model's tensors.
+
+    One field that may be the width is changed, and bias switches are turned on, until the tensors are those of `model`
+    with these differences only.
+    """
+    before, values = tensor_shapes(model), vars(model.config.get_text_config())
+    expected = {name: list(shape) for name, shape in before.items()}
+    for name, role in roles.items():
+        if name in expected and role.dim is not None:
+            expected[name][role.dim] += (wider - width) * len(role.parts)
+    biases = [name for name, role in roles.items() if needed.intersection(role.parts)]
     filled = [name for name, value in values.items() if value == width and isinstance(value, int)]
     empty = [name for name, value in values.items() if value is None and any(word in name for word in _WIDTH_WORDS)]
     switches = [name for name, value in values.items() if value is False and "bias" in name]
-    for name in (*filled, *empty):
-        # One switch, then all: some configs require equal switches.
-        for on in ((), *((switch,) for switch in switches), switches):
-            changed = copy.deepcopy(config)
-            try:
-                setattr(changed.get_text_config(), name, wider)
-                for switch in on:
-                    setattr(changed.get_text_config(), switch, True)
-                type(changed).from_dict(changed.to_dict())
-            except REFUSALS:
-                continue
-            yield changed
-
-
-def _fits(
-    before: dict[str, torch.Size], after: dict[str, torch.Size], roles: dict[str, Role], added: int, needed: set[str]
-) -> bool:
-    """Return True if `after` is `before` with FFNs wider by `added` and with biases, including the parts `needed`."""
-    for name, shape in before.items():
-        expected = list(shape)
-        if name in roles and roles[name].widths:
-            expected[roles[name].dim] += added * roles[name].widths
-        if list(after.get(name, ())) != expected:
-            return False
-    biases = [name for name, role in roles.items() if needed.intersection(role.parts)]
-    return all(name in before or name.endswith(".bias") for name in after) and all(name in after for name in biases)
+    # One switch, then all: some configs require equal switches.
+    attempts = [(name, on) for name in (*filled, *empty) for on in ((), *((switch,) for switch in switches), switches)]
+    for field, on in attempts:
+        config = copy.deepcopy(model.config)
+        try:
+            setattr(config.get_text_config(), field, wider)
+            for switch in on:
+                setattr(config.get_text_config(), switch, True)
+            type(config).from_dict(config.to_dict())
+        except REFUSALS:
+            continue
+        target = on_meta(type(model), config)
+        after = {} if target is None else tensor_shapes(target)
+        has_expected = all(list(after.get(name, ())) == shape for name, shape in expected.items())
+        has_only_biases = all(name in before or name.endswith(".bias") for name in after)
+        if has_expected and has_only_biases and all(name in after for name in biases):
+            return config, after
+    return None

@@ -1,7 +1,8 @@
 """Run an export: check, open the base, write, verify, record, model card, rename; the same steps for every kind.
 
-A kind of export is a subclass of `Export` that writes its files, with a card template `assets/export/NAME_card.md.j2`.
-The output is written next to its destination, verified there, and renamed: it is complete when it appears.
+Each kind of export is a function that calls `run` with a function that writes its files. Its card is the template
+`assets/export/NAME_card.md.j2`. The output is written next to its destination, verified there, and renamed: it is
+complete when it appears.
 """
 
 from __future__ import annotations
@@ -9,12 +10,11 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 import torch
 
@@ -35,13 +35,13 @@ from braces_cli.core.files import (
 )
 from braces_cli.core.models.ffn import chosen_layers
 from braces_cli.core.models.hub import is_linked, known_license
-from braces_cli.core.models.load import load_shape
+from braces_cli.core.models.load import Base, load_shape
 from braces_cli.core.models.tokenize import encode
 from braces_cli.core.options import LoadOptions
-from braces_cli.core.progress import Report, silent
+from braces_cli.core.progress import Report
 from braces_cli.core.render import render
 from braces_cli.core.schema import WRITTEN, read
-from braces_cli.export.verify import Reference, reference, verify_export
+from braces_cli.export.verify import Reference, reference
 
 FORMAT_VERSION: Final = 1
 # Files that make a folder a model or an adapter.
@@ -65,12 +65,14 @@ _COPIED = (
 
 @dataclass(frozen=True)
 class Request:
-    """Base, adapter and attributes of an export.
+    """Base, adapter and attributes of an export, and its place.
 
     Attributes:
         model: the base; None for the adapter's.
         adapter: None if the base or an attribute alone is exported.
         options: how to load the base; its dtype is that of the output.
+        output: folder to write, or file of a control vector.
+        overwrite: the output may exist.
         attributes: strength s of each attribute that is exported as a constant.
         attributes_dir: searched first for attributes.
         layers: decoder layers that are steered, as in `--layers`; None for all.
@@ -79,61 +81,20 @@ class Request:
     model: str | None
     adapter: StoredAdapter | None
     options: LoadOptions
+    output: Any = None
+    overwrite: bool = False
     attributes: dict[str, float] = field(default_factory=dict)
     attributes_dir: Path | None = None
     layers: str | None = None
 
-    @property
-    def steers(self) -> bool:
-        """An attribute has a strength other than 0."""
-        return any(self.attributes.values())
-
     def facts(self) -> dict[str, Any]:
         """Base, adapter and attributes as commands print and record them."""
         return {
-            "model": base_name(self.model, self.adapter),
+            "model": self.model,
             "adapter": None if self.adapter is None else self.adapter.name,
             "attributes": self.attributes,
             "layers": self.layers,
         }
-
-
-@dataclass(frozen=True)
-class Export(ABC):
-    """A kind of export."""
-
-    # In the names of record and card template.
-    name: ClassVar[str]
-    # The output has a modelling file, which the verification may run.
-    has_code: ClassVar[bool] = False
-
-    request: Request
-
-    def inputs(self) -> list[Path]:
-        """Folders that are read; the output must not overlap them."""
-        base = user_path(base_name(self.request.model, self.request.adapter))
-        adapter = None if self.request.adapter is None else self.request.adapter.folder
-        folders = (base, adapter, self.request.attributes_dir)
-        return [folder for folder in folders if folder is not None and folder.is_dir()]
-
-    @abstractmethod
-    def write(self, opened: Opened, folder: Path, report: Report) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Write the export into the empty folder.
-
-        Returns:
-            Facts to print and record, and more entries of the record.
-
-        Raises:
-            ModelError: an exact export is not possible.
-        """
-
-    def describe(self) -> dict[str, Any]:
-        """Facts known without the weights, for `--dry-run`."""
-        return {}
-
-    def verify(self, folder: Path, expected: Reference) -> dict[str, Any]:
-        """Compare the export with the reference; returns what was measured."""
-        return verify_export(folder, expected, self.has_code)
 
 
 @dataclass(frozen=True)
@@ -150,48 +111,58 @@ class Opened:
     layers: Collection[int] | None
 
 
-def run(export: Export, output: Path, overwrite: bool = False, report: Report = silent) -> dict[str, Any]:
-    """Write an export, verified, into `output`; returns what the command prints.
+# Writes an export into the empty folder; returns facts to print and record, and more entries of the record.
+# Raises ModelError if an exact export is not possible.
+Writer = Callable[[Opened, Path], tuple[dict[str, Any], dict[str, Any]]]
+# Compares the export in a folder with the reference; returns what was measured.
+Verifier = Callable[[Path, Reference], dict[str, Any]]
+
+
+def run(
+    name: str, request: Request, write: Writer, verify: Verifier, report: Report, inputs: Sequence[Path] = ()
+) -> dict[str, Any]:
+    """Write an export, verified, into the request's output; returns what the command prints.
+
+    Args:
+        name: kind of export, in the names of record and card template.
+        inputs: more folders that are read; the output must not overlap them.
 
     Raises:
         ConfigError: the output folder is not empty, holds the working directory, or overlaps an input.
         ModelError: base and adapter do not fit, cannot be exported exactly, or the verification fails.
         BracesError: the disk is full.
     """
-    check_output_folder(output, overwrite, inputs=export.inputs())
-    inside, here = output.resolve(), Path.cwd()
-    if inside == here or inside in here.parents:
+    output, overwrite = request.output, request.overwrite
+    adapter = None if request.adapter is None else request.adapter.folder
+    folders = (user_path(base_name(request.model, request.adapter)), adapter, request.attributes_dir, *inputs)
+    check_output_folder(output, overwrite, inputs=[each for each in folders if each is not None and each.is_dir()])
+    if Path.cwd().is_relative_to(output.resolve()):
         hint = "Name a folder that is to be created."
         what = "the output folder cannot hold the working directory: a new folder may take its place"
         raise ConfigError(what, where=str(output), hint=hint)
     with new_folder(output, overwrite) as folder:
         report("loading", 0, 1)
-        opened = open_request(export.request)
+        opened = open_request(request)
         report("loading", 1, 1)
         expected = reference(opened.session, opened.terms, opened.layers)
         base = opened.session.base
-        facts = {**export.request.facts(), "model": base.name, "revision": base.revision}
+        facts = request.facts() | {"model": base.name, "revision": base.revision}
         facts["dtype"] = str(base.model.dtype).removeprefix("torch.")
-        written, entries = export.write(opened, folder, report)
+        written, entries = write(opened, folder)
         # The verification loads the export in another process: free the base before.
         del opened, base
         gc.collect()
         report("verifying", 0, 1)
-        result = facts | written | export.verify(folder, expected)
+        result = facts | written | verify(folder, expected)
         report("verifying", 1, 1)
         record = {"format_version": FORMAT_VERSION, **result, **entries, "versions": versions()}
-        write_json(folder / f"braces_{export.name}.json", record)
-        write_text(folder / "README.md", card(export.name, result))
+        write_json(folder / f"braces_{name}.json", record)
+        write_text(folder / "README.md", card(name, result))
     return {"output_dir": str(output), **result}
 
 
-def card(export: str, facts: dict[str, Any]) -> str:
-    """README.md of an exported folder, from a template in `assets/export`.
-
-    Args:
-        export: name of the kind of export, such as `merge`.
-        facts: printed by the command.
-    """
+def card(name: str, facts: dict[str, Any]) -> str:
+    """README.md of an export of the kind `name` with the facts that its command prints."""
     base = facts["model"]
     more = {
         "name": Path(base).name,
@@ -199,28 +170,25 @@ def card(export: str, facts: dict[str, Any]) -> str:
         "license": known_license(base),
         "steering": ", ".join(f"{attribute} at s = {s:g}" for attribute, s in facts["attributes"].items()) or "none",
     }
-    return render(f"export/{export}_card.md.j2", facts | more)
+    return render(f"export/{name}_card.md.j2", facts | more)
 
 
 def open_request(request: Request, in_memory: bool = True) -> Opened:
     """Open the base with adapter and attributes.
 
     Args:
-        in_memory: also check that the weights are in memory and unquantised, and that the base's files can be copied.
+        in_memory: also check that the weights are in memory and unquantised.
 
     Raises:
         ConfigError: an unknown attribute, or an option of loading that is not possible here.
-        ModelError: base or adapter cannot be loaded, or they do not fit; or see `companions`.
+        ModelError: base or adapter cannot be loaded, or they do not fit.
     """
     if in_memory and request.options.quantize is not None:
         raise ConfigError("a quantised base cannot be exported", where="--quantize", hint="Leave --quantize out.")
     session = open_session(request.model, request.adapter, request.options)
-    if in_memory:
-        if any(parameter.is_meta for parameter in session.base.model.parameters()):
-            hint = "Leave --device-map out; an export holds the base in memory once, a GPU is not needed."
-            raise ConfigError("parts of the base are not in memory", where="--device-map", hint=hint)
-        assert session.base.checkpoint is not None
-        companions(session.base.checkpoint)
+    if in_memory and any(parameter.is_meta for parameter in session.base.model.parameters()):
+        hint = "Leave --device-map out; an export holds the base in memory once, a GPU is not needed."
+        raise ConfigError("parts of the base are not in memory", where="--device-map", hint=hint)
     layers = chosen_layers(session.base.model, request.layers)
     terms = [(find_attribute(session, name, request.attributes_dir), s) for name, s in request.attributes.items()]
     return Opened(session, terms, layers)
@@ -228,10 +196,11 @@ def open_request(request: Request, in_memory: bool = True) -> Opened:
 
 def base_shape(request: Request) -> Any:
     """Return the request's base without weights."""
-    options, adapter = request.options, request.adapter
-    stored = adapter.config.revision if adapter is not None and request.model is None else None
+    revision, adapter = request.options.revision, request.adapter
+    if adapter is not None and request.model is None:
+        revision = revision or adapter.config.revision
     name = base_name(request.model, adapter)
-    return load_shape(name, revision=options.revision or stored, trust_remote_code=options.trust_remote_code)
+    return load_shape(name, revision=revision, trust_remote_code=request.options.trust_remote_code)
 
 
 def probe_tokens(session: Session) -> torch.Tensor:
@@ -289,41 +258,31 @@ def _move_into(folder: Path, output: Path) -> None:
         (folder / path).replace(output / path)
 
 
-def companions(source: Path) -> list[Path]:
-    """Files and folders of a base that are copied with its weights.
-
-    Raises:
-        ModelError: one is a link out of the base's folder, whose target may be private.
-    """
-    found = sorted({path for pattern in _COPIED for path in source.glob(pattern)})
-    root = Path(os.path.realpath(source))
-    # In the hub's cache, the folders of revisions hold links to files next to them.
-    root = next((folder for folder in root.parents if folder.name.startswith("models--")), root)
-    for path in found:
-        for file in (path, *sorted(path.rglob("*"))):
-            target = Path(os.path.realpath(file))
-            if root not in target.parents or not target.exists():
-                hint = "Put a copy of the file in its place, or remove the link."
-                raise ModelError("this link leads out of the model's folder", where=str(file), hint=hint)
-    return found
-
-
-def copy_companions(session: Session, folder: Path) -> None:
+def copy_companions(base: Base, folder: Path) -> None:
     """Copy tokenizer, chat template, generation settings and licence of the base.
 
     If the tokenizer's files name no class, transformers derives one from the model type, which may differ in `folder`:
     then the class of the base's tokenizer is added.
 
     Raises:
+        ModelError: a file is a link out of the base's folder, whose target may be private.
         BracesError: cannot be written.
     """
-    assert session.base.checkpoint is not None
-    for path in companions(session.base.checkpoint):
+    assert base.checkpoint is not None
+    root = Path(os.path.realpath(base.checkpoint))
+    # In the hub's cache, the folders of revisions hold links to files next to them.
+    root = next((parent for parent in root.parents if parent.name.startswith("models--")), root)
+    for path in sorted({path for pattern in _COPIED for path in base.checkpoint.glob(pattern)}):
+        for file in (path, *sorted(path.rglob("*"))):
+            target = Path(os.path.realpath(file))
+            if root not in target.parents or not target.exists():
+                hint = "Put a copy of the file in its place, or remove the link."
+                raise ModelError("this link leads out of the model's folder", where=str(file), hint=hint)
         if path.is_dir():
             shutil.copytree(path, folder / path.name)
         else:
             shutil.copyfile(path, folder / path.name)
-    path, tokenizer = folder / "tokenizer_config.json", type(session.base.tokenizer)
+    path, tokenizer = folder / "tokenizer_config.json", type(base.tokenizer)
     settings = read(WRITTEN, path) if path.is_file() else {}
     if not settings.get("tokenizer_class") and tokenizer.__module__.startswith("transformers."):
         write_json(path, settings | {"tokenizer_class": tokenizer.__name__})

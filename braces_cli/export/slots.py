@@ -9,6 +9,7 @@ A slot adds nothing by itself, so the logits are those of the base. `export.lora
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,15 +18,14 @@ import torch
 from torch import Tensor
 
 from braces_cli.core.errors import ModelError
-from braces_cli.core.files import path_exists
-from braces_cli.core.models.ffn import find_ffns
+from braces_cli.core.models.ffn import FFN, MixtureFFN, find_ffns
 from braces_cli.core.models.identity import UNKNOWN, Fingerprint
-from braces_cli.core.progress import Report
+from braces_cli.core.progress import Report, silent
 from braces_cli.core.schema import Count, Kind, Name, Size, read
 from braces_cli.export.checkpoint import Neurons, write_checkpoint
 from braces_cli.export.plan import Plan, ffn_form, plan
-from braces_cli.export.run import FORMAT_VERSION, Export, Opened, base_shape, copy_companions, probe_tokens
-from braces_cli.export.verify import Reference
+from braces_cli.export.run import FORMAT_VERSION, Opened, Request, base_shape, copy_companions, probe_tokens, run
+from braces_cli.export.verify import Reference, verify_export
 
 
 @dataclass(frozen=True)
@@ -85,70 +85,58 @@ _RECORD = Kind(Slots, ModelError, "Export the slots again, with this version of 
 
 
 def read_slots(folder: Path) -> Slots:
-    """Return the record of a base with slots.
-
-    Raises:
-        ModelError: missing, damaged, or of another version.
-    """
-    path = folder / f"braces_{SlotsExport.name}.json"
-    if not path_exists(path):
-        hint = "Give a folder that braces export slots wrote."
-        raise ModelError("no base with slots here", where=str(folder), hint=hint)
-    return read(_RECORD, path)
+    """Return the record of a base with slots; raises ModelError if it is missing, damaged, or of another version."""
+    return read(_RECORD, folder / "braces_slots.json")
 
 
-@dataclass(frozen=True)
-class SlotsExport(Export):
-    """A base with slots.
+def export_slots(
+    request: Request, count: int = 64, pad_to_multiple_of: int = 64, report: Report = silent
+) -> dict[str, Any]:
+    """Write a base with at least `count` slots per layer, with FFNs of a width rounded up; see `export.run.run`."""
 
-    Attributes:
-        count: minimum number of slots per layer.
-        pad_to_multiple_of: the width of the FFN is rounded up to a multiple of this.
-    """
-
-    name = "slots"
-
-    count: int = 64
-    pad_to_multiple_of: int = 64
-
-    def write(self, opened: Opened, folder: Path, report: Report) -> tuple[dict[str, Any], dict[str, Any]]:
+    def write(opened: Opened, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         session, base = opened.session, opened.session.base
-        planned, slots = plan_slots(base.model, self.count, self.pad_to_multiple_of, probe_tokens(session))
+        copy_companions(base, folder)
+        planned, slots = plan_slots(base.model, session.ffns, count, pad_to_multiple_of, probe_tokens(session))
         write_checkpoint(folder, base.model, planned, empty_slots(planned, slots), report)
-        copy_companions(session, folder)
         source = {"model": base.name, "revision": base.revision, "fingerprint": base.fingerprint}
         return slots.facts(), asdict(slots) | source
 
-    def verify(self, folder: Path, expected: Reference) -> dict[str, Any]:
-        measured = super().verify(folder, expected)
+    def verify(folder: Path, expected: Reference) -> dict[str, Any]:
+        measured = verify_export(folder, expected)
         return {name: value for name, value in measured.items() if "effect" not in name}
 
-    def describe(self) -> dict[str, Any]:
-        planned, slots = plan_slots(base_shape(self.request), self.count, self.pad_to_multiple_of)
-        return slots.facts() | planned.size
+    return run("slots", request, write, verify, report)
 
 
-def plan_slots(model: Any, count: int, pad_to_multiple_of: int = 64, ids: Tensor | None = None) -> tuple[Plan, Slots]:
+def describe_slots(request: Request, count: int, pad_to_multiple_of: int) -> dict[str, Any]:
+    """Facts of a base with slots that are known without the weights, for `--dry-run`."""
+    shape = base_shape(request)
+    planned, slots = plan_slots(shape, find_ffns(shape), count, pad_to_multiple_of)
+    return slots.facts() | planned.size
+
+
+def plan_slots(
+    model: Any, found: Sequence[FFN | MixtureFFN], count: int, pad_to_multiple_of: int = 64, ids: Tensor | None = None
+) -> tuple[Plan, Slots]:
     """Plan the checkpoint with slots; the base's name and fingerprint are left open.
 
     Args:
-        count: minimum number of slots per layer.
-        pad_to_multiple_of: the width is rounded up to a multiple of this.
         ids: tokens for a forward pass, see `ffn_form`; None for a model without weights.
 
     Raises:
         ModelError: slots are not possible.
     """
     try:
-        ffns, form = ffn_form(model, find_ffns(model), ids)
+        ffns, form = ffn_form(model, found, ids)
         activation = form.constant_gate
         try:
             has_constant = activation is not None
-            planned = plan(model, ffns, form, count, pad_to_multiple_of, steering=False, constant=has_constant)
+            planned = plan(model, ffns, form, count, pad_to_multiple_of, constant=has_constant)
         except ModelError:
             # Without biases there are slots for side paths, and none for attributes.
             has_constant = False
-            planned = plan(model, ffns, form, count, pad_to_multiple_of, steering=False)
+            planned = plan(model, ffns, form, count, pad_to_multiple_of)
     except ModelError as error:
         raise ModelError(error.message.replace("be merged", "take slots"), hint=error.hint) from error
     reads, writes = {}, {}
@@ -157,7 +145,7 @@ def plan_slots(model: Any, count: int, pad_to_multiple_of: int = 64, ids: Tensor
             writes[role.layer] = name.removesuffix(".weight")
         elif "up" in role.parts or role.parts == ("key",):
             reads[role.layer] = name.removesuffix(".weight")
-            offset, rows = planned.wider * (role.parts == ("gate", "up")), planned.wider * role.widths
+            offset, rows = planned.wider * (role.parts == ("gate", "up")), planned.wider * len(role.parts)
     slots = Slots(
         model="",
         revision=None,

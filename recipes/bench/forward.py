@@ -46,7 +46,7 @@ def merged(model: Any, rank: int) -> Any:
 
     ids = torch.zeros(1, 8, dtype=torch.long, device=model.device)
     ffns, form = ffn_form(model, find_ffns(model), ids)
-    planned = plan(model, ffns, form, rank, 64, False)
+    planned = plan(model, ffns, form, rank, 64)
     adapter = attached(model, rank)
     neurons = new_neurons(planned, side_paths(adapter), {})
     adapter.detach()

@@ -30,7 +30,7 @@ def merge_of(model: Any, rank: int, tokens: torch.Tensor, steered: bool) -> Plan
         ModelError: a merge is not possible.
     """
     ffns, form = ffn_form(model, find_ffns(model), tokens)
-    return plan(model, ffns, form, rank * (1 if form.gated else 2), 64, steered)
+    return plan(model, ffns, form, rank * (1 if form.gated else 2), 64, steering=steered)
 
 
 def write_merged(
@@ -59,7 +59,7 @@ def write_slotted(model: Any, folder: Path, tokens: torch.Tensor, count: int = 1
     Raises:
         ModelError: slots are not possible.
     """
-    slots_plan, slots = plan_slots(model, count, ids=tokens)
+    slots_plan, slots = plan_slots(model, find_ffns(model), count, ids=tokens)
     write_checkpoint(folder, model, slots_plan, empty_slots(slots_plan, slots))
     name = slots_plan.architecture
     kind = type(model) if name == type(model).__name__ else getattr(transformers, name)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 
 from braces_cli.core.adapter.files import find_adapter
 from braces_cli.core.options import LoadOptions
-from braces_cli.export.run import Request, run
-from braces_cli.export.slots import SlotsExport
+from braces_cli.export.run import Request
+from braces_cli.export.slots import export_slots
+from braces_cli.export.verify_process import probe
 from tests.conftest import tiny_model, tiny_tokenizer
 
 
@@ -20,25 +22,26 @@ def options() -> LoadOptions:
 
 
 @pytest.fixture
-def request_(model_dir: Path, adapter_dir: Path, options: LoadOptions) -> Request:
+def request_(model_dir: Path, adapter_dir: Path, options: LoadOptions, tmp_path: Path) -> Request:
     """Base and adapter."""
-    return Request(str(model_dir), find_adapter(str(adapter_dir)), options)
+    return Request(str(model_dir), find_adapter(str(adapter_dir)), options, tmp_path / "out")
 
 
 @pytest.fixture
-def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skip the process that verifies an export, which takes seconds."""
-    measured = ("max_logit_difference", "relative_difference", "rounding", "adapter_effect", "effect_missing", "probes")
-    for module in ("run", "lora"):
-        monkeypatch.setattr(
-            f"braces_cli.export.{module}.verify_export", lambda *args, **kwargs: dict.fromkeys(measured, 0.0)
-        )
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verify exports in this process: starting another one takes seconds."""
+
+    def run(call: list[str], **options: Any) -> CompletedProcess:
+        probe(*call[-3:])
+        return CompletedProcess(call, 0, "", "")
+
+    monkeypatch.setattr("braces_cli.export.verify.subprocess.run", run)
 
 
 @pytest.fixture
-def slots_dir(model_dir: Path, tmp_path: Path, options: LoadOptions, unverified: None) -> Path:
+def slots_dir(model_dir: Path, tmp_path: Path, options: LoadOptions, in_process: None) -> Path:
     """A base with slots."""
-    run(SlotsExport(Request(str(model_dir), None, options), 8), tmp_path / "slots")
+    export_slots(Request(str(model_dir), None, options, tmp_path / "slots"), 8)
     return tmp_path / "slots"
 
 

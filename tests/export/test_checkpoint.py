@@ -15,9 +15,9 @@ from braces_cli.core.adapter.files import find_adapter
 from braces_cli.core.adapter.model import open_session
 from braces_cli.core.models.ffn import find_ffns
 from braces_cli.core.options import LoadOptions
-from braces_cli.export.checkpoint import MergeExport
+from braces_cli.export.checkpoint import export_merge
 from braces_cli.export.plan import Plan
-from braces_cli.export.run import Request, run
+from braces_cli.export.run import Request
 from tests.conftest import make_adapter, tiny_model, tiny_tokenizer
 from tests.core.comparison import relative
 from tests.export.columns import write_merged
@@ -86,24 +86,33 @@ def test_the_bfloat16_error_of_a_merge_is_at_most_twice_that_of_the_base(name: s
 
 @pytest.mark.slow
 def test_the_command_writes_a_verified_checkpoint_and_verifies_it_again(
-    braces: Any, adapter_dir: Path, tmp_path: Path
+    braces: Any, model_dir: Path, adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: Any
 ) -> None:
-    """Tokenizer and record are in the folder; --check finds damage."""
-    out = tmp_path / "merged"
-    steering = ("--attribute", "positive", "--s", 2)
-    done = braces("merge", "--adapter", adapter_dir, *steering, "--output-dir", out, "--format", "json")
+    """Tokenizer and record are in the folder; --check works from every working directory, and finds damage.
+
+    The record has absolute paths of adapter and attributes.
+    """
+    monkeypatch.chdir(tmp_path)
+    build = ("attr-build", "--model", model_dir, "--attribute", "mine", "--words", "good,happy", "--output-dir", "own")
+    assert braces(*build).code == 0
+    steer = ("--attribute", "mine", "--s", 2, "--attributes", "own")
+    done = braces("merge", "--adapter", adapter_dir.name, *steer, "--output-dir", "merged", "--format", "json")
     assert done.code == 0, done.err
-    found = done.json
+    found, out = done.json, tmp_path / "merged"
     assert found["architecture"] == "LlamaForCausalLM"
     assert found["neurons_added"] == 12  # 52 + 4 = 56, padded to 64
     assert found["probes"] == 8
     assert found["max_logit_difference"] < 1e-4 < found["adapter_effect"]
     assert "tokenizer.json" in names(out)
     assert str(found["probes"]) in (out / "README.md").read_text()
-    assert names(tmp_path) == ["adapter", "merged"], "a temporary folder is left"
-    again = braces("merge", "--check", out, "--format", "json")
+    assert names(tmp_path) == ["adapter", "merged", "own"], "a temporary folder is left"
+    request.getfixturevalue("in_process")
+    (tmp_path / "else").mkdir()
+    monkeypatch.chdir(tmp_path / "else")
+    again = braces("merge", "--check", "../merged", "--format", "json")
     assert again.code == 0, again.err
-    assert again.json["max_logit_difference"] == found["max_logit_difference"]
+    assert again.json["max_logit_difference"] == pytest.approx(found["max_logit_difference"], abs=1e-6)
+    assert names(tmp_path / "else") == []
     tensors = load_file(out / "model.safetensors")
     tensors["model.layers.1.mlp.down_proj.weight"][:, 53] *= 1.01
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
@@ -112,26 +121,7 @@ def test_the_command_writes_a_verified_checkpoint_and_verifies_it_again(
     assert "its logits differ from the adapter's" in damaged.err
 
 
-@pytest.mark.slow
-def test_a_check_works_from_every_working_directory(
-    braces: Any, model_dir: Path, adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The record has absolute paths of adapter and attributes."""
-    monkeypatch.chdir(tmp_path)
-    build = ("attr-build", "--model", model_dir, "--attribute", "mine", "--words", "good,happy", "--output-dir", "own")
-    assert braces(*build).code == 0
-    steer = ("--attribute", "mine", "--s", "2", "--attributes", "own")
-    done = braces("merge", "--adapter", adapter_dir.name, *steer, "--output-dir", "merged", "--format", "json")
-    assert done.code == 0, done.err
-    (tmp_path / "else").mkdir()
-    monkeypatch.chdir(tmp_path / "else")
-    again = braces("merge", "--check", "../merged", "--format", "json")
-    assert again.code == 0, again.err
-    assert again.json["max_logit_difference"] == done.json["max_logit_difference"]
-    assert names(tmp_path / "else") == []
-
-
-def test_the_tokenizers_class_is_written_if_the_model_type_chose_it(tmp_path: Path, unverified: None) -> None:
+def test_the_tokenizers_class_is_written_if_the_model_type_chose_it(tmp_path: Path, in_process: None) -> None:
     """A Qwen2 whose tokenizer files name no class is written as a Llama."""
     tiny_model("qwen2", vocab_size=120, max_position_embeddings=128).save_pretrained(tmp_path / "base")
     tiny_tokenizer().backend_tokenizer.model.save(str(tmp_path / "base"))  # vocab.json and merges.txt only
@@ -139,7 +129,7 @@ def test_the_tokenizers_class_is_written_if_the_model_type_chose_it(tmp_path: Pa
     kind = type(session.base.tokenizer).__name__
     assert kind == "Qwen2Tokenizer"
     adapter = find_adapter(str(make_adapter(session, tmp_path / "adapter")))
-    found = run(MergeExport(Request(None, adapter, LoadOptions(device="cpu"))), tmp_path / "out")
+    found = export_merge(Request(None, adapter, LoadOptions(device="cpu"), tmp_path / "out"))
     assert found["architecture"] == "LlamaForCausalLM"
     settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == kind

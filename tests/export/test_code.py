@@ -16,7 +16,7 @@ from braces_cli.core.adapter.model import attach, open_session
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.models.ffn import FFN, find_ffns
 from braces_cli.core.options import LoadOptions
-from braces_cli.export.code import CODE_FILE, side_modules, side_tensors, write_checkpoint_with_code
+from braces_cli.export.code import CODE_FILE, SideModule, side_modules, write_checkpoint_with_code
 from tests.conftest import make_adapter, tiny_model
 from tests.core.comparison import relative
 from tests.export.conftest import save_base
@@ -101,7 +101,7 @@ def test_a_steering_vector_without_a_side_path_is_refused(tmp_path: Path) -> Non
     adapter = attach(MODELS["qwen3"](), 4, [1])
     with pytest.raises(ConfigError, match="layer 0 is steered"):
         side_modules(adapter, {0: steering_vector, 1: steering_vector})
-    assert side_modules(adapter, {1: steering_vector})[0].constant is not None
+    assert side_modules(adapter, {1: steering_vector})[0].entry["constant"]
 
 
 def test_files_of_the_base_are_linked(tmp_path: Path) -> None:
@@ -157,8 +157,9 @@ def test_servers_that_replace_modules_are_not_supported(tmp_path: Path) -> None:
         assert load(tmp_path / name / "code")._supports_attention_backend is supported
 
 
-@pytest.mark.slow
-def test_the_command_writes_a_verified_folder(braces: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_writes_a_verified_folder(
+    braces: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process: None
+) -> None:
     """With an attribute at a fixed strength; a wrong side path fails the verification and leaves nothing."""
     session = open_session(save_base(tmp_path / "base", "qwen3"), None, LoadOptions(device="cpu"))
     adapter = make_adapter(session, tmp_path / "adapter")
@@ -170,11 +171,13 @@ def test_the_command_writes_a_verified_folder(braces: Any, tmp_path: Path, monke
     assert "trust_remote_code=True" in (tmp_path / "out" / "README.md").read_text()
     assert (tmp_path / "out" / "tokenizer.json").is_file()
 
-    def halved(sides: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        tensors = side_tensors(sides, dtype)
-        return {name: tensor / 2 if "braces_out" in name else tensor for name, tensor in tensors.items()}
+    def halved(*args: Any) -> list[SideModule]:
+        sides = side_modules(*args)
+        for side in sides:
+            side.tensors[f"{side.path}.braces_out.weight"] /= 2
+        return sides
 
-    monkeypatch.setattr("braces_cli.export.code.side_tensors", halved)
+    monkeypatch.setattr("braces_cli.export.code.side_modules", halved)
     done = braces(*call, "--output-dir", tmp_path / "wrong")
     assert done.code == 4
     assert "its logits differ" in done.err

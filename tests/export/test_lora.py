@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from braces_cli.core.adapter.files import find_adapter
 from braces_cli.core.errors import BracesError, ConfigError, ModelError
 from braces_cli.core.options import LoadOptions
 from braces_cli.export.checkpoint import side_paths
-from braces_cli.export.lora import lora_export, lora_pairs, write_folder, write_gguf_tensors, write_lora
+from braces_cli.export.lora import export_lora, lora_pairs, plan_lora, write_folder, write_gguf_tensors
 from braces_cli.export.run import Request
 from braces_cli.export.slots import Slots, read_slots
 from tests.conftest import make_adapter, tiny_model
@@ -143,9 +144,13 @@ def test_an_adapter_on_some_layers_names_their_modules(tmp_path: Path) -> None:
     assert relative(logits(wrapped), expected) < 1e-5
 
 
-@pytest.mark.slow
 def test_the_commands_write_verified_folders(
-    braces: Any, model_dir: Path, adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    braces: Any,
+    model_dir: Path,
+    adapter_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    in_process: None,
 ) -> None:
     """A wrong LoRA fails the verification; the GGUF file has the same tensors."""
     done = braces("export", "slots", "--model", model_dir, "--output-dir", tmp_path / "slots", "--format", "json")
@@ -196,9 +201,9 @@ def test_a_dry_run_has_the_rank(braces: Any, slots_dir: Path, adapter_dir: Path)
 def test_another_base_than_that_of_the_slots_is_refused(
     slots_dir: Path, other_base: str, options: LoadOptions, tmp_path: Path
 ) -> None:
-    export = lora_export(Request(other_base, None, options, {"positive": 1.0}), slots_dir)
+    request = Request(other_base, None, options, tmp_path / "out", attributes={"positive": 1.0})
     with pytest.raises(ModelError, match="the base differs from that of the slots"):
-        write_lora(export, tmp_path / "out")
+        export_lora(plan_lora(request, slots_dir))
     assert "out" not in names(tmp_path)
 
 
@@ -207,7 +212,7 @@ def test_more_ranks_than_slots_are_refused(slots_dir: Path, session: Any, option
     rank = read_slots(slots_dir).rank
     wide = find_adapter(str(make_adapter(session, tmp_path / "wide", rank=8)))
     with pytest.raises(ConfigError, match="more slots than the") as caught:
-        lora_export(Request(None, wide, options), slots_dir, first_slot=rank - 7)
+        plan_lora(Request(None, wide, options), slots_dir, first_slot=rank - 7)
     assert f"--slots {rank + 2}" in str(caught.value.hint)
 
 
@@ -218,13 +223,10 @@ def test_more_ranks_than_slots_are_refused(slots_dir: Path, session: Any, option
         ({"attributes": {"positive": 1.0}, "layers": "5"}, "range"),
     ],
 )
-def test_nothing_to_steer_is_refused(
-    change: dict[str, Any], words: str, slots_dir: Path, request_: Request, tmp_path: Path
-) -> None:
+def test_nothing_to_steer_is_refused(change: dict[str, Any], words: str, slots_dir: Path, request_: Request) -> None:
     """Strength 0, and layers that do not exist."""
-    request = Request(None, request_.adapter, request_.options, **change)
     with pytest.raises(ConfigError, match=words):
-        write_lora(lora_export(request, slots_dir), tmp_path / "out")
+        export_lora(plan_lora(replace(request_, model=None, **change), slots_dir))
 
 
 def test_missing_options_are_named(slots_dir: Path, adapter_dir: Path, tmp_path: Path, braces: Any) -> None:
@@ -234,7 +236,7 @@ def test_missing_options_are_named(slots_dir: Path, adapter_dir: Path, tmp_path:
     assert "--adapter, --attribute" in braces(*call, "--base", slots_dir).err
     assert "--combine" in braces(*call, "--base", slots_dir, "--adapter", adapter_dir, "--combine").err
     missing = braces(*call, "--base", adapter_dir, "--adapter", adapter_dir)
-    assert (missing.code, "no base with slots here" in missing.err) == (4, True)
+    assert (missing.code, "braces_slots.json" in missing.err) == (4, True)
 
 
 def test_gguf_is_refused_for_unknown_architectures(slots_dir: Path, request_: Request, tmp_path: Path) -> None:
@@ -242,21 +244,20 @@ def test_gguf_is_refused_for_unknown_architectures(slots_dir: Path, request_: Re
     pytest.importorskip("gguf", reason="NOT TESTED: the package gguf is not installed")
     record = json.loads((slots_dir / "braces_slots.json").read_text())
     (slots_dir / "braces_slots.json").write_text(json.dumps(record | {"architecture": "GPT2LMHeadModel"}))
-    export = lora_export(request_, slots_dir)
     with pytest.raises(ModelError, match="GPT2LMHeadModel is not among"):
-        write_lora(export, tmp_path / "out", tmp_path / "out.gguf")
+        export_lora(plan_lora(request_, slots_dir), tmp_path / "out.gguf")
 
 
 def test_the_gguf_file_may_be_in_the_folder(slots_dir: Path, request_: Request, tmp_path: Path) -> None:
     """--overwrite replaces both."""
     pytest.importorskip("gguf", reason="NOT TESTED: the package gguf is not installed")
-    export = lora_export(request_, slots_dir)
     for overwrite in (False, True):
-        write_lora(export, tmp_path / "out", tmp_path / "out" / "adapter.gguf", overwrite)
+        planned = plan_lora(replace(request_, overwrite=overwrite), slots_dir)
+        export_lora(planned, tmp_path / "out" / "adapter.gguf")
         assert "adapter.gguf" in names(tmp_path / "out")
         assert not list(tmp_path.rglob(".*"))
     with pytest.raises(ConfigError, match="not empty"):
-        write_lora(export, tmp_path / "out", tmp_path / "out" / "other.gguf")
+        export_lora(plan_lora(request_, slots_dir), tmp_path / "out" / "other.gguf")
 
 
 @pytest.mark.parametrize("size", [0, 20, 100, 300])

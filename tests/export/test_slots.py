@@ -10,8 +10,8 @@ import torch
 
 from braces_cli.core.errors import ModelError
 from braces_cli.core.options import LoadOptions
-from braces_cli.export.run import Request, run
-from braces_cli.export.slots import SlotsExport, read_slots
+from braces_cli.export.run import Request
+from braces_cli.export.slots import export_slots, read_slots
 from tests.core.architectures import tiny
 from tests.export.columns import write_slotted
 from tests.export.conftest import save_base
@@ -31,7 +31,7 @@ def test_a_base_that_takes_no_slots_is_refused(options: LoadOptions, tmp_path: P
     base = save_base(tmp_path / "base", "qwen3")
     words = "cannot take slots: its gated FFN has no biases"
     with pytest.raises(ModelError, match=words) as caught:
-        run(SlotsExport(Request(base, None, options), 8), tmp_path / "out")
+        export_slots(Request(base, None, options, tmp_path / "out"), 8)
     assert "braces export code" in str(caught.value.hint)
     assert names(tmp_path) == ["base"]
     done = braces("export", "slots", "--model", base, "--dry-run", "--format", "json")
