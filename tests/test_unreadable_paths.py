@@ -29,9 +29,7 @@ UNREADABLE: dict[str, Callable[[Path], object]] = {
     "empty": Path.touch,
     "pipe": os.mkfifo,
 }
-REASONS = (
-    "cannot read|cannot be read|no such|this is a |the file is empty|the text is empty|no adapter here|no model here"
-)
+REASONS = "cannot read|cannot be read|no such|this is a |is empty|no adapter here|no model here|no file with rows"
 
 
 def find_stored(session: Any) -> Any:
