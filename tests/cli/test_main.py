@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 
-from tests.cli.reference import command_of
-
 ROOT = Path(__file__).resolve().parents[2]
 VIEWS = ("values", "find", "trace", "clamp", "report")
 COMMANDS = [["train"], ["eval"], ["attr-build"], ["steer"], ["inspect"], *(["inspect", view] for view in VIEWS)]
@@ -44,14 +42,6 @@ def test_help_imports_no_heavy_module() -> None:
     )
     assert imported_by(code + calls) == set()
     assert "torch" in imported_by("import torch")
-
-
-@pytest.mark.parametrize("argv", COMMANDS)
-def test_every_command_has_help(braces: Any, argv: list[str]) -> None:
-    shown = braces(*argv, "--help")
-    assert shown.code == 0
-    assert "--format" in shown.out
-    assert "-h" in shown.out.split()
 
 
 def test_version(braces: Any) -> None:
@@ -192,46 +182,6 @@ def test_no_memory_to_import_torch_is_reported() -> None:
     assert done.stderr.startswith("Error: ")
     assert len(done.stderr.splitlines()) == 2
     assert "fault of braces" not in done.stderr
-
-
-@pytest.mark.parametrize("command", ["train", "merge", "eval"])
-def test_an_output_folder_that_cannot_be_created_is_refused(
-    braces: Any, model_dir: Path, adapter_dir: Path, tmp_path: Path, command: str
-) -> None:
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"text": "the film"}\n')
-    more = {
-        "train": ["--data", rows, "--model", model_dir],
-        "merge": ["--adapter", adapter_dir, "--model", model_dir],
-        "eval": ["--tasks", "perplexity", "--task-data", f"perplexity={rows}", "--model", model_dir],
-    }[command]
-    for folder, reason in ((rows / "out", "cannot write there"), ("/proc/braces/out", "cannot write there")):
-        outcome = braces(command, *more, "--output-dir", folder)
-        assert outcome.code == 2, outcome.err
-        assert reason in outcome.err
-
-
-def test_a_tilde_is_expanded_in_outputs(
-    braces: Any, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)
-    attribute = ("--attribute", "warm", "--words", "warm,sunny", "--output-dir=~/attributes")
-    outcome = braces("attr-build", "--model", model_dir, *attribute)
-    assert outcome.code == 0, outcome.err
-    assert [path.name for path in tmp_path.iterdir()] == ["home"]
-    assert (tmp_path / "home" / "attributes" / "warm.safetensors").is_file()
-
-
-@pytest.mark.parametrize("argv", [*COMMANDS, ["merge"]])
-def test_the_most_important_options_come_first(argv: list[str]) -> None:
-    """At most five, in the first panel of the help, after the arguments."""
-    options = [p for p in command_of(*argv).params if p.nargs != -1 and p.name != "ctx" and p.opts[0].startswith("-")]
-    panels = [getattr(p, "rich_help_panel", None) for p in options]
-    count = panels.index(next(filter(None, panels), None)) if any(panels) else len(panels)
-    assert count >= 1
-    if argv in (["train"], ["eval"], ["steer"], ["merge"]):
-        assert count == 5
 
 
 def test_values_are_completed_without_heavy_imports() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import logging
-import re
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -88,21 +87,6 @@ def test_tables_and_texts_show_names_as_they_are(capsys: pytest.CaptureFixture[s
     out = capsys.readouterr().out
     assert controls(out) == {"\t"}
     assert out.endswith("\n\tend\n")
-
-
-def test_a_pipe_gets_each_row_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    print_table("", ["a", "b"], [["x", "word " * 100]])
-    assert "word " * 99 in capsys.readouterr().out
-
-
-def test_pairs_leave_out_empty_values(capsys: pytest.CaptureFixture[str]) -> None:
-    """Lists are joined and labels used."""
-    print_pairs("", {"a": None, "b": (), "c": [], "d": {}, "e_f": [1, 2], "g": 0}, {"g": "zero"})
-    shown = capsys.readouterr().out
-    assert "e f" in shown
-    assert "1, 2" in shown
-    assert "zero" in shown
-    assert not re.search(r"\b[abcd]\b", shown)
 
 
 @pytest.mark.parametrize("quiet", [False, True])

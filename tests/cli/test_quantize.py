@@ -34,23 +34,6 @@ def test_a_quantised_base_is_trained_steered_and_inspected(braces, model_dir, ro
     assert [row["index"] for row in values.lines] == [7]
 
 
-@pytest.mark.parametrize(
-    ("command", "options"),
-    [
-        ("train", ("--data", "rows.jsonl", "--output-dir", "out")),
-        ("steer", ("--prompt", "x")),
-        ("attr-build", ("--attribute", "positive", "--output-dir", "out")),
-        ("eval", ("--tasks", "perplexity")),
-    ],
-)
-def test_an_unknown_method_is_a_usage_error(braces, model_dir, command, options):
-    """Exit code 2, with the known methods."""
-    outcome = braces(command, "--model", model_dir, *options, "--quantize", "int3")
-    assert outcome.code == 2
-    assert "int8" in outcome.err
-    assert outcome.out == ""
-
-
 def test_a_missing_package_names_what_to_install(braces, model_dir, monkeypatch):
     """Exit code 2, before any weights are read."""
     monkeypatch.setattr("braces_cli.core.models.load.find_spec", lambda _: None)

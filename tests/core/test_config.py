@@ -24,7 +24,7 @@ from braces_cli.core.config import (
     parse_ranges,
 )
 from braces_cli.core.errors import ConfigError
-from braces_cli.core.options import DisplaySettings, GenerationSettings, LoadOptions, Sampling
+from braces_cli.core.options import DisplaySettings
 from tests.cli.reference import command_of
 
 
@@ -206,23 +206,6 @@ def test_a_help_text_is_the_entry_in_the_docstring() -> None:
     assert options_of(Some)["name"].help == "Who, in two lines."
     assert options_of(Some)["name"].label == "NAME"
     assert options_of(Some)["chat"].label == "--chat"
-
-
-@pytest.mark.parametrize(
-    ("kind", "values"),
-    [
-        (LoadOptions, {"quantize": "nf4"}),
-        (GenerationSettings, {"top_p": 0}),
-        (GenerationSettings, {"top_p": 1.1}),
-        (Sampling, {"temperature": -1}),
-        (Sampling, {"top_k": 0}),
-        (Sampling, {"stop": [""]}),
-    ],
-)
-def test_shared_options_have_their_limits(kind: Any, values: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError):
-        build(kind, values)
-    assert build(LoadOptions, {"dtype": "bf16"}).dtype == "bfloat16"
 
 
 def test_names_in_other_tools_suggest_an_option() -> None:

@@ -18,11 +18,9 @@ from braces_cli.core.errors import BracesError, ConfigError, DataError
 from braces_cli.core.files import (
     bytes_hash,
     check_output_folder,
-    check_writable,
     file_hash,
     output_lock,
     remove_partial_files,
-    scratch_folder,
     value_hash,
     write_atomic,
     write_tensors,
@@ -78,16 +76,6 @@ def test_only_partial_files_of_that_name_are_removed(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
 
 
-def test_checking_a_folder_creates_no_file(tmp_path: Path) -> None:
-    try:
-        os.close(os.open(tmp_path, os.O_TMPFILE | os.O_RDWR))
-    except (AttributeError, OSError):
-        pytest.skip("no files without names here")
-    os.utime(tmp_path, ns=(0, 0))
-    check_writable(tmp_path / "new" / "out")
-    assert tmp_path.stat().st_mtime_ns == 0
-
-
 def test_an_output_overlaps_no_input(tmp_path: Path) -> None:
     """The same folder, a folder in the input, a folder that contains the input, and a link to the input."""
     source = tmp_path / "models" / "base"
@@ -105,15 +93,6 @@ def test_hashes(tmp_path: Path) -> None:
     assert file_hash(tmp_path / "a", DataError) == bytes_hash([b'"a', b'b"']) == value_hash("ab")
     with pytest.raises(DataError, match="no such file"):
         file_hash(tmp_path / "b", DataError)
-
-
-def test_a_scratch_folder_is_removed_after_an_interrupt() -> None:
-    with scratch_folder() as one, scratch_folder() as two:
-        assert one != two
-        assert one.stat().st_mode & 0o777 == 0o700
-    with pytest.raises(KeyboardInterrupt), scratch_folder() as folder:
-        raise KeyboardInterrupt
-    assert not folder.exists()
 
 
 def test_the_message_names_the_process_until_it_ends(tmp_path: Path) -> None:
@@ -151,14 +130,6 @@ def test_only_outputs_remain(tmp_path: Path) -> None:
     with output_lock(tmp_path / "scores" / "plot.png", tmp_path / "scores"):
         assert (tmp_path / ".scores.lock").exists()
         assert not (tmp_path / "scores").exists()
-
-
-def test_a_refused_command_holds_no_lock(tmp_path: Path) -> None:
-    with output_lock(tmp_path / "two"):
-        with pytest.raises(ConfigError), output_lock(tmp_path / "one", tmp_path / "two"):
-            pass
-        with output_lock(tmp_path / "one"):
-            pass
 
 
 def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

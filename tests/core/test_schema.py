@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ast
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,12 +16,10 @@ from braces_cli.core.schema import (
     Malformed,
     Name,
     Size,
-    decode,
     decode_yaml,
     parse,
     read,
     read_yaml,
-    stored_form,
 )
 
 PACKAGE = Path(__file__).parents[2] / "braces_cli"
@@ -129,18 +125,6 @@ def test_text_of_another_encoding_is_refused() -> None:
     """With the byte."""
     with pytest.raises(DataError, match="not UTF-8 \\(byte 1\\)"):
         parse(Kind(object, DataError, ""), b'"\xff"', "a")
-
-
-@pytest.mark.parametrize("value", [1, -1.5, "é😀", None, True, [1, [2, {"a": []}]], {"a": {"b": 10**30}}])
-def test_json_round_trips(value: Any) -> None:
-    """Escaped or not."""
-    assert decode(json.dumps(value)) == value
-    assert decode(json.dumps(value, ensure_ascii=False)) == value
-
-
-def test_the_stored_form_is_the_one_that_json_returns() -> None:
-    """Tuples are lists and keys are text."""
-    assert stored_form({"a": (1, 2), 3: None}) == {"a": [1, 2], "3": None}
 
 
 def test_yaml_scalars_are_text(tmp_path: Path) -> None:

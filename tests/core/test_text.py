@@ -16,7 +16,6 @@ from braces_cli.core.text import (
     json_escaped,
     markdown_code,
     markdown_text,
-    one_line,
     public_command,
     public_name,
     shortened,
@@ -49,11 +48,6 @@ def test_every_control_character_is_escaped() -> None:
         assert not set(text) & {*UNSAFE, *BIDI}
         assert text[1:-1].encode().decode("unicode_escape") == character
     assert escaped("a\n\tb\r\x1b", "\n\t") == "a\n\tb\\r\\x1b"
-
-
-@pytest.mark.parametrize("text", ["", "naïve café", "עברית", "👩\u200d👩\u200d👧", "50 % [red]x[/red]", "\\x1b"])
-def test_other_text_is_unchanged(text: str) -> None:
-    assert escaped(text) == one_line(text) == json_escaped(text) == text
 
 
 @pytest.mark.parametrize("length", [0, VALUE, VALUE + 1, 5000])
