@@ -15,9 +15,9 @@ import typer
 
 from braces_cli.cli.options import command
 from braces_cli.cli.output import note, print_json, print_json_lines, print_pairs, print_table, progress
-from braces_cli.core.attributes.files import check_attributes
+from braces_cli.core.attributes.options import AttributesFolder
 from braces_cli.core.attributes.words import built_in
-from braces_cli.core.config import ATTRIBUTES, DATA, GENERATION, SeedSettings, option, parse_ranges, same_option
+from braces_cli.core.config import DATA, GENERATION, SeedSettings, option, parse_ranges, same_option
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.options import AdapterSettings, DisplaySettings, OverwriteSettings, Sampling
 
@@ -134,13 +134,12 @@ def values(settings: ValuesSettings) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FindSettings(VectorSettings):
+class FindSettings(AttributesFolder, VectorSettings):
     """Settings of `braces inspect find`.
 
     Attributes:
         words: A word, several of one concept, or id:NUMBER.
         attribute: Attribute: rank the vectors by relevance to this attribute instead of words.
-        attributes: Folder with attribute files written by attr-build.
         map_file: Map file written by `inspect values --output`, which fixes --side; needs no model.
         limit: Number of vectors to show.
         top_k: Number of tokens per vector.
@@ -150,7 +149,6 @@ class FindSettings(VectorSettings):
 
     words: tuple[str, ...] = option((), metavar="TOKEN_OR_WORD", argument=True)
     attribute: str | None = option(None, metavar="NAME", complete=built_in)
-    attributes: Path | None = option(None, panel=ATTRIBUTES)
     map_file: Path | None = option(None, flag="--map")
     limit: int = option(20, min=1)
     top_k: int = option(10, min=1)
@@ -166,7 +164,6 @@ def find(settings: FindSettings) -> None:
     """
     if bool(settings.words) == bool(settings.attribute):
         raise ConfigError("give either words or --attribute", where="find", hint="Such as: find happy joyful")
-    check_attributes(settings.attributes)
     if settings.attribute and settings.map_file:
         hint = "Relevance needs the model: leave --map out."
         raise ConfigError("an attribute cannot be found in a map", where="--map", hint=hint)

@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from braces_cli.core.config import ATTRIBUTES, GENERATION, MODEL, OUTPUT, SeedSettings, Settings, option, same_option
+from braces_cli.core.config import (
+    ATTRIBUTES,
+    GENERATION,
+    MODEL,
+    OUTPUT,
+    SCORING,
+    SeedSettings,
+    Settings,
+    option,
+    same_option,
+)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Names in other tools.
@@ -135,12 +145,29 @@ class GenerationSettings(Settings):
 
     Attributes:
         num_samples: Number of texts per prompt.
+        apply_chat_template: Apply the chat template. Default: as in training.
     """
 
     num_samples: int = option(1, min=1, panel=GENERATION)
     max_new_tokens: int = same_option(Sampling, "max_new_tokens")
     temperature: float = same_option(Sampling, "temperature")
     top_p: float = same_option(Sampling, "top_p")
+    apply_chat_template: bool | None = option(
+        None, panel=GENERATION, flag="--apply-chat-template/--no-apply-chat-template"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringSettings(Settings):
+    """Scoring of generated texts.
+
+    Attributes:
+        reference_model: Reference model for the perplexity of continuations: folder or hub id. Default: the base.
+        exclude_list_words: Remove the words of the attribute from texts before scoring.
+    """
+
+    reference_model: str | None = option(None, panel=SCORING, outcome=False)
+    exclude_list_words: bool = option(False, panel=SCORING, outcome=False)
 
 
 @dataclass(frozen=True, kw_only=True)

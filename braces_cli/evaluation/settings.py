@@ -12,7 +12,13 @@ from braces_cli.core.attributes.options import AttributeNames, strength_points
 from braces_cli.core.attributes.words import built_in
 from braces_cli.core.config import ATTRIBUTES, GENERATION, OUTPUT, SCORING, TASKS, option
 from braces_cli.core.errors import ConfigError
-from braces_cli.core.options import GenerationSettings, ModelSettings, OutputSettings, OverwriteSettings
+from braces_cli.core.options import (
+    GenerationSettings,
+    ModelSettings,
+    OutputSettings,
+    OverwriteSettings,
+    ScoringSettings,
+)
 from braces_cli.scoring.scorers import BUILT_IN
 
 # lm-eval's seeds: without --seed, few-shot examples are those of lm-eval.
@@ -31,7 +37,9 @@ TASK_NAMES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalSettings(GenerationSettings, AttributeNames, ModelSettings, OverwriteSettings, OutputSettings):
+class EvalSettings(
+    GenerationSettings, ScoringSettings, AttributeNames, ModelSettings, OverwriteSettings, OutputSettings
+):
     """Systems, tasks, steering, text generation and outputs of `braces eval`.
 
     Attributes:
@@ -41,7 +49,6 @@ class EvalSettings(GenerationSettings, AttributeNames, ModelSettings, OverwriteS
         task_data_dir: Folder with a file (TASK.jsonl, ...) or a folder for each task.
         limit: Number of documents per task, from the start of each task. Default: all.
         num_fewshot: Number of few-shot examples before each document. Default: the task's setting.
-        apply_chat_template: Apply the chat template. Default: as in training.
         batch_size: Sequences per forward pass, or auto; halved when memory runs out.
         seed: Seed of every random choice. Default: lm-eval's own seeds.
         no_base: Skip the base and evaluate the adapters only.
@@ -52,8 +59,6 @@ class EvalSettings(GenerationSettings, AttributeNames, ModelSettings, OverwriteS
         num_samples: Number of texts per prompt. Default: 25 in the task toxicity, else 1.
         scorer: Scorer of a task: vader, toxicity, fit:ROWS, judge:MODEL, or a classifier's folder or hub id.
             Repeatable.
-        reference_model: Reference model for the perplexity of continuations: folder or hub id. Default: the base.
-        exclude_list_words: Remove the words of the attribute from texts before scoring.
         adapter: Adapter to evaluate in addition to the base: folder or hub id. Repeatable.
         output_dir: Folder for results.json and results.md, updated after each task.
         log_samples: Also write prompt, answer and scores of each document into --output-dir.
@@ -69,7 +74,6 @@ class EvalSettings(GenerationSettings, AttributeNames, ModelSettings, OverwriteS
     task_data_dir: Path | None = option(None, panel=TASKS)
     limit: int | None = option(None, min=1, panel=TASKS)
     num_fewshot: int | None = option(None, min=0, panel=TASKS)
-    apply_chat_template: bool | None = option(None, flag="--apply-chat-template/--no-apply-chat-template", panel=TASKS)
     batch_size: str = option("8", metavar="auto|N", panel=TASKS)
     seed: int | None = option(None, min=0, panel=OUTPUT)
     no_base: bool = option(False, panel=TASKS)
@@ -84,8 +88,6 @@ class EvalSettings(GenerationSettings, AttributeNames, ModelSettings, OverwriteS
         complete=lambda: [f"{task}={name}" for task in TEXT_TASKS for name in BUILT_IN],
         panel=SCORING,
     )
-    reference_model: str | None = option(None, panel=SCORING)
-    exclude_list_words: bool = option(False, panel=SCORING)
 
     adapter: tuple[str, ...] = option((), metavar="ADAPTER")
     output_dir: Path | None = option(None)

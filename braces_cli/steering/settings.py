@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from braces_cli.core.attributes.options import AttributeSettings, strengths
-from braces_cli.core.config import GENERATION, OUTPUT, SCORING, Settings, flag_of, option, same_option
+from braces_cli.core.config import GENERATION, OUTPUT, SCORING, flag_of, option, same_option
 from braces_cli.core.errors import ConfigError, near_misses
 from braces_cli.core.options import (
     AdapterSettings,
@@ -15,6 +15,7 @@ from braces_cli.core.options import (
     OutputSettings,
     OverwriteSettings,
     Sampling,
+    ScoringSettings,
     SteeredLayers,
 )
 from braces_cli.scoring.scorers import BUILT_IN
@@ -24,7 +25,7 @@ BASELINE_METHODS = ("prompting", "difference", "pca")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepOptions(Settings):
+class SweepOptions(ScoringSettings):
     """Options of a sweep over strengths and of its scores.
 
     Attributes:
@@ -33,8 +34,6 @@ class SweepOptions(Settings):
         scorer: Scorer of a sweep: vader, toxicity, fit:ROWS, judge:MODEL (a language model that rates texts), or a
             classifier's folder or hub id.
         score_label: Label of the scorer for the attribute. Default: the name of the attribute.
-        reference_model: Reference model for the perplexity of continuations: folder or hub id. Default: the base.
-        exclude_list_words: Remove the words of the attribute from texts before scoring.
         baselines: Baselines to measure as well: prompting, difference, pca; separated by commas.
         answers: Rows with `prompt`, `positive` and `negative`: report how often `positive` is preferred at each
             strength.
@@ -45,8 +44,6 @@ class SweepOptions(Settings):
     plot: Path | None = option(None, panel=SCORING, outcome=False)
     scorer: str | None = option(None, metavar="SCORER", complete=lambda: BUILT_IN, panel=SCORING, outcome=False)
     score_label: str | None = option(None, panel=SCORING, outcome=False)
-    reference_model: str | None = option(None, panel=SCORING, outcome=False)
-    exclude_list_words: bool = option(False, panel=SCORING, outcome=False)
     baselines: str | None = option(
         None, panel=SCORING, metavar="METHODS", complete=lambda: BASELINE_METHODS, outcome=False
     )
@@ -95,7 +92,6 @@ class SteerSettings(
         prompt: Prompt. Repeatable. Default: standard input.
         prompts: File with prompts: one per line, or rows (.jsonl, .json, .csv, .tsv, .parquet) with `prompt` and
             optionally `attributes: {name: s}`; - is standard input.
-        apply_chat_template: Apply the chat template. Default: as in training.
         batch_size: Texts per forward pass. In half precision the output can vary with the batch size.
         show_unsteered: Also generate without steering.
         interactive: Read prompts and commands (/s 2, /attribute NAME, /help) from standard input.
@@ -111,9 +107,6 @@ class SteerSettings(
     prompts: Path | None = option(None, panel=GENERATION, metavar="FILE", outcome=False)
     top_k: int | None = same_option(Sampling, "top_k")
     stop: tuple[str, ...] = same_option(Sampling, "stop")
-    apply_chat_template: bool | None = option(
-        None, panel=GENERATION, flag="--apply-chat-template/--no-apply-chat-template"
-    )
     batch_size: int = option(8, min=1, panel=GENERATION, outcome=False)
     show_unsteered: bool = option(False, panel=OUTPUT)
     interactive: bool = option(False, panel=OUTPUT, outcome=False)

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
-from braces_cli.core.attributes.files import check_attributes
+from braces_cli.core.attributes.options import AttributesFolder
 from braces_cli.core.config import (
     ATTRIBUTES,
     CHECKPOINTS,
@@ -52,7 +52,7 @@ _RECORDED = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(ModelSettings, OverwriteSettings, UploadSettings, OutputSettings):
+class TrainSettings(AttributesFolder, ModelSettings, OverwriteSettings, UploadSettings, OutputSettings):
     """Inputs, method and outputs of `braces train`.
 
     Defaults that depend on other settings or on the base are None until `resolve`.
@@ -89,7 +89,6 @@ class TrainSettings(ModelSettings, OverwriteSettings, UploadSettings, OutputSett
         margin: Margin of the contrastive loss, in nats per unit of strength: each row's log-likelihood at its strength
             must exceed that at the opposite strength by this much. Larger values steer more strongly. Default: 6.
         adapter: Adapter to continue training from: folder or hub id. Layers, rank and relevance scale stay the same.
-        attributes: Folder with attribute files written by attr-build.
         check_rows: Read and tokenise all rows, print statistics and exit. Loads no weights.
         save_steps: Optimizer steps between checkpoints; 0: no checkpoints.
         save_total_limit: Maximum number of checkpoints; older ones are deleted. 0: no limit.
@@ -130,7 +129,6 @@ class TrainSettings(ModelSettings, OverwriteSettings, UploadSettings, OutputSett
     contrast: float | None = option(None, min=0, panel=ATTRIBUTES)
     margin: float | None = option(None, min=0, panel=ATTRIBUTES)
     adapter: str | None = option(None, panel=METHOD, metavar="ADAPTER", once=True)
-    attributes: Path | None = option(None, panel=ATTRIBUTES)
     check_rows: bool = option(False, panel=DATA, flag="--check", display=True)
     save_steps: int = option(500, min=0, panel=CHECKPOINTS, outcome=False)
     save_total_limit: int = option(2, min=0, panel=CHECKPOINTS, outcome=False)
@@ -165,7 +163,6 @@ class TrainSettings(ModelSettings, OverwriteSettings, UploadSettings, OutputSett
         _ = self.pairs, self.scale
         self._check_method()
         self._check_attributes()
-        check_attributes(self.attributes)
 
     def _check_method(self) -> None:
         """Refuse options that the method does not read.

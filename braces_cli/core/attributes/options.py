@@ -17,23 +17,36 @@ _MOST = 200
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttributeNames(Settings):
+class AttributesFolder(Settings):
+    """Folder of attributes.
+
+    Attributes:
+        attributes: Folder with attribute files written by attr-build.
+    """
+
+    attributes: Path | None = option(None, panel=ATTRIBUTES)
+
+    def check(self) -> None:
+        """Refuse a folder without attributes."""
+        super().check()
+        check_attributes(self.attributes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttributeNames(AttributesFolder):
     """Attributes to steer by.
 
     Attributes:
         attribute: Name of an attribute to steer by. Repeatable.
-        attributes: Folder with attribute files written by attr-build.
     """
 
     attribute: tuple[str, ...] = option((), metavar="NAME", panel=ATTRIBUTES, complete=built_in)
-    attributes: Path | None = option(None, panel=ATTRIBUTES)
 
     def check(self) -> None:
-        """Refuse names that no attribute can have, and a folder without attributes."""
+        """Refuse names that no attribute can have."""
         super().check()
         for name in self.attribute:
             check_name(name)
-        check_attributes(self.attributes)
 
 
 @dataclass(frozen=True, kw_only=True)
