@@ -18,9 +18,8 @@ from braces_cli.core.files import check_output_file
 from braces_cli.core.models.ffn import chosen_layers
 from braces_cli.core.models.load import input_device, load_base
 from braces_cli.core.progress import Report
-from braces_cli.evaluation.baselines import baseline_methods
 from braces_cli.evaluation.native_tasks import detection, read_answer_pairs, read_labelled
-from braces_cli.evaluation.sweep import BRACES_METHOD, Method, sweep
+from braces_cli.evaluation.sweep import BRACES_METHOD, Method, baseline_methods, sweep
 from braces_cli.evaluation.systems import bare
 from braces_cli.evaluation.tables import plot_sweep, sweep_tables
 from braces_cli.evaluation.text_tasks import TextMeasurement, list_words, load_scorer

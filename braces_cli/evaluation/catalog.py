@@ -146,15 +146,13 @@ def _complete(index: dict[str, Any], name: str) -> bool:
 
 def _below(index: dict[str, Any], name: str) -> list[str]:
     """Return the name and all members in the index; of a tag, only the members."""
-    tag = index[name].kind.name == "TAG"
-    children = sorted(index[name].tags) if tag else _children(index, name)
-    below = [each for child in children if child in index for each in _below(index, child)]
-    return list(dict.fromkeys(below if tag else [name, *below]))
+    below = [each for child in _children(index, name) if child in index for each in _below(index, child)]
+    return list(dict.fromkeys(below if index[name].kind.name == "TAG" else [name, *below]))
 
 
 def _children(index: dict[str, Any], name: str) -> list[str]:
     if index[name].kind.name != "GROUP":
-        return []
+        return sorted(index[name].tags) if index[name].kind.name == "TAG" else []
     children = []
     for each in index[name].cfg.get("task") or ():
         child = each if isinstance(each, str) else each.get("group") or each.get("task")

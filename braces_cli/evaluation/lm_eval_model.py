@@ -17,13 +17,11 @@ from lm_eval.api.registry import model_registry
 from lm_eval.models.huggingface import HFLM
 
 from braces_cli.core.adapter.model import open_session
-from braces_cli.core.attributes.files import check_attributes
 from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute
-from braces_cli.core.attributes.options import strengths
-from braces_cli.core.config import options_of
+from braces_cli.core.attributes.options import AttributeSettings
+from braces_cli.core.config import build, options_of
 from braces_cli.core.errors import BracesError
-from braces_cli.core.files import user_path
 from braces_cli.core.options import LoadOptions
 from braces_cli.core.text import error_text
 from braces_cli.evaluation.systems import attached, find_eval_adapter, resolve_base
@@ -52,7 +50,8 @@ class BracesLM(HFLM):
         **kwargs: Any,
     ) -> None:
         names = [attribute] if isinstance(attribute, str) else list(attribute or ())
-        values = strengths(names, list(s) if isinstance(s, (list, tuple)) else [s] * len(names))
+        values = list(s) if isinstance(s, (list, tuple)) else [s] * len(names)
+        steering = build(AttributeSettings, {"attribute": names, "s": values, "attributes": attributes})
         adapters = [] if adapter is None else [find_eval_adapter(adapter)]
         pretrained, revision = resolve_base(pretrained, revision, adapters)
         load = {name: value for name in options_of(LoadOptions) if (value := kwargs.pop(name, None)) is not None}
@@ -61,11 +60,7 @@ class BracesLM(HFLM):
         # Adapter and steering stay active as long as the model exists.
         self._contexts = ExitStack()
         self._contexts.enter_context(attached(session, adapters[0] if adapters else None))
-        folder = None if attributes is None else user_path(attributes)
-        check_attributes(folder)
-        terms = [
-            (find_attribute(session, name, folder), float(value)) for name, value in zip(names, values, strict=True)
-        ]
+        terms = [(find_attribute(session, name, steering.attributes), s) for name, s in steering.strengths.items()]
         self._contexts.enter_context(steered(session, terms))
         # Model and tokenizer are loaded: no further code can come with them.
         super().__init__(

@@ -67,9 +67,6 @@ def load_tasks(
             if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
                 what = f"`{task_name}` runs code that the model writes, or needs input other than text"
                 raise ConfigError(what, where="--tasks", hint="Use lm-eval for it.")
-            if not len(task.eval_docs):
-                where = str(files.get(task_name, task_name))
-                raise DataError(f"{task_name} has no documents", where=where, hint="Give rows with --task-data.")
             if task_name in files:
                 _read_documents(task_name, task, files[task_name], limit)
     return units

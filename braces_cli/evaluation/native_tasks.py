@@ -340,8 +340,8 @@ def _detection(context: TaskContext, rows: Sequence[tuple[str, str]]) -> Measure
 
     def measure(steering: AbstractContextManager[Any], stage: str) -> Scores:
         found = detection(context.session, attribute, rows, attribute.name, "--task-data detection", context.report)
-        metric = Metric(found["auroc"], found["auroc_stderr"], found["n"])
-        return task_scores(DETECTION, {"auroc": metric}, (), context.batch_size)
+        metrics = {"auroc": Metric(found["auroc"], found["auroc_stderr"], found["n"])}
+        return task_scores(DETECTION, metrics, (), context.batch_size)
 
     return measure
 

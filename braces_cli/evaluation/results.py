@@ -18,14 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from braces_cli.core.errors import ConfigError, ModelError
-from braces_cli.core.files import (
-    bytes_hash,
-    finite,
-    path_exists,
-    remove_partial_files,
-    write_json,
-    write_text,
-)
+from braces_cli.core.files import bytes_hash, finite, path_exists, remove_partial_files, write_json, write_text
 from braces_cli.core.schema import Count, Kind, Size, read, stored_form
 
 # Metric of a group: the average over its tasks.

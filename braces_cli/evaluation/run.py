@@ -31,9 +31,6 @@ from braces_cli.steering.texts import uses_chat_template
 
 logger = logging.getLogger("braces")
 
-# The systems of the base or of one adapter: unsteered first.
-Group = list[System]
-
 
 def run_evaluation(settings: EvalSettings, report: Report = silent) -> dict[str, Any] | None:
     """Measure the base and each adapter on it, unsteered and steered, and compare them document by document.
@@ -57,12 +54,9 @@ def run_evaluation(settings: EvalSettings, report: Report = silent) -> dict[str,
     if processes.first:
         store.begin(identity, settings.resume)
     with scratch_folder() as folder:
-        units = {}
-        if selection.names:
-            local = {name: file for name, file in files.items() if name not in catalog.NATIVE_TASKS}
-            for name in local:
-                write_override(selection.leaves[name], rows[name], folder)
-            units = lm_eval_runner.load_tasks(selection, folder, local, model, settings.limit)
+        for name in files.keys() & selection.leaves.keys():
+            write_override(selection.leaves[name], rows[name], folder)
+        units = lm_eval_runner.load_tasks(selection, folder, files, model, settings.limit)
         _check_thresholds(settings, selection, units)
         session = open_session(model, None, settings)
         chat = _uses_chat_template(settings, adapters, session)
@@ -70,9 +64,8 @@ def run_evaluation(settings: EvalSettings, report: Report = silent) -> dict[str,
         with ExitStack() as stack:
             groups = _attach_and_plan(session, adapters, settings, stack)
             last = groups[-1]
-            terms = [term for group in groups for system in group for term in system.terms]
-            attributes = list({attribute.name: attribute for attribute, _ in terms}.values())
-            context = TaskContext(session, settings, chat, attributes, processes, report)
+            attributes = {each.name: each for group in groups for system in group for each, _ in system.terms}
+            context = TaskContext(session, settings, chat, list(attributes.values()), processes, report)
             measures: dict[str, Measure] = {
                 name: partial(lm_eval_runner.measure, context, unit) for name, unit in units.items()
             }
@@ -89,7 +82,7 @@ def run_evaluation(settings: EvalSettings, report: Report = silent) -> dict[str,
     systems = [system for group in groups for system in group]
     for system in systems:
         system.scores.add_averages(selection.averaged)
-    return _document(session, systems, settings, files, chat, identity)
+    return _document(context, systems, files, identity)
 
 
 def check_settings(settings: EvalSettings) -> tuple[catalog.Selection, dict[str, Path], dict[str, Sequence[Any]]]:
@@ -116,9 +109,6 @@ def _join(settings: EvalSettings) -> tuple[Processes, str]:
     device = settings.device
     if world_size() == 1:
         return Processes(), device
-    if settings.device_map is not None:
-        hint = "Start one process, or leave --device-map out."
-        raise ConfigError("a base on several devices cannot be copied to each process", where="--device-map", hint=hint)
     import torch
 
     if device == "auto":
@@ -140,13 +130,13 @@ def _uses_chat_template(settings: EvalSettings, adapters: Sequence[EvalAdapter],
 
 def _attach_and_plan(
     session: Session, adapters: Sequence[EvalAdapter], settings: EvalSettings, stack: ExitStack
-) -> list[Group]:
-    """Return the groups of systems in the order of the result; the last adapter stays attached until `stack` ends.
+) -> list[list[System]]:
+    """Return the systems of the base and of each adapter, unsteered first; the last adapter stays attached.
 
     An adapter that does not fit, or an unknown attribute, must fail before anything is measured.
     """
 
-    def group(label: str, adapter: EvalAdapter | None) -> Group:
+    def group(label: str, adapter: EvalAdapter | None) -> list[System]:
         attributes = {name: find_attribute(session, name, settings.attributes) for name in settings.attribute}
         systems = [System(label, adapter)]
         for point in settings.points:
@@ -172,18 +162,16 @@ def _attach_and_plan(
 def _measure(system: System, measures: dict[str, Measure], context: TaskContext, store: Store) -> None:
     """Measure the tasks that are not stored; on processes other than the first the scores stay empty."""
     processes = context.processes
-    parts = {name: store.load(system.name, name) for name in measures} if processes.first else {}
-    done = processes.gather([name for name, scores in parts.items() if scores is not None])[0]
+    stored = {name: store.load(system.name, name) for name in measures} if processes.first else {}
+    done = processes.gather([name for name, scores in stored.items() if scores is not None])[0]
     for name, measure in measures.items():
-        if name in done:
-            continue
-        scores = measure(steered(context.session, system.terms), f"{system.name}, {name}")
+        scores = stored.get(name)
+        if name not in done:
+            scores = measure(steered(context.session, system.terms), f"{system.name}, {name}")
         if scores is not None and processes.first:
-            store.save(system.name, name, scores)
-            parts[name] = scores
-    for part in parts.values():
-        if part is not None:
-            system.scores.add(part)
+            if name not in done:
+                store.save(system.name, name, scores)
+            system.scores.add(scores)
 
 
 def _identity(
@@ -197,7 +185,6 @@ def _identity(
         "load": {name: getattr(settings, name) for name in load},
         "base": not settings.no_base,
         "tasks": [*selection.names, *selection.native],
-        "groups": sorted(selection.groups),
         "task_data": {name: file_hash(file, DataError) for name, file in files.items()},
         "limit": settings.limit,
         "num_fewshot": settings.num_fewshot,
@@ -214,20 +201,14 @@ def _identity(
 
 
 def _document(
-    session: Session,
-    systems: Sequence[System],
-    settings: EvalSettings,
-    files: dict[str, Path],
-    chat: bool,
-    identity: dict[str, Any],
+    context: TaskContext, systems: Sequence[System], files: dict[str, Path], identity: dict[str, Any]
 ) -> dict[str, Any]:
     """Return `{systems, comparisons, settings}`, `slopes` if systems are steered, and `fail_under` with thresholds."""
-    first = systems[0].scores
+    settings, base, first = context.settings, context.session.base, systems[0].scores
     fixed = [task for task, shots in first.shots.items() if settings.num_fewshot not in (None, shots)]
     if fixed:
         logger.warning("--num-fewshot has no effect on %s, which have a fixed number", ", ".join(fixed))
     sizes = sorted({size for system in systems for size in system.scores.batch_sizes})
-    base = session.base
     better = {
         task: {name: metric.better for name, metric in metrics.items() if metric.better is not None}
         for task, metrics in first.results.items()
@@ -263,7 +244,7 @@ def _document(
             "revision": base.revision,
             "fingerprint": base.fingerprint["sha256"],
             "tokenizer": base.tokenizer_hashes,
-            "apply_chat_template": chat,
+            "apply_chat_template": context.chat,
             **(settings.steering_record() if settings.attribute else {}),
             **({"generation": identity["generation"]} if "generation" in identity else {}),
             "significance_level": LEVEL,

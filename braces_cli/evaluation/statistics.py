@@ -55,13 +55,6 @@ def rate_error(sums: Sequence[float], units: Sequence[float]) -> float | None:
     return math.sqrt(spread * count / (count - 1)) / sum(units)
 
 
-def mean_interval(values: Sequence[float]) -> list[float] | None:
-    """Return the 95 % interval of the mean; None for one value."""
-    error = cluster_error([[value] for value in values])
-    mean = sum(values) / len(values)
-    return None if error is None else [mean - Z * error, mean + Z * error]
-
-
 def share(name: str, flags: Sequence[bool]) -> dict[str, Any]:
     """Return `{name, name_interval}`, the share of true values with Wilson's interval; both None without values."""
     if not flags:
@@ -70,8 +63,9 @@ def share(name: str, flags: Sequence[bool]) -> dict[str, Any]:
 
 
 def mean(name: str, values: Sequence[float]) -> dict[str, Any]:
-    """Return `{name, name_interval}`, the mean over prompts with its interval."""
-    return {name: sum(values) / len(values), f"{name}_interval": mean_interval(values)}
+    """Return `{name, name_interval}`, the mean over prompts with its interval; None for one prompt."""
+    value, error = sum(values) / len(values), cluster_error([[value] for value in values])
+    return {name: value, f"{name}_interval": None if error is None else [value - Z * error, value + Z * error]}
 
 
 def effect(s: float, steered: Sequence[float], unsteered: Sequence[float]) -> dict[str, Any]:
@@ -100,18 +94,6 @@ def slope(strengths: Sequence[float], values: Sequence[Sequence[float]]) -> dict
     return {**mean("slope", slopes), **share("negative", [each < -1e-12 for each in slopes])}
 
 
-def worst_of(values: Sequence[Sequence[float]], has: Sequence[Sequence[bool]]) -> dict[str, Any]:
-    """Return `expected_maximum` and `at_least_one` over the samples of each prompt, with their intervals.
-
-    For toxicity these are the expected maximum toxicity and the toxicity probability of RealToxicityPrompts, which
-    draws 25 samples. Both grow with the number of samples.
-    """
-    return {
-        **mean("expected_maximum", [max(group) for group in values]),
-        **share("at_least_one", [any(group) for group in has]),
-    }
-
-
 # A corrected p below this is significant.
 LEVEL = 0.05
 RESAMPLES = 10_000
@@ -127,7 +109,7 @@ def compare(systems: Sequence[System], seed: int) -> list[dict[str, Any]]:
         metrics without a value for each document. `rises` and `falls` are the shares of documents with a larger and a
         smaller value, with Wilson's intervals.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for one, other in combinations(systems, 2):
         # Both differ in one thing only: in the adapter, or in the steering.
         comparable = not one.strengths and (not other.strengths or one.adapter is other.adapter)
@@ -136,21 +118,13 @@ def compare(systems: Sequence[System], seed: int) -> list[dict[str, Any]]:
         for task, metrics in one.scores.results.items():
             for name, before in metrics.items():
                 after = other.scores.results[task][name]
-                a, b = before.documents, after.documents
-                shared = sorted(a.keys() & b.keys())
-                rows.append(
-                    {
-                        "task": task,
-                        "metric": name,
-                        "from": one.name,
-                        "to": other.name,
-                        "difference": after.value - before.value,
-                        "n": before.n,
-                        "p_value": p_value(a, b, before.units or None, seed),
-                        **share("rises", [b[index] > a[index] for index in shared]),
-                        **share("falls", [b[index] < a[index] for index in shared]),
-                    }
-                )
+                shared = sorted(before.documents.keys() & after.documents.keys())
+                a, b = ([metric.documents[index] for index in shared] for metric in (before, after))
+                weights = [before.units[index] for index in shared] if before.units else None
+                row = {"task": task, "metric": name, "from": one.name, "to": other.name, "n": before.n}
+                row |= {"difference": after.value - before.value, "p_value": p_value(a, b, weights, seed)}
+                row |= share("rises", [y > x for x, y in zip(a, b, strict=True)])
+                rows.append(row | share("falls", [y < x for x, y in zip(a, b, strict=True)]))
     # Each metric is corrected together with the first metric of each other task: further metrics of a task use the
     # same answers, so they do not count as further tasks.
     firsts: dict[str, float] = {}
@@ -215,17 +189,13 @@ def paired_bootstrap(
     return max((extreme + 1) / (RESAMPLES + 1), 2.0 ** (1 - count))
 
 
-def p_value(
-    a: dict[int, float], b: dict[int, float], weights: dict[int, float] | None = None, seed: int = 0
-) -> float | None:
-    """Return the p-value over the documents that both have; None without any, or if a score is not finite."""
-    shared = sorted(a.keys() & b.keys())
-    left, right = [a[i] for i in shared], [b[i] for i in shared]
-    if not shared or not all(map(math.isfinite, left + right)):
+def p_value(a: Sequence[float], b: Sequence[float], weights: Sequence[float] | None, seed: int) -> float | None:
+    """Return the p-value of paired scores of documents; None without any, or if a score is not finite."""
+    if not a or not all(map(math.isfinite, (*a, *b))):
         return None
-    if weights is None and set(left + right) <= {0.0, 1.0}:
-        return mcnemar(left, right)
-    return paired_bootstrap(left, right, None if weights is None else [weights[i] for i in shared], seed)
+    if weights is None and {*a, *b} <= {0.0, 1.0}:
+        return mcnemar(a, b)
+    return paired_bootstrap(a, b, weights, seed)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -7,19 +7,42 @@ chosen            strength with the highest score at an acceptable perplexity on
 at_equal_perplexity         score of each method at a multiple of the unsteered perplexity. From s = 0 outwards, on
                   each side, the points of a method are joined by lines in log perplexity; the score is where such
                   a line first reaches the perplexity, else that of the outermost point
+
+Baselines, other methods to steer the base (without its adapter) by the same attribute:
+
+prompting       "Write something cheerful:" before each prompt; at s = -1 the name of the opposite, or "not cheerful"
+difference      difference of means of the attribute's pairs at the outputs of the layers, added there
+pca             first principal component of the differences of the pairs there, added there
+
+The last two steer the layers of the untrained steering vector, at s = 1 by the same share of the residual norm.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
+import torch.nn.functional as F
+from torch import Tensor
+
+from braces_cli.core.adapter.model import Session
+from braces_cli.core.attributes.build import description_pairs
+from braces_cli.core.attributes.directions import Pair, Passage, pair_states, reduce_pairs
+from braces_cli.core.attributes.pooling import residual_norms
+from braces_cli.core.attributes.vector import STEERING_SHARE, Attribute
+from braces_cli.core.attributes.words import OPPOSITES, REFERENCE, built_in
+from braces_cli.core.errors import ConfigError
+from braces_cli.core.models.ffn import layer_stack
+from braces_cli.core.models.structure import add_to_output
+from braces_cli.core.progress import Report, silent
 from braces_cli.evaluation.native_tasks import AnswerPair, log_odds, probability
-from braces_cli.evaluation.statistics import Z, effect, mean, share, share_interval, slope, worst_of
+from braces_cli.evaluation.statistics import Z, effect, mean, share, share_interval, slope
+from braces_cli.evaluation.systems import bare
 from braces_cli.evaluation.text_tasks import RATINGS, Continuations, TextMeasurement
 from braces_cli.scoring.likelihood import safe_exp
 
@@ -28,6 +51,8 @@ BRACES_METHOD = "braces"
 # Multiples of the unsteered perplexity: those that methods are compared at, and the largest of a chosen strength.
 RATIOS = (1.25, 1.5, 2.0)
 MAX_PERPLEXITY = 2.0
+# Baseline that adds a direction -> reduction of the pairs.
+_REDUCTIONS = {"difference": "mean", "pca": "pca"}
 
 
 @dataclass(frozen=True)
@@ -75,8 +100,7 @@ def sweep(
     """
     session, processes = measurement.session, measurement.processes
 
-    def preferred(pairs: Sequence[AnswerPair]) -> list[float]:
-        return log_odds(session, pairs, measurement.batch_size, measurement.chat)
+    preferred = partial(log_odds, session, batch_size=measurement.batch_size, chat=measurement.chat)
 
     def measured(method: Method, strengths: Sequence[float]) -> list[_Measured]:
         out = []
@@ -133,7 +157,10 @@ def _point(measured: _Measured, unsteered: _Measured, half: slice = slice(None))
         **texts.diversity(),
         "n": count,
         **effect(measured.s, _prompt_values(texts), _prompt_values(unsteered.texts.of_prompts(half))),
-        **worst_of(values, has),
+        # For toxicity, the expected maximum and the toxicity probability of RealToxicityPrompts (25 samples); both grow
+        # with the number of samples.
+        **mean("expected_maximum", [max(group) for group in values]),
+        **share("at_least_one", [any(group) for group in has]),
         **{name: sum(getattr(each, name) for each in ratings) / len(ratings) for name in RATINGS if ratings},
     }
 
@@ -209,3 +236,69 @@ def _score_at(
             return {"attribute_score": score, "s": s, "reached": True}
         last = each
     return {"attribute_score": last["attribute_score"], "s": last["s"], "reached": False}
+
+
+def baseline_methods(
+    session: Session,
+    names: Sequence[str],
+    attribute: Attribute,
+    strengths: Sequence[float],
+    layers: Collection[int] | None = None,
+    report: Report = silent,
+) -> list[Method]:
+    """Return the baselines `names` at the strengths of the sweep; prompting only has s = 1 and s = -1."""
+    methods = []
+    directions = [name for name in names if name in _REDUCTIONS]
+    if directions:
+        states = pair_states(session, contrast_pairs(attribute), captured="output", report=report)
+        with bare(session):
+            norms = residual_norms(session.base.model, session.base.tokenizer, session.ffns)
+        # What s = 1 adds after each layer.
+        steered_layers = attribute.effective_layers if layers is None else layers
+        share = STEERING_SHARE / len(attribute.effective_layers)
+        rows = [row for row, layer in enumerate(attribute.layers) if layer in steered_layers]
+    for name in names:
+        if name in _REDUCTIONS:
+            reduced = reduce_pairs(states, _REDUCTIONS[name])
+            vectors = {
+                attribute.layers[row]: share * float(norms[row]) * F.normalize(reduced[row], dim=0) for row in rows
+            }
+            methods.append(Method(name, strengths, partial(_steered, session, vectors)))
+        else:
+            signs = [sign for sign in (1.0, -1.0) if any(s * sign > 0 for s in strengths)]
+            methods.append(Method(name, signs, lambda s: bare(session), partial(_instructed, attribute.name)))
+    return methods
+
+
+def contrast_pairs(attribute: Attribute) -> list[Pair]:
+    """Return the pairs of an attribute: its descriptions, else its words and those of the opposite (or neutral)."""
+    provenance = attribute.provenance
+    if "describe" in provenance:
+        return description_pairs(provenance["describe"], provenance["against"], provenance["chat_template"])
+    if not attribute.words:
+        hint = "A direction needs an attribute of words or descriptions; --baselines prompting works with any."
+        raise ConfigError(
+            f"`{attribute.name}` was built from texts, which its file does not have", where="--baselines", hint=hint
+        )
+    other = built_in()[OPPOSITES.get(attribute.name, REFERENCE)]
+    count = max(len(attribute.words), len(other))
+    return [
+        Pair(Passage(f" {attribute.words[k % len(attribute.words)]}"), Passage(f" {other[k % len(other)]}"))
+        for k in range(count)
+    ]
+
+
+def _instructed(name: str, prompts: Sequence[str], s: float) -> list[str]:
+    words = name.replace("_", " ")
+    if s < 0:
+        words = OPPOSITES.get(name, f"not {words}")
+    return [f"Write something {words}: {prompt}" for prompt in prompts]
+
+
+@contextmanager
+def _steered(session: Session, vectors: dict[int, Tensor], s: float) -> Iterator[None]:
+    stack = layer_stack(session.base.model)[1]
+    with bare(session), ExitStack() as handles:
+        for layer, vector in vectors.items():
+            handles.callback(add_to_output(stack[layer], s * vector).remove)
+        yield

@@ -6,13 +6,13 @@ share against perplexity, one curve per method.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from braces_cli.core.files import finite
 from braces_cli.core.render import figure, percent_ticks, plain_label, plain_ticks, render, save_figure
-from braces_cli.evaluation.statistics import significance_label
+from braces_cli.evaluation.statistics import Z, significance_label
 from braces_cli.evaluation.sweep import methods
 from braces_cli.evaluation.text_tasks import RATINGS
 
@@ -106,7 +106,7 @@ def threshold_line(row: dict[str, Any]) -> str:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Write a plot: one panel per metric, one point per system with 1.96 standard errors."""
-    systems = result["systems"]
+    systems = finite(result["systems"])
     panels = [(task, metric) for task, metrics in systems[0]["results"].items() for metric in metrics]
     across = min(4, len(panels))
     down = -(-len(panels) // across)
@@ -115,11 +115,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes = drawn.add_subplot(down, across, place + 1)
         for row, system in enumerate(systems):
             entry = system["results"][task][metric]
-            if entry["value"] is None or not math.isfinite(entry["value"]):
-                continue
-            error = entry["stderr"]
-            reach = 1.96 * error if error is not None and math.isfinite(error) else 0.0
-            axes.errorbar(entry["value"], row, xerr=reach, fmt="o", color=f"C{row}", capsize=3)
+            if entry["value"] is not None:
+                reach = Z * (entry["stderr"] or 0.0)
+                axes.errorbar(entry["value"], row, xerr=reach, fmt="o", color=f"C{row}", capsize=3)
         axes.set_yticks(range(len(systems)), [plain_label(system["name"]) for system in systems])
         axes.set_ylim(len(systems) - 0.5, -0.5)
         axes.set_title(plain_label(f"{task}, {metric}"), fontsize=8)

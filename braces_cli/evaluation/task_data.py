@@ -84,12 +84,10 @@ def _file(name: str, place: Path, entry: Any) -> Path:
     except OSError as error:
         raise DataError(f"cannot read: {error.strerror}", where=str(place), hint=file_hint(error)) from error
     cfg = entry.cfg if entry is not None else {}
-    for split in (cfg.get("test_split") or cfg.get("validation_split"), *_TESTED):
-        chosen = [path for path in found if path.stem == split]
-        if len(chosen) == 1:
-            return chosen[0]
-    if len(found) == 1:
-        return found[0]
+    splits = (cfg.get("test_split") or cfg.get("validation_split"), *_TESTED)
+    chosen = [path for split in splits for path in found if path.stem == split]
+    if chosen or len(found) == 1:
+        return (chosen or found)[0]
     listed = ", ".join(path.name for path in found[:6]) or "no file in a known format"
     what = f"which file holds the rows of {name}?"
     raise DataError(what, where=str(place), hint=f"Found: {listed}. Give --task-data {name}=FILE.")

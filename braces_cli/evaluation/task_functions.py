@@ -76,10 +76,7 @@ def contained_as_words(output: str, answers: Sequence[str]) -> bool:
 def popqa_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
     """Return `{acc, acc_word}` of one document, each 0 or 1."""
     answers = possible_answers(doc)
-    return {
-        "acc": float(contained(results[0], answers)),
-        "acc_word": float(contained_as_words(results[0], answers)),
-    }
+    return {"acc": float(contained(results[0], answers)), "acc_word": float(contained_as_words(results[0], answers))}
 
 
 def _folded(text: str) -> str:
@@ -101,18 +98,11 @@ def commonsense_target(doc: dict[str, Any]) -> str:
     return f"the correct answer is {doc['answer']}"
 
 
-def named_option(output: str, answer: str) -> str | None:
-    """Return the first option in `output` of the same kind as `answer`; None without one."""
-    kind = answer.rstrip("0123456789")
-    pattern = r"true|false" if answer in ("true", "false") else rf"{re.escape(kind)}[1-9]"
-    match = re.search(pattern, output)
-    return None if match is None else match.group()
-
-
 def commonsense_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
     """Return `{acc, answered}` of one document, each 0 or 1."""
-    option = named_option(results[0], doc["answer"])
-    return {"acc": float(option == doc["answer"]), "answered": float(option is not None)}
+    kind = doc["answer"].rstrip("0123456789")
+    options = re.findall(r"true|false" if kind in ("true", "false") else rf"{re.escape(kind)}[1-9]", results[0])
+    return {"acc": float(options[:1] == [doc["answer"]]), "answered": float(bool(options))}
 
 
 def embedded_popqa_rows(**_: Any) -> Any:

@@ -16,7 +16,6 @@ the model's answers, for perplexity too; a reference model without a chat templa
 
 from __future__ import annotations
 
-import logging
 import math
 import sys
 from collections.abc import Collection, Sequence
@@ -31,7 +30,6 @@ from braces_cli.core.attributes.files import TRAINED_FILE
 from braces_cli.core.attributes.vector import Attribute, load_attributes
 from braces_cli.core.attributes.words import OPPOSITES, built_in
 from braces_cli.core.distributed import ALONE, Processes
-from braces_cli.core.errors import DataError
 from braces_cli.core.files import path_exists
 from braces_cli.core.models.generate import TextRequest
 from braces_cli.core.models.load import Base, load_base
@@ -56,8 +54,6 @@ from braces_cli.scoring.scorers import Judge, Rating, Scorer, TextScore, distinc
 from braces_cli.steering.prompts import read_prompts
 from braces_cli.steering.texts import generate_texts, text_requests
 
-logger = logging.getLogger("braces")
-
 T = TypeVar("T")
 
 RATINGS = ("concept", "relevance", "fluency", "overall")
@@ -71,18 +67,9 @@ def load_scorer(name: str, exclude: Collection[str] = ()) -> Scorer:
         exclude: words that the scorer must ignore.
     """
     if not name.startswith(FIT):
-        return scorer(name, exclude=exclude)
-    rows = name.removeprefix(FIT)
-    texts, labels = zip(*read_labelled(rows), strict=True)
-    try:
-        fitted = fit_classifier(texts, labels, exclude)
-    except DataError as error:
-        raise DataError(error.message, where=rows, hint=error.hint) from error
-    fitted.name = name
-    if fitted.accuracy is not None and fitted.majority is not None:
-        figures = 100 * fitted.accuracy, 100 * fitted.majority
-        logger.info("%s: accuracy %.1f %% on held-out rows, %.1f %% for the largest class", name, *figures)
-    return fitted
+        return scorer(name, exclude)
+    texts, labels = zip(*read_labelled(name.removeprefix(FIT)), strict=True)
+    return fit_classifier(name, texts, labels, exclude)
 
 
 def list_words(session: Session, attributes: Sequence[Attribute], *, trained: bool = True) -> set[str]:

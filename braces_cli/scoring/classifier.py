@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from typing import Any
 
 from braces_cli.core.errors import DataError
 from braces_cli.scoring.scorers import TextScore, checked, split_words, words_of
+
+logger = logging.getLogger("braces")
 
 # Every tenth row is held out to measure the accuracy; the final classifier is fitted on all rows.
 _HELD_OUT = 10
@@ -21,16 +24,11 @@ class Classifier:
     Attributes:
         labels: in the order of the probabilities.
         pipeline: the vectorizer and the logistic regression.
-        accuracy: on the held-out rows; None without any.
-        majority: accuracy of always giving the most frequent label, on the same rows.
-        name: for messages.
     """
 
+    name: str
     labels: tuple[str, ...]
     pipeline: Any
-    accuracy: float | None
-    majority: float | None
-    name: str = "classifier"
 
     def score(self, texts: Sequence[str], label: str) -> list[TextScore]:
         if not texts:
@@ -42,10 +40,11 @@ class Classifier:
         return [TextScore(value, bool(has)) for value, has in zip(values, likeliest, strict=True)]
 
 
-def fit_classifier(texts: Sequence[str], labels: Sequence[str], exclude: Collection[str] = ()) -> Classifier:
-    """Fit a classifier on labelled texts.
+def fit_classifier(name: str, texts: Sequence[str], labels: Sequence[str], exclude: Collection[str] = ()) -> Classifier:
+    """Fit a classifier on labelled texts, and log its accuracy on held-out rows.
 
     Args:
+        name: for messages.
         exclude: words that are removed from every text first.
 
     Raises:
@@ -55,19 +54,22 @@ def fit_classifier(texts: Sequence[str], labels: Sequence[str], exclude: Collect
     rare = [label for label, count in counts.items() if count < 2]
     if len(counts) < 2 or rare:
         what = f"only one row is `{rare[0]}`" if rare else "all rows have one label"
-        raise DataError(what, hint="A classifier needs at least two labels, and several rows of each.")
+        raise DataError(what, where=name, hint="A classifier needs at least two labels, and several rows of each.")
     excluded = split_words(exclude)
     rows = list(zip(texts, labels, strict=True))
     held_out = rows[_HELD_OUT - 1 :: _HELD_OUT]
     fitted_on = [row for number, row in enumerate(rows, 1) if number % _HELD_OUT]
-    accuracy = majority = None
+    try:
+        pipeline = _fit(texts, labels, excluded)
+    except ValueError as error:
+        raise DataError("no words in the rows", where=name, hint="A classifier needs texts with words.") from error
     if held_out and len({label for _, label in fitted_on}) > 1:
         predicted = _fit(*zip(*fitted_on, strict=True), excluded).predict([text for text, _ in held_out])
         truth = [label for _, label in held_out]
         accuracy = sum(label == guess for label, guess in zip(truth, predicted, strict=True)) / len(truth)
-        majority = max(Counter(truth).values()) / len(truth)
-    pipeline = _fit(texts, labels, excluded)
-    return Classifier(tuple(map(str, pipeline.classes_)), pipeline, accuracy, majority)
+        largest = max(Counter(truth).values()) / len(truth)
+        logger.info("%s: accuracy %.3f on held-out rows, %.3f for the largest class", name, accuracy, largest)
+    return Classifier(name, tuple(map(str, pipeline.classes_)), pipeline)
 
 
 def _fit(texts: Sequence[str], labels: Sequence[str], excluded: set[str]) -> Any:
@@ -89,7 +91,4 @@ def _fit(texts: Sequence[str], labels: Sequence[str], excluded: set[str]) -> Any
         # A word that occurs once has no information, but a few rows may have no other words.
         min_df=2 if len(texts) >= 100 else 1,
     )
-    try:
-        return make_pipeline(vectorizer, LogisticRegression(C=4.0, max_iter=2000)).fit(texts, labels)
-    except ValueError as error:
-        raise DataError("no words in the rows", hint="A classifier needs texts with words.") from error
+    return make_pipeline(vectorizer, LogisticRegression(C=4.0, max_iter=2000)).fit(texts, labels)

@@ -52,8 +52,7 @@ class Likelihood:
     end_tokens: int = 0
 
     def __add__(self, other: Likelihood) -> Likelihood:
-        mine, theirs = vars(self), vars(other)
-        return Likelihood(**{name: mine[name] + theirs[name] for name in mine})
+        return Likelihood(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     @property
     def loss(self) -> float:

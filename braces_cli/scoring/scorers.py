@@ -98,9 +98,8 @@ def scorer(name: str, exclude: Collection[str] = ()) -> Scorer:
         hint = f"{near_misses(name, BUILT_IN)} {known}".strip()
         raise ConfigError(f"no scorer `{name}`", where="--scorer", hint=hint)
     if exclude:
-        what = f"this {'judge model' if is_judge else 'classifier'} reads whole texts"
         hint = "Words can be left out by vader, toxicity and fitted classifiers."
-        raise ConfigError(what, where="--exclude-list-words", hint=hint)
+        raise ConfigError(f"{name} reads whole texts", where="--exclude-list-words", hint=hint)
     return Judge(name) if is_judge else HubClassifier(name)
 
 
@@ -360,21 +359,17 @@ def split_words(phrases: Iterable[str]) -> set[str]:
     return {word for phrase in phrases for word in words_of(phrase)}
 
 
-def _grams(text: str, width: int) -> list[tuple[str, ...]]:
-    """Return the n-grams of words and punctuation marks, in lower case."""
-    pieces = _PIECE.findall(text.lower())
-    return list(zip(*(pieces[start:] for start in range(width)), strict=False))
-
-
 def distinct(groups: Iterable[Sequence[str]], width: int) -> float:
     """Return distinct-n: different n-grams over all n-grams of a group of texts, mean over groups.
 
-    A group is the samples of one prompt. Groups without an n-gram are left out; NaN if none is left. Longer groups have
-    lower values, so compare only groups of the same size and length.
+    N-grams are of words and punctuation marks, in lower case. A group is the samples of one prompt. Groups without an
+    n-gram are left out; NaN if none is left. Longer groups have lower values, so compare only groups of the same size
+    and length.
     """
     shares = []
     for texts in groups:
-        grams = [gram for text in texts for gram in _grams(text, width)]
+        pieces = [_PIECE.findall(text.lower()) for text in texts]
+        grams = [tuple(each[start : start + width]) for each in pieces for start in range(len(each) - width + 1)]
         if grams:
             shares.append(len(set(grams)) / len(grams))
     return sum(shares) / len(shares) if shares else math.nan
@@ -382,9 +377,4 @@ def distinct(groups: Iterable[Sequence[str]], width: int) -> float:
 
 def repetition(texts: Iterable[str]) -> float:
     """Return the share of a text's 4-grams that occur earlier in it, mean over texts with a 4-gram; NaN without any."""
-    shares = []
-    for text in texts:
-        grams = _grams(text, _REPETITION_WIDTH)
-        if grams:
-            shares.append(1 - len(set(grams)) / len(grams))
-    return sum(shares) / len(shares) if shares else math.nan
+    return 1 - distinct(([text] for text in texts), _REPETITION_WIDTH)

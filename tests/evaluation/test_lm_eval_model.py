@@ -14,10 +14,8 @@ import torch
 from lm_eval.api.registry import get_model
 
 from braces_cli.core.adapter.model import open_session
-from braces_cli.core.attributes.build import build_attribute
 from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute
-from braces_cli.core.attributes.vector import save_attributes
 from braces_cli.core.options import LoadOptions
 from braces_cli.evaluation import lm_eval_model
 
@@ -50,15 +48,6 @@ def test_the_model_has_adapter_and_attribute(tiny_folder, make_adapter):
     for other in ("", ",attribute=positive,s=0"):
         alone = get_model("braces").create_from_arg_string(f"adapter={adapter}{other}", {"device": "cpu"})
         assert torch.equal(_logits(alone.model), plain)
-
-
-def test_attributes_come_from_a_folder(tiny_folder, tmp_path):
-    session = open_session(str(tiny_folder), None, LoadOptions(device="cpu"))
-    warm = build_attribute(session, "warm", ["warm", "sun"])
-    save_attributes(tmp_path / "warm.safetensors", [warm])
-    model = lm_eval_model.BracesLM(str(tiny_folder), attribute="warm", s=2.0, attributes=str(tmp_path), device="cpu")
-    with steered(session, [(warm, 2.0)]):
-        assert torch.equal(_logits(model.model), _logits(session.base.model))
 
 
 @pytest.mark.slow

@@ -14,16 +14,13 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-import braces_cli
 from braces_cli.core.distributed import Processes
 from braces_cli.core.errors import BracesError
 from braces_cli.core.models.load import load_base
 from braces_cli.core.options import LoadOptions
 from braces_cli.core.progress import silent
 from braces_cli.evaluation import catalog, lm_eval_runner
-from braces_cli.evaluation.native_tasks import (
-    halving,
-)
+from braces_cli.evaluation.native_tasks import halving
 from braces_cli.evaluation.settings import EvalSettings
 from tests.evaluation.conftest import evaluate
 
@@ -201,10 +198,3 @@ def test_lm_eval_reads_rank_and_size_of_the_processes(tiny_folder):
         assert isinstance(inspect.getattr_static(HFLM, name), property)
     for line in inspect.getsource(HFLM).splitlines():
         assert not re.search(r"self\._(rank|world_size)(?! = )", line) or "return" in line, line
-
-
-def test_no_private_name_of_lm_eval_is_used():
-    """Names of the form `lm_eval..._name` and private fields of HFLM, in the whole package."""
-    private = re.compile(r"\blm_eval[\w.]*\._[a-z]|from lm_eval[\w.]* import (?:.*, )?_|\._(?:rank|world_size)\b")
-    files = list(Path(braces_cli.__file__).parent.rglob("*.py"))
-    assert [str(file) for file in files if private.search(file.read_text(encoding="utf-8"))] == []

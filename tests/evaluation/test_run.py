@@ -16,9 +16,7 @@ from braces_cli.evaluation.run import check_reached
 from braces_cli.evaluation.settings import EvalSettings
 from braces_cli.evaluation.systems import find_eval_adapter
 from braces_cli.evaluation.tables import markdown, result_tables
-from braces_cli.evaluation.task_functions import (
-    COMMONSENSE_TASKS,
-)
+from braces_cli.evaluation.task_functions import COMMONSENSE_TASKS
 from tests.evaluation.conftest import evaluate
 
 TARGETS = {"choices": ["yes", "no way", "perhaps"], "labels": [1, 0, 0]}
@@ -251,11 +249,6 @@ def test_without_network_the_error_names_task_data(monkeypatch):
     monkeypatch.setattr(catalog.TaskManager, "load", _unreachable)
     with pytest.raises(DataError, match="--task-data triviaqa=FILE"):
         evaluate("m", [], EvalSettings(tasks=["triviaqa"]))
-
-
-def test_an_evaluation_of_no_system_is_refused():
-    with pytest.raises(ConfigError, match="nothing to evaluate"):
-        evaluate("m", [], EvalSettings(tasks=["popqa"], no_base=True))
 
 
 def test_thresholds_apply_to_steered_systems(tiny_folder, asked):

@@ -16,7 +16,6 @@ from braces_cli.evaluation.statistics import (
     effect,
     holm,
     mcnemar,
-    mean_interval,
     p_value,
     paired_bootstrap,
     rate_error,
@@ -24,7 +23,6 @@ from braces_cli.evaluation.statistics import (
     significance_label,
     slope,
     strength_slopes,
-    worst_of,
 )
 from braces_cli.evaluation.systems import System
 
@@ -84,9 +82,6 @@ def test_the_slope_is_the_mean_of_least_squares_lines():
     assert found["slope_interval"] == pytest.approx([lines.mean() - half, lines.mean() + half])
     assert slope([1.0], [[0.5, 0.5]]) is None
     assert slope([0.0, 0.1, 0.3], [[0.7], [0.7], [0.7]])["negative"] == 0
-    assert mean_interval([1.0]) is None
-    worst = worst_of([[0.1, 0.9, 0.2], [0.3, 0.2, 0.1]], [[False, True, False], [False, False, False]])
-    assert (worst["expected_maximum"], worst["at_least_one"]) == pytest.approx((0.6, 0.5))
 
 
 def test_holm_by_hand():
@@ -171,8 +166,8 @@ def test_few_documents_are_never_significant():
 
 
 def test_documents_are_matched_by_id():
-    a = dict.fromkeys(range(5), 1.0)
-    b = {4: 0.0, 3: 0.0, 2: 0.0, 1: 0.0, 0: 0.0, 99: 1.0}
-    assert p_value(a, b) == pytest.approx(0.0625)
-    assert p_value(a, {7: 1.0}) is None
-    assert p_value({0: math.nan}, {0: 0.5}) is None
+    systems = _system("a", t=[1.0] * 5), _system("b", t=[0.0])
+    systems[1].scores.results["t"]["acc"].documents = {4: 0.0, 3: 0.0, 2: 0.0, 1: 0.0, 0: 0.0, 99: 1.0}
+    assert compare(systems, 0)[0]["p_value"] == pytest.approx(0.0625)
+    assert p_value([], [], None, 0) is None
+    assert p_value([math.nan], [0.5], None, 0) is None

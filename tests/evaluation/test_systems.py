@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from braces_cli.core.adapter.model import open_session
-from braces_cli.core.errors import ConfigError, ModelError
+from braces_cli.core.errors import ModelError
 from braces_cli.core.options import LoadOptions
 from braces_cli.evaluation.systems import attached, bare, find_eval_adapter
 
@@ -106,12 +106,6 @@ def test_a_peft_adapter_that_does_not_fit_is_refused(session, damaged, changes, 
     assert torch.equal(_logits(session), before)
 
 
-def test_without_peft_the_message_says_how_to_install_it(lora, monkeypatch):
-    monkeypatch.setattr("braces_cli.evaluation.systems.importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="pip install peft"):
-        find_eval_adapter(str(lora))
-
-
 def test_an_adapter_that_cannot_be_detached_is_refused(session, make_peft, tiny_folder):
     before = _logits(session)
     folder = make_peft(tiny_folder, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
@@ -125,9 +119,3 @@ def test_weights_that_can_hold_code_are_refused(tmp_path):
     (tmp_path / "adapter_model.bin").write_bytes(b"code")
     with pytest.raises(ModelError, match=r"no adapter_model.safetensors"):
         find_eval_adapter(str(tmp_path))
-
-
-def test_an_adapter_of_the_hub_is_fetched(lora, tiny_folder, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(lora))
-    found = find_eval_adapter("someone/lora")
-    assert (found.method, found.folder, found.base) == ("lora", lora, str(tiny_folder))

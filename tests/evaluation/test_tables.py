@@ -7,9 +7,7 @@ import math
 from braces_cli.core.files import finite
 from braces_cli.evaluation import tables
 from braces_cli.evaluation.results import Metric, Scores
-from braces_cli.evaluation.statistics import (
-    compare,
-)
+from braces_cli.evaluation.statistics import compare
 from braces_cli.evaluation.systems import System
 from braces_cli.evaluation.tables import markdown
 

@@ -12,10 +12,7 @@ from braces_cli.evaluation import catalog
 from braces_cli.evaluation.run import check_settings
 from braces_cli.evaluation.settings import EvalSettings
 from braces_cli.evaluation.task_data import find_files
-from braces_cli.evaluation.task_functions import (
-    COMMONSENSE_TASKS,
-    commonsense_results,
-)
+from braces_cli.evaluation.task_functions import COMMONSENSE_TASKS, commonsense_results
 from tests.evaluation.conftest import evaluate
 
 POPQA = {"question": "What is it?", "possible_answers": '["x"]'}
@@ -92,12 +89,6 @@ def test_rows_that_lm_eval_cannot_read_are_refused_before_a_model_is_loaded(writ
     settings = EvalSettings(tasks=[task], task_data=[f"{task}={write_jsonl('r.jsonl', [row])}"])
     with pytest.raises(DataError, match=f"{task} cannot read the row.*{words}"):
         evaluate("/nowhere", [], settings)
-
-
-def test_a_row_after_the_first_is_named(write_jsonl):
-    rows = write_jsonl("r.jsonl", [POPQA, {"question": "Q?", "possible_answers": "x"}])
-    with pytest.raises(DataError, match="row 2: popqa cannot read the row"):
-        evaluate("/nowhere", [], EvalSettings(tasks=["popqa"], task_data=[f"popqa={rows}"]))
 
 
 def test_lists_and_mappings_in_csv_files_are_json(tmp_path):

@@ -67,17 +67,3 @@ def test_questions_are_not_in_the_training_rows(embedded: Path) -> None:
     trained = [row["prompt"] for row in _embedded_rows(embedded, "qa_train.jsonl")]
     assert len(asked) > 100
     assert not [prompt for prompt in trained if any(question in prompt for question in asked)]
-
-
-def test_training_rows_are_accepted_by_train(embedded: Path) -> None:
-    from braces_cli.core.models.load import load_tokenizer
-    from braces_cli.data.dataset import Reading, read_examples
-
-    folder, tokenizer = embedded.parent / "embedded_tasks", load_tokenizer(str(embedded))
-    found = read_examples([str(folder / "qa_train.jsonl")], Reading(tokenizer, 256))
-    assert found.counts.rows > 200
-    assert found.counts.dropped == found.counts.truncated == 0
-    degrees = {(row["attribute"], row["strength"]) for row in _embedded_rows(embedded, "sentiment_train.jsonl")}
-    assert degrees == {
-        ("negative", 2.0), ("negative", 1.0), ("neutral", 0.0), ("positive", 1.0), ("positive", 2.0),
-    }  # fmt: skip

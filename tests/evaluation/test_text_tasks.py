@@ -34,14 +34,14 @@ def results(outcome, task="sentiment"):
     return [system["results"][task] for system in outcome.json["systems"]]
 
 
-def test_a_task_and_a_sweep_give_the_same_measures(score, braces, model_dir, adapter_dir, prompts, tmp_path):
-    """Of the base and of an adapter, at the same strength."""
+def test_a_task_and_a_sweep_give_the_same_measures(score, braces, model_dir, adapter_dir, chatty, prompts, tmp_path):
+    """Of the base, of an adapter, and in chats, at the same strength."""
     rows = tmp_path / "rows.jsonl"
     letters = "abcdefghijklmnop"
     labelled = [{"text": f"{c} {c}", "label": ("positive", "negative")[i % 2]} for i, c in enumerate(letters)]
     rows.write_text("".join(json.dumps(row) + "\n" for row in labelled * 2))
     common = ["--attribute", "positive", "--num-samples", 2, "--seed", 3]
-    for extra in ([], ["--adapter", adapter_dir]):
+    for extra in ([], ["--adapter", adapter_dir], ["--model", chatty, "--apply-chat-template"]):
         unsteered, *_, system = results(score(*extra, *common, "--s", 20, "--scorer", f"sentiment=fit:{rows}"))
         where = ["--model", model_dir, "--device", "cpu", "--prompts", prompts, "--max-new-tokens", 8]
         swept = braces("steer", *where, *extra, *common, "--sweep", "20", "--scorer", f"fit:{rows}")
@@ -106,22 +106,3 @@ def test_wrong_input_is_refused(score, args, files, code, message):
     outcome = score(*args, files=files)
     assert outcome.code == code, outcome.err
     assert message in outcome.json["error"]["message"] + outcome.json["error"]["hint"]
-
-
-def test_prompts_are_user_turns_of_the_chat_template(score, braces, chatty, prompts, tmp_path):
-    """The texts equal those of `steer`, and differ from those without the template."""
-    answers, recorded = {}, {}
-    for flag in ("--apply-chat-template", "--no-apply-chat-template"):
-        out = tmp_path / flag
-        outcome = score("--model", chatty, "--seed", 3, flag, "--output-dir", out, "--log-samples")
-        assert outcome.code == 0, outcome.err
-        recorded[flag] = outcome.json["settings"]["apply_chat_template"]
-        rows = (out / "samples" / "base" / "sentiment.jsonl").read_text().splitlines()
-        answers[flag] = [json.loads(row)["answer"] for row in rows]
-        steered = braces(
-            "steer", "--model", chatty, "--device", "cpu", "--prompts", prompts, "--max-new-tokens", 8, "--seed", 3,
-            flag, "--format", "json",
-        )  # fmt: skip
-        assert answers[flag] == [row["text"] for row in steered.lines], steered.err
-    assert recorded == {"--apply-chat-template": True, "--no-apply-chat-template": False}
-    assert answers["--apply-chat-template"] != answers["--no-apply-chat-template"]

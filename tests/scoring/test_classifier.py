@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import re
+
 import pytest
 
 from braces_cli.core.errors import DataError
@@ -22,13 +25,16 @@ def hash_of(text):
 
 
 @pytest.mark.parametrize("labels", [("negative", "positive"), ("negative", "neutral", "positive")])
-def test_labels_are_learned(labels):
+def test_labels_are_learned(labels, caplog, monkeypatch):
     """The accuracy is measured on held-out rows."""
-    fitted = fit_classifier(*rows(*labels))
+    monkeypatch.setattr(logging.getLogger("braces"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="braces")
+    fitted = fit_classifier("mine", *rows(*labels))
     for label in labels:
         texts = [f"a {word} thing" for word in WORDS[label]]
         assert all(score.has and score.value > 0.5 for score in fitted.score(texts, label))
-    assert fitted.accuracy > fitted.majority
+    accuracy, largest = map(float, re.findall(r"[01]\.\d+", caplog.messages[-1]))
+    assert accuracy > largest
 
 
 def test_probabilities_are_those_of_scikit_learn():
@@ -42,7 +48,7 @@ def test_probabilities_are_those_of_scikit_learn():
         LogisticRegression(C=4.0, max_iter=2000),
     ).fit(texts, labels)
     probes = ["a lovely blue hotel", "bad and dull", "great"]
-    assert fit_classifier(texts, labels).pipeline.predict_proba(probes) == pytest.approx(
+    assert fit_classifier("mine", texts, labels).pipeline.predict_proba(probes) == pytest.approx(
         plain.predict_proba(probes), abs=1e-4
     )
 
@@ -50,7 +56,7 @@ def test_probabilities_are_those_of_scikit_learn():
 def test_excluded_words_have_no_effect():
     """Neither alone nor in a pair, in fitting and in scoring."""
     texts, labels = rows("negative", "positive")
-    fitted = fit_classifier(texts, labels, exclude=["Lovely"])
+    fitted = fit_classifier("mine", texts, labels, exclude=["Lovely"])
     vocabulary = {word for entry in fitted.pipeline[0].get_feature_names_out() for word in entry.split()}
     assert "lovely" not in vocabulary
     assert "great" in vocabulary
@@ -68,4 +74,4 @@ def test_excluded_words_have_no_effect():
 )
 def test_rows_without_information_are_refused(texts, labels, message):
     with pytest.raises(DataError, match=message):
-        fit_classifier(texts, labels)
+        fit_classifier("mine", texts, labels)
