@@ -148,6 +148,7 @@ class TrainSettings(AttributesFolder, ModelSettings, OverwriteSettings, UploadSe
 
     def check(self) -> None:
         """Also refuse settings that do not fit together, missing folders and missing libraries."""
+        self._check_method()
         super().check()
         if self.output_dir is None and not (self.dry_run or self.check_rows):
             raise ConfigError("missing option", where="--output-dir", hint="See `braces train --help`.")
@@ -161,7 +162,6 @@ class TrainSettings(AttributesFolder, ModelSettings, OverwriteSettings, UploadSe
             hint = "Give one of the two."
             raise ConfigError("--resume and --overwrite are mutually exclusive", where="--resume", hint=hint)
         _ = self.pairs, self.scale
-        self._check_method()
         self._check_attributes()
 
     def _check_method(self) -> None:
