@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -78,17 +79,15 @@ def clamped(ffns: Sequence[FFN], clamps: Sequence[Clamp]) -> Iterator[None]:
     """Clamp the neurons inside the `with` block."""
     values = {ffn.layer: ffn.value for ffn in ffns}
 
-    def set_weight(clamp: Clamp) -> Any:
-        def hook(module: nn.Module, args: tuple) -> tuple:
-            weights: Tensor = args[0].clone()
-            weights[..., clamp.index] = clamp.value
-            return (weights, *args[1:])
-
-        return hook
+    def set_weight(module: nn.Module, args: tuple, clamp: Clamp) -> tuple:
+        weights: Tensor = args[0].clone()
+        weights[..., clamp.index] = clamp.value
+        return (weights, *args[1:])
 
     with ExitStack() as handles:
         for clamp in clamps:
-            handles.callback(values[clamp.layer].register_forward_pre_hook(set_weight(clamp)).remove)
+            handle = values[clamp.layer].register_forward_pre_hook(partial(set_weight, clamp=clamp))
+            handles.callback(handle.remove)
         yield
 
 
@@ -129,10 +128,8 @@ def clamp_prompt(
     rows = []
     for token in dict.fromkeys([*tokens, *rising]):
         old, new = float(before[-1, token]), float(after[-1, token])
-        ratio = math.exp(min(new - old, 700.0))
-        rows.append(
-            {"id": token, "token": lens.text(token), "before": math.exp(old), "after": math.exp(new), "ratio": ratio}
-        )
+        row = {"id": token, "token": lens.text(token), "before": math.exp(old), "after": math.exp(new)}
+        rows.append(row | {"ratio": math.exp(min(new - old, 700.0))})
     return {
         "prompt": prompt,
         "kl": float(kl[-1]),
@@ -170,16 +167,14 @@ def activation_weights(
     seen: dict[int, Tensor] = {}
     parts: dict[int, list[Tensor]] = {layer: [] for layer in neurons}
 
-    def record(layer: int) -> Any:
-        def hook(module: nn.Module, args: tuple) -> None:
-            seen[layer] = args[0][..., neurons[layer]].detach().float().to(device)
-
-        return hook
+    def record(module: nn.Module, args: tuple, layer: int) -> None:
+        seen[layer] = args[0][..., neurons[layer]].detach().float().to(device)
 
     with ExitStack() as handles, torch.no_grad():
         for ffn in plain_ffns(session.ffns):
             if ffn.layer in neurons:
-                handles.callback(ffn.value.register_forward_pre_hook(record(ffn.layer)).remove)
+                handle = ffn.value.register_forward_pre_hook(partial(record, layer=ffn.layer))
+                handles.callback(handle.remove)
         done = 0
         for group in by_length(texts, _BATCH):
             batch = pad_right([texts[index] for index in group], pad)
@@ -201,11 +196,10 @@ def resolve_percentiles(
         if clamp.percentile is not None:
             neurons[clamp.layer].append(clamp.index)
     weights = activation_weights(session, neurons, texts, report)
-    resolved = []
-    for clamp in clamps:
+    resolved = list(clamps)
+    for number, clamp in enumerate(clamps):
         if clamp.percentile is not None:
             of_neuron = weights[clamp.layer][:, neurons[clamp.layer].index(clamp.index)].double().numpy()
             # numpy, because torch.quantile takes at most 16 million numbers.
-            clamp = replace(clamp, value=float(np.percentile(of_neuron, clamp.percentile)))
-        resolved.append(clamp)
+            resolved[number] = replace(clamp, value=float(np.percentile(of_neuron, clamp.percentile)))
     return resolved

@@ -138,8 +138,11 @@ class Map:
     path: Path
     header: dict[str, Any]
 
-    def rows(self, tokens: list[int]) -> Iterator[dict[str, Any]]:
-        """Yield the rows that list one of `tokens`, in file order.
+    def search(self, concept: Concept, limit: int, layers: list[int] | None = None) -> list[dict[str, Any]]:
+        """Rows `{layer, index, rank, score, tokens}` of the vectors that promote a concept most, best first.
+
+        Only vectors that list one of its tokens among their k best are found. A token that is not listed counts with
+        rank k + 1 and the last listed score, the best that it can have.
 
         Raises:
             DataError: the file is damaged.
@@ -151,38 +154,25 @@ class Map:
 
         # The texts are in the header, so the column `token` is not read.
         columns = ["layer", "index", "tokens.list.element.id", "tokens.list.element.score"]
-        texts = self.header["vocabulary"]
+        tokens, texts, rows = concept.tokens, self.header["vocabulary"], []
         with _damage_reported(self.path):
             for batch in pq.ParquetFile(self.path).iter_batches(_ROWS_AT_ONCE, columns=columns, use_threads=False):
-                layers, indices, listed = batch.columns
+                layer_column, indices, listed = batch.columns
                 offsets = np.from_dlpack(listed.offsets)
                 ids = np.from_dlpack(listed.values.field("id"))
                 scores = np.from_dlpack(listed.values.field("score"))
                 places = np.flatnonzero(np.logical_or.reduce([ids == token for token in tokens]))
                 for row in dict.fromkeys((np.searchsorted(offsets, places, side="right") - 1).tolist()):
+                    layer = layer_column[row].as_py()
+                    if layers is not None and layer not in layers:
+                        continue
                     inside = slice(int(offsets[row]), int(offsets[row + 1]))
-                    pairs = zip(ids[inside].tolist(), scores[inside].tolist(), strict=True)
-                    yield {
-                        "layer": layers[row].as_py(),
-                        "index": indices[row].as_py(),
-                        "tokens": [{"id": token, "token": texts[token], "score": score} for token, score in pairs],
-                    }
-
-    def search(self, concept: Concept, limit: int, layers: list[int] | None = None) -> list[dict[str, Any]]:
-        """Rows `{layer, index, rank, score, tokens}` of the vectors that promote a concept most, best first.
-
-        Only vectors that list one of its tokens among their k best are found. A token that is not listed counts with
-        rank k + 1 and the last listed score, the best that it can have.
-        """
-        rows = []
-        for row in self.rows(concept.tokens):
-            if layers is None or row["layer"] in layers:
-                listed = {t["id"]: (rank, t["score"]) for rank, t in enumerate(row["tokens"], 1)}
-                missing = (len(row["tokens"]) + 1, row["tokens"][-1]["score"])
-                rank, score = concept.measure({token: listed.get(token, missing) for token in concept.tokens})
-                rows.append({"layer": row["layer"], "index": row["index"], "rank": rank, "score": score} | row)
-        rows.sort(key=best_first)
-        return rows[:limit]
+                    best = list(zip(ids[inside].tolist(), scores[inside].tolist(), strict=True))
+                    found = {token: (rank, score) for rank, (token, score) in enumerate(best, 1)}
+                    rank, score = concept.measure({t: found.get(t, (len(best) + 1, best[-1][1])) for t in tokens})
+                    place = {"layer": layer, "index": indices[row].as_py(), "rank": rank, "score": score}
+                    rows.append(place | {"tokens": [{"id": t, "token": texts[t], "score": s} for t, s in best]})
+        return sorted(rows, key=best_first)[:limit]
 
     def check_base(self, base: Base) -> None:
         """Raise ModelError if the map was written for another model."""

@@ -12,8 +12,9 @@ the model multiplies an FFN output by, 1 in most models. gamma, scale and c_l ar
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,21 +81,21 @@ def record_activations(session: Session, ffns: Sequence[FFN], lens: LogitLens, i
         # With a device map the layers run on several devices.
         seen[key] = value.detach().float().to(device).reshape(-1, value.shape[-1])
 
-    def record_input(key: Any, module: nn.Module) -> Any:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            record(key, args[0] if args else kwargs["hidden_states"])
+    def record_input(module: nn.Module, args: tuple, kwargs: dict, key: Any) -> None:
+        record(key, args[0] if args else kwargs["hidden_states"])
 
-        return module.register_forward_pre_hook(hook, with_kwargs=True)
+    def record_output(module: nn.Module, args: tuple, output: Any, key: Any) -> None:
+        record(key, layer_output(output))
 
-    def record_output(key: Any, module: nn.Module) -> Any:
-        return module.register_forward_hook(lambda module, args, output: record(key, layer_output(output)))
-
+    inputs: dict[Any, nn.Module] = {"first": stack[0], "last": lens.norm}
+    for ffn in ffns:
+        inputs |= {("input", ffn.layer): ffn.keys[0], ("weights", ffn.layer): ffn.value}
     with ExitStack() as context, torch.no_grad():
-        handles = [record_input("first", stack[0]), record_input("last", lens.norm)]
-        handles += [record_output(("output", number), layer) for number, layer in enumerate(stack)]
-        handles += [record_input(("input", ffn.layer), ffn.keys[0]) for ffn in ffns]
-        handles += [record_input(("weights", ffn.layer), ffn.value) for ffn in ffns]
-        for handle in handles:
+        for key, module in inputs.items():
+            handle = module.register_forward_pre_hook(partial(record_input, key=key), with_kwargs=True)
+            context.callback(handle.remove)
+        for number, layer in enumerate(stack):
+            handle = layer.register_forward_hook(partial(record_output, key=("output", number)))
             context.callback(handle.remove)
         logits = model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits[0]
     outputs = [seen["output", number] for number in range(len(stack))]
@@ -119,9 +120,8 @@ def logit_direction(lens: LogitLens, x: Tensor, tokens: list[int]) -> tuple[Tens
     """
     dtype = next((p.dtype for p in lens.norm.parameters()), x.dtype)
 
-    def normed(y: Tensor) -> Tensor:
-        result: Tensor = lens.norm(y.to(dtype))
-        return result.float().to(x.device)
+    def normed(y: Tensor) -> Any:
+        return lens.norm(y.to(dtype)).float().to(x.device)
 
     with torch.no_grad():
         # Alternating +1 and -1: gamma, up to a factor, and beta follow from the outputs for 0, the probe and a shift.
@@ -240,11 +240,11 @@ def attribute_logits(
     Raises:
         ModelError: the architecture has no direct effects.
     """
-    model, adapter = session.base.model, session.adapter
+    model = session.base.model
     ffns = plain_ffns(session.ffns)
     factors: list[float] = []
     base_run = None
-    with adapter.disabled() if adapter is not None else nullcontext():
+    with session.bare():
         measured = residual_factors(model, ffns, torch.tensor([ids], device=input_device(model)))
         for ffn, factor in zip(ffns, measured, strict=True):
             if factor is None:
@@ -252,7 +252,7 @@ def attribute_logits(
                 what = f"layer {ffn.layer} changes its FFN's output before adding it to the residual stream"
                 raise ModelError(what, hint=hint)
             factors.append(factor)
-        if adapter is not None:
+        if session.adapter is not None:
             base_run = record_activations(session, ffns, lens, ids)
     run = record_activations(session, ffns, lens, ids)
     targets = run.logits.argmax(dim=1).tolist() if target is None else [target] * len(ids)
@@ -310,18 +310,15 @@ def trace(
     for position in chosen:
         parts = {name: float(value[position]) for name, value in effects.parts.items()}
         logit = float(effects.logit[position])
-        found.append(
-            {
-                "position": position,
-                "token": lens.text(ids[position]),
-                "target": targets[position],
-                "logit": logit,
-                "model_logit": float(effects.run.logits[position, effects.targets[position]]),
-                "base_logit": None if base is None else float(base.logit[position]),
-                **parts,
-                "remainder": logit - sum(parts.values()),
-            }
-        )
+        figures = {
+            "logit": logit,
+            "model_logit": float(effects.run.logits[position, effects.targets[position]]),
+            "base_logit": None if base is None else float(base.logit[position]),
+            **parts,
+            "remainder": logit - sum(parts.values()),
+        }
+        place = {"position": position, "token": lens.text(ids[position]), "target": targets[position]}
+        found.append(place | figures)
     return {"tokens": [lens.text(token) for token in ids], "target": targets[-1], "positions": found, "layers": rows}
 
 

@@ -33,14 +33,11 @@ def plain_ffns(found: Sequence[FFN | MixtureFFN]) -> list[FFN]:
     Raises:
         ModelError: a layer is a mixture of experts, where a value vector has several weights for one token.
     """
-    ffns: list[FFN] = []
-    for ffn in found:
-        if not isinstance(ffn, FFN):
-            hint = "The summary (braces inspect alone), values, and find with words work on mixtures of experts."
-            raise ModelError(
-                f"layer {ffn.layer} is a mixture of experts, which this command does not support", hint=hint
-            )
-        ffns.append(ffn)
+    ffns = [ffn for ffn in found if isinstance(ffn, FFN)]
+    if len(ffns) < len(found):
+        layer = next(ffn.layer for ffn in found if not isinstance(ffn, FFN))
+        hint = "The summary (braces inspect alone), values, and find with words work on mixtures of experts."
+        raise ModelError(f"layer {layer} is a mixture of experts, which this command does not support", hint=hint)
     return ffns
 
 
@@ -53,17 +50,13 @@ def vector_blocks(ffn: FFN | MixtureFFN, side: str) -> Iterator[tuple[int, Tenso
         ConfigError: the layer does not have this side.
     """
     start = 0
-    for matrix in _value_matrices(ffn) if side == "value" else [_key_matrix(ffn, side)]:
-        for block in matrix.split(VECTORS_AT_ONCE):
-            yield start, block
-            start += len(block)
-
-
-def _value_matrices(ffn: FFN | MixtureFFN) -> Iterator[Tensor]:
-    """Yield the value vectors (d_ff, d) of each expert, or of the whole FFN."""
-    for part in ffn.parts:  # one expert at a time: a packed weight is copied
-        values = part.value_matrix().detach()
-        yield from (values if values.ndim == 3 else values[None]).mT
+    # One expert at a time: a packed weight is copied.
+    for part in ffn.parts if side == "value" else (ffn,):
+        values = part.value_matrix().detach().mT if side == "value" else _key_matrix(ffn, side)
+        for matrix in values if values.ndim == 3 else (values,):
+            for block in matrix.split(VECTORS_AT_ONCE):
+                yield start, block
+                start += len(block)
 
 
 def _key_matrix(ffn: FFN | MixtureFFN, side: str) -> Tensor:
@@ -86,12 +79,9 @@ def _key_matrix(ffn: FFN | MixtureFFN, side: str) -> Tensor:
 
 def final_norm(model: nn.Module) -> nn.Module:
     """Return the norm after the last layer: the last norm among the siblings of the layers, identity if none."""
-    norms = [child for child in _parent(model).children() if "norm" in type(child).__name__.lower()]
+    siblings = model.get_submodule(layer_stack(model)[0].rpartition(".")[0]).children()
+    norms = [child for child in siblings if "norm" in type(child).__name__.lower()]
     return norms[-1] if norms else nn.Identity()
-
-
-def _parent(model: nn.Module) -> nn.Module:
-    return model.get_submodule(layer_stack(model)[0].rpartition(".")[0])
 
 
 class LogitLens:
@@ -112,7 +102,8 @@ class LogitLens:
         if head is None:
             raise ModelError(f"{type(base.model).__name__} has no LM head", hint="Give a causal language model.")
         self.norm = final_norm(base.model)
-        self.narrow = getattr(_parent(base.model), "project_out", None)
+        parent = layer_stack(base.model)[0].rpartition(".")[0]
+        self.narrow = getattr(base.model.get_submodule(parent), "project_out", None)
         self.weight = dense(stored_values(head)).detach()
         self.bias = stored_bias(head)
         self.device = self.weight.device
@@ -158,14 +149,13 @@ class LogitLens:
         """Scores (n, k) in float32 and tokens (n, k), best first; of equal listed scores the lower token first."""
         parts = []
         for block in vectors.split(VECTORS_AT_ONCE):
-            values = torch.empty(len(block), 0, device=self.device)
-            ids = torch.empty(len(block), 0, dtype=torch.int64, device=self.device)
+            found = []
             for start, scores in self.blocks(self.hidden(block)):
-                found = scores.topk(min(k, scores.shape[1]), dim=1)
-                values = torch.cat([values, found.values.float()], dim=1)
-                ids = torch.cat([ids, start + found.indices], dim=1)
-                values, order = values.topk(min(k, values.shape[1]), dim=1)
-                ids = ids.gather(1, order)
+                best = scores.topk(min(k, scores.shape[1]), dim=1)
+                found.append((best.values.float(), start + best.indices))
+            values, ids = (torch.cat(each, dim=1) for each in zip(*found, strict=True))
+            values, order = values.topk(min(k, values.shape[1]), dim=1)
+            ids = ids.gather(1, order)
             # topk returns equal scores in any order.
             ids, order = ids.sort(dim=1)
             values, place = values.gather(1, order).sort(dim=1, descending=True, stable=True)
