@@ -10,6 +10,7 @@ import gc
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -78,11 +79,8 @@ def export_merge(request: Request, pad_to_multiple_of: int = 64, report: Report 
         planned, facts = plan_merge(request, model, session.ffns, pad_to_multiple_of, probe_tokens(session))
         write_checkpoint(folder, model, planned, new_neurons(planned, paths, vectors), report)
         # Local inputs by absolute paths, so that `--check` finds them from every working directory.
-        entries = {
-            "adapter": str(stored.folder) if user_path(stored.name).exists() else stored.name,
-            "attributes_dir": None if attributes_dir is None else str(attributes_dir.resolve()),
-        }
-        return facts, entries
+        adapter = str(stored.folder) if user_path(stored.name).exists() else stored.name
+        return facts, {"adapter": adapter, "attributes_dir": attributes_dir and str(attributes_dir.resolve())}
 
     return run("merge", request, write, verify_export, report)
 
@@ -97,8 +95,8 @@ def plan_merge(
     """Return the plan, and what is printed of it; without weights if `ids` is None."""
     assert request.adapter is not None
     ffns, form = ffn_form(model, found, ids)
-    neurons = request.adapter.config.r * (1 if form.gated else 2)
-    planned = plan(model, ffns, form, neurons, pad_to_multiple_of, steering=any(request.attributes.values()))
+    neurons, steered = request.adapter.config.r * (1 if form.gated else 2), any(request.attributes.values())
+    planned = plan(model, ffns, form, neurons, pad_to_multiple_of, ["value"] if steered else [])
     facts = {
         "architecture": planned.architecture,
         "case": planned.case,
@@ -125,7 +123,7 @@ def check(request: Request, folder: Path) -> dict[str, Any]:
         ModelError: it is not.
     """
     record, options = read_record(folder), request.options
-    directory = None if record.attributes_dir is None else Path(record.attributes_dir)
+    directory = Path(record.attributes_dir) if record.attributes_dir else None
     if options.dtype == "auto":
         options = replace(options, dtype=record.dtype)
     request = Request(
@@ -210,9 +208,8 @@ def write_checkpoint(
         # A new bias has the dtype of its weight.
         source = planned.sources.get(name) or planned.sources[f"{name.rpartition('.')[0]}.weight"]
         written[name] = torch.empty(shape, dtype=tensors[source[0]].dtype, device="meta")
-    save_checkpoint(
-        folder, planned.config, written, lambda name: _widened(tensors, planned, neurons, name, written[name]), report
-    )
+    tensor = partial(_widened, tensors, planned, neurons, written)
+    save_checkpoint(folder, planned.config, written, tensor, report)
 
 
 def save_checkpoint(
@@ -258,15 +255,18 @@ def save_checkpoint(
         write_json(folder / "model.safetensors.index.json", index_file)
 
 
-def _widened(tensors: dict[str, Tensor], planned: Plan, neurons: Neurons, name: str, written: Tensor) -> Tensor:
-    """One tensor of the checkpoint, contiguous, on the CPU, with the shape and dtype of `written`."""
+def _widened(
+    tensors: dict[str, Tensor], planned: Plan, neurons: Neurons, written: dict[str, Tensor], name: str
+) -> Tensor:
+    """One tensor of the checkpoint, contiguous, on the CPU, with the shape and dtype of `written[name]`."""
+    expected = written[name]
     role, added = planned.roles.get(name), planned.wider - planned.width
     if name in planned.sources:
         source, first, last = planned.sources[name]
         tensor = tensors[source][first:last].detach().cpu()
     else:
         new_rows = 0 if role is None or role.dim is None else added * len(role.parts)
-        tensor = torch.zeros(len(written) - new_rows, dtype=written.dtype)
+        tensor = torch.zeros(len(expected) - new_rows, dtype=expected.dtype)
     new = {} if role is None else neurons.get(role.layer, {})
     if role is not None and role.dim is not None:
         parts = []
@@ -278,5 +278,5 @@ def _widened(tensors: dict[str, Tensor], planned: Plan, neurons: Neurons, name: 
         tensor = torch.cat(parts).movedim(0, role.dim)
     elif "value.bias" in new:
         tensor = (tensor.float() + new["value.bias"]).to(tensor.dtype)
-    assert tensor.shape == written.shape, f"{name} is {tuple(tensor.shape)}, expected {tuple(written.shape)}"
+    assert tensor.shape == expected.shape, f"{name} is {tuple(tensor.shape)}, expected {tuple(expected.shape)}"
     return tensor.contiguous()

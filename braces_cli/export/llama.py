@@ -62,9 +62,9 @@ def _config_difference(model: Any, activation: Callable[[Tensor], Tensor], activ
     config = model.config
     if config.get_text_config() is not config:
         return "it takes more than text"
-    lacking = [name for name in _NEEDED if getattr(config, name, None) is None]
-    if lacking:
-        return f"its config has no {lacking[0]}"
+    for name in _NEEDED:
+        if getattr(config, name, None) is None:
+            return f"its config has no {name}"
     if activation(torch.tensor([0.5])) != functional.silu(torch.tensor([0.5])):
         return f"its activation is {activation_name}, a Llama's SiLU"
     for name, value in vars(config).items():
@@ -80,8 +80,8 @@ def _config_difference(model: Any, activation: Callable[[Tensor], Tensor], activ
     kind = rope.get("rope_type") if isinstance(rope, dict) else None
     if kind not in _ROTATIONS:
         return f"the rotation of its positions is {kind}"
-    partial = (rope.get("partial_rotary_factor"), getattr(config, "partial_rotary_factor", None))
-    rotated = min(float(share or 1) for share in partial)
+    shares = (rope.get("partial_rotary_factor"), getattr(config, "partial_rotary_factor", None))
+    rotated = min(float(share or 1) for share in shares)
     return f"only {rotated:g} of each head is rotated" if rotated < 1 else None
 
 
@@ -124,19 +124,15 @@ def _model_difference(model: Any) -> str | None:
                 llama.get_parameter(name).zero_()
             else:
                 return f"it has no {name} as a Llama has"
-    # The last positions show a rotation that is scaled beyond the length of the first training.
-    starts = (0, max(model.config.max_position_embeddings - _LENGTH, 0))
-    difference = max(_logit_difference(small, llama, start) for start in starts)
-    return None if difference < _TOLERANCE else f"with the same weights a Llama's logits differ by {difference:.0%}"
-
-
-def _logit_difference(one: Any, other: Any, start: int) -> float:
-    """Largest difference of the logits of two models relative to the largest logit, for positions from `start` on."""
     ids = torch.randint(0, _SMALL["vocab_size"], (1, _LENGTH), generator=torch.Generator().manual_seed(0))
-    inputs = {"input_ids": ids, "position_ids": torch.arange(start, start + _LENGTH).unsqueeze(0), "use_cache": False}
-    with torch.no_grad():
-        a, b = one(**inputs).logits, other(**inputs).logits
-    return float((a - b).abs().max() / b.abs().max())
+    difference = 0.0
+    # The last positions show a rotation that is scaled beyond the length of the first training.
+    for start in (0, max(model.config.max_position_embeddings - _LENGTH, 0)):
+        inputs = {"input_ids": ids, "position_ids": torch.arange(start, start + _LENGTH)[None], "use_cache": False}
+        with torch.no_grad():
+            found, expected_logits = small(**inputs).logits, llama(**inputs).logits
+        difference = max(difference, float((found - expected_logits).abs().max() / expected_logits.abs().max()))
+    return None if difference < _TOLERANCE else f"with the same weights a Llama's logits differ by {difference:.0%}"
 
 
 def _llama_config(model: Any, width: int, shapes: dict[str, torch.Size]) -> Any:
@@ -170,10 +166,10 @@ def _llama_sources(config: Any, shapes: dict[str, torch.Size]) -> Sources:
     sources: Sources = {}
     for name in shapes:
         stem, _, kind = name.rpartition(".")
-        pieces = next((parts for ending, parts in fused.items() if stem.endswith(ending)), None)
+        block, _, module = stem.rpartition(".")
+        pieces = fused.get(f"{block.rpartition('.')[2]}.{module}")
         if pieces is None:
             sources[name] = (name, None, None)
-            continue
-        block = stem.rpartition(".")[0]
-        sources.update({f"{block}.{part}.{kind}": (name, first, last) for part, first, last in pieces})
+        else:
+            sources |= {f"{block}.{part}.{kind}": (name, first, last) for part, first, last in pieces}
     return sources

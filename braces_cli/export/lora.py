@@ -122,15 +122,8 @@ def export_lora(lora: Lora, gguf: Path | None = None, report: Report = silent) -
         size = write_folder(folder, pairs, slots, slots_dir)
         if paths and not lora.rank:
             write_folder(folder / _ADAPTER_FOLDER, lora_pairs(paths, {}, slots), slots, slots_dir)
-        facts = {
-            **size,
-            "slots_dir": str(slots_dir),
-            "combined": lora.combine,
-            "first_slot": lora.first_slot if lora.rank else None,
-            "slots_used": lora.rank,
-            "dtype": slots.dtype,
-        }
-        return facts, {}
+        used = {"first_slot": lora.first_slot if lora.rank else None, "slots_used": lora.rank}
+        return {**size, "slots_dir": str(slots_dir), "combined": lora.combine, **used, "dtype": slots.dtype}, {}
 
     def verify(folder: Path, expected: Reference) -> dict[str, Any]:
         loras = [path for path in (folder, folder / _ADAPTER_FOLDER) if path.is_dir()]
@@ -167,12 +160,11 @@ def lora_pairs(paths: SidePaths, vectors: dict[int, Tensor], slots: Slots, first
     path_rank = max((len(a) for a, _ in paths.values()), default=0)
     rank = path_rank + bool(vectors)
     # Selects the neurons of each direction: 1, and -1 for the second neuron of a pair.
-    selected = torch.zeros(path_rank, slots.wider)
-    step = 1 if slots.gated else 2
-    neurons = slots.first + step * (first + torch.arange(path_rank))
-    selected[torch.arange(path_rank), neurons] = 1
+    selected, ranks = torch.zeros(path_rank, slots.wider), torch.arange(path_rank)
+    neurons = slots.first + (1 if slots.gated else 2) * (first + ranks)
+    selected[ranks, neurons] = 1
     if not slots.gated:
-        selected[torch.arange(path_rank), neurons + 1] = -1
+        selected[ranks, neurons + 1] = -1
     pairs: Pairs = {}
     for layer in sorted({*paths, *vectors}):
         module_in, module_out = slots.layers[layer]

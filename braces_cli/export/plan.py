@@ -203,14 +203,7 @@ def _matching_form(known: Sequence[Activation], outputs: list[Tensor], w: Tensor
 
 
 def plan(
-    model: Any,
-    ffns: Sequence[FFN],
-    form: Form,
-    neurons: int,
-    pad_to_multiple_of: int,
-    *,
-    steering: bool = False,
-    constant: bool = False,
+    model: Any, ffns: Sequence[FFN], form: Form, neurons: int, pad_to_multiple_of: int, biases: Sequence[str] = ()
 ) -> Plan:
     """Plan the checkpoint of `model` with more neurons in its FFNs.
 
@@ -218,8 +211,7 @@ def plan(
         ffns, form: from `ffn_form`.
         neurons: minimum number of new neurons.
         pad_to_multiple_of: the new width is rounded up to a multiple of this.
-        steering: a constant vector is added, which needs an output bias.
-        constant: one of the new neurons is a constant, which needs a bias of the projection that it reads.
+        biases: parts that need a bias: `value` for a constant output, `up` or `key` for a constant neuron.
 
     Raises:
         ModelError: an exact checkpoint is not possible.
@@ -233,11 +225,7 @@ def plan(
         raise refuse(model, f"its gate's {form.name} turns no constant into a power of two")
     if not form.gated and not form.is_half_linear:
         raise refuse(model, f"its FFN has no gate, and for {form.name} act(z) - act(-z) = z does not hold")
-    needed = {"gate.bias"} if form.gated else set()
-    if steering:
-        needed.add("value.bias")
-    if constant:
-        needed.add("up.bias" if form.gated else "key.bias")
+    needed = {f"{part}.bias" for part in (*biases, *(["gate"] if form.gated else []))}
     roles = _roles(model, ffns, form)
     found = _wider_config(model, roles, width, wider, needed)
     if found is not None:
@@ -247,7 +235,7 @@ def plan(
         sources: Sources = {name: (name, None, None) for name in after if name in before}
         return Plan(case, config, architecture, after, sources, roles, ffns, form, width, wider, gate)
     if not form.gated:
-        bias = ", or gives its output no bias to carry the steering" if steering else ""
+        bias = ", or gives its output no bias to carry the steering" if "value" in biases else ""
         raise refuse(model, f"its config fixes the width of the FFN ({width}){bias}")
     from transformers import LlamaForCausalLM
 

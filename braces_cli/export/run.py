@@ -164,13 +164,9 @@ def run(
 def card(name: str, facts: dict[str, Any]) -> str:
     """README.md of an export of the kind `name` with the facts that its command prints."""
     base = facts["model"]
-    more = {
-        "name": Path(base).name,
-        "base_model": base if is_linked(base) else "",
-        "license": known_license(base),
-        "steering": ", ".join(f"{attribute} at s = {s:g}" for attribute, s in facts["attributes"].items()) or "none",
-    }
-    return render(f"export/{name}_card.md.j2", facts | more)
+    more = {"name": Path(base).name, "base_model": base if is_linked(base) else "", "license": known_license(base)}
+    steering = ", ".join(f"{attribute} at s = {s:g}" for attribute, s in facts["attributes"].items()) or "none"
+    return render(f"export/{name}_card.md.j2", facts | more | {"steering": steering})
 
 
 def open_request(request: Request, in_memory: bool = True) -> Opened:

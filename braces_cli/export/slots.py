@@ -130,9 +130,10 @@ def plan_slots(
     try:
         ffns, form = ffn_form(model, found, ids)
         activation = form.constant_gate
+        has_constant = activation is not None
         try:
-            has_constant = activation is not None
-            planned = plan(model, ffns, form, count, pad_to_multiple_of, constant=has_constant)
+            biases = [] if activation is None else ["up" if form.gated else "key"]
+            planned = plan(model, ffns, form, count, pad_to_multiple_of, biases)
         except ModelError:
             # Without biases there are slots for side paths, and none for attributes.
             has_constant = False

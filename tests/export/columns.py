@@ -30,7 +30,7 @@ def merge_of(model: Any, rank: int, tokens: torch.Tensor, steered: bool) -> Plan
         ModelError: a merge is not possible.
     """
     ffns, form = ffn_form(model, find_ffns(model), tokens)
-    return plan(model, ffns, form, rank * (1 if form.gated else 2), 64, steering=steered)
+    return plan(model, ffns, form, rank * (1 if form.gated else 2), 64, ["value"] if steered else [])
 
 
 def write_merged(
