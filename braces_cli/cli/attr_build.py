@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from braces_cli.cli.options import command, show_plan
 from braces_cli.cli.output import print_json, print_pairs, print_table, progress
@@ -15,11 +15,6 @@ from braces_cli.core.config import METHOD, option
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.files import user_path
 from braces_cli.core.options import AdapterSettings, OutputSettings, OverwriteSettings, UploadSettings
-
-if TYPE_CHECKING:
-    from braces_cli.core.adapter.model import Session
-    from braces_cli.core.attributes.vector import Attribute
-    from braces_cli.core.progress import Report
 
 # Words of an attribute in a list.
 _WORDS_SHOWN = 3
@@ -127,13 +122,14 @@ def _build(settings: AttributeBuildSettings) -> list[dict[str, Any]]:
     """Build each attribute, write its file, and return its description."""
     assert settings.output_dir is not None
     from braces_cli.core.adapter.model import open_session
-    from braces_cli.core.attributes.vector import save_attributes
+    from braces_cli.core.attributes.vector import save_attributes, with_steered_layers
     from braces_cli.core.attributes.words import check_file_name
     from braces_cli.core.files import check_output_file, output_lock
+    from braces_cli.core.models.ffn import chosen_layers
     from braces_cli.core.models.hub import check_push, push
 
-    sources = read_sources(settings)
-    paths = {name: settings.output_dir / f"{check_file_name(name)}.safetensors" for name in sources}
+    builders = read_sources(settings)
+    paths = {name: settings.output_dir / f"{check_file_name(name)}.safetensors" for name in builders}
     results = []
     with output_lock(*paths.values()), progress(settings.quiet) as report:
         for path in paths.values():
@@ -141,8 +137,12 @@ def _build(settings: AttributeBuildSettings) -> list[dict[str, Any]]:
         if settings.push_to_hub is not None:
             check_push(settings.push_to_hub)
         session = open_session(settings.model, settings.adapter, settings)
-        for name, data in sources.items():
-            attribute = build_from(settings, session, name, data, report)
+        layers = "auto" if settings.layers == "auto" else chosen_layers(session.base.model, settings.layers)
+        for name, build in builders.items():
+            if settings.sources in (["--describe"], ["--pairs"]):
+                attribute = build(session, name, report=report, layers=layers, chat=settings.apply_chat_template)
+            else:
+                attribute = with_steered_layers(build(session, name, report=report), layers)
             save_attributes(paths[name], [attribute])
             results.append({
                 "attribute": attribute.name,
@@ -160,88 +160,52 @@ def _build(settings: AttributeBuildSettings) -> list[dict[str, Any]]:
     return results
 
 
-def read_sources(settings: AttributeBuildSettings) -> dict[str, Any]:
-    """Return name -> words, texts or pairs of each attribute; None for descriptions and built-in lists.
-
-    Files are read here, before the model is loaded.
+def read_sources(settings: AttributeBuildSettings) -> dict[str, partial[Any]]:
+    """Return the function that builds each attribute, with its data: files are read before the model is loaded.
 
     Raises:
         ConfigError: an unknown attribute.
         DataError: a file that cannot be read.
     """
+    from braces_cli.core.attributes import build
     from braces_cli.core.attributes.words import clean_words, read_words
+    from braces_cli.data.dataset import read_pairs
+    from braces_cli.data.rows import read_texts
 
-    names = settings.attribute
+    names, how = settings.attribute, {"pooling": settings.pooling, "reduction": settings.reduction}
     if settings.pairs is not None:
-        return _read_pairs(settings.pairs, names)
+        found, place = read_pairs(settings.pairs), str(settings.pairs)
+        known = sorted(name for name in found if name is not None)
+        if not known and len(names) != 1:
+            hint = "Give --attribute once, or name the attribute in every row."
+            raise ConfigError(f"{len(names)} names for one attribute", where="--attribute", hint=hint)
+        if known and None in found:
+            hint = "Name the attribute in every row, or in none."
+            raise ConfigError("some rows name their attribute and some do not", where=place, hint=hint)
+        for name in names if known else ():
+            if name not in found:
+                raise ConfigError(f"no row of `{name}`", where=place, hint=f"The rows have {', '.join(known)}.")
+        pairs = {name: found[name if known else None] for name in names or known}
+        return {name: partial(build.attribute_from_pairs, pairs=each, **how) for name, each in pairs.items()}
     if settings.describe or settings.against:
-        from braces_cli.core.attributes.build import check_descriptions
-
-        check_descriptions(settings.describe, settings.against)
-        return {names[0]: None}
+        sides = {"describe": settings.describe, "against": settings.against}
+        build.check_descriptions(**sides)
+        return {names[0]: partial(build.attribute_from_descriptions, **sides, **how)}
     if settings.examples is not None:
-        from braces_cli.data.rows import read_texts
-
-        return {names[0]: [text.strip() for text in read_texts(settings.examples)]}
+        texts = [text.strip() for text in read_texts(settings.examples)]
+        return {names[0]: partial(build.attribute_from_texts, texts=texts, **how)}
     if settings.words_file is not None:
-        return {names[0]: read_words(settings.words_file)}
+        return {names[0]: partial(build.build_attribute, words=read_words(settings.words_file), **how)}
     if settings.words is not None:
         words = clean_words(settings.words.split(","))
         if not words:
             raise ConfigError("no words", where="--words", hint="Give at least one word.")
-        return {names[0]: words}
+        return {names[0]: partial(build.build_attribute, words=words, **how)}
     for name in names:
         if name not in built_in():
             where = "--describe, --pairs, --words, --words-file, --examples"
             raise ConfigError(f"no words for `{name}`", where=where, hint=f"Built-in lists: {', '.join(built_in())}.")
-    return dict.fromkeys(names)
-
-
-def _read_pairs(path: Path, names: Sequence[str]) -> dict[str, Any]:
-    from braces_cli.data.dataset import read_pairs
-
-    found = read_pairs(path)
-    if set(found) == {None}:
-        if len(names) != 1:
-            hint = "Give --attribute once, or name the attribute in every row."
-            raise ConfigError(f"{len(names)} names for one attribute", where="--attribute", hint=hint)
-        return {names[0]: found[None]}
-    known = sorted(name for name in found if name is not None)
-    if None in found:
-        hint = "Name the attribute in every row, or in none."
-        raise ConfigError("some rows name their attribute and some do not", where=str(path), hint=hint)
-    for name in names:
-        if name not in found:
-            raise ConfigError(f"no row of `{name}`", where=str(path), hint=f"The rows have {', '.join(known)}.")
-    return {name: found[name] for name in names or known}
-
-
-def build_from(settings: AttributeBuildSettings, session: Session, name: str, data: Any, report: Report) -> Attribute:
-    """Build one attribute from its data, see `read_sources`."""
-    from braces_cli.core.attributes import build
-    from braces_cli.core.attributes.vector import with_steered_layers
-    from braces_cli.core.models.ffn import chosen_layers
-
-    layers = None if settings.layers == "auto" else chosen_layers(session.base.model, settings.layers)
-    if settings.sources in (["--describe"], ["--pairs"]):
-        details: dict[str, Any] = {
-            "pooling": settings.pooling,
-            "reduction": settings.reduction,
-            "layers": "auto" if settings.layers == "auto" else layers,
-            "chat": settings.apply_chat_template,
-        }
-        if settings.pairs is not None:
-            return build.attribute_from_pairs(session, name, data, report, **details)
-        both = (settings.describe, settings.against)
-        return build.attribute_from_descriptions(session, name, *both, report, **details)
-    how = (settings.pooling, settings.reduction)
-    if data is None:
-        attribute = build.built_in_attribute(session, name, report, *how)
-    elif settings.examples is not None:
-        attribute = build.attribute_from_texts(session, name, data, report, *how)
-    else:
-        attribute = build.build_attribute(session, name, data, report, *how)
-    return with_steered_layers(attribute, layers)
+    return {name: partial(build.built_in_attribute, **how) for name in names}
 
 
 def _list(settings: AttributeBuildSettings) -> None:
