@@ -58,7 +58,7 @@ def demo(settings: DemoSettings) -> None:
 
     folder = settings.output_dir
     # With JSON on stdout the description of the steps goes to stderr.
-    emit = None if settings.quiet else note if settings.json else print_text
+    emit = (lambda text: None) if settings.quiet else note if settings.json else print_text
     if settings.dry_run:
         result = run_demo(Guide(folder, settings.seed, emit, dry_run=True))
         if settings.json:
@@ -99,24 +99,20 @@ class Guide:
     Attributes:
         folder: output folder of the demo.
         seed: for training and sampling.
-        write: prints titles, commands and figures; None prints nothing.
+        write: prints titles, commands and figures.
         dry_run: print the commands without running them.
         steps: `{title, command, seconds}` of each command.
     """
 
     folder: Path
     seed: int
-    write: Callable[[str], None] | None
+    write: Callable[[str], object]
     dry_run: bool = False
     steps: list[dict[str, Any]] = field(default_factory=list)
 
-    def emit(self, text: str) -> None:
-        if self.write is not None:
-            self.write(text)
-
     def figures(self, document: dict[str, Any] | None, *names: str) -> None:
         if document is not None:
-            self.emit("   " + ", ".join(f"{name.replace('_', ' ')} {cell(document[name])}" for name in names))
+            self.write("   " + ", ".join(f"{name.replace('_', ' ')} {cell(document[name])}" for name in names))
 
     def run(self, title: str, *argv: str | Path, lines: bool = False) -> Any:
         """Run one command and return its JSON document, or a list of documents if the command prints `lines`."""
@@ -124,7 +120,7 @@ class Guide:
 
         args = [str(part) for part in argv]
         command = shlex.join(["braces", *args])
-        self.emit(f"\n{len(self.steps) + 1}. {title}\n   $ {command}")
+        self.write(f"\n{len(self.steps) + 1}. {title}\n   $ {command}")
         started = time.perf_counter()
         document: Any = None
         if not self.dry_run:
@@ -171,7 +167,7 @@ def run_demo(guide: Guide) -> dict[str, Any]:
         metric = next(iter(evaluated["systems"][0]["results"][task]))
         systems = [{"name": s["name"], **s["results"][task][metric]} for s in evaluated["systems"]]
         scores.append({"task": task, "title": title, "metric": metric, "systems": systems})
-        guide.emit(f"   {title}: " + ", ".join(f"{system['name']} {system['value']:.1%}" for system in systems))
+        guide.write(f"   {title}: " + ", ".join(f"{system['name']} {system['value']:.1%}" for system in systems))
 
     steered = _steer(guide, prompts)
 
@@ -206,18 +202,18 @@ def _steer(guide: Guide, prompts: Path) -> dict[str, Any]:
         options: list[str | Path] = [*along, *seed, "--s", f"{s:g}", *prompt_options, "--max-new-tokens", "24"]
         for row in guide.run(title, "steer", *options, lines=True) or ():
             texts.setdefault(row["prompt"], {})[f"{s:g}"] = row["text"]
-            guide.emit(f"   {row['prompt']}|{row['text']}")
+            guide.write(f"   {row['prompt']}|{row['text']}")
     sweep = guide.run(
         "Sweep the strength", "steer", *along, "--sweep", SWEEP, "--prompts", prompts, "--num-samples", "4",
         "--max-new-tokens", "32", "--plot", guide.folder / "sweep.png", *seed,
     )  # fmt: skip
     for point in [] if sweep is None else sweep["points"]:
         share, perplexity = point["attribute_score"], point["perplexity"]
-        guide.emit(f"   s = {point['s']:+g}: {share:.0%} {ATTRIBUTE}, perplexity {perplexity:.1f}")
+        guide.write(f"   s = {point['s']:+g}: {share:.0%} {ATTRIBUTE}, perplexity {perplexity:.1f}")
     title = "Find the value vectors of the attribute"
     vectors = guide.run(title, "inspect", "find", *along, "--limit", "8", lines=True)
     for row in vectors or ():
         tokens = " ".join(token["token"].strip() or "·" for token in row["tokens"][:8])
-        guide.emit(f"   layer {row['layer']} vector {row['index']}: {tokens}")
+        guide.write(f"   layer {row['layer']} vector {row['index']}: {tokens}")
     listed = [{"prompt": prompt, "texts": by_strength} for prompt, by_strength in texts.items()]
     return {"texts": listed, "sweep": sweep, "vectors": vectors}

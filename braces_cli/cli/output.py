@@ -18,7 +18,7 @@ from typing import Any
 
 from braces_cli.core.files import finite
 from braces_cli.core.progress import Report, silent
-from braces_cli.core.text import escaped, json_escaped, one_line, shortened
+from braces_cli.core.text import escaped, json_escaped, one_line
 
 # Characters of a line in a file or a pipe, of a table cell and of a log line.
 _UNLIMITED = 100_000
@@ -139,7 +139,7 @@ def print_table(title: str | Sequence[str], columns: Sequence[str], rows: Iterab
         numeric = bool(rows) and all(isinstance(row[index], (int, float)) or row[index] is None for row in rows)
         table.add_column(rich_text(one_line(name)), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(rich_text(shortened(escaped(cell(value), _LAYOUT), _CELL)) for value in row))
+        table.add_row(*(rich_text(escaped(cell(value), _LAYOUT, _CELL)) for value in row))
     with _named():
         console().print(table)
 

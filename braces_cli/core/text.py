@@ -16,13 +16,21 @@ _CUT = " ... "
 _MARKUP = re.compile(r"[\\`*\[\]<>|#~&$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|!(?=\[)|(?<=:)//|@(?=\w)")
 
 
-def escaped(text: str, keep: str = "") -> str:
-    """Write control characters as Python does, such as `\\x1b`, except those in `keep`."""
+def escaped(text: str, keep: str = "", limit: int | None = None) -> str:
+    """Write control characters as Python does, such as `\\x1b`, except those in `keep`, and cut the result.
+
+    Args:
+        limit: characters of the result. It is cut in the middle: most names and paths differ at one of the ends.
+    """
 
     def escape(found: re.Match[str]) -> str:
         return found[0] if found[0] in keep else found[0].encode("unicode_escape").decode("ascii")
 
-    return _CONTROLS.sub(escape, text)
+    shown = _CONTROLS.sub(escape, text)
+    if limit is None or len(shown) <= limit:
+        return shown
+    end = (limit - len(_CUT)) // 3
+    return shown[: limit - len(_CUT) - end] + _CUT + shown[len(shown) - end :]
 
 
 def json_escaped(document: str) -> str:
@@ -30,17 +38,9 @@ def json_escaped(document: str) -> str:
     return _CONTROLS.sub(lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", document)
 
 
-def shortened(text: str, limit: int = VALUE) -> str:
-    """Cut a text to `limit` characters in the middle; most names and paths differ at the beginning or the end."""
-    if len(text) <= limit:
-        return text
-    end = (limit - len(_CUT)) // 3
-    return text[: limit - len(_CUT) - end] + _CUT + text[len(text) - end :]
-
-
 def one_line(text: str, limit: int = VALUE) -> str:
     """Escape all control characters, then cut the text."""
-    return shortened(escaped(text), limit)
+    return escaped(text, "", limit)
 
 
 def error_text(message: str, where: str | None, hint: str | None) -> str:

@@ -84,18 +84,6 @@ def test_several_built_in_lists_in_one_command(braces, model_dir, tmp_path):
     assert all(Path(each["path"]).is_file() for each in results)
 
 
-def test_pooling_is_stored_and_changes_the_state(build, tmp_path):
-    """The default is `mean`."""
-    from safetensors.torch import load_file
-
-    states = {}
-    for pooling in ("mean", "last", "max"):
-        path = build(pooling, "--words", "extraordinary", "--pooling", pooling).json["path"]
-        states[pooling] = load_file(path)[f"{pooling}.hidden"]
-    assert not states["mean"].equal(states["last"])
-    assert not states["last"].equal(states["max"])
-
-
 def test_the_list_has_folder_adapter_and_built_in_attributes(build, braces, session, adapter_dir, tmp_path):
     """In the order of the search, with words, base, fingerprint and statistics."""
     from braces_cli.core.attributes.build import build_attribute

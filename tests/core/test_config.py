@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import pytest
 import torch
 import typer
 
-from braces_cli.cli.options import command, command_line, running
+from braces_cli.cli.options import command
 from braces_cli.core.config import (
     OTHER_NAMES,
     build,
@@ -191,15 +189,6 @@ def test_the_home_folder_is_expanded_in_every_path(call: Any, tmp_path: Path, mo
     (tmp_path / "some.yaml").write_text("directory: ~/y\n")
     assert call("--directory=~/x").folder == tmp_path / "x"
     assert call("--config", "~/some.yaml").folder == tmp_path / "y"
-
-
-def test_the_command_line_of_a_nested_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`running` sets the words; without it they are those of the process."""
-    monkeypatch.setattr(sys, "argv", ["/bin/braces", "demo"])
-    with contextlib.suppress(ValueError), running(["braces", "train"]):
-        assert command_line() == ["braces", "train"]
-        raise ValueError
-    assert command_line() == ["braces", "demo"]
 
 
 def test_a_help_text_is_the_entry_in_the_docstring() -> None:

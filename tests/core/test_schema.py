@@ -131,16 +131,9 @@ def test_yaml_scalars_are_text(tmp_path: Path) -> None:
     """`off`, a time and a date are the same as on the command line."""
     path = tmp_path / "a.yaml"
     path.write_text("a: 1\nb: [x, 2.5]\nc: off\nd: -4:4:1\nf: true\ng:\nh: ''\n")
-    expected = {
-        "a": "1",
-        "b": ["x", "2.5"],
-        "c": "off",
-        "d": "-4:4:1",
-        "f": "true",
-        "g": None,
-        "h": "",
-    }
-    assert read_yaml(path) == expected
+    assert read_yaml(path) == {
+        "a": "1", "b": ["x", "2.5"], "c": "off", "d": "-4:4:1", "f": "true", "g": None, "h": "",
+    }  # fmt: skip
     path.write_text("# nothing\n")
     assert read_yaml(path) == {}
     path.write_text("- a\n")
