@@ -5,6 +5,7 @@ The output folder is that of peft: `PeftModel.from_pretrained(base, folder)` loa
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -70,31 +71,24 @@ class PeftAdapter:
         }
 
     def save(self, folder: Path, config: AdapterConfig, card: str) -> None:
-        """Write a PEFT folder: weights and model card first, the config last."""
-        tensors, options = self._exported()
-        options["base_model_name_or_path"] = config.base_model_name_or_path
-        options["revision"] = config.revision
-        write_tensors(folder / WEIGHTS_FILE, tensors)
-        write_text(folder / CARD_FILE, card)
-        write_json(folder / CONFIG_FILE, options)
-
-    def _exported(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Weights and config as written by peft, for an unchanged base."""
+        """Write a PEFT folder for an unchanged base: weights and model card first, the config last."""
         from safetensors.torch import load_file
 
         with scratch_folder() as work:
+            start, written = work / "start", work / "out"
             conversion: dict[str, str] = {}
             if self._initial is not None:
-                start = work / "start"
                 self._write(start)
                 write_tensors(start / WEIGHTS_FILE, self._initial)
                 conversion = {"path_initial_model_for_weight_conversion": str(start)}
-            written = work / "out"
             self._write(written, **conversion)
-            options = read(WRITTEN, written / CONFIG_FILE)
-            if isinstance(options.get("target_modules"), list):
-                options["target_modules"].sort()  # a set in peft: its order differs between processes
-            return load_file(written / WEIGHTS_FILE), options
+            options, tensors = read(WRITTEN, written / CONFIG_FILE), load_file(written / WEIGHTS_FILE)
+        if isinstance(options.get("target_modules"), list):
+            options["target_modules"].sort()  # a set in peft: its order differs between processes
+        options |= {"base_model_name_or_path": config.base_model_name_or_path, "revision": config.revision}
+        write_tensors(folder / WEIGHTS_FILE, tensors)
+        write_text(folder / CARD_FILE, card)
+        write_json(folder / CONFIG_FILE, options)
 
     def _write(self, folder: Path, **conversion: str) -> None:
         """Write a folder with peft.
@@ -111,15 +105,10 @@ class PeftAdapter:
 
 
 def baseline_parameters(model: nn.Module, settings: TrainSettings, layers: Sequence[int] | None) -> int:
-    """Number of parameters that a baseline trains on `model`, which may be on the meta device and is unchanged."""
-    plain = {key: value for key, value in _OPTIONS[settings.method].items() if key != "init_lora_weights"}
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    wrapper = _inject(model, settings, layers, plain)
-    count = sum(p.numel() for p in wrapper.parameters() if p.requires_grad)
-    wrapper.unload()
-    for parameter, flag in flags:
-        parameter.requires_grad_(flag)
-    return count
+    """Number of parameters that a baseline trains on `model`, which is unchanged and may be on the meta device."""
+    options = {key: value for key, value in _OPTIONS[settings.method].items() if key != "init_lora_weights"}
+    wrapper = _inject(copy.deepcopy(model), settings, layers, options)
+    return sum(p.numel() for p in wrapper.parameters() if p.requires_grad)
 
 
 def _inject(model: nn.Module, settings: TrainSettings, layers: Sequence[int] | None, options: dict[str, Any]) -> Any:

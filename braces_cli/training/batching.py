@@ -286,7 +286,8 @@ def choose_layout(session: Session, settings: TrainSettings, items: Sequence[Enc
     else:
         cost = attention_cost(model, len(session.ffns), session.ffns[0].hidden_size)
         layout = Layout(packed=True, attention=cost, context=context_length(model.config, tokenizer))
-    only_scored = can_pick(model, probe[1][:PICKED], _tolerance(model))
+    tolerance = TOLERANCE.get(next(model.parameters()).dtype, TOLERANCE_FLOAT32)
+    only_scored = can_pick(model, probe[1][:PICKED], tolerance)
     return replace(layout, only_scored=only_scored, contrast=bool(settings.contrast))
 
 
@@ -300,7 +301,7 @@ def packing_fault(model: Any, probe: Sequence[list[int]], pad_id: int) -> str | 
 
     Each packed example is compared with itself alone, and changed tokens in the first must not change the other logits.
     """
-    tolerance = _tolerance(model)
+    tolerance = TOLERANCE.get(next(model.parameters()).dtype, TOLERANCE_FLOAT32)
     rows = [[0, 1, 2]] if _is_flash(model) else [[0, 1], [2]]
     first, *rest = probe
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -327,10 +328,6 @@ def packing_fault(model: Any, probe: Sequence[list[int]], pad_id: int) -> str | 
     if not leak <= tolerance / 3:
         return f"an example moves the logits of the next one by {leak:.1e}"
     return None
-
-
-def _tolerance(model: Any) -> float:
-    return TOLERANCE.get(next(model.parameters()).dtype, TOLERANCE_FLOAT32)
 
 
 def _try_flash(model: Any, probe: Sequence[list[int]], pad_id: int) -> bool:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import secrets
 import shutil
@@ -24,7 +23,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -63,6 +61,10 @@ _NAME = re.compile(r"checkpoint-(\d+)", re.ASCII)
 _NOT_HASHED = ("README.md",)
 _PARTIAL = ".checkpoint-"
 _DAMAGED = "the checkpoint is damaged"
+# Errors of libraries for content that they cannot load.
+_REJECTED = (
+    ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError, OSError, SafetensorError,
+)  # fmt: skip
 _DAMAGED_HINT = "Remove that checkpoint; --resume then continues from the previous one."
 
 
@@ -105,26 +107,18 @@ def newest_intact(folder: Path) -> Path | None:
     path = checkpoint / MANIFEST_FILE
     try:
         manifest = read(_MANIFEST, path)
+        if manifest["step"] != _step(checkpoint):
+            raise ModelError(f"the manifest is that of checkpoint-{manifest['step']}", where=str(path))
+        for file, expected in ((checkpoint / Path(name).name, value) for name, value in manifest["sha256"].items()):
+            if file_hash(file, ModelError) != expected:
+                what = "the file is not the one that was written with this checkpoint"
+                raise ModelError(what, where=str(file))
     except ModelError as error:
-        raise _damaged(path, f"the manifest is damaged: {error.message}") from error
-    if manifest["step"] != _step(checkpoint):
-        raise _damaged(path, f"the manifest is that of checkpoint-{manifest['step']}")
-    for name, expected in manifest["sha256"].items():
-        file = checkpoint / Path(name).name
-        try:
-            found = file_hash(file, ModelError)
-        except ModelError as error:
-            raise _damaged(file, error.message) from error
-        if found != expected:
-            raise _damaged(file, "the file is not the one that was written with this checkpoint")
+        before = [each.name for each in checkpoints(folder) if _step(each) < _step(checkpoint)]
+        then = f"continues from {before[-1]}" if before else "starts from the beginning"
+        hint = f"Remove {checkpoint}; --resume then {then}."
+        raise ModelError(error.message, where=error.where, hint=hint) from error
     return checkpoint
-
-
-def _damaged(file: Path, what: str) -> ModelError:
-    checkpoint = file.parent
-    before = [path.name for path in checkpoints(checkpoint.parent) if _step(path) < _step(checkpoint)]
-    then = f"continues from {before[-1]}" if before else "starts from the beginning"
-    return ModelError(what, where=str(file), hint=f"Remove {checkpoint}; --resume then {then}.")
 
 
 def write_checkpoint(folder: Path, step: int, limit: int, write: Callable[[Path], object]) -> None:
@@ -393,17 +387,10 @@ def _like(tensor: Tensor, parameter: Any) -> Tensor:
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
 
 
-def rng_state() -> dict[str, Any]:
-    """State of every random generator of this process, ready for JSON."""
-    version, numbers, gauss = random.getstate()
-    kind, keys, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {
-        "python": [version, list(numbers), gauss],
-        "numpy": [kind, [int(key) for key in keys], *map(float, rest)],
-        "torch": torch.get_rng_state().numpy().tobytes().hex(),
-        "cuda": None if cuda is None else cuda.numpy().tobytes().hex(),
-    }
+def rng_state() -> dict[str, str | None]:
+    """State of torch's random generators of this process in hexadecimal digits."""
+    states = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+    return {name: None if state is None else state.numpy().tobytes().hex() for name, state in states.items()}
 
 
 def restore_rng(folder: Path) -> None:
@@ -411,16 +398,11 @@ def restore_rng(folder: Path) -> None:
     path = folder / RNG_FILE
     states = read(_STATE, path)
     with _restoring(path):
-        if rank() >= len(states):
-            return
-        state = states[rank()]
-        version, numbers, gauss = state["python"]
-        random.setstate((version, tuple(numbers), gauss))
-        kind, keys, position, has_gauss, cached = state["numpy"]
-        np.random.set_state((kind, np.array(keys, dtype=np.uint32), int(position), int(has_gauss), cached))
-        torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch"]), dtype=torch.uint8))
-        if torch.cuda.is_available() and state["cuda"] is not None:
-            torch.cuda.set_rng_state(torch.frombuffer(bytearray.fromhex(state["cuda"]), dtype=torch.uint8))
+        if rank() < len(states):
+            state = states[rank()]
+            torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch"]), dtype=torch.uint8))
+            if torch.cuda.is_available() and state["cuda"] is not None:
+                torch.cuda.set_rng_state(torch.frombuffer(bytearray.fromhex(state["cuda"]), dtype=torch.uint8))
 
 
 @contextmanager
@@ -428,13 +410,11 @@ def _restoring(path: Path) -> Iterator[None]:
     """Report a library that rejects the content of `path` as a damaged checkpoint."""
     try:
         yield
-    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+    except _REJECTED as error:
         raise ModelError(_DAMAGED, where=str(path), hint=_DAMAGED_HINT) from error
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     check_regular(path, ModelError, _DAMAGED_HINT, "file of the checkpoint")
-    try:
+    with _restoring(path):
         return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(_DAMAGED, where=str(path), hint=_DAMAGED_HINT) from error

@@ -37,11 +37,6 @@ logger = logging.getLogger("braces")
 MODEL_FAULTS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 
 
-def next_tokens(labels: Tensor) -> Tensor:
-    """Targets of each token, `IGNORED` for the last one of a row: (rows, tokens) both."""
-    return F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
-
-
 def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
     """-log p of the next token in float32, (k,), 0 for tokens that are not scored.
 
@@ -49,7 +44,7 @@ def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
         labels: (rows, tokens); or (k,), the targets, if there are logits of k scored tokens only.
     """
     # Labels are moved rather than logits: no copy of (tokens, vocabulary).
-    targets = (labels if labels.ndim == 1 else next_tokens(labels)).to(logits.device)
+    targets = (labels if labels.ndim == 1 else F.pad(labels, (0, 1), value=IGNORED)[:, 1:]).to(logits.device)
     result: Tensor = _TokenNll.apply(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
     return result
 
@@ -85,7 +80,7 @@ def pick_scored(block: dict[str, Tensor]) -> None:
 
     A block without scored tokens, or with scored tokens only, is unchanged.
     """
-    targets = next_tokens(block["labels"]).flatten()
+    targets = F.pad(block["labels"], (0, 1), value=IGNORED)[:, 1:].flatten()
     scored = (targets != IGNORED).nonzero().squeeze(1)
     if 0 < len(scored) < len(targets):
         block["scored"], block["labels"] = scored, targets[scored]

@@ -21,9 +21,9 @@ from braces_cli.core.errors import BracesError, ModelError
 from braces_cli.core.files import file_hint, finite, write_text
 from braces_cli.core.models.hub import card_header
 from braces_cli.core.models.tokenize import Encoded
-from braces_cli.core.render import figure, save_figure
+from braces_cli.core.render import figure, render, save_figure
 from braces_cli.core.schema import Count, Kind, Malformed, check, decode
-from braces_cli.core.text import escaped, markdown_code, markdown_text, public_command, public_name
+from braces_cli.core.text import escaped, public_command
 
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss.png"
@@ -189,10 +189,8 @@ class _ShareRecorder:
         return add(output, *rest)
 
 
-_FIGURES = ("base_eval_perplexity", "eval_perplexity", "base_eval_loss", "eval_loss", "train_loss", "steps", "tokens")
 # Name of a metric on the hub, and its key in the result.
 _METRICS = {"loss": "eval_loss", "perplexity": "eval_perplexity"}
-_ROWS = ("rows", "rows_truncated", "rows_dropped")
 # The adapter in a checkpoint can be inspected and steered like any other.
 CHECKPOINT_CARD = "# LLMBraces adapter in training\n\nA checkpoint of `braces train`; `--resume` continues from it.\n"
 
@@ -212,58 +210,17 @@ def model_card(
         command: words of the command line.
         curve: `loss.png` is in the folder.
     """
-    base = public_name(config.base_model_name_or_path)
-    if config.method == "braces":
-        library, tags, title = "braces", ("llmbraces", "adapter"), "LLMBraces adapter"
-        about = (
-            "It re-weights the FFN sub-updates of the frozen base by their relevance to each token "
-            "(LLMBraces, ACL 2025, arXiv 2503.16334)."
-        )
-        usage = ["    pip install braces-cli", '    braces steer --adapter THIS_FOLDER --prompt "..."']
-    else:
-        library, tags, title = "peft", (config.method, "adapter"), f"{config.method} adapter"
-        about = (
-            f"A {config.method} baseline that `braces train --method {config.method}` trained with peft. It loads "
-            "without braces."
-        )
-        usage = [
-            "    from peft import PeftModel",
-            "    from transformers import AutoModelForCausalLM",
-            "",
-            f"    base = AutoModelForCausalLM.from_pretrained({json.dumps(base)})",
-            '    model = PeftModel.from_pretrained(base, "THIS_FOLDER")',
-        ]
+    is_peft = config.method != "braces"
+    title = f"{config.method} adapter" if is_peft else "LLMBraces adapter"
     header = card_header(
         config.base_model_name_or_path,
         name=title,
-        library=library,
+        library="peft" if is_peft else "braces",
         relation="adapter",
-        tags=tags,
+        tags=(config.method if is_peft else "llmbraces", "adapter"),
         metrics={name: result[key] for name, key in _METRICS.items() if result.get(key) is not None},
         datasets=arguments.get("eval_data") or (),
     )
-    sets = {kind: arguments.get(kind) or () for kind in ("data", "eval_data")}
-    data = {kind: ", ".join(markdown_code(public_name(name)) for name in names) for kind, names in sets.items()}
-    data |= {name: f"{result[name]:,}" for name in _ROWS if result.get(name) is not None}
-    figures = {name: f"{result[name]:.6g}" for name in _FIGURES if result.get(name) is not None}
-    settings = {
-        name: markdown_text(public_name(value) if isinstance(value, str) else value)
-        for name, value in config.training.items()
-    }
-    lines = [
-        *(header, "", f"# {title}, rank {config.r}", ""),
-        f"Base model: {markdown_code(base)}. {result['trainable_parameters']:,} trained parameters "
-        f"({result['trainable_percent']:.3g} % of the base's).",
-        *("", about, "", *usage, "", *_section("Result", figures)),
-        *(["![Loss by optimizer step](loss.png)", ""] if curve else []),
-        *_section("Data", {name: value for name, value in data.items() if value}),
-        *_section("Settings", settings),
-        *(["## Command", "", f"    {escaped(shlex.join(public_command(command)))}", ""] if command else []),
-    ]
-    return "\n".join(lines)
-
-
-def _section(title: str, rows: dict[str, str]) -> list[str]:
-    """A heading and a table of two columns."""
-    lines = [f"| {name.replace('_', ' ')} | {value} |" for name, value in rows.items()]
-    return [f"## {title}", "", "| | |", "|---|---|", *lines, ""]
+    facts = {"header": header, "title": title, "config": config, "result": result, "data": arguments, "curve": curve}
+    facts["command"] = escaped(shlex.join(public_command(command)))
+    return render("training/adapter_card.md.j2", facts, json=json.dumps)

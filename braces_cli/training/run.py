@@ -398,15 +398,22 @@ def check_launch(device: str) -> None:
             raise ConfigError("an adapter is trained under DDP or FSDP2 only", where=what, hint=_DDP)
     if "ACCELERATE_USE_FSDP" not in on:
         return
-    if os.environ.get("FSDP_VERSION", "1") != "2":
-        what = "only version 2 separates the adapter's parameters from those of the base"
-        raise ConfigError(what, where="fsdp_version", hint=_FSDP2)
-    if "FSDP_CPU_RAM_EFFICIENT_LOADING" in on:
-        what = "every process runs the base before it is sharded, so each must load it"
-        raise ConfigError(what, where="fsdp_cpu_ram_efficient_loading: true", hint=_FSDP2)
-    if "FSDP_ACTIVATION_CHECKPOINTING" in on:
-        what = "it changes the names of parameters"
-        hint = "Set it to false, and give --gradient-checkpointing."
-        raise ConfigError(what, where="fsdp_activation_checkpointing: true", hint=hint)
+    faults = {
+        "fsdp_version": (
+            os.environ.get("FSDP_VERSION", "1") != "2",
+            "only version 2 separates the adapter's parameters from those of the base", _FSDP2,
+        ),
+        "fsdp_cpu_ram_efficient_loading: true": (
+            "FSDP_CPU_RAM_EFFICIENT_LOADING" in on,
+            "every process runs the base before it is sharded, so each must load it", _FSDP2,
+        ),
+        "fsdp_activation_checkpointing: true": (
+            "FSDP_ACTIVATION_CHECKPOINTING" in on,
+            "it changes the names of parameters", "Set it to false, and give --gradient-checkpointing.",
+        ),
+    }  # fmt: skip
+    for where, (is_fault, what, hint) in faults.items():
+        if is_fault:
+            raise ConfigError(what, where=where, hint=hint)
     if pick_device(device).type == "cpu":
         raise ConfigError("accelerate has no FSDP on a CPU: the base would not be sharded", where="FSDP", hint=_DDP)

@@ -148,7 +148,7 @@ class TrainSettings(AttributesFolder, ModelSettings, OverwriteSettings, UploadSe
 
     def check(self) -> None:
         """Also refuse settings that do not fit together, missing folders and missing libraries."""
-        self._check_method()
+        self._check_method_and_attributes()
         super().check()
         if self.output_dir is None and not (self.dry_run or self.check_rows):
             raise ConfigError("missing option", where="--output-dir", hint="See `braces train --help`.")
@@ -162,10 +162,9 @@ class TrainSettings(AttributesFolder, ModelSettings, OverwriteSettings, UploadSe
             hint = "Give one of the two."
             raise ConfigError("--resume and --overwrite are mutually exclusive", where="--resume", hint=hint)
         _ = self.pairs, self.scale
-        self._check_attributes()
 
-    def _check_method(self) -> None:
-        """Refuse options that the method does not read.
+    def _check_method_and_attributes(self) -> None:
+        """Refuse options without effect, and two columns for one key.
 
         A recipe may contain settings of every method, so that one file serves all of them: an unused setting in a file
         is not an error, except for attributes.
@@ -182,9 +181,6 @@ class TrainSettings(AttributesFolder, ModelSettings, OverwriteSettings, UploadSe
                 what = "be trained on attributes" if name == "attribute_field" else "continue from an adapter of braces"
                 hint = f"Leave out {flag_of(type(self), name)}, or train with --method braces."
                 raise ConfigError(f"{self.method} cannot {what}", where="--method", hint=hint)
-
-    def _check_attributes(self) -> None:
-        """Refuse two columns for one key, and options for attributes in a run without attributes."""
         columns = self.row_columns
         for key, name in (("attribute", "attribute_field"), ("strength", "strength_field")):
             column, other = getattr(columns, key), getattr(self, name)
@@ -192,7 +188,7 @@ class TrainSettings(AttributesFolder, ModelSettings, OverwriteSettings, UploadSe
                 hint = f"Leave out {flag_of(type(self), name)}, or `{key}` of --columns."
                 raise ConfigError(f"two columns for `{key}`: {column} and {other}", where="--columns", hint=hint)
         unused = {"opposites": (), "strength_field": STRENGTH, "attributes": None, "contrast": None}
-        for name, value in unused.items() if self.attribute_field is None and self.method == "braces" else ():
+        for name, value in unused.items() if self.attribute_field is None and not baseline else ():
             if getattr(self, name) not in (value, 0):
                 hint = "Name the column of each row's attribute with --attribute-field."
                 raise ConfigError("no attributes are trained", where=flag_of(type(self), name), hint=hint)
