@@ -342,12 +342,13 @@ def _clean(place: Path, wrong: Sequence[str]) -> None:
         shutil.rmtree(temporary_folder(place))
 
 
-def killed_rounds(folder: Path, case: Case, rounds: int, seed: str, most: int = 3) -> dict[str, Any]:
+def killed_rounds(
+    folder: Path, case: Case, rounds: int, seed: str, duration: tuple[float, int], most: int
+) -> dict[str, Any]:
     """Kill calls up to `most` times per round, run the last one to its end, and compare with `folder / "alone"`."""
     expected = files(folder / "alone")
-    duration = timed(folder / "timed", case.words)
     outcome: dict[str, Any] = {"rounds": rounds, "kills": 0, "identical": 0, "seconds": round(duration[0], 2)}
-    outcome["different"] = differences(files(folder / "timed"), expected)
+    outcome["different"] = differences(files(folder / "timed"), expected) if (folder / "timed").exists() else []
     for number in range(rounds):
         place, moments = folder / f"round-{number}", random.Random(f"{seed} {number}")
         killed, goal, ended = 0, moments.randint(1, most), None
@@ -451,8 +452,12 @@ def compare(
     found = {}
     for name in names or known:
         place, case, key = folder / name.replace(" ", "-"), known[name], f"{seed} {name}"
-        (timed if short else undisturbed)(place / "alone", case.words)
-        killed = killed_rounds(place, case, rounds, key)
+        if short:
+            duration = timed(place / "alone", case.words)
+        else:
+            undisturbed(place / "alone", case.words)
+            duration = timed(place / "timed", case.words)
+        killed = killed_rounds(place, case, rounds, key, duration, most=1 if short else 3)
         writers = two_writers(place, case, extras, key)
         full = full_disk(place, case, extras, key)
         found[name] = {"killed": killed, "two_writers": writers, "full_disk": full}

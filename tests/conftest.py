@@ -17,6 +17,7 @@ os.environ["TQDM_DISABLE"] = "1"
 # Also for child processes: with one thread per core, two processes mostly wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -251,5 +252,37 @@ def braces(capsys, monkeypatch):
             main([str(arg) for arg in args])
         out, err = capsys.readouterr()
         return Outcome(caught.value.code, out, err)
+
+    return call
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    """Write JSON Lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def mood_rows(tmp_path: Path) -> Path:
+    """Twelve sentences with attribute and strength, which depend on the last word."""
+    moods = [("good", "positive", 1.5), ("sad", "negative", 1.5), ("old", "neutral", 0)]
+    rows = [
+        {"text": f"the {noun} is {word}", "mood": mood, "how": how}
+        for noun in ("film", "town", "end", "day")
+        for word, mood, how in moods
+    ]
+    return write_rows(tmp_path / "moods.jsonl", rows)
+
+
+@pytest.fixture
+def train(braces: Any, model_dir: Path, mood_rows: Path) -> Any:
+    """Call `braces train` on `mood_rows`, or on the rows `data`; None as `base` leaves out `--model`."""
+
+    def call(out: Path, *options: Any, data: Path = mood_rows, base: Path | None = model_dir) -> Outcome:
+        given = () if base is None else ("--model", base)
+        return braces(
+            "train", *given, "--data", data, "--rank", 4, "--lr", 0.01, "--device", "cpu", "--output-dir", out,
+            "--format", "json", *options,
+        )  # fmt: skip
 
     return call

@@ -15,26 +15,6 @@ import pytest
 from tests.conftest import make_adapter
 
 
-@pytest.fixture
-def rows(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"text": f"the {a} film"}) + "\n" for a in ("good", "sad", "old", "happy")))
-    return path
-
-
-@pytest.fixture
-def train(braces, model_dir, rows, tmp_path):
-    """`braces train` with six steps."""
-
-    def call(*extra):
-        return braces(
-            "train", "--model", model_dir, "--data", rows, "--eval-data", rows, "--rank", 4, "--max-steps", 6,
-            "--batch-size", 2, "--output-dir", tmp_path / "out", "--format", "json", *extra,
-        )  # fmt: skip
-
-    return call
-
-
 class Hub(BaseHTTPRequestHandler):
     """Minimal hub API for uploads and downloads of small files, over a dict of files."""
 
@@ -124,7 +104,7 @@ def hub(monkeypatch, tmp_path) -> Iterator[type[Hub]]:
 
 def test_an_adapter_goes_to_the_hub_and_comes_back(train, braces, hub, tmp_path):
     """--push-to-hub uploads adapter, card and curve only; --adapter OWNER/NAME loads the adapter."""
-    outcome = train("--push-to-hub", "ann/film", "--logging-steps", 2)
+    outcome = train(tmp_path / "out", "--max-steps", 2, "--push-to-hub", "ann/film", "--logging-steps", 1)
     assert outcome.code == 0, outcome.err
     assert set(hub.files) == {
         "README.md", "adapter_config.json", "adapter_model.safetensors", "loss.png", "metrics.jsonl",
@@ -141,15 +121,15 @@ def test_a_push_that_cannot_work_is_refused_before_training(train, hub, monkeypa
     """A bad name, an unknown token, no network: exit 2, nothing written."""
     from huggingface_hub import constants
 
-    assert "is not a repository" in train("--push-to-hub", "a/b/c").err
+    assert "is not a repository" in train(tmp_path / "out", "--max-steps", 2, "--push-to-hub", "a/b/c").err
     with monkeypatch.context() as patch:
         patch.setenv("HF_TOKEN", "hf_bad")
-        refused = train("--push-to-hub", "ann/film")
+        refused = train(tmp_path / "out", "--max-steps", 2, "--push-to-hub", "ann/film")
     assert refused.code == 2
     assert "HF_TOKEN" in refused.err
     assert hub.tokens == ["Bearer hf_bad"]
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    refused = train("--push-to-hub", "ann/film")
+    refused = train(tmp_path / "out", "--max-steps", 2, "--push-to-hub", "ann/film")
     assert refused.code == 2
     assert "HF_HUB_OFFLINE" in refused.err
     assert not (tmp_path / "out").exists()
@@ -159,11 +139,11 @@ def test_a_push_that_fails_keeps_the_adapter_and_is_tried_again(train, hub, monk
     """Exit 1 after training; --resume uploads the adapter."""
     with monkeypatch.context() as patch:
         patch.setattr(Hub, "do_POST", lambda self: self.reply({"error": "out of order"}, 400))
-        outcome = train("--push-to-hub", "ann/film")
+        outcome = train(tmp_path / "out", "--max-steps", 2, "--push-to-hub", "ann/film")
     assert outcome.code == 1
     assert "--resume tries the upload again" in outcome.err
     assert (tmp_path / "out" / "adapter_config.json").is_file()
-    assert train("--push-to-hub", "ann/film", "--resume").code == 0
+    assert train(tmp_path / "out", "--max-steps", 2, "--push-to-hub", "ann/film", "--resume").code == 0
     assert "adapter_config.json" in hub.files
 
 

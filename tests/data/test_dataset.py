@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from itertools import islice
 
 import pytest
@@ -12,12 +11,11 @@ from braces_cli.core.models.tokenize import IGNORED
 from braces_cli.data import dataset as module
 from braces_cli.data.dataset import Fields, Reading, Stream, check_rows, condition, read_examples
 from braces_cli.data.rows import Source
-from tests.conftest import tiny_tokenizer
+from tests.conftest import tiny_tokenizer, write_rows
 
 
 def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    return str(write_rows(path, rows))
 
 
 @pytest.fixture
@@ -95,6 +93,17 @@ def test_rows_without_a_scored_token_are_dropped_and_counted(tmp_path):
     counts = found.counts
     assert (counts.rows, counts.dropped, counts.truncated, len(found.items)) == (3, 2, 1, 1)
     assert found.items[0].labels[0] == IGNORED
+
+
+def test_missing_cells_of_csv_are_dropped(tmp_path):
+    """Blank cells and the usual words for missing values; in JSON the same letters are text."""
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,completion\na,good\nb,\nc,NaN\nNA,fine\ne,null\nf,Nancy\n")
+    counts = read_examples([str(path)], Reading(tiny_tokenizer(), 64)).counts
+    assert (counts.rows, counts.dropped) == (6, 4)
+    assert counts.dropped_at == [f"{path}:{line}" for line in (3, 4, 5, 6)]
+    lines = write(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "NaN"}])
+    assert read_examples([lines], Reading(tiny_tokenizer(), 64)).counts.dropped == 0
 
 
 def test_no_scored_rows(tmp_path):

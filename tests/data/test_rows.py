@@ -153,17 +153,17 @@ def test_columns_of_attribute_and_strength():
 
 
 def test_lines_of_a_plain_file(tmp_path):
-    """Without blank lines; form feeds and spaces are kept."""
+    """Without blank lines; form feeds and spaces are kept. As rows they have the key `text`."""
     path = tmp_path / "t.txt"
     path.write_text("one\n\n two words \na\fb\n")
     assert read_texts(path) == ["one", " two words ", "a\fb"]
+    assert [row.fields for row in read_rows(str(path))] == [{"text": text} for text in read_texts(path)]
 
 
 def test_texts_of_a_data_file(tmp_path):
     """Rows of any format, prompt and completion as one text; or one column."""
     path = tmp_path / "t.jsonl"
-    rows = [{"prompt": "a ", "completion": "b"}, {"prompt": "c", "completion": "d"}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(path, [{"prompt": "a ", "completion": "b"}, {"prompt": "c", "completion": "d"}])
     assert read_texts(path) == ["a b", "cd"]
     assert read_texts(path, field="prompt") == ["a ", "c"]
     with pytest.raises(DataError, match="no text in `text`"):

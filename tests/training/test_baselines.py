@@ -10,6 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+import braces_cli
 from braces_cli.core.adapter.model import open_session
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.models.ffn import chosen_layers, find_ffns
@@ -18,17 +19,8 @@ from braces_cli.data.dataset import Reading, read_examples
 from braces_cli.scoring.likelihood import Likelihood, likelihoods
 from braces_cli.training.run import count_parameters
 from braces_cli.training.settings import BASELINES, TrainSettings
-from tests.conftest import tiny_model
+from tests.conftest import tiny_model, write_rows
 from tests.core.models.test_ffn import LLAMA2, LLAMA3, QWEN
-
-
-@pytest.fixture
-def rows(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    words = ["good", "sad", "old", "happy and old"]
-    texts = [f"the {a} film and the {b} end" for a in words for b in words]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
 
 
 @pytest.mark.parametrize(
@@ -80,21 +72,24 @@ def test_missing_targets(targets):
     assert "query_key_value" in str(caught.value)
 
 
+@pytest.fixture(scope="module")
+def trained(model_dir, tmp_path_factory):
+    """Rows, settings and the result of an adapter that the baselines are compared with."""
+    folder = tmp_path_factory.mktemp("braces")
+    words = ["good", "sad", "old", "happy and old"]
+    rows = write_rows(folder / "rows.jsonl", ({"text": f"the {a} film and the {b} end"} for a in words for b in words))
+    settings = {"model": model_dir, "eval_data": rows, "rank": 4, "max_steps": 5, "warmup_steps": 0, "lr": 0.02}
+    settings |= {"batch_size": 4, "device": "cpu"}
+    return rows, settings, braces_cli.train(rows, folder / "out", **settings)
+
+
 @pytest.mark.parametrize("method", BASELINES)
-def test_baseline_trains_on_the_same_tokens_and_peft_loads_it(braces, model_dir, rows, tmp_path, method):
+def test_baseline_trains_on_the_same_tokens_and_peft_loads_it(trained, model_dir, tmp_path, method):
     """Same keys and tokens; peft reproduces the evaluation loss on an untouched base."""
     from peft import PeftModel
 
-    found = {}
-    for each in ("braces", method):
-        outcome = braces(
-            "train", "--model", model_dir, "--data", rows, "--eval-data", rows, "--rank", 4, "--max-steps", 5,
-            "--warmup-steps", 0, "--lr", 0.02, "--batch-size", 4, "--method", each, "--output-dir", tmp_path / each,
-            "--format", "json",
-        )  # fmt: skip
-        assert outcome.code == 0, outcome.err
-        found[each] = outcome.json
-    ours, theirs = found["braces"], found[method]
+    rows, settings, ours = trained
+    theirs = braces_cli.train(rows, tmp_path / method, method=method, **settings)
     assert set(ours) == set(theirs)
     assert (theirs["method"], theirs["steps"]) == (method, 5)
     assert theirs["tokens"] == ours["tokens"]
@@ -121,12 +116,9 @@ def test_baseline_trains_on_the_same_tokens_and_peft_loads_it(braces, model_dir,
     assert again.loss == pytest.approx(theirs["eval_loss"], rel=1e-5)
 
 
-def test_missing_peft(braces, model_dir, rows, tmp_path, monkeypatch):
+def test_missing_peft(train, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    outcome = braces(
-        "train", "--model", model_dir, "--data", rows, "--output-dir", tmp_path / "o", "--method", "lora"
-    )  # fmt: skip
+    outcome = train(tmp_path / "o", "--method", "lora")
     assert outcome.code == 2
-    assert "peft" in outcome.err
     assert "pip install peft" in outcome.err
     assert not (tmp_path / "o").exists()

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 from braces_cli.core.adapter.model import attach
-from braces_cli.core.attributes.build import build_attribute
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.models.tokenize import IGNORED, Encoded
 from braces_cli.data.dataset import Condition, Example
@@ -23,14 +22,12 @@ from braces_cli.training.batching import (
     packing_fault,
     similar_lengths,
 )
-from braces_cli.training.conditioning import Conditioner
 from braces_cli.training.loss import can_pick, only_scored, token_nll
 from braces_cli.training.settings import TrainSettings
 from tests.conftest import open_gates, tiny_model
 from tests.core.comparison import relative
 
 LENGTHS = (9, 2, 14, 5, 14, 3, 7)
-MOODS = [("good", 1.5), (None, 0.0), ("old", -2.0), ("good", 1.0), ("old", 0.5), (None, 0.0), ("good", -1.0)]
 LAYOUTS = {
     "one row": Layout(packed=True),
     "several rows": Layout(packed=True, attention=0.1),
@@ -40,45 +37,40 @@ LAYOUTS = {
 }
 
 
-def examples(conditioned=False):
-    """Rows of odd lengths, some with a prompt that is not scored."""
+def examples(moods=()):
+    """Rows of odd lengths, some with a prompt that is not scored; with `moods`, as many and with attributes."""
     draw = torch.Generator().manual_seed(3)
     rows = []
-    for length, (name, s) in zip(LENGTHS, MOODS, strict=True):
+    for length, mood in zip(LENGTHS, moods or [None] * len(LENGTHS), strict=False):
         ids = torch.randint(3, 90, (length,), generator=draw).tolist()
         labels = [IGNORED] * (length // 3) + ids[length // 3 :]
-        rows.append(Example(Encoded(ids, labels, True, False), Condition(name, s, "") if conditioned else None))
+        rows.append(Example(Encoded(ids, labels, True, False), mood and Condition(*mood, "")))
     return rows
 
 
-def gradients(model, adapter, run):
-    """Loss and gradients of all trained parameters."""
-    model.zero_grad()
-    loss = run()
+def gradients(adapter, loss):
+    """Gradients of all trained parameters as one vector."""
+    adapter.model.zero_grad()
     loss.backward()
     trained = [p for _, p in adapter.named_parameters()] + ([*adapter.mlp.parameters()] if adapter.mlp else [])
-    return loss.detach(), torch.cat([p.grad.flatten() for p in trained])
+    return torch.cat([p.grad.flatten() for p in trained])
 
 
-def alone(model, rows, conditioner):
+def alone(model, rows):
     """Loss of each example alone, without packing, padding or mask: sum over scored tokens / their number."""
     total, count = 0.0, 0
     for row in rows:
         ids, labels = torch.tensor([row.tokens.ids]), torch.tensor(row.tokens.labels)
-        if conditioner is not None:
-            conditioner.apply(conditioner.strengths([row.condition]))
         logits = model(ids, use_cache=False).logits[0, :-1].float()
         total = total + F.cross_entropy(logits, labels[1:], ignore_index=IGNORED, reduction="sum")
         count += row.tokens.scored
     return total / count
 
 
-def in_blocks(model, rows, conditioner, layout):
-    batch = collate(rows, layout, 1, conditioner)
+def in_blocks(model, rows, layout):
+    batch = collate(rows, layout, 1)
     total = 0.0
     for block in batch.blocks:
-        if conditioner is not None:
-            conditioner.apply(block.pop("strengths"))
         labels = block.pop("labels")
         with only_scored(model, block.pop("scored", None)):
             total = total + token_nll(model(**block, use_cache=False).logits, labels).sum() / batch.scored
@@ -86,29 +78,17 @@ def in_blocks(model, rows, conditioner, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("conditioned", [False, True], ids=["plain", "attributes"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)], ids=["f32", "bf16"])
-def test_blocks_give_loss_and_gradients_of_each_example_alone(session, layout, conditioned, dtype, tolerance):
-    """Each token has the attributes of its example, examples are independent, first tokens are not scored."""
-    model = session.base.model
-    attributes = [build_attribute(session, name, [name]) for name in ("good", "old")] if conditioned else []
-    model.to(dtype)
+def test_blocks_give_loss_and_gradients_of_each_example_alone(layout, dtype, tolerance):
+    """Examples are independent, first tokens are not scored; with attributes, see test_loss.py."""
+    model = tiny_model(dtype=dtype)
     adapter = attach(model, 4)
     open_gates(adapter)
-    conditioner = None
-    if conditioned:
-        adapter.add_mlp(seed=3)
-        with torch.no_grad():
-            adapter.mlp.down.weight.normal_(std=1.0, generator=torch.Generator().manual_seed(0))
-        conditioner = Conditioner(adapter, attributes)
-    rows = examples(conditioned)
-    expected, wanted_gradients = gradients(model, adapter, lambda: alone(model, rows, conditioner))
-    loss, found = gradients(model, adapter, lambda: in_blocks(model, rows, conditioner, LAYOUTS[layout]))
-    assert float(loss) == pytest.approx(float(expected), rel=tolerance)
-    assert relative(found, wanted_gradients) < tolerance
-    if conditioned and dtype == torch.float32:  # other attributes give another loss
-        conditioner.apply(conditioner.strengths([Condition("old", 1.0, "")]))
-        assert float(in_blocks(model, examples(), None, LAYOUTS[layout])) != pytest.approx(float(expected), rel=1e-3)
+    expected = alone(model, examples())
+    expected_gradients = gradients(adapter, expected)
+    loss = in_blocks(model, examples(), LAYOUTS[layout])
+    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
+    assert relative(gradients(adapter, loss), expected_gradients) < tolerance
 
 
 @pytest.mark.parametrize(
@@ -200,9 +180,8 @@ def test_packed_rows(attention):
 
 
 def test_packed_rows_fit_the_context():
-    rows = fill_rows([9, 5, 4, 3, 3, 2], attention=0.0, context=10)
-    assert max(sum([9, 5, 4, 3, 3, 2][index] for index in row) for row in rows) <= 10
-    assert len(rows) == 3
+    lengths = [9, 5, 4, 3, 3, 2]
+    assert sorted(sum(lengths[index] for index in row) for row in fill_rows(lengths, context=10)) == [8, 9, 9]
 
 
 def test_groups_have_minimal_padding():

@@ -8,11 +8,13 @@ import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import braces_cli
 import braces_cli.training.loop as trainer
 import braces_cli.training.run as training
 from braces_cli.core.adapter.model import open_session
@@ -29,34 +31,54 @@ from braces_cli.training.checkpoint import (
     rng_state,
     write_checkpoint,
 )
+from tests.conftest import write_rows
 
-ADAPTER = "adapter_model.safetensors"
+SETTINGS: dict[str, Any] = {
+    "rank": 4, "lr": 0.01, "device": "cpu", "max_steps": 8, "batch_size": 2, "gradient_accumulation": 2,
+    "logging_steps": 2, "save_steps": 5, "save_total_limit": 0,
+}  # fmt: skip
 
 
-@pytest.fixture
-def rows(tmp_path):
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
     """Sentences with moods, for training with attributes."""
-    path = tmp_path / "rows.jsonl"
     moods = [("good", "positive"), ("sad", "negative"), ("old", "neutral")]
     lines = [
         {"text": f"the {noun} is {word}", "mood": mood} for noun in ("film", "town", "end") for word, mood in moods
     ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", lines)
+
+
+@pytest.fixture(scope="module")
+def finished_run(model_dir, rows, tmp_path_factory):
+    """Folder of a run of eight steps with two checkpoints, made once."""
+    out = tmp_path_factory.mktemp("finished") / "one"
+    braces_cli.train(rows, out, model=model_dir, eval_data=rows, **SETTINGS)
+    return out
 
 
 @pytest.fixture
-def train(braces, model_dir, rows):
-    """`braces train` with twelve steps of two batches."""
+def one(finished_run, tmp_path):
+    """A copy of `finished_run`."""
+    return shutil.copytree(finished_run, tmp_path / "one")
 
-    def call(out, *extra):
-        return braces(
-            "train", "--model", model_dir, "--data", rows, "--eval-data", rows, "--rank", 4, "--max-steps", 12,
-            "--batch-size", 2, "--gradient-accumulation", 2, "--lr", 0.01, "--logging-steps", 2, "--save-steps", 5,
-            "--save-total-limit", 0, "--output-dir", out, "--format", "json", *extra,
-        )  # fmt: skip
 
-    return call
+@pytest.fixture
+def run(train, rows):
+    """`braces train` with the settings of `finished_run` and more options."""
+    options = [part for name, value in SETTINGS.items() for part in (f"--{name}", value)]
+    return lambda out, *more: train(out, "--eval-data", rows, *options, *more, data=rows)
+
+
+def unfinished(folder: Path, source: Path, *steps: int) -> Path:
+    """A folder with checkpoints of the run in `source` only."""
+    for step in steps:
+        shutil.copytree(source / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+    return folder
+
+
+def content(folder: Path) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
 
 
 def signal_after(monkeypatch, steps: int, number: int) -> None:
@@ -85,49 +107,37 @@ def signal_after(monkeypatch, steps: int, number: int) -> None:
     ],
     ids=["default", "streaming", "gradient checkpointing", "attributes", "attributes unpacked"],
 )
-def test_resumed_run_is_bit_identical(train, tmp_path, extra):
+def test_resumed_run_is_bit_identical(run, tmp_path, extra):
     """From the middle of an epoch and from the end; figures too, except times and memory."""
-    one = train(tmp_path / "one", *extra)
-    assert one.code == 0, one.err
-    assert [path.name for path in checkpoints(tmp_path / "one")] == ["checkpoint-5", "checkpoint-10", "checkpoint-12"]
-    expected = (tmp_path / "one" / ADAPTER).read_bytes()
-    for step in (5, 12):
-        out = tmp_path / f"from-{step}"
-        out.mkdir()
-        os.rename(tmp_path / "one" / f"checkpoint-{step}", out / f"checkpoint-{step}")
+    first = run(tmp_path / "one", *extra)
+    assert first.code == 0, first.err
+    assert [path.name for path in checkpoints(tmp_path / "one")] == ["checkpoint-5", "checkpoint-8"]
+    for step in (5, 8):
+        out = unfinished(tmp_path / f"from-{step}", tmp_path / "one", step)
         (out / "metrics.jsonl").write_bytes((tmp_path / "one" / "metrics.jsonl").read_bytes() + b'{"step": 1')
-        again = train(out, *extra, "--resume")
+        again = run(out, *extra, "--resume")
         assert again.code == 0, again.err
-        assert (out / ADAPTER).read_bytes() == expected
+        assert content(out) == content(tmp_path / "one")
         assert again.json["resumed_from"] == str(out / f"checkpoint-{step}")
         other = {"output_dir", "seconds", "tokens_per_second", "peak_memory", "resumed_from"}
-        assert {k: v for k, v in again.json.items() if k not in other} == {
-            k: v for k, v in one.json.items() if k not in other
-        }
-        logged = [read(tmp_path / "one"), read(out)]
-        assert logged[0] == logged[1]
-    assert [row["step"] for row in logged[0]] == [2, 4, 6, 8, 10, 12]
+        results = [{k: v for k, v in each.json.items() if k not in other} for each in (first, again)]
+        assert results[0] == results[1]
+        assert read(out) == read(tmp_path / "one")
+    assert [row["step"] for row in read(out)] == [2, 4, 6, 8]
 
 
-def test_the_relevance_scale_is_measured_once(train, tmp_path, monkeypatch):
+def test_the_relevance_scale_is_measured_once(run, tmp_path, monkeypatch):
     """A resumed or continued run reads c of each layer from its files."""
     calls = []
-
-    def measured(model, ffns, texts):
-        calls.append(len(texts))
-        return [3.0, 5.0]
-
-    monkeypatch.setattr("braces_cli.training.run.measure_scales", measured)
-    assert train(tmp_path / "one").code == 0
-    out = tmp_path / "from-5"
-    out.mkdir()
-    os.rename(tmp_path / "one" / "checkpoint-5", out / "checkpoint-5")
-    assert train(out, "--resume").code == 0
-    assert train(tmp_path / "more", "--adapter", tmp_path / "one").code == 0
-    for folder in (tmp_path / "one", out, tmp_path / "more"):
-        assert json.loads((folder / "adapter_config.json").read_text())["relevance_scale"] == [3.0, 5.0]
+    monkeypatch.setattr("braces_cli.training.run.measure_scales", lambda *args: calls.append(args) or [3.0, 5.0])
+    assert run(tmp_path / "one").code == 0
+    assert run(unfinished(tmp_path / "two", tmp_path / "one", 5), "--resume").code == 0
+    assert run(tmp_path / "more", "--adapter", tmp_path / "one").code == 0
+    for name in ("one", "two", "more"):
+        config = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        assert config["relevance_scale"] == [3.0, 5.0]
     assert len(calls) == 1
-    assert (out / ADAPTER).read_bytes() == (tmp_path / "one" / ADAPTER).read_bytes()
+    assert content(tmp_path / "two") == content(tmp_path / "one")
 
 
 def read(folder):
@@ -137,43 +147,41 @@ def read(folder):
     return rows
 
 
-def test_a_checkpoint_is_an_adapter_without_pickle(train, tmp_path):
+def test_a_checkpoint_is_an_adapter_without_pickle(finished_run):
     """Only safetensors, JSON and Markdown; the unconstrained parameters are separate."""
-    train(tmp_path / "one")
-    folder = tmp_path / "one" / "checkpoint-5"
+    folder = finished_run / "checkpoint-5"
     assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors", ".md"}
-    session = open_session(None, str(folder), LoadOptions(device="cpu"))
-    assert session.adapter is not None
+    assert open_session(None, str(folder), LoadOptions(device="cpu")).adapter is not None
     raw = load_file(folder / "parameters.safetensors")
     weight = next(tensor for name, tensor in raw.items() if name.endswith("layers.0.mlp.relevance.weight"))
-    projection = load_file(folder / ADAPTER)["layers.0.projection"]
+    projection = load_file(folder / "adapter_model.safetensors")["layers.0.projection"]
     assert (weight @ weight.mT - projection @ projection.mT).abs().max() > 1e-3  # unconstrained rows have other lengths
 
 
-def test_resumed_run_uses_the_original_attributes(train, braces, model_dir, tmp_path, monkeypatch):
+def test_resumed_run_uses_the_original_attributes(run, braces, model_dir, tmp_path, monkeypatch):
     """States that differ by rounding come from the checkpoint; other words are refused."""
-    built = ["attr-build", "--model", model_dir, "--output-dir", tmp_path / "built", "--quiet"]
-    for name, words in (("positive", "good,film"), ("negative", "sad")):
-        assert braces(*built, "--attribute", name, "--words", words).code == 0
-    extra = ["--attribute-field", "mood", "--attributes", tmp_path / "built"]
-    one = train(tmp_path / "one", *extra)
-    assert one.code == 0, one.err
-    expected = (tmp_path / "one" / ADAPTER).read_bytes()
-    (tmp_path / "two").mkdir()
-    os.rename(tmp_path / "one" / "checkpoint-5", tmp_path / "two" / "checkpoint-5")
-    assert braces(*built, "--attribute", "positive", "--words", "old,town", "--overwrite").code == 0
-    other = train(tmp_path / "two", *extra, "--resume")
-    assert other.code == 2
-    assert "attribute `positive` has changed since the run was started" in other.err
+
+    def build(name, words):
+        options = ("--attribute", name, "--words", words, "--output-dir", tmp_path / "built", "--overwrite")
+        assert braces("attr-build", "--model", model_dir, *options).code == 0
+
+    build("positive", "good,film")
+    build("negative", "sad")
+    extra = ("--attribute-field", "mood", "--attributes", tmp_path / "built")
+    first = run(tmp_path / "one", *extra)
+    assert first.code == 0, first.err
+    two = unfinished(tmp_path / "two", tmp_path / "one", 5)
     # A repeated word changes the state very little, but the list differs.
-    assert braces(*built, "--attribute", "positive", "--words", "good,film,good film", "--overwrite").code == 0
-    assert "has changed since the run was started" in train(tmp_path / "two", *extra, "--resume").err
-    assert braces(*built, "--attribute", "positive", "--words", "good,film", "--overwrite").code == 0
+    build("positive", "good,film,good film")
+    refused = run(two, *extra, "--resume")
+    assert refused.code == 2
+    assert "attribute `positive` has changed since the run was started" in refused.err
+    build("positive", "good,film")
     real = training.gather_attributes
     rounded = lambda *given: [replace(each, hidden=each.hidden + 1e-3 * each.state) for each in real(*given)]  # noqa: E731
     monkeypatch.setattr(training, "gather_attributes", rounded)
-    assert train(tmp_path / "two", *extra, "--resume").code == 0
-    assert (tmp_path / "two" / ADAPTER).read_bytes() == expected
+    assert run(two, *extra, "--resume").code == 0
+    assert content(two) == content(tmp_path / "one")
 
 
 @pytest.fixture
@@ -196,65 +204,62 @@ def test_an_ignored_interrupt_stays_ignored():
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_finishes_the_step_and_saves(train, tmp_path, monkeypatch, interruptible, number, code):
+def test_a_signal_finishes_the_step_and_saves(run, finished_run, tmp_path, monkeypatch, interruptible, number, code):
     """Exit 130 or 143 with a checkpoint of that step; the resumed run is bit-identical."""
-    train(tmp_path / "one")
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    out = tmp_path / "two"
     with monkeypatch.context() as patch:
         signal_after(patch, 6, number)
-        stopped = train(tmp_path / "two", "--save-steps", 0)
+        stopped = run(out, "--save-steps", 0)
     assert stopped.code == code
     assert stopped.json["error"]["code"] == code
     assert "--resume" in stopped.err
-    assert [path.name for path in checkpoints(tmp_path / "two")] == ["checkpoint-7"]
-    assert not (tmp_path / "two" / ADAPTER).exists()
+    assert [path.name for path in checkpoints(out)] == ["checkpoint-7"]
+    assert not (out / "adapter_model.safetensors").exists()
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert train(tmp_path / "two", "--resume").code == 0
-    assert (tmp_path / "two" / ADAPTER).read_bytes() == (tmp_path / "one" / ADAPTER).read_bytes()
+    assert run(out, "--resume").code == 0
+    assert content(out) == content(finished_run)
 
 
-def test_finished_run_is_unchanged(train, tmp_path):
+def test_finished_run_is_unchanged(run, one):
     """The stored result is returned, also with other save steps or another device."""
-    first = train(tmp_path / "o").json
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("*")}
-    again = train(tmp_path / "o", "--resume", "--save-steps", 3, "--logging-steps", 1, "--device", "cpu")
-    assert again.code == 0
-    assert again.json == {**first, "resumed_from": str(tmp_path / "o")}
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("*")} == before
+    first = json.loads((one / "run.json").read_text())["result"]
+    before = {path: path.stat().st_mtime_ns for path in one.rglob("*")}
+    again = run(one, "--resume", "--save-steps", 3, "--logging-steps", 1, "--device", "auto")
+    assert again.code == 0, again.err
+    assert again.json == {**first, "resumed_from": str(one)}
+    assert {path: path.stat().st_mtime_ns for path in one.rglob("*")} == before
 
 
-def test_other_settings_are_refused(train, tmp_path):
+def test_other_settings_are_refused(run, one):
     """Exit 2 with all differing settings, before and after the end of a run; no file is changed."""
-    train(tmp_path / "o")
     faults = [
         (["--lr", "0.02", "--seed", "3"], ["--lr 0.02 (was 0.01)", "--seed 3 (was 0)"]),
         (["--batch-size", "8"], ["--examples-per-step 16 (was 4)"]),
-        (["--overwrite"], ["--resume and --overwrite are mutually exclusive"]),
     ]
     for finished in (True, False):
         if not finished:
             for name in ("run.json", "adapter_config.json"):
-                (tmp_path / "o" / name).unlink()
-        before = sorted((tmp_path / "o").rglob("*"))
+                (one / name).unlink()
+        before = sorted(one.rglob("*"))
         for extra, words in faults:
-            outcome = train(tmp_path / "o", "--resume", *extra)
+            outcome = run(one, "--resume", *extra)
             assert outcome.code == 2
             assert all(word in outcome.err for word in words), outcome.err
             assert len(outcome.err.strip().splitlines()) == 2
-            assert sorted((tmp_path / "o").rglob("*")) == before
+            assert sorted(one.rglob("*")) == before
 
 
-def test_other_rows_and_other_adapters_are_refused(train, tmp_path, rows, adapter_dir):
-    out = tmp_path / "o"
-    train(out)
-    (out / "run.json").unlink()
-    text = rows.read_text()
+def test_other_rows_and_other_adapters_are_refused(run, one, tmp_path, rows, adapter_dir):
+    out, text = unfinished(tmp_path / "o", one, 8), rows.read_text()
     rows.write_text(text.replace("sad", "bad"))
-    outcome = train(out, "--resume")
+    try:
+        outcome = run(out, "--resume")
+    finally:
+        rows.write_text(text)
     assert outcome.code == 2
     assert "the rows are not those of the checkpoint" in outcome.err
-    rows.write_text(text)
-    outcome = train(adapter_dir, "--resume")
+    outcome = run(adapter_dir, "--resume")
     assert outcome.code == 2
     assert "not from a run that can be resumed" in outcome.err
 
@@ -277,38 +282,31 @@ def pipe(path: Path) -> None:
     os.mkfifo(path)
 
 
-def test_damaged_checkpoint_is_refused(train, tmp_path):
+def test_damaged_checkpoint_is_refused(run, one, tmp_path):
     """Exit 4 with the file that was changed, cut, removed or swapped, and the checkpoint before."""
-    out = tmp_path / "o"
-    train(out)
-    for name in ("run.json", "adapter_config.json"):
-        (out / name).unlink()
-    last, before = out / "checkpoint-12", out / "checkpoint-10"
+    last, before = (one / f"checkpoint-{step}" for step in (8, 5))
     names = sorted(path.name for path in last.iterdir() if path.name not in ("README.md", "manifest.json"))
     assert set(names) == set(json.loads((last / "manifest.json").read_text())["sha256"])
     damages = [(name, flip) for name in names]
-    damages += [(name, lambda path: path.write_bytes(path.read_bytes()[:100])) for name in names]
-    damages += [(name, lambda path: swap(path, before / path.name)) for name in [*names, "manifest.json"]]
+    damages += [("parameters.safetensors", lambda path: path.write_bytes(path.read_bytes()[:100]))]
+    damages += [(name, lambda path: swap(path, before / path.name)) for name in ("optimizer.json", "manifest.json")]
     damages += [("rng.json", Path.unlink), ("run.json", pipe), ("manifest.json", lambda path: path.write_text("{}"))]
     damages += [("manifest.json", pipe)]
-    shutil.copytree(out, tmp_path / "copy")
-    for name, damage in damages:
-        if (last / name).read_bytes() == (before / name).read_bytes() and damage not in (flip, Path.unlink, pipe):
-            continue  # equal in both checkpoints
+    for number, (name, damage) in enumerate(damages):
+        out = unfinished(tmp_path / str(number), one, 5, 8)
+        last, before = (out / f"checkpoint-{step}" for step in (8, 5))
         damage(last / name)
-        outcome = train(out, "--resume")
+        outcome = run(out, "--resume")
         assert outcome.code == 4, (name, outcome.err)
         assert str(last / name) in outcome.err
-        assert "--resume then continues from checkpoint-10" in outcome.err
-        shutil.rmtree(out)
-        shutil.copytree(tmp_path / "copy", out)
-    (last / "README.md").write_text("mine")
-    assert train(out, "--resume").code == 0
+        assert "--resume then continues from checkpoint-5" in outcome.err
+    out = unfinished(tmp_path / "card", one, 8)
+    (out / "checkpoint-8" / "README.md").write_text("mine")
+    assert run(out, "--resume").code == 0
 
 
-def test_full_disk_keeps_the_previous_checkpoint(train, tmp_path, monkeypatch):
+def test_full_disk_keeps_the_previous_checkpoint(run, finished_run, tmp_path, monkeypatch):
     """Exit 1; --resume then continues."""
-    train(tmp_path / "one")
     real, calls = trainer.write_checkpoint, []
 
     def full(folder, step, limit, write):
@@ -327,14 +325,14 @@ def test_full_disk_keeps_the_previous_checkpoint(train, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "write_checkpoint", full)
-        outcome = train(tmp_path / "two")
+        outcome = run(tmp_path / "two")
     assert outcome.code == 1
-    assert calls == [5, 10]
+    assert calls == [5, 8]
     assert "cannot write the checkpoint" in outcome.err
     assert "checkpoint-5 is kept" in outcome.err
     assert [path.name for path in (tmp_path / "two").glob("*check*")] == ["checkpoint-5"]
-    assert train(tmp_path / "two", "--resume").code == 0
-    assert (tmp_path / "two" / ADAPTER).read_bytes() == (tmp_path / "one" / ADAPTER).read_bytes()
+    assert run(tmp_path / "two", "--resume").code == 0
+    assert content(tmp_path / "two") == content(finished_run)
 
 
 def test_random_generators_are_restored(tmp_path):
@@ -374,9 +372,8 @@ def test_killed_write_leaves_a_complete_checkpoint(tmp_path):
     assert checkpoints(tmp_path / "nowhere") == []
 
 
-def test_overwrite_removes_old_checkpoints(train, tmp_path):
+def test_overwrite_removes_old_checkpoints(run, one):
     """At most --save-total-limit checkpoints are kept."""
-    train(tmp_path / "o")
-    train(tmp_path / "o", "--overwrite", "--max-steps", 4, "--save-steps", 1, "--save-total-limit", 2)
-    assert [path.name for path in checkpoints(tmp_path / "o")] == ["checkpoint-3", "checkpoint-4"]
-    assert [row["step"] for row in read(tmp_path / "o")] == [2, 4]
+    run(one, "--overwrite", "--max-steps", 4, "--save-steps", 1, "--save-total-limit", 2)
+    assert [path.name for path in checkpoints(one)] == ["checkpoint-3", "checkpoint-4"]
+    assert [row["step"] for row in read(one)] == [2, 4]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -14,20 +13,11 @@ from braces_cli.core.adapter.reference import reference
 from braces_cli.core.attributes.build import build_attribute
 from braces_cli.core.attributes.hooks import layer_steering, steered
 from braces_cli.core.attributes.lookup import find_attribute
-from braces_cli.core.attributes.vector import opposite
 from braces_cli.core.options import LoadOptions
 from braces_cli.data.dataset import Condition
 from braces_cli.training.conditioning import Conditioner
 from tests.conftest import open_gates
 from tests.core.comparison import relative
-
-
-def test_opposites_are_the_two_ends_of_one_axis(session):
-    """p = (A - B) / 2, and -p."""
-    good, bad = (build_attribute(session, name, [name]) for name in ("good", "sad"))
-    one, other = opposite(good, bad)
-    assert torch.allclose(one.state, (good.hidden - bad.hidden) / 2, atol=1e-6)
-    assert torch.allclose(one.state, -other.state, atol=1e-6)
 
 
 def test_gradients_of_the_mlp_equal_the_reference(session):
@@ -70,32 +60,14 @@ def test_gradients_of_the_mlp_equal_the_reference(session):
         assert relative(ours, theirs) < 3e-5
 
 
-@pytest.fixture
-def rows(tmp_path):
-    """Sentences with a mood in their last word, and neutral ones."""
-    path = tmp_path / "rows.jsonl"
-    moods = [("good", "positive", 1.5), ("sad", "negative", 1.5), ("old", "neutral", 0)]
-    lines = [
-        {"text": f"the {noun} is {word}", "mood": mood, "how": how}
-        for noun in ("film", "town", "end", "day")
-        for word, mood, how in moods
-    ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+FIELDS = ("--attribute-field", "mood", "--strength-field", "how")
 
 
-def train(braces, model_dir, rows, out, *extra):
-    return braces(
-        "train", "--model", model_dir, "--data", rows, "--eval-data", rows, "--rank", 8, "--lr", 0.01, "--gate-lr", 0.3,
-        "--output-dir", out, "--format", "json", *extra,
-    )  # fmt: skip
-
-
-def test_training_with_attributes(braces, model_dir, rows, tmp_path):
+def test_training_with_attributes(train, mood_rows, tmp_path):
     """Steering towards an attribute raises the likelihood of its sentence; steering away lowers it."""
     out = tmp_path / "out"
-    fields = ("--attribute-field", "mood", "--strength-field", "how", "--opposites", "positive:negative")
-    outcome = train(braces, model_dir, rows, out, "--max-steps", 120, *fields)
+    options = ("--max-steps", 40, "--rank", 8, "--lr", 0.03, "--gate-lr", 0.3, "--opposites", "positive:negative")
+    outcome = train(out, "--eval-data", mood_rows, *options, *FIELDS)
     assert outcome.code == 0, outcome.err
     assert outcome.json["condition_parameters"] == 32 * WIDTH + WIDTH + WIDTH * 32
     assert outcome.json["trainable_parameters"] == 2 * (8 * 32 + 1)
@@ -121,12 +93,11 @@ def test_training_with_attributes(braces, model_dir, rows, tmp_path):
     assert preference(1.5) > 0 > preference(-1.5)
 
 
-def test_trained_attribute_and_its_file(braces, model_dir, rows, tmp_path):
+def test_trained_attribute_and_its_file(train, braces, model_dir, tmp_path):
     """The trained attribute steers through the adapter; the same attribute from the file as a steering vector."""
     built = ("--model", model_dir, "--attribute", "positive", "--words", "good,happy", "--output-dir", tmp_path / "a")
     assert braces("attr-build", *built).code == 0
-    fields = ("--attribute-field", "mood", "--strength-field", "how", "--attributes", tmp_path / "a")
-    assert train(braces, model_dir, rows, tmp_path / "out", "--max-steps", 2, *fields).code == 0
+    assert train(tmp_path / "out", "--max-steps", 2, *FIELDS, "--attributes", tmp_path / "a").code == 0
     session = open_session(None, str(tmp_path / "out"), LoadOptions(device="cpu"))
     trained, file = (find_attribute(session, "positive", folder) for folder in (None, tmp_path / "a"))
     assert torch.equal(trained.state, file.state)
@@ -148,14 +119,3 @@ def test_mlp_is_odd(session):
     down = torch.nn.functional.gelu(-state @ mlp.up.weight.T + mlp.up.bias)
     assert torch.allclose(found, state + (up - down) @ mlp.down.weight.T / 2, rtol=1e-5, atol=1e-5)
     assert (found - state).norm() > state.norm()
-
-
-def test_unknown_attributes(braces, model_dir, tmp_path):
-    """Exit 3 with file, line and the known attributes."""
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"text": "the film", "mood": "positive"}\n{"text": "the town", "mood": "purple"}\n')
-    outcome = train(braces, model_dir, rows, tmp_path / "o", "--attribute-field", "mood")
-    assert outcome.code == 3
-    assert outcome.json["error"]["where"] == f"{rows}:2"
-    assert "Known: angry, casual, fearful" in outcome.json["error"]["hint"]
-    assert not (tmp_path / "o").exists()

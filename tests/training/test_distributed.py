@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +24,9 @@ from braces_cli.training.checkpoint import (
     restore_parameters,
     write_state,
 )
-from tests.conftest import open_gates, tiny_model
+from tests.conftest import open_gates, tiny_model, write_rows
 from tests.core.comparison import relative
-from tests.training.workers import cli, launch, train_with_attributes
+from tests.training.workers import cli, launch
 
 pytestmark = pytest.mark.slow
 
@@ -38,52 +36,58 @@ PROFILES = ROOT / "recipes" / "launch"
 
 @pytest.fixture
 def rows(tmp_path):
-    path = tmp_path / "rows.jsonl"
     words = ["good", "sad", "old", "happy"]
-    path.write_text("".join(json.dumps({"text": f"the {a} film and the {b} end"}) + "\n" for a in words for b in words))
-    return path
+    lines = ({"prompt": f"the {a} film and", "completion": f" the {b} end"} for a in words for b in words)
+    return write_rows(tmp_path / "rows.jsonl", lines)
 
 
-def test_two_processes_give_the_adapter_of_one(braces, model_dir, rows, tmp_path):
-    """torchrun, 12 steps at the same global batch, with accumulation and gradient checkpointing; one result."""
-    common = [
-        "train", "--model", model_dir, "--data", rows, "--eval-data", rows, "--rank", 4, "--max-steps", 12,
-        "--lr", 0.01, "--device", "cpu", "--save-steps", 5, "--format", "json",
+@pytest.fixture
+def argv(model_dir, rows):
+    """`braces train` for six steps; the last part of the command is its output folder."""
+    return [
+        "train", "--model", str(model_dir), "--data", str(rows), "--rank", "4", "--max-steps", "6", "--lr", "0.01",
+        "--device", "cpu", "--save-total-limit", "0", "--output-dir",
     ]  # fmt: skip
-    one = braces(*common, "--batch-size", 8, "--output-dir", tmp_path / "one")
-    assert one.code == 0, one.err
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "-m", "braces_cli", *common),
-        *(
-            "--batch-size",
-            2,
-            "--gradient-accumulation",
-            2,
-            "--gradient-checkpointing",
-            "--output-dir",
-            tmp_path / "two",
-        ),
-    ]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=env, check=False)
-    assert done.returncode == 0, done.stderr
-    two = json.loads(done.stdout)
+
+
+# Eight rows a step in two processes, as with --batch-size 8 in one.
+HALVED = ("--batch-size", "2", "--gradient-accumulation", "2")
+
+
+def same_adapters(one, two):
+    """Compare the adapters of two folders up to rounding."""
+    expected, found = (load_file(folder / "adapter_model.safetensors") for folder in (one, two))
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert (found[name] - expected[name]).abs().max() < 1e-4, name
+    return expected
+
+
+def result_of(folder):
+    return json.loads((folder / "run.json").read_text())["result"]
+
+
+def test_two_processes_give_the_adapter_of_one(braces, argv, rows, tmp_path):
+    """Six steps at the same global batch, with accumulation and gradient checkpointing."""
+    options = ("--eval-data", str(rows), "--save-steps", "4", "--logging-steps", "4")
+    assert braces(*argv, tmp_path / "one", "--batch-size", 8, *options).code == 0
+    words = [*argv, str(tmp_path / "two"), *HALVED, "--gradient-checkpointing", *options]
+    assert launch(stopped, 2, words, tmp_path / "log.x", 0) == [0, 0], (tmp_path / "log.0").read_text()
+    one, two = result_of(tmp_path / "one"), result_of(tmp_path / "two")
     for key in ("steps", "tokens", "rows", "epochs", "trainable_parameters"):
-        assert two[key] == one.json[key]
+        assert two[key] == one[key]
     for key in ("train_loss", "base_eval_loss", "eval_loss"):
-        assert two[key] == pytest.approx(one.json[key], rel=1e-5)
-    # Steps 11 and 12 are logged separately and counted once: counted twice, the loss would be a sixth larger.
-    assert one.json["train_loss"] == pytest.approx(one.json["base_eval_loss"], rel=0.1)
-    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
-    assert first.keys() == second.keys()
-    assert all((first[name] - second[name]).abs().max() < 1e-4 for name in first)
+        assert two[key] == pytest.approx(one[key], rel=1e-5)
+    # Steps 5 and 6 are logged separately and counted once: counted twice, the loss would be a third larger.
+    assert one["train_loss"] == pytest.approx(one["base_eval_loss"], rel=0.1)
+    same_adapters(tmp_path / "one", tmp_path / "two")
     # The state of two processes is complete: one process alone can resume from it.
-    assert len(json.loads((tmp_path / "two" / "checkpoint-12" / "rng.json").read_text())) == 2
+    assert len(json.loads((tmp_path / "two" / "checkpoint-6" / "rng.json").read_text())) == 2
     assert len((tmp_path / "two" / "metrics.jsonl").read_text().splitlines()) == 2
     (tmp_path / "two" / "run.json").unlink()
-    alone = braces(*common, "--batch-size", 8, "--output-dir", tmp_path / "two", "--resume")
+    alone = braces(*argv, tmp_path / "two", "--batch-size", 8, *options, "--resume", "--format", "json")
     assert alone.code == 0, alone.err
-    assert alone.json["resumed_from"].endswith("checkpoint-12")
+    assert alone.json["resumed_from"].endswith("checkpoint-6")
 
 
 def test_only_the_first_process_prints(braces, monkeypatch, model_dir, tmp_path):
@@ -99,9 +103,8 @@ def test_only_the_first_process_prints(braces, monkeypatch, model_dir, tmp_path)
     assert "process 1: " in outcome.err
 
 
-def test_unsupported_launches(braces, monkeypatch, model_dir, rows, tmp_path):
+def test_unsupported_launches(braces, argv, monkeypatch, tmp_path):
     """Exit 2 with the setting to change."""
-    args = ("train", "--model", model_dir, "--data", rows, "--output-dir", tmp_path / "o", "--device", "cpu")
     fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     table = [
         (fsdp, "no FSDP on a CPU"),
@@ -116,12 +119,12 @@ def test_unsupported_launches(braces, monkeypatch, model_dir, rows, tmp_path):
         with monkeypatch.context() as patch:
             for name, value in env.items():
                 patch.setenv(name, value)
-            outcome = braces(*args)
+            outcome = braces(*argv, tmp_path / "o")
         assert (outcome.code, words in outcome.err) == (2, True), outcome.err
     assert not (tmp_path / "o").exists()
 
 
-def stopped(env: dict[str, str], argv: list[str], log: Path, after: int) -> None:
+def stopped(env: dict[str, str], argv: list[str], log: Path, after: int = 0) -> None:
     """Run `braces ARGV` in a process; the last process gets SIGTERM after `after` steps, if not 0."""
     from braces_cli.training.loop import Trainer
 
@@ -137,31 +140,43 @@ def stopped(env: dict[str, str], argv: list[str], log: Path, after: int) -> None
     cli(argv, log.with_suffix(f".{env['RANK']}"), env)
 
 
-def test_two_processes_resume_bit_identical_after_a_signal_to_one(model_dir, rows, tmp_path):
+def test_two_processes_resume_bit_identical_after_a_signal_to_one(argv, tmp_path):
     """In bfloat16, with accumulation and gradient checkpointing: both stop after the same step."""
-    argv = [
-        "train", "--model", model_dir, "--data", rows, "--rank", 4, "--max-steps", 12, "--batch-size", 2, "--lr", 0.01,
-        "--device", "cpu", "--dtype", "bfloat16", "--gradient-accumulation", 2, "--gradient-checkpointing",
-        "--logging-steps", 2, "--output-dir",
-    ]  # fmt: skip
+    options = ("--dtype", "bfloat16", *HALVED, "--gradient-checkpointing", "--logging-steps", "2")
 
     def run(name: str, after: int, *more: str) -> list[int]:
-        words = [str(word) for word in (*argv, tmp_path / name, *more)]
-        return launch(stopped, 2, words, tmp_path / "log.x", after)
+        return launch(stopped, 2, [*argv, str(tmp_path / name), *options, *more], tmp_path / "log.x", after)
 
     assert run("whole", 0) == [0, 0]
-    assert run("part", 4) == [143, 143], (tmp_path / "log.0").read_text()
+    assert run("part", 2) == [143, 143], (tmp_path / "log.0").read_text()
     found = [path.name for path in (tmp_path / "part").glob("checkpoint-*")]
-    assert found in (["checkpoint-5"], ["checkpoint-6"])  # the other process knows one step later
+    assert found in (["checkpoint-3"], ["checkpoint-4"])  # the other process knows one step later
     assert run("part", 0, "--resume") == [0, 0]
     whole, part = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "part"))
     assert whole == part
 
 
-@pytest.mark.parametrize("packing", ["auto", "off"])
-def test_two_processes_with_attributes_give_the_adapter_of_one(braces, model_dir, tmp_path, packing):
-    """Packed and grouped; one process has a batch without rows."""
-    train_with_attributes(braces, model_dir, tmp_path, ["--packing", packing], stopped, 0)
+def train_with_attributes(braces, argv, rows, target, *options):
+    """Train with attributes in one process and in two, which run `target`; the adapters must be equal.
+
+    Eleven rows in steps of twelve: one of the two processes has a batch without rows, every step has two batches.
+    """
+    texts = [("positive", "good day good film"), ("negative", "sad town sad end"), ("", "the old town")] * 4
+    write_rows(rows, ({"text": text, "mood": mood} for mood, text in texts[:11]))
+    more = ("--eval-data", str(rows), "--attribute-field", "mood", "--opposites", "positive:negative")
+    more += ("--gate-lr", "0.3", "--contrast", "0", *options)
+    folder = rows.parent
+    one, two = folder / "one", folder / "two"
+    assert braces(*argv, one, "--batch-size", 12, *more).code == 0
+    words = [*argv, str(two), "--batch-size", "3", "--gradient-accumulation", "2", *more]
+    assert launch(target, 2, words, folder / "log.x") == [0, 0], (folder / "log.0").read_text()
+    assert any(name.startswith("condition.") for name in same_adapters(one, two))
+    assert result_of(one)["eval_loss"] == pytest.approx(result_of(two)["eval_loss"], rel=1e-5)
+
+
+def test_two_processes_with_attributes_give_the_adapter_of_one(braces, argv, rows):
+    """Grouped by length; one process has a batch without rows."""
+    train_with_attributes(braces, argv, rows, stopped, "--packing", "off")
 
 
 def test_launch_profiles():
@@ -295,29 +310,19 @@ def through_trainer(env: dict[str, str], argv: list[str], log: Path) -> None:
     cli(argv, log.with_suffix(f".{env['RANK']}"), env)
 
 
-def test_attributes_under_fsdp2_give_the_adapter_of_one_process(braces, model_dir, tmp_path):
-    one, two = train_with_attributes(braces, model_dir, tmp_path, [], through_trainer)
-    losses = [json.loads((folder / "run.json").read_text())["result"]["eval_loss"] for folder in (one, two)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+def test_attributes_under_fsdp2_give_the_adapter_of_one_process(braces, argv, rows):
+    train_with_attributes(braces, argv, rows, through_trainer)
 
 
-def test_training_under_fsdp2_gives_the_adapter_of_one_process(braces, model_dir, tmp_path):
-    """Trainer with accelerate's wrapping by decoder layer, 12 steps, and resumed."""
-    rows = tmp_path / "rows.jsonl"
-    words = ["good", "sad", "old", "happy"]
-    lines = [{"prompt": f"the {a} film and", "completion": f" the {b} end"} for a in words for b in words]
-    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    argv = ["train", "--model", model_dir, "--data", rows, "--eval-data", rows, "--rank", 4, "--max-steps", 12]
-    argv += ["--lr", 0.01, "--device", "cpu", "--save-steps", 5, "--save-total-limit", 0, "--output-dir"]
-    assert braces(*argv, tmp_path / "one", "--batch-size", 8).code == 0
-    expected = load_file(tmp_path / "one" / "adapter_model.safetensors")
-    two = tmp_path / "two"
+def test_training_under_fsdp2_gives_the_adapter_of_one_process(braces, argv, rows, tmp_path):
+    """Trainer with accelerate's wrapping by decoder layer, and resumed."""
+    options = ("--eval-data", str(rows), "--save-steps", "4")
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert braces(*argv, one, "--batch-size", 8, *options).code == 0
     for more in ((), ("--resume",)):
-        words = [str(word) for word in (*argv, two, "--batch-size", 2, "--gradient-accumulation", 2, *more)]
+        words = [*argv, str(two), *HALVED, *options, *more]
         assert launch(through_trainer, 2, words, tmp_path / "log.x") == [0, 0], (tmp_path / "log.0").read_text()
-        found = load_file(two / "adapter_model.safetensors")
-        assert found.keys() == expected.keys()
-        assert all((found[name] - expected[name]).abs().max() < 1e-4 for name in expected)
-        for name in ("run.json", "adapter_model.safetensors", "checkpoint-12", "checkpoint-10"):
-            path = two / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        same_adapters(one, two)
+        for name in ("run.json", "adapter_model.safetensors"):
+            (two / name).unlink()
+        shutil.rmtree(two / "checkpoint-6")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 
@@ -16,28 +15,15 @@ from braces_cli.training.report import read_metrics
 
 
 @pytest.fixture
-def rows(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"text": f"the {a} film"}) + "\n" for a in ("good", "sad", "old", "happy")))
-    return path
+def run(train, mood_rows, tmp_path):
+    """`braces train` with six steps of two rows."""
+    options = ("--eval-data", mood_rows, "--max-steps", 6, "--batch-size", 2)
+    return lambda *more, out=tmp_path / "out": train(out, *options, *more)
 
 
-@pytest.fixture
-def train(braces, model_dir, rows, tmp_path):
-    """`braces train` with six steps."""
-
-    def call(*extra):
-        return braces(
-            "train", "--model", model_dir, "--data", rows, "--eval-data", rows, "--rank", 4, "--max-steps", 6,
-            "--batch-size", 2, "--output-dir", tmp_path / "out", "--format", "json", *extra,
-        )  # fmt: skip
-
-    return call
-
-
-def test_metrics_curve_and_card(train, tmp_path, rows):
+def test_metrics_curve_and_card(run, tmp_path, mood_rows):
     """One row per log step, evaluations when due; the card has data, curve and command."""
-    outcome = train("--logging-steps", 2, "--eval-steps", 3)
+    outcome = run("--logging-steps", 2, "--eval-steps", 3)
     assert outcome.code == 0, outcome.err
     found = read_metrics(tmp_path / "out" / "metrics.jsonl")
     assert [row["step"] for row in found] == [2, 3, 4, 6]
@@ -49,7 +35,7 @@ def test_metrics_curve_and_card(train, tmp_path, rows):
                 "step", "epoch", "loss", "lr", "gate_lr", "grad_norm", "tokens", "tokens_per_second",
             }  # fmt: skip
     # The rates used in the step, after a warm-up of one step, a quarter of six.
-    assert [row["lr"] for row in found if "lr" in row] == pytest.approx([0.0283 * part for part in (1, 0.6, 0.2)])
+    assert [row["lr"] for row in found if "lr" in row] == pytest.approx([0.01 * part for part in (1, 0.6, 0.2)])
     assert [row["gate_lr"] for row in found if "lr" in row] == pytest.approx([0.3 * part for part in (1, 0.6, 0.2)])
     assert found[-1]["tokens"] == outcome.json["tokens"]
     mean = sum(row["loss"] for row in found if "loss" in row) / 3
@@ -57,16 +43,14 @@ def test_metrics_curve_and_card(train, tmp_path, rows):
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "![Loss by optimizer step](loss.png)" in card
-    assert f"| data | `{rows.name}` |" in card
+    assert f"| data | `{mood_rows.name}` |" in card
     assert str(tmp_path) not in card
     assert "    braces " in card
     assert "| rank | 4 |" in card
 
 
-def test_steps_do_not_wait_for_the_device(train, monkeypatch):
+def test_steps_do_not_wait_for_the_device(run, monkeypatch):
     """No tensor is read in a step that is not logged."""
-    import torch
-
     reads: Counter[str] = Counter()
     for name in ("item", "__float__", "__int__", "__bool__"):
         real = getattr(torch.Tensor, name)
@@ -77,32 +61,31 @@ def test_steps_do_not_wait_for_the_device(train, monkeypatch):
 
         monkeypatch.setattr(torch.Tensor, name, read)
     counts = []
-    for steps in (4, 12):
+    for steps in (2, 6):
         reads.clear()
-        assert train("--max-steps", steps, "--logging-steps", 100, "--save-steps", 0, "--overwrite").code == 0
+        assert run("--max-steps", steps, "--logging-steps", 100, "--save-steps", 0, "--overwrite").code == 0
         # Not counted: the optimizer's step counters on the CPU, and reads of the mask in transformers.
         counts.append({file: n for file, n in reads.items() if "braces_cli" in file or "accelerate" in file})
     assert counts[0] == counts[1]
     assert counts[0]
 
 
-def test_loss_that_is_not_finite_stops_the_run(train, monkeypatch, tmp_path):
+def test_loss_that_is_not_finite_stops_the_run(run, monkeypatch, tmp_path):
     """Exit 1 with the steps and a hint; no folder is written."""
     from braces_cli.training.loop import Trainer
 
     real = Trainer._block_loss
     monkeypatch.setattr(Trainer, "_block_loss", lambda *args: real(*args) * float("nan"))
     for each, when in ((2, "between steps 1 and 2"), (1, "at step 1")):
-        outcome = train("--logging-steps", each, "--output-dir", tmp_path / "new" / "out")
+        outcome = run("--logging-steps", each, out=tmp_path / "new" / "out")
         assert outcome.code == 1
         assert f"training diverged: the loss is not finite {when}" in outcome.err
         assert "lower --lr" in outcome.err
         assert not (tmp_path / "new").exists()
 
 
-def test_diverged_adapter_is_not_saved(train, monkeypatch, tmp_path):
+def test_diverged_adapter_is_not_saved(run, monkeypatch, tmp_path):
     """The message names the last checkpoint; saved steps are checked even if not logged."""
-    from braces_cli.core.files import write_tensors
     from braces_cli.training.loop import Trainer
 
     real = Trainer._train_step
@@ -114,40 +97,29 @@ def test_diverged_adapter_is_not_saved(train, monkeypatch, tmp_path):
                 next(iter(trained(self._base).values())).fill_(float("nan"))
 
     monkeypatch.setattr(Trainer, "_train_step", step)
-    outcome = train("--logging-steps", 100, "--save-steps", 1)
+    outcome = run("--logging-steps", 100, "--save-steps", 1)
     assert outcome.code == 1
     assert "training diverged: the adapter is not finite at step 3" in outcome.err
     assert f"{tmp_path / 'out' / 'checkpoint-2'} was written before" in outcome.err
     assert sorted(path.name for path in (tmp_path / "out").glob("*check*")) == ["checkpoint-1", "checkpoint-2"]
-    write_tensors(tmp_path / "nan.safetensors", {"nan": torch.full((2,), float("nan"))})  # not an error of the disk
 
 
-def test_reporters(train, monkeypatch, tmp_path):
-    """TensorBoard gets its events; a missing or unknown reporter is exit 2 before any work."""
+def test_reporters(run, monkeypatch, tmp_path):
+    """TensorBoard gets its events; a missing reporter is exit 2 before any work."""
     pytest.importorskip("tensorboard")
-    assert train("--report-to", "tensorboard").code == 0
+    assert run("--report-to", "tensorboard").code == 0
     assert list((tmp_path / "out").rglob("events.out.tfevents*"))
     monkeypatch.setattr(settings, "find_spec", lambda name: None)
-    for name, words in (
-        ("wandb", "pip install wandb"),
-        ("tensorboard", "pip install tensorboard"),
-        ("paper", "is not one of"),
-    ):
-        outcome = train("--report-to", name, "--overwrite")
-        assert outcome.code == 2
-        assert words in outcome.err
+    outcome = run("--report-to", "wandb", "--overwrite")
+    assert outcome.code == 2
+    assert "pip install wandb" in outcome.err
 
 
 @pytest.mark.parametrize(("extra", "made"), [([], 2), (["--eval-steps", 2], 4), (["--gradient-checkpointing"], 0)])
-def test_products_of_value_matrices_are_computed_once(braces, model_dir, tmp_path, monkeypatch, extra, made):
+def test_products_of_value_matrices_are_computed_once(run, monkeypatch, extra, made):
     """Once for each of two layers, again after an evaluation, and never with gradient checkpointing."""
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"text": "the film is good"}\n' * 8)
     real, calls = gram._slabs, []
     monkeypatch.setattr(gram, "_slabs", lambda *args: calls.append(1) or real(*args))
-    run = braces(
-        "train", "--model", model_dir, "--data", rows, "--eval-data", rows, "--max-steps", 4, "--batch-size", 2,
-        "--rank", 4, "--output-dir", tmp_path / "out", "--format", "json", *extra,
-    )  # fmt: skip
-    assert run.code == 0, run.err
+    outcome = run("--max-steps", 4, *extra)
+    assert outcome.code == 0, outcome.err
     assert len(calls) == made

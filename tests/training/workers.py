@@ -60,30 +60,3 @@ def launch(target: Callable[..., Any], count: int, *args: Any) -> list[int]:
         if process.exitcode is None:
             process.kill()
     return [process.exitcode for process in processes]
-
-
-def train_with_attributes(
-    braces: Any, model_dir: Path, folder: Path, options: Sequence[str], target: Callable[..., Any], *args: Any
-) -> tuple[Path, Path]:
-    """Train with attributes in one process and in two, `target(env, argv, log, *args)`; the adapters must be equal.
-
-    Eleven rows in steps of twelve: one of the two processes has a batch without rows, every step has two batches.
-    """
-    from safetensors.torch import load_file
-
-    rows = folder / "rows.csv"
-    texts = [("positive", "good day good film"), ("negative", "sad town sad end"), ("", "the old town")] * 4
-    rows.write_text("text,attribute\n" + "".join(f"{text},{name}\n" for name, text in texts[:11]))
-    argv = ["train", "--model", model_dir, "--data", rows, "--eval-data", rows, "--rank", 4, "--max-steps", 4]
-    argv += ["--attribute-field", "attribute", "--opposites", "positive:negative", *options]
-    argv += ["--lr", 0.01, "--gate-lr", 0.3, "--device", "cpu", "--contrast", 0, "--output-dir"]
-    one, two = folder / "one", folder / "two"
-    assert braces(*argv, one, "--batch-size", 12).code == 0
-    words = [str(word) for word in (*argv, two, "--batch-size", 3, "--gradient-accumulation", 2)]
-    assert launch(target, 2, words, folder / "log.x", *args) == [0, 0], (folder / "log.0").read_text()
-    expected, found = (load_file(each / "adapter_model.safetensors") for each in (one, two))
-    assert found.keys() == expected.keys()
-    assert any(name.startswith("condition.") for name in found)
-    for name in expected:
-        assert (found[name] - expected[name]).abs().max() < 1e-4, name
-    return one, two
