@@ -38,9 +38,8 @@ def trained(session, request, device):
         adapter_layer.scale = 1.0  # the rounding of bfloat16 grows with the side path
     with torch.no_grad():
         adapter.add_mlp(seed=3).down.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
-    conditioner = Conditioner(
-        adapter, [build_attribute(session, name, [word]) for name, word in (("negative", "sad"), ("positive", "good"))]
-    )
+    words = {"negative": "sad", "positive": "good"}
+    conditioner = Conditioner(adapter, [build_attribute(session, name, [word]) for name, word in words.items()])
     return adapter, conditioner, 2e-5 if request.param == torch.float32 else 3e-2
 
 
