@@ -187,6 +187,8 @@ def test_report(braces, adapter_dir, tmp_path):
         (["clamp", "1:3=1", "--prompt", "a", "--data", "b"], 2, "need each other"),
         (["clamp", "1:3=p50", "--prompt", "a", "--data", "nowhere.jsonl"], 3, "no such file"),
         (["clamp", "9:3=1", "--prompt", "a"], 2, "no feed-forward layer 9"),
+        (["clamp", "0:52=1", "--prompt", "a"], 2, "no value vector 52"),
+        (["clamp", "0:1=1", "0:1=2", "--prompt", "a"], 2, "named twice"),
         (["clamp", "1:3=1", "--prompt", "a", "--token", "zebra"], 2, "is not a token"),
         (["clamp", "1:3=1", "--prompt", "a " * 200], 2, "tokens"),
         (["trace", "a", "--positions", "9"], 2, "out of range"),

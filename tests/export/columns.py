@@ -24,11 +24,7 @@ TOKENS = torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(0
 
 
 def merge_of(model: Any, rank: int, tokens: torch.Tensor, steered: bool) -> Plan:
-    """Plan the merge of an adapter.
-
-    Raises:
-        ModelError: a merge is not possible.
-    """
+    """Plan the merge of an adapter."""
     ffns, form = ffn_form(model, find_ffns(model), tokens)
     return plan(model, ffns, form, rank * (1 if form.gated else 2), 64, ["value"] if steered else [])
 
@@ -54,11 +50,7 @@ def write_merged(
 
 
 def write_slotted(model: Any, folder: Path, tokens: torch.Tensor, count: int = 16) -> tuple[Slots, Any]:
-    """Write a bare base with slots and load it with plain transformers.
-
-    Raises:
-        ModelError: slots are not possible.
-    """
+    """Write a bare base with slots and load it with plain transformers."""
     slots_plan, slots = plan_slots(model, find_ffns(model), count, ids=tokens)
     write_checkpoint(folder, model, slots_plan, empty_slots(slots_plan, slots))
     name = slots_plan.architecture
@@ -87,22 +79,14 @@ def export_columns(
     Args:
         attach: puts an adapter of rank 4 on the model.
         logits_of: logits of a model for fixed tokens.
-        tolerance: relative difference that is still rounding.
-
-    Raises:
-        AssertionError: an export gives other logits than base and adapter.
-    """
+        tolerance: relative difference that is still rounding."""
     kinds = (merge_column, slots_column, code_column)
     cells = [kind(model, attach, logits_of, folder / kind.__name__, tolerance) for kind in kinds]
     return cells[0], cells[1], cells[2]
 
 
 def merge_column(model: Any, attach: Any, logits_of: Any, folder: Path, tolerance: float) -> str:
-    """Case of a merge, `a`, `b` or `c` of `export.plan`, or the reason of its refusal.
-
-    Raises:
-        AssertionError: the merged checkpoint gives other logits than the adapter.
-    """
+    """Case of a merge, `a`, `b` or `c` of `export.plan`, or the reason of its refusal."""
     steered = True
     try:
         try:
@@ -123,11 +107,7 @@ def merge_column(model: Any, attach: Any, logits_of: Any, folder: Path, toleranc
 
 
 def slots_column(model: Any, attach: Any, logits_of: Any, folder: Path, tolerance: float) -> str:
-    """Support of slots and LoRA files: `yes`, `yes, without attributes`, or `no`.
-
-    Raises:
-        AssertionError: it gives other logits than base or adapter.
-    """
+    """Support of slots and LoRA files: `yes`, `yes, without attributes`, or `no`."""
     bare = logits_of(model)
     try:
         slots, loaded = write_slotted(model, folder, TOKENS)
@@ -149,11 +129,7 @@ def slots_column(model: Any, attach: Any, logits_of: Any, folder: Path, toleranc
 
 
 def code_column(model: Any, attach: Any, logits_of: Any, folder: Path, tolerance: float) -> str:
-    """Export with a modelling file: `yes`, or `yes, by hooks` if the FFN is not a separate module.
-
-    Raises:
-        AssertionError: it gives other logits than the adapter.
-    """
+    """Export with a modelling file: `yes`, or `yes, by hooks` if the FFN is not a separate module."""
     model.save_pretrained(folder / "base")
     adapter = frozen(attach(), SHIFT)
     expected = logits_of(model)

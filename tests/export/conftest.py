@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -28,21 +31,38 @@ def request_(model_dir: Path, adapter_dir: Path, options: LoadOptions, tmp_path:
 
 
 @pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def in_process() -> Iterator[None]:
     """Verify exports in this process: starting another one takes seconds."""
+    with verified_in_process():
+        yield
+
+
+@contextmanager
+def verified_in_process() -> Iterator[None]:
+    """See `in_process`."""
 
     def run(call: list[str], **options: Any) -> CompletedProcess:
         probe(*call[-3:])
         return CompletedProcess(call, 0, "", "")
 
-    monkeypatch.setattr("braces_cli.export.verify.subprocess.run", run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("braces_cli.export.verify.subprocess.run", run)
+        yield
+
+
+@pytest.fixture(scope="session")
+def stored_slots(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with slots, not to be changed."""
+    folder = tmp_path_factory.mktemp("slots") / "slots"
+    with verified_in_process():
+        export_slots(Request(str(model_dir), None, LoadOptions(device="cpu"), folder), 8)
+    return folder
 
 
 @pytest.fixture
-def slots_dir(model_dir: Path, tmp_path: Path, options: LoadOptions, in_process: None) -> Path:
+def slots_dir(stored_slots: Path, tmp_path: Path, in_process: None) -> Path:
     """A base with slots."""
-    export_slots(Request(str(model_dir), None, options, tmp_path / "slots"), 8)
-    return tmp_path / "slots"
+    return shutil.copytree(stored_slots, tmp_path / "slots")
 
 
 @pytest.fixture

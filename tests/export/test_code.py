@@ -184,20 +184,6 @@ def test_the_command_writes_a_verified_folder(
     assert names(tmp_path) == ["adapter", "base", "out"]
 
 
-def test_bad_input_is_refused(braces: Any, adapter_dir: Path, tmp_path: Path) -> None:
-    """No adapter, no output folder, an output folder inside the adapter's, a quantised base."""
-    adapter, output = ("--adapter", adapter_dir), ("--output-dir", tmp_path / "out")
-    for options, words in (
-        (output, "--adapter"),
-        (adapter, "--output-dir"),
-        ((*adapter, "--output-dir", adapter_dir / "out"), "overlaps the input"),
-        ((*adapter, *output, "--quantize", "int8"), "--quantize"),
-    ):
-        done = braces("export", "code", *options)
-        assert (done.code, words in done.err) == (2, True)
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_base_with_its_own_code_is_refused(tmp_path: Path) -> None:
     """The config can name only one modelling file."""
     model = tiny_model("qwen3")

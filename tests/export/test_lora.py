@@ -128,22 +128,6 @@ def test_two_adapters_at_once_need_different_slots(tmp_path: Path) -> None:
     assert relative(logits(wrapped.eval()), expected) < 1e-5
 
 
-def test_an_adapter_on_some_layers_names_their_modules(tmp_path: Path) -> None:
-    """The other layers have no LoRA."""
-    model = tiny_model("llama")
-    slots, loaded = write_slotted(model, tmp_path / "slots", TOKENS)
-    adapter = with_adapter(model, SHIFT, [1])
-    expected, path = logits(model), side_paths(adapter)
-    adapter.detach()
-    (tmp_path / "narrow").mkdir()
-    write_folder(tmp_path / "narrow", lora_pairs(path, {1: path[1][1] @ SHIFT}, slots), slots, tmp_path)
-    config = json.loads((tmp_path / "narrow" / "adapter_config.json").read_text())
-    assert config["target_modules"] == ["model.layers.1.mlp.down_proj", "model.layers.1.mlp.up_proj"]
-    wrapped = peft.PeftModel.from_pretrained(loaded, tmp_path / "narrow").eval()
-    assert sum(isinstance(module, LoraLayer) for module in wrapped.modules()) == 2
-    assert relative(logits(wrapped), expected) < 1e-5
-
-
 def test_the_commands_write_verified_folders(
     braces: Any,
     model_dir: Path,
@@ -191,13 +175,6 @@ def test_the_commands_write_verified_folders(
     assert "wrong" not in names(tmp_path)
 
 
-def test_a_dry_run_has_the_rank(braces: Any, slots_dir: Path, adapter_dir: Path) -> None:
-    call = ("export", "lora", "--base", slots_dir, "--adapter", adapter_dir, "--dry-run", "--format", "json")
-    attribute = ("--attribute", "positive")
-    for options, rank in (((), 4), (attribute, 1), ((*attribute, "--combine"), 5)):
-        assert braces(*call, *options).json["rank"] == rank
-
-
 def test_another_base_than_that_of_the_slots_is_refused(
     slots_dir: Path, other_base: str, options: LoadOptions, tmp_path: Path
 ) -> None:
@@ -224,7 +201,6 @@ def test_more_ranks_than_slots_are_refused(slots_dir: Path, session: Any, option
     ],
 )
 def test_nothing_to_steer_is_refused(change: dict[str, Any], words: str, slots_dir: Path, request_: Request) -> None:
-    """Strength 0, and layers that do not exist."""
     with pytest.raises(ConfigError, match=words):
         export_lora(plan_lora(replace(request_, model=None, **change), slots_dir))
 

@@ -11,13 +11,11 @@ import torch
 from braces_cli.core.errors import ModelError
 from braces_cli.core.options import LoadOptions
 from braces_cli.export.run import Request
-from braces_cli.export.slots import export_slots, read_slots
+from braces_cli.export.slots import export_slots
 from tests.core.architectures import tiny
 from tests.export.columns import write_slotted
 from tests.export.conftest import save_base
 from tests.export.models import names
-
-RECORD = "braces_slots.json"
 
 
 def test_an_architecture_without_biases_takes_adapters_and_no_attributes(tmp_path: Path) -> None:
@@ -36,25 +34,3 @@ def test_a_base_that_takes_no_slots_is_refused(options: LoadOptions, tmp_path: P
     assert names(tmp_path) == ["base"]
     done = braces("export", "slots", "--model", base, "--dry-run", "--format", "json")
     assert words in done.json["reason"]
-
-
-def test_a_dry_run_counts_slots(braces: Any, slots_dir: Path, model_dir: Path) -> None:
-    done = braces("export", "slots", "--model", model_dir, "--slots", 8, "--dry-run", "--format", "json")
-    assert done.code == 0, done.err
-    slots = read_slots(slots_dir)
-    assert (done.json["width"], done.json["rank"]) == (slots.wider, slots.rank)
-
-
-def test_records_of_another_version_or_damaged_are_refused(slots_dir: Path) -> None:
-    """The error names the file."""
-    good = (slots_dir / RECORD).read_text()
-    for text, words in (
-        (good.replace('"format_version": 1', '"format_version": 2'), "`format_version`"),
-        (good.replace('"wider"', '"wide"'), "wider"),
-        ("[1]", "expected"),
-        ("{", "JSON"),
-    ):
-        (slots_dir / RECORD).write_text(text)
-        with pytest.raises(ModelError, match=words) as caught:
-            read_slots(slots_dir)
-        assert RECORD in str(caught.value.where)

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
 import torch
 
-from braces_cli.core.errors import ConfigError, DataError
+from braces_cli.core.errors import ConfigError
 from braces_cli.core.models.ffn import find_ffns
 from braces_cli.core.models.tokenize import encode
 from braces_cli.inspection.clamp import (
     Clamp,
     activation_weights,
-    check_clamps,
     clamp_prompt,
     clamped,
     parse_clamp,
-    read_texts,
     resolve_percentiles,
 )
 from braces_cli.inspection.vocabulary import LogitLens
@@ -90,20 +87,6 @@ def test_parse_clamp():
             parse_clamp(text)
 
 
-@pytest.mark.parametrize(
-    ("clamps", "message"),
-    [
-        ([Clamp(2, 0, 1.0)], "no feed-forward layer 2"),
-        ([Clamp(0, 52, 1.0)], "no value vector 52"),
-        ([Clamp(0, 1, 1.0), Clamp(0, 1, 2.0)], "named twice"),
-    ],
-)
-def test_clamps_that_do_not_fit_the_model(session, clamps, message):
-    """Layers, indices and duplicates."""
-    with pytest.raises(ConfigError, match=message):
-        check_clamps(session.ffns, clamps)
-
-
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
 def test_weights_and_percentiles_of_texts(name):
     """Padding does not count, neurons of one layer are not confused, and other values do not change."""
@@ -137,14 +120,3 @@ def test_clamps_and_weights_of_an_offloaded_base(opened_twice):
     assert plain["kl"] > 0
     assert offloaded["kl"] == pytest.approx(plain["kl"], rel=1e-4)
     assert [token["id"] for token in offloaded["tokens"]] == [token["id"] for token in plain["tokens"]]
-
-
-def test_read_texts(session, tmp_path):
-    """Rows without a text do not count."""
-    path = tmp_path / "texts.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ["", *TEXTS]))
-    found = read_texts(session, [str(path)], 2)
-    assert [session.base.tokenizer.decode(t.ids, skip_special_tokens=True) for t in found] == TEXTS[:2]
-    path.write_text('{"text": ""}\n')
-    with pytest.raises(DataError, match="no row has a text"):
-        read_texts(session, [str(path)], 2)

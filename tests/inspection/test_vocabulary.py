@@ -34,32 +34,28 @@ def test_best_tokens_in_blocks(session, monkeypatch, k, tokens_at_once):
     assert (ids[:, 1:] > ids[:, :-1])[equal].all()
 
 
-@pytest.mark.parametrize("swapped", [False, True])
-def test_sides_of_a_gated_ffn(swapped):
-    """`gate` is the activated projection, in either order of the modules."""
-    model = tiny_model("llama")
-    mlp = model.model.layers[0].mlp
-    gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-    if swapped:
-        del mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        mlp.up_proj, mlp.gate_proj, mlp.down_proj = up, gate, down
-    ffn = find_ffns(model)[0]
-    assert ffn.keys[0] is (up if swapped else gate)
-    assert torch.equal(side_vectors(ffn, "gate"), gate.weight)
-    assert torch.equal(side_vectors(ffn, "up"), up.weight)
-    assert torch.equal(side_vectors(ffn, "value"), down.weight.T)
-
-
 def side_vectors(ffn, side):
     return torch.cat([block for _, block in vector_blocks(ffn, side)])
 
 
-def test_sides_of_a_fused_projection():
-    """Phi-3 stores gate and up in one matrix."""
+def test_sides_of_an_ffn():
+    """`gate` is the activated projection, in either order of the modules, and in one matrix in Phi-3."""
     ffn = find_ffns(tiny("phi3"))[0]
-    gate, up = ffn.keys[0].weight.chunk(2)
-    assert torch.equal(side_vectors(ffn, "gate"), gate)
-    assert torch.equal(side_vectors(ffn, "up"), up)
+    expected = [(ffn, *ffn.keys[0].weight.chunk(2))]
+    for swapped in (False, True):
+        model = tiny_model("llama")
+        mlp = model.model.layers[0].mlp
+        gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        if swapped:
+            del mlp.gate_proj, mlp.up_proj, mlp.down_proj
+            mlp.up_proj, mlp.gate_proj, mlp.down_proj = up, gate, down
+        ffn = find_ffns(model)[0]
+        assert ffn.keys[0] is (up if swapped else gate)
+        assert torch.equal(side_vectors(ffn, "value"), down.weight.T)
+        expected.append((ffn, gate.weight, up.weight))
+    for ffn, gate, up in expected:
+        assert torch.equal(side_vectors(ffn, "gate"), gate)
+        assert torch.equal(side_vectors(ffn, "up"), up)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox", "phi"])
