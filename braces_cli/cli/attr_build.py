@@ -137,10 +137,15 @@ def _build(settings: AttributeBuildSettings) -> list[dict[str, Any]]:
         if settings.push_to_hub is not None:
             check_push(settings.push_to_hub)
         session = open_session(settings.model, settings.adapter, settings)
-        layers = "auto" if settings.layers == "auto" else chosen_layers(session.base.model, settings.layers)
+        is_auto = settings.layers == "auto"
+        layers = None if is_auto else chosen_layers(session.base.model, settings.layers)
         for name, build in builders.items():
             if settings.sources in (["--describe"], ["--pairs"]):
-                attribute = build(session, name, report=report, layers=layers, chat=settings.apply_chat_template)
+                details: dict[str, Any] = {
+                    "layers": "auto" if is_auto else layers,
+                    "chat": settings.apply_chat_template,
+                }
+                attribute = build(session, name, report=report, **details)
             else:
                 attribute = with_steered_layers(build(session, name, report=report), layers)
             save_attributes(paths[name], [attribute])
@@ -172,7 +177,8 @@ def read_sources(settings: AttributeBuildSettings) -> dict[str, partial[Any]]:
     from braces_cli.data.dataset import read_pairs
     from braces_cli.data.rows import read_texts
 
-    names, how = settings.attribute, {"pooling": settings.pooling, "reduction": settings.reduction}
+    names = settings.attribute
+    how: dict[str, Any] = {"pooling": settings.pooling, "reduction": settings.reduction}
     if settings.pairs is not None:
         found, place = read_pairs(settings.pairs), str(settings.pairs)
         known = sorted(name for name in found if name is not None)
@@ -188,7 +194,7 @@ def read_sources(settings: AttributeBuildSettings) -> dict[str, partial[Any]]:
         pairs = {name: found[name if known else None] for name in names or known}
         return {name: partial(build.attribute_from_pairs, pairs=each, **how) for name, each in pairs.items()}
     if settings.describe or settings.against:
-        sides = {"describe": settings.describe, "against": settings.against}
+        sides: dict[str, Any] = {"describe": settings.describe, "against": settings.against}
         build.check_descriptions(**sides)
         return {names[0]: partial(build.attribute_from_descriptions, **sides, **how)}
     if settings.examples is not None:

@@ -20,7 +20,6 @@ result of `build` does not check it again.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import math
 import re
@@ -154,7 +153,6 @@ def same_option(kind: type, name: str) -> Any:
     return field(default=original.default, metadata={"option": original})
 
 
-@functools.cache
 def options_of(kind: type) -> dict[str, Option]:
     """Return the options of a settings class by field name."""
     hints, found = get_type_hints(kind), {}
@@ -162,7 +160,7 @@ def options_of(kind: type) -> dict[str, Option]:
     documents = [inspect.cleandoc(vars(each).get("__doc__") or "") for each in reversed(kind.__mro__)]
     entries = re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", "\n".join(documents), re.MULTILINE)
     texts = {name: " ".join(text.split()) for name, text in entries}
-    for each in dataclasses.fields(kind):  # type: ignore[arg-type]
+    for each in dataclasses.fields(kind):
         about, hint = each.metadata.get("option"), hints[each.name]
         if about is None:
             continue
@@ -299,8 +297,9 @@ def convert(about: Option, value: Any, where: str) -> Any:
         expected = f"one of {', '.join(about.choices)}"
     else:
         limits = (("at least", about.min), ("more than", about.above), ("at most", about.max))
-        limits = () if about.type is str else limits
-        ranges = " and ".join(f"{words} {limit:g}" for words, limit in limits if limit is not None)
+        ranges = " and ".join(
+            f"{words} {limit:g}" for words, limit in limits if limit is not None and about.type is not str
+        )
         expected = _WORDS[about.type] + (f" of {ranges}" if ranges else "")
     raise ConfigError(f"{shown} is not {expected}", where=where, hint=hint or None)
 

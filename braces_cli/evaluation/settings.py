@@ -75,13 +75,13 @@ class EvalSettings(
     limit: int | None = option(None, min=1, panel=TASKS)
     num_fewshot: int | None = option(None, min=0, panel=TASKS)
     batch_size: str = option("8", metavar="auto|N", panel=TASKS)
-    seed: int | None = option(None, min=0, panel=OUTPUT)
+    seed: int | None = option(None, min=0, panel=OUTPUT)  # type: ignore[assignment]
     no_base: bool = option(False, panel=TASKS)
     fail_under: tuple[str, ...] = option((), metavar="TASK:METRIC=VALUE", panel=SCORING)
 
     attribute: tuple[str, ...] = option((), metavar="NAME", panel=ATTRIBUTES, complete=built_in)
     s: tuple[str, ...] = option((), metavar="STRENGTHS", panel=ATTRIBUTES)
-    num_samples: int | None = option(None, min=1, panel=GENERATION)
+    num_samples: int | None = option(None, min=1, panel=GENERATION)  # type: ignore[assignment]
     scorer: tuple[str, ...] = option(
         (),
         metavar="TASK=SCORER",

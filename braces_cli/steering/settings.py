@@ -113,7 +113,9 @@ class SteerSettings(
     output: Path | None = option(None, panel=OUTPUT, outcome=False)
     resume: bool = option(False, panel=OUTPUT, outcome=False)
     # The default depends on stdout: JSON Lines unless it is a terminal.
-    format: str | None = option(None, panel=OUTPUT, choices=("table", "json", "text"), display=True)
+    format: str | None = option(  # type: ignore[assignment]
+        None, panel=OUTPUT, choices=("table", "json", "text"), display=True
+    )
 
     @property
     def json(self) -> bool:
