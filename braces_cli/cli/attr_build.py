@@ -141,11 +141,8 @@ def _build(settings: AttributeBuildSettings) -> list[dict[str, Any]]:
         layers = None if is_auto else chosen_layers(session.base.model, settings.layers)
         for name, build in builders.items():
             if settings.sources in (["--describe"], ["--pairs"]):
-                details: dict[str, Any] = {
-                    "layers": "auto" if is_auto else layers,
-                    "chat": settings.apply_chat_template,
-                }
-                attribute = build(session, name, report=report, **details)
+                which, chat = "auto" if is_auto else layers, settings.apply_chat_template
+                attribute = build(session, name, report=report, layers=which, chat=chat)
             else:
                 attribute = with_steered_layers(build(session, name, report=report), layers)
             save_attributes(paths[name], [attribute])

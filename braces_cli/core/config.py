@@ -297,10 +297,8 @@ def convert(about: Option, value: Any, where: str) -> Any:
         expected = f"one of {', '.join(about.choices)}"
     else:
         limits = (("at least", about.min), ("more than", about.above), ("at most", about.max))
-        ranges = " and ".join(
-            f"{words} {limit:g}" for words, limit in limits if limit is not None and about.type is not str
-        )
-        expected = _WORDS[about.type] + (f" of {ranges}" if ranges else "")
+        ranges = " and ".join(f"{words} {limit:g}" for words, limit in limits if limit is not None)
+        expected = _WORDS[about.type] + (f" of {ranges}" if ranges and about.type is not str else "")
     raise ConfigError(f"{shown} is not {expected}", where=where, hint=hint or None)
 
 
