@@ -17,7 +17,6 @@ from braces_cli.core.errors import DataError
 from braces_cli.core.options import Sampling
 from braces_cli.steering.texts import generate_rows, text_requests
 from tests.cli.test_output import HOSTILE, controls
-from tests.conftest import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 LINES = ["the film is", "a day"]
@@ -91,32 +90,20 @@ def test_prompts_from_a_file_and_from_a_pipe(steer, tmp_path):
 
 
 def test_built_attributes_are_found_before_the_built_in_ones(braces, steer, model_dir, tmp_path):
-    """With `--attributes DIR`."""
-    folder = tmp_path / "attrs"
-    words = ["--words", "old, town ,old", "--output-dir", folder]
-    build = ["attr-build", "--model", model_dir, "--attribute", "positive", *words]
-    outcome = braces(*build, "--format", "json")
+    """With `--attributes DIR`. In a file of words, comments and blank lines are skipped."""
+    folder, words = tmp_path / "attrs", tmp_path / "w.txt"
+    words.write_text("# mine\nold\n\n town \n")
+    build = ["attr-build", "--model", model_dir, "--output-dir", folder, "--format", "json"]
+    outcome = braces(*build, "--attribute", "positive", "--words", "old, town ,old")
     assert outcome.json["words"] == ["old", "town"]
     assert (outcome.json["layers"], outcome.json["hidden_size"]) == (2, 32)
     assert outcome.json["path"] == str(folder / "positive.safetensors")
+    assert braces(*build, "--attribute", "old", "--words-file", words).json["words"] == ["old", "town"]
     own = texts(steer("--attribute", "positive", "--s", 30, "--attributes", folder))
+    assert own == texts(steer("--attribute", "old", "--s", 30, "--attributes", folder))
     assert own != texts(steer("--attribute", "positive", "--s", 30))
-    again = braces(*build)
-    assert again.code == 2
-    assert "exists already" in again.err
-    assert braces(*build, "--overwrite").code == 0
-    assert braces(*build[:4], "old", *words).code == 0  # another attribute in the same folder
-    assert sorted(p.name for p in folder.iterdir()) == ["old.safetensors", "positive.safetensors"]
-
-
-def test_words_from_a_file_and_from_the_built_in_lists(braces, model_dir, tmp_path):
-    """Comments and blank lines are skipped."""
-    words = tmp_path / "w.txt"
-    words.write_text("# mine\nhappy\n\n good \n")
-    args = ["attr-build", "--model", model_dir, "--output-dir", tmp_path / "a", "--format", "json"]
-    assert braces(*args, "--attribute", "mine", "--words-file", words).json["words"] == ["happy", "good"]
-    for name in ("positive", "negative", "neutral"):
-        assert 35 <= len(braces(*args, "--attribute", name).json["words"]) <= 45
+    assert "exists already" in braces(*build, "--attribute", "old", "--words", "day").json["error"]["message"]
+    assert braces(*build, "--attribute", "old", "--words", "day", "--overwrite").code == 0
 
 
 @pytest.mark.parametrize(
@@ -144,10 +131,6 @@ def test_bad_input(steer, args, code, message):
     assert outcome.out == ""
 
 
-def test_unknown_attributes_list_those_known(steer):
-    assert "Known: angry, casual, fearful" in steer("--attribute", "purple").err
-
-
 @pytest.mark.parametrize(
     ("stdin", "message"),
     [("", "no prompts"), ('{"prompt": 3}\n', "no `prompt` with text"), ('{"prompt\n', "broken JSON")],
@@ -156,34 +139,6 @@ def test_bad_pipes_exit_3(steer, stdin, message):
     outcome = steer(prompts=[], stdin=stdin)
     assert outcome.code == 3
     assert message in outcome.err
-
-
-def test_an_adapter_of_another_base_is_refused(braces, session, adapter_dir, tmp_path):
-    """The message names the base that it needs."""
-    other = tmp_path / "other"
-    tiny_model("llama", seed=5, vocab_size=96).save_pretrained(other)
-    tiny_tokenizer().save_pretrained(other)
-    outcome = braces("steer", "--model", other, "--adapter", adapter_dir, "--prompt", "a")
-    assert outcome.code == 4
-    assert "trained on another base (same sizes, other weights)" in outcome.err
-    assert json.loads((adapter_dir / "adapter_config.json").read_text())["base_model_name_or_path"] in outcome.err
-
-
-def test_an_attribute_of_another_base_is_refused(braces, model_dir, tmp_path):
-    other = tmp_path / "other"
-    tiny_model("llama", seed=5, vocab_size=96).save_pretrained(other)
-    tiny_tokenizer().save_pretrained(other)
-    braces("attr-build", "--model", model_dir, "--attribute", "x", "--words", "good", "--output-dir", tmp_path / "a")
-    outcome = braces("steer", "--model", other, "--attribute", "x", "--attributes", tmp_path / "a", "--prompt", "a")
-    assert outcome.code == 4
-    assert "built for another base" in outcome.err
-
-
-@pytest.mark.parametrize("option", [["--prompt", "a"], ["--num-samples", "2"], ["--output", "x.jsonl"]])
-def test_options_without_effect_in_a_conversation_are_refused(steer, option):
-    outcome = steer("--interactive", *option, prompts=[])
-    assert outcome.code == 2
-    assert "does not go with --interactive" in outcome.err
 
 
 def test_the_table_of_texts(steer):
@@ -195,21 +150,20 @@ def test_the_table_of_texts(steer):
 
 
 @pytest.mark.parametrize(
-    "option",
+    ("mode", "option"),
     [
-        ["--show-unsteered"],
-        ["--output", "x.jsonl"],
-        ["--resume"],
-        ["--interactive"],
+        (["--interactive"], ["--num-samples", "2"]),
+        (["--interactive"], ["--output", "x.jsonl"]),
+        (["--attribute", "positive", "--sweep", "0"], ["--show-unsteered"]),
+        (["--attribute", "positive", "--sweep", "0"], ["--resume", "--dry-run"]),
     ],
 )
-def test_options_without_effect_in_a_sweep_are_refused(steer, tmp_path, monkeypatch, option):
+def test_options_without_effect_in_a_mode_are_refused(steer, tmp_path, monkeypatch, mode, option):
     """By name, also with `--dry-run`; nothing is written."""
     monkeypatch.chdir(tmp_path)
-    for dry_run in ([], ["--dry-run"]):
-        outcome = steer("--attribute", "positive", "--sweep", "0", *option, *dry_run)
-        assert outcome.code == 2
-        assert f"{option[0]}: does not go with --sweep" in outcome.err
+    outcome = steer(*mode, *option, prompts=[])
+    assert outcome.code == 2
+    assert f"{option[0]}: does not go with --" in outcome.err
     assert list(tmp_path.iterdir()) == []
 
 

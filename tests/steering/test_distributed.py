@@ -16,14 +16,6 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "recipes" / "launch"
-PROMPTS = ["the film", "a happy day in the old town", "the end is", "sad", "good and", "in the", "a day"]
-
-
-@pytest.fixture
-def prompts(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_text("\n".join(PROMPTS) + "\n")
-    return path
 
 
 def in_process(env: dict[str, str], argv: list[str], log: Path) -> None:
@@ -54,10 +46,9 @@ def steer(model_dir, *more):
     return ["steer", "--model", model_dir, "--device", "cpu", "--max-new-tokens", 6, "--quiet", *more]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_two_processes_print_and_write_the_texts_of_one(braces, model_dir, prompts, tmp_path, dtype):
-    """Two samples per prompt; only one process has a batch in the last round; and resumed from a truncated file."""
-    texts = ["--prompts", prompts, "--num-samples", 2, "--batch-size", 3, "--dtype", dtype]
+def test_two_processes_print_and_write_the_texts_of_one(braces, model_dir, prompts, tmp_path):
+    """Only one process has a batch in the last round; in bfloat16, where texts depend on their batch; and resumed."""
+    texts = ["--prompts", prompts, "--num-samples", 3, "--batch-size", 3, "--dtype", "bfloat16"]
     texts += ["--attribute", "positive", "--s", 2, "--show-unsteered"]
     one = braces(*steer(model_dir, *texts))
     assert one.code == 0, one.err
@@ -65,41 +56,30 @@ def test_two_processes_print_and_write_the_texts_of_one(braces, model_dir, promp
     assert printed == [one.out, ""]
     counts = [json.loads((tmp_path / f"log.count{rank}").read_text()) for rank in range(2)]
     # Steered and unsteered texts.
-    assert counts == [[3] * 4 + [2] * 2, [3] * 4]
+    assert counts == [[3] * 6, [3] * 4]
     file = tmp_path / "texts.jsonl"
-    shared(tmp_path, *steer(model_dir, *texts, "--output", file))
-    assert file.read_text() == one.out
     file.write_text("".join(one.out.splitlines(keepends=True)[:7]))
     result = shared(tmp_path, *steer(model_dir, *texts, "--output", file, "--resume"))
     assert file.read_text() == one.out
     assert (json.loads(result[0])["resumed_from"], result[1]) == (6, "")
 
 
-def test_two_machines_and_slurm_write_the_texts_of_one(braces, model_dir, prompts, tmp_path):
-    """The launchers of recipes/launch; both machines are this one, and Slurm's commands are replaced."""
+def test_two_machines_under_slurm_write_the_texts_of_one(braces, model_dir, prompts, tmp_path):
+    """The launcher of recipes/launch, with Slurm's commands replaced."""
     texts = steer(model_dir, "--prompts", prompts, "--batch-size", 3)
     one = braces(*texts)
     assert one.code == 0, one.err
     argv = [str(word) for word in texts]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PROCESSES": "1"}
     env |= {"PATH": f"{Path(sys.executable).parent}:{tmp_path}:{os.environ['PATH']}"}
-    script, port = LAUNCH / "torchrun.sh", str(free_port())
-    machines = [
-        subprocess.Popen(
-            ["bash", script, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=env | {"NODE": str(node), "FIRST": "localhost", "PORT": port},
-        )
-        for node in range(2)
-    ]  # fmt: skip
-    ended = [machine.communicate() for machine in machines]
-    assert [out for out, _ in ended] == [one.out, ""], ended
-    for name, body in (("scontrol", "echo localhost"), ("srun", 'exec "$@"')):
+    # Slurm starts the command on each machine; both are this one.
+    on_each = 'for node in 0 1; do "$@" > out$node & done; wait; cat out0 out1'
+    for name, body in (("scontrol", "echo localhost"), ("srun", on_each)):
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    job = {"SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": "1", "SLURM_JOB_ID": "7", "PORT": str(free_port())}
-    done = subprocess.run(
-        ["bash", LAUNCH / "slurm.sbatch", *argv], capture_output=True, text=True, env=env | job | {"PROCESSES": "2"}
-    )
+    job = {"SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "PORT": str(free_port())}
+    launcher = ["bash", LAUNCH / "slurm.sbatch", *argv]
+    done = subprocess.run(launcher, capture_output=True, text=True, env=env | job, cwd=tmp_path)
     assert done.stdout == one.out, done.stderr
 
 

@@ -34,14 +34,6 @@ def test_a_damaged_tensor_is_named(adapter_dir, name, change, message):
         _ = find_adapter(str(adapter_dir)).tensors
 
 
-def test_a_truncated_weights_file_is_refused(adapter_dir):
-    """An error of the reader becomes a ModelError."""
-    path = adapter_dir / WEIGHTS_FILE
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ModelError, match="cannot read the adapter's weights"):
-        _ = find_adapter(str(adapter_dir)).tensors
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

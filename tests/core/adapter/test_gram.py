@@ -61,13 +61,6 @@ def test_gram_of_a_bfloat16_matrix_is_computed_in_float32(columns, device):
     assert relative(x.grad, wide @ (wide.mT @ grad.double())) < 1e-5
 
 
-def test_gram_of_stored_values_is_differentiable():
-    """gradcheck in float64, through the unpacking."""
-    values = StoredValues(nn.Linear(13, 6, dtype=torch.float64))
-    x = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: gram(values, x), (x,))
-
-
 @pytest.mark.parametrize("d", [1, 2, 5, 8, 9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_cached_product_has_the_dtype_of_its_input(d, dtype):

@@ -82,25 +82,14 @@ def test_states_are_computed_on_the_device_of_the_mlp():
     assert adapter.states(torch.zeros(3, 32)).device.type == "meta"
 
 
-def test_layers_can_be_chosen():
-    """An adapter on one layer adds no module to others."""
+def test_layers_ranks_and_second_adapters():
+    """An adapter on one layer adds no module to others; ranks are 1 to d; a second adapter would hide the first."""
     model = tiny_model()
-    adapter = attach(model, 4, layers=[1])
-    assert adapter.layers == [1]
+    for rank in (0, 33):
+        with pytest.raises(ConfigError, match="does not fit hidden size 32"):
+            attach(model, rank)
+    assert attach(model, 4, layers=[1]).layers == [1]
     assert [n for n, m in model.named_modules() if isinstance(m, RelevanceModule)] == ["model.layers.1.mlp.relevance"]
-
-
-@pytest.mark.parametrize("rank", [0, 33])
-def test_a_rank_that_does_not_fit_is_refused(rank):
-    """Ranks are 1 to d."""
-    with pytest.raises(ConfigError, match="does not fit hidden size 32"):
-        attach(tiny_model(), rank)
-
-
-def test_two_adapters_at_once_are_refused():
-    """The second would hide the first."""
-    model = tiny_model()
-    attach(model, 4)
     with pytest.raises(ModelError, match="already"):
         attach(model, 4)
 

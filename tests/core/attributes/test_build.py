@@ -77,13 +77,6 @@ def test_p_is_the_difference_of_means_and_the_direction_the_gradient(session, tm
     assert torch.allclose(one.vector, 2.0 * attribute.scale[0] * attribute.direction[0])
 
 
-def test_with_other_reductions_the_direction_is_p(session):
-    for reduction in ("mean", "pca", "logistic"):
-        attribute = attribute_from_pairs(session, "good", PAIRS, reduction=reduction)
-        assert attribute.direction is None
-        assert torch.allclose(attribute.state, reduce_pairs(pair_states(session, PAIRS), reduction), atol=1e-6)
-
-
 def test_the_layers_of_an_attribute_share_its_strength(session, tmp_path):
     """In the file, too; `--layers` of a command takes precedence."""
     attribute = with_steered_layers(attribute_from_pairs(session, "good", PAIRS, reduction="mean"), [0, 1])

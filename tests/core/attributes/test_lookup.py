@@ -89,26 +89,6 @@ def test_a_damaged_file_is_replaced(session, cache, built):
     assert len(built) == 2
 
 
-def test_a_folder_that_cannot_be_written_to_is_not_an_error(session, cache, built):
-    cache.parent.write_text("a file")
-    _find(session)
-    _find(session)
-    assert len(built) == 2
-    assert cache.parent.read_text() == "a file"
-
-
-def test_off_caches_nothing(session, tmp_path, monkeypatch, built):
-    monkeypatch.setenv("BRACES_CACHE", "off")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    _find(session)
-    assert not (tmp_path / "home").exists()
-    monkeypatch.delenv("BRACES_CACHE")
-    _find(session)
-    assert len(built) == 2
-    assert list((tmp_path / "home" / ".cache" / "braces" / "attributes").iterdir())
-
-
 def test_the_least_recently_used_files_are_removed(model_dir, tmp_path, cache, built, monkeypatch):
     """Reading a file counts as use."""
     monkeypatch.setattr(lookup, "_MOST_CACHED", 2)

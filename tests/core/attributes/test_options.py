@@ -6,11 +6,9 @@ import json
 
 import pytest
 
-from braces_cli.core.attributes.files import list_attributes
 from braces_cli.core.attributes.options import AttributeSettings, parse_strengths
 from braces_cli.core.config import build
 from braces_cli.core.errors import ConfigError
-from braces_cli.evaluation.lm_eval_model import BracesLM
 
 
 def test_a_folder_without_attributes_is_refused(tmp_path):
@@ -25,31 +23,17 @@ def test_a_folder_without_attributes_is_refused(tmp_path):
     assert build(AttributeSettings, {"attributes": tmp_path}).attributes == tmp_path
 
 
-@pytest.mark.parametrize(
-    "read",
-    [
-        lambda folder: list_attributes(folder, None),
-        lambda folder: BracesLM(attribute="positive", attributes=str(folder)),
-    ],
-)
-def test_lists_and_lm_eval_refuse_a_missing_folder(tmp_path, read):
-    with pytest.raises(ConfigError, match="no such folder"):
-        read(tmp_path / "attrs")
-
-
-@pytest.mark.parametrize("command", ["eval", "merge", "train", "inspect find"])
-def test_every_command_refuses_a_missing_folder(braces, model_dir, adapter_dir, tmp_path, command):
+@pytest.mark.parametrize("command", ["eval", "train"])
+def test_every_command_refuses_a_missing_folder(braces, model_dir, tmp_path, command):
     prompts, rows = tmp_path / "prompts.txt", tmp_path / "rows.jsonl"
     prompts.write_text("the film\n")
     rows.write_text(json.dumps({"prompt": "the film", "completion": " is good", "attribute": "positive"}) + "\n")
     options = {
         "eval": ["--tasks", "sentiment", "--task-data", f"sentiment={prompts}", "--attribute", "positive"],
-        "merge": ["--adapter", adapter_dir, "--output-dir", tmp_path / "merged", "--attribute", "positive"],
         "train": ["--data", rows, "--attribute-field", "attribute", "--output-dir", tmp_path / "out"],
-        "inspect find": ["--attribute", "positive"],
     }[command]
     options += ["--attributes", tmp_path / "a"]
-    outcome = braces(*command.split(), "--model", model_dir, "--device", "cpu", *options)
+    outcome = braces(command, "--model", model_dir, "--device", "cpu", *options)
     assert outcome.code == 2, outcome.err
     assert "no such folder" in outcome.err
     assert str(tmp_path / "a") in outcome.err

@@ -59,9 +59,3 @@ def test_the_reference_of_texts_is_texts_and_that_of_words_is_words(session):
         of_words = build_attribute(session, "nothing", built_in()["neutral"], pooling=pooling)
         assert float(of_texts.state.abs().max()) == 0 == float(of_words.state.abs().max())
         assert float((of_texts.reference - of_words.reference).abs().max()) > 0.01
-
-
-def test_texts_beyond_the_context_are_cut(session):
-    """128 tokens here."""
-    found = attribute_from_texts(session, "long", ["the film is good " * 100])
-    assert bool(found.hidden.isfinite().all())

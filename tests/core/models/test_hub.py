@@ -54,33 +54,23 @@ def case(request, monkeypatch):
     return words, hint
 
 
-@pytest.mark.parametrize("find", [find_adapter, find_eval_adapter])
-def test_errors_of_adapters(case, find):
+@pytest.mark.parametrize(
+    ("load", "what"),
+    [
+        (find_adapter, "adapter"),
+        (find_eval_adapter, "adapter"),
+        (scorer, "classifier"),
+        (lambda name: list(read_rows(f"{name}:train")), "data set"),
+    ],
+)
+def test_errors_of_adapters_classifiers_and_data_sets(case, load, what):
     words, hint = case
-    with pytest.raises(ModelError) as caught:
-        find("someone/something")
+    with pytest.raises(DataError if what == "data set" else ModelError) as caught:
+        load("someone/something")
     assert words in caught.value.message
-    assert "adapter" in caught.value.message
+    assert what in caught.value.message
     assert hint in caught.value.hint
-    assert caught.value.where == "someone/something"
-
-
-def test_errors_of_classifiers(case):
-    words, hint = case
-    with pytest.raises(ModelError) as caught:
-        scorer("someone/something")
-    assert words in caught.value.message
-    assert "classifier" in caught.value.message
-    assert hint in caught.value.hint
-
-
-def test_errors_of_data_sets(case):
-    words, hint = case
-    with pytest.raises(DataError) as caught:
-        list(read_rows("someone/something:train"))
-    assert words in caught.value.message
-    assert "data set" in caught.value.message
-    assert hint in caught.value.hint
+    assert caught.value.where.startswith("someone/something")
     assert "something:train/" not in caught.value.hint
 
 
@@ -117,12 +107,6 @@ def test_a_base_that_is_not_on_the_hub_is_not_linked(base):
     assert read.base_model is None
     assert "base_model_relation" not in read.to_dict()
     assert "model-index" not in read.to_dict()
-
-
-def test_a_folder_with_the_form_of_a_hub_id_is_not_linked(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "models" / "mine").mkdir(parents=True)
-    assert header("models/mine").base_model is None
 
 
 def test_the_licence_is_that_of_the_base_where_it_is_known(tmp_path):

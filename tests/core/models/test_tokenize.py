@@ -14,7 +14,9 @@ def tokenizer():
 
 
 def test_the_end_token_is_added_in_training_only(tokenizer):
-    """One start token; the end token is scored, and not a part of a prompt."""
+    """One start token; the end token is scored, also as the padding token, and not a part of a prompt."""
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    assert encode(tokenizer, "").ids == [tokenizer.bos_token_id]
     prompt = encode(tokenizer, "the film")
     row = encode(tokenizer, "the film", end=True)
     assert prompt.ids[0] == tokenizer.bos_token_id
@@ -24,12 +26,6 @@ def test_the_end_token_is_added_in_training_only(tokenizer):
     assert row.labels == row.ids
     assert row.ended
     assert row.scored == len(row.ids) - 1
-
-
-def test_the_end_token_is_scored_if_it_is_also_the_padding_token(tokenizer):
-    """Labels come from lengths, not from comparing with the padding token."""
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    assert encode(tokenizer, "a", "b", end=True).labels[-1] == tokenizer.eos_token_id
 
 
 def test_only_the_completion_is_scored(tokenizer):
@@ -52,11 +48,6 @@ def test_truncation_cuts_the_end(tokenizer):
     """A truncated text has no end token."""
     row = encode(tokenizer, "the film is good and the end is sad", end=True, max_length=5)
     assert (len(row.ids), row.truncated, row.ended) == (5, True, False)
-
-
-def test_an_empty_text_is_a_start_token(tokenizer):
-    """Text can be generated from an empty prompt."""
-    assert encode(tokenizer, "").ids == [tokenizer.bos_token_id]
 
 
 def test_a_continuation_keeps_its_leading_space(tokenizer):
