@@ -87,8 +87,43 @@ class StoredAdapter:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """Tensors of the adapter, read and checked on first use."""
-        return read_tensors(self.folder, self.config)
+        """Tensors of the adapter, read on first use; checks names, shapes, dtype, finite numbers, orthonormal rows."""
+        import torch
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        from braces_cli.core.adapter.layer import condition_shapes, projection_error
+
+        path = self.folder / WEIGHTS_FILE
+        try:
+            check_regular(path, ModelError, "Train again.", "file of the adapter's weights")
+            tensors = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"cannot read the adapter's weights: {error}", where=str(path), hint="Train again."
+            ) from error
+        config, d = self.config, self.config.fingerprint["hidden_size"]
+        shapes: dict[str, tuple[int, ...]] = {}
+        for layer in config.layers:
+            # The gate has one dimension, because FSDP2 does not support scalar parameters.
+            shapes |= {f"layers.{layer}.projection": (config.r, d), f"layers.{layer}.gate": (1,)}
+        if config.attributes:
+            shapes.update(condition_shapes(d))
+        wrong = sorted(set(shapes) ^ set(tensors))
+        if wrong:
+            state = "missing" if wrong[0] in shapes else "unexpected"
+            raise ModelError(f"{state} tensor {wrong[0]} ({len(wrong)} in all)", where=str(path), hint="Train again.")
+        for name, tensor in tensors.items():
+            problem = None
+            if tuple(tensor.shape) != shapes[name] or tensor.dtype != torch.float32:
+                problem = f"is {tuple(tensor.shape)} {tensor.dtype}, expected {shapes[name]} torch.float32"
+            elif not tensor.isfinite().all():
+                problem = "holds numbers that are not finite"
+            elif name.endswith("projection") and projection_error(tensor) > ORTHONORMAL_TOLERANCE:
+                problem = f"has rows that are not orthonormal (error {projection_error(tensor):.1e})"
+            if problem:
+                raise ModelError(f"{name} {problem}", where=str(path), hint="The file is damaged; train again.")
+        return tensors
 
 
 def parameter_count(config: AdapterConfig) -> int:
@@ -145,51 +180,14 @@ def read_config(folder: Path) -> AdapterConfig:
         what = f"format version {cut(version)}, this braces reads {FORMAT_VERSION}"
         raise ModelError(what, where=str(path), hint="Update braces.")
     config = check(_CONFIG, raw, str(path))
-    if not config.layers or config.layers != sorted(set(config.layers)):
-        what = "`layers` must name at least one layer, each once and in order"
-        raise ModelError(what, where=str(path), hint=_DAMAGED)
-    if config.r > config.fingerprint["hidden_size"]:
-        what = f"`r` is {config.r}, larger than the base's hidden size {config.fingerprint['hidden_size']}"
-        raise ModelError(what, where=str(path), hint=_DAMAGED)
-    if len(config.relevance_scale) != len(config.layers) or math.inf in config.relevance_scale:
-        what = "`relevance_scale` must hold one positive number for each layer"
-        raise ModelError(what, where=str(path), hint=_DAMAGED)
+    layers, scales, d = config.layers, config.relevance_scale, config.fingerprint["hidden_size"]
+    problems = {
+        "`layers` must name at least one layer, each once and in order": not layers or layers != sorted(set(layers)),
+        f"`r` is {config.r}, larger than the base's hidden size {d}": config.r > d,
+        "`relevance_scale` must hold one positive number for each layer": len(scales) != len(layers)
+        or math.inf in scales,
+    }
+    for what, found in problems.items():
+        if found:
+            raise ModelError(what, where=str(path), hint=_DAMAGED)
     return config
-
-
-def read_tensors(folder: Path, config: AdapterConfig) -> dict[str, Tensor]:
-    """Read `adapter_model.safetensors` and check names, shapes, dtype, finite numbers and orthonormal rows."""
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from braces_cli.core.adapter.layer import condition_shapes, projection_error
-
-    path = folder / WEIGHTS_FILE
-    try:
-        check_regular(path, ModelError, "Train again.", "file of the adapter's weights")
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"cannot read the adapter's weights: {error}", where=str(path), hint="Train again.") from error
-    d = config.fingerprint["hidden_size"]
-    shapes: dict[str, tuple[int, ...]] = {}
-    for layer in config.layers:
-        # The gate has one dimension, because FSDP2 does not support scalar parameters.
-        shapes |= {f"layers.{layer}.projection": (config.r, d), f"layers.{layer}.gate": (1,)}
-    if config.attributes:
-        shapes.update(condition_shapes(d))
-    wrong = sorted(set(shapes) ^ set(tensors))
-    if wrong:
-        state = "missing" if wrong[0] in shapes else "unexpected"
-        raise ModelError(f"{state} tensor {wrong[0]} ({len(wrong)} in all)", where=str(path), hint="Train again.")
-    for name, tensor in tensors.items():
-        problem = None
-        if tuple(tensor.shape) != shapes[name] or tensor.dtype != torch.float32:
-            problem = f"is {tuple(tensor.shape)} {tensor.dtype}, expected {shapes[name]} torch.float32"
-        elif not tensor.isfinite().all():
-            problem = "holds numbers that are not finite"
-        elif name.endswith("projection") and projection_error(tensor) > ORTHONORMAL_TOLERANCE:
-            problem = f"has rows that are not orthonormal (error {projection_error(tensor):.1e})"
-        if problem:
-            raise ModelError(f"{name} {problem}", where=str(path), hint="The file is damaged; train again.")
-    return tensors

@@ -113,11 +113,6 @@ class CachedGram:
         """Free the memory."""
         self._slabs, self._key, self._weight = (), (), None
 
-    @property
-    def nbytes(self) -> int:
-        """Size of the cache in bytes."""
-        return sum(slab.nbytes for slab in self._slabs)
-
     def __reduce__(self) -> tuple[type[CachedGram], tuple[()]]:
         return CachedGram, ()
 

@@ -129,9 +129,6 @@ class RelevanceModule(nn.Module):
         self._cached_gram: CachedGram | None = None
         self._register()
 
-    def extra_repr(self) -> str:
-        return f"rank={self.rank}, hidden_size={self.weight.shape[1]}, scale={self.scale:g}"
-
     @property
     def g(self) -> Tensor:
         """sigmoid(gate), shape (1,)."""

@@ -73,10 +73,6 @@ class Adapter:
             for name, parameter in adapter_layer.named_parameters(recurse=False):
                 yield f"layers.{ffn.layer}.{name}", parameter
 
-    def parameter_count(self) -> int:
-        """Number of trained parameters without the MLP of attributes."""
-        return sum(p.numel() for _, p in self.named_parameters())
-
     def add_mlp(self, seed: int = 0) -> ConditionMLP:
         """Add a new MLP of attributes, with its first layer drawn from `seed`."""
         ffn, adapter_layer = self.adapted_ffns[0]

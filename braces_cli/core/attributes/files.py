@@ -77,29 +77,19 @@ def read_header(path: Path) -> AttributeHeader:
     return header
 
 
-def check_folder(folder: Path | None) -> None:
-    """Refuse an `--attributes` folder that cannot be read: a built-in list must not replace its attributes silently.
+def check_attributes(folder: Path | None, *, can_be_empty: bool = False) -> None:
+    """Refuse an `--attributes` folder that cannot be read or has no attribute files.
 
-    Raises:
-        ConfigError: the folder does not exist, is a file, or cannot be listed.
+    A built-in list must not replace its attributes silently.
     """
     if folder is None:
         return
     try:
-        next(folder.iterdir(), None)
+        names = [path.name for path in folder.iterdir()]
     except OSError as error:
         what = f"cannot read this folder: {error.strerror}" if path_exists(folder) else "no such folder"
         raise ConfigError(what, where=str(folder), hint=_HINT) from error
-
-
-def check_attributes(folder: Path | None) -> None:
-    """Refuse an `--attributes` folder that cannot be read or has no attribute files.
-
-    Raises:
-        ConfigError: such a folder.
-    """
-    check_folder(folder)
-    if folder is not None and not any(folder.glob("*.safetensors")):
+    if not can_be_empty and not any(name.endswith(".safetensors") for name in names):
         raise ConfigError("no attribute file in this folder", where=str(folder), hint=_HINT)
 
 
@@ -124,7 +114,7 @@ def list_attributes(folder: Path | None, adapter: Path | None) -> list[dict[str,
         ConfigError: a folder that cannot be read.
         ModelError: a file that is not an attribute file.
     """
-    check_folder(folder)
+    check_attributes(folder, can_be_empty=True)
     sources = [(path, "folder") for path in _attribute_files(folder)]
     sources += [(path, "adapter") for path in _attribute_files(adapter)]
     if adapter is not None and path_exists(adapter / TRAINED_FILE):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,24 +72,18 @@ def _movements(
     written: dict[int, Tensor] = {}
     moved: dict[int, Tensor] = {}
 
-    def record(found: dict[int, Tensor], layer: int) -> Any:
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            found[layer] = layer_output(output).clone()
+    def record(found: dict[int, Tensor], layer: int, module: nn.Module, args: tuple, output: Any) -> None:
+        found[layer] = layer_output(output).clone()
 
-        return hook
-
-    def restore(layer: int) -> Any:
-        def hook(module: nn.Module, args: tuple, output: Any) -> Any:
-            moved[layer] = layer_output(output)
-            return with_layer_output(output, plain[layer])
-
-        return hook
+    def restore(layer: int, module: nn.Module, args: tuple, output: Any) -> Any:
+        moved[layer] = layer_output(output)
+        return with_layer_output(output, plain[layer])
 
     with torch.no_grad():
         with ExitStack() as handles:
             for layer, end in ends.items():
-                handles.callback(end.register_forward_hook(record(written, layer)).remove)
-                handles.callback(stack[layer].register_forward_hook(record(plain, layer)).remove)
+                handles.callback(end.register_forward_hook(partial(record, written, layer)).remove)
+                handles.callback(stack[layer].register_forward_hook(partial(record, plain, layer)).remove)
             model(input_ids=ids, use_cache=False)
         noise = torch.randn(ffns[0].hidden_size, generator=torch.Generator().manual_seed(0))
         states = written if of_output else plain
@@ -96,7 +91,7 @@ def _movements(
         with ExitStack() as handles:
             for layer, end in ends.items():
                 handles.callback(add_to_output(end, steps[layer]).remove)
-                handles.callback(stack[layer].register_forward_hook(restore(layer)).remove)
+                handles.callback(stack[layer].register_forward_hook(partial(restore, layer)).remove)
             model(input_ids=ids, use_cache=False)
     return [(plain[ffn.layer], moved[ffn.layer], steps[ffn.layer]) for ffn in ffns]
 

@@ -259,10 +259,7 @@ def on_meta(kind: type, config: Any) -> Any:
 
 def tensor_shapes(model: Any) -> dict[str, torch.Size]:
     """Shapes of the tensors in a checkpoint of `model`; a tied tensor is listed once, under its first name."""
-    shapes: dict[str, torch.Size] = {}
-    seen: set[int] = set()
+    found: dict[int, tuple[str, torch.Size]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            shapes[name] = tensor.shape
-    return shapes
+        found.setdefault(id(tensor), (name, tensor.shape))
+    return dict(found.values())
