@@ -300,11 +300,7 @@ def _live_answer(conversation: Conversation, line: str) -> dict[str, Any] | str 
 
 
 def _lines() -> Iterator[str]:
-    """Yield lines of standard input; a line that is too long is skipped with an error.
-
-    Raises:
-        DataError: input that is not UTF-8.
-    """
+    """Yield lines of standard input."""
     if sys.stdin.isatty():
         with suppress(ImportError):
             import readline  # noqa: F401  (history and editing, if available)
@@ -314,16 +310,8 @@ def _lines() -> Iterator[str]:
             except EOFError:
                 note("")
                 return
-    from braces_cli.steering.prompts import LONGEST
-
     try:
-        for line in iter(lambda: sys.stdin.readline(LONGEST + 1), ""):
-            if len(line) <= LONGEST:
-                yield line
-                continue
-            note(error_text(f"a line of more than {LONGEST:,} characters", "standard input", "It is skipped."))
-            while line and not line.endswith("\n"):
-                line = sys.stdin.readline(LONGEST)
+        yield from sys.stdin
     except UnicodeDecodeError as error:
         hint = "Convert it, for example with iconv."
         raise DataError(f"not UTF-8 (byte {error.start})", where="standard input", hint=hint) from error

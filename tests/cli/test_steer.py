@@ -266,13 +266,3 @@ def test_conversation_lines_that_are_not_text_are_bad_data(monkeypatch: pytest.M
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), encoding="utf-8"))
     with pytest.raises(DataError, match="not UTF-8"):
         list(_lines())
-
-
-def test_a_conversation_line_that_is_too_long_is_skipped(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """With an error; the lines before and after it are answered."""
-    monkeypatch.setattr("braces_cli.steering.prompts.LONGEST", 10)
-    monkeypatch.setattr("sys.stdin", io.StringIO("first\n" + "x" * 35 + "\n\n/quit"))
-    assert list(_lines()) == ["first\n", "\n", "/quit"]
-    assert "standard input: a line of more than 10 characters" in capsys.readouterr().err

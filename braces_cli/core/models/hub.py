@@ -188,11 +188,10 @@ def push(folder: Path, repo: str, files: Sequence[str] | None = None, retry: str
     from huggingface_hub import HfApi
 
     api: Any = HfApi()
-    patterns = None if files is None else list(files)
     try:
         address = api.create_repo(repo, exist_ok=True)
         api.upload_folder(
-            repo_id=address.repo_id, folder_path=folder, allow_patterns=patterns, commit_message="Upload of braces"
+            repo_id=address.repo_id, folder_path=folder, allow_patterns=files, commit_message="Upload of braces"
         )
     except _client_errors() as error:
         retry = retry or f"upload them with `hf upload {repo} {folder}`"
@@ -263,9 +262,8 @@ def known_license(base: str) -> str | None:
     if not card.is_file():
         return None
     try:
-        header: dict[str, Any] = metadata_load(card) or {}
+        found = (metadata_load(card) or {}).get("license")
     except (OSError, ValueError, yaml.YAMLError):
         # A broken card of the base must not stop the saving of a trained adapter.
         return None
-    found = header.get("license")
     return found if isinstance(found, str) else None

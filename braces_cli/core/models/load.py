@@ -83,8 +83,8 @@ def pick_device(name: str) -> torch.device:
     Raises:
         ConfigError: the device is not available.
     """
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    available = [kind for kind, present in found.items() if present]
+    found = (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()), ("cpu", True))
+    available = [kind for kind, present in found if present]
     if name == "auto":
         name = available[0]
     if name == "cuda" and world_size() > 1:
@@ -131,8 +131,12 @@ def load_base(name: str, options: LoadOptions | None = None, tokenizer: Any = No
     where = _folder_or_id(name)
     options = options or LoadOptions()
     device, device_map = pick_device(options.device), options.device_map
-    if device_map is not None:
-        _check_device_map(device_map)
+    if device_map is not None and device_map not in _DEVICE_MAPS:
+        try:
+            torch.device(device_map)
+        except RuntimeError as error:
+            hint = f"Give one of {', '.join(_DEVICE_MAPS)}, or a device such as cuda:1."
+            raise ConfigError(f"`{device_map}` is not a device", where="--device-map", hint=hint) from error
     packing: dict[str, Any] = {}
     if options.quantize is not None:
         check_quantize(options.quantize, device if device_map is None else None)
@@ -153,8 +157,7 @@ def load_base(name: str, options: LoadOptions | None = None, tokenizer: Any = No
         )
     model, info = loaded
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
-        keys = sorted(map(str, info.get(kind) or ()))
-        if keys:
+        if keys := sorted(map(str, info.get(kind) or ())):
             message = f"the checkpoint does not fill the model: {kind.replace('_', ' ')} {', '.join(keys[:3])}"
             hint = "Check that this is a causal language model and that its download is complete."
             raise ModelError(message, where=where, hint=hint)
@@ -174,15 +177,6 @@ def load_base(name: str, options: LoadOptions | None = None, tokenizer: Any = No
     folder = checkpoint_folder(where, options.revision)
     stored_name = embedded_name() if Path(where) == embedded_folder().resolve() else where
     return Base(model, tokenizer, stored_name, commit_of(where, options.revision, folder), folder)
-
-
-def _check_device_map(name: str) -> None:
-    if name not in _DEVICE_MAPS:
-        try:
-            torch.device(name)
-        except RuntimeError as error:
-            hint = f"Give one of {', '.join(_DEVICE_MAPS)}, or a device such as cuda:1."
-            raise ConfigError(f"`{name}` is not a device", where="--device-map", hint=hint) from error
 
 
 def check_quantize(name: str, device: torch.device | None) -> None:
