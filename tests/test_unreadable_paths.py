@@ -29,7 +29,7 @@ UNREADABLE: dict[str, Callable[[Path], object]] = {
     "empty": Path.touch,
     "pipe": os.mkfifo,
 }
-REASONS = "cannot read|cannot be read|no such|this is a |is empty|no adapter here|no model here|no file with rows"
+REASONS = "cannot read|cannot be read|no such|this is a |is empty|no adapter here|no model here|rows of perplexity"
 
 
 def find_stored(session: Any) -> Any:

@@ -53,7 +53,7 @@ class Programs:
         self.peaks: dict[str, list[float]] = {}
         self.times: dict[str, list[float]] = {}
 
-    def _measurement(self, name: str, argv: Sequence[object]) -> Callable[[], float]:
+    def measurement(self, name: str, argv: Sequence[object]) -> Callable[[], float]:
         """Return a run of `argv`, whose standard output is stored in `output`."""
 
         def measure() -> float:
@@ -75,7 +75,7 @@ class Programs:
 
     def measure(self, commands: Mapping[str, Sequence[object]]) -> None:
         """Run the commands in turns; the results are in `times` and `peaks`."""
-        work = {name: self._measurement(name, argv) for name, argv in commands.items()}
+        work = {name: self.measurement(name, argv) for name, argv in commands.items()}
         # No warm-up: it would take as long as a repeat, and the median ignores one slow run.
         self.times = interleave(work, self._args.repeats, self._args.seconds, warmup=0, least=LEAST_OF_MINUTES)
         self.peaks = {name: self.peaks[name][-len(self.times[name]) :] for name in commands}
@@ -204,9 +204,7 @@ def evaluation(programs: Programs, args: argparse.Namespace, folder: Path) -> tu
     for seed in range(ADAPTERS):
         adapters += ["--adapter", folder / f"adapter{seed}"]
         words = ["train", "--model", model, "--data", args.rows[0], "--max-steps", 1, "--seed", seed]
-        subprocess.run(
-            [*BRACES, *map(str, words), "--quiet", "--output-dir", str(adapters[-1])], check=True, stdout=sys.stderr
-        )
+        programs.measurement(f"adapter {seed}", [*BRACES, *words, "--quiet", "--output-dir", adapters[-1]])()
     data = [part for task, file in files.items() for part in ("--task-data", f"{task}={file}")]
     ours: list[object] = [
         *BRACES, "eval", "--tasks", ",".join(files), *data, "--batch-size", BATCH, "--device", "cpu", "--model", model,
