@@ -113,6 +113,7 @@ def tiny_tokenizer() -> Any:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="Device of the tests with the fixture `device`.")
+    parser.addoption("--demo", type=Path, help="Folder of a finished `braces demo` to check instead of a new one.")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -58,7 +58,8 @@ def in_process(programs: Any, name: str, argv: list[object]) -> Callable[[], flo
             try:
                 (runpy.run_module if is_module else runpy.run_path)(words[is_module], run_name="__main__")
             except SystemExit as ended:
-                assert not ended.code, name
+                if ended.code:
+                    pytest.fail(f"{name}: exit code {ended.code}")
         programs.output[name] = out.getvalue()
         programs.peaks.setdefault(name, []).append(1.0)
         return 1.0
