@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -31,30 +30,6 @@ COUNTED: dict[str, Callable[..., Any]] = {
 }
 
 
-@contextmanager
-def counted() -> Iterator[Counter[str]]:
-    """Count the calls of `COUNTED`, under whichever name a module imported them."""
-    codes: dict[CodeType, str] = {getattr(f, "__func__", f).__code__: name for name, f in COUNTED.items()}
-    counts: Counter[str] = Counter()
-
-    def note(frame: FrameType, event: str, argument: Any) -> None:
-        if event == "call" and frame.f_code in codes:
-            counts[codes[frame.f_code]] += 1
-
-    sys.setprofile(note)
-    try:
-        yield counts
-    finally:
-        sys.setprofile(None)
-
-
-@pytest.fixture
-def rows(tmp_path: Path) -> Path:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"text": "the film is good and the end is sad"}\n' * 4, encoding="utf-8")
-    return path
-
-
 COMMANDS = {
     "train": "--data ROWS --max-steps 2 --rank 4 --output-dir OUT",
     "steer": "--adapter ADAPTER --attribute positive --s 2 --prompt the --max-new-tokens 2",
@@ -67,15 +42,24 @@ LIMITS = {"train": {"FFNs found": 2}}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_each_step_happens_once(
-    command: str, braces: Any, model_dir: Path, adapter_dir: Path, rows: Path, tmp_path: Path
-) -> None:
-    places = {"ROWS": rows, "ADAPTER": adapter_dir, "OUT": tmp_path / "out"}
-    words = COMMANDS[command].split()
-    for name, place in places.items():
-        words = [word.replace(name, str(place)) for word in words]
-    with counted() as counts:
-        outcome = braces(command, "--model", model_dir, *words)
+def test_each_step_happens_once(command: str, braces: Any, model_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
+    """Calls are counted under whichever name a module imported the function."""
+    codes: dict[CodeType, str] = {getattr(f, "__func__", f).__code__: name for name, f in COUNTED.items()}
+    counts: Counter[str] = Counter()
+
+    def note(frame: FrameType, event: str, argument: Any) -> None:
+        if event == "call" and frame.f_code in codes:
+            counts[codes[frame.f_code]] += 1
+
+    rows, words = tmp_path / "rows.jsonl", COMMANDS[command]
+    rows.write_text('{"text": "the film is good and the end is sad"}\n' * 4, encoding="utf-8")
+    for name, place in {"ROWS": rows, "ADAPTER": adapter_dir, "OUT": tmp_path / "out"}.items():
+        words = words.replace(name, str(place))
+    sys.setprofile(note)
+    try:
+        outcome = braces(command, "--model", model_dir, *words.split())
+    finally:
+        sys.setprofile(None)
     assert outcome.code == 0, outcome.err
     assert counts.keys() >= NEEDED
     limits = dict.fromkeys(COUNTED, 1) | LIMITS.get(command, {})

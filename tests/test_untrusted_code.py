@@ -5,10 +5,8 @@ from __future__ import annotations
 import ast
 import io
 import json
-import pickle
 import shutil
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,70 +14,40 @@ import pytest
 import torch
 
 PACKAGE = Path(__file__).parents[1] / "braces_cli"
-SOURCES = {path: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
 # Functions of transformers, datasets and lm-eval with an argument `trust_remote_code`.
 LOADERS = {"from_pretrained", "from_config", "load_dataset", "pipeline", "simple_evaluate"}
-# Subclasses of lm-eval's HFLM pass the argument to its constructor.
-HFLM_SUBCLASSES = {"Model", "BracesLM"}
-PROCESSES = {"run", "Popen", "call", "check_call", "check_output"}
+PROCESSES = {f"subprocess.{name}" for name in ("run", "Popen", "call", "check_call", "check_output")}
 
 
-def calls(tree: ast.AST) -> Iterator[ast.Call]:
-    return (node for node in ast.walk(tree) if isinstance(node, ast.Call))
-
-
-def name_of(call: ast.Call) -> str:
-    function = call.func
-    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
-
-
-def receiver(call: ast.Call) -> str:
-    return getattr(getattr(call.func, "value", None), "id", "")
-
-
-def loads_without_argument(source: str) -> list[int]:
-    """Lines of loads without `trust_remote_code`, where transformers asks on standard input."""
-    tree, found = ast.parse(source), []
-    for call in calls(tree):
+def unsafe_calls(source: str) -> tuple[int, list[str]]:
+    """Count loads and processes; list those without `trust_remote_code`, where transformers asks, and with stdin."""
+    count, found = 0, []
+    tree = ast.parse(source)
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    # Subclasses of lm-eval's HFLM pass the argument to its constructor.
+    inside = {id(node) for each in classes if "HFLM" in map(ast.unparse, each.bases) for node in ast.walk(each)}
+    for node in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name, words = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
         # PEFT loads onto an open model and has no such argument.
-        if name_of(call) in LOADERS and receiver(call) != "PeftModel":
-            found.append(call)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef) and node.name in HFLM_SUBCLASSES:
-            found += [call for call in calls(node) if ast.unparse(call.func) == "super().__init__"]
-    return [call.lineno for call in found if "trust_remote_code" not in {word.arg for word in call.keywords}]
+        loads = name.rpartition(".")[2] in LOADERS and not name.startswith("PeftModel.")
+        loads |= name == "super().__init__" and id(node) in inside
+        count += loads or name in PROCESSES
+        if (loads and "trust_remote_code" not in words) or (
+            name in PROCESSES and words.get("stdin") != "subprocess.DEVNULL"
+        ):
+            found.append(name)
+    return count, found
 
 
-def processes_with_stdin(source: str) -> list[int]:
-    """Lines that start a process with the standard input of this one."""
-    return [
-        call.lineno
-        for call in calls(ast.parse(source))
-        if receiver(call) == "subprocess"
-        and name_of(call) in PROCESSES
-        and not any(word.arg == "stdin" and ast.unparse(word.value) == "subprocess.DEVNULL" for word in call.keywords)
-    ]
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_every_load_sets_trust_remote_code(path: Path) -> None:
+def test_every_load_sets_trust_remote_code() -> None:
     """In every module; and no child process can read the standard input."""
-    assert loads_without_argument(SOURCES[path]) == []
-    assert processes_with_stdin(SOURCES[path]) == []
-
-
-def test_search_finds_loads_and_processes() -> None:
-    """Control of the test above; the package has several of each."""
-    loads = "AutoTokenizer.from_pretrained(name)\nload_dataset(x, trust_remote_code=False)"
-    assert loads_without_argument(loads) == [1]
-    assert loads_without_argument("class Model(HFLM):\n    def __init__(self):\n        super().__init__(x)") == [3]
-    assert processes_with_stdin("subprocess.run(['a'], stdin=None)") == [1]
-    names = [name_of(call) for source in SOURCES.values() for call in calls(ast.parse(source))]
-    assert names.count("from_pretrained") >= 5
-    assert "subprocess.run(" in "".join(SOURCES.values())
-    bases = [ast.parse(source) for source in SOURCES.values() if "HFLM" in source]
-    classes = [node for tree in bases for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
-    assert {node.name for node in classes if "HFLM" in map(ast.unparse, node.bases)} == HFLM_SUBCLASSES
+    found = {path.name: unsafe_calls(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")}
+    assert {name: calls for name, (_, calls) in found.items() if calls} == {}
+    assert sum(count for count, _ in found.values()) >= 10
+    loads = "AutoTokenizer.from_pretrained(name)\nload_dataset(x, trust_remote_code=False)\nsubprocess.run(['a'])"
+    assert unsafe_calls(loads) == (3, ["AutoTokenizer.from_pretrained", "subprocess.run"])
+    model = "class Model(HFLM):\n    def __init__(self):\n        super().__init__(x)"
+    assert unsafe_calls(model) == (1, ["super().__init__"])
 
 
 @pytest.fixture
@@ -143,21 +111,17 @@ def test_code_of_a_classifier_is_not_run(hostile: tuple[Path, Path], monkeypatch
 
 
 def test_verification_runs_no_code(hostile: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`merge --check FOLDER`."""
+    """`merge --check FOLDER`, for the model and, if that loads, for its tokenizer."""
     from braces_cli.export.verify_process import probe
 
     folder, mark = hostile
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 50))
-    question = tmp_path / "question.json"
+    question, config = tmp_path / "question.json", folder / "config.json"
     question.write_text(json.dumps({"texts": ["a"], "ids": [[1]], "device": "cpu", "code": False, "loras": []}))
-    with pytest.raises(ValueError, match="trust_remote_code"):
-        probe(str(folder), str(question), str(tmp_path / "answer"))
-    config = folder / "config.json"
-    plain = json.loads(config.read_text()) | {"model_type": "llama"}
-    plain.pop("auto_map")
-    config.write_text(json.dumps(plain))
-    with pytest.raises(ValueError, match="trust_remote_code"):  # the model loads, the tokenizer does not
-        probe(str(folder), str(question), str(tmp_path / "answer"))
+    for change in ({}, {"model_type": "llama", "auto_map": {}}):
+        config.write_text(json.dumps(json.loads(config.read_text()) | change))
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            probe(str(folder), str(question), str(tmp_path / "answer"))
     assert not mark.exists()
 
 
@@ -171,9 +135,8 @@ class Payload:
         return open, (str(self.mark), "w")
 
 
-@pytest.fixture
-def pickled(model_dir: Path, adapter_dir: Path, tmp_path: Path) -> tuple[Path, Path, Path]:
-    """A model and a PEFT adapter with weights that are pickles with a payload; and the path of its mark."""
+def test_nothing_is_unpickled(braces: Any, model_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
+    """Pickled weights of a model or a PEFT adapter are an error; other pickles in a folder are not read."""
     mark, model, adapter = tmp_path / "mark", tmp_path / "pickled", tmp_path / "peft"
     shutil.copytree(model_dir, model)
     (model / "model.safetensors").unlink()
@@ -181,19 +144,8 @@ def pickled(model_dir: Path, adapter_dir: Path, tmp_path: Path) -> tuple[Path, P
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4}')
     for path in (model / "pytorch_model.bin", adapter / "adapter_model.bin", adapter_dir / "optimizer.pt"):
         torch.save({"weight": Payload(mark)}, path)
-    with pytest.raises(pickle.UnpicklingError):
-        torch.load(model / "pytorch_model.bin", weights_only=True)
-    return model, adapter, mark
-
-
-def test_nothing_is_unpickled(
-    braces: Any, model_dir: Path, adapter_dir: Path, pickled: tuple[Path, Path, Path], tmp_path: Path
-) -> None:
-    """Pickled weights of a model or an adapter are an error; other pickles in a folder are not read."""
-    model, adapter, mark = pickled
     assert braces("steer", "--model", model, "--prompt", "a").code == 4
-    evaluation = commands(model_dir, tmp_path)["eval"]
-    assert braces(*evaluation, "--adapter", adapter).code == 4
+    assert braces(*commands(model_dir, tmp_path)["eval"], "--adapter", adapter).code == 4
     assert braces("inspect", "--adapter", adapter_dir).code == 0
     assert not mark.exists()
     torch.load(model / "pytorch_model.bin", weights_only=False)
