@@ -48,10 +48,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", {**GATED, "head_dim": 8}),
     "mistral": ("MistralConfig", GATED),
     "gemma": ("GemmaConfig", {**GATED, "head_dim": 8}),
-    "gpt2": (
-        "GPT2Config",
-        {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 52, "vocab_size": 96, "n_positions": 64},
-    ),
+    "gpt2": ("GPT2Config", {**SIZES, "n_inner": 52, "n_positions": 64}),
     "gpt_neox": ("GPTNeoXConfig", {**SIZES, "intermediate_size": 52}),
     "opt": ("OPTConfig", {**SIZES, "ffn_dim": 52, "word_embed_proj_dim": 32}),
     "phi": ("PhiConfig", {**SIZES, "intermediate_size": 52}),

@@ -21,7 +21,7 @@ def demo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = request.config.getoption("--demo") or tmp_path_factory.mktemp("demo") / "out"
     if not folder.exists():
         with pytest.raises(SystemExit) as ended:
-            main(["demo", "--output-dir", str(folder)])
+            main(["demo", "--output-dir", str(folder), "--quiet"])
         assert ended.value.code == 0
     return folder
 
