@@ -173,14 +173,8 @@ def measure(
         processes = Processes()
     with redirect_stdout(StringIO()), steering:
         model = Model(context.session.base, settings.batch_size, stage, context.report, processes)
-        output = lm_eval.evaluate(
-            lm=model,
-            task_dict=unit,
-            limit=settings.limit,
-            log_samples=True,
-            apply_chat_template=context.chat,
-            fewshot_as_multiturn=context.chat,
-        )
+        chat = {"apply_chat_template": context.chat, "fewshot_as_multiturn": context.chat}
+        output = lm_eval.evaluate(lm=model, task_dict=unit, limit=settings.limit, log_samples=True, **chat)
     if not processes.first:
         return None
     sizes = model.batch_sizes.values() if model.batch_size_per_gpu == "auto" else [model.batch_size_per_gpu]

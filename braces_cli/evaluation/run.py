@@ -178,19 +178,12 @@ def _identity(
     settings: EvalSettings, adapters: Sequence[EvalAdapter], selection: catalog.Selection, files: dict[str, Path]
 ) -> dict[str, Any]:
     """Return everything that the result depends on; a run is resumed only if it is equal."""
-    load = [name for name in options_of(LoadOptions) if name not in ("device", "device_map")]
-    identity: dict[str, Any] = {
-        "model": settings.model,
-        "adapters": [[each.name, each.sha256] for each in adapters],
-        "load": {name: getattr(settings, name) for name in load},
-        "base": not settings.no_base,
-        "tasks": [*selection.names, *selection.native],
-        "task_data": {name: file_hash(file, DataError) for name, file in files.items()},
-        "limit": settings.limit,
-        "num_fewshot": settings.num_fewshot,
-        "chat_template": settings.apply_chat_template,
-        "seeds": settings.seeds,
-    }
+    names = [name for name in options_of(LoadOptions) if name not in ("device", "device_map")]
+    names += ["model", "no_base", "limit", "num_fewshot", "apply_chat_template", "seeds"]
+    identity = {name: getattr(settings, name) for name in names}
+    identity["adapters"] = [[each.name, each.sha256] for each in adapters]
+    identity["tasks"] = [*selection.names, *selection.native]
+    identity["task_data"] = {name: file_hash(file, DataError) for name, file in files.items()}
     if settings.attribute:
         folders = [settings.attributes, *(each.folder for each in adapters if each.stored is not None)]
         identity["steering"] = settings.points
@@ -236,11 +229,8 @@ def _document(
             "batch_size": sizes[0] if len(sizes) == 1 else sizes,
             "dtype": str(base.model.dtype).removeprefix("torch."),
             "device": str(base.model.device),
-            "quantize": settings.quantize,
-            "num_fewshot": settings.num_fewshot,
+            **{name: getattr(settings, name) for name in ("quantize", "num_fewshot", "limit", "seeds")},
             "num_fewshot_used": first.shots,
-            "limit": settings.limit,
-            "seeds": settings.seeds,
             "revision": base.revision,
             "fingerprint": base.fingerprint["sha256"],
             "tokenizer": base.tokenizer_hashes,

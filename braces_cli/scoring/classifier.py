@@ -82,13 +82,8 @@ def _fit(texts: Sequence[str], labels: Sequence[str], excluded: set[str]) -> Any
         # Before pairs are formed: no pair may have an excluded word.
         return [word for word in words_of(text) if word not in excluded]
 
-    vectorizer = TfidfVectorizer(
-        tokenizer=split,
-        token_pattern=None,
-        lowercase=False,
-        ngram_range=(1, 2),
-        sublinear_tf=True,
-        # A word that occurs once has no information, but a few rows may have no other words.
-        min_df=2 if len(texts) >= 100 else 1,
-    )
+    # A word that occurs once has no information, but a few rows may have no other words.
+    rarest = 2 if len(texts) >= 100 else 1
+    words = {"tokenizer": split, "token_pattern": None, "lowercase": False}
+    vectorizer = TfidfVectorizer(**words, ngram_range=(1, 2), sublinear_tf=True, min_df=rarest)
     return make_pipeline(vectorizer, LogisticRegression(C=4.0, max_iter=2000)).fit(texts, labels)

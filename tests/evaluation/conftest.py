@@ -24,6 +24,11 @@ def evaluate(model: str | None, adapters: list[str], settings: Any, **more: Any)
     return run_evaluation(replace(settings, model=model, adapter=tuple(adapters), device="cpu", **more))
 
 
+def popqa_rows(count: int) -> list[dict[str, str]]:
+    """Rows in the schema of PopQA."""
+    return [{"question": f"What is {i}?", "possible_answers": json.dumps([chr(97 + i)])} for i in range(count)]
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random two-layer Llama; its tokenizer has bytes only and puts `<s>` first."""

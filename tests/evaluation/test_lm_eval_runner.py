@@ -7,6 +7,7 @@ import json
 import logging
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import lm_eval
 import pytest
@@ -22,7 +23,7 @@ from braces_cli.core.progress import silent
 from braces_cli.evaluation import catalog, lm_eval_runner
 from braces_cli.evaluation.native_tasks import halving
 from braces_cli.evaluation.settings import EvalSettings
-from tests.evaluation.conftest import evaluate
+from tests.evaluation.conftest import evaluate, popqa_rows
 
 LM_EVAL_TASKS = Path(lm_eval.__file__).parent / "tasks"
 
@@ -39,14 +40,9 @@ DEFINITIONS = {
     "triviaqa": "triviaqa/default.yaml",
     "nq_open": "nq_open/nq_open.yaml",
     "arc_easy": "arc/arc_easy.yaml",
-    "piqa": "piqa/piqa.yaml",
     "winogrande": "winogrande/default.yaml",
     "hellaswag": "hellaswag/hellaswag.yaml",
 }
-
-
-def _popqa(count: int) -> list[dict]:
-    return [{"question": f"What is {i}?", "possible_answers": json.dumps([chr(97 + i)])} for i in range(count)]
 
 
 def _direct(folder: Path, name: str, file: Path, limit: int, shots: int | None, tmp_path: Path):
@@ -91,7 +87,6 @@ ROWS = {
         {"question": f"Which is {i}?", "choices": {"text": [f"the {i}", "none", "all of it"], "label": list("ABC")},
          "answerKey": "ABC"[i % 3]} for i in range(5)
     ],
-    "piqa": [{"goal": f"To do {i}", "sol1": "do it well", "sol2": f"do {i} twice", "label": i % 2} for i in range(5)],
     "winogrande": [
         {"sentence": f"The {i} did not fit the box because _ was too big.", "option1": "the box", "option2": f"the {i}",
          "answer": "12"[i % 2]} for i in range(5)
@@ -128,7 +123,7 @@ def test_scores_equal_those_of_lm_eval_document_by_document(
 
 @pytest.mark.parametrize("name", ["popqa", "mmlu_anatomy"])  # the second has its examples in another split
 def test_a_document_is_never_an_example_of_itself(tiny_folder, write_jsonl, monkeypatch, name):
-    rows = [{**row, "choices": ["a", "b", "c", "d"], "answer": 1} for row in _popqa(4)]
+    rows = [{**row, "choices": ["a", "b", "c", "d"], "answer": 1} for row in popqa_rows(4)]
     _, found = _ours(tiny_folder, [name], [f"{name}={write_jsonl('p.jsonl', rows)}"], 4, 3, monkeypatch)
     for sample in found["samples"][name]:
         prompt = sample["arguments"][0][0]
@@ -137,21 +132,19 @@ def test_a_document_is_never_an_example_of_itself(tiny_folder, write_jsonl, monk
 
 
 def test_popqa_uses_the_prompt_of_its_authors(tiny_folder, write_jsonl, monkeypatch):
-    _, found = _ours(tiny_folder, ["popqa"], [f"popqa={write_jsonl('p.jsonl', _popqa(1))}"], 1, None, monkeypatch)
+    _, found = _ours(tiny_folder, ["popqa"], [f"popqa={write_jsonl('p.jsonl', popqa_rows(1))}"], 1, None, monkeypatch)
     prompt, settings = found["samples"]["popqa"][0]["arguments"][0]
     assert prompt == "Q: What is 0? A:"
     assert (settings["max_gen_toks"], settings["until"], settings["do_sample"]) == (15, ["\n"], False)
 
 
 def test_a_batch_that_does_not_fit_is_halved(tiny_folder, write_jsonl, monkeypatch, caplog):
-    targets = {"choices": ["yes", "no way", "perhaps"], "labels": [1, 0, 0]}
-    truthful = [{"question": f"Is it {i}?", "mc1_targets": targets} for i in range(4)]
     data = [
-        f"popqa={write_jsonl('p.jsonl', _popqa(4))}",
-        f"truthfulqa_mc1={write_jsonl('t.jsonl', truthful)}",
+        f"popqa={write_jsonl('p.jsonl', popqa_rows(4))}",
+        f"arc_easy={write_jsonl('t.jsonl', ROWS['arc_easy'])}",
         f"perplexity={write_jsonl('x.jsonl', [{'text': f'text {i}'} for i in range(5)])}",
     ]
-    names = ["popqa,truthfulqa_mc1,perplexity"]
+    names = ["popqa,arc_easy,perplexity"]
     small = evaluate(str(tiny_folder), [], EvalSettings(tasks=names, task_data=data, batch_size="2"))
     from transformers import LlamaForCausalLM
 
@@ -174,18 +167,14 @@ def test_a_batch_that_does_not_fit_is_halved(tiny_folder, write_jsonl, monkeypat
     assert len(messages) == 6
 
 
-def test_a_single_sequence_that_does_not_fit_is_an_error():
-    def never(size):
-        raise torch.OutOfMemoryError("CUDA out of memory. x")
-
-    with pytest.raises(BracesError, match="one sequence at a time"):
-        halving(never, 4, "stage")
-
-    def wrong(size):
-        raise RuntimeError("shapes do not match")
-
-    with pytest.raises(RuntimeError, match="shapes"):
-        halving(wrong, 4, "stage")
+@pytest.mark.parametrize(
+    ("error", "expected", "words"),
+    [(torch.OutOfMemoryError("CUDA out of memory. x"), BracesError, "one sequence at a time"),
+     (RuntimeError("shapes do not match"), RuntimeError, "shapes")],
+)  # fmt: skip
+def test_an_error_with_a_single_sequence_is_raised(error, expected, words):
+    with pytest.raises(expected, match=words):
+        halving(Mock(side_effect=error), 4, "stage")
 
 
 def test_lm_eval_reads_rank_and_size_of_the_processes(tiny_folder):

@@ -129,10 +129,6 @@ def test_answers_shift_with_the_strength(model_dir, session, write_jsonl):
     assert found["slope"] == pytest.approx(expected.mean(), abs=1e-5)
     assert (found["system"], found["attribute"], found["n"]) == ("base", "positive", 5)
     assert len(result_tables(result)[-1][2]) == 3
-    row = next(row for row in result["comparisons"] if (row["metric"], row["to"]) == ("log_odds", "base, positive +20"))
-    moves = np.array(lines[2]) - np.array(lines[0])
-    assert (row["rises"], row["falls"]) == pytest.approx(((moves > 0).mean(), (moves < 0).mean()))
-    assert row["rises_interval"][0] <= row["rises"] <= row["rises_interval"][1]
 
 
 TEXTS = ["the film is good", "a happy day", "the end of the old town", "is sad", "good and happy", "in the town"]
@@ -193,8 +189,5 @@ def test_detection_is_the_same_at_every_strength(model_dir, session, write_jsonl
         assert system["results"]["detection"]["auroc"] == {
             "value": expected["auroc"], "stderr": expected["auroc_stderr"], "n": 4
         }  # fmt: skip
-    other = EvalSettings(tasks=("detection",), task_data=(f"detection={file}",), attribute=("toxic",))
-    with pytest.raises(DataError, match="0 texts are `toxic` and 8 are not"):
-        evaluate(str(model_dir), [], other)
     with pytest.raises(ConfigError, match="detection needs one attribute, not 0"):
-        evaluate("nowhere", [], EvalSettings(tasks=("detection",), task_data=(f"detection={file}",)))
+        evaluate("nowhere", [], settings, attribute=(), s=())

@@ -14,10 +14,9 @@ from braces_cli.evaluation import catalog, lm_eval_runner
 from braces_cli.evaluation import run as run_module
 from braces_cli.evaluation.run import check_reached
 from braces_cli.evaluation.settings import EvalSettings
-from braces_cli.evaluation.systems import find_eval_adapter
 from braces_cli.evaluation.tables import markdown, result_tables
 from braces_cli.evaluation.task_functions import COMMONSENSE_TASKS
-from tests.evaluation.conftest import evaluate
+from tests.evaluation.conftest import evaluate, popqa_rows
 
 TARGETS = {"choices": ["yes", "no way", "perhaps"], "labels": [1, 0, 0]}
 
@@ -29,10 +28,6 @@ ARC = [
 
 
 STEERED = {"attribute": ("positive",), "s": ("-20,0,20",)}
-
-
-def _popqa(count: int) -> list[dict]:
-    return [{"question": f"What is {i}?", "possible_answers": json.dumps([chr(97 + i)])} for i in range(count)]
 
 
 @pytest.fixture
@@ -50,9 +45,8 @@ def asked(write_jsonl, tmp_path):
 
 @pytest.fixture
 def data(write_jsonl):
-    popqa = [{"question": f"What is {i}?", "possible_answers": '["a"]'} for i in range(4)]
     truthful = [{"question": f"Is it {i}?", "mc1_targets": TARGETS} for i in range(4)]
-    return [f"popqa={write_jsonl('p.jsonl', popqa)}", f"truthfulqa_mc1={write_jsonl('t.jsonl', truthful)}"]
+    return [f"popqa={write_jsonl('p.jsonl', popqa_rows(4))}", f"truthfulqa_mc1={write_jsonl('t.jsonl', truthful)}"]
 
 
 class Killed(BaseException):
@@ -63,44 +57,38 @@ def test_base_and_adapters_are_compared(tiny_folder, make_adapter, write_jsonl, 
     adapters = [str(make_adapter(tiny_folder, seed)) for seed in (0, 1)]
     text = tmp_path / "t.txt"
     text.write_text("A first line.\nAnd a second, longer one.\n")
-    data = [f"popqa={write_jsonl('p.jsonl', _popqa(6))}", f"perplexity={text}"]
-    result = evaluate(None, adapters, EvalSettings(tasks=["popqa,perplexity"], task_data=data, limit=5))
+    data = [f"popqa={write_jsonl('p.jsonl', popqa_rows(6))}", f"perplexity={text}"]
+    settings = EvalSettings(tasks=["popqa,perplexity"], task_data=data, limit=5)
+    result = evaluate(None, adapters, settings)
     assert [s["adapter"] for s in result["systems"]] == [None, *adapters]
     assert [s["name"] for s in result["systems"]] == ["base", "seed0", "seed1"]
     assert {s["model"] for s in result["systems"]} == {str(tiny_folder)}
     bits = [s["results"]["perplexity"]["bits_per_byte"]["value"] for s in result["systems"]]
     assert len(set(bits)) == 3
     assert result["systems"][0]["results"]["popqa"]["acc"]["n"] == 5
-    assert result["systems"][0]["results"]["perplexity"]["bits_per_byte"]["n"] == 2
     pairs = {(c["task"], c["metric"], c["from"], c["to"]) for c in result["comparisons"]}
     assert len(pairs) == len(result["comparisons"]) == 3 * (2 + 4)
-    for row in result["comparisons"]:
-        assert 0 < row["p_value"] <= 1
     row = next(c for c in result["comparisons"] if (c["metric"], c["to"]) == ("bits_per_byte", "seed1"))
     assert row["difference"] == bits[2] - bits[0]
-    assert result["settings"]["batch_size"] == 8
-    assert {"braces", "torch", "transformers", "lm-eval"} <= result["settings"]["versions"].keys()
-
-    bare = evaluate(str(tiny_folder), [], EvalSettings(tasks=["popqa,perplexity"], task_data=data, limit=5))
+    bare = evaluate(str(tiny_folder), [], settings)
     assert bare["systems"][0]["results"] == result["systems"][0]["results"]
-    alone = evaluate(
-        None, adapters[1:], EvalSettings(tasks=["popqa,perplexity"], task_data=data, limit=5, no_base=True)
-    )
+    alone = evaluate(None, adapters[1:], settings, no_base=True)
     assert [s["results"] for s in alone["systems"]] == [result["systems"][2]["results"]]
     assert alone["comparisons"] == []
 
 
 def test_a_changed_file_is_read_again(tiny_folder, write_jsonl):
-    settings = EvalSettings(tasks=["popqa"], task_data=[f"popqa={write_jsonl('p.jsonl', _popqa(3))}"])
+    settings = EvalSettings(tasks=["popqa"], task_data=[f"popqa={write_jsonl('p.jsonl', popqa_rows(3))}"])
     assert evaluate(str(tiny_folder), [], settings)["systems"][0]["results"]["popqa"]["acc"]["n"] == 3
-    write_jsonl("p.jsonl", _popqa(4))
+    write_jsonl("p.jsonl", popqa_rows(4))
     assert evaluate(str(tiny_folder), [], settings)["systems"][0]["results"]["popqa"]["acc"]["n"] == 4
 
 
 def test_strength_zero_is_bit_identical_to_no_attribute(tiny_folder, asked, tmp_path):
     """Document by document, in the log of samples too."""
     out = tmp_path / "out"
-    result = evaluate(str(tiny_folder), [], asked(**STEERED), output_dir=out, log_samples=True)
+    settings = asked(**STEERED, fail_under=("perplexity:token_perplexity=1e9",))
+    result = evaluate(str(tiny_folder), [], settings, output_dir=out, log_samples=True)
     names = ["base", "base, positive -20", "base, positive +0", "base, positive +20"]
     assert [system["name"] for system in result["systems"]] == names
     assert [system["attributes"] for system in result["systems"]] == [{}, *({"positive": s} for s in (-20, 0, 20))]
@@ -113,15 +101,15 @@ def test_strength_zero_is_bit_identical_to_no_attribute(tiny_folder, asked, tmp_
         logs[rows[0]["system"]] = [{**row, "system": ""} for row in rows]
     assert logs["base, positive +0"] == logs["base"] != logs["base, positive +20"]
     assert {(row["from"], row["to"]) for row in result["comparisons"]} == {("base", name) for name in names[1:]}
-    for row in result["comparisons"]:
-        assert 0 < row["p_value"] <= 1
-        assert (row["p_value"] == 1 and row["difference"] == 0) or row["to"] != "base, positive +0"
+    same = [row for row in result["comparisons"] if row["to"] == "base, positive +0"]
+    assert {(row["p_value"], row["difference"]) for row in same} == {(1, 0)}
+    assert [(row["system"], row["reached"]) for row in result["fail_under"]] == [(name, True) for name in names[1:]]
     _, columns, rows = result_tables(result)[0]
     assert [row[columns.index("system")] for row in rows[:4]] == names
     assert "steered by: positive" in markdown(result)
     assert result["settings"]["attributes"] == {"positive": [-20.0, 0.0, 20.0]}
     resumed = {"output_dir": out, "log_samples": True, "resume": True}
-    assert evaluate(str(tiny_folder), [], asked(**STEERED), **resumed) == result
+    assert evaluate(str(tiny_folder), [], settings, **resumed) == result
     with pytest.raises(ConfigError, match=r"has other settings \(steering"):
         evaluate(str(tiny_folder), [], asked(attribute=("positive",), s=("-20,20",)), **resumed)
 
@@ -207,25 +195,19 @@ def test_the_chat_template_is_applied(tiny_folder, data, tmp_path):
     assert prompts[True].endswith("Q: What is 0? A:[A]")
 
 
-def test_the_training_of_adapters_decides_on_the_chat_template(make_adapter, tiny_folder, tmp_path):
-    found = []
-    for trained in (True, False, None):
-        folder = tmp_path / str(trained)
-        shutil.copytree(make_adapter(tiny_folder), folder)
-        config = json.loads((folder / "adapter_config.json").read_text())
-        config["training"] = {} if trained is None else {"chat_template": trained}
-        (folder / "adapter_config.json").write_text(json.dumps(config))
-        found.append(find_eval_adapter(str(folder)))
-    assert [each.chat_template for each in found] == [True, False, None]
-    tokenizer = SimpleNamespace(chat_template="{{ x }}")
-    session = SimpleNamespace(base=SimpleNamespace(tokenizer=tokenizer), config=None)
-    chat, plain, silent = found
-    for adapters, expected in (([chat, silent], True), ([plain, silent], False), ([silent], False), ([], False)):
-        assert run_module._uses_chat_template(EvalSettings(tasks=["popqa"]), adapters, session) is expected
-    with pytest.raises(ConfigError, match="with the chat template and another without"):
-        run_module._uses_chat_template(EvalSettings(tasks=["popqa"]), [chat, plain], session)
-    without = EvalSettings(tasks=["popqa"], apply_chat_template=False)
-    assert run_module._uses_chat_template(without, [chat, plain], session) is False
+@pytest.mark.parametrize(
+    ("trained", "setting", "expected"),
+    [((True, None), None, True), ((False, None), None, False), ((None,), None, False), ((), None, False),
+     ((True, False), False, False)],
+)  # fmt: skip
+def test_the_training_of_adapters_decides_on_the_chat_template(trained, setting, expected):
+    session = SimpleNamespace(base=SimpleNamespace(tokenizer=SimpleNamespace(chat_template="{{ x }}")), config=None)
+    adapters = [SimpleNamespace(chat_template=each) for each in trained]
+    settings = EvalSettings(apply_chat_template=setting)
+    assert run_module._uses_chat_template(settings, adapters, session) is expected
+    if len(set(trained)) > 1 and setting is not None:
+        with pytest.raises(ConfigError, match="with the chat template and another without"):
+            run_module._uses_chat_template(EvalSettings(), adapters, session)
 
 
 def test_what_does_not_fit_fails_before_anything_is_measured(tiny_folder, make_adapter, asked, tmp_path, monkeypatch):
@@ -249,13 +231,6 @@ def test_without_network_the_error_names_task_data(monkeypatch):
     monkeypatch.setattr(catalog.TaskManager, "load", _unreachable)
     with pytest.raises(DataError, match="--task-data triviaqa=FILE"):
         evaluate("m", [], EvalSettings(tasks=["triviaqa"]))
-
-
-def test_thresholds_apply_to_steered_systems(tiny_folder, asked):
-    settings = asked(no_base=True, fail_under=("perplexity:token_perplexity=1e9",), **STEERED)
-    result = evaluate(str(tiny_folder), [], settings)
-    assert [row["system"] for row in result["fail_under"]] == [f"base, positive {s}" for s in ("-20", "+0", "+20")]
-    assert all(row["reached"] for row in result["fail_under"])
 
 
 def test_a_threshold_depends_on_which_values_are_better():

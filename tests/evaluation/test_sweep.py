@@ -87,9 +87,7 @@ def test_every_point_has_the_share_of_prompts_that_move_the_wrong_way(swept):
         assert point["expected_maximum"] >= point["mean_value"]
         assert point["at_least_one"] >= point["attribute_score"]
     assert {"slope", "slope_interval", "negative", "negative_interval"} == set(document["slope"])
-    table = swept("--num-samples", 3, "--format", "table").out
-    assert "wrong way" in table
-    assert "expected maximum" in table
+    assert "wrong way" in swept("--num-samples", 3, "--format", "table").out
 
 
 def test_detection_is_of_the_base_without_its_adapter(swept, adapter_dir, tmp_path):
@@ -133,21 +131,15 @@ def test_a_point_depends_on_its_strength_alone(swept):
     assert {key: one[key] for key in keys} == pytest.approx({key: other[key] for key in keys}, rel=1e-4)
 
 
-def measures(point):
-    """Measures of a point that are not null."""
-    return {key: point[key] for key in KEYS if point[key] is not None}
-
-
 def test_a_sweep_uses_the_chat_template(swept, chatty, model_dir):
     """Measures equal those of prompts written out as by the template; without a template it is refused."""
     chat = ["--model", chatty, "--apply-chat-template"]
     templated = swept(*chat, sweep="20").json
     spelt = swept(sweep="20", prompts=[f"user: {prompt}\nassistant:" for prompt in PROMPTS]).json
     assert (templated["apply_chat_template"], spelt["apply_chat_template"]) == (True, False)
-    assert measures(templated["points"][0]) == pytest.approx(measures(spelt["points"][0]), rel=1e-4)
-    assert measures(templated["points"][0]) != pytest.approx(measures(swept(sweep="20").json["points"][0]), rel=1e-4)
-    judged = swept(*chat, "--reference-model", model_dir, sweep="20").json["points"][0]
-    assert judged["perplexity"] != pytest.approx(templated["points"][0]["perplexity"], rel=1e-3)
+    point, same, plain = (each["points"][0] for each in (templated, spelt, swept(sweep="20").json))
+    assert {name: point[name] for name in KEYS} == pytest.approx({name: same[name] for name in KEYS}, rel=1e-4)
+    assert point["perplexity"] != pytest.approx(plain["perplexity"], rel=1e-4)
     assert "no chat template" in swept("--apply-chat-template").err
 
 
@@ -164,31 +156,23 @@ def test_a_classifier_or_a_language_model_scores_the_texts(swept, labelled, mode
         assert point["mean_value"] == pytest.approx(point["concept"] / 2)
 
 
-def test_the_preference_between_two_answers_shifts(braces, model_dir, session, write_jsonl):
+def test_the_preference_between_two_answers_shifts(swept, session, write_jsonl):
     rows = [{"prompt": f"the film {i} is", "positive": " good", "negative": " sad"} for i in range(3)]
     file = write_jsonl("answers.jsonl", rows)
-    outcome = braces(
-        "steer", "--model", model_dir, "--device", "cpu", "--prompt", "a day", "--prompt", "the end",
-        "--max-new-tokens", 4, "--attribute", "positive", "--sweep", "-20,20", "--answers", file,
-    )  # fmt: skip
-    assert outcome.code == 0, outcome.err
+    document = swept("--answers", file, prompts=["a day", "the end"], sweep="-20,20").json
     pairs = read_answer_pairs(file)
-    bare = log_odds(session, pairs, 8)
     positive = find_attribute(session, "positive", None)
-    for found, s in zip(outcome.json["answers"], (-20.0, 20.0), strict=True):
+    bare = log_odds(session, pairs, 8)
+    for found, s in zip(document["answers"], (-20.0, 20.0), strict=True):
         with steered(session, [(positive, s)]):
             odds = log_odds(session, pairs, 8)
         moves = [one - other for one, other in zip(odds, bare, strict=True)]
-        assert found["s"] == s
-        assert found["shift"] == pytest.approx(sum(moves) / 3, abs=1e-4)
+        assert (found["s"], found["shift"]) == pytest.approx((s, sum(moves) / 3), abs=1e-4)
         assert found["wrong_way"] == pytest.approx(sum(move * s < 0 for move in moves) / 3)
         assert found["prefers_positive"] == pytest.approx(sum(each > 0 for each in odds) / 3)
         assert found["probability"] == pytest.approx(sum(map(probability, odds)) / 3, abs=1e-5)
-        low, high = found["wrong_way_interval"]
-        assert low <= found["wrong_way"] <= high
-    assert outcome.json["answer_slope"]["slope"] == pytest.approx(
-        (outcome.json["answers"][1]["shift"] - outcome.json["answers"][0]["shift"]) / 40, abs=1e-5
-    )
+    low, high = (found["shift"] for found in document["answers"])
+    assert document["answer_slope"]["slope"] == pytest.approx((high - low) / 40, abs=1e-5)
 
 
 def _point(s, score, perplexity):
@@ -220,14 +204,11 @@ def test_scores_at_equal_perplexity_are_interpolated():
     [
         ([], "-4:4", 2, "is not FROM:TO:STEP"),
         (["--s", "1"], "-4:4:1", 2, "1 strengths for 0 other attributes"),
-        (["--scorer", "vaider"], "-4:4:1", 2, "Did you mean vader?"),
         (["--scorer", "fit:nowhere.jsonl"], "-4:4:1", 3, "no such file"),
         (["--score-label", "x"], "-4:4:1", 2, "It has positive, negative"),
         (["--plot", "x.png"], None, 2, "belongs to --sweep"),
-        (["--baselines", "pca"], None, 2, "belongs to --sweep"),
         (["--baselines", "promting"], "0", 2, "Did you mean prompting?"),
         (["--answers", "nowhere.jsonl"], "0", 3, "no such file"),
-        (["--detect", "nowhere.jsonl"], "0", 3, "no such file"),
         (["--reference-model", "nowhere"], "0", 4, "nowhere"),
     ],
 )
@@ -290,8 +271,6 @@ def test_prompting_puts_an_instruction_before_each_prompt(session, positive):
     assert method.strengths == [1.0, -1.0]
     assert method.inputs(["a day"], 1.0) == ["Write something positive: a day"]
     assert method.inputs(["a day"], -1.0) == ["Write something negative: a day"]
-    (method,) = baseline_methods(session, ["prompting"], positive, [1.0])
-    assert method.strengths == [1.0]
     texts = attribute_from_texts(session, "very_warm", ["a happy day"])
     (method,) = baseline_methods(session, ["prompting"], texts, [-1.0])
     assert method.inputs(["a day"], -1.0) == ["Write something not very warm: a day"]
@@ -310,26 +289,18 @@ def test_pairs_of_descriptions_are_built_from_the_attribute_file(session, tmp_pa
     assert contrast_pairs(read) == description_pairs(*sides)
 
 
-def test_baselines_are_in_document_table_and_plot(braces, model_dir, tmp_path):
-    given = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
-    call = ["steer", "--model", model_dir, "--device", "cpu", "--max-new-tokens", 6, "--attribute", "positive", *given]
-    plain = braces(*call, "--sweep", "-20:20:20").json
+def test_baselines_are_in_document_table_and_plot(swept, tmp_path):
     plot = tmp_path / "sweep.png"
-    outcome = braces(*call, "--sweep", "-20:20:20", "--baselines", "prompting, pca", "--plot", plot)
+    outcome = swept("--baselines", "prompting, pca", "--plot", plot)
     assert outcome.code == 0, outcome.err
     found = outcome.json
-    assert found["points"] == plain["points"]
+    assert found["points"] == swept().json["points"]
     assert [(each["method"], [point["s"] for point in each["points"]]) for each in found["baselines"]] == [
         ("prompting", [1.0, -1.0]), ("pca", [-20.0, 0.0, 20.0])
     ]  # fmt: skip
-    at_zero = found["baselines"][1]["points"][1]
-    assert at_zero == found["unsteered"]
-    instructed = [part for prompt in PROMPTS for part in ("--prompt", f"Write something positive: {prompt}")]
-    texts = braces(*call[:-8], *instructed).lines
-    assert found["baselines"][0]["points"][0]["distinct_1"] == pytest.approx(
-        sum(distinct([[row["text"]]], 1) for row in texts) / 4
-    )
-    table = braces(*call, "--sweep", "-20:20:20", "--baselines", "difference", "--format", "table").out
-    assert "other ways to steer" in table
-    assert "at equal perplexity" in table
+    assert found["baselines"][1]["points"][1] == found["unsteered"]
+    texts = swept("--s", 0, sweep=None, prompts=[f"Write something positive: {prompt}" for prompt in PROMPTS]).lines
+    expected = distinct([[row["text"]] for row in texts], 1)
+    assert found["baselines"][0]["points"][0]["distinct_1"] == pytest.approx(expected)
+    assert "at equal perplexity" in swept("--baselines", "difference", "--format", "table").out
     assert plot.read_bytes().startswith(b"\x89PNG")

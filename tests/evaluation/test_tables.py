@@ -42,24 +42,19 @@ def _point(s, share, perplexity):
     }  # fmt: skip
 
 
-def test_the_plot_of_a_sweep_has_titles_a_legend_and_plain_ticks(monkeypatch, tmp_path):
-    """Perplexities are within one power of ten."""
+def test_the_plot_of_a_sweep_has_a_legend_and_plain_ticks(monkeypatch, tmp_path):
+    """Perplexities are within one power of ten; a `$` in a name starts no formula."""
     figures = []
     monkeypatch.setattr(tables, "save_figure", lambda figure, path: figures.append(figure))
     document = {
         "points": [_point(2.0, 0.9, 96.0), _point(-2.0, 0.1, 81.0), _point(0.0, 0.5, 60.0)],
-        "unsteered": _point(0.0, 0.5, 60.0),
-        "chosen": {"s": 2.0}, "model": "/models/tiny", "attribute": "posi$tive", "label": "positive", "scorer": "vader",
-        "reference_model": None, "prompts": 20, "samples": 4,
+        "unsteered": _point(0.0, 0.5, 60.0), "chosen": {"s": 2.0}, "model": "/models/tiny", "attribute": "posi$tive",
+        "label": "positive", "scorer": "vader", "reference_model": None, "prompts": 20, "samples": 4,
     }  # fmt: skip
     tables.plot_sweep(document, tmp_path / "sweep.png")
     (drawn,) = figures
     drawn.canvas.draw()
-    assert drawn.get_suptitle() == r"Steering tiny along posi\$tive: 80 texts at each strength"
-    assert all(axes.get_title() and axes.get_xlabel() and axes.get_ylabel() for axes in drawn.axes)
-    labels = {text.get_text() for text in drawn.legends[0].get_texts()}
-    assert labels == {"measured", "95 % interval", "without steering", "suggested strength, s = 2"}
-    share, perplexity = ([text.get_text() for text in axes.yaxis.get_ticklabels()] for axes in drawn.axes)
-    assert "50%" in share or "40%" in share
-    assert len(perplexity) >= 3
-    assert [float(text) for text in perplexity]
+    assert r"posi\$tive" in drawn.get_suptitle()
+    assert len(drawn.legends[0].get_texts()) == 4
+    shown = [float(text.get_text()) for text in drawn.axes[1].yaxis.get_ticklabels()]
+    assert len(shown) >= 3
