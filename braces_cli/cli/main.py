@@ -21,7 +21,6 @@ import typer
 from braces_cli import __version__
 from braces_cli.cli import output
 from braces_cli.core.config import matching_setting
-from braces_cli.core.distributed import rank
 from braces_cli.core.errors import BracesError, first_line
 from braces_cli.core.files import file_hint
 from braces_cli.core.text import error_text
@@ -123,7 +122,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _failed(args: list[str], error: BaseException) -> int:
     """Report an exception and return the exit code."""
-    text = str(error)
     if isinstance(error, BracesError):
         return _report(args, error.exit_code, error.message, error.where, error.hint)
     if isinstance(error, KeyboardInterrupt):
@@ -136,7 +134,7 @@ def _failed(args: list[str], error: BaseException) -> int:
         where = None if error.filename is None else str(error.filename)
         code = 2 if error.errno == errno.ENAMETOOLONG else 1
         return _report(args, code, error.strerror or "failed", where, file_hint(error))
-    if isinstance(error, MemoryError) or any(words in text.lower() for words in _NO_MEMORY):
+    if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _NO_MEMORY):
         # At exit, libraries would report that they have no memory either.
         sys.unraisablehook = lambda unraisable: None
         hint = "Use more memory, a smaller model, a smaller --batch-size or a shorter --max-length."
@@ -144,7 +142,7 @@ def _failed(args: list[str], error: BaseException) -> int:
     if isinstance(error, ImportError):
         hint = "Check the installation, and the memory that the process may use."
         return _report(args, 1, f"a library cannot be loaded: {first_line(error)}", None, hint)
-    what = f"{type(error).__name__}: {first_line(error) if text.strip() else 'no message'}"
+    what = f"{type(error).__name__}: {first_line(error) if str(error).strip() else 'no message'}"
     return _report(args, 1, what, None, "This is a fault of braces; --debug shows where.")
 
 
@@ -169,9 +167,8 @@ def _report(args: list[str], code: int, message: str, where: str | None = None, 
     """Print an error, as JSON on stdout too if requested, and return `code`."""
     if "--debug" in args:
         output.note(traceback.format_exc(), "\n\t")
-    number = 0
-    with suppress(ValueError):  # RANK is not a number
-        number = rank()
+    variable = os.environ.get("RANK") or "0"
+    number = int(variable) if variable.isdecimal() else 0
     if number > 0:
         # Most errors occur in every process of a launch: the first process reports the error and ends the others.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
