@@ -138,10 +138,10 @@ def _unpack(module: nn.Module) -> Tensor:
     if isinstance(weight, Tensor):
         if _is_plain(weight):
             return weight.detach() if hasattr(module, "out_features") else weight.detach().T
-        if getattr(weight, "quant_state", None) is not None:
+        if (state := getattr(weight, "quant_state", None)) is not None:
             from bitsandbytes import functional
 
-            return cast("Tensor", functional.dequantize_4bit(weight.data, weight.quant_state))
+            return cast("Tensor", functional.dequantize_4bit(weight.data, state))
         if hasattr(weight, "SCB"):
             from bitsandbytes import functional
 
