@@ -134,25 +134,23 @@ def collate(
         rows: None for a missing example.
         conditioner: provides the `strengths` of each block: of its rows or, packed, of its tokens.
     """
-    kept = [row for row in rows if row is not None and row.tokens is not None]
-    items = [row.tokens for row in kept if row.tokens is not None]
+    pairs = [(row.tokens, row.condition) for row in rows if row is not None and row.tokens is not None]
+    items, conditions = [tokens for tokens, _ in pairs], [condition for _, condition in pairs]
     groups = similar_lengths([len(item.ids) for item in items], min(layout.groups, len(rows)))
     blocks, passed = [], 0
-    for members in [list(range(len(kept)))] if layout.packed else groups:
+    for members in [list(range(len(items)))] if layout.packed else groups:
         chosen, strengths, owners = [items[index] for index in members], None, None
         terms: dict[str, Tensor] = {}
         if conditioner is not None:
             # (items, attributes); (1, attributes) without items.
-            strengths = conditioner.strengths([kept[index].condition for index in members] or [None])
+            strengths = conditioner.strengths([conditions[index] for index in members] or [None])
         if strengths is not None and layout.contrast:
             terms = pair_terms(chosen, strengths, groups if layout.packed else [range(len(chosen))])
             active = terms["distance"].nonzero().squeeze(1)
             # Row i of n at its strength has the owner i, at the opposite strength n + i.
             owners = torch.cat([torch.arange(len(strengths)), len(strengths) + active])
-            chosen, strengths = (
-                chosen + [chosen[i] for i in active.tolist()],
-                torch.cat([strengths, -strengths[active]]),
-            )
+            strengths = torch.cat([strengths, -strengths[active]])
+            chosen = chosen + [chosen[index] for index in active.tolist()]
         passed += sum(len(item.ids) for item in chosen)
         if layout.packed:
             filled = fill_rows([len(item.ids) for item in chosen], layout.attention, layout.context)

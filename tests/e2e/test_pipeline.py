@@ -27,7 +27,7 @@ def process(*args):
 
 def test_closed_pipe(model_dir):
     """`braces ... | head -1` is not an error."""
-    command = f"{sys.executable} -m braces_cli inspect values --model {model_dir} --format json | head -1"
+    command = f"{sys.executable} -m braces_cli inspect values --model {model_dir} --quiet --format json | head -1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["index"] == 0
