@@ -111,3 +111,14 @@ def test_pipes_and_conversations_need_a_single_process(braces, monkeypatch, mode
         monkeypatch.setenv(name, value)
     outcome = braces(*steer(model_dir, *args), stdin="the film\n")
     assert (outcome.code, message in outcome.err) == (2, True), outcome.err
+
+
+def test_the_launcher_without_a_scheduler_passes_machines_and_arguments_to_torchrun(tmp_path):
+    """A stand-in for torchrun prints its arguments."""
+    (tmp_path / "torchrun").write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "torchrun").chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "NODE": "1", "FIRST": "host", "PROCESSES": "2"}
+    argv = ["steer", "--prompt", "two words"]
+    done = subprocess.run(["bash", LAUNCH / "torchrun.sh", *argv], capture_output=True, text=True, env=env)
+    expected = "--nnodes 2 --node-rank 1 --master-addr host --master-port 29500 --nproc-per-node 2 -m braces_cli"
+    assert done.stdout.splitlines() == [*expected.split(), *argv], done.stderr

@@ -165,3 +165,10 @@ def test_only_small_products_are_cached():
     assert not cacheable(values)
     adapter = attach(tiny("qwen2_moe"), 4)
     assert all(adapter_layer._cached_gram is None for _, adapter_layer in adapter.adapted_ffns)
+
+
+def test_gram_of_stored_values_is_differentiable():
+    """gradcheck in float64, through the unpacking."""
+    values = StoredValues(nn.Linear(13, 6, dtype=torch.float64))
+    x = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: gram(values, x), (x,))

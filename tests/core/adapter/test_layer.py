@@ -70,3 +70,17 @@ def test_the_projection_is_float32_under_autocast():
         down, up = adapter_layer.factors(ffn.values(), torch.float32)
     assert torch.equal(down, plain)
     assert relative(up, adapter_layer.factors(ffn.values(), torch.float32)[1]) == 0
+
+
+def test_relevance_by_hand():
+    """Two neurons, rank 1: r = c (R v)(R h) / sqrt(1), and the weights change by g r."""
+    values = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    h = torch.tensor([[3.0, 4.0]])
+    w = torch.tensor([[0.5, -0.5]])
+    adapter_layer = RelevanceModule(1, 2, scale=3.0)
+    with torch.no_grad():
+        adapter_layer.weight.copy_(torch.tensor([[0.0, 5.0]]))
+        adapter_layer.gate.zero_()
+    out = weights_ref(w, h, values, adapter_layer)
+    assert torch.allclose(out, torch.tensor([[0.5 + 0.0, -0.5 + 0.5 * 3.0 * (2.0 * 4.0)]]))
+    assert torch.allclose(adapter_layer(w @ values.mT, h, values), out @ values.mT)

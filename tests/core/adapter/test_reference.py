@@ -90,3 +90,14 @@ def test_each_example_is_steered_by_its_attributes(name, device):
     terms = {layer: [(states[k, i], strengths[:, k]) for k in range(2)] for i, layer in enumerate(adapter.layers)}
     assert relative(fast[0], run(model, adapter, False)[0]) > 1e-3
     assert_equal(fast, run(model, adapter, True, terms))
+
+
+def test_the_comparison_can_fail(device):
+    """An error of one hundredth in a gate exceeds the tolerance."""
+    model = tiny_model().to(device)
+    adapter = attach(model, 4)
+    open_gates(adapter)
+    fast, _ = run(model, adapter, False)
+    with torch.no_grad():
+        adapter.adapted_ffns[0][1].gate.add_(0.01)
+    assert relative(fast, run(model, adapter, True)[0]) > 1e-5

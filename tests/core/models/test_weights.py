@@ -262,3 +262,30 @@ def test_an_attribute_that_is_not_finite_is_damaged(part, value, session, tmp_pa
     message = "" if value == 0 else "has numbers that are not finite"
     with pytest.raises(ModelError, match=f"sad.{part} .*{message}"):
         find_attribute(session, "sad", tmp_path)
+
+
+def test_cached_factors_follow_a_change_of_parameter_or_weight(folder, method):
+    """The cache distinguishes packed weights."""
+    model = load(folder, method).model
+    adapter = attach(model, 4)
+    open_gates(adapter)
+    (ffn, adapter_layer), (other, _) = adapter.adapted_ffns
+    with torch.no_grad():
+        first = adapter_layer.factors(ffn.values(), torch.float32)[1]
+        assert adapter_layer.factors(ffn.values(), torch.float32)[1] is first
+        assert not torch.equal(adapter_layer.factors(other.values(), torch.float32)[1], first)
+        adapter_layer.gate.add_(1.0)
+        assert relative(adapter_layer.factors(ffn.values(), torch.float32)[1], first) > 1e-3
+
+
+def test_no_dense_matrix_is_saved_for_the_backward_pass(folder, method):
+    """The backward pass unpacks W_V again."""
+    adapter = attach(load(folder, method).model, 4)
+    ffn, adapter_layer = adapter.adapted_ffns[0]
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        _, up = adapter_layer.factors(ffn.values(), torch.float32)
+    assert kept
+    assert max(kept) < 64 * 160
+    up.square().sum().backward()
+    assert float(adapter_layer.weight.grad.abs().max()) > 0
