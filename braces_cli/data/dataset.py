@@ -267,9 +267,10 @@ class Stream:
         check_some(names, len(self.items), self.counts.rows)
         # Attributes must be known before training: one pass over the rows without tokenising.
         named: dict[str | None, Condition] = {}
-        for name in names if how.fields is not None else ():
-            for _, found in conditioned(read_rows(name, streaming=how.streaming), how.fields, name):
-                named.setdefault(found.attribute, found)
+        if how.fields is not None:
+            for name in names:
+                for _, found in conditioned(read_rows(name, streaming=how.streaming), how.fields, name):
+                    named.setdefault(found.attribute, found)
         self.conditions = list(named.values())
 
     def __iter__(self) -> Iterator[Example | None]:

@@ -253,7 +253,7 @@ def parts(kind: Format, fields: Mapping[str, Any], where: str) -> tuple[str, str
     Raises:
         DataError: a value is not text; a missing or null `input` is empty.
     """
-    texts = {key: fields.get(key) for key in kind.needed}
+    texts: dict[str, Any] = {key: fields.get(key) for key in kind.needed}
     texts |= {key: fields[key] for key in kind.optional if fields.get(key) is not None}
     for key, value in texts.items():
         if not isinstance(value, str):

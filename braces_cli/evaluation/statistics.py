@@ -121,7 +121,7 @@ def compare(systems: Sequence[System], seed: int) -> list[dict[str, Any]]:
                 shared = sorted(before.documents.keys() & after.documents.keys())
                 a, b = ([metric.documents[index] for index in shared] for metric in (before, after))
                 weights = [before.units[index] for index in shared] if before.units else None
-                row = {"task": task, "metric": name, "from": one.name, "to": other.name, "n": before.n}
+                row: dict[str, Any] = {"task": task, "metric": name, "from": one.name, "to": other.name, "n": before.n}
                 row |= {"difference": after.value - before.value, "p_value": p_value(a, b, weights, seed)}
                 row |= share("rises", [y > x for x, y in zip(a, b, strict=True)])
                 rows.append(row | share("falls", [y < x for x, y in zip(a, b, strict=True)]))

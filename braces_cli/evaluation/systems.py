@@ -103,16 +103,16 @@ def find_eval_adapter(name: str) -> EvalAdapter:
     if "peft_type" not in raw or raw.get("method") == BRACES:
         stored = StoredAdapter(name, folder, read_config(folder))
         config, _ = stored.config, stored.tensors  # damaged weights fail here, not after an hour of evaluation
-        base, chat = config.base_model_name_or_path, config.training.get("chat_template")
-        return EvalAdapter(name, folder, BRACES, base, config.revision, adapter_hash(folder), chat, stored)
+        named, chat = config.base_model_name_or_path, config.training.get("chat_template")
+        return EvalAdapter(name, folder, BRACES, named, config.revision, adapter_hash(folder), chat, stored)
     peft_config = check(_PEFT, raw, str(config_file))
     if importlib.util.find_spec("peft") is None:
         raise ConfigError("this adapter needs peft, which is not installed", where=name, hint="pip install peft")
     if not (folder / WEIGHTS_FILE).is_file():
         hint = f"Save it with peft as {WEIGHTS_FILE}; other formats can run code when loaded."
         raise ModelError(f"no {WEIGHTS_FILE} here", where=str(folder), hint=hint)
-    base, revision = peft_config.get("base_model_name_or_path"), peft_config.get("revision")
-    return EvalAdapter(name, folder, peft_config["peft_type"].lower(), base, revision, adapter_hash(folder))
+    method, base = peft_config["peft_type"].lower(), peft_config.get("base_model_name_or_path")
+    return EvalAdapter(name, folder, method, base, peft_config.get("revision"), adapter_hash(folder))
 
 
 def resolve_base(model: str | None, revision: str | None, adapters: Sequence[EvalAdapter]) -> tuple[str, str | None]:

@@ -63,9 +63,9 @@ def find_files(selection: Selection, values: Sequence[str], folder: Path | None)
     order = sorted(places, key=lambda name: selection.members(name) == [name])
     given = {member: places[name] for name in order for member in selection.members(name)}
     files = {name: _file(name, place, selection.leaves.get(name)) for name, place in given.items()}
-    for file in files.values():
+    for path in files.values():
         # Pipes are refused, too: the file is read twice, for its rows and for its hash.
-        check_regular(file, DataError, "Check --task-data NAME=FILE.")
+        check_regular(path, DataError, "Check --task-data NAME=FILE.")
     needed = {name: NATIVE_TASKS[name].data for name in selection.native}
     needed |= {name: "rows with `instruction` and `answer`" for name in COMMONSENSE_TASKS if name in selection.leaves}
     for name, data in needed.items():

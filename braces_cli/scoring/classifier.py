@@ -64,7 +64,8 @@ def fit_classifier(name: str, texts: Sequence[str], labels: Sequence[str], exclu
     except ValueError as error:
         raise DataError("no words in the rows", where=name, hint="A classifier needs texts with words.") from error
     if held_out and len({label for _, label in fitted_on}) > 1:
-        predicted = _fit(*zip(*fitted_on, strict=True), excluded).predict([text for text, _ in held_out])
+        part = _fit([text for text, _ in fitted_on], [label for _, label in fitted_on], excluded)
+        predicted = part.predict([text for text, _ in held_out])
         truth = [label for _, label in held_out]
         accuracy = sum(label == guess for label, guess in zip(truth, predicted, strict=True)) / len(truth)
         largest = max(Counter(truth).values()) / len(truth)

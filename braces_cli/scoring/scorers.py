@@ -157,7 +157,7 @@ class ToxicWords:
     """
 
     name = "toxicity"
-    labels = ("toxic",)
+    labels: tuple[str, ...] = ("toxic",)
 
     def __init__(self, exclude: Collection[str] = ()) -> None:
         self._excluded = split_words(exclude)
@@ -192,7 +192,7 @@ class Vader:
     """
 
     name = "vader"
-    labels = ("positive", "negative")
+    labels: tuple[str, ...] = ("positive", "negative")
 
     def __init__(self, exclude: Collection[str] = ()) -> None:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer

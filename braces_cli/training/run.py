@@ -131,6 +131,11 @@ def _train(settings: TrainSettings, folder: Path, report: Report, record: Record
                 record.base = evaluate(None, "evaluating the base")
         first = train_set.items[: settings.batch_size]
         shares = [float(f"{share:.3g}") for share in side_path_shares(adapter, first)]
+    likelihoods: dict[str, Any] = {
+        f"{prefix}_{name}": getattr(measured, name, None)
+        for prefix, measured in (("base_eval", record.base), ("eval", tuned))
+        for name in ("loss", "perplexity", "perplexity_without_eos")
+    }
     result = TrainResult(
         output_dir=str(folder),
         method=settings.method,
@@ -142,11 +147,7 @@ def _train(settings: TrainSettings, folder: Path, report: Report, record: Record
         rows_dropped=train_set.counts.dropped,
         **plan.counts,
         **figures,
-        **{
-            f"{prefix}_{name}": getattr(measured, name, None)
-            for prefix, measured in (("base_eval", record.base), ("eval", tuned))
-            for name in ("loss", "perplexity", "perplexity_without_eos")
-        },
+        **likelihoods,
     )
     tensors = adapter.tensors(in_place=world_size() == 1)
     if is_main():
