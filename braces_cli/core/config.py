@@ -254,8 +254,10 @@ def build(kind: type[T], values: Mapping[str, Any], file: Path | None = None, py
             name = names.get(str(key).replace("-", "_"))
             if name is None:
                 setting = matching_setting(str(key), names)
-                hint = f"Use `{setting}`." if setting else near_misses(str(key), names).replace("_", "-")
-                what, where = ("unknown key", str(file)) if source == "file" else ("no setting", None)
+                hint = f"Use `{setting}`." if setting else near_misses(str(key), names)
+                what, where = "no setting", None
+                if source == "file":
+                    what, where, hint = "unknown key", str(file), hint.replace("_", "-")
                 raise ConfigError(f"{what} `{key}`", where=where, hint=hint or "See --help for the options.")
             if value is None and (source == "file" or options[name].many):
                 continue
