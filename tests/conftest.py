@@ -195,12 +195,12 @@ def adapter_dir(session: Any, tmp_path: Path) -> Path:
     return make_adapter(session, tmp_path / "adapter")
 
 
-def make_adapter(session: Any, folder: Path, rank: int = 4, seed: int = 1) -> Path:
+def make_adapter(session: Any, folder: Path, rank: int = 4, seed: int = 1, relevance_to: str = "input") -> Path:
     """Save an adapter with random gates; the session's model stays without adapter."""
     from braces_cli.core.adapter.model import AdapterConfig, attach
 
     base = session.base
-    adapter = attach(base.model, rank)
+    adapter = attach(base.model, rank, relevance_to=relevance_to)
     open_gates(adapter, seed)
     config = AdapterConfig(base.name, rank, adapter.layers, base.fingerprint, tokenizer=base.tokenizer_hashes)
     adapter.save(folder, config, "# test\n")

@@ -35,7 +35,8 @@ FINGERPRINT = {"model_type": "llama", "layers": 2, "hidden_size": 8, "value_vect
 ADAPTER = {
     "format_version": 1, "method": "braces", "base_model_name_or_path": "base", "revision": None,
     "r": 2, "layers": [0, 1], "fingerprint": FINGERPRINT, "tokenizer": {"vocabulary": "a", "chat_template": None},
-    "training": {}, "attributes": [], "relevance_scale": [1.0, 2.0], "versions": {"torch": "2"},
+    "training": {}, "attributes": [], "relevance_to": "input", "relevance_scale": [1.0, 2.0],
+    "versions": {"torch": "2"},
 }  # fmt: skip
 LIKELIHOOD = {"nll": 1.5, "tokens": 3, "end_nll": 0.0, "end_tokens": 0}
 PROGRESS = {

@@ -154,7 +154,7 @@ def _build(settings: AttributeBuildSettings) -> list[dict[str, Any]]:
                 **attribute.provenance,
                 "layers": len(attribute.layers),
                 "steered_layers": attribute.effective_layers,
-                "hidden_size": attribute.hidden.shape[1],
+                "hidden_size": attribute.hidden.shape[-1],
                 "path": str(paths[name]),
             })  # fmt: skip
     if settings.push_to_hub is not None:

@@ -444,7 +444,8 @@ def summary(settings: SummarySettings) -> None:
         return
     title = [f"{found['model']}, {found['base_parameters']:,} parameters"]
     if settings.adapter:
-        title.append(f"adapter {settings.adapter}, {found['parameters']:,} parameters")
+        relevance = f"relevance to the {found['relevance_to']}"
+        title.append(f"adapter {settings.adapter}, {found['parameters']:,} parameters, {relevance}")
     columns = [name.replace("_", " ") for name in found["layers"][0]]
     print_table(title, columns, [list(layer.values()) for layer in found["layers"]])
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from braces_cli.core.adapter.model import Session
 from braces_cli.core.attributes.build import description_pairs
 from braces_cli.core.attributes.directions import Pair, Passage, pair_states, reduce_pairs
-from braces_cli.core.attributes.pooling import residual_norms
+from braces_cli.core.attributes.pooling import output_watches, residual_norms
 from braces_cli.core.attributes.vector import STEERING_SHARE, Attribute
 from braces_cli.core.attributes.words import OPPOSITES, REFERENCE, built_in
 from braces_cli.core.errors import ConfigError
@@ -250,7 +250,8 @@ def baseline_methods(
     methods = []
     directions = [name for name in names if name in _REDUCTIONS]
     if directions:
-        states = pair_states(session, contrast_pairs(attribute), captured="output", report=report)
+        watches = output_watches(session.base.model, session.ffns)
+        states = pair_states(session, contrast_pairs(attribute), watches, report=report)
         with bare(session):
             norms = residual_norms(session.base.model, session.base.tokenizer, session.ffns)
         # What s = 1 adds after each layer.

@@ -81,7 +81,7 @@ def _amplified(session: Session, ffns: list[FFN], lens: LogitLens, ids: list[int
         if ffn.layer in modules:
             module = modules[ffn.layer]
             with torch.no_grad():
-                change = module.g.to(weights) * module.relevance_scores(run.inputs[ffn.layer], values)
+                change = module.g.to(weights) * module.relevance_scores(run.queries[ffn.layer], values)
         strength = change.abs().mean(dim=0) * values.float().norm(dim=0)
         best = strength.topk(min(_AMPLIFIED, len(strength)))
         for size, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
@@ -125,6 +125,7 @@ def _alignment(session: Session, ffns: list[FFN], lens: LogitLens, attribute: At
     for row, ffn in enumerate(ffns):
         state, alignment, chance = attribute.state[row], None, None
         if ffn.layer in modules:
+            state = attribute.state_at(modules[ffn.layer].relevance_to)[row]
             projection = modules[ffn.layer].projection().detach().float().cpu()
             alignment = float((projection @ state).norm() / state.norm().clamp(min=1e-30))
             chance = math.sqrt(len(projection) / len(state))

@@ -76,7 +76,7 @@ def attribute_relevance(session: Session, attribute: Attribute, ffn: FFN) -> Ten
     if module is None:
         return None
     with torch.no_grad():
-        hidden = session.adapter.states(attribute.state[row]).to(module.weight)
+        hidden = session.adapter.states(attribute.state_at(module.relevance_to)[row]).to(module.weight)
         return module.relevance_scores(hidden, values)
 
 

@@ -11,8 +11,8 @@ from braces_cli.core.models.load import Base
 
 
 def summarise(base: Base, stored: StoredAdapter | None, *, is_attached: bool = False) -> dict[str, Any]:
-    """Return `{model, adapter, parameters, base_parameters, layers: [{layer, value_vectors, hidden_size, gate,
-    relevance_scale, projection_error}]}`.
+    """Return `{model, adapter, parameters, relevance_to, base_parameters, layers: [{layer, value_vectors, hidden_size,
+    gate, relevance_scale, projection_error}]}`.
 
     `gate` is g = sigmoid(gate), `relevance_scale` is c. In layers without an adapter these two and `projection_error`
     have the value None.
@@ -42,6 +42,7 @@ def summarise(base: Base, stored: StoredAdapter | None, *, is_attached: bool = F
         "model": base.name,
         "adapter": None if stored is None else stored.name,
         "parameters": None if stored is None else parameters,
+        "relevance_to": None if stored is None else stored.config.relevance_to,
         "base_parameters": parameter_total(base.model) - (parameters if is_attached else 0),
         "layers": layers,
     }

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from braces_cli.core.adapter.layer import RelevanceModule
 from braces_cli.core.adapter.model import Session
 from braces_cli.core.errors import ConfigError, ModelError
-from braces_cli.core.models.ffn import FFN, layer_stack
+from braces_cli.core.models.ffn import FFN, layer_stack, watch_output
 from braces_cli.core.models.load import input_device
 from braces_cli.core.models.residual import residual_factors
 from braces_cli.core.models.structure import layer_output
@@ -58,7 +58,8 @@ class Activations:
         first: input of the first layer, (positions, d).
         last: input of the final norm, (positions, d).
         outputs: output of each layer, (positions, d).
-        inputs: FFN input h of each layer, (positions, d).
+        queries: what relevance compares the value vectors of each layer with: FFN input, or with an adapter with
+            relevance to the output the FFN output before the side path, (positions, d).
         weights: activation weights w of each layer, (positions, d_ff).
     """
 
@@ -66,7 +67,7 @@ class Activations:
     first: Tensor
     last: Tensor
     outputs: list[Tensor]
-    inputs: dict[int, Tensor]
+    queries: dict[int, Tensor]
     weights: dict[int, Tensor]
 
 
@@ -88,8 +89,11 @@ def record_activations(session: Session, ffns: Sequence[FFN], lens: LogitLens, i
         record(key, layer_output(output))
 
     inputs: dict[Any, nn.Module] = {"first": stack[0], "last": lens.norm}
+    to_output = session.adapter is not None and session.adapter.relevance_to == "output"
     for ffn in ffns:
-        inputs |= {("input", ffn.layer): ffn.keys[0], ("weights", ffn.layer): ffn.value}
+        inputs |= {("weights", ffn.layer): ffn.value}
+        if not to_output:
+            inputs |= {("query", ffn.layer): ffn.keys[0]}
     with ExitStack() as context, torch.no_grad():
         for key, module in inputs.items():
             handle = module.register_forward_pre_hook(partial(record_input, key=key), with_kwargs=True)
@@ -97,6 +101,8 @@ def record_activations(session: Session, ffns: Sequence[FFN], lens: LogitLens, i
         for number, layer in enumerate(stack):
             handle = layer.register_forward_hook(partial(record_output, key=("output", number)))
             context.callback(handle.remove)
+        for ffn in ffns if to_output else ():
+            context.callback(watch_output(ffn, partial(record, ("query", ffn.layer))).remove)
         logits = model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits[0]
     outputs = [seen["output", number] for number in range(len(stack))]
     return Activations(
@@ -104,7 +110,7 @@ def record_activations(session: Session, ffns: Sequence[FFN], lens: LogitLens, i
         first=seen["first"],
         last=seen.get("last", outputs[-1]),  # without a final norm, the head reads the output of the last layer
         outputs=outputs,
-        inputs={ffn.layer: seen["input", ffn.layer] for ffn in ffns},
+        queries={ffn.layer: seen["query", ffn.layer] for ffn in ffns},
         weights={ffn.layer: seen["weights", ffn.layer] for ffn in ffns},
     )
 
@@ -209,7 +215,7 @@ def direct_effects(
             weights = run.weights[layer]
             if layer in modules:
                 with torch.no_grad():
-                    relevance[layer] = modules[layer].relevance_scores(run.inputs[layer], values)
+                    relevance[layer] = modules[layer].relevance_scores(run.queries[layer], values)
                     gated[layer] = modules[layer].g.to(u) * relevance[layer]
                 weights = weights + gated[layer]
             sub_updates[layer] = factor * weights * (u @ values)

@@ -92,7 +92,8 @@ class Conditioner:
         self._index = {attribute.name: k for k, attribute in enumerate(attributes)}
         device = adapter.adapted_ffns[0][1].weight.device
         rows = [[attribute.layers.index(layer) for layer in adapter.layers] for attribute in attributes]
-        self._pooled = torch.stack([a.state[row] for a, row in zip(attributes, rows, strict=True)]).to(device)
+        states = [attribute.state_at(adapter.relevance_to) for attribute in attributes]
+        self._pooled = torch.stack([state[row] for state, row in zip(states, rows, strict=True)]).to(device)
         # Gathered copies of sharded parameters, for one optimizer step.
         self._copies: dict[Any, Tensor] = {}
 

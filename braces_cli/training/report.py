@@ -170,6 +170,7 @@ class _ShareRecorder:
 
     def __init__(self, adapter_layer: RelevanceModule) -> None:
         self._adapter_layer = adapter_layer
+        self.relevance_to = adapter_layer.relevance_to
         self.ratios: list[Tensor] = []
 
     def __call__(self, output: Tensor, *rest: Any) -> Tensor:

@@ -31,6 +31,7 @@ from braces_cli.core.adapter.scale import measure_scales
 from braces_cli.core.attributes.files import TRAINED_FILE
 from braces_cli.core.attributes.vector import Attribute, save_attributes
 from braces_cli.core.attributes.words import neutral_texts
+from braces_cli.core.config import flag_of
 from braces_cli.core.distributed import barrier, deferred, gathered, is_main, join, world_size
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.files import check_output_folder, output_lock, versions
@@ -175,6 +176,7 @@ def _config(
         attributes=[attribute.name for attribute in attributes],
         versions=versions(),
         method=settings.method,
+        relevance_to=settings.relevance_to,
         relevance_scale=list(adapter.scales),
     )
 
@@ -276,8 +278,7 @@ def resolve(settings: TrainSettings) -> Plan:
         _check_continued(settings, config)
         if model is None:
             model, revision = config.base_model_name_or_path, revision or config.revision
-        kept = {"rank": config.r, "layers": ",".join(map(str, config.layers))}
-        inherited = {"model": model, "revision": revision, **kept}
+        inherited = {"model": model, "revision": revision, **_fixed(config)}
     base, code = base_name(model, None), settings.trust_remote_code
     shape = load_shape(base, revision=revision, trust_remote_code=code)
     tokenizer = load_tokenizer(base, revision=revision, trust_remote_code=code)
@@ -298,16 +299,23 @@ def resolve(settings: TrainSettings) -> Plan:
     return Plan(settings, base, start, layers, counts, reading)
 
 
+def _fixed(config: AdapterConfig) -> dict[str, Any]:
+    """Settings of an adapter that continued training cannot change."""
+    layers = ",".join(map(str, config.layers))
+    return {"rank": config.r, "layers": layers, "relevance_to": config.relevance_to}
+
+
 def _check_continued(settings: TrainSettings, config: AdapterConfig) -> None:
     """Compare the settings with those of the adapter to continue from.
 
     Raises:
-        ConfigError: another rank, layers or relevance scale, or an adapter with attributes in a run without.
+        ConfigError: another rank, layers or relevance, or an adapter with attributes in a run without.
     """
-    for name, stored in (("rank", config.r), ("layers", ",".join(map(str, config.layers)))):
+    for name, stored in _fixed(config).items():
         if name in settings.given and getattr(settings, name) != stored:
-            hint = f"Leave out --{name}, or train a new adapter without --adapter."
-            raise ConfigError(f"the adapter has {name} {stored}", where=f"--{name}", hint=hint)
+            flag = flag_of(TrainSettings, name)
+            hint = f"Leave out {flag}, or train a new adapter without --adapter."
+            raise ConfigError(f"the adapter has {flag[2:]} {stored}", where=flag, hint=hint)
     if settings.scale is not None and set(config.relevance_scale) != {settings.scale}:
         hint = "Leave out --relevance-scale, or train a new adapter without --adapter."
         raise ConfigError("the adapter has another relevance scale", where="--relevance-scale", hint=hint)
@@ -367,8 +375,9 @@ def adapter_to_train(session: Session, plan: Plan, checkpoint: Path | None) -> A
         else:
             texts = [encode(session.base.tokenizer, text).ids for text in neutral_texts()]
             # In half precision the numbers can differ between devices, but all processes must train the same adapter.
-            scales = gathered(measure_scales(model, ffns, texts))[0]
-        adapter = attach(model, settings.rank, plan.layers, settings.seed, scales, session.ffns)
+            scales = gathered(measure_scales(model, ffns, texts, settings.relevance_to))[0]
+        relevance_to = settings.relevance_to
+        adapter = attach(model, settings.rank, plan.layers, settings.seed, scales, session.ffns, relevance_to)
     if settings.attribute_field is not None and adapter.mlp is None:
         adapter.add_mlp(settings.seed)
     return adapter

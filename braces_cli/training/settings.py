@@ -35,8 +35,12 @@ SCHEDULES = ("linear", "cosine", "constant")
 # PEFT methods; see `training.baselines`.
 BASELINES = ("lora", "rslora", "dora", "pissa")
 METHODS = ("braces", *BASELINES)
+RELEVANCE = ("input", "output")
 # Settings that only one kind of method reads.
-BRACES_ONLY = ("gate_lr", "relevance_scale", "attribute_field", "strength_field", "opposites", "contrast", "margin")
+BRACES_ONLY = (
+    "gate_lr", "relevance_to", "relevance_scale", "attribute_field", "strength_field", "opposites", "contrast",
+    "margin",
+)  # fmt: skip
 BASELINE_ONLY = ("lora_alpha", "lora_targets")
 # Ignoring these would train something else, so a baseline refuses them in a file, too.
 _NEVER_IGNORED = ("attribute_field", "opposites", "attributes")
@@ -44,7 +48,7 @@ PACKING = ("auto", "on", "off")
 REPORTERS = ("tensorboard", "wandb", "none")
 # Settings that an adapter's config records.
 _RECORDED = (
-    "method", "rank", "relevance_scale", "streaming", "packing", "max_length", "layers", "lora_alpha",
+    "method", "rank", "relevance_to", "relevance_scale", "streaming", "packing", "max_length", "layers", "lora_alpha",
     "lora_targets", "lr", "gate_lr", "epochs", "max_steps", "batch_size", "gradient_accumulation", "warmup_steps",
     "schedule", "gradient_checkpointing", "attribute_field", "strength_field", "opposites", "contrast", "margin",
     "seed",
@@ -64,6 +68,8 @@ class TrainSettings(AttributesFolder, ModelSettings, OverwriteSettings, UploadSe
         columns: Columns of the rows, such as prompt=question,completion=answer. Repeatable.
         method: Method to train; all except braces are PEFT baselines.
         rank: Rank of the relevance projections, or of a baseline's update.
+        relevance_to: Tensor that the value vectors are compared with: the FFN's input, as in the paper, or its output,
+            an extension.
         relevance_scale: Constant factor c of the relevance scores: measured in each layer of the base, or a number; 1
             is the paper's formula.
         streaming: Read rows during training, for data larger than memory. Needs --max-steps.
@@ -88,7 +94,7 @@ class TrainSettings(AttributesFolder, ModelSettings, OverwriteSettings, UploadSe
             time. Default: 0.1 with attributes.
         margin: Margin of the contrastive loss, in nats per unit of strength: each row's log-likelihood at its strength
             must exceed that at the opposite strength by this much. Larger values steer more strongly. Default: 6.
-        adapter: Adapter to continue training from: folder or hub id. Layers, rank and relevance scale stay the same.
+        adapter: Adapter to continue training from: folder or hub id. Layers, rank and relevance stay the same.
         check_rows: Read and tokenise all rows, print statistics and exit. Loads no weights.
         save_steps: Optimizer steps between checkpoints; 0: no checkpoints.
         save_total_limit: Maximum number of checkpoints; older ones are deleted. 0: no limit.
@@ -107,6 +113,7 @@ class TrainSettings(AttributesFolder, ModelSettings, OverwriteSettings, UploadSe
     columns: tuple[str, ...] = option((), panel=DATA, metavar="KEY=COLUMN,...")
     method: str = option("braces", panel=METHOD, choices=METHODS)
     rank: int = option(DEFAULT_RANK, min=1, panel=METHOD)
+    relevance_to: str = option("input", panel=METHOD, choices=RELEVANCE)
     relevance_scale: str = option("auto", panel=METHOD, metavar="auto|NUMBER")
     streaming: bool = option(False, panel=DATA)
     packing: str = option("auto", panel=DATA, choices=PACKING)

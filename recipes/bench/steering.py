@@ -40,7 +40,7 @@ def attributes(model: Any) -> list[Any]:
 
     ffns = find_ffns(model)
     generator = torch.Generator().manual_seed(1)
-    shape = (len(ffns), ffns[0].hidden_size)
+    shape = (2, len(ffns), ffns[0].hidden_size)
 
     def one(name: str) -> Any:
         ones = torch.ones(len(ffns))

@@ -28,6 +28,7 @@ def test_summary_of_an_adapter_needs_no_weights(braces, adapter_dir, model_dir, 
     found = braces("inspect", "--adapter", adapter_dir, "--format", "json").json
     assert found["model"] == str(model_dir)
     assert found["parameters"] == 2 * (4 * 32 + 1)
+    assert found["relevance_to"] == "input"
     for number, layer in enumerate(found["layers"]):
         assert (layer["layer"], layer["value_vectors"], layer["hidden_size"]) == (number, 52, 32)
         assert 0 < layer["gate"] < 1
@@ -35,7 +36,7 @@ def test_summary_of_an_adapter_needs_no_weights(braces, adapter_dir, model_dir, 
         assert layer["projection_error"] < 1e-5
     assert len(found["layers"]) == 2
     base = braces("inspect", "--model", model_dir, "--format", "json").json
-    assert base["adapter"] is None
+    assert base["adapter"] is base["relevance_to"] is None
     assert {layer["gate"] for layer in base["layers"]} == {None}
     title = braces("inspect", "--adapter", adapter_dir).out.splitlines()
     assert title[0].rstrip().endswith(" parameters")

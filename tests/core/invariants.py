@@ -176,19 +176,19 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def carry(model: Any, ffns: Sequence[FFN | MixtureFFN]) -> Adapter:
+def carry(model: Any, ffns: Sequence[FFN | MixtureFFN], relevance_to: str = "input") -> Adapter:
     """Attach an adapter of rank 4 to some FFNs, with open gates."""
     generator = torch.Generator().manual_seed(0)
-    modules = [RelevanceModule(4, ffn.hidden_size, generator=generator) for ffn in ffns]
+    modules = [RelevanceModule(4, ffn.hidden_size, generator=generator, relevance_to=relevance_to) for ffn in ffns]
     adapter = Adapter(model, list(zip(ffns, modules, strict=True)))
     open_gates(adapter)
     return adapter
 
 
-def compare(name: str) -> None:
+def compare(name: str, relevance_to: str) -> None:
     """Compare values and gradients with the reference in float32 and float64; raises AssertionError."""
     model = tiny(name)
-    adapter = carry(model, find_ffns(model))
+    adapter = carry(model, find_ffns(model), relevance_to)
     fast, slow = passed(model, adapter, False), passed(model, adapter, True)
     if name in SINGLE:
         found = worst(together(fast), together(slow))
@@ -297,7 +297,8 @@ def prove(name: str, folder: Path) -> Outcome:
         with pytest.raises(ModelError, match=words):
             find_ffns(model)
         return Outcome(name, status, reason=reason)
-    compare(name)
+    for relevance_to in ("input", "output"):
+        compare(name, relevance_to)
     model = tiny(name)
     is_the_ffn(name, find_ffns(model))
     live(name, model, folder)
@@ -324,9 +325,10 @@ def table(outcomes: Sequence[Outcome]) -> str:
         f"{counts([outcome for outcome in outcomes if outcome.name in MAPPING])}. Variants follow their type.",
         f"Not tested, because their layers run in a loop: {', '.join(UNTESTED)}.",
         "",
-        "*Exact*: on a tiny model of the type, values and gradients of the adapter equal the paper's formula within",
-        "1e-5 (float32) and 1e-10 (float64), texts with and without KV cache are equal, and saving, loading and",
-        "detaching are bit-exact. Routed and shared experts have one projection and one gate per layer.",
+        "*Exact*: on a tiny model of the type, values and gradients of the adapter equal the formula within 1e-5",
+        "(float32) and 1e-10 (float64), with relevance to the input and to the output. Texts with and without KV cache",
+        "are equal, and saving, loading and detaching are bit-exact. Routed and shared experts have one projection and",
+        "one gate per layer.",
         "",
         "*Merge*: `braces merge` writes a plain checkpoint, exact within 1e-5. *a*: the gated FFN can have biases.",
         "*b*: the model is written as a Llama. *c*: the FFN has no gate and can be wider. Otherwise the column has the",

@@ -11,6 +11,7 @@ from braces_cli.core.attributes.build import attribute_from_texts
 from braces_cli.core.attributes.directions import pair_states
 from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute
+from braces_cli.core.attributes.pooling import output_watches
 from braces_cli.core.attributes.vector import STEERING_SHARE
 from braces_cli.core.errors import ConfigError
 from braces_cli.evaluation.native_tasks import log_odds, probability, read_answer_pairs
@@ -231,7 +232,7 @@ def test_a_direction_is_added_after_the_steered_layers(session, positive, name):
     """At s = 1 by the share of the residual norm; at s = 0 the model is bit-identical."""
     (method,) = baseline_methods(session, [name], positive, [1.0])
     model = session.base.model
-    states = pair_states(session, contrast_pairs(positive), captured="output")
+    states = pair_states(session, contrast_pairs(positive), output_watches(session.base.model, session.ffns))
     difference = (states.positive[0] - states.negative[0]).mean(dim=0)
     seen: list[torch.Tensor] = []
     handle = model.model.layers[0].register_forward_hook(lambda m, a, output: seen.append(output[0, -1].clone()))

@@ -14,12 +14,12 @@ from braces_cli.inspection.vocabulary import LogitLens
 from tests.conftest import open_gates, tiny_model, tiny_tokenizer
 
 
-def opened(model: Any, *, adapter: bool = False) -> Session:
+def opened(model: Any, *, adapter: bool = False, relevance_to: str = "input") -> Session:
     """A session over a model or an architecture's tiny model, with the tiny tokenizer; an adapter has open gates."""
     model = tiny_model(model, vocab_size=96) if isinstance(model, str) else model
     session = Session(Base(model, tiny_tokenizer(), "tiny"))
     if adapter:
-        session.adapter = attach(model, 4)
+        session.adapter = attach(model, 4, relevance_to=relevance_to)
         open_gates(session.adapter)
     return session
 

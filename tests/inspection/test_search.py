@@ -41,13 +41,16 @@ def test_vectors_for_a_concept(name, monkeypatch):
         assert found[0]["tokens"][found[0]["rank"] - 1]["id"] == 40
 
 
-def test_relevance_with_an_adapter_is_the_formula(session, lens, tmp_path):
+@pytest.mark.parametrize("relevance", ["input", "output"])
+def test_relevance_with_an_adapter_is_the_formula(session, lens, tmp_path, relevance):
     """r_c = c (R W_V)^T (R h_c) / sqrt(d_r)."""
-    session.add_adapter(find_adapter(str(make_adapter(session, tmp_path / "adapter"))))
+    session.add_adapter(find_adapter(str(make_adapter(session, tmp_path / "adapter", relevance_to=relevance))))
     attribute = find_attribute(session, "positive", None)
     scores = []
     for row, (ffn, module) in enumerate(session.adapter.adapted_ffns):
-        expected = relevance_ref(attribute.state[row], ffn.value_matrix(), module.weight.detach(), module.scale)
+        expected = relevance_ref(
+            attribute.state_at(relevance)[row], ffn.value_matrix(), module.weight.detach(), module.scale
+        )
         assert torch.allclose(attribute_relevance(session, attribute, ffn), expected, rtol=1e-4, atol=1e-6)
         scores += [(float(score), ffn.layer, index) for index, score in enumerate(expected)]
     found = top_vectors_for_attribute(session, lens, session.ffns, attribute, limit=4)

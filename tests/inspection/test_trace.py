@@ -82,9 +82,10 @@ def frozen_gradient(model, x, token):
     return x.grad
 
 
-def test_sub_updates_are_the_formula():
-    """Index, w, r, g r and (w + g r) u . v_j."""
-    session = opened("llama", adapter=True)
+@pytest.mark.parametrize(("name", "relevance"), [("llama", "input"), ("llama", "output"), ("phi", "output")])
+def test_sub_updates_are_the_formula(name, relevance):
+    """Index, w, r, g r and (w + g r) u . v_j; the FFN's output is w W_V^T + bias."""
+    session = opened(name, adapter=True, relevance_to=relevance)
     found = trace(session, target=9, top=3)
     ids = session.base.tokenizer(PROMPT)["input_ids"]
     run = record_activations(session, session.ffns, LogitLens(session.base), ids)
@@ -94,8 +95,11 @@ def test_sub_updates_are_the_formula():
         ffn, module = session.adapter.adapted_ffns[row["layer"]]
         position = row["position"]
         values = ffn.value_matrix().detach()
-        r = relevance_ref(run.inputs[row["layer"]][position], values, module.weight.detach(), module.scale)
-        w = run.weights[row["layer"]][position]
+        w, query = run.weights[row["layer"]][position], run.queries[row["layer"]][position]
+        if relevance == "output":
+            bias = getattr(ffn.value, "bias", None)
+            query = w @ values.mT + (0 if bias is None else bias.detach())
+        r = relevance_ref(query, values, module.weight.detach(), module.scale)
         effect = (w + module.g.detach() * r) * (u[position] @ values)
         assert row["effect"] == pytest.approx(float(effect.sum()), rel=1e-3, abs=1e-4)
         assert [s["index"] for s in row["sub_updates"]] == effect.abs().topk(3).indices.tolist()

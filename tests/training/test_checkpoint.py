@@ -101,7 +101,7 @@ def signal_after(monkeypatch, steps: int, number: int) -> None:
     [
         [],
         ["--streaming"],
-        ["--gradient-checkpointing"],
+        ["--gradient-checkpointing", "--relevance-to", "output"],
         ["--attribute-field", "mood", "--opposites", "positive:negative"],
         ["--attribute-field", "mood", "--packing", "off"],
     ],

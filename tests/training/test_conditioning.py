@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -20,11 +21,12 @@ from tests.conftest import open_gates
 from tests.core.comparison import relative
 
 
-def test_gradients_of_the_mlp_equal_the_reference(session):
+@pytest.mark.parametrize("relevance", ["input", "output"])
+def test_gradients_of_the_mlp_equal_the_reference(session, relevance):
     """h_c = p + (MLP(p) - MLP(-p)) / 2 in the formula of the paper, with attribute and strength per row."""
     model = session.base.model
     attributes = [build_attribute(session, name, [name]) for name in ("good", "old")]
-    adapter = attach(model, 4)
+    adapter = attach(model, 4, relevance_to=relevance)
     open_gates(adapter)
     mlp = adapter.add_mlp(seed=3)
     with torch.no_grad():
@@ -38,7 +40,8 @@ def test_gradients_of_the_mlp_equal_the_reference(session):
     def run(use_reference):
         model.zero_grad()
         if use_reference:
-            states = mlp(torch.stack([a.state for a in attributes]))
+            pooled = [a.hidden - a.reference for a in attributes]
+            states = mlp(torch.stack([p[("input", "output").index(relevance)] for p in pooled]))
             terms = {
                 layer: [(states[k, i], strengths[:, k]) for k in range(2)] for i, layer in enumerate(adapter.layers)
             }
@@ -63,11 +66,12 @@ def test_gradients_of_the_mlp_equal_the_reference(session):
 FIELDS = ("--attribute-field", "mood", "--strength-field", "how")
 
 
-def test_training_with_attributes(train, mood_rows, tmp_path):
+@pytest.mark.parametrize("relevance", ["input", "output"])
+def test_training_with_attributes(train, mood_rows, tmp_path, relevance):
     """Steering towards an attribute raises the likelihood of its sentence; steering away lowers it."""
     out = tmp_path / "out"
     options = ("--max-steps", 40, "--rank", 8, "--lr", 0.03, "--gate-lr", 0.3, "--opposites", "positive:negative")
-    outcome = train(out, "--eval-data", mood_rows, *options, *FIELDS)
+    outcome = train(out, "--eval-data", mood_rows, "--relevance-to", relevance, *options, *FIELDS)
     assert outcome.code == 0, outcome.err
     assert outcome.json["condition_parameters"] == 32 * WIDTH + WIDTH + WIDTH * 32
     assert outcome.json["trainable_parameters"] == 2 * (8 * 32 + 1)

@@ -16,11 +16,12 @@ _IDS = torch.randint(3, 96, (6, 12), generator=torch.Generator().manual_seed(4))
 EXAMPLES = [Encoded(ids[: 5 + row], ids[: 5 + row], False, False) for row, ids in enumerate(_IDS)]
 
 
+@pytest.mark.parametrize("relevance", ["input", "output"])
 @pytest.mark.parametrize("name", ["llama", "opt", "mixtral"])
-def test_side_path_share(name):
+def test_side_path_share(name, relevance):
     """Compared with the outputs of a model with and without the adapter on one layer."""
     model = tiny(name) if name == "mixtral" else tiny_model(name)
-    adapter = attach(model, 4, layers=[1])
+    adapter = attach(model, 4, layers=[1], relevance_to=relevance)
     open_gates(adapter)
     ffn, adapter_layer = adapter.adapted_ffns[0]
     outputs: list[torch.Tensor] = []

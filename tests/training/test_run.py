@@ -16,14 +16,16 @@ from tests.conftest import make_adapter, tiny_model, tiny_tokenizer, write_rows
 
 
 def test_training_continues_from_an_adapter(train: Any, mood_rows: Path, tmp_path: Path) -> None:
-    """Rank, relevance scale, layers and base are those of the adapter, and so is the first loss."""
-    first = train(tmp_path / "a", "--max-steps", 30, "--rank", 3, "--layers", "1-", "--gate-lr", 0.3)
+    """Rank, relevance, layers and base are those of the adapter, and so is the first loss."""
+    options = ("--relevance-to", "output", "--rank", 3, "--layers", "1-", "--gate-lr", 0.3)
+    first = train(tmp_path / "a", "--max-steps", 30, *options)
     assert first.code == 0, first.err
     continued = ("--adapter", tmp_path / "a", "--max-steps", 1, "--rank", 3)
     again = train(tmp_path / "b", *continued, "--eval-data", mood_rows, base=None)
     assert again.code == 0, again.err
     before, config = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in "ab")
     assert (config["r"], config["layers"]) == (3, [1])
+    assert config["relevance_to"] == config["training"]["relevance_to"] == "output"
     assert config["relevance_scale"] == before["relevance_scale"] != [1.0]
     steps = [json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in steps] == [1]
@@ -48,6 +50,7 @@ def test_attributes_of_the_adapter_are_kept(train: Any, tmp_path: Path) -> None:
 def test_settings_that_do_not_fit_the_adapter(train: Any, adapter_dir: Path, tmp_path: Path) -> None:
     for adapter, options, code, message in (
         (adapter_dir, ("--rank", 8), 2, "the adapter has rank 4"),
+        (adapter_dir, ("--relevance-to", "output"), 2, "the adapter has relevance-to input"),
         (adapter_dir, ("--relevance-scale", 1), 2, "the adapter has another relevance scale"),
         (tmp_path / "none", (), 4, "no such"),
     ):

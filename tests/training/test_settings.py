@@ -60,6 +60,8 @@ def test_columns_name_attribute_and_strength() -> None:
         ({"method": "lora", "attribute_field": "mood"}, "--attribute-field has no effect with --method lora"),
         ({"method": "lora", "attributes": "."}, "--attributes has no effect with --method lora"),
         ({"method": "lora", "gate_lr": 1}, "--gate-lr has no effect with --method lora"),
+        ({"method": "lora", "relevance_to": "output"}, "--relevance-to has no effect with --method lora"),
+        ({"relevance_to": "both"}, "--relevance-to"),
         ({"lora_alpha": 2}, "--lora-alpha has no effect with --method braces"),
         ({"method": "lora", "adapter": "a"}, "lora cannot continue"),
         ({"relevance_scale": "much"}, "`much` is not a scale"),

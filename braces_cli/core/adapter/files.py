@@ -7,7 +7,7 @@ import os
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from braces_cli.core.errors import ModelError
 from braces_cli.core.files import (
@@ -48,6 +48,7 @@ class AdapterConfig:
         tokenizer: hashes of the tokenizer and its chat template; another one is a warning, not an error.
         training: settings of the training run; recorded only.
         attributes: names of trained attributes; with any, the file holds the MLP of `core.adapter.layer`.
+        relevance_to: what the value vectors are compared with, the FFN's input or its output.
         relevance_scale: c of each of `layers`, the constant factor of its relevance scores.
         versions: versions of libraries; recorded only.
     """
@@ -60,6 +61,7 @@ class AdapterConfig:
     tokenizer: dict[str, str | None] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     attributes: list[Name] = field(default_factory=list)
+    relevance_to: Literal["input", "output"] = "input"
     relevance_scale: list[Positive] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -184,6 +186,7 @@ def read_config(folder: Path) -> AdapterConfig:
     problems = {
         "`layers` must name at least one layer, each once and in order": not layers or layers != sorted(set(layers)),
         f"`r` is {config.r}, larger than the base's hidden size {d}": config.r > d,
+        "`relevance_to` is missing": "relevance_to" not in raw,
         "`relevance_scale` must hold one positive number for each layer": len(scales) != len(layers)
         or math.inf in scales,
     }

@@ -4,12 +4,15 @@
     FFN_AUG(h_i) = sum_j (w_ij + g (r_ij + s r_cj)) v_j
                  = FFN(h_i) + B (A h_i) + s B (A h_c),    A = R,   B = g c / sqrt(d_r) W_V W_V^T R^T
 
-The last line is the second with r substituted, so nothing of size (tokens x d_ff) is computed: the cost is one product
-W_V W_V^T R^T per layer and step, independent of the number of tokens, plus 4 d d_r flops per token.
+With relevance to the output, y = FFN(h), its bias included, is in the place of h: B (A y) instead of B (A h). This is
+a low-rank edit of the value vectors, (I + B A) W_V; it is an extension of the paper's formula.
+
+The last line of the formula is the second with r substituted, so nothing of size (tokens x d_ff) is computed: the
+cost is one product W_V W_V^T R^T per layer and step, independent of the number of tokens, plus 4 d d_r flops per token.
 
 Letters: d model width, d_ff neurons, d_r rank (d_r <= d), W_V (d, d_ff) value matrix with columns v_j, R (d_r, d) with
 orthonormal rows, g = sigmoid(gate), c a constant of the layer (`relevance_scale`), h (..., d) the FFN's input, h_c (d)
-an attribute's hidden state, s its strength.
+an attribute's hidden state, s its strength. The query is the tensor that the value vectors are compared with, h or y.
 """
 
 from __future__ import annotations
@@ -97,6 +100,7 @@ class RelevanceModule(nn.Module):
         device: of the base's value matrix; "meta" allocates nothing.
         generator: of the initial projection, orthonormal rows of a Gaussian matrix.
         scale: c.
+        relevance_to: "input" if the query is the FFN's input, "output" if it is the FFN's output.
     """
 
     def __init__(
@@ -106,10 +110,12 @@ class RelevanceModule(nn.Module):
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
         scale: float = 1.0,
+        relevance_to: str = "input",
     ) -> None:
         super().__init__()
         self.rank = rank
         self.scale = scale
+        self.relevance_to = relevance_to
         self.enabled = True
         if torch.device(device or "cpu").type == "meta":
             projection = torch.empty(rank, hidden_size, device="meta")
@@ -119,7 +125,7 @@ class RelevanceModule(nn.Module):
             projection = projection.to(device, torch.float32, memory_format=torch.contiguous_format)
         self.weight = nn.Parameter(projection)
         self.gate = nn.Parameter(torch.full((1,), GATE_INIT, device=device))
-        # Steering, added to R h: (d_r,) for all tokens, (batch, 1, d_r) or (batch, tokens, d_r).
+        # Steering, added to R times the query: (d_r,) for all tokens, (batch, 1, d_r) or (batch, tokens, d_r).
         self.shift: Tensor | None = None
         # Version of `weight` with orthonormal rows, for which R is `weight`, bit for bit.
         self._exact: int | None = None
@@ -175,14 +181,14 @@ class RelevanceModule(nn.Module):
         self._exact = self.weight._version
         self._factors_state = None
 
-    def relevance_scores(self, h: Tensor, values: Tensor) -> Tensor:
+    def relevance_scores(self, query: Tensor, values: Tensor) -> Tensor:
         """r_ij of every value vector j for every token i, (..., d_ff) in float32, without gate and steering.
 
         Materialises the full matrix; for inspection only.
         """
-        projection = self.projection().to(h.device, torch.float32)
+        projection = self.projection().to(query.device, torch.float32)
         factor = self.scale / math.sqrt(self.rank)
-        return ((h.float() @ projection.mT) * factor) @ (projection @ values.to(h.device).float())
+        return ((query.float() @ projection.mT) * factor) @ (projection @ values.to(query.device).float())
 
     def factors(self, values: Values, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (d_r, d) and B (..., d, d_r) in `dtype`, for the value matrix or matrices `values` (..., d, d_ff).
@@ -227,55 +233,67 @@ class RelevanceModule(nn.Module):
     def _is_training(self) -> bool:
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters(recurse=False))
 
-    def forward(self, output: Tensor, h: Tensor, values: Values) -> Tensor:
-        """FFN output (..., d) plus the side path, for the FFN's input `h` (..., d) and W_V (d, d_ff)."""
+    # An argument named `query` would make this module a token mixer (`core.models.structure`).
+    def forward(self, output: Tensor, x: Tensor, values: Values) -> Tensor:
+        """FFN output (..., d) plus the side path, for the query x (..., d) and W_V (d, d_ff)."""
         down, up = self.factors(values, output.dtype)
         # With a device map the two ends of an FFN can be on two devices.
-        ranked = self._ranked(h.to(output), down).reshape(-1, self.rank)
+        ranked = self._ranked(x.to(output), down).reshape(-1, self.rank)
         # One fused multiply-add over flat tokens, not a product and a sum.
         return torch.addmm(output.reshape(-1, output.shape[-1]), ranked, up.mT).view(output.shape)
 
-    def routed(self, output: Tensor, h: Tensor, p: Tensor, values: Tensor) -> Tensor:
-        """Output (n, d) of routed experts plus sum_e p_e B_e (A h + shift).
+    def routed(self, output: Tensor, query: Tensor, index: Tensor, p: Tensor, values: Tensor) -> Tensor:
+        """Output (n, d) of routed experts plus sum_e p_e B_e (A query_e + shift).
 
         Memory: n * experts * d_r numbers, and experts * d * d_r for B.
 
         Args:
-            h: tokens (n, d).
-            p: factor of each expert's output, (n, experts), 0 if a token is not sent to it.
+            query: of each token, (n, 1, d), or of each of its k experts, (n, k, d).
+            index: experts of each token, (n, k); others have an index past the last one, and nothing is added.
+            p: factor of the output of each of these experts, (n, k).
             values: W_V of each expert, (experts, d, d_ff).
         """
         down, up = self.factors(values, output.dtype)
-        ranked = self._ranked(h.to(output.dtype), down).reshape(-1, self.rank)
-        spread = (p.to(output.dtype).unsqueeze(2) * ranked.unsqueeze(1)).flatten(1)
+        ranked = F.linear(query.to(output.dtype), down)
+        if self.shift is not None:
+            ranked = ranked + self._shifts(len(query), output).unsqueeze(-2)
+        weighed = p.to(output.dtype).unsqueeze(2) * ranked
+        place = index.clamp(max=len(values)).unsqueeze(2).expand_as(weighed)
+        spread = weighed.new_zeros(len(query), len(values) + 1, self.rank).scatter_add(1, place, weighed)
+        spread = spread[:, : len(values)].flatten(1)
         flat = torch.addmm(output.reshape(-1, output.shape[-1]), spread, up.mT.reshape(-1, up.shape[1]))
         return flat.view(output.shape)
 
-    def by_expert(self, output: Tensor, h: Tensor, values: Tensor) -> Tensor:
-        """Output (experts * n, d) of experts with presorted tokens `h`, plus B_e (A h + shift) of each.
+    def by_expert(self, output: Tensor, query: Tensor, values: Tensor) -> Tensor:
+        """Output (experts * n, d) of experts with presorted tokens, plus B_e (A query + shift) of each.
 
-        A row of zeros is a token that was not sent to the expert: nothing is added to it.
+        A row of zeros in `query` is a token that was not sent to the expert: nothing is added to it.
         """
         down, up = self.factors(values, output.dtype)
-        h = h.to(output.dtype)
-        flat = h.reshape(len(values), -1, h.shape[-1])
+        query = query.to(output.dtype)
+        flat = query.reshape(len(values), -1, query.shape[-1])
         ranked = F.linear(flat, down)
         if self.shift is not None:
-            shift = self.shift.to(output)
-            if shift.ndim == 3:
-                shift = shift.expand(-1, flat.shape[1] // len(shift), -1).reshape(flat.shape[1], self.rank)
-            ranked = ranked + shift * (flat != 0).any(dim=-1, keepdim=True)
+            ranked = ranked + self._shifts(flat.shape[1], output) * (flat != 0).any(dim=-1, keepdim=True)
         return output + (ranked @ up.mT).reshape(output.shape)
 
-    def _ranked(self, h: Tensor, down: Tensor) -> Tensor:
-        """A h + shift, (..., d_r)."""
+    def _shifts(self, tokens: int, like: Tensor) -> Tensor:
+        """The shift of each of `tokens` tokens, (tokens, d_r), or of all of them, (d_r,)."""
+        assert self.shift is not None
+        shift = self.shift.to(like)
+        if shift.ndim == 1:
+            return shift
+        return shift.expand(-1, tokens // len(shift), -1).reshape(tokens, self.rank)
+
+    def _ranked(self, query: Tensor, down: Tensor) -> Tensor:
+        """A query + shift, (..., d_r)."""
         if self.shift is None:
-            return F.linear(h, down)
+            return F.linear(query, down)
         if self.shift.ndim == 1:
             # A shift of all tokens is the bias of the product, at no cost.
-            return F.linear(h, down, self.shift.to(h))
+            return F.linear(query, down, self.shift.to(query))
         # OPT flattens rows and tokens before its FFN.
-        return F.linear(h, down).reshape(len(self.shift), -1, self.rank) + self.shift.to(h)
+        return F.linear(query, down).reshape(len(self.shift), -1, self.rank) + self.shift.to(query)
 
     def _register(self) -> None:
         self._handle = next(_handles)

@@ -17,7 +17,7 @@ from braces_cli.core.adapter.files import AdapterConfig, StoredAdapter, find_ada
 from braces_cli.core.adapter.layer import ConditionMLP, Read, RelevanceModule
 from braces_cli.core.distributed import full_tensor
 from braces_cli.core.errors import ConfigError, ModelError
-from braces_cli.core.models.ffn import FFN, Experts, MixtureFFN, choose_ffns, find_ffns, routing
+from braces_cli.core.models.ffn import FFN, Experts, MixtureFFN, choose_ffns, expert_outputs, find_ffns, routing
 from braces_cli.core.models.hub import EMBEDDED, note_default
 from braces_cli.core.models.identity import differences
 from braces_cli.core.models.load import Base, checkpoint_folder, load_base, load_shape
@@ -61,6 +61,11 @@ class Adapter:
     @property
     def rank(self) -> int:
         return self.adapted_ffns[0][1].rank
+
+    @property
+    def relevance_to(self) -> str:
+        """See `RelevanceModule`."""
+        return self.adapted_ffns[0][1].relevance_to
 
     @property
     def scales(self) -> list[float]:
@@ -160,12 +165,14 @@ class Adapter:
         return out
 
     def save(self, folder: Path, config: AdapterConfig, card: str) -> None:
-        """Write the adapter folder, with the scales of this adapter in its config."""
-        write_adapter(folder, self.tensors(), replace(config, relevance_scale=self.scales), card)
+        """Write the adapter folder, with the relevance and the scales of this adapter in its config."""
+        config = replace(config, relevance_to=self.relevance_to, relevance_scale=self.scales)
+        write_adapter(folder, self.tensors(), config, card)
 
 
 def hook_ffn(part: FFN | Experts, adapter_layer: Any) -> list[RemovableHandle]:
     """Let `adapter_layer`, a `RelevanceModule` or an object with its methods, change the output of an FFN."""
+    to_output = adapter_layer.relevance_to == "output"
     if isinstance(part, Experts):
 
         def experts_hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
@@ -173,11 +180,19 @@ def hook_ffn(part: FFN | Experts, adapter_layer: Any) -> list[RemovableHandle]:
                 return None
             values = part.value_matrix()
             if part.presorted:
-                return adapter_layer.by_expert(output, args[0], values)
-            h, p = routing(args, kwargs, len(values))
-            return adapter_layer.routed(output, h, p, values)
+                return adapter_layer.by_expert(output, output if to_output else args[0], values)
+            h, index, p = routing(args, kwargs)
+            query = expert_outputs(module, args, kwargs, index) if to_output else h.unsqueeze(1)
+            return adapter_layer.routed(output, query, index, p, values)
 
         return [part.module.register_forward_hook(experts_hook, with_kwargs=True)]
+    if to_output:
+
+        def value_hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+            return adapter_layer(output, output, part.values()) if adapter_layer.enabled else None
+
+        # On the projection, not on the host: a steering vector is added to what this hook returns.
+        return [part.value.register_forward_hook(value_hook)]
     if part.is_host_output:
 
         def host_hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
@@ -206,12 +221,14 @@ def attach(
     seed: int = 0,
     scales: Sequence[float] | None = None,
     ffns: Sequence[FFN | MixtureFFN] | None = None,
+    relevance_to: str = "input",
 ) -> Adapter:
     """Attach a new relevance module to every FFN of `model`, or to those of `layers`, with gates near 0.
 
     Args:
         scales: c of each layer, see `core.adapter.scale`; None is 1 everywhere.
         ffns: FFNs of `model`, if they are known.
+        relevance_to: see `RelevanceModule`.
 
     Raises:
         ConfigError: rank below 1 or above the hidden size, or a layer without an FFN.
@@ -225,7 +242,7 @@ def attach(
     for index, ffn in enumerate(choose_ffns(ffns, rank, layers)):
         scale = 1.0 if scales is None else scales[index]
         device = ffn.parts[0].values().device
-        adapted_ffns.append((ffn, RelevanceModule(rank, ffn.hidden_size, device, generator, scale)))
+        adapted_ffns.append((ffn, RelevanceModule(rank, ffn.hidden_size, device, generator, scale, relevance_to)))
     return Adapter(model, adapted_ffns)
 
 
@@ -246,7 +263,14 @@ def attach_stored(base: Base, stored: StoredAdapter) -> Adapter:
     config, tensors = stored.config, stored.tensors
     check_base(stored, base)
     try:
-        adapter = attach(base.model, config.r, config.layers, scales=config.relevance_scale, ffns=base.ffns)
+        adapter = attach(
+            base.model,
+            config.r,
+            config.layers,
+            scales=config.relevance_scale,
+            ffns=base.ffns,
+            relevance_to=config.relevance_to,
+        )
     except ConfigError as error:  # the adapter is wrong, not an option
         raise ModelError(error.message, where=str(stored.folder), hint=error.hint) from error
     for ffn, adapter_layer in adapter.adapted_ffns:

@@ -1,6 +1,6 @@
 """Reference implementation of the paper's formula. Slow, and large in memory; only tests use it.
 
-    r_ij         = c (R v_j) . (R h_i) / sqrt(d_r)
+    r_ij         = c (R v_j) . (R h_i) / sqrt(d_r)            relevance to the output: FFN(h_i) in the place of h_i
     FFN_AUG(h_i) = sum_j (w_ij + g (r_ij + s r_cj)) v_j         g = sigmoid(gate)
 
 It shares no arithmetic with `layer`: rows are orthonormalised one by one, relevance is a (tokens, d_ff) tensor, and it
@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from braces_cli.core.adapter.layer import RelevanceModule
 from braces_cli.core.adapter.model import Adapter
-from braces_cli.core.models.ffn import FFN, Experts, routing
+from braces_cli.core.models.ffn import FFN, Experts, expert_outputs, routing
 
 
 def orthonormal_rows_ref(weight: Tensor) -> Tensor:
@@ -34,18 +34,18 @@ def orthonormal_rows_ref(weight: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def relevance_ref(h: Tensor, values: Tensor, weight: Tensor, c: float = 1.0) -> Tensor:
+def relevance_ref(query: Tensor, values: Tensor, weight: Tensor, c: float = 1.0) -> Tensor:
     """Relevance r of every value vector to every token, (..., d_ff), without the gate.
 
-    h (..., d), values (d, d_ff), weight (d_r, d), whose orthonormalised form is R.
+    query (..., d), values (d, d_ff), weight (d_r, d), whose orthonormalised form is R.
     """
     projection = orthonormal_rows_ref(weight)
-    return c * ((h @ projection.mT) @ (projection @ values)) / math.sqrt(len(projection))
+    return c * ((query @ projection.mT) @ (projection @ values)) / math.sqrt(len(projection))
 
 
 def weights_ref(
     w: Tensor,
-    h: Tensor,
+    query: Tensor,
     values: Tensor,
     adapter_layer: RelevanceModule,
     conditions: Sequence[tuple[Tensor, Tensor]] = (),
@@ -54,13 +54,13 @@ def weights_ref(
 
     Args:
         w: activation weights (..., d_ff), the input of the value projection.
-        h: FFN input (..., d).
+        query: FFN input, or FFN output without side path, (..., d).
         values: W_V (d, d_ff).
         adapter_layer: parameters and constant c.
-        conditions: pairs of h_c (d) and strength s, which broadcasts against h.
+        conditions: pairs of h_c (d) and strength s, which broadcasts against the query.
     """
     wide = adapter_layer.weight.dtype
-    r = relevance_ref(h.to(wide), values.to(wide), adapter_layer.weight, adapter_layer.scale)
+    r = relevance_ref(query.to(wide), values.to(wide), adapter_layer.weight, adapter_layer.scale)
     for state, strength in conditions:
         r = r + strength * relevance_ref(state.to(wide), values.to(wide), adapter_layer.weight, adapter_layer.scale)
     return w + (torch.sigmoid(adapter_layer.gate) * r).to(w.dtype)
@@ -108,8 +108,10 @@ def _dense(ffn: FFN, adapter_layer: RelevanceModule, terms: Sequence[tuple[Tenso
     inputs: list[Tensor] = []
 
     def augment(module: nn.Module, args: tuple) -> tuple:
-        h = inputs.pop()
-        w = weights_ref(args[0], h, ffn.value_matrix(), adapter_layer, _broadcast(terms, h))
+        query = inputs.pop()
+        if adapter_layer.relevance_to == "output":
+            query = module.forward(args[0])
+        w = weights_ref(args[0], query, ffn.value_matrix(), adapter_layer, _broadcast(terms, query))
         return (w, *args[1:])
 
     return [ffn.watch(inputs.append), ffn.value.register_forward_pre_hook(augment)]
@@ -123,18 +125,23 @@ def _experts(
     def augment(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
         values = part.value_matrix()
         flat = output.reshape(-1, output.shape[-1])
+        to_output = adapter_layer.relevance_to == "output"
         if part.presorted:
             tokens = args[0].reshape(len(values), -1, flat.shape[1])
             sent = (tokens != 0).any(dim=-1).to(flat.dtype)
-            return output + torch.cat([_term(h, p, v) for h, p, v in zip(tokens, sent, values, strict=True)])
-        h, p = routing(args, kwargs, len(values))
+            queries = output.reshape(tokens.shape) if to_output else tokens
+            return output + torch.cat([_term(q, p, v) for q, p, v in zip(queries, sent, values, strict=True)])
+        h, index, weights = routing(args, kwargs)
         for expert in range(len(values)):
-            flat = flat + _term(h, p[:, expert], values[expert])
+            # The outputs of one expert for every token, also for those that are not sent to it.
+            alone = index.new_full((len(h), 1), expert)
+            query = expert_outputs(module, args, kwargs, alone)[:, 0] if to_output else h
+            flat = flat + _term(query, (weights * (index == expert)).sum(dim=1), values[expert])
         return flat.reshape(output.shape)
 
-    def _term(h: Tensor, p: Tensor, values: Tensor) -> Tensor:
-        zero = h.new_zeros(len(h), values.shape[1])
-        w = weights_ref(zero, h, values, adapter_layer, _broadcast(terms, h))
-        return p.unsqueeze(1).to(h.dtype) * (w @ values.mT)
+    def _term(query: Tensor, p: Tensor, values: Tensor) -> Tensor:
+        zero = query.new_zeros(len(query), values.shape[1])
+        w = weights_ref(zero, query, values, adapter_layer, _broadcast(terms, query))
+        return p.unsqueeze(1).to(query.dtype) * (w @ values.mT)
 
     return [part.module.register_forward_hook(augment, with_kwargs=True)]

@@ -1,6 +1,6 @@
 """Measure c of each layer, the constant that makes relevance independent of how the base is parametrised.
 
-    c = REACH rms(FFN(h)) / rms(W_V W_V^T h)
+    c = REACH rms(FFN(h)) / rms(W_V W_V^T h)        for relevance to the output W_V W_V^T FFN(h) in the denominator
 
 over the tokens of some texts; in a mixture of experts, over the pairs of a token and an expert that it is sent to,
 before the router's weights. Bases that compute the same function with W_V and the up projection, or the norm's weight
@@ -20,7 +20,7 @@ from torch import Tensor
 from braces_cli.core.adapter.gram import gram
 from braces_cli.core.adapter.model import hook_ffn
 from braces_cli.core.errors import ModelError, first_line
-from braces_cli.core.models.ffn import FFN, Experts, MixtureFFN, expert_outputs
+from braces_cli.core.models.ffn import FFN, Experts, MixtureFFN, expert_outputs, routing
 from braces_cli.core.models.load import input_device
 from braces_cli.core.models.weights import Values
 
@@ -28,9 +28,11 @@ from braces_cli.core.models.weights import Values
 REACH = 32.0
 
 
-def measure_scales(model: Any, ffns: Sequence[FFN | MixtureFFN], texts: Sequence[Sequence[int]]) -> list[float]:
+def measure_scales(
+    model: Any, ffns: Sequence[FFN | MixtureFFN], texts: Sequence[Sequence[int]], relevance_to: str = "input"
+) -> list[float]:
     """c of each FFN over `texts` (token ids); 1 if the FFN or W_V is zero, or a number is not finite."""
-    meters = [_Meter() for _ in ffns]
+    meters = [_Meter(relevance_to) for _ in ffns]
     with ExitStack() as stack:
         for ffn, meter in zip(ffns, meters, strict=True):
             for part in ffn.parts:
@@ -61,11 +63,12 @@ def run_texts(model: Any, texts: Sequence[Sequence[int]]) -> None:
 
 
 class _Meter:
-    """Sums of squares of an FFN's output and of W_V W_V^T h, with the methods that `hook_ffn` calls."""
+    """Sums of squares of an FFN's output and of W_V W_V^T times the query, with the methods that `hook_ffn` calls."""
 
     enabled = True
 
-    def __init__(self) -> None:
+    def __init__(self, relevance_to: str) -> None:
+        self.relevance_to = relevance_to
         self._output = 0.0
         self._path = 0.0
 
@@ -75,14 +78,14 @@ class _Meter:
         found = REACH * math.sqrt(self._output / self._path) if self._output > 0 and self._path > 0 else 1.0
         return found if 0 < found < math.inf else 1.0
 
-    def __call__(self, output: Tensor, h: Tensor, values: Values) -> Tensor:
-        self._add(output, h, values)
+    def __call__(self, output: Tensor, query: Tensor, values: Values) -> Tensor:
+        self._add(output, query, values)
         return output
 
-    def by_expert(self, output: Tensor, h: Tensor, values: Tensor) -> Tensor:
-        """Measure experts with presorted tokens `h` (experts * n, d); a row of zeros is a token not sent to them."""
+    def by_expert(self, output: Tensor, query: Tensor, values: Tensor) -> Tensor:
+        """Measure experts with presorted tokens (experts * n, d); a row of zeros is a token not sent to them."""
         rows = output.reshape(len(values), -1, output.shape[-1])
-        for each, tokens, value in zip(rows, h.reshape(len(values), -1, h.shape[-1]), values, strict=True):
+        for each, tokens, value in zip(rows, query.reshape(rows.shape), values, strict=True):
             sent = (tokens != 0).any(dim=-1)
             self._add(each[sent], tokens[sent], value)
         return output
@@ -91,14 +94,16 @@ class _Meter:
         """Measure routed experts with weights in one tensor."""
 
         def around(module: Any, args: tuple, kwargs: dict, output: Tensor) -> None:
-            values = part.value_matrix()
-            for expert, h, each in expert_outputs(module, args, kwargs, len(values)):
-                self._add(each, h, values[expert])
+            h, index, _ = routing(args, kwargs)
+            outputs = expert_outputs(module, args, kwargs, index)
+            queries = outputs if self.relevance_to == "output" else h.unsqueeze(1).expand_as(outputs)
+            for expert, values in enumerate(part.value_matrix()):
+                self._add(outputs[index == expert], queries[index == expert], values)
 
         return part.module.register_forward_hook(around, with_kwargs=True)
 
-    def _add(self, output: Tensor, h: Tensor, values: Values) -> None:
-        rows = h.detach().reshape(-1, h.shape[-1])
+    def _add(self, output: Tensor, query: Tensor, values: Values) -> None:
+        rows = query.detach().reshape(-1, query.shape[-1])
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         self._output += _squares(output.detach())
         self._path += _squares(gram(values, rows.to(output.device).mT))

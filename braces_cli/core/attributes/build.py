@@ -1,6 +1,6 @@
 """Build attributes of a base from words, texts, descriptions or pairs of texts; an attached adapter has no effect.
 
-    source          p                                                  reference
+    source          p, at the FFN's input and at its output            reference
     words, texts    pooled(words) - pooled(reference)                  neutral words or texts, because the pooled states
                                                                        of all words share most of their direction
     opposite lists  (pooled(one) - pooled(other)) / 2                  the middle of the two lists
@@ -24,6 +24,7 @@ from braces_cli.core.adapter.model import Session
 from braces_cli.core.attributes.directions import (
     Item,
     Pair,
+    PairStates,
     Passage,
     cheapest_directions,
     default_reduction,
@@ -34,7 +35,7 @@ from braces_cli.core.attributes.directions import (
     text_items,
     word_items,
 )
-from braces_cli.core.attributes.pooling import output_norms, pool_texts, pool_words
+from braces_cli.core.attributes.pooling import ffn_watches, output_norms, pool_texts, pool_words
 from braces_cli.core.attributes.vector import Attribute, check_numbers, default_layers, with_steered_layers
 from braces_cli.core.attributes.words import GRADIENT, OPPOSITES, REFERENCE, built_in, neutral_texts, stems
 from braces_cli.core.errors import ConfigError, DataError
@@ -166,14 +167,15 @@ def attribute_from_pairs(
     # Texts without a prompt are not answers, so the chat template does not apply to them.
     sides = [[replace(side, chat=use_chat and bool(side.prompt)) for side in (p.positive, p.negative)] for p in pairs]
     pairs = [Pair(*both) for both in sides]
-    states = pair_states(session, pairs, pooling=pooling, report=report)
+    states = pair_states(session, pairs, ffn_watches(session.ffns), pooling=pooling, report=report)
+    inputs = PairStates(states.positive[: len(session.ffns)], states.negative[: len(session.ffns)])
     reduction = reduction or default_reduction(session)
     # With the gradient as direction, p is the difference of means.
     reduced_by = "mean" if reduction == GRADIENT else reduction
     is_chat = any(pair.positive.chat for pair in pairs)
     provenance: dict[str, Any] = {"pairs": len(pairs), "reduction": reduced_by, "chat_template": is_chat}
     if len(pairs) >= _FEWEST:
-        provenance["separation"] = separation(states, reduced_by)
+        provenance["separation"] = separation(inputs, reduced_by)
     if layers == "auto":
         if "separation" not in provenance:
             what = f"{len(pairs)} pairs are too few to choose layers"
@@ -190,7 +192,8 @@ def attribute_from_pairs(
         texts = text_items(session, [pair.positive for pair in others], [pair.negative for pair in others])
         return description_items(session, shared, before) + texts
 
-    hidden, middle = states.middle + reduce_pairs(states, reduced_by), states.middle
+    middle = states.middle.unflatten(0, (2, -1))
+    hidden = middle + reduce_pairs(states, reduced_by).view_as(middle)
     details: dict[str, Any] = {"examples": 2 * len(pairs), "provenance": provenance}
     attribute = _attribute(session, name, hidden, middle, pooling, reduction, items, report, **details)
     return with_steered_layers(attribute, layers)
@@ -262,7 +265,7 @@ def _attribute(
     """Return an attribute of the session's base.
 
     Args:
-        hidden, reference: pooled states, (layers, d) each.
+        hidden, reference: pooled states, (2, layers, d) each.
         items: returns the texts whose odds the steering vector raises, for the reduction "gradient".
         details: other fields of `Attribute`.
     """

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from braces_cli.core.adapter.model import Session
-from braces_cli.core.attributes.pooling import Row, output_watches, pooled_batches
+from braces_cli.core.attributes.pooling import Row, Watch, pooled_batches
 from braces_cli.core.attributes.words import GRADIENT, neutral_prompts, neutral_texts
 from braces_cli.core.models.load import input_device
 from braces_cli.core.models.structure import add_to_output
@@ -77,7 +77,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class PairStates:
-    """Pooled states of n pairs, (layers, n, d) each, in float32 on the CPU."""
+    """Pooled states of n pairs, (layers, n, d) each, in float32 on the CPU; `layers` are the watched tensors."""
 
     positive: Tensor
     negative: Tensor
@@ -91,22 +91,21 @@ class PairStates:
 def pair_states(
     session: Session,
     pairs: Sequence[Pair],
+    watches: Sequence[Watch],
     *,
-    captured: str = "input",
     pooling: str = "mean",
     report: Report = silent,
 ) -> PairStates:
     """Return the states of both passages of every pair in the bare base.
 
     Args:
-        captured: tensor of the FFN to read: input or output.
+        watches: of the tensors to read, one for each row of the states.
         pooling: over the tokens of each text, one of `POOLINGS`.
 
     Raises:
         DataError: the chat template refuses a prompt.
     """
     model = session.base.model
-    watches = [ffn.watch for ffn in session.ffns] if captured == "input" else output_watches(model, session.ffns)
     rows = [passage_tokens(session, side) for pair in pairs for side in (pair.positive, pair.negative)]
     states = torch.zeros(len(watches), len(rows), session.ffns[0].hidden_size)
     with session.bare():

@@ -41,7 +41,7 @@ class LayerSteering:
         ffn: of the layer.
         residual: norm that moves the residual stream by its median norm.
         vector: sum of the steering vectors, (d,) or (batch, 1, d) in float32 on the CPU; None without one.
-        shift: what is added to R h in the adapter, (d_r,) or (batch, 1, d_r); None without attributes through it.
+        shift: what is added to R times the query, (d_r,) or (batch, 1, d_r); None without attributes through it.
         shifted: what `shift` adds to the FFN output, (rows, d) in float32 on the CPU; for experts their mean.
     """
 
@@ -117,7 +117,8 @@ def _shift(
     """Return R h_c of one layer summed over terms, (d_r,) or (batch, 1, d_r), and what it adds to the output."""
     assert session.adapter is not None
     with torch.no_grad():
-        states = [(session.adapter.states(each.state[row]).to(module.weight), s) for each, s in terms]
+        pooled = [(each.state_at(module.relevance_to)[row], s) for each, s in terms]
+        states = [(session.adapter.states(p).to(module.weight), s) for p, s in pooled]
         parts = [(s.to(h) if isinstance(s, Tensor) else s) * h for h, s in states]
         state = torch.stack(torch.broadcast_tensors(*parts)).sum(dim=0)
         projection = module.projection()

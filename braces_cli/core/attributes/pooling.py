@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from braces_cli.core.adapter.model import Session
 from braces_cli.core.attributes.words import neutral_texts
-from braces_cli.core.models.ffn import FFN, MixtureFFN, layer_stack
+from braces_cli.core.models.ffn import FFN, MixtureFFN, layer_stack, watch_output
 from braces_cli.core.models.load import input_device
 from braces_cli.core.models.residual import residual_gains
 from braces_cli.core.models.structure import layer_output
@@ -37,16 +37,16 @@ Watch = Callable[[Callable[[Tensor], None]], Any]
 
 
 def pool_words(session: Session, words: Sequence[str], report: Report = silent, pooling: str = "mean") -> Tensor:
-    """Return the FFN inputs pooled over each word's tokens, then averaged over words: (layers, d), float32, CPU.
+    """Return the FFN inputs and outputs pooled over each word's tokens, then averaged over words: (2, layers, d).
 
-    Each word is a separate sequence, with a leading space and without special tokens.
+    In float32 on the CPU. Each word is a separate sequence, with a leading space and without special tokens.
     """
     rows = [(encode_word(session.base.tokenizer, word), 0) for word in words]
     return _pool(session, rows, pooling, report, "pooling words")
 
 
 def pool_texts(session: Session, texts: Sequence[str], report: Report = silent, pooling: str = "mean") -> Tensor:
-    """Return the FFN inputs of texts, pooled as in `pool_words`.
+    """Return the FFN inputs and outputs of texts, pooled as in `pool_words`.
 
     Leading special tokens are not pooled. Texts longer than the model's context are truncated.
     """
@@ -60,14 +60,19 @@ def pool_texts(session: Session, texts: Sequence[str], report: Report = silent, 
 
 
 def _pool(session: Session, rows: Sequence[Row], pooling: str, report: Report, stage: str) -> Tensor:
-    """Return the mean over rows of the pooled FFN inputs, (layers, d); rows without tokens are left out."""
+    """Return the mean over rows of the pooled FFN inputs and outputs; rows without tokens are left out."""
     rows = [row for row in rows if row[0]]
-    total = torch.zeros(len(session.ffns), session.ffns[0].hidden_size)
+    watches = ffn_watches(session.ffns)
+    total = torch.zeros(len(watches), session.ffns[0].hidden_size)
     with session.bare():
-        watches = [ffn.watch for ffn in session.ffns]
         for _, pooled in pooled_batches(session.base.model, watches, rows, pooling, report, stage):
             total += pooled.sum(dim=1)
-    return total / max(len(rows), 1)
+    return (total / max(len(rows), 1)).unflatten(0, (2, -1))
+
+
+def ffn_watches(ffns: Sequence[FFN | MixtureFFN]) -> list[Watch]:
+    """Return a watch of the input of each FFN, then one of the output of each."""
+    return [*(ffn.watch for ffn in ffns), *(partial(watch_output, ffn) for ffn in ffns)]
 
 
 def output_watches(model: nn.Module, ffns: Sequence[FFN | MixtureFFN]) -> list[Watch]:

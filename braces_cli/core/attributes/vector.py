@@ -1,10 +1,11 @@
 """An attribute of one base: its hidden state and its steering vector at every layer, and the file that holds them.
 
-    p = pooled(attribute) - pooled(reference)           (layers, d), see `core.attributes.build`
+    p = pooled(attribute) - pooled(reference)           (layers, d), at the FFN's input, see `core.attributes.build`
     steering vector at s = 1: scale * direction         direction: p, or the gradient of the attribute's log odds
     scale = share / layers * residual / |direction|     all layers together: 10 % of the residual stream's median norm
 
-p depends on the words of the attribute and of the reference only, not on other attributes.
+p depends on the words of the attribute and of the reference only, not on other attributes. It is also pooled at the
+FFN's output, for adapters with relevance to the output.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class Attribute:
     Attributes:
         name: of the attribute.
         words: that it was built from; empty if it was built from texts.
-        hidden: pooled FFN inputs of the words or texts, (layers, d).
-        reference: pooled FFN inputs of the reference, (layers, d).
+        hidden: pooled FFN inputs and FFN outputs of the words or texts, (2, layers, d).
+        reference: the same of the reference, (2, layers, d).
         residual: norm of an addition to the FFN output that moves the residual stream by its median norm, (layers,).
         layers: decoder layer of each row.
         fingerprint: of the base.
@@ -69,7 +70,11 @@ class Attribute:
     @property
     def state(self) -> Tensor:
         """p, (layers, d)."""
-        return self.hidden - self.reference
+        return self.state_at("input")
+
+    def state_at(self, relevance_to: str) -> Tensor:
+        """p at the FFN's input or output, (layers, d)."""
+        return (self.hidden - self.reference)[0 if relevance_to == "input" else 1]
 
     @property
     def steering_direction(self) -> Tensor:
@@ -121,7 +126,7 @@ def save_attributes(path: Path, attributes: Sequence[Attribute]) -> None:
     tensors |= {f"{each.name}.direction": each.direction for each in attributes if each.direction is not None}
     details: dict[str, dict[str, Any]] = {}
     for each in attributes:
-        difference = each.state.norm(dim=-1) / each.reference.norm(dim=-1).clamp(min=1e-30)
+        difference = each.state.norm(dim=-1) / each.reference[0].norm(dim=-1).clamp(min=1e-30)
         details[each.name] = {name: getattr(each, name) for name in _RECORDED}
         for name, numbers in (("difference", difference), ("residual", each.residual)):
             details[each.name][name] = [float(f"{number:.4g}") for number in numbers.tolist()]
@@ -168,8 +173,11 @@ def load_attributes(path: Path, session: Session) -> dict[str, Attribute]:
         for part, tensor in parts.items():
             if tensor is None and part == "direction":
                 continue
-            width = (header.fingerprint["hidden_size"],) if part != "residual" else ()
-            expected = (len(header.layers), *width)
+            expected: tuple[int, ...] = (len(header.layers),)
+            if part != "residual":
+                expected = (*expected, header.fingerprint["hidden_size"])
+            if part in ("hidden", "reference"):
+                expected = (2, *expected)
             if tensor is None or tuple(tensor.shape) != expected or tensor.dtype != torch.float32:
                 found = "missing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
                 what = f"{name}.{part} is {found}, expected {expected} torch.float32"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import posixpath
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from braces_cli.core.config import parse_ranges
 from braces_cli.core.errors import ConfigError, ModelError
-from braces_cli.core.models.structure import outside_mixers, pairs, sizes, takes_cache
+from braces_cli.core.models.structure import layer_output, outside_mixers, pairs, sizes, takes_cache
 from braces_cli.core.models.weights import Values, dense, stored_values
 
 # Model types on which an adapter would be wrong without an error.
@@ -177,6 +177,13 @@ class MixtureFFN:
         # Experts get each token once and unchanged, unless they are presorted.
         plain = [part.module for part in self.parts if isinstance(part, Experts) and not part.presorted]
         return (plain or [self.host])[0].register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def watch_output(ffn: FFN | MixtureFFN, callback: Callable[[Tensor], None]) -> RemovableHandle:
+    """Call `callback` with the FFN's output, before other hooks change it, until the returned handle is removed."""
+    return ffn.output_module.register_forward_hook(
+        lambda module, args, output: callback(layer_output(output)), prepend=True
+    )
 
 
 def layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -353,8 +360,11 @@ def _is_presorted(module: nn.Module) -> bool:
     raise ModelError(message, hint="Looked for tokens alone, or tokens, experts and their weights.")
 
 
-def routing(args: tuple, kwargs: dict, experts: int) -> tuple[Tensor, Tensor]:
-    """(h (n, d), p (n, experts)) of a call `(h, index, weights)`; p is 0 for experts that a token is not sent to."""
+def routing(args: tuple, kwargs: dict) -> tuple[Tensor, Tensor, Tensor]:
+    """(h (n, d), experts of each token (n, k), their p_e (n, k)) of a call `(h, index, weights)`.
+
+    With expert parallelism, experts of other processes have an index past the last.
+    """
     h, first, second = [*args, *kwargs.values()][:3]
     index, weights = (second, first) if first.is_floating_point() else (first, second)
     h = h.reshape(-1, h.shape[-1])
@@ -362,41 +372,29 @@ def routing(args: tuple, kwargs: dict, experts: int) -> tuple[Tensor, Tensor]:
     weights = weights.reshape(len(h), -1)
     if weights.shape[1] != index.shape[1]:
         weights = weights.gather(1, index)
-    # The additional column is for expert parallelism: experts of other processes have an index past the last.
-    p = weights.new_zeros(len(h), experts + 1).scatter_add(1, index.clamp(max=experts), weights)
-    return h, p[:, :experts]
+    return h, index, weights
 
 
-def expert_outputs(module: Any, args: tuple, kwargs: dict, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(expert, its tokens (n, d), its outputs (n, d) before the router's weights) of a call `(h, index, weights)`.
+def expert_outputs(module: Any, args: tuple, kwargs: dict, index: Tensor) -> Tensor:
+    """Outputs (n, k, d) of experts `index` (n, k) for the tokens of a call `(h, index, weights)`, before the weights.
 
-    Runs the experts once more for each of the k experts of a token.
+    Runs each expert once more; differentiable.
     """
-    names, inputs = [*range(len(args)), *kwargs], [*args, *kwargs.values()]
+    inputs = [*args, *kwargs.values()]
     place = 2 if inputs[2].is_floating_point() else 1
-    h, weights, index = inputs[0], inputs[place], inputs[3 - place]
-    tokens = h.reshape(-1, h.shape[-1])
-    sent = index.reshape(len(tokens), -1)
-    wide = weights.numel() != index.numel()
-    for slot in range(sent.shape[1]):
-        column = sent[:, slot : slot + 1]
-        alone = torch.zeros_like(weights).reshape(len(tokens), -1)
-        if wide:
-            alone.scatter_(1, column, 1.0)
-        else:
-            alone[:, slot] = 1.0
-        inputs[place] = alone.reshape(weights.shape)
-        changed = dict(zip(names, inputs, strict=True))
-        with torch.no_grad():
-            # `forward`, because this function may be called from a hook of the module.
-            output = module.forward(
-                *(changed[name] for name in range(len(args))), **{name: changed[name] for name in kwargs}
-            )
-        output = output.reshape(tokens.shape)
-        for expert in range(experts):
-            rows = column[:, 0] == expert
-            if rows.any():
-                yield expert, tokens[rows], output[rows]
+    h, weights, sent = inputs[0], inputs[place], inputs[3 - place]
+    column = index.reshape(-1, 1)
+    # Each pair of a token and an expert becomes a token that is sent to this expert alone, with weight 1.
+    if weights.numel() == sent.numel():
+        ones = weights.new_ones(column.shape)
+    else:
+        ones = weights.new_zeros(len(column), weights.shape[-1]).scatter(1, column, 1.0)
+    inputs[0] = h.repeat_interleave(index.shape[1], dim=-2)
+    inputs[place] = ones.reshape(*weights.shape[:-2], -1, ones.shape[1])
+    inputs[3 - place] = column.to(sent.dtype).reshape(*sent.shape[:-2], -1, 1)
+    # `forward`, because this function may be called from a hook of the module.
+    output: Tensor = module.forward(*inputs[: len(args)], **dict(zip(kwargs, inputs[len(args) :], strict=True)))
+    return output.reshape(*index.shape, h.shape[-1])
 
 
 def parameter_total(model: nn.Module) -> int:

@@ -16,14 +16,16 @@ from tests.conftest import ARCHITECTURES, make_adapter, open_gates, tiny_model
 from tests.core.comparison import logits_of, run
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_disabled_and_detached_models_are_the_base(name):
+@pytest.mark.parametrize(
+    ("name", "relevance"), [*((name, "input") for name in ARCHITECTURES), ("llama", "output"), ("opt", "output")]
+)
+def test_disabled_and_detached_models_are_the_base(name, relevance):
     """Bit-identical logits; after detaching also the same names and flags, and no hooks."""
     model = tiny_model(name)
     names = [n for n, _ in model.named_parameters()]
     modules = [n for n, _ in model.named_modules()]
     base = logits_of(model)
-    adapter = attach(model, 4)
+    adapter = attach(model, 4, relevance_to=relevance)
     open_gates(adapter)
     on = logits_of(model)
     assert not torch.allclose(on, base)
@@ -49,12 +51,14 @@ def test_training_starts_near_the_base_with_projections_and_gates_only():
     assert sum(p.numel() for _, p in adapter.named_parameters()) == 2 * (4 * 32 + 1)
 
 
+@pytest.mark.parametrize("relevance", ["input", "output"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_trained_adapter_is_bit_identical_after_saving_and_loading(session, tmp_path, dtype, device):
+def test_a_trained_adapter_is_bit_identical_after_saving_and_loading(session, tmp_path, dtype, relevance, device):
     """Optimizer steps, then a file with orthonormal rows, then the same logits on a newly loaded base."""
-    folder = make_adapter(session, tmp_path / "adapter")
+    folder = make_adapter(session, tmp_path / "adapter", relevance_to=relevance)
     options = LoadOptions(device=str(device), dtype=dtype)
     base, stored = load_base(session.base.name, options), find_adapter(str(folder))
+    assert stored.config.relevance_to == relevance
     adapter = attach_stored(base, stored)
     assert all(adapter_layer.weight.dtype == torch.float32 for _, adapter_layer in adapter.adapted_ffns)
     for _, parameter in adapter.named_parameters():

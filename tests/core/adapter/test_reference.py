@@ -1,4 +1,4 @@
-"""The fast path against the paper's formula, on every architecture: values and gradients, four dtypes."""
+"""The fast path against the formula, on every architecture: values and gradients, four dtypes, both relevances."""
 
 from __future__ import annotations
 
@@ -8,16 +8,22 @@ import pytest
 import torch
 
 from braces_cli.core.adapter.model import attach
+from braces_cli.core.models.ffn import layer_stack
+from braces_cli.core.models.structure import add_to_output, layer_output
 from tests.conftest import ARCHITECTURES, open_gates, tiny_model
-from tests.core.comparison import TOKENS, assert_equal, relative, run, squared_error
+from tests.core.architectures import tiny
+from tests.core.comparison import TOKENS, assert_equal, logits_of, relative, run, squared_error
+
+RELEVANCE = pytest.mark.parametrize("relevance", ["input", "output"])
 
 
+@RELEVANCE
 @pytest.mark.parametrize(("name", "rank"), [*((name, 4) for name in ARCHITECTURES), ("llama", 1), ("gpt2", 32)])
-def test_logits_and_gradients_equal_the_reference_in_float32(name, rank, device):
+def test_logits_and_gradients_equal_the_reference_in_float32(name, rank, relevance, device):
     """float32 within 1e-5 relative, gradients within 2e-5."""
     model = tiny_model(name).to(device)
     base = model(TOKENS.to(device)).logits.detach()
-    adapter = attach(model, rank)
+    adapter = attach(model, rank, relevance_to=relevance)
     open_gates(adapter)
     fast, slow = run(model, adapter, False), run(model, adapter, True)
     assert relative(fast[0], base) > 1e-3
@@ -27,11 +33,12 @@ def test_logits_and_gradients_equal_the_reference_in_float32(name, rank, device)
     assert_equal(fast, slow)
 
 
+@RELEVANCE
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_logits_and_gradients_equal_the_reference_in_float64(name, device):
+def test_logits_and_gradients_equal_the_reference_in_float64(name, relevance, device):
     """float64 within 1e-10 relative, gradients within 2e-10."""
     model = tiny_model(name, torch.float64).to(device)
-    adapter = attach(model, 4)
+    adapter = attach(model, 4, relevance_to=relevance)
     for _, adapter_layer in adapter.adapted_ffns:
         adapter_layer.double()
     open_gates(adapter)
@@ -39,13 +46,14 @@ def test_logits_and_gradients_equal_the_reference_in_float64(name, device):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "name"),
+    ("dtype", "name", "relevance"),
     [
-        *((torch.bfloat16, name) for name in ARCHITECTURES),
-        *((torch.float16, name) for name in ("llama", "opt", "gpt2")),
+        *((torch.bfloat16, name, "input") for name in ARCHITECTURES),
+        *((torch.float16, name, "input") for name in ("llama", "opt", "gpt2")),
+        *((torch.bfloat16, name, "output") for name in ("llama", "opt", "gpt2")),
     ],
 )
-def test_half_precision_error_is_at_most_twice_that_of_the_reference(dtype, name, device):
+def test_half_precision_error_is_at_most_twice_that_of_the_reference(dtype, name, relevance, device):
     """Errors of logits and gradients against the float32 model with the same (rounded) weights.
 
     Each seed has two gates only, so the ratio of their errors is largely chance in a few seeds (3.7 in four, 1.8 in
@@ -56,7 +64,7 @@ def test_half_precision_error_is_at_most_twice_that_of_the_reference(dtype, name
     size: dict[str, float] = defaultdict(float)
     for seed in range(16):
         model = tiny_model(name, dtype, seed).to(device)
-        adapter = attach(model, 4)
+        adapter = attach(model, 4, relevance_to=relevance)
         open_gates(adapter, seed)
         fast, fast_grads = run(model, adapter, False)
         slow, slow_grads = run(model, adapter, True)
@@ -76,11 +84,12 @@ def test_half_precision_error_is_at_most_twice_that_of_the_reference(dtype, name
         assert 0 < error**0.5 <= 2 * plain[kind] ** 0.5 + slack, kind
 
 
+@RELEVANCE
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
-def test_each_example_is_steered_by_its_attributes(name, device):
+def test_each_example_is_steered_by_its_attributes(name, relevance, device):
     """Two attributes, a different strength in each row, gradients included."""
     model = tiny_model(name).to(device)
-    adapter = attach(model, 4)
+    adapter = attach(model, 4, relevance_to=relevance)
     open_gates(adapter)
     states = torch.randn(2, len(adapter.adapted_ffns), 32, generator=torch.Generator().manual_seed(3)).to(device)
     strengths = torch.tensor([[1.5, 0.0], [-2.0, 0.5]], device=device)
@@ -90,6 +99,71 @@ def test_each_example_is_steered_by_its_attributes(name, device):
     terms = {layer: [(states[k, i], strengths[:, k]) for k in range(2)] for i, layer in enumerate(adapter.layers)}
     assert relative(fast[0], run(model, adapter, False)[0]) > 1e-3
     assert_equal(fast, run(model, adapter, True, terms))
+
+
+@RELEVANCE
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "gpt_oss", "llama4_text"])
+def test_experts_are_steered_for_each_example_and_token(name, relevance):
+    """One attribute; a strength for each row, or the same strengths for each of its tokens."""
+    model = tiny(name).double()  # in float32 the gradient of a single gate can be rounding
+    adapter = attach(model, 4, relevance_to=relevance)
+    for _, adapter_layer in adapter.adapted_ffns:
+        adapter_layer.double()
+    open_gates(adapter)
+    states = torch.randn(1, len(adapter.adapted_ffns), 32, generator=torch.Generator().manual_seed(3)).double()
+    strengths = torch.tensor([[1.5], [-2.0]], dtype=torch.float64)
+    adapter.condition(states, strengths)
+    fast = run(model, adapter, False)
+    adapter.condition(states, strengths.unsqueeze(1).expand(-1, TOKENS.shape[1], -1))
+    by_token = run(model, adapter, False)
+    adapter.condition(None)
+    terms = {layer: [(states[0, i], strengths[:, 0])] for i, layer in enumerate(adapter.layers)}
+    assert relative(fast[0], run(model, adapter, False)[0]) > 1e-3
+    slow = run(model, adapter, True, terms)
+    assert_equal(fast, slow, 1e-10)
+    assert_equal(by_token, slow, 1e-10)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2_moe"])
+def test_relevance_to_the_output_is_an_edit_of_the_value_vectors(name):
+    """With W_V' = (I + B A) W_V, and the bias likewise, the bare base has the logits of the adapter."""
+    model = tiny(name).double().requires_grad_(False)
+    adapter = attach(model, 4, relevance_to="output")
+    for _, adapter_layer in adapter.adapted_ffns:
+        adapter_layer.double()
+    open_gates(adapter)
+    adapted, edits = logits_of(model), []
+    with torch.no_grad():
+        for ffn, adapter_layer in adapter.adapted_ffns:
+            for part in ffn.parts:
+                down, up = adapter_layer.factors(part.values(), torch.float64)
+                edits.append((part, torch.eye(32, dtype=torch.float64) + up @ down))
+        adapter.detach()
+        assert relative(logits_of(model), adapted) > 1e-3
+        for part, edit in edits:
+            part.value_matrix().copy_(edit @ part.value_matrix())
+            bias = getattr(getattr(part, "value", None), "bias", None)
+            if bias is not None:
+                bias.copy_(edit @ bias)
+    assert relative(logits_of(model), adapted) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_steering_vector_is_added_after_relevance_to_the_output(name):
+    """The side path reads the FFN's output without the vector: both add up."""
+    model = tiny_model(name)
+    adapter = attach(model, 4, layers=[1], relevance_to="output")
+    open_gates(adapter)
+    ((ffn, _),) = adapter.adapted_ffns
+    outputs = []
+    handle = layer_stack(model)[1][1].register_forward_hook(lambda *args: outputs.append(layer_output(args[2])))
+    logits_of(model)
+    vector = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    added = add_to_output(ffn.output_module, vector)
+    logits_of(model)
+    added.remove()
+    handle.remove()
+    assert relative(outputs[1] - outputs[0], vector.expand_as(outputs[0])) < 1e-5
 
 
 def test_the_comparison_can_fail(device):

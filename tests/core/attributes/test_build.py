@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -21,6 +23,7 @@ from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.attributes.vector import STEERING_SHARE, save_attributes, with_steered_layers
 from braces_cli.core.attributes.words import built_in, stems
 from braces_cli.core.errors import ConfigError, DataError
+from braces_cli.core.models.ffn import FFN, watch_output
 from braces_cli.core.options import LoadOptions
 from tests.conftest import open_gates
 
@@ -51,7 +54,7 @@ def test_a_built_in_list_with_an_opposite_is_one_end_of_an_axis(braces, session,
     one, other = (find_attribute(session, name, None) for name in ("positive", "negative"))
     assert torch.allclose(one.state, -other.state, atol=1e-6)
     ends = [build_attribute(session, name, built_in()[name]).hidden for name in ("positive", "negative")]
-    assert torch.allclose(one.state, (ends[0] - ends[1]) / 2, atol=1e-6)
+    assert torch.allclose(one.hidden - one.reference, (ends[0] - ends[1]) / 2, atol=1e-6)
     args = ["attr-build", "--model", model_dir, "--device", "cpu", "--attribute", "positive", "--output-dir", tmp_path]
     assert braces(*args).code == 0
     assert torch.equal(find_attribute(session, "positive", tmp_path).state, one.state)
@@ -62,9 +65,12 @@ def test_a_built_in_list_with_an_opposite_is_one_end_of_an_axis(braces, session,
 def test_p_is_the_difference_of_means_and_the_direction_the_gradient(session, tmp_path):
     """An attribute that is read from its file has the same steering vector."""
     attribute = attribute_from_pairs(session, "good", PAIRS)
-    states = pair_states(session, PAIRS)
-    assert torch.allclose(attribute.state, reduce_pairs(states), atol=1e-6)
-    assert torch.allclose(attribute.reference, states.middle, atol=1e-6)
+    for end, watch in enumerate((FFN.watch, watch_output)):
+        states = pair_states(session, PAIRS, [partial(watch, ffn) for ffn in session.ffns])
+        relevance = ("input", "output")[end]
+        assert torch.allclose(attribute.state_at(relevance), reduce_pairs(states), atol=1e-6)
+        assert torch.allclose(attribute.reference[end], states.middle, atol=1e-6)
+    assert torch.equal(attribute.state, attribute.state_at("input"))
     assert attribute.provenance["reduction"] == "gradient"
     assert attribute.direction is not None
     assert [each.share for each in layer_steering(session, [(attribute, 1.0)])] == pytest.approx([STEERING_SHARE])

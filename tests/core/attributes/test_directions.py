@@ -25,6 +25,7 @@ from braces_cli.core.attributes.directions import (
     text_items,
     word_items,
 )
+from braces_cli.core.attributes.pooling import output_watches
 from braces_cli.core.attributes.words import REDUCTIONS
 from braces_cli.core.models.ffn import layer_stack
 from braces_cli.core.models.load import Base
@@ -57,7 +58,8 @@ def by_hand(session, passage, captured):
 @pytest.mark.parametrize("captured", ["input", "output"])
 def test_the_text_is_pooled_over_and_the_prompt_is_only_read(session, captured):
     """Each pair against one passage at a time, at the FFN inputs and at the outputs of the layers."""
-    states = pair_states(session, PAIRS, captured=captured)
+    outputs = output_watches(session.base.model, session.ffns)
+    states = pair_states(session, PAIRS, [ffn.watch for ffn in session.ffns] if captured == "input" else outputs)
     for index, pair in enumerate(PAIRS):
         assert torch.allclose(states.positive[:, index], by_hand(session, pair.positive, captured), atol=1e-5)
         assert torch.allclose(states.negative[:, index], by_hand(session, pair.negative, captured), atol=1e-5)

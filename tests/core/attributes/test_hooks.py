@@ -32,9 +32,10 @@ def test_attributes_add_up(session):
         with steered(session, terms) as sizes, torch.no_grad():
             return session.base.model(TOKENS).logits, sizes
 
-    for attached in (False, True):
-        if attached:
-            session.adapter = attach(session.base.model, 4)
+    for relevance in (None, "input", "output"):
+        session.remove_adapter()
+        if relevance is not None:
+            session.adapter = attach(session.base.model, 4, relevance_to=relevance)
             open_gates(session.adapter)
         with torch.no_grad():
             bare = session.base.model(TOKENS).logits
@@ -81,15 +82,17 @@ def test_strength_one_moves_the_stream_by_ten_percent_with_a_factor_or_norm_afte
     assert moved == pytest.approx(0.02, rel=0.1 if name == "granite" else 0.5)
 
 
-def test_steering_through_an_adapter_is_the_papers_formula(session):
-    """r_i + s r_c at every layer, against the reference."""
-    session.adapter = attach(session.base.model, 4)
+@pytest.mark.parametrize("relevance", ["input", "output"])
+def test_steering_through_an_adapter_is_the_formula(session, relevance):
+    """r_i + s r_c at every layer, against the reference; h_c is pooled where the adapter reads."""
+    session.adapter = attach(session.base.model, 4, relevance_to=relevance)
     open_gates(session.adapter)
     good = build_attribute(session, "good", ["good", "happy"])
+    state = (good.hidden - good.reference)[("input", "output").index(relevance)]
     with torch.no_grad():
         with steered(session, [(good, 3.0)]):
             fast = session.base.model(TOKENS).logits
-        with reference(session.adapter, {layer: [(good.state[i], 3.0)] for i, layer in enumerate(good.layers)}):
+        with reference(session.adapter, {layer: [(state[i], 3.0)] for i, layer in enumerate(good.layers)}):
             slow = session.base.model(TOKENS).logits
     assert float((fast - slow).abs().max() / slow.abs().max()) < 1e-5
 
@@ -164,7 +167,7 @@ def test_logits_of_a_row_do_not_depend_on_its_batch(name, trained):
     generator = torch.Generator().manual_seed(1)
     norms = torch.tensor([50.0, 20.0])
     known = {
-        each: Attribute(each, [], *torch.randn(2, 2, 32, generator=generator), norms, [0, 1], {}) for each in "abc"
+        each: Attribute(each, [], *torch.randn(2, 2, 2, 32, generator=generator), norms, [0, 1], {}) for each in "abc"
     }
     rows = [{"a": 2.0}, {}, {"b": -3.0, "c": 1.0}, {"a": 0.0}]
     tokens = torch.tensor([[0, 5, 6, 7, 8], [0, 9, 6, 5, 5], [0, 7, 7, 8, 9], [0, 5, 6, 7, 8]])
@@ -196,11 +199,11 @@ def test_rows_with_steering_vectors_and_rows_through_the_adapter_share_a_batch(n
     generator = torch.Generator().manual_seed(1)
 
     def drawn():
-        return torch.randn(len(layers), width, generator=generator)
+        return torch.randn(2, len(layers), width, generator=generator)
 
     norms = torch.full((len(layers),), 3.0 * len(layers) * width**0.5)
     known = {each: Attribute(each, [], drawn(), drawn(), norms, layers, {}) for each in "bc"}
-    known["a"] = Attribute("a", [], drawn(), drawn(), norms, layers, {}, steered_layers=layers, direction=drawn())
+    known["a"] = Attribute("a", [], drawn(), drawn(), norms, layers, {}, steered_layers=layers, direction=drawn()[0])
     rows = [{"a": 1.0}, {"b": 2.0, "c": -1.0}, {}, {"a": -1.0, "b": 0.5}]
     tokens = torch.randint(3, 90, (4, 7), generator=generator)
 

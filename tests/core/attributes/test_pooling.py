@@ -13,18 +13,22 @@ from braces_cli.core.models.ffn import find_ffns
 from braces_cli.core.models.load import Base
 from tests.conftest import tiny_model, tiny_tokenizer
 
-BY_HAND = {"mean": lambda h: h.mean(0), "last": lambda h: h[-1], "max": lambda h: h.max(0).values}
+BY_HAND = {"mean": lambda h: h.mean(1), "last": lambda h: h[:, -1], "max": lambda h: h.max(1).values}
 TEXTS = ["the film is good", "a day", "the end is sad", "happy town, old town and a good end", "a day"]
 
 
-def inputs(model, ffn, ids):
-    """Input of an FFN for one sequence, (tokens, d)."""
+def both_ends(model, ffn, ids):
+    """Input and output of an FFN for one sequence, (2, tokens, d)."""
     seen = []
-    handle = ffn.watch(lambda h: seen.append(h.reshape(len(ids), -1)))
+    handles = [
+        ffn.keys[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].reshape(len(ids), -1))),
+        ffn.value.register_forward_hook(lambda module, args, output: seen.append(output.reshape(len(ids), -1))),
+    ]
     with torch.no_grad():
         model(torch.tensor([ids]))
-    handle.remove()
-    return seen[0]
+    for handle in handles:
+        handle.remove()
+    return torch.stack(seen)
 
 
 # OPT flattens its tokens before the FFN.
@@ -34,10 +38,10 @@ def test_texts_are_pooled_over_their_tokens_then_over_texts(name, pooling):
     """The start token is not pooled."""
     model, tokenizer = tiny_model(name), tiny_tokenizer()
     ffns = find_ffns(model)
-    each = [BY_HAND[pooling](inputs(model, ffns[1], tokenizer(text)["input_ids"])[1:]) for text in TEXTS]
+    each = [BY_HAND[pooling](both_ends(model, ffns[1], tokenizer(text)["input_ids"])[:, 1:]) for text in TEXTS]
     assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     session = Session(Base(model, tokenizer, name))
-    found = pool_texts(session, TEXTS, pooling=pooling)[1]
+    found = pool_texts(session, TEXTS, pooling=pooling)[:, 1]
     assert torch.allclose(found, torch.stack(each).mean(0), atol=1e-5)
 
 
@@ -47,8 +51,8 @@ def test_words_are_pooled_over_all_their_tokens(session, pooling):
     model, tokenizer = session.base.model, session.base.tokenizer
     words = ["good", "town", "extraordinary"]
     ids = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in words]
-    each = [BY_HAND[pooling](inputs(model, session.ffns[0], row)) for row in ids]
-    found = pool_words(session, words, pooling=pooling)[0]
+    each = [BY_HAND[pooling](both_ends(model, session.ffns[0], row)) for row in ids]
+    found = pool_words(session, words, pooling=pooling)[:, 0]
     assert torch.allclose(found, torch.stack(each).mean(0), atol=1e-5)
 
 

@@ -259,13 +259,13 @@ def test_a_mixture_without_an_adapter_is_steered_independently_of_its_router(nam
     session = Session(Base(model, None, name))
     layers = list(range(len(session.ffns)))
     generator = torch.Generator().manual_seed(1)
-    hidden, reference = torch.randn(2, len(layers), 32, generator=generator)
+    hidden, reference = torch.randn(2, 2, len(layers), 32, generator=generator)
     residual = torch.linspace(50.0, 20.0, len(layers))
     attribute = Attribute("x", [], hidden, reference, residual, layers, {})
     bare = logits_of(model)
     with steered(session, [(attribute, 2.0)], layers) as sizes:
         fast = logits_of(model)
-    vectors = 2.0 * attribute.scale[:, None] * (hidden - reference)
+    vectors = 2.0 * attribute.scale[:, None] * (hidden - reference)[0]
     handles = [add_to_output(layer, vectors[index]) for index, layer in enumerate(model.model.layers)]
     slow = logits_of(model)
     for handle in handles:
