@@ -159,8 +159,8 @@ def load(name: Name | None = None, *, adapter: Name | None = None, **options: An
     """Open a model.
 
     Args:
-        name: folder of an adapter, or folder or hub id of a base model. None: the adapter's base, else the embedded
-            model.
+        name: folder of an adapter, or folder, hub id or GGUF file of a base model. None: the adapter's base, else the
+            embedded model.
         adapter: folder or hub id of an adapter.
         options: `device`, `dtype`, `quantize` and others, see `core.options.LoadOptions`.
 

@@ -13,6 +13,7 @@ from braces_cli.cli.output import print_json, print_pairs, progress
 from braces_cli.core.attributes.options import AttributeSettings
 from braces_cli.core.config import OUTPUT, Settings, option
 from braces_cli.core.errors import ConfigError, ModelError
+from braces_cli.core.models.hub import is_gguf
 from braces_cli.core.options import (
     AdapterSettings,
     FolderSettings,
@@ -39,6 +40,7 @@ _CASES = {
     "a": "more neurons in the gated FFN",
     "b": "a Llama with more neurons in its FFN",
     "c": "pairs of neurons in the FFN without gate",
+    "plain": "the weights of the GGUF file",
 }
 
 
@@ -70,25 +72,37 @@ class MergeSettings(WidthSettings, UploadSettings, SteeringSettings, FolderSetti
 
     verify: Path | None = option(None, panel=OUTPUT, flag="--check", metavar="FOLDER")
 
+    @property
+    def plain(self) -> bool:
+        """Return whether a GGUF file is written as it is."""
+        return self.adapter is None and is_gguf(self.model or "") and not self.attribute
+
     def check(self) -> None:
         """Also refuse neither or both of writing and verifying."""
         super().check()
         if self.verify is not None and (self.output_dir is not None or self.push_to_hub is not None):
             hint = "Leave out --output-dir and --push-to-hub, or --check."
             raise ConfigError("a verification writes nothing", where="--check", hint=hint)
-        if self.verify is None and (self.adapter is None or (self.output_dir is None and not self.dry_run)):
-            hint = "Give both, or a merged checkpoint with --check."
+        missing = self.adapter is None and not self.plain
+        if self.verify is None and (missing or (self.output_dir is None and not self.dry_run)):
+            hint = "Give both, or a merged checkpoint with --check. Without an adapter, --model takes a GGUF file."
             raise ConfigError("missing option", where="--adapter, --output-dir", hint=hint)
 
 
 @command
 def merge(settings: MergeSettings) -> None:
-    """Write base and adapter into one plain checkpoint that transformers, vLLM or llama.cpp load without braces."""
-    from braces_cli.export.checkpoint import check, describe_merge, export_merge
+    """Write base and adapter into one plain checkpoint that transformers, vLLM or llama.cpp load without braces.
+
+    With a GGUF file as --model, and without an adapter, this writes the checkpoint of the file.
+    """
+    from braces_cli.export.checkpoint import check, describe_merge, describe_plain, export_merge, export_plain
 
     request, pad = _request(settings, settings.output_dir), settings.pad_to_multiple_of
     if settings.verify is not None:
         _print_result(settings, check(request, settings.verify), "the merge is verified")
+        return
+    if settings.plain:
+        _export(settings, partial(describe_plain, request), partial(export_plain, request), "written", settings.push_to_hub)
         return
     write = partial(export_merge, request, pad)
     _export(settings, partial(describe_merge, request, pad), write, "merged", settings.push_to_hub)

@@ -23,7 +23,7 @@ from braces_cli.core.adapter.model import Adapter
 from braces_cli.core.attributes.hooks import layer_steering
 from braces_cli.core.errors import BracesError, ModelError
 from braces_cli.core.files import file_hint, user_path, write_json
-from braces_cli.core.models.ffn import FFN, MixtureFFN, find_ffns
+from braces_cli.core.models.ffn import FFN, MixtureFFN, find_ffns, parameter_total
 from braces_cli.core.progress import Report, silent
 from braces_cli.core.schema import WRITTEN, Count, Kind, Name, read
 from braces_cli.export.plan import Plan, ffn_form, plan
@@ -45,7 +45,7 @@ class MergeRecord:
     """Entries of `braces_merge.json` that `braces merge --check` reads."""
 
     model: Name
-    adapter: Name
+    adapter: Name | None
     attributes: dict[Annotated[str, Meta(pattern=r"^\w[\w.-]*\Z")], float]
     architecture: str
     neurons_added: Count
@@ -83,6 +83,30 @@ def export_merge(request: Request, pad_to_multiple_of: int = 64, report: Report 
         return facts, {"adapter": adapter, "attributes_dir": attributes_dir and str(attributes_dir.resolve())}
 
     return run("merge", request, write, verify_export, report)
+
+
+def export_plain(request: Request, report: Report = silent) -> dict[str, Any]:
+    """Write the weights of a GGUF file as a plain checkpoint; see `export.run.run`."""
+
+    def write(opened: Opened, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        base = opened.session.base
+        copy_companions(base, folder)
+        base.model.save_pretrained(folder)
+        add_older_rope(folder)
+        return plain_facts(base.model), {}
+
+    return run("merge", request, write, verify_export, report)
+
+
+def plain_facts(model: Any) -> dict[str, Any]:
+    """What is printed of a checkpoint without an adapter."""
+    return {"architecture": type(model).__name__, "case": "plain", "neurons_added": 0}
+
+
+def describe_plain(request: Request) -> dict[str, Any]:
+    """Facts of a checkpoint without an adapter that are known without the weights, for `--dry-run`."""
+    shape = base_shape(request)
+    return plain_facts(shape) | {"trainable_parameters": 0, "total_parameters": parameter_total(shape)}
 
 
 def plan_merge(
@@ -128,7 +152,7 @@ def check(request: Request, folder: Path) -> dict[str, Any]:
         options = replace(options, dtype=record.dtype)
     request = Request(
         model=request.model or record.model,
-        adapter=request.adapter or find_adapter(record.adapter),
+        adapter=request.adapter or (find_adapter(record.adapter) if record.adapter else None),
         options=replace(options, revision=options.revision or record.revision),
         attributes=request.attributes or record.attributes,
         attributes_dir=request.attributes_dir or directory,
@@ -242,17 +266,21 @@ def save_checkpoint(
         hint = file_hint(error) if isinstance(error, OSError) else "Check the path and the disk."
         hint = f"{hint} Nothing is left behind."
         raise BracesError(f"cannot write: {error}", where=str(folder), hint=hint) from error
+    add_older_rope(folder)
+    if split.is_sharded:
+        index_file = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index_file)
+
+
+def add_older_rope(folder: Path) -> None:
+    """Add to a written config the keys of older programs, which ignore `rope_parameters` without an error."""
     stored = read(WRITTEN, folder / "config.json")
     rope = stored.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:
-        # Older programs ignore `rope_parameters` without an error.
         stored["rope_theta"] = rope["rope_theta"]
         if rope.get("rope_type") != "default":
             stored["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
         write_json(folder / "config.json", dict(sorted(stored.items())))
-    if split.is_sharded:
-        index_file = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(folder / "model.safetensors.index.json", index_file)
 
 
 def _widened(

@@ -19,7 +19,7 @@ from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.files import check_output_file, output_lock
 from braces_cli.core.models.ffn import MixtureFFN
 from braces_cli.core.models.residual import residual_factors
-from braces_cli.export.lora import check_package, write_gguf_tensors
+from braces_cli.export.lora import write_gguf_tensors
 from braces_cli.export.run import Request, open_request, probe_tokens
 
 _ARCHITECTURE = "controlvector"
@@ -29,11 +29,10 @@ def write_control_vector(request: Request) -> dict[str, Any]:
     """Write the request's attributes at their strengths; returns what the command prints.
 
     Raises:
-        ConfigError: the file exists, the package gguf is not installed, or see `export_control_vector`.
+        ConfigError: the file exists, or see `export_control_vector`.
         ModelError: base and adapter do not fit, or see `export_control_vector`.
     """
     with output_lock(request.output):
-        check_package("gguf", "braces export control-vector")
         check_output_file(request.output, request.overwrite)
         opened = open_request(request, in_memory=False)
         found = export_control_vector(opened.session, opened.terms, opened.layers, request.output)

@@ -72,7 +72,9 @@ def plan_lora(request: Request, slots_dir: Path, combine: bool = False, first_sl
         ModelError: no base with slots, or it has no slot for an attribute.
     """
     slots = read_slots(slots_dir)
-    check_package("peft", "braces export lora")
+    if find_spec("peft") is None:
+        hint = "Install it with: pip install peft"
+        raise ConfigError("the export needs the package peft", where="braces export lora", hint=hint)
     adapter, attributes, options = request.adapter, request.attributes, request.options
     if adapter is None and not attributes:
         hint = "Give the adapter, the attribute, or both."
@@ -135,7 +137,6 @@ def export_lora(lora: Lora, gguf: Path | None = None, report: Report = silent) -
     # The lock of the folder is also that of a file in it.
     with output_lock(None if inside else gguf):
         if gguf is not None:
-            check_package("gguf", "--gguf")
             if slots.architecture not in _ARCHITECTURES:
                 hint = "Leave --gguf out and use llama.cpp's convert_lora_to_gguf.py on the folder."
                 what = f"{slots.architecture} is not among {', '.join(_ARCHITECTURES)}"
@@ -213,13 +214,6 @@ def write_folder(folder: Path, pairs: Pairs, slots: Slots, base: Path) -> dict[s
     write_json(folder / "adapter_config.json", config)
     count = sum(tensor.numel() for tensor in tensors.values())
     return {"rank": rank, "parameters": count, "bytes": count * dtype.itemsize}
-
-
-def check_package(name: str, where: str) -> None:
-    """Raise ConfigError if an optional package that an export needs is not installed."""
-    if find_spec(name) is None:
-        hint = f"Install it with: pip install {name}"
-        raise ConfigError(f"the export needs the package {name}", where=where, hint=hint)
 
 
 def write_gguf(path: Path, folder: Path, slots: Slots, rank: int) -> None:

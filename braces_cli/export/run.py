@@ -34,7 +34,7 @@ from braces_cli.core.files import (
     write_text,
 )
 from braces_cli.core.models.ffn import chosen_layers
-from braces_cli.core.models.hub import is_linked, known_license
+from braces_cli.core.models.hub import is_gguf, is_linked, known_license
 from braces_cli.core.models.load import Base, load_shape
 from braces_cli.core.models.tokenize import encode
 from braces_cli.core.options import LoadOptions
@@ -265,6 +265,10 @@ def copy_companions(base: Base, folder: Path) -> None:
         BracesError: cannot be written.
     """
     assert base.checkpoint is not None
+    if is_gguf(base.name):
+        base.tokenizer.save_pretrained(folder)
+        base.model.generation_config.save_pretrained(folder)
+        return
     root = Path(os.path.realpath(base.checkpoint))
     # In the hub's cache, the folders of revisions hold links to files next to them.
     root = next((parent for parent in root.parents if parent.name.startswith("models--")), root)

@@ -20,7 +20,7 @@ from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.models.ffn import FFN, Experts, MixtureFFN, choose_ffns, expert_outputs, find_ffns, routing
 from braces_cli.core.models.hub import EMBEDDED, note_default
 from braces_cli.core.models.identity import differences
-from braces_cli.core.models.load import Base, checkpoint_folder, load_base, load_shape
+from braces_cli.core.models.load import Base, checkpoint_path, load_base, load_shape
 from braces_cli.core.models.structure import hooks_changed
 from braces_cli.core.options import LoadOptions
 
@@ -391,7 +391,7 @@ def open_shape(
     if stored is not None and model is None:
         revision = revision or stored.config.revision
     shape = load_shape(name, revision=revision, trust_remote_code=trust_remote_code)
-    base = Base(shape, None, name, revision, checkpoint_folder(name, revision))
+    base = Base(shape, None, name, revision, checkpoint_path(name, revision))
     if stored is not None:
         check_base(stored, base)
     return base, stored

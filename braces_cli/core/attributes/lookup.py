@@ -116,7 +116,7 @@ def _cache_file(session: Session, name: str, reduction: str) -> Path | None:
     try:
         files = [
             (file.name, found.st_size, found.st_mtime_ns)
-            for file in sorted(checkpoint.iterdir())
+            for file in sorted(checkpoint.iterdir() if checkpoint.is_dir() else [checkpoint])
             if not file.name.startswith(".") and file.is_file() and (found := file.stat())
         ]
     except OSError:

@@ -1,4 +1,6 @@
-"""Names of models (folder, hub id, `embedded`), and the Hugging Face hub: its errors, uploads, headers of model cards.
+"""Names of models, and the Hugging Face hub: its errors, uploads, headers of model cards.
+
+A name is a folder, a hub id, a GGUF file (`FILE.gguf`, on the hub `owner/name:FILE.gguf`) or `embedded`.
 
 `embedded` is the model that comes with braces, the default of every command. Files store `embedded@VERSION`, because an
 adapter belongs to one version of it, and its folder differs between machines.
@@ -29,10 +31,13 @@ ADAPTER_FILES = (
     "adapter_config.json", "adapter_model.safetensors", "attributes.safetensors", "README.md", "loss.png",
     "metrics.jsonl",
 )  # fmt: skip
+# Hint for a GGUF file that cannot be read.
+ORIGINAL = "Give the checkpoint that the file was made from."
 # Hint of a load that failed for another reason than those in `_explain`, by what was loaded.
 _HINTS = {
     "model": "Give a causal language model.",
     "tokenizer": "Give a causal language model.",
+    "GGUF file": ORIGINAL,
     "classifier": "Give the folder or hub id of a sequence classifier.",
     "data set": "Give a file, or a hub set as id, id:split or id:subset:split.",
 }
@@ -77,6 +82,11 @@ def note_default() -> None:
 def is_hub_id(name: str) -> bool:
     """Return whether `name` has the form `owner/name`."""
     return not name.startswith((".", "/", "~")) and name.count("/") == 1 and not name.endswith("/")
+
+
+def is_gguf(name: str) -> bool:
+    """Return whether `name` is that of a GGUF file."""
+    return name.lower().endswith(".gguf")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Load a base model and its tokenizer from a folder or the hub, quantised on request.
+"""Load a base model and its tokenizer from a folder, a GGUF file or the hub, quantised on request.
 
     int8       torchao, 8 bits per weight and a scale per row; any device
     bnb-8bit   bitsandbytes LLM.int8()
@@ -23,7 +23,8 @@ from braces_cli.core.distributed import world_size
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.files import path_exists, user_path, value_hash
 from braces_cli.core.models.ffn import FFN, MixtureFFN, find_ffns
-from braces_cli.core.models.hub import embedded_folder, embedded_name, hub_errors, resolve
+from braces_cli.core.models.gguf import GGUFFile, read_gguf
+from braces_cli.core.models.hub import embedded_folder, embedded_name, hub_errors, is_gguf, is_hub_id, resolve
 from braces_cli.core.models.identity import Fingerprint, fingerprint
 from braces_cli.core.models.weights import check_finite, compute_device, is_packed
 from braces_cli.core.options import LoadOptions
@@ -39,9 +40,9 @@ class Base:
 
     Attributes:
         model: a causal LM in eval mode; on the meta device if only its shape is needed.
-        name: hub id, absolute folder, or `embedded@VERSION` for the embedded model.
+        name: hub id, absolute folder, GGUF file, or `embedded@VERSION` for the embedded model.
         revision: commit of a hub model, else None.
-        checkpoint: folder with its weight files, None if there is none.
+        checkpoint: folder with its weight files, or GGUF file; None if there is none.
     """
 
     model: Any
@@ -99,7 +100,9 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
     """Load the tokenizer of a base, with a padding token."""
     from transformers import AutoTokenizer
 
-    where = _folder_or_id(name)
+    where = _full_name(name)
+    if is_gguf(where):
+        return with_padding(_read_gguf(where, revision).tokenizer())
     with hub_errors(where, "tokenizer", any_error=True):
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
         return with_padding(tokenizer)
@@ -117,7 +120,7 @@ def load_base(name: str, options: LoadOptions | None = None, tokenizer: Any = No
     """Load a causal LM with its tokenizer, in eval mode.
 
     Args:
-        name: folder or hub id.
+        name: folder, hub id or GGUF file.
         options: `device` is ignored if `device_map` is set.
         tokenizer: tokenizer of the base, if loaded already.
 
@@ -128,7 +131,7 @@ def load_base(name: str, options: LoadOptions | None = None, tokenizer: Any = No
     """
     from transformers import AutoModelForCausalLM
 
-    where = _folder_or_id(name)
+    where = _full_name(name)
     options = options or LoadOptions()
     device, device_map = pick_device(options.device), options.device_map
     if device_map is not None and device_map not in _DEVICE_MAPS:
@@ -139,22 +142,28 @@ def load_base(name: str, options: LoadOptions | None = None, tokenizer: Any = No
             raise ConfigError(f"`{device_map}` is not a device", where="--device-map", hint=hint) from error
     packing: dict[str, Any] = {}
     if options.quantize is not None:
+        if is_gguf(where):
+            hint = "Leave --quantize out; the weights are unpacked."
+            raise ConfigError("a GGUF file cannot be quantised again", where="--quantize", hint=hint)
         check_quantize(options.quantize, device if device_map is None else None)
         packing["quantization_config"] = _quantization_config(where, options)
         # Weights are packed on their final device, so that the unpacked base does not have to fit.
         device_map = device_map or str(device)
     if tokenizer is None:
         tokenizer = load_tokenizer(name, revision=options.revision, trust_remote_code=options.trust_remote_code)
+    packing |= {"device_map": device_map, "output_loading_info": True}
     with hub_errors(where, "model", any_error=True):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            where,
-            revision=options.revision,
-            dtype=DTYPES.get(options.dtype, "auto"),
-            device_map=device_map,
-            trust_remote_code=options.trust_remote_code,
-            output_loading_info=True,
-            **packing,
-        )
+        if is_gguf(where):
+            file = _read_gguf(where, options.revision)
+            loaded = file.load(dtype=DTYPES.get(options.dtype, file.dtype), **packing)
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(
+                where,
+                revision=options.revision,
+                dtype=DTYPES.get(options.dtype, "auto"),
+                trust_remote_code=options.trust_remote_code,
+                **packing,
+            )
     model, info = loaded
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
         if keys := sorted(map(str, info.get(kind) or ())):
@@ -174,9 +183,9 @@ def load_base(name: str, options: LoadOptions | None = None, tokenizer: Any = No
     model.eval()
     check_finite(dict(model.named_parameters()), where)
     _check_token_ids(model, tokenizer, where)
-    folder = checkpoint_folder(where, options.revision)
+    checkpoint = checkpoint_path(where, options.revision)
     stored_name = embedded_name() if Path(where) == embedded_folder().resolve() else where
-    return Base(model, tokenizer, stored_name, commit_of(where, options.revision, folder), folder)
+    return Base(model, tokenizer, stored_name, commit_of(where, options.revision, checkpoint), checkpoint)
 
 
 def check_quantize(name: str, device: torch.device | None) -> None:
@@ -251,9 +260,12 @@ def load_shape(name: str, *, revision: str | None = None, trust_remote_code: boo
     """Build the model on the meta device: modules and sizes without weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    where = _folder_or_id(name)
+    where = _full_name(name)
     with hub_errors(where, "model", any_error=True):
-        config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
+        if is_gguf(where):
+            config = _read_gguf(where, revision).config()
+        else:
+            config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
@@ -267,8 +279,8 @@ def tokenizer_hashes(tokenizer: Any) -> dict[str, str | None]:
     }
 
 
-def _folder_or_id(name: str) -> str:
-    """Return an absolute folder, or a hub id unchanged."""
+def _full_name(name: str) -> str:
+    """Return an absolute folder or GGUF file, or a name on the hub unchanged."""
     name = resolve(name)
     path = user_path(name)
     if os.path.isdir(path):  # Path.is_dir raises if the name is too long
@@ -277,27 +289,49 @@ def _folder_or_id(name: str) -> str:
         if (path / "adapter_config.json").is_file():
             raise ModelError("this is an adapter, not a model", where=name, hint=f"Give it as --adapter {name}.")
         message = "no model here: the folder has no config.json"
-        raise ModelError(message, where=name, hint="Give a model's folder or id.")
+        raise ModelError(message, where=name, hint="Give a model's folder or id, or a GGUF file.")
+    if is_gguf(name):
+        if os.path.isfile(path):
+            return os.path.abspath(path)  # a link stays: its target may have another name
+        if is_hub_id(name.partition(":")[0]) and ":" in name:
+            return name
+        raise ModelError("no such file", where=name, hint="Give a GGUF file, or owner/name:FILE.gguf on the hub.")
     if path_exists(path):
-        message = "this is a file, and a model is a folder" if os.path.isfile(path) else "this folder cannot be read"
+        is_file = os.path.isfile(path)
+        message = "this is a file, and neither a folder nor GGUF" if is_file else "this folder cannot be read"
         raise ModelError(message, where=name, hint="Give the folder that holds the model.")
     if not name or name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
         raise ModelError("no such model folder", where=name or "--model", hint="Give a folder or a hub id.")
     return name
 
 
-def commit_of(where: str, revision: str | None, folder: Path | None) -> str | None:
-    """Commit of a hub model, which is the name of its folder in the cache; `revision` for other models."""
-    on_hub = folder is not None and folder != Path(resolve(where))
-    return folder.name if on_hub and folder is not None else revision
+def _read_gguf(where: str, revision: str | None) -> GGUFFile:
+    """Read the GGUF file `where`, downloaded if it is on the hub, apart from its weights."""
+    from huggingface_hub import hf_hub_download
+
+    path, (repository, _, file) = where, where.partition(":")
+    if not os.path.isfile(where):
+        with hub_errors(where, "model"):
+            path = hf_hub_download(repository, file, revision=revision)
+    return read_gguf(Path(path), os.stat(path).st_mtime_ns)
 
 
-def checkpoint_folder(where: str, revision: str | None) -> Path | None:
-    """Folder with the weight files of a model loaded from `where`; None if there is none."""
+def commit_of(where: str, revision: str | None, checkpoint: Path | None) -> str | None:
+    """Commit of a hub model, which the path of its checkpoint in the cache has; `revision` for other models."""
+    if checkpoint is None or checkpoint == Path(resolve(where)):
+        return revision
+    return checkpoint.as_posix().rpartition("/snapshots/")[2].partition("/")[0]
+
+
+def checkpoint_path(where: str, revision: str | None) -> Path | None:
+    """Folder with the weight files of a model loaded from `where`, or its GGUF file; None if there is none."""
     where = resolve(where)
-    if Path(where).is_dir():
+    if Path(where).is_dir() or (is_gguf(where) and os.path.isfile(where)):
         return Path(where)
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(where, "config.json", revision=revision)
-    return Path(found).parent if isinstance(found, str) else None
+    repository, _, file = where.partition(":")
+    found = try_to_load_from_cache(repository, file or "config.json", revision=revision)
+    if not isinstance(found, str):
+        return None
+    return Path(found) if file else Path(found).parent

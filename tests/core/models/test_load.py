@@ -17,7 +17,7 @@ from braces_cli.core.models.ffn import find_ffns
 from braces_cli.core.models.generate import TextRequest, generate
 from braces_cli.core.models.load import (
     check_quantize,
-    checkpoint_folder,
+    checkpoint_path,
     commit_of,
     input_device,
     load_base,
@@ -36,10 +36,10 @@ def test_a_hub_model_is_identified_by_its_commit(
     monkeypatch: pytest.MonkeyPatch, model_dir: Path, tmp_path: Path
 ) -> None:
     """A branch can change after training. A folder has no commit."""
-    assert commit_of(str(model_dir), None, checkpoint_folder(str(model_dir), None)) is None
+    assert commit_of(str(model_dir), None, checkpoint_path(str(model_dir), None)) is None
     cached = tmp_path / "models--owner--name" / "snapshots" / "0123abc" / "config.json"
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args, **kwargs: str(cached))
-    folder = checkpoint_folder("owner/name", "main")
+    folder = checkpoint_path("owner/name", "main")
     assert commit_of("owner/name", "main", folder) == "0123abc"
 
 
