@@ -101,11 +101,10 @@ def merge(settings: MergeSettings) -> None:
     if settings.verify is not None:
         _print_result(settings, check(request, settings.verify), "the merge is verified")
         return
+    describe, write = partial(describe_merge, request, pad), partial(export_merge, request, pad)
     if settings.plain:
-        _export(settings, partial(describe_plain, request), partial(export_plain, request), "written", settings.push_to_hub)
-        return
-    write = partial(export_merge, request, pad)
-    _export(settings, partial(describe_merge, request, pad), write, "merged", settings.push_to_hub)
+        describe, write = partial(describe_plain, request), partial(export_plain, request)
+    _export(settings, describe, write, "merged", settings.push_to_hub)
 
 
 @dataclass(frozen=True, kw_only=True)

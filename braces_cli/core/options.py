@@ -30,8 +30,8 @@ class LoadOptions(Settings):
     Attributes:
         revision: Branch, tag or commit of a hub model.
         device: Device: auto, cpu, cuda (or cuda:1) or mps.
-        dtype: Data type of the base; auto uses the checkpoint's, and bfloat16 for a quantised GGUF file. fp32, bf16 and fp16
-            are also accepted.
+        dtype: Data type of the base; auto uses the checkpoint's, and bfloat16 for a quantised GGUF file. fp32, bf16 and
+            fp16 are also accepted.
         device_map: Device map of accelerate; auto distributes the base over several devices.
         quantize: Quantise the base while loading: int8 with torchao, bnb-* with bitsandbytes.
         trust_remote_code: Allow model code from the hub.
@@ -50,8 +50,8 @@ class ModelSettings(LoadOptions):
     """The base model of a command.
 
     Attributes:
-        model: Base model: folder, hub id or GGUF file (on the hub owner/name:FILE.gguf). Default: the adapter's base, else
-            the embedded model.
+        model: Base model: folder, hub id or GGUF file (on the hub owner/name:FILE.gguf). Default: the adapter's base,
+            else the embedded model.
     """
 
     model: str | None = option(None, metavar="MODEL", panel=MODEL)

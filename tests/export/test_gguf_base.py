@@ -35,7 +35,8 @@ def test_a_file_becomes_a_checkpoint(braces: Any, file: Path, tmp_path: Path, in
     model = AutoModelForCausalLM.from_pretrained(out)
     assert torch.equal(logits(model), logits(tiny_llama()))
     assert model.generation_config.eos_token_id == [1, 5]
-    assert AutoTokenizer.from_pretrained(out).apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "a|"
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "a|"
     config = (out / "config.json").read_text()
     assert '"rope_theta"' in config
     assert str(tmp_path) not in config
