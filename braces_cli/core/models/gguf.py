@@ -7,7 +7,7 @@ folder that transformers gets is empty, so that no file next to the GGUF file ta
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,9 @@ class GGUFFile:
     dtype: torch.dtype
     factors: dict[str, torch.Tensor]
 
+    @cached_property
     def config(self) -> Any:
-        """Config of the model, with everything that transformers leaves out."""
+        """Config of the model, with everything that transformers leaves out; reading it takes seconds."""
         from transformers import AutoConfig
 
         with scratch_folder() as empty, hub_errors(str(self.path), "GGUF file", any_error=True):
@@ -80,10 +81,10 @@ class GGUFFile:
     def tokenizer(self) -> Any:
         """Tokenizer with its chat template."""
         from tokenizers import pre_tokenizers
-        from transformers import AutoTokenizer
+        from transformers import PreTrainedTokenizerFast
 
         with scratch_folder() as empty, hub_errors(str(self.path), "GGUF file", any_error=True):
-            tokenizer: Any = AutoTokenizer.from_pretrained(empty, gguf_file=str(self.path))
+            tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(empty, gguf_file=str(self.path))
         tokenizer.name_or_path = str(self.path)
         if self.fields.get("tokenizer.ggml.pre") in _DIGITS:
             backend = tokenizer.backend_tokenizer
@@ -97,7 +98,10 @@ class GGUFFile:
 
         unpacked = {"gguf_file": str(self.path), "quantization_config": GgufConfig(dequantize=True)}
         with scratch_folder() as empty:
-            return AutoModelForCausalLM.from_pretrained(empty, config=self.config(), **unpacked, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(empty, config=self.config, **unpacked, **options)
+        model, info = loaded
+        model.config.name_or_path = model.name_or_path = str(self.path)
+        return model, info
 
 
 @lru_cache(maxsize=1)

@@ -144,7 +144,7 @@ def _explain(where: str, error: BaseException, what: str, kind: type[BracesError
         hint = f"See {page}; for a private or gated one set HF_TOKEN. For a folder, check the path."
     elif any(isinstance(e, hub.RevisionNotFoundError) for e in chain):
         message, hint = "no such revision on the hub", f"See {page}/tree/main."
-    elif not os.path.isdir(where) and offline:
+    elif not os.path.exists(where) and offline:
         message = f"no such folder, and the hub cannot be reached for the {what}"
         hint = "Check the path or the network; offline, only folders and models in the local cache can be loaded."
     elif "trust_remote_code" in str(error):

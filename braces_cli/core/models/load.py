@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -263,7 +264,7 @@ def load_shape(name: str, *, revision: str | None = None, trust_remote_code: boo
     where = _full_name(name)
     with hub_errors(where, "model", any_error=True):
         if is_gguf(where):
-            config = _read_gguf(where, revision).config()
+            config = deepcopy(_read_gguf(where, revision).config)
         else:
             config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
         with torch.device("meta"):

@@ -23,7 +23,7 @@ from tests.core.gguf_files import tiny_llama, write_gguf
 CPU = LoadOptions(device="cpu")
 TOKENS = torch.randint(3, 90, (2, 40), generator=torch.Generator().manual_seed(0))
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }  # fmt: skip
 
