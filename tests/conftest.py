@@ -274,12 +274,14 @@ def mood_rows(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def train(braces: Any, model_dir: Path, mood_rows: Path) -> Any:
-    """Call `braces train` on `mood_rows`, or on the rows `data`; None as `base` leaves out `--model`."""
+    """Call `braces train` on `mood_rows`, or on the rows `data`; None as `base` or `rank` leaves out the option."""
 
-    def call(out: Path, *options: Any, data: Path = mood_rows, base: Path | None = model_dir) -> Outcome:
-        given = () if base is None else ("--model", base)
+    def call(
+        out: Path, *options: Any, data: Path = mood_rows, base: Path | None = model_dir, rank: int | None = 4
+    ) -> Outcome:
+        given = [*(() if base is None else ("--model", base)), *(() if rank is None else ("--rank", rank))]
         return braces(
-            "train", *given, "--data", data, "--rank", 4, "--lr", 0.01, "--device", "cpu", "--output-dir", out,
+            "train", *given, "--data", data, "--lr", 0.01, "--device", "cpu", "--output-dir", out,
             "--format", "json", *options,
         )  # fmt: skip
 

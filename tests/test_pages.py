@@ -90,6 +90,7 @@ def test_documented_command_is_accepted(shown, tmp_path, monkeypatch):
     for name, text in recipes().items():
         (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
     (tmp_path / "train.yaml").write_text("data: rows.jsonl\noutput_dir: out\n", encoding="utf-8")
+    (tmp_path / "lokr.json").write_text('{"peft_type": "LOKR"}', encoding="utf-8")
     (tmp_path / "attrs").mkdir()
     (tmp_path / "attrs" / "calm.safetensors").touch()
     accept(shown, monkeypatch)

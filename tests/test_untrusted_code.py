@@ -10,8 +10,11 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+
+from tests.conftest import tiny_model
 
 PACKAGE = Path(__file__).parents[1] / "braces_cli"
 # Functions of transformers, datasets and lm-eval with an argument `trust_remote_code`.
@@ -149,6 +152,28 @@ def test_nothing_is_unpickled(braces: Any, model_dir: Path, adapter_dir: Path, t
     assert braces("inspect", "--adapter", adapter_dir).code == 0
     assert not mark.exists()
     torch.load(model / "pytorch_model.bin", weights_only=False)
+    assert mark.exists()  # control
+
+
+def test_a_module_that_an_adapter_names_is_not_imported(
+    braces: Any, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`megatron_core` of a config of peft: in an adapter that is evaluated, and in a config of `--method peft:`."""
+    mark, adapter = tmp_path / "mark", tmp_path / "peft"
+    (tmp_path / "megatron").mkdir()
+    (tmp_path / "megatron" / "evil.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    wrapped = peft.get_peft_model(tiny_model(), peft.LoraConfig(task_type="CAUSAL_LM", r=2))
+    wrapped.save_pretrained(adapter)
+    file = adapter / "adapter_config.json"
+    config = {**json.loads(file.read_text()), "megatron_config": {"a": 1}, "megatron_core": "megatron.evil"}
+    file.write_text(json.dumps(config))
+    ran = commands(model_dir, tmp_path)
+    assert braces(*ran["eval"], "--adapter", adapter).code == 4
+    assert braces(*ran["train"], "--method", f"peft:{file}").code == 2
+    assert not mark.exists()
+    with pytest.raises(AttributeError):
+        peft.PeftModel.from_pretrained(tiny_model(), str(adapter))
     assert mark.exists()  # control
 
 

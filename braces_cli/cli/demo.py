@@ -13,7 +13,6 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from importlib import resources
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +154,7 @@ def run_demo(guide: Guide) -> dict[str, Any]:
     trained = guide.run("Fine-tune an adapter on questions and answers", "train", *train, "--output-dir", adapter)
     guide.figures(trained, "trainable_parameters", "train_loss", "seconds")
     adapters: list[str | Path] = ["--adapter", adapter]
-    for rank, size in LORA_RANKS.items() if find_spec("peft") is not None else ():
+    for rank, size in LORA_RANKS.items():
         other, title = folder / f"lora_r{rank}", f"The same with LoRA, to compare: {size}"
         lora = guide.run(title, "train", "--method", "lora", "--rank", str(rank), *train, "--output-dir", other)
         guide.figures(lora, "trainable_parameters", "train_loss", "seconds")

@@ -67,6 +67,8 @@ def markdown_code(value: Any) -> str:
 
 def public_name(value: str) -> str:
     """Return the last part of a local path, for texts that are shared; a hub id (owner/name) stays as it is."""
+    if value.startswith("peft:"):  # a method of training: the config follows
+        return f"peft:{public_name(value.removeprefix('peft:'))}"
     path = Path(value)
     is_local = path.is_absolute() or value.startswith((".", "~")) or len(path.parts) > 2
     return path.name if is_local or os.path.exists(path) else value

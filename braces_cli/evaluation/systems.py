@@ -5,13 +5,12 @@ PEFT replaces modules of the base in place and restores the original modules, so
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -23,6 +22,7 @@ from braces_cli.core.adapter.files import (
     StoredAdapter,
     adapter_folder,
     adapter_hash,
+    check_peft_config,
     read_config,
 )
 from braces_cli.core.adapter.model import Session
@@ -30,7 +30,7 @@ from braces_cli.core.attributes.vector import Attribute
 from braces_cli.core.errors import ConfigError, ModelError, first_line
 from braces_cli.core.files import path_exists
 from braces_cli.core.models.weights import check_finite
-from braces_cli.core.schema import Kind, Name, check, read
+from braces_cli.core.schema import read
 from braces_cli.evaluation.results import Scores
 
 BRACES = "braces"
@@ -38,17 +38,6 @@ BRACES = "braces"
 _PEFT_ERRORS = (
     OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError, UserWarning
 )  # fmt: skip
-
-
-class PeftConfig(TypedDict):
-    """Keys of a PEFT config that are read here; PEFT reads the others."""
-
-    peft_type: str
-    base_model_name_or_path: NotRequired[Name | None]
-    revision: NotRequired[Name | None]
-
-
-_PEFT = Kind(PeftConfig, ModelError, "The file is damaged; save the adapter again.")
 
 
 @dataclass(frozen=True)
@@ -105,9 +94,8 @@ def find_eval_adapter(name: str) -> EvalAdapter:
         config, _ = stored.config, stored.tensors  # damaged weights fail here, not after an hour of evaluation
         named, chat = config.base_model_name_or_path, config.training.get("chat_template")
         return EvalAdapter(name, folder, BRACES, named, config.revision, adapter_hash(folder), chat, stored)
-    peft_config = check(_PEFT, raw, str(config_file))
-    if importlib.util.find_spec("peft") is None:
-        raise ConfigError("this adapter needs peft, which is not installed", where=name, hint="pip install peft")
+    hint = "Measure it with lm-eval: --model hf --model_args pretrained=...,peft=..."
+    peft_config = check_peft_config(raw, str(config_file), ModelError, hint)
     if not (folder / WEIGHTS_FILE).is_file():
         hint = f"Save it with peft as {WEIGHTS_FILE}; other formats can run code when loaded."
         raise ModelError(f"no {WEIGHTS_FILE} here", where=str(folder), hint=hint)
@@ -169,10 +157,6 @@ def _peft(model: Any, adapter: EvalAdapter) -> Iterator[None]:
             what = f"this {adapter.method} adapter does not fit the base: {first_line(error)}"
             hint = f"It was trained on {adapter.base}." if adapter.base else "Was it trained on this base?"
             raise ModelError(what, where=adapter.name, hint=hint) from error
-        if not hasattr(wrapped.base_model, "unload"):
-            # Prompt tuning and the like, which are not in the layers of the model.
-            hint = "Measure it with lm-eval: --model hf --model_args pretrained=...,peft=..."
-            raise ModelError(f"{adapter.method} cannot be detached", where=adapter.name, hint=hint)
         check_finite(get_peft_model_state_dict(wrapped, save_embedding_layers=False), adapter.name)
         wrapped.eval()
         yield

@@ -15,7 +15,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +67,10 @@ def plan_lora(request: Request, slots_dir: Path, combine: bool = False, first_sl
     """Return the LoRA of a request; base, revision and dtype default to those of the slots.
 
     Raises:
-        ConfigError: nothing to export, more ranks than slots, or peft is not installed.
+        ConfigError: nothing to export, or more ranks than slots.
         ModelError: no base with slots, or it has no slot for an attribute.
     """
     slots = read_slots(slots_dir)
-    if find_spec("peft") is None:
-        hint = "Install it with: pip install peft"
-        raise ConfigError("the export needs the package peft", where="braces export lora", hint=hint)
     adapter, attributes, options = request.adapter, request.attributes, request.options
     if adapter is None and not attributes:
         hint = "Give the adapter, the attribute, or both."

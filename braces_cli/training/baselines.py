@@ -1,4 +1,4 @@
-"""PEFT baselines: LoRA and its variants, trained by the same command on the same batches.
+"""PEFT baselines: LoRA, its variants and any config of peft, trained by the same command on the same batches.
 
 The output folder is that of peft: `PeftModel.from_pretrained(base, folder)` loads it without `braces`.
 """
@@ -6,6 +6,7 @@ The output folder is that of peft: `PeftModel.from_pretrained(base, folder)` loa
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,19 +16,42 @@ import torch
 from torch import Tensor, nn
 
 from braces_cli.core.adapter.files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, AdapterConfig
-from braces_cli.core.errors import BracesError, ConfigError
+from braces_cli.core.errors import BracesError, ConfigError, first_line, near_misses
 from braces_cli.core.files import scratch_folder, write_json, write_tensors, write_text
-from braces_cli.core.schema import WRITTEN, read
+from braces_cli.core.schema import WRITTEN, Kind, check, cut, options_schema, read
 from braces_cli.training.settings import TrainSettings
 
-# Arguments of `LoraConfig` for each method.
-_OPTIONS: dict[str, dict[str, Any]] = {
+logger = logging.getLogger("braces")
+
+# Arguments of `LoraConfig` for each preset, in addition to those that settings have.
+_PRESETS: dict[str, dict[str, Any]] = {
     "lora": {},
     "rslora": {"use_rslora": True},
     "dora": {"use_dora": True},
     "pissa": {"init_lora_weights": "pissa"},
 }
 _TARGETS = ("q_proj", "v_proj")
+# Initial weights that change the base. The file holds the difference to the start, which is a LoRA of twice the rank.
+_CHANGE_BASE = ("pissa", "olora")
+_NOT_CONVERTED = ("use_dora", "modules_to_save", "trainable_token_indices", "rank_pattern", "alpha_pattern")
+_NEED_DATA = ("eva", "corda", "loftq", "lora_ga")
+_UNTRAINED = {
+    "ADALORA": "needs a call after each step",
+    **dict.fromkeys(("ADAMSS", "FROD", "SHIRA"), "has no size without the weights of the base"),
+}
+_UNSUPPORTED = {
+    "alora_invocation_tokens": "rows do not contain these tokens",
+    "arrow_config": "it combines other adapters",
+    "monteclora_config": "it adds a term to the loss",
+}
+# Keys of a saved config that a new run replaces.
+_REPLACED = (
+    "task_type", "inference_mode", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"
+)  # fmt: skip
+# Raised by peft for values that it checks while it builds the layers.
+_REJECTED = (
+    ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, ImportError, RuntimeError
+)  # fmt: skip
 
 
 class PeftAdapter:
@@ -35,11 +59,11 @@ class PeftAdapter:
 
     Args:
         model: the base; its modules are replaced in place, its parameters frozen.
-        settings: `method` is one of `settings.BASELINES`.
+        settings: `method` is a preset or a config of peft.
         layers: decoder layers to adapt, None for all.
 
     Raises:
-        ConfigError: peft is not installed, or the model has no module of the targets' names.
+        ConfigError: peft refuses the config, or the model has no module of the targets' names.
     """
 
     # No relevance modules, no attributes.
@@ -49,12 +73,15 @@ class PeftAdapter:
 
     def __init__(self, model: nn.Module, settings: TrainSettings, layers: Sequence[int] | None) -> None:
         self.model = model
-        self.rank = settings.rank
         self.layers = list(layers or ())
-        self._wrapper = _inject(model, settings, layers, _OPTIONS[settings.method])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # logged by `baseline_parameters`
+            self._wrapper = _inject(model, settings, layers)
+        options = self._wrapper.peft_config["default"]
+        self.rank = getattr(options, "r", None) or 0
+        self.method = settings.method if settings.peft_file is None else options.peft_type.value.lower()
         self._initial: dict[str, Tensor] | None = None
-        if settings.method == "pissa":
-            # PiSSA changes the base. The file holds the difference to its start, which is a LoRA of twice the rank.
+        if str(getattr(options, "init_lora_weights", None)).startswith(_CHANGE_BASE):
             self._initial = {name: tensor.clone() for name, tensor in self.tensors().items()}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -105,43 +132,84 @@ class PeftAdapter:
 
 
 def baseline_parameters(model: nn.Module, settings: TrainSettings, layers: Sequence[int] | None) -> int:
-    """Number of parameters that a baseline trains on `model`, which is unchanged and may be on the meta device."""
-    options = {key: value for key, value in _OPTIONS[settings.method].items() if key != "init_lora_weights"}
-    wrapper = _inject(copy.deepcopy(model), settings, layers, options)
-    return sum(p.numel() for p in wrapper.parameters() if p.requires_grad)
+    """Number of parameters that a baseline trains on `model`, which is unchanged and may be on the meta device.
+
+    Warnings of peft about the config are logged.
+    """
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        wrapper = _inject(copy.deepcopy(model), settings, layers)
+    for text in dict.fromkeys(str(each.message) for each in found if each.category is UserWarning):
+        logger.warning("%s: %s", settings.method, text)
+    count = sum(p.numel() for p in wrapper.parameters() if p.requires_grad)
+    if count == 0:
+        raise ConfigError("the config trains no parameter", where=str(settings.peft_file), hint="Correct the file.")
+    return count
 
 
-def _inject(model: nn.Module, settings: TrainSettings, layers: Sequence[int] | None, options: dict[str, Any]) -> Any:
+def _inject(model: nn.Module, settings: TrainSettings, layers: Sequence[int] | None) -> Any:
     """Wrap `model` with peft."""
-    try:
-        from peft import LoraConfig, TaskType, get_peft_model
-    except ImportError as error:
-        hint = "Install it with: pip install peft"
-        what = f"`{settings.method}` needs peft, which is not installed"
-        raise ConfigError(what, where="--method", hint=hint) from error
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    # Without queries and values of these names peft uses its default for the architecture.
-    default = list(_TARGETS) if names.issuperset(_TARGETS) else None
-    config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=settings.rank,
-        lora_alpha=settings.lora_alpha if settings.lora_alpha is not None else 2 * settings.rank,
-        target_modules=list(settings.lora_targets) or default,
-        layers_to_transform=None if layers is None else list(layers),
-        lora_dropout=0.0,
-        **options,
-    )
+    from peft import get_peft_model
+
     on_meta = next(model.parameters()).is_meta
+    linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # GPT-2 stores its weights transposed; peft handles this, with a warning.
             warnings.filterwarnings("ignore", message=".*fan_in_fan_out")
             torch.manual_seed(settings.seed)
-            return get_peft_model(model, config, low_cpu_mem_usage=on_meta)
-    except ValueError as error:
-        linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+            return get_peft_model(model, _config(model, settings, layers), low_cpu_mem_usage=on_meta)
+    except _REJECTED as error:
         raise ConfigError(
-            f"{settings.method} finds nothing to adapt: {str(error).splitlines()[0][:120]}",
-            where="--lora-targets",
+            f"peft refuses the config: {first_line(error, 120)}",
+            where="--lora-targets" if settings.peft_file is None else str(settings.peft_file),
             hint=f"The model has: {', '.join(linear[:12])}.",
         ) from error
+
+
+def _config(model: nn.Module, settings: TrainSettings, layers: Sequence[int] | None) -> Any:
+    """Config of peft for a preset or a file."""
+    from peft import LoraConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    if settings.peft_file is not None:
+        options, where = settings.peft_options, str(settings.peft_file)
+        name, kinds = options["peft_type"], {kind.value: of for kind, of in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+        if name not in kinds:
+            hint = near_misses(name.upper(), kinds) or "Update peft, or correct the name."
+            raise ConfigError(f"`peft_type`: peft has no `{cut(name)}`", where=where, hint=hint)
+        hint = "Correct the file, or update peft."
+        check(Kind(options_schema(kinds[name]), ConfigError, hint, closed=True), options, where)
+        _check_options(options, where)
+        fixed = {"task_type": "CAUSAL_LM", "inference_mode": False}
+        return kinds[name](**{key: value for key, value in options.items() if key not in _REPLACED}, **fixed)
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    # Without queries and values of these names peft uses its default for the architecture.
+    default = list(_TARGETS) if names.issuperset(_TARGETS) else None
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.rank,
+        lora_alpha=settings.lora_alpha if settings.lora_alpha is not None else 2 * settings.rank,
+        target_modules=list(settings.lora_targets) or default,
+        layers_to_transform=None if layers is None else list(layers),
+        **_PRESETS[settings.method],
+    )
+
+
+def _check_options(options: dict[str, Any], where: str) -> None:
+    """Refuse options of peft that `braces train` cannot follow."""
+    init, task = str(options.get("init_lora_weights")), options.get("task_type")
+    faults = {key: reason for key, reason in _UNSUPPORTED.items() if options.get(key)}
+    if init.startswith(_CHANGE_BASE):
+        faults |= {key: f"cannot be combined with {init}" for key in _NOT_CONVERTED if options.get(key)}
+        if options.get("bias", "none") != "none":
+            faults["bias"] = f"cannot be combined with {init}"
+    if init in _NEED_DATA:
+        faults["init_lora_weights"] = f"{init} needs a pass over data before training"
+    if options["peft_type"] in _UNTRAINED:
+        faults["peft_type"] = f"{options['peft_type']} {_UNTRAINED[options['peft_type']]}"
+    if task not in (None, "CAUSAL_LM"):
+        faults["task_type"] = f"`{cut(task)}` is not CAUSAL_LM"
+    for key, reason in faults.items():
+        hint = "Train it with peft; `braces eval` measures the result." if key != "task_type" else "Remove the key."
+        raise ConfigError(f"`{key}`: {reason}", where=where, hint=hint)

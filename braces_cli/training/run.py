@@ -175,7 +175,7 @@ def _config(
         training={**settings.recorded(), "layers": layers, "chat_template": chat},
         attributes=[attribute.name for attribute in attributes],
         versions=versions(),
-        method=settings.method,
+        method=adapter.method if isinstance(adapter, PeftAdapter) else settings.method,
         relevance_to=settings.relevance_to,
         relevance_scale=list(adapter.scales),
     )
@@ -355,7 +355,7 @@ def adapter_to_train(session: Session, plan: Plan, checkpoint: Path | None) -> A
         checkpoint: of the run that is resumed; it holds the relevance scales.
 
     Raises:
-        ConfigError: peft is missing.
+        ConfigError: peft refuses the config.
         ModelError: the adapter to continue from is damaged, or belongs to another base.
     """
     model, settings = session.base.model, plan.settings

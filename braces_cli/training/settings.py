@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
+from braces_cli.core.adapter.files import check_peft_config
 from braces_cli.core.attributes.options import AttributesFolder
 from braces_cli.core.config import (
     ATTRIBUTES,
@@ -19,23 +21,28 @@ from braces_cli.core.config import (
     option,
     options_of,
 )
-from braces_cli.core.errors import ConfigError
+from braces_cli.core.errors import ConfigError, near_misses
+from braces_cli.core.files import user_path
 from braces_cli.core.options import ModelSettings, OutputSettings, OverwriteSettings, UploadSettings
+from braces_cli.core.schema import Kind, cut, read
 from braces_cli.data.rows import Columns, parse_columns
 
 DEFAULT_RANK = 16
 # A step of Adam turns R by about lr sqrt(d): this product is constant, and the rate follows from the width d.
 DEFAULT_TURN = 0.16
-BASELINE_LR = 1e-3
+BASELINE_LR = 3e-3
 # With the contrastive loss, gates at a higher rate close before they have found their direction.
 DEFAULT_GATE_LR, DEFAULT_GATE_LR_ATTRIBUTES = 0.3, 0.1
 DEFAULT_CONTRAST, DEFAULT_MARGIN = 0.1, 6.0
 STRENGTH = "strength"
 SCHEDULES = ("linear", "cosine", "constant")
-# PEFT methods; see `training.baselines`.
+# Presets of PEFT; see `training.baselines`. A config of PEFT follows `peft:`.
 BASELINES = ("lora", "rslora", "dora", "pissa")
 METHODS = ("braces", *BASELINES)
 RELEVANCE = ("input", "output")
+_PEFT = "peft:"
+_METHODS = f"{'|'.join(METHODS)}|{_PEFT}CONFIG.json"
+_PEFT_CONFIG: Kind[dict[str, Any]] = Kind(dict[str, Any], ConfigError, "Save a config with peft.", "config of peft")
 # Settings that only one kind of method reads.
 BRACES_ONLY = (
     "gate_lr", "relevance_to", "relevance_scale", "attribute_field", "strength_field", "opposites", "contrast",
@@ -66,7 +73,7 @@ class TrainSettings(AttributesFolder, ModelSettings, OverwriteSettings, UploadSe
         output_dir: Folder for the adapter.
         eval_data: Evaluation rows, for the loss of base and adapter. Repeatable.
         columns: Columns of the rows, such as prompt=question,completion=answer. Repeatable.
-        method: Method to train; all except braces are PEFT baselines.
+        method: Method to train; all except braces are PEFT baselines. peft:CONFIG.json is any config of PEFT.
         rank: Rank of the relevance projections, or of a baseline's update.
         relevance_to: Tensor that the value vectors are compared with: the FFN's input, as in the paper, or its output,
             an extension.
@@ -78,7 +85,7 @@ class TrainSettings(AttributesFolder, ModelSettings, OverwriteSettings, UploadSe
         layers: Layers to adapt, such as 8-20,24 or 1- (inclusive, from 0). Default: all.
         lora_alpha: LoRA alpha of a baseline: its update is scaled by alpha / rank. Default: twice the rank.
         lora_targets: Modules that a baseline adapts, separated by commas. Default: q_proj,v_proj. Repeatable.
-        lr: Peak learning rate. Default: 0.16 / sqrt(width), for baselines 0.001.
+        lr: Peak learning rate. Default: 0.16 / sqrt(width), for baselines 0.003.
         gate_lr: Peak learning rate of the gates. Default: 0.3; with attributes 0.1.
         epochs: Number of passes over the training data.
         max_steps: Number of optimizer steps; overrides --epochs.
@@ -111,7 +118,7 @@ class TrainSettings(AttributesFolder, ModelSettings, OverwriteSettings, UploadSe
     output_dir: Path | None = option(None, outcome=False)
     eval_data: tuple[str, ...] = option((), panel=DATA, metavar="ROWS")
     columns: tuple[str, ...] = option((), panel=DATA, metavar="KEY=COLUMN,...")
-    method: str = option("braces", panel=METHOD, choices=METHODS)
+    method: str = option("braces", panel=METHOD, metavar=_METHODS, complete=lambda: METHODS)
     rank: int = option(DEFAULT_RANK, min=1, panel=METHOD)
     relevance_to: str = option("input", panel=METHOD, choices=RELEVANCE)
     relevance_scale: str = option("auto", panel=METHOD, metavar="auto|NUMBER")
@@ -176,18 +183,24 @@ class TrainSettings(AttributesFolder, ModelSettings, OverwriteSettings, UploadSe
         A recipe may contain settings of every method, so that one file serves all of them: an unused setting in a file
         is not an error, except for attributes.
         """
-        baseline = self.method in BASELINES
-        for name in (*BRACES_ONLY, *_NEVER_IGNORED) if baseline else BASELINE_ONLY:
+        baseline = self.method != "braces"
+        if self.method not in METHODS and self.peft_file is None:
+            expected = f"one of {', '.join(METHODS)} or {_PEFT}CONFIG.json"
+            what, hint = f"`{cut(self.method)}` is not {expected}", near_misses(self.method, METHODS)
+            raise ConfigError(what, where="--method", hint=hint or None)
+        for name in (*self._ignored, *_NEVER_IGNORED) if baseline else self._ignored:
             source = self.given.get(name)
             if source == "command line" or (source == "file" and name in _NEVER_IGNORED):
                 flag = flag_of(type(self), name)
-                hint = f"Leave it out, or use {'--method braces' if baseline else 'a baseline, such as --method lora'}."
+                other = "--method braces" if name in (*BRACES_ONLY, *_NEVER_IGNORED) else "--method lora"
+                hint = f"Leave it out, or use {other}."
                 raise ConfigError(f"{flag} has no effect with --method {self.method}", where=flag, hint=hint)
         for name in ("attribute_field", "adapter") if baseline else ():
             if getattr(self, name) is not None:
                 what = "be trained on attributes" if name == "attribute_field" else "continue from an adapter of braces"
                 hint = f"Leave out {flag_of(type(self), name)}, or train with --method braces."
                 raise ConfigError(f"{self.method} cannot {what}", where="--method", hint=hint)
+        _ = self.peft_options
         columns = self.row_columns
         for key, name in (("attribute", "attribute_field"), ("strength", "strength_field")):
             column, other = getattr(columns, key), getattr(self, name)
@@ -214,7 +227,7 @@ class TrainSettings(AttributesFolder, ModelSettings, OverwriteSettings, UploadSe
         """
         trained = self.attribute_field is not None
         contrast = (DEFAULT_CONTRAST if trained else 0.0) if self.contrast is None else self.contrast
-        lr = BASELINE_LR if self.method in BASELINES else float(f"{DEFAULT_TURN / math.sqrt(width):.3g}")
+        lr = BASELINE_LR if self.method != "braces" else float(f"{DEFAULT_TURN / math.sqrt(width):.3g}")
         return replace(
             self,
             contrast=contrast,
@@ -224,6 +237,28 @@ class TrainSettings(AttributesFolder, ModelSettings, OverwriteSettings, UploadSe
             max_length=min(self.max_length, context),
             **inherited,
         )
+
+    @property
+    def peft_file(self) -> Path | None:
+        """Path of a config of PEFT that is the method."""
+        return user_path(self.method.removeprefix(_PEFT)) if self.method.startswith(_PEFT) else None
+
+    @cached_property
+    def peft_options(self) -> dict[str, Any]:
+        """Content of `peft_file`, read once; empty for other methods."""
+        if self.peft_file is None:
+            return {}
+        options = read(_PEFT_CONFIG, self.peft_file)
+        hint = "Use a method that changes layers, such as LORA, IA3 or LOKR."
+        check_peft_config(options, str(self.peft_file), ConfigError, hint)
+        return options
+
+    @property
+    def _ignored(self) -> tuple[str, ...]:
+        """Names of settings that the method does not read."""
+        if self.method == "braces":
+            return BASELINE_ONLY
+        return BRACES_ONLY if self.peft_file is None else (*BRACES_ONLY, *BASELINE_ONLY, "rank", "layers")
 
     @property
     def scale(self) -> float | None:
@@ -259,13 +294,12 @@ class TrainSettings(AttributesFolder, ModelSettings, OverwriteSettings, UploadSe
 
     def recorded(self) -> dict[str, Any]:
         """Settings that the method reads, as an adapter's config records them."""
-        ignored = BASELINE_ONLY if self.method == "braces" else BRACES_ONLY
         resolved = {**self.resolved(), "opposites": [list(pair) for pair in self.pairs]}
-        return {name: resolved[name] for name in _RECORDED if name not in ignored}
+        return {name: resolved[name] for name in _RECORDED if name not in self._ignored}
 
     def unused(self) -> set[str]:
         """Names of settings that have no effect with the other settings."""
-        names = set(BASELINE_ONLY if self.method == "braces" else BRACES_ONLY)
+        names = set(self._ignored)
         if self.attribute_field is None:
             names |= {"strength_field", "opposites", "contrast", "margin", "attributes"}
         if self.max_steps is not None:
@@ -280,4 +314,5 @@ class TrainSettings(AttributesFolder, ModelSettings, OverwriteSettings, UploadSe
         """Settings that the outcome depends on; of batches and processes only the number of examples of a step."""
         resolved, options = self.resolved(), options_of(type(self))
         step = self.batch_size * self.gradient_accumulation * processes
-        return {**{name: resolved[name] for name in resolved if options[name].outcome}, "examples_per_step": step}
+        found = {name: resolved[name] for name in resolved if options[name].outcome}
+        return {**found, "examples_per_step": step, "peft_config": self.peft_options}

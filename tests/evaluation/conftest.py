@@ -11,6 +11,7 @@ from typing import Any
 # lm-eval draws progress bars; set before anything imports tqdm.
 os.environ.setdefault("TQDM_DISABLE", "1")
 
+import peft
 import pytest
 import torch
 
@@ -82,7 +83,6 @@ def make_peft(tmp_path_factory: pytest.TempPathFactory):
     """Save a PEFT adapter of a base folder with random weights from a seed."""
 
     def make(base_folder: Path, config: object, seed: int = 0) -> Path:
-        peft = pytest.importorskip("peft")
         from braces_cli.core.models.load import load_base
         from braces_cli.core.options import LoadOptions
 

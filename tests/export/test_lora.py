@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from braces_cli.core.adapter.files import find_adapter
@@ -23,9 +25,6 @@ from tests.conftest import make_adapter, tiny_model
 from tests.core.comparison import relative
 from tests.export.columns import write_slotted
 from tests.export.models import MODELS, SHIFT, TOKENS, greedy, logits, names, with_adapter
-
-peft = pytest.importorskip("peft", reason="NOT TESTED: LoRA files need the package peft")
-from peft.tuners.lora import LoraLayer  # noqa: E402
 
 BASES = ("llama", "qwen2", "mistral", "phi3", "gpt2", "gpt_neox", "opt", "modernbert-decoder")
 

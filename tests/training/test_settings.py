@@ -32,7 +32,7 @@ def test_identity_of_a_run() -> None:
         ({}, {"lr": 0.02, "gate_lr": 0.3, "rank": 16, "contrast": 0.0, "margin": None, "max_length": 512}),
         ({"attribute_field": "mood"}, {"gate_lr": 0.1, "contrast": 0.1, "margin": 6.0}),
         ({"lr": 0.5, "max_length": 100}, {"lr": 0.5, "max_length": 100}),
-        ({"method": "lora"}, {"lr": 1e-3, "rank": 16}),
+        ({"method": "lora"}, {"lr": 3e-3, "rank": 16}),
     ],
 )
 def test_defaults_that_depend_on_the_base_and_on_other_settings(given: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -64,6 +64,12 @@ def test_columns_name_attribute_and_strength() -> None:
         ({"relevance_to": "both"}, "--relevance-to"),
         ({"lora_alpha": 2}, "--lora-alpha has no effect with --method braces"),
         ({"method": "lora", "adapter": "a"}, "lora cannot continue"),
+        ({"method": "loro"}, "--method: `loro` is not one of braces, lora, rslora, dora, pissa or peft:CONFIG.json"),
+        ({"method": "peft:a.json", "rank": 4}, "--rank has no effect with --method peft:a.json"),
+        ({"method": "peft:a.json", "layers": "1"}, "--layers has no effect"),
+        ({"method": "peft:a.json", "lora_targets": "v_proj"}, "--lora-targets has no effect"),
+        ({"method": "peft:a.json", "contrast": 1}, "--contrast has no effect"),
+        ({"method": "peft:a.json"}, "a.json: no such config"),
         ({"relevance_scale": "much"}, "`much` is not a scale"),
         ({"relevance_scale": 0}, "`0` is not a scale"),
         ({"relevance_scale": "inf"}, "`inf` is not a scale"),

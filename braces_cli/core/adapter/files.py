@@ -7,9 +7,9 @@ import os
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 
-from braces_cli.core.errors import ModelError
+from braces_cli.core.errors import BracesError, ModelError
 from braces_cli.core.files import (
     bytes_hash,
     check_regular,
@@ -72,6 +72,43 @@ _DAMAGED = "The file is damaged; train again."
 # Config of an adapter of braces or of peft.
 ANY_CONFIG: Kind[dict[str, Any]] = Kind(dict[str, Any], ModelError, _DAMAGED, "config of an adapter")
 _CONFIG = Kind(AdapterConfig, ModelError, _DAMAGED, closed=True)
+
+
+class PeftConfig(TypedDict):
+    """Keys of a config of peft that are read here; peft reads the others."""
+
+    peft_type: str
+    base_model_name_or_path: NotRequired[Name | None]
+    revision: NotRequired[Name | None]
+
+
+_PROMPT_TYPES = (
+    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE", "ADAPTION_PROMPT"
+)  # fmt: skip
+# Types of peft that load other files, or that are not layers of the base.
+_REFUSED_TYPES = {
+    **dict.fromkeys(_PROMPT_TYPES, "adds prompt tokens, not layers"),
+    "XLORA": "loads other adapters",
+    "POLY": "needs the task of each row",
+    "SHADOW": "runs a second model",
+}
+
+
+def check_peft_config(raw: dict[str, Any], where: str, error: type[BracesError], hint: str) -> PeftConfig:
+    """Check a config before peft reads it: peft imports modules and loads files that some configs name.
+
+    Args:
+        error: class of the errors.
+        hint: for a type that is refused.
+    """
+    config = check(Kind(PeftConfig, error, "Save the config with peft again."), raw, where)
+    if raw.get("megatron_config") is not None or raw.get("megatron_core") not in (None, "megatron.core"):
+        key = "megatron_core" if raw.get("megatron_config") is None else "megatron_config"
+        raise error(f"`{key}`: peft imports a module for this key", where=where, hint="Remove the key.")
+    reason = _REFUSED_TYPES.get(config["peft_type"])
+    if reason is not None:
+        raise error(f"`peft_type`: {config['peft_type']} {reason}", where=where, hint=hint)
+    return config
 
 
 @dataclass(frozen=True)
