@@ -92,6 +92,8 @@ def export_plain(request: Request, report: Report = silent) -> dict[str, Any]:
         base = opened.session.base
         copy_companions(base, folder)
         base.model.save_pretrained(folder)
+        for file in folder.glob("*.safetensors"):
+            _make_public(file)
         add_older_rope(folder)
         return plain_facts(base.model), {}
 
@@ -253,13 +255,11 @@ def save_checkpoint(
     from safetensors.torch import save_file
 
     split = split_torch_state_dict_into_shards(written, max_shard_size=SHARD_BYTES)
-    mask = os.umask(0)  # can only be read by setting it
-    os.umask(mask)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         for index, (file, names) in enumerate(split.filename_to_tensors.items(), start=1):
             save_file({name: tensor(name) for name in names}, folder / file, metadata={"format": "pt"})
-            (folder / file).chmod(0o666 & ~mask)  # safetensors creates private files
+            _make_public(folder / file)
             report("writing", index, len(split.filename_to_tensors))
         config.save_pretrained(folder)
     except (OSError, SafetensorError) as error:
@@ -270,6 +270,13 @@ def save_checkpoint(
     if split.is_sharded:
         index_file = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index_file)
+
+
+def _make_public(file: Path) -> None:
+    """Give a file the usual permissions; safetensors creates private files."""
+    mask = os.umask(0)  # can only be read by setting it
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)
 
 
 def add_older_rope(folder: Path) -> None:

@@ -32,6 +32,7 @@ def test_a_file_becomes_a_checkpoint(braces: Any, file: Path, tmp_path: Path, in
     done = braces(*call)
     assert done.code == 0, done.err
     assert (done.json["dtype"], done.json["neurons_added"], done.json["max_logit_difference"]) == ("float32", 0, 0)
+    assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
     model = AutoModelForCausalLM.from_pretrained(out)
     assert torch.equal(logits(model), logits(tiny_llama()))
     assert model.generation_config.eos_token_id == [1, 5]
