@@ -202,7 +202,7 @@ def make_adapter(session: Any, folder: Path, rank: int = 4, seed: int = 1, relev
     base = session.base
     adapter = attach(base.model, rank, relevance_to=relevance_to)
     open_gates(adapter, seed)
-    config = AdapterConfig(base.name, rank, adapter.layers, base.fingerprint, tokenizer=base.tokenizer_hashes)
+    config = AdapterConfig(base.name, rank, adapter.layers, base.sizes, tokenizer=base.tokenizer_hashes)
     adapter.save(folder, config, "# test\n")
     adapter.detach()
     return folder

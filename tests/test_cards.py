@@ -84,10 +84,10 @@ def test_results_have_no_markup_from_names() -> None:
         | {"sha256": "0", "attributes": None}
         for name in ("base", NAME)
     ]
-    keys = ("revision", "fingerprint", "dtype", "quantize", "limit", "apply_chat_template")
+    keys = ("revision", "dtype", "quantize", "limit", "apply_chat_template")
     tables = ("num_fewshot_used", "task_versions", "task_data_sha256", "seeds", "versions")
     settings: dict[str, Any] = {**dict.fromkeys(keys), **{key: {NAME: "1"} for key in tables}}
-    settings |= {"tokenizer": {"chat_template": None}, "significance_level": 0.05}
+    settings |= {"tokenizer": {"chat_template": None}, "significance_level": 0.05, "base_sha256": "0"}
     below = {"system": NAME, "task": NAME, "metric": NAME, "value": 0.5, "threshold": 0.6, "reached": False}
     page = markdown({"systems": systems, "comparisons": [], "settings": settings, "fail_under": [below]})
     assert page.count("forged") > 8

@@ -31,10 +31,10 @@ from braces_cli.training.checkpoint import (
     rng_state,
 )
 
-FINGERPRINT = {"model_type": "llama", "layers": 2, "hidden_size": 8, "value_vectors": [16, 16], "sha256": None}
+SIZES = {"model_type": "llama", "layers": 2, "hidden_size": 8, "value_vectors": [16, 16]}
 ADAPTER = {
     "format_version": 1, "method": "braces", "base_model_name_or_path": "base", "revision": None,
-    "r": 2, "layers": [0, 1], "fingerprint": FINGERPRINT, "tokenizer": {"vocabulary": "a", "chat_template": None},
+    "r": 2, "layers": [0, 1], "base": SIZES, "tokenizer": {"vocabulary": "a", "chat_template": None},
     "training": {}, "attributes": [], "relevance_to": "input", "relevance_scale": [1.0, 2.0],
     "versions": {"torch": "2"},
 }  # fmt: skip
@@ -58,7 +58,7 @@ PART = {
     "shots": {"task": 0}, "versions": {}, "batch_sizes": [1],
 }  # fmt: skip
 SLOTS = {
-    "format_version": 1, "model": "m", "revision": None, "fingerprint": FINGERPRINT, "architecture": "Llama",
+    "format_version": 1, "model": "m", "revision": None, "base": SIZES, "architecture": "Llama",
     "dtype": "float32", "width": 8, "wider": 16, "gated": True, "activation": [1.0, 2.0], "constant": None, "first": 8,
     "offset": 0, "rows": 16, "layers": {"0": ["up", "down"]}, "versions": {},
 }  # fmt: skip
@@ -180,7 +180,7 @@ def test_damaged_file(name: str, tmp_path: Path) -> None:
 
 
 HEADER = {
-    "format_version": "1", "attributes": '{"x": ["a"]}', "layers": "[0, 1]", "fingerprint": json.dumps(FINGERPRINT),
+    "format_version": "1", "attributes": '{"x": ["a"]}', "layers": "[0, 1]", "sizes": json.dumps(SIZES),
     "details": '{"x": {"base": "b", "pooling": "mean", "examples": 0, "difference": [1.0], "residual": [1.0]}}',
 }  # fmt: skip
 
@@ -200,7 +200,7 @@ def test_header_of_attributes(tmp_path: Path) -> None:
     bad = {
         "attributes": ["", "{", "5", "[]", '{"x": "a"}', '{"x": [5]}', "[" * 5000],
         "layers": ["", "x", "{}", "[0]", "[1, 0]", "[0, 0]", "[0, null]", "[0, 1.5]", "[0, -1]", '"[0, 1]"'],
-        "fingerprint": ["", "[]", "{}", json.dumps({**FINGERPRINT, "hidden_size": "x"}), "NaN"],
+        "sizes": ["", "[]", "{}", json.dumps({**SIZES, "hidden_size": "x"}), "NaN"],
         "details": ["", "[]", '{"x": 5}', '{"x": {"pooling": "none"}}', '{"x": {"examples": -1}}'],
         "format_version": ["2", ""],
     }

@@ -191,13 +191,13 @@ def _find_in_map(settings: FindSettings, path: Path) -> list[dict[str, Any]]:
         from braces_cli.core.adapter.model import open_shape
         from braces_cli.core.models.load import load_tokenizer
 
-        base, _ = open_shape(settings.model, settings.adapter, settings.revision, settings.trust_remote_code)
+        base, _ = open_shape(settings)
         tokenizer = load_tokenizer(base.name, revision=base.revision, trust_remote_code=settings.trust_remote_code)
         base.tokenizer = tokenizer
         source.check_base(base)
     layers = None
     if settings.layers is not None:
-        layers = parse_ranges(settings.layers, source.header["fingerprint"]["layers"], "--layers")
+        layers = parse_ranges(settings.layers, source.header["base"]["layers"], "--layers")
     concept = Vocabulary(source.header["vocabulary"]).concept(settings.words, tokenizer)
     rows = source.search(concept, settings.limit, layers)
     return [row | {"tokens": row["tokens"][: settings.top_k]} for row in rows]
@@ -430,6 +430,7 @@ class SummarySettings(DisplaySettings):
     adapter: str | None = same_option(AdapterSettings, "adapter")
     revision: str | None = same_option(AdapterSettings, "revision")
     trust_remote_code: bool = same_option(AdapterSettings, "trust_remote_code")
+    allow_other_base: bool = same_option(AdapterSettings, "allow_other_base")
 
 
 @command
@@ -438,7 +439,7 @@ def summary(settings: SummarySettings) -> None:
     from braces_cli.core.adapter.model import open_shape
     from braces_cli.inspection.summary import summarise
 
-    found = summarise(*open_shape(settings.model, settings.adapter, settings.revision, settings.trust_remote_code))
+    found = summarise(*open_shape(settings))
     if settings.json:
         print_json(found)
         return

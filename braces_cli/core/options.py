@@ -35,6 +35,7 @@ class LoadOptions(Settings):
         device_map: Device map of accelerate; auto distributes the base over several devices.
         quantize: Quantise the base while loading: int8 with torchao, bnb-* with bitsandbytes.
         trust_remote_code: Allow model code from the hub.
+        allow_other_base: Use adapters and attributes of another base of the same width.
     """
 
     revision: str | None = option(None, panel=MODEL)
@@ -43,6 +44,7 @@ class LoadOptions(Settings):
     device_map: str | None = option(None, panel=MODEL, outcome=False)
     quantize: str | None = option(None, panel=MODEL, choices=QUANTISATIONS)
     trust_remote_code: bool = option(False, panel=MODEL, outcome=False)
+    allow_other_base: bool = option(False, panel=MODEL, outcome=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypedDict, TypeVar, get_type_hints
+from typing import Annotated, Any, Generic, TypeVar, get_type_hints
 
 import msgspec
 
@@ -201,40 +201,15 @@ def stored_form(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-class TensorPlace(TypedDict):
-    """Place of a tensor: first byte and end, relative to the end of the header."""
-
-    dtype: str
-    shape: list[Count]
-    data_offsets: tuple[Count, Count]
-
-
-@dataclass(frozen=True)
-class TensorHeader:
-    """The header of a safetensors file.
-
-    Attributes:
-        metadata: written by the program that wrote the file.
-        tensors: name -> place.
-        start: byte of the file that places are relative to.
-    """
-
-    metadata: dict[str, str]
-    tensors: dict[str, TensorPlace]
-    start: int
-
-
-def read_tensor_header(path: Path, kind: Kind[Any]) -> TensorHeader:
-    """Read the header of a safetensors file without torch; raises an error of the class `kind.error`."""
+def read_metadata(path: Path, kind: Kind[Any]) -> dict[str, str]:
+    """Read the metadata of a safetensors file without torch; raises an error of the class `kind.error`."""
     data = _bytes(kind, path, 8)
     size = int.from_bytes(data, "little")
     if len(data) < 8 or size > _HEADER_LIMIT or path.stat().st_size < 8 + size:
         what = f"not a {kind.what}: a safetensors header is missing" if data else "the file is empty"
         raise kind.error(what, where=str(path), hint=kind.hint)
     header = parse(Kind(dict[str, Any], kind.error, kind.hint), _bytes(kind, path, 8 + size)[8:], str(path))
-    metadata = check(Kind(dict[str, str], kind.error, kind.hint), header.pop("__metadata__", {}), str(path))
-    tensors = check(Kind(dict[str, TensorPlace], kind.error, kind.hint), header, str(path))
-    return TensorHeader(metadata, tensors, 8 + size)
+    return check(Kind(dict[str, str], kind.error, kind.hint), header.get("__metadata__", {}), str(path))
 
 
 def cut(text: object) -> str:

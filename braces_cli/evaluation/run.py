@@ -17,7 +17,7 @@ from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.config import options_of
 from braces_cli.core.distributed import Processes, join, world_size
 from braces_cli.core.errors import ConfigError, DataError, near_misses
-from braces_cli.core.files import file_hash, scratch_folder, versions
+from braces_cli.core.files import file_hash, scratch_folder, value_hash, versions
 from braces_cli.core.options import LoadOptions
 from braces_cli.core.progress import Report, silent
 from braces_cli.evaluation import catalog, lm_eval_runner
@@ -232,7 +232,7 @@ def _document(
             **{name: getattr(settings, name) for name in ("quantize", "num_fewshot", "limit", "seeds")},
             "num_fewshot_used": first.shots,
             "revision": base.revision,
-            "fingerprint": base.fingerprint["sha256"],
+            "base_sha256": value_hash([base.sizes, base.samples.tolist()]),
             "tokenizer": base.tokenizer_hashes,
             "apply_chat_template": context.chat,
             **(settings.steering_record() if settings.attribute else {}),

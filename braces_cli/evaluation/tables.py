@@ -64,7 +64,7 @@ def facts(result: dict[str, Any]) -> dict[str, str]:
     known: dict[str, Any] = {
         "model": systems[0]["model"],
         "revision": settings["revision"],
-        "value matrices": (settings["fingerprint"] or "")[:_HASH],
+        "value matrices": settings["base_sha256"][:_HASH],
         "dtype": settings["dtype"],
         "quantize": settings["quantize"],
     }

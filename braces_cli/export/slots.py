@@ -19,7 +19,7 @@ from torch import Tensor
 
 from braces_cli.core.errors import ModelError
 from braces_cli.core.models.ffn import FFN, MixtureFFN, find_ffns
-from braces_cli.core.models.identity import UNKNOWN, Fingerprint
+from braces_cli.core.models.identity import Sizes
 from braces_cli.core.progress import Report, silent
 from braces_cli.core.schema import Count, Kind, Name, Size, read
 from braces_cli.export.checkpoint import Neurons, write_checkpoint
@@ -33,7 +33,7 @@ class Slots:
     """The slots of a base: the content of `braces_slots.json`.
 
     Attributes:
-        model, revision, fingerprint: the base without slots.
+        model, revision, base: the base without slots.
         architecture: class of the written model.
         dtype: of the written model.
         width: neurons of the base's FFN; the slots are the neurons from `width` to `wider`.
@@ -51,7 +51,7 @@ class Slots:
 
     model: Name
     revision: Name | None
-    fingerprint: Fingerprint
+    base: Sizes
     architecture: str
     dtype: str
     width: Count
@@ -99,7 +99,7 @@ def export_slots(
         copy_companions(base, folder)
         planned, slots = plan_slots(base.model, session.ffns, count, pad_to_multiple_of, probe_tokens(session))
         write_checkpoint(folder, base.model, planned, empty_slots(planned, slots), report)
-        source = {"model": base.name, "revision": base.revision, "fingerprint": base.fingerprint}
+        source = {"model": base.name, "revision": base.revision, "base": base.sizes}
         return slots.facts(), asdict(slots) | source
 
     def verify(folder: Path, expected: Reference) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def describe_slots(request: Request, count: int, pad_to_multiple_of: int) -> dic
 def plan_slots(
     model: Any, found: Sequence[FFN | MixtureFFN], count: int, pad_to_multiple_of: int = 64, ids: Tensor | None = None
 ) -> tuple[Plan, Slots]:
-    """Plan the checkpoint with slots; the base's name and fingerprint are left open.
+    """Plan the checkpoint with slots; the base's name and sizes are left open.
 
     Args:
         ids: tokens for a forward pass, see `ffn_form`; None for a model without weights.
@@ -150,7 +150,7 @@ def plan_slots(
     slots = Slots(
         model="",
         revision=None,
-        fingerprint=UNKNOWN,
+        base={"model_type": "", "layers": 0, "hidden_size": 0, "value_vectors": []},
         architecture=planned.architecture,
         dtype=str(model.dtype).removeprefix("torch."),
         width=planned.width,

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from braces_cli.core.errors import ConfigError, DataError, ModelError
 from braces_cli.core.files import write_atomic
-from braces_cli.core.models.identity import Fingerprint, differences
+from braces_cli.core.models.identity import Sizes, check_same_base
 from braces_cli.core.schema import Count, Kind, parse
 
 if TYPE_CHECKING:
@@ -116,12 +116,12 @@ def best_first(row: Mapping[str, Any]) -> tuple[float, float, int, int]:
 
 
 class Header(TypedDict):
-    """Header of a map: the model, its fingerprint, and the texts of all tokens."""
+    """Header of a map: the model, its sizes, and the texts of all tokens."""
 
     format_version: int
     model: str
     revision: NotRequired[str | None]
-    fingerprint: Fingerprint
+    base: Sizes
     tokenizer: NotRequired[dict[str, str | None] | None]
     side: str
     top_k: Count
@@ -175,15 +175,12 @@ class Map:
         return sorted(rows, key=best_first)[:limit]
 
     def check_base(self, base: Base) -> None:
-        """Raise ModelError if the map was written for another model."""
-        found = differences(self.header["fingerprint"], base.fingerprint, "map")
+        """Raise ModelError if the map was written for a model with other sizes or another vocabulary."""
+        hint = f"Use it with {self.header['model']}, or write one: braces inspect values --output FILE."
+        check_same_base("this map was written for", self.header["base"], {}, base, str(self.path), hint)
         vocabulary = (self.header.get("tokenizer") or {}).get("vocabulary")
-        if not found and vocabulary and vocabulary != base.tokenizer_hashes["vocabulary"]:
-            found = ["another vocabulary"]
-        if found:
-            what = f"this map was written for another model ({'; '.join(found)})"
-            hint = f"Use it with {self.header['model']}, or write one: braces inspect values --output FILE."
-            raise ModelError(what, where=str(self.path), hint=hint)
+        if vocabulary and vocabulary != base.tokenizer_hashes["vocabulary"]:
+            raise ModelError("this map was written for another vocabulary", where=str(self.path), hint=hint)
 
 
 @contextmanager

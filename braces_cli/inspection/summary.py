@@ -22,7 +22,7 @@ def summarise(base: Base, stored: StoredAdapter | None, *, is_attached: bool = F
         is_attached: the parameters of the adapter are parameters of the base's model.
     """
     tensors = {} if stored is None else stored.tensors
-    parameters = sum(tensor.numel() for tensor in tensors.values())
+    parameters = sum(tensor.numel() for name, tensor in tensors.items() if not name.endswith("base_samples"))
     scales = {} if stored is None else dict(zip(stored.config.layers, stored.config.relevance_scale, strict=True))
     layers = []
     for ffn in base.ffns:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from braces_cli.core.adapter.files import AdapterConfig, StoredAdapter, find_adapter, read_config, write_adapter
+from braces_cli.core.adapter.files import AdapterConfig, StoredAdapter, find_adapter, write_adapter
 from braces_cli.core.adapter.layer import condition_shapes
 from braces_cli.core.adapter.model import (
     Adapter,
@@ -24,6 +24,7 @@ from braces_cli.core.adapter.model import (
     attach,
     attach_stored,
     base_name,
+    check_base,
     choose_ffns,
     open_session,
 )
@@ -170,7 +171,7 @@ def _config(
         revision=base.revision,
         r=adapter.rank,
         layers=adapter.layers,
-        fingerprint=base.fingerprint,
+        base=base.sizes,
         tokenizer=base.tokenizer_hashes,
         training={**settings.recorded(), "layers": layers, "chat_template": chat},
         attributes=[attribute.name for attribute in attributes],
@@ -369,7 +370,9 @@ def adapter_to_train(session: Session, plan: Plan, checkpoint: Path | None) -> A
     else:
         ffns = [ffn for ffn in session.ffns if plan.layers is None or ffn.layer in plan.layers]
         if checkpoint is not None:
-            scales = read_config(checkpoint).relevance_scale
+            resumed = find_adapter(str(checkpoint))
+            check_base(resumed, session.base)
+            scales = resumed.config.relevance_scale
         elif settings.scale is not None:
             scales = [settings.scale] * len(ffns)
         else:

@@ -46,7 +46,7 @@ def attributes(model: Any) -> list[Any]:
         ones = torch.ones(len(ffns))
         state = torch.randn(shape, generator=generator)
         layers = [ffn.layer for ffn in ffns]
-        return Attribute(name, [], state, torch.zeros(shape), ones, 1e-3 * ones, layers, {})
+        return Attribute(name, [], state, torch.zeros(shape), ones, 1e-3 * ones, layers, {}, ones)
 
     return [one(f"attribute {k}") for k in range(ATTRIBUTES)]
 

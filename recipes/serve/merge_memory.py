@@ -60,22 +60,19 @@ def write_base(folder: Path, layers: int) -> int:
 
 
 def write_adapter(base: Path, folder: Path) -> None:
-    """Write a random adapter of the base without loading the base."""
+    """Write a random adapter of the base."""
     import torch
 
-    from braces_cli.core.adapter.layer import RelevanceModule
-    from braces_cli.core.adapter.model import Adapter, AdapterConfig
-    from braces_cli.core.models.ffn import find_ffns
-    from braces_cli.core.models.identity import fingerprint
-    from braces_cli.core.models.load import load_shape
+    from braces_cli.core.adapter.model import AdapterConfig, attach
+    from braces_cli.core.models.load import load_base
+    from braces_cli.core.options import LoadOptions
 
-    model = load_shape(str(base))
-    ffns = find_ffns(model)
-    adapter = Adapter(model, [(ffn, RelevanceModule(RANK, ffn.hidden_size, "cpu")) for ffn in ffns])
+    loaded = load_base(str(base), LoadOptions(device="cpu"))
+    adapter = attach(loaded.model, RANK)
     with torch.no_grad():
         for _, adapter_layer in adapter.adapted_ffns:
             adapter_layer.gate.fill_(-1.0)
-    adapter.save(folder, AdapterConfig(str(base), RANK, adapter.layers, fingerprint(model, ffns, base)), "# random\n")
+    adapter.save(folder, AdapterConfig(str(base), RANK, adapter.layers, loaded.sizes), "# random\n")
 
 
 def watched(call: list[str]) -> dict[str, Any]:

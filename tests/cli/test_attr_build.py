@@ -85,7 +85,7 @@ def test_several_built_in_lists_in_one_command(braces, model_dir, tmp_path):
 
 
 def test_the_list_has_folder_adapter_and_built_in_attributes(build, braces, session, adapter_dir, tmp_path):
-    """In the order of the search, with words, base, fingerprint and statistics."""
+    """In the order of the search, with words, base and statistics."""
     from braces_cli.core.attributes.build import build_attribute
     from braces_cli.core.attributes.vector import save_attributes
 
@@ -102,7 +102,6 @@ def test_the_list_has_folder_adapter_and_built_in_attributes(build, braces, sess
     calm, built_in = rows[0], rows[3]
     assert calm["words"] == ["quiet", "gentle"]
     assert (calm["layers"], calm["hidden_size"], calm["pooling"], calm["examples"]) == (2, 32, "last", 0)
-    assert calm["fingerprint"] == session.base.fingerprint
     assert calm["base"] == session.base.name
     assert len(calm["statistics"]["difference"]) == len(calm["statistics"]["residual"]) == 2
     assert all(value > 0 for values in calm["statistics"].values() for value in values)

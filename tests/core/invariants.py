@@ -26,7 +26,6 @@ from braces_cli.core.adapter.model import Adapter, attach, attach_stored
 from braces_cli.core.adapter.reference import reference
 from braces_cli.core.errors import ModelError
 from braces_cli.core.models.ffn import FFN, Experts, MixtureFFN, find_ffns, layer_stack
-from braces_cli.core.models.identity import fingerprint
 from braces_cli.core.models.load import Base
 from tests.conftest import open_gates
 from tests.core import comparison
@@ -216,7 +215,6 @@ def live(name: str, model: Any, folder: Path) -> None:
     assert base.isfinite().all()
     bare = cache_changes(model)
     assert bare is None or name in CACHES, f"with and without cache, the bare base: {bare}"
-    ffns = find_ffns(model)
     adapter = attach(model, 4)
     open_gates(adapter)
     assert relative(logits_of(model), base) > 1e-3, "the adapter does nothing"
@@ -228,7 +226,7 @@ def live(name: str, model: Any, folder: Path) -> None:
     else:
         changed = cache_changes(model)
         assert changed is None, f"with and without cache: {changed}"
-    config = AdapterConfig(name, 4, adapter.layers, fingerprint(model, ffns, None))
+    config = AdapterConfig(name, 4, adapter.layers, Base(model, None, name).sizes)
     adapter.save(folder, config, "# test\n")
     saved = logits_of(model)
     assert adapter.detach() is model

@@ -8,6 +8,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from braces_cli.core.errors import ConfigError, DataError, ModelError
 from braces_cli.evaluation import catalog, lm_eval_runner
@@ -215,9 +216,9 @@ def test_what_does_not_fit_fails_before_anything_is_measured(tiny_folder, make_a
     monkeypatch.setattr(run_module, "_measure", lambda *a: pytest.fail("measured"))
     good = make_adapter(tiny_folder)
     bad = shutil.copytree(good, tmp_path / "bad")
-    config = json.loads((bad / "adapter_config.json").read_text())
-    config["fingerprint"]["sha256"] = "0" * 64
-    (bad / "adapter_config.json").write_text(json.dumps(config))
+    tensors = load_file(bad / "adapter_model.safetensors")
+    tensors["layers.0.base_samples"] *= 2
+    save_file(tensors, bad / "adapter_model.safetensors")
     with pytest.raises(ModelError, match="another base"):
         evaluate(str(tiny_folder), [str(good), str(bad)], asked())
     with pytest.raises(ConfigError, match="unknown attribute `positve`"):

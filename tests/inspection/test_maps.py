@@ -73,7 +73,7 @@ def test_interrupted_map_leaves_no_file(tmp_path, session, lens):
 
 
 def test_map_of_another_model(tmp_path, session, lens):
-    """Other weights or another vocabulary of the same size are an error."""
+    """Other sizes or another vocabulary of the same size are an error."""
     path, header = tmp_path / "map.parquet", map_header(session.base, lens, "value", 3)
     write_map(path, header, value_tokens(lens, session.ffns, top_k=3))
     found = open_map(path)
@@ -82,6 +82,6 @@ def test_map_of_another_model(tmp_path, session, lens):
     session.base.tokenizer_hashes = {"vocabulary": "0"}
     with pytest.raises(ModelError, match="another vocabulary"):
         found.check_base(session.base)
-    session.base.fingerprint = session.base.fingerprint | {"sha256": "0"}
-    with pytest.raises(ModelError, match="other weights"):
+    session.base.sizes = session.base.sizes | {"layers": 3}
+    with pytest.raises(ModelError, match="another base .layers 2, here 3"):
         found.check_base(session.base)

@@ -12,9 +12,9 @@ from braces_cli.training.settings import TrainSettings
 
 # Settings of device, reports, and the division of a step into batches and processes.
 FREE = {
-    "output_dir", "overwrite", "resume", "device", "device_map", "trust_remote_code", "save_steps", "save_total_limit",
-    "eval_steps", "logging_steps", "report_to", "push_to_hub", "gradient_checkpointing", "batch_size",
-    "gradient_accumulation",
+    "output_dir", "overwrite", "resume", "device", "device_map", "trust_remote_code", "allow_other_base", "save_steps",
+    "save_total_limit", "eval_steps", "logging_steps", "report_to", "push_to_hub", "gradient_checkpointing",
+    "batch_size", "gradient_accumulation",
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from braces_cli.core.files import (
     write_text,
 )
 from braces_cli.core.models.hub import hub_errors, is_hub_id
-from braces_cli.core.models.identity import Fingerprint
+from braces_cli.core.models.identity import SAMPLES, Sizes
 from braces_cli.core.schema import Count, Kind, Name, Positive, Size, check, cut, read
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class AdapterConfig:
         base_model_name_or_path: hub id or folder of the base.
         r: rank d_r.
         layers: indices of the decoder layers with a relevance module.
-        fingerprint: see `core.models.identity`.
+        base: type and sizes of the base.
         revision: commit of a base from the hub.
         tokenizer: hashes of the tokenizer and its chat template; another one is a warning, not an error.
         training: settings of the training run; recorded only.
@@ -56,7 +56,7 @@ class AdapterConfig:
     base_model_name_or_path: Name
     r: Size
     layers: list[Count]
-    fingerprint: Fingerprint
+    base: Sizes
     revision: Name | None = None
     tokenizer: dict[str, str | None] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
@@ -141,11 +141,12 @@ class StoredAdapter:
             raise ModelError(
                 f"cannot read the adapter's weights: {error}", where=str(path), hint="Train again."
             ) from error
-        config, d = self.config, self.config.fingerprint["hidden_size"]
+        config, d = self.config, self.config.base["hidden_size"]
         shapes: dict[str, tuple[int, ...]] = {}
         for layer in config.layers:
             # The gate has one dimension, because FSDP2 does not support scalar parameters.
             shapes |= {f"layers.{layer}.projection": (config.r, d), f"layers.{layer}.gate": (1,)}
+            shapes[f"layers.{layer}.base_samples"] = (SAMPLES,)
         if config.attributes:
             shapes.update(condition_shapes(d))
         wrong = sorted(set(shapes) ^ set(tensors))
@@ -167,7 +168,7 @@ class StoredAdapter:
 
 def parameter_count(config: AdapterConfig) -> int:
     """Number of parameters in projections and gates, without the MLP of attributes."""
-    return len(config.layers) * (config.r * int(config.fingerprint["hidden_size"]) + 1)
+    return len(config.layers) * (config.r * int(config.base["hidden_size"]) + 1)
 
 
 def adapter_folder(name: str) -> Path:
@@ -219,7 +220,7 @@ def read_config(folder: Path) -> AdapterConfig:
         what = f"format version {cut(version)}, this braces reads {FORMAT_VERSION}"
         raise ModelError(what, where=str(path), hint="Update braces.")
     config = check(_CONFIG, raw, str(path))
-    layers, scales, d = config.layers, config.relevance_scale, config.fingerprint["hidden_size"]
+    layers, scales, d = config.layers, config.relevance_scale, config.base["hidden_size"]
     problems = {
         "`layers` must name at least one layer, each once and in order": not layers or layers != sorted(set(layers)),
         f"`r` is {config.r}, larger than the base's hidden size {d}": config.r > d,

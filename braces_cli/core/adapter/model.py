@@ -19,8 +19,8 @@ from braces_cli.core.distributed import full_tensor
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.models.ffn import FFN, Experts, MixtureFFN, choose_ffns, expert_outputs, find_ffns, routing
 from braces_cli.core.models.hub import EMBEDDED, note_default
-from braces_cli.core.models.identity import differences
-from braces_cli.core.models.load import Base, checkpoint_path, load_base, load_shape
+from braces_cli.core.models.identity import check_same_base
+from braces_cli.core.models.load import Base, load_base, load_shape
 from braces_cli.core.models.structure import hooks_changed
 from braces_cli.core.options import LoadOptions
 
@@ -37,6 +37,8 @@ class Adapter:
     def __init__(self, model: nn.Module, adapted_ffns: list[tuple[FFN | MixtureFFN, RelevanceModule]]) -> None:
         self.model = model
         self.adapted_ffns = adapted_ffns
+        # Taken before FSDP2 shards the weights.
+        self._samples = {f"layers.{ffn.layer}.base_samples": ffn.samples for ffn, _ in adapted_ffns}
         # Maps pooled states to h_c, if attributes are trained.
         self.mlp: ConditionMLP | None = None
         self._frozen = [p for p in model.parameters() if p.requires_grad]
@@ -150,13 +152,15 @@ class Adapter:
                 adapter_layer.enabled = enabled
 
     def tensors(self, in_place: bool = True) -> dict[str, Tensor]:
-        """Tensors of the adapter file: `layers.{i}.projection`, `layers.{i}.gate` and, if trained, `condition.*`.
+        """Tensors of the adapter file.
+
+        `layers.{i}.projection`, `layers.{i}.gate`, `layers.{i}.base_samples` and, if trained, `condition.*`.
 
         Args:
             in_place: set the weights to the projections in the file. Use False during training, which must continue
                 from the unrounded weights, and for sharded parameters, where this is a collective call.
         """
-        out: dict[str, Tensor] = {}
+        out = dict(self._samples)
         for ffn, adapter_layer in self.adapted_ffns:
             out[f"layers.{ffn.layer}.projection"] = adapter_layer.materialise() if in_place else adapter_layer.rounded()
             out[f"layers.{ffn.layer}.gate"] = full_tensor(adapter_layer.gate.detach())
@@ -248,10 +252,10 @@ def attach(
 
 def check_base(stored: StoredAdapter, base: Base) -> None:
     """Raise ModelError if an adapter was trained on another base."""
-    words = differences(stored.config.fingerprint, base.fingerprint)
-    if words:
-        what = f"this adapter was trained on another base ({'; '.join(words)})"
-        raise ModelError(what, where=str(stored.folder), hint=f"It needs {stored.config.base_model_name_or_path}.")
+    config = stored.config
+    samples = {layer: stored.tensors[f"layers.{layer}.base_samples"] for layer in config.layers}
+    hint = f"It needs {config.base_model_name_or_path}."
+    check_same_base("this adapter was trained on", config.base, samples, base, str(stored.folder), hint)
 
 
 def attach_stored(base: Base, stored: StoredAdapter) -> Adapter:
@@ -378,20 +382,21 @@ def open_session(
     return session
 
 
-def open_shape(
-    model: str | None, adapter: str | None, revision: str | None, trust_remote_code: bool
-) -> tuple[Base, StoredAdapter | None]:
-    """Return a base without weights and tokenizer, and the adapter, if one is given.
+def open_shape(settings: Any) -> tuple[Base, StoredAdapter | None]:
+    """Return a base without weights and tokenizer, and the adapter, if one is given; only their sizes are compared.
+
+    Args:
+        settings: `AdapterSettings`, or the part of them that is about no weights.
 
     Raises:
         ModelError: base or adapter cannot be loaded, or they do not fit.
     """
-    stored = None if adapter is None else find_adapter(adapter)
-    name = base_name(model, stored)
-    if stored is not None and model is None:
+    stored = None if settings.adapter is None else find_adapter(settings.adapter)
+    name, revision = base_name(settings.model, stored), settings.revision
+    if stored is not None and settings.model is None:
         revision = revision or stored.config.revision
-    shape = load_shape(name, revision=revision, trust_remote_code=trust_remote_code)
-    base = Base(shape, None, name, revision, checkpoint_path(name, revision))
+    shape = load_shape(name, revision=revision, trust_remote_code=settings.trust_remote_code)
+    base = Base(shape, None, name, revision, allow_other=settings.allow_other_base)
     if stored is not None:
         check_base(stored, base)
     return base, stored

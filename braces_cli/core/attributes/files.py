@@ -10,13 +10,13 @@ from typing import Any, Literal, TypedDict
 from braces_cli.core.attributes.words import OTHER_FILES, built_in
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.files import file_hash, path_exists
-from braces_cli.core.models.identity import Fingerprint
-from braces_cli.core.schema import Count, Kind, Name, check, cut, parse, read_tensor_header
+from braces_cli.core.models.identity import Sizes
+from braces_cli.core.schema import Count, Kind, Name, check, cut, parse, read_metadata
 
 FORMAT_VERSION = "1"
 # Attributes that an adapter was trained with, in the adapter's folder.
 TRAINED_FILE = "attributes.safetensors"
-_JSON_KEYS = ("attributes", "layers", "fingerprint", "details")
+_JSON_KEYS = ("attributes", "layers", "sizes", "details")
 _HINT = "Give --attributes the folder that `braces attr-build` wrote."
 
 
@@ -39,13 +39,13 @@ class AttributeHeader:
     Attributes:
         attributes: name -> words that the attribute was built from.
         layers: decoder layer of each row of the tensors.
-        fingerprint: of the base.
+        sizes: of the base.
         details: by name.
     """
 
     attributes: dict[Name, list[str]]
     layers: list[Count]
-    fingerprint: Fingerprint
+    sizes: Sizes
     details: dict[str, Details] = field(default_factory=dict)
 
 
@@ -58,8 +58,8 @@ def read_header(path: Path) -> AttributeHeader:
     Raises:
         ModelError: a file that is damaged, is not an attribute file, or has another format version.
     """
-    metadata = read_tensor_header(path, HEADER).metadata
-    missing = {"attributes", "fingerprint", "layers"} - set(metadata)
+    metadata = read_metadata(path, HEADER)
+    missing = {"attributes", "layers", "sizes"} - set(metadata)
     if missing:
         hint = "Remove it from the folder, or build it again: attr-build."
         raise ModelError(f"not an attribute file: no {', '.join(sorted(missing))}", where=str(path), hint=hint)
@@ -70,7 +70,7 @@ def read_header(path: Path) -> AttributeHeader:
     text = Kind(object, ModelError, HEADER.hint)
     values = {key: parse(text, metadata[key], f"{path}, {key}") for key in _JSON_KEYS if key in metadata}
     header = check(HEADER, values, str(path))
-    layers = header.fingerprint["layers"]
+    layers = header.sizes["layers"]
     if len(header.layers) != layers or header.layers != sorted(set(header.layers)):
         what = f"`layers` must name {layers} layers, each once and in order"
         raise ModelError(what, where=str(path), hint=HEADER.hint)
@@ -108,7 +108,7 @@ def list_attributes(folder: Path | None, adapter: Path | None) -> list[dict[str,
     """Return the attributes of `folder`, of the adapter, and the built-in ones, in the order of `find_attribute`.
 
     Each is `{name, source, path, words, examples, pooling, provenance, steered_layers, base, layers, hidden_size,
-    fingerprint, statistics}`. A built-in list belongs to no base: only name, source and words are not null.
+    statistics}`. A built-in list belongs to no base: only name, source and words are not null.
 
     Raises:
         ConfigError: a folder that cannot be read.
@@ -136,13 +136,12 @@ def list_attributes(folder: Path | None, adapter: Path | None) -> list[dict[str,
                     "steered_layers": details.get("steered_layers"),
                     "base": details.get("base"),
                     "layers": len(header.layers),
-                    "hidden_size": header.fingerprint["hidden_size"],
-                    "fingerprint": header.fingerprint,
+                    "hidden_size": header.sizes["hidden_size"],
                     "statistics": {"difference": details.get("difference"), "residual": details.get("residual")},
                 }
             )
     unknown = dict.fromkeys(
-        ("path", "examples", "pooling", "provenance", "steered_layers", "base", "layers", "hidden_size", "fingerprint")
+        ("path", "examples", "pooling", "provenance", "steered_layers", "base", "layers", "hidden_size")
     )
     for name, words in built_in().items():
         rows.append({"name": name, "source": "built-in", "words": words, **unknown, "statistics": None})

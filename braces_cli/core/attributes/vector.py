@@ -24,10 +24,11 @@ from braces_cli.core.adapter.model import Session
 from braces_cli.core.attributes.files import FORMAT_VERSION, HEADER, read_header
 from braces_cli.core.errors import ConfigError, ModelError, first_line
 from braces_cli.core.files import write_tensors
-from braces_cli.core.models.identity import Fingerprint, differences
+from braces_cli.core.models.identity import SAMPLES, Sizes, check_same_base
 
 # Vectors along one direction add up in the residual stream, so the sum over layers is fixed, not the share of a layer.
 STEERING_SHARE = 0.1
+_SAMPLES = "base_samples"
 _PARTS = ("hidden", "reference", "residual")
 # Details in the header that are fields of `Attribute`; the others are for lists.
 _RECORDED = ("base", "pooling", "examples", "steered_layers", "provenance")
@@ -44,7 +45,8 @@ class Attribute:
         reference: the same of the reference, (2, layers, d).
         residual: norm of an addition to the FFN output that moves the residual stream by its median norm, (layers,).
         layers: decoder layer of each row.
-        fingerprint: of the base.
+        sizes: of the base.
+        samples: of the base, (layers, 64); see `core.models.identity`.
         base: name of the base; recorded only.
         pooling: over the tokens of each word or text, one of `POOLINGS`.
         examples: number of texts that it was built from; 0 if it was built from words.
@@ -59,7 +61,8 @@ class Attribute:
     reference: Tensor
     residual: Tensor
     layers: list[int]
-    fingerprint: Fingerprint
+    sizes: Sizes
+    samples: Tensor
     base: str | None = None
     pooling: str = "mean"
     examples: int = 0
@@ -123,6 +126,7 @@ def opposite(one: Attribute, other: Attribute) -> tuple[Attribute, Attribute]:
 def save_attributes(path: Path, attributes: Sequence[Attribute]) -> None:
     """Write attributes of one base into a file: tensors `{name}.hidden` and so on, the rest in the header."""
     tensors = {f"{each.name}.{part}": getattr(each, part) for each in attributes for part in _PARTS}
+    tensors[_SAMPLES] = attributes[0].samples
     tensors |= {f"{each.name}.direction": each.direction for each in attributes if each.direction is not None}
     details: dict[str, dict[str, Any]] = {}
     for each in attributes:
@@ -134,7 +138,7 @@ def save_attributes(path: Path, attributes: Sequence[Attribute]) -> None:
         "format_version": FORMAT_VERSION,
         "attributes": json.dumps({each.name: each.words for each in attributes}, ensure_ascii=False),
         "layers": json.dumps(attributes[0].layers),
-        "fingerprint": json.dumps(attributes[0].fingerprint),
+        "sizes": json.dumps(attributes[0].sizes),
         "details": json.dumps(details),
     }
     write_tensors(path, tensors, header)
@@ -149,40 +153,38 @@ def load_attributes(path: Path, session: Session) -> dict[str, Attribute]:
     from safetensors import SafetensorError, safe_open
 
     header = read_header(path)
-    different = differences(header.fingerprint, session.base.fingerprint, "attribute")
-    if different:
-        names = {str(each["base"]) for each in header.details.values() if each.get("base")}
-        of = f"It belongs to {', '.join(sorted(names))}. " if names else ""
-        hint = f"{of}Build it again for this base: braces attr-build."
-        raise ModelError(
-            f"this attribute was built for another base ({'; '.join(different)})", where=str(path), hint=hint
-        )
-    if header.layers != [ffn.layer for ffn in session.ffns]:
-        raise ModelError("`layers` are not those of the base", where=str(path), hint=HEADER.hint)
     try:
         with safe_open(path, framework="pt") as file:
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ModelError(f"not an attribute file: {first_line(error)}", where=str(path), hint=HEADER.hint) from error
+
+    def tensor(name: str, *shape: int) -> Tensor:
+        found = tensors.get(name)
+        if found is None or tuple(found.shape) != shape or found.dtype != torch.float32:
+            is_ = "missing" if found is None else f"{tuple(found.shape)} {found.dtype}"
+            raise ModelError(f"{name} is {is_}, expected {shape} torch.float32", where=str(path), hint=HEADER.hint)
+        return found
+
+    rows, d = len(header.layers), header.sizes["hidden_size"]
+    samples = tensor(_SAMPLES, rows, SAMPLES)
+    names = sorted({str(each["base"]) for each in header.details.values() if each.get("base")})
+    hint = f"{f'It belongs to {", ".join(names)}. ' if names else ''}Build it again for this base: braces attr-build."
+    by_layer = dict(zip(header.layers, samples, strict=True))
+    check_same_base("this attribute was built for", header.sizes, by_layer, session.base, str(path), hint)
+    if header.layers != [ffn.layer for ffn in session.ffns]:
+        raise ModelError("`layers` are not those of the base", where=str(path), hint=HEADER.hint)
     attributes = {}
     for name, words in header.attributes.items():
         details: dict[str, Any] = {k: v for k, v in header.details.get(name, {}).items() if k in _RECORDED}
         if not set(details.get("steered_layers") or []) <= set(header.layers):
             raise ModelError("`steered_layers` are not among `layers`", where=str(path), hint=HEADER.hint)
-        parts: dict[str, Any] = {part: tensors.get(f"{name}.{part}") for part in (*_PARTS, "direction")}
-        for part, tensor in parts.items():
-            if tensor is None and part == "direction":
-                continue
-            expected: tuple[int, ...] = (len(header.layers),)
-            if part != "residual":
-                expected = (*expected, header.fingerprint["hidden_size"])
-            if part in ("hidden", "reference"):
-                expected = (2, *expected)
-            if tensor is None or tuple(tensor.shape) != expected or tensor.dtype != torch.float32:
-                found = "missing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
-                what = f"{name}.{part} is {found}, expected {expected} torch.float32"
-                raise ModelError(what, where=str(path), hint=HEADER.hint)
-        attribute = Attribute(name, words, **parts, layers=header.layers, fingerprint=header.fingerprint, **details)
+        parts: dict[str, Any] = {p: tensor(f"{name}.{p}", 2, rows, d) for p in ("hidden", "reference")}
+        parts["residual"] = tensor(f"{name}.residual", rows)
+        if f"{name}.direction" in tensors:
+            parts["direction"] = tensor(f"{name}.direction", rows, d)
+        base = {"layers": header.layers, "sizes": header.sizes, "samples": samples}
+        attribute = Attribute(name, words, **parts, **base, **details)
         check_numbers(attribute, str(path), "The file is damaged; build it again: attr-build.")
         attributes[name] = attribute
     return attributes

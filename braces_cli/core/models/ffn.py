@@ -14,6 +14,7 @@ import inspect
 import posixpath
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -22,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from braces_cli.core.config import parse_ranges
 from braces_cli.core.errors import ConfigError, ModelError
+from braces_cli.core.models.identity import sampled_entries
 from braces_cli.core.models.structure import layer_output, outside_mixers, pairs, sizes, takes_cache
 from braces_cli.core.models.weights import Values, dense, stored_values
 
@@ -82,9 +84,10 @@ class FFN:
         """W_V (d, d_ff) with the value vectors as columns: a view of the weight, or a temporary dense copy."""
         return dense(self.values())
 
-    def value_path(self, model: nn.Module) -> str:
-        """Full name of the value weight inside `model`."""
-        return next(f"{name}.weight" for name, module in model.named_modules() if module is self.value)
+    @cached_property
+    def samples(self) -> Tensor:
+        """Samples of W_V that identify the base; see `core.models.identity`."""
+        return sampled_entries(self.parts)
 
     def watch(self, callback: Callable[[Tensor], None]) -> RemovableHandle:
         """Call `callback` with the FFN's input in every forward pass, until the returned handle is removed."""
@@ -96,7 +99,6 @@ class Experts:
     """Routed experts whose weights are slices of one 3-D tensor.
 
     Attributes:
-        path: name of `module` inside the model.
         module: called with `(h, index, weights)`: tokens (n, d), experts of each (n, k) and their p_e (n, k); or with
             `(h)` alone, tokens sorted by expert (experts * n, d) and multiplied by p_e before (Llama 4).
         name: name of the value weight in the module.
@@ -104,11 +106,20 @@ class Experts:
         presorted: the module is called with `(h)` alone.
     """
 
-    path: str
     module: nn.Module
     name: str
     transposed: bool
     presorted: bool
+
+    @property
+    def hidden_size(self) -> int:
+        """d, the width of `h` and of a value vector."""
+        return int(self.value_matrix().shape[1])
+
+    @property
+    def value_vectors(self) -> int:
+        """Number of value vectors of all experts together."""
+        return self.value_matrix()[:, 0].numel()
 
     def value_matrix(self) -> Tensor:
         """W_V of every expert, (experts, d, d_ff), a view of the weight."""
@@ -118,10 +129,6 @@ class Experts:
     def values(self) -> Tensor:
         """W_V for products; stacked experts are never packed."""
         return self.value_matrix()
-
-    def value_path(self, model: nn.Module) -> str:
-        """Full name of the value weight inside `model`."""
-        return f"{self.path}.{self.name}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,25 +155,22 @@ class MixtureFFN:
     @property
     def hidden_size(self) -> int:
         """d, the width of `h` and of a value vector."""
-        first = self.parts[0]
-        return int(first.value_matrix().shape[-2]) if isinstance(first, Experts) else int(first.hidden_size)
+        return int(self.parts[0].hidden_size)
 
     @property
     def value_vectors(self) -> int:
         """Number of value vectors of all experts together."""
-        return sum(
-            part.value_matrix()[..., 0, :].numel() if isinstance(part, Experts) else part.value_vectors
-            for part in self.parts
-        )
+        return sum(part.value_vectors for part in self.parts)
+
+    @cached_property
+    def samples(self) -> Tensor:
+        """Samples of W_V that identify the base; see `core.models.identity`."""
+        return sampled_entries(self.parts)
 
     def value_matrix(self) -> Tensor:
         """W_V of all experts, (d, value_vectors): a copy, for inspection only."""
         blocks = [part.value_matrix() for part in self.parts]
         return torch.cat([b if b.ndim == 2 else b.transpose(0, 1).flatten(1) for b in blocks], dim=1)
-
-    def value_path(self, model: nn.Module) -> str:
-        """Full name of the first value weight inside `model`."""
-        return self.parts[0].value_path(model)
 
     def watch(self, callback: Callable[[Tensor], None]) -> RemovableHandle:
         """Call `callback` with the layer's input in every forward pass, until the returned handle is removed."""
@@ -250,7 +254,7 @@ def find_ffns(model: nn.Module) -> list[FFN | MixtureFFN]:
         }
         seen.update(ffn.value for ffn in modules.values())
         stacked = {
-            name: Experts(f"{prefix}.{name}".rstrip("."), module, *_value_weight(module, width), _is_presorted(module))
+            name: Experts(module, *_value_weight(module, width), _is_presorted(module))
             for name, module in outside_mixers(layer)
             if _stacked(module)
         }

@@ -26,7 +26,7 @@ from braces_cli.core.files import path_exists, user_path, value_hash
 from braces_cli.core.models.ffn import FFN, MixtureFFN, find_ffns
 from braces_cli.core.models.gguf import GGUFFile, read_gguf
 from braces_cli.core.models.hub import embedded_folder, embedded_name, hub_errors, is_gguf, is_hub_id, resolve
-from braces_cli.core.models.identity import Fingerprint, fingerprint
+from braces_cli.core.models.identity import Sizes
 from braces_cli.core.models.weights import check_finite, compute_device, is_packed
 from braces_cli.core.options import LoadOptions
 
@@ -44,6 +44,7 @@ class Base:
         name: hub id, absolute folder, GGUF file, or `embedded@VERSION` for the embedded model.
         revision: commit of a hub model, else None.
         checkpoint: folder with its weight files, or GGUF file; None if there is none.
+        allow_other: accept adapters and attributes of another base.
     """
 
     model: Any
@@ -51,6 +52,7 @@ class Base:
     name: str
     revision: str | None = None
     checkpoint: Path | None = None
+    allow_other: bool = False
 
     def __post_init__(self) -> None:
         self._loaded = self._versions()
@@ -69,9 +71,24 @@ class Base:
         return find_ffns(self.model)
 
     @cached_property
-    def fingerprint(self) -> Fingerprint:
-        """Type, sizes and hash of the base, computed once."""
-        return fingerprint(self.model, self.ffns, self.checkpoint)
+    def sizes(self) -> Sizes:
+        """Type and sizes of the base."""
+        return {
+            "model_type": getattr(getattr(self.model, "config", None), "model_type", type(self.model).__name__),
+            "layers": len(self.ffns),
+            "hidden_size": self.ffns[0].hidden_size,
+            "value_vectors": [ffn.value_vectors for ffn in self.ffns],
+        }
+
+    @property
+    def samples(self) -> torch.Tensor:
+        """Samples of all value matrices, (layers, 64); see `core.models.identity`."""
+        return torch.stack([ffn.samples for ffn in self.ffns])
+
+    @property
+    def is_quantised(self) -> bool:
+        """Return whether its weights are rounded to fewer than 16 bits."""
+        return self.name.endswith(".gguf") or getattr(self.model, "hf_quantizer", None) is not None
 
     @cached_property
     def tokenizer_hashes(self) -> dict[str, str | None]:
@@ -186,7 +203,8 @@ def load_base(name: str, options: LoadOptions | None = None, tokenizer: Any = No
     _check_token_ids(model, tokenizer, where)
     checkpoint = checkpoint_path(where, options.revision)
     stored_name = embedded_name() if Path(where) == embedded_folder().resolve() else where
-    return Base(model, tokenizer, stored_name, commit_of(where, options.revision, checkpoint), checkpoint)
+    revision = commit_of(where, options.revision, checkpoint)
+    return Base(model, tokenizer, stored_name, revision, checkpoint, options.allow_other_base)
 
 
 def check_quantize(name: str, device: torch.device | None) -> None:

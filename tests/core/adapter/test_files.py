@@ -23,6 +23,7 @@ FIRST = "layers.0.projection"
         (FIRST, lambda tensor: tensor.half(), "float16"),
         ("layers.0.gate", lambda tensor: torch.full_like(tensor, torch.nan), "not finite"),
         (FIRST, lambda tensor: tensor * 1.001, "not orthonormal"),
+        ("layers.1.base_samples", lambda tensor: tensor[:9].clone(), r"\(64,\)"),
     ],
 )
 def test_a_damaged_tensor_is_named(adapter_dir, name, change, message):

@@ -167,7 +167,8 @@ def test_logits_of_a_row_do_not_depend_on_its_batch(name, trained):
     generator = torch.Generator().manual_seed(1)
     norms = torch.tensor([50.0, 20.0])
     known = {
-        each: Attribute(each, [], *torch.randn(2, 2, 2, 32, generator=generator), norms, [0, 1], {}) for each in "abc"
+        each: Attribute(each, [], *torch.randn(2, 2, 2, 32, generator=generator), norms, [0, 1], {}, norms)
+        for each in "abc"
     }
     rows = [{"a": 2.0}, {}, {"b": -3.0, "c": 1.0}, {"a": 0.0}]
     tokens = torch.tensor([[0, 5, 6, 7, 8], [0, 9, 6, 5, 5], [0, 7, 7, 8, 9], [0, 5, 6, 7, 8]])
@@ -202,8 +203,9 @@ def test_rows_with_steering_vectors_and_rows_through_the_adapter_share_a_batch(n
         return torch.randn(2, len(layers), width, generator=generator)
 
     norms = torch.full((len(layers),), 3.0 * len(layers) * width**0.5)
-    known = {each: Attribute(each, [], drawn(), drawn(), norms, layers, {}) for each in "bc"}
-    known["a"] = Attribute("a", [], drawn(), drawn(), norms, layers, {}, steered_layers=layers, direction=drawn()[0])
+    known = {each: Attribute(each, [], drawn(), drawn(), norms, layers, {}, norms) for each in "bc"}
+    known["a"] = Attribute("a", [], drawn(), drawn(), norms, layers, {}, norms, direction=drawn()[0])
+    known["a"] = replace(known["a"], steered_layers=layers)
     rows = [{"a": 1.0}, {"b": 2.0, "c": -1.0}, {}, {"a": -1.0, "b": 0.5}]
     tokens = torch.randint(3, 90, (4, 7), generator=generator)
 

@@ -52,7 +52,7 @@ def test_a_second_call_reads_what_the_first_one_built(session, model_dir, cache,
 
 
 def test_other_weights_and_another_dtype_have_other_files(model_dir, tmp_path, cache, built):
-    """A folder whose files were written again counts as another base, even with the same sizes and fingerprint."""
+    """A folder whose files were written again counts as another base, even with the same weights."""
     folder = tmp_path / "model"
     shutil.copytree(model_dir, folder)
     _find(_open(folder))

@@ -117,14 +117,6 @@ def test_the_device_of_a_list_of_embeddings_is_found() -> None:
     assert input_device(tiny("musicgen")).type == "cpu"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_fingerprint_is_read_from_the_files(model_dir: Path, dtype: str) -> None:
-    """It does not depend on the dtype that is loaded."""
-    found = load_base(str(model_dir), LoadOptions(device="cpu", dtype=dtype)).fingerprint
-    assert found["sha256"]
-    assert found == load_base(str(model_dir), LoadOptions(device="cpu")).fingerprint
-
-
 @pytest.mark.parametrize(("name", "package"), [("int8", "torchao"), ("bnb-4bit", "bitsandbytes")])
 def test_a_missing_package_is_named(monkeypatch, name, package):
     """Exit code 2, and what to install."""
