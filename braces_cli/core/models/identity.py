@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from braces_cli.core.errors import ModelError
 from braces_cli.core.schema import Count, Size
@@ -83,8 +83,12 @@ def check_same_base(
         ModelError: another base, unless `base.allow_other` is set and its hidden size is the same.
     """
     here = base.sizes
-    keys = ("model_type", "layers", "hidden_size", "value_vectors")
-    problems = [f"{k.replace('_', ' ')} {_short(sizes[k])}, here {_short(here[k])}" for k in keys if sizes[k] != here[k]]
+    keys: Any = ("model_type", "layers", "hidden_size", "value_vectors")
+    problems = [
+        f"{key.replace('_', ' ')} {_short(sizes[key])}, here {_short(here[key])}"
+        for key in keys
+        if sizes[key] != here[key]
+    ]
     found = {ffn.layer: ffn.samples for ffn in base.ffns if ffn.layer in samples}
     if not problems and any(each.numel() for each in found.values()):
         problems, difference = _compare(samples, found)
