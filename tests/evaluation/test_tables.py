@@ -17,7 +17,12 @@ def test_values_that_are_not_finite_are_shown(tmp_path):
     systems = [System(name, scores=Scores({"p": {"ppl": Metric(value, None, 2)}})) for name, value in values.items()]
     keys = ("revision", "dtype", "quantize", "limit", "apply_chat_template")
     names = ("num_fewshot_used", "task_versions", "task_data_sha256", "seeds", "versions")
-    settings = {**dict.fromkeys(keys), **{key: {} for key in names}, "tokenizer": {"chat_template": None}, "base_sha256": "0"}
+    settings = {
+        **dict.fromkeys(keys),
+        **{key: {} for key in names},
+        "tokenizer": {"chat_template": None},
+        "base_sha256": "0",
+    }
     about = {"model": "m", "adapter": None, "method": None, "sha256": None}
     result = {
         "systems": [

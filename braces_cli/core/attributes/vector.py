@@ -169,7 +169,7 @@ def load_attributes(path: Path, session: Session) -> dict[str, Attribute]:
     rows, d = len(header.layers), header.sizes["hidden_size"]
     samples = tensor(_SAMPLES, rows, SAMPLES)
     names = sorted({str(each["base"]) for each in header.details.values() if each.get("base")})
-    hint = f"{f'It belongs to {", ".join(names)}. ' if names else ''}Build it again for this base: braces attr-build."
+    hint = f"It needs {', '.join(names) or 'its base'}; or build it again: braces attr-build."
     by_layer = dict(zip(header.layers, samples, strict=True))
     check_same_base("this attribute was built for", header.sizes, by_layer, session.base, str(path), hint)
     if header.layers != [ffn.layer for ffn in session.ffns]:
