@@ -136,7 +136,7 @@ def test_another_base_is_refused(build, braces, model_dir, tmp_path):
         "steer", "--model", other, "--attribute", "calm", "--attributes", tmp_path / "attrs", "--prompt", "a"
     )
     assert outcome.code == 4
-    assert "another base (hidden size: attribute 32, base 16)" in outcome.err
+    assert "another base (hidden size 32, here 16)" in outcome.err
     assert str(model_dir) in outcome.err
 
 
