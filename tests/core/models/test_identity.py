@@ -29,10 +29,12 @@ from tests.core.test_architectures import rows
 
 # Dense, with Conv1D, loose in the layer, fused; experts that are stacked, transposed, and next to shared ones.
 QUICK = {"llama", "gpt2", "opt", "phi3", "mixtral", "gpt_oss", "qwen2_moe", "llama4_text"}
+# Transformers does not read these checkpoints of its own as causal language models, or not completely.
+NOT_READ = {"emu3", "lara_mini", "mllama", "musicgen", "musicgen_melody", "sarvam_moe"}
 NAMES = [
     pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
     for name, row in rows().items()
-    if row.split("|")[3].strip() == EXACT
+    if row.split("|")[3].strip() == EXACT and name not in NOT_READ
 ]
 
 
@@ -76,7 +78,7 @@ def test_every_copy_of_a_base_is_the_same_base(name: str, tmp_path: Path, caplog
         for ffn in stored.ffns:
             for part in ffn.parts:
                 part.value_matrix().mul_(1.2)
-    with pytest.raises(ModelError, match=r"slope 1\.2"):
+    with pytest.raises(ModelError, match=r"slope 1\.[2-9]"):  # layers can share a matrix
         check(stored, base_of(model))
 
 
