@@ -183,7 +183,7 @@ def load_attributes(path: Path, session: Session) -> dict[str, Attribute]:
         parts["residual"] = tensor(f"{name}.residual", rows)
         if f"{name}.direction" in tensors:
             parts["direction"] = tensor(f"{name}.direction", rows, d)
-        base = {"layers": header.layers, "sizes": header.sizes, "samples": samples}
+        base: dict[str, Any] = {"layers": header.layers, "sizes": header.sizes, "samples": samples}
         attribute = Attribute(name, words, **parts, **base, **details)
         check_numbers(attribute, str(path), "The file is damaged; build it again: attr-build.")
         attributes[name] = attribute
