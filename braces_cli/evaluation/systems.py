@@ -147,6 +147,9 @@ def _peft(model: Any, adapter: EvalAdapter) -> Iterator[None]:
     modules = dict(model.named_modules())
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     wrapped: Any = None
+    # PiSSA and OLoRA, named here, change the weights of the base in place.
+    named = isinstance(read(ANY_CONFIG, adapter.folder / CONFIG_FILE).get("init_lora_weights"), str)
+    weights = [(parameter, parameter.detach().clone()) for parameter in model.parameters()] if named else []
     try:
         try:
             with warnings.catch_warnings():
@@ -169,6 +172,8 @@ def _peft(model: Any, adapter: EvalAdapter) -> Iterator[None]:
             parent, _, leaf = name.rpartition(".")
             if name and getattr(modules[parent], leaf, None) is not module:
                 setattr(modules[parent], leaf, module)
+        for parameter, weight in weights:
+            parameter.data = weight
         model.__dict__.pop("peft_config", None)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable[name])

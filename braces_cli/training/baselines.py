@@ -181,8 +181,8 @@ def _config(model: nn.Module, settings: TrainSettings, layers: Sequence[int] | N
         hint = "Correct the file, or update peft."
         check(Kind(options_schema(kinds[name]), ConfigError, hint, closed=True), options, where)
         _check_options(options, where)
-        fixed = {"task_type": "CAUSAL_LM", "inference_mode": False}
-        return kinds[name](**{key: value for key, value in options.items() if key not in _REPLACED}, **fixed)
+        kept = {key: value for key, value in options.items() if key not in _REPLACED}
+        return kinds[name](**kept, task_type="CAUSAL_LM", inference_mode=False)
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     # Without queries and values of these names peft uses its default for the architecture.
     default = list(_TARGETS) if names.issuperset(_TARGETS) else None

@@ -64,6 +64,16 @@ def test_the_base_is_bit_identical_after_an_adapter(session, make_peft, tiny_fol
     assert torch.equal(_logits(fresh), seen[0])
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_weights_that_an_adapter_changes_are_restored(session, make_peft, tiny_folder, init):
+    folder = make_peft(tiny_folder, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=init))
+    before = {name: tensor.clone() for name, tensor in session.base.model.state_dict().items()}
+    with attached(session, find_eval_adapter(str(folder))):
+        pass
+    after = session.base.model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
 @pytest.fixture(scope="module")
 def lora(make_peft, tiny_folder):
     return make_peft(tiny_folder, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), seed=7)
