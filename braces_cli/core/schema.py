@@ -26,6 +26,7 @@ T = TypeVar("T")
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Size = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
+Relevance = Annotated[str, msgspec.Meta(pattern=r"^(input|output)\Z")]
 # A path cannot contain a null character.
 Name = Annotated[str, msgspec.Meta(pattern=r"^[^\x00]+\Z")]
 # Characters of a value in a message.

@@ -83,6 +83,8 @@ CACHES = {
 }
 # Types that cannot run in float64.
 SINGLE = {"inkling2_text": "float32 only: its router computes in it"}
+# Types with experts that compute in float32 in a float64 model, too: they run once more for relevance to the output.
+ROUNDED = {"beam": "its experts compute in float32"}
 # Widths of FFNs that are neither d_ff nor 4 d.
 WIDTHS = {
     "aria_text": (2 * NEURONS,),  # two shared experts as one
@@ -199,7 +201,10 @@ def compare(name: str, relevance_to: str) -> None:
     with default_dtype(torch.float64):
         wide, truth = passed(model, adapter, False), passed(model, adapter, True)
     found = worst(wide, truth)
-    assert found < 1e-10, f"float64 differs from the reference by {found:.1e}"
+limit = 1e-7 if name in ROUNDED and relevance_to == "output" else 1e-10
+    assert found < limit, f"float64 differs from the reference by {found:.1e}"
+        f"float64 differs from the reference by {found:.1e}"
+    )
     fast, slow, truth = (together(result) for result in (fast, slow, truth))
     found = worst(fast, slow)
     if name in NOISY:
@@ -301,7 +306,7 @@ def prove(name: str, folder: Path) -> Outcome:
     is_the_ffn(name, find_ffns(model))
     live(name, model, folder)
     caches = {name: reason for name, (_, reason) in CACHES.items()}
-    notes = [table[name] for table in (NOTES, SINGLE, NOISY, caches) if name in table]
+    notes = [table[name] for table in (NOTES, SINGLE, ROUNDED, NOISY, caches) if name in table]
     tolerance = 1e-4 if name in NOISY else 1e-5
     columns = export_columns(model, lambda: carry(model, find_ffns(model)), logits_of, folder, tolerance)
     return Outcome(name, EXACT, *form(model, find_ffns(model)), *columns, "; ".join(notes))

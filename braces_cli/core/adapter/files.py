@@ -7,7 +7,7 @@ import os
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from braces_cli.core.errors import BracesError, ModelError
 from braces_cli.core.files import (
@@ -22,7 +22,7 @@ from braces_cli.core.files import (
 )
 from braces_cli.core.models.hub import hub_errors, is_hub_id
 from braces_cli.core.models.identity import SAMPLES, Sizes
-from braces_cli.core.schema import Count, Kind, Name, Positive, Size, check, cut, read
+from braces_cli.core.schema import Count, Kind, Name, Positive, Relevance, Size, check, cut, read
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +61,7 @@ class AdapterConfig:
     tokenizer: dict[str, str | None] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     attributes: list[Name] = field(default_factory=list)
-    relevance_to: Literal["input", "output"] = "input"
+    relevance_to: Relevance = "input"
     relevance_scale: list[Positive] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION

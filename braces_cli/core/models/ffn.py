@@ -387,15 +387,17 @@ def expert_outputs(module: Any, args: tuple, kwargs: dict, index: Tensor) -> Ten
     inputs = [*args, *kwargs.values()]
     place = 2 if inputs[2].is_floating_point() else 1
     h, weights, sent = inputs[0], inputs[place], inputs[3 - place]
-    column = index.reshape(-1, 1)
-    # Each pair of a token and an expert becomes a token that is sent to this expert alone, with weight 1.
+    # Each pair of a token and an expert becomes a token that is sent to this expert alone, with weight 1. LongCat-Flash
+    # needs two experts for each token: the second one is the same, with weight 0.
+    column = index.reshape(-1, 1).expand(-1, 2 if hasattr(module, "zero_expert_num") else 1)
     if weights.numel() == sent.numel():
-        ones = weights.new_ones(column.shape)
+        ones = weights.new_zeros(column.shape)
+        ones[:, 0] = 1.0
     else:
         ones = weights.new_zeros(len(column), weights.shape[-1]).scatter(1, column, 1.0)
     inputs[0] = h.repeat_interleave(index.shape[1], dim=-2)
     inputs[place] = ones.reshape(*weights.shape[:-2], -1, ones.shape[1])
-    inputs[3 - place] = column.to(sent.dtype).reshape(*sent.shape[:-2], -1, 1)
+    inputs[3 - place] = column.to(sent.dtype).reshape(*sent.shape[:-2], -1, column.shape[1])
     # `forward`, because this function may be called from a hook of the module.
     output: Tensor = module.forward(*inputs[: len(args)], **dict(zip(kwargs, inputs[len(args) :], strict=True)))
     return output.reshape(*index.shape, h.shape[-1])
