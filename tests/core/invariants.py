@@ -201,10 +201,8 @@ def compare(name: str, relevance_to: str) -> None:
     with default_dtype(torch.float64):
         wide, truth = passed(model, adapter, False), passed(model, adapter, True)
     found = worst(wide, truth)
-limit = 1e-7 if name in ROUNDED and relevance_to == "output" else 1e-10
+    limit = 1e-7 if name in ROUNDED and relevance_to == "output" else 1e-10
     assert found < limit, f"float64 differs from the reference by {found:.1e}"
-        f"float64 differs from the reference by {found:.1e}"
-    )
     fast, slow, truth = (together(result) for result in (fast, slow, truth))
     found = worst(fast, slow)
     if name in NOISY:

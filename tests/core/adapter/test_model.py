@@ -60,6 +60,7 @@ def test_a_trained_adapter_is_bit_identical_after_saving_and_loading(session, tm
     base, stored = load_base(session.base.name, options), find_adapter(str(folder))
     assert stored.config.relevance_to == relevance
     adapter = attach_stored(base, stored)
+    assert adapter.relevance_to == relevance
     assert all(adapter_layer.weight.dtype == torch.float32 for _, adapter_layer in adapter.adapted_ffns)
     for _, parameter in adapter.named_parameters():
         parameter.requires_grad_(True)
