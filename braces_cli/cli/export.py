@@ -41,6 +41,7 @@ _CASES = {
     "b": "a Llama with more neurons in its FFN",
     "c": "pairs of neurons in the FFN without gate",
     "plain": "the weights of the GGUF file",
+    "values": "edited value vectors",
 }
 
 
@@ -95,16 +96,14 @@ def merge(settings: MergeSettings) -> None:
 
     With a GGUF file as --model, and without an adapter, this writes the checkpoint of the file.
     """
-    from braces_cli.export.checkpoint import check, describe_merge, describe_plain, export_merge, export_plain
+    from braces_cli.export.checkpoint import check, describe_merge, export_merge
 
     request, pad = _request(settings, settings.output_dir), settings.pad_to_multiple_of
     if settings.verify is not None:
         _print_result(settings, check(request, settings.verify), "the merge is verified")
         return
-    describe, write = partial(describe_merge, request, pad), partial(export_merge, request, pad)
-    if settings.plain:
-        describe, write = partial(describe_plain, request), partial(export_plain, request)
-    _export(settings, describe, write, "merged", settings.push_to_hub)
+    write = partial(export_merge, request, pad)
+    _export(settings, partial(describe_merge, request, pad), write, "merged", settings.push_to_hub)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +137,7 @@ class LoraSettings(SteeringSettings, FolderSettings):
     """Settings of `braces export lora`.
 
     Attributes:
-        base: Base with slots: folder written by `braces export slots`.
+        base: Base with slots: folder written by `braces export slots`. Not with relevance to the output.
         gguf: Also write the LoRA to this GGUF file, for llama.cpp.
         combine: Write adapter and attributes at fixed strengths into one LoRA, for servers that apply one per request.
         first_slot: Number of slot ranks to skip, for other adapters that are active at the same time.
@@ -147,7 +146,7 @@ class LoraSettings(SteeringSettings, FolderSettings):
     first_options = ("base", "adapter", "attribute", "s", "output_dir")
     required = ("output_dir",)
 
-    base: Path = option()
+    base: Path | None = option(None)
     gguf: Path | None = option(None)
     combine: bool = option(False)
     first_slot: int = option(0, min=0, panel=OUTPUT)
@@ -155,12 +154,12 @@ class LoraSettings(SteeringSettings, FolderSettings):
 
 @command
 def lora(settings: LoraSettings) -> None:
-    """Write an adapter, or with --attribute an attribute, as a plain LoRA for a base with slots."""
+    """Write an adapter, or with --attribute an attribute, as a plain LoRA for its base or a base with slots."""
     from braces_cli.export.lora import export_lora, plan_lora
 
     planned = plan_lora(_request(settings, settings.output_dir), settings.base, settings.combine, settings.first_slot)
     # The layers that an attribute steers are not known before the attribute is found or built.
-    facts = {"rank": planned.rank + bool(settings.attribute)}
+    facts = {"rank": planned.rank + bool(settings.attribute if planned.slots else not planned.rank)}
     _export(settings, lambda: facts, partial(export_lora, planned, settings.gguf))
 
 

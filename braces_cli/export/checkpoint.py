@@ -1,4 +1,7 @@
-"""Write a plain checkpoint with additional neurons in its FFNs, and merge an adapter that way.
+"""Merge an adapter into a plain checkpoint: with additional neurons in its FFNs, or with edited value vectors.
+
+    relevance to the input      FFN(h) + B (A h) + b            new neurons, see `export.plan`
+    relevance to the output     (I + B A) FFN(h) + b            W_V <- (I + B A) W_V, bias <- (I + B A) bias + b
 
 The base is in memory once. The written tensors are views of it, except the changed ones of the current file.
 `save_checkpoint` takes the tensors from a function, so an export may change any of them.
@@ -8,7 +11,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,13 +24,13 @@ from torch import Tensor
 
 from braces_cli.core.adapter.files import find_adapter
 from braces_cli.core.adapter.model import Adapter
-from braces_cli.core.attributes.hooks import layer_steering
+from braces_cli.core.attributes.hooks import LayerSteering, layer_steering, steered
 from braces_cli.core.errors import BracesError, ModelError
 from braces_cli.core.files import file_hint, user_path, write_json
-from braces_cli.core.models.ffn import FFN, MixtureFFN, find_ffns, parameter_total
+from braces_cli.core.models.ffn import FFN, Experts, MixtureFFN, find_ffns, parameter_total
 from braces_cli.core.progress import Report, silent
 from braces_cli.core.schema import WRITTEN, Count, Kind, Name, read
-from braces_cli.export.plan import Plan, ffn_form, plan
+from braces_cli.export.plan import Plan, ffn_form, plan, refuse
 from braces_cli.export.run import Opened, Request, base_shape, copy_companions, open_request, probe_tokens, run
 from braces_cli.export.verify import reference, verify_export
 
@@ -38,6 +42,28 @@ SidePaths = dict[int, tuple[Tensor, Tensor]]
 # Decoder layer -> part, as in `Role` -> weights of the n new neurons (n, d) or biases (n,) in float32 on the CPU, and
 # what is added to the bias of `value` (d,). Missing parts and neurons are zero.
 Neurons = dict[int, dict[str, Tensor]]
+_AS_LORA = "Write a LoRA for the base: braces export lora, with an attribute also --combine."
+_AS_SERVED = "Or serve the adapter with braces steer --adapter."
+
+
+@dataclass(frozen=True)
+class ValueEdit:
+    """Effect of relevance to the output on one FFN or on stacked experts, in float32.
+
+    Attributes:
+        layer: decoder layer.
+        part: its value vectors W_V change by B A W_V.
+        a, b: A (d_r, d) and B (..., d, d_r); zero if the layer is only steered.
+        turned: B A bias, (..., d); None without a bias.
+        constant: steering, added to the bias, (..., d); None without steering.
+    """
+
+    layer: int
+    part: FFN | Experts
+    a: Tensor
+    b: Tensor
+    turned: Tensor | None
+    constant: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,19 +91,32 @@ def read_record(folder: Path) -> MergeRecord:
 
 
 def export_merge(request: Request, pad_to_multiple_of: int = 64, report: Report = silent) -> dict[str, Any]:
-    """Write base and adapter as one plain checkpoint, with FFNs of a width rounded up; see `export.run.run`."""
+    """Write base and adapter as one plain checkpoint, with FFNs of a width rounded up; see `export.run.run`.
+
+    Without an adapter, the base is written: a GGUF file.
+    """
 
     def write(opened: Opened, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         session, stored, attributes_dir = opened.session, opened.session.stored, request.attributes_dir
-        assert session.adapter is not None
-        assert stored is not None
-        copy_companions(session.base, folder)
-        paths = side_paths(session.adapter)
-        vectors = {each.layer: each.total[0] for each in layer_steering(session, opened.terms, opened.layers)}
-        session.remove_adapter()
         model = session.base.model
-        planned, facts = plan_merge(request, model, session.ffns, pad_to_multiple_of, probe_tokens(session))
-        write_checkpoint(folder, model, planned, new_neurons(planned, paths, vectors), report)
+        copy_companions(session.base, folder)
+        if stored is None:
+            write_model(folder, model, report)
+            return same_shape(type(model).__name__, "plain"), {}
+        assert session.adapter is not None
+        if stored.config.relevance_to == "output":
+            with steered(session, opened.terms, opened.layers) as steering:
+                edits = value_edits(session.adapter, session.ffns, steering_vectors(steering))
+                missing = edit_values(model, edits)
+            session.remove_adapter()
+            architecture = write_edited(folder, model, session.ffns, missing, probe_tokens(session), report)
+            facts = same_shape(architecture, "values")
+        else:
+            paths = side_paths(session.adapter)
+            vectors = {each.layer: each.total[0] for each in layer_steering(session, opened.terms, opened.layers)}
+            session.remove_adapter()
+            planned, facts = plan_merge(request, model, session.ffns, pad_to_multiple_of, probe_tokens(session))
+            write_checkpoint(folder, model, planned, new_neurons(planned, paths, vectors), report)
         # Local inputs by absolute paths, so that `--check` finds them from every working directory.
         adapter = str(stored.folder) if user_path(stored.name).exists() else stored.name
         return facts, {"adapter": adapter, "attributes_dir": attributes_dir and str(attributes_dir.resolve())}
@@ -85,30 +124,9 @@ def export_merge(request: Request, pad_to_multiple_of: int = 64, report: Report 
     return run("merge", request, write, verify_export, report)
 
 
-def export_plain(request: Request, report: Report = silent) -> dict[str, Any]:
-    """Write the weights of a GGUF file as a plain checkpoint; see `export.run.run`."""
-
-    def write(opened: Opened, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-        base = opened.session.base
-        copy_companions(base, folder)
-        base.model.save_pretrained(folder)
-        for file in folder.glob("*.safetensors"):
-            _make_public(file)
-        add_older_rope(folder)
-        return plain_facts(base.model), {}
-
-    return run("merge", request, write, verify_export, report)
-
-
-def plain_facts(model: Any) -> dict[str, Any]:
-    """What is printed of a checkpoint without an adapter."""
-    return {"architecture": type(model).__name__, "case": "plain", "neurons_added": 0}
-
-
-def describe_plain(request: Request) -> dict[str, Any]:
-    """Facts of a checkpoint without an adapter that are known without the weights, for `--dry-run`."""
-    shape = base_shape(request)
-    return plain_facts(shape) | {"trainable_parameters": 0, "total_parameters": parameter_total(shape)}
+def same_shape(architecture: str, case: str) -> dict[str, Any]:
+    """What is printed of a checkpoint of the base's shape."""
+    return {"architecture": architecture, "case": case, "neurons_added": 0}
 
 
 def plan_merge(
@@ -134,7 +152,10 @@ def plan_merge(
 
 def describe_merge(request: Request, pad_to_multiple_of: int) -> dict[str, Any]:
     """Facts of a merge that are known without the weights, for `--dry-run`."""
-    shape = base_shape(request)
+    shape, adapter = base_shape(request), request.adapter
+    if adapter is None or adapter.config.relevance_to == "output":
+        facts = same_shape(type(shape).__name__, "plain" if adapter is None else "values")
+        return facts | {"trainable_parameters": 0, "total_parameters": parameter_total(shape)}
     planned, facts = plan_merge(request, shape, find_ffns(shape), pad_to_multiple_of)
     return facts | planned.size
 
@@ -178,6 +199,119 @@ def side_paths(adapter: Adapter) -> SidePaths:
                 a, b = adapter_layer.factors(ffn.values(), torch.float32)
             paths[ffn.layer] = (a.cpu(), b.cpu())
     return paths
+
+
+def steering_vectors(steering: Sequence[LayerSteering]) -> dict[int, Tensor]:
+    """Steering vector of each decoder layer that has one; without what attributes add through the adapter."""
+    return {each.layer: each.vector for each in steering if each.vector is not None}
+
+
+@torch.no_grad()
+def value_edits(
+    adapter: Adapter, ffns: Sequence[FFN | MixtureFFN], vectors: Mapping[int, Tensor]
+) -> Iterator[ValueEdit]:
+    """Return the edits of an adapter with relevance to the output, with its current steering through the adapter.
+
+    Args:
+        ffns: of the base.
+        vectors: steering vector of each decoder layer, (d,).
+
+    Raises:
+        ModelError: a steering vector is added after a mixture of experts.
+    """
+    modules = {ffn.layer: module for ffn, module in adapter.adapted_ffns}
+    for ffn in ffns:
+        module, vector = modules.get(ffn.layer), vectors.get(ffn.layer)
+        if module is None and vector is None:
+            continue
+        if vector is not None and isinstance(ffn, MixtureFFN):
+            reason = f"layer {ffn.layer} is steered after a mixture of experts, which has no bias"
+            raise refuse(adapter.model, reason, f"Leave --attribute out. {_AS_SERVED}")
+        for part in ffn.parts:
+            bias, constant = part.bias(), vector
+            if module is None:
+                a, b = torch.zeros(adapter.rank, ffn.hidden_size), torch.zeros(ffn.hidden_size, adapter.rank)
+            else:
+                a, b = module.factors(part.values(), torch.float32)
+                if module.shift is not None:
+                    through = b @ module.shift.to(b)
+                    constant = through if vector is None else through + vector.to(b)
+            turned = None if bias is None else (b @ (a @ bias.to(a).unsqueeze(-1))).squeeze(-1)
+            yield ValueEdit(ffn.layer, part, a, b, turned, constant)
+
+
+@torch.no_grad()
+def edit_values(model: Any, edits: Iterable[ValueEdit]) -> dict[int, Tensor]:
+    """Edit value vectors and biases of `model` in place; returns the constants of layers without a bias.
+
+    Raises:
+        ModelError: the weights are quantised, or several layers share them.
+    """
+    if getattr(model.config, "auto_map", None):
+        raise refuse(model, "it brings its own code, which a plain checkpoint cannot use")
+    owners = Counter(p.data_ptr() for module in model.modules() for p in module.parameters(recurse=False))
+    missing = {}
+    for edit in edits:
+        values, bias = edit.part.values(), edit.part.bias()
+        if not isinstance(values, Tensor):
+            raise refuse(model, "its weights are quantised")
+        if owners[values.data_ptr()] > 1:
+            raise refuse(model, f"layer {edit.layer} shares its value vectors with another layer", _AS_LORA)
+        stacked, columns = (each if each.ndim == 3 else each.unsqueeze(0) for each in (values.detach(), edit.b))
+        # Expert by expert, because the result is computed in float32.
+        for matrix, each in zip(stacked, columns, strict=True):
+            matrix.copy_(matrix + each @ (edit.a @ matrix.float()))
+        if bias is not None and edit.turned is not None:
+            bias.copy_(bias + edit.turned if edit.constant is None else bias + edit.turned + edit.constant)
+        elif edit.constant is not None:
+            missing[edit.layer] = edit.constant.cpu()
+    return missing
+
+
+def write_edited(
+    folder: Path,
+    model: Any,
+    ffns: Sequence[FFN | MixtureFFN],
+    constants: dict[int, Tensor],
+    ids: Tensor,
+    report: Report = silent,
+) -> str:
+    """Write a model with edited value vectors; returns the class of the checkpoint.
+
+    Args:
+        constants: added to the FFN output of layers without a bias; needs a config, or a Llama, with biases.
+        ids: tokens for a forward pass, see `ffn_form`.
+
+    Raises:
+        ModelError: a constant has no place.
+    """
+    if not constants:
+        write_model(folder, model, report)
+        return type(model).__name__
+    try:
+        plain, form = ffn_form(model, ffns, ids)
+        planned = plan(model, plain, form, 0, 1, ["value"])
+    except ModelError as error:
+        message = error.message.replace("be merged", "take an attribute in a bias")
+        mixed = any(isinstance(part, Experts) for ffn in ffns for part in ffn.parts)
+        hint = f"Leave --attribute out. {_AS_SERVED if mixed else _AS_LORA}"
+        raise ModelError(message, hint=hint) from error
+    write_checkpoint(folder, model, planned, new_neurons(planned, {}, constants), report)
+    return planned.architecture
+
+
+def write_model(folder: Path, model: Any, report: Report = silent) -> None:
+    """Write `model` as a checkpoint of its class, with the tensor names of its files on the hub."""
+    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    tensors = model.state_dict()
+    for name in model._keys_to_ignore_on_save or ():
+        tensors.pop(name, None)
+    tensors = revert_weight_conversion(model, remove_tied_weights_from_state_dict(tensors, model))
+    model.config.dtype, model.config.architectures = model.dtype, [type(model).__name__]
+    written = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    save_checkpoint(folder, model.config, written, lambda name: tensors[name].cpu().contiguous(), report)
 
 
 def new_neurons(planned: Plan, paths: SidePaths, vectors: Mapping[int, Tensor]) -> Neurons:
@@ -255,39 +389,30 @@ def save_checkpoint(
     from safetensors.torch import save_file
 
     split = split_torch_state_dict_into_shards(written, max_shard_size=SHARD_BYTES)
+    mask = os.umask(0)  # can only be read by setting it
+    os.umask(mask)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         for index, (file, names) in enumerate(split.filename_to_tensors.items(), start=1):
             save_file({name: tensor(name) for name in names}, folder / file, metadata={"format": "pt"})
-            _make_public(folder / file)
+            (folder / file).chmod(0o666 & ~mask)  # safetensors creates private files
             report("writing", index, len(split.filename_to_tensors))
         config.save_pretrained(folder)
     except (OSError, SafetensorError) as error:
         hint = file_hint(error) if isinstance(error, OSError) else "Check the path and the disk."
         hint = f"{hint} Nothing is left behind."
         raise BracesError(f"cannot write: {error}", where=str(folder), hint=hint) from error
-    add_older_rope(folder)
-    if split.is_sharded:
-        index_file = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(folder / "model.safetensors.index.json", index_file)
-
-
-def _make_public(file: Path) -> None:
-    """Give a file the usual permissions; safetensors creates private files."""
-    mask = os.umask(0)  # can only be read by setting it
-    os.umask(mask)
-    file.chmod(0o666 & ~mask)
-
-
-def add_older_rope(folder: Path) -> None:
-    """Add to a written config the keys of older programs, which ignore `rope_parameters` without an error."""
     stored = read(WRITTEN, folder / "config.json")
     rope = stored.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:
+        # Older programs ignore `rope_parameters` without an error.
         stored["rope_theta"] = rope["rope_theta"]
         if rope.get("rope_type") != "default":
             stored["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
         write_json(folder / "config.json", dict(sorted(stored.items())))
+    if split.is_sharded:
+        index_file = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index_file)
 
 
 def _widened(

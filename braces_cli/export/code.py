@@ -27,6 +27,7 @@ from braces_cli.core.models.structure import SIDE_PATH
 from braces_cli.core.progress import Report, silent
 from braces_cli.core.render import render
 from braces_cli.core.schema import WRITTEN, Kind, Name, read
+from braces_cli.export.checkpoint import steering_vectors
 from braces_cli.export.run import Opened, Request, copy_companions, run
 from braces_cli.export.verify import verify_export
 
@@ -52,6 +53,7 @@ class SideModule:
         mixed: the module is part of a mixture of experts.
         entry: settings of the module in the written config.
         rank: d_r.
+        to_output: the side path reads the output of the FFN.
         tensors: by name in the model: A (d_r, d) with the shift of experts, and B (d, d_r) with the constant; B of all
             experts is concatenated, (d, experts * d_r).
     """
@@ -62,6 +64,7 @@ class SideModule:
     mixed: bool
     entry: dict[str, Any]
     rank: int
+    to_output: bool
     tensors: dict[str, Tensor]
 
 
@@ -73,6 +76,7 @@ def side_modules(adapter: Adapter, vectors: Mapping[int, Tensor] | None = None) 
 
     Raises:
         ConfigError: a layer with a steering vector has no side path, or is a mixture of experts.
+        ModelError: relevance to the output of experts in one weight.
     """
     names = {module: name for name, module in adapter.model.named_modules()}
     vectors = vectors or {}
@@ -81,7 +85,7 @@ def side_modules(adapter: Adapter, vectors: Mapping[int, Tensor] | None = None) 
         what = f"layer {other[0]} is steered, and has no adapter layer or is a mixture of experts"
         hint = "Choose layers with --layers, or build the attribute with attr-build --reduction mean."
         raise ConfigError(what, where="--attribute", hint=hint)
-    sides = []
+    sides, to_output = [], adapter.relevance_to == "output"
     for ffn, adapter_layer in adapter.adapted_ffns:
         for part in ffn.parts:
             with torch.no_grad():
@@ -91,6 +95,9 @@ def side_modules(adapter: Adapter, vectors: Mapping[int, Tensor] | None = None) 
             constant = vectors.get(ffn.layer)  # added to the output for every token
             entry: dict[str, Any] = {"width": writes.shape[-2]}
             if isinstance(part, Experts):
+                if to_output:
+                    what = f"layer {ffn.layer} has experts in one weight, whose outputs a side path cannot read"
+                    raise ModelError(what, hint="Merge the adapter (braces merge), or serve it with braces steer.")
                 module, kind = part.module, "sorted" if part.presorted else "experts"
                 entry["experts"] = len(writes)
             elif part.is_host_output:
@@ -110,7 +117,7 @@ def side_modules(adapter: Adapter, vectors: Mapping[int, Tensor] | None = None) 
             tensors |= {} if shift is None else {f"{first}.bias": shift}
             tensors |= {} if constant is None else {f"{last}.bias": constant}
             mixed = isinstance(ffn, MixtureFFN)
-            sides.append(SideModule(names[module], kind, type(module), mixed, entry, len(reads), tensors))
+            sides.append(SideModule(names[module], kind, type(module), mixed, entry, len(reads), to_output, tensors))
     return sides
 
 
@@ -123,8 +130,7 @@ def export_code(request: Request, report: Report = silent) -> dict[str, Any]:
         assert session.base.checkpoint is not None
         copy_companions(session.base, folder)
         with steered(session, opened.terms, opened.layers) as steering:
-            vectors = {each.layer: each.vector for each in steering if each.vector is not None}
-            sides = side_modules(session.adapter, vectors)
+            sides = side_modules(session.adapter, steering_vectors(steering))
         session.remove_adapter()
         facts = write_checkpoint_with_code(folder, session.base.model, sides, session.base.checkpoint)
         return {**facts, "rank": sides[0].rank}, {}
@@ -244,6 +250,7 @@ def _modelling_code(model: Any, sides: list[SideModule], served: bool) -> tuple[
     data = {
         "renamed": renamed,
         "served": served,
+        "to_output": sides[0].to_output,
         "architecture": architecture.__name__,
         "imports": [(module, sorted(found)) for module, found in sorted(imports.items())],
         "kinds": sorted({side.kind for side in sides}),

@@ -209,7 +209,7 @@ def plan(
 
     Args:
         ffns, form: from `ffn_form`.
-        neurons: minimum number of new neurons.
+        neurons: minimum number of new neurons; 0 for new biases only.
         pad_to_multiple_of: the new width is rounded up to a multiple of this.
         biases: parts that need a bias: `value` for a constant output, `up` or `key` for a constant neuron.
 
@@ -220,10 +220,10 @@ def plan(
         raise refuse(model, "it brings its own code, which a plain checkpoint cannot use")
     width = ffns[0].value_vectors
     wider = -(-(width + neurons) // pad_to_multiple_of) * pad_to_multiple_of
-    gate = form.constant_gate if form.gated else (0.0, 1.0)
+    gate = form.constant_gate if neurons and form.gated else (0.0, 1.0)
     if gate is None:
         raise refuse(model, f"its gate's {form.name} turns no constant into a power of two")
-    if not form.gated and not form.is_half_linear:
+    if neurons and not form.gated and not form.is_half_linear:
         raise refuse(model, f"its FFN has no gate, and for {form.name} act(z) - act(-z) = z does not hold")
     needed = {f"{part}.bias" for part in (*biases, *(["gate"] if form.gated else []))}
     roles = _roles(model, ffns, form)
@@ -235,8 +235,9 @@ def plan(
         sources: Sources = {name: (name, None, None) for name in after if name in before}
         return Plan(case, config, architecture, after, sources, roles, ffns, form, width, wider, gate)
     if not form.gated:
-        bias = ", or gives its output no bias to carry the steering" if "value" in biases else ""
-        raise refuse(model, f"its config fixes the width of the FFN ({width}){bias}")
+        bias = "gives its output no bias to carry the steering"
+        reason = f"its config fixes the width of the FFN ({width}){', or ' + bias if 'value' in biases else ''}"
+        raise refuse(model, reason if neurons else f"its config {bias}")
     from transformers import LlamaForCausalLM
 
     why = "its gated FFN has no biases to switch on, and it is not a Llama ({})"

@@ -2,8 +2,8 @@
 
     python -I verify_process.py FOLDER REQUEST ANSWER
 
-REQUEST is JSON, `{texts, ids, device, code, loras}`. ANSWER is written: a safetensors file with the logits of `ids`,
-whose header holds the loading report and the tokens of `texts`.
+REQUEST is JSON, `{texts, ids, device, dtype, code, loras}`. ANSWER is written: a safetensors file with the logits of
+`ids`, whose header holds the loading report and the tokens of `texts`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def probe(folder: str, request: str, answer: str) -> None:
     with open(request, encoding="utf-8") as file:
         question = json.load(file)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", output_loading_info=True, trust_remote_code=question["code"]
+        folder, dtype=question["dtype"], output_loading_info=True, trust_remote_code=question["code"]
     )
     model, info = loaded
     model.eval().to(question["device"])

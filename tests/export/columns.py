@@ -1,11 +1,13 @@
-"""Exports of a model type: the columns Merge, Slots and Code of recipes/docs/ARCHITECTURES.md."""
+"""Exports of a model type: the columns Merge, Slots, Code, Edit and LoRA of recipes/docs/ARCHITECTURES.md."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
@@ -13,9 +15,16 @@ from transformers import AutoModelForCausalLM
 from braces_cli.core.adapter.model import Adapter
 from braces_cli.core.errors import ModelError
 from braces_cli.core.models.ffn import find_ffns
-from braces_cli.export.checkpoint import new_neurons, side_paths, write_checkpoint
+from braces_cli.export.checkpoint import (
+    edit_values,
+    new_neurons,
+    side_paths,
+    value_edits,
+    write_checkpoint,
+    write_edited,
+)
 from braces_cli.export.code import side_modules, write_checkpoint_with_code
-from braces_cli.export.lora import Pairs, lora_pairs
+from braces_cli.export.lora import Pairs, lora_pairs, value_pairs, write_folder
 from braces_cli.export.plan import Plan, ffn_form, plan
 from braces_cli.export.slots import Slots, empty_slots, plan_slots
 from tests.export.models import SHIFT, frozen
@@ -72,17 +81,21 @@ def add_lora(model: Any, pairs: Pairs, scale: float = 1.0) -> None:
 
 
 def export_columns(
-    model: Any, attach: Callable[[], Adapter], logits_of: Any, folder: Path, tolerance: float
-) -> tuple[str, str, str]:
-    """The three cells of a type.
+    model: Any, attach: Callable[[str], Adapter], logits_of: Any, folder: Path, tolerance: float
+) -> list[str]:
+    """The cells of a type.
 
     Args:
-        attach: puts an adapter of rank 4 on the model.
+        attach: puts an adapter of rank 4 on the model, with relevance to `input` or `output`.
         logits_of: logits of a model for fixed tokens.
         tolerance: relative difference that is still rounding."""
-    kinds = (merge_column, slots_column, code_column)
-    cells = [kind(model, attach, logits_of, folder / kind.__name__, tolerance) for kind in kinds]
-    return cells[0], cells[1], cells[2]
+    kinds = {
+        merge_column: "input", slots_column: "input", code_column: "input", edit_column: "output", lora_column: "output"
+    }  # fmt: skip
+    return [
+        kind(model, lambda to=to: attach(to), logits_of, folder / kind.__name__, tolerance)
+        for kind, to in kinds.items()
+    ]
 
 
 def merge_column(model: Any, attach: Any, logits_of: Any, folder: Path, tolerance: float) -> str:
@@ -143,6 +156,50 @@ def code_column(model: Any, attach: Any, logits_of: Any, folder: Path, tolerance
     found = _relative(logits_of(loaded.eval()), expected)
     assert found < tolerance, f"as a checkpoint with code it differs from the adapter by {found:.1e}"
     return "yes, by hooks" if any(side.kind == "ends" for side in sides) else "yes"
+
+
+def edit_column(model: Any, attach: Any, logits_of: Any, folder: Path, tolerance: float) -> str:
+    """Merge of relevance to the output: `yes`, `yes, without attributes`, or the reason of its refusal."""
+    ffns, before = find_ffns(model), copy.deepcopy(model.state_dict())
+    for shift in (SHIFT, None):
+        adapter = frozen(attach(), shift)
+        expected = logits_of(model)
+        try:
+            missing = edit_values(model, value_edits(adapter, ffns, {}))
+        except ModelError as error:
+            return "no: " + error.message.partition("cannot be merged: ")[2]
+        finally:
+            adapter.detach()
+        try:
+            name = write_edited(folder, model, ffns, missing, TOKENS)
+        except ModelError:
+            continue
+        finally:
+            model.load_state_dict(before)
+        kind = type(model) if name == type(model).__name__ else getattr(transformers, name)
+        loaded, info = kind.from_pretrained(folder, output_loading_info=True)
+        assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+        found = _relative(logits_of(loaded.eval()), expected)
+        assert found < tolerance, f"with edited value vectors it differs from the adapter by {found:.1e}"
+        return "yes" if shift is not None else "yes, without attributes"
+    raise AssertionError("unreachable")
+
+
+def lora_column(model: Any, attach: Any, logits_of: Any, folder: Path, tolerance: float) -> str:
+    """LoRA of relevance to the output, with an attribute, on the unchanged base in peft: `yes` or `no`."""
+    ffns, adapter = find_ffns(model), frozen(attach(), SHIFT)
+    expected = logits_of(model)
+    try:
+        pairs, biases = value_pairs(model, list(value_edits(adapter, ffns, {})), True, True)
+    except ModelError:
+        return "no"
+    finally:
+        adapter.detach()
+    write_folder(folder, pairs, "float32", "base", biases)
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), folder).eval()
+    found = _relative(logits_of(loaded), expected)
+    assert found < tolerance, f"with a LoRA it differs from the adapter by {found:.1e}"
+    return "yes"
 
 
 def _relative(a: torch.Tensor, b: torch.Tensor) -> float:

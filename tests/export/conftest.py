@@ -16,7 +16,7 @@ from braces_cli.core.options import LoadOptions
 from braces_cli.export.run import Request
 from braces_cli.export.slots import export_slots
 from braces_cli.export.verify_process import probe
-from tests.conftest import tiny_model, tiny_tokenizer
+from tests.conftest import make_adapter, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture
@@ -28,6 +28,12 @@ def options() -> LoadOptions:
 def request_(model_dir: Path, adapter_dir: Path, options: LoadOptions, tmp_path: Path) -> Request:
     """Base and adapter."""
     return Request(str(model_dir), find_adapter(str(adapter_dir)), options, tmp_path / "out")
+
+
+@pytest.fixture
+def output_dir(session: Any, tmp_path: Path) -> Path:
+    """Folder of an adapter of `model_dir` with relevance to the output."""
+    return make_adapter(session, tmp_path / "adapter", relevance_to="output")
 
 
 @pytest.fixture

@@ -54,10 +54,14 @@ def frozen(adapter: Adapter, shift: torch.Tensor | None) -> Adapter:
 
 
 def with_adapter(
-    model: Any, shift: torch.Tensor | None = None, layers: list[int] | None = None, seed: int = 1
+    model: Any,
+    shift: torch.Tensor | None = None,
+    layers: list[int] | None = None,
+    seed: int = 1,
+    relevance_to: str = "input",
 ) -> Adapter:
     """Attach an adapter of rank 4 with gates far from 0."""
-    adapter = attach(model, 4, layers, seed=seed)
+    adapter = attach(model, 4, layers, seed=seed, relevance_to=relevance_to)
     open_gates(adapter, seed)
     return frozen(adapter, shift)
 

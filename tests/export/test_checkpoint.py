@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,16 +13,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from braces_cli.core.adapter.files import find_adapter
-from braces_cli.core.adapter.model import open_session
+from braces_cli.core.adapter.model import attach, open_session
+from braces_cli.core.errors import ModelError
 from braces_cli.core.models.ffn import find_ffns
+from braces_cli.core.models.weights import StoredValues
 from braces_cli.core.options import LoadOptions
-from braces_cli.export.checkpoint import export_merge
+from braces_cli.export.checkpoint import ValueEdit, edit_values, export_merge, value_edits, write_edited
 from braces_cli.export.plan import Plan
 from braces_cli.export.run import Request
 from tests.conftest import make_adapter, tiny_model, tiny_tokenizer
 from tests.core.comparison import relative
 from tests.export.columns import write_merged
-from tests.export.models import MODELS, SHIFT, TOKENS, greedy, logits, names, with_adapter
+from tests.export.models import MODELS, SHIFT, TOKENS, frozen, greedy, logits, names, with_adapter
 
 # The case of `export.plan` of each model.
 CASES = {
@@ -134,9 +137,70 @@ def test_the_tokenizers_class_is_written_if_the_model_type_chose_it(tmp_path: Pa
     assert settings["tokenizer_class"] == kind
 
 
+@pytest.mark.parametrize("steer", [(), ("--attribute", "positive", "--s", 2)], ids=["side path", "steered"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_relevance_to_the_output_adds_no_neurons(
+    braces: Any, output_dir: Path, model_dir: Path, tmp_path: Path, steer: tuple, dtype: str, in_process: None
+) -> None:
+    """The tensors of the base, with edited value vectors, and biases for an attribute; --check finds damage."""
+    out = tmp_path / "merged"
+    call = ("merge", "--adapter", output_dir, *steer, "--dtype", dtype, "--output-dir", out, "--format", "json")
+    done = braces(*call)
+    assert done.code == 0, done.err
+    assert (done.json["architecture"], done.json["neurons_added"]) == ("LlamaForCausalLM", 0)
+    assert done.json["max_logit_difference"] < (1e-4 if dtype == "float32" else 0.02) < done.json["adapter_effect"]
+    assert done.json["effect_missing"] < 0.1
+    assert "edited value vectors" in (out / "README.md").read_text()
+    base, tensors = load_file(model_dir / "model.safetensors"), load_file(out / "model.safetensors")
+    added = sorted(set(tensors) - set(base))
+    assert bool(added) == bool(steer)
+    assert all(name.endswith(".bias") for name in added)
+    changed = [name for name in base if not torch.equal(tensors[name], base[name].to(tensors[name].dtype))]
+    assert changed == [f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1)]
+    assert braces("merge", "--check", out).code == 0
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 1.5
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    assert braces("merge", "--check", out).code == 4
+
+
+@pytest.mark.parametrize(("name", "hint"), [("qwen3", "--combine"), ("qwen3_moe", "braces steer")])
+def test_an_attribute_without_a_bias_is_refused(name: str, hint: str, tmp_path: Path) -> None:
+    """The hint has the command that works."""
+    model = MODELS[name]()
+    adapter = frozen(attach(model, 4, relevance_to="output"), SHIFT)
+    missing = edit_values(model, value_edits(adapter, find_ffns(model), {}))
+    adapter.detach()
+    with pytest.raises(ModelError, match="cannot take an attribute in a bias") as caught:
+        write_edited(tmp_path, model, find_ffns(model), missing, TOKENS)
+    assert hint in str(caught.value.hint)
+
+
+def test_shared_or_packed_value_vectors_are_not_edited() -> None:
+    """Two layers with one weight; a weight that is not a plain tensor; a vector after a mixture of experts."""
+    model = tiny_model("llama")
+    first, second = (layer.mlp for layer in model.model.layers)
+    adapter = attach(model, 4, relevance_to="output")
+    second.down_proj.weight = first.down_proj.weight
+    with pytest.raises(ModelError, match="layer 0 shares its value vectors"):
+        edit_values(model, value_edits(adapter, find_ffns(model), {}))
+    packed: Any = SimpleNamespace(values=lambda: StoredValues(first), bias=lambda: None)
+    with pytest.raises(ModelError, match="its weights are quantised"):
+        edit_values(model, [ValueEdit(0, packed, torch.zeros(4, 32), torch.zeros(32, 4), None, None)])
+    model = MODELS["qwen3_moe"]()
+    adapter = attach(model, 4, relevance_to="output")
+    with pytest.raises(ModelError, match="after a mixture of experts"):
+        list(value_edits(adapter, find_ffns(model), {1: torch.ones(32)}))
+
+
 def test_a_dry_run_needs_no_weights(braces: Any, adapter_dir: Path) -> None:
     done = braces("merge", "--adapter", adapter_dir, "--output-dir", "out", "--dry-run", "--format", "json")
     assert done.code == 0
     assert done.json["architecture"] == "LlamaForCausalLM"
     assert done.json["neurons_added"] == 12
     assert done.json["settings"]["pad_to_multiple_of"] == 64
+
+
+def test_a_dry_run_of_relevance_to_the_output(braces: Any, output_dir: Path) -> None:
+    done = braces("merge", "--adapter", output_dir, "--output-dir", "out", "--dry-run", "--format", "json")
+    assert (done.code, done.json["neurons_added"]) == (0, 0)
+    assert done.json["total_parameters"] == sum(p.numel() for p in tiny_model("llama").parameters())

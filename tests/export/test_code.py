@@ -93,6 +93,21 @@ def test_a_steering_vector_is_written_with_the_adapter(name: str, shift: torch.T
     assert relative(logits(load(tmp_path / "code")), expected) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["qwen3", "bloom"])
+def test_relevance_to_the_output_is_written(name: str, tmp_path: Path) -> None:
+    """Subclassed and by hooks; refused for experts in one weight."""
+    model = MODELS[name]()
+    model.save_pretrained(tmp_path / "base")
+    adapter = with_adapter(model, SHIFT, relevance_to="output")
+    expected, sides = logits(model), side_modules(adapter)
+    adapter.detach()
+    write_checkpoint_with_code(tmp_path / "code", model, sides, tmp_path / "base")
+    assert relative(logits(load(tmp_path / "code")), expected) < 1e-5
+    with pytest.raises(ModelError, match="experts in one weight") as caught:
+        side_modules(attach(MODELS["qwen3_moe"](), 4, relevance_to="output"))
+    assert "braces merge" in str(caught.value.hint)
+
+
 def test_a_steering_vector_without_a_side_path_is_refused(tmp_path: Path) -> None:
     """After a mixture of experts, and in a layer without an adapter."""
     steering_vector = torch.ones(32)

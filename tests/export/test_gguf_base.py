@@ -54,13 +54,16 @@ def test_other_models_need_an_adapter(braces: Any, file: Path, model_dir: Path, 
         assert "--adapter" in done.err
 
 
-@pytest.mark.parametrize("kind", ["merge", "code"])
+@pytest.mark.parametrize(
+    ("kind", "relevance"), [("merge", "input"), ("merge", "output"), ("code", "input"), ("lora", "output")]
+)
 def test_an_adapter_of_the_file_is_exported(
-    kind: str, braces: Any, train: Any, file: Path, tmp_path: Path, in_process: None
+    kind: str, relevance: str, braces: Any, train: Any, file: Path, tmp_path: Path, in_process: None
 ) -> None:
     """Trained on the file; the adapter names it."""
-    assert train(tmp_path / "adapter", "--max-steps", 1, base=file).code == 0
+    assert train(tmp_path / "adapter", "--max-steps", 1, "--relevance-to", relevance, base=file).code == 0
     command = ["merge"] if kind == "merge" else ["export", kind]
     done = braces(*command, "--adapter", tmp_path / "adapter", "--output-dir", tmp_path / "out", "--format", "json")
     assert done.code == 0, done.err
     assert done.json["model"] == str(file)
+    assert not [path for path in (tmp_path / "out").iterdir() if path.is_dir()]

@@ -13,12 +13,16 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from braces_cli.core.adapter.files import find_adapter
+from braces_cli.core.adapter.model import open_session
+from braces_cli.core.attributes.hooks import steered
+from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.errors import BracesError, ConfigError, ModelError
 from braces_cli.core.options import LoadOptions
 from braces_cli.export.checkpoint import side_paths
-from braces_cli.export.lora import export_lora, lora_pairs, plan_lora, write_folder, write_gguf_tensors
+from braces_cli.export.lora import export_lora, lora_pairs, plan_lora, value_pairs, write_folder, write_gguf_tensors
 from braces_cli.export.run import Request
 from braces_cli.export.slots import Slots, read_slots
 from tests.conftest import make_adapter, tiny_model
@@ -56,7 +60,7 @@ def lora_folders(model: Any, slots: Slots, folder: Path) -> dict[str, Path]:
     }
     for name, pairs in found.items():
         (folder / name).mkdir(parents=True)
-        write_folder(folder / name, pairs, slots, folder)
+        write_folder(folder / name, pairs, slots.dtype, str(folder))
     return {name: folder / name for name in found}
 
 
@@ -172,6 +176,73 @@ def test_the_commands_write_verified_folders(
     assert done.code == 4
     assert "logits differ" in done.err
     assert "wrong" not in names(tmp_path)
+
+
+def test_relevance_to_the_output_is_a_lora_for_the_base(
+    braces: Any, output_dir: Path, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process: None
+) -> None:
+    """Adapter, attribute and both: the logits in peft on the base, at several strengths; a wrong LoRA fails."""
+    call = ("export", "lora", "--adapter", output_dir, "--format", "json")
+    steer = ("--attribute", "positive", "--s", 1)
+    for name, options in {"one": (), "positive": steer, "both": (*steer, "--combine")}.items():
+        done = braces(*call, *options, "--output-dir", tmp_path / name)
+        assert done.code == 0, done.err
+        assert done.json["max_logit_difference"] < 1e-4 < done.json["adapter_effect"]
+        assert (done.json["rank"], done.json["bias"]) == (1 if name == "positive" else 4, name != "one")
+        assert "slots" not in (tmp_path / name / "README.md").read_text()
+    config = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
+    assert config["target_modules"] == [f"model.layers.{layer}.mlp.down_proj" for layer in (0, 1)]
+    wrapped: Any = None
+    for name in ("one", "positive", "both"):
+        if wrapped is None:
+            model = AutoModelForCausalLM.from_pretrained(model_dir)
+            wrapped = peft.PeftModel.from_pretrained(model, tmp_path / name, adapter_name=name)
+        else:
+            wrapped.load_adapter(tmp_path / name, adapter_name=name)
+    session = open_session(str(model_dir), str(output_dir), LoadOptions(device="cpu"))
+    positive = find_attribute(session, "positive", None)
+    for s in (0.0, -2.0, 1.0):
+        with steered(session, [(positive, s)]):
+            expected = logits(session.base.model)
+        assert relative(logits(scaled(wrapped, {"one": 1.0, "positive": s})), expected) < 1e-5
+    assert relative(logits(scaled(wrapped, {"both": 1.0})), expected) < 1e-5
+    with session.bare():
+        assert relative(logits(scaled(wrapped, {"one": 0.0})), logits(session.base.model)) < 1e-6
+
+    def faint(*args: Any, **kwargs: Any) -> Any:
+        pairs, biases = value_pairs(*args, **kwargs)
+        return {module: (a, 0.9 * b) for module, (a, b) in pairs.items()}, biases
+
+    monkeypatch.setattr("braces_cli.export.lora.value_pairs", faint)
+    done = braces(*call, "--output-dir", tmp_path / "wrong")
+    assert done.code == 4
+    assert "logits differ" in done.err
+
+
+def test_a_gguf_lora_for_the_base(braces: Any, output_dir: Path, tmp_path: Path, in_process: None) -> None:
+    """The tensors of the LoRA; refused with an attribute, which needs a bias."""
+    gguf = pytest.importorskip("gguf", reason="NOT TESTED: the package gguf is not installed")
+    out, file = tmp_path / "out", tmp_path / "out.gguf"
+    call = ("export", "lora", "--adapter", output_dir, "--output-dir", out, "--gguf", file)
+    refused = braces(*call, "--attribute", "positive")
+    assert (refused.code, "control-vector" in refused.err, names(tmp_path)) == (4, True, ["adapter"])
+    done = braces(*call)
+    assert done.code == 0, done.err
+    tensors = load_file(out / "adapter_model.safetensors")
+    stored = {each.name: torch.tensor(each.data.copy()) for each in gguf.GGUFReader(file).tensors}
+    assert len(stored) == len(tensors) == 4
+    for layer in (0, 1):
+        module = f"base_model.model.model.layers.{layer}.mlp.down_proj"
+        assert torch.equal(stored[f"blk.{layer}.ffn_down.weight.lora_a"], tensors[f"{module}.lora_A.weight"])
+        assert torch.equal(stored[f"blk.{layer}.ffn_down.weight.lora_b"], tensors[f"{module}.lora_B.weight"])
+
+
+def test_slots_are_for_relevance_to_the_input(braces: Any, output_dir: Path, session: Any, tmp_path: Path) -> None:
+    call = ("export", "lora", "--output-dir", tmp_path / "out", "--adapter")
+    done = braces(*call, output_dir, "--base", tmp_path)
+    assert (done.code, "needs no slots" in done.err) == (2, True)
+    done = braces(*call, make_adapter(session, tmp_path / "input"))
+    assert (done.code, "braces export slots" in done.err) == (2, True)
 
 
 def test_another_base_than_that_of_the_slots_is_refused(

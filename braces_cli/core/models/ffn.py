@@ -25,7 +25,7 @@ from braces_cli.core.config import parse_ranges
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.models.identity import sampled_entries
 from braces_cli.core.models.structure import layer_output, outside_mixers, pairs, sizes, takes_cache
-from braces_cli.core.models.weights import Values, dense, stored_values
+from braces_cli.core.models.weights import Values, dense, stored_bias, stored_values
 
 # Model types on which an adapter would be wrong without an error.
 _REFUSED = {
@@ -84,6 +84,10 @@ class FFN:
         """W_V (d, d_ff) with the value vectors as columns: a view of the weight, or a temporary dense copy."""
         return dense(self.values())
 
+    def bias(self) -> Tensor | None:
+        """Bias of the value projection (d,), not a copy unless it is offloaded; None without a bias."""
+        return stored_bias(self.value)
+
     @cached_property
     def samples(self) -> Tensor:
         """Samples of W_V that identify the base; see `core.models.identity`."""
@@ -129,6 +133,10 @@ class Experts:
     def values(self) -> Tensor:
         """W_V for products; stacked experts are never packed."""
         return self.value_matrix()
+
+    def bias(self) -> Tensor | None:
+        """Bias of each expert's value projection, (experts, d); None without a bias."""
+        return getattr(self.module, f"{self.name}_bias", None)
 
 
 @dataclass(frozen=True, eq=False)
