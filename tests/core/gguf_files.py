@@ -47,6 +47,7 @@ def write_gguf(
     model: Any = None,
     *,
     quantised: bool = False,
+    weights: bool = True,
     tokenizer: Any = None,
     change: Change | None = None,
     architecture: str = "llama",
@@ -55,6 +56,7 @@ def write_gguf(
 
     Args:
         quantised: write matrices as Q8_0.
+        weights: False leaves them out.
         tokenizer: False leaves it out.
         change: adds more to the file.
         architecture: as which the file is declared.
@@ -76,7 +78,7 @@ def write_gguf(
     if change is not None:
         change(writer)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in model.state_dict().items() if weights else ():
         array = tensor.float().numpy()
         if ".q_proj." in name:
             array = interleaved(array, config.num_attention_heads)

@@ -141,5 +141,9 @@ def read_gguf(path: Path, changed: int) -> GGUFFile:
         GGMLQuantizationType.F32: torch.float32,
     }
     # Norms are float32 in every file.
-    dtype = torch.bfloat16 if kinds - plain.keys() else next(plain[kind] for kind in plain if kind in kinds)
+    dtype = (
+        torch.bfloat16
+        if kinds - plain.keys()
+        else next((plain[kind] for kind in plain if kind in kinds), torch.bfloat16)
+    )
     return GGUFFile(path, fields, dtype, factors)

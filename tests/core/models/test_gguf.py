@@ -173,6 +173,12 @@ def test_a_model_without_ffn(tmp_path: Path) -> None:
         find_ffns(shape)
 
 
+def test_a_file_without_weights(tmp_path: Path) -> None:
+    """As those with the vocabulary only."""
+    with pytest.raises(ModelError, match="does not fill the model"):
+        load_base(str(write_gguf(tmp_path / "vocabulary.gguf", weights=False)), CPU)
+
+
 def test_a_file_that_does_not_exist(tmp_path: Path, model_dir: Path) -> None:
     """And a file of another kind."""
     with pytest.raises(ModelError, match="no such file"):
