@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from braces_cli.core.adapter.model import open_shape
+from braces_cli.core.adapter.model import open_session, open_shape
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.models.ffn import find_ffns
 from braces_cli.core.models.generate import end_tokens
 from braces_cli.core.models.load import load_base, load_shape, load_tokenizer
-from braces_cli.core.options import LoadOptions
-from tests.conftest import tiny_tokenizer
+from braces_cli.core.options import AdapterSettings, LoadOptions
+from tests.conftest import make_adapter, tiny_tokenizer
 from tests.core.comparison import relative
 from tests.core.gguf_files import tiny_llama, write_gguf
 
@@ -49,7 +49,7 @@ def test_a_file_has_model_tokenizer_and_template(tmp_path: Path) -> None:
     assert base.tokenizer.chat_template == tokenizer.chat_template
     assert (base.name, base.revision, base.checkpoint) == (str(file), None, file)
     assert not hasattr(base.model.config, "quantization_config")
-    shape, _ = open_shape(str(file), None, None, False)
+    shape, _ = open_shape(AdapterSettings(model=str(file)))
     assert [ffn.value_vectors for ffn in shape.ffns] == [64, 64]
 
 
@@ -210,3 +210,22 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     assert load_shape(str(file)).config.num_hidden_layers == 2
     shutil.copyfile(write_gguf(tmp_path / "b.gguf", tiny_llama(num_hidden_layers=1)), file)
     assert load_shape(str(file)).config.num_hidden_layers == 1
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_an_adapter_fits_the_file_and_the_original(
+    quantised: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Trained on either; quantisation is not noted as a difference. Another model is refused."""
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "original")
+    tiny_tokenizer().save_pretrained(tmp_path / "original")
+    names = (str(tmp_path / "original"), str(write_gguf(tmp_path / "tiny.gguf", model, quantised=quantised)))
+    for trained_on, used_on in (names, names[::-1]):
+        folder = make_adapter(open_session(trained_on, None, CPU), tmp_path / f"adapter of {Path(trained_on).stem}")
+        assert open_session(used_on, str(folder), CPU).adapter is not None
+    # transformers adds `<|endoftext|>` to byte-level vocabularies of GGUF files.
+    assert not [message for message in caplog.messages if "another vocabulary" not in message]
+    other = write_gguf(tmp_path / "other.gguf", tiny_llama(seed=1), quantised=quantised)
+    with pytest.raises(ModelError, match="another base"):
+        open_session(str(other), str(folder), CPU)
