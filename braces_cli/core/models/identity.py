@@ -16,9 +16,6 @@ from braces_cli.core.schema import Count, Size
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from braces_cli.core.models.ffn import FFN, Experts
-    from braces_cli.core.models.load import Base
-
 logger = logging.getLogger("braces")
 
 SAMPLES = 64
@@ -40,7 +37,7 @@ class Sizes(TypedDict):
     value_vectors: list[Count]
 
 
-def sampled_entries(parts: Sequence[FFN | Experts]) -> Tensor:
+def sampled_entries(parts: Sequence[Any]) -> Tensor:
     """Sampled entries of a layer's W_V, (64,) in float32 on the CPU; (0,) on the meta device.
 
     Args:
@@ -71,7 +68,7 @@ def sampled_entries(parts: Sequence[FFN | Experts]) -> Tensor:
 
 
 def check_same_base(
-    what: str, sizes: Sizes, samples: Mapping[int, Tensor], base: Base, where: str, hint: str = ""
+    what: str, sizes: Sizes, samples: Mapping[int, Tensor], base: Any, where: str, hint: str = ""
 ) -> None:
     """Compare a base with the sizes and samples in a file; notes a difference that is more than rounding.
 
@@ -83,11 +80,10 @@ def check_same_base(
         ModelError: another base, unless `base.allow_other` is set and its hidden size is the same.
     """
     here = base.sizes
-    keys: Any = ("model_type", "layers", "hidden_size", "value_vectors")
     problems = [
-        f"{key.replace('_', ' ')} {_short(sizes[key])}, here {_short(here[key])}"
-        for key in keys
-        if sizes[key] != here[key]
+        f"{key.replace('_', ' ')} {_short(size)}, here {_short(here[key])}"
+        for key, size in sizes.items()
+        if size != here[key]
     ]
     found = {ffn.layer: ffn.samples for ffn in base.ffns if ffn.layer in samples}
     if not problems and any(each.numel() for each in found.values()):
