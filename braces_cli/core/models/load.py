@@ -88,7 +88,7 @@ class Base:
     @property
     def is_quantised(self) -> bool:
         """Return whether its weights are rounded to fewer than 16 bits."""
-        return self.name.endswith(".gguf") or getattr(self.model, "hf_quantizer", None) is not None
+        return is_gguf(self.name) or getattr(self.model, "hf_quantizer", None) is not None
 
     @cached_property
     def tokenizer_hashes(self) -> dict[str, str | None]:
