@@ -21,6 +21,7 @@ FACTS: dict[str, Any] = {
     "slots_dir": f"{LOCAL}/{NAME}",
     "attributes": {NAME: 2.0},
     "layers": None,
+    "bias": False,
     "combined": False,
     "case": "a",
     "served": True,

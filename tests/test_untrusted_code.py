@@ -120,7 +120,9 @@ def test_verification_runs_no_code(hostile: tuple[Path, Path], tmp_path: Path, m
     folder, mark = hostile
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 50))
     question, config = tmp_path / "question.json", folder / "config.json"
-    question.write_text(json.dumps({"texts": ["a"], "ids": [[1]], "device": "cpu", "code": False, "loras": []}))
+    question.write_text(
+        json.dumps({"texts": ["a"], "ids": [[1]], "device": "cpu", "dtype": "auto", "code": False, "loras": []})
+    )
     for change in ({}, {"model_type": "llama", "auto_map": {}}):
         config.write_text(json.dumps(json.loads(config.read_text()) | change))
         with pytest.raises(ValueError, match="trust_remote_code"):

@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parents[2] / "braces_cli"
 # A private attribute of something that is not `self` or `cls`, or a private module.
 PRIVATE = re.compile(r"(?<![\w.])(?!self\b|cls\b|super\b)\w+(?:\.\w+)*\._([a-z]\w*)|getattr\(\S+, \"_([a-z]\w*)\"")
 KNOWN = {
-    "_attn_implementation",  # transformers: configs
+    "_attn_implementation", "_keys_to_ignore_on_save",  # transformers: configs, models
     "_hf_hook",  # accelerate: offloaded weights
     "_version", "_modules", "_nn", "_python_dispatch", "_pytree", "_compiled_call_impl",  # torch
     "_functions",  # bitsandbytes, in a comment's words
@@ -43,6 +43,7 @@ def test_transformers_configs_have_it() -> None:
     assert model.config._attn_implementation in ("sdpa", "eager")
     model.set_attn_implementation("eager")
     assert model.config._attn_implementation == "eager"
+    assert hasattr(model, "_keys_to_ignore_on_save")
 
 
 def test_accelerate_hooks_have_them() -> None:

@@ -271,7 +271,7 @@ def test_a_sharded_model_trains_the_same_adapter(tmp_path):
         assert trained.keys() == found.keys()
         for name, tensor in trained.items():
             assert torch.allclose(found[name], tensor, atol=tolerance), name
-            assert not torch.allclose(start[name], tensor, atol=1e-3), name
+            assert name.endswith("base_samples") or not torch.allclose(start[name], tensor, atol=1e-3), name
 
 
 def through_trainer(env: dict[str, str], argv: list[str], log: Path) -> None:

@@ -45,7 +45,7 @@ class GGUFFile:
         from transformers import AutoConfig
 
         with scratch_folder() as empty, hub_errors(str(self.path), "GGUF file", any_error=True):
-            config: Any = AutoConfig.from_pretrained(empty, gguf_file=str(self.path))
+            config: Any = AutoConfig.from_pretrained(empty, gguf_file=str(self.path), trust_remote_code=False)
         config.name_or_path = str(self.path)
         rope = getattr(config, "rope_parameters", None) or {}
         self._restore_positions(config, rope.get("full_attention", rope))  # Gemma 3 has one for each kind of layer
@@ -84,7 +84,9 @@ class GGUFFile:
         from transformers import PreTrainedTokenizerFast
 
         with scratch_folder() as empty, hub_errors(str(self.path), "GGUF file", any_error=True):
-            tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(empty, gguf_file=str(self.path))
+            tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(
+                empty, gguf_file=str(self.path), trust_remote_code=False
+            )
         tokenizer.name_or_path = str(self.path)
         if self.fields.get("tokenizer.ggml.pre") in _DIGITS:
             backend = tokenizer.backend_tokenizer
@@ -98,7 +100,9 @@ class GGUFFile:
 
         unpacked = {"gguf_file": str(self.path), "quantization_config": GgufConfig(dequantize=True)}
         with scratch_folder() as empty:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(empty, config=self.config, **unpacked, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                empty, config=self.config, trust_remote_code=False, **unpacked, **options
+            )
         model, info = loaded
         model.config.name_or_path = model.name_or_path = str(self.path)
         return model, info
