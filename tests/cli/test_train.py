@@ -224,11 +224,7 @@ BAD_INPUT: dict[str, tuple[dict[str, str | None], int, str]] = {
     "mixed keys": ({"data": "mixed.jsonl"}, 3, "mixed.jsonl:3: this row is prompt/completion, those before it are"),
     "long prompts": ({"data": "pairs.jsonl", "max-length": "4"}, 3, "no row has a token to score"),
     "attribute column": ({"attribute-field": "mood"}, 3, "rows.jsonl:1: the row has no `mood`"),
-    "unknown attribute": (
-        {"data": "mood.jsonl", "attribute-field": "mood"},
-        3,
-        "unknown attribute `purple`",
-    ),
+    "unknown attribute": ({"data": "mood.jsonl", "attribute-field": "mood"}, 3, "unknown attribute `purple`"),
     "no chat template": ({"data": "chats.jsonl"}, 3, "chats.jsonl:1: the tokenizer has no chat template"),
     "evaluation rows": ({"eval-data": "broken.jsonl"}, 3, "broken.jsonl:2"),
     "hub set": ({"data": "someone/nothing", "streaming": ""}, 3, "hub cannot be reached for the data"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,13 +113,17 @@ def test_baseline_trains_on_the_same_tokens_and_peft_loads_it(trained, model_dir
     assert config["target_modules"] == sorted(config["target_modules"])
     assert "PeftModel.from_pretrained" in (tmp_path / method / "README.md").read_text()
 
+    assert config["base_model_name_or_path"] == str(model_dir)
+    assert loss_of(tmp_path / method, model_dir, rows) == pytest.approx(theirs["eval_loss"], rel=1e-5)
+
+
+def loss_of(folder: Path, model_dir: Path, rows: Path) -> float:
+    """Loss of an adapter that peft loads on the plain base."""
     session = open_session(str(model_dir), None, LoadOptions(device="cpu"))
     tokenizer = session.base.tokenizer
-    wrapped = PeftModel.from_pretrained(session.base.model, tmp_path / method).eval()
-    assert wrapped.peft_config["default"].base_model_name_or_path == str(model_dir)
+    wrapped = PeftModel.from_pretrained(session.base.model, folder).eval()
     examples = read_examples([str(rows)], Reading(tokenizer, 128)).items
-    again = sum(likelihoods(wrapped, examples, tokenizer.pad_token_id, 16), Likelihood())
-    assert again.loss == pytest.approx(theirs["eval_loss"], rel=1e-5)
+    return sum(likelihoods(wrapped, examples, tokenizer.pad_token_id, 16), Likelihood()).loss
 
 
 def test_a_config_of_peft_trains_with_the_same_result(trained, model_dir, tmp_path):
@@ -138,12 +143,7 @@ def test_a_config_of_peft_trains_with_the_same_result(trained, model_dir, tmp_pa
     assert "# ia3 adapter\n" in card
     assert "peft:ia3.json" in card
     assert str(tmp_path) not in card.replace(str(model_dir), "")
-    session = open_session(str(model_dir), None, LoadOptions(device="cpu"))
-    wrapped = PeftModel.from_pretrained(session.base.model, tmp_path / "ia3").eval()
-    tokenizer = session.base.tokenizer
-    examples = read_examples([str(rows)], Reading(tokenizer, 128)).items
-    again = sum(likelihoods(wrapped, examples, tokenizer.pad_token_id, 16), Likelihood())
-    assert again.loss == pytest.approx(theirs["eval_loss"], rel=1e-5)
+    assert loss_of(tmp_path / "ia3", model_dir, rows) == pytest.approx(theirs["eval_loss"], rel=1e-5)
     # The file is part of the run.
     file.write_text('{"peft_type": "IA3", "target_modules": ["v_proj"], "feedforward_modules": []}')
     with pytest.raises(ConfigError, match=r"other settings: --peft-config"):
