@@ -16,6 +16,7 @@ from braces_cli.core.adapter.files import find_adapter
 from braces_cli.core.adapter.model import attach, open_session
 from braces_cli.core.errors import ModelError
 from braces_cli.core.models.ffn import find_ffns
+from braces_cli.core.models.structure import add_to_output
 from braces_cli.core.models.weights import StoredValues
 from braces_cli.core.options import LoadOptions
 from braces_cli.export.checkpoint import ValueEdit, edit_values, export_merge, value_edits, write_edited
@@ -161,6 +162,26 @@ def test_relevance_to_the_output_adds_no_neurons(
     tensors["model.layers.1.mlp.down_proj.weight"] *= 1.5
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     assert braces("merge", "--check", out).code == 4
+
+
+@pytest.mark.parametrize("shift", [None, SHIFT], ids=["side path", "with a shift"])
+@pytest.mark.parametrize("layers", [(), (0, 1)], ids=["alone", "with steering vectors"])
+def test_biases_are_edited_with_the_value_vectors(
+    layers: tuple[int, ...], shift: torch.Tensor | None, tmp_path: Path
+) -> None:
+    """Steering vectors also in layer 0, which has no adapter."""
+    model = MODELS["gpt2"]()
+    adapter = with_adapter(model, shift, [1], relevance_to="output")
+    vectors = {layer: 0.3 * torch.randn(32, generator=torch.Generator().manual_seed(layer)) for layer in layers}
+    ffns = find_ffns(model)
+    hooks = [add_to_output(ffns[layer].output_module, vector) for layer, vector in vectors.items()]
+    expected = logits(model)
+    missing = edit_values(model, value_edits(adapter, ffns, vectors))
+    adapter.detach()
+    for hook in hooks:
+        hook.remove()
+    assert write_edited(tmp_path, model, ffns, missing, TOKENS) == "GPT2LMHeadModel"
+    assert relative(logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval()), expected) < 1e-5
 
 
 @pytest.mark.parametrize(("name", "hint"), [("qwen3", "--combine"), ("qwen3_moe", "braces steer")])
