@@ -101,6 +101,24 @@ def test_study_of_steering(recipe: Any, model_dir: Path, tmp_path: Path) -> None
     assert plot.stat().st_size > 1000
 
 
+def test_study_of_the_comparison(recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "commonsense" / "boolq").mkdir(parents=True)
+    rows = [{"instruction": f"question: is {k} odd?\n", "answer": ("false", "true")[k % 2]} for k in range(12)]
+    for name in ("train", "test"):
+        file = tmp_path / "commonsense" / "boolq" / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "runs.jsonl"
+    args = ["--quick", "--part", "comparison", "--tasks", "boolq", "chats", "--data", tmp_path, "--out", out]
+    recipe("studies/comparison", *args, "--systems", "braces-input-16", "lora-qv-16")
+    runs = [json.loads(line) for line in out.read_text().splitlines()]
+    parts = [(run["task"], run["part"]) for run in runs]
+    assert parts == [(task, part) for task in ("boolq", "chats") for part in ("base", *(["tune"] * 3 + ["report"]) * 2)]
+    assert runs[0]["chance"] == runs[0]["majority"] == 0.5
+    capsys.readouterr()
+    recipe("studies/comparison", "--out", out, "--table")
+    assert capsys.readouterr().out.count("LoRA r 16 (q, v)") == 2
+
+
 def test_gpu_check_on_the_cpu(braces: Any, recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All commands."""
     monkeypatch.syspath_prepend(str(RECIPES / "bench"))
