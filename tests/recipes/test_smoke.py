@@ -109,13 +109,13 @@ def test_study_of_the_comparison(recipe: Any, tmp_path: Path, capsys: pytest.Cap
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "runs.jsonl"
     args = ["--quick", "--part", "comparison", "--tasks", "boolq", "chats", "--data", tmp_path, "--out", out]
-    recipe("studies/comparison", *args, "--systems", "braces-input-16", "lora-qv-16")
+    recipe("studies/comparison", *args, "--systems", "braces-input-16", "lora-qv-16").main()
     runs = [json.loads(line) for line in out.read_text().splitlines()]
     parts = [(run["task"], run["part"]) for run in runs]
     assert parts == [(task, part) for task in ("boolq", "chats") for part in ("base", *(["tune"] * 3 + ["report"]) * 2)]
     assert runs[0]["chance"] == runs[0]["majority"] == 0.5
     capsys.readouterr()
-    recipe("studies/comparison", "--out", out, "--table")
+    recipe("studies/comparison", "--out", out, "--table").main()
     assert capsys.readouterr().out.count("LoRA r 16 (q, v)") == 2
 
 
