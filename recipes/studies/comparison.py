@@ -27,7 +27,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ from braces_cli.evaluation.settings import EvalSettings
 from braces_cli.evaluation.statistics import holm
 from braces_cli.evaluation.systems import attached, find_eval_adapter
 from braces_cli.training.loss import measure
-from braces_cli.training.settings import TrainSettings, default_lr
+from braces_cli.training.settings import TrainSettings
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 MAX_LENGTH = 512
@@ -209,10 +209,17 @@ class Study:
 
     def rate(self, name: str, system: str) -> float:
         """Search the rate of a system on a task."""
-        start = SYSTEMS[system].start or default_lr(self.session.ffns[0].hidden_size)
+        start = SYSTEMS[system].start or self.default_rate(SYSTEMS[system].options)
         return best_rate(
             lambda rate: self.measured("tune", name, system, rate, 0)["loss"], start, self.sizes.extensions
         )
+
+    def default_rate(self, options: dict[str, Any]) -> float:
+        """Return the rate of `braces train` without --lr."""
+        settings = build(TrainSettings, {"data": "rows", "output_dir": "out", **options}, python=True)
+        rate = settings.resolve(self.session.ffns[0].hidden_size, MAX_LENGTH).lr
+        assert rate is not None
+        return rate
 
     def measured(self, part: str, name: str, system: str, rate: float, seed: int) -> dict[str, Any]:
         """Return a run: its loss on validation rows (`tune`), or all scores on test rows (`report`)."""
@@ -253,10 +260,6 @@ class Study:
         """
         self.task(name)
         options = dict(SYSTEMS[system].options)
-        # Without this option, relevance to the input is the only form.
-        known = {each.name for each in fields(TrainSettings)}
-        if options.get("relevance_to") == "input" and "relevance_to" not in known:
-            del options["relevance_to"]
         if SYSTEMS[system].peft is not None:
             config = self.work / f"{system}.json"
             config.write_text(json.dumps(SYSTEMS[system].peft), encoding="utf-8")
