@@ -173,8 +173,9 @@ def accuracy(labels: Sequence[str], session: Session, examples: Sequence[Example
 
 # Chats
 #
-# An answer has a line that names the thing, two numbered lines, and a last line if and only if the user says thank
-# you; all in lower case. Things, wordings and two of the actions of the test are not in the training rows.
+# A question is about two things. An answer has a line that names them in alphabetical order, two numbered lines, and a
+# last line if and only if the user says thank you; all in lower case. Things, wordings and two of the actions of the
+# test are not in the training rows.
 
 THINGS = (
     "bread knife", "garden hose", "wool blanket", "desk lamp", "rain coat", "bicycle", "kettle", "guitar",
@@ -189,32 +190,37 @@ TEST_THINGS = (
 )  # fmt: skip
 # Action -> two possible first lines, and two possible second lines.
 ACTIONS = {
-    "clean": ("wipe the {} with a damp cloth", "brush the dust off the {}", "let it dry", "use very little soap"),
-    "store": ("keep the {} in a dry place", "put the {} on a shelf", "cover it with a sheet", "note where you put it"),
-    "repair": ("find the broken part of the {}", "take the {} apart", "use glue if a screw does not fit", "test it"),
-    "choose": ("hold the {} in your hands", "compare the {} with a cheaper one", "ask how long it lasts", "take time"),
-    "carry": ("hold the {} close to your body", "wrap the {} in paper", "rest after a few steps", "ask a friend"),
-    "sell": ("take a picture of the {}", "say how old the {} is", "name a fair price", "meet in a public place"),
+    "clean": ("wipe {} with a damp cloth", "brush the dust off {}", "let it dry", "use very little soap"),
+    "store": ("keep {} in a dry place", "put {} on a shelf", "cover it with a sheet", "note where you put it"),
+    "repair": ("find the broken part of {}", "take {} apart", "use glue if a screw does not fit", "test it"),
+    "choose": ("hold {} in your hands", "compare {} with a cheaper one", "ask how long it lasts", "take time"),
+    "carry": ("hold {} close to your body", "wrap {} in paper", "rest after a few steps", "ask a friend"),
+    "sell": ("take a picture of {}", "say how old {} is", "name a fair price", "meet in a public place"),
 }
 TEST_ACTIONS = {
-    "wrap": ("put the {} on the paper", "find a box for the {}", "close it with tape", "fold the corners inwards"),
-    "draw": ("begin with the outline of the {}", "look at the {}", "add the shadows last", "use a soft pencil"),
+    "wrap": ("put {} on the paper", "find a box for {}", "close it with tape", "fold the corners inwards"),
+    "draw": ("begin with the outline of {}", "look at {}", "add the shadows last", "use a soft pencil"),
 }
 WORDINGS = (
-    "How do I {action} my {thing}?", "What is a good way to {action} a {thing}?", "I want to {action} a {thing}.",
-    "Can you help me to {action} this {thing}?",
+    "How do I {action} {things}?", "What is a good way to {action} {things}?", "I want to {action} {things}.",
+    "Can you help me to {action} {things}?",
 )  # fmt: skip
-TEST_WORDINGS = ("Tell me how to {action} the {thing}.", "Is it hard to {action} a {thing}? What should I do?")
+TEST_WORDINGS = ("Tell me how to {action} {things}.", "Is it hard to {action} {things}? What should I do?")
 THANKS, REPLY = " Thank you!", "you are welcome."
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a thing, with or without thanks."""
+    """A question about two things, with or without thanks."""
 
     text: str
-    thing: str
+    things: tuple[str, str]
     thanked: bool
+
+    @property
+    def names(self) -> str:
+        """First line of the answer."""
+        return f"about: {', '.join(sorted(self.things))}"
 
 
 def chats(data: Path, chat: bool) -> Task:
@@ -232,9 +238,12 @@ def build_chats(
     """Build one chat for each thing, wording and action, with and without thanks."""
     examples = []
     for thing, wording, action, thanked in product(things, wordings, actions, (False, True)):
-        question = Question(wording.format(action=action, thing=thing) + THANKS * thanked, thing, thanked)
-        first, second = chosen.choice(actions[action][:2]).format(thing), chosen.choice(actions[action][2:])
-        lines = [f"about: {thing}", f"1) {first}.", f"2) {second}.", *([REPLY] if thanked else [])]
+        other = chosen.choice([each for each in things if each != thing])
+        text = wording.format(action=action, things=f"the {thing} and the {other}")
+        question = Question(text + THANKS * thanked, (thing, other), thanked)
+        first, second = chosen.choice(actions[action][:2]), chosen.choice(actions[action][2:])
+        advice = first.format(f"the {min(thing, other)}")
+        lines = [question.names, f"1) {advice}.", f"2) {second}.", *([REPLY] if thanked else [])]
         answer = "\n".join(lines)
         row: dict[str, Any] = {"prompt": f"{question.text}\n", "completion": answer}
         if chat:
@@ -259,7 +268,7 @@ def rules(answer: str, question: Question) -> dict[str, bool]:
     lines = answer.strip().split("\n")
     body = lines[1:-1] if question.thanked else lines[1:]
     return {
-        "names": lines[0] == f"about: {question.thing}",
+        "names": lines[0] == question.names,
         "numbers": len(body) == 2 and all(re.match(rf"{k}\) \S", line) for k, line in enumerate(body, 1)),
         "lower": answer == answer.lower(),
         "thanks": (lines[-1] == REPLY) == question.thanked,
