@@ -173,7 +173,7 @@ def accuracy(labels: Sequence[str], session: Session, examples: Sequence[Example
 
 # Chats
 #
-# A question is about two things. An answer has a line that names them in alphabetical order, two numbered lines, and a
+# A question is about two things. An answer has a line that names them in reverse order, two numbered lines, and a
 # last line if and only if the user says thank you; all in lower case. Things, wordings and two of the actions of the
 # test are not in the training rows.
 
@@ -220,7 +220,7 @@ class Question:
     @property
     def names(self) -> str:
         """First line of the answer."""
-        return f"about: {', '.join(sorted(self.things))}"
+        return f"about: {', '.join(reversed(self.things))}"
 
 
 def chats(data: Path, chat: bool) -> Task:
@@ -242,7 +242,7 @@ def build_chats(
         text = wording.format(action=action, things=f"the {thing} and the {other}")
         question = Question(text + THANKS * thanked, (thing, other), thanked)
         first, second = chosen.choice(actions[action][:2]), chosen.choice(actions[action][2:])
-        advice = first.format(f"the {min(thing, other)}")
+        advice = first.format(f"the {other}")
         lines = [question.names, f"1) {advice}.", f"2) {second}.", *([REPLY] if thanked else [])]
         answer = "\n".join(lines)
         row: dict[str, Any] = {"prompt": f"{question.text}\n", "completion": answer}

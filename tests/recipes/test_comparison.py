@@ -43,19 +43,6 @@ def test_grid_is_extended_while_the_best_rate_is_at_its_border(comparison: Any, 
     assert seen == tried
 
 
-def test_extensions_are_limited(comparison: Any) -> None:
-    assert comparison.best_rate(lambda rate: -rate, 0.01, 2) == 0.08
-
-
-def test_answers_of_the_chats_follow_every_rule(tasks: Any) -> None:
-    task = tasks.chats(Path(), True)
-    texts = [example.gold.text for part in (task.train, task.validation, task.test) for example in part]
-    assert len(set(texts)) == len(texts)
-    for example in task.test:
-        answer = example.row["messages"][1]["content"]
-        assert all(tasks.rules(answer, example.gold).values()), answer
-
-
 @pytest.mark.parametrize(
     ("answer", "broken"),
     [
@@ -119,12 +106,3 @@ def test_zero_shot_table_corrects_the_p_values_of_a_pair(comparison: Any) -> Non
         "| braces, rank 16, relevance to input | boolq | 30.0 (p = 0.02) | 20.0 (p = 0.03) |",
         "| braces, rank 16, relevance to input minus LoRA r 16 (q, v) | boolq | +10.0 (p = 1) | +0.0 (p = 1) |",
     ]
-
-
-def test_the_better_large_system_goes_to_the_other_tasks(comparison: Any) -> None:
-    runs = [
-        {**RUN, "part": "report", "system": name, "loss": loss}
-        for name, loss in (("braces-input-53", 4.14), ("braces-output-53", 4.1), ("braces-output-53", 4.12))
-    ]
-    assert comparison.better(runs, comparison.LARGE) == "braces-output-53"
-    assert comparison.better([], comparison.LARGE) == "braces-input-53"
