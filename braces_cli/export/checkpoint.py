@@ -82,7 +82,7 @@ class MergeRecord:
     layers: Annotated[str, Meta(pattern=r"^[\d, -]+\Z")] | None = None
 
 
-_RECORD = Kind(MergeRecord, ModelError, "The file is damaged; merge again.")
+_RECORD = Kind(MergeRecord, ModelError, "Give a folder that `braces merge` wrote; if the file is damaged, merge again.")
 
 
 def read_record(folder: Path) -> MergeRecord:

@@ -180,13 +180,16 @@ def flags() -> list[tuple[str, str]]:
         (("eval", "--batch-size"), "9" * 5000), (("steer", "--top-p"), "nan"), (("steer", "--s"), "inf"),
         (("merge", "--output-dir"), "a\x00b"), (("steer", "--layers"), "\x1b[31m"), (("eval", "--limit"), ""),
         (("steer", "--attribute"), "\x1b[31mred\rError: x"), (("attr-build", "--words"), "[bold]\u202e[/]"),
+        (("merge", "--check"), ""),
     ),
 )  # fmt: skip
 def test_options(option: tuple[str, str], value: str) -> None:
     command, flag = option
     more = (*MODEL, "--data", GOOD / "rows.jsonl", "--output-dir", "out") if command == "train" else ()
     with working_folder() as folder:
-        check((command, "--dry-run", *more, f"{flag}={value}"), folder, {0, 2, 3, 4} if more else {0, 2})
+        # `merge --check` reads a checkpoint, also with --dry-run.
+        reads = more or flag == "--check"
+        check((command, "--dry-run", *more, f"{flag}={value}"), folder, {0, 2, 3, 4} if reads else {0, 2})
 
 
 KEYS = (
