@@ -125,7 +125,7 @@ KNOWLEDGE = ("braces-input-16", "braces-output-16", "lora-qv-16")
 FIRST = "sst5-text"
 CHOICES = ("sst5-labels", "boolq")
 # Runs of the search of rates are shorter by this factor, those on chats by another one: a style takes few steps.
-TUNING, SHORTER = 2, {"chats": 3}
+TUNING, SHORTER = 2, {"chats": 4}
 PARTS = ("comparison", "zero-shot")
 # Task in `braces eval` -> its file in the data folder.
 QUESTIONS = {
