@@ -125,14 +125,15 @@ def compare(systems: Sequence[System], seed: int) -> list[dict[str, Any]]:
                 row |= {"difference": after.value - before.value, "p_value": p_value(a, b, weights, seed)}
                 row |= share("rises", [y > x for x, y in zip(a, b, strict=True)])
                 rows.append(row | share("falls", [y < x for x, y in zip(a, b, strict=True)]))
-    # Each metric is corrected together with the first metric of each other task: further metrics of a task use the
-    # same answers, so they do not count as further tasks.
-    firsts: dict[str, float] = {}
+    # Each metric is corrected together with the first metric of the pair's other tasks: further metrics of a task use
+    # the same answers, so they do not count as further tasks.
+    firsts: dict[tuple[str, str, str], float] = {}
     for row in rows:
         if row["p_value"] is not None:
-            firsts.setdefault(row["task"], row["p_value"])
+            firsts.setdefault((row["from"], row["to"], row["task"]), row["p_value"])
     for row in rows:
-        others = [p for task, p in firsts.items() if task != row["task"]]
+        pair = (row["from"], row["to"])
+        others = [p for (start, end, task), p in firsts.items() if (start, end) == pair and task != row["task"]]
         corrected = None if row["p_value"] is None else holm([row["p_value"], *others])[0]
         row.update(p_holm=corrected, significant=None if corrected is None else corrected < LEVEL)
     return rows

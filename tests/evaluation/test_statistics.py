@@ -98,6 +98,10 @@ def test_p_is_corrected_for_the_number_of_tasks():
     assert [task for task, row in rows.items() if row["significant"]] == ["b"]
     assert [significance_label(rows[task]) for task in "abc"] == ["not significant", "significant", "no difference"]
     assert {row["n"] for row in rows.values()} == {8}
+    # Each pair by its own p-values: those of the first pair must not correct the second.
+    pairs = compare([base, _system("same", a=none, b=none, c=none), other], 0)
+    again = {row["task"]: row["p_holm"] for row in pairs if (row["from"], row["to"]) == ("base", "other")}
+    assert again == pytest.approx(corrected)
 
 
 def test_each_system_is_compared_with_each_before_it():
