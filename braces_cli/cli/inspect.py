@@ -350,10 +350,11 @@ def clamp(settings: ClampSettings) -> None:
 
 
 def _clamp(settings: ClampSettings, clamps: "list[Clamp]", report: Any) -> dict[str, Any]:
-    from braces_cli.core.models.generate import TextRequest, generate
+    from braces_cli.core.models.generate import TextRequest
     from braces_cli.inspection.clamp import check_clamps, clamp_prompt, clamped, read_texts, resolve_percentiles
     from braces_cli.inspection.vocabulary import plain_ffns
     from braces_cli.steering.prompts import read_prompts
+    from braces_cli.steering.texts import generate_texts
 
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, None, settings.seed)
     prompts = list(read_prompts(settings.prompt, settings.prompts, sys.stdin))
@@ -368,10 +369,10 @@ def _clamp(settings: ClampSettings, clamps: "list[Clamp]", report: Any) -> dict[
         report("clamping", number, len(prompts))
         row = clamp_prompt(session, lens, prompt, clamps, tokens=tokens, top_k=settings.top_k)
         if settings.generate:
-            model, tokenizer, requests = session.base.model, session.base.tokenizer, [TextRequest(prompt, number)]
-            row["text_before"] = generate(model, tokenizer, requests, sampling)[0]
+            requests = [TextRequest(prompt, number)]
+            (row["text_before"],) = generate_texts(session, requests, sampling)
             with clamped(ffns, clamps):
-                row["text"] = generate(model, tokenizer, requests, sampling)[0]
+                (row["text"],) = generate_texts(session, requests, sampling)
         rows.append(row)
     shown = [{name: value for name, value in asdict(clamp).items() if value is not None} for clamp in clamps]
     return {"clamps": shown, "prompts": rows}

@@ -99,7 +99,7 @@ def export_merge(request: Request, pad_to_multiple_of: int = 64, report: Report 
     def write(opened: Opened, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         session, stored, attributes_dir = opened.session, opened.session.stored, request.attributes_dir
         model = session.base.model
-        copy_companions(session.base, folder)
+        copy_companions(session, folder)
         if stored is None:
             write_model(folder, model, report)
             return same_shape(type(model).__name__, "plain"), {}

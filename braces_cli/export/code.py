@@ -128,7 +128,7 @@ def export_code(request: Request, report: Report = silent) -> dict[str, Any]:
         session = opened.session
         assert session.adapter is not None
         assert session.base.checkpoint is not None
-        copy_companions(session.base, folder)
+        copy_companions(session, folder)
         with steered(session, opened.terms, opened.layers) as steering:
             sides = side_modules(session.adapter, steering_vectors(steering))
         session.remove_adapter()

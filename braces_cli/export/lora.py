@@ -149,7 +149,7 @@ def export_lora(lora: Lora, gguf: Path | None = None, report: Report = silent) -
                 # Plain transformers reads less of such a file than braces does.
                 base = folder / _BASE_FOLDER
                 write_model(base, model)
-                copy_companions(session.base, base)
+                copy_companions(session, base)
             pairs, biases = value_pairs(model, edits, bool(lora.rank), bool(steering))
             if gguf is not None:
                 check_gguf(type(model).__name__, biases)

@@ -35,7 +35,7 @@ from braces_cli.core.files import (
 )
 from braces_cli.core.models.ffn import chosen_layers
 from braces_cli.core.models.hub import is_gguf, is_linked, known_license
-from braces_cli.core.models.load import Base, load_shape
+from braces_cli.core.models.load import load_shape
 from braces_cli.core.models.tokenize import encode
 from braces_cli.core.options import LoadOptions
 from braces_cli.core.progress import Report
@@ -254,16 +254,17 @@ def _move_into(folder: Path, output: Path) -> None:
         (folder / path).replace(output / path)
 
 
-def copy_companions(base: Base, folder: Path) -> None:
+def copy_companions(session: Session, folder: Path) -> None:
     """Copy tokenizer, chat template, generation settings and licence of the base.
 
     If the tokenizer's files name no class, transformers derives one from the model type, which may differ in `folder`:
-    then the class of the base's tokenizer is added.
+    then the class of the base's tokenizer is added. Generation settings get the tokens that end a turn of the adapter.
 
     Raises:
         ModelError: a file is a link out of the base's folder, whose target may be private.
         BracesError: cannot be written.
     """
+    base = session.base
     assert base.checkpoint is not None
     if is_gguf(base.name):
         base.tokenizer.save_pretrained(folder)
@@ -286,3 +287,9 @@ def copy_companions(base: Base, folder: Path) -> None:
     settings = read(WRITTEN, path) if path.is_file() else {}
     if not settings.get("tokenizer_class") and tokenizer.__module__.startswith("transformers."):
         write_json(path, settings | {"tokenizer_class": tokenizer.__name__})
+    if session.turn_ends:
+        path, generation = folder / "generation_config.json", base.model.generation_config
+        settings = read(WRITTEN, path) if path.is_file() else generation.to_diff_dict()
+        # Programs would replace the end tokens of a file that says that it is derived from `config.json`.
+        settings.pop("_from_model_config", None)
+        write_json(path, settings | {"eos_token_id": generation.eos_token_id})

@@ -96,7 +96,7 @@ def export_slots(
 
     def write(opened: Opened, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         session, base = opened.session, opened.session.base
-        copy_companions(base, folder)
+        copy_companions(session, folder)
         planned, slots = plan_slots(base.model, session.ffns, count, pad_to_multiple_of, probe_tokens(session))
         write_checkpoint(folder, base.model, planned, empty_slots(planned, slots), report)
         source = {"model": base.name, "revision": base.revision, "base": base.sizes}

@@ -12,7 +12,7 @@ from braces_cli.core.adapter.model import Session
 from braces_cli.core.distributed import ALONE, Processes
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.models.generate import TextRequest, generate
-from braces_cli.core.models.tokenize import chat_ids, has_template
+from braces_cli.core.models.tokenize import chat_ids, has_template, turn_ends
 from braces_cli.core.options import Sampling
 from braces_cli.core.progress import Report, silent
 from braces_cli.steering.prompts import PromptRow
@@ -93,7 +93,7 @@ def generate_texts(
         DataError: the chat template refuses a prompt.
     """
     model, tokenizer = session.base.model, session.base.tokenizer
-    requests = iter(requests)
+    requests, ends = iter(requests), [*session.turn_ends, *(turn_ends(tokenizer) if chat else ())]
     while batches := list(islice(requests, batch_size * processes.size)):
         batch, texts = batches[processes.rank * batch_size :][:batch_size], []
         if chat:
@@ -101,7 +101,7 @@ def generate_texts(
         write = None if stream is None else lambda piece, request=batch[0]: stream(request, piece)
         if batch:
             with steering(batch):
-                texts = generate(model, tokenizer, batch, sampling, write)
+                texts = generate(model, tokenizer, batch, sampling, write, ends)
         shared = processes.gather(texts)
         done += len(batches)
         report(stage, done, total)

@@ -39,7 +39,7 @@ from braces_cli.core.files import check_output_folder, output_lock, versions
 from braces_cli.core.models.ffn import FFN, MixtureFFN, chosen_layers, find_ffns, parameter_total
 from braces_cli.core.models.hub import check_push
 from braces_cli.core.models.load import input_device, load_shape, load_tokenizer, pick_device
-from braces_cli.core.models.tokenize import context_length, encode
+from braces_cli.core.models.tokenize import context_length, encode, turn_ends
 from braces_cli.core.progress import Report, silent
 from braces_cli.data.dataset import Examples, Fields, Reading, Stream, log_counts, read_examples
 from braces_cli.scoring.likelihood import Likelihood
@@ -179,6 +179,7 @@ def _config(
         method=adapter.method if isinstance(adapter, PeftAdapter) else settings.method,
         relevance_to=settings.relevance_to,
         relevance_scale=list(adapter.scales),
+        end_of_turn=turn_ends(base.tokenizer) if chat else [],
     )
 
 

@@ -79,7 +79,7 @@ def opened(args: argparse.Namespace) -> Any:
 
 
 def ends(session: Any) -> list[int]:
-    from braces_cli.core.models.generate import end_tokens
+    from braces_cli.core.models.tokenize import end_tokens
 
     return end_tokens(session.base.model, session.base.tokenizer)
 

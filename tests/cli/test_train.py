@@ -106,14 +106,15 @@ def test_train_from_a_stream(train: Any, rows: Path, tmp_path: Path) -> None:
 
 
 def test_train_on_chats(train: Any, model_dir: Path, tmp_path: Path) -> None:
-    """The adapter records the chat template, the default for prompts."""
+    """The adapter records the chat template, the default for prompts, and the end of a turn."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATES["prefixes"]
     tokenizer.save_pretrained(shutil.copytree(model_dir, tmp_path / "chat-model"))
     data = write_rows(tmp_path / "chats.jsonl", ({"messages": CHAT, "id": n} for n in range(4)))
     outcome = train(tmp_path / "out", "--max-steps", 2, data=data, base=tmp_path / "chat-model")
     assert outcome.json["rows_dropped"] == 0
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["training"]["chat_template"] is True
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["training"]["chat_template"], config["end_of_turn"]) == (True, ["</s>"])
 
 
 def test_a_short_run_reaches_its_rate_and_counts_truncated_rows(train: Any, tmp_path: Path) -> None:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import resource
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from braces_cli.api import load
+from braces_cli.core.adapter.files import find_adapter
+from braces_cli.core.adapter.model import Session, open_session
 from braces_cli.core.errors import BracesError, ConfigError, ModelError
 from braces_cli.core.models.load import Base
+from braces_cli.core.models.tokenize import decode_continuation, encode
 from braces_cli.export.checkpoint import export_merge
 from braces_cli.export.code import export_code
 from braces_cli.export.run import Request, copy_companions, new_folder
-from tests.export.models import names
+from tests.conftest import tiny_model
+from tests.export.models import greedy, names
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -57,10 +65,41 @@ def test_a_failure_changes_nothing(existing: str, new: str, tmp_path: Path) -> N
     assert names(tmp_path) == ["out"]
 
 
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("export", [export_merge, export_code])
+@pytest.mark.parametrize("stored", [True, False])
+def test_checkpoints_stop_at_the_end_of_a_turn(
+    export: Any, stored: bool, request_: Request, model_dir: Path, adapter_dir: Path, tmp_path: Path
+) -> None:
+    """Base models declare another end token, in `generation_config.json` or only in `config.json`."""
+    base = shutil.copytree(model_dir, tmp_path / "base")
+    if not stored:
+        (base / "generation_config.json").unlink()
+    session = open_session(str(base), str(adapter_dir), request_.options)
+    ids = torch.tensor([encode(session.base.tokenizer, "the film is").ids])
+    expected = greedy(session.base.model, ids)[0, ids.shape[1] :].tolist()
+    end = session.base.tokenizer.convert_ids_to_tokens(expected[4])
+    length = expected.index(expected[4])
+    config = adapter_dir / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"end_of_turn": [end]}))
+    adapter = find_adapter(str(adapter_dir))
+    export(replace(request_, model=str(base), adapter=adapter))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert model.generation_config.eos_token_id == sorted({1, expected[4]})
+    assert model.generate(ids, max_new_tokens=48)[0, ids.shape[1] :].tolist() == expected[: length + 1]
+    # The same in Python and `steer`; lm-eval reads the generation config of the model.
+    adapted = load(base, adapter=adapter_dir, device="cpu")
+    text = decode_continuation(session.base.tokenizer, ids[0].tolist(), expected[:length])
+    assert adapted.generate("the film is", temperature=0, max_new_tokens=48) == text
+    adapted.session.remove_adapter()
+    assert adapted.session.base.model.generation_config.eos_token_id == 1
+
+
 def copied(source: Path, folder: Path) -> list[str]:
     """Names of the files that are copied from a base."""
     folder.mkdir()
-    copy_companions(Base(torch.nn.Module(), None, "tiny", checkpoint=source), folder)
+    base = Base(tiny_model(), None, "tiny", checkpoint=source)
+    copy_companions(Session(base), folder)
     return names(folder)
 
 

@@ -35,7 +35,20 @@ def test_the_unsteered_text_is_that_without_attributes(steer, adapter_dir, with_
     assert all(row["unsteered"] == row["text"] for row in zero)
 
 
-def test_a_stop_string_ends_texts(steer):
+def set_config(adapter_dir, **values):
+    """Replace keys of an adapter's config."""
+    config = adapter_dir / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | values))
+
+
+def test_a_stop_string_ends_texts(steer, adapter_dir):
+    """Of the command line, and the text that ends a turn of the adapter."""
+    adapted = steer("--adapter", adapter_dir).lines
+    end = adapted[0]["text"][2:6]
+    set_config(adapter_dir, end_of_turn=[end])
+    cut = steer("--adapter", adapter_dir).lines
+    assert [row["text"] for row in cut] == [row["text"].split(end)[0] for row in adapted]
+    assert len(cut[0]["text"]) == 2
     whole, cut = steer().lines, steer("--stop", "e", "--stop", "a").lines
     assert [row["text"] for row in cut] == [re.split("[ea]", row["text"])[0] for row in whole]
 
@@ -52,8 +65,7 @@ def test_the_chat_template_is_applied_on_request_or_as_in_training(braces, chatt
 
     spelt = text("--model", chatty, prompt="user: a day\nassistant:")
     assert text("--model", chatty, "--apply-chat-template") == spelt != text("--model", chatty)
-    config = adapter_dir / "adapter_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"training": {"chat_template": True}}))
+    set_config(adapter_dir, training={"chat_template": True})
     adapted = ["--model", chatty, "--adapter", adapter_dir]
     bare = text(*adapted, "--no-apply-chat-template", prompt="user: a day\nassistant:")
     assert text(*adapted) == bare != text(*adapted, "--no-apply-chat-template")

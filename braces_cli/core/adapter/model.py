@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -22,6 +23,7 @@ from braces_cli.core.models.hub import EMBEDDED, note_default
 from braces_cli.core.models.identity import check_same_base
 from braces_cli.core.models.load import Base, load_base, load_shape
 from braces_cli.core.models.structure import hooks_changed
+from braces_cli.core.models.tokenize import end_tokens
 from braces_cli.core.options import LoadOptions
 
 logger = logging.getLogger("braces")
@@ -306,6 +308,7 @@ class Session:
     def __post_init__(self) -> None:
         # Before any PEFT baseline replaces modules of the model.
         self.ffns = self.base.ffns
+        self._generation = getattr(self.base.model, "generation_config", None)
 
     @property
     def config(self) -> AdapterConfig | None:
@@ -317,11 +320,20 @@ class Session:
         """Folder of the stored adapter."""
         return None if self.stored is None else self.stored.folder
 
+    @property
+    def turn_ends(self) -> list[str]:
+        """Tokens and texts that end an assistant's turn of the stored adapter."""
+        return [] if self.config is None else self.config.end_of_turn
+
     def add_adapter(self, stored: StoredAdapter) -> Adapter:
         """Attach a stored adapter; detaches the current one."""
         self.remove_adapter()
         self.adapter = attach_stored(self.base, stored)
         self.stored = stored
+        if self.turn_ends:
+            model, own = self.base.model, copy.copy(self._generation)
+            own.eos_token_id = end_tokens(model, self.base.tokenizer, self.turn_ends) or None
+            model.generation_config = own
         trained, here = stored.config.tokenizer, self.base.tokenizer_hashes
         for part in sorted(key for key in trained if trained[key] != here.get(key)):
             logger.warning("%s: trained with another %s than the base has now", stored.name, part.replace("_", " "))
@@ -337,6 +349,7 @@ class Session:
         """Detach the adapter, if there is one."""
         if self.adapter is not None:
             self.adapter.detach()
+            self.base.model.generation_config = self._generation
         self.adapter = self.stored = None
 
 

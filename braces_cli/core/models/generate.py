@@ -24,7 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.models.load import input_device
-from braces_cli.core.models.tokenize import context_length, decode_continuation, encode, pad_left
+from braces_cli.core.models.tokenize import context_length, decode_continuation, encode, end_tokens, is_token, pad_left
 from braces_cli.core.models.weights import OVERFLOW_HINT
 from braces_cli.core.options import Sampling
 
@@ -126,6 +126,7 @@ def generate(
     requests: Sequence[TextRequest],
     sampling: Sampling,
     stream: Callable[[str], object] | None = None,
+    turn_ends: Sequence[str] = (),
 ) -> list[str]:
     """Generate continuations of one batch of requests, without the prompts, up to the end token or a stop text.
 
@@ -133,6 +134,7 @@ def generate(
 
     Args:
         stream: called with each new piece of the text; for a batch of one.
+        turn_ends: more end tokens and stop texts, see `tokenize.turn_ends`.
 
     Raises:
         ConfigError: the context has no room for a prompt and `max_new_tokens`.
@@ -151,11 +153,12 @@ def generate(
         prompts.append(ids[-max_prompt_length:])
     device = input_device(model)
     batch = {name: tensor.to(device) for name, tensor in pad_left(prompts, tokenizer.pad_token_id).items()}
-    ends = end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer, turn_ends)
+    stop_texts = [*sampling.stop, *(end for end in turn_ends if not is_token(tokenizer, end))]
     width = batch["input_ids"].shape[1]
-    stops = StoppingCriteriaList([StopTexts(tokenizer, prompts, width, sampling.stop)] if sampling.stop else [])
+    stops = StoppingCriteriaList([StopTexts(tokenizer, prompts, width, stop_texts)] if stop_texts else [])
     decode = partial(decode_continuation, tokenizer, prompts[0])
-    streamer = None if stream is None else TextStream(decode, ends, sampling.stop, stream)
+    streamer = None if stream is None else TextStream(decode, ends, stop_texts, stream)
     draw = _Draw(sampling, _uniforms(requests, sampling), width)
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
@@ -181,7 +184,7 @@ def generate(
     texts = []
     for ids, new in zip(prompts, output[:, width:].tolist(), strict=True):
         length = next((place for place, token in enumerate(new) if token in ends), len(new))
-        texts.append(cut(decode_continuation(tokenizer, ids, new[:length]), sampling.stop))
+        texts.append(cut(decode_continuation(tokenizer, ids, new[:length]), stop_texts))
     return texts
 
 
@@ -196,15 +199,6 @@ def _without_defaults(model: Any) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
-
-
-def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """End tokens of the generation config and of the tokenizer."""
-    named = getattr(model.generation_config, "eos_token_id", None)
-    ids = named if isinstance(named, list) else [] if named is None else [named]
-    if tokenizer.eos_token_id is not None:
-        ids = [*ids, tokenizer.eos_token_id]
-    return sorted(set(ids))
 
 
 def _uniforms(requests: Sequence[TextRequest], sampling: Sampling) -> Tensor:

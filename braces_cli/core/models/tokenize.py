@@ -11,7 +11,7 @@ Each must be a prefix of the next: templates that rewrite earlier turns (leaving
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,6 +188,46 @@ def chat_ids(tokenizer: Any, prompt: str) -> tuple[int, ...]:
     """Tokens of a chat with `prompt` as the user's turn, up to the generation prompt."""
     # Templates write special tokens themselves.
     return tuple(token_ids(tokenizer, _chat_text(tokenizer, prompt), special=False))
+
+
+# A text that no template contains.
+_CONTENT = "Qx7"
+
+
+def turn_ends(tokenizer: Any) -> list[str]:
+    """Tokens and texts that end an assistant's turn in the chat template: of an answer, and of a tool call.
+
+    An end is the first special token after the content, else the last added token, else the text after an answer.
+    """
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": _CONTENT}}}
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    ends = []
+    for turn in ({"content": _CONTENT}, {"content": "", "tool_calls": [call]}):
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", **turn}]
+        try:
+            text = tokenizer.apply_chat_template(turns, tokenize=False)
+        except Exception:  # a template can raise anything
+            continue
+        _, content, tail = text.rpartition(_CONTENT)
+        ids = token_ids(tokenizer, tail, special=False)
+        special = [i for i in ids if i in tokenizer.all_special_ids or (i in added and added[i].special)]
+        found = special[:1] or [i for i in ids if i in added][-1:]
+        if content and (found or "tool_calls" not in turn):
+            ends.append(tokenizer.convert_ids_to_tokens(found[0]) if found else tail.strip())
+    return list(dict.fromkeys(filter(None, ends)))
+
+
+def end_tokens(model: Any, tokenizer: Any, ends: Iterable[str] = ()) -> list[int]:
+    """End tokens of the generation config, of the tokenizer, and those of `ends` that are one token."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    ids = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id]
+    ids += [tokenizer.convert_tokens_to_ids(end) for end in ends if is_token(tokenizer, end)]
+    return sorted({token for token in ids if token is not None})
+
+
+def is_token(tokenizer: Any, text: str) -> bool:
+    """Return whether `text` is one token of the tokenizer."""
+    return tokenizer.convert_tokens_to_ids(text) not in (None, tokenizer.unk_token_id)
 
 
 def encode_answer(tokenizer: Any, prompt: str, answer: str) -> Encoded:

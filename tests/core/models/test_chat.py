@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers import AddedToken
 
 from braces_cli.core.errors import DataError
-from braces_cli.core.models.tokenize import IGNORED, encode_chat
+from braces_cli.core.models.tokenize import IGNORED, encode_chat, turn_ends
 from braces_cli.data.dataset import decode_parts
 from tests.conftest import tiny_tokenizer
 
@@ -56,6 +57,29 @@ def test_only_assistant_turns_are_scored(template, scored):
     text = "".join(part["text"] for part in parts)
     assert text.startswith("<s>user:is it good?")
     assert tokens.ids.count(tokenizer.bos_token_id) == 4  # the template's own, and none in front of it
+
+
+@pytest.mark.parametrize(
+    ("answer", "call", "ends"),
+    [
+        ("<end>\n", "</call><end>\n", ["<end>"]),  # ChatML on a base model, whose end token is another one
+        ("<end>\n</s>", "<eom>", ["<end>", "<eom>"]),
+        ("</turn>", "", ["</turn>"]),
+        ("[/END]\n", "", ["[/END]"]),
+        ("\n", "}", []),
+    ],
+)
+def test_ends_of_turns_are_found_from_the_template(answer, call, ends):
+    """Special tokens, another added token, a text; the answer of the last turn and a tool call can end differently."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken(name, special=True) for name in ("<end>", "<eom>")])
+    tokenizer.add_tokens(["</call>", "</turn>"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<s>' + m['role'] }}{% if m['tool_calls'] %}{{ m['tool_calls'] | tojson }}"
+        f"{{{{ {call!r} }}}}{{% elif m['role'] == 'assistant' %}}{{{{ m['content'] + {answer!r} }}}}"
+        "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    assert turn_ends(tokenizer) == ends
 
 
 def test_truncated_chat():

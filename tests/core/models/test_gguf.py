@@ -13,8 +13,8 @@ import torch
 from braces_cli.core.adapter.model import open_session, open_shape
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.models.ffn import find_ffns
-from braces_cli.core.models.generate import end_tokens
 from braces_cli.core.models.load import load_base, load_shape, load_tokenizer
+from braces_cli.core.models.tokenize import end_tokens
 from braces_cli.core.options import AdapterSettings, LoadOptions
 from tests.conftest import make_adapter, tiny_tokenizer
 from tests.core.comparison import relative
