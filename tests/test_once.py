@@ -1,11 +1,10 @@
-"""Each command builds its settings, loads its model and finds the FFNs once."""
+"""Each command builds its settings, downloads and loads its model and adapter, and finds the FFNs once."""
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
@@ -42,9 +41,15 @@ LIMITS = {"train": {"FFNs found": 2}}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_each_step_happens_once(command: str, braces: Any, model_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
-    """Calls are counted under whichever name a module imported the function."""
+def test_each_step_happens_once(command, braces, model_dir, adapter_dir, tmp_path, monkeypatch):
+    """Calls are counted under whichever name a module imported the function; the adapter is on a hub."""
+
+    def download(name: str, **options: Any) -> str:
+        return str(adapter_dir)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     codes: dict[CodeType, str] = {getattr(f, "__func__", f).__code__: name for name, f in COUNTED.items()}
+    codes[download.__code__] = "adapter downloaded"
     counts: Counter[str] = Counter()
 
     def note(frame: FrameType, event: str, argument: Any) -> None:
@@ -53,7 +58,7 @@ def test_each_step_happens_once(command: str, braces: Any, model_dir: Path, adap
 
     rows, words = tmp_path / "rows.jsonl", COMMANDS[command]
     rows.write_text('{"text": "the film is good and the end is sad"}\n' * 4, encoding="utf-8")
-    for name, place in {"ROWS": rows, "ADAPTER": adapter_dir, "OUT": tmp_path / "out"}.items():
+    for name, place in {"ROWS": rows, "ADAPTER": "someone/adapter", "OUT": tmp_path / "out"}.items():
         words = words.replace(name, str(place))
     sys.setprofile(note)
     try:
@@ -62,5 +67,6 @@ def test_each_step_happens_once(command: str, braces: Any, model_dir: Path, adap
         sys.setprofile(None)
     assert outcome.code == 0, outcome.err
     assert counts.keys() >= NEEDED
-    limits = dict.fromkeys(COUNTED, 1) | LIMITS.get(command, {})
-    assert {name: count for name, count in counts.items() if count > limits[name]} == {}
+    assert ("adapter downloaded" in counts) == (command != "train")
+    limits = LIMITS.get(command, {})
+    assert {name: count for name, count in counts.items() if count > limits.get(name, 1)} == {}

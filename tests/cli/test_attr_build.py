@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.cli.test_main import imported_by
-from tests.conftest import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture
@@ -116,28 +114,6 @@ def test_the_list_needs_no_torch(build, tmp_path, adapter_dir):
     build("calm", "--words", "quiet")
     argv = ["attr-build", "--list", "--output-dir", str(tmp_path / "attrs"), "--adapter", str(adapter_dir)]
     assert imported_by(f"from braces_cli.cli.main import main; main({argv!r})") == set()
-
-
-def test_a_file_fits_a_copy_of_its_base_in_another_dtype(build, braces, model_dir, tmp_path):
-    build("calm", "--words", "quiet,gentle")
-    moved = tmp_path / "moved"
-    shutil.copytree(model_dir, moved)
-    attribute = ["--attribute", "calm", "--attributes", tmp_path / "attrs", "--prompt", "a"]
-    assert braces("steer", "--model", moved, "--dtype", "bfloat16", *attribute).code == 0
-
-
-def test_another_base_is_refused(build, braces, model_dir, tmp_path):
-    """Exit code 4, with the difference and the base of the file."""
-    build("calm", "--words", "quiet,gentle")
-    other = tmp_path / "other"
-    tiny_model("llama", hidden_size=16).save_pretrained(other)
-    tiny_tokenizer().save_pretrained(other)
-    outcome = braces(
-        "steer", "--model", other, "--attribute", "calm", "--attributes", tmp_path / "attrs", "--prompt", "a"
-    )
-    assert outcome.code == 4
-    assert "another base (hidden size 32, here 16)" in outcome.err
-    assert str(model_dir) in outcome.err
 
 
 @pytest.mark.parametrize(

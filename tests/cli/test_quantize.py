@@ -32,11 +32,3 @@ def test_a_quantised_base_is_trained_steered_and_inspected(braces, model_dir, ro
     assert [text.code for text in texts] == [0, 0]
     values = braces("inspect", "values", "--model", model_dir, "--layers", 0, "--index", 7, "--top-k", 2, *packed)
     assert [row["index"] for row in values.lines] == [7]
-
-
-def test_a_missing_package_names_what_to_install(braces, model_dir, monkeypatch):
-    """Exit code 2, before any weights are read."""
-    monkeypatch.setattr("braces_cli.core.models.load.find_spec", lambda _: None)
-    outcome = braces("steer", "--model", model_dir, "--prompt", "x", "--quantize", "int8", "--device", "cpu")
-    assert outcome.code == 2
-    assert "pip install" in outcome.err

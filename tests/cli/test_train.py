@@ -96,15 +96,6 @@ def test_the_division_of_a_step_changes_nothing(train: Any, rows: Path, tmp_path
             assert relative(others[key], tensor) < 1e-4, (name, key)
 
 
-def test_train_from_a_stream(train: Any, rows: Path, tmp_path: Path) -> None:
-    """Several passes; attributes of unread rows are known."""
-    options = ("--streaming", "--max-steps", 9, "--batch-size", 8, "--attribute-field", "mood")
-    result = train(tmp_path / "a", *options, data=rows).json
-    assert (result["steps"], result["epochs"]) == (9, None)
-    assert result["rows"] >= 66  # two passes of four batches, the last of each short, and one more batch
-    assert any(name.startswith("condition.") for name in load_file(tmp_path / "a" / "adapter_model.safetensors"))
-
-
 def test_train_on_chats(train: Any, model_dir: Path, tmp_path: Path) -> None:
     """The adapter records the chat template, the default for prompts, and the end of a turn."""
     tokenizer = tiny_tokenizer()
@@ -180,7 +171,7 @@ def test_an_unknown_strength_field_is_refused(train: Any, braces: Any, model_dir
         assert "Did you mean how?" in outcome.err
 
 
-@pytest.mark.parametrize("command", ["merge", "train", "find"])
+@pytest.mark.parametrize("command", ["merge", "train", "find", "eval"])
 def test_a_folder_without_attributes_is_refused(
     braces: Any, model_dir: Path, adapter_dir: Path, rows: Path, tmp_path: Path, command: str
 ) -> None:
@@ -190,6 +181,7 @@ def test_a_folder_without_attributes_is_refused(
         "merge": ["merge", "--adapter", adapter_dir, "--attribute", "positive", "--output-dir", tmp_path / "m"],
         "train": ["train", "--data", rows, "--attribute-field", "mood", "--output-dir", tmp_path / "t"],
         "find": ["inspect", "find", "--attribute", "positive"],
+        "eval": ["eval", "--tasks", "perplexity", "--task-data", f"perplexity={rows}", "--attribute", "positive"],
     }[command]
     for folder, message in (("nowhere", "no such folder"), ("empty", "no attribute file")):
         outcome = braces(*call, "--model", model_dir, "--attributes", tmp_path / folder)

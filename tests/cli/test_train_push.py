@@ -6,13 +6,10 @@ import base64
 import json
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import pytest
-
-from tests.conftest import make_adapter
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -145,12 +142,3 @@ def test_a_push_that_fails_keeps_the_adapter_and_is_tried_again(train, hub, monk
     assert (tmp_path / "out" / "adapter_config.json").is_file()
     assert train(tmp_path / "out", "--max-steps", 2, "--push-to-hub", "ann/film", "--resume").code == 0
     assert "adapter_config.json" in hub.files
-
-
-def test_a_hub_adapter_that_is_not_there(braces, hub, session, tmp_path):
-    """Exit 4 in two lines."""
-    make_adapter(session, tmp_path / "local")
-    outcome = braces("inspect", "--adapter", "ann/film")
-    assert outcome.code == 4
-    assert len(outcome.err.strip().splitlines()) == 2
-    assert Path(tmp_path / "local").is_dir()

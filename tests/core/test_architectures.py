@@ -10,7 +10,7 @@ import pytest
 
 from braces_cli.cli.main import main
 from tests.conftest import tiny_tokenizer
-from tests.core.architectures import MAPPING, VARIANTS, model_type, tiny
+from tests.core.architectures import MAPPING, VARIANTS, tiny
 from tests.core.invariants import EXACT, TABLE, UNTESTED, prove
 
 REWRITE = "recipes/docs/ARCHITECTURES.md is out of date: python -m tests.core.invariants --write"
@@ -64,8 +64,3 @@ def test_a_type_without_ffn_exits_4(tmp_path: Path, capsys: pytest.CaptureFixtur
     errors = [line for line in capsys.readouterr().err.splitlines() if "Mamba" in line]
     assert "MambaForCausalLM has no feed-forward layer, and braces attaches to nothing else" in errors[0]
     assert not (tmp_path / "out").exists()
-
-
-def test_variants_are_of_known_types() -> None:
-    """A variant is named after its type."""
-    assert all(model_type(name) in MAPPING for name in VARIANTS)

@@ -10,7 +10,7 @@ from braces_cli.core.adapter.files import WEIGHTS_FILE, find_adapter
 from braces_cli.core.adapter.layer import RelevanceModule, projection_error
 from braces_cli.core.adapter.model import attach, attach_stored
 from braces_cli.core.errors import ConfigError, ModelError
-from braces_cli.core.models.load import Base, load_base
+from braces_cli.core.models.load import load_base
 from braces_cli.core.options import LoadOptions
 from tests.conftest import ARCHITECTURES, make_adapter, open_gates, tiny_model
 from tests.core.comparison import logits_of, run
@@ -97,15 +97,6 @@ def test_layers_ranks_and_second_adapters():
     assert [n for n, m in model.named_modules() if isinstance(m, RelevanceModule)] == ["model.layers.1.mlp.relevance"]
     with pytest.raises(ModelError, match="already"):
         attach(model, 4)
-
-
-def test_another_base_is_refused(adapter_dir):
-    """Other weights of the same sizes, and other sizes."""
-    stored = find_adapter(str(adapter_dir))
-    with pytest.raises(ModelError, match="other value matrices: correlation"):
-        attach_stored(Base(tiny_model("llama", seed=9), None, ""), stored)
-    with pytest.raises(ModelError, match="value vectors 52, here 60"):
-        attach_stored(Base(tiny_model("llama", intermediate_size=60), None, ""), stored)
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])

@@ -13,7 +13,6 @@ from braces_cli.core.attributes.build import (
     attribute_from_pairs,
     best_layers,
     build_attribute,
-    built_in_attribute,
     check_descriptions,
     description_pairs,
 )
@@ -53,6 +52,7 @@ def test_a_built_in_list_with_an_opposite_is_one_end_of_an_axis(braces, session,
     """`attr-build` without words writes the same attribute; a list without an opposite has the neutral reference."""
     one, other = (find_attribute(session, name, None) for name in ("positive", "negative"))
     assert torch.allclose(one.state, -other.state, atol=1e-6)
+    assert torch.allclose(one.direction, -other.direction, rtol=1e-4, atol=1e-7)
     ends = [build_attribute(session, name, built_in()[name]).hidden for name in ("positive", "negative")]
     assert torch.allclose(one.hidden - one.reference, (ends[0] - ends[1]) / 2, atol=1e-6)
     args = ["attr-build", "--model", model_dir, "--device", "cpu", "--attribute", "positive", "--output-dir", tmp_path]
@@ -133,12 +133,3 @@ def test_with_a_chat_template_descriptions_are_user_turns(chatty):
     session.base.tokenizer.chat_template = None
     with pytest.raises(ConfigError, match="no chat template"):
         attribute_from_descriptions(session, "mood", ["happy"], ["sad"], chat=True)
-
-
-def test_built_in_lists_have_the_gradient_of_the_bare_base(session, adapter_dir):
-    """Opposite ends have opposite directions."""
-    ends = [find_attribute(session, name, None) for name in ("joyful", "sad")]
-    assert torch.allclose(ends[0].direction, -ends[1].direction, rtol=1e-4, atol=1e-7)
-    assert built_in_attribute(session, "joyful").direction is None
-    trained = open_session(session.base.name, str(adapter_dir), LoadOptions(device="cpu"))
-    assert torch.equal(find_attribute(trained, "joyful", None).direction, ends[0].direction)

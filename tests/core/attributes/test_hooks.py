@@ -39,10 +39,13 @@ def test_attributes_add_up(session):
             open_gates(session.adapter)
         with torch.no_grad():
             bare = session.base.model(TOKENS).logits
-        both, _ = logits((good, 2.0), (old, -1.0))
+        both, total = logits((good, 2.0), (old, -1.0))
         swapped, _ = logits((old, -1.0), (good, 2.0))
         doubled, sizes = logits((good, 1.0), (good, 1.0))
         single, twice = logits((good, 2.0))
+        _, rest = logits((old, -1.0))
+        for each, one, other in zip(total, twice, rest, strict=True):
+            assert torch.allclose(each.total, one.total + other.total, atol=1e-6)
         assert torch.allclose(both, swapped, atol=1e-5)
         assert torch.allclose(doubled, single, atol=1e-5)
         assert [each.share for each in sizes] == pytest.approx([each.share for each in twice])

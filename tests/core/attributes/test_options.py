@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from braces_cli.core.attributes.options import AttributeSettings, parse_strengths
@@ -21,22 +19,6 @@ def test_a_folder_without_attributes_is_refused(tmp_path):
         build(AttributeSettings, {"attributes": tmp_path})
     (tmp_path / "warm.safetensors").touch()
     assert build(AttributeSettings, {"attributes": tmp_path}).attributes == tmp_path
-
-
-@pytest.mark.parametrize("command", ["eval", "train"])
-def test_every_command_refuses_a_missing_folder(braces, model_dir, tmp_path, command):
-    prompts, rows = tmp_path / "prompts.txt", tmp_path / "rows.jsonl"
-    prompts.write_text("the film\n")
-    rows.write_text(json.dumps({"prompt": "the film", "completion": " is good", "attribute": "positive"}) + "\n")
-    options = {
-        "eval": ["--tasks", "sentiment", "--task-data", f"sentiment={prompts}", "--attribute", "positive"],
-        "train": ["--data", rows, "--attribute-field", "attribute", "--output-dir", tmp_path / "out"],
-    }[command]
-    options += ["--attributes", tmp_path / "a"]
-    outcome = braces(command, "--model", model_dir, "--device", "cpu", *options)
-    assert outcome.code == 2, outcome.err
-    assert "no such folder" in outcome.err
-    assert str(tmp_path / "a") in outcome.err
 
 
 def test_strengths():

@@ -10,7 +10,6 @@ import torch
 from braces_cli.core.adapter.model import Session, attach
 from braces_cli.core.attributes.build import build_attribute
 from braces_cli.core.attributes.hooks import steered
-from braces_cli.core.attributes.vector import STEERING_SHARE
 from braces_cli.core.models.generate import TextRequest, generate
 from braces_cli.core.models.load import Base
 from braces_cli.core.options import Sampling
@@ -80,28 +79,6 @@ def test_a_padded_batch_with_a_cache_equals_single_texts_without(name, with_adap
     with torch.no_grad():
         other = session.base.model(bare[0], use_cache=False).logits[0, -1 - TOKENS : -1]
     assert float((other - logits[0]).abs().max()) > 100 * TOLERANCE
-
-
-@pytest.mark.parametrize("with_adapter", [False, True])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
-def test_two_attributes_are_their_weighted_sum(name, with_adapter):
-    """Two attributes equal one attribute with the weighted sum of their states."""
-    session = opened(name, with_adapter)
-    good, old = (build_attribute(session, word, [word, "day"]) for word in ("good", "old"))
-    tokens = torch.tensor([[0, 5, 6, 7]])
-
-    def logits(*terms):
-        with steered(session, terms), torch.no_grad():
-            return session.base.model(tokens).logits
-
-    weights = [2.0 * one.scale[:, None] ** (not with_adapter) for one in (good, old)]
-    total = weights[0] * good.state - 1.5 / 2.0 * weights[1] * old.state
-    # With this residual norm the scale is 1.
-    residual = total.norm(dim=-1) * len(good.effective_layers) / STEERING_SHARE
-    both = replace(good, hidden=good.reference + total, residual=residual)
-    found = logits((good, 2.0), (old, -1.5))
-    assert float((found - logits((both, 1.0))).abs().max()) < TOLERANCE
-    assert float((found - logits((good, 2.0))).abs().max()) > 100 * TOLERANCE
 
 
 def test_the_pieces_of_a_stream_are_the_text(session):

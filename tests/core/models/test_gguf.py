@@ -12,9 +12,7 @@ import torch
 
 from braces_cli.core.adapter.model import open_session, open_shape
 from braces_cli.core.errors import ConfigError, ModelError
-from braces_cli.core.models.ffn import find_ffns
 from braces_cli.core.models.load import load_base, load_shape, load_tokenizer
-from braces_cli.core.models.tokenize import end_tokens
 from braces_cli.core.options import AdapterSettings, LoadOptions
 from tests.conftest import make_adapter, tiny_tokenizer
 from tests.core.comparison import relative
@@ -78,13 +76,6 @@ def test_a_quantised_file_is_loaded_in_bfloat16(tmp_path: Path) -> None:
     assert caught.value.where == "--quantize"
 
 
-def test_the_turn_ends_with_its_token(tmp_path: Path) -> None:
-    """Chat models have an end-of-turn token besides the end token."""
-    file = write_gguf(tmp_path / "eot.gguf", change=lambda writer: writer.add_eot_token_id(5))
-    base = load_base(str(file), CPU)
-    assert end_tokens(base.model, base.tokenizer) == [1, 5]
-
-
 def test_numbers_are_split_into_digits(tmp_path: Path) -> None:
     """As the tokenizer of SmolLM2 does; line breaks before a number then stay together."""
 
@@ -139,14 +130,15 @@ def other_factors(writer: Any) -> None:
         ({"change": first_part}, "one of 3 files of a split model", "llama-gguf-split --merge"),
         ({"change": other_factors}, "cannot take the scaling of positions", "the checkpoint"),
         ({"architecture": "nothing"}, "architecture nothing is not supported", "the checkpoint"),
+        ({"weights": False}, "does not fill the model", ""),
     ],
-    ids=["no tokenizer", "split", "positions", "architecture"],
+    ids=["no tokenizer", "split", "positions", "architecture", "no weights"],
 )
 def test_files_that_cannot_be_read(settings: Any, message: str, hint: str, tmp_path: Path) -> None:
     """With the reason and a remedy."""
     file = str(write_gguf(tmp_path / "bad.gguf", **settings))
     with pytest.raises(ModelError, match=message) as caught:
-        load_shape(file)
+        load_base(file, CPU)
     assert hint in str(caught.value.hint)
     assert caught.value.where == file
 
@@ -161,30 +153,10 @@ def test_a_truncated_file(share: float, tmp_path: Path) -> None:
             load(str(file))
 
 
-def test_a_model_without_ffn(tmp_path: Path) -> None:
-    """As of any other file."""
-
-    def mamba(writer: Any) -> None:
-        for name, value in (("conv_kernel", 4), ("state_size", 16), ("time_step_rank", 2), ("inner_size", 64)):
-            writer.add_uint32(f"mamba.ssm.{name}", value)
-
-    shape = load_shape(str(write_gguf(tmp_path / "mamba.gguf", architecture="mamba", change=mamba)))
-    with pytest.raises(ModelError):
-        find_ffns(shape)
-
-
-def test_a_file_without_weights(tmp_path: Path) -> None:
-    """As those with the vocabulary only."""
-    with pytest.raises(ModelError, match="does not fill the model"):
-        load_base(str(write_gguf(tmp_path / "vocabulary.gguf", weights=False)), CPU)
-
-
-def test_a_file_that_does_not_exist(tmp_path: Path, model_dir: Path) -> None:
-    """And a file of another kind."""
-    with pytest.raises(ModelError, match="no such file"):
-        load_shape(str(tmp_path / "none.gguf"))
-    with pytest.raises(ModelError, match="neither a folder nor GGUF"):
-        load_shape(str(model_dir / "model.safetensors"))
+def test_other_paths_are_refused(model_dir: Path) -> None:
+    for name, message in (("none.gguf", "no such file"), ("model.safetensors", "neither a folder nor GGUF")):
+        with pytest.raises(ModelError, match=message):
+            load_shape(str(model_dir / name))
 
 
 def test_a_file_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
