@@ -132,7 +132,6 @@ KINDS = {
     "texts": FileKind("texts.jsonl.settings.json", {"seed": 0, "batch_size": 1}, texts, error=DataError, free="."),
 }  # fmt: skip
 
-
 # tests/core/test_schema.py has more damaged texts.
 TEXTS = (b"", b'{"a": [1, 2', b"[1]", b"[" * 100_000, bytes(range(256)))
 

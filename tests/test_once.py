@@ -28,7 +28,6 @@ COUNTED: dict[str, Callable[..., Any]] = {
     "FFNs found": find_ffns,
 }
 
-
 COMMANDS = {
     "train": "--data ROWS --max-steps 2 --rank 4 --output-dir OUT",
     "steer": "--adapter ADAPTER --attribute positive --s 2 --prompt the --max-new-tokens 2",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 
 import pytest
 
@@ -67,11 +66,6 @@ def test_errors_have_a_location(tmp_path, name, content, message, place):
     with pytest.raises(DataError, match=message) as caught:
         list(read_rows(str(path)))
     assert caught.value.where == f"{path}{place}"
-
-
-def test_unreachable_hub_set():
-    with pytest.raises(DataError, match="hub cannot be reached for the data set"):
-        list(read_rows("someone/nothing:train"))
 
 
 def read(fields, columns=()):
@@ -179,10 +173,3 @@ def test_files_without_texts(tmp_path, content, message):
         path.write_bytes(content)
     with pytest.raises(DataError, match=message):
         read_texts(path)
-
-
-def test_pipe_is_refused(tmp_path):
-    """Reading it would wait for a writer."""
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(DataError, match="a pipe or a device"):
-        read_texts(tmp_path / "pipe")

@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.training.workers import launch
 
-# A process as torchrun starts it; it writes the result and the number of requests of each call.
-WORKER = """
-import json, os, sys
-sys.path.insert(0, sys.argv[1])
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from tests.evaluation.test_distributed import evaluate
-Path(f"{sys.argv[2]}-{os.environ['RANK']}.json").write_text(json.dumps(evaluate(*sys.argv[2:])))
-"""
+
+def share(env: dict[str, str], out: Path, *argv: str) -> None:
+    """Evaluate in a process of a launch; write the result."""
+    os.environ.update(env)
+    out.with_suffix(f".{env['RANK']}").write_text(json.dumps(evaluate(str(out), *argv)))
 
 
 def evaluate(out: str, model: str, adapter: str, *data: str) -> dict:
@@ -70,22 +62,8 @@ def test_two_processes_do_half_the_work_each_with_equal_scores(tiny_folder, make
     ]
     argv = [str(tiny_folder), str(make_adapter(tiny_folder)), *data]
     alone = json.loads(json.dumps(evaluate(str(tmp_path / "one"), *argv)))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, ROOT, tmp_path / "two", *argv],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate()[1] for process in running]
-    assert [process.returncode for process in running] == [0, 0], errors
-    first, second = (json.loads((tmp_path / f"two-{rank}.json").read_text()) for rank in "01")
+    assert launch(share, 2, tmp_path / "two", *argv) == [0, 0]
+    first, second = (json.loads((tmp_path / f"two.{rank}").read_text()) for rank in "01")
     # For each of two systems: 9 prompts, 27 choices, 7 texts, and 3 choices that one process does alone.
     assert alone["done"] == 2 * [9, 27, 3, 7]
     assert first["done"] == 2 * [5, 15, 3, 4]

@@ -27,14 +27,12 @@ from tests.evaluation.conftest import evaluate, popqa_rows
 
 LM_EVAL_TASKS = Path(lm_eval.__file__).parent / "tasks"
 
-
 FILES = {
     "truthfulqa_mc1": "truthfulqa/multiple_choice.jsonl",
     "truthfulqa_mc2": "truthfulqa/multiple_choice.jsonl",
     "triviaqa": "triviaqa/validation.jsonl",
     "popqa": "popqa/test.jsonl",
 }
-
 
 DEFINITIONS = {
     "triviaqa": "triviaqa/default.yaml",

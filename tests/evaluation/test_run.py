@@ -21,12 +21,10 @@ from tests.evaluation.conftest import evaluate, popqa_rows
 
 TARGETS = {"choices": ["yes", "no way", "perhaps"], "labels": [1, 0, 0]}
 
-
 ARC = [
     {"question": f"Which is {i}?", "choices": {"text": [f"the {i}", "none", "all of it"], "label": list("ABC")},
      "answerKey": "ABC"[i % 3]} for i in range(6)
 ]  # fmt: skip
-
 
 STEERED = {"attribute": ("positive",), "s": ("-20,0,20",)}
 

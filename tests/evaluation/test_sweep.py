@@ -20,7 +20,6 @@ from braces_cli.scoring.scorers import Vader, distinct
 
 KEYS = {"s", "attribute_score", "perplexity", "distinct_1", "distinct_2", "distinct_3", "repetition", "n"}
 
-
 TOKENS = torch.tensor([[0, 5, 6, 7, 8]])
 PROMPTS = ["the film is", "a day", "the end of the old town", "a happy day in"]
 

@@ -120,10 +120,3 @@ def test_types_that_are_not_layers_are_refused(kind, damaged):
     """Before peft reads the config: some types load files that it names."""
     with pytest.raises(ModelError, match=f"`peft_type`: {kind} [^\n]*\nMeasure it with lm-eval"):
         find_eval_adapter(str(damaged({"peft_type": kind})))
-
-
-def test_weights_that_can_hold_code_are_refused(tmp_path):
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
-    (tmp_path / "adapter_model.bin").write_bytes(b"code")
-    with pytest.raises(ModelError, match=r"no adapter_model.safetensors"):
-        find_eval_adapter(str(tmp_path))

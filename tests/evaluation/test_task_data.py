@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 
 import pytest
 
 from braces_cli.core.errors import ConfigError, DataError
-from braces_cli.evaluation import catalog
 from braces_cli.evaluation.run import check_settings
 from braces_cli.evaluation.settings import EvalSettings
-from braces_cli.evaluation.task_data import find_files
 from braces_cli.evaluation.task_functions import COMMONSENSE_TASKS, commonsense_results
 from tests.evaluation.conftest import evaluate
 
@@ -119,14 +116,6 @@ def test_a_folder_has_a_file_or_folder_for_each_task(tmp_path):
     assert "which file holds the rows of triviaqa?" in message
     assert "mine.jsonl, yours.jsonl" in message
     assert "no such folder" in _error(ConfigError, names, task_data_dir=tmp_path / "none")
-
-
-@pytest.mark.parametrize("task", ["sentiment", "perplexity", "boolq"])
-def test_a_pipe_is_refused(tmp_path, task):
-    """The file is read twice, so a reader of a pipe would wait forever."""
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(DataError, match="a pipe or a device"):
-        find_files(catalog.select([task]), [f"{task}={tmp_path / 'pipe'}"], None)
 
 
 FOLDERS = {"social_iqa": "social_i_qa"}

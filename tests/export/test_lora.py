@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import peft
 import pytest
 import torch
@@ -25,7 +26,7 @@ from braces_cli.export.checkpoint import side_paths
 from braces_cli.export.lora import export_lora, lora_pairs, plan_lora, value_pairs, write_folder, write_gguf_tensors
 from braces_cli.export.run import Request
 from braces_cli.export.slots import Slots, read_slots
-from tests.conftest import make_adapter, tiny_model
+from tests.conftest import make_adapter
 from tests.core.comparison import relative
 from tests.export.columns import write_slotted
 from tests.export.models import MODELS, SHIFT, TOKENS, greedy, logits, names, with_adapter
@@ -41,6 +42,18 @@ def scaled(model: Any, scales: dict[str, float]) -> Any:
             for name, scale in scales.items():
                 module.set_scale(name, scale)
     return model.eval()
+
+
+def same_tensors(file: Path, folder: Path, layers: list[int]) -> None:
+    """Compare the tensors of a GGUF file with those of a LoRA folder."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    stored = {each.name: torch.tensor(each.data.copy()) for each in gguf.GGUFReader(file).tensors}
+    assert len(stored) == len(tensors) == 2 * len(layers)
+    for layer in layers:
+        module = f"base_model.model.model.layers.{layer}.mlp.down_proj"
+        for name in ("A", "B"):
+            found = stored[f"blk.{layer}.ffn_down.weight.lora_{name.lower()}"]
+            assert torch.equal(found, tensors[f"{module}.lora_{name}.weight"])
 
 
 def lora_folders(model: Any, slots: Slots, folder: Path) -> dict[str, Path]:
@@ -64,22 +77,22 @@ def lora_folders(model: Any, slots: Slots, folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in found}
 
 
-@pytest.fixture(params=BASES)
-def served(request: Any, tmp_path: Path) -> tuple[Any, Any, Slots]:
-    """(base, the base with slots and LoRA folders in peft, its slots)."""
-    model = MODELS[request.param]()
+def served(name: str, tmp_path: Path) -> tuple[Any, Any]:
+    """(base, the base with slots and LoRA folders in peft)."""
+    model = MODELS[name]()
     slots, loaded = write_slotted(model, tmp_path / "slots", TOKENS, count=32)
     assert relative(logits(loaded), logits(model)) < 1e-6
     folders = lora_folders(model, slots, tmp_path / "lora")
     wrapped = peft.PeftModel.from_pretrained(loaded, folders["one"], adapter_name="one")
     for name in list(folders)[1:]:
         wrapped.load_adapter(folders[name], adapter_name=name)
-    return model, wrapped, slots
+    return model, wrapped
 
 
-def test_lora_files_have_the_adapters_logits_and_tokens(served: tuple[Any, Any, Slots]) -> None:
+@pytest.mark.parametrize("name", BASES)
+def test_lora_files_have_the_adapters_logits_and_tokens(name: str, tmp_path: Path) -> None:
     """Adapter at scale 1 with its attribute at scales -2, 0 and 3; then another adapter in the same process."""
-    model, wrapped, _ = served
+    model, wrapped = served(name, tmp_path)
     bare = logits(model)
     for strength in (-2.0, 0.0, 3.0):
         adapter = with_adapter(model, strength * SHIFT if strength else None)
@@ -101,26 +114,18 @@ def test_lora_files_have_the_adapters_logits_and_tokens(served: tuple[Any, Any, 
 
 def test_two_adapters_at_once_need_different_slots(tmp_path: Path) -> None:
     """On different slots they add up; peft's weighted sum of all is the same LoRA."""
-    model = tiny_model("llama")
-    slots, loaded = write_slotted(model, tmp_path / "slots", TOKENS, count=32)
-    folders = lora_folders(model, slots, tmp_path / "lora")
-    wrapped: Any = peft.PeftModel.from_pretrained(loaded, folders["one"], adapter_name="one")
-    for name in ("two", "apart", "attribute"):
-        wrapped.load_adapter(folders[name], adapter_name=name)
+    model, wrapped = served("llama", tmp_path)
     second = with_adapter(model, seed=2)
     path = side_paths(second)
     second.detach()
     adapter = with_adapter(model, -2.0 * SHIFT)
-    handles = []
     for layer, (reads, writes) in path.items():
 
         def add(module: Any, args: tuple, output: Any, reads: Any = reads, writes: Any = writes) -> torch.Tensor:
             return output + args[0] @ reads.mT @ writes.mT
 
-        handles.append(model.model.layers[layer].mlp.register_forward_hook(add))
+        model.model.layers[layer].mlp.register_forward_hook(add)
     expected = logits(model)
-    for handle in handles:
-        handle.remove()
     adapter.detach()
     assert relative(logits(scaled(wrapped, {"one": 1.0, "apart": 1.0, "attribute": -2.0})), expected) < 1e-5
     assert relative(logits(scaled(wrapped, {"one": 1.0, "two": 1.0, "attribute": -2.0})), expected) > 1e-3
@@ -156,15 +161,7 @@ def test_the_commands_write_verified_folders(
     # A built-in attribute steers the first half of the layers: here layer 0.
     assert config["target_modules"] == ["model.layers.0.mlp.down_proj"]
     assert "scale is the strength s" in (tmp_path / "positive" / "README.md").read_text()
-    gguf = pytest.importorskip("gguf", reason="NOT TESTED: the package gguf is not there")
-    stored = {
-        tensor.name: torch.tensor(tensor.data.copy()) for tensor in gguf.GGUFReader(tmp_path / "positive.gguf").tensors
-    }
-    tensors = load_file(tmp_path / "positive" / "adapter_model.safetensors")
-    module = "base_model.model.model.layers.0.mlp.down_proj"
-    assert len(stored) == len(tensors) == 2
-    assert torch.equal(stored["blk.0.ffn_down.weight.lora_a"], tensors[f"{module}.lora_A.weight"])
-    assert torch.equal(stored["blk.0.ffn_down.weight.lora_b"], tensors[f"{module}.lora_B.weight"])
+    same_tensors(tmp_path / "positive.gguf", tmp_path / "positive", [0])
     assert names(tmp_path) == ["adapter", "positive", "positive.gguf", "slots"], "a temporary folder is left"
     assert braces(*attribute).code == 2
 
@@ -221,20 +218,13 @@ def test_relevance_to_the_output_is_a_lora_for_the_base(
 
 def test_a_gguf_lora_for_the_base(braces: Any, output_dir: Path, tmp_path: Path, in_process: None) -> None:
     """The tensors of the LoRA; refused with an attribute, which needs a bias."""
-    gguf = pytest.importorskip("gguf", reason="NOT TESTED: the package gguf is not installed")
     out, file = tmp_path / "out", tmp_path / "out.gguf"
     call = ("export", "lora", "--adapter", output_dir, "--output-dir", out, "--gguf", file)
     refused = braces(*call, "--attribute", "positive")
     assert (refused.code, "control-vector" in refused.err, names(tmp_path)) == (4, True, ["adapter"])
     done = braces(*call)
     assert done.code == 0, done.err
-    tensors = load_file(out / "adapter_model.safetensors")
-    stored = {each.name: torch.tensor(each.data.copy()) for each in gguf.GGUFReader(file).tensors}
-    assert len(stored) == len(tensors) == 4
-    for layer in (0, 1):
-        module = f"base_model.model.model.layers.{layer}.mlp.down_proj"
-        assert torch.equal(stored[f"blk.{layer}.ffn_down.weight.lora_a"], tensors[f"{module}.lora_A.weight"])
-        assert torch.equal(stored[f"blk.{layer}.ffn_down.weight.lora_b"], tensors[f"{module}.lora_B.weight"])
+    same_tensors(file, out, [0, 1])
 
 
 def test_slots_are_for_relevance_to_the_input(braces: Any, output_dir: Path, session: Any, tmp_path: Path) -> None:
@@ -287,7 +277,6 @@ def test_missing_options_are_named(slots_dir: Path, adapter_dir: Path, tmp_path:
 
 def test_gguf_is_refused_for_unknown_architectures(slots_dir: Path, request_: Request, tmp_path: Path) -> None:
     """Before anything is loaded."""
-    pytest.importorskip("gguf", reason="NOT TESTED: the package gguf is not installed")
     record = json.loads((slots_dir / "braces_slots.json").read_text())
     (slots_dir / "braces_slots.json").write_text(json.dumps(record | {"architecture": "GPT2LMHeadModel"}))
     with pytest.raises(ModelError, match="GPT2LMHeadModel is not among"):
@@ -296,7 +285,6 @@ def test_gguf_is_refused_for_unknown_architectures(slots_dir: Path, request_: Re
 
 def test_the_gguf_file_may_be_in_the_folder(slots_dir: Path, request_: Request, tmp_path: Path) -> None:
     """--overwrite replaces both."""
-    pytest.importorskip("gguf", reason="NOT TESTED: the package gguf is not installed")
     for overwrite in (False, True):
         planned = plan_lora(replace(request_, overwrite=overwrite), slots_dir)
         export_lora(planned, tmp_path / "out" / "adapter.gguf")
@@ -311,7 +299,6 @@ def test_a_truncated_gguf_file_is_an_error_and_removed(
     size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """numpy does not notice a full disk; reading the file does."""
-    gguf = pytest.importorskip("gguf", reason="NOT TESTED: the package gguf is not installed")
     close = gguf.GGUFWriter.close
 
     def truncate(writer: Any) -> None:

@@ -172,12 +172,6 @@ def test_the_working_directory_is_not_an_output(
     assert names(here) == []
 
 
-def test_an_adapter_of_another_base_is_refused(request_: Request, other_base: str, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="another base"):
-        export_merge(replace(request_, model=other_base))
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_full_disk_leaves_nothing(braces: Any, adapter_dir: Path, tmp_path: Path) -> None:
     """A limit on the size of files has the effect of a full disk: exit code 1, no traceback, no folder."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

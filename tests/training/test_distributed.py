@@ -10,22 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from safetensors.torch import load_file
 
-from braces_cli.core.adapter.model import attach
-from braces_cli.core.files import write_tensors
-from braces_cli.training.checkpoint import (
-    OPTIMIZER_FILE,
-    PARAMETERS_FILE,
-    capture,
-    restore_optimizer,
-    restore_parameters,
-    write_state,
-)
-from tests.conftest import open_gates, tiny_model, write_rows
-from tests.core.comparison import relative
+from tests.conftest import write_rows
 from tests.training.workers import cli, launch
 
 pytestmark = pytest.mark.slow
@@ -54,12 +42,12 @@ def argv(model_dir, rows):
 HALVED = ("--batch-size", "2", "--gradient-accumulation", "2")
 
 
-def same_adapters(one, two):
+def same_adapters(one, two, tolerance=1e-4):
     """Compare the adapters of two folders up to rounding."""
     expected, found = (load_file(folder / "adapter_model.safetensors") for folder in (one, two))
     assert found.keys() == expected.keys()
     for name in expected:
-        assert (found[name] - expected[name]).abs().max() < 1e-4, name
+        assert (found[name] - expected[name]).abs().max() < tolerance, name
     return expected
 
 
@@ -192,88 +180,6 @@ def test_launch_profiles():
         assert str(config.distributed_type.value) == fields["distributed_type"]
 
 
-RANK = 4
-DTYPES = (torch.float32, torch.bfloat16)
-
-
-def build(dtype: torch.dtype) -> tuple[Any, Any, torch.Tensor]:
-    model = tiny_model("llama", dtype).train()
-    adapter = attach(model, RANK)
-    open_gates(adapter)
-    rows = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
-    return model, adapter, rows
-
-
-def optimise(adapter: Any) -> tuple[Any, Any]:
-    optimizer = torch.optim.AdamW([p for _, p in adapter.named_parameters()], lr=0.01, weight_decay=0.0)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-
-
-def step(model: Any, optimizer: Any, rows: torch.Tensor) -> torch.Tensor:
-    """Train one optimizer step; return the logits before it."""
-    out = model(input_ids=rows, labels=rows)
-    out.loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return out.logits.detach()
-
-
-def same(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> bool:
-    return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-
-
-def sharded(env: dict[str, str], folder: Path) -> None:
-    """Process body: shard, train a step, gather and save; restore the gathered state."""
-    os.environ.update(env)
-    from torch.distributed import barrier, destroy_process_group, init_process_group
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (2,))
-    for dtype in DTYPES:
-        model, adapter, rows = build(dtype)
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        optimizer, schedule = optimise(adapter)
-        logits = step(model, optimizer, rows)
-        first, tensors = capture(model, optimizer, schedule), adapter.tensors(in_place=False)
-        place = folder / str(dtype)
-        if env["RANK"] == "0":
-            write_tensors(place / "step.safetensors", {**tensors, "logits": logits})
-            write_state(place, first)
-        barrier()
-        step(model, optimizer, rows)
-        second = capture(model, optimizer, schedule)
-        restore_parameters(place, model)
-        restore_optimizer(place, optimizer, schedule)
-        again = capture(model, optimizer, schedule)
-        assert same(first[PARAMETERS_FILE], again[PARAMETERS_FILE])
-        assert same(first[OPTIMIZER_FILE], again[OPTIMIZER_FILE])
-        step(model, optimizer, rows)
-        again = capture(model, optimizer, schedule)
-        assert same(second[PARAMETERS_FILE], again[PARAMETERS_FILE])
-        assert not same(first[PARAMETERS_FILE], again[PARAMETERS_FILE])
-    destroy_process_group()
-
-
-def test_a_sharded_model_trains_the_same_adapter(tmp_path):
-    """Same logits and adapter after a step; checkpoints are sharded and gathered."""
-    assert launch(sharded, 2, tmp_path) == [0, 0]
-    for dtype, tolerance in zip(DTYPES, (1e-5, 3e-2), strict=True):
-        found = load_file(tmp_path / str(dtype) / "step.safetensors")
-        model, adapter, rows = build(dtype)
-        start = {name: tensor.clone() for name, tensor in adapter.tensors(in_place=False).items()}
-        logits = step(model, optimise(adapter)[0], rows)
-        assert relative(found.pop("logits").float(), logits.float()) < tolerance
-        trained = adapter.tensors()
-        assert trained.keys() == found.keys()
-        for name, tensor in trained.items():
-            assert torch.allclose(found[name], tensor, atol=tolerance), name
-            assert name.endswith("base_samples") or not torch.allclose(start[name], tensor, atol=1e-3), name
-
-
 def through_trainer(env: dict[str, str], argv: list[str], log: Path) -> None:
     """Run `braces ARGV` under FSDP2 as accelerate sets it up on GPUs.
 
@@ -314,15 +220,16 @@ def test_attributes_under_fsdp2_give_the_adapter_of_one_process(braces, argv, ro
     train_with_attributes(braces, argv, rows, through_trainer)
 
 
-def test_training_under_fsdp2_gives_the_adapter_of_one_process(braces, argv, rows, tmp_path):
-    """Trainer with accelerate's wrapping by decoder layer, and resumed."""
-    options = ("--eval-data", str(rows), "--save-steps", "4")
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 1e-2)])
+def test_training_under_fsdp2_gives_the_adapter_of_one_process(braces, argv, rows, tmp_path, dtype, tolerance):
+    """Trainer with accelerate's wrapping by decoder layer, and resumed; the adapter of a bfloat16 base is float32."""
+    options = ("--eval-data", str(rows), "--save-steps", "4", "--dtype", dtype)
     one, two = tmp_path / "one", tmp_path / "two"
     assert braces(*argv, one, "--batch-size", 8, *options).code == 0
     for more in ((), ("--resume",)):
         words = [*argv, str(two), *HALVED, *options, *more]
         assert launch(through_trainer, 2, words, tmp_path / "log.x") == [0, 0], (tmp_path / "log.0").read_text()
-        same_adapters(one, two)
+        same_adapters(one, two, tolerance)
         for name in ("run.json", "adapter_model.safetensors"):
             (two / name).unlink()
         shutil.rmtree(two / "checkpoint-6")

@@ -96,11 +96,6 @@ def test_a_file_may_serve_every_method(tmp_path: Any) -> None:
         build(TrainSettings, {"method": "lora"}, path)
 
 
-def test_the_scale() -> None:
-    assert TrainSettings().scale is None
-    assert [TrainSettings(relevance_scale=text).scale for text in ("1", "0.25")] == [1.0, 0.25]
-
-
 def test_recorded_settings() -> None:
     """Opposites as pairs; no settings of other methods, checkpoints or files."""
     recorded = TrainSettings(attribute_field="mood", opposites=("a:b",), data=("rows.jsonl",)).recorded()

@@ -60,20 +60,25 @@ LLAMA3 = {**LLAMA2, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab
 
 
 @pytest.mark.parametrize(
-    ("kind", "sizes", "rank", "expected", "total"),
+    ("kind", "sizes", "rank", "expected", "lora", "total"),
     [
-        ("Qwen2Config", QWEN, 16, 688_156, 1_543_714_304),
-        ("LlamaConfig", LLAMA2, 16, 2_097_184, 6_738_415_616),
-        ("LlamaConfig", LLAMA3, 32, 4_194_336, 8_030_261_248),
+        ("Qwen2Config", QWEN, 16, 688_156, 2_179_072, 1_543_714_304),
+        ("LlamaConfig", LLAMA2, 16, 2_097_184, 8_388_608, 6_738_415_616),
+        ("LlamaConfig", LLAMA3, 32, 4_194_336, 6_815_744, 8_030_261_248),
     ],
 )
-def test_parameter_counts_of_the_papers_models(kind, sizes, rank, expected, total):
-    """Qwen2.5-1.5B, Llama-2-7B and Llama-3-8B on the meta device."""
+def test_parameter_counts_of_the_papers_models(kind, sizes, rank, expected, lora, total):
+    """Qwen2.5-1.5B, Llama-2-7B and Llama-3-8B without weights, and LoRA r = 16 on queries and values."""
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**sizes))
     counts = count_parameters(model, find_ffns(model), TrainSettings(rank=rank))
     assert counts["trainable_parameters"] == expected
     assert counts["total_parameters"] == total
+    names = [name for name, _ in model.named_parameters()]
+    counts = count_parameters(model, find_ffns(model), TrainSettings(rank=16, method="lora"))
+    assert (counts["trainable_parameters"], counts["total_parameters"]) == (lora, total)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert all(p.requires_grad for p in model.parameters())
     assert not any("brace" in name for name, _ in model.named_modules())
 
 

@@ -19,7 +19,6 @@ from braces_cli.core.models.load import (
     check_quantize,
     checkpoint_path,
     commit_of,
-    input_device,
     load_base,
     load_tokenizer,
 )
@@ -27,7 +26,6 @@ from braces_cli.core.models.tokenize import encode
 from braces_cli.core.models.weights import StoredValues
 from braces_cli.core.options import LoadOptions, Sampling
 from tests.conftest import open_gates, tiny_model, tiny_tokenizer
-from tests.core.architectures import tiny
 from tests.core.comparison import relative, run
 from tests.core.models.test_weights import require
 
@@ -110,11 +108,6 @@ def test_a_config_of_an_encoder_and_decoder_is_refused(model_dir: Path, tmp_path
     path.write_text(json.dumps({**json.loads(path.read_text()), "is_encoder_decoder": True}))
     with pytest.raises(ModelError, match="is_encoder_decoder"):
         load_base(str(tmp_path / "base"), LoadOptions(device="cpu"))
-
-
-def test_the_device_of_a_list_of_embeddings_is_found() -> None:
-    """MusicGen has one embedding per codebook."""
-    assert input_device(tiny("musicgen")).type == "cpu"
 
 
 @pytest.mark.parametrize(("name", "package"), [("int8", "torchao"), ("bnb-4bit", "bitsandbytes")])
