@@ -56,9 +56,7 @@ def test_attributes_add_up(model: Any) -> None:
         model.steer("positve")
 
 
-def test_inspect_equals_the_command_line(
-    model: Any, adapter_dir: Path, braces_command: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_inspect_equals_the_command_line(model, adapter_dir, braces_command, monkeypatch):
     """Without reading the files of the base again."""
     shown = braces_command("inspect", "--adapter", adapter_dir, "--format", "json").json
     monkeypatch.delattr("braces_cli.core.adapter.model.load_shape")

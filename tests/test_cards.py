@@ -12,6 +12,7 @@ from braces_cli.evaluation.tables import markdown
 from braces_cli.export.run import card
 from braces_cli.training.report import model_card
 from tests.cli.test_output import controls
+from tests.evaluation.conftest import results
 
 LOCAL = "/home/somebody/secret"
 NAME = "x](https://evil.example) <script> `a` | b\n# forged \x1b[31m"
@@ -80,17 +81,8 @@ def assert_harmless(page: str) -> None:
 def test_results_have_no_markup_from_names() -> None:
     """Of systems, tasks, metrics, models and adapters."""
     entry = {"value": 0.5, "stderr": None, "n": 3}
-    systems = [
-        {"name": name, "results": {NAME: {NAME: entry}}, **dict.fromkeys(("model", "adapter", "method"), NAME)}
-        | {"sha256": "0", "attributes": None}
-        for name in ("base", NAME)
-    ]
-    keys = ("revision", "dtype", "quantize", "limit", "apply_chat_template")
-    tables = ("num_fewshot_used", "task_versions", "task_data_sha256", "seeds", "versions")
-    settings: dict[str, Any] = {**dict.fromkeys(keys), **{key: {NAME: "1"} for key in tables}}
-    settings |= {"tokenizer": {"chat_template": None}, "significance_level": 0.05, "base_sha256": "0"}
     below = {"system": NAME, "task": NAME, "metric": NAME, "value": 0.5, "threshold": 0.6, "reached": False}
-    page = markdown({"systems": systems, "comparisons": [], "settings": settings, "fail_under": [below]})
+    page = markdown(results({name: {NAME: {NAME: entry}} for name in ("base", NAME)}, NAME, fail_under=[below]))
     assert page.count("forged") > 8
     assert not controls(page)
     assert_harmless(page)

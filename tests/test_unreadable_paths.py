@@ -57,9 +57,7 @@ READERS: dict[str, tuple[str, type[BracesError], Callable[[Any], Any]]] = {
 
 @pytest.mark.parametrize("kind", UNREADABLE)
 @pytest.mark.parametrize("reader", READERS)
-def test_search_ends_at_an_unreadable_file(
-    session: Any, adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: str, kind: str
-) -> None:
+def test_search_ends_at_an_unreadable_file(session, adapter_dir, tmp_path, monkeypatch, reader, kind):
     monkeypatch.chdir(tmp_path)
     for name in ("huggingface_hub.snapshot_download", "datasets.load_dataset"):
         monkeypatch.setattr(name, lambda *args, **more: pytest.fail("the hub was called"))

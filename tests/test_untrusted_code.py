@@ -157,9 +157,7 @@ def test_nothing_is_unpickled(braces: Any, model_dir: Path, adapter_dir: Path, t
     assert mark.exists()  # control
 
 
-def test_a_module_that_an_adapter_names_is_not_imported(
-    braces: Any, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_module_that_an_adapter_names_is_not_imported(braces, model_dir, tmp_path, monkeypatch):
     """`megatron_core` of a config of peft: in an adapter that is evaluated, and in a config of `--method peft:`."""
     mark, adapter = tmp_path / "mark", tmp_path / "peft"
     (tmp_path / "megatron").mkdir()
@@ -196,9 +194,7 @@ def connections(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", ["train", "eval", "attr-build", "steer", "inspect"])
-def test_local_models_need_no_network(
-    braces: Any, model_dir: Path, tmp_path: Path, connections: list[Any], name: str
-) -> None:
+def test_local_models_need_no_network(braces, model_dir, tmp_path, connections, name):
     """Commands on folders and files make no connection."""
     more = {"train": ["--max-steps", 1, "--rank", 2], "eval": ["--limit", 1], "steer": ["--max-new-tokens", 2]}
     outcome = braces(*commands(model_dir, tmp_path)[name], *more.get(name, ()), "--device", "cpu")

@@ -123,6 +123,7 @@ def test_the_list_needs_no_torch(build, tmp_path, adapter_dir):
         (["--describe", "a", "--words", "b"], 2, "two sources"),
         (["--describe", "a"], 2, "1 descriptions against 0"),
         (["--against", "a"], 2, "0 descriptions against 1"),
+        (["--describe", "a", "--against", " "], 2, "a description is blank"),
         (["--words", "a", "--layers", "auto"], 2, "only for pairs"),
         (["--words", "a", "--reduction", "pca"], 2, "only for pairs"),
         (["--words", "a", "--reduction", "median"], 2, "`median` is not one of"),

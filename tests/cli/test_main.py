@@ -109,9 +109,7 @@ def failing(braces: Any, monkeypatch: pytest.MonkeyPatch, error: BaseException) 
         (ImportError("libx.so"), 1, "Error: a library cannot be loaded: libx.so\n"),
     ],
 )
-def test_an_exception_has_its_exit_code(
-    braces: Any, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, text: str
-) -> None:
+def test_an_exception_has_its_exit_code(braces, monkeypatch, error, code, text):
     """One or two lines without a traceback."""
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     outcome = failing(braces, monkeypatch, error)
@@ -234,9 +232,7 @@ def test_env_reports_versions_devices_and_caches(braces: Any, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("command", ["merge", "attr-build"])
-def test_an_upload_is_checked_first_and_done_last(
-    braces: Any, model_dir: Path, adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
-) -> None:
+def test_an_upload_is_checked_first_and_done_last(braces, model_dir, adapter_dir, tmp_path, monkeypatch, command):
     from braces_cli.core.models import hub
 
     calls: list[Any] = []

@@ -52,9 +52,7 @@ def controls(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("place", CALLS)
-def test_a_name_in_an_error_is_escaped_and_cut(
-    braces: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str
-) -> None:
+def test_a_name_in_an_error_is_escaped_and_cut(braces, monkeypatch, tmp_path, place):
     """In every argument: one error of two lines of bounded length."""
     monkeypatch.chdir(tmp_path)
     for name in (ALL, HOSTILE["long lines"]):
@@ -90,9 +88,7 @@ def test_tables_and_texts_show_names_as_they_are(capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("quiet", [False, True])
-def test_progress_is_logged_without_a_terminal(
-    quiet: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_progress_is_logged_without_a_terminal(quiet, monkeypatch, caplog):
     monkeypatch.setattr("braces_cli.cli.output._SECONDS_BETWEEN_LINES", 0.0)
     monkeypatch.setattr(logging.getLogger("braces"), "propagate", True)
     with caplog.at_level(logging.INFO, logger="braces"), progress(quiet) as report:

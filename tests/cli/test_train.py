@@ -172,9 +172,7 @@ def test_an_unknown_strength_field_is_refused(train: Any, braces: Any, model_dir
 
 
 @pytest.mark.parametrize("command", ["merge", "train", "find", "eval"])
-def test_a_folder_without_attributes_is_refused(
-    braces: Any, model_dir: Path, adapter_dir: Path, rows: Path, tmp_path: Path, command: str
-) -> None:
+def test_a_folder_without_attributes_is_refused(braces, model_dir, adapter_dir, rows, tmp_path, command):
     """A folder that does not exist, and an empty folder."""
     (tmp_path / "empty").mkdir()
     call = {
@@ -238,9 +236,7 @@ BAD_INPUT: dict[str, tuple[dict[str, str | None], int, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_INPUT)
-def test_bad_input(
-    braces: Any, model_dir: Path, adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_bad_input(braces, model_dir, adapter_dir, tmp_path, monkeypatch, name):
     """Exit code and two lines, as text and as JSON; nothing is written."""
     folder = tmp_path / "bad"
     folder.mkdir()

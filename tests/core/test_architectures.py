@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from braces_cli.cli.main import main
-from tests.conftest import tiny_tokenizer
-from tests.core.architectures import MAPPING, VARIANTS, tiny
+from tests.core.architectures import MAPPING, VARIANTS
 from tests.core.invariants import EXACT, TABLE, UNTESTED, prove
 
 REWRITE = "recipes/docs/ARCHITECTURES.md is out of date: python -m tests.core.invariants --write"
@@ -50,17 +48,3 @@ def test_the_table_has_every_type(capsys: pytest.CaptureFixture[str]) -> None:
     assert types[EXACT] >= 120
     with capsys.disabled():
         print(f"\n{types.total()} model types: " + ", ".join(f"{count} {kind}" for kind, count in types.most_common()))
-
-
-def test_a_type_without_ffn_exits_4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The message names the model and what braces looked for."""
-    tiny("mamba").save_pretrained(tmp_path / "mamba")
-    tiny_tokenizer().save_pretrained(tmp_path / "mamba")
-    (tmp_path / "rows.jsonl").write_text('{"text": "a happy day"}\n')
-    arguments = ["--model", tmp_path / "mamba", "--data", tmp_path / "rows.jsonl", "--output-dir", tmp_path / "out"]
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in ("train", *arguments)])
-    assert caught.value.code == 4
-    errors = [line for line in capsys.readouterr().err.splitlines() if "Mamba" in line]
-    assert "MambaForCausalLM has no feed-forward layer, and braces attaches to nothing else" in errors[0]
-    assert not (tmp_path / "out").exists()

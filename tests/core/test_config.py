@@ -12,15 +12,7 @@ import torch
 import typer
 
 from braces_cli.cli.options import command
-from braces_cli.core.config import (
-    OTHER_NAMES,
-    build,
-    format_ranges,
-    matching_setting,
-    option,
-    options_of,
-    parse_ranges,
-)
+from braces_cli.core.config import OTHER_NAMES, build, format_ranges, matching_setting, option, options_of, parse_ranges
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.options import DisplaySettings
 from tests.cli.reference import command_of

@@ -10,27 +10,12 @@ from pathlib import Path
 import pytest
 
 from braces_cli.core.errors import ConfigError, DataError, ModelError
-from braces_cli.core.schema import (
-    Count,
-    Kind,
-    Malformed,
-    Name,
-    Size,
-    decode_yaml,
-    parse,
-    read,
-    read_yaml,
-)
+from braces_cli.core.schema import Count, Kind, Malformed, Name, Size, decode_yaml, parse, read, read_yaml
 
 PACKAGE = Path(__file__).parents[2] / "braces_cli"
 PARSERS = {"json.load", "json.loads", "yaml.load", "yaml.safe_load", "msgspec.convert"}
 # The boundaries, and the program that cannot import braces.
-ALLOWED = {
-    "core/config.py",
-    "core/schema.py",
-    "export/verify_process.py",
-    "core/files.py",
-}
+ALLOWED = {"core/config.py", "core/schema.py", "export/verify_process.py", "core/files.py"}
 
 
 @dataclass

@@ -30,6 +30,19 @@ def popqa_rows(count: int) -> list[dict[str, str]]:
     return [{"question": f"What is {i}?", "possible_answers": json.dumps([chr(97 + i)])} for i in range(count)]
 
 
+def results(rows: dict[str, Any], name: Any = None, **more: Any) -> dict[str, Any]:
+    """A document of results with the scores of each system; `name` in the place of other names."""
+    tables = ("num_fewshot_used", "task_versions", "task_data_sha256", "seeds", "versions")
+    about = {**dict.fromkeys(("model", "adapter", "method"), name), "sha256": "0", "attributes": None}
+    systems = [{"name": system, "results": scores, **about} for system, scores in rows.items()]
+    settings: dict[str, Any] = {
+        **dict.fromkeys(("revision", "dtype", "quantize", "limit", "apply_chat_template")),
+        **{table: {name: "1"} for table in tables},
+        "tokenizer": {"chat_template": None}, "significance_level": 0.05, "base_sha256": "0",
+    }  # fmt: skip
+    return {"systems": systems, "comparisons": [], "settings": settings, **more}
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random two-layer Llama; its tokenizer has bytes only and puts `<s>` first."""

@@ -10,28 +10,14 @@ from braces_cli.evaluation.results import Metric, Scores
 from braces_cli.evaluation.statistics import compare
 from braces_cli.evaluation.systems import System
 from braces_cli.evaluation.tables import markdown
+from tests.evaluation.conftest import results
 
 
 def test_values_that_are_not_finite_are_shown(tmp_path):
     values = {"base": math.inf, "other": 3.0}
     systems = [System(name, scores=Scores({"p": {"ppl": Metric(value, None, 2)}})) for name, value in values.items()]
-    keys = ("revision", "dtype", "quantize", "limit", "apply_chat_template")
-    names = ("num_fewshot_used", "task_versions", "task_data_sha256", "seeds", "versions")
-    settings = {
-        **dict.fromkeys(keys),
-        **{key: {} for key in names},
-        "tokenizer": {"chat_template": None},
-        "base_sha256": "0",
-    }
-    about = {"model": "m", "adapter": None, "method": None, "sha256": None}
-    result = {
-        "systems": [
-            {"name": name, **about, "results": {"p": {"ppl": {"value": value, "stderr": None, "n": 2}}}}
-            for name, value in values.items()
-        ],
-        "comparisons": compare(systems, 0),
-        "settings": {**settings, "significance_level": 0.05},
-    }
+    rows = {name: {"p": {"ppl": {"value": value, "stderr": None, "n": 2}}} for name, value in values.items()}
+    result = results(rows, comparisons=compare(systems, 0))
     for each in (result, finite(result)):
         page = markdown(each)
         assert "| p | ppl | 2 | other | 3 |" in page

@@ -140,9 +140,7 @@ def test_the_tokenizers_class_is_written_if_the_model_type_chose_it(tmp_path: Pa
 
 @pytest.mark.parametrize("steer", [(), ("--attribute", "positive", "--s", 2)], ids=["side path", "steered"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_relevance_to_the_output_adds_no_neurons(
-    braces: Any, output_dir: Path, model_dir: Path, tmp_path: Path, steer: tuple, dtype: str, in_process: None
-) -> None:
+def test_relevance_to_the_output_adds_no_neurons(braces, output_dir, model_dir, tmp_path, steer, dtype, in_process):
     """The tensors of the base, with edited value vectors, and biases for an attribute; --check finds damage."""
     out = tmp_path / "merged"
     call = ("merge", "--adapter", output_dir, *steer, "--dtype", dtype, "--output-dir", out, "--format", "json")
@@ -166,9 +164,7 @@ def test_relevance_to_the_output_adds_no_neurons(
 
 @pytest.mark.parametrize("shift", [None, SHIFT], ids=["side path", "with a shift"])
 @pytest.mark.parametrize("layers", [(), (0, 1)], ids=["alone", "with steering vectors"])
-def test_biases_are_edited_with_the_value_vectors(
-    layers: tuple[int, ...], shift: torch.Tensor | None, tmp_path: Path
-) -> None:
+def test_biases_are_edited_with_the_value_vectors(layers, shift, tmp_path):
     """Steering vectors also in layer 0, which has no adapter."""
     model = MODELS["gpt2"]()
     adapter = with_adapter(model, shift, [1], relevance_to="output")

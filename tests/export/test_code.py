@@ -29,11 +29,11 @@ BASES = (
 
 
 def written(
-    model: Any, folder: Path, shift: torch.Tensor | None = SHIFT, steering_vector: torch.Tensor | None = None
+    model: Any, folder: Path, shift: torch.Tensor | None = SHIFT, steering_vector: Any = None, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Write the base with an adapter into `folder/code`; returns logits and greedy tokens of the adapter."""
     model.save_pretrained(folder / "base")
-    adapter = with_adapter(model, shift)
+    adapter = with_adapter(model, shift, **options)
     steering = {} if steering_vector is None else {ffn.layer: steering_vector for ffn, _ in adapter.adapted_ffns}
     hooks = [
         ffn.value.register_forward_hook(lambda module, args, output: output + steering_vector)
@@ -65,9 +65,7 @@ def value_parameters(model: Any) -> list[list[str]]:
 
 @pytest.mark.parametrize("shift", [None, SHIFT], ids=["side path", "steered"])
 @pytest.mark.parametrize("name", BASES)
-def test_the_checkpoint_has_the_adapters_logits_and_tokens(
-    name: str, shift: torch.Tensor | None, tmp_path: Path
-) -> None:
+def test_the_checkpoint_has_the_adapters_logits_and_tokens(name, shift, tmp_path):
     """float32: logits within 1e-5, equal greedy tokens, also after saving and loading again.
 
     braces finds the feed-forward layers of the base in the checkpoint, not the side paths.
@@ -96,12 +94,7 @@ def test_a_steering_vector_is_written_with_the_adapter(name: str, shift: torch.T
 @pytest.mark.parametrize("name", ["qwen3", "bloom"])
 def test_relevance_to_the_output_is_written(name: str, tmp_path: Path) -> None:
     """Subclassed and by hooks; refused for experts in one weight."""
-    model = MODELS[name]()
-    model.save_pretrained(tmp_path / "base")
-    adapter = with_adapter(model, SHIFT, relevance_to="output")
-    expected, sides = logits(model), side_modules(adapter)
-    adapter.detach()
-    write_checkpoint_with_code(tmp_path / "code", model, sides, tmp_path / "base")
+    expected, _ = written(MODELS[name](), tmp_path, relevance_to="output")
     assert relative(logits(load(tmp_path / "code")), expected) < 1e-5
     with pytest.raises(ModelError, match="experts in one weight") as caught:
         side_modules(attach(MODELS["qwen3_moe"](), 4, relevance_to="output"))
@@ -172,9 +165,7 @@ def test_servers_that_replace_modules_are_not_supported(tmp_path: Path) -> None:
         assert load(tmp_path / name / "code")._supports_attention_backend is supported
 
 
-def test_the_command_writes_a_verified_folder(
-    braces: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process: None
-) -> None:
+def test_the_command_writes_a_verified_folder(braces, tmp_path, monkeypatch, in_process):
     """With an attribute at a fixed strength; a wrong side path fails the verification and leaves nothing."""
     session = open_session(save_base(tmp_path / "base", "qwen3"), None, LoadOptions(device="cpu"))
     adapter = make_adapter(session, tmp_path / "adapter")

@@ -57,9 +57,7 @@ def test_other_models_need_an_adapter(braces: Any, file: Path, model_dir: Path, 
 @pytest.mark.parametrize(
     ("kind", "relevance"), [("merge", "input"), ("merge", "output"), ("code", "input"), ("lora", "output")]
 )
-def test_an_adapter_of_the_file_is_exported(
-    kind: str, relevance: str, braces: Any, train: Any, file: Path, tmp_path: Path, in_process: None
-) -> None:
+def test_an_adapter_of_the_file_is_exported(kind, relevance, braces, train, file, tmp_path, in_process):
     """Trained on the file; the adapter names it."""
     assert train(tmp_path / "adapter", "--max-steps", 1, "--relevance-to", relevance, base=file).code == 0
     command = ["merge"] if kind == "merge" else ["export", kind]

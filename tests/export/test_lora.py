@@ -136,14 +136,7 @@ def test_two_adapters_at_once_need_different_slots(tmp_path: Path) -> None:
     assert relative(logits(wrapped.eval()), expected) < 1e-5
 
 
-def test_the_commands_write_verified_folders(
-    braces: Any,
-    model_dir: Path,
-    adapter_dir: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    in_process: None,
-) -> None:
+def test_the_commands_write_verified_folders(braces, model_dir, adapter_dir, tmp_path, monkeypatch, in_process):
     """A wrong LoRA fails the verification; the GGUF file has the same tensors."""
     done = braces("export", "slots", "--model", model_dir, "--output-dir", tmp_path / "slots", "--format", "json")
     assert done.code == 0, done.err
@@ -235,9 +228,7 @@ def test_slots_are_for_relevance_to_the_input(braces: Any, output_dir: Path, ses
     assert (done.code, "braces export slots" in done.err) == (2, True)
 
 
-def test_another_base_than_that_of_the_slots_is_refused(
-    slots_dir: Path, other_base: str, options: LoadOptions, tmp_path: Path
-) -> None:
+def test_another_base_than_that_of_the_slots_is_refused(slots_dir, other_base, options, tmp_path):
     request = Request(other_base, None, options, tmp_path / "out", attributes={"positive": 1.0})
     with pytest.raises(ModelError, match="logits differ"):
         export_lora(plan_lora(request, slots_dir))
@@ -295,9 +286,7 @@ def test_the_gguf_file_may_be_in_the_folder(slots_dir: Path, request_: Request, 
 
 
 @pytest.mark.parametrize("size", [0, 20, 100, 300])
-def test_a_truncated_gguf_file_is_an_error_and_removed(
-    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_truncated_gguf_file_is_an_error_and_removed(size, tmp_path, monkeypatch):
     """numpy does not notice a full disk; reading the file does."""
     close = gguf.GGUFWriter.close
 

@@ -68,9 +68,7 @@ def test_a_failure_changes_nothing(existing: str, new: str, tmp_path: Path) -> N
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("export", [export_merge, export_code])
 @pytest.mark.parametrize("stored", [True, False])
-def test_checkpoints_stop_at_the_end_of_a_turn(
-    export: Any, stored: bool, request_: Request, model_dir: Path, adapter_dir: Path, tmp_path: Path
-) -> None:
+def test_checkpoints_stop_at_the_end_of_a_turn(export, stored, request_, model_dir, adapter_dir, tmp_path):
     """Base models declare another end token, in `generation_config.json` or only in `config.json`."""
     base = shutil.copytree(model_dir, tmp_path / "base")
     if not stored:
@@ -134,9 +132,7 @@ def test_links_inside_the_base_are_followed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("export", [export_merge, export_code])
-def test_a_failed_verification_leaves_the_output_unchanged(
-    export: Any, request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_verification_leaves_the_output_unchanged(export, request_, tmp_path, monkeypatch):
     """Also with --overwrite."""
 
     def fail(call: list[str], **options: Any) -> None:
@@ -159,9 +155,7 @@ def test_inputs_are_never_written_into(request_: Request, model_dir: Path, adapt
             export_merge(replace(request_, output=output, overwrite=output != adapter_dir))
 
 
-def test_the_working_directory_is_not_an_output(
-    request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_working_directory_is_not_an_output(request_, tmp_path, monkeypatch):
     """`--output-dir .` and the folders above: a new folder would take their place."""
     here = tmp_path / "above" / "here"
     here.mkdir(parents=True)

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import braces_cli
 import braces_cli.training.loop as trainer
@@ -148,14 +147,10 @@ def read(folder):
 
 
 def test_a_checkpoint_is_an_adapter_without_pickle(finished_run):
-    """Only safetensors, JSON and Markdown; the unconstrained parameters are separate."""
+    """Only safetensors, JSON and Markdown."""
     folder = finished_run / "checkpoint-5"
     assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors", ".md"}
     assert open_session(None, str(folder), LoadOptions(device="cpu")).adapter is not None
-    raw = load_file(folder / "parameters.safetensors")
-    weight = next(tensor for name, tensor in raw.items() if name.endswith("layers.0.mlp.relevance.weight"))
-    projection = load_file(folder / "adapter_model.safetensors")["layers.0.projection"]
-    assert (weight @ weight.mT - projection @ projection.mT).abs().max() > 1e-3  # unconstrained rows have other lengths
 
 
 def test_resumed_run_uses_the_original_attributes(run, braces, model_dir, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from braces_cli.core.adapter.files import read_config
 from braces_cli.core.adapter.model import attach
 from braces_cli.core.models.tokenize import Encoded
-from braces_cli.training.report import MetricsFile, read_metrics, side_path_shares
+from braces_cli.training.report import side_path_shares
 from tests.conftest import open_gates, tiny_model
 from tests.core.architectures import tiny
 
@@ -51,12 +51,3 @@ def test_train_reports_the_share_and_stores_the_scales(train, tmp_path):
         scales.append(read_config(tmp_path / name).relevance_scale)
     assert min(scales[0]) > 1
     assert scales[1] == [0.5, 0.5]
-
-
-def test_metrics_of_an_earlier_attempt_are_dropped(tmp_path):
-    """Rows after the step of the checkpoint, and the incomplete line of a killed process."""
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 2, "loss": 1.0}\n{"step": 4, "loss": 9.0}\n{"st')
-    metrics = MetricsFile(path, 2)
-    metrics.add({"step": 4, "loss": 2.0, "eval_loss": 3.0, "other": 1.0})
-    assert read_metrics(path) == [{"step": 2, "loss": 1.0}, {"step": 4, "loss": 2.0, "eval_loss": 3.0}]

@@ -13,7 +13,6 @@ from braces_cli.core.attributes.build import (
     attribute_from_pairs,
     best_layers,
     build_attribute,
-    check_descriptions,
     description_pairs,
 )
 from braces_cli.core.attributes.directions import Pair, Passage, pair_states, reduce_pairs
@@ -116,12 +115,6 @@ def test_descriptions_are_prompts_of_the_same_texts(session):
     attribute = attribute_from_descriptions(session, "mood", ["happy"], ["sad"], reduction="mean")
     assert (attribute.provenance["describe"], attribute.provenance["against"]) == (["happy"], ["sad"])
     assert not attribute.provenance["chat_template"]
-
-
-@pytest.mark.parametrize(("one", "other"), [([], []), (["a"], []), (["a"], [" "]), (["a", "b"], ["c"])])
-def test_descriptions_that_do_not_form_pairs_are_refused(one, other):
-    with pytest.raises(ConfigError):
-        check_descriptions(one, other)
 
 
 def test_with_a_chat_template_descriptions_are_user_turns(chatty):

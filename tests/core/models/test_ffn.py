@@ -206,15 +206,10 @@ def test_experts_in_a_module_list_share_one_projection_and_gate():
     x = torch.randn(5, 8)
     expected = x
     for (_, adapter_layer), layer in zip(adapter.adapted_ffns, model.layers, strict=True):
-        term = expected
+        term, projection = expected, adapter_layer.projection()
         for p, expert in ((0.75, layer.experts[0]), (0.25, layer.experts[2])):
             w = expert.act(expert.up(expected))
-            r = (
-                (expected @ adapter_layer.projection().mT)
-                @ (adapter_layer.projection() @ expert.down.weight)
-                * adapter_layer.scale
-                / 2
-            )
+            r = (expected @ projection.mT) @ (projection @ expert.down.weight) * adapter_layer.scale / 2
             term = term + p * ((w + adapter_layer.g * r) @ expert.down.weight.mT + expert.down.bias)
         expected = term
     assert relative(model(x), expected) < 1e-5

@@ -185,9 +185,7 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("quantised", [False, True])
-def test_an_adapter_fits_the_file_and_the_original(
-    quantised: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_adapter_fits_the_file_and_the_original(quantised, tmp_path, caplog):
     """Trained on either; quantisation is not noted as a difference. Another model is refused."""
     model = tiny_llama()
     model.save_pretrained(tmp_path / "original")

@@ -15,13 +15,7 @@ from braces_cli.core.adapter.model import attach
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.models.ffn import find_ffns
 from braces_cli.core.models.generate import TextRequest, generate
-from braces_cli.core.models.load import (
-    check_quantize,
-    checkpoint_path,
-    commit_of,
-    load_base,
-    load_tokenizer,
-)
+from braces_cli.core.models.load import check_quantize, checkpoint_path, commit_of, load_base, load_tokenizer
 from braces_cli.core.models.tokenize import encode
 from braces_cli.core.models.weights import StoredValues
 from braces_cli.core.options import LoadOptions, Sampling
@@ -30,9 +24,7 @@ from tests.core.comparison import relative, run
 from tests.core.models.test_weights import require
 
 
-def test_a_hub_model_is_identified_by_its_commit(
-    monkeypatch: pytest.MonkeyPatch, model_dir: Path, tmp_path: Path
-) -> None:
+def test_a_hub_model_is_identified_by_its_commit(monkeypatch, model_dir, tmp_path):
     """A branch can change after training. A folder has no commit."""
     assert commit_of(str(model_dir), None, checkpoint_path(str(model_dir), None)) is None
     cached = tmp_path / "models--owner--name" / "snapshots" / "0123abc" / "config.json"

@@ -23,14 +23,6 @@ def test_an_output_that_is_added_unchanged_has_the_factor_1(name, dtype):
     assert residual_factors(model, find_ffns(model), IDS) == [1.0, 1.0]
 
 
-def test_a_constant_factor_is_measured():
-    """Granite multiplies the FFN output; layers can differ."""
-    model = tiny("granite")
-    for layer, factor in zip(model.model.layers, (0.22, 0.5), strict=False):
-        layer.residual_multiplier = factor
-    assert residual_factors(model, find_ffns(model)[:2], IDS) == [0.22, 0.5]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["gemma2", "olmo2", "bert"])
 def test_a_model_with_a_norm_has_no_factor(name, dtype):
