@@ -29,7 +29,7 @@ from braces_cli.core.options import Sampling
 from braces_cli.scoring.likelihood import continuation_likelihoods
 from braces_cli.steering.texts import generate_texts, text_requests
 
-# Rows at the end of the training rows that no run trains on.
+# Training rows that no run trains on.
 VALIDATION = 200
 # Test rows of the chats, whose answers take long to generate.
 CHATS = 200
@@ -73,9 +73,10 @@ class Task:
 
 
 def split(rows: Sequence[Example]) -> tuple[Sequence[Example], Sequence[Example]]:
-    """Return the rows for training and for validation."""
+    """Return the rows for training and for validation, drawn at random: SST-5 is sorted by length."""
+    drawn = random.Random(0).sample(rows, len(rows))
     count = min(VALIDATION, len(rows) // 4)
-    return rows[:-count], rows[-count:]
+    return drawn[count:], drawn[:count]
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
