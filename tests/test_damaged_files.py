@@ -51,7 +51,7 @@ RESULT = {
     "tokens_per_second": 9.0, "peak_memory": 1, "rows": 1, "rows_truncated": 0, "rows_dropped": 0,
     "side_path_share": None, "packed": False, "padding_share": 0.0,
 }  # fmt: skip
-RECORD = {"settings": {}, "command": ["braces"], "data": None, "base": LIKELIHOOD, "progress": PROGRESS, "result": None}
+RECORD = {"settings": {}, "command": ["braces"], "data": {}, "base": LIKELIHOOD, "progress": PROGRESS, "result": None}
 METRIC = {"value": 1.0, "stderr": None, "n": 3}
 PART = {
     "results": {"task": {"acc": {**METRIC, "documents": {"0": 1.0}, "units": {"0": 2.0}, "better": True}}},

@@ -14,6 +14,7 @@ from typing import Any
 
 from braces_cli.core.attributes.directions import Pair, Passage
 from braces_cli.core.errors import DataError, near_misses
+from braces_cli.core.files import value_hash
 from braces_cli.core.models.tokenize import IGNORED, Encoded, encode, encode_chat
 from braces_cli.core.progress import Report, silent
 from braces_cli.data.rows import CHAT, Columns, Format, Source, parts, read_format, read_rows
@@ -96,12 +97,14 @@ class Counts:
         dropped: rows without a scored token.
         dropped_at: locations of the first dropped rows.
         chat: some rows are chats.
+        digest: hash of tokens, labels and conditions of the rows with a scored token, in their order.
     """
 
     rows: int = 0
     truncated: int = 0
     dropped: int = 0
     chat: bool = False
+    digest: str = ""
     dropped_at: list[str] = field(default_factory=list)
 
     def add(self, example: Example) -> None:
@@ -111,6 +114,10 @@ class Counts:
             self.dropped += 1
             if len(self.dropped_at) < _SHOWN:
                 self.dropped_at.append(example.where)
+        else:
+            tokens, found = example.tokens, example.condition
+            parts = [tokens.ids, tokens.labels, tokens.ended, found and [found.attribute, found.strength]]
+            self.digest = value_hash([self.digest, *parts])
         self.chat |= example.format == CHAT.name
 
 

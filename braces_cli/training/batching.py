@@ -57,7 +57,13 @@ def example_order(examples: Examples | Stream, settings: TrainSettings, done: in
     """Endless passes over the examples, after the first `done` optimizer steps; None fills the last batch."""
     size = global_batch(settings)
     if isinstance(examples, Stream):
-        yield from islice(examples, done * size, None)
+        stored, order = examples.counts.digest, iter(examples)
+        for _ in islice(order, done * size):
+            pass
+        if done and examples.counts.digest != stored:
+            hint = "Give the original rows, or start anew with --overwrite."
+            raise ConfigError("the rows of the stream have changed since the run was started", hint=hint)
+        yield from order
         return
     length = len(examples.items) + -len(examples.items) % size
     first, skipped = divmod(done * size, length)

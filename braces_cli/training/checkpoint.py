@@ -16,8 +16,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,7 +31,6 @@ from braces_cli.core.adapter.files import CONFIG_FILE
 from braces_cli.core.distributed import barrier, full_tensor, gathered, is_main, rank
 from braces_cli.core.errors import BracesError, ConfigError, ModelError
 from braces_cli.core.files import (
-    bytes_hash,
     check_regular,
     file_hash,
     file_hint,
@@ -42,7 +40,6 @@ from braces_cli.core.files import (
     write_json,
     write_tensors,
 )
-from braces_cli.core.models.tokenize import Encoded
 from braces_cli.core.schema import Count, Kind, Name, Size, read
 from braces_cli.data.dataset import Counts
 from braces_cli.scoring.likelihood import Likelihood
@@ -206,7 +203,7 @@ class Record:
     Attributes:
         settings: everything that its outcome depends on, by option name.
         command: words of the command line.
-        data: hash of the token ids and labels of all examples; of a stream, of its first ones.
+        data: hashes of everything that is read, by option; of a stream, of its first examples.
         base: likelihood of the evaluation rows under the base.
         progress: counters at a checkpoint.
         result: of a finished run.
@@ -214,7 +211,7 @@ class Record:
 
     settings: dict[str, Any] = field(default_factory=dict)
     command: list[str] = field(default_factory=list)
-    data: str | None = None
+    data: dict[str, str | None] = field(default_factory=dict)
     base: Likelihood | None = None
     progress: Progress | None = None
     result: TrainResult | None = None
@@ -281,18 +278,16 @@ def _shown(value: Any) -> str:
     return "unset" if value is None else json.dumps(value)
 
 
-def prepare_folder(folder: Path, resume: bool, record: Record, items: Sequence[Encoded]) -> Path | None:
+def prepare_folder(folder: Path, resume: bool, record: Record) -> Path | None:
     """Remove files of an earlier run, except its adapter, or return the checkpoint to resume from. Collective.
 
     Args:
-        record: receives the hash of the rows and, on resumption, the likelihood of the base.
-        items: training examples; of a stream, the first ones.
+        record: receives the likelihood of the base on resumption.
 
     Raises:
-        ConfigError: the checkpoint was trained on other rows.
+        ConfigError: the checkpoint was trained on other rows, from another adapter or on another base.
         ModelError: the checkpoint is damaged.
     """
-    record.data = bytes_hash(array("q", item.ids).tobytes() + array("q", item.labels).tobytes() for item in items)
     if is_main():
         remove_partial_files(folder)
         for path in folder.glob(f"{_PARTIAL}*"):
@@ -306,9 +301,11 @@ def prepare_folder(folder: Path, resume: bool, record: Record, items: Sequence[E
     checkpoint = newest_intact(folder) if resume else None
     stored = read_record(checkpoint) if checkpoint else None
     if stored is not None:
-        if stored.data != record.data:
-            hint = "Give the same rows, or start anew with --overwrite."
-            raise ConfigError("the rows are not those of the checkpoint", where=str(checkpoint), hint=hint)
+        changed = [name.replace("_", "-") for name in record.data if stored.data.get(name) != record.data[name]]
+        if changed:
+            what = f"the content of --{' and --'.join(changed)} has changed since the run was started"
+            hint = "Give the original content, or start anew with --overwrite."
+            raise ConfigError(what, where=str(checkpoint), hint=hint)
         record.base = stored.base
     return checkpoint
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from braces_cli.core.adapter.files import AdapterConfig, StoredAdapter, find_adapter, write_adapter
+from braces_cli.core.adapter.files import AdapterConfig, StoredAdapter, adapter_hash, find_adapter, write_adapter
 from braces_cli.core.adapter.layer import condition_shapes
 from braces_cli.core.adapter.model import (
     Adapter,
@@ -35,7 +35,7 @@ from braces_cli.core.attributes.words import neutral_texts
 from braces_cli.core.config import flag_of
 from braces_cli.core.distributed import barrier, deferred, gathered, is_main, join, world_size
 from braces_cli.core.errors import ConfigError, ModelError
-from braces_cli.core.files import check_output_folder, output_lock, versions
+from braces_cli.core.files import check_output_folder, output_lock, value_hash, versions
 from braces_cli.core.models.ffn import FFN, MixtureFFN, chosen_layers, find_ffns, parameter_total
 from braces_cli.core.models.hub import check_push
 from braces_cli.core.models.load import input_device, load_shape, load_tokenizer, pick_device
@@ -106,7 +106,13 @@ def _train(settings: TrainSettings, folder: Path, report: Report, record: Record
     if settings.attribute_field is not None:
         sets = [train_set] if eval_set is None else [train_set, eval_set]
         attributes = gather_attributes(session, settings, sets, plan.start)
-    checkpoint = prepare_folder(folder, settings.resume, record, train_set.items)
+    record.data = {
+        "data": train_set.counts.digest,
+        "eval_data": eval_set and eval_set.counts.digest,
+        "adapter": plan.start and adapter_hash(plan.start.folder),
+        "model": None if session.base.is_quantised else value_hash(session.base.samples.tolist()),
+    }
+    checkpoint = prepare_folder(folder, settings.resume, record)
     if checkpoint is not None and attributes:
         attributes = with_original_states(attributes, checkpoint, session)
     layout = choose_layout(session, settings, train_set.items)

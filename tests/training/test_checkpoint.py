@@ -7,11 +7,13 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import braces_cli
 import braces_cli.training.loop as trainer
@@ -30,7 +32,7 @@ from braces_cli.training.checkpoint import (
     rng_state,
     write_checkpoint,
 )
-from tests.conftest import write_rows
+from tests.conftest import make_adapter, write_rows
 
 SETTINGS: dict[str, Any] = {
     "rank": 4, "lr": 0.01, "device": "cpu", "max_steps": 8, "batch_size": 2, "gradient_accumulation": 2,
@@ -245,18 +247,36 @@ def test_other_settings_are_refused(run, one):
             assert sorted(one.rglob("*")) == before
 
 
-def test_other_rows_and_other_adapters_are_refused(run, one, tmp_path, rows, adapter_dir):
-    out, text = unfinished(tmp_path / "o", one, 8), rows.read_text()
-    rows.write_text(text.replace("sad", "bad"))
-    try:
-        outcome = run(out, "--resume")
-    finally:
-        rows.write_text(text)
-    assert outcome.code == 2
-    assert "the rows are not those of the checkpoint" in outcome.err
-    outcome = run(adapter_dir, "--resume")
-    assert outcome.code == 2
-    assert "not from a run that can be resumed" in outcome.err
+@pytest.mark.parametrize("streaming", [False, True])
+def test_other_content_is_refused(train, run, adapter_dir, model_dir, tmp_path, monkeypatch, session, streaming):
+    """Tokens, labels, attribute and strength of a row, which a stream reads while it trains; adapter and base."""
+    monkeypatch.setattr("braces_cli.data.dataset.HEAD", 2)
+    rows, base, number = tmp_path / "rows.jsonl", shutil.copytree(model_dir, tmp_path / "base"), count()
+    words = {"good": "positive", "sad": "negative", "old": "positive"}
+    old = [{"prompt": "the end", "completion": f" is {word}", "mood": mood, "how": 2} for word, mood in words.items()]
+    options = ("--adapter", adapter_dir, "--attribute-field", "mood", "--strength-field", "how", "--batch-size", 3)
+    options += ("--max-steps", 2, "--save-steps", 1, *(["--streaming"] if streaming else ["--eval-data", rows]))
+
+    def resumed(new):
+        out = unfinished(tmp_path / f"from-{next(number)}", tmp_path / "one", 1)
+        return train(out, *options, "--resume", data=write_rows(tmp_path / "train.jsonl", new), base=base)
+
+    write_rows(rows, old)
+    assert train(tmp_path / "one", *options, data=write_rows(tmp_path / "train.jsonl", old), base=base).code == 0
+    where = "the rows of the stream have" if streaming else "the content of --data has"
+    split = {"prompt": "the end is", "completion": " old"}
+    for change in ({"prompt": "the day"}, split, {"mood": "negative"}, {"how": 1}):
+        outcome = resumed([*old[:2], {**old[2], **change}])
+        assert (outcome.code, f"{where} changed since" in outcome.err) == (2, True), outcome.err
+    assert resumed(old).code == 0
+    write_rows(rows, old[1:])
+    make_adapter(session, adapter_dir, seed=2)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 1.01
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    parts = ["--adapter", "--model"] if streaming else ["--eval-data", "--adapter", "--model"]
+    assert f"the content of {' and '.join(parts)} has changed" in resumed(old).err
+    assert "not from a run that can be resumed" in run(adapter_dir, "--resume").err
 
 
 def flip(path: Path) -> None:
@@ -362,7 +382,7 @@ def test_killed_write_leaves_a_complete_checkpoint(tmp_path):
     (tmp_path / ".mine").touch()
     (tmp_path / "checkpoint-of-mine").mkdir()
     assert newest(tmp_path) == tmp_path / "checkpoint-2"
-    prepare_folder(tmp_path, True, Record(), [])
+    prepare_folder(tmp_path, True, Record())
     assert sorted(path.name for path in tmp_path.iterdir()) == [".mine", "checkpoint-2", "checkpoint-of-mine"]
     assert checkpoints(tmp_path / "nowhere") == []
 
