@@ -112,6 +112,8 @@ def _show_rows(source: str, found: dict[str, Any]) -> None:
     ]
     print_table("tokens of an example", ["tokens", "examples", ""], bars)
     print_table("formats", ["", "rows"], found["formats"].items())
+    if found["notes"]:
+        print_table("notes", ["", "rows"], found["notes"].items())
     if found["attributes"]:
         rows = [(name, count, *found["strengths"][name].values()) for name, count in found["attributes"].items()]
         print_table("attributes and their strengths", ["", "rows", "least", "mean", "most"], rows)

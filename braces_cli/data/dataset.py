@@ -17,7 +17,8 @@ from braces_cli.core.errors import DataError, near_misses
 from braces_cli.core.files import value_hash
 from braces_cli.core.models.tokenize import IGNORED, Encoded, encode, encode_chat
 from braces_cli.core.progress import Report, silent
-from braces_cli.data.rows import CHAT, Columns, Format, Source, parts, read_format, read_rows
+from braces_cli.data.chats import read_chat
+from braces_cli.data.rows import Columns, Format, Source, parts, read_format, read_rows
 
 logger = logging.getLogger("braces")
 
@@ -70,7 +71,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Example:
-    """One row, tokenised.
+    """One row, or one turn of a chat, tokenised.
 
     Attributes:
         tokens: None if no token is scored, or the text is blank.
@@ -78,6 +79,9 @@ class Example:
         format: name of the row's format.
         truncated: cut to the maximum length.
         where: location of the row.
+        chat: the row is a chat.
+        notes: conversions of the row.
+        is_first: the first example of its row.
     """
 
     tokens: Encoded | None
@@ -85,6 +89,9 @@ class Example:
     format: str = ""
     truncated: bool = False
     where: str = ""
+    chat: bool = False
+    notes: Sequence[str] = ()
+    is_first: bool = True
 
 
 @dataclass
@@ -97,7 +104,8 @@ class Counts:
         dropped: rows without a scored token.
         dropped_at: locations of the first dropped rows.
         chat: some rows are chats.
-        digest: hash of tokens, labels and conditions of the rows with a scored token, in their order.
+        digest: hash of tokens, labels and conditions of the examples with a scored token, in their order.
+        notes: conversion -> rows.
     """
 
     rows: int = 0
@@ -106,19 +114,23 @@ class Counts:
     chat: bool = False
     digest: str = ""
     dropped_at: list[str] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
 
     def add(self, example: Example) -> None:
+        if example.tokens is not None:
+            tokens, found = example.tokens, example.condition
+            parts = [tokens.ids, tokens.labels, tokens.ended, found and [found.attribute, found.strength]]
+            self.digest = value_hash([self.digest, *parts])
+        if not example.is_first:
+            return
         self.rows += 1
+        self.notes.update(example.notes)
         self.truncated += example.truncated
         if example.tokens is None:
             self.dropped += 1
             if len(self.dropped_at) < _SHOWN:
                 self.dropped_at.append(example.where)
-        else:
-            tokens, found = example.tokens, example.condition
-            parts = [tokens.ids, tokens.labels, tokens.ended, found and [found.attribute, found.strength]]
-            self.digest = value_hash([self.digest, *parts])
-        self.chat |= example.format == CHAT.name
+        self.chat |= example.chat
 
 
 @dataclass
@@ -191,17 +203,22 @@ def iterate(names: Sequence[str], how: Reading) -> Iterator[Example]:
                 message = f"this row is {kind.name}, those before it are {seen.name}"
                 raise DataError(message, where=row.where, hint="Put each format into its own file, or give --columns.")
             seen = kind
-            blank = False
-            if kind is CHAT:
-                tokens = encode_chat(how.tokenizer, fields, row.where, how.max_length)
+            chat = read_chat(kind, fields, row.where)
+            if chat is not None:
+                encoded, notes = encode_chat(how.tokenizer, chat, row.where, how.max_length)
+                notes += chat.notes
             else:
                 prompt, completion = parts(kind, fields, row.where)
-                tokens = encode(how.tokenizer, prompt, completion, end=True, max_length=how.max_length)
+                encoded = [encode(how.tokenizer, prompt, completion, end=True, max_length=how.max_length)]
                 blank = not (prompt if completion is None else completion).strip()
                 if row.untyped:
                     blank |= any(part is not None and part.strip() in _MISSING for part in (prompt, completion))
-            kept = None if blank or tokens.scored == 0 else tokens
-            yield Example(kept, found, kind.name, tokens.truncated, row.where)
+                encoded, notes = [] if blank else encoded, [kind.note] if kind.note else []
+            truncated = any(tokens.truncated for tokens in encoded)
+            kept = [tokens for tokens in encoded if tokens.scored] or [None]
+            yield Example(kept[0], found, kind.name, truncated, row.where, chat is not None, notes)
+            for tokens in kept[1:]:
+                yield Example(tokens, found, kind.name, where=row.where, is_first=False)
 
 
 def read_examples(names: Sequence[str], how: Reading, report: Report = silent) -> Examples:
@@ -239,6 +256,8 @@ def log_counts(counts: Counts, max_length: int) -> None:
     if counts.dropped:
         first = ", ".join(counts.dropped_at) + (", ..." if counts.dropped > len(counts.dropped_at) else "")
         logger.info("%d of %d rows have no text to score and were left out: %s", counts.dropped, counts.rows, first)
+    for text, rows in counts.notes.items():
+        logger.info("%d of %d rows: %s", rows, counts.rows, text)
 
 
 # Examples in the shuffle buffer of a stream.
@@ -319,7 +338,7 @@ def check_rows(names: Sequence[str], how: Reading, report: Report = silent) -> d
     Returns:
         `rows, examples, truncated, dropped, tokens, scored_tokens, max_length, lengths: {least, median, mean, most},
         histogram: [{from, to, examples}], formats: {name: rows}, attributes: {name: rows}, shown: [{where, parts:
-        [{text, scored}]}], strengths: {attribute: {least, mean, most}}, dropped_at: [where]`.
+        [{text, scored}]}], strengths: {attribute: {least, mean, most}}, dropped_at: [where], notes: {note: rows}`.
 
     Raises:
         DataError: a row cannot be read, or none has a scored token.
@@ -329,8 +348,8 @@ def check_rows(names: Sequence[str], how: Reading, report: Report = silent) -> d
     shown: list[dict[str, Any]] = []
     for example in iterate(names, how):
         counts.add(example)
-        formats[example.format] += 1
-        if example.condition is not None:
+        formats[example.format] += example.is_first
+        if example.condition is not None and example.is_first:
             strengths.setdefault(example.condition.attribute or "neutral", []).append(example.condition.strength)
         if counts.rows % 256 == 0:
             report("reading", counts.rows, None)
@@ -369,6 +388,7 @@ def check_rows(names: Sequence[str], how: Reading, report: Report = silent) -> d
             for name, values in strengths.items()
         },
         "dropped_at": counts.dropped_at,
+        "notes": dict(counts.notes),
     }
 
 

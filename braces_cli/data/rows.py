@@ -128,10 +128,24 @@ def _parquet(path: Path) -> Iterator[Source]:
 
     try:
         batches = pyarrow.parquet.ParquetFile(path).iter_batches()
-        for number, fields in enumerate((fields for batch in batches for fields in batch.to_pylist()), 1):
+        rows = (_decoded(fields, batch.schema) for batch in batches for fields in batch.to_pylist())
+        for number, fields in enumerate(rows, 1):
             yield _row(fields, f"{path}, row {number}")
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"broken Parquet: {error}", where=str(path), hint="Write the file again.") from error
+
+
+def _decoded(value: Any, kind: Any) -> Any:
+    """Value of an Arrow type with its JSON texts decoded: the type `Json` of `datasets`."""
+    if value is None:
+        return None
+    if getattr(kind, "extension_name", None) == "arrow.json":
+        return decode(value)
+    if isinstance(value, dict):
+        return {each.name: _decoded(value[each.name], each.type) for each in kind}
+    if isinstance(value, list) and hasattr(kind, "value_type"):
+        return [_decoded(item, kind.value_type) for item in value]
+    return value
 
 
 def _hub(name: str, streaming: bool) -> Iterator[Source]:
@@ -153,11 +167,12 @@ _READERS: dict[str, Callable[[Path], Iterator[Source]]] = {
 
 @dataclass(frozen=True)
 class Format:
-    """A format of rows: its required and optional keys."""
+    """A format of rows: its required and optional keys, and a note for the user."""
 
     name: str
     needed: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    note: str = ""
 
 
 TEXT = Format("text", ("text",))
@@ -165,6 +180,11 @@ PAIR = Format("prompt/completion", ("prompt", "completion"))
 INSTRUCTION = Format("instruction/output", ("instruction", "output"), ("input",))
 CHAT = Format("messages", ("messages",), ("tools",))
 FORMATS = (TEXT, PAIR, INSTRUCTION, CHAT)
+# Formats of other programs, for rows that have none of the formats above.
+CONVERSATIONS = Format("conversations", ("conversations",), ("system", "tools"))
+PREFERENCE = Format(
+    "preference", ("chosen", "rejected"), ("prompt", "tools"), "trained on `chosen`; `rejected` is not read"
+)
 EXPECTED_COLUMNS = "`text`, `prompt` and `completion`, `instruction` and `output` (`input` optional), or `messages`"
 CONDITION_KEYS = ("attribute", "strength")
 
@@ -232,9 +252,10 @@ def read_format(row: Source, columns: Mapping[str, str]) -> tuple[Format, dict[s
                 raise DataError(f"no column `{column}` (keys found: {_list(row.fields)})", where=row.where, hint=hint)
         return kind, {key: row.fields[column] for key, column in columns.items() if column in row.fields}
     filled = {key for key, value in row.fields.items() if value is not None}
-    fitting = [kind for kind in FORMATS if set(kind.needed) <= filled]
     # A row of nulls: its keys determine the format, and reading a value reports the error.
-    fitting = fitting or [kind for kind in FORMATS if set(kind.needed) <= set(row.fields)]
+    for keys, kinds in ((filled, FORMATS), (filled, (CONVERSATIONS, PREFERENCE)), (set(row.fields), FORMATS)):
+        if fitting := [kind for kind in kinds if set(kind.needed) <= keys]:
+            break
     if len(fitting) == 1:
         kind = fitting[0]
         return kind, {key: row.fields[key] for key in (*kind.needed, *kind.optional) if key in row.fields}
@@ -253,6 +274,8 @@ def parts(kind: Format, fields: Mapping[str, Any], where: str) -> tuple[str, str
     Raises:
         DataError: a value is not text; a missing or null `input` is empty.
     """
+    if kind is PREFERENCE:
+        fields, kind = {"prompt": fields.get("prompt"), "completion": fields["chosen"]}, PAIR
     texts: dict[str, Any] = {key: fields.get(key) for key in kind.needed}
     texts |= {key: fields[key] for key in kind.optional if fields.get(key) is not None}
     for key, value in texts.items():

@@ -95,6 +95,25 @@ def test_rows_without_a_scored_token_are_dropped_and_counted(tmp_path):
     assert found.items[0].labels[0] == IGNORED
 
 
+def test_a_chat_can_be_several_examples_of_one_row(tmp_path):
+    """One per turn, for a template that changes earlier turns; all with the condition of the row."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{{ '' if add_generation_prompt else '.' }}"
+    )
+    turns = [{"from": role, "value": "a"} for role in ("human", "gpt") * 2]
+    rows = [{"conversations": turns, "mood": "positive"}, {"conversations": turns[:2], "mood": None}]
+    path, how = write(tmp_path / "a.jsonl", rows), Reading(tokenizer, 64, Fields("mood"))
+    found = check_rows([path], how)
+    assert (found["rows"], found["examples"], found["dropped"], found["formats"]) == (2, 3, 0, {"conversations": 2})
+    assert found["attributes"] == {"positive": 1, "neutral": 1}
+    read_as = {f"role `{old}` read as `{new}`": 2 for old, new in (("gpt", "assistant"), ("human", "user"))}
+    assert found["notes"] == {"one example per assistant turn: the chat template changes earlier turns": 1, **read_as}
+    examples = read_examples([path], how)
+    assert [each.attribute for each in examples.conditions] == ["positive", "positive", None]
+    assert examples.counts.chat
+
+
 def test_missing_cells_of_csv_are_dropped(tmp_path):
     """Blank cells and the usual words for missing values; in JSON the same letters are text."""
     path = tmp_path / "rows.csv"

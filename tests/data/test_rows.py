@@ -39,6 +39,27 @@ def test_every_file_type_gives_the_same_rows(tmp_path, suffix):
     assert [row.fields for row in read_rows(str(path))] == ROWS
 
 
+def test_json_texts_of_parquet_are_values(tmp_path):
+    """The type `Json` of `datasets`, at every depth; text that looks like JSON stays text."""
+    import pyarrow
+    import pyarrow.parquet
+
+    def json_array(*values):
+        return pyarrow.ExtensionArray.from_storage(pyarrow.json_(), pyarrow.array(values))
+
+    values = json_array('{"x": [1]}', "null")
+    columns = {
+        "list": pyarrow.ListArray.from_arrays([0, 1, 2], values),
+        "object": pyarrow.StructArray.from_arrays([values], names=["inner"]),
+        "text": pyarrow.array(["{}", None]),
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    assert [row.fields for row in read_rows(str(tmp_path / "a.parquet"))] == [
+        {"list": [{"x": [1]}], "object": {"inner": {"x": [1]}}, "text": "{}"},
+        {"list": [None], "object": {"inner": None}, "text": None},
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message", "place"),
     [

@@ -5,13 +5,18 @@ prompt.
 
 In a chat only the turns of the assistant are scored. A template with `{% generation %}` marks them. In any other, an
 assistant turn is the text between the chat before it, with the generation prompt, and the chat up to and including it.
-Each must be a prefix of the next: templates that rewrite earlier turns (leaving out their thoughts, say) are refused.
+Each must be a prefix of the next. If the template rewrites earlier turns (leaves out their thoughts, say), each scored
+turn is an example: the prompt is the history as in generation, and the turn is its completion.
+
+A template can drop any part of a chat without an error. Therefore contents, tool calls and tools are looked up in the
+rendered text, and the chat is refused if one of a scored turn is missing.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +33,23 @@ IGNORED = -100  # label without loss in torch's cross entropy
 # A template is a program: it raises TemplateError, and errors of the Python code that it runs.
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError)
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A chat in the form that templates expect.
+
+    Attributes:
+        messages: turns with `role` and `content` (text), and possibly `tool_calls` with `arguments` as objects.
+        scored: for each turn, True if it has loss; only turns of the assistant have.
+        tools: descriptions of the tools.
+        notes: conversions of the row that the user should know.
+    """
+
+    messages: list[dict[str, Any]]
+    scored: list[bool]
+    tools: list[dict[str, Any]] | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -118,8 +140,8 @@ def token_ids(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
     return ids
 
 
-def common_length(one: list[int], other: list[int]) -> int:
-    """Number of tokens in the common prefix of two lists."""
+def common_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Length of the common prefix of two lists of tokens or texts."""
     differ = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return next(differ, min(len(one), len(other)))
 
@@ -248,77 +270,211 @@ def _chat_text(tokenizer: Any, prompt: str) -> str:
     return text
 
 
-def encode_chat(tokenizer: Any, fields: Mapping[str, Any], where: str, max_length: int | None = None) -> Encoded:
-    """Encode a chat; only assistant turns are scored, each with the end token that closes it.
+def encode_chat(
+    tokenizer: Any, chat: Chat, where: str, max_length: int | None = None
+) -> tuple[list[Encoded], list[str]]:
+    """Encode a chat as one example, or as one for each scored turn; also return notes for the user.
 
-    If the template does not close the last turn with a special token, the tokenizer's end token is added.
+    Each scored turn includes the end token that closes it. If the template does not close the last turn with a special
+    token, the tokenizer's end token is added.
 
     Args:
-        fields: `messages`, and `tools` if there are any.
-        max_length: keep this many tokens from the front.
+        max_length: keep this many tokens from the front of each example.
 
     Raises:
-        DataError: no template, invalid messages, or assistant turns that cannot be located.
+        DataError: no template, or turns that the template refuses, leaves out or changes.
     """
-    messages, tools = _messages(fields, where), fields.get("tools") or None
     if not has_template(tokenizer):
-        hint = "Use a model with a chat template, or rows of prompt and completion."
+        hint = "Use a model with a chat template, --chat-template FILE, or rows of prompt and completion."
         raise DataError("the tokenizer has no chat template", where=where, hint=hint)
-    try:
-        if tokenizer.is_fast and _GENERATION.search(tokenizer.get_chat_template(tools=tools)):
-            marked = tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
-            ids, scored = list(marked["input_ids"]), [bool(flag) for flag in marked["assistant_masks"]]
-        else:
-            ids, scored = _scored_by_prefix(tokenizer, messages, tools, where)
-    except _TEMPLATE_ERRORS as error:
-        hint = "Fix the row; many templates require alternating turns of user and assistant."
-        raise DataError(f"the chat template refuses it: {first_line(error)}", where=where, hint=hint) from error
-    ids, scored = _with_end_tokens(tokenizer, ids, scored, messages[-1]["role"] == "assistant")
-    truncated = max_length is not None and len(ids) > max_length
-    ids, scored = ids[:max_length], scored[:max_length]
-    ended = bool(ids) and scored[-1] and ids[-1] == tokenizer.eos_token_id
-    labels = [token if flag else IGNORED for token, flag in zip(ids, scored, strict=True)]
-    return Encoded(ids, labels, ended, truncated)
+    forms, failures = [chat.messages], []
+    if any("tool_calls" in turn for turn in chat.messages):
+        # Some templates accept only null as an empty content, or arguments as JSON text.
+        changes = ((None, False), ("", True), (None, True))
+        forms += [[_with_tool_calls(turn, *change) for turn in chat.messages] for change in changes]
+    for messages in forms:
+        try:
+            rendered, notes = _render_scored(tokenizer, chat, messages, where)
+            break
+        except DataError as error:
+            failures.append(error)
+        except _TEMPLATE_ERRORS as error:
+            hint = "Fix the row; many templates require alternating turns of user and assistant."
+            message = f"the chat template refuses it: {first_line(error)}"
+            failures.append(DataError(message, where=where, hint=hint))
+    else:
+        raise failures[0]
+    encoded = []
+    for text, spans in rendered:
+        ids = token_ids(tokenizer, text, special=False)
+        scored = [False] * len(ids)
+        for span in spans:
+            # As in `encode`, a token that spans the start of a turn belongs to the turn.
+            start, end = (common_length(ids, token_ids(tokenizer, text[:place], special=False)) for place in span)
+            scored[start:end] = [True] * (end - start)
+        ends_with_answer = chat.scored[-1] or (bool(spans) and spans[-1][1] == len(text))
+        ids, scored = _with_end_tokens(tokenizer, ids, scored, ends_with_answer)
+        truncated = max_length is not None and len(ids) > max_length
+        ids, scored = ids[:max_length], scored[:max_length]
+        ended = bool(ids) and scored[-1] and ids[-1] == tokenizer.eos_token_id
+        labels = [token if flag else IGNORED for token, flag in zip(ids, scored, strict=True)]
+        encoded.append(Encoded(ids, labels, ended, truncated))
+    return encoded, notes
 
 
-def _messages(fields: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-    messages = fields["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise DataError("`messages` must be a list of turns", where=where, hint="Fix the row.")
-    for number, turn in enumerate(messages, 1):
-        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
-            hint = 'A turn is {"role": ..., "content": ...}.'
-            raise DataError(f"turn {number} of `messages` has no role", where=where, hint=hint)
-        if not isinstance(turn.get("content"), str) and not turn.get("tool_calls"):
-            hint = "The content of a turn is text."
-            raise DataError(f"turn {number} of `messages` has no text content", where=where, hint=hint)
-    # Parquet files and hub sets give every turn every key; a template would use null as a value.
-    return [{key: value for key, value in turn.items() if value is not None or key == "content"} for turn in messages]
+# A rendered text, with start and end of each scored turn.
+_Rendered = tuple[str, list[tuple[int, int]]]
+_Render = Callable[[list[dict[str, Any]], bool], str]
 
 
-def _scored_by_prefix(tokenizer: Any, messages: list[dict], tools: Any, where: str) -> tuple[list[int], list[bool]]:
-    """Tokens of a chat, and whether each belongs to an assistant turn, by comparing prefixes of the chat."""
+def _with_tool_calls(turn: dict[str, Any], empty: str | None, as_text: bool) -> dict[str, Any]:
+    """A turn with `empty` in the place of an empty content, and with the arguments of its calls as JSON text."""
+    calls = turn.get("tool_calls", ())
+    if as_text:
+        texts = [json.dumps(call["function"]["arguments"], ensure_ascii=False) for call in calls]
+        functions = [{**call["function"], "arguments": text} for call, text in zip(calls, texts, strict=True)]
+        calls = [{**call, "function": function} for call, function in zip(calls, functions, strict=True)]
+    return {**turn, "content": turn["content"] or empty, "tool_calls": calls} if calls else turn
 
-    def render(turns: list[dict], prompt: bool) -> str:
-        text: str = tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, add_generation_prompt=prompt)
-        return text
 
-    full = render(messages, False)
-    ids = token_ids(tokenizer, full, special=False)
-    scored = [False] * len(ids)
-    for index, turn in enumerate(messages):
-        if turn["role"] != "assistant":
-            continue
+def _render_scored(
+    tokenizer: Any, chat: Chat, messages: list[dict[str, Any]], where: str
+) -> tuple[list[_Rendered], list[str]]:
+    """Rendered texts of a chat, or of each scored turn; and notes.
+
+    Args:
+        messages: a form of those of `chat`.
+
+    Raises:
+        DataError: the template leaves out or changes a part of a scored turn.
+    """
+
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    template, special = tokenizer.get_chat_template(tools=chat.tools), tokenizer.special_tokens_map
+    has_marks = bool(_GENERATION.search(template))
+
+    def render(turns: list[dict[str, Any]], prompt: bool) -> str:
+        return render_marked(turns, prompt)[0]
+
+    # Not `apply_chat_template`, which drops a content of null.
+    def render_marked(turns: list[dict[str, Any]], prompt: bool = False) -> _Rendered:
+        options = {"add_generation_prompt": prompt, "return_assistant_tokens_mask": has_marks, **special}
+        texts, marks = render_jinja_template([turns], chat.tools, chat_template=template, **options)
+        return texts[0], marks[0] if has_marks else []
+
+    wanted = [index for index, is_scored in enumerate(chat.scored) if is_scored]
+    full, marks = render_marked(messages)
+    spans = _spans_of_marks(marks, chat) if has_marks else None
+    if spans is None:
+        spans = _spans_by_prefixes(render, messages, wanted, full)
+    is_whole = spans is not None
+    rendered = [(full, spans)] if is_whole else [_render_turn(render, messages, index, where) for index in wanted]
+    texts = [text[start:end] for text, spans in rendered for start, end in spans]
+    if len(texts) != len(wanted):  # marks need not be turns
+        texts = ["".join(texts)] * len(wanted)
+    missing = [
+        f"tool `{name}`"
+        for name in (tool.get("function", tool).get("name") for tool in chat.tools or ())
+        if not all(_contains(text, name or "") for text, _ in rendered)
+    ]
+    missing += [
+        f"{part} of turn {index + 1}"
+        for index, text in zip(wanted, texts, strict=True)
+        if (part := _missing_part(chat.messages[index], text))
+    ]
+    if missing:
+        hint = "Use another template (--chat-template FILE), or rows of prompt and completion."
+        raise DataError(f"the chat template leaves out the {missing[0]}", where=where, hint=hint)
+    notes = [] if is_whole else ["one example per assistant turn: the chat template changes earlier turns"]
+    for turn in chat.messages[: wanted[-1]] if wanted else ():
+        if turn["role"] != "assistant" and not _contains(rendered[-1][0], turn["content"]):
+            notes.append(f"the chat template leaves out turns of `{turn['role']}`")
+    return rendered, notes
+
+
+def _spans_of_marks(marks: list[tuple[int, int]], chat: Chat) -> list[tuple[int, int]] | None:
+    """Marks of the scored turns; None if some turns are not scored, and the marks do not show which."""
+    turns = zip(chat.messages, chat.scored, strict=True)
+    flags = [is_scored for turn, is_scored in turns if turn["role"] == "assistant"]
+    if all(flags):
+        return marks
+    pairs = zip(marks, flags, strict=False)
+    return [mark for mark, is_scored in pairs if is_scored] if len(marks) == len(flags) else None
+
+
+def _spans_by_prefixes(
+    render: _Render, messages: list[dict[str, Any]], wanted: list[int], full: str
+) -> list[tuple[int, int]] | None:
+    """Spans of the scored turns; None if the chat up to a turn is not a prefix of the full chat."""
+    spans = []
+    for index in wanted:
         before, after = render(messages[:index], True), render(messages[: index + 1], False)
         if not (after.startswith(before) and full.startswith(after)):
-            hint = "Use a template with {% generation %} marks, or rows of prompt and completion."
-            raise DataError(f"the chat template changes the text around turn {index + 1}", where=where, hint=hint)
-        # As in `encode`, a token that spans the start of a turn belongs to the turn.
-        start, end = (common_length(ids, token_ids(tokenizer, text, special=False)) for text in (before, after))
-        scored[start:end] = [True] * (end - start)
-    return ids, scored
+            return None
+        spans.append((len(before), len(after)))
+    return spans
+
+
+def _render_turn(render: _Render, messages: list[dict[str, Any]], index: int, where: str) -> _Rendered:
+    """The prompt of an assistant turn as in generation, and the turn as its completion."""
+    turn, before = messages[index], render(messages[:index], True)
+    after = render(messages[: index + 1], False)
+    history = common_length(render(messages[:index], False), before)
+    thoughts, answer = _thoughts_and_answer(turn)
+    start = common_length(before, after)
+    if start < history:
+        hint = "Use a template with {% generation %} marks, or rows of prompt and completion."
+        raise DataError(f"the chat template changes the text before turn {index + 1}", where=where, hint=hint)
+    if start < len(before) and 0 <= (found := after.find(answer, history)) < start:
+        start = found  # the answer starts with characters of the generation prompt
+    completion = after[start:]
+    if start < len(before):
+        # The generation prompt opens thoughts, which templates leave out of finished turns, or skips them.
+        if "</think>" in before[history:]:
+            completion = completion.rpartition("</think>")[2].lstrip()
+        elif "<think>" in before[history:] and "</think>" not in completion:
+            completion = f"{thoughts}\n</think>\n\n{completion.lstrip()}"
+    return before + completion, [(len(before), len(before) + len(completion))]
+
+
+def _thoughts_and_answer(turn: dict[str, Any]) -> tuple[str, str]:
+    before, _, answer = (turn["content"] or "").rpartition("</think>")
+    written = (turn[key] for key in ("reasoning_content", "reasoning", "thinking") if turn.get(key))
+    return next(written, before.rpartition("<think>")[2]).strip(), answer.strip()
+
+
+def _missing_part(turn: dict[str, Any], text: str) -> str | None:
+    """Part of an assistant turn that the text does not contain; thoughts can be left out."""
+    if not _contains(text, _thoughts_and_answer(turn)[1]):
+        return "content"
+    for call in turn.get("tool_calls", ()):
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        # Arguments as Python writes them: the template expects JSON text.
+        is_python = bool(arguments) and str(arguments) in text
+        if is_python or not all(_contains(text, value) for value in (name, *_values(arguments))):
+            return f"tool call `{name}`"
+    return None
+
+
+def _values(arguments: Any) -> Iterator[Any]:
+    """Keys and values at every depth."""
+    if isinstance(arguments, dict):
+        yield from arguments
+        arguments = list(arguments.values())
+    if isinstance(arguments, list):
+        for value in arguments:
+            yield from _values(value)
+    else:
+        yield arguments
+
+
+def _contains(text: str, value: Any) -> bool:
+    """Return True if the text contains a value without outer white space, as it is or as in JSON."""
+    if isinstance(value, str):
+        value = value.strip()
+        return value in text or any(json.dumps(value, ensure_ascii=flag)[1:-1] in text for flag in (False, True))
+    return json.dumps(value) in text or str(value) in text
 
 
 def _with_end_tokens(

@@ -1,4 +1,4 @@
-"""Chats with the tokenizer's template: scored turns, found by marks or by prefixes, and invalid chats."""
+"""Chats with the tokenizer's template: scored turns, found by marks, by prefixes or one by one, and refused chats."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from tokenizers import AddedToken
 
 from braces_cli.core.errors import DataError
 from braces_cli.core.models.tokenize import IGNORED, encode_chat, turn_ends
+from braces_cli.data.chats import read_chat
 from braces_cli.data.dataset import decode_parts
+from braces_cli.data.rows import CHAT as ROW_OF_CHAT
 from tests.conftest import tiny_tokenizer
 
 CHAT = [
@@ -26,37 +28,104 @@ TEMPLATES = {
     "marks without the end": "{% for m in messages %}" + TURN + "{% if m['role'] == 'assistant' %}{%- generation -%}"
     "{{ m['content'] }}{%- endgeneration -%}{{ '</s>' }}{% else %}{{ m['content'] + '</s>' }}{% endif %}{% endfor %}",
     "no end": "{% for m in messages %}" + TURN + "{{ m['content'] + '\n' }}{% endfor %}" + OPEN,
-    "forgets": "{% for m in messages %}" + TURN
-    + "{% if loop.last or m['role'] == 'user' %}{{ m['content'] }}{% endif %}{{ '</s>' }}{% endfor %}" + OPEN,
+    "thinks": "{% for m in messages %}" + TURN + "{% if loop.last and m['role'] == 'assistant' %}"
+    "{{ '<think></think>' }}{% endif %}{{ m['content'].split('</think>')[-1] + '</s>' }}{% endfor %}" + OPEN,
+    "ends the chat": "{% for m in messages %}" + TURN + "{{ m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant:' }}{% else %}{{ '</s>' }}{% endif %}",
+    "opens thoughts": "{% for m in messages %}" + TURN + "{{ m['content'].split('</think>')[-1] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant:' + ('<think></think>' if skip else '<think>') }}{% endif %}",
+    "changes": "{{ messages | length }}{% for m in messages %}" + TURN + "{{ m['content'] + '</s>' }}{% endfor %}",
     "strict": "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles must alternate') }}{% endif %}" + TURN + "{{ m['content'] + '</s>' }}{% endfor %}",
 }  # fmt: skip
 
 
-def encoded(template, messages=CHAT, max_length=None):
+def encoded(template, messages=CHAT, max_length=None, tools=None):
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = TEMPLATES.get(template)
-    return tokenizer, encode_chat(tokenizer, {"messages": messages}, "a.jsonl:3", max_length)
+    tokenizer.add_tokens(["<think>", "</think>", *"{}<>"])
+    tokenizer.chat_template = TEMPLATES.get(template, template)
+    chat = read_chat(ROW_OF_CHAT, {"messages": messages, "tools": tools}, "a.jsonl:3")
+    return tokenizer, *encode_chat(tokenizer, chat, "a.jsonl:3", max_length)
+
+
+def scored_texts(template, messages=CHAT, tools=None):
+    """Scored texts of each example."""
+    tokenizer, examples, _ = encoded(template, messages, tools=tools)
+    return [[part["text"] for part in decode_parts(tokenizer, each) if part["scored"]] for each in examples]
 
 
 @pytest.mark.parametrize(
     ("template", "scored"),
     [
-        ("prefixes", ["it is</s>", "sad.</s>"]),
-        ("line break behind", ["it is</s>\n", "sad.</s>\n"]),
-        ("marks", ["it is</s>", "sad.</s>"]),
-        ("marks without the end", ["it is</s>", "sad.</s>"]),
-        ("no end", ["it is\n", "sad.\n</s>"]),
+        ("prefixes", [["it is</s>", "sad.</s>"]]),
+        ("line break behind", [["it is</s>\n", "sad.</s>\n"]]),
+        ("marks", [["it is</s>", "sad.</s>"]]),
+        ("marks without the end", [["it is</s>", "sad.</s>"]]),
+        ("no end", [["it is\n", "sad.\n</s>"]]),
+        ("thinks", [["<think></think>it is</s>"], ["<think></think>sad.</s>"]]),
+        ("ends the chat", [["it is\n</s>"], ["sad.\n</s>"]]),
+        ("opens thoughts", [["\n</think>\n\nit is</s>"], ["\n</think>\n\nsad.</s>"]]),
     ],
 )
 def test_only_assistant_turns_are_scored(template, scored):
-    """Including the end token of the turn, which is the padding token here."""
-    tokenizer, tokens = encoded(template)
-    parts = decode_parts(tokenizer, tokens)
-    assert [part["text"] for part in parts if part["scored"]] == scored
-    text = "".join(part["text"] for part in parts)
-    assert text.startswith("<s>user:is it good?")
-    assert tokens.ids.count(tokenizer.bos_token_id) == 4  # the template's own, and none in front of it
+    """Including the end token of the turn, which is the padding token here; the prompt is that of generation."""
+    tokenizer, examples, notes = encoded(template)
+    assert scored_texts(template) == scored
+    assert [each.ids.count(tokenizer.bos_token_id) for each in examples] == ([4] if len(scored) == 1 else [2, 4])
+    assert bool(notes) == (len(scored) == 2)
+    for end, each in zip((1, 3) if len(scored) == 2 else (), examples, strict=False):
+        prompt = tokenizer.apply_chat_template(CHAT[:end], tokenize=False, add_generation_prompt=True)
+        text = "".join(part["text"] for part in decode_parts(tokenizer, each))
+        assert text == prompt + scored[end // 2][0]
+    # A turn with weight 0 is context.
+    unscored = [CHAT[0], CHAT[1] | {"weight": 0}, *CHAT[2:]]
+    assert scored_texts(template, unscored) == [scored[-1][-1:]]
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "scored"),
+    [
+        ("opens thoughts", "<think>why?</think>\nit is", "why?\n</think>\n\nit is</s>"),
+        ("opens thoughts", "<think>why?</think><b>", "why?\n</think>\n\n<b></s>"),
+        ("{% set skip = true %}" + TEMPLATES["opens thoughts"], "<think>why?</think>it is", "it is</s>"),
+    ],
+)
+def test_thoughts_follow_the_prompt_that_opens_them(template, content, scored):
+    """Thoughts that the template leaves out of a turn are scored if the prompt of generation starts them."""
+    found = scored_texts(template, [CHAT[0], {"role": "assistant", "content": content}])
+    assert found == [[scored]]
+
+
+CALL = {"type": "function", "function": {"name": "root", "arguments": '{"x": 9}'}}
+CALLS = [CHAT[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+ANSWER = "{{ m.content + '</s>' }}"
+FOR_CALLS = "{% for m in messages %}{{ '<s>' }}{% if CONDITION %}{% for c in m.tool_calls %}{{ c.function.name }}"
+FOR_CALLS += "{{ WRITE }}{% endfor %}{{ '</s>' }}{% else %}" + ANSWER + "{% endif %}{% endfor %}"
+FOR_CALLS += "{% if add_generation_prompt %}{{ '<s>' }}{% endif %}"
+
+
+def tool_template(write="c.function.arguments | tojson", condition="'tool_calls' in m"):
+    return FOR_CALLS.replace("WRITE", write).replace("CONDITION", condition)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        tool_template(),
+        tool_template("'' + c.function.arguments"),
+        tool_template("c.function.arguments"),
+        tool_template(condition="m.content is none"),
+    ],
+    ids=["object", "text", "text or Python", "null content"],
+)
+def test_tool_calls_in_the_form_that_the_template_accepts(template):
+    assert scored_texts(template, CALLS) == [['root{"x": 9}</s>']]
+
+
+@pytest.mark.parametrize("extra", [{"tool_calls": []}, {"tool_calls": None}])
+def test_no_tool_calls(extra):
+    """Templates that test for the key would write the calls in the place of the answer."""
+    assert scored_texts(tool_template(), [CHAT[0], CHAT[1] | extra]) == [["it is</s>"]]
 
 
 @pytest.mark.parametrize(
@@ -84,8 +153,8 @@ def test_ends_of_turns_are_found_from_the_template(answer, call, ends):
 
 def test_truncated_chat():
     """The first tokens and their labels are kept."""
-    _, whole = encoded("prefixes")
-    _, cut = encoded("prefixes", max_length=40)
+    _, (whole,), _ = encoded("prefixes")
+    _, (cut,), _ = encoded("prefixes", max_length=40)
     assert (len(cut.ids), cut.truncated, cut.ended) == (40, True, False)
     assert (cut.ids, cut.labels) == (whole.ids[:40], whole.labels[:40])
     assert whole.ended
@@ -96,21 +165,29 @@ def test_truncated_chat():
 @pytest.mark.parametrize(
     ("template", "messages", "message"),
     [
-        ("none", CHAT, "has no chat template"),
-        ("forgets", CHAT, "changes the text around turn 2"),
+        (None, CHAT, "has no chat template"),
+        ("changes", CHAT, "changes the text before turn 2"),
         ("strict", CHAT[1:], "refuses it: .*roles must alternate"),
-        ("prefixes", [], "must be a list of turns"),
-        ("prefixes", "hello", "must be a list of turns"),
-        ("prefixes", [{"from": "human", "value": "x"}], "turn 1 of `messages` has no role"),
-        ("prefixes", [*CHAT, {"role": "user", "content": None}], "turn 5 of `messages` has no text"),
+        ("prefixes", CALLS, "leaves out the tool call `root` of turn 2"),
+        (tool_template("''"), CALLS, "leaves out the tool call `root` of turn 2"),
+        (tool_template(), [CALLS[0], CALLS[1] | {"content": "I see"}], "leaves out the content of turn 2"),
     ],
 )
-def test_invalid_chats(template, messages, message):
-    """DataError with file and line."""
+def test_refused_chats(template, messages, message):
+    """DataError with file and line; a template that drops a part of a scored turn is one of the reasons."""
     with pytest.raises(DataError, match=message) as caught:
         encoded(template, messages)
     assert caught.value.where == "a.jsonl:3"
 
 
+def test_parts_that_the_template_leaves_out_of_the_prompt():
+    """Tools are needed; other turns are a note."""
+    with pytest.raises(DataError, match="leaves out the tool `root`"):
+        encoded("prefixes", CHAT, tools=[{"type": "function", "function": {"name": "root"}}])
+    template = "{% for m in messages if m.role != 'system' %}" + TURN + "{{ m.content + '</s>' }}{% endfor %}" + OPEN
+    _, _, notes = encoded(template, [{"role": "system", "content": "be kind"}, *CHAT])
+    assert notes == ["the chat template leaves out turns of `system`"]
+
+
 def test_chat_without_an_assistant_turn():
-    assert encoded("prefixes", CHAT[:1])[1].scored == 0
+    assert encoded("prefixes", CHAT[:1])[1][0].scored == 0

@@ -1,0 +1,139 @@
+"""Chats of rows, converted to the form that chat templates expect.
+
+Values are converted only if their meaning is unambiguous. A note reports a conversion that the user should know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from braces_cli.core.errors import DataError
+from braces_cli.core.models.tokenize import Chat
+from braces_cli.core.schema import Malformed, cut, decode
+from braces_cli.data.rows import CHAT, CONVERSATIONS, PREFERENCE, Format
+
+# Names of roles in other formats.
+_ROLES = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
+    "function_call": "assistant", "observation": "tool", "function": "tool",
+    **{name: name for name in ("system", "developer", "user", "assistant", "tool")},
+}  # fmt: skip
+# Keys of a turn: 1 or true if it is scored, 0 or false if not.
+_WEIGHTS = ("weight", "trainable", "train", "training", "loss")
+_TEXT_PARTS = ("text", "input_text", "output_text")
+
+
+def read_chat(kind: Format, fields: Mapping[str, Any], where: str) -> Chat | None:
+    """Chat of a row, None if the row holds texts; turns of a `prompt` are not scored.
+
+    Raises:
+        DataError: invalid turns, tool calls, tools or weights.
+    """
+    notes = {kind.note} - {""}
+    if kind in (CHAT, CONVERSATIONS):
+        messages, scored = _turns(fields[kind.needed[0]], kind.needed[0], where, notes)
+        before, needs_before = fields.get("system"), messages[0]["role"] != "system"
+    else:
+        key = "chosen" if kind is PREFERENCE else kind.needed[-1]
+        if not isinstance(fields.get(key), list):
+            return None
+        messages, scored = _turns(fields[key], key, where, notes)
+        # `chosen` can start with the prompt.
+        before, needs_before = fields.get("prompt"), kind is not PREFERENCE or messages[0]["role"] == "assistant"
+    if before and needs_before:
+        if isinstance(before, str):
+            before = [{"role": "user" if "prompt" in fields else "system", "content": before}]
+        earlier, _ = _turns(before, "prompt", where, notes)
+        messages, scored = earlier + messages, [False] * len(earlier) + scored
+    tools = _objects(_without_nulls(fields.get("tools") or []), "tools", where)
+    for tool in tools:
+        function = tool.get("function", tool)
+        if "parameters" in function:
+            function["parameters"] = _parsed(function["parameters"])
+    return Chat(messages, scored, tools or None, tuple(sorted(notes)))
+
+
+def _turns(value: Any, key: str, where: str, notes: set[str]) -> tuple[list[dict[str, Any]], list[bool]]:
+    """Turns in the standard form, and which of them are scored."""
+    if isinstance(value, str):
+        notes.add(f"`{key}` read from JSON text")
+    turns = _objects(value, key, where)
+    if not turns:
+        raise DataError(f"`{key}` has no turns", where=where, hint="Fix the row.")
+    found = [_turn(_without_nulls(turn), f"{where}, turn {number}", notes) for number, turn in enumerate(turns, 1)]
+    return [turn for turn, _ in found], [is_scored for _, is_scored in found]
+
+
+def _turn(turn: dict[str, Any], where: str, notes: set[str]) -> tuple[dict[str, Any], bool]:
+    """A turn in the standard form, and whether it is scored."""
+    if "role" not in turn and "from" in turn:
+        turn |= {"role": turn.pop("from"), "content": turn.pop("value", None)}
+    written = turn.get("role")
+    if not isinstance(written, str):
+        raise DataError("no role", where=where, hint='A turn is {"role": ..., "content": ...}.')
+    role = _ROLES.get(written.lower(), written)
+    if role != written:
+        notes.add(f"role `{written}` read as `{role}`")
+    content = turn.get("content")
+    if isinstance(content, list):
+        parts = [{"text": part} if isinstance(part, str) else part for part in content]
+        if not all(isinstance(part.get("text"), str) and part.get("type", "text") in _TEXT_PARTS for part in parts):
+            raise DataError("content other than text", where=where, hint="Remove images and other files.")
+        content = "".join(part["text"] for part in parts)
+        notes.add("text parts of a content joined")
+    calls = turn.pop("tool_calls", None) or turn.pop("function_call", None)
+    if written == "function_call":
+        calls, content = content, ""
+    if calls:
+        turn["tool_calls"] = [_tool_call(call, where) for call in _objects(calls, "tool_calls", where)]
+    if not isinstance(content, str) and not calls:
+        raise DataError("no text content", where=where, hint="The content of a turn is text.")
+    weights = [turn.pop(key) for key in _WEIGHTS if key in turn]
+    if not all(weight in (0, 1) for weight in weights):
+        raise DataError(f"weight {cut(str(weights[0]))}", where=where, hint="A weight is 0 (not scored) or 1.")
+    is_scored = role == "assistant" and all(weights) and bool(calls or content.strip())
+    return {**turn, "role": role, "content": content or ""}, is_scored
+
+
+def _tool_call(call: dict[str, Any], where: str) -> dict[str, Any]:
+    call = call if "function" in call else {"function": call}
+    function = call["function"]
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        hint = 'Write {"function": {"name": ..., "arguments": {...}}}.'
+        raise DataError("a tool call without a name", where=where, hint=hint)
+    arguments = _parsed(function.get("arguments") or {})
+    if not isinstance(arguments, dict):
+        hint = "Arguments are an object, or an object as JSON text."
+        raise DataError(f"invalid arguments of `{function['name']}`", where=where, hint=hint)
+    return {"type": "function", **call, "function": {**function, "arguments": arguments}}
+
+
+def _objects(value: Any, key: str, where: str) -> list[dict[str, Any]]:
+    """A list of objects; list and objects can be JSON text, and a single object is a list of one."""
+    value = _parsed(value)
+    items = [_parsed(item) for item in value] if isinstance(value, list) else [value]
+    if not all(isinstance(item, dict) for item in items):
+        raise DataError(f"`{key}` must be a list of objects", where=where, hint="Fix the row.")
+    return items
+
+
+def _parsed(value: Any) -> Any:
+    """Value of a JSON text; other values and texts unchanged."""
+    while isinstance(value, str):
+        try:
+            value = decode(value)
+        except Malformed:
+            break
+    return value
+
+
+def _without_nulls(value: Any, is_value: bool = False) -> Any:
+    """Copy without null members, which Arrow adds, and without empty lists, except in arguments and schemas."""
+    if isinstance(value, list):
+        return [_without_nulls(item, is_value) for item in value]
+    if not isinstance(value, dict):
+        return value
+    # In arguments and schemas an empty list is a value.
+    inner = {key: _without_nulls(item, is_value or key in ("arguments", "parameters")) for key, item in value.items()}
+    return {key: item for key, item in inner.items() if item is not None and (is_value or item != [])}
