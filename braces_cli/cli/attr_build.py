@@ -14,14 +14,14 @@ from braces_cli.core.attributes.words import GRADIENT, POOLINGS, REDUCTIONS, bui
 from braces_cli.core.config import METHOD, option
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.files import user_path
-from braces_cli.core.options import AdapterSettings, OutputSettings, OverwriteSettings, UploadSettings
+from braces_cli.core.options import AdapterSettings, ChatSettings, OutputSettings, OverwriteSettings, UploadSettings
 
 # Words of an attribute in a list.
 _WORDS_SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttributeBuildSettings(AdapterSettings, OverwriteSettings, UploadSettings, OutputSettings):
+class AttributeBuildSettings(AdapterSettings, ChatSettings, OverwriteSettings, UploadSettings, OutputSettings):
     """Settings of `braces attr-build`.
 
     Attributes:
@@ -81,6 +81,7 @@ class AttributeBuildSettings(AdapterSettings, OverwriteSettings, UploadSettings,
         for wrong, where in (
             (self.layers == "auto", "--layers auto"),
             (self.apply_chat_template is not None, "--apply-chat-template"),
+            (self.changes_template, "--chat-template, --chat-template-kwargs, --system-prompt"),
             (self.reduction not in (None, "mean", GRADIENT), f"--reduction {self.reduction}"),
         ):
             if wrong:

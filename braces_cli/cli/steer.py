@@ -153,7 +153,7 @@ def _rows(settings: SteerSettings, requests: Iterator[TextRequest], **details: A
         for name in (*strengths, *named):
             find(name)
     layers = chosen_layers(session.base.model, settings.layers)
-    chat = uses_chat_template(session, settings.apply_chat_template)
+    chat = uses_chat_template(session, settings.uses_template)
 
     def steering(batch: Sequence[TextRequest]) -> AbstractContextManager[list[LayerSteering]]:
         return steered(session, terms_of_rows(find, [request.attributes for request in batch]), layers)
@@ -246,7 +246,7 @@ def run_interactive(settings: SteerSettings) -> None:
     from braces_cli.steering.texts import uses_chat_template
 
     session = open_session(settings.model, settings.adapter, settings)
-    chat = uses_chat_template(session, settings.apply_chat_template)
+    chat = uses_chat_template(session, settings.uses_template)
     conversation = Conversation(
         session, settings.strengths, settings.sampling, folder=settings.attributes, layers=settings.layers, chat=chat
     )

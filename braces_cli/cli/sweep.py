@@ -71,7 +71,7 @@ def _measure(settings: SteerSettings, prompts: list[str], report: Report) -> dic
     reference_model = None
     if settings.reference_model is not None:
         reference_model = load_base(settings.reference_model, replace(settings, revision=None))
-    chat = uses_chat_template(session, settings.apply_chat_template)
+    chat = uses_chat_template(session, settings.uses_template)
     processes = join(input_device(session.base.model))
     swept = find_attribute(session, name, settings.attributes, report)
     others = [(find_attribute(session, each, settings.attributes, report), s) for each, s in settings.strengths.items()]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from braces_cli.core.config import (
     ATTRIBUTES,
@@ -16,6 +18,8 @@ from braces_cli.core.config import (
     option,
     same_option,
 )
+from braces_cli.core.errors import ConfigError
+from braces_cli.core.schema import Kind, Malformed, decode, read
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Names in other tools.
@@ -68,6 +72,62 @@ class AdapterSettings(ModelSettings):
     """
 
     adapter: str | None = option(None, metavar="ADAPTER", panel=MODEL, once=True)
+
+
+_TEMPLATE: Kind[str] = Kind(str, ConfigError, "Give a Jinja file.")
+# Python writes these values in another way than JSON.
+_WORDS = {"true": True, "false": False, "none": None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatSettings(Settings):
+    """The chat template and what is passed to it.
+
+    Attributes:
+        chat_template: File with a chat template (Jinja). Default: that of the adapter, else of the tokenizer.
+        chat_template_kwargs: Argument of the chat template, such as enable_thinking=false. Repeatable.
+        system_prompt: Text of the system turn of chats without one. Default: that of the chat template, if any.
+    """
+
+    chat_template: Path | None = option(None, panel=MODEL, metavar="FILE")
+    chat_template_kwargs: tuple[str, ...] = option((), panel=MODEL, metavar="KEY=VALUE")
+    system_prompt: str | None = option(None, panel=MODEL, metavar="TEXT")
+
+    def check(self) -> None:
+        """Also read the template and its arguments."""
+        super().check()
+        _ = self.template_text, self.template_defaults
+
+    @cached_property
+    def template_text(self) -> str | None:
+        """Content of `chat_template`."""
+        return None if self.chat_template is None else read(_TEMPLATE, self.chat_template, str)
+
+    @cached_property
+    def template_defaults(self) -> str:
+        """Jinja statements for the start of a template: its arguments and system turn, if the caller gives none."""
+        statements = []
+        for pair in self.chat_template_kwargs:
+            key, _, text = (part.strip() for part in pair.partition("="))
+            if not (key.isidentifier() and text):
+                hint = "Such as enable_thinking=false."
+                raise ConfigError(f"`{pair}` is not KEY=VALUE", where="--chat-template-kwargs", hint=hint)
+            try:
+                value: Any = _WORDS[text.lower()] if text.lower() in _WORDS else decode(text)
+            except Malformed:
+                value = text
+            # Jinja reads numbers, texts, lists and objects as Python does.
+            statements.append(f"{{% if {key} is not defined %}}{{% set {key} = {value!r} %}}{{% endif %}}")
+        if self.system_prompt is not None:
+            turn = {"role": "system", "content": self.system_prompt}
+            has_none = "not messages or messages[0]['role'] not in ('system', 'developer')"
+            statements.append(f"{{% if {has_none} %}}{{% set messages = [{turn!r}] + messages %}}{{% endif %}}")
+        return "".join(statements)
+
+    @property
+    def changes_template(self) -> bool:
+        """Return True if one of the options is set."""
+        return self.template_text is not None or bool(self.template_defaults)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,12 +204,12 @@ class Sampling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationSettings(Settings):
+class GenerationSettings(ChatSettings):
     """Number, length and sampling of generated texts.
 
     Attributes:
         num_samples: Number of texts per prompt.
-        apply_chat_template: Apply the chat template. Default: as in training.
+        apply_chat_template: Apply the chat template. Default: as in training, and on with options of the template.
     """
 
     num_samples: int = option(1, min=1, panel=GENERATION)
@@ -159,6 +219,11 @@ class GenerationSettings(Settings):
     apply_chat_template: bool | None = option(
         None, panel=GENERATION, flag="--apply-chat-template/--no-apply-chat-template"
     )
+
+    @property
+    def uses_template(self) -> bool | None:
+        """`apply_chat_template`; by default True if an option of the template is set, else None."""
+        return self.changes_template or None if self.apply_chat_template is None else self.apply_chat_template
 
 
 @dataclass(frozen=True, kw_only=True)

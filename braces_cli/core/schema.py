@@ -142,13 +142,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return parse(_YAML, _bytes(_YAML, path), str(path), decode_yaml)
 
 
-def read(kind: Kind[T], path: Path) -> T:
-    """Return the content of a JSON file.
+def read(kind: Kind[T], path: Path, decoder: Callable[[str], Any] = decode) -> T:
+    """Return the content of a file, JSON by default.
 
     Raises:
         BracesError: of the class `kind.error`: missing, not a file, not UTF-8, malformed, or not as in the schema.
     """
-    return parse(kind, _bytes(kind, path), str(path))
+    return parse(kind, _bytes(kind, path), str(path), decoder)
 
 
 def parse(kind: Kind[T], data: str | bytes, where: str, decoder: Callable[[str], Any] = decode) -> T:

@@ -56,7 +56,10 @@ class BracesLM(HFLM):
         pretrained, revision = resolve_base(pretrained, revision, adapters)
         load = {name: value for name in options_of(LoadOptions) if (value := kwargs.pop(name, None)) is not None}
         options = LoadOptions(**load, revision=revision)
-        session = open_session(pretrained, None, options)
+        stored = adapters[0].stored if adapters else None
+        session = open_session(
+            pretrained, None, options, template=None if stored is None else stored.config.chat_template
+        )
         # Adapter and steering stay active as long as the model exists.
         self._contexts = ExitStack()
         self._contexts.enter_context(attached(session, adapters[0] if adapters else None))

@@ -18,6 +18,7 @@ from braces_cli.core.config import options_of
 from braces_cli.core.distributed import Processes, join, world_size
 from braces_cli.core.errors import ConfigError, DataError, near_misses
 from braces_cli.core.files import file_hash, scratch_folder, value_hash, versions
+from braces_cli.core.models.tokenize import Template
 from braces_cli.core.options import LoadOptions
 from braces_cli.core.progress import Report, silent
 from braces_cli.evaluation import catalog, lm_eval_runner
@@ -58,7 +59,7 @@ def run_evaluation(settings: EvalSettings, report: Report = silent) -> dict[str,
             write_override(selection.leaves[name], rows[name], folder)
         units = lm_eval_runner.load_tasks(selection, folder, files, model, settings.limit)
         _check_thresholds(settings, selection, units)
-        session = open_session(model, None, settings)
+        session = open_session(model, None, settings, template=_template(settings, adapters))
         chat = _uses_chat_template(settings, adapters, session)
         # The last adapter stays attached after its check, so it is measured first.
         with ExitStack() as stack:
@@ -117,14 +118,23 @@ def _join(settings: EvalSettings) -> tuple[Processes, str]:
     return processes, str(processes.accelerator.device) if device == "cuda" else device
 
 
+def _template(settings: EvalSettings, adapters: Sequence[EvalAdapter]) -> Template | None:
+    """Return the chat template that the adapters were trained with, if it is not the base's; one for all systems."""
+    stored = [adapter.stored.config.chat_template for adapter in adapters if adapter.stored is not None]
+    if settings.template_text is None and any(each != stored[0] for each in stored):
+        hint = "Give one for all: --chat-template FILE."
+        raise ConfigError("the adapters were trained with different chat templates", where="--adapter", hint=hint)
+    return stored[0] if stored else None
+
+
 def _uses_chat_template(settings: EvalSettings, adapters: Sequence[EvalAdapter], session: Session) -> bool:
     """Return the setting, else how the adapters were trained; the same for all systems."""
     trained = {adapter.chat_template for adapter in adapters} - {None}
-    if settings.apply_chat_template is None and len(trained) > 1:
+    if settings.uses_template is None and len(trained) > 1:
         what = "one adapter was trained with the chat template and another without"
         hint = "Choose one setting for all: --apply-chat-template or --no-apply-chat-template."
         raise ConfigError(what, where="--apply-chat-template", hint=hint)
-    template = settings.apply_chat_template
+    template = settings.uses_template
     return uses_chat_template(session, True in trained if template is None else template)
 
 
@@ -181,6 +191,7 @@ def _identity(
     names = [name for name in options_of(LoadOptions) if name not in ("device", "device_map")]
     names += ["model", "no_base", "limit", "num_fewshot", "apply_chat_template", "seeds"]
     identity = {name: getattr(settings, name) for name in names}
+    identity["chat_template"] = [settings.template_text, settings.template_defaults]
     identity["adapters"] = [[each.name, each.sha256] for each in adapters]
     identity["tasks"] = [*selection.names, *selection.native]
     identity["task_data"] = {name: file_hash(file, DataError) for name, file in files.items()}

@@ -287,6 +287,8 @@ def copy_companions(session: Session, folder: Path) -> None:
     settings = read(WRITTEN, path) if path.is_file() else {}
     if not settings.get("tokenizer_class") and tokenizer.__module__.startswith("transformers."):
         write_json(path, settings | {"tokenizer_class": tokenizer.__name__})
+    if session.config is not None and session.config.chat_template is not None:
+        base.tokenizer.save_chat_templates(folder, {}, None, save_jinja_files=True)
     if session.turn_ends:
         path, generation = folder / "generation_config.json", base.model.generation_config
         settings = read(WRITTEN, path) if path.is_file() else generation.to_diff_dict()

@@ -39,7 +39,7 @@ from braces_cli.core.files import check_output_folder, output_lock, value_hash, 
 from braces_cli.core.models.ffn import FFN, MixtureFFN, chosen_layers, find_ffns, parameter_total
 from braces_cli.core.models.hub import check_push
 from braces_cli.core.models.load import input_device, load_shape, load_tokenizer, pick_device
-from braces_cli.core.models.tokenize import context_length, encode, turn_ends
+from braces_cli.core.models.tokenize import Template, choose_template, context_length, encode, turn_ends
 from braces_cli.core.progress import Report, silent
 from braces_cli.data.dataset import Examples, Fields, Reading, Stream, log_counts, read_examples
 from braces_cli.scoring.likelihood import Likelihood
@@ -185,6 +185,7 @@ def _config(
         method=adapter.method if isinstance(adapter, PeftAdapter) else settings.method,
         relevance_to=settings.relevance_to,
         relevance_scale=list(adapter.scales),
+        chat_template=plan.template,
         end_of_turn=turn_ends(base.tokenizer) if chat else [],
     )
 
@@ -261,6 +262,7 @@ class Plan:
         layers: decoder layers to adapt; None is all.
         counts: `{trainable_parameters, condition_parameters, total_parameters, trainable_percent}`.
         reading: tokenizer of the base, and how rows become examples.
+        template: chat template, if it is not that of the base.
     """
 
     settings: TrainSettings
@@ -269,6 +271,7 @@ class Plan:
     layers: list[int] | None
     counts: dict[str, Any]
     reading: Reading
+    template: Template | None
 
 
 def resolve(settings: TrainSettings) -> Plan:
@@ -304,7 +307,8 @@ def resolve(settings: TrainSettings) -> Plan:
     named = strength != STRENGTH or settings.given.get("strength_field") == "command line"
     fields = None if attribute is None else Fields(attribute, strength, named)
     reading = Reading(tokenizer, settings.max_length, fields, settings.row_columns, settings.streaming)
-    return Plan(settings, base, start, layers, counts, reading)
+    template = choose_template(tokenizer, settings, None if start is None else start.config.chat_template)
+    return Plan(settings, base, start, layers, counts, reading, template)
 
 
 def _fixed(config: AdapterConfig) -> dict[str, Any]:

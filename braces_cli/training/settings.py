@@ -23,7 +23,7 @@ from braces_cli.core.config import (
 )
 from braces_cli.core.errors import ConfigError, near_misses
 from braces_cli.core.files import user_path
-from braces_cli.core.options import ModelSettings, OutputSettings, OverwriteSettings, UploadSettings
+from braces_cli.core.options import ChatSettings, ModelSettings, OutputSettings, OverwriteSettings, UploadSettings
 from braces_cli.core.schema import Kind, cut, read
 from braces_cli.data.rows import Columns, parse_columns
 
@@ -63,7 +63,7 @@ _RECORDED = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(AttributesFolder, ModelSettings, OverwriteSettings, UploadSettings, OutputSettings):
+class TrainSettings(AttributesFolder, ChatSettings, ModelSettings, OverwriteSettings, UploadSettings, OutputSettings):
     """Inputs, method and outputs of `braces train`.
 
     Defaults that depend on other settings or on the base are None until `resolve`.

@@ -17,7 +17,7 @@ from braces_cli.core.adapter.model import open_session
 from braces_cli.core.options import LoadOptions
 from braces_cli.data.dataset import Reading, read_examples
 from braces_cli.scoring.likelihood import Likelihood, likelihoods
-from tests.conftest import tiny_tokenizer, write_rows
+from tests.conftest import write_rows
 from tests.core.comparison import relative
 from tests.core.models.test_chat import CHAT, TEMPLATES
 
@@ -96,16 +96,26 @@ def test_the_division_of_a_step_changes_nothing(train: Any, rows: Path, tmp_path
             assert relative(others[key], tensor) < 1e-4, (name, key)
 
 
-def test_train_on_chats(train: Any, model_dir: Path, tmp_path: Path) -> None:
-    """The adapter records the chat template, the default for prompts, and the end of a turn."""
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = TEMPLATES["prefixes"]
-    tokenizer.save_pretrained(shutil.copytree(model_dir, tmp_path / "chat-model"))
+def test_train_on_chats(train: Any, braces: Any, chatty: Path, tmp_path: Path) -> None:
+    """The adapter records chat template, system turn and the end of a turn, for prompts and exports."""
+    (tmp_path / "chat.jinja").write_text(TEMPLATES["prefixes"])
     data = write_rows(tmp_path / "chats.jsonl", ({"messages": CHAT, "id": n} for n in range(4)))
-    outcome = train(tmp_path / "out", "--max-steps", 2, data=data, base=tmp_path / "chat-model")
-    assert outcome.json["rows_dropped"] == 0
-    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    out, merged = tmp_path / "out", tmp_path / "merged"
+    options = ("--max-steps", 2, "--chat-template", tmp_path / "chat.jinja", "--system-prompt", "be kind")
+    assert train(out, *options, data=data, base=chatty).json["rows_dropped"] == 0
+    config = json.loads((out / "adapter_config.json").read_text())
     assert (config["training"]["chat_template"], config["end_of_turn"]) == (True, ["</s>"])
+    assert config["chat_template"].endswith(TEMPLATES["prefixes"])
+    assert braces("merge", "--adapter", out, "--output-dir", merged).code == 0
+    assert (merged / "chat_template.jinja").read_text() == config["chat_template"]
+    call = ("steer", "--temperature", 0, "--max-new-tokens", 8, "--format", "json", "--adapter", out, "--prompt")
+    texts = []
+    # Options of the command precede those of the adapter.
+    for system, more in (("be kind", ()), ("be sad", ("--system-prompt", "be sad", "--chat-template-kwargs", "x=1"))):
+        spelt = f"system:{system}</s><s>user:a day</s><s>assistant:"
+        texts.append(braces(*call, "a day", *more).json["text"])
+        assert texts[-1] == braces(*call, spelt, "--no-apply-chat-template").json["text"]
+    assert texts[0] != texts[1]
 
 
 def test_a_short_run_reaches_its_rate_and_counts_truncated_rows(train: Any, tmp_path: Path) -> None:

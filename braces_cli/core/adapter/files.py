@@ -50,6 +50,7 @@ class AdapterConfig:
         attributes: names of trained attributes; with any, the file holds the MLP of `core.adapter.layer`.
         relevance_to: what the value vectors are compared with, the FFN's input or its output.
         relevance_scale: c of each of `layers`, the constant factor of its relevance scores.
+        chat_template: template of the training data, if it is not that of the base.
         end_of_turn: tokens and texts that end an assistant's turn, if the adapter was trained on chats.
         versions: versions of libraries; recorded only.
     """
@@ -64,6 +65,7 @@ class AdapterConfig:
     attributes: list[Name] = field(default_factory=list)
     relevance_to: Relevance = "input"
     relevance_scale: list[Positive] = field(default_factory=list)
+    chat_template: str | dict[str, str] | None = None
     end_of_turn: list[Name] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION

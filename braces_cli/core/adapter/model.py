@@ -23,7 +23,7 @@ from braces_cli.core.models.hub import EMBEDDED, note_default
 from braces_cli.core.models.identity import check_same_base
 from braces_cli.core.models.load import Base, load_base, load_shape
 from braces_cli.core.models.structure import hooks_changed
-from braces_cli.core.models.tokenize import end_tokens
+from braces_cli.core.models.tokenize import Template, choose_template, end_tokens
 from braces_cli.core.options import LoadOptions
 
 logger = logging.getLogger("braces")
@@ -373,12 +373,17 @@ def base_name(model: str | None, adapter: StoredAdapter | None) -> str:
 
 
 def open_session(
-    model: str | None, adapter: str | StoredAdapter | None, options: LoadOptions, tokenizer: Any = None
+    model: str | None,
+    adapter: str | StoredAdapter | None,
+    options: LoadOptions,
+    tokenizer: Any = None,
+    template: Template | None = None,
 ) -> Session:
     """Load a base, and attach an adapter if one is given.
 
     Args:
-        tokenizer: tokenizer of the base, if loaded already.
+        tokenizer: tokenizer of the base, if loaded already, with its chat template.
+        template: chat template of adapters that are attached later.
 
     Raises:
         ConfigError: the device is not available.
@@ -390,6 +395,8 @@ def open_session(
         options = replace(options, revision=stored.config.revision)
     base = load_base(base_name(model, stored), options, tokenizer)
     session = Session(base)
+    if tokenizer is None:
+        choose_template(base.tokenizer, options, template if stored is None else stored.config.chat_template)
     if stored is not None:
         session.add_adapter(stored)
     return session

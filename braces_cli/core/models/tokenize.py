@@ -25,8 +25,9 @@ from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from braces_cli.core.errors import DataError, ModelError, first_line
+from braces_cli.core.errors import ConfigError, DataError, ModelError, first_line
 from braces_cli.core.models.hub import is_rust_panic
+from braces_cli.core.options import ChatSettings
 from braces_cli.core.schema import cut
 
 IGNORED = -100  # label without loss in torch's cross entropy
@@ -204,6 +205,34 @@ def by_length(examples: Sequence[Encoded], batch_size: int) -> Iterator[list[int
 def has_template(tokenizer: Any) -> bool:
     """Return whether a tokenizer has a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
+
+
+# A chat template, or several by name.
+Template = str | dict[str, str]
+
+
+def choose_template(tokenizer: Any, options: object, stored: Template | None = None) -> Template | None:
+    """Set the chat template of a tokenizer, and return it if it is not the tokenizer's own.
+
+    Args:
+        options: if they are `ChatSettings`, their template precedes the others, and their arguments are added.
+        stored: template of an adapter.
+
+    Raises:
+        ConfigError: arguments of a template without a template.
+    """
+    chosen = stored
+    if isinstance(options, ChatSettings) and options.changes_template:
+        source = options.template_text or stored or tokenizer.chat_template
+        if not source:
+            where = "--chat-template-kwargs, --system-prompt"
+            raise ConfigError("the tokenizer has no chat template", where=where, hint="Give --chat-template FILE.")
+        named = source if isinstance(source, dict) else {"": source}
+        texts = {name: options.template_defaults + text for name, text in named.items()}
+        chosen = texts if isinstance(source, dict) else texts[""]
+    if chosen is not None:
+        tokenizer.chat_template = chosen
+    return chosen
 
 
 def chat_ids(tokenizer: Any, prompt: str) -> tuple[int, ...]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 from tokenizers import AddedToken
 
-from braces_cli.core.errors import DataError
-from braces_cli.core.models.tokenize import IGNORED, encode_chat, turn_ends
+from braces_cli.core.config import build
+from braces_cli.core.errors import ConfigError, DataError
+from braces_cli.core.models.tokenize import IGNORED, choose_template, encode_chat, turn_ends
+from braces_cli.core.options import ChatSettings
 from braces_cli.data.chats import read_chat
 from braces_cli.data.dataset import decode_parts
 from braces_cli.data.rows import CHAT as ROW_OF_CHAT
@@ -149,6 +151,51 @@ def test_ends_of_turns_are_found_from_the_template(answer, call, ends):
         "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
     )
     assert turn_ends(tokenizer) == ends
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("false", "no"),
+        ("False", "no"),
+        ("true", "yes True"),
+        ("none", "no"),
+        ("0.5", "yes 0.5"),
+        ("a 'b' %}", "yes a 'b' %}"),
+    ],
+)
+def test_arguments_of_the_template(value, shown):
+    """JSON values or text; visible in macros, and replaced by the caller's."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% macro f() %}{{ 'yes ' ~ x if x else 'no' }}{% endmacro %}{{ f() }}"
+    stored = choose_template(tokenizer, build(ChatSettings, {"chat_template_kwargs": [f"x = {value}"]}))
+    assert stored == tokenizer.chat_template
+    assert tokenizer.apply_chat_template(CHAT, tokenize=False) == shown
+    assert tokenizer.apply_chat_template(CHAT, tokenize=False, x=2) == "yes 2"
+
+
+@pytest.mark.parametrize("text", ["be kind", "", "a \"b\" '%}' {{ c }}\n\\ \U0001f600"])
+def test_the_system_prompt_is_for_chats_without_one(text):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    choose_template(tokenizer, build(ChatSettings, {"system_prompt": text}))
+    assert tokenizer.apply_chat_template(CHAT[:1], tokenize=False) == f"[{text}][is it good?]"
+    own = [{"role": "system", "content": "own"}, CHAT[0]]
+    assert tokenizer.apply_chat_template(own, tokenize=False) == "[own][is it good?]"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chat_template_kwargs": ["x"]}, "`x` is not KEY=VALUE"),
+        ({"chat_template_kwargs": ["a-b=1"]}, "`a-b=1` is not KEY=VALUE"),
+        ({"chat_template": "none.jinja"}, "no such file"),
+        ({"system_prompt": "x"}, "has no chat template"),
+    ],
+)
+def test_invalid_options_of_the_template(options, message):
+    with pytest.raises(ConfigError, match=message):
+        choose_template(tiny_tokenizer(), build(ChatSettings, options))
 
 
 def test_truncated_chat():
