@@ -38,7 +38,7 @@ ADAPTER = {
     "training": {}, "attributes": [], "relevance_to": "input", "relevance_scale": [1.0, 2.0],
     "versions": {"torch": "2"},
 }  # fmt: skip
-LIKELIHOOD = {"nll": 1.5, "tokens": 3, "end_nll": 0.0, "end_tokens": 0}
+LIKELIHOOD = {"nll": 1.5, "tokens": 3}
 PROGRESS = {
     "step": 2, "max_steps": 4, "tokens": 5, "computed": 6, "seconds": 0.5, "loss_sum": 1.0, "loss_open": 0.0,
     "logged": 2,
@@ -46,10 +46,10 @@ PROGRESS = {
 RESULT = {
     "output_dir": "out", "method": "braces", "trainable_parameters": 1, "condition_parameters": 0,
     "total_parameters": 9, "trainable_percent": 1.0, "steps": 4, "epochs": 1.0, "train_loss": 2.0,
-    "base_eval_loss": None, "base_eval_perplexity": None, "base_eval_perplexity_without_eos": None, "eval_loss": None,
-    "eval_perplexity": None, "eval_perplexity_without_eos": None, "seconds": 1.0, "tokens": 9,
+    "base_eval_loss": None, "base_eval_perplexity": None, "eval_loss": None,
+    "eval_perplexity": None, "seconds": 1.0, "tokens": 9,
     "tokens_per_second": 9.0, "peak_memory": 1, "rows": 1, "rows_truncated": 0, "rows_dropped": 0,
-    "side_path_share": None, "packed": False, "padding_share": 0.0,
+    "packed": False, "padding_share": 0.0,
 }  # fmt: skip
 RECORD = {"settings": {}, "command": ["braces"], "data": {}, "base": LIKELIHOOD, "progress": PROGRESS, "result": None}
 METRIC = {"value": 1.0, "stderr": None, "n": 3}

@@ -13,13 +13,10 @@ from braces_cli.training.settings import TrainSettings
 _LABELS = {
     "base_eval_loss": "evaluation loss of the base",
     "base_eval_perplexity": "evaluation perplexity of the base",
-    "base_eval_perplexity_without_eos": "evaluation perplexity of the base without end tokens",
     "eval_loss": "evaluation loss of the adapter",
     "eval_perplexity": "evaluation perplexity of the adapter",
-    "eval_perplexity_without_eos": "evaluation perplexity of the adapter without end tokens",
     "condition_parameters": "parameters of the attributes' MLP",
     "trainable_percent": "trainable parameters, percent",
-    "side_path_share": "size of the adapter's output over that of the FFN, across layers",
     "padding_share": "share of computed tokens that is padding",
     "packed": "several examples a row",
     "rows_truncated": "rows cut to the maximum length",
@@ -73,11 +70,9 @@ def _show(settings: TrainSettings, title: str, result: dict[str, Any]) -> None:
     if settings.json:
         print_json(result)
         return
-    shares = result["side_path_share"]
     shown = {
         **result,
         "peak_memory": decimal(result["peak_memory"]),
-        "side_path_share": shares and f"{min(shares):.1%} to {max(shares):.1%}",
         "padding_share": f"{result['padding_share']:.1%}",
     }
     print_pairs(title, shown, _LABELS)

@@ -42,17 +42,13 @@ class Likelihood:
     Attributes:
         nll: negative log-likelihood, nats.
         tokens: number of scored tokens.
-        end_nll: the part of `nll` of end tokens.
-        end_tokens: number of end tokens.
     """
 
     nll: float = 0.0
     tokens: int = 0
-    end_nll: float = 0.0
-    end_tokens: int = 0
 
     def __add__(self, other: Likelihood) -> Likelihood:
-        return Likelihood(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+        return Likelihood(self.nll + other.nll, self.tokens + other.tokens)
 
     @property
     def loss(self) -> float:
@@ -62,12 +58,6 @@ class Likelihood:
     @property
     def perplexity(self) -> float:
         return safe_exp(self.loss)
-
-    @property
-    def perplexity_without_eos(self) -> float:
-        """Perplexity without the end tokens."""
-        count = self.tokens - self.end_tokens
-        return safe_exp((self.nll - self.end_nll) / count) if count else math.nan
 
 
 def likelihoods(
@@ -101,10 +91,8 @@ def likelihoods(
             with torch.no_grad():
                 nll = _token_nll(model(**batch, use_cache=False).logits, labels)
             scored = (labels[:, 1:] != IGNORED).sum(dim=1).tolist()
-            for row, (index, example) in enumerate(zip(rows, chosen, strict=True)):
-                ended = example.ended and len(example.ids) > 1
-                end_nll = float(nll[row, len(example.ids) - 2]) if ended else 0.0
-                results[index] = Likelihood(float(nll[row].double().sum()), scored[row], end_nll, int(ended))
+            for index, each, count in zip(rows, nll, scored, strict=True):
+                results[index] = Likelihood(float(each.double().sum()), count)
             done += len(rows)
             report(stage, done, len(examples))
     finally:

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-import torch
-from torch import Tensor
-
 from braces_cli.core.adapter.files import AdapterConfig
-from braces_cli.core.adapter.layer import RelevanceModule
-from braces_cli.core.adapter.model import Adapter, hook_ffn
-from braces_cli.core.adapter.scale import run_texts
 from braces_cli.core.errors import BracesError, ModelError
 from braces_cli.core.files import file_hint, finite, write_text
-from braces_cli.core.models.hub import card_header
-from braces_cli.core.models.tokenize import Encoded
+from braces_cli.core.models.hub import is_linked, known_license
 from braces_cli.core.render import figure, render, save_figure
 from braces_cli.core.schema import Count, Kind, Malformed, check, decode
 from braces_cli.core.text import escaped, public_command
@@ -42,7 +34,6 @@ class TrainResult:
         rows: rows read; of a stream, rows read ahead included.
         rows_truncated: rows cut to the maximum length.
         rows_dropped: rows without a scored token.
-        side_path_share: for each layer, the median norm of the side path over that of the FFN's output.
         packed: several examples in a row.
         padding_share: padding over computed tokens.
     """
@@ -58,10 +49,8 @@ class TrainResult:
     train_loss: float
     base_eval_loss: float | None
     base_eval_perplexity: float | None
-    base_eval_perplexity_without_eos: float | None
     eval_loss: float | None
     eval_perplexity: float | None
-    eval_perplexity_without_eos: float | None
     seconds: float
     tokens: int
     tokens_per_second: float
@@ -69,7 +58,6 @@ class TrainResult:
     rows: int
     rows_truncated: int
     rows_dropped: int
-    side_path_share: list[float] | None
     packed: bool
     padding_share: float
     resumed_from: str | None = None
@@ -151,45 +139,6 @@ def draw_curve(folder: Path, evaluations: dict[int, float | None]) -> bool:
     return True
 
 
-def side_path_shares(adapter: Adapter, examples: Sequence[Encoded]) -> list[float]:
-    """|B A h| / |FFN(h)| of each layer without attributes: the median over the tokens of `examples`."""
-    adapter.condition(None)
-    recorders = [_ShareRecorder(adapter_layer) for _, adapter_layer in adapter.adapted_ffns]
-    with adapter.disabled(), ExitStack() as stack:
-        for (ffn, _), recorder in zip(adapter.adapted_ffns, recorders, strict=True):
-            for handle in (handle for part in ffn.parts for handle in hook_ffn(part, recorder)):
-                stack.callback(handle.remove)
-        run_texts(adapter.model, [example.ids for example in examples])
-    return [float(torch.cat(found.ratios).median()) if found.ratios else 0.0 for found in recorders]
-
-
-class _ShareRecorder:
-    """A relevance module that also stores |side path| / |output| of every token with an output other than zero."""
-
-    enabled = True
-
-    def __init__(self, adapter_layer: RelevanceModule) -> None:
-        self._adapter_layer = adapter_layer
-        self.relevance_to = adapter_layer.relevance_to
-        self.ratios: list[Tensor] = []
-
-    def __call__(self, output: Tensor, *rest: Any) -> Tensor:
-        return self._add(self._adapter_layer, output, *rest)
-
-    def routed(self, output: Tensor, *rest: Any) -> Tensor:
-        return self._add(self._adapter_layer.routed, output, *rest)
-
-    def by_expert(self, output: Tensor, *rest: Any) -> Tensor:
-        return self._add(self._adapter_layer.by_expert, output, *rest)
-
-    def _add(self, add: Callable[..., Tensor], output: Tensor, *rest: Any) -> Tensor:
-        # Added to zero: the difference of two bfloat16 sums would be rounding.
-        term = add(torch.zeros_like(output), *rest).detach().float().flatten(0, -2).norm(dim=-1)
-        size = output.detach().float().flatten(0, -2).norm(dim=-1)
-        self.ratios.append((term / size)[size > 0].cpu())
-        return add(output, *rest)
-
-
 # Name of a metric on the hub, and its key in the result.
 _METRICS = {"loss": "eval_loss", "perplexity": "eval_perplexity"}
 # The adapter in a checkpoint can be inspected and steered like any other.
@@ -211,17 +160,13 @@ def model_card(
         command: words of the command line.
         curve: `loss.png` is in the folder.
     """
-    is_peft = config.method != "braces"
-    title = f"{config.method} adapter" if is_peft else "LLMBraces adapter"
-    header = card_header(
-        config.base_model_name_or_path,
-        name=title,
-        library="peft" if is_peft else "braces",
-        relation="adapter",
-        tags=(config.method if is_peft else "llmbraces", "adapter"),
-        metrics={name: result[key] for name, key in _METRICS.items() if result.get(key) is not None},
-        datasets=arguments.get("eval_data") or (),
-    )
-    facts = {"header": header, "title": title, "config": config, "result": result, "data": arguments, "curve": curve}
-    facts["command"] = escaped(shlex.join(public_command(command)))
+    base = config.base_model_name_or_path
+    facts = {
+        "title": "LLMBraces adapter" if config.method == "braces" else f"{config.method} adapter",
+        "base_model": base if is_linked(base) else None,
+        "license": known_license(base),
+        "metrics": {name: result[key] for name, key in _METRICS.items() if result.get(key) is not None},
+        "command": escaped(shlex.join(public_command(command))),
+    }
+    facts |= {"config": config, "result": result, "data": arguments, "curve": curve}
     return render("training/adapter_card.md.j2", facts, json=json.dumps)

@@ -48,7 +48,7 @@ from braces_cli.training.batching import TrainingData, choose_layout, global_bat
 from braces_cli.training.checkpoint import RUN_FILE, Record, checkpoints, finished, prepare_folder
 from braces_cli.training.conditioning import Conditioner, gather_attributes, with_original_states
 from braces_cli.training.loss import measure
-from braces_cli.training.report import TrainResult, draw_curve, model_card, side_path_shares
+from braces_cli.training.report import TrainResult, draw_curve, model_card
 from braces_cli.training.settings import STRENGTH, TrainSettings
 
 logger = logging.getLogger("braces")
@@ -132,24 +132,19 @@ def _train(settings: TrainSettings, folder: Path, report: Report, record: Record
     evaluate_now = partial(evaluate, conditioner, "evaluating")
     figures = _fit(adapter, settings, data, record, write, evaluate_now, report, checkpoint)
     tuned = evaluate(conditioner, "evaluating the adapter")
-    shares = None
-    if isinstance(adapter, Adapter):
-        if record.base is None:
-            with adapter.disabled():
-                record.base = evaluate(None, "evaluating the base")
-        first = train_set.items[: settings.batch_size]
-        shares = [float(f"{share:.3g}") for share in side_path_shares(adapter, first)]
+    if isinstance(adapter, Adapter) and record.base is None:
+        with adapter.disabled():
+            record.base = evaluate(None, "evaluating the base")
     likelihoods: dict[str, Any] = {
         f"{prefix}_{name}": getattr(measured, name, None)
         for prefix, measured in (("base_eval", record.base), ("eval", tuned))
-        for name in ("loss", "perplexity", "perplexity_without_eos")
+        for name in ("loss", "perplexity")
     }
     result = TrainResult(
         output_dir=str(folder),
         method=settings.method,
         packed=layout.packed,
         resumed_from=None if checkpoint is None else str(checkpoint),
-        side_path_share=shares,
         rows=train_set.counts.rows,
         rows_truncated=train_set.counts.truncated,
         rows_dropped=train_set.counts.dropped,

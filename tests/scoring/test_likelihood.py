@@ -30,17 +30,6 @@ def test_likelihood_is_the_sum_over_scored_tokens(session, batch_size):
         assert likelihood.tokens == example.scored
 
 
-def test_the_end_token_can_be_left_out(session):
-    """Its part is counted apart."""
-    model, tokenizer = session.base.model, session.base.tokenizer
-    with_end = encode(tokenizer, TEXTS[0], end=True)
-    without = encode(tokenizer, TEXTS[0])
-    a, b = likelihoods(model, [with_end, without], tokenizer.pad_token_id, 2)
-    assert a.nll - a.end_nll == pytest.approx(b.nll, rel=1e-5)
-    assert a.perplexity_without_eos == pytest.approx(b.perplexity, rel=1e-5)
-    assert (a.end_tokens, b.end_tokens) == (1, 0)
-
-
 def test_windows_score_every_token_once_behind_one_start_token(session):
     """A long text in windows of 7 has all its tokens, each with what its window shows."""
     model, tokenizer = session.base.model, session.base.tokenizer

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import resources
@@ -208,53 +208,6 @@ def push(folder: Path, repo: str, files: Sequence[str] | None = None, retry: str
         hint = f"The files are safe in {os.fspath(folder)}; {retry}."
         raise BracesError(f"cannot upload: {first_line(error)}", where=repo, hint=hint) from error
     return str(address)
-
-
-def card_header(
-    base: str,
-    *,
-    name: str,
-    library: str,
-    relation: str,
-    tags: Sequence[str],
-    metrics: Mapping[str, float] | None = None,
-    datasets: Sequence[str] = (),
-) -> str:
-    """Header of a model card, between its two lines of dashes, without a final line break.
-
-    Args:
-        base: name of the base in an adapter's config. Only a hub id becomes a link.
-        name: name of the model in `model-index`.
-        relation: of the model to its base, `adapter` or `finetune`.
-        metrics: results by the hub's name of the metric, such as `perplexity`.
-        datasets: files or hub ids of the rows that the metrics were measured on.
-    """
-    from huggingface_hub import EvalResult, ModelCardData
-
-    on_hub = is_linked(base)
-    rows = ", ".join(Path(dataset).name for dataset in datasets) or "evaluation rows"
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type="text",
-            dataset_name=rows,
-            metric_type=metric,
-            metric_name=metric.replace("_", " "),
-            metric_value=value,
-        )
-        for metric, value in (metrics or {}).items()
-    ]
-    data = ModelCardData(
-        base_model=base if on_hub else None,
-        base_model_relation=relation if on_hub else None,
-        library_name=library,
-        license=known_license(base),
-        pipeline_tag="text-generation",
-        tags=list(tags),
-        model_name=name if results else None,
-        eval_results=results or None,
-    )
-    return f"---\n{data.to_yaml(line_break=chr(10))}\n---"
 
 
 def is_linked(base: str) -> bool:

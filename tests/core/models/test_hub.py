@@ -8,12 +8,13 @@ import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub import errors as hub
 
-from braces_cli.core.adapter.files import find_adapter
+from braces_cli.core.adapter.files import AdapterConfig, find_adapter
 from braces_cli.core.errors import DataError, ModelError
-from braces_cli.core.models.hub import card_header, embedded_name, hub_errors, known_license
+from braces_cli.core.models.hub import embedded_name, hub_errors, known_license
 from braces_cli.data.rows import read_rows
 from braces_cli.evaluation.systems import find_eval_adapter
 from braces_cli.scoring.scorers import scorer
+from braces_cli.training.report import model_card
 
 
 def refusal(kind: type[Exception], status: int) -> Exception:
@@ -80,15 +81,14 @@ def test_a_bug_is_not_turned_into_a_user_error():
         raise AttributeError("no such attribute")
 
 
-FIXED = {"name": "LLMBraces adapter", "library": "braces", "relation": "adapter", "tags": ("llmbraces", "adapter")}
-
-
-def header(base, **details):
-    return ModelCard(card_header(base, **FIXED, **details) + "\n\n# Title\n").data
+def header(base, **result):
+    config = AdapterConfig(base, 4, [0], {})
+    result = {"trainable_parameters": 1, "trainable_percent": 1.0, **result}
+    return ModelCard(model_card(config, result, {"eval_data": ["/somewhere/dev.jsonl"]})).data
 
 
 def test_the_fields_that_the_hub_knows():
-    read = header("owner/base", metrics={"perplexity": 12.5, "loss": 2.526}, datasets=["/somewhere/dev.jsonl"])
+    read = header("owner/base", eval_perplexity=12.5, eval_loss=2.526)
     assert read.base_model == "owner/base"
     assert read.base_model_relation == "adapter"
     assert read.library_name == "braces"
@@ -96,8 +96,8 @@ def test_the_fields_that_the_hub_knows():
     assert read.tags == ["llmbraces", "adapter"]
     assert read.model_name == "LLMBraces adapter"
     assert [(one.metric_type, one.metric_value, one.dataset_name) for one in read.eval_results] == [
-        ("perplexity", 12.5, "dev.jsonl"),
         ("loss", 2.526, "dev.jsonl"),
+        ("perplexity", 12.5, "dev.jsonl"),
     ]
 
 
