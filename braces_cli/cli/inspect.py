@@ -205,18 +205,18 @@ def _find_in_map(settings: FindSettings, path: Path) -> list[dict[str, Any]]:
 
 def _find_in_model(settings: FindSettings, report: Any) -> list[dict[str, Any]]:
     from braces_cli.core.attributes.lookup import find_attribute
+    from braces_cli.core.models.ffn import chosen_layers
     from braces_cli.inspection.search import top_vectors_for_attribute, top_vectors_for_concept
 
     session, lens = _open(settings)
-    ffns = _chosen_ffns(session, settings)
     limit, top_k = settings.limit, settings.top_k
     if settings.attribute is None:
+        ffns = _chosen_ffns(session, settings)
         concept = lens.vocabulary.concept(settings.words, session.base.tokenizer)
         return top_vectors_for_concept(lens, ffns, concept, side=settings.side, limit=limit, top_k=top_k, report=report)
-    # With an adapter the relevance is that to p, which needs no steering direction.
-    steering = session.adapter is None
-    attribute = find_attribute(session, settings.attribute, settings.attributes, report, for_steering=steering)
-    return top_vectors_for_attribute(session, lens, ffns, attribute, limit=limit, top_k=top_k)
+    attribute = find_attribute(session, settings.attribute, settings.attributes, report)
+    layers = chosen_layers(session.base.model, settings.layers)
+    return top_vectors_for_attribute(session, lens, attribute, layers, limit=limit, top_k=top_k)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ import torch
 
 from braces_cli import __version__
 from braces_cli.core.adapter.model import Session
+from braces_cli.core.attributes.hooks import layer_steering
 from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.attributes.vector import Attribute
 from braces_cli.core.errors import DataError, ModelError
@@ -22,7 +23,7 @@ from braces_cli.core.progress import Report, silent
 from braces_cli.core.render import render as render_template
 from braces_cli.core.schema import Kind, read
 from braces_cli.core.text import public_name
-from braces_cli.inspection.search import attribute_relevance, relevance_modules
+from braces_cli.inspection.search import relevance_modules
 from braces_cli.inspection.trace import prompt_ids, record_activations, trace
 from braces_cli.inspection.vocabulary import LogitLens, plain_ffns
 
@@ -49,8 +50,7 @@ def report_data(
     modules = relevance_modules(session)
     ids = prompt_ids(session, prompt, "--prompt")
     names = (config.attributes if config is not None else []) or _ATTRIBUTES
-    # With an adapter the page shows the relevance to p, which needs no steering direction.
-    found = [find_attribute(session, each, None, report, for_steering=session.adapter is None) for each in names]
+    found = [find_attribute(session, each, None, report) for each in names]
     return {
         "version": __version__,
         "model": public_name(session.base.name),
@@ -62,7 +62,7 @@ def report_data(
         "gates": [{"layer": layer, "gate": float(module.g.detach())} for layer, module in modules.items()],
         "amplified": _amplified(session, ffns, lens, ids),
         "heat": _heat(session, lens, ids, target),
-        "attributes": [_alignment(session, ffns, lens, attribute) for attribute in found],
+        "attributes": [_steering(session, lens, attribute) for attribute in found],
         "training": {} if config is None else {k: v for k, v in config.training.items() if v is not None},
         "figures": {} if session.folder is None else _figures(session.folder),
     }
@@ -115,26 +115,23 @@ def _heat(session: Session, lens: LogitLens, ids: list[int], target: int | None)
     }
 
 
-def _alignment(session: Session, ffns: list[FFN], lens: LogitLens, attribute: Attribute) -> dict[str, Any]:
-    """Alignment of an attribute with each layer's projection, |R p| / |p|, and the tokens that steering promotes.
+def _steering(session: Session, lens: LogitLens, attribute: Attribute) -> dict[str, Any]:
+    """Layers that steering by an attribute changes, with the tokens that the added vector promotes.
 
-    `chance` is the alignment of a random subspace of the same rank, about sqrt(rank / d).
+    For an attribute through the adapter also its alignment with the layer's projection, |R p| / |p|; `chance` is
+    the alignment of a random subspace of the same rank, about sqrt(rank / d).
     """
-    modules = relevance_modules(session)
-    rows = []
-    for row, ffn in enumerate(ffns):
-        state, alignment, chance = attribute.state[row], None, None
-        if ffn.layer in modules:
-            state = attribute.state_at(modules[ffn.layer].relevance_to)[row]
-            projection = modules[ffn.layer].projection().detach().float().cpu()
+    modules, rows = relevance_modules(session), []
+    for each in layer_steering(session, [(attribute, 1.0)]):
+        alignment, chance = None, None
+        if each.shift is not None:
+            module = modules[each.layer]
+            state = attribute.state_at(module.relevance_to)[attribute.layers.index(each.layer)]
+            projection = module.projection().detach().float().cpu()
             alignment = float((projection @ state).norm() / state.norm().clamp(min=1e-30))
             chance = math.sqrt(len(projection) / len(state))
-        weights, tokens = attribute_relevance(session, attribute, ffn), []
-        if weights is not None:
-            values = ffn.value_matrix().detach()
-            added = values @ weights.to(values)
-            tokens = [lens.text(t) for t in lens.best(added[None], _TOKENS)[1][0].tolist()]
-        rows.append({"layer": ffn.layer, "alignment": alignment, "chance": chance, "tokens": tokens})
+        tokens = [lens.text(t) for t in lens.best(each.total.to(lens.weight), _TOKENS)[1][0].tolist()]
+        rows.append({"layer": each.layer, "alignment": alignment, "chance": chance, "tokens": tokens})
     return {"name": attribute.name, "words": len(attribute.words), "layers": rows}
 
 

@@ -1,13 +1,15 @@
 """Search for the vectors that promote a concept or an attribute most, in the model itself.
 
-For a concept, rank and score are those of `inspection.maps`. For an attribute, the score of a value vector is its
-relevance r_c to the attribute's state h_c. Without an adapter, steering adds a vector x to the FFN output, and the
-scores are the weights of least norm with this sum: W_V^T (W_V W_V^T)^-1 x.
+For a concept, rank and score are those of `inspection.maps`. For an attribute, the layers are those that steering
+changes at s = 1. The score of a value vector is its relevance r_c to the attribute's state h_c if steering goes through
+the adapter. A steering vector x is added to the FFN output, and the scores are the weights of least norm with this
+sum: W_V^T (W_V W_V^T)^-1 x.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from braces_cli.core.adapter.layer import RelevanceModule
 from braces_cli.core.adapter.model import Session
+from braces_cli.core.attributes.hooks import LayerSteering, layer_steering
 from braces_cli.core.attributes.vector import Attribute
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.models.ffn import FFN, MixtureFFN
@@ -61,51 +64,47 @@ def _with_tokens(lens: LogitLens, rows: list[dict[str, Any]], top_k: int) -> lis
     return [row | {"tokens": tokens} for row, tokens in zip(rows, listed, strict=True)]
 
 
-def attribute_relevance(session: Session, attribute: Attribute, ffn: FFN) -> Tensor | None:
-    """Relevance of every value vector of one layer, (d_ff,) in float32; None in layers without the adapter."""
-    row = attribute.layers.index(ffn.layer)
-    values = ffn.value_matrix().detach()
-    if session.adapter is None:
-        x = float(attribute.scale[row]) * attribute.steering_direction[row].to(values.device, torch.float64)
+def attribute_relevance(session: Session, steering: LayerSteering) -> Tensor:
+    """Relevance of every value vector of one layer to what steering adds there, (d_ff,) in float32."""
+    values = steering.ffn.value_matrix().detach()
+    if steering.shift is None:
         wide = values.double()
         gram = wide @ wide.mT
         # A small ridge, for value vectors that do not span the hidden space.
         gram.diagonal().add_(1e-12 * gram.diagonal().mean())
-        return (wide.mT @ torch.linalg.solve(gram, x)).float()
-    module = relevance_modules(session).get(ffn.layer)
-    if module is None:
-        return None
+        return (wide.mT @ torch.linalg.solve(gram, steering.total[0].to(wide))).float()
+    module = relevance_modules(session)[steering.layer]
     with torch.no_grad():
-        hidden = session.adapter.states(attribute.state_at(module.relevance_to)[row]).to(module.weight)
-        return module.relevance_scores(hidden, values)
+        shift = steering.shift.float() * (module.scale / math.sqrt(module.rank))
+        return shift @ (module.projection().to(shift) @ values.to(shift))
 
 
 def top_vectors_for_attribute(
     session: Session,
     lens: LogitLens,
-    ffns: Sequence[FFN | MixtureFFN],
     attribute: Attribute,
+    layers: Collection[int] | None = None,
     *,
     limit: int = 20,
     top_k: int = 10,
 ) -> list[dict[str, Any]]:
     """Rows `{layer, index, score, tokens}` of the value vectors most relevant to an attribute, best first.
 
+    Args:
+        layers: as in `layer_steering`.
+
     Raises:
-        ConfigError: the adapter does not have any of these layers.
+        ConfigError: the attribute changes nothing in these layers.
         ModelError: the model is a mixture of experts.
     """
+    plain_ffns(session.ffns)
     rows: list[dict[str, Any]] = []
-    for ffn in plain_ffns(ffns):
-        scores = attribute_relevance(session, attribute, ffn)
-        if scores is None:
-            continue
+    for steering in layer_steering(session, [(attribute, 1.0)], layers):
+        scores, values = attribute_relevance(session, steering), steering.ffn.value_matrix().detach()
         best = scores.topk(min(limit, len(scores)))
-        values = ffn.value_matrix().detach()
         for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            rows.append({"layer": ffn.layer, "index": index, "score": score, "vector": values[:, index].clone()})
+            rows.append({"layer": steering.layer, "index": index, "score": score, "vector": values[:, index].clone()})
     if not rows:
-        hint = "`braces inspect --adapter ADAPTER` lists its layers."
-        raise ConfigError("the adapter does not have these layers", where="--layers", hint=hint)
+        raise ConfigError("steering adds nothing in these layers", where="--layers", hint="Leave --layers out.")
     rows.sort(key=lambda row: -row["score"])
     return _with_tokens(lens, rows[:limit], top_k)

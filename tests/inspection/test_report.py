@@ -12,7 +12,6 @@ import torch
 
 from braces_cli.core.adapter.files import find_adapter
 from braces_cli.core.adapter.reference import relevance_ref
-from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.errors import ModelError
 from braces_cli.inspection.report import render, report_data, visible
 
@@ -54,9 +53,6 @@ def test_page_has_the_figures_of_the_model(session, data):
     modules = session.adapter.adapted_ffns
     assert [row["gate"] for row in data["gates"]] == [float(module.g) for _, module in modules]
     assert {attribute["name"] for attribute in data["attributes"]} == {"positive", "negative"}
-    p = find_attribute(session, data["attributes"][0]["name"], None).state[1]
-    alignment = float((modules[1][1].projection() @ p).norm() / p.norm())
-    assert data["attributes"][0]["layers"][1]["alignment"] == pytest.approx(alignment, rel=1e-4)
     assert all(len(row["tokens"]) == 8 for each in data["attributes"] for row in each["layers"])
 
     strengths = [row["strength"] for row in data["amplified"]]
@@ -77,14 +73,6 @@ def test_page_has_the_figures_of_the_model(session, data):
     for title in ("Contribution of each layer", "Gates", "Most amplified value vectors", "Attributes"):
         assert title in html
     assert html.count("<button") == 2 * len(data["heat"]["tokens"])
-
-
-def test_page_with_an_adapter_needs_no_gradients(session, lens, adapter_dir, monkeypatch):
-    """Steering directions, which take most of the time, are not computed."""
-    session.add_adapter(find_adapter(str(adapter_dir)))
-    monkeypatch.setenv("BRACES_CACHE", "off")
-    monkeypatch.setattr("braces_cli.core.attributes.build.cheapest_directions", None)
-    assert report_data(session, lens, "the film")["attributes"]
 
 
 def test_page_without_an_adapter_or_direct_effects(session, lens, monkeypatch):

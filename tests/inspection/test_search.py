@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
 from braces_cli.core.adapter.files import find_adapter
 from braces_cli.core.adapter.reference import relevance_ref
+from braces_cli.core.attributes.hooks import layer_steering, steered
 from braces_cli.core.attributes.lookup import find_attribute
-from braces_cli.core.attributes.vector import STEERING_SHARE
 from braces_cli.inspection import vocabulary
 from braces_cli.inspection.maps import Concept, best_first
+from braces_cli.inspection.report import report_data
 from braces_cli.inspection.search import attribute_relevance, top_vectors_for_attribute, top_vectors_for_concept
 from braces_cli.inspection.vocabulary import LogitLens
 from tests.conftest import make_adapter
@@ -42,26 +41,47 @@ def test_vectors_for_a_concept(name, monkeypatch):
 
 
 @pytest.mark.parametrize("relevance", ["input", "output"])
-def test_relevance_with_an_adapter_is_the_formula(session, lens, tmp_path, relevance):
+def test_relevance_through_an_adapter_is_the_formula(session, lens, tmp_path, relevance):
     """r_c = c (R W_V)^T (R h_c) / sqrt(d_r)."""
     session.add_adapter(find_adapter(str(make_adapter(session, tmp_path / "adapter", relevance_to=relevance))))
-    attribute = find_attribute(session, "positive", None)
+    attribute = find_attribute(session, "positive", None, for_steering=False)
     scores = []
-    for row, (ffn, module) in enumerate(session.adapter.adapted_ffns):
+    for row, steering in enumerate(layer_steering(session, [(attribute, 1.0)])):
+        ffn, module = session.adapter.adapted_ffns[row]
         expected = relevance_ref(
             attribute.state_at(relevance)[row], ffn.value_matrix(), module.weight.detach(), module.scale
         )
-        assert torch.allclose(attribute_relevance(session, attribute, ffn), expected, rtol=1e-4, atol=1e-6)
+        assert torch.allclose(attribute_relevance(session, steering), expected, rtol=1e-4, atol=1e-6)
         scores += [(float(score), ffn.layer, index) for index, score in enumerate(expected)]
-    found = top_vectors_for_attribute(session, lens, session.ffns, attribute, limit=4)
+    found = top_vectors_for_attribute(session, lens, attribute, limit=4)
     assert [(row["layer"], row["index"]) for row in found] == [each[1:] for each in sorted(scores, reverse=True)[:4]]
 
 
-def test_relevance_without_an_adapter_sums_to_the_steering_vector(session):
-    """sum_j r_cj v_j is the vector that steering adds."""
+@pytest.mark.parametrize("adapted", [False, True])
+def test_find_and_report_show_what_the_hooks_add(session, lens, tmp_path, adapted):
+    """The same layers, the same vector as the weighted sum of value vectors, and its tokens on the page."""
+    if adapted:
+        session.add_adapter(find_adapter(str(make_adapter(session, tmp_path / "adapter"))))
     attribute = find_attribute(session, "positive", None)
-    for row, ffn in enumerate(session.ffns):
-        added = ffn.value_matrix().detach() @ attribute_relevance(session, attribute, ffn)
-        expected = float(attribute.scale[row]) * attribute.steering_direction[row]
-        assert torch.allclose(added, expected, rtol=1e-4, atol=1e-5)
-        assert math.isclose(float(added.norm()), STEERING_SHARE * float(attribute.residual[row]), rel_tol=1e-3)
+    outputs = {ffn.layer: [] for ffn in session.ffns}
+    handles = [ffn.host.register_forward_hook(lambda m, a, y, ffn=ffn: outputs[ffn.layer].append(y))
+               for ffn in session.ffns]  # fmt: skip
+    with torch.no_grad():
+        for terms in ([], [(attribute, 1.0)]):
+            with steered(session, terms):
+                session.base.model(torch.tensor([[0, 5, 6]]))
+    for handle in handles:
+        handle.remove()
+    # The first layer has the same input in both passes.
+    first = (outputs[0][1] - outputs[0][0])[0, -1]
+    changed = [layer for layer in outputs if layer in attribute.effective_layers]
+    found = top_vectors_for_attribute(session, lens, attribute, limit=1000)
+    assert sorted({row["layer"] for row in found}) == changed == [0]
+    weights = torch.zeros(session.ffns[0].value_vectors)
+    for row in found:
+        weights[row["index"]] = row["score"]
+    assert torch.allclose(session.ffns[0].value_matrix() @ weights, first, rtol=1e-3, atol=1e-5)
+    (page,) = (each for each in report_data(session, lens, "the film")["attributes"] if each["name"] == "positive")
+    assert [row["layer"] for row in page["layers"]] == changed
+    expected = [lens.text(token) for token in lens.best(first[None], 8)[1][0].tolist()]
+    assert page["layers"][0]["tokens"] == expected
