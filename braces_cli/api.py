@@ -176,7 +176,8 @@ def load(name: Name | None = None, *, adapter: Name | None = None, **options: An
     """
     given = build(_Loading, {"model": name, "adapter": adapter, **options}, python=True)
     model, stored = given.model, given.adapter
-    if model is not None and (user_path(model) / CONFIG_FILE).is_file():
+    folder = None if model is None else user_path(model)
+    if folder is not None and (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
         if stored is not None:
             raise ConfigError("two adapters", where=model, hint="Give the folder or hub id of a base model, or none.")
         model, stored = None, model

@@ -125,7 +125,7 @@ def _build(settings: AttributeBuildSettings) -> list[dict[str, Any]]:
     from braces_cli.core.adapter.model import open_session
     from braces_cli.core.attributes.vector import save_attributes, with_steered_layers
     from braces_cli.core.attributes.words import check_file_name
-    from braces_cli.core.files import check_output_file, output_lock
+    from braces_cli.core.files import check_apart, check_output_file, output_lock
     from braces_cli.core.models.ffn import chosen_layers
     from braces_cli.core.models.hub import check_push, push
 
@@ -138,6 +138,7 @@ def _build(settings: AttributeBuildSettings) -> list[dict[str, Any]]:
         if settings.push_to_hub is not None:
             check_push(settings.push_to_hub)
         session = open_session(settings.model, settings.adapter, settings)
+        check_apart(settings.output_dir, session.base.name, session.folder)
         is_auto = settings.layers == "auto"
         layers = None if is_auto else chosen_layers(session.base.model, settings.layers)
         for name, build in builders.items():

@@ -61,6 +61,9 @@ def near_misses(name: str, known: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:
-    """Return the first non-blank line of an error's message, cut to `limit` characters, or the error's type."""
-    lines = (line.strip() for line in str(error).splitlines())
-    return next((line for line in lines if line), type(error).__name__)[:limit]
+    """Return the first non-blank line of an error's message, cut to `limit` characters, or the error's type.
+
+    A line that ends with a colon is followed by the next one.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:limit]

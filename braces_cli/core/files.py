@@ -106,27 +106,32 @@ def check_writable(path: Path) -> None:
         raise ConfigError(what, where=str(path), hint=file_hint(error)) from error
 
 
-def check_output_folder(
-    path: Path, overwrite: bool, hint: str = "Give another one, or --overwrite.", inputs: Iterable[Path] = ()
-) -> None:
+def check_output_folder(path: Path, overwrite: bool, hint: str = "Give another one, or --overwrite.") -> None:
     """Check an output folder before any work.
 
     Args:
         hint: what to do about a folder that is not empty.
-        inputs: folders that the command reads; the output replaces none of them and is in none of them.
 
     Raises:
-        ConfigError: `path` is a file, cannot be written to, is not empty and `overwrite` is off, or overlaps an input.
+        ConfigError: `path` is a file, cannot be written to, or is not empty and `overwrite` is off.
     """
     if path_exists(path) and not path.is_dir():
         raise ConfigError("the output folder is a file", where=str(path), hint="Give another --output-dir.")
     check_writable(path)
     if not overwrite and path.is_dir() and any(path.iterdir()):
         raise ConfigError("the output folder is not empty", where=str(path), hint=hint)
+
+
+def check_apart(path: Path, *inputs: str | Path | None) -> None:
+    """Raise ConfigError if an output folder is, contains or lies inside an input folder.
+
+    Args:
+        inputs: names of models, adapters and folders; those that are not folders are skipped.
+    """
     output = path.resolve()
     for source in inputs:
-        read = source.resolve()
-        if output == read or read in output.parents or output in read.parents:
+        read = None if source is None else user_path(source).resolve()
+        if read is not None and (read == output or read in output.parents or output in read.parents) and read.is_dir():
             what = f"the output folder overlaps the input {source}"
             raise ConfigError(what, where=str(path), hint="Give an --output-dir outside all inputs.")
 

@@ -24,6 +24,7 @@ from braces_cli.core.schema import Kind, Malformed, decode, read
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Names in other tools.
 _SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 QUANTISATIONS = ("int8", "bnb-8bit", "bnb-4bit")
 
 
@@ -37,6 +38,7 @@ class LoadOptions(Settings):
         dtype: Data type of the base; auto uses the checkpoint's, and bfloat16 for a quantised GGUF file. fp32, bf16 and
             fp16 are also accepted.
         device_map: Device map of accelerate; auto distributes the base over several devices.
+        attn_implementation: Implementation of attention, if that of the base's config is not installed.
         quantize: Quantise the base while loading: int8 with torchao, bnb-* with bitsandbytes.
         trust_remote_code: Allow model code from the hub.
         allow_other_base: Use adapters and attributes of another base of the same width.
@@ -46,6 +48,7 @@ class LoadOptions(Settings):
     device: str = option("auto", panel=MODEL, outcome=False)
     dtype: str = option("auto", panel=MODEL, choices=DTYPES, spellings=_SHORT_DTYPES)
     device_map: str | None = option(None, panel=MODEL, outcome=False)
+    attn_implementation: str | None = option(None, panel=MODEL, choices=ATTENTION, outcome=False)
     quantize: str | None = option(None, panel=MODEL, choices=QUANTISATIONS)
     trust_remote_code: bool = option(False, panel=MODEL, outcome=False)
     allow_other_base: bool = option(False, panel=MODEL, outcome=False)

@@ -172,7 +172,7 @@ def condition(row: Source, fields: Fields) -> Condition:
     if fields.attribute not in row.fields:
         hint = f"Keys found: {', '.join(map(str, row.fields))}."
         raise DataError(f"the row has no `{fields.attribute}`", where=row.where, hint=hint)
-    name, strength = row.fields[fields.attribute], row.fields.get(fields.strength)
+    name, strength = _cell(row, fields.attribute), _cell(row, fields.strength)
     if name is not None and not isinstance(name, str):
         raise DataError(f"`{fields.attribute}` must be a name, this is {name!r}", where=row.where, hint="Fix the row.")
     if name is None or name.strip() in ("", "neutral"):
@@ -185,6 +185,12 @@ def condition(row: Source, fields: Fields) -> Condition:
         what = f"`{fields.strength}` must be a number, this is {strength!r}"
         raise DataError(what, where=row.where, hint="Fix the row.")
     return Condition(name.strip(), value, row.where)
+
+
+def _cell(row: Source, key: str) -> Any:
+    """Value of a cell; None for a blank and a word for no value if all values are text."""
+    value = row.fields.get(key)
+    return None if row.untyped and (value or "").strip() in ("", *_MISSING) else value
 
 
 def iterate(names: Sequence[str], how: Reading) -> Iterator[Example]:

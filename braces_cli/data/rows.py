@@ -8,6 +8,8 @@ The format of a row follows from its keys or from `--columns`. `text` is scored 
 from __future__ import annotations
 
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 
 from braces_cli.core.errors import ConfigError, DataError, near_misses
 from braces_cli.core.files import check_regular, file_hint, path_exists, user_path
-from braces_cli.core.models.hub import hub_errors
+from braces_cli.core.models.hub import hub_errors, is_hub_id
 from braces_cli.core.schema import ROW, Malformed, decode, parse
 
 # Files of rows with keys; and all files of rows, where a line of text is a row with the key `text`.
@@ -49,7 +51,8 @@ def read_rows(name: str, *, streaming: bool = False) -> Iterator[Source]:
     """
     path = user_path(name)
     reader = _READERS.get(path.suffix.lower())
-    is_id = name.partition(":")[0].count("/") == 1 and not path.suffix and not name.startswith(".")
+    repository, *_ = name.split(":")
+    is_id = is_hub_id(repository) and Path(repository).suffix.lower() not in _READERS
     if is_id and not path_exists(path):
         rows = _hub(name, streaming)
     elif not os.path.isfile(path):  # Path.is_file raises if the name is too long or the folder is not readable
@@ -110,9 +113,11 @@ def _json(path: Path) -> Iterator[Source]:
 def _csv(path: Path) -> Iterator[Source]:
     import csv
 
+    csv.field_size_limit(2**31 - 1)  # of a cell; by default 131,072 characters
     with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+        reader = csv.DictReader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
         try:
+            _check_columns(reader.fieldnames or (), f"{path}:1")
             for fields in reader:
                 where = f"{path}:{reader.line_num}"
                 if None in fields or None in fields.values():
@@ -127,8 +132,9 @@ def _parquet(path: Path) -> Iterator[Source]:
     import pyarrow.parquet
 
     try:
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
-        rows = (_decoded(fields, batch.schema) for batch in batches for fields in batch.to_pylist())
+        file = pyarrow.parquet.ParquetFile(path)
+        _check_columns(file.schema_arrow.names, str(path))
+        rows = (_decoded(fields, batch.schema) for batch in file.iter_batches() for fields in batch.to_pylist())
         for number, fields in enumerate(rows, 1):
             yield _row(fields, f"{path}, row {number}")
     except (pyarrow.ArrowException, OSError) as error:
@@ -148,10 +154,17 @@ def _decoded(value: Any, kind: Any) -> Any:
     return value
 
 
+def _check_columns(names: Sequence[str], where: str) -> None:
+    """Raise DataError if a column name is repeated: the last column would replace the others."""
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise DataError(f"two columns are named `{repeated[0]}`", where=where, hint="Rename or remove one of them.")
+
+
 def _hub(name: str, streaming: bool) -> Iterator[Source]:
     from datasets import load_dataset
 
-    repo, *rest = name.split(":")
+    repo, *rest = re.split(r":(?![^\[]*\])", name)  # not at the colon of a slice, such as `train[:10%]`
     subset, split = (rest[0], rest[1]) if len(rest) > 1 else (None, rest[0] if rest else "train")
     with hub_errors(name, "data set", DataError):
         rows = load_dataset(repo, subset, split=split, streaming=streaming, trust_remote_code=False)

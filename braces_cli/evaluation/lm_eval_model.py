@@ -13,6 +13,7 @@ import sys
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from lm_eval.api.registry import model_registry
 from lm_eval.models.huggingface import HFLM
 
@@ -55,6 +56,9 @@ class BracesLM(HFLM):
         adapters = [] if adapter is None else [find_eval_adapter(adapter)]
         pretrained, revision = resolve_base(pretrained, revision, adapters)
         load = {name: value for name in options_of(LoadOptions) if (value := kwargs.pop(name, None)) is not None}
+        # lm-eval's command passes `cuda:0` if the user names no device.
+        if str(load.get("device")).startswith("cuda") and not torch.cuda.is_available():
+            load.pop("device")
         options = LoadOptions(**load, revision=revision)
         stored = adapters[0].stored if adapters else None
         session = open_session(

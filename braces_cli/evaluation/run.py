@@ -17,7 +17,7 @@ from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.config import options_of
 from braces_cli.core.distributed import Processes, join, world_size
 from braces_cli.core.errors import ConfigError, DataError, near_misses
-from braces_cli.core.files import file_hash, scratch_folder, value_hash, versions
+from braces_cli.core.files import check_apart, file_hash, scratch_folder, value_hash, versions
 from braces_cli.core.models.tokenize import Template
 from braces_cli.core.options import LoadOptions
 from braces_cli.core.progress import Report, silent
@@ -49,6 +49,8 @@ def run_evaluation(settings: EvalSettings, report: Report = silent) -> dict[str,
     selection, files, rows = check_settings(settings)
     adapters = [find_eval_adapter(name) for name in settings.adapter]
     model, revision = resolve_base(settings.model, settings.revision, adapters)
+    if settings.output_dir is not None:
+        check_apart(settings.output_dir, model, settings.attributes, *settings.adapter)
     processes, device = _join(settings)
     settings = replace(settings, model=model, revision=revision, device=device)
     identity = _identity(settings, adapters, selection, files)

@@ -5,6 +5,7 @@ PEFT replaces modules of the base in place and restores the original modules, so
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -32,6 +33,8 @@ from braces_cli.core.files import path_exists
 from braces_cli.core.models.weights import check_finite
 from braces_cli.core.schema import read
 from braces_cli.evaluation.results import Scores
+
+logger = logging.getLogger("braces")
 
 BRACES = "braces"
 # Raised by PEFT for files that are damaged or do not fit the base; the warning is for missing weights.
@@ -110,7 +113,7 @@ def resolve_base(model: str | None, revision: str | None, adapters: Sequence[Eva
     base = adapters[0].base
     if base is None:
         raise ConfigError("the adapter does not name its base", where="--model", hint="Give a folder or hub id.")
-    return base, revision or adapters[0].revision
+    return sessions.stored_base(base, adapters[0].name), revision or adapters[0].revision
 
 
 @contextmanager
@@ -152,16 +155,20 @@ def _peft(model: Any, adapter: EvalAdapter) -> Iterator[None]:
     weights = [(parameter, parameter.detach().clone()) for parameter in model.parameters()] if named else []
     try:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with warnings.catch_warnings(record=True) as found:
+                warnings.simplefilter("always")
                 warnings.filterwarnings("error", ".*missing adapter keys")
                 wrapped = PeftModel.from_pretrained(model, str(adapter.folder), use_safetensors=True)
         except _PEFT_ERRORS as error:
             what = f"this {adapter.method} adapter does not fit the base: {first_line(error)}"
             hint = f"It was trained on {adapter.base}." if adapter.base else "Was it trained on this base?"
             raise ModelError(what, where=adapter.name, hint=hint) from error
+        for text in dict.fromkeys(str(each.message) for each in found if each.category is UserWarning):
+            logger.warning("%s: %s", adapter.name, text)
         check_finite(get_peft_model_state_dict(wrapped, save_embedding_layers=False), adapter.name)
         wrapped.eval()
+        # lm-eval ties the weights again, which would replace a wrapped embedding or the head.
+        model.tie_weights = lambda *args, **kwargs: None
         yield
     finally:
         if hasattr(getattr(wrapped, "base_model", None), "unload"):
@@ -174,7 +181,8 @@ def _peft(model: Any, adapter: EvalAdapter) -> Iterator[None]:
                 setattr(modules[parent], leaf, module)
         for parameter, weight in weights:
             parameter.data = weight
-        model.__dict__.pop("peft_config", None)
+        for name in ("peft_config", "tie_weights"):
+            model.__dict__.pop(name, None)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable[name])
 

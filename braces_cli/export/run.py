@@ -24,11 +24,11 @@ from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.attributes.vector import Attribute
 from braces_cli.core.errors import BracesError, ConfigError, ModelError
 from braces_cli.core.files import (
+    check_apart,
     check_output_folder,
     file_hint,
     output_lock,
     partial_path,
-    user_path,
     versions,
     write_json,
     write_text,
@@ -134,8 +134,8 @@ def run(
     """
     output, overwrite = request.output, request.overwrite
     adapter = None if request.adapter is None else request.adapter.folder
-    folders = (user_path(base_name(request.model, request.adapter)), adapter, request.attributes_dir, *inputs)
-    check_output_folder(output, overwrite, inputs=[each for each in folders if each is not None and each.is_dir()])
+    check_output_folder(output, overwrite)
+    check_apart(output, base_name(request.model, request.adapter), adapter, request.attributes_dir, *inputs)
     if Path.cwd().is_relative_to(output.resolve()):
         hint = "Name a folder that is to be created."
         what = "the output folder cannot hold the working directory: a new folder may take its place"

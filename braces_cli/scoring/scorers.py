@@ -219,14 +219,14 @@ class HubClassifier:
     def __init__(self, name: str) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        from braces_cli.core.models.hub import hub_errors
+        from braces_cli.core.models.hub import NO_ADAPTER, hub_errors
         from braces_cli.core.models.load import with_padding
 
         with hub_errors(name, "classifier", any_error=True):
             # `--trust-remote-code` is for the base, never for a classifier.
             tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             model, info = AutoModelForSequenceClassification.from_pretrained(
-                name, output_loading_info=True, trust_remote_code=False
+                name, output_loading_info=True, trust_remote_code=False, adapter_kwargs=NO_ADAPTER
             )
         if info["missing_keys"]:
             # A base model loads as a classifier with a random head.
@@ -242,8 +242,10 @@ class HubClassifier:
     def score(self, texts: Sequence[str], label: str) -> list[TextScore]:
         import torch
 
+        from braces_cli.core.models.tokenize import context_length
+
         column = self.labels.index(label)
-        limit = int(getattr(self._model.config, "max_position_embeddings", None) or 512)
+        limit = context_length(self._model.config, self._tokenizer)
         scores = []
         for start in range(0, len(texts), _BATCH):
             part = list(texts[start : start + _BATCH])

@@ -198,7 +198,7 @@ def _config(model: nn.Module, settings: TrainSettings, layers: Sequence[int] | N
 
 def _check_options(options: dict[str, Any], where: str) -> None:
     """Refuse options of peft that `braces train` cannot follow."""
-    init, task = str(options.get("init_lora_weights")), options.get("task_type")
+    init = str(options.get("init_lora_weights"))
     faults = {key: reason for key, reason in _UNSUPPORTED.items() if options.get(key)}
     if init.startswith(_CHANGE_BASE):
         faults |= {key: f"cannot be combined with {init}" for key in _NOT_CONVERTED if options.get(key)}
@@ -208,8 +208,6 @@ def _check_options(options: dict[str, Any], where: str) -> None:
         faults["init_lora_weights"] = f"{init} needs a pass over data before training"
     if options["peft_type"] in _UNTRAINED:
         faults["peft_type"] = f"{options['peft_type']} {_UNTRAINED[options['peft_type']]}"
-    if task not in (None, "CAUSAL_LM"):
-        faults["task_type"] = f"`{cut(task)}` is not CAUSAL_LM"
     for key, reason in faults.items():
-        hint = "Train it with peft; `braces eval` measures the result." if key != "task_type" else "Remove the key."
+        hint = "Train it with peft; `braces eval` measures the result."
         raise ConfigError(f"`{key}`: {reason}", where=where, hint=hint)

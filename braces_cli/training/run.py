@@ -35,7 +35,7 @@ from braces_cli.core.attributes.words import neutral_texts
 from braces_cli.core.config import flag_of
 from braces_cli.core.distributed import barrier, deferred, gathered, is_main, join, world_size
 from braces_cli.core.errors import ConfigError, ModelError
-from braces_cli.core.files import check_output_folder, output_lock, value_hash, versions
+from braces_cli.core.files import check_apart, check_output_folder, output_lock, value_hash, versions
 from braces_cli.core.models.ffn import FFN, MixtureFFN, chosen_layers, find_ffns, parameter_total
 from braces_cli.core.models.hub import check_push
 from braces_cli.core.models.load import input_device, load_shape, load_tokenizer, pick_device
@@ -92,6 +92,7 @@ def train(settings: TrainSettings, report: Report = silent, command: Sequence[st
 def _train(settings: TrainSettings, folder: Path, report: Report, record: Record) -> TrainResult:
     # Everything that can be checked without weights comes first, since loading them can take minutes.
     plan = resolve(settings)
+    check_apart(folder, plan.base, settings.adapter)
     settings, reading = plan.settings, plan.reading
     train_set: Examples | Stream
     if settings.streaming:
@@ -283,7 +284,7 @@ def resolve(settings: TrainSettings) -> Plan:
         config = start.config
         _check_continued(settings, config)
         if model is None:
-            model, revision = config.base_model_name_or_path, revision or config.revision
+            model, revision = base_name(None, start), revision or config.revision
         inherited = {"model": model, "revision": revision, **_fixed(config)}
     base, code = base_name(model, None), settings.trust_remote_code
     shape = load_shape(base, revision=revision, trust_remote_code=code)

@@ -11,6 +11,7 @@ from braces_cli.cli.main import build_app
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.files import output_lock
 from braces_cli.export.run import new_folder
+from tests.export.models import names
 
 # Options for an output, and for each a command with the path that it locks.
 _OUTPUTS = {"output_dir", "output", "plot", "gguf"}
@@ -67,6 +68,22 @@ def test_the_second_command_is_refused(key, braces, tmp_path, monkeypatch, adapt
         assert outcome.code == 2, outcome.err
         assert "another braces command is writing there (process " in outcome.err
         assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("key", ["train", "eval", "attr-build", "merge", "export code"])
+def test_no_command_writes_into_its_inputs(key, braces, tmp_path, monkeypatch, adapter_dir, model_dir):
+    """A folder in the adapter's, and the folder of its base, also with --overwrite; nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"text": "the film is good"}\n')
+    args, _ = _CALLS[key, "output_dir"]
+    args = [arg.replace("perplexity", "arc_easy") for arg in args[: args.index("--output-dir")]]
+    args += () if "--adapter" in args else ("--adapter", adapter_dir)
+    before = names(adapter_dir), names(model_dir)
+    for output in (adapter_dir / "out", model_dir):
+        outcome = braces(*args, "--output-dir", output, "--overwrite")
+        assert outcome.code == 2, outcome.err
+        assert "overlaps the input" in outcome.err
+    assert (names(adapter_dir), names(model_dir)) == before
 
 
 def test_every_export_locks(tmp_path):

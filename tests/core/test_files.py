@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from braces_cli.core.errors import BracesError, ConfigError, DataError
 from braces_cli.core.files import (
     bytes_hash,
-    check_output_folder,
+    check_apart,
     file_hash,
     output_lock,
     remove_partial_files,
@@ -83,8 +83,8 @@ def test_an_output_overlaps_no_input(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(source)
     for output in (source, source / "new", tmp_path / "models", tmp_path / "link"):
         with pytest.raises(ConfigError, match="overlaps the input"):
-            check_output_folder(output, True, inputs=[source])
-    check_output_folder(tmp_path / "models" / "other", False, inputs=[source])
+            check_apart(output, None, source)
+    check_apart(tmp_path / "models" / "other", source, "owner/name")
 
 
 def test_hashes(tmp_path: Path) -> None:

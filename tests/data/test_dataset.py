@@ -149,9 +149,12 @@ FIELDS = Fields("mood", "how")
     ],
 )
 def test_condition_of_a_row(fields, expected):
-    """neutral, empty and null are strength 0; a missing strength is 1."""
-    found = condition(Source(fields, "a:1"), FIELDS)
-    assert (found.attribute, found.strength) == expected
+    """neutral, empty and null are strength 0; a missing strength is 1. In CSV words for no value are missing, too."""
+    words = {key: value for key, value in fields.items() if value is not None}
+    for untyped, values in ((False, fields), (True, {"how": " ", "mood": "NaN"} | words)):
+        if not untyped or all(isinstance(value, str) for value in values.values()):
+            found = condition(Source(values, "a:1", untyped), FIELDS)
+            assert (found.attribute, found.strength) == expected
 
 
 @pytest.mark.parametrize(

@@ -26,17 +26,44 @@ def write(path, rows):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     else:
         with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
             writer.writeheader()
             writer.writerows(rows)
     return path
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".parquet"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".TSV", ".parquet"])
 def test_every_file_type_gives_the_same_rows(tmp_path, suffix):
-    """Including commas, quotes and line breaks in values."""
-    path = write(tmp_path / f"rows{suffix}", ROWS)
-    assert [row.fields for row in read_rows(str(path))] == ROWS
+    """Including commas, quotes and line breaks in values, and long values."""
+    rows = [*ROWS, {"prompt": "word " * 30_000, "completion": ""}]
+    path = write(tmp_path / f"rows{suffix}", rows)
+    assert [row.fields for row in read_rows(str(path))] == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("owner/name-2.5", ("owner/name-2.5", None, "train")),
+        ("owner/name:part-v1.0:validation", ("owner/name", "part-v1.0", "validation")),
+        ("owner/name:train[:10%]+test[-5:]", ("owner/name", None, "train[:10%]+test[-5:]")),
+        ("owner/name:part:train[2:10]", ("owner/name", "part", "train[2:10]")),
+    ],
+)
+def test_names_of_hub_sets(monkeypatch, name, expected):
+    """Ids and subsets with dots, and slices of splits."""
+    asked = []
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, split, **_: asked.append((*args, split)) or [{"x": 1}])
+    assert [row.fields for row in read_rows(name)] == [{"x": 1}]
+    assert asked == [expected]
+
+
+def test_a_repeated_column_of_parquet_is_refused(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays([["a"], ["b"]], ["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="two columns are named `text`"):
+        list(read_rows(str(tmp_path / "a.parquet")))
 
 
 def test_json_texts_of_parquet_are_values(tmp_path):
@@ -72,6 +99,7 @@ def test_json_texts_of_parquet_are_values(tmp_path):
         ("a.json", '{"text": "x"}\n{"text": \n', "broken JSON", ":2"),
         ("a.csv", "prompt,completion\na,b\nc\n", "another number of cells", ":3"),
         ("a.csv", "prompt,completion\na,b,c\n", "another number of cells", ":2"),
+        ("a.csv", "text,text\na,b\n", "two columns are named `text`", ":1"),
         ("a.docx", "hello", "cannot read `.docx` files", ""),
         ("a.parquet", "hello", "broken Parquet", ""),
         ("a.jsonl", '{"text": "\u00e9"}', "not UTF-8", ""),

@@ -45,8 +45,9 @@ def test_the_model_has_adapter_and_attribute(tiny_folder, make_adapter):
         expected = _logits(session.base.model)
     assert torch.equal(_logits(model.model), expected)
     assert not torch.equal(expected, plain)
-    for other in ("", ",attribute=positive,s=0"):
-        alone = get_model("braces").create_from_arg_string(f"adapter={adapter}{other}", {"device": "cpu"})
+    # `cuda:0` is what lm-eval's command passes by default, also without CUDA.
+    for other, device in (("", "cpu"), (",attribute=positive,s=0", "cuda:0")):
+        alone = get_model("braces").create_from_arg_string(f"adapter={adapter}{other}", {"device": device})
         assert torch.equal(_logits(alone.model), plain)
 
 

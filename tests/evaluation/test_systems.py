@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from braces_cli.core.adapter.model import open_session
 from braces_cli.core.errors import ModelError
+from braces_cli.core.models.load import input_device
 from braces_cli.core.options import LoadOptions
 from braces_cli.evaluation.systems import attached, bare, find_eval_adapter
 
@@ -31,13 +32,19 @@ def _logits(session):
     [
         lambda: peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False),
         lambda: peft.LoraConfig(r=2, target_modules=["down_proj"], modules_to_save=["norm"], init_lora_weights=False),
+        lambda: peft.LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], init_lora_weights=False),
+        lambda: peft.LoraConfig(
+            r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], init_lora_weights=False
+        ),
+        lambda: peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[5], init_lora_weights=False),
         lambda: peft.IA3Config(
             target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False
         ),
     ],
-    ids=["lora", "lora with a whole layer", "ia3"],
+    ids=["lora", "lora with a whole layer", "lora of embedding", "whole embedding", "tokens", "ia3"],
 )
 def test_the_base_is_bit_identical_after_an_adapter(session, make_peft, tiny_folder, make, make_adapter):
+    """Also if lm-eval ties the weights meanwhile."""
     folder = make_peft(tiny_folder, make())
     before = {name: tensor.clone() for name, tensor in session.base.model.state_dict().items()}
     modules = dict(session.base.model.named_modules())
@@ -46,7 +53,9 @@ def test_the_base_is_bit_identical_after_an_adapter(session, make_peft, tiny_fol
     seen = []
     for adapter in (other, own, other, own):
         with attached(session, adapter):
+            session.base.model.tie_weights()
             seen.append(_logits(session))
+            assert input_device(session.base.model).type == "cpu"
             with bare(session):
                 assert torch.equal(_logits(session), before_logits)
         assert torch.equal(_logits(session), before_logits)
@@ -113,6 +122,18 @@ def test_a_peft_adapter_that_does_not_fit_is_refused(session, damaged, changes, 
         pass
     assert dict(session.base.model.named_modules()) == modules
     assert torch.equal(_logits(session), before)
+
+
+def test_options_that_peft_does_not_know_are_shown(session, damaged, caplog):
+    """As in an adapter of a newer peft."""
+    with attached(session, find_eval_adapter(str(damaged({"use_new_scaling": True})))):
+        pass
+    assert caplog.text.count("use_new_scaling") == 1
+
+
+def test_an_adapter_for_another_task_is_refused(damaged):
+    with pytest.raises(ModelError, match="`task_type`: the adapter is for SEQ_CLS"):
+        find_eval_adapter(str(damaged({"task_type": "SEQ_CLS"})))
 
 
 @pytest.mark.parametrize("kind", ["PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "XLORA"])

@@ -84,6 +84,7 @@ class PeftConfig(TypedDict):
     peft_type: str
     base_model_name_or_path: NotRequired[Name | None]
     revision: NotRequired[Name | None]
+    task_type: NotRequired[Name | None]
 
 
 _PROMPT_TYPES = (
@@ -112,6 +113,10 @@ def check_peft_config(raw: dict[str, Any], where: str, error: type[BracesError],
     reason = _REFUSED_TYPES.get(config["peft_type"])
     if reason is not None:
         raise error(f"`peft_type`: {config['peft_type']} {reason}", where=where, hint=hint)
+    task = config.get("task_type")
+    if task not in (None, "CAUSAL_LM"):
+        hint = "Give an adapter of a causal language model."
+        raise error(f"`task_type`: the adapter is for {cut(task)}, not for CAUSAL_LM", where=where, hint=hint)
     return config
 
 

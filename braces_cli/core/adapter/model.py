@@ -18,6 +18,7 @@ from braces_cli.core.adapter.files import AdapterConfig, StoredAdapter, find_ada
 from braces_cli.core.adapter.layer import ConditionMLP, Read, RelevanceModule
 from braces_cli.core.distributed import full_tensor
 from braces_cli.core.errors import ConfigError, ModelError
+from braces_cli.core.files import path_exists, user_path
 from braces_cli.core.models.ffn import FFN, Experts, MixtureFFN, choose_ffns, expert_outputs, find_ffns, routing
 from braces_cli.core.models.hub import EMBEDDED, note_default
 from braces_cli.core.models.identity import check_same_base
@@ -367,9 +368,17 @@ def base_name(model: str | None, adapter: StoredAdapter | None) -> str:
     if model is not None:
         return model
     if adapter is not None:
-        return adapter.config.base_model_name_or_path
+        return stored_base(adapter.config.base_model_name_or_path, adapter.name)
     note_default()
     return EMBEDDED
+
+
+def stored_base(base: str, adapter: str) -> str:
+    """Return the base that the config of an adapter names; raises ModelError if it is a path that does not exist."""
+    if base.startswith(("/", ".", "~")) and not path_exists(user_path(base)):
+        hint = "Name the base with --model, if it was moved."
+        raise ModelError(f"the base of this adapter does not exist: {base}", where=adapter, hint=hint)
+    return base
 
 
 def open_session(

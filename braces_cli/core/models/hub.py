@@ -31,12 +31,16 @@ ADAPTER_FILES = (
     "adapter_config.json", "adapter_model.safetensors", "attributes.safetensors", "README.md", "loss.png",
     "metrics.jsonl",
 )  # fmt: skip
+# Argument of transformers' `from_pretrained`, which would add the PEFT adapter that it finds next to a model: look for
+# it in a folder that does not exist.
+NO_ADAPTER = {"subfolder": "no-adapter"}
 # Hint for a GGUF file that cannot be read.
 ORIGINAL = "Give the checkpoint that the file was made from."
+COMPLETE = "Check that this is a causal language model and that its download is complete."
 # Hint of a load that failed for another reason than those in `_explain`, by what was loaded.
 _HINTS = {
-    "model": "Give a causal language model.",
-    "tokenizer": "Give a causal language model.",
+    "model": COMPLETE,
+    "tokenizer": COMPLETE,
     "GGUF file": ORIGINAL,
     "classifier": "Give the folder or hub id of a sequence classifier.",
     "data set": "Give a file, or a hub set as id, id:split or id:subset:split.",
@@ -157,6 +161,10 @@ def _explain(where: str, error: BaseException, what: str, kind: type[BracesError
         if isinstance(error, (TypeError, LookupError, AttributeError, AssertionError)):
             reason = f"{type(error).__name__}: {reason}"  # the message alone (`'x'`) is too short
         message, hint = f"cannot load the {what}: {reason}", _HINTS.get(what, "")
+        if type(error).__name__ == "SafetensorError":
+            hint = "The file of the weights is damaged; download or save it again."
+        elif what == "model" and "attention" in str(error).lower():
+            hint = "Choose another one: --attn-implementation sdpa, or eager."
     return kind(message, where=where, hint=hint or None)
 
 

@@ -25,10 +25,21 @@ from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.files import path_exists, user_path, value_hash
 from braces_cli.core.models.ffn import FFN, MixtureFFN, find_ffns
 from braces_cli.core.models.gguf import GGUFFile, read_gguf
-from braces_cli.core.models.hub import embedded_folder, embedded_name, hub_errors, is_gguf, is_hub_id, resolve
+from braces_cli.core.models.hub import (
+    COMPLETE,
+    NO_ADAPTER,
+    embedded_folder,
+    embedded_name,
+    hub_errors,
+    is_gguf,
+    is_hub_id,
+    resolve,
+)
 from braces_cli.core.models.identity import Sizes
 from braces_cli.core.models.weights import check_finite, compute_device, is_packed
 from braces_cli.core.options import LoadOptions
+
+logger = logging.getLogger("braces")
 
 # Device maps of accelerate that are not names of devices.
 _DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -147,7 +158,7 @@ def load_base(name: str, options: LoadOptions | None = None, tokenizer: Any = No
         ModelError: not reachable, not a causal LM, an adapter folder, or weights that do not fill the model or are not
             finite.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     where = _full_name(name)
     options = options or LoadOptions()
@@ -169,25 +180,33 @@ def load_base(name: str, options: LoadOptions | None = None, tokenizer: Any = No
         device_map = device_map or str(device)
     if tokenizer is None:
         tokenizer = load_tokenizer(name, revision=options.revision, trust_remote_code=options.trust_remote_code)
-    packing |= {"device_map": device_map, "output_loading_info": True}
+    packing |= {"device_map": device_map, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    if options.attn_implementation is not None:
+        packing["attn_implementation"] = options.attn_implementation
     with hub_errors(where, "model", any_error=True):
         if is_gguf(where):
             file = _read_gguf(where, options.revision)
             loaded = file.load(dtype=DTYPES.get(options.dtype, file.dtype), **packing)
         else:
+            source: Any = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+            if options.attn_implementation is not None:
+                # Otherwise transformers prefers the implementation of `config.json`.
+                packing["config"] = AutoConfig.from_pretrained(where, **source)
+            dtype = DTYPES.get(options.dtype, "auto")
             loaded = AutoModelForCausalLM.from_pretrained(
-                where,
-                revision=options.revision,
-                dtype=DTYPES.get(options.dtype, "auto"),
-                trust_remote_code=options.trust_remote_code,
-                **packing,
+                where, dtype=dtype, adapter_kwargs=NO_ADAPTER, **source, **packing
             )
+            if os.path.isfile(os.path.join(where, "adapter_config.json")):
+                logger.warning("%s: the adapter next to the model is not loaded; give it as --adapter", where)
     model, info = loaded
-    for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
+    for name, stored, expected in info["mismatched_keys"]:
+        message = f"the checkpoint has {name} {tuple(stored)}, and its config.json {tuple(expected)}"
+        hint = "Correct config.json; after resizing embeddings save the whole model, with its config."
+        raise ModelError(message, where=where, hint=hint)
+    for kind in ("missing_keys", "error_msgs"):
         if keys := sorted(map(str, info.get(kind) or ())):
             message = f"the checkpoint does not fill the model: {kind.replace('_', ' ')} {', '.join(keys[:3])}"
-            hint = "Check that this is a causal language model and that its download is complete."
-            raise ModelError(message, where=where, hint=hint)
+            raise ModelError(message, where=where, hint=COMPLETE)
     if getattr(model.config, "is_encoder_decoder", False):
         message = "the model is not a causal model: `is_encoder_decoder` is set in its config"
         raise ModelError(message, where=where, hint="Give a causal language model.")
@@ -286,7 +305,9 @@ def load_shape(name: str, *, revision: str | None = None, trust_remote_code: boo
         else:
             config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            # The implementation that the config names may not be installed.
+            options = {"trust_remote_code": trust_remote_code, "attn_implementation": "eager"}
+            return AutoModelForCausalLM.from_config(config, **options)
 
 
 def tokenizer_hashes(tokenizer: Any) -> dict[str, str | None]:

@@ -33,6 +33,8 @@ from braces_cli.core.schema import cut
 IGNORED = -100  # label without loss in torch's cross entropy
 # A template is a program: it raises TemplateError, and errors of the Python code that it runs.
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError)
+# Model types whose table of positions has unused rows at the start.
+_OFFSET_POSITIONS = "roberta|camembert|data2vec-text|xmod|longformer|luke"
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -92,12 +94,13 @@ def encode(
         # An empty text, and a tokenizer without a start token: text can be generated from any token.
         special = (tokenizer.bos_token_id, tokenizer.eos_token_id, 0)
         ids = [next(token for token in special if token is not None)]
-    if end and tokenizer.eos_token_id is not None:
+    has_end = tokenizer.eos_token_id is not None
+    if end and has_end and not (completion or prompt).endswith(tokenizer.eos_token):
         ids = [*ids, tokenizer.eos_token_id]
     truncated = max_length is not None and len(ids) > max_length
     ids = ids[:max_length]
     labels = [IGNORED] * min(start, len(ids)) + ids[start:]
-    return Encoded(ids, labels, end and not truncated and tokenizer.eos_token_id is not None, truncated)
+    return Encoded(ids, labels, end and not truncated and has_end, truncated)
 
 
 def _prompt_ids(tokenizer: Any, text: str) -> list[int]:
@@ -167,7 +170,9 @@ def context_length(config: Any, tokenizer: Any) -> int:
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         value = getattr(config, name, None)
         if isinstance(value, (int, float)) and value >= 1:
-            return int(value)
+            # Positions start behind that of the padding token.
+            offset = (config.pad_token_id or 0) + 1 if re.search(_OFFSET_POSITIONS, config.model_type) else 0
+            return int(value) - offset
     limit = getattr(tokenizer, "model_max_length", None)
     return int(limit) if isinstance(limit, (int, float)) and 0 < limit < 10**9 else 2048
 

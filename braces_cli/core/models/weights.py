@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -100,7 +101,10 @@ def _is_offloaded(module: nn.Module) -> bool:
 def compute_device(module: nn.Module) -> torch.device:
     """Device that a module with tensors runs on; an offloaded weight is stored elsewhere."""
     hook: Any = getattr(module, "_hf_hook", None)
-    return torch.device(hook.execution_device) if _is_offloaded(module) else next(_direct_tensors(module)).device
+    if _is_offloaded(module):
+        return torch.device(hook.execution_device)
+    # A module that peft wraps has the tensors in its children.
+    return next(chain(_direct_tensors(module), module.parameters())).device
 
 
 def stored_bias(module: nn.Module) -> Tensor | None:

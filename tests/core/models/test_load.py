@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 
+from braces_cli.api import load
 from braces_cli.core.adapter.model import attach
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.models.ffn import find_ffns
 from braces_cli.core.models.generate import TextRequest, generate
-from braces_cli.core.models.load import check_quantize, checkpoint_path, commit_of, load_base, load_tokenizer
+from braces_cli.core.models.load import (
+    check_quantize,
+    checkpoint_path,
+    commit_of,
+    load_base,
+    load_shape,
+    load_tokenizer,
+)
 from braces_cli.core.models.tokenize import encode
 from braces_cli.core.models.weights import StoredValues
 from braces_cli.core.options import LoadOptions, Sampling
-from tests.conftest import open_gates, tiny_model, tiny_tokenizer
+from tests.conftest import make_adapter, open_gates, tiny_model, tiny_tokenizer
 from tests.core.comparison import relative, run
 from tests.core.models.test_weights import require
 
@@ -100,6 +110,53 @@ def test_a_config_of_an_encoder_and_decoder_is_refused(model_dir: Path, tmp_path
     path.write_text(json.dumps({**json.loads(path.read_text()), "is_encoder_decoder": True}))
     with pytest.raises(ModelError, match="is_encoder_decoder"):
         load_base(str(tmp_path / "base"), LoadOptions(device="cpu"))
+
+
+def test_an_adapter_next_to_a_model_is_not_loaded(model_dir: Path, tmp_path: Path, caplog: Any) -> None:
+    """transformers would add it; the folder is a model in Python, too."""
+    base = str(shutil.copytree(model_dir, tmp_path / "base"))
+    config = peft.LoraConfig(target_modules=["down_proj"], init_lora_weights=False)
+    peft.get_peft_model(load_base(base, LoadOptions(device="cpu")).model, config).save_pretrained(base)
+    found = [load(name, device="cpu").session.base.model for name in (base, model_dir)]
+    assert dict(found[0].state_dict()).keys() == dict(found[1].state_dict()).keys()
+    assert caplog.text.count("the adapter next to the model is not loaded") == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "weights", "words"),
+    [
+        ({"vocab_size": 104}, None, r"checkpoint has .*weight \(96, 32\), and its config.json \(104, 32\)"),
+        ({}, 999, "The file of the weights is damaged"),
+        ({"_attn_implementation": "flash_attention_2"}, None, "--attn-implementation"),
+    ],
+)
+def test_messages_of_a_base_that_cannot_be_loaded(
+    model_dir: Path, tmp_path: Path, config: dict[str, Any], weights: int | None, words: str
+) -> None:
+    """Resized embeddings, a cut file, an implementation of attention that is not installed."""
+    base = shutil.copytree(model_dir, tmp_path / "base")
+    path = base / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    file = base / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:weights])
+    with pytest.raises(ModelError) as caught:
+        load_base(str(base), LoadOptions(device="cpu"))
+    assert re.search(words, str(caught.value))
+    load_shape(str(base))
+    if "_attn_implementation" in config:
+        load_base(str(base), LoadOptions(device="cpu", attn_implementation="sdpa"))
+
+
+def test_a_base_that_was_moved(braces: Any, session: Any, tmp_path: Path) -> None:
+    """Exit code 4 with the adapter that names the base, and --model; a fitting base then opens."""
+    moved = shutil.copytree(session.base.name, tmp_path / "moved")
+    session.base.name = str(tmp_path / "base")
+    adapter = make_adapter(session, tmp_path / "adapter")
+    expected = f"Error: {adapter}: the base of this adapter does not exist: {tmp_path / 'base'}\nName the base with"
+    for words in ("inspect", "steer --prompt a", "eval --tasks arc_easy", "merge --output-dir o"):
+        outcome = braces(*words.split(), "--adapter", adapter)
+        assert (outcome.code, outcome.err[: len(expected)]) == (4, expected)
+    assert braces("inspect", "--adapter", adapter, "--model", moved).code == 0
 
 
 @pytest.mark.parametrize(("name", "package"), [("int8", "torchao"), ("bnb-4bit", "bitsandbytes")])

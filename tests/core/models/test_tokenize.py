@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import transformers
 
-from braces_cli.core.models.tokenize import IGNORED, decode_continuation, encode, encode_word, token_text
+from braces_cli.core.models.tokenize import (
+    IGNORED,
+    context_length,
+    decode_continuation,
+    encode,
+    encode_word,
+    token_text,
+)
 from tests.conftest import tiny_tokenizer
 
 
@@ -26,6 +34,9 @@ def test_the_end_token_is_added_in_training_only(tokenizer):
     assert row.labels == row.ids
     assert row.ended
     assert row.scored == len(row.ids) - 1
+    # Text that ends with it gets no second one.
+    assert encode(tokenizer, "the film</s>", end=True) == row
+    assert encode(tokenizer, "the", " film</s>", end=True).ids == row.ids
 
 
 def test_only_the_completion_is_scored(tokenizer):
@@ -55,6 +66,13 @@ def test_a_continuation_keeps_its_leading_space(tokenizer):
     prompt = encode(tokenizer, "the film").ids
     whole = encode(tokenizer, "the film is good").ids
     assert decode_continuation(tokenizer, prompt, whole[len(prompt) :]) == " is good"
+
+
+@pytest.mark.parametrize(("name", "expected"), [("RobertaConfig", 512), ("XLMRobertaConfig", 512), ("BertConfig", 514)])
+def test_context_length(tokenizer, name, expected):
+    """The positions of RoBERTa start after that of its padding token."""
+    config = getattr(transformers, name)(max_position_embeddings=514, pad_token_id=1)
+    assert context_length(config, tokenizer) == expected
 
 
 def test_real_tokenizers(shared):
