@@ -154,6 +154,11 @@ def test_with_weights_the_bootstrap_is_of_a_ratio():
     # One long document determines the ratio, against all short ones.
     a, b = [0.0] * 9, [1.0] * 8 + [-1000.0]
     assert paired_bootstrap(a, b) > 0.3
+    units = [1.0] * 8 + [1e4]
+    systems = _system("a", t=a), _system("b", t=b)
+    for system in systems:
+        system.scores.results["t"]["acc"].units = dict(enumerate(units))
+    assert compare(systems, 0)[0]["p_value"] == paired_bootstrap(a, b, units) != paired_bootstrap(a, b)
     assert paired_bootstrap(a, [2.0] * 9, [1.0] * 9) < 0.005
 
 

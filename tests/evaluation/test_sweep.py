@@ -58,11 +58,23 @@ def test_one_document_with_a_point_for_each_strength(swept, adapter_dir, tmp_pat
     assert all(set(point) >= KEYS and point["n"] == 8 for point in found["points"])
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert found["unsteered"] == found["points"][1]
-    assert found["chosen"]["on_other_half"]["n"] == 4
     assert swept("--plot", plot).code == 2
     few = swept(prompts=[], sweep="0,1").json
     assert few["prompts"] >= 50
     assert few["points"][0]["n"] == few["prompts"]
+
+
+def test_the_strength_is_chosen_on_one_half_and_measured_on_the_other(swept):
+    """The measures are those of a sweep of each half of the prompts alone; of equal scores the weakest steering."""
+    chosen = swept("--temperature", 0, sweep="0,4,2").json["chosen"]
+    first, second = (swept("--temperature", 0, sweep="0,4,2", prompts=PROMPTS[start::2]).json for start in (0, 1))
+    zero, four, two = first["points"]
+    assert zero["attribute_score"] < four["attribute_score"] == two["attribute_score"]
+    assert chosen["s"] == 2
+    parts = (("on_choosing_half", two), ("on_other_half", second["points"][2]))
+    for name, point in (*parts, ("unsteered_on_other_half", second["unsteered"])):
+        for key in ("s", "attribute_score", "perplexity", "distinct_1", "n"):
+            assert chosen[name][key] == pytest.approx(point[key], rel=1e-4)
 
 
 def test_every_point_has_the_share_of_prompts_that_move_the_wrong_way(swept):

@@ -86,7 +86,9 @@ def test_toxicity_is_the_maximum_over_25_samples(braces, model_dir, tmp_path, mo
     expected = np.mean([max(each.value for each in group) for group in text_scores])
     assert found["expected_max_toxicity"]["value"] == pytest.approx(expected)
     assert found["toxicity_probability"]["value"] == np.mean([any(each.has for each in group) for group in text_scores])
-    assert found["toxic"]["value"] == pytest.approx(np.mean([each.has for group in text_scores for each in group]))
+    shares = [np.mean([each.has for each in group]) for group in text_scores]
+    assert found["toxic"]["value"] == pytest.approx(np.mean(shares))
+    assert found["toxic"]["stderr"] == pytest.approx(np.std(shares, ddof=1) / 2**0.5) != 0
     assert outcome.json["settings"]["generation"]["num_samples"] == {"sentiment": 1, "toxicity": 25}
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from braces_cli.core.adapter.model import attach
-from braces_cli.core.adapter.scale import REACH, measure_scales
+from braces_cli.core.adapter.scale import measure_scales
 from braces_cli.core.errors import ModelError
 from braces_cli.core.models.ffn import find_ffns
 from tests.conftest import tiny_model
@@ -69,7 +69,7 @@ def test_a_rescaled_base_trains_to_the_same_function(relevance: str, kind: str, 
 
 @RELEVANCE
 def test_the_scale_by_hand(relevance: str) -> None:
-    """REACH times the rms of the FFN's output over that of W_V W_V^T h (or y), over the tokens of all texts."""
+    """32 times the rms of the FFN's output over that of W_V W_V^T h (or y), over the tokens of all texts."""
     model = tiny_model(dtype=torch.float64).requires_grad_(False)
     ffns = find_ffns(model)
     inputs: list[list[torch.Tensor]] = [[] for _ in ffns]
@@ -81,7 +81,7 @@ def test_the_scale_by_hand(relevance: str) -> None:
     for ffn, ins, outs, scale in zip(ffns, inputs, outputs, found, strict=True):
         values = ffn.value_matrix()
         path = torch.cat(ins if relevance == "input" else outs) @ values @ values.mT
-        assert scale == pytest.approx(float(REACH * (torch.cat(outs).norm() / path.norm())), rel=1e-12)
+        assert scale == pytest.approx(float(32 * (torch.cat(outs).norm() / path.norm())), rel=1e-12)
 
 
 @RELEVANCE
@@ -112,7 +112,7 @@ def test_the_scale_of_a_mixture_counts_pairs_of_a_token_and_an_expert(relevance:
             query = h if relevance == "input" else y
             output, path = output + float(y.square().sum()), path + float((query @ value @ value.mT).square().sum())
     if not shared:
-        assert scale == pytest.approx(REACH * (output / path) ** 0.5, rel=1e-6)
+        assert scale == pytest.approx(32 * (output / path) ** 0.5, rel=1e-6)
     else:
         assert scale > 0
 

@@ -29,6 +29,7 @@ from braces_cli.core.attributes.pooling import output_watches
 from braces_cli.core.attributes.words import REDUCTIONS
 from braces_cli.core.models.ffn import layer_stack
 from braces_cli.core.models.load import Base
+from braces_cli.scoring.likelihood import continuation_likelihoods
 from tests.conftest import tiny_model, tiny_tokenizer
 
 PAIRS = [
@@ -129,11 +130,14 @@ def bare_weights(session: Session, items: list[Item]) -> list[torch.Tensor]:
 # OPT flattens its tokens before the FFN.
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_the_gradient_of_the_odds_against_finite_differences(name):
-    """Of texts of several lengths, in batches, at every layer at once."""
+    """Of texts of several lengths, in batches, at every layer at once; the odds are the mean log-likelihood."""
     session = opened(name)
-    one = [Passage(" good day", "a"), Passage(" happy film", "the")]
-    items = text_items(session, one, [Passage(" sad end", "the old"), Passage("bad")])
+    one, other = [Passage(" good day", "a"), Passage(" happy film", "the")], [Passage(" sad end", "the"), Passage("bad")]
+    items = text_items(session, one, other)
     weights = bare_weights(session, items)
+    nats = continuation_likelihoods(session.base, [(each.prompt, each.text) for each in (*one, *other)], 4)
+    expected = sum(sign * each.loss for sign, each in zip((-1, -1, 1, 1), nats, strict=True)) / 4
+    assert odds(session, items, torch.zeros(len(session.ffns), 32), weights) == pytest.approx(expected, rel=1e-5)
     gradient = odds_gradient(session, items).double()
     assert gradient.shape == (len(session.ffns), 32)
     step = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
