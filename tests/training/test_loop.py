@@ -52,7 +52,7 @@ def test_metrics_curve_and_card(run, tmp_path, mood_rows):
 
 
 def test_a_run_is_the_plain_loop(train, session, mood_rows, tmp_path):
-    """AdamW without weight decay, from gates of -5; gradients cut at norm 1; a linear schedule after a quarter of the steps."""
+    """AdamW without weight decay, from gates of -5; gradients cut at norm 1, rates linear after a quarter."""
     options = ("--max-steps", 7, "--batch-size", 12, "--logging-steps", 1, "--relevance-scale", 10000)
     assert train(tmp_path / "out", *options).code == 0
     items = read_examples([str(mood_rows)], Reading(session.base.tokenizer, 128)).items

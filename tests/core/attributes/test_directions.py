@@ -132,7 +132,8 @@ def bare_weights(session: Session, items: list[Item]) -> list[torch.Tensor]:
 def test_the_gradient_of_the_odds_against_finite_differences(name):
     """Of texts of several lengths, in batches, at every layer at once; the odds are the mean log-likelihood."""
     session = opened(name)
-    one, other = [Passage(" good day", "a"), Passage(" happy film", "the")], [Passage(" sad end", "the"), Passage("bad")]
+    one = [Passage(" good day", "a"), Passage(" happy film", "the")]
+    other = [Passage(" sad end", "the"), Passage("bad")]
     items = text_items(session, one, other)
     weights = bare_weights(session, items)
     nats = continuation_likelihoods(session.base, [(each.prompt, each.text) for each in (*one, *other)], 4)
