@@ -231,10 +231,7 @@ def _list(settings: AttributeBuildSettings) -> None:
         print_json({"attributes": rows})
         return
     table = [_row(row) for row in rows]
-    columns = ["attribute", "from", "built from", "base", "difference"]
-    if all(row["path"] is None for row in rows):  # only files have a base
-        columns, table = columns[:3], [cells[:3] for cells in table]
-    print_table("attributes", columns, table)
+    print_table("attributes", ["attribute", "from", "built from", "base"], table)
 
 
 def _row(row: dict[str, Any]) -> list[Any]:
@@ -251,10 +248,9 @@ def _row(row: dict[str, Any]) -> list[Any]:
         built += f"; {provenance['reduction']}"
     if row["pooling"] not in (None, "mean"):
         built += f"; {row['pooling']}"
-    cells = [row["name"], row["source"], built]
-    if row["path"] is None:
-        return [*cells, None, None]
-    base = "unknown" if row["base"] is None else Path(row["base"]).name
-    difference = row["statistics"]["difference"]
-    mean = None if difference is None else sum(difference) / len(difference)
-    return [*cells, f"{base} ({row['layers']} x {row['hidden_size']})", mean]
+    base = (
+        None
+        if row["path"] is None
+        else f"{Path(row['base'] or 'unknown').name} ({row['layers']} x {row['hidden_size']})"
+    )
+    return [row["name"], row["source"], built, base]

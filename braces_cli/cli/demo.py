@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import shlex
+import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -17,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from braces_cli import __version__
-from braces_cli.cli.options import command, running
-from braces_cli.cli.output import cell, note, print_json, print_table, print_text
+from braces_cli.cli.options import command
+from braces_cli.cli.output import cell, note, print_json, print_text
 from braces_cli.core.config import option
 from braces_cli.core.options import OutputSettings, OverwriteSettings
 from braces_cli.core.schema import decode
 
 # One axis, with the two built-in word lists.
-ATTRIBUTE, OPPOSITE = "positive", "negative"
+ATTRIBUTE = "positive"
 PROMPTS = ("The film was", "We stayed at the hotel and", "My new phone")
 STRENGTHS = (-3.0, 0.0, 3.0)
 SWEEP = "-3:3:1.5"
@@ -76,18 +77,7 @@ def demo(settings: DemoSettings) -> None:
     if settings.json:
         print_json(result | {"page": str(page)})
         return
-    points = result["sweep"]["points"]
-    rows = [
-        (task["title"], ", ".join(f"{system['name']} {system['value']:.1%}" for system in task["systems"]))
-        for task in result["scores"]
-    ]
-    rows += [
-        ("positive texts", ", ".join(f"{point['attribute_score']:.0%} at {point['s']:+g}" for point in points)),
-        ("merged checkpoint", f"logits within {result['merge']['max_logit_difference']:.1e} of the adapter's"),
-        ("time", f"{result['seconds']:.0f} s"),
-    ]
     print_text("")
-    print_table("What it did", ["", ""], rows)
     print_text(f"Everything is in {folder}; open {page}")
 
 
@@ -126,8 +116,12 @@ class Guide:
             stdout = io.StringIO()
             full = [*args, "--format", "json", "--quiet"]
             # Model cards contain the command of the step, not that of the demo.
-            with running(["braces", *args]), redirect_stdout(stdout):
-                build_app(full)(args=full, standalone_mode=False)
+            own, sys.argv = sys.argv, ["braces", *args]
+            try:
+                with redirect_stdout(stdout):
+                    build_app(full)(args=full, standalone_mode=False)
+            finally:
+                sys.argv = own
             text = stdout.getvalue()
             document = [decode(line) for line in text.splitlines()] if lines else decode(text)
         self.steps.append({"title": title, "command": command, "seconds": time.perf_counter() - started})
@@ -190,9 +184,8 @@ def run_demo(guide: Guide) -> dict[str, Any]:
 def _steer(guide: Guide, prompts: Path) -> dict[str, Any]:
     """Return `{texts, sweep, vectors}`: texts and scores at several strengths, and value vectors of the attribute."""
     folder, seed = guide.folder / "attributes", ("--seed", str(guide.seed))
-    for name in (ATTRIBUTE, OPPOSITE):
-        title = f"Build the attribute {name} from its words"
-        guide.run(title, "attr-build", "--attribute", name, "--output-dir", folder)
+    title = f"Build the attribute {ATTRIBUTE} from its words"
+    guide.run(title, "attr-build", "--attribute", ATTRIBUTE, "--output-dir", folder)
     along = ("--attributes", folder, "--attribute", ATTRIBUTE)
     texts: dict[str, dict[str, str]] = {}
     for s in STRENGTHS:

@@ -9,10 +9,7 @@ Typer passes texts; `core.config.build` converts them, and those of the file of 
 from __future__ import annotations
 
 import inspect
-import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import MISSING
 from functools import partial
 from pathlib import Path
@@ -27,23 +24,6 @@ from braces_cli.core.options import OutputSettings
 
 _CONFIG = "YAML file with options of this command; the command line wins."
 _METAVARS = {int: "INTEGER", float: "FLOAT", Path: "PATH", str: "TEXT"}
-# The words of a nested command.
-_words: ContextVar[tuple[str, ...] | None] = ContextVar("words", default=None)
-
-
-def command_line() -> list[str]:
-    """Return the words of the current command, such as `["braces", "train", "--data", "rows.jsonl"]`."""
-    return list(_words.get() or ("braces", *sys.argv[1:]))
-
-
-@contextmanager
-def running(words: Sequence[str]) -> Iterator[None]:
-    """Set the words that `command_line` returns, for a nested command."""
-    token = _words.set(tuple(words))
-    try:
-        yield
-    finally:
-        _words.reset(token)
 
 
 def command(function: Callable[[Any], None]) -> Callable[..., None]:

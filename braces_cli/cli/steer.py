@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import cache, partial
 from itertools import chain
@@ -86,8 +86,7 @@ def write_texts(settings: SteerSettings) -> None:
         and not settings.show_unsteered
         and (total == 1 or settings.batch_size == 1)
     ):
-        printer = TextPrinter()
-        printer.run(rows(stream=printer.write))
+        print_stream(rows)
     else:
         print_rows(rows())
 
@@ -210,33 +209,18 @@ def titled(attributes: dict[str, float]) -> str:
     return ", ".join(f"{name} {s:+g}" for name, s in attributes.items()) or "no attribute"
 
 
-class TextPrinter:
-    """Prints texts one after another while they are generated, each after its prompt."""
+def print_stream(generate: Callable[..., Iterable[dict[str, Any]]]) -> None:
+    """Print the texts of `generate` one after another while they are generated, each after its prompt."""
+    printed: list[TextRequest] = []
 
-    def __init__(self) -> None:
-        self._prompt_printed = False
-
-    def write(self, request: Any, piece: str) -> None:
-        """Print a piece of the text of a request."""
-        self._print_prompt(request.prompt)
+    def write(request: TextRequest, piece: str) -> None:
+        if request not in printed[-1:]:
+            console().print(rich_text(request.prompt, "bold"), end="", soft_wrap=True)
+            printed.append(request)
         print_text(piece, end="")
 
-    def run(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Read `rows`, whose generation calls `write`."""
-        for row in rows:
-            self._print_prompt(row["prompt"])  # an empty text has no pieces
-            print_text("\n")
-            self._prompt_printed = False
-
-    def _print_prompt(self, prompt: str) -> None:
-        if self._prompt_printed:
-            return
-        self._prompt_printed = True
-        out = console()
-        if out.is_terminal:
-            out.print(rich_text(prompt, "bold"), end="", soft_wrap=True)
-        else:
-            print_text(prompt, end="")
+    for row in generate(stream=write):
+        print_text("\n" if row["text"] else f"{row['prompt']}\n")  # an empty text has no pieces
 
 
 def run_interactive(settings: SteerSettings) -> None:

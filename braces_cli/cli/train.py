@@ -1,10 +1,11 @@
 """`braces train`: fine-tune an adapter; `--check` reports on the rows without loading weights."""
 
+import sys
 from typing import Any
 
 from rich.filesize import decimal
 
-from braces_cli.cli.options import command, command_line, show_plan
+from braces_cli.cli.options import command, show_plan
 from braces_cli.cli.output import print_json, print_pairs, print_table, progress
 from braces_cli.core.errors import BracesError, ConfigError
 from braces_cli.training.settings import TrainSettings
@@ -40,7 +41,7 @@ def train(settings: TrainSettings) -> None:
     from braces_cli.training.run import train as run
 
     with progress(quiet) as report:
-        result = run(settings, report, command_line())
+        result = run(settings, report, ["braces", *sys.argv[1:]])
     if is_main():
         if settings.push_to_hub is not None and settings.output_dir is not None:
             again = "the same command with --resume tries the upload again"

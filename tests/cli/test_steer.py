@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from braces_cli.cli.steer import TextPrinter, _lines, print_rows, print_texts
+from braces_cli.cli.steer import _lines, print_rows, print_stream, print_texts
 from braces_cli.core.errors import DataError
+from braces_cli.core.models.generate import TextRequest
 from braces_cli.core.options import Sampling
 from braces_cli.steering.texts import generate_rows, text_requests
 from tests.cli.test_output import HOSTILE, controls
@@ -179,13 +180,16 @@ def test_results_go_to_a_redirected_stdout_while_a_bar_is_drawn(model_dir):
 def test_one_text_at_a_time_is_printed_as_it_is_generated(session, capsys):
     """The prompt, then its text."""
     rows = list(generate_rows(session, text_requests(LINES), Sampling(8)))
-    flow, pieces = TextPrinter(), []
+    pieces = []
 
-    def write(request, piece):
-        pieces.append(piece)
-        flow.write(request, piece)
+    def generate(stream):
+        def write(request, piece):
+            pieces.append(piece)
+            stream(request, piece)
 
-    flow.run(generate_rows(session, text_requests(LINES), Sampling(8), batch_size=1, stream=write))
+        return generate_rows(session, text_requests(LINES), Sampling(8), batch_size=1, stream=write)
+
+    print_stream(generate)
     assert capsys.readouterr().out == "".join(f"{row['prompt']}{row['text']}\n\n" for row in rows)
     assert len(pieces) > 4
 
@@ -220,7 +224,7 @@ def test_generated_text_keeps_its_lines(capsys: pytest.CaptureFixture[str], kind
     row = {"prompt": text, "text": text, "unsteered": text, "attributes": {"positive": 1.0}}
     print_rows([row])
     print_texts([row])
-    TextPrinter().run([row])
+    print_stream(lambda stream: [stream(TextRequest("", 0), text), row][1:])
     out = capsys.readouterr().out
     assert controls(out) <= {"\t"}
     assert out.count("\n\tend") == 6

@@ -74,33 +74,29 @@ def build_attribute(
     report: Report = silent,
     pooling: str = "mean",
     reduction: str | None = "mean",
+    opposites: Sequence[str] | None = None,
 ) -> Attribute:
     """Build an attribute from words.
 
     Args:
         pooling: over the tokens of each word, one of `POOLINGS`.
         reduction: direction of the steering vector: "mean" is p; None is "gradient" unless the model is offloaded.
+        opposites: words of the opposite attribute; None: the neutral list is the reference.
 
     Raises:
         ModelError: states that are not finite.
     """
-    neutral = built_in()[REFERENCE]
-    hidden, other = pool_words(session, words, report, pooling), pool_words(session, neutral, pooling=pooling)
-    items = partial(word_items, session, words, neutral)
-    return _attribute(session, name, hidden, other, pooling, reduction, items, report, words=list(words))
+    others = opposites or built_in()[REFERENCE]
+    hidden, reference = (pool_words(session, each, report, pooling) for each in (words, others))
+    reference = (hidden + reference) / 2 if opposites else reference
+    items = partial(word_items, session, words, others)
+    return _attribute(session, name, hidden, reference, pooling, reduction, items, report, words=list(words))
 
 
-def built_in_attribute(
-    session: Session, name: str, report: Report = silent, pooling: str = "mean", reduction: str | None = "mean"
-) -> Attribute:
+def built_in_attribute(session: Session, name: str, report: Report = silent, **details: Any) -> Attribute:
     """Build the attribute of a built-in word list, against the opposite list if there is one; see `build_attribute`."""
     lists = built_in()
-    if name not in OPPOSITES:
-        return build_attribute(session, name, lists[name], report, pooling, reduction)
-    words, opposites = lists[name], lists[OPPOSITES[name]]
-    hidden, other = (pool_words(session, each, report, pooling) for each in (words, opposites))
-    items = partial(word_items, session, words, opposites)
-    return _attribute(session, name, hidden, (hidden + other) / 2, pooling, reduction, items, report, words=words)
+    return build_attribute(session, name, lists[name], report, opposites=lists.get(OPPOSITES.get(name, "")), **details)
 
 
 def attribute_from_texts(
@@ -112,10 +108,10 @@ def attribute_from_texts(
     reduction: str | None = "mean",
 ) -> Attribute:
     """Build an attribute from texts, against the neutral texts; see `build_attribute`."""
-    neutral = neutral_texts()
-    hidden, other = pool_texts(session, texts, report, pooling), pool_texts(session, neutral, pooling=pooling)
-    items = partial(text_items, session, *([Passage(text) for text in side] for side in (texts, neutral)))
-    return _attribute(session, name, hidden, other, pooling, reduction, items, report, examples=len(texts))
+    sides = (texts, neutral_texts())
+    hidden, reference = (pool_texts(session, side, report, pooling) for side in sides)
+    items = partial(text_items, session, *([Passage(text) for text in side] for side in sides))
+    return _attribute(session, name, hidden, reference, pooling, reduction, items, report, examples=len(texts))
 
 
 def attribute_from_descriptions(

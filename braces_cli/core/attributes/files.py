@@ -17,6 +17,7 @@ FORMAT_VERSION = "1"
 # Attributes that an adapter was trained with, in the adapter's folder.
 TRAINED_FILE = "attributes.safetensors"
 _JSON_KEYS = ("attributes", "layers", "sizes", "details")
+_UNKNOWN = dict.fromkeys(("examples", "pooling", "provenance", "steered_layers", "base", "layers", "hidden_size"))
 _HINT = "Give --attributes the folder that `braces attr-build` wrote."
 
 
@@ -28,8 +29,6 @@ class Details(TypedDict, total=False):
     examples: Count
     steered_layers: list[Count] | None
     provenance: dict[str, Any]
-    difference: list[float] | None
-    residual: list[float] | None
 
 
 @dataclass(frozen=True)
@@ -107,8 +106,8 @@ def attribute_hashes(names: Iterable[str], folders: Iterable[Path | None]) -> li
 def list_attributes(folder: Path | None, adapter: Path | None) -> list[dict[str, Any]]:
     """Return the attributes of `folder`, of the adapter, and the built-in ones, in the order of `find_attribute`.
 
-    Each is `{name, source, path, words, examples, pooling, provenance, steered_layers, base, layers, hidden_size,
-    statistics}`. A built-in list belongs to no base: only name, source and words are not null.
+    Each is `{name, source, path, words, examples, pooling, provenance, steered_layers, base, layers,
+    hidden_size}`. A built-in list belongs to no base: only name, source and words are not null.
 
     Raises:
         ConfigError: a folder that cannot be read.
@@ -123,28 +122,11 @@ def list_attributes(folder: Path | None, adapter: Path | None) -> list[dict[str,
     for path, source in sources:
         header = read_header(path)
         for name, words in header.attributes.items():
-            details = header.details.get(name, Details())
-            rows.append(
-                {
-                    "name": name,
-                    "source": source,
-                    "words": words,
-                    "path": str(path),
-                    "examples": details.get("examples"),
-                    "pooling": details.get("pooling", "mean"),
-                    "provenance": details.get("provenance", {}),
-                    "steered_layers": details.get("steered_layers"),
-                    "base": details.get("base"),
-                    "layers": len(header.layers),
-                    "hidden_size": header.sizes["hidden_size"],
-                    "statistics": {"difference": details.get("difference"), "residual": details.get("residual")},
-                }
-            )
-    unknown = dict.fromkeys(
-        ("path", "examples", "pooling", "provenance", "steered_layers", "base", "layers", "hidden_size")
-    )
+            row = {"name": name, "source": source, "words": words, "path": str(path), **_UNKNOWN, "pooling": "mean"}
+            row |= {"provenance": {}, "layers": len(header.layers), "hidden_size": header.sizes["hidden_size"]}
+            rows.append(row | header.details.get(name, {}))
     for name, words in built_in().items():
-        rows.append({"name": name, "source": "built-in", "words": words, **unknown, "statistics": None})
+        rows.append({"name": name, "source": "built-in", "words": words, "path": None, **_UNKNOWN})
     return rows
 
 

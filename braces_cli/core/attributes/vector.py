@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from braces_cli.core.adapter.model import Session
-from braces_cli.core.attributes.files import FORMAT_VERSION, HEADER, read_header
+from braces_cli.core.attributes.files import FORMAT_VERSION, HEADER, Details, read_header
 from braces_cli.core.errors import ConfigError, ModelError, first_line
 from braces_cli.core.files import write_tensors
 from braces_cli.core.models.identity import SAMPLES, Sizes, check_same_base
@@ -30,8 +30,6 @@ from braces_cli.core.models.identity import SAMPLES, Sizes, check_same_base
 STEERING_SHARE = 0.1
 _SAMPLES = "base_samples"
 _PARTS = ("hidden", "reference", "residual")
-# Details in the header that are fields of `Attribute`; the others are for lists.
-_RECORDED = ("base", "pooling", "examples", "steered_layers", "provenance")
 
 
 @dataclass(frozen=True)
@@ -130,10 +128,7 @@ def save_attributes(path: Path, attributes: Sequence[Attribute]) -> None:
     tensors |= {f"{each.name}.direction": each.direction for each in attributes if each.direction is not None}
     details: dict[str, dict[str, Any]] = {}
     for each in attributes:
-        difference = each.state.norm(dim=-1) / each.reference[0].norm(dim=-1).clamp(min=1e-30)
-        details[each.name] = {name: getattr(each, name) for name in _RECORDED}
-        for name, numbers in (("difference", difference), ("residual", each.residual)):
-            details[each.name][name] = [float(f"{number:.4g}") for number in numbers.tolist()]
+        details[each.name] = {name: getattr(each, name) for name in Details.__annotations__}
     header = {
         "format_version": FORMAT_VERSION,
         "attributes": json.dumps({each.name: each.words for each in attributes}, ensure_ascii=False),
@@ -176,7 +171,7 @@ def load_attributes(path: Path, session: Session) -> dict[str, Attribute]:
         raise ModelError("`layers` are not those of the base", where=str(path), hint=HEADER.hint)
     attributes = {}
     for name, words in header.attributes.items():
-        details: dict[str, Any] = {k: v for k, v in header.details.get(name, {}).items() if k in _RECORDED}
+        details: dict[str, Any] = {**header.details.get(name, {})}
         if not set(details.get("steered_layers") or []) <= set(header.layers):
             raise ModelError("`steered_layers` are not among `layers`", where=str(path), hint=HEADER.hint)
         parts: dict[str, Any] = {p: tensor(f"{name}.{p}", 2, rows, d) for p in ("hidden", "reference")}
