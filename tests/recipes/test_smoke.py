@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests.core.models.test_chat import TEMPLATES
+
 pytestmark = pytest.mark.slow
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -135,3 +137,13 @@ def test_gpu_check_on_the_cpu(braces: Any, recipe: Any, tmp_path: Path, monkeypa
     found = json.loads(out.read_text())
     assert (ended.value.code, found["failed"]) == (0, []), found
     assert json.loads(found["parts"]["train, tiny"]["out"])["steps"] == 2
+
+
+def test_chat_templates(recipe: Callable[..., Any], tmp_path: Path, embedded: Path, capsys: Any) -> None:
+    """A template with the marks of its training template, and one that drops tools."""
+    (tmp_path / "a.jinja").write_text(TEMPLATES["prefixes"])
+    (tmp_path / "a_training.jinja").write_text(TEMPLATES["marks"])
+    recipe("studies/chat_templates", "--trl", tmp_path, "--tokenizer", embedded).main()
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert row.count("equal (") == 2
+    assert row.count("refused: tool `lookup_weather`") == 2

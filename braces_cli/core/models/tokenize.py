@@ -18,6 +18,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -340,12 +341,9 @@ def encode_chat(
         raise failures[0]
     encoded = []
     for text, spans in rendered:
-        ids = token_ids(tokenizer, text, special=False)
-        scored = [False] * len(ids)
-        for span in spans:
-            # As in `encode`, a token that spans the start of a turn belongs to the turn.
-            start, end = (common_length(ids, token_ids(tokenizer, text[:place], special=False)) for place in span)
-            scored[start:end] = [True] * (end - start)
+        pieces = _pieces(tokenizer, text, spans)
+        ids = [token for piece in pieces for token in piece]
+        scored = [index % 2 == 1 for index, piece in enumerate(pieces) for _ in piece]
         ends_with_answer = chat.scored[-1] or (bool(spans) and spans[-1][1] == len(text))
         ids, scored = _with_end_tokens(tokenizer, ids, scored, ends_with_answer)
         truncated = max_length is not None and len(ids) > max_length
@@ -354,6 +352,21 @@ def encode_chat(
         labels = [token if flag else IGNORED for token, flag in zip(ids, scored, strict=True)]
         encoded.append(Encoded(ids, labels, ended, truncated))
     return encoded, notes
+
+
+def _pieces(tokenizer: Any, text: str, spans: list[tuple[int, int]]) -> list[list[int]]:
+    """Tokens before, in and after each scored turn.
+
+    The prompt of a turn has the tokens that it has in generation, also if its end and the turn could be one token. But
+    some tokenizers add a space to each piece of a text; then such a token belongs to the turn, as in `encode`.
+    """
+    whole, places = token_ids(tokenizer, text, special=False), [place for span in spans for place in span]
+    pieces = [token_ids(tokenizer, text[a:b], special=False) for a, b in pairwise((0, *places, len(text)))]
+    joined = [token for piece in pieces for token in piece]
+    if joined != whole and tokenizer.decode(joined) != tokenizer.decode(whole):
+        lengths = [common_length(whole, token_ids(tokenizer, text[:place], special=False)) for place in places]
+        pieces = [whole[a:b] for a, b in pairwise((0, *lengths, len(whole)))]
+    return pieces
 
 
 # A rendered text, with start and end of each scored turn.
@@ -455,20 +468,21 @@ def _render_turn(render: _Render, messages: list[dict[str, Any]], index: int, wh
     turn, before = messages[index], render(messages[:index], True)
     after = render(messages[: index + 1], False)
     history = common_length(render(messages[:index], False), before)
-    thoughts, answer = _thoughts_and_answer(turn)
     start = common_length(before, after)
+    if start < len(before):
+        # The turn may start with characters of the generation prompt, another text does not.
+        other = render([*messages[:index], {"role": "assistant", "content": _CONTENT}], False)
+        start = min(start, common_length(before, other))
     if start < history:
         hint = "Use a template with {% generation %} marks, or rows of prompt and completion."
         raise DataError(f"the chat template changes the text before turn {index + 1}", where=where, hint=hint)
-    if start < len(before) and 0 <= (found := after.find(answer, history)) < start:
-        start = found  # the answer starts with characters of the generation prompt
     completion = after[start:]
     if start < len(before):
         # The generation prompt opens thoughts, which templates leave out of finished turns, or skips them.
         if "</think>" in before[history:]:
             completion = completion.rpartition("</think>")[2].lstrip()
         elif "<think>" in before[history:] and "</think>" not in completion:
-            completion = f"{thoughts}\n</think>\n\n{completion.lstrip()}"
+            completion = f"{_thoughts_and_answer(turn)[0]}\n</think>\n\n{completion.lstrip()}"
     return before + completion, [(len(before), len(before) + len(completion))]
 
 
@@ -524,10 +538,9 @@ def _with_end_tokens(
     tail = len(ids)
     while tail and not scored[tail - 1]:
         tail -= 1
-    start = tail
-    while start and scored[start - 1]:
-        start -= 1
-    if ends_with_answer and tail and not special.intersection(ids[start:tail]):
+    # White space can follow the token that closes the turn.
+    last = next((token for token in reversed(ids[:tail]) if tokenizer.decode([token]).strip()), None)
+    if ends_with_answer and tail and last not in special:
         if tail < len(ids) and ids[tail] in special:
             return ids, [*scored[:tail], True, *scored[tail + 1 :]]
         # Text of the template after the turn, such as a line break, is dropped.

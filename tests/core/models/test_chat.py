@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 from tokenizers import AddedToken
+from transformers import AutoTokenizer
 
 from braces_cli.core.config import build
 from braces_cli.core.errors import ConfigError, DataError
-from braces_cli.core.models.tokenize import IGNORED, choose_template, encode_chat, turn_ends
+from braces_cli.core.models.tokenize import IGNORED, chat_ids, choose_template, encode_chat, turn_ends
 from braces_cli.core.options import ChatSettings
 from braces_cli.data.chats import read_chat
 from braces_cli.data.dataset import decode_parts
@@ -32,6 +33,8 @@ TEMPLATES = {
     "no end": "{% for m in messages %}" + TURN + "{{ m['content'] + '\n' }}{% endfor %}" + OPEN,
     "thinks": "{% for m in messages %}" + TURN + "{% if loop.last and m['role'] == 'assistant' %}"
     "{{ '<think></think>' }}{% endif %}{{ m['content'].split('</think>')[-1] + '</s>' }}{% endfor %}" + OPEN,
+    "thoughts, no end": "{% for m in messages %}" + TURN
+    + "{% if m['role'] == 'assistant' %}{{ '<think></think>' }}{% endif %}{{ m['content'] }}{% endfor %}" + OPEN,
     "ends the chat": "{% for m in messages %}" + TURN + "{{ m['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<s>assistant:' }}{% else %}{{ '</s>' }}{% endif %}",
     "opens thoughts": "{% for m in messages %}" + TURN + "{{ m['content'].split('</think>')[-1] + '</s>' }}{% endfor %}"
@@ -64,6 +67,7 @@ def scored_texts(template, messages=CHAT, tools=None):
         ("marks", [["it is</s>", "sad.</s>"]]),
         ("marks without the end", [["it is</s>", "sad.</s>"]]),
         ("no end", [["it is\n", "sad.\n</s>"]]),
+        ("thoughts, no end", [["<think></think>it is", "<think></think>sad.</s>"]]),
         ("thinks", [["<think></think>it is</s>"], ["<think></think>sad.</s>"]]),
         ("ends the chat", [["it is\n</s>"], ["sad.\n</s>"]]),
         ("opens thoughts", [["\n</think>\n\nit is</s>"], ["\n</think>\n\nsad.</s>"]]),
@@ -96,6 +100,22 @@ def test_thoughts_follow_the_prompt_that_opens_them(template, content, scored):
     """Thoughts that the template leaves out of a turn are scored if the prompt of generation starts them."""
     found = scored_texts(template, [CHAT[0], {"role": "assistant", "content": content}])
     assert found == [[scored]]
+
+
+@pytest.mark.parametrize("name", ["tiny", "stories260K"])
+def test_the_prompt_has_its_tokens_of_generation(name, request):
+    """Also if prompt and answer could share a token, and with a tokenizer that starts each text with a space."""
+    if name == "tiny":
+        tokenizer = tiny_tokenizer()
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(request.getfixturevalue("shared") / "models" / name)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    chat = [{"role": "user", "content": "The cat and t"}, {"role": "assistant", "content": "he end"}]
+    examples, _ = encode_chat(tokenizer, read_chat(ROW_OF_CHAT, {"messages": chat}, "a"), "a")
+    prompt, text = list(chat_ids(tokenizer, "The cat and t")), "The cat and the end"
+    assert tokenizer.decode(examples[0].ids).startswith(text)
+    assert name != "tiny" or examples[0].ids[: len(prompt)] == prompt
+    assert examples[0].ids[: len(prompt) - 1] == prompt[:-1]
 
 
 CALL = {"type": "function", "function": {"name": "root", "arguments": '{"x": 9}'}}
