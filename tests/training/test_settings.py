@@ -40,12 +40,6 @@ def test_defaults_that_depend_on_the_base_and_on_other_settings(given: dict[str,
     assert {name: getattr(resolved, name) for name in wanted} == wanted
 
 
-def test_columns_name_attribute_and_strength() -> None:
-    """As --attribute-field and --strength-field do."""
-    settings = TrainSettings(columns=("attribute=mood,strength=much",))
-    assert (settings.attribute_field, settings.strength_field) == ("mood", "much")
-
-
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -55,12 +55,6 @@ def test_a_token_that_spans_both_belongs_to_the_completion(tokenizer):
     assert row.scored >= 1
 
 
-def test_truncation_cuts_the_end(tokenizer):
-    """A truncated text has no end token."""
-    row = encode(tokenizer, "the film is good and the end is sad", end=True, max_length=5)
-    assert (len(row.ids), row.truncated, row.ended) == (5, True, False)
-
-
 def test_a_continuation_keeps_its_leading_space(tokenizer):
     """Prompt and continuation together are the text."""
     prompt = encode(tokenizer, "the film").ids
