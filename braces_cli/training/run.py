@@ -369,6 +369,7 @@ def adapter_to_train(session: Session, plan: Plan, checkpoint: Path | None) -> A
     model, settings = session.base.model, plan.settings
     if plan.start is not None:
         adapter = attach_stored(session.base, plan.start)
+        adapter.freeze_base()
         for module in (*(module for _, module in adapter.adapted_ffns), adapter.mlp):
             if module is not None:
                 module.requires_grad_(True)

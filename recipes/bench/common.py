@@ -15,7 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class Shape:
         return 2 * self.width * self.width + 2 * self.width * self.key_width + 3 * self.width * self.ffn
 
     def build(self, dtype: str, device: str) -> Any:
-        """Build a Qwen2 with random frozen weights."""
+        """Build a Qwen2 with random weights."""
         return qwen2(
             dtype, device, vocab_size=VOCABULARY, hidden_size=self.width, intermediate_size=self.ffn,
             num_attention_heads=self.heads, num_key_value_heads=KEY_HEADS, num_hidden_layers=self.layers,
@@ -73,7 +73,7 @@ TINY = Shape(layers=2, width=64, rank=4, tokens=16)
 
 
 def qwen2(dtype: str, device: str, **sizes: int) -> Any:
-    """Build a Qwen2 of these sizes with random frozen weights and tied embeddings."""
+    """Build a Qwen2 of these sizes with random weights and tied embeddings."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -84,10 +84,29 @@ def qwen2(dtype: str, device: str, **sizes: int) -> Any:
     torch.set_default_dtype(getattr(torch, dtype))
     try:
         with torch.device(device):
-            model = Qwen2ForCausalLM(config)
+            return Qwen2ForCausalLM(config)
     finally:
         torch.set_default_dtype(before)
-    return model.requires_grad_(False)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add `--model`, which takes the place of a model with random weights."""
+    parser.add_argument("--model", help="folder or hub id of a model (default: random weights)")
+
+
+def load(args: argparse.Namespace) -> Any:
+    """Return the model of `--model` as plain transformers loads it, or one with random weights, not frozen either."""
+    if args.model is None:
+        return args.shape.build(args.dtype, args.device).eval()
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(args.device).eval()
+
+
+def described(args: argparse.Namespace) -> Any:
+    """Describe the model, without its path."""
+    return asdict(args.shape) if args.model is None else Path(args.model).name
 
 
 def parse(

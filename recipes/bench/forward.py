@@ -1,7 +1,7 @@
 """Inference with an attached adapter, and with a merged one, against the bare model: complete prompts, and single
 tokens.
 
-python recipes/bench/forward.py [--device cuda] [--dtype bfloat16]
+python recipes/bench/forward.py [--model MODEL] [--device cuda] [--dtype bfloat16]
 """
 
 from __future__ import annotations
@@ -9,11 +9,22 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from common import interleave, medians, parse, ratio, report, sharing_weights, synchroniser, timed
+from common import (
+    add_model,
+    described,
+    interleave,
+    load,
+    medians,
+    parse,
+    ratio,
+    report,
+    sharing_weights,
+    synchroniser,
+    timed,
+)
 
 LAYERS, REPEATS = 4, 21
 # Tokens per measurement.
@@ -32,6 +43,7 @@ def attached(model: Any, rank: int) -> Any:
             torch.nn.init.constant_(parameter, 0.5)
         parameter.requires_grad_(False)
     adapter.tensors()  # computes the factors, as loading does
+    adapter.unfreeze_base()
     return adapter
 
 
@@ -53,7 +65,7 @@ def merged(model: Any, rank: int) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder), model, planned, neurons)
         found = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
-    return found.to(model.device).eval().requires_grad_(False)
+    return found.to(model.device).eval()
 
 
 def prefill(model: Any, prompt: Any) -> Callable[[], None]:
@@ -82,7 +94,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str,
     """Return the seconds of a prompt and of some tokens: bare, attached and merged."""
     import torch
 
-    base, wait, rank = args.shape.build(args.dtype, args.device).eval(), synchroniser(args.device), args.shape.rank
+    base, wait, rank = load(args), synchroniser(args.device), args.shape.rank
     model = sharing_weights(base)
     attached(model, rank)
     models = {"attached": model, "merged": merged(sharing_weights(base), rank), "bare": base}
@@ -94,10 +106,10 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str,
 
 
 def main() -> None:
-    args = parse(__doc__, LAYERS, REPEATS)
+    args = parse(__doc__, LAYERS, REPEATS, add_model)
     whole, single = measure(args)
     settings = {
-        "shape": asdict(args.shape), "rows": 1, "decoded_tokens": TOKENS, "dtype": args.dtype, "device": args.device,
+        "model": described(args), "rows": 1, "decoded_tokens": TOKENS, "dtype": args.dtype, "device": args.device,
         "repeats": [len(whole["bare"]), len(single["bare"])], "quick": args.quick, "seconds": medians(whole),
         "seconds_decode": medians(single),
     }  # fmt: skip

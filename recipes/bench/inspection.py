@@ -31,7 +31,7 @@ def head(args: argparse.Namespace, dtype: str) -> Any:
     return qwen2(
         dtype, args.device, vocab_size=vocabulary, hidden_size=width, intermediate_size=vectors, num_hidden_layers=1,
         num_attention_heads=width // 64, num_key_value_heads=1,
-    ).eval()  # fmt: skip
+    ).eval().requires_grad_(False)  # fmt: skip
 
 
 def rates(args: argparse.Namespace, model: Any, part: int) -> tuple[dict[str, Callable[[], float]], float | None]:

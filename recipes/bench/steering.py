@@ -1,6 +1,6 @@
 """Tokens per second of steered generation: against the same adapter unsteered, and against a plain hook on each layer.
 
-python recipes/bench/steering.py [--device cuda] [--dtype bfloat16]
+python recipes/bench/steering.py [--model MODEL] [--device cuda] [--dtype bfloat16]
 
 steered_vs_unsteered          adapter with one attribute / the same adapter without
 steered_vs_unsteered_five     the same with five attributes
@@ -16,10 +16,21 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
 from typing import Any
 
-from common import interleave, medians, parse, ratio, report, sharing_weights, synchroniser, timed
+from common import (
+    add_model,
+    described,
+    interleave,
+    load,
+    medians,
+    parse,
+    ratio,
+    report,
+    sharing_weights,
+    synchroniser,
+    timed,
+)
 from forward import attached
 
 LAYERS, REPEATS = 4, 21
@@ -134,10 +145,10 @@ def generation(model: Any, prompt: Any, tokens: int) -> Callable[[], None]:
 
 
 def main() -> None:
-    args: argparse.Namespace = parse(__doc__, LAYERS, REPEATS)
+    args: argparse.Namespace = parse(__doc__, LAYERS, REPEATS, add_model)
     import torch
 
-    base, wait, rank = args.shape.build(args.dtype, args.device).eval(), synchroniser(args.device), args.shape.rank
+    base, wait, rank = load(args), synchroniser(args.device), args.shape.rank
     tokens, length = (4, 8) if args.quick else (TOKENS, PROMPT)
     rows = 4 if args.quick else ROWS
     generator = torch.Generator().manual_seed(0)
@@ -148,7 +159,7 @@ def main() -> None:
         works |= {name: timed(work, wait) for name, work in batch_works(base, rank, batch, tokens).items()}
         seconds = interleave(works, args.repeats)
     settings = {
-        "shape": asdict(args.shape), "rows_of_batches": rows, "prompt_tokens": length, "generated_tokens": tokens,
+        "model": described(args), "rows_of_batches": rows, "prompt_tokens": length, "generated_tokens": tokens,
         "dtype": args.dtype, "device": args.device, "repeats": len(seconds["one"]), "quick": args.quick,
         "seconds": medians(seconds),
     }  # fmt: skip

@@ -50,6 +50,7 @@ def step_of(system: str, shape: Shape, model: Any, device: str) -> Callable[[], 
     """Attach a system to `model` and return its training step."""
     import torch
 
+    model.requires_grad_(False)
     rows = torch.randint(0, 256, (shape.rows, shape.tokens), generator=torch.Generator().manual_seed(0)).to(device)
     if system == "floor":
         # The layers before are frozen, so the flagged output is a leaf: backward ends there.

@@ -32,6 +32,8 @@ def test_training_continues_from_an_adapter(train: Any, mood_rows: Path, tmp_pat
     assert again.json["base_eval_loss"] - steps[0]["loss"] > 0.01
     old, new = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab")
     assert any((old[key] != new[key]).any() for key in old)
+    trained = load_file(tmp_path / "b" / "checkpoint-1" / "parameters.safetensors")
+    assert all(".relevance." in name for name in trained)  # the base is frozen
 
 
 def test_attributes_of_the_adapter_are_kept(train: Any, tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ from braces_cli.core.models.weights import Values
 GATE_INIT = -5.0
 # Hidden size of the MLP of attribute control.
 WIDTH = 64
+# On a CPU a product of so few tokens takes up to ten times as long in 16 bits as in float32.
+_FEW_TOKENS = 16
 
 
 # Reads a parameter, gathered if it is sharded.
@@ -236,11 +238,14 @@ class RelevanceModule(nn.Module):
     # An argument named `query` would make this module a token mixer (`core.models.structure`).
     def forward(self, output: Tensor, x: Tensor, values: Values) -> Tensor:
         """FFN output (..., d) plus the side path, for the query x (..., d) and W_V (d, d_ff)."""
-        down, up = self.factors(values, output.dtype)
+        flat = output.reshape(-1, output.shape[-1])
+        few = flat.device.type == "cpu" and flat.shape[0] <= _FEW_TOKENS
+        dtype = torch.promote_types(flat.dtype, torch.float32) if few else flat.dtype
+        down, up = self.factors(values, dtype)
         # With a device map the two ends of an FFN can be on two devices.
-        ranked = self._ranked(x.to(output), down).reshape(-1, self.rank)
+        ranked = self._ranked(x.to(flat.device, dtype), down).reshape(-1, self.rank)
         # One fused multiply-add over flat tokens, not a product and a sum.
-        return torch.addmm(output.reshape(-1, output.shape[-1]), ranked, up.mT).view(output.shape)
+        return torch.addmm(flat.to(dtype), ranked, up.mT).to(output.dtype).view(output.shape)
 
     def routed(self, output: Tensor, query: Tensor, index: Tensor, p: Tensor, values: Tensor) -> Tensor:
         """Output (n, d) of routed experts plus sum_e p_e B_e (A query_e + shift).

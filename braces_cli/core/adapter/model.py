@@ -34,7 +34,7 @@ class Adapter:
     """Relevance modules attached to a model: `adapted_ffns` pairs each FFN with its module, in layer order.
 
     The modules are children named `relevance` of the FFN (of the decoder layer if it has no FFN module), so that
-    parameter names of the base do not change. While attached, the parameters of the base are frozen.
+    parameter names of the base do not change. The parameters of the base are frozen until `unfreeze_base`.
     """
 
     def __init__(self, model: nn.Module, adapted_ffns: list[tuple[FFN | MixtureFFN, RelevanceModule]]) -> None:
@@ -44,9 +44,8 @@ class Adapter:
         self._samples = {f"layers.{ffn.layer}.base_samples": ffn.samples for ffn, _ in adapted_ffns}
         # Maps pooled states to h_c, if attributes are trained.
         self.mlp: ConditionMLP | None = None
-        self._frozen = [p for p in model.parameters() if p.requires_grad]
-        for parameter in self._frozen:
-            parameter.requires_grad_(False)
+        self._frozen: list[nn.Parameter] = []
+        self.freeze_base()
         self._handles: list[RemovableHandle] = []
         try:
             for ffn, adapter_layer in adapted_ffns:
@@ -58,6 +57,22 @@ class Adapter:
         except BaseException:
             self.detach()
             raise
+
+    def freeze_base(self) -> None:
+        """Freeze every parameter that is not frozen, for training; the adapter's own are trained or added later."""
+        self._frozen += [p for p in self.model.parameters() if p.requires_grad]
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
+
+    def unfreeze_base(self) -> None:
+        """Restore the base's `requires_grad` flags, for inference.
+
+        torch multiplies the last of several tokens with a frozen head as a batch of matrices: it copies the whole head
+        for each row.
+        """
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen = []
 
     @property
     def layers(self) -> list[int]:
@@ -132,9 +147,7 @@ class Adapter:
         if self.mlp is not None:
             del self.model.adapter_condition
             self.mlp = None
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
-        self._frozen = []
+        self.unfreeze_base()
         return self.model
 
     def save_memory(self) -> None:
@@ -262,7 +275,7 @@ def check_base(stored: StoredAdapter, base: Base) -> None:
 
 
 def attach_stored(base: Base, stored: StoredAdapter) -> Adapter:
-    """Attach a stored adapter to the base's model, frozen.
+    """Attach a stored adapter to the base's model, for inference: the adapter is frozen, the base is not.
 
     Raises:
         ModelError: the folder is damaged, or belongs to another base.
@@ -290,6 +303,7 @@ def attach_stored(base: Base, stored: StoredAdapter) -> Adapter:
         prefix = "condition."
         mlp = adapter.add_mlp().requires_grad_(False)
         mlp.load_state_dict({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})
+    adapter.unfreeze_base()
     return adapter
 
 
