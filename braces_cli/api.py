@@ -22,7 +22,7 @@ from braces_cli.core.adapter.model import Session, open_session
 from braces_cli.core.attributes.build import build_attribute
 from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute
-from braces_cli.core.attributes.options import AttributeSettings
+from braces_cli.core.attributes.options import AttributeSettings, SteeredTokens
 from braces_cli.core.attributes.vector import Attribute
 from braces_cli.core.attributes.words import clean_words
 from braces_cli.core.config import build, option
@@ -40,7 +40,7 @@ Name = str | PathLike[str]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Steering(AttributeSettings, SteeredLayers):
+class _Steering(AttributeSettings, SteeredLayers, SteeredTokens):
     """Arguments of `Model.steer`."""
 
 
@@ -72,11 +72,13 @@ class Model:
         session: the open model, shared by the results of `steer`.
         terms: attributes with their strengths.
         layers: steered layers, such as `8-20,24`; None is the default of `braces steer`.
+        scope: steered tokens, as in `braces steer`.
     """
 
     session: Session
     terms: tuple[tuple[Attribute, float], ...] = ()
     layers: str | None = None
+    scope: str = "all"
 
     def __repr__(self) -> str:
         """Base, adapter and attributes, without the modules."""
@@ -92,6 +94,7 @@ class Model:
         words: Sequence[str] | None = None,
         attributes: Name | None = None,
         layers: str | int | Sequence[int] | None = None,
+        scope: str | None = None,
     ) -> Model:
         """Return the model steered by one more attribute; this object is unchanged.
 
@@ -101,12 +104,13 @@ class Model:
             words: build the attribute from these words.
             attributes: folder that `braces attr-build` wrote.
             layers: steered decoder layers, such as `8-20,24` or `range(8, 21)`.
+            scope: steered tokens: `all`, `prompt` or `generated`; None: as this model, at first all.
 
         Raises:
             ConfigError: an unknown attribute, or one that already steers this model; no words; a value of another type.
         """
         wanted = {"attribute": attribute, "s": strength, "attributes": attributes, "layers": layers}
-        given = build(_Steering, wanted, python=True)
+        given = build(_Steering, wanted | {"scope": scope or self.scope}, python=True)
         (attribute,), (strength,) = given.attribute, given.s
         if any(attribute == each.name for each, _ in self.terms):
             hint = "Steer the result of load(), with another strength."
@@ -119,7 +123,7 @@ class Model:
                 found = find_attribute(self.session, attribute, given.attributes)
             else:
                 found = build_attribute(self.session, attribute, chosen, reduction=None)
-        return Model(self.session, (*self.terms, (found, strength)), given.layers or self.layers)
+        return Model(self.session, (*self.terms, (found, strength)), given.layers or self.layers, given.scope)
 
     @overload
     def generate(self, prompts: str, **options: Any) -> str: ...
@@ -150,7 +154,7 @@ class Model:
         wanted, how = build(_Generation, given, python=True), build(Sampling, sampling, python=True)
         layers = chosen_layers(self.session.base.model, self.layers)
         chat = uses_chat_template(self.session, wanted.apply_chat_template)
-        with steered(self.session, self.terms, layers):
+        with steered(self.session, self.terms, layers, self.scope):
             requests = text_requests(wanted.prompts)
             texts = list(generate_texts(self.session, requests, how, batch_size=wanted.batch_size, chat=chat))
         return texts[0] if isinstance(prompts, str) else texts

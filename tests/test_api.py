@@ -28,11 +28,15 @@ def test_texts_equal_those_of_the_command_line(model: Any, adapter_dir: Path, br
     options = ["--adapter", adapter_dir, "--device", "cpu", "--max-new-tokens", 8, "--format", "json"]
     asked = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
     plain = braces_command("steer", *options, *asked)
-    steered = braces_command("steer", *options, *asked, "--attribute", "positive", "--s", 30)
+    asked += ["--attribute", "positive", "--s", 30]
+    steered = braces_command("steer", *options, *asked)
     assert model.generate(PROMPTS, max_new_tokens=8) == [row["text"] for row in plain.lines]
     steered_model = model.steer("positive", 30)
     assert steered_model.generate(PROMPTS, max_new_tokens=8) == [row["text"] for row in steered.lines]
     assert plain.lines != steered.lines
+    scoped = braces_command("steer", *options, *asked, "--scope", "generated")
+    texts = model.steer("positive", 30, scope="generated").generate(PROMPTS, max_new_tokens=8)
+    assert texts == [row["text"] for row in scoped.lines] != [row["text"] for row in steered.lines]
     # Steering has changed neither the model nor what is open.
     assert model.generate(PROMPTS[0], max_new_tokens=8) == plain.lines[0]["text"]
 

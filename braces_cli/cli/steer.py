@@ -155,7 +155,7 @@ def _rows(settings: SteerSettings, requests: Iterator[TextRequest], **details: A
     chat = uses_chat_template(session, settings.uses_template)
 
     def steering(batch: Sequence[TextRequest]) -> AbstractContextManager[list[LayerSteering]]:
-        return steered(session, terms_of_rows(find, [request.attributes for request in batch]), layers)
+        return steered(session, terms_of_rows(find, [request.attributes for request in batch]), layers, settings.scope)
 
     if strengths:
         what = ", ".join(f"{name} {value:+g}" for name, value in strengths.items())
@@ -232,7 +232,13 @@ def run_interactive(settings: SteerSettings) -> None:
     session = open_session(settings.model, settings.adapter, settings)
     chat = uses_chat_template(session, settings.uses_template)
     conversation = Conversation(
-        session, settings.strengths, settings.sampling, folder=settings.attributes, layers=settings.layers, chat=chat
+        session,
+        settings.strengths,
+        settings.sampling,
+        folder=settings.attributes,
+        layers=settings.layers,
+        scope=settings.scope,
+        chat=chat,
     )
     if not settings.quiet:
         note(f"{conversation.shown()}. /help shows the commands, /quit leaves.")

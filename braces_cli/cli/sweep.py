@@ -86,8 +86,8 @@ def _measure(settings: SteerSettings, prompts: list[str], report: Report) -> dic
             wanted = settings.score_label or name
             detected["detection"] = detection(session, swept, labelled, wanted, settings.detect, report)
     layers = chosen_layers(session.base.model, settings.layers)
-    ours = Method(BRACES_METHOD, strengths, lambda s: steered(session, [(swept, s), *others], layers))
-    baselines = baseline_methods(session, settings.baseline_names, swept, strengths, layers, report)
+    ours = Method(BRACES_METHOD, strengths, lambda s: steered(session, [(swept, s), *others], layers, settings.scope))
+    baselines = baseline_methods(session, settings.baseline_names, swept, strengths, layers, settings.scope, report)
     measurement = TextMeasurement(
         session, loaded, {name: label}, settings.sampling, settings.num_samples, settings.batch_size, chat,
         reference_model, processes, report,
@@ -99,6 +99,7 @@ def _measure(settings: SteerSettings, prompts: list[str], report: Report) -> dic
         "other_attributes": settings.strengths,
         "reference_model": settings.reference_model,
         "prompts": len(prompts),
+        "scope": settings.scope,
         "samples": settings.num_samples,
         "seed": settings.seed,
         "stop": list(settings.stop),

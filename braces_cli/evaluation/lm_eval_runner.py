@@ -23,6 +23,7 @@ from lm_eval.tasks import TaskManager
 
 from braces_cli.core.distributed import Processes
 from braces_cli.core.errors import ConfigError, DataError, first_line
+from braces_cli.core.models.generate import prompt_lengths
 from braces_cli.core.models.load import Base
 from braces_cli.core.progress import Report
 from braces_cli.evaluation.catalog import Selection
@@ -96,6 +97,8 @@ class Model(HFLM):
             pretrained=base.model, tokenizer=base.tokenizer, batch_size=batch_size, trust_remote_code=False
         )
         self.stage, self._report = stage, report
+        # Tokens that the model reads for a request -> number of those before the continuation.
+        self._lengths: dict[tuple[int, ...], int] = {}
         # lm-eval shards by rank and world size of its model, and assumes one process for a model passed to it.
         self._processes = processes
         if processes.accelerator is not None:
@@ -117,6 +120,30 @@ class Model(HFLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         return self._run("answers", requests, super().generate_until)
+
+    def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        self._lengths = {}
+        for _, context, continuation in requests:
+            ids = (context + continuation)[-(self.max_length + 1) :][:-1]
+            self._lengths[tuple(ids)] = len(ids) + 1 - len(continuation)
+        return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        lengths = [self._prompt_length(row) for row in inps.tolist()]
+        with prompt_lengths(torch.tensor(lengths).unsqueeze(1)):
+            return super()._model_call(inps, *args, **kwargs)
+
+    def _prompt_length(self, row: list[int]) -> int:
+        """Return the number of tokens of a padded row before its continuation; all of an unknown row."""
+        end = len(row)
+        while end > 1 and row[end - 1] == 0:  # lm-eval pads with zeros
+            end -= 1
+        ends = range(end, len(row) + 1)
+        return next((self._lengths[key] for e in ends if (key := tuple(row[:e])) in self._lengths), len(row))
+
+    def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with prompt_lengths(torch.tensor([[context.shape[1]]])):
+            return super()._model_generate(context, *args, **kwargs)
 
     def _run(self, what: str, requests: list[Any], run: Callable[..., list[Any]]) -> list[Any]:
         """Call a method of HFLM, with a smaller batch each time memory runs out."""

@@ -179,7 +179,8 @@ def _measure(system: System, measures: dict[str, Measure], context: TaskContext,
     for name, measure in measures.items():
         scores = stored.get(name)
         if name not in done:
-            scores = measure(steered(context.session, system.terms), f"{system.name}, {name}")
+            steering = steered(context.session, system.terms, scope=context.settings.scope)
+            scores = measure(steering, f"{system.name}, {name}")
         if scores is not None and processes.first:
             if name not in done:
                 store.save(system.name, name, scores)
@@ -199,7 +200,7 @@ def _identity(
     identity["task_data"] = {name: file_hash(file, DataError) for name, file in files.items()}
     if settings.attribute:
         folders = [settings.attributes, *(each.folder for each in adapters if each.stored is not None)]
-        identity["steering"] = settings.points
+        identity["steering"] = [settings.points, settings.scope]
         identity["attribute_files"] = attribute_hashes(settings.attribute, folders)
     if set(selection.native) & set(TEXT_TASKS):
         identity["generation"] = settings.generation_record()

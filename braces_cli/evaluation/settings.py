@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core.attributes.options import AttributeNames, strength_points
+from braces_cli.core.attributes.options import AttributeNames, SteeredTokens, strength_points
 from braces_cli.core.attributes.words import built_in
 from braces_cli.core.config import ATTRIBUTES, GENERATION, OUTPUT, SCORING, TASKS, option
 from braces_cli.core.errors import ConfigError
@@ -38,7 +38,7 @@ TASK_NAMES = (
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings(
-    GenerationSettings, ScoringSettings, AttributeNames, ModelSettings, OverwriteSettings, OutputSettings
+    GenerationSettings, ScoringSettings, AttributeNames, SteeredTokens, ModelSettings, OverwriteSettings, OutputSettings
 ):
     """Systems, tasks, steering, text generation and outputs of `braces eval`.
 
@@ -116,7 +116,8 @@ class EvalSettings(
         points, folder = self.points, self.attributes
         columns: dict[str, Any] = {name: [point[name] for point in points] for name in self.attribute}
         attributes = points[0] if len(points) == 1 else columns
-        return {"attributes": attributes, "attributes_folder": None if folder is None else str(folder)}
+        place = None if folder is None else str(folder)
+        return {"attributes": attributes, "attributes_folder": place, "scope": self.scope}
 
     @property
     def scorers(self) -> dict[str, str]:

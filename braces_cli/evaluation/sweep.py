@@ -33,6 +33,7 @@ from torch import Tensor
 from braces_cli.core.adapter.model import Session
 from braces_cli.core.attributes.build import description_pairs
 from braces_cli.core.attributes.directions import Pair, Passage, pair_states, reduce_pairs
+from braces_cli.core.attributes.hooks import Selection
 from braces_cli.core.attributes.pooling import output_watches, residual_norms
 from braces_cli.core.attributes.vector import STEERING_SHARE, Attribute
 from braces_cli.core.attributes.words import OPPOSITES, REFERENCE, built_in
@@ -244,6 +245,7 @@ def baseline_methods(
     attribute: Attribute,
     strengths: Sequence[float],
     layers: Collection[int] | None = None,
+    scope: str = "all",
     report: Report = silent,
 ) -> list[Method]:
     """Return the baselines `names` at the strengths of the sweep; prompting only has s = 1 and s = -1."""
@@ -264,7 +266,7 @@ def baseline_methods(
             vectors = {
                 attribute.layers[row]: share * float(norms[row]) * F.normalize(reduced[row], dim=0) for row in rows
             }
-            methods.append(Method(name, strengths, partial(_steered, session, vectors)))
+            methods.append(Method(name, strengths, partial(_steered, session, vectors, scope)))
         else:
             signs = [sign for sign in (1.0, -1.0) if any(s * sign > 0 for s in strengths)]
             methods.append(Method(name, signs, lambda s: bare(session), partial(_instructed, attribute.name)))
@@ -297,9 +299,10 @@ def _instructed(name: str, prompts: Sequence[str], s: float) -> list[str]:
 
 
 @contextmanager
-def _steered(session: Session, vectors: dict[int, Tensor], s: float) -> Iterator[None]:
-    stack = layer_stack(session.base.model)[1]
+def _steered(session: Session, vectors: dict[int, Tensor], scope: str, s: float) -> Iterator[None]:
+    stack, selection = layer_stack(session.base.model)[1], Selection(scope)
     with bare(session), ExitStack() as handles:
+        handles.callback(selection.watch(session.base.model))
         for layer, vector in vectors.items():
-            handles.callback(add_to_output(stack[layer], s * vector).remove)
+            handles.callback(add_to_output(stack[layer], s * vector, selection.of).remove)
         yield

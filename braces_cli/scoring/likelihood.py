@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from braces_cli.core.models.generate import prompt_lengths
 from braces_cli.core.models.load import Base, input_device
 from braces_cli.core.models.tokenize import (
     IGNORED,
@@ -88,7 +89,9 @@ def likelihoods(
             labels = batch.pop("labels")
             if prepare is not None:
                 prepare(rows)
-            with torch.no_grad():
+            # The first scored token of each row is the first that is generated.
+            lengths = (labels != IGNORED).int().argmax(dim=1, keepdim=True)
+            with torch.no_grad(), prompt_lengths(lengths):
                 nll = _token_nll(model(**batch, use_cache=False).logits, labels)
             scored = (labels[:, 1:] != IGNORED).sum(dim=1).tolist()
             for index, each, count in zip(rows, nll, scored, strict=True):

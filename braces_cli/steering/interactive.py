@@ -61,6 +61,7 @@ class Conversation:
         *,
         folder: Path | None = None,
         layers: str | None = None,
+        scope: str = "all",
         chat: bool = False,
     ) -> None:
         self.session = session
@@ -68,6 +69,7 @@ class Conversation:
         self.strengths = dict(attributes)
         self.layers = chosen_layers(session.base.model, layers)
         self._folder = folder
+        self._scope = scope
         self._chat = chat
         self._find = cache(partial(find_attribute, session, folder=folder))
         # The last prompt, which an empty line repeats.
@@ -109,7 +111,8 @@ class Conversation:
             self._unsteered = key, self._text(prompt, plain)
         elif plain is not None:
             plain(self._unsteered[1])
-        with steered(self.session, [(self._find(name), s) for name, s in self.strengths.items()], self.layers):
+        terms = [(self._find(name), s) for name, s in self.strengths.items()]
+        with steered(self.session, terms, self.layers, self._scope):
             text = self._text(prompt, moved)
         row = {"prompt": prompt, "text": text, "attributes": dict(self.strengths), "sample": 0}
         return row | {"seed": self.sampling.seed, "unsteered": self._unsteered[1]}

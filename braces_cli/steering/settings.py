@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from braces_cli.core.attributes.options import AttributeSettings, strengths
+from braces_cli.core.attributes.options import AttributeSettings, SteeredTokens, strengths
 from braces_cli.core.config import GENERATION, OUTPUT, SCORING, flag_of, option, same_option
 from braces_cli.core.errors import ConfigError, near_misses
 from braces_cli.core.options import (
@@ -82,6 +82,7 @@ class SteerSettings(
     AttributeSettings,
     GenerationSettings,
     SteeredLayers,
+    SteeredTokens,
     SweepOptions,
     OverwriteSettings,
     OutputSettings,

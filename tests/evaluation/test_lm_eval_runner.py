@@ -12,17 +12,23 @@ from unittest.mock import Mock
 import lm_eval
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from braces_cli.core.adapter.model import open_session
+from braces_cli.core.attributes.hooks import steered
+from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.distributed import Processes
 from braces_cli.core.errors import BracesError
 from braces_cli.core.models.load import load_base
-from braces_cli.core.options import LoadOptions
+from braces_cli.core.options import LoadOptions, Sampling
 from braces_cli.core.progress import silent
 from braces_cli.evaluation import catalog, lm_eval_runner
 from braces_cli.evaluation.native_tasks import halving
 from braces_cli.evaluation.settings import EvalSettings
+from braces_cli.scoring.likelihood import continuation_likelihoods
+from braces_cli.steering.texts import generate_texts, text_requests
 from tests.evaluation.conftest import evaluate, popqa_rows
 
 LM_EVAL_TASKS = Path(lm_eval.__file__).parent / "tasks"
@@ -173,6 +179,23 @@ def test_a_batch_that_does_not_fit_is_halved(tiny_folder, write_jsonl, monkeypat
 def test_an_error_with_a_single_sequence_is_raised(error, expected, words):
     with pytest.raises(expected, match=words):
         halving(Mock(side_effect=error), 4, "stage")
+
+
+@pytest.mark.parametrize("scope", ["prompt", "generated"])
+def test_scope_in_tasks_of_lm_eval(tiny_folder, scope):
+    """Log-likelihoods and answers of a batch with other lengths against those of braces; token 0 pads the rows."""
+    session = open_session(str(tiny_folder), None, LoadOptions(device="cpu"))
+    terms = [(find_attribute(session, "positive", None), 40.0)]
+    pairs = [("the film", " is good"), ("a", "b"), ("an old town", " and<s>"), ("a day", " or<s> "), ("the end", "<s>")]
+    prompts, options = ["the film", "a", "an old town"], {"until": ["</s>"], "max_gen_toks": 6, "do_sample": False}
+    with steered(session, terms, scope=scope):
+        model = lm_eval_runner.Model(session.base, "5", "stage", silent, Processes())
+        scored = model.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs])
+        answers = model.generate_until([Instance("generate_until", {}, (prompt, options), 0) for prompt in prompts])
+        nll = [each.nll for each in continuation_likelihoods(session.base, pairs, 5)]
+        texts = list(generate_texts(session, text_requests(prompts), Sampling(6, temperature=0), batch_size=3))
+    assert [-value for value, _ in scored] == pytest.approx(nll, rel=1e-4)
+    assert answers == texts
 
 
 def test_lm_eval_reads_rank_and_size_of_the_processes(tiny_folder):

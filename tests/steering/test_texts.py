@@ -10,7 +10,7 @@ import pytest
 
 from braces_cli.core.options import Sampling
 from braces_cli.steering.texts import generate_rows, text_requests
-from tests.steering.conftest import STEERED
+from tests.steering.conftest import LINES, STEERED
 
 
 def test_prompts_are_read_one_batch_ahead(session):
@@ -33,6 +33,20 @@ def test_the_unsteered_text_is_that_without_attributes(steer, adapter_dir, with_
     assert any(row["unsteered"] != row["text"] for row in both)
     zero = steer(*extra, "--attribute", "positive", "--s", 0, "--show-unsteered").lines
     assert all(row["unsteered"] == row["text"] for row in zero)
+
+
+@pytest.mark.parametrize("scope", ["prompt", "generated"])
+def test_scope_gives_the_same_texts_in_batches_alone_and_in_a_conversation(steer, scope):
+    """They differ from those of all tokens; with `generated` the first token is that of the base."""
+    options = [*STEERED, "--scope", scope, "--temperature", 0]
+    batch = [row["text"] for row in steer(*options, "--batch-size", 5, "--show-unsteered").lines]
+    assert [row["text"] for row in steer(*options, "--batch-size", 1).lines] == batch
+    talk = steer(*options, "--interactive", stdin="\n".join(LINES), given=False).lines
+    assert [row["text"] for row in talk] == batch
+    whole = steer(*STEERED, "--temperature", 0, "--show-unsteered").lines
+    assert batch != [row["text"] for row in whole]
+    same = [text[:1] == row["unsteered"][:1] for text, row in zip(batch, whole, strict=True)]
+    assert all(same) == (scope == "generated")
 
 
 def set_config(adapter_dir, **values):

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from braces_cli.core.attributes.vector import Attribute
 from braces_cli.core.config import format_ranges
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.models.ffn import FFN, MixtureFFN
+from braces_cli.core.models.generate import next_generated
 from braces_cli.core.models.structure import add_to_output, hooks_changed
 
 # s of an attribute: one number, or (batch, 1, 1), one per row.
@@ -130,26 +132,69 @@ def _shift(
     return shift, vectors.mT.float().cpu()
 
 
+class Selection:
+    """Tokens that are steered in the current forward pass of a model, by scope.
+
+    `generated` starts with the first generated token as input, so the distribution of that token is the base's.
+    """
+
+    def __init__(self, scope: str) -> None:
+        self._scope = scope
+        self._chosen: Tensor | None = None
+
+    def watch(self, model: Any) -> Callable[[], None]:
+        """Follow the passes of `model` until the returned function is called."""
+        return model.register_forward_pre_hook(self._choose, prepend=True, with_kwargs=True).remove
+
+    def _choose(self, module: Any, args: tuple, kwargs: dict) -> None:
+        ids = args[0] if args else kwargs["input_ids"]
+        generated = next_generated(ids.shape[1]).unsqueeze(2)
+        self._chosen = generated if self._scope == "generated" else ~generated
+
+    def of(self, added: Tensor) -> Tensor | None:
+        """Return what is added to the tokens of this pass: `added`, (rows, tokens, d), or None for no token."""
+        if self._scope == "all":
+            return added
+        assert self._chosen is not None
+        # A pass of generation has tokens of one kind; its rows can be more than those of the mask.
+        if not self._chosen.any():
+            return None
+        return added if self._chosen.all() else added * self._chosen.to(added.device)
+
+
 @contextmanager
-def steered(session: Session, terms: Terms, layers: Collection[int] | None = None) -> Iterator[list[LayerSteering]]:
+def steered(
+    session: Session, terms: Terms, layers: Collection[int] | None = None, scope: str = "all"
+) -> Iterator[list[LayerSteering]]:
     """Steer the model inside the `with` block; yields the steered layers.
 
     Args:
         terms: attributes with their strengths s; if one is a tensor, every batch must have as many rows.
         layers: see `layer_steering`.
+        scope: tokens that are steered, one of SCOPES; see `Selection`.
 
     Raises:
         ConfigError: see `layer_steering`.
     """
-    found = layer_steering(session, terms, layers)
+    found, selection = layer_steering(session, terms, layers), Selection(scope)
     modules = {} if session.adapter is None else {ffn.layer: module for ffn, module in session.adapter.adapted_ffns}
+
+    def shift_selected(*_: Any) -> None:
+        for each in found:
+            if each.shift is not None:
+                modules[each.layer].shift = selection.of(each.shift)
+
     with ExitStack() as stack:
+        if scope != "all":
+            # Prepended: the last one registered runs first.
+            stack.callback(session.base.model.register_forward_pre_hook(shift_selected, prepend=True).remove)
+            stack.callback(selection.watch(session.base.model))
         for each in found:
             if each.vector is not None:
                 module = each.ffn.output_module
                 weight = next((p for p in module.parameters() if p.is_floating_point() and not p.is_meta), each.vector)
                 # A compiled pass must not move the vector.
-                stack.callback(add_to_output(module, each.vector.to(weight.device, weight.dtype)).remove)
+                stack.callback(add_to_output(module, each.vector.to(weight.device, weight.dtype), selection.of).remove)
             if each.shift is not None:
                 modules[each.layer].shift = each.shift
                 stack.callback(setattr, modules[each.layer], "shift", None)

@@ -12,6 +12,7 @@ from braces_cli.core.attributes.words import built_in, check_name
 from braces_cli.core.config import ATTRIBUTES, Settings, option
 from braces_cli.core.errors import ConfigError
 
+SCOPES = ("all", "prompt", "generated")
 # Strengths in one list; more are a typo in the step.
 _MOST = 200
 
@@ -30,6 +31,18 @@ class AttributesFolder(Settings):
         """Refuse a folder without attributes."""
         super().check()
         check_attributes(self.attributes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteeredTokens(Settings):
+    """Tokens that attributes steer.
+
+    Attributes:
+        scope: Tokens to steer: all, those of the prompt (in a chat, of its history), or the generated ones, beginning
+            with the first as input.
+    """
+
+    scope: str = option("all", panel=ATTRIBUTES, choices=SCOPES)
 
 
 @dataclass(frozen=True, kw_only=True)

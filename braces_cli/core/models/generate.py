@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -34,6 +35,45 @@ logger = logging.getLogger("braces")
 def cut(text: str, stops: Sequence[str]) -> str:
     """Return `text` up to the first of `stops`."""
     return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
+
+
+@dataclass
+class _Prompts:
+    """Lengths of the prompts of a batch, (rows, 1) or (1, 1), and the number of tokens that the model has read."""
+
+    lengths: Tensor
+    read: int = 0
+
+
+_prompts: ContextVar[_Prompts | None] = ContextVar("prompts", default=None)
+
+
+@contextmanager
+def prompt_lengths(lengths: Tensor) -> Iterator[None]:
+    """Declare the number of prompt tokens, padding included, in each row that the model reads in the `with` block.
+
+    Args:
+        lengths: (rows, 1), or (1, 1) for all rows; the tokens after them are generated.
+    """
+    token = _prompts.set(_Prompts(lengths.cpu()))
+    try:
+        yield
+    finally:
+        _prompts.reset(token)
+
+
+def next_generated(tokens: int) -> Tensor:
+    """Mark the generated tokens of the next forward pass: (rows, tokens) or (1, tokens); none without lengths.
+
+    Args:
+        tokens: number of tokens of a row in this pass: all tokens, or with a cache those that were not read yet.
+    """
+    prompts = _prompts.get()
+    if prompts is None:
+        return torch.zeros(1, tokens, dtype=torch.bool)
+    start = 0 if tokens > prompts.read else prompts.read
+    prompts.read = start + tokens
+    return torch.arange(start, prompts.read) >= prompts.lengths
 
 
 class StopTexts(StoppingCriteria):
@@ -171,7 +211,7 @@ def generate(
         # Steering uses hooks, which a compiled forward pass does not follow.
         disable_compile=True,
     )
-    with torch.no_grad(), _without_defaults(model):
+    with torch.no_grad(), _without_defaults(model), prompt_lengths(torch.tensor([[width]])):
         output = model.generate(
             **batch,
             generation_config=config,

@@ -8,7 +8,7 @@ the two; class names do not.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import CodeType
@@ -102,21 +102,27 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
             part._compiled_call_impl = call
 
 
-def add_to_output(module: nn.Module, vector: Tensor) -> RemovableHandle:
+def add_to_output(
+    module: nn.Module, vector: Tensor, select: Callable[[Tensor], Tensor | None] = lambda vector: vector
+) -> RemovableHandle:
     """Add a vector to the output of `module` in every forward pass, until the returned handle is removed.
 
     Args:
         vector: (d,), or (rows, 1, d), one for each row of the batch.
+        select: returns what is added in the current pass: the vector, (rows, tokens, d), or None.
     """
 
     def hook(module: nn.Module, args: tuple, output: Any) -> Any:
         nonlocal vector
         hidden = layer_output(output)
         vector = vector.to(hidden)  # moves it in the first pass only
-        if vector.ndim == 1:
-            return with_layer_output(output, hidden + vector)
+        added = select(vector)
+        if added is None:
+            return output
+        if added.ndim == 1:
+            return with_layer_output(output, hidden + added)
         # OPT flattens rows and tokens before its FFN.
-        moved = hidden.reshape(len(vector), -1, hidden.shape[-1]) + vector
+        moved = hidden.reshape(len(added), -1, hidden.shape[-1]) + added
         return with_layer_output(output, moved.reshape(hidden.shape))
 
     return module.register_forward_hook(hook)

@@ -14,8 +14,13 @@ from braces_cli.core.attributes.hooks import layer_steering, steered, terms_of_r
 from braces_cli.core.attributes.vector import Attribute
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.models.ffn import find_ffns, layer_stack
+from braces_cli.core.models.generate import prompt_lengths
 from braces_cli.core.models.load import Base
 from braces_cli.core.models.structure import layer_output, uncompiled
+from braces_cli.core.models.tokenize import IGNORED, decode_continuation, encode
+from braces_cli.core.options import Sampling
+from braces_cli.scoring.likelihood import continuation_likelihoods
+from braces_cli.steering.texts import generate_texts, text_requests
 from tests.conftest import open_gates, tiny_tokenizer
 from tests.core.architectures import tiny
 from tests.core.comparison import relative
@@ -157,11 +162,12 @@ def test_a_compiled_model_is_steered_and_restored(session):
     assert not torch.allclose(plain[0], plain[3], atol=1e-3)
 
 
+@pytest.mark.parametrize("scope", ["all", "prompt", "generated"])
 @pytest.mark.parametrize("name", ["llama", "opt", "bloom", "mixtral", "llama4_text", "gemma2"])
-def test_rows_with_steering_vectors_and_rows_through_the_adapter_share_a_batch(name):
+def test_rows_with_steering_vectors_and_rows_through_the_adapter_share_a_batch(name, scope):
     """With the adapter on the last layer and vectors on all; each row against itself alone, and the formula.
 
-    OPT flattens (batch, tokens, d) before its FFN. A row at s = 0 has no attribute.
+    OPT flattens (batch, tokens, d) before its FFN. A row at s = 0 has no attribute. Each row has another prompt length.
     """
     model = tiny(name)
     ffns = find_ffns(model)
@@ -179,27 +185,77 @@ def test_rows_with_steering_vectors_and_rows_through_the_adapter_share_a_batch(n
     known["a"] = Attribute("a", [], drawn(), drawn(), norms, layers, {}, norms, direction=drawn()[0])
     known["a"] = replace(known["a"], steered_layers=layers)
     rows = [{"a": 1.0}, {"b": 2.0, "c": -1.0}, {}, {"a": -1.0, "b": 0.5}, {"a": 0.0}]
-    tokens = torch.randint(3, 90, (5, 7), generator=generator)
+    tokens, lengths = torch.randint(3, 90, (5, 7), generator=generator), torch.tensor([[3], [1], [6], [5], [2]])
 
-    def logits(rows, tokens):
-        with steered(session, terms_of_rows(known.__getitem__, rows)) as sizes, torch.no_grad():
+    def logits(rows, tokens, lengths=lengths, scope=scope):
+        terms = terms_of_rows(known.__getitem__, rows)
+        with steered(session, terms, scope=scope) as sizes, torch.no_grad(), prompt_lengths(lengths):
             return model(tokens, use_cache=False).logits, {size.layer: size.share for size in sizes}
 
     mixed, shares = logits(rows, tokens)
     largest = dict.fromkeys(layers, 0.0)
     for k, row in enumerate(rows):
-        alone, own = logits([row], tokens[k : k + 1])
+        alone, own = logits([row], tokens[k : k + 1], lengths[k : k + 1])
         assert relative(mixed[k], alone[0]) < 1e-5, k
         largest |= {layer: max(share, largest[layer]) for layer, share in own.items()}
     assert shares == pytest.approx(largest)
     terms = [(known[each].state[-1], torch.tensor(s)) for each, s in rows[1].items()]
     with reference(session.adapter, {layers[-1]: terms}), torch.no_grad():
-        assert relative(mixed[1], model(tokens[1:2], use_cache=False).logits[0]) < 1e-5
+        whole, _ = logits(rows, tokens, scope="all")
+        assert relative(whole[1], model(tokens[1:2], use_cache=False).logits[0]) < 1e-5
     bare, _ = logits([{}] * 5, tokens)
     assert all(relative(mixed[k], bare[k]) > 1e-3 for k in (0, 1, 3))
     # The rows of a mixture share the products of its experts, and their rounding.
+    if scope == "generated":
+        assert all(relative(mixed[k, : lengths[k]], bare[k, : lengths[k]]) <= 1e-6 for k in range(5))
     limit = 1e-6 if name in ("mixtral", "llama4_text") else 0.0
     assert all(relative(mixed[k], bare[k]) <= limit for k in (2, 4))
+
+
+@pytest.mark.parametrize("scope", ["all", "prompt", "generated"])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_scope_in_generation_and_likelihood(session, adapted, scope):
+    """A batch with a cache against whole passes over one row, with the vector added to some tokens by hand."""
+    good = replace(build_attribute(session, "good", ["good", "happy"]), steered_layers=[0, 1])
+    if adapted:
+        session.adapter = attach(session.base.model, 4)
+        open_gates(session.adapter)
+    terms, start = [(good, -40.0)], [0]
+    vectors = {each.layer: each.total for each in layer_steering(session, terms)}
+
+    def add(layer, output):
+        places = torch.arange(output.shape[1])
+        chosen = {"all": places >= 0, "prompt": places < start[0], "generated": places >= start[0]}[scope]
+        return output + chosen[None, :, None] * vectors[layer]
+
+    def logits(ids, length):
+        start[0] = length
+        handles = [
+            ffn.host.register_forward_hook(lambda m, a, y, layer=ffn.layer: add(layer, y)) for ffn in session.ffns
+        ]
+        with torch.no_grad():
+            found = session.base.model(torch.tensor([ids]), use_cache=False).logits[0]
+        for handle in handles:
+            handle.remove()
+        return found
+
+    prompts, expected = ["the film is", "a", "the end of the old town"], []
+    for prompt in prompts:
+        ids = session.base.tokenizer(prompt)["input_ids"]
+        length = len(ids)
+        for _ in range(6):
+            ids.append(int(logits(ids, length)[-1].argmax()))
+        expected.append(decode_continuation(session.base.tokenizer, ids[:length], ids[length:]))
+    with steered(session, terms, scope=scope):
+        found = list(generate_texts(session, text_requests(prompts), Sampling(6, temperature=0), batch_size=3))
+        pairs = list(zip(prompts, [" good day", " happy", " old town the film"], strict=True))
+        nll = [each.nll for each in continuation_likelihoods(session.base, pairs, 3)]
+    assert found == expected
+    for (prompt, text), value in zip(pairs, nll, strict=True):
+        row = encode(session.base.tokenizer, prompt, text)
+        length = row.labels.count(IGNORED)
+        log_p = logits(row.ids, length).log_softmax(dim=-1)[length - 1 : -1]
+        assert value == pytest.approx(-float(log_p.gather(1, torch.tensor(row.ids[length:])[:, None]).sum()), rel=1e-4)
 
 
 def test_a_layer_that_the_adapter_lacks_is_refused(session):
