@@ -84,10 +84,10 @@ def _check(settings: TrainSettings) -> None:
     from braces_cli.data.dataset import check_rows
     from braces_cli.training.run import resolve
 
-    reading = resolve(settings).reading
+    plan = resolve(settings)
     with progress(settings.quiet) as report:
-        sets = {name: getattr(settings, name) for name in ("data", "eval_data")}
-        found = {name: check_rows(files, reading, report) if files else None for name, files in sets.items()}
+        sets = {"data": (settings.data, plan.reading), "eval_data": (settings.eval_data, plan.eval_reading)}
+        found = {name: check_rows(*source, report) if source[0] else None for name, source in sets.items()}
     if settings.json:
         print_json(found)
         return

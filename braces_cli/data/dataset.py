@@ -15,7 +15,7 @@ from typing import Any
 from braces_cli.core.attributes.directions import Pair, Passage
 from braces_cli.core.errors import DataError, near_misses
 from braces_cli.core.files import value_hash
-from braces_cli.core.models.tokenize import IGNORED, Encoded, encode, encode_chat
+from braces_cli.core.models.tokenize import IGNORED, Encoded, encode, encode_chat, encode_text
 from braces_cli.core.progress import Report, silent
 from braces_cli.data.chats import read_chat
 from braces_cli.data.rows import Columns, Format, Source, parts, read_format, read_rows
@@ -60,6 +60,8 @@ class Reading:
         fields: columns of attribute and strength; None for training without attributes.
         columns: see `--columns`; empty: the format follows from the keys.
         streaming: download hub sets row by row.
+        window: tokens of the model's context, to measure plain texts as in `encode_text`; None for training, where a
+            text is cut to `max_length` and has an end token.
     """
 
     tokenizer: Any
@@ -67,11 +69,12 @@ class Reading:
     fields: Fields | None = None
     columns: Columns = field(default_factory=Columns)
     streaming: bool = False
+    window: int | None = None
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row, or one turn of a chat, tokenised.
+    """One row, or a part of it (a turn of a chat, a window of a text), tokenised.
 
     Attributes:
         tokens: None if no token is scored, or the text is blank.
@@ -194,7 +197,7 @@ def _cell(row: Source, key: str) -> Any:
 
 
 def iterate(names: Sequence[str], how: Reading) -> Iterator[Example]:
-    """Rows of several files or hub sets, encoded one at a time with end tokens and cut to the maximum length.
+    """Rows of several files or hub sets, encoded one at a time, for training or measuring as `how` describes.
 
     Raises:
         DataError: a row of an unknown format, of another format than the rows before it, or with invalid values.
@@ -215,7 +218,10 @@ def iterate(names: Sequence[str], how: Reading) -> Iterator[Example]:
                 notes += chat.notes
             else:
                 prompt, completion = parts(kind, fields, row.where)
-                encoded = [encode(how.tokenizer, prompt, completion, end=True, max_length=how.max_length)]
+                if how.window is not None and completion is None:
+                    encoded = encode_text(how.tokenizer, prompt, how.window)
+                else:
+                    encoded = [encode(how.tokenizer, prompt, completion, end=True, max_length=how.max_length)]
                 blank = not (prompt if completion is None else completion).strip()
                 if row.untyped:
                     blank |= any(part is not None and part.strip() in _MISSING for part in (prompt, completion))

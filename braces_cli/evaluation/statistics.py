@@ -7,7 +7,7 @@ plus and minus 1.96 standard errors for means.
     wrong_way    share of prompts with an effect of the opposite sign of s; part of it is chance if texts are sampled
     slope        slope of a prompt's value over s by least squares, mean over prompts
     comparison   systems document by document: exact McNemar test for scores of 0 and 1, else paired bootstrap, both
-                 two-sided; p-values are corrected for the number of tasks (Holm)
+                 two-sided; p-values are corrected over all of one run: systems, strengths, tasks, metrics (Holm)
 """
 
 from __future__ import annotations
@@ -125,17 +125,11 @@ def compare(systems: Sequence[System], seed: int) -> list[dict[str, Any]]:
                 row |= {"difference": after.value - before.value, "p_value": p_value(a, b, weights, seed)}
                 row |= share("rises", [y > x for x, y in zip(a, b, strict=True)])
                 rows.append(row | share("falls", [y < x for x, y in zip(a, b, strict=True)]))
-    # Each metric is corrected together with the first metric of the pair's other tasks: further metrics of a task use
-    # the same answers, so they do not count as further tasks.
-    firsts: dict[tuple[str, str, str], float] = {}
+    tested = [row for row in rows if row["p_value"] is not None]
     for row in rows:
-        if row["p_value"] is not None:
-            firsts.setdefault((row["from"], row["to"], row["task"]), row["p_value"])
-    for row in rows:
-        pair = (row["from"], row["to"])
-        others = [p for (start, end, task), p in firsts.items() if (start, end) == pair and task != row["task"]]
-        corrected = None if row["p_value"] is None else holm([row["p_value"], *others])[0]
-        row.update(p_holm=corrected, significant=None if corrected is None else corrected < LEVEL)
+        row |= {"p_holm": None, "significant": None}
+    for row, corrected in zip(tested, holm([row["p_value"] for row in tested]), strict=True):
+        row |= {"p_holm": corrected, "significant": corrected < LEVEL}
     return rows
 
 

@@ -19,6 +19,7 @@ from braces_cli.core.models.tokenize import (
     context_length,
     encode,
     encode_answer,
+    encode_text,
     has_template,
     pad_right,
 )
@@ -136,23 +137,13 @@ def continuation_likelihoods(
 def text_likelihoods(
     model: Any, tokenizer: Any, texts: Sequence[str], window: int, batch_size: int, report: Report = silent
 ) -> list[Likelihood]:
-    """Return the likelihood of whole texts of any length, after exactly one start token.
-
-    If the tokenizer adds no start token, BOS (else EOS) is added; it is not scored. Longer texts are split into windows
-    that start with the last token of the previous window, so that every token is scored once, as in
-    lm-eval's rolling log-likelihood.
-    """
+    """Return the likelihood of whole texts of any length, after exactly one start token (see `encode_text`)."""
     windows: list[Encoded] = []
     owner: list[int] = []
     for index, text in enumerate(texts):
-        ids = encode(tokenizer, text).ids
-        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        if first is not None and ids[0] != first:
-            ids = [first, *ids]
-        for start in range(0, max(len(ids) - 1, 1), window - 1):
-            part = ids[start : start + window]
-            windows.append(Encoded(part, [IGNORED, *part[1:]], False, False))
-            owner.append(index)
+        parts = encode_text(tokenizer, text, window)
+        windows += parts
+        owner += [index] * len(parts)
     totals = [Likelihood()] * len(texts)
     scored = likelihoods(model, windows, tokenizer.pad_token_id, batch_size, report)
     for index, likelihood in zip(owner, scored, strict=True):

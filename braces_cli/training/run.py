@@ -99,7 +99,7 @@ def _train(settings: TrainSettings, folder: Path, report: Report, record: Record
         train_set = Stream(settings.data, reading, settings.seed, global_batch(settings))
     else:
         train_set = read_examples(settings.data, reading, report)
-    eval_set = read_examples(settings.eval_data, reading, report) if settings.eval_data else None
+    eval_set = read_examples(settings.eval_data, plan.eval_reading, report) if settings.eval_data else None
     session = open_session(plan.base, None, settings, reading.tokenizer)
     model, pad_id = session.base.model, session.base.tokenizer.pad_token_id
     join(input_device(model))
@@ -121,7 +121,10 @@ def _train(settings: TrainSettings, folder: Path, report: Report, record: Record
     def evaluate(conditioner: Conditioner | None, stage: str) -> Likelihood | None:
         if eval_set is None:
             return None
-        return measure(model, eval_set, conditioner, pad_id, settings.batch_size, report, stage)
+        # Windows of texts can be longer than --max-length: no more tokens in a batch than in training.
+        longest = max(len(item.ids) for item in eval_set.items)
+        size = max(1, min(settings.batch_size, settings.batch_size * settings.max_length // longest))
+        return measure(model, eval_set, conditioner, pad_id, size, report, stage)
 
     if settings.method != "braces" and record.base is None:
         record.base = evaluate(None, "evaluating the base")  # before the adapter: PiSSA changes the base
@@ -258,6 +261,7 @@ class Plan:
         layers: decoder layers to adapt; None is all.
         counts: `{trainable_parameters, condition_parameters, total_parameters, trainable_percent}`.
         reading: tokenizer of the base, and how rows become examples.
+        eval_reading: the same for the evaluation rows; texts are measured as by the task `perplexity`.
         template: chat template, if it is not that of the base.
     """
 
@@ -267,6 +271,7 @@ class Plan:
     layers: list[int] | None
     counts: dict[str, Any]
     reading: Reading
+    eval_reading: Reading
     template: Template | None
 
 
@@ -304,7 +309,8 @@ def resolve(settings: TrainSettings) -> Plan:
     fields = None if attribute is None else Fields(attribute, strength, named)
     reading = Reading(tokenizer, settings.max_length, fields, settings.row_columns, settings.streaming)
     template = choose_template(tokenizer, settings, None if start is None else start.config.chat_template)
-    return Plan(settings, base, start, layers, counts, reading, template)
+    eval_reading = replace(reading, window=context_length(shape.config, tokenizer))
+    return Plan(settings, base, start, layers, counts, reading, eval_reading, template)
 
 
 def _fixed(config: AdapterConfig) -> dict[str, Any]:

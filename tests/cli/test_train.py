@@ -62,7 +62,7 @@ def test_training_lowers_the_loss_and_writes_an_adapter(train: Any, mood_rows: P
     }  # fmt: skip
     session = open_session(None, str(out), LoadOptions(device="cpu"))
     tokenizer = session.base.tokenizer
-    examples = read_examples([str(mood_rows)], Reading(tokenizer, 128)).items
+    examples = read_examples([str(mood_rows)], Reading(tokenizer, 128, window=128)).items
     again = sum(likelihoods(session.base.model, examples, tokenizer.pad_token_id, 16), Likelihood())
     assert again.loss == pytest.approx(result["eval_loss"], rel=1e-6)  # the saved adapter was evaluated
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import shutil
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+import braces_cli
 from braces_cli.core.adapter.model import Session
 from braces_cli.core.attributes.build import build_attribute
 from braces_cli.core.attributes.directions import area
@@ -59,6 +62,27 @@ def test_each_document_follows_exactly_one_start_token(tiny_folder):
         "token_perplexity": math.exp(sum(nats) / size),  # this tokenizer's tokens are bytes
     }
     assert {name: metric.value for name, metric in found.items()} == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("start", ["added", "not added", "none"])
+def test_training_measures_texts_as_the_task_perplexity(model_dir, write_jsonl, tmp_path, start):
+    """With a start token that the tokenizer adds or only has, or without one; some texts exceed --max-length."""
+    folder, texts = tmp_path / "model", ["the film is good", " ".join(["the end is sad"] * 60), "a"]
+    shutil.copytree(model_dir, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if start != "added":
+        tokenizer.backend_tokenizer.post_processor = None
+    if start == "none":
+        tokenizer.bos_token = None
+    tokenizer.save_pretrained(folder)
+    rows, out = write_jsonl("rows.jsonl", [{"text": text} for text in texts]), tmp_path / "out"
+    options = {"model": folder, "eval_data": rows, "max_length": 16, "max_steps": 3, "warmup_steps": 0, "lr": 0.1}
+    trained = braces_cli.train(rows, out, device="cpu", **options)
+    settings = EvalSettings(tasks=("perplexity",), task_data=(f"perplexity={rows}",))
+    found = [each["results"]["perplexity"] for each in evaluate(None, [str(out)], settings)["systems"]]
+    expected = [trained["base_eval_perplexity"], trained["eval_perplexity"]]
+    assert [each["token_perplexity"]["value"] for each in found] == pytest.approx(expected, rel=1e-5)
+    assert expected[0] != pytest.approx(expected[1], rel=1e-4)
 
 
 def test_the_delta_method_agrees_with_the_spread_of_resampled_texts(tiny_folder):

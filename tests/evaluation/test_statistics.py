@@ -88,20 +88,32 @@ def test_holm_by_hand():
     assert holm([]) == []
 
 
-def test_p_is_corrected_for_the_number_of_tasks():
+def test_p_is_corrected_over_all_that_a_run_compares():
+    """Systems, strengths, tasks and metrics."""
     none, six, seven = [0.0] * 8, [1.0] * 6 + [0.0] * 2, [1.0] * 7 + [0.0]
-    base, other = _system("base", a=none, b=none, c=none), _system("other", a=six, b=seven, c=none)
-    rows = {row["task"]: row for row in compare([base, other], 0)}
-    assert {task: row["p_value"] for task, row in rows.items()} == pytest.approx({"a": 2 / 64, "b": 2 / 128, "c": 1.0})
-    corrected = {"a": 2 / 64 * 2, "b": 2 / 128 * 3, "c": 1.0}
-    assert {task: row["p_holm"] for task, row in rows.items()} == pytest.approx(corrected)
-    assert [task for task, row in rows.items() if row["significant"]] == ["b"]
-    assert [significance_label(rows[task]) for task in "abc"] == ["not significant", "significant", "no difference"]
-    assert {row["n"] for row in rows.values()} == {8}
-    # Each pair by its own p-values: those of the first pair must not correct the second.
-    pairs = compare([base, _system("same", a=none, b=none, c=none), other], 0)
-    again = {row["task"]: row["p_holm"] for row in pairs if (row["from"], row["to"]) == ("base", "other")}
-    assert again == pytest.approx(corrected)
+    base, same, other = (
+        _system(name, a=one, b=two, c=none)
+        for name, one, two in (("base", none, none), ("same", none, none), ("other", six, seven))
+    )
+    same.terms = [(SimpleNamespace(name="x"), 1.0)]
+    other.scores.results["b"]["again"] = other.scores.results["b"]["acc"]
+    for system in (base, same):
+        system.scores.results["b"]["again"] = system.scores.results["b"]["acc"]
+    rows = compare([base, same, other], 0)
+    moved = {(row["task"], row["metric"]): row for row in rows if row["to"] == "other"}
+    assert [row["p_value"] for row in moved.values()] == pytest.approx([2 / 64, 2 / 128, 2 / 128, 1.0])
+    assert [row["p_holm"] for row in moved.values()] == pytest.approx([2 / 64 * 6, 2 / 128 * 8, 2 / 128 * 8, 1.0])
+    assert [row["p_holm"] for row in rows] == holm([row["p_value"] for row in rows])
+    assert not any(row["significant"] for row in rows)
+    alone = {row["task"]: row for row in compare([base, other], 0) if row["metric"] == "acc"}
+    assert alone["b"]["p_holm"] == pytest.approx(2 / 128 * 4)
+    (row,) = compare([_system("base", b=none), _system("other", b=seven)], 0)
+    assert (row["p_holm"], row["n"], significance_label(row)) == (pytest.approx(2 / 128), 8, "significant")
+    assert [significance_label(alone[task]) for task in "abc"] == [
+        "not significant",
+        "not significant",
+        "no difference",
+    ]
 
 
 def test_each_system_is_compared_with_each_before_it():

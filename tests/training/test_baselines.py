@@ -104,7 +104,7 @@ def compare(ours: dict, theirs: dict, folder: Path, settings: dict) -> None:
     session = open_session(str(settings["model"]), None, LoadOptions(device="cpu"))
     tokenizer = session.base.tokenizer
     wrapped = PeftModel.from_pretrained(session.base.model, folder).eval()
-    examples = read_examples([str(settings["eval_data"])], Reading(tokenizer, 128)).items
+    examples = read_examples([str(settings["eval_data"])], Reading(tokenizer, 128, window=128)).items
     found = sum(likelihoods(wrapped, examples, tokenizer.pad_token_id, 16), Likelihood())
     assert found.loss == pytest.approx(theirs["eval_loss"], rel=1e-5)
 

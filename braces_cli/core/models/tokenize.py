@@ -104,6 +104,20 @@ def encode(
     return Encoded(ids, labels, end and not truncated and has_end, truncated)
 
 
+def encode_text(tokenizer: Any, text: str, window: int) -> list[Encoded]:
+    """Encode a text of any length to measure its likelihood: every token is scored after exactly one start token.
+
+    If the tokenizer adds no start token, BOS (else EOS) is added. A longer text is split into windows that start with
+    the last token of the previous window, as in lm-eval's rolling log-likelihood.
+    """
+    ids = encode(tokenizer, text).ids
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first is not None and ids[0] != first:
+        ids = [first, *ids]
+    parts = [ids[start : start + window] for start in range(0, max(len(ids) - 1, 1), window - 1)]
+    return [Encoded(part, [IGNORED, *part[1:]], False, False) for part in parts]
+
+
 def _prompt_ids(tokenizer: Any, text: str) -> list[int]:
     """Tokens of a text without an end token that the tokenizer appends."""
     try:
