@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from braces_cli.cli.demo import Guide
 from braces_cli.cli.main import main
 
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,20 @@ def commands(content: dict[str, Any]) -> list[str]:
     return [step["command"] for step in content["steps"]]
 
 
+def test_a_short_demo(braces: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command with little to do; the merge is verified in a process that cannot import braces."""
+    run = Guide.run
+    less = {"train": ("--max-steps", "1"), "eval": ("--limit", "2"), "steer": ("--num-samples", "1")}
+    shortened = lambda self, title, *argv, **more: run(self, title, *argv, *less.get(argv[0], ()), **more)  # noqa: E731
+    monkeypatch.setattr(Guide, "run", shortened)
+    outcome = braces("demo", "--output-dir", tmp_path / "demo", "--format", "json")
+    assert outcome.code == 0, outcome.err
+    assert [step["command"].split()[1] for step in outcome.json["steps"]].count("train") == 3
+    assert outcome.json["merge"]["max_logit_difference"] < 1e-4
+    assert (tmp_path / "demo" / "index.html").is_file()
+
+
+@slow
 def test_figures(content: dict[str, Any]) -> None:
     base, adapter = ({task["task"]: task["systems"][k]["value"] for task in content["scores"]} for k in (0, 1))
     assert all(adapter[task] >= base[task] + 0.2 for task in base)
@@ -50,6 +65,7 @@ def test_figures(content: dict[str, Any]) -> None:
     assert names == ["base", "adapter", "lora_r4", "lora_r16"]
 
 
+@slow
 def test_commands_are_valid(demo: Path, commands: list[str], braces: Any) -> None:
     """The command line accepts them, and --dry-run and the cards show the same ones."""
     outcome = braces("demo", "--dry-run", "--output-dir", demo)
@@ -63,6 +79,7 @@ def test_commands_are_valid(demo: Path, commands: list[str], braces: Any) -> Non
         assert all(word in listed for word in words), command
 
 
+@slow
 def test_page_needs_no_network(demo: Path, commands: list[str], browser: Any) -> None:
     for scheme in ("light", "dark"):
         page = browser.new_context(color_scheme=scheme, viewport={"width": 390, "height": 800}).new_page()

@@ -88,7 +88,6 @@ def test_the_bfloat16_error_of_a_merge_is_at_most_twice_that_of_the_base(name: s
     assert of_merge <= 2 * of_base
 
 
-@pytest.mark.slow
 def test_the_command_writes_a_verified_checkpoint_and_verifies_it_again(
     braces: Any, model_dir: Path, adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process: None
 ) -> None:

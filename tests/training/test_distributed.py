@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tests.conftest import write_rows
 from tests.training.workers import cli, launch
 
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 PROFILES = ROOT / "recipes" / "launch"
@@ -24,8 +24,8 @@ PROFILES = ROOT / "recipes" / "launch"
 
 @pytest.fixture
 def rows(tmp_path):
-    words = ["good", "sad", "old", "happy"]
-    lines = ({"prompt": f"the {a} film and", "completion": f" the {b} end"} for a in words for b in words)
+    words = ["good", "sad", "old", "happy"] * 4
+    lines = ({"prompt": f"the {a} film", "completion": f" the {a}" * (1 + n % 5)} for n, a in enumerate(words))
     return write_rows(tmp_path / "rows.jsonl", lines)
 
 
@@ -128,6 +128,7 @@ def stopped(env: dict[str, str], argv: list[str], log: Path, after: int = 0) -> 
     cli(argv, log.with_suffix(f".{env['RANK']}"), env)
 
 
+@slow
 def test_two_processes_resume_bit_identical_after_a_signal_to_one(argv, tmp_path):
     """In bfloat16, with accumulation and gradient checkpointing: both stop after the same step."""
     options = ("--dtype", "bfloat16", *HALVED, "--gradient-checkpointing", "--logging-steps", "2")
@@ -162,6 +163,7 @@ def train_with_attributes(braces, argv, rows, target, *options):
     assert result_of(one)["eval_loss"] == pytest.approx(result_of(two)["eval_loss"], rel=1e-5)
 
 
+@slow
 def test_two_processes_with_attributes_give_the_adapter_of_one(braces, argv, rows):
     """Grouped by length; one process has a batch without rows."""
     train_with_attributes(braces, argv, rows, stopped, "--packing", "off")
@@ -216,10 +218,12 @@ def through_trainer(env: dict[str, str], argv: list[str], log: Path) -> None:
     cli(argv, log.with_suffix(f".{env['RANK']}"), env)
 
 
+@slow
 def test_attributes_under_fsdp2_give_the_adapter_of_one_process(braces, argv, rows):
     train_with_attributes(braces, argv, rows, through_trainer)
 
 
+@slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 1e-2)])
 def test_training_under_fsdp2_gives_the_adapter_of_one_process(braces, argv, rows, tmp_path, dtype, tolerance):
     """Trainer with accelerate's wrapping by decoder layer, and resumed; the adapter of a bfloat16 base is float32."""
