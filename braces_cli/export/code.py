@@ -189,24 +189,27 @@ _WEIGHT_INDEX = Kind(WeightIndex, ModelError, "Check that the base's download is
 def _link_weights(checkpoint: Path, folder: Path, model: Any) -> dict[str, str]:
     """Link the base's weight files into `folder`, or copy them; returns the file of each tensor.
 
-    A base without safetensors files is saved again.
+    A base without safetensors files, or whose weights were unpacked while it was loaded (FP8 and MXFP4 without a GPU),
+    is saved again.
     """
     from safetensors import safe_open
 
-    index = checkpoint / _INDEX
-    if index.is_file():
-        files = read(_WEIGHT_INDEX, index)["weight_map"]
-        names = {name: name for name in files.values()}
-    elif (checkpoint / _ONE_FILE).is_file():
-        with safe_open(checkpoint / _ONE_FILE, framework="pt") as file:
-            files = dict.fromkeys(file.keys(), _RENAMED)
-        names = {_ONE_FILE: _RENAMED}
-    else:
+    index, one, config = (checkpoint / name for name in (_INDEX, _ONE_FILE, "config.json"))
+    is_packed = config.is_file() and read(WRITTEN, config).get("quantization_config") is not None
+    is_unpacked = is_packed and getattr(model.config, "quantization_config", None) is None
+    if is_unpacked or not (index.is_file() or one.is_file()):
         temporary = folder / "weights"
         model.save_pretrained(temporary)
         files = _link_weights(temporary, folder, model)
         shutil.rmtree(temporary)
         return files
+    if index.is_file():
+        files = read(_WEIGHT_INDEX, index)["weight_map"]
+        names = {name: name for name in files.values()}
+    else:
+        with safe_open(one, framework="pt") as file:
+            files = dict.fromkeys(file.keys(), _RENAMED)
+        names = {_ONE_FILE: _RENAMED}
     for source, name in names.items():
         target = (checkpoint / source).resolve()
         try:

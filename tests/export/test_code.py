@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from braces_cli.core.adapter.model import attach, open_session
@@ -188,6 +189,29 @@ def test_the_command_writes_a_verified_folder(braces, tmp_path, monkeypatch, in_
     assert done.code == 4
     assert "its logits differ" in done.err
     assert names(tmp_path) == ["adapter", "base", "out"]
+
+
+def test_weights_that_are_unpacked_while_loading_are_saved_again(tmp_path: Path) -> None:
+    """FP8 in blocks, which transformers unpacks without a GPU."""
+    base, blocks = tmp_path / "base", {}
+    tiny_model("qwen3", torch.bfloat16, hidden_size=128, intermediate_size=256, head_dim=64).save_pretrained(base)
+    for name, weight in load_file(base / "model.safetensors").items():
+        if name.endswith("_proj.weight"):
+            parts = weight.float().unflatten(1, (-1, 128)).unflatten(0, (-1, 128))
+            scale = parts.abs().amax(dim=(1, 3), keepdim=True) / 448
+            weight = (parts / scale).flatten(0, 1).flatten(1).to(torch.float8_e4m3fn)
+            blocks[f"{name}_scale_inv"] = scale.reshape(scale.shape[0], -1)
+        blocks[name] = weight
+    save_file(blocks, base / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    packing = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]}
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": packing}))
+    model = AutoModelForCausalLM.from_pretrained(base)
+    adapter = with_adapter(model, SHIFT)
+    expected, sides = logits(model), side_modules(adapter)
+    adapter.detach()
+    write_checkpoint_with_code(tmp_path / "code", model, sides, base)
+    assert relative(logits(load(tmp_path / "code")), expected) < 0.02 < relative(logits(model), expected)
 
 
 def test_a_base_with_its_own_code_is_refused(tmp_path: Path) -> None:
