@@ -29,11 +29,13 @@ from braces_cli.core.errors import BracesError, ModelError
 from braces_cli.core.files import scratch_folder
 from braces_cli.core.models.ffn import layer_stack
 from braces_cli.core.models.load import input_device
-from braces_cli.core.models.structure import layer_output, with_layer_output
+from braces_cli.core.models.structure import add_to_output, layer_output, with_layer_output
 from braces_cli.core.models.tokenize import encode, token_ids
 from braces_cli.core.models.weights import OVERFLOW_HINT
 from braces_cli.core.schema import WRITTEN, parse
 
+# A module, and a vector (d,) that is added to its output.
+Moved = tuple[nn.Module, Tensor]
 PROBES = 8
 # Few, because a large model on a CPU needs seconds for each; an export acts on each token alone.
 _TOKENS = 12
@@ -79,12 +81,7 @@ def reference(
         ModelError: they are not finite.
     """
     model, tokenizer = session.base.model, session.base.tokenizer
-    text = (resources.files("braces_cli.assets") / "neutral_texts.txt").read_text(encoding="utf-8")
-    texts = text.splitlines()[:PROBES]
-    encoded = [encode(tokenizer, line).ids for line in texts]
-    # One length, so that the probes are one batch without padding.
-    length = min(_TOKENS, *map(len, encoded))
-    ids = [row[:length] for row in encoded]
+    texts, ids = _probes(tokenizer)
     with steered(session, terms, layers):
         logits = _logits(model, ids)
         if not bool(logits.isfinite().all()):
@@ -102,6 +99,41 @@ def reference(
         direction=bare - rounded,
         length=float(((bare - logits) * (bare - rounded)).sum()),
     )
+
+
+def _probes(tokenizer: Any) -> tuple[list[str], list[list[int]]]:
+    """Return the neutral texts of the probes, and their tokens, cut to one length: a batch without padding."""
+    text = (resources.files("braces_cli.assets") / "neutral_texts.txt").read_text(encoding="utf-8")
+    texts = text.splitlines()[:PROBES]
+    encoded = [encode(tokenizer, line).ids for line in texts]
+    length = min(_TOKENS, *map(len, encoded))
+    return texts, [row[:length] for row in encoded]
+
+
+def check_vectors(session: Session, vectors: Sequence[Moved], exported: Sequence[Moved]) -> dict[str, float]:
+    """Compare the logits of the model with vectors added to some modules and with `exported` added to others.
+
+    Raises:
+        ModelError: they differ by more than rounding.
+    """
+    model, (_, ids) = session.base.model, _probes(session.base.tokenizer)
+
+    def logits(added: Sequence[Moved], rounded: bool = False) -> Tensor:
+        with ExitStack() as stack:
+            for module, vector in added:
+                stack.callback(add_to_output(module, vector).remove)
+            if rounded:
+                stack.enter_context(_rounded(model))
+            return _logits(model, ids)
+
+    expected = logits(vectors)
+    rounding = float((logits(vectors, rounded=True) - expected).abs().max())
+    difference = float((logits(exported) - expected).abs().max())
+    if not difference <= _ROUNDINGS * rounding:
+        limit = _ROUNDINGS * rounding
+        reason = f"its logits differ from those of the steering by {difference:.2g}, rounding explains {limit:.2g}"
+        raise _failed(session.base.name, reason)
+    return {"max_logit_difference": difference, "rounding": rounding}
 
 
 def _logits(model: Any, ids: Sequence[list[int]]) -> Tensor:
@@ -188,6 +220,6 @@ def verify_export(
     }
 
 
-def _failed(folder: Path, reason: str) -> ModelError:
+def _failed(folder: Path | str, reason: str) -> ModelError:
     hint = "Nothing was written or changed."
     return ModelError(f"the export does not match base and adapter: {reason}", where=str(folder), hint=hint)

@@ -107,25 +107,41 @@ def test_an_attribute_through_experts_is_refused_and_a_steering_vector_is_not(tm
     assert relative(applied(session.base.model, tmp_path / "v.gguf"), expected) < 1e-5
 
 
-def test_layer_0_and_no_steering_are_refused(session: Any, tmp_path: Path) -> None:
-    """llama.cpp does not read `direction.0`; the hint names the other layers. A strength of 0 gives no vector."""
+def test_layer_0_alone_and_no_steering_are_refused(session: Any, tmp_path: Path) -> None:
+    """llama.cpp does not read `direction.0`. A strength of 0 gives no vector."""
     attribute = build_attribute(session, "positive", ["good"])
-    for first, others in (([0], "1-"), ([0, 1], "1")):
-        with pytest.raises(ConfigError, match=rf"layer 0\nAdd --layers {others};"):
-            export_control_vector(session, [(with_steered_layers(attribute, first), 1.0)], None, tmp_path / "v.gguf")
+    with pytest.raises(ConfigError, match="layer 0\nAdd --layers 1-;"):
+        export_control_vector(session, [(attribute, 1.0)], [0], tmp_path / "v.gguf")
     with pytest.raises(ConfigError, match="nothing is steered"):
         export_control_vector(session, [(attribute, 0.0)], [1], tmp_path / "v.gguf")
     assert not list(tmp_path.iterdir())
 
 
+def test_layer_0_is_left_out_and_the_others_carry_its_share(session: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """The file steers as layer 1 alone at the strength with the same total; a wrong file is refused."""
+    attribute = with_steered_layers(build_attribute(session, "positive", ["good", "happy"]), [0, 1])
+    # At s = 1 both layers have the same share.
+    with steered(session, [(attribute, 6.0)], [1]):
+        expected = logits(session.base.model)
+    found = export_control_vector(session, [(attribute, 3.0)], None, tmp_path / "v.gguf")
+    assert (found["layers"], found["left_out"], found["scaled_by"]) == ([1], [0], pytest.approx(2, rel=1e-4))
+    assert relative(applied(session.base.model, tmp_path / "v.gguf"), expected) < 1e-5
+    assert found["max_logit_difference"] <= 4 * found["rounding"]
+    monkeypatch.setattr("braces_cli.export.control_vector.residual_factors", lambda *_: [1.01])
+    with pytest.raises(ModelError, match="does not match"):
+        export_control_vector(session, [(attribute, 3.0)], None, tmp_path / "w.gguf")
+    assert not (tmp_path / "w.gguf").exists()
+
+
 def test_the_command_writes_a_file(braces: Any, model_dir: Path, tmp_path: Path) -> None:
     """One document on stdout; an existing file is not replaced."""
     file = tmp_path / "v.gguf"
-    steer = ("--model", model_dir, "--attribute", "positive", "--s", 2, "--layers", "1-")
+    steer = ("--model", model_dir, "--attribute", "positive", "--s", 2, "--layers", "0-")
     call = ("export", "control-vector", *steer, "--output", file, "--format", "json")
     done = braces(*call)
     assert done.code == 0, done.err
-    assert done.json["layers"] == [1]
+    assert (done.json["layers"], done.json["left_out"]) == ([1], [0])
+    assert "layer 0 is left out" in done.err
     assert done.json["attributes"] == {"positive": 2.0}
     fields = gguf.GGUFReader(file).fields
     assert fields["general.architecture"].contents() == "controlvector"
