@@ -82,9 +82,10 @@ def open_gates(adapter: Any, seed: int = 1) -> None:
     with torch.no_grad():
         for index, (_, adapter_layer) in enumerate(adapter.adapted_ffns):
             adapter_layer.scale = (1.5, 0.75)[index % 2]
-            adapter_layer.gate.copy_(torch.randn(adapter_layer.gate.shape, generator=generator))
-            noise = torch.randn(adapter_layer.weight.shape, generator=generator)
-            adapter_layer.weight.copy_(1.5 * adapter_layer.weight + 0.1 * noise.to(adapter_layer.weight))
+            for name, parameter in adapter_layer.stored.items():
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+                changed = {"gate": noise, "diagonal": noise / 2}
+                parameter.copy_(changed.get(name, 1.5 * parameter + 0.1 * noise))
 
 
 def tiny_tokenizer() -> Any:

@@ -74,7 +74,6 @@ def _show(result: dict[str, Any], settings: EvalSettings) -> None:
 
 def _dry_run(settings: EvalSettings) -> None:
     """Print settings, tasks and parameter counts, or the reason if the adapter or base cannot be loaded."""
-    from braces_cli.core.adapter.files import parameter_count
     from braces_cli.core.models.load import load_shape
     from braces_cli.evaluation.run import check_settings
     from braces_cli.evaluation.systems import find_eval_adapter, resolve_base
@@ -83,7 +82,7 @@ def _dry_run(settings: EvalSettings) -> None:
     out: dict[str, Any] = {"tasks": [*selection.leaves, *selection.native]}
     try:
         adapters = [find_eval_adapter(name) for name in settings.adapter]
-        counts = [None if each.stored is None else parameter_count(each.stored.config) for each in adapters]
+        counts = [None if each.stored is None else each.stored.config.parameters for each in adapters]
         out["model"], revision = resolve_base(settings.model, settings.revision, adapters)
         shape = load_shape(out["model"], revision=revision, trust_remote_code=settings.trust_remote_code)
         out["total_parameters"] = sum(p.numel() for p in shape.parameters())

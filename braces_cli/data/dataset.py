@@ -117,7 +117,7 @@ class Counts:
     chat: bool = False
     digest: str = ""
     dropped_at: list[str] = field(default_factory=list)
-    notes: Counter[str] = field(default_factory=Counter)
+    notes: dict[str, int] = field(default_factory=dict)
 
     def add(self, example: Example) -> None:
         if example.tokens is not None:
@@ -127,7 +127,8 @@ class Counts:
         if not example.is_first:
             return
         self.rows += 1
-        self.notes.update(example.notes)
+        for text in example.notes:
+            self.notes[text] = self.notes.get(text, 0) + 1
         self.truncated += example.truncated
         if example.tokens is None:
             self.dropped += 1
@@ -400,7 +401,7 @@ def check_rows(names: Sequence[str], how: Reading, report: Report = silent) -> d
             for name, values in strengths.items()
         },
         "dropped_at": counts.dropped_at,
-        "notes": dict(counts.notes),
+        "notes": counts.notes,
     }
 
 

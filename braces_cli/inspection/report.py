@@ -59,7 +59,7 @@ def report_data(
         "layers": len(ffns),
         "value_vectors": sum(ffn.value_vectors for ffn in ffns),
         "hidden_size": ffns[0].hidden_size,
-        "gates": [{"layer": layer, "gate": float(module.g.detach())} for layer, module in modules.items()],
+        "gates": [{"layer": layer, "gate": float(module.g.detach().abs().mean())} for layer, module in modules.items()],
         "amplified": _amplified(session, ffns, lens, ids),
         "heat": _heat(session, lens, ids, target),
         "attributes": [_steering(session, lens, attribute) for attribute in found],
@@ -81,7 +81,7 @@ def _amplified(session: Session, ffns: list[FFN], lens: LogitLens, ids: list[int
         if ffn.layer in modules:
             module = modules[ffn.layer]
             with torch.no_grad():
-                change = module.g.to(weights) * module.relevance_scores(run.queries[ffn.layer], values)
+                _, change = module.relevance_scores(run.queries[ffn.layer], values)
         strength = change.abs().mean(dim=0) * values.float().norm(dim=0)
         best = strength.topk(min(_AMPLIFIED, len(strength)))
         for size, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):

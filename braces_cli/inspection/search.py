@@ -8,7 +8,6 @@ sum: W_V^T (W_V W_V^T)^-1 x.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -75,8 +74,7 @@ def attribute_relevance(session: Session, steering: LayerSteering) -> Tensor:
         return (wide.mT @ torch.linalg.solve(gram, steering.total[0].to(wide))).float()
     module = relevance_modules(session)[steering.layer]
     with torch.no_grad():
-        shift = steering.shift.float() * (module.scale / math.sqrt(module.rank))
-        return shift @ (module.projection().to(shift) @ values.to(shift))
+        return module.scores(steering.shift.float(), values)[0]
 
 
 def top_vectors_for_attribute(

@@ -10,12 +10,17 @@ from braces_cli.core.models.ffn import parameter_total
 from braces_cli.core.models.load import Base
 
 
+def gate_size(tensors: dict[str, Any]) -> float:
+    """g of a layer; with relevance to the output the mean of |D|."""
+    return float(tensors["gate"].sigmoid() if "gate" in tensors else tensors["diagonal"].abs().mean())
+
+
 def summarise(base: Base, stored: StoredAdapter | None, *, is_attached: bool = False) -> dict[str, Any]:
     """Return `{model, adapter, parameters, relevance_to, base_parameters, layers: [{layer, value_vectors, hidden_size,
     gate, relevance_scale, projection_error}]}`.
 
-    `gate` is g = sigmoid(gate), `relevance_scale` is c. In layers without an adapter these two and `projection_error`
-    have the value None.
+    `gate` is g = sigmoid(gate), with relevance to the output the mean of |D|; `relevance_scale` is c. In layers without
+    an adapter these two and `projection_error` have the value None.
 
     Args:
         base: base model; its shape is enough.
@@ -26,16 +31,16 @@ def summarise(base: Base, stored: StoredAdapter | None, *, is_attached: bool = F
     scales = {} if stored is None else dict(zip(stored.config.layers, stored.config.relevance_scale, strict=True))
     layers = []
     for ffn in base.ffns:
-        gate = tensors.get(f"layers.{ffn.layer}.gate")
-        projection = tensors.get(f"layers.{ffn.layer}.projection")
+        mine = {name.rpartition(".")[2]: tensors[name] for name in tensors if name.startswith(f"layers.{ffn.layer}.")}
+        errors = [projection_error(tensor) for name, tensor in mine.items() if name.endswith("projection")]
         layers.append(
             {
                 "layer": ffn.layer,
                 "value_vectors": ffn.value_vectors,
                 "hidden_size": ffn.hidden_size,
-                "gate": None if gate is None else float(gate.sigmoid()),
+                "gate": gate_size(mine) if mine else None,
                 "relevance_scale": scales.get(ffn.layer),
-                "projection_error": None if projection is None else projection_error(projection),
+                "projection_error": max(errors, default=None),
             }
         )
     return {

@@ -215,8 +215,7 @@ def direct_effects(
             weights = run.weights[layer]
             if layer in modules:
                 with torch.no_grad():
-                    relevance[layer] = modules[layer].relevance_scores(run.queries[layer], values)
-                    gated[layer] = modules[layer].g.to(u) * relevance[layer]
+                    relevance[layer], gated[layer] = modules[layer].relevance_scores(run.queries[layer], values)
                 weights = weights + gated[layer]
             sub_updates[layer] = factor * weights * (u @ values)
             rest = rest - sub_updates[layer].sum(dim=1)

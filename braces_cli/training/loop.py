@@ -323,9 +323,12 @@ def parameter_groups(adapter: Adapter | PeftAdapter, settings: TrainSettings) ->
     if isinstance(adapter, PeftAdapter):
         return [{"params": [p for _, p in adapter.named_parameters()], "lr": settings.lr, "name": "lr"}]
     modules = [adapter_layer for _, adapter_layer in adapter.adapted_ffns]
+    trained = [(name, p) for module in modules for name, p in module.stored.items()]
+    projections = [p for name, p in trained if name.endswith("projection")]
+    gates = [p for name, p in trained if not name.endswith("projection")]
     groups: list[dict[str, Any]] = [
-        {"params": [module.weight for module in modules], "lr": settings.lr, "name": "lr"},
-        {"params": [module.gate for module in modules], "lr": settings.gate_lr, "name": "gate_lr"},
+        {"params": projections, "lr": settings.lr, "name": "lr"},
+        {"params": gates, "lr": settings.gate_lr, "name": "gate_lr"},
     ]
     if adapter.mlp is not None:
         groups.append({"params": list(adapter.mlp.parameters()), "lr": settings.lr})

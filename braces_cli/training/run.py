@@ -16,7 +16,14 @@ from typing import Any
 
 import torch
 
-from braces_cli.core.adapter.files import AdapterConfig, StoredAdapter, adapter_hash, find_adapter, write_adapter
+from braces_cli.core.adapter.files import (
+    AdapterConfig,
+    StoredAdapter,
+    adapter_hash,
+    find_adapter,
+    parameter_count,
+    write_adapter,
+)
 from braces_cli.core.adapter.layer import condition_shapes
 from braces_cli.core.adapter.model import (
     Adapter,
@@ -351,7 +358,7 @@ def count_parameters(
         trainable = baseline_parameters(model, settings, layers)
     else:
         chosen = choose_ffns(ffns, settings.rank, layers)
-        trainable = sum(settings.rank * ffn.hidden_size + 1 for ffn in chosen)
+        trainable = sum(parameter_count(settings.rank, ffn.hidden_size, settings.relevance_to) for ffn in chosen)
         if settings.attribute_field is not None:
             condition = sum(math.prod(shape) for shape in condition_shapes(chosen[0].hidden_size).values())
     return {

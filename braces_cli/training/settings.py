@@ -33,6 +33,8 @@ DEFAULT_TURN = 0.16
 BASELINE_LR = 3e-3
 # With the contrastive loss, gates at a higher rate close before they have found their direction.
 DEFAULT_GATE_LR, DEFAULT_GATE_LR_ATTRIBUTES = 0.3, 0.1
+# The entries of D are the gates of relevance to the output, without a sigmoid.
+DEFAULT_DIAGONAL_LR = 0.003
 DEFAULT_CONTRAST, DEFAULT_MARGIN = 0.1, 6.0
 STRENGTH = "strength"
 SCHEDULES = ("linear", "cosine", "constant")
@@ -86,7 +88,7 @@ class TrainSettings(AttributesFolder, ChatSettings, ModelSettings, OverwriteSett
         lora_alpha: LoRA alpha of a baseline: its update is scaled by alpha / rank. Default: twice the rank.
         lora_targets: Modules that a baseline adapts, separated by commas. Default: q_proj,v_proj. Repeatable.
         lr: Peak learning rate. Default: 0.16 / sqrt(width), for baselines 0.003.
-        gate_lr: Peak learning rate of the gates. Default: 0.3; with attributes 0.1.
+        gate_lr: Peak learning rate of the gates. Default: 0.3; with attributes 0.1; for relevance to the output 0.003.
         epochs: Number of passes over the training data.
         max_steps: Number of optimizer steps; overrides --epochs.
         batch_size: Examples per process and forward pass.
@@ -228,12 +230,15 @@ class TrainSettings(AttributesFolder, ChatSettings, ModelSettings, OverwriteSett
         trained = self.attribute_field is not None
         contrast = (DEFAULT_CONTRAST if trained else 0.0) if self.contrast is None else self.contrast
         lr = BASELINE_LR if self.method != "braces" else float(f"{DEFAULT_TURN / math.sqrt(width):.3g}")
+        gate_lr = DEFAULT_GATE_LR_ATTRIBUTES if trained else DEFAULT_GATE_LR
+        if inherited.get("relevance_to", self.relevance_to) == "output":
+            gate_lr = DEFAULT_DIAGONAL_LR
         return replace(
             self,
             contrast=contrast,
             margin=DEFAULT_MARGIN if contrast and self.margin is None else self.margin,
             lr=self.lr or lr,
-            gate_lr=self.gate_lr or (DEFAULT_GATE_LR_ATTRIBUTES if trained else DEFAULT_GATE_LR),
+            gate_lr=self.gate_lr or gate_lr,
             max_length=min(self.max_length, context),
             **inherited,
         )

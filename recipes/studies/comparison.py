@@ -8,8 +8,8 @@ Shows   one JSON line per run in --out, continued by a second call, and Markdown
 Rates   The loss on validation rows after a short run, on a grid of factor 2 around the start rate. The grid is extended
         while its best rate is at its border. The rate of the gates is the default.
 Report  The chosen rate with three seeds, on other rows.
-Systems All systems are measured on sst5-text, those of `SELECTED` on the other tasks; of braces at rank 53 the one with
-        the lower loss on sst5-text. A system that braces refuses is skipped with a note.
+Systems All systems are measured on sst5-text, those of `SELECTED` on the other tasks; of the two largest adapters of
+        braces the one with the lower loss on sst5-text. A system that braces refuses is skipped with a note.
 Zero-shot
         PopQA, TriviaQA and TruthfulQA of the base and of the adapters of `KNOWLEDGE` trained on the choices, seed 0.
         p-values: exact McNemar test or paired bootstrap of `braces eval`, with Holm's correction over the four metrics.
@@ -109,7 +109,9 @@ def _peft(name: str, start: float, **config: Any) -> System:
 
 
 SYSTEMS: dict[str, System] = {
-    **{f"braces-{to}-{rank}": _braces(rank, to) for to in ("input", "output") for rank in (4, 16, 53)},
+    **{f"braces-input-{rank}": _braces(rank, "input") for rank in (4, 16, 53)},
+    # Two projections: half the rank has the same number of parameters.
+    **{f"braces-output-{rank}": _braces(rank, "output") for rank in (2, 8, 26)},
     **{f"lora-qv-{rank}": _lora(rank, "q_proj,v_proj") for rank in (4, 16)},
     **{f"lora-down-{rank}": _lora(rank, "down_proj") for rank in (4, 16)},
     "dora-qv-16": _lora(16, "q_proj,v_proj", "dora"),
@@ -119,9 +121,9 @@ SYSTEMS: dict[str, System] = {
     "vera": _peft("VeRA", 1e-2, r=256, target_modules=["q_proj", "v_proj"]),
     "lokr": _peft("LoKr", 3e-3, r=16, alpha=32, target_modules=["q_proj", "v_proj"]),
 }  # fmt: skip
-LARGE = ("braces-input-53", "braces-output-53")
-SELECTED = ("braces-input-16", "braces-output-16", "lora-qv-4", "lora-qv-16", "lora-down-4", "ia3")
-KNOWLEDGE = ("braces-input-16", "braces-output-16", "lora-qv-16")
+LARGE = ("braces-input-53", "braces-output-26")
+SELECTED = ("braces-input-16", "braces-output-8", "lora-qv-4", "lora-qv-16", "lora-down-4", "ia3")
+KNOWLEDGE = ("braces-input-16", "braces-output-8", "lora-qv-16")
 FIRST = "sst5-text"
 CHOICES = ("sst5-labels", "boolq")
 # Runs of the search of rates are shorter by this factor, those on chats by another one: a style takes few steps.
@@ -282,7 +284,7 @@ class Study:
         return found.loss if found is not None and math.isfinite(found.loss) else None
 
     def systems(self, task: str, wanted: Sequence[str]) -> Iterator[str]:
-        """Yield the systems of a task that are requested, the better braces of rank 53 last."""
+        """Yield the systems of a task that are requested, the better of the two largest adapters of braces last."""
         others = KNOWLEDGE if self.sizes is QUICK else SELECTED
         names = [*SYSTEMS] if task == FIRST else [*others, better(self.runs.done, LARGE)]
         yield from (name for name in names if name in wanted)

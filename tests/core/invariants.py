@@ -79,6 +79,8 @@ CACHES = {
 # Types that cannot run in float64.
 SINGLE = {"inkling2_text": "float32 only: its router computes in it"}
 # Types with experts that compute in float32 in a float64 model, too: they run once more for relevance to the output.
+# Ends of the names of parameters that are summed in `together`.
+GATES = ("gate", "diagonal")
 ROUNDED = {"beam": "its experts compute in float32"}
 # Widths of FFNs that are neither d_ff nor 4 d.
 WIDTHS = {
@@ -135,9 +137,9 @@ def worst(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 
 def together(result: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Gradients of the gates as one vector, because a single one can be near 0."""
-    gates = [value.double() for name, value in result.items() if name.endswith("gate")]
-    return {name: value for name, value in result.items() if not name.endswith("gate")} | {"gates": torch.cat(gates)}
+    """Gradients of gates and diagonals as one vector, because a single one can be near 0."""
+    gates = [value.double() for name, value in result.items() if name.endswith(GATES)]
+    return {name: value for name, value in result.items() if not name.endswith(GATES)} | {"gates": torch.cat(gates)}
 
 
 def logits_of(model: Any) -> torch.Tensor:

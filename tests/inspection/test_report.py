@@ -65,7 +65,7 @@ def test_page_has_the_figures_of_the_model(session, data):
     with torch.no_grad():
         session.base.model(torch.tensor([session.base.tokenizer("the film is good")["input_ids"]]))
     handle.remove()
-    r = relevance_ref(seen[0], ffn.value_matrix(), module.weight, module.scale)[:, first["index"]]
+    r = relevance_ref(seen[0], ffn.value_matrix(), module)[:, first["index"]]
     expected = (module.g * r).abs().mean() * ffn.value_matrix()[:, first["index"]].norm()
     assert first["strength"] == pytest.approx(float(expected), rel=1e-3)
 

@@ -48,9 +48,7 @@ def test_relevance_through_an_adapter_is_the_formula(session, lens, tmp_path, re
     scores = []
     for row, steering in enumerate(layer_steering(session, [(attribute, 1.0)])):
         ffn, module = session.adapter.adapted_ffns[row]
-        expected = relevance_ref(
-            attribute.state_at(relevance)[row], ffn.value_matrix(), module.weight.detach(), module.scale
-        )
+        expected = relevance_ref(attribute.state_at(relevance)[row], ffn.value_matrix(), module).detach()
         assert torch.allclose(attribute_relevance(session, steering), expected, rtol=1e-4, atol=1e-6)
         scores += [(float(score), ffn.layer, index) for index, score in enumerate(expected)]
     found = top_vectors_for_attribute(session, lens, attribute, limit=4)

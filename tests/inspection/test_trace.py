@@ -99,15 +99,16 @@ def test_sub_updates_are_the_formula(name, relevance):
         if relevance == "output":
             bias = getattr(ffn.value, "bias", None)
             query = w @ values.mT + (0 if bias is None else bias.detach())
-        r = relevance_ref(query, values, module.weight.detach(), module.scale)
-        effect = (w + module.g.detach() * r) * (u[position] @ values)
+        r = relevance_ref(query, values, module).detach()
+        g = 1.0 if relevance == "output" else module.g.detach()
+        effect = (w + g * r) * (u[position] @ values)
         assert row["effect"] == pytest.approx(float(effect.sum()), rel=1e-3, abs=1e-4)
         assert [s["index"] for s in row["sub_updates"]] == effect.abs().topk(3).indices.tolist()
         for s in row["sub_updates"]:
             j = s["index"]
             assert s["weight"] == pytest.approx(float(w[j]), rel=1e-5)
             assert s["relevance"] == pytest.approx(float(r[j]), rel=1e-3, abs=1e-5)
-            assert s["gated"] == pytest.approx(float(module.g.detach() * r[j]), rel=1e-3, abs=1e-5)
+            assert s["gated"] == pytest.approx(float(g * r[j]), rel=1e-3, abs=1e-5)
             assert s["effect"] == pytest.approx(float(effect[j]), rel=1e-3, abs=1e-5)
 
 

@@ -74,7 +74,7 @@ def test_training_with_attributes(train, mood_rows, tmp_path, relevance):
     outcome = train(out, "--eval-data", mood_rows, "--relevance-to", relevance, *options, *FIELDS)
     assert outcome.code == 0, outcome.err
     assert outcome.json["condition_parameters"] == 32 * WIDTH + WIDTH + WIDTH * 32
-    assert outcome.json["trainable_parameters"] == 2 * (8 * 32 + 1)
+    assert outcome.json["trainable_parameters"] == 2 * (2 * 8 * 32 + 8 if relevance == "output" else 8 * 32 + 1)
     assert outcome.json["eval_loss"] < outcome.json["base_eval_loss"]
     assert (out / "attributes.safetensors").is_file()
     assert {name for name in load_file(out / "adapter_model.safetensors") if name.startswith("condition.")}

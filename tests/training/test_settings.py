@@ -14,7 +14,7 @@ from braces_cli.training.settings import TrainSettings
 FREE = {
     "output_dir", "overwrite", "resume", "device", "device_map", "trust_remote_code", "allow_other_base", "save_steps",
     "save_total_limit", "eval_steps", "logging_steps", "report_to", "push_to_hub", "gradient_checkpointing",
-    "batch_size", "gradient_accumulation",
+    "batch_size", "gradient_accumulation", "attn_implementation",
 }  # fmt: skip
 
 
@@ -31,6 +31,7 @@ def test_identity_of_a_run() -> None:
     [
         ({}, {"lr": 0.02, "gate_lr": 0.3, "rank": 16, "contrast": 0.0, "margin": None, "max_length": 512}),
         ({"attribute_field": "mood"}, {"gate_lr": 0.1, "contrast": 0.1, "margin": 6.0}),
+        ({"relevance_to": "output", "attribute_field": "mood"}, {"gate_lr": 0.003}),
         ({"lr": 0.5, "max_length": 100}, {"lr": 0.5, "max_length": 100}),
         ({"method": "lora"}, {"lr": 3e-3, "rank": 16}),
     ],

@@ -71,6 +71,11 @@ class AdapterConfig:
     format_version: int = FORMAT_VERSION
     method: str = "braces"
 
+    @property
+    def parameters(self) -> int:
+        """Number of parameters in projections and gates, without the MLP of attributes."""
+        return len(self.layers) * parameter_count(self.r, int(self.base["hidden_size"]), self.relevance_to)
+
 
 _DAMAGED = "The file is damaged; train again."
 # Config of an adapter of braces or of peft.
@@ -153,8 +158,8 @@ class StoredAdapter:
         config, d = self.config, self.config.base["hidden_size"]
         shapes: dict[str, tuple[int, ...]] = {}
         for layer in config.layers:
-            # The gate has one dimension, because FSDP2 does not support scalar parameters.
-            shapes |= {f"layers.{layer}.projection": (config.r, d), f"layers.{layer}.gate": (1,)}
+            of_layer = relevance_shapes(config.r, d, config.relevance_to)
+            shapes |= {f"layers.{layer}.{name}": shape for name, shape in of_layer.items()}
             shapes[f"layers.{layer}.base_samples"] = (SAMPLES,)
         if config.attributes:
             shapes.update(condition_shapes(d))
@@ -175,9 +180,17 @@ class StoredAdapter:
         return tensors
 
 
-def parameter_count(config: AdapterConfig) -> int:
-    """Number of parameters in projections and gates, without the MLP of attributes."""
-    return len(config.layers) * (config.r * int(config.base["hidden_size"]) + 1)
+def relevance_shapes(rank: int, hidden_size: int, relevance_to: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the trained tensors of a layer; see `core.adapter.layer`."""
+    if relevance_to == "output":
+        return {"projection": (rank, hidden_size), "key_projection": (rank, hidden_size), "diagonal": (rank,)}
+    # The gate has one dimension, because FSDP2 does not support scalar parameters.
+    return {"projection": (rank, hidden_size), "gate": (1,)}
+
+
+def parameter_count(rank: int, hidden_size: int, relevance_to: str) -> int:
+    """Number of parameters in the projections and the gate of a layer."""
+    return sum(math.prod(shape) for shape in relevance_shapes(rank, hidden_size, relevance_to).values())
 
 
 def adapter_folder(name: str) -> Path:

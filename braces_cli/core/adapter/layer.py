@@ -4,11 +4,16 @@
     FFN_AUG(h_i) = sum_j (w_ij + g (r_ij + s r_cj)) v_j
                  = FFN(h_i) + B (A h_i) + s B (A h_c),    A = R,   B = g c / sqrt(d_r) W_V W_V^T R^T
 
-With relevance to the output, y = FFN(h), its bias included, is in the place of h: B (A y) instead of B (A h). This is
-a low-rank edit of the value vectors, (I + B A) W_V; it is an extension of the paper's formula.
+Relevance to the output is an extension of the paper's formula. y = FFN(h), its bias included, is in the place of h,
+value vectors and y have a projection each, and a signed diagonal D is in the place of the gate:
 
-The last line of the formula is the second with r substituted, so nothing of size (tokens x d_ff) is computed: the
-cost is one product W_V W_V^T R^T per layer and step, independent of the number of tokens, plus 4 d d_r flops per token.
+    r_ij         = c (R_k v_j)^T D (R_q y_i) / sqrt(d_r)
+    FFN_AUG(h_i) = sum_j (w_ij + r_ij + s r_cj) v_j,   A = R_q,   B = c / sqrt(d_r) W_V W_V^T R_k^T D
+
+This is a low-rank edit of the value vectors, (I + B A) W_V.
+
+FFN(h_i) + B (A h_i) is the formula with r substituted, so nothing of size (tokens x d_ff) is computed: the cost is
+one product W_V W_V^T R^T per layer and step, independent of the number of tokens, plus 4 d d_r flops per token.
 
 Letters: d model width, d_ff neurons, d_r rank (d_r <= d), W_V (d, d_ff) value matrix with columns v_j, R (d_r, d) with
 orthonormal rows, g = sigmoid(gate), c a constant of the layer (`relevance_scale`), h (..., d) the FFN's input, h_c (d)
@@ -94,13 +99,15 @@ class RelevanceModule(nn.Module):
     """Projection and gate of one FFN, and the side path that they add to its output.
 
     Parameters, in float32 for every dtype of the base: `weight` (d_r, d), unconstrained, whose orthonormalised form is
-    R; `gate` (1,) before the sigmoid, because FSDP2 does not support scalar parameters. `scale` is c, not trained.
+    R; `gate` (1,) before the sigmoid, because FSDP2 does not support scalar parameters. With relevance to the output
+    `weight` gives R_q, `key` (d_r, d) gives R_k, and `diagonal` (d_r,), zero at the start, is D in the place of `gate`.
+    `scale` is c, not trained.
 
     Args:
         rank: d_r.
         hidden_size: d.
         device: of the base's value matrix; "meta" allocates nothing.
-        generator: of the initial projection, orthonormal rows of a Gaussian matrix.
+        generator: of the initial projections, orthonormal rows of Gaussian matrices.
         scale: c.
         relevance_to: "input" if the query is the FFN's input, "output" if it is the FFN's output.
     """
@@ -119,18 +126,24 @@ class RelevanceModule(nn.Module):
         self.scale = scale
         self.relevance_to = relevance_to
         self.enabled = True
-        if torch.device(device or "cpu").type == "meta":
-            projection = torch.empty(rank, hidden_size, device="meta")
-        else:
+
+        def start() -> nn.Parameter:
+            if torch.device(device or "cpu").type == "meta":
+                return nn.Parameter(torch.empty(rank, hidden_size, device="meta"))
             noise = torch.randn(hidden_size, rank, dtype=torch.float64, generator=generator)
-            projection = torch.linalg.qr(noise).Q.mT
-            projection = projection.to(device, torch.float32, memory_format=torch.contiguous_format)
-        self.weight = nn.Parameter(projection)
-        self.gate = nn.Parameter(torch.full((1,), GATE_INIT, device=device))
+            rows = torch.linalg.qr(noise).Q.mT
+            return nn.Parameter(rows.to(device, torch.float32, memory_format=torch.contiguous_format))
+
+        self.weight = start()
+        if relevance_to == "output":
+            self.key = start()
+            self.diagonal = nn.Parameter(torch.zeros(rank, device=device))
+        else:
+            self.gate = nn.Parameter(torch.full((1,), GATE_INIT, device=device))
         # Steering, added to R times the query: (d_r,) for all tokens, (batch, 1, d_r) or (batch, tokens, d_r).
         self.shift: Tensor | None = None
-        # Version of `weight` with orthonormal rows, for which R is `weight`, bit for bit.
-        self._exact: int | None = None
+        # Versions of `weight` and `key` with orthonormal rows, for which R is `weight`, bit for bit.
+        self._exact: tuple[int, ...] | None = None
         # (A, B) of each value matrix and dtype for inference, and the state of the parameters they were computed from.
         self._factors: dict[tuple[Any, torch.dtype], tuple[Tensor, Tensor]] = {}
         self._factors_state: tuple | None = None
@@ -139,8 +152,15 @@ class RelevanceModule(nn.Module):
 
     @property
     def g(self) -> Tensor:
-        """sigmoid(gate), shape (1,)."""
-        return self.gate.sigmoid()
+        """sigmoid(gate), shape (1,); with relevance to the output D, (d_r,)."""
+        return self.diagonal if self.relevance_to == "output" else self.gate.sigmoid()
+
+    @property
+    def stored(self) -> dict[str, nn.Parameter]:
+        """Parameters by their names in an adapter file."""
+        if self.relevance_to == "output":
+            return {"projection": self.weight, "key_projection": self.key, "diagonal": self.diagonal}
+        return {"projection": self.weight, "gate": self.gate}
 
     def cache_gram(self, enable: bool) -> None:
         """Cache W_V W_V^T in training (see `core.adapter.gram`), or free it; for modules with one W_V."""
@@ -151,46 +171,65 @@ class RelevanceModule(nn.Module):
         if self._cached_gram is not None:
             self._cached_gram.drop()
 
-    def projection(self, read: Read = full_tensor) -> Tensor:
-        """R (d_r, d), the factor A, differentiable in `weight`."""
+    def projection(self, read: Read = full_tensor, *, of_values: bool = False) -> Tensor:
+        """R (d_r, d), the factor A, differentiable in `weight`. `of_values`: the projection of the value vectors."""
+        weight = self.key if of_values and self.relevance_to == "output" else self.weight
         # In this order, because torch.compile can trace `_is_training`, not a version counter.
-        exact = not self._is_training() and self._exact == self.weight._version
-        matrix = read(self.weight)
+        exact = not self._is_training() and self._exact == self._versions()
+        matrix = read(weight)
         if exact:
             return matrix
         with torch.autocast(matrix.device.type, enabled=False):
             return orthonormal_rows(matrix)
 
-    def materialise(self) -> Tensor:
-        """Set `weight` to the projection, rounded once from float64, and return it: the tensor of an adapter file.
+    def tensors(self, in_place: bool) -> dict[str, Tensor]:
+        """Tensors of an adapter file: the projections, rounded once from float64, and the gate. Collective.
 
-        Until the next optimizer step R is `weight`, bit for bit, before saving and after loading.
+        Args:
+            in_place: also set the weights to the projections, so that R is `weight`, bit for bit, until the next
+                optimizer step.
         """
-        with torch.no_grad():
-            if self._exact != self.weight._version:
-                self.weight.copy_(self.rounded())
-                self.set_exact()
-        return self.weight.detach()
-
-    def rounded(self) -> Tensor:
-        """Result of `materialise` without a change of `weight`. Collective: call on every rank."""
-        version = self.weight._version
-        matrix: Tensor = full_tensor(self.weight.detach())
-        return matrix if self._exact == version else orthonormal_rows(matrix.double()).to(matrix.dtype)
+        found: dict[str, Tensor] = {name: full_tensor(parameter.detach()) for name, parameter in self.stored.items()}
+        if self._exact == self._versions():
+            return found
+        for name in found:
+            if name.endswith("projection"):
+                found[name] = orthonormal_rows(found[name].double()).to(found[name].dtype)
+        if in_place:
+            with torch.no_grad():
+                for name, parameter in self.stored.items():
+                    parameter.copy_(found[name])
+            self.set_exact()
+        return found
 
     def set_exact(self) -> None:
-        """Declare that the rows of `weight` are orthonormal, as in a checked file."""
-        self._exact = self.weight._version
+        """Declare that the rows of the projections are orthonormal, as in a checked file."""
+        self._exact = self._versions()
         self._factors_state = None
 
-    def relevance_scores(self, query: Tensor, values: Tensor) -> Tensor:
-        """r_ij of every value vector j for every token i, (..., d_ff) in float32, without gate and steering.
+    def _versions(self) -> tuple[int, ...]:
+        return tuple(weight._version for name, weight in self.stored.items() if name.endswith("projection"))
 
-        Materialises the full matrix; for inspection only.
+    def relevance_scores(self, query: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """`scores` of the tokens with this query (..., d), without steering."""
+        projection = self.projection()
+        return self.scores(query.float() @ projection.to(query.device, torch.float32).mT, values)
+
+    def scores(self, ranked: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """r_ij of every value vector j, (..., d_ff) in float32, and g r_ij, the change of its weight.
+
+        Materialises full matrices; for inspection only.
+
+        Args:
+            ranked: A times the query, or the shift of steering, (..., d_r).
         """
-        projection = self.projection().to(query.device, torch.float32)
-        factor = self.scale / math.sqrt(self.rank)
-        return ((query.float() @ projection.mT) * factor) @ (projection @ values.to(query.device).float())
+        ranked, g = ranked * (self.scale / math.sqrt(self.rank)), self.g.to(ranked)
+        compared = self.projection(of_values=True).to(ranked) @ values.to(ranked)
+        if self.relevance_to == "output":
+            scores = (ranked * g) @ compared
+            return scores, scores
+        scores = ranked @ compared
+        return scores, g * scores
 
     def factors(self, values: Values, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (d_r, d) and B (..., d, d_r) in `dtype`, for the value matrix or matrices `values` (..., d, d_ff).
@@ -228,8 +267,9 @@ class RelevanceModule(nn.Module):
         self, values: Values, dtype: torch.dtype, product: Callable[[Values, Tensor], Tensor] = gram
     ) -> tuple[Tensor, Tensor]:
         projection = self.projection()
+        compared = self.projection(of_values=True) if self.relevance_to == "output" else projection
         with torch.autocast(self.weight.device.type, enabled=False):
-            out = product(values, projection.mT) * (self.g * self.scale / math.sqrt(self.rank))
+            out = product(values, compared.mT) * (self.g * self.scale / math.sqrt(self.rank))
         return projection.to(dtype), out.to(dtype)
 
     def _is_training(self) -> bool:
@@ -321,11 +361,11 @@ class RelevanceModule(nn.Module):
             moved: Tensor = fn(tensor)
             return tensor.to(moved.device) if moved.dtype.itemsize < tensor.dtype.itemsize else moved
 
-        exact = self._exact == self.weight._version
+        exact = self._exact == self._versions()
         super()._apply(keep_precision, recurse)
         self._factors_state = None
         self.release()
-        self._exact = self.weight._version if exact else None
+        self._exact = self._versions() if exact else None
         return self
 
 

@@ -93,7 +93,7 @@ class Adapter:
         return [adapter_layer.scale for _, adapter_layer in self.adapted_ffns]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(`layers.{i}.weight` or `layers.{i}.gate`, parameter) of every relevance module."""
+        """(`layers.{i}.weight` or another name, parameter) of every relevance module."""
         for ffn, adapter_layer in self.adapted_ffns:
             for name, parameter in adapter_layer.named_parameters(recurse=False):
                 yield f"layers.{ffn.layer}.{name}", parameter
@@ -170,7 +170,7 @@ class Adapter:
     def tensors(self, in_place: bool = True) -> dict[str, Tensor]:
         """Tensors of the adapter file.
 
-        `layers.{i}.projection`, `layers.{i}.gate`, `layers.{i}.base_samples` and, if trained, `condition.*`.
+        `layers.{i}.*` as in `relevance_shapes`, `layers.{i}.base_samples` and, if trained, `condition.*`.
 
         Args:
             in_place: set the weights to the projections in the file. Use False during training, which must continue
@@ -178,8 +178,7 @@ class Adapter:
         """
         out = dict(self._samples)
         for ffn, adapter_layer in self.adapted_ffns:
-            out[f"layers.{ffn.layer}.projection"] = adapter_layer.materialise() if in_place else adapter_layer.rounded()
-            out[f"layers.{ffn.layer}.gate"] = full_tensor(adapter_layer.gate.detach())
+            out |= {f"layers.{ffn.layer}.{name}": t for name, t in adapter_layer.tensors(in_place).items()}
         if self.mlp is not None:
             out.update({f"condition.{name}": full_tensor(tensor) for name, tensor in self.mlp.state_dict().items()})
         return out
@@ -295,7 +294,7 @@ def attach_stored(base: Base, stored: StoredAdapter) -> Adapter:
         raise ModelError(error.message, where=str(stored.folder), hint=error.hint) from error
     for ffn, adapter_layer in adapter.adapted_ffns:
         with torch.no_grad():
-            for name, parameter in (("projection", adapter_layer.weight), ("gate", adapter_layer.gate)):
+            for name, parameter in adapter_layer.stored.items():
                 parameter.copy_(tensors[f"layers.{ffn.layer}.{name}"])
         adapter_layer.set_exact()
         adapter_layer.requires_grad_(False)

@@ -1,7 +1,9 @@
 """Reference implementation of the paper's formula. Slow, and large in memory; only tests use it.
 
-    r_ij         = c (R v_j) . (R h_i) / sqrt(d_r)            relevance to the output: FFN(h_i) in the place of h_i
+    r_ij         = c (R v_j) . (R h_i) / sqrt(d_r)
     FFN_AUG(h_i) = sum_j (w_ij + g (r_ij + s r_cj)) v_j         g = sigmoid(gate)
+
+Relevance to the output: r_ij = c (R_k v_j)^T D (R_q FFN(h_i)) / sqrt(d_r), and no gate.
 
 It shares no arithmetic with `layer`: rows are orthonormalised one by one, relevance is a (tokens, d_ff) tensor, and it
 changes the weights that enter the model's value projection.
@@ -34,13 +36,21 @@ def orthonormal_rows_ref(weight: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def relevance_ref(query: Tensor, values: Tensor, weight: Tensor, c: float = 1.0) -> Tensor:
+def relevance_ref(query: Tensor, values: Tensor, adapter_layer: RelevanceModule) -> Tensor:
     """Relevance r of every value vector to every token, (..., d_ff), without the gate.
 
-    query (..., d), values (d, d_ff), weight (d_r, d), whose orthonormalised form is R.
+    Args:
+        query: FFN input, or FFN output without side path, (..., d).
+        values: W_V (d, d_ff).
+        adapter_layer: parameters and constant c.
     """
-    projection = orthonormal_rows_ref(weight)
-    return c * ((query @ projection.mT) @ (projection @ values)) / math.sqrt(len(projection))
+    query, values = (tensor.to(adapter_layer.weight.dtype) for tensor in (query, values))
+    projection = orthonormal_rows_ref(adapter_layer.weight)
+    compared, between = projection, torch.eye(len(projection)).to(projection)
+    if adapter_layer.relevance_to == "output":
+        compared, between = orthonormal_rows_ref(adapter_layer.key), torch.diag(adapter_layer.diagonal)
+    c = adapter_layer.scale
+    return c * ((query @ projection.mT) @ between @ (compared @ values)) / math.sqrt(len(projection))
 
 
 def weights_ref(
@@ -59,11 +69,11 @@ def weights_ref(
         adapter_layer: parameters and constant c.
         conditions: pairs of h_c (d) and strength s, which broadcasts against the query.
     """
-    wide = adapter_layer.weight.dtype
-    r = relevance_ref(query.to(wide), values.to(wide), adapter_layer.weight, adapter_layer.scale)
+    r = relevance_ref(query, values, adapter_layer)
     for state, strength in conditions:
-        r = r + strength * relevance_ref(state.to(wide), values.to(wide), adapter_layer.weight, adapter_layer.scale)
-    return w + (torch.sigmoid(adapter_layer.gate) * r).to(w.dtype)
+        r = r + strength * relevance_ref(state, values, adapter_layer)
+    g = 1.0 if adapter_layer.relevance_to == "output" else torch.sigmoid(adapter_layer.gate)
+    return w + (g * r).to(w.dtype)
 
 
 @contextmanager

@@ -20,18 +20,18 @@ def test_orthonormal_rows_equal_gram_schmidt():
     assert torch.allclose(rows @ rows.mT, torch.eye(5, dtype=torch.float64), atol=1e-12)
 
 
-@pytest.mark.parametrize("gate", [0.3, -200.0])
-def test_relevance_scores_are_those_of_the_reference(gate):
-    """Times g they are the change of the weights; they do not depend on the gate, also at g = 0."""
+@pytest.mark.parametrize(("relevance_to", "gate"), [("input", 0.3), ("input", -200.0), ("output", 0.5)])
+def test_relevance_scores_are_those_of_the_reference(relevance_to, gate):
+    """Times g they are the change of the weights; they do not depend on the gate of the input, also at g = 0."""
     generator = torch.Generator().manual_seed(0)
-    adapter_layer = RelevanceModule(3, 8, generator=generator, scale=0.7)
+    adapter_layer = RelevanceModule(3, 8, generator=generator, scale=0.7, relevance_to=relevance_to)
     h, values = torch.randn(5, 8, generator=generator), torch.randn(8, 11, generator=generator)
-    scores = adapter_layer.relevance_scores(h, values)
+    scores, _ = adapter_layer.relevance_scores(h, values)
     with torch.no_grad():
-        adapter_layer.gate.fill_(gate)
-    assert torch.equal(adapter_layer.relevance_scores(h, values), scores)
-    change = weights_ref(torch.zeros(5, 11), h, values, adapter_layer)
-    assert torch.allclose(adapter_layer.g * scores, change, rtol=1e-5, atol=1e-6)
+        dict(adapter_layer.named_parameters())["diagonal" if relevance_to == "output" else "gate"].fill_(gate)
+    after, change = adapter_layer.relevance_scores(h, values)
+    assert torch.equal(after, scores) == (relevance_to == "input")
+    assert torch.allclose(change, weights_ref(torch.zeros(5, 11), h, values, adapter_layer), rtol=1e-5, atol=1e-6)
 
 
 def test_cached_factors_follow_every_change_of_a_parameter():

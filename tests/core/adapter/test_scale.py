@@ -39,8 +39,8 @@ def trained(model: Any, relevance: str, scales: list[float] | None = None) -> to
     adapter = attach(model, 4, scales=scales, relevance_to=relevance)
     modules = [adapter_layer.double() for _, adapter_layer in adapter.adapted_ffns]
     groups = [
-        {"params": [adapter_layer.weight for adapter_layer in modules], "lr": 0.05},
-        {"params": [adapter_layer.gate for adapter_layer in modules], "lr": 0.3},
+        {"params": [p for each in modules for p in each.parameters() if p.ndim == 2], "lr": 0.05},
+        {"params": [p for each in modules for p in each.parameters() if p.ndim == 1], "lr": 0.3},
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     for _ in range(20):
