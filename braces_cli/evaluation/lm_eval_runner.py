@@ -7,11 +7,15 @@ called here, after the other steps of `simple_evaluate` (seeds, few-shot setting
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, redirect_stdout
+from dataclasses import replace
 from io import StringIO
+from itertools import chain
 from numbers import Real
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lm_eval
@@ -19,16 +23,19 @@ import numpy as np
 import torch
 from jinja2 import TemplateError
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
 from braces_cli.core.distributed import Processes
 from braces_cli.core.errors import ConfigError, DataError, first_line
 from braces_cli.core.models.generate import prompt_lengths
 from braces_cli.core.models.load import Base
+from braces_cli.core.models.tokenize import end_tokens
 from braces_cli.core.progress import Report
 from braces_cli.evaluation.catalog import Selection
-from braces_cli.evaluation.native_tasks import TaskContext, halving
-from braces_cli.evaluation.results import Metric, Scores
+from braces_cli.evaluation.native_tasks import TaskContext, halving, mean_metric
+from braces_cli.evaluation.results import EMPTY, TRUNCATED, Metric, Scores
+from braces_cli.evaluation.task_functions import COMMONSENSE_TASKS, commonsense_labels
 
 # Raised by templates and functions of a task for a row without a field, or with a value of another type.
 _ROW_ERRORS = (TemplateError, LookupError, TypeError, ValueError, AttributeError, AssertionError)
@@ -73,6 +80,17 @@ def load_tasks(
     return units
 
 
+def check_lengths(units: Mapping[str, dict[str, Any]], window: int) -> None:
+    """Raise ConfigError if a task generates as many tokens as the context of the model has."""
+    for unit in units.values():
+        for name, task in unit["tasks"].items():
+            options = task.get_config("generation_kwargs") if task.OUTPUT_TYPE == "generate_until" else None
+            length = normalize_gen_kwargs(options, 0)["max_gen_toks"] if options else 0
+            if length >= window:
+                what = f"{name} generates {length} tokens, and the context of the model has {window}"
+                raise ConfigError(what, where="--tasks", hint="Choose another task, or a model with a longer context.")
+
+
 def _read_documents(name: str, task: Any, file: Path, limit: int | None) -> None:
     """Render every document, so that a row that the task cannot read fails before a model is loaded."""
     for number, doc in task.doc_iterator(limit=limit):
@@ -103,6 +121,12 @@ class Model(HFLM):
         self._processes = processes
         if processes.accelerator is not None:
             self.accelerator = processes.accelerator
+        # (prompt, answer) -> the answer was cut off at the largest number of tokens.
+        self.cut_off: dict[tuple[str, str], bool] = {}
+        self._ends = end_tokens(base.model, base.tokenizer)
+        # lm-eval reports each answer of a batch, in its order, to this hook.
+        self._unreported: list[bool] = []
+        self.cache_hook = SimpleNamespace(add_partial=self._note_answer)
 
     @property
     def rank(self) -> int:
@@ -111,6 +135,15 @@ class Model(HFLM):
     @property
     def world_size(self) -> int:
         return self._processes.size
+
+    @property
+    def max_gen_toks(self) -> int:
+        """New tokens of tasks that do not set a number: lm-eval's 256, at most half of the context."""
+        return min(super().max_gen_toks, self.max_length // 2)
+
+    def _note_answer(self, kind: str, request: tuple[Any, ...], answer: Any) -> None:
+        if kind == "generate_until":
+            self.cut_off[request[0], answer] = self._unreported.pop(0)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
         return self._run("choices", requests, super().loglikelihood)
@@ -141,9 +174,15 @@ class Model(HFLM):
         ends = range(end, len(row) + 1)
         return next((self._lengths[key] for e in ends if (key := tuple(row[:e])) in self._lengths), len(row))
 
-    def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with prompt_lengths(torch.tensor([[context.shape[1]]])):
-            return super()._model_generate(context, *args, **kwargs)
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
+        start = context.shape[1]
+        with prompt_lengths(torch.tensor([[start]])):
+            output = super()._model_generate(context, max_length, stop, **kwargs)
+        for row in output[:, start:].tolist():
+            text = self.tok_decode(row)
+            ended = any(token in self._ends for token in row) or any(each in text for each in stop)
+            self._unreported.append(not ended and len(row) == max_length - start)
+        return output
 
     def _run(self, what: str, requests: list[Any], run: Callable[..., list[Any]]) -> list[Any]:
         """Call a method of HFLM, with a smaller batch each time memory runs out."""
@@ -154,6 +193,7 @@ class Model(HFLM):
             # With `auto`, lm-eval searches for the largest size that fits, starting at this one, with forward passes.
             self.max_batch_size = size
             self.batch_size_per_gpu = "auto" if automatic else size
+            self._unreported.clear()
             done = 0
 
             def count(module: Any, args: tuple, kwargs: dict) -> None:
@@ -202,10 +242,58 @@ def measure(
         model = Model(context.session.base, settings.batch_size, stage, context.report, processes)
         chat = {"apply_chat_template": context.chat, "fewshot_as_multiturn": context.chat}
         output = lm_eval.evaluate(lm=model, task_dict=unit, limit=settings.limit, log_samples=True, **chat)
+    cut_off = dict(chain.from_iterable(each.items() for each in processes.gather(model.cut_off)))
     if not processes.first:
         return None
     sizes = model.batch_sizes.values() if model.batch_size_per_gpu == "auto" else [model.batch_size_per_gpu]
-    return _scores(output, shots, sorted({int(size) for size in sizes}))
+    scores = _scores(output, shots, sorted({int(size) for size in sizes}))
+    for name, task in tasks.items():
+        samples = list({sample["doc_id"]: sample for sample in output["samples"][name]}.values())
+        metrics = scores.results.get(name, {})
+        chance, majority = chance_levels(name, task, [sample["doc"] for sample in samples])
+        for metric, entry in metrics.items():
+            if metric.startswith("acc"):
+                entry.chance, entry.majority = chance, majority
+        if task.OUTPUT_TYPE == "generate_until":
+            answers = [[(each["arguments"][0][0], text) for text in each["resps"][0]] for each in samples]
+            metrics |= shares_of_answers(answers, cut_off)
+    return scores
+
+
+def shares_of_answers(
+    documents: Sequence[Sequence[tuple[str, str]]], cut_off: Mapping[tuple[str, str], bool]
+) -> dict[str, Metric]:
+    """Return the shares of empty answers and of those that were cut off.
+
+    Without values of documents: shares that only explain the scores must not enter the correction of p-values.
+
+    Args:
+        documents: for each document its (prompt, answer).
+        cut_off: of each (prompt, answer).
+    """
+    shares = {
+        EMPTY: [[float(not answer.strip()) for _, answer in each] for each in documents],
+        TRUNCATED: [[float(cut_off[answer]) for answer in each] for each in documents],
+    }
+    return {name: replace(mean_metric(groups), documents={}, better=False) for name, groups in shares.items()}
+
+
+def chance_levels(name: str, task: Any, docs: Sequence[dict[str, Any]]) -> tuple[float | None, float | None]:
+    """Return the accuracy of a random choice, and of the most frequent label if the model writes a label."""
+    if name in COMMONSENSE_TASKS:
+        shares = [1 / len(labels) for labels in map(commonsense_labels, docs)]
+        majority = Counter(doc["answer"] for doc in docs).most_common(1)[0][1] / len(docs)
+        return sum(shares) / len(shares), majority
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return None, None
+    shares = []
+    for doc in docs:
+        choices, target = task.doc_to_choice(doc), task.doc_to_target(doc)
+        right = len(target) if isinstance(target, list) else 1
+        if name == "truthfulqa_mc2":  # the probability of all right choices
+            right = sum(doc["mc2_targets"]["labels"])
+        shares.append(right / len(choices))
+    return sum(shares) / len(shares), None
 
 
 def _scores(output: Any, shots: dict[str, int], batch_sizes: list[int]) -> Scores:

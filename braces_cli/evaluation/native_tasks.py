@@ -230,6 +230,7 @@ def _answers(context: TaskContext, pairs: Sequence[AnswerPair]) -> Measure:
         with steering:
             odds, size = halving(measured, context.batch_size, stage)
         metrics = {name: mean_metric([[value(each)] for each in odds]) for name, value in _ANSWERS.items()}
+        metrics["prefers_positive"].chance = 0.5
         samples = [
             {"prompt": pair.prompt, "answer": pair.positive if each > 0 else pair.negative}
             for pair, each in zip(pairs, odds, strict=True)
@@ -267,6 +268,10 @@ def read_labelled(name: Path | str) -> list[tuple[str, str]]:
     return labelled
 
 
+# Half of the rows choose the layer; with 100 left, the standard error of an AUROC is about 0.05.
+_ENOUGH = 200
+
+
 def detection(
     session: Session, attribute: Attribute, rows: Sequence[tuple[str, str]], label: str, where: str, report: Report
 ) -> dict[str, Any]:
@@ -286,6 +291,8 @@ def detection(
         what = f"{len(sides[0])} texts are `{label}` and {len(sides[1])} are not; detection needs two of each"
         hint = f"The rows have {', '.join(sorted({each for _, each in rows}))}."
         raise DataError(what, where=where, hint=hint)
+    if len(rows) < _ENOUGH:
+        logger.warning("detection on %d rows is inexact; give %d or more", len(rows), _ENOUGH)
     scores = projections(session, attribute, [text for text, _ in rows], report)
 
     def areas(half: slice) -> list[float]:
@@ -340,7 +347,7 @@ def _detection(context: TaskContext, rows: Sequence[tuple[str, str]]) -> Measure
 
     def measure(steering: AbstractContextManager[Any], stage: str) -> Scores:
         found = detection(context.session, attribute, rows, attribute.name, "--task-data detection", context.report)
-        metrics = {"auroc": Metric(found["auroc"], found["auroc_stderr"], found["n"])}
+        metrics = {"auroc": Metric(found["auroc"], found["auroc_stderr"], found["n"], chance=0.5)}
         return task_scores(DETECTION, metrics, (), context.batch_size)
 
     return measure

@@ -23,6 +23,8 @@ from braces_cli.core.schema import Count, Kind, Size, read, stored_form
 
 # Metric of a group: the average over its tasks.
 AVERAGE = "braces_average"
+# Metrics of every task with generated answers: shares of empty answers, and of those without an end.
+EMPTY, TRUNCATED = "empty", "truncated"
 RESULTS = "results.json"
 _RUN = "run.json"
 
@@ -36,6 +38,8 @@ class Metric:
         documents: document id -> value, if every document has one.
         units: document id -> divisor, if the metric is a ratio of sums.
         better: whether a larger value is better; None if unknown.
+        chance: expected value of answers drawn at random; None if unknown.
+        majority: share of the most frequent label among the correct ones; None if the task has no labels.
     """
 
     value: float
@@ -44,6 +48,14 @@ class Metric:
     documents: dict[Count, float] = field(default_factory=dict)
     units: dict[Count, float] = field(default_factory=dict)
     better: bool | None = None
+    chance: float | None = None
+    majority: float | None = None
+
+    def entry(self) -> dict[str, Any]:
+        """Return the entry in the result."""
+        levels = {"chance": self.chance, "majority": self.majority}
+        known = {name: value for name, value in levels.items() if value is not None}
+        return {"value": self.value, "stderr": self.stderr, "n": self.n, **known}
 
 
 @dataclass
@@ -77,7 +89,10 @@ class Scores:
             errors = [entry.stderr for entry in entries if entry.stderr is not None]
             stderr = math.hypot(*errors) / len(entries) if len(errors) == len(entries) else None
             value = sum(entry.value for entry in entries) / len(entries)
-            self.results[name] = {AVERAGE: Metric(value, stderr, sum(entry.n for entry in entries), better=True)}
+            chances = [entry.chance for entry in entries if entry.chance is not None]
+            chance = sum(chances) / len(entries) if len(chances) == len(entries) else None
+            n = sum(entry.n for entry in entries)
+            self.results[name] = {AVERAGE: Metric(value, stderr, n, better=True, chance=chance)}
 
 
 _SETTINGS = Kind(dict[str, Any], ModelError, "Give another --output-dir, or --overwrite.", "record of a run")

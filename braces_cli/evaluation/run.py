@@ -18,12 +18,12 @@ from braces_cli.core.config import options_of
 from braces_cli.core.distributed import Processes, join, world_size
 from braces_cli.core.errors import ConfigError, DataError, near_misses
 from braces_cli.core.files import check_apart, file_hash, scratch_folder, value_hash, versions
-from braces_cli.core.models.tokenize import Template
+from braces_cli.core.models.tokenize import Template, context_length, has_template
 from braces_cli.core.options import LoadOptions
 from braces_cli.core.progress import Report, silent
 from braces_cli.evaluation import catalog, lm_eval_runner
-from braces_cli.evaluation.native_tasks import DETECTION, Measure, TaskContext
-from braces_cli.evaluation.results import AVERAGE, Store
+from braces_cli.evaluation.native_tasks import DETECTION, PERPLEXITY, Measure, TaskContext
+from braces_cli.evaluation.results import AVERAGE, EMPTY, TRUNCATED, Store
 from braces_cli.evaluation.settings import TEXT_TASKS, EvalSettings
 from braces_cli.evaluation.statistics import LEVEL, compare, strength_slopes
 from braces_cli.evaluation.systems import BRACES, EvalAdapter, System, attached, find_eval_adapter, labels, resolve_base
@@ -63,6 +63,7 @@ def run_evaluation(settings: EvalSettings, report: Report = silent) -> dict[str,
         _check_thresholds(settings, selection, units)
         session = open_session(model, None, settings, template=_template(settings, adapters))
         chat = _uses_chat_template(settings, adapters, session)
+        lm_eval_runner.check_lengths(units, context_length(session.base.model.config, session.base.tokenizer))
         # The last adapter stays attached after its check, so it is measured first.
         with ExitStack() as stack:
             groups = _attach_and_plan(session, adapters, settings, stack)
@@ -85,6 +86,7 @@ def run_evaluation(settings: EvalSettings, report: Report = silent) -> dict[str,
     systems = [system for group in groups for system in group]
     for system in systems:
         system.scores.add_averages(selection.averaged)
+    _warn_of_answers(systems, chat, session)
     return _document(context, systems, files, identity)
 
 
@@ -136,8 +138,33 @@ def _uses_chat_template(settings: EvalSettings, adapters: Sequence[EvalAdapter],
         what = "one adapter was trained with the chat template and another without"
         hint = "Choose one setting for all: --apply-chat-template or --no-apply-chat-template."
         raise ConfigError(what, where="--apply-chat-template", hint=hint)
-    template = settings.uses_template
-    return uses_chat_template(session, True in trained if template is None else template)
+    setting = settings.uses_template
+    asks = {*",".join(settings.tasks).replace(" ", "").split(",")} - {PERPLEXITY.name, DETECTION.name}
+    if asks and setting is None and not adapters and has_template(session.base.tokenizer):
+        logger.warning("the chat template is not applied; a model that was tuned on chats needs --apply-chat-template")
+    return uses_chat_template(session, True in trained if setting is None else setting)
+
+
+# A share of answers above this gets a warning.
+_MANY = 0.1
+
+
+def _warn_of_answers(systems: Sequence[System], chat: bool, session: Session) -> None:
+    """Warn of tasks with many answers that are empty, cut off or without a label."""
+    examples = "show answers in the task's form: --num-fewshot 5"
+    template = not chat and has_template(session.base.tokenizer)
+    faults = {
+        EMPTY: ("empty answers", "apply the chat template: --apply-chat-template" if template else examples),
+        TRUNCATED: ("answers cut off", "ask for short answers: --system-prompt TEXT" if chat else examples),
+        "answered": ("answers without a label", examples),
+    }
+    for task, metrics in systems[0].scores.results.items():
+        for name in faults.keys() & metrics:
+            shares = {each.name: each.scores.results[task][name].value for each in systems}
+            found = {system: 1 - share if name == "answered" else share for system, share in shares.items()}
+            if max(found.values()) > _MANY:
+                listed = ", ".join(f"{system} {share:.0%}" for system, share in found.items())
+                logger.warning("%s: %s: %s; to avoid them, %s", task, faults[name][0], listed, faults[name][1])
 
 
 def _attach_and_plan(
@@ -226,7 +253,7 @@ def _document(
         if each.adapter is not None:
             about |= {"adapter": each.adapter.name, "method": each.adapter.method, "sha256": each.adapter.sha256}
         results = {
-            task: {name: {"value": m.value, "stderr": m.stderr, "n": m.n} for name, m in metrics.items()}
+            task: {name: metric.entry() for name, metric in metrics.items()}
             for task, metrics in each.scores.results.items()
         }
         rows.append({**about, "attributes": each.strengths, "results": results})
@@ -263,7 +290,8 @@ def _check_thresholds(settings: EvalSettings, selection: catalog.Selection, unit
     known: dict[str, list[str]] = {name: list(catalog.NATIVE_TASKS[name].metrics) for name in selection.native}
     known.update({name: [AVERAGE] for name in selection.averaged})
     for unit in units.values():
-        known.update({name: list(task.aggregation()) for name, task in unit["tasks"].items()})
+        for name, task in unit["tasks"].items():
+            known[name] = [*task.aggregation(), *([EMPTY, TRUNCATED] if task.OUTPUT_TYPE == "generate_until" else [])]
     for task, metric, _ in settings.thresholds:
         if task not in known and task not in units:
             hint = near_misses(task, known) or f"Evaluated: {', '.join(known)}."

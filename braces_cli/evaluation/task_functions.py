@@ -100,9 +100,21 @@ def commonsense_target(doc: dict[str, Any]) -> str:
 
 def commonsense_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
     """Return `{acc, answered}` of one document, each 0 or 1."""
-    kind = doc["answer"].rstrip("0123456789")
-    options = re.findall(r"true|false" if kind in ("true", "false") else rf"{re.escape(kind)}[1-9]", results[0])
+    options = _labels(doc, results[0])
     return {"acc": float(options[:1] == [doc["answer"]]), "answered": float(bool(options))}
+
+
+def commonsense_labels(doc: dict[str, Any]) -> set[str]:
+    """Return the labels that the instruction offers."""
+    if doc["answer"] in ("true", "false"):
+        return {"true", "false"}
+    return {*_labels(doc, f"{doc['instruction']} {doc.get('input') or ''}"), doc["answer"]}
+
+
+def _labels(doc: dict[str, Any], text: str) -> list[str]:
+    """Return the labels of the answer's kind in a text, in its order."""
+    kind = doc["answer"].rstrip("0123456789")
+    return re.findall(r"true|false" if kind in ("true", "false") else rf"{re.escape(kind)}[1-9]", text)
 
 
 def embedded_popqa_rows(**_: Any) -> Any:

@@ -44,7 +44,7 @@ from braces_cli.evaluation.native_tasks import (
     read_labelled,
     task_scores,
 )
-from braces_cli.evaluation.results import Metric, Scores
+from braces_cli.evaluation.results import EMPTY, Metric, Scores
 from braces_cli.evaluation.settings import SAMPLES, TEXT_TASKS
 from braces_cli.evaluation.statistics import rate_error
 from braces_cli.evaluation.systems import bare
@@ -208,7 +208,14 @@ _METRICS = {
     "sentiment": {"positive": True, "negative": False},
     "toxicity": {"toxic": False, "expected_max_toxicity": False, "toxicity_probability": False},
 }
-_OTHERS = {"perplexity": False, "distinct_1": True, "distinct_2": True, "distinct_3": True, "repetition": False}
+_OTHERS = {
+    "perplexity": False,
+    "distinct_1": True,
+    "distinct_2": True,
+    "distinct_3": True,
+    "repetition": False,
+    EMPTY: False,
+}
 
 
 def _prepare(name: str, context: TaskContext, prompts: Sequence[str]) -> Measure:
@@ -246,6 +253,8 @@ def _scores(task: NativeTask, measured: Continuations) -> Scores:
     # Without values of documents, so without a p-value: the numbers of tokens differ between systems.
     metrics["perplexity"] = Metric(perplexity, error and perplexity * error, count)
     metrics |= {name: Metric(value, None, count) for name, value in measured.diversity().items()}
+    metrics[EMPTY] = mean_metric([[float(not text.strip()) for text in group] for group in measured.texts])
+    metrics[EMPTY].documents.clear()  # explains the scores; not compared
     samples = [
         {"prompt": prompt, "answer": texts[0] if len(texts) == 1 else texts}
         for prompt, texts in zip(measured.prompts, measured.texts, strict=True)

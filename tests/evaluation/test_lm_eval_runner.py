@@ -6,6 +6,7 @@ import inspect
 import json
 import logging
 import re
+import shutil
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -20,7 +21,7 @@ from braces_cli.core.adapter.model import open_session
 from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.distributed import Processes
-from braces_cli.core.errors import BracesError
+from braces_cli.core.errors import BracesError, ConfigError
 from braces_cli.core.models.load import load_base
 from braces_cli.core.options import LoadOptions, Sampling
 from braces_cli.core.progress import silent
@@ -122,7 +123,55 @@ def test_scores_equal_those_of_lm_eval_document_by_document(
         if sign and not metric.endswith("_stderr"):
             stderr = expected["results"][name][key.replace(",", "_stderr,")]
             entry = result["systems"][0]["results"][name][metric]
-            assert entry == pytest.approx({"value": value, "stderr": stderr, "n": limit}, abs=1e-9)
+            chance = {}
+            if len(ours[0]["arguments"]) > 1:
+                labels = [each["doc"]["mc2_targets"]["labels"] if name == "truthfulqa_mc2" else [1] for each in ours]
+                levels = [sum(right) / len(each["arguments"]) for right, each in zip(labels, ours, strict=True)]
+                chance = {"chance": sum(levels) / limit}
+            assert entry == pytest.approx({"value": value, "stderr": stderr, "n": limit, **chance}, abs=1e-9)
+
+
+@pytest.mark.parametrize("batch_size", ["1", "3", "auto"])
+def test_empty_answers_and_answers_without_an_end_are_counted(
+    tiny_folder, write_jsonl, monkeypatch, caplog, batch_size
+):
+    """A row that has ended goes on as long as others of its batch do."""
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    answers = ["", "x" * 20, "yes\n" + "x" * 20, " \nno" + "x" * 20, "yes"]
+
+    def generate(self, input_ids, max_length, **options):
+        asked = [int(re.findall(r"What is (\d)", tokenizer.decode(row))[-1]) for row in input_ids]
+        rows = [[*tokenizer(answers[i], add_special_tokens=False)["input_ids"], *[1] * 20] for i in asked]
+        return torch.cat([input_ids, torch.tensor([row[:15] for row in rows])], 1)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", generate)
+    monkeypatch.setattr(logging.getLogger("braces"), "propagate", True)
+    data = (f"popqa={write_jsonl('p.jsonl', popqa_rows(5))}",)
+    settings = EvalSettings(tasks=("popqa",), task_data=data, batch_size=batch_size, fail_under=("popqa:empty=1",))
+    found = evaluate(str(tiny_folder), [], settings)
+    shares = found["systems"][0]["results"]["popqa"]
+    assert (shares["empty"]["value"], shares["truncated"]["value"]) == (0.4, 0.2)
+    assert shares["empty"] == pytest.approx({"value": 0.4, "stderr": (0.4 * 0.6 / 4) ** 0.5, "n": 5})
+    assert "popqa: empty answers: base 40%; to avoid them, show answers" in caplog.text
+    assert "popqa: answers cut off: base 20%" in caplog.text
+
+
+def test_new_tokens_that_do_not_fit_the_context(tiny_folder, write_jsonl, tmp_path):
+    """Without a number of the task lm-eval's 256 are shortened; a task's number is not changed."""
+    folder, rows = shutil.copytree(tiny_folder, tmp_path / "short"), popqa_rows(2)
+    for row in rows:
+        row["answer"] = {"aliases": ["a"], "value": "a"}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
+    file = write_jsonl("rows.jsonl", rows)
+    data = (f"triviaqa={file}", f"popqa={file}")
+    result = evaluate(str(folder), [], EvalSettings(tasks=("triviaqa",), task_data=data[:1]))
+    assert result["systems"][0]["results"]["triviaqa"]["truncated"]["n"] == 2
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 15}))
+    with pytest.raises(ConfigError, match="popqa generates 15 tokens, and the context of the model has 15"):
+        evaluate(str(folder), [], EvalSettings(tasks=("popqa",), task_data=data[1:]))
 
 
 @pytest.mark.parametrize("name", ["popqa", "mmlu_anatomy"])  # the second has its examples in another split

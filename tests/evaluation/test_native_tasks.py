@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 from contextlib import nullcontext
@@ -203,7 +204,8 @@ def test_ties_count_half_and_the_error_is_that_of_resampling():
     assert area_error(value, 60, 80) == pytest.approx(spread, rel=0.15)
 
 
-def test_detection_is_the_same_at_every_strength(model_dir, session, write_jsonl):
+def test_detection_is_the_same_at_every_strength(model_dir, session, write_jsonl, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("braces"), "propagate", True)
     texts = [("the film is good", "Positive"), ("a day", "other"), ("happy", "positive"), ("old", "other")] * 2
     file = write_jsonl("rows.jsonl", [{"text": text, "label": label} for text, label in texts])
     settings = EvalSettings(tasks=("detection",), task_data=(f"detection={file}",), attribute=("positive",), s=("20",))
@@ -211,7 +213,8 @@ def test_detection_is_the_same_at_every_strength(model_dir, session, write_jsonl
     expected = detection(session, find_attribute(session, "positive", None), texts, "positive", "rows", silent)
     for system in result["systems"]:
         assert system["results"]["detection"]["auroc"] == {
-            "value": expected["auroc"], "stderr": expected["auroc_stderr"], "n": 4
+            "value": expected["auroc"], "stderr": expected["auroc_stderr"], "n": 4, "chance": 0.5
         }  # fmt: skip
+    assert "detection on 8 rows is inexact; give 200 or more" in caplog.text
     with pytest.raises(ConfigError, match="detection needs one attribute, not 0"):
         evaluate("nowhere", [], settings, attribute=(), s=())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 from types import SimpleNamespace
@@ -66,7 +67,7 @@ def test_base_and_adapters_are_compared(tiny_folder, make_adapter, write_jsonl, 
     assert len(set(bits)) == 3
     assert result["systems"][0]["results"]["popqa"]["acc"]["n"] == 5
     pairs = {(c["task"], c["metric"], c["from"], c["to"]) for c in result["comparisons"]}
-    assert len(pairs) == len(result["comparisons"]) == 3 * (2 + 4)
+    assert len(pairs) == len(result["comparisons"]) == 3 * (4 + 4)
     row = next(c for c in result["comparisons"] if (c["metric"], c["to"]) == ("bits_per_byte", "seed1"))
     assert row["difference"] == bits[2] - bits[0]
     bare = evaluate(str(tiny_folder), [], settings)
@@ -168,8 +169,10 @@ def test_a_killed_run_is_resumed(tiny_folder, make_adapter, data, tmp_path, monk
         assert row["scores"] == {"acc": float(row["answer"] == " yes")}
 
 
-def test_the_chat_template_is_applied(tiny_folder, data, tmp_path):
+def test_the_chat_template_is_applied(tiny_folder, data, tmp_path, monkeypatch, caplog):
     from transformers import AutoTokenizer
+
+    monkeypatch.setattr(logging.getLogger("braces"), "propagate", True)
 
     def settings(**more):
         return EvalSettings(tasks=["popqa"], task_data=data[:1], limit=1, num_fewshot=1, **more)
@@ -185,7 +188,9 @@ def test_the_chat_template_is_applied(tiny_folder, data, tmp_path):
     prompts = {}
     for on in (None, True):
         out = tmp_path / f"out{on}"
+        caplog.clear()
         result = evaluate(str(folder), [], settings(apply_chat_template=on), output_dir=out, log_samples=True)
+        assert ("needs --apply-chat-template" in caplog.text) is (on is None)
         assert result["settings"]["apply_chat_template"] is bool(on)
         prompts[on] = json.loads((out / "samples/base/popqa.jsonl").read_text())["prompt"]
     assert prompts[None].count("Q: What is") == 2
@@ -258,6 +263,10 @@ def test_the_commonsense_tasks_are_averaged(tiny_folder, write_jsonl, tmp_path):
     found = result["systems"][0]["results"]
     assert list(found) == [*COMMONSENSE_TASKS, "commonsense_gen"]
     assert found["commonsense_gen"]["braces_average"]["n"] == 16
+    assert found["commonsense_gen"]["braces_average"]["chance"] == 0.5
+    about = {name: found["commonsense_gen_piqa"]["acc"][name] for name in ("chance", "majority")}
+    assert about == {"chance": 0.5, "majority": 1.0}
+    assert found["commonsense_gen_piqa"]["answered"]["value"] < 1
     sample = json.loads((tmp_path / "out/samples/base/commonsense_gen_piqa.jsonl").read_text().splitlines()[1])
     assert sample["prompt"] == "### Instruction:\nIs it 1? true/false\n\n### Response:\n"
 

@@ -9,6 +9,7 @@ import pytest
 
 from braces_cli.data.rows import Source, parts, read_format
 from braces_cli.evaluation.task_functions import (
+    commonsense_labels,
     commonsense_prompt,
     commonsense_results,
     commonsense_target,
@@ -49,6 +50,15 @@ def test_possible_answers_are_a_list_or_its_json():
 )
 def test_the_first_option_named_is_the_answer(output, answer, acc, answered):
     assert commonsense_results({"answer": answer}, [output]) == {"acc": acc, "answered": answered}
+
+
+@pytest.mark.parametrize(
+    ("instruction", "answer", "count"),
+    [("Is it? Answer format: true/false", "false", 2), ("Is it?", "true", 2),
+     ("Answer1: a Answer2: b Answer3: c Answer format: answer1/answer2/answer3", "answer2", 3)],
+)  # fmt: skip
+def test_chance_is_over_the_labels_that_a_row_offers(instruction, answer, count):
+    assert len(commonsense_labels({"instruction": instruction, "answer": answer})) == count
 
 
 def test_prompt_and_target_equal_those_of_training():
