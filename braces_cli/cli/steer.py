@@ -45,7 +45,7 @@ def steer(settings: SteerSettings) -> None:
     elif settings.sweep is not None:
         from braces_cli.cli.sweep import run_sweep
 
-        with output_lock(settings.plot):
+        with output_lock(settings.plot), output_lock(settings.output):
             run_sweep(settings)
     elif settings.interactive:
         if world_size() > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from importlib import resources
@@ -14,7 +15,7 @@ from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.attributes.options import parse_strengths
 from braces_cli.core.distributed import is_main, join
 from braces_cli.core.errors import DataError
-from braces_cli.core.files import check_output_file
+from braces_cli.core.files import check_output_file, write_text
 from braces_cli.core.models.ffn import chosen_layers
 from braces_cli.core.models.load import input_device, load_base
 from braces_cli.core.progress import Report
@@ -32,8 +33,9 @@ from braces_cli.steering.texts import uses_chat_template
 def run_sweep(settings: SteerSettings) -> None:
     """Sweep the first attribute, with the others at a fixed strength, and print the measurements."""
     # Only the first process checks: by the time another one does, the first can have started to write.
-    if settings.plot is not None and is_main():
-        check_output_file(settings.plot, settings.overwrite)
+    for file in (settings.plot, settings.output):
+        if file is not None and is_main():
+            check_output_file(file, settings.overwrite)
     if settings.prompt or settings.prompts is not None:
         rows = list(read_prompt_rows(settings.prompt, settings.prompts, sys.stdin))
         if any(row.attributes is not None for row in rows):
@@ -44,9 +46,12 @@ def run_sweep(settings: SteerSettings) -> None:
         neutral = resources.files("braces_cli.assets") / "prompts" / "neutral.txt"
         prompts = neutral.read_text(encoding="utf-8").splitlines()
     with progress(settings.quiet or not is_main()) as report:
-        document = _measure(settings, prompts, report)
+        texts: list[dict[str, Any]] = []
+        document = _measure(settings, prompts, report, texts)
     if not is_main():
         return
+    if settings.output is not None:
+        write_text(settings.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in texts))
     if settings.plot is not None:
         plot_sweep(document, settings.plot)
     if settings.json:
@@ -56,8 +61,10 @@ def run_sweep(settings: SteerSettings) -> None:
             print_table(title, columns, cells)
 
 
-def _measure(settings: SteerSettings, prompts: list[str], report: Report) -> dict[str, Any]:
-    """Load everything, sweep, and return the document."""
+def _measure(
+    settings: SteerSettings, prompts: list[str], report: Report, texts: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Load everything, sweep, and return the document; appends the texts to `texts`."""
     assert settings.sweep is not None
     name, strengths = settings.attribute[0], parse_strengths(settings.sweep)
     scorer = settings.scorer or default_scorer(name)
@@ -86,7 +93,12 @@ def _measure(settings: SteerSettings, prompts: list[str], report: Report) -> dic
             wanted = settings.score_label or name
             detected["detection"] = detection(session, swept, labelled, wanted, settings.detect, report)
     layers = chosen_layers(session.base.model, settings.layers)
-    ours = Method(BRACES_METHOD, strengths, lambda s: steered(session, [(swept, s), *others], layers, settings.scope))
+    ours = Method(
+        BRACES_METHOD,
+        strengths,
+        lambda s: steered(session, [(swept, s), *others], layers, settings.scope),
+        scope=settings.scope,
+    )
     baselines = baseline_methods(session, settings.baseline_names, swept, strengths, layers, settings.scope, report)
     measurement = TextMeasurement(
         session, loaded, {name: label}, settings.sampling, settings.num_samples, settings.batch_size, chat,
@@ -107,6 +119,6 @@ def _measure(settings: SteerSettings, prompts: list[str], report: Report) -> dic
         "label": label,
         "excluded_words": sorted(excluded),
         "apply_chat_template": chat,
-        **sweep(measurement, prompts, ours, baselines, answers),
+        **sweep(measurement, prompts, ours, baselines, answers, settings.max_kl, texts.append),
         **detected,
     }

@@ -2,8 +2,11 @@
 
 attribute_score   share of continuations with the attribute; other measures: see `evaluation.text_tasks`
 effect, wrong_way, slope    see `evaluation.statistics`
-chosen            strength with the highest score at an acceptable perplexity on every other prompt, measured on the
-                  remaining prompts: the maximum of noisy scores is too high on the prompts that chose it
+kl, kl_first      KL(unsteered || steered) of the next token in nats: the mean over the tokens of the neutral texts, and
+                  after the prompts; unsteered is s = 0, with the adapter
+chosen            on every other prompt, among the strengths with at most twice the unsteered perplexity and at most
+                  `--max-kl`: the one with the smallest kl whose score is within one standard error of the highest;
+                  measured on the remaining prompts, because the maximum of noisy scores is too high
 at_equal_perplexity         score of each method at a multiple of the unsteered perplexity. From s = 0 outwards, on
                   each side, the points of a method are joined by lines in log perplexity; the score is where such
                   a line first reaches the perplexity, else that of the outermost point
@@ -36,16 +39,17 @@ from braces_cli.core.attributes.directions import Pair, Passage, pair_states, re
 from braces_cli.core.attributes.hooks import Selection
 from braces_cli.core.attributes.pooling import output_watches, residual_norms
 from braces_cli.core.attributes.vector import STEERING_SHARE, Attribute
-from braces_cli.core.attributes.words import OPPOSITES, REFERENCE, built_in
+from braces_cli.core.attributes.words import OPPOSITES, REFERENCE, built_in, neutral_texts
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.models.ffn import layer_stack
 from braces_cli.core.models.structure import add_to_output
+from braces_cli.core.models.tokenize import chat_ids, context_length, encode
 from braces_cli.core.progress import Report, silent
 from braces_cli.evaluation.native_tasks import AnswerPair, log_odds, probability
 from braces_cli.evaluation.statistics import Z, effect, mean, share, share_interval, slope
 from braces_cli.evaluation.systems import bare
 from braces_cli.evaluation.text_tasks import RATINGS, Continuations, TextMeasurement
-from braces_cli.scoring.likelihood import safe_exp
+from braces_cli.scoring.likelihood import divergences, safe_exp
 
 # Name of the swept method next to baselines.
 BRACES_METHOD = "braces"
@@ -63,21 +67,28 @@ class Method:
     Attributes:
         steering: steers the open model at strength s while it is entered.
         inputs: what the model reads in place of the prompts at s; texts are scored after the prompts.
+        scope: tokens that are steered.
     """
 
     name: str
     strengths: Sequence[float]
     steering: Callable[[float], AbstractContextManager[Any]]
     inputs: Callable[[Sequence[str], float], Sequence[str]] = lambda prompts, s: prompts
+    scope: str = "all"
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """Measurements at one strength: texts, and log odds of the positive answer of each row with two answers."""
+    """Measurements at one strength: texts, and log odds of the positive answer of each row with two answers.
+
+    `kl` and `kl_first` are None if the method changes the prompts.
+    """
 
     s: float
     texts: Continuations
     log_odds: list[float]
+    kl: float | None
+    kl_first: float | None
 
 
 def sweep(
@@ -86,6 +97,8 @@ def sweep(
     ours: Method,
     baselines: Sequence[Method] = (),
     answers: Sequence[AnswerPair] = (),
+    max_kl: float | None = None,
+    record: Callable[[dict[str, Any]], object] | None = None,
 ) -> dict[str, Any]:
     """Measure every strength, and choose the best one.
 
@@ -93,6 +106,8 @@ def sweep(
         measurement: scores one attribute.
         baselines: other methods, measured on the same prompts.
         answers: rows with two answers; the preference is measured at each strength.
+        max_kl: largest kl of the chosen strength.
+        record: called with each text: `{method, s, prompt, sample, text, value, has_attribute}`.
 
     Returns:
         `{points, chosen, unsteered, slope}`; `unsteered` is the point at s = 0, which is always measured. With
@@ -110,7 +125,12 @@ def sweep(
             texts = measurement.measure(prompts, method.steering(s), stage, method.inputs(prompts, s))
             with method.steering(s):
                 odds = processes.share_out(answers if method is ours else (), preferred)
-            out.append(_Measured(s, texts, odds))
+            kl = kl_first = None
+            if method.inputs(prompts, s) is prompts:
+                kl, kl_first = _divergence(measurement, method, prompts, s)
+            out.append(_Measured(s, texts, odds, kl, kl_first))
+            for row in texts.rows() if record is not None else ():
+                record({"method": method.name, "s": s, **row})
         return out
 
     found = measured(ours, [*ours.strengths, *([] if 0 in ours.strengths else [0.0])])
@@ -118,7 +138,7 @@ def sweep(
     requested, strengths = found[: len(ours.strengths)], [each.s for each in found]
     document: dict[str, Any] = {
         "points": [_point(each, unsteered) for each in requested],
-        "chosen": _choose(requested, unsteered),
+        "chosen": _choose(requested, unsteered, max_kl),
         "unsteered": _point(unsteered, unsteered),
         "slope": slope(strengths, [_prompt_values(each.texts) for each in found]),
     }
@@ -132,6 +152,28 @@ def sweep(
         ]
         document["at_equal_perplexity"] = at_equal_perplexity(document)
     return document
+
+
+def _divergence(measurement: TextMeasurement, method: Method, prompts: Sequence[str], s: float) -> tuple[float, float]:
+    """Return kl and kl_first of a method at s; 0 at s = 0."""
+    if s == 0:
+        return 0.0, 0.0
+    base = measurement.session.base
+    first = [
+        chat_ids(base.tokenizer, each) if measurement.chat else encode(base.tokenizer, each).ids for each in prompts
+    ]
+    texts = [encode(base.tokenizer, text).ids for text in neutral_texts()]
+    window = context_length(base.model.config, base.tokenizer)
+    found = []
+    for rows, last in ((texts, False), (first, True)):
+        work = partial(
+            divergences, base.model, pad_id=base.tokenizer.pad_token_id, batch_size=measurement.batch_size,
+            contexts=[lambda: method.steering(0.0), lambda: method.steering(s)], last=last,
+            prompts=last or method.scope == "prompt",
+        )  # fmt: skip
+        values = measurement.processes.share_out([row[-window:] for row in rows], work)
+        found.append(sum(values) / len(values))
+    return found[0], found[1]
 
 
 def _prompt_values(texts: Continuations) -> list[float]:
@@ -154,6 +196,8 @@ def _point(measured: _Measured, unsteered: _Measured, half: slice = slice(None))
         "attribute_score_interval": list(share_interval(has)),
         "mean_value": sum(map(sum, values)) / count,
         "perplexity": safe_exp(rate),
+        "kl": measured.kl,
+        "kl_first": measured.kl_first,
         "perplexity_interval": None if error is None else [safe_exp(rate - Z * error), safe_exp(rate + Z * error)],
         **texts.diversity(),
         "n": count,
@@ -180,21 +224,29 @@ def _answer_point(measured: _Measured, unsteered: _Measured) -> dict[str, Any]:
     }
 
 
-def _choose(requested: Sequence[_Measured], unsteered: _Measured) -> dict[str, Any] | None:
-    """Return the best strength on one half of the prompts, measured on the other; None for one prompt."""
+def _choose(requested: Sequence[_Measured], unsteered: _Measured, max_kl: float | None = None) -> dict[str, Any] | None:
+    """Return the strength chosen on one half of the prompts, measured on the other; None for one prompt.
+
+    Of the acceptable strengths, that with the smallest KL whose score is within one standard error of the highest.
+    """
     if len(unsteered.texts.prompts) < 2:
         return None
     first, second = slice(0, None, 2), slice(1, None, 2)
     limit = MAX_PERPLEXITY * _point(unsteered, unsteered, first)["perplexity"]
     points = [(_point(each, unsteered, first), each) for each in requested]
-    acceptable = [(row, each) for row, each in points if row["perplexity"] <= limit]
+    acceptable = [
+        (row, each) for row, each in points if row["perplexity"] <= limit and (max_kl is None or row["kl"] <= max_kl)
+    ]
     if not acceptable:
         return None
-    # Of equal scores the weakest steering.
-    row, best = max(acceptable, key=lambda pair: (pair[0]["attribute_score"], -abs(pair[0]["s"])))
+    highest = max(row["attribute_score"] for row, _ in acceptable)
+    least = highest - math.sqrt(highest * (1 - highest) / acceptable[0][0]["n"])
+    near = [(row, each) for row, each in acceptable if row["attribute_score"] >= least]
+    row, best = min(near, key=lambda pair: (pair[0]["kl"], abs(pair[0]["s"])))
     return {
         "s": best.s,
         "max_perplexity": MAX_PERPLEXITY,
+        "max_kl": max_kl,
         "on_choosing_half": row,
         "on_other_half": _point(best, unsteered, second),
         "unsteered_on_other_half": _point(unsteered, unsteered, second),
@@ -266,7 +318,7 @@ def baseline_methods(
             vectors = {
                 attribute.layers[row]: share * float(norms[row]) * F.normalize(reduced[row], dim=0) for row in rows
             }
-            methods.append(Method(name, strengths, partial(_steered, session, vectors, scope)))
+            methods.append(Method(name, strengths, partial(_steered, session, vectors, scope), scope=scope))
         else:
             signs = [sign for sign in (1.0, -1.0) if any(s * sign > 0 for s in strengths)]
             methods.append(Method(name, signs, lambda s: bare(session), partial(_instructed, attribute.name)))

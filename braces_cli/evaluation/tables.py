@@ -140,7 +140,7 @@ def _with_error(entry: dict[str, Any]) -> str:
     return f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
 
 
-_POINT = ("s", "score", "95 %", "perplexity", "dist-1", "dist-2", "dist-3", "rep-4", "n")
+_POINT = ("s", "score", "95 %", "perplexity", "KL", "dist-1", "dist-2", "dist-3", "rep-4", "n")
 
 
 def sweep_tables(document: dict[str, Any]) -> list[Table]:
@@ -193,7 +193,7 @@ def _interval(value: Any) -> Any:
 
 def _point(point: dict[str, Any]) -> list[Any]:
     low, high = point["attribute_score_interval"]
-    names = ("perplexity", "distinct_1", "distinct_2", "distinct_3", "repetition", "n")
+    names = ("perplexity", "kl", "distinct_1", "distinct_2", "distinct_3", "repetition", "n")
     return [point["s"], point["attribute_score"], f"{low:.2f}-{high:.2f}", *(point[name] for name in names)]
 
 

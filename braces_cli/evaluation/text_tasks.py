@@ -103,6 +103,15 @@ class Continuations:
         parts = self.prompts[chosen], self.texts[chosen], scores, self.likelihoods[chosen], self.ratings[chosen]
         return Continuations(*parts, self.batch_size)
 
+    def rows(self) -> list[dict[str, Any]]:
+        """Return `{prompt, sample, text, value, has_attribute}` of each text, by the score of the first attribute."""
+        scores = next(iter(self.scores.values()))
+        return [
+            {"prompt": prompt, "sample": k, "text": text, "value": score.value, "has_attribute": score.has}
+            for prompt, *groups in zip(self.prompts, self.texts, scores, strict=True)
+            for k, (text, score) in enumerate(zip(*groups, strict=True))
+        ]
+
     def has(self, attribute: str) -> list[list[bool]]:
         """Return whether each text has the attribute."""
         return [[score.has for score in group] for group in self.scores[attribute]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from braces_cli.core.progress import Report, silent
 
 # Tokens whose logits are converted to float32 at a time.
 _TOKENS_AT_ONCE = 2048
+_INPUTS = ("input_ids", "attention_mask")
 
 
 def safe_exp(value: float) -> float:
@@ -114,6 +116,39 @@ def _token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         goal = targets[start : start + rows]
         out[start : start + rows] = F.cross_entropy(part.mT, goal, ignore_index=IGNORED, reduction="none")
     return out
+
+
+def divergences(
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    pad_id: int,
+    batch_size: int,
+    contexts: Sequence[Callable[[], AbstractContextManager[Any]]],
+    *,
+    last: bool = False,
+    prompts: bool = False,
+) -> list[float]:
+    """Return KL(p || q) of the next token in nats for each row of tokens, the mean over its tokens.
+
+    Args:
+        contexts: return contexts in which the model computes p and q.
+        last: only the next token after the row.
+        prompts: the rows are prompts; otherwise tokens after the first count as generated.
+    """
+    results, examples = [0.0] * len(rows), [Encoded(list(row), list(row), False, False) for row in rows]
+    for indices in by_length(examples, batch_size):
+        batch = pad_right([examples[index] for index in indices], pad_id)
+        mask, inputs = batch["attention_mask"], {name: batch[name].to(input_device(model)) for name in _INPUTS}
+        lengths, log_p = mask.sum(dim=1, keepdim=True), []
+        for context in contexts:
+            read = lengths if prompts else torch.ones_like(lengths)
+            with context(), torch.no_grad(), prompt_lengths(read):
+                log_p.append(model(**inputs, use_cache=False).logits.float().log_softmax(dim=-1))
+        kl = F.kl_div(log_p[1], log_p[0], reduction="none", log_target=True).sum(dim=-1).double().cpu()
+        means = kl.gather(1, lengths - 1)[:, 0] if last else (kl * mask).sum(dim=1) / lengths[:, 0]
+        for index, value in zip(indices, means.tolist(), strict=True):
+            results[index] = value
+    return results
 
 
 def continuation_likelihoods(

@@ -35,6 +35,7 @@ class SweepOptions(ScoringSettings):
             classifier's folder or hub id.
         score_label: Label of the scorer for the attribute. Default: the name of the attribute.
         baselines: Baselines to measure as well: prompting, difference, pca; separated by commas.
+        max_kl: Largest KL divergence in nats per token from the unsteered model for the suggested strength.
         answers: Rows with `prompt`, `positive` and `negative`: report how often `positive` is preferred at each
             strength.
         detect: Labelled rows: report the AUROC of the attribute's direction as a detector of the attribute.
@@ -47,6 +48,7 @@ class SweepOptions(ScoringSettings):
     baselines: str | None = option(
         None, panel=SCORING, metavar="METHODS", complete=lambda: BASELINE_METHODS, outcome=False
     )
+    max_kl: float | None = option(None, above=0, panel=SCORING, outcome=False)
     answers: str | None = option(None, panel=SCORING, metavar="ROWS", outcome=False)
     detect: str | None = option(None, panel=SCORING, metavar="ROWS", outcome=False)
 
@@ -67,11 +69,12 @@ class SweepOptions(ScoringSettings):
 
 # Options without effect unless there is a --sweep.
 _SWEEP_ONLY = (
-    "plot", "scorer", "score_label", "reference_model", "exclude_list_words", "baselines", "answers", "detect"
+    "plot", "scorer", "score_label", "reference_model", "exclude_list_words", "baselines", "max_kl", "answers",
+    "detect",
 )  # fmt: skip
 # Mode -> options without effect in it.
 _REFUSED = {
-    "sweep": ("show_unsteered", "output", "resume", "interactive"),
+    "sweep": ("show_unsteered", "resume", "interactive"),
     "interactive": ("prompt", "prompts", "output", "resume", "overwrite"),
 }
 
@@ -96,7 +99,7 @@ class SteerSettings(
         batch_size: Texts per forward pass. In half precision the output can vary with the batch size.
         show_unsteered: Also generate without steering.
         interactive: Read prompts and commands (/s 2, /attribute NAME, /help) from standard input.
-        output: JSON Lines file for the texts.
+        output: JSON Lines file for the texts, also for those of a sweep.
         resume: Continue --output after its last complete batch.
         format: Format of stdout; json: JSON Lines, the default if stdout is not a terminal; text: only prompts with
             their continuations.

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from braces_cli.core.adapter.files import find_adapter
 from braces_cli.core.attributes.build import attribute_from_texts
 from braces_cli.core.attributes.directions import pair_states
 from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.attributes.pooling import output_watches
 from braces_cli.core.attributes.vector import STEERING_SHARE
+from braces_cli.core.attributes.words import neutral_texts
 from braces_cli.core.errors import ConfigError
+from braces_cli.core.models.generate import prompt_lengths
+from braces_cli.evaluation import sweep as sweeping
 from braces_cli.evaluation.native_tasks import log_odds, probability, read_answer_pairs
 from braces_cli.evaluation.sweep import at_equal_perplexity, baseline_methods, contrast_pairs
 from braces_cli.scoring.scorers import Vader, distinct
 
-KEYS = {"s", "attribute_score", "perplexity", "distinct_1", "distinct_2", "distinct_3", "repetition", "n"}
+KEYS = {"s", "attribute_score", "perplexity", "distinct_1", "distinct_2", "distinct_3", "repetition", "n", "kl",
+        "kl_first"}  # fmt: skip
 
 TOKENS = torch.tensor([[0, 5, 6, 7, 8]])
 PROMPTS = ["the film is", "a day", "the end of the old town", "a happy day in"]
@@ -100,6 +106,69 @@ def test_every_point_has_the_share_of_prompts_that_move_the_wrong_way(swept):
         assert point["at_least_one"] >= point["attribute_score"]
     assert {"slope", "slope_interval", "negative", "negative_interval"} == set(document["slope"])
     assert "wrong way" in swept("--num-samples", 3, "--format", "table").out
+
+
+@pytest.mark.parametrize("scope", ["all", "prompt", "generated"])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_kl_is_that_of_next_tokens_and_limits_the_suggestion(swept, session, adapter_dir, adapted, scope):
+    """By hand, row by row, against s = 0 with the adapter; `--max-kl` drops strengths from the suggestion."""
+    options = ["--scope", scope, *(["--adapter", adapter_dir] if adapted else [])]
+    document = swept(*options, sweep="0,10,20").json
+    if adapted:
+        session.add_adapter(find_adapter(str(adapter_dir)))
+    terms = [(find_attribute(session, "positive", None), 20.0)]
+
+    def divergence(text, start):
+        ids, log_p = session.base.tokenizer(text)["input_ids"], []
+        for steering in ([], terms):
+            with steered(session, steering, scope=scope), torch.no_grad(), prompt_lengths(torch.tensor([[start]])):
+                log_p.append(session.base.model(torch.tensor([ids])).logits[0].double().log_softmax(-1))
+        return (log_p[0].exp() * (log_p[0] - log_p[1])).sum(-1)
+
+    kl = [float(divergence(text, 99 if scope == "prompt" else 1).mean()) for text in neutral_texts()]
+    first = [float(divergence(text, 99)[-1]) for text in PROMPTS]
+    zero, _, twenty = document["points"]
+    assert (zero["kl"], zero["kl_first"]) == (0, 0)
+    assert twenty["kl"] == pytest.approx(sum(kl) / len(kl), rel=1e-3)
+    assert twenty["kl_first"] == pytest.approx(sum(first) / len(first), rel=1e-3)
+    assert (twenty["kl_first"] == 0) == (scope == "generated")
+    small = min(point["kl"] for point in document["points"][1:])
+    chosen = swept(*options, "--max-kl", small / 2, sweep="0,10,20").json["chosen"]
+    assert (chosen["s"], chosen["max_kl"]) == (0, pytest.approx(small / 2))
+
+
+def test_the_strength_with_the_least_kl_of_those_near_the_best_is_chosen(monkeypatch):
+    """Within one standard error of the highest score; 0.1 at 0.9 of 9 texts."""
+    rows = [(1, 0.5, 0.1), (2, 0.81, 0.3), (3, 0.9, 0.4), (4, 0.9, 0.2), (5, 0.79, 0.15), (6, 1.0, 0.1)]
+    points = {
+        s: {"s": s, "attribute_score": score, "kl": kl, "n": 9, "perplexity": 30.0 if s == 6 else 10.0}
+        for s, score, kl in rows
+    }
+    monkeypatch.setattr(sweeping, "_point", lambda measured, unsteered, half: points[measured.s])
+    measured = [SimpleNamespace(s=s, texts=SimpleNamespace(prompts="ab")) for s in points]
+    assert sweeping._choose(measured, measured[0])["s"] == 4
+    points[2]["kl"] = 0.15
+    assert sweeping._choose(measured, measured[0])["s"] == 2
+    assert sweeping._choose(measured, measured[0], 0.12)["s"] == 1
+    assert sweeping._choose(measured, measured[0], 0.01) is None
+
+
+def test_a_sweep_keeps_its_texts(swept, tmp_path):
+    """Those of `steer` at the same strength, and those of baselines; a file is not replaced."""
+    file = tmp_path / "texts.jsonl"
+    options = ["--num-samples", 2, "--baselines", "prompting", "--output", file]
+    document = swept(*options, sweep="0,20").json
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    (plain,) = [swept("--s", 20, "--num-samples", 2, sweep=None).lines]
+    ours = [row for row in rows if (row["method"], row["s"]) == ("braces", 20)]
+    assert [(row["prompt"], row["sample"], row["text"]) for row in ours] == [
+        (row["prompt"], row["sample"], row["text"]) for row in plain
+    ]
+    share = sum(row["has_attribute"] for row in ours) / len(ours)
+    assert share == pytest.approx(document["points"][1]["attribute_score"])
+    assert {row["method"] for row in rows} == {"braces", "prompting"}
+    assert document["baselines"][0]["points"][0]["kl"] is None
+    assert swept(*options, sweep="0").code == 2
 
 
 def test_detection_is_of_the_base_without_its_adapter(swept, adapter_dir, tmp_path):
