@@ -11,7 +11,7 @@ from typing import Any
 from braces_cli.core.errors import DataError
 from braces_cli.core.models.tokenize import Chat
 from braces_cli.core.schema import Malformed, cut, decode
-from braces_cli.data.rows import CHAT, CONVERSATIONS, PREFERENCE, Format
+from braces_cli.data.rows import CHAT, CONVERSATIONS, PAIR, PREFERENCE, Format
 
 # Names of roles in other formats.
 _ROLES = {
@@ -31,24 +31,23 @@ def read_chat(kind: Format, fields: Mapping[str, Any], where: str) -> Chat | Non
         DataError: invalid turns, tool calls, tools or weights.
     """
     notes = {kind.note} - {""}
-    if kind in (CHAT, CONVERSATIONS):
-        messages, scored = _turns(fields[kind.needed[0]], kind.needed[0], where, notes)
-        before, needs_before = fields.get("system"), messages[0]["role"] != "system"
-    else:
-        key = "chosen" if kind is PREFERENCE else kind.needed[-1]
-        if not isinstance(fields.get(key), list):
-            return None
-        messages, scored = _turns(fields[key], key, where, notes)
-        # `chosen` can start with the prompt.
-        before, needs_before = fields.get("prompt"), kind is not PREFERENCE or messages[0]["role"] == "assistant"
-    if before and needs_before:
-        if isinstance(before, str):
-            before = [{"role": "user" if "prompt" in fields else "system", "content": before}]
+    key = kind.needed[-1] if kind is PAIR else kind.needed[0]
+    if kind not in (CHAT, CONVERSATIONS) and not isinstance(fields.get(key), list):
+        return None
+    messages, scored = _turns(fields[key], key, where, notes)
+    before, role, first = fields.get("system"), "system", messages[0]["role"]
+    if kind in (PAIR, PREFERENCE):
+        before, role = fields.get("prompt"), "user"
+    # `chosen` can start with the prompt, and a conversation with its system turn.
+    if before and first != "system" and (kind is not PREFERENCE or first == "assistant"):
+        before = [{"role": role, "content": before}] if isinstance(before, str) else before
         earlier, _ = _turns(before, "prompt", where, notes)
         messages, scored = earlier + messages, [False] * len(earlier) + scored
     tools = _objects(_without_nulls(fields.get("tools") or []), "tools", where)
     for tool in tools:
         function = tool.get("function", tool)
+        if not isinstance(function, dict):
+            raise DataError("`tools` must be a list of objects", where=where, hint="Fix the row.")
         if "parameters" in function:
             function["parameters"] = _parsed(function["parameters"])
     return Chat(messages, scored, tools or None, tuple(sorted(notes)))

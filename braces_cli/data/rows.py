@@ -137,7 +137,7 @@ def _parquet(path: Path) -> Iterator[Source]:
         rows = (_decoded(fields, batch.schema) for batch in file.iter_batches() for fields in batch.to_pylist())
         for number, fields in enumerate(rows, 1):
             yield _row(fields, f"{path}, row {number}")
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, Malformed) as error:
         raise DataError(f"broken Parquet: {error}", where=str(path), hint="Write the file again.") from error
 
 
@@ -189,7 +189,7 @@ class Format:
 
 
 TEXT = Format("text", ("text",))
-PAIR = Format("prompt/completion", ("prompt", "completion"))
+PAIR = Format("prompt/completion", ("prompt", "completion"), ("tools",))
 INSTRUCTION = Format("instruction/output", ("instruction", "output"), ("input",))
 CHAT = Format("messages", ("messages",), ("tools",))
 FORMATS = (TEXT, PAIR, INSTRUCTION, CHAT)
@@ -290,7 +290,8 @@ def parts(kind: Format, fields: Mapping[str, Any], where: str) -> tuple[str, str
     if kind is PREFERENCE:
         fields, kind = {"prompt": fields.get("prompt"), "completion": fields["chosen"]}, PAIR
     texts: dict[str, Any] = {key: fields.get(key) for key in kind.needed}
-    texts |= {key: fields[key] for key in kind.optional if fields.get(key) is not None}
+    if kind is INSTRUCTION and fields.get("input") is not None:
+        texts["input"] = fields["input"]
     for key, value in texts.items():
         if not isinstance(value, str):
             raise DataError(f"`{key}` must be text, not {type(value).__name__}", where=where, hint="Fix the row.")

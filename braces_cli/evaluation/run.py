@@ -18,7 +18,7 @@ from braces_cli.core.config import options_of
 from braces_cli.core.distributed import Processes, join, world_size
 from braces_cli.core.errors import ConfigError, DataError, near_misses
 from braces_cli.core.files import check_apart, file_hash, scratch_folder, value_hash, versions
-from braces_cli.core.models.tokenize import Template, context_length, has_template
+from braces_cli.core.models.tokenize import context_length, has_template
 from braces_cli.core.options import LoadOptions
 from braces_cli.core.progress import Report, silent
 from braces_cli.evaluation import catalog, lm_eval_runner
@@ -122,7 +122,7 @@ def _join(settings: EvalSettings) -> tuple[Processes, str]:
     return processes, str(processes.accelerator.device) if device == "cuda" else device
 
 
-def _template(settings: EvalSettings, adapters: Sequence[EvalAdapter]) -> Template | None:
+def _template(settings: EvalSettings, adapters: Sequence[EvalAdapter]) -> str | None:
     """Return the chat template that the adapters were trained with, if it is not the base's; one for all systems."""
     stored = [adapter.stored.config.chat_template for adapter in adapters if adapter.stored is not None]
     if settings.template_text is None and any(each != stored[0] for each in stored):

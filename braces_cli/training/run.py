@@ -46,7 +46,7 @@ from braces_cli.core.files import check_apart, check_output_folder, output_lock,
 from braces_cli.core.models.ffn import FFN, MixtureFFN, chosen_layers, find_ffns, parameter_total
 from braces_cli.core.models.hub import check_push
 from braces_cli.core.models.load import input_device, load_shape, load_tokenizer, pick_device
-from braces_cli.core.models.tokenize import Template, choose_template, context_length, encode, turn_ends
+from braces_cli.core.models.tokenize import choose_template, context_length, encode, turn_ends
 from braces_cli.core.progress import Report, silent
 from braces_cli.data.dataset import Examples, Fields, Reading, Stream, log_counts, read_examples
 from braces_cli.scoring.likelihood import Likelihood
@@ -279,7 +279,7 @@ class Plan:
     counts: dict[str, Any]
     reading: Reading
     eval_reading: Reading
-    template: Template | None
+    template: str | None
 
 
 def resolve(settings: TrainSettings) -> Plan:

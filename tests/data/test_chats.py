@@ -30,6 +30,7 @@ def read(fields):
         ({"messages": [CHAT[0], CHAT[1] | {"content": [{"type": "text", "text": "fi"}, "ne"]}]}, "text parts"),
         ({"messages": [CHAT[0] | {"name": None, "tool_calls": []}, CHAT[1] | {"trainable": True}]}, None),
         ({"prompt": CHAT[:1], "completion": CHAT[1:]}, None),
+        ({"prompt": "how are you?", "completion": CHAT[1:], "tools": []}, None),
         ({"prompt": "how are you?", "chosen": CHAT[1:], "rejected": CHAT[:1]}, "`rejected` is not read"),
         ({"prompt": "how are you?", "chosen": CHAT, "rejected": CHAT}, "`rejected` is not read"),
     ],
@@ -90,6 +91,7 @@ def test_preference_rows_of_texts():
         ({"messages": [CHAT[1] | {"tool_calls": [{"function": {}}]}]}, "turn 1: a tool call without a name"),
         ({"messages": [CHAT[1] | {"tool_calls": [{"name": "f", "arguments": "x"}]}]}, "invalid arguments of `f`"),
         ({"messages": CHAT, "tools": ["root"]}, "`tools` must be a list of objects"),
+        ({"messages": CHAT, "tools": [{"function": "root"}]}, "`tools` must be a list of objects"),
     ],
 )
 def test_invalid_chats(fields, message):

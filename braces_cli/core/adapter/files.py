@@ -65,7 +65,7 @@ class AdapterConfig:
     attributes: list[Name] = field(default_factory=list)
     relevance_to: Relevance = "input"
     relevance_scale: list[Positive] = field(default_factory=list)
-    chat_template: str | dict[str, str] | None = None
+    chat_template: str | None = None
     end_of_turn: list[Name] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION

@@ -24,7 +24,7 @@ from braces_cli.core.models.hub import EMBEDDED, note_default
 from braces_cli.core.models.identity import check_same_base
 from braces_cli.core.models.load import Base, load_base, load_shape
 from braces_cli.core.models.structure import hooks_changed
-from braces_cli.core.models.tokenize import Template, choose_template, end_tokens
+from braces_cli.core.models.tokenize import choose_template, end_tokens
 from braces_cli.core.options import LoadOptions
 
 logger = logging.getLogger("braces")
@@ -399,7 +399,7 @@ def open_session(
     adapter: str | StoredAdapter | None,
     options: LoadOptions,
     tokenizer: Any = None,
-    template: Template | None = None,
+    template: str | None = None,
 ) -> Session:
     """Load a base, and attach an adapter if one is given.
 

@@ -227,11 +227,7 @@ def has_template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-# A chat template, or several by name.
-Template = str | dict[str, str]
-
-
-def choose_template(tokenizer: Any, options: object, stored: Template | None = None) -> Template | None:
+def choose_template(tokenizer: Any, options: object, stored: str | None = None) -> str | None:
     """Set the chat template of a tokenizer, and return it if it is not the tokenizer's own.
 
     Args:
@@ -243,13 +239,11 @@ def choose_template(tokenizer: Any, options: object, stored: Template | None = N
     """
     chosen = stored
     if isinstance(options, ChatSettings) and options.changes_template:
-        source = options.template_text or stored or tokenizer.chat_template
-        if not source:
+        chosen = options.template_text or stored
+        if not (chosen or has_template(tokenizer)):
             where = "--chat-template-kwargs, --system-prompt"
             raise ConfigError("the tokenizer has no chat template", where=where, hint="Give --chat-template FILE.")
-        named = source if isinstance(source, dict) else {"": source}
-        texts = {name: options.template_defaults + text for name, text in named.items()}
-        chosen = texts if isinstance(source, dict) else texts[""]
+        chosen = options.template_defaults + (chosen or tokenizer.get_chat_template())
     if chosen is not None:
         tokenizer.chat_template = chosen
     return chosen
@@ -409,24 +403,20 @@ def _render_scored(
     Raises:
         DataError: the template leaves out or changes a part of a scored turn.
     """
-
     from transformers.utils.chat_template_utils import render_jinja_template
 
     template, special = tokenizer.get_chat_template(tools=chat.tools), tokenizer.special_tokens_map
-    has_marks = bool(_GENERATION.search(template))
-
-    def render(turns: list[dict[str, Any]], prompt: bool) -> str:
-        return render_marked(turns, prompt)[0]
+    options = {"chat_template": template, "return_assistant_tokens_mask": bool(_GENERATION.search(template)), **special}
+    marks: list[list[tuple[int, int]]] = []
 
     # Not `apply_chat_template`, which drops a content of null.
-    def render_marked(turns: list[dict[str, Any]], prompt: bool = False) -> _Rendered:
-        options = {"add_generation_prompt": prompt, "return_assistant_tokens_mask": has_marks, **special}
-        texts, marks = render_jinja_template([turns], chat.tools, chat_template=template, **options)
-        return texts[0], marks[0] if has_marks else []
+    def render(turns: list[dict[str, Any]], prompt: bool) -> str:
+        (text,), marks[:] = render_jinja_template([turns], chat.tools, add_generation_prompt=prompt, **options)
+        return str(text)
 
     wanted = [index for index, is_scored in enumerate(chat.scored) if is_scored]
-    full, marks = render_marked(messages)
-    spans = _spans_of_marks(marks, chat) if has_marks else None
+    full = render(messages, False)
+    spans = _spans_of_marks(marks[0], chat) if marks else None
     if spans is None:
         spans = _spans_by_prefixes(render, messages, wanted, full)
     is_whole = spans is not None
