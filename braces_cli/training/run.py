@@ -107,6 +107,8 @@ def _train(settings: TrainSettings, folder: Path, report: Report, record: Record
     else:
         train_set = read_examples(settings.data, reading, report)
     eval_set = read_examples(settings.eval_data, plan.eval_reading, report) if settings.eval_data else None
+    if settings.changes_template and not train_set.counts.chat:
+        logger.warning("the options of the chat template have no effect: no row is a chat")
     session = open_session(plan.base, None, settings, reading.tokenizer)
     model, pad_id = session.base.model, session.base.tokenizer.pad_token_id
     join(input_device(model))

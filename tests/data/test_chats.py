@@ -28,7 +28,7 @@ def read(fields):
         ({"messages": [CHAT[0], CHAT[1] | {"role": "Assistant"}]}, "role `Assistant` read as `assistant`"),
         ({"messages": [CHAT[0], CHAT[1] | {"role": "model"}]}, "role `model` read as `assistant`"),
         ({"messages": [CHAT[0], CHAT[1] | {"content": [{"type": "text", "text": "fi"}, "ne"]}]}, "text parts"),
-        ({"messages": [CHAT[0] | {"name": None, "tool_calls": []}, CHAT[1] | {"trainable": True}]}, None),
+        ({"messages": [CHAT[0] | {"name": None, "tool_calls": [], "images": []}, CHAT[1] | {"trainable": True}]}, None),
         ({"prompt": CHAT[:1], "completion": CHAT[1:]}, None),
         ({"prompt": "how are you?", "completion": CHAT[1:], "tools": []}, None),
         ({"prompt": "how are you?", "chosen": CHAT[1:], "rejected": CHAT[:1]}, "`rejected` is not read"),
@@ -50,6 +50,13 @@ def test_scored_turns(turn, scored):
     """Turns of a prompt, with weight 0, and blank ones are context."""
     assert read({"messages": [*CHAT, CHAT[1] | turn]}).scored == [False, True, scored]
     assert read({"prompt": CHAT, "completion": CHAT[1:]}).scored == [False, False, True]
+
+
+def test_the_system_text_of_a_conversation():
+    """A system turn of the conversation precedes it."""
+    own = {"role": "system", "content": "be kind"}
+    for turns, system in ((CHAT, "be kind"), ([own, *CHAT], "be sad")):
+        assert read({"conversations": turns, "system": system}).messages == [own, *CHAT]
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,11 @@ def test_only_assistant_turns_are_scored(template, scored):
         ("opens thoughts", "<think>why?</think>\nit is", "why?\n</think>\n\nit is</s>"),
         ("opens thoughts", "<think>why?</think><b>", "why?\n</think>\n\n<b></s>"),
         ("{% set skip = true %}" + TEMPLATES["opens thoughts"], "<think>why?</think>it is", "it is</s>"),
+        (
+            "{% set skip = true %}" + TEMPLATES["opens thoughts"].replace(".split('</think>')[-1]", ""),
+            "<think>why?</think>it is",
+            "it is</s>",
+        ),
     ],
 )
 def test_thoughts_follow_the_prompt_that_opens_them(template, content, scored):
