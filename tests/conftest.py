@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import tempfile
 
 # Tests make no request to a hub; set before huggingface_hub is imported.
@@ -25,6 +26,12 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+
+WINDOWS = os.environ.get("BRACES_TEST_PLATFORM") == "windows"
+if WINDOWS:
+    from tests import windows
+
+    windows.install()
 
 # `--hypothesis-profile thorough` is for releases. No database of examples in the checkout.
 for _profile, _examples in (("fast", 8), ("thorough", 2000)):
@@ -247,6 +254,8 @@ def braces(capsys, monkeypatch):
     def call(*args: Any, stdin: str = "") -> Outcome:
         capsys.readouterr()
         monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        for stream in (sys.stdout, sys.stderr) if WINDOWS else ():
+            stream.reconfigure(encoding="cp1252", errors="strict")
         with pytest.raises(SystemExit) as caught:
             main([str(arg) for arg in args])
         out, err = capsys.readouterr()

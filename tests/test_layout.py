@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.windows import MISSING_MODULES, MISSING_NAMES, SIGNALS
+
 PACKAGE = Path(__file__).parents[1] / "braces_cli"
 # A package imports from packages on earlier lines only.
 LEVELS = [
@@ -42,6 +44,20 @@ def imports(tree: ast.Module) -> Iterator[tuple[str, ...]]:
             head, *rest = name.split(".")
             if head == PACKAGE.name and rest:
                 yield tuple(rest)
+
+
+@pytest.mark.parametrize("path", TREES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_file_uses_nothing_that_windows_lacks(path: Path) -> None:
+    """Modules of POSIX are imported in `try`, with another way after ImportError."""
+    tries = [node for node in ast.walk(TREES[path]) if isinstance(node, ast.Try)]
+    handled = [node for node in tries if any("ImportError" in ast.unparse(each) for each in node.handlers)]
+    guarded = [each for node in handled for each in node.body]
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.Import) and any(alias.name in MISSING_MODULES for alias in node.names):
+            assert node in guarded, ast.unparse(node)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("os", "signal"):
+            assert node.attr not in MISSING_NAMES, ast.unparse(node)
+            assert not node.attr.startswith("SIG") or node.attr in SIGNALS, ast.unparse(node)
 
 
 @pytest.mark.parametrize("path", TREES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from typing import Any
 from braces_cli.cli.options import command, show_plan
 from braces_cli.cli.output import print_json, print_pairs, print_table, progress
 from braces_cli.core.attributes.words import GRADIENT, POOLINGS, REDUCTIONS, built_in
-from braces_cli.core.config import METHOD, option
-from braces_cli.core.errors import ConfigError
+from braces_cli.core.config import METHOD, SETTINGS_FILE, option, write_settings
+from braces_cli.core.errors import ConfigError, DataError
 from braces_cli.core.files import user_path
 from braces_cli.core.options import AdapterSettings, ChatSettings, OutputSettings, OverwriteSettings, UploadSettings
 
@@ -125,12 +125,14 @@ def _build(settings: AttributeBuildSettings) -> list[dict[str, Any]]:
     from braces_cli.core.adapter.model import open_session
     from braces_cli.core.attributes.vector import save_attributes, with_steered_layers
     from braces_cli.core.attributes.words import check_file_name
-    from braces_cli.core.files import check_apart, check_output_file, output_lock
+    from braces_cli.core.files import check_apart, check_output_file, file_hash, output_lock
     from braces_cli.core.models.ffn import chosen_layers
     from braces_cli.core.models.hub import check_push, push
 
     builders = read_sources(settings)
     paths = {name: settings.output_dir / f"{check_file_name(name)}.safetensors" for name in builders}
+    source = settings.pairs or settings.words_file or settings.examples
+    data = source and file_hash(source, DataError)
     results = []
     with output_lock(*paths.values()), progress(settings.quiet) as report:
         for path in paths.values():
@@ -148,6 +150,8 @@ def _build(settings: AttributeBuildSettings) -> list[dict[str, Any]]:
             else:
                 attribute = with_steered_layers(build(session, name, report=report), layers)
             save_attributes(paths[name], [attribute])
+            one = replace(settings, attribute=(name,))
+            write_settings(paths[name].with_suffix(f".{SETTINGS_FILE}"), one, base=session.base.digest, data=data)
             results.append({
                 "attribute": attribute.name,
                 "words": attribute.words,

@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="strict" if stream is sys.stdin else "backslashreplace")
     args = list(sys.argv[1:] if argv is None else argv)
-    signal.signal(signal.SIGTERM, _terminate)
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         code = build_app(args)(args=args, standalone_mode=False)
         if code == 130:  # Typer's result for Ctrl-C
@@ -108,6 +108,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         code = 0
     except (Exception, KeyboardInterrupt, _Terminated) as error:
         code = _failed(args, error)
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: not set from Python
     try:
         if sys.stdout is not None:
             sys.stdout.flush()

@@ -55,6 +55,8 @@ def set_up(quiet: bool, debug: bool) -> None:
     # torchao, which transformers imports, logs every kernel that it cannot use.
     for chatty in ("torchao", "torch.utils._pytree"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
+    # Functions that an Apple GPU lacks run on the CPU.
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")

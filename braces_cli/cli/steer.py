@@ -24,10 +24,10 @@ from braces_cli.cli.output import (
     progress,
     rich_text,
 )
-from braces_cli.core.config import options_of
+from braces_cli.core.config import SETTINGS_FILE, options_of, write_settings
 from braces_cli.core.distributed import is_main, join, world_size
 from braces_cli.core.errors import BracesError, ConfigError, DataError
-from braces_cli.core.files import output_lock, user_path
+from braces_cli.core.files import file_hash, output_lock, user_path
 from braces_cli.core.text import error_text
 from braces_cli.steering.settings import SteerSettings
 
@@ -168,10 +168,16 @@ def _rows(settings: SteerSettings, requests: Iterator[TextRequest], **details: A
     # Texts on the terminal replace the progress.
     hidden = quiet or (settings.output is None and sys.stdout.isatty())
     with progress(hidden) as report:
-        yield from generate_rows(
+        rows = generate_rows(
             session, requests, settings.sampling, steering=steering, with_unsteered=settings.show_unsteered,
             batch_size=settings.batch_size, chat=chat, report=report, processes=processes, **details,
         )  # fmt: skip
+        for count, row in enumerate(rows):
+            if count == 0 and settings.output is not None and is_main():
+                place, prompts = settings.output.with_name(f"{settings.output.name}.{SETTINGS_FILE}"), settings.prompts
+                data = prompts and file_hash(prompts, DataError)
+                write_settings(place, settings, base=session.base.digest, data=data)
+            yield row
 
 
 def print_rows(rows: Iterable[dict[str, Any]]) -> None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import logging
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -34,10 +35,17 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_ori
 import msgspec
 
 from braces_cli.core.errors import ConfigError, near_misses
-from braces_cli.core.files import user_path
+from braces_cli.core.files import user_path, versions, write_text
 from braces_cli.core.schema import cut, read_yaml
 
+logger = logging.getLogger("braces")
 T = TypeVar("T")
+
+# Name of the settings in an output folder, and the key of what the run was made with.
+SETTINGS_FILE = "settings.yaml"
+_MADE_WITH = "made_with"
+# Not repeated by `--config`: places of results, and permission to run code of other people.
+_NOT_REPEATED = ("output_dir", "output", "plot", "overwrite", "resume", "push_to_hub", "trust_remote_code")
 
 # Panels of `--help`.
 DATA = "Data"
@@ -201,13 +209,14 @@ class Settings:
 
     Class attributes: `first_options` are the settings that `--help` shows first, in this order; `required` are the
     settings that a run needs and a dry run does not need. `given` is the source of each setting without its default:
-    `command line` or `file`.
+    `command line` or `file`; `made_with` is what `write_settings` stored in that file about its run.
     """
 
     first_options: ClassVar[tuple[str, ...]] = ()
     required: ClassVar[tuple[str, ...]] = ()
 
     given: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    made_with: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def check(self) -> None:
         """Check combinations of settings; called once, by `build`. Raises ConfigError."""
@@ -223,6 +232,32 @@ class Settings:
                 value = getattr(self, name)
                 found[name] = list(value) if about.many else str(value) if isinstance(value, Path) else value
         return found
+
+
+def write_settings(path: Path, settings: Settings, unused: Collection[str] = (), **hashes: str | None) -> None:
+    """Write the settings of a run as YAML for `--config`, with the versions of libraries and hashes of what was read.
+
+    For settings that come from such a file, a message says which versions and hashes differ.
+
+    Args:
+        unused: names of settings without an effect.
+        hashes: hash of each input; None if it is unknown.
+    """
+    import yaml  # here, so that `--help` does not import it
+
+    now = {**versions(), **{name: value for name, value in hashes.items() if value is not None}}
+    different = [
+        f"{name} {before[:12]}, now {now.get(name, 'none')[:12]}"
+        for name, before in settings.made_with.items()
+        if now.get(name) != before
+    ]
+    if different:
+        logger.warning("the run of the settings file had %s", "; ".join(different))
+    left_out = {*_NOT_REPEATED, *unused}
+    kept = {
+        name: value for name, value in settings.resolved().items() if name not in left_out and value not in (None, [])
+    }
+    write_text(path, yaml.safe_dump({**kept, _MADE_WITH: now}, sort_keys=False, allow_unicode=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,7 +284,9 @@ def build(kind: type[T], values: Mapping[str, Any], file: Path | None = None, py
     options = options_of(kind)
     names = {key: name for name, about in options.items() for key in about.keys}
     found, given = {}, {}
-    for mapping, source in ((read_yaml(user_path(file)) if file else {}, "file"), (values, "command line")):
+    content = read_yaml(user_path(file)) if file else {}
+    made_with = content.pop(_MADE_WITH) if isinstance(content.get(_MADE_WITH), Mapping) else {}
+    for mapping, source in ((content, "file"), (values, "command line")):
         for key, value in mapping.items():
             name = names.get(str(key).replace("-", "_"))
             if name is None:
@@ -268,7 +305,8 @@ def build(kind: type[T], values: Mapping[str, Any], file: Path | None = None, py
             raise ConfigError("missing", where=about.label, hint="See --help.")
     if not issubclass(kind, Settings):
         return kind(**found)
-    settings = kind(**found, given=given)
+    made_with = {str(name): str(value) for name, value in made_with.items()}
+    settings = kind(**found, given=given, made_with=made_with)
     settings.check()
     return settings
 

@@ -14,7 +14,7 @@ from braces_cli.core.adapter.model import Session, open_session
 from braces_cli.core.attributes.files import attribute_hashes
 from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute
-from braces_cli.core.config import options_of
+from braces_cli.core.config import SETTINGS_FILE, options_of, write_settings
 from braces_cli.core.distributed import Processes, join, world_size
 from braces_cli.core.errors import ConfigError, DataError, near_misses
 from braces_cli.core.files import check_apart, file_hash, scratch_folder, value_hash, versions
@@ -62,6 +62,9 @@ def run_evaluation(settings: EvalSettings, report: Report = silent) -> dict[str,
         units = lm_eval_runner.load_tasks(selection, folder, files, model, settings.limit)
         _check_thresholds(settings, selection, units)
         session = open_session(model, None, settings, template=_template(settings, adapters))
+        if processes.first and settings.output_dir is not None:
+            hashes = {name: value_hash(identity[name]) for name in ("adapters", "task_data")}
+            write_settings(settings.output_dir / SETTINGS_FILE, settings, base=session.base.digest, **hashes)
         chat = _uses_chat_template(settings, adapters, session)
         lm_eval_runner.check_lengths(units, context_length(session.base.model.config, session.base.tokenizer))
         # The last adapter stays attached after its check, so it is measured first.
@@ -273,7 +276,7 @@ def _document(
             **{name: getattr(settings, name) for name in ("quantize", "num_fewshot", "limit", "seeds")},
             "num_fewshot_used": first.shots,
             "revision": base.revision,
-            "base_sha256": value_hash([base.sizes, base.samples.tolist()]),
+            "base_sha256": base.digest,
             "tokenizer": base.tokenizer_hashes,
             "apply_chat_template": context.chat,
             **(settings.steering_record() if settings.attribute else {}),

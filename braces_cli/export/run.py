@@ -18,10 +18,11 @@ from typing import Any, Final
 
 import torch
 
-from braces_cli.core.adapter.files import StoredAdapter
+from braces_cli.core.adapter.files import StoredAdapter, adapter_hash
 from braces_cli.core.adapter.model import Session, base_name, open_session
 from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.attributes.vector import Attribute
+from braces_cli.core.config import SETTINGS_FILE, write_settings
 from braces_cli.core.errors import BracesError, ConfigError, ModelError
 from braces_cli.core.files import (
     check_apart,
@@ -146,6 +147,7 @@ def run(
         report("loading", 1, 1)
         expected = reference(opened.session, opened.terms, opened.layers)
         base = opened.session.base
+        digest = base.digest
         facts = request.facts() | {"model": base.name, "revision": base.revision}
         facts["dtype"] = str(base.model.dtype).removeprefix("torch.")
         written, entries = write(opened, folder)
@@ -157,6 +159,7 @@ def run(
         report("verifying", 1, 1)
         record = {"format_version": FORMAT_VERSION, **result, **entries, "versions": versions()}
         write_json(folder / f"braces_{name}.json", record)
+        write_settings(folder / SETTINGS_FILE, request.options, base=digest, adapter=adapter and adapter_hash(adapter))
         write_text(folder / "README.md", card(name, result))
     return {"output_dir": str(output), **result}
 

@@ -20,6 +20,7 @@ from braces_cli.core.attributes.hooks import LayerSteering, layer_steering
 from braces_cli.core.attributes.vector import Attribute
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.models.ffn import FFN, MixtureFFN
+from braces_cli.core.models.weights import double
 from braces_cli.core.progress import Report, silent
 from braces_cli.inspection.maps import Concept, best_first
 from braces_cli.inspection.vocabulary import LogitLens, plain_ffns, vector_blocks
@@ -67,11 +68,11 @@ def attribute_relevance(session: Session, steering: LayerSteering) -> Tensor:
     """Relevance of every value vector of one layer to what steering adds there, (d_ff,) in float32."""
     values = steering.ffn.value_matrix().detach()
     if steering.shift is None:
-        wide = values.double()
+        wide = double(values)
         gram = wide @ wide.mT
         # A small ridge, for value vectors that do not span the hidden space.
         gram.diagonal().add_(1e-12 * gram.diagonal().mean())
-        return (wide.mT @ torch.linalg.solve(gram, steering.total[0].to(wide))).float()
+        return (wide.mT @ torch.linalg.solve(gram, steering.total[0].to(wide))).to(values.device, torch.float32)
     module = relevance_modules(session)[steering.layer]
     with torch.no_grad():
         return module.scores(steering.shift.float(), values)[0]

@@ -24,6 +24,7 @@ from braces_cli.core.models.tokenize import (
     has_template,
     pad_right,
 )
+from braces_cli.core.models.weights import double
 from braces_cli.core.progress import Report, silent
 
 # Tokens whose logits are converted to float32 at a time.
@@ -98,7 +99,7 @@ def likelihoods(
                 nll = _token_nll(model(**batch, use_cache=False).logits, labels)
             scored = (labels[:, 1:] != IGNORED).sum(dim=1).tolist()
             for index, each, count in zip(rows, nll, scored, strict=True):
-                results[index] = Likelihood(float(each.double().sum()), count)
+                results[index] = Likelihood(float(double(each).sum()), count)
             done += len(rows)
             report(stage, done, len(examples))
     finally:

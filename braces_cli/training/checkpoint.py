@@ -168,7 +168,9 @@ def remove(path: Path) -> None:
 
 def _flush(path: Path) -> None:
     """Flush a file or the entries of a folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:

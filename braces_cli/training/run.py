@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-import resource
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -39,7 +37,7 @@ from braces_cli.core.adapter.scale import measure_scales
 from braces_cli.core.attributes.files import TRAINED_FILE
 from braces_cli.core.attributes.vector import Attribute, save_attributes
 from braces_cli.core.attributes.words import neutral_texts
-from braces_cli.core.config import flag_of
+from braces_cli.core.config import SETTINGS_FILE, flag_of, write_settings
 from braces_cli.core.distributed import barrier, deferred, gathered, is_main, join, world_size
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.files import check_apart, check_output_folder, output_lock, value_hash, versions
@@ -55,7 +53,7 @@ from braces_cli.training.batching import TrainingData, choose_layout, global_bat
 from braces_cli.training.checkpoint import RUN_FILE, Record, checkpoints, finished, prepare_folder
 from braces_cli.training.conditioning import Conditioner, gather_attributes, with_original_states
 from braces_cli.training.loss import measure
-from braces_cli.training.report import TrainResult, draw_curve, model_card
+from braces_cli.training.report import TrainResult, draw_curve, model_card, peak_memory
 from braces_cli.training.settings import STRENGTH, TrainSettings
 
 logger = logging.getLogger("braces")
@@ -125,6 +123,9 @@ def _train(settings: TrainSettings, folder: Path, report: Report, record: Record
     checkpoint = prepare_folder(folder, settings.resume, record)
     if checkpoint is not None and attributes:
         attributes = with_original_states(attributes, checkpoint, session)
+    if is_main():
+        named = replace(settings, model=session.base.name, revision=session.base.revision)
+        write_settings(folder / SETTINGS_FILE, named, settings.unused(), **record.data)
     layout = choose_layout(session, settings, train_set.items)
 
     def evaluate(conditioner: Conditioner | None, stage: str) -> Likelihood | None:
@@ -237,9 +238,7 @@ def _fit(
     if trainer.stopped_by:
         logger.info("stopped after step %d; continue with --resume", trainer.step)
         signal.raise_signal(signal.Signals(trainer.stopped_by))
-    # On the CPU, of the whole process; Linux reports KiB.
-    unit = 1 if sys.platform == "darwin" else 1024
-    memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    memory = torch.cuda.max_memory_allocated() if cuda else peak_memory()
     progress = trainer.progress()
     if not trainer.is_fsdp:
         # Replace the projections by those that the file holds, so that the saved adapter is evaluated.

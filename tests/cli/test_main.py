@@ -22,7 +22,7 @@ def imported_by(code: str) -> set[str]:
     """Return the heavy modules that a new process has imported after `code`."""
     probe = f"import sys\ntry:\n    {code}\nexcept SystemExit:\n    pass\n"
     probe += f"print(*(set(sys.modules) & {HEAVY!r}), file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, errors="replace", check=True)
     return set(done.stderr.split())
 
 
@@ -112,8 +112,10 @@ def failing(braces: Any, monkeypatch: pytest.MonkeyPatch, error: BaseException) 
 def test_an_exception_has_its_exit_code(braces, monkeypatch, error, code, text):
     """One or two lines without a traceback."""
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    handler = signal.getsignal(signal.SIGTERM)
     outcome = failing(braces, monkeypatch, error)
     assert (outcome.code, outcome.out) == (code, "")
+    assert signal.getsignal(signal.SIGTERM) == handler
     assert outcome.err.lstrip("\n").startswith(text)
     assert "Traceback" not in outcome.err
 
@@ -224,11 +226,15 @@ def test_env_reports_versions_devices_and_caches(braces: Any, monkeypatch: pytes
     """No tokens."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     outcome = braces("env", "--format", "json")
-    assert {"braces", "python", "system", "versions", "devices", "threads", "caches", "variables"} == set(outcome.json)
+    keys = {"braces", "python", "system", "versions", "devices", "finite", "threads", "caches", "variables"}
+    assert keys == set(outcome.json)
+    assert outcome.json["finite"]["cpu"] is True
     assert {"torch", "transformers"} <= set(outcome.json["versions"])
     table = braces("env").out
     assert "torch" in table
     assert "hf_secret" not in outcome.out + table
+    monkeypatch.setattr("torch.Tensor.softmax", lambda tensor, dim: tensor / 0)
+    assert braces("env", "--format", "json").json["finite"]["cpu"] is False
 
 
 @pytest.mark.parametrize("command", ["merge", "attr-build"])

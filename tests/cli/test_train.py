@@ -56,7 +56,8 @@ def test_training_lowers_the_loss_and_writes_an_adapter(train: Any, mood_rows: P
     assert result["eval_loss"] < result["base_eval_loss"] - 0.05
     assert result["eval_perplexity"] == pytest.approx(math.exp(result["eval_loss"]))
     adapter = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
-    assert {p.name for p in out.iterdir()} == adapter | {"checkpoint-30", "loss.png", "metrics.jsonl", "run.json"}
+    more = {"checkpoint-30", "loss.png", "metrics.jsonl", "run.json", "settings.yaml"}
+    assert {p.name for p in out.iterdir()} == adapter | more
     assert {p.name for p in (out / "checkpoint-30").iterdir()} == adapter | {
         "manifest.json", "optimizer.json", "optimizer.safetensors", "parameters.safetensors", "rng.json", "run.json",
     }  # fmt: skip

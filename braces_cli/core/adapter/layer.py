@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from braces_cli.core.adapter.gram import CachedGram, gram
 from braces_cli.core.distributed import full_tensor
-from braces_cli.core.models.weights import Values
+from braces_cli.core.models.weights import Values, double
 
 # Initial gate, before the sigmoid: g = 0.0067, so training starts close to the base.
 GATE_INIT = -5.0
@@ -53,6 +53,8 @@ def orthonormal_rows(weight: Tensor) -> Tensor:
 
     If the rows are orthonormal, L is the identity and R = M up to rounding.
     """
+    if weight.device.type == "mps":  # its linear algebra is incomplete
+        return orthonormal_rows(weight.cpu()).to(weight)
     # cholesky_ex without the error check, which would copy a flag to the host and stall a GPU at every layer.
     factor, _ = torch.linalg.cholesky_ex(weight @ weight.mT)
     return torch.linalg.solve_triangular(factor, weight, upper=False)
@@ -60,7 +62,7 @@ def orthonormal_rows(weight: Tensor) -> Tensor:
 
 def projection_error(projection: Tensor) -> float:
     """max |R R^T - I| of a projection (d_r, d), computed in float64."""
-    projection = projection.detach().double().cpu()
+    projection = projection.detach().cpu().double()
     return float((projection @ projection.mT - torch.eye(len(projection), dtype=torch.float64)).abs().max())
 
 
@@ -194,7 +196,7 @@ class RelevanceModule(nn.Module):
             return found
         for name in found:
             if name.endswith("projection"):
-                found[name] = orthonormal_rows(found[name].double()).to(found[name].dtype)
+                found[name] = orthonormal_rows(double(found[name])).to(found[name])
         if in_place:
             with torch.no_grad():
                 for name, parameter in self.stored.items():

@@ -269,7 +269,7 @@ class _Draw(LogitsProcessor):
         self.sum_of_best = scores.amax(dim=-1).sum(dtype=torch.float32) + self.sum_of_best
         if self._sampling.temperature == 0:
             return scores
-        goal = self._uniforms[:, input_ids.shape[1] - self._start].to(scores.device)
+        goal = self._uniforms[:, input_ids.shape[1] - self._start].to(scores.device, torch.float32)
         chances = (scores.float() / self._sampling.temperature).softmax(dim=-1)
         # Sorting whole vocabularies takes longer than a small model, and few rows need it.
         width = chances.shape[1] if (self._sampling.top_k or 0) > _FIRST else min(_FIRST, chances.shape[1])

@@ -13,7 +13,7 @@ import logging
 import os
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,11 @@ class Base:
         return torch.stack([ffn.samples for ffn in self.ffns])
 
     @property
+    def digest(self) -> str:
+        """Hash of sizes and samples."""
+        return value_hash([self.sizes, self.samples.tolist()])
+
+    @property
     def is_quantised(self) -> bool:
         """Return whether its weights are rounded to fewer than 16 bits."""
         return is_gguf(self.name) or getattr(self.model, "hf_quantizer", None) is not None
@@ -105,6 +110,11 @@ class Base:
     def tokenizer_hashes(self) -> dict[str, str | None]:
         """Hashes of vocabulary and chat template, computed once."""
         return tokenizer_hashes(self.tokenizer)
+
+
+@cache
+def _note_mps() -> None:
+    logger.info("mps lacks float64 and parts of linear algebra: they are computed on the CPU")
 
 
 def pick_device(name: str) -> torch.device:
@@ -122,6 +132,8 @@ def pick_device(name: str) -> torch.device:
     if name.partition(":")[0] not in available:
         hint = f"Available: {', '.join(available)}."
         raise ConfigError(f"device `{name}` is not available", where="--device", hint=hint)
+    if name.partition(":")[0] == "mps":
+        _note_mps()
     return torch.device(name)
 
 

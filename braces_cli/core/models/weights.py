@@ -183,6 +183,11 @@ _KINDS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 OVERFLOW_HINT = "Numbers grew too large: lower --s, or give --dtype float32 (bfloat16 where it is float16)."
 
 
+def double(tensor: Tensor) -> Tensor:
+    """Return `tensor` in float64, on the CPU if its device (mps) has no float64."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
 def check_finite(weights: Mapping[str, Tensor], where: str) -> None:
     """Refuse weights that are NaN or infinite; packed weights and those not in memory are not read.
 
@@ -200,7 +205,7 @@ def check_finite(weights: Mapping[str, Tensor], where: str) -> None:
     }
     extremes: dict[torch.device, list[Tensor]] = {}
     for weight in read.values():
-        extremes.setdefault(weight.device, []).append(torch.stack(torch.aminmax(weight)).double())
+        extremes.setdefault(weight.device, []).append(double(torch.stack(torch.aminmax(weight))))
     # One synchronisation per device, not one per weight.
     if all(bool(torch.stack(found).isfinite().all()) for found in extremes.values()):
         return

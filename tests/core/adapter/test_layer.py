@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from braces_cli.core.adapter.layer import RelevanceModule, orthonormal_rows
 from braces_cli.core.adapter.model import attach
 from braces_cli.core.adapter.reference import orthonormal_rows_ref, weights_ref
+from braces_cli.core.models.load import pick_device
+from braces_cli.core.models.weights import double
 from tests.conftest import open_gates, tiny_model
 from tests.core.comparison import logits_of, relative
 
@@ -84,3 +88,30 @@ def test_relevance_by_hand():
     out = weights_ref(w, h, values, adapter_layer)
     assert torch.allclose(out, torch.tensor([[0.5 + 0.0, -0.5 + 0.5 * 3.0 * (2.0 * 4.0)]]))
     assert torch.allclose(adapter_layer(w @ values.mT, h, values), out @ values.mT)
+
+
+class OnAppleGPU(torch.Tensor):
+    """A tensor in memory that says it is on an Apple GPU and refuses float64 and linear algebra."""
+
+    device = torch.device("mps")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ in ("cpu", "to"):
+            return args[0].as_subclass(torch.Tensor if func.__name__ == "cpu" else cls)
+        assert "linalg" not in func.__name__
+        assert func.__name__ != "double"
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_an_apple_gpu_needs_no_float64_and_no_linear_algebra(monkeypatch, caplog):
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    with caplog.at_level("INFO", "braces"):
+        assert pick_device("mps").type == "mps"
+    assert "computed on the CPU" in caplog.text
+    plain = RelevanceModule(4, 16).weight.detach() + 0.1
+    weight = plain.as_subclass(OnAppleGPU)
+    rows = orthonormal_rows(weight)
+    assert type(rows) is OnAppleGPU
+    assert torch.equal(rows.cpu(), orthonormal_rows(plain))
+    assert (double(weight).dtype, type(double(weight))) == (torch.float64, torch.Tensor)
