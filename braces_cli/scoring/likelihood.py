@@ -145,7 +145,7 @@ def divergences(
             read = lengths if prompts else torch.ones_like(lengths)
             with context(), torch.no_grad(), prompt_lengths(read):
                 log_p.append(model(**inputs, use_cache=False).logits.float().log_softmax(dim=-1))
-        kl = F.kl_div(log_p[1], log_p[0], reduction="none", log_target=True).sum(dim=-1).double().cpu()
+        kl = F.kl_div(log_p[1], log_p[0], reduction="none", log_target=True).sum(dim=-1).cpu().double()
         means = kl.gather(1, lengths - 1)[:, 0] if last else (kl * mask).sum(dim=1) / lengths[:, 0]
         for index, value in zip(indices, means.tolist(), strict=True):
             results[index] = value
