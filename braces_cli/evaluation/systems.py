@@ -160,7 +160,7 @@ def _peft(model: Any, adapter: EvalAdapter) -> Iterator[None]:
                 warnings.filterwarnings("error", ".*missing adapter keys")
                 wrapped = PeftModel.from_pretrained(model, str(adapter.folder), use_safetensors=True)
         except _PEFT_ERRORS as error:
-            what = f"this {adapter.method} adapter does not fit the base: {first_line(error)}"
+            what = f"this {adapter.method} adapter does not fit the base: {first_line(error, 400)}"
             hint = f"It was trained on {adapter.base}." if adapter.base else "Was it trained on this base?"
             raise ModelError(what, where=adapter.name, hint=hint) from error
         for text in dict.fromkeys(str(each.message) for each in found if each.category is UserWarning):

@@ -30,10 +30,10 @@ def probe(folder: str, request: str, answer: str) -> None:
 
     with open(request, encoding="utf-8") as file:
         question = json.load(file)
-    options = {"dtype": question["dtype"], "trust_remote_code": question["code"]}
-    if not question["code"]:
-        options["adapter_kwargs"] = {"subfolder": "no-adapter"}  # `NO_ADAPTER` of `core.models.hub`
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    options = {"dtype": question["dtype"], "adapter_kwargs": {"subfolder": "no-adapter"}}  # see `core.models.hub`
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, trust_remote_code=question["code"], **options
+    )
     model, info = loaded
     model.eval().to(question["device"])
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

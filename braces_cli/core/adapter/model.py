@@ -322,7 +322,7 @@ class Session:
     def __post_init__(self) -> None:
         # Before any PEFT baseline replaces modules of the model.
         self.ffns = self.base.ffns
-        self._generation = getattr(self.base.model, "generation_config", None)
+        self._generation: Any = getattr(self.base.model, "generation_config", None)
 
     @property
     def config(self) -> AdapterConfig | None:

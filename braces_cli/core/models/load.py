@@ -200,13 +200,13 @@ def load_base(name: str, options: LoadOptions | None = None, tokenizer: Any = No
             file = _read_gguf(where, options.revision)
             loaded = file.load(dtype=DTYPES.get(options.dtype, file.dtype), **packing)
         else:
-            source: Any = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+            revision, code = options.revision, options.trust_remote_code
             if options.attn_implementation is not None:
                 # Otherwise transformers prefers the implementation of `config.json`.
-                packing["config"] = AutoConfig.from_pretrained(where, **source)
-            dtype = DTYPES.get(options.dtype, "auto")
+                packing["config"] = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=code)
+            packing["dtype"] = DTYPES.get(options.dtype, "auto")
             loaded = AutoModelForCausalLM.from_pretrained(
-                where, dtype=dtype, adapter_kwargs=NO_ADAPTER, **source, **packing
+                where, revision=revision, trust_remote_code=code, adapter_kwargs=NO_ADAPTER, **packing
             )
             if os.path.isfile(os.path.join(where, "adapter_config.json")):
                 logger.warning("%s: the adapter next to the model is not loaded; give it as --adapter", where)
@@ -318,8 +318,8 @@ def load_shape(name: str, *, revision: str | None = None, trust_remote_code: boo
             config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             # The implementation that the config names may not be installed.
-            options = {"trust_remote_code": trust_remote_code, "attn_implementation": "eager"}
-            return AutoModelForCausalLM.from_config(config, **options)
+            attention = {"attn_implementation": "eager"}
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **attention)
 
 
 def tokenizer_hashes(tokenizer: Any) -> dict[str, str | None]:

@@ -35,7 +35,7 @@ IGNORED = -100  # label without loss in torch's cross entropy
 # A template is a program: it raises TemplateError, and errors of the Python code that it runs.
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError)
 # Model types whose table of positions has unused rows at the start.
-_OFFSET_POSITIONS = "roberta|camembert|data2vec-text|xmod|longformer|luke"
+_OFFSET_POSITIONS = "roberta|camembert|data2vec-text|xmod|longformer|luke|mpnet|ibert"
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
