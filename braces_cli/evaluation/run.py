@@ -23,7 +23,7 @@ from braces_cli.core.options import LoadOptions
 from braces_cli.core.progress import Report, silent
 from braces_cli.evaluation import catalog, lm_eval_runner
 from braces_cli.evaluation.native_tasks import DETECTION, PERPLEXITY, Measure, TaskContext
-from braces_cli.evaluation.results import AVERAGE, EMPTY, TRUNCATED, Store
+from braces_cli.evaluation.results import AVERAGE, EMPTY, TRUNCATED, Scores, Store
 from braces_cli.evaluation.settings import TEXT_TASKS, EvalSettings
 from braces_cli.evaluation.statistics import LEVEL, compare, strength_slopes
 from braces_cli.evaluation.systems import BRACES, EvalAdapter, System, attached, find_eval_adapter, labels, resolve_base
@@ -82,8 +82,9 @@ def run_evaluation(settings: EvalSettings, report: Report = silent) -> dict[str,
                 if group is not last:
                     stack.close()
                     stack.enter_context(attached(session, group[0].adapter))
+                unsteered: dict[str, Scores | None] = {}
                 for system in group:
-                    _measure(system, measures, context, store)
+                    _measure(system, measures, context, store, unsteered)
     if not processes.first:
         return None
     systems = [system for group in groups for system in group]
@@ -201,16 +202,29 @@ def _attach_and_plan(
     return [systems for systems in groups if systems]
 
 
-def _measure(system: System, measures: dict[str, Measure], context: TaskContext, store: Store) -> None:
-    """Measure the tasks that are not stored; on processes other than the first the scores stay empty."""
+def _measure(
+    system: System,
+    measures: dict[str, Measure],
+    context: TaskContext,
+    store: Store,
+    unsteered: dict[str, Scores | None],
+) -> None:
+    """Measure the tasks that are not stored; on processes other than the first the scores stay empty.
+
+    Args:
+        unsteered: measured scores of the same adapter without steering, which are those at s = 0; added to.
+    """
     processes = context.processes
     stored = {name: store.load(system.name, name) for name in measures} if processes.first else {}
     done = processes.gather([name for name, scores in stored.items() if scores is not None])[0]
     for name, measure in measures.items():
         scores = stored.get(name)
         if name not in done:
-            steering = steered(context.session, system.terms, scope=context.settings.scope)
-            scores = measure(steering, f"{system.name}, {name}")
+            at_zero = not any(system.strengths.values())
+            if not at_zero or name not in unsteered:
+                steering = steered(context.session, system.terms, scope=context.settings.scope)
+                scores = measure(steering, f"{system.name}, {name}")
+            scores = unsteered.setdefault(name, scores) if at_zero else scores
         if scores is not None and processes.first:
             if name not in done:
                 store.save(system.name, name, scores)

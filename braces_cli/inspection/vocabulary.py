@@ -177,20 +177,18 @@ class LogitLens:
         ranks, own_scores = [], []
         for block in vectors.split(VECTORS_AT_ONCE):
             hidden = self.hidden(block)
-            own = (hidden @ self.weight[chosen].to(hidden.dtype).mT).float()
+            own = hidden @ self.weight[chosen].to(hidden.dtype).mT
             if self.bias is not None:
-                own = own + self.bias[chosen].float()
+                own = own + self.bias[chosen].to(own)
             rank = torch.ones(own.shape, dtype=torch.int64, device=own.device)
             for start, scores in self.blocks(hidden):
-                scores = scores.float()
-                ids = torch.arange(start, start + scores.shape[1], device=self.device)
                 for column, token in enumerate(tokens):
-                    score = own[:, column, None]
-                    ahead = (scores > score) | ((scores == score) & (ids < token))
                     # A token is not compared with itself: a product of another shape is rounded differently.
-                    rank[:, column] += (ahead & (ids != token)).sum(dim=1)
+                    lower, higher = scores[:, : max(token - start, 0)], scores[:, max(token - start + 1, 0) :]
+                    score = own[:, column, None]
+                    rank[:, column] += (lower >= score).count_nonzero(dim=1) + (higher > score).count_nonzero(dim=1)
             ranks.append(rank)
-            own_scores.append(own)
+            own_scores.append(own.float())
         return torch.cat(ranks), torch.cat(own_scores)
 
 

@@ -27,6 +27,7 @@ from braces_cli.core.adapter.model import Adapter
 from braces_cli.core.distributed import SharedStop, StopRequest, barrier, gathered, is_main, rank, world_size
 from braces_cli.core.errors import BracesError
 from braces_cli.core.models.load import input_device
+from braces_cli.core.models.structure import only_scored
 from braces_cli.core.progress import Report
 from braces_cli.data.dataset import Example, Stream
 from braces_cli.scoring.likelihood import Likelihood
@@ -45,7 +46,7 @@ from braces_cli.training.checkpoint import (
     write_checkpoint,
     write_state,
 )
-from braces_cli.training.loss import PAIR_TERMS, contrastive_loss, only_scored, token_nll
+from braces_cli.training.loss import PAIR_TERMS, contrastive_loss, token_nll
 from braces_cli.training.report import CHECKPOINT_CARD, METRICS_FILE, MetricsFile
 from braces_cli.training.settings import TrainSettings
 

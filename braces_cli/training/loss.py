@@ -14,8 +14,7 @@ are separate blocks or packed in one. Rows at strength 0 pass once; the others t
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from braces_cli.core.distributed import gathered, rank, world_size
 from braces_cli.core.models.load import input_device
+from braces_cli.core.models.structure import only_scored
 from braces_cli.core.models.tokenize import IGNORED, Encoded
 from braces_cli.core.progress import Report
 from braces_cli.data.dataset import Examples
@@ -86,24 +86,6 @@ def pick_scored(block: dict[str, Tensor]) -> None:
         block["scored"], block["labels"] = scored, targets[scored]
         if "owner" in block:
             block["owner"] = block["owner"].flatten()[scored]
-
-
-@contextmanager
-def only_scored(model: Any, scored: Tensor | None) -> Iterator[None]:
-    """Compute the logits of the tokens `scored` (k,) only, (1, k, vocabulary); None: of all tokens."""
-    if scored is None:
-        yield
-        return
-
-    def pick(head: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden = args[0].flatten(0, 1)
-        return hidden[scored.to(hidden.device)].unsqueeze(0), *args[1:]
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(pick)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def can_pick(model: Any, ids: Sequence[int], tolerance: float) -> bool:

@@ -84,9 +84,10 @@ def test_a_changed_file_is_read_again(tiny_folder, write_jsonl):
     assert evaluate(str(tiny_folder), [], settings)["systems"][0]["results"]["popqa"]["acc"]["n"] == 4
 
 
-def test_strength_zero_is_bit_identical_to_no_attribute(tiny_folder, asked, tmp_path):
+def test_strength_zero_is_no_attribute_and_is_measured_once(tiny_folder, asked, tmp_path, monkeypatch):
     """Document by document, in the log of samples too."""
-    out = tmp_path / "out"
+    out, stages, measure = tmp_path / "out", [], lm_eval_runner.measure
+    monkeypatch.setattr(lm_eval_runner, "measure", lambda *args: stages.append(args[-1]) or measure(*args))
     settings = asked(**STEERED, fail_under=("perplexity:token_perplexity=1e9",))
     result = evaluate(str(tiny_folder), [], settings, output_dir=out, log_samples=True)
     names = ["base", "base, positive -20", "base, positive +0", "base, positive +20"]
@@ -94,6 +95,7 @@ def test_strength_zero_is_bit_identical_to_no_attribute(tiny_folder, asked, tmp_
     assert [system["attributes"] for system in result["systems"]] == [{}, *({"positive": s} for s in (-20, 0, 20))]
     bare, low, zero, high = (system["results"] for system in result["systems"])
     assert zero == bare
+    assert stages == [f"{name}, arc_easy" for name in (names[0], names[1], names[3])]
     assert len({each["perplexity"]["bits_per_byte"]["value"] for each in (bare, low, high)}) == 3
     logs = {}
     for folder in (out / "samples").iterdir():

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from braces_cli.core.adapter.model import attach
 from braces_cli.core.errors import ConfigError
+from braces_cli.core.models.structure import only_scored
 from braces_cli.core.models.tokenize import IGNORED, Encoded
 from braces_cli.data.dataset import Condition, Example
 from braces_cli.training.batching import (
@@ -22,7 +23,7 @@ from braces_cli.training.batching import (
     packing_fault,
     similar_lengths,
 )
-from braces_cli.training.loss import can_pick, only_scored, token_nll
+from braces_cli.training.loss import can_pick, token_nll
 from braces_cli.training.settings import TrainSettings
 from tests.conftest import open_gates, tiny_model
 from tests.core.comparison import relative

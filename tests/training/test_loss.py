@@ -13,13 +13,14 @@ from braces_cli.core.attributes.build import build_attribute
 from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.models.load import input_device
+from braces_cli.core.models.structure import only_scored
 from braces_cli.core.models.tokenize import IGNORED
 from braces_cli.core.options import LoadOptions
 from braces_cli.data.dataset import Condition
 from braces_cli.scoring.likelihood import continuation_likelihoods
 from braces_cli.training.batching import Layout, collate, similar_lengths
 from braces_cli.training.conditioning import Conditioner
-from braces_cli.training.loss import PAIR_TERMS, contrastive_loss, only_scored, token_nll
+from braces_cli.training.loss import PAIR_TERMS, contrastive_loss, token_nll
 from tests.conftest import open_gates, write_rows
 from tests.core.comparison import relative
 from tests.training.test_batching import LAYOUTS, LENGTHS, examples, gradients

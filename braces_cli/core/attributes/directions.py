@@ -38,7 +38,7 @@ from braces_cli.core.adapter.model import Session
 from braces_cli.core.attributes.pooling import Row, Watch, pooled_batches
 from braces_cli.core.attributes.words import GRADIENT, neutral_prompts, neutral_texts
 from braces_cli.core.models.load import input_device
-from braces_cli.core.models.structure import add_to_output
+from braces_cli.core.models.structure import add_to_output, only_scored
 from braces_cli.core.models.tokenize import IGNORED, context_length, encode, encode_answer, encode_word
 from braces_cli.core.progress import Report, silent
 
@@ -232,10 +232,10 @@ def odds_gradient(session: Session, items: Sequence[Item], report: Report = sile
     done = 0
     for batch in _batches(items, lambda item: len(item.ids)):
         with _constants(session, 1) as vectors:
-            log_p = _logits(session, [item.ids for item in batch]).log_softmax(dim=-1)
+            places = [range(item.first, len(item.ids)) for item in batch]
+            log_p = _logits(session, [item.ids for item in batch], places).log_softmax(dim=-1)
             odds = torch.zeros((), device=log_p.device)
-            for item, row in zip(batch, log_p, strict=True):
-                counted = row[item.first :]
+            for item, counted in zip(batch, log_p.split([len(each) for each in places]), strict=True):
                 odds = odds + (item.weigh(counted.detach()) * counted).sum() / len(counted)
             gradients = torch.autograd.grad(odds, vectors)
         total += torch.stack([each.detach().float().cpu().reshape(-1) for each in gradients])
@@ -246,21 +246,34 @@ def odds_gradient(session: Session, items: Sequence[Item], report: Report = sile
 
 def next_token_gradients(session: Session, report: Report = silent) -> Tensor:
     """Return u of next tokens drawn from the model at random places of the neutral texts, (layers, draws, d)."""
-    batches = _batches(_neutral_rows(session), len) * _DRAWS
-    generator = torch.Generator().manual_seed(0)
-    found = []
-    for done, rows in enumerate(batches, 1):
-        count, length = len(rows), len(rows[0])
-        with _constants(session, count) as vectors:
-            log_p = _logits(session, rows).log_softmax(dim=-1)
-            # The first token has almost no context, so its next token depends little on the text.
-            places = torch.randint(min(1, length - 1), length, (count,), generator=generator)
-            log_p = log_p[torch.arange(count), places.to(log_p.device)]
-            drawn = torch.multinomial(log_p.detach().float().exp().cpu(), 1, generator=generator).to(log_p.device)
-            gradients = torch.autograd.grad(log_p.gather(1, drawn).sum(), vectors)
-        found.append(torch.stack([each.detach().float().cpu().reshape(count, -1) for each in gradients]))
-        report("gradients of next tokens", done, len(batches))
-    return torch.cat(found, dim=1)
+    rows, generator = _neutral_rows(session), torch.Generator().manual_seed(0)
+    chances: dict[int, Tensor] = {}
+    with torch.no_grad():
+        for batch in _batches(range(len(rows)), lambda index: len(rows[index])):
+            places = [range(len(rows[index])) for index in batch]
+            found = _logits(session, [rows[index] for index in batch], places).softmax(dim=-1).cpu()
+            chances |= zip(batch, found.split([len(each) for each in places]), strict=True)
+    groups: dict[int, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        groups[len(row)].append(index)
+    draws: list[tuple[list[int], int, int]] = []  # tokens of a row, a place, and the next token
+    alike = [group[start : start + _ROWS] for group in groups.values() for start in range(0, len(group), _ROWS)]
+    for group in alike * _DRAWS:
+        length = len(rows[group[0]])
+        # The first token has almost no context, so its next token depends little on the text.
+        drawn = torch.randint(min(1, length - 1), length, (len(group),), generator=generator).tolist()
+        here = torch.stack([chances[index][place] for index, place in zip(group, drawn, strict=True)])
+        tokens = torch.multinomial(here, 1, generator=generator).flatten().tolist()
+        draws += zip([rows[index] for index in group], drawn, tokens, strict=True)
+    gradients = []
+    for batch in _batches(draws, lambda draw: len(draw[0]), _DRAWS * _ROWS):
+        with _constants(session, len(batch)) as vectors:
+            log_p = _logits(session, [row for row, _, _ in batch], [[place] for _, place, _ in batch]).log_softmax(-1)
+            odds = log_p[torch.arange(len(batch)), [token for _, _, token in batch]].sum()
+            each = torch.autograd.grad(odds, vectors)
+        gradients.append(torch.stack([vector.detach().float().cpu().reshape(len(batch), -1) for vector in each]))
+        report("gradients of next tokens", sum(found.shape[1] for found in gradients), len(draws))
+    return torch.cat(gradients, dim=1)
 
 
 def damped_solve(draws: Tensor, odds: Tensor) -> Tensor:
@@ -276,12 +289,10 @@ def damped_solve(draws: Tensor, odds: Tensor) -> Tensor:
     return solved.squeeze(-1).float()
 
 
-def _batches(rows: Sequence[Any], length: Callable[[Any], int]) -> list[list[Any]]:
-    """Return batches of rows of the same length, so that no padding is needed."""
-    groups: dict[int, list[Any]] = defaultdict(list)
-    for row in rows:
-        groups[length(row)].append(row)
-    return [group[start : start + _ROWS] for group in groups.values() for start in range(0, len(group), _ROWS)]
+def _batches(rows: Sequence[Any], length: Callable[[Any], int], most: int = _ROWS) -> list[list[Any]]:
+    """Return batches of rows of similar lengths."""
+    ordered = sorted(rows, key=length)
+    return [ordered[start : start + most] for start in range(0, len(ordered), most)]
 
 
 def _neutral_rows(session: Session) -> list[list[int]]:
@@ -289,12 +300,17 @@ def _neutral_rows(session: Session) -> list[list[int]]:
     return [encode(session.base.tokenizer, text).ids for text in (*neutral_prompts(), *neutral_texts())]
 
 
-def _logits(session: Session, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Logits of the next token after each token, (rows, T, V), in float32."""
-    model = session.base.model
-    batch = torch.tensor([list(row) for row in rows], device=input_device(model))
-    logits: Tensor = model(input_ids=batch, use_cache=False).logits
-    return logits.float()
+def _logits(session: Session, rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> Tensor:
+    """Logits of the next token after some places of each row, (k, V) in float32, row by row.
+
+    Rows are padded at the end, which does not change what comes before.
+    """
+    model, width = session.base.model, max(map(len, rows))
+    padded = [[*row, *[0] * (width - len(row))] for row in rows]
+    index = torch.tensor([row * width + place for row, each in enumerate(places) for place in each])
+    with only_scored(model, index):
+        logits: Tensor = model(input_ids=torch.tensor(padded, device=input_device(model)), use_cache=False).logits
+    return (logits[0] if logits.shape[:2] == (1, len(index)) else logits.flatten(0, 1)[index]).float()
 
 
 @contextmanager
@@ -386,8 +402,9 @@ def description_items(session: Session, pairs: Sequence[Pair], before: str) -> l
     weights: dict[tuple[int, ...], Tensor] = {}
     with session.bare(), torch.no_grad():
         for batch in _batches(rows, lambda row: len(row[1])):
-            logits = _logits(session, [ids for _, ids, _ in batch])
-            for (text, _, weight), row in zip(batch, logits, strict=True):
-                added = weight * row[-len(text) :].softmax(dim=-1)
+            places = [range(len(ids) - len(text), len(ids)) for text, ids, _ in batch]
+            logits = _logits(session, [ids for _, ids, _ in batch], places)
+            for (text, _, weight), row in zip(batch, logits.split([len(each) for each in places]), strict=True):
+                added = weight * row.softmax(dim=-1)
                 weights[text] = weights[text] + added if text in weights else added
     return [Item((*alone, *text), len(alone), weights[text].to) for text in texts]

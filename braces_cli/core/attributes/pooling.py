@@ -19,7 +19,7 @@ from braces_cli.core.attributes.words import neutral_texts
 from braces_cli.core.models.ffn import FFN, MixtureFFN, layer_stack, watch_output
 from braces_cli.core.models.load import input_device
 from braces_cli.core.models.residual import residual_gains
-from braces_cli.core.models.structure import layer_output
+from braces_cli.core.models.structure import layer_output, only_scored
 from braces_cli.core.models.tokenize import context_length, encode, encode_word
 from braces_cli.core.progress import Report, silent
 
@@ -106,6 +106,8 @@ def pooled_batches(
         states[watch] = over_tokens(h).cpu()
 
     with ExitStack() as stack:
+        if model.get_output_embeddings() is not None:
+            stack.enter_context(only_scored(model, torch.zeros(1, dtype=torch.long)))  # no logits are needed
         for index, watch in enumerate(watches):
             stack.callback(watch(partial(pool, index)).remove)
         for (_, first), group in groups.items():  # noqa: B007 (read by `pool`)

@@ -128,6 +128,29 @@ def add_to_output(
     return module.register_forward_hook(hook)
 
 
+@contextmanager
+def only_scored(model: Any, scored: Tensor | None) -> Iterator[None]:
+    """Compute the logits of the tokens `scored` (k,) only, (1, k, vocabulary); None: of all tokens.
+
+    A head with another input than (rows, tokens, d) computes all of them.
+    """
+    if scored is None:
+        yield
+        return
+
+    def pick(head: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not args or args[0].ndim != 3:
+            return None
+        hidden = args[0].flatten(0, 1)
+        return hidden[scored.to(hidden.device)].unsqueeze(0), *args[1:]
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(pick)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def sizes(module: nn.Module) -> tuple[int, int]:
     """(inputs, outputs) of a linear projection; packed weights have `in_features` and `out_features`, too."""
     part: Any = module
