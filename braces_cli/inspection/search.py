@@ -8,6 +8,7 @@ sum: W_V^T (W_V W_V^T)^-1 x.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -47,7 +48,8 @@ def top_vectors_for_concept(
     for number, ffn in enumerate(ffns):
         report(f"searching {side} vectors, layers", number, len(ffns))
         for start, block in vector_blocks(ffn, side):
-            ranks, scores = lens.ranks(block, tokens)
+            # The rank of a concept is at least the least rank of its tokens.
+            ranks, scores = lens.ranks(block, tokens, best[-1]["rank"] if len(best) == limit else math.inf)
             for index, (r, s) in enumerate(zip(ranks.tolist(), scores.tolist(), strict=True)):
                 rank, score = concept.measure({token: (r[i], s[i]) for i, token in enumerate(tokens)})
                 row = {"layer": ffn.layer, "index": start + index, "rank": rank, "score": score}

@@ -7,6 +7,7 @@ projections (`gate`, `up`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -168,10 +169,10 @@ class LogitLens:
         pairs = zip(ids.tolist(), scores.tolist(), strict=True)
         return [[{"id": t, "token": self.text(t), "score": s} for t, s in zip(*row, strict=True)] for row in pairs]
 
-    def ranks(self, vectors: Tensor, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def ranks(self, vectors: Tensor, tokens: Sequence[int], most: float = math.inf) -> tuple[Tensor, Tensor]:
         """Rank of each token among all tokens, from 1, and its score, both (n, tokens).
 
-        Of equal scores the lower token is ahead.
+        Of equal scores the lower token is ahead. Ranks of a vector that are all above `most` are only known to be so.
         """
         chosen = torch.tensor(tokens, device=self.device)
         ranks, own_scores = [], []
@@ -181,12 +182,18 @@ class LogitLens:
             if self.bias is not None:
                 own = own + self.bias[chosen].to(own)
             rank = torch.ones(own.shape, dtype=torch.int64, device=own.device)
+            rows = torch.arange(len(hidden), device=own.device)
             for start, scores in self.blocks(hidden):
+                scores = scores if len(rows) == len(scores) else scores[rows]
                 for column, token in enumerate(tokens):
                     # A token is not compared with itself: a product of another shape is rounded differently.
                     lower, higher = scores[:, : max(token - start, 0)], scores[:, max(token - start + 1, 0) :]
-                    score = own[:, column, None]
-                    rank[:, column] += (lower >= score).count_nonzero(dim=1) + (higher > score).count_nonzero(dim=1)
+                    score = own[rows, column, None]
+                    ahead = (lower >= score).sum(dim=1, dtype=torch.int32) + (higher > score).sum(
+                        dim=1, dtype=torch.int32
+                    )
+                    rank[rows, column] += ahead
+                rows = rows[rank[rows].amin(dim=1) <= most]
             ranks.append(rank)
             own_scores.append(own.float())
         return torch.cat(ranks), torch.cat(own_scores)

@@ -24,6 +24,7 @@ from tests.inspection.test_vocabulary import expected_scores
 def test_vectors_for_a_concept(name, monkeypatch):
     """Rank and score of every vector, sorted; in blocks that do not divide the experts evenly."""
     monkeypatch.setattr(vocabulary, "VECTORS_AT_ONCE", 11)
+    monkeypatch.setattr(vocabulary, "_TOKENS_AT_ONCE", 13)
     session = opened(name if name == "llama" else tiny(name).eval())
     rows = []
     for layer, scores in enumerate(expected_scores(session.base.model)):
