@@ -30,7 +30,7 @@ from braces_cli.core.errors import ConfigError
 from braces_cli.core.files import user_path
 from braces_cli.core.models.ffn import chosen_layers
 from braces_cli.core.models.structure import uncompiled
-from braces_cli.core.options import AdapterSettings, ChatSettings, Sampling, SteeredLayers
+from braces_cli.core.options import AdapterSettings, Sampling, SteeredLayers
 from braces_cli.inspection.summary import summarise
 from braces_cli.steering.texts import generate_texts, text_requests, uses_chat_template
 from braces_cli.training.run import train as run_training
@@ -42,11 +42,6 @@ Name = str | PathLike[str]
 @dataclass(frozen=True, kw_only=True)
 class _Steering(AttributeSettings, SteeredLayers, SteeredTokens):
     """Arguments of `Model.steer`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Loading(AdapterSettings, ChatSettings):
-    """Arguments of `load`."""
 
 
 @dataclass(frozen=True)
@@ -171,14 +166,13 @@ def load(name: Name | None = None, *, adapter: Name | None = None, **options: An
         name: folder of an adapter, or folder, hub id or GGUF file of a base model. None: the adapter's base, else the
             embedded model.
         adapter: folder or hub id of an adapter.
-        options: `device`, `dtype`, `quantize`, `system_prompt` and others, see `LoadOptions` and `ChatSettings` in
-            `core.options`.
+        options: `device`, `dtype`, `quantize` and others, see `core.options.LoadOptions`.
 
     Raises:
         ConfigError: two adapters, an unknown option or device, or a value of another type.
         ModelError: model or adapter cannot be loaded, or they do not fit.
     """
-    given = build(_Loading, {"model": name, "adapter": adapter, **options}, python=True)
+    given = build(AdapterSettings, {"model": name, "adapter": adapter, **options}, python=True)
     model, stored = given.model, given.adapter
     folder = None if model is None else user_path(model)
     if folder is not None and (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file():

@@ -5,6 +5,7 @@ Values are converted only if their meaning is unambiguous. A note reports a conv
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,7 +66,8 @@ def _turns(value: Any, key: str, where: str, notes: set[str]) -> tuple[list[dict
 
 
 def _turn(turn: dict[str, Any], where: str, notes: set[str]) -> tuple[dict[str, Any], bool]:
-    """A turn in the standard form, and whether it is scored."""
+    """A turn in the standard form, without empty lists, and whether it is scored."""
+    turn = {key: value for key, value in turn.items() if value != []}
     if "role" not in turn and "from" in turn:
         turn |= {"role": turn.pop("from"), "content": turn.pop("value", None)}
     written = turn.get("role")
@@ -97,14 +99,11 @@ def _turn(turn: dict[str, Any], where: str, notes: set[str]) -> tuple[dict[str, 
 
 def _tool_call(call: dict[str, Any], where: str) -> dict[str, Any]:
     call = call if "function" in call else {"function": call}
-    function = call["function"]
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+    function = _parsed(call["function"])
+    arguments = _parsed(function.get("arguments") or {}) if isinstance(function, dict) else None
+    if not isinstance(arguments, dict) or not isinstance(function.get("name"), str):
         hint = 'Write {"function": {"name": ..., "arguments": {...}}}.'
-        raise DataError("a tool call without a name", where=where, hint=hint)
-    arguments = _parsed(function.get("arguments") or {})
-    if not isinstance(arguments, dict):
-        hint = "Arguments are an object, or an object as JSON text."
-        raise DataError(f"invalid arguments of `{function['name']}`", where=where, hint=hint)
+        raise DataError("an invalid tool call", where=where, hint=hint)
     return {"type": "function", **call, "function": {**function, "arguments": arguments}}
 
 
@@ -127,12 +126,10 @@ def _parsed(value: Any) -> Any:
     return value
 
 
-def _without_nulls(value: Any, is_value: bool = False) -> Any:
-    """Copy without null members, which Arrow adds, and without empty lists, except in arguments and schemas."""
-    if isinstance(value, list):
-        return [_without_nulls(item, is_value) for item in value]
-    if not isinstance(value, dict):
-        return value
-    # In arguments and schemas an empty list is a value.
-    inner = {key: _without_nulls(item, is_value or key in ("arguments", "parameters")) for key, item in value.items()}
-    return {key: item for key, item in inner.items() if item is not None and (is_value or item != [])}
+def _without_nulls(value: Any) -> Any:
+    """Copy without null members at every depth, which Arrow adds."""
+
+    def filled(members: dict[str, Any]) -> dict[str, Any]:
+        return {key: member for key, member in members.items() if member is not None}
+
+    return json.loads(json.dumps(value, default=str), object_hook=filled)

@@ -213,10 +213,7 @@ def iterate(names: Sequence[str], how: Reading) -> Iterator[Example]:
                 message = f"this row is {kind.name}, those before it are {seen.name}"
                 raise DataError(message, where=row.where, hint="Put each format into its own file, or give --columns.")
             seen = kind
-            try:
-                chat = read_chat(kind, fields, row.where)
-            except RecursionError as error:
-                raise DataError("values are nested too deep", where=row.where, hint="Fix the row.") from error
+            chat = read_chat(kind, fields, row.where)
             if chat is not None:
                 encoded, notes = encode_chat(how.tokenizer, chat, row.where, how.max_length)
                 notes += chat.notes

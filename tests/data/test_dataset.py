@@ -112,10 +112,6 @@ def test_a_chat_can_be_several_examples_of_one_row(tmp_path):
     examples = read_examples([path], how)
     assert [each.attribute for each in examples.conditions] == ["positive", "positive", None]
     assert examples.counts.chat
-    nested = '{"messages": [{"role": "user", "content": "a", "x": ' + '{"a":' * 900 + "1" + "}" * 900 + "}]}"
-    (tmp_path / "b.jsonl").write_text(nested)
-    with pytest.raises(DataError, match="nested too deep"):
-        check_rows([str(tmp_path / "b.jsonl")], Reading(tokenizer, 64))
 
 
 def test_missing_cells_of_csv_are_dropped(tmp_path):

@@ -14,6 +14,7 @@ rendered text, and the chat is refused if one of a scored turn is missing.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -341,10 +342,6 @@ def encode_chat(
             break
         except DataError as error:
             failures.append(error)
-        except _TEMPLATE_ERRORS as error:
-            hint = "Fix the row; many templates require alternating turns of user and assistant."
-            message = f"the chat template refuses it: {first_line(error)}"
-            failures.append(DataError(message, where=where, hint=hint))
     else:
         raise failures[0]
     encoded = []
@@ -384,11 +381,9 @@ _Render = Callable[[list[dict[str, Any]], bool], str]
 
 def _with_tool_calls(turn: dict[str, Any], empty: str | None, as_text: bool) -> dict[str, Any]:
     """A turn with `empty` in the place of an empty content, and with the arguments of its calls as JSON text."""
-    calls = turn.get("tool_calls", ())
-    if as_text:
-        texts = [json.dumps(call["function"]["arguments"], ensure_ascii=False) for call in calls]
-        functions = [{**call["function"], "arguments": text} for call, text in zip(calls, texts, strict=True)]
-        calls = [{**call, "function": function} for call, function in zip(calls, functions, strict=True)]
+    calls = copy.deepcopy(turn.get("tool_calls"))
+    for call in calls or () if as_text else ():
+        call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
     return {**turn, "content": turn["content"] or empty, "tool_calls": calls} if calls else turn
 
 
@@ -411,7 +406,12 @@ def _render_scored(
 
     # Not `apply_chat_template`, which drops a content of null.
     def render(turns: list[dict[str, Any]], prompt: bool) -> str:
-        (text,), marks[:] = render_jinja_template([turns], chat.tools, add_generation_prompt=prompt, **options)
+        try:
+            (text,), marks[:] = render_jinja_template([turns], chat.tools, add_generation_prompt=prompt, **options)
+        except _TEMPLATE_ERRORS as error:
+            hint = "Fix the row; many templates require alternating turns of user and assistant."
+            message = f"the chat template refuses it: {first_line(error)}"
+            raise DataError(message, where=where, hint=hint) from error
         return str(text)
 
     wanted = [index for index, is_scored in enumerate(chat.scored) if is_scored]
@@ -424,16 +424,11 @@ def _render_scored(
     texts = [text[start:end] for text, spans in rendered for start, end in spans]
     if len(texts) != len(wanted):  # marks need not be turns
         texts = ["".join(texts)] * len(wanted)
-    missing = [
-        f"tool `{name}`"
-        for name in (tool.get("function", tool).get("name") for tool in chat.tools or ())
-        if not all(_contains(text, name or "") for text, _ in rendered)
-    ]
-    missing += [
-        f"{part} of turn {index + 1}"
-        for index, text in zip(wanted, texts, strict=True)
-        if (part := _missing_part(chat.messages[index], text))
-    ]
+    tools = [str(tool.get("function", tool).get("name", "")) for tool in chat.tools or ()]
+    missing = [f"tool `{name}`" for name in tools if not all(_contains(text, name) for text, _ in rendered)]
+    for index, text in zip(wanted, texts, strict=True):
+        if part := _missing_part(chat.messages[index], text):
+            missing.append(f"{part} of turn {index + 1}")
     if missing:
         hint = "Use another template (--chat-template FILE), or rows of prompt and completion."
         raise DataError(f"the chat template leaves out the {missing[0]}", where=where, hint=hint)
@@ -509,16 +504,11 @@ def _missing_part(turn: dict[str, Any], text: str) -> str | None:
     return None
 
 
-def _values(arguments: Any) -> Iterator[Any]:
+def _values(arguments: Any) -> list[Any]:
     """Keys and values at every depth."""
     if isinstance(arguments, dict):
-        yield from arguments
-        arguments = list(arguments.values())
-    if isinstance(arguments, list):
-        for value in arguments:
-            yield from _values(value)
-    else:
-        yield arguments
+        return [each for key, value in arguments.items() for each in (key, *_values(value))]
+    return [each for value in arguments for each in _values(value)] if isinstance(arguments, list) else [arguments]
 
 
 def _contains(text: str, value: Any) -> bool:

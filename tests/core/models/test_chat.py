@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from braces_cli.core.config import build
 from braces_cli.core.errors import ConfigError, DataError
-from braces_cli.core.models.tokenize import IGNORED, chat_ids, choose_template, encode_chat, turn_ends
+from braces_cli.core.models.tokenize import IGNORED, Chat, chat_ids, choose_template, encode_chat, turn_ends
 from braces_cli.core.options import ChatSettings
 from braces_cli.data.chats import read_chat
 from braces_cli.data.dataset import decode_parts
@@ -109,50 +109,36 @@ def test_thoughts_follow_the_prompt_that_opens_them(template, content, scored):
 
 @pytest.mark.parametrize("name", ["tiny", "stories260K"])
 def test_the_prompt_has_its_tokens_of_generation(name, request):
-    """Also if prompt and answer could share a token, and with a tokenizer that starts each text with a space."""
-    if name == "tiny":
-        tokenizer = tiny_tokenizer()
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(request.getfixturevalue("shared") / "models" / name)
+    """Also if prompt and answer could share a token; not with a tokenizer that starts each text with a space."""
+    folder = None if name == "tiny" else request.getfixturevalue("shared") / "models" / name
+    tokenizer = tiny_tokenizer() if folder is None else AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    chat = [{"role": "user", "content": "the cat and t"}, {"role": "assistant", "content": "he end"}]
-    examples, _ = encode_chat(tokenizer, read_chat(ROW_OF_CHAT, {"messages": chat}, "a"), "a")
-    prompt, text = list(chat_ids(tokenizer, "the cat and t")), "the cat and the end"
-    assert tokenizer.decode(examples[0].ids).startswith(text)
-    assert name != "tiny" or examples[0].ids[: len(prompt)] == prompt
-    assert examples[0].ids[: len(prompt) - 1] == prompt[:-1]
+    chat = Chat([{"role": "user", "content": "the cat and t"}, CHAT[1] | {"content": "he end"}], [False, True])
+    ids, prompt = encode_chat(tokenizer, chat, "a")[0][0].ids, list(chat_ids(tokenizer, "the cat and t"))
+    assert tokenizer.decode(ids).startswith("the cat and the end")
+    assert (ids[: len(prompt)] == prompt) == (name == "tiny")
 
 
 CALL = {"type": "function", "function": {"name": "root", "arguments": '{"x": 9}'}}
 CALLS = [CHAT[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}]
-ANSWER = "{{ m.content + '</s>' }}"
-FOR_CALLS = "{% for m in messages %}{{ '<s>' }}{% if CONDITION %}{% for c in m.tool_calls %}{{ c.function.name }}"
-FOR_CALLS += "{{ WRITE }}{% endfor %}{{ '</s>' }}{% else %}" + ANSWER + "{% endif %}{% endfor %}"
-FOR_CALLS += "{% if add_generation_prompt %}{{ '<s>' }}{% endif %}"
 
 
 def tool_template(write="c.function.arguments | tojson", condition="'tool_calls' in m"):
-    return FOR_CALLS.replace("WRITE", write).replace("CONDITION", condition)
+    """A template that writes the calls of a turn in the place of its content."""
+    calls = "{% for c in m.tool_calls %}{{ c.function.name }}{{ " + write + " }}{% endfor %}{{ '</s>' }}"
+    turn = "{{ '<s>' }}{% if " + condition + " %}" + calls + "{% else %}{{ m.content + '</s>' }}{% endif %}"
+    return "{% for m in messages %}" + turn + "{% endfor %}{% if add_generation_prompt %}{{ '<s>' }}{% endif %}"
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
+def test_tool_calls_in_the_form_that_the_template_accepts():
+    """Arguments as an object, as text, and text where an object would appear as Python; null as the content."""
+    for template in (
         tool_template(),
         tool_template("'' + c.function.arguments"),
         tool_template("c.function.arguments"),
         tool_template(condition="m.content is none"),
-    ],
-    ids=["object", "text", "text or Python", "null content"],
-)
-def test_tool_calls_in_the_form_that_the_template_accepts(template):
-    assert scored_texts(template, CALLS) == [['root{"x": 9}</s>']]
-
-
-@pytest.mark.parametrize("extra", [{"tool_calls": []}, {"tool_calls": None}])
-def test_no_tool_calls(extra):
-    """Templates that test for the key would write the calls in the place of the answer."""
-    assert scored_texts(tool_template(), [CHAT[0], CHAT[1] | extra]) == [["it is</s>"]]
+    ):
+        assert scored_texts(template, CALLS) == [['root{"x": 9}</s>']]
 
 
 @pytest.mark.parametrize(
@@ -179,15 +165,7 @@ def test_ends_of_turns_are_found_from_the_template(answer, call, ends):
 
 
 @pytest.mark.parametrize(
-    ("value", "shown"),
-    [
-        ("false", "no"),
-        ("False", "no"),
-        ("true", "yes True"),
-        ("none", "no"),
-        ("0.5", "yes 0.5"),
-        ("a 'b' %}", "yes a 'b' %}"),
-    ],
+    ("value", "shown"), [("False", "no"), ("true", "yes True"), ("0.5", "yes 0.5"), ("a 'b' %}", "yes a 'b' %}")]
 )
 def test_arguments_of_the_template(value, shown):
     """JSON values or text; visible in macros, and replaced by the caller's."""
