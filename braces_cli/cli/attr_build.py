@@ -48,7 +48,7 @@ class AttributeBuildSettings(AdapterSettings, ChatSettings, OverwriteSettings, U
         "attribute", "describe", "against", "pairs", "words", "examples", "output_dir", "list_attributes",
     )  # fmt: skip
 
-    attribute: tuple[str, ...] = option((), metavar="NAME", complete=built_in)
+    attribute: tuple[str, ...] = option((), metavar="NAME")
     describe: tuple[str, ...] = option((), metavar="TEXT")
     against: tuple[str, ...] = option((), metavar="TEXT")
     pairs: Path | None = option(None, metavar="FILE")

@@ -10,32 +10,15 @@ import typer
 
 from braces_cli.cli.options import command, show_plan
 from braces_cli.cli.output import print_json, print_pairs, progress
+from braces_cli.core import options
 from braces_cli.core.attributes.options import AttributeSettings
 from braces_cli.core.config import OUTPUT, Settings, option
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.models.hub import is_gguf
-from braces_cli.core.options import (
-    AdapterSettings,
-    FolderSettings,
-    ModelSettings,
-    OutputSettings,
-    OverwriteSettings,
-    SteeredLayers,
-    UploadSettings,
-)
 
 app = typer.Typer(help="Export adapters and attributes for other programs to serve.", no_args_is_help=True)
 
 # Names of a result's fields in the table.
-_LABELS = {
-    "case": "written as",
-    "max_logit_difference": "largest difference of a logit from base and adapter",
-    "relative_difference": "the same over the largest logit",
-    "rounding": "rounding error of the base's logits",
-    "adapter_effect": "largest change of a logit by the adapter",
-    "effect_missing": "share of the adapter's change that is lost",
-    "probes": "probe prompts",
-}
 _CASES = {
     "a": "more neurons in the gated FFN",
     "b": "a Llama with more neurons in its FFN",
@@ -46,7 +29,7 @@ _CASES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class SteeringSettings(AdapterSettings, AttributeSettings, SteeredLayers, OutputSettings):
+class SteeringSettings(options.AdapterSettings, AttributeSettings, options.SteeredLayers, options.OutputSettings):
     """Base, adapter and attributes."""
 
 
@@ -62,7 +45,7 @@ class WidthSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeSettings(WidthSettings, UploadSettings, SteeringSettings, FolderSettings):
+class MergeSettings(WidthSettings, options.UploadSettings, SteeringSettings, options.FolderSettings):
     """Settings of `braces merge`.
 
     Attributes:
@@ -107,7 +90,7 @@ def merge(settings: MergeSettings) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlotsSettings(WidthSettings, ModelSettings, OutputSettings, FolderSettings):
+class SlotsSettings(WidthSettings, options.ModelSettings, options.OutputSettings, options.FolderSettings):
     """Settings of `braces export slots`.
 
     Attributes:
@@ -133,7 +116,7 @@ def slots(settings: SlotsSettings) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraSettings(SteeringSettings, FolderSettings):
+class LoraSettings(SteeringSettings, options.FolderSettings):
     """Settings of `braces export lora`.
 
     Attributes:
@@ -164,7 +147,7 @@ def lora(settings: LoraSettings) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodeSettings(SteeringSettings, FolderSettings):
+class CodeSettings(SteeringSettings, options.FolderSettings):
     """Settings of `braces export code`."""
 
     first_options = ("adapter", "output_dir", "attribute", "s", "model")
@@ -180,7 +163,7 @@ def code(settings: CodeSettings) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VectorSettings(SteeringSettings, OverwriteSettings):
+class VectorSettings(SteeringSettings, options.OverwriteSettings):
     """Settings of `braces export control-vector`.
 
     Attributes:
@@ -255,7 +238,7 @@ def _export(
     _print_result(settings, result, title)
 
 
-def _print_result(settings: OutputSettings, result: dict[str, Any], title: str = "exported") -> None:
+def _print_result(settings: options.OutputSettings, result: dict[str, Any], title: str = "exported") -> None:
     if settings.json:
         print_json(result)
         return
@@ -266,4 +249,4 @@ def _print_result(settings: OutputSettings, result: dict[str, Any], title: str =
     if "effect_missing" in result:
         # Rounding may make it slightly negative.
         shown["effect_missing"] = f"{max(0.0, result['effect_missing']):.2%}"
-    print_pairs(title, shown, _LABELS)
+    print_pairs(title, shown)

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from braces_cli.cli.options import command
-from braces_cli.cli.output import note, print_json, print_json_lines, print_pairs, print_table, progress
+from braces_cli.cli.output import note, print_json, print_json_lines, print_result, print_table, progress
 from braces_cli.core.attributes.options import AttributesFolder
-from braces_cli.core.attributes.words import built_in
 from braces_cli.core.config import DATA, GENERATION, SeedSettings, option, parse_ranges, same_option
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.options import AdapterSettings, DisplaySettings, OverwriteSettings, Sampling
@@ -118,10 +117,7 @@ def values(settings: ValuesSettings) -> None:
             vectors = write_map(output, header, rows)
             written = {name: header[name] for name in ("model", "side", "top_k")}
             written |= {"output": str(output), "vectors": vectors, "bytes": output.stat().st_size}
-            if settings.json:
-                print_json(written)
-            else:
-                print_pairs("map written", written)
+            print_result(settings.json, "map written", written)
             return
         if settings.json:
             print_json_lines(rows)
@@ -148,7 +144,7 @@ class FindSettings(AttributesFolder, VectorSettings):
     first_options = ("model", "adapter", "attribute", "map_file", "limit")
 
     words: tuple[str, ...] = option((), metavar="TOKEN_OR_WORD", argument=True)
-    attribute: str | None = option(None, metavar="NAME", complete=built_in)
+    attribute: str | None = option(None, metavar="NAME")
     map_file: Path | None = option(None, flag="--map")
     limit: int = option(20, min=1)
     top_k: int = option(10, min=1)
@@ -257,16 +253,8 @@ def trace(settings: TraceSettings) -> None:
             positions = parse_ranges(settings.positions, len(ids), "--positions")
         target = None if settings.target is None else lens.vocabulary.single(settings.target, "--target")
         layers = [ffn.layer for ffn in _chosen_ffns(session, settings)]
-        traced = tracing.trace(
-            session,
-            lens,
-            ids,
-            target=target,
-            layers=layers,
-            positions=positions,
-            top=settings.limit,
-            top_k=settings.top_k,
-        )
+        listed = {"top": settings.limit, "top_k": settings.top_k}
+        traced = tracing.trace(session, lens, ids, target=target, layers=layers, positions=positions, **listed)
     if settings.json:
         print_json({"prompt": settings.prompt, **traced})
         return
@@ -412,10 +400,7 @@ def report(settings: ReportSettings) -> None:
             "adapter": None if session.folder is None else str(session.folder),
             "bytes": settings.output.stat().st_size,
         }
-    if settings.json:
-        print_json(written)
-    else:
-        print_pairs("", written)
+    print_result(settings.json, "", written)
 
 
 app = typer.Typer(help="Inspect a model and its adapter.", invoke_without_command=True)

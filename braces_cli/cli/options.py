@@ -9,15 +9,14 @@ Typer passes texts; `core.config.build` converts them, and those of the file of 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import MISSING
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from braces_cli.cli.output import print_json, print_pairs, set_up
+from braces_cli.cli.output import print_result, set_up
 from braces_cli.core.config import PANELS, build, options_of
 from braces_cli.core.distributed import check_variables, is_main
 from braces_cli.core.options import OutputSettings
@@ -52,8 +51,6 @@ def command(function: Callable[[Any], None]) -> Callable[..., None]:
         }
         if about.type is not bool:
             details["metavar"] = about.metavar or "|".join(about.choices) or _METAVARS[about.type]
-        if about.choices or about.complete:
-            details["autocompletion"] = _completion(about.complete or partial(tuple, about.choices))
         # With explicit names Typer adds no `--no-...`.
         typed = typer.Argument(**details) if about.argument else typer.Option(*about.flag.split(","), **details)
         received: Any = list[str] if about.many or about.once else bool if about.type is bool else str
@@ -70,16 +67,6 @@ def command(function: Callable[[Any], None]) -> Callable[..., None]:
     return run
 
 
-def _completion(values: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
-    """Return Typer's completion function, which completes the last part of a comma-separated word."""
-
-    def complete(incomplete: str) -> list[str]:
-        before, comma, part = incomplete.rpartition(",")
-        return [f"{before}{comma}{value}" for value in values() if value.startswith(part)]
-
-    return complete
-
-
 def show_plan(settings: OutputSettings, facts: dict[str, Any] | None = None, unused: Collection[str] = ()) -> None:
     """Print the settings of a dry run.
 
@@ -88,8 +75,7 @@ def show_plan(settings: OutputSettings, facts: dict[str, Any] | None = None, unu
         unused: settings without an effect in this run, which the table omits.
     """
     resolved, facts = settings.resolved(), facts or {}
-    if settings.json:
-        print_json({**facts, "settings": resolved})
-        return
-    shown = {name: value for name, value in resolved.items() if name not in unused and name not in facts}
-    print_pairs("dry run, nothing is written", {**facts, **shown})
+    shown = (
+        {"settings": resolved} if settings.json else {k: v for k, v in resolved.items() if k not in (*facts, *unused)}
+    )
+    print_result(settings.json, "dry run, nothing is written", {**facts, **shown})

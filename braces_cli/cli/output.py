@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -146,7 +146,7 @@ def print_table(title: str | Sequence[str], columns: Sequence[str], rows: Iterab
         console().print(table)
 
 
-def print_pairs(title: str, pairs: dict[str, Any], labels: Mapping[str, str] | None = None) -> None:
+def print_pairs(title: str, pairs: dict[str, Any]) -> None:
     """Print a table of names and values without None and empty values.
 
     Args:
@@ -160,8 +160,16 @@ def print_pairs(title: str, pairs: dict[str, Any], labels: Mapping[str, str] | N
             value = ", ".join(one_line(cell(item)) for item in value)
         elif isinstance(value, str):
             value = one_line(value)
-        shown.append(((labels or {}).get(name, name.replace("_", " ")), value))
+        shown.append((name.replace("_", " "), value))
     print_table(title, ["", ""], shown)
+
+
+def print_result(as_json: bool, title: str, result: dict[str, Any]) -> None:
+    """Print a result as a JSON document or as a table of names and values."""
+    if as_json:
+        print_json(result)
+    else:
+        print_pairs(title, result)
 
 
 def cell(value: Any) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 from braces_cli.cli.options import command
-from braces_cli.cli.output import print_json, print_pairs, print_table
+from braces_cli.cli.output import print_json, print_result, print_table
 from braces_cli.core.config import option
 from braces_cli.core.errors import ConfigError, near_misses
 from braces_cli.core.options import DisplaySettings, OverwriteSettings
@@ -60,11 +60,7 @@ def copy_recipe(settings: CopySettings) -> None:
     with output_lock(output):
         check_output_file(output, settings.overwrite)
         write_text(output, known[name])
-    result = {"recipe": name, "output": str(output)}
-    if settings.json:
-        print_json(result)
-    else:
-        print_pairs("", result)
+    print_result(settings.json, "", {"recipe": name, "output": str(output)})
 
 
 def recipes() -> dict[str, str]:

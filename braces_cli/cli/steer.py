@@ -14,16 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from braces_cli.cli.options import command, show_plan
-from braces_cli.cli.output import (
-    console,
-    note,
-    print_json,
-    print_json_lines,
-    print_pairs,
-    print_text,
-    progress,
-    rich_text,
-)
+from braces_cli.cli.output import console, note, print_json_lines, print_result, print_text, progress, rich_text
 from braces_cli.core.config import SETTINGS_FILE, options_of, write_settings
 from braces_cli.core.distributed import is_main, join, world_size
 from braces_cli.core.errors import BracesError, ConfigError, DataError
@@ -123,10 +114,7 @@ def _write_file(settings: SteerSettings, output: Path, requests: Iterator[TextRe
         "resumed_from": file.rows if settings.resume else None,
         "seconds": time.monotonic() - start,
     }
-    if settings.json:
-        print_json(result)
-    else:
-        print_pairs("texts written", result)
+    print_result(settings.json, "texts written", result)
 
 
 def _rows(settings: SteerSettings, requests: Iterator[TextRequest], **details: Any) -> Iterator[dict[str, Any]]:

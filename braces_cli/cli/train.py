@@ -10,21 +10,8 @@ from braces_cli.cli.output import print_json, print_pairs, print_table, progress
 from braces_cli.core.errors import BracesError, ConfigError
 from braces_cli.training.settings import TrainSettings
 
+
 # Labels of the fields of the result.
-_LABELS = {
-    "base_eval_loss": "evaluation loss of the base",
-    "base_eval_perplexity": "evaluation perplexity of the base",
-    "eval_loss": "evaluation loss of the adapter",
-    "eval_perplexity": "evaluation perplexity of the adapter",
-    "condition_parameters": "parameters of the attributes' MLP",
-    "trainable_percent": "trainable parameters, percent",
-    "padding_share": "share of computed tokens that is padding",
-    "packed": "several examples a row",
-    "rows_truncated": "rows cut to the maximum length",
-    "rows_dropped": "rows without a token to score",
-}
-
-
 @command
 def train(settings: TrainSettings) -> None:
     """Fine-tune an adapter, or a baseline of peft, on texts, prompts and completions, instructions or chats."""
@@ -71,12 +58,8 @@ def _show(settings: TrainSettings, title: str, result: dict[str, Any]) -> None:
     if settings.json:
         print_json(result)
         return
-    shown = {
-        **result,
-        "peak_memory": decimal(result["peak_memory"]),
-        "padding_share": f"{result['padding_share']:.1%}",
-    }
-    print_pairs(title, shown, _LABELS)
+    shown = {**result, "peak_memory": decimal(result["peak_memory"]), "padding_share": f"{result['padding_share']:.1%}"}
+    print_pairs(title, shown)
 
 
 def _check(settings: TrainSettings) -> None:
@@ -101,12 +84,6 @@ def _show_rows(source: str, found: dict[str, Any]) -> None:
     counts = {name: value for name, value in found.items() if not isinstance(value, (list, dict))}
     lengths = {f"length, {name}": value for name, value in found["lengths"].items()}
     print_pairs(source, {**counts, **lengths})
-    most = max(bar["examples"] for bar in found["histogram"])
-    bars = [
-        [f"{bar['from']}-{bar['to']}", bar["examples"], "#" * -(-40 * bar["examples"] // most)]
-        for bar in found["histogram"]
-    ]
-    print_table("tokens of an example", ["tokens", "examples", ""], bars)
     print_table("formats", ["", "rows"], found["formats"].items())
     if found["notes"]:
         print_table("notes", ["", "rows"], found["notes"].items())

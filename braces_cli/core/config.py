@@ -24,7 +24,7 @@ import inspect
 import logging
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field
 from numbers import Integral, Real
@@ -67,36 +67,27 @@ _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 # The words of YAML 1.1.
 _TRUTH = {"yes": True, "on": True, "no": False, "off": False}
 
-# Setting -> names in transformers' Trainer, trl, peft, lm-eval, llama.cpp or earlier versions. The first setting that
-# the command has is suggested.
+# Setting -> names in transformers' Trainer, trl, peft, lm-eval or llama.cpp that are not similar to it. The first
+# setting that the command has is suggested.
 OTHER_NAMES: dict[str, str] = {
     "adapter": "lora peft",
-    "baselines": "against",
-    "batch_size": "eval_batch_size per_device_eval_batch_size per_device_train_batch_size",
-    "output": "o out output_path",
-    "output_dir": "o out output_path",
-    "data": "dataset dataset_name file train_data train_file",
-    "dtype": "bf16 fp16 torch_dtype",
-    "epochs": "num_epochs num_train_epochs",
-    "eval_data": "validation_file",
-    "gradient_accumulation": "gradient_accumulation_steps",
+    "output": "o out",
+    "output_dir": "o out",
+    "data": "file train_file",
+    "dtype": "bf16 fp16",
     "lora_alpha": "alpha",
-    "lora_targets": "lora_target_modules target_modules",
     "lr": "learning_rate",
-    "max_length": "cutoff_len max_seq_len max_seq_length",
-    "max_new_tokens": "max_tokens n n_predict",
-    "model": "base_model m model_args model_name model_name_or_path pretrained",
+    "max_length": "cutoff_len",
+    "max_new_tokens": "n n_predict",
+    "model": "base_model m model_name_or_path pretrained",
     "num_samples": "num_return_sequences",
     "prompt": "p",
-    "prompts": "dataset dataset_name f file",
+    "prompts": "f file",
     "quantize": "load_in_4bit load_in_8bit",
     "rank": "lora_r r",
-    "reference_model": "judge_model",
     "resume": "resume_from_checkpoint",
     "s": "alpha scale strength",
     "schedule": "lr_scheduler_type",
-    "show_unsteered": "beside",
-    "temperature": "temp",
 }
 
 
@@ -117,7 +108,6 @@ class Option:
         display: the setting only changes what is printed; it is not recorded.
         argument: positional argument on the command line.
         once: one value, for an option that is repeatable in other commands; a second value is an error.
-        complete: values for shell completion; for a comma-separated option, of each part.
         help: one or two sentences from the docstring of the class; `--help` adds a default other than None.
         label: name in messages, such as `--max-steps`.
         keys: names in YAML and Python.
@@ -139,7 +129,6 @@ class Option:
     display: bool = False
     argument: bool = False
     once: bool = False
-    complete: Callable[[], Iterable[str]] | None = None
     # Set by `options_of`.
     help: str = ""
     label: str = ""
@@ -369,7 +358,7 @@ def _simple(value: Any, of: type) -> Any:
 
 
 def matching_setting(name: str, known: Collection[str]) -> str | None:
-    """Return the setting in `known` for the name of another tool or of an earlier version, else None."""
+    """Return the setting in `known` for the name of another tool, else None."""
     key = name.lstrip("-").replace("-", "_")
     return next((each for each, names in OTHER_NAMES.items() if each in known and key in names.split()), None)
 

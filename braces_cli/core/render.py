@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from braces_cli.core.files import write_atomic
-from braces_cli.core.text import markdown_code, markdown_text, public_name
+from braces_cli.core.text import markdown_text, public_name
 
 
 def render(name: str, data: dict[str, Any], **filters: Callable[[Any], Any]) -> str:
@@ -27,7 +27,7 @@ def render(name: str, data: dict[str, Any], **filters: Callable[[Any], Any]) -> 
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"text": markdown_text, "code": markdown_code, "name": public_name} | filters
+    environment.filters |= {"text": markdown_text, "name": public_name} | filters
     return environment.get_template(name).render(data)
 
 

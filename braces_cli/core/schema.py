@@ -12,9 +12,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar, get_type_hints
+from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
 
@@ -176,25 +176,6 @@ def check(kind: Kind[T], value: Any, where: str) -> T:
     except (msgspec.ValidationError, UnicodeEncodeError) as error:
         raise kind.error(_explained(str(error), value), where=where, hint=kind.hint) from error
     return result
-
-
-def options_schema(kind: type) -> type:
-    """Return a dataclass with the arguments of `kind`, a dataclass of another library; each may be missing.
-
-    Types that msgspec does not know accept any value, and so do names of initial weights, which can contain a number.
-    A factor (`alpha`) is a number even where it is declared as int.
-    """
-    hints, found = get_type_hints(kind), []
-    for each in fields(kind):
-        hint = hints[each.name]
-        hint = float if hint is int and "alpha" in each.name else hint
-        try:
-            msgspec.convert(None, hint | None)
-            hint = Any if each.name.startswith("init_") else hint
-        except TypeError:
-            hint = Any
-        found.append((each.name, hint | None if each.default is None else hint, field(default=None)))
-    return make_dataclass(kind.__name__, found)
 
 
 def stored_form(value: Any) -> Any:

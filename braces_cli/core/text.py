@@ -54,17 +54,6 @@ def markdown_text(value: Any) -> str:
     return _MARKUP.sub(lambda found: "".join(f"\\{character}" for character in found[0]), escaped(str(value)))
 
 
-def markdown_code(value: Any) -> str:
-    """Format a value as a Markdown code span, on one line."""
-    # A code span has no escapes: use a longer fence for backticks, and plain text for a bar, which would end a cell.
-    shown = escaped(str(value))
-    if "|" in shown or not shown.strip():
-        return markdown_text(shown)
-    fence = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
-    space = " " if shown.startswith(("`", " ")) or shown.endswith(("`", " ")) else ""
-    return f"{fence}{space}{shown}{space}{fence}"
-
-
 def public_name(value: str) -> str:
     """Return the last part of a local path, for texts that are shared; a hub id (owner/name) stays as it is."""
     if value.startswith("peft:"):  # a method of training: the config follows

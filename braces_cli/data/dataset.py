@@ -339,7 +339,6 @@ class Stream:
                 yield example
 
 
-BARS = 10
 SHOWN = 2
 # Maximum tokens of a shown example.
 SHOWN_TOKENS = 512
@@ -350,8 +349,8 @@ def check_rows(names: Sequence[str], how: Reading, report: Report = silent) -> d
 
     Returns:
         `rows, examples, truncated, dropped, tokens, scored_tokens, max_length, lengths: {least, median, mean, most},
-        histogram: [{from, to, examples}], formats: {name: rows}, attributes: {name: rows}, shown: [{where, parts:
-        [{text, scored}]}], strengths: {attribute: {least, mean, most}}, dropped_at: [where], notes: {note: rows}`.
+        formats: {name: rows}, attributes: {name: rows}, shown: [{where, parts: [{text, scored}]}], strengths:
+        {attribute: {least, mean, most}}, dropped_at: [where], notes: {note: rows}`.
 
     Raises:
         DataError: a row cannot be read, or none has a scored token.
@@ -376,12 +375,6 @@ def check_rows(names: Sequence[str], how: Reading, report: Report = silent) -> d
     check_some(names, lengths.total(), counts.rows)
     ranked = sorted(lengths.elements())
     least, most, tokens = ranked[0], ranked[-1], sum(ranked)
-    # At most ten bars of equal width.
-    width = -(-(most - least + 1) // BARS)
-    histogram = [
-        {"from": start, "to": start + width - 1, "examples": sum(lengths[n] for n in range(start, start + width))}
-        for start in range(least, most + 1, width)
-    ]
     median = ranked[(len(ranked) - 1) // 2]
     return {
         "rows": counts.rows,
@@ -392,7 +385,6 @@ def check_rows(names: Sequence[str], how: Reading, report: Report = silent) -> d
         "scored_tokens": scored,
         "max_length": how.max_length,
         "lengths": {"least": least, "median": median, "mean": tokens / len(ranked), "most": most},
-        "histogram": histogram,
         "formats": dict(formats),
         "attributes": {name: len(values) for name, values in strengths.items()},
         "shown": shown,

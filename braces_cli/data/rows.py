@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from braces_cli.core.errors import ConfigError, DataError, near_misses
 from braces_cli.core.files import check_regular, file_hint, path_exists, user_path
@@ -21,6 +21,7 @@ from braces_cli.core.models.hub import hub_errors, is_hub_id
 from braces_cli.core.schema import ROW, Malformed, decode, parse
 
 # Files of rows with keys; and all files of rows, where a line of text is a row with the key `text`.
+T = TypeVar("T")
 STRUCTURED = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 READABLE = (*STRUCTURED, ".txt")
 
@@ -64,18 +65,23 @@ def read_rows(name: str, *, streaming: bool = False) -> Iterator[Source]:
         raise DataError(f"cannot read `{path.suffix or 'no'}` files", where=name, hint=f"Use {', '.join(READABLE)}.")
     else:
         rows = reader(path)
+    yield from reported(rows, name, "no rows", "Give a file with at least one row.")
+
+
+def reported(rows: Iterable[T], where: str, nothing: str, hint: str) -> Iterator[T]:
+    """Yield the rows; raise a DataError if the input is not UTF-8, cannot be read, or is empty (`nothing`)."""
     empty = True
     try:
         for row in rows:
             empty = False
             yield row
     except UnicodeDecodeError as error:
-        hint = "Convert it, for example with iconv."
-        raise DataError(f"not UTF-8 (byte {error.start})", where=name, hint=hint) from error
+        convert = "Convert it, for example with iconv."
+        raise DataError(f"not UTF-8 (byte {error.start})", where=where, hint=convert) from error
     except OSError as error:
-        raise DataError(f"cannot read: {error.strerror or error}", where=name, hint=file_hint(error)) from error
+        raise DataError(f"cannot read: {error.strerror or error}", where=where, hint=file_hint(error)) from error
     if empty:
-        raise DataError("no rows", where=name, hint="Give a file with at least one row.")
+        raise DataError(nothing, where=where, hint=hint)
 
 
 def _row(fields: Any, where: str, untyped: bool = False) -> Source:
@@ -86,7 +92,7 @@ def _row(fields: Any, where: str, untyped: bool = False) -> Source:
 
 def _lines(path: Path) -> Iterator[Source]:
     """A row per line that is not blank: a JSON object, or in a text file the value of the key `text`."""
-    is_text = path.suffix.lower() == ".txt"
+    is_text = path.suffix.lower() not in (".jsonl", ".json")
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
@@ -320,21 +326,12 @@ def read_texts(path: Path, *, field: str | None = None) -> list[str]:
         DataError: missing, not UTF-8, a broken row, or no text in it.
     """
     if path.suffix.lower() in STRUCTURED:
-        texts = [_text(row, field) for row in read_rows(str(path))]
+        texts: Iterable[str] = [_text(row, field) for row in read_rows(str(path))]
     else:
         check_regular(path, DataError, "Give a file with one text per line.")
-        try:
-            # Not `splitlines`, which also splits at form feeds and other characters.
-            texts = path.read_text(encoding="utf-8-sig").split("\n")
-        except (UnicodeDecodeError, OSError) as error:
-            why = (
-                f"not UTF-8 (byte {error.start})" if isinstance(error, UnicodeDecodeError) else f"cannot read: {error}"
-            )
-            raise DataError(why, where=str(path), hint="Give UTF-8, one text per line.") from error
-    texts = [text for text in texts if text.strip()]
-    if not texts:
-        raise DataError("all texts are blank", where=str(path), hint="Give one text per line, or rows with `text`.")
-    return texts
+        texts = (row.fields["text"] for row in _lines(path))
+    hint = "Give one text per line, or rows with `text`."
+    return list(reported((text for text in texts if text.strip()), str(path), "all texts are blank", hint))
 
 
 def _text(row: Source, field: str | None) -> str:

@@ -31,11 +31,11 @@ from torch import Tensor
 
 from braces_cli.core.adapter.model import Session
 from braces_cli.core.attributes.directions import area
-from braces_cli.core.attributes.pooling import Row, Watch, pooled_batches
+from braces_cli.core.attributes.pooling import Watch, pooled_batches, text_rows
 from braces_cli.core.attributes.vector import Attribute
 from braces_cli.core.distributed import Processes
 from braces_cli.core.errors import BracesError, DataError
-from braces_cli.core.models.tokenize import context_length, encode
+from braces_cli.core.models.tokenize import context_length
 from braces_cli.core.progress import Report, silent
 from braces_cli.data.rows import read_rows, read_texts
 from braces_cli.evaluation.results import Metric, Scores
@@ -317,11 +317,7 @@ def detection(
 def projections(session: Session, attribute: Attribute, texts: Sequence[str], report: Report) -> Tensor:
     """Return the largest projection of a token's FFN input on p / |p|, (layers, texts), after special tokens."""
     base = session.base
-    max_length, special = context_length(base.model.config, base.tokenizer), set(base.tokenizer.all_special_ids)
-    rows: list[Row] = []
-    for text in texts:
-        ids = encode(base.tokenizer, text, max_length=max_length).ids
-        rows.append((ids, next((place for place, token in enumerate(ids) if token not in special), 0)))
+    rows = text_rows(session, texts)
     directions = F.normalize(attribute.state, dim=-1)
 
     def projected(ffn: Any) -> Watch:

@@ -15,9 +15,10 @@ from braces_cli.core.attributes.files import attribute_hashes
 from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.config import SETTINGS_FILE, options_of, write_settings
-from braces_cli.core.distributed import Processes, join, world_size
+from braces_cli.core.distributed import join
 from braces_cli.core.errors import ConfigError, DataError, near_misses
 from braces_cli.core.files import check_apart, file_hash, scratch_folder, value_hash, versions
+from braces_cli.core.models.load import pick_device
 from braces_cli.core.models.tokenize import context_length, has_template
 from braces_cli.core.options import LoadOptions
 from braces_cli.core.progress import Report, silent
@@ -51,8 +52,9 @@ def run_evaluation(settings: EvalSettings, report: Report = silent) -> dict[str,
     model, revision = resolve_base(settings.model, settings.revision, adapters)
     if settings.output_dir is not None:
         check_apart(settings.output_dir, model, settings.attributes, *settings.adapter)
-    processes, device = _join(settings)
-    settings = replace(settings, model=model, revision=revision, device=device)
+    device = pick_device(settings.device)
+    processes = join(device, with_accelerator=True)
+    settings = replace(settings, model=model, revision=revision, device=str(device))
     identity = _identity(settings, adapters, selection, files)
     if processes.first:
         store.begin(identity, settings.resume)
@@ -111,19 +113,6 @@ def check_settings(settings: EvalSettings) -> tuple[catalog.Selection, dict[str,
         native = catalog.NATIVE_TASKS.get(name)
         rows[name] = read_task_rows(name, file) if native is None else native.read(file)
     return selection, files, rows
-
-
-def _join(settings: EvalSettings) -> tuple[Processes, str]:
-    """Join the other processes, and return the device of this one."""
-    device = settings.device
-    if world_size() == 1:
-        return Processes(), device
-    import torch
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    processes = join(torch.device(device), with_accelerator=True)
-    return processes, str(processes.accelerator.device) if device == "cuda" else device
 
 
 def _template(settings: EvalSettings, adapters: Sequence[EvalAdapter]) -> str | None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from braces_cli.core.attributes.options import AttributeNames, SteeredTokens, strength_points
-from braces_cli.core.attributes.words import built_in
 from braces_cli.core.config import ATTRIBUTES, GENERATION, OUTPUT, SCORING, TASKS, option
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.options import (
@@ -19,7 +18,6 @@ from braces_cli.core.options import (
     OverwriteSettings,
     ScoringSettings,
 )
-from braces_cli.scoring.scorers import BUILT_IN
 
 # lm-eval's seeds: without --seed, few-shot examples are those of lm-eval.
 SEEDS = {"python": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
@@ -29,11 +27,6 @@ TEXT_TASKS = ("sentiment", "toxicity")
 SAMPLES = {"sentiment": 1, "toxicity": 25}
 # Settings that texts and their scores depend on.
 _GENERATION = ("max_new_tokens", "temperature", "top_p", "reference_model", "exclude_list_words")
-# Tasks and groups for shell completion of `--tasks`; lm-eval has many more.
-TASK_NAMES = (
-    "zero_shot", "commonsense", "commonsense_gen", "truthfulqa", "popqa", "triviaqa", "nq_open", "perplexity",
-    *TEXT_TASKS, "answers", "detection", "embedded",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +62,7 @@ class EvalSettings(
     first_options = ("tasks", "model", "adapter", "output_dir", "limit")
     required = ("tasks",)
 
-    tasks: tuple[str, ...] = option((), metavar="NAMES", complete=lambda: TASK_NAMES)
+    tasks: tuple[str, ...] = option((), metavar="NAMES")
     task_data: tuple[str, ...] = option((), metavar="NAME=FILE", panel=TASKS)
     task_data_dir: Path | None = option(None, panel=TASKS)
     limit: int | None = option(None, min=1, panel=TASKS)
@@ -79,15 +72,10 @@ class EvalSettings(
     no_base: bool = option(False, panel=TASKS)
     fail_under: tuple[str, ...] = option((), metavar="TASK:METRIC=VALUE", panel=SCORING)
 
-    attribute: tuple[str, ...] = option((), metavar="NAME", panel=ATTRIBUTES, complete=built_in)
+    attribute: tuple[str, ...] = option((), metavar="NAME", panel=ATTRIBUTES)
     s: tuple[str, ...] = option((), metavar="STRENGTHS", panel=ATTRIBUTES)
     num_samples: int | None = option(None, min=1, panel=GENERATION)  # type: ignore[assignment]
-    scorer: tuple[str, ...] = option(
-        (),
-        metavar="TASK=SCORER",
-        complete=lambda: [f"{task}={name}" for task in TEXT_TASKS for name in BUILT_IN],
-        panel=SCORING,
-    )
+    scorer: tuple[str, ...] = option((), metavar="TASK=SCORER", panel=SCORING)
 
     adapter: tuple[str, ...] = option((), metavar="ADAPTER")
     output_dir: Path | None = option(None)

@@ -15,17 +15,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from braces_cli.core.adapter import files
 from braces_cli.core.adapter import model as sessions
-from braces_cli.core.adapter.files import (
-    ANY_CONFIG,
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    StoredAdapter,
-    adapter_folder,
-    adapter_hash,
-    check_peft_config,
-    read_config,
-)
 from braces_cli.core.adapter.model import Session
 from braces_cli.core.attributes.vector import Attribute
 from braces_cli.core.errors import ConfigError, ModelError, first_line
@@ -64,7 +55,7 @@ class EvalAdapter:
     revision: str | None
     sha256: str
     chat_template: bool | None = None
-    stored: StoredAdapter | None = None
+    stored: files.StoredAdapter | None = None
 
 
 @dataclass
@@ -89,21 +80,21 @@ class System:
 
 def find_eval_adapter(name: str) -> EvalAdapter:
     """Read an adapter given as a folder or hub id; loads no model."""
-    folder = adapter_folder(name)
-    config_file = folder / CONFIG_FILE
-    raw = read(ANY_CONFIG, config_file) if path_exists(config_file) else {}
+    folder = files.adapter_folder(name)
+    config_file = folder / files.CONFIG_FILE
+    raw = read(files.ANY_CONFIG, config_file) if path_exists(config_file) else {}
     if "peft_type" not in raw or raw.get("method") == BRACES:
-        stored = StoredAdapter(name, folder, read_config(folder))
+        stored = files.StoredAdapter(name, folder, files.read_config(folder))
         config, _ = stored.config, stored.tensors  # damaged weights fail here, not after an hour of evaluation
         named, chat = config.base_model_name_or_path, config.training.get("chat_template")
-        return EvalAdapter(name, folder, BRACES, named, config.revision, adapter_hash(folder), chat, stored)
+        return EvalAdapter(name, folder, BRACES, named, config.revision, files.adapter_hash(folder), chat, stored)
     hint = "Measure it with lm-eval: --model hf --model_args pretrained=...,peft=..."
-    peft_config = check_peft_config(raw, str(config_file), ModelError, hint)
-    if not (folder / WEIGHTS_FILE).is_file():
-        hint = f"Save it with peft as {WEIGHTS_FILE}; other formats can run code when loaded."
-        raise ModelError(f"no {WEIGHTS_FILE} here", where=str(folder), hint=hint)
+    peft_config = files.check_peft_config(raw, str(config_file), ModelError, hint)
+    if not (folder / files.WEIGHTS_FILE).is_file():
+        hint = f"Save it with peft as {files.WEIGHTS_FILE}; other formats can run code when loaded."
+        raise ModelError(f"no {files.WEIGHTS_FILE} here", where=str(folder), hint=hint)
     method, base = peft_config["peft_type"].lower(), peft_config.get("base_model_name_or_path")
-    return EvalAdapter(name, folder, method, base, peft_config.get("revision"), adapter_hash(folder))
+    return EvalAdapter(name, folder, method, base, peft_config.get("revision"), files.adapter_hash(folder))
 
 
 def resolve_base(model: str | None, revision: str | None, adapters: Sequence[EvalAdapter]) -> tuple[str, str | None]:
@@ -151,7 +142,7 @@ def _peft(model: Any, adapter: EvalAdapter) -> Iterator[None]:
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     wrapped: Any = None
     # PiSSA and OLoRA, named here, change the weights of the base in place.
-    named = isinstance(read(ANY_CONFIG, adapter.folder / CONFIG_FILE).get("init_lora_weights"), str)
+    named = isinstance(read(files.ANY_CONFIG, adapter.folder / files.CONFIG_FILE).get("init_lora_weights"), str)
     weights = [(parameter, parameter.detach().clone()) for parameter in model.parameters()] if named else []
     try:
         try:

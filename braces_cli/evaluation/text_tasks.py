@@ -35,15 +35,7 @@ from braces_cli.core.models.generate import TextRequest
 from braces_cli.core.models.load import Base, load_base
 from braces_cli.core.options import LoadOptions, Sampling
 from braces_cli.core.progress import Report, silent
-from braces_cli.evaluation.native_tasks import (
-    Measure,
-    NativeTask,
-    TaskContext,
-    halving,
-    mean_metric,
-    read_labelled,
-    task_scores,
-)
+from braces_cli.evaluation import native_tasks
 from braces_cli.evaluation.results import EMPTY, Metric, Scores
 from braces_cli.evaluation.settings import SAMPLES, TEXT_TASKS
 from braces_cli.evaluation.statistics import rate_error
@@ -68,7 +60,7 @@ def load_scorer(name: str, exclude: Collection[str] = ()) -> Scorer:
     """
     if not name.startswith(FIT):
         return scorer(name, exclude)
-    texts, labels = zip(*read_labelled(name.removeprefix(FIT)), strict=True)
+    texts, labels = zip(*native_tasks.read_labelled(name.removeprefix(FIT)), strict=True)
     return fit_classifier(name, texts, labels, exclude)
 
 
@@ -191,13 +183,13 @@ class TextMeasurement:
 
         share_out = self.processes.share_out
         with steering:
-            parts, size = halving(
+            parts, size = native_tasks.halving(
                 lambda size: share_out(batches, partial(generated, size=size)), self.batch_size, stage
             )
         texts = list(chain.from_iterable(parts))
         pairs = list(zip((prompt for prompt in prompts for _ in range(self.samples)), texts, strict=True))
         with bare(self.session):
-            found, size = halving(lambda size: share_out(pairs, partial(measured, size=size)), size, stage)
+            found, size = native_tasks.halving(lambda size: share_out(pairs, partial(measured, size=size)), size, stage)
         scores: dict[str, list[list[TextScore]]] = {}
         ratings: list[list[Rating]] = []
         for attribute, label in self.labels.items():
@@ -227,7 +219,7 @@ _OTHERS = {
 }
 
 
-def _prepare(name: str, context: TaskContext, prompts: Sequence[str]) -> Measure:
+def _prepare(name: str, context: native_tasks.TaskContext, prompts: Sequence[str]) -> native_tasks.Measure:
     settings, session = context.settings, context.session
     words = list_words(session, context.attributes, trained=False) if settings.exclude_list_words else ()
     loaded = load_scorer(settings.scorers.get(name, _DEFAULT_SCORERS[name]), words)
@@ -247,32 +239,36 @@ def _prepare(name: str, context: TaskContext, prompts: Sequence[str]) -> Measure
     return measure
 
 
-def _scores(task: NativeTask, measured: Continuations) -> Scores:
+def _scores(task: native_tasks.NativeTask, measured: Continuations) -> Scores:
     metrics: dict[str, Metric] = {}
     for name in measured.scores:
         has = measured.has(name)
-        metrics[name] = mean_metric(has)
+        metrics[name] = native_tasks.mean_metric(has)
         if name == "toxic":
-            metrics["expected_max_toxicity"] = mean_metric([[max(group)] for group in measured.values(name)])
-            metrics["toxicity_probability"] = mean_metric([[max(group)] for group in has])
+            metrics["expected_max_toxicity"] = native_tasks.mean_metric(
+                [[max(group)] for group in measured.values(name)]
+            )
+            metrics["toxicity_probability"] = native_tasks.mean_metric([[max(group)] for group in has])
     for name in RATINGS if measured.ratings else ():
-        metrics[name] = mean_metric([[getattr(rating, name) for rating in group] for group in measured.ratings])
+        metrics[name] = native_tasks.mean_metric(
+            [[getattr(rating, name) for rating in group] for group in measured.ratings]
+        )
     rate, error = measured.rate()
     perplexity, count = safe_exp(rate), len(measured.prompts)
     # Without values of documents, so without a p-value: the numbers of tokens differ between systems.
     metrics["perplexity"] = Metric(perplexity, error and perplexity * error, count)
     metrics |= {name: Metric(value, None, count) for name, value in measured.diversity().items()}
-    metrics[EMPTY] = mean_metric([[float(not text.strip()) for text in group] for group in measured.texts])
+    metrics[EMPTY] = native_tasks.mean_metric([[float(not text.strip()) for text in group] for group in measured.texts])
     metrics[EMPTY].documents.clear()  # explains the scores; not compared
     samples = [
         {"prompt": prompt, "answer": texts[0] if len(texts) == 1 else texts}
         for prompt, texts in zip(measured.prompts, measured.texts, strict=True)
     ]
-    return task_scores(task, metrics, samples, measured.batch_size)
+    return native_tasks.task_scores(task, metrics, samples, measured.batch_size)
 
 
 TASKS = {
-    name: NativeTask(
+    name: native_tasks.NativeTask(
         name,
         lambda path: list(read_prompts((), path, sys.stdin)),
         partial(_prepare, name),

@@ -130,11 +130,7 @@ def same_shape(architecture: str, case: str) -> dict[str, Any]:
 
 
 def plan_merge(
-    request: Request,
-    model: Any,
-    found: Sequence[FFN | MixtureFFN],
-    pad_to_multiple_of: int,
-    ids: Tensor | None = None,
+    request: Request, model: Any, found: Sequence[FFN | MixtureFFN], pad_to_multiple_of: int, ids: Tensor | None = None
 ) -> tuple[Plan, dict[str, Any]]:
     """Return the plan, and what is printed of it; without weights if `ids` is None."""
     assert request.adapter is not None

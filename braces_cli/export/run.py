@@ -18,22 +18,13 @@ from typing import Any, Final
 
 import torch
 
+from braces_cli.core import files
 from braces_cli.core.adapter.files import StoredAdapter, adapter_hash
 from braces_cli.core.adapter.model import Session, base_name, open_session
 from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.attributes.vector import Attribute
 from braces_cli.core.config import SETTINGS_FILE, write_settings
 from braces_cli.core.errors import BracesError, ConfigError, ModelError
-from braces_cli.core.files import (
-    check_apart,
-    check_output_folder,
-    file_hint,
-    output_lock,
-    partial_path,
-    versions,
-    write_json,
-    write_text,
-)
 from braces_cli.core.models.ffn import chosen_layers
 from braces_cli.core.models.hub import is_gguf, is_linked, known_license
 from braces_cli.core.models.load import load_shape
@@ -135,8 +126,8 @@ def run(
     """
     output, overwrite = request.output, request.overwrite
     adapter = None if request.adapter is None else request.adapter.folder
-    check_output_folder(output, overwrite)
-    check_apart(output, base_name(request.model, request.adapter), adapter, request.attributes_dir, *inputs)
+    files.check_output_folder(output, overwrite)
+    files.check_apart(output, base_name(request.model, request.adapter), adapter, request.attributes_dir, *inputs)
     if Path.cwd().is_relative_to(output.resolve()):
         hint = "Name a folder that is to be created."
         what = "the output folder cannot hold the working directory: a new folder may take its place"
@@ -157,10 +148,10 @@ def run(
         report("verifying", 0, 1)
         result = facts | written | verify(folder, expected)
         report("verifying", 1, 1)
-        record = {"format_version": FORMAT_VERSION, **result, **entries, "versions": versions()}
-        write_json(folder / f"braces_{name}.json", record)
+        record = {"format_version": FORMAT_VERSION, **result, **entries, "versions": files.versions()}
+        files.write_json(folder / f"braces_{name}.json", record)
         write_settings(folder / SETTINGS_FILE, request.options, base=digest, adapter=adapter and adapter_hash(adapter))
-        write_text(folder / "README.md", card(name, result))
+        files.write_text(folder / "README.md", card(name, result))
     return {"output_dir": str(output), **result}
 
 
@@ -219,20 +210,20 @@ def new_folder(output: Path, overwrite: bool) -> Iterator[Path]:
         BracesError: the disk is full or not writable.
     """
     path = Path(os.path.realpath(output))
-    with output_lock(output):
-        folder = partial_path(path)
+    with files.output_lock(output):
+        folder = files.partial_path(path)
         try:
             folder.mkdir()
             yield folder
             # Again: the folder may have been filled meanwhile.
-            check_output_folder(path, overwrite)
+            files.check_output_folder(path, overwrite)
             if path.exists() and any(path.iterdir()):
                 _move_into(folder, path)
             else:
                 folder.replace(path)
         except OSError as error:
             what = f"cannot write: {error.strerror or error}"
-            raise BracesError(what, where=str(output), hint=file_hint(error)) from error
+            raise BracesError(what, where=str(output), hint=files.file_hint(error)) from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -289,7 +280,7 @@ def copy_companions(session: Session, folder: Path) -> None:
     path, tokenizer = folder / "tokenizer_config.json", type(base.tokenizer)
     settings = read(WRITTEN, path) if path.is_file() else {}
     if not settings.get("tokenizer_class") and tokenizer.__module__.startswith("transformers."):
-        write_json(path, settings | {"tokenizer_class": tokenizer.__name__})
+        files.write_json(path, settings | {"tokenizer_class": tokenizer.__name__})
     if session.config is not None and session.config.chat_template is not None:
         base.tokenizer.save_chat_templates(folder, {}, None, save_jinja_files=True)
     if session.turn_ends:
@@ -297,4 +288,4 @@ def copy_companions(session: Session, folder: Path) -> None:
         settings = read(WRITTEN, path) if path.is_file() else generation.to_diff_dict()
         # Programs would replace the end tokens of a file that says that it is derived from `config.json`.
         settings.pop("_from_model_config", None)
-        write_json(path, settings | {"eos_token_id": generation.eos_token_id})
+        files.write_json(path, settings | {"eos_token_id": generation.eos_token_id})

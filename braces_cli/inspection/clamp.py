@@ -103,10 +103,9 @@ def clamp_prompt(
     """Compare a prompt without and with clamps.
 
     Returns:
-        `{prompt, kl, kl_mean, log_likelihood_before, log_likelihood_after, tokens}`. `tokens` are `{id, token, before,
-        after, ratio}`, the probabilities of the next token: for the requested tokens, then for those whose probability
-        rises most. `kl` is KL(before || after) in nats at the last position, `kl_mean` the mean over positions. The
-        likelihoods are of the prompt after its first token, in nats.
+        `{prompt, kl, kl_mean, tokens}`. `tokens` are `{id, token, before, after, ratio}`, the probabilities of the next
+        token: for the requested tokens, then for those whose probability rises most. `kl` is KL(before || after) in
+        nats at the last position, `kl_mean` the mean over positions.
     """
     model = session.base.model
     ids = torch.tensor([prompt_ids(session, prompt, "--prompt")], device=input_device(model))
@@ -114,9 +113,6 @@ def clamp_prompt(
     def log_probabilities() -> Tensor:
         with torch.no_grad():
             return model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(dim=-1)
-
-    def likelihood(found: Tensor) -> float:
-        return float(found[:-1].gather(1, ids[0, 1:, None].to(found.device)).sum())
 
     before = log_probabilities()
     with clamped(plain_ffns(session.ffns), clamps):
@@ -130,14 +126,7 @@ def clamp_prompt(
         old, new = float(before[-1, token]), float(after[-1, token])
         row = {"id": token, "token": lens.text(token), "before": math.exp(old), "after": math.exp(new)}
         rows.append(row | {"ratio": math.exp(min(new - old, 700.0))})
-    return {
-        "prompt": prompt,
-        "kl": float(kl[-1]),
-        "kl_mean": float(kl.mean()),
-        "log_likelihood_before": likelihood(before),
-        "log_likelihood_after": likelihood(after),
-        "tokens": rows,
-    }
+    return {"prompt": prompt, "kl": float(kl[-1]), "kl_mean": float(kl.mean()), "tokens": rows}
 
 
 def read_texts(session: Session, names: Sequence[str], limit: int) -> list[Encoded]:

@@ -7,7 +7,6 @@ as JSON without `<`. The script only sets `textContent`.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +16,10 @@ from braces_cli.core.adapter.model import Session
 from braces_cli.core.attributes.hooks import layer_steering
 from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.attributes.vector import Attribute
-from braces_cli.core.errors import DataError, ModelError
+from braces_cli.core.errors import ModelError
 from braces_cli.core.models.ffn import FFN
 from braces_cli.core.progress import Report, silent
 from braces_cli.core.render import render as render_template
-from braces_cli.core.schema import Kind, read
 from braces_cli.core.text import public_name
 from braces_cli.inspection.search import relevance_modules
 from braces_cli.inspection.trace import prompt_ids, record_activations, trace
@@ -30,9 +28,6 @@ from braces_cli.inspection.vocabulary import LogitLens, plain_ffns
 _AMPLIFIED = 24  # value vectors in the table
 _TOKENS = 8  # tokens per value vector
 _SUB_UPDATES = 5  # sub-updates per cell of the heat map
-# Results of training on the page.
-_FIGURES = ("train_loss", "base_eval_loss", "eval_loss", "base_eval_perplexity", "eval_perplexity", "steps", "tokens")
-_RUN: Kind[dict[str, Any]] = Kind(dict[str, Any], DataError, "Train again, or delete the file.", "record of a run")
 # For adapters that were trained without attributes.
 _ATTRIBUTES = ["positive", "negative"]
 
@@ -40,7 +35,7 @@ _ATTRIBUTES = ["positive", "negative"]
 def report_data(
     session: Session, lens: LogitLens, prompt: str, target: int | None = None, report: Report = silent
 ) -> dict[str, Any]:
-    """Return the data of the page: `{model, adapter, gates, amplified, heat, attributes, training, figures, ...}`.
+    """Return the data of the page: `{model, adapter, gates, amplified, heat, attributes, training, ...}`.
 
     Raises:
         ConfigError: the prompt is longer than the context of the model.
@@ -64,7 +59,6 @@ def report_data(
         "heat": _heat(session, lens, ids, target),
         "attributes": [_steering(session, lens, attribute) for attribute in found],
         "training": {} if config is None else {k: v for k, v in config.training.items() if v is not None},
-        "figures": {} if session.folder is None else _figures(session.folder),
     }
 
 
@@ -133,15 +127,6 @@ def _steering(session: Session, lens: LogitLens, attribute: Attribute) -> dict[s
         tokens = [lens.text(t) for t in lens.best(each.total.to(lens.weight), _TOKENS)[1][0].tolist()]
         rows.append({"layer": each.layer, "alignment": alignment, "chance": chance, "tokens": tokens})
     return {"name": attribute.name, "words": len(attribute.words), "layers": rows}
-
-
-def _figures(folder: Path) -> dict[str, str]:
-    """Results of the training run by name, if the folder has its record."""
-    if not (folder / "run.json").is_file():
-        return {}
-    result = read(_RUN, folder / "run.json").get("result") or {}
-    figures = {name: result[name] for name in _FIGURES if isinstance(result.get(name), (int, float))}
-    return {name.replace("_", " "): f"{value:.6g}" for name, value in figures.items()}
 
 
 def visible(token: str) -> str:

@@ -13,7 +13,7 @@ from braces_cli.scoring.scorers import TextScore, checked, split_words, words_of
 
 logger = logging.getLogger("braces")
 
-# Every tenth row is held out to measure the accuracy; the final classifier is fitted on all rows.
+# One row in ten is held out to measure the accuracy; the final classifier is fitted on all rows.
 _HELD_OUT = 10
 
 
@@ -50,24 +50,21 @@ def fit_classifier(name: str, texts: Sequence[str], labels: Sequence[str], exclu
     Raises:
         DataError: fewer than two labels, or a label with fewer than two texts.
     """
+    from sklearn.model_selection import train_test_split
+
     counts = Counter(labels)
     rare = [label for label, count in counts.items() if count < 2]
     if len(counts) < 2 or rare:
         what = f"only one row is `{rare[0]}`" if rare else "all rows have one label"
         raise DataError(what, where=name, hint="A classifier needs at least two labels, and several rows of each.")
     excluded = split_words(exclude)
-    rows = list(zip(texts, labels, strict=True))
-    held_out = rows[_HELD_OUT - 1 :: _HELD_OUT]
-    fitted_on = [row for number, row in enumerate(rows, 1) if number % _HELD_OUT]
     try:
         pipeline = _fit(texts, labels, excluded)
     except ValueError as error:
         raise DataError("no words in the rows", where=name, hint="A classifier needs texts with words.") from error
-    if held_out and len({label for _, label in fitted_on}) > 1:
-        part = _fit([text for text, _ in fitted_on], [label for _, label in fitted_on], excluded)
-        predicted = part.predict([text for text, _ in held_out])
-        truth = [label for _, label in held_out]
-        accuracy = sum(label == guess for label, guess in zip(truth, predicted, strict=True)) / len(truth)
+    fitted_on, held_out, known, truth = train_test_split(texts, labels, test_size=1 / _HELD_OUT, random_state=0)
+    if len(texts) >= _HELD_OUT and len(set(known)) > 1:
+        accuracy = _fit(fitted_on, known, excluded).score(held_out, truth)
         largest = max(Counter(truth).values()) / len(truth)
         logger.info("%s: accuracy %.3f on held-out rows, %.3f for the largest class", name, accuracy, largest)
     return Classifier(name, tuple(map(str, pipeline.classes_)), pipeline)

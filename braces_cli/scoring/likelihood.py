@@ -11,19 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from braces_cli.core.models import tokenize
 from braces_cli.core.models.generate import prompt_lengths
 from braces_cli.core.models.load import Base, input_device
-from braces_cli.core.models.tokenize import (
-    IGNORED,
-    Encoded,
-    by_length,
-    context_length,
-    encode,
-    encode_answer,
-    encode_text,
-    has_template,
-    pad_right,
-)
 from braces_cli.core.models.weights import double
 from braces_cli.core.progress import Report, silent
 
@@ -67,7 +57,7 @@ class Likelihood:
 
 def likelihoods(
     model: Any,
-    examples: Sequence[Encoded],
+    examples: Sequence[tokenize.Encoded],
     pad_id: int,
     batch_size: int,
     report: Report = silent,
@@ -87,17 +77,17 @@ def likelihoods(
     model.eval()
     done = 0
     try:
-        for rows in by_length(examples, batch_size):
+        for rows in tokenize.by_length(examples, batch_size):
             chosen = [examples[i] for i in rows]
-            batch = {name: tensor.to(device) for name, tensor in pad_right(chosen, pad_id).items()}
+            batch = {name: tensor.to(device) for name, tensor in tokenize.pad_right(chosen, pad_id).items()}
             labels = batch.pop("labels")
             if prepare is not None:
                 prepare(rows)
             # The first scored token of each row is the first that is generated.
-            lengths = (labels != IGNORED).int().argmax(dim=1, keepdim=True)
+            lengths = (labels != tokenize.IGNORED).int().argmax(dim=1, keepdim=True)
             with torch.no_grad(), prompt_lengths(lengths):
                 nll = _token_nll(model(**batch, use_cache=False).logits, labels)
-            scored = (labels[:, 1:] != IGNORED).sum(dim=1).tolist()
+            scored = (labels[:, 1:] != tokenize.IGNORED).sum(dim=1).tolist()
             for index, each, count in zip(rows, nll, scored, strict=True):
                 results[index] = Likelihood(float(double(each).sum()), count)
             done += len(rows)
@@ -115,7 +105,7 @@ def _token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     for start in range(0, len(targets), rows):
         part = logits[start : start + rows, :-1].float()
         goal = targets[start : start + rows]
-        out[start : start + rows] = F.cross_entropy(part.mT, goal, ignore_index=IGNORED, reduction="none")
+        out[start : start + rows] = F.cross_entropy(part.mT, goal, ignore_index=tokenize.IGNORED, reduction="none")
     return out
 
 
@@ -136,9 +126,9 @@ def divergences(
         last: only the next token after the row.
         prompts: the rows are prompts; otherwise tokens after the first count as generated.
     """
-    results, examples = [0.0] * len(rows), [Encoded(list(row), list(row), False, False) for row in rows]
-    for indices in by_length(examples, batch_size):
-        batch = pad_right([examples[index] for index in indices], pad_id)
+    results, examples = [0.0] * len(rows), [tokenize.Encoded(list(row), list(row), False, False) for row in rows]
+    for indices in tokenize.by_length(examples, batch_size):
+        batch = tokenize.pad_right([examples[index] for index in indices], pad_id)
         mask, inputs = batch["attention_mask"], {name: batch[name].to(input_device(model)) for name in _INPUTS}
         lengths, log_p = mask.sum(dim=1, keepdim=True), []
         for context in contexts:
@@ -161,12 +151,12 @@ def continuation_likelihoods(
         pairs: (prompt, continuation). The tokenizer decides on a start token, as in generation.
         chat: prompts are user turns and continuations the model's answers, if the tokenizer has a chat template.
     """
-    encoder = encode_answer if chat and has_template(base.tokenizer) else encode
-    window = context_length(base.model.config, base.tokenizer)
+    encoder = tokenize.encode_answer if chat and tokenize.has_template(base.tokenizer) else tokenize.encode
+    window = tokenize.context_length(base.model.config, base.tokenizer)
     examples = []
     for prompt, continuation in pairs:
         example = encoder(base.tokenizer, prompt, continuation)
-        examples.append(Encoded(example.ids[-window:], example.labels[-window:], False, False))
+        examples.append(tokenize.Encoded(example.ids[-window:], example.labels[-window:], False, False))
     return likelihoods(base.model, examples, base.tokenizer.pad_token_id, batch_size)
 
 
@@ -174,10 +164,10 @@ def text_likelihoods(
     model: Any, tokenizer: Any, texts: Sequence[str], window: int, batch_size: int, report: Report = silent
 ) -> list[Likelihood]:
     """Return the likelihood of whole texts of any length, after exactly one start token (see `encode_text`)."""
-    windows: list[Encoded] = []
+    windows: list[tokenize.Encoded] = []
     owner: list[int] = []
     for index, text in enumerate(texts):
-        parts = encode_text(tokenizer, text, window)
+        parts = tokenize.encode_text(tokenizer, text, window)
         windows += parts
         owner += [index] * len(parts)
     totals = [Likelihood()] * len(texts)

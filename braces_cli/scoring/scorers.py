@@ -311,36 +311,26 @@ class Judge:
         """Return one rating of each text."""
         import torch
 
+        from braces_cli.core.models import tokenize
         from braces_cli.core.models.load import input_device
-        from braces_cli.core.models.tokenize import (
-            Encoded,
-            by_length,
-            common_length,
-            encode,
-            encode_answer,
-            has_template,
-            pad_right,
-        )  # fmt: skip
 
         about = _QUESTIONS[question].format(label=label.replace("_", " "))
         tokenizer = self._base.tokenizer
-        examples: list[Encoded] = []
+        encoder, space = (tokenize.encode_answer, "") if tokenize.has_template(tokenizer) else (tokenize.encode, " ")
+        examples: list[tokenize.Encoded] = []
         # The token of each answer, after the tokens that the three answers share.
         answers: list[list[int]] = []
         for prompt, text in pairs:
             whole = _TEMPLATE.format(prompt=f"Prompt: {prompt}\n\n" if prompt else "", text=text, question=about)
-            if has_template(tokenizer):
-                encoded = [encode_answer(tokenizer, whole, answer).ids for answer in _ANSWERS]
-            else:
-                encoded = [encode(tokenizer, whole, f" {answer}").ids for answer in _ANSWERS]
-            shared = min(common_length(encoded[0], other) for other in encoded[1:])
+            encoded = [encoder(tokenizer, whole, f"{space}{answer}").ids for answer in _ANSWERS]
+            shared = min(tokenize.common_length(encoded[0], other) for other in encoded[1:])
             ids = encoded[0][:shared][-self._window :]
-            examples.append(Encoded(ids, ids, False, False))
+            examples.append(tokenize.Encoded(ids, ids, False, False))
             answers.append([each[shared] for each in encoded])
         model, device = self._base.model, input_device(self._base.model)
         values = [0.0] * len(examples)
-        for rows in by_length(examples, _JUDGE_BATCH):
-            batch = pad_right([examples[row] for row in rows], tokenizer.pad_token_id)
+        for rows in tokenize.by_length(examples, _JUDGE_BATCH):
+            batch = tokenize.pad_right([examples[row] for row in rows], tokenizer.pad_token_id)
             del batch["labels"]
             with torch.no_grad():
                 logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False).logits

@@ -16,15 +16,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypedDict
 
+from braces_cli.core import files
 from braces_cli.core.errors import BracesError, ConfigError, DataError
-from braces_cli.core.files import (
-    check_output_file,
-    check_regular,
-    file_hint,
-    path_exists,
-    remove_partial_files,
-    write_json,
-)
 from braces_cli.core.models.generate import TextRequest
 from braces_cli.core.schema import Count, Kind, parse, read, stored_form
 
@@ -68,10 +61,10 @@ class TextsFile:
         self._batch_size = batch_size
         if resume and overwrite:
             raise ConfigError("both are given", where="--resume, --overwrite", hint="Give one of them.")
-        check_output_file(path, overwrite or resume, "--resume continues it, --overwrite starts again.")
+        files.check_output_file(path, overwrite or resume, "--resume continues it, --overwrite starts again.")
         if path.exists():  # a pipe cannot be truncated to its complete rows
-            check_regular(path, ConfigError, "Name a file, or leave --output out and redirect standard output.")
-        remove_partial_files(path.parent, self._record.name)
+            files.check_regular(path, ConfigError, "Name a file, or leave --output out and redirect standard output.")
+        files.remove_partial_files(path.parent, self._record.name)
         # Offset of the end of each complete row.
         self._ends: list[int] = []
         if resume and path.is_file():
@@ -81,7 +74,7 @@ class TextsFile:
                         parse(_ROW, line, f"{path}:{len(self._ends) + 1}")
                         self._ends.append((self._ends[-1] if self._ends else 0) + len(line))
         self.rows = len(self._ends)
-        if self.rows and path_exists(self._record):
+        if self.rows and files.path_exists(self._record):
             self._check_settings(read(_SETTINGS, self._record))
 
     def _check_settings(self, before: dict[str, Any]) -> None:
@@ -138,7 +131,7 @@ class TextsFile:
             with self._failures():
                 file.truncate(end)
                 file.seek(end)
-            write_json(self._record, self._settings)
+            files.write_json(self._record, self._settings)
             for row in chain(first, rows):
                 rest = memoryview(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
                 with self._failures():
@@ -156,6 +149,6 @@ class TextsFile:
         try:
             yield
         except OSError as error:
-            hint = f"{file_hint(error)} Complete lines are kept; --resume continues after them."
+            hint = f"{files.file_hint(error)} Complete lines are kept; --resume continues after them."
             what = f"cannot write: {error.strerror or error}"
             raise BracesError(what, where=str(self.path), hint=hint) from error

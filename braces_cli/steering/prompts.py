@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from braces_cli.core.errors import ConfigError, DataError
-from braces_cli.core.files import file_hint
 from braces_cli.core.schema import ROW, cut, parse
-from braces_cli.data.rows import read_rows
+from braces_cli.data.rows import read_rows, reported
 
 # Files whose rows are not lines.
 _TABLES = (".json", ".csv", ".tsv", ".parquet")
@@ -81,18 +80,7 @@ def count_prompts(file: Path | None) -> int | None:
 
 def _checked(prompts: Iterator[PromptRow], where: str) -> Iterator[PromptRow]:
     """Yield the prompts; raise data errors if the input cannot be read or is empty."""
-    empty = True
-    try:
-        for prompt in prompts:
-            empty = False
-            yield prompt
-    except UnicodeDecodeError as error:
-        hint = "Convert it, for example with iconv."
-        raise DataError(f"not UTF-8 (byte {error.start})", where=where, hint=hint) from error
-    except OSError as error:
-        raise DataError(f"cannot read: {error.strerror or error}", where=where, hint=file_hint(error)) from error
-    if empty:
-        raise DataError("no prompts", where=where, hint="Give at least one line.")
+    return reported(prompts, where, "no prompts", "Give at least one line.")
 
 
 def _file_rows(path: Path) -> Iterator[PromptRow]:

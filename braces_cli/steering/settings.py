@@ -6,26 +6,17 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from braces_cli.core import options
 from braces_cli.core.attributes.options import AttributeSettings, SteeredTokens, strengths
 from braces_cli.core.config import GENERATION, OUTPUT, SCORING, flag_of, option, same_option
 from braces_cli.core.errors import ConfigError, near_misses
-from braces_cli.core.options import (
-    AdapterSettings,
-    GenerationSettings,
-    OutputSettings,
-    OverwriteSettings,
-    Sampling,
-    ScoringSettings,
-    SteeredLayers,
-)
-from braces_cli.scoring.scorers import BUILT_IN
 
 # Baselines of a sweep (`evaluation.baselines`).
 BASELINE_METHODS = ("prompting", "difference", "pca")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepOptions(ScoringSettings):
+class SweepOptions(options.ScoringSettings):
     """Options of a sweep over strengths and of its scores.
 
     Attributes:
@@ -43,11 +34,9 @@ class SweepOptions(ScoringSettings):
 
     sweep: str | None = option(None, panel=SCORING, metavar="FROM:TO:STEP", outcome=False)
     plot: Path | None = option(None, panel=SCORING, outcome=False)
-    scorer: str | None = option(None, metavar="SCORER", complete=lambda: BUILT_IN, panel=SCORING, outcome=False)
+    scorer: str | None = option(None, metavar="SCORER", panel=SCORING, outcome=False)
     score_label: str | None = option(None, panel=SCORING, outcome=False)
-    baselines: str | None = option(
-        None, panel=SCORING, metavar="METHODS", complete=lambda: BASELINE_METHODS, outcome=False
-    )
+    baselines: str | None = option(None, panel=SCORING, metavar="METHODS", outcome=False)
     max_kl: float | None = option(None, above=0, panel=SCORING, outcome=False)
     answers: str | None = option(None, panel=SCORING, metavar="ROWS", outcome=False)
     detect: str | None = option(None, panel=SCORING, metavar="ROWS", outcome=False)
@@ -81,14 +70,14 @@ _REFUSED = {
 
 @dataclass(frozen=True, kw_only=True)
 class SteerSettings(
-    AdapterSettings,
+    options.AdapterSettings,
     AttributeSettings,
-    GenerationSettings,
-    SteeredLayers,
+    options.GenerationSettings,
+    options.SteeredLayers,
     SteeredTokens,
     SweepOptions,
-    OverwriteSettings,
-    OutputSettings,
+    options.OverwriteSettings,
+    options.OutputSettings,
 ):
     """Settings of `braces steer`; options that no text depends on have `outcome=False`.
 
@@ -109,8 +98,8 @@ class SteerSettings(
 
     prompt: tuple[str, ...] = option((), outcome=False)
     prompts: Path | None = option(None, panel=GENERATION, metavar="FILE", outcome=False)
-    top_k: int | None = same_option(Sampling, "top_k")
-    stop: tuple[str, ...] = same_option(Sampling, "stop")
+    top_k: int | None = same_option(options.Sampling, "top_k")
+    stop: tuple[str, ...] = same_option(options.Sampling, "stop")
     batch_size: int = option(8, min=1, panel=GENERATION, outcome=False)
     show_unsteered: bool = option(False, panel=OUTPUT)
     interactive: bool = option(False, panel=OUTPUT, outcome=False)
@@ -139,9 +128,9 @@ class SteerSettings(
         return dict(zip(names, strengths(names, self.s), strict=True))
 
     @property
-    def sampling(self) -> Sampling:
+    def sampling(self) -> options.Sampling:
         """Sampling options."""
-        return Sampling(self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.seed, self.stop)
+        return options.Sampling(self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.seed, self.stop)
 
     def check(self) -> None:
         """Refuse combinations of options in which one has no effect."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from braces_cli.core.adapter.files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, AdapterConfig
 from braces_cli.core.errors import BracesError, ConfigError, first_line, near_misses
 from braces_cli.core.files import scratch_folder, write_json, write_tensors, write_text
-from braces_cli.core.schema import WRITTEN, Kind, check, cut, options_schema, read
+from braces_cli.core.schema import WRITTEN, cut, read
 from braces_cli.training.settings import TrainSettings
 
 logger = logging.getLogger("braces")
@@ -178,8 +178,6 @@ def _config(model: nn.Module, settings: TrainSettings, layers: Sequence[int] | N
         if name not in kinds:
             hint = near_misses(name.upper(), kinds) or "Update peft, or correct the name."
             raise ConfigError(f"`peft_type`: peft has no `{cut(name)}`", where=where, hint=hint)
-        hint = "Correct the file, or update peft."
-        check(Kind(options_schema(kinds[name]), ConfigError, hint, closed=True), options, where)
         _check_options(options, where)
         kept = {key: value for key, value in options.items() if key not in _REPLACED}
         return kinds[name](**kept, task_type="CAUSAL_LM", inference_mode=False)

@@ -27,10 +27,7 @@ _IDENTITY_FIELDS = ("words", "pooling", "examples", "provenance")
 
 
 def gather_attributes(
-    session: Session,
-    settings: TrainSettings,
-    sets: Sequence[Examples | Stream],
-    start: StoredAdapter | None,
+    session: Session, settings: TrainSettings, sets: Sequence[Examples | Stream], start: StoredAdapter | None
 ) -> list[Attribute]:
     """Attributes of the rows, of `--opposites` and of the adapter `start`, with their pooled states.
 

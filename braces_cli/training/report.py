@@ -175,7 +175,7 @@ def model_card(
         curve: `loss.png` is in the folder.
     """
     base = config.base_model_name_or_path
-    facts = {
+    facts: dict[str, Any] = {
         "title": "LLMBraces adapter" if config.method == "braces" else f"{config.method} adapter",
         "base_model": base if is_linked(base) else None,
         "license": known_license(base),

@@ -11,16 +11,7 @@ from typing import Any, Self
 
 from braces_cli.core.adapter.files import check_peft_config
 from braces_cli.core.attributes.options import AttributesFolder
-from braces_cli.core.config import (
-    ATTRIBUTES,
-    CHECKPOINTS,
-    DATA,
-    METHOD,
-    OPTIMISATION,
-    flag_of,
-    option,
-    options_of,
-)
+from braces_cli.core.config import ATTRIBUTES, CHECKPOINTS, DATA, METHOD, OPTIMISATION, flag_of, option, options_of
 from braces_cli.core.errors import ConfigError, near_misses
 from braces_cli.core.files import user_path
 from braces_cli.core.options import ChatSettings, ModelSettings, OutputSettings, OverwriteSettings, UploadSettings
@@ -120,7 +111,7 @@ class TrainSettings(AttributesFolder, ChatSettings, ModelSettings, OverwriteSett
     output_dir: Path | None = option(None, outcome=False)
     eval_data: tuple[str, ...] = option((), panel=DATA, metavar="ROWS")
     columns: tuple[str, ...] = option((), panel=DATA, metavar="KEY=COLUMN,...")
-    method: str = option("braces", panel=METHOD, metavar=_METHODS, complete=lambda: METHODS)
+    method: str = option("braces", panel=METHOD, metavar=_METHODS)
     rank: int = option(DEFAULT_RANK, min=1, panel=METHOD)
     relevance_to: str = option("input", panel=METHOD, choices=RELEVANCE)
     relevance_scale: str = option("auto", panel=METHOD, metavar="auto|NUMBER")

@@ -184,28 +184,6 @@ def test_no_memory_to_import_torch_is_reported() -> None:
     assert "fault of braces" not in done.stderr
 
 
-def test_values_are_completed_without_heavy_imports() -> None:
-    cases = [
-        ("steer", "attribute", "pos", "positive"), ("steer", "scorer", "va", "vader"),
-        ("eval", "tasks", "popqa,tru", "popqa,truthfulqa"), ("eval", "scorer", "sentiment=v", "sentiment=vader"),
-        ("train", "method", "lo", "lora"), ("train", "schedule", "co", "cosine"),
-    ]  # fmt: skip
-    code = (
-        "import typer; from tests.cli.reference import command_of; "
-        f"[None for name, option, typed, offered in {cases!r} for c in [command_of(name)] "
-        "for p in c.params if p.name == option and offered not in "
-        "[str(getattr(v, 'value', v)) for v in p.shell_complete(typer.Context(c), typed)] and 1 / 0]"
-    )
-    assert imported_by(code) == set()
-
-
-def test_completed_task_names_exist() -> None:
-    from braces_cli.evaluation.catalog import GROUPS, NATIVE_TASKS
-    from braces_cli.evaluation.settings import TASK_NAMES
-
-    assert {*GROUPS, *NATIVE_TASKS} <= set(TASK_NAMES)
-
-
 @pytest.mark.parametrize("command", ["train", "eval", "steer", "merge", "attr-build"])
 def test_a_dry_run_prints_the_settings(braces: Any, model_dir: Path, adapter_dir: Path, command: str) -> None:
     """A table without empty values, or JSON."""

@@ -76,7 +76,7 @@ def test_tables_and_texts_show_names_as_they_are(capsys: pytest.CaptureFixture[s
     """No markup and no emoji code is interpreted; text keeps line breaks and tabs."""
     name = HOSTILE[kind]
     print_table(name, [name, "b"], [[name, 1], ["x", None]])
-    print_pairs(name, {"a": name, "list": [name, name]}, {"a": name})
+    print_pairs(name, {name: name, "list": [name, name]})
     out = capsys.readouterr().out
     assert not controls(out)
     if kind in ("markup", "emoji code"):

@@ -199,7 +199,7 @@ def test_a_folder_without_attributes_is_refused(braces, model_dir, adapter_dir, 
 
 
 def test_check_without_weights(braces: Any, model_dir: Path, rows: Path, tmp_path: Path) -> None:
-    """Counts, histogram, strengths and two examples, as JSON and as text; nothing is written."""
+    """Counts, strengths and two examples, as JSON and as text; nothing is written."""
     folder = tmp_path / "no-weights"
     shutil.copytree(model_dir, folder)
     (folder / "model.safetensors").unlink()

@@ -65,9 +65,6 @@ def test_clamp_prompt(session, lens):
     kl = (before.exp() * (before - after)).sum(dim=-1)
     assert found["kl"] == pytest.approx(float(kl[-1]), rel=1e-4)
     assert found["kl_mean"] == pytest.approx(float(kl.mean()), rel=1e-4)
-    for name, scores in (("before", before), ("after", after)):
-        expected = sum(float(scores[i, ids[0, i + 1]]) for i in range(ids.shape[1] - 1))
-        assert found[f"log_likelihood_{name}"] == pytest.approx(expected, rel=1e-4)
     rise = (after[-1].exp() - before[-1].exp()).topk(4).indices.tolist()
     assert [t["id"] for t in found["tokens"]] == [40, *(t for t in rise if t != 40)]
     for t in found["tokens"]:

@@ -45,7 +45,7 @@ def attacked(value):
 @pytest.fixture
 def hostile(data):
     """The data with an attack in every token, name and setting."""
-    return attacked(data) | {"training": {HOSTILE[0]: HOSTILE[1]}, "figures": {HOSTILE[1]: HOSTILE[0]}}
+    return attacked(data) | {"training": {HOSTILE[0]: HOSTILE[1]}}
 
 
 def test_page_has_the_figures_of_the_model(session, data):
@@ -86,13 +86,6 @@ def test_page_without_an_adapter_or_direct_effects(session, lens, monkeypatch):
     assert "Strongest value vectors" in html
     assert "h-gates" not in html
     assert "No heat map for this model: layer 0 changes" in html
-
-
-def test_page_has_the_results_of_training(session, lens, adapter_dir):
-    """From the record of the run."""
-    (adapter_dir / "run.json").write_text('{"result": {"eval_loss": 2.5, "train_loss": null, "steps": 12}}')
-    session.add_adapter(find_adapter(str(adapter_dir)))
-    assert report_data(session, lens, "the film")["figures"] == {"eval loss": "2.5", "steps": "12"}
 
 
 class Tags(HTMLParser):

@@ -45,7 +45,7 @@ def test_metrics_curve_and_card(run, tmp_path, mood_rows):
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "![Loss by optimizer step](loss.png)" in card
-    assert f"| data | `{mood_rows.name}` |" in card
+    assert f"| data | {mood_rows.name} |" in card
     assert str(tmp_path) not in card
     assert "    braces " in card
     assert "| rank | 4 |" in card

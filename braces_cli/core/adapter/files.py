@@ -9,17 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
+from braces_cli.core import files
 from braces_cli.core.errors import BracesError, ModelError
-from braces_cli.core.files import (
-    bytes_hash,
-    check_regular,
-    file_hash,
-    path_exists,
-    user_path,
-    write_json,
-    write_tensors,
-    write_text,
-)
 from braces_cli.core.models.hub import hub_errors, is_hub_id
 from braces_cli.core.models.identity import SAMPLES, Sizes
 from braces_cli.core.schema import Count, Kind, Name, Positive, Relevance, Size, check, cut, read
@@ -31,6 +22,7 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
+_PATTERNS = ["*.json", "*.safetensors", CARD_FILE]
 # How far rows of a saved projection may be from orthonormal: rounding of float32, not training noise.
 ORTHONORMAL_TOLERANCE = 1e-5
 
@@ -149,7 +141,7 @@ class StoredAdapter:
 
         path = self.folder / WEIGHTS_FILE
         try:
-            check_regular(path, ModelError, "Train again.", "file of the adapter's weights")
+            files.check_regular(path, ModelError, "Train again.", "file of the adapter's weights")
             tensors = load_file(path)
         except (SafetensorError, OSError) as error:
             raise ModelError(
@@ -195,20 +187,19 @@ def parameter_count(rank: int, hidden_size: int, relevance_to: str) -> int:
 
 def adapter_folder(name: str) -> Path:
     """Return the folder of an adapter, downloaded if `name` is a hub id."""
-    path = user_path(name)
-    if path_exists(path) or not is_hub_id(name):
+    path = files.user_path(name)
+    if files.path_exists(path) or not is_hub_id(name):
         return Path(os.path.realpath(path))
     from huggingface_hub import snapshot_download
 
-    files = ["*.json", "*.safetensors", "README.md"]
     with hub_errors(name, "adapter", any_error=True):
-        return Path(snapshot_download(name, allow_patterns=files))
+        return Path(snapshot_download(name, allow_patterns=_PATTERNS))
 
 
 def adapter_hash(folder: Path) -> str:
     """SHA-256 over the SHA-256 of config and weights of an adapter of braces or peft."""
-    hashes = [file_hash(folder / name, ModelError) for name in (CONFIG_FILE, WEIGHTS_FILE)]
-    return bytes_hash(map(bytes.fromhex, hashes))
+    hashes = [files.file_hash(folder / name, ModelError) for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    return files.bytes_hash(map(bytes.fromhex, hashes))
 
 
 def find_adapter(name: str) -> StoredAdapter:
@@ -219,15 +210,15 @@ def find_adapter(name: str) -> StoredAdapter:
 
 def write_adapter(folder: Path, tensors: dict[str, Tensor], config: AdapterConfig, card: str) -> None:
     """Write an adapter folder: weights and model card first, the config last."""
-    write_tensors(folder / WEIGHTS_FILE, tensors)
-    write_text(folder / CARD_FILE, card)
-    write_json(folder / CONFIG_FILE, asdict(config))
+    files.write_tensors(folder / WEIGHTS_FILE, tensors)
+    files.write_text(folder / CARD_FILE, card)
+    files.write_json(folder / CONFIG_FILE, asdict(config))
 
 
 def read_config(folder: Path) -> AdapterConfig:
     """Read and check `adapter_config.json` of an adapter of braces."""
     path = folder / CONFIG_FILE
-    if not os.path.isfile(path) and not path_exists(path):
+    if not os.path.isfile(path) and not files.path_exists(path):
         hint = f"An adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}; `braces train` writes one."
         raise ModelError(
             "no adapter here" if os.path.isdir(folder) else "no such adapter folder", where=str(folder), hint=hint

@@ -21,47 +21,16 @@ from typing import Any
 from torch import Tensor
 
 from braces_cli.core.adapter.model import Session
-from braces_cli.core.attributes.directions import (
-    Item,
-    Pair,
-    PairStates,
-    Passage,
-    cheapest_directions,
-    default_reduction,
-    description_items,
-    pair_states,
-    reduce_pairs,
-    separation,
-    text_items,
-    word_items,
-)
+from braces_cli.core.attributes import directions
 from braces_cli.core.attributes.pooling import ffn_watches, output_norms, pool_texts, pool_words
 from braces_cli.core.attributes.vector import Attribute, check_numbers, default_layers, with_steered_layers
-from braces_cli.core.attributes.words import GRADIENT, OPPOSITES, REFERENCE, built_in, neutral_texts, stems
+from braces_cli.core.attributes.words import GRADIENT, OPPOSITES, REFERENCE, built_in, neutral_texts, stems, templates
 from braces_cli.core.errors import ConfigError, DataError
 from braces_cli.core.models.tokenize import has_template
 from braces_cli.core.models.weights import OVERFLOW_HINT
 from braces_cli.core.progress import Report, silent
 
-# `{}` is the description of a person or a text.
-PLAIN_TEMPLATES = (
-    "Imagine {}.",
-    "This is {}.",
-    "It makes you think of {}.",
-    "What follows comes from {}.",
-    "Here we have {}:",
-    "Once more, {}.",
-)
-# User turns, for models with a chat template.
-CHAT_TEMPLATES = (
-    "Write a few sentences in the way of {}.",
-    "Imagine {}. Then say something.",
-    "Say something that makes me think of {}.",
-    "Show me {} in a few words.",
-    "Let your answer come from {}.",
-    "Here is what I want to read: {}.",
-)
-# The same request without a description.
+# A request of the chat templates without a description.
 CHAT_WITHOUT_DESCRIPTION = "Write a few sentences."
 # Both halves of a held-out measurement need two pairs.
 _FEWEST = 4
@@ -89,7 +58,7 @@ def build_attribute(
     others = opposites or built_in()[REFERENCE]
     hidden, reference = (pool_words(session, each, report, pooling) for each in (words, others))
     reference = (hidden + reference) / 2 if opposites else reference
-    items = partial(word_items, session, words, others)
+    items = partial(directions.word_items, session, words, others)
     return _attribute(session, name, hidden, reference, pooling, reduction, items, report, words=list(words))
 
 
@@ -110,7 +79,7 @@ def attribute_from_texts(
     """Build an attribute from texts, against the neutral texts; see `build_attribute`."""
     sides = (texts, neutral_texts())
     hidden, reference = (pool_texts(session, side, report, pooling) for side in sides)
-    items = partial(text_items, session, *([Passage(text) for text in side] for side in sides))
+    items = partial(directions.text_items, session, *([directions.Passage(text) for text in side] for side in sides))
     return _attribute(session, name, hidden, reference, pooling, reduction, items, report, examples=len(texts))
 
 
@@ -139,7 +108,7 @@ def attribute_from_descriptions(
 def attribute_from_pairs(
     session: Session,
     name: str,
-    pairs: Sequence[Pair],
+    pairs: Sequence[directions.Pair],
     report: Report = silent,
     *,
     pooling: str = "mean",
@@ -162,16 +131,16 @@ def attribute_from_pairs(
     use_chat = _uses_chat(session, chat)
     # Texts without a prompt are not answers, so the chat template does not apply to them.
     sides = [[replace(side, chat=use_chat and bool(side.prompt)) for side in (p.positive, p.negative)] for p in pairs]
-    pairs = [Pair(*both) for both in sides]
-    states = pair_states(session, pairs, ffn_watches(session.ffns), pooling=pooling, report=report)
-    inputs = PairStates(states.positive[: len(session.ffns)], states.negative[: len(session.ffns)])
-    reduction = reduction or default_reduction(session)
+    pairs = [directions.Pair(*both) for both in sides]
+    states = directions.pair_states(session, pairs, ffn_watches(session.ffns), pooling=pooling, report=report)
+    inputs = directions.PairStates(states.positive[: len(session.ffns)], states.negative[: len(session.ffns)])
+    reduction = reduction or directions.default_reduction(session)
     # With the gradient as direction, p is the difference of means.
     reduced_by = "mean" if reduction == GRADIENT else reduction
     is_chat = any(pair.positive.chat for pair in pairs)
     provenance: dict[str, Any] = {"pairs": len(pairs), "reduction": reduced_by, "chat_template": is_chat}
     if len(pairs) >= _FEWEST:
-        provenance["separation"] = separation(inputs, reduced_by)
+        provenance["separation"] = directions.separation(inputs, reduced_by)
     if layers == "auto":
         if "separation" not in provenance:
             what = f"{len(pairs)} pairs are too few to choose layers"
@@ -180,22 +149,22 @@ def attribute_from_pairs(
         layers = best_layers([ffn.layer for ffn in session.ffns], effects)
     assert not isinstance(layers, str)
 
-    def items() -> list[Item]:
+    def items() -> list[directions.Item]:
         # Evidence: the texts of a side, or, for texts that both sides share, the effect of their prompts.
         shared = [pair for pair in pairs if pair.positive.text == pair.negative.text]
         others = [pair for pair in pairs if pair.positive.text != pair.negative.text]
         before = CHAT_WITHOUT_DESCRIPTION if any(pair.positive.chat for pair in shared) else ""
-        texts = text_items(session, [pair.positive for pair in others], [pair.negative for pair in others])
-        return description_items(session, shared, before) + texts
+        texts = directions.text_items(session, [pair.positive for pair in others], [pair.negative for pair in others])
+        return directions.description_items(session, shared, before) + texts
 
     middle = states.middle.unflatten(0, (2, -1))
-    hidden = middle + reduce_pairs(states, reduced_by).view_as(middle)
+    hidden = middle + directions.reduce_pairs(states, reduced_by).view_as(middle)
     details: dict[str, Any] = {"examples": 2 * len(pairs), "provenance": provenance}
     attribute = _attribute(session, name, hidden, middle, pooling, reduction, items, report, **details)
     return with_steered_layers(attribute, layers)
 
 
-def description_pairs(describe: Sequence[str], against: Sequence[str], chat: bool = False) -> list[Pair]:
+def description_pairs(describe: Sequence[str], against: Sequence[str], chat: bool = False) -> list[directions.Pair]:
     """Return a pair of passages for each stem, template and pair of descriptions.
 
     Args:
@@ -204,15 +173,15 @@ def description_pairs(describe: Sequence[str], against: Sequence[str], chat: boo
         chat: templates that are user turns of a chat.
     """
 
-    def passage(stem: str, template: str, description: str) -> Passage:
+    def passage(stem: str, template: str, description: str) -> directions.Passage:
         # In a chat the answer starts with the stem; after a plain prompt a space separates them.
-        return Passage(stem if chat else f" {stem}", template.format(description.strip()), chat)
+        return directions.Passage(stem if chat else f" {stem}", template.format(description.strip()), chat)
 
     # Stems in the outer loop: the even and the odd pairs (`separation`) then both have every stem.
     return [
-        Pair(passage(stem, template, one), passage(stem, template, other))
+        directions.Pair(passage(stem, template, one), passage(stem, template, other))
         for stem in stems()
-        for template in (CHAT_TEMPLATES if chat else PLAIN_TEMPLATES)
+        for template in templates(chat)
         for one, other in zip(describe, against, strict=True)
     ]
 
@@ -254,7 +223,7 @@ def _attribute(
     reference: Tensor,
     pooling: str,
     reduction: str | None,
-    items: Callable[[], Sequence[Item]],
+    items: Callable[[], Sequence[directions.Item]],
     report: Report,
     **details: Any,
 ) -> Attribute:
@@ -279,7 +248,7 @@ def _attribute(
         **fields,
     )
     check_numbers(attribute, name, OVERFLOW_HINT)
-    if (reduction or default_reduction(session)) != GRADIENT:
+    if (reduction or directions.default_reduction(session)) != GRADIENT:
         return attribute
-    direction = cheapest_directions(session, items(), report)
+    direction = directions.cheapest_directions(session, items(), report)
     return replace(attribute, direction=direction, provenance={**attribute.provenance, "reduction": GRADIENT})

@@ -89,12 +89,7 @@ class PairStates:
 
 
 def pair_states(
-    session: Session,
-    pairs: Sequence[Pair],
-    watches: Sequence[Watch],
-    *,
-    pooling: str = "mean",
-    report: Report = silent,
+    session: Session, pairs: Sequence[Pair], watches: Sequence[Watch], *, pooling: str = "mean", report: Report = silent
 ) -> PairStates:
     """Return the states of both passages of every pair in the bare base.
 

@@ -8,7 +8,7 @@ from math import floor, isfinite
 from pathlib import Path
 
 from braces_cli.core.attributes.files import check_attributes
-from braces_cli.core.attributes.words import built_in, check_name
+from braces_cli.core.attributes.words import check_name
 from braces_cli.core.config import ATTRIBUTES, Settings, option
 from braces_cli.core.errors import ConfigError
 
@@ -53,7 +53,7 @@ class AttributeNames(AttributesFolder):
         attribute: Name of an attribute to steer by. Repeatable.
     """
 
-    attribute: tuple[str, ...] = option((), metavar="NAME", panel=ATTRIBUTES, complete=built_in)
+    attribute: tuple[str, ...] = option((), metavar="NAME", panel=ATTRIBUTES)
 
     def check(self) -> None:
         """Refuse names that no attribute can have."""

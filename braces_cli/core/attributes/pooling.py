@@ -50,13 +50,18 @@ def pool_texts(session: Session, texts: Sequence[str], report: Report = silent, 
 
     Leading special tokens are not pooled. Texts longer than the model's context are truncated.
     """
+    return _pool(session, text_rows(session, texts), pooling, report, "pooling texts")
+
+
+def text_rows(session: Session, texts: Sequence[str]) -> list[Row]:
+    """Return the tokens of each text, and the place of the first one that is not special."""
     tokenizer = session.base.tokenizer
     max_length, special = context_length(session.base.model.config, tokenizer), set(tokenizer.all_special_ids)
     rows = []
     for text in texts:
         ids = encode(tokenizer, text, max_length=max_length).ids
         rows.append((ids, next((place for place, token in enumerate(ids) if token not in special), 0)))
-    return _pool(session, rows, pooling, report, "pooling texts")
+    return rows
 
 
 def _pool(session: Session, rows: Sequence[Row], pooling: str, report: Report, stage: str) -> Tensor:

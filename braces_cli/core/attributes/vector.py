@@ -126,9 +126,7 @@ def save_attributes(path: Path, attributes: Sequence[Attribute]) -> None:
     tensors = {f"{each.name}.{part}": getattr(each, part) for each in attributes for part in _PARTS}
     tensors[_SAMPLES] = attributes[0].samples
     tensors |= {f"{each.name}.direction": each.direction for each in attributes if each.direction is not None}
-    details: dict[str, dict[str, Any]] = {}
-    for each in attributes:
-        details[each.name] = {name: getattr(each, name) for name in Details.__annotations__}
+    details = {each.name: {name: getattr(each, name) for name in Details.__annotations__} for each in attributes}
     header = {
         "format_version": FORMAT_VERSION,
         "attributes": json.dumps({each.name: each.words for each in attributes}, ensure_ascii=False),

@@ -76,6 +76,11 @@ def stems() -> list[str]:
     return _lines("prompts/stems.txt")
 
 
+def templates(chat: bool) -> list[str]:
+    """Return texts, or user turns of a chat, with `{}` for the description of a person or a text."""
+    return _lines("prompts/chat_templates.txt" if chat else "prompts/templates.txt")
+
+
 def _lines(path: str) -> list[str]:
     return (resources.files("braces_cli.assets") / path).read_text(encoding="utf-8").splitlines()
 

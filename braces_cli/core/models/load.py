@@ -23,18 +23,9 @@ import torch
 from braces_cli.core.distributed import world_size
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.files import path_exists, user_path, value_hash
+from braces_cli.core.models import hub
 from braces_cli.core.models.ffn import FFN, MixtureFFN, find_ffns
 from braces_cli.core.models.gguf import GGUFFile, read_gguf
-from braces_cli.core.models.hub import (
-    COMPLETE,
-    NO_ADAPTER,
-    embedded_folder,
-    embedded_name,
-    hub_errors,
-    is_gguf,
-    is_hub_id,
-    resolve,
-)
 from braces_cli.core.models.identity import Sizes
 from braces_cli.core.models.weights import check_finite, compute_device, is_packed
 from braces_cli.core.options import LoadOptions
@@ -104,7 +95,7 @@ class Base:
     @property
     def is_quantised(self) -> bool:
         """Return whether its weights are rounded to fewer than 16 bits."""
-        return is_gguf(self.name) or getattr(self.model, "hf_quantizer", None) is not None
+        return hub.is_gguf(self.name) or getattr(self.model, "hf_quantizer", None) is not None
 
     @cached_property
     def tokenizer_hashes(self) -> dict[str, str | None]:
@@ -142,9 +133,9 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
     from transformers import AutoTokenizer
 
     where = _full_name(name)
-    if is_gguf(where):
+    if hub.is_gguf(where):
         return with_padding(_read_gguf(where, revision).tokenizer())
-    with hub_errors(where, "tokenizer", any_error=True):
+    with hub.hub_errors(where, "tokenizer", any_error=True):
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
         return with_padding(tokenizer)
 
@@ -183,7 +174,7 @@ def load_base(name: str, options: LoadOptions | None = None, tokenizer: Any = No
             raise ConfigError(f"`{device_map}` is not a device", where="--device-map", hint=hint) from error
     packing: dict[str, Any] = {}
     if options.quantize is not None:
-        if is_gguf(where):
+        if hub.is_gguf(where):
             hint = "Leave --quantize out; the weights are unpacked."
             raise ConfigError("a GGUF file cannot be quantised again", where="--quantize", hint=hint)
         check_quantize(options.quantize, device if device_map is None else None)
@@ -195,8 +186,8 @@ def load_base(name: str, options: LoadOptions | None = None, tokenizer: Any = No
     packing |= {"device_map": device_map, "output_loading_info": True, "ignore_mismatched_sizes": True}
     if options.attn_implementation is not None:
         packing["attn_implementation"] = options.attn_implementation
-    with hub_errors(where, "model", any_error=True):
-        if is_gguf(where):
+    with hub.hub_errors(where, "model", any_error=True):
+        if hub.is_gguf(where):
             file = _read_gguf(where, options.revision)
             loaded = file.load(dtype=DTYPES.get(options.dtype, file.dtype), **packing)
         else:
@@ -206,7 +197,7 @@ def load_base(name: str, options: LoadOptions | None = None, tokenizer: Any = No
                 packing["config"] = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=code)
             packing["dtype"] = DTYPES.get(options.dtype, "auto")
             loaded = AutoModelForCausalLM.from_pretrained(
-                where, revision=revision, trust_remote_code=code, adapter_kwargs=NO_ADAPTER, **packing
+                where, revision=revision, trust_remote_code=code, adapter_kwargs=hub.NO_ADAPTER, **packing
             )
             if os.path.isfile(os.path.join(where, "adapter_config.json")):
                 logger.warning("%s: the adapter next to the model is not loaded; give it as --adapter", where)
@@ -218,7 +209,7 @@ def load_base(name: str, options: LoadOptions | None = None, tokenizer: Any = No
     for kind in ("missing_keys", "error_msgs"):
         if keys := sorted(map(str, info.get(kind) or ())):
             message = f"the checkpoint does not fill the model: {kind.replace('_', ' ')} {', '.join(keys[:3])}"
-            raise ModelError(message, where=where, hint=COMPLETE)
+            raise ModelError(message, where=where, hint=hub.COMPLETE)
     if getattr(model.config, "is_encoder_decoder", False):
         message = "the model is not a causal model: `is_encoder_decoder` is set in its config"
         raise ModelError(message, where=where, hint="Give a causal language model.")
@@ -233,7 +224,7 @@ def load_base(name: str, options: LoadOptions | None = None, tokenizer: Any = No
     check_finite(dict(model.named_parameters()), where)
     _check_token_ids(model, tokenizer, where)
     checkpoint = checkpoint_path(where, options.revision)
-    stored_name = embedded_name() if Path(where) == embedded_folder().resolve() else where
+    stored_name = hub.embedded_name() if Path(where) == hub.embedded_folder().resolve() else where
     revision = commit_of(where, options.revision, checkpoint)
     return Base(model, tokenizer, stored_name, revision, checkpoint, options.allow_other_base)
 
@@ -259,7 +250,7 @@ def _quantization_config(where: str, options: LoadOptions) -> Any:
     """`quantization_config` of `from_pretrained`, for a checkpoint that is not quantised."""
     import transformers
 
-    with hub_errors(where, "model", any_error=True):
+    with hub.hub_errors(where, "model", any_error=True):
         config: Any = transformers.AutoConfig.from_pretrained(
             where, revision=options.revision, trust_remote_code=options.trust_remote_code
         )
@@ -311,8 +302,8 @@ def load_shape(name: str, *, revision: str | None = None, trust_remote_code: boo
     from transformers import AutoConfig, AutoModelForCausalLM
 
     where = _full_name(name)
-    with hub_errors(where, "model", any_error=True):
-        if is_gguf(where):
+    with hub.hub_errors(where, "model", any_error=True):
+        if hub.is_gguf(where):
             config = deepcopy(_read_gguf(where, revision).config)
         else:
             config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
@@ -333,7 +324,7 @@ def tokenizer_hashes(tokenizer: Any) -> dict[str, str | None]:
 
 def _full_name(name: str) -> str:
     """Return an absolute folder or GGUF file, or a name on the hub unchanged."""
-    name = resolve(name)
+    name = hub.resolve(name)
     path = user_path(name)
     if os.path.isdir(path):  # Path.is_dir raises if the name is too long
         if path_exists(path / "config.json"):
@@ -342,10 +333,10 @@ def _full_name(name: str) -> str:
             raise ModelError("this is an adapter, not a model", where=name, hint=f"Give it as --adapter {name}.")
         message = "no model here: the folder has no config.json"
         raise ModelError(message, where=name, hint="Give a model's folder or id, or a GGUF file.")
-    if is_gguf(name):
+    if hub.is_gguf(name):
         if os.path.isfile(path):
             return os.path.abspath(path)  # a link stays: its target may have another name
-        if is_hub_id(name.partition(":")[0]) and ":" in name:
+        if hub.is_hub_id(name.partition(":")[0]) and ":" in name:
             return name
         raise ModelError("no such file", where=name, hint="Give a GGUF file, or owner/name:FILE.gguf on the hub.")
     if path_exists(path):
@@ -363,22 +354,22 @@ def _read_gguf(where: str, revision: str | None) -> GGUFFile:
 
     path, (repository, _, file) = where, where.partition(":")
     if not os.path.isfile(where):
-        with hub_errors(where, "model"):
+        with hub.hub_errors(where, "model"):
             path = hf_hub_download(repository, file, revision=revision)
     return read_gguf(Path(path), os.stat(path).st_mtime_ns)
 
 
 def commit_of(where: str, revision: str | None, checkpoint: Path | None) -> str | None:
     """Commit of a hub model, which the path of its checkpoint in the cache has; `revision` for other models."""
-    if checkpoint is None or checkpoint == Path(resolve(where)):
+    if checkpoint is None or checkpoint == Path(hub.resolve(where)):
         return revision
     return checkpoint.as_posix().rpartition("/snapshots/")[2].partition("/")[0]
 
 
 def checkpoint_path(where: str, revision: str | None) -> Path | None:
     """Folder with the weight files of a model loaded from `where`, or its GGUF file; None if there is none."""
-    where = resolve(where)
-    if Path(where).is_dir() or (is_gguf(where) and os.path.isfile(where)):
+    where = hub.resolve(where)
+    if Path(where).is_dir() or (hub.is_gguf(where) and os.path.isfile(where)):
         return Path(where)
     from huggingface_hub import try_to_load_from_cache
 
