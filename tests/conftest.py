@@ -18,9 +18,11 @@ os.environ["TQDM_DISABLE"] = "1"
 # Also for child processes: with one thread per core, two processes mostly wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import hypothesis
@@ -214,6 +216,32 @@ def make_adapter(session: Any, folder: Path, rank: int = 4, seed: int = 1, relev
     adapter.save(folder, config, "# test\n")
     adapter.detach()
     return folder
+
+
+@pytest.fixture
+def in_process() -> Iterator[None]:
+    """Verify exports in this process: starting another one takes seconds."""
+    with verified_in_process():
+        yield
+
+
+@contextmanager
+def verified_in_process() -> Iterator[None]:
+    """See `in_process`."""
+
+    def run(call: list[str], **options: Any) -> CompletedProcess:
+        from braces_cli.export.verify_process import probe
+
+        # Another process would not be profiled.
+        profiler = sys.getprofile()
+        sys.setprofile(None)
+        probe(*call[-3:])
+        sys.setprofile(profiler)
+        return CompletedProcess(call, 0, "", "")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("braces_cli.export.verify.subprocess.run", run)
+        yield
 
 
 @pytest.fixture(scope="module")

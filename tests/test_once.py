@@ -40,7 +40,7 @@ LIMITS = {"train": {"FFNs found": 2}}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_each_step_happens_once(command, braces, model_dir, adapter_dir, tmp_path, monkeypatch):
+def test_each_step_happens_once(command, braces, model_dir, adapter_dir, tmp_path, monkeypatch, in_process):
     """Calls are counted under whichever name a module imported the function; the adapter is on a hub."""
 
     def download(name: str, **options: Any) -> str:

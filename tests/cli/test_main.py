@@ -216,6 +216,7 @@ def test_env_reports_versions_devices_and_caches(braces: Any, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("command", ["merge", "attr-build"])
+@pytest.mark.usefixtures("in_process")
 def test_an_upload_is_checked_first_and_done_last(braces, model_dir, adapter_dir, tmp_path, monkeypatch, command):
     from braces_cli.core.models import hub
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import json
 import os
-import subprocess
-import sys
+import pty
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from braces_cli.cli.main import main
 from braces_cli.cli.steer import _lines, print_rows, print_stream, print_texts
 from braces_cli.core.errors import DataError
 from braces_cli.core.models.generate import TextRequest
@@ -19,7 +19,6 @@ from braces_cli.core.options import Sampling
 from braces_cli.steering.texts import generate_rows, text_requests
 from tests.cli.test_output import HOSTILE, controls
 
-ROOT = Path(__file__).resolve().parents[2]
 LINES = ["the film is", "a day"]
 PROMPTS = ["the film is", "a day", "the end of the old town and the film is"]
 
@@ -153,26 +152,21 @@ def test_options_without_effect_in_a_mode_are_refused(steer, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_results_go_to_a_redirected_stdout_while_a_bar_is_drawn(model_dir):
+def test_results_go_to_a_redirected_stdout_while_a_bar_is_drawn(model_dir, monkeypatch):
     """stderr a terminal and stdout a file, as in `braces steer ... > texts.jsonl`."""
-    import pty
-
     master, slave = pty.openpty()
     argv = ["steer", "--model", str(model_dir), "--device", "cpu", "--max-new-tokens", "8", "--prompt", "a day"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
-    run = subprocess.Popen(
-        [sys.executable, "-m", "braces_cli", *argv], stdout=subprocess.PIPE, stderr=slave, env=environment, text=True
-    )
-    os.close(slave)
-    shown = b""
-    try:
-        while piece := os.read(master, 4096):
-            shown += piece
-    except OSError:  # the other end is closed
-        pass
-    out = run.communicate()[0]
-    assert run.returncode == 0
-    assert json.loads(out)["prompt"] == "a day"
+    out = io.StringIO()
+    monkeypatch.setattr("sys.stdout", out)
+    with os.fdopen(slave, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr("sys.stderr", terminal)
+        with pytest.raises(SystemExit) as ended:
+            main(argv)
+        terminal.flush()
+        shown = os.read(master, 100_000)
+    os.close(master)
+    assert ended.value.code == 0
+    assert json.loads(out.getvalue())["prompt"] == "a day"
     assert b"generating" in shown
     assert b"prompt" not in shown
 

@@ -24,6 +24,8 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Any:
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
 
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # so that the first process prints first
+
     def set_to(**values: str) -> None:
         for name, value in values.items():
             monkeypatch.setenv(name, value)

@@ -84,7 +84,7 @@ def _no_dropout(name):
 def test_a_compiled_model_is_one_graph_and_follows_every_change(name, device):
     """Logits of inference, also after a parameter changed and after the projection was materialised."""
     torch._dynamo.reset()
-    model = tiny_model(name).to(device)
+    model = tiny_model(name, num_hidden_layers=1).to(device)
     adapter = attach(model, 4)
     open_gates(adapter)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -104,7 +104,8 @@ def test_a_compiled_model_is_one_graph_and_follows_every_change(name, device):
 def test_a_compiled_training_step_has_the_same_gradients(name, device):
     """Forward and backward as one graph."""
     torch._dynamo.reset()
-    model = tiny_model(name, **_no_dropout(name), **({"dropout": 0.0} if name == "opt" else {})).to(device)
+    dropout = _no_dropout(name) | ({"dropout": 0.0} if name == "opt" else {})
+    model = tiny_model(name, num_hidden_layers=1, **dropout).to(device)
     adapter = attach(model, 4)
     open_gates(adapter)
     out, expected = training_pass(model, adapter)

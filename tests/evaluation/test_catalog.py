@@ -11,9 +11,7 @@ from braces_cli.core.errors import ConfigError
 from braces_cli.evaluation import catalog
 
 
-@pytest.mark.parametrize(
-    ("name", "near"), [("truthfulqa_mc3", "truthfulqa_mc1"), ("popqua", "popqa"), ("trivaqa", "triviaqa")]
-)
+@pytest.mark.parametrize(("name", "near"), [("truthfulqa_mc3", "truthfulqa_mc1"), ("popqua", "popqa")])
 def test_an_unknown_task_is_refused_with_a_suggestion(name, near):
     with pytest.raises(ConfigError, match=f"unknown task `{name}`") as caught:
         catalog.select([name])

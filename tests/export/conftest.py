@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -15,8 +12,7 @@ from braces_cli.core.adapter.files import find_adapter
 from braces_cli.core.options import LoadOptions
 from braces_cli.export.run import Request
 from braces_cli.export.slots import export_slots
-from braces_cli.export.verify_process import probe
-from tests.conftest import make_adapter, tiny_model, tiny_tokenizer
+from tests.conftest import make_adapter, tiny_model, tiny_tokenizer, verified_in_process
 
 
 @pytest.fixture
@@ -34,26 +30,6 @@ def request_(model_dir: Path, adapter_dir: Path, options: LoadOptions, tmp_path:
 def output_dir(session: Any, tmp_path: Path) -> Path:
     """Folder of an adapter of `model_dir` with relevance to the output."""
     return make_adapter(session, tmp_path / "adapter", relevance_to="output")
-
-
-@pytest.fixture
-def in_process() -> Iterator[None]:
-    """Verify exports in this process: starting another one takes seconds."""
-    with verified_in_process():
-        yield
-
-
-@contextmanager
-def verified_in_process() -> Iterator[None]:
-    """See `in_process`."""
-
-    def run(call: list[str], **options: Any) -> CompletedProcess:
-        probe(*call[-3:])
-        return CompletedProcess(call, 0, "", "")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("braces_cli.export.verify.subprocess.run", run)
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -55,11 +55,11 @@ def test_other_weights_and_another_dtype_have_other_files(model_dir, tmp_path, c
     """A folder whose files were written again counts as another base, even with the same weights."""
     folder = tmp_path / "model"
     shutil.copytree(model_dir, folder)
-    _find(_open(folder))
-    _find(_open(folder, "bfloat16"))
+    _find(_open(folder), for_steering=False)
+    _find(_open(folder, "bfloat16"), for_steering=False)
     assert len(built) == 2
     os.utime(folder / "model.safetensors", ns=(1, 1))
-    _find(_open(folder))
+    _find(_open(folder), for_steering=False)
     assert len(built) == 3
     assert len(list(cache.iterdir())) == 3
 
@@ -67,25 +67,25 @@ def test_other_weights_and_another_dtype_have_other_files(model_dir, tmp_path, c
 def test_weights_that_were_changed_in_memory_have_no_file(model_dir, cache, built):
     """Nothing is read or cached then. An attached adapter is not a change."""
     session = _open(model_dir)
-    first = _find(session)
+    first = _find(session, for_steering=False)
     files = list(cache.iterdir())
     session.base.model.add_module("part", torch.nn.Linear(2, 2))
-    _find(session)
+    _find(session, for_steering=False)
     assert built == ["positive"]
     with torch.no_grad():
         session.ffns[0].value.weight.mul_(2)
     for _ in range(2):
-        assert not torch.equal(_find(session).hidden, first.hidden)
+        assert not torch.equal(_find(session, for_steering=False).hidden, first.hidden)
     assert built == ["positive"] * 3
     assert list(cache.iterdir()) == files
 
 
 def test_a_damaged_file_is_replaced(session, cache, built):
-    first = _find(session)
+    first = _find(session, for_steering=False)
     (file,) = cache.iterdir()
     file.write_bytes(file.read_bytes()[:-8])
-    assert torch.equal(_find(session).direction, first.direction)
-    assert torch.equal(_find(session).direction, first.direction)
+    assert torch.equal(_find(session, for_steering=False).hidden, first.hidden)
+    assert torch.equal(_find(session, for_steering=False).hidden, first.hidden)
     assert len(built) == 2
 
 

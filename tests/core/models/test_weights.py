@@ -132,6 +132,7 @@ def test_readers_of_value_matrices_read_packed_ones(folder, method):
     assert torch.equal(torch.stack(samples), session.base.samples)
 
 
+@pytest.mark.slow
 def test_a_packed_base_compiles(tmp_path):
     """The graph breaks at each unpacking; values and gradients do not change."""
     require("int8")
