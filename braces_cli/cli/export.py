@@ -11,8 +11,8 @@ import typer
 from braces_cli.cli.options import command, show_plan
 from braces_cli.cli.output import print_json, print_pairs, progress
 from braces_cli.core import options
-from braces_cli.core.attributes.options import AttributeSettings
-from braces_cli.core.config import OUTPUT, Settings, option
+from braces_cli.core.attributes.options import AttributeNames, AttributeSettings
+from braces_cli.core.config import ATTRIBUTES, OUTPUT, Settings, option
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.models.hub import is_gguf
 
@@ -163,6 +163,30 @@ def code(settings: CodeSettings) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EraseSettings(
+    options.AdapterSettings, AttributeNames, options.SteeredLayers, options.OutputSettings, options.FolderSettings
+):
+    """Settings of `braces export erase`.
+
+    Attributes:
+        attribute: Name of an attribute to erase. Repeatable.
+    """
+
+    first_options = ("attribute", "output_dir", "adapter", "model")
+    required = ("attribute", "output_dir")
+
+    attribute: tuple[str, ...] = option((), metavar="NAME", panel=ATTRIBUTES)
+
+
+@command
+def erase(settings: EraseSettings) -> None:
+    """Write a checkpoint whose feed-forward layers cannot write along an attribute; with an adapter the merged one."""
+    from braces_cli.export.checkpoint import export_merge
+
+    _export(settings, dict, partial(export_merge, _request(settings, settings.output_dir)))
+
+
+@dataclass(frozen=True, kw_only=True)
 class VectorSettings(SteeringSettings, options.OverwriteSettings):
     """Settings of `braces export control-vector`.
 
@@ -187,8 +211,8 @@ def control_vector(settings: VectorSettings) -> None:
     _print_result(settings, write_control_vector(_request(settings, settings.output)))
 
 
-for _name, _command in (("slots", slots), ("lora", lora), ("code", code), ("control-vector", control_vector)):
-    app.command(_name)(_command)
+for _command in (slots, lora, code, control_vector, erase):
+    app.command(_command.__name__.replace("_", "-"))(_command)
 
 
 def _request(settings: Any, output: Path | None) -> Any:
@@ -202,7 +226,8 @@ def _request(settings: Any, output: Path | None) -> Any:
         options=settings,
         output=output,
         overwrite=settings.overwrite,
-        attributes=settings.strengths,
+        attributes=getattr(settings, "strengths", {}),
+        erase=settings.attribute if isinstance(settings, EraseSettings) else (),
         attributes_dir=settings.attributes,
         layers=settings.layers,
     )
@@ -246,6 +271,8 @@ def _print_result(settings: options.OutputSettings, result: dict[str, Any], titl
     shown = result | {"attributes": attributes or None}
     if "case" in result:
         shown["case"] = _CASES[result["case"]]
+    if "remaining" in result:
+        shown["remaining"] = f"{result['remaining'][max(result['remaining'])]:.1%}"
     if "effect_missing" in result:
         # Rounding may make it slightly negative.
         shown["effect_missing"] = f"{max(0.0, result['effect_missing']):.2%}"

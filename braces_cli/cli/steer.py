@@ -93,7 +93,7 @@ def _write_file(settings: SteerSettings, output: Path, requests: Iterator[TextRe
     adapter = None if settings.adapter is None else user_path(settings.adapter)
     if adapter is not None and not all((adapter / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)):
         adapter = None
-    names = dict.fromkeys([*settings.strengths, *attribute_names(settings.prompts)])
+    names = dict.fromkeys([*settings.strengths, *settings.erase, *attribute_names(settings.prompts)])
     hashes = [] if adapter is None else [adapter_hash(adapter)]
     options = options_of(type(settings))
     record = {name: value for name, value in settings.resolved().items() if options[name].outcome}
@@ -124,7 +124,7 @@ def _rows(settings: SteerSettings, requests: Iterator[TextRequest], **details: A
         details: other arguments of `generate_rows`.
     """
     from braces_cli.core.adapter.model import open_session
-    from braces_cli.core.attributes.hooks import layer_steering, steered, terms_of_rows
+    from braces_cli.core.attributes.hooks import erased_directions, layer_steering, remaining, steered, terms_of_rows
     from braces_cli.core.attributes.lookup import find_attribute
     from braces_cli.core.models.ffn import chosen_layers
     from braces_cli.core.models.load import input_device
@@ -140,10 +140,17 @@ def _rows(settings: SteerSettings, requests: Iterator[TextRequest], **details: A
         for name in (*strengths, *named):
             find(name)
     layers = chosen_layers(session.base.model, settings.layers)
+    erase = erased_directions(session, [find(name, for_steering=False) for name in settings.erase], layers)
     chat = uses_chat_template(session, settings.uses_template)
 
     def steering(batch: Sequence[TextRequest]) -> AbstractContextManager[list[LayerSteering]]:
-        return steered(session, terms_of_rows(find, [request.attributes for request in batch]), layers, settings.scope)
+        terms = terms_of_rows(find, [request.attributes for request in batch])
+        return steered(session, terms, layers, settings.scope, erase)
+
+    if erase:
+        layer, share = max(remaining(session, erase, settings.scope).items())
+        what = "%s erased; %.1f%% of it remains in the residual stream after layer %d"
+        logging.getLogger("braces").info(what, ", ".join(settings.erase), 100 * share, layer)
 
     if strengths:
         what = ", ".join(f"{name} {value:+g}" for name, value in strengths.items())
@@ -232,6 +239,7 @@ def run_interactive(settings: SteerSettings) -> None:
         folder=settings.attributes,
         layers=settings.layers,
         scope=settings.scope,
+        erase=settings.erase,
         chat=chat,
     )
     if not settings.quiet:

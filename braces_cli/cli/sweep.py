@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from importlib import resources
 from typing import Any
 
 from braces_cli.cli.output import print_json, print_table, progress
 from braces_cli.core.adapter.model import open_session
-from braces_cli.core.attributes.hooks import steered
+from braces_cli.core.attributes.hooks import erased_directions, steered
 from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.attributes.options import parse_strengths
 from braces_cli.core.distributed import is_main, join
@@ -66,7 +67,7 @@ def _measure(
 ) -> dict[str, Any]:
     """Load everything, sweep, and return the document; appends the texts to `texts`."""
     assert settings.sweep is not None
-    name, strengths = settings.attribute[0], parse_strengths(settings.sweep)
+    name, strengths = (*settings.attribute, *settings.erase)[0], parse_strengths(settings.sweep)
     scorer = settings.scorer or default_scorer(name)
     # Without words to exclude the scorer needs no model, so its errors come before one is loaded.
     loaded = None if settings.exclude_list_words else load_scorer(scorer)
@@ -80,11 +81,13 @@ def _measure(
         reference_model = load_base(settings.reference_model, replace(settings, revision=None))
     chat = uses_chat_template(session, settings.uses_template)
     processes = join(input_device(session.base.model))
-    swept = find_attribute(session, name, settings.attributes, report)
+    only_erased = not settings.attribute
+    swept = find_attribute(session, name, settings.attributes, report, for_steering=not only_erased)
     others = [(find_attribute(session, each, settings.attributes, report), s) for each, s in settings.strengths.items()]
+    erased = [find_attribute(session, each, settings.attributes, report, False) for each in settings.erase]
     excluded: set[str] = set()
     if loaded is None:
-        excluded = list_words(session, [swept, *(attribute for attribute, _ in others)])
+        excluded = list_words(session, [swept, *(attribute for attribute, _ in others), *erased])
         loaded = load_scorer(scorer, excluded)
     label = label_of(name, loaded, settings.score_label)
     detected: dict[str, Any] = {}
@@ -93,12 +96,13 @@ def _measure(
             wanted = settings.score_label or name
             detected["detection"] = detection(session, swept, labelled, wanted, settings.detect, report)
     layers = chosen_layers(session.base.model, settings.layers)
-    ours = Method(
-        BRACES_METHOD,
-        strengths,
-        lambda s: steered(session, [(swept, s), *others], layers, settings.scope),
-        scope=settings.scope,
-    )
+    directions = erased_directions(session, erased, layers)
+
+    def steering(s: float) -> AbstractContextManager[Any]:
+        terms = others if only_erased else [(swept, s), *others]
+        return steered(session, terms, layers, settings.scope, directions, s if only_erased else 1.0)
+
+    ours = Method(BRACES_METHOD, strengths, steering, scope=settings.scope)
     baselines = baseline_methods(session, settings.baseline_names, swept, strengths, layers, settings.scope, report)
     measurement = TextMeasurement(
         session, loaded, {name: label}, settings.sampling, settings.num_samples, settings.batch_size, chat,
@@ -109,6 +113,7 @@ def _measure(
         "model": session.base.name,
         "adapter": settings.adapter,
         "other_attributes": settings.strengths,
+        "erased": list(settings.erase),
         "reference_model": settings.reference_model,
         "prompts": len(prompts),
         "scope": settings.scope,

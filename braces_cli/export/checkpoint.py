@@ -24,7 +24,7 @@ from torch import Tensor
 
 from braces_cli.core.adapter.files import find_adapter
 from braces_cli.core.adapter.model import Adapter
-from braces_cli.core.attributes.hooks import LayerSteering, layer_steering, steered
+from braces_cli.core.attributes.hooks import LayerSteering, layer_steering, remaining, steered
 from braces_cli.core.errors import BracesError, ModelError
 from braces_cli.core.files import file_hint, user_path, write_json
 from braces_cli.core.models.ffn import FFN, Experts, MixtureFFN, find_ffns, parameter_total
@@ -93,35 +93,52 @@ def read_record(folder: Path) -> MergeRecord:
 def export_merge(request: Request, pad_to_multiple_of: int = 64, report: Report = silent) -> dict[str, Any]:
     """Write base and adapter as one plain checkpoint, with FFNs of a width rounded up; see `export.run.run`.
 
-    Without an adapter, the base is written: a GGUF file.
+    Without an adapter, the base is written: a GGUF file, or with directions erased.
     """
 
     def write(opened: Opened, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         session, stored, attributes_dir = opened.session, opened.session.stored, request.attributes_dir
-        model = session.base.model
+        model, erased = session.base.model, opened.erase
         copy_companions(session, folder)
-        if stored is None:
-            write_model(folder, model, report)
-            return same_shape(type(model).__name__, "plain"), {}
-        assert session.adapter is not None
-        if stored.config.relevance_to == "output":
+        about = {} if not erased else {"erased": list(request.erase), "remaining": remaining(session, erased)}
+        if stored is None or stored.config.relevance_to == "output":
             with steered(session, opened.terms, opened.layers) as steering:
-                edits = value_edits(session.adapter, session.ffns, steering_vectors(steering))
+                vectors = steering_vectors(steering)
+                edits = [] if session.adapter is None else value_edits(session.adapter, session.ffns, vectors)
                 missing = edit_values(model, edits)
             session.remove_adapter()
+            edit_values(model, erasures(session.ffns, erased))
             architecture = write_edited(folder, model, session.ffns, missing, probe_tokens(session), report)
-            facts = same_shape(architecture, "values")
+            facts = same_shape(architecture, "plain" if stored is None and not erased else "values")
         else:
-            paths = side_paths(session.adapter)
+            assert session.adapter is not None
+            paths = {
+                layer: (a, b - erased[layer] @ (erased[layer].mT @ b) if layer in erased else b)
+                for layer, (a, b) in side_paths(session.adapter).items()
+            }
             vectors = {each.layer: each.total[0] for each in layer_steering(session, opened.terms, opened.layers)}
             session.remove_adapter()
+            edit_values(model, erasures(session.ffns, erased))
             planned, facts = plan_merge(request, model, session.ffns, pad_to_multiple_of, probe_tokens(session))
             write_checkpoint(folder, model, planned, new_neurons(planned, paths, vectors), report)
+        if stored is None:
+            return facts | about, {}
         # Local inputs by absolute paths, so that `--check` finds them from every working directory.
         adapter = str(stored.folder) if user_path(stored.name).exists() else stored.name
-        return facts, {"adapter": adapter, "attributes_dir": attributes_dir and str(attributes_dir.resolve())}
+        return facts | about, {"adapter": adapter, "attributes_dir": attributes_dir and str(attributes_dir.resolve())}
 
-    return run("merge", request, write, verify_export, report)
+    return run("erase" if request.erase else "merge", request, write, verify_export, report)
+
+
+@torch.no_grad()
+def erasures(ffns: Sequence[FFN | MixtureFFN], directions: Mapping[int, Tensor]) -> Iterator[ValueEdit]:
+    """Return the edits W_V <- (I - U U^T) W_V, bias likewise, of every part of the layers in `directions`."""
+    for ffn in ffns:
+        for part in ffn.parts if ffn.layer in directions else ():
+            values, bias = part.value_matrix(), part.bias()
+            a = directions[ffn.layer].mT.to(values.device)
+            turned = None if bias is None else -(bias.float() @ a.mT) @ a
+            yield ValueEdit(ffn.layer, part, a, -a.mT.expand(*values.shape[:-2], *a.mT.shape), turned, None)
 
 
 def same_shape(architecture: str, case: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import torch
 from braces_cli.core import files
 from braces_cli.core.adapter.files import StoredAdapter, adapter_hash
 from braces_cli.core.adapter.model import Session, base_name, open_session
+from braces_cli.core.attributes.hooks import erased_directions
 from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.attributes.vector import Attribute
 from braces_cli.core.config import SETTINGS_FILE, write_settings
@@ -68,6 +69,7 @@ class Request:
         attributes: strength s of each attribute that is exported as a constant.
         attributes_dir: searched first for attributes.
         layers: decoder layers that are steered, as in `--layers`; None for all.
+        erase: attributes to erase.
     """
 
     model: str | None
@@ -78,6 +80,7 @@ class Request:
     attributes: dict[str, float] = field(default_factory=dict)
     attributes_dir: Path | None = None
     layers: str | None = None
+    erase: tuple[str, ...] = ()
 
     def facts(self) -> dict[str, Any]:
         """Base, adapter and attributes as commands print and record them."""
@@ -96,11 +99,13 @@ class Opened:
     Attributes:
         terms: attributes with their strengths.
         layers: decoder layers that are steered; None for all.
+        erase: decoder layer -> directions that are erased.
     """
 
     session: Session
     terms: list[tuple[Attribute, float]]
     layers: Collection[int] | None
+    erase: dict[int, torch.Tensor]
 
 
 # Writes an export into the empty folder; returns facts to print and record, and more entries of the record.
@@ -136,7 +141,7 @@ def run(
         report("loading", 0, 1)
         opened = open_request(request)
         report("loading", 1, 1)
-        expected = reference(opened.session, opened.terms, opened.layers)
+        expected = reference(opened.session, opened.terms, opened.layers, opened.erase)
         base = opened.session.base
         digest = base.digest
         facts = request.facts() | {"model": base.name, "revision": base.revision}
@@ -181,7 +186,8 @@ def open_request(request: Request, in_memory: bool = True) -> Opened:
         raise ConfigError("parts of the base are not in memory", where="--device-map", hint=hint)
     layers = chosen_layers(session.base.model, request.layers)
     terms = [(find_attribute(session, name, request.attributes_dir), s) for name, s in request.attributes.items()]
-    return Opened(session, terms, layers)
+    erased = [find_attribute(session, name, request.attributes_dir, for_steering=False) for name in request.erase]
+    return Opened(session, terms, layers, erased_directions(session, erased, layers))
 
 
 def base_shape(request: Request) -> Any:

@@ -73,16 +73,19 @@ class Reference:
 
 
 def reference(
-    session: Session, terms: Sequence[tuple[Attribute, float]] = (), layers: Collection[int] | None = None
+    session: Session,
+    terms: Sequence[tuple[Attribute, float]] = (),
+    layers: Collection[int] | None = None,
+    erase: dict[int, Tensor] | None = None,
 ) -> Reference:
-    """Compute the logits of base and adapter, steered, on the package's neutral texts.
+    """Compute the logits of base and adapter, steered or with directions erased, on the package's neutral texts.
 
     Raises:
         ModelError: they are not finite.
     """
     model, tokenizer = session.base.model, session.base.tokenizer
     texts, ids = _probes(tokenizer)
-    with steered(session, terms, layers):
+    with steered(session, terms, layers, erase=erase):
         logits = _logits(model, ids)
         if not bool(logits.isfinite().all()):
             raise ModelError("logits of base and adapter are not finite", where=session.base.name, hint=OVERFLOW_HINT)

@@ -5,7 +5,7 @@ Every steered text comes with an unsteered one of the same random stream, so tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from itertools import chain, repeat
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from braces_cli.core.adapter.model import Session
-from braces_cli.core.attributes.hooks import steered
+from braces_cli.core.attributes.hooks import erased_directions, steered
 from braces_cli.core.attributes.lookup import find_attribute, known_attributes
 from braces_cli.core.config import convert, options_of
 from braces_cli.core.errors import ConfigError, near_misses
@@ -62,6 +62,7 @@ class Conversation:
         folder: Path | None = None,
         layers: str | None = None,
         scope: str = "all",
+        erase: Sequence[str] = (),
         chat: bool = False,
     ) -> None:
         self.session = session
@@ -72,6 +73,7 @@ class Conversation:
         self._scope = scope
         self._chat = chat
         self._find = cache(partial(find_attribute, session, folder=folder))
+        self._erased = [self._find(name, for_steering=False) for name in erase]
         # The last prompt, which an empty line repeats.
         self.prompt: str | None = None
         self._unsteered: tuple[Any, str] | None = None
@@ -112,7 +114,8 @@ class Conversation:
         elif plain is not None:
             plain(self._unsteered[1])
         terms = [(self._find(name), s) for name, s in self.strengths.items()]
-        with steered(self.session, terms, self.layers, self._scope):
+        erased = erased_directions(self.session, self._erased, self.layers)
+        with steered(self.session, terms, self.layers, self._scope, erased):
             text = self._text(prompt, moved)
         row = {"prompt": prompt, "text": text, "attributes": dict(self.strengths), "sample": 0}
         return row | {"seed": self.sampling.seed, "unsteered": self._unsteered[1]}

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from braces_cli.core import options
 from braces_cli.core.attributes.options import AttributeSettings, SteeredTokens, strengths
-from braces_cli.core.config import GENERATION, OUTPUT, SCORING, flag_of, option, same_option
+from braces_cli.core.attributes.words import check_name
+from braces_cli.core.config import ATTRIBUTES, GENERATION, OUTPUT, SCORING, flag_of, option, same_option
 from braces_cli.core.errors import ConfigError, near_misses
 
 # Baselines of a sweep (`evaluation.baselines`).
@@ -85,6 +86,8 @@ class SteerSettings(
         prompt: Prompt. Repeatable. Default: standard input.
         prompts: File with prompts: one per line, or rows (.jsonl, .json, .csv, .tsv, .parquet) with `prompt` and
             optionally `attributes: {name: s}`; - is standard input.
+        erase: Name of an attribute to erase: the FFN outputs of the steered layers lose their component along it.
+            Repeatable. With --sweep and without --attribute, --sweep has the shares to erase, such as 0,1.
         batch_size: Texts per forward pass. In half precision the output can vary with the batch size.
         show_unsteered: Also generate without steering.
         interactive: Read prompts and commands (/s 2, /attribute NAME, /help) from standard input.
@@ -98,6 +101,7 @@ class SteerSettings(
 
     prompt: tuple[str, ...] = option((), outcome=False)
     prompts: Path | None = option(None, panel=GENERATION, metavar="FILE", outcome=False)
+    erase: tuple[str, ...] = option((), metavar="NAME", panel=ATTRIBUTES)
     top_k: int | None = same_option(options.Sampling, "top_k")
     stop: tuple[str, ...] = same_option(options.Sampling, "stop")
     batch_size: int = option(8, min=1, panel=GENERATION, outcome=False)
@@ -141,6 +145,8 @@ class SteerSettings(
                     where, hint = flag_of(type(self), name), "Leave one of them out."
                     raise ConfigError(f"does not go with --{mode}", where=where, hint=hint)
         _ = self.baseline_names
+        for name in self.erase:
+            check_name(name)
         if self.interactive and self.num_samples > 1:
             hint = "/seed draws another text."
             raise ConfigError("does not go with --interactive", where="--num-samples", hint=hint)
@@ -149,7 +155,7 @@ class SteerSettings(
                 if getattr(self, name):
                     hint = "Give --sweep FROM:TO:STEP with it."
                     raise ConfigError("this belongs to --sweep", where=flag_of(type(self), name), hint=hint)
-        elif not self.attribute:
+        elif not self.attribute and not self.erase:
             hint = "Such as --attribute positive --sweep -4:4:1."
             raise ConfigError("nothing to sweep", where="--attribute", hint=hint)
         if (self.resume or self.overwrite) and not (self.output or self.sweep):

@@ -32,9 +32,9 @@ PROMPTS = ["the film is", "a day", "the end of the old town", "a happy day in"]
 
 @pytest.fixture
 def swept(braces, model_dir):
-    def call(*args, prompts=PROMPTS, sweep="-20:20:20"):
+    def call(*args, prompts=PROMPTS, sweep="-20:20:20", attribute=("--attribute", "positive")):
         given = [part for prompt in prompts for part in ("--prompt", prompt)]
-        base = ["--model", model_dir, "--device", "cpu", "--max-new-tokens", 8, "--attribute", "positive"]
+        base = ["--model", model_dir, "--device", "cpu", "--max-new-tokens", 8, *attribute]
         return braces("steer", *base, *given, *(["--sweep", sweep] if sweep else []), *args)
 
     return call
@@ -169,6 +169,20 @@ def test_a_sweep_keeps_its_texts(swept, tmp_path):
     assert {row["method"] for row in rows} == {"braces", "prompting"}
     assert document["baselines"][0]["points"][0]["kl"] is None
     assert swept(*options, sweep="0").code == 2
+
+
+def test_a_sweep_over_the_share_that_is_erased(swept, session):
+    """0 is the unsteered model, 1 that of `--erase`; with an attribute, its strength is swept on the edited model."""
+    options = ["--erase", "toxic", "--erase", "angry"]
+    document = swept(*options, sweep="0,1", attribute=())
+    assert document.code == 0, document.err
+    before, after = document.json["points"]
+    plain = swept(sweep="0").json["points"][0]
+    assert [before[key] for key in ("perplexity", "distinct_1")] == [plain[key] for key in ("perplexity", "distinct_1")]
+    assert before["kl"] == 0 < after["kl"]
+    both = swept(*options, sweep="0,20").json
+    assert both["erased"] == ["toxic", "angry"]
+    assert both["points"][0]["distinct_1"] == after["distinct_1"]
 
 
 def test_detection_is_of_the_base_without_its_adapter(swept, adapter_dir, tmp_path):

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from braces_cli.core.adapter.files import find_adapter
 from braces_cli.core.adapter.model import attach, open_session
+from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.errors import ModelError
-from braces_cli.core.models.ffn import find_ffns
+from braces_cli.core.models.ffn import find_ffns, watch_output
 from braces_cli.core.models.structure import add_to_output
 from braces_cli.core.models.weights import StoredValues
 from braces_cli.core.options import LoadOptions
@@ -23,6 +24,7 @@ from braces_cli.export.checkpoint import ValueEdit, edit_values, export_merge, v
 from braces_cli.export.plan import Plan
 from braces_cli.export.run import Request
 from tests.conftest import make_adapter, tiny_model, tiny_tokenizer
+from tests.core.architectures import tiny
 from tests.core.comparison import relative
 from tests.export.columns import write_merged
 from tests.export.models import MODELS, SHIFT, TOKENS, frozen, greedy, logits, names, with_adapter
@@ -206,6 +208,53 @@ def test_shared_or_packed_value_vectors_are_not_edited() -> None:
     adapter = attach(model, 4, relevance_to="output")
     with pytest.raises(ModelError, match="after a mixture of experts"):
         list(value_edits(adapter, find_ffns(model), {1: torch.ones(32)}))
+
+
+ERASED = [
+    *((name, None) for name in ("gpt2", "opt", "qwen3_moe", "gpt_oss", "llama4_text", "deepseek_v3", "gemma3_text")),
+    ("llama", "input"), ("llama", "output"), ("gpt2", "input"), ("gpt2", "output"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "relevance"), ERASED)
+def test_an_erased_direction_is_not_written(name, relevance, braces, tmp_path, in_process):
+    """Weights, biases, routed and shared experts, norms after the FFN, adapters; two attributes, layer 1 of 2 or more.
+
+    The checkpoint has the logits of `steer --erase`, which are compared by the export.
+    """
+    model = MODELS[name]() if name in MODELS else tiny(name)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("bias"):
+            parameter.data.normal_(generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    session = open_session(str(tmp_path / "base"), None, LoadOptions(device="cpu"))
+    attributes = [find_attribute(session, each, None, for_steering=False) for each in ("toxic", "angry")]
+    call = ["--model", tmp_path / "base", "--device", "cpu", "--layers", "1"]
+    if relevance is not None:
+        call += ["--adapter", make_adapter(session, tmp_path / "adapter", relevance_to=relevance)]
+    out = tmp_path / "out"
+    named = ("--attribute", "toxic", "--attribute", "angry")
+    done = braces("export", "erase", *call, *named, "--output-dir", out, "--format", "json")
+    assert done.code == 0, done.err
+    assert done.json["adapter_effect"] > 1e-3 > done.json["max_logit_difference"]
+    assert list(done.json["remaining"]) == ["1"]
+    assert "toxic, angry erased" in (out / "README.md").read_text()
+    if relevance == "input":
+        write = ("--prompt", "the film", "--temperature", 0, "--max-new-tokens", 12, "--format", "json")
+        (text,) = braces("steer", "--model", out, "--device", "cpu", *write).lines
+        steered = braces("steer", *call, "--erase", "toxic", "--erase", "angry", *write)
+        assert text["text"] == steered.lines[0]["text"]
+        share = 100 * done.json["remaining"]["1"]
+        assert f"toxic, angry erased; {share:.1f}% of it remains in the residual stream after layer 1" in steered.err
+    loaded, parts = AutoModelForCausalLM.from_pretrained(out).eval(), {}
+    for ffn in find_ffns(loaded):
+        watch_output(ffn, lambda y, layer=ffn.layer: parts.update({layer: y.reshape(-1, y.shape[-1])}))
+    logits(loaded)
+    for layer, erased in ((0, False), (1, True)):
+        for attribute in attributes:
+            p = torch.nn.functional.normalize(attribute.state_at("output")[layer], dim=0)
+            assert (float((parts[layer] @ p).norm() / parts[layer].norm()) < 1e-5) == erased
 
 
 @pytest.mark.parametrize(("relevance", "added"), [("input", 12), ("output", 0)])

@@ -7,6 +7,9 @@ Two kinds of attributes add up:
 - Without a direction, as trained attributes are: through the adapter. `s r_c` joins the relevance scores, which adds
   s B (A h_c) in every adapted layer.
 
+Erasing removes the component y U U^T of the FFN output y, with U (d, k) orthonormal: the directions p of the attributes
+at the FFN's output. It comes last, after adapter and steering vectors.
+
 s = 0 is bit-identical to no attribute. With a strength per row of the batch, the vectors are (batch, 1, d).
 """
 
@@ -16,19 +19,25 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from braces_cli.core.adapter.layer import RelevanceModule
 from braces_cli.core.adapter.model import Session
+from braces_cli.core.attributes.pooling import output_watches
 from braces_cli.core.attributes.vector import Attribute
+from braces_cli.core.attributes.words import neutral_texts
 from braces_cli.core.config import format_ranges
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.models.ffn import FFN, MixtureFFN
-from braces_cli.core.models.generate import next_generated
-from braces_cli.core.models.structure import add_to_output, hooks_changed
+from braces_cli.core.models.generate import next_generated, prompt_lengths
+from braces_cli.core.models.load import input_device
+from braces_cli.core.models.structure import add_to_output, hooks_changed, layer_output, with_layer_output
+from braces_cli.core.models.tokenize import encode
 
 # s of an attribute: one number, or (batch, 1, 1), one per row.
 Strength = float | Tensor
@@ -151,6 +160,15 @@ class Selection:
         generated = next_generated(ids.shape[1]).unsqueeze(2)
         self._chosen = generated if self._scope == "generated" else ~generated
 
+    def part(self, changed: Tensor) -> Tensor:
+        """Return a change of all tokens, (rows, tokens, d) or (rows * tokens, d), that is 0 outside the scope."""
+        if self._scope == "all":
+            return changed
+        assert self._chosen is not None
+        # The rows of a mask are those of the batch, or one for all rows.
+        rows = changed.reshape(-1, self._chosen.shape[1], changed.shape[-1])
+        return (rows * self._chosen.to(changed.device)).reshape(changed.shape)
+
     def of(self, added: Tensor) -> Tensor | None:
         """Return what is added to the tokens of this pass: `added`, (rows, tokens, d), or None for no token."""
         if self._scope == "all":
@@ -162,9 +180,57 @@ class Selection:
         return added if self._chosen.all() else added * self._chosen.to(added.device)
 
 
+def erased_directions(
+    session: Session, attributes: Sequence[Attribute], layers: Collection[int] | None = None
+) -> dict[int, Tensor]:
+    """Return U (d, k) of each layer where attributes are erased: in `layers`, or those of their steering vectors."""
+    found = {}
+    for row, ffn in enumerate(session.ffns):
+        states = [
+            each.state_at("output")[row]
+            for each in attributes
+            if ffn.layer in (each.effective_layers if layers is None else layers)
+        ]
+        if not states:
+            continue
+        left, sizes, _ = torch.linalg.svd(F.normalize(torch.stack(states, dim=1), dim=0), full_matrices=False)
+        # Opposite ends of one axis are one direction.
+        found[ffn.layer] = left[:, sizes > 1e-4]
+    return found
+
+
+def remaining(session: Session, directions: Mapping[int, Tensor], scope: str = "all") -> dict[int, float]:
+    """Return the share of the directions that remains in the residual stream after each layer where they are erased.
+
+    The rms over the tokens of the neutral texts of the component in the stream, over that without erasing.
+    """
+    ffns = [ffn for ffn in session.ffns if ffn.layer in directions]
+    base, sums = session.base, torch.zeros(2, len(ffns), dtype=torch.float64)
+
+    def add(kind: int, index: int, h: Tensor) -> None:
+        basis = directions[ffns[index].layer].to(h.device)
+        sums[kind, index] += (h.detach().float() @ basis).double().square().sum().cpu()
+
+    for kind, erased in enumerate(({}, directions)):
+        with steered(session, (), scope=scope, erase=erased), ExitStack() as stack, torch.no_grad():
+            for index, watch in enumerate(output_watches(base.model, ffns)):
+                stack.callback(watch(partial(add, kind, index)).remove)
+            for text in neutral_texts():
+                ids = torch.tensor([encode(base.tokenizer, text).ids], device=input_device(base.model))
+                with prompt_lengths(torch.ones(1, 1)):
+                    base.model(input_ids=ids, use_cache=False)
+    shares = (sums[1] / sums[0].clamp(min=1e-30)).sqrt().tolist()
+    return {ffn.layer: share for ffn, share in zip(ffns, shares, strict=True)}
+
+
 @contextmanager
 def steered(
-    session: Session, terms: Terms, layers: Collection[int] | None = None, scope: str = "all"
+    session: Session,
+    terms: Terms,
+    layers: Collection[int] | None = None,
+    scope: str = "all",
+    erase: Mapping[int, Tensor] | None = None,
+    amount: float = 1.0,
 ) -> Iterator[list[LayerSteering]]:
     """Steer the model inside the `with` block; yields the steered layers.
 
@@ -172,6 +238,8 @@ def steered(
         terms: attributes with their strengths s; if one is a tensor, every batch must have as many rows.
         layers: see `layer_steering`.
         scope: tokens that are steered, one of SCOPES; see `Selection`.
+        erase: decoder layer -> orthonormal directions (d, k) that its FFN output loses.
+        amount: share of the component along these directions that is removed.
 
     Raises:
         ConfigError: see `layer_steering`.
@@ -198,9 +266,21 @@ def steered(
             if each.shift is not None:
                 modules[each.layer].shift = each.shift
                 stack.callback(setattr, modules[each.layer], "shift", None)
-        if any(each.vector is not None for each in found):
+        for ffn in session.ffns:
+            if erase and amount and ffn.layer in erase:
+                host = ffn.host if isinstance(ffn, FFN) and ffn.is_host_output else ffn.output_module
+                hook = partial(_erase, erase[ffn.layer], amount, selection)
+                stack.callback(host.register_forward_hook(hook).remove)
+        if erase or any(each.vector is not None for each in found):
             hooks_changed(session.base.model)
         yield found
+
+
+def _erase(directions: Tensor, amount: float, selection: Selection, module: Any, args: tuple, output: Any) -> Any:
+    hidden = layer_output(output)
+    basis = directions.to(hidden.device)
+    change = selection.part((hidden.float() @ basis) @ basis.mT)
+    return with_layer_output(output, (hidden.float() - amount * change).to(hidden.dtype))
 
 
 def terms_of_rows(

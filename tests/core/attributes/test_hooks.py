@@ -10,7 +10,7 @@ import torch
 from braces_cli.core.adapter.model import Session, attach
 from braces_cli.core.adapter.reference import reference
 from braces_cli.core.attributes.build import build_attribute
-from braces_cli.core.attributes.hooks import layer_steering, steered, terms_of_rows
+from braces_cli.core.attributes.hooks import erased_directions, layer_steering, steered, terms_of_rows
 from braces_cli.core.attributes.vector import Attribute
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.models.ffn import find_ffns, layer_stack
@@ -214,20 +214,25 @@ def test_rows_with_steering_vectors_and_rows_through_the_adapter_share_a_batch(n
 
 
 @pytest.mark.parametrize("scope", ["all", "prompt", "generated"])
-@pytest.mark.parametrize("adapted", [False, True])
-def test_scope_in_generation_and_likelihood(session, adapted, scope):
-    """A batch with a cache against whole passes over one row, with the vector added to some tokens by hand."""
+@pytest.mark.parametrize("kind", ["vector", "adapter", "erased"])
+def test_scope_in_generation_and_likelihood(session, kind, scope):
+    """A batch with a cache against whole passes over one row, with some tokens changed by hand."""
     good = replace(build_attribute(session, "good", ["good", "happy"]), steered_layers=[0, 1])
-    if adapted:
+    if kind != "vector":
         session.adapter = attach(session.base.model, 4)
         open_gates(session.adapter)
-    terms, start = [(good, -40.0)], [0]
+    terms, erase, start = [(good, -40.0)], {}, [0]
+    if kind == "erased":
+        others = [replace(good, hidden=torch.randn(good.hidden.shape)) for _ in range(20)]
+        terms, erase = [], erased_directions(session, [good, *others])
+        assert {u.shape[1] for u in erase.values()} == {21}
     vectors = {each.layer: each.total for each in layer_steering(session, terms)}
 
     def add(layer, output):
         places = torch.arange(output.shape[1])
         chosen = {"all": places >= 0, "prompt": places < start[0], "generated": places >= start[0]}[scope]
-        return output + chosen[None, :, None] * vectors[layer]
+        change = vectors[layer] if terms else -(output @ erase[layer]) @ erase[layer].mT
+        return output + chosen[None, :, None] * change
 
     def logits(ids, length):
         start[0] = length
@@ -247,7 +252,7 @@ def test_scope_in_generation_and_likelihood(session, adapted, scope):
         for _ in range(6):
             ids.append(int(logits(ids, length)[-1].argmax()))
         expected.append(decode_continuation(session.base.tokenizer, ids[:length], ids[length:]))
-    with steered(session, terms, scope=scope):
+    with steered(session, terms, scope=scope, erase=erase):
         found = list(generate_texts(session, text_requests(prompts), Sampling(6, temperature=0), batch_size=3))
         pairs = list(zip(prompts, [" good day", " happy", " old town the film"], strict=True))
         nll = [each.nll for each in continuation_likelihoods(session.base, pairs, 3)]
