@@ -88,13 +88,14 @@ def _turn(turn: dict[str, Any], where: str, notes: set[str]) -> tuple[dict[str, 
         calls, content = content, ""
     if calls:
         turn["tool_calls"] = [_tool_call(call, where) for call in _objects(calls, "tool_calls", where)]
-    if not isinstance(content, str) and not calls:
+    content = "" if content is None and calls else content
+    if not isinstance(content, str):
         raise DataError("no text content", where=where, hint="The content of a turn is text.")
     weights = [turn.pop(key) for key in _WEIGHTS if key in turn]
     if not all(weight in (0, 1) for weight in weights):
         raise DataError(f"weight {cut(str(weights[0]))}", where=where, hint="A weight is 0 (not scored) or 1.")
     is_scored = role == "assistant" and all(weights) and bool(calls or content.strip())
-    return {**turn, "role": role, "content": content or ""}, is_scored
+    return {**turn, "role": role, "content": content}, is_scored
 
 
 def _tool_call(call: dict[str, Any], where: str) -> dict[str, Any]:

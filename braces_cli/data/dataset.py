@@ -228,8 +228,9 @@ def iterate(names: Sequence[str], how: Reading) -> Iterator[Example]:
                     blank |= any(part is not None and part.strip() in _MISSING for part in (prompt, completion))
                 encoded, notes = [] if blank else encoded, [kind.note] if kind.note else []
             truncated = any(tokens.truncated for tokens in encoded)
-            kept = [tokens for tokens in encoded if tokens.scored] or [None]
-            yield Example(kept[0], found, kind.name, truncated, row.where, chat is not None, notes)
+            kept = [tokens for tokens in encoded if tokens.scored]
+            first = kept[0] if kept else None
+            yield Example(first, found, kind.name, truncated, row.where, chat is not None, notes)
             for tokens in kept[1:]:
                 yield Example(tokens, found, kind.name, where=row.where, is_first=False)
 

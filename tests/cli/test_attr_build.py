@@ -124,6 +124,7 @@ def test_the_list_needs_no_torch(build, tmp_path, adapter_dir):
         (["--describe", "a", "--against", " "], 2, "a description is blank"),
         (["--words", "a", "--layers", "auto"], 2, "only for pairs"),
         (["--words", "a", "--reduction", "pca"], 2, "only for pairs"),
+        (["--words", "a", "--system-prompt", "b"], 2, "only for pairs"),
         (["--words", "a", "--reduction", "median"], 2, "`median` is not one of"),
         (["--words", "a", "--attribute", "b"], 2, "2 names for one attribute"),
         (["--pairs", "same.jsonl"], 3, "both sides are the same"),

@@ -216,6 +216,16 @@ def test_the_training_of_adapters_decides_on_the_chat_template(trained, setting,
             run_module._uses_chat_template(EvalSettings(), adapters, session)
 
 
+def test_one_chat_template_for_all_systems():
+    """That of the adapters, or with several of the option, which also turns the template on."""
+    one, other = (SimpleNamespace(stored=SimpleNamespace(config=SimpleNamespace(chat_template=t))) for t in "ab")
+    assert run_module._template(EvalSettings(), [one, one, SimpleNamespace(stored=None)]) == "a"
+    with pytest.raises(ConfigError, match="different chat templates"):
+        run_module._template(EvalSettings(), [one, other])
+    settings = EvalSettings(system_prompt="x")
+    assert (settings.uses_template, EvalSettings().uses_template) == (True, None)
+
+
 def test_what_does_not_fit_fails_before_anything_is_measured(tiny_folder, make_adapter, asked, tmp_path, monkeypatch):
     """An adapter of another base, and an unknown attribute."""
     monkeypatch.setattr(run_module, "_measure", lambda *a: pytest.fail("measured"))

@@ -398,8 +398,9 @@ def _render_scored(
     Raises:
         DataError: the template leaves out or changes a part of a scored turn.
     """
-    from transformers.utils.chat_template_utils import render_jinja_template
+    from transformers.utils import chat_template_utils
 
+    apply: Any = chat_template_utils.render_jinja_template
     template, special = tokenizer.get_chat_template(tools=chat.tools), tokenizer.special_tokens_map
     options = {"chat_template": template, "return_assistant_tokens_mask": bool(_GENERATION.search(template)), **special}
     marks: list[list[tuple[int, int]]] = []
@@ -407,20 +408,22 @@ def _render_scored(
     # Not `apply_chat_template`, which drops a content of null.
     def render(turns: list[dict[str, Any]], prompt: bool) -> str:
         try:
-            (text,), marks[:] = render_jinja_template([turns], chat.tools, add_generation_prompt=prompt, **options)
+            result = apply([turns], chat.tools, add_generation_prompt=prompt, **options)
         except _TEMPLATE_ERRORS as error:
             hint = "Fix the row; many templates require alternating turns of user and assistant."
             message = f"the chat template refuses it: {first_line(error)}"
             raise DataError(message, where=where, hint=hint) from error
-        return str(text)
+        marks[:] = result[1]
+        return str(result[0][0])
 
     wanted = [index for index, is_scored in enumerate(chat.scored) if is_scored]
     full = render(messages, False)
     spans = _spans_of_marks(marks[0], chat) if marks else None
     if spans is None:
         spans = _spans_by_prefixes(render, messages, wanted, full)
-    is_whole = spans is not None
-    rendered = [(full, spans)] if is_whole else [_render_turn(render, messages, index, where) for index in wanted]
+    rendered = [(full, spans or [])]
+    if spans is None:
+        rendered = [_render_turn(render, messages, index, where) for index in wanted]
     texts = [text[start:end] for text, spans in rendered for start, end in spans]
     if len(texts) != len(wanted):  # marks need not be turns
         texts = ["".join(texts)] * len(wanted)
@@ -432,7 +435,7 @@ def _render_scored(
     if missing:
         hint = "Use another template (--chat-template FILE), or rows of prompt and completion."
         raise DataError(f"the chat template leaves out the {missing[0]}", where=where, hint=hint)
-    notes = [] if is_whole else ["one example per assistant turn: the chat template changes earlier turns"]
+    notes = [] if spans is not None else ["one example per assistant turn: the chat template changes earlier turns"]
     for turn in chat.messages[: wanted[-1]] if wanted else ():
         if turn["role"] != "assistant" and not _contains(rendered[-1][0], turn["content"]):
             notes.append(f"the chat template leaves out turns of `{turn['role']}`")
