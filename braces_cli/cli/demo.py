@@ -21,7 +21,7 @@ from braces_cli import __version__
 from braces_cli.cli.options import command
 from braces_cli.cli.output import cell, note, print_json, print_text
 from braces_cli.core.config import option
-from braces_cli.core.options import OutputSettings, OverwriteSettings
+from braces_cli.core.options import OutputSettings, OverwriteSettings, SeedSettings
 from braces_cli.core.schema import decode
 
 # One axis, with the two built-in word lists.
@@ -35,7 +35,7 @@ LORA_RANKS = {4: "as many parameters", 16: "four times as many"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoSettings(OverwriteSettings, OutputSettings):
+class DemoSettings(OverwriteSettings, SeedSettings, OutputSettings):
     """Settings of `braces demo`.
 
     Attributes:

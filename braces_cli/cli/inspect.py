@@ -16,9 +16,9 @@ import typer
 from braces_cli.cli.options import command
 from braces_cli.cli.output import note, print_json, print_json_lines, print_result, print_table, progress
 from braces_cli.core.attributes.options import AttributesFolder
-from braces_cli.core.config import DATA, GENERATION, SeedSettings, option, parse_ranges, same_option
+from braces_cli.core.config import DATA, GENERATION, option, parse_ranges, same_option
 from braces_cli.core.errors import ConfigError
-from braces_cli.core.options import AdapterSettings, DisplaySettings, OverwriteSettings, Sampling
+from braces_cli.core.options import AdapterSettings, DisplaySettings, OverwriteSettings, Sampling, SeedSettings
 
 if TYPE_CHECKING:
     from braces_cli.core.adapter.model import Session

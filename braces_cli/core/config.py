@@ -249,17 +249,6 @@ def write_settings(path: Path, settings: Settings, unused: Collection[str] = (),
     write_text(path, yaml.safe_dump({**kept, _MADE_WITH: now}, sort_keys=False, allow_unicode=True))
 
 
-@dataclass(frozen=True, kw_only=True)
-class SeedSettings(Settings):
-    """Setting that makes a run reproducible.
-
-    Attributes:
-        seed: Seed of every random choice.
-    """
-
-    seed: int = option(0, min=0, panel=OUTPUT)
-
-
 def build(kind: type[T], values: Mapping[str, Any], file: Path | None = None, python: bool = False) -> T:
     """Build the settings of a command from `values`, the YAML `file` and defaults, in this order of precedence.
 

@@ -7,17 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core.config import (
-    ATTRIBUTES,
-    GENERATION,
-    MODEL,
-    OUTPUT,
-    SCORING,
-    SeedSettings,
-    Settings,
-    option,
-    same_option,
-)
+from braces_cli.core.config import ATTRIBUTES, GENERATION, MODEL, OUTPUT, SCORING, Settings, option, same_option
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.schema import Kind, Malformed, decode, read
 
@@ -154,7 +144,18 @@ class DisplaySettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputSettings(SeedSettings, DisplaySettings):
+class SeedSettings(Settings):
+    """Setting that makes a run reproducible.
+
+    Attributes:
+        seed: Seed of every random choice.
+    """
+
+    seed: int = option(0, min=0, panel=OUTPUT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputSettings(DisplaySettings):
     """Options of most commands.
 
     Attributes:

@@ -78,6 +78,7 @@ class SteerSettings(
     SteeredTokens,
     SweepOptions,
     options.OverwriteSettings,
+    options.SeedSettings,
     options.OutputSettings,
 ):
     """Settings of `braces steer`; options that no text depends on have `outcome=False`.

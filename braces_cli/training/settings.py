@@ -14,7 +14,14 @@ from braces_cli.core.attributes.options import AttributesFolder
 from braces_cli.core.config import ATTRIBUTES, CHECKPOINTS, DATA, METHOD, OPTIMISATION, flag_of, option, options_of
 from braces_cli.core.errors import ConfigError, near_misses
 from braces_cli.core.files import user_path
-from braces_cli.core.options import ChatSettings, ModelSettings, OutputSettings, OverwriteSettings, UploadSettings
+from braces_cli.core.options import (
+    ChatSettings,
+    ModelSettings,
+    OutputSettings,
+    OverwriteSettings,
+    SeedSettings,
+    UploadSettings,
+)
 from braces_cli.core.schema import Kind, cut, read
 from braces_cli.data.rows import Columns, parse_columns
 
@@ -56,7 +63,9 @@ _RECORDED = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(AttributesFolder, ChatSettings, ModelSettings, OverwriteSettings, UploadSettings, OutputSettings):
+class TrainSettings(
+    AttributesFolder, ChatSettings, ModelSettings, OverwriteSettings, UploadSettings, SeedSettings, OutputSettings
+):
     """Inputs, method and outputs of `braces train`.
 
     Defaults that depend on other settings or on the base are None until `resolve`.

@@ -21,7 +21,7 @@ from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.models.identity import SAMPLES, check_same_base
 from braces_cli.core.models.load import Base, load_base
 from braces_cli.core.options import LoadOptions
-from tests.conftest import make_adapter, tiny_model, tiny_tokenizer, write_rows
+from tests.conftest import make_adapter, tiny_model, tiny_tokenizer
 from tests.core.architectures import tiny
 from tests.core.invariants import EXACT
 from tests.core.test_architectures import rows
@@ -146,23 +146,6 @@ def test_another_base_is_used_on_request(tmp_path: Path, caplog: pytest.LogCaptu
     call = ("steer", "--model", tmp_path / "other", "--adapter", folder, "--prompt", "a", "--max-new-tokens", 2)
     assert braces(*call).code == 4
     assert braces(*call, "--allow-other-base").code == 0
-
-
-def test_a_run_is_not_resumed_on_another_base(tmp_path: Path, braces: Any) -> None:
-    """The folder of the base was written again, with other weights."""
-    for seed in (0, 1):
-        tiny_model("llama", seed=seed, max_position_embeddings=128).save_pretrained(tmp_path / "base")
-        tiny_tokenizer().save_pretrained(tmp_path / "base")
-        data = write_rows(tmp_path / "rows.jsonl", [{"text": "a happy day in the old town"}] * 4)
-        call = ["train", "--model", tmp_path / "base", "--data", data, "--output-dir", tmp_path / "out", "--rank", 2]
-        call += ["--max-steps", 2, "--batch-size", 2, "--save-steps", 1, "--resume"]
-        done = braces(*call)
-        if seed == 0:
-            assert done.code == 0
-            (tmp_path / "out" / "run.json").unlink()
-            (tmp_path / "out" / "adapter_config.json").unlink()
-    assert done.code == 4
-    assert "another base" in done.err
 
 
 def test_sizes_are_compared_on_the_meta_device(session: Any) -> None:
