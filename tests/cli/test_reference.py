@@ -37,7 +37,8 @@ def test_every_option_is_read():
     for nodes in ([*ast.walk(tree)] for tree in trees):
         functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
         names = {node.name for node in nodes if isinstance(node, ast.ClassDef)}
-        names |= {ast.unparse(node.annotation).rpartition(".")[2] for node in nodes if getattr(node, "annotation", None)}
+        types = [ast.unparse(node.annotation) for node in nodes if getattr(node, "annotation", None)]
+        names |= {each.rpartition(".")[2] for each in types}
         inside = [node for each in functions if each.name not in NOT_READING for node in ast.walk(each)]
         for name in names.union(*(held.get(name, ()) for name in names)):
             found[name] |= {node.attr for node in inside if isinstance(node, ast.Attribute)}
