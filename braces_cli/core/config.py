@@ -67,10 +67,11 @@ _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 # The words of YAML 1.1.
 _TRUTH = {"yes": True, "on": True, "no": False, "off": False}
 
-# Setting -> names in transformers' Trainer, trl, peft, lm-eval or llama.cpp that are not similar to it. The first
-# setting that the command has is suggested.
+# Setting -> names in transformers' Trainer, trl, peft, lm-eval, llama.cpp or earlier commits that are not similar to
+# it. The first setting that the command has is suggested.
 OTHER_NAMES: dict[str, str] = {
     "adapter": "lora peft",
+    "baselines": "against",
     "output": "o out",
     "output_dir": "o out",
     "data": "file train_file",
@@ -85,9 +86,11 @@ OTHER_NAMES: dict[str, str] = {
     "prompts": "f file",
     "quantize": "load_in_4bit load_in_8bit",
     "rank": "lora_r r",
+    "reference_model": "judge_model",
     "resume": "resume_from_checkpoint",
     "s": "alpha scale strength",
     "schedule": "lr_scheduler_type",
+    "show_unsteered": "beside",
 }
 
 

@@ -32,7 +32,7 @@ BASELINE_LR = 3e-3
 # With the contrastive loss, gates at a higher rate close before they have found their direction.
 DEFAULT_GATE_LR, DEFAULT_GATE_LR_ATTRIBUTES = 0.3, 0.1
 # The entries of D are the gates of relevance to the output, without a sigmoid.
-DEFAULT_DIAGONAL_LR = 0.003
+DEFAULT_DIAGONAL_LR = 0.006
 DEFAULT_CONTRAST, DEFAULT_MARGIN = 0.1, 6.0
 STRENGTH = "strength"
 SCHEDULES = ("linear", "cosine", "constant")
@@ -88,7 +88,7 @@ class TrainSettings(
         lora_alpha: LoRA alpha of a baseline: its update is scaled by alpha / rank. Default: twice the rank.
         lora_targets: Modules that a baseline adapts, separated by commas. Default: q_proj,v_proj. Repeatable.
         lr: Peak learning rate. Default: 0.16 / sqrt(width), for baselines 0.003.
-        gate_lr: Peak learning rate of the gates. Default: 0.3; with attributes 0.1; for relevance to the output 0.003.
+        gate_lr: Peak learning rate of the gates. Default: 0.3; with attributes 0.1; for relevance to the output 0.006.
         epochs: Number of passes over the training data.
         max_steps: Number of optimizer steps; overrides --epochs.
         batch_size: Examples per process and forward pass.

@@ -31,7 +31,7 @@ def test_identity_of_a_run() -> None:
     [
         ({}, {"lr": 0.02, "gate_lr": 0.3, "rank": 16, "contrast": 0.0, "margin": None, "max_length": 512}),
         ({"attribute_field": "mood"}, {"gate_lr": 0.1, "contrast": 0.1, "margin": 6.0}),
-        ({"relevance_to": "output", "attribute_field": "mood"}, {"gate_lr": 0.003}),
+        ({"relevance_to": "output", "attribute_field": "mood"}, {"gate_lr": 0.006}),
         ({"lr": 0.5, "max_length": 100}, {"lr": 0.5, "max_length": 100}),
         ({"method": "lora"}, {"lr": 3e-3, "rank": 16}),
     ],

@@ -69,14 +69,14 @@ def test_a_rescaled_base_trains_to_the_same_function(relevance: str, kind: str, 
 
 @RELEVANCE
 def test_the_scale_by_hand(relevance: str) -> None:
-    """32 times the rms of the FFN's output over that of W_V W_V^T h (or y), over the tokens of all texts."""
+    """32 times the rms of the FFN's output over that of W_V W_V^T h (or y), over all texts' tokens but the first."""
     model = tiny_model(dtype=torch.float64).requires_grad_(False)
     ffns = find_ffns(model)
     inputs: list[list[torch.Tensor]] = [[] for _ in ffns]
     outputs: list[list[torch.Tensor]] = [[] for _ in ffns]
     for layer, ins, outs in zip(model.model.layers, inputs, outputs, strict=True):
-        layer.mlp.register_forward_pre_hook(lambda module, args, seen=ins: seen.append(args[0][0]))
-        layer.mlp.register_forward_hook(lambda module, args, output, seen=outs: seen.append(output[0]))
+        layer.mlp.register_forward_pre_hook(lambda module, args, seen=ins: seen.append(args[0][0][1:]))
+        layer.mlp.register_forward_hook(lambda module, args, output, seen=outs: seen.append(output[0][1:]))
     found = measure_scales(model, ffns, TEXTS, relevance)
     for ffn, ins, outs, scale in zip(ffns, inputs, outputs, found, strict=True):
         values = ffn.value_matrix()
@@ -101,12 +101,12 @@ def test_the_scale_of_a_mixture_counts_pairs_of_a_token_and_an_expert(relevance:
     for args, out in calls:
         for expert, value in enumerate(values):
             if part.presorted:
-                rows, written = args[0].view(len(values), -1, 32)[expert], out.view(len(values), -1, 32)[expert]
+                rows, written = (tensor.view(len(values), -1, 32)[expert, 1:] for tensor in (args[0], out))
                 sent = rows.norm(dim=-1) > 0
                 h, y = rows[sent], written[sent]
             else:
-                tokens = args[0].reshape(-1, 32)
-                h = tokens[(args[1].reshape(len(tokens), -1) == expert).any(dim=-1)]
+                tokens, chosen = args[0].reshape(-1, 32)[1:], args[1].flatten(0, -2)[1:]
+                h = tokens[(chosen == expert).any(dim=-1)]
                 index = torch.full((len(h), 1), expert)
                 y = part.module.forward(h, index, torch.ones(len(h), 1, dtype=h.dtype)) if len(h) else h
             query = h if relevance == "input" else y
