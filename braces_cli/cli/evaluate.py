@@ -61,7 +61,8 @@ def _show(result: dict[str, Any], settings: EvalSettings) -> None:
         facts = tables.facts(result)
         shown = [f"{name} {facts[name]}" for name in ("revision", "limit", "dtype") if name in facts]
         main, *others = tables.result_tables(result)
-        print_table(f"{facts['model']} ({', '.join(shown)})", *main[1:])
+        title = f"{facts['model']} ({', '.join(shown)}){main[0].removeprefix('evaluation')}"
+        print_table(title, *main[1:])
         for title, columns, rows in others:
             print_table(title, columns, rows)
     missed = [row for row in result.get("fail_under", ()) if not row["reached"]]

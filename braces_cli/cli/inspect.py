@@ -331,10 +331,11 @@ def clamp(settings: ClampSettings) -> None:
         print_table("", ["neuron", "percentile", "value"], rows)
     for row in result["prompts"]:
         title = f"{row['prompt']!r}: KL {row['kl']:.3g} nats after the prompt, {row['kl_mean']:.3g} over all positions"
+        title += f"; rounding alone: {row['kl_noise']:.1g}"
         table = [(repr(t["token"])[1:-1], t["before"], t["after"], t["ratio"]) for t in row["tokens"]]
         print_table(title, ["token", "before", "after", "ratio"], table)
         if "text" in row:
-            print_table("", ["", "continuation"], [("before", row["text_before"]), ("after", row["text"])])
+            print_table("", ["clamp", "continuation"], [("before", row["text_before"]), ("after", row["text"])])
 
 
 def _clamp(settings: ClampSettings, clamps: "list[Clamp]", report: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from braces_cli.core.files import finite
 from braces_cli.core.progress import Report, silent
-from braces_cli.core.text import escaped, json_escaped, one_line
+from braces_cli.core.text import escaped, json_escaped, number, one_line
 
 # Characters of a line in a file or a pipe, of a table cell and of a log line.
 _UNLIMITED = 100_000
@@ -180,7 +180,7 @@ def cell(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) and abs(value) < 1e6 else str(value)
+    return number(value) if isinstance(value, float) else str(value)
 
 
 @contextmanager

@@ -172,6 +172,8 @@ def _rows(settings: SteerSettings, requests: Iterator[TextRequest], **details: A
                 place, prompts = settings.output.with_name(f"{settings.output.name}.{SETTINGS_FILE}"), settings.prompts
                 data = prompts and file_hash(prompts, DataError)
                 write_settings(place, settings, base=session.base.digest, data=data)
+            if chat and settings.format == "text":  # question and answer, not one text
+                row["prompt"] += "\n"
             yield row
 
 

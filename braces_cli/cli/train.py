@@ -84,12 +84,12 @@ def _show_rows(source: str, found: dict[str, Any]) -> None:
     counts = {name: value for name, value in found.items() if not isinstance(value, (list, dict))}
     lengths = {f"length, {name}": value for name, value in found["lengths"].items()}
     print_pairs(source, {**counts, **lengths})
-    print_table("formats", ["", "rows"], found["formats"].items())
+    print_table("formats", ["format", "rows"], found["formats"].items())
     if found["notes"]:
-        print_table("notes", ["", "rows"], found["notes"].items())
+        print_table("notes", ["note", "rows"], found["notes"].items())
     if found["attributes"]:
         rows = [(name, count, *found["strengths"][name].values()) for name, count in found["attributes"].items()]
-        print_table("attributes and their strengths", ["", "rows", "least", "mean", "most"], rows)
+        print_table("attributes and their strengths", ["attribute", "rows", "least", "mean", "most"], rows)
     if found["dropped_at"]:
         print_table("rows without a text to score", [""], [[where] for where in found["dropped_at"]])
     texts = [

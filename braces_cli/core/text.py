@@ -33,6 +33,12 @@ def escaped(text: str, keep: str = "", limit: int | None = None) -> str:
     return shown[: limit - len(_CUT) - end] + _CUT + shown[len(shown) - end :]
 
 
+def number(value: float, digits: int = 4, form: str = "") -> str:
+    """Return a number with significant digits, and all digits before the point: 210, not 2.1e+02."""
+    text = f"{value:{form}.{digits}g}"
+    return f"{value:{form}.0f}" if "e+" in text and abs(value) < 1e15 else text
+
+
 def json_escaped(document: str) -> str:
     """Escape the control characters of a JSON document, except the line breaks between its parts."""
     return _CONTROLS.sub(lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", document)

@@ -12,7 +12,9 @@ from typing import Any
 
 from braces_cli.core.files import finite
 from braces_cli.core.render import figure, percent_ticks, plain_label, plain_ticks, render, save_figure
-from braces_cli.evaluation.statistics import Z, significance_label
+from braces_cli.core.text import number
+from braces_cli.evaluation.results import EMPTY, TRUNCATED
+from braces_cli.evaluation.statistics import Z, share_interval, significance_label
 from braces_cli.evaluation.sweep import methods
 from braces_cli.evaluation.text_tasks import RATINGS
 
@@ -34,18 +36,19 @@ def result_tables(result: dict[str, Any]) -> list[Table]:
     """
     systems = result["systems"]
     compared = {(c["task"], c["metric"], c["from"], c["to"]): c for c in result["comparisons"]}
-    change = ["change", "p (Holm)", ""]
+    change = ["change", "p (Holm)", "significance"]
     rows: list[list[Any]] = []
     for task, metrics in systems[0]["results"].items():
         for metric in metrics:
-            for system in systems:
-                entry = system["results"][task][metric]
+            entries = [system["results"][task][metric] for system in systems]
+            is_shown = metric not in (EMPTY, TRUNCATED) or any(entry["value"] for entry in entries)
+            for system, entry in zip(systems, entries, strict=True):
                 comparison = compared.pop((task, metric, systems[0]["name"], system["name"]), None)
                 changes = _change(comparison) if comparison else ["", None, ""]
-                rows.append([task, metric, entry["n"], system["name"], _with_error(entry), *changes])
-    columns = ["task", "metric", "n", "system", "value ± error", *change]
-    if len(systems) == 1:
-        columns, rows = columns[:5], [row[:5] for row in rows]
+                levels = [entry.get("chance"), entry.get("majority")]
+                if is_shown:
+                    rows.append([task, metric, entry["n"], system["name"], _with_error(entry), *levels, *changes])
+    columns = ["task", "metric", "n", "system", "value ± error", "chance", "majority class", *change]
     pairs = [[*names, *_change(comparison)] for names, comparison in compared.items()]
     keys = ("task", "metric", "system", "attribute", "slope", "slope_interval", "negative", "n")
     slopes = [[_interval(each[key]) for key in keys] for each in result.get("slopes", ())]
@@ -55,7 +58,24 @@ def result_tables(result: dict[str, Any]) -> list[Table]:
         ("adapters among themselves", ["task", "metric", "from", "to", *change], pairs),
         ("slope over the strength s, mean over documents", about, slopes),
     ]
-    return [table for table in tables if table[2] or table is tables[0]]
+    return [_without_constants(table) for table in tables if table[2] or table is tables[0]]
+
+
+# Columns that can be the same in all rows.
+_ABOUT = ("task", "metric", "n", "system", "chance", "majority class", "from", "to", "attribute")
+
+
+def _without_constants(table: Table) -> Table:
+    """Return the table without empty columns, and with values that all rows share in the title."""
+    title, columns, rows = table
+    cells = {column: [row[index] for row in rows] for index, column in enumerate(columns)}
+    dropped = {column for column in cells if not any(cell not in (None, "") for cell in cells[column])}
+    for column in set(_ABOUT) & set(columns) - dropped if len(rows) > 1 else ():
+        if len(set(cells[column])) == 1:
+            dropped.add(column)
+    title += "".join(f", {each} {_cell(cells[each][0])}" for each in _ABOUT if each in dropped and any(cells[each]))
+    left = [index for index, column in enumerate(columns) if column not in dropped]
+    return title, [columns[index] for index in left], [[row[index] for index in left] for row in rows]
 
 
 def facts(result: dict[str, Any]) -> dict[str, str]:
@@ -94,14 +114,14 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def _cell(value: Any) -> str:
-    return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+    return "-" if value is None else number(value, 3) if isinstance(value, float) else str(value)
 
 
 def threshold_line(row: dict[str, Any]) -> str:
     """Return one line on whether a threshold is reached."""
-    got = "was not measured" if row["value"] is None else f"is {row['value']:.4g}"
+    got = "was not measured" if row["value"] is None else f"is {number(row['value'])}"
     reached = "reached" if row["reached"] else "not reached"
-    return f"{row['system']}: {row['task']} {row['metric']} {got}, {row['threshold']:.4g} {reached}"
+    return f"{row['system']}: {row['task']} {row['metric']} {got}, {number(row['threshold'])} {reached}"
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -129,7 +149,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def _change(compared: dict[str, Any]) -> list[Any]:
     # In a stored result, values that are not finite are null.
     difference = compared["difference"]
-    shown = None if difference is None else f"{difference:+.4g}"
+    shown = None if difference is None else number(difference, form="+")
     return [shown, compared["p_holm"], significance_label(compared)]
 
 
@@ -137,7 +157,10 @@ def _with_error(entry: dict[str, Any]) -> str:
     value, error = entry["value"], entry["stderr"]
     if value is None:
         return "not finite"
-    return f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
+    if error == 0 and value in (0, 1):  # no document differs
+        low, high = share_interval([[bool(value)]] * entry["n"])
+        return f"{value:.0f} (95 %: {_interval([low, high])})"
+    return number(value) + ("" if error is None else f" ± {number(error, 2)}")
 
 
 _POINT = ("s", "score", "95 %", "perplexity", "KL", "dist-1", "dist-2", "dist-3", "rep-4", "n")
@@ -153,7 +176,7 @@ def sweep_tables(document: dict[str, Any]) -> list[Table]:
     names = ["s", "effect", "effect_interval", "wrong_way", "wrong_way_interval", *more]
     title = f"effect on a prompt's value by {scorer}, and share of prompts that move the wrong way (Wilson)"
     if slope is not None:
-        title += f"; slope {slope['slope']:.3g} per s (95 %: {_interval(slope['slope_interval'])})"
+        title += f"; slope {number(slope['slope'], 3)} per s (95 %: {_interval(slope['slope_interval'])})"
     columns = ("s", "effect", "95 %", "wrong way", "95 % ", *(name.replace("_", " ") for name in more))
     tables.append((title, columns, [[_interval(point[name]) for name in names] for point in points]))
     if document.get("answers"):
@@ -178,17 +201,17 @@ def sweep_tables(document: dict[str, Any]) -> list[Table]:
              "" if row["reached"] else f"costs less, up to s = {row['s']:g}"]
             for row in document["at_equal_perplexity"]
         ]  # fmt: skip
-        tables.append(("at equal perplexity", ("perplexity", "side", "method", "score", ""), rows))
+        tables.append(("at equal perplexity", ("perplexity", "side", "method", "score", "note"), rows))
     if document["chosen"] is not None:
         title = "the best strength by half of the prompts, measured on the other half"
         halves = (document["chosen"][name] for name in ("unsteered_on_other_half", "on_other_half"))
         tables.append((title, _POINT, [_point(half) for half in halves]))
-    return tables
+    return [_without_constants(table) for table in tables]
 
 
 def _interval(value: Any) -> Any:
     """Return an interval as text, other values unchanged."""
-    return f"{value[0]:.3g} to {value[1]:.3g}" if isinstance(value, list) else value
+    return f"{number(value[0], 3)} to {number(value[1], 3)}" if isinstance(value, list) else value
 
 
 def _point(point: dict[str, Any]) -> list[Any]:

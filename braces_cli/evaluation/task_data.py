@@ -49,7 +49,7 @@ def find_files(selection: Selection, values: Sequence[str], folder: Path | None)
         if not os.path.isdir(folder):  # Path.is_dir raises if a parent folder is not readable
             raise ConfigError("no such folder", where="--task-data-dir", hint=f"Looked for {folder}.")
         for name in known:
-            found = [place for kind in ("", *READABLE) if path_exists(place := folder / f"{name}{kind}")]
+            found = [place for each in _names(name) if path_exists(place := folder / each)]
             places |= {name: found[0]} if found else {}
     for value in values:
         name, _, file = (part.strip() for part in value.partition("="))
@@ -71,8 +71,23 @@ def find_files(selection: Selection, values: Sequence[str], folder: Path | None)
     for name, data in needed.items():
         if name not in files:
             hint = f"Give --task-data {name}=FILE ({data})."
+            if folder is not None:
+                hint += f" {folder} has none of {', '.join(_names(name))}."
             raise ConfigError(f"{name} has no data set on the hub", where="--tasks", hint=hint)
     return files
+
+
+# Data sets whose folders have other names in the repository of LLM-Adapters.
+_LLM_ADAPTERS = {"social_iqa": "social_i_qa", "arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge"}
+
+
+def _names(task: str) -> list[str]:
+    """Return the names that a task's folder or file can have in `--task-data-dir`, in order of precedence."""
+    names = [f"{task}{kind}" for kind in ("", *READABLE)]
+    dataset = task.removeprefix("commonsense_gen_")
+    return (
+        [*names, *dict.fromkeys([dataset, _LLM_ADAPTERS.get(dataset, dataset)])] if task in COMMONSENSE_TASKS else names
+    )
 
 
 def _file(name: str, place: Path, entry: Any) -> Path:

@@ -103,21 +103,27 @@ def clamp_prompt(
     """Compare a prompt without and with clamps.
 
     Returns:
-        `{prompt, kl, kl_mean, tokens}`. `tokens` are `{id, token, before, after, ratio}`, the probabilities of the next
-        token: for the requested tokens, then for those whose probability rises most. `kl` is KL(before || after) in
-        nats at the last position, `kl_mean` the mean over positions.
+        `{prompt, kl, kl_mean, kl_noise, tokens}`. `tokens` are `{id, token, before, after, ratio}`, the probabilities
+        of the next token: for the requested tokens, then for those whose probability rises most. `kl` is
+        KL(before || after) in nats at the last position, `kl_mean` the mean over positions, `kl_noise` that of two
+        passes that differ in rounding only.
     """
     model = session.base.model
     ids = torch.tensor([prompt_ids(session, prompt, "--prompt")], device=input_device(model))
 
-    def log_probabilities() -> Tensor:
+    def log_probabilities(copies: int = 1) -> Tensor:
         with torch.no_grad():
-            return model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(dim=-1)
+            return model(input_ids=ids.repeat(copies, 1), use_cache=False).logits[0].float().log_softmax(dim=-1)
+
+    def divergence(one: Tensor, other: Tensor) -> Tensor:
+        return (one.exp() * (one - other)).sum(dim=-1)
 
     before = log_probabilities()
+    # In a larger batch the same sums are rounded in another order.
+    noise = divergence(before, log_probabilities(copies=3))
     with clamped(plain_ffns(session.ffns), clamps):
         after = log_probabilities()
-    kl = (before.exp() * (before - after)).sum(dim=-1)
+    kl = divergence(before, after)
     rise = after[-1].exp() - before[-1].exp()
     # Sorted, not topk: of equal numbers the lower token comes first.
     rising = rise.sort(descending=True, stable=True).indices[:top_k].tolist()
@@ -126,7 +132,8 @@ def clamp_prompt(
         old, new = float(before[-1, token]), float(after[-1, token])
         row = {"id": token, "token": lens.text(token), "before": math.exp(old), "after": math.exp(new)}
         rows.append(row | {"ratio": math.exp(min(new - old, 700.0))})
-    return {"prompt": prompt, "kl": float(kl[-1]), "kl_mean": float(kl.mean()), "tokens": rows}
+    found = {"kl": float(kl[-1]), "kl_mean": float(kl.mean()), "kl_noise": abs(float(noise[-1]))}
+    return {"prompt": prompt, **found, "tokens": rows}
 
 
 def read_texts(session: Session, names: Sequence[str], limit: int) -> list[Encoded]:

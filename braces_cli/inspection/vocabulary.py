@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.models.ffn import FFN, MixtureFFN, layer_stack
@@ -123,13 +124,20 @@ class LogitLens:
         """Texts of all tokens."""
         return Vocabulary([self.text(token) for token in range(len(self.weight))])
 
-    def hidden(self, vectors: Tensor) -> Tensor:
-        """Input of the head for vectors (n, d): (n, width of the head), in the dtype of the products."""
-        with torch.no_grad():
-            hidden: Tensor = self.norm(vectors)
-            hidden = hidden if self.narrow is None else self.narrow(hidden)
+    def hidden(self, vectors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Input of the head for vectors (n, d): (n, width of the head), in the dtype of the products.
+
+        Args:
+            dtype: also of the norm. Default: that of the weights for the norm, `_compute_dtype` for the products.
+        """
+        hidden = vectors if dtype is None else vectors.to(dtype)
+        for module in (self.norm, self.narrow):
+            if module is not None:
+                weights = {} if dtype is None else _loaded_weights(module, dtype)
+                with torch.no_grad():
+                    hidden = functional_call(module, weights, (hidden,))
         # With a device map the head may run on another device than the norm.
-        return hidden.detach().to(self.device, self._compute_dtype)
+        return hidden.detach().to(self.device, dtype or self._compute_dtype)
 
     def blocks(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yield (first token, scores (n, tokens)) that together cover the vocabulary.
@@ -172,12 +180,13 @@ class LogitLens:
     def ranks(self, vectors: Tensor, tokens: Sequence[int], most: float = math.inf) -> tuple[Tensor, Tensor]:
         """Rank of each token among all tokens, from 1, and its score, both (n, tokens).
 
-        Of equal scores the lower token is ahead. Ranks of a vector that are all above `most` are only known to be so.
+        Computed in float32, since half precision has many equal scores; of these the lower token is ahead. Ranks of a
+        vector that are all above `most` are only known to be so.
         """
         chosen = torch.tensor(tokens, device=self.device)
         ranks, own_scores = [], []
         for block in vectors.split(VECTORS_AT_ONCE):
-            hidden = self.hidden(block)
+            hidden = self.hidden(block, torch.float32)
             own = hidden @ self.weight[chosen].to(hidden.dtype).mT
             if self.bias is not None:
                 own = own + self.bias[chosen].to(own)
@@ -195,8 +204,12 @@ class LogitLens:
                     rank[rows, column] += ahead
                 rows = rows[rank[rows].amin(dim=1) <= most]
             ranks.append(rank)
-            own_scores.append(own.float())
+            own_scores.append(own)
         return torch.cat(ranks), torch.cat(own_scores)
+
+
+def _loaded_weights(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: weight.to(dtype) for name, weight in module.named_parameters() if not weight.is_meta}
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:

@@ -183,7 +183,8 @@ class Progress:
 
     Attributes:
         loss_sum: sum of the losses of the steps up to `logged`, the last logged one.
-        loss_open: sum of the losses of the steps after it.
+        seconds: time of the optimizer steps, without evaluations.
+        loss_open: sum of the losses of the steps after it; `contrast_open` is its contrastive part.
         stream: counts of the rows of a stream.
     """
 
@@ -194,6 +195,7 @@ class Progress:
     seconds: float = 0.0
     loss_sum: float = 0.0
     loss_open: float = 0.0
+    contrast_open: float = 0.0
     logged: Count = 0
     stream: Counts | None = None
 

@@ -123,6 +123,7 @@ class Trainer:
         # Losses of the logged steps, and on the device those of the steps since the last log.
         self._loss_sum, self._logged = 0.0, 0
         self._loss_open = torch.zeros((), device=self._device)
+        self._contrast_open = torch.zeros((), device=self._device)  # the contrastive part
         self._rates: dict[str, float] = {}
         self._norm: Any = None
         self._started = time.perf_counter()
@@ -148,6 +149,7 @@ class Trainer:
             self._earlier = earlier = read_progress(checkpoint)
             self.step, self._loss_sum, self._logged = earlier.step, earlier.loss_sum, earlier.logged
             self._loss_open.fill_(earlier.loss_open)
+            self._contrast_open.fill_(earlier.contrast_open)
             if isinstance(examples, Stream) and earlier.stream is not None:
                 # Of a run with all steps completed; any other run reads these rows again.
                 examples.counts = earlier.stream
@@ -187,8 +189,8 @@ class Trainer:
     def progress(self) -> Progress:
         """Cumulative counters over all processes. Collective."""
         examples, before = self._data.examples, self._earlier
-        mine = (self._tokens, self._computed, float(self._loss_open))
-        tokens, computed, loss = (sum(numbers) for numbers in zip(*gathered(mine), strict=True))
+        mine = (self._tokens, self._computed, float(self._loss_open), float(self._contrast_open))
+        tokens, computed, loss, contrast = (sum(numbers) for numbers in zip(*gathered(mine), strict=True))
         return Progress(
             step=self.step,
             max_steps=self.max_steps,
@@ -197,6 +199,7 @@ class Trainer:
             seconds=before.seconds + time.perf_counter() - self._started,
             loss_sum=self._loss_sum,
             loss_open=loss / world_size(),
+            contrast_open=contrast / world_size(),
             logged=self._logged,
             stream=replace(examples.counts) if isinstance(examples, Stream) else None,
         )
@@ -252,7 +255,9 @@ class Trainer:
         nll = token_nll(logits, labels)
         if owner is None or settings.contrast is None or settings.margin is None:
             return nll.sum() / scored.to(nll.device)
-        return contrastive_loss(nll, owner, terms, settings.contrast, settings.margin) / scored.to(nll.device)
+        parts = contrastive_loss(nll, owner, terms, settings.contrast, settings.margin)
+        self._contrast_open += (parts[1].detach() / scored.to(nll.device)).to(self._device) * world_size()
+        return sum(parts) / scored.to(nll.device)
 
     def _after_step(self) -> None:
         """Log, evaluate and save if due at this step."""
@@ -262,7 +267,12 @@ class Trainer:
             row = self._figures()
         # After the last step the adapter is evaluated as it was saved.
         if settings.eval_steps and self.step % settings.eval_steps == 0 and not last:
+            started = time.perf_counter()
             measured = self._evaluate()
+            # Not counted in the time of training.
+            spent = time.perf_counter() - started
+            self._started += spent
+            self._last_log = self._last_log and (self._last_log[0] + spent, self._last_log[1])
             if measured is not None:
                 row |= {"eval_loss": measured.loss, "eval_perplexity": measured.perplexity}
         if row:
@@ -278,19 +288,21 @@ class Trainer:
     def _figures(self) -> dict[str, Any]:
         """Mean loss since the last log, rates, gradient norm and speed. Only here are numbers read from the device."""
         now, clock = self.progress(), time.perf_counter()
-        loss = now.loss_open / (self.step - self._logged)
+        loss, contrast = (each / (self.step - self._logged) for each in (now.loss_open, now.contrast_open))
         if not math.isfinite(loss):
             first = self._logged + 1
             when = f"at step {first}" if first == self.step else f"between steps {first} and {self.step}"
             raise self._diverged(f"the loss is not finite {when}")
         self._loss_sum, self._logged = self._loss_sum + now.loss_open, self.step
         self._loss_open.zero_()
+        self._contrast_open.zero_()
         before, counted = self._last_log or (self._started, self._earlier.tokens)
         self._last_log = (clock, now.tokens)
         speed = (now.tokens - counted) / max(clock - before, 1e-9)
         self._shown = f": loss {loss:.3f}, {speed:,.0f} tokens/s"
         norm = {} if self._norm is None else {"grad_norm": float(self._norm)}
-        return {"loss": loss, **self._rates, **norm, "tokens": now.tokens, "tokens_per_second": speed}
+        lm = {"lm_loss": loss - contrast} if self._data.conditioner and self._settings.contrast else {}
+        return {"loss": loss, **lm, **self._rates, **norm, "tokens": now.tokens, "tokens_per_second": speed}
 
     def _save(self) -> None:
         """Write a checkpoint. Collective; the first process writes."""

@@ -137,8 +137,10 @@ def pair_terms(items: Sequence[Encoded], strengths: Tensor, groups: Sequence[Seq
     return {"distance": distance, "share": share}
 
 
-def contrastive_loss(nll: Tensor, owner: Tensor, terms: dict[str, Tensor], weight: float, margin: float) -> Tensor:
-    """Loss of one block, summed over its scored tokens.
+def contrastive_loss(
+    nll: Tensor, owner: Tensor, terms: dict[str, Tensor], weight: float, margin: float
+) -> tuple[Tensor, Tensor]:
+    """LM loss and weighted contrastive loss of one block, summed over its scored tokens.
 
     Args:
         nll: -log p of each token, (k,), 0 for tokens that are not scored.
@@ -152,7 +154,7 @@ def contrastive_loss(nll: Tensor, owner: Tensor, terms: dict[str, Tensor], weigh
     belongs = owner.to(nll.device).flatten() == torch.arange(2 * rows, device=nll.device).unsqueeze(1)
     own, opposite = (belongs.to(nll.dtype) @ nll).split(rows)
     pairs = terms["share"] * F.softplus(margin * terms["distance"] + own - opposite)
-    return own.sum() + weight * pairs.sum()
+    return own.sum(), weight * pairs.sum()
 
 
 def measure(

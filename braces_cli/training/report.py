@@ -22,7 +22,7 @@ METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss.png"
 # In this order in each row; values that were not measured at a step are left out.
 _KEYS = (
-    "step", "epoch", "loss", "lr", "gate_lr", "grad_norm", "tokens", "tokens_per_second", "eval_loss",
+    "step", "epoch", "loss", "lm_loss", "lr", "gate_lr", "grad_norm", "tokens", "tokens_per_second", "eval_loss",
     "eval_perplexity",
 )  # fmt: skip
 
@@ -36,6 +36,7 @@ class TrainResult:
         rows_truncated: rows cut to the maximum length.
         rows_dropped: rows without a scored token.
         packed: several examples in a row.
+        seconds: time of the optimizer steps, without evaluations.
         padding_share: padding over computed tokens.
     """
 
@@ -82,6 +83,7 @@ class Metrics(TypedDict):
 
     step: Count
     loss: NotRequired[float | None]
+    lm_loss: NotRequired[float | None]
     eval_loss: NotRequired[float | None]
 
 
@@ -132,7 +134,11 @@ def draw_curve(folder: Path, evaluations: dict[int, float | None]) -> bool:
         evaluations: loss on the evaluation rows by step, in addition to those in the file.
     """
     rows = read_metrics(folder / METRICS_FILE)
-    trained = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
+    trained = [row for row in rows if row.get("loss") is not None]
+    lines = {"training batches": [row.get("lm_loss", row["loss"]) for row in trained]}
+    if trained and "lm_loss" in trained[0]:
+        lines = {"training batches, LM loss": lines["training batches"]}
+        lines["contrastive loss"] = [row["loss"] - row["lm_loss"] for row in trained]
     measured = {row["step"]: row["eval_loss"] for row in rows if row.get("eval_loss") is not None}
     measured |= {step: loss for step, loss in evaluations.items() if loss is not None}
     if not trained and not measured:
@@ -142,7 +148,8 @@ def draw_curve(folder: Path, evaluations: dict[int, float | None]) -> bool:
     if trained:
         # A line through a single point is invisible.
         style = "o" if len(trained) == 1 else "-"
-        axes.plot(*zip(*trained, strict=True), style, color="tab:blue", linewidth=1, label="training batches")
+        for color, (label, losses) in zip(("tab:blue", "tab:green"), lines.items(), strict=False):
+            axes.plot([row["step"] for row in trained], losses, style, color=color, linewidth=1, label=label)
     if measured:
         axes.plot(*zip(*sorted(measured.items()), strict=True), "o-", color="tab:orange", label="evaluation rows")
     axes.set_xlabel("optimizer step")

@@ -226,12 +226,16 @@ def test_generated_text_keeps_its_lines(capsys: pytest.CaptureFixture[str], kind
         assert out.count(HOSTILE[kind]) == 6
 
 
-def test_texts_alone_go_into_a_pipe(braces: Any, model_dir: Path) -> None:
+def test_texts_alone_go_into_a_pipe(braces: Any, model_dir: Path, tmp_path: Path) -> None:
     """`--format text`: each prompt with its continuation; `-` reads prompts from the pipe."""
     call = ("steer", "--model", model_dir, "--prompts", "-", "--max-new-tokens", 4, "--device", "cpu")
     rows = braces(*call, "--format", "json", stdin="the film is\na day\n").lines
     shown = braces(*call, "--format", "text", stdin="the film is\na day\n")
     assert shown.out == "".join(f"{row['prompt']}{row['text']}\n\n" for row in rows)
+    (tmp_path / "chat.jinja").write_text("{% for m in messages %}{{ m.content }}:{% endfor %}")
+    chat = (*call, "--chat-template", tmp_path / "chat.jinja")
+    (row,) = braces(*chat, "--format", "json", stdin="a day\n").lines
+    assert braces(*chat, "--format", "text", stdin="a day\n").out == f"a day\n{row['text']}\n\n"
     assert braces(*call, "--format", "text", "--show-unsteered", stdin="a\n").code == 2
     table = braces(*call, "--format", "table", stdin="the film is\na day\n").out
     assert f"prompt: {rows[0]['prompt']}" in table

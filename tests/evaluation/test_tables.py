@@ -20,10 +20,31 @@ def test_values_that_are_not_finite_are_shown(tmp_path):
     result = results(rows, comparisons=compare(systems, 0))
     for each in (result, finite(result)):
         page = markdown(each)
-        assert "| p | ppl | 2 | other | 3 |" in page
+        assert "Evaluation, task p, metric ppl, n 2" in page
+        assert "| other | 3 |" in page
         assert page.count("no test") == 1
         tables.draw(each, tmp_path / "p.png")
     assert "not finite" in page
+
+
+def test_a_table_has_labels_and_no_powers_of_ten():
+    """Wilson's interval in the place of ± 0; columns that say nothing are left out, equal values are in the title."""
+    accuracy = {"value": 0.0, "stderr": 0.0, "n": 40, "chance": 0.25}
+    scores = {"acc": accuracy, "ppl": {"value": 12345.6, "stderr": 210.4, "n": 40}}
+    scores |= {name: {"value": 0.0, "stderr": 0.0, "n": 40} for name in ("empty", "truncated")}
+    (title, columns, rows), *_ = tables.result_tables(results({"base": {"t": scores}}))
+    assert (title, columns) == ("evaluation, task t, n 40, system base", ["metric", "value ± error", "chance"])
+    assert rows == [["acc", "0 (95 %: 0 to 0.0876)", 0.25], ["ppl", "12346 ± 210", None]]
+    scores["empty"]["value"], other = 0.5, {**scores, "acc": {**accuracy, "value": 0.5, "stderr": 0.08}}
+    systems = [
+        System(name, scores=Scores({"t": {"acc": Metric(value, None, 40)}}))
+        for name, value in (("base", 0.0), ("o", 0.5))
+    ]
+    result = results({"base": {"t": scores}, "o": {"t": other}}, comparisons=compare(systems, 0))
+    (_, columns, rows), *_ = tables.result_tables(result)
+    assert columns == ["metric", "system", "value ± error", "chance", "change", "significance"]
+    assert [row[0] for row in rows] == ["acc", "acc", "ppl", "ppl", "empty", "empty"]
+    assert rows[1] == ["acc", "o", "0.5 ± 0.08", 0.25, "+0.5", "no test"]
 
 
 def _point(s, share, perplexity):

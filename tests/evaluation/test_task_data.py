@@ -116,6 +116,11 @@ def test_a_folder_has_a_file_or_folder_for_each_task(tmp_path):
     assert "which file holds the rows of triviaqa?" in message
     assert "mine.jsonl, yours.jsonl" in message
     assert "no such folder" in _error(ConfigError, names, task_data_dir=tmp_path / "none")
+    (tmp_path / "ARC-Easy").mkdir()
+    (tmp_path / "ARC-Easy" / "test.json").write_text(json.dumps([{"instruction": "Q", "answer": "answer1"}]))
+    message = _error(ConfigError, ["commonsense_gen_arc_easy,commonsense_gen_social_iqa"], task_data_dir=tmp_path)
+    assert "commonsense_gen_social_iqa.jsonl" in message
+    assert "social_iqa, social_i_qa." in message
 
 
 FOLDERS = {"social_iqa": "social_i_qa"}
@@ -127,6 +132,8 @@ def test_rows_of_llm_adapters_are_accepted(shared):
     ]
     _, files, rows = check_settings(EvalSettings(tasks=["commonsense_gen"], task_data=data))
     assert {file.name for file in files.values()} == {"test.jsonl"}
+    folder = shared / "data" / "commonsense"
+    assert check_settings(EvalSettings(tasks=["commonsense_gen"], task_data_dir=folder))[1] == files
     for name in COMMONSENSE_TASKS:
         for row in rows[name]:
             assert commonsense_results(row.fields, [row.fields["output"]]) == {"acc": 1, "answered": 1}, row.where

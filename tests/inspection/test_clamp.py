@@ -65,6 +65,7 @@ def test_clamp_prompt(session, lens):
     kl = (before.exp() * (before - after)).sum(dim=-1)
     assert found["kl"] == pytest.approx(float(kl[-1]), rel=1e-4)
     assert found["kl_mean"] == pytest.approx(float(kl.mean()), rel=1e-4)
+    assert 0 <= found["kl_noise"] < 1e-5 < found["kl"]
     rise = (after[-1].exp() - before[-1].exp()).topk(4).indices.tolist()
     assert [t["id"] for t in found["tokens"]] == [40, *(t for t in rise if t != 40)]
     for t in found["tokens"]:

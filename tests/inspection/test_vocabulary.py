@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -108,6 +110,13 @@ def test_lens_in_half_precision():
     with torch.no_grad():
         expected = model.lm_head(model.model.norm(vectors)).float()
     assert torch.allclose(values, expected.gather(1, ids), rtol=2e-2, atol=2e-1)
+    # Ranks have no ties of half precision: they are those of the same weights in float32.
+    exact = opened(copy.deepcopy(model).float())
+    found, wanted = (
+        LogitLens(each.base).ranks(each.ffns[0].value_matrix().mT.detach(), [3, 50]) for each in (session, exact)
+    )
+    assert torch.equal(found[0], wanted[0])
+    assert torch.allclose(found[1], wanted[1], rtol=1e-5)
 
 
 def expected_scores(model):

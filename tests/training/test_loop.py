@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections import Counter
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import braces_cli.training.run as trainer
 import braces_cli.training.settings as settings
 from braces_cli.core.adapter import gram
 from braces_cli.core.adapter.model import attach
@@ -26,8 +28,16 @@ def run(train, mood_rows, tmp_path):
     return lambda *more, out=tmp_path / "out": train(out, *options, *more)
 
 
-def test_metrics_curve_and_card(run, tmp_path, mood_rows):
+def test_metrics_curve_and_card(run, tmp_path, mood_rows, monkeypatch):
     """One row per log step, evaluations when due; the card has data, curve and command."""
+    clock, measure, added = time.perf_counter, trainer.measure, [0]
+
+    def slow(*args):
+        added[0] += 1000
+        return measure(*args)
+
+    monkeypatch.setattr(trainer, "measure", slow)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + added[0])
     outcome = run("--logging-steps", 2, "--eval-steps", 3)
     assert outcome.code == 0, outcome.err
     found = read_metrics(tmp_path / "out" / "metrics.jsonl")
@@ -40,6 +50,9 @@ def test_metrics_curve_and_card(run, tmp_path, mood_rows):
                 "step", "epoch", "loss", "lr", "gate_lr", "grad_norm", "tokens", "tokens_per_second",
             }  # fmt: skip
     assert found[-1]["tokens"] == outcome.json["tokens"]
+    # Evaluations of 1,000 seconds are not in the times.
+    assert outcome.json["seconds"] < 900
+    assert found[2]["tokens_per_second"] > found[0]["tokens"] / 900
     mean = sum(row["loss"] for row in found if "loss" in row) / 3
     assert outcome.json["train_loss"] == pytest.approx(mean, rel=1e-6)
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -21,6 +21,7 @@ from braces_cli.scoring.likelihood import continuation_likelihoods
 from braces_cli.training.batching import Layout, collate, similar_lengths
 from braces_cli.training.conditioning import Conditioner
 from braces_cli.training.loss import PAIR_TERMS, contrastive_loss, token_nll
+from braces_cli.training.report import read_metrics
 from tests.conftest import open_gates, write_rows
 from tests.core.comparison import relative
 from tests.training.test_batching import LAYOUTS, LENGTHS, examples, gradients
@@ -81,7 +82,7 @@ def fast_loss(adapter, conditioner, layout, rows, weight, count):
         terms = {name: block.pop(name) for name in PAIR_TERMS}
         with only_scored(adapter.model, block.pop("scored", None)):
             logits = adapter.model(**block, use_cache=False).logits
-        total = total + contrastive_loss(token_nll(logits, labels), owner, terms, weight, MARGIN) / count
+        total = total + sum(contrastive_loss(token_nll(logits, labels), owner, terms, weight, MARGIN)) / count
     return total
 
 
@@ -128,12 +129,13 @@ def test_contrastive_loss_makes_steering_stronger(train, tmp_path):
     kinds = {"positive": "good day good film", "negative": "sad town sad end"}
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": text, "mood": name} for name, text in kinds.items()] * 8)
     options = ("--max-steps", 15, "--batch-size", 8, "--warmup-steps", 0, "--lr", 0.03, "--gate-lr", 0.3)
-    options += ("--attribute-field", "mood", "--opposites", "positive:negative")
-    gains = []
+    options += ("--attribute-field", "mood", "--opposites", "positive:negative", "--logging-steps", 1)
+    gains, logged = [], []
     for contrast in (("--contrast", 0), ("--contrast", 1, "--margin", 20)):
         folder = tmp_path / f"w{contrast[1]}"
         outcome = train(folder, *options, *contrast, data=rows)
         assert outcome.code == 0, outcome.err
+        logged.append(read_metrics(folder / "metrics.jsonl")[0])
         session = open_session(None, str(folder), LoadOptions(device="cpu"))
         positive = find_attribute(session, "positive", None)
         gain = 0.0
@@ -144,3 +146,7 @@ def test_contrastive_loss_makes_steering_stronger(train, tmp_path):
                 gain += -found[0].nll if s == sign else found[0].nll
         gains.append(gain)
     assert gains[1] > gains[0] + 0.5
+    # The part of the language model in the loss of a step.
+    assert "lm_loss" not in logged[0]
+    assert logged[1]["lm_loss"] == pytest.approx(logged[0]["loss"], rel=1e-5)
+    assert logged[1]["loss"] > logged[1]["lm_loss"] + 1

@@ -121,7 +121,12 @@ def _cache_file(session: Session, name: str, reduction: str) -> Path | None:
         ]
     except OSError:
         return None
-    parameters = {(str(p.dtype), type(p.data).__name__, p.device.type) for p in session.base.model.parameters()}
+    # Without those of an adapter: the attribute is built with the adapter off.
+    parameters = {
+        (str(parameter.dtype), type(parameter.data).__name__, parameter.device.type)
+        for name, parameter in session.base.model.named_parameters()
+        if ".relevance." not in name and not name.startswith("adapter_condition.")
+    }
     depends_on: dict[str, Any] = {
         "files": [str(checkpoint.resolve()), files],
         "parameters": sorted(parameters),
