@@ -131,13 +131,17 @@ def test_options_that_peft_does_not_know_are_shown(session, damaged, caplog):
     assert caplog.text.count("use_new_scaling") == 1
 
 
-def test_an_adapter_for_another_task_is_refused(damaged):
-    with pytest.raises(ModelError, match="`task_type`: the adapter is for SEQ_CLS"):
-        find_eval_adapter(str(damaged({"task_type": "SEQ_CLS"})))
-
-
-@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "XLORA"])
-def test_types_that_are_not_layers_are_refused(kind, damaged):
-    """Before peft reads the config: some types load files that it names."""
-    with pytest.raises(ModelError, match=f"`peft_type`: {kind} [^\n]*\nMeasure it with lm-eval"):
-        find_eval_adapter(str(damaged({"peft_type": kind})))
+@pytest.mark.parametrize(
+    ("key", "kind", "words"),
+    [
+        *(
+            ("peft_type", kind, rf"{kind} [^\n]*\nMeasure")
+            for kind in ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "XLORA")
+        ),
+        ("task_type", "SEQ_CLS", "the adapter is for SEQ_CLS"),
+    ],
+)
+def test_types_that_are_not_layers_are_refused(key, kind, words, damaged):
+    """Before peft reads the config: some types load files that it names. So are adapters for another task."""
+    with pytest.raises(ModelError, match=f"`{key}`: {words}"):
+        find_eval_adapter(str(damaged({key: kind})))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import shutil
 from dataclasses import replace
@@ -13,8 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from braces_cli.api import load
-from braces_cli.core.adapter.files import find_adapter
+from braces_cli.api import Model
 from braces_cli.core.adapter.model import Session, open_session
 from braces_cli.core.errors import BracesError, ConfigError, ModelError
 from braces_cli.core.models.load import Base
@@ -68,29 +66,27 @@ def test_a_failure_changes_nothing(existing: str, new: str, tmp_path: Path) -> N
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("export", [export_merge, export_code])
 @pytest.mark.parametrize("stored", [True, False])
-def test_checkpoints_stop_at_the_end_of_a_turn(export, stored, request_, model_dir, adapter_dir, tmp_path):
+def test_checkpoints_stop_at_the_end_of_a_turn(export, stored, request_, tmp_path):
     """Base models declare another end token, in `generation_config.json` or only in `config.json`."""
-    base = shutil.copytree(model_dir, tmp_path / "base")
+    base = shutil.copytree(request_.model, tmp_path / "base")
     if not stored:
         (base / "generation_config.json").unlink()
-    session = open_session(str(base), str(adapter_dir), request_.options)
+    session = open_session(str(base), request_.adapter, request_.options)
     ids = torch.tensor([encode(session.base.tokenizer, "the film is").ids])
-    expected = greedy(session.base.model, ids)[0, ids.shape[1] :].tolist()
-    end = session.base.tokenizer.convert_ids_to_tokens(expected[4])
-    length = expected.index(expected[4])
-    config = adapter_dir / "adapter_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"end_of_turn": [end]}))
-    adapter = find_adapter(str(adapter_dir))
+    expected = greedy(session.base.model, ids)[0].tolist()
+    end, length = expected[-1], expected.index(expected[-1], ids.shape[1])
+    config = replace(request_.adapter.config, end_of_turn=[session.base.tokenizer.convert_ids_to_tokens(end)])
+    adapter = replace(request_.adapter, config=config)
     export(replace(request_, model=str(base), adapter=adapter))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    assert model.generation_config.eos_token_id == sorted({1, expected[4]})
-    assert model.generate(ids, max_new_tokens=48)[0, ids.shape[1] :].tolist() == expected[: length + 1]
+    assert model.generation_config.eos_token_id == sorted({1, end})
+    assert model.generate(ids, max_new_tokens=48)[0].tolist() == expected[: length + 1]
     # The same in Python and `steer`; lm-eval reads the generation config of the model.
-    adapted = load(base, adapter=adapter_dir, device="cpu")
-    text = decode_continuation(session.base.tokenizer, ids[0].tolist(), expected[:length])
-    assert adapted.generate("the film is", temperature=0, max_new_tokens=48) == text
-    adapted.session.remove_adapter()
-    assert adapted.session.base.model.generation_config.eos_token_id == 1
+    session.add_adapter(adapter)
+    text = decode_continuation(session.base.tokenizer, ids[0].tolist(), expected[ids.shape[1] : length])
+    assert Model(session).generate("the film is", temperature=0, max_new_tokens=48) == text
+    session.remove_adapter()
+    assert session.base.model.generation_config.eos_token_id == 1
 
 
 def copied(source: Path, folder: Path) -> list[str]:
