@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -250,6 +249,8 @@ def versions(more: Sequence[str] = ()) -> dict[str, str]:
     Args:
         more: other packages; a package that is not installed is left out.
     """
+    from importlib import metadata  # slow to import
+
     found = {"braces": __version__, "python": platform.python_version()}
     for name in (*_LIBRARIES, *more):
         with suppress(metadata.PackageNotFoundError):

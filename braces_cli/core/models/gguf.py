@@ -6,6 +6,8 @@ folder that transformers gets is empty, so that no file next to the GGUF file ta
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -32,19 +34,35 @@ class GGUFFile:
         fields: metadata; of an array its length.
         dtype: of the weights if they are not quantised, else bfloat16.
         factors: tensors with factors of the wavelengths of the positions, by name.
+        reader: the open file.
     """
 
     path: Path
     fields: dict[str, Any]
     dtype: torch.dtype
     factors: dict[str, torch.Tensor]
+    reader: Any
+
+    @contextmanager
+    def _for_transformers(self) -> Iterator[str]:
+        """An empty folder, and the open file for transformers, which would read the metadata again for seconds."""
+        import gguf
+
+        library: Any = gguf
+        own = library.GGUFReader
+        library.GGUFReader = lambda *args: self.reader
+        try:
+            with scratch_folder() as empty:
+                yield str(empty)
+        finally:
+            library.GGUFReader = own
 
     @cached_property
     def config(self) -> Any:
         """Config of the model, with everything that transformers leaves out; reading it takes seconds."""
         from transformers import AutoConfig
 
-        with scratch_folder() as empty, hub_errors(str(self.path), "GGUF file", any_error=True):
+        with self._for_transformers() as empty, hub_errors(str(self.path), "GGUF file", any_error=True):
             config: Any = AutoConfig.from_pretrained(empty, gguf_file=str(self.path), trust_remote_code=False)
         config.name_or_path = str(self.path)
         rope = getattr(config, "rope_parameters", None) or {}
@@ -83,7 +101,7 @@ class GGUFFile:
         from tokenizers import pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
-        with scratch_folder() as empty, hub_errors(str(self.path), "GGUF file", any_error=True):
+        with self._for_transformers() as empty, hub_errors(str(self.path), "GGUF file", any_error=True):
             tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(
                 empty, gguf_file=str(self.path), trust_remote_code=False
             )
@@ -99,7 +117,7 @@ class GGUFFile:
         from transformers import AutoModelForCausalLM, GgufConfig
 
         unpacked = {"gguf_file": str(self.path), "quantization_config": GgufConfig(dequantize=True)}
-        with scratch_folder() as empty:
+        with self._for_transformers() as empty:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 empty, config=self.config, trust_remote_code=False, **unpacked, **options
             )
@@ -150,4 +168,4 @@ def read_gguf(path: Path, changed: int) -> GGUFFile:
         if kinds - plain.keys()
         else next((plain[kind] for kind in plain if kind in kinds), torch.bfloat16)
     )
-    return GGUFFile(path, fields, dtype, factors)
+    return GGUFFile(path, fields, dtype, factors, reader)
