@@ -52,9 +52,6 @@ def set_up(quiet: bool, debug: bool) -> None:
     if debug:
         return
     warnings.simplefilter("ignore")
-    # torchao, which transformers imports, logs every kernel that it cannot use.
-    for chatty in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
     # Functions that an Apple GPU lacks run on the CPU.
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -7,7 +7,6 @@ writes to an output: it holds the lock `.NAME.lock` next to the output, which na
 from __future__ import annotations
 
 import errno
-import getpass
 import glob
 import hashlib
 import json
@@ -293,7 +292,9 @@ def _locked(output: Path, path: Path) -> Iterator[None]:
         except OSError:
             # The parent of a mounted folder may be read-only, and some file systems have no locks.
             check_writable(output)
-            place = Path(tempfile.gettempdir()) / f"braces-{getpass.getuser()}-{value_hash(str(path))[:16]}.lock"
+            # One for each user, who has no name in some containers.
+            key = value_hash([os.path.expanduser("~"), str(path)])[:16]
+            place = Path(tempfile.gettempdir()) / f"braces-{key}.lock"
             lock = FileLock(place, timeout=0)
             lock.acquire()
         with suppress(OSError):  # a full disk: the lock has no name

@@ -31,6 +31,9 @@ from braces_cli.core.models.weights import check_finite, compute_device, is_pack
 from braces_cli.core.options import LoadOptions
 
 logger = logging.getLogger("braces")
+# transformers imports torchao, which logs every kernel that it cannot use.
+for chatty in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(chatty).setLevel(logging.ERROR)
 
 # Device maps of accelerate that are not names of devices.
 _DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
