@@ -28,16 +28,14 @@ def evaluate(settings: EvalSettings) -> None:
     if settings.dry_run:
         _dry_run(settings)
         return
-    from braces_cli.core.files import check_output_file, check_output_folder, output_lock
+    from braces_cli.core.files import check_output_folder, output_lock
     from braces_cli.evaluation.run import run_evaluation
 
-    with output_lock(settings.output_dir, settings.plot):
+    with output_lock(settings.output_dir):
         replace = settings.overwrite or settings.resume
         if is_main() and settings.output_dir is not None:
             hint = "Give another one; --resume continues a run there, --overwrite starts a new one."
             check_output_folder(settings.output_dir, replace, hint)
-        if is_main() and settings.plot is not None:
-            check_output_file(settings.plot, replace)
         with progress(quiet) as report:
             result = run_evaluation(settings, report)
         if result is not None:
@@ -50,8 +48,6 @@ def _show(result: dict[str, Any], settings: EvalSettings) -> None:
     from braces_cli.evaluation import tables
     from braces_cli.evaluation.results import RESULTS
 
-    if settings.plot is not None:
-        tables.draw(result, settings.plot)
     if settings.output_dir is not None:
         write_text(settings.output_dir / "results.md", tables.markdown(result))
         write_json(settings.output_dir / RESULTS, finite(result))

@@ -152,7 +152,7 @@ def _warn_of_answers(systems: Sequence[System], chat: bool, session: Session) ->
         "answered": ("answers without a label", examples),
     }
     for task, metrics in systems[0].scores.results.items():
-        for name in faults.keys() & metrics:
+        for name in [name for name in faults if name in metrics]:
             shares = {each.name: each.scores.results[task][name].value for each in systems}
             found = {system: 1 - share if name == "answered" else share for system, share in shares.items()}
             if max(found.values()) > _MANY:

@@ -56,7 +56,6 @@ class EvalSettings(
         output_dir: Folder for results.json and results.md, updated after each task.
         log_samples: Also write prompt, answer and scores of each document into --output-dir.
         resume: Skip tasks whose results are already in --output-dir.
-        plot: PNG file for a plot of each metric and system.
     """
 
     first_options = ("tasks", "model", "adapter", "output_dir", "limit")
@@ -81,7 +80,6 @@ class EvalSettings(
     output_dir: Path | None = option(None)
     log_samples: bool = option(False, panel=OUTPUT)
     resume: bool = option(False, panel=OUTPUT)
-    plot: Path | None = option(None, panel=OUTPUT)
 
     def check(self) -> None:
         """Parse composite values once, so that errors come before anything is loaded."""

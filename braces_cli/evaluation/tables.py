@@ -1,4 +1,4 @@
-"""Tables, Markdown pages and plots of an evaluation and of a sweep.
+"""Tables and Markdown page of an evaluation, tables and plot of a sweep.
 
 The plot of a sweep shows the share of texts with the attribute and the perplexity at each strength and, with baselines,
 share against perplexity, one curve per method.
@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core.files import finite
 from braces_cli.core.render import figure, percent_ticks, plain_label, plain_ticks, render, save_figure
 from braces_cli.core.text import number
 from braces_cli.evaluation.results import EMPTY, TRUNCATED
-from braces_cli.evaluation.statistics import Z, share_interval, significance_label
+from braces_cli.evaluation.statistics import share_interval, significance_label
 from braces_cli.evaluation.sweep import methods
 from braces_cli.evaluation.text_tasks import RATINGS
 
@@ -122,28 +121,6 @@ def threshold_line(row: dict[str, Any]) -> str:
     got = "was not measured" if row["value"] is None else f"is {number(row['value'])}"
     reached = "reached" if row["reached"] else "not reached"
     return f"{row['system']}: {row['task']} {row['metric']} {got}, {number(row['threshold'])} {reached}"
-
-
-def draw(result: dict[str, Any], path: Path) -> None:
-    """Write a plot: one panel per metric, one point per system with 1.96 standard errors."""
-    systems = finite(result["systems"])
-    panels = [(task, metric) for task, metrics in systems[0]["results"].items() for metric in metrics]
-    across = min(4, len(panels))
-    down = -(-len(panels) // across)
-    drawn = figure(3.0 * across, 0.9 * down + 0.35 * down * len(systems))
-    for place, (task, metric) in enumerate(panels):
-        axes = drawn.add_subplot(down, across, place + 1)
-        for row, system in enumerate(systems):
-            entry = system["results"][task][metric]
-            if entry["value"] is not None:
-                reach = Z * (entry["stderr"] or 0.0)
-                axes.errorbar(entry["value"], row, xerr=reach, fmt="o", color=f"C{row}", capsize=3)
-        axes.set_yticks(range(len(systems)), [plain_label(system["name"]) for system in systems])
-        axes.set_ylim(len(systems) - 0.5, -0.5)
-        axes.set_title(plain_label(f"{task}, {metric}"), fontsize=8)
-        axes.tick_params(labelsize=7)
-        axes.grid(axis="x", alpha=0.3)
-    save_figure(drawn, path)
 
 
 def _change(compared: dict[str, Any]) -> list[Any]:

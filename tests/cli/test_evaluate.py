@@ -17,19 +17,19 @@ def popqa(tmp_path):
 
 
 def test_outputs_of_an_evaluation(braces, model_dir, adapter_dir, popqa, tmp_path):
-    """Table, Markdown page, plot, log and JSON of one run, with the same adapter twice; then resumed."""
+    """Table, Markdown page, log and JSON of one run, with the same adapter twice; then resumed."""
     out, text = tmp_path / "out", tmp_path / "t.txt"
     text.write_text("the film is good\nand the end is sad\n" * 6)
     outcome = braces(
         "eval", "--adapter", adapter_dir, "--adapter", adapter_dir, "--tasks", "popqa,perplexity",
         "--task-data", f"popqa={popqa}", "--task-data", f"perplexity={text}", "--output-dir", out, "--log-samples",
-        "--plot", tmp_path / "p.png", "--device", "cpu", "--fail-under", "perplexity:token_perplexity=1e9",
+        "--device", "cpu", "--fail-under", "perplexity:token_perplexity=1e9",
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
     assert "adapters among themselves" in outcome.out
     result = json.loads((out / "results.json").read_text())
     assert [row["reached"] for row in result["fail_under"]] == [True, True]
-    twice = [c for c in result["comparisons"] if c["from"] != "base"]
+    twice = [c for c in result["comparisons"] if c["from"] != "base" and c["metric"] not in ("empty", "truncated")]
     assert {(c["difference"], c["p_value"], c["significant"]) for c in twice} == {(0, 1, False)}
     against = [c for c in result["comparisons"] if (c["from"], c["metric"]) == ("base", "token_perplexity")]
     assert len(against) == 2
@@ -44,7 +44,6 @@ def test_outputs_of_an_evaluation(braces, model_dir, adapter_dir, popqa, tmp_pat
         "| no difference |",
     ):
         assert expected in page
-    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert len((out / "samples" / "base" / "popqa.jsonl").read_text().splitlines()) == 4
     assert braces("eval", "--model", model_dir, "--tasks", "popqa", "--output-dir", out).code == 2
     again = braces(

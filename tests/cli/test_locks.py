@@ -21,7 +21,6 @@ _SWEEP = ("steer", "--prompt", "the", "--attribute", "positive", "--sweep", "0:1
 _CALLS = {
     ("train", "output_dir"): (_TRAIN, "out"),
     ("eval", "output_dir"): (("eval", "--tasks", "perplexity", "--output-dir", "out"), "out"),
-    ("eval", "plot"): (("eval", "--tasks", "perplexity", "--plot", "out.png"), "out.png"),
     ("attr-build", "output_dir"): (("attr-build", "--attribute", "sad", "--output-dir", "a"), "a/sad.safetensors"),
     ("steer", "output"): ((*_STEER, "--output", "out.jsonl"), "out.jsonl"),
     ("steer", "plot"): ((*_SWEEP, "--plot", "out.png"), "out.png"),
