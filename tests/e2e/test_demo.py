@@ -66,17 +66,12 @@ def test_figures(content: dict[str, Any]) -> None:
 
 
 @slow
-def test_commands_are_valid(demo: Path, commands: list[str], braces: Any) -> None:
-    """The command line accepts them, and --dry-run and the cards show the same ones."""
+def test_commands_are_shown(demo: Path, commands: list[str], braces: Any) -> None:
+    """--dry-run and the cards show the commands that ran."""
     outcome = braces("demo", "--dry-run", "--output-dir", demo)
     assert re.findall(r"^   \$ (braces .*)$", outcome.out, re.MULTILINE) == commands
     # Cards have the last part of local paths only.
     assert commands[0].replace(f"{demo}/", "") in (demo / "adapter" / "README.md").read_text(encoding="utf-8")
-    for command in commands:
-        words = [word for word in shlex.split(command)[1:] if word.startswith("--")]
-        names = [word for word in shlex.split(command)[1:3] if not word.startswith("--")]
-        listed = braces(*(names if names[0] == "inspect" else names[:1]), "--help").out
-        assert all(word in listed for word in words), command
 
 
 @slow
