@@ -24,7 +24,7 @@ from braces_cli.core.options import LoadOptions
 from braces_cli.core.progress import Report, silent
 from braces_cli.evaluation import catalog, lm_eval_runner
 from braces_cli.evaluation.native_tasks import DETECTION, PERPLEXITY, Measure, TaskContext
-from braces_cli.evaluation.results import AVERAGE, EMPTY, TRUNCATED, Scores, Store
+from braces_cli.evaluation.results import AVERAGE, EMPTY, TRUNCATED, Store
 from braces_cli.evaluation.settings import TEXT_TASKS, EvalSettings
 from braces_cli.evaluation.statistics import LEVEL, compare, strength_slopes
 from braces_cli.evaluation.systems import BRACES, EvalAdapter, System, attached, find_eval_adapter, labels, resolve_base
@@ -84,7 +84,7 @@ def run_evaluation(settings: EvalSettings, report: Report = silent) -> dict[str,
                 if group is not last:
                     stack.close()
                     stack.enter_context(attached(session, group[0].adapter))
-                unsteered: dict[str, Scores | None] = {}
+                unsteered: dict[str, Any] = {}
                 for system in group:
                     _measure(system, measures, context, store, unsteered)
     if not processes.first:
@@ -192,16 +192,12 @@ def _attach_and_plan(
 
 
 def _measure(
-    system: System,
-    measures: dict[str, Measure],
-    context: TaskContext,
-    store: Store,
-    unsteered: dict[str, Scores | None],
+    system: System, measures: dict[str, Measure], context: TaskContext, store: Store, unsteered: dict[str, Any]
 ) -> None:
     """Measure the tasks that are not stored; on processes other than the first the scores stay empty.
 
     Args:
-        unsteered: measured scores of the same adapter without steering, which are those at s = 0; added to.
+        unsteered: measured `Scores` of the same adapter without steering, which are those at s = 0; added to.
     """
     processes = context.processes
     stored = {name: store.load(system.name, name) for name in measures} if processes.first else {}
