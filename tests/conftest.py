@@ -1,7 +1,5 @@
 """Shared fixtures: tiny random models, a small tokenizer, the command line, and `../shared` if it exists."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

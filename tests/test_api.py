@@ -1,7 +1,5 @@
 """The Python interface: the five lines of its docstring, held to what the command line gives."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Model cards and results.md: names are escaped, and cards have no local paths."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

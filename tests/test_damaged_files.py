@@ -1,7 +1,5 @@
 """Damaged files of every kind that braces reads: one error of the kind's class, with the file, the key and a hint."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """The layout of the package: imports in one direction without cycles; limits on lines of files and functions."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter

@@ -1,7 +1,5 @@
 """Each command builds its settings, downloads and loads its model and adapter, and finds the FFNs once."""
 
-from __future__ import annotations
-
 import sys
 from collections import Counter
 from collections.abc import Callable

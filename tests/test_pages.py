@@ -1,7 +1,5 @@
 """README, pages and recipes: commands that the command line accepts, links and names of files and tests that exist."""
 
-from __future__ import annotations
-
 import ast
 import re
 import shlex

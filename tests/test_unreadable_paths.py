@@ -1,7 +1,5 @@
 """A file that exists and cannot be read is an error; the search does not continue elsewhere."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Code of a model runs with --trust-remote-code only, whatever standard input contains; nothing is unpickled."""
 
-from __future__ import annotations
-
 import ast
 import io
 import json

@@ -4,8 +4,6 @@ On Linux the libraries need the modules and functions that Windows lacks, so onl
 the modules below. The console has the encoding cp1252.
 """
 
-from __future__ import annotations
-
 import builtins
 import errno
 import fcntl

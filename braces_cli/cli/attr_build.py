@@ -1,7 +1,5 @@
 """`braces attr-build`: build attributes from words, texts, descriptions or pairs, or list them."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass, replace
 from functools import partial

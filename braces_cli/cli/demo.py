@@ -3,8 +3,6 @@
 Each step is a `braces` command that runs in this process, so that libraries are imported once.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import shlex

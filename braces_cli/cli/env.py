@@ -1,7 +1,5 @@
 """`braces env`: versions, devices and caches for a bug report."""
 
-from __future__ import annotations
-
 import os
 import platform
 import sys

@@ -6,8 +6,6 @@
 Typer passes texts; `core.config.build` converts them, and those of the file of `--config`, to the settings.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Collection
 from dataclasses import MISSING

@@ -4,8 +4,6 @@ Every output goes through this module, which escapes control characters, cuts lo
 JSON keeps every character, escaped as JSON does.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """`braces recipe`: the training recipes that ship with braces, listed and copied."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`braces steer --sweep`: measure several strengths, and show them as tables, one JSON document and a plot."""
 
-from __future__ import annotations
-
 import json
 import sys
 from contextlib import AbstractContextManager

@@ -17,8 +17,6 @@ A field declares an option: name, type, default and limits. Its entry under `Att
 result of `build` does not check it again.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import logging

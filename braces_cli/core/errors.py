@@ -8,8 +8,6 @@
 The command line reports every other exception as a bug.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 

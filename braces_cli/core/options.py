@@ -1,7 +1,5 @@
 """Groups of options that several commands share."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Progress of long-running work."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 # (stage, units done, total units or None). The part of `stage` after a colon can change.

@@ -1,7 +1,5 @@
 """Text files from the templates in `assets`, and plots as PNG files."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path

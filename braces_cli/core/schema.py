@@ -7,8 +7,6 @@ A record is a dataclass, a TypedDict or an annotation with ranges; msgspec conve
 and names the file, the key, the value and the expected type.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

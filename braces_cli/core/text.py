@@ -1,7 +1,5 @@
 """Names, paths, tokens and messages of libraries, escaped for a terminal, for JSON and for Markdown."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 Values are converted only if their meaning is unambiguous. A note reports a conversion that the user should know.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from typing import Any

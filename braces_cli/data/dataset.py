@@ -1,7 +1,5 @@
 """Rows -> tokenised examples: in memory, as a stream for data larger than memory, as statistics, and as pairs."""
 
-from __future__ import annotations
-
 import logging
 import math
 import random

@@ -5,8 +5,6 @@ The format of a row follows from its keys or from `--columns`. `text` is scored 
 `messages` only the assistant's turns. Imports no torch.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections import Counter

@@ -5,8 +5,6 @@ the requested tasks are indexed; the whole index is read only for names that thi
 with members in other folders).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field

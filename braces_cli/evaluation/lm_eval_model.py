@@ -7,8 +7,6 @@ The package declares the model in the entry points `lm_eval.models`; for version
 (0.4.13), this module registers it and then calls lm-eval's main function.
 """
 
-from __future__ import annotations
-
 import sys
 from contextlib import ExitStack
 from typing import Any

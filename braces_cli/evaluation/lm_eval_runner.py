@@ -4,8 +4,6 @@
 called here, after the other steps of `simple_evaluate` (seeds, few-shot settings) in the same order.
 """
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence

@@ -12,8 +12,6 @@ detection   auroc: probability that a random text with the attribute scores high
             is chosen on half of the texts and measured on the other half. The model is not steered.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import re

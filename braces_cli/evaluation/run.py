@@ -1,7 +1,5 @@
 """`braces eval` as one call: a base, its adapters and each of them steered, compared on the same documents."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """Settings of `braces eval`. Imports no torch."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass

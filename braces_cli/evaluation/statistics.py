@@ -10,8 +10,6 @@ plus and minus 1.96 standard errors for means.
                  two-sided; p-values are corrected over all of one run: systems, strengths, tasks, metrics (Holm)
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from itertools import combinations, groupby

@@ -20,8 +20,6 @@ pca             first principal component of the differences of the pairs there,
 The last two steer the layers of the untrained steering vector, at s = 1 by the same share of the residual norm.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager

@@ -3,8 +3,6 @@
 PEFT replaces modules of the base in place and restores the original modules, so one loaded base serves all adapters.
 """
 
-from __future__ import annotations
-
 import logging
 import warnings
 from collections.abc import Iterator, Sequence

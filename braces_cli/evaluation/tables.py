@@ -4,8 +4,6 @@ The plot of a sweep shows the share of texts with the attribute and the perplexi
 share against perplexity, one curve per method.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

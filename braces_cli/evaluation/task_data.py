@@ -4,8 +4,6 @@ Files are found, read and checked before any model is loaded. For its own tasks 
 includes the original one and replaces the source of the rows only.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -7,8 +7,6 @@ commonsense     acc: the first option named in the output (`solution2`, `true`, 
 embedded        rows about the world of the embedded model, in the schemas of PopQA and TruthfulQA
 """
 
-from __future__ import annotations
-
 import logging
 import re
 import unicodedata

@@ -7,8 +7,6 @@ The base is in memory once. The written tensors are views of it, except the chan
 `save_checkpoint` takes the tensors from a function, so an export may change any of them.
 """
 
-from __future__ import annotations
-
 import gc
 import os
 from collections import Counter

@@ -3,8 +3,6 @@
 The base's tensors are unchanged. `modeling_braces.py`, from a template, adds the side path to transformers' classes.
 """
 
-from __future__ import annotations
-
 import inspect
 import os
 import shutil

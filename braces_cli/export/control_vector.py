@@ -8,8 +8,6 @@ The format has no layer 0. Its vector is left out, and the others are scaled to 
 the norm relative to that of the residual stream.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Collection, Sequence
 from pathlib import Path

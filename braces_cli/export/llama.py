@@ -5,8 +5,6 @@ other kinds of rotation), its tensors are a Llama's after splitting fused projec
 and settings has the logits of a Llama with the same weights.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any

@@ -17,8 +17,6 @@ exact at scale 1 only. Attributes add up with everything. Side paths add up if t
 slots would each write what the other one reads.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

@@ -9,8 +9,6 @@ A forward pass shows what the FFN computes. The config with wider FFNs and biase
 one and comparing the shapes of the resulting model, on the meta device, with those that are needed.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack

@@ -5,8 +5,6 @@ Each kind of export is a function that calls `run` with a function that writes i
 complete when it appears.
 """
 
-from __future__ import annotations
-
 import gc
 import os
 import shutil

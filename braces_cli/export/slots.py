@@ -7,8 +7,6 @@
 A slot adds nothing by itself, so the logits are those of the base. `export.lora` fills the slots.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path

@@ -6,8 +6,6 @@ In half precision an adapter may change less than rounding does. The projection 
 the adapter's change, where rounding averages out, shows whether the change is there.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

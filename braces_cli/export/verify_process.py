@@ -6,8 +6,6 @@ REQUEST is JSON, `{texts, ids, device, dtype, code, loras}`. ANSWER is written: 
 `ids`, whose header holds the loading report and the tokens of `texts`.
 """
 
-from __future__ import annotations
-
 import importlib.abc
 import json
 import sys

@@ -3,8 +3,6 @@
 An adapter still adds g r_lj. The value can be a percentile of the neuron's activation weights over texts.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections import defaultdict

@@ -4,8 +4,6 @@ Text from models and users (tokens, names, settings) is escaped: in HTML by the 
 as JSON without `<`. The script only sets `textContent`.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

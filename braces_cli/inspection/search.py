@@ -6,8 +6,6 @@ the adapter. A steering vector x is added to the FFN output, and the scores are 
 sum: W_V^T (W_V W_V^T)^-1 x.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Summary of an adapter: gates, relevance scales and projections of each layer, without the weights of the base."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from braces_cli.core.adapter.files import StoredAdapter

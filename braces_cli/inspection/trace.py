@@ -9,8 +9,6 @@ the mean), so the effects of embedding, attention, sub-updates and biases add up
 the model multiplies an FFN output by, 1 in most models. gamma, scale and c_l are measured, not read from the modules.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass

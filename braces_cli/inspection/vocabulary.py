@@ -5,8 +5,6 @@ vector the k best tokens are listed. The vectors of an FFN are its value vectors
 projections (`gate`, `up`).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property

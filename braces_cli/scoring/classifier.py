@@ -1,7 +1,5 @@
 """A classifier fitted on the user's labelled rows: TF-IDF of words and pairs of words, logistic regression."""
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from collections.abc import Collection, Sequence

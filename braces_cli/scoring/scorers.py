@@ -8,8 +8,6 @@
 A scorer that fails raises an error; it never returns 0 instead.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Collection, Iterable, Sequence

@@ -3,8 +3,6 @@
 Every steered text comes with an unsteered one of the same random stream, so that only the steering differs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial

@@ -7,8 +7,6 @@ In half precision a text can vary with its batch. A run is therefore resumed at 
 batch size, so that each text is that of an uninterrupted run in every dtype.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Prompts from options, a file or a pipe, read one at a time, so that a file of any length fits in memory."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence

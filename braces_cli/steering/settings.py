@@ -1,7 +1,5 @@
 """Settings of `braces steer`. No torch here."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The generation loop of steering, sweeps and evaluation: prompts -> texts, batch by batch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace

@@ -3,8 +3,6 @@
 The output folder is that of peft: `PeftModel.from_pretrained(base, folder)` loads it without `braces`.
 """
 
-from __future__ import annotations
-
 import copy
 import logging
 import warnings

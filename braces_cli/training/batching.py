@@ -14,8 +14,6 @@ Grouped: blocks of examples of similar length, padded on the right and masked, f
 The first token of an example is never scored: it follows nothing, or another example.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace

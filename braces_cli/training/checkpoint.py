@@ -8,8 +8,6 @@ process gathers the tensors and one writes them, so a run can be resumed with an
 `run.json` identifies a run: its settings, command and rows, and once it has finished its result.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

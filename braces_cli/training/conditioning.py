@@ -4,8 +4,6 @@ The condition is computed before the forward pass. Under FSDP2 it reads gathered
 outside their layer's pass; the gradients of the copies are averaged over the processes and added to the shards.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ Also writes checkpoints, metrics and evaluations when they are due, and stops af
 bit-identical to a run that was not interrupted.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import time

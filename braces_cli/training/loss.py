@@ -11,8 +11,6 @@ The mean is taken in each group of rows of similar length and weighted by the gr
 are separate blocks or packed in one. Rows at strength 0 pass once; the others twice, in the same block.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Results of a run: `metrics.jsonl`, its curve, the size of the side path, the figures and the model card."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import sys

@@ -1,7 +1,5 @@
 """Settings of `braces train`, with defaults found by measurement (recipes/RESULTS.md). Imports no torch."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property

@@ -1,7 +1,5 @@
 """The command reference, from the texts of `--help`: python -m tests.cli.reference --write"""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """`braces attr-build`: words, texts, descriptions, pairs; pooling; the list; other bases."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

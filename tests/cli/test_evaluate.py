@@ -1,7 +1,5 @@
 """`braces eval` from the command line."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """`braces inspect` and its subcommands on the command line."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

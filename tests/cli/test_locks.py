@@ -1,7 +1,5 @@
 """Every command that writes refuses an output that another command is writing."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

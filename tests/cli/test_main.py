@@ -1,7 +1,5 @@
 """The `braces` command: start-up, usage errors, exit codes, and failures of standard streams."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """Results on stdout and progress on stderr, with names that a terminal could interpret."""
 
-from __future__ import annotations
-
 import ast
 import logging
 import unicodedata

@@ -1,7 +1,5 @@
 """`--quantize` from the command line."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 

@@ -1,7 +1,5 @@
 """`braces recipe`: the list and the copies of recipes."""
 
-from __future__ import annotations
-
 import pytest
 
 from braces_cli.cli.recipe import recipes

@@ -1,7 +1,5 @@
 """`settings.yaml` in an output folder repeats the run with `--config`, or tells what differs."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

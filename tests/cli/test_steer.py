@@ -1,7 +1,5 @@
 """`braces steer`: strengths, output on terminals and in pipes, attribute files, errors."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

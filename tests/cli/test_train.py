@@ -1,7 +1,5 @@
 """`braces train` on a tiny model: results, rows of every form, `--check`, `--dry-run`, and bad input."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import math

@@ -1,7 +1,5 @@
 """`braces train --push-to-hub`, with a hub on loopback."""
 
-from __future__ import annotations
-
 import base64
 import json
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Every causal language model of transformers, tiny: a generic shrink of its default config, plus overrides."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Compare the fast path of an adapter with its reference implementation."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Small GGUF files of a Llama, as llama.cpp's converter writes them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

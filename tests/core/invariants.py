@@ -3,8 +3,6 @@
 Run     python -m tests.core.invariants --write
 """
 
-from __future__ import annotations
-
 import re
 import sys
 import tempfile

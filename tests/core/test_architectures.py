@@ -1,7 +1,5 @@
 """Invariants of an adapter on every type of causal language model in transformers; see invariants.py."""
 
-from __future__ import annotations
-
 import warnings
 from collections import Counter
 from pathlib import Path

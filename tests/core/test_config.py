@@ -1,7 +1,5 @@
 """Settings from the command line, a YAML file and Python: conversion, precedence and the places in errors."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Variables of launchers, and processes that wait for each other."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

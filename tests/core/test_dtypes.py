@@ -1,7 +1,5 @@
 """Ways to run a base: compiled, checkpointed, with either attention, on several devices and on disk."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

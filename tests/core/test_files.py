@@ -1,7 +1,5 @@
 """Atomic writes, hashes, path checks, and locks: one command at a time writes to an output."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

@@ -4,8 +4,6 @@ A change of this list needs a change of the version ranges in pyproject.toml. Na
 tests/evaluation, those of typer in tests/cli.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """JSON and YAML files as typed records, and the errors of invalid files."""
 
-from __future__ import annotations
-
 import ast
 import os
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Untrusted text, escaped for a terminal, for JSON and for Markdown."""
 
-from __future__ import annotations
-
 import json
 import sys
 import unicodedata

@@ -1,7 +1,5 @@
 """Chats of rows in the form that templates expect, from the forms of other programs."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Examples in memory and as a stream, conditions of rows, and the statistics of `--check`."""
 
-from __future__ import annotations
-
 from itertools import islice
 
 import pytest

@@ -1,7 +1,5 @@
 """Rows of every kind of file, their formats and columns, and plain texts."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

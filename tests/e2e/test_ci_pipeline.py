@@ -1,7 +1,5 @@
 """`recipes/ci-pipeline.sh`: exit codes of a job."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

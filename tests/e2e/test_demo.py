@@ -1,7 +1,5 @@
 """`braces demo` from end to end: its figures, the commands that it prints, and its page."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Killed commands, two writers and a full disk: the short form of `recipes/kill_and_resume.py`."""
 
-from __future__ import annotations
-
 import importlib
 from pathlib import Path
 

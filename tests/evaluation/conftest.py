@@ -1,7 +1,5 @@
 """A tiny Llama with a byte tokenizer, saved as a folder, and adapters of it."""
 
-from __future__ import annotations
-
 import json
 import os
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Names of tasks and groups."""
 
-from __future__ import annotations
-
 import tomllib
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Two processes share the documents: equal scores document by document, half the work each."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

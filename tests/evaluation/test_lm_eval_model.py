@@ -1,7 +1,5 @@
 """`--model braces` in lm-eval's command line."""
 
-from __future__ import annotations
-
 import json
 import sys
 import tomllib

@@ -1,7 +1,5 @@
 """lm-eval as a library: equal scores, the parts of lm-eval in use, batch sizes that do not fit into memory."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import logging

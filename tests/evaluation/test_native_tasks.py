@@ -1,7 +1,5 @@
 """Tasks of braces: perplexity, preference between two answers, detection."""
 
-from __future__ import annotations
-
 import logging
 import math
 import shutil

@@ -1,7 +1,5 @@
 """Scores and their output folder."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Whole evaluations on small models: systems side by side, resuming, early errors, thresholds."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -1,7 +1,5 @@
 """Settings of `braces eval`: strengths, thresholds, values that are refused."""
 
-from __future__ import annotations
-
 import pytest
 
 from braces_cli.core.config import build

@@ -1,7 +1,5 @@
 """Errors, intervals, comparisons and slopes: by hand and against scipy and numpy."""
 
-from __future__ import annotations
-
 import math
 from types import SimpleNamespace
 

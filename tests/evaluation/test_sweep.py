@@ -1,7 +1,5 @@
 """`braces steer --sweep`: points, measures by hand, bad input; baselines."""
 
-from __future__ import annotations
-
 import json
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """Adapters of braces and PEFT on one base, which is bit-identical afterwards."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

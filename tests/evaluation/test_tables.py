@@ -1,7 +1,5 @@
 """Tables and plots: values that are not finite, labels and ticks that can be read."""
 
-from __future__ import annotations
-
 import math
 
 from braces_cli.core.files import finite

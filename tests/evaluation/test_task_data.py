@@ -1,7 +1,5 @@
 """Local rows of tasks: files are found, and broken rows are refused before any model is loaded."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Scores of generated answers, on cases written and checked by hand; rows of the embedded model's world."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

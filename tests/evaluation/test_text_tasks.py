@@ -1,7 +1,5 @@
 """The tasks `sentiment` and `toxicity`: generate, score, compare."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

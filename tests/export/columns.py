@@ -1,7 +1,5 @@
 """Exports of a model type: the columns Merge, Slots, Code, Edit and LoRA of recipes/docs/ARCHITECTURES.md."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from pathlib import Path

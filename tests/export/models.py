@@ -1,7 +1,5 @@
 """Tiny models and what the tests of exports compare."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

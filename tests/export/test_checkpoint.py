@@ -1,7 +1,5 @@
 """Merged checkpoints: the adapter's logits and tokens without the adapter."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """A checkpoint with its modelling file: the adapter's logits in plain transformers."""
 
-from __future__ import annotations
-
 import ast
 import copy
 import json

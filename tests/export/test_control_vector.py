@@ -1,7 +1,5 @@
 """The GGUF control vector, added to the output of a layer as repeng does, has the logits of braces' steering."""
 
-from __future__ import annotations
-
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Exports of a GGUF file: alone as a checkpoint, and with an adapter."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

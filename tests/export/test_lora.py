@@ -1,7 +1,5 @@
 """LoRA files on a base with slots have, through peft, the logits of adapters and attributes."""
 
-from __future__ import annotations
-
 import json
 import os
 from dataclasses import replace

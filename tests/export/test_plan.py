@@ -1,7 +1,5 @@
 """Models that can be merged, and the reasons of refusals."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

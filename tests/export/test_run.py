@@ -1,7 +1,5 @@
 """The steps that all exports share: output folder, inputs, files of the base, failures."""
 
-from __future__ import annotations
-
 import resource
 import shutil
 from dataclasses import replace

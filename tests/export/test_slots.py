@@ -1,7 +1,5 @@
 """A base with slots has the base's logits; its record."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The reference that an export is compared with."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

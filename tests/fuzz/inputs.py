@@ -1,7 +1,5 @@
 """Strategies: text, JSON, YAML and files of rows that are right, nearly right or hostile; damaged JSON and tensors."""
 
-from __future__ import annotations
-
 import copy
 import json
 import struct

@@ -5,8 +5,6 @@ traceback; exit code 0 means a right result; files that existed are unchanged; a
 `--hypothesis-profile thorough` runs thousands of calls.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

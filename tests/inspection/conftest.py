@@ -1,7 +1,5 @@
 """Sessions over models of several architectures."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

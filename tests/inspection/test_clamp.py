@@ -1,7 +1,5 @@
 """Clamped neurons, and percentiles of activation weights."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

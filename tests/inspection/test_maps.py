@@ -1,7 +1,5 @@
 """Words as tokens of a vocabulary, and maps on disk."""
 
-from __future__ import annotations
-
 import pytest
 
 from braces_cli.core.errors import ConfigError, DataError, ModelError

@@ -1,7 +1,5 @@
 """The page: its figures, escaping of hostile text, and its behaviour in a browser without a network."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter

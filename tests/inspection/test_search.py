@@ -1,7 +1,5 @@
 """The vectors that promote a concept or an attribute most, against direct computations."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Direct effects: they add up to the model's logit, and each part is the value that the model computes."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

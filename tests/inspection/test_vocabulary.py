@@ -1,7 +1,5 @@
 """The vectors of an FFN, the logit lens and the tokens of value vectors, each against a direct computation."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

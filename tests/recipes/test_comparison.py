@@ -1,7 +1,5 @@
 """Search of rates, style of the chats and tables of the comparison, without a model."""
 
-from __future__ import annotations
-
 import importlib
 from pathlib import Path
 from typing import Any

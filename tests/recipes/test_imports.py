@@ -1,7 +1,5 @@
 """Imports of the recipes, also those inside functions, match the package."""
 
-from __future__ import annotations
-
 import ast
 from importlib import import_module
 from pathlib import Path

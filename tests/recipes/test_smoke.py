@@ -1,7 +1,5 @@
 """One run of each benchmark, study and check in `recipes`, at tiny sizes, in this process to save time."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import runpy

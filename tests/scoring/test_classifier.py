@@ -1,7 +1,5 @@
 """The classifier that users fit on their rows: against scikit-learn, and excluded words."""
 
-from __future__ import annotations
-
 import logging
 import re
 

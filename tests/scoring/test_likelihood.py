@@ -1,7 +1,5 @@
 """Likelihoods against a direct computation; no dependence on batches or windows."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

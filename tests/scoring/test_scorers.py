@@ -1,7 +1,5 @@
 """Scorers on plain texts, excluded words, errors; distinct-n and repetition against numbers computed by hand."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

@@ -1,7 +1,5 @@
 """Prompts and calls of `braces steer` for the tests of steering."""
 
-from __future__ import annotations
-
 import pytest
 
 LINES = ["the film is", "a day", "the end of the old town", "happy", "a good day and"]

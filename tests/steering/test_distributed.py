@@ -1,7 +1,5 @@
 """Two processes share the prompts and write the bytes that one process writes."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

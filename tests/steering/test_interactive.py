@@ -1,7 +1,5 @@
 """Conversations: prompts, commands and errors, line by line."""
 
-from __future__ import annotations
-
 import pytest
 
 from braces_cli.core.errors import BracesError

@@ -1,7 +1,5 @@
 """Files of texts: resumed byte for byte; files of other runs are refused."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Prompts from streams and files."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """The generation loop: reading ahead, unsteered texts, stop strings, chats, rows with attributes."""
 
-from __future__ import annotations
-
 import json
 import re
 from itertools import count, islice

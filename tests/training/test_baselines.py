@@ -1,7 +1,5 @@
 """PEFT baselines: parameter counts, training, and a folder that peft loads."""
 
-from __future__ import annotations
-
 import copy
 import json
 import re

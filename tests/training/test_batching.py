@@ -1,7 +1,5 @@
 """Packed rows compared with each example alone, the packing probe, and the order of examples."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

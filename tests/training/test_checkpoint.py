@@ -1,7 +1,5 @@
 """Checkpoints: their files, resumed runs compared with uninterrupted ones, and damaged files."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Training with attributes: opposites, gradients of the MLP, files, and steering afterwards."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

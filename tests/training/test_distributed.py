@@ -1,7 +1,5 @@
 """Two processes over gloo, with DDP and FSDP2, compared with one process; unsupported launches."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

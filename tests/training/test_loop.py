@@ -1,7 +1,5 @@
 """The training loop: metrics, divergence, reporters and memory."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections import Counter

@@ -1,7 +1,5 @@
 """The contrastive loss."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """Every recipe loads without a hub and has a complete header; the small one trains on real rows."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`braces train --adapter`: training continues from a stored adapter, on other rows."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

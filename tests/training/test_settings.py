@@ -1,7 +1,5 @@
 """Settings of a run: what identifies it, what depends on the base, and what does not go together."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Processes that tests start: forked from one that has imported everything, so that a start costs nothing."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import socket

@@ -1,7 +1,5 @@
 """Attach relevance modules to a model, detach them, and open a base model with its adapter."""
 
-from __future__ import annotations
-
 import copy
 import logging
 from collections.abc import Iterator, Sequence

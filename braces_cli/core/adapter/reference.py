@@ -9,8 +9,6 @@ It shares no arithmetic with `layer`: rows are orthonormalised one by one, relev
 changes the weights that enter the model's value projection.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -10,8 +10,6 @@ Bases that compute the same function with W_V and the up projection, or the norm
 against each other have the same side path.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack

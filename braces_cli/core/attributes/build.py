@@ -11,8 +11,6 @@ Descriptions are pairs: the same beginnings of sentences, after prompts that con
 direction of the steering vector is p, or the gradient of the attribute's log odds (`core.attributes.directions`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial

@@ -21,8 +21,6 @@ ignores this change. All gradients are at v = 0, from one backward pass per text
 Letters: T tokens, V vocabulary, d model width.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager

@@ -1,7 +1,5 @@
 """Headers of attribute files, and the list of all attributes that they hold. No torch here."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -13,8 +13,6 @@ at the FFN's output. It comes last, after adapter and steering vectors.
 s = 0 is bit-identical to no attribute. With a strength per row of the batch, the vectors are (batch, 1, d).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager

@@ -5,8 +5,6 @@ dozens of texts. The key of a cached file is a hash of everything that it depend
 base's files, dtypes and devices, the built-in words and texts, and library versions.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Options of every command that steers by attributes. No torch here."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import floor, isfinite

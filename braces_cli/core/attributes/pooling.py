@@ -3,8 +3,6 @@
 pooled(words) = mean over words of the mean over each word's tokens of h, the input of the FFN
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack

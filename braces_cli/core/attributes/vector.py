@@ -8,8 +8,6 @@ p depends on the words of the attribute and of the reference only, not on other 
 FFN's output, for adapters with relevance to the output.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace

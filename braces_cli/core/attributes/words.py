@@ -1,7 +1,5 @@
 """Names of attributes, and the word lists, prompts and texts that are part of the package. No torch here."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from importlib import resources

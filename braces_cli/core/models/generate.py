@@ -5,8 +5,6 @@ where a run was resumed. The logits depend on the batch by rounding, because mat
 in another order. In float32 that hardly ever changes a token; in bfloat16 and float16 it changes many texts.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import logging

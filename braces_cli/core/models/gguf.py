@@ -4,8 +4,6 @@ What it leaves out is restored here: settings of the positions (RoPE), end-of-tu
 folder that transformers gets is empty, so that no file next to the GGUF file takes part.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ A name is a folder, a hub id, a GGUF file (`FILE.gguf`, on the hub `owner/name:F
 adapter belongs to one version of it, and its folder differs between machines.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Iterator, Sequence

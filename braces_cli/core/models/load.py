@@ -7,8 +7,6 @@
 Quantisation packs all layers except embeddings and head while the base is loaded.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from copy import deepcopy

@@ -5,8 +5,6 @@ Most models add the FFN output unchanged, some (Granite) multiply it by a consta
 of that vector.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial

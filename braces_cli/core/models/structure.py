@@ -5,8 +5,6 @@ the same projections and activations, but its `forward` takes a mask, positions 
 the two; class names do not.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -12,8 +12,6 @@ A template can drop any part of a chat without an error. Therefore contents, too
 rendered text, and the chat is refused if one of a scored turn is missing.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import re

@@ -7,8 +7,6 @@ bfloat16, one thread) takes 20 ms dense, 31 ms with bitsandbytes 4-bit, 37 ms wi
 vectors through the module take over 20 s, and are the last resort.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Adapter folders that are damaged, or not of braces."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

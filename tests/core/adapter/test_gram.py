@@ -1,7 +1,5 @@
 """Products with W_V W_V^T, and its cache in training: exact, never stale, freed after training."""
 
-from __future__ import annotations
-
 import copy
 import io
 

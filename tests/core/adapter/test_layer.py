@@ -1,7 +1,5 @@
 """The relevance module: projection, scores, cached factors."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

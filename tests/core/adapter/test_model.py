@@ -1,7 +1,5 @@
 """Attach, disable, detach, save and load an adapter."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from safetensors.torch import load_file

@@ -1,7 +1,5 @@
 """The fast path against the formula, on every architecture: values and gradients, four dtypes, both relevances."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 
 import pytest

@@ -1,7 +1,5 @@
 """c of each layer: bases that compute the same function get the same adapters."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Attributes from words, lists, descriptions and pairs: states, directions, layers, files."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest

@@ -1,7 +1,5 @@
 """Directions from pairs, and from gradients: against finite differences and dense algebra."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

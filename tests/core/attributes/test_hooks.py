@@ -1,7 +1,5 @@
 """Steering: attributes add up, sizes, the paper's formula, strengths per row."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """The cache of built-in attributes: its key, and cases without caching."""
 
-from __future__ import annotations
-
 import os
 import shutil
 

@@ -1,7 +1,5 @@
 """Options of attributes: a mistyped `--attributes DIR` is an error of every command; lists of strengths."""
 
-from __future__ import annotations
-
 import pytest
 
 from braces_cli.core.attributes.options import AttributeSettings, parse_strengths

@@ -1,7 +1,5 @@
 """Pooling of words and texts, against one sequence at a time."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """The built-in word lists."""
 
-from __future__ import annotations
-
 import re
 
 from braces_cli.core.attributes.words import OPPOSITES, REFERENCE, built_in

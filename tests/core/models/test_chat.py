@@ -1,7 +1,5 @@
 """Chats with the tokenizer's template: scored turns, found by marks, by prefixes or one by one, and refused chats."""
 
-from __future__ import annotations
-
 import pytest
 from tokenizers import AddedToken
 from transformers import AutoTokenizer

@@ -1,7 +1,5 @@
 """The embedded model: size, tokenizer, perplexity, name."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """FFNs that are found, dense and mixtures of experts; refused models; numbers of parameters; mixtures by hand."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """Invariants of generation: batch size, left padding, cache, sums of attributes; streams and stop texts."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """GGUF files as models: what is read, what transformers leaves out, and files that cannot be read."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

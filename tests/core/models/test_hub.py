@@ -1,7 +1,5 @@
 """Errors of the hub for adapters, classifiers and data sets; headers of model cards."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

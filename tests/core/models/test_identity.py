@@ -1,7 +1,5 @@
 """Identity of a base: its samples fit every copy of the base, and no other base."""
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 import logging

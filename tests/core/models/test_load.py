@@ -1,7 +1,5 @@
 """Load bases and tokenizers: commits, tokens that the model does not have, damaged files, quantisation."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """How the output of an FFN joins the residual stream."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Start and end tokens, scored tokens, and text that decodes unchanged."""
 
-from __future__ import annotations
-
 import pytest
 import transformers
 

@@ -1,7 +1,5 @@
 """Weights that are quantised, of an unknown packing, or not finite."""
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import shutil
