@@ -89,7 +89,7 @@ def output_watches(model: nn.Module, ffns: Sequence[FFN | MixtureFFN]) -> list[W
 
 
 def pooled_batches(
-    model: nn.Module, watches: Sequence[Watch], rows: Sequence[Row], pooling: str, report: Report, stage: str
+    model: Any, watches: Sequence[Watch], rows: Sequence[Row], pooling: str, report: Report, stage: str
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield (indices of rows, their pooled states (watches, rows, d) in float32 on the CPU) of each batch.
 
