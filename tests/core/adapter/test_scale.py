@@ -90,12 +90,20 @@ def test_the_scale_of_a_mixture_counts_pairs_of_a_token_and_an_expert(relevance:
     ffn = next(ffn for ffn in find_ffns(model) if any(hasattr(part, "presorted") for part in ffn.parts))
     (part,) = (part for part in ffn.parts if hasattr(part, "presorted"))
     calls: list[tuple] = []
-    handle = part.module.register_forward_hook(lambda module, args, output: calls.append((args, output)))
+    handles = [part.module.register_forward_hook(lambda module, args, output: calls.append((args, output)))]
+    shared = [(other, []) for other in ffn.parts if other is not part]
+    handles += [other.watch(seen.append) for other, seen in shared]
     (scale,) = measure_scales(model, [ffn], TEXTS, relevance)
-    handle.remove()
-    shared = [other for other in ffn.parts if other is not part]
+    for handle in handles:
+        handle.remove()
     output = path = 0.0
     values = part.value_matrix()
+    for other, seen in shared:
+        h = torch.cat([each.reshape(-1, 32)[1:] for each in seen])
+        y = other.host(h)
+        query = h if relevance == "input" else y
+        value = other.value_matrix()
+        output, path = output + float(y.square().sum()), path + float((query @ value @ value.mT).square().sum())
     for args, out in calls:
         for expert, value in enumerate(values):
             if part.presorted:
@@ -109,10 +117,7 @@ def test_the_scale_of_a_mixture_counts_pairs_of_a_token_and_an_expert(relevance:
                 y = part.module.forward(h, index, torch.ones(len(h), 1, dtype=h.dtype)) if len(h) else h
             query = h if relevance == "input" else y
             output, path = output + float(y.square().sum()), path + float((query @ value @ value.mT).square().sum())
-    if not shared:
-        assert scale == pytest.approx(32 * (output / path) ** 0.5, rel=1e-6)
-    else:
-        assert scale > 0
+    assert scale == pytest.approx(32 * (output / path) ** 0.5, rel=1e-6)
 
 
 def test_the_scale_of_an_ffn_without_output_is_one() -> None:
