@@ -52,6 +52,8 @@ def test_page_has_the_figures_of_the_model(session, data):
     assert [row["gate"] for row in data["gates"]] == [float(module.g) for _, module in modules]
     assert {attribute["name"] for attribute in data["attributes"]} == {"positive", "negative"}
     assert all(len(row["tokens"]) == 8 for each in data["attributes"] for row in each["layers"])
+    assert all(sum(row["share"] for row in each["layers"]) == pytest.approx(1) for each in data["attributes"])
+    assert data["attributes"][0]["examples"][0]["prompt"] == "the film is good"
 
     strengths = [row["strength"] for row in data["amplified"]]
     assert min(strengths) > 0

@@ -1,5 +1,7 @@
 """The vectors that promote a concept or an attribute most, against direct computations."""
 
+import re
+
 import pytest
 import torch
 
@@ -7,6 +9,8 @@ from braces_cli.core.adapter.files import find_adapter
 from braces_cli.core.adapter.reference import relevance_ref
 from braces_cli.core.attributes.hooks import layer_steering, steered
 from braces_cli.core.attributes.lookup import find_attribute
+from braces_cli.core.attributes.vector import STEERING_SHARE
+from braces_cli.core.attributes.words import neutral_texts
 from braces_cli.inspection import vocabulary
 from braces_cli.inspection.maps import Concept, best_first
 from braces_cli.inspection.report import report_data
@@ -79,6 +83,18 @@ def test_find_and_report_show_what_the_hooks_add(session, lens, tmp_path, adapte
         weights[row["index"]] = row["score"]
     assert torch.allclose(session.ffns[0].value_matrix() @ weights, first, rtol=1e-3, atol=1e-5)
     (page,) = (each for each in report_data(session, lens, "the film")["attributes"] if each["name"] == "positive")
-    assert [row["layer"] for row in page["layers"]] == changed
-    expected = [lens.text(token) for token in lens.best(first[None], 8)[1][0].tolist()]
-    assert page["layers"][0]["tokens"] == expected
+    assert [(row["layer"], row["share"]) for row in page["layers"]] == [(0, 1.0)]
+    # The tokens of the page rise most if this vector, at a tenth of the residual stream's norm, is added by hand.
+    texts, found = [torch.tensor([session.base.tokenizer(text)["input_ids"]]) for text in neutral_texts()], []
+    for vector in (0 * first, first * STEERING_SHARE / layer_steering(session, [(attribute, 1.0)])[0].share):
+        handle = session.ffns[0].host.register_forward_hook(lambda m, a, y, vector=vector: y + vector)
+        with torch.no_grad():
+            found.append(torch.cat([session.base.model(ids).logits[0].log_softmax(-1) for ids in texts]))
+        handle.remove()
+    rise, likely = (found[1] - found[0]).mean(0), found[0].exp().mean(0)
+    words = [token for token in range(len(rise)) if re.fullmatch(r"\s[^\W\d_]{2,}", lens.text(token))]
+    common = sorted(words, key=lambda token: -likely[token])[: len(words) // 2 + 1]
+    expected = sorted(common, key=lambda token: -rise[token])[:8]
+    assert page["layers"][0]["tokens"] == [lens.text(token) for token in expected]
+    unsteered, steered_up = ([row["texts"][k]["text"] for row in page["examples"]] for k in (1, 2))
+    assert unsteered != steered_up
