@@ -113,3 +113,13 @@ def test_an_apple_gpu_needs_no_float64_and_no_linear_algebra(monkeypatch, caplog
     assert type(rows) is OnAppleGPU
     assert torch.equal(rows.cpu(), orthonormal_rows(plain))
     assert (double(weight).dtype, type(double(weight))) == (torch.float64, torch.Tensor)
+
+
+def test_few_tokens_are_multiplied_in_float32():
+    """On a CPU, where products of few rows in 16 bits are slow; only the sum is rounded."""
+    generator = torch.Generator().manual_seed(0)
+    adapter_layer = RelevanceModule(3, 32, generator=generator, scale=20.0).requires_grad_(False)
+    output, h = (torch.randn(2, 4, 32, generator=generator).bfloat16() for _ in range(2))
+    values = torch.randn(32, 52, generator=generator).bfloat16()
+    exact = adapter_layer(output.float(), h.float(), values.float())
+    assert torch.equal(adapter_layer(output, h, values), exact.bfloat16())
