@@ -122,6 +122,6 @@ def _measure(
         "label": label,
         "excluded_words": sorted(excluded),
         "apply_chat_template": chat,
-        **sweep(measurement, prompts, ours, baselines, answers, settings.max_kl, texts.append),
+        **sweep(measurement, prompts, ours, baselines, answers, settings.max_kl, texts.extend),
         **detected,
     }

@@ -96,7 +96,7 @@ def sweep(
     baselines: Sequence[Method] = (),
     answers: Sequence[AnswerPair] = (),
     max_kl: float | None = None,
-    record: Callable[[dict[str, Any]], object] | None = None,
+    record: Callable[[list[dict[str, Any]]], object] | None = None,
 ) -> dict[str, Any]:
     """Measure every strength, and choose the best one.
 
@@ -105,7 +105,7 @@ def sweep(
         baselines: other methods, measured on the same prompts.
         answers: rows with two answers; the preference is measured at each strength.
         max_kl: largest kl of the chosen strength.
-        record: called with each text: `{method, s, prompt, sample, text, value, has_attribute}`.
+        record: called with the texts of a strength: `{method, s, prompt, sample, text, value, has_attribute}`.
 
     Returns:
         `{points, chosen, unsteered, slope}`; `unsteered` is the point at s = 0, which is always measured. With
@@ -127,8 +127,8 @@ def sweep(
             if method.inputs(prompts, s) is prompts:
                 kl, kl_first = _divergence(measurement, method, prompts, s)
             out.append(_Measured(s, texts, odds, kl, kl_first))
-            for row in texts.rows() if record is not None else ():
-                record({"method": method.name, "s": s, **row})
+            if record is not None:
+                record([{"method": method.name, "s": s, **row} for row in texts.rows()])
         return out
 
     found = measured(ours, [*ours.strengths, *([] if 0 in ours.strengths else [0.0])])

@@ -134,8 +134,11 @@ def _steering(session: Session, lens: LogitLens, attribute: Attribute, prompt: s
     A layer is steered alone, at the strength at which it moves the residual stream by 10 %. Its share is that of the
     sum of KL(unsteered || steered) over layers at s = 1, where KL grows as the square of the strength.
     """
-    rows, plain = [], _next_tokens(session)
+    plain = _next_tokens(session)
+    rows: list[dict[str, Any]] = []
     for each in layer_steering(session, [(attribute, 1.0)]):
+        if each.share == 0:
+            continue
         strength = STEERING_SHARE / each.share
         with steered(session, [(attribute, strength)], [each.layer]):
             moved = _next_tokens(session)
