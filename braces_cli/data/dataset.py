@@ -120,7 +120,7 @@ class Counts:
     def add(self, example: Example) -> None:
         if example.tokens is not None:
             tokens, found = example.tokens, example.condition
-            parts = [tokens.ids, tokens.labels, tokens.ended, found and [found.attribute, found.strength]]
+            parts = [tokens.ids, tokens.labels, found and [found.attribute, found.strength]]
             self.digest = value_hash([self.digest, *parts])
         if not example.is_first:
             return

@@ -6,16 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from braces_cli.core import options
 from braces_cli.core.attributes.options import AttributeNames, SteeredTokens, strength_points
 from braces_cli.core.config import ATTRIBUTES, GENERATION, OUTPUT, SCORING, TASKS, option
 from braces_cli.core.errors import ConfigError
-from braces_cli.core.options import (
-    GenerationSettings,
-    ModelSettings,
-    OutputSettings,
-    OverwriteSettings,
-    ScoringSettings,
-)
 
 # lm-eval's seeds: without --seed, few-shot examples are those of lm-eval.
 SEEDS = {"python": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
@@ -29,7 +23,13 @@ _GENERATION = ("max_new_tokens", "temperature", "top_p", "reference_model", "exc
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings(
-    GenerationSettings, ScoringSettings, AttributeNames, SteeredTokens, ModelSettings, OverwriteSettings, OutputSettings
+    options.GenerationSettings,
+    options.ScoringSettings,
+    AttributeNames,
+    SteeredTokens,
+    options.ModelSettings,
+    options.OverwriteSettings,
+    options.OutputSettings,
 ):
     """Systems, tasks, steering, text generation and outputs of `braces eval`.
 

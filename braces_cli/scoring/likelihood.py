@@ -126,7 +126,7 @@ def divergences(
         last: only the next token after the row.
         prompts: the rows are prompts; otherwise tokens after the first count as generated.
     """
-    results, examples = [0.0] * len(rows), [tokenize.Encoded(list(row), list(row), False, False) for row in rows]
+    results, examples = [0.0] * len(rows), [tokenize.Encoded(list(row), list(row)) for row in rows]
     for indices in tokenize.by_length(examples, batch_size):
         batch = tokenize.pad_right([examples[index] for index in indices], pad_id)
         mask, inputs = batch["attention_mask"], {name: batch[name].to(input_device(model)) for name in _INPUTS}
@@ -156,7 +156,7 @@ def continuation_likelihoods(
     examples = []
     for prompt, continuation in pairs:
         example = encoder(base.tokenizer, prompt, continuation)
-        examples.append(tokenize.Encoded(example.ids[-window:], example.labels[-window:], False, False))
+        examples.append(tokenize.Encoded(example.ids[-window:], example.labels[-window:]))
     return likelihoods(base.model, examples, base.tokenizer.pad_token_id, batch_size)
 
 

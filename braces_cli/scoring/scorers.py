@@ -323,7 +323,7 @@ class Judge:
             encoded = [encoder(tokenizer, whole, f"{space}{answer}").ids for answer in _ANSWERS]
             shared = min(tokenize.common_length(encoded[0], other) for other in encoded[1:])
             ids = encoded[0][:shared][-self._window :]
-            examples.append(tokenize.Encoded(ids, ids, False, False))
+            examples.append(tokenize.Encoded(ids, ids))
             answers.append([each[shared] for each in encoded])
         model, device = self._base.model, input_device(self._base.model)
         values = [0.0] * len(examples)

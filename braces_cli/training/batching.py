@@ -164,7 +164,7 @@ def collate(
             owners = None if owners is None else F.pad(owners, (0, 1))[example]
         else:
             # One padding token for a process without an example in the last batch, which must take part in every pass.
-            block = pad_right(chosen or [Encoded([pad_id], [IGNORED], False, False)], pad_id)
+            block = pad_right(chosen or [Encoded([pad_id], [IGNORED])], pad_id)
             block["labels"][:, 0] = IGNORED
             owners = None if owners is None else owners.unsqueeze(1).expand_as(block["labels"])
         found = {"strengths": strengths, "owner": owners, **terms}
@@ -356,7 +356,7 @@ def _is_flash(model: Any) -> bool:
 
 def _packed(model: Any, probe: Sequence[list[int]], rows: list[list[int]], pad_id: int) -> list[Tensor]:
     """Logits of each example, (tokens, vocabulary)."""
-    block, owner = pack([Encoded(ids, ids, False, False) for ids in probe], rows, pad_id)
+    block, owner = pack([Encoded(ids, ids) for ids in probe], rows, pad_id)
     del block["labels"]
     device = input_device(model)
     logits = model(**{name: tensor.to(device) for name, tensor in block.items()}, use_cache=False).logits

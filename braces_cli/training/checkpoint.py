@@ -25,19 +25,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from braces_cli.core import files
 from braces_cli.core.adapter.files import CONFIG_FILE
 from braces_cli.core.distributed import barrier, full_tensor, gathered, is_main, rank
 from braces_cli.core.errors import BracesError, ConfigError, ModelError
-from braces_cli.core.files import (
-    check_regular,
-    file_hash,
-    file_hint,
-    finite,
-    path_exists,
-    remove_partial_files,
-    write_json,
-    write_tensors,
-)
 from braces_cli.core.schema import Count, Kind, Name, Size, read
 from braces_cli.data.dataset import Counts
 from braces_cli.scoring.likelihood import Likelihood
@@ -77,7 +68,7 @@ _STATE: Kind[Any] = Kind(object, ModelError, _DAMAGED_HINT, "state of training")
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints in `folder`, oldest first."""
     found = folder.iterdir() if folder.is_dir() else ()
-    named = [path for path in found if _NAME.fullmatch(path.name) and path_exists(path / MANIFEST_FILE)]
+    named = [path for path in found if _NAME.fullmatch(path.name) and files.path_exists(path / MANIFEST_FILE)]
     return sorted(named, key=_step)
 
 
@@ -105,7 +96,7 @@ def newest_intact(folder: Path) -> Path | None:
         if manifest["step"] != _step(checkpoint):
             raise ModelError(f"the manifest is that of checkpoint-{manifest['step']}", where=str(path))
         for file, expected in ((checkpoint / Path(name).name, value) for name, value in manifest["sha256"].items()):
-            if file_hash(file, ModelError) != expected:
+            if files.file_hash(file, ModelError) != expected:
                 what = "the file is not the one that was written with this checkpoint"
                 raise ModelError(what, where=str(file))
     except ModelError as error:
@@ -133,8 +124,8 @@ def write_checkpoint(folder: Path, step: int, limit: int, write: Callable[[Path]
         temporary.mkdir()
         write(temporary)
         hashed = [path for path in sorted(temporary.iterdir()) if path.name not in _NOT_HASHED]
-        hashes = {path.name: file_hash(path, ModelError) for path in hashed}
-        write_json(temporary / MANIFEST_FILE, {"format_version": 1, "step": step, "sha256": hashes})
+        hashes = {path.name: files.file_hash(path, ModelError) for path in hashed}
+        files.write_json(temporary / MANIFEST_FILE, {"format_version": 1, "step": step, "sha256": hashes})
         for path in (*temporary.iterdir(), temporary):
             _flush(path)
         remove(goal)
@@ -150,7 +141,7 @@ def write_checkpoint(folder: Path, step: int, limit: int, write: Callable[[Path]
         last = newest(folder)
         advice = f"{last.name} is kept; continue from it with --resume." if last else "There is no earlier checkpoint."
         what = f"cannot write the checkpoint: {reason.strerror or reason}"
-        raise BracesError(what, where=str(goal), hint=f"{file_hint(reason)} {advice}") from error
+        raise BracesError(what, where=str(goal), hint=f"{files.file_hint(reason)} {advice}") from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -219,7 +210,7 @@ class Record:
     result: TrainResult | None = None
 
     def write(self, folder: Path) -> None:
-        write_json(folder / RUN_FILE, finite(asdict(self)))
+        files.write_json(folder / RUN_FILE, files.finite(asdict(self)))
 
 
 _RECORD = Kind(Record, ModelError, "Give another --output-dir, or --overwrite.", "record of a run", closed=True)
@@ -232,7 +223,7 @@ def read_record(folder: Path) -> Record | None:
         ModelError: the file is damaged.
     """
     path = folder / RUN_FILE
-    return read(_RECORD, path) if path_exists(path) else None
+    return read(_RECORD, path) if files.path_exists(path) else None
 
 
 def read_progress(checkpoint: Path) -> Progress:
@@ -291,7 +282,7 @@ def prepare_folder(folder: Path, resume: bool, record: Record) -> Path | None:
         ModelError: the checkpoint is damaged.
     """
     if is_main():
-        remove_partial_files(folder)
+        files.remove_partial_files(folder)
         for path in folder.glob(f"{_PARTIAL}*"):
             shutil.rmtree(path, ignore_errors=True)
         if not resume:
@@ -334,7 +325,7 @@ def capture(model: Any, optimizer: Any, scheduler: Any, scaler: Any = None) -> d
 def write_state(folder: Path, state: dict[str, Any]) -> None:
     """Write what `capture` returned."""
     for name, content in state.items():
-        (write_tensors if name.endswith(".safetensors") else write_json)(folder / name, content)
+        (files.write_tensors if name.endswith(".safetensors") else files.write_json)(folder / name, content)
 
 
 def trained(model: Any) -> dict[str, Any]:
@@ -414,6 +405,6 @@ def _restoring(path: Path) -> Iterator[None]:
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    check_regular(path, ModelError, _DAMAGED_HINT, "file of the checkpoint")
+    files.check_regular(path, ModelError, _DAMAGED_HINT, "file of the checkpoint")
     with _restoring(path):
         return load_file(path)

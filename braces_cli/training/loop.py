@@ -29,21 +29,9 @@ from braces_cli.core.models.structure import only_scored
 from braces_cli.core.progress import Report
 from braces_cli.data.dataset import Example, Stream
 from braces_cli.scoring.likelihood import Likelihood
+from braces_cli.training import checkpoint as checkpointing
 from braces_cli.training.baselines import PeftAdapter
 from braces_cli.training.batching import Batch, Block, TrainingData, collate, example_order, global_batch
-from braces_cli.training.checkpoint import (
-    Progress,
-    Record,
-    capture,
-    newest,
-    read_progress,
-    restore_optimizer,
-    restore_parameters,
-    restore_rng,
-    trained,
-    write_checkpoint,
-    write_state,
-)
 from braces_cli.training.loss import PAIR_TERMS, contrastive_loss, token_nll
 from braces_cli.training.report import CHECKPOINT_CARD, METRICS_FILE, MetricsFile
 from braces_cli.training.settings import TrainSettings
@@ -73,7 +61,7 @@ class Trainer:
         adapter: Adapter | PeftAdapter,
         settings: TrainSettings,
         data: TrainingData,
-        record: Record,
+        record: checkpointing.Record,
         write: Callable[[str, dict[str, Tensor], Path], None],
         evaluate: Callable[[], Likelihood | None],
         report: Report,
@@ -116,7 +104,7 @@ class Trainer:
         schedule = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
         self._scheduler = get_scheduler(schedule, self._optimizer, warmup, self.max_steps)
         # Counters before a resumption over all processes; tokens since then of this process.
-        self._earlier = Progress(0, self.max_steps)
+        self._earlier = checkpointing.Progress(0, self.max_steps)
         self._tokens = self._computed = 0
         # Losses of the logged steps, and on the device those of the steps since the last log.
         self._loss_sum, self._logged = 0.0, 0
@@ -144,20 +132,20 @@ class Trainer:
         """
         settings, examples = self._settings, self._data.examples
         if checkpoint is not None:
-            self._earlier = earlier = read_progress(checkpoint)
+            self._earlier = earlier = checkpointing.read_progress(checkpoint)
             self.step, self._loss_sum, self._logged = earlier.step, earlier.loss_sum, earlier.logged
             self._loss_open.fill_(earlier.loss_open)
             self._contrast_open.fill_(earlier.contrast_open)
             if isinstance(examples, Stream) and earlier.stream is not None:
                 # Of a run with all steps completed; any other run reads these rows again.
                 examples.counts = earlier.stream
-            restore_parameters(checkpoint, self._base)
+            checkpointing.restore_parameters(checkpoint, self._base)
             if self.step < self.max_steps:
-                restore_optimizer(checkpoint, self._optimizer, self._scheduler, self._accelerator.scaler)
+                checkpointing.restore_optimizer(checkpoint, self._optimizer, self._scheduler, self._accelerator.scaler)
         unfinished = self.step < self.max_steps
         order = example_order(examples, settings, self.step) if unfinished else iter(())
         if checkpoint is not None and unfinished:
-            restore_rng(checkpoint)  # the last file that can be damaged: nothing was written before
+            checkpointing.restore_rng(checkpoint)  # the last file that can be damaged: nothing was written before
         self._metrics = MetricsFile(self._folder / METRICS_FILE, self.step) if is_main() else None
         if not unfinished:
             return
@@ -166,7 +154,7 @@ class Trainer:
             config = {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in recorded}
             self._accelerator.init_trackers("braces", config)
             if checkpoint is not None:
-                restore_rng(checkpoint)  # reporters may draw numbers
+                checkpointing.restore_rng(checkpoint)  # reporters may draw numbers
         self._started = time.perf_counter()
         shared = SharedStop(self._stop, self._device)
         while self.step < self.max_steps and not self.stopped_by:
@@ -184,12 +172,12 @@ class Trainer:
             tracker.finish()
         self._check_finite()
 
-    def progress(self) -> Progress:
+    def progress(self) -> checkpointing.Progress:
         """Cumulative counters over all processes. Collective."""
         examples, before = self._data.examples, self._earlier
         mine = (self._tokens, self._computed, float(self._loss_open), float(self._contrast_open))
         tokens, computed, loss, contrast = (sum(numbers) for numbers in zip(*gathered(mine), strict=True))
-        return Progress(
+        return checkpointing.Progress(
             step=self.step,
             max_steps=self.max_steps,
             tokens=int(before.tokens + tokens),
@@ -305,26 +293,26 @@ class Trainer:
     def _save(self) -> None:
         """Write a checkpoint. Collective; the first process writes."""
         self._check_finite()
-        state = capture(self._base, self._optimizer, self._scheduler, self._accelerator.scaler)
+        state = checkpointing.capture(self._base, self._optimizer, self._scheduler, self._accelerator.scaler)
         tensors, record = self._adapter.tensors(in_place=False), replace(self._record, progress=self.progress())
 
         def write(folder: Path) -> None:
             self._write(CHECKPOINT_CARD, tensors, folder)
-            write_state(folder, state)
+            checkpointing.write_state(folder, state)
             record.write(folder)
 
         try:
             if is_main():
-                write_checkpoint(self._folder, self.step, self._settings.save_total_limit, write)
+                checkpointing.write_checkpoint(self._folder, self.step, self._settings.save_total_limit, write)
         finally:
             barrier()
 
     def _check_finite(self) -> None:
-        if not all(bool(parameter.isfinite().all()) for parameter in trained(self._base).values()):
+        if not all(bool(parameter.isfinite().all()) for parameter in checkpointing.trained(self._base).values()):
             raise self._diverged(f"the adapter is not finite at step {self.step}")
 
     def _diverged(self, what: str) -> BracesError:
-        last = newest(self._folder)
+        last = checkpointing.newest(self._folder)
         usable = f" {last} was written before and can be used as an adapter." if last else ""
         return BracesError(f"training diverged: {what}", hint=f"Train again with a lower --lr or --gate-lr.{usable}")
 
@@ -334,9 +322,9 @@ def parameter_groups(adapter: Adapter | PeftAdapter, settings: TrainSettings) ->
     if isinstance(adapter, PeftAdapter):
         return [{"params": [p for _, p in adapter.named_parameters()], "lr": settings.lr, "name": "lr"}]
     modules = [adapter_layer for _, adapter_layer in adapter.adapted_ffns]
-    trained = [(name, p) for module in modules for name, p in module.stored.items()]
-    projections = [p for name, p in trained if name.endswith("projection")]
-    gates = [p for name, p in trained if not name.endswith("projection")]
+    parameters = [(name, p) for module in modules for name, p in module.stored.items()]
+    projections = [p for name, p in parameters if name.endswith("projection")]
+    gates = [p for name, p in parameters if not name.endswith("projection")]
     groups: list[dict[str, Any]] = [
         {"params": projections, "lr": settings.lr, "name": "lr"},
         {"params": gates, "lr": settings.gate_lr, "name": "gate_lr"},

@@ -14,25 +14,9 @@ from typing import Any
 
 import torch
 
-from braces_cli.core.adapter.files import (
-    AdapterConfig,
-    StoredAdapter,
-    adapter_hash,
-    find_adapter,
-    parameter_count,
-    write_adapter,
-)
+from braces_cli.core.adapter import files
+from braces_cli.core.adapter import model as sessions
 from braces_cli.core.adapter.layer import condition_shapes
-from braces_cli.core.adapter.model import (
-    Adapter,
-    Session,
-    attach,
-    attach_stored,
-    base_name,
-    check_base,
-    choose_ffns,
-    open_session,
-)
 from braces_cli.core.adapter.scale import measure_scales
 from braces_cli.core.attributes.files import TRAINED_FILE
 from braces_cli.core.attributes.vector import Attribute, save_attributes
@@ -41,7 +25,7 @@ from braces_cli.core.config import SETTINGS_FILE, flag_of, write_settings
 from braces_cli.core.distributed import barrier, deferred, gathered, is_main, join, world_size
 from braces_cli.core.errors import ConfigError, ModelError
 from braces_cli.core.files import check_apart, check_output_folder, output_lock, value_hash, versions
-from braces_cli.core.models.ffn import FFN, MixtureFFN, chosen_layers, find_ffns, parameter_total
+from braces_cli.core.models.ffn import FFN, MixtureFFN, choose_ffns, chosen_layers, find_ffns, parameter_total
 from braces_cli.core.models.hub import check_push
 from braces_cli.core.models.load import input_device, load_shape, load_tokenizer, pick_device
 from braces_cli.core.models.tokenize import choose_template, context_length, encode, turn_ends
@@ -107,7 +91,7 @@ def _train(settings: TrainSettings, folder: Path, report: Report, record: Record
     eval_set = read_examples(settings.eval_data, plan.eval_reading, report) if settings.eval_data else None
     if settings.changes_template and not train_set.counts.chat:
         logger.warning("the options of the chat template have no effect: no row is a chat")
-    session = open_session(plan.base, None, settings, reading.tokenizer)
+    session = sessions.open_session(plan.base, None, settings, reading.tokenizer)
     model, pad_id = session.base.model, session.base.tokenizer.pad_token_id
     join(input_device(model))
     attributes: list[Attribute] = []
@@ -117,7 +101,7 @@ def _train(settings: TrainSettings, folder: Path, report: Report, record: Record
     record.data = {
         "data": train_set.counts.digest,
         "eval_data": eval_set and eval_set.counts.digest,
-        "adapter": plan.start and adapter_hash(plan.start.folder),
+        "adapter": plan.start and files.adapter_hash(plan.start.folder),
         "model": None if session.base.is_quantised else value_hash(session.base.samples.tolist()),
     }
     checkpoint = prepare_folder(folder, settings.resume, record)
@@ -139,14 +123,14 @@ def _train(settings: TrainSettings, folder: Path, report: Report, record: Record
     if settings.method != "braces" and record.base is None:
         record.base = evaluate(None, "evaluating the base")  # before the adapter: PiSSA changes the base
     adapter = adapter_to_train(session, plan, checkpoint)
-    conditioner = Conditioner(adapter, attributes) if isinstance(adapter, Adapter) and attributes else None
+    conditioner = Conditioner(adapter, attributes) if isinstance(adapter, sessions.Adapter) and attributes else None
     config = _config(session, plan, adapter, attributes, train_set.counts.chat)
     write = partial(_write, adapter, config, attributes)
     data = TrainingData(train_set, layout, conditioner, pad_id)
     evaluate_now = partial(evaluate, conditioner, "evaluating")
     figures = _fit(adapter, settings, data, record, write, evaluate_now, report, checkpoint)
     tuned = evaluate(conditioner, "evaluating the adapter")
-    if isinstance(adapter, Adapter) and record.base is None:
+    if isinstance(adapter, sessions.Adapter) and record.base is None:
         with adapter.disabled():
             record.base = evaluate(None, "evaluating the base")
     likelihoods: dict[str, Any] = {
@@ -177,11 +161,15 @@ def _train(settings: TrainSettings, folder: Path, report: Report, record: Record
 
 
 def _config(
-    session: Session, plan: Plan, adapter: Adapter | PeftAdapter, attributes: Sequence[Attribute], chat: bool
-) -> AdapterConfig:
+    session: sessions.Session,
+    plan: Plan,
+    adapter: sessions.Adapter | PeftAdapter,
+    attributes: Sequence[Attribute],
+    chat: bool,
+) -> files.AdapterConfig:
     base, settings = session.base, plan.settings
     layers = None if settings.layers is None else adapter.layers
-    return AdapterConfig(
+    return files.AdapterConfig(
         base_model_name_or_path=base.name,
         revision=base.revision,
         r=adapter.rank,
@@ -200,8 +188,8 @@ def _config(
 
 
 def _write(
-    adapter: Adapter | PeftAdapter,
-    config: AdapterConfig,
+    adapter: sessions.Adapter | PeftAdapter,
+    config: files.AdapterConfig,
     attributes: Sequence[Attribute],
     card: str,
     tensors: dict[str, Any],
@@ -213,11 +201,11 @@ def _write(
         return
     if attributes:
         save_attributes(folder / TRAINED_FILE, attributes)
-    write_adapter(folder, tensors, config, card)
+    files.write_adapter(folder, tensors, config, card)
 
 
 def _fit(
-    adapter: Adapter | PeftAdapter,
+    adapter: sessions.Adapter | PeftAdapter,
     settings: TrainSettings,
     data: TrainingData,
     record: Record,
@@ -275,7 +263,7 @@ class Plan:
 
     settings: TrainSettings
     base: str
-    start: StoredAdapter | None
+    start: files.StoredAdapter | None
     layers: list[int] | None
     counts: dict[str, Any]
     reading: Reading
@@ -293,13 +281,13 @@ def resolve(settings: TrainSettings) -> Plan:
     start, inherited = None, {}
     model, revision = settings.model, settings.revision
     if settings.adapter is not None:
-        start = find_adapter(settings.adapter)
+        start = files.find_adapter(settings.adapter)
         config = start.config
         _check_continued(settings, config)
         if model is None:
-            model, revision = base_name(None, start), revision or config.revision
+            model, revision = sessions.base_name(None, start), revision or config.revision
         inherited = {"model": model, "revision": revision, **_fixed(config)}
-    base, code = base_name(model, None), settings.trust_remote_code
+    base, code = sessions.base_name(model, None), settings.trust_remote_code
     shape = load_shape(base, revision=revision, trust_remote_code=code)
     tokenizer = load_tokenizer(base, revision=revision, trust_remote_code=code)
     ffns = find_ffns(shape)
@@ -321,13 +309,13 @@ def resolve(settings: TrainSettings) -> Plan:
     return Plan(settings, base, start, layers, counts, reading, eval_reading, template)
 
 
-def _fixed(config: AdapterConfig) -> dict[str, Any]:
+def _fixed(config: files.AdapterConfig) -> dict[str, Any]:
     """Settings of an adapter that continued training cannot change."""
     layers = ",".join(map(str, config.layers))
     return {"rank": config.r, "layers": layers, "relevance_to": config.relevance_to}
 
 
-def _check_continued(settings: TrainSettings, config: AdapterConfig) -> None:
+def _check_continued(settings: TrainSettings, config: files.AdapterConfig) -> None:
     """Compare the settings with those of the adapter to continue from.
 
     Raises:
@@ -359,7 +347,7 @@ def count_parameters(
         trainable = baseline_parameters(model, settings, layers)
     else:
         chosen = choose_ffns(ffns, settings.rank, layers)
-        trainable = sum(parameter_count(settings.rank, ffn.hidden_size, settings.relevance_to) for ffn in chosen)
+        trainable = sum(files.parameter_count(settings.rank, ffn.hidden_size, settings.relevance_to) for ffn in chosen)
         if settings.attribute_field is not None:
             condition = sum(math.prod(shape) for shape in condition_shapes(chosen[0].hidden_size).values())
     return {
@@ -370,7 +358,7 @@ def count_parameters(
     }
 
 
-def adapter_to_train(session: Session, plan: Plan, checkpoint: Path | None) -> Adapter | PeftAdapter:
+def adapter_to_train(session: sessions.Session, plan: Plan, checkpoint: Path | None) -> sessions.Adapter | PeftAdapter:
     """Attach a fresh adapter, or the one to continue from.
 
     Args:
@@ -382,7 +370,7 @@ def adapter_to_train(session: Session, plan: Plan, checkpoint: Path | None) -> A
     """
     model, settings = session.base.model, plan.settings
     if plan.start is not None:
-        adapter = attach_stored(session.base, plan.start)
+        adapter = sessions.attach_stored(session.base, plan.start)
         adapter.freeze_base()
         for module in (*(module for _, module in adapter.adapted_ffns), adapter.mlp):
             if module is not None:
@@ -392,8 +380,8 @@ def adapter_to_train(session: Session, plan: Plan, checkpoint: Path | None) -> A
     else:
         ffns = [ffn for ffn in session.ffns if plan.layers is None or ffn.layer in plan.layers]
         if checkpoint is not None:
-            resumed = find_adapter(str(checkpoint))
-            check_base(resumed, session.base)
+            resumed = files.find_adapter(str(checkpoint))
+            sessions.check_base(resumed, session.base)
             scales = resumed.config.relevance_scale
         elif settings.scale is not None:
             scales = [settings.scale] * len(ffns)
@@ -402,7 +390,7 @@ def adapter_to_train(session: Session, plan: Plan, checkpoint: Path | None) -> A
             # In half precision the numbers can differ between devices, but all processes must train the same adapter.
             scales = gathered(measure_scales(model, ffns, texts, settings.relevance_to))[0]
         relevance_to = settings.relevance_to
-        adapter = attach(model, settings.rank, plan.layers, settings.seed, scales, session.ffns, relevance_to)
+        adapter = sessions.attach(model, settings.rank, plan.layers, settings.seed, scales, session.ffns, relevance_to)
     if settings.attribute_field is not None and adapter.mlp is None:
         adapter.add_mlp(settings.seed)
     return adapter

@@ -43,7 +43,7 @@ def examples(moods=()):
     for length, mood in zip(LENGTHS, moods or [None] * len(LENGTHS), strict=False):
         ids = torch.randint(3, 90, (length,), generator=draw).tolist()
         labels = [IGNORED] * (length // 3) + ids[length // 3 :]
-        rows.append(Example(Encoded(ids, labels, True, False), mood and Condition(*mood, "")))
+        rows.append(Example(Encoded(ids, labels), mood and Condition(*mood, "")))
     return rows
 
 

@@ -320,7 +320,7 @@ def test_damaged_checkpoint_is_refused(run, one, tmp_path):
 
 def test_full_disk_keeps_the_previous_checkpoint(run, finished_run, tmp_path, monkeypatch):
     """Exit 1; --resume then continues."""
-    real, calls = trainer.write_checkpoint, []
+    real, calls = trainer.checkpointing.write_checkpoint, []
 
     def full(folder, step, limit, write):
         calls.append(step)
@@ -337,7 +337,7 @@ def test_full_disk_keeps_the_previous_checkpoint(run, finished_run, tmp_path, mo
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "write_checkpoint", full)
+        patch.setattr(trainer.checkpointing, "write_checkpoint", full)
         outcome = run(tmp_path / "two")
     assert outcome.code == 1
     assert calls == [5, 8]

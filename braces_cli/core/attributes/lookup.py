@@ -14,19 +14,11 @@ from typing import Any
 import torch
 
 from braces_cli.core.adapter.model import Session
+from braces_cli.core.attributes import words
 from braces_cli.core.attributes.build import built_in_attribute
 from braces_cli.core.attributes.directions import RIDGE, default_reduction
 from braces_cli.core.attributes.files import TRAINED_FILE
 from braces_cli.core.attributes.vector import STEERING_SHARE, Attribute, load_attributes, save_attributes
-from braces_cli.core.attributes.words import (
-    OPPOSITES,
-    OTHER_FILES,
-    REFERENCE,
-    built_in,
-    check_name,
-    neutral_prompts,
-    neutral_texts,
-)
 from braces_cli.core.errors import BracesError, ConfigError, near_misses
 from braces_cli.core.files import cache_folder, path_exists, value_hash, versions
 from braces_cli.core.models.residual import GAIN_STEP
@@ -52,8 +44,8 @@ def find_attribute(
         ConfigError: an unknown name or one that cannot be a file's; the hint lists the known ones.
         ModelError: a file that is damaged or belongs to another base.
     """
-    check_name(name)
-    own = [] if name in OTHER_FILES else [f"{name}.safetensors"]
+    words.check_name(name)
+    own = [] if name in words.OTHER_FILES else [f"{name}.safetensors"]
     paths = [] if folder is None else [folder / file for file in own]
     if session.folder is not None:
         paths += [session.folder / file for file in (*own, TRAINED_FILE)]
@@ -63,7 +55,7 @@ def find_attribute(
             # An attribute that the adapter was trained with has no steering vector, even if its file came with one.
             trained = path.name == TRAINED_FILE
             return replace(attributes[name], direction=None) if trained else attributes[name]
-    if name in built_in():
+    if name in words.built_in():
         if folder is not None:
             logger.warning("%s: no attribute `%s` there; its built-in word list is used", folder, name)
         return _cached(session, name, default_reduction(session) if for_steering else "mean", report)
@@ -76,8 +68,8 @@ def known_attributes(session: Session, folder: Path | None) -> list[str]:
     """Return every name that `find_attribute` finds."""
     trained = session.config.attributes if session.config is not None else []
     folders = [each for each in (folder, session.folder) if each is not None]
-    files = {path.stem for each in folders for path in each.glob("*.safetensors")} - OTHER_FILES
-    return sorted({*built_in(), *trained, *files})
+    files = {path.stem for each in folders for path in each.glob("*.safetensors")} - words.OTHER_FILES
+    return sorted({*words.built_in(), *trained, *files})
 
 
 def _cached(session: Session, name: str, reduction: str, report: Report) -> Attribute:
@@ -110,7 +102,7 @@ def _cache_file(session: Session, name: str, reduction: str) -> Path | None:
     root, checkpoint = cache_folder(), session.base.checkpoint
     if root is None or checkpoint is None or session.base.is_changed():
         return None
-    lists = built_in()
+    lists = words.built_in()
     try:
         files = [
             (file.name, found.st_size, found.st_mtime_ns)
@@ -129,8 +121,8 @@ def _cache_file(session: Session, name: str, reduction: str) -> Path | None:
         "files": [str(checkpoint.resolve()), files],
         "parameters": sorted(parameters),
         "attention": getattr(session.base.model.config, "_attn_implementation", None),
-        "words": [lists[each] for each in (name, OPPOSITES.get(name, REFERENCE), REFERENCE)],
-        "texts": [neutral_prompts(), neutral_texts()],
+        "words": [lists[each] for each in (name, words.OPPOSITES.get(name, words.REFERENCE), words.REFERENCE)],
+        "texts": [words.neutral_prompts(), words.neutral_texts()],
         "constants": [STEERING_SHARE, RIDGE, GAIN_STEP],
         "threads": torch.get_num_threads(),
         "versions": versions(),

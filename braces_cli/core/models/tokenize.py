@@ -62,14 +62,12 @@ class Encoded:
     Attributes:
         ids: token ids.
         labels: the same ids, `IGNORED` for tokens that are not scored.
-        ended: the last token is the end token.
         truncated: tokens were cut off.
     """
 
     ids: list[int]
     labels: list[int]
-    ended: bool
-    truncated: bool
+    truncated: bool = False
 
     @property
     def scored(self) -> int:
@@ -94,13 +92,12 @@ def encode(
         # An empty text, and a tokenizer without a start token: text can be generated from any token.
         special = (tokenizer.bos_token_id, tokenizer.eos_token_id, 0)
         ids = [next(token for token in special if token is not None)]
-    has_end = tokenizer.eos_token_id is not None
-    if end and has_end and not (completion or prompt).endswith(tokenizer.eos_token):
+    if end and tokenizer.eos_token_id is not None and not (completion or prompt).endswith(tokenizer.eos_token):
         ids = [*ids, tokenizer.eos_token_id]
     truncated = max_length is not None and len(ids) > max_length
     ids = ids[:max_length]
     labels = [IGNORED] * min(start, len(ids)) + ids[start:]
-    return Encoded(ids, labels, end and not truncated and has_end, truncated)
+    return Encoded(ids, labels, truncated)
 
 
 def encode_text(tokenizer: Any, text: str, window: int) -> list[Encoded]:
@@ -114,7 +111,7 @@ def encode_text(tokenizer: Any, text: str, window: int) -> list[Encoded]:
     if first is not None and ids[0] != first:
         ids = [first, *ids]
     parts = [ids[start : start + window] for start in range(0, max(len(ids) - 1, 1), window - 1)]
-    return [Encoded(part, [IGNORED, *part[1:]], False, False) for part in parts]
+    return [Encoded(part, [IGNORED, *part[1:]]) for part in parts]
 
 
 def _prompt_ids(tokenizer: Any, text: str) -> list[int]:
@@ -299,7 +296,7 @@ def encode_answer(tokenizer: Any, prompt: str, answer: str) -> Encoded:
     before = _chat_text(tokenizer, prompt)
     ids = token_ids(tokenizer, before + answer, special=False)
     start = common_length(ids, token_ids(tokenizer, before, special=False))
-    return Encoded(ids, [IGNORED] * start + ids[start:], False, False)
+    return Encoded(ids, [IGNORED] * start + ids[start:])
 
 
 def _chat_text(tokenizer: Any, prompt: str) -> str:
@@ -351,9 +348,8 @@ def encode_chat(
         ids, scored = _with_end_tokens(tokenizer, ids, scored, ends_with_answer)
         truncated = max_length is not None and len(ids) > max_length
         ids, scored = ids[:max_length], scored[:max_length]
-        ended = bool(ids) and scored[-1] and ids[-1] == tokenizer.eos_token_id
         labels = [token if flag else IGNORED for token, flag in zip(ids, scored, strict=True)]
-        encoded.append(Encoded(ids, labels, ended, truncated))
+        encoded.append(Encoded(ids, labels, truncated))
     return encoded, notes
 
 

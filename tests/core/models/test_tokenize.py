@@ -30,7 +30,6 @@ def test_the_end_token_is_added_in_training_only(tokenizer):
     assert tokenizer.eos_token_id not in prompt.ids
     assert row.ids == [*prompt.ids, tokenizer.eos_token_id]
     assert row.labels == row.ids
-    assert row.ended
     assert row.scored == len(row.ids) - 1
     # Text that ends with it gets no second one.
     assert encode(tokenizer, "the film</s>", end=True) == row
