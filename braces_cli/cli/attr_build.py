@@ -130,7 +130,7 @@ def _build(settings: AttributeBuildSettings) -> list[dict[str, Any]]:
     builders = read_sources(settings)
     paths = {name: settings.output_dir / f"{check_file_name(name)}.safetensors" for name in builders}
     source = settings.pairs or settings.words_file or settings.examples
-    data = source and file_hash(source, DataError)
+    data = None if source is None else file_hash(source, DataError)
     results = []
     with output_lock(*paths.values()), progress(settings.quiet) as report:
         for path in paths.values():

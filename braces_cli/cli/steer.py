@@ -170,7 +170,7 @@ def _rows(settings: SteerSettings, requests: Iterator[TextRequest], **details: A
         for count, row in enumerate(rows):
             if count == 0 and settings.output is not None and is_main():
                 place, prompts = settings.output.with_name(f"{settings.output.name}.{SETTINGS_FILE}"), settings.prompts
-                data = prompts and file_hash(prompts, DataError)
+                data = None if prompts is None else file_hash(prompts, DataError)
                 write_settings(place, settings, base=session.base.digest, data=data)
             if chat and settings.format == "text":  # question and answer, not one text
                 row["prompt"] += "\n"

@@ -3,7 +3,6 @@
 Values are converted only if their meaning is unambiguous. A note reports a conversion that the user should know.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -126,9 +125,9 @@ def _parsed(value: Any) -> Any:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Copy without null members at every depth, which Arrow adds."""
-
-    def filled(members: dict[str, Any]) -> dict[str, Any]:
-        return {key: member for key, member in members.items() if member is not None}
-
-    return json.loads(json.dumps(value, default=str), object_hook=filled)
+    """Copy without null members at every depth, which Arrow adds; of other types than those of JSON their text."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(member) for key, member in value.items() if member is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value if value is None or isinstance(value, (str, int, float)) else str(value)

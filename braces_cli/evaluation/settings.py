@@ -65,7 +65,7 @@ class EvalSettings(
     limit: int | None = option(None, min=1, panel=TASKS)
     num_fewshot: int | None = option(None, min=0, panel=TASKS)
     batch_size: str = option("8", metavar="auto|N", panel=TASKS)
-    seed: int | None = option(None, min=0, panel=OUTPUT)  # type: ignore[assignment]
+    seed: int | None = option(None, min=0, panel=OUTPUT)
     no_base: bool = option(False, panel=TASKS)
     fail_under: tuple[str, ...] = option((), metavar="TASK:METRIC=VALUE", panel=SCORING)
 

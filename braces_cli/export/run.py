@@ -153,7 +153,8 @@ def run(
         report("verifying", 1, 1)
         record = {"format_version": FORMAT_VERSION, **result, **entries, "versions": files.versions()}
         files.write_json(folder / f"braces_{name}.json", record)
-        write_settings(folder / SETTINGS_FILE, request.options, base=digest, adapter=adapter and adapter_hash(adapter))
+        trained = None if adapter is None else adapter_hash(adapter)
+        write_settings(folder / SETTINGS_FILE, request.options, base=digest, adapter=trained)
         files.write_text(folder / "README.md", card(name, result))
     return {"output_dir": str(output), **result}
 

@@ -66,8 +66,8 @@ def example_order(examples: Examples | Stream, settings: TrainSettings, done: in
     length = len(examples.items) + -len(examples.items) % size
     first, skipped = divmod(done * size, length)
     for epoch in count(first):
-        order = epoch_order(len(examples.items), settings.seed, epoch, size)
-        for index in order[skipped if epoch == first else 0 :]:
+        indices = epoch_order(len(examples.items), settings.seed, epoch, size)
+        for index in indices[skipped if epoch == first else 0 :]:
             yield None if index is None else Example(examples.items[index], examples.conditions[index])
 
 

@@ -100,8 +100,8 @@ def _train(settings: TrainSettings, folder: Path, report: Report, record: Record
         attributes = gather_attributes(session, settings, sets, plan.start)
     record.data = {
         "data": train_set.counts.digest,
-        "eval_data": eval_set and eval_set.counts.digest,
-        "adapter": plan.start and files.adapter_hash(plan.start.folder),
+        "eval_data": None if eval_set is None else eval_set.counts.digest,
+        "adapter": None if plan.start is None else files.adapter_hash(plan.start.folder),
         "model": None if session.base.is_quantised else value_hash(session.base.samples.tolist()),
     }
     checkpoint = prepare_folder(folder, settings.resume, record)

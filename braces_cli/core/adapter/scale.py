@@ -80,7 +80,7 @@ class _Meter:
         return found if 0 < found < math.inf else 1.0
 
     def __call__(self, output: Tensor, query: Tensor, values: Values) -> Tensor:
-        self._add(*(tensor.reshape(-1, tensor.shape[-1])[1:] for tensor in (output, query)), values)
+        self._add(output.reshape(-1, output.shape[-1])[1:], query.reshape(-1, query.shape[-1])[1:], values)
         return output
 
     def by_expert(self, output: Tensor, query: Tensor, values: Tensor) -> Tensor:
