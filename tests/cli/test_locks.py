@@ -27,6 +27,7 @@ _CALLS = {
     ("merge", "output_dir"): (("merge", "--adapter", "adapter", "--output-dir", "out"), "out"),
     ("export slots", "output_dir"): (("export", "slots", "--output-dir", "out"), "out"),
     ("export code", "output_dir"): (("export", "code", "--adapter", "adapter", "--output-dir", "out"), "out"),
+    ("export erase", "output_dir"): (("export", "erase", "--attribute", "sad", "--output-dir", "out"), "out"),
     ("export control-vector", "output"): (
         ("export", "control-vector", "--attribute", "sad", "--s", "1", "--output", "out.gguf"),
         "out.gguf",

@@ -109,7 +109,7 @@ def test_the_settings_that_texts_depend_on_are_recorded(steer, tmp_path):
     assert set(settings) == {
         "model", "adapter", "attribute", "s", "attributes", "layers", "num_samples", "max_new_tokens", "temperature",
         "top_p", "top_k", "stop", "apply_chat_template", "show_unsteered", "seed", "revision", "dtype", "quantize",
-        "batch_size", "files",
+        "batch_size", "files", "erase", "scope", "chat_template", "chat_template_kwargs", "system_prompt",
     }  # fmt: skip
     assert steer("--output", out, "--resume", "--device", "cpu").code == 0
     record.write_text(json.dumps(settings | {"apply_chat_template": False}))
