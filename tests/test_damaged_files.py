@@ -19,15 +19,7 @@ from braces_cli.evaluation.systems import find_eval_adapter
 from braces_cli.export.checkpoint import read_record as read_merge
 from braces_cli.export.slots import read_slots
 from braces_cli.steering.output import TextsFile
-from braces_cli.training.checkpoint import (
-    finished,
-    newest_intact,
-    read_progress,
-    read_record,
-    restore_optimizer,
-    restore_rng,
-    rng_state,
-)
+from braces_cli.training import checkpoint as checkpointing
 
 SIZES = {"model_type": "llama", "layers": 2, "hidden_size": 8, "value_vectors": [16, 16]}
 ADAPTER = {
@@ -76,11 +68,11 @@ def optimizer(folder: Path) -> None:
     state = {f"0.{name}": torch.zeros(2) for name in ("exp_avg", "exp_avg_sq")} | {"0.step": torch.tensor(2.0)}
     if not (folder / "optimizer.safetensors").exists():
         write_tensors(folder / "optimizer.safetensors", state)
-    restore_optimizer(folder, *new_optimizer())
+    checkpointing.restore_optimizer(folder, *new_optimizer())
 
 
 def manifest(folder: Path) -> None:
-    newest_intact(folder.parent)
+    checkpointing.newest_intact(folder.parent)
 
 
 def texts(folder: Path) -> None:
@@ -110,14 +102,14 @@ KINDS = {
         "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "base"}, find_eval_adapter,
         lambda folder: write_tensors(folder / "adapter_model.safetensors", {"a": torch.zeros(1)}), shared=True,
     ),
-    "run": FileKind("run.json", RECORD, read_record, free="progress."),
-    "progress": FileKind("run.json", RECORD, read_progress),
+    "run": FileKind("run.json", RECORD, checkpointing.read_record, free="progress."),
+    "progress": FileKind("run.json", RECORD, checkpointing.read_progress),
     "result of a run": FileKind(
-        "run.json", {**RECORD, "result": RESULT}, lambda folder: finished(folder, {}),
+        "run.json", {**RECORD, "result": RESULT}, lambda folder: checkpointing.finished(folder, {}),
         lambda folder: (folder / "adapter_config.json").write_text("{}"), free="progress.",
     ),
     "schedule": FileKind("optimizer.json", SCHEDULE, optimizer, free="."),
-    "generators": FileKind("rng.json", [rng_state()], restore_rng, free="0.cuda"),
+    "generators": FileKind("rng.json", [checkpointing.rng_state()], checkpointing.restore_rng, free="0.cuda"),
     "manifest": FileKind("manifest.json", {"step": 2, "sha256": {}}, manifest),
     "part of a result": FileKind(
         "parts/base/unit.json", PART, lambda folder: Store(folder).load("base", "unit"),

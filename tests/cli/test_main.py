@@ -42,12 +42,6 @@ def test_help_imports_no_heavy_module() -> None:
     assert "torch" in imported_by("import torch")
 
 
-def test_version(braces: Any) -> None:
-    from braces_cli import __version__
-
-    assert braces("--version").out == f"braces {__version__}\n"
-
-
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -94,7 +94,6 @@ def test_built_attributes_are_found_before_the_built_in_ones(braces, steer, mode
     [
         (["--attribute", "positve"], 2, "Did you mean positive"),
         (["--attribute", "positive", "--s", "nan"], 2, "is not a number"),
-        (["--attribute", "positive", "--s", "inf"], 2, "is not a number"),
         (["--attribute", "positive", "--s", "1", "--s", "2"], 2, "2 strengths for 1 attributes"),
         (["--s", "1"], 2, "Name the attribute with --attribute"),
         (["--attribute", "../x"], 2, "cannot name an attribute"),
@@ -184,29 +183,6 @@ def test_one_text_at_a_time_is_printed_as_it_is_generated(session, capsys):
     print_stream(generate)
     assert capsys.readouterr().out == "".join(f"{row['prompt']}{row['text']}\n\n" for row in rows)
     assert len(pieces) > 4
-
-
-def test_a_closed_pipe_is_not_an_error(braces, model_dir, monkeypatch):
-    """`| head -1`, with JSON and with the table."""
-
-    class Gone:
-        """A closed pipe."""
-
-        encoding = "utf-8"
-
-        def write(self, text):
-            raise BrokenPipeError(32, "Broken pipe")
-
-        def flush(self):
-            raise BrokenPipeError(32, "Broken pipe")
-
-        def isatty(self):
-            return False
-
-    for fmt in ("json", "table"):
-        monkeypatch.setattr("sys.stdout", Gone())
-        outcome = braces("steer", "--model", model_dir, "--prompt", "a day", "--max-new-tokens", 2, "--format", fmt)
-        assert (outcome.code, outcome.err) == (0, "")
 
 
 @pytest.mark.parametrize("kind", HOSTILE)

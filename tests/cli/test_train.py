@@ -180,22 +180,6 @@ def test_an_unknown_strength_field_is_refused(train: Any, braces: Any, model_dir
         assert "Did you mean how?" in outcome.err
 
 
-@pytest.mark.parametrize("command", ["merge", "train", "find", "eval"])
-def test_a_folder_without_attributes_is_refused(braces, model_dir, adapter_dir, rows, tmp_path, command):
-    """A folder that does not exist, and an empty folder."""
-    (tmp_path / "empty").mkdir()
-    call = {
-        "merge": ["merge", "--adapter", adapter_dir, "--attribute", "positive", "--output-dir", tmp_path / "m"],
-        "train": ["train", "--data", rows, "--attribute-field", "mood", "--output-dir", tmp_path / "t"],
-        "find": ["inspect", "find", "--attribute", "positive"],
-        "eval": ["eval", "--tasks", "perplexity", "--task-data", f"perplexity={rows}", "--attribute", "positive"],
-    }[command]
-    for folder, message in (("nowhere", "no such folder"), ("empty", "no attribute file")):
-        outcome = braces(*call, "--model", model_dir, "--attributes", tmp_path / folder)
-        assert outcome.code == 2, outcome.err
-        assert message in outcome.err
-
-
 def test_check_without_weights(braces: Any, model_dir: Path, rows: Path, tmp_path: Path) -> None:
     """Counts, strengths and two examples, as JSON and as text; nothing is written."""
     folder = tmp_path / "no-weights"
@@ -220,7 +204,6 @@ def test_check_without_weights(braces: Any, model_dir: Path, rows: Path, tmp_pat
 # tests/data and tests/training/test_settings.py.
 BAD_INPUT: dict[str, tuple[dict[str, str | None], int, str]] = {
     "missing file": ({"data": "none.jsonl"}, 3, "no such file"),
-    "wrong keys": ({"data": "keys.jsonl"}, 3, "keys.jsonl:1: the row has none of the needed fields"),
     "mixed keys": ({"data": "mixed.jsonl"}, 3, "mixed.jsonl:3: this row is prompt/completion, those before it are"),
     "long prompts": ({"data": "pairs.jsonl", "max-length": "4"}, 3, "no row has a token to score"),
     "attribute column": ({"attribute-field": "mood"}, 3, "rows.jsonl:1: the row has no `mood`"),
@@ -254,7 +237,6 @@ def test_bad_input(braces, model_dir, adapter_dir, tmp_path, monkeypatch, name):
     (folder / "torn.yaml").write_text("rank: 4\n]\n")
     for file, rows in {
         "rows": [{"text": "the film is good"}] * 3,
-        "keys": [{"question": "a", "answer": "b"}],
         "mixed": [{"text": "a"}, {"text": "b"}, {"prompt": "a", "completion": "b"}],
         "pairs": [{"prompt": "the film is good", "completion": " and sad"}],
         "mood": [{"text": "a", "mood": "positive"}, {"text": "a", "mood": "purple"}],

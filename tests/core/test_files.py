@@ -12,17 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from braces_cli.core import files
 from braces_cli.core.errors import BracesError, ConfigError, DataError
-from braces_cli.core.files import (
-    bytes_hash,
-    check_apart,
-    file_hash,
-    output_lock,
-    remove_partial_files,
-    value_hash,
-    write_atomic,
-    write_tensors,
-)
 
 _HOLDER = """
 import sys, time
@@ -41,7 +32,7 @@ def test_equal_tensors_and_metadata_give_equal_bytes(tmp_path: Path) -> None:
     tensors = {"b": torch.tensor([float("nan"), 1.0]), "a": torch.ones(2, 3, dtype=torch.bfloat16)}
     contents = set()
     for turn in range(8):
-        write_tensors(tmp_path / f"{turn}.safetensors", tensors, metadata)
+        files.write_tensors(tmp_path / f"{turn}.safetensors", tensors, metadata)
         contents.add((tmp_path / f"{turn}.safetensors").read_bytes())
     assert len(contents) == 1
     back = load_file(tmp_path / "0.safetensors")
@@ -60,7 +51,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(BracesError, match="cannot write: No space left on device"):
-        write_atomic(tmp_path / "x", fail)
+        files.write_atomic(tmp_path / "x", fail)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x", "old")]
 
 
@@ -70,7 +61,7 @@ def test_only_partial_files_of_that_name_are_removed(tmp_path: Path) -> None:
     others = [".out.lock", ".out.partial", ".out.txt.12345678.partial", "out", ".out.1234567890.partial"]
     for name in others:
         (tmp_path / name).touch()
-    remove_partial_files(tmp_path, "out")
+    files.remove_partial_files(tmp_path, "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
 
 
@@ -81,16 +72,16 @@ def test_an_output_overlaps_no_input(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(source)
     for output in (source, source / "new", tmp_path / "models", tmp_path / "link"):
         with pytest.raises(ConfigError, match="overlaps the input"):
-            check_apart(output, None, source)
-    check_apart(tmp_path / "models" / "other", source, "owner/name")
+            files.check_apart(output, None, source)
+    files.check_apart(tmp_path / "models" / "other", source, "owner/name")
 
 
 def test_hashes(tmp_path: Path) -> None:
     """One hash for equal bytes; a file that cannot be read raises the requested error."""
     (tmp_path / "a").write_bytes(b'"ab"')
-    assert file_hash(tmp_path / "a", DataError) == bytes_hash([b'"a', b'b"']) == value_hash("ab")
+    assert files.file_hash(tmp_path / "a", DataError) == files.bytes_hash([b'"a', b'b"']) == files.value_hash("ab")
     with pytest.raises(DataError, match="no such file"):
-        file_hash(tmp_path / "b", DataError)
+        files.file_hash(tmp_path / "b", DataError)
 
 
 def test_the_message_names_the_process_until_it_ends(tmp_path: Path) -> None:
@@ -101,31 +92,35 @@ def test_the_message_names_the_process_until_it_ends(tmp_path: Path) -> None:
         try:
             assert holder.stdout is not None
             assert holder.stdout.readline() == "held\n"
-            with pytest.raises(ConfigError) as caught, output_lock(tmp_path / "out"):
+            with pytest.raises(ConfigError) as caught, files.output_lock(tmp_path / "out"):
                 pass
             assert f"(process {holder.pid} on {socket.gethostname()}, since 20" in caught.value.message
         finally:
             holder.send_signal(signal.SIGKILL)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.12345678.partial", ".out.lock"]
-    with output_lock(tmp_path / "out"):
+    with files.output_lock(tmp_path / "out"):
         assert [path.name for path in tmp_path.iterdir()] == [".out.lock"]
-        with pytest.raises(ConfigError, match=f"process {os.getpid()}"), output_lock(tmp_path / "out"):
+        with pytest.raises(ConfigError, match=f"process {os.getpid()}"), files.output_lock(tmp_path / "out"):
             pass
     assert list(tmp_path.iterdir()) == []
 
 
 def test_only_outputs_remain(tmp_path: Path) -> None:
     """New empty folders are removed; a link has the lock of its target; an output in another one has no lock."""
-    with output_lock(tmp_path / "a" / "b" / "out"):
+    with files.output_lock(tmp_path / "a" / "b" / "out"):
         (tmp_path / "a" / "b" / "out").mkdir()
     assert list(tmp_path.iterdir()) == []
-    with output_lock(tmp_path / "a" / "out.txt", None):
+    with files.output_lock(tmp_path / "a" / "out.txt", None):
         (tmp_path / "a" / "out.txt").write_text("text")
     assert [path.name for path in tmp_path.rglob("*")] == ["a", "out.txt"]
     (tmp_path / "link").symlink_to(tmp_path / "a")
-    with output_lock(tmp_path / "a"), pytest.raises(ConfigError, match="another"), output_lock(tmp_path / "link"):
+    with (
+        files.output_lock(tmp_path / "a"),
+        pytest.raises(ConfigError, match="another"),
+        files.output_lock(tmp_path / "link"),
+    ):
         pass
-    with output_lock(tmp_path / "scores" / "plot.png", tmp_path / "scores"):
+    with files.output_lock(tmp_path / "scores" / "plot.png", tmp_path / "scores"):
         assert (tmp_path / ".scores.lock").exists()
         assert not (tmp_path / "scores").exists()
 
@@ -134,18 +129,18 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for name in ("x" * 300, "new/" + "x" * 300, "file/out", "loop/out"):
-        with pytest.raises(ConfigError, match="cannot write there"), output_lock(tmp_path / name):
+        with pytest.raises(ConfigError, match="cannot write there"), files.output_lock(tmp_path / name):
             pass
         assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
 
 
 def test_devices_and_other_processes_of_a_launch_need_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with output_lock(Path(os.devnull)), output_lock(Path(os.devnull)):
+    with files.output_lock(Path(os.devnull)), files.output_lock(Path(os.devnull)):
         pass
-    with output_lock(tmp_path / "out"):
+    with files.output_lock(tmp_path / "out"):
         monkeypatch.setenv("RANK", "1")
         monkeypatch.setenv("WORLD_SIZE", "2")
-        with output_lock(tmp_path / "out"):
+        with files.output_lock(tmp_path / "out"):
             pass
 
 
@@ -161,10 +156,10 @@ def test_a_folder_with_a_read_only_parent_is_locked(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(os, "open", refused)
     (tmp_path / "out").mkdir()
     with (
-        output_lock(tmp_path / "out"),
+        files.output_lock(tmp_path / "out"),
         pytest.raises(ConfigError, match=f"process {os.getpid()}"),
-        output_lock(tmp_path / "out"),
+        files.output_lock(tmp_path / "out"),
     ):
         pass
-    with output_lock(tmp_path / "out"):
+    with files.output_lock(tmp_path / "out"):
         pass

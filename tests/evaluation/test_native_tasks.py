@@ -21,17 +21,7 @@ from braces_cli.core.errors import ConfigError, DataError
 from braces_cli.core.models.load import load_base
 from braces_cli.core.options import LoadOptions
 from braces_cli.core.progress import silent
-from braces_cli.evaluation.native_tasks import (
-    PERPLEXITY,
-    AnswerPair,
-    TaskContext,
-    area_error,
-    detection,
-    log_odds,
-    probability,
-    projections,
-    read_answer_pairs,
-)
+from braces_cli.evaluation import native_tasks
 from braces_cli.evaluation.settings import EvalSettings
 from braces_cli.evaluation.tables import result_tables
 from tests.evaluation.conftest import evaluate
@@ -39,8 +29,8 @@ from tests.evaluation.conftest import evaluate
 
 def _perplexities(base, texts, batch_size):
     session = Session(base, [])
-    context = TaskContext(session, EvalSettings(batch_size=str(batch_size)), False, (), Processes())
-    return PERPLEXITY.prepare(context, texts)(nullcontext(), "perplexity").results["perplexity"]
+    context = native_tasks.TaskContext(session, EvalSettings(batch_size=str(batch_size)), False, (), Processes())
+    return native_tasks.PERPLEXITY.prepare(context, texts)(nullcontext(), "perplexity").results["perplexity"]
 
 
 def test_each_document_follows_exactly_one_start_token(tiny_folder):
@@ -104,9 +94,9 @@ ANSWERS = [
 
 def test_log_odds_are_those_of_whole_answers(session, write_jsonl):
     """Also with the field names of published data sets, and without a prompt."""
-    pairs = read_answer_pairs(write_jsonl("answers.jsonl", ANSWERS))
+    pairs = native_tasks.read_answer_pairs(write_jsonl("answers.jsonl", ANSWERS))
     assert [pair.prompt for pair in pairs] == ["the film is", ANSWERS[1]["question"], ""]
-    found = log_odds(session, pairs, 2)
+    found = native_tasks.log_odds(session, pairs, 2)
 
     def likelihood(prompt, answer):
         start = max(len(session.base.tokenizer(prompt)["input_ids"]), 1)
@@ -118,15 +108,15 @@ def test_log_odds_are_those_of_whole_answers(session, write_jsonl):
     for pair, odds in zip(pairs, found, strict=True):
         expected = likelihood(pair.prompt, pair.positive) - likelihood(pair.prompt, pair.negative)
         assert odds == pytest.approx(expected, abs=1e-3)
-    assert probability(0.0) == 0.5
-    assert probability(-1000.0) == 0
-    assert probability(2.0) == pytest.approx(math.exp(2) / (1 + math.exp(2)))
+    assert native_tasks.probability(0.0) == 0.5
+    assert native_tasks.probability(-1000.0) == 0
+    assert native_tasks.probability(2.0) == pytest.approx(math.exp(2) / (1 + math.exp(2)))
 
 
 @pytest.mark.parametrize("row", [{"prompt": "x", "positive": "a"}, {"positive": "a", "negative": "a"}, {"text": "a"}])
 def test_rows_without_two_answers_are_refused(write_jsonl, row):
     with pytest.raises(DataError, match=r"answers.jsonl.*no two different answers"):
-        read_answer_pairs(write_jsonl("answers.jsonl", [row]))
+        native_tasks.read_answer_pairs(write_jsonl("answers.jsonl", [row]))
 
 
 PAIRS = [{"prompt": f"the film {i} is", "positive": " good", "negative": " sad"} for i in range(5)]
@@ -138,11 +128,11 @@ def test_answers_shift_with_the_strength(model_dir, session, write_jsonl):
     settings = EvalSettings(tasks=("answers",), task_data=data, attribute=("positive",), s=("-20,20",))
     result = evaluate(str(model_dir), [], settings)
     positive = find_attribute(session, "positive", None)
-    pairs = [AnswerPair(**row) for row in PAIRS]
+    pairs = [native_tasks.AnswerPair(**row) for row in PAIRS]
     lines = []
     for system, s in zip(result["systems"], (0.0, -20.0, 20.0), strict=True):
         with steered(session, [(positive, s)]):
-            odds = log_odds(session, pairs, 8)
+            odds = native_tasks.log_odds(session, pairs, 8)
         entry = system["results"]["answers"]["log_odds"]
         assert entry["value"] == pytest.approx(np.mean(odds), abs=1e-4)
         assert entry["stderr"] == pytest.approx(np.std(odds, ddof=1) / 5**0.5, abs=1e-4)
@@ -159,7 +149,7 @@ TEXTS = ["the film is good", "a happy day", "the end of the old town", "is sad",
 
 def test_a_score_is_the_largest_projection_of_a_token(session):
     good = build_attribute(session, "good", ["good", "happy"])
-    found = projections(session, good, TEXTS, silent)
+    found = native_tasks.projections(session, good, TEXTS, silent)
     assert found.shape == (2, 6)
     for column, text in enumerate(TEXTS):
         entered: dict[int, torch.Tensor] = {}
@@ -180,9 +170,9 @@ def test_the_layer_is_chosen_on_half_of_the_texts(session):
 
     good = build_attribute(session, "good", ["good", "happy"])
     has = [True, True, False, False, True, False]
-    scores = projections(session, good, TEXTS, silent)
+    scores = native_tasks.projections(session, good, TEXTS, silent)
     rows = [(text, "Good" if flag else "other") for text, flag in zip(TEXTS, has, strict=True)]
-    found = detection(session, good, rows, "good", "rows", silent)
+    found = native_tasks.detection(session, good, rows, "good", "rows", silent)
     for row in found["layers"]:
         assert row["auroc"] == pytest.approx(roc_auc_score(has, scores[row["layer"]]))
     chosen = [roc_auc_score([1, 1, 0, 0], scores[layer][[0, 4, 2, 5]]) for layer in range(2)]
@@ -190,7 +180,9 @@ def test_the_layer_is_chosen_on_half_of_the_texts(session):
     assert found["auroc"] == pytest.approx(roc_auc_score([1, 0], scores[found["layer"]][[1, 3]]))
     assert found["n"] == 2
     with pytest.raises(DataError, match="1 texts are `good` and 5 are not"):
-        detection(session, good, [rows[0], *((text, "other") for text in TEXTS[1:])], "good", "rows", silent)
+        native_tasks.detection(
+            session, good, [rows[0], *((text, "other") for text in TEXTS[1:])], "good", "rows", silent
+        )
 
 
 def test_ties_count_half_and_the_error_is_that_of_resampling():
@@ -199,7 +191,7 @@ def test_ties_count_half_and_the_error_is_that_of_resampling():
     drawn = [area(torch.randn(60, generator=generator) + 1, torch.randn(80, generator=generator)) for _ in range(400)]
     value = sum(drawn) / len(drawn)
     spread = torch.tensor(drawn).std().item()
-    assert area_error(value, 60, 80) == pytest.approx(spread, rel=0.15)
+    assert native_tasks.area_error(value, 60, 80) == pytest.approx(spread, rel=0.15)
 
 
 def test_detection_is_the_same_at_every_strength(model_dir, session, write_jsonl, monkeypatch, caplog):
@@ -208,7 +200,9 @@ def test_detection_is_the_same_at_every_strength(model_dir, session, write_jsonl
     file = write_jsonl("rows.jsonl", [{"text": text, "label": label} for text, label in texts])
     settings = EvalSettings(tasks=("detection",), task_data=(f"detection={file}",), attribute=("positive",), s=("20",))
     result = evaluate(str(model_dir), [], settings)
-    expected = detection(session, find_attribute(session, "positive", None), texts, "positive", "rows", silent)
+    expected = native_tasks.detection(
+        session, find_attribute(session, "positive", None), texts, "positive", "rows", silent
+    )
     for system in result["systems"]:
         assert system["results"]["detection"]["auroc"] == {
             "value": expected["auroc"], "stderr": expected["auroc_stderr"], "n": 4, "chance": 0.5

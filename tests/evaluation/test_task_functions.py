@@ -6,14 +6,7 @@ from pathlib import Path
 import pytest
 
 from braces_cli.data.rows import Source, parts, read_format
-from braces_cli.evaluation.task_functions import (
-    commonsense_labels,
-    commonsense_prompt,
-    commonsense_results,
-    commonsense_target,
-    popqa_results,
-    popqa_target,
-)
+from braces_cli.evaluation import task_functions
 
 # Case, punctuation, substrings, scripts, and composition of letters.
 CASES = [json.loads(line) for line in (Path(__file__).parent / "popqa_aliases.jsonl").read_text("utf-8").splitlines()]
@@ -22,13 +15,13 @@ CASES = [json.loads(line) for line in (Path(__file__).parent / "popqa_aliases.js
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["output"].strip() or "nothing")
 def test_popqa_scores_equal_those_by_hand(case):
     doc = {"possible_answers": json.dumps(case["answers"])}
-    assert popqa_results(doc, [case["output"]]) == {"acc": case["acc"], "acc_word": case["acc_word"]}
+    assert task_functions.popqa_results(doc, [case["output"]]) == {"acc": case["acc"], "acc_word": case["acc_word"]}
 
 
 def test_possible_answers_are_a_list_or_its_json():
-    assert popqa_target({"possible_answers": ["one", "two"]}) == "one"
+    assert task_functions.popqa_target({"possible_answers": ["one", "two"]}) == "one"
     with pytest.raises(ValueError, match="not a JSON list"):
-        popqa_target({"possible_answers": '{"a": 1}'})
+        task_functions.popqa_target({"possible_answers": '{"a": 1}'})
 
 
 @pytest.mark.parametrize(
@@ -47,7 +40,7 @@ def test_possible_answers_are_a_list_or_its_json():
     ],
 )
 def test_the_first_option_named_is_the_answer(output, answer, acc, answered):
-    assert commonsense_results({"answer": answer}, [output]) == {"acc": acc, "answered": answered}
+    assert task_functions.commonsense_results({"answer": answer}, [output]) == {"acc": acc, "answered": answered}
 
 
 @pytest.mark.parametrize(
@@ -56,12 +49,12 @@ def test_the_first_option_named_is_the_answer(output, answer, acc, answered):
      ("Answer1: a Answer2: b Answer3: c Answer format: answer1/answer2/answer3", "answer2", 3)],
 )  # fmt: skip
 def test_chance_is_over_the_labels_that_a_row_offers(instruction, answer, count):
-    assert len(commonsense_labels({"instruction": instruction, "answer": answer})) == count
+    assert len(task_functions.commonsense_labels({"instruction": instruction, "answer": answer})) == count
 
 
 def test_prompt_and_target_equal_those_of_training():
     row = {"instruction": "Which? option1/option2", "input": "", "output": "the correct answer is option2"}
-    found = commonsense_prompt(row), commonsense_target({**row, "answer": "option2"})
+    found = task_functions.commonsense_prompt(row), task_functions.commonsense_target({**row, "answer": "option2"})
     assert found == parts(*read_format(Source(row, "x:1"), {}), "x:1")
 
 

@@ -13,14 +13,7 @@ from transformers import AutoModelForCausalLM
 from braces_cli.core.adapter.model import Adapter
 from braces_cli.core.errors import ModelError
 from braces_cli.core.models.ffn import find_ffns
-from braces_cli.export.checkpoint import (
-    edit_values,
-    new_neurons,
-    side_paths,
-    value_edits,
-    write_checkpoint,
-    write_edited,
-)
+from braces_cli.export import checkpoint
 from braces_cli.export.code import side_modules, write_checkpoint_with_code
 from braces_cli.export.lora import Pairs, lora_pairs, value_pairs, write_folder
 from braces_cli.export.plan import Plan, ffn_form, plan
@@ -45,21 +38,21 @@ def write_merged(
     vectors: dict[int, torch.Tensor] | None = None,
 ) -> Plan:
     """Merge an attached adapter with its current shift and steering vectors, and detach the adapter."""
-    paths, added = side_paths(adapter), dict(vectors or {})
+    paths, added = checkpoint.side_paths(adapter), dict(vectors or {})
     for ffn, adapter_layer in adapter.adapted_ffns:
         if adapter_layer.shift is not None:
             constant = paths[ffn.layer][1] @ adapter_layer.shift
             added[ffn.layer] = constant + added[ffn.layer] if ffn.layer in added else constant
     adapter.detach()
     merge_plan = merge_of(model, adapter.rank, tokens, steered)
-    write_checkpoint(folder, model, merge_plan, new_neurons(merge_plan, paths, added))
+    checkpoint.write_checkpoint(folder, model, merge_plan, checkpoint.new_neurons(merge_plan, paths, added))
     return merge_plan
 
 
 def write_slotted(model: Any, folder: Path, tokens: torch.Tensor, count: int = 16) -> tuple[Slots, Any]:
     """Write a bare base with slots and load it with plain transformers."""
     slots_plan, slots = plan_slots(model, find_ffns(model), count, ids=tokens)
-    write_checkpoint(folder, model, slots_plan, empty_slots(slots_plan, slots))
+    checkpoint.write_checkpoint(folder, model, slots_plan, empty_slots(slots_plan, slots))
     name = slots_plan.architecture
     kind = type(model) if name == type(model).__name__ else getattr(transformers, name)
     loaded, info = kind.from_pretrained(folder, output_loading_info=True)
@@ -126,7 +119,7 @@ def slots_column(model: Any, attach: Any, logits_of: Any, folder: Path, toleranc
         return "no"
     assert _relative(logits_of(loaded), bare) < tolerance, "empty slots change the base"
     adapter = frozen(attach(), None)
-    path = side_paths(adapter)
+    path = checkpoint.side_paths(adapter)
     constant = {layer: b @ SHIFT for layer, (_, b) in path.items()} if slots.constant else {}
     frozen(adapter, 2 * SHIFT if constant else None)
     expected = logits_of(model)
@@ -163,13 +156,13 @@ def edit_column(model: Any, attach: Any, logits_of: Any, folder: Path, tolerance
         adapter = frozen(attach(), shift)
         expected = logits_of(model)
         try:
-            missing = edit_values(model, value_edits(adapter, ffns, {}))
+            missing = checkpoint.edit_values(model, checkpoint.value_edits(adapter, ffns, {}))
         except ModelError as error:
             return "no: " + error.message.partition("cannot be merged: ")[2]
         finally:
             adapter.detach()
         try:
-            name = write_edited(folder, model, ffns, missing, TOKENS)
+            name = checkpoint.write_edited(folder, model, ffns, missing, TOKENS)
         except ModelError:
             continue
         finally:
@@ -188,7 +181,7 @@ def lora_column(model: Any, attach: Any, logits_of: Any, folder: Path, tolerance
     ffns, adapter = find_ffns(model), frozen(attach(), SHIFT)
     expected = logits_of(model)
     try:
-        pairs, biases = value_pairs(model, list(value_edits(adapter, ffns, {})), True, True)
+        pairs, biases = value_pairs(model, list(checkpoint.value_edits(adapter, ffns, {})), True, True)
     except ModelError:
         return "no"
     finally:

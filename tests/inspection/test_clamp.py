@@ -8,14 +8,7 @@ import torch
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.models.ffn import find_ffns
 from braces_cli.core.models.tokenize import encode
-from braces_cli.inspection.clamp import (
-    Clamp,
-    activation_weights,
-    clamp_prompt,
-    clamped,
-    parse_clamp,
-    resolve_percentiles,
-)
+from braces_cli.inspection import clamp as clamping
 from braces_cli.inspection.vocabulary import LogitLens
 from tests.conftest import ARCHITECTURES, tiny_model
 from tests.inspection.conftest import opened
@@ -40,7 +33,7 @@ def test_clamp_sets_one_weight(name):
     model = tiny_model(name)
     ffns = find_ffns(model)
     base, weights = record_weights(model, ffns[0], IDS)
-    with clamped(ffns, [Clamp(0, 5, 2.5), Clamp(0, 7, -1.0)]):
+    with clamping.clamped(ffns, [clamping.Clamp(0, 5, 2.5), clamping.Clamp(0, 7, -1.0)]):
         logits, changed = record_weights(model, ffns[0], IDS)
     assert torch.equal(record_weights(model, ffns[0], IDS)[0], base)
     assert not torch.allclose(logits, base)
@@ -53,12 +46,12 @@ def test_clamp_sets_one_weight(name):
 def test_clamp_prompt(session, lens):
     """Probabilities, KL and likelihoods, against two forward passes."""
     model, tokenizer = session.base.model, session.base.tokenizer
-    clamp = Clamp(1, 3, 8.0)
-    found = clamp_prompt(session, lens, "the film is", [clamp], tokens=[40], top_k=4)
+    clamp = clamping.Clamp(1, 3, 8.0)
+    found = clamping.clamp_prompt(session, lens, "the film is", [clamp], tokens=[40], top_k=4)
     ids = torch.tensor([tokenizer("the film is")["input_ids"]])
     with torch.no_grad():
         before = model(ids).logits[0].log_softmax(dim=-1)
-        with clamped(session.ffns, [clamp]):
+        with clamping.clamped(session.ffns, [clamp]):
             after = model(ids).logits[0].log_softmax(dim=-1)
     kl = (before.exp() * (before - after)).sum(dim=-1)
     assert found["kl"] == pytest.approx(float(kl[-1]), rel=1e-4)
@@ -74,13 +67,13 @@ def test_clamp_prompt(session, lens):
 
 def test_parse_clamp():
     """Numbers as Python reads them; percentiles with a p."""
-    assert parse_clamp("3:89=2.5") == Clamp(3, 89, 2.5)
-    assert parse_clamp(" 0:7=-1e1 ") == Clamp(0, 7, -10.0)
-    assert parse_clamp("3:89=p99.9") == Clamp(3, 89, 0.0, percentile=99.9)
-    assert parse_clamp("3:89=.5") == Clamp(3, 89, 0.5)
+    assert clamping.parse_clamp("3:89=2.5") == clamping.Clamp(3, 89, 2.5)
+    assert clamping.parse_clamp(" 0:7=-1e1 ") == clamping.Clamp(0, 7, -10.0)
+    assert clamping.parse_clamp("3:89=p99.9") == clamping.Clamp(3, 89, 0.0, percentile=99.9)
+    assert clamping.parse_clamp("3:89=.5") == clamping.Clamp(3, 89, 0.5)
     for text in ("3:89", "3=2", "3:89=x", "3:89=nan", "3:89=1e999", "-1:2=3", "a:2=3", "3:2=1=1", "3:89=p101", ""):
         with pytest.raises(ConfigError, match="LAYER:INDEX=VALUE"):
-            parse_clamp(text)
+            clamping.parse_clamp(text)
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
@@ -89,15 +82,20 @@ def test_weights_and_percentiles_of_texts(name):
     session = opened(name)
     neurons = {1: [7, 2], 0: [3]}
     texts = [encode(session.base.tokenizer, text) for text in TEXTS]
-    found = activation_weights(session, neurons, texts)
+    found = clamping.activation_weights(session, neurons, texts)
     expected = {}
     for ffn in session.ffns:
         rows = [record_weights(session.base.model, ffn, torch.tensor([text.ids]))[1] for text in texts]
         expected[ffn.layer] = torch.cat(rows)[:, neurons[ffn.layer]]
         assert found[ffn.layer].shape == expected[ffn.layer].shape
         assert torch.allclose(found[ffn.layer].sort(0).values, expected[ffn.layer].sort(0).values, atol=1e-5)
-    clamps = [Clamp(1, 7, 0.0, 99.0), Clamp(0, 3, 5.0), Clamp(1, 2, 0.0, 0.0), Clamp(0, 4, 0.0, 100.0)]
-    resolved = resolve_percentiles(session, clamps, texts)
+    clamps = [
+        clamping.Clamp(1, 7, 0.0, 99.0),
+        clamping.Clamp(0, 3, 5.0),
+        clamping.Clamp(1, 2, 0.0, 0.0),
+        clamping.Clamp(0, 4, 0.0, 100.0),
+    ]
+    resolved = clamping.resolve_percentiles(session, clamps, texts)
     assert [clamp.percentile for clamp in resolved] == [99.0, None, 0.0, 100.0]
     assert resolved[0].value == pytest.approx(float(expected[1][:, 0].quantile(0.99)), abs=1e-5)
     assert resolved[1] == clamps[1]
@@ -108,10 +106,11 @@ def test_clamps_and_weights_of_an_offloaded_base(opened_twice):
     """The weights of the model are not on the device that computes."""
     sessions = opened_twice("llama")
     texts = [encode(sessions[0].base.tokenizer, text) for text in TEXTS]
-    plain, offloaded = (activation_weights(session, {1: [7, 3]}, texts)[1] for session in sessions)
+    plain, offloaded = (clamping.activation_weights(session, {1: [7, 3]}, texts)[1] for session in sessions)
     assert torch.allclose(plain, offloaded, atol=1e-6)
     plain, offloaded = (
-        clamp_prompt(session, LogitLens(session.base), "the film", [Clamp(1, 3, 8.0)], top_k=3) for session in sessions
+        clamping.clamp_prompt(session, LogitLens(session.base), "the film", [clamping.Clamp(1, 3, 8.0)], top_k=3)
+        for session in sessions
     )
     assert plain["kl"] > 0
     assert offloaded["kl"] == pytest.approx(plain["kl"], rel=1e-4)

@@ -9,19 +9,8 @@ import torch
 
 from braces_cli.core.errors import BracesError, ConfigError, ModelError
 from braces_cli.core.models.tokenize import encode, encode_answer
+from braces_cli.scoring import scorers
 from braces_cli.scoring.likelihood import likelihoods
-from braces_cli.scoring.scorers import (
-    _QUESTIONS,
-    _TEMPLATE,
-    Judge,
-    Rating,
-    checked,
-    default_scorer,
-    distinct,
-    label_of,
-    repetition,
-    scorer,
-)
 
 
 @pytest.mark.parametrize(
@@ -42,39 +31,39 @@ from braces_cli.scoring.scorers import (
 )
 def test_lexicon_scorers(name, label, text, has):
     """On clear texts, some of which have substrings of listed words."""
-    assert scorer(name).score([text], label)[0].has is has
+    assert scorers.scorer(name).score([text], label)[0].has is has
 
 
 def test_excluded_words_do_not_count():
     """In any case and inside phrases; other words count."""
     text = "A WONDERFUL evening"
-    assert scorer("vader").score([text], "positive")[0].has
-    assert not scorer("vader", exclude=["Wonderful evening"]).score([text], "positive")[0].has
-    assert scorer("vader", exclude=["wonderful"]).score(["I love it"], "positive")[0].has
-    assert not scorer("toxicity", exclude=["fucking"]).score(["fucking"], "toxic")[0].has
-    assert scorer("toxicity", exclude=["fucking"]).score(["fuck"], "toxic")[0].has
+    assert scorers.scorer("vader").score([text], "positive")[0].has
+    assert not scorers.scorer("vader", exclude=["Wonderful evening"]).score([text], "positive")[0].has
+    assert scorers.scorer("vader", exclude=["wonderful"]).score(["I love it"], "positive")[0].has
+    assert not scorers.scorer("toxicity", exclude=["fucking"]).score(["fucking"], "toxic")[0].has
+    assert scorers.scorer("toxicity", exclude=["fucking"]).score(["fuck"], "toxic")[0].has
 
 
 def test_labels_of_attributes():
     """The name of the attribute, else its default label, in any case."""
-    vader = scorer("vader")
-    assert default_scorer("joyful") == "vader"
-    assert label_of("joyful", vader) == "positive"
-    assert label_of("polite", vader, "NEGATIVE") == "negative"
+    vader = scorers.scorer("vader")
+    assert scorers.default_scorer("joyful") == "vader"
+    assert scorers.label_of("joyful", vader) == "positive"
+    assert scorers.label_of("polite", vader, "NEGATIVE") == "negative"
     with pytest.raises(ConfigError, match="no label `polite`"):
-        label_of("polite", vader)
+        scorers.label_of("polite", vader)
     with pytest.raises(ConfigError, match="no default scorer for `polite`"):
-        default_scorer("polite")
+        scorers.default_scorer("polite")
 
 
 def test_unknown_scorers(tmp_path):
     """A near miss, a folder without a classifier, and a score that is not a number."""
     with pytest.raises(ConfigError, match="Did you mean vader"):
-        scorer("vaider")
+        scorers.scorer("vaider")
     with pytest.raises(ModelError, match="cannot load the classifier"):
-        scorer(str(tmp_path))
+        scorers.scorer(str(tmp_path))
     with pytest.raises(BracesError, match="gave nan for text 1"):
-        checked("mine", [0.5, float("nan")])
+        scorers.checked("mine", [0.5, float("nan")])
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +87,8 @@ def hub_folder(tmp_path_factory):
 
 def test_a_hugging_face_classifier(hub_folder, model_dir):
     """The likeliest label counts, batches have no effect; a base model and excluded words are refused."""
-    loaded = scorer(str(hub_folder))
-    label = label_of("positive", loaded)
+    loaded = scorers.scorer(str(hub_folder))
+    label = scorers.label_of("positive", loaded)
     assert label == "POSITIVE"
     texts = ["the film is good", "a day", "the end of the old town"] * 20
     yes, no = loaded.score(texts, "POSITIVE"), loaded.score(texts, "NEGATIVE")
@@ -107,9 +96,9 @@ def test_a_hugging_face_classifier(hub_folder, model_dir):
     alone = [loaded.score([text], "POSITIVE")[0].value for text in texts[:3]]
     assert [each.value for each in yes[:3]] == pytest.approx(alone, abs=1e-5)
     with pytest.raises(ModelError, match="no trained head"):
-        scorer(str(model_dir))
+        scorers.scorer(str(model_dir))
     with pytest.raises(ConfigError, match="reads whole texts"):
-        scorer(str(hub_folder), exclude=["good"])
+        scorers.scorer(str(hub_folder), exclude=["good"])
 
 
 def test_a_classifier_without_a_padding_token(hub_folder, tmp_path):
@@ -120,7 +109,7 @@ def test_a_classifier_without_a_padding_token(hub_folder, tmp_path):
         content = json.loads((folder / name).read_text())
         assert content.pop(key) is not None
         (folder / name).write_text(json.dumps(content))
-    loaded = scorer(str(folder))
+    loaded = scorers.scorer(str(folder))
     texts = ["the film is good", "a day", "the end of the old town"]
     alone = [loaded.score([text], "POSITIVE")[0].value for text in texts]
     assert [each.value for each in loaded.score(texts, "POSITIVE")] == pytest.approx(alone, abs=1e-5)
@@ -139,15 +128,15 @@ def test_a_classifier_without_a_padding_token(hub_folder, tmp_path):
 )
 def test_distinct(groups, width, expected):
     """Different n-grams over all n-grams."""
-    assert distinct(groups, width) == pytest.approx(expected)
+    assert scorers.distinct(groups, width) == pytest.approx(expected)
 
 
 def test_repetition():
     """A text without a 4-gram is left out."""
-    assert repetition(["a b c d a b c d"]) == pytest.approx(1 / 5)
-    assert repetition(["a b c d a b c d", "x y z w", "x"]) == pytest.approx(1 / 10)
-    assert math.isnan(repetition(["a b"]))
-    assert math.isnan(distinct([[""]], 1))
+    assert scorers.repetition(["a b c d a b c d"]) == pytest.approx(1 / 5)
+    assert scorers.repetition(["a b c d a b c d", "x y z w", "x"]) == pytest.approx(1 / 10)
+    assert math.isnan(scorers.repetition(["a b"]))
+    assert math.isnan(scorers.distinct([[""]], 1))
 
 
 TEXTS = ["a happy day in the old town", "is sad", ""]
@@ -156,14 +145,16 @@ TEXTS = ["a happy day in the old town", "is sad", ""]
 @pytest.mark.parametrize("folder", ["model_dir", "chatty"])
 def test_a_rating_is_the_expectation_over_the_answers(folder, request):
     """Against the likelihoods of the three answers written out, whatever the batch."""
-    judge = Judge(f"judge:{request.getfixturevalue(folder)}")
+    judge = scorers.Judge(f"judge:{request.getfixturevalue(folder)}")
     prompts = ["the film", "", "the end"]
     found = judge.rate(list(zip(prompts, TEXTS, strict=True)), "very_positive")
     base = judge._base
-    for name, question in _QUESTIONS.items():
+    for name, question in scorers._QUESTIONS.items():
         asked = question.format(label="very positive")
         for prompt, text, rating in zip(prompts, TEXTS, found, strict=True):
-            whole = _TEMPLATE.format(prompt=f"Prompt: {prompt}\n\n" if prompt else "", text=text, question=asked)
+            whole = scorers._TEMPLATE.format(
+                prompt=f"Prompt: {prompt}\n\n" if prompt else "", text=text, question=asked
+            )
             if folder == "chatty":
                 examples = [encode_answer(base.tokenizer, whole, answer) for answer in "012"]
             else:
@@ -181,12 +172,12 @@ def test_a_rating_is_the_expectation_over_the_answers(folder, request):
 
 def test_a_judge_is_a_scorer_of_any_label(model_dir):
     """The overall rating is a harmonic mean."""
-    assert Rating(2, 1, 1).overall == pytest.approx(1.2)
-    assert Rating(2, 0, 1).overall == 0
-    judge = scorer(f"judge:{model_dir}")
-    assert label_of("cheerful", judge) == "cheerful"
-    assert label_of("cheerful", judge, "merry") == "merry"
+    assert scorers.Rating(2, 1, 1).overall == pytest.approx(1.2)
+    assert scorers.Rating(2, 0, 1).overall == 0
+    judge = scorers.scorer(f"judge:{model_dir}")
+    assert scorers.label_of("cheerful", judge) == "cheerful"
+    assert scorers.label_of("cheerful", judge, "merry") == "merry"
     with pytest.raises(ConfigError, match="reads whole texts"):
-        scorer(f"judge:{model_dir}", exclude=["good"])
+        scorers.scorer(f"judge:{model_dir}", exclude=["good"])
     with pytest.raises(ModelError, match="nowhere"):
-        scorer("judge:nowhere")
+        scorers.scorer("judge:nowhere")

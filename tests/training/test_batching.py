@@ -11,16 +11,7 @@ from braces_cli.core.errors import ConfigError
 from braces_cli.core.models.structure import only_scored
 from braces_cli.core.models.tokenize import IGNORED, Encoded
 from braces_cli.data.dataset import Condition, Example
-from braces_cli.training.batching import (
-    MOST_PADDING,
-    Layout,
-    choose_layout,
-    collate,
-    epoch_order,
-    fill_rows,
-    packing_fault,
-    similar_lengths,
-)
+from braces_cli.training import batching
 from braces_cli.training.loss import can_pick, token_nll
 from braces_cli.training.settings import TrainSettings
 from tests.conftest import open_gates, tiny_model
@@ -28,11 +19,11 @@ from tests.core.comparison import relative
 
 LENGTHS = (9, 2, 14, 5, 14, 3, 7)
 LAYOUTS = {
-    "one row": Layout(packed=True),
-    "several rows": Layout(packed=True, attention=0.1),
-    "grouped": Layout(packed=False, groups=3),
-    "several rows, only scored": Layout(packed=True, attention=0.1, only_scored=True),
-    "grouped, only scored": Layout(packed=False, groups=3, only_scored=True),
+    "one row": batching.Layout(packed=True),
+    "several rows": batching.Layout(packed=True, attention=0.1),
+    "grouped": batching.Layout(packed=False, groups=3),
+    "several rows, only scored": batching.Layout(packed=True, attention=0.1, only_scored=True),
+    "grouped, only scored": batching.Layout(packed=False, groups=3, only_scored=True),
 }
 
 
@@ -67,7 +58,7 @@ def alone(model, rows):
 
 
 def in_blocks(model, rows, layout):
-    batch = collate(rows, layout, 1)
+    batch = batching.collate(rows, layout, 1)
     total = 0.0
     for block in batch.blocks:
         labels = block.pop("labels")
@@ -106,7 +97,7 @@ def test_blocks_give_loss_and_gradients_of_each_example_alone(layout, dtype, tol
 def test_packing_probe(name, overrides, packs):
     """By logits of the model, not by its name."""
     probe = [row.tokens.ids for row in examples()[:3]]
-    fault = packing_fault(tiny_model(name, **overrides), probe, 1)
+    fault = batching.packing_fault(tiny_model(name, **overrides), probe, 1)
     assert (fault is None) == packs, fault
 
 
@@ -132,15 +123,15 @@ class Leaky(torch.nn.Module):
 def test_packing_probe_finds_a_leak_below_the_rounding_of_bfloat16():
     probe = [row.tokens.ids for row in examples()[:3]]
     model = tiny_model(dtype=torch.bfloat16)
-    assert packing_fault(Leaky(model, 0.0), probe, 1) is None
-    assert "moves the logits of the next one" in packing_fault(Leaky(model, 0.025), probe, 1)
+    assert batching.packing_fault(Leaky(model, 0.0), probe, 1) is None
+    assert "moves the logits of the next one" in batching.packing_fault(Leaky(model, 0.025), probe, 1)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma", "gpt2", "gpt_neox", "opt", "phi"])
 def test_logits_of_scored_tokens_only(name):
     """All logits again outside the block, and for a model without a standard head."""
     model = tiny_model(name)
-    block = collate(examples(), Layout(packed=False, groups=1, only_scored=True), 1).blocks[0]
+    block = batching.collate(examples(), batching.Layout(packed=False, groups=1, only_scored=True), 1).blocks[0]
     ids, scored = block["input_ids"], block["scored"]
     assert len(scored) == sum(row.tokens.scored for row in examples()) < ids.numel()
     assert can_pick(model, ids[0, :5].tolist(), 1e-4)
@@ -156,37 +147,37 @@ def test_logits_of_scored_tokens_only(name):
 def test_layout_of_a_model_that_fails_the_probe(session, monkeypatch):
     """`on` raises; `auto` groups by length; `off` does not run the probe."""
     items = [row.tokens for row in examples()]
-    assert choose_layout(session, TrainSettings(), items).packed
-    assert not choose_layout(session, TrainSettings(packing="off"), items).packed
+    assert batching.choose_layout(session, TrainSettings(), items).packed
+    assert not batching.choose_layout(session, TrainSettings(packing="off"), items).packed
     session.base.model = tiny_model("opt")
-    assert choose_layout(session, TrainSettings(), items) == Layout(packed=False, only_scored=True)
+    assert batching.choose_layout(session, TrainSettings(), items) == batching.Layout(packed=False, only_scored=True)
     with pytest.raises(ConfigError, match="cannot be packed: packed logits differ"):
-        choose_layout(session, TrainSettings(packing="on"), items)
+        batching.choose_layout(session, TrainSettings(packing="on"), items)
     # With gradient checkpointing, a group would be recomputed with the attributes of the last group.
     kept = TrainSettings(packing="off", gradient_checkpointing=True, attribute_field="mood")
-    assert choose_layout(session, kept, items).groups == 1
+    assert batching.choose_layout(session, kept, items).groups == 1
 
 
 @pytest.mark.parametrize("attention", [0.0, 1e-3, 1.0])
 def test_packed_rows(attention):
     """Every example once; one row if attention is free; at most 5 % padding."""
     lengths = [random.Random(attention).randint(3, 60) for _ in range(16)]
-    rows = fill_rows(lengths, attention)
+    rows = batching.fill_rows(lengths, attention)
     assert sorted(index for row in rows for index in row) == list(range(16))
     width = max(sum(lengths[index] for index in row) for row in rows)
-    assert sum(lengths) >= (1 - MOST_PADDING) * width * len(rows)
+    assert sum(lengths) >= (1 - batching.MOST_PADDING) * width * len(rows)
     assert (len(rows) == 1) == (attention == 0.0)
 
 
 def test_packed_rows_fit_the_context():
     lengths = [9, 5, 4, 3, 3, 2]
-    assert sorted(sum(lengths[index] for index in row) for row in fill_rows(lengths, context=10)) == [8, 9, 9]
+    assert sorted(sum(lengths[index] for index in row) for row in batching.fill_rows(lengths, context=10)) == [8, 9, 9]
 
 
 def test_groups_have_minimal_padding():
     """Compared with every way to cut the sorted lengths in three."""
     lengths = list(LENGTHS)
-    groups = similar_lengths(lengths, 3)
+    groups = batching.similar_lengths(lengths, 3)
     assert sorted(index for group in groups for index in group) == list(range(7))
     padded = sum(len(group) * max(lengths[index] for index in group) for group in groups)
     ranked = sorted(lengths)
@@ -197,8 +188,8 @@ def test_groups_have_minimal_padding():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_batch_without_examples(layout):
     """A process without an example in the last batch has the same number of blocks, without scored tokens."""
-    full = collate([*examples(), None], LAYOUTS[layout], 1)
-    empty = collate([None] * 8, LAYOUTS[layout], 1)
+    full = batching.collate([*examples(), None], LAYOUTS[layout], 1)
+    empty = batching.collate([None] * 8, LAYOUTS[layout], 1)
     assert len(empty.blocks) == len(full.blocks)
     assert all((block["labels"] == IGNORED).all() for block in empty.blocks)
     assert (empty.tokens, empty.scored) == (0, 0)
@@ -209,11 +200,11 @@ def test_batch_without_examples(layout):
 
 def test_order_of_examples():
     """Every example once an epoch, another order each epoch; None fills the last global batch."""
-    first = epoch_order(21, seed=0, epoch=0, size=8)
+    first = batching.epoch_order(21, seed=0, epoch=0, size=8)
     assert sorted(first[:21]) == list(range(21))
     assert first[21:] == [None] * 3
-    second = epoch_order(21, seed=0, epoch=1, size=8)
+    second = batching.epoch_order(21, seed=0, epoch=1, size=8)
     assert set(second) == set(first)
     assert second != first
-    assert epoch_order(21, seed=0, epoch=0, size=8) == first
-    assert epoch_order(21, seed=1, epoch=0, size=8) != first
+    assert batching.epoch_order(21, seed=0, epoch=0, size=8) == first
+    assert batching.epoch_order(21, seed=1, epoch=0, size=8) != first

@@ -20,16 +20,7 @@ from braces_cli.core.adapter.model import open_session
 from braces_cli.core.distributed import deferred
 from braces_cli.core.files import write_json
 from braces_cli.core.options import LoadOptions
-from braces_cli.training.checkpoint import (
-    RNG_FILE,
-    Record,
-    checkpoints,
-    newest,
-    prepare_folder,
-    restore_rng,
-    rng_state,
-    write_checkpoint,
-)
+from braces_cli.training import checkpoint as checkpointing
 from tests.conftest import make_adapter, write_rows
 
 SETTINGS: dict[str, Any] = {
@@ -110,7 +101,7 @@ def test_resumed_run_is_bit_identical(run, tmp_path, extra):
     """From the middle of an epoch and from the end; figures too, except times and memory."""
     first = run(tmp_path / "one", *extra)
     assert first.code == 0, first.err
-    assert [path.name for path in checkpoints(tmp_path / "one")] == ["checkpoint-5", "checkpoint-8"]
+    assert [path.name for path in checkpointing.checkpoints(tmp_path / "one")] == ["checkpoint-5", "checkpoint-8"]
     for step in (5, 8):
         out = unfinished(tmp_path / f"from-{step}", tmp_path / "one", step)
         (out / "metrics.jsonl").write_bytes((tmp_path / "one" / "metrics.jsonl").read_bytes() + b'{"step": 1')
@@ -209,7 +200,7 @@ def test_a_signal_finishes_the_step_and_saves(run, finished_run, tmp_path, monke
     assert stopped.code == code
     assert stopped.json["error"]["code"] == code
     assert "--resume" in stopped.err
-    assert [path.name for path in checkpoints(out)] == ["checkpoint-7"]
+    assert [path.name for path in checkpointing.checkpoints(out)] == ["checkpoint-7"]
     assert not (out / "adapter_model.safetensors").exists()
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert run(out, "--resume").code == 0
@@ -355,16 +346,16 @@ def test_random_generators_are_restored(tmp_path):
         return float(torch.rand(()))
 
     draw()
-    write_json(tmp_path / RNG_FILE, [rng_state()])
+    write_json(tmp_path / checkpointing.RNG_FILE, [checkpointing.rng_state()])
     drawn = draw()
     assert draw() != drawn
-    restore_rng(tmp_path)
+    checkpointing.restore_rng(tmp_path)
     assert draw() == drawn
 
 
 def test_killed_write_leaves_a_complete_checkpoint(tmp_path):
     """Partial files are removed."""
-    write_checkpoint(tmp_path, 2, 0, lambda folder: (folder / "a").write_text("two"))
+    checkpointing.write_checkpoint(tmp_path, 2, 0, lambda folder: (folder / "a").write_text("two"))
 
     class Killed(BaseException):
         pass
@@ -374,19 +365,19 @@ def test_killed_write_leaves_a_complete_checkpoint(tmp_path):
         raise Killed
 
     with pytest.raises(Killed):
-        write_checkpoint(tmp_path, 4, 0, half)
+        checkpointing.write_checkpoint(tmp_path, 4, 0, half)
     (tmp_path / ".checkpoint-6.x").mkdir()
     (tmp_path / ".run.json.12345678.partial").touch()
     (tmp_path / ".mine").touch()
     (tmp_path / "checkpoint-of-mine").mkdir()
-    assert newest(tmp_path) == tmp_path / "checkpoint-2"
-    prepare_folder(tmp_path, True, Record())
+    assert checkpointing.newest(tmp_path) == tmp_path / "checkpoint-2"
+    checkpointing.prepare_folder(tmp_path, True, checkpointing.Record())
     assert sorted(path.name for path in tmp_path.iterdir()) == [".mine", "checkpoint-2", "checkpoint-of-mine"]
-    assert checkpoints(tmp_path / "nowhere") == []
+    assert checkpointing.checkpoints(tmp_path / "nowhere") == []
 
 
 def test_overwrite_removes_old_checkpoints(run, one):
     """At most --save-total-limit checkpoints are kept."""
     run(one, "--overwrite", "--max-steps", 4, "--save-steps", 1, "--save-total-limit", 2)
-    assert [path.name for path in checkpoints(one)] == ["checkpoint-3", "checkpoint-4"]
+    assert [path.name for path in checkpointing.checkpoints(one)] == ["checkpoint-3", "checkpoint-4"]
     assert [row["step"] for row in read(one)] == [2, 4]

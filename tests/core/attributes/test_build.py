@@ -6,13 +6,7 @@ import pytest
 import torch
 
 from braces_cli.core.adapter.model import attach, open_session
-from braces_cli.core.attributes.build import (
-    attribute_from_descriptions,
-    attribute_from_pairs,
-    best_layers,
-    build_attribute,
-    description_pairs,
-)
+from braces_cli.core.attributes import build
 from braces_cli.core.attributes.directions import Pair, Passage, pair_states, reduce_pairs
 from braces_cli.core.attributes.hooks import layer_steering
 from braces_cli.core.attributes.lookup import find_attribute
@@ -34,8 +28,8 @@ PAIRS = [
 def test_an_adapter_has_no_effect_on_an_attribute(session, source):
     def built():
         if source == "words":
-            return build_attribute(session, "good", ["good"], reduction="gradient")
-        return attribute_from_pairs(session, "good", PAIRS)
+            return build.build_attribute(session, "good", ["good"], reduction="gradient")
+        return build.attribute_from_pairs(session, "good", PAIRS)
 
     bare = built()
     session.adapter = attach(session.base.model, 4)
@@ -50,18 +44,18 @@ def test_a_built_in_list_with_an_opposite_is_one_end_of_an_axis(braces, session,
     one, other = (find_attribute(session, name, None) for name in ("positive", "negative"))
     assert torch.allclose(one.state, -other.state, atol=1e-6)
     assert torch.allclose(one.direction, -other.direction, rtol=1e-4, atol=1e-7)
-    ends = [build_attribute(session, name, built_in()[name]).hidden for name in ("positive", "negative")]
+    ends = [build.build_attribute(session, name, built_in()[name]).hidden for name in ("positive", "negative")]
     assert torch.allclose(one.hidden - one.reference, (ends[0] - ends[1]) / 2, atol=1e-6)
     args = ["attr-build", "--model", model_dir, "--device", "cpu", "--attribute", "positive", "--output-dir", tmp_path]
     assert braces(*args).code == 0
     assert torch.equal(find_attribute(session, "positive", tmp_path).state, one.state)
     angry = find_attribute(session, "angry", None)
-    assert torch.equal(angry.reference, build_attribute(session, "mine", ["own"]).reference)
+    assert torch.equal(angry.reference, build.build_attribute(session, "mine", ["own"]).reference)
 
 
 def test_p_is_the_difference_of_means_and_the_direction_the_gradient(session, tmp_path):
     """An attribute that is read from its file has the same steering vector."""
-    attribute = attribute_from_pairs(session, "good", PAIRS)
+    attribute = build.attribute_from_pairs(session, "good", PAIRS)
     for end, watch in enumerate((FFN.watch, watch_output)):
         states = pair_states(session, PAIRS, [partial(watch, ffn) for ffn in session.ffns])
         relevance = ("input", "output")[end]
@@ -82,7 +76,7 @@ def test_p_is_the_difference_of_means_and_the_direction_the_gradient(session, tm
 
 def test_the_layers_of_an_attribute_share_its_strength(session, tmp_path):
     """In the file, too; `--layers` of a command takes precedence."""
-    attribute = with_steered_layers(attribute_from_pairs(session, "good", PAIRS, reduction="mean"), [0, 1])
+    attribute = with_steered_layers(build.attribute_from_pairs(session, "good", PAIRS, reduction="mean"), [0, 1])
     save_attributes(tmp_path / "good.safetensors", [attribute])
     for each in (attribute, find_attribute(session, "good", tmp_path)):
         sizes = layer_steering(session, [(each, 1.0)])
@@ -95,22 +89,22 @@ def test_the_layers_of_an_attribute_share_its_strength(session, tmp_path):
 
 def test_auto_layers_separate_held_out_pairs_best(session):
     """There are as many as by default; too few pairs are an error."""
-    assert best_layers([0, 1, 2, 3, 4], [0.1, 3.0, 0.2, 2.0, 2.5]) == [1, 3, 4]
-    attribute = attribute_from_pairs(session, "good", PAIRS, reduction="mean", layers="auto")
+    assert build.best_layers([0, 1, 2, 3, 4], [0.1, 3.0, 0.2, 2.0, 2.5]) == [1, 3, 4]
+    attribute = build.attribute_from_pairs(session, "good", PAIRS, reduction="mean", layers="auto")
     effects = [row["effect"] for row in attribute.provenance["separation"]]
     assert attribute.effective_layers == [effects.index(max(effects))]
     with pytest.raises(DataError, match="too few"):
-        attribute_from_pairs(session, "good", PAIRS[:2], reduction="mean", layers="auto")
+        build.attribute_from_pairs(session, "good", PAIRS[:2], reduction="mean", layers="auto")
 
 
 def test_descriptions_are_prompts_of_the_same_texts(session):
     """Every stem follows every template, once for each pair of descriptions."""
-    pairs = description_pairs(["a happy man", "joy"], ["a sad man", "grief"])
+    pairs = build.description_pairs(["a happy man", "joy"], ["a sad man", "grief"])
     assert len(pairs) == len(stems()) * 6 * 2
     for pair in pairs:
         assert pair.positive.text == pair.negative.text
         assert pair.positive.prompt.replace("happy", "sad").replace("joy", "grief") == pair.negative.prompt
-    attribute = attribute_from_descriptions(session, "mood", ["happy"], ["sad"], reduction="mean")
+    attribute = build.attribute_from_descriptions(session, "mood", ["happy"], ["sad"], reduction="mean")
     assert (attribute.provenance["describe"], attribute.provenance["against"]) == (["happy"], ["sad"])
     assert not attribute.provenance["chat_template"]
 
@@ -119,8 +113,8 @@ def test_with_a_chat_template_descriptions_are_user_turns(chatty):
     """Unless it is off; requested without a chat template it is an error."""
     session = open_session(str(chatty), None, LoadOptions(device="cpu"))
     for chat in (None, False):
-        built = attribute_from_descriptions(session, "mood", ["happy"], ["sad"], reduction="gradient", chat=chat)
+        built = build.attribute_from_descriptions(session, "mood", ["happy"], ["sad"], reduction="gradient", chat=chat)
         assert built.provenance["chat_template"] is (chat is None)
     session.base.tokenizer.chat_template = None
     with pytest.raises(ConfigError, match="no chat template"):
-        attribute_from_descriptions(session, "mood", ["happy"], ["sad"], chat=True)
+        build.attribute_from_descriptions(session, "mood", ["happy"], ["sad"], chat=True)

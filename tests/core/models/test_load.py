@@ -14,16 +14,9 @@ import torch
 from braces_cli.api import load
 from braces_cli.core.adapter.model import attach
 from braces_cli.core.errors import ConfigError, ModelError
+from braces_cli.core.models import load as loading
 from braces_cli.core.models.ffn import find_ffns
 from braces_cli.core.models.generate import TextRequest, generate
-from braces_cli.core.models.load import (
-    check_quantize,
-    checkpoint_path,
-    commit_of,
-    load_base,
-    load_shape,
-    load_tokenizer,
-)
 from braces_cli.core.models.tokenize import encode
 from braces_cli.core.models.weights import StoredValues
 from braces_cli.core.options import LoadOptions, Sampling
@@ -34,11 +27,11 @@ from tests.core.models.test_weights import require
 
 def test_a_hub_model_is_identified_by_its_commit(monkeypatch, model_dir, tmp_path):
     """A branch can change after training. A folder has no commit."""
-    assert commit_of(str(model_dir), None, checkpoint_path(str(model_dir), None)) is None
+    assert loading.commit_of(str(model_dir), None, loading.checkpoint_path(str(model_dir), None)) is None
     cached = tmp_path / "models--owner--name" / "snapshots" / "0123abc" / "config.json"
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args, **kwargs: str(cached))
-    folder = checkpoint_path("owner/name", "main")
-    assert commit_of("owner/name", "main", folder) == "0123abc"
+    folder = loading.checkpoint_path("owner/name", "main")
+    assert loading.commit_of("owner/name", "main", folder) == "0123abc"
 
 
 @pytest.fixture
@@ -59,9 +52,9 @@ def edited(model_dir: Path, tmp_path: Path) -> Callable[[Callable[[Any], object]
 def test_a_token_that_the_model_does_not_have_is_an_error_when_used(edited: Any, model_dir: Path) -> None:
     """As with the tokenizer of another model; other texts are accepted."""
 
-    token = load_tokenizer(str(model_dir)).tokenize("in the")[-1]
+    token = loading.load_tokenizer(str(model_dir)).tokenize("in the")[-1]
     name = edited(lambda content: content["model"]["vocab"].update({token: 100_000}))
-    base = load_base(name, LoadOptions(device="cpu"))
+    base = loading.load_base(name, LoadOptions(device="cpu"))
 
     def run(text: str) -> None:
         base.model(base.tokenizer(text, return_tensors="pt")["input_ids"])
@@ -77,8 +70,8 @@ def test_a_padding_token_that_the_model_does_not_have_is_replaced(edited: Any, t
     name = edited(lambda content: content["model"]["vocab"].update({"[PAD]": 100_000}))
     config = tmp_path / "base" / "tokenizer_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "pad_token": "[PAD]"}))
-    assert load_tokenizer(name).pad_token_id == 100_000
-    base = load_base(name, LoadOptions(device="cpu"))
+    assert loading.load_tokenizer(name).pad_token_id == 100_000
+    base = loading.load_base(name, LoadOptions(device="cpu"))
     texts = generate(base.model, base.tokenizer, [TextRequest("a", 0), TextRequest("a dog in the", 1)], Sampling(4))
     assert len(texts) == 2
 
@@ -89,7 +82,7 @@ def test_a_panic_of_the_tokenizer_is_an_error(edited: Any) -> None:
         "type": "TemplateProcessing", "pair": [], "special_tokens": {},
         "single": [{"SpecialToken": {"id": "nowhere", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
     }  # fmt: skip
-    tokenizer = load_tokenizer(edited(lambda content: content.update(post_processor=template)))
+    tokenizer = loading.load_tokenizer(edited(lambda content: content.update(post_processor=template)))
     with pytest.raises(ModelError, match="the tokenizer fails on `a dog`"):
         encode(tokenizer, "a dog")
 
@@ -97,7 +90,7 @@ def test_a_panic_of_the_tokenizer_is_an_error(edited: Any) -> None:
 @pytest.mark.parametrize("name", ["", "x", "auto:1", "spread"])
 def test_an_unknown_device_map_is_refused(model_dir: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="is not a device") as caught:
-        load_base(str(model_dir), LoadOptions(device="cpu", device_map=name))
+        loading.load_base(str(model_dir), LoadOptions(device="cpu", device_map=name))
     assert caught.value.where == "--device-map"
 
 
@@ -107,14 +100,14 @@ def test_a_config_of_an_encoder_and_decoder_is_refused(model_dir: Path, tmp_path
     path = tmp_path / "base" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "is_encoder_decoder": True}))
     with pytest.raises(ModelError, match="is_encoder_decoder"):
-        load_base(str(tmp_path / "base"), LoadOptions(device="cpu"))
+        loading.load_base(str(tmp_path / "base"), LoadOptions(device="cpu"))
 
 
 def test_an_adapter_next_to_a_model_is_not_loaded(model_dir: Path, tmp_path: Path, caplog: Any) -> None:
     """transformers would add it; the folder is a model in Python, too."""
     base = str(shutil.copytree(model_dir, tmp_path / "base"))
     config = peft.LoraConfig(target_modules=["down_proj"], init_lora_weights=False)
-    peft.get_peft_model(load_base(base, LoadOptions(device="cpu")).model, config).save_pretrained(base)
+    peft.get_peft_model(loading.load_base(base, LoadOptions(device="cpu")).model, config).save_pretrained(base)
     found = [load(name, device="cpu").session.base.model for name in (base, model_dir)]
     assert dict(found[0].state_dict()).keys() == dict(found[1].state_dict()).keys()
     assert caplog.text.count("the adapter next to the model is not loaded") == 1
@@ -138,11 +131,11 @@ def test_messages_of_a_base_that_cannot_be_loaded(
     file = base / "model.safetensors"
     file.write_bytes(file.read_bytes()[:weights])
     with pytest.raises(ModelError) as caught:
-        load_base(str(base), LoadOptions(device="cpu"))
+        loading.load_base(str(base), LoadOptions(device="cpu"))
     assert re.search(words, str(caught.value))
-    load_shape(str(base))
+    loading.load_shape(str(base))
     if "_attn_implementation" in config:
-        load_base(str(base), LoadOptions(device="cpu", attn_implementation="sdpa"))
+        loading.load_base(str(base), LoadOptions(device="cpu", attn_implementation="sdpa"))
 
 
 def test_a_base_that_was_moved(braces: Any, session: Any, tmp_path: Path) -> None:
@@ -162,7 +155,7 @@ def test_a_missing_package_is_named(monkeypatch, name, package):
     """Exit code 2, and what to install."""
     monkeypatch.setattr("braces_cli.core.models.load.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=rf"pip install {package}"):
-        check_quantize(name, torch.device("cpu"))
+        loading.check_quantize(name, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["bnb-8bit", "bnb-4bit"])
@@ -173,8 +166,8 @@ def test_a_bitsandbytes_without_this_device_is_refused(monkeypatch, name):
 
     monkeypatch.delattr(bitsandbytes, "supported_torch_devices")
     with pytest.raises(ConfigError, match="runs on cuda, not on cpu"):
-        check_quantize(name, torch.device("cpu"))
-    check_quantize(name, torch.device("cuda"))
+        loading.check_quantize(name, torch.device("cpu"))
+    loading.check_quantize(name, torch.device("cuda"))
 
 
 def test_gpt2_is_packed_by_bitsandbytes_and_refused_by_torchao(tmp_path):
@@ -183,9 +176,9 @@ def test_gpt2_is_packed_by_bitsandbytes_and_refused_by_torchao(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path)
     require("int8")
     with pytest.raises(ConfigError, match="packs nothing in GPT2LMHeadModel"):
-        load_base(str(tmp_path), LoadOptions(device="cpu", quantize="int8"))
+        loading.load_base(str(tmp_path), LoadOptions(device="cpu", quantize="int8"))
     require("bnb-4bit")
-    model = load_base(str(tmp_path), LoadOptions(device="cpu", quantize="bnb-4bit")).model
+    model = loading.load_base(str(tmp_path), LoadOptions(device="cpu", quantize="bnb-4bit")).model
     assert isinstance(find_ffns(model)[0].values(), StoredValues)
     adapter = attach(model, 4)
     open_gates(adapter)
@@ -200,4 +193,4 @@ def test_a_quantised_checkpoint_is_not_quantised_again(model_dir: Path, tmp_path
     quantised = {**json.loads(path.read_text()), "quantization_config": {"quant_method": "gptq", "bits": 4}}
     path.write_text(json.dumps(quantised))
     with pytest.raises(ConfigError, match=r"already quantised \(gptq\)"):
-        load_base(str(tmp_path / "base"), LoadOptions(device="cpu", quantize="int8"))
+        loading.load_base(str(tmp_path / "base"), LoadOptions(device="cpu", quantize="int8"))

@@ -3,14 +3,7 @@
 import pytest
 import transformers
 
-from braces_cli.core.models.tokenize import (
-    IGNORED,
-    context_length,
-    decode_continuation,
-    encode,
-    encode_word,
-    token_text,
-)
+from braces_cli.core.models import tokenize
 from tests.conftest import tiny_tokenizer
 
 
@@ -22,9 +15,9 @@ def tokenizer():
 def test_the_end_token_is_added_in_training_only(tokenizer):
     """One start token; the end token is scored, also as the padding token, and not a part of a prompt."""
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    assert encode(tokenizer, "").ids == [tokenizer.bos_token_id]
-    prompt = encode(tokenizer, "the film")
-    row = encode(tokenizer, "the film", end=True)
+    assert tokenize.encode(tokenizer, "").ids == [tokenizer.bos_token_id]
+    prompt = tokenize.encode(tokenizer, "the film")
+    row = tokenize.encode(tokenizer, "the film", end=True)
     assert prompt.ids[0] == tokenizer.bos_token_id
     assert prompt.ids.count(tokenizer.bos_token_id) == 1
     assert tokenizer.eos_token_id not in prompt.ids
@@ -32,38 +25,38 @@ def test_the_end_token_is_added_in_training_only(tokenizer):
     assert row.labels == row.ids
     assert row.scored == len(row.ids) - 1
     # Text that ends with it gets no second one.
-    assert encode(tokenizer, "the film</s>", end=True) == row
-    assert encode(tokenizer, "the", " film</s>", end=True).ids == row.ids
+    assert tokenize.encode(tokenizer, "the film</s>", end=True) == row
+    assert tokenize.encode(tokenizer, "the", " film</s>", end=True).ids == row.ids
 
 
 def test_only_the_completion_is_scored(tokenizer):
     """The prompt has the tokens of a prompt for generation."""
-    row = encode(tokenizer, "the film is", " good", end=True)
-    prompt = encode(tokenizer, "the film is").ids
+    row = tokenize.encode(tokenizer, "the film is", " good", end=True)
+    prompt = tokenize.encode(tokenizer, "the film is").ids
     assert row.ids[: len(prompt)] == prompt
-    assert row.labels[: len(prompt)] == [IGNORED] * len(prompt)
-    assert tokenizer.decode([i for i in row.labels if i != IGNORED]) == " good</s>"
+    assert row.labels[: len(prompt)] == [tokenize.IGNORED] * len(prompt)
+    assert tokenizer.decode([i for i in row.labels if i != tokenize.IGNORED]) == " good</s>"
 
 
 def test_a_token_that_spans_both_belongs_to_the_completion(tokenizer):
     """`the fil` + `m` is encoded as one text."""
-    row = encode(tokenizer, "the fil", "m", end=False)
-    assert row.ids == encode(tokenizer, "the film").ids
+    row = tokenize.encode(tokenizer, "the fil", "m", end=False)
+    assert row.ids == tokenize.encode(tokenizer, "the film").ids
     assert row.scored >= 1
 
 
 def test_a_continuation_keeps_its_leading_space(tokenizer):
     """Prompt and continuation together are the text."""
-    prompt = encode(tokenizer, "the film").ids
-    whole = encode(tokenizer, "the film is good").ids
-    assert decode_continuation(tokenizer, prompt, whole[len(prompt) :]) == " is good"
+    prompt = tokenize.encode(tokenizer, "the film").ids
+    whole = tokenize.encode(tokenizer, "the film is good").ids
+    assert tokenize.decode_continuation(tokenizer, prompt, whole[len(prompt) :]) == " is good"
 
 
 @pytest.mark.parametrize(("name", "expected"), [("RobertaConfig", 512), ("XLMRobertaConfig", 512), ("BertConfig", 514)])
 def test_context_length(tokenizer, name, expected):
     """The positions of RoBERTa start after that of its padding token."""
     config = getattr(transformers, name)(max_position_embeddings=514, pad_token_id=1)
-    assert context_length(config, tokenizer) == expected
+    assert tokenize.context_length(config, tokenizer) == expected
 
 
 def test_real_tokenizers(shared):
@@ -71,18 +64,18 @@ def test_real_tokenizers(shared):
     from braces_cli.core.models.load import load_tokenizer
 
     stories = load_tokenizer(str(shared / "models" / "stories260K"))
-    assert encode(stories, "Once upon").ids[0] == stories.bos_token_id
-    assert stories.decode(encode_word(stories, "happy")) == "happy"
-    assert encode_word(stories, "happy") == stories("happy", add_special_tokens=False)["input_ids"]
-    prompt = encode(stories, "The film is").ids
-    longer = encode(stories, "The film is good.").ids
-    assert decode_continuation(stories, prompt, longer[len(prompt) :]) == " good."
+    assert tokenize.encode(stories, "Once upon").ids[0] == stories.bos_token_id
+    assert stories.decode(tokenize.encode_word(stories, "happy")) == "happy"
+    assert tokenize.encode_word(stories, "happy") == stories("happy", add_special_tokens=False)["input_ids"]
+    prompt = tokenize.encode(stories, "The film is").ids
+    longer = tokenize.encode(stories, "The film is good.").ids
+    assert tokenize.decode_continuation(stories, prompt, longer[len(prompt) :]) == " good."
     word = next(i for i in range(stories.vocab_size) if stories.convert_ids_to_tokens(i).startswith("▁th"))
-    assert token_text(stories, word).startswith(" th")
+    assert tokenize.token_text(stories, word).startswith(" th")
 
     from transformers import AutoTokenizer
 
     gpt2 = AutoTokenizer.from_pretrained(shared / "models" / "gpt2-tokenizer")
-    assert encode_word(gpt2, "happy") == gpt2(" happy")["input_ids"]
-    row = encode(gpt2, "Q: two?\nA:", " 2", end=True)
-    assert gpt2.decode([i for i in row.labels if i != IGNORED]) == " 2<|endoftext|>"
+    assert tokenize.encode_word(gpt2, "happy") == gpt2(" happy")["input_ids"]
+    row = tokenize.encode(gpt2, "Q: two?\nA:", " 2", end=True)
+    assert gpt2.decode([i for i in row.labels if i != tokenize.IGNORED]) == " 2<|endoftext|>"
