@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
+from braces_cli.core.attributes.build import build_attribute
+from braces_cli.core.attributes.vector import save_attributes
 from tests.cli.test_main import imported_by
 
 
@@ -60,8 +63,6 @@ def test_rows_of_pairs_in_every_form_and_of_several_attributes(build, braces, mo
         '{"attribute": "nice", "prompt": "the film is", "positive": " good", "negative": " sad"}\n'
         '{"attribute": "new", "positive": "a new town", "negative": "an old town"}\n'
     )
-    from safetensors.torch import load_file
-
     states = [
         load_file(build(path.stem, "--pairs", path).json["path"])[f"{path.stem}.direction"] for path in (beside, inside)
     ]
@@ -82,9 +83,6 @@ def test_several_built_in_lists_in_one_command(braces, model_dir, tmp_path):
 
 def test_the_list_has_folder_adapter_and_built_in_attributes(build, braces, session, adapter_dir, tmp_path):
     """In the order of the search, with words and base."""
-    from braces_cli.core.attributes.build import build_attribute
-    from braces_cli.core.attributes.vector import save_attributes
-
     build("calm", "--words", "quiet,gentle", "--pooling", "last")
     trained = [build_attribute(session, name, [name]) for name in ("good", "sad")]
     save_attributes(adapter_dir / "attributes.safetensors", trained)

@@ -8,6 +8,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -81,8 +82,6 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(monkeypatch, tmp_path) -> Iterator[type[Hub]]:
     """A hub on loopback, with an empty cache and a valid token."""
-    from huggingface_hub import constants
-
     Hub.files, Hub.tokens = {}, []
     server = ThreadingHTTPServer(("localhost", 0), Hub)
     Thread(target=server.serve_forever, daemon=True).start()
@@ -114,8 +113,6 @@ def test_an_adapter_goes_to_the_hub_and_comes_back(train, braces, hub, tmp_path)
 
 def test_a_push_that_cannot_work_is_refused_before_training(train, hub, monkeypatch, tmp_path):
     """A bad name, an unknown token, no network: exit 2, nothing written."""
-    from huggingface_hub import constants
-
     assert "is not a repository" in train(tmp_path / "out", "--max-steps", 2, "--push-to-hub", "a/b/c").err
     with monkeypatch.context() as patch:
         patch.setenv("HF_TOKEN", "hf_bad")

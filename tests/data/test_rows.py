@@ -1,7 +1,10 @@
 """Rows of every kind of file, their formats and columns, and plain texts."""
 
+import csv
 import json
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from braces_cli.core.errors import ConfigError, DataError
@@ -11,11 +14,6 @@ ROWS = [{"prompt": "the film", "completion": " is good"}, {"prompt": "a, day", "
 
 
 def write(path, rows):
-    import csv
-
-    import pyarrow
-    import pyarrow.parquet
-
     if path.suffix == ".jsonl":
         path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     elif path.suffix == ".json":
@@ -56,9 +54,6 @@ def test_names_of_hub_sets(monkeypatch, name, expected):
 
 
 def test_a_repeated_column_of_parquet_is_refused(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
     pyarrow.parquet.write_table(pyarrow.Table.from_arrays([["a"], ["b"]], ["text", "text"]), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="two columns are named `text`"):
         list(read_rows(str(tmp_path / "a.parquet")))
@@ -66,8 +61,6 @@ def test_a_repeated_column_of_parquet_is_refused(tmp_path):
 
 def test_json_texts_of_parquet_are_values(tmp_path):
     """The type `Json` of `datasets`, at every depth; text that looks like JSON stays text."""
-    import pyarrow
-    import pyarrow.parquet
 
     def json_array(*values):
         return pyarrow.ExtensionArray.from_storage(pyarrow.json_(), pyarrow.array(values))

@@ -14,6 +14,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from braces_cli.core.adapter.model import open_session
 from braces_cli.core.attributes.hooks import steered
@@ -134,8 +135,6 @@ def test_empty_answers_and_answers_without_an_end_are_counted(
     tiny_folder, write_jsonl, monkeypatch, caplog, batch_size
 ):
     """A row that has ended goes on as long as others of its batch do."""
-    from transformers import AutoTokenizer, LlamaForCausalLM
-
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     answers = ["", "x" * 20, "yes\n" + "x" * 20, " \nno" + "x" * 20, "yes"]
 
@@ -197,8 +196,6 @@ def test_a_batch_that_does_not_fit_is_halved(tiny_folder, write_jsonl, monkeypat
     ]
     names = ["popqa,arc_easy,perplexity"]
     small = evaluate(str(tiny_folder), [], EvalSettings(tasks=names, task_data=data, batch_size="2"))
-    from transformers import LlamaForCausalLM
-
     forward = LlamaForCausalLM.forward
 
     def short_of_memory(self, *args, **kwargs):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from braces_cli.core.errors import ConfigError, DataError, ModelError
 from braces_cli.evaluation import catalog, lm_eval_runner
@@ -172,8 +173,6 @@ def test_a_killed_run_is_resumed(tiny_folder, make_adapter, data, tmp_path, monk
 
 
 def test_the_chat_template_is_applied(tiny_folder, data, tmp_path, monkeypatch, caplog):
-    from transformers import AutoTokenizer
-
     monkeypatch.setattr(logging.getLogger("braces"), "propagate", True)
 
     def settings(**more):

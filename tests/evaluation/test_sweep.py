@@ -7,15 +7,16 @@ import pytest
 import torch
 
 from braces_cli.core.adapter.files import find_adapter
-from braces_cli.core.attributes.build import attribute_from_texts
+from braces_cli.core.attributes.build import attribute_from_descriptions, attribute_from_texts, description_pairs
 from braces_cli.core.attributes.directions import pair_states
 from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.attributes.pooling import output_watches
-from braces_cli.core.attributes.vector import STEERING_SHARE
+from braces_cli.core.attributes.vector import STEERING_SHARE, load_attributes, save_attributes
 from braces_cli.core.attributes.words import neutral_texts
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.models.generate import prompt_lengths
+from braces_cli.core.models.tokenize import encode
 from braces_cli.evaluation import sweep as sweeping
 from braces_cli.evaluation.native_tasks import log_odds, probability, read_answer_pairs
 from braces_cli.evaluation.sweep import at_equal_perplexity, baseline_methods, contrast_pairs
@@ -198,8 +199,6 @@ def test_detection_is_of_the_base_without_its_adapter(swept, adapter_dir, tmp_pa
 
 def test_perplexity_is_of_the_base_without_its_adapter(swept, adapter_dir, model_dir, session):
     """By hand on the texts of `steer`, and equal to that under the base as reference model."""
-    from braces_cli.core.models.tokenize import encode
-
     args = ["--adapter", adapter_dir, "--temperature", 0]
     point = swept(*args, sweep="30").json["points"][0]
     texts = swept(*args, "--s", 30, sweep=None).lines
@@ -348,8 +347,6 @@ def test_a_direction_is_added_after_the_steered_layers(session, positive, name):
 
 
 def test_baselines_steer_the_base_without_its_adapter(session, positive, adapter_dir):
-    from braces_cli.core.adapter.files import find_adapter
-
     with torch.no_grad():
         bare = session.base.model(TOKENS).logits
         session.add_adapter(find_adapter(str(adapter_dir)))
@@ -372,9 +369,6 @@ def test_prompting_puts_an_instruction_before_each_prompt(session, positive):
 
 
 def test_pairs_of_descriptions_are_built_from_the_attribute_file(session, tmp_path):
-    from braces_cli.core.attributes.build import attribute_from_descriptions, description_pairs
-    from braces_cli.core.attributes.vector import load_attributes, save_attributes
-
     sides = ["a cheerful person"], ["a gloomy person"]
     built = attribute_from_descriptions(session, "cheerful", *sides, reduction="mean")
     save_attributes(tmp_path / "cheerful.safetensors", [built])

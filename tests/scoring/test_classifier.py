@@ -4,6 +4,9 @@ import logging
 import re
 
 import pytest
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
 
 from braces_cli.core.errors import DataError
 from braces_cli.scoring.classifier import fit_classifier
@@ -36,10 +39,6 @@ def test_labels_are_learned(labels, caplog, monkeypatch):
 
 
 def test_probabilities_are_those_of_scikit_learn():
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-
     texts, labels = rows("negative", "neutral", "positive")
     plain = make_pipeline(
         TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"[a-z]+"),

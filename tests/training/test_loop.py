@@ -14,6 +14,7 @@ from braces_cli.core.adapter import gram
 from braces_cli.core.adapter.model import attach
 from braces_cli.data.dataset import Example, Reading, read_examples
 from braces_cli.training.checkpoint import trained
+from braces_cli.training.loop import Trainer
 from braces_cli.training.report import read_metrics
 from tests.core.comparison import relative
 from tests.training.test_batching import alone
@@ -111,8 +112,6 @@ def test_steps_do_not_wait_for_the_device(run, monkeypatch):
 
 def test_loss_that_is_not_finite_stops_the_run(run, monkeypatch, tmp_path):
     """Exit 1 with the steps and a hint; no folder is written."""
-    from braces_cli.training.loop import Trainer
-
     real = Trainer._block_loss
     monkeypatch.setattr(Trainer, "_block_loss", lambda *args: real(*args) * float("nan"))
     for each, when in ((2, "between steps 1 and 2"), (1, "at step 1")):
@@ -125,8 +124,6 @@ def test_loss_that_is_not_finite_stops_the_run(run, monkeypatch, tmp_path):
 
 def test_diverged_adapter_is_not_saved(run, monkeypatch, tmp_path):
     """The message names the last checkpoint; saved steps are checked even if not logged."""
-    from braces_cli.training.loop import Trainer
-
     real = Trainer._train_step
 
     def step(self, batches):
