@@ -19,7 +19,6 @@ result of `build` does not check it again.
 
 import dataclasses
 import inspect
-import logging
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -32,11 +31,10 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_ori
 
 import msgspec
 
-from braces_cli.core.errors import ConfigError, near_misses
+from braces_cli.core.errors import ConfigError, logger, near_misses
 from braces_cli.core.files import user_path, versions, write_text
 from braces_cli.core.schema import cut, read_yaml
 
-logger = logging.getLogger("braces")
 T = TypeVar("T")
 
 # Name of the settings in an output folder, and the key of what the run was made with.

@@ -1,4 +1,4 @@
-"""Exceptions for errors of the user, with their exit codes.
+"""Exceptions for errors of the user, with their exit codes, and the logger of warnings and notes.
 
     BracesError          1   failed while running
     |- ConfigError       2   usage or configuration
@@ -9,7 +9,10 @@ The command line reports every other exception as a bug.
 """
 
 import difflib
+import logging
 from collections.abc import Iterable
+
+logger = logging.getLogger("braces")
 
 
 class BracesError(Exception):

@@ -1,6 +1,5 @@
 """Rows -> tokenised examples: in memory, as a stream for data larger than memory, as statistics, and as pairs."""
 
-import logging
 import math
 import random
 from collections import Counter
@@ -11,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from braces_cli.core.attributes.directions import Pair, Passage
-from braces_cli.core.errors import DataError, near_misses
+from braces_cli.core.errors import DataError, logger, near_misses
 from braces_cli.core.files import value_hash
 from braces_cli.core.models.tokenize import IGNORED, Encoded, encode, encode_chat, encode_text
 from braces_cli.core.progress import Report, silent
 from braces_cli.data.chats import read_chat
 from braces_cli.data.rows import Columns, Format, Source, parts, read_format, read_rows
-
-logger = logging.getLogger("braces")
 
 # Texts of CSV cells without a value.
 _MISSING = frozenset(("NaN", "nan", "NA", "N/A", "n/a", "<NA>", "#N/A", "NULL", "null"))

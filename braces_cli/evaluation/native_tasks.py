@@ -12,7 +12,6 @@ detection   auroc: probability that a random text with the attribute scores high
             is chosen on half of the texts and measured on the other half. The model is not steered.
 """
 
-import logging
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -32,7 +31,7 @@ from braces_cli.core.attributes.directions import area
 from braces_cli.core.attributes.pooling import Watch, pooled_batches, text_rows
 from braces_cli.core.attributes.vector import Attribute
 from braces_cli.core.distributed import Processes
-from braces_cli.core.errors import BracesError, DataError
+from braces_cli.core.errors import BracesError, DataError, logger
 from braces_cli.core.models.tokenize import context_length
 from braces_cli.core.progress import Report, silent
 from braces_cli.data.rows import read_rows, read_texts
@@ -40,8 +39,6 @@ from braces_cli.evaluation.results import Metric, Scores
 from braces_cli.evaluation.settings import EvalSettings
 from braces_cli.evaluation.statistics import Z, cluster_error, rate_error
 from braces_cli.scoring.likelihood import Likelihood, continuation_likelihoods, safe_exp, text_likelihoods
-
-logger = logging.getLogger("braces")
 
 T = TypeVar("T")
 

@@ -1,6 +1,5 @@
 """`braces eval` as one call: a base, its adapters and each of them steered, compared on the same documents."""
 
-import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -14,7 +13,7 @@ from braces_cli.core.attributes.hooks import steered
 from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.config import SETTINGS_FILE, options_of, write_settings
 from braces_cli.core.distributed import join
-from braces_cli.core.errors import ConfigError, DataError, near_misses
+from braces_cli.core.errors import ConfigError, DataError, logger, near_misses
 from braces_cli.core.files import check_apart, file_hash, scratch_folder, value_hash, versions
 from braces_cli.core.models.load import pick_device
 from braces_cli.core.models.tokenize import context_length, has_template
@@ -28,8 +27,6 @@ from braces_cli.evaluation.statistics import LEVEL, compare, strength_slopes
 from braces_cli.evaluation.systems import BRACES, EvalAdapter, System, attached, find_eval_adapter, labels, resolve_base
 from braces_cli.evaluation.task_data import find_files, read_task_rows, write_override
 from braces_cli.steering.texts import uses_chat_template
-
-logger = logging.getLogger("braces")
 
 
 def run_evaluation(settings: EvalSettings, report: Report = silent) -> dict[str, Any] | None:

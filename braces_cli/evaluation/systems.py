@@ -3,7 +3,6 @@
 PEFT replaces modules of the base in place and restores the original modules, so one loaded base serves all adapters.
 """
 
-import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,13 +16,11 @@ from braces_cli.core.adapter import files
 from braces_cli.core.adapter import model as sessions
 from braces_cli.core.adapter.model import Session
 from braces_cli.core.attributes.vector import Attribute
-from braces_cli.core.errors import ConfigError, ModelError, first_line
+from braces_cli.core.errors import ConfigError, ModelError, first_line, logger
 from braces_cli.core.files import path_exists
 from braces_cli.core.models.weights import check_finite
 from braces_cli.core.schema import read
 from braces_cli.evaluation.results import Scores
-
-logger = logging.getLogger("braces")
 
 BRACES = "braces"
 # Raised by PEFT for files that are damaged or do not fit the base; the warning is for missing weights.

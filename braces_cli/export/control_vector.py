@@ -8,7 +8,6 @@ The format has no layer 0. Its vector is left out, and the others are scaled to 
 the norm relative to that of the residual stream.
 """
 
-import logging
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,13 @@ from typing import Any
 from braces_cli.core.adapter.model import Session
 from braces_cli.core.attributes.hooks import layer_steering
 from braces_cli.core.attributes.vector import Attribute
-from braces_cli.core.errors import ConfigError, ModelError
+from braces_cli.core.errors import ConfigError, ModelError, logger
 from braces_cli.core.files import check_output_file, output_lock
 from braces_cli.core.models.ffn import MixtureFFN, layer_stack
 from braces_cli.core.models.residual import residual_factors
 from braces_cli.export.lora import write_gguf_tensors
 from braces_cli.export.run import Request, open_request, probe_tokens
 from braces_cli.export.verify import check_vectors
-
-logger = logging.getLogger("braces")
 
 _ARCHITECTURE = "controlvector"
 

@@ -1,15 +1,12 @@
 """A classifier fitted on the user's labelled rows: TF-IDF of words and pairs of words, logistic regression."""
 
-import logging
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from braces_cli.core.errors import DataError
+from braces_cli.core.errors import DataError, logger
 from braces_cli.scoring.scorers import TextScore, checked, split_words, words_of
-
-logger = logging.getLogger("braces")
 
 # One row in ten is held out to measure the accuracy; the final classifier is fitted on all rows.
 _HELD_OUT = 10

@@ -4,7 +4,6 @@ The output folder is that of peft: `PeftModel.from_pretrained(base, folder)` loa
 """
 
 import copy
-import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,12 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from braces_cli.core.adapter.files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, AdapterConfig
-from braces_cli.core.errors import BracesError, ConfigError, first_line, near_misses
+from braces_cli.core.errors import BracesError, ConfigError, first_line, logger, near_misses
 from braces_cli.core.files import scratch_folder, write_json, write_tensors, write_text
 from braces_cli.core.schema import WRITTEN, cut, read
 from braces_cli.training.settings import TrainSettings
-
-logger = logging.getLogger("braces")
 
 # Arguments of `LoraConfig` for each preset, in addition to those that settings have.
 _PRESETS: dict[str, dict[str, Any]] = {

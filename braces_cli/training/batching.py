@@ -14,7 +14,6 @@ Grouped: blocks of examples of similar length, padded on the right and masked, f
 The first token of an example is never scored: it follows nothing, or another example.
 """
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -28,7 +27,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from braces_cli.core.adapter.model import Session
 from braces_cli.core.distributed import world_size
-from braces_cli.core.errors import ConfigError
+from braces_cli.core.errors import ConfigError, logger
 from braces_cli.core.models.ffn import parameter_total
 from braces_cli.core.models.load import input_device
 from braces_cli.core.models.tokenize import IGNORED, Encoded, context_length, pad_right
@@ -36,8 +35,6 @@ from braces_cli.data.dataset import Example, Examples, Stream
 from braces_cli.training.conditioning import Conditioner
 from braces_cli.training.loss import MODEL_FAULTS, can_pick, pair_terms, pick_scored
 from braces_cli.training.settings import TrainSettings
-
-logger = logging.getLogger("braces")
 
 
 def global_batch(settings: TrainSettings) -> int:

@@ -4,7 +4,6 @@ Also writes checkpoints, metrics and evaluations when they are due, and stops af
 bit-identical to a run that was not interrupted.
 """
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from transformers.optimization import get_scheduler
 
 from braces_cli.core.adapter.model import Adapter
 from braces_cli.core.distributed import SharedStop, StopRequest, barrier, gathered, is_main, rank, world_size
-from braces_cli.core.errors import BracesError
+from braces_cli.core.errors import BracesError, logger
 from braces_cli.core.models.load import input_device
 from braces_cli.core.models.structure import only_scored
 from braces_cli.core.progress import Report
@@ -35,8 +34,6 @@ from braces_cli.training.batching import Batch, Block, TrainingData, collate, ex
 from braces_cli.training.loss import PAIR_TERMS, contrastive_loss, token_nll
 from braces_cli.training.report import CHECKPOINT_CARD, METRICS_FILE, MetricsFile
 from braces_cli.training.settings import TrainSettings
-
-logger = logging.getLogger("braces")
 
 # Gradients of a step are clipped to this norm.
 MAX_GRAD_NORM = 1.0

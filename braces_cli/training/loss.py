@@ -11,7 +11,6 @@ The mean is taken in each group of rows of similar length and weighted by the gr
 are separate blocks or packed in one. Rows at strength 0 pass once; the others twice, in the same block.
 """
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from braces_cli.core.distributed import gathered, rank, world_size
+from braces_cli.core.errors import logger
 from braces_cli.core.models.load import input_device
 from braces_cli.core.models.structure import only_scored
 from braces_cli.core.models.tokenize import IGNORED, Encoded
@@ -28,8 +28,6 @@ from braces_cli.core.progress import Report
 from braces_cli.data.dataset import Examples
 from braces_cli.scoring.likelihood import Likelihood, likelihoods
 from braces_cli.training.conditioning import Conditioner
-
-logger = logging.getLogger("braces")
 
 # Raised by the forward pass of a model that does not accept inputs of this form.
 MODEL_FAULTS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)

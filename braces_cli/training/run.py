@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import signal
@@ -23,7 +22,7 @@ from braces_cli.core.attributes.vector import Attribute, save_attributes
 from braces_cli.core.attributes.words import neutral_texts
 from braces_cli.core.config import SETTINGS_FILE, flag_of, write_settings
 from braces_cli.core.distributed import barrier, deferred, gathered, is_main, join, world_size
-from braces_cli.core.errors import ConfigError, ModelError
+from braces_cli.core.errors import ConfigError, ModelError, logger
 from braces_cli.core.files import check_apart, check_output_folder, output_lock, value_hash, versions
 from braces_cli.core.models.ffn import FFN, MixtureFFN, choose_ffns, chosen_layers, find_ffns, parameter_total
 from braces_cli.core.models.hub import check_push
@@ -39,8 +38,6 @@ from braces_cli.training.conditioning import Conditioner, gather_attributes, wit
 from braces_cli.training.loss import measure
 from braces_cli.training.report import TrainResult, draw_curve, model_card, peak_memory
 from braces_cli.training.settings import STRENGTH, TrainSettings
-
-logger = logging.getLogger("braces")
 
 
 def train(settings: TrainSettings, report: Report = silent, command: Sequence[str] = ()) -> dict[str, Any]:

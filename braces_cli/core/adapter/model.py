@@ -1,7 +1,6 @@
 """Attach relevance modules to a model, detach them, and open a base model with its adapter."""
 
 import copy
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from braces_cli.core.adapter.files import AdapterConfig, StoredAdapter, find_adapter, write_adapter
 from braces_cli.core.adapter.layer import ConditionMLP, Read, RelevanceModule
 from braces_cli.core.distributed import full_tensor
-from braces_cli.core.errors import ConfigError, ModelError
+from braces_cli.core.errors import ConfigError, ModelError, logger
 from braces_cli.core.files import path_exists, user_path
 from braces_cli.core.models.ffn import FFN, Experts, MixtureFFN, choose_ffns, expert_outputs, find_ffns, routing
 from braces_cli.core.models.hub import EMBEDDED, note_default
@@ -24,8 +23,6 @@ from braces_cli.core.models.load import Base, load_base, load_shape
 from braces_cli.core.models.structure import hooks_changed
 from braces_cli.core.models.tokenize import choose_template, end_tokens
 from braces_cli.core.options import LoadOptions
-
-logger = logging.getLogger("braces")
 
 
 class Adapter:

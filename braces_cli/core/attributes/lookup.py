@@ -5,7 +5,6 @@ dozens of texts. The key of a cached file is a hash of everything that it depend
 base's files, dtypes and devices, the built-in words and texts, and library versions.
 """
 
-import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +18,10 @@ from braces_cli.core.attributes.build import built_in_attribute
 from braces_cli.core.attributes.directions import RIDGE, default_reduction
 from braces_cli.core.attributes.files import TRAINED_FILE
 from braces_cli.core.attributes.vector import STEERING_SHARE, Attribute, load_attributes, save_attributes
-from braces_cli.core.errors import BracesError, ConfigError, near_misses
+from braces_cli.core.errors import BracesError, ConfigError, logger, near_misses
 from braces_cli.core.files import cache_folder, path_exists, value_hash, versions
 from braces_cli.core.models.residual import GAIN_STEP
 from braces_cli.core.progress import Report, silent
-
-logger = logging.getLogger("braces")
 
 # Cached files; beyond this number the least recently used ones are removed. Three numbers per layer and channel: 25 KB
 # for six layers of width 320, 1.6 MB for those of Llama-3-8B.

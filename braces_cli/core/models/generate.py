@@ -7,7 +7,6 @@ in another order. In float32 that hardly ever changes a token; in bfloat16 and f
 
 import copy
 import hashlib
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,13 +20,11 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from braces_cli.core.errors import ConfigError, ModelError
+from braces_cli.core.errors import ConfigError, ModelError, logger
 from braces_cli.core.models.load import input_device
 from braces_cli.core.models.tokenize import context_length, decode_continuation, encode, end_tokens, is_token, pad_left
 from braces_cli.core.models.weights import OVERFLOW_HINT
 from braces_cli.core.options import Sampling
-
-logger = logging.getLogger("braces")
 
 
 def cut(text: str, stops: Sequence[str]) -> str:

@@ -6,7 +6,6 @@ A name is a folder, a hub id, a GGUF file (`FILE.gguf`, on the hub `owner/name:F
 adapter belongs to one version of it, and its folder differs between machines.
 """
 
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,10 +14,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from braces_cli.core.errors import BracesError, ConfigError, DataError, ModelError, first_line
+from braces_cli.core.errors import BracesError, ConfigError, DataError, ModelError, first_line, logger
 from braces_cli.core.schema import Kind, read
-
-logger = logging.getLogger("braces")
 
 EMBEDDED = "embedded"
 ABOUT_FILE = "embedded.json"

@@ -6,17 +6,15 @@ in every dtype, quantisation, sharding and file format. Imports no torch at the 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from braces_cli.core.errors import ModelError
+from braces_cli.core.errors import ModelError, logger
 from braces_cli.core.schema import Count, Size
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-logger = logging.getLogger("braces")
 
 SAMPLES = 64
 # Four bits per weight give correlations above 0.98; unrelated samples stay below 0.6.

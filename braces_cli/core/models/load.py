@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from braces_cli.core.distributed import world_size
-from braces_cli.core.errors import ConfigError, ModelError
+from braces_cli.core.errors import ConfigError, ModelError, logger
 from braces_cli.core.files import path_exists, user_path, value_hash
 from braces_cli.core.models import hub
 from braces_cli.core.models.ffn import FFN, MixtureFFN, find_ffns
@@ -28,7 +28,6 @@ from braces_cli.core.models.identity import Sizes
 from braces_cli.core.models.weights import check_finite, compute_device, is_packed
 from braces_cli.core.options import LoadOptions
 
-logger = logging.getLogger("braces")
 # transformers imports torchao, which logs every kernel that it cannot use.
 for chatty in ("torchao", "torch.utils._pytree"):
     logging.getLogger(chatty).setLevel(logging.ERROR)
