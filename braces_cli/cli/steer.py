@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 from collections import deque
@@ -17,7 +16,7 @@ from braces_cli.cli.options import command, show_plan
 from braces_cli.cli.output import console, note, print_json_lines, print_result, print_text, progress, rich_text
 from braces_cli.core.config import SETTINGS_FILE, options_of, write_settings
 from braces_cli.core.distributed import is_main, join, world_size
-from braces_cli.core.errors import BracesError, ConfigError, DataError
+from braces_cli.core.errors import BracesError, ConfigError, DataError, logger
 from braces_cli.core.files import file_hash, output_lock, user_path
 from braces_cli.core.text import error_text
 from braces_cli.steering.settings import SteerSettings
@@ -150,7 +149,7 @@ def _rows(settings: SteerSettings, requests: Iterator[TextRequest], **details: A
     if erase:
         layer, share = max(remaining(session, erase, settings.scope).items())
         what = "%s erased; %.1f%% of it remains in the residual stream after layer %d"
-        logging.getLogger("braces").info(what, ", ".join(settings.erase), 100 * share, layer)
+        logger.info(what, ", ".join(settings.erase), 100 * share, layer)
 
     if strengths:
         what = ", ".join(f"{name} {value:+g}" for name, value in strengths.items())
@@ -159,7 +158,7 @@ def _rows(settings: SteerSettings, requests: Iterator[TextRequest], **details: A
         if added:
             largest = max(added, key=lambda each: each.share)
             effect = f"the added vector is {largest.share:.1%} of the residual stream at most (layer {largest.layer})"
-        logging.getLogger("braces").info("%s: %s", what, effect)
+        logger.info("%s: %s", what, effect)
     # Texts on the terminal replace the progress.
     hidden = quiet or (settings.output is None and sys.stdout.isatty())
     with progress(hidden) as report:
