@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from braces_cli.core.adapter.files import find_adapter
 from braces_cli.core.adapter.model import attach, open_session
+from braces_cli.core.attributes.hooks import erased_directions
 from braces_cli.core.attributes.lookup import find_attribute
 from braces_cli.core.errors import ModelError
 from braces_cli.core.models.ffn import find_ffns, watch_output
@@ -235,7 +236,7 @@ def test_an_erased_direction_is_not_written(name, relevance, braces, tmp_path, i
     named = ("--attribute", "toxic", "--attribute", "angry")
     done = braces("export", "erase", *call, *named, "--output-dir", out, "--format", "json")
     assert done.code == 0, done.err
-    assert done.json["adapter_effect"] > 1e-3 > done.json["max_logit_difference"]
+    assert done.json["adapter_effect"] > 1e-4 > done.json["max_logit_difference"]
     assert list(done.json["remaining"]) == ["1"]
     assert "toxic, angry erased" in (out / "README.md").read_text()
     if relevance == "input":
@@ -250,9 +251,9 @@ def test_an_erased_direction_is_not_written(name, relevance, braces, tmp_path, i
         watch_output(ffn, lambda y, layer=ffn.layer: parts.update({layer: y.reshape(-1, y.shape[-1])}))
     logits(loaded)
     for layer, erased in ((0, False), (1, True)):
-        for attribute in attributes:
-            p = torch.nn.functional.normalize(attribute.state_at("output")[layer], dim=0)
-            assert (float((parts[layer] @ p).norm() / parts[layer].norm()) < 1e-5) == erased
+        basis = erased_directions(session, attributes, [layer])[layer]
+        assert basis.shape[1] == 2
+        assert (float((parts[layer] @ basis).norm() / parts[layer].norm()) < 1e-5) == erased
 
 
 @pytest.mark.parametrize(("relevance", "added"), [("input", 12), ("output", 0)])

@@ -184,9 +184,11 @@ def erased_directions(
     """Return U (d, k) of each layer where attributes are erased: in `layers`, or those of their steering vectors."""
     found = {}
     for row, ffn in enumerate(session.ffns):
+        # Without the mean output of the reference: it has the attention sink, whose removal would break the model.
         states = [
-            each.state_at("output")[row]
+            p - (p @ mean) / (mean @ mean).clamp(min=1e-30) * mean
             for each in attributes
+            for p, mean in [(each.state_at("output")[row], each.reference[1][row])]
             if ffn.layer in (each.effective_layers if layers is None else layers)
         ]
         if not states:
