@@ -99,7 +99,7 @@ def test_types_of_values(model_dir: Path, adapter_dir: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda model: model.generate("a", max_tokens=3), "Use `max_new_tokens`"),
+        (lambda model: model.generate("a", max_tokens=3), "Did you mean max_new_tokens"),
         (lambda model: model.generate("a", batch_size=0), "batch_size: 0 is not a whole number of at least 1"),
         (lambda model: model.generate(None), "PROMPTS|prompts: missing"),
         (lambda model: model.generate({"prompt": "a"}), "prompts: {'prompt': 'a'} is not text"),

@@ -3,7 +3,6 @@
 import os
 import platform
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 from braces_cli.cli.options import command
@@ -18,13 +17,8 @@ _VARIABLES = (
 _LIBRARIES = ("huggingface-hub", "tokenizers", "peft", "gguf", "torchao", "bitsandbytes", "typer", "rich")
 
 
-@dataclass(frozen=True, kw_only=True)
-class EnvSettings(DisplaySettings):
-    """Settings of `braces env`."""
-
-
 @command
-def env(settings: EnvSettings) -> None:
+def env(settings: DisplaySettings) -> None:
     """Versions, devices, threads and caches: what a bug report needs. Shows no token and no password."""
     found = environment()
     if settings.json:

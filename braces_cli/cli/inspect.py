@@ -37,17 +37,6 @@ class LayerSettings(AdapterSettings, DisplaySettings):
     layers: str | None = option(None)
 
 
-@dataclass(frozen=True, kw_only=True)
-class VectorSettings(LayerSettings):
-    """Vectors of the feed-forward layers to read as tokens.
-
-    Attributes:
-        side: Weight matrix: value (output of the neurons), gate or up (their input).
-    """
-
-    side: str = option("value", choices=("value", "gate", "up"))
-
-
 def _open(settings: AdapterSettings) -> "tuple[Session, LogitLens]":
     from braces_cli.core.adapter.model import open_session
     from braces_cli.inspection.vocabulary import LogitLens
@@ -73,7 +62,7 @@ SHOWN = 200
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValuesSettings(OverwriteSettings, VectorSettings):
+class ValuesSettings(OverwriteSettings, LayerSettings):
     """Settings of `braces inspect values`.
 
     Attributes:
@@ -111,11 +100,11 @@ def values(settings: ValuesSettings) -> None:
         ffns = _chosen_ffns(session, settings)
         count = max((ffn.value_vectors for ffn in ffns), default=0)
         indices = parse_ranges(settings.index, count, "--index") if settings.index else None
-        rows = value_tokens(lens, ffns, indices, settings.top_k, report, settings.side)
+        rows = value_tokens(lens, ffns, indices, settings.top_k, report)
         if output is not None:
-            header = map_header(session.base, lens, settings.side, settings.top_k)
+            header = map_header(session.base, lens, settings.top_k)
             vectors = write_map(output, header, rows)
-            written = {name: header[name] for name in ("model", "side", "top_k")}
+            written = {name: header[name] for name in ("model", "top_k")}
             written |= {"output": str(output), "vectors": vectors, "bytes": output.stat().st_size}
             print_result(settings.json, "map written", written)
             return
@@ -130,13 +119,13 @@ def values(settings: ValuesSettings) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FindSettings(AttributesFolder, VectorSettings):
+class FindSettings(AttributesFolder, LayerSettings):
     """Settings of `braces inspect find`.
 
     Attributes:
         words: A word, several of one concept, or id:NUMBER.
         attribute: Attribute: rank the vectors by relevance to this attribute instead of words.
-        map_file: Map file written by `inspect values --output`, which fixes --side; needs no model.
+        map_file: Map file written by `inspect values --output`; needs no model.
         limit: Number of vectors to show.
         top_k: Number of tokens per vector.
     """
@@ -163,9 +152,6 @@ def find(settings: FindSettings) -> None:
     if settings.attribute and settings.map_file:
         hint = "Relevance needs the model: leave --map out."
         raise ConfigError("an attribute cannot be found in a map", where="--map", hint=hint)
-    if settings.attribute is not None and settings.side != "value":
-        hint = "Only value vectors have a relevance: leave --side out."
-        raise ConfigError("--side has no effect on attributes", where="--side", hint=hint)
     if settings.map_file is not None:
         rows = _find_in_map(settings, settings.map_file)
     else:
@@ -209,7 +195,7 @@ def _find_in_model(settings: FindSettings, report: Any) -> list[dict[str, Any]]:
     if settings.attribute is None:
         ffns = _chosen_ffns(session, settings)
         concept = lens.vocabulary.concept(settings.words, session.base.tokenizer)
-        return top_vectors_for_concept(lens, ffns, concept, side=settings.side, limit=limit, top_k=top_k, report=report)
+        return top_vectors_for_concept(lens, ffns, concept, limit=limit, top_k=top_k, report=report)
     attribute = find_attribute(session, settings.attribute, settings.attributes, report)
     layers = chosen_layers(session.base.model, settings.layers)
     return top_vectors_for_attribute(session, lens, attribute, layers, limit=limit, top_k=top_k)

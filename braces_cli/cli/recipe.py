@@ -16,11 +16,6 @@ app = typer.Typer(help="List and copy the training recipes that ship with braces
 
 
 @dataclass(frozen=True, kw_only=True)
-class ListSettings(DisplaySettings):
-    """Settings of `braces recipe list`."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class CopySettings(OverwriteSettings, DisplaySettings):
     """Settings of `braces recipe copy`.
 
@@ -34,7 +29,7 @@ class CopySettings(OverwriteSettings, DisplaySettings):
 
 
 @command
-def list_recipes(settings: ListSettings) -> None:
+def list_recipes(settings: DisplaySettings) -> None:
     """List the training recipes by name."""
     # The first comment is the title.
     described = {name: text.partition("\n")[0].strip("# .") for name, text in recipes().items()}

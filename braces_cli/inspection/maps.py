@@ -123,7 +123,6 @@ class Header(TypedDict):
     revision: NotRequired[str | None]
     base: Sizes
     tokenizer: NotRequired[dict[str, str | None] | None]
-    side: str
     top_k: Count
     vocabulary: list[str]
 

@@ -35,7 +35,6 @@ def top_vectors_for_concept(
     ffns: Sequence[FFN | MixtureFFN],
     concept: Concept,
     *,
-    side: str = "value",
     limit: int = 20,
     top_k: int = 10,
     report: Report = silent,
@@ -44,8 +43,8 @@ def top_vectors_for_concept(
     tokens = concept.tokens
     best: list[dict[str, Any]] = []
     for number, ffn in enumerate(ffns):
-        report(f"searching {side} vectors, layers", number, len(ffns))
-        for start, block in vector_blocks(ffn, side):
+        report("searching value vectors, layers", number, len(ffns))
+        for start, block in vector_blocks(ffn):
             # The rank of a concept is at least the least rank of its tokens.
             ranks, scores = lens.ranks(block, tokens, best[-1]["rank"] if len(best) == limit else math.inf)
             for index, (r, s) in enumerate(zip(ranks.tolist(), scores.tolist(), strict=True)):

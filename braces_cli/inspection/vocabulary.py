@@ -1,8 +1,7 @@
 """Vocabulary tokens that the vectors of the FFNs promote (Geva et al., 2022).
 
 The score of token t for a vector v is (W_head norm(v))_t, with the final norm and the LM head of the model. For each
-vector the k best tokens are listed. The vectors of an FFN are its value vectors (side `value`) or the rows of its input
-projections (`gate`, `up`).
+value vector the k best tokens are listed.
 """
 
 import math
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from braces_cli.core.errors import ConfigError, ModelError
+from braces_cli.core.errors import ModelError
 from braces_cli.core.models.ffn import FFN, MixtureFFN, layer_stack
 from braces_cli.core.models.load import Base
 from braces_cli.core.models.tokenize import token_text
@@ -41,40 +40,19 @@ def plain_ffns(found: Sequence[FFN | MixtureFFN]) -> list[FFN]:
     return ffns
 
 
-def vector_blocks(ffn: FFN | MixtureFFN, side: str) -> Iterator[tuple[int, Tensor]]:
-    """Yield (index of the first vector, vectors (n, d)) that together cover one side of a layer.
+def vector_blocks(ffn: FFN | MixtureFFN) -> Iterator[tuple[int, Tensor]]:
+    """Yield (index of the first vector, vectors (n, d)) that together cover the value vectors of a layer.
 
     In a mixture of experts the index continues from expert to expert, as in `MixtureFFN.value_matrix`.
-
-    Raises:
-        ConfigError: the layer does not have this side.
     """
     start = 0
     # One expert at a time: a packed weight is copied.
-    for part in ffn.parts if side == "value" else (ffn,):
-        values = part.value_matrix().detach().mT if side == "value" else _key_matrix(ffn, side)
+    for part in ffn.parts:
+        values = part.value_matrix().detach().mT
         for matrix in values if values.ndim == 3 else (values,):
             for block in matrix.split(VECTORS_AT_ONCE):
                 yield start, block
                 start += len(block)
-
-
-def _key_matrix(ffn: FFN | MixtureFFN, side: str) -> Tensor:
-    """Rows (d_ff, d) of the gate or up projection. The gate is the first one, unless the other is named so."""
-    if not isinstance(ffn, FFN):
-        hint = "Use --side value for mixtures of experts."
-        raise ConfigError(f"layer {ffn.layer} is a mixture of experts", where="--side", hint=hint)
-    weights = [dense(stored_values(key)).detach() for key in ffn.keys]
-    if len(weights) == 1 and len(weights[0]) == 2 * ffn.value_vectors:
-        weights = list(weights[0].chunk(2))
-    elif len(weights) == 2 and any("gate" in name for name, m in ffn.host.named_modules() if m is ffn.keys[1]):
-        weights.reverse()
-    if side == "up":
-        return weights[-1]
-    if len(weights) == 1:
-        hint = "It has the sides value and up."
-        raise ConfigError("the FFN of this model does not have a gate", where="--side", hint=hint)
-    return weights[0]
 
 
 def final_norm(model: nn.Module) -> nn.Module:
@@ -225,22 +203,17 @@ def value_tokens(
     indices: Collection[int] | None = None,
     top_k: int = 10,
     report: Report = silent,
-    side: str = "value",
 ) -> Iterator[dict[str, Any]]:
     """Yield `{layer, index, tokens: [{id, token, score}]}` for each vector, tokens best first.
 
     Args:
         indices: vectors in each layer; None is all.
         top_k: tokens per vector.
-        side: `value`, `gate` or `up`.
-
-    Raises:
-        ConfigError: a layer does not have the side.
     """
     chosen = None if indices is None else set(indices)
     for number, ffn in enumerate(ffns):
-        report(f"reading {side} vectors, layers", number, len(ffns))
-        for start, block in vector_blocks(ffn, side):
+        report("reading value vectors, layers", number, len(ffns))
+        for start, block in vector_blocks(ffn):
             rows = [i for i in range(len(block)) if chosen is None or start + i in chosen]
             if rows:
                 vectors = block if len(rows) == len(block) else block[rows]
@@ -248,7 +221,7 @@ def value_tokens(
                     yield {"layer": ffn.layer, "index": start + row, "tokens": tokens}
 
 
-def map_header(base: Base, lens: LogitLens, side: str, top_k: int) -> dict[str, Any]:
+def map_header(base: Base, lens: LogitLens, top_k: int) -> dict[str, Any]:
     """Header of a map file; see `maps.Header`. It has the texts of all tokens, so that readers need no tokenizer."""
     return {
         "format_version": 1,
@@ -256,7 +229,6 @@ def map_header(base: Base, lens: LogitLens, side: str, top_k: int) -> dict[str, 
         "revision": base.revision,
         "base": base.sizes,
         "tokenizer": base.tokenizer_hashes,
-        "side": side,
         "top_k": min(top_k, len(lens.weight)),
         "vocabulary": lens.vocabulary.texts,
     }

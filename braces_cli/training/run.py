@@ -104,9 +104,6 @@ def _train(settings: TrainSettings, folder: Path, report: Report, record: Record
     checkpoint = prepare_folder(folder, settings.resume, record)
     if checkpoint is not None and attributes:
         attributes = with_original_states(attributes, checkpoint, session)
-    if is_main():
-        named = replace(settings, model=session.base.name, revision=session.base.revision)
-        write_settings(folder / SETTINGS_FILE, named, settings.unused(), **record.data)
     layout = choose_layout(session, settings, train_set.items)
 
     def evaluate(conditioner: Conditioner | None, stage: str) -> Likelihood | None:
@@ -149,6 +146,8 @@ def _train(settings: TrainSettings, folder: Path, report: Report, record: Record
     )
     tensors = adapter.tensors(in_place=world_size() == 1)
     if is_main():
+        named = replace(settings, model=session.base.name, revision=session.base.revision)
+        write_settings(folder / SETTINGS_FILE, named, settings.unused(), **record.data)
         drawn = draw_curve(folder, {0: result.base_eval_loss, result.steps: result.eval_loss})
         write(model_card(config, asdict(result), record.settings, record.command, drawn), tensors, folder)
         # Last of all: a record with a result marks a finished run.

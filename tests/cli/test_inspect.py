@@ -55,14 +55,13 @@ def test_summary_reads_the_revision_of_the_adapters_base(braces, adapter_dir, mo
 
 
 def test_values(braces, model_dir):
-    """All vectors, or those of layers and indices; every side has other tokens."""
+    """All vectors, or those of layers and indices."""
     args = ["inspect", "values", "--model", model_dir, "--top-k", "5"]
     assert len(braces(*args, "--format", "json").lines) == 2 * 52
     args += ["--layers", "1", "--index", "3,50-"]
     chosen = braces(*args, "--format", "json").lines
     assert [(row["layer"], row["index"]) for row in chosen] == [(1, 3), (1, 50), (1, 51)]
     assert braces(*args).code == 0
-    assert len({str(braces(*args, "--side", side, "--format", "json").lines) for side in ("value", "gate", "up")}) == 3
 
 
 def test_search_in_a_map_imports_no_torch(map_file):
@@ -178,7 +177,6 @@ def test_report(braces, adapter_dir, tmp_path):
         (["find", "film", "--layers", "2"], 2, "out of range"),
         (["find", "film", "--map", "nowhere.parquet"], 2, "no such map"),
         (["find", "--attribute", "positive", "--map", "m.parquet"], 2, "cannot be found in a map"),
-        (["find", "--attribute", "positive", "--side", "up"], 2, "--side"),
         (["find", "--attribute", "nope"], 2, "unknown attribute"),
         (["clamp", "1:3"], 2, "not LAYER:INDEX=VALUE"),
         (["clamp", "1:3=p101", "--prompt", "a", "--data", "b"], 2, "not LAYER:INDEX=VALUE"),

@@ -66,13 +66,13 @@ def test_interrupted_map_leaves_no_file(tmp_path, session, lens):
         raise RuntimeError("interrupted")
 
     with pytest.raises(RuntimeError):
-        write_map(tmp_path / "map.parquet", map_header(session.base, lens, "value", 10), broken())
+        write_map(tmp_path / "map.parquet", map_header(session.base, lens, 10), broken())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_map_of_another_model(tmp_path, session, lens):
     """Other sizes or another vocabulary of the same size are an error."""
-    path, header = tmp_path / "map.parquet", map_header(session.base, lens, "value", 3)
+    path, header = tmp_path / "map.parquet", map_header(session.base, lens, 3)
     write_map(path, header, value_tokens(lens, session.ffns, top_k=3))
     found = open_map(path)
     assert found.header == header

@@ -5,10 +5,8 @@ import copy
 import pytest
 import torch
 
-from braces_cli.core.errors import ConfigError
-from braces_cli.core.models.ffn import find_ffns
 from braces_cli.inspection import vocabulary
-from braces_cli.inspection.vocabulary import LogitLens, value_tokens, vector_blocks
+from braces_cli.inspection.vocabulary import LogitLens, value_tokens
 from tests.conftest import ARCHITECTURES, tiny_model
 from tests.core.architectures import tiny
 from tests.inspection.conftest import opened
@@ -32,39 +30,6 @@ def test_best_tokens_in_blocks(session, monkeypatch, k, tokens_at_once):
     equal = values[:, 1:] == values[:, :-1]
     assert equal.any() == (k > 1)
     assert (ids[:, 1:] > ids[:, :-1])[equal].all()
-
-
-def side_vectors(ffn, side):
-    return torch.cat([block for _, block in vector_blocks(ffn, side)])
-
-
-def test_sides_of_an_ffn():
-    """`gate` is the activated projection, in either order of the modules, and in one matrix in Phi-3."""
-    ffn = find_ffns(tiny("phi3"))[0]
-    expected = [(ffn, *ffn.keys[0].weight.chunk(2))]
-    for swapped in (False, True):
-        model = tiny_model("llama")
-        mlp = model.model.layers[0].mlp
-        gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        if swapped:
-            del mlp.gate_proj, mlp.up_proj, mlp.down_proj
-            mlp.up_proj, mlp.gate_proj, mlp.down_proj = up, gate, down
-        ffn = find_ffns(model)[0]
-        assert ffn.keys[0] is (up if swapped else gate)
-        assert torch.equal(side_vectors(ffn, "value"), down.weight.T)
-        expected.append((ffn, gate.weight, up.weight))
-    for ffn, gate, up in expected:
-        assert torch.equal(side_vectors(ffn, "gate"), gate)
-        assert torch.equal(side_vectors(ffn, "up"), up)
-
-
-@pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox", "phi"])
-def test_sides_of_an_ffn_without_a_gate(name):
-    """The single projection is `up`; `gate` is an error."""
-    ffn = find_ffns(tiny_model(name))[0]
-    assert side_vectors(ffn, "up").shape == (52, 32)
-    with pytest.raises(ConfigError, match="does not have a gate"):
-        side_vectors(ffn, "gate")
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
@@ -171,10 +136,3 @@ def test_value_tokens_of_experts(name, monkeypatch):
     other = next(each for each in value_tokens(lens, ffns, top_k=4) if each["index"] == 60)
     assert (row["layer"], row["index"]) == (1, 60)
     assert [token["id"] for token in row["tokens"]] == [token["id"] for token in other["tokens"]]
-
-
-def test_experts_have_value_vectors_only():
-    """The other sides are an error."""
-    session = opened(tiny("mixtral").eval())
-    with pytest.raises(ConfigError, match="layer 0 is a mixture of experts"):
-        next(value_tokens(LogitLens(session.base), session.ffns, side="up"))
