@@ -8,11 +8,6 @@ from braces_cli.core.models.ffn import parameter_total
 from braces_cli.core.models.load import Base
 
 
-def gate_size(tensors: dict[str, Any]) -> float:
-    """g of a layer; with relevance to the output the mean of |D|."""
-    return float(tensors["gate"].sigmoid() if "gate" in tensors else tensors["diagonal"].abs().mean())
-
-
 def summarise(base: Base, stored: StoredAdapter | None, *, is_attached: bool = False) -> dict[str, Any]:
     """Return `{model, adapter, parameters, relevance_to, base_parameters, layers: [{layer, value_vectors, hidden_size,
     gate, relevance_scale, projection_error}]}`.
@@ -31,12 +26,13 @@ def summarise(base: Base, stored: StoredAdapter | None, *, is_attached: bool = F
     for ffn in base.ffns:
         mine = {name.rpartition(".")[2]: tensors[name] for name in tensors if name.startswith(f"layers.{ffn.layer}.")}
         errors = [projection_error(tensor) for name, tensor in mine.items() if name.endswith("projection")]
+        gate = mine["gate"].sigmoid() if "gate" in mine else mine.get("diagonal")
         layers.append(
             {
                 "layer": ffn.layer,
                 "value_vectors": ffn.value_vectors,
                 "hidden_size": ffn.hidden_size,
-                "gate": gate_size(mine) if mine else None,
+                "gate": None if gate is None else float(gate.abs().mean()),
                 "relevance_scale": scales.get(ffn.layer),
                 "projection_error": max(errors, default=None),
             }

@@ -109,7 +109,8 @@ class LogitLens:
         hidden = vectors if dtype is None else vectors.to(dtype)
         for module in (self.norm, self.narrow):
             if module is not None:
-                weights = {} if dtype is None else _loaded_weights(module, dtype)
+                loaded = [] if dtype is None else [each for each in module.named_parameters() if not each[1].is_meta]
+                weights = {name: weight.to(dtype) for name, weight in loaded}
                 with torch.no_grad():
                     hidden = functional_call(module, weights, (hidden,))
         # With a device map the head may run on another device than the norm.
@@ -182,10 +183,6 @@ class LogitLens:
             ranks.append(rank)
             own_scores.append(own)
         return torch.cat(ranks), torch.cat(own_scores)
-
-
-def _loaded_weights(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: weight.to(dtype) for name, weight in module.named_parameters() if not weight.is_meta}
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:

@@ -89,7 +89,8 @@ class Trainer:
             self._base.activation_checkpointing_enable({"use_reentrant": False})
         # Gradient checkpointing and FSDP imply that memory is scarce.
         if isinstance(adapter, Adapter) and (settings.gradient_checkpointing or self.is_fsdp):
-            adapter.save_memory()
+            for _, adapter_layer in adapter.adapted_ffns:
+                adapter_layer.cache_gram(False)
         # No weight decay: R does not depend on the length of the rows of its weight.
         optimizer = torch.optim.AdamW(parameter_groups(adapter, settings), weight_decay=0.0)
         self._model, self._optimizer = self._accelerator.prepare(self._base, optimizer)
@@ -318,8 +319,7 @@ def parameter_groups(adapter: Adapter | PeftAdapter, settings: TrainSettings) ->
     """Parameter groups of an optimizer, each with its learning rate and the option that sets it."""
     if isinstance(adapter, PeftAdapter):
         return [{"params": [p for _, p in adapter.named_parameters()], "lr": settings.lr, "name": "lr"}]
-    modules = [adapter_layer for _, adapter_layer in adapter.adapted_ffns]
-    parameters = [(name, p) for module in modules for name, p in module.stored.items()]
+    parameters = [each for _, adapter_layer in adapter.adapted_ffns for each in adapter_layer.stored.items()]
     projections = [p for name, p in parameters if name.endswith("projection")]
     gates = [p for name, p in parameters if not name.endswith("projection")]
     groups: list[dict[str, Any]] = [

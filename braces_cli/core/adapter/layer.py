@@ -194,9 +194,8 @@ class RelevanceModule(nn.Module):
         found: dict[str, Tensor] = {name: full_tensor(parameter.detach()) for name, parameter in self.stored.items()}
         if self._exact == self._versions():
             return found
-        for name in found:
-            if name.endswith("projection"):
-                found[name] = orthonormal_rows(double(found[name])).to(found[name])
+        weights = {name: weight for name, weight in found.items() if name.endswith("projection")}
+        found |= {name: orthonormal_rows(double(weight)).to(weight) for name, weight in weights.items()}
         if in_place:
             with torch.no_grad():
                 for name, parameter in self.stored.items():

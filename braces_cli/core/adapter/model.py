@@ -145,11 +145,6 @@ class Adapter:
         self.unfreeze_base()
         return self.model
 
-    def save_memory(self) -> None:
-        """Do not cache W_V W_V^T in training (see `core.adapter.gram`); steps become slower."""
-        for _, adapter_layer in self.adapted_ffns:
-            adapter_layer.cache_gram(False)
-
     @contextmanager
     def disabled(self) -> Iterator[nn.Module]:
         """The base model without the adapter, bit-identical, inside the `with` block."""

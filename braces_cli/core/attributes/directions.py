@@ -124,17 +124,12 @@ def passage_tokens(session: Session, passage: Passage) -> Row:
 
 def reduce_pairs(states: PairStates, reduction: str = "mean") -> Tensor:
     """Return the direction from the middle of the two sides to the positive one at each layer, (layers, d)."""
-    reduce = {"mean": _mean, "pca": _pca, "logistic": _logistic}[reduction]
+    reduce = {"mean": lambda one, other: (one - other).mean(dim=0), "pca": _pca, "logistic": _logistic}[reduction]
     directions = []
     for positive, negative in zip(states.positive.double(), states.negative.double(), strict=True):
         length = ((positive - negative).mean(dim=0) / 2).norm()
         directions.append(F.normalize(reduce(positive, negative), dim=0) * length)
     return torch.stack(directions).float()
-
-
-def _mean(positive: Tensor, negative: Tensor) -> Tensor:
-    """Difference of means, (n, d), (n, d) -> (d,)."""
-    return positive.mean(dim=0) - negative.mean(dim=0)
 
 
 def _pca(positive: Tensor, negative: Tensor) -> Tensor:
