@@ -22,15 +22,6 @@ def test_a_copy_is_a_config_of_train(braces, tmp_path):
     assert settings["max_steps"] == 150
 
 
-def test_an_existing_file_needs_overwrite(braces, tmp_path):
-    existing = tmp_path / "small-sentiment.yaml"
-    existing.write_text("mine")
-    assert braces("recipe", "copy", "small-sentiment.yaml", "--output-dir", tmp_path).code == 2
-    assert existing.read_text() == "mine"
-    assert braces("recipe", "copy", "small-sentiment.yaml", "--output-dir", tmp_path, "--overwrite").code == 0
-    assert existing.read_text() != "mine"
-
-
 @pytest.mark.parametrize(("name", "hint"), [("small-sentimet", "small-sentiment"), ("zzz", "braces recipe list")])
 def test_an_unknown_name_exits_2_with_a_hint(braces, tmp_path, name, hint):
     outcome = braces("recipe", "copy", name, "--output-dir", tmp_path)

@@ -10,7 +10,7 @@ import torch
 import typer
 
 from braces_cli.cli.options import command
-from braces_cli.core.config import OTHER_NAMES, build, format_ranges, matching_setting, option, options_of, parse_ranges
+from braces_cli.core.config import OTHER_NAMES, build, format_ranges, matching_setting, option, parse_ranges
 from braces_cli.core.errors import ConfigError
 from braces_cli.core.options import DisplaySettings
 from tests.cli.reference import command_of
@@ -66,7 +66,6 @@ class Some(DisplaySettings):
         ("layers", np.arange(2), "0,1"),
         ("layers", torch.bfloat16, "bfloat16"),
         ("layers", torch.device("cuda", 1), "cuda:1"),
-        ("layers", Path("models/x"), "models/x"),
         ("columns", "a=b", ("a=b",)),
         ("columns", {"prompt": "question"}, ("prompt=question",)),
         ("columns", ["a=b", Path("c")], ("a=b", "c")),
@@ -89,18 +88,14 @@ def test_a_value_is_converted_to_the_type_of_the_setting(name: str, value: Any, 
         ("rank", 0, "rank: 0 is not a whole number of at least 1"),
         ("rank", 3.7, "3.7 is not a whole number"),
         ("rank", True, "True is not a whole number"),
-        ("rank", 2**40, "is not a whole number"),
         ("rank", "9" * 5000, "is not a whole number"),
         ("lr", 10**400, "is not a number"),
         ("lr", None, "None is not a number of more than 0 and at most 10"),
         ("lr", "nan", "`nan` is not a number"),
-        ("lr", 11, "at most 10"),
         ("s", ["1", "inf"], "is not a number"),
         ("resume", 2, "is not true or false"),
         ("packing", "of", "`of` is not one of auto, on, off\nDid you mean off"),
         ("layers", [], "[] is not text"),
-        ("layers", [True], "is not text"),
-        ("layers", torch.zeros(1), "is not text"),
         ("adapter", ["a", "b"], "is not text\nIt takes one value."),
         ("data", [{"text": "a"}], "is not text\nWrite rows into a file"),
         ("stop", "", "`` is not text"),
@@ -179,12 +174,6 @@ def test_the_home_folder_is_expanded_in_every_path(call: Any, tmp_path: Path, mo
     (tmp_path / "some.yaml").write_text("directory: ~/y\n")
     assert call("--directory=~/x").folder == tmp_path / "x"
     assert call("--config", "~/some.yaml").folder == tmp_path / "y"
-
-
-def test_a_help_text_is_the_entry_in_the_docstring() -> None:
-    assert options_of(Some)["name"].help == "Who, in two lines."
-    assert options_of(Some)["name"].label == "NAME"
-    assert options_of(Some)["chat"].label == "--chat"
 
 
 def test_names_in_other_tools_suggest_an_option() -> None:

@@ -44,18 +44,6 @@ def test_excluded_words_do_not_count():
     assert scorers.scorer("toxicity", exclude=["fucking"]).score(["fuck"], "toxic")[0].has
 
 
-def test_labels_of_attributes():
-    """The name of the attribute, else its default label, in any case."""
-    vader = scorers.scorer("vader")
-    assert scorers.default_scorer("joyful") == "vader"
-    assert scorers.label_of("joyful", vader) == "positive"
-    assert scorers.label_of("polite", vader, "NEGATIVE") == "negative"
-    with pytest.raises(ConfigError, match="no label `polite`"):
-        scorers.label_of("polite", vader)
-    with pytest.raises(ConfigError, match="no default scorer for `polite`"):
-        scorers.default_scorer("polite")
-
-
 def test_unknown_scorers(tmp_path):
     """A near miss, a folder without a classifier, and a score that is not a number."""
     with pytest.raises(ConfigError, match="Did you mean vader"):
