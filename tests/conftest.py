@@ -89,9 +89,9 @@ def open_gates(adapter: Any, seed: int = 1) -> None:
     with torch.no_grad():
         for index, (_, adapter_layer) in enumerate(adapter.adapted_ffns):
             adapter_layer.scale = (1.5, 0.75)[index % 2]
-            for name, parameter in adapter_layer.stored.items():
+            for name, parameter in reversed(adapter_layer.stored.items()):
                 noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-                changed = {"gate": noise, "diagonal": noise / 2}
+                changed = {"gate": noise, "diagonal": noise / 4}
                 parameter.copy_(changed.get(name, 1.5 * parameter + 0.1 * noise))
 
 

@@ -139,7 +139,7 @@ def batches(name: str, vocabulary: int) -> list[list[Any]]:
     rows = []
     for length in lengths:
         ids = torch.randint(0, vocabulary, (length,), generator=generator).tolist()
-        rows.append(Example(Encoded(ids, ids, False, False), None))
+        rows.append(Example(Encoded(ids, ids, False), None))
     order = epoch_order(count, 0, 0, BATCH)
     return [[rows[index] for index in order[start : start + BATCH]] for start in range(0, count, BATCH)]
 

@@ -220,7 +220,7 @@ BAD_INPUT: dict[str, tuple[dict[str, str | None], int, str]] = {
     "device": ({"device": "tpu"}, 2, "device `tpu` is not available"),
     "unknown option": ({"rnk": "3"}, 2, "No such option"),
     "Trainer's option": ({"learning-rate": "3"}, 2, "No such option: --learning-rate (here it is --lr)"),
-    "Trainer's key": ({"config": "trainer.yaml"}, 2, "unknown key `num_train_epochs`\nUse `epochs`."),
+    "Trainer's key": ({"config": "trainer.yaml"}, 2, "unknown key `num_train_epochs`\nDid you mean epochs"),
     "config file": ({"config": "torn.yaml"}, 2, "torn.yaml:2: not YAML"),
     "full folder": ({"output-dir": "{adapter}"}, 2, "not empty"),
     "file as folder": ({"output-dir": "rows.jsonl"}, 2, "the output folder is a file"),

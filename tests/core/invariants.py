@@ -77,9 +77,9 @@ CACHES = {
 # Types that cannot run in float64.
 SINGLE = {"inkling2_text": "float32 only: its router computes in it"}
 # Types with experts that compute in float32 in a float64 model, too: they run once more for relevance to the output.
-# Ends of the names of parameters that are summed in `together`.
-GATES = ("gate", "diagonal")
 ROUNDED = {"beam": "its experts compute in float32"}
+# Ends of the names of parameters that `together` joins.
+GATES = ("gate", "diagonal")
 # Widths of FFNs that are neither d_ff nor 4 d.
 WIDTHS = {
     "aria_text": (2 * NEURONS,),  # two shared experts as one

@@ -93,7 +93,9 @@ def check(args: tuple[Any, ...], folder: Path, codes: set[int], output: str = "n
     after = snapshot(folder)
     for name in before.keys() | after.keys():
         if before.get(name) != after.get(name):
-            assert name == output or name.startswith(f"{output}/"), f"{name} changed or is new: {said}"
+            assert name == output or name.startswith((f"{output}/", f"{output}.settings.")), (
+                f"{name} changed or is new: {said}"
+            )
             assert ended.code == 0 or name in before, f"{name} is left behind: {said}"
             assert not Path(name).name.startswith("."), f"hidden file {name}: {said}"
     return ended

@@ -93,7 +93,7 @@ def test_two_processes_sweep_as_one(braces, model_dir, prompts, tmp_path):
     assert out[1] == ""
     expected, found = one.json, json.loads(out[0])
     for here, there in zip(found.pop("points"), expected.pop("points"), strict=True):
-        for name in ("perplexity", "perplexity_interval"):
+        for name in ("perplexity", "perplexity_interval", "kl", "kl_first"):
             assert here.pop(name) == pytest.approx(there.pop(name), rel=1e-5)
         assert here == there
     assert (found["prompts"], found["label"]) == (expected["prompts"], expected["label"])
