@@ -91,7 +91,7 @@ def open_gates(adapter: Any, seed: int = 1) -> None:
             adapter_layer.scale = (1.5, 0.75)[index % 2]
             for name, parameter in reversed(adapter_layer.stored.items()):
                 noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-                changed = {"gate": noise, "diagonal": noise / 4}
+                changed = {"gate": noise, "diagonal": noise / 2}
                 parameter.copy_(changed.get(name, 1.5 * parameter + 0.1 * noise))
 
 
