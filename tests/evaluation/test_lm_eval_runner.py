@@ -145,6 +145,7 @@ def test_empty_answers_and_answers_without_an_end_are_counted(
 
     monkeypatch.setattr(LlamaForCausalLM, "generate", generate)
     monkeypatch.setattr(logging.getLogger("braces"), "propagate", True)
+    caplog.set_level(logging.WARNING, logger="braces")
     data = (f"popqa={write_jsonl('p.jsonl', popqa_rows(5))}",)
     settings = EvalSettings(tasks=("popqa",), task_data=data, batch_size=batch_size, fail_under=("popqa:empty=1",))
     found = evaluate(str(tiny_folder), [], settings)

@@ -196,6 +196,7 @@ def test_ties_count_half_and_the_error_is_that_of_resampling():
 
 def test_detection_is_the_same_at_every_strength(model_dir, session, write_jsonl, monkeypatch, caplog):
     monkeypatch.setattr(logging.getLogger("braces"), "propagate", True)
+    caplog.set_level(logging.WARNING, logger="braces")
     texts = [("the film is good", "Positive"), ("a day", "other"), ("happy", "positive"), ("old", "other")] * 2
     file = write_jsonl("rows.jsonl", [{"text": text, "label": label} for text, label in texts])
     settings = EvalSettings(tasks=("detection",), task_data=(f"detection={file}",), attribute=("positive",), s=("20",))

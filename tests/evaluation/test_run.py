@@ -174,6 +174,7 @@ def test_a_killed_run_is_resumed(tiny_folder, make_adapter, data, tmp_path, monk
 
 def test_the_chat_template_is_applied(tiny_folder, data, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(logging.getLogger("braces"), "propagate", True)
+    caplog.set_level(logging.WARNING, logger="braces")
 
     def settings(**more):
         return EvalSettings(tasks=["popqa"], task_data=data[:1], limit=1, num_fewshot=1, **more)
